@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gpt.metrics.comparison import Comparison, RunMetrics, compare, read_metrics
-from launch.errors import CommandParser, ConfigError, RenamedOption, refusing
+from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.find import find_runs, labels_inside, labels_of
 from launch.runs.folder import RunFolder
 
@@ -121,7 +121,6 @@ def parser() -> CommandParser:
     made.add_argument(
         "--output", type=Path, metavar="FOLDER", help="for compare.csv and compare.png; default: above all runs"
     )
-    made.add_argument("--out", action=RenamedOption, new="--output", type=Path)
     return made
 
 

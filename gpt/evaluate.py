@@ -42,6 +42,8 @@ class Evaluation:
     tokens: int
     num_bytes: float | None
     """Bytes of the text that was predicted; None where the tokens do not tell, or are no text."""
+    logged_sequences: int
+    """Number of sequences of which training records ``val_loss``: the first ``eval.sequences``."""
     loss: float
     """Mean cross-entropy, nats per token."""
     perplexity: float
@@ -86,6 +88,7 @@ def evaluate(
         sequences=wanted,
         tokens=num_tokens,
         num_bytes=num_bytes,
+        logged_sequences=config.eval.sequences,
         loss=loss,
         perplexity=math.exp(loss),
         bits_per_byte=samples.val_bits_per_byte(loss, wanted),
@@ -141,10 +144,13 @@ def report(found: Evaluation) -> str:
     """Format the metrics for people."""
     size = "" if found.num_bytes is None else f", {found.num_bytes:,.0f} bytes"
     bits = "unknown" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
+    logged = found.logged_sequences
+    note = f"\nThe training log has the loss of the first {logged:,} sequences; --sequences {logged} compares with it."
     return (
         f"{found.run}, step {found.step}\n"
         f"validation split: {found.sequences:,} sequences, {found.tokens:,} tokens{size}\n"
         f"loss {found.loss:.4f} nats per token   perplexity {found.perplexity:.4g}   bits per byte {bits}"
+        f"{note if logged != found.sequences else ''}"
     )
 
 

@@ -32,7 +32,7 @@ from gpt.conversion.trained import find_checkpoint, open_run, read_weights
 from gpt.data.tokenizers.base import ABOUT, Tokenizer
 from gpt.data.tokenizers.registry import load_run_tokenizer
 from gpt.model.gpt import GPT
-from launch.errors import CommandParser, ConfigError, RenamedOption, refusing, require_positive
+from launch.errors import CommandParser, ConfigError, refusing, require_positive
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 
@@ -45,7 +45,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(prog="python -m gpt.export", description="Write a run's model for other programs.")
     parser.add_argument("run", metavar="RUN", help="folder of the run")
     parser.add_argument("--output", metavar="OUT", type=Path, help="folder (hf) or file (torch) to write; required")
-    parser.add_argument("out", nargs="?", action=RenamedOption, new="--output", type=Path)
     parser.add_argument(
         "--format",
         choices=("hf", "torch"),
@@ -56,8 +55,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights written (default: fp32)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="most GB in a file of weights (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    args = parser.parse_intermixed_args(argv)  # RenamedOption tells why
-    if args.output is None:
+    args = parser.parse_args(argv)
+    if args.output is None:  # after the options that do not exist, which argparse would name last
         parser.error("the following arguments are required: --output")
     return args
 

@@ -25,7 +25,7 @@ from gpt.model.gpt import GPT
 from gpt.model.loss import autocast
 from gpt.model.sampling import Sampling, generate, make_generators
 from gpt.parallel.distributed import choose_device
-from launch.errors import CommandParser, ConfigError, RenamedOption, refusing
+from launch.errors import CommandParser, ConfigError, refusing
 
 UNFINISHED = "\ufffd"
 """Text that a tokenizer decodes from a character whose last bytes are still to come."""
@@ -146,7 +146,6 @@ def parser() -> CommandParser:
         "-p", "--prompt", action="append", required=True, help="the beginning; several of them run as batches"
     )
     made.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to add (default 100)")
-    made.add_argument("--tokens", action=RenamedOption, new="--max-new-tokens", type=int)
     made.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default 1)")
     made.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token (default 1)")
     made.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
@@ -171,7 +170,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer = load_run_tokenizer(folder)
         checkpoint = find_checkpoint(folder, args.step)
         model = read_weights(config, checkpoint, choose_device(Device[args.device], 0, 1))
-        print(f"{config.model.name}, step {step_of(checkpoint)}", file=sys.stderr)
+        step = step_of(checkpoint)
+        tokens = step * config.optim.global_batch * config.model.block_size
+        per_parameter = tokens / sum(parameter.numel() for parameter in model.parameters())
+        print(
+            f"{config.model.name}, step {step}: trained on {tokens:,} tokens, {per_parameter:.2g} for each parameter"
+            + ("; expect words without sense below about 1" if per_parameter < 1 else ""),
+            file=sys.stderr,
+        )
         prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
         write(model, config, tokenizer, prompts, args)
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from gpt.data.formats.prepared import MANIFEST, TokenSource, open_folder, read_m
 from gpt.data.preprocessing import prepare as preparation
 from gpt.data.preprocessing.files import download_shakespeare
 from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec, usable_cores
-from launch.errors import CommandParser, ConfigError, RenamedOption, refusing
+from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs import compose
 
 
@@ -101,7 +101,6 @@ def parser() -> CommandParser:
     )
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="data=NAME and data.* keys, as for training")
     made.add_argument("--output", type=Path, metavar="FOLDER", help="write here, for data=tokens data.path=FOLDER")
-    made.add_argument("--to", action=RenamedOption, new="--output", type=Path)
     made.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores there are")
     return made
 

@@ -141,27 +141,14 @@ COMMANDS = ("status", "logs", "cancel", "report", "project", "verify", "doctor",
 """Commands beside this one, each a module of its own."""
 
 
-VERBS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("run", "start", "submit", "launch", "train"), ()),
-    "sweep": ("-m",),
-    "help": ("--help",),
-    "version": ("--version",),
-}
-"""Words that other launchers begin with -> what stands in their place here."""
-
-
 def refuse_command(argv: Sequence[str]) -> None:
-    """Raise ConfigError where another command, or a verb, was typed as the first word of this one."""
+    """Raise ConfigError where another command was typed as the first argument of this one."""
     if argv and argv[0] in COMMANDS:
         raise ConfigError(
             f"python -m launch {argv[0]}",
             f"KEY=VALUE; the other commands are launch.{', launch.'.join(COMMANDS)}",
             shlex.join(["python", "-m", f"launch.{argv[0]}", *argv[1:]]),
         )
-    if argv and argv[0] in VERBS:
-        split_flags(argv[1:])  # what is refused by itself is told first
-        fix = shlex.join(["python", "-m", "launch", *VERBS[argv[0]], *argv[1:]])
-        raise ConfigError(f"python -m launch {argv[0]}", "KEY=VALUE alone: this command starts what they say", fix)
 
 
 def workload_to_complete(flags: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ import functools
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn, ParamSpec
+from typing import NoReturn, ParamSpec
 
 # Errors meant for the person at the keyboard. Torch-free; imported by everything, imports nothing of ours.
 
@@ -94,31 +94,6 @@ class CommandParser(argparse.ArgumentParser):
         raise ConfigError(f"{unknown}, which {self.prog} does not take", usage, fix)
 
 
-class RenamedOption(argparse.Action):
-    """Accept the old spelling of a renamed option for one release, and print the new one on standard error.
-
-    For an option, or for a positional argument that became one (``nargs="?"``, and ``parse_intermixed_args``, since
-    ``parse_args`` takes an optional positional for absent as soon as an option stands before it)::
-
-        parser.add_argument("--to", action=RenamedOption, new="--output", type=Path)
-    """
-
-    def __init__(self, option_strings: list[str], dest: str, new: str, **kwargs: Any) -> None:
-        # No line in --help, and no default: the new option has both.
-        super().__init__(option_strings, dest, default=None if not option_strings else argparse.SUPPRESS, **kwargs)
-        self.help = argparse.SUPPRESS
-        self.new = new
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        """Store the value under the new option's name."""
-        if values is None:  # argparse calls an optional positional that was not given, too
-            return
-        print(f"{option or self.dest.upper()} is {self.new} now; this release takes both", file=sys.stderr, flush=True)
-        setattr(namespace, self.new.lstrip("-").replace("-", "_"), values)
-
-
 # Range checks that schemas share, and the look-alikes of a mistyped name, for error messages. Torch-free.
 
 
@@ -127,9 +102,9 @@ EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001"}
 
 
 def require_positive(key: str, value: float) -> None:
-    """Raise ConfigError unless ``value`` is above zero."""
-    if not value > 0:
-        raise ConfigError(f"{key}={value}", "a number above 0", f"{key}={EXAMPLES.get(key, '1')}")
+    """Raise ConfigError unless ``value`` is above zero and finite."""
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{key}={value}", "a finite number above 0", f"{key}={EXAMPLES.get(key, '1')}")
 
 
 def require_range(key: str, value: float, low: float, high: float) -> None:

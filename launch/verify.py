@@ -15,9 +15,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 import gpt_launch.own_names  # noqa: F401
 from launch.config.compose import workload_of_run
 from launch.errors import CommandParser, refusing
+from launch.runs.events import SavedCheckpoint
 from launch.runs.find import add_paths, find_runs, labels_inside
 from launch.runs.folder import RunFolder
-from launch.runs.identity import SavedCheckpoint
 
 
 def saved(folder: RunFolder, kind: str = "checkpoints") -> list[SavedCheckpoint] | None:

@@ -33,6 +33,16 @@ fi
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
 
+# Outside of a job: check the plan, and print what submits it.
+if [ -z "${SLURM_JOB_ID:-}${SLURM_SUBMIT_DIR:-}" ]; then
+    nodes="${SBATCH_NODES:-$(sed -n 's/^#SBATCH --nodes=\([0-9]*\).*/\1/p' slurm/multi_node.sh)}"
+    gpus="${SBATCH_GPUS_PER_NODE:-$(sed -n 's/^#SBATCH --gpus-per-node=\([^ ]*\).*/\1/p' slurm/multi_node.sh)}"
+    python -m gpt_launch "nodes=$nodes" cluster=slurm launch.check_limits=false dry_run=true \
+        ${gpus:+"cluster.gpus_per_node=${gpus##*:}"} "$@" | sed '/^#!/,$d'
+    printf 'checked, and not submitted; type next: sbatch slurm/multi_node.sh%s\n' "${*:+ $(printf '%q ' "$@")}"
+    exit 0
+fi
+
 # Plan for the nodes of this job, refuse what cannot work, and write the run folder.
 run_dir="$(python -m gpt_launch batch "$@")"
 

@@ -14,7 +14,7 @@ from gpt.checkpoint import folders
 from gpt.checkpoint.manifest import NAME, DamagedError, Manifest, find_damage, read_manifest
 from gpt.checkpoint.target import check_target, target_of
 from launch.errors import ConfigError
-from launch.runs.identity import SavedCheckpoint
+from launch.runs.events import SavedCheckpoint
 
 
 def saved_checkpoints(folder: Path) -> Iterator[SavedCheckpoint]:

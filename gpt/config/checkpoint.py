@@ -56,7 +56,7 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves at the end and when interrupted only. ``30min`` for minutes. ``auto`` for the
     interval that loses least, by what a save has taken and how often the run has failed (Young 1974)."""
     keep_last: int = MISSING
-    """Number of the newest checkpoints to keep."""
+    """Number of the newest checkpoints to keep; keep_every=1 keeps all."""
     keep_every: int = 0
     """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none for good."""
     keep_best: int = 0

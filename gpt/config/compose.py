@@ -19,10 +19,8 @@ from launch.errors import ConfigError
 from launch.runs.compose import composed_with, make_absolute, refuse_unknown, register_schema
 from launch.runs.overrides import (
     PLACE_KEYS,
-    adopt_former_keys,
     append_groups,
     config_groups,
-    tell_former_keys,
     typed_value,
 )
 from launch.runs.refusals import CONFIG_ERRORS, explain
@@ -44,7 +42,6 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
     except CONFIG_ERRORS as error:
         raise explain(error, TrainConfig, overrides) from error
     refuse_unknown(config, TrainConfig)
-    tell_former_keys(adopt_former_keys(config))
     make_paths_absolute(config)
     refuse_two_lengths(config.optim.max_tokens, overrides)
     return config

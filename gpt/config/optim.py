@@ -57,8 +57,6 @@ class OptimConfig:
     """Validation loss, in nats per byte of text, at which the run is over; of any tokenizer whose text is known."""
     patience: Optional[int] = None
     """Evaluations in a row without a lower validation loss after which the run is over (early stopping)."""
-    micro_batch: Optional[int] = None
-    """Former name of max_micro_batch."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""

@@ -24,6 +24,7 @@ def describe_rank(world: World) -> dict[str, Any]:
         "device": str(device),
         "device_name": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
+        "threads_are_set": "OMP_NUM_THREADS" in os.environ,
     }
     if device.type == "cuda":
         record["device_uuid"] = str(torch.cuda.get_device_properties(device).uuid)

@@ -152,6 +152,9 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
     layout = record["topology"]
     topology = " ".join([layout["strategy"], *(f"{k}={v}" for k, v in layout.items() if isinstance(v, int) and v > 1)])
     threads = f"{counted(ranks[0]['threads'], 'thread')} a rank"
+    threads += ", as OMP_NUM_THREADS says" if ranks[0]["threads_are_set"] else ", one for each core"
+    if ranks[0]["threads"] > 1:  # threads wait for each other in every product: one core that is taken delays them all
+        threads += "; OMP_NUM_THREADS=1 is faster where other programs use the cores"
     return {
         "ranks": f"{len(ranks)} on {counted(len(hosts), 'host')} ({shown}), {topology}",
         "devices": named + (f", {min(memory):.0f} GiB each" if memory else f", {threads}"),

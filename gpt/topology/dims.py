@@ -84,7 +84,7 @@ def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
             raise ConfigError(
                 f"parallel.{name}={size} with {world_size} ranks{taken}",
                 f"a divisor of {left}",
-                f"parallel.{name}={nearest_divisor(left, size)}",
+                f"parallel.{name}={nearest_divisor(left, size)}, or {model_ranks * size} ranks in all: nodes={size}",
             )
         model_ranks *= size
     data_ranks = world_size // model_ranks

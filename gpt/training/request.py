@@ -9,7 +9,6 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,10 +29,11 @@ from gpt.topology.rules import check_parallel_dims, require_deepspeed
 from gpt.training.execution import best_precision
 from launch.errors import CommandParser, ConfigError
 from launch.runs import compose
+from launch.runs.events import apply_continuation, plan_continuation, refuse_alive
 from launch.runs.folder import RunFolder
-from launch.runs.identity import apply_continuation, choose_folder, plan_continuation, refuse_alive, refuse_other_run
+from launch.runs.identity import choose_folder, refuse_other_run
 from launch.runs.overrides import without_key
-from launch.runs.refusals import override_of_flag, with_checked_fix
+from launch.runs.refusals import override_of_flag
 
 
 def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> ParallelChoice:
@@ -131,18 +131,8 @@ def parse_request(words: argparse.Namespace) -> Request:
         return Request(compose.read_config(folder, TrainConfig), folder)
     composed = compose_train(words.overrides)
     config = compose.to_schema(composed, TrainConfig)
-    try:
-        config.validate()
-    except ConfigError as error:
-        raise with_checked_fix(error, words.overrides, validate_overrides) from error
-    return Request(config, None, composed, words.overrides)
-
-
-def validate_overrides(overrides: Sequence[str]) -> TrainConfig:
-    """Return the config of overrides; ConfigError where it cannot work, whatever the number of ranks."""
-    config = compose.to_schema(compose_train(overrides), TrainConfig)
     config.validate()
-    return config
+    return Request(config, None, composed, words.overrides)
 
 
 def agree_on_folder(request: Request, world: World) -> RunFolder:
@@ -157,11 +147,7 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
         config = choice.apply(config)
         if config.checkpoint.copy_to is not None:
             check_target(config.checkpoint.copy_to, folder.path)
-        try:
-            refuse_what_cannot_run(config, world.size)
-        except ConfigError as error:
-            check = partial(check_overrides, world_size=world.size)
-            raise with_checked_fix(error, request.overrides, check) from error
+        refuse_what_cannot_run(config, world.size)
         go_on_as_asked(folder, config, world.size)
         request.composed.resume_from = None
         settle_parallel(request.composed, vars(choice.parallel), choice.micro_batch)
@@ -190,11 +176,6 @@ def go_on_as_asked(folder: RunFolder, config: TrainConfig, world_size: int) -> N
     if text := goes_on.text(max_steps):
         print(f"{folder.path}: {text}", flush=True)
     apply_continuation(folder, goes_on, max_steps, saved_checkpoints(folder.checkpoints))
-
-
-def check_overrides(overrides: Sequence[str], world_size: int) -> None:
-    """Raise ConfigError where a run with these overrides cannot work on ``world_size`` ranks."""
-    refuse_what_cannot_run(validate_overrides(overrides), world_size)
 
 
 def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:

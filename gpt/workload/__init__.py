@@ -42,8 +42,8 @@ from gpt.workload.text import (
 from launch.process import hash_seed
 from launch.runs.compose import read_config
 from launch.runs.environment import ROOT, source_files
+from launch.runs.events import SavedCheckpoint
 from launch.runs.folder import RunFolder
-from launch.runs.identity import SavedCheckpoint
 from launch.runs.overrides import typed_key
 from launch.runs.records import step_figures
 from launch.workload import (

@@ -21,10 +21,9 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 
 from launch.agent import node as processes
 from launch.agent.main import on_event
-from launch.agent.node import Node
+from launch.agent.node import Node, RunContext
 from launch.agent.outcome import apply_decision, cause_of_stop, requeue, wait_for_controller
 from launch.agent.policy import WANTED, Action, Cause, RunFailedError, hosts_to_avoid, points_beside
-from launch.config import Config
 from launch.config.compose import read_point
 from launch.errors import CommandParser, refusing
 from launch.runs.events import events_since_submission
@@ -36,12 +35,13 @@ KILLED = 128
 """Exit statuses above are those of a process that a signal has ended."""
 
 
-def settle(folder: RunFolder, node: Node, config: Config, status: int) -> int:
+def requeue_unless_ended(context: RunContext, status: int) -> int:
     """Requeue the job where its agents were killed in the middle, and return the exit status of the batch script.
 
     Raises:
-        RunFailedError: the run does not go on, and the event log says why.
+        RunFailedError: the run ends here, and the event log has the reason.
     """
+    folder, node = context.folder, context.node
     wait_for_agents(folder, node)
     events = events_of(folder, node)
     ends = [e for e in events if e["event"] == "attempt_ended"]
@@ -54,10 +54,10 @@ def settle(folder: RunFolder, node: Node, config: Config, status: int) -> int:
     if action is Action.requeue:  # decided by an agent that was killed before Slurm knew
         decided = next(e for e in reversed(events) if e["event"] == "decided")
         avoid = hosts_to_avoid(events, points_beside(folder))
-        requeue(folder, node, config, Cause(decided["cause"]), avoid)
+        requeue(context, Cause(decided["cause"]), avoid)
         return status
-    attempt, cause = cut_short(folder, node, config, events)
-    apply_decision(folder, node, config, attempt, cause, f"srun ended with exit status {status}", in_step=False)
+    attempt, cause = cut_short(context, events)
+    apply_decision(context, attempt, cause, f"srun ended with exit status {status}", in_step=False)
     return 0 if cause in WANTED else status
 
 
@@ -108,9 +108,7 @@ def still_runs(folder: RunFolder, node: Node) -> bool:
     return job.state == "RUNNING" and job.restarts == node.restarts
 
 
-def cut_short(
-    folder: RunFolder, node: Node, config: Config, events: Sequence[dict[str, Any]]
-) -> tuple[int | None, Cause]:
+def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[int | None, Cause]:
     """The attempt that was killed, None where the ranks had not started, and the cause of its end."""
     names = {e["event"] for e in events}
     ended = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
@@ -118,9 +116,9 @@ def cut_short(
     attempt = running[-1] if running else None
     if "budget_reached" in names:
         return attempt, Cause.budget
-    by_hand = any(e["event"] == "cancelled" for e in events_since_submission(folder.read_events()))
+    by_hand = any(e["event"] == "cancelled" for e in context.events())
     if by_hand or "signalled" in names or "agent_stopped" in names:
-        return attempt, cause_of_stop(folder, node, config, attempt)
+        return attempt, cause_of_stop(context, attempt)
     return attempt, Cause.node_failed
 
 
@@ -145,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = read_point(folder)
     try:
         with on_event(folder, config):
-            return settle(folder, node, config, args.status)
+            return requeue_unless_ended(RunContext(folder, node, config), args.status)
     except (RunFailedError, scheduler.SlurmError) as error:
         print(error, file=sys.stderr)
         return args.status

@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launch.agent.health import HeadNodeLostError, LostNode, NodesMissingError, SickNodesError
-from launch.agent.node import Node, StopRequest
+from launch.agent.node import AgentContext, Node, RunContext, StopRequest
 from launch.agent.outcome import (
     close_lost_attempts,
     end_lost_agents,
@@ -44,11 +45,6 @@ from launch.runs.folder import RunFolder, is_event
 from launch.runs.progress import NewLines
 from launch.worker import STORE_PREFIX
 from launch.worker.memory_store import MemoryStore
-
-if TYPE_CHECKING:
-    from launch.agent.fork_server import ForkServer
-    from launch.agent.rendezvous import AgentGroup
-
 
 # The user's command at events of a run (``launch.on_event``): run in the background, one after another.
 
@@ -254,38 +250,36 @@ def run(run_dir: str) -> None:
             rendezvous.join(folder, node, config) as group,
         ):
             lost = group.lost
-            work_in_group(folder, node, config, group, stop, meter, server, store)
+            work_in_group(AgentContext(folder, node, config, group, stop, meter, server, store))
     except InterruptedError as error:
         with on_event(folder, config, node.is_head):
-            handle_early_stop(folder, node, config, str(error))
+            handle_early_stop(RunContext(folder, node, config), str(error))
     finally:
-        end_lost_agents(folder, node, lost.values())
+        end_lost_agents(RunContext(folder, node, config), lost.values())
         os.umask(0o077)  # what follows is submitit's pickle of the result
 
 
-def work_in_group(
-    folder: RunFolder, node: Node, config: Config, group: AgentGroup, stop: StopRequest, meter: Meter,
-    server: ForkServer | None, store: MemoryStore,
-) -> None:  # fmt: skip
-    """Start the ranks as long as there are nodes for them; the head node tells the others of the end, and of a failure.
+def work_in_group(context: AgentContext) -> None:
+    """Start the ranks as long as there are nodes for them. The head node sends the end, and a failure, to the others.
 
     Raises:
         RunFailedError, ConfigError: as ``run``.
     """
+    node, group, stop = context.node, context.group, context.stop
     failure: str | None = None
     try:
         if node.is_head:
-            refuse_without_budget(meter)
-            close_lost_attempts(folder, node, config)
-        start_repeatedly(folder, node, config, group, stop, meter, server, store)
+            refuse_without_budget(context.meter)
+            close_lost_attempts(context)
+        start_repeatedly(context)
     except NodesMissingError as error:
-        handle_missing_nodes(folder, node, config, group, str(error))
+        handle_missing_nodes(context, str(error))
     except SickNodesError as error:
-        handle_sick_nodes(folder, node, config, error.sick)
+        handle_sick_nodes(context, error.sick)
     except HeadNodeLostError as error:
         stop.interruptible = False
-        with on_event(folder, config):
-            take_over_as_leader(folder, node, config, str(error), group.announced_attempt)
+        with on_event(context.folder, context.config):
+            take_over_as_leader(context, str(error), group.announced_attempt)
     except (RunFailedError, ConfigError) as error:
         failure = str(error)
         raise
@@ -295,17 +289,15 @@ def work_in_group(
             group.end(failure)
 
 
-def start_repeatedly(
-    folder: RunFolder, node: Node, config: Config, group: AgentGroup, stop: StopRequest, meter: Meter,
-    server: ForkServer | None, store: MemoryStore,
-) -> None:  # fmt: skip
+def start_repeatedly(context: AgentContext) -> None:
     """Start the ranks again and again, as the head node decides; a spare waits for its turn."""
     from launch.agent import ranks
 
+    folder, node, group, stop = context.folder, context.node, context.group, context.stop
     for number in itertools.count():
         stop.interruptible = True
         if node.is_head:
-            refuse_replaced(folder, node)
+            refuse_replaced(context)
         avoid = unreliable_hosts(folder.read_events(), points_beside(folder)) if node.is_head else {}
         rdzv = group.next_round(number, avoid)
         if rdzv is None:
@@ -313,11 +305,12 @@ def start_repeatedly(
         if node.index not in rdzv.members:
             continue
         stop.interruptible = False  # the nodes leave together from here on
-        sized = config.with_nodes(len(rdzv.members))  # by which the ranks of this start are counted
-        problem = ranks.run_ranks(folder, node, sized, group, rdzv, stop, meter, server, store)
+        # The ranks of this start are counted by the nodes that take part in it.
+        sized = replace(context, config=context.config.with_nodes(len(rdzv.members)))
+        problem = ranks.run_ranks(sized, rdzv)
         ended = observed_end(folder, rdzv.attempt, problem, stop)
         if node.is_head:
-            if handle_attempt_end(folder, node, config, group, rdzv, ended, stop).action is not Action.restart:
+            if handle_attempt_end(context, rdzv, ended).action is not Action.restart:
                 return
         elif ended not in (Cause.crashed, Cause.requested):
             return

@@ -12,8 +12,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
+from launch.config import Config
+from launch.runs.events import events_since_submission
+from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
+
+if TYPE_CHECKING:
+    from launch.agent.fork_server import ForkServer
+    from launch.agent.policy import Meter
+    from launch.agent.rendezvous import AgentGroup
+    from launch.worker.memory_store import MemoryStore
 
 # A clock that stands still while the process does, by which silence of others is measured. Torch-free.
 
@@ -241,3 +251,40 @@ def interface_of(address: str) -> str | None:
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return None
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The run that an agent works for, and the node that the agent runs on."""
+
+    folder: RunFolder
+    node: Node
+    config: Config
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the event log since the last submission."""
+        return events_since_submission(self.folder.read_events())
+
+    def record(self, event: str, **details: Any) -> None:
+        """Append an event to the event log."""
+        self.folder.record_event(event, **details)
+
+    def alone(self) -> RunContext:
+        """Return the context without the other agents, for a decision that must not restart the ranks in place."""
+        return RunContext(self.folder, self.node, self.config)
+
+
+@dataclass(frozen=True)
+class AgentContext(RunContext):
+    """All that the parts of a running agent share."""
+
+    group: AgentGroup
+    """The agents of the job."""
+    stop: StopRequest
+    """The request to stop that this agent has received."""
+    meter: Meter
+    """The use of the allocation, and its budget."""
+    server: ForkServer | None
+    """Forks the ranks; None where ranks are executed."""
+    store: MemoryStore
+    """Checkpoints in the memory of this node."""

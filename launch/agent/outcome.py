@@ -16,7 +16,7 @@ from launch.agent.health import (
     record_lost_nodes,
     record_sick_nodes,
 )
-from launch.agent.node import STOP_FILE, Node, StopRequest
+from launch.agent.node import STOP_FILE, AgentContext, Node, RunContext, StopRequest
 from launch.agent.policy import (
     BUDGET,
     LEAVES_THE_NODES,
@@ -36,11 +36,10 @@ from launch.agent.policy import (
     points_beside,
     reasons,
 )
-from launch.config import Config
 from launch.config.compose import workload_of
 from launch.errors import ConfigError
 from launch.runs.environment import DUMP_FILE, dumped_ranks
-from launch.runs.events import events_since_submission, failure_text, first_failure
+from launch.runs.events import failure_text, first_failure
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.slurm import client as scheduler
@@ -83,29 +82,27 @@ def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
         return answer
 
 
-def cause_of_stop(folder: RunFolder, node: Node, config: Config, attempt: int | None) -> Cause:
+def cause_of_stop(context: RunContext, attempt: int | None) -> Cause:
     """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals.
 
     Raises:
         RunFailedError: the controller does not know the job, or did not answer for hours.
     """
-    events = events_since_submission(folder.read_events())
+    events = context.events()
     by_hand = any(e["event"] == "cancelled" for e in events)
     by_file = any(e["event"] == "stopped" and e.get("attempt") == attempt and e.get("file") for e in events)
-    if by_hand or by_file or not node.is_slurm:
+    if by_hand or by_file or not context.node.is_slurm:
         return Cause.cancelled
     signalled_at = time.time()  # the answer may come much later
     try:
-        job = wait_for_controller(folder, lambda: scheduler.job_details(node.slurm_job))
+        job = wait_for_controller(context.folder, lambda: scheduler.job_details(context.node.slurm_job))
     except scheduler.SlurmError as error:
-        raise failed_to_requeue(folder, node, "told to stop", str(error)) from error
-    return cause_of_signal(job, node.restarts, config.cluster.signal_delay_s, signalled_at)
+        raise failed_to_requeue(context, "told to stop", str(error)) from error
+    return cause_of_signal(job, context.node.restarts, context.config.cluster.signal_delay_s, signalled_at)
 
 
 def requeue(
-    folder: RunFolder,
-    node: Node,
-    config: Config,
+    context: RunContext,
     cause: Cause,
     exclude: Mapping[str, str] = NO_HOSTS,
     text: str = "",
@@ -119,54 +116,54 @@ def requeue(
     Raises:
         RunFailedError: there is no queue, ``resilience.requeue=false``, or Slurm refused.
     """
-    if not node.is_slurm or not config.resilience.requeue:
-        why = "there is no queue here" if not node.is_slurm else "resilience.requeue=false"
-        raise failed_to_requeue(folder, node, text or cause, f"{cause}, and {why}")
+    if not context.node.is_slurm or not context.config.resilience.requeue:
+        why = "there is no queue here" if not context.node.is_slurm else "resilience.requeue=false"
+        raise failed_to_requeue(context, text or cause, f"{cause}, and {why}")
     told = False
 
     def put_back() -> None:
         nonlocal told
-        by_slurm = scheduler.job_details(node.slurm_job).restarts > node.restarts
+        by_slurm = scheduler.job_details(context.node.slurm_job).restarts > context.node.restarts
         if not told:
             # First the event log: Slurm may kill this process as soon as it has heard of the requeue.
             by = "slurm" if by_slurm else "agent"
-            folder.record_event("requeued", job_id=node.slurm_job, by=by, cause=cause)
+            context.record("requeued", job_id=context.node.slurm_job, by=by, cause=cause)
             told = True
         if not by_slurm:  # nor done by a question whose answer was lost
-            scheduler.requeue(node.slurm_job)
+            scheduler.requeue(context.node.slurm_job)
 
     try:
-        wait_for_controller(folder, put_back)
+        wait_for_controller(context.folder, put_back)
     except scheduler.SlurmError as error:
-        raise failed_to_requeue(folder, node, text or cause, f"Slurm did not requeue it: {error}") from error
+        raise failed_to_requeue(context, text or cause, f"Slurm did not requeue it: {error}") from error
     if exclude:
-        keep_away(folder, node, config, exclude)
+        keep_away(context, exclude)
 
 
-def failed_to_requeue(folder: RunFolder, node: Node, text: str, why: str) -> RunFailedError:
+def failed_to_requeue(context: RunContext, text: str, why: str) -> RunFailedError:
     """Enter into the event log why a run that should go on does not, and return the error that says so."""
-    folder.record_event("requeue_failed", job_id=node.slurm_job or None, cause=why)
+    context.record("requeue_failed", job_id=context.node.slurm_job or None, cause=why)
     return RunFailedError(f"{text}\nnot started again: {why}")
 
 
-def keep_away(folder: RunFolder, node: Node, config: Config, hosts: Mapping[str, str]) -> None:
+def keep_away(context: RunContext, hosts: Mapping[str, str]) -> None:
     """Have Slurm exclude hosts from the job that was just requeued, where it then still has nodes to run on."""
 
     def exclude() -> str | None:
-        left = scheduler.usable_nodes(node.slurm_job) - set(hosts)
-        if len(left) < config.nodes_asked:
-            return f"only {len(left)} nodes of its partition would be left, and it needs {config.nodes_asked}"
-        scheduler.exclude(node.slurm_job, list(hosts))
+        left = scheduler.usable_nodes(context.node.slurm_job) - set(hosts)
+        if len(left) < context.config.nodes_asked:
+            return f"only {len(left)} nodes of its partition would be left, and it needs {context.config.nodes_asked}"
+        scheduler.exclude(context.node.slurm_job, list(hosts))
         return None
 
     try:
-        why_not = wait_for_controller(folder, exclude)
+        why_not = wait_for_controller(context.folder, exclude)
     except scheduler.SlurmError as error:
         why_not = str(error)
     if why_not is None:
-        folder.record_event("excluded", hosts=list(hosts), job_id=node.slurm_job, cause=reasons(hosts))
+        context.record("excluded", hosts=list(hosts), job_id=context.node.slurm_job, cause=reasons(hosts))
     else:
-        folder.record_event("not_excluded", hosts=list(hosts), cause=f"{why_not} ({reasons(hosts)})")
+        context.record("not_excluded", hosts=list(hosts), cause=f"{why_not} ({reasons(hosts)})")
 
 
 # Handling of the end of an attempt: the cause in the event log, and a restart, a requeue, or the end of the run.
@@ -179,38 +176,39 @@ def refuse_without_budget(meter: Meter) -> None:
         raise RunFailedError(f"not started: {why}")
 
 
-def handle_early_stop(folder: RunFolder, node: Node, config: Config, why: str) -> None:
+def handle_early_stop(context: RunContext, why: str) -> None:
     """Told to stop while there were no ranks here: nothing is to be saved, but a preempted job must come back."""
-    if node.is_head:
-        folder.record_event("agent_stopped", node=node.index, cause=why)
-        cause = cause_of_stop(folder, node, config, attempt=None)
+    if context.node.is_head:
+        context.record("agent_stopped", node=context.node.index, cause=why)
+        cause = cause_of_stop(context, attempt=None)
         if cause in LEAVES_THE_NODES:
-            record_decision(folder, None, cause, Decision(Action.requeue, f"{cause} before the ranks had started"))
-            requeue(folder, node, config, cause)
+            decision = Decision(Action.requeue, f"{cause} before the ranks had started")
+            record_decision(context.folder, None, cause, decision)
+            requeue(context, cause)
 
 
-def close_lost_attempts(folder: RunFolder, node: Node, config: Config) -> None:
+def close_lost_attempts(context: RunContext) -> None:
     """Enter the end of an attempt that was killed with its job, before this start of the job goes on from it.
 
     Raises:
         RunFailedError: the limits are used up.
     """
-    events = events_since_submission(folder.read_events())
+    events = context.events()
     ended = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
     lost = [e["attempt"] for e in events if e["event"] == "started" and e["attempt"] not in ended]
     moved = any(e["event"] == "moved" for e in events)  # a preempted run that waited for long: another job goes on
-    if not lost or not (node.restarts or moved):
+    if not lost or not (context.node.restarts or moved):
         return
     told = any(e["event"] == "signalled" and e.get("attempt") == lost[-1] for e in events)
     cause = Cause.preempted if told else Cause.node_failed
     saved = [e["step"] for e in events if e["event"] == "saved"]
     reason = f"killed before it could save; goes on from step {max(saved, default=0)}"
-    before = [e["job"] for e in events if e["event"] == "agent_started" and e["job"] != node.job]
-    job = before[-1] if before else node.job
-    record_attempt_end(folder, job, lost[-1], cause, reason=reason)
-    decision = decide_next(folder, config, cause)
+    before = [e["job"] for e in events if e["event"] == "agent_started" and e["job"] != context.node.job]
+    job = before[-1] if before else context.node.job
+    record_attempt_end(context.folder, job, lost[-1], cause, reason=reason)
+    decision = decide_next(context, cause)
     if decision.action is Action.stop:
-        record_decision(folder, lost[-1], cause, decision)
+        record_decision(context.folder, lost[-1], cause, decision)
         raise RunFailedError(f"not started again: {decision.reason}")
 
 
@@ -231,11 +229,11 @@ def record_decision(folder: RunFolder, attempt: int | None, cause: Cause, decisi
     folder.record_event("decided", attempt=attempt, action=decision.action, cause=cause, reason=decision.reason)
 
 
-def decide_next(folder: RunFolder, config: Config, cause: Cause) -> Decision:
+def decide_next(context: RunContext, cause: Cause) -> Decision:
     """Decide what follows an attempt whose end, for ``cause``, is the last thing in the event log."""
-    limits = config.resilience
-    resumes = workload_of(config).contract(config, config.world_size).resumes
-    events = events_since_submission(folder.read_events())
+    limits = context.config.resilience
+    resumes = workload_of(context.config).contract(context.config, context.config.world_size).resumes
+    events = context.events()
     return decide(
         events, cause, limits.max_restarts, limits.max_without_progress, resumes, forgive_after_s=limits.forgive_after_s
     )
@@ -258,38 +256,36 @@ def observed_end(folder: RunFolder, attempt: int, problem: str | None, stop: Sto
     return Cause.crashed
 
 
-def handle_attempt_end(
-    folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound, ended: Cause,
-    stop: StopRequest,
-) -> Decision:  # fmt: skip
+def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Cause) -> Decision:
     """On the head node: find the cause, decide, and put the job back into the queue if need be.
 
     Raises:
         RunFailedError: the run does not go on although it did not finish, and nobody asked for that.
     """
-    refuse_replaced(folder, node)
-    refuse_settled(folder, node, rdzv.attempt)
+    refuse_replaced(context)
+    refuse_settled(context, rdzv.attempt)
+    group, stop = context.group, context.stop
     failure = None
     cause = ended
     if ended is Cause.cancelled:
-        record_unsaved_stop(folder, rdzv.attempt, stop)
-        cause = Cause.budget if stop.name == BUDGET else cause_of_stop(folder, node, config, rdzv.attempt)
+        record_unsaved_stop(context.folder, rdzv.attempt, stop)
+        cause = Cause.budget if stop.name == BUDGET else cause_of_stop(context, rdzv.attempt)
     elif ended is Cause.crashed:
-        failure = first_failure(folder.read_events(), rdzv.attempt)
-        record_dumps(folder, rdzv.attempt)
-        cause = cause_of_crash(folder, group, rdzv, failure)
+        failure = first_failure(context.folder.read_events(), rdzv.attempt)
+        record_dumps(context.folder, rdzv.attempt)
+        cause = cause_of_crash(context.folder, group, rdzv, failure)
     text = lost_text(group.lost.values()) if cause is Cause.node_failed else failure_text(failure) if failure else ""
-    return apply_decision(folder, node, config, rdzv.attempt, cause, text, signal=stop.name or None, group=group)
+    return apply_decision(context, rdzv.attempt, cause, text, signal=stop.name or None)
 
 
-def refuse_replaced(folder: RunFolder, node: Node) -> None:
+def refuse_replaced(context: RunContext) -> None:
     """Raise RunFailedError where Slurm has started the job elsewhere while this node was cut off from it.
 
     Two agents that both think the run theirs would start it again and again under each other's hands.
     """
-    starts = [e["job"] for e in folder.read_events() if e["event"] == "agent_started"]
-    if starts and starts[-1] != node.job:
-        raise RunFailedError(f"{starts[-1]} works on this run now; {node.job} was left over")
+    starts = [e["job"] for e in context.folder.read_events() if e["event"] == "agent_started"]
+    if starts and starts[-1] != context.node.job:
+        raise RunFailedError(f"{starts[-1]} works on this run now; {context.node.job} was left over")
 
 
 def cause_of_crash(
@@ -305,95 +301,103 @@ def cause_of_crash(
 
 
 def apply_decision(
-    folder: RunFolder, node: Node, config: Config, attempt: int | None, cause: Cause, text: str, *,
-    signal: str | None = None, group: AgentGroup | None = None, in_step: bool = True,
+    context: RunContext, attempt: int | None, cause: Cause, text: str, *, signal: str | None = None,
+    in_step: bool = True,
 ) -> Decision:  # fmt: skip
-    """Enter the end of an attempt, decide what follows, and do it.
+    """Record the end of an attempt, decide what follows, and do it.
 
     Args:
-        text: says for people what went wrong.
-        group: the agents, where they may start the ranks again in place.
-        in_step: False after the step has ended, where none can.
+        context: an AgentContext where the agents can start the ranks again in place.
+        attempt: None where the ranks had not started.
+        cause: of the end.
+        text: what went wrong, for people.
+        signal: name of the signal that stopped the ranks.
+        in_step: False after Slurm's step has ended, where nothing can start in place.
 
     Raises:
-        RunFailedError: the run does not go on although it did not finish, and nobody asked for that; or another agent
-            has decided already.
+        RunFailedError: the run ends without being finished, and no user requested that; or another agent has decided.
     """
-    refuse_settled(folder, node, attempt)
-    record_attempt_end(folder, node.job, attempt, cause, signal=signal, reason=None if in_step else text)
-    events = events_since_submission(folder.read_events())
-    decision = decide_next(folder, config, cause)
-    if decision.action is Action.requeue and cause is Cause.requested and not node.is_slurm:
+    group = context.group if isinstance(context, AgentContext) else None
+    refuse_settled(context, attempt)
+    record_attempt_end(
+        context.folder, context.node.job, attempt, cause, signal=signal, reason=None if in_step else text
+    )
+    events = context.events()
+    decision = decide_next(context, cause)
+    if decision.action is Action.requeue and cause is Cause.requested and not context.node.is_slurm:
         decision = Decision(Action.restart, f"{decision.reason}; there is no queue here")
     if decision.action is Action.restart and (group is None or not group.can_go_on):
         why = "too few nodes are left to start again here" if in_step else "its step has ended"
         decision = Decision(Action.requeue, f"{decision.reason}; {why}")
-    elif decision.action is Action.restart and group is not None and (left := group.next_size or 0) < config.nodes:
-        decision = Decision(decision.action, f"{decision.reason}; {left} of {config.nodes} nodes go on")
-    record_decision(folder, attempt, cause, decision)
+    elif decision.action is Action.restart and group is not None:
+        left, wanted = group.next_size or 0, context.config.nodes
+        if left < wanted:
+            decision = Decision(decision.action, f"{decision.reason}; {left} of {wanted} nodes go on")
+    record_decision(context.folder, attempt, cause, decision)
     if decision.action is Action.requeue:
-        requeue(folder, node, config, cause, hosts_to_avoid(events, points_beside(folder)), text)
+        requeue(context, cause, hosts_to_avoid(events, points_beside(context.folder)), text)
     if decision.action is Action.stop and cause not in WANTED:
         raise RunFailedError(f"{text or f'the run was {cause}'}\nnot started again: {decision.reason}")
     return decision
 
 
-def refuse_settled(folder: RunFolder, node: Node, attempt: int | None) -> None:
+def refuse_settled(context: RunContext, attempt: int | None) -> None:
     """Raise RunSettledError where another agent, which took this one for lost, has entered the end of the attempt."""
-    for end in attempt_ends(events_since_submission(folder.read_events())):
-        if end.get("job") == node.job and end["attempt"] == attempt:
+    for end in attempt_ends(context.events()):
+        if end.get("job") == context.node.job and end["attempt"] == attempt:
             name = "this start of the job" if attempt is None else f"attempt {attempt}"
             raise RunSettledError(f"another agent has entered the end of {name}, {end['cause']}, and decides")
 
 
-def handle_missing_nodes(folder: RunFolder, node: Node, config: Config, group: AgentGroup, why: str) -> None:
+def handle_missing_nodes(context: AgentContext, why: str) -> None:
     """On the head node: there are too few nodes left for a round.
 
     Raises:
         RunFailedError: the job cannot be requeued, or its limits are used up.
     """
-    known = {e["host"] for e in events_since_submission(folder.read_events()) if e["event"] == "node_lost"}
-    record_lost_nodes(folder, None, [lost for lost in group.lost.values() if lost.host not in known])
-    apply_decision(
-        folder, node, config, None, Cause.node_failed, f"{lost_text(group.lost.values())}: {why}", group=group
-    )
+    known = {e["host"] for e in context.events() if e["event"] == "node_lost"}
+    lost = context.group.lost.values()
+    record_lost_nodes(context.folder, None, [one for one in lost if one.host not in known])
+    apply_decision(context, None, Cause.node_failed, f"{lost_text(lost)}: {why}")
 
 
-def handle_sick_nodes(folder: RunFolder, node: Node, config: Config, sick: Sequence[SickNode]) -> None:
+def handle_sick_nodes(context: RunContext, sick: Sequence[SickNode]) -> None:
     """On the head node: too few of the nodes are healthy for a start. The queue may have others.
 
     Raises:
         RunFailedError: it has none, all nodes are sick alike, or its limits are used up.
     """
-    record_sick_nodes(folder, None, sick)
+    record_sick_nodes(context.folder, None, sick)
     hosts = ",".join(sorted({one.host for one in sick}))
-    leave = f"cluster.exclude={hosts}, or spare_nodes=1; " if node.is_slurm else ""
+    leave = f"cluster.exclude={hosts}, or spare_nodes=1; " if context.node.is_slurm else ""
     refusal = ConfigError(
         "; ".join(f"node {one.host} is sick: {describe(one.faults)}" for one in sick),
-        f"{config.resilience.min_nodes or config.nodes} healthy nodes, the first of the job among them",
+        f"{context.config.resilience.min_nodes or context.config.nodes} healthy nodes, the first of the job among them",
         f"{leave}resilience.health_check.enabled=false starts the ranks all the same",
     )
-    folder.record_event("start_refused", cause=str(refusal))
+    context.record("start_refused", cause=str(refusal))
     # What every node finds is the check's own fault, or that of a filesystem they share: so would other nodes.
-    is_everywhere = len(sick) == node.count > 1 or all(fault.is_shared for one in sick for fault in one.faults)
-    apply_decision(folder, node, config, None, Cause.refused if is_everywhere else Cause.node_failed, str(refusal))
+    is_everywhere = len(sick) == context.node.count > 1 or all(fault.is_shared for one in sick for fault in one.faults)
+    cause = Cause.refused if is_everywhere else Cause.node_failed
+    apply_decision(context.alone(), None, cause, str(refusal))
 
 
-def end_lost_agents(folder: RunFolder, node: Node, lost: Collection[LostNode]) -> None:
+def end_lost_agents(context: RunContext, lost: Collection[LostNode]) -> None:
     """On the head node, where the run is over: have Slurm end the step, with agents from which nothing was heard.
 
     One that is stopped, or hangs in its kernel, never learns that the run is over, and would hold all nodes of the job
     to its time limit: srun waits for every agent.
     """
-    decided = [e for e in events_since_submission(folder.read_events()) if e["event"] == "decided"]
+    node = context.node
+    decided = [e for e in context.events() if e["event"] == "decided"]
     if not (node.is_head and node.is_slurm and lost and decided and decided[-1]["action"] == Action.stop):
         return
     hosts = [one.host for one in lost]
-    folder.record_event("step_ended", job=node.job, hosts=hosts, cause=lost_text(lost))  # this agent is ended with it
+    context.record("step_ended", job=node.job, hosts=hosts, cause=lost_text(lost))  # this agent ends with the step
     try:
         scheduler.cancel(node.slurm_step)
     except scheduler.SlurmError as error:
-        folder.record_event("step_not_ended", job=node.job, hosts=hosts, cause=str(error))
+        context.record("step_not_ended", job=node.job, hosts=hosts, cause=str(error))
 
 
 def record_unsaved_stop(folder: RunFolder, attempt: int, stop: StopRequest) -> None:
@@ -420,7 +424,7 @@ TAKE_OVER_S = 3.0
 """Time that each node leaves to the one before it."""
 
 
-def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str, known: int | None) -> None:
+def take_over_as_leader(context: RunContext, why: str, known: int | None) -> None:
     """On another node: the head node, which decides, is lost. The next node that is there puts the job into the queue.
 
     Args:
@@ -429,21 +433,22 @@ def take_over_as_leader(folder: RunFolder, node: Node, config: Config, why: str,
     Raises:
         RunFailedError: always where this node could do nothing more; the job's end is the head node's.
     """
-    time.sleep(TAKE_OVER_S * (node.index - 1))  # those before this one come first
-    if not node.is_slurm:
-        raise RunFailedError(f"the head node, {node.host_of(0)}, is lost: {why}")
-    events = events_since_submission(folder.read_events())
-    if is_given_up(events, node):
-        raise RunFailedError(f"{node.host} was cut off, and the others go on without it: {why}")
-    attempt = orphaned_attempt(events, node, known)
-    folder.record_event("node_lost", attempt=attempt, node=0, host=node.host_of(0), cause=why)
+    time.sleep(TAKE_OVER_S * (context.node.index - 1))  # those before this one come first
+    if not context.node.is_slurm:
+        raise RunFailedError(f"the head node, {context.node.host_of(0)}, is lost: {why}")
+    events = context.events()
+    if is_given_up(events, context.node):
+        raise RunFailedError(f"{context.node.host} was cut off, and the others go on without it: {why}")
+    attempt = orphaned_attempt(events, context.node, known)
+    context.record("node_lost", attempt=attempt, node=0, host=context.node.host_of(0), cause=why)
     try:
-        apply_decision(folder, node, config, attempt, Cause.node_failed, f"node {node.host_of(0)} is lost: {why}")
+        text = f"node {context.node.host_of(0)} is lost: {why}"
+        apply_decision(context.alone(), attempt, Cause.node_failed, text)
     except RunSettledError:
         raise
     except RunFailedError:
         # Nobody else would end what is left of the job.
-        wait_for_controller(folder, lambda: scheduler.cancel(node.slurm_job))
+        wait_for_controller(context.folder, lambda: scheduler.cancel(context.node.slurm_job))
         raise
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen
@@ -32,10 +32,8 @@ from launch.agent.exchange import POLL_S, SignedStore, derive, quick_s
 from launch.agent.fork_server import ForkedProcess, ForkServer
 from launch.agent.gpus import gpu_telemetry
 from launch.agent.health import RendezvousRound
-from launch.agent.node import Node, StopRequest, interface_of
-from launch.agent.policy import Meter
+from launch.agent.node import AgentContext, Node, StopRequest, interface_of
 from launch.agent.records import RankRecords
-from launch.agent.rendezvous import AgentGroup
 from launch.agent.watch import Watch
 from launch.config import Config
 from launch.config.compose import workload_of
@@ -44,7 +42,6 @@ from launch.runs import heartbeat
 from launch.runs.environment import set_defaults, set_dump_file, visible_gpus
 from launch.runs.folder import RunFolder, read_plan
 from launch.worker import STORE_PREFIX
-from launch.worker.memory_store import MemoryStore
 from launch.workload import CodeTree, RankCommand, RankContract
 
 # Torch elastic behind one door: the agent that starts and watches the ranks of a node, and all that it is handed.
@@ -196,47 +193,37 @@ class OneLogEach(LogsSpecs):
 class RankAgent(LocalElasticAgent):
     """Elastic's agent, with a callback at every poll of the ranks."""
 
-    def __init__(
-        self,
-        spec: WorkerSpec,
-        logs: LogsSpecs,
-        on_poll: Callable[[RankAgent], None],
-        contract: RankContract,
-        grace_s: float,
-        departures: Departures,
-        fork: Callable[[Mapping[str, str]], ForkedProcess | None],
-        cpus: Sequence[Collection[int]] | None = None,
-    ) -> None:
-        """Start nothing yet.
+    def __init__(self, spec: WorkerSpec, logs: LogsSpecs, contract: RankContract, grace_s: float) -> None:
+        """Start nothing yet; the attributes without a value are set before ``run``.
 
         Args:
             spec: program of a rank, and how many there are.
             logs: where elastic may write.
-            on_poll: called at every poll.
-            contract: by which exit status ranks ask for the queue.
-            grace_s: how long ranks that do so wait for the others.
-            departures: tells whether the ranks of all nodes have left.
-            fork: gives the process of a rank with this environment; None where the program is to be executed.
-            cpus: to which each rank is bound, by local rank; None binds none.
+            contract: by which exit status ranks request to be requeued.
+            grace_s: seconds for which ranks that do so wait for the others.
         """
         super().__init__(spec, logs)
-        self._departures = departures
-        self._on_poll = on_poll
-        self._fork = fork
-        self._cpus = cpus
         self._requeue_exit = contract.requeue_exit
         self._grace_s = grace_s
         self._first_exit: float | None = None
+        self.on_poll: Callable[[RankAgent], None]
+        """Called at every poll."""
+        self.departures: Departures
+        """Reports whether the ranks of all nodes have left."""
+        self.fork: Callable[[Mapping[str, str]], ForkedProcess | None]
+        """Gives the process of a rank with this environment; None where the program is to be executed."""
+        self.cpus: Sequence[Collection[int]] | None = None
+        """CPUs that each rank is bound to, by local rank; None binds none."""
         self.killed: set[int] = set()
-        """Ranks that were ended from here: their end explains nothing."""
+        """Ranks that this agent ended: their end explains nothing."""
         self.is_given_up = False
         """True where nothing is to be waited for any more: another node has failed, or is lost."""
         self.asks_for_requeue = False
-        """True where ranks have left with the exit status that means: saved, put me back into the queue."""
+        """True where ranks have left with the exit status that means: saved, requeue the job."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         """Start the ranks, by forks where there are some: elastic makes their handlers by a function of its module."""
-        fork, original, cpus = self._fork, elastic_processes.get_subprocess_handler, self._cpus
+        fork, original, cpus = self.fork, elastic_processes.get_subprocess_handler, self.cpus
 
         class Handler(SubprocessHandler):
             def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Popen[bytes] | ForkedProcess:  # type: ignore[override]
@@ -255,7 +242,7 @@ class RankAgent(LocalElasticAgent):
             elastic_processes.get_subprocess_handler = original
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        self._on_poll(self)
+        self.on_poll(self)
         codes = self._exit_codes()
         if self._wait_for_others(codes):
             return RunResult(state=WorkerState.HEALTHY)
@@ -273,9 +260,9 @@ class RankAgent(LocalElasticAgent):
         says nothing: the run then counted as finished.
         """
         with contextlib.suppress(dist.DistError):  # the head node knows how it ended, and has closed its store
-            self._departures.leave()
-            while not self.is_given_up and not self._departures.is_complete():
-                self._on_poll(self)
+            self.departures.leave()
+            while not self.is_given_up and not self.departures.is_complete():
+                self.on_poll(self)
                 time.sleep(POLL_S)
 
     def _exit_codes(self) -> list[int | None]:
@@ -378,73 +365,79 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.split(",")[node.index * each : (node.index + 1) * each])
 
 
-def describe_run(
-    config: Config, folder: RunFolder, group: AgentGroup, rdzv: RendezvousRound, command: RankCommand,
-    heartbeats: Path, store: MemoryStore,
-) -> None:  # fmt: skip
-    """Set what ranks learn of their run, and what their workload wants in their environment."""
+@dataclass(frozen=True)
+class Round:
+    """One start of this node's ranks: who takes part, and the program that they run."""
+
+    rdzv: RendezvousRound
+    workload: str
+    """Name of the workload."""
+    command: RankCommand
+    contract: RankContract
+    """What the ranks record themselves, and the signals and exit statuses that they understand."""
+    tree: CodeTree
+    """The code that the ranks run."""
+    heartbeats: Path
+    """Folder of the ranks' heartbeat files, empty at the start."""
+
+
+def describe_run(context: AgentContext, start: Round) -> None:
+    """Set the variables by which ranks find their run, and those that their workload wants."""
+    folder, group, command, attempt = context.folder, context.group, start.command, start.rdzv.attempt
     set_defaults(typed=command.env)
-    set_dump_file(folder.path, folder.attempt(rdzv.attempt), typed=command.env)
+    set_dump_file(folder.path, folder.attempt(attempt), typed=command.env)
     for name, value in command.defaults.items():
         os.environ.setdefault(name, value)
-    told = {
+    variables = {
         "LAUNCH_RUN_DIR": folder.path,
-        "LAUNCH_ATTEMPT": rdzv.attempt,
+        "LAUNCH_ATTEMPT": attempt,
         "LAUNCH_CHECKPOINT_DIR": folder.checkpoints,
-        "LAUNCH_GRACE_S": config.resilience.grace_period_s,
+        "LAUNCH_GRACE_S": context.config.resilience.grace_period_s,
         "LAUNCH_AGENT_PID": os.getpid(),
-        heartbeat.ENVIRONMENT: heartbeats,
-        STORE_PREFIX: derive(group.token, f"ranks of round {rdzv.number}"),
+        heartbeat.ENVIRONMENT: start.heartbeats,
+        STORE_PREFIX: derive(group.token, f"ranks of round {start.rdzv.number}"),
     }
-    os.environ |= {name: str(value) for name, value in {**told, **command.env}.items()}
+    os.environ |= {name: str(value) for name, value in {**variables, **command.env}.items()}
     if command.wants_memory_store:
-        os.environ |= store.environment(group.address, derive(group.token, "memory stores"))
+        os.environ |= context.store.environment(group.address, derive(group.token, "memory stores"))
 
 
-def run_ranks(
-    folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound, stop: StopRequest,
-    meter: Meter, server: ForkServer | None, store: MemoryStore,
-) -> str | None:  # fmt: skip
+def run_ranks(context: AgentContext, rdzv: RendezvousRound) -> str | None:
     """Start this node's ranks and watch them to their end.
 
     Args:
-        config: of the run, with the nodes of this start.
+        context: its config has the nodes of this start. A fork server whose code has changed since is not used.
         rdzv: the agents that take part in this start.
-        stop: request that the ranks are told of.
-        server: forks the ranks; None where there is none. One whose code has changed since is not used.
-        store: of this node; started for a workload that wants it.
 
     Returns:
-        None where all left in order, what went wrong elsewhere. Ranks that could not tell the event log themselves
-        (killed, stuck, dead before their code ran, or of a workload that does not) are entered here.
+        None where all left in order, what went wrong elsewhere. Ranks that could not write to the event log themselves
+        (killed, hung, dead before their code ran, or of a workload that does not) are recorded here.
 
     Raises:
-        InterruptedError: told to leave before the ranks of all nodes had started.
+        InterruptedError: a stop was requested before the ranks of all nodes had started.
     """
+    folder, node, config, group, stop = context.folder, context.node, context.config, context.group, context.stop
     workload = workload_of(config)
     contract = workload.contract(config, config.world_size)
     command = workload.command(config, folder, rdzv.attempt)
     tree = code_of_ranks(folder, workload.code(config))
-    records = RankRecords(folder, node, config, rdzv, workload.name, command, contract, tree)
     grace_s = config.resilience.grace_period_s
     with TemporaryDirectory(prefix="launch-") as scratch:
+        start = Round(rdzv, workload.name, command, contract, tree, Path(scratch))
+        records = RankRecords(context, start)
         prepare_environment(node, config, group.address)
-        describe_run(config, folder, group, rdzv, command, Path(scratch), store)
-        watch = Watch(folder, node, config, group, rdzv, stop, meter, Path(scratch), contract)
+        describe_run(context, start)
+        watch = Watch(context, start)
         timeout_s = config.resilience.rendezvous_timeout_s
         rendezvous = FixedRendezvous(rdzv, node.index, timeout_s, group.token, lambda: stop.count > 0, watch.find_lost)
         cpus = cpus_to_bind(config)
         records.begin(cpus)
-        rank_agent = RankAgent(
-            worker_spec(folder, config, rdzv, rendezvous, group.address, command),
-            OneLogEach(scratch),
-            poll_of(watch, records, stop, grace_s),
-            contract,
-            grace_s,
-            rendezvous.departures(),
-            fork_of(server_for(server, tree, stop), folder, rdzv.attempt, command),
-            cpus,
-        )
+        spec = worker_spec(folder, config, rdzv, rendezvous, group.address, command)
+        rank_agent = RankAgent(spec, OneLogEach(scratch), contract, grace_s)
+        rank_agent.on_poll = poll_of(watch, records, stop, grace_s)
+        rank_agent.departures = rendezvous.departures()
+        rank_agent.fork = fork_of(server_for(context.server, tree, stop), folder, rdzv.attempt, command)
+        rank_agent.cpus = cpus
         try:
             with gpu_telemetry(folder, node, config, rdzv.attempt):
                 result = rank_agent.run()

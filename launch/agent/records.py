@@ -9,9 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.agent.health import RendezvousRound
-from launch.agent.node import STOP_FILE, Node, StopRequest
-from launch.config import Config
+from launch.agent.node import STOP_FILE, RunContext, StopRequest
 from launch.runs.environment import (
     code_state,
     describe_code,
@@ -31,6 +29,8 @@ from launch.workload import CodeTree, RankCommand, RankContract
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.api import RunResult
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from launch.agent.ranks import Round
 
 
 # Environment of an attempt, written by the agents for workloads whose ranks do not tell it: ``environment.json``.
@@ -118,32 +118,17 @@ LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Int
 class RankRecords:
     """Records of this node's ranks in one round, from their start to their end."""
 
-    def __init__(
-        self, folder: RunFolder, node: Node, config: Config, rdzv: RendezvousRound, workload: str,
-        command: RankCommand, contract: RankContract, tree: CodeTree,
-    ) -> None:  # fmt: skip
-        """Keep the records of one round.
-
-        Args:
-            workload: its name.
-            command: that starts a rank.
-            contract: tells what the ranks record themselves.
-            tree: the code that they run.
-        """
+    def __init__(self, context: RunContext, start: Round) -> None:
+        folder, rdzv, node = context.folder, start.rdzv, context.node.index
         self._folder = folder
-        self._node = node
-        self._config = config
+        self._node = context.node
+        self._config = context.config
         self._round = rdzv
-        self._workload = workload
-        self._command = command
-        self._contract = contract
-        self._tree = tree
-        self._place = rdzv.place(node.index)
-        self._ranks = rdzv.ranks(node.index, config.ranks_on_node)
-        self._progress = Progress(
-            folder, rdzv.attempt, self._ranks, contract.progress, contract.unit, contract.work_per_step,
-            contract.writes_curves,
-        )  # fmt: skip
+        self._start = start
+        self._contract = start.contract
+        self._place = rdzv.place(node)
+        self._ranks = rdzv.ranks(node, context.config.ranks_on_node)
+        self._progress = Progress(folder, rdzv.attempt, self._ranks, start.contract)
         self._environment = EnvironmentRecord(folder, rdzv.attempt, self._place, len(rdzv.members))
 
     def begin(self, cpus: Sequence[Collection[int]] | None = None) -> None:
@@ -175,7 +160,8 @@ class RankRecords:
 
     def _poll_environment(self) -> None:
         if not self._contract.records_events:
-            self._environment.poll(self._workload, self._command, self._contract, self._tree)
+            start = self._start
+            self._environment.poll(start.workload, start.command, start.contract, start.tree)
 
     def record_end(self, stop: StopRequest, asks_for_requeue: bool) -> None:
         """Write into the event log how ranks ended that do not tell it themselves, and left in order.

@@ -12,19 +12,16 @@ from typing import TYPE_CHECKING
 
 from launch.agent import node as processes
 from launch.agent.exchange import Agreement
-from launch.agent.health import RendezvousRound, record_lost_nodes
-from launch.agent.node import OWNER, STOP_FILE, Node, StopRequest
-from launch.agent.policy import BUDGET, Meter
-from launch.config import Config, ResilienceConfig
+from launch.agent.health import record_lost_nodes
+from launch.agent.node import OWNER, STOP_FILE, AgentContext
+from launch.agent.policy import BUDGET
+from launch.config import ResilienceConfig
 from launch.runs import heartbeat
 from launch.runs.events import enter_failure
-from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import HeartbeatFile, Phase, RankHeartbeat
-from launch.workload import RankContract
 
 if TYPE_CHECKING:
-    from launch.agent.ranks import RankAgent
-    from launch.agent.rendezvous import AgentGroup
+    from launch.agent.ranks import RankAgent, Round
 
 
 # Hang detector: finds ranks of this node that have stopped, frozen as a whole, or without progress.
@@ -181,25 +178,18 @@ STOP_FILE_S = 1.0  # a look asks a shared filesystem
 class Watch:
     """Conditions that an agent polls several times a second, besides the exit of its ranks."""
 
-    def __init__(
-        self, folder: RunFolder, node: Node, config: Config, group: AgentGroup, rdzv: RendezvousRound,
-        stop: StopRequest, meter: Meter, heartbeats: Path, contract: RankContract,
-    ) -> None:  # fmt: skip
-        """Watch the ranks of one round.
-
-        Args:
-            heartbeats: folder of the ranks' heartbeat files, fresh for this round.
-            contract: what is known of the ranks' behavior. Those that tell the event log how they end give a heartbeat
-                too, so one without it is late.
-        """
+    def __init__(self, context: AgentContext, start: Round) -> None:
+        folder, config, group, node = context.folder, context.config, context.group, context.node
+        rdzv, contract, heartbeats = start.rdzv, start.contract, start.heartbeats
         self._folder = folder
         self._node = node
         self._group = group
         self._round = rdzv
-        self._stop = stop
-        self._meter = meter
+        self._stop = context.stop
+        self._meter = context.meter
         ranks = rdzv.ranks(node.index, config.ranks_on_node)
         logs = {rank: folder.log(rdzv.attempt, rank) for rank in ranks}
+        # Ranks that write their end into the event log have a heartbeat too, so a rank without one is late.
         self._watchdog = Watchdog(
             heartbeats, config.resilience, logs, contract.records_events, contract.silence_timeout_s
         )

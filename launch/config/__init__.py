@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, field, fields, replace
-from enum import Enum
 from typing import Any, Optional, Self
 
 from omegaconf import MISSING
 
 from launch.config.cluster import ClusterConfig, ClusterKind, InterconnectConfig, PlacementConfig
 from launch.errors import ConfigError, require_positive, require_range
+from launch.runs.files import ReportFile
 from launch.runs.identity import RunConfig
 from launch.runs.overrides import NOT_IN_POINT
 from launch.runs.records import ObjectiveOf
-
-# Kinds of files that a report consists of, for the schema of the launcher and for those who write them.
-
-
-class ReportFile(Enum):
-    """One of the files of a report; tensorboard is the Scaling run of a sweep, or the Summary run of one run."""
-
-    md = "md"
-    csv = "csv"
-    png = "png"
-    svg = "svg"
-    json = "json"
-    html = "html"
-    tensorboard = "tensorboard"
-
-
-# The schema of the launcher: where and on how many nodes a run happens, whatever it computes.
-
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
@@ -156,12 +138,6 @@ class ResilienceConfig:
     """Seconds without progress (a forward and backward pass, a round of an evaluation) after which a rank is hung."""
     startup_and_save_timeout_s: int = MISSING
     """Seconds without progress while a rank starts (data, compilation, loading) or saves, without a sign between."""
-    stop_grace_s: Optional[int] = None
-    """Former name of grace_period_s."""
-    frozen_timeout_s: Optional[int] = None
-    """Former name of heartbeat_timeout_s."""
-    hang_timeout_slow_s: Optional[int] = None
-    """Former name of startup_and_save_timeout_s."""
 
     def validate(self) -> None:
         """Raise ConfigError where a number is out of its range."""
@@ -296,10 +272,6 @@ class Config(RunConfig):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    spares: Optional[int] = None
-    """Former name of spare_nodes."""
-    snapshot: Optional[bool] = None
-    """Former name of copy_code."""
 
     @property
     def ranks_on_node(self) -> int:

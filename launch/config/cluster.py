@@ -100,16 +100,6 @@ class InterconnectConfig:
         self.inter_node.validate("inter_node")
 
 
-@dataclass
-class LinksConfig:
-    """Former keys of ``interconnect``."""
-
-    inside_gb_per_s: Optional[float] = None
-    between_gb_per_s: Optional[float] = None
-    inside_us: Optional[float] = None
-    between_us: Optional[float] = None
-
-
 MAIL_TYPES = (
     *("NONE", "ALL", "BEGIN", "END", "FAIL", "REQUEUE", "INVALID_DEPEND", "STAGE_OUT", "ARRAY_TASKS"),
     *("TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50"),
@@ -156,10 +146,6 @@ class ClusterConfig:
     interconnect: InterconnectConfig = field(default_factory=InterconnectConfig)
     network: Optional[str] = None
     """File of ``python -m launch.bench_network``: each collective as it was measured, in place of interconnect."""
-    links: LinksConfig = field(default_factory=LinksConfig)
-    """Former name of interconnect."""
-    attainable: Optional[float] = None
-    """Former name of matmul_efficiency."""
     cpus_per_task: Optional[int] = None
     """CPUs of each node for all of its ranks: there is one task, the agent, on a node. null: 4 for each rank, at most
     what every node of the partition has; where nodes are whole, or the site gives CPUs by GPU, what Slurm gives."""

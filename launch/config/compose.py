@@ -27,10 +27,8 @@ from launch.runs.compose import composed_with
 from launch.runs.folder import RunFolder, damaged
 from launch.runs.identity import RunConfig
 from launch.runs.overrides import (
-    adopt_former_keys,
     append_groups,
     config_groups,
-    tell_former_keys,
     typed_key,
     typed_value,
 )
@@ -244,7 +242,6 @@ def typed_config(document: DictConfig) -> Config:
         ConfigError: an unknown key, or a value that is missing or of the wrong type.
     """
     schema = schema_of(document.workload._target_)
-    tell_former_keys(adopt_former_keys(document))
     load_workload(document.workload._target_).make_paths_absolute(document)
     compose.make_absolute([(document.cluster, "network")])
     compose.refuse_unknown(document, schema)

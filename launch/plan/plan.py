@@ -15,24 +15,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch, not_in_point, typed_config, workload_of
+from launch.config.compose import not_in_point, workload_of
 from launch.errors import ConfigError
 from launch.plan import code_copy
 from launch.plan.placement import Placement, place, refuse_local_container, worst_case
 from launch.runs import compose
-from launch.runs.events import is_finished
+from launch.runs.events import Continuation, SavedCheckpoint, apply_continuation, is_finished, plan_continuation
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder, writing_into
-from launch.runs.identity import (
-    Continuation,
-    SavedCheckpoint,
-    apply_continuation,
-    choose_folder,
-    plan_continuation,
-    refuse_other_run,
-)
+from launch.runs.identity import choose_folder, refuse_other_run
 from launch.runs.overrides import PLACE_KEYS, without_key
-from launch.runs.refusals import with_checked_fix
 from launch.workload import PlanRequest, Workload, WorkloadPlan
 
 # GPUs of this machine, counted without torch, and the refusal of spares on it.
@@ -245,6 +237,11 @@ class Plan:
         return changed.choose_candidate(placement.possible[0])
 
 
+def unfinished(plans: Sequence[Plan]) -> list[Plan]:
+    """The points that have steps ahead of them: what is finished takes no nodes to say so."""
+    return [plan for plan in plans if not plan.finished]
+
+
 def make_plan(
     config: Config,
     overrides: Sequence[str],
@@ -255,38 +252,15 @@ def make_plan(
     """Plan one point for a cluster of ``kind`` (local or slurm).
 
     Args:
-        sweep_sizes: numbers of ranks of all points of its command.
-        gpu_type: of the GPUs where it may go, as Slurm names it; None where it is not known.
+        config: of the point.
+        overrides: as typed for the point.
+        kind: where it runs.
+        sweep_sizes: numbers of ranks of all points of the command.
+        gpu_type: of the GPUs where the point may go, as Slurm names it; None where it is not known.
 
     Raises:
-        ConfigError: the point cannot work; what it says to type next was planned, too.
+        ConfigError: the point cannot work.
     """
-
-    def plan_words(words: Sequence[str]) -> Plan:
-        # What was settled by the GPUs that there are, the number of ranks among it, holds for a proposal as well.
-        known = {"cluster.gpus_per_node": config.cluster.gpus_per_node, "ranks_per_node": config.ranks_per_node}
-        settled = [f"{key}={value}" for key, value in known.items() if value is not None]
-        return plan_point(typed_config(compose_launch([*settled, *words])), words, kind, sweep_sizes, gpu_type)
-
-    try:
-        return plan_point(config, overrides, kind, sweep_sizes, gpu_type)
-    except ConfigError as error:
-        raise with_checked_fix(error, overrides, plan_words) from error
-
-
-def unfinished(plans: Sequence[Plan]) -> list[Plan]:
-    """The points that have steps ahead of them: what is finished takes no nodes to say so."""
-    return [plan for plan in plans if not plan.finished]
-
-
-def plan_point(
-    config: Config,
-    overrides: Sequence[str],
-    kind: ClusterKind,
-    sweep_sizes: Sequence[int] = (),
-    gpu_type: str | None = None,
-) -> Plan:
-    """Plan one point, as ``make_plan`` does; a refusal's fix is as it was first thought of."""
     config.validate()
     workload = workload_of(config)
     length = getattr(workload, "length", ())

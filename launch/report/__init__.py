@@ -9,11 +9,11 @@ from collections.abc import Collection
 
 from rich.console import Console
 
-from launch.config import ReportFile
 from launch.report.selection import Selection, select
 from launch.report.table import Row, ScalingTable, build, tabulate_selection
 from launch.report.views.text import show
 from launch.report.views.write import ALL_FILES, write
+from launch.runs.files import ReportFile
 
 __all__ = [
     "Row",

@@ -12,12 +12,11 @@ from shlex import quote
 from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
-from launch.config import ReportFile
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.report import ScalingTable, select, show_and_write, tabulate_selection
 from launch.report.selection import compare, writing_to
 from launch.report.views.write import ALL_FILES, WATCH_S, watch
-from launch.runs.files import deny_others_writing
+from launch.runs.files import ReportFile, deny_others_writing
 from launch.runs.find import ARCHIVE, runs_labelled
 
 

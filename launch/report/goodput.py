@@ -12,10 +12,8 @@ from statistics import median
 from typing import Any
 
 from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat, used
-from launch.report.columns import read_columns
-from launch.runs.events import FEWER_NODES, best_interval_s, expected_goodput
+from launch.runs.events import FEWER_NODES, aside_records, best_interval_s, expected_goodput
 from launch.runs.folder import RunFolder
-from launch.runs.identity import aside_records
 
 PARTS = {
     "waiting": "waiting for nodes",
@@ -183,6 +181,7 @@ def saved_in_place(losses: Losses, others: Sequence[Losses] = ()) -> Saving | No
 
 def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput | None:
     """Divide the time of a run; None if its agents recorded no allocations."""
+
     agents = [event for event in events if event["event"] == "agent_started"]
     if not all({"job", "nodes", "allocated_at"} <= event.keys() for event in agents):
         return None  # written by hand, or cut: the rest of the time would be missing
@@ -385,6 +384,8 @@ class _Division:
 
     def _records_in(self, path: Path) -> list[_Record]:
         """Return the records of one file: the last line of each step of an attempt between two roll-backs."""
+        from launch.report.columns import read_columns  # numpy, which only a report that reads records needs
+
         names = ("step_time_s", "compile_s", "val_compile_s", "restore_s")
         columns = read_columns(path, (*names, "time", "val_loss"), every=True)
         known = {name: columns.known[name].tolist() for name in ("time", "val_loss")}

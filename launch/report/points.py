@@ -9,10 +9,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from launch.report.columns import read_columns
 from launch.report.environment import Environment, GpuUse, read_environment, read_gpu_use
 from launch.report.goodput import Goodput, measure_goodput
-from launch.report.steps import RankTimes, Step, UnreadLines, read_steps
+from launch.report.steps import RankTimes, Step, UnreadLines
 from launch.runs.events import fewer_nodes, last_command
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
@@ -45,6 +44,8 @@ class StepBreakdown:
 
 def read_breakdown(run: RunFolder) -> StepBreakdown | None:
     """Return the means of the watched steps; None if the first rank has none: the other files are not read then."""
+    from launch.report.columns import read_columns  # numpy, which only reading needs
+
     fields = {part: f"breakdown_{part}_s" for part in (*SHOWN, "comm")}
     sums, counts = dict.fromkeys(fields, 0.0), dict.fromkeys(fields, 0)
     steps = ranks = 0
@@ -145,6 +146,8 @@ class Point:
 
 def read_point(path: Path) -> Point:
     """Read one run folder; one that is empty or does not exist is a point without records."""
+    from launch.report.reduction import read_steps  # numpy, which only reading needs
+
     run = RunFolder(path)
     setups = {number: read_environment(run, number) for number in run.attempts()}
     known = {number: setup for number, setup in setups.items() if setup is not None}

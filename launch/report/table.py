@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.report import series as series_of
 from launch.report.environment import GpuUse
 from launch.report.goodput import saved_in_place
-from launch.report.laws import Law, Repeats, SeriesFindings, find, law_notes
 from launch.report.points import Point, neighbours, read_point
 from launch.report.selection import Selection, select
 from launch.report.series import MeasuredPoint, Measurement, Series, comparison_notes, label_selected, ratios_to_first
 from launch.report.steps import RankTime, RankTimes, UnreadLines, drop_warmup, lost, phase_shares
+
+if TYPE_CHECKING:
+    from launch.report.laws import Law, Repeats, SeriesFindings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +277,8 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         MeasuredPoint(point, series_of.measure(point.steps), tuple(near))
         for point, near in zip(points, neighbours(points), strict=True)
     ]
+    from launch.report.laws import find, law_notes  # numpy, which only a report that reads records needs
+
     found = [(series, find(series)) for series in series_of.split(members)]
     ratios = ratios_to_first(members) if selection.parts else {}
     rows = tuple(

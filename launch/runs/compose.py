@@ -21,7 +21,6 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.errors import ConfigError
 from launch.runs.files import write_atomically
 from launch.runs.folder import RunFolder, damaged, unreadable, writing_into
-from launch.runs.overrides import adopt_former_keys
 from launch.runs.refusals import explain, free_keys, schema_keys, unknown_key
 
 # Between Hydra's documents, typed configs, and the files of a run folder that hold them.
@@ -91,7 +90,6 @@ def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
         known = OmegaConf.masked_copy(config, [name for name in names if name in config])
         merged = OmegaConf.merge(structured(cast(Any, schema)), known)  # merge copies its first argument
         assert isinstance(merged, DictConfig)
-        adopt_former_keys(merged)
         value = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise explain(error, schema) from error

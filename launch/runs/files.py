@@ -13,8 +13,22 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
+
+
+class ReportFile(Enum):
+    """One of the files of a report; tensorboard is the Scaling run of a sweep, or the Summary run of one run."""
+
+    md = "md"
+    csv = "csv"
+    png = "png"
+    svg = "svg"
+    json = "json"
+    html = "html"
+    tensorboard = "tensorboard"
+
 
 # Files of a run folder: JSON that is replaced as a whole, and JSON lines that are appended.
 

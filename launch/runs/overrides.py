@@ -4,83 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 
-from omegaconf import DictConfig, OmegaConf
-
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder, damaged, read_strictly
-
-# Keys of the config whose name has changed. The former names are accepted for one release, with a line that says so.
-
-
-FORMER = {
-    "strict": "require_same_code",
-    "snapshot": "copy_code",
-    "spares": "spare_nodes",
-    "optim.micro_batch": "optim.max_micro_batch",
-    "resilience.stop_grace_s": "resilience.grace_period_s",
-    "resilience.frozen_timeout_s": "resilience.heartbeat_timeout_s",
-    "resilience.hang_timeout_slow_s": "resilience.startup_and_save_timeout_s",
-    "cluster.attainable": "cluster.matmul_efficiency",
-    "cluster.links.inside_us": "cluster.interconnect.intra_node.latency_us",
-    "cluster.links.inside_gb_per_s": "cluster.interconnect.intra_node.bandwidth_gb_per_s",
-    "cluster.links.between_us": "cluster.interconnect.inter_node.latency_us",
-    "cluster.links.between_gb_per_s": "cluster.interconnect.inter_node.bandwidth_gb_per_s",
-}
-"""Former key -> key."""
-
-_told: set[str] = set()
-
-
-def former_keys(key: str) -> list[str]:
-    """Names under which ``key`` was known before."""
-    return [former for former, now in FORMER.items() if now == key]
-
-
-def is_former(key: str) -> bool:
-    """Tell whether ``key``, or all that is in it, has another name now."""
-    return key in FORMER or key == "cluster.links"
-
-
-def adopt_former_keys(document: DictConfig) -> list[str]:
-    """Move the values of former keys to their new ones, in place; the former keys whose value was moved."""
-    moved = []
-    for former, key in FORMER.items():
-        value = OmegaConf.select(document, former, throw_on_missing=False)
-        if value is not None:
-            OmegaConf.update(document, key, value)
-            OmegaConf.update(document, former, None)
-            moved.append(former)
-    return moved
-
-
-def tell_former_keys(keys: Iterable[str]) -> None:
-    """Say on standard error, once for each in a process, what keys are called now."""
-    for key in keys:
-        if key not in _told:
-            _told.add(key)
-            print(f"{key} is now {FORMER[key]}; the former name is accepted in this release", file=sys.stderr)
-
-
-def in_former_spelling(override: str) -> str:
-    """An override with the former name of its key, by which a run folder may have been named."""
-    key, equals, value = override.partition("=")
-    bare = key.lstrip("+~")
-    former = former_keys(bare)
-    return f"{key[: len(key) - len(bare)]}{former[0]}{equals}{value}" if former else override
-
-
-# Overrides of a run as they were typed: ``key=value``, in Hydra's grammar of overrides.
 
 
 def typed_value(overrides: Iterable[str], key: str) -> str | None:
     """Value typed for ``key``, of the last override where it was typed twice; None where it was not."""
-    names = (key, *former_keys(key))
-    values = [override.split("=", 1)[1] for override in overrides if "=" in override and typed_key(override) in names]
+    values = [override.split("=", 1)[1] for override in overrides if "=" in override and typed_key(override) == key]
     return values[-1] if values else None
 
 
@@ -111,6 +45,9 @@ def append_groups(overrides: Iterable[str], groups: Iterable[str] = ("experiment
     """
     named = tuple(f"{group}=" for group in groups)
     args = [f"+{arg}" if arg.startswith(named) else arg for arg in map(quote_option, overrides)]
+    if "=" in args:  # nodes = 2 reaches a program as three arguments
+        joined = " ".join(args).replace(" = ", "=")
+        raise ConfigError(" ".join(args), "KEY=VALUE without blanks around the =", joined)
     for arg in args:
         if "=" in arg and not typed_key(arg):
             raise ConfigError(f"{arg}, a value without a key", "KEY=VALUE", f"the same without {arg}")
@@ -159,14 +96,13 @@ def quote_option(override: str) -> str:
     return f"{key}={','.join(quoted)}"
 
 
-PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "resume_from", "require_same_code", "strict")
+PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "resume_from", "require_same_code")
 """Keys that say where the files of a run go, not what it computes: they neither name it nor bind its next attempt."""
 
 NOT_IN_POINT = (
     *PLACE_KEYS,
     "workload",
     "spare_nodes",
-    "spares",
     "cluster",
     "resilience",
     "budget",
@@ -175,7 +111,6 @@ NOT_IN_POINT = (
     "objective_of",
     "dry_run",
     "copy_code",
-    "snapshot",
     "hydra",
 )
 """Keys that say where and how a run is submitted, not what it is: they do not enter the name of its folder."""
@@ -191,11 +126,6 @@ NAME_LIMIT = 120  # a folder name holds 255 bytes on common filesystems; leaves 
 def typed_key(override: str) -> str:
     """The key of an override: ``nodes`` for ``++nodes=2``."""
     return override.split("=", 1)[0].lstrip("+~")
-
-
-def former_point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
-    """Name that ``point_name`` gave a point while the plus signs before its keys entered it."""
-    return _name(_kept(overrides, exclude))
 
 
 def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:

@@ -26,6 +26,7 @@ from launch.runs.records import append_records, is_record, recent_records
 
 if TYPE_CHECKING:
     from launch.runs.tensorboard import EventWriter
+    from launch.workload import RankContract
 
 
 RESOLUTION = "step_time_resolution_s"
@@ -79,29 +80,24 @@ class Progress:
     """Reads the logs of this node's ranks in one attempt. Called by the agent's monitor, from one thread.
 
     Args:
-        pattern: regular expression with named groups (``GROUPS``); None where the ranks record steps themselves.
-        unit: what throughput counts, for ``work_per_step``.
-        work_per_step: of all ranks together, where it was stated: gives the records of rank 0 a throughput.
-        writes_curves: draw the records of rank 0, whoever writes them, where that rank is among ``ranks``.
+        folder: of the run.
+        attempt: number of the attempt.
+        ranks: of this node.
+        contract: its ``progress`` is the regular expression with named groups (``GROUPS``), None where the ranks record
+            steps themselves. ``work_per_step`` of all ranks, in ``unit``, gives the records of rank 0 a throughput.
+            ``writes_curves`` draws the records of rank 0 on the node that has it.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        attempt: int,
-        ranks: Sequence[int],
-        pattern: str | None,
-        unit: str | None,
-        work_per_step: float | None,
-        writes_curves: bool,
-    ) -> None:
+    def __init__(self, folder: RunFolder, attempt: int, ranks: Sequence[int], contract: RankContract) -> None:
+        pattern = contract.progress
         self._folder = folder
         self._attempt = attempt
         self._expression = pattern
         self._pattern = re.compile(pattern) if pattern else None
         """None where there is none, or it was given up."""
-        self._logs = [_RankLog(folder, attempt, rank, unit, work_per_step) for rank in ranks] if pattern else []
-        self._curves = _Curves(folder, attempt) if writes_curves and 0 in ranks else None
+        read = ranks if pattern else ()
+        self._logs = [_RankLog(folder, attempt, rank, contract.unit, contract.work_per_step) for rank in read]
+        self._curves = _Curves(folder, attempt) if contract.writes_curves and 0 in ranks else None
         self._polled = 0.0
         self._cut = False
         self.matched = False

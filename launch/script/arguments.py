@@ -88,6 +88,10 @@ def check_options(options: Mapping[str, Any], style: Style, prefix: str = "scrip
             refuse_nested(key, value, expected, json.dumps(value, separators=(",", ":"), default=str))
 
 
+HYDRA_SYNTAX = frozenset("=,()[]{}'\"")
+"""Characters that Hydra's grammar of overrides reads as syntax in a text without quotes."""
+
+
 def hydra_text(value: Any) -> str:
     """A value inside a list as Hydra's grammar reads it."""
     if isinstance(value, list):
@@ -114,6 +118,8 @@ def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") 
             continue
         if isinstance(value, list):
             text = ",".join(map(str, value)) if style is Style.argparse else hydra_text(value)
+        elif style is Style.hydra and isinstance(value, str) and HYDRA_SYNTAX & {*value}:
+            text = quoted(value)  # as a run folder, whose name has a =
         else:
             text = str(value)
         yield f"{dashes}{key}={text}"

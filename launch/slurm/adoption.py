@@ -19,8 +19,8 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from launch.errors import ConfigError
 from launch.plan.plan import ELSEWHERE, Plan
 from launch.plan.preflight import record_found
+from launch.runs.events import refuse_alive
 from launch.runs.folder import RunFolder
-from launch.runs.identity import refuse_alive
 from launch.slurm.handles import LocalJob, SlurmJob, ask_queue, job_of, slurm_layouts, submitit_folder
 from launch.slurm.status import RunStatus, poll
 

@@ -58,24 +58,6 @@ def test_another_command_typed_behind_this_one_is_named_whole(command: str) -> N
 @pytest.mark.parametrize(
     ("typed", "fix"),
     [
-        ("run nodes=2", "python -m launch nodes=2"),
-        ("submit -m nodes=1,2 'name=a b'", "python -m launch -m nodes=1,2 'name=a b'"),
-        ("sweep nodes=1,2", "python -m launch -m nodes=1,2"),
-        ("help", "python -m launch --help"),
-        ("version", "python -m launch --version"),
-        ("run --nodes 2", "nodes=2"),
-    ],
-)
-def test_a_verb_before_the_keys_is_answered_with_the_command_without_it(typed: str, fix: str) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        refuse_command(shlex.split(typed))
-    assert refusal.value.fix == fix
-    refuse_command(shlex.split(fix.removeprefix("python -m launch ")))
-
-
-@pytest.mark.parametrize(
-    ("typed", "fix"),
-    [
         ("-m nodes=1,1 dry_run=true", "python -m launch -m nodes=1 dry_run=True"),
         ("-m nodes=1,1,2 seed=3,3 dry_run=true", "python -m launch -m nodes=1,2 seed=3 dry_run=True"),
     ],
@@ -149,23 +131,18 @@ def test_a_key_of_a_script_is_mended_with_its_workload() -> None:
         ("cluster.setup=module load x", "a list", """'cluster.setup=["module load x"]'"""),
         ("cluster.exclude=[a,b]", "one text", "'cluster.exclude=\"a,b\"'"),
         ("script.env=FOO", "keys of your own below script.env, each with its value", "script.env.NAME=VALUE"),
-        ("dry_run=nope", "true or false", "dry_run=false"),
+        ("dry_run=nope", "true or false", "dry_run=true, or dry_run=false"),
         ("name=null", "a text", "the same without name=null"),
         ("name=ünï", "KEY=VALUE, quoted", "'name=\"ünï\"'"),
-        ("nodes=1,,2", "KEY=VALUE, quoted", "nodes=1,2"),
         ("nodes =2", "KEY=VALUE, quoted", "nodes=2"),
-        ("nodes=[1,2]", "a whole number", "python -m launch -m nodes=1,2"),
-        ("nodes=1e3", "a whole number", "nodes=1000"),
-        ("optim.max_steps=2.0", "a whole number", "optim.max_steps=2"),
-        ("optim.max_steps=2.5", "a whole number", "optim.max_steps=1"),
-        ("nodes=1..4", "a whole number", "python -m launch -m nodes=1,2,4"),
-        ("nodes=3-13", "a whole number", "python -m launch -m nodes=3,6,12"),
-        ("seed=1..4", "a whole number", "python -m launch -m seed=1,2,3,4"),
-        ("cluster.timeout_min=10-20", "a whole number", "cluster.timeout_min=1"),
+        ("nodes=[1,2]", "a whole number", "nodes=1; python -m launch -m nodes=1,2 sweeps"),
+        ("nodes=two", "a whole number", "nodes=1"),
+        ("optim.max_steps=2.5", "a whole number", "optim.max_steps=NUMBER"),
+        ("seed=1..4", "a whole number", "seed=1337"),
         ("optim.lr=high", "a number", "optim.lr=0.001"),
         ("precision=BF16", "one of auto, ", "precision=bf16"),
-        ("cluster.mem_gb=64G", "a number", "cluster.mem_gb=64"),
-        ("cluster.timeout_min=1:30:00", "a whole number", "cluster.timeout_min=90"),
+        ("cluster.mem_gb=64G", "a number", "cluster.mem_gb=NUMBER"),
+        ("cluster.timeout_min=1:30:00", "a whole number", "cluster.timeout_min=NUMBER"),
         ("cluster.srun_args=--mpi=pmix", "KEY=VALUE, quoted", """'cluster.srun_args=["--mpi=pmix"]'"""),
         ("launch.report_files=[md,pngg]", "a list of md, csv, ", "'launch.report_files=[md,png]'"),
         ("script.options=lr=3,seed=4", "keys of your own", "script.options.lr=3 script.options.seed=4"),
@@ -179,7 +156,7 @@ def test_a_value_that_does_not_fit_is_answered_with_one_that_does(typed: str, ex
     assert refusal.expected.startswith(expected) and refusal.fix == fix
     if fix.startswith("python -m launch -m "):
         assert len(sweep_points(shlex.split(fix)[4:])) == fix.count(",") + 1
-    elif "VALUE" not in fix and "nodes=1,2" not in fix and "same" not in fix:
+    elif not any(words in fix for words in ("VALUE", "NUMBER", ", or ", "nodes=1,2", "same")):
         compose_launch([*workload, *shlex.split(fix)])
 
 
@@ -225,12 +202,8 @@ def test_a_plus_before_a_key_is_not_in_the_name_of_a_run(tmp_path: Path) -> None
     assert point_name(words, NOT_IN_POINT) == "experiment=weak_scaling,nodes=2,script.options.lr=3"
     runs = [(tmp_path / "a", ["+experiment=weak_scaling"]), (tmp_path / "b", [])]
     assert point_labels(runs) == ["experiment=weak_scaling", "default"]
-    # A run that an earlier version has named with it goes on where it is.
     config = RunConfig(output_dir=str(tmp_path), name="sweep")
     assert choose_folder(config, words[:1], NOT_IN_POINT).path == tmp_path / "sweep" / "experiment=weak_scaling"
-    before = tmp_path / "sweep" / "+experiment=weak_scaling"
-    before.mkdir(parents=True)
-    assert choose_folder(config, words[:1], NOT_IN_POINT).path == before
 
 
 def test_one_hour_is_one() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from launch.agent import outcome as requeue
-from launch.agent.after_step import settle
-from launch.agent.node import Node
+from launch.agent.after_step import requeue_unless_ended
+from launch.agent.node import Node, RunContext
 from launch.agent.outcome import cause_of_stop
 from launch.agent.policy import Cause, RunFailedError
 from launch.config import Config
@@ -82,7 +82,7 @@ def test_why_a_run_was_told_to_stop_is_learned_from_a_controller_that_comes_back
     folder: RunFolder, tmp_path: Path
 ) -> None:
     Controller(tmp_path, BUSY)
-    assert cause_of_stop(folder, NODE, config(), 1) is Cause.preempted
+    assert cause_of_stop(RunContext(folder, NODE, config()), 1) is Cause.preempted
     assert names(folder) == ["controller_away", "controller_back"]
 
 
@@ -90,7 +90,7 @@ def test_a_job_is_requeued_once_by_a_controller_that_comes_back_and_kept_away_fr
     folder: RunFolder, tmp_path: Path
 ) -> None:
     slurm = Controller(tmp_path, BUSY)
-    requeue.requeue(folder, NODE, config(), Cause.node_failed, {"n2": "lost in attempt 1"})
+    requeue.requeue(RunContext(folder, NODE, config()), Cause.node_failed, {"n2": "lost in attempt 1"})
     assert names(folder) == ["controller_away", "requeued", "controller_back", "excluded"]
     assert slurm.asked("scontrol requeue") == ["scontrol requeue 7"]
     assert slurm.asked("scontrol update") == ["scontrol update JobId=7 ExcNodeList=n2"]
@@ -102,9 +102,9 @@ def test_a_decision_that_cannot_be_carried_out_is_in_the_event_log(
     Controller(tmp_path, 1000)
     monkeypatch.setattr(requeue, "CONTROLLER_WAIT_S", 0.0)
     with pytest.raises(RunFailedError, match="not started again: Slurm did not requeue it: scontrol show job"):
-        requeue.requeue(folder, NODE, config(), Cause.node_failed)
+        requeue.requeue(RunContext(folder, NODE, config()), Cause.node_failed)
     with pytest.raises(RunFailedError, match="not started again: scontrol show job"):
-        cause_of_stop(folder, NODE, config(), 1)
+        cause_of_stop(RunContext(folder, NODE, config()), 1)
     failed = [event["cause"] for event in folder.read_events() if event["event"] == "requeue_failed"]
     assert len(failed) == 2 and all("Unable to contact slurm controller" in cause for cause in failed)
 
@@ -128,7 +128,7 @@ def test_a_batch_script_whose_agents_were_killed_puts_its_job_back(
 ) -> None:
     slurm = Controller(tmp_path, BUSY)
     killed_in_the_middle(folder)
-    assert settle(folder, NODE, config(), status) == status
+    assert requeue_unless_ended(RunContext(folder, NODE, config()), status) == status
     ended = next(event for event in folder.read_events() if event["event"] == "attempt_ended")
     assert (ended["attempt"], ended["cause"]) == (1, "node_failed")
     assert slurm.asked("scontrol requeue") == ["scontrol requeue 7"]
@@ -141,7 +141,7 @@ def test_multi_node_sh_looks_at_its_run_where_srun_has_failed_and_ends_as_that_s
     """With programs in place of srun and python, which tell what they were asked."""
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("sandbox", "__pycache__"))
     told = f'echo "${{0##*/}} $*" >> {tmp_path}/told; case "$*" in '
-    answers = f"*--agent-command*) echo agent;; *launch.batch*) echo {tmp_path}/run;; *after_step*) exit {after};; esac"
+    answers = f"*--agent-command*) echo agent;; *batch*) echo {tmp_path}/run;; *after_step*) exit {after};; esac"
     for name, ending in (("python", answers), ("srun", f"*) exit {of_step};; esac")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{told}{ending}\n")
         (tmp_path / name).chmod(0o755)
@@ -151,15 +151,15 @@ def test_multi_node_sh_looks_at_its_run_where_srun_has_failed_and_ends_as_that_s
     srun = next(line for line in lines if line.startswith("srun"))
     assert {"--kill-on-bad-exit=0", "--no-kill", "--wait=0", "agent"} <= set(srun.split())
     looked = [line for line in lines if "after_step" in line]
-    assert looked == [f"python -m launch.agent.after_step {of_step} {tmp_path}/run"] * (after is not None)
-    assert done.returncode == (after or 0) and lines[-1] == f"python -m launch.report {tmp_path}/run"
+    assert looked == [f"python -m gpt_launch launch.agent.after_step {of_step} {tmp_path}/run"] * (after is not None)
+    assert done.returncode == (after or 0) and lines[-1] == f"python -m gpt_launch report {tmp_path}/run"
 
 
 def test_it_does_so_within_the_limits_of_the_run(folder: RunFolder, tmp_path: Path) -> None:
     slurm = Controller(tmp_path, BUSY)
     killed_in_the_middle(folder)
     with pytest.raises(RunFailedError, match="srun ended with exit status 137\nnot started again: "):
-        settle(folder, NODE, config("resilience.max_restarts.node_failed=0"), 137)
+        requeue_unless_ended(RunContext(folder, NODE, config("resilience.max_restarts.node_failed=0")), 137)
     assert slurm.asked("scontrol requeue") == []
     decided = next(event for event in folder.read_events() if event["event"] == "decided")
     assert (decided["action"], decided["cause"]) == ("stop", "node_failed")

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.agent.health import Fault, RendezvousRound, SickNodesError
-from launch.agent.node import Node
+from launch.agent.node import Node, RunContext
 from launch.agent.outcome import take_over_as_leader
 from launch.agent.policy import GroupSizes, RunFailedError
 from launch.agent.rendezvous import join
@@ -175,7 +175,7 @@ def test_a_node_that_was_given_up_does_not_put_the_job_back_into_the_queue(tmp_p
     before = folder.read_events()
     with pytest.raises(RunFailedError, match="n1 was cut off, and the others go on without it"):
         cut_off = Node(1, 2, "slurm-1-0-0", True, "1", hosts=HOSTS[:2])
-        take_over_as_leader(folder, cut_off, Config(nodes=2), "silence", known=1)
+        take_over_as_leader(RunContext(folder, cut_off, Config(nodes=2)), "silence", known=1)
     assert folder.read_events() == before
 
 

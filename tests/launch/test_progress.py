@@ -17,6 +17,7 @@ from launch.runs.files import append_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.progress import Progress, check_pattern
 from launch.runs.records import read_records
+from launch.workload import RankContract
 
 PATTERN = r"step (?P<step>[\d,]+): loss (?P<loss>[\d.e+-]+|nan)(?:, (?P<step_time_ms>[\d.]+) ms)?"
 
@@ -37,7 +38,7 @@ def folder(tmp_path: Path) -> RunFolder:
 def watch(
     folder: RunFolder, pattern: str | None = PATTERN, ranks: tuple[int, ...] = (0,), attempt: int = 1
 ) -> Progress:
-    return Progress(folder, attempt, ranks, pattern, None, None, writes_curves=True)
+    return Progress(folder, attempt, ranks, RankContract(progress=pattern, writes_curves=True))
 
 
 def say(folder: RunFolder, text: str, rank: int = 0, at: float | None = None, attempt: int = 1) -> None:
@@ -115,7 +116,7 @@ def test_times_between_lines_are_spread_over_their_steps(folder: RunFolder) -> N
 
 
 def test_stated_work_gives_rank_0_a_throughput(folder: RunFolder) -> None:
-    watched = Progress(folder, 1, (0, 1), PATTERN, "samples", 512, writes_curves=False)
+    watched = Progress(folder, 1, (0, 1), RankContract(progress=PATTERN, unit="samples", work_per_step=512))
     for rank in (0, 1):
         say(folder, "step 1: loss 2, 250 ms\n", rank)
     watched.poll()
@@ -149,8 +150,9 @@ def test_a_pattern_that_would_take_years_is_given_up(folder: RunFolder) -> None:
     say(folder, f"1 {'a' * 40}b\n2 a\n")
     code = (
         "import sys; from launch.runs.progress import Progress; from launch.runs.folder import RunFolder\n"
+        "from launch.workload import RankContract\n"
         "pattern = r'(?P<step>[0-9]+) (a+)+$'\n"
-        "watched = Progress(RunFolder(sys.argv[1]), 1, (0,), pattern, None, None, writes_curves=False)\n"
+        "watched = Progress(RunFolder(sys.argv[1]), 1, (0,), RankContract(progress=pattern))\n"
         "watched.poll(); watched.close()"
     )
     # In the main thread of a process, as in an agent: only there do signals interrupt.

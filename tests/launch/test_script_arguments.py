@@ -125,3 +125,10 @@ def test_keys_that_say_nothing_of_a_script_are_told(tmp_path: Path, monkeypatch:
     (warning,) = plan.warnings
     assert warning.startswith("cluster.gpu_name=H200x, cluster.interconnect.inter_node.latency_us=3: without use")
     assert make_plan(typed_config(compose_launch(SCRIPT)), SCRIPT, ClusterKind.slurm).warnings == ()
+
+
+def test_a_path_with_an_equals_sign_reaches_a_program_of_hydra_as_one_text() -> None:
+    folder = "/data/outputs/n/nodes=2,optim.lr=1e-3"
+    (word,) = written_options({"hydra": {"run": {"dir": f"{folder}/hydra"}}}, Style.hydra)
+    parsed = OverridesParser.create().parse_override(word)
+    assert parsed.key_or_group == "hydra.run.dir" and parsed.value() == f"{folder}/hydra"

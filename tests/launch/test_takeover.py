@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from launch.agent.health import LostNode
-from launch.agent.node import Node
+from launch.agent.node import Node, RunContext
 from launch.agent.outcome import end_lost_agents, orphaned_attempt
 from launch.agent.policy import RunFailedError
+from launch.config import Config
 from launch.runs.folder import RunFolder
 
 NODE = Node(1, 3, "slurm-7-1-0", is_slurm=True, slurm_job="7", hosts=("n1", "n2", "n3"))
@@ -68,12 +69,12 @@ def test_agents_that_were_lost_are_ended_with_the_run(tmp_path: Path, monkeypatc
     lost = [LostNode(2, "n3", "nothing heard for 30 s")]
     folder.record_event("submitted", job_id="7_1")
     folder.record_event("decided", action="requeue")
-    end_lost_agents(folder, head, lost)  # Slurm ends them
+    end_lost_agents(RunContext(folder, head, Config()), lost)  # Slurm ends them
     folder.record_event("decided", action="stop")
-    end_lost_agents(folder, head, [])
-    end_lost_agents(folder, NODE, lost)
+    end_lost_agents(RunContext(folder, head, Config()), [])
+    end_lost_agents(RunContext(folder, NODE, Config()), lost)
     assert not (tmp_path / "ended").exists()
-    end_lost_agents(folder, head, lost)
+    end_lost_agents(RunContext(folder, head, Config()), lost)
     assert (tmp_path / "ended").read_text() == "7_1.2\n"
     (told,) = [e for e in folder.read_events() if e["event"] == "step_ended"]
     assert told["hosts"] == ["n3"] and "n3 is lost" in told["cause"]

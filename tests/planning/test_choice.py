@@ -98,7 +98,7 @@ def test_micro_batches_that_nobody_typed_are_as_small_as_a_plain_layout_needs() 
     assert {one.batch.micro for one in typed} == {16}
     assert free[0].dims.model_ranks == 1 < typed[0].dims.model_ranks
     assert free[0].batch.micro < 16 and free[0].estimate.step_s <= NO_DIFFERENCE * typed[0].estimate.step_s
-    optim = replace(config.optim, micro_batch=2 * free[0].batch.micro)
+    optim = replace(config.optim, max_micro_batch=2 * free[0].batch.micro)
     larger = replace(config, optim=optim, parallel=free[0].parallel)
     cut_so = split_batch(larger.optim, free[0].dims.data_ranks)
     assert per_rank(larger, free[0].dims, cut_so).total > 8.0 * GIB

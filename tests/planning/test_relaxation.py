@@ -39,7 +39,7 @@ def check_promise(one: LayoutChoice, config: TrainConfig, room: int) -> None:
     """The global batch stays, and what is promised fits is what such a run needs."""
     assert one.batch.global_batch == config.optim.global_batch
     assert one.batch.micro * one.batch.accumulation * one.dims.data_ranks == config.optim.global_batch
-    optim = replace(config.optim, micro_batch=one.micro_batch)
+    optim = replace(config.optim, max_micro_batch=one.micro_batch)
     run = replace(config, optim=optim, parallel=one.parallel)
     run.parallel.validate()
     assert per_rank(run, one.dims, one.batch) == one.memory

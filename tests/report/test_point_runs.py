@@ -10,9 +10,9 @@ from google.protobuf import json_format
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
-from launch.config import ReportFile
 from launch.report import build, write
 from launch.runs.environment import GpuSample, append_samples
+from launch.runs.files import ReportFile
 from launch.runs.tensorboard import png_shape
 
 TENSORBOARD = [ReportFile.tensorboard]

@@ -21,6 +21,7 @@ from launch.report.table import ScalingTable
 from launch.report.views.text import columns
 from launch.runs import progress
 from launch.runs.tensorboard import png_shape
+from launch.workload import RankContract
 
 SAMPLES = {"unit": "samples", "work_per_step": 512}
 
@@ -236,7 +237,8 @@ def test_real_programs_from_their_logs_or_records_to_the_table(
         run = make_run(tmp_path / f"nodes={ranks}", 1, 1, (f"nodes={ranks}",), script=script).attempt().run
         run.log(1, 0).parent.mkdir()
         pattern = r"step (?P<step>\d+) loss (?P<loss>\S+)" if printed else None
-        watched = progress.Progress(run, 1, (0,), pattern, "samples", 32, writes_curves=True)
+        contract = RankContract(progress=pattern, unit="samples", work_per_step=32, writes_curves=True)
+        watched = progress.Progress(run, 1, (0,), contract)
         told = {"RANK": "0", "WORLD_SIZE": "1", "LAUNCH_RUN_DIR": str(run.path), "LAUNCH_ATTEMPT": "1"}
         words = [sys.executable, "-c", program, str(ranks)]
         with run.log(1, 0).open("w") as log, subprocess.Popen(words, stdout=log, env={**os.environ, **told}) as process:

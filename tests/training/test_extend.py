@@ -17,10 +17,17 @@ from launch.batch import job_overrides
 from launch.errors import ConfigError
 from launch.report.goodput import measure_goodput
 from launch.runs.compose import read_document
-from launch.runs.events import is_finished, saves_that_count
+from launch.runs.events import (
+    Continuation,
+    SavedCheckpoint,
+    apply_continuation,
+    is_finished,
+    plan_continuation,
+    refuse_alive,
+    saves_that_count,
+)
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
-from launch.runs.identity import Continuation, SavedCheckpoint, apply_continuation, plan_continuation, refuse_alive
 from launch.runs.records import append_records, read_records
 from tests.support.commands import TINY, run
 from tests.support.weights import differing, read_weights

@@ -11,13 +11,12 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from launch.config import ReportFile
 from launch.report.environment import GpuUse
 from launch.report.points import State
 from launch.report.table import ScalingTable
 from launch.report.views.page import page
 from launch.report.views.text import csv_text, markdown, parts_csv_text, show
-from launch.runs.files import write_atomically
+from launch.runs.files import ReportFile, write_atomically
 
 # The files of a report: Markdown, CSV, figures, JSON, one HTML page, and the Scaling or Summary run for TensorBoard.
 
