@@ -13,7 +13,8 @@ import numpy as np
 
 from launch.report.columns import Floats, read_columns
 from launch.report.points import Point
-from launch.report.steps import TIME, WAITS, drop_warmup, step_times
+from launch.report.reduction import TIME, WAITS, step_times
+from launch.report.steps import drop_warmup
 from launch.runs.folder import RunFolder
 from launch.workload import StepTime
 

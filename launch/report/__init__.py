@@ -1,6 +1,6 @@
-"""From run folders to a scaling report: a table, a figure, and a dashboard in TensorBoard.
+"""Scaling reports from run folders: a table, figures, and a dashboard in TensorBoard. Loads no torch.
 
-A report reads run folders only, so it can be repeated at any time. Loads no torch.
+Example: ``write(build(Path("outputs/quick_test")))``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def show_and_write(table: ScalingTable, console: Console, files: Collection[ReportFile] = ALL_FILES) -> None:
-    """Show a report, write its files, or some of them, and say where they are and what else there is to see."""
+    """Show a report, write its files, or some of them, and print their paths and the other reports of the folder."""
     show(table, console)
     for path in write(table, files=files):
         console.print(f"wrote {path}", highlight=False, markup=False)

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from launch.report.series import MeasuredPoint, Series
+from launch.report.series import Series
 from launch.report.steps import drop_warmup
-
-# Intervals of efficiency and of the laws that are fitted to it, by a block bootstrap over steps and repeats.
-
 
 Floats = npt.NDArray[np.float64]
 
@@ -48,7 +45,7 @@ class Medians:
 
 
 def correlation(times: Floats) -> float:
-    """Estimate the correlation of each step with the one before, by their order: one that hangs must not decide."""
+    """Estimate the correlation of each step with the one before, by their order: one long step must not decide."""
     steps = len(times)
     if steps < 3 or np.ptp(times) == 0:
         return 0.0
@@ -59,14 +56,14 @@ def correlation(times: Floats) -> float:
 
 
 def block_length(times: Floats) -> int:
-    """Choose how many steps belong together, so that the spread of their means is told with the least error."""
+    """Return how many steps are drawn together, so that the error of the spread of their means is least."""
     steps, rho = len(times), correlation(times)
     best = (math.sqrt(6) * rho / (1 - rho * rho)) ** (2 / 3) * steps ** (1 / 3)
     return max(1, min(math.ceil(best), steps // 3))
 
 
 def _widening(times: Floats) -> float:
-    """Quantile for the blocks of one run: of Student's distribution, and what their ends cut of the correlation."""
+    """Return the quantile for the blocks of one run: Student's, and what their ends cut of the correlation."""
     length, rho = block_length(times), correlation(times)
     cut = min(0.6, 2 * rho / (1 - rho * rho) / length)
     return student(max(1.0, len(times) / length - 1)) / math.sqrt(1 - cut)
@@ -84,7 +81,7 @@ def student(freedom: float) -> float:
 
 
 def _draw(times: Floats, chance: np.random.Generator) -> Floats:
-    """Medians of as many steps, drawn in blocks that go round at the end."""
+    """Return medians of as many steps, drawn in blocks that continue at the first step."""
     steps, length = len(times), block_length(times)
     blocks = math.ceil(steps / length)
     found = []
@@ -135,7 +132,7 @@ def gustafson(sizes: Floats, speedups: Floats) -> Floats:
     return found
 
 
-# Statistics over the points of a series: intervals of their efficiencies, repeats of one size, and scaling laws.
+# Findings on the points of a series: intervals of their efficiencies, repeats of one size, and scaling laws.
 
 
 LEAST_SIZES = 3
@@ -171,7 +168,7 @@ class Repeats:
 
 @dataclass(frozen=True)
 class SeriesFindings:
-    """Findings on one series: of each point its interval, and what its points say together."""
+    """Findings on one series."""
 
     intervals: Mapping[str, tuple[float, float]]
     """Name of a point -> 95 % interval of its efficiency."""
@@ -179,99 +176,89 @@ class SeriesFindings:
     law: Law | None
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A point whose efficiency is claimed."""
+
+    name: str
+    ranks: int
+    step_time_s: float
+    throughput: float
+    times_s: Sequence[float]
+    """After warm-up."""
+
+
 def find(series: Series) -> SeriesFindings:
-    """Find what the points of a series say; nothing where no efficiency is claimed."""
+    """Return the findings on a series; none if no efficiency is claimed."""
     base = series.smallest
-    members = _claimed(series, base)
-    if base is None or base.figures is None or len(members) < 2:
+    runs = [
+        _Run(
+            member.point.name,
+            member.ranks or 0,
+            member.figures.step_time_s,
+            member.figures.throughput or 0.0,
+            [step.time_s for step in drop_warmup(member.point.steps)],
+        )
+        for member in series.members
+        if member.figures is not None and member.has_efficiency
+    ]
+    is_claimed = base is not None and base.has_efficiency and series.compares and series.has_rates
+    if base is None or not is_claimed or len(runs) < 2:
         return SeriesFindings({}, (), None)
-    drawn = {member.point.name: Medians([_times(member)], at) for at, member in enumerate(members)}
-    found = {}
-    for member in members:
-        if member is not base:
-            own, of_base = drawn[member.point.name], drawn[base.point.name]
-            found[member.point.name] = ratio(_efficiency(member, base), own, of_base)
-    sizes = _by_size(members)
-    return SeriesFindings(found, _repeats(sizes, base, len(members)), _law(series, sizes, base))
+    drawn = [Medians([run.times_s], at) for at, run in enumerate(runs)]
+    smallest, *_ = runs  # the points of a series are in the order of their sizes
+    intervals = {
+        run.name: ratio(_efficiency([run], [smallest]), own, drawn[0])
+        for run, own in zip(runs[1:], drawn[1:], strict=True)
+    }
+    sizes: dict[int, list[_Run]] = defaultdict(list)
+    for run in runs:
+        sizes[run.ranks].append(run)
+    of_base = _medians(sizes[smallest.ranks], len(runs))
+    repeats = []
+    for at, (ranks, of_size) in enumerate(sizes.items(), start=len(runs) + 1):
+        if len(of_size) > 1 and ranks != smallest.ranks:
+            efficiency = _efficiency(of_size, sizes[smallest.ranks])
+            ends = ratio(efficiency, _medians(of_size, at), of_base)
+            repeats.append(Repeats(ranks, len(of_size), efficiency, *ends))
+    return SeriesFindings(intervals, tuple(repeats), _law(series, sizes, base.point.title))
 
 
-def _claimed(series: Series, base: MeasuredPoint | None) -> list[MeasuredPoint]:
-    """The points whose efficiency is claimed, in the order of the series."""
-    if base is None or base.crowded or not series.compares or not series.has_rates:
-        return []
-    return [member for member in series.members if member.figures is not None and not member.crowded]
+def _medians(runs: Sequence[_Run], index: int) -> Medians:
+    return Medians([run.times_s for run in runs], index)
 
 
-def _times(member: MeasuredPoint) -> list[float]:
-    return [step.time_s for step in drop_warmup(member.point.steps)]
-
-
-def _efficiency(member: MeasuredPoint, base: MeasuredPoint) -> float:
-    assert member.figures is not None and base.figures is not None and member.ranks and base.ranks
-    assert member.figures.throughput is not None and base.figures.throughput is not None
-    return member.figures.throughput / base.figures.throughput * base.ranks / member.ranks
-
-
-def _by_size(members: Sequence[MeasuredPoint]) -> dict[int, list[MeasuredPoint]]:
-    sizes: dict[int, list[MeasuredPoint]] = defaultdict(list)
-    for member in members:
-        sizes[member.ranks or 0].append(member)
-    return dict(sizes)
-
-
-def _medians(runs: Sequence[MeasuredPoint], index: int) -> Medians:
-
-    return Medians([_times(run) for run in runs], index)
-
-
-def _mean_efficiency(runs: Sequence[MeasuredPoint], base: Sequence[MeasuredPoint]) -> float:
-    """Efficiency of a size by the mean step time of its runs, and of those of the smallest size."""
-    assert all(run.figures is not None for run in (*runs, *base))
-    here = sum(run.figures.step_time_s for run in runs if run.figures) / len(runs)
-    there = sum(run.figures.step_time_s for run in base if run.figures) / len(base)
+def _efficiency(runs: Sequence[_Run], base: Sequence[_Run]) -> float:
+    """Return the efficiency of a size by the mean step time of its runs, and of those of the smallest size."""
     one, smallest = runs[0], base[0]
-    assert one.figures is not None and smallest.figures is not None
-    scale = (one.figures.step_time_s / here) * (there / smallest.figures.step_time_s)
-    return _efficiency(one, smallest) * scale
+    here = sum(run.step_time_s for run in runs) / len(runs)
+    there = sum(run.step_time_s for run in base) / len(base)
+    scale = (one.step_time_s / here) * (there / smallest.step_time_s)
+    return one.throughput / smallest.throughput * smallest.ranks / one.ranks * scale
 
 
-def _repeats(sizes: Mapping[int, Sequence[MeasuredPoint]], base: MeasuredPoint, index: int) -> tuple[Repeats, ...]:
-
-    smallest = sizes[base.ranks or 0]
-    of_base, found = _medians(smallest, index), []
-    for at, (ranks, runs) in enumerate(sizes.items(), start=index + 1):
-        if len(runs) > 1 and runs is not smallest:
-            efficiency = _mean_efficiency(runs, smallest)
-            ends = ratio(efficiency, _medians(runs, at), of_base)
-            found.append(Repeats(ranks, len(runs), efficiency, *ends))
-    return tuple(found)
-
-
-def _law(series: Series, sizes: Mapping[int, Sequence[MeasuredPoint]], base: MeasuredPoint) -> Law | None:
-    """Fit the law of the kind of scaling to all sizes above the smallest."""
-    import numpy as np
-
-    if len(sizes) < LEAST_SIZES or series.scaling is None or base.ranks is None:
+def _law(series: Series, sizes: Mapping[int, Sequence[_Run]], base: str) -> Law | None:
+    """Fit the law of the kind of scaling to all sizes above the smallest; None if there are too few."""
+    if len(sizes) < LEAST_SIZES or series.scaling is None:
         return None
-    smallest = sizes[base.ranks]
+    smallest, *above = sizes
     drawn = {ranks: _medians(runs, ranks) for ranks, runs in sizes.items()}
-    above = [ranks for ranks in sizes if ranks != base.ranks]
-    relative = np.array(above) / base.ranks
-    speedups = relative * np.array([_mean_efficiency(sizes[ranks], smallest) for ranks in above])
-    of_base = drawn[base.ranks]
+    relative = np.array(above) / smallest
+    speedups = relative * np.array([_efficiency(sizes[ranks], sizes[smallest]) for ranks in above])
+    of_base = drawn[smallest]
     strays = [of_base.replicates / of_base.value * drawn[n].value / drawn[n].replicates for n in above]
-    fit = gustafson if series.scaling == "weak" else amdahl
+    is_weak = series.scaling == "weak"
+    fit = gustafson if is_weak else amdahl
     share = float(fit(relative, speedups))
     replicates = fit(relative, speedups * np.stack(strays, axis=-1))
-    ends = interval(share, replicates, max(one.widening for one in drawn.values()))
-    by_law = relative - share * (relative - 1) if series.scaling == "weak" else 1 / (share + (1 - share) / relative)
+    low, high = interval(share, replicates, max(one.widening for one in drawn.values()))
+    by_law = relative - share * (relative - 1) if is_weak else 1 / (share + (1 - share) / relative)
     error = float(np.max(np.abs(speedups / by_law - 1)))
-    name = "Gustafson" if series.scaling == "weak" else "Amdahl"
-    return Law(series.label, name, share, *ends, largest_error=error, base=base.point.title)
+    return Law(series.label, "Gustafson" if is_weak else "Amdahl", share, low, high, error, base)
 
 
 def law_notes(found: SeriesFindings, series: Series) -> list[str]:
-    """Say what was found of one series."""
+    """Return the notes on the findings of one series."""
     told = []
     titles = {member.point.name: member.point.title for member in series.members}
     of = f" of {series.label}" if series.label else ""
@@ -286,21 +273,17 @@ def law_notes(found: SeriesFindings, series: Series) -> list[str]:
             f"{size.count} runs of {size.ranks} ranks{of} have together an efficiency of {100 * size.efficiency:.1f} % "
             f"(95 % interval {_ends(size.low, size.high)}, over steps and runs)."
         )
-    if found.law is not None:
-        told.append(_law_text(found.law, of))
+    if (law := found.law) is not None:
+        limit = ""
+        if law.name == "Amdahl" and law.low > 0:
+            limit = f" By it, no number of ranks is more than {1 / law.serial_share:.3g} times as fast as {law.base}."
+        told.append(
+            f"{law.name}'s law fits the speedups{of} with a serial share of {100 * law.serial_share:.2f} % "
+            f"(95 % interval {100 * law.low:.2f} to {100 * law.high:.2f} %); no measured speedup is farther from it "
+            f"than {100 * law.largest_error:.1f} %.{limit}"
+        )
     return told
 
 
 def _ends(low: float, high: float) -> str:
     return f"{100 * low:.1f} to {100 * high:.1f} %"
-
-
-def _law_text(law: Law, of: str) -> str:
-    limit = ""
-    if law.name == "Amdahl" and law.low > 0:
-        limit = f" By it, no number of ranks is more than {1 / law.serial_share:.3g} times as fast as {law.base}."
-    return (
-        f"{law.name}'s law fits the speedups{of} with a serial share of {100 * law.serial_share:.2f} % (95 % interval "
-        f"{100 * law.low:.2f} to {100 * law.high:.2f} %); no measured speedup is farther from it than "
-        f"{100 * law.largest_error:.1f} %.{limit}"
-    )

@@ -16,18 +16,13 @@ from launch.runs.events import fewer_nodes, last_command
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
 
-# Breakdown of the steps that a profiler watched, over all ranks of a run: computing, communication, copies, idle
-# time.
-
-
 SHOWN = {"compute": "computing", "exposed": "exposed communication", "copies": "copies", "idle": "idle"}
-"""Part -> its name for people; these make the whole step. A CPU tells no copies."""
-FIELDS = {part: f"breakdown_{part}_s" for part in (*SHOWN, "comm")}
+"""Part of a profiled step -> its name for people; they add up to the step. A CPU has no copies."""
 
 
 @dataclass(frozen=True)
 class StepBreakdown:
-    """Means over the watched steps of all ranks."""
+    """Means over the steps of all ranks that a profiler watched."""
 
     steps: int
     """Steps that the first rank has watched."""
@@ -41,36 +36,31 @@ class StepBreakdown:
         return sum(seconds for part, seconds in self.parts_s.items() if part in SHOWN)
 
     def text(self) -> str:
-        """Name the shares of the parts, for people."""
+        """Write the shares of the parts for people."""
         shares = {part: 100 * seconds / self.step_s for part, seconds in self.parts_s.items()}
-        told = [f"{name} {shares[part]:.1f} %" for part, name in SHOWN.items() if part in shares]
-        return f"{', '.join(told)}; communication, hidden or not, takes {shares['comm']:.1f} %"
+        named = [f"{name} {shares[part]:.1f} %" for part, name in SHOWN.items() if part in shares]
+        return f"{', '.join(named)}; communication, hidden or not, takes {shares['comm']:.1f} %"
 
 
 def read_breakdown(run: RunFolder) -> StepBreakdown | None:
-    """Read the watched steps of a run; None if there is none. Only the first rank's file is read to see that."""
+    """Return the means of the watched steps; None if the first rank has none: the other files are not read then."""
     from launch.report.columns import read_columns  # numpy, which only reading needs
 
-    sums, counts = dict.fromkeys(FIELDS, 0.0), dict.fromkeys(FIELDS, 0)
+    fields = {part: f"breakdown_{part}_s" for part in (*SHOWN, "comm")}
+    sums, counts = dict.fromkeys(fields, 0.0), dict.fromkeys(fields, 0)
     steps = ranks = 0
     for rank in run.metric_ranks():
-        columns = read_columns(run.metrics(rank), tuple(FIELDS.values()))
-        watched = int(columns.known[FIELDS["idle"]].sum())
-        if not watched:
-            if not ranks:
-                return None
-            continue
-        steps, ranks = steps or watched, ranks + 1
-        for part, name in FIELDS.items():
+        columns = read_columns(run.metrics(rank), tuple(fields.values()))
+        watched = int(columns.known[fields["idle"]].sum())
+        if not watched and not ranks:
+            return None
+        steps, ranks = steps or watched, ranks + bool(watched)
+        for part, name in fields.items() if watched else ():
             known = columns.known[name]
             sums[part] += float(columns.values[name][known].sum())
             counts[part] += int(known.sum())
-    if not ranks:
-        return None
-    return StepBreakdown(steps, ranks, {part: sums[part] / counts[part] for part in FIELDS if counts[part]})
-
-
-# The points of a report, each read from one run folder.
+    means = {part: sums[part] / counts[part] for part in fields if counts[part]}
+    return StepBreakdown(steps, ranks, means) if ranks else None
 
 
 class State(StrEnum):
@@ -89,14 +79,14 @@ class State(StrEnum):
 ENDS = {"finished": State.FINISHED, "rank_failed": State.FAILED, "stopped": State.STOPPED}
 """Event -> state of the point after it."""
 REASONS = {"cancelled": State.CANCELLED, "budget_reached": State.BUDGET_EXCEEDED}
-"""Event -> state of a point that was stopped for it, in the words of ``launch.status``."""
+"""Event -> state of a point that was stopped for it, as ``launch.status`` calls it."""
 
 
 @dataclass(frozen=True)
 class Point:
     """Point of a curve, from one run folder.
 
-    ``environment`` is that of the last attempt with steps, and with all nodes; ``steps`` were made in it.
+    ``environment`` is that of the last attempt with steps, and on all nodes; ``steps`` were made in it.
     """
 
     path: Path
@@ -108,44 +98,44 @@ class Point:
     loss: float | None
     """Training loss of the last step, nats per token."""
     span: tuple[float, float] | None = None
-    """Span of its steps: Unix times of the first and the last record of the attempt."""
+    """Unix times of the first and the last record of the attempt."""
     presence: tuple[float, float] | None = None
-    """Span of its processes, starting and ending included; at least that of its steps."""
+    """Unix times between which its processes were alive; at least ``span``."""
     label: str = ""
-    """Label that sets it apart from the other points of a report, for people; empty where that is its name."""
+    """Label that sets it apart from the other points of a report, for people; empty if that is its name."""
     unit: str | None = None
-    """Unit of its work: tokens, samples, images; None where nothing says."""
+    """Unit of its work: tokens, samples, images; None if nothing says."""
     run_time_s: float | None = None
-    """Time that its ranks ran, from the start to the end of each attempt, added up; None while they still do."""
+    """Time that its ranks ran, from the start to the end of each attempt, added up; None while an attempt runs."""
     attempts: int = 0
     goodput: Goodput | None = None
-    """Its time by part; None where no agent entered what was allocated."""
+    """Its time by part; None if no agent recorded its allocations."""
     bf16_ratio: float | None = None
-    """MFU of the bf16 peak over that of the peak in the precision of the run; None where the records do not tell."""
+    """MFU of the bf16 peak over that of the peak in the precision of the run; None if the records do not say."""
     gpu_use: GpuUse | None = None
-    """Energy, power and throttling of its GPUs; None where none was sampled."""
+    """Energy, power and throttling of its GPUs; None if none was sampled."""
     breakdown: StepBreakdown | None = None
     """Parts of the steps that a profiler watched; None if it watched none."""
     rank_times: RankTimes | None = None
-    """Times of each rank beside those of the others; None where fewer than two recorded the same steps."""
+    """Times of each rank against those of the others; None if fewer than two recorded the same steps."""
     fewer_nodes: Mapping[int, int] = field(default_factory=dict)
-    """Smaller number of nodes -> steps that were made on them, as nodes were lost; none of them are in ``steps``,
-    unless there are no others."""
+    """Smaller number of nodes -> steps that were made on them after nodes were lost. They are in ``steps`` only if
+    there are no others."""
     cluster: str | None = None
-    """Kind of cluster it was submitted to, local or slurm, with the name of another one; None where nobody did."""
+    """Cluster of the last submission: local, slurm, or slurm with the name of another one; None if not submitted."""
     unread: tuple[UnreadLines, ...] = ()
-    """Lines among its step records that are none; half a line that is being written is not among them."""
+    """Lines among its step records that are no records, without half a line that is being written."""
     source: str = ""
-    """Folder that it belongs to, among those of a comparison; empty in a report of one."""
+    """Folder of a comparison that it belongs to; empty in a report of one."""
 
     @property
     def is_gpt(self) -> bool:
-        """Return whether the GPT library made it, of which more is known than of other programs."""
+        """True if the GPT library made it, of which more is known than of other programs."""
         return self.environment is not None and self.environment.workload == "gpt"
 
     @property
     def name(self) -> str:
-        """The name of its folder, which is cut where it would be too long."""
+        """Name of its folder, which is cut if it would be too long."""
         return self.path.name
 
     @property
@@ -156,25 +146,35 @@ class Point:
 
 def read_point(path: Path) -> Point:
     """Read one run folder; one that is empty or does not exist is a point without records."""
-    # Both need numpy, which a launch that only prints a plan should not wait for.
-    from launch.report.steps import read_steps
+    from launch.report.reduction import read_steps  # numpy, which only reading needs
 
     run = RunFolder(path)
     setups = {number: read_environment(run, number) for number in run.attempts()}
     known = {number: setup for number, setup in setups.items() if setup is not None}
-    events = run.read_events()
-    fewer = fewer_nodes(events)
     last_attempt = max(setups, default=0)
-    end = _end(events, last_attempt)
+    events = run.read_events()
+    times = _attempt_times(events)
+    ended = [until - since for since, until in times.values() if until is not None]
+    end, fewer = _end(events, last_attempt), fewer_nodes(events)
     reading = read_steps(run, known, fewer, has_ended=end is not None)
-    stepped = reading.attempt_times or {}
     environment = known[reading.attempt or max(known)] if known else None
-    span = stepped[max(stepped)] if stepped else _started_and_ended(events, last_attempt)
-    has_records = reading.last_step is not None or _runs_without(events, environment)
+    span: tuple[float, float] | None = None
+    if reading.attempt_times:
+        span = reading.attempt_times[max(reading.attempt_times)]
+    elif (until := times.get(last_attempt, (0.0, None))[1]) is not None:
+        span = (times[last_attempt][0], until)
+    # A program other than gpt need not record any step.
+    needs_none = environment is not None and environment.workload != "gpt" and bool(times)
+    without_end = State.RUNNING if reading.last_step is not None or needs_none else None
+    on_fewer = Counter[int]()
+    for attempt, event in fewer.items():
+        on_fewer[int(event["nodes"])] += reading.attempt_steps.get(attempt, 0)
+    submitted: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "submitted"), {})
+    cluster = (str(submitted[key]) for key in ("cluster", "slurm_cluster") if submitted.get(key))
     return Point(
         path=path,
         overrides=read_overrides(run),
-        state=end or _without_end(last_attempt, has_records=has_records),
+        state=end or without_end or (State.NO_RECORDS if last_attempt else State.NOT_STARTED),
         environment=environment,
         steps=reading.steps,
         last_step=reading.last_step,
@@ -182,132 +182,78 @@ def read_point(path: Path) -> Point:
         span=span,
         presence=span and _presence(events, span),
         unit=reading.unit if reading.last_step is not None or environment is None else environment.unit,
-        run_time_s=_run_time(events),
+        run_time_s=sum(ended) if ended and len(ended) == len(times) else None,
         attempts=len(setups),
         rank_times=reading.rank_times,
         bf16_ratio=reading.bf16_ratio,
         breakdown=read_breakdown(run) if reading.steps else None,
-        cluster=_cluster(events),
-        fewer_nodes=_by_nodes(fewer, reading.attempt_steps),
+        cluster=" ".join(cluster) or None,
+        fewer_nodes={nodes: on_fewer[nodes] for nodes in sorted(on_fewer, reverse=True) if on_fewer[nodes]},
         unread=reading.unread,
         goodput=measure_goodput(run, events),
         gpu_use=read_gpu_use(run, known),
     )
 
 
-def _by_nodes(fewer: Mapping[int, Mapping[str, Any]], steps: Mapping[int, int]) -> dict[int, int]:
-    """Count the steps that were made on each smaller number of nodes, from the largest."""
-    counts = Counter[int]()
-    for attempt, event in fewer.items():
-        counts[int(event["nodes"])] += steps.get(attempt, 0)
-    return {nodes: counts[nodes] for nodes in sorted(counts, reverse=True) if counts[nodes]}
-
-
-def _cluster(events: Sequence[dict[str, Any]]) -> str | None:
-    """The cluster of the last submission."""
-    last = next((event for event in reversed(events) if event.get("event") == "submitted"), None)
-    if last is None or "cluster" not in last:
-        return None
-    return f"{last['cluster']} {last['slurm_cluster']}" if last.get("slurm_cluster") else str(last["cluster"])
-
-
-def _runs_without(events: Sequence[dict[str, Any]], environment: Environment | None) -> bool:
-    """Tell a program that has started and need not record any step."""
-    return environment is not None and environment.workload != "gpt" and bool(_attempt_times(events))
-
-
-LEFT = ("finished", "stopped", "rank_failed", "attempt_ended")
-"""Events after which the ranks of an attempt are no longer at work."""
-
-
 def _attempt_times(events: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float | None]]:
-    """Times at which the ranks of each attempt started and, if they have, ended."""
+    """Return the times at which the ranks of each attempt started and ended; None if they have not ended."""
     times: dict[int, tuple[float, float | None]] = {}
     for event in events:
-        attempt = event.get("attempt")
-        if event.get("event") == "started" and attempt is not None:
+        name, attempt = event.get("event"), event.get("attempt")
+        if name == "started" and attempt is not None:
             times.setdefault(attempt, (event["time"], None))
-        elif event.get("event") in LEFT and attempt in times and times[attempt][1] is None:
+        elif name in (*ENDS, "attempt_ended") and attempt in times and times[attempt][1] is None:
             times[attempt] = (times[attempt][0], event["time"])
     return times
 
 
-def _run_time(events: Sequence[dict[str, Any]]) -> float | None:
-    """Seconds from ``started`` to the end, over all attempts; None if there was none, or one has not ended."""
-    times = _attempt_times(events)
-    ended = [end - start for start, end in times.values() if end is not None]
-    return sum(ended) if ended and len(ended) == len(times) else None
-
-
-def _started_and_ended(events: Sequence[dict[str, Any]], attempt: int) -> tuple[float, float] | None:
-    start, end = _attempt_times(events).get(attempt, (0.0, None))
-    return None if end is None else (start, end)
-
-
 def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tuple[float, float]:
-    """From the start of the agent, or if there was none of the ranks, to their end, around ``span``."""
+    """Return the time from the start of the agent, or of the ranks without agent, to their end, around ``span``."""
     before = {event["event"]: event["time"] for event in events if event["time"] <= span[0]}
     ends = [event["time"] for event in events if event["event"] == "agent_ended" and event["time"] >= span[1]]
     return before.get("agent_started", before.get("started", span[0])), ends[0] if ends else span[1]
 
 
 def _end(event_log: Sequence[dict[str, Any]], last: int) -> State | None:
-    """State by the ends that the event log knows of the last attempt; one without an attempt belongs to any."""
-    events = [e for e in event_log if e.get("event") in ENDS and e.get("attempt", last) >= last]
-    told = [e for e in event_log[last_command(event_log) :] if e.get("event") in REASONS]
-    failures = [e["time"] for e in events if e["event"] == "rank_failed" and "time" in e]
+    """Return the state after the last attempt; None if it has not ended. An end without attempt belongs to any."""
+    ends = [event for event in event_log if event.get("event") in ENDS and event.get("attempt", last) >= last]
+    reason = next((event for event in event_log[last_command(event_log) :] if event.get("event") in REASONS), None)
+    failures = [event["time"] for event in ends if event["event"] == "rank_failed" and "time" in event]
     # What fails after a cancel, or at the cap, failed because of it; what finished all the same has finished.
-    because = not failures or (told and min(failures) >= told[0].get("time", 0.0))
-    if told and because and not any(e["event"] == "finished" for e in events):
-        return REASONS[told[0]["event"]]
+    has_finished = any(event["event"] == "finished" for event in ends)
+    if reason is not None and not has_finished and all(time >= reason.get("time", 0.0) for time in failures):
+        return REASONS[reason["event"]]
     # A rank that failed fails the attempt, whatever the others wrote after it.
-    if any(e["event"] == "rank_failed" and e.get("attempt") is not None for e in events):
+    if any(event["event"] == "rank_failed" and event.get("attempt") is not None for event in ends):
         return State.FAILED
-    return ENDS[events[-1]["event"]] if events else None
-
-
-def _without_end(last: int, has_records: bool) -> State:
-    """State of a run whose last attempt has not ended."""
-    if has_records:
-        return State.RUNNING
-    return State.NO_RECORDS if last else State.NOT_STARTED
+    return ENDS[ends[-1]["event"]] if ends else None
 
 
 def neighbours(points: Sequence[Point]) -> list[list[str]]:
-    """For each point, the names of those it had to share cores or a GPU with while it made steps.
+    """Return for each point the names of those it had to share cores or a GPU with while it made steps.
 
     A point that starts takes as much of a machine as one that makes steps: its ranks import libraries.
     """
     return [
-        [other.title for other in points if other.path != point.path and _disturb(point, other)] for point in points
+        [other.title for other in points if other.path != point.path and _disturbs(other, point)] for point in points
     ]
 
 
-def _disturb(one: Point, other: Point) -> bool:
-    if one.environment is None or other.environment is None or one.span is None or other.presence is None:
+def _disturbs(other: Point, point: Point) -> bool:
+    if point.environment is None or other.environment is None or point.span is None or other.presence is None:
         return False
-    at_the_same_time = one.span[0] < other.presence[1] and other.presence[0] < one.span[1]
-    return at_the_same_time and _share(one.environment, other.environment)
-
-
-def _share(one: Environment, other: Environment) -> bool:
-    """Return whether both had ranks on one GPU, or together more threads on a machine than it has cores."""
-    gpus = [{place.gpu for place in side.ranks if place.gpu is not None} for side in (one, other)]
+    if point.span[0] >= other.presence[1] or other.presence[0] >= point.span[1]:
+        return False
+    sides = (point.environment.ranks, other.environment.ranks)
+    gpus = [{place.gpu for place in side if place.gpu is not None} for side in sides]
     if gpus[0] & gpus[1]:
         return True
-    threads = [_threads(one), _threads(other)]
     cores: dict[str, int] = defaultdict(int)
-    for place in (*one.ranks, *other.ranks):
-        cores[place.machine] = max(cores[place.machine], place.cores)
-    return any(
-        threads[0][machine] + threads[1][machine] > cores[machine] for machine in threads[0] if machine in threads[1]
-    )
-
-
-def _threads(environment: Environment) -> dict[str, int]:
-    """Threads of the ranks that compute on the CPU, by machine."""
-    counts: dict[str, int] = defaultdict(int)
-    for place in environment.ranks:
-        if place.device == "cpu":
-            counts[place.machine] += place.threads
-    return counts
+    threads = [Counter[str](), Counter[str]()]
+    for side, counts in zip(sides, threads, strict=True):
+        for place in side:
+            cores[place.machine] = max(cores[place.machine], place.cores)
+            if place.device == "cpu":
+                counts[place.machine] += place.threads
+    shared = threads[0].keys() & threads[1].keys()
+    return any(threads[0][machine] + threads[1][machine] > cores[machine] for machine in shared)

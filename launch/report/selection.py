@@ -1,4 +1,4 @@
-"""Selection of the runs of a report: one run, a sweep of a folder, or all runs in it; and the folder for its files."""
+"""Selection of the runs that a report is about: one run, a sweep of a folder, all its runs, or several to compare."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ MAX_OTHERS = 8
 
 @dataclass(frozen=True)
 class Selection:
-    """Runs that a report is about, of ``folder``: that of a sweep's points, or of one run."""
+    """Runs that a report is about. ``folder`` is that of a sweep's points, or of one run."""
 
     folder: Path
     runs: tuple[Path, ...]
     sweep: Sweep | None = None
     is_current: bool = True
-    """False for a sweep that another one has followed, and for all runs of a folder that has sweeps."""
+    """False for a sweep before the newest one, and for all runs of a folder that has sweeps."""
     parts: tuple[Selection, ...] = ()
-    """Selections that are compared, in the order in which they were typed; empty in a report of one."""
+    """Selections that are compared, in the order of the command; empty in a report of one."""
     out: Path | None = None
-    """Folder for the files of the report, in place of those where it belongs."""
+    """Folder for the files of the report, in place of its usual ones."""
 
     @property
     def stem(self) -> str:
@@ -42,7 +42,7 @@ class Selection:
 
     @property
     def folders(self) -> list[Path]:
-        """Folders that the report is written into: the current sweep's lies where the last report is looked for too."""
+        """Folders that the report is written into; that of the current sweep goes into two."""
         if self.out is not None:
             return [self.out]
         if self.parts:
@@ -55,7 +55,7 @@ class Selection:
 
     @property
     def dashboard(self) -> Path | None:
-        """Folder whose Scaling or Summary run in TensorBoard shows this report; None if there is none such."""
+        """Folder whose Scaling or Summary run in TensorBoard shows this report; None if it has none."""
         if self.out is not None or self.parts:
             return None
         if len(self.runs) == 1:
@@ -70,7 +70,7 @@ class Selection:
 
     @property
     def text(self) -> str:
-        """One sentence on what is shown of a folder with sweeps; empty where the heading says it."""
+        """One sentence on what is shown of a folder with sweeps; empty if the heading has it."""
         if self.parts:
             told = [part.text.rstrip(".") or str(part.folder) for part in self.parts]
             return f"Compared are: {'; '.join(told)}."
@@ -80,10 +80,10 @@ class Selection:
         return "" if self.is_current else f"All {len(self.runs)} runs of {self.folder}."
 
     def others(self) -> list[str]:
-        """Lines for people on what else there is to see in the folder, with what to type."""
+        """Return lines for people on the other reports of the folder, with what to type."""
         if is_run(self.folder) or self.parts:
             return []
-        command = f"python -m launch.report {quote(str(self.folder))}"
+        command = f"{REPORT} {quote(str(self.folder))}"
         every_sweep = read_sweeps(self.folder)
         sweeps = [one for one in reversed(every_sweep) if self.sweep is None or one != self.sweep]
         lines = [f"{one.summary(every_sweep)}: {command} --sweep {one.number}" for one in sweeps[:MAX_OTHERS]]
@@ -99,80 +99,71 @@ class Selection:
 def select(
     folder: Path, number: int | None = None, *, every: bool = False, command: str = REPORT, options: str = ""
 ) -> Selection:
-    """Choose the runs of a report of ``folder``.
+    """Choose the runs of a report of ``folder``: ``select(Path("outputs/quick_test"))``.
 
     They are the run itself; the sweep whose record ``folder`` is, such as ``sweeps/0001``; of a folder with runs the
-    sweep that was typed last, the one with this ``number``, or with ``every``, and where no sweep was typed, all of
-    them.
+    newest sweep, the one with this ``number``, or with ``every``, and if there is no sweep, all of them.
 
     Args:
-        folder: of runs.
+        folder: of runs, or of one run.
         number: of an earlier sweep.
         every: all runs of the folder.
-        command: that asks, for what refusals say to type.
-        options: which it needs behind the folder.
+        command: of the user, for what refusals propose.
+        options: of this command after the folder.
 
     Raises:
         ConfigError: there is no such run, or no such sweep.
     """
     if not folder.is_dir():
         lacking = f"{folder}, which is a file" if folder.exists() else f"no folder {folder}"
-        raise ConfigError(lacking, "a folder with runs in it", suggestion(folder.parent, command, options))
+        raise ConfigError(lacking, "a folder with runs in it", _proposal(folder.parent, command, options))
     if is_run(folder) and number is None and not every:
         return Selection(folder, (folder,))
     if folder.parent.name == ARCHIVE and folder.name.isdigit() and (folder / CURRENT).is_file() and number is None:
         return select(folder.parent.parent, int(folder.name), command=command, options=options)
     current = current_sweep(folder)
-    sweep = current if number is None else numbered(folder, number, command, options)
+    sweep = current if number is None else _sweep_numbered(folder, number, command, options)
     if sweep is not None and not every:
-        return Selection(folder, paths(folder, sweep.points), sweep, is_current=sweep == current)
+        points = tuple(folder / name for name in sweep.points)
+        return Selection(folder, points, sweep, is_current=sweep == current)
     found = runs_inside(folder, depth=1)
     if not found:
         expected = "a run folder, or a folder with runs in it (each has metrics/, attempts/ or plan.json)"
-        raise ConfigError(f"no run in {folder}", expected, suggestion(folder, command, options))
+        raise ConfigError(f"no run in {folder}", expected, _proposal(folder, command, options))
     return Selection(folder, tuple(found), is_current=current is None)
 
 
-def numbered(folder: Path, number: int, command: str = REPORT, options: str = "") -> Sweep:
-    """The sweep with this number. Raises ConfigError if there is none."""
+def _sweep_numbered(folder: Path, number: int, command: str, options: str) -> Sweep:
     known = read_sweeps(folder)
     for sweep in known:
         if sweep.number == number:
             return sweep
-    if not known:
+    again = f"{command} {quote(str(folder))}"
+    if known:
+        expected = "; ".join(sweep.summary(known) for sweep in known)
+        again = f"{again} --sweep {known[-1].number} {options}".rstrip()
+    else:
         expected = f"the number of a sweep, of which none is recorded in {folder / CURRENT}"
         has_runs = bool(runs_inside(folder, depth=1))
-        every = typed(folder, command, options) if has_runs else suggestion(folder, command, options)
-        raise ConfigError(f"no sweep {number} in {folder}", expected, every)
-    told = "; ".join(sweep.summary(known) for sweep in known)
-    again = typed(folder, command, f"--sweep {known[-1].number} {options}".rstrip())
-    raise ConfigError(f"no sweep {number} in {folder}", told, again)
+        again = f"{again} {options}".rstrip() if has_runs else _proposal(folder, command, options)
+    raise ConfigError(f"no sweep {number} in {folder}", expected, again)
 
 
-def paths(folder: Path, names: Sequence[str]) -> tuple[Path, ...]:
-    """The run folders of points."""
-    return tuple(folder / name for name in names)
-
-
-def typed(folder: Path, command: str, options: str) -> str:
-    """Write a command for a folder as it is typed."""
-    return f"{command} {quote(str(folder))} {options}".rstrip()
-
-
-def suggestion(folder: Path, command: str = REPORT, options: str = "") -> str:
-    """A command that works: for the newest folder with runs at or below ``folder``, or to make one."""
+def _proposal(folder: Path, command: str, options: str) -> str:
+    """Return a command that works: for the newest folder with runs at or below ``folder``, or to make one."""
     near = [folder, *folder.iterdir(), *(OUTPUTS.iterdir() if OUTPUTS.is_dir() else ())] if folder.is_dir() else []
     fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
-    if fitting:
-        return typed(max(fitting, key=lambda path: path.stat().st_mtime), command, options)
-    return "python -m launch -m nodes=1,2"
+    if not fitting:
+        return "python -m launch -m nodes=1,2"
+    newest = max(fitting, key=lambda path: path.stat().st_mtime)
+    return f"{command} {quote(str(newest))} {options}".rstrip()
 
 
 def writing_to(selection: Selection, out: Path) -> Selection:
-    """The selection, with its report in another folder, which is made.
+    """Return the selection with its report in another folder, which is made.
 
     Raises:
-        ConfigError: it is no folder, or one of runs, whose own report would be lost; or nothing can be written there.
+        ConfigError: it is no folder, a folder of runs, whose own report would be lost, or not writable.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}, which is a file", "a folder", f"--out {quote(str(out.parent / 'comparison'))}")
@@ -205,19 +196,18 @@ def compare(parts: Sequence[Selection]) -> Selection:
     for part in parts:
         key = (part.folder.resolve(), part.sweep and part.sweep.number, part.stem)
         if key in seen:
-            raise twice(part.shown, f"with the same runs as {seen[key].shown}", parts, part)
+            raise _twice(part.shown, f"with the same runs as {seen[key].shown}", parts, part)
         seen[key] = part
     for part in parts:
         for other in parts:
             of_other = [run.resolve() for run in other.runs]
             if part is not other and is_run(part.folder) and part.folder.resolve() in of_other:
-                raise twice(part.shown, f"which belongs to {other.shown}", parts, part)
+                raise _twice(part.shown, f"which belongs to {other.shown}", parts, part)
     runs = tuple(run for part in parts for run in part.runs)
     return Selection(parts[0].folder, runs, parts=tuple(parts))
 
 
-def twice(shown: Path, why: str, parts: Sequence[Selection], left_out: Selection) -> ConfigError:
-    """Return the refusal of what would be in a comparison twice."""
+def _twice(shown: Path, why: str, parts: Sequence[Selection], left_out: Selection) -> ConfigError:
     others = dict.fromkeys(quote(str(part.shown)) for part in parts if part is not left_out)
     return ConfigError(f"{shown}, {why}", "folders with other runs each", f"{REPORT} {' '.join(others)}")
 

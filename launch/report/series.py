@@ -7,6 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from launch.errors import ConfigError, counted
 from launch.report.environment import Environment
@@ -188,51 +189,41 @@ class MeasuredPoint:
 
 @dataclass(frozen=True)
 class Series:
-    """Points that differ in size only, smallest first. ``label`` is what sets it apart, empty for the only one."""
+    """Points that differ in size only, smallest first. ``label`` sets it apart from others; empty if it is alone."""
 
     label: str
     members: tuple[MeasuredPoint, ...]
 
     @property
     def smallest(self) -> MeasuredPoint | None:
-        """The smallest point that has figures; where none has, the smallest whose run time can be compared."""
+        """The smallest point with figures; if none has any, the smallest whose run time can be compared."""
         measured = [member for member in self.members if member.figures is not None]
         timed = [member for member in self.members if member.run_rate is not None]
         return next(iter(measured or timed), None)
 
     @property
     def scaling(self) -> str | None:
-        """``strong``, ``weak``, or None where no point tells."""
+        """``strong``, ``weak``, or None if no point says."""
         known = [m.point.environment.weak_scaling for m in self.members if m.point.environment is not None]
-        told = [weak for weak in known if weak is not None]
-        return ("weak" if told[0] else "strong") if told else None
+        return next(("weak" if weak else "strong" for weak in known if weak is not None), None)
 
     @property
     def has_rates(self) -> bool:
-        """Return whether the work of every measured point is known, in one unit, so that they compare by throughput."""
+        """True if the work of every measured point is known, in one unit, so that they compare by throughput."""
         measured = [(m.figures.throughput, m.point.unit) for m in self.members if m.figures is not None]
         return all(rate is not None for rate, _ in measured) and len({unit for _, unit in measured}) == 1
 
     @property
     def compares(self) -> bool:
-        """Return whether there is anything to compare: one point alone has no speedup."""
+        """True if there are several points: one alone has no speedup."""
         return len(self.members) > 1
-
-
-def label_points(points: Sequence[Point]) -> list[Point]:
-    """The points, each with its label among them; one alone with that among the runs that it lies beside."""
-    if len(points) == 1:
-        path = points[0].path.absolute()
-        return [replace(points[0], label=labels_inside([path.parent]).get(path, ""))]
-    labels = point_labels([(point.path, point.overrides) for point in points])
-    return [replace(point, label=label) for point, label in zip(points, labels, strict=True)]
 
 
 def split(members: Sequence[MeasuredPoint]) -> list[Series]:
     """Group points into series by their overrides other than their size, and by their cluster, in order of appearance.
 
-    The processes of one machine say nothing of how nodes scale, nor one cluster of another: none is measured against
-    them. Nor are points that were made with other software or code, or lie in another folder of a comparison.
+    The processes of one machine say nothing of how nodes scale, nor one cluster of another: they are not compared. Nor
+    are points that were made with other software or code, or are in another folder of a comparison.
 
     Raises:
         ConfigError: points of one series were measured under different conditions.
@@ -251,42 +242,43 @@ def split(members: Sequence[MeasuredPoint]) -> list[Series]:
     found = []
     for (source, alike), group in groups.items():
         label = ",".join(filter(None, (source, *sorted(alike - common)))) or ("default" if len(groups) > 1 else "")
-        found.append(Series(label, tuple(sorted(group, key=_by_size))))
+        # Points whose size is not known come last.
+        sizes = {one.point.path: [math.inf if n is None else n for n in (one.ranks, one.nodes)] for one in group}
+        found.append(Series(label, tuple(sorted(group, key=lambda one: (sizes[one.point.path], one.point.name)))))
     for series in found:
         _require_comparable(series)
     return found
 
 
 def _made_alike(members: Sequence[MeasuredPoint]) -> dict[frozenset[str], list[MeasuredPoint]]:
-    """Group points that were made with the same software and code; what sets groups apart is in their keys.
+    """Return what sets groups apart -> points that were made with the same software and code.
 
-    A point that does not tell belongs to the first group: there is nothing to tell it apart by.
+    A point that does not say belongs to the first group.
     """
     several = {name: list(found) for name, found in made_with(members).items() if len(found) > 1}
     groups: dict[frozenset[str], list[MeasuredPoint]] = {}
     for member in members:
         environment = member.point.environment
-        told = {name: environment and MADE_WITH[name](environment) for name in several}
-        groups.setdefault(frozenset(told[name] or found[0] for name, found in several.items()), []).append(member)
+        own = {name: environment and MADE_WITH[name](environment) for name in several}
+        groups.setdefault(frozenset(own[name] or found[0] for name, found in several.items()), []).append(member)
     return groups
 
 
 def made_with(members: Sequence[MeasuredPoint]) -> dict[str, dict[str, list[str]]]:
-    """Property of ``MADE_WITH`` -> its values among measured points -> their titles."""
+    """Return property of ``MADE_WITH`` -> its values among measured points -> their titles."""
     found: dict[str, dict[str, list[str]]] = {name: {} for name in MADE_WITH}
     for member in members:
         environment = member.point.environment
         if environment is None or (member.figures is None and member.run_rate is None):
             continue
         for name, property_of in MADE_WITH.items():
-            value = property_of(environment)
-            if value is not None:
+            if (value := property_of(environment)) is not None:
                 found[name].setdefault(value, []).append(member.point.title)
     return found
 
 
 def clusters_of(members: Sequence[MeasuredPoint]) -> dict[str, list[str]]:
-    """The points that ran on each cluster, as far as that is known."""
+    """Return cluster -> titles of the points that ran on it, as far as that is known."""
     found: dict[str, list[str]] = {}
     for member in members:
         if member.point.cluster is not None:
@@ -295,15 +287,9 @@ def clusters_of(members: Sequence[MeasuredPoint]) -> dict[str, list[str]]:
 
 
 def identity(point: Point) -> frozenset[str]:
-    """Overrides that were typed for a point, apart from its size."""
+    """Return the overrides of a point without its size."""
     told = filter(tells_apart, point.overrides)
     return frozenset(override for override in told if typed_key(override) not in SIZE_KEYS)
-
-
-def _by_size(member: MeasuredPoint) -> tuple[float, float, str]:
-    """Points whose size is not known come last."""
-    ranks, nodes = (float("inf") if n is None else n for n in (member.ranks, member.nodes))
-    return ranks, nodes, member.point.name
 
 
 def _require_comparable(series: Series) -> None:
@@ -314,39 +300,43 @@ def _require_comparable(series: Series) -> None:
         assert first.point.environment is not None and other.point.environment is not None
         for name, condition in CONDITIONS.items():
             if name == "batch" and not other.point.is_gpt:
-                continue  # said by hand, once for all points or wrongly; a note tells where the steps show otherwise
+                continue  # stated by hand, once for all points or wrongly; a note names steps with other work
             here, there = condition(first.point.environment), condition(other.point.environment)
             if here is not None and there is not None and here != there:
+                typed = [override for override in other.point.overrides if typed_key(override) != "fresh"]
+                again = " ".join(["python -m launch", *typed, "fresh=true"])
                 raise ConfigError(
                     f"different {name} in one scaling series: {first.point.title} has {here}, "
                     f"{other.point.title} has {there}",
                     f"the same {name} for all points whose efficiency is compared",
-                    f"{_again(other.point)}, so that it has {here}; or take {other.point.path} out of the folder",
+                    f"{again}, so that it has {here}; or take {other.point.path} out of the folder",
                 )
 
 
-def _again(point: Point) -> str:
-    """The command that makes a point again in a new folder."""
-    typed = [override for override in point.overrides if typed_key(override) != "fresh"]
-    return " ".join(["python -m launch", *typed, "fresh=true"])
-
-
-# Comparison of several sweeps and runs in one report, each with a baseline of its own.
+# Labels of points, and the comparison of several sweeps and runs, each with a baseline of its own.
 
 
 COMPARED: Mapping[str, Callable[[Environment], str | None]] = {**CONDITIONS, **MADE_WITH}
 """Conditions that a ratio between points of two folders is a measure of, if they differ."""
 
 
+def label_points(points: Sequence[Point]) -> list[Point]:
+    """Return the points with their labels; one alone with its label among the runs of its folder."""
+    if len(points) == 1:
+        path = points[0].path.absolute()
+        return [replace(points[0], label=labels_inside([path.parent]).get(path, ""))]
+    labels = point_labels([(point.path, point.overrides) for point in points])
+    return [replace(point, label=label) for point, label in zip(points, labels, strict=True)]
+
+
 def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]:
-    """The points, each with its label; in a comparison also with its source, which their labels begin with."""
+    """Return the points with their labels; in a comparison also with their source, which the labels begin with."""
     if not selection.parts:
         return label_points(points)
     sources: dict[str, list[Point]] = defaultdict(list)
-    left = list(points)
+    left = iter(points)
     for source, part in zip(source_labels(selection.parts), selection.parts, strict=True):
-        sources[source] += left[: len(part.runs)]
-        left = left[len(part.runs) :]
+        sources[source] += islice(left, len(part.runs))
     return [
         replace(point, source=source, label=f"{source}/{point.title}")
         for source, of_source in sources.items()
@@ -355,33 +345,26 @@ def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]
 
 
 def ratios_to_first(members: Sequence[MeasuredPoint]) -> dict[str, float]:
-    """Title -> throughput over that of the first source's point with as many ranks.
+    """Return title -> throughput over that of the first source's point with as many ranks, in the same unit.
 
-    Where that has several points of a size, the one that was typed alike counts, and none if there is none. Only
-    the same units compare.
+    If the first source has several points of a size, the one with the same overrides counts; if none has, no point.
     """
     sources = list(dict.fromkeys(member.point.source for member in members))
+    first = [member for member in members if member.point.source == sources[0] and member.figures is not None]
     found: dict[str, float] = {}
     for member in members:
-        other = _counterpart(member, [one for one in members if one.point.source == sources[0]])
-        if member.point.source == sources[0] or other is None or member.figures is None or other.figures is None:
+        as_large = [one for one in first if one.ranks == member.ranks]
+        alike = [one for one in as_large if identity(one.point) == identity(member.point)] or as_large
+        if member.point.source == sources[0] or member.figures is None or len(alike) != 1:
             continue
-        here, there = member.figures.throughput, other.figures.throughput
-        if here is not None and there and member.point.unit == other.point.unit:
+        here, there = member.figures.throughput, alike[0].figures and alike[0].figures.throughput
+        if here is not None and there and member.point.unit == alike[0].point.unit:
             found[member.point.title] = here / there
     return found
 
 
-def _counterpart(member: MeasuredPoint, others: Sequence[MeasuredPoint]) -> MeasuredPoint | None:
-    """The point of another source that one compares with; None if there is none, or several might be it."""
-    as_large = [one for one in others if one.ranks == member.ranks and one.figures is not None]
-    alike = [one for one in as_large if identity(one.point) == identity(member.point)]
-    candidates = alike or as_large
-    return candidates[0] if len(candidates) == 1 else None
-
-
 def comparison_notes(members: Sequence[MeasuredPoint]) -> list[str]:
-    """Say what a ratio across folders is of: what the points of each differ in from those of the first."""
+    """Return the notes on a ratio across folders: what the points of each differ in from those of the first."""
     sources: dict[str, list[Environment]] = defaultdict(list)
     for member in members:
         sources[member.point.source] += [] if member.point.environment is None else [member.point.environment]
@@ -395,16 +378,15 @@ def comparison_notes(members: Sequence[MeasuredPoint]) -> list[str]:
     for source, environments in others:
         different = []
         for name, condition in COMPARED.items():
-            here, there = (_values(condition, which) for which in (environments, of_first))
+            here, there = (
+                sorted({value for one in which if (value := condition(one)) is not None})
+                for which in (environments, of_first)
+            )
             if here and there and here != there:
                 different.append(f"{name} ({' / '.join(here)}, not {' / '.join(there)})")
         if different:
             told.append(f"{source} differs from {first} in {'; '.join(different)}: a ratio is of all of it together.")
     return told
-
-
-def _values(condition: Callable[[Environment], str | None], environments: Sequence[Environment]) -> list[str]:
-    return sorted({value for one in environments if (value := condition(one)) is not None})
 
 
 # Notes on points.
@@ -415,7 +397,7 @@ NAMED = 3
 
 
 def straggler_notes(member: MeasuredPoint) -> list[str]:
-    """Name the ranks that hold the others up, where the spread bears it out; nothing where it does not."""
+    """Return the notes on slow ranks and on ranks that wait for data; none if their excess is within the spread."""
     if member.figures is None or member.point.rank_times is None:
         return []
     ranks = member.point.rank_times.ranks
@@ -435,7 +417,7 @@ def straggler_notes(member: MeasuredPoint) -> list[str]:
 
 
 def _told(member: MeasuredPoint, ranks: Mapping[int, float]) -> str:
-    """Name the slowest of some ranks, with what they take longer than the median of the others."""
+    """Write the slowest of some ranks and their excess over the median of all other ranks."""
     assert member.figures is not None
     told = []
     for rank, excess_s in sorted(ranks.items(), key=lambda item: -item[1])[:NAMED]:

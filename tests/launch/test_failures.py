@@ -135,7 +135,7 @@ def test_a_crash_costs_what_lies_between_the_two_attempts(sabotaged: tuple[str, 
     assert first and again and "crashed" in row.causes_h and row.interruptions == row.restarts_in_place == 1
     # From the first step, which the second attempt did again, to where that began.
     lost_s = again[0]["time"] - again[0]["step_time_s"] - (first[0]["time"] - first[0]["step_time_s"])
-    assert row.interrupted_s == pytest.approx(lost_s, abs=1e-3) and len(row.interrupted()) == 1
+    assert row.interrupted_s == pytest.approx(lost_s, abs=1e-3) and len(row.causes_h) == 1
     assert row.saved_against == "the first start of this run" and row.saved_in_place_h is not None
 
 

@@ -341,3 +341,45 @@ def test_a_program_that_tells_no_steps_is_interrupted_by_what_it_came_back_from_
     found = goodput_of(again)
     assert found.losses.counts == {"crashed": 1} and found.losses.seconds == {"crashed": 32.0}
     assert found.seconds == {"start": 4.0 + 60.0, "restarts": 32.0}
+
+
+def test_points_on_this_machine_do_not_wait_for_nodes(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.event("submitted", cluster="local", job_id="1", nodes=2, candidate=0)
+    run.spend(300)  # in which another point of the sweep runs
+    run.up_to_a_checkpoint()
+    run.released()
+    assert goodput_of(run).seconds == {"start": 16.0, "steps": 4.0, "saves": 2.0}
+
+
+def test_a_restart_that_takes_longer_than_the_first_start_saves_nothing(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.up_to_a_checkpoint()
+    run.ended(1, "crashed", "restart")
+    run.spend(160)
+    run.started(2)
+    run.steps(2, 5, 8)
+    run.released()
+    (row,) = build(run.builder.path).rows
+    assert (row.restarts_in_place, row.saved_in_place_h, row.saved_against) == (1, 0.0, "the first start of this run")
+
+
+def test_a_cancelled_run_that_a_command_takes_back_was_interrupted_once(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.up_to_a_checkpoint()
+    run.steps(1, 5, 8)
+    run.ended(1, "cancelled", "stop")
+    run.released()
+    folder = run.builder.run
+    lines = folder.metrics(0).read_text().splitlines(keepends=True)
+    aside = folder.aside / "0001" / "metrics" / folder.metrics(0).name
+    aside.parent.mkdir(parents=True)
+    aside.write_text("".join(lines[4:]))
+    folder.metrics(0).write_text("".join(lines[:4]))
+    run.allocation()
+    run.spend(16)
+    run.started(2)
+    run.steps(2, 5, 8)
+    run.released()
+    losses = goodput_of(run).losses
+    assert losses.counts == {"cancelled": 1} and losses.seconds == {"continued": 4.0, "cancelled": 16.0}

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from launch.report import columns
 from launch.report.columns import read_columns
 from launch.report.environment import read_environment
-from launch.report.steps import RECORDED, Step, read_steps, step_times
+from launch.report.reduction import read_steps, step_times
+from launch.report.steps import RECORDED, Step
 from launch.runs.folder import RunFolder
 from launch.runs.records import fill_in_step_times, own_work, read_records
 
