@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import itertools
+import tokenize
 from functools import cache
 from pathlib import Path
 
@@ -381,3 +383,60 @@ def test_every_yaml_composes(path: Path, tmp_path: Path) -> None:
 def test_every_preset_says_what_it_is() -> None:
     for path in YAML:
         assert (ROOT / "configs" / path).read_text().startswith("#"), f"{path} opens with a comment"
+
+
+TOKENS = {
+    "gpt": 167_000,
+    "gpt_launch": 600,
+    "hydra_plugins": 1_200,
+    "launch/agent": 31_000,
+    "launch/bench_network": 3_500,
+    "launch/config": 4_800,
+    "launch/doctor": 11_300,
+    "launch/plan": 10_900,
+    "launch/project": 11_200,
+    "launch/report": 47_500,
+    "launch/runs": 27_000,
+    "launch/script": 4_800,
+    "launch/slurm": 26_200,
+    "launch/storm": 9_600,
+    "launch/worker": 6_900,
+    "slurm": 12_700,
+}
+"""Folder -> the most code tokens that it may have: what Python's tokenizer yields, without comments and docstrings.
+
+A larger number here is a decision that somebody made and explained, and not an accident.
+"""
+NO_CODE = {
+    *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
+    *(tokenize.ENCODING, tokenize.ENDMARKER),
+}
+
+
+def code_tokens(path: Path) -> int:
+    """Count the tokens of a file without comments, docstrings, line ends and indentation."""
+    docstrings = {
+        node.lineno
+        for node in nodes_of(path)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    }
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    return sum(
+        token.type not in NO_CODE and not (token.type == tokenize.STRING and token.start[0] in docstrings)
+        for token in tokens
+    )
+
+
+@pytest.mark.parametrize("folder", TOKENS)
+def test_no_folder_grows_unnoticed(folder: str) -> None:
+    counted = sum(map(code_tokens, (ROOT / folder).rglob("*.py")))
+    assert 0 < counted <= TOKENS[folder], f"{folder} has {counted:,} code tokens; make something smaller first"
+
+
+def test_no_folder_has_more_than_fifteen_files() -> None:
+    folders = {
+        path.parent
+        for package in ("launch", "gpt_launch", "hydra_plugins", "slurm")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert {folder.name: count for folder in folders if (count := len([*folder.glob("*.py")])) > 15} == {}
