@@ -11,6 +11,8 @@ first. A rank that runs the user's script must not do that, since the script may
 ``gpt_launch.worker`` is found by another way, through ``__path__`` below.
 """
 
+import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[1]
@@ -19,3 +21,15 @@ ROOT = Path(__file__).absolute().parents[1]
 # Makes the folder launch importable as gpt_launch.launch. Only the modules that a rank needs can be imported by that
 # name, because they import each other relatively; all others are imported as launch.
 __path__.append(str(ROOT))
+
+
+def as_typed(text: str) -> str:
+    """Write commands of the launcher in a message as ``gpt-launch COMMAND``, if this process was started by that name.
+
+    In a project with a ``launch.py`` of its own, ``python -m launch`` would run that file.
+    """
+    if Path(sys.orig_argv[0] if len(sys.orig_argv) < 2 else sys.orig_argv[1]).name != "gpt-launch" and (
+        sys.orig_argv[1:3] != ["-m", "gpt_launch"]
+    ):
+        return text
+    return re.sub(r"python -m launch(?:\.(\w+))?", lambda found: " ".join(filter(None, ("gpt-launch", found[1]))), text)

@@ -23,7 +23,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-import gpt_launch.own_names  # noqa: F401
+from gpt_launch import as_typed
 from launch import __version__
 from launch.config import Config
 from launch.config.compose import (
@@ -197,7 +197,7 @@ def main() -> int:
         sys.argv[1:], schema = prepare(sys.argv[1:])
         run_point()
     except CONFIG_ERRORS as error:
-        print(explain(error, schema, sys.argv[1:]), file=sys.stderr)
+        print(as_typed(str(explain(error, schema, sys.argv[1:]))), file=sys.stderr)
         return 2
     except SweepFailedError as error:
         return fail(error)

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn, ParamSpec
 
+from gpt_launch import as_typed
+
 # Errors meant for the person at the keyboard. Torch-free; imported by everything, imports nothing of ours.
 
 
@@ -51,12 +53,12 @@ def refusing(main: Callable[P, int]) -> Callable[P, int]:
         try:
             return main(*args, **kwargs)
         except ConfigError as error:
-            print(error, file=sys.stderr, flush=True)
+            print(as_typed(str(error)), file=sys.stderr, flush=True)
             return 2
         except OSError as error:
             if error.filename is None or error.errno not in FILE_ERRORS:
                 raise
-            print(refuse_file(error), file=sys.stderr, flush=True)
+            print(as_typed(str(refuse_file(error))), file=sys.stderr, flush=True)
             return 2
 
     return with_refusals

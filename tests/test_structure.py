@@ -405,7 +405,7 @@ TOKENS = {
 }
 """Folder -> the most code tokens that it may have: what Python's tokenizer yields, without comments and docstrings.
 
-A larger number here is a decision that somebody made and explained, and not an accident.
+A larger number here is a decision that its commit explains.
 """
 NO_CODE = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),

@@ -22,7 +22,7 @@ from launch.agent.rendezvous import join
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
-from launch.plan.plan import Plan, make_plan, plan_point
+from launch.plan.plan import Plan, make_plan
 from launch.plan.text import plan_text
 from launch.runs.events import fewer_nodes
 from launch.runs.files import read_json, read_json_lines, write_json
@@ -90,7 +90,7 @@ NO_SIZE = "resilience.min_nodes=3, and with nodes=3: nodes=3 x 1 ranks = 3 ranks
 )
 def test_what_could_not_go_on_is_refused_before_the_queue(words: list[str], found: str, fix: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        plan_point(typed_config(compose_launch(["cluster=slurm", *words])), words, ClusterKind.slurm)
+        make_plan(typed_config(compose_launch(["cluster=slurm", *words])), words, ClusterKind.slurm)
     assert found in refusal.value.found and refusal.value.expected and fix in refusal.value.fix
 
 

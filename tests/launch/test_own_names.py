@@ -54,15 +54,15 @@ def point(project: Path, nodes: int) -> RunFolder:
     return RunFolder(found)
 
 
-def gpt_launch(project: Path, *args: str) -> str:
+def gpt_launch(project: Path, *args: str, status: int = 0) -> str:
     """Run ``gpt-launch`` in the project, as one types it; return its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     environment.pop("PYTHONSAFEPATH", None)  # the working directory comes first on sys.path, as for a user
     done = subprocess.run(
         [sys.executable, "-m", "gpt_launch", *args], cwd=project, env=environment, text=True, capture_output=True
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr if status else done.stdout
 
 
 @pytest.fixture
@@ -78,6 +78,8 @@ def test_a_sweep_of_a_script_status_and_report(project: Path) -> None:
     )
     status = gpt_launch(project, "status", "outputs")
     assert status.count("finished") == 2
+    refused = gpt_launch(project, "status", "nowhere", status=2)
+    assert "type next: gpt-launch status outputs" in refused, "python -m launch would run the project's launch.py"
     assert "nodes=2" in gpt_launch(project, "report", "outputs/mine")
 
 
