@@ -25,8 +25,9 @@ def saved(folder: RunFolder, kind: str = "checkpoints") -> list[SavedCheckpoint]
     Raises:
         ConfigError: the config of the run is damaged, or its copies cannot be reached.
     """
-    listing = getattr(workload_of_run(folder), kind, None)
-    return None if listing is None else list(listing(folder))
+    workload = workload_of_run(folder)
+    listed = workload.copies(folder) if kind == "copies" else workload.checkpoints(folder)
+    return None if listed is None else list(listed)
 
 
 def verify(checkpoints: Sequence[SavedCheckpoint], console: Console, title: str) -> tuple[int, int]:

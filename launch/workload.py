@@ -8,14 +8,21 @@ imports none of them: ``workload._target_`` in the config names the class. ``gpt
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import inspect
+import os
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 from launch.errors import ConfigError
+from launch.runs.compose import make_absolute
+from launch.runs.environment import ORIGIN, git
+from launch.runs.events import SavedCheckpoint
 from launch.runs.folder import RunFolder
+from launch.runs.identity import RunConfig
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -206,49 +213,148 @@ class CodeTree:
     """True where the launcher itself lies in it, and runs from the copy too."""
 
 
-class Workload(Protocol):
-    """A kind of program that the launcher can launch.
+class Workload:
+    """A kind of program that the launcher can start. A subclass has to say how a rank is started, and may say more.
 
-    One with a cost model also has ``step_time(config, request) -> StepTime | None``, by which ``launch.project``
-    extrapolates measured steps to other sizes. ``request.cluster`` says what the nodes are, ``rate_factor`` and
-    ``link_factor`` by how much they differ from that; what cannot work raises ConfigError.
+        class Counter(Workload):
+            name = "counter"
 
-    One whose checkpoints the launcher may know has ``checkpoints(folder)``, which yields ``SavedCheckpoint``s: then
-    ``resume_from`` goes back to one of them. ``length`` names the keys, ``resumable`` too, that say how many steps a
-    run makes, where a finished run can go on with more.
+            def command(self, config, folder, attempt):
+                return RankCommand((sys.executable, "count.py"))
 
-    One that can size a model also has ``goal_words``, the overrides that ``launch.project --fit`` starts from, and
-    ``set_ups(config, request, goal) -> Sequence[SetUp]``: ways towards a TrainingGoal on the nodes of ``request``, the
-    fastest first; ConfigError if there is none.
+    ``config`` is one point of a sweep, with the keys of the launcher and those of ``schema``. No method starts or
+    writes anything. All of them run on the login node, without torch; the agent of each node also calls ``command``,
+    ``contract`` and ``code``.
     """
 
-    name: str
-    schema: type
-    """Dataclass of the keys that it adds at the root of the config, a subclass of ``launch.runs.identity.RunConfig``.
-    Its ``validate`` raises ConfigError."""
-    not_in_point: Sequence[str]
-    """Keys, or groups of keys, that do not tell runs apart: they do not enter the name of the run folder."""
-    resumable: Sequence[str]
+    name: str = ""
+    """Goes into ``environment.json``, and so into reports."""
+    schema: type[RunConfig] = RunConfig
+    """Dataclass of the keys that it adds at the root of the config, a subclass of RunConfig. Its ``validate`` raises
+    ConfigError."""
+    not_in_point: Sequence[str] = ()
+    """Keys, or groups of keys, that do not distinguish runs: they do not enter the name of the run folder."""
+    resumable: Sequence[str] = ()
     """Keys, or groups of keys, that may change between the attempts of one run."""
+    raw_keys: Sequence[str] = ()
+    """Keys whose value is taken as typed, such as a regular expression."""
+    length: Sequence[str] = ()
+    """Keys, ``resumable`` too, that set the number of steps of a run, if a finished run can continue with more."""
+    figures: Sequence[str] | None = None
+    """Names in the step records, which ``objective`` may name; None if they are not known."""
+    goal_words: Sequence[str] = ()
+    """Overrides with which ``launch.project --fit`` starts."""
 
     def make_paths_absolute(self, document: DictConfig) -> None:
-        """Take paths among its keys relative to the folder they were typed in; ranks may run elsewhere."""
+        """Make paths among the keys absolute: they are relative to the folder of the command, and ranks run elsewhere.
+
+        Args:
+            document: the composed config, changed in place.
+        """
+        make_absolute([(document, "output_dir"), (document, "run_dir")])
+
+    def computes_on_cpus(self, config: Any) -> bool:
+        """Return whether the config uses no GPUs, so that the launcher requests none."""
+        return False
 
     def plan(self, config: Any, request: PlanRequest) -> WorkloadPlan:
-        """Plan a point; torch-free, quick, and without starting or writing anything.
+        """Return the plan of a point, in a few milliseconds.
 
         Raises:
-            ConfigError: it cannot work.
+            ConfigError: the point cannot work.
         """
+        contract = self.contract(config, request.world_size)
+        rows = {"workload": self.name, "command": shlex.join(self.command(config, request.folder, attempt=1).args)}
+        return WorkloadPlan(rows=rows, max_steps=contract.max_steps, resumes=contract.resumes)
 
     def command(self, config: Any, folder: RunFolder, attempt: int) -> RankCommand:
-        """Return the command of the ranks of an attempt; called by the agent on each node."""
+        """Return the command of the ranks of an attempt. Attempts are counted from 1."""
+        raise NotImplementedError(f"{type(self).__name__}.command")
 
     def contract(self, config: Any, world_size: int) -> RankContract:
-        """Return how the ranks behave."""
+        """Return how the ranks report, stop and end."""
+        return RankContract(records_events=False, resumes=False)
 
     def code(self, config: Any) -> CodeTree:
-        """Return the files that make a run what it is."""
+        """Return the files whose change between attempts is noticed, and that ``copy_code=true`` copies.
+
+        By default the folder of the module that defines the class. ``command`` finds the copy under ``code`` in the
+        ``plan.json`` of the run.
+        """
+        folder = Path(inspect.getfile(type(self))).absolute().parent
+        return CodeTree(folder, code_files, has_launcher=False)
+
+    def checkpoints(self, folder: RunFolder) -> Iterable[SavedCheckpoint] | None:
+        """Return the checkpoints of a run, newest first, for ``resume_from`` and ``launch.verify``.
+
+        None if only the program knows its checkpoints.
+        """
+        return None
+
+    def copies(self, folder: RunFolder) -> Iterable[SavedCheckpoint] | None:
+        """Return the copies of checkpoints that are kept elsewhere, newest first; None as for ``checkpoints``."""
+        return None
+
+    def step_time(self, config: Any, request: PlanRequest) -> StepTime | None:
+        """Return the time of a step by a cost model, with which ``launch.project`` extrapolates measured steps.
+
+        ``request.cluster`` describes the nodes; ``rate_factor`` and ``link_factor`` say how much faster they are.
+        None if there is no model, or if too little is known of the nodes.
+
+        Raises:
+            ConfigError: the point cannot work.
+        """
+        return None
+
+    def set_ups(self, config: Any, request: PlanRequest, goal: TrainingGoal) -> Sequence[SetUp]:
+        """Return ways to train towards a goal on the nodes of the request, the fastest first; none by default.
+
+        Raises:
+            ConfigError: there is none on these nodes.
+        """
+        return ()
+
+
+CODE_SUFFIXES = (".py", ".yaml", ".yml", ".json", ".toml", ".cfg", ".sh", ".txt", ".md", ".ini")
+SKIPPED_FOLDERS = ("__pycache__", "outputs", "node_modules", "wandb")
+MAX_FILES = 5000
+"""A folder with more files than this, and without git, is not the folder of one program."""
+
+
+def code_files(root: Path, script: str | None = None) -> Iterator[tuple[str, Path]]:
+    """Yield the files of a program's folder: names relative to ``root`` and paths, in order.
+
+    In a checkout these are the files that git tracks, and code that it does not ignore; in a copy of the code, all
+    files; in another folder, all code, or only ``script`` if the folder has too many files.
+    """
+    if (root / ORIGIN).is_file():
+        # A program that runs from the copy leaves compiled files there.
+        paths = (path for path in root.rglob("*") if path.name != ORIGIN and "__pycache__" not in path.parts)
+        names = [str(path.relative_to(root)) for path in paths]
+    else:
+        names = git_names(root) or folder_names(root) or ([Path(script).name] if script else [])
+    for name in sorted(set(names)):
+        if (root / name).is_file():
+            yield name, root / name
+
+
+def git_names(root: Path) -> list[str]:
+    """Return the files that git tracks, and code that it neither tracks nor ignores."""
+    tracked = git(root, "ls-files", "-z")
+    untracked = git(root, "ls-files", "-z", "--others", "--exclude-standard")
+    new = [name for name in (untracked or b"").decode().split("\0") if name.endswith(CODE_SUFFIXES)]
+    return [name for name in [*(tracked or b"").decode().split("\0"), *new] if name]
+
+
+def folder_names(root: Path) -> list[str]:
+    """Return the code below a folder without git; nothing if it has more than MAX_FILES files of code."""
+    found: list[str] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
+        found += [str((Path(folder) / name).relative_to(root)) for name in files if name.endswith(CODE_SUFFIXES)]
+        if len(found) > MAX_FILES:
+            return []
+    return found
 
 
 def possible_sizes(request: PlanRequest, check: Callable[[PlanRequest], object]) -> tuple[int, ...]:
@@ -291,7 +397,7 @@ def load_workload(target: str) -> Workload:
         ConfigError: it cannot be imported, or is no workload.
     """
     module_name, _, name = target.rpartition(".")
-    expected = "the dotted path of a class that this Python can import and that has what docs/workloads.md lists"
+    expected = "the dotted path of a subclass of launch.workload.Workload that this Python can import"
     fix = "workload=script script.path=train.py, workload=gpt, or workload._target_=PACKAGE.MODULE.CLASS"
     try:
         module = importlib.import_module(module_name) if module_name else None
@@ -300,19 +406,7 @@ def load_workload(target: str) -> Workload:
     kind = getattr(module, name, None)
     if not isinstance(kind, type):
         raise ConfigError(f"workload._target_={target}, and {module_name or target} has no class {name}", expected, fix)
-    made = kind()
-    wanted = (
-        "name",
-        "schema",
-        "not_in_point",
-        "resumable",
-        "make_paths_absolute",
-        "plan",
-        "command",
-        "contract",
-        "code",
-    )
-    lacking = [attribute for attribute in wanted if not hasattr(made, attribute)]
-    if lacking:
-        raise ConfigError(f"workload._target_={target}, which has no {', '.join(lacking)}", expected, fix)
-    return cast(Workload, made)
+    if not issubclass(kind, Workload) or kind.command is Workload.command:
+        lacking = "is no launch.workload.Workload" if not issubclass(kind, Workload) else "has no method command"
+        raise ConfigError(f"workload._target_={target}, which {lacking}", expected, fix)
+    return kind()

@@ -100,11 +100,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write_measurements(tmp_path)
     (tmp_path / "FILE").write_text("all work and no play makes jack a dull boy\n" * 400)
-    for name in ("train.py", "mypackage/train.py", "theirs/__init__.py"):
+    for name in ("train.py", "mypackage/train.py", "counter/__init__.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     blocks = re.findall(
-        r"```python\n# (theirs/__init__\.py)\n(.*?)```", (ROOT / "docs" / "workloads.md").read_text(), re.S
+        r"```python\n# (counter/__init__\.py)\n(.*?)```", (ROOT / "docs" / "workloads.md").read_text(), re.S
     )
     (tmp_path / blocks[0][0]).write_text(blocks[0][1])
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -54,6 +54,7 @@ from launch.workload import (
     SetUp,
     StepTime,
     TrainingGoal,
+    Workload,
     WorkloadPlan,
     possible_sizes,
 )
@@ -62,7 +63,7 @@ PRELOAD = ("gpt.train", "gpt.parallel.ddp", "gpt.parallel.nd", "gpt.parallel.pip
 """Modules that ranks import, however they are configured."""
 
 
-class GptWorkload:
+class GptWorkload(Workload):
     """``python -m gpt.train`` on every rank."""
 
     name = "gpt"

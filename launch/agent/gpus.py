@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from launch.agent.node import Node
 from launch.config import Config
-from launch.config.compose import computes_on_cpus
+from launch.config.compose import workload_of
 from launch.runs.environment import DRIVER, Gpu, GpuSample, append_samples, visible_gpus
 from launch.runs.files import say
 from launch.runs.folder import RunFolder
@@ -306,7 +306,7 @@ def gpu_telemetry(folder: RunFolder, node: Node, config: Config, attempt: int) -
     """
     interval_s = config.launch.gpu_sample_s
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if not interval_s or hidden or computes_on_cpus(config):
+    if not interval_s or hidden or workload_of(config).computes_on_cpus(config):
         yield
         return
     try:

@@ -72,11 +72,10 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
     refuse_script_keys(args, workload)
     refuse_foreign_keys(args, workload)
     free = tuple(f"{key}." for key in (*free_keys(Config), *free_keys(workload.schema)))
-    raw: Sequence[str] = getattr(workload, "raw_keys", ())
     prepared = []
     for arg in args:
         key, equals, value = arg.partition("=")
-        if equals and key in raw and value[:1] not in ("'", '"') and value != "null":
+        if equals and key in workload.raw_keys and value[:1] not in ("'", '"') and value != "null":
             escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
             arg = f"{key}='{escaped}'"
         elif free and (key.startswith(free) or (f"{key}." in free and value.startswith("{"))):
@@ -185,12 +184,6 @@ def schema_of(target: str) -> type[Config]:
 def workload_of(config: Config | DictConfig) -> Workload:
     """The workload of a config."""
     return load_workload(config.workload._target_)
-
-
-def computes_on_cpus(config: Config) -> bool:
-    """Return whether the config has the workload compute on CPUs; a workload that cannot tell may use GPUs."""
-    tells = getattr(workload_of(config), "computes_on_cpus", None)
-    return bool(tells is not None and tells(config))
 
 
 def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[Config]:

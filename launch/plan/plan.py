@@ -6,7 +6,7 @@ import dataclasses
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shlex import quote
@@ -20,7 +20,7 @@ from launch.errors import ConfigError
 from launch.plan import code_copy
 from launch.plan.placement import Placement, place, refuse_local_container, worst_case
 from launch.runs import compose
-from launch.runs.events import Continuation, SavedCheckpoint, apply_continuation, is_finished, plan_continuation
+from launch.runs.events import Continuation, apply_continuation, is_finished, plan_continuation
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder, writing_into
 from launch.runs.identity import choose_folder, refuse_other_run
@@ -263,9 +263,8 @@ def make_plan(
     """
     config.validate()
     workload = workload_of(config)
-    length = getattr(workload, "length", ())
-    folder = choose_folder(config, overrides, not_in_point(workload), length)
-    refuse_unknown_checkpoints(config, workload)
+    folder = choose_folder(config, overrides, not_in_point(workload), workload.length)
+    refuse_unknown_checkpoints(config, workload, folder)
     refuse_exposed(folder.path)
     refuse_missing_command(config)
     refuse_other_run(folder, config, workload.schema, (*PLACE_KEYS, *workload.resumable))
@@ -275,8 +274,8 @@ def make_plan(
     promised = workload.plan(config, plan_request(config, overrides, folder, kind, sweep_sizes, gpu_type))
     refuse_fewer_nodes(config, workload.name, promised)
     # Of a program whose length is no key of its config, a number of steps is what it is watched by.
-    max_steps = promised.max_steps if length else None
-    goes_on = plan_continuation(folder, config.resume_from, max_steps, checkpoints_of(workload, folder))
+    max_steps = promised.max_steps if workload.length else None
+    goes_on = plan_continuation(folder, config.resume_from, max_steps, workload.checkpoints(folder) or ())
     tree = workload.code(config)
     code = code_copy.place(folder.path, tree) if config.copy_code else None
     placed = place(config, folder.path, code if tree.has_launcher else None, promised.resumes)
@@ -338,15 +337,9 @@ def refuse_fewer_nodes(config: Config, workload: str, promised: WorkloadPlan) ->
         raise ConfigError(found, "fewer_nodes in what the workload plans (docs/workloads.md)", fix)
 
 
-def checkpoints_of(workload: Workload, folder: RunFolder) -> Iterator[SavedCheckpoint]:
-    """Yield the checkpoints of a run; none where its workload does not know them."""
-    listing = getattr(workload, "checkpoints", None)
-    yield from listing(folder) if listing is not None else ()
-
-
-def refuse_unknown_checkpoints(config: Config, workload: Workload) -> None:
+def refuse_unknown_checkpoints(config: Config, workload: Workload, folder: RunFolder) -> None:
     """Raise ConfigError if a run is to go back whose checkpoints only its program knows."""
-    if config.resume_from is not None and not hasattr(workload, "checkpoints"):
+    if config.resume_from is not None and workload.checkpoints(folder) is None:
         raise ConfigError(
             f"resume_from={config.resume_from} with workload={workload.name}, whose checkpoints are the program's own",
             "a workload that lists its checkpoints (docs/workloads.md), as gpt does",
@@ -363,7 +356,7 @@ def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> Non
         ConfigError: it cannot be written.
     """
     folder = RunFolder(plan.run_dir)
-    apply_continuation(folder, plan.goes_on, plan.max_steps, checkpoints_of(workload_of(composed), folder))
+    apply_continuation(folder, plan.goes_on, plan.max_steps, workload_of(composed).checkpoints(folder) or ())
     composed.resume_from = None  # it is done, and a start of the job in the queue must not do it again
     for key, value in plan.promised.settled.items():
         OmegaConf.update(composed, key, value, merge=True)

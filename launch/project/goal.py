@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from launch.config import Config
 from launch.config.cluster import InterconnectConfig
@@ -87,8 +86,8 @@ def compose_goal(
     given = [*typed, *([] if gpu is None else [f"cluster.gpu_name={gpu}"])]
     given += [] if network is None else link_words(network)
     first = typed_config(compose_launch([*without(CLUSTER, given), *given]))
-    workload: Any = workload_of(first)
-    if not hasattr(workload, "set_ups"):
+    workload = workload_of(first)
+    if not workload.goal_words:
         expected = "a workload that can size a model, such as gpt"
         raise ConfigError(f"--fit with workload={workload.name}", expected, "workload=gpt")
     if first.cluster.gpu_name is None:
@@ -187,7 +186,7 @@ def ask(goal: Goal, config: Config, words: Sequence[str], nodes: int) -> Sequenc
         cluster=config.cluster,
         local_gpus=0,
     )
-    workload: Any = workload_of(config)
+    workload = workload_of(config)
     found: Sequence[SetUp] = workload.set_ups(config, request, goal.training)
     return found
 

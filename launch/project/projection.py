@@ -126,9 +126,7 @@ class SweepPoints:
         Args:
             gpu: other GPUs than those of the sweep.
         """
-        step_time = getattr(workload_of(self.config), "step_time", None)
-        if step_time is None:
-            return None
+        step_time = workload_of(self.config).step_time
         size = self.measured[0].nodes
         if step_time(*self.ask(size, gpu=gpu)) is None:
             return None

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from launch.errors import ConfigError, closest
 from launch.runs.compose import make_absolute
-from launch.runs.environment import ORIGIN, git
+from launch.runs.environment import git
 from launch.runs.folder import RunFolder, read_plan
 from launch.runs.overrides import typed_key
 from launch.runs.refusals import in_shell, quoted
@@ -34,53 +34,16 @@ from launch.script.arguments import (
     split_args,
     written_options,
 )
-from launch.workload import CodeTree, PlanRequest, RankCommand, RankContract, WorkloadPlan, possible_sizes
-
-# Code of a script: the files that make it what it is, for the copy and the record of a run. Torch-free.
-
-
-CODE_SUFFIXES = (".py", ".yaml", ".yml", ".json", ".toml", ".cfg", ".sh", ".txt", ".md", ".ini")
-HIDDEN = ("__pycache__", "outputs", "node_modules", "wandb")
-MAX_FILES = 5000
-"""A folder with more files than this, and no git, is not the folder of a program: only the script itself counts."""
-
-
-def code_files(script: str | None, root: Path) -> Iterator[tuple[str, Path]]:
-    """The files of a program's folder that make it what it is: what git tracks, and code that it does not ignore.
-
-    In a copy, which has no git, these are all files.
-    """
-    if (root / ORIGIN).is_file():
-        # A program that runs from it leaves compiled files there.
-        paths = (path for path in root.rglob("*") if path.name != ORIGIN and "__pycache__" not in path.parts)
-        names = [str(path.relative_to(root)) for path in paths]
-    else:
-        names = git_names(root) or folder_names(root) or ([Path(script).name] if script else [])
-    for name in sorted(set(names)):
-        if (root / name).is_file():
-            yield name, root / name
-
-
-def git_names(root: Path) -> list[str]:
-    """Files of a checkout: those that git tracks, and code that it neither tracks nor ignores."""
-    tracked = git(root, "ls-files", "-z")
-    others = git(root, "ls-files", "-z", "--others", "--exclude-standard")
-    if not tracked and not others:
-        return []
-    new = [name for name in (others or b"").decode().split("\0") if name.endswith(CODE_SUFFIXES)]
-    return [name for name in [*(tracked or b"").decode().split("\0"), *new] if name]
-
-
-def folder_names(root: Path) -> list[str]:
-    """Code below a folder that is no checkout; nothing where it holds too many files to be one program."""
-    found: list[str] = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in HIDDEN]
-        found += [str((Path(folder) / name).relative_to(root)) for name in files if name.endswith(CODE_SUFFIXES)]
-        if len(found) > MAX_FILES:
-            return []
-    return found
-
+from launch.workload import (
+    CodeTree,
+    PlanRequest,
+    RankCommand,
+    RankContract,
+    Workload,
+    WorkloadPlan,
+    code_files,
+    possible_sizes,
+)
 
 # Refusal of a module that ``python -m`` would not run, without importing anything of it. Torch-free.
 
@@ -260,7 +223,7 @@ def script_name(path: str | None, module: str | None, command: Sequence[str] | N
     return Path(command[0]).stem if command else "script"
 
 
-class ScriptWorkload:
+class ScriptWorkload(Workload):
     """A user's own program, whatever it is; see docs/scripts.md."""
 
     name = "script"
@@ -388,7 +351,7 @@ class ScriptWorkload:
         start = Path(script.path).parent if script.path is not None else Path(script.workdir or ".")
         found = git(start, "rev-parse", "--show-toplevel")
         root = Path(found.decode().strip()) if found else start
-        return CodeTree(root, partial(code_files, script.path), has_launcher=False)
+        return CodeTree(root, partial(code_files, script=script.path), has_launcher=False)
 
     def _args(self, config: ScriptConfig, attempt: int, path: str | None = None) -> list[str]:
         script = config.script

@@ -54,7 +54,7 @@ def plan_sweep(
     kinds = choose_clusters(documents, console)
     configs = [typed_config(composed) for composed in documents]
     for config in configs:
-        refuse_unknown_figure(config.objective, getattr(workload_of(config), "figures", None))
+        refuse_unknown_figure(config.objective, workload_of(config).figures)
     slurm = settle_resources(documents, configs, kinds, console)
     plans = label_plans(plan_points(configs, typed, kinds, slurm), typed)
     return check_plans(plans, configs, slurm, console), configs

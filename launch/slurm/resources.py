@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 from launch.config import ClusterKind, Config
-from launch.config.compose import computes_on_cpus
+from launch.config.compose import workload_of
 from launch.errors import ConfigError, counted
 from launch.plan.placement import configs as configs_at
 from launch.plan.placement import settle_key
@@ -142,7 +142,7 @@ def settle_local_ranks(
         return []
     told = ""
     for document, config, _ in local:
-        if config.ranks_per_node is None and not says_gpus(config) and not computes_on_cpus(config):
+        if config.ranks_per_node is None and not says_gpus(config) and not workload_of(config).computes_on_cpus(config):
             config.ranks_per_node = document.ranks_per_node = gpus
             told = f"ranks_per_node={gpus}: this machine has {gpus} GPUs; ranks_per_node=1 takes one of them"
     return [told] if told else []
@@ -161,7 +161,11 @@ def choose_gpus(config: Config, facts: SlurmFacts) -> tuple[int | None, Finding 
     Raises:
         ConfigError: more ranks are requested on a node than its GPUs, and nothing says which of the two is meant.
     """
-    if says_gpus(config) or computes_on_cpus(config) or (there := gpus_there(config, facts)) is None:
+    if (
+        says_gpus(config)
+        or workload_of(config).computes_on_cpus(config)
+        or (there := gpus_there(config, facts)) is None
+    ):
         return None, None
     where, kind = there.where, f" ({there.type})" if there.type else ""
     if built_for_cpus(facts.torch):

@@ -28,9 +28,9 @@ SAME = ("loss", "samples", "tokens", "images")
 
 def checkpoints(folder: RunFolder) -> list[Path]:
     """Checkpoints that a run could go on from, newest first; hidden names are unfinished ones."""
-    listing = getattr(workload_of_run(folder), "checkpoints", None)
-    if listing is not None:
-        return [each.path for each in listing(folder) if each.step is not None]
+    listed = workload_of_run(folder).checkpoints(folder)
+    if listed is not None:
+        return [each.path for each in listed if each.step is not None]
     there = [path for path in folder.checkpoints.glob("*") if not path.name.startswith(".")]
     return sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 

@@ -50,6 +50,8 @@ def plan(*words: str) -> Plan:
         (["workload._target_=nowhere.Workload"], "No module named 'nowhere'", "workload=script"),
         (["workload._target_=launch.errors.Workload"], "no class Workload", "workload=script"),
         (["workload._target_=launch.runs.folder.Folder"], "no class Folder", "workload=script"),
+        (["workload._target_=launch.runs.folder.RunFolder"], "is no launch.workload.Workload", "workload=script"),
+        (["workload._target_=launch.workload.Workload"], "has no method command", "workload=script"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -115,21 +117,21 @@ def test_all_examples_show_a_command() -> None:
 def blocks_of_the_docs() -> dict[str, str]:
     """The files that docs/workloads.md shows: the text of each code block whose first line is a comment naming it."""
     text = (ROOT / "docs" / "workloads.md").read_text()
-    return dict(re.findall(r"```python\n# (theirs/\w+\.py)\n(.*?)```", text, re.DOTALL))
+    return dict(re.findall(r"```python\n# (counter/\w+\.py)\n(.*?)```", text, re.DOTALL))
 
 
 def test_a_workload_of_another_package_is_planned_and_run(tmp_path: Path) -> None:
     files = blocks_of_the_docs()
-    assert sorted(files) == ["theirs/__init__.py", "theirs/count.py"]
-    (tmp_path / "theirs").mkdir()
+    assert sorted(files) == ["counter/__init__.py", "counter/count.py"]
+    (tmp_path / "counter").mkdir()
     for name, text in files.items():
         write_script(tmp_path, text, name)
-    words = ["-m", "nodes=2", "cluster=local", "ranks_per_node=1", "workload._target_=theirs.Counter", "count_to=5"]
+    words = ["-m", "nodes=2", "cluster=local", "ranks_per_node=1", "workload._target_=counter.Counter", "count_to=5"]
     text = run("launch", *words, "launch.poll_s=1", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     folder = RunFolder(tmp_path / "outputs" / "counter" / "count_to=5,nodes=2,ranks_per_node=1")
     assert causes(folder) == ["finished"] and "nodes=2" in text
     assert [[r["step"] for r in read_records(folder.metrics(rank))] for rank in (0, 1)] == [[1, 2, 3, 4, 5]] * 2
     text = run("launch", *words, "fresh=true", "dry_run=true", cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    assert "2 ranks count to 5" in text
+    assert "-m counter.count 5" in text
     text = run("launch", *words[:-1], "count_to=0", cwd=tmp_path, PYTHONPATH=str(tmp_path), status=2)
     assert "found: count_to=0" in text and "type next: count_to=10" in text
