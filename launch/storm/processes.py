@@ -18,8 +18,8 @@ from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.folder import RunFolder
 from launch.slurm.handles import SUBMISSION
 
-AGENTS = (SUBMISSION, "launch.agent")
-"""Modules that agents are started as: by submitit, and by a plain batch script."""
+AGENTS = ({SUBMISSION}, {"gpt_launch", "agent"})
+"""Words in the command line of an agent: one that submitit started, or a plain batch script."""
 PATIENCE_S = 120.0
 """A process that is to be signalled may just be starting."""
 QUICK_S = 0.001
@@ -62,11 +62,16 @@ def ranks_of(run_dir: Path) -> dict[int, int]:
     return ranks
 
 
+def is_agent(words: list[str]) -> bool:
+    """Return whether a command line is that of an agent, or of the srun that starts it."""
+    return any(agent <= {*words} for agent in AGENTS)
+
+
 def agent_of(pid: int) -> int | None:
     """Agent that a rank runs under: the nearest process above it that is one."""
     there = own_processes()
     while pid in there:
-        if any(module in there[pid][0] for module in AGENTS):
+        if is_agent(there[pid][0]):
             return pid
         pid = there[pid][2]
     return None
@@ -83,7 +88,7 @@ def of_job(job: str, program: str, conf: str | None) -> list[int]:
     found = {
         pid: parent
         for pid, (words, variables, parent) in own_processes().items()
-        if Path(words[0]).name.startswith(program) and any(module in words for module in AGENTS)
+        if Path(words[0]).name.startswith(program) and is_agent(words)
         if variables.get("SLURM_JOB_ID") == job and variables.get("SLURM_CONF") == conf
     }
     return sorted(found, key=lambda pid: found[pid] not in found)  # a child that outlives its parent may act on it
