@@ -187,7 +187,7 @@ REFUSALS = (
     Refusal(f"launch {H100} budget.gpu_hours=1 nodes=4 optim.global_batch=64", "budget.gpu_hours", "1"),
     Refusal("launch cluster=slurm cluster.container=/nowhere.sif", "cluster.container", "/nowhere.sif"),
     Refusal("launch cluster=slurm launch.sequential=true 'cluster.placement=[{partition: a}]'", "launch.sequential"),
-    Refusal("launch cluster=slurm cluster.mail_type=FINISHED", "cluster.mail_type", "FINISHED"),
+    Refusal("launch cluster=slurm cluster.mail_typ=FINISHED", "cluster.mail_typ", "FINISHED"),
     Refusal("launch launch.detach=true cluster=local", "launch.detach"),
     # Files and names
     Refusal("launch data=text data.path=/nowhere.txt", "/nowhere.txt"),

@@ -13,12 +13,11 @@ import sys
 import gpt_launch.own_names  # noqa: F401  # before anything else of the project
 
 COMMANDS = {
-    **{
-        name: f"launch.{name}"
-        for name in ("status", "logs", "cancel", "report", "verify", "doctor", "project", "bench_network", "storm")
-    },
-    # What the launcher starts by itself.
-    **{name: f"launch.{name}" for name in ("agent", "batch", "move")},
+    name: f"launch.{name}"
+    for name in (
+        *("status", "logs", "cancel", "report", "verify", "doctor", "project", "keys", "bench_network", "storm"),
+        *("agent", "batch", "move"),  # the launcher starts these by itself
+    )
 }
 PACKAGES = ("launch.", "gpt.", "slurm.")
 

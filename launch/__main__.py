@@ -137,7 +137,7 @@ def schema_named_in(argv: Sequence[str]) -> type[Config]:
         return Config
 
 
-COMMANDS = ("status", "logs", "cancel", "report", "project", "verify", "doctor", "move", "batch")
+COMMANDS = ("status", "logs", "cancel", "report", "project", "verify", "doctor", "move", "keys", "batch")
 """Commands beside this one, each a module of its own."""
 
 

@@ -78,7 +78,8 @@ ROOMS = {
     "gpt_launch.__main__": ("launch.__main__",),
     "launch.errors": ("gpt_launch.own_names",),
     "launch.process": (),
-    "launch.runs": ("launch.errors", "launch.process"),
+    "launch.schema": ("launch.errors",),
+    "launch.runs": ("launch.schema", "launch.process"),
     "launch.worker": ("launch.runs",),
     "launch.slurm.client": ("launch.worker",),
     "launch.slurm.limits": ("launch.slurm.client",),
@@ -93,7 +94,9 @@ ROOMS = {
     "launch.storm": ("launch.report",),
     "launch.sweep": ("launch.report",),
     "launch.bench_network": ("launch.sweep",),
-    **dict.fromkeys((f"launch.{name}" for name in ("batch", "move", "status", "logs", "cancel")), ("launch.slurm",)),
+    **dict.fromkeys(
+        (f"launch.{name}" for name in ("batch", "move", "status", "logs", "cancel", "keys")), ("launch.slurm",)
+    ),
     "launch.verify": ("launch.slurm",),
     "launch.doctor": ("launch.slurm",),
     "launch.__main__": ("launch.sweep", "launch.batch"),
@@ -127,7 +130,7 @@ ROOTS = {
     "gpt": {"__init__", *COMMANDS},
     "launch": {
         *("__init__", "__main__", "status", "logs", "cancel", "verify", "move", "batch", "sweep", "workload"),
-        *("errors", "process"),
+        *("errors", "process", "schema", "keys"),
     },
 }
 """Files of the two packages that lie in no room."""

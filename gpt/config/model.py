@@ -50,6 +50,7 @@ class ModelConfig:
     """One of ours by name; or, as for position, ffn and attention, a class of your own: ``package.module:Class``, or
     the name of an entry point of the group ``gpt.norm`` (``gpt.position``, and so on). See docs/components.md."""
     norm_eps: float = 1e-5
+    """Number that a norm adds to the mean square, or to the variance."""
     norm_position: NormPosition = NormPosition.pre
     qk_norm: bool = False
     """Normalize queries and keys, head by head, before positions turn them (arXiv 2010.04245, arXiv 2302.05442)."""

@@ -44,11 +44,15 @@ class OptimConfig:
     min_lr: float = MISSING
     """Learning rate at the end of the cosine."""
     warmup_steps: int = MISSING
+    """Steps in which the learning rate rises linearly from zero to lr."""
     weight_decay: float = 0.1
     """Applied to matrices, not to biases and norms."""
     beta1: float = 0.9
+    """Decay of the mean of the gradients."""
     beta2: float = 0.95
+    """Decay of the mean of their squares."""
     eps: float = 1e-8
+    """Number that AdamW adds to the root of that mean."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     target_val_loss: Optional[float] = None

@@ -152,11 +152,13 @@ class TrainConfig(RunConfig):
     """Config of one training run, whatever starts it."""
 
     name: str = "${model.name}"
+    """Folder under output_dir for the points of one sweep."""
     init_from: Optional[str] = None
     """Take the first weights from there instead of drawing them: a folder of the transformers library (safetensors), a
     file of ``python -m gpt.export --format torch``, or the folder of another run, whose newest checkpoint is taken. The
     model must be the same. Without effect once the run has a checkpoint of its own."""
     seed: int = 1337
+    """Seed of the initial weights, of dropout and of the order of the data."""
     device: Device = Device.auto
     precision: Precision = Precision.auto
     tf32: Optional[bool] = None

@@ -124,6 +124,10 @@ SYS = Path("/sys/class")
 MIB = 2**20
 LONGEST = 200
 """Characters of the last line of the site's command that are kept."""
+CHECK_TIMEOUT_S = 60.0
+"""Seconds after which a check without an answer means a sick node; the site's own command has as many."""
+MIN_FREE_MIB = 4.0
+"""Room below which a filesystem counts as full."""
 RUN_FOLDER = "run folder"
 """Part that all nodes share: another node would be as sick."""
 
@@ -170,13 +174,13 @@ class HealthCheck:
         self._were_up: frozenset[str] | None = None
 
     def examine(self) -> list[Fault]:
-        """Check this node; returns what is wrong with it. Takes at most twice ``timeout_s``."""
+        """Check this node; returns what is wrong with it. Takes at most twice ``CHECK_TIMEOUT_S``."""
         if not self._limits.enabled:
             return []
         found: list[Fault] = []
         parts: dict[str, Callable[[], Iterator[str]]] = {
-            RUN_FOLDER: lambda: full_disks([self._run_dir], self._limits.min_free_mib),
-            "disk": lambda: full_disks(own_folders(), self._limits.min_free_mib),
+            RUN_FOLDER: lambda: full_disks([self._run_dir]),
+            "disk": lambda: full_disks(own_folders()),
             "link": self._links_down,
             "gpu": self._gpu_faults,
         }
@@ -194,11 +198,11 @@ class HealthCheck:
         # A mount or a driver that hangs cannot be interrupted: it is left behind with its thread.
         thread = threading.Thread(target=look, name="health", daemon=True)
         thread.start()
-        thread.join(self._limits.timeout_s)
+        thread.join(CHECK_TIMEOUT_S)
         if thread.is_alive():
-            found.append(Fault(at, f"{at}: no answer in {self._limits.timeout_s:g} s"))
-        if self._limits.words:
-            found += [Fault("command", text) for text in run_command(self._limits.words, self._limits.timeout_s)]
+            found.append(Fault(at, f"{at}: no answer in {CHECK_TIMEOUT_S:g} s"))
+        if self._limits.command_words:
+            found += [Fault("command", text) for text in run_command(self._limits.command_words, CHECK_TIMEOUT_S)]
         return found
 
     def _links_down(self) -> Iterator[str]:
@@ -213,7 +217,7 @@ class HealthCheck:
                 yield f"link {name} is down, and resilience.health_check.links names it"
 
     def _gpu_faults(self) -> Iterator[str]:
-        readings = self._monitor.read(self._limits.timeout_s)
+        readings = self._monitor.read(CHECK_TIMEOUT_S)
         if self._first is None:
             self._first = readings
         if readings:
@@ -225,7 +229,7 @@ def own_folders() -> list[Path]:
     return [path for path in (Path(tempfile.gettempdir()), Path("/dev/shm")) if path.is_dir()]
 
 
-def full_disks(folders: Iterable[Path], min_free_mib: float) -> Iterator[str]:
+def full_disks(folders: Iterable[Path]) -> Iterator[str]:
     """Yield what keeps files from being written into folders.
 
     Raises:
@@ -236,8 +240,8 @@ def full_disks(folders: Iterable[Path], min_free_mib: float) -> Iterator[str]:
         free = told.f_bavail * told.f_frsize / MIB
         if told.f_flag & os.ST_RDONLY:
             yield f"{folder} is mounted read-only"
-        elif free < min_free_mib:
-            yield f"{folder} has {free:.1f} MiB free, less than resilience.health_check.min_free_mib={min_free_mib:g}"
+        elif free < MIN_FREE_MIB:
+            yield f"{folder} has {free:.1f} MiB free, less than {MIN_FREE_MIB:g}"
         elif told.f_files and not told.f_favail:
             yield f"{folder} has no free inode"
 

@@ -91,11 +91,15 @@ def variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> dict[st
     return {key: "" if value is None else str(value) for key, value in told.items()}
 
 
+COMMAND_TIMEOUT_S = 60.0
+"""Seconds after which the command of ``launch.on_event`` is killed."""
+
+
 @contextlib.contextmanager
 def on_event(folder: RunFolder, config: Config, is_active: bool = True) -> Iterator[None]:
     """Run the user's command for each event that is entered in a ``with`` block, if there is one.
 
-    At the end it waits for the commands of the last events, for ``launch.on_event_timeout_s`` in all.
+    At the end it waits for the commands of the last events, for ``COMMAND_TIMEOUT_S`` in all.
 
     Args:
         folder: of the run.
@@ -106,7 +110,7 @@ def on_event(folder: RunFolder, config: Config, is_active: bool = True) -> Itera
     if not (is_active and command):
         yield
         return
-    teller = EventTeller(folder, command, config.launch.on_event_timeout_s)
+    teller = EventTeller(folder, command, COMMAND_TIMEOUT_S)
     try:
         yield
     finally:
@@ -190,7 +194,7 @@ class EventTeller:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return f"was killed, after at most {self._timeout_s:g} s (launch.on_event_timeout_s)"
+            return f"was killed, after at most {self._timeout_s:g} s"
         return f"left with {status}, and its output in .launch/on_event.log" if status else None
 
 

@@ -123,7 +123,7 @@ def decide(
     ends = [end for end in attempt_ends(events) if end["cause"] == cause]
     seen = sum(not is_forgiven(end, events, forgive_after_s) for end in ends)
     forgiven = f"; {len(ends) - seen} before newer checkpoints are forgiven" if seen < len(ends) else ""
-    limit = getattr(limits, cause)
+    limit = getattr(limits, cause, None)  # preempted and requested have no limit
     if limit is not None and seen > limit:
         return Decision(Action.stop, f"{cause} {seen} times, and resilience.max_restarts.{cause}={limit}{forgiven}")
     action = Action.requeue if cause in LEAVES_THE_NODES else Action.restart

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Optional, Self
 
 from omegaconf import MISSING
 
 from launch.config.cluster import ClusterConfig, ClusterKind, InterconnectConfig, PlacementConfig
-from launch.errors import ConfigError, require_positive, require_range
+from launch.errors import ConfigError
 from launch.runs.files import ReportFile
 from launch.runs.identity import RunConfig
 from launch.runs.overrides import NOT_IN_POINT
 from launch.runs.records import ObjectiveOf
+from launch.schema import check_ranges, key
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
@@ -34,161 +35,169 @@ __all__ = [
 ]
 
 
-def split_command(key: str, command: Any, example: str) -> list[str]:
-    """Program and arguments of a command that was typed as a string or as a list; none if there is none.
+def split_command(name: str, command: Any, example: str) -> list[str]:
+    """Return program and arguments of a command that was typed as a string or as a list; empty for null.
 
     Raises:
-        ConfigError: its quotes are not closed.
+        ConfigError: a quote is not closed, or the command is empty.
     """
-    if not isinstance(command, str):
-        return [str(word) for word in command or ()]
+    if command is None:
+        return []
     try:
-        return shlex.split(command)
+        words = shlex.split(command) if isinstance(command, str) else [*map(str, command)]
     except ValueError as error:
-        raise ConfigError(f"{key}={command}: {error}", "quotes that are closed", f"a list: '[{example}]'") from error
+        raise ConfigError(f"{name}={command}: {error}", "quotes that are closed", f"a list: '[{example}]'") from error
+    except TypeError:  # a number
+        words = []
+    if not words:
+        fix = f"'{name}=[{example}]', or null for no command"
+        raise ConfigError(f"{name}={command!r}", "a program and its arguments", fix)
+    return words
 
 
 @dataclass
 class RestartLimits:
-    """Restart limits by cause; null means as often as it takes. Failures are forgiven (resilience.forgive_after_s)."""
+    """Largest number of restarts by cause; null: no limit. A failure can expire (resilience.forgive_after_s).
 
-    preempted: Optional[int] = None
-    timed_out: Optional[int] = None
-    requested: Optional[int] = None
-    """Left with the exit status that asks for the queue (script.requeue_exit)."""
-    node_failed: Optional[int] = 10
-    out_of_memory: Optional[int] = 1
-    diverged: Optional[int] = 1
-    """Ended by a FloatingPointError. Faulty hardware is cured by a restart, a learning rate is not: once tells them."""
-    crashed: Optional[int] = 3
-    hung: Optional[int] = 3
+    A run that was preempted, or that left with script.requeue_exit, is requeued without a limit.
+    """
+
+    timed_out: Optional[int] = key(None, "The run reached the time limit of its job.", least=0)
+    node_failed: Optional[int] = key(10, "A node was lost or sick.", least=0)
+    out_of_memory: Optional[int] = key(1, "A rank ran out of memory.", least=0)
+    diverged: Optional[int] = key(
+        1,
+        "A FloatingPointError ended the run. A restart repairs faulty hardware and not a learning rate: one restart"
+        " tells which it is.",
+        least=0,
+    )
+    crashed: Optional[int] = key(3, "A rank failed in another way.", least=0)
+    hung: Optional[int] = key(3, "A rank made no progress (resilience.hang_timeout_s).", least=0)
 
 
 @dataclass
 class HealthCheckConfig:
-    """Checks that each agent makes of its node before every start of the ranks; a sick node is left to a spare.
+    """Checks of each node before every start of its ranks; a spare replaces a sick node.
 
-    GPUs are checked where NVIDIA's driver is, links that were up at the first start of the job must be up at the next.
+    An agent checks the GPUs if NVIDIA's driver is installed, disks, memory, and links that were up at the first start.
     """
 
-    enabled: bool = True
-    """False starts the ranks unchecked."""
-    min_free_mib: float = 4.0
-    """Room below which the filesystem of the run folder, of the temporary folder or of /dev/shm counts as full."""
-    links: list[str] = field(default_factory=list)
-    """Network interfaces and InfiniBand adapters that must be up at every start, such as [ib0,mlx5_0]."""
-    command: Any = None
-    """The site's own check: a program and its arguments, as a string that is split as a shell would, or as a list. Exit
-    status 0 means healthy; else its last line is the reason."""
-    timeout_s: float = 60.0
-    """Seconds after which a check that has not come back means a sick node; the command has as many for itself."""
-
-    def validate(self) -> None:
-        """Raise ConfigError if a number is out of its range, or the command is none."""
-        require_range("resilience.health_check.min_free_mib", self.min_free_mib, 0, float("inf"))
-        require_range("resilience.health_check.timeout_s", self.timeout_s, 0.1, 3600)
-        if self.command is not None and not self.words:
-            raise ConfigError(
-                f"resilience.health_check.command={self.command!r}",
-                "a program and its arguments",
-                "'resilience.health_check.command=\"/opt/site/check_node --quick\"', or null for none",
-            )
+    enabled: bool = key(True, "false: ranks start without a check of their node.")
+    links: list[str] = key(
+        list, "Network interfaces and InfiniBand adapters that must be up at every start, such as [ib0,mlx5_0]."
+    )
+    command: Any = key(
+        None,
+        "The site's own check: program and arguments, a string as in a shell, or a list. Exit status 0 means healthy;"
+        " otherwise its last line is the reason. It has 60 s.",
+    )
 
     @property
-    def words(self) -> list[str]:
-        """Program and arguments of the command; none if there is no command."""
+    def command_words(self) -> list[str]:
+        """Program and arguments of the command; empty if there is no command."""
         return split_command("resilience.health_check.command", self.command, "/opt/site/check_node,--quick")
 
 
 @dataclass
 class ResilienceConfig:
-    """Restarts, requeue, and the timeouts after which something counts as failed."""
+    """Restarts, requeue, and the times after which something counts as failed."""
 
-    max_restarts: RestartLimits = field(default_factory=RestartLimits)
-    health_check: HealthCheckConfig = field(default_factory=HealthCheckConfig)
-    max_without_progress: int = MISSING
-    """After so many attempts in a row that saved no new checkpoint the run stops.
-
-    One that was preempted, or lost a node, before its first step does not count: that was not the run's fault."""
-    forgive_after_s: Optional[float] = 3600.0
-    """Seconds after which a failure no longer counts for max_restarts, if the run has saved a newer checkpoint since.
-
-    So a limit bounds how often a cause comes in an hour, and not in a run of weeks. null: failures count until the
-    command is typed again."""
-    min_nodes: Optional[int] = None
-    """Go on with fewer nodes, but no fewer than these, where nodes are lost or sick and no spare is left: in the same
-    job, at the same global batch. The next start of the job has all again. null: the job is requeued instead."""
-    requeue: bool = MISSING
-    """On Slurm, put a run that was preempted or ran into its time limit back into the queue."""
-
-    fork_ranks: bool = True
-    """Import what the ranks import once on each node, and fork the ranks; false starts Python for each of them.
-
-    For workloads that name what to import, as gpt does (RankCommand.preload). Ranks are executed as ever where the code
-    has changed since the start of the job, or where Python needs another start (deterministic=true)."""
-    rendezvous_timeout_s: int = MISSING
-    """Seconds in which all agents of a run must have found each other."""
-    grace_period_s: int = MISSING
-    """Seconds a run that was requested to stop has for its last step and checkpoint before its ranks are killed."""
-    node_timeout_s: int = MISSING
-    """Seconds without a message from a node's agent after which the node counts as lost."""
-    heartbeat_timeout_s: int = MISSING
-    """Seconds in which the process of a rank has not run at all after which it counts as hung."""
-    hang_timeout_s: int = MISSING
-    """Seconds without progress (a forward and backward pass, a round of an evaluation) after which a rank is hung."""
-    startup_and_save_timeout_s: int = MISSING
-    """Seconds without progress while a rank starts (data, compilation, loading) or saves, without a sign between."""
-
-    def validate(self) -> None:
-        """Raise ConfigError if a number is out of its range."""
-        for key in ("rendezvous_timeout_s", "grace_period_s", "max_without_progress", "startup_and_save_timeout_s"):
-            require_positive(f"resilience.{key}", getattr(self, key))
-        for key in ("node_timeout_s", "heartbeat_timeout_s", "hang_timeout_s"):
-            require_range(f"resilience.{key}", getattr(self, key), 5, float("inf"))
-        if self.min_nodes is not None:
-            require_positive("resilience.min_nodes", self.min_nodes)
-        if self.forgive_after_s is not None:
-            require_range("resilience.forgive_after_s", self.forgive_after_s, 0, float("inf"))
-        self.health_check.validate()
-        for entry in fields(self.max_restarts):
-            limit = getattr(self.max_restarts, entry.name)
-            if limit is not None:
-                require_range(f"resilience.max_restarts.{entry.name}", limit, 0, float("inf"))
+    max_restarts: RestartLimits = key(RestartLimits, "Largest number of restarts by cause.")
+    health_check: HealthCheckConfig = key(HealthCheckConfig, "Checks of a node before ranks start on it.")
+    max_without_progress: int = key(
+        MISSING,
+        "Largest number of attempts in a row that save no new checkpoint; then the run stops. An attempt that was"
+        " preempted or lost a node before its first step does not count.",
+        least=1,
+    )
+    forgive_after_s: Optional[float] = key(
+        3600.0,
+        "Time after which a failure no longer counts for max_restarts, if the run has saved a newer checkpoint since."
+        " So the limits hold for each hour and not for a run of weeks. null: failures count until the command is typed"
+        " again.",
+        unit="s",
+        least=0,
+    )
+    min_nodes: Optional[int] = key(
+        None,
+        "Smallest number of nodes with which the run continues, in the same job and with the same global batch, if"
+        " nodes are lost and no spare is left. The next start of the job has all nodes again. null: the job is"
+        " requeued instead.",
+        least=1,
+    )
+    requeue: bool = key(MISSING, "On Slurm, requeue a run that was preempted or that reached its time limit.")
+    fork_ranks: bool = key(
+        True,
+        "Import the modules of the ranks once on each node, and fork the ranks; false starts a Python for each rank."
+        " For workloads that name these modules (RankCommand.preload). After a change of the code, and with"
+        " deterministic=true, each rank is a new Python anyway.",
+    )
+    rendezvous_timeout_s: int = key(MISSING, "Time in which all agents of a run must join.", unit="s", least=1)
+    grace_period_s: int = key(
+        MISSING,
+        "Time for the last step and checkpoint of a run that was stopped; then ranks are killed.",
+        unit="s",
+        least=1,
+    )
+    node_timeout_s: int = key(
+        MISSING,
+        "Time without a message from the agent of a node after which the node counts as lost.",
+        unit="s",
+        least=5,
+    )
+    heartbeat_timeout_s: int = key(
+        MISSING,
+        "Time in which the process of a rank did not run at all, after which it counts as hung.",
+        unit="s",
+        least=5,
+    )
+    hang_timeout_s: int = key(
+        MISSING,
+        "Time without progress after which a rank counts as hung. Progress is a forward and backward pass, or a round"
+        " of an evaluation.",
+        unit="s",
+        least=5,
+    )
+    startup_and_save_timeout_s: int = key(
+        MISSING,
+        "The same while a rank starts (data, compilation, loading) or saves a checkpoint.",
+        unit="s",
+        least=1,
+    )
 
 
 @dataclass
 class BudgetConfig:
-    """Caps for all points of a command together, over all their attempts.
+    """Caps on what all points of a command use together, over all their attempts.
 
-    An hour of an allocation counts for every GPU in it, from the start of the job to its end.
+    A GPU counts from the start of its job to its end.
     """
 
-    gpu_hours: Optional[float] = None
-    """GPU-hours; at the cap a run saves and stops, and what could exceed it is not submitted. null: no cap."""
-    cost: Optional[float] = None
-    """GPU-hours times cluster.price_per_gpu_hour, in the same currency. null: no cap."""
-    poll_s: float = MISSING
-    """Seconds between two polls of what was used."""
+    gpu_hours: Optional[float] = key(
+        None,
+        "GPU-hours. At the cap a run saves and stops; a point that could exceed it is not submitted. null: no cap.",
+        unit="GPU-hours",
+        above=0,
+    )
+    cost: Optional[float] = key(
+        None, "GPU-hours times cluster.price_per_gpu_hour; null: no cap.", unit="currency of the site", above=0
+    )
+    poll_s: float = key(MISSING, "Time between two looks at what was used.", unit="s", least=0.1, most=3600)
 
     def validate(self, cluster: ClusterConfig) -> None:
-        """Raise ConfigError if a number is out of its range, or nobody knows what is to be counted."""
-        require_range("budget.poll_s", self.poll_s, 0.1, 3600)
-        for key in ("gpu_hours", "cost"):
-            cap = getattr(self, key)
-            if cap is None:
-                continue
-            require_positive(f"budget.{key}", cap)
-            if not cluster.gpus_per_node:
+        """Raise ConfigError if a cap has no GPUs or no price to count with."""
+        for name, cap in (("gpu_hours", self.gpu_hours), ("cost", self.cost)):
+            if cap is not None and not cluster.gpus_per_node:
                 raise ConfigError(
-                    f"budget.{key}={cap:g}, and nodes that are not said to have GPUs",
-                    "cluster.gpus_per_node, by which the hours of a node are counted; without GPUs, "
-                    "cluster.timeout_min and resilience.max_restarts bound a run",
-                    f"cluster.gpus_per_node=8, or budget.{key}=null",
+                    f"budget.{name}={cap:g} without cluster.gpus_per_node",
+                    "the GPUs of a node, which the cap counts; without GPUs, cluster.timeout_min and"
+                    " resilience.max_restarts limit a run",
+                    f"cluster.gpus_per_node=8, or budget.{name}=null",
                 )
         if self.cost is not None and cluster.price_per_gpu_hour is None:
             raise ConfigError(
                 f"budget.cost={self.cost:g} without a price",
-                "what an hour of one GPU costs",
+                "the price of a GPU-hour",
                 "cluster.price_per_gpu_hour=2.5, or budget.gpu_hours=N in place of budget.cost",
             )
 
@@ -197,45 +206,53 @@ class BudgetConfig:
 class LaunchConfig:
     """Behavior of the command before and after it submits."""
 
-    check_limits: bool = True
-    """Ask Slurm for its partitions and nodes, and refuse what could never start there. Slurm only."""
-
-    detach: bool = MISSING
-    """Return at once with the job ids, instead of following the jobs to the scaling table. Slurm only.
-
-    Where they may have to be moved (cluster.placement), a process that does it stays behind on this machine."""
-    sequential: bool = MISSING
-    """Run the points of a sweep one after another, as they do on this machine; on Slurm by job dependencies
-    (sbatch --dependency=afterany)."""
-    poll_s: float = MISSING
-    """Seconds between two polls of Slurm's queue while the command follows its jobs, 0.5 to 3600."""
-    report_files: list[ReportFile] = MISSING
-    """Files of the report that is written at the end: md, csv, png, svg, json, html, and tensorboard, a sweep's Scaling
-    run or a run's Summary. Drawing is most of the work; python -m launch.report makes all of them later."""
-    on_event: Any = None
-    """Command of yours that the agent of the head node runs when a run starts, ends, fails, is requeued, loses a node
-    or cannot copy a checkpoint, with the event in LAUNCH_EVENT and the like (docs/resilience.md). A string that is
-    split as a shell would, or a list. The run folder keeps it: a token belongs into a file that the command reads."""
-    on_event_timeout_s: float = 60.0
-    """Seconds after which that command is killed, 1 to 600."""
-    gpu_sample_s: float = 5.0
-    """Seconds between two samples that each agent takes of its node's NVIDIA GPUs while the ranks run: power, energy,
-    clocks, temperature, throttle reasons. 0 takes none; 1 to 3600 else. Needs nvidia-ml-py, pip install '.[gpu]'."""
+    check_limits: bool = key(True, "On Slurm, read its partitions and nodes, and refuse what could never start there.")
+    detach: bool = key(
+        MISSING,
+        "On Slurm, return with the job ids at once, instead of following the jobs to the scaling table. With"
+        " cluster.placement a process stays behind on this machine and moves the jobs.",
+    )
+    sequential: bool = key(
+        MISSING, "Run the points of a sweep one after another; on Slurm by job dependencies (afterany)."
+    )
+    poll_s: float = key(
+        MISSING,
+        "Time between two polls of Slurm's queue while the command follows its jobs.",
+        unit="s",
+        least=0.5,
+        most=3600,
+    )
+    report_files: list[ReportFile] = key(
+        MISSING,
+        "Files of the report at the end: md, csv, png, svg, json, html, and tensorboard (a sweep's Scaling run or a"
+        " run's Summary). Drawing takes most of the time; python -m launch.report makes all of them later.",
+    )
+    on_event: Any = key(
+        None,
+        "Command that the agent of the head node runs when a run starts, ends, fails, is requeued, loses a node or"
+        " cannot copy a checkpoint, with the event in LAUNCH_EVENT and the like (docs/resilience.md). A string as in a"
+        " shell, or a list. It is killed after 60 s. The run folder keeps it, so a secret belongs into a file that it"
+        " reads.",
+    )
+    gpu_sample_s: float = key(
+        5.0,
+        "Time between two samples of each node's NVIDIA GPUs while ranks run: power, energy, clocks, temperature,"
+        " throttle reasons. 0: none; otherwise at least 1. Needs nvidia-ml-py (pip install '.[gpu]').",
+        unit="s",
+        least=0,
+        most=3600,
+    )
 
     def validate(self) -> None:
-        """Raise ConfigError if a number is out of its range, or a command is none."""
-        require_range("launch.poll_s", self.poll_s, 0.5, 3600)
-        if self.gpu_sample_s != 0 and not 1 <= self.gpu_sample_s <= 3600:
+        """Raise ConfigError if samples would be taken too often, or the command cannot be read."""
+        if 0 < self.gpu_sample_s < 1:
             expected = "0, for no samples, or seconds from 1 to 3600"
             raise ConfigError(f"launch.gpu_sample_s={self.gpu_sample_s:g}", expected, "launch.gpu_sample_s=5")
-        require_range("launch.on_event_timeout_s", self.on_event_timeout_s, 1, 600)
-        if self.on_event is not None and not self.on_event_command:
-            found, fix = f"launch.on_event={self.on_event!r}", "launch.on_event=/home/me/notify.sh, or null for none"
-            raise ConfigError(found, "a program and its arguments", fix)
+        split_command("launch.on_event", self.on_event, "/home/me/notify.sh,--quiet")
 
     @property
     def on_event_command(self) -> list[str]:
-        """Program and arguments of on_event; none if there is no command."""
+        """Program and arguments of on_event; empty if there is no command."""
         return split_command("launch.on_event", self.on_event, "/home/me/notify.sh,--quiet")
 
 
@@ -243,35 +260,40 @@ class LaunchConfig:
 class WorkloadConfig:
     """The program that is launched."""
 
-    _target_: str = MISSING
-    """Dotted path of the class that describes it to the launcher: see docs/workloads.md."""
+    _target_: str = key(MISSING, "Dotted path of the class that describes the program (docs/workloads.md).")
 
 
 @dataclass
 class Config(RunConfig):
-    """One point of a sweep, as far as the launcher knows it: the keys of its workload come on top."""
+    """Config of one point of a sweep: the keys of the launcher. Its workload adds more keys."""
 
-    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
-    nodes: int = 1
-    """Nodes of the run; one agent is started on each."""
-    ranks_per_node: Optional[int] = None
-    """Processes on each node. null: cluster.gpus_per_node; on this machine its GPUs where all points have nodes=1; or
-    1."""
-    spare_nodes: int = 0
-    """Slurm only: nodes requested beyond ``nodes``. They wait, and one takes the place of a node that is lost."""
-    objective: Optional[str] = None
-    """Figure of the step records, such as val_loss, that each point of a sweep returns to Hydra's sweeper: what Optuna,
-    Ax and Nevergrad search by. null returns nothing."""
-    objective_of: ObjectiveOf = ObjectiveOf.minimum
-    """Value of the objective that a run returns: its minimum, its maximum or the last one."""
-    dry_run: bool = False
-    """Print the plan and the sbatch text, and submit nothing."""
-    copy_code: bool = False
-    """Run from a copy of the code taken at submission, however the checkout changes while the job waits."""
-    launch: LaunchConfig = field(default_factory=LaunchConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    workload: WorkloadConfig = key(WorkloadConfig, "The program that is launched.")
+    nodes: int = key(1, "Nodes of the run; one agent is started on each.", least=1)
+    ranks_per_node: Optional[int] = key(
+        None,
+        "Processes on each node. null: cluster.gpus_per_node; the GPUs of this machine if it runs all points with"
+        " nodes=1; otherwise 1.",
+        least=1,
+    )
+    spare_nodes: int = key(
+        0, "On Slurm, further nodes of the job. They wait, and one replaces a node that is lost.", least=0
+    )
+    objective: Optional[str] = key(
+        None,
+        "Figure of the step records, such as val_loss, that each point returns to Hydra's sweeper; Optuna, Ax and"
+        " Nevergrad search with it. null returns nothing.",
+    )
+    objective_of: ObjectiveOf = key(
+        ObjectiveOf.minimum, "Value of the objective that a run returns: its minimum, its maximum or the last one."
+    )
+    dry_run: bool = key(False, "Print the plan and the sbatch text, and submit nothing.")
+    copy_code: bool = key(
+        False, "Run a copy of the code, made at submission, so that later changes of the checkout have no effect."
+    )
+    launch: LaunchConfig = key(LaunchConfig, "Behavior of the command.")
+    cluster: ClusterConfig = key(ClusterConfig, "Source of the nodes.")
+    resilience: ResilienceConfig = key(ResilienceConfig, "Restarts, requeue and timeouts.")
+    budget: BudgetConfig = key(BudgetConfig, "Caps on GPU-hours and cost.")
 
     @property
     def ranks_on_node(self) -> int:
@@ -285,7 +307,7 @@ class Config(RunConfig):
 
     @property
     def may_shrink(self) -> bool:
-        """Return whether the run continues with fewer nodes where some are lost."""
+        """Return whether the run continues with fewer nodes if some are lost."""
         return self.resilience.min_nodes is not None and self.resilience.min_nodes < self.nodes
 
     def with_nodes(self, nodes: int) -> Self:
@@ -298,19 +320,18 @@ class Config(RunConfig):
         return self.nodes * self.ranks_on_node
 
     def validate(self) -> None:
-        """Raise ConfigError for the first thing that cannot work."""
+        """Raise ConfigError for the first key whose value cannot work."""
+        check_ranges(self)
         super().validate()
-        require_positive("nodes", self.nodes)
-        require_range("spare_nodes", self.spare_nodes, 0, float("inf"))
-        if self.ranks_per_node is not None:
-            require_positive("ranks_per_node", self.ranks_per_node)
         self.cluster.validate()
-        self.resilience.validate()
+        split_command(
+            "resilience.health_check.command", self.resilience.health_check.command, "/opt/site/check_node,--quick"
+        )
         least = self.resilience.min_nodes
         if least is not None and least > self.nodes:
             raise ConfigError(
                 f"resilience.min_nodes={least} with nodes={self.nodes}",
-                f"at most the nodes that the run asks for, {self.nodes}",
+                f"at most the nodes of the run, {self.nodes}",
                 f"resilience.min_nodes={self.nodes}, or nodes={least}",
             )
         self.budget.validate(self.cluster)
@@ -318,7 +339,7 @@ class Config(RunConfig):
         if self.launch.sequential and self.cluster.placement:
             raise ConfigError(
                 "launch.sequential=true with cluster.placement",
-                "jobs that stay where they are: the next one would no longer wait for one that is submitted elsewhere",
+                "jobs that stay in their place: the next job would no longer wait for one that moved",
                 "launch.sequential=false, or cluster.partition=NAME in place of cluster.placement",
             )
         gpus = self.cluster.gpus_per_node

@@ -1,27 +1,28 @@
 """The schema of where nodes come from and what they are: the keys under ``cluster``.
 
-Names are Slurm's for Slurm's things, spelled as in hydra-submitit-launcher.
+Slurm's things have Slurm's names, spelled as in hydra-submitit-launcher.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any, Optional
 
 from omegaconf import MISSING
 
-from launch.errors import ConfigError, require_positive, require_range
+from launch.errors import ConfigError
 from launch.runs.measured import read_matmul_rates, read_network
+from launch.schema import key
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
 
 
 class ClusterKind(Enum):
-    """``auto`` is slurm where sbatch is found and a controller answers, local elsewhere."""
+    """``auto`` is slurm if sbatch is found and a controller answers, else local."""
 
     auto = "auto"
     local = "local"
@@ -35,249 +36,218 @@ class ContainerRuntime(Enum):
     apptainer = "apptainer"
 
 
-def require_cluster_name(key: str, name: str | None) -> None:
-    """Raise ConfigError if this is not the name of one cluster; null is the one the command talks to."""
-    if name is not None and not re.fullmatch(r"[A-Za-z_][\w.-]*", name):
-        raise ConfigError(
-            f"{key}={name}", "the name of one cluster, as sacctmgr show clusters prints it", f"{key}=NAME, or null"
-        )
-
-
 @dataclass
 class PlacementConfig:
-    """One candidate of ``cluster.placement``. What is null is as ``cluster`` says."""
+    """One candidate of ``cluster.placement``. A key that is null has the value of ``cluster``."""
 
-    partition: Optional[str] = None
-    account: Optional[str] = None
-    qos: Optional[str] = None
-    constraint: Optional[str] = None
-    gres: Optional[str] = None
-    """Generic resources of each node there; where they name GPUs they stand for gpus_per_node."""
-    gpus_per_node: Optional[int] = None
-    """GPUs of each node there. Ranks stay as many as they are: their number is the run's, not the partition's."""
-    cluster: Optional[str] = None
-    """Another cluster that this one's slurmdbd knows (sbatch --clusters); it must see the same folders."""
-    price_per_gpu_hour: Optional[float] = None
-    """Price of a GPU-hour there, in the site's currency."""
+    partition: Optional[str] = key(None, "Partition.")
+    account: Optional[str] = key(None, "Account.")
+    qos: Optional[str] = key(None, "Quality of service.")
+    constraint: Optional[str] = key(None, "Features of the nodes.")
+    gres: Optional[str] = key(None, "Generic resources of each node; GPUs in it replace gpus_per_node.")
+    gpus_per_node: Optional[int] = key(None, "GPUs of each node. The number of ranks stays the same.", least=0)
+    cluster: Optional[str] = key(
+        None, "Another cluster of the same slurmdbd (sbatch --clusters), with the same folders."
+    )
+    price_per_gpu_hour: Optional[float] = key(None, "Price of a GPU-hour.", unit="currency of the site", least=0)
 
 
 @dataclass
 class LinkConfig:
     """One kind of link, in one direction."""
 
-    latency_us: float = 2.0
-    """Time of a message beside that of its bytes, microseconds."""
-    bandwidth_gb_per_s: Optional[float] = None
-    """10^9 bytes a second; null is what the vendor's own system with such GPUs has, else PCIe or 100 Gbit/s."""
-
-    def validate(self, name: str) -> None:
-        """Raise ConfigError if a number is out of its range."""
-        if self.bandwidth_gb_per_s is not None:
-            require_positive(f"cluster.interconnect.{name}.bandwidth_gb_per_s", self.bandwidth_gb_per_s)
-        require_range(f"cluster.interconnect.{name}.latency_us", self.latency_us, 0, float("inf"))
+    latency_us: float = key(2.0, "Latency of a message.", unit="us", least=0)
+    bandwidth_gb_per_s: Optional[float] = key(
+        None,
+        "Bandwidth, 10^9 bytes a second. null: of the vendor's own system with such GPUs, else PCIe or 100 Gbit/s.",
+        unit="GB/s",
+        above=0,
+    )
 
 
 @dataclass
 class NodeLinkConfig(LinkConfig):
     """A link between nodes."""
 
-    latency_us: float = 5.0
+    latency_us: float = key(5.0, "Latency of a message.", unit="us", least=0)
 
 
 @dataclass
 class InterconnectConfig:
-    """The links of the nodes, by which parallel=auto ranks layouts; ``python -m launch.doctor --on-cluster`` measures
-    them."""
+    """Links of the nodes, with which parallel=auto ranks layouts; ``launch.doctor --on-cluster`` measures them."""
 
-    intra_node: LinkConfig = field(default_factory=LinkConfig)
-    """From one GPU to the others of its node."""
-    inter_node: NodeLinkConfig = field(default_factory=NodeLinkConfig)
-    """From a node to others, all its network adapters together."""
-
-    def validate(self) -> None:
-        """Raise ConfigError if a number is out of its range."""
-        self.intra_node.validate("intra_node")
-        self.inter_node.validate("inter_node")
-
-
-MAIL_TYPES = (
-    *("NONE", "ALL", "BEGIN", "END", "FAIL", "REQUEUE", "INVALID_DEPEND", "STAGE_OUT", "ARRAY_TASKS"),
-    *("TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50"),
-)
-"""Types of mail that sbatch(1) of Slurm 22.05 knows."""
+    intra_node: LinkConfig = key(LinkConfig, "From one GPU to the other GPUs of its node.")
+    inter_node: NodeLinkConfig = key(NodeLinkConfig, "From one node to other nodes, all its network adapters together.")
 
 
 @dataclass
 class ClusterConfig:
-    """Source of the nodes. All but ``kind`` and the times is for Slurm."""
+    """Source of the nodes. All keys except ``kind`` and the times are for Slurm."""
 
-    kind: ClusterKind = MISSING
-    cluster: Optional[str] = None
-    """Another cluster that this one's slurmdbd knows (sbatch --clusters), with the same folders; null: this one."""
-    timeout_min: int = MISSING
-    """Time limit of a job, minutes (sbatch --time)."""
-    signal_delay_s: int = MISSING
-    """Seconds before the time limit at which SIGUSR2 asks the run to save and leave (sbatch --signal)."""
-    partition: Optional[str] = None
-    account: Optional[str] = None
-    qos: Optional[str] = None
-    constraint: Optional[str] = None
-    exclude: Optional[str] = None
-    """Nodes not to use."""
-    exclusive: Optional[bool] = None
-    """Whole nodes, shared with no other job (sbatch --exclusive). null: for the points of a sweep over nodes or ranks,
-    which would otherwise run beside each other and measure that."""
-    gres: Optional[str] = None
-    """Generic resources of each node, where gpus_per_node does not say it."""
-    gpus_per_node: Optional[int] = None
-    """GPUs of each node; one rank is started on each of them unless ranks_per_node says otherwise. null: those that
-    every node of the partition has, where Slurm tells; 0: none, and ranks that compute on CPUs."""
-    gpu_memory_gib: Optional[float] = None
-    """Memory of one GPU, GiB; where it is said, a run that does not fit is refused."""
-    gpu_name: Optional[str] = None
-    """Name of the GPUs, as nvidia-smi -L prints it or short (H100, A100-80GB); by it peak, memory and links are known
-    (gpt/accounting/hardware.py)."""
-    gpu_tflops: Optional[float] = None
-    """Dense peak of one GPU in the precision of the run, TFLOP/s; null is what is known of gpu_name."""
-    matmul_efficiency: float = 0.5
-    """The share of that peak at which a pass computes while it sends nothing; parallel=auto only."""
-    matmul_rates: Optional[str] = None
-    """File of ``python -m gpt.bench_matmul``: rates of matrix products by size, in place of peak and efficiency."""
-    interconnect: InterconnectConfig = field(default_factory=InterconnectConfig)
-    network: Optional[str] = None
-    """File of ``python -m launch.bench_network``: each collective as it was measured, in place of interconnect."""
-    cpus_per_task: Optional[int] = None
-    """CPUs of each node for all of its ranks: there is one task, the agent, on a node. null: 4 for each rank, at most
-    what every node of the partition has; where nodes are whole, or the site gives CPUs by GPU, what Slurm gives."""
-    bind_cpus: bool = True
-    """Bind each rank to the CPUs of the job that are near its GPU (its NUMA node), where they are known and enough."""
-    mem_gb: Optional[float] = None
-    """Memory of each node, as sbatch --mem=NG asks for it: Slurm's GB are GiB (2^30 bytes)."""
-    price_per_gpu_hour: Optional[float] = None
-    """Price of a GPU-hour, in the site's currency."""
-    placement: list[PlacementConfig] = field(default_factory=list)
-    """Candidates, in this order: a point that waits longer than retry_interval_min moves to the next candidate, round
-    and round. What a candidate does not say is as above; with no candidate the run stays where ``cluster`` puts it."""
-    retry_interval_min: float = 30.0
-    """Minutes that a point waits in one place before it moves to the next, fractions allowed. It loses the
-    priority that its age has earned it there."""
-    give_up_after_min: Optional[float] = None
-    """A point that waits longer than this, minutes, over all places, is taken out of the queue; null: it waits on."""
-    comment: Optional[str] = None
-    mail_user: Optional[str] = None
-    """Recipient of Slurm's mail about the jobs of a run (sbatch --mail-user); null: nobody."""
-    mail_type: str = "BEGIN,END,FAIL,REQUEUE"
-    """Events that mail_user hears of, as for sbatch --mail-type; ARRAY_TASKS: of each point of a sweep by itself."""
-    array_parallelism: int = 256
-    """Most elements of a job array that run at the same time."""
-    container: Optional[str] = None
-    """Image that the agents and their ranks run in: a file, or a name as the runtime takes it; null: none."""
-    container_runtime: Optional[ContainerRuntime] = None
-    """pyxis or apptainer."""
-    container_mounts: list[str] = field(default_factory=list)
-    """Folders of the node in the container, SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro. The working directory and the
-    folder of the runs are mounted anyhow."""
-    container_python: str = "python3"
-    """Python of the image, which has this package and what it needs (containers/)."""
-    setup: list[str] = field(default_factory=list)
-    """Shell lines of the batch script before the run: module load, conda activate, export."""
-    srun_args: list[str] = field(default_factory=list)
-    additional_parameters: dict[str, Any] = field(default_factory=dict)
-    """Any other sbatch option, name without dashes: value."""
+    kind: ClusterKind = key(MISSING, "Where the nodes come from.")
+    cluster: Optional[str] = key(
+        None, "Another cluster of the same slurmdbd (sbatch --clusters), with the same folders; null: this one."
+    )
+    timeout_min: int = key(MISSING, "Time limit of a job (sbatch --time).", unit="min", above=0)
+    signal_delay_s: int = key(
+        MISSING,
+        "Time before the limit at which SIGUSR2 makes the run save and leave (sbatch --signal).",
+        unit="s",
+        least=0,
+    )
+    partition: Optional[str] = key(None, "Partition; null: Slurm's default.")
+    account: Optional[str] = key(None, "Account; null: the user's default.")
+    qos: Optional[str] = key(None, "Quality of service.")
+    constraint: Optional[str] = key(None, "Features that the nodes must have (sbatch --constraint).")
+    exclude: Optional[str] = key(None, "Nodes that are not used (sbatch --exclude).")
+    exclusive: Optional[bool] = key(
+        None,
+        "Whole nodes, not shared with other jobs (sbatch --exclusive). null: true for the points of a sweep over nodes"
+        " or ranks, because points that share nodes slow each other down.",
+    )
+    gres: Optional[str] = key(None, "Generic resources of each node, if gpus_per_node is not enough (sbatch --gres).")
+    gpus_per_node: Optional[int] = key(
+        None,
+        "GPUs of each node; one rank is started on each unless ranks_per_node is set. null: as many as every node of"
+        " the partition has; 0: none, and ranks on CPUs.",
+        least=0,
+    )
+    gpu_memory_gib: Optional[float] = key(
+        None, "Memory of one GPU. If it is known, a run that does not fit is refused.", unit="GiB", least=1
+    )
+    gpu_name: Optional[str] = key(
+        None,
+        "Name of the GPUs, as nvidia-smi -L prints it or short (H100, A100-80GB); it gives peak, memory and links"
+        " (gpt/accounting/hardware.py).",
+    )
+    gpu_tflops: Optional[float] = key(
+        None, "Dense peak of one GPU in the precision of the run; null: from gpu_name.", unit="TFLOP/s", least=1
+    )
+    matmul_efficiency: float = key(
+        0.5, "Share of the peak that a pass reaches while it sends nothing; for parallel=auto.", least=0.01, most=1
+    )
+    matmul_rates: Optional[str] = key(
+        None,
+        "File of python -m gpt.bench_matmul: measured rates of matrix products by size, instead of gpu_tflops and"
+        " matmul_efficiency.",
+    )
+    interconnect: InterconnectConfig = key(InterconnectConfig, "Links of the nodes.")
+    network: Optional[str] = key(
+        None, "File of python -m launch.bench_network: measured collectives, instead of interconnect."
+    )
+    cpus_per_task: Optional[int] = key(
+        None,
+        "CPUs of each node for all of its ranks together, because the agent is the only task of a node. null: 4 for"
+        " each rank, at most what every node of the partition has; Slurm's own number if nodes are whole, or if the"
+        " site gives CPUs by GPU.",
+        least=1,
+    )
+    bind_cpus: bool = key(True, "Bind each rank to the CPUs of the job near its GPU (NUMA node), if they are enough.")
+    mem_gb: Optional[float] = key(None, "Memory of each node (sbatch --mem=NG: Slurm's G is GiB).", unit="GiB", least=1)
+    price_per_gpu_hour: Optional[float] = key(None, "Price of a GPU-hour.", unit="currency of the site", least=0)
+    placement: list[PlacementConfig] = key(
+        list,
+        "Places to try in this order. A point that waits longer than retry_interval_min moves to the next place, and"
+        " from the last one to the first.",
+    )
+    retry_interval_min: float = key(
+        30.0,
+        "Longest wait of a point in one place of placement; the move loses the priority by age.",
+        unit="min",
+        above=0,
+    )
+    give_up_after_min: Optional[float] = key(
+        None, "Wait over all places after which a point leaves the queue; null: never.", unit="min", above=0
+    )
+    comment: Optional[str] = key(None, "Comment of the jobs (sbatch --comment).")
+    mail_user: Optional[str] = key(
+        None, "Address for Slurm's mail when a job begins, ends, fails or is requeued (sbatch --mail-user)."
+    )
+    array_parallelism: int = key(256, "Largest number of elements of a job array that run at the same time.", above=0)
+    container: Optional[str] = key(None, "Image in which agents and ranks run: a file, or a name of the runtime.")
+    container_runtime: Optional[ContainerRuntime] = key(None, "Program that runs the image.")
+    container_mounts: list[str] = key(
+        list,
+        "Folders of the node in the container: SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro. The working directory and"
+        " the run folders are always mounted.",
+    )
+    container_python: str = key("python3", "Python of the image, with this package and its dependencies (containers/).")
+    setup: list[str] = key(list, "Shell lines of the batch script before the run: module load, conda activate, export.")
+    srun_args: list[str] = key(list, "Further options of srun.")
+    additional_parameters: dict[str, Any] = key(dict, "Further options of sbatch: name without dashes, and value.")
 
     def validate(self) -> None:
-        """Raise ConfigError if a number is out of its range."""
-        require_positive("cluster.timeout_min", self.timeout_min)
-        require_range("cluster.signal_delay_s", self.signal_delay_s, 0, 60 * self.timeout_min)
-        require_positive("cluster.array_parallelism", self.array_parallelism)
-        for key in ("gpus_per_node", "gpu_memory_gib", "gpu_tflops", "cpus_per_task", "mem_gb", "price_per_gpu_hour"):
-            if getattr(self, key) is not None:
-                least = 0 if key in ("gpus_per_node", "price_per_gpu_hour") else 1
-                require_range(f"cluster.{key}", getattr(self, key), least, float("inf"))
-        for entry in fields(self):
-            if getattr(self, entry.name) == "":
+        """Raise ConfigError for keys that contradict each other; the range of a number is checked elsewhere."""
+        if self.signal_delay_s > 60 * self.timeout_min:
+            raise ConfigError(
+                f"cluster.signal_delay_s={self.signal_delay_s} with cluster.timeout_min={self.timeout_min}",
+                f"at most the time limit, {60 * self.timeout_min} s",
+                "cluster.signal_delay_s=0",
+            )
+        for field in fields(self):
+            if getattr(self, field.name) == "":
                 raise ConfigError(
-                    f"cluster.{entry.name}= without a value, as a variable of the shell that is not set leaves it",
-                    "a text, or null where Slurm is to choose",
-                    f"cluster.{entry.name}=VALUE, or cluster.{entry.name}=null",
+                    f"cluster.{field.name}= without a value, as an unset variable of the shell leaves it",
+                    "a text, or null for Slurm's choice",
+                    f"cluster.{field.name}=VALUE, or cluster.{field.name}=null",
                 )
-        require_range("cluster.matmul_efficiency", self.matmul_efficiency, 0.01, 1)
-        self.interconnect.validate()
         if self.network is not None:
             read_network(Path(self.network))
         if self.matmul_rates is not None:
             read_matmul_rates(Path(self.matmul_rates))
-        self.validate_mail()
         self.validate_container()
-        self.validate_cluster()
         self.validate_placement()
 
-    def validate_mail(self) -> None:
-        """Raise ConfigError if Slurm has no mail of this type: sbatch would say so only when it is asked."""
-        unknown = [word for word in self.mail_type.split(",") if word.strip().upper() not in MAIL_TYPES]
-        if unknown:
-            raise ConfigError(
-                f"cluster.mail_type={self.mail_type}, with {', '.join(map(repr, unknown))} in it",
-                f"some of {', '.join(MAIL_TYPES)}",
-                "'cluster.mail_type=\"END,FAIL,REQUEUE\"'",
-            )
-
     def validate_container(self) -> None:
-        """Raise ConfigError if image and runtime are not named together, or a mount is none."""
+        """Raise ConfigError if only one of image and runtime is set, or a mount cannot be read."""
         if (self.container is None) != (self.container_runtime is None):
             runtime = None if self.container_runtime is None else self.container_runtime.name
             raise ConfigError(
                 f"cluster.container={self.container or 'null'} with cluster.container_runtime={runtime or 'null'}",
-                "an image and what runs it, or neither",
+                "an image and the program that runs it, or neither",
                 f"cluster.container={self.container or 'IMAGE'} cluster.container_runtime={runtime or 'apptainer'}",
             )
         for entry in self.container_mounts:
-            parts = entry.split(":")
-            paths, options = parts[:2], parts[2:]
-            is_sound = (
-                all(path.startswith("/") for path in paths) and len(options) <= 1 and set(options) <= {"ro", "rw"}
-            )
-            if not is_sound or "," in entry:
+            paths, options = entry.split(":")[:2], entry.split(":")[2:]
+            is_absolute = all(path.startswith("/") for path in paths)
+            if not is_absolute or len(options) > 1 or not set(options) <= {"ro", "rw"} or "," in entry:
                 raise ConfigError(
                     f"cluster.container_mounts with {entry!r} in it",
                     "SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro, absolute paths without commas",
                     '\'cluster.container_mounts=["/data","/scratch/me:/scratch:ro"]\'',
                 )
 
-    def validate_cluster(self) -> None:
-        """Raise ConfigError if it is not one cluster that a job goes to."""
-        for key in ("clusters", "M"):
-            if key in self.additional_parameters:
+    def validate_placement(self) -> None:
+        """Raise ConfigError if a cluster is not one cluster, or if the candidates or their times make no sense."""
+        for name in ("clusters", "M"):
+            if name in self.additional_parameters:
                 raise ConfigError(
-                    f"cluster.additional_parameters.{key}={self.additional_parameters[key]}",
-                    "one cluster, which the launcher asks about the job later",
+                    f"cluster.additional_parameters.{name}={self.additional_parameters[name]}",
+                    "one cluster, which the launcher queries for the job later",
                     "cluster.cluster=NAME, or cluster.placement='[{cluster: A}, {cluster: B}]' for several",
                 )
         require_cluster_name("cluster.cluster", self.cluster)
-
-    def validate_placement(self) -> None:
-        """Raise ConfigError if the candidates, or the times they are tried for, make no sense."""
-        require_positive("cluster.retry_interval_min", self.retry_interval_min)
-        if self.give_up_after_min is not None:
-            require_positive("cluster.give_up_after_min", self.give_up_after_min)
-            if len(self.placement) > 1 and self.give_up_after_min <= self.retry_interval_min:
-                raise ConfigError(
-                    f"cluster.give_up_after_min={self.give_up_after_min:g} and "
-                    f"cluster.retry_interval_min={self.retry_interval_min:g}",
-                    "time for more than the first candidate of cluster.placement",
-                    f"cluster.give_up_after_min={len(self.placement) * self.retry_interval_min:g}",
-                )
+        give_up, count = self.give_up_after_min, len(self.placement)
+        if give_up is not None and count > 1 and give_up <= self.retry_interval_min:
+            raise ConfigError(
+                f"cluster.give_up_after_min={give_up:g} and cluster.retry_interval_min={self.retry_interval_min:g}",
+                "time for more than the first candidate of cluster.placement",
+                f"cluster.give_up_after_min={count * self.retry_interval_min:g}",
+            )
+        seen = [astuple(candidate) for candidate in self.placement]
         for index, candidate in enumerate(self.placement):
-            key = f"cluster.placement[{index}]"
-            if candidate.gpus_per_node is not None:
-                require_range(f"{key}.gpus_per_node", candidate.gpus_per_node, 0, float("inf"))
-            if candidate.price_per_gpu_hour is not None:
-                require_range(f"{key}.price_per_gpu_hour", candidate.price_per_gpu_hour, 0, float("inf"))
-            require_cluster_name(f"{key}.cluster", candidate.cluster)
-            twice = [i for i, other in enumerate(self.placement[:index]) if astuple(other) == astuple(candidate)]
-            if twice:
+            require_cluster_name(f"cluster.placement[{index}].cluster", candidate.cluster)
+            first = seen.index(astuple(candidate))
+            if first < index:
                 raise ConfigError(
-                    f"{key} is the same as cluster.placement[{twice[0]}]",
+                    f"cluster.placement[{index}] is the same as cluster.placement[{first}]",
                     "candidates that differ: a move to the same place only loses the wait there",
                     "cluster.placement='[{partition: A}, {partition: B}]'",
                 )
+
+
+def require_cluster_name(name: str, value: str | None) -> None:
+    """Raise ConfigError unless the value is the name of one cluster, or null for the cluster of the command."""
+    if value is not None and not re.fullmatch(r"[A-Za-z_][\w.-]*", value):
+        expected = "the name of one cluster, as sacctmgr show clusters prints it"
+        raise ConfigError(f"{name}={value}", expected, f"{name}=NAME, or null")

@@ -32,7 +32,8 @@ from launch.runs.overrides import (
     typed_key,
     typed_value,
 )
-from launch.runs.refusals import CONFIG_ERRORS, explain, free_keys, schema_keys
+from launch.runs.refusals import CONFIG_ERRORS, explain
+from launch.schema import free_keys, schema_keys
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
 # From arguments to a typed config: the launcher's schema together with that of the workload they name.

@@ -20,6 +20,8 @@ from launch.slurm.limits import OWN_WISH, gres
 # Containers: the words by which srun starts the agent of each node inside an image (``cluster.container``).
 
 
+MAIL_TYPE = "BEGIN,END,FAIL,REQUEUE"
+"""Events of a job that send mail, as sbatch --mail-type takes them."""
 SLURM_PATHS = ("/etc/slurm", "/run/munge")
 """Paths of the node that Slurm's client in the image needs: agents ask the controller about their job."""
 
@@ -340,7 +342,7 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
             "requeue" if config.resilience.requeue and resumes else "no_requeue": True,
             **({"no_kill": True} if survives else {}),
             **({"clusters": cluster.cluster} if cluster.cluster else {}),
-            **({"mail_user": cluster.mail_user, "mail_type": cluster.mail_type} if cluster.mail_user else {}),
+            **({"mail_user": cluster.mail_user, "mail_type": MAIL_TYPE} if cluster.mail_user else {}),
             **cluster.additional_parameters,
         },
     }

@@ -31,6 +31,7 @@ from launch.report.selection import Selection
 from launch.report.series import MeasuredPoint, Series, label_points, measure, split
 from launch.runs.folder import RunFolder
 from launch.runs.measured import read_matmul_rates, read_network
+from launch.schema import check_ranges
 from launch.workload import PlanRequest, StepTime, WorkloadPlan
 
 # The measured points of a sweep, and a model of them: what a projection starts from.
@@ -296,7 +297,7 @@ def read_links(path: Path) -> InterconnectConfig | Path:
         said = " ".join(str(error).split())[:200]
         raise ConfigError(f"--network {path}: {said}", expected, fix) from error
     assert isinstance(found, InterconnectConfig)
-    found.validate()
+    check_ranges(found, "cluster.interconnect.")
     return found
 
 

@@ -21,7 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.errors import ConfigError
 from launch.runs.files import write_atomically
 from launch.runs.folder import RunFolder, damaged, unreadable, writing_into
-from launch.runs.refusals import explain, free_keys, schema_keys, unknown_key
+from launch.runs.refusals import explain, unknown_key
+from launch.schema import free_keys, schema_keys
 
 # Between Hydra's documents, typed configs, and the files of a run folder that hold them.
 

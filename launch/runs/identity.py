@@ -21,6 +21,7 @@ from launch.runs.overrides import (
     point_name,
     read_overrides,
 )
+from launch.schema import key
 
 # The keys that every run has, its folder, which follows from them, and the refusal of a folder with another run in
 # it.
@@ -34,18 +35,18 @@ from launch.runs.overrides import (
 class RunConfig:
     """Config that every run has, whatever it computes and whatever starts it."""
 
-    name: str = "run"
-    """Folder under output_dir that holds the points of one sweep."""
-    output_dir: str = "outputs"
-    run_dir: Optional[str] = None
-    """The folder of this run; null derives it from output_dir, name and the overrides."""
-    fresh: bool = False
-    """Start over in a new folder instead of resuming."""
-    resume_from: Any = None
-    """Go on with the run that is there from its checkpoint of this step, or ``last`` for the newest; what came later is
-    kept aside. It is found whatever number of steps was typed for it. Typed again it goes back again."""
-    require_same_code: bool = False
-    """Refuse to go on where the code or a library has changed since the attempt before, instead of warning."""
+    name: str = key("run", "Folder under output_dir for the points of one sweep.")
+    output_dir: str = key("outputs", "Folder for all runs.")
+    run_dir: Optional[str] = key(None, "Folder of this run; null derives it from output_dir, name and the overrides.")
+    fresh: bool = key(False, "Start over in a new folder instead of resuming.")
+    resume_from: Any = key(
+        None,
+        "Step of a checkpoint of the existing run from which it resumes, or last for the newest. Later checkpoints"
+        " and records are moved aside. Typed again it goes back again.",
+    )
+    require_same_code: bool = key(
+        False, "Refuse to resume if the code or a library has changed since the last attempt, instead of warning."
+    )
 
     def validate(self) -> None:
         """Raise ConfigError if ``name`` cannot be that of a folder and of a job, or ``resume_from`` a checkpoint."""

@@ -10,11 +10,10 @@ import dataclasses
 import difflib
 import re
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from enum import Enum
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import get_args, get_origin
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -23,6 +22,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from launch.errors import EXAMPLES, ConfigError, closest
 from launch.runs.overrides import RANK_VALUES, typed_key
+from launch.schema import field_of, free_keys, list_elements, schema_keys
 
 # What torchrun, Slurm and other training libraries call a key.
 
@@ -142,54 +142,6 @@ PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 """Values that neither Hydra's grammar of overrides nor a shell reads as syntax."""
 BRACES = re.compile(r"(?<![$%\\{])\{(" + "|".join(RANK_VALUES) + r")\}")
 """A value of a run that was meant as ``${...}``."""
-
-
-def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """All dotted keys of a schema of nested dataclasses, groups included."""
-    for field in dataclasses.fields(schema):
-        yield prefix + field.name
-        inner = field.default_factory
-        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            yield from schema_keys(inner, f"{prefix}{field.name}.")
-
-
-def free_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Keys whose value is a mapping with keys of the user's choice."""
-    for field in dataclasses.fields(schema):
-        inner = field.default_factory
-        if inner is dict:
-            yield prefix + field.name
-        elif isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            yield from free_keys(inner, f"{prefix}{field.name}.")
-
-
-def list_elements(schema: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """Dotted keys whose value is a list of dataclasses, and that dataclass."""
-    hints = get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        inner, arguments = field.default_factory, get_args(hints[field.name])
-        element = arguments[0] if inner is list and arguments else None
-        if isinstance(element, type) and dataclasses.is_dataclass(element):
-            yield f"{prefix}{field.name}", element
-        elif isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            yield from list_elements(inner, f"{prefix}{field.name}.")
-
-
-def field_of(schema: type, key: str) -> tuple[Any, Any]:
-    """Return the type of a dotted key, without its None, and its default; None twice where the schema has neither."""
-    kind: Any = schema
-    default: Any = None
-    for name in key.split("."):
-        if not dataclasses.is_dataclass(kind) or not isinstance(kind, type):
-            return None, None
-        field = next((field for field in dataclasses.fields(kind) if field.name == name), None)
-        if field is None:
-            return None, None
-        hint = get_type_hints(kind)[name]
-        optional = NoneType in get_args(hint)
-        kind = next(one for one in get_args(hint) if one is not NoneType) if optional else hint
-        default = None if field.default is dataclasses.MISSING else field.default
-    return kind, default
 
 
 def quoted(value: str) -> str:

@@ -6,15 +6,16 @@ import json
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Optional
 
-from launch.errors import ConfigError, closest, require_positive, require_range
+from launch.errors import ConfigError, closest
 from launch.runs.identity import RunConfig
 from launch.runs.overrides import RANK_VALUES
 from launch.runs.progress import check_pattern
 from launch.runs.refusals import in_shell, quoted
+from launch.schema import check_ranges, key
 
 # Arguments of a script as a user types them, as the config keeps them, and as the program reads them. Torch-free.
 
@@ -192,53 +193,59 @@ class Unit(Enum):
 class ScriptOptions:
     """A program, how it is called, and what it can do. One of path, module and command."""
 
-    path: Optional[str] = None
-    """File that Python runs."""
-    module: Optional[str] = None
-    """Module that Python runs, as with ``python -m``."""
-    command: Optional[list[str]] = None
-    """Program and arguments that are run as they are; for what is not Python."""
-    args: Any = None
-    """Arguments: a string as a shell would split it, or a list."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Arguments by name, which can be swept; null leaves one out, an empty string writes its name alone."""
-    style: Style = Style.argparse
-    python: Optional[str] = None
-    """Interpreter for path and module; null is the one that runs the launcher."""
-    workdir: Optional[str] = None
-    """Working directory of the ranks; null is where the command was typed."""
-    env: dict[str, Optional[str]] = field(default_factory=dict)
-    """Variables of the environment that are set for the ranks, or with null taken away, RANK and the like included."""
-    resumes: bool = False
-    """A new start continues from the script's own checkpoint, so it may be restarted and requeued."""
-    elastic: bool = False
-    """A new start may have fewer ranks than the one before, or more: WORLD_SIZE tells, the script does the rest."""
-    resume_args: Any = None
-    """Arguments that are appended from the second attempt on."""
-    stop_signal: str = "SIGTERM"
-    """Sent to every rank ahead of the time limit, at preemption and by launch.cancel: save, and leave."""
-    requeue_exit: Optional[int] = 75
-    """Exit status that means: saved, put me back into the queue (EX_TEMPFAIL of sysexits.h)."""
-    silence_timeout_s: Optional[float] = None
-    """Seconds without a line in the log of a rank after which it counts as hung; null: never."""
-    progress: Optional[str] = None
-    """Regular expression that finds step records in what a rank prints, by its named groups: step, and any of loss, lr,
-    grad_norm, step_time_s, step_time_ms, tokens, samples, tokens_per_s."""
-    work_per_step: Optional[float] = None
-    """Units of work of one step, of all ranks together; with weak_scaling of one rank."""
-    unit: Unit = Unit.samples
-    weak_scaling: bool = False
-    """The work of a step grows with the number of ranks."""
-    max_steps: Optional[int] = None
-    """Steps of the whole run, for the time that is left."""
-    tensorboard: bool = True
-    """Write curves of rank 0's step records for TensorBoard."""
+    path: Optional[str] = key(None, "Script that Python runs.")
+    module: Optional[str] = key(None, "Module that Python runs, as with python -m.")
+    command: Optional[list[str]] = key(None, "Program and its arguments, for programs that are not Python.")
+    args: Any = key(None, "Arguments: a string that is split as in a shell, or a list.")
+    options: dict[str, Any] = key(
+        dict, "Arguments by name, which can be swept; null leaves one out, an empty string writes its name alone."
+    )
+    style: Style = key(Style.argparse, "Spelling of the options: --NAME=VALUE (argparse) or NAME=VALUE (hydra).")
+    python: Optional[str] = key(None, "Interpreter for path and module; null: the one that runs the launcher.")
+    workdir: Optional[str] = key(None, "Working directory of the ranks; null: the folder of the command.")
+    env: dict[str, Optional[str]] = key(
+        dict, "Environment variables of the ranks by name; null removes one, also RANK and the like."
+    )
+    resumes: bool = key(
+        False, "The script resumes from a checkpoint of its own, so that it may be restarted and requeued."
+    )
+    elastic: bool = key(False, "The script can resume with another number of ranks; it reads WORLD_SIZE.")
+    resume_args: Any = key(None, "Further arguments from the second attempt on.")
+    stop_signal: str = key(
+        "SIGTERM",
+        "Signal to every rank before the time limit, at preemption and by launch.cancel: the script saves and leaves.",
+    )
+    requeue_exit: Optional[int] = key(
+        75,
+        "Exit status with which the script asks to be requeued, after it has saved (EX_TEMPFAIL of sysexits.h).",
+        least=1,
+        most=255,
+    )
+    silence_timeout_s: Optional[float] = key(
+        None,
+        "Time without a new line in the log of a rank after which it counts as hung; null: never.",
+        unit="s",
+        above=0,
+    )
+    progress: Optional[str] = key(
+        None,
+        "Regular expression that finds step records in the output of a rank by named groups: step, and any of loss, lr,"
+        " grad_norm, step_time_s, step_time_ms, tokens, samples, tokens_per_s.",
+    )
+    work_per_step: Optional[float] = key(
+        None, "Units of work of one step, of all ranks together; with weak_scaling of one rank.", above=0
+    )
+    unit: Unit = key(Unit.samples, "Unit of work.")
+    weak_scaling: bool = key(False, "The work of a step grows with the number of ranks.")
+    max_steps: Optional[int] = key(None, "Steps of the whole run, from which the remaining time follows.", above=0)
+    tensorboard: bool = key(True, "Write the step records of rank 0 for TensorBoard.")
 
     def validate(self) -> None:
         """Raise ConfigError for the first thing that cannot work, without a look at any file."""
-        given = [key for key in ("path", "module", "command") if getattr(self, key) is not None]
+        check_ranges(self, "script.")
+        given = [name for name in ("path", "module", "command") if getattr(self, name) is not None]
         if len(given) != 1:
-            found = " and ".join(f"script.{key}" for key in given) or "workload=script without a program"
+            found = " and ".join(f"script.{name}" for name in given) or "workload=script without a program"
             fix = f"the same without script.{given[-1]}" if given else "script.path=train.py"
             raise ConfigError(found, "one of script.path, script.module and script.command", fix)
         if self.command is not None and not self.command:
@@ -254,17 +261,12 @@ class ScriptOptions:
                 f"one of {', '.join(STOP_SIGNALS)}",
                 f"script.stop_signal={(likely or STOP_SIGNALS)[0]}",
             )
-        if self.requeue_exit is not None:
-            require_range("script.requeue_exit", self.requeue_exit, 1, 255)
-        for key in ("silence_timeout_s", "work_per_step", "max_steps"):
-            if getattr(self, key) is not None:
-                require_positive(f"script.{key}", getattr(self, key))
         if self.progress is not None:
             check_pattern(self.progress)
-        for key in self.env:
-            if not re.fullmatch(r"[A-Za-z_]\w*", key):
+        for name in self.env:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 expected = "the name of a variable of the environment"
-                raise ConfigError(f"script.env.{key}", expected, "script.env.NAME=VALUE")
+                raise ConfigError(f"script.env.{name}", expected, "script.env.NAME=VALUE")
         if self.elastic and not self.resumes:
             raise ConfigError(
                 "script.elastic=true without script.resumes=true",
@@ -283,7 +285,7 @@ class ScriptOptions:
 class ScriptConfig(RunConfig):
     """The keys that ``workload=script`` adds at the root."""
 
-    script: ScriptOptions = field(default_factory=ScriptOptions)
+    script: ScriptOptions = key(ScriptOptions, "The program.")
 
     def validate(self) -> None:
         """Raise ConfigError for the first thing that cannot work."""

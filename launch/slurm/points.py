@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from launch.slurm.facts import SlurmFacts
 
 
-TEXTS = ("script.env.", "cluster.exclude", "cluster.partition", "cluster.mail_type", "cluster.additional_parameters.")
+TEXTS = ("script.env.", "cluster.exclude", "cluster.partition", "cluster.additional_parameters.")
 """Beginnings of keys whose values may hold a comma."""
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from launch.__main__ import schema_named_in
-from launch.runs.refusals import ELSEWHERE, MEANT, override_meant, schema_keys
+from launch.runs.refusals import ELSEWHERE, MEANT, override_meant
+from launch.schema import schema_keys
 
 KEYS = set(schema_keys(schema_named_in([])))
 

@@ -1,0 +1,78 @@
+"""Keys: every key says what it means, docs/keys.md is the list of the schema, and a number has a range."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from launch import keys
+from launch.config import Config
+from launch.config.compose import compose_launch, typed_config
+from launch.errors import ConfigError
+from launch.schema import check_ranges, key
+from launch.script.arguments import ScriptOptions
+from tests.support.commands import ROOT, run
+
+
+def test_the_page_of_keys_is_the_list_of_the_schema() -> None:
+    assert (ROOT / "docs" / "keys.md").read_text() == keys.markdown(), "python -m launch.keys --markdown > docs/keys.md"
+
+
+@pytest.mark.parametrize("workload", ["gpt", "script"])
+def test_every_key_has_a_meaning(workload: str) -> None:
+    found = keys.keys_of_workload(workload)
+    assert [one.name for one in found if not one.meaning] == []
+    assert len({one.name for one in found}) == len(found)
+
+
+def test_keys_are_found_by_a_word(tmp_path: Path) -> None:
+    printed = run("launch.keys", "time limit", cwd=tmp_path)
+    assert "cluster.timeout_min=60    (above 0 min)" in printed and "script." not in printed
+    printed = run("launch.keys", "prgress", "--workload", "script", cwd=tmp_path, status=2)
+    assert "type next: python -m launch.keys progress" in printed
+
+
+NUMBERS = [
+    (f"{prefix}{field.name}", field.metadata)
+    for schema, prefix in (
+        *((Config, ""), (ScriptOptions, "script.")),
+        *((field.default_factory, f"{field.name}.") for field in dataclasses.fields(Config)),
+    )
+    if isinstance(schema, type) and dataclasses.is_dataclass(schema)
+    for field in dataclasses.fields(schema)
+    if {field.metadata.get("least"), field.metadata.get("above")} != {None}
+]
+
+
+@pytest.mark.parametrize(("name", "metadata"), NUMBERS, ids=[name for name, _ in NUMBERS])
+def test_a_number_below_its_range_is_refused(name: str, metadata: dict[str, float | None]) -> None:
+    bound = metadata["above"] if metadata["least"] is None else metadata["least"] - 1
+    words = ["workload=script", "script.path=train.py", f"{name}={bound:g}"]
+    with pytest.raises(ConfigError) as refusal:
+        typed_config(compose_launch(words)).validate()
+    assert name in refusal.value.found and refusal.value.fix.startswith(f"{name}=")
+
+
+@dataclasses.dataclass
+class Numbers:
+    share: float = key(0.5, "A share.", least=0, most=1)
+    any_number: float = key(0.0, "A number.")
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ({"share": 1.5}, "0 to 1"),
+        ({"share": -0.1}, "0 to 1"),
+        ({"share": math.nan}, "0 to 1"),
+        ({"any_number": math.inf}, "a finite number"),
+    ],
+)
+def test_a_range_is_said(typed: dict[str, float], expected: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check_ranges(Numbers(**typed), "numbers.")
+    assert refusal.value.expected == expected and refusal.value.found.startswith("numbers.")
+    check_ranges(Numbers(share=1, any_number=-3))
