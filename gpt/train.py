@@ -190,11 +190,22 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
 
 
 def leave_for_agent(error: BaseException) -> None:
-    """Leave the failure where torch elastic looks for it, on the node itself: the run folder's disk may be full."""
+    """Write the failure where torch elastic reads it, on the node itself: the disk of the run folder may be full.
+
+    Torch elastic takes the traceback of the exception that is being handled, and torchrun prints it. A refusal is
+    raised anew, so that the way through Hydra does not hide its three lines.
+    """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+    handler = get_error_handler()
     with contextlib.suppress(OSError):
-        get_error_handler().record_exception(error)
+        if not isinstance(error, ConfigError):
+            handler.record_exception(error)
+            return
+        try:
+            raise ConfigError(error.found, error.expected, error.fix) from None
+        except ConfigError as refusal:
+            handler.record_exception(refusal)
 
 
 @refusing

@@ -170,7 +170,10 @@ def test_the_worker_runs_without_the_launcher(starter: str, sweep: tuple[Path, s
         run("gpt.train", *words, cwd=tmp_path)
     else:
         rendezvous = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        run("torch.distributed.run", *rendezvous, "-m", "gpt.train", "parallel=fsdp", *words, cwd=tmp_path)
+        start = ["torch.distributed.run", *rendezvous, "-m", "gpt.train", "parallel=fsdp"]
+        run(*start, *words, cwd=tmp_path)
+        refused = run(*start, "optim.max_stepz=4", cwd=tmp_path, status=1)
+        assert "type next: optim.max_steps=4" in refused and "hydra" not in refused, "torchrun prints three lines"
     same = final(point(outputs, "s", 1), "loss")
     assert final(RunFolder(tmp_path / "run"), "loss") == pytest.approx(same, rel=1e-4)
 
