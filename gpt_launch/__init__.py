@@ -3,7 +3,7 @@
     gpt-launch -m nodes=1,2,4             the launcher, as ``python -m launch`` in the checkout
     gpt-launch status outputs             ``python -m launch.status outputs``
     python -m gpt_launch gpt.train        ``python -m gpt.train``
-    from gpt_launch import worker         ``from launch import worker``, in a script beside a ``launch.py`` of its own
+    from gpt_launch import worker         ``from launch import worker``, in a project with its own ``launch.py``
 
 The folders of the project are called launch, gpt, configs and slurm, and so are files in the projects of many users.
 Agents, ranks and batch scripts therefore start as ``python -m gpt_launch``, which imports ``gpt_launch.own_names``

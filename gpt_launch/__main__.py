@@ -1,4 +1,4 @@
-"""``gpt-launch`` and ``python -m gpt_launch``: the commands of the project, whatever lies in the working directory.
+"""``gpt-launch`` and ``python -m gpt_launch``: the commands of the project, in any working directory.
 
 gpt-launch -m nodes=1,2,4                   a sweep
 gpt-launch status outputs                   any other command of the launcher

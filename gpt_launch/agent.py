@@ -1,4 +1,4 @@
-"""The agent as submitit calls it: its pickle names this function, so it is found beside a ``launch.py`` too."""
+"""The agent for submitit: its pickle names this function, which a project with its own ``launch.py`` finds too."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     python -m launch nodes=2 model=gpt2_124m        # one run
     python -m launch -m nodes=1,2 dry_run=true      # the plan and the sbatch text; submits nothing
 
-Hydra composes the points and hands them to ``hydra_plugins.launch_plugin``, which calls ``launch.sweep.run_sweep``.
+Hydra composes the points and calls ``hydra_plugins.launch_plugin``, which calls ``launch.sweep.run_sweep``.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def schema_named_in(argv: Sequence[str]) -> type[Config]:
 
 
 COMMANDS = ("status", "logs", "cancel", "report", "project", "verify", "doctor", "move", "keys", "batch")
-"""Commands beside this one, each a module of its own."""
+"""Other commands, each a module of its own."""
 
 
 def refuse_command(argv: Sequence[str]) -> None:
@@ -159,7 +159,7 @@ def workload_to_complete(flags: Sequence[str]) -> list[str]:
 
 
 def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
-    """Tell Hydra the schema of what was typed, and the two functions that ``configs/config.yaml`` uses.
+    """Register with Hydra the schema for the arguments, and the two functions that ``configs/config.yaml`` uses.
 
     Returns:
         The arguments, completed, and the schema.

@@ -23,7 +23,7 @@ class ConfigError(ValueError):
     """A configuration that cannot work, refused before anything is started or overwritten.
 
     Attributes:
-        found: what the user requested, with the values that clash.
+        found: the request, with the values that are wrong.
         expected: what would have been accepted.
         fix: what to type next, ready to be copied.
     """

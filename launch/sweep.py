@@ -75,11 +75,11 @@ class NothingSubmittedError(SweepFailedError):
 def run_sweep(
     points: Sequence[Composed], *, tolerates_failures: bool = False, with_report: bool = True
 ) -> list[PointResult]:
-    """Take composed points, each with what was typed for it, to a scaling table, or without a report to their end.
+    """Run composed points to their end and report a scaling table.
 
     Args:
-        points: composed, each with what was typed for it.
-        tolerates_failures: return points that failed among the others instead of raising.
+        points: composed config and overrides of each.
+        tolerates_failures: return failed points too instead of raising.
         with_report: write and show the scaling table of the points.
 
     Returns:
@@ -118,7 +118,7 @@ def run_sweep(
 
 
 def write_runs(plans: Sequence[Plan], configs: Sequence[Config], points: Sequence[Composed]) -> None:
-    """Make the run folders of what is to be submitted, with the copies of their code."""
+    """Make the folders of the runs to submit, with the copies of their code."""
     for plan, config, (composed, overrides) in zip(plans, configs, points, strict=True):
         if plan.finished:
             continue
@@ -130,7 +130,7 @@ def write_runs(plans: Sequence[Plan], configs: Sequence[Config], points: Sequenc
 def submit_and_watch(
     plans: Sequence[Plan], console: Console, after: LaunchConfig, typed: Sequence[str], *, with_report: bool = True
 ) -> dict[str, str]:
-    """Submit what is not finished; then follow to the end and report on all of it, or say how to.
+    """Submit the unfinished points; then follow them to their end and report, or print how to.
 
     Returns:
         The run folder of each point that did not finish, and why.
@@ -157,11 +157,11 @@ def submit_and_watch(
 
 
 def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -> None:
-    """Submit what is for Slurm, one job for each shape; local points get in line.
+    """Submit the points for Slurm, one job for each shape of resources; local points wait for their turn.
 
     Raises:
-        NothingSubmittedError: sbatch refused. What it had taken before continues.
-        SweepFailedError: it did not answer in time, and may have taken the job.
+        NothingSubmittedError: sbatch refused. Jobs that it accepted before continue.
+        SweepFailedError: sbatch did not answer in time, and may have accepted the job.
     """
     from launch.plan.preflight import record_submitted
     from launch.slurm.handles import LocalQueueEntry
@@ -240,7 +240,7 @@ def report(plans: Sequence[Plan], sweep: Sweep | None, console: Console, files: 
     selection = select(folder) if sweep is None else select(folder, sweep.number)
     try:
         show_and_write(tabulate_selection(selection), console, files)
-    except OSError as error:  # what is shown is known; what the points came to is still to be told
+    except OSError as error:  # the display failed; the results are still printed
         later = f"python -m launch.report {quote(str(folder))}"
         console.print(f"the report is not written: {error}; later: {later}", highlight=False, markup=False)
 

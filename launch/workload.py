@@ -1,7 +1,7 @@
-"""Workloads: what the launcher asks of a program that it launches, and how the one named in the config is loaded.
+"""The interface between the launcher and the program that it starts.
 
-A workload says which keys it adds to the config, what it plans for a point, and the command of a rank. The launcher
-imports none of them: ``workload._target_`` in the config names the class. ``gpt.workload`` is the first one,
+A workload adds keys to the config, plans a point, and has the command of a rank. The launcher imports none of them:
+``workload._target_`` in the config names the class. ``gpt.workload`` is the first one,
 ``launch.script`` the one for any script; docs/workloads.md shows how to write another. Torch-free.
 """
 
@@ -35,7 +35,7 @@ BEFORE_WORKLOADS = "gpt.workload.GptWorkload"
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One point, as far as the launcher knows it, for a workload that plans it."""
+    """One point of a sweep, which a workload has to plan."""
 
     overrides: tuple[str, ...]
     """Arguments that were typed for this point, ``key=value``."""
@@ -46,13 +46,13 @@ class PlanRequest:
     nodes: int
     ranks_per_node: int
     cluster: ClusterConfig
-    """Keys under ``cluster``: what is said of the nodes."""
+    """Keys under ``cluster``, which describe the nodes."""
     local_gpus: int
     """GPUs of this machine that may be used."""
     local_gpu_name: str | None = None
-    """Name of the first GPU of this machine, as its driver tells it."""
+    """Name of the first GPU of this machine."""
     gpu_type: str | None = None
-    """Type of the nodes' GPUs as Slurm's Gres name it (``a100``): it tells the chip, and seldom its memory."""
+    """Type of the nodes' GPUs in Slurm's Gres (``a100``): the chip, rarely its memory."""
     sweep_sizes: tuple[int, ...] = ()
     """Numbers of ranks of all points of the command, as far as the launcher knows: advice has to suit them all."""
     rate_factor: float = 1.0
@@ -76,20 +76,20 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class WorkloadPlan:
-    """Promise of a workload for a point. A figure that is not known is left out, never zero."""
+    """Plan of a workload for a point. A figure that is not known is left out, never zero."""
 
     rows: Mapping[str, str] = field(default_factory=dict)
-    """Lines of the plan for people: a word and what follows it."""
+    """Lines of the plan for people: title and text."""
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Longer passages below them: a word and its lines."""
+    """Longer passages below them: title and lines."""
     warnings: tuple[str, ...] = ()
-    """Lines on what would work, and is hardly what somebody wants; shown in the plan and before a submission."""
+    """Lines on settings that work but are probably a mistake; shown in the plan and before a submission."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Figures for programs, as JSON has them: these keys at the root of ``plan.json`` are the workload's."""
     settled: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted keys of the config that the command left open, and the values that were chosen for them."""
+    """Dotted keys that the command did not set, and the values that the plan chose."""
     max_steps: int | None = None
-    """Steps of the whole run, from which follows when it will be done."""
+    """Steps of the whole run, from which the remaining time follows."""
     checkpoint_kind: str = ""
     """Runs with the same one have checkpoints of one size, so that a save of one tells how long the other's takes."""
     checkpoint_bytes: int | None = None
@@ -121,7 +121,7 @@ class StepTime:
     bubble_s: float = 0.0
     """Pipeline bubble."""
     communication_s: Mapping[str, float] = field(default_factory=dict)
-    """Exposed communication, by what the workload tells apart, such as the axes of a device mesh."""
+    """Exposed communication by name, such as the axes of a device mesh."""
 
     @property
     def step_s(self) -> float:
@@ -162,7 +162,7 @@ class RankCommand:
     args: tuple[str, ...]
     """Program and arguments."""
     env: Mapping[str, str] = field(default_factory=dict)
-    """Variables that are set in addition to what the agent has."""
+    """Variables that are added to the environment of the agent."""
     defaults: Mapping[str, str] = field(default_factory=dict)
     """Variables that are set where the user has not set them."""
     workdir: Path | None = None
@@ -171,12 +171,12 @@ class RankCommand:
     """Modules that every rank imports. Where ``args`` is ``sys.executable, "-m", MODULE, ...`` each node imports them
     once, and its ranks are forked. They must start no threads and no CUDA, and read none of ``env`` while imported."""
     wants_memory_store: bool = False
-    """Keep a memory store on each node, in which ranks can leave what is to outlive them (``launch.worker.memory``)."""
+    """Keep a memory store on each node, whose content outlives the ranks (``launch.worker.memory``)."""
 
 
 @dataclass(frozen=True)
 class RankContract:
-    """Behavior of the ranks of a workload, by which their agent judges how they end and whether they hang."""
+    """Behavior of the ranks, from which the agent knows how they ended and whether they hang."""
 
     records_events: bool = True
     """True where the ranks write ``started`` and how they ended into the event log through ``launch.worker``. Otherwise
@@ -210,7 +210,7 @@ class CodeTree:
     files: Callable[[Path], Iterable[tuple[str, Path]]]
     """Of a root, which may be that of a copy: names relative to it and paths, in order."""
     has_launcher: bool
-    """True where the launcher itself lies in it, and runs from the copy too."""
+    """True if the folder contains the launcher itself, which then runs from the copy too."""
 
 
 class Workload:

@@ -46,7 +46,7 @@ def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
     wrong = [(need, have) for need, have in zip(wanted, given, strict=True) if have is not None and have != need]
     if not wrong:
         return
-    # Hydra imports this module in every app of the environment, also beside a launch.py of the user's.
+    # Hydra imports this module in every app of the environment, also in a project with a launch.py of its own.
     from launch.errors import ConfigError, counted
 
     need, have = wrong[0]

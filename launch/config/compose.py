@@ -36,9 +36,6 @@ from launch.runs.refusals import CONFIG_ERRORS, explain
 from launch.schema import free_keys, schema_keys
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
-# From arguments to a typed config: the launcher's schema together with that of the workload they name.
-
-
 CONFIGS = Path(configs.__file__).parent
 SCRIPT = "script"
 """Option of the group ``workload`` for a program of the user's own, and the group of its keys."""
@@ -60,7 +57,7 @@ def require_folder(flag: str, path: str) -> Path:
 
 
 def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) -> list[str]:
-    """Overrides as Hydra needs them, from what was typed.
+    """Return the typed overrides as Hydra needs them.
 
     ``workload._target_=X`` alone means the option of the group that adds no other keys. Keys of the user's choice, such
     as ``script.options.lr``, need no plus. A value that would mean something to Hydra's grammar, such as a regular
@@ -163,14 +160,14 @@ def target_of(overrides: Sequence[str], config_dir: Path | None = None) -> str:
 
 @cache
 def default_workload() -> str:
-    """Option of the group ``workload`` that holds where none is typed, as configs/config.yaml has it."""
+    """Return the option of the group ``workload`` in configs/config.yaml."""
     defaults = yaml.safe_load((CONFIGS / "config.yaml").read_text())["defaults"]
     return next(entry["workload"] for entry in defaults if isinstance(entry, dict) and "workload" in entry)
 
 
 @cache
 def schema_of(target: str) -> type[Config]:
-    """The dataclass of a whole config: the keys of the launcher, and those of a workload at the root beside them."""
+    """Return the dataclass of a whole config: the keys of the launcher and those of a workload, both at the root."""
     schema = load_workload(target).schema
     # The base that comes first decides on a default: a workload's own default for a key of every run is said again.
     inherited = {entry.name: entry.default for entry in dataclasses.fields(RunConfig)}
@@ -188,7 +185,7 @@ def workload_of(config: Config | DictConfig) -> Workload:
 
 
 def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[Config]:
-    """Tell Hydra the schema for these arguments, which it composes ``configs/config.yaml`` over."""
+    """Register with Hydra the schema for these arguments, over which it composes ``configs/config.yaml``."""
     schema = schema_of(target_of(overrides, config_dir))
     compose.register_schema("launch_schema", schema)
     return schema
@@ -211,7 +208,7 @@ def compose_launch(
     schema = register(args, config_dir)
     inside = GlobalHydra.instance().is_initialized()
     if not inside and config_dir is None and not return_hydra_config:
-        # Our own files stay as they are: what was composed of them before in this process differs in values only.
+        # Our own files do not change: another composition in this process differs in values only.
         with suppress(*CONFIG_ERRORS):  # to be explained by what follows
             return composed_with(args, config_groups().__contains__, partial(_composed, target_of(args)))
     searched = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir}']"]
@@ -280,8 +277,7 @@ def not_in_point(workload: Workload) -> tuple[str, ...]:
     return (*NOT_IN_POINT, *workload.not_in_point)
 
 
-# The points of a sweep: split without running it, and composed from what they share. Hydra's own code behind one
-# door.
+# The points of a sweep: split without running it, and composed with shared parts. Private calls of Hydra are here.
 
 
 def sweep_points(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:

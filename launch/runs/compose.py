@@ -24,9 +24,6 @@ from launch.runs.folder import RunFolder, damaged, unreadable, writing_into
 from launch.runs.refusals import explain, unknown_key
 from launch.schema import free_keys, schema_keys
 
-# Between Hydra's documents, typed configs, and the files of a run folder that hold them.
-
-
 Schema = TypeVar("Schema")
 
 
@@ -108,7 +105,7 @@ def read_config(folder: RunFolder, schema: type[Schema]) -> Schema:
 
 
 def read_document(folder: RunFolder) -> DictConfig:
-    """Read ``.hydra/config.yaml`` as it lies there.
+    """Return the document in ``.hydra/config.yaml`` without a schema.
 
     Raises:
         ConfigError: the folder holds no run, or its config is damaged.

@@ -22,17 +22,17 @@ from launch.errors import ConfigError
 from launch.runs.files import append_lines, read_json, read_json_lines
 from launch.runs.folder import RunFolder
 
-# Facts of this machine for ``environment.json``: host, processor, GPUs and cores of a rank, asked without torch.
+# Facts of this machine for ``environment.json``: host, processor, GPUs and cores of a rank, found without torch.
 
 
 DRIVER = Path("/proc/driver/nvidia")
 
 
 def describe_rank(rank: int, local_rank: int, node: int, *, on_cpu: bool = False) -> dict[str, Any]:
-    """Describe a rank of this node from outside, for programs that say nothing of themselves.
+    """Describe a rank of this node from outside, for programs that do not describe themselves.
 
     The device is the GPU that ``local_rank`` counts to among the visible ones, or the CPU if there is none or
-    ``on_cpu``. ``device_uuid`` is absent where the GPU cannot be told for sure.
+    ``on_cpu``. ``device_uuid`` is absent if the GPU is not known for sure.
     """
     entry = describe_place(rank, local_rank, node)
     gpus = [] if on_cpu else visible_gpus()
@@ -58,7 +58,7 @@ def describe_place(rank: int, local_rank: int, node: int) -> dict[str, Any]:
 
 
 def describe_cpus(cpus: Iterable[int]) -> dict[str, Any]:
-    """Tell how many CPUs a rank may run on, and which, as Linux lists them: ``0-3,8``."""
+    """Return the number of CPUs that a rank may run on, and their list as Linux writes it: ``0-3,8``."""
     numbers = sorted(cpus)
     parts = []
     for _, following in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
@@ -68,13 +68,13 @@ def describe_cpus(cpus: Iterable[int]) -> dict[str, Any]:
 
 
 def threads_of(cores: int) -> int:
-    """Threads of a rank as OpenMP counts them: OMP_NUM_THREADS (its first level), else one for each core."""
+    """Return the OpenMP threads of a rank: the first level of OMP_NUM_THREADS, else one for each core."""
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(first) if first.isdigit() and int(first) else cores
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux tells it."""
+    """Return the name of the processor in /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -92,7 +92,7 @@ def driver_version(path: Path = DRIVER / "version") -> str | None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. ``index`` is its number for CUDA in this job; what cannot be told for sure is None."""
+    """One GPU. ``index`` is its number for CUDA in this job; ``uuid`` and ``bus`` are None if they are not sure."""
 
     index: str
     name: str
@@ -114,7 +114,7 @@ def visible_gpus(folder: Path = DRIVER / "gpus", environ: Mapping[str, str] = os
 
 
 def _read_gpu(index: str, path: Path) -> Gpu:
-    """A GPU as its driver tells it, under its number in the order of the PCI bus."""
+    """Read a GPU from its file in /proc; its number is the place in the order of the PCI bus."""
     told = dict(re.findall(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", path.read_text(), re.MULTILINE))
     uuid = told.get("GPU UUID", "")
     # The driver writes question marks until the GPU is first used.
@@ -125,8 +125,8 @@ def _read_gpu(index: str, path: Path) -> Gpu:
 def _counts_as_listed(there: list[Gpu], visible: int, environ: Mapping[str, str]) -> bool:
     """Return whether CUDA's numbers are those of the driver's list.
 
-    Slurm may hide GPUs of other jobs by cgroups, and CUDA then counts what is left, while /proc shows all. CUDA puts
-    the fastest first where they differ, unless it is told not to.
+    Slurm may hide GPUs of other jobs by cgroups; CUDA then counts only visible GPUs, while /proc shows all. If models
+    differ, CUDA lists the fastest first, unless CUDA_DEVICE_ORDER=PCI_BUS_ID.
     """
     hidden = "SLURM_JOB_ID" in environ and visible < len(there)
     alike = len({gpu.name for gpu in there}) == 1 or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
@@ -146,7 +146,7 @@ def _names(gpus: list[Gpu]) -> str:
     return " or ".join(sorted({gpu.name for gpu in gpus})) or "GPU"
 
 
-# Environment of the ranks: what the agent sets where the user has not, and what ``environment.json`` tells of it.
+# Environment of the ranks: variables that the agent sets if the user has not, and the record of them.
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ MOST_FILES = 1 << 20
 
 
 def set_defaults(environment: MutableMapping[str, str] = os.environ, typed: Collection[str] = ()) -> None:
-    """Set what is the same for all attempts, where the user has not.
+    """Set the variables that are the same for all attempts, if the user has not set them.
 
     Args:
         environment: of the ranks.
@@ -236,7 +236,7 @@ def raise_open_files() -> int:
     """Raise the soft limit of open files of this process, and of those it starts, to the hard one; return the limit.
 
     Every connection, data file and log of a rank is one, and the usual soft limit is 1,024. What needs no privilege is
-    done without asking.
+    done without a key.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = reachable_files(hard)
@@ -247,11 +247,11 @@ def raise_open_files() -> int:
 
 
 def reachable_files(hard: int) -> int:
-    """Soft limit of open files that agents and ranks have where this is the hard one; -1 is unlimited."""
+    """Return the soft limit of open files of agents and ranks under a hard limit; -1 is unlimited."""
     return MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
 
 
-# Provenance of an attempt: its code, its libraries, and what has changed since the attempt before.
+# Provenance of an attempt: its code, its libraries, and changes since the attempt before.
 
 
 ROOT = Path(__file__).absolute().parents[2]
@@ -260,7 +260,7 @@ ROOT = Path(__file__).absolute().parents[2]
 PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs", "gpt_launch")
 SUFFIXES = (".py", ".yaml", ".sh")
 ORIGIN = "code.json"
-"""In a copy of the code: what it is a copy of."""
+"""File in a copy of the code that names the original."""
 
 LIBRARIES = ("torch", "numpy", "hydra-core", "omegaconf", "submitit", "deepspeed")
 GIT_TIMEOUT_S = 10
@@ -268,7 +268,7 @@ NAMED = 5
 
 
 def source_files(root: Path) -> Iterator[tuple[str, Path]]:
-    """The files that make a run what it is, tracked by git or not, in the order of their names relative to ``root``."""
+    """Yield the source files of this project, tracked by git or not: names relative to ``root`` in order, and paths."""
     paths = [path for package in PACKAGES for path in (root / package).rglob("*") if path.suffix in SUFFIXES]
     for path in sorted(paths):
         if path.is_file():
@@ -295,7 +295,7 @@ def digest(content: bytes) -> str:
 
 
 def install_command(extra: str, root: Path = ROOT) -> str:
-    """Return the command that installs an optional extra of this project beside what is there.
+    """Return the command that installs an optional extra of this project.
 
     Args:
         extra: its name in pyproject.toml.
@@ -308,9 +308,9 @@ def install_command(extra: str, root: Path = ROOT) -> str:
 
 
 def code_state(root: Path = ROOT) -> dict[str, str]:
-    """Commit and hash of the uncommitted changes of the checkout ``root`` lies in; empty if there is none.
+    """Return commit and hash of the uncommitted changes of the checkout that contains ``root``; empty without git.
 
-    A copy says what it was copied from.
+    For a copy of the code, those of its original.
     """
     origin = root / ORIGIN
     if origin.is_file():
@@ -325,7 +325,7 @@ def code_state(root: Path = ROOT) -> dict[str, str]:
 
 
 def git(folder: Path, *args: str) -> bytes | None:
-    """Run git; its output, or None if there is no git or no checkout."""
+    """Return the output of git; None if there is no git or no checkout."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, timeout=GIT_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -345,12 +345,12 @@ def library_versions() -> dict[str, str]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List what differs between two attempts' ``environment.json``; what one of them does not say is left out."""
+    """List the differences between two ``environment.json``; facts that one of them lacks are left out."""
     return [*code_changes(before, now), *library_changes(before.get("software") or {}, now.get("software") or {})]
 
 
 def code_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """The files that differ; commit or uncommitted changes where an older record does not name files."""
+    """Yield the files that differ; commit or uncommitted changes if a record does not name files."""
     old, new = before.get("git") or {}, now.get("git") or {}
     commits = [str(state.get("commit", "none"))[:12] for state in (old, new)]
     moved = f" (commit {commits[0]} -> {commits[1]})" if commits[0] != commits[1] else ""
@@ -371,7 +371,7 @@ def how(before: str | None, now: str | None) -> str:
 
 
 def library_changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
-    """The libraries that differ. CUDA and NCCL are known on the nodes only, so one side may not name them.
+    """Yield the libraries that differ. CUDA and NCCL are known on the nodes only, so one side may lack them.
 
     The driver is not compared: it is the node's, and a requeued job may get others.
     """
@@ -382,7 +382,7 @@ def library_changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str
 
 
 def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = None) -> tuple[int, str] | None:
-    """Find what has changed since the attempt before ``attempt``, by default the last, and that attempt's number."""
+    """Return the last attempt before ``attempt`` with a record, and the changes since; None without a change."""
     earlier = {n: read_json(folder.environment(n)) for n in folder.attempts() if attempt is None or n < attempt}
     there = [number for number, known in earlier.items() if known]
     if not there:
@@ -422,8 +422,8 @@ THROTTLE_REASONS = {
     0x40: "too hot",
     0x80: "power brake",
 }
-"""Bit -> reason for which clocks are lower than requested (nvml.h, nvmlClocksEventReasons). Idle clocks (0x01), clocks
-set by an administrator (0x02, 0x10, 0x100) are none."""
+"""Bit -> reason why clocks are lower than requested (nvml.h, nvmlClocksEventReasons). Idle clocks (0x01) and clocks set
+by an administrator (0x02, 0x10, 0x100) are not reasons."""
 
 
 @dataclass(frozen=True)
@@ -435,7 +435,7 @@ class GpuSample:
     attempt: int
     host: str
     gauges: Mapping[str, Mapping[str, float]]
-    """Address of a GPU on the PCI bus -> gauge -> value; one that it does not tell is absent."""
+    """Address of a GPU on the PCI bus -> gauge -> value; unknown values are absent."""
 
     def as_dict(self) -> dict[str, Any]:
         """The line of the file."""
@@ -464,7 +464,7 @@ def telemetry_nodes(folder: RunFolder) -> list[int]:
 
 
 def read_samples(folder: RunFolder, node: int) -> Iterator[GpuSample]:
-    """Yield the samples of a node in the order in which they were taken; other lines are passed over."""
+    """Yield the samples of a node in their order; lines that are not samples are skipped."""
     for line in read_json_lines(folder.telemetry(node)):
         sample = _parse(line)
         if sample is not None:

@@ -89,9 +89,9 @@ def is_finished(events: Events) -> bool:
 
 
 def fewer_nodes(events: Events) -> dict[int, dict[str, Any]]:
-    """The attempts that ran on fewer nodes than the run asks for, each with its event: ``nodes``, ``asked``, ``cause``.
+    """Return the attempts with fewer nodes than requested -> the event with ``nodes``, ``asked`` and ``cause``.
 
-    Their steps take longer, and are never to be put together with those of the others.
+    Their steps take longer, and must not be mixed with steps of other attempts.
     """
     return {event["attempt"]: event for event in events if event["event"] == FEWER_NODES}
 
@@ -234,7 +234,7 @@ def same_text(rank: int) -> str:
 def enter_failure(
     folder: RunFolder, attempt: int, rank: int, *, cause: str, trace: str, step: int | None, **more: Any
 ) -> None:
-    """Write the failure of a rank of this host into the event log, whoever noticed it.
+    """Write the failure of a rank of this host into the event log.
 
     ``more`` says of a rank that did not go on ``hung=True`` and ``since``, the Unix time of its last progress.
     """
@@ -255,7 +255,7 @@ def enter_failure(
 def first_failure(events: Iterable[dict[str, Any]], attempt: int) -> dict[str, Any] | None:
     """The failure that came first in an attempt; an error about a lost peer counts only if there is no other.
 
-    Of ranks that were stuck it is the one that went silent first: the others waited for it.
+    Of several hung ranks it is the one that went silent first: the other ranks waited for it.
     """
     failures = [e for e in events if e["event"] == "rank_failed" and e.get("attempt") == attempt]
     first = min(failures, key=lambda e: (bool(e.get("echo")), e.get("since", e["time"])), default=None)
@@ -296,7 +296,7 @@ def best_interval_s(save_s: float, between_failures_s: float) -> float:
 def expected_goodput(save_s: float, interval_s: float, restart_s: float, between_failures_s: float) -> float:
     """Return the share of the time that goes into steps that count, 0 to 1.
 
-    Each interval costs a save, each failure a restart and half of what was done since the last save: at most one
+    Each interval costs a save, each failure a restart and half of the work since the last save: at most one
     failure an interval (Daly 2006).
 
     Args:
@@ -310,7 +310,7 @@ def expected_goodput(save_s: float, interval_s: float, restart_s: float, between
     return (interval_s / cycle if cycle else 1.0) * max(0.0, 1 - lost)
 
 
-# A checkpoint on disk, whoever wrote it: what ``launch.verify`` asks of a workload.
+# A checkpoint on disk, as a workload lists it for ``launch.verify`` and ``resume_from``.
 
 
 @dataclass(frozen=True)
@@ -319,14 +319,14 @@ class SavedCheckpoint:
 
     path: Path
     step: int | None
-    """Step that a run would go on from; None of one that no run will load."""
+    """Step from which a run would resume; None if no run would load the checkpoint."""
     size: int
     """Bytes that checking it reads."""
     find_damage: Callable[[Callable[[int], None]], tuple[str, ...] | None]
-    """Read all of it, telling the bytes as it goes. Returns what is damaged, a line each; None if it is deleted."""
+    """Reads the checkpoint and calls its argument with bytes read; returns a line for each damage, None if deleted."""
 
 
-# Going on with a run otherwise than where it stopped: from an earlier checkpoint, or beyond its end.
+# A run that continues from an earlier checkpoint, or beyond its end.
 
 
 LAST = "last"
@@ -379,7 +379,7 @@ def plan_continuation(
     Args:
         folder: of the run; it need not be there where ``resume_from`` is None.
         resume_from: step of a checkpoint, ``last``, or None.
-        max_steps: steps of the whole run, as requested now; None where nobody knows them.
+        max_steps: steps of the whole run, as requested now; None if they are not known.
         saved: its checkpoints; read only where they matter.
 
     Raises:
@@ -450,7 +450,7 @@ def apply_continuation(
 ) -> None:
     """Enter into the event log how a run continues, and keep aside what it goes back from. Deletes nothing.
 
-    To be called while nothing works on the run. Killed in between, the same command does what is left.
+    Call it only while no process works on the run. If it is killed, the same command completes it.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -515,9 +515,9 @@ def aside_records(folder: RunFolder, rank: int) -> list[Path]:
 
 
 def refuse_alive(folder: RunFolder) -> None:
-    """Raise ConfigError if ranks of the newest attempt run on this machine, whoever started them.
+    """Raise ConfigError if ranks of the newest attempt run on this machine.
 
-    For ranks without a launcher, of which no queue knows; of those of other machines nothing can be told here.
+    For ranks without a launcher, which no queue lists. Ranks on other machines are not visible here.
     """
     attempt = max(folder.attempts(), default=0)
     events = folder.read_events()

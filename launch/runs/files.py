@@ -77,7 +77,7 @@ def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_whole(descriptor: int, data: bytes) -> None:
-    """Append all of ``data`` to a file that nobody else appends to meanwhile; nothing where a full disk takes a part.
+    """Append all of ``data`` to a file with no other writer, or nothing if a full disk takes only a part.
 
     A line that was left there and written again later would count twice.
     """
@@ -112,7 +112,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_json_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """Yield the objects that lines of a JSONL file hold; what is none is passed over."""
+    """Yield the objects in the lines of a JSONL file; other lines are skipped."""
     for line in lines:
         try:
             value = json.loads(line)
@@ -126,7 +126,7 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write ``data`` so that a reader, or a crash, sees either the old file or the whole new one.
 
     Args:
-        path: of the file; it has ``mode``, without what the umask takes away, from its first moment on.
+        path: of the file, which has ``mode`` without the bits of the umask from its first moment.
         data: all of it.
         mode: 0o600 for what only the owner may read.
     """
@@ -158,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""Errors of a filesystem that is full, over its quota, or that fails: they say nothing about what was to be written."""
+"""Errors of a filesystem that is full, over its quota, or that fails: they do not depend on the data."""
 KEPT = 10_000
 """Lines that are kept for one file; the oldest go first."""
 
@@ -219,13 +219,13 @@ def unwritten(path: Path) -> list[dict[str, Any]]:
 
 
 def write_unwritten() -> None:
-    """Try again to write what is kept."""
+    """Try again to write the lines that are kept."""
     for path in list(_kept):
         append_lines(path, [])
 
 
 def tell_unwritten() -> None:
-    """Try a last time to write what is kept, and tell on standard error what could not be."""
+    """Try a last time to write the lines that are kept; print on standard error which could not be written."""
     write_unwritten()
     for path, lines in _kept.items():
         for value in lines:

@@ -19,7 +19,7 @@ from launch.runs.files import read_json, write_json
 from launch.runs.folder import RunFolder, damaged, read_mapping
 from launch.runs.overrides import NAME_LIMIT, NOT_IN_POINT, NOTHING_TYPED, read_overrides, typed_key, typed_value
 
-# Labels of runs for people: what was typed for one run and not for all of those beside it.
+# Labels of runs for people: the overrides of one run that its neighbours do not share.
 
 
 MEASURING_KEYS = tuple(
@@ -42,7 +42,7 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
     """Label each of some runs by the overrides that not all of them share, in the order in which they were typed.
 
     Args:
-        runs: for each its folder, and what was typed for it.
+        runs: folder and overrides of each.
 
     Returns:
         Labels that differ. A run alone, one whose folder was typed, and one that nothing typed sets apart is called by
@@ -69,7 +69,7 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
 
 def alone(path: Path, overrides: Sequence[str]) -> str:
-    """Return the label of a run with no other beside it."""
+    """Return the label of a run without neighbours."""
     number = generation(path.name)
     of_folder = path.name.removesuffix(number)
     # A cut name is longer than a line of a terminal leaves room for, and ends in a hash that says nothing to people.
@@ -85,7 +85,7 @@ def generation(name: str) -> str:
 
 
 def sweep_overrides(points: Sequence[Sequence[str]]) -> list[str]:
-    """Collect the overrides of a sweep from what was typed for each point: ``nodes=1,2,4``, ``optim.max_steps=60``."""
+    """Collect the overrides of a sweep from those of its points: ``nodes=1,2,4``, ``optim.max_steps=60``."""
     values: dict[str, list[str]] = {}
     for override in (override for point in points for override in point if tells_apart(override)):
         key, _, value = override.partition("=")
@@ -104,7 +104,7 @@ ARCHIVE = "sweeps"
 
 @dataclass(frozen=True)
 class Sweep:
-    """Points of one command. ``number`` is None where somebody wrote ``sweep.json`` by hand."""
+    """Points of one command. ``number`` is None if ``sweep.json`` was written by hand."""
 
     number: int | None
     points: tuple[str, ...]
@@ -119,7 +119,7 @@ class Sweep:
         return None if self.number is None else group / ARCHIVE / f"{self.number:04d}"
 
     def summary(self, beside: Sequence[Sweep]) -> str:
-        """The sweep in a few words: what it sweeps over, and what sets it apart from those ``beside`` it."""
+        """Return a short description: the swept keys, and overrides that the sweeps in ``beside`` do not all share."""
         common = set.intersection(*(set(one.typed) for one in (self, *beside)))
         told = [override for override in self.typed if "," in override or override not in common]
         number = "" if self.number is None else f" {self.number}"
@@ -213,7 +213,7 @@ def add_paths(parser: ArgumentParser) -> None:
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
     """Find the run folders that are, or lie in, ``paths``; each once, in the order of ``paths`` and of their names.
 
-    What is no path may be the label of a run, alone or behind the folder that the run lies in.
+    A word that is no path may be the label of a run, alone or behind the folder that contains the run.
 
     Raises:
         ConfigError: there is none in one of them, or a label means several.
@@ -245,7 +245,7 @@ def suggestion(path: Path) -> str:
 
 
 def closest_folder(path: Path) -> Path | None:
-    """The folder with runs beside ``path`` whose name is most like the one that is not there."""
+    """Return the folder with runs whose name is most like ``path``, which does not exist; None if none is."""
     if path.exists() or not path.parent.is_dir():
         return None
     there = {run.relative_to(path.parent.absolute()).parts[0] for run in runs_inside(path.parent.absolute())}
@@ -272,8 +272,9 @@ def labels_of(runs: Sequence[Path]) -> dict[Path, str]:
 
 
 def labels_for(points: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
-    """The labels of runs that are about to be made, of folders and what was typed: among each other, and that of a run
-    alone among the runs that it will lie beside.
+    """Return the labels of planned runs, from folder and overrides of each.
+
+    Several runs are labelled among each other, a single one among the existing runs of its folder.
     """
     beside = (
         [] if len(points) > 1 else [run for run in runs_inside(points[0][0].parent, depth=1) if run != points[0][0]]
@@ -283,7 +284,7 @@ def labels_for(points: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
 
 def labels_inside(groups: Iterable[Path]) -> dict[Path, str]:
-    """The labels of all runs of some folders, each among those it lies beside."""
+    """Return the labels of all runs of some folders, each among the runs of its folder."""
     return {run: label for group in groups for run, label in labels_of(runs_inside(group, depth=1)).items()}
 
 

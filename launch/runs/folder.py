@@ -14,8 +14,6 @@ from typing import Any
 from ..errors import ConfigError
 from .files import append_lines, parse_json_lines, read_json_lines, unwritten
 
-# The run folder: where each file of a run lies, and the event log of what happened to it.
-
 
 class RunFolder:
     """Paths inside ``<output_dir>/<name>/<point>``. Creates nothing by itself."""

@@ -72,7 +72,7 @@ class RankHeartbeat:
 
 
 class HeartbeatFile:
-    """One rank's file, mapped. The rank and its agent may open it in any order: neither clears what is there.
+    """One rank's file, mapped. The rank and its agent may open it in any order: neither clears the content.
 
     Raises:
         OSError: the file cannot be made.
@@ -94,9 +94,9 @@ class HeartbeatFile:
     # The rank's side.
 
     def open_for_rank(self) -> None:
-        """Begin as the process that the file speaks of."""
+        """Register this process as the rank of the file."""
         self._times[BEAT] = time.monotonic()
-        self._words[PID] = os.getpid()  # last, so that whoever sees it finds the time in place
+        self._words[PID] = os.getpid()  # last: a reader that sees the PID also finds the time
 
     def beat(self) -> None:
         """Show that this process runs."""
@@ -109,18 +109,18 @@ class HeartbeatFile:
         self._times[BEAT] = self._times[MOVED] = time.monotonic()
 
     def want(self, request: Request, value: int) -> None:
-        """Have the agents agree on a stop, because of signal ``value``, or on the ``value``-th save."""
+        """Request a stop, because of signal ``value``, or the ``value``-th save."""
         self._words[REQUESTS + 4 * request + WANTS] = value
 
     def ask(self, request: Request, limit_s: float) -> bool:
-        """Count a question and answer it as all ranks do: true from the agreed stop on, and at the agreed save.
+        """Count a poll; return true from the agreed stop on, and at the poll of the agreed save.
 
-        Where the agents agree just now, this waits for them, at most ``limit_s``; after that a stop is obeyed, since
-        one is wanted for certain and the ranks mostly wait at the same question, and a save is not.
+        While the agents agree, this waits for them, at most ``limit_s``. After that a stop is obeyed, because one is
+        certain and most ranks wait at the same poll; a save is not.
         """
         words, first = self._words, REQUESTS + 4 * request
         calls = words[first + CALLS] + 1
-        words[first + CALLS] = calls  # before the look at HOLD
+        words[first + CALLS] = calls  # before it reads HOLD
         if words[first + HOLD] > words[first + AT] and not self._wait(first, limit_s):
             return request is Request.stop
         at = words[first + AT]
@@ -150,19 +150,19 @@ class HeartbeatFile:
         return self._words[PID] != 0
 
     def calls(self, request: Request) -> int:
-        """Questions that the rank has counted."""
+        """Return the number of polls of the rank."""
         return self._words[REQUESTS + 4 * request + CALLS]
 
     def wants(self, request: Request) -> int:
-        """Last wish of the rank; 0 if there was none."""
+        """Return the last request of the rank; 0 if there was none."""
         return self._words[REQUESTS + 4 * request + WANTS]
 
     def set_hold(self, request: Request, ticket: int) -> None:
-        """Have the rank wait when it next asks."""
+        """Make the rank wait at its next poll."""
         self._words[REQUESTS + 4 * request + HOLD] = ticket
 
     def set_at(self, request: Request, call: int, cause: int = 0) -> None:
-        """Tell the rank which question to answer with yes."""
+        """Set the poll that answers yes."""
         if request is Request.stop:
             self._words[CAUSE] = cause
         self._words[REQUESTS + 4 * request + AT] = call

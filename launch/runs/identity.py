@@ -23,10 +23,6 @@ from launch.runs.overrides import (
 )
 from launch.schema import key
 
-# The keys that every run has, its folder, which follows from them, and the refusal of a folder with another run in
-# it.
-
-
 # OmegaConf 2.3 reads the annotations of a schema at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
 
@@ -55,8 +51,8 @@ class RunConfig:
 
 
 UNUSABLE = re.compile(r"[%\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""Characters that cannot be in a run's path, nor in its name: to Slurm and submitit ``%j`` stands for the number of a
-job, and a backslash says that nothing does; a line break would end a line of the batch script."""
+"""Characters that a run's path and name cannot have. Slurm and submitit replace ``%j`` by the number of a job, and read
+a backslash as an escape; a line break would end a line of the batch script."""
 
 
 def refuse_name(name: str) -> None:
@@ -107,7 +103,7 @@ def choose_folder(
 
 
 def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude: Sequence[str]) -> RunFolder | None:
-    """The run beside ``folder`` for which the same was typed, but for keys to ``exclude``; None if there is none.
+    """Return the run in the same folder with the same overrides, apart from keys to ``exclude``; None if there is none.
 
     Raises:
         ConfigError: there are several.
@@ -176,7 +172,7 @@ def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Se
 
     Args:
         folder: of the run.
-        config: what was requested now.
+        config: of this command.
         schema: dataclass whose fields are compared; ``config`` has them all.
         resumable: keys, or groups of keys, that may change between the attempts of one run.
     """
@@ -198,7 +194,7 @@ def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Se
 
 
 def is_left_open(value: Any) -> bool:
-    """Return whether a key says ``auto``: a run continues with what was chosen when it began."""
+    """Return whether a key is ``auto``: a run continues with the value that was chosen when it began."""
     return isinstance(value, Enum) and value.name == "auto"
 
 

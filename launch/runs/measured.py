@@ -25,7 +25,7 @@ Measured = TypeVar("Measured")
 def read_measured(
     path: Path, key: str, parse: Callable[[Any], Measured], form: int, command: str, options: str = ""
 ) -> Measured:
-    """Read a file of measurements, or take what was read before where it has not changed since.
+    """Read a file of measurements, once as long as it does not change.
 
     Args:
         path: of the file.
@@ -33,7 +33,7 @@ def read_measured(
         parse: makes values of the JSON document; raises ValueError, KeyError, TypeError or AttributeError.
         form: number of the document's format.
         command: writes such a file with ``--output``.
-        options: what the command needs besides.
+        options: further options of the command.
 
     Raises:
         ConfigError: no such file, or something else in it.
@@ -52,7 +52,7 @@ def read_measured(
 
 
 def _said(error: Exception) -> str:
-    """Say for people what is wrong with a file."""
+    """Return a description of what is wrong with a file."""
     match error:
         case OSError():
             return error.strerror or type(error).__name__
@@ -76,7 +76,7 @@ def _read(path: Path, _changed: int, parse: Callable[[Any], Any], form: int) -> 
     return parse(document)
 
 
-# Measured rates of matrix products by size: the file that ``cluster.matmul_rates`` names, and what lies between.
+# Measured rates of matrix products by size: the file that ``cluster.matmul_rates`` names, and interpolation.
 
 
 RATES_FORMAT = 1
@@ -136,7 +136,7 @@ class MatmulFile:
 
 
 def rates_document(device: str, samples: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the file holds: samples of precision, m, n, k and seconds, and how they were measured."""
+    """Return the content of the file: samples of precision, m, n, k and seconds, and the conditions."""
     return {"format": RATES_FORMAT, "device": device, "measured": dict(measured), "samples": [*map(dict, samples)]}
 
 
@@ -243,7 +243,7 @@ def curve_of(fit: LinkFit, collective: str, samples: Iterable[tuple[int, float, 
 
     Args:
         fit: the line.
-        collective: what was measured.
+        collective: name of the measured collective.
         samples: ranks, bytes and seconds.
     """
     found = defaultdict[float, list[float]](list)
@@ -264,7 +264,7 @@ class Network:
 
 
 def network_document(network: Network, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the file holds: the fits in the units of ``cluster.interconnect``, and how they were measured."""
+    """Return the content of the file: the fits in the units of ``cluster.interconnect``, and the conditions."""
     tiers = {
         tier: {
             name: {

@@ -129,13 +129,13 @@ def typed_key(override: str) -> str:
 
 
 def point_name(overrides: Iterable[str], exclude: Iterable[str]) -> str:
-    """Name of a point from what was typed: the same overrides in any order give the same name.
+    """Return the name of a point: the same overrides in any order give the same name.
 
     ``overrides`` are ``key=value`` strings; those whose key, or a parent of it, is in ``exclude`` say where or when
     a run happens, not what it is. Characters that do not belong in a folder name are replaced and the exact text is
     then kept apart by a hash.
     """
-    # How Hydra is told of a key, with a plus or without, says nothing of the run.
+    # A plus before a key is for Hydra, and does not change the run.
     return _name(override.lstrip("+") for override in _kept(overrides, exclude))
 
 

@@ -103,7 +103,7 @@ class Progress:
         """True where any line matched so far."""
 
     def poll(self) -> None:
-        """Take in what was printed since the last poll, at most once a second."""
+        """Read the lines since the last poll, at most once a second."""
         if time.monotonic() - self._polled < POLL_S:
             return
         for log in self._logs:
@@ -250,7 +250,7 @@ class _Curves:
         self._writer: EventWriter | None = None
 
     def poll(self) -> bool:
-        """Draw a piece of what is new; returns whether there was any."""
+        """Write a part of the new records to TensorBoard; return whether there were any."""
         lines = self._reader.read()
         for line in lines or ():
             with contextlib.suppress(ValueError):
@@ -272,19 +272,19 @@ class _Curves:
             self._writer.scalar(tag, value, record["step"], record.get("time"))
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining records."""
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.close()
 
 
 class NewLines:
-    """The lines of a file that somebody else appends to; a line without an end waits for it.
+    """Yield the lines of a growing file; a line without an end waits for its end.
 
     Args:
         end: what ends a line.
         longest: bytes of a line that are kept.
-        skip: leave out what the file holds already.
+        skip: leave out the present content of the file.
     """
 
     def __init__(self, path: Path, end: re.Pattern[bytes], longest: int, skip: bool = False) -> None:

@@ -23,7 +23,7 @@ from .folder import RunFolder
 
 TAIL_BYTES = 16384
 RECENT = 20
-"""Steps that speak for now: an estimate of what the next ones take is made from them."""
+"""Number of last steps from which the time of the next steps is estimated."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class StepRecord:
     """Mean over all elements of the gradient before clipping; with the next two only at logging.gradients_interval."""
     grad_std: float | None = None
     layer_grad_norms: dict[str, float] | None = None
-    """Gradient norm by layer: ``blocks.0`` and so on, and what is outside the blocks."""
+    """Gradient norm by layer: ``blocks.0`` and so on, and the parameters outside the blocks."""
     loss_scale: float | None = None
     """Factor of the loss in the backward pass of this step; in fp16 only."""
     skipped_steps: int | None = None
@@ -104,7 +104,7 @@ class StepRecord:
     restore_s: float | None = None
     """Time that loading a checkpoint took before this step; only in the first step after it."""
     checkpoint_s: float | None = None
-    """Time the checkpoint of this step held up training; only where one was written."""
+    """Time for which the checkpoint of this step blocked training; only if one was written."""
     val_loss: float | None = None
     """Mean cross-entropy on the validation sequences after this step; only where it was evaluated."""
     val_bits_per_byte: float | None = None
@@ -122,7 +122,7 @@ class StepRecord:
     memory_allocated_gib: float | None = None
     """In tensors on the GPU when the step was queued."""
     memory_peak_gib: float | None = None
-    """The most this attempt has held: in tensors on the GPU, or of RAM by the process."""
+    """Peak memory of this attempt: tensors on the GPU, or RAM of the process."""
     memory_reserved_gib: float | None = None
     """Held by torch's allocator on the GPU."""
     time: float = field(default_factory=time.time)
@@ -147,7 +147,7 @@ OF_THE_RUN = frozenset(
         *("memory_allocated_gib", "memory_reserved_gib", "own_min_s", "own_max_s", "slowest_rank"),
     }
 )
-"""Fields that only rank 0 writes: figures of the whole run, those that follow from ``step_time_s``, and memory beside
+"""Fields that only rank 0 writes: figures of the whole run, figures that follow from ``step_time_s``, and memory beside
 its peak. With a thousand ranks, every other byte of the records would repeat them."""
 
 
@@ -192,7 +192,7 @@ class RecordWriter:
             self._filled.set()
 
     def flush(self) -> None:
-        """Write what is queued, before this returns."""
+        """Write the queued records before this returns."""
         with self._writing:
             while self._queue:
                 self._lines.append(json.dumps(self._queue.popleft()).encode() + b"\n")

@@ -61,7 +61,7 @@ TAGS = {
     "memory_peak_gib": "memory/peak_gib",
     "memory_reserved_gib": "memory/reserved_gib",
 }
-"""Field of a step record -> tag; what stands before the slash is TensorBoard's group."""
+"""Field of a step record -> tag; the part before the slash is TensorBoard's group."""
 
 STRAGGLERS_TAG = "stragglers"
 """Tag of the texts that name slow ranks."""

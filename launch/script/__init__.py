@@ -211,9 +211,6 @@ def command_like(command: Sequence[str], workdir: Path) -> str:
     return in_shell("script.command", f"[{','.join(map(quoted, [likely[0], *command[1:]]))}]")
 
 
-# The workload for any program that torchrun could start: a script, a module, or a command.
-
-
 def script_name(path: str | None, module: str | None, command: Sequence[str] | None) -> str:
     """Name of a run by its program, where none was typed."""
     if path:
@@ -224,7 +221,7 @@ def script_name(path: str | None, module: str | None, command: Sequence[str] | N
 
 
 class ScriptWorkload(Workload):
-    """A user's own program, whatever it is; see docs/scripts.md."""
+    """Any program that torchrun could start; see docs/scripts.md."""
 
     name = "script"
     schema = ScriptConfig
@@ -267,7 +264,7 @@ class ScriptWorkload(Workload):
         make_absolute([(document.script, "workdir")])
 
     def plan(self, config: ScriptConfig, request: PlanRequest) -> WorkloadPlan:
-        """Check that the program is there, and tell what is known of it before it runs.
+        """Return the plan of a point, after a check that the program exists.
 
         Raises:
             ConfigError: it cannot be started.
@@ -346,7 +343,7 @@ class ScriptWorkload(Workload):
         )
 
     def code(self, config: ScriptConfig) -> CodeTree:
-        """The repository that the program lies in, or its folder."""
+        """Return the repository of the program, or its folder without git."""
         script = config.script
         start = Path(script.path).parent if script.path is not None else Path(script.workdir or ".")
         found = git(start, "rev-parse", "--show-toplevel")
@@ -374,7 +371,7 @@ SAYS_NOTHING = (
 
 
 def unused_keys(request: PlanRequest) -> Iterator[str]:
-    """Warn of typed keys that would tell a script's memory and time, of which nothing is known."""
+    """Yield a warning for typed keys that describe nodes to a cost model, which a script does not have."""
     typed = {typed_key(word): word for word in request.overrides if "=" in word}
     words = [word for key, word in typed.items() if key in SAYS_NOTHING or key.startswith("cluster.interconnect.")]
     if words:
@@ -385,7 +382,7 @@ def unused_keys(request: PlanRequest) -> Iterator[str]:
 
 
 def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:
-    """Raise ConfigError if the script is not said to go on with another number of ranks."""
+    """Raise ConfigError unless the script can resume with another number of ranks (script.elastic)."""
     if not script.elastic:
         raise ConfigError(
             f"a script that is not said to go on with {request.world_size} ranks",

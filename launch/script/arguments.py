@@ -69,7 +69,7 @@ def flat(values: Sequence[Any]) -> Iterator[Any]:
 
 
 def refuse_nested(key: str, values: Sequence[Any], expected: str, meant: Sequence[Any] | str) -> None:
-    """Raise ConfigError if the elements of a list are not texts and numbers; proposes what was ``meant``."""
+    """Raise ConfigError if the elements of a list are not texts and numbers; ``meant`` is the proposal."""
     for value in values:
         if value is None or isinstance(value, list | Mapping):
             what = "null" if value is None else "a list" if isinstance(value, list) else "a mapping"
