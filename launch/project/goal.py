@@ -18,6 +18,7 @@ from launch.config.compose import compose_launch, typed_config, workload_of
 from launch.errors import ConfigError, counted
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import typed_key
+from launch.schema import check_ranges
 from launch.workload import PlanRequest, SetUp, TrainingGoal
 
 DAYS = {"hour": 1 / 24, "day": 1.0, "week": 7.0, "month": 30.0}
@@ -94,6 +95,7 @@ def compose_goal(
         raise ConfigError("--fit without the name of the GPUs", "GPUs whose peaks are known", EXAMPLE)
     words = [*without((*CLUSTER, *workload.goal_words), given), *given]
     config = typed_config(compose_launch(words))
+    check_ranges(config)
     config.cluster.validate()
     return config, words
 

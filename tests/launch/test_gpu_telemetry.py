@@ -17,6 +17,7 @@ from launch.config import LaunchConfig
 from launch.errors import ConfigError
 from launch.runs.environment import Gpu, GpuSample, append_samples, read_samples, telemetry_nodes
 from launch.runs.folder import RunFolder
+from launch.schema import check_ranges
 
 A, B, C = "0000:3b:00.0", "0000:d8:00.0", "0000:e1:00.0"
 
@@ -133,8 +134,9 @@ def test_a_sample_is_read_as_it_was_written_and_other_lines_are_passed_over(tmp_
 
 
 def test_an_interval_that_means_nothing_is_refused() -> None:
-    for seconds in (0.2, -1, 4000):
-        config = LaunchConfig(poll_s=5, gpu_sample_s=seconds)
-        with pytest.raises(ConfigError, match="0, for no samples, or seconds from 1 to 3600"):
-            config.validate()
+    with pytest.raises(ConfigError, match="0, for no samples, or seconds from 1 to 3600"):
+        LaunchConfig(poll_s=5, gpu_sample_s=0.2).validate()
+    for seconds in (-1, 4000):
+        with pytest.raises(ConfigError, match="0 to 3600"):
+            check_ranges(LaunchConfig(poll_s=5, gpu_sample_s=seconds, report_files=[], detach=False, sequential=False))
     LaunchConfig(poll_s=5, gpu_sample_s=0).validate()
