@@ -1,4 +1,4 @@
-"""Refusals for the person at the keyboard: found, expected, and what to type next."""
+"""Problems for the person at the keyboard: found, expected, and what to type next."""
 
 from __future__ import annotations
 
@@ -9,33 +9,71 @@ import functools
 import shlex
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NoReturn, ParamSpec
 
 from gpt_launch import as_typed
 
-# Errors meant for the person at the keyboard. Torch-free; imported by everything, imports nothing of ours.
-
-
 P = ParamSpec("P")
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot work, refused before anything is started or overwritten.
+@dataclass(frozen=True)
+class Problem:
+    """A problem with its remedy, in three lines. Refusals, warnings, findings and advice all have this form.
+
+        problem = Problem("nodes=64 in partition gpu", "at most 32 nodes", "nodes=32")
+        raise problem.refusal()       # the command ends with exit status 2, and nothing is submitted
+        print(problem.warning())      # the command continues
+        print(problem)                # the three lines
+
+    A part that needs more fields, such as a level or the name of a check, has a subclass.
 
     Attributes:
-        found: the request, with the values that are wrong.
-        expected: what would have been accepted.
-        fix: what to type next, ready to be copied.
+        found: values that are wrong, or a state that costs time or work.
+        expected: values or state that would be right.
+        fix: command or override to type next, ready to be copied.
     """
 
-    def __init__(self, found: str, expected: str, fix: str) -> None:
-        super().__init__(f"found: {found}\nexpected: {expected}\ntype next: {fix}")
-        self.found = found
-        self.expected = expected
-        self.fix = fix
+    found: str
+    expected: str
+    fix: str
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
-        return type(self), (self.found, self.expected, self.fix)
+    def __str__(self) -> str:
+        return f"found: {self.found}\nexpected: {self.expected}\ntype next: {self.fix}"
+
+    def refusal(self) -> ConfigError:
+        """Return the exception that refuses a command because of this problem."""
+        return ConfigError(self.found, self.expected, self.fix)
+
+    def warning(self) -> str:
+        """Return one line for a problem that does not stop the command."""
+        return f"warning: {self.found}; expected: {self.expected}; type {self.fix}"
+
+
+class ConfigError(ValueError):
+    """A problem that ends the command, raised before anything is started or overwritten."""
+
+    def __init__(self, found: str, expected: str, fix: str) -> None:
+        super().__init__(found, expected, fix)  # pickle calls the class with these three again
+        self.problem = Problem(found, expected, fix)
+
+    def __str__(self) -> str:
+        return str(self.problem)
+
+    @property
+    def found(self) -> str:
+        """Values that are wrong."""
+        return self.problem.found
+
+    @property
+    def expected(self) -> str:
+        """Values that would be right."""
+        return self.problem.expected
+
+    @property
+    def fix(self) -> str:
+        """Command or override to type next."""
+        return self.problem.fix
 
 
 class RepeatedFailureError(RuntimeError):
