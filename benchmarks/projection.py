@@ -31,7 +31,7 @@ from launch.config.compose import read_point as read_config
 from launch.project.projection import HeldOut, SweepPoints, as_measured, hold_out
 from launch.report.points import read_point
 from launch.report.selection import select
-from launch.report.series import MeasuredPoint, label_points, measure, split
+from launch.report.series import label_points, split
 from launch.runs.folder import RunFolder
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import link
@@ -183,9 +183,9 @@ def predict(
 ) -> Result:
     """Predict the largest point of a sweep from the others, although its nodes share the cores of one machine."""
     points = label_points([*map(read_point, select(folder).runs)])
-    (series,) = split([MeasuredPoint(point, measure(point.steps)) for point in points])
+    (series,) = split(points)
     members = tuple(one for one in series.members if one.figures is not None)
-    config = read_config(RunFolder(members[-1].point.path))
+    config = read_config(RunFolder(members[-1].path))
     sweep = SweepPoints(series, members, tuple(map(as_measured, members)), config, network)
     found = hold_out(sweep)
     parts = sweep.fit(sweep.measured[:-1]).parts(found.point.nodes)

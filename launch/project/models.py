@@ -11,10 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from launch.report.columns import Floats, read_columns
 from launch.report.points import Point
-from launch.report.reduction import TIME, WAITS, step_times
-from launch.report.steps import drop_warmup
+from launch.report.read import Floats, read_columns
+from launch.report.steps import TIME, WAITS, step_times
 from launch.runs.folder import RunFolder
 from launch.workload import StepTime
 
@@ -198,21 +197,21 @@ def spread_of(own: Floats, *, has_stages: bool = False) -> RankSpread:
 
 def read_spread(point: Point) -> RankSpread | None:
     """Read the own times of a point's ranks; None where not all of them say in every step how long they waited."""
-    run, used = RunFolder(point.path), drop_warmup(point.steps)[-MOST_STEPS:]
+    run, used = RunFolder(point.path), point.steps.after_warmup()
     expected = 0 if point.environment is None else point.environment.world_size
-    steps, attempts = (np.array([getattr(step, name) for step in used]) for name in ("step", "attempt"))
+    steps, attempts = used.step[-MOST_STEPS:], used.attempt[-MOST_STEPS:]
     own, has_stages = [], False
     for rank in run.metric_ranks():
         columns = read_columns(run.metrics(rank), (TIME, *WAITS, "time"))
         if not len(columns):
             continue
         at = np.searchsorted(columns.steps, steps).clip(0, len(columns) - 1)
-        known, times = step_times(columns)
+        times = step_times(columns)
         is_there = (columns.steps[at] == steps).all() and (columns.attempts[at] == attempts).all()
-        if not is_there or not (known & columns.known["comm_s"])[at].all():
+        if not is_there or np.isnan(times + columns.values["comm_s"])[at].any():
             return None
-        waits = [np.where(columns.known[name], columns.values[name], 0.0)[at] for name in WAITS]
-        has_stages |= bool(columns.known["bubble_s"][at].any())
+        waits = [np.nan_to_num(columns.values[name])[at] for name in WAITS]
+        has_stages |= not np.isnan(columns.values["bubble_s"][at]).all()
         own.append(times[at] - sum(waits))
     if len(own) < max(2, expected) or len(steps) < 2 or not np.mean(own) > 0:
         return None

@@ -28,7 +28,7 @@ from launch.project.models import (
 from launch.report.goodput import Failures
 from launch.report.points import Point, read_point
 from launch.report.selection import Selection
-from launch.report.series import MeasuredPoint, Series, label_points, measure, split
+from launch.report.series import Series, label_points, split
 from launch.runs.folder import RunFolder
 from launch.runs.measured import read_matmul_rates, read_network
 from launch.schema import check_ranges
@@ -42,7 +42,7 @@ class SweepPoints:
     """The points of one series that have step times, smallest first, and the config of the largest."""
 
     series: Series
-    members: tuple[MeasuredPoint, ...]
+    members: tuple[Point, ...]
     measured: tuple[Measured, ...]
     config: Config
     network: InterconnectConfig | Path | None = None
@@ -61,7 +61,7 @@ class SweepPoints:
     @property
     def base(self) -> Point:
         """The largest point, whose config is taken to other sizes."""
-        return self.members[-1].point
+        return self.members[-1]
 
     @property
     def is_weak(self) -> bool:
@@ -200,7 +200,7 @@ def read_sweep(selection: Selection, network: InterconnectConfig | Path | None =
     Raises:
         ConfigError: they are no one series, or fewer than two of them have step times.
     """
-    found = [MeasuredPoint(point, measure(point.steps)) for point in label_points([*map(read_point, selection.runs)])]
+    found = label_points([*map(read_point, selection.runs)])
     several = split(found)
     again = f"python -m launch.project {quote(str(selection.folder))} --sweep N"
     if len(several) != 1:
@@ -208,10 +208,10 @@ def read_sweep(selection: Selection, network: InterconnectConfig | Path | None =
         raise ConfigError(f"{len(several)} series in {selection.folder}: {names}", "one, along nodes", again)
     timed = [one for one in several[0].members if one.figures is not None and one.nodes and one.ranks]
     members = tuple(one for one in timed if not one.crowded)
-    left_out = tuple(one.point.title for one in timed if one.crowded)
+    left_out = tuple(one.title for one in timed if one.crowded)
     sizes = {(one.nodes, one.ranks) for one in members}
     if len(sizes) < 2 or len({one.nodes for one in members}) < len(members):
-        told = ", ".join(one.point.title for one in members) or "no point"
+        told = ", ".join(one.title for one in members) or "no point"
         raise ConfigError(
             f"step times of {told} in {selection.folder}"
             + (f"; in those of {', '.join(left_out)} ranks shared cores or a GPU" if left_out else ""),
@@ -224,13 +224,13 @@ def read_sweep(selection: Selection, network: InterconnectConfig | Path | None =
             "a global batch that is the same for all points, or grows with the ranks",
             "script.work_per_step=N, beside script.weak_scaling where it grows",
         )
-    config = read_config(RunFolder(members[-1].point.path))
+    config = read_config(RunFolder(members[-1].path))
     measured = tuple(map(as_measured, members))
     spreads, untold = read_spreads(members, measured)
     return SweepPoints(several[0], members, measured, config, network, left_out, spreads, untold)
 
 
-def read_spreads(members: Sequence[MeasuredPoint], measured: Sequence[Measured]) -> tuple[dict[int, RankSpread], str]:
+def read_spreads(members: Sequence[Point], measured: Sequence[Measured]) -> tuple[dict[int, RankSpread], str]:
     """Read how the own times of ranks differ, by nodes; or nothing, and the reason.
 
     One rank waits for nobody. If one point of several ranks does not tell, what the others tell cannot be told from
@@ -240,7 +240,7 @@ def read_spreads(members: Sequence[MeasuredPoint], measured: Sequence[Measured])
     for member, point in zip(members, measured, strict=True):
         if point.ranks == 1:
             continue
-        spread, title = read_spread(member.point), member.point.title
+        spread, title = read_spread(member), member.title
         if spread is None:
             return {}, f"{title} does not tell each rank's waits, comm_s, in every step"
         if spread.own_s * spread.share(point.ranks) >= point.low_s:
@@ -259,7 +259,7 @@ def with_matmul_rates(sweep: SweepPoints, path: Path, gpu: str | None) -> SweepP
     return replace(sweep, config=replace(sweep.config, cluster=cluster))
 
 
-def as_measured(member: MeasuredPoint) -> Measured:
+def as_measured(member: Point) -> Measured:
     """The figures of a point that a model is fitted to."""
     assert member.figures is not None and member.nodes is not None and member.ranks is not None
     figures = member.figures

@@ -6,12 +6,16 @@ import math
 import time as clock
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from launch.plan.budget import EventLog, Rates, allocations, last_heartbeat, used
+from launch.report.read import read_columns
 from launch.runs.events import FEWER_NODES, aside_records, best_interval_s, expected_goodput
 from launch.runs.folder import RunFolder
 
@@ -51,7 +55,7 @@ CAUSES = {
     "budget": "budget",
     "repeated": "diverged repeatedly",
     "refused": "refused",
-    "continued": "continued otherwise",
+    "continued": "continued by a command",
     "unknown": "cause not known",
 }
 """Cause of an interruption -> its name for people, in the order in which they are shown. ``continued`` is a command
@@ -61,7 +65,7 @@ DEFINITION = (
     "after it, restore, compile and steps done again, without saves, evaluations and the wait for nodes"
 )
 SAVED_DEFINITION = (
-    "what the road through the queue takes from the allocation to the first step, in the median, less what the restart "
+    "what a start through the queue takes from the allocation to the first step, in the median, less what the restart "
     "took from the end that was noticed to its first step"
 )
 
@@ -102,7 +106,7 @@ class Restart:
 
 @dataclass(frozen=True)
 class Losses:
-    """What the interruptions of a run cost."""
+    """Cost of the interruptions of a run."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Cause -> seconds of allocated time."""
@@ -112,9 +116,9 @@ class Losses:
     """Cause -> interruptions."""
     unit: str = "node"
     """GPU; node if the run has no GPUs."""
-    in_place: tuple[Restart, ...] = ()
+    in_place: Sequence[Restart] = ()
     """Restarts inside of an allocation that came to a step."""
-    requeues: tuple[Restart, ...] = ()
+    requeues: Sequence[Restart] = ()
     """Starts of later allocations that came to a step."""
     first: Restart | None = None
     """Start of the first allocation."""
@@ -129,8 +133,6 @@ class Goodput:
     gpu_hours: float | None
     cost: float | None
     """In the currency of cluster.price_per_gpu_hour."""
-    gpus: int | None
-    """GPUs of the allocations, if all have the same number."""
     losses: Losses = field(default_factory=Losses)
 
     @property
@@ -146,24 +148,18 @@ class Goodput:
         return steps_s / allocated if allocated else 0.0
 
 
-@dataclass(frozen=True)
-class Saving:
-    """Estimate of what restarts in place saved against starts through the queue; never negative."""
+def saved_in_place(losses: Losses, others: Sequence[Losses] = ()) -> tuple[float, float, str] | None:
+    """Estimate what restarts in place saved against starts through the queue, never less than nothing.
 
-    hours: float
-    """Hours of GPUs; of nodes if the run has none."""
-    wait_s: float
-    """Wall time of waiting in the queue."""
-    basis: str
-    """Starts that the restarts are compared with, for people."""
-
-
-def saved_in_place(losses: Losses, others: Sequence[Losses] = ()) -> Saving | None:
-    """Estimate what restarts in place saved; None if there were none, or no other start is known.
+    None if there was no restart in place, or if no other start is known.
 
     Args:
         losses: of the run.
         others: of the other runs of its sweep.
+
+    Returns:
+        Hours of GPUs, of nodes if the run has none; seconds of waiting in the queue; and the starts that the restarts
+        are compared with, for people.
     """
     starts = {
         "requeues of this run": losses.requeues,
@@ -176,12 +172,11 @@ def saved_in_place(losses: Losses, others: Sequence[Losses] = ()) -> Saving | No
     start_s = median(start.seconds for start in starts[basis])
     wait_s = median(start.wait_s for start in starts[basis])
     hours = sum((start_s - restart.seconds) / 3600 * restart.size for restart in losses.in_place)
-    return Saving(max(0.0, hours), wait_s * len(losses.in_place), basis)
+    return max(0.0, hours), wait_s * len(losses.in_place), basis
 
 
 def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput | None:
     """Divide the time of a run; None if its agents recorded no allocations."""
-
     agents = [event for event in events if event["event"] == "agent_started"]
     if not all({"job", "nodes", "allocated_at"} <= event.keys() for event in agents):
         return None  # written by hand, or cut: the rest of the time would be missing
@@ -191,51 +186,36 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
         return None
     size_of = "gpus" if all(started.get("gpus") for started, _ in found) else "nodes"
     division = _Division(run, events)
-    seconds = dict.fromkeys(PARTS, 0.0)
-    lost_s, lost_h = defaultdict[str, float](float), defaultdict[str, float](float)
-    causes: dict[float, str] = {}
-    in_place, starts = list[Restart](), list[Restart]()
-    has_first = False
     submitted = [event for event in events if event["event"] == "submitted"]
     since = min((event["time"] for event in submitted), default=found[0][0]["allocated_at"])
     for number, (started, ended) in enumerate(found):
-        begun, size = float(started["allocated_at"]), int(started[size_of])
+        begun = float(started["allocated_at"])
         before = [event for event in submitted if event["time"] <= begun]
         is_local = bool(before) and before[-1].get("cluster") == "local"
-        # Between the end of an allocation and the command that asks for the next one, nothing waits.
-        asked = max([since, *(event["time"] for event in before if not event.get("moved"))])
-        waited_s = 0.0 if is_local else max(0.0, begun - asked)
-        seconds["waiting"] += waited_s
+        # Between the end of an allocation and the command that requests the next one, nothing waits.
+        requested = max([since, *(event["time"] for event in before if not event.get("moved"))])
+        waited_s = 0.0 if is_local else max(0.0, begun - requested)
         since = max(ended, begun)
-        for stretch in division.divide(begun, since, is_last=number == len(found) - 1):
-            seconds[stretch.part] += stretch.seconds
-            lost_to = stretch.lost_to
-            if lost_to is not None and stretch.seconds > 0:
-                lost_s[lost_to.cause] += stretch.seconds
-                lost_h[lost_to.cause] += stretch.seconds / 3600 * size
-                # A command that takes a run back from where it was interrupted is no second interruption.
-                if causes.get(lost_to.since, "continued") == "continued":
-                    causes[lost_to.since] = lost_to.cause
-            if stretch.restart_s is not None and stretch.is_in_place:
-                in_place.append(Restart(stretch.restart_s, size))
-            elif stretch.restart_s is not None:
-                has_first = has_first or number == 0
-                starts.append(Restart(stretch.restart_s, size, waited_s))
+        division.add(begun, since, int(started[size_of]), waited_s, is_last=number == len(found) - 1)
     use = used([log], clock.time(), rates)
-    gpus = {started.get("gpus") for started, _ in found}
-    counts = {cause: [*causes.values()].count(cause) for cause in causes.values()}
-    unit = "GPU" if size_of == "gpus" else "node"
-    first, requeues = (starts[0], starts[1:]) if has_first else (None, starts)
+    causes, starts = [*division.causes.values()], division.starts
     return Goodput(
-        seconds={part: value for part, value in seconds.items() if value > 0},
+        seconds={part: value for part, value in division.seconds.items() if value > 0},
         gpu_hours=use.gpu_hours or None,
         cost=use.cost or None,
-        gpus=gpus.pop() if len(gpus) == 1 else None,
-        losses=Losses(lost_s, lost_h, counts, unit, tuple(in_place), tuple(requeues), first),
+        losses=Losses(
+            seconds=division.lost_s,
+            hours=division.lost_h,
+            counts={cause: causes.count(cause) for cause in causes},
+            unit="GPU" if size_of == "gpus" else "node",
+            in_place=division.in_place,
+            requeues=[start for number, start in starts if number > 1],
+            first=next((start for number, start in starts if number == 1), None),
+        ),
     )
 
 
-# Division of an allocation: stretches of its time, each of one part, and the interruption that it was lost to.
+# Division of an allocation: each stretch of its time belongs to one part, and to the interruption that it is lost to.
 
 
 @dataclass(frozen=True)
@@ -248,68 +228,59 @@ class Interruption:
     """One of ``CAUSES``."""
     noticed: float | None = None
     """Unix time of its entry in the event log; None if there is none."""
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Some time of an allocation."""
-
-    part: str
-    """One of ``PARTS``."""
-    seconds: float
-    lost_to: Interruption | None = None
-    restart_s: float | None = None
-    """Seconds of a start that ends here with its first step, without restore and compilation; else None."""
-    is_in_place: bool = False
-    """True if the ranks of an earlier attempt had made steps in this allocation."""
-
-
-@dataclass(frozen=True)
-class _Rollback:
-    """Return of an attempt to the checkpoint of a step, by itself."""
-
-    attempt: int
-    step: int
-    time: float
-
-    @property
-    def interruption(self) -> Interruption:
-        return Interruption(self.time, "diverged", self.time)
+    attempt: int | None = None
+    """Of a roll-back: the attempt that returned by itself to the checkpoint of ``step``."""
+    step: int = 0
 
     def takes(self, record: _Record) -> bool:
-        return record.attempt == self.attempt and record.step > self.step and record.ended <= self.time
+        """Return True if this roll-back took a step from the run."""
+        return record.attempt == self.attempt and record.step > self.step and record.ended <= self.since
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Record:
     """One step record of the first rank; times in seconds, ``begun`` and ``ended`` of the step in Unix time."""
 
     attempt: int
     step: int
-    begun: float
     ended: float
-    evaluated: bool
+    begun: float
     compile_s: float
     """Compilation inside of the step, or before it if the record does not say when the step began."""
     val_compile_s: float
     """Compilation inside of the evaluation after it."""
     restore_s: float
     """Loading of a checkpoint before it."""
-    counts: bool = True
-    is_aside: bool = False
-    """True if a command took the run back from it."""
+    evaluated: bool
+    lost_to: Interruption | None = None
+    """Interruption that the step was lost to; None if the step counts."""
 
 
 UNKNOWN = Interruption(0.0, "unknown")
 
 
 class _Division:
-    """The time of a run, one allocation after another."""
+    """The time of a run so far, one allocation after another."""
 
     def __init__(self, run: RunFolder, events: Sequence[dict[str, Any]]) -> None:
-        self._rollbacks: list[_Rollback] = []
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        """Part of ``PARTS`` -> seconds."""
+        self.lost_s = defaultdict[str, float](float)
+        self.lost_h = defaultdict[str, float](float)
+        self.causes: dict[float, str] = {}
+        """Begin of each interruption that cost time -> its cause."""
+        self.in_place: list[Restart] = []
+        self.starts: list[tuple[int, Restart]] = []
+        """Number of the allocation, from 1, and its first start."""
+        self._allocation = self._size = 0
+        self._waited_s = 0.0
+        self._has_stepped = False
+        self._rollbacks: list[Interruption] = []
         self._save_s = defaultdict[tuple[int, int], float](float)
         self._fewer: set[int] = set()
+        self._read_interruptions(run, events)
+
+    def _read_interruptions(self, run: RunFolder, events: Sequence[dict[str, Any]]) -> None:
         ended: dict[int, dict[str, Any]] = {}
         started: dict[int, float] = {}
         failed: dict[int, str] = {}
@@ -334,86 +305,99 @@ class _Division:
             elif name == "rank_failed":
                 failed[attempt] = "hung" if event.get("hung") else failed.get(attempt, "crashed")
             elif name == "rolled_back":
-                self._rollbacks.append(_Rollback(attempt, event["step"], event["time"]))
+                time = event["time"]
+                self._rollbacks.append(Interruption(time, "diverged", time, attempt, event["step"]))
             elif name == "saved" and isinstance(event.get("seconds"), int | float):
                 self._save_s[attempt, event["step"]] += float(event["seconds"])
             elif name == FEWER_NODES:
                 self._fewer.add(attempt)
-        self._records = self._read(run)
-        begun: dict[int, float] = {}
-        for record in self._records:
-            begun.setdefault(record.attempt, record.begun)
-        self._end_of: dict[int, Interruption] = {}
+        records, aside = self._read_records(run)
+        begun = {record.attempt: record.begun for record in sorted([*records, *aside], key=_end, reverse=True)}
+        ends: dict[int, Interruption] = {}
         for attempt in sorted({*ended, *started, *begun}):
             end = ended.get(attempt)
             noticed = None if end is None else end["time"]
             cause = failed.get(attempt, "unknown") if end is None else _cause(end)
             since = begun.get(attempt, started.get(attempt, noticed))
             assert since is not None, "the attempt is in one of them"
-            self._end_of[attempt] = Interruption(since, cause, noticed)
-        self._final = self._end_of[max(self._end_of)] if self._end_of else None
-        self._ends = sorted([*self._end_of.values(), *without_attempt], key=lambda end: end.since)
+            ends[attempt] = Interruption(since, cause, noticed)
+        self._final = ends[max(ends)] if ends else None
+        self._ends = sorted([*ends.values(), *without_attempt], key=_since)
         self._before = {
-            attempt: max((end for end in self._ends if end.since < at), key=lambda end: end.since, default=None)
+            attempt: max((end for end in self._ends if end.since < at), key=_since, default=None)
             for attempt, at in begun.items()
         }
         """Attempt -> the last interruption before its first step."""
-        self._has_stepped = False
+        self._mark_lost(records, aside, ends)
+        self._records = sorted([*records, *aside], key=_end)
 
-    def _read(self, run: RunFolder) -> list[_Record]:
-        """Return all records of the first rank by time, also of steps done again."""
+    def _read_records(self, run: RunFolder) -> tuple[list[_Record], list[_Record]]:
+        """Return the records of the first rank that has any, and those that a command took the run back from."""
         for rank in run.metric_ranks():
             if found := self._records_in(run.metrics(rank)):
-                first: dict[int, int] = {}
-                for record in found:
-                    first[record.attempt] = min(record.step, first.get(record.attempt, record.step))
-                # A later attempt, or the same one after a roll-back, began before the steps that were lost. They are
-                # lost even if they were not done again: an attempt may end before it comes so far.
-                found = [
-                    replace(
-                        record,
-                        counts=record.step < min((s for a, s in first.items() if a > record.attempt), default=math.inf)
-                        and not any(back.takes(record) for back in self._rollbacks),
-                    )
-                    for record in found
-                ]
-                for path in aside_records(run, rank):
-                    found += [replace(record, counts=False, is_aside=True) for record in self._records_in(path)]
-                return sorted(found, key=lambda record: record.ended)
-        return []
+                return found, [record for path in aside_records(run, rank) for record in self._records_in(path)]
+        return [], []
 
     def _records_in(self, path: Path) -> list[_Record]:
         """Return the records of one file: the last line of each step of an attempt between two roll-backs."""
-        from launch.report.columns import read_columns  # numpy, which only a report that reads records needs
-
-        names = ("step_time_s", "compile_s", "val_compile_s", "restore_s")
-        columns = read_columns(path, (*names, "time", "val_loss"), every=True)
-        known = {name: columns.known[name].tolist() for name in ("time", "val_loss")}
-        took = [[value if value == value else 0.0 for value in columns.values[name].tolist()] for name in names]
-        times = columns.values["time"].tolist()
-        last: dict[tuple[int, int, int], int] = {}
-        for index, (attempt, step) in enumerate(zip(columns.attempts.tolist(), columns.steps.tolist(), strict=True)):
+        names = ("time", "step_time_s", "compile_s", "val_compile_s", "restore_s")
+        columns = read_columns(path, (*names, "val_loss"), every=True)
+        evaluated = ~np.isnan(columns.values["val_loss"])
+        times = columns.values["time"]
+        took = [times - np.nan_to_num(columns.values["step_time_s"])]
+        took += [np.nan_to_num(columns.values[name]) for name in names[2:]]
+        arrays = (columns.attempts, columns.steps, times, *took, evaluated)
+        last: dict[tuple[int, int, int], _Record] = {}
+        for values in zip(*(array.tolist() for array in arrays), strict=True):
+            record = _Record(*values)
             # A step that is saved is recorded before its save and again after it: one step. A step that the run went
             # back from, and its repetition, are two.
-            gone_back = sum(back.attempt == attempt and back.time < times[index] for back in self._rollbacks)
-            last[attempt, step, gone_back] = index
-        return [
-            _Record(
-                attempt=attempt,
-                step=step,
-                begun=times[index] - took[0][index],
-                ended=times[index],
-                evaluated=known["val_loss"][index],
-                compile_s=took[1][index],
-                val_compile_s=took[2][index],
-                restore_s=took[3][index],
-            )
-            for (attempt, step, _), index in sorted(last.items(), key=lambda item: item[1])
-            if known["time"][index]
-        ]
+            gone_back = sum(back.attempt == record.attempt and back.since < record.ended for back in self._rollbacks)
+            key = (record.attempt, record.step, gone_back)
+            last.pop(key, None)
+            last[key] = record
+        return [record for record in last.values() if not math.isnan(record.ended)]
 
-    def divide(self, begun: float, ended: float, *, is_last: bool) -> Iterator[Stretch]:
-        """Yield the stretches of the next allocation; ``is_last`` if no other follows."""
+    def _mark_lost(self, records: list[_Record], aside: list[_Record], ends: Mapping[int, Interruption]) -> None:
+        """Name the interruption that each lost step was lost to."""
+        first: dict[int, int] = {}
+        for record in records:
+            first[record.attempt] = min(record.step, first.get(record.attempt, record.step))
+        for record in (*records, *aside):
+            back = next((back for back in self._rollbacks if back.takes(record)), None)
+            # A later attempt, or the same one after a roll-back, began before the steps that were lost. They are
+            # lost even if they were not done again: an attempt may end before it comes so far.
+            again = min((step for attempt, step in first.items() if attempt > record.attempt), default=math.inf)
+            if back is not None or record.step >= again:
+                record.lost_to = back or ends[record.attempt]
+        for record in aside:
+            end = ends[record.attempt]
+            if record.lost_to in (None, end):
+                record.lost_to = end if end.cause == "continued" else Interruption(end.since, "continued")
+
+    def _spend(self, part: str, seconds: float, lost_to: Interruption | None = None) -> None:
+        """Count some time of the allocation as a part, and as lost to an interruption."""
+        self.seconds[part] += seconds
+        if lost_to is not None and seconds > 0:
+            self.lost_s[lost_to.cause] += seconds
+            self.lost_h[lost_to.cause] += seconds / 3600 * self._size
+            # A command that takes a run back from where it was interrupted is no second interruption.
+            if self.causes.get(lost_to.since, "continued") == "continued":
+                self.causes[lost_to.since] = lost_to.cause
+
+    def add(self, begun: float, ended: float, size: int, waited_s: float, *, is_last: bool) -> None:
+        """Divide the next allocation.
+
+        Args:
+            begun: Unix time.
+            ended: Unix time.
+            size: GPUs, or nodes.
+            waited_s: seconds of waiting for the allocation.
+            is_last: True if no other allocation follows.
+        """
+        self._size, self._waited_s = size, waited_s
+        self._allocation += 1
+        self.seconds["waiting"] += waited_s
         at = begun
         before: _Record | None = None
         for record in self._records:
@@ -421,75 +405,80 @@ class _Division:
                 continue
             starts = max(at, min(record.begun, record.ended))
             in_step = min(record.compile_s, record.ended - starts)
-            yield from self._between(before, record, at, starts, record.compile_s - in_step)
-            lost_to = None if record.counts else self._lost_to(record)
+            self._divide_gap(before, record, at, starts, record.compile_s - in_step)
             if in_step:
-                yield Stretch("compile", in_step, lost_to or self._before[record.attempt])
-            part = "lost" if lost_to is not None else "fewer" if record.attempt in self._fewer else "steps"
-            yield Stretch(part, record.ended - starts - in_step, lost_to)
+                self._spend("compile", in_step, record.lost_to or self._before[record.attempt])
+            part = "lost" if record.lost_to else "fewer" if record.attempt in self._fewer else "steps"
+            self._spend(part, record.ended - starts - in_step, record.lost_to)
             at, before = record.ended, record
-        yield from self._after(before, at, ended, is_last)
-        self._has_stepped = self._has_stepped or before is not None
+        if before is None:
+            self._divide_starts(at, ended, is_in_place=None, is_last=is_last)
+            return
+        self._has_stepped = True
+        at = self._divide_save(before, at, ended)
+        at += self._divide_compile(before, ended - at)
+        for since, until, end in [(at, ended, None)] if is_last else self._slices(at, ended):
+            self._spend("shutdown", until - since, end)
 
-    def _between(
-        self, before: _Record | None, record: _Record, at: float, until: float, compile_s: float
-    ) -> Iterator[Stretch]:
+    def _divide_save(self, before: _Record, at: float, until: float) -> float:
+        """Count the save after a step, and return the time of its end."""
+        saved_s = min(until - at, self._save_s.get((before.attempt, before.step), 0.0))
+        self._spend("saves", saved_s)
+        return at + saved_s
+
+    def _divide_compile(self, before: _Record, gap_s: float) -> float:
+        """Count the compilation in the evaluation after a step, and return its seconds."""
+        compiled_s = min(before.val_compile_s, gap_s)
+        self._spend("compile", compiled_s, self._before[before.attempt])
+        return compiled_s
+
+    def _divide_gap(self, before: _Record | None, record: _Record, at: float, until: float, compile_s: float) -> None:
         """Divide the time before a step: the save after the step before it, then starts, restore and compilation."""
-        saved_s = self._saved_s(before, until - at)
-        yield Stretch("saves", saved_s)
-        at += saved_s
+        if before is not None:
+            at = self._divide_save(before, at, until)
         is_same = before is not None and before.attempt == record.attempt
-        backs = (back for back in self._rollbacks if back.attempt == record.attempt and back.time <= record.ended)
-        back = next((back for back in backs if is_same and before and before.ended <= back.time), None)
-        lost_to = self._before[record.attempt] if back is None else back.interruption
+        backs = (back for back in self._rollbacks if back.attempt == record.attempt and back.since <= record.ended)
+        back = next((back for back in backs if is_same and before and before.ended <= back.since), None)
+        lost_to = back or self._before[record.attempt]
         compiled = min(compile_s, until - at)
         restored = min(record.restore_s, until - at - compiled)
-        yield Stretch("compile", compiled, lost_to)
-        yield Stretch("restore", restored, lost_to)
+        self._spend("compile", compiled, lost_to)
+        self._spend("restore", restored, lost_to)
         until -= compiled + restored
         if before is None or not is_same:
-            yield from self._starts(at, until, is_in_place=before is not None)
+            self._divide_starts(at, until, is_in_place=before is not None)
         elif back is not None:
-            yield Stretch("restarts", until - at, lost_to)
+            self._spend("restarts", until - at, lost_to)
         else:
-            compiled = min(before.val_compile_s, until - at)
-            yield Stretch("compile", compiled, self._before[before.attempt])
-            yield Stretch("evaluations" if before.evaluated else "other", until - at - compiled)
+            compiled = self._divide_compile(before, until - at)
+            self._spend("evaluations" if before.evaluated else "other", until - at - compiled)
 
-    def _after(self, before: _Record | None, at: float, ended: float, is_last: bool) -> Iterator[Stretch]:
-        """Divide the time after the last step of an allocation, or all of it if it has none."""
-        if before is None:
-            for stretch in self._starts(at, ended, is_in_place=None):
-                # A program without step records ran until then: nothing followed that could have cost time.
-                is_end = is_last and not self._records and stretch.lost_to is self._final
-                yield replace(stretch, part="start", lost_to=None) if is_end else stretch
-            return
-        saved_s = self._saved_s(before, ended - at)
-        yield Stretch("saves", saved_s)
-        at += saved_s
-        compiled = min(before.val_compile_s, ended - at)
-        yield Stretch("compile", compiled, self._before[before.attempt])
-        at += compiled
-        for since, until, end in [(at, ended, None)] if is_last else self._slices(at, ended):
-            yield Stretch("shutdown", until - since, end)
-
-    def _starts(self, at: float, until: float, is_in_place: bool | None) -> Iterator[Stretch]:
+    def _divide_starts(self, at: float, until: float, is_in_place: bool | None, is_last: bool = False) -> None:
         """Divide the time of starts, from ``at`` to ``until``; the first start of a run is lost to nothing.
 
-        ``is_in_place`` as of ``Stretch``; None if no step follows.
+        Args:
+            at: Unix time.
+            until: Unix time.
+            is_in_place: True if the ranks of an earlier attempt made steps in this allocation; None if no step follows.
+            is_last: True if the run ends here.
         """
         slices = [*self._slices(at, until)]
         for number, (since, end, lost_to) in enumerate(slices, start=1):
-            noticed = since if not is_in_place or lost_to is None else lost_to.noticed or since
             # A start after others in the same allocation says nothing about a whole start.
-            is_whole = is_in_place is not None and number == len(slices) and (is_in_place or number == 1)
-            restart_s = end - min(max(since, noticed), end) if is_whole else None
-            part = "start" if lost_to is None else "restarts"
-            yield Stretch(part, end - since, lost_to, restart_s, bool(is_in_place))
+            if is_in_place is not None and number == len(slices) and (is_in_place or number == 1):
+                noticed = since if not is_in_place or lost_to is None else lost_to.noticed or since
+                restart = Restart(end - min(max(since, noticed), end), self._size, self._waited_s)
+                if is_in_place:
+                    self.in_place.append(restart)
+                else:
+                    self.starts.append((self._allocation, restart))
+            if is_last and not self._records and lost_to is self._final:
+                lost_to = None  # a program without step records ran until then: nothing followed that could cost time
+            self._spend("start" if lost_to is None else "restarts", end - since, lost_to)
 
     def _slices(self, at: float, until: float) -> Iterator[tuple[float, float, Interruption | None]]:
         """Cut a time without steps at the begin of each interruption; None before the first one."""
-        current = max((end for end in self._ends if end.since <= at), key=lambda end: end.since, default=None)
+        current = max((end for end in self._ends if end.since <= at), key=_since, default=None)
         if current is None and self._has_stepped:
             current = UNKNOWN
         for end in self._ends:
@@ -498,17 +487,8 @@ class _Division:
                 at, current = end.since, end
         yield at, until, current
 
-    def _lost_to(self, record: _Record) -> Interruption:
-        """Return the interruption that a step was lost to."""
-        back = next((back for back in self._rollbacks if back.takes(record)), None)
-        if back is not None:
-            return back.interruption
-        end = self._end_of[record.attempt]
-        return Interruption(end.since, "continued") if record.is_aside and end.cause != "continued" else end
 
-    def _saved_s(self, before: _Record | None, gap: float) -> float:
-        """Return the seconds of the saves after a step, at most the time until the next one."""
-        return 0.0 if before is None else min(gap, self._save_s.get((before.attempt, before.step), 0.0))
+_since, _end = attrgetter("since"), attrgetter("ended")
 
 
 def _cause(event: Mapping[str, Any]) -> str:

@@ -1,34 +1,26 @@
-"""The sentences below a scaling table, and the figures in them."""
+"""The sentences below a scaling table, the figures in them, and the tables of what interruptions cost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from launch.errors import counted, how_often
-from launch.report.environment import gpu_notes
 from launch.report.goodput import CAUSES, DEFINITION, SAVED_DEFINITION
-from launch.report.points import State
-from launch.report.series import (
-    MIN_STEPS,
-    NOISY,
-    MeasuredPoint,
-    Series,
-    clusters_of,
-    made_with,
-    resolution_note,
-    straggler_notes,
-    work_text,
-)
-from launch.report.steps import LOSSES, REST, WARMUP_STEPS, drop_warmup, phase_shares
+from launch.report.points import GpuUse, Point, State
+from launch.report.read import Environment
+from launch.report.series import COMPARED, Series, SeriesFindings, clusters_of, made_with, work_text
+from launch.report.steps import LOSSES, MIN_STEPS, NOISY, REST, WARMUP_STEPS
 from launch.runs.events import unread_text
 from launch.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from launch.report.table import Row
-
 
 # Figures as the tables of a report write them: on the terminal, in Markdown and in HTML alike.
 
@@ -97,76 +89,18 @@ def told(value: float | None, unit: str) -> str:
     return f"{value:,.0f} {unit}" if abs(value) >= 1000 else f"{value:.4g} {unit}"
 
 
-# Advice where a GPU is used little: what the steps of a point are made of, and what to type against it.
+def hours(value: float | None, unit: str) -> str:
+    """Write hours of GPUs or nodes with three digits and at most four decimals, and their unit."""
+    return told(value if value is None or value >= 1000 else float(f"{round(value, 4):.3g}"), unit)
 
 
-LOW_MFU = 0.2
-WORTH_NAMING = 0.1
-"""Share of the step from which a phase other than computation is what to look at."""
-ADVICE = {
-    "communication": "More work between two reductions hides it: a larger optim.global_batch, or fewer nodes; "
-    "python -m launch.doctor measures the links.",
-    "stragglers": "All ranks wait for the slowest: scaling.html shows which one, and on which host.",
-    "data": "Token files on a filesystem that is nearer (data.path), prepared by python -m gpt.prepare.",
-    "bubble": "More micro-batches fill the pipeline: a smaller optim.max_micro_batch.",
-    "optimizer": "parallel=zero1 divides the optimizer among the ranks.",
-    REST: "Larger matrices use a GPU better: a larger optim.max_micro_batch, as far as memory goes, and "
-    "precision=bf16.",
-}
-
-
-def low_mfu(members: Sequence[MeasuredPoint]) -> list[str]:
-    """Advise on points of the GPT library whose MFU is low, by what most of their lost time is."""
-    told = []
-    for member in members:
-        mfu = None if member.figures is None else member.figures.mfu_palm
-        if mfu is None or mfu >= LOW_MFU or not member.point.is_gpt:
-            continue
-        shares = phase_shares(drop_warmup(member.point.steps))
-        known = {phase: share for phase, share in shares.items() if phase != REST}
-        most = max(known, key=lambda phase: known[phase], default=REST)
-        most = most if known.get(most, 0.0) >= WORTH_NAMING else REST
-        made_of = ", ".join(f"{LOSSES[phase]} {100 * share:.1f} %" for phase, share in shares.items())
-        steps = f" Its steps are {made_of}." if known else ""
-        told.append(
-            f"MFU at {member.point.title} is {100 * mfu:.1f} %, below {100 * LOW_MFU:.0f} %.{steps} {ADVICE[most]}"
-        )
-    return told
-
-
-# Costs of interruptions as a table, which Markdown and the HTML page share, and as notes. Must not compute figures.
+# Costs of interruptions as a table, which Markdown and the HTML page share.
 
 
 def hours_by_cause(rows: Sequence[Row]) -> dict[str, float]:
     """Add up the lost hours of several points by cause, in the order of ``CAUSES``."""
-    found = {cause: [hours for row in rows if (hours := row.causes_h.get(cause))] for cause in CAUSES}
-    return {cause: sum(hours) for cause, hours in found.items() if hours}
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Losses of several points together, and what restarts in place saved them."""
-
-    by_cause: dict[str, float]
-    """Hours of one unit by cause."""
-    hours: float
-    interruptions: int
-    in_place: int
-    """Restarts in place."""
-    saved_h: float
-    saved_wait_s: float
-
-
-def add_up(rows: Sequence[Row]) -> Sums:
-    """Add up what several points lost and saved; what is not known of a point counts as nothing."""
-    return Sums(
-        by_cause=hours_by_cause(rows),
-        hours=sum(row.interrupted_h or 0.0 for row in rows),
-        interruptions=sum(row.interruptions or 0 for row in rows),
-        in_place=sum(row.restarts_in_place or 0 for row in rows),
-        saved_h=sum(row.saved_in_place_h or 0.0 for row in rows),
-        saved_wait_s=sum(row.saved_in_place_wait_s or 0.0 for row in rows),
-    )
+    found = {cause: [lost for row in rows if (lost := row.causes_h.get(cause))] for cause in CAUSES}
+    return {cause: sum(lost) for cause, lost in found.items() if lost}
 
 
 def units(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
@@ -176,59 +110,37 @@ def units(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 
 def loss_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Tell what interruptions cost each point, and all together, with a head; empty if there were none.
+    """Return the table of what interruptions cost each point, and all together, with a head.
 
     Args:
         rows: with hours of one unit.
     """
-    unit = f"{rows[0].hours_of}-h"
-    causes = hours_by_cause(rows)
+    unit, causes = f"{rows[0].hours_of}-h", hours_by_cause(rows)
     has_saving = any(row.saved_in_place_h is not None for row in rows)
     titles = [*(CAUSES[cause] for cause in causes), "in all", "interruptions", "of them in place"]
     cells = [["point", *titles, *(["saved in place", "wait saved", "against"] if has_saving else [])]]
+
+    def add(name: str, of: Sequence[Row], against: str) -> None:
+        by_cause = hours_by_cause(of)
+        saved = [row for row in of if row.saved_in_place_h is not None]
+        line = [name, *(hours(by_cause.get(cause, 0.0), unit) for cause in causes)]
+        line += [hours(sum(row.interrupted_h or 0.0 for row in of), unit)]
+        line += [str(sum(row.interruptions or 0 for row in of)), str(sum(row.restarts_in_place or 0 for row in of))]
+        if has_saving:
+            saved_h, wait_s = _saved(saved)
+            line += [hours(saved_h, unit), _time(wait_s), against] if saved else [UNAVAILABLE] * 3
+        cells.append(line)
+
     for row in rows:
-        by_cause = row.causes_h
-        shown = [told(by_cause.get(cause, 0.0), unit) for cause in causes]
-        counts = [str(row.interruptions), str(row.restarts_in_place or 0)]
-        saved = [told(row.saved_in_place_h, unit), _time(row.saved_in_place_wait_s), row.saved_against or UNAVAILABLE]
-        cells.append([row.label or row.point, *shown, told(row.interrupted_h, unit), *counts, *saved[: 3 * has_saving]])
+        add(row.label or row.point, [row], row.saved_against or UNAVAILABLE)
     if len(rows) > 1:
-        whole = add_up(rows)
-        shown = [told(hours, unit) for hours in whole.by_cause.values()]
-        counts = [str(whole.interruptions), str(whole.in_place)]
-        saved = [told(whole.saved_h, unit), _time(whole.saved_wait_s), ""]
-        cells.append(["all", *shown, told(whole.hours, unit), *counts, *saved[: 3 * has_saving]])
+        add("all", rows, "")
     return cells
 
 
-def loss_notes(rows: Sequence[Row]) -> list[str]:
-    """Make the sentences about interruptions: what they cost by cause, and what restarts in place saved."""
-    found = []
-    for unit, of_unit in units(rows):
-        whole = add_up(of_unit)
-        causes = ", ".join(f"{CAUSES[c]} {told(hours, f'{unit}-h')}" for c, hours in whole.by_cause.items())
-        number = counted(whole.interruptions, "interruption")
-        share = _share(of_unit, whole.hours)
-        found.append(f"{number} cost {told(whole.hours, f'{unit}-hours')}{share} ({causes}): {DEFINITION}.")
-        spared = [row for row in of_unit if row.saved_in_place_h is not None]
-        if spared:
-            saved = add_up(spared)
-            roads = " and ".join(dict.fromkeys(row.saved_against or "" for row in spared))
-            found.append(
-                f"Ranks were started again in place {how_often(saved.in_place)}, which saved about "
-                f"{told(saved.saved_h, f'{unit}-hours')} and {_time(saved.saved_wait_s)} of waiting for nodes, "
-                f"against {roads}: {SAVED_DEFINITION}."
-            )
-    return found
-
-
-def _share(rows: Sequence[Row], hours: float) -> str:
-    """Share of the hours that the runs with interruptions used; empty if it is not known."""
-    used = [row.gpu_hours for row in rows]
-    if rows[0].hours_of != "GPU" or None in used:
-        return ""
-    share = hours / sum(filter(None, used))
-    return f", {percent(share)} of what these runs used"
+def _saved(rows: Sequence[Row]) -> tuple[float, float]:
+    """Return the hours, and the seconds of waiting, that restarts in place saved several points."""
+    return sum(row.saved_in_place_h or 0.0 for row in rows), sum(row.saved_in_place_wait_s or 0.0 for row in rows)
 
 
 def _time(value: float | None) -> str:
@@ -248,273 +160,368 @@ STATE_TEXTS = {
     State.NOT_STARTED: "has not started",
 }
 
-NAMED_UNREAD = 3
-"""Ranks and attempts that a note about lines which could not be read names, those with most of them."""
-
-
-def notes(found: Sequence[Series], rows: Sequence[Row]) -> list[str]:
-    """Make the sentences that belong below the table of these series, which has these rows."""
-    members = [member for series in found for member in series.members]
-    candidates = [
-        *map(_unread, members),
-        *(unread_text(RunFolder(member.point.path)) or "" for member in members),
-        _steps_used(members),
-        _clusters(members),
-        *_made_with(found),
-        *map(_smallest, found),
-        *map(_no_rates, found),
-        *map(_changing_work, found),
-        *map(_fewer_nodes, members),
-    ]
-    candidates += [_partly_recorded(members), _run_times(members), _crowding(members), *map(_crowded_base, found)]
-    candidates += (_noise(series, rows) for series in found)
-    candidates += map(resolution_note, members)
-    candidates += [note for member in members for note in straggler_notes(member)]
-    candidates += [note for member in members for note in gpu_notes(member.point.title, member.point.gpu_use)]
-    candidates += loss_notes(rows)
-    candidates += [_too_few_steps(members), *map(_state, members), _mfu(members), *low_mfu(members)]
-    candidates += map(_breakdown, members)
-    return [note for note in candidates if note]
-
-
-def _unread(member: MeasuredPoint) -> str:
-    """Says how many lines of which files are no step records, so that nobody takes the figures for those of all."""
-    point = member.point
-    found = sorted(point.unread, key=lambda one: -one.lines)
-    if not found:
-        return ""
-    lines = sum(one.lines for one in found)
-    told = [
-        f"{one.lines} of rank {one.rank} in {'an unknown attempt' if one.attempt is None else f'attempt {one.attempt}'}"
-        for one in found[:NAMED_UNREAD]
-    ]
-    left = sum(one.lines for one in found[NAMED_UNREAD:])
-    told += [f"{left} of others (the JSON file has all)"] if left else []
-    return (
-        f"{counted(lines, 'line')} among the step records of {point.title} could not be read, as a crash, a full "
-        f"disk or a power cut leaves them: {', '.join(told)}. Unless their steps were made again, the figures lack "
-        f"them, and the comparison of ranks may lack these ranks; see {RunFolder(point.path).metrics(found[0].rank)}."
-    )
-
-
-def _steps_used(members: Sequence[MeasuredPoint]) -> str:
-    used = {m.point.title: m.figures.steps for m in members if m.figures is not None}
-    if not used:
-        return ""
-    few, many = min(used.values()), max(used.values())
-    counts = f"{few} steps of each point" if few == many else ", ".join(f"{n} of {name}" for name, n in used.items())
-    counts = f"{few} steps" if len(members) == 1 else counts
-    return (
-        "Step time is the median over the steps after warm-up, each as long as its slowest rank took; the spread is "
-        f"the interquartile range. The first {WARMUP_STEPS} steps of each attempt are left out, because they pay for "
-        f"memory pools, caches and connections. Used are {counts}."
-    )
-
-
-def _no_rates(series: Series) -> str:
-    """Says that steps are compared whose work is not known."""
-    measured = [member for member in series.members if member.figures is not None]
-    if len(measured) < 2 or series.has_rates:
-        return ""
-    of = f" of {series.label}" if series.label else ""
-    ideal = "1.00 would be ideal in weak scaling" if series.scaling == "weak" else "more ranks do the same work sooner"
-    return (
-        f"Speedup{of} is the ratio of step times ({ideal}), and no efficiency is claimed: how much work a step does is "
-        "not known at every point. script.work_per_step=N with script.unit=samples says it, and so do records of "
-        "tokens or samples."
-    )
-
-
+NAMED = 3
+"""Slow ranks, throttled hosts and unread files that a note names, those with most; of the rest it gives the number."""
 SAME_WORK = 1.05
 """Steps whose work differs by less than this factor do the same: the last batch of an epoch may be smaller."""
+LEAST_THROTTLED = 0.01
+"""Share of the samples below which no host is called throttled."""
 
 
-def _changing_work(series: Series) -> str:
-    """Says where steps did not do the work that the kind of scaling promises, which scripts state by hand."""
-    works = [
-        (member, member.figures.throughput * member.figures.step_time_s)
-        for member in series.members
-        if member.figures is not None and member.figures.throughput is not None and not member.point.is_gpt
-    ]
-    if len(works) < 2 or series.scaling is None or not series.has_rates:
-        return ""
-    promised = [work / (m.ranks or 1) if series.scaling == "weak" else work for m, work in works]
-    if max(promised) <= SAME_WORK * min(promised):
-        return ""
-    each = " per rank" if series.scaling == "weak" else ""
-    told = ", ".join(
-        f"{work_text(work, member.point.unit)}{each} at {member.point.title}"
-        for (member, _), work in zip(works, promised, strict=True)
-    )
-    other = "false" if series.scaling == "weak" else "true"
-    return (
-        f"The points were started as {series.scaling} scaling, but a step did {told}. Throughput is compared all the "
-        f"same; script.weak_scaling={other} says what was meant."
-    )
+def notes(
+    points: Sequence[Point], found: Sequence[tuple[Series, SeriesFindings]], rows: Sequence[Row]
+) -> Iterator[str]:
+    """Yield the sentences that belong below the table of these series, which has these rows."""
+    every = [series for series, _ in found]
+    shown = [point for series in every for point in series.members]
+    yield from _sources(points)
+    yield from chain(*map(_unread, shown))
+    yield from _steps_used(shown)
+    yield from _apart(every)
+    yield from chain(*map(_smallest, every), *map(_unknown_work, every), *map(_changing_work, every))
+    yield from chain(*map(_fewer_nodes, shown))
+    yield from _whole(shown)
+    for series in every:
+        base = series.smallest
+        if base is not None and base.crowded and series.compares:
+            yield (
+                f"The point to compare with{series.of}, {base.title}, is one of these: no efficiency is claimed for "
+                "any point."
+            )
+    yield from chain(*(_noise(series, rows) for series in every))
+    yield from chain(*map(_resolution, shown), *map(_stragglers, shown), *map(_gpus, shown))
+    yield from _interruptions(rows)
+    yield from _ends(shown)
+    yield from chain(*map(_low_mfu, shown))
+    for point in shown:
+        if (profiled := point.breakdown) is not None:
+            ranks = counted(profiled.ranks, "rank") if profiled.ranks > 1 else "one rank"
+            yield f"Of {profiled.steps} steps of {point.title} that were profiled on {ranks}: {profiled.text()}."
+    for series, finding in found:
+        yield from _findings(series, finding)
 
 
-def _fewer_nodes(member: MeasuredPoint) -> str:
-    """Says which steps were made on fewer nodes than asked, as nodes were lost: they do not measure the point."""
-    point = member.point
-    if not point.fewer_nodes:
-        return ""
-    told = ", ".join(
-        f"{counted(steps, 'step')} on {counted(nodes, 'node')}" for nodes, steps in point.fewer_nodes.items()
-    )
-    all_of_them = sum(point.fewer_nodes.values()) == point.last_step
-    then = (
-        "its figures are of those, and its size is theirs"
-        if all_of_them
-        else "step time, throughput and efficiency are without them"
-    )
-    return f"At {point.title} nodes were lost, and the run went on with those that were left: {told}; {then}."
-
-
-def _partly_recorded(members: Sequence[MeasuredPoint]) -> str:
-    """Says where throughput counts the work of some ranks only, since only these recorded it."""
-    partly = []
-    for member in members:
-        environment, steps = member.point.environment, drop_warmup(member.point.steps)
-        if environment is None or environment.work_per_step is not None or not steps or steps[-1].work is None:
-            continue
-        if steps[-1].recorded_by < environment.world_size:
-            partly.append(f"{member.point.title} ({steps[-1].recorded_by} of {environment.world_size})")
-    if not partly:
-        return ""
-    return (
-        "Not all ranks recorded steps, and throughput counts what those said that did: "
-        f"{', '.join(partly)}. script.work_per_step=N says what all ranks do together."
-    )
-
-
-def _run_times(members: Sequence[MeasuredPoint]) -> str:
-    """Says what a run time is, for programs that record no steps."""
-    if any(member.point.steps for member in members) or not any(member.point.run_time_s for member in members):
-        return ""
-    claim = (
-        "Speedup compares the work that was stated (script.work_per_step times the number of steps) per second of it."
-        if any(member.run_rate is not None for member in members)
-        else "No speedup or efficiency is claimed, since nothing says that the points did the same work: "
-        "script.progress, or records by launch.worker, tell steps and their times."
-    )
-    return (
-        "No step times were recorded. Run time is from the start of the ranks to their end, added up over attempts: "
-        f"it includes start-up, evaluation and saving, and work that was done again. {claim}"
-    )
-
-
-def _smallest(series: Series) -> str:
-    """Says what the others are measured against, and when that is not the smallest point of the sweep."""
-    base = series.smallest
-    if base is None or not series.compares:
-        return ""
-    of = f" of {series.label}" if series.label else ""
-    passed_over = [m.point.title for m in series.members[: series.members.index(base)]]
-    instead = f", because {' and '.join(passed_over)} gave no figures" if passed_over else ""
-    ranks = "1 rank" if base.ranks == 1 else f"{base.ranks} ranks"
-    are = "Speedup and efficiency{} are" if series.has_rates else "Speedup{} is"
-    return f"{are.format(of)} against {base.point.title} ({ranks}){instead}."
-
-
-def _clusters(members: Sequence[MeasuredPoint]) -> str:
-    """Says that points of different clusters are not measured against each other, and how to have them all on one."""
-    found = clusters_of(members)
-    if len(found) < 2:
-        return ""
-    where = "; ".join(f"{', '.join(names)} on {cluster}" for cluster, names in found.items())
-    return (
-        f"The points ran on different clusters ({where}) and are compared only with others there. The same command "
-        "with name=NAME, or fresh=true, runs them all on one."
-    )
-
-
-def _made_with(found: Sequence[Series]) -> list[str]:
-    """Say that points made with other software or code are not measured against each other."""
-    told = []
-    for name, values in made_with([member for series in found for member in series.members]).items():
-        if len(values) < 2 or not any(set(values) & set(series.label.split(",")) for series in found):
-            continue
-        where = "; ".join(f"{', '.join(titles)} with {value}" for value, titles in values.items())
-        told.append(
-            f"The points were made with different {name} ({where}) and are compared only with others of the same. The "
-            "same command with fresh=true makes them all again."
+def _sources(points: Sequence[Point]) -> Iterator[str]:
+    """Explain ratios between the folders of a comparison, and name the conditions in which the folders differ."""
+    sources: dict[str, list[Environment]] = defaultdict(list)
+    for point in points:
+        sources[point.source] += [] if point.environment is None else [point.environment]
+    (first, of_first), *others = sources.items() if sources else [("", [])]
+    if others:
+        yield (
+            f"Speedup and efficiency are against the smallest point of the same folder. Times {first} is the "
+            f"throughput over that of the point of {first} with as many ranks."
         )
-    return told
+    for source, environments in others:
+        different = []
+        for name, condition in COMPARED.items():
+            here, there = (sorted({*map(condition, which)} - {None}, key=str) for which in (environments, of_first))
+            if here and there and here != there:
+                different.append(f"{name} ({' / '.join(map(str, here))}, not {' / '.join(map(str, there))})")
+        if different:
+            yield f"{source} differs from {first} in {'; '.join(different)}: a ratio is of all of it together."
 
 
-def _noise(series: Series, rows: Sequence[Row]) -> str:
-    """Says why an efficiency is marked, and how far off it may be."""
-    titles = {member.point.title for member in series.members}
+def _unread(point: Point) -> Iterator[str]:
+    """Count the lines that are no step records, and the lines of the event log that could not be read."""
+    found = sorted(point.unread, key=lambda one: -one.lines)
+    if found:
+        named = [
+            f"{one.lines} of rank {one.rank} in {f'attempt {one.attempt}' if one.attempt else 'an unknown attempt'}"
+            for one in found[:NAMED]
+        ]
+        left = sum(one.lines for one in found[NAMED:])
+        named += [f"{left} of other ranks or attempts (the JSON file has all)"] if left else []
+        yield (
+            f"{counted(sum(one.lines for one in found), 'line')} among the step records of {point.title} could not be "
+            f"read, as a crash, a full disk or a power cut leaves them: {', '.join(named)}. Unless their steps were "
+            "made again, the figures lack them, and the comparison of ranks may lack these ranks; see "
+            f"{RunFolder(point.path).metrics(found[0].rank)}."
+        )
+    if text := unread_text(RunFolder(point.path)):
+        yield text
+
+
+def _steps_used(points: Sequence[Point]) -> Iterator[str]:
+    used = {point.title: point.figures.steps for point in points if point.figures is not None}
+    if used:
+        few, many = min(used.values()), max(used.values())
+        same = f"{few} steps" if len(points) == 1 else f"{few} steps of each point"
+        counts = same if few == many else ", ".join(f"{n} of {title}" for title, n in used.items())
+        yield (
+            "Step time is the median over the steps after warm-up, each as long as its slowest rank took; the spread "
+            f"is the interquartile range. The first {WARMUP_STEPS} steps of each attempt are left out, because they "
+            f"pay for memory pools, caches and connections. Used are {counts}."
+        )
+
+
+def _apart(every: Sequence[Series]) -> Iterator[str]:
+    """Explain why points of different clusters, software or code are not compared, and how to make them alike."""
+    points = [point for series in every for point in series.members]
+    if len(clusters := clusters_of(points)) > 1:
+        where = "; ".join(f"{', '.join(titles)} on {cluster}" for cluster, titles in clusters.items())
+        yield (
+            f"The points ran on different clusters ({where}) and are compared only within a cluster. The same command "
+            "with name=NAME, or fresh=true, runs them all on one."
+        )
+    for name, values in made_with(points).items():
+        if len(values) > 1 and any(set(values) & set(series.label.split(",")) for series in every):
+            where = "; ".join(f"{', '.join(titles)} with {value}" for value, titles in values.items())
+            yield (
+                f"The points were made with different {name} ({where}) and are compared only with points of the same. "
+                "The same command with fresh=true makes them all again."
+            )
+
+
+def _smallest(series: Series) -> Iterator[str]:
+    """Name the point that the other points are measured against, and why a smaller one is not."""
+    base = series.smallest
+    if base is not None and series.compares:
+        passed_over = [point.title for point in series.members[: series.members.index(base)]]
+        instead = f", because {' and '.join(passed_over)} gave no figures" if passed_over else ""
+        are = f"Speedup and efficiency{series.of} are" if series.has_rates else f"Speedup{series.of} is"
+        yield f"{are} against {base.title} ({counted(base.ranks or 0, 'rank')}){instead}."
+
+
+def _unknown_work(series: Series) -> Iterator[str]:
+    """Explain a speedup between steps whose work is not known."""
+    if sum(point.figures is not None for point in series.members) > 1 and not series.has_rates:
+        is_weak = series.scaling == "weak"
+        ideal = "1.00 would be ideal in weak scaling" if is_weak else "more ranks do the same work sooner"
+        yield (
+            f"Speedup{series.of} is the ratio of step times ({ideal}), and no efficiency is claimed: the work of a "
+            "step is not known at every point. script.work_per_step=N with script.unit=samples states it, and so do "
+            "records of tokens or samples."
+        )
+
+
+def _changing_work(series: Series) -> Iterator[str]:
+    """Report steps that did not do the work of their kind of scaling, which scripts state by hand."""
+    works = {
+        point: point.figures.throughput * point.figures.step_time_s
+        for point in series.members
+        if point.figures is not None and point.figures.throughput is not None and not point.is_gpt
+    }
+    if len(works) < 2 or series.scaling is None or not series.has_rates:
+        return
+    is_weak = series.scaling == "weak"
+    stated = {point: work / (point.ranks or 1) if is_weak else work for point, work in works.items()}
+    if max(stated.values()) > SAME_WORK * min(stated.values()):
+        each, other = (" per rank", "false") if is_weak else ("", "true")
+        did = ", ".join(f"{work_text(work, point.unit)}{each} at {point.title}" for point, work in stated.items())
+        yield (
+            f"The points were started as {series.scaling} scaling, but a step did {did}. Throughput is compared all "
+            f"the same; script.weak_scaling={other} corrects the kind of scaling."
+        )
+
+
+def _fewer_nodes(point: Point) -> Iterator[str]:
+    """Count the steps on fewer nodes than requested, because nodes were lost: they do not measure the point."""
+    if point.fewer_nodes:
+        made = ", ".join(f"{counted(n, 'step')} on {counted(nodes, 'node')}" for nodes, n in point.fewer_nodes.items())
+        all_of_them = sum(point.fewer_nodes.values()) == point.last_step
+        then = "its figures are of these steps, and its size is that of these nodes"
+        then = then if all_of_them else "step time, throughput and efficiency are without these steps"
+        yield f"At {point.title} nodes were lost, and the run continued on the remaining nodes: {made}; {then}."
+
+
+def _whole(points: Sequence[Point]) -> Iterator[str]:
+    """Report ranks that recorded nothing, run times in place of steps, and ranks that shared cores or a GPU."""
+    partly = []
+    for point in points:
+        environment, steps = point.environment, point.steps.after_warmup()
+        if environment is None or environment.work_per_step is not None or np.isnan(steps.work[-1:]).all():
+            continue
+        if steps.recorded_by[-1] < environment.world_size:
+            partly.append(f"{point.title} ({steps.recorded_by[-1]} of {environment.world_size})")
+    if partly:
+        yield (
+            "Not all ranks recorded steps, and throughput counts only the ranks that did: "
+            f"{', '.join(partly)}. script.work_per_step=N states the work of all ranks together."
+        )
+    if not any(len(point.steps) for point in points) and any(point.run_time_s for point in points):
+        basis = (
+            "Speedup compares the stated work (script.work_per_step times the number of steps) per second of it."
+            if any(point.run_rate is not None for point in points)
+            else "No speedup or efficiency is claimed, since nothing says that the points did the same work: "
+            "script.progress, or records by launch.worker, give steps and their times."
+        )
+        yield (
+            "No step times were recorded. Run time is from the start of the ranks to their end, added up over "
+            f"attempts: it includes start-up, evaluation and saving, and work that was done again. {basis}"
+        )
+    if crowded := [f"{point.title} ({'; '.join(point.crowding())})" for point in points if point.crowded]:
+        yield f"Ranks shared cores or a GPU, so no efficiency is claimed there: {', '.join(crowded)}."
+
+
+def _noise(series: Series, rows: Sequence[Row]) -> Iterator[str]:
+    """Explain why an efficiency is marked, and how far off it may be."""
+    titles = {point.title for point in series.members}
     marked = [row for row in rows if row.noisy and row.label in titles]
     noisy = [
-        f"{member.point.title} ({100 * member.figures.spread_share:.0f} %)"
-        for member in series.members
-        if member.figures is not None and member.figures.spread_share > NOISY and not member.crowded
+        f"{point.title} ({100 * point.figures.spread_share:.0f} %)"
+        for point in series.members
+        if point.figures is not None and point.figures.spread_share > NOISY and not point.crowded
     ]
-    if not marked or not noisy:
-        return ""
-    ranges = [
-        f"{100 * (row.efficiency_low or 0):.1f} to {100 * (row.efficiency_high or 0):.1f} % at {row.label}"
-        for row in marked
-    ]
-    return (
-        f"~ marks an efficiency that is not exact: the middle half of the step times spans more than {100 * NOISY:.0f} "
-        f"% of their median at {', '.join(noisy)}. Its 95 % interval is {', '.join(ranges)}. More "
-        "steps, on machines that do nothing else, tell more."
+    if marked and noisy:
+        ranges = [f"{_range(row.efficiency_low or 0, row.efficiency_high or 0)} at {row.label}" for row in marked]
+        yield (
+            "~ marks an efficiency that is not exact: the middle half of the step times spans more than "
+            f"{100 * NOISY:.0f} % of their median at {', '.join(noisy)}. Its 95 % interval is {', '.join(ranges)}. "
+            "More steps, on machines that do nothing else, narrow the interval."
+        )
+
+
+def _range(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def _resolution(point: Point) -> Iterator[str]:
+    """Mark step times that are means over lines of a log that were read together."""
+    figures = point.figures
+    if figures is None or not figures.resolution_s:
+        return
+    together = round(figures.resolution_s / figures.step_time_s) if figures.step_time_s else 0
+    why = f", and no efficiency is claimed: they took less than {MIN_STEPS} such readings" if point.is_coarse else ""
+    yield (
+        f"At {point.title} a step time is a mean over about {counted(together, 'step')}, whose lines were read "
+        f"together ({figures.resolution_s:.2g} s): their spread is not known{why}. A step time in the line "
+        "(script.progress with a group step_time_s), or launch.worker, gives the time of each step."
     )
 
 
-def _crowding(members: Sequence[MeasuredPoint]) -> str:
-    crowded = []
-    for member in members:
-        if member.crowded:
-            crowded.append(f"{member.point.title} ({'; '.join(member.crowding())})")
-    if not crowded:
-        return ""
-    return f"Ranks shared cores or a GPU, so no efficiency is claimed there: {', '.join(crowded)}."
+def _stragglers(point: Point) -> Iterator[str]:
+    """Name slow ranks and ranks that wait for data; none if their excess is within the spread."""
+    figures = point.figures
+    if figures is None or point.rank_times is None:
+        return
+
+    def named(excesses: Mapping[int, float]) -> str:
+        found = []
+        for rank, excess_s in sorted(excesses.items(), key=lambda item: -item[1])[:NAMED]:
+            on = "" if (host := point.host(rank)) is None else f" on {host}"
+            share = f"{100 * excess_s / figures.step_time_s:.1f} % of the step time"
+            found.append(f"rank {rank}{on} by {1000 * excess_s:.3g} ms, {share}")
+        more = f"; and {len(excesses) - NAMED} more" if len(excesses) > NAMED else ""
+        return "; ".join(found) + more
+
+    ranks = point.rank_times.ranks
+    if slow := {rank.rank: rank.excess_s for rank in ranks if rank.is_slow}:
+        yield (
+            f"At {point.title}, slower than the other ranks throughout the run: {named(slow)}. In each step all ranks "
+            "wait for the slowest."
+        )
+    if waiting := {rank.rank: rank.wait_excess_s or 0.0 for rank in ranks if rank.waits_long}:
+        yield f"At {point.title}, longer waits for data than on the other ranks: {named(waiting)}."
 
 
-def _crowded_base(series: Series) -> str:
-    base = series.smallest
-    if base is None or not base.crowded or len(series.members) == 1:
-        return ""
-    of = f" of {series.label}" if series.label else ""
-    return (
-        f"The point to compare with{of}, {base.point.title}, is one of these: no efficiency is claimed for any point."
-    )
+def _gpus(point: Point) -> Iterator[str]:
+    """Name throttled hosts, and explain why an energy is unknown."""
+    use = point.gpu_use or GpuUse((), None, None, None)
+    throttled = [host for host in use.hosts if (host.throttled or 0.0) >= LEAST_THROTTLED]
+    if throttled:
+        throttled.sort(key=lambda host: -(host.throttled or 0.0))
+        named = "; ".join(
+            f"host {host.host} {100 * (host.throttled or 0.0):.0f} % of samples ({', '.join(host.reasons)})"
+            for host in throttled[:NAMED]
+        )
+        more = f"; and {len(throttled) - NAMED} more of {len(use.hosts)}" if len(throttled) > NAMED else ""
+        yield f"At {point.title}, throttled: {named}{more}. Clocks lower than requested make steps longer."
+    if use.unsampled:
+        named = ", ".join(use.unsampled[:NAMED]) + (" and others" if len(use.unsampled) > NAMED else "")
+        yield (
+            f"The energy of {point.title} is not known: GPUs of {named} were not sampled in every attempt "
+            "(launch.gpu_sample_s; nvidia-ml-py has to be installed: pip install '.[gpu]')."
+        )
 
 
-def _too_few_steps(members: Sequence[MeasuredPoint]) -> str:
+def _interruptions(rows: Sequence[Row]) -> Iterator[str]:
+    """Write what interruptions cost by cause, and what restarts in place saved."""
+    for unit, of_unit in units(rows):
+        lost_h, used = sum(row.interrupted_h or 0.0 for row in of_unit), [row.gpu_hours for row in of_unit]
+        causes = ", ".join(f"{CAUSES[c]} {hours(lost, f'{unit}-h')}" for c, lost in hours_by_cause(of_unit).items())
+        is_known = unit == "GPU" and None not in used
+        share = f", {percent(lost_h / sum(filter(None, used)))} of the use of these runs" if is_known else ""
+        number = counted(sum(row.interruptions or 0 for row in of_unit), "interruption")
+        yield f"{number} cost {hours(lost_h, f'{unit}-hours')}{share} ({causes}): {DEFINITION}."
+        spared = [row for row in of_unit if row.saved_in_place_h is not None]
+        if spared:
+            saved_h, wait_s = _saved(spared)
+            amounts = f"about {hours(saved_h, f'{unit}-hours')} and {_time(wait_s)} of waiting for nodes"
+            yield (
+                f"Ranks were started again in place {how_often(sum(row.restarts_in_place or 0 for row in spared))}, "
+                f"which saved {amounts if saved_h or wait_s else 'nothing'}, against "
+                f"{' and '.join(dict.fromkeys(row.saved_against or '' for row in spared))}: {SAVED_DEFINITION}."
+            )
+
+
+def _ends(points: Sequence[Point]) -> Iterator[str]:
+    """Report points without figures, points that did not finish, and an MFU that is unknown."""
     few = [
-        f"{m.point.title} ({len(drop_warmup(m.point.steps))} of {len(m.point.steps)})"
-        for m in members
-        if m.figures is None and m.point.last_step is not None and (m.point.is_gpt or m.point.steps)
+        f"{point.title} ({len(point.steps.after_warmup())} of {len(point.steps)})"
+        for point in points
+        if point.figures is None and point.last_step is not None and (point.is_gpt or len(point.steps))
     ]
-    if not few:
-        return ""
-    return f"Too few steps for a figure, at least {MIN_STEPS} are needed after warm-up: {', '.join(few)}."
+    if few:
+        yield f"Too few steps for a figure, at least {MIN_STEPS} are needed after warm-up: {', '.join(few)}."
+    for point in points:
+        if text := STATE_TEXTS.get(point.state):
+            at = f" (last step recorded: {point.last_step})" if point.last_step is not None else ""
+            yield f"{point.title} {text}{at}; see {point.path}."
+    # MFU needs the peak rate of the device. Of programs other than gpt no user expects an MFU.
+    lacking = [p for p in points if p.is_gpt and p.figures is not None and p.figures.mfu_palm is None]
+    if names := dict.fromkeys(p.environment.device_names for p in lacking if p.environment is not None):
+        yield f"MFU unavailable: the runs recorded none on {', '.join(names)}."
 
 
-def _state(member: MeasuredPoint) -> str:
-    text = STATE_TEXTS.get(member.point.state)
-    if text is None:
-        return ""
-    at = f" (last step recorded: {member.point.last_step})" if member.point.last_step is not None else ""
-    return f"{member.point.title} {text}{at}; see {member.point.path}."
+LOW_MFU = 0.2
+WORTH_NAMING = 0.1
+"""Share of the step from which a phase other than computation is what to look at."""
+ADVICE = {
+    "communication": "More work between two reductions hides it: a larger optim.global_batch, or fewer nodes; "
+    "python -m launch.doctor measures the links.",
+    "stragglers": "All ranks wait for the slowest: scaling.html shows which one, and on which host.",
+    "data": "Token files on a filesystem that is nearer (data.path), prepared by python -m gpt.prepare.",
+    "bubble": "More micro-batches fill the pipeline: a smaller optim.max_micro_batch.",
+    "optimizer": "parallel=zero1 divides the optimizer among the ranks.",
+    REST: "Larger matrices use a GPU better: a larger optim.max_micro_batch, as far as memory goes, and "
+    "precision=bf16.",
+}
 
 
-def _mfu(members: Sequence[MeasuredPoint]) -> str:
-    """MFU needs the peak rate of the device: without it there is none, rather than somebody else's."""
-    gpt = [m for m in members if m.point.is_gpt]  # of other programs nobody expects it
-    missing = [m.point.environment for m in gpt if m.figures is not None and m.figures.mfu_palm is None]
-    names = dict.fromkeys(e.device_names for e in missing if e is not None)
-    return f"MFU unavailable: the runs recorded none on {', '.join(names)}." if names else ""
+def _low_mfu(point: Point) -> Iterator[str]:
+    """Advise on a point of the GPT library whose MFU is low, by the phase of most of its lost time."""
+    mfu = None if point.figures is None else point.figures.mfu_palm
+    if mfu is None or mfu >= LOW_MFU or not point.is_gpt:
+        return
+    shares = point.steps.after_warmup().shares()
+    known = {phase: share for phase, share in shares.items() if phase != REST and share >= WORTH_NAMING}
+    most = max(known, key=lambda phase: known[phase], default=REST)
+    made_of = ", ".join(f"{LOSSES[phase]} {100 * share:.1f} %" for phase, share in shares.items())
+    steps = f" Its steps are {made_of}." if len(shares) > 1 else ""
+    yield f"MFU at {point.title} is {100 * mfu:.1f} %, below {100 * LOW_MFU:.0f} %.{steps} {ADVICE[most]}"
 
 
-def _breakdown(member: MeasuredPoint) -> str:
-    """Tell what the steps that a profiler watched are made of."""
-    found = member.point.breakdown
-    if found is None:
-        return ""
-    ranks = f"{found.ranks} ranks" if found.ranks > 1 else "one rank"
-    return f"Of {found.steps} steps of {member.point.title} that were profiled on {ranks}: {found.text()}."
+def _findings(series: Series, found: SeriesFindings) -> Iterator[str]:
+    """Write the intervals, repeats and law of a series."""
+    titles = {point.name: point.title for point in series.members}
+    if found.intervals:
+        ends = ", ".join(f"{titles[name]} {_range(*pair)}" for name, pair in found.intervals.items())
+        yield (
+            f"95 % intervals of efficiency{series.of}, by a block bootstrap over the steps of both points: {ends}. "
+            "They describe these runs; another run may be outside of them."
+        )
+    for size in found.repeats:
+        yield (
+            f"{size.count} runs of {size.ranks} ranks{series.of} have together an efficiency of "
+            f"{100 * size.efficiency:.1f} % (95 % interval {_range(size.low, size.high)}, over steps and runs)."
+        )
+    if (law := found.law) is not None:
+        limit = ""
+        if law.name == "Amdahl" and law.low > 0:
+            limit = f" By it, no number of ranks is more than {1 / law.serial_share:.3g} times as fast as {law.base}."
+        yield (
+            f"{law.name}'s law fits the speedups{series.of} with a serial share of {100 * law.serial_share:.2f} % "
+            f"(95 % interval {100 * law.low:.2f} to {100 * law.high:.2f} %); no measured speedup is farther from it "
+            f"than {100 * law.largest_error:.1f} %.{limit}"
+        )

@@ -1,23 +1,220 @@
-"""The points of a report, each read from one run folder."""
+"""The points of a report, each read from one run folder, and the use of its GPUs by telemetry."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from launch.report.environment import Environment, GpuUse, read_environment, read_gpu_use
+import numpy as np
+
 from launch.report.goodput import Goodput, measure_goodput
-from launch.report.steps import RankTimes, Step, UnreadLines
+from launch.report.read import Environment, read_columns, read_environment
+from launch.report.steps import MIN_STEPS, Measurement, StepReading, measure, read_steps
+from launch.runs.environment import THROTTLE_REASONS, GpuSample, read_samples, telemetry_nodes
 from launch.runs.events import fewer_nodes, last_command
+from launch.runs.find import natural
 from launch.runs.folder import RunFolder
-from launch.runs.overrides import read_overrides
+from launch.runs.overrides import read_overrides, typed_value
+
+# Use of the GPUs of a run, by the telemetry of its agents: energy, power, clocks and throttling.
+
+
+THROTTLING = sum(THROTTLE_REASONS)
+"""All bits of ``THROTTLE_REASONS``."""
+MOST_WINDOWS = 400
+"""Points of a curve over the run; their width is doubled when there are more."""
+
+
+@dataclass(frozen=True)
+class HostGpus:
+    """The GPUs of one host over all attempts; an unknown figure is None."""
+
+    host: str
+    gpus: int
+    energy_j: float | None
+    mean_power_w: float | None
+    """Of one GPU, over the time in which it was sampled."""
+    sm_clock_mhz: float | None
+    """Mean."""
+    hottest_c: float | None
+    throttled: float | None
+    """Share of the samples in which clocks were lowered for a reason of ``THROTTLE_REASONS``."""
+    reasons: Mapping[str, float]
+    """Reason -> share of the samples, the most frequent first; several may apply to one sample."""
+
+
+@dataclass(frozen=True)
+class GpuWindow:
+    """One point of the curves over a run: means, or extremes, of all GPUs in a window."""
+
+    begun: float
+    """Unix time, seconds."""
+    values: Mapping[str, float]
+    """power_w and sm_clock_mhz (means), sm_clock_min_mhz, temperature_max_c, throttled (share)."""
+
+
+@dataclass(frozen=True)
+class GpuUse:
+    """Telemetry of a run over all attempts, from the start of the ranks to their end."""
+
+    hosts: tuple[HostGpus, ...]
+    """By name; numbers in names are sorted as numbers."""
+    energy_j: float | None
+    """Of all GPUs; None if some were not sampled, or have neither energy nor power."""
+    mean_power_w: float | None
+    """Of one GPU."""
+    throttled: float | None
+    """Share of the samples of all GPUs."""
+    unsampled: tuple[str, ...] = ()
+    """Hosts with ranks on GPUs of which there are no samples of some attempt."""
+    windows: tuple[GpuWindow, ...] = field(default=(), repr=False)
+
+
+@dataclass
+class _Gpu:
+    """Energy of one GPU so far, and its last sample: attempt, Unix time, gauges."""
+
+    last: tuple[int, float, Mapping[str, float]] | None = None
+    energy_j: float = 0.0
+    seconds: float = 0.0
+    is_whole: bool = True
+    """False if the energy of some time is unknown."""
+
+    def add(self, sample: GpuSample, gauges: Mapping[str, float]) -> None:
+        if self.last is not None and self.last[0] == sample.attempt and sample.time > self.last[1]:
+            seconds = sample.time - self.last[1]
+            energy_j = energy_between(self.last[2], gauges, seconds)
+            if energy_j is None:
+                self.is_whole = False
+            else:
+                self.energy_j, self.seconds = self.energy_j + energy_j, self.seconds + seconds
+        self.last = sample.attempt, sample.time, gauges
+
+
+def energy_between(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> float | None:
+    """Return the energy of one GPU between two samples in joules; None if the samples do not say.
+
+    By its counter if both have it and the driver did not reset it; else by the mean power.
+    """
+    if "energy_j" in before and "energy_j" in after and after["energy_j"] >= before["energy_j"]:
+        return after["energy_j"] - before["energy_j"]
+    if "power_w" in before and "power_w" in after:
+        return seconds * (before["power_w"] + after["power_w"]) / 2
+    return None
+
+
+def _energy(gpus: Iterable[_Gpu]) -> float | None:
+    return sum(gpu.energy_j for gpu in gpus) if all(gpu.seconds > 0 and gpu.is_whole for gpu in gpus) else None
+
+
+def _power(gpus: Iterable[_Gpu]) -> float | None:
+    seconds = sum(gpu.seconds for gpu in gpus)
+    return sum(gpu.energy_j for gpu in gpus) / seconds if seconds else None
+
+
+class _Gauges(dict[str, tuple[float, int, float, float]]):
+    """Gauge -> sum, count, minimum and maximum of its samples; ``throttled`` and each reason count 0 or 1."""
+
+    def add(self, name: str, total: float, count: int, low: float, high: float) -> None:
+        if name in self:
+            known = self[name]
+            total, count, low, high = known[0] + total, known[1] + count, min(known[2], low), max(known[3], high)
+        self[name] = total, count, low, high
+
+    def sample(self, gauges: Mapping[str, float]) -> None:
+        for name in ("power_w", "sm_clock_mhz", "temperature_c"):
+            if name in gauges:
+                self.add(name, gauges[name], 1, gauges[name], gauges[name])
+        if "throttle_reasons" in gauges:
+            bits = int(gauges["throttle_reasons"]) & THROTTLING
+            for name, bit in (("throttled", bits), *((text, bits & bit) for bit, text in THROTTLE_REASONS.items())):
+                self.add(name, bit != 0, 1, 0, 1)
+
+    def mean(self, name: str) -> float | None:
+        return self[name][0] / self[name][1] if name in self else None
+
+
+def read_gpu_use(run: RunFolder, setups: Mapping[int, Environment]) -> GpuUse | None:
+    """Reduce the telemetry of a run whose attempts have these set-ups; None if no GPU was sampled.
+
+    The samples of a long run on many GPUs do not fit into memory: sums are kept, and no sample.
+    """
+    gpus: dict[str, dict[str, _Gpu]] = defaultdict(lambda: defaultdict(_Gpu))
+    gauges_of: dict[str, _Gauges] = defaultdict(_Gauges)
+    sampled_by: dict[tuple[int, str, str], int] = {}
+    """Attempt, host, address -> node: agents on one machine may sample the same GPU."""
+    windows: dict[int, _Gauges] = defaultdict(_Gauges)
+    width_s = 1.0
+    for node in telemetry_nodes(run):
+        for sample in read_samples(run, node):
+            for bus, gauges in sample.gauges.items():
+                if gauges and sampled_by.setdefault((sample.attempt, sample.host, bus), node) == node:
+                    gpus[sample.host][bus].add(sample, gauges)
+                    gauges_of[sample.host].sample(gauges)
+                    windows[int(sample.time // width_s)].sample(gauges)
+            while len(windows) > MOST_WINDOWS:
+                width_s *= 2
+                narrow, windows = windows, defaultdict(_Gauges)
+                for number, known in narrow.items():
+                    for name, sums in known.items():
+                        windows[number // 2].add(name, *sums)
+    if not gpus:
+        return None
+    every = [gpu for of_host in gpus.values() for gpu in of_host.values()]
+    unsampled = _unsampled(sampled_by, setups)
+    counts = [of_host["throttled"] for of_host in gauges_of.values() if "throttled" in of_host]
+    return GpuUse(
+        hosts=tuple(_host(name, [*gpus[name].values()], gauges_of[name]) for name in sorted(gpus, key=natural)),
+        energy_j=None if unsampled else _energy(every),
+        mean_power_w=_power(every),
+        throttled=sum(lowered for lowered, *_ in counts) / sum(count for _, count, *_ in counts) if counts else None,
+        unsampled=unsampled,
+        windows=tuple(GpuWindow(number * width_s, _curves(windows[number])) for number in sorted(windows)),
+    )
+
+
+def _host(host: str, gpus: Sequence[_Gpu], gauges: _Gauges) -> HostGpus:
+    counts = {text: gauges[text][0] for text in THROTTLE_REASONS.values() if text in gauges and gauges[text][0]}
+    return HostGpus(
+        host=host,
+        gpus=len(gpus),
+        energy_j=_energy(gpus),
+        mean_power_w=_power(gpus),
+        sm_clock_mhz=gauges.mean("sm_clock_mhz"),
+        hottest_c=gauges["temperature_c"][3] if "temperature_c" in gauges else None,
+        throttled=gauges.mean("throttled"),
+        reasons={text: counts[text] / gauges[text][1] for text in sorted(counts, key=lambda text: -counts[text])},
+    )
+
+
+def _curves(gauges: _Gauges) -> dict[str, float]:
+    found = {name: gauges.mean(name) for name in ("power_w", "sm_clock_mhz", "throttled")}
+    found |= {"sm_clock_min_mhz": gauges["sm_clock_mhz"][2]} if "sm_clock_mhz" in gauges else {}
+    found |= {"temperature_max_c": gauges["temperature_c"][3]} if "temperature_c" in gauges else {}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _unsampled(sampled_by: Mapping[tuple[int, str, str], int], setups: Mapping[int, Environment]) -> tuple[str, ...]:
+    """Return the hosts of which, in some attempt, fewer GPUs were sampled than ranks ran on."""
+    sampled = Counter((attempt, host) for attempt, host, _ in sampled_by)
+    missing = set()
+    for attempt, setup in setups.items():
+        devices = {(place.host, place.gpu or place.device) for place in setup.ranks if place.device != "cpu"}
+        used = Counter(host for host, _ in devices)
+        missing |= {host for host, count in used.items() if sampled[attempt, host] < count}
+    return tuple(sorted(missing, key=natural))
+
+
+# Steps that a profiler watched.
+
 
 SHOWN = {"compute": "computing", "exposed": "exposed communication", "copies": "copies", "idle": "idle"}
-"""Part of a profiled step -> its name for people; they add up to the step. A CPU has no copies."""
+"""Part of a profiled step -> its name for people; the parts add up to the step. A CPU has no copies."""
 
 
 @dataclass(frozen=True)
@@ -25,42 +222,39 @@ class StepBreakdown:
     """Means over the steps of all ranks that a profiler watched."""
 
     steps: int
-    """Steps that the first rank has watched."""
+    """Profiled steps of the first rank."""
     ranks: int
     parts_s: dict[str, float]
     """Part of ``SHOWN``, and ``comm``, all communication -> seconds."""
 
-    @property
-    def step_s(self) -> float:
-        """Mean length of the watched steps."""
-        return sum(seconds for part, seconds in self.parts_s.items() if part in SHOWN)
-
     def text(self) -> str:
         """Write the shares of the parts for people."""
-        shares = {part: 100 * seconds / self.step_s for part, seconds in self.parts_s.items()}
+        step_s = sum(seconds for part, seconds in self.parts_s.items() if part in SHOWN)
+        shares = {part: 100 * seconds / step_s for part, seconds in self.parts_s.items()}
         named = [f"{name} {shares[part]:.1f} %" for part, name in SHOWN.items() if part in shares]
         return f"{', '.join(named)}; communication, hidden or not, takes {shares['comm']:.1f} %"
 
 
 def read_breakdown(run: RunFolder) -> StepBreakdown | None:
-    """Return the means of the watched steps; None if the first rank has none: the other files are not read then."""
-    from launch.report.columns import read_columns  # numpy, which only reading needs
-
+    """Return the means of the profiled steps; None if the first rank has none: no other file is read then."""
     fields = {part: f"breakdown_{part}_s" for part in (*SHOWN, "comm")}
     sums, counts = dict.fromkeys(fields, 0.0), dict.fromkeys(fields, 0)
     steps = ranks = 0
     for rank in run.metric_ranks():
         columns = read_columns(run.metrics(rank), tuple(fields.values()))
-        watched = int(columns.known[fields["idle"]].sum())
-        if not watched and not ranks:
+        known = {part: (values := columns.values[name])[~np.isnan(values)] for part, name in fields.items()}
+        profiled = len(known["idle"])
+        if not profiled and not ranks:
             return None
-        steps, ranks = steps or watched, ranks + bool(watched)
-        for part, name in fields.items() if watched else ():
-            known = columns.known[name]
-            sums[part] += float(columns.values[name][known].sum())
-            counts[part] += int(known.sum())
+        steps, ranks = steps or profiled, ranks + bool(profiled)
+        for part, values in known.items() if profiled else ():
+            sums[part] += float(values.sum())
+            counts[part] += len(values)
     means = {part: sums[part] / counts[part] for part in fields if counts[part]}
     return StepBreakdown(steps, ranks, means) if ranks else None
+
+
+# The point.
 
 
 class State(StrEnum):
@@ -82,9 +276,9 @@ REASONS = {"cancelled": State.CANCELLED, "budget_reached": State.BUDGET_EXCEEDED
 """Event -> state of a point that was stopped for it, as ``launch.status`` calls it."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """Point of a curve, from one run folder.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Point(StepReading):
+    """Point of a curve, from one run folder, with everything that is read from its step records.
 
     ``environment`` is that of the last attempt with steps, and on all nodes; ``steps`` were made in it.
     """
@@ -93,40 +287,28 @@ class Point:
     overrides: tuple[str, ...]
     state: State
     environment: Environment | None
-    steps: tuple[Step, ...]
-    last_step: int | None
-    loss: float | None
-    """Training loss of the last step, nats per token."""
-    span: tuple[float, float] | None = None
-    """Unix times of the first and the last record of the attempt."""
     presence: tuple[float, float] | None = None
     """Unix times between which its processes were alive; at least ``span``."""
     label: str = ""
-    """Label that sets it apart from the other points of a report, for people; empty if that is its name."""
-    unit: str | None = None
-    """Unit of its work: tokens, samples, images; None if nothing says."""
+    """Label that distinguishes it from the other points of a report, for people; empty: its name does."""
     run_time_s: float | None = None
     """Time that its ranks ran, from the start to the end of each attempt, added up; None while an attempt runs."""
     attempts: int = 0
     goodput: Goodput | None = None
     """Its time by part; None if no agent recorded its allocations."""
-    bf16_ratio: float | None = None
-    """MFU of the bf16 peak over that of the peak in the precision of the run; None if the records do not say."""
     gpu_use: GpuUse | None = None
     """Energy, power and throttling of its GPUs; None if none was sampled."""
     breakdown: StepBreakdown | None = None
     """Parts of the steps that a profiler watched; None if it watched none."""
-    rank_times: RankTimes | None = None
-    """Times of each rank against those of the others; None if fewer than two recorded the same steps."""
     fewer_nodes: Mapping[int, int] = field(default_factory=dict)
     """Smaller number of nodes -> steps that were made on them after nodes were lost. They are in ``steps`` only if
     there are no others."""
     cluster: str | None = None
     """Cluster of the last submission: local, slurm, or slurm with the name of another one; None if not submitted."""
-    unread: tuple[UnreadLines, ...] = ()
-    """Lines among its step records that are no records, without half a line that is being written."""
     source: str = ""
-    """Folder of a comparison that it belongs to; empty in a report of one."""
+    """Folder of a comparison that it belongs to; empty in a report of one folder."""
+    neighbours: tuple[str, ...] = ()
+    """Titles of the points it shared cores or a GPU with while it made steps."""
 
     @property
     def is_gpt(self) -> bool:
@@ -143,11 +325,67 @@ class Point:
         """Name of the point for people."""
         return self.label or self.name
 
+    @cached_property
+    def figures(self) -> Measurement | None:
+        """Figures of its steps; None if too few steps are left after warm-up."""
+        return measure(self.steps)
+
+    @property
+    def ranks(self) -> int | None:
+        """Number of ranks, from the run, or else from the overrides."""
+        if self.environment is not None:
+            return self.environment.world_size
+        nodes, per_node = (self._typed(key) for key in ("nodes", "ranks_per_node"))
+        return nodes * per_node if nodes is not None and per_node is not None else None
+
+    @property
+    def nodes(self) -> int | None:
+        """Number of nodes, from the run, or else from the overrides."""
+        return self._typed("nodes") if self.environment is None else self.environment.nodes
+
+    def _typed(self, key: str) -> int | None:
+        value = typed_value(self.overrides, key)
+        return int(value) if value is not None and value.isdigit() else None
+
+    @property
+    def run_rate(self) -> float | None:
+        """Work per second of the run time, if the work was stated and done in one attempt."""
+        environment = self.environment
+        if environment is None or environment.work_per_step is None or environment.max_steps is None:
+            return None
+        if self.state is not State.FINISHED or self.attempts != 1 or not self.run_time_s:
+            return None
+        return environment.work_per_step * environment.max_steps / self.run_time_s
+
+    @property
+    def crowded(self) -> bool | None:
+        """True if ranks shared cores or a GPU; None if it is not known what they ran on."""
+        return None if self.environment is None else bool(self.crowding())
+
+    def crowding(self) -> list[str]:
+        """Return one phrase for each way in which its ranks shared cores or a GPU."""
+        own, names = [] if self.environment is None else self.environment.crowding(), self.neighbours
+        few = " and ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} other points"
+        return own + ([f"at the same time as {few}"] if names else [])
+
+    @property
+    def is_coarse(self) -> bool:
+        """True if its steps were timed in too few intervals for any efficiency."""
+        return self.figures is not None and self.figures.intervals < MIN_STEPS
+
+    @property
+    def has_efficiency(self) -> bool:
+        """True if an efficiency of this point, or against it, may be stated."""
+        return self.figures is not None and not self.crowded and not self.is_coarse
+
+    def host(self, rank: int) -> str | None:
+        """Return the host of a rank; None if it was not recorded."""
+        places = () if self.environment is None else self.environment.ranks
+        return places[rank].host if rank < len(places) else None
+
 
 def read_point(path: Path) -> Point:
-    """Read one run folder; one that is empty or does not exist is a point without records."""
-    from launch.report.reduction import read_steps  # numpy, which only reading needs
-
+    """Read one run folder; an empty folder, or none, is a point without records."""
     run = RunFolder(path)
     setups = {number: read_environment(run, number) for number in run.attempts()}
     known = {number: setup for number, setup in setups.items() if setup is not None}
@@ -158,10 +396,8 @@ def read_point(path: Path) -> Point:
     end, fewer = _end(events, last_attempt), fewer_nodes(events)
     reading = read_steps(run, known, fewer, has_ended=end is not None)
     environment = known[reading.attempt or max(known)] if known else None
-    span: tuple[float, float] | None = None
-    if reading.attempt_times:
-        span = reading.attempt_times[max(reading.attempt_times)]
-    elif (until := times.get(last_attempt, (0.0, None))[1]) is not None:
+    span = reading.span
+    if span is None and (until := times.get(last_attempt, (0.0, None))[1]) is not None:
         span = (times[last_attempt][0], until)
     # A program other than gpt need not record any step.
     needs_none = environment is not None and environment.workload != "gpt" and bool(times)
@@ -171,25 +407,19 @@ def read_point(path: Path) -> Point:
         on_fewer[int(event["nodes"])] += reading.attempt_steps.get(attempt, 0)
     submitted: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "submitted"), {})
     cluster = (str(submitted[key]) for key in ("cluster", "slurm_cluster") if submitted.get(key))
+    unit = reading.unit if reading.last_step is not None or environment is None else environment.unit
     return Point(
+        **{**vars(reading), "span": span, "unit": unit},
         path=path,
         overrides=read_overrides(run),
         state=end or without_end or (State.NO_RECORDS if last_attempt else State.NOT_STARTED),
         environment=environment,
-        steps=reading.steps,
-        last_step=reading.last_step,
-        loss=reading.loss,
-        span=span,
         presence=span and _presence(events, span),
-        unit=reading.unit if reading.last_step is not None or environment is None else environment.unit,
         run_time_s=sum(ended) if ended and len(ended) == len(times) else None,
         attempts=len(setups),
-        rank_times=reading.rank_times,
-        bf16_ratio=reading.bf16_ratio,
-        breakdown=read_breakdown(run) if reading.steps else None,
+        breakdown=read_breakdown(run) if len(reading.steps) else None,
         cluster=" ".join(cluster) or None,
         fewer_nodes={nodes: on_fewer[nodes] for nodes in sorted(on_fewer, reverse=True) if on_fewer[nodes]},
-        unread=reading.unread,
         goodput=measure_goodput(run, events),
         gpu_use=read_gpu_use(run, known),
     )
@@ -223,24 +453,20 @@ def _end(event_log: Sequence[dict[str, Any]], last: int) -> State | None:
     has_finished = any(event["event"] == "finished" for event in ends)
     if reason is not None and not has_finished and all(time >= reason.get("time", 0.0) for time in failures):
         return REASONS[reason["event"]]
-    # A rank that failed fails the attempt, whatever the others wrote after it.
+    # A rank that failed fails the attempt, whatever the other ranks wrote after it.
     if any(event["event"] == "rank_failed" and event.get("attempt") is not None for event in ends):
         return State.FAILED
     return ENDS[ends[-1]["event"]] if ends else None
 
 
-def neighbours(points: Sequence[Point]) -> list[list[str]]:
-    """Return for each point the names of those it had to share cores or a GPU with while it made steps.
+def disturbs(other: Point, point: Point) -> bool:
+    """Return True if a point had to share cores or a GPU with another one while it made steps.
 
     A point that starts takes as much of a machine as one that makes steps: its ranks import libraries.
     """
-    return [
-        [other.title for other in points if other.path != point.path and _disturbs(other, point)] for point in points
-    ]
-
-
-def _disturbs(other: Point, point: Point) -> bool:
-    if point.environment is None or other.environment is None or point.span is None or other.presence is None:
+    if other.path == point.path or point.environment is None or other.environment is None:
+        return False
+    if point.span is None or other.presence is None:
         return False
     if point.span[0] >= other.presence[1] or other.presence[0] >= point.span[1]:
         return False

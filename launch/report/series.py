@@ -1,29 +1,24 @@
-"""Series: points of a sweep that differ in size only, the figures of each, and what may be compared."""
+"""Series: points of a sweep that differ in size only, and their statistics: intervals, repeats, scaling laws."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from launch.errors import ConfigError, counted
-from launch.report.environment import Environment
-from launch.report.points import Point, State
+import numpy as np
+
+from launch.errors import ConfigError
+from launch.report.points import Point, disturbs
+from launch.report.read import Environment, Floats
 from launch.report.selection import Selection, source_labels
-from launch.report.steps import Step, drop_warmup
 from launch.runs.find import labels_inside, point_labels, tells_apart
-from launch.runs.overrides import typed_key, typed_value
+from launch.runs.overrides import typed_key
 
 SIZE_KEYS = frozenset({"nodes", "ranks_per_node"})
 """Overrides along which a series runs."""
-NOISY = 0.1
-"""Above this interquartile range, in medians, an efficiency is marked. It does not shrink with the number of steps, as
-a standard error would: what disturbs a machine lasts for many steps, which are no independent samples."""
-MIN_STEPS = 5
-"""Fewer steps, or fewer intervals in which a log was read, have no quartiles and no efficiency."""
 
 
 def _model(environment: Environment) -> str | None:
@@ -35,17 +30,16 @@ def _model(environment: Environment) -> str | None:
     return f"{environment.model}{parameters}{length}"
 
 
-def _batch(environment: Environment) -> str | None:
-    """Return the batch in sequences, or the work of a step in the unit of the program, if stated."""
-    work = environment.work_per_step
+def batch_text(environment: Environment) -> str | None:
+    """Return the batch in sequences, or the work of a step in the unit of the program; None if not stated."""
+    work, batch = environment.work_per_step, environment.global_batch
     if environment.weak_scaling:
         if environment.per_rank_batch is not None:
             return f"{environment.per_rank_batch} sequences per rank"
-        if work is not None:
-            return f"{work_text(work / environment.world_size, environment.unit)} per step and rank"
-        return None
-    if environment.global_batch is not None:
-        return f"a global batch of {environment.global_batch} sequences"
+        each = None if work is None else work_text(work / environment.world_size, environment.unit)
+        return each and f"{each} per step and rank"
+    if batch is not None:
+        return f"a global batch of {batch} sequences"
     return None if work is None else f"{work_text(work, environment.unit)} per step"
 
 
@@ -55,162 +49,53 @@ def work_text(work: float, unit: str | None) -> str:
     return f"{number} {unit or 'units of work'}"
 
 
-CONDITIONS: Mapping[str, Callable[[Environment], str | None]] = {
+Conditions = Mapping[str, Callable[[Environment], str | None]]
+
+CONDITIONS: Conditions = {
     "hardware": lambda e: e.device_names,
     "precision": lambda e: e.precision,
     "model": _model,
     "kind of scaling": lambda e: (
         None if e.weak_scaling is None else f"{'weak' if e.weak_scaling else 'strong'} scaling"
     ),
-    "batch": _batch,
+    "batch": batch_text,
     "unit": lambda e: e.unit,
 }
 """Properties that all measured points of a series share; None, and not compared, if a point does not say."""
-MADE_WITH: Mapping[str, Callable[[Environment], str | None]] = {
+MADE_WITH: Conditions = {
     "software": lambda e: None if e.torch is None else f"torch {e.torch}",
     "code": lambda e: e.code and f"commit {e.code}",
 }
 """Properties that a point takes from the day on which it was made. Points that differ in one are told apart, and
-compared with others of their kind only."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Figures of one point, from ``steps`` optimizer steps. Times in seconds; low and high are the quartiles."""
-
-    steps: int
-    step_time_s: float
-    low_s: float
-    high_s: float
-    throughput: float | None
-    """Work per second, in the unit of the point; None if the work of a step is not known."""
-    mfu_palm: float | None
-    resolution_s: float = 0.0
-    """Seconds over which most step times are means; 0 if most steps were timed one by one."""
-    intervals: float = math.inf
-    """Number of such means."""
-
-    @property
-    def spread_share(self) -> float:
-        """Interquartile range over the median."""
-        return (self.high_s - self.low_s) / self.step_time_s if self.step_time_s else 0.0
-
-    @property
-    def is_noisy(self) -> bool:
-        """True if the steps differ too much, or are timed too coarsely, for an exact efficiency."""
-        return self.spread_share > NOISY or NOISY * self.intervals < 1
-
-
-def measure(steps: Sequence[Step]) -> Measurement | None:
-    """Measure a point; None if fewer than ``MIN_STEPS`` steps are left after warm-up."""
-    used = drop_warmup(steps)
-    if len(used) < MIN_STEPS:
-        return None
-    low, median, high = statistics.quantiles([step.time_s for step in used], n=4, method="inclusive")
-    mfu = [step.mfu_palm for step in used if step.mfu_palm is not None]
-    work = [step.work for step in used if step.work is not None]
-    resolution_s = statistics.median(step.resolution_s for step in used)
-    length_s = median * (used[-1].step - used[0].step + 1)  # some programs print every tenth step
-    return Measurement(
-        steps=len(used),
-        step_time_s=median,
-        low_s=low,
-        high_s=high,
-        throughput=statistics.median(work) / median if len(work) == len(used) and median > 0 else None,
-        mfu_palm=statistics.median(mfu) if mfu else None,
-        resolution_s=resolution_s,
-        intervals=length_s / resolution_s if resolution_s else math.inf,
-    )
-
-
-@dataclass(frozen=True)
-class MeasuredPoint:
-    """A point and its figures; ``figures`` is None if too few steps are left."""
-
-    point: Point
-    figures: Measurement | None
-    neighbours: tuple[str, ...] = ()
-    """Points it shared cores or a GPU with while it made steps."""
-
-    @property
-    def ranks(self) -> int | None:
-        """Number of ranks, from the run, or else from the overrides."""
-        if self.point.environment is not None:
-            return self.point.environment.world_size
-        nodes, per_node = (self._typed(key) for key in ("nodes", "ranks_per_node"))
-        return nodes * per_node if nodes is not None and per_node is not None else None
-
-    @property
-    def nodes(self) -> int | None:
-        """Number of nodes, from the run, or else from the overrides."""
-        return self._typed("nodes") if self.point.environment is None else self.point.environment.nodes
-
-    def _typed(self, key: str) -> int | None:
-        value = typed_value(self.point.overrides, key)
-        return int(value) if value is not None and value.isdigit() else None
-
-    @property
-    def run_rate(self) -> float | None:
-        """Work per second of the run time, if the work was stated and done in one attempt."""
-        point, environment = self.point, self.point.environment
-        if environment is None or environment.work_per_step is None or environment.max_steps is None:
-            return None
-        if point.state is not State.FINISHED or point.attempts != 1 or not point.run_time_s:
-            return None
-        return environment.work_per_step * environment.max_steps / point.run_time_s
-
-    @property
-    def crowded(self) -> bool | None:
-        """True if ranks shared cores or a GPU; None if it is not known what they ran on."""
-        return None if self.point.environment is None else bool(self.crowding())
-
-    def crowding(self) -> list[str]:
-        """Return one phrase for each way in which its ranks shared cores or a GPU."""
-        own = [] if self.point.environment is None else self.point.environment.crowding()
-        names = self.neighbours
-        few = " and ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} other points"
-        return own + ([f"at the same time as {few}"] if names else [])
-
-    @property
-    def is_coarse(self) -> bool:
-        """True if its steps were timed in too few intervals for any efficiency."""
-        return self.figures is not None and self.figures.intervals < MIN_STEPS
-
-    @property
-    def has_efficiency(self) -> bool:
-        """True if an efficiency of this point, or against it, may be stated."""
-        return self.figures is not None and not self.crowded and not self.is_coarse
-
-    def host(self, rank: int) -> str | None:
-        """Return the host of a rank; None if it was not recorded."""
-        places = () if self.point.environment is None else self.point.environment.ranks
-        return places[rank].host if rank < len(places) else None
+compared with points of their kind only."""
+COMPARED: Conditions = {**CONDITIONS, **MADE_WITH}
+"""Properties in which the points of two folders of a comparison may differ."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points that differ in size only, smallest first. ``label`` sets it apart from others; empty if it is alone."""
+    """Points that differ in size only, smallest first. ``label`` names one of several series; empty if it is alone."""
 
     label: str
-    members: tuple[MeasuredPoint, ...]
+    members: tuple[Point, ...]
 
     @property
-    def smallest(self) -> MeasuredPoint | None:
+    def smallest(self) -> Point | None:
         """The smallest point with figures; if none has any, the smallest whose run time can be compared."""
-        measured = [member for member in self.members if member.figures is not None]
-        timed = [member for member in self.members if member.run_rate is not None]
+        measured = [point for point in self.members if point.figures is not None]
+        timed = [point for point in self.members if point.run_rate is not None]
         return next(iter(measured or timed), None)
 
     @property
     def scaling(self) -> str | None:
         """``strong``, ``weak``, or None if no point says."""
-        known = [m.point.environment.weak_scaling for m in self.members if m.point.environment is not None]
+        known = [point.environment.weak_scaling for point in self.members if point.environment is not None]
         return next(("weak" if weak else "strong" for weak in known if weak is not None), None)
 
     @property
     def has_rates(self) -> bool:
         """True if the work of every measured point is known, in one unit, so that they compare by throughput."""
-        measured = [(m.figures.throughput, m.point.unit) for m in self.members if m.figures is not None]
+        measured = [(point.figures.throughput, point.unit) for point in self.members if point.figures is not None]
         return all(rate is not None for rate, _ in measured) and len({unit for _, unit in measured}) == 1
 
     @property
@@ -218,8 +103,13 @@ class Series:
         """True if there are several points: one alone has no speedup."""
         return len(self.members) > 1
 
+    @property
+    def of(self) -> str:
+        """`` of LABEL`` for sentences; empty if the series is alone."""
+        return f" of {self.label}" if self.label else ""
 
-def split(members: Sequence[MeasuredPoint]) -> list[Series]:
+
+def split(points: Sequence[Point]) -> list[Series]:
     """Group points into series by their overrides other than their size, and by their cluster, in order of appearance.
 
     The processes of one machine say nothing of how nodes scale, nor one cluster of another: they are not compared. Nor
@@ -228,68 +118,54 @@ def split(members: Sequence[MeasuredPoint]) -> list[Series]:
     Raises:
         ConfigError: points of one series were measured under different conditions.
     """
-    groups: dict[tuple[str, frozenset[str]], list[MeasuredPoint]] = {}
-    several = len(clusters_of(members)) > 1
-    for member in members:
-        where = {f"cluster={member.point.cluster}"} if several and member.point.cluster else set()
-        groups.setdefault((member.point.source, identity(member.point) | where), []).append(member)
-    groups = {
-        (source, alike | apart): group
-        for (source, alike), mixed in groups.items()
-        for apart, group in _made_alike(mixed).items()
-    }
+    mixed: dict[tuple[str, frozenset[str]], list[Point]] = {}
+    several = len(clusters_of(points)) > 1
+    for point in points:
+        where = {f"cluster={point.cluster}"} if several and point.cluster else set()
+        mixed.setdefault((point.source, identity(point) | where), []).append(point)
+    groups: dict[tuple[str, frozenset[str]], list[Point]] = {}
+    for (source, alike), group in mixed.items():
+        # What sets groups apart: software and code. A point that does not say belongs to the first group.
+        found = {name: list(values) for name, values in made_with(group).items() if len(values) > 1}
+        for point in group:
+            own = {name: point.environment and MADE_WITH[name](point.environment) for name in found}
+            apart = frozenset(own[name] or values[0] for name, values in found.items())
+            groups.setdefault((source, alike | apart), []).append(point)
     common = frozenset.intersection(*(alike for _, alike in groups)) if groups else frozenset()
-    found = []
+    every = []
     for (source, alike), group in groups.items():
         label = ",".join(filter(None, (source, *sorted(alike - common)))) or ("default" if len(groups) > 1 else "")
         # Points whose size is not known come last.
-        sizes = {one.point.path: [math.inf if n is None else n for n in (one.ranks, one.nodes)] for one in group}
-        found.append(Series(label, tuple(sorted(group, key=lambda one: (sizes[one.point.path], one.point.name)))))
-    for series in found:
-        _require_comparable(series)
-    return found
+        sizes = {point.path: [math.inf if n is None else n for n in (point.ranks, point.nodes)] for point in group}
+        every.append(Series(label, tuple(sorted(group, key=lambda point: (sizes[point.path], point.name)))))
+        _require_comparable(every[-1])
+    return every
 
 
-def _made_alike(members: Sequence[MeasuredPoint]) -> dict[frozenset[str], list[MeasuredPoint]]:
-    """Return what sets groups apart -> points that were made with the same software and code.
-
-    A point that does not say belongs to the first group.
-    """
-    several = {name: list(found) for name, found in made_with(members).items() if len(found) > 1}
-    groups: dict[frozenset[str], list[MeasuredPoint]] = {}
-    for member in members:
-        environment = member.point.environment
-        own = {name: environment and MADE_WITH[name](environment) for name in several}
-        groups.setdefault(frozenset(own[name] or found[0] for name, found in several.items()), []).append(member)
-    return groups
-
-
-def made_with(members: Sequence[MeasuredPoint]) -> dict[str, dict[str, list[str]]]:
+def made_with(points: Sequence[Point]) -> dict[str, dict[str, list[str]]]:
     """Return property of ``MADE_WITH`` -> its values among measured points -> their titles."""
     found: dict[str, dict[str, list[str]]] = {name: {} for name in MADE_WITH}
-    for member in members:
-        environment = member.point.environment
-        if environment is None or (member.figures is None and member.run_rate is None):
+    for point in points:
+        if point.environment is None or (point.figures is None and point.run_rate is None):
             continue
         for name, property_of in MADE_WITH.items():
-            if (value := property_of(environment)) is not None:
-                found[name].setdefault(value, []).append(member.point.title)
+            if (value := property_of(point.environment)) is not None:
+                found[name].setdefault(value, []).append(point.title)
     return found
 
 
-def clusters_of(members: Sequence[MeasuredPoint]) -> dict[str, list[str]]:
+def clusters_of(points: Sequence[Point]) -> dict[str, list[str]]:
     """Return cluster -> titles of the points that ran on it, as far as that is known."""
     found: dict[str, list[str]] = {}
-    for member in members:
-        if member.point.cluster is not None:
-            found.setdefault(member.point.cluster, []).append(member.point.title)
+    for point in points:
+        if point.cluster is not None:
+            found.setdefault(point.cluster, []).append(point.title)
     return found
 
 
 def identity(point: Point) -> frozenset[str]:
     """Return the overrides of a point without its size."""
-    told = filter(tells_apart, point.overrides)
-    return frozenset(override for override in told if typed_key(override) not in SIZE_KEYS)
+    return frozenset(one for one in filter(tells_apart, point.overrides) if typed_key(one) not in SIZE_KEYS)
 
 
 def _require_comparable(series: Series) -> None:
@@ -297,27 +173,22 @@ def _require_comparable(series: Series) -> None:
     for other in series.members:
         if first is None or (other.figures if first.figures is not None else other.run_rate) is None:
             continue
-        assert first.point.environment is not None and other.point.environment is not None
+        assert first.environment is not None and other.environment is not None
         for name, condition in CONDITIONS.items():
-            if name == "batch" and not other.point.is_gpt:
+            if name == "batch" and not other.is_gpt:
                 continue  # stated by hand, once for all points or wrongly; a note names steps with other work
-            here, there = condition(first.point.environment), condition(other.point.environment)
+            here, there = condition(first.environment), condition(other.environment)
             if here is not None and there is not None and here != there:
-                typed = [override for override in other.point.overrides if typed_key(override) != "fresh"]
+                typed = [override for override in other.overrides if typed_key(override) != "fresh"]
                 again = " ".join(["python -m launch", *typed, "fresh=true"])
                 raise ConfigError(
-                    f"different {name} in one scaling series: {first.point.title} has {here}, "
-                    f"{other.point.title} has {there}",
+                    f"different {name} in one scaling series: {first.title} has {here}, {other.title} has {there}",
                     f"the same {name} for all points whose efficiency is compared",
-                    f"{again}, so that it has {here}; or take {other.point.path} out of the folder",
+                    f"{again}, so that it has {here}; or take {other.path} out of the folder",
                 )
 
 
 # Labels of points, and the comparison of several sweeps and runs, each with a baseline of its own.
-
-
-COMPARED: Mapping[str, Callable[[Environment], str | None]] = {**CONDITIONS, **MADE_WITH}
-"""Conditions that a ratio between points of two folders is a measure of, if they differ."""
 
 
 def label_points(points: Sequence[Point]) -> list[Point]:
@@ -330,113 +201,257 @@ def label_points(points: Sequence[Point]) -> list[Point]:
 
 
 def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]:
-    """Return the points with their labels; in a comparison also with their source, which the labels begin with."""
-    if not selection.parts:
-        return label_points(points)
-    sources: dict[str, list[Point]] = defaultdict(list)
-    left = iter(points)
-    for source, part in zip(source_labels(selection.parts), selection.parts, strict=True):
-        sources[source] += islice(left, len(part.runs))
-    return [
-        replace(point, source=source, label=f"{source}/{point.title}")
-        for source, of_source in sources.items()
-        for point in label_points(of_source)
-    ]
+    """Return the points with labels and neighbours; in a comparison also with their source, which begins the label."""
+    if selection.parts:
+        sources: dict[str, list[Point]] = defaultdict(list)
+        left = iter(points)
+        for source, part in zip(source_labels(selection.parts), selection.parts, strict=True):
+            sources[source] += islice(left, len(part.runs))
+        labelled = [
+            replace(point, source=source, label=f"{source}/{point.title}")
+            for source, of_source in sources.items()
+            for point in label_points(of_source)
+        ]
+    else:
+        labelled = label_points(points)
+    near = [tuple(other.title for other in labelled if disturbs(other, point)) for point in labelled]
+    return [replace(point, neighbours=titles) for point, titles in zip(labelled, near, strict=True)]
 
 
-def ratios_to_first(members: Sequence[MeasuredPoint]) -> dict[str, float]:
+def ratios_to_first(points: Sequence[Point]) -> dict[str, float]:
     """Return title -> throughput over that of the first source's point with as many ranks, in the same unit.
 
     If the first source has several points of a size, the one with the same overrides counts; if none has, no point.
     """
-    sources = list(dict.fromkeys(member.point.source for member in members))
-    first = [member for member in members if member.point.source == sources[0] and member.figures is not None]
+    sources = list(dict.fromkeys(point.source for point in points))
+    first = [point for point in points if point.source == sources[0] and point.figures is not None]
     found: dict[str, float] = {}
-    for member in members:
-        as_large = [one for one in first if one.ranks == member.ranks]
-        alike = [one for one in as_large if identity(one.point) == identity(member.point)] or as_large
-        if member.point.source == sources[0] or member.figures is None or len(alike) != 1:
+    for point in points:
+        as_large = [one for one in first if one.ranks == point.ranks]
+        alike = [one for one in as_large if identity(one) == identity(point)] or as_large
+        if point.source == sources[0] or point.figures is None or len(alike) != 1:
             continue
-        here, there = member.figures.throughput, alike[0].figures and alike[0].figures.throughput
-        if here is not None and there and member.point.unit == alike[0].point.unit:
-            found[member.point.title] = here / there
+        here, there = point.figures.throughput, alike[0].figures and alike[0].figures.throughput
+        if here is not None and there and point.unit == alike[0].unit:
+            found[point.title] = here / there
     return found
 
 
-def comparison_notes(members: Sequence[MeasuredPoint]) -> list[str]:
-    """Return the notes on a ratio across folders: what the points of each differ in from those of the first."""
-    sources: dict[str, list[Environment]] = defaultdict(list)
-    for member in members:
-        sources[member.point.source] += [] if member.point.environment is None else [member.point.environment]
-    if len(sources) < 2:
-        return []
-    (first, of_first), *others = sources.items()
-    told = [
-        f"Speedup and efficiency are against the smallest point of the same folder. Times {first} is the throughput "
-        f"over that of the point of {first} with as many ranks."
-    ]
-    for source, environments in others:
-        different = []
-        for name, condition in COMPARED.items():
-            here, there = (
-                sorted({value for one in which if (value := condition(one)) is not None})
-                for which in (environments, of_first)
+# Intervals of the efficiencies of a series, repeats of one size, and scaling laws.
+
+
+SEED = 20_240_229
+REPLICATES = 400
+NORMAL = 1.959964
+"""Quantile of the normal distribution that leaves 2.5 % above it."""
+CHUNK = 2_000_000
+"""Step times that are drawn at once."""
+LEAST_SIZES = 3
+"""A law of one parameter that is fitted to fewer sizes is no finding."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """A law that was fitted to a series: Amdahl's for strong, Gustafson's for weak scaling."""
+
+    series: str
+    name: str
+    serial_share: float
+    low: float
+    high: float
+    """Ends of its 95 % interval."""
+    largest_error: float
+    """Largest distance of a measured speedup from the law's, as a share of the law's."""
+    base: str
+    """Label of the smallest point."""
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Several runs of one size in a series, and the efficiency by the mean of their step times."""
+
+    ranks: int
+    count: int
+    efficiency: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SeriesFindings:
+    """Findings on one series."""
+
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Name of a point -> 95 % interval of its efficiency."""
+    repeats: tuple[Repeats, ...] = ()
+    law: Law | None = None
+
+
+def find(series: Series) -> SeriesFindings:
+    """Return the findings on a series; none if no efficiency is stated."""
+    base = series.smallest
+    runs = [point for point in series.members if point.has_efficiency]
+    is_stated = base is not None and base.has_efficiency and series.compares and series.has_rates
+    if base is None or not is_stated or len(runs) < 2:
+        return SeriesFindings()
+    sizes: dict[int, list[Point]] = defaultdict(list)  # in the order of the series
+    for run in runs:
+        sizes[run.ranks or 0].append(run)
+    of_base, *_ = sizes.values()
+    drawn = [_medians([run], at) for at, run in enumerate(runs)]
+    intervals = {
+        run.name: ratio(_efficiency([run], runs[:1]), own, drawn[0])
+        for run, own in zip(runs[1:], drawn[1:], strict=True)
+    }
+    repeats = []
+    all_of_base = _medians(of_base, len(runs))
+    for at, (ranks, of_size) in enumerate(sizes.items(), start=len(runs) + 1):
+        if len(of_size) > 1 and of_size is not of_base:
+            efficiency = _efficiency(of_size, of_base)
+            repeats.append(
+                Repeats(ranks, len(of_size), efficiency, *ratio(efficiency, _medians(of_size, at), all_of_base))
             )
-            if here and there and here != there:
-                different.append(f"{name} ({' / '.join(here)}, not {' / '.join(there)})")
-        if different:
-            told.append(f"{source} differs from {first} in {'; '.join(different)}: a ratio is of all of it together.")
-    return told
+    return SeriesFindings(intervals, tuple(repeats), _fit_law(series, sizes, base.title))
 
 
-# Notes on points.
+def _medians(runs: Sequence[Point], index: int) -> Medians:
+    return Medians([run.steps.after_warmup().time_s for run in runs], index)
 
 
-NAMED = 3
-"""Slow ranks that a note names; of the rest it gives the number."""
+def _efficiency(runs: Sequence[Point], base: Sequence[Point]) -> float:
+    """Return the efficiency of a size by the mean step time of its runs, and of those of the smallest size."""
+    one, smallest = (group[0].figures for group in (runs, base))
+    here, there = (sum(r.figures.step_time_s for r in group if r.figures) / len(group) for group in (runs, base))
+    assert one is not None and one.throughput and smallest is not None and smallest.throughput
+    scale = (one.step_time_s / here) * (there / smallest.step_time_s)
+    return one.throughput / smallest.throughput * (base[0].ranks or 0) / (runs[0].ranks or 0) * scale
 
 
-def straggler_notes(member: MeasuredPoint) -> list[str]:
-    """Return the notes on slow ranks and on ranks that wait for data; none if their excess is within the spread."""
-    if member.figures is None or member.point.rank_times is None:
-        return []
-    ranks = member.point.rank_times.ranks
-    slow = {rank.rank: rank.excess_s for rank in ranks if rank.is_slow}
-    waiting = {rank.rank: rank.wait_excess_s or 0.0 for rank in ranks if rank.waits_long}
-    found = []
-    if slow:
-        found.append(
-            f"At {member.point.title}, slower than the other ranks throughout the run: {_told(member, slow)}. In each "
-            "step all ranks wait for the slowest."
-        )
-    if waiting:
-        found.append(
-            f"At {member.point.title}, longer waits for data than on the other ranks: {_told(member, waiting)}."
-        )
+def _fit_law(series: Series, sizes: Mapping[int, Sequence[Point]], base: str) -> Law | None:
+    """Fit the law of the kind of scaling to all sizes above the smallest; None if there are too few."""
+    if len(sizes) < LEAST_SIZES or series.scaling is None:
+        return None
+    smallest, *above = sizes
+    drawn = {ranks: _medians(runs, ranks) for ranks, runs in sizes.items()}
+    relative = np.array(above) / smallest
+    speedups = relative * np.array([_efficiency(sizes[ranks], sizes[smallest]) for ranks in above])
+    of_base = drawn[smallest]
+    strays = [of_base.replicates / of_base.value * drawn[n].value / drawn[n].replicates for n in above]
+    is_weak = series.scaling == "weak"
+    fit = gustafson if is_weak else amdahl
+    share = float(fit(relative, speedups))
+    replicates = fit(relative, speedups * np.stack(strays, axis=-1))
+    low, high = interval(share, replicates, max(one.widening for one in drawn.values()))
+    by_law = relative - share * (relative - 1) if is_weak else 1 / (share + (1 - share) / relative)
+    error = float(np.max(np.abs(speedups / by_law - 1)))
+    return Law(series.label, "Gustafson" if is_weak else "Amdahl", share, low, high, error, base)
+
+
+def amdahl(sizes: Floats, speedups: Floats) -> Floats:
+    """Fit the serial share s of ``1 / speedup = s + (1 - s) / size`` by least squares; Amdahl, 1967.
+
+    Args:
+        sizes: ranks over those of the smallest point, [points].
+        speedups: against the smallest point, [..., points].
+    """
+    weight = 1 - 1 / sizes
+    found: Floats = ((1 / speedups - 1 / sizes) * weight).sum(axis=-1) / (weight * weight).sum()
     return found
 
 
-def _told(member: MeasuredPoint, ranks: Mapping[int, float]) -> str:
-    """Write the slowest of some ranks and their excess over the median of all other ranks."""
-    assert member.figures is not None
-    told = []
-    for rank, excess_s in sorted(ranks.items(), key=lambda item: -item[1])[:NAMED]:
-        host, share = member.host(rank), 100 * excess_s / member.figures.step_time_s
-        on = "" if host is None else f" on {host}"
-        told.append(f"rank {rank}{on} by {1000 * excess_s:.3g} ms, {share:.1f} % of the step time")
-    more = f"; and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
-    return "; ".join(told) + more
+def gustafson(sizes: Floats, speedups: Floats) -> Floats:
+    """Fit the serial share s of ``speedup = size - s (size - 1)`` by least squares; Gustafson, 1988.
+
+    Shapes as for ``amdahl``.
+    """
+    weight = sizes - 1
+    found: Floats = ((sizes - speedups) * weight).sum(axis=-1) / (weight * weight).sum()
+    return found
 
 
-def resolution_note(member: MeasuredPoint) -> str:
-    """Return the note on a point whose steps were not timed one by one; empty for any other."""
-    figures = member.figures
-    if figures is None or not figures.resolution_s:
-        return ""
-    together = round(figures.resolution_s / figures.step_time_s) if figures.step_time_s else 0
-    claim = f", and no efficiency is claimed: they took less than {MIN_STEPS} such readings" if member.is_coarse else ""
-    return (
-        f"At {member.point.title} a step time is a mean over about {counted(together, 'step')}, whose lines were read "
-        f"together ({figures.resolution_s:.2g} s): their spread is not known{claim}. A step time in the line "
-        "(script.progress with a group step_time_s), or launch.worker, tells each step."
-    )
+# The median step time of a size, drawn anew from the measured steps: the block bootstrap of Künsch, 1989.
+
+
+class Medians:
+    """The median step time of one size, drawn anew many times.
+
+    Args:
+        runs: step times after warm-up of each run of this size, seconds; [steps].
+        index: of the size in its series; no two sizes draw the same.
+    """
+
+    def __init__(self, runs: Sequence[Sequence[float] | Floats], index: int) -> None:
+        chance = np.random.default_rng((SEED, index))
+        times = [np.asarray(run, dtype=np.float64) for run in runs]
+        drawn = np.stack([_draw(of_run, chance) for of_run in times])  # [runs, replicates]
+        count = len(times)
+        chosen = chance.integers(0, count, (count, REPLICATES))
+        self.value = float(np.mean([np.median(of_run) for of_run in times]))
+        self.replicates: Floats = drawn[chosen, np.arange(REPLICATES)].mean(axis=0)
+        # Drawing few runs from themselves shows a smaller spread than theirs.
+        few = math.sqrt(count / (count - 1)) * student(count - 1) if count > 1 else 0.0
+        self.widening = max(few, *map(_widening, times)) / NORMAL
+
+
+def correlation(times: Floats) -> float:
+    """Estimate the correlation of each step with the one before, by their order: one long step must not decide."""
+    steps = len(times)
+    if steps < 3 or np.ptp(times) == 0:
+        return 0.0
+    ranks = np.argsort(np.argsort(times)).astype(np.float64)
+    rho = float(np.corrcoef(ranks[:-1], ranks[1:])[0, 1])
+    rho += (1 + 4 * rho) / steps  # a short series shows less of it than there is
+    return min(0.97, max(0.0, rho))
+
+
+def block_length(times: Floats) -> int:
+    """Return how many steps are drawn together, so that the error of the spread of their means is least."""
+    steps, rho = len(times), correlation(times)
+    best = (math.sqrt(6) * rho / (1 - rho * rho)) ** (2 / 3) * steps ** (1 / 3)
+    return max(1, min(math.ceil(best), steps // 3))
+
+
+def _widening(times: Floats) -> float:
+    """Return the quantile for the blocks of one run: Student's, and what their ends cut of the correlation."""
+    length, rho = block_length(times), correlation(times)
+    cut = min(0.6, 2 * rho / (1 - rho * rho) / length)
+    return student(max(1.0, len(times) / length - 1)) / math.sqrt(1 - cut)
+
+
+def student(freedom: float) -> float:
+    """Return the quantile of Student's distribution that leaves 2.5 % above it (Abramowitz and Stegun, 26.7.5)."""
+    if freedom <= 2:
+        return 12.706 if freedom <= 1 else 4.303
+    z, v = NORMAL, freedom
+    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return z + sum(term / v ** (power + 1) for power, term in enumerate(terms))
+
+
+def _draw(times: Floats, chance: np.random.Generator) -> Floats:
+    """Return medians of as many steps, drawn in blocks that continue at the first step."""
+    steps, length = len(times), block_length(times)
+    blocks = math.ceil(steps / length)
+    found = []
+    at_once = max(1, CHUNK // steps)
+    for start in range(0, REPLICATES, at_once):
+        count = min(at_once, REPLICATES - start)
+        begins = chance.integers(0, steps, (count, blocks, 1))
+        places = (begins + np.arange(length)).reshape(count, -1)[:, :steps] % steps
+        found.append(np.median(times[places], axis=1))
+    return np.concatenate(found)
+
+
+def interval(value: float, replicates: Floats, widening: float) -> tuple[float, float]:
+    """Return the middle 95 % of the replicates, widened around the value."""
+    low, high = np.quantile(replicates, (0.025, 0.975))
+    return value - widening * (value - float(low)), value + widening * (float(high) - value)
+
+
+def ratio(efficiency: float, point: Medians, base: Medians) -> tuple[float, float]:
+    """Return the interval of an efficiency, which is inverse to the point's step time, and goes as the base's.
+
+    An efficiency is not negative: a widened interval ends at zero.
+    """
+    drawn = efficiency * (point.value / point.replicates) * (base.replicates / base.value)
+    low, high = interval(efficiency, drawn, max(point.widening, base.widening))
+    return max(0.0, low), high

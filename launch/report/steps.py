@@ -1,33 +1,197 @@
-"""Steps of a run over all ranks, times of its ranks, and the phases that lost efficiency goes to."""
+"""Steps of a run over all ranks, times of each rank, and the phases that lost efficiency goes to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+import statistics
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from launch.report.read import (
+    MOST_ATTEMPTS,
+    Environment,
+    Flags,
+    Floats,
+    Integers,
+    RecordColumns,
+    read_ahead,
+    read_columns,
+    read_last,
+)
+from launch.runs.folder import RunFolder
+from launch.runs.progress import RESOLUTION
+from launch.runs.records import UNITS
+
+TIME = "step_time_s"
 WARMUP_STEPS = 5
 """Left out at the start of each attempt: they pay for memory pools, caches, connections and DDP's second bucketing."""
-LEAST_SHARE = 0.02
-"""Share of the step time below which no rank is called slow: reading the clock at another moment makes as much."""
+NOISY = 0.1
+"""Above this interquartile range, in medians, an efficiency is marked. It does not shrink with the number of steps, as
+a standard error would: what disturbs a machine lasts for many steps, which are no independent samples."""
+MIN_STEPS = 5
+"""Fewer steps, or fewer intervals in which a log was read, have no quartiles and no efficiency."""
+WAITS = ("comm_s", "bubble_s")
+"""Fields of a step record with the time that a rank waited for others."""
+RECORDED = {
+    "communication": "comm_s",
+    "bubble": "bubble_s",
+    "data": "data_wait_s",
+    "optimizer": "optimizer_s",
+}
+"""Phase -> field of the step records. Communication comes first: the others are part of a rank's own time."""
+STRAGGLERS, REST = "stragglers", "computation"
+LOSSES = {
+    "communication": "exposed communication",
+    "stragglers": "slowest rank of each step",
+    "data": "waiting for data",
+    "bubble": "pipeline bubble",
+    "optimizer": "optimizer",
+    "computation": "computation and the rest",
+}
+"""Phase -> its name for people, in the order in which they are shown."""
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Optimizer steps over all ranks in order, each once; arrays of [steps]. An unknown number is NaN."""
+
+    step: Integers
+    attempt: Integers
+    time_s: Floats
+    """Of the slowest rank."""
+    work: Floats
+    """Of all ranks, in the unit of the point."""
+    mfu_palm: Floats
+    recorded_by: Integers
+    """Ranks whose own work was added up."""
+    resolution_s: Floats
+    """Seconds over which the time is a mean: lines of a log that were read together; 0 for a measured time."""
+    phases: Mapping[str, Floats]
+    """Phase of ``LOSSES`` -> seconds of ``time_s``, on the rank with the longest own time; they add up to ``time_s``.
+    The rest is NaN in a step whose ranks recorded different phases."""
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def after_warmup(self) -> Steps:
+        """Return all steps but the first ``WARMUP_STEPS`` of each attempt."""
+        chosen = past_warmup(self.step, self.attempt)
+        arrays = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "phases"}
+        phases = {phase: values[chosen] for phase, values in self.phases.items()}
+        return Steps(**{name: values[chosen] for name, values in arrays.items()}, phases=phases)
+
+    def shares(self) -> dict[str, float]:
+        """Return the share of each phase in the time of all steps; they add up to 1. Empty if a step has no phases.
+
+        A phase that some steps lack counts as the rest in all.
+        """
+        total = sum(self.time_s.tolist())
+        rest = self.phases.get(REST)
+        if rest is None or np.isnan(rest).any() or not total > 0:
+            return {}
+        divided = {phase: self.phases[phase] for phase in LOSSES if phase != REST and phase in self.phases}
+        shares = {phase: sum(s.tolist()) / total for phase, s in divided.items() if not np.isnan(s).any()}
+        return {**shares, REST: 1 - sum(shares.values())}
+
+
+NO_STEPS = Steps(*(np.empty(0, np.int64),) * 2, *(np.empty(0),) * 3, np.empty(0, np.int64), np.empty(0), {})
+
+
+def past_warmup(steps: Integers, attempts: Integers) -> Flags:
+    """Return which of these steps, in order, follow the first ``WARMUP_STEPS`` of their attempt."""
+    _, first, of = np.unique(attempts, return_index=True, return_inverse=True)
+    later: Flags = steps >= steps[first][of] + WARMUP_STEPS
+    return later
 
 
 @dataclass(frozen=True)
-class Step:
-    """One optimizer step over all ranks: the time of the slowest rank, the work of all of them."""
+class Measurement:
+    """Figures of one point, from ``steps`` optimizer steps. Times in seconds; low and high are the quartiles."""
 
-    step: int
-    attempt: int
-    time_s: float
-    work: float | None
-    """In the unit of the point; None if neither the ranks nor the set-up say."""
+    steps: int
+    step_time_s: float
+    low_s: float
+    high_s: float
+    throughput: float | None
+    """Work per second, in the unit of the point; None if the work of a step is not known."""
     mfu_palm: float | None
-    recorded_by: int = 1
-    """Ranks whose own work was added up."""
-    phases: Mapping[str, float] | None = None
-    """Phase of ``LOSSES`` -> seconds of ``time_s``, on the rank with the longest own time; they add up to it.
-    None if the ranks recorded different phases."""
     resolution_s: float = 0.0
-    """Seconds over which the time is a mean: lines of a log that were read together; 0 for a measured time."""
+    """Seconds over which most step times are means; 0 if most steps were timed one by one."""
+    intervals: float = math.inf
+    """Number of such means."""
+
+    @property
+    def spread_share(self) -> float:
+        """Interquartile range over the median."""
+        return (self.high_s - self.low_s) / self.step_time_s if self.step_time_s else 0.0
+
+    @property
+    def is_noisy(self) -> bool:
+        """True if the steps differ too much, or are timed too coarsely, for an exact efficiency."""
+        return self.spread_share > NOISY or NOISY * self.intervals < 1
+
+
+def measure(steps: Steps) -> Measurement | None:
+    """Measure a point; None if fewer than ``MIN_STEPS`` steps are left after warm-up."""
+    used = steps.after_warmup()
+    if len(used) < MIN_STEPS:
+        return None
+    low, median, high = statistics.quantiles(used.time_s.tolist(), n=4, method="inclusive")
+    mfu = used.mfu_palm[~np.isnan(used.mfu_palm)]
+    resolution_s = float(np.median(used.resolution_s))
+    length_s = median * int(used.step[-1] - used.step[0] + 1)  # some programs print every tenth step
+    has_work = not np.isnan(used.work).any() and median > 0
+    return Measurement(
+        steps=len(used),
+        step_time_s=median,
+        low_s=low,
+        high_s=high,
+        throughput=float(np.median(used.work)) / median if has_work else None,
+        mfu_palm=float(np.median(mfu)) if len(mfu) else None,
+        resolution_s=resolution_s,
+        intervals=length_s / resolution_s if resolution_s else math.inf,
+    )
+
+
+def lost(point: Mapping[str, float], base: Mapping[str, float], efficiency: float, alone: bool) -> dict[str, float]:
+    """Divide ``1 - efficiency`` of a point: phase -> share of its step time; negative if the phase got shorter.
+
+    The ideal step takes ``efficiency`` of the time of the real one, divided as at the smallest point. A phase lost
+    what it takes beyond its part of the ideal step.
+
+    Args:
+        point: shares of the phases in its step time, as of ``Steps.shares``.
+        base: shares of the smallest point.
+        efficiency: of the point against the smallest one.
+        alone: True if the smallest point is one rank, which waits for no other.
+    """
+    if not point or not base:
+        return {}
+    ideal = {**({"communication": 0.0, STRAGGLERS: 0.0, "bubble": 0.0} if alone else {}), **base}
+    known = [phase for phase in LOSSES if phase != REST and phase in point and phase in ideal]
+    if not known:
+        return {}
+    parts = {phase: point[phase] - efficiency * ideal[phase] for phase in known}
+    return {**parts, REST: 1 - efficiency - sum(parts.values())}
+
+
+# Times of each rank against those of the others: which rank is slower, by how much, and whether the spread shows it.
+
+
+WINDOWS = 60
+"""Windows of the run over which the times of each rank are averaged."""
+LEAST_WINDOWS = 4
+"""Fewer windows show nothing persistent."""
+LEAST_SHARE = 0.02
+"""Share of the step time below which no rank is called slow: reading the clock at another moment makes as much."""
+BEYOND_SPREAD = 3.0
+"""A slow rank is so many interquartile ranges of the other ranks above their median."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +225,95 @@ class RankTimes:
     """True if waiting in collectives was recorded and is subtracted."""
 
 
+class _OwnTimes:
+    """Mean times of the ranks in windows of the run; the first rank decides which steps the windows have."""
+
+    def __init__(self, first: RecordColumns, counts: Flags) -> None:
+        chosen = counts & past_warmup(first.steps, first.attempts)
+        self._keys, self._steps = first.keys[chosen], first.steps[chosen]
+        self._parts = np.array_split(np.arange(len(self._keys)), min(WINDOWS, len(self._keys)) or 1)
+        self._window = np.repeat(np.arange(len(self._parts)), [len(part) for part in self._parts])
+        self._sizes = np.bincount(self._window)
+        self._ranks: list[int] = []
+        self._own: list[Floats] = []
+        self._waits: list[Floats] = []
+        self._is_net = True
+
+    def add(self, rank: int, columns: RecordColumns, times: Floats) -> None:
+        """Add one rank with its step times; a rank that did not record all the steps is left out."""
+        at = np.searchsorted(columns.keys, self._keys).clip(0, len(columns) - 1)
+        own = times[at]
+        if not len(at) or (columns.keys[at] != self._keys).any() or np.isnan(own).any():
+            return
+        for name in WAITS:
+            waits = columns.values[name][at]
+            own = own if np.isnan(waits).any() else own - waits
+        self._is_net = self._is_net and not np.isnan(columns.values["comm_s"][at]).any()
+        self._ranks.append(rank)
+        for means, values in ((self._own, own), (self._waits, columns.values["data_wait_s"][at])):
+            means.append(np.bincount(self._window, weights=values) / self._sizes)
+
+    def result(self) -> RankTimes | None:
+        """Compare the ranks; None if fewer than two have recorded the same steps."""
+        if len(self._ranks) < 2 or len(self._parts) < LEAST_WINDOWS:
+            return None
+        own, waits, sizes = np.array(self._own), np.array(self._waits), self._sizes
+        step_s = float(own.mean())
+        excess, slow = _compare(own, sizes, step_s)
+        has_waits = not np.isnan(waits).any()
+        wait_excess, long = _compare(waits, sizes, step_s) if has_waits else (excess, slow & False)
+        mean, mean_wait = (values @ sizes / sizes.sum() for values in (own, waits))
+        return RankTimes(
+            ranks=tuple(
+                RankTime(
+                    rank=rank,
+                    own_s=float(mean[index]),
+                    excess_s=float(excess[index]),
+                    data_wait_s=float(mean_wait[index]) if has_waits else None,
+                    wait_excess_s=float(wait_excess[index]) if has_waits else None,
+                    is_slow=bool(slow[index]),
+                    waits_long=bool(long[index]),
+                )
+                for index, rank in enumerate(self._ranks)
+            ),
+            windows=tuple((int(self._steps[part[0]]), int(self._steps[part[-1]])) for part in self._parts),
+            excess_s=tuple(map(tuple, (own - np.median(own, axis=0)).tolist())),
+            is_net=self._is_net,
+        )
+
+
+def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Flags]:
+    """Return the excess of each rank over the median of the others, and which ranks are slow beyond doubt.
+
+    ``times`` are means of [ranks, windows], of ``sizes`` steps. Beyond doubt is an excess that is a noticeable share
+    of the step, exceeds the spread of the others, and has half its size or more in three quarters of the windows.
+    """
+    means = times @ sizes / sizes.sum()
+    ordered = np.sort(means)
+    own_place = np.searchsorted(ordered, means)
+
+    def of_others(share: float) -> Floats:
+        """Return a quantile of the means of the other ranks, for each rank."""
+        place = share * (len(means) - 2)
+        below = int(place)
+        low, high = (ordered[at + (own_place <= at)] for at in (below, min(below + 1, len(means) - 2)))
+        found: Floats = low + (high - low) * (place - below)
+        return found
+
+    excess = means - of_others(0.5)
+    slow = (excess >= LEAST_SHARE * step_s) & (excess > BEYOND_SPREAD * (of_others(0.75) - of_others(0.25)))
+    for rank in np.flatnonzero(slow).tolist():
+        median_s = np.median(np.delete(times, rank, axis=0), axis=0)
+        slow[rank] = np.quantile(times[rank] - median_s, 0.25) >= excess[rank] / 2
+    return excess, slow
+
+
+# Reading and reducing the records of all ranks, one file at a time.
+
+
 @dataclass(frozen=True)
 class UnreadLines:
-    """Lines among the step records of one rank in one attempt that are no records: cut by a crash, or garbled."""
+    """Lines among the step records of one rank in one attempt that are no records: cut by a crash, or damaged."""
 
     rank: int
     attempt: int | None
@@ -71,91 +321,246 @@ class UnreadLines:
     lines: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class StepReading:
     """Everything that a report takes from the step records of a run."""
 
-    steps: tuple[Step, ...] = ()
-    """In order, of attempts with the set-up of the last attempt on all nodes of the run."""
+    steps: Steps = NO_STEPS
+    """Steps of attempts with the set-up of the last attempt on all nodes of the run."""
     rank_times: RankTimes | None = None
+    """Times of each rank against those of the others; None if fewer than two recorded the same steps."""
     unit: str | None = None
-    """Unit of the work, from the set-up or the records; None if neither says."""
+    """Unit of the work: tokens, samples, images; None if neither the set-up nor the records say."""
     last_step: int | None = None
     loss: float | None = None
-    """Training loss of the last step."""
+    """Training loss of the last step, nats per token."""
     attempt: int = 0
     """Attempt whose set-up the steps have."""
     attempt_steps: Mapping[int, int] = field(default_factory=dict)
     """Attempt -> steps that it made and that no later attempt repeated."""
     bf16_ratio: float | None = None
-    """MFU of the bf16 peak over that of the peak in the precision of the run, by the last record."""
-    attempt_times: Mapping[int, tuple[float, float]] = field(default_factory=dict)
-    """Attempt -> Unix times of its first and its last record that count, by the first rank."""
+    """MFU of the bf16 peak over that of the peak in the precision of the run; None if the records do not say."""
+    span: tuple[float, float] | None = None
+    """Unix times of the first and the last record of the last attempt with steps."""
     unread: tuple[UnreadLines, ...] = ()
-    """By rank, and by attempt in the order of its file."""
+    """Lines that are no records, without half a line that is being written; by rank, and by attempt in file order."""
 
 
-# Efficiency that a point lost against the smallest one, divided among the phases of its steps.
-
-
-RECORDED = {
-    "communication": "comm_s",
-    "bubble": "bubble_s",
-    "data": "data_wait_s",
-    "optimizer": "optimizer_s",
-}
-"""Phase -> field of the step records. Communication comes first: the others are part of a rank's own time."""
-STRAGGLERS, REST = "stragglers", "computation"
-LOSSES = {
-    "communication": "exposed communication",
-    "stragglers": "slowest rank of each step",
-    "data": "waiting for data",
-    "bubble": "pipeline bubble",
-    "optimizer": "optimizer",
-    "computation": "computation and the rest",
-}
-"""Phase -> its name for people, in the order in which they are shown."""
-
-
-def drop_warmup(steps: Sequence[Step]) -> list[Step]:
-    """Return all steps but the first ``WARMUP_STEPS`` of each attempt."""
-    first: dict[int, int] = {}
-    for step in steps:
-        first[step.attempt] = min(step.step, first.get(step.attempt, step.step))
-    return [step for step in steps if step.step >= first[step.attempt] + WARMUP_STEPS]
-
-
-def phase_shares(steps: Sequence[Step]) -> dict[str, float]:
-    """Return the share of each phase in the time of these steps; they add up to 1. Empty if a step has no phases.
-
-    A phase that some steps lack counts as the rest in all.
-    """
-    divided = [step.phases for step in steps if step.phases is not None]
-    total = sum(step.time_s for step in steps)
-    if len(divided) < len(steps) or not total > 0:
-        return {}
-    known = [phase for phase in LOSSES if phase != REST and all(phase in phases for phases in divided)]
-    shares = {phase: sum(phases[phase] for phases in divided) / total for phase in known}
-    return {**shares, REST: 1 - sum(shares.values())}
-
-
-def lost(point: Mapping[str, float], base: Mapping[str, float], efficiency: float, alone: bool) -> dict[str, float]:
-    """Divide ``1 - efficiency`` of a point: phase -> share of its step time; negative if the phase got shorter.
-
-    The ideal step takes ``efficiency`` of the time of the real one, divided as at the smallest point. A phase lost
-    what it takes beyond its part of the ideal step.
+def read_steps(
+    run: RunFolder, setups: Mapping[int, Environment], fewer: Collection[int] = frozenset(), *, has_ended: bool = True
+) -> StepReading:
+    """Read and reduce the step records of a run, whose attempts have these set-ups.
 
     Args:
-        point: shares of the phases in its step time, as of ``phase_shares``.
-        base: shares of the smallest point.
-        efficiency: of the point against the smallest one.
-        alone: True if the smallest point is one rank, which waits for no other.
+        run: the folder.
+        setups: attempt -> its set-up.
+        fewer: attempts on fewer nodes than the run asks for; their steps count if there are no others.
+        has_ended: False if ranks may be running, so that half a line at the end of a file is being written.
     """
-    if not point or not base:
-        return {}
-    ideal = {**({"communication": 0.0, STRAGGLERS: 0.0, "bubble": 0.0} if alone else {}), **base}
-    known = [phase for phase in LOSSES if phase != REST and phase in point and phase in ideal]
-    if not known:
-        return {}
-    parts = {phase: point[phase] - efficiency * ideal[phase] for phase in known}
-    return {**parts, REST: 1 - efficiency - sum(parts.values())}
+    reduction: _Reduction | None = None
+    unread: list[UnreadLines] = []
+    for rank, columns in _read_ranks(run, setups):
+        lines = columns.unread if has_ended or not columns.has_open_end else columns.unread[:-1]
+        unread += [UnreadLines(rank, attempt, count) for attempt, count in Counter(lines).items()]
+        if len(columns):
+            reduction = reduction or _Reduction(run.metrics(rank), columns, setups, fewer)
+            reduction.add(rank, columns)
+    reading = StepReading() if reduction is None else reduction.reading()
+    return replace(reading, unread=tuple(unread))
+
+
+def _read_ranks(run: RunFolder, setups: Mapping[int, Environment]) -> Iterator[tuple[int, RecordColumns]]:
+    """Yield the records of each rank, by rank; after the first rank with records a few files are read ahead."""
+    is_gpt = bool(setups) and all(setup.workload == "gpt" for setup in setups.values())
+    stated = sorted({setup.unit for setup in setups.values() if setup.unit is not None})
+    units = ("tokens",) if is_gpt else tuple(dict.fromkeys((*stated, *UNITS)))
+    names = [TIME, *RECORDED.values(), *units, "mfu_palm"]
+    # The GPT library never records these: searching for them in its files would take time.
+    names += [] if is_gpt else ["work", RESOLUTION, *(f"{unit}_per_s" for unit in units)]
+    ranks = iter(run.metric_ranks())
+    for rank in ranks:
+        first = read_columns(run.metrics(rank), [*names, "time"])
+        yield rank, first
+        if len(first):
+            names += ["time"] if not is_gpt or np.isnan(first.values[TIME]).any() else []
+            others = list(ranks)
+            size = sum(path.stat().st_size for path in map(run.metrics, others) if path.exists())
+            yield from read_ahead(partial(_read_rank, run, names), others, size)
+
+
+def _read_rank(run: RunFolder, names: Sequence[str], rank: int) -> RecordColumns:
+    return read_columns(run.metrics(rank), names)
+
+
+def step_times(columns: RecordColumns) -> Floats:
+    """Return the step times, NaN if unknown or not finite; completed as by ``records.fill_in_step_times``."""
+    values = columns.values[TIME]
+    values = np.where(np.isfinite(values), values, np.nan)  # a script may have divided by zero
+    missing = np.flatnonzero(np.isnan(columns.values[TIME]) & np.append(False, np.diff(columns.attempts) == 0))
+    if len(missing) and "time" in columns.values:
+        time = columns.values["time"]
+        seconds = np.nan_to_num(time)[missing] - time[missing - 1]
+        values[missing] = np.where(seconds > 0, seconds / np.diff(columns.steps)[missing - 1], np.nan)
+    return values
+
+
+def _own_work(columns: RecordColumns, unit: str | None) -> Floats:
+    """Return a rank's own number of ``unit`` in each record, as ``records.own_work``."""
+    work = np.full(len(columns), np.nan)
+    for name in (*{"images": ("images", "samples"), None: ()}.get(unit, (unit,)), "work"):
+        work = np.where(np.isnan(work), columns.values.get(str(name), work), work)
+    return work
+
+
+class _Reduction:
+    """Figures of each step over the ranks that were added; the first rank decides which attempts count, and the unit.
+
+    The critical rank of a step has the longest own time: its step time without its waits in collectives.
+    """
+
+    def __init__(
+        self, path: Path, first: RecordColumns, setups: Mapping[int, Environment], fewer: Collection[int]
+    ) -> None:
+        self._first, self._setups, self._last = first, setups, read_last(path, first)
+        # An attempt without steps, such as a start of a run that was finished, says nothing of how they were made.
+        self._stepped = stepped = set(first.attempts.tolist()) & set(setups)
+        self._attempt = max(stepped - set(fewer) or stepped or setups, default=0)
+        setup = setups.get(self._attempt)
+        self._counting = [
+            attempt
+            for attempt, other in setups.items()
+            if setup is not None and other.same_setup(setup) and (attempt in fewer) == (self._attempt in fewer)
+        ]
+        self._unit = None if setup is None else setup.unit
+        if setup is None or setup.work_per_step is None:
+            # Records that count another unit than the stated one decide.
+            for unit in (*UNITS[::-1], self._unit or ""):
+                if unit in first.values and not np.isnan(first.values[unit][-1]):
+                    self._unit = unit
+        self._recording: Counter[int] = Counter()
+        """Attempt -> ranks that recorded steps in it."""
+        self._own_times = _OwnTimes(first, np.isin(first.attempts, self._counting))
+        sums = ("records", "timed", "computing", "mfu", "mfu count", "work", "work count")
+        unknown = ("per s", "computing on critical", *(f"{phase} on critical" for phase in RECORDED))
+        self._start = {
+            **{"time": -np.inf, "own": -np.inf, "resolution": 0.0, **dict.fromkeys(unknown, np.nan)},
+            **dict.fromkeys((*sums, *(f"{name} count" for name in RECORDED)), 0.0),
+        }
+        """Figure -> its value before any rank is added."""
+        self._keys: Integers = np.empty(0, np.int64)
+        self._of: dict[str, Floats] = {name: np.empty(0) for name in self._start}
+        """Figure -> array of [steps and attempts]."""
+
+    def add(self, rank: int, columns: RecordColumns) -> None:
+        """Add the records of the next rank."""
+        self._recording.update(set(columns.attempts.tolist()))
+        times = step_times(columns)
+        self._own_times.add(rank, columns, times)
+        at, of = self._places(columns.keys), self._of
+        is_first = of["records"][at] == 0
+        of["records"][at] += 1
+        of["timed"][at] += ~np.isnan(times)
+        of["time"][at] = np.fmax(of["time"][at], times)
+        if RESOLUTION in columns.values:
+            of["resolution"][at] = np.fmax(of["resolution"][at], columns.values[RESOLUTION])
+        self._add_phases(at, times, columns)
+        for name, values in (("mfu", columns.values["mfu_palm"]), ("work", _own_work(columns, self._unit))):
+            of[name][at] += np.nan_to_num(values)
+            of[f"{name} count"][at] += ~np.isnan(values)
+        if (rates := columns.values.get(f"{self._unit}_per_s")) is not None:
+            of["per s"][at] = np.where(is_first, rates, of["per s"][at])
+
+    def _places(self, keys: Integers) -> Any:
+        """Return the indices of these steps; steps that no rank had before are inserted."""
+        if np.array_equal(keys, self._keys):
+            return slice(None)  # nothing is copied: there may be thousands of ranks
+        if not np.isin(keys, self._keys).all():
+            every = np.union1d(self._keys, keys)
+            before, at = self._of, np.searchsorted(every, self._keys)
+            self._keys, self._of = every, {name: np.full(len(every), start) for name, start in self._start.items()}
+            for name, values in before.items():
+                self._of[name][at] = values
+        return np.searchsorted(self._keys, keys)
+
+    def _add_phases(self, at: Any, times: Floats, columns: RecordColumns) -> None:
+        """Add the phases of one rank; ``times`` are its step times, NaN if unknown."""
+        of, own, computing = self._of, times, times
+        for phase, name in RECORDED.items():
+            values = columns.values[name]
+            is_known = ~np.isnan(values)
+            if is_known.any():
+                of[f"{phase} count"][at] += is_known
+                computing = computing - np.where(is_known, values, 0.0)
+                own = computing if phase == "communication" else own
+        of["computing"][at] += computing
+        longest = own > of["own"][at]
+        to = np.arange(len(self._keys))[at][longest]
+        of["own"][to], of["computing on critical"][to] = own[longest], computing[longest]
+        for phase, name in RECORDED.items():
+            of[f"{phase} on critical"][to] = columns.values[name][longest]
+
+    def reading(self) -> StepReading:
+        """Return the figures of the ranks that were added."""
+        first, last = self._first, self._last
+        times = first.values["time"][first.attempts == max(self._stepped, default=-1)]
+        of_bf16, of_precision = last.get("mfu_bf16"), last.get("mfu_palm")
+        return StepReading(
+            steps=self._whole_steps(),
+            rank_times=self._own_times.result(),
+            unit=self._unit,
+            last_step=int(first.steps[-1]),
+            loss=last.get("loss"),
+            bf16_ratio=of_bf16 / of_precision if of_bf16 and of_precision else None,
+            span=(float(times.min()), float(times.max())) if len(times) else None,
+            attempt=self._attempt,
+            attempt_steps=Counter(first.attempts.tolist()),
+        )
+
+    def _whole_steps(self) -> Steps:
+        """Return the steps that every rank recorded, in attempts with the set-up of the report.
+
+        Of a GPT run every rank records; of a script the ranks that recorded anything in the attempt, often only rank 0.
+        The work of a step is the sum of the records of all ranks, or the stated work. If only some ranks record, the
+        stated work comes first, because the others worked too. Last comes the rate of the whole run.
+        """
+        of, step, attempt = self._of, *np.divmod(self._keys, MOST_ATTEMPTS)
+        expected, work = np.full(len(step), -1), of["per s"] * of["time"]
+        for number in self._counting:
+            setup, here = self._setups[number], attempt == number
+            recorded = setup.world_size if setup.workload == "gpt" else self._recording[number]
+            expected[here] = recorded
+            by_all = here & np.isin(of["work count"], (recorded or -1, setup.world_size or -1))
+            work[by_all] = of["work"][by_all]
+            if setup.work_per_step is not None:
+                work[here & (of["work count"] != setup.world_size)] = setup.work_per_step
+        is_newest = np.append(np.diff(step) > 0, True)  # of a repeated step only the latest attempt counts
+        whole = np.flatnonzero(is_newest & (of["records"] == expected) & (of["timed"] == expected))
+        of = {name: values[whole] for name, values in of.items()}
+        with np.errstate(invalid="ignore"):
+            mfu = of["mfu"] / of["mfu count"]  # ranks above the first may leave MFU out
+        return Steps(
+            step=step[whole],
+            attempt=attempt[whole],
+            time_s=of["time"],
+            work=work[whole],
+            mfu_palm=mfu,
+            recorded_by=expected[whole],
+            resolution_s=of["resolution"],
+            phases=_phases(of, expected[whole]),
+        )
+
+
+def _phases(of: Mapping[str, Floats], ranks: Integers) -> dict[str, Floats]:
+    """Divide the times of steps; the rest is NaN if only some of the ranks recorded a phase."""
+    counts = {phase: of[f"{phase} count"] for phase in RECORDED}
+    found = {phase: np.where(count > 0, of[f"{phase} on critical"], np.nan) for phase, count in counts.items()}
+    # The critical rank waits for the others in the rest of the step beside its own time.
+    has_waits = counts["communication"] > 0
+    found["communication"] = np.where(has_waits, of["time"] - of["own"], np.nan)
+    known_s = sum(map(np.nan_to_num, found.values()), np.zeros(len(ranks)))
+    # Ranks that wait for each other end a step together: only their waits tell them apart.
+    late = of["computing on critical"] - of["computing"] / ranks
+    found[STRAGGLERS] = np.where(has_waits & (ranks > 1), late, np.nan)
+    is_divided = np.all([(count == 0) | (count == ranks) for count in counts.values()], axis=0)
+    found[REST] = np.where(is_divided, of["time"] - known_s - np.nan_to_num(found[STRAGGLERS]), np.nan)
+    return {phase: values for phase, values in found.items() if not np.isnan(values).all()}

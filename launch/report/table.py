@@ -7,18 +7,26 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from launch.report import series as series_of
-from launch.report.environment import GpuUse
 from launch.report.goodput import saved_in_place
-from launch.report.points import Point, neighbours, read_point
+from launch.report.notes import notes
+from launch.report.points import GpuUse, Point, read_point
 from launch.report.selection import Selection, select
-from launch.report.series import MeasuredPoint, Measurement, Series, comparison_notes, label_selected, ratios_to_first
-from launch.report.steps import RankTime, RankTimes, UnreadLines, drop_warmup, lost, phase_shares
-
-if TYPE_CHECKING:
-    from launch.report.laws import Law, Repeats, SeriesFindings
+from launch.report.series import (
+    CONDITIONS,
+    MADE_WITH,
+    Law,
+    Repeats,
+    Series,
+    SeriesFindings,
+    batch_text,
+    find,
+    label_selected,
+    ratios_to_first,
+    split,
+)
+from launch.report.steps import Measurement, RankTime, RankTimes, UnreadLines, lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,28 +163,6 @@ class RunDetail:
     rank_times: RankTimes | None
 
 
-def detail(member: MeasuredPoint) -> RunDetail | None:
-    """Return the details of a point; None if it has no figures."""
-    if member.figures is None:
-        return None
-    step_time_s, of_ranks = member.figures.step_time_s, member.point.rank_times
-    times = [step.time_s for step in drop_warmup(member.point.steps)]
-    cuts = statistics.quantiles(times, n=100, method="inclusive")
-    marks = [("shortest", min(times)), *((f"{p} %", cuts[p - 1]) for p in PERCENTILES), ("longest", max(times))]
-    slowest = sorted(of_ranks.ranks if of_ranks else (), key=lambda rank: -rank.excess_s)[:SLOWEST]
-    return RunDetail(
-        label=member.point.title,
-        step_time_s=step_time_s,
-        step_times_s=tuple(times),
-        percentiles_s=tuple(marks),
-        slowest=tuple(
-            RankRow(rank, member.host(rank.rank), rank.excess_s / step_time_s if step_time_s else 0.0)
-            for rank in slowest
-        ),
-        rank_times=of_ranks,
-    )
-
-
 @dataclass(frozen=True)
 class ScalingTable:
     """A report: rows by series and size, what they have in common, and notes in plain language."""
@@ -270,48 +256,59 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
     Raises:
         ConfigError: points that belong together are not comparable.
     """
-    from launch.report.notes import notes
-
     points = label_selected(selection, points)
-    members = [
-        MeasuredPoint(point, series_of.measure(point.steps), tuple(near))
-        for point, near in zip(points, neighbours(points), strict=True)
-    ]
-    from launch.report.laws import find, law_notes  # numpy, which only a report that reads records needs
-
-    found = [(series, find(series)) for series in series_of.split(members)]
-    ratios = ratios_to_first(members) if selection.parts else {}
+    found = [(series, find(series)) for series in split(points)]
+    ratios = ratios_to_first(points) if selection.parts else {}
     rows = tuple(
-        replace(_row(series, member, finding, points), ratio_to_first=ratios.get(member.point.title))
+        replace(_row(series, point, finding, points), ratio_to_first=ratios.get(point.title))
         for series, finding in found
-        for member in series.members
+        for point in series.members
     )
-    shown = [member for series, _ in found for member in series.members]
-    told = [note for series, finding in found for note in law_notes(finding, series)]
+    shown = [point for series, _ in found for point in series.members]
     return ScalingTable(
         selection=selection,
         rows=rows,
         batches=_batches([series for series, _ in found]),
-        conditions=_conditions([member.point for member in shown]),
-        notes=(*comparison_notes(members), *notes([series for series, _ in found], rows), *told),
-        details=tuple(one for member in shown if (one := detail(member)) is not None),
+        conditions=_conditions(shown),
+        notes=tuple(notes(points, found, rows)),
+        details=tuple(detail(point, point.figures) for point in shown if point.figures is not None),
         laws=tuple(finding.law for _, finding in found if finding.law is not None),
         repeats=tuple(size for _, finding in found for size in finding.repeats),
-        gpus=tuple(member.point.gpu_use for member in shown),
-        unread=tuple(member.point.unread for member in shown),
-        typed=tuple(member.point.overrides for member in shown),
+        gpus=tuple(point.gpu_use for point in shown),
+        unread=tuple(point.unread for point in shown),
+        typed=tuple(point.overrides for point in shown),
         is_gpt=all(point.is_gpt for point in points if point.environment is not None),
     )
 
 
-def _row(series: Series, member: MeasuredPoint, finding: SeriesFindings, points: Sequence[Point]) -> Row:
-    point, figures = member.point, member.figures
+def detail(point: Point, figures: Measurement) -> RunDetail:
+    """Return the step times and the slowest ranks of a point."""
+    step_time_s, of_ranks = figures.step_time_s, point.rank_times
+    times = point.steps.after_warmup().time_s.tolist()
+    cuts = statistics.quantiles(times, n=100, method="inclusive")
+    marks = [("shortest", min(times)), *((f"{p} %", cuts[p - 1]) for p in PERCENTILES), ("longest", max(times))]
+    slowest = sorted(of_ranks.ranks if of_ranks else (), key=lambda rank: -rank.excess_s)[:SLOWEST]
+    return RunDetail(
+        label=point.title,
+        step_time_s=step_time_s,
+        step_times_s=tuple(times),
+        percentiles_s=tuple(marks),
+        slowest=tuple(
+            RankRow(rank, point.host(rank.rank), rank.excess_s / step_time_s if step_time_s else 0.0)
+            for rank in slowest
+        ),
+        rank_times=of_ranks,
+    )
+
+
+def _row(series: Series, point: Point, finding: SeriesFindings, points: Sequence[Point]) -> Row:
+    figures = point.figures
     return Row(
         point=point.name,
-        nodes=member.nodes,
-        ranks=member.ranks,
+        nodes=point.nodes,
+        ranks=point.ranks,
         topology=None if point.environment is None else point.environment.topology,
-        oversubscribed=member.crowded,
+        oversubscribed=point.crowded,
         state=str(point.state),
         series=series.label,
         scaling=series.scaling,
@@ -324,7 +321,7 @@ def _row(series: Series, member: MeasuredPoint, finding: SeriesFindings, points:
         source=point.source,
         unread_lines=sum(one.lines for one in point.unread),
         **_time_and_energy(point, points),
-        **(_against_run_time(series, member) if figures is None else _figures(series, member, figures, finding)),
+        **(_against_run_time(series, point) if figures is None else _figures(series, point, figures, finding)),
     )
 
 
@@ -332,7 +329,7 @@ def _time_and_energy(point: Point, points: Sequence[Point]) -> dict[str, Any]:
     """Return the fields of a row on its allocations, interruptions and GPUs."""
     fields: dict[str, Any] = {}
     # Work of the whole run: of half of the steps a unit of work would cost twice as much.
-    works = [step.work for step in point.steps if step.work is not None]
+    works = [work for work in point.steps.work.tolist() if work == work]
     work = sum(works) if works and len(works) == point.last_step else None
     if (use := point.gpu_use) is not None:
         fields = {
@@ -343,8 +340,9 @@ def _time_and_energy(point: Point, points: Sequence[Point]) -> dict[str, Any]:
         }
     if (time := point.goodput) is None:
         return fields
-    others = [other.goodput.losses for other in points if other.path != point.path and other.goodput is not None]
-    saving, losses = saved_in_place(time.losses, others), time.losses
+    losses = time.losses
+    others = [other.goodput.losses for other in points if other is not point and other.goodput is not None]
+    saved_h, saved_wait_s, against = saved_in_place(losses, others) or (None, None, None)
     return fields | {
         "goodput": time.goodput,
         "gpu_hours": time.gpu_hours,
@@ -357,15 +355,15 @@ def _time_and_energy(point: Point, points: Sequence[Point]) -> dict[str, Any]:
         "interrupted_h": sum(losses.hours.values()) or None,
         "causes_h": losses.hours,
         "restarts_in_place": len(losses.in_place),
-        "saved_in_place_h": saving and saving.hours,
-        "saved_in_place_wait_s": saving and saving.wait_s,
-        "saved_against": saving and saving.basis,
+        "saved_in_place_h": saved_h,
+        "saved_in_place_wait_s": saved_wait_s,
+        "saved_against": against,
     }
 
 
-def _figures(series: Series, member: MeasuredPoint, figures: Measurement, finding: SeriesFindings) -> dict[str, Any]:
+def _figures(series: Series, point: Point, figures: Measurement, finding: SeriesFindings) -> dict[str, Any]:
     """Return the fields of a row that need measured steps."""
-    ratio = member.point.bf16_ratio
+    ratio = point.bf16_ratio
     fields: dict[str, Any] = {
         "step_time_s": figures.step_time_s,
         "mfu_palm": figures.mfu_palm,
@@ -373,70 +371,69 @@ def _figures(series: Series, member: MeasuredPoint, figures: Measurement, findin
         "steps_measured": figures.steps,
         "step_time_resolution_s": figures.resolution_s or None,
     }
-    if figures.throughput is not None:
-        assert member.ranks
-        fields |= {"throughput": figures.throughput, "throughput_per_rank": figures.throughput / member.ranks}
+    rate = figures.throughput
+    if rate is not None:
+        assert point.ranks
+        fields |= {"throughput": rate, "throughput_per_rank": rate / point.ranks}
     if not figures.resolution_s:  # quartiles of means over several steps say nothing of the steps
+        spread_s = figures.high_s - figures.low_s
         fields |= {
             "step_time_s_low": figures.low_s,
             "step_time_s_high": figures.high_s,
-            "step_time_s_spread": figures.high_s - figures.low_s,
+            "step_time_s_spread": spread_s,
         }
-        if figures.throughput is not None:
-            work = figures.throughput * figures.step_time_s  # of one step
+        if rate is not None:
+            work = rate * figures.step_time_s  # of one step
             fields |= {"throughput_low": work / figures.high_s, "throughput_high": work / figures.low_s}
-    return fields | _against_smallest(series, member, figures, finding)
+    return fields | _against_smallest(series, point, figures, finding)
 
 
-def _against_smallest(
-    series: Series, member: MeasuredPoint, figures: Measurement, finding: SeriesFindings
-) -> dict[str, Any]:
+def _against_smallest(series: Series, point: Point, figures: Measurement, finding: SeriesFindings) -> dict[str, Any]:
     """Return speedup and efficiency: neither of a point alone, no efficiency without the work of a step."""
     base = series.smallest
-    assert base is not None and base.figures is not None and base.ranks and member.ranks
+    assert base is not None and base.figures is not None and base.ranks and point.ranks
     if not series.compares:
         return {}
     if not series.has_rates:
         return {"speedup": base.figures.step_time_s / figures.step_time_s}
     assert figures.throughput is not None and base.figures.throughput is not None
-    ideal = base.figures.throughput * (member.ranks / base.ranks)
+    ideal = base.figures.throughput * (point.ranks / base.ranks)
     fields: dict[str, Any] = {
         "throughput_ideal": None if base.crowded else ideal,
         "speedup": figures.throughput / base.figures.throughput,
     }
-    if not base.has_efficiency or not member.has_efficiency:
+    if not base.has_efficiency or not point.has_efficiency:
         return fields
     efficiency = figures.throughput / ideal
-    low, high = finding.intervals.get(member.point.name, (None, None))
+    low, high = finding.intervals.get(point.name, (None, None))
     fields |= {"efficiency": efficiency, "efficiency_low": low, "efficiency_high": high}
-    if member is base:
+    if point is base:
         return fields | {"noisy": False}
-    here, there = (phase_shares(drop_warmup(one.point.steps)) for one in (member, base))
+    here, there = (one.steps.after_warmup().shares() for one in (point, base))
     losses = lost(here, there, efficiency, alone=base.ranks == 1)
     return fields | {"noisy": figures.is_noisy or base.figures.is_noisy, "losses": losses}
 
 
-def _against_run_time(series: Series, member: MeasuredPoint) -> dict[str, Any]:
+def _against_run_time(series: Series, point: Point) -> dict[str, Any]:
     """Return speedup and efficiency of a program without step records, if the work of each point was stated."""
     base = series.smallest
     if base is None or base.figures is not None or not series.compares:
         return {}
-    if base.run_rate is None or member.run_rate is None:
+    if base.run_rate is None or point.run_rate is None:
         return {}
-    assert base.ranks and member.ranks
-    speedup = member.run_rate / base.run_rate
-    claimed = not base.crowded and not member.crowded
-    return {"speedup": speedup, "efficiency": speedup * base.ranks / member.ranks if claimed else None}
+    assert base.ranks and point.ranks
+    speedup = point.run_rate / base.run_rate
+    is_stated = not base.crowded and not point.crowded
+    return {"speedup": speedup, "efficiency": speedup * base.ranks / point.ranks if is_stated else None}
 
 
 def _batches(found: Sequence[Series]) -> dict[str, str]:
     """Return kind of scaling -> the batches of its series, for people."""
     texts: dict[str, dict[str, None]] = {}
     for series in found:
-        for member in series.members:
-            if member.point.environment is not None and series.scaling is not None:
-                batch = series_of.CONDITIONS["batch"](member.point.environment)
-                texts.setdefault(series.scaling, {}).update({batch: None} if batch else {})
+        for point in series.members if series.scaling else ():
+            batch = point.environment and batch_text(point.environment)
+            texts.setdefault(series.scaling or "", {}).update({batch: None} if batch else {})
     return {kind: " or ".join(batches) for kind, batches in texts.items()}
 
 
@@ -445,10 +442,10 @@ def _conditions(points: Sequence[Point]) -> str:
     known = [point.environment for point in points if point.environment is not None]
     if not known:
         return "Conditions unavailable: no point has recorded what it ran on."
-    parts = [[series_of.CONDITIONS[name](one) for one in known] for name in ("model", "precision", "hardware")]
-    parts += [[series_of.MADE_WITH["software"](one) for one in known]]
+    shown = [CONDITIONS["model"], CONDITIONS["precision"], CONDITIONS["hardware"], MADE_WITH["software"]]
+    parts = [[condition(one) for one in known] for condition in shown]
     commits = [one.commit or ("unavailable" if one.workload == "gpt" else None) for one in known]
     parts += [[None if commit is None else f"commit {commit[:12]}" for commit in commits]]
     parts += [[None if one.command is None else f"command {one.command}" for one in known]]
-    told = [" / ".join(dict.fromkeys(value for value in values if value is not None)) for values in parts]
-    return "; ".join(text for text in told if text) + "."
+    texts = [" / ".join(dict.fromkeys(value for value in values if value is not None)) for values in parts]
+    return "; ".join(text for text in texts if text) + "."

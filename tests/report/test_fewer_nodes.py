@@ -42,7 +42,7 @@ def test_a_point_is_measured_by_its_steps_on_all_nodes(tmp_path: Path, make_run:
     assert (row.step_time_s, row.speedup, row.efficiency) == (0.5, pytest.approx(2.0), pytest.approx(1.0))
     assert row.steps_measured == (10 + 5 if grows_back else 10), "of 15 and of 10, without five to warm up in each"
     (note,) = [note for note in table.notes if "nodes were lost" in note]
-    assert "10 steps on 1 node; step time, throughput and efficiency are without them" in note
+    assert "10 steps on 1 node; step time, throughput and efficiency are without these steps" in note
 
 
 def test_a_run_of_which_only_steps_on_fewer_nodes_are_known_has_their_size(tmp_path: Path, make_run: Any) -> None:
@@ -50,7 +50,7 @@ def test_a_run_of_which_only_steps_on_fewer_nodes_are_known_has_their_size(tmp_p
     run.event("fewer_nodes", attempt=1, **FEWER).event("finished", attempt=1, step=20)
     (row,) = (table := build(tmp_path)).rows
     assert (row.nodes, row.step_time_s) == (1, 1.0)
-    assert any("20 steps on 1 node; its figures are of those" in note for note in table.notes)
+    assert any("20 steps on 1 node; its figures are of these steps" in note for note in table.notes)
 
 
 def test_the_time_of_steps_on_fewer_nodes_is_a_part_of_its_own(tmp_path: Path, make_run: Any) -> None:

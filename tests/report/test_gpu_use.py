@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from launch.report import ScalingTable, build
-from launch.report.environment import MOST_WINDOWS, GpuUse, energy_between, read_gpu_use
+from launch.report.points import MOST_WINDOWS, GpuUse, energy_between, read_gpu_use
 from launch.report.views.page import page
 from launch.report.views.text import csv_text, markdown
 from launch.report.views.write import json_text

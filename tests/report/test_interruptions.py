@@ -298,9 +298,9 @@ def test_a_sweep_adds_its_points_up_and_says_against_what_restarts_in_place_save
     text = markdown(table)
     cells = [cell.strip() for cell in next(line for line in text.splitlines() if line.startswith("| all |")).split("|")]
     found = [float(cell.removesuffix(" GPU-h")) for cell in cells[2:5]]
-    assert found == pytest.approx([seconds[c] * GPUS / 3600 for c in ("crashed", "diverged", "preempted")], rel=1e-3)
+    assert found == pytest.approx([seconds[c] * GPUS / 3600 for c in ("crashed", "diverged", "preempted")], rel=5e-3)
     (cost,) = [note for note in table.notes if "4 interruptions cost" in note]
-    assert f"{sum(seconds.values()) * GPUS / 3600:.4g} GPU-hours" in cost
+    assert f"{sum(seconds.values()) * GPUS / 3600:.3g} GPU-hours" in cost
     (saved,) = [note for note in table.notes if "in place 2 times" in note]
     assert "against requeues of this run and requeues of other points" in saved
     assert "4 min 16 s of waiting" in saved, "128 s each"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from launch.report import build
-from launch.report.laws import Medians, amdahl, block_length, gustafson, ratio, student
+from launch.report.series import Medians, amdahl, block_length, gustafson, ratio, student
 
 
 def alike(chance: np.random.Generator, steps: int, median: float, spread: float, rho: float) -> np.ndarray:

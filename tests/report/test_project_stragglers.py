@@ -16,7 +16,7 @@ from launch.plan.plan import make_plan, write_run
 from launch.project.__main__ import main
 from launch.project.models import Sample, maximum_weights, normal_maximum, spread_of
 from launch.project.projection import project, read_sweep
-from launch.report.columns import Floats
+from launch.report.read import Floats
 from launch.report.selection import select
 from launch.runs.records import append_records
 from tests.report.conftest import RunBuilder

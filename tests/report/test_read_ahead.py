@@ -11,24 +11,26 @@ from typing import Any
 
 import pytest
 
-import launch.report.columns as read_ahead
+import launch.report.read as read_ahead
 
 READ = """
 import sys
 from pathlib import Path
-import launch.report.columns as read_ahead
-from launch.report.points import read_point
+import launch.report.read as read_ahead
+from launch.report import build
+from launch.report.views.write import json_text
 
 found = []
 for read_ahead.MUCH in (0, 1 << 60):
     pools = []
     of = read_ahead.executor
     read_ahead.executor = lambda count: pools.append(count) or of(count)
-    found.append(read_point(Path(sys.argv[1])))
+    found.append(build(Path(sys.argv[1])))
     read_ahead.executor = of
     print("processes" if pools[0] else "threads")
-assert found[0] == found[1] and len(found[0].steps) == 12 and found[0].rank_times is not None
-assert [(one.rank, one.lines) for one in found[0].unread] == [(5, 1)]
+assert json_text(found[0]) == json_text(found[1])
+(detail,), ((unread,),) = found[0].details, found[0].unread
+assert len(detail.step_times_s) == 7 and detail.rank_times is not None and (unread.rank, unread.lines) == (5, 1)
 """
 
 

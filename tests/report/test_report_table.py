@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 
 from launch.errors import ConfigError
 from launch.report import Row, build
-from launch.report.environment import Environment, RankPlace
 from launch.report.points import Point, State, read_point
+from launch.report.read import Environment, RankPlace
 from launch.report.selection import Selection
-from launch.report.series import MIN_STEPS, measure
-from launch.report.steps import WARMUP_STEPS, Step
+from launch.report.steps import MIN_STEPS, WARMUP_STEPS, Steps, measure
 from launch.report.table import tabulate
 from launch.report.views.text import efficiency
 
@@ -97,8 +96,8 @@ def test_warmup_is_left_out_of_each_attempt_and_steps_done_again_count_once(tmp_
     builder = make_run(tmp_path).attempt(1).steps(1, [1.0] * 20, attempt=1)
     builder.attempt(2).steps(11, [9.0] * 5 + [2.0] * 15, attempt=2)
     steps = read_point(tmp_path).steps
-    assert [step.step for step in steps] == list(range(1, 31))
-    assert [step.attempt for step in steps] == [1] * 10 + [2] * 20
+    assert steps.step.tolist() == list(range(1, 31))
+    assert steps.attempt.tolist() == [1] * 10 + [2] * 20
     figures = measure(steps)
     assert figures is not None
     assert figures.steps == 20  # 6 to 10, and 16 to 30
@@ -125,7 +124,7 @@ def test_a_torn_line_spoils_its_own_step_only(tmp_path: Path, make_run: Any) -> 
     lines = path.read_bytes().splitlines(keepends=True)
     lines[11] = lines[11][:25] + b"\n"
     path.write_bytes(b"".join(lines))
-    assert [step.step for step in read_point(tmp_path).steps] == [n for n in range(1, 21) if n != 12]
+    assert read_point(tmp_path).steps.step.tolist() == [n for n in range(1, 21) if n != 12]
 
 
 @given(cut=st.integers(0, 5000))
@@ -137,7 +136,7 @@ def test_a_file_cut_anywhere_still_gives_the_steps_before(
     kept = path.read_bytes()[:cut]
     path.write_bytes(kept)
     whole = kept.count(b"\n")
-    numbers = [step.step for step in read_point(folder).steps]
+    numbers = read_point(folder).steps.step.tolist()
     # A line without its newline counts where nothing of the record is missing.
     assert numbers in (list(range(1, whole + 1)), list(range(1, whole + 2)))
 
@@ -320,10 +319,13 @@ def in_memory(name: str, ranks: int, step_times: list[float]) -> Point:
         ranks=(place,) * ranks, weak_scaling=False, mesh={"strategy": "ddp"}, global_batch=64, micro_batch=64,
         accumulation=1, block_size=128, precision="fp32", model="m", parameters=1000,
     )  # fmt: skip
-    warmup = [Step(number, 1, 100.0, 8192, None) for number in range(1, WARMUP_STEPS + 1)]
-    steady = [Step(WARMUP_STEPS + n, 1, time, 8192, None) for n, time in enumerate(step_times, start=1)]
-    steps = (*warmup, *steady)
-    return Point(Path(name), (f"nodes={ranks}",), State.FINISHED, environment, steps, len(steady), 1.0, unit="tokens")
+    times = np.array([100.0] * WARMUP_STEPS + step_times)
+    one = np.ones(len(times), np.int64)
+    steps = Steps(one.cumsum(), one, times, 8192.0 * one, np.nan * one, one, 0.0 * one, {})
+    return Point(
+        path=Path(name), overrides=(f"nodes={ranks}",), state=State.FINISHED, environment=environment, steps=steps,
+        last_step=len(step_times), loss=1.0, unit="tokens",
+    )  # fmt: skip
 
 
 @given(measured=st.dictionaries(st.integers(1, 1024), times, min_size=2, max_size=6), data=st.data())
@@ -380,5 +382,5 @@ def test_a_machine_faster_throughout_has_the_same_efficiency(measured: dict[int,
 @given(step_times=times, warmup=st.lists(st.floats(1e-3, 1e6), min_size=WARMUP_STEPS, max_size=WARMUP_STEPS))
 def test_warmup_never_matters(step_times: list[float], warmup: list[float]) -> None:
     steps = in_memory("p", 1, step_times).steps
-    slow = [dataclasses.replace(step, time_s=time) for step, time in zip(steps, warmup)]
-    assert measure([*slow, *steps[WARMUP_STEPS:]]) == measure(steps)
+    slow = dataclasses.replace(steps, time_s=np.array([*warmup, *step_times]))
+    assert measure(slow) == measure(steps)

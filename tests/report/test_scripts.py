@@ -119,7 +119,7 @@ def test_weak_scaling_of_a_script(tmp_path: Path, make_run: Any) -> None:
 def test_the_work_of_some_ranks_is_told_as_such(tmp_path: Path, make_run: Any) -> None:
     table = points(tmp_path, make_run, {}, {1: 1.0, 2: 1.0}, ranks=1, tokens=100.0)
     assert [(row.unit, row.throughput) for row in table.rows] == [("tokens", 100), ("tokens", 100)]
-    assert any("throughput counts what those said that did: nodes=2 (1 of 2)" in note for note in table.notes)
+    assert any("throughput counts only the ranks that did: nodes=2 (1 of 2)" in note for note in table.notes)
 
 
 def test_steps_wait_for_the_ranks_that_record(tmp_path: Path, make_run: Any) -> None:

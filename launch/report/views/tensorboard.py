@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
-from launch.report.environment import GpuUse
+from launch.report.points import GpuUse
 from launch.report.table import Row, ScalingTable
 from launch.report.views.figures import draw_ranks
 from launch.report.views.text import host_cells, lines, markdown

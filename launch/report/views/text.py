@@ -15,7 +15,6 @@ from rich.segment import Segments
 from rich.table import Table
 from rich.text import Text
 
-from launch.report.environment import GpuUse
 from launch.report.goodput import PARTS
 from launch.report.notes import (
     UNAVAILABLE,
@@ -30,6 +29,7 @@ from launch.report.notes import (
     told,
     units,
 )
+from launch.report.points import GpuUse
 from launch.report.steps import LOSSES
 from launch.report.table import Row, RunDetail, ScalingTable
 

@@ -11,8 +11,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from launch.report.environment import GpuUse
-from launch.report.points import State
+from launch.report.points import GpuUse, State
 from launch.report.table import ScalingTable
 from launch.report.views.page import page
 from launch.report.views.text import csv_text, markdown, parts_csv_text, show

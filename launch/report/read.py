@@ -1,0 +1,418 @@
+"""Read the files of a run folder: step records as columns of numbers, and the environment of an attempt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import threading
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec.structs import astuple
+
+from launch.errors import counted
+from launch.process import die_with_parent
+from launch.runs.folder import RunFolder
+from launch.runs.records import is_record
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+# Step records of one rank.
+
+
+BLOCK = 1 << 16
+"""Bytes to decode together: a block stays in the cache of a core while it is read."""
+ATTEMPT = re.compile(rb'"attempt": ?(\d{1,9})[,}]')
+"""Attempt in a line that is cut or damaged."""
+MOST_ATTEMPTS = 1 << 24
+"""Bound of attempt numbers in ``RecordColumns.keys``."""
+
+
+@dataclass(frozen=True)
+class RecordColumns:
+    """Records of one rank in step order, each step once; arrays of [records]."""
+
+    steps: Integers
+    attempts: Integers
+    values: Mapping[str, Floats]
+    """Field -> its numbers, NaN in records without a number. Read only: fields may share an array."""
+    last_line: int = -1
+    """Line of the last step's record in the file, counted from 0; -1 if there is no record."""
+    unread: tuple[int | None, ...] = ()
+    """Attempt of each line that is no record, in file order; None if the file does not state an attempt."""
+    has_open_end: bool = False
+    """True if the last unread line ends the file without a newline: a rank may still write this line."""
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def keys(self) -> Integers:
+        """Return one number for each step and attempt, which sorts by step, then by attempt."""
+        return self.steps * MOST_ATTEMPTS + self.attempts
+
+
+def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> RecordColumns:
+    """Return the numbers of ``fields`` in the records of one rank; no records if there is no file.
+
+    The same records count as in ``records.read_records``: a damaged line is counted and skipped, and a repeated step
+    has the record of its latest attempt. With ``every`` all records are returned in file order.
+    """
+    names = tuple(dict.fromkeys(("step", "attempt", *fields)))
+    tables: list[Floats] = [np.empty((len(names), 0))]
+    lines: list[Integers] = [np.empty(0, np.int64)]
+    unread: list[tuple[int, int | None]] = []
+    begin, is_whole = 0, True
+    for text in _whole_lines(path):
+        size = int(np.count_nonzero(np.frombuffer(text, np.uint8) == ord("\n")))  # several times as fast as bytes.count
+        is_whole = text.endswith(b"\n")
+        size += not is_whole
+        table = _decode(text, names, size)
+        of_block: Iterable[int] = range(size)
+        if table is None:
+            of_block, table, skipped = _decode_lines(text, names)
+            unread += [(begin + at, attempt) for at, attempt in skipped]
+        tables.append(table)
+        lines.append(np.fromiter(of_block, np.int64) + begin)
+        begin += size
+    values, at_line = np.concatenate(tables, axis=1), np.concatenate(lines)
+    attempts = _attempts_of_unread(unread, at_line, values[1])
+    if not every and (np.diff(values[0]) <= 0).any():
+        # The last line of the latest attempt of each step counts.
+        order = np.lexsort((at_line, values[1], values[0]))
+        kept = order[np.append(np.diff(values[0][order]) > 0, True)]
+        values, at_line = values[:, kept], at_line[kept]
+    # Reader processes send these arrays: all fields without a number share one array, which is sent once.
+    unknown = np.full(values.shape[1], np.nan)
+    return RecordColumns(
+        steps=values[0].astype(np.int64),
+        attempts=values[1].astype(np.int64),
+        values={name: unknown if np.isnan(row).all() else row for name, row in zip(names, values, strict=True)},
+        last_line=int(at_line[-1]) if len(at_line) else -1,
+        unread=attempts,
+        has_open_end=not is_whole and bool(unread) and unread[-1][0] == begin - 1,
+    )
+
+
+def read_last(path: Path, columns: RecordColumns) -> dict[str, Any]:
+    """Return the whole record of the last step of a file; empty if the file has no record."""
+    if columns.last_line < 0:
+        return {}
+    with path.open("rb") as file:
+        record: dict[str, Any] = json.loads(next(islice(file, columns.last_line, None)))
+    return record
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """Yield about ``BLOCK`` bytes of whole lines at a time; the last line may lack its newline."""
+    try:
+        file = path.open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    with file:
+        while text := file.read(BLOCK):
+            text += file.readline()
+            yield text
+            if not text.endswith(b"\n"):  # a rank may add the rest of this line now: half a line is no line
+                return
+
+
+def _attempts_of_unread(
+    unread: Sequence[tuple[int, int | None]], lines: Integers, attempts: Floats
+) -> tuple[int | None, ...]:
+    """Return the attempt of each unread line: as stated, or as in the record before it, or as in the first record."""
+    if not len(lines):
+        return tuple(stated for _, stated in unread)
+    before = (max(int(np.searchsorted(lines, line)) - 1, 0) for line, _ in unread)
+    return tuple(
+        int(attempts[at]) if stated is None else stated for at, (_, stated) in zip(before, unread, strict=True)
+    )
+
+
+@lru_cache
+def _decoder(names: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
+    """Return the decoder of the fields ``names`` of a record; the first two fields are integers."""
+    # Attributes have names of their own: a field of a script's records may have a name that Python does not allow.
+    attributes = [f"field_{index}" for index in range(len(names))]
+    kinds = [(name, int) if at < 2 else (name, float | None, math.nan) for at, name in enumerate(attributes)]
+    # Rows have no references to each other and live for one block: the garbage collector has nothing to do.
+    row = msgspec.defstruct("Row", kinds, rename=dict(zip(attributes, names, strict=True)), gc=False)
+    return msgspec.json.Decoder(row)
+
+
+def _decode(text: bytes, names: tuple[str, ...], size: int) -> Floats | None:
+    """Return the numbers of ``size`` whole lines, [fields, lines]; None if a line is no plain record."""
+    try:
+        rows = _decoder(names).decode_lines(text)
+        # One record a line. msgspec does not check that text is UTF-8.
+        if len(rows) == size and text.isascii():
+            try:  # all fields at once: two to three times as fast as one after another
+                numbers = np.fromiter(chain.from_iterable(map(astuple, rows)), np.float64, size * len(names))
+            except TypeError:  # null in some records
+                numbers = np.array([*map(astuple, rows)], np.float64)
+            return numbers.reshape(-1, len(names)).T
+    except (msgspec.DecodeError, OverflowError):
+        pass  # a line is damaged, or has NaN, which only Python's JSON reads, or a field that is no number
+    return None
+
+
+def _decode_lines(text: bytes, names: tuple[str, ...]) -> tuple[list[int], Floats, list[tuple[int, int | None]]]:
+    """Return the lines that are records, their numbers, and each other line with its attempt, by Python's JSON."""
+    lines, table, unread = list[int](), list[list[float]](), list[tuple[int, int | None]]()
+    for number, line in enumerate(text.split(b"\n")):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        numbers = [_number(record.get(name)) for name in names] if isinstance(record, dict) else [math.nan]
+        if isinstance(record, dict) and is_record(record) and not np.isnan(numbers[:2]).any():
+            lines.append(number)
+            table.append(numbers)
+        elif line.strip():
+            stated = ATTEMPT.search(line)
+            unread.append((number, int(stated[1]) if stated else None))
+    return lines, np.array(table, np.float64).reshape(-1, len(names)).T, unread
+
+
+def _number(value: object) -> float:
+    """Return a number of a record; NaN for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+# Files of many ranks, read ahead of their use and returned in order.
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+THREADS = 2
+"""Reading threads: while one file is reduced, the next one comes from the filesystem."""
+MOST_PROCESSES = 8
+"""More reading processes deliver faster than one process reduces."""
+TOGETHER = 4
+"""Files that a process reads before it sends them: one by one took a tenth more processor time in all."""
+MUCH = 128 << 20
+"""Bytes from which reading processes, one a core, make up for their start."""
+
+
+def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], size: int) -> Iterator[tuple[Item, Result]]:
+    """Yield each item with the result of ``read``, in order, while a few more are read.
+
+    Args:
+        read: a pure function that reads a file; its result can be pickled.
+        items: arguments of ``read``.
+        size: bytes of all files together.
+    """
+    readers = processes_for(size)
+    left = iter(items)
+    with executor(readers) as pool:
+        ahead: deque[tuple[tuple[Item, ...], Future[list[Result]]]] = deque()
+        while True:
+            group = tuple(islice(left, TOGETHER if readers else 1))
+            if group:
+                ahead.append((group, pool.submit(_read_all, read, group)))
+            if not ahead:
+                return
+            if not group or len(ahead) > max(readers, THREADS):
+                first, found = ahead.popleft()
+                yield from zip(first, found.result(), strict=True)
+
+
+def _read_all(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    return [read(item) for item in items]
+
+
+def processes_for(size: int) -> int:
+    """Return the number of processes that read ``size`` bytes; 0 if threads read.
+
+    A process with threads must not be forked: a lock that one of its threads has would stay locked.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if size < MUCH or cores < 2 or threading.active_count() > 1:
+        return 0
+    return min(cores, MOST_PROCESSES)
+
+
+def executor(processes: int) -> Executor:
+    """Return a pool of forked processes, which end with this one; of threads if ``processes`` is 0."""
+    if not processes:
+        return ThreadPoolExecutor(THREADS)
+    fork = multiprocessing.get_context("fork")
+    return ProcessPoolExecutor(processes, mp_context=fork, initializer=_start_reader, initargs=(os.getpid(),))
+
+
+def _start_reader(parent: int) -> None:
+    """Leave Ctrl-C to the parent process, and end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(parent)
+
+
+# Environment of an attempt, as ``environment.json`` records it.
+
+
+NO_CHANGES = hashlib.sha256(b"").hexdigest()
+
+
+class RankPlace(msgspec.Struct, frozen=True):
+    """Place of one rank. ``machine`` is the physical machine, which may have several nodes."""
+
+    node: int
+    host: str
+    machine: str
+    device: str
+    device_name: str
+    cores: int
+    threads: int
+    # CUDA numbers devices per process: two ranks may both record cuda:0 and have different GPUs.
+    gpu: str | None = msgspec.field(default=None, name="device_uuid")
+
+
+class Environment(msgspec.Struct, frozen=True, kw_only=True):
+    """Set-up of one attempt. Batches in sequences, ``block_size`` in tokens; None: not recorded."""
+
+    ranks: tuple[RankPlace, ...]
+    workload: str = "gpt"
+    weak_scaling: bool | None = None
+    stated_unit: str | None = msgspec.field(default=None, name="unit")
+    work_per_step: float | None = None
+    """Units that all ranks together do in a step, if the user stated this."""
+    max_steps: int | None = None
+    command_words: list[Any] | None = msgspec.field(default=None, name="command")
+    mesh: dict[str, Any] | None = msgspec.field(default=None, name="topology")
+    """Strategy, and the number of ranks along each dimension."""
+    global_batch: int | None = None
+    micro_batch: int | None = None
+    accumulation: int | None = None
+    block_size: int | None = None
+    precision: str | None = None
+    model: str | None = None
+    parameters: int | None = None
+    software: dict[str, Any] | None = None
+    git: dict[str, Any] | None = None
+
+    @property
+    def unit(self) -> str | None:
+        """Unit of the throughput: tokens, samples, images."""
+        return self.stated_unit or (None if self.block_size is None else "tokens")
+
+    @property
+    def command(self) -> str | None:
+        """Command of a script, as a user types it."""
+        return None if self.command_words is None else shlex.join(map(str, self.command_words))
+
+    @property
+    def topology(self) -> str | None:
+        """Strategy and every dimension larger than 1: ``fsdp dp_shard=4``, ``deepspeed_zero0 dp_replicate=2 pp=2``."""
+        if self.mesh is None:
+            return None
+        strategy = str(self.mesh["strategy"])
+        name = f"deepspeed_{strategy.removeprefix('ds_')}" if strategy.startswith("ds_") else strategy
+        return " ".join([name, *(f"{key}={n}" for key, n in self.mesh.items() if isinstance(n, int) and n > 1)])
+
+    @property
+    def per_rank_batch(self) -> int | None:
+        """Sequences of one rank in a step."""
+        known = self.micro_batch is not None and self.accumulation is not None
+        return self.micro_batch * self.accumulation if known else None  # type: ignore[operator]
+
+    @property
+    def torch(self) -> str | None:
+        """Version of PyTorch."""
+        return (self.software or {}).get("torch")
+
+    @property
+    def commit(self) -> str | None:
+        """Commit of the code."""
+        return (self.git or {}).get("commit")
+
+    @property
+    def code(self) -> str | None:
+        """Commit of the code, and the digest of the changes since the commit."""
+        changes = (self.git or {}).get("diff_sha256")
+        if self.commit is None:
+            return None
+        return self.commit[:12] + (f" with changes {changes[:8]}" if changes not in (None, "", NO_CHANGES) else "")
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return len({place.node for place in self.ranks})
+
+    @property
+    def device_names(self) -> str:
+        """Kinds of devices, for people."""
+        return " and ".join(sorted({place.device_name for place in self.ranks}))
+
+    def same_setup(self, other: Environment) -> bool:
+        """Return True if step times of both belong together: all is equal but the host names and the code."""
+        return self._setup() == other._setup()
+
+    def _setup(self) -> tuple[Any, ...]:
+        machines: dict[str, Counter[tuple[Any, ...]]] = defaultdict(Counter)
+        for place in self.ranks:
+            machines[place.machine][(place.device_name, place.cores, place.threads)] += 1
+        kinds = sorted(sorted(ranks.items()) for ranks in machines.values())
+        batch = (self.global_batch, self.per_rank_batch, self.weak_scaling, self.block_size)
+        work = (self.unit, self.work_per_step)
+        return (self.topology, batch, work, self.precision, self.model, self.parameters, kinds)
+
+    def crowding(self) -> list[str]:
+        """Return one phrase for each way in which ranks shared cores or a GPU, with the place; empty if none did."""
+        machines: dict[str, list[RankPlace]] = defaultdict(list)
+        for place in self.ranks:
+            machines[place.machine].append(place)
+        where: dict[str, list[list[RankPlace]]] = defaultdict(list)
+        for places in machines.values():
+            gpus = Counter(place.gpu or place.device for place in places if place.device != "cpu")
+            for ranks in dict.fromkeys(gpus.values()):
+                if ranks > 1:
+                    where[f"{ranks} ranks on one GPU"].append(places)
+            on_cpu = [place for place in places if place.device == "cpu"]
+            threads, cores = sum(place.threads for place in on_cpu), max((place.cores for place in on_cpu), default=0)
+            if threads > cores:
+                where[f"{counted(threads, 'thread')} on {counted(cores, 'core')}"].append(places)
+        return [f"{what} {_location(crowded)}" for what, crowded in where.items()]
+
+
+def _location(machines: list[list[RankPlace]]) -> str:
+    if len(machines) > 1:
+        return f"on each of {len(machines)} machines"
+    hosts = list(dict.fromkeys(place.host for place in machines[0]))
+    if len(hosts) == 1:
+        return f"of {hosts[0]}"
+    return f"of one machine ({', '.join(hosts) if len(hosts) <= 4 else f'{hosts[0]} to {hosts[-1]}'})"
+
+
+def read_environment(run: RunFolder, attempt: int) -> Environment | None:
+    """Return the set-up of one attempt; None if its file is absent or damaged."""
+    try:
+        return msgspec.json.decode(run.environment(attempt).read_bytes(), type=Environment)
+    except (OSError, msgspec.DecodeError):
+        return None
