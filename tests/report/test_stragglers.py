@@ -140,7 +140,7 @@ def test_a_rank_alone_has_no_table_and_no_heat_map(tmp_path: Path, make_run: Any
     assert "Slowest ranks" not in text
     assert "## Distribution of step times" in text
     picture = next(path for path in write(table) if path.suffix == ".png")
-    assert png_shape(picture.read_bytes())[:2] == (1650, 780)
+    assert png_shape(picture.read_bytes())[:2] == (1650, 615)
 
 
 def test_the_heat_map_of_a_thousand_ranks_takes_no_more_memory_than_that_of_few() -> None:

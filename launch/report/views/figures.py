@@ -1,10 +1,12 @@
-"""Figures of a report: scaling, one run, and where the time went."""
+"""Every drawing of a report, by matplotlib: panels that the page shows one by one, and the picture files together."""
 
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,226 +14,125 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from launch.report.goodput import PARTS
-from launch.report.steps import LEAST_SHARE, RankTimes
+from launch.report.goodput import CAUSES, DEFINITION, PARTS
+from launch.report.notes import hours_by_cause, percentages, rate, run_time, seconds, told, units
+from launch.report.steps import LEAST_SHARE, LOSSES, RankTimes
 from launch.report.table import Row, RunDetail, ScalingTable
 from launch.report.views.text import efficiency
 
-# Colors that the figures of a report share.
+# Colors and style of every drawing of the project.
 
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Told apart by the colour-blind (Okabe and Ito, Color Universal Design, 2008), without their yellow."""
-GREY = "#595959"
-
-
-# Stacked bars of where the time of each run went.
-
-
-PART_COLORS = {
-    "waiting": "#CCCCCC",
-    "start": COLORS[4],
-    "compile": "#8A6FB0",
-    "restore": "#A0522D",
-    "steps": COLORS[2],
-    "fewer": "#7FC8B0",
-    "lost": COLORS[1],
-    "saves": COLORS[0],
-    "evaluations": COLORS[5],
-    "restarts": COLORS[3],
-    "shutdown": "#8C8C8C",
-    "other": COLORS[6],
+PALETTE = {
+    "paper": ("#ffffff", "#0f1318"),
+    "ink": ("#1b1f24", "#e6e9ed"),
+    "quiet": ("#57606a", "#9aa4af"),
+    "line": ("#d5dae0", "#333b45"),
+    "c0": ("#0072b2", "#4aa8e0"),
+    "c1": ("#d55e00", "#f0803c"),
+    "c2": ("#009e73", "#2cc295"),
+    "c3": ("#b4578d", "#dd8fbd"),
+    "c4": ("#b87a00", "#e8b13c"),
+    "c5": ("#3a94c9", "#86c8ee"),
+    "c6": ("#444c56", "#c3cad2"),
+    "waiting": ("#b9c0c8", "#6a737d"),
+    "fewer": ("#7fc8b0", "#2f7d68"),
+    "shutdown": ("#8b949e", "#7d8691"),
+    "compile": ("#8a6fb0", "#b59add"),
+    "restore": ("#a0522d", "#d08a62"),
 }
-LEAST_LABELLED = 0.06
-"""Share of a bar from which it has room for its percentage."""
-BAR_INCHES = 0.32
-MAX_BARS = 24
-"""Runs that get a bar; of more the first ones do, and scaling.csv has all."""
+"""Name -> color on light and on dark paper. Files have the light ones; the page has both, as variables of CSS.
+
+``c0`` to ``c6`` follow Okabe and Ito (Color Universal Design, 2008): color-blind readers can distinguish them.
+"""
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+PAPER, INK, GREY, LINE = (LIGHT[name] for name in ("paper", "ink", "quiet", "line"))
+COLORS = [LIGHT[f"c{index}"] for index in range(7)]
+MARKERS = "os^DvPX*"
+STYLE: Any = {
+    **{"font.size": 9, "axes.titlesize": 11, "figure.titlesize": 13, "figure.titleweight": "bold"},
+    **{"text.color": INK, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": GREY},
+    **{"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8, "legend.frameon": False},
+    **{"axes.facecolor": "none", "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.8},
+    # Text stays text, which a reader can search.
+    "svg.fonttype": "none",
+}
+HOLLOW: dict[str, Any] = {"c": PAPER, "s": 42, "linewidths": 1.6, "zorder": 3}
+BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.2}
+"""Place of a legend below the axes and their name."""
+IDEAL: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 1}
+LONGEST_LABEL = 26
 
 
-def height(rows: Sequence[Row]) -> float:
-    """Inches that the bars of these rows need."""
-    return max(1.7, 1.0 + BAR_INCHES * min(len(rows), MAX_BARS))  # the legend takes as much
+@dataclass(frozen=True)
+class Panel:
+    """One drawing with its title; ``draw`` fills the axes that it is given."""
+
+    title: str
+    draw: Callable[[Axes], None]
+    inches: float = 3.1
+    lead: str = ""
+    """Sentence that the page shows under the title."""
 
 
-def draw_times(figure: FigureBase, rows: Sequence[Row]) -> None:
-    """Draw one bar a run: the share of each part in its time, from the submission to the end."""
-    axes = figure.subplots()
-    axes.set_title("Where the time went", fontsize=11)
-    shown = rows[:MAX_BARS]
-    left = [0.0] * len(shown)
-    totals = [sum(row.parts_s.get(part, 0.0) for part in PARTS) for row in shown]
-    for part, name in PARTS.items():
-        widths = [100 * (row.parts_s.get(part, 0.0)) / total for row, total in zip(shown, totals, strict=True)]
-        if not any(widths):
-            continue
-        axes.barh(range(len(shown)), widths, left=left, height=0.7, color=PART_COLORS[part], label=name)
-        for at, (start, width) in enumerate(zip(left, widths, strict=True)):
-            if width >= 100 * LEAST_LABELLED:
-                light = part in ("waiting", "start", "evaluations")
-                color = "black" if light else "white"
-                axes.text(start + width / 2, at, f"{width:.1f} %", ha="center", va="center", fontsize=8, color=color)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(shown)), [row.label or row.point for row in shown], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("% of the time since the submission", fontsize=9, color=GREY)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+# Panels into files.
 
 
-# The figure of one run: how its step times are distributed, and which ranks lag behind the others, when.
-
-
-BINS = 40
-NAMED_RANKS = 4
-"""Slow ranks whose rows get a label: more would cover each other."""
-
-
-def draw_run(figure: FigureBase, found: RunDetail) -> None:
-    """Draw the panels of one run: the distribution of step times and, with several ranks, the heat map."""
-    if found.rank_times is None:
-        axes = figure.subplots(1, 2)
-        _draw_distribution(axes[0], found)
-        _draw_over_steps(axes[1], found)
-    else:
-        axes = figure.subplots(1, 2, width_ratios=(2, 3))
-        _draw_distribution(axes[0], found)
-        draw_heat_map(figure, axes[1], found, found.rank_times)
-
-
-def _draw_distribution(axes: Axes, found: RunDetail) -> None:
-    axes.set_title("Step times after warm-up", fontsize=11)
-    axes.set_xlabel("seconds")
-    axes.set_ylabel("steps")
-    axes.hist(found.step_times_s, bins=min(BINS, max(5, len(found.step_times_s) // 5)), color=COLORS[0], alpha=0.85)
-    marks = dict(found.percentiles_s)
-    for name, style in (("50 %", "-"), ("95 %", "--")):
-        axes.axvline(marks[name], color=COLORS[1], linestyle=style, linewidth=1.4, label=f"{name}: {marks[name]:.4g} s")
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.2)  # room for the legend
-    axes.legend(loc="upper right", framealpha=0.9, edgecolor="none", fontsize=9)
-    _style_run(axes)
-
-
-def _draw_over_steps(axes: Axes, found: RunDetail) -> None:
-    axes.set_title("Step time over the run", fontsize=11)
-    axes.set_xlabel("steps after warm-up")
-    axes.set_ylabel("seconds")
-    axes.plot(range(1, len(found.step_times_s) + 1), found.step_times_s, color=COLORS[0], linewidth=0.9)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
-    _style_run(axes)
-
-
-def draw_heat_map(figure: FigureBase, axes: Axes, found: RunDetail, times: RankTimes) -> None:
-    """Ranks from top to bottom, the run from left to right; the color is the time above the median of all ranks."""
-    axes.set_title("Own time of each rank above the median of all", fontsize=11)
-    axes.set_xlabel("step")
-    axes.set_ylabel("rank")
-    in_ms = [[1000 * value for value in row] for row in times.excess_s]
-    # Not less than what is worth naming, or the noise of a healthy run looks like a finding.
-    limit = max(1000 * LEAST_SHARE * found.step_time_s, *(abs(value) for row in in_ms for value in row))
-    extent = (times.windows[0][0], times.windows[-1][1], len(in_ms) - 0.5, -0.5)
-    image = axes.imshow(
-        in_ms,
-        aspect="auto",
-        cmap="RdBu_r",
-        vmin=-limit,
-        vmax=limit,
-        extent=extent,
-        interpolation="nearest",
-        # The pixels take values, and then colors. Where rows are thinner than three pixels matplotlib would look up
-        # colors first: with the nearest value it is the same picture, and takes 17 MB more.
-        interpolation_stage="data",
-    )
-    figure.colorbar(image, ax=axes, label="ms")
-    places = {rank.rank: row for row, rank in enumerate(times.ranks)}
-    labels = axes.get_yticks()
-    shown = [row for row in labels if 0 <= row < len(in_ms) and row == int(row)]
-    axes.set_yticks(shown, [str(times.ranks[int(row)].rank) for row in shown])
-    slow = [row for row in found.slowest if row.time.is_slow or row.time.waits_long][:NAMED_RANKS]
-    for row in slow:
-        # A row of a thousand is thinner than a pixel.
-        axes.plot(extent[0], places[row.time.rank], marker=">", color=COLORS[1], markersize=6, clip_on=False)
-        on = "" if row.host is None else f", {row.host}"
-        axes.annotate(
-            f"rank {row.time.rank}{on}",
-            (extent[0], places[row.time.rank]),
-            xytext=(6, -10 if places[row.time.rank] < len(in_ms) / 2 else 8),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-            bbox={"facecolor": "white", "edgecolor": GREY, "pad": 1.5, "alpha": 0.9},
-        )
-
-
-def _style_run(axes: Axes) -> None:
-    axes.grid(True, axis="y", color="#E3E3E3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-# The figure of a scaling report: throughput over ranks against the ideal, and what that is in efficiency.
-
-
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-IDEAL: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.3, "zorder": 1}
-LABEL: dict[str, Any] = {"fontsize": 8, "color": GREY, "ha": "center", "va": "bottom"}
-LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-MAX_LABELS = 4  # more labels at points than this cover each other; the legend explains the hollow ones anyway
-
-SeriesRows = Mapping[str, Sequence[Row]]
+WIDE = 5.4
+"""Inches of one panel."""
 
 
 def draw(table: ScalingTable) -> dict[str, bytes]:
-    """Draw the figure and return it as ``png`` and as ``svg``; the same table gives the same bytes."""
-    timed = [row for row in table.rows if row.goodput is not None]
-    inches = height(timed) if timed else 0.0
-    figure = Figure(figsize=(11.0, 5.2 + inches), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
-    FigureCanvasAgg(figure)
-    series = _with_figures(table)
-    heading = "\n".join(heading for heading, _ in table.sections())
-    figure.suptitle(heading, fontsize=13, fontweight="bold", x=0.01, ha="left")
-    conditions = "\n".join(textwrap.wrap(table.conditions, 160))
-    figure.supxlabel(conditions, fontsize=8, color=GREY, x=0.01, ha="left")
-    above: FigureBase = figure
-    if timed:
-        panes: Any = figure.subfigures(2, 1, height_ratios=(5.2, inches))
-        above, below = panes
-        draw_times(below, timed)
-    if len(table.rows) == 1 and table.details:
-        draw_run(above, table.details[0])
-    elif series:
-        _draw_panels(above, table, series)
-    else:
-        above.text(0.5, 0.5, "no point has enough steps for a figure yet", ha="center", fontsize=12, color=GREY)
-    _lay_out(figure)
-    return {"png": _png(figure), "svg": _svg(figure)}
+    """Draw the picture of a report and return it as ``png`` and as ``svg``; the same table gives the same bytes."""
+    one_run = len(table.rows) == 1 and table.details
+    panels = run_panels(table.details[0]) if one_run else scaling_panels(table)
+    headings = "\n".join(heading for heading, _ in table.sections())
+    return picture([*panels, *loss_panels(table)[:1], *times_panels(table)], headings, table.conditions)
 
 
+@rc_context(STYLE)
+def picture(panels: Sequence[Panel], heading: str, conditions: str) -> dict[str, bytes]:
+    """Draw panels in rows of two under a heading; returns the picture as ``png`` and as ``svg``."""
+    panels = panels or [Panel("", _draw_nothing)]
+    rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]
+    inches = [max(panel.inches for panel in row) for row in rows]
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    figure = Figure(figsize=(2 * WIDE + 0.2, sum(inches) + 1.0), dpi=150, layout=layout)
+    figure.suptitle(heading, x=0.01, ha="left")
+    figure.supxlabel("\n".join(textwrap.wrap(conditions, 160)), fontsize=8, color=GREY, x=0.01, ha="left")
+    for below, row in zip(figure.subfigures(len(rows), 1, height_ratios=inches, squeeze=False)[:, 0], rows):
+        for axes, panel in zip(below.subplots(1, len(row), squeeze=False)[0], row):
+            axes.set_title(panel.title)
+            panel.draw(axes)
+    png = _png(figure)
+    figure.set_layout_engine("none")  # the PNG file has placed everything, which takes a third of the time
+    return {"png": png, "svg": _svg(figure, "report").encode()}
+
+
+@rc_context(STYLE)
+def inline_svg(panel: Panel, salt: str) -> str:
+    """Draw one panel for the page, in colors that are variables of CSS. ``salt`` differs for each panel of a page."""
+    figure = Figure(figsize=(WIDE, panel.inches), layout="constrained", facecolor="none")
+    panel.draw(figure.subplots())
+    text = _svg(figure, salt)
+    for name, color in LIGHT.items():
+        text = text.replace(color, f"var(--{name})")
+    return text[text.index("<svg") :]
+
+
+@rc_context(STYLE)
 def draw_ranks(found: RunDetail) -> bytes | None:
-    """Draw the heat map of one run, ranks by time, as PNG; None where fewer than two ranks are compared."""
+    """Draw the heat map of one run, ranks by time, as PNG; None if fewer than two ranks are compared."""
     if found.rank_times is None:
         return None
-    figure = Figure(figsize=(7.0, 4.0), dpi=120, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
-    FigureCanvasAgg(figure)
-    draw_heat_map(figure, figure.subplots(), found, found.rank_times)
-    _lay_out(figure)
+    figure = Figure(figsize=(7.0, 4.0), dpi=120, layout="constrained")
+    _draw_heat_map(figure.subplots(), found, found.rank_times)
     return _png(figure)
-
-
-def _lay_out(figure: Figure) -> None:
-    """Place all there is, once for all files: ``savefig`` would do it for each, and draw each twice to that end."""
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    if figure.axes:  # matplotlib warns of a figure that is text alone
-        engine.execute(figure)
-    figure.set_layout_engine("none")
 
 
 def _png(figure: Figure) -> bytes:
@@ -240,223 +141,406 @@ def _png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _svg(figure: Figure) -> bytes:
+def _svg(figure: Figure, salt: str) -> str:
     file = io.StringIO()
-    # Else identifiers inside the SVG are random; and text stays text, which a reader can search.
-    with rc_context({"svg.hashsalt": "report", "svg.fonttype": "none"}):
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
-    return file.getvalue().encode()
+    with rc_context({"svg.hashsalt": salt}):  # without a salt, identifiers inside the SVG are random
+        FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return file.getvalue()
 
 
-def _with_figures(table: ScalingTable) -> dict[str, list[Row]]:
-    """Series -> its rows that have figures."""
-    series: dict[str, list[Row]] = {}
-    for row in table.rows:
-        if (row.run_time_s if table.compares_run_times else row.step_time_s) is not None and row.ranks is not None:
-            series.setdefault(row.series, []).append(row)
-    return series
+def _draw_nothing(axes: Axes) -> None:
+    axes.axis("off")
+    axes.text(0.5, 0.5, "no point has enough steps for a figure yet", ha="center", fontsize=12, color=GREY)
 
 
-def _panels(table: ScalingTable, series: SeriesRows) -> list[Callable[[Axes], None]]:
-    """Choose one or two panels: what was measured, and what follows from it."""
+def _short(label: str) -> str:
+    """Cut the middle out of a label that would take the room of the drawing."""
+    half = LONGEST_LABEL // 2
+    return label if len(label) <= LONGEST_LABEL else f"{label[:half]}…{label[-half:]}"
+
+
+# Figures over the number of ranks: throughput against the ideal and efficiency, or what a program records instead.
+
+
+MAX_LABELS = 6
+"""Points that get their figure as text; more would cover each other."""
+MAX_INSIDE = 4
+"""Lines of a legend that have room inside of the axes."""
+Band = tuple[float | None, float | None, float | None]
+SeriesRows = Mapping[tuple[str | None, str], Sequence[Row]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of a row that is drawn over the number of ranks."""
+
+    title: str
+    axis: str
+    values: Callable[[Row], Band]
+    """Lower end, value and upper end; all None if the row has no such figure."""
+    text: Callable[[Row], str]
+    log: bool = False
+
+
+def scaling_panels(table: ScalingTable) -> list[Panel]:
+    """Choose one or two panels: the measured figure, and the one that follows from it. Empty for one run."""
+    series: dict[tuple[str | None, str], list[Row]] = {}
+    for row in table.rows if len(table.rows) > 1 else ():
+        if row.ranks is not None and (row.run_time_s if table.compares_run_times else row.step_time_s) is not None:
+            series.setdefault((row.scaling, row.series), []).append(row)
     rows = [row for of_series in series.values() for row in of_series]
-    rates = partial(_draw_rates, series=series, unit=table.unit)
-    speedups = partial(_draw_speedups, series=series, of="run times" if table.compares_run_times else "step times")
-    efficiencies = partial(_draw_efficiency, series=series, unit=table.unit)
     # The smallest point's own 100 % is no finding.
-    has_speedup = any(row.speedup not in (None, 1) for row in rows)
-    has_efficiency = has_speedup and any(row.efficiency is not None and row.speedup != 1 for row in rows)
+    larger = [row for row in rows if row.speedup not in (None, 1)]
+    claimed = any(row.efficiency is not None for row in larger)
+    unclaimed = "" if claimed or not larger else " (no efficiency is claimed)"
+    times = "run times" if table.compares_run_times else "step times"
+    rates = Measure(
+        "Throughput",
+        f"{table.unit} per second",
+        lambda row: (row.throughput_low, row.throughput, row.throughput_high),
+        lambda row: rate(row.throughput),
+        log=True,
+    )
+    run_times = Measure(
+        "Run time, start-up included", "seconds", lambda r: (r.run_time_s,) * 3, lambda r: run_time(r.run_time_s)
+    )
+    step_times = Measure(
+        f"Step time{unclaimed}",
+        "seconds",
+        lambda row: (row.step_time_s_low, row.step_time_s, row.step_time_s_high),
+        lambda row: seconds(row.step_time_s),
+    )
+    speedups = Measure(
+        f"Speedup{unclaimed}",
+        f"ratio of {times} to the smallest point",
+        lambda r: (r.speedup,) * 3,
+        lambda r: f"{r.speedup:.2f}",
+    )
+    efficiencies = Measure("Efficiency against the smallest point", "%", _percent_band, efficiency)
     if table.compares_run_times:
-        further = [efficiencies] if has_efficiency else [speedups] if has_speedup else []
-        return [partial(_draw_run_times, series=series), *further]
-    first = [rates] if any(row.throughput is not None for row in rows) else [speedups] if has_speedup else []
-    return [*first, efficiencies if has_efficiency else partial(_draw_step_times, series=series)]
-
-
-def _draw_panels(figure: FigureBase, table: ScalingTable, series: SeriesRows) -> None:
-    panels = _panels(table, series)
-    rows = [row for of_series in series.values() for row in of_series]
-    every = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, panel in zip(every, panels, strict=True):
-        panel(axes)
-    left = every[0]
-    for axes in every:
-        _style(axes, rows)
-    handles = _legend(series, table.compares_run_times)
-    if len(series) <= MAX_LABELS:
-        left.legend(handles=handles, loc="upper left", framealpha=0.9, edgecolor="none", fontsize=9)
+        chosen = [run_times, *([efficiencies] if claimed else [speedups] if larger else [])]
     else:
-        figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+        has_rates = any(row.throughput is not None for row in rows)
+        chosen = [rates] if has_rates else [speedups] if larger else []
+        chosen.append(efficiencies if claimed else step_times)
+    lines = len(series) + 2
+    inches = 3.1 if lines <= MAX_INSIDE else 3.1 + 0.17 * math.ceil(lines / 2)
+    return [
+        Panel(one.title, partial(_draw_measure, series=series, measure=one, legend=one is chosen[0]), inches)
+        for one in chosen
+        if rows
+    ]
 
 
-def _draw_rates(axes: Axes, series: SeriesRows, unit: str) -> None:
-    axes.set_title("Throughput", fontsize=11)
-    axes.set_ylabel(f"{unit} per second")
-    for index, rows in enumerate(series.values()):
-        ideal = [(row.ranks, row.throughput_ideal) for row in rows if row.throughput_ideal is not None]
-        if len(ideal) > 1:
-            axes.plot(*zip(*ideal), color=_color(index), alpha=0.8, **IDEAL)
-        known = [row for row in rows if row.throughput is not None]
-        _plot(axes, index, known, lambda row: (row.throughput_low, row.throughput, row.throughput_high))
-    axes.set_yscale("log", base=10)
+def _percent_band(row: Row) -> Band:
+    if row.efficiency is None:
+        return None, None, None
+    ends = (row.efficiency_low, row.efficiency, row.efficiency_high)
+    low, middle, high = (100 * (row.efficiency if end is None else end) for end in ends)
+    return low, middle, high
+
+
+def _draw_measure(axes: Axes, series: SeriesRows, measure: Measure, legend: bool) -> None:
+    """Draw a line for each series with its intervals; markers are hollow if ranks shared cores or a GPU."""
+    kinds = {kind for kind, _ in series}
+    is_efficiency = measure.values is _percent_band
+    rows = [row for of_series in series.values() for row in of_series]
+    for index, ((kind, name), of_series) in enumerate(series.items()):
+        color = COLORS[index % len(COLORS)]
+        label = " ".join(
+            filter(None, (_short(name or "measured"), f"({kind} scaling)" if kind and len(kinds) > 1 else ""))
+        )
+        known = [row for row in of_series if measure.values(row)[1] is not None]
+        bands = [[value or 0.0 for value in measure.values(row)] for row in known]
+        sizes, middles = [row.ranks or 0 for row in known], [middle for _, middle, _ in bands]
+        ends = [[middle - low for low, middle, _ in bands], [high - middle for _, middle, high in bands]]
+        marker = MARKERS[index % len(MARKERS)]
+        axes.errorbar(sizes, middles, yerr=ends, fmt="none", ecolor=color, elinewidth=1.2, capsize=3)
+        axes.plot(sizes, middles, color=color, linewidth=1.8, marker=marker, markersize=6.5, label=label)
+        hollow = [(size, middle) for row, size, middle in zip(known, sizes, middles) if row.oversubscribed]
+        axes.scatter(*zip(*hollow), marker=marker, edgecolors=color, **HOLLOW) if hollow else None
+        ideal = [(row.ranks, row.throughput_ideal) for row in of_series if row.throughput_ideal is not None]
+        if measure.log and len(ideal) > 1:
+            axes.plot(*zip(*ideal), color=color, alpha=0.8, **IDEAL)
+        for row, middle in zip(known, middles) if len(rows) <= MAX_LABELS else ():
+            # Below the line, which rises in the one drawing and falls in the other.
+            x, y, side = (7, -12, "left") if measure.log else (-7, -12, "right")
+            x, y, side = (7, 6, "left") if row is known[0] and not measure.log else (x, y, side)
+            place: dict[str, Any] = {"textcoords": "offset points", "ha": side, "fontsize": 8}
+            axes.annotate(measure.text(row), (row.ranks or 0, middle), (x, y), **place)
+    _scale_ranks(axes, sorted({row.ranks or 0 for row in rows}), "ranks")
+    _scale_values(axes, measure.log, measure.axis)
+    if is_efficiency:
+        axes.axhline(100, color=GREY, **IDEAL)
+        axes.set_ylim(0, max(115, axes.get_ylim()[1]))
+        for ranks in sorted({row.ranks or 0 for row in rows if row.efficiency is None}):
+            axes.annotate("not claimed", (ranks, 4), rotation=90, ha="center", va="bottom", fontsize=8, color=GREY)
+    if legend:
+        _explain(axes, rows, measure.log, len(series))
+
+
+def _scale_values(axes: Axes, log: bool, name: str) -> None:
+    axes.set_ylabel(name)
+    axes.grid(True, axis="y")
+    if not log:
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.15)
+        return
+    axes.set_yscale("log")
     low, high = axes.get_ylim()
     # A factor of 4 at least, or noise between two points looks like a cliff; the room above is for the legend.
     margin = max(1.1, (4 * low / high) ** 0.5)
     axes.set_ylim(low / margin, high * margin * 1.25)
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _with_letter(value)))
     axes.yaxis.set_minor_locator(NullLocator())
-    _label_crowded(axes, series)
 
 
-def _draw_speedups(axes: Axes, series: SeriesRows, of: str) -> None:
-    axes.set_title("Speedup (no efficiency is claimed)", fontsize=11)
-    axes.set_ylabel(f"ratio of {of} to the smallest point")
-    for index, rows in enumerate(series.values()):
-        _plot(axes, index, [row for row in rows if row.speedup is not None], lambda row: (row.speedup,) * 3)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
+def _with_letter(value: float) -> str:
+    """Write a value of an axis: 500, 20k, 1.5M."""
+    size, letter = next(((1000.0**n, c) for n, c in ((3, "G"), (2, "M"), (1, "k")) if value >= 1000**n), (1.0, ""))
+    return f"{value / size:g}{letter}"
 
 
-def _draw_run_times(axes: Axes, series: SeriesRows) -> None:
-    axes.set_title("Run time, start-up included", fontsize=11)
-    axes.set_ylabel("seconds")
-    for index, rows in enumerate(series.values()):
-        _plot(axes, index, rows, lambda row: (row.run_time_s,) * 3)
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.25)  # the room above is for the legend
-
-
-def _draw_efficiency(axes: Axes, series: SeriesRows, unit: str) -> None:
-    axes.set_title("Efficiency against the smallest point", fontsize=11)
-    axes.set_ylabel(f"% of its {unit} per second and rank")
-    axes.axhline(100, color=GREY, **IDEAL)
-    for index, rows in enumerate(series.values()):
-        _plot(axes, index, [row for row in rows if row.efficiency is not None], _efficiency_band)
-    axes.set_ylim(0, max(115, axes.get_ylim()[1]))
-    noisy = [row for rows in series.values() for row in rows if row.noisy and row.efficiency is not None]
-    for row in noisy if len(noisy) <= MAX_LABELS else []:
-        place = (row.ranks or 0, 100 * (row.efficiency or 0))
-        style = {**LABEL, "ha": "left"}
-        axes.annotate(efficiency(row), place, xytext=(8, -13), textcoords="offset points", bbox=LABEL_BOX, **style)
-    unclaimed = {row.ranks for rows in series.values() for row in rows if row.efficiency is None}
-    for ranks in sorted(rank for rank in unclaimed if rank is not None):
-        axes.annotate("not claimed", (ranks, 3), rotation=90, bbox=LABEL_BOX, **LABEL)
-
-
-def _efficiency_band(row: Row) -> tuple[float, float, float]:
-    """Efficiency with what the quartiles of both points leave of it, percent; of run times there are none."""
-    assert row.efficiency
-    middle = 100 * row.efficiency
-    if row.efficiency_low is None or row.efficiency_high is None:
-        return (middle,) * 3
-    return 100 * row.efficiency_low, middle, 100 * row.efficiency_high
-
-
-def _draw_step_times(axes: Axes, series: SeriesRows) -> None:
-    crowded = any(row.oversubscribed for rows in series.values() for row in rows)
-    axes.set_title("Step time (no efficiency is claimed)" if crowded else "Step time", fontsize=11)
-    axes.set_ylabel("seconds")
-    for index, rows in enumerate(series.values()):
-        _plot(axes, index, rows, lambda row: (row.step_time_s_low, row.step_time_s, row.step_time_s_high))
-    axes.set_ylim(0, axes.get_ylim()[1] * 1.1)
-
-
-def _plot(axes: Axes, index: int, rows: Sequence[Row], band: Callable[[Row], tuple[Any, Any, Any]]) -> None:
-    """Draw one series: a line, bars between the quartiles, hollow markers where ranks were crowded."""
-    if not rows:
-        return
-    ranks, bands = [row.ranks or 0 for row in rows], [band(row) for row in rows]
-    below, above = ([abs(end - middle) for end, middle in zip(ends, [b[1] for b in bands])] for ends in _ends(bands))
-    color = _color(index)
-    axes.errorbar(
-        ranks,
-        [b[1] for b in bands],
-        yerr=[below, above],
-        color=color,
-        linewidth=1.8,
-        elinewidth=1.2,
-        capsize=3,
-        zorder=2,
-    )
-    for row, (_, middle, _) in zip(rows, bands):
-        axes.plot(row.ranks or 0, middle, markerfacecolor="white" if row.oversubscribed else color, **_marker(index))
-
-
-def _ends(bands: Sequence[tuple[float, float, float]]) -> tuple[list[float], list[float]]:
-    return [band[0] for band in bands], [band[2] for band in bands]
-
-
-def _label_crowded(axes: Axes, series: SeriesRows) -> None:
-    crowded = [row for rows in series.values() for row in rows if row.oversubscribed and row.throughput is not None]
-    for row in crowded if len(crowded) <= MAX_LABELS else []:
-        place = (row.ranks or 0, row.throughput or 0)
-        axes.annotate("shared", place, xytext=(8, -13), textcoords="offset points", **{**LABEL, "ha": "left"})
-
-
-def _style(axes: Axes, rows: Sequence[Row]) -> None:
-    ranks = sorted({row.ranks for row in rows if row.ranks is not None})
+def _scale_ranks(axes: Axes, sizes: Sequence[int], name: str) -> None:
+    """Space numbers of ranks, or of nodes, by factors of two, and name those that have room."""
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("ranks")
-    axes.set_xlim(ranks[0] / 2**0.4, ranks[-1] * 2**0.4)
-    axes.xaxis.set_major_locator(FixedLocator([float(rank) for rank in _spaced(ranks)]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    axes.set_xlabel(name)
+    axes.set_xlim(sizes[0] / 2**0.4, sizes[-1] * 2**0.4)
+    gap = max(sizes[-1] / sizes[0], 2) ** (1 / 14)
+    kept = [sizes[0]]
+    for size in sizes[1:]:
+        kept += [size] if size >= kept[-1] * gap else []
+    axes.xaxis.set_major_locator(FixedLocator([float(size) for size in kept]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.grid(True, which="major", color="#E3E3E3", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
-def _spaced(ranks: Sequence[int]) -> list[int]:
-    """The ranks that get a tick: those too close to the one before would print over it."""
-    gap = max(ranks[-1] / ranks[0], 2) ** (1 / 14)
-    kept = [ranks[0]]
-    for rank in ranks[1:]:
-        if rank >= kept[-1] * gap:
-            kept.append(rank)
-    return kept
-
-
-def _legend(series: SeriesRows, compares_run_times: bool) -> list[Line2D]:
-    handles = [
-        Line2D(
-            [],
-            [],
-            linewidth=1.8,
-            markerfacecolor=_color(index),
-            label=label or ("measured" if compares_run_times else "measured, with quartiles"),
-            **_marker(index),
-        )
-        for index, label in enumerate(series)
-    ]
-    rows = [row for of_series in series.values() for row in of_series]
-    if any(row.speedup != 1 and row.throughput_ideal is not None for row in rows):
-        handles.append(Line2D([], [], color=GREY, label="ideal, from the smallest point", **IDEAL))
+def _explain(axes: Axes, rows: Sequence[Row], has_ideal: bool, lines: int) -> None:
+    """Add the legend: inside of the axes, or below if it has many lines."""
+    if has_ideal and any(row.speedup != 1 and row.throughput_ideal is not None for row in rows):
+        axes.plot([], [], color=GREY, label="ideal, from the smallest point", **IDEAL)
     if any(row.oversubscribed for row in rows):
-        hollow = {**_marker(0), "color": GREY, "markeredgecolor": GREY}
-        handles.append(
-            Line2D([], [], linewidth=0, markerfacecolor="white", label="ranks shared cores or a GPU", **hollow)
+        axes.scatter([], [], edgecolors=GREY, label="ranks shared cores or a GPU", **HOLLOW)
+    if lines + 2 <= MAX_INSIDE:
+        axes.legend(loc="upper left")
+    else:
+        axes.legend(ncols=2, **BELOW)
+
+
+# Where efficiency and time went: bars.
+
+
+LOSS_COLORS = dict(zip(LOSSES, ("c0", "c1", "c3", "c4", "c5", "c6"), strict=True))
+PART_COLORS = {
+    "steps": "c2",
+    "start": "c4",
+    "lost": "c1",
+    "saves": "c0",
+    "evaluations": "c5",
+    "restarts": "c3",
+    "other": "c6",
+}
+"""Names of ``PALETTE``; parts that are not named here have a color of their own name."""
+MAX_BARS = 16
+"""Runs that get a bar; the table and scaling.csv have all."""
+LEAST_LABELLED = 0.09
+"""Share of a bar that has room for its percentage."""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar from ``low`` to ``high``, with its name on the left and its figure on the right."""
+
+    name: str
+    low: float
+    high: float
+    color: str
+    text: str
+    bold: bool = False
+
+
+def loss_panels(table: ScalingTable) -> list[Panel]:
+    """Make the waterfall of each point from the ideal to its efficiency, the largest points first."""
+    rows = sorted((row for row in table.rows if row.losses), key=lambda row: -(row.ranks or 0))
+    # The axis of all of them ends where no bar passes: a reader compares bars of two points.
+    most = max((100 * (1 + sum(-share for share in row.losses.values() if share < 0)) for row in rows), default=0.0)
+    lead = "Time that each phase of a step takes beyond its part of the ideal step. The parts add up; + is a gain."
+    panels = []
+    for row in rows:
+        bars = waterfall(row)
+        name = f"What was lost to what at {_short(row.label)}"
+        panels.append(Panel(name, partial(_draw_bars, bars=bars, most=most, ideal=100), _tall(bars), lead))
+    return panels
+
+
+def waterfall(row: Row) -> list[Bar]:
+    """Return bars, in percent, that fall from the ideal to the efficiency of a point."""
+    texts = percentages([*row.losses.values(), row.efficiency or 0.0])
+    bars, at = [Bar("ideal", 0, 100, LINE, "100.0 %", bold=True)], 100.0
+    for (phase, share), text in zip(row.losses.items(), texts, strict=False):
+        to = at - 100 * share
+        sign = "" if float(text) == 0 else "+" if share < 0 else "−"  # noqa: RUF001 - a minus sign for readers
+        color = LIGHT[LOSS_COLORS[phase]]
+        bars.append(Bar(LOSSES[phase], min(at, to), max(at, to), color, f"{sign}{text.removeprefix('-')} %"))
+        at = to
+    return [*bars, Bar("efficiency", 0, 100 * (row.efficiency or 0.0), LIGHT["c2"], f"{texts[-1]} %", bold=True)]
+
+
+def interruption_panels(table: ScalingTable) -> list[Panel]:
+    """Make a panel for each unit of hours: what each cause of interruptions cost all runs of the report together."""
+    panels = []
+    for unit, rows in units(table.rows):
+        causes = sorted(hours_by_cause(rows).items(), key=lambda cause: -cause[1])
+        bars = [Bar(CAUSES[cause], 0, hours, LIGHT["c1"], told(hours, f"{unit}-h")) for cause, hours in causes]
+        whole = sum(row.interrupted_h or 0.0 for row in rows)
+        bars.append(Bar("in all", 0, 0, LINE, told(whole, f"{unit}-h"), bold=True))
+        if any(row.saved_in_place_h is not None for row in rows):
+            saved = sum(row.saved_in_place_h or 0.0 for row in rows)
+            bars.append(Bar("saved in place, estimate", 0, max(saved, 0.0), LIGHT["c2"], told(saved, f"{unit}-h")))
+        most = max(bar.high for bar in bars)
+        lead = f"Lost to each cause, over all runs of this report: {DEFINITION}."
+        draw_them = partial(_draw_bars, bars=bars, most=most)
+        panels.append(Panel("What interruptions cost", draw_them, _tall(bars), lead))
+    return panels
+
+
+def _tall(bars: Sequence[Bar]) -> float:
+    return 0.35 + 0.27 * len(bars)
+
+
+def _draw_bars(axes: Axes, bars: Sequence[Bar], most: float, ideal: float | None = None) -> None:
+    axes.barh(
+        range(len(bars)),
+        [bar.high - max(bar.low, 0) for bar in bars],
+        left=[max(bar.low, 0) for bar in bars],
+        color=[bar.color for bar in bars],
+    )
+    if ideal is not None:
+        axes.axvline(ideal, color=GREY, **IDEAL)
+    axes.set_yticks(range(len(bars)), [bar.name for bar in bars], color=INK)
+    for at, (bar, name) in enumerate(zip(bars, axes.get_yticklabels(), strict=True)):
+        weight = "bold" if bar.bold else "normal"
+        name.set_fontweight(weight)
+        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+        axes.annotate(bar.text, (1, at), (62, 0), ha="right", va="center", fontweight=weight, **place)
+    axes.set_xlim(0, most)
+    axes.xaxis.set_visible(False)
+    _style_bars(axes)
+
+
+def times_panels(table: ScalingTable) -> list[Panel]:
+    """Make the panel of the time of each run, from its submission to its end, by parts; empty if nothing is known."""
+    rows = [row for row in table.rows if row.goodput is not None]
+    lead = "Time of each run from its submission to its end, over all attempts. The parts add up to 100.0 %."
+    if len(rows) > MAX_BARS:
+        lead += f" The first {MAX_BARS} of {len(rows)} runs; the table below has all."
+    rows = rows[:MAX_BARS]
+    inches = 1.25 + max(0.3 * len(rows), 0.6)
+    return [Panel("Where the time went", partial(_draw_times, rows=rows), inches, lead)] if rows else []
+
+
+def _draw_times(axes: Axes, rows: Sequence[Row]) -> None:
+    left = [0.0] * len(rows)
+    totals = [sum(row.parts_s.values()) for row in rows]
+    for part, name in PARTS.items():
+        widths = [100 * row.parts_s.get(part, 0.0) / total for row, total in zip(rows, totals, strict=True)]
+        if not any(widths):
+            continue
+        color = LIGHT[PART_COLORS.get(part, part)]
+        bars = axes.barh(range(len(rows)), widths, left=left, height=0.75, color=color, label=name)
+        texts = [f"{width:.1f} %" if width >= 100 * LEAST_LABELLED else "" for width in widths]
+        dark = INK if part in ("waiting", "fewer") else PAPER
+        axes.bar_label(bars, texts, label_type="center", fontsize=8, color=dark)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.set_yticks(range(len(rows)), [_short(row.label or row.point) for row in rows], color=INK)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("% of the time since the submission")
+    axes.legend(ncols=3, **BELOW)
+    _style_bars(axes)
+
+
+def _style_bars(axes: Axes) -> None:
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["left", "bottom"]].set_visible(False)
+
+
+# One run: how its step times are distributed, and which ranks are slower than the others, and when.
+
+
+BINS = 40
+NAMED_RANKS = 4
+"""Slow ranks whose rows get a label: more would cover each other."""
+ALONE = "Fewer than two ranks recorded the same steps, so no rank is compared with others."
+# Above the median orange, below it blue, and nothing in between, so that the paper shows.
+SLOW_AND_FAST = LinearSegmentedColormap.from_list(
+    "slow", [(0, COLORS[0]), (0.5, f"{COLORS[0]}00"), (0.5, f"{COLORS[1]}00"), (1, COLORS[1])], N=41
+)
+
+
+def run_panels(found: RunDetail) -> list[Panel]:
+    """Make the panels of one run: its ranks over time, or its step times if it has one rank, and their distribution."""
+    times = found.rank_times
+    first = Panel("Step time over the run", partial(_draw_over_steps, found=found), lead=ALONE)
+    if times is not None:
+        net = "" if times.is_net else " Waiting in collectives was not recorded, and hides a slow rank."
+        lead = f"Own time of each rank above the median of all ranks.{net}"
+        first = Panel("Ranks over the run", partial(_draw_heat_map, found=found, times=times), lead=lead)
+    return [first, Panel("Step times after warm-up", partial(_draw_distribution, found=found))]
+
+
+def _draw_distribution(axes: Axes, found: RunDetail) -> None:
+    axes.hist(found.step_times_s, bins=min(BINS, max(5, len(found.step_times_s) // 5)), color=COLORS[0], alpha=0.85)
+    marks = dict(found.percentiles_s)
+    for name, color, style in (("50 %", COLORS[1], "-"), ("95 %", COLORS[2], "--"), ("99 %", COLORS[3], ":")):
+        label = f"{name}: {seconds(marks[name])}"
+        axes.axvline(marks[name], color=color, linestyle=style, linewidth=1.6, label=label)
+    axes.set_xlabel("seconds")
+    _scale_values(axes, False, "steps")
+    axes.legend(ncols=3, **BELOW)
+
+
+def _draw_over_steps(axes: Axes, found: RunDetail) -> None:
+    axes.plot(range(1, len(found.step_times_s) + 1), found.step_times_s, color=COLORS[0], linewidth=0.9)
+    axes.set_xlabel("steps after warm-up")
+    _scale_values(axes, False, "seconds")
+
+
+def _draw_heat_map(axes: Axes, found: RunDetail, times: RankTimes) -> None:
+    """Draw ranks from top to bottom and the run from left to right, colored by the time above the median of all."""
+    in_ms = [[1000 * value for value in row] for row in times.excess_s]
+    # Not less than the least that is worth naming, or the noise of a healthy run looks like a finding.
+    limit = max(1000 * LEAST_SHARE * found.step_time_s, *(abs(value) for row in in_ms for value in row))
+    first = times.windows[0][0]
+    image = axes.imshow(
+        in_ms,
+        aspect="auto",
+        cmap=SLOW_AND_FAST,
+        vmin=-limit,
+        vmax=limit,
+        extent=(first, times.windows[-1][1], len(in_ms) - 0.5, -0.5),
+        interpolation="none",
+        # The pixels take values, and then colors. Where rows are thinner than three pixels matplotlib would look up
+        # colors first, which gives the same picture and takes 17 MB more.
+        interpolation_stage="data",
+    )
+    axes.figure.colorbar(image, ax=axes, label="ms above the median")
+    axes.spines[:].set_visible(True)
+    axes.set_xlabel("step")
+    axes.set_ylabel("rank")
+    places = {rank.rank: row for row, rank in enumerate(times.ranks)}
+    shown = range(0, len(in_ms), math.ceil(len(in_ms) / 8))
+    axes.set_yticks(shown, [str(times.ranks[row].rank) for row in shown])
+    for row in [row for row in found.slowest if row.time.is_slow or row.time.waits_long][:NAMED_RANKS]:
+        at = places[row.time.rank]
+        # A row of a thousand is thinner than a pixel.
+        axes.plot(first, at, marker=">", color=COLORS[1], markersize=6, clip_on=False)
+        axes.annotate(
+            f"rank {row.time.rank}" + ("" if row.host is None else f", {row.host}"),
+            (first, at),
+            xytext=(6, -11 if at < len(in_ms) / 2 else 9),
+            textcoords="offset points",
+            va="center",
+            fontweight="bold",
+            bbox={"facecolor": PAPER, "edgecolor": LINE, "pad": 1.5, "alpha": 0.9},
         )
-    return handles
-
-
-def _marker(index: int) -> dict[str, Any]:
-    color = _color(index)
-    return {
-        "color": color,
-        "marker": MARKERS[index % len(MARKERS)],
-        "markersize": 7,
-        "markeredgecolor": color,
-        "markeredgewidth": 1.6,
-        "zorder": 3,
-    }
-
-
-def _color(index: int) -> str:
-    return COLORS[index % len(COLORS)]
-
-
-def _short(value: float) -> str:
-    """Axis label: 500, 20k, 1.5M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
