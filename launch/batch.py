@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +36,8 @@ from launch.runs.folder import RunFolder
 from launch.runs.overrides import append_groups, typed_value, without_key
 from launch.slurm import client as scheduler
 from launch.slurm import facts
-from launch.slurm import resources as gpus
-from launch.slurm.adoption import refuse_running
+from launch.slurm.jobs import refuse_running
+from launch.slurm.points import choose_gpus, says_gpus
 
 PLAN_TIMEOUT_S = 300.0
 """Longest wait for the plan of the head node's task: tasks of one job start within minutes of each other."""
@@ -99,7 +100,9 @@ def make_run(
     args = job_overrides(overrides, job)
     composed = compose_launch(args, config_dir)
     if not ahead and typed_value(args, "cluster.timeout_min") is None:
-        composed.cluster.timeout_min = minutes_of(job["SLURM_JOB_ID"]) or composed.cluster.timeout_min
+        with suppress(scheduler.SlurmError):  # sbatch's --time decides the limit, not a key of the run
+            limit_s = scheduler.job_details(job["SLURM_JOB_ID"]).time_limit_s
+            composed.cluster.timeout_min = math.ceil(limit_s / 60) if limit_s else composed.cluster.timeout_min
     config = typed_config(composed)
     refuse_snapshot(config)
     config.cluster.placement = []  # the nodes are here already
@@ -115,22 +118,19 @@ def make_run(
     return plan
 
 
-def minutes_of(job_id: str) -> int | None:
-    """Ask Slurm for the time limit of a job, in minutes: sbatch's --time decides it, and no key of the run."""
-    try:
-        limit_s = scheduler.job_details(job_id).time_limit_s
-    except scheduler.SlurmError:
-        return None
-    return math.ceil(limit_s / 60) if limit_s else None
-
-
 def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:
-    """Raise ConfigError if the job asks for no GPUs, and every node of its partition has some."""
-    partition = job.get("SLURM_JOB_PARTITION") or job.get("SBATCH_PARTITION")
-    if not config.launch.check_limits or gpus.says_gpus(config) or gpus.built_for_cpus(facts.torch_version()):
+    """Raise ConfigError if the job requests no GPUs, and every node of its partition has some."""
+    if not config.launch.check_limits or says_gpus(config):
         return
+    partition = job.get("SLURM_JOB_PARTITION") or job.get("SBATCH_PARTITION")
     cluster = replace(config.cluster, partition=partition, cluster=None, constraint=None)
-    gpus.refuse_without_gpus(replace(config, cluster=cluster), facts.ask_slurm())
+    number, _ = choose_gpus(replace(config, cluster=cluster), facts.ask_slurm())
+    if number is not None:
+        raise ConfigError(
+            f"a job without GPUs, on nodes that all have {number} or more",
+            "GPUs that the job requests, one rank on each: without them the ranks compute on CPUs",
+            f"sbatch --gpus-per-node={number} ..., as before; or cluster.gpus_per_node=0, for CPUs",
+        )
 
 
 def refuse_snapshot(config: Config) -> None:

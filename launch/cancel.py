@@ -16,20 +16,20 @@ import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, refusing
 from launch.runs.files import deny_others_writing
 from launch.runs.find import add_paths, find_runs
-from launch.slurm.adoption import adopt_found
 from launch.slurm.client import SlurmError
-from launch.slurm.status import find_run_statuses, poll
-from launch.slurm.stop import leaving_text, outcome_text, stop_points
+from launch.slurm.jobs import ACTIVE
+from launch.slurm.status import adopt_found, find_run_statuses, poll
+from launch.slurm.watch import leaving_text, outcome_text, stop_points
 
 
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
-    """Cancel the runs of run folders and sweep folders, and say what became of each. Whether all are over."""
+    """Cancel the runs of run folders and sweep folders, and print the end of each. Return whether all are over."""
     points = find_run_statuses(find_runs(paths))
     problem = poll(points, trust_log=True)
     if problem is not None:
         raise problem
     adopt_found(points, by="launch.cancel")
-    ours = [point for point in points if point.state in ("pending", "running")]
+    ours = [point for point in points if point.state in ACTIVE]
     for point in points:
         if point not in ours:
             why = f", {point.detail}" if point.detail else ""
@@ -46,7 +46,7 @@ def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 nothing of the runs is left, 1 something could not be ended, 2 there is no such run."""
+    """Exit status: 0 all runs are over, 1 a run could not be ended, 2 there is no such run."""
     parser = CommandParser(
         prog="python -m launch.cancel", description="Have runs save a checkpoint and leave, and wait until they have."
     )

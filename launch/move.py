@@ -1,6 +1,6 @@
 """``python -m launch.move PATH...``: move runs that are pending for too long to the next candidate of their placement.
 
-A launcher leaves this command behind for runs that continue without it. ``launch.slurm.failover`` makes the moves.
+A launcher with launch.detach=true leaves this command running. ``launch.slurm.failover`` makes the moves.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from launch.errors import CommandParser, refusing
 from launch.runs.files import deny_others_writing
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
-from launch.slurm.adoption import adopt_found
 from launch.slurm.client import SlurmError
-from launch.slurm.failover import PlacementFailover, is_watched, promised
-from launch.slurm.status import RunStatus, find_run_statuses, poll
+from launch.slurm.failover import PlacementFailover, promised
+from launch.slurm.status import adopt_found, find_run_statuses, poll
 
 POLL_S = 1.0
 LONGEST_POLL_S = 60.0
 
 
 def move(folders: Sequence[RunFolder], console: Console) -> None:
-    """Move what waits until all runs are over."""
-    points = list(filter(is_watched, find_run_statuses(folders)))
-    adopt_waiting(points)
+    """Move waiting runs, and return when all runs are over."""
+    plans = {point.folder.path: (point, promised(point)) for point in find_run_statuses(folders)}
+    points = [point for point, plan in plans.values() if plan is not None and plan.placement.is_watched]
+    with suppress(SlurmError):  # the first poll below reports it
+        if poll(points, retries=1) is None:
+            adopt_found(points, by="launch.move")
     failover, said = PlacementFailover(console), False
     while True:
         problem = poll(points, retries=1)
@@ -42,29 +44,18 @@ def move(folders: Sequence[RunFolder], console: Console) -> None:
         if problem is not None and not said:
             console.print(f"{problem}\nasking again until Slurm answers", highlight=False, markup=False)
         said = problem is not None
-        time.sleep(poll_s(points))
-
-
-def adopt_waiting(points: Sequence[RunStatus]) -> None:
-    """Enter jobs that wait and that no event log names. Where Slurm does not answer, the first poll says so."""
-    with suppress(SlurmError):
-        if poll(points, retries=1) is None:
-            adopt_found(points, by="launch.move")
-
-
-def poll_s(points: Sequence[RunStatus]) -> float:
-    """Seconds between two polls: a fraction of the shortest patience."""
-    shortest = min((plan.placement.retry_interval_min for point in points if (plan := promised(point))), default=1.0)
-    return min(LONGEST_POLL_S, max(POLL_S, 60 * shortest / 10))
+        # A tenth of the shortest interval between two moves.
+        shortest = min(plan.placement.retry_interval_min for point in points if (plan := plans[point.folder.path][1]))
+        time.sleep(min(LONGEST_POLL_S, max(POLL_S, 60 * shortest / 10)))
 
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 the runs are over, 2 there is no such run, 130 stopped by Ctrl-C: they stay where they are."""
+    """Exit status: 0 the runs are over, 2 there is no such run, 130 stopped by Ctrl-C: the runs keep their places."""
     parser = CommandParser(
         prog="python -m launch.move",
-        description="Move runs that wait to the next candidate of their cluster.placement, until they are over. "
-        "python -m launch does so itself while it watches; with launch.detach=true it leaves this command behind.",
+        description="Move waiting runs to the next candidate of their cluster.placement, until they are over. "
+        "python -m launch does so itself while it watches; with launch.detach=true it leaves this command running.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a run folder, or a folder with runs in it")
     args = parser.parse_intermixed_args(arguments)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -21,22 +21,30 @@ from launch.errors import CommandParser, refusing
 from launch.runs.events import damaged_text, skipped_text, slow_ranks, uncopied_text, unread_text, unsaved_text
 from launch.runs.files import is_full
 from launch.runs.find import find_runs, natural
-from launch.runs.records import UNITS, throughput
-from launch.slurm.adoption import adopt_found
+from launch.runs.records import UNITS
 from launch.slurm.client import SlurmError
-from launch.slurm.display import duration, quiet_text
-from launch.slurm.handles import SlurmJob
-from launch.slurm.status import RunStatus, find_run_statuses, poll, update_from_event_log
+from launch.slurm.jobs import SlurmJob
+from launch.slurm.status import (
+    RunStatus,
+    adopt_found,
+    events_since_start,
+    find_run_statuses,
+    poll,
+    update_from_event_log,
+    why_not_restarted,
+)
+from launch.slurm.watch import duration, quiet_text, speed_text
 
 COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "loss", "ETA")
 NUMBERS = COLUMNS[3:]
 WIDE = 1000
 SLOW = ("rank", "host", "step", "own_s", "median_s", "steps")
-"""Fields that are told of a slow rank: its own time a step over some steps, and the median of the other ranks."""
+"""Fields of a slow rank: its own time a step over some steps, and the median of the other ranks."""
 
 
 def as_dict(point: RunStatus) -> dict[str, Any]:
-    """Return what is known of a run; what is not is absent."""
+    """State of a run for ``--json``; unknown values are absent."""
+    events, since = point.events(), point.job_status.since
     failure = point.failure() if point.state in ("failed", "running", "pending") else None
     known = {
         "point": point.folder.point,
@@ -46,17 +54,17 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "detail": point.detail or None,
         "advice": point.advice or None,
         "damage": point.damage
-        or damaged_text(point.events())
+        or damaged_text(events)
         or unread_text(point.folder)
         or ("its filesystem has no room" if is_full(point.folder.path) else None),
-        "early": next((e["early"] for e in reversed(point.events()) if e.get("early")), None)
+        "early": next((e["early"] for e in reversed(events) if e.get("early")), None)
         if point.state == "finished"
         else None,
-        "unsaved": unsaved_text(point.events()),
-        "uncopied": uncopied_text(point.events()),
-        "skipped": skipped_text(point.events()),
+        "unsaved": unsaved_text(events),
+        "uncopied": uncopied_text(events),
+        "skipped": skipped_text(events),
         "partition": point.job_status.partition or None,
-        "waiting_s": waiting_s(point),
+        "waiting_s": None if point.state != "pending" or since is None else max(0.0, time.time() - since),
         "job_id": None if point.job is None else point.job.job_id,
         "slurm_cluster": point.job.cluster if isinstance(point.job, SlurmJob) else None,
         "nodes": point.nodes,
@@ -69,18 +77,20 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "eta_s": point.eta_s,
         "quiet_s": point.quiet_s,
         "step_age_s": point.stale_s,
-        "slow_ranks": [{key: event.get(key) for key in SLOW} for event in slow_ranks(point.events())] or None,
-        "sick_nodes": point.sick_nodes() or None,
-        "not_restarted": point.why_not_restarted(),
+        "slow_ranks": [{key: event.get(key) for key in SLOW} for event in slow_ranks(events)] or None,
+        "sick_nodes": sick_nodes(point) or None,
+        "not_restarted": why_not_restarted(events),
         "failure": failure and {key: failure.get(key) for key in ("attempt", "rank", "host", "step", "cause", "log")},
     }
     return {key: value for key, value in known.items() if value is not None}
 
 
-def waiting_s(point: RunStatus) -> float | None:
-    """Seconds the point has waited where it is; None if it does not wait, or Slurm does not say."""
-    since = point.job_status.since if point.state == "pending" else None
-    return None if since is None else max(0.0, time.time() - since)
+def sick_nodes(point: RunStatus) -> list[dict[str, Any]]:
+    """Host and cause of each node that the newest start left out, or that kept the newest start from beginning."""
+    newest = max(point.attempts(), default=0)
+    found = [e for e in point.events() if e["event"] == "node_sick"]
+    now = [e for e in events_since_start(point.events()) if e in found]  # of a start that did not begin
+    return [{"host": e["host"], "cause": e["cause"]} for e in now or found if e in now or e["attempt"] == newest]
 
 
 def cells(known: dict[str, Any]) -> list[str]:
@@ -94,7 +104,7 @@ def cells(known: dict[str, Any]) -> list[str]:
         nodes_text(known),
         str(known.get("attempt", "")),
         step,
-        speed_text(known),
+        speed_text(known, known.get("step_age_s")),
         f"{known['loss']:.4f}" if "loss" in known else "",
         duration(known["eta_s"]) if "eta_s" in known else "",
     ]
@@ -106,17 +116,8 @@ def nodes_text(known: dict[str, Any]) -> str:
     return str(known.get("nodes", "")) if fewer is None else f"{fewer['nodes']} of {fewer['asked']}"
 
 
-def speed_text(known: dict[str, Any]) -> str:
-    """Throughput with its unit, and its age where no step has followed."""
-    speed = throughput(known)
-    if speed is None:
-        return ""
-    age = f" {duration(known['step_age_s'])} ago" if "step_age_s" in known else ""
-    return f"{speed[0]:,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s{age}"
-
-
 def notes(known: dict[str, Any]) -> list[str]:
-    """Notes below the table: the reason a point waits, what else would start it, its end, and its first failure."""
+    """Lines below the table: why a point waits and what would start it, its damage, its end, and its first failure."""
     where = f" in partition {known['partition']}" if "partition" in known else ""
     where += f" of {known['slurm_cluster']}" if where and "slurm_cluster" in known else ""
     where += f" for {duration(known['waiting_s'])}" if "waiting_s" in known else ""
@@ -126,10 +127,13 @@ def notes(known: dict[str, Any]) -> list[str]:
     lines += [known["advice"]] if "advice" in known else []
     lines += [known[name] for name in ("damage", "unsaved", "uncopied", "skipped") if name in known]
     lines += [quiet_text(known["quiet_s"])] if "quiet_s" in known else []
-    lines += [slow_text(one) for one in known.get("slow_ranks", ())]
+    for one in known.get("slow_ranks", ()):
+        host = f" on {one['host']}" if one["host"] else ""
+        times = f"{1000 * one['own_s']:,.1f} ms of its own a step, and the median {1000 * one['median_s']:,.1f} ms"
+        lines.append(f"rank {one['rank']}{host} is slow: {times} (over {one['steps']} steps up to {one['step']})")
     lines += [f"node {one['host']} is sick and was left out: {one['cause']}" for one in known.get("sick_nodes", ())]
     if "fewer_nodes" in known:
-        lines.append(f"goes on with {nodes_text(known)} nodes: {known['fewer_nodes']['cause']}")
+        lines.append(f"continues with {nodes_text(known)} nodes: {known['fewer_nodes']['cause']}")
     failure = known.get("failure")
     if failure is not None:
         step = f" after step {failure['step']}" if failure.get("step") is not None else ""
@@ -140,48 +144,34 @@ def notes(known: dict[str, Any]) -> list[str]:
     return [f"{known['label']}: {line}" for line in lines]
 
 
-def slow_text(one: dict[str, Any]) -> str:
-    """Name a slow rank with its host, and how slow it is."""
-    host = f" on {one['host']}" if one["host"] else ""
-    times = f"{1000 * one['own_s']:,.1f} ms of its own a step, and the median {1000 * one['median_s']:,.1f} ms"
-    return f"rank {one['rank']}{host} is slow: {times} (over {one['steps']} steps up to {one['step']})"
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """All points, one in a line."""
-    drawn = Table(box=box.SIMPLE_HEAD)
-    for title in COLUMNS:
-        drawn.add_column(
-            title, justify="right" if title in NUMBERS else "left", no_wrap=title != "point", overflow="fold"
-        )
-    for row in rows:
-        drawn.add_row(*cells(row))
-    return drawn
-
-
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print the table and the notes; one table for each sweep, whose folder is said once."""
+    """Print a table and notes for each sweep, under the folder of the sweep."""
     sweeps: dict[Path, list[dict[str, Any]]] = {}
     for row in rows:
         sweeps.setdefault(Path(row["run_dir"]).parent, []).append(row)
     for folder, inside in sweeps.items():
         console.print(str(folder), highlight=False, markup=False, soft_wrap=True)
         inside = sorted(inside, key=lambda row: natural(row["label"]))
-        console.print(table(inside), highlight=False)
+        table = Table(box=box.SIMPLE_HEAD)
+        for title in COLUMNS:
+            side: Literal["left", "right"] = "right" if title in NUMBERS else "left"
+            table.add_column(title, justify=side, no_wrap=title != "point", overflow="fold")
         for row in inside:
-            for line in notes(row):
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            table.add_row(*cells(row))
+        console.print(table, highlight=False)
+        for line in (line for row in inside for line in notes(row)):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 where Slurm did not answer and the table is from event logs alone, 2 if there is no run."""
-    parser = CommandParser(prog="python -m launch.status", description="Show how runs stand.")
+    """Exit status: 0; 1 if Slurm did not answer, so that the table is from event logs alone; 2 if there is no run."""
+    parser = CommandParser(prog="python -m launch.status", description="Show the state of runs.")
     parser.add_argument(
         "paths", nargs="*", type=Path, default=[Path("outputs")], metavar="PATH",
         help="a run folder, a folder with runs in it, or the label of a run (default: outputs)",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print a list of objects; what is not known is absent")
+    parser.add_argument("--json", action="store_true", help="print a list of objects; unknown values are absent")
     args = parser.parse_intermixed_args(arguments)
     points = find_run_statuses(find_runs(args.paths))
     problem = poll(points, trust_log=True)
@@ -195,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
     else:
-        # A file or a pipe has no width: nothing is folded there.
+        # A file or a pipe has no width, so nothing is folded.
         show(rows, Console() if sys.stdout.isatty() else Console(width=WIDE))
     if problem is not None:
         print(f"{problem}\nstates of Slurm jobs are what their event logs say", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 from rich.console import Console
 
-from launch.config import Config, LaunchConfig, ReportFile
+from launch.config import LaunchConfig, ReportFile
 from launch.config.compose import workload_of
 from launch.plan import code_copy
 from launch.plan.plan import Plan, unfinished, write_run
@@ -21,16 +21,12 @@ from launch.plan.text import announce
 from launch.runs.find import Sweep, record_sweep, sweep_overrides
 from launch.runs.folder import RunFolder
 from launch.runs.records import objective_value
-from launch.slurm import client as scheduler
+from launch.slurm.client import SlurmError
 from launch.slurm.points import plan_sweep
-from launch.slurm.stop import next_start_text, stop_on_ctrl_c
 
 if TYPE_CHECKING:
-    from launch.slurm.handles import SlurmJob
+    from launch.slurm.jobs import SlurmJob
     from launch.slurm.status import RunStatus
-
-
-# The result of a point when its command ends: whether it finished, and the objective that it came to.
 
 
 @dataclass(frozen=True)
@@ -41,20 +37,9 @@ class PointResult:
     objective: str | None
     """Figure of the step records that was requested."""
     value: float | None
-    """Its value; None if it was not requested, or no record has it."""
+    """Value of the objective; None if none was requested, or no record has it."""
     error: str | None = None
     """Reason for which the point did not finish; None if it did."""
-
-
-def result_of(plan: Plan, config: Config, failures: Mapping[str, str]) -> PointResult:
-    """Result of a point, with the figure that its command asks for; ``failures`` are texts by run folder."""
-    why, name = failures.get(plan.run_dir), config.objective
-    if why is not None or name is None:
-        return PointResult(plan.run_dir, name, None, why)
-    return PointResult(plan.run_dir, name, objective_value(RunFolder(plan.run_dir), name, config.objective_of))
-
-
-# The order of a sweep: plan every point, refuse or show, submit, watch, report.
 
 
 Composed = tuple[DictConfig, Sequence[str]]
@@ -69,7 +54,7 @@ class SweepFailedError(RuntimeError):
 
 
 class NothingSubmittedError(SweepFailedError):
-    """sbatch has refused, so that a run folder without a submission is of no use to anybody."""
+    """sbatch has refused, so that run folders without a submission are removed."""
 
 
 def run_sweep(
@@ -83,7 +68,7 @@ def run_sweep(
         with_report: write and show the scaling table of the points.
 
     Returns:
-        What became of each point; nothing in a dry run.
+        The result of each point; an empty list in a dry run.
 
     Raises:
         ConfigError: a point cannot work; nothing was written or submitted.
@@ -97,13 +82,17 @@ def run_sweep(
 
         show_plans(plans, configs, console)
         return []
-    from launch.slurm.adoption import refuse_running
+    from launch.slurm.jobs import refuse_running
 
     for plan in unfinished(plans):
         refuse_running(plan)
     announce(plans, configs, console)
     new_folders = [plan.run_dir for plan in plans if not Path(plan.run_dir).exists()]
-    write_runs(plans, configs, points)
+    for plan, config, (composed, overrides) in zip(plans, configs, points, strict=True):
+        if not plan.finished:
+            if plan.code is not None:
+                code_copy.take(Path(plan.code), workload_of(config).code(config))
+            write_run(plan, composed, overrides)
     try:
         words = sweep_overrides(typed)
         failures = submit_and_watch(plans, console, configs[0].launch, words, with_report=with_report)
@@ -114,29 +103,26 @@ def run_sweep(
         raise
     if failures and not tolerates_failures:
         raise SweepFailedError("\n\n".join(failures.values()), 1)
-    return [result_of(plan, config, failures) for plan, config in zip(plans, configs, strict=True)]
-
-
-def write_runs(plans: Sequence[Plan], configs: Sequence[Config], points: Sequence[Composed]) -> None:
-    """Make the folders of the runs to submit, with the copies of their code."""
-    for plan, config, (composed, overrides) in zip(plans, configs, points, strict=True):
-        if plan.finished:
-            continue
-        if plan.code is not None:
-            code_copy.take(Path(plan.code), workload_of(config).code(config))
-        write_run(plan, composed, overrides)
+    results = []
+    for plan, config in zip(plans, configs, strict=True):
+        why, name = failures.get(plan.run_dir), config.objective
+        value = None
+        if why is None and name is not None:
+            value = objective_value(RunFolder(plan.run_dir), name, config.objective_of)
+        results.append(PointResult(plan.run_dir, name, value, why))
+    return results
 
 
 def submit_and_watch(
     plans: Sequence[Plan], console: Console, after: LaunchConfig, typed: Sequence[str], *, with_report: bool = True
 ) -> dict[str, str]:
-    """Submit the unfinished points; then follow them to their end and report, or print how to.
+    """Submit the unfinished points; then follow them to their end and report, or print the commands that do.
 
     Returns:
-        The run folder of each point that did not finish, and why.
+        The run folder of each point that did not finish -> the reason.
     """
-    from launch.slurm import display as watch
-    from launch.slurm.status import explain, new_run_status, show_progress_problems
+    from launch.slurm.status import explain, new_run_status
+    from launch.slurm.watch import next_start_text, stop_on_ctrl_c, watch
 
     points = [new_run_status(plan) for plan in unfinished(plans)]
     submit(points, console, sequential=after.sequential)
@@ -146,25 +132,28 @@ def submit_and_watch(
         leave_failover(unfinished(plans), console)
         return {}
     try:
-        watch.watch(points, console, after.poll_s)
+        watch(points, console, after.poll_s)
     except KeyboardInterrupt:
         stop_on_ctrl_c(points, console)
         raise SweepFailedError(f"stopped; {next_start_text(points)}", 130) from None
     if with_report:
         report(plans, sweep, console, after.report_files)
-        show_progress_problems(points, console)
+        for point in points:
+            causes = [event["cause"] for event in point.events() if event["event"].startswith("progress_")]
+            for cause in dict.fromkeys(causes):
+                console.print(f"warning: {point.name}: {cause}", highlight=False, markup=False)
     return {str(point.folder.path): explain(point) for point in points if point.state != "finished"}
 
 
 def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -> None:
-    """Submit the points for Slurm, one job for each shape of resources; local points wait for their turn.
+    """Submit the points on Slurm, one job for each shape of resources; local points wait for their turn.
 
     Raises:
         NothingSubmittedError: sbatch refused. Jobs that it accepted before continue.
         SweepFailedError: sbatch did not answer in time, and may have accepted the job.
     """
     from launch.plan.preflight import record_submitted
-    from launch.slurm.handles import LocalQueueEntry
+    from launch.slurm.jobs import LocalQueueEntry
     from launch.slurm.submit import explain_refusal, in_line, may_have_taken, shapes, submit_somewhere
 
     by_folder = {str(point.folder.path): point for point in points}
@@ -174,10 +163,10 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
             group = in_line(group, before)
         try:
             done = submit_somewhere(group, group[0].placement.possible[0])
-        except scheduler.SlurmError as error:
+        except SlurmError as error:
             ids = ", ".join(point.job.name for point in points if point.job is not None)
-            rest = f"\nalready submitted, and going on: {ids}" if ids else ""
-            # A controller that is only busy may have taken the job all the same, and it needs its folder.
+            rest = f"\nalready submitted, and continuing: {ids}" if ids else ""
+            # A controller that is only busy may have accepted the job, which then needs its folder.
             kind = SweepFailedError if may_have_taken(error) else NothingSubmittedError
             raise kind(f"{explain_refusal(group[0], error)}{rest}", 1) from error
         before = done.jobs
@@ -198,12 +187,12 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
 
 
 def group_folder(plans: Sequence[Plan]) -> Path:
-    """The folder that the points of a sweep lie in."""
+    """Folder of the points of a sweep."""
     return Path(plans[0].run_dir).parent
 
 
 def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
-    """The commands for a sweep that continues without its launcher."""
+    """Commands for a sweep that continues without its launcher."""
     one, whole = unfinished(plans)[0].run_dir, plans[0].run_dir if sweep is None else str(group_folder(plans))
     number = "" if sweep is None else f" --sweep {sweep.number}"
     commands = [
@@ -211,11 +200,11 @@ def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
         f"report {quote(whole)}{number}",
     ]
     lines = [f"  python -m launch.{command}" for command in commands]
-    return "\n".join(["the jobs go on without this command; to follow them:", *lines])
+    return "\n".join(["the jobs continue without this command; to follow them:", *lines])
 
 
 def leave_failover(plans: Sequence[Plan], console: Console) -> None:
-    """Leave a process behind that moves the points that wait, if there is another place for them."""
+    """Leave a process in the background that moves waiting points, if their placement has other candidates."""
     from launch.slurm.failover import start_in_background
 
     watched = [Path(plan.run_dir) for plan in plans if plan.placement.is_watched]
@@ -225,15 +214,15 @@ def leave_failover(plans: Sequence[Plan], console: Console) -> None:
     process = start_in_background(watched, log)
     whole = plans[0].run_dir if len(plans) == 1 else str(group_folder(plans))
     text = (
-        f"process {process.pid} on {os.uname().nodename} goes on in the background and moves what waits to its next "
-        f"place (log: {log}).\nWithout it, say after a reboot, jobs wait where they are; to have them moved again:\n"
+        f"process {process.pid} on {os.uname().nodename} stays in the background and moves what waits to its next "
+        f"place (log: {log}).\nWithout it, say after a reboot, jobs keep their places; to have them moved again:\n"
         f"  nohup python -m launch.move {quote(whole)} &"
     )
     console.print(text, highlight=False, markup=False)
 
 
 def report(plans: Sequence[Plan], sweep: Sweep | None, console: Console, files: Sequence[ReportFile]) -> None:
-    """Write and show the scaling table of these points, or the summary of the one there is."""
+    """Write and show the scaling table of these points, or the summary of a single run."""
     from launch.report import select, show_and_write, tabulate_selection
 
     folder = Path(plans[0].run_dir) if sweep is None else group_folder(plans)
@@ -246,6 +235,6 @@ def report(plans: Sequence[Plan], sweep: Sweep | None, console: Console, files: 
 
 
 def fail(error: SweepFailedError) -> int:
-    """Print why, and give the exit status."""
+    """Print the reason, and return the exit status."""
     print(f"\n{error}", file=sys.stderr)
     return error.status

@@ -1,6 +1,6 @@
 """``python -m launch.verify PATH...``: check that every checkpoint of runs is byte for byte as saved.
 
-The workload knows the files of its checkpoints. Changes nothing, and can run while a run continues. Torch-free.
+The workload knows the files of its checkpoints. The command changes nothing, and works while a run continues.
 """
 
 from __future__ import annotations
@@ -19,19 +19,8 @@ from launch.runs.find import add_paths, find_runs, labels_inside
 from launch.runs.folder import RunFolder
 
 
-def saved(folder: RunFolder, kind: str = "checkpoints") -> list[SavedCheckpoint] | None:
-    """Checkpoints of a run, or its ``copies``, newest first; None where its workload keeps no account of them.
-
-    Raises:
-        ConfigError: the config of the run is damaged, or its copies cannot be reached.
-    """
-    workload = workload_of_run(folder)
-    listed = workload.copies(folder) if kind == "copies" else workload.checkpoints(folder)
-    return None if listed is None else list(listed)
-
-
 def verify(checkpoints: Sequence[SavedCheckpoint], console: Console, title: str) -> tuple[int, int]:
-    """Check the checkpoints of a run and print a line for each. Returns how many are whole, and how many damaged."""
+    """Check the checkpoints of a run and print a line for each. Return the numbers of whole and damaged ones."""
     whole = broken = 0
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -49,30 +38,31 @@ def verify(checkpoints: Sequence[SavedCheckpoint], console: Console, title: str)
 
 
 def verify_runs(folders: Iterable[RunFolder], console: Console, *, newest: bool, copies: bool = False) -> bool:
-    """Check the checkpoints of runs, and say of each run what it would go on from. Whether nothing is damaged."""
+    """Check the checkpoints of runs, and print what each run would resume from. Return whether all are whole.
+
+    Raises:
+        ConfigError: the config of a run is damaged, or its copies cannot be reached.
+    """
     folders = list(folders)
     labels = labels_inside({folder.path.parent for folder in folders})
     sound = True
     for folder in folders:
-        title = labels[folder.path]
-        found = saved(folder, "copies" if copies else "checkpoints")
-        if found is None:
+        title, workload = labels[folder.path], workload_of_run(folder)
+        listed = workload.copies(folder) if copies else workload.checkpoints(folder)
+        if listed is None:
             console.print(f"{title}: its checkpoints are its own program's, which says nothing of their content here")
             continue
+        found = list(listed)
         chosen = [each for each in found if each.step is not None][:1] if newest else found
         whole, broken = verify(chosen, console, title)
         sound = sound and not broken
-        console.print(f"{title}: {_summary(found, whole, broken)}", highlight=False, markup=False)
+        text = f"{whole} whole, {broken} damaged" if found else "no checkpoint yet"
+        if broken and whole:
+            text += "; a new start passes over what is damaged"
+        elif broken:
+            text += "; a new start would be refused: restore one from a backup, or fresh=true begins anew"
+        console.print(f"{title}: {text}", highlight=False, markup=False)
     return sound
-
-
-def _summary(found: Sequence[SavedCheckpoint], whole: int, broken: int) -> str:
-    if not found:
-        return "no checkpoint yet"
-    text = f"{whole} whole, {broken} damaged"
-    if broken and not whole:
-        return f"{text}; a new start would be refused: restore one from a backup, or fresh=true begins anew"
-    return f"{text}; a new start passes over what is damaged" if broken else text
 
 
 @refusing
@@ -84,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_paths(parser)
     parser.add_argument("--copies", action="store_true", help="those at checkpoint.copy_to instead of the disk's")
-    parser.add_argument("--newest", action="store_true", help="only the newest of each run, which it would go on from")
+    parser.add_argument("--newest", action="store_true", help="only the newest of each run")
     args = parser.parse_intermixed_args(arguments)
     console = Console(soft_wrap=True)
     return 0 if verify_runs(find_runs(args.paths), console, newest=args.newest, copies=args.copies) else 1

@@ -295,7 +295,7 @@ RUNS_CODE = {
         "_Unpickler",
     ): "memory without a name, which a rank shares with the process it has forked",
     ("gpt.parallel.deepspeed.checkpoint", "torch.load"): "the same, each checked against the manifest's sums before",
-    ("launch.slurm.adoption", "DelayedSubmission.load"): "submitit's pickle, where it is this user's and nobody else's",
+    ("launch.slurm.jobs", "DelayedSubmission.load"): "submitit's pickle, where it is this user's and nobody else's",
     ("launch.agent.after_step", "DelayedSubmission.load"): "the pickle that the job itself is made of",
 }
 """Where something is loaded in a way that could run code of who wrote it, and why that is nobody else."""
@@ -401,7 +401,7 @@ TOKENS = {
     "launch/report": 42_500,
     "launch/runs": 27_000,
     "launch/script": 4_800,
-    "launch/slurm": 26_200,
+    "launch/slurm": 23_600,
     "launch/storm": 9_600,
     "launch/worker": 6_900,
     "slurm": 12_700,

@@ -32,14 +32,13 @@ from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.plan import Plan, make_plan
 from launch.runs.files import deny_others_writing
 from launch.runs.find import labels_for
-from launch.slurm import candidates, facts
+from launch.slurm import facts, places
 from launch.slurm import facts as findings
-from launch.slurm import request as asked
-from launch.slurm import resources as cpus
-from launch.slurm import resources as gpus
+from launch.slurm.checks import Case, partitions_of
 from launch.slurm.client import SlurmError
 from launch.slurm.facts import Facts, Finding, Request
 from launch.slurm.limits import Limits
+from launch.slurm.points import CHOICES, gpu_type
 from launch.slurm.submit import shapes
 
 COMMAND = re.compile(r"(python -m launch\b.* )\.\.\.$")
@@ -89,7 +88,7 @@ def examine(
         try:
             of_request += settle_resources(config, seen)
             sizes = [one.world_size for one in configs]
-            plan = make_plan(config, list(overrides), seen.kind, sizes, gpus.gpu_type(config, seen))
+            plan = make_plan(config, list(overrides), seen.kind, sizes, gpu_type(config, seen))
             plans[plan.run_dir] = (plan, config, overrides)
         except ConfigError as error:
             of_request.append(findings.refusal(" ".join(["plan", *overrides]), error))
@@ -99,7 +98,7 @@ def examine(
     groups = shapes(shown)
     requests = facts.requests_of(groups, {path: config for path, (_, config, _) in plans.items()}, seen)
     if seen.kind is ClusterKind.slurm:
-        of_request += candidates.check_requests(seen, requests)
+        of_request += places.check_requests(seen, requests)
     of_machine = machine.check_machine(seen, first, requests, own_addresses(seen.machine.host))
     if seen.limits is not None and seen.kind is ClusterKind.slurm:
         earlier = on_cluster.earlier_results(Path(seen.output.path), on_cluster.name_of(seen.limits))
@@ -116,12 +115,11 @@ def settle_resources(config: Config, seen: Facts) -> list[Finding]:
     if seen.kind is not ClusterKind.slurm:
         return []
     found = []
-    number, finding = gpus.choose_gpus(config, seen)
-    config.cluster.gpus_per_node = config.cluster.gpus_per_node if number is None else number
-    found += [] if finding is None else [finding]
-    if (settled := cpus.cpus_for(config, seen)) is not None:
-        config.cluster.cpus_per_task, why = settled
-        found.append(findings.fine("cpus", f"cluster.cpus_per_task={settled[0]}: {why}"))
+    for key, choose in CHOICES.items():
+        number, finding = choose(config, seen)
+        if number is not None:
+            setattr(config.cluster, key, number)
+        found += [] if finding is None else [finding]
     return found
 
 
@@ -165,7 +163,7 @@ def run_on_cluster(
         expected = "a Slurm cluster that answers, and a run that can be planned"
         raise ConfigError("--on-cluster without a cluster", expected, "python -m launch.doctor, without --on-cluster")
     largest = max(requests, key=lambda request: (request.plan.nodes, request.plan.world_size))
-    settled = candidates.settle(seen, largest)
+    settled = places.possible_places(seen, largest)
     if settled.possible:
         largest = replace(largest, plan=largest.plan.replace_placement(settled))
     try:
@@ -191,8 +189,8 @@ def left_over(seen: Facts, request: Request) -> int | None:
     if not isinstance(there, Limits):
         return None
     of_each = [
-        sum(node.is_usable for node in asked.eligible(there, partition, request))
-        for partition in asked.partitions_of(there, request.config)
+        sum(node.is_usable for node in Case(there, partition, request).nodes)
+        for partition in partitions_of(there, request.config)
     ]
     return max(0, max(of_each) - request.config.nodes_asked) if of_each else None
 

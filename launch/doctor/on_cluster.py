@@ -25,7 +25,7 @@ from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.slurm.client import SlurmError
 from launch.slurm.facts import Finding, Request, fail
-from launch.slurm.handles import SlurmJob, ask_queue
+from launch.slurm.jobs import SlurmJob, ask_queue
 from launch.slurm.limits import Limits
 from launch.slurm.submit import refusal_text, submit_calls
 
@@ -129,7 +129,7 @@ def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[st
         if known is None:
             return last or "unknown", started
         started = started or known.state not in ("PENDING", "CONFIGURING")
-        if known.is_over:
+        if known.phase == "over":
             return known.state, started
         state = known.state if known.reason in ("", "None") else f"{known.state} ({known.reason})"
         if state != last:

@@ -155,12 +155,18 @@ def controller_problem() -> str | None:
     return None if "UP" in said else said.strip() or "scontrol ping says nothing"
 
 
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+"""Slurm's states of jobs that have yet to start, or to start again."""
+WORKING = ("RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
+
+
 @dataclass(frozen=True)
 class JobState:
-    """State of a job by squeue. ``state`` is Slurm's name of it (PENDING, RUNNING, COMPLETED, ...)."""
+    """State of a job by squeue. ``state`` is Slurm's name, GONE if Slurm has forgotten the job, or UNKNOWN."""
 
     state: str
-    reason: str
+    reason: str = ""
+    """Reason for which the job waits, as Slurm names it."""
     nodes: str = ""
     """Names of its nodes, as Slurm abbreviates them; empty while it has none."""
     start: str = ""
@@ -170,15 +176,22 @@ class JobState:
     """Time when it was submitted, or put back into the queue, in Unix seconds."""
 
     @property
-    def is_over(self) -> bool:
-        """Return whether the job will not run again by itself."""
-        active = ("RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
-        return not self.is_waiting and self.state not in active
+    def phase(self) -> str:
+        """``pending``, ``running``, ``over``, or ``unknown``. A job that is over will not run again by itself."""
+        known = {"UNKNOWN": "unknown", **dict.fromkeys(WAITING, "pending"), **dict.fromkeys(WORKING, "running")}
+        return known.get(self.state, "over")
 
     @property
-    def is_waiting(self) -> bool:
-        """Return whether the job has yet to start, or to start again."""
-        return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+    def detail(self) -> str:
+        """Reason and expected start of a pending job; else Slurm's state if it is not the usual one."""
+        if self.phase in ("pending", "unknown"):
+            return ", ".join(part for part in (self.reason, f"starts {self.start}" if self.start else "") if part)
+        return "" if self.state in ("RUNNING", "COMPLETED", "GONE") else self.state
+
+    @property
+    def since(self) -> float | None:
+        """Time when the job began to wait, Unix seconds; None where nothing can take it out of the queue."""
+        return self.submitted if self.state == "PENDING" else None  # and not, say, while its nodes boot
 
 
 def cluster_option(cluster: str | None) -> tuple[str, ...]:
@@ -206,22 +219,21 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES, cluster: str | No
         raise
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.count("|") == 7]
     return {
-        job: JobState(state, reason, nodes, "" if start == "N/A" else start, partition, unix_time(submitted))
-        for name, number, state, reason, nodes, start, partition, submitted in rows
+        job: JobState(state, reason.replace("None", ""), nodes, start.replace("N/A", ""), partition, unix_time(since))
+        for name, number, state, reason, nodes, start, partition, since in rows
         for job in {name, number} & wanted
     }
 
 
 def output_file(job_id: str, cluster: str | None = None) -> Path | None:
-    """Path of the output of a job's batch script, as scontrol knows it; None where the job is forgotten."""
+    """Path of the output of a job's batch script; None if Slurm has forgotten the job, or names no file."""
     try:
-        text = run("scontrol", *cluster_option(cluster), "show", "job", job_id)
+        found = job_fields(job_id, cluster=cluster).get("StdOut")
     except SlurmError as error:
         if GONE in str(error).lower():
             return None
         raise
-    found = re.search(r"^\s*StdOut=(.+)$", text, re.MULTILINE)
-    return Path(found.group(1)) if found else None
+    return Path(found) if found else None
 
 
 def signal_job(job_id: str, name: str, cluster: str | None = None) -> None:
@@ -329,6 +341,7 @@ def exclude(job_id: str, hosts: Iterable[str]) -> None:
     run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted({*names, *hosts}))}")
 
 
-def job_fields(job_id: str, retries: int = RETRIES) -> dict[str, str]:
-    """Ask for what ``scontrol show job`` tells, as names and values. Raises SlurmError."""
-    return parse_fields(run("scontrol", "show", "job", "--oneliner", job_id, retries=retries))
+def job_fields(job_id: str, retries: int = RETRIES, cluster: str | None = None) -> dict[str, str]:
+    """Return the fields that ``scontrol show job`` prints, by name. Raises SlurmError."""
+    at = cluster_option(cluster)
+    return parse_fields(run("scontrol", *at, "show", "job", "--oneliner", job_id, retries=retries))

@@ -381,7 +381,7 @@ def expand_hosts(expression: str | None) -> frozenset[str]:
 
 def requests_of(groups: Sequence[Sequence[Plan]], configs: dict[str, Config], facts: SlurmFacts) -> list[Request]:
     """One request for each shape. ``configs`` holds the config of every plan, by run folder."""
-    from launch.slurm.handles import sbatch_text
+    from launch.slurm.jobs import sbatch_text
 
     requests = []
     for group in groups:

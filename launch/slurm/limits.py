@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from launch.slurm import client as scheduler
 from launch.slurm.client import parse_fields
-
-# Limits of a Slurm cluster, as scontrol tells them: configuration, partitions, nodes; and the flags of its QOSes.
-
 
 NOTHING = ("", "(null)", "N/A", "NONE", "none")
 TIMEOUT_S = 10.0
@@ -19,18 +18,11 @@ UNITS = " KMGTP"
 GRES_COUNT = re.compile(r"\d+[KMGTP]?", re.IGNORECASE)
 UNLIMITED = ("UNLIMITED", "INFINITE", "4294967295")
 UNUSABLE = {
-    "DOWN",
-    "DRAIN",
-    "DRAINED",
-    "DRAINING",
-    "FAIL",
-    "FAILING",
-    "ERROR",
-    "MAINT",
-    "INVAL",
-    "NOT_RESPONDING",
-    "FUTURE",
+    *("DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "ERROR", "MAINT", "INVAL", "NOT_RESPONDING", "FUTURE")
 }
+Record = TypeVar("Record", "Partition", "NodeLimits")
+
+# Values as scontrol prints them.
 
 
 @dataclass(frozen=True)
@@ -42,57 +34,111 @@ class Gres:
     count: int
 
 
+def gres(text: str) -> tuple[Gres, ...]:
+    """Read ``gpu:a100:4(S:0-1),gpu:v100:2`` or ``gpu:2`` of a node or of a request; a missing count means 1."""
+    if text in NOTHING:
+        return ()
+    found = []
+    for item in re.sub(r"\([^)]*\)", "", text).removeprefix("gres/").split(","):
+        name, *rest = [part for part in item.strip().split(":") if part != "no_consume"]
+        number = rest.pop() if rest and GRES_COUNT.fullmatch(rest[-1]) else "1"
+        unit = UNITS.index(number[-1].upper()) if not number[-1].isdigit() else 0
+        found.append(Gres(name, rest[0] if rest else "", int(number[:-1] if unit else number) * 1024**unit))
+    return tuple(found)
+
+
+def count(text: str) -> int | None:
+    """Read a whole number; None for UNLIMITED and for other words."""
+    return int(text) if text.isdigit() and text not in UNLIMITED else None
+
+
+def count_or_0(text: str) -> int:
+    return count(text) or 0
+
+
+def names(text: str) -> tuple[str, ...] | None:
+    """Read a list of names; None for ALL and for nothing."""
+    return None if text in (*NOTHING, "ALL") else tuple(text.split(","))
+
+
+def minutes(text: str) -> float | None:
+    """Read ``[days-]hours:minutes:seconds`` as minutes; None if unlimited."""
+    seconds = scheduler.seconds(text)
+    return None if seconds is None else seconds / 60
+
+
+def states(text: str) -> frozenset[str]:
+    """Read the states of a node. A * means that it does not answer; other marks (powered off, rebooting) do no harm."""
+    return frozenset(item.strip("~#!%$@^-") for item in text.replace("*", "+NOT_RESPONDING").split("+"))
+
+
+def from_slurm(key: str, parse: Callable[[str], Any] = str) -> Any:
+    """Declare a field that ``read_record`` parses from Slurm's ``key``; several keys are tried in their order."""
+    return field(metadata={"key": key, "parse": parse})
+
+
+def read_record(kind: type[Record], line: str) -> Record:
+    """Read one line of ``scontrol show ... --oneliner``."""
+    said = parse_fields(line)
+    declared = {each.name: each.metadata for each in dataclasses.fields(kind)}
+    values = {name: [said[key] for key in known["key"].split() if key in said] for name, known in declared.items()}
+    return kind(**{name: known["parse"](next(iter(values[name]), "")) for name, known in declared.items()})
+
+
+# A cluster: its partitions, nodes and configuration.
+
+
 @dataclass(frozen=True)
 class Partition:
-    """One partition. A limit that is None is none; memory in MB as Slurm counts it (MiB)."""
+    """One partition. None means no limit; memory in MB as Slurm counts it (MiB)."""
 
-    name: str
-    is_default: bool
-    state: str
-    max_time_min: float | None
-    min_nodes: int
-    max_nodes: int | None
-    grace_s: int
-    preempt_mode: str
-    priority_tier: int
-    allow_accounts: tuple[str, ...] | None
-    deny_accounts: tuple[str, ...] | None
-    allow_qos: tuple[str, ...] | None
-    deny_qos: tuple[str, ...] | None
-    allow_groups: tuple[str, ...] | None
-    max_cpus_per_node: int | None
-    max_memory_mb: int | None
-    memory_per_cpu_mb: int | None
-    """Memory of a job for each CPU where it asks for none."""
-    memory_per_node_mb: int | None
-    is_exclusive: bool
-    """True where jobs get whole nodes without asking."""
-    total_nodes: int = 0
-    """Nodes that belong to it, with those that Slurm does not show (PrivateData without ``cloud``)."""
-    qos: str | None = None
-    """QOS of the partition itself, whose limits and flags hold for every job in it."""
+    name: str = from_slurm("PartitionName")
+    is_default: bool = from_slurm("Default", lambda text: text == "YES")
+    state: str = from_slurm("State")
+    max_time_min: float | None = from_slurm("MaxTime", minutes)
+    min_nodes: int = from_slurm("MinNodes", count_or_0)
+    max_nodes: int | None = from_slurm("MaxNodes", count)
+    grace_s: int = from_slurm("GraceTime", count_or_0)
+    preempt_mode: str = from_slurm("PreemptMode", lambda text: text or "OFF")
+    priority_tier: int = from_slurm("PriorityTier", count_or_0)
+    allow_accounts: tuple[str, ...] | None = from_slurm("AllowAccounts", names)
+    deny_accounts: tuple[str, ...] | None = from_slurm("DenyAccounts", names)
+    allow_qos: tuple[str, ...] | None = from_slurm("AllowQos", names)
+    deny_qos: tuple[str, ...] | None = from_slurm("DenyQos", names)
+    allow_groups: tuple[str, ...] | None = from_slurm("AllowGroups", names)
+    max_cpus_per_node: int | None = from_slurm("MaxCPUsPerNode", count)
+    max_memory_mb: int | None = from_slurm("MaxMemPerNode", count)
+    memory_per_cpu_mb: int | None = from_slurm("DefMemPerCPU", count)
+    """Memory for each CPU of a job that requests none."""
+    memory_per_node_mb: int | None = from_slurm("DefMemPerNode", count)
+    is_exclusive: bool = from_slurm("OverSubscribe", lambda text: text.startswith("EXCLUSIVE"))
+    """True where every job gets whole nodes."""
+    total_nodes: int = from_slurm("TotalNodes", count_or_0)
+    """Its nodes, with those that Slurm does not show (PrivateData without ``cloud``)."""
+    qos: str | None = from_slurm("QoS", lambda text: None if text in NOTHING else text)
+    """QOS of the partition itself, whose limits and flags hold for every job in the partition."""
 
 
 @dataclass(frozen=True)
 class NodeLimits:
-    """One node: what it has, and whether it takes jobs."""
+    """Resources of one node, and whether it takes jobs."""
 
-    name: str
-    partitions: tuple[str, ...]
-    states: frozenset[str]
-    reason: str
-    cpus: int
-    memory_mb: int
-    gres: tuple[Gres, ...]
-    features: frozenset[str]
+    name: str = from_slurm("NodeName")
+    partitions: tuple[str, ...] = from_slurm("Partitions", lambda text: names(text) or ())
+    states: frozenset[str] = from_slurm("State", states)
+    reason: str = from_slurm("Reason")
+    cpus: int = from_slurm("CPUEfctv CPUTot", count_or_0)
+    memory_mb: int = from_slurm("RealMemory", count_or_0)
+    gres: tuple[Gres, ...] = from_slurm("Gres", gres)
+    features: frozenset[str] = from_slurm("AvailableFeatures", lambda text: frozenset(names(text) or ()))
 
     @property
     def is_usable(self) -> bool:
-        """Return whether jobs can start here, now or when it is free."""
+        """Return whether jobs can start here, now or when the node is free."""
         return not self.states & UNUSABLE
 
     def count(self, name: str, kind: str = "") -> int:
-        """Count the generic resources of this name, and of this type where it is given."""
+        """Count the generic resources of this name, and of this type if given."""
         return sum(g.count for g in self.gres if g.name == name and kind in ("", g.type))
 
 
@@ -109,7 +155,7 @@ class Limits:
     """Flags of each QOS by its name; None where slurmdbd, which knows them, does not answer."""
 
     def number(self, key: str) -> int | None:
-        """A number of slurm.conf, without its unit; None if it is unlimited or not said."""
+        """A number of slurm.conf, without its unit; None if it is unlimited or absent."""
         return count(self.config.get(key, "").split(" ")[0])
 
     def nodes_of(self, partition: Partition) -> list[NodeLimits]:
@@ -122,8 +168,10 @@ class Limits:
         return self.config.get("AccountingStorageType", "").endswith("/slurmdbd")
 
     def may_be_lifted(self, flag: str, partition: Partition, qos: str | None) -> bool:
-        """Return whether a QOS with this flag may lift a limit of the partition for a job; by its default where ``qos``
-        is None. With EnforcePartLimits no QOS does (slurm.conf)."""
+        """Return whether a QOS with this flag may lift a limit of the partition for a job.
+
+        A job without ``qos`` has a default QOS, which may be any. With EnforcePartLimits no QOS lifts limits.
+        """
         if not self.has_accounting or self.config.get("EnforcePartLimits", "NO") not in ("NO", "0"):
             return False
         if self.qos_flags is None:
@@ -137,9 +185,9 @@ class NoControllerError(scheduler.SlurmError):
 
 
 def read(cluster: str | None = None) -> Limits:
-    """Ask the controller, or that of another cluster; SlurmError where it does not answer, or no such one is known.
+    """Read the limits of this cluster, or of another one. Raises SlurmError if no controller answers.
 
-    Each question is asked once, and for TIMEOUT_S: a submission waits for the answers, and can do without.
+    Each command runs once, for TIMEOUT_S at most: a submission waits for the answers, and can do without.
     """
     at = scheduler.cluster_option(cluster)
 
@@ -157,7 +205,7 @@ def read(cluster: str | None = None) -> Limits:
 
 
 def read_qos_flags() -> dict[str, frozenset[str]] | None:
-    """Ask slurmdbd for the flags of every QOS; None if it does not answer."""
+    """Flags of every QOS, from slurmdbd; None if slurmdbd does not answer."""
     words = ("--noheader", "--parsable2", "show", "qos", "format=Name,Flags")
     try:
         text = scheduler.run("sacctmgr", *words, timeout_s=TIMEOUT_S, retries=1)
@@ -168,97 +216,14 @@ def read_qos_flags() -> dict[str, frozenset[str]] | None:
 
 
 def parse(config_text: str, partition_text: str, node_text: str) -> Limits:
-    """The three answers of scontrol as values."""
+    """Read the three answers of scontrol."""
     said = re.findall(r"^(\S+)\s+=[ ]?(.*?)\s*$", config_text, re.MULTILINE)
     # A plugin that a site does without is (null) in 24.11, and one named none in 22.05.
     config = {key: value for key, value in said if value != "(null)"}
     version = tuple(int(item) for item in re.findall(r"\d+", config.get("SLURM_VERSION", ""))[:2])
-    partitions = tuple(partition(record) for record in records(partition_text, "PartitionName"))
-    return Limits(version, config, partitions, tuple(node(record) for record in records(node_text, "NodeName")))
-
-
-def records(text: str, key: str) -> Iterator[dict[str, str]]:
-    """Yield the fields of each line that starts with ``key``."""
-    for line in text.splitlines():
-        if line.startswith(f"{key}="):
-            yield parse_fields(line)
-
-
-def partition(fields: dict[str, str]) -> Partition:
-    """A line of ``scontrol show partition --oneliner``."""
-    return Partition(
-        name=fields["PartitionName"],
-        is_default=fields.get("Default") == "YES",
-        state=fields.get("State", "UP"),
-        max_time_min=minutes(fields.get("MaxTime", "")),
-        min_nodes=count(fields.get("MinNodes", "")) or 0,
-        max_nodes=count(fields.get("MaxNodes", "")),
-        grace_s=count(fields.get("GraceTime", "")) or 0,
-        preempt_mode=fields.get("PreemptMode", "OFF"),
-        priority_tier=count(fields.get("PriorityTier", "")) or 0,
-        allow_accounts=names(fields.get("AllowAccounts", "")),
-        deny_accounts=names(fields.get("DenyAccounts", "")),
-        allow_qos=names(fields.get("AllowQos", "")),
-        deny_qos=names(fields.get("DenyQos", "")),
-        allow_groups=names(fields.get("AllowGroups", "")),
-        max_cpus_per_node=count(fields.get("MaxCPUsPerNode", "")),
-        max_memory_mb=count(fields.get("MaxMemPerNode", "")),
-        memory_per_cpu_mb=count(fields.get("DefMemPerCPU", "")),
-        memory_per_node_mb=count(fields.get("DefMemPerNode", "")),
-        is_exclusive=fields.get("OverSubscribe", "").startswith("EXCLUSIVE"),
-        total_nodes=count(fields.get("TotalNodes", "")) or 0,
-        qos=None if fields.get("QoS", "N/A") in NOTHING else fields["QoS"],
-    )
-
-
-def node(fields: dict[str, str]) -> NodeLimits:
-    """A line of ``scontrol show node --oneliner``."""
-    features = fields.get("AvailableFeatures", "")
-    return NodeLimits(
-        name=fields["NodeName"],
-        partitions=names(fields.get("Partitions", "")) or (),
-        # A * says that the node does not answer; other marks (powered off, rebooting) are no hindrance.
-        states=frozenset(
-            item.strip("~#!%$@^-") for item in fields.get("State", "").replace("*", "+NOT_RESPONDING").split("+")
-        ),
-        reason=fields.get("Reason", ""),
-        cpus=count(fields.get("CPUEfctv", "")) or count(fields.get("CPUTot", "")) or 0,
-        memory_mb=count(fields.get("RealMemory", "")) or 0,
-        gres=gres(fields.get("Gres", "")),
-        features=frozenset() if features in NOTHING else frozenset(features.split(",")),
-    )
-
-
-def gres(text: str) -> tuple[Gres, ...]:
-    """``gpu:a100:4(S:0-1),gpu:v100:2`` or ``gpu:2``, of a node or of a request (where a missing count means 1)."""
-    if text in NOTHING:
-        return ()
-    found = []
-    for item in re.sub(r"\([^)]*\)", "", text).removeprefix("gres/").split(","):
-        name, *rest = [part for part in item.strip().split(":") if part != "no_consume"]
-        number = rest.pop() if rest and GRES_COUNT.fullmatch(rest[-1]) else "1"
-        unit = UNITS.index(number[-1].upper()) if not number[-1].isdigit() else 0
-        found.append(Gres(name, rest[0] if rest else "", int(number[:-1] if unit else number) * 1024**unit))
-    return tuple(found)
-
-
-def count(text: str) -> int | None:
-    """A whole number; None for UNLIMITED and for what is no number."""
-    return int(text) if text.isdigit() and text not in UNLIMITED else None
-
-
-def names(text: str) -> tuple[str, ...] | None:
-    """A list of names; None for ALL and for nothing."""
-    return None if text in (*NOTHING, "ALL") else tuple(text.split(","))
-
-
-def minutes(text: str) -> float | None:
-    """``[days-]hours:minutes:seconds`` in minutes; None if it is unlimited."""
-    if text in NOTHING or text in UNLIMITED:
-        return None
-    days, _, clock = text.rpartition("-")
-    hours, mins, seconds = (int(item) for item in clock.split(":"))
-    return (int(days or 0) * 24 + hours) * 60 + mins + seconds / 60
+    partitions = [read_record(Partition, s) for s in partition_text.splitlines() if s.startswith("PartitionName=")]
+    nodes = [read_record(NodeLimits, s) for s in node_text.splitlines() if s.startswith("NodeName=")]
+    return Limits(version, config, tuple(partitions), tuple(nodes))
 
 
 def how_preempted(limits: Limits, partition: Partition) -> str:
@@ -274,75 +239,65 @@ def how_preempted(limits: Limits, partition: Partition) -> str:
     return mode
 
 
-# Reasons for which a job is pending, as squeue tells them: those that no waiting removes, and what to type then.
+# Reasons for which a job is pending, as squeue prints them: what no waiting changes, and what to type then.
 
 
 OWN_WISH = ("JobHeldUser", "Dependency", "BeginTime", "JobArrayTaskLimit")
-"""Reasons that are the user's own wish: another place would only get around them."""
+"""Reasons that the user chose: another place would only evade them."""
 
-LESS = "python -m launch.cancel {run}; python -m launch.doctor, with the same arguments, says what fits"
-ASK = "sinfo -R names nodes with their reasons; ask the site, or python -m launch.cancel {run} and ask for other nodes"
-RELEASE = "scontrol {cluster}release {job}"
-
-
-@dataclass(frozen=True)
-class LastingReason:
-    """A reason that stays until somebody does something."""
-
-    pattern: str
-    """Regular expression for the beginning of what squeue prints."""
-    meaning: str
-    fix: str
-    """Words to type; ``{job}``, ``{cluster}`` (the option that names another cluster) and ``{run}`` are filled in."""
-
-
-LASTING = (
-    LastingReason("PartitionNodeLimit", "its partition takes fewer or more nodes, or those it needs are down", LESS),
-    LastingReason("PartitionTimeLimit", "its time limit is above that of its partition", LESS),
-    LastingReason("PartitionConfig", "it exceeds a limit of its partition, or what the nodes there have", LESS),
-    LastingReason("BadConstraints", "no nodes have what it asks for, so Slurm holds it", LESS),
-    LastingReason("MaxMemPerLimit", "it asks for more memory of each CPU or node than is allowed", LESS),
-    LastingReason(r"(Assoc|QOS)Max\w*(PerJob|PerNode)", "it exceeds what its account or QOS lets a job ask for", LESS),
-    LastingReason(r"QOSMin\w+", "it asks for less than a job of its QOS has to", LESS),
-    LastingReason("AccountNotAllowed|QOSNotAllowed", "its partition does not take its account or QOS", LESS),
-    LastingReason(r"(Job's|User's) .*use this partition", "its partition does not take its account or QOS", LESS),
-    LastingReason("InvalidAccount|InvalidQOS", "its account or QOS does not exist, or is not yours", LESS),
-    LastingReason("ReservationDeleted", "the reservation it asks for is gone", LESS),
-    LastingReason("DeadLine", "it cannot end before the deadline it was given", LESS),
-    LastingReason("DependencyNeverSatisfied", "the job it depends on has ended in another way", LESS),
-    LastingReason("JobHeldUser", "you, or a coordinator of your account, hold it", RELEASE),
-    LastingReason("JobHoldMaxRequeue", "it was requeued as often as the site allows, and is held", RELEASE),
-    LastingReason("launch failed requeued held", "it could not be launched on its nodes, and is held", RELEASE),
-    LastingReason("job requeued in held state", "it was requeued with a hold", RELEASE),
-    LastingReason("JobHeldAdmin", "an administrator holds it, or its priority is 0", "ask the site to release {job}"),
-    LastingReason("PartitionDown|PartitionInactive", "its partition is switched off", ASK),
-    LastingReason("NodeDown|ReqNodeNotAvail, *UnavailableNodes", "nodes it needs are down, drained or silent", ASK),
-    LastingReason(
-        "Nodes required for job are DOWN",
-        "too few nodes are left: others are down, drained, or kept for a partition that goes first",
-        ASK,
-    ),
-)
+LASTING = {
+    "python -m launch.cancel {run}; python -m launch.doctor, with the same arguments, says what fits": {
+        "PartitionNodeLimit": "its partition takes fewer or more nodes, or the nodes it needs are down",
+        "PartitionTimeLimit": "its time limit is above the limit of its partition",
+        "PartitionConfig": "it exceeds a limit of its partition, or what the nodes there have",
+        "BadConstraints": "no nodes have what it requests, so Slurm holds it",
+        "MaxMemPerLimit": "it requests more memory of each CPU or node than is allowed",
+        r"(Assoc|QOS)Max\w*(PerJob|PerNode)": "it exceeds what its account or QOS lets a job request",
+        r"QOSMin\w+": "it requests less than a job of its QOS has to",
+        "AccountNotAllowed|QOSNotAllowed": "its partition does not take its account or QOS",
+        r"(Job's|User's) .*use this partition": "its partition does not take its account or QOS",
+        "InvalidAccount|InvalidQOS": "its account or QOS does not exist, or is not yours",
+        "ReservationDeleted": "its reservation is gone",
+        "DeadLine": "it cannot end before its deadline",
+        "DependencyNeverSatisfied": "the job it depends on has ended in another way",
+    },
+    "scontrol {cluster}release {job}": {
+        "JobHeldUser": "you, or a coordinator of your account, hold it",
+        "JobHoldMaxRequeue": "it was requeued as often as the site allows, and is held",
+        "launch failed requeued held": "it could not be launched on its nodes, and is held",
+        "job requeued in held state": "it was requeued with a hold",
+    },
+    "ask the site to release {job}": {"JobHeldAdmin": "an administrator holds it, or its priority is 0"},
+    "sinfo -R names nodes with their reasons; ask the site, or python -m launch.cancel {run} and request other nodes": {
+        "PartitionDown|PartitionInactive": "its partition is switched off",
+        "NodeDown|ReqNodeNotAvail, *UnavailableNodes": "nodes it needs are down, drained or silent",
+        "Nodes required for job are DOWN": "too few nodes are left: others are down, drained, or reserved for a "
+        "partition of higher priority",
+    },
+}
+"""What to type -> beginnings of reasons, as regular expressions -> meaning. ``{cluster}`` is the option that names
+another cluster."""
 
 
-def lasting_reason(reason: str) -> LastingReason | None:
-    """The entry for a reason that no waiting removes; None for one that goes away by itself."""
+def lasting_reason(reason: str) -> tuple[str, str] | None:
+    """Meaning of a reason that no waiting removes, and what to type; None for a reason that ends by itself."""
     said = reason.replace("_", " ")
-    return next((entry for entry in LASTING if re.match(entry.pattern, said)), None)
+    known = ((meaning, fix) for fix, rows in LASTING.items() for key, meaning in rows.items() if re.match(key, said))
+    return next(known, None)
 
 
 def advice(reason: str, job: str, run: str, cluster: str | None = None) -> str:
-    """Say what a pending job waits for and what to type, where waiting is not enough; otherwise empty.
+    """Return what a pending job waits for and what to type if waiting is not enough; otherwise empty.
 
     Args:
         reason: as squeue prints it.
-        job: the id of the job.
-        run: what ``launch.cancel`` takes.
-        cluster: name of the cluster that it waits on, where that is another one.
+        job: id of the job.
+        run: argument of ``launch.cancel``.
+        cluster: name of its cluster if that is another one.
     """
-    entry = lasting_reason(reason)
-    if entry is None:
+    known = lasting_reason(reason)
+    if known is None:
         return ""
     option = f"--clusters={cluster} " if cluster else ""
-    fix = entry.fix.format(job=job, run=run, cluster=option)
-    return f"waiting does not change {reason.split(',')[0]}: {entry.meaning}; type {fix}"
+    fix = known[1].format(job=job, run=run, cluster=option)
+    return f"waiting does not change {reason.split(',')[0]}: {known[0]}; type {fix}"

@@ -1,23 +1,21 @@
-"""Plans of all points of a sweep: resolved with Slurm's facts, told apart, and compared with Slurm's limits.
+"""Plans of all points of a command: choose clusters, GPUs and CPUs, then compare the plans with Slurm's limits.
 
 The functions stand in the order of these steps. Nothing is written or submitted.
 """
 
 from __future__ import annotations
 
-import math
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 from rich.console import Console
 
 from launch.config import ClusterKind, Config
 from launch.config.compose import typed_config, workload_of
-from launch.errors import ConfigError
+from launch.errors import ConfigError, counted
+from launch.plan import placement
 from launch.plan.plan import Plan, local_gpus, make_plan, unfinished
 from launch.plan.preflight import add_warnings, settle_exclusive
 from launch.plan.text import add_expected, share_budget
@@ -26,42 +24,48 @@ from launch.runs.overrides import typed_key, typed_value
 from launch.runs.records import refuse_unknown_figure
 from launch.runs.refusals import in_shell
 from launch.slurm import client as scheduler
-from launch.slurm.limits import Limits
-
-if TYPE_CHECKING:
-    from launch.slurm.facts import SlurmFacts
-
+from launch.slurm import facts
+from launch.slurm.checks import has_features, is_given_one_cpu, partitions_of, typed_options, why_unsure
+from launch.slurm.facts import Finding, Level, SlurmFacts, fine, warn
+from launch.slurm.limits import Limits, gres
 
 TEXTS = ("script.env.", "cluster.exclude", "cluster.partition", "cluster.additional_parameters.")
 """Beginnings of keys whose values may hold a comma."""
+GPU_OPTIONS = {"gpus", "gpus_per_node", "gpus_per_task", "gpus_per_socket", "gres", "G"}
+"""Options of sbatch that request GPUs, or no GPUs."""
+CPUS_PER_RANK = 4
+"""One to compute, one each for data, communication and records."""
 
 
 def plan_sweep(
     documents: Sequence[DictConfig], typed: Sequence[Sequence[str]], console: Console
 ) -> tuple[list[Plan], list[Config]]:
-    """Plan the points of a command, and say what was settled for them.
+    """Plan the points of a command, and print what was chosen for them.
 
     Args:
-        documents: the composed config of each point; keys that the command leaves open are settled in it.
+        documents: the composed config of each point; keys that the command leaves open are set in it.
         typed: the overrides of each point.
 
     Returns:
         Plan and typed config of each point.
 
     Raises:
-        ConfigError: a point cannot work, Slurm would refuse it or never start it, or two would share a folder.
+        ConfigError: a point cannot work, Slurm would never start it, or two points would share a folder.
     """
     kinds = choose_clusters(documents, console)
     configs = [typed_config(composed) for composed in documents]
     for config in configs:
         refuse_unknown_figure(config.objective, workload_of(config).figures)
-    slurm = settle_resources(documents, configs, kinds, console)
-    plans = label_plans(plan_points(configs, typed, kinds, slurm), typed)
+    slurm = choose_resources(documents, configs, kinds, console)
+    plans = plan_points(configs, typed, kinds, slurm)
+    refuse_same_folder(plans, typed)
+    labels = labels_for([(Path(plan.run_dir), words) for plan, words in zip(plans, typed, strict=True)])
+    plans = [replace(plan, label=label) for plan, label in zip(plans, labels, strict=True)]
     return check_plans(plans, configs, slurm, console), configs
 
 
 def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
-    """The cluster of each point; ``auto`` is decided once and said.
+    """Return the cluster of each point; ``auto`` is decided once and printed.
 
     Raises:
         ConfigError: ``auto`` on a machine of a cluster whose controller does not answer.
@@ -73,20 +77,23 @@ def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[Clu
     if problem and not configs[0].dry_run:
         raise ConfigError(
             f"cluster=auto on a machine of a Slurm cluster that takes no jobs: {problem}",
-            "a controller that answers; this may be a login node, so nothing is trained here unless that is said",
+            "a controller that answers; this may be a login node, so cluster=auto trains nothing here",
             "the same command when scontrol ping says UP, or cluster=local",
         )
     found = ClusterKind.slurm if problem is None else ClusterKind.local
     why = {None: "sbatch and a controller that answers", "": "no Slurm here: nodes are agents on this machine"}
-    told = why.get(problem, f"no controller answers, and without dry_run this is refused: {problem}")
-    console.print(f"cluster=auto: {found.name} ({told})", highlight=False)
+    said = why.get(problem, f"no controller answers, and without dry_run this is refused: {problem}")
+    console.print(f"cluster=auto: {found.name} ({said})", highlight=False)
     return [found if kind is ClusterKind.auto else kind for kind in kinds]
 
 
-def settle_resources(
+# GPUs and CPUs of points whose config does not name a number.
+
+
+def choose_resources(
     documents: Sequence[DictConfig], configs: Sequence[Config], kinds: Sequence[ClusterKind], console: Console
 ) -> SlurmFacts | None:
-    """Settle what a command leaves open of its nodes, GPUs, ranks and CPUs, and say what was chosen.
+    """Choose what a command leaves open of its nodes, GPUs, ranks and CPUs, and print it.
 
     Args:
         documents: the composed config of each point.
@@ -94,30 +101,170 @@ def settle_resources(
         kinds: the cluster of each point.
 
     Returns:
-        What Slurm tells of itself; None if it is not asked.
+        Slurm's facts; None if no point needs them.
 
     Raises:
-        ConfigError: more ranks are requested on a node than its GPUs, and nothing says which of the two is meant.
+        ConfigError: a point requests more ranks on a node than GPUs.
     """
     if whole := settle_exclusive(documents, configs, kinds):
         console.print(whole, highlight=False, markup=False)
+    needs_slurm = configs[0].launch.check_limits and ClusterKind.slurm in kinds
+    slurm = facts.ask_slurm(facts.clusters_named(configs)) if needs_slurm else None
     visible = local_gpus() if ClusterKind.local in kinds else 0
-    asks = configs[0].launch.check_limits and ClusterKind.slurm in kinds
-    if not asks and visible < 2:
-        return None
-    from launch.slurm import facts
-    from launch.slurm import resources as cpus
-    from launch.slurm import resources as gpus
-
-    for line in gpus.settle_local_ranks(documents, configs, kinds, visible, facts.torch_version()):
-        console.print(line, highlight=False, markup=False)
-    if not asks:
-        return None
-    slurm = facts.ask_slurm(facts.clusters_named(configs))
-    told = gpus.settle_gpus(documents, configs, kinds, slurm)  # before the CPUs, which go by the ranks of a node
-    for line in [*told, *cpus.settle_cpus(documents, configs, kinds, slurm)]:
+    lines = choose_local_ranks(documents, configs, kinds, visible) if visible > 1 else []
+    for line in [*lines, *(choose_on_slurm(documents, configs, kinds, slurm) if slurm is not None else [])]:
         console.print(line, highlight=False, markup=False)
     return slurm
+
+
+def choose_local_ranks(
+    documents: Sequence[DictConfig], configs: Sequence[Config], kinds: Sequence[ClusterKind], gpus: int
+) -> list[str]:
+    """Start a rank on each of this machine's ``gpus`` for points that name no number of ranks; return what to print.
+
+    Points of several local nodes share the GPUs. With such a point in the command, nothing is chosen: each point of a
+    sweep over nodes keeps the same number of ranks.
+    """
+    local = [point for point in zip(documents, configs, kinds, strict=True) if point[2] is ClusterKind.local]
+    if facts.torch_version().endswith("+cpu") or any(config.nodes > 1 for _, config, _ in local):
+        return []
+    said = []
+    for document, config, _ in local:
+        if config.ranks_per_node is None and not says_gpus(config) and not workload_of(config).computes_on_cpus(config):
+            config.ranks_per_node = document.ranks_per_node = gpus
+            said = [f"ranks_per_node={gpus}: this machine has {gpus} GPUs; ranks_per_node=1 takes one of them"]
+    return said
+
+
+def choose_on_slurm(
+    documents: Sequence[DictConfig], configs: Sequence[Config], kinds: Sequence[ClusterKind], slurm: SlurmFacts
+) -> list[str]:
+    """Set ``CHOICES`` in each point on Slurm that leaves them open; return what to print."""
+    said = []
+    for key, choose in CHOICES.items():
+
+        def choose_and_say(config: Config, choose: Choose = choose) -> tuple[int | None, str]:
+            number, finding = choose(config, slurm)
+            if finding is None or finding.level is Level.ok:
+                return number, "" if finding is None else finding.found
+            return number, f"warning: {finding.found}: {finding.why}; type {finding.fix}"
+
+        said += placement.settle_key(key, choose_and_say, documents, configs, kinds)
+    return said
+
+
+def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
+    """GPUs of each node to request: those that every node has; None if the config stays. And what to report.
+
+    Raises:
+        ConfigError: the config requests more ranks on a node than its GPUs.
+    """
+    is_open = not says_gpus(config) and not workload_of(config).computes_on_cpus(config)
+    there = gpus_there(config, slurm) if is_open else None
+    if there is None:
+        return None, None
+    where, kind = there.where, f" ({there.type})" if there.type else ""
+    if slurm.torch.endswith("+cpu"):
+        found = f"torch {slurm.torch} is built for CPUs, and nodes of {where} have GPUs{kind}"
+        other = f"install torch for your CUDA; or cluster.gpus_per_node={there.most}"
+        why = "no GPUs are requested, which its ranks could not use"
+        return None, warn("gpus", found, why, f"cluster.gpus_per_node=0, for CPUs; or {other}")
+    if there.least == 0:
+        found = f"some nodes of {where} have up to {there.most} GPUs{kind}, and cluster.gpus_per_node is not set"
+        fix = f"cluster.gpus_per_node={there.most} for those, or cluster.gpus_per_node=0"
+        return None, warn("gpus", found, "no GPUs are requested, and the ranks compute on CPUs", fix)
+    ranks = config.ranks_per_node
+    if ranks is not None and ranks > there.least:
+        raise ConfigError(
+            f"ranks_per_node={ranks} on nodes of {where} with {there.least} GPUs{kind}, and no cluster.gpus_per_node",
+            "one rank for each GPU, or ranks that compute on CPUs",
+            f"ranks_per_node={there.least}, or cluster.gpus_per_node=0",
+        )
+    number, has = ranks or there.least, f"every node of {where} has {there.least}{kind}"
+    found = f"cluster.gpus_per_node={number}: {has}; cluster.gpus_per_node=0 computes on CPUs"
+    return number, fine("gpus", found)
+
+
+def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
+    """CPUs of each node to request for its ranks, and why; None where Slurm gives more than one CPU by itself.
+
+    Every node that has the requested GPUs can give them, at every place that the point may use.
+    """
+    ranks = counted(config.ranks_on_node, "rank")
+    wanted = CPUS_PER_RANK * config.ranks_on_node
+    rooms: list[tuple[int, str]] = []
+    for _, there in placement.configs(config):
+        limits = slurm.at(there.cluster.cluster)
+        if not isinstance(limits, Limits):
+            return None, None
+        for partition in partitions_of(limits, there):
+            if not is_given_one_cpu(limits, partition, there.cluster):
+                return None, None
+            rooms += [
+                (min(node.cpus, partition.max_cpus_per_node or node.cpus), f"{node.name} in {partition.name}")
+                for node in limits.nodes_of(partition)
+                if node.is_usable and node.count("gpu") >= (there.cluster.gpus_per_node or 0)
+            ]
+    if not rooms:
+        return None, None
+    smallest, name = min(rooms, key=lambda room: room[0])
+    why = f"{CPUS_PER_RANK} for each of {ranks} on a node" if wanted <= smallest else f"all of {name}, for {ranks}"
+    number = min(wanted, smallest)
+    return number, fine("cpus", f"cluster.cpus_per_task={number}: {why}")
+
+
+Choose = Callable[[Config, SlurmFacts], tuple[int | None, Finding | None]]
+CHOICES: dict[str, Choose] = {"gpus_per_node": choose_gpus, "cpus_per_task": choose_cpus}
+"""Keys of ``cluster`` and how their values are chosen. GPUs first: CPUs follow from the ranks of a node."""
+
+
+def says_gpus(config: Config) -> bool:
+    """Return whether the config names a number of GPUs, zero included, here or at a candidate."""
+    return any(
+        there.cluster.gpus_per_node is not None
+        or any(part.name == "gpu" for part in gres(there.cluster.gres or ""))
+        or bool(typed_options(there.cluster) & GPU_OPTIONS)
+        for _, there in placement.configs(config)
+    )
+
+
+@dataclass(frozen=True)
+class NodeGpus:
+    """GPUs of the nodes that a job could use."""
+
+    where: str
+    """Names of the partitions."""
+    least: int
+    """GPUs of the node that has fewest."""
+    most: int
+    type: str | None
+    """Type in the nodes' Gres; None if the nodes have several types, or name none."""
+
+
+def gpus_there(config: Config, slurm: SlurmFacts) -> NodeGpus | None:
+    """GPUs of the nodes that a point may use; None where no node has one, or Slurm does not report a place."""
+    names, nodes = dict[str, None](), []
+    for _, there in placement.configs(config):
+        limits = slurm.at(there.cluster.cluster)
+        if not isinstance(limits, Limits) or why_unsure(limits, there):
+            return None
+        for partition in partitions_of(limits, there):
+            names[partition.name] = None
+            nodes += [node for node in limits.nodes_of(partition) if has_features(node, there)]
+    counts = [node.count("gpu") for node in nodes]
+    if not any(counts):
+        return None
+    types = {part.type for node in nodes for part in node.gres if part.name == "gpu"}
+    return NodeGpus(", ".join(names), min(counts), max(counts), types.pop() or None if len(types) == 1 else None)
+
+
+def gpu_type(config: Config, slurm: SlurmFacts) -> str | None:
+    """Type of the GPUs where a point may run, as Slurm's Gres names it; None if unknown, or several."""
+    there = gpus_there(config, slurm)
+    return None if there is None else there.type
+
+
+# Plans, and their comparison with Slurm's limits.
 
 
 def plan_points(
@@ -126,117 +273,73 @@ def plan_points(
     kinds: Sequence[ClusterKind],
     slurm: SlurmFacts | None = None,
 ) -> list[Plan]:
-    """Plan all points of a command.
-
-    Args:
-        slurm: what Slurm tells of itself; None if it was not asked.
+    """Plan all points of a command. ``slurm`` holds Slurm's facts; None if no point needs them.
 
     Raises:
-        ConfigError: one cannot work; where a cluster does not have its nodes, that is said first.
+        ConfigError: a point cannot work. A cluster that lacks the nodes is reported first.
     """
     sizes = [config.world_size for config in configs]
+    on_slurm = [config for config, kind in zip(configs, kinds, strict=True) if kind is ClusterKind.slurm]
     try:
         return [
-            make_plan(config, overrides, kind, sizes, gpu_type_at(config, kind, slurm))
-            for config, overrides, kind in zip(configs, typed, kinds, strict=True)
+            make_plan(
+                config, words, kind, sizes, gpu_type(config, slurm) if slurm and kind is ClusterKind.slurm else None
+            )
+            for config, words, kind in zip(configs, typed, kinds, strict=True)
         ]
     except ConfigError:
         if slurm is not None:
-            from launch.slurm import candidates
+            from launch.slurm.places import refuse_missing_nodes
 
-            on_slurm = [config for config, kind in zip(configs, kinds, strict=True) if kind is ClusterKind.slurm]
-            # What would repair the point is of no use where it could never be given its nodes.
-            candidates.refuse_missing_nodes(slurm, on_slurm)
+            refuse_missing_nodes(slurm, on_slurm)
         raise
-
-
-def gpu_type_at(config: Config, kind: ClusterKind, slurm: SlurmFacts | None) -> str | None:
-    """Type of the GPUs where a point may go, as Slurm names it; None where nobody tells."""
-    if slurm is None or kind is not ClusterKind.slurm:
-        return None
-    from launch.slurm import resources as gpus
-
-    return gpus.gpu_type(config, slurm)
-
-
-def label_plans(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> list[Plan]:
-    """Return the plans, each with its label among the others.
-
-    Raises:
-        ConfigError: two of them would write into one folder.
-    """
-    refuse_same_folder(plans, typed)
-    labels = labels_for([(Path(plan.run_dir), words) for plan, words in zip(plans, typed, strict=True)])
-    return [replace(plan, label=label) for plan, label in zip(plans, labels, strict=True)]
 
 
 def refuse_same_folder(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> None:
     """Raise ConfigError if two points would write into one folder."""
     seen: dict[str, Sequence[str]] = {}
     for plan, words in zip(plans, typed, strict=True):
-        if plan.run_dir in seen:
-            if [*words] == [*seen[plan.run_dir]]:
-                raise twice(words, typed)
-            apart = {typed_key(word) for word in {*seen[plan.run_dir]} ^ {*words}}
-            texts = sorted(key for key in apart if key.startswith(TEXTS))
-            each = {key: [value for point in typed if (value := typed_value(point, key)) is not None] for key in texts}
-            quoted = [in_shell(key, f'"{",".join(dict.fromkeys(values))}"') for key, values in each.items()]
+        other = seen.setdefault(plan.run_dir, words)
+        if other is words:
+            continue
+        apart = sorted({typed_key(word) for word in {*other} ^ {*words}})
+        if not apart:
             raise ConfigError(
-                f"two points of the sweep with the folder {plan.run_dir}"
-                + (f", which differ in {', '.join(sorted(apart))}" if apart else ""),
-                "a folder for each point; run_dir, cluster.* and resilience.* do not tell points apart"
-                + ("; a comma outside quotes means several points" if quoted else ""),
-                ", or ".join(
-                    [
-                        *([" ".join(quoted)] if quoted else []),
-                        "a sweep over something that changes the run, or one command for each with its own name=NAME",
-                    ]
-                ),
+                f"the point {' '.join(words)} more than once in the sweep",
+                "each point once: a second run with the same settings would write into the folder of the first",
+                "each value once, or seed=0,1 for runs that differ in their seed alone",
             )
-        seen[plan.run_dir] = words
-
-
-def twice(words: Sequence[str], typed: Sequence[Sequence[str]]) -> ConfigError:
-    """Return the refusal of a point that a sweep has more than once; proposes the sweep with each value once."""
-    points = dict.fromkeys(tuple(word.removeprefix("++") for word in point) for point in typed)
-    columns = [list(dict.fromkeys(column)) for column in zip(*points, strict=True)]
-    values = [[words[0], *(word.partition("=")[2] for word in words[1:])] for words in columns]
-    is_grid = math.prod(map(len, columns)) == len(points)
-    each_once = shlex.join(["python", "-m", "launch", "-m", *(",".join(column) for column in values)])
-    return ConfigError(
-        f"the point {' '.join(words)} more than once in the sweep",
-        "each point once: a second run with the same settings would write into the folder of the first",
-        each_once if is_grid else "each value once, or seed=0,1 for runs that differ in their seed alone",
-    )
+        quoted = ""
+        for key in (key for key in apart if key.startswith(TEXTS)):
+            values = [value for point in typed if (value := typed_value(point, key)) is not None]
+            quoted += in_shell(key, f'"{",".join(dict.fromkeys(values))}"') + " "
+        raise ConfigError(
+            f"two points of the sweep with the folder {plan.run_dir}, which differ in {', '.join(apart)}",
+            "a folder for each point; run_dir, cluster.* and resilience.* do not name the folder"
+            + ("; a comma outside quotes means several points" if quoted else ""),
+            (f"{quoted.strip()}, or " if quoted else "")
+            + "a sweep over something that changes the run, or one command for each with its own name=NAME",
+        )
 
 
 def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts | None, console: Console) -> list[Plan]:
-    """Hold the plans against Slurm's limits, and add their share of the budget, expected times and warnings.
-
-    Args:
-        slurm: what Slurm tells of itself; None if it was not asked.
+    """Compare the plans with Slurm's limits; add their share of the budget, expected times and warnings.
 
     Raises:
-        ConfigError: Slurm would refuse a point, or never start it.
+        ConfigError: Slurm would refuse a point, or never start it; or a detached run would lose its launcher.
     """
     limits: Mapping[str | None, Limits] = {}
     if slurm is not None:
-        from launch.slurm import candidates
+        from launch.slurm.places import check_before_submitting, refuse_without_controller
 
         if unfinished(plans) and not configs[0].dry_run:
-            candidates.refuse_without_controller(slurm)
-        plans, limits = candidates.look_before_submitting(slurm, plans, configs, console), slurm.known
-    if configs[0].launch.detach:
-        refuse_local(plans)
-    budgeted = share_budget(plans, configs)
-    return [add_warnings(add_expected(plan), config, limits) for plan, config in zip(budgeted, configs, strict=True)]
-
-
-def refuse_local(plans: Sequence[Plan]) -> None:
-    """Raise ConfigError if a run would have to do without the launcher that it is bound to."""
-    if any(plan.cluster == "local" for plan in plans):
+            refuse_without_controller(slurm)
+        plans, limits = check_before_submitting(slurm, plans, configs, console), slurm.known
+    if configs[0].launch.detach and any(plan.cluster == "local" for plan in plans):
         raise ConfigError(
             "launch.detach=true with agents on this machine (cluster=local)",
-            "a Slurm cluster: a local run ends with its launcher, so that it cannot be forgotten",
+            "a Slurm cluster: a local run ends with its launcher, so that no run is forgotten",
             "cluster=slurm; or, without launch.detach: nohup python -m launch ... > launch.out &",
         )
+    budgeted = share_budget(plans, configs)
+    return [add_warnings(add_expected(plan), config, limits) for plan, config in zip(budgeted, configs, strict=True)]

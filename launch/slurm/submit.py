@@ -24,7 +24,7 @@ from launch.agent import main as agent
 from launch.agent.node import OWNER
 from launch.config import Config
 from launch.config.compose import read_point, workload_of
-from launch.errors import ConfigError, closest
+from launch.errors import ConfigError
 from launch.plan.code_copy import RUNS_FROM, running_from
 from launch.plan.placement import cluster_of, next_candidate
 from launch.plan.plan import JOBS, Plan, visible_gpus
@@ -32,8 +32,8 @@ from launch.plan.preflight import wait_for
 from launch.plan.text import plan_text, worst_case_text
 from launch.runs.files import make_folder
 from launch.runs.folder import RunFolder
-from launch.slurm.client import BUSY, SlurmBusyError, SlurmError, cluster_option, missing_configuration, run
-from launch.slurm.handles import (
+from launch.slurm.client import BUSY, SlurmBusyError, SlurmError, missing_configuration
+from launch.slurm.jobs import (
     LocalJob,
     SlurmJob,
     batch_parameters,
@@ -43,30 +43,20 @@ from launch.slurm.handles import (
     submitit_folder,
 )
 
-# Plans -> jobs, through submitit: a job array for each shape of resources on Slurm, one process group at a time
-# here.
-
-
 INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "TORCHELASTIC_", "SUBMITIT_")
 INHERITED_NAMES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
     RUNS_FROM,
 )
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
-"""Variables that stay: by them the client knows which cluster to talk to."""
+"""Variables that stay: they name the cluster that Slurm's commands talk to."""
 
 
 @contextmanager
 def clean_environment() -> Iterator[None]:
-    """Hide what an enclosing job or launcher left in the environment: it would bind and name the new job's processes.
+    """Hide variables of an enclosing job or launcher, which would bind and name the new job's processes.
 
-    An inherited SLURM_CPU_BIND alone was seen to slow runs three times over.
+    An inherited SLURM_CPU_BIND alone made runs three times slower.
     """
     hidden = {
         name: os.environ.pop(name)
@@ -80,7 +70,7 @@ def clean_environment() -> Iterator[None]:
 
 
 def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
-    """Group plans that ask Slurm for the same resources, there and elsewhere, in order of first appearance."""
+    """Group plans that request the same resources at every candidate, in order of first appearance."""
     groups: dict[str, list[Plan]] = {}
     for plan in plans:
         asked = [str(submitit_folder(plan.run_dir)), plan.slurm, asdict(plan.placement)]
@@ -90,16 +80,16 @@ def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
 
 
 def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
-    """Plans of one shape that run one after another, once the jobs of the shape before are over.
+    """Plans of one shape that run one after another, once the jobs ``before`` are over.
 
-    Slurm knows no dependency on jobs of another cluster: there the shapes run beside each other.
+    Slurm knows no dependency on jobs of another cluster: there the shapes run at the same time.
     """
     here = cluster_of(plans[0].slurm)
     return [wait_for(plan, [job.array_id for job in before if job.cluster == here]) for plan in plans]
 
 
 def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
-    """Submit plans of one shape: a job array, or a plain job if there is one plan. In the plans' order.
+    """Submit plans of one shape as a job array, or as a plain job if there is one plan. Jobs in the order of the plans.
 
     Raises:
         SlurmBusyError: the controller did not answer.
@@ -122,9 +112,10 @@ def submit_calls(
     """Submit calls of a function of one argument, on every node: a job array, or a plain job if there is one call.
 
     Args:
-        folder: where submitit keeps what belongs to the jobs; made before sbatch is asked, as a job may start at once.
-        resources: what each job asks for, as parameters of submitit's Slurm executor; ``python`` among them is the
-            command line of the jobs' Python.
+        folder: submitit's files of the jobs; made before sbatch runs, as a job may start at once.
+        resources: parameters of submitit's Slurm executor; ``python`` is the command line of the jobs' Python.
+        function: called on every node.
+        arguments: one for each job.
 
     Raises:
         submitit.core.utils.FailedJobError: sbatch refused.
@@ -136,14 +127,9 @@ def submit_calls(
     said = redirect_stderr(io.StringIO())  # submitit prints what its error says, too
     with clean_environment(), said, executor.batch() if len(arguments) > 1 else nullcontext():
         jobs = [executor.submit(function, argument) for argument in arguments]
-    close_pickles(jobs)
-    return [SlurmJob(job.job_id, cluster_of(resources)) for job in jobs]
-
-
-def close_pickles(jobs: Sequence[Any]) -> None:
-    """Let nobody else read what submitit's jobs load; others could never write there."""
     for job in jobs:
-        job.paths.submitted_pickle.chmod(0o600)
+        job.paths.submitted_pickle.chmod(0o600)  # for this user alone
+    return [SlurmJob(job.job_id, cluster_of(resources)) for job in jobs]
 
 
 @dataclass(frozen=True)
@@ -188,7 +174,7 @@ def refusal_text(error: SlurmError) -> str:
 
 
 def remove_unused(run_dirs: Sequence[str]) -> None:
-    """Remove run folders that this command has made and that no job was submitted for, and what lies around them."""
+    """Remove run folders for which no job was submitted, and the folder of the sweep if nothing else is in it."""
     for run_dir in run_dirs:
         if not any(event["event"] == "submitted" for event in RunFolder(run_dir).read_events()):
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -198,17 +184,17 @@ def remove_unused(run_dirs: Sequence[str]) -> None:
 
 
 UNREACHED = ("unable to contact slurm controller (connect failure)", "connection refused")
-"""Parts of sbatch's errors where it has not spoken to any controller."""
+"""Parts of sbatch's errors if no controller was reached."""
 
 
 def may_have_taken(error: SlurmError) -> bool:
-    """Return whether Slurm may have taken a job although sbatch failed: its answer was late."""
+    """Return whether Slurm may have accepted a job although sbatch failed, because only the answer was late."""
     is_unreached = any(text in str(error).lower() for text in UNREACHED)
     return isinstance(error, SlurmBusyError) and not is_unreached
 
 
 def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
-    """Say what sbatch refused of a job: its own words, what there is, and what to type next."""
+    """Refusal of a job that sbatch did not take, with the words of sbatch."""
     said = refusal_text(error)
     if isinstance(error, SlurmBusyError) or missing_configuration():
         return ConfigError(
@@ -218,37 +204,19 @@ def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
             "taken although the answer was late; cluster=local runs it here",
         )
     found = f"point {plan.title}, and sbatch refuses its job: {said}"
-    wanted = re.search(r"invalid partition specified: (\S+)", said)
-    there = partition_names(plan) if wanted else []
-    if wanted and there:
-        likely = (closest(wanted[1], there) or there)[0]
-        return ConfigError(found, f"one of the partitions {', '.join(there)}", f"cluster.partition={likely}")
     doctor = "python -m launch.doctor, with the same arguments: it compares them with what the cluster has"
     return ConfigError(found, "resources that this cluster gives to you", doctor)
 
 
-def partition_names(plan: Plan) -> list[str]:
-    """Names of the partitions of the cluster that a plan goes to; none where sinfo does not answer."""
-    try:
-        listed = run("sinfo", *cluster_option(cluster_of(plan.slurm)), "--noheader", "--format=%R")
-    except SlurmError:
-        return []
-    return sorted({line.strip() for line in listed.splitlines() if line.strip() and "CLUSTER:" not in line})
-
-
-def code_of_agents(plan: Plan) -> Path | None:
-    """The copy of the code that the agents of a run are started from; None if it has none, or of a script only."""
-    if plan.code is None:
-        return None
-    config = read_point(RunFolder(plan.run_dir))
-    return Path(plan.code) if workload_of(config).code(config).has_launcher else None
-
-
 def start_local(plan: Plan) -> LocalJob:
-    """Start the agents of a point here. They ignore the terminal's Ctrl-C, which is the launcher's to answer."""
+    """Start the agents of a point on this machine. They ignore the terminal's Ctrl-C, which the launcher handles."""
+    code = None
+    if plan.code is not None:
+        config = read_point(RunFolder(plan.run_dir))
+        code = Path(plan.code) if workload_of(config).code(config).has_launcher else None
     folder = submitit_folder(plan.run_dir)
     make_folder(folder)
-    # No folder for each job: submitit makes it when the controller runs already, which may look for it before.
+    # One folder for all jobs: submitit would make a folder for each job only after the start of its controller.
     executor = submitit.LocalExecutor(folder=folder, max_num_timeout=0)
     gpus = visible_gpus()  # submitit hides all others
     executor.update_parameters(
@@ -258,15 +226,15 @@ def start_local(plan: Plan) -> LocalJob:
     os.environ[OWNER] = str(os.getpid())
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with clean_environment(), running_from(code_of_agents(plan)):
+        with clean_environment(), running_from(code):
             job: Any = executor.submit(run_agent, plan.run_dir)
-            close_pickles([job])
+            job.paths.submitted_pickle.chmod(0o600)
     finally:
         signal.signal(signal.SIGINT, handler)
     return LocalJob(job.job_id, os.uname().nodename, controller_process(job))
 
 
-# The dry run: the plan of every point, and the batch script of every shape, as they would be submitted.
+# The dry run.
 
 
 def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
@@ -282,13 +250,13 @@ def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Consol
         here = "" if group[0].cluster == "slurm" else ", as cluster=slurm would submit it"
         console.print(f"\nsbatch text of the {kind}{here}: {names}", highlight=False, markup=False)
         console.print(sbatch_text(group), highlight=False, markup=False)
-        for text in elsewhere(group):
+        for text in differences(group):
             console.print(text, highlight=False, markup=False)
     console.print("dry_run=true: nothing was submitted or written", highlight=False)
 
 
-def elsewhere(group: Sequence[Plan]) -> Iterator[str]:
-    """The lines of the batch script that differ at the other candidates of a placement."""
+def differences(group: Sequence[Plan]) -> Iterator[str]:
+    """Yield the lines of the batch script that differ at each other candidate of a placement."""
     placement, first = group[0].placement, sbatch_text(group).splitlines()
     for index in placement.possible[1:]:
         there = sbatch_text([plan.choose_candidate(index) for plan in group]).splitlines()

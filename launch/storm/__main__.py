@@ -34,7 +34,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides
 from launch.runs.records import is_record
 from launch.slurm import client as scheduler
-from launch.slurm.handles import SlurmJob, ask_queue
+from launch.slurm.jobs import SlurmJob, ask_queue
 from launch.storm import verdict
 from launch.storm.drill import Drill, StuckError, run_quiet
 from launch.storm.faults import (
@@ -228,9 +228,9 @@ def _remains(site: Site) -> list[str]:
     wrong = [f"process {pid} is left: {' '.join(told[0])[:100]}" for pid, told in of_run(site.folder.path).items()]
     if site.is_slurm:
         job = SlurmJob(site.job)
-        while time.monotonic() < deadline and job.status(ask_queue([job])).state != "over":
+        while time.monotonic() < deadline and job.status(ask_queue([job])).phase != "over":
             time.sleep(1.0)
-        state = job.status(ask_queue([job])).state
+        state = job.status(ask_queue([job])).phase
         wrong += [f"job {site.job} is {state}"] if state != "over" else []
     return wrong
 

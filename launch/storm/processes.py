@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.folder import RunFolder
-from launch.slurm.handles import SUBMISSION
+from launch.slurm.jobs import SUBMISSION
 
 AGENTS = ({SUBMISSION}, {"gpt_launch", "agent"})
 """Words in the command line of an agent: one that submitit started, or a plain batch script."""

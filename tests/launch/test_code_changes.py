@@ -22,7 +22,7 @@ from launch.runs.environment import PACKAGES, changes, code_state, describe_code
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from launch.slurm.handles import sbatch_text
+from launch.slurm.jobs import sbatch_text
 from tests.launch.test_dry_run import plan
 from tests.support.commands import ROOT, TINY, descendants, ranks_of, run, start, start_fork, wait_for
 from tests.support.paced import paced

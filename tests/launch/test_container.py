@@ -20,7 +20,7 @@ from launch.plan import placement as container
 from launch.plan.placement import agent_words
 from launch.plan.plan import make_plan
 from launch.slurm.facts import Level, container_problem
-from launch.slurm.handles import sbatch_text
+from launch.slurm.jobs import sbatch_text
 from tests.launch.test_dry_run import plan
 from tests.support.doctor_facts import FACTS
 

@@ -24,9 +24,9 @@ from launch.report import build
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
-from launch.slurm import stop
+from launch.slurm import watch
 from launch.slurm.client import JobState
-from launch.slurm.handles import CONTROLLER, SlurmJob
+from launch.slurm.jobs import CONTROLLER, SlurmJob
 from launch.slurm.status import explain, find_run_status, update
 from launch.sweep import run_sweep
 from tests.support.commands import TINY
@@ -78,7 +78,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.fixture
 def folder(whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolder]:
     """A copy of it, worked on by what looks like its controller: a process that ends at SIGTERM."""
-    monkeypatch.setattr(stop, "POLL_S", 0.01)
+    monkeypatch.setattr(watch, "POLL_S", 0.01)
     shutil.copytree(whole.path.parent, tmp_path / "sweep")
     folder = RunFolder(tmp_path / "sweep" / "run")
     controller = subprocess.Popen(["bash", "-c", f"exec -a {CONTROLLER} sleep 600"])
@@ -109,8 +109,8 @@ def commands(folder: RunFolder) -> dict[str, Callable[[], object]]:
     return {
         "status": lambda: status.main([path]),
         "logs": lambda: logs.main([path]),
-        "agent": lambda: logs.node_of(find_run_status(folder), 0),
-        "move": lambda: move.is_watched(find_run_status(folder)),
+        "agent": lambda: logs.agent_of(find_run_status(folder), 0),
+        "move": lambda: move.promised(find_run_status(folder)),
         "launch": launch,
         "report": lambda: build(above),
         "compare": lambda: read_metrics(folder, "a"),
@@ -192,8 +192,8 @@ def test_a_job_whose_nodes_do_not_see_the_folder_says_so(folder: RunFolder) -> N
     update(point, {SlurmJob("7").name: JobState("FAILED", "None")})
     assert point.state == "failed"
     text = explain(point)
-    assert f"run failed (its agents left no word: the nodes may not see {folder.path}" in text
-    assert f"srun --nodes=1 ls -ld {quote(str(folder.path))} tells" in text
+    assert f"run failed (its agents wrote nothing: the nodes may not see {folder.path}" in text
+    assert f"srun --nodes=1 ls -ld {quote(str(folder.path))} shows it" in text
     folder.record_event("agent_started", job="slurm-7-0-0", nodes=2, allocated_at=0.0)
     update(point, {})
     assert not point.detail

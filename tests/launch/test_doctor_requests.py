@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.slurm import checks as asked
 from launch.slurm import facts as findings
 from launch.slurm import limits
-from launch.slurm import request as asked
 from launch.slurm.facts import Facts, Level
 from tests.support.doctor_facts import (
     CONFIG,

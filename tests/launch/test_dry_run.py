@@ -13,7 +13,7 @@ from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, make_plan
 from launch.plan.preflight import settle_exclusive
-from launch.slurm.handles import SlurmJob, sbatch_text
+from launch.slurm.jobs import SlurmJob, sbatch_text
 from launch.slurm.submit import in_line, shapes
 from tests.support.commands import run
 

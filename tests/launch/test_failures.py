@@ -20,7 +20,7 @@ from launch.runs.files import read_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.status import RunStatus
-from launch.slurm.stop import AGENT_S, leaving_text, next_start_text
+from launch.slurm.watch import AGENT_S, leaving_text, next_start_text
 from tests.support.commands import (
     ROOT,
     TINY,
@@ -214,18 +214,24 @@ def test_a_second_command_is_refused_and_ctrl_c_saves_and_leaves_nothing_behind(
     assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["cancelled"]
     saved = [e["step"] for e in events if e["event"] == "saved"][-1]
     assert read_records(folder.metrics(0))[-1]["step"] == saved
-    assert "the same command goes on from the last checkpoint" in (tmp_path / "log").read_text()
+    assert "the same command resumes from the last checkpoint" in (tmp_path / "log").read_text()
 
 
-def test_ctrl_c_promises_a_script_no_checkpoint_that_it_does_not_have(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_launcher_promises_a_script_no_checkpoint_that_it_does_not_have(number: int, tmp_path: Path) -> None:
     (tmp_path / "wait.py").write_text("import signal\nopen('began', 'w').close()\nsignal.pause()\n")
     words = ["workload=script", "script.path=wait.py", "cluster=local"]
     process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: (tmp_path / "began").exists() or process.poll() is not None, "the script")
-    os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=120) == 130
+    family = descendants(process.pid)
+    os.kill(process.pid, number)
+    assert process.wait(timeout=120) == 128 + number
     text = (tmp_path / "log").read_text()
-    assert "stopping: the runs are told to leave, and go on from no checkpoint" in text
+    if number == signal.SIGTERM:
+        assert "terminated by SIGTERM; runs on this machine save a checkpoint if they can, and end" in text
+        wait_for(lambda: not any(map(is_alive, family)), "the end of all processes")
+        return
+    assert "stopping: the runs are told to leave, without a checkpoint" in text
     assert "stopped; the same command runs the program from its beginning" in text
     assert "save a checkpoint" not in text and "last checkpoint" not in text
 
@@ -237,8 +243,8 @@ def test_what_is_told_of_a_stop_names_the_runs_that_have_no_checkpoint() -> None
     assert leaving_text([saves]) == f"the runs save a checkpoint and leave, {within}"
     expected = f"nodes=1 save a checkpoint and leave, {within}; nodes=2 are told to leave"
     assert leaving_text([saves, loses]).startswith(expected)
-    assert next_start_text([saves]) == "the same command goes on from the last checkpoint"
-    assert "of nodes=2 from its beginning" in next_start_text([saves, loses])
+    assert next_start_text([saves]) == "the same command resumes from the last checkpoint"
+    assert next_start_text([saves, loses]).startswith("the same command runs nodes=2 from the beginning")
 
 
 def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from launch.runs.events import fewer_nodes
 from launch.runs.files import read_json, read_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from launch.slurm.handles import sbatch_text
+from launch.slurm.jobs import sbatch_text
 from launch.slurm.status import find_run_status, poll
 from launch.storm.verdict import Recovery, recoveries
 from tests.support.commands import agents_of, descendants, run, start_fork, wait_for

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.agent.ranks import entrypoint
-from launch.slurm.handles import sbatch_text
+from launch.slurm.jobs import sbatch_text
 from launch.workload import RankCommand
 from tests.launch.test_dry_run import directives, plan
 

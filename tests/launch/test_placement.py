@@ -21,12 +21,12 @@ from launch.plan.preflight import record_found, record_submitted
 from launch.plan.text import plan_text
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
-from launch.slurm import candidates
+from launch.slurm import places
 from launch.slurm.client import JobState
-from launch.slurm.failover import PendingRun, claim, is_current, promised
-from launch.slurm.handles import JobStatus, SlurmJob, sbatch_text
-from launch.slurm.status import RunStatus, adopt_job, find_run_status, update
-from launch.slurm.submit import elsewhere, shapes
+from launch.slurm.failover import claim, is_current, promised
+from launch.slurm.jobs import SlurmJob, sbatch_text
+from launch.slurm.status import adopt_job, find_run_status, update
+from launch.slurm.submit import differences, shapes
 from tests.launch.test_dry_run import plan
 from tests.support.commands import run
 from tests.support.doctor_facts import FACTS, LIMITS, request
@@ -169,7 +169,7 @@ def test_without_a_list_there_is_one_candidate_that_nobody_watches() -> None:
     made = plan("cluster.partition=low")
     (only,) = made.placement.candidates
     assert only.slurm == made.slurm and only.name == "" and not made.placement.is_watched
-    assert "placement" not in plan_text(made) and list(elsewhere([made])) == []
+    assert "placement" not in plan_text(made) and list(differences([made])) == []
     assert plan("cluster.give_up_after_min=5").placement.is_watched
 
 
@@ -210,26 +210,25 @@ def test_jobs_of_two_clusters_with_one_number_are_two(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     record_submitted(made, "7")
     point = find_run_status(folder)
-    waiting = PendingRun(point, made, 0, 0.0, 0.0)
-    assert is_current(waiting)
+    assert is_current(point)
     record_submitted(made, "7", 1, moved=True)
-    assert not is_current(waiting) and "slurm_cluster" not in folder.read_events()[0]
+    assert not is_current(point) and "slurm_cluster" not in folder.read_events()[0]
     adopt_job(point)
     assert isinstance(point.job, SlurmJob) and (point.job.job_id, point.job.cluster) == ("7", "b")
     update(point, {"7": OUT, "7 on cluster b": RUNS})
     assert point.state == "running"
     update(point, {"7": RUNS, "7 on cluster b": JobState("COMPLETED", "None")})
-    assert point.job_status.state == "over"
+    assert point.job_status.phase == "over"
 
 
 def test_the_checks_of_a_candidate_are_those_of_its_cluster() -> None:
     asking = request("cluster.timeout_min=60", "cluster.placement=[{cluster: b}, {cluster: c}, {partition: short}]")
     other = replace(LIMITS, partitions=tuple(p for p in LIMITS.partitions if p.name == "short"))
     facts = replace(FACTS, others={"b": "No cluster 'b' known by database.", "c": LIMITS})
-    settled = candidates.settle(facts, asking)
+    settled = places.possible_places(facts, asking)
     assert settled.possible == [1]
     assert settled.candidates[0].never == "cluster.cluster=b, and No cluster 'b' known by database."
-    none_default = candidates.settle(replace(facts, others={"b": other, "c": LIMITS}), asking)
+    none_default = places.possible_places(replace(facts, others={"b": other, "c": LIMITS}), asking)
     assert "no cluster.partition, and none of short is the default" in none_default.candidates[0].never
 
 
@@ -267,21 +266,21 @@ def test_a_candidate_that_could_never_run_is_skipped_with_the_reason(
     candidate: str, words: list[str], why: str
 ) -> None:
     asking = request("cluster.timeout_min=60", *words, f"cluster.placement=[{candidate}, {{partition: low}}]")
-    settled = candidates.settle(FACTS, asking)
+    settled = places.possible_places(FACTS, asking)
     assert settled.possible == [1] and why in settled.candidates[0].never
     assert asking.plan.replace_placement(settled).slurm["partition"] == "low"
-    candidates.refuse_impossible(FACTS, asking, settled)
+    places.refuse_impossible(FACTS, asking, settled)
     with pytest.raises(ConfigError) as refused:
-        candidates.refuse_impossible(FACTS, asking, settled.rule_out(1, "too small"))
+        places.refuse_impossible(FACTS, asking, settled.rule_out(1, "too small"))
     assert why in refused.value.found and "partition=low: too small" in refused.value.found
 
 
 def test_the_doctor_looks_at_every_candidate() -> None:
     listed = request("cluster.timeout_min=60", "cluster.placement=[{partition: short}, {partition: low}]")
-    found = [f"{finding.level.value} {finding.found}" for finding in candidates.check_requests(FACTS, [listed])]
+    found = [f"{finding.level.value} {finding.found}" for finding in places.check_requests(FACTS, [listed])]
     assert "warning at partition=short: cluster.timeout_min=60, and MaxTime of short is 30 min" in found
     only = request("cluster.timeout_min=60", "cluster.placement=[{partition: short}]")
-    found = [f"{finding.level.value} {finding.found}" for finding in candidates.check_requests(FACTS, [only])]
+    found = [f"{finding.level.value} {finding.found}" for finding in places.check_requests(FACTS, [only])]
     assert "error at partition=short: cluster.timeout_min=60, and MaxTime of short is 30 min" in found
 
 
@@ -313,8 +312,7 @@ def test_one_process_moves_a_point_and_none_that_was_cancelled_or_moved_meanwhil
     record_submitted(made, "7")
     point = find_run_status(folder)
     assert promised(point) == made
-    waiting = PendingRun(point, made, 0, 0.0, 0.0)
-    assert is_current(waiting)
+    assert is_current(point)
     ask = f"from launch.slurm.failover import *\nwith claim(RunFolder({str(tmp_path)!r})) as ours: print(ours)"
     with claim(folder) as ours:
         assert ours
@@ -324,11 +322,11 @@ def test_one_process_moves_a_point_and_none_that_was_cancelled_or_moved_meanwhil
     after = promised(point)
     assert after is not None and after.placement.possible == [0, 2]
     record_submitted(made, "8", 1, moved=True)
-    assert not is_current(waiting), "another process has moved it"
+    assert not is_current(point), "another process has moved it"
     point = find_run_status(folder)
-    assert point.job is not None and point.job.job_id == "8" and is_current(PendingRun(point, made, 1, 0.0, 0.0))
+    assert point.job is not None and point.job.job_id == "8" and is_current(point)
     folder.record_event("cancelled", job_id="8")
-    assert not is_current(PendingRun(point, made, 1, 0.0, 0.0))
+    assert not is_current(point)
 
 
 def test_a_moved_run_keeps_away_from_hosts_that_failed_in_it(tmp_path: Path) -> None:
@@ -349,4 +347,3 @@ def test_points_with_other_candidates_are_no_array() -> None:
         plan("seed=2", "cluster.placement=[{qos: a}, {qos: b}]"),
     )
     assert one.slurm == other.slurm and len(shapes([one, other])) == 2
-    assert RunStatus(RunFolder("x")).job_status == JobStatus("unknown")

@@ -21,13 +21,13 @@ from launch.agent.after_step import run_dir_of
 from launch.agent.node import Node
 from launch.config.compose import compose_launch
 from launch.runs.compose import copy_of
-from launch.slurm import handles
-from launch.slurm import handles as sbatch
+from launch.slurm import jobs
+from launch.slurm import jobs as sbatch
 
 TAKEN = ("command", "folder", "map_count", "job_name", "partition", "time", "nodes", "ntasks_per_node", "cpus_per_task")
 TAKEN += ("gpus_per_node", "qos", "setup", "mem", "signal_delay_s", "comment", "constraint", "exclude", "account")
 TAKEN += ("gres", "array_parallelism", "additional_parameters", "srun_args", "teardown")
-"""Parameters that ``launch.plan.placement.slurm_resources`` may ask for, and that ``launch.slurm.handles`` adds."""
+"""Parameters that ``launch.plan.placement.slurm_resources`` may ask for, and that ``launch.slurm.jobs`` adds."""
 
 
 def changed(library: str, what: str, module: str) -> str:
@@ -43,7 +43,7 @@ def check_parameters(function: Callable[..., Any], names: tuple[str, ...], messa
 def test_submitit_writes_the_batch_script_from_the_same_parameters() -> None:
     from submitit.slurm import slurm
 
-    message = changed("submitit", "slurm.slurm._make_sbatch_string", "launch/slurm/handles.py")
+    message = changed("submitit", "slurm.slurm._make_sbatch_string", "launch/slurm/jobs.py")
     assert hasattr(slurm, "_make_sbatch_string"), message
     check_parameters(slurm._make_sbatch_string, TAKEN, message)
     needed = [p for p in inspect.signature(slurm._make_sbatch_string).parameters.values() if p.default is p.empty]
@@ -55,12 +55,10 @@ def test_submitit_writes_the_batch_script_from_the_same_parameters() -> None:
 def test_submitit_runs_the_same_modules_and_keeps_the_process_of_a_local_job() -> None:
     from submitit.local.local import LocalJob
 
-    for name in (sbatch.SUBMISSION, handles.CONTROLLER):
-        assert importlib.util.find_spec(name) is not None, changed(
-            "submitit", f"module {name}", "launch/slurm/handles.py"
-        )
+    for name in (sbatch.SUBMISSION, jobs.CONTROLLER):
+        assert importlib.util.find_spec(name) is not None, changed("submitit", f"module {name}", "launch/slurm/jobs.py")
     source = inspect.getsource(LocalJob)
-    assert "self._process" in source, changed("submitit", "LocalJob._process", "launch/slurm/handles.py")
+    assert "self._process" in source, changed("submitit", "LocalJob._process", "launch/slurm/jobs.py")
 
 
 def test_submitit_keeps_the_run_folder_where_the_batch_script_looks_for_it(tmp_path: Path) -> None:
@@ -142,9 +140,7 @@ def test_a_change_is_told_with_the_module_to_look_at(monkeypatch: pytest.MonkeyP
     from submitit.slurm import slurm
 
     monkeypatch.setattr(slurm, "_make_sbatch_string", lambda command, folder: SimpleNamespace())
-    with pytest.raises(
-        AssertionError, match=r"submitit .* is not what launch/slurm/handles.py expects.*no parameter map"
-    ):
+    with pytest.raises(AssertionError, match=r"submitit .* is not what launch/slurm/jobs.py expects.*no parameter map"):
         test_submitit_writes_the_batch_script_from_the_same_parameters()
 
 

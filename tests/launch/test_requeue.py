@@ -30,7 +30,7 @@ from launch.runs.files import read_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.client import JobDetails
-from launch.slurm.handles import agent_logs, job_of
+from launch.slurm.jobs import agent_logs, job_of
 from tests.support.commands import TINY, descendants, is_alive, ranks_of, run, start_fork, wait_for
 
 Events = list[dict[str, Any]]

@@ -20,10 +20,10 @@ from launch.runs.find import find_runs, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.client import JobState
-from launch.slurm.display import plain_line
-from launch.slurm.handles import CONTROLLER, JobStatus, LocalJob, LocalQueueEntry, SlurmJob, is_local_job, job_of
+from launch.slurm.jobs import CONTROLLER, LocalJob, LocalQueueEntry, SlurmJob, is_local_job, job_of
 from launch.slurm.status import RunStatus, find_run_status, outcome, read_steps
-from launch.status import as_dict, notes, speed_text
+from launch.slurm.watch import news, plain_line, speed_text
+from launch.status import as_dict, notes
 from tests.launch.test_failures import LONG, start_long_run
 from tests.support.commands import descendants, ranks_of, run, start_fork, wait_for
 
@@ -95,10 +95,29 @@ def test_a_run_that_makes_no_steps_is_said_to_before_its_agents_are_sure(
     # A rate that no step has followed says how old it is: of a node without power nobody knows for half a minute.
     known = as_dict(point)
     assert ("eta_s" in known) is (age is None)
-    old = f"{speed_text(known)} {plain_line(point)}"
+    shown = speed_text(known, known.get("step_age_s"))
+    old = f"{shown} {plain_line(point)}"
     assert old.count("1,234 tokens/s") == 2 and old.count(" ago") == (0 if age is None else 2)
-    assert age is None or any(f"0:{age + late:02d} ago" in speed_text(known) for late in range(10))
+    assert age is None or any(f"0:{age + late:02d} ago" in shown for late in range(10))
     assert any(text in note for note in notes(as_dict(point))) is is_quiet
+
+
+def test_the_waiting_command_has_news_of_restarts_failed_saves_and_damage(tmp_path: Path) -> None:
+    point = RunStatus(RunFolder(tmp_path), state="running")
+    for event in (
+        {"event": "submitted", "cluster": "local", "job_id": "7"},
+        {"event": "save_failed", "attempt": 1, "step": 5, "cause": "No space left on device"},
+        {"event": "decided", "attempt": 1, "action": "restart", "cause": "crashed", "reason": "crashed once"},
+        {"event": "checkpoint_set_aside", "attempt": 2, "step": 4, "cause": "step_4 has a wrong checksum"},
+        {"event": "code_changed", "attempt": 2, "since": 1, "cause": "train.py"},
+    ):
+        point.folder.record_event(**event)
+    assert list(news(point)) == [
+        "the checkpoint of step 5 could not be written: No space left on device",
+        "attempt 1 ended (crashed), restart in place: crashed once",
+        "attempt 2: changed since attempt 1: train.py",
+        "damaged and set aside: step_4 has a wrong checksum",
+    ]
 
 
 def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path) -> None:
@@ -224,7 +243,7 @@ def test_the_event_log_decides_where_the_queue_has_forgotten_the_job(
         folder.record_event(**event)
     point = find_run_status(folder)
     assert isinstance(point.job, SlurmJob)
-    assert point.job.status({}) == JobStatus("over")
+    assert point.job.status({}).phase == "over"
     assert outcome(point.events()) == state
 
 
@@ -265,19 +284,23 @@ def test_slurm_is_not_asked_about_runs_whose_event_log_tells_their_end(
     assert ("states of Slurm jobs are what their event logs say" in text) is not ended
 
 
-def test_slurms_words_are_put_into_ours() -> None:
-    def status(state: str, reason: str = "None", start: str = "") -> JobStatus:
-        return SlurmJob("7_1").status({"7_1": JobState(state, reason, "", start), "7_2": JobState("RUNNING", "None")})
-
-    assert status("RUNNING") == JobStatus("running")
-    assert status("COMPLETING") == JobStatus("running", "COMPLETING")
-    assert status("PENDING", "Resources") == JobStatus("pending", "Resources", reason="Resources")
-    assert status("PENDING", "Priority", "2026-01-02T03:04:05") == JobStatus(
-        "pending", "Priority, starts 2026-01-02T03:04:05", reason="Priority"
-    )
-    assert status("REQUEUED") == JobStatus("pending")
-    assert status("COMPLETED") == JobStatus("over")
-    assert status("NODE_FAIL") == JobStatus("over", "NODE_FAIL")
+@pytest.mark.parametrize(
+    ("state", "phase", "detail"),
+    [
+        (JobState("RUNNING"), "running", ""),
+        (JobState("COMPLETING"), "running", "COMPLETING"),
+        (JobState("PENDING", "Resources"), "pending", "Resources"),
+        (JobState("PENDING", "Priority", start="2026-01-02T03:04"), "pending", "Priority, starts 2026-01-02T03:04"),
+        (JobState("REQUEUED"), "pending", ""),
+        (JobState("COMPLETED"), "over", ""),
+        (JobState("NODE_FAIL"), "over", "NODE_FAIL"),
+    ],
+)
+def test_slurms_states_have_a_phase_and_a_detail(state: JobState, phase: str, detail: str) -> None:
+    seen = SlurmJob("7_1").status({"7_1": state, "7_2": JobState("RUNNING")})
+    assert (seen.phase, seen.detail) == (phase, detail)
+    waits = JobState(state.state, submitted=5.0).since
+    assert waits == (5.0 if state.state == "PENDING" else None), "only what scancel takes out of the queue may move"
 
 
 def test_another_process_with_the_id_of_a_local_job_is_neither_its_agents_nor_ended() -> None:
@@ -288,11 +311,11 @@ def test_another_process_with_the_id_of_a_local_job_is_neither_its_agents_nor_en
             born = str(start_time(controller.pid))
             assert LocalJob(event["job_id"], event["host"], controller).started == born
             job = job_of(event | {"pid_started": str(int(born) - 1)})
-            assert job.status({}).state == "over"
+            assert job.status({}).phase == "over"
             job.kill()
             assert controller.poll() is None
-            for own in (job_of(event), job_of(event | {"pid_started": born})):  # earlier versions did not say when
-                assert own.status({}).state == "running"
+            own = job_of(event | {"pid_started": born})
+            assert own.status({}).phase == "running"
             own.kill()
             assert controller.wait(timeout=60) == -signal.SIGTERM
         finally:
@@ -311,4 +334,4 @@ def test_a_point_waits_only_while_its_launcher_lives(tmp_path: Path) -> None:
     note.write_text(f"{host} {pid} {int(born) + 1} {count}")  # another process under the same id
     assert LocalQueueEntry(folder).events_before() is None
     point = find_run_status(folder)
-    assert point.job is not None and point.job.status({}).state == "unknown"
+    assert point.job is not None and point.job.status({}).phase == "unknown"

@@ -22,7 +22,7 @@ from launch.plan.plan import refuse_exposed
 from launch.runs.files import deny_others_writing, make_folder, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from launch.slurm.adoption import run_dir_of
+from launch.slurm.jobs import run_dir_of
 from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
 
 TIMEOUT = timedelta(seconds=30)

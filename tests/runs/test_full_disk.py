@@ -24,7 +24,7 @@ from launch.runs.events import unsaved_text
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import RecordWriter, StepRecord, read_records
-from launch.slurm import handles, stop
+from launch.slurm import jobs, watch
 from launch.workload import CodeTree, RankCommand, RankContract
 from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
 
@@ -168,11 +168,11 @@ def test_a_run_outlives_a_full_disk_and_saves_when_there_is_room(disk: Path, tmp
 def test_a_cancel_that_cannot_be_entered_ends_the_run_all_the_same(
     disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stop, "POLL_S", 0.01)
-    monkeypatch.setattr(handles, "SECOND_SIGNAL_S", 0.01)
+    monkeypatch.setattr(watch, "POLL_S", 0.01)
+    monkeypatch.setattr(jobs, "SECOND_SIGNAL_S", 0.01)
     folder = RunFolder(disk / "run")
     folder.create_attempt()
-    controller = subprocess.Popen(["bash", "-c", f"exec -a {handles.CONTROLLER} sleep 600"])
+    controller = subprocess.Popen(["bash", "-c", f"exec -a {jobs.CONTROLLER} sleep 600"])
     folder.record_event("submitted", cluster="local", job_id=str(controller.pid), host=os.uname().nodename)
     fill(disk)
     use_up_the_last_block(folder)

@@ -16,7 +16,7 @@ from launch.runs.events import first_failure
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEATS
 from launch.runs.records import read_records
-from launch.slurm.handles import agent_logs, job_of
+from launch.slurm.jobs import agent_logs, job_of
 from slurm.sandbox import processes
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import cut_link

@@ -239,7 +239,7 @@ def test_watching_outlives_a_controller_that_does_not_answer_and_ctrl_c_saves(sa
     controller = sandbox_state.require(sandbox.directory).processes["slurmctld"].pid
     os.kill(controller, signal.SIGSTOP)
     try:
-        wait_for(lambda: "the jobs go on" in log.read_text(), "the launcher to notice")
+        wait_for(lambda: "the jobs continue" in log.read_text(), "the launcher to notice")
     finally:
         os.kill(controller, signal.SIGCONT)
     wait_for(lambda: "Slurm answers again" in log.read_text(), "the launcher to go on")

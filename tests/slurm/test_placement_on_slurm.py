@@ -11,9 +11,9 @@ from rich.console import Console
 
 from launch.runs.folder import RunFolder
 from launch.slurm import limits
-from launch.slurm.client import output_file
+from launch.slurm.client import JobState, output_file
 from launch.slurm.failover import PlacementFailover
-from launch.slurm.handles import JobStatus, SlurmJob, ask_queue, job_of
+from launch.slurm.jobs import SlurmJob, ask_queue, job_of
 from launch.slurm.status import RunStatus, find_run_status
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, is_alive, run, wait_for
@@ -84,7 +84,7 @@ def test_a_point_is_given_up_and_one_that_has_started_is_left_alone(
     folder.record_event("submitted", cluster="slurm", job_id=no_gpus, candidate=0)
     point: RunStatus = find_run_status(folder)
     assert isinstance(point.job, SlurmJob) and point.job.job_id == no_gpus
-    point.state, point.job_status = "pending", JobStatus("pending", partition="low", since=1.0)
+    point.state, point.job_status = "pending", JobState("PENDING", partition="low", submitted=1.0)
     point.plan = None
     assert PlacementFailover(Console()).step([point]) is None
     assert [event["event"] for event in folder.read_events()][-2:] == ["gave_up", "stayed"]
@@ -123,9 +123,9 @@ def test_a_point_that_waits_moves_to_another_cluster(
     number = beta.slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap", "exec sleep 600").split(";")[0].strip()
     job = job_of({"cluster": "slurm", "job_id": number, "slurm_cluster": "beta"})
     assert isinstance(job, SlurmJob)
-    wait_for(lambda: job.status(ask_queue([job])).state == "running", "the job to run")
+    wait_for(lambda: job.status(ask_queue([job])).phase == "running", "the job to run")
     assert output_file(number, "beta") == Path("/dev/null") and output_file("999", "beta") is None
     job.take_out()
-    assert job.status(ask_queue([job])).state == "running"
+    assert job.status(ask_queue([job])).phase == "running"
     job.kill()
-    wait_for(lambda: job.status(ask_queue([job])).state == "over", "the job to end")
+    wait_for(lambda: job.status(ask_queue([job])).phase == "over", "the job to end")

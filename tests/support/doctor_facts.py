@@ -8,10 +8,10 @@ from functools import cache
 from launch.config import ClusterKind
 from launch.doctor.__main__ import configs_of
 from launch.plan.plan import make_plan
+from launch.slurm import checks as asked
 from launch.slurm import limits
-from launch.slurm import request as asked
 from launch.slurm.facts import Facts, Finding, Folder, Level, Machine, Request
-from launch.slurm.handles import sbatch_text
+from launch.slurm.jobs import sbatch_text
 
 # Printed by scontrol 22.05.8 of the sandbox, unimportant fields left out.
 CONFIG = """Configuration data as of 2026-11-21T07:25:34

@@ -1,20 +1,23 @@
-"""Files that submitit keeps of Slurm jobs: their folder is there before a job can start, and older layouts are read."""
+"""Submission: submitit's files of Slurm jobs, and a Slurm that cannot take jobs, which leaves nothing behind."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from launch.agent.after_step import run_dir_of
-from launch.agent.main import run as run_agent
 from launch.agent.node import Node
 from launch.plan.plan import Plan, refuse_exposed
-from launch.slurm.adoption import submitted_jobs
-from launch.slurm.handles import SlurmJob, agent_logs, slurm_layouts
-from launch.slurm.submit import submit_calls, submit_slurm
+from launch.runs.folder import RunFolder
+from launch.slurm import client
+from launch.slurm.client import SlurmBusyError, SlurmError
+from launch.slurm.jobs import SlurmJob, agent_logs, submitted_jobs
+from launch.slurm.submit import explain_refusal, may_have_taken, remove_unused, submit_slurm
 from tests.launch.test_dry_run import directives, plan
+from tests.support.commands import run
 
 NUMBER = "71"
 SBATCH = f"""#!/bin/sh
@@ -74,25 +77,6 @@ def test_the_folder_of_the_logs_is_there_before_sbatch_is_called(
         assert pickles[job.name].stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("cluster", [None, "b"])
-def test_what_earlier_versions_have_submitted_is_found(
-    count: int, cluster: str | None, seen: Path, tmp_path: Path
-) -> None:
-    runs = [str(tmp_path / "sweep" / f"run{index}") for index in range(count)]
-    earlier = slurm_layouts(runs[0], cluster)[1]
-    clusters = {"additional_parameters": {"clusters": cluster}} if cluster else {}
-    made = submit_calls(earlier, clusters, run_agent, runs)
-    found = {job.name: pickle for job, pickle in submitted_jobs(Path(runs[0]))}
-    assert sorted(found) == [job.name for job in made]
-    for run, job in zip(runs, made, strict=True):
-        assert found[job.name] == Path(str(earlier).replace("%j", job.job_id)) / f"{job.job_id}_submitted.pkl"
-        assert run_dir_of(str(earlier), Node(0, 2, "", is_slurm=True, slurm_job=job.job_id)) == run
-        logs = [Path(path) for path in logs_named_by(seen / "script", job)]
-        logs[0].write_text("what it said")
-        assert agent_logs(run, job, 0) == logs
-
-
 def test_agents_on_this_machine_are_no_jobs_of_slurm(seen: Path, tmp_path: Path) -> None:
     """A process may have the number of a job: their files do not meet."""
     (made,) = plans_of(tmp_path / "sweep", 1)
@@ -112,3 +96,68 @@ def test_a_folder_of_jobs_that_others_can_change_is_refused(seen: Path, tmp_path
     (tmp_path / "sweep" / ".submitit" / "slurm").chmod(0o777)
     with pytest.raises(ValueError, match=r"\.submitit/slurm with mode 0777"):
         refuse_exposed(Path(made.run_dir))
+
+
+# A Slurm that cannot take jobs.
+
+
+GONE = "and there is no such file: unset SLURM_CONF"
+
+
+def test_a_configuration_that_is_gone_is_named_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = tmp_path / "slurm.conf"
+    monkeypatch.setenv("SLURM_CONF", str(conf))
+    with pytest.raises(SlurmError, match=GONE) as error:
+        client.run("true")
+    assert not isinstance(error.value, SlurmBusyError), "nothing that waiting would mend"
+    conf.touch()
+    with pytest.raises(SlurmError, match="is DOWN"):  # as scontrol ping says it: on standard output, with status 1
+        client.run("sh", "-c", "echo 'Slurmctld(primary) at ctl is DOWN'; exit 1")
+    assert client.run("true") == "" and client.missing_configuration() == ""
+    monkeypatch.setenv("SLURM_CONF", "")
+    assert client.missing_configuration() == ""
+
+
+@pytest.mark.skipif(shutil.which("scontrol") is None, reason="needs Slurm's commands")
+@pytest.mark.parametrize("words", [(), ("launch.check_limits=false",)])
+def test_a_sweep_is_refused_and_leaves_nothing_behind(words: tuple[str, ...], tmp_path: Path) -> None:
+    asked = ("-m", "nodes=1,2,4", "cluster=slurm", *words)
+    text = run("launch", *asked, cwd=tmp_path, status=1 if words else 2, SLURM_CONF=str(tmp_path / "gone.conf"))
+    assert "found: " in text and GONE in text and "\ntype next: the same command when scontrol ping says UP" in text
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], text
+    if not words:
+        assert list(tmp_path.iterdir()) == []
+        planned = run("launch", *asked, "dry_run=true", cwd=tmp_path, SLURM_CONF=str(tmp_path / "gone.conf"))
+        assert "was not compared with what it has" in planned and planned.count("#!/bin/bash") == 3
+
+
+def test_only_what_was_made_for_nothing_is_removed(tmp_path: Path) -> None:
+    group = tmp_path / "sweep"
+    for name in ("nodes=1", "nodes=2"):
+        (group / name / ".hydra").mkdir(parents=True)
+    (group / ".submitit" / "slurm").mkdir(parents=True)
+    RunFolder(group / "nodes=2").record_event("submitted", cluster="slurm", job_id="7")
+    remove_unused([str(group / "nodes=1"), str(group / "nodes=2")])
+    assert sorted(path.name for path in group.iterdir()) == [".submitit", "nodes=2"]
+    shutil.rmtree(group / "nodes=2")
+    (group / "nodes=1").mkdir()
+    remove_unused([str(group / "nodes=1")])
+    assert not group.exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "taken"),
+    [
+        ("Unable to contact slurm controller (connect failure)", SlurmBusyError, False),
+        ("Socket timed out on send/recv operation", SlurmBusyError, True),
+        ("invalid account or account/partition combination specified", SlurmError, False),
+    ],
+)
+def test_a_job_that_may_have_been_taken_keeps_its_folder(said: str, kind: type[SlurmError], taken: bool) -> None:
+    error = kind(f"sbatch: error: Batch job submission failed: {said}")
+    assert may_have_taken(error) is taken
+    refusal = explain_refusal(plan("nodes=1"), error)
+    assert said in refusal.found and ("no Slurm controller takes its job" in refusal.found) is (kind is SlurmBusyError)
+    assert ("python -m launch.status first" in refusal.fix) is (kind is SlurmBusyError)

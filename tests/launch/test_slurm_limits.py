@@ -1,12 +1,16 @@
-"""Output of Slurm is read as it is meant, also where users put ``Key=value`` into what they may choose."""
+"""Answers of Slurm 22.05 and 24.11: jobs, partitions, nodes, reasons of pending jobs; and repeated commands."""
 
+from __future__ import annotations
+
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch.slurm import client, limits
-from launch.slurm import limits as reasons
+from launch.slurm.checks import Case, check_access, check_accounting
 from launch.slurm.client import parse_fields
+from tests.support.doctor_facts import request
 
 # As Slurm 22.05 prints it, shortened.
 JOB = (
@@ -68,15 +72,15 @@ PASSES = [
 
 
 def test_reasons_that_no_waiting_removes_come_with_what_to_type() -> None:
-    assert [reason for reason in STAYS if reasons.lasting_reason(reason) is None] == []
-    assert [reason for reason in PASSES if reasons.lasting_reason(reason) is not None] == []
-    text = reasons.advice("JobHeldUser", "12_3", "run", cluster="beta")
+    assert [reason for reason in STAYS if limits.lasting_reason(reason) is None] == []
+    assert [reason for reason in PASSES if limits.lasting_reason(reason) is not None] == []
+    text = limits.advice("JobHeldUser", "12_3", "run", cluster="beta")
     assert text.startswith("waiting does not change JobHeldUser: ") and "scontrol --clusters=beta release 12_3" in text
-    assert "python -m launch.cancel 'my run'" in reasons.advice("PartitionNodeLimit", "7", "'my run'")
-    assert reasons.advice("Resources", "7", "run") == ""
-    for entry in reasons.LASTING:
-        filled = entry.fix.format(job="7", run="run", cluster="")
-        assert "7" in filled or "run" in filled, entry
+    assert "python -m launch.cancel 'my run'" in limits.advice("PartitionNodeLimit", "7", "'my run'")
+    assert limits.advice("Resources", "7", "run") == ""
+    for fix in limits.LASTING:
+        filled = fix.format(job="7", run="run", cluster="")
+        assert "7" in filled or "run" in filled, fix
 
 
 def test_the_flags_of_every_qos_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,3 +124,66 @@ def test_a_command_that_the_controller_hangs_up_on_is_asked_again(
     monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
     with pytest.raises(client.SlurmBusyError, match="SIGPIPE"):
         client.run("squeue")
+
+
+# Slurm 24.11, on a cluster without accounting.
+
+
+# Printed by scontrol 24.11.5, unimportant fields left out.
+CONFIG = """Configuration data as of 2026-11-23T06:20:27
+AccountingStorageType   = (null)
+CliFilterPlugins        = (null)
+ClusterName             = kelp
+JobSubmitPlugins        = (null)
+KillWait                = 15 sec
+MinJobAge               = 60 sec
+PreemptMode             = OFF
+PreemptType             = (null)
+SelectType              = select/cons_tres
+SelectTypeParameters    = CR_CORE_MEMORY
+SLURM_VERSION           = 24.11.5
+
+Slurmctld(primary) at head is UP
+"""
+PARTITION = """PartitionName=express AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL Default=NO QoS=N/A \
+DefaultTime=NONE DisableRootJobs=NO ExclusiveUser=NO ExclusiveTopo=NO GraceTime=0 Hidden=NO MaxNodes=UNLIMITED \
+MaxTime=00:30:00 MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED MaxCPUsPerSocket=UNLIMITED Nodes=kelp[01-04] \
+PriorityJobFactor=1 PriorityTier=10 RootOnly=NO ReqResv=NO OverSubscribe=NO OverTimeLimit=NONE PreemptMode=OFF \
+State=UP TotalCPUs=128 TotalNodes=4 SelectTypeParameters=NONE JobDefaults=(null) DefMemPerCPU=1000 \
+MaxMemPerNode=UNLIMITED TRES=cpu=128,mem=250G,node=4,billing=128
+"""
+NODE = """NodeName=kelp01 Arch=x86_64 CoresPerSocket=8  CPUAlloc=32 CPUEfctv=32 CPUTot=32 CPULoad=115.99 \
+AvailableFeatures=(null) ActiveFeatures=(null) Gres=(null) NodeAddr=kelp01 NodeHostName=kelp01 Version=24.11.5 \
+OS=Linux 6.18.44 #1 SMP PREEMPT_DYNAMIC @0  RealMemory=64000 AllocMem=32000 FreeMem=5665 Sockets=2 Boards=1 \
+State=ALLOCATED ThreadsPerCore=2 TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A Partitions=long,express  \
+BootTime=2026-11-22T16:33:31 SlurmdStartTime=2026-11-23T06:15:56 LastBusyTime=2026-11-23T06:15:56 \
+ResumeAfterTime=None CfgTRES=cpu=32,mem=62.50G,billing=32 AllocTRES=cpu=32,mem=32000M CurrentWatts=0 AveWatts=0
+"""
+KELP = limits.parse(CONFIG, PARTITION, NODE)
+
+
+def test_partitions_and_nodes_are_read() -> None:
+    assert KELP.version == (24, 11) and KELP.number("MinJobAge") == 60
+    (partition,), (node,) = KELP.partitions, KELP.nodes
+    assert (partition.name, partition.max_time_min, partition.memory_per_cpu_mb) == ("express", 30, 1000)
+    assert partition.total_nodes == 4 and not partition.is_default and partition.qos is None
+    assert (node.name, node.cpus, node.memory_mb, node.is_usable) == ("kelp01", 32, 64000, True)
+    assert node.partitions == ("long", "express") and not node.gres
+
+
+def test_a_cluster_without_accounting_is_known_as_one() -> None:
+    assert not KELP.has_accounting
+    assert check_accounting(KELP).found.startswith("none here")
+
+
+def test_a_plugin_that_is_null_preempts_nothing() -> None:
+    (partition,) = KELP.partitions
+    assert limits.how_preempted(KELP, replace(partition, preempt_mode="REQUEUE")) == "OFF"
+
+
+@pytest.mark.parametrize("kind", ["(null)", "accounting_storage/none"])
+def test_without_accounting_no_account_is_a_default(kind: str) -> None:
+    seen = limits.parse(CONFIG.replace("Type   = (null)", f"Type   = {kind}"), PARTITION, NODE)
+    partition = replace(seen.partitions[0], allow_accounts=("physics",))
+    (finding,) = check_access(Case(seen, partition, request("nodes=1")))
+    assert finding.level.name == "error" and finding.fix == "cluster.account=physics"

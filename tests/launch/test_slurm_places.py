@@ -9,16 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.config import ClusterKind, Config
+from launch.config import Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
-from launch.plan.placement import place
 from launch.plan.plan import Plan
-from launch.slurm import facts
-from launch.slurm.candidates import look_before_submitting, refuse_missing_nodes
 from launch.slurm.facts import SlurmFacts
-from launch.slurm.points import settle_resources
-from launch.slurm.resources import settle_cpus
+from launch.slurm.places import check_before_submitting, refuse_missing_nodes
 from tests.launch.test_dry_run import plan
 from tests.support.commands import TINY, run
 from tests.support.doctor_facts import LIMITS
@@ -30,7 +26,7 @@ def look(*points: tuple[str, ...], seen: SlurmFacts = SEEN) -> tuple[list[Plan],
     """The plans that are left of these points, and what was printed."""
     configs: list[Config] = [typed_config(compose_launch(["cluster=slurm", *TINY, *words])) for words in points]
     console = Console(file=StringIO(), width=1000)
-    plans = look_before_submitting(seen, [plan(*TINY, *words) for words in points], configs, console)
+    plans = check_before_submitting(seen, [plan(*TINY, *words) for words in points], configs, console)
     assert isinstance(console.file, StringIO)
     return plans, console.file.getvalue()
 
@@ -38,65 +34,6 @@ def look(*points: tuple[str, ...], seen: SlurmFacts = SEEN) -> tuple[list[Plan],
 def test_a_request_that_fits_passes_without_a_word() -> None:
     plans, text = look(("nodes=1",), ("nodes=2", "cluster.cpus_per_task=8", "cluster.mem_gb=200"))
     assert [plan.nodes for plan in plans] == [1, 2] and text == ""
-
-
-def settled(*words: str, seen: SlurmFacts = SEEN) -> tuple[Config, str]:
-    """The config of a point after its CPUs were settled, and what was said."""
-    document = compose_launch(["cluster=slurm", *TINY, *words])
-    config = typed_config(document)
-    told = settle_cpus([document] * 2, [config, typed_config(document)], [ClusterKind.slurm, ClusterKind.local], seen)
-    assert document.cluster.cpus_per_task == config.cluster.cpus_per_task, "the run folder has it as well"
-    return config, "".join(told)
-
-
-@pytest.mark.parametrize(
-    ("words", "cpus", "told"),
-    [
-        ((), 4, "4 for each of 1 rank on a node"),
-        (("ranks_per_node=2",), 8, "4 for each of 2 ranks on a node"),
-        (("cluster.gpus_per_node=4",), 8, "all of n1 in low, for 4 ranks"),
-        (("ranks_per_node=3", "cluster.placement=[{partition: low},{partition: short}]"), 8, "all of n1 in low, for"),
-        # Said by the user or the site, or not known: left as it is.
-        (("cluster.cpus_per_task=2",), 2, ""),
-        (("cluster.exclusive=true",), None, ""),
-        (("+cluster.additional_parameters.cpus_per_gpu=8",), None, ""),
-        (("cluster.partition=nowhere",), None, ""),
-    ],
-)
-def test_a_node_has_the_cpus_that_its_ranks_need(words: tuple[str, ...], cpus: int | None, told: str) -> None:
-    config, text = settled(*words)
-    assert config.cluster.cpus_per_task == cpus
-    assert text.startswith(f"cluster.cpus_per_task={cpus}: {told}") if told else text == ""
-    if told:
-        asked = place(config, "run").candidates[0].slurm
-        assert asked["cpus_per_task"] == cpus and f"--cpus-per-task={cpus}" in asked["srun_args"]
-
-
-def test_a_site_that_gives_cpus_by_gpu_or_does_not_answer_is_left_alone() -> None:
-    by_gpu = replace(LIMITS, config={**LIMITS.config, "JobDefaults": "DefCpuPerGPU=8"})
-    whole = replace(LIMITS, config={**LIMITS.config, "SelectTypeParameters": "NONE"})
-    for seen in (SlurmFacts(limits=None, slurm_problem="away"), *(SlurmFacts(limits=one) for one in (by_gpu, whole))):
-        assert settled(seen=seen)[0].cluster.cpus_per_task is None
-
-
-def test_a_launch_asks_slurm_once_and_fills_in_what_its_nodes_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[object] = []
-    # In place of the commands of a cluster.
-    monkeypatch.setattr(facts, "ask_slurm", lambda clusters: asked.append(clusters) or SEEN)
-    points = [("nodes=1",), ("nodes=2", "ranks_per_node=1"), ("nodes=2", "launch.check_limits=false")]
-    for several in (points[:2], points[2:]):
-        documents = [compose_launch(["cluster=slurm", "cluster.exclusive=false", *TINY, *words]) for words in several]
-        configs, console = [typed_config(document) for document in documents], Console(file=StringIO(), width=1000)
-        seen = settle_resources(documents, configs, [ClusterKind.slurm] * len(several), console)
-        found = [(document.cluster.gpus_per_node, document.cluster.cpus_per_task) for document in documents]
-        assert [(config.cluster.gpus_per_node, config.cluster.cpus_per_task) for config in configs] == found
-        assert isinstance(console.file, StringIO)
-        if several == points[:2]:
-            assert seen is SEEN and found == [(2, 8), (1, 4)]
-            assert "4 for each of 2 ranks on a node" in console.file.getvalue()
-        else:
-            assert seen is None and found == [(None, None)] and console.file.getvalue() == ""
-    assert len(asked) == 1
 
 
 REFUSED = [

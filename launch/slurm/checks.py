@@ -1,0 +1,393 @@
+"""Checks of one request against Slurm's limits: partition, nodes, time, CPUs, GPUs, memory, preemption.
+
+Pure functions. Each check yields what it found, why that matters, and what to type.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from launch.config import ClusterConfig, Config
+from launch.errors import closest, counted
+from launch.slurm.facts import PENDS, Finding, Level, Request, doubt, fail, fine, has_errors, warn
+from launch.slurm.limits import NOTHING, Gres, Limits, NodeLimits, Partition, gres, how_preempted
+
+REFUSES = "sbatch refuses the job"
+MB_IN_GB = 1024
+"""Slurm's MB, which are MiB, in one unit of cluster.mem_gb."""
+NO_LIMIT = 2**62
+OPTIONS = {
+    "partition", "time", "time_min", "nodes", "nodelist", "cpus_per_task", "cpus_per_gpu", "mem", "mem_per_cpu",
+    "mem_per_gpu", "gpus", "gpus_per_node", "gpus_per_task", "gres", "constraint", "account", "qos", "exclude", "array",
+    "overcommit", "use_min_nodes", "reservation",
+}  # fmt: skip
+"""Options of sbatch in cluster.additional_parameters that change what the checks compare."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request at one partition of a cluster."""
+
+    limits: Limits
+    partition: Partition
+    request: Request
+    groups: Sequence[str] | None = None
+    """Unix groups of the user; None for root, whom every partition admits."""
+
+    @property
+    def config(self) -> Config:
+        """Config of the request."""
+        return self.request.config
+
+    @cached_property
+    def nodes(self) -> list[NodeLimits]:
+        """Nodes of the partition that are not excluded and have the requested features, usable or not."""
+        nodes = self.limits.nodes_of(self.partition)
+        return [n for n in nodes if n.name not in self.request.excluded and has_features(n, self.config)]
+
+    def unless_lifted(self, finding: Finding, flag: str) -> Finding:
+        """Return an error about a limit of the partition, in doubt where a QOS of the job may lift that limit."""
+        lifted = self.limits.may_be_lifted(flag, self.partition, self.config.cluster.qos)
+        return doubt(finding, f"its QOS has the flag {flag}") if lifted else finding
+
+
+# Facts about a config and a partition that several checks use.
+
+
+def typed_options(cluster: ClusterConfig) -> set[str]:
+    """Names of the sbatch options in cluster.additional_parameters, with underscores."""
+    return {str(key).replace("-", "_") for key in cluster.additional_parameters}
+
+
+def partitions_of(limits: Limits, config: Config) -> list[Partition]:
+    """Partitions that the job could use: the named ones, else the default. Slurm takes any of several."""
+    names = partition_names(config)
+    return [p for p in limits.partitions if (p.name in names if names else p.is_default)]
+
+
+def partition_names(config: Config) -> list[str]:
+    """Names in cluster.partition."""
+    return [name.strip() for name in (config.cluster.partition or "").split(",") if name.strip()]
+
+
+def has_features(node: NodeLimits, config: Config) -> bool:
+    """Return whether a node has the requested features."""
+    return features(config) <= node.features
+
+
+def features(config: Config) -> frozenset[str]:
+    """Features that every node must have. Only plain names joined by & are understood; Slurm checks the rest."""
+    text = config.cluster.constraint or ""
+    return frozenset(text.split("&")) if re.fullmatch(r"[\w.-]+(&[\w.-]+)*", text) else frozenset()
+
+
+def why_unsure(limits: Limits, config: Config) -> str:
+    """Reason why the keys do not tell what a job requests, or where the job runs; empty if they do."""
+    others = sorted(typed_options(config.cluster) & OPTIONS)
+    if others:
+        return f"cluster.additional_parameters ({', '.join(others)}) makes it fit"
+    plugins = [limits.config.get(key, "") for key in ("JobSubmitPlugins", "CliFilterPlugins")]
+    if not partition_names(config) and any(plugin not in NOTHING for plugin in plugins):
+        return "the site's submit plugin sends jobs that name no partition elsewhere"
+    return ""
+
+
+def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfig) -> bool:
+    """Return whether Slurm would give a single CPU to the one task of a node, the agent with all ranks."""
+    unit = limits.config.get("SelectTypeParameters", "").upper()
+    by_core = "CR_CPU" in unit or "CR_CORE" in unit
+    for_gpus = "DefCpuPerGPU" in limits.config.get("JobDefaults", "")
+    is_open = cluster.cpus_per_task is None and not typed_options(cluster) & {"cpus_per_gpu", "ntasks_per_node"}
+    return is_open and by_core and not for_gpus and not gives_whole_nodes(partition, cluster)
+
+
+def gives_whole_nodes(partition: Partition, cluster: ClusterConfig) -> bool:
+    """Return whether a job has its nodes, and all of their CPUs, for itself."""
+    return bool(partition.is_exclusive or cluster.exclusive or "exclusive" in typed_options(cluster))
+
+
+def fewer_nodes(config: Config, most: int) -> str:
+    """Return what to type for at most ``most`` nodes: fewer spares where the nodes fit, else fewer nodes."""
+    if config.spare_nodes and config.nodes <= most:
+        return f"spare_nodes={most - config.nodes}"
+    return f"nodes={max(1, most - config.spare_nodes)}" if most > config.spare_nodes else f"nodes={most} spare_nodes=0"
+
+
+def gres_text(part: Gres) -> str:
+    """A generic resource as sbatch takes it."""
+    return ":".join(text for text in (part.name, part.type, str(part.count)) if text)
+
+
+# The checks of one request at one partition.
+
+
+def check_state(case: Case) -> Iterator[Finding]:
+    """Check that the partition takes and starts jobs."""
+    name, state = case.partition.name, case.partition.state
+    if state == "UP":
+        return
+    others = [p.name for p in case.limits.partitions if p.state == "UP"]
+    why = "jobs wait there until somebody brings it up" if state == "DOWN" else REFUSES
+    fix = f"cluster.partition={others[0]}" if others else f"scontrol show partition {name}"
+    found = fail("partition", f"partition {name} is {state}", why, fix)
+    yield doubt(found, "somebody does") if state == "DOWN" else found
+
+
+def check_access(case: Case) -> Iterator[Finding]:
+    """Check account, QOS and Unix group against the lists of the partition."""
+    limits, partition, cluster = case.limits, case.partition, case.config.cluster
+    lists = (
+        ("account", cluster.account, partition.allow_accounts, partition.deny_accounts),
+        ("qos", cluster.qos, partition.allow_qos, partition.deny_qos),
+    )
+    for key, value, allowed, denied in lists:
+        if allowed is not None and value is None:
+            found = f"partition {partition.name} takes {key} {', '.join(allowed)} only, and cluster.{key} is not set"
+            # Without accounting Slurm knows no default and 22.05.8 says "Job's account not known", for good.
+            if key == "account" and not limits.has_accounting:
+                yield fail(key, found, PENDS, f"cluster.{key}={allowed[0]}")
+            else:
+                yield warn(key, found, f"your default {key} must be among them", f"cluster.{key}={allowed[0]}")
+        elif allowed is not None and value not in allowed:
+            found = f"cluster.{key}={value}, and partition {partition.name} takes {', '.join(allowed)} only"
+            wrong = fail(key, found, PENDS, f"cluster.{key}={(closest(str(value), allowed) or allowed)[0]}")
+            # In newer releases the list of a partition holds for subaccounts too (slurm.conf, AllowAccounts).
+            has_parents = key == "account" and limits.has_accounting and limits.version >= (23, 2)
+            yield doubt(wrong, "it is a subaccount of one of them") if has_parents else wrong
+        elif allowed is None and value in (denied or ()):
+            found = f"cluster.{key}={value}, which partition {partition.name} refuses"
+            yield fail(key, found, PENDS, f"cluster.{key}=ANOTHER, or cluster.partition=ANOTHER")
+    groups, admitted = case.groups, partition.allow_groups
+    if groups is not None and admitted is not None and not set(groups) & set(admitted):
+        found = f"partition {partition.name} takes groups {', '.join(admitted)}, not {', '.join(groups)}"
+        yield fail("group", found, REFUSES, "cluster.partition=ANOTHER, or ask the site for membership")
+
+
+def check_time(case: Case) -> Iterator[Finding]:
+    """Check the time limit, and that a save fits before the time limit."""
+    asked, most = case.config.cluster.timeout_min, case.partition.max_time_min
+    if most is not None and asked > most:
+        found = f"cluster.timeout_min={asked}, and MaxTime of {case.partition.name} is {most:g} min"
+        above = fail("time limit", found, PENDS, f"cluster.timeout_min={int(most)}")
+        yield case.unless_lifted(above, "PartitionTimeLimit")
+    lead, grace = case.config.cluster.signal_delay_s, case.config.resilience.grace_period_s
+    if grace > lead:
+        found = f"resilience.grace_period_s={grace} and cluster.signal_delay_s={lead}"
+        why = "Slurm ends the job at its time limit, before the time for a slow save is over"
+        yield warn("time limit", found, why, f"cluster.signal_delay_s={grace + 20}")
+
+
+def check_nodes(case: Case) -> Iterator[Finding]:
+    """Check the number of nodes: limits of the partition, nodes that exist, and nodes that work."""
+    config, partition, there = case.config, case.partition, case.limits.nodes_of(case.partition)
+    spares = f" and spare_nodes={config.spare_nodes}" if config.spare_nodes else ""
+    asked, head = config.nodes_asked, f"nodes={config.nodes}{spares}"
+    known = sorted(frozenset().union(*(node.features for node in there)))
+    for feature in (missing := sorted(features(config) - {*known})):
+        found = f"cluster.constraint={config.cluster.constraint}, and no node of {partition.name} has {feature}"
+        likely = (closest(feature, known) or known or ["null"])[0]
+        yield fail("constraint", found, PENDS, f"cluster.constraint={likely}")
+    if missing:
+        return
+    exist = len(case.nodes)
+    most = min(exist, exist if partition.max_nodes is None else partition.max_nodes)
+    if asked > most:
+        limit = f"MaxNodes is {most}" if most < exist else f"it has {most} that fit cluster.exclude and constraint"
+        above = fail("nodes", f"{head} in partition {partition.name}: {limit}", PENDS, fewer_nodes(config, most))
+        yield case.unless_lifted(above, "PartitionMaxNodes") if asked <= exist else above
+        return
+    if asked < partition.min_nodes:
+        found = f"{head}, and MinNodes of {partition.name} is {partition.min_nodes}"
+        below = fail("nodes", found, PENDS, f"nodes={partition.min_nodes - config.spare_nodes}")
+        yield case.unless_lifted(below, "PartitionMinNodes")
+    broken = [node for node in case.nodes if not node.is_usable]
+    working = exist - len(broken)
+    if asked > working:
+        shown = ", ".join(f"{node.name} {'+'.join(sorted(node.states))} {node.reason}".strip() for node in broken[:4])
+        found = f"{head}, and {working} of {exist} in {partition.name} work: {shown}"
+        yield warn("nodes", found, "the job waits until they are back", fewer_nodes(config, max(1, working)))
+
+
+@dataclass(frozen=True)
+class Want:
+    """One resource that a job requests of each node."""
+
+    key: str
+    amount: float
+    unit: str
+    have: Callable[[NodeLimits], float]
+    """Amount that a node can give to a job."""
+    kind: str = ""
+    """Name and type before the number, as in ``cluster.gres=gpu:a100:4``."""
+
+
+def wants(case: Case) -> Iterator[Want]:
+    """Yield the resources that a job requests of each node."""
+    cluster, partition = case.config.cluster, case.partition
+    if cluster.gpus_per_node:
+        yield Want("cluster.gpus_per_node", cluster.gpus_per_node, "GPUs", lambda node: node.count("gpu"))
+    for part in gres(cluster.gres or ""):
+
+        def have(node: NodeLimits, part: Gres = part) -> float:
+            return node.count(part.name, part.type)
+
+        kind = gres_text(part).removesuffix(str(part.count))
+        yield Want("cluster.gres", part.count, f"of {part.name}", have, kind)
+    if cluster.cpus_per_task:
+        most = partition.max_cpus_per_node or NO_LIMIT
+        yield Want("cluster.cpus_per_task", cluster.cpus_per_task, "CPUs", lambda node: min(node.cpus, most))
+    if cluster.mem_gb:
+        room = partition.max_memory_mb or case.limits.number("MaxMemPerNode") or NO_LIMIT
+        yield Want("cluster.mem_gb", cluster.mem_gb, "GiB", lambda node: min(node.memory_mb, room) / MB_IN_GB)
+
+
+def check_resources(case: Case) -> Iterator[Finding]:
+    """Check GPUs, CPUs and memory of each node: no more than the best node has, and enough nodes that have them."""
+    config, name, enough = case.config, case.partition.name, case.nodes
+    if len(enough) < config.nodes_asked:
+        return  # check_nodes reports it
+    for want in wants(case):
+        most = max(want.have(node) for node in case.nodes)
+        if want.amount > most:
+            kinds = sorted({gres_text(g) for node in case.nodes for g in node.gres}) or ["no generic resources"]
+            there = f" (nodes have {', '.join(kinds)})" if most == 0 else ""
+            found = f"{want.key}={want.kind}{want.amount:.12g}, and the best node of {name} has"
+            fix = f"{want.kind}{int(most)}" if most else "null"
+            yield fail("resources", f"{found} {most:.4g} {want.unit}{there}", PENDS, f"{want.key}={fix}")
+        else:
+            enough = [node for node in enough if want.have(node) >= want.amount]
+    if len(enough) < config.nodes_asked:
+        found = f"nodes={config.nodes}, and {len(enough)} of {name} have all that is asked of each"
+        yield fail("resources", found, PENDS, f"nodes={max(1, len(enough) - config.spare_nodes)}")
+
+
+def check_defaults(case: Case) -> Iterator[Finding]:
+    """Check CPUs and memory that the job does not request, where the site's default suits jobs of one CPU."""
+    limits, partition, cluster = case.limits, case.partition, case.config.cluster
+    ranks = case.config.ranks_on_node
+    if gives_whole_nodes(partition, cluster):
+        return
+    fix = f"cluster.cpus_per_task={4 * ranks}"
+    if is_given_one_cpu(limits, partition, cluster):
+        on_it = f"{counted(ranks, 'rank')} with their data and communication threads"
+        yield warn(
+            "cpus", "cluster.cpus_per_task is not set", f"Slurm gives the task of a node 1 CPU, for {on_it}", fix
+        )
+    elif cluster.cpus_per_task is not None and cluster.cpus_per_task < ranks:
+        found = f"cluster.cpus_per_task={cluster.cpus_per_task} for {counted(ranks, 'rank')} on a node"
+        yield warn("cpus", found, "the ranks of a node share these CPUs", fix)
+    per_cpu = partition.memory_per_cpu_mb or limits.number("DefMemPerCPU") or 0
+    per_node = partition.memory_per_node_mb or limits.number("DefMemPerNode")
+    share = per_node or per_cpu * (cluster.cpus_per_task or 1)
+    if share and cluster.mem_gb is None and not typed_options(cluster) & {"mem", "mem_per_cpu", "mem_per_gpu"}:
+        found = f"cluster.mem_gb is not set: each node gives {share / MB_IN_GB:.4g} GiB"
+        why = "a job that requests no memory gets the site's default, and is killed when it uses more"
+        yield warn("memory", found, why, f"cluster.mem_gb={16 * ranks}")
+
+
+def check_preemption(case: Case) -> Iterator[Finding]:
+    """Check that a preempted job returns to the queue, and has the time to save."""
+    limits, partition, config = case.limits, case.partition, case.config
+    name, mode = partition.name, how_preempted(limits, partition)
+    if mode == "OFF":
+        yield fine("preemption", f"nothing preempts jobs in {name}")
+        return
+    calm = [p for p in limits.partitions if p != partition and p.state == "UP" and how_preempted(limits, p) == "OFF"]
+    safe = [p.name for p in calm if len(limits.nodes_of(p)) >= config.nodes]
+    instead = case.request.plan.promised.saves_more_often or "more frequent checkpoints"
+    instead += f", or cluster.partition={safe[0]}" if safe else ""
+    options = {str(key).replace("-", "_"): value for key, value in config.cluster.additional_parameters.items()}
+    ended = f"jobs in {name} may be preempted, and this one would be ended instead of requeued"
+    if mode != "REQUEUE":
+        done = "suspended, and its collectives time out" if "SUSPEND" in mode else "ended and not requeued"
+        why = f"a preempted run is {done}; the same command resumes from its last checkpoint"
+        yield warn("preemption", f"PreemptMode of {name} is {mode}", why, instead)
+    elif options.get("no_requeue"):
+        set_key = "cluster.additional_parameters.no_requeue"
+        yield warn("preemption", f"{set_key} is set", ended, f"~{set_key}")
+    elif limits.number("JobRequeue") == 0 and not options.get("requeue"):
+        found = "JobRequeue=0 on this cluster, and no --requeue"
+        yield warn("preemption", found, ended, "+cluster.additional_parameters.requeue=true")
+    else:
+        yield fine("preemption", f"jobs in {name} may be preempted, and are requeued")
+    wait = limits.number("KillWait") or 0
+    # Slurm 22.05 ends a preempted job GraceTime and then KillWait after the first signal.
+    lead, left = config.cluster.signal_delay_s, partition.grace_s + wait
+    if lead > left and "SUSPEND" not in mode:
+        found = f"GraceTime of {name} is {partition.grace_s} s (KillWait {wait} s), and cluster.signal_delay_s={lead}"
+        why = f"a preempted run has about {left} s for a save, not {lead} s: a slower save is lost"
+        yield warn("preemption", found, why, instead)
+
+
+CHECKS = (check_state, check_access, check_time, check_defaults)
+"""Checks of a partition that need not know its nodes; ``check_nodes`` and ``check_resources`` do."""
+
+
+def check_partition(case: Case) -> Iterator[Finding]:
+    """All checks of a request at a partition, with a finding that all is fine where no check fails."""
+    of_nodes = [*check_nodes(case), *check_resources(case)]
+    hidden = case.partition.total_nodes - len(case.limits.nodes_of(case.partition))
+    if hidden > 0:
+        of_nodes = [doubt(finding, f"{hidden} nodes that Slurm does not show have it") for finding in of_nodes]
+    complaints = [*of_nodes, *(finding for check in CHECKS for finding in check(case))]
+    if not has_errors(complaints):
+        room = f"{case.config.nodes_asked} of {len(case.nodes)} nodes for {case.config.cluster.timeout_min} min"
+        yield fine("partition", f"{case.partition.name}: {room}")
+    yield from complaints
+    yield from check_preemption(case)
+
+
+# The checks of one request on one cluster.
+
+
+def check_request(limits: Limits, request: Request, groups: Sequence[str] | None) -> list[Finding]:
+    """All checks of one job or array. ``groups`` are the Unix groups of the user; None for root."""
+    cases = [Case(limits, partition, request, groups) for partition in partitions_of(limits, request.config)]
+    found = [
+        *check_names(limits, request.config),
+        *soften_some([[*check_partition(case)] for case in cases]),  # Slurm takes the first partition that fits
+        *check_array(limits, request),
+    ]
+    why = why_unsure(limits, request.config)
+    return [*(doubt(finding, why) if why else finding for finding in found), check_accounting(limits)]
+
+
+def soften_some(each: Sequence[Sequence[Finding]]) -> Iterator[Finding]:
+    """Yield the findings of alternatives: errors of one are warnings where another alternative has none."""
+    some_fit = any(not has_errors(findings) for findings in each)
+    for finding in (finding for findings in each for finding in findings):
+        is_mild = some_fit and finding.level is Level.error
+        yield replace(finding, level=Level.warning) if is_mild else finding
+
+
+def check_names(limits: Limits, config: Config) -> Iterator[Finding]:
+    """Check that the named partitions exist, or that there is a default."""
+    there, names = [partition.name for partition in limits.partitions], partition_names(config)
+    listed = ", ".join(there) or "none"
+    for name in (name for name in names if name not in there):
+        likely = (closest(name, there) or there or ["NAME"])[0]
+        found = f"cluster.partition={name}, and there are {listed}"
+        yield fail("partition", found, REFUSES, f"cluster.partition={likely}")
+    if not names and not any(partition.is_default for partition in limits.partitions):
+        found = f"no cluster.partition, and none of {listed} is the default"
+        yield fail("partition", found, REFUSES, f"cluster.partition={(there or ['NAME'])[0]}")
+
+
+def check_array(limits: Limits, request: Request) -> Iterator[Finding]:
+    """Check the size of the job array. MaxArraySize is one more than the highest index."""
+    size, most = len(request.points), limits.number("MaxArraySize")
+    if size > 1 and most is not None and size > most:
+        found = f"an array of {size} points of one shape, and MaxArraySize={most} allows indices up to {most - 1}"
+        fix = f"sweeps of at most {most} points of one shape for each command"
+        yield fail("array", found, "sbatch refuses the array", fix if most > 1 else "one command for each point")
+
+
+def check_accounting(limits: Limits) -> Finding:
+    """Report whether sacct works. The launcher does not need it."""
+    kind = limits.config.get("AccountingStorageType", "")
+    if kind.endswith("/none") or not kind:
+        kind = "none here, so no sacct: states are read from squeue and the run folder, and that is enough"
+    return fine("accounting", kind)

@@ -1,0 +1,327 @@
+"""Submitted jobs: handles of Slurm jobs and of local agents, their files, and jobs that no event log names.
+
+sbatch may accept a job whose launcher dies before it records the job. Such a job is found by submitit's pickle, which
+names its run folder; status, logs, cancel, move and a second launch then treat it as the job of its run.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from submitit.core.utils import DelayedSubmission, JobPaths
+from submitit.slurm.slurm import _make_sbatch_string
+
+from launch.agent import node as processes
+from launch.errors import ConfigError
+from launch.plan.placement import cluster_of
+from launch.plan.plan import ELSEWHERE, JOBS, SLURM_JOBS, Plan
+from launch.runs.events import refuse_alive
+from launch.runs.folder import RunFolder
+from launch.slurm import client as scheduler
+from launch.slurm.client import JobState
+
+CONTROLLER = "submitit.local._local"
+"""Module that submitit starts as the controller of a local job, by which its process is known."""
+SECOND_SIGNAL_S = 0.5  # two signals that are pending at the same time count as one
+ACTIVE = ("pending", "running")
+
+
+class SlurmJob:
+    """A Slurm job, or one element of a job array; ``cluster`` names another cluster than the local one."""
+
+    def __init__(self, job_id: str, cluster: str | None = None) -> None:
+        self.job_id = job_id
+        self.cluster = cluster
+
+    @property
+    def name(self) -> str:
+        """Name that no other job has: the id, and the cluster if it is another one."""
+        return self.job_id if self.cluster is None else f"{self.job_id} on cluster {self.cluster}"
+
+    @property
+    def array_id(self) -> str:
+        """Id of the whole array if the job is an element of one."""
+        return self.job_id.split("_")[0]
+
+    def status(self, queue: Mapping[str, JobState]) -> JobState:
+        """Return the state of the job in ``queue``, squeue's answer by name. Slurm forgets jobs soon after the end."""
+        return queue.get(self.name, JobState("GONE"))
+
+    def stop(self, phase: str) -> None:
+        """Remove a pending job from the queue; the agents of a running job turn SIGTERM into a save."""
+        if phase == "pending":
+            self.take_out()
+        else:
+            scheduler.signal_job(self.job_id, "TERM", self.cluster)
+
+    def take_out(self) -> None:
+        """Remove the job from the queue, unless it has started."""
+        scheduler.cancel(self.job_id, self.cluster, only_waiting=True)
+
+    def kill(self) -> None:
+        """Cancel the job: Slurm sends SIGTERM, and SIGKILL after its KillWait."""
+        scheduler.cancel(self.job_id, self.cluster)
+
+
+class LocalJob:
+    """The agents of a point on one machine, under a controller process of submitit.
+
+    Args:
+        job_id: process id of the controller.
+        host: machine of the controller.
+        process: the controller, for the launcher that started it: a parent must wait for its child.
+        started: start time of the controller. The kernel reuses process ids; no signal may reach another process.
+    """
+
+    def __init__(
+        self, job_id: str, host: str, process: subprocess.Popen[bytes] | None = None, started: str | None = None
+    ) -> None:
+        self.job_id = job_id
+        self.started = processes.start_time(process.pid) if process is not None else started
+        self._host = host
+        self._process = process
+        self._asked = False
+
+    @property
+    def name(self) -> str:
+        return self.job_id
+
+    @property
+    def is_alive(self) -> bool:
+        """Return whether the controller runs."""
+        return is_local_job(int(self.job_id), self.started) if self._process is None else self._process.poll() is None
+
+    def status(self, queue: Mapping[str, JobState]) -> JobState:
+        """Return the state of the job; unknown on other machines. ``queue`` is not used."""
+        if self._host != os.uname().nodename:
+            return JobState("UNKNOWN", f"local run on {self._host}; ask there")
+        return JobState("RUNNING" if self.is_alive else "GONE")
+
+    def stop(self, phase: str) -> None:
+        """Send SIGTERM to the controller, which forwards it to every agent."""
+        self._asked = True
+        if self._host == os.uname().nodename and self.is_alive:
+            try:
+                os.kill(int(self.job_id), signal.SIGTERM)
+            except ProcessLookupError:  # it has just ended
+                return
+
+    def kill(self) -> None:
+        """Send the second SIGTERM, after which the agents end their ranks at once."""
+        if not self._asked:
+            self.stop("running")
+            time.sleep(SECOND_SIGNAL_S)
+        self.stop("running")
+
+
+Job = SlurmJob | LocalJob
+
+
+def is_local_job(pid: int, started: str | None = None) -> bool:
+    """Return whether process ``pid`` is a submitit controller that still runs, and began at ``started`` if given."""
+    try:
+        is_controller = CONTROLLER.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return is_controller and started in (None, processes.start_time(pid))
+
+
+def job_of(event: Mapping[str, Any]) -> Job:
+    """The job of a ``submitted`` event."""
+    if event["cluster"] == "local":
+        return LocalJob(str(event["job_id"]), str(event.get("host")), started=event.get("pid_started"))
+    return SlurmJob(str(event["job_id"]), event.get("slurm_cluster"))
+
+
+def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> dict[str, JobState]:
+    """Return the states of Slurm's jobs by name, with one squeue for each cluster. Raises SlurmError."""
+    by_cluster: dict[str | None, set[str]] = {}
+    for job in jobs:
+        if isinstance(job, SlurmJob):
+            by_cluster.setdefault(job.cluster, set()).add(job.job_id)
+    return {
+        SlurmJob(number, cluster).name: state
+        for cluster, numbers in by_cluster.items()
+        for number, state in scheduler.job_states(numbers, retries, cluster).items()
+    }
+
+
+class LocalQueueEntry:
+    """A local point that waits for earlier points, recorded in its folder while its launcher lives."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._note = folder.path / ".launch" / "waiting"
+
+    def enter(self, events_before: int) -> None:
+        """Record that this process will start the point, and the number of events before."""
+        self._note.parent.mkdir(parents=True, exist_ok=True)
+        pid = os.getpid()
+        self._note.write_text(f"{os.uname().nodename} {pid} {processes.start_time(pid)} {events_before}")
+
+    def leave(self) -> None:
+        """Remove the record: the point starts, or never will."""
+        self._note.unlink(missing_ok=True)
+
+    def events_before(self) -> int | None:
+        """Number of events before the point was submitted; None if it does not wait, or its launcher is gone."""
+        try:
+            host, pid, start, events_before = self._note.read_text().split()
+            lives = host == os.uname().nodename and processes.start_time(int(pid)) == start
+            return int(events_before) if lives else None
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
+            return None
+
+
+# Files of jobs, next to the run folders on the shared filesystem.
+
+
+def submitit_folder(run_dir: str | Path) -> Path:
+    """Folder of submitit's pickles and the agents' logs."""
+    return Path(run_dir).parent / JOBS
+
+
+def slurm_folder(run_dir: str | Path, cluster: str | None = None) -> Path:
+    """Folder of submitit's pickles and the agents' logs of Slurm jobs; ``cluster`` names another than the local one.
+
+    All jobs of a sweep share one folder. submitit would make a folder for each job only after sbatch has answered. By
+    then the job may have started, and Slurm silently fails a job whose log it cannot open.
+    """
+    return submitit_folder(run_dir) / (f"{ELSEWHERE}{cluster}" if cluster else SLURM_JOBS)
+
+
+def jobs_folder(plan: Plan) -> Path:
+    """Folder of submitit's files for the jobs of a plan."""
+    return slurm_folder(plan.run_dir, cluster_of(plan.slurm))
+
+
+def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
+    """Paths of the standard output and error of a node's agent, which may not exist."""
+    folder = slurm_folder(run_dir, job.cluster) if isinstance(job, SlurmJob) else submitit_folder(run_dir)
+    paths = JobPaths(folder, job.job_id, node)
+    return [Path(paths.stdout), Path(paths.stderr)]
+
+
+# Batch scripts. submitit's private names are used here and in ``controller_process`` only.
+
+
+SUBMISSION = "submitit.core._submit"
+"""Module that submitit's batch scripts run on every node."""
+AFTER_STEP = "gpt_launch launch.agent.after_step"
+"""Command that batch scripts run when srun has failed."""
+
+
+def batch_parameters(plan: Plan) -> dict[str, Any]:
+    """Parameters of submitit for a job: the plan's resources, and the command that runs when srun has failed.
+
+    ``set +e`` keeps a user's ``set -e`` from skipping that command; a trap would replace a user's own trap.
+    """
+    python, folder = shlex.quote(sys.executable), shlex.quote(str(jobs_folder(plan)))
+    after = f'{python} -m {AFTER_STEP} "$status" {folder} --submitit'
+    setup = [*plan.slurm.get("setup", []), "set +e"]
+    return {**plan.slurm, "setup": setup, "teardown": ["status=$?", f'[ "$status" -eq 0 ] || exec {after}']}
+
+
+def sbatch_text(plans: Sequence[Plan]) -> str:
+    """The batch script that submitit writes for plans of one shape. Needs no Slurm."""
+    folder = jobs_folder(plans[0])
+    parameters = batch_parameters(plans[0])
+    python = parameters.pop("python", None) or shlex.quote(sys.executable)
+    command = f"{python} -u -m {SUBMISSION} {shlex.quote(str(folder))}"
+    count = len(plans) if len(plans) > 1 else None
+    text = _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters)
+    assert isinstance(text, str)
+    return text
+
+
+def controller_process(job: Any) -> subprocess.Popen[bytes]:
+    """The controller of submitit's local job, for which its parent must wait."""
+    process = job._process
+    assert isinstance(process, subprocess.Popen)
+    return process
+
+
+# Jobs that still work on a run folder, with those that no event log names.
+
+
+SUBMITTED = "_submitted.pkl"
+"""End of the name of submitit's pickle of a job, after the id of the job."""
+
+
+def running_job(folder: RunFolder, own: str | None = None) -> str | None:
+    """Name the job that works on a run folder, or waits to; None if there is none, or it is our job ``own``.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
+    submitted = [e for e in folder.read_events() if e["event"] == "submitted"]
+    for job in (job_of(submitted[-1]) if submitted else None, find_unrecorded(folder)):
+        if job is not None and job.job_id != own:
+            phase = job.status(ask_queue([job])).phase
+            if phase in ACTIVE:
+                return f"{'process' if isinstance(job, LocalJob) else 'job'} {job.name}, {phase}"
+    return None
+
+
+def refuse_running(plan: Plan, own: str | None = None) -> None:
+    """Raise ConfigError if an earlier submission still works on the same folder; ``own`` is this process's job.
+
+    A run that resumes from an earlier step is also refused while ranks that were started by hand work on it.
+    """
+    running = running_job(RunFolder(plan.run_dir), own)
+    if running is not None:
+        waits = running.endswith("pending") and plan.placement.is_watched
+        move = f"; if its launcher is gone, python -m launch.move {shlex.quote(plan.run_dir)} moves it" if waits else ""
+        raise ConfigError(
+            f"{plan.run_dir} is being worked on by {running}",
+            "one job for a run folder",
+            f"wait for it or cancel it; fresh=true makes a new folder{move}",
+        )
+    if plan.goes_on.back_to is not None:
+        refuse_alive(RunFolder(plan.run_dir))
+
+
+def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
+    """Find the newest active Slurm job of a run that no event names. Raises SlurmError."""
+    known = {job_of(event).name for event in folder.read_events() if event["event"] == "submitted"}
+    jobs = {job.name: (job, pickle) for job, pickle in submitted_jobs(folder.path) if job.name not in known}
+    # The pickles name the run, so that Slurm is asked about this run's jobs alone; mostly there are none.
+    own = [job for job, pickle in jobs.values() if run_dir_of(pickle) == str(folder.path)]
+    queue = ask_queue(own)
+    ours = [job for job in own if job.status(queue).phase in ACTIVE]
+    return max(ours, key=lambda job: [int(number) for number in job.job_id.split("_")], default=None)
+
+
+def submitted_jobs(run_dir: Path) -> Iterator[tuple[SlurmJob, Path]]:
+    """Yield the Slurm jobs that submitit has submitted for the runs of a sweep, each with its pickle."""
+    elsewhere = (path.name.removeprefix(ELSEWHERE) for path in submitit_folder(run_dir).glob(f"{ELSEWHERE}*"))
+    for cluster in (None, *elsewhere):
+        for pickle in slurm_folder(run_dir, cluster).glob(f"[0-9]*{SUBMITTED}"):
+            yield SlurmJob(pickle.name.removesuffix(SUBMITTED), cluster), pickle
+
+
+@cache  # a pickle never changes, and every point of a sweep reads the pickles of all points
+def run_dir_of(pickle: Path) -> str | None:
+    """Read the run folder of a job; None if the pickle is not whole, or not of a run.
+
+    A pickle that other users could have written is not opened: it would run their code.
+    """
+    try:
+        with pickle.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return None
+            # By its descriptor: in a folder of other users, another file may have taken its place.
+            arguments = DelayedSubmission.load(f"/proc/self/fd/{file.fileno()}").args
+    except Exception:  # whatever unpickling raises
+        return None
+    return arguments[0] if arguments and isinstance(arguments[0], str) else None

@@ -1,0 +1,196 @@
+"""Checks of a command's requests at every candidate of ``cluster.placement``, before anything is submitted.
+
+``check_before_submitting`` refuses what Slurm would never start, and skips candidates that cannot run a point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.console import Console
+
+from launch.config import Config
+from launch.errors import ConfigError
+from launch.plan import placement
+from launch.plan.placement import Placement
+from launch.plan.plan import Plan
+from launch.slurm.checks import (
+    MB_IN_GB,
+    NO_LIMIT,
+    check_request,
+    fewer_nodes,
+    gres_text,
+    partitions_of,
+    soften_some,
+    why_unsure,
+)
+from launch.slurm.facts import Finding, Level, Request, SlurmFacts, fail, requests_of
+from launch.slurm.limits import Limits, Partition
+from launch.slurm.submit import shapes
+
+
+def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Finding]:
+    """All checks of all requests at every candidate, each finding once. A candidate that cannot run is skipped."""
+    found: list[Finding] = []
+    for request in requests:
+        each = []
+        for name, config in placement.configs(request.config):
+            findings = check_at(facts, replace(request, config=config))
+            at = f"at {name}: " if name else ""
+            each.append([f if f.level is Level.ok else replace(f, found=f"{at}{f.found}") for f in findings])
+        found += soften_some(each)
+    return list(dict.fromkeys(found))
+
+
+def check_at(facts: SlurmFacts, request: Request) -> list[Finding]:
+    """All checks of a request on its cluster; none if no controller answers here."""
+    try:
+        request.config.validate()
+    except ConfigError as error:
+        return [fail("resources", error.found, f"expected: {error.expected}", error.fix)]
+    if facts.limits is None:
+        return []
+    name = request.config.cluster.cluster
+    there = facts.at(name)
+    if isinstance(there, str):
+        fix = "sacctmgr show clusters lists the clusters of this slurmdbd; cluster.cluster=null is this one"
+        return [fail("cluster", f"cluster.cluster={name}, and {there}", "nothing can be submitted there", fix)]
+    return check_request(there, request, facts.groups)
+
+
+def errors_at(facts: SlurmFacts, request: Request) -> list[list[Finding]]:
+    """Errors of a request at each candidate."""
+    each = (check_at(facts, replace(request, config=config)) for _, config in placement.configs(request.config))
+    return [[finding for finding in findings if finding.level is Level.error] for findings in each]
+
+
+def possible_places(facts: SlurmFacts, request: Request) -> Placement:
+    """Placement of a request, with the reason at each candidate where the job could never run.
+
+    If no candidate is left, the candidates stay whose errors are all in doubt: Slurm then decides.
+    """
+    errors = errors_at(facts, request)
+    some_fit = any(not found for found in errors)
+    places = request.plan.placement
+    for index, found in enumerate(errors):
+        if found and (some_fit or not all(error.unless for error in found)):
+            places = places.rule_out(index, "; ".join(error.found for error in found))
+    return places
+
+
+# What a command submits: refusals and warnings.
+
+
+def refuse_missing_nodes(facts: SlurmFacts, configs: Sequence[Config]) -> None:
+    """Raise ConfigError if a point requests more nodes than any partition has that the job could use.
+
+    Unlike the other checks, it needs no plan. It decides nothing where an option or a site plugin chooses the place.
+    """
+    for config in sorted(configs, key=lambda config: -config.nodes_asked):
+        sizes: list[float] = []
+        for _, candidate in placement.configs(config):
+            there = facts.at(candidate.cluster.cluster) if facts.limits is not None else ""
+            if isinstance(there, str) or why_unsure(there, candidate):
+                return
+            named = partitions_of(there, candidate)
+            sizes += [max(len(there.nodes_of(p)), p.total_nodes) for p in named] or [float("inf")]
+        if config.nodes_asked > (most := max(sizes)):
+            spares = f" and spare_nodes={config.spare_nodes}" if config.spare_nodes else ""
+            raise ConfigError(
+                f"nodes={config.nodes}{spares}, and {int(most)} nodes at most in a partition that the job could use",
+                what_fits(facts, config),
+                f"{fewer_nodes(config, int(most))}; launch.check_limits=false submits without this check",
+            )
+
+
+def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement) -> None:
+    """Raise ConfigError if a job could start at no candidate."""
+    if places.possible:
+        return
+    points = f"point{'s' if len(request.points) > 1 else ''} {', '.join(request.points)}"
+    if request.config.cluster.placement:
+        reasons = "".join(f"\n  {candidate.name}: {candidate.never}" for candidate in places.candidates)
+        raise ConfigError(
+            f"{points} could run at no candidate of cluster.placement:{reasons}",
+            "a candidate whose partition can run it",
+            "python -m launch.doctor, with the same arguments: for each candidate it says what to request instead",
+        )
+    (errors,) = errors_at(facts, request)
+    fixes = " ".join(dict.fromkeys(error.fix for error in errors))
+    raise ConfigError(
+        f"{points}, which Slurm would never start: {'; '.join(error.found for error in errors)}",
+        what_fits(facts, request.config),
+        f"{fixes}; launch.check_limits=false submits without this check",
+    )
+
+
+def what_fits(facts: SlurmFacts, config: Config) -> str:
+    """The most that one job may request in each partition that it could use, or else in all partitions."""
+    there = facts.at(config.cluster.cluster)
+    if not isinstance(there, Limits):
+        return "a cluster that answers"
+    return "; ".join(room_in(there, partition) for partition in partitions_of(there, config) or there.partitions)
+
+
+def room_in(limits: Limits, partition: Partition) -> str:
+    """The most that one job may request in a partition: nodes, time, and the resources of the best node."""
+    nodes = limits.nodes_of(partition)
+    if not nodes:
+        return f"partition {partition.name} has no nodes"
+    most = min(len(nodes), partition.max_nodes or NO_LIMIT)
+    time = "without a time limit" if partition.max_time_min is None else f"for {partition.max_time_min:g} min"
+    least = f"{partition.min_nodes} to " if partition.min_nodes > 1 else "at most "
+    cpus = min(max(node.cpus for node in nodes), partition.max_cpus_per_node or NO_LIMIT)
+    memory = min(max(node.memory_mb for node in nodes), partition.max_memory_mb or NO_LIMIT) / MB_IN_GB
+    kinds = sorted({gres_text(part) for node in nodes for part in node.gres}) or ["no generic resources"]
+    each = ", ".join([f"up to {cpus} CPUs", f"{memory:.4g} GiB of memory", *kinds])
+    return f"partition {partition.name}: {least}{most} nodes {time}, each of {each}"
+
+
+def refuse_without_controller(facts: SlurmFacts) -> None:
+    """Raise ConfigError if no controller answers that could take a job."""
+    if facts.is_away:
+        raise ConfigError(
+            f"cluster=slurm, and {facts.slurm_problem}",
+            "a Slurm controller that answers: nothing was submitted, and nothing written",
+            "the same command when scontrol ping says UP; cluster=local to run here; dry_run=true only plans",
+        )
+
+
+def check_before_submitting(
+    facts: SlurmFacts, plans: Sequence[Plan], configs: Sequence[Config], console: Console
+) -> list[Plan]:
+    """Compare the requests of a command with Slurm's limits.
+
+    Returns:
+        The plans without the candidates where they could never run; these are printed with the reason.
+
+    Raises:
+        ConfigError: a point could start nowhere.
+    """
+    if facts.limits is None:
+        said = f"warning: {facts.slurm_problem}: what is asked of Slurm was not compared with what it has"
+        console.print(said, highlight=False, markup=False)
+        return list(plans)
+    by_folder = {plan.run_dir: config for plan, config in zip(plans, configs, strict=True)}
+    groups = shapes([plan for plan in plans if plan.cluster == "slurm"])
+    checked: dict[str, Placement] = {}
+    lines: list[str] = []
+    requests = zip(groups, requests_of(groups, by_folder, facts), strict=True)
+    # The largest first: its advice also suits the smaller ones.
+    for group, request in sorted(requests, key=lambda one: -one[1].config.nodes_asked):
+        places, points = possible_places(facts, request), ", ".join(request.points)
+        refuse_impossible(facts, request, places)
+        checked |= {plan.run_dir: places for plan in group}
+        for candidate, errors in zip(places.candidates, errors_at(facts, request), strict=True):
+            if candidate.never:
+                lines.append(f"cluster.placement: {candidate.name} is skipped: {candidate.never} (for {points})")
+                continue
+            at = f"at {candidate.name}: " if candidate.name else ""
+            for error in errors:
+                unless = f"{error.why}, unless {error.unless}; or type {error.fix}"
+                lines.append(f"warning: {at}{error.found}: {unless} (for {points})")
+    for line in dict.fromkeys(lines):
+        console.print(line, highlight=False, markup=False)
+    return [plan.replace_placement(checked[plan.run_dir]) if plan.run_dir in checked else plan for plan in plans]

@@ -1,0 +1,368 @@
+"""Points until their end: progress on the terminal, the start of local points, and the stop by Ctrl-C or ``cancel``."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from launch.config import Config
+from launch.config.compose import default_grace_period_s
+from launch.errors import ConfigError
+from launch.plan.preflight import record_submitted
+from launch.runs.compose import read_config
+from launch.runs.events import damaged_text
+from launch.runs.records import throughput
+from launch.slurm.client import SlurmBusyError, SlurmError
+from launch.slurm.failover import PlacementFailover
+from launch.slurm.jobs import Job, LocalJob, LocalQueueEntry, SlurmJob
+from launch.slurm.status import RunStatus, poll, saved_step
+from launch.slurm.submit import start_local
+
+POLL_S = 0.5
+PLAIN_LINE_S = 10.0
+STOP_POLL_S = 2.0
+AGENT_S = 5.0  # after grace_period_s the agents end their ranks themselves, and then record the end
+LAST_WAIT_S = 120.0  # Slurm kills KillWait (30 s by default) after scancel, and then cleans up
+
+
+# Progress on the terminal.
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def speed_text(record: dict[str, object], age_s: float | None) -> str:
+    """Throughput of a step record with its unit, and its age if the next step is late; empty if none was recorded."""
+    speed = throughput(record)
+    if speed is None:
+        return ""
+    age = "" if age_s is None else f" {duration(age_s)} ago"
+    return f"{speed[0]:,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s{age}"
+
+
+def quiet_text(seconds: float) -> str:
+    """Possible reasons why a run makes no step for a long time."""
+    return f"no step for {seconds:.0f} s: an evaluation, a checkpoint, a hang, or a lost node"
+
+
+def state_text(point: RunStatus) -> str:
+    """State of a point with its reason, and the number of nodes if the run continues with fewer."""
+    fewer = point.fewer_nodes() if point.state == "running" else None
+    on = "" if fewer is None else f"{fewer['nodes']} of {fewer['asked']} nodes"
+    details = ", ".join(part for part in (point.detail, on) if part)
+    return f"{point.state} ({details})" if details else point.state
+
+
+def progress_text(point: RunStatus) -> str:
+    """Known throughput, loss and ETA of a point."""
+    speed = speed_text(point.latest, point.stale_s)
+    known = [f"{speed:>18}"] if speed else []
+    if point.latest.get("loss") is not None:
+        known.append(f"loss {point.latest['loss']:.4f}")
+    if point.quiet_s is not None:
+        known.append(quiet_text(point.quiet_s))
+    elif point.eta_s and not point.is_over:
+        known.append(f"ETA {duration(point.eta_s)}")
+    return "  ".join(known)
+
+
+def plain_line(point: RunStatus) -> str:
+    """One point as a line of text. Programs that report no steps have none in the line."""
+    step, total = point.latest.get("step"), point.max_steps
+    steps = "" if step is None and total is None else f" step {step or 0}" + ("" if total is None else f"/{total}")
+    return f"{point.name:<24} {state_text(point):<9}{steps}  {progress_text(point)}".rstrip()
+
+
+def news(point: RunStatus) -> Iterator[str]:
+    """Yield what a user should know while a point runs: restarts, failed saves, damage, changed code, a hopeless wait.
+
+    A text that was already printed is not printed again.
+    """
+    events = point.events()
+    for event in events:
+        attempt = event.get("attempt")
+        if event["event"] == "code_changed":
+            change = f"changed since attempt {event.get('since')}: {event.get('cause')}"
+            if point.plan is None or not any(change in warning for warning in point.plan.warnings):
+                yield f"attempt {attempt}: {change}"
+        elif event["event"] == "decided" and event["action"] == "restart":
+            yield f"attempt {attempt} ended ({event.get('cause')}), restart in place: {event['reason']}"
+        elif event["event"] == "save_failed":
+            yield f"the checkpoint of step {event.get('step')} could not be written: {event.get('cause')}"
+    yield from (text for text in (damaged_text(events), point.advice) if text)
+
+
+class Display:
+    """Bars on a terminal; elsewhere a line whenever a state changes, and every few seconds while steps are made."""
+
+    def __init__(self, console: Console, points: Sequence[RunStatus]) -> None:
+        self._console = console
+        self._tasks: dict[int, TaskID] = {}
+        self._shown: dict[int, tuple[str, int, float]] = {}
+        self._printed: set[tuple[int, str]] = set()
+        self._has_problem = False
+        self._bars: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), TextColumn("{task.fields[state]:<9}"), BarColumn(bar_width=24))
+            self._bars = Progress(
+                *columns, MofNCompleteColumn(), TextColumn("{task.fields[progress]}"), console=console
+            )
+            for point in points:
+                total = point.max_steps
+                self._tasks[id(point)] = self._bars.add_task(point.name, total=total, state="pending", progress="")
+            self._bars.start()
+
+    def show(self, point: RunStatus) -> None:
+        """Show the state of a point, and print its news once."""
+        for text in news(point):
+            if (id(point), text) not in self._printed:
+                self._printed.add((id(point), text))
+                self.say(f"warning: {point.name}: {text}")
+        step = int(point.latest.get("step", 0))
+        if self._bars is not None:
+            task, progress = self._tasks[id(point)], progress_text(point)
+            self._bars.update(task, completed=step, state=state_text(point), progress=progress)
+            return
+        state, last_step, at = self._shown.get(id(point), ("", -1, 0.0))
+        moved = step != last_step and time.monotonic() - at >= PLAIN_LINE_S
+        seen = f"{state_text(point)}{' without steps' if point.quiet_s is not None else ''}"
+        if seen != state or moved:
+            self._shown[id(point)] = (seen, step, time.monotonic())
+            self.say(plain_line(point))
+
+    def show_problem(self, problem: SlurmError | None) -> None:
+        """Print once that Slurm does not answer, and once that it answers again."""
+        if problem is not None and not self._has_problem:
+            self.say(f"{problem}\nthe jobs continue; asking again until Slurm answers")
+        elif problem is None and self._has_problem:
+            self.say("Slurm answers again")
+        self._has_problem = problem is not None
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Restore the terminal."""
+        if self._bars is not None:
+            self._bars.stop()
+
+
+# From the submission to the end.
+
+
+def watch(points: Sequence[RunStatus], console: Console, slurm_poll_s: float) -> None:
+    """Follow the points to their end, starting local points one after another.
+
+    Args:
+        points: submitted, or waiting here.
+        console: for progress and news.
+        slurm_poll_s: seconds between two polls of Slurm. A poll that fails is repeated: the jobs continue.
+    """
+    display, failover = Display(console, points), PlacementFailover(console)
+    try:
+        with explain_sigterm(points, display):
+            while watched := [point for point in points if not point.is_over]:
+                start_next_local(watched)
+                display.show_problem(poll(watched, retries=1) or failover.step(watched))
+                for point in watched:
+                    display.show(point)
+                # Many users share the controller, so it is asked less often than this machine.
+                time.sleep(slurm_poll_s if all(isinstance(point.job, SlurmJob) for point in watched) else POLL_S)
+    finally:
+        display.close()
+
+
+@contextmanager
+def explain_sigterm(points: Sequence[RunStatus], display: Display) -> Iterator[None]:
+    """End this process by SIGTERM with a line that says what becomes of the runs."""
+
+    def leave(number: int, frame: object) -> None:
+        is_local = any(isinstance(point.job, LocalJob) for point in points if not point.is_over)
+        local = "; runs on this machine save a checkpoint if they can, and end" if is_local else ""
+        on_slurm = "; Slurm jobs continue: python -m launch.status" if not is_local else ""
+        display.say(f"terminated by SIGTERM{local}{on_slurm}")
+        display.close()
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def start_next_local(points: Sequence[RunStatus]) -> None:
+    """Start the next local point once the point before is over: two at a time would slow each other down."""
+    local = [p for p in points if p.plan is not None and p.plan.cluster == "local" and not p.is_over]
+    if any(p.job is not None for p in local):
+        return
+    for point in local:
+        LocalQueueEntry(point.folder).leave()
+        if is_cancelled(point):
+            point.state = "cancelled"
+            continue
+        assert point.plan is not None
+        point.job = start_local(point.plan)
+        point.state = "running"
+        record_submitted(point.plan, point.job.job_id, pid_started=point.job.started)
+        if is_cancelled(point):  # in the moment of its start
+            Stop(point).push()
+        return
+
+
+def is_cancelled(point: RunStatus) -> bool:
+    """Return whether the point was cancelled since it was planned."""
+    return any(e["event"] == "cancelled" for e in point.events())
+
+
+# The stop of submitted runs. The event log has the cancel before any signal is sent, so that the end is never mistaken
+# for a preemption.
+
+
+class Stop:
+    """State of a run that is being cancelled: request a save, and end the job if it does not leave in time."""
+
+    def __init__(self, point: RunStatus, *, now: bool = False) -> None:
+        self.point = point
+        self.error: SlurmError | None = None
+        """Error for which the run cannot be ended."""
+        self.kill_at = time.monotonic() + (0.0 if now else grace_period_s(point) + AGENT_S)
+        self.unmarked = ""
+        """Reason for which the event log lacks the cancel."""
+        self._now = now
+        self._asked: Job | None = None
+        self._killed: Job | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Return whether nothing is left to do, or nothing can be done."""
+        return self.point.is_over or self.error is not None
+
+    def mark(self) -> None:
+        """Record the cancel in the event log, once for each job."""
+        job_id = None if self.point.job is None else self.point.job.job_id
+        if not any(e["event"] == "cancelled" and e["job_id"] == job_id for e in self.point.events()):
+            who = f"{getpass.getuser()}@{os.uname().nodename}"
+            try:
+                self.point.folder.record_event("cancelled", job_id=job_id, by=who, now=self._now)
+            except OSError as error:
+                # Without the record, agents would take SIGTERM for a preemption. The state by scancel is CANCELLED.
+                self.kill_at = min(self.kill_at, time.monotonic())
+                self.unmarked = f"{self.point.name}: ended without a save, as its event log cannot say why: {error}"
+
+    def push(self) -> None:
+        """Do the next step: request the save once, then end the job when its time is over. Raises SlurmError."""
+        self.mark()
+        job = self.point.job
+        if job is None:
+            return
+        if time.monotonic() >= self.kill_at:
+            if self._killed is not job:
+                job.kill()
+                self._killed = job
+        elif self.point.state == "pending":
+            job.stop("pending")  # again at every poll: it may have started at the same moment
+        elif self._asked is not job:
+            names = [e["event"] for e in self.point.events()]
+            # The agents know already if only the answer to an earlier scancel was lost. A second signal would kill.
+            if "signalled" not in names[names.index("cancelled") :]:
+                job.stop("running")
+                self._asked = job
+
+
+def grace_period_s(point: RunStatus) -> float:
+    """Seconds that the agents of a run give its ranks to save; the default if the config is damaged or gone."""
+    try:
+        return read_config(point.folder, Config).resilience.grace_period_s
+    except ConfigError as error:
+        point.damage = point.damage or error.found
+        return default_grace_period_s()
+
+
+def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = False) -> list[Stop]:
+    """Have the points save and leave, end what is left, and wait until they are over or cannot be ended."""
+    stops = [Stop(point, now=now) for point in points if not point.is_over]
+    for stop in stops:
+        stop.mark()
+        if stop.unmarked:
+            console.print(stop.unmarked, highlight=False, markup=False)
+    said = False
+    while left := [stop for stop in stops if not stop.is_done]:
+        busy: SlurmError | None = None
+        for stop in left:
+            try:
+                stop.push()
+            except SlurmBusyError as error:
+                busy = error
+            except SlurmError as error:
+                stop.error = error
+        busy = busy or poll([stop.point for stop in left], retries=1)
+        if busy is not None and not said:
+            console.print(f"{busy}\nasking again until Slurm answers", highlight=False, markup=False)
+            said = True
+        for stop in left:
+            if not stop.is_done and time.monotonic() > stop.kill_at + LAST_WAIT_S:
+                stop.error = busy or SlurmError("not over long after it was ended")
+        if not all(stop.is_done for stop in left):
+            time.sleep(POLL_S if any(isinstance(stop.point.job, LocalJob) for stop in left) else STOP_POLL_S)
+    return stops
+
+
+def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
+    """Stop the points in order at the first Ctrl-C; the second ends the runs at once."""
+    text = leaving_text([point for point in points if not point.is_over])
+    console.print(f"stopping: {text}; Ctrl-C again ends them now", highlight=False, markup=False)
+    try:
+        stops = stop_points(points, console)
+    except KeyboardInterrupt:
+        stops = stop_points(points, console, now=True)
+    for stop in stops:
+        console.print(outcome_text(stop), highlight=False, markup=False)
+
+
+def leaving_text(points: Sequence[RunStatus]) -> str:
+    """Say what running programs do before they leave, and which of them save a checkpoint."""
+    resuming = [point.name for point in points if point.resumes]
+    others = [point.name for point in points if not point.resumes]
+    within = f"within {max((grace_period_s(point) for point in points), default=0.0) + AGENT_S:g} s"
+    saves = f"save a checkpoint and leave, {within}"
+    lose = "are told to leave, without a checkpoint: only what they write themselves is kept (script.resumes=false)"
+    if not others or not resuming:
+        return f"the runs {saves if not others else lose}"
+    return f"{', '.join(resuming)} {saves}; {', '.join(others)} {lose}"
+
+
+def next_start_text(points: Sequence[RunStatus]) -> str:
+    """Say what the same command would do with stopped runs."""
+    fresh = [point.name for point in points if not point.resumes]
+    if not fresh:
+        return "the same command resumes from the last checkpoint"
+    if len(fresh) == len(points):
+        return "the same command runs the program from its beginning"
+    return f"the same command runs {', '.join(fresh)} from the beginning, and resumes the other runs"
+
+
+def outcome_text(stop: Stop) -> str:
+    """Say how a stopped run ended."""
+    point = stop.point
+    if stop.error is not None:
+        return f"{point.name}: could not be ended: {stop.error}"
+    step = point.latest.get("step")
+    head = f"{point.name}: {point.state}" + (f" after step {step}" if step else "")
+    saved = saved_step(point.folder.read_events())
+    if point.state == "finished" or not point.resumes or (saved is None and not step):
+        return head
+    return f"{head}; {'nothing was saved' if saved is None else f'the last checkpoint is of step {saved}'}"

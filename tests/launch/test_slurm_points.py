@@ -1,0 +1,281 @@
+"""What a command leaves open is chosen and printed: the cluster, GPUs and CPUs on Slurm, ranks on this machine."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from launch import batch
+from launch.config import ClusterKind, Config
+from launch.config.compose import compose_launch, typed_config
+from launch.errors import ConfigError
+from launch.plan.placement import place
+from launch.plan.plan import Plan
+from launch.slurm import client, facts, limits
+from launch.slurm.facts import SlurmFacts
+from launch.slurm.points import (
+    choose_clusters,
+    choose_local_ranks,
+    choose_on_slurm,
+    choose_resources,
+    gpu_type,
+    plan_points,
+    plan_sweep,
+)
+from tests.support.commands import TINY
+from tests.support.doctor_facts import LIMITS
+
+SCRIPT = ("workload=script", "script.path=setup.cfg")
+TWO_PLACES = "cluster.placement=[{partition: low},{partition: short}]"
+SEEN = SlurmFacts(limits=LIMITS, groups=("users",), torch="2.13.0")
+
+
+def with_n3(gres: str = "gpu:a100:4", torch: str = "2.13.0") -> SlurmFacts:
+    """The recorded cluster, whose nodes n1 and n2 have gpu:a100:4, with other GPUs in n3."""
+    nodes = [replace(node, gres=limits.gres(gres)) if node.name == "n3" else node for node in LIMITS.nodes]
+    return SlurmFacts(limits=replace(LIMITS, nodes=tuple(nodes)), torch=torch)
+
+
+def chosen(slurm: SlurmFacts, *words: str) -> tuple[Config, str]:
+    """The config of a point after the choice, which its run folder has as well, and what is printed."""
+    document = compose_launch(["cluster=slurm", *(words if "workload=script" in words else (*TINY, *words))])
+    config = typed_config(document)
+    kinds = [ClusterKind.slurm, ClusterKind.local]
+    text = choose_on_slurm([document] * 2, [config, typed_config(document)], kinds, slurm)
+    assert document.cluster.gpus_per_node == config.cluster.gpus_per_node
+    assert document.cluster.cpus_per_task == config.cluster.cpus_per_task
+    return config, "\n".join(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "n3", "gpus", "ranks", "text"),
+    [
+        ((), "gpu:a100:4", 4, 4, "every node of low has 4 (a100); cluster.gpus_per_node=0 computes on CPUs"),
+        (("cluster.partition='low,short'",), "gpu:2", 2, 2, "every node of low, short has 2;"),
+        ((TWO_PLACES,), "gpu:h100:8", 4, 4, "every node of low, short"),
+        (("ranks_per_node=2",), "gpu:a100:4", 2, 2, "every node of low has 4 (a100)"),
+        (("cluster.constraint=fast",), "(null)", 4, 4, "every node of low has 4 (a100)"),
+        (SCRIPT, "gpu:a100:4", 4, 4, "every node of low"),
+    ],
+)
+def test_a_point_requests_the_gpus_that_every_node_has(
+    words: tuple[str, ...], n3: str, gpus: int, ranks: int, text: str
+) -> None:
+    config, printed = chosen(with_n3(n3), *words)
+    assert (config.cluster.gpus_per_node, config.ranks_on_node) == (gpus, ranks)
+    assert printed.startswith(f"cluster.gpus_per_node={gpus}: {text}")
+    assert {candidate.slurm["gpus_per_node"] for candidate in place(config, "run").candidates} == {gpus}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("cluster.gpus_per_node=0",),
+        ("cluster.gpus_per_node=1",),
+        ("cluster.gres='gpu:a100:2'",),
+        ("cluster.placement=[{partition: low, gpus_per_node: 1}]",),
+        ("+cluster.additional_parameters.gpus_per_task=1",),
+        ("device=cpu",),
+        ("cluster.partition=nowhere",),
+    ],
+)
+def test_gpus_that_the_config_names_stay(words: tuple[str, ...]) -> None:
+    before = typed_config(compose_launch(["cluster=slurm", *TINY, *words])).cluster.gpus_per_node
+    config, printed = chosen(with_n3(), *words)
+    assert config.cluster.gpus_per_node == before and "gpus_per_node" not in printed
+
+
+def test_no_gpus_at_all_is_no_option_of_sbatch() -> None:
+    config, _ = chosen(with_n3(), "cluster.gpus_per_node=0")
+    assert "gpus_per_node" not in place(config, "run").candidates[0].slurm and config.ranks_on_node == 1
+
+
+def test_gpus_that_cannot_be_chosen_are_reported() -> None:
+    for slurm, start, end in (
+        (with_n3("(null)"), "some nodes of low have up to 4 GPUs", "=4 for those, or cluster.gpus_per_node=0"),
+        (with_n3(torch="2.13.0+cpu"), "torch 2.13.0+cpu is built for CPUs, and nodes of low have GPUs (a100)", "=4"),
+    ):
+        config, printed = chosen(slurm)
+        line = printed.splitlines()[0]
+        assert config.cluster.gpus_per_node is None and line.startswith(f"warning: {start}") and line.endswith(end)
+    with pytest.raises(ConfigError, match=r"ranks_per_node=6 on nodes of low with 4 GPUs") as refusal:
+        chosen(with_n3(), "ranks_per_node=6")
+    assert refusal.value.fix == "ranks_per_node=4, or cluster.gpus_per_node=0"
+    assert chosen(SlurmFacts(limits=None)) == (typed_config(compose_launch(["cluster=slurm", *TINY])), "")
+
+
+def plan_of(slurm: SlurmFacts, *words: str) -> Plan:
+    typed = ["cluster=slurm", "optim.global_batch=16", *words]
+    config, _ = chosen(slurm, *typed[1:])
+    return plan_points([config], [[*TINY, *typed]], [ClusterKind.slurm], slurm)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor"), [("a100", 16), ("h100", 15), ("nvidia_a100-sxm4-80gb", 16), ("1g.5gb", None), ("", None)]
+)
+def test_fp32_costs_what_the_type_in_gres_implies(kind: str, factor: int | None) -> None:
+    # 312 TFLOP/s in bf16 and 19.5 in fp32 (A100), 989 and 67 (H100): NVIDIA's data sheets.
+    slurm = with_n3(f"gpu:{kind}:4" if kind else "gpu:4")
+    assert slurm.limits is not None
+    only_n3 = tuple(node for node in slurm.limits.nodes if node.name == "n3")
+    slurm = replace(slurm, limits=replace(slurm.limits, nodes=only_n3))
+    assert gpu_type(typed_config(compose_launch(["cluster=slurm"])), slurm) == (kind or None)
+    warnings = [text for text in plan_of(slurm, "precision=fp32", "tf32=false").warnings if "precision" in text]
+    assert [f"peak is about {factor} times higher in bf16" in text for text in warnings] == [True] * bool(factor)
+
+
+def test_a_proposal_suits_the_chosen_gpus() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        plan_of(with_n3(), "optim.global_batch=6")
+    number = int(refusal.value.fix.partition("optim.global_batch=")[2].split(",")[0].split()[0])
+    assert number % 4 == 0
+
+
+def test_a_batch_script_without_gpus_is_refused_where_all_nodes_have_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"SLURM_JOB_PARTITION": "short"}
+
+    def refuse(slurm: SlurmFacts, *words: str) -> None:
+        monkeypatch.setattr(facts, "ask_slurm", lambda: slurm)  # in place of the commands of a cluster
+        batch.refuse_idle_gpus(typed_config(compose_launch(["cluster=slurm", *TINY, *words])), job)
+
+    with pytest.raises(ConfigError, match="a job without GPUs") as refusal:
+        refuse(with_n3())
+    assert refusal.value.fix.startswith("sbatch --gpus-per-node=4 ...")
+    refuse(with_n3("(null)"))
+    refuse(with_n3(torch="2.13.0+cpu"))
+    for word in ("cluster.gpus_per_node=0", "cluster.gpus_per_node=2", "launch.check_limits=false", "device=cpu"):
+        refuse(with_n3(), word)
+
+
+@pytest.mark.parametrize(
+    ("words", "cpus", "text"),
+    [
+        (("cluster.gpus_per_node=0",), 4, "4 for each of 1 rank on a node"),
+        (("cluster.gpus_per_node=0", "ranks_per_node=2"), 8, "4 for each of 2 ranks on a node"),
+        (("cluster.gpus_per_node=4",), 8, "all of n1 in low, for 4 ranks"),
+        (("cluster.gpus_per_node=0", "ranks_per_node=3", TWO_PLACES), 8, "all of n1 in low, for"),
+        # Named by the user or given by the site, or unknown: unchanged.
+        (("cluster.cpus_per_task=2",), 2, ""),
+        (("cluster.exclusive=true",), None, ""),
+        (("+cluster.additional_parameters.cpus_per_gpu=8",), None, ""),
+        (("cluster.partition=nowhere",), None, ""),
+    ],
+)
+def test_a_node_has_the_cpus_that_its_ranks_need(words: tuple[str, ...], cpus: int | None, text: str) -> None:
+    config, printed = chosen(SEEN, *words)
+    assert config.cluster.cpus_per_task == cpus
+    lines = [line for line in printed.splitlines() if line.startswith("cluster.cpus_per_task")]
+    assert bool(lines) is bool(text)
+    if text:
+        assert lines[0].startswith(f"cluster.cpus_per_task={cpus}: {text}")
+        asked = place(config, "run").candidates[0].slurm
+        assert asked["cpus_per_task"] == cpus and f"--cpus-per-task={cpus}" in asked["srun_args"]
+
+
+@pytest.mark.parametrize("line", [{"JobDefaults": "DefCpuPerGPU=8"}, {"SelectTypeParameters": "NONE"}, None])
+def test_cpus_are_not_chosen_if_the_site_gives_them_or_does_not_answer(line: dict[str, str] | None) -> None:
+    other = None if line is None else replace(LIMITS, config={**LIMITS.config, **line})
+    assert chosen(replace(SEEN, limits=other))[0].cluster.cpus_per_task is None
+
+
+def test_a_launch_asks_slurm_once_and_fills_in_what_its_nodes_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    # In place of the commands of a cluster.
+    monkeypatch.setattr(facts, "ask_slurm", lambda clusters: asked.append(clusters) or SEEN)
+    points = [("nodes=1",), ("nodes=2", "ranks_per_node=1"), ("nodes=2", "launch.check_limits=false")]
+    for several in (points[:2], points[2:]):
+        documents = [compose_launch(["cluster=slurm", "cluster.exclusive=false", *TINY, *words]) for words in several]
+        configs, console = [typed_config(document) for document in documents], Console(file=io.StringIO(), width=1000)
+        seen = choose_resources(documents, configs, [ClusterKind.slurm] * len(several), console)
+        found = [(document.cluster.gpus_per_node, document.cluster.cpus_per_task) for document in documents]
+        assert [(config.cluster.gpus_per_node, config.cluster.cpus_per_task) for config in configs] == found
+        assert isinstance(console.file, io.StringIO)
+        if several == points[:2]:
+            assert seen is SEEN and found == [(2, 8), (1, 4)]
+            assert "4 for each of 2 ranks on a node" in console.file.getvalue()
+        else:
+            assert seen is None and found == [(None, None)] and console.file.getvalue() == ""
+    assert len(asked) == 1
+
+
+# Ranks on this machine.
+
+
+LOCAL: list[tuple[Any, list[int]]] = [
+    ([()], [4]),
+    ([SCRIPT], [4]),
+    ([("seed=1",), ("seed=2", "ranks_per_node=2"), ("device=cpu",)], [4, 2, 1]),
+    *(([(word,)], [1]) for word in ("ranks_per_node=1", "cluster.gpus_per_node=0", "device=cpu", "nodes=2")),
+    ([("nodes=1",), ("nodes=2",), ("nodes=4",)], [1, 1, 1]),
+]
+
+
+@pytest.mark.parametrize("torch", ["2.13.0", "2.13.0+cpu"])
+@pytest.mark.parametrize(("points", "ranks"), LOCAL, ids=[str(points) for points, _ in LOCAL])
+def test_a_local_point_starts_a_rank_on_each_gpu(
+    points: list[tuple[str, ...]], ranks: list[int], torch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts, "torch_version", lambda: torch)
+    words = [point if point is SCRIPT else (*TINY, *point) for point in points]
+    documents = [compose_launch(["cluster=local", *point]) for point in words]
+    configs = [typed_config(document) for document in documents]
+    text = choose_local_ranks(documents, configs, [ClusterKind.local] * len(points), 4)
+    assert [document.ranks_per_node for document in documents] == [config.ranks_per_node for config in configs]
+    if torch.endswith("+cpu"):
+        assert text == []
+        return
+    assert [config.ranks_on_node for config in configs] == ranks
+    line = "ranks_per_node=4: this machine has 4 GPUs; ranks_per_node=1 takes one of them"
+    assert text == ([line] if 4 in ranks else [])
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [("0,1,2,3", 4), ("0", 1), ("", 1)])
+@pytest.mark.parametrize("check_limits", ["true", "false"])
+def test_the_plan_of_a_local_command_has_a_rank_for_each_visible_gpu(
+    gpus: str, ranks: int, check_limits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.setattr(facts, "torch_version", lambda: "2.13.0")
+    words = ["cluster=local", "workload=script", f"script.path={tmp_path / 'train.py'}"]
+    words += [f"launch.check_limits={check_limits}", f"output_dir={tmp_path}"]
+    console = Console(file=io.StringIO(), width=200)
+    (plan,), (config,) = plan_sweep([compose_launch(words)], [words], console)
+    assert (plan.world_size, plan.ranks_per_node, config.ranks_on_node) == (ranks, ranks, ranks)
+    assert isinstance(console.file, io.StringIO)
+    assert ("ranks_per_node=4: this machine has 4 GPUs" in console.file.getvalue()) is (ranks == 4)
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ("Slurmctld(primary) at ctl is UP", None),
+        ("scontrol: fatal: Could not establish a configuration source", ""),
+        ("Slurmctld(primary) at ctl is DOWN", "scontrol ping: Slurmctld(primary) at ctl is DOWN"),
+    ],
+)
+def test_cluster_auto_trains_nothing_here_while_the_controller_is_away(
+    said: str, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sbatch", "scontrol"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n{'exit 1' if problem is not None else ''}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    assert client.controller_problem() == problem and client.controller_answers() is (problem is None)
+    console, asked = Console(file=io.StringIO()), OmegaConf.create({"cluster": {"kind": "auto"}, "dry_run": False})
+    asked.cluster.kind = ClusterKind.auto
+    if not problem:
+        assert choose_clusters([asked], console) == [ClusterKind.slurm if problem is None else ClusterKind.local]
+        return
+    with pytest.raises(ConfigError, match="is DOWN") as refusal:  # this may be a login node
+        choose_clusters([asked], console)
+    assert refusal.value.fix == "the same command when scontrol ping says UP, or cluster=local"
+    asked.dry_run = True
+    assert choose_clusters([asked], console) == [ClusterKind.local]
