@@ -32,7 +32,7 @@ from benchmarks.page import chosen, cores, keep, stamp
 from benchmarks.storm import SPARE, slurm_version
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import heal, power_cut, preempt
-from slurm.sandbox.processes import SandboxError
+from slurm.sandbox.state import SandboxError
 from tests.support.commands import TINY, run
 from tests.support.storm import StormyRun
 from tests.support.weights import differing, read_weights

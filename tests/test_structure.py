@@ -404,7 +404,7 @@ TOKENS = {
     "launch/slurm": 23_600,
     "launch/storm": 9_600,
     "launch/worker": 6_900,
-    "slurm": 12_700,
+    "slurm": 8_800,
 }
 """Folder -> the most code tokens that it may have: what Python's tokenizer yields, without comments and docstrings.
 

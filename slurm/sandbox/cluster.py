@@ -1,91 +1,192 @@
-"""A sandbox as a whole: up, down, and its state. The Python interface for tests."""
+"""A sandbox as a whole, for tests and the command line: up, status, down."""
 
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import shutil
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import TracebackType
+from typing import Any
+
+import jinja2
+import psutil
 
 from launch.errors import ConfigError
-from slurm.sandbox import configuration, network, node, processes
-from slurm.sandbox import node as accounting
-from slurm.sandbox import processes as packages
-from slurm.sandbox import state as records
-from slurm.sandbox.processes import SandboxError, run, wait_until
-from slurm.sandbox.state import Settings, State, check, default_directory, directory_tag
+from slurm.sandbox import nodes
+from slurm.sandbox.state import (
+    EVERYWHERE,
+    MARK,
+    WITH_ACCOUNTING,
+    WITH_NAMESPACES,
+    Endpoint,
+    SandboxError,
+    Settings,
+    State,
+    check,
+    default_directory,
+    end,
+    load,
+    locked,
+    opened,
+    require,
+    require_packages,
+    run,
+    wait_until,
+    why_no_namespaces,
+)
 
-# Taking a sandbox away, whole or half-built or crashed: its processes, its bridge, its directory, and nothing else.
+TEMPLATES = Path(__file__).with_name("templates")
+"""Files of Slurm: their names are those in the directory ``etc`` of a sandbox."""
+SAVE_S = 120.0
+"""Time in seconds that slurmctld has to save its state before it is killed: a busy machine takes more than seconds, and
+a slurmctld that is killed meanwhile may have forgotten its latest jobs."""
+
+
+def replaced(ours: list[str], theirs: Sequence[str], separator: str = " ") -> str:
+    """Join KEY=VALUE texts, with those of ``theirs`` in place of ours of the same key in any case."""
+    return separator.join({text.partition("=")[0].lower(): text for text in (*ours, *theirs)}.values())
+
+
+def write_files(state: State) -> None:
+    """Make the folders and files of a sandbox: configuration, key, device files, and room for the daemons."""
+    for name in ("etc", "munge", "log", "run", "controller", "spool", "gpu"):
+        (state.directory / name).mkdir(mode=0o755)
+    gpus = [state.directory / "gpu" / f"nvidia{index}" for index in range(state.settings.gpus_per_node)]
+    for gpu in gpus:
+        gpu.symlink_to("/dev/null")
+    for template in TEMPLATES.iterdir():
+        file = state.slurm_conf.with_name(template.name)
+        # slurmdbd refuses a file that others can read, and Slurm runs the epilog.
+        file.touch(mode=0o600 if template.name == "slurmdbd.conf" else 0o755)
+        file.write_text(filled(template.name, state, gpus=gpus))
+    key = state.directory / "munge" / "key"
+    key.touch(mode=0o600)
+    key.write_bytes(os.urandom(1024))
+
+
+def filled(name: str, state: State, **known: Any) -> str:
+    """Return the text of a file made of the template of this name."""
+    # Without namespaces, the controller has the host name of this machine, without the domain.
+    host = socket.gethostname().partition(".")[0] if state.why_one_host else "ctl"
+    template = jinja2.Template((TEMPLATES / name).read_text(), trim_blocks=True, keep_trailing_newline=True)
+    known |= {"state": state, "settings": state.settings, "user": getpass.getuser(), "host": host}
+    text = template.render(known, replaced=replaced)
+    if name != "slurm.conf":
+        return text
+    general, _, rest = text.partition("# Nodes")
+    lines = [line for line in general.splitlines() if not line.startswith("#")]
+    return replaced(lines, state.settings.slurm_conf, "\n") + f"\n# Nodes{rest}"
+
+
+def _answers(address: str | tuple[str, int]) -> bool:
+    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as probe:
+        return probe.connect_ex(address) == 0
+
+
+def start_munged(state: State) -> None:
+    """Start munged and wait until it answers."""
+    place, log = state.munge_socket.parent, state.directory / "log" / "munged.log"
+    # --force, because the directory of a sandbox may be one that others can write to, as /tmp is.
+    command = f"munged --foreground --force --socket={state.munge_socket} --key-file={place}/key --log-file={log}"
+    command += f" --pid-file={state.directory}/run/munged.pid --seed-file={place}/seed"
+    state.start("munged", command.split())
+    state.wait_ready("munged", lambda: _answers(str(state.munge_socket)))
+
+
+def start_controller(state: State) -> None:
+    """Start slurmctld, with a host name of its own if the nodes have namespaces."""
+    if state.why_one_host:
+        state.start("slurmctld", ["slurmctld", "-D"])
+        return
+    script = 'hostname ctl && mount --bind "$1" /etc/hosts && exec slurmctld -D'
+    hosts = str(state.slurm_conf.with_name("hosts"))
+    state.start("slurmctld", ["sh", "-c", script, "sh", hosts], inside="unshare --uts --mount")
+
+
+def start_accounting(state: State) -> None:
+    """Start a database and slurmdbd, and wait until they answer."""
+    assert state.accounting is not None
+    folder, user = state.directory / "database", getpass.getuser()
+    folder.mkdir(mode=0o700)
+    # Without grant tables anyone who reaches the socket is let in; the folder around it is open to its owner alone.
+    common = f"--no-defaults --datadir={folder}/data --user={user}"
+    make = f"mariadb-install-db {common} --skip-test-db --skip-name-resolve --auth-root-authentication-method=normal"
+    run(make.split(), timeout_s=120.0)
+    command = (
+        f"mariadbd {common} --socket={folder}/socket --skip-networking --skip-grant-tables --pid-file={folder}/pid"
+    )
+    # slurmdbd complains of other values; and nothing in here has to outlive a power cut.
+    command += f" --tmpdir={folder} --innodb-lock-wait-timeout=900 --innodb-flush-log-at-trx-commit=0"
+    state.start("mariadbd", command.split())
+    state.wait_ready("mariadbd", lambda: _answers(f"{folder}/socket"))
+    at = (state.accounting.address, state.accounting.port)
+    state.start("slurmdbd", ["slurmdbd", "-D"], MYSQL_UNIX_PORT=f"{folder}/socket")
+    state.wait_ready("slurmdbd", lambda: _answers(at))
+
+
+def accounting_to_join(settings: Settings) -> Endpoint:
+    """Return the address of the slurmdbd of the sandbox to join; ConfigError if there is none."""
+    other = load(Path(settings.join))
+    if other is None or not other.started or other.settings.join or other.accounting is None:
+        found, fix = f"--join {settings.join}, and no sandbox with accounting is up there", "python -m slurm.sandbox up"
+        expected = "the directory of one that was started with --accounting"
+        raise ConfigError(found, expected, f"{fix} --accounting --dir {settings.join}")
+    if other.settings.cluster_name == settings.cluster_name:
+        found = f"--join {settings.join}, whose cluster is called {settings.cluster_name} as well"
+        raise ConfigError(found, "a name of its own for each cluster", f"--cluster-name {settings.cluster_name}_2")
+    return other.accounting
 
 
 def clear(state: State) -> None:
-    """End every process of a sandbox that still runs, and remove its bridge and its directory."""
-    for name in list(state.nodes):
-        node.switch_off(state, name)
-    for daemon in ("slurmctld", *accounting.DAEMONS, "munged"):
-        if daemon in state.processes:
-            processes.end(state.processes[daemon], grace_s=5.0)
-            state.disown(daemon)
-    if state.mode == "one-host":
-        _end_jobs_on_one_host(state)
-    if state.mode == "namespaces":
-        network.remove(state)
+    """End all processes of a sandbox, whether it is whole, half built or crashed; remove its bridge and directory."""
+    for name in state.nodes:
+        nodes.switch_off(state, name)
+    for daemon in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
+        end(state.find(daemon), grace_s=5.0)
+    if state.why_one_host:
+        # Again and again, because jobs that still run may start other processes meanwhile.
+        wait_until(lambda: not _end_jobs(state), timeout_s=30.0, what="the processes of jobs to end")
+    else:
+        nodes.remove_network(state)
     shutil.rmtree(state.directory)
 
 
-def log_tails(state: State, lines: int = 5) -> str:
-    """The last lines that every daemon of a sandbox printed, each under its name, for an error message."""
-    parts = []
-    for path in sorted((state.directory / "log").glob("*.out")):
-        tail = path.read_text(errors="replace").splitlines()[-lines:]
-        parts += [f"{path.name}:", *(f"  {line}" for line in tail)] if tail else []
-    return "\n".join(parts)
+def _end_jobs(state: State) -> bool:
+    """End what slurmds that have ended left on this host; return whether there was any."""
+    found = [process for process in psutil.process_iter() if _is_of_job(state, process)]
+    for process in found:
+        end(process)
+    return bool(found)
 
 
-def _end_jobs_on_one_host(state: State) -> None:
-    """End what the slurmds, which must have ended before, left on this host; wherever its parent was, it is found."""
-
-    def none_left() -> bool:
-        left = [process for process in map(_identify, processes.all_pids()) if process and _is_ours(state, process.pid)]
-        for process in left:
-            processes.end(process, grace_s=0)
-        return not left
-
-    # Again and again, because what still runs may start others meanwhile.
-    wait_until(none_left, timeout_s=30.0, what="the processes of jobs to end")
-
-
-def _identify(pid: int) -> processes.Process | None:
-    with contextlib.suppress(SandboxError):
-        return processes.identify(pid)
-    return None
-
-
-def _is_ours(state: State, pid: int) -> bool:
-    """True where a slurmd of this sandbox started a process: by our mark, or by what Slurm gives to tasks of a job.
+def _is_of_job(state: State, process: psutil.Process) -> bool:
+    """Return true if a slurmd of this sandbox started a process: by our mark, or by the variables of a task of a job.
 
     A shell under salloc has SLURM_CONF and SLURM_JOB_ID too, but is on no node. slurmstepd writes its title over its
     environment, and is known by its log.
     """
-    if processes.name(pid) == "slurmstepd" and any(
-        state.directory in path.parents for path in processes.open_files(pid)
-    ):
-        return True
-    there = processes.environment(pid)
-    in_job = there.get("SLURM_CONF") == str(state.slurm_conf) and "SLURMD_NODENAME" in there
-    return there.get(node.MARK) == str(state.directory) or in_job
+    with contextlib.suppress(psutil.Error):
+        if process.name() == "slurmstepd":
+            return any(state.directory in Path(file.path).parents for file in process.open_files())
+        variables = process.environ()
+        in_job = variables.get("SLURM_CONF") == str(state.slurm_conf) and "SLURMD_NODENAME" in variables
+        return in_job or variables.get(MARK) == str(state.directory)
+    return False
 
 
-# A sandbox as a whole: up, down, and what it looks like. The Python interface for tests.
+def log_tails(state: State) -> str:
+    """Return the end of every daemon's output, after the daemon's name, for an error message."""
+    files = sorted((state.directory / "log").glob("*.out"))
+    return "".join(f"{file.name}: {file.read_text(errors='replace')[-500:]}\n" for file in files)
 
 
 @dataclass(frozen=True)
 class SlurmState:
-    """State of a node as Slurm tells it: its short word, with a * where it is silent, and why it is out of service."""
+    """State of a node by Slurm: its short word, with a * if the node is silent, and why it is out of service."""
 
     word: str = "unknown"
     reason: str = ""
@@ -95,23 +196,21 @@ class SlurmState:
 
     @property
     def is_drained(self) -> bool:
-        """True where it gets no more jobs until somebody resumes it."""
+        """True if it gets no more jobs until an operator resumes it."""
         return self.word.startswith(("drain", "drng"))
 
     @property
     def is_in_service(self) -> bool:
-        """True where it answers and may have jobs."""
-        out = self.is_drained or self.word.startswith(("down", "fail", "inval", "unk"))
-        return not out and not self.word.endswith("*")
+        """True if it answers and may have jobs."""
+        return not self.word.startswith(("drain", "drng", "down", "fail", "inval", "unk")) and self.word[-1] != "*"
 
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """One node as it is: ``slurm`` as Slurm has it, the rest as the machine shows it."""
+    """State of a node: ``slurm`` is Slurm's view, the rest this machine's."""
 
     name: str
-    address: str
-    port: int
+    at: Endpoint
     power: bool
     link: bool
     frozen: bool
@@ -123,13 +222,14 @@ class NodeStatus:
         return self.power and self.link and not self.frozen and self.slurm.is_in_service
 
 
-SAVE_S = 120.0
-"""Time that slurmctld has to save its state where it is asked to end: on a busy machine it takes more than seconds, and
-one that is killed meanwhile may have forgotten its latest jobs."""
-
-
 class Cluster:
-    """A sandbox in a directory; started with up(), or found again where another process started it."""
+    """A sandbox in a directory; started by up(), or found again if another process started it.
+
+    with Cluster(Path("/tmp/mine")) as cluster:
+        cluster.up(Settings(nodes=2))
+        cluster.slurm("srun", "--nodes=2", "hostname")
+        power_cut(cluster, "n2")  # of slurm.sandbox.faults
+    """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = Path(os.path.realpath(directory or default_directory()))
@@ -137,108 +237,112 @@ class Cluster:
     def __enter__(self) -> Cluster:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.down()
 
     @property
     def env(self) -> dict[str, str]:
-        """Variables to add to an environment so that sbatch, squeue, srun and the like speak to this sandbox."""
+        """Variables with which sbatch, squeue, srun and the like use this sandbox."""
         return {"SLURM_CONF": str(self.directory / "etc" / "slurm.conf")}
 
     @property
     def option(self) -> str:
-        """Arguments of a command of the sandbox so that it means this one: `` --dir DIR``, nothing for the default."""
+        """Option of a command for this sandbox: `` --dir DIR``, nothing for the default."""
         return "" if self.directory == Cluster().directory else f" --dir {self.directory}"
 
     @property
     def nodes(self) -> list[str]:
-        """The names of the nodes, in order; ConfigError where the sandbox is not up."""
-        return list(records.require(self.directory).nodes)
+        """Names of the nodes, in order; ConfigError if the sandbox is not up."""
+        return list(require(self.directory).nodes)
 
     def slurm(self, *args: str, timeout_s: float = 30.0) -> str:
-        """Run a Slurm command against this sandbox, as a user would, and return what it printed; SandboxError."""
+        """Run a Slurm command on this sandbox, as a user would, and return its output; SandboxError if it fails."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
         return run(args, timeout_s=timeout_s, env={**clean, **self.env})
 
     def up(self, settings: Settings | None = None, *, timeout_s: float = 60.0) -> State:
         """Start the sandbox and wait until every node is idle.
 
-        Clears the remains of one that crashed here. Raises ConfigError for what cannot work or is up already, and
-        SandboxError, with the end of the daemons' logs and nothing left behind, where the start fails.
+        Removes the remains of one that crashed here.
+
+        Raises:
+            ConfigError: the settings cannot work, or a sandbox is up here already.
+            SandboxError: the start fails; with the end of the daemons' logs, and with nothing left behind.
         """
         settings = settings or Settings()
         check(settings, self.directory)
-        packages.require(packages.EVERYWHERE | (packages.WITH_ACCOUNTING if settings.accounting else {}))
-        with records.locked(self.directory, create=True):
+        require_packages(EVERYWHERE | (WITH_ACCOUNTING if settings.accounting else {}))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with locked(self.directory):
             self._clear_remains()
-            state = self._new_state(settings)
+            state = State(self.directory, settings, "asked for with --no-namespaces")
+            if settings.namespaces:
+                require_packages(WITH_NAMESPACES)
+                state.why_one_host = why_no_namespaces(state.bridge)
             try:
                 self._start(state, timeout_s)
             except BaseException as error:
-                told = log_tails(state)
-                clear(state)
                 if isinstance(error, SandboxError):
-                    raise SandboxError(f"{error}\n{told}".strip()) from error
+                    error.args = (f"{error}\n{log_tails(state)}",)
+                clear(state)
                 raise
         return state
 
     def _clear_remains(self) -> None:
-        old = records.load(self.directory)
+        old = load(self.directory)
         if old is None:
             if any(self.directory.iterdir()):
                 raise ConfigError(
                     found=f"{self.directory} holds files that are no sandbox's",
-                    expected="a directory that is empty, or not there yet",
+                    expected="a directory that is empty, or does not exist yet",
                     fix=f"--dir {self.directory / 'slurm-sandbox'}",
                 )
             return
-        if old.started and old.processes["slurmctld"].alive():
+        if old.started and old.find("slurmctld"):
+            down = f"python -m slurm.sandbox down{self.option}"
             raise ConfigError(
                 found=f"a sandbox is up in {self.directory} already, with {len(old.nodes)} nodes",
                 expected="to use that one, or another directory for a second",
-                fix=f"export SLURM_CONF={old.slurm_conf}, which uses it; or python -m slurm.sandbox down{self.option}, "
-                "and up again",
+                fix=f"export SLURM_CONF={old.slurm_conf}, which uses it; or {down}, and up again",
             )
         clear(old)
-        self.directory.mkdir(parents=True, exist_ok=True)
-
-    def _new_state(self, settings: Settings) -> State:
-        why = "asked for with --no-namespaces"
-        if settings.namespaces:
-            packages.require(packages.WITH_NAMESPACES)
-            why = packages.why_no_namespaces(f"ssb{directory_tag(self.directory)}") or ""
-        return State(self.directory, settings, "one-host" if why else "namespaces", why)
+        self.directory.mkdir(parents=True)
 
     def _start(self, state: State, timeout_s: float) -> None:
+        settings = state.settings
         state.save()
-        (network.build if state.mode == "namespaces" else network.build_on_one_host)(state)
-        accounting.place(state)
-        _write_files(state)
+        nodes.place(state)
+        if settings.join:
+            state.accounting = accounting_to_join(settings)
+        elif settings.accounting:
+            state.accounting = Endpoint(state.controller.address, nodes.free_port("0.0.0.0"))
+        write_files(state)
         state.save()
-        if not state.settings.join:
-            _start_munged(state)
-        accounting.start(state)
-        accounting.enter(state, self.slurm)
-        _start_controller(state)
-        for name in state.nodes:
-            node.switch_on(state, name)
-        self._wait_started(state, timeout_s)
+        if not settings.join:
+            start_munged(state)
+        if settings.accounting:
+            start_accounting(state)
+        name, shown = settings.cluster_name, ("sacctmgr", "--noheader", "--parsable2", "show", "clusters")
+        if state.accounting and name not in self.slurm(*shown, "format=cluster").split():
+            # slurmdbd has to know the cluster before the controller registers its address.
+            self.slurm("sacctmgr", "--immediate", "add", "cluster", name)
+        start_controller(state)
+        for node in state.nodes:
+            nodes.switch_on(state, node)
+
+        def is_up() -> bool:
+            if ended := [daemon for daemon in state.processes if not state.find(daemon)]:
+                raise SandboxError(f"{', '.join(ended)} ended instead of running on")
+            if not self._all_idle():
+                return False
+            return not state.accounting or self.slurm(*shown, name, "format=controlport").strip() not in ("", "0")
+
+        wait_until(is_up, timeout_s=timeout_s, what=self._nodes_in_words)
         state.started = True
         state.save()
 
-    def _wait_started(self, state: State, timeout_s: float) -> None:
-        def all_idle() -> bool:
-            ended = [name for name, process in state.processes.items() if not process.alive()]
-            if ended:
-                raise SandboxError(f"{', '.join(ended)} ended instead of running on")
-            return self._all_idle(set(state.nodes)) and accounting.is_known(state, self.slurm)
-
-        wait_until(all_idle, timeout_s=timeout_s, what=self._nodes_in_words)
-
-    def _all_idle(self, names: set[str]) -> bool:
-        return {name for name, said in self.slurm_states().items() if said.word == "idle"} == names
+    def _all_idle(self) -> bool:
+        return {name for name, known in self.slurm_states().items() if known.word == "idle"} == {*self.nodes}
 
     def _nodes_in_words(self) -> str:
         states = self.slurm_states()
@@ -248,12 +352,11 @@ class Cluster:
         return f"{len(self.nodes)} idle nodes; Slurm says {said or 'nothing'}{fix}"
 
     def wait_idle(self, *, timeout_s: float = 60.0) -> None:
-        """Wait until every node is idle and answers; SandboxError with what Slurm says where that does not come."""
-        names = set(self.nodes)
-        wait_until(lambda: self._all_idle(names), timeout_s=timeout_s, what=self._nodes_in_words)
+        """Wait until every node is idle and answers; SandboxError with Slurm's view if that does not come."""
+        wait_until(self._all_idle, timeout_s=timeout_s, what=self._nodes_in_words)
 
     def slurm_states(self) -> dict[str, SlurmState]:
-        """Return the state of each node; empty where no controller answers."""
+        """Return the state of each node; empty if no controller answers."""
         try:
             lines = self.slurm("sinfo", "--Node", "--noheader", "--format=%N %t %E").splitlines()
         except SandboxError:
@@ -262,84 +365,37 @@ class Cluster:
         return {name: SlurmState(word, "" if reason == "none" else reason) for name, word, reason in rows}
 
     def status(self) -> list[NodeStatus]:
-        """Every node as it is; ConfigError where the sandbox is not up."""
-        state = records.require(self.directory)
-        said = self.slurm_states()
-        one_host = state.mode == "one-host"
+        """Return the state of every node; ConfigError if the sandbox is not up."""
+        state, known = require(self.directory), self.slurm_states()
         return [
             NodeStatus(
                 name=name,
-                address=at.address,
-                port=at.port,
-                power=node.is_on(state, name),
-                link=one_host or network.link_is_up(state, name),
-                frozen=not one_host and node.is_frozen(state, name),
-                slurm=said.get(name, SlurmState()),
+                at=at,
+                power=state.find(name) is not None,
+                link=bool(state.why_one_host) or nodes.link_is_up(state, name),
+                frozen=nodes.is_frozen(state, name),
+                slurm=known.get(name, SlurmState()),
             )
             for name, at in state.nodes.items()
         ]
 
+    def down(self) -> bool:
+        """End everything that the sandbox started and remove its directory; False if there was nothing."""
+        if not self.directory.is_dir():
+            return False
+        with locked(self.directory):
+            state = load(self.directory)
+            if state is not None:
+                clear(state)
+            return state is not None
+
     def stop_controller(self) -> None:
-        """End slurmctld, as an upgrade does: nodes and jobs go on, and nobody answers. Nothing where it is off."""
-        with records.locked(self.directory):
-            processes.end(records.require(self.directory).processes["slurmctld"], grace_s=SAVE_S)
+        """End slurmctld, as an upgrade does: nodes and jobs run on, and no command is answered."""
+        with opened(self.directory) as state:
+            end(state.find("slurmctld"), grace_s=SAVE_S)
 
     def start_controller(self) -> None:
-        """Start slurmctld again, from its saved state; nothing where it runs."""
-        with records.locked(self.directory):
-            state = records.require(self.directory)
-            if not state.processes["slurmctld"].alive():
-                _start_controller(state)
-
-    def down(self) -> bool:
-        """End everything the sandbox started and remove its directory; whether there was anything to end."""
-        with records.locked(self.directory) as there:
-            state = records.load(self.directory) if there else None
-            if state is None:
-                return False
-            clear(state)
-            return True
-
-
-def _write_files(state: State) -> None:
-    """Lay out the sandbox's directory: configuration, key, device files, and room for the daemons."""
-    for name in ("etc", "munge", "log", "run", "controller", "spool", "gpu"):
-        (state.directory / name).mkdir(mode=0o755)
-    etc = state.slurm_conf.parent
-    (etc / "slurm.conf").write_text(configuration.slurm_conf(state))
-    (etc / "gres.conf").write_text(configuration.gres_conf(state))
-    (etc / "hosts").write_text(configuration.hosts(state))
-    epilog = configuration.epilog_file(state)
-    epilog.write_text(configuration.EPILOG)
-    epilog.chmod(0o755)
-    key = state.directory / "munge" / "key"
-    key.touch(mode=0o600)
-    key.write_bytes(os.urandom(1024))
-    for path in configuration.gpu_files(state):
-        # slurmd wants a device file, which only root may make, but a link to one is as good.
-        path.symlink_to("/dev/null")
-
-
-def _start_munged(state: State) -> None:
-    place = state.munge_socket.parent
-    # --force, because the directory of a sandbox may be one that others can write to, as /tmp is.
-    command = ["munged", "--foreground", "--force", f"--socket={state.munge_socket}", f"--key-file={place}/key"]
-    command += [f"--log-file={state.directory}/log/munged.log", f"--pid-file={state.directory}/run/munged.pid"]
-    command += [f"--seed-file={place}/seed"]
-    processes.start(command, log=state.log("munged"), env=node.environment(state), record=partial(state.own, "munged"))
-    wait_until(lambda: _answers(state.munge_socket), timeout_s=20.0, what="munged to answer")
-
-
-def _start_controller(state: State) -> None:
-    command, inside = ["slurmctld", "-D"], []
-    if state.mode == "namespaces":
-        inside = ["unshare", "--uts", "--mount"]
-        script = 'hostname ctl && mount --bind "$1" /etc/hosts && exec slurmctld -D'
-        command = ["sh", "-c", script, "sh", str(state.slurm_conf.with_name("hosts"))]
-    env, log, record = node.environment(state), state.log("slurmctld"), partial(state.own, "slurmctld")
-    processes.start(command, log=log, env=env, record=record, inside=inside)
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
+        """Start slurmctld again, from its saved state; nothing if it runs."""
+        with opened(self.directory) as state:
+            if not state.find("slurmctld"):
+                start_controller(state)

@@ -1,46 +1,194 @@
-"""Settings of a sandbox, and its record: addresses, nodes and processes."""
+"""Settings and record of a sandbox, and the programs and processes of this machine that a sandbox consists of."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
+
+import msgspec
+import psutil
 
 from launch.errors import ConfigError
-from slurm.sandbox.processes import Process
-
-# Settings of a sandbox, checked before anything is started.
 
 
-MAX_NODES = 200
+class SandboxError(RuntimeError):
+    """A program or daemon of this machine failed; the message ends with its output."""
+
+
+def search_path() -> str:
+    """Return the user's PATH with the directories of system programs, which Debian leaves out of an ordinary PATH."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+
+
+def run(
+    command: Sequence[str], *, timeout_s: float = 30.0, env: Mapping[str, str] | None = None, stdin: str | None = None
+) -> str:
+    """Run a program to its end and return its output.
+
+    Args:
+        command: the program and its arguments.
+        timeout_s: longest time that the program may take.
+        env: its whole environment; by default this process's, with the directories of system programs.
+        stdin: its input.
+
+    Raises:
+        SandboxError: the program is missing, takes too long, or ends with another status than 0.
+    """
+    env = dict(os.environ, PATH=search_path()) if env is None else dict(env)
+    try:
+        done = subprocess.run(
+            [*command], capture_output=True, text=True, timeout=timeout_s, env=env, input=stdin, check=True
+        )
+    except subprocess.CalledProcessError as error:
+        output = (error.stderr or error.stdout).strip() or "no output"
+        raise SandboxError(f"`{' '.join(command)}` ended with status {error.returncode}: {output}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SandboxError(str(error)) from error
+    return done.stdout
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str | Callable[[], str]) -> None:
+    """Poll until the condition holds; after ``timeout_s``, SandboxError with ``what``: a text, or a function for it."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SandboxError(f"waited {timeout_s:g} s in vain for {what if isinstance(what, str) else what()}")
+        time.sleep(0.02)
+
+
+# What the machine has to have, checked before anything is started: Debian package -> programs.
+EVERYWHERE = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "slurm-client": "sbatch srun sinfo squeue scontrol scancel",
+    "munge": "munged",
+    "util-linux": "setsid",
+}
+WITH_NAMESPACES = {"util-linux": "unshare nsenter", "mount": "mount", "hostname": "hostname", "iproute2": "ip tc"}
+WITH_LOSS = {"nftables": "nft"}
+WITH_ACCOUNTING = {
+    "slurmdbd": "slurmdbd",
+    "mariadb-server-core": "mariadbd mariadb-install-db",
+    "mariadb-client-core": "my_print_defaults",
+    "slurm-client": "sacctmgr",
+}
+
+
+def missing(needs: Mapping[str, str]) -> list[str]:
+    """Return the Debian packages whose programs are not all on this machine, in order."""
+    path = search_path()
+    return sorted(
+        package for package, programs in needs.items() if not all(shutil.which(p, path=path) for p in programs.split())
+    )
+
+
+def require_packages(needs: Mapping[str, str]) -> None:
+    """Raise ConfigError, with the command that installs them, if packages are missing."""
+    if packages := missing(needs):
+        raise ConfigError(
+            found=f"this machine lacks Debian's {', '.join(packages)}",
+            expected="Slurm, MUNGE and the programs that build the nodes",
+            fix=f"apt-get install --no-install-recommends {' '.join(packages)}",
+        )
+
+
+def why_no_namespaces(probe_interface: str) -> str:
+    """Return the kernel's reason for which nodes cannot be hosts of their own here; empty if they can.
+
+    Tries both rights that are needed: new namespaces with mounts in them, and a bridge (``probe_interface``, removed
+    again) in the network namespace of this process.
+    """
+    mounts = "mount -t tmpfs tmpfs /dev/shm && mount -t sysfs sysfs /sys && ip link set lo up"
+    unshare = "unshare --net --uts --mount --ipc --pid --fork --mount-proc sh -c"
+    try:
+        run([*unshare.split(), mounts])
+        run(["ip", "link", "add", probe_interface, "type", "bridge"])
+        run(["ip", "link", "del", probe_interface])
+    except SandboxError as error:
+        return str(error)
+    return ""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process as recorded: its number, and its start in Unix time, which tells it from a later one of that number."""
+
+    pid: int
+    started: float
+
+    def find(self) -> psutil.Process | None:
+        """Return the process while it runs; None once it has ended, reaped or not."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = psutil.Process(self.pid)
+            # The kernel has whole seconds for the start of this machine, from which the time of a start is counted.
+            if abs(found.create_time() - self.started) < 2.0 and found.status() != psutil.STATUS_ZOMBIE:
+                return found
+        return None
+
+
+def end(process: psutil.Process | None, *, grace_s: float = 0.0) -> None:
+    """End a process with SIGTERM, and with SIGKILL after ``grace_s``; at once with SIGKILL if that is 0.
+
+    Raises:
+        SandboxError: the process does not end.
+    """
+    if process is None:
+        return
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if grace_s:
+            process.terminate()
+            psutil.wait_procs([process], timeout=grace_s)
+        process.kill()
+        if psutil.wait_procs([process], timeout=20.0)[1]:
+            raise SandboxError(f"process {process.pid} has not ended 20 s after SIGKILL")
+
+
+# The program runs only after its number was recorded: a caller that dies in between closes the pipe, and `read` fails.
+# The shell prints its number as the mount of /proc that it sees has it, and exec keeps number and start time. It prints
+# the number last, with the log open: a caller may read the log at once.
+WAIT_FOR_GO = """
+read -r pid _ < /proc/self/stat
+exec 3>&1 >> "$1" 2>&1; shift
+echo "$pid" >&3; exec 3>&-
+read -r go && [ "$go" = go ] && exec "$@" < /dev/null
+"""
+
 # A Unix socket's path holds 107 bytes, and slurmd puts `spool/n200_4294967295.4294967295` behind the directory.
 MAX_DIRECTORY_LENGTH = 70
+RECORD = "sandbox.json"
+MARK = "SLURM_SANDBOX"
+"""Variable of all daemons, and so of the jobs that they start: the directory of their sandbox."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """The shape of a sandbox.
 
+        Settings(nodes=2, gpus_per_node=0, slurm_conf=("KillWait=20",))
+
     Attributes:
         nodes: number of nodes, called n1, n2, ...
-        cpus_per_node: CPUs that Slurm hands out on each node, whatever the machine has.
-        gpus_per_node: fake GPUs (files that swallow everything) on each node.
-        memory_gib_per_node: memory that Slurm checks --mem against, whatever the machine has.
+        cpus_per_node: CPUs that Slurm gives to jobs on each node, whatever the machine has.
+        gpus_per_node: fake GPUs (links to /dev/null) on each node.
+        memory_gib_per_node: memory in GiB that Slurm checks --mem against, whatever the machine has.
         partitions: one text each, ``NAME`` or ``NAME:KEY=VALUE,...`` in the words of slurm.conf; the first is the
-            default, and each is preferred to those before it.
+            default, and each preempts those before it.
         slurm_conf: ``KEY=VALUE`` lines that replace or add to those of slurm.conf.
-        namespaces: whether nodes are hosts of their own where the machine allows it.
-        accounting: whether there is a slurmdbd, with a database of its own: sacct, and clusters that know each other.
-        cluster_name: what Slurm calls the cluster.
-        join: the directory of a sandbox with accounting, whose slurmdbd and MUNGE key this one uses as well, so that
-            commands reach either from the other (``sbatch --clusters``, ``squeue -M``); empty for none.
+        namespaces: true if nodes are hosts of their own where the machine allows it.
+        accounting: true for a slurmdbd with a database of its own: sacct, and clusters that know each other.
+        cluster_name: Slurm's name of the cluster.
+        join: directory of a sandbox with accounting, whose slurmdbd and MUNGE key this sandbox uses, so that commands
+            reach both clusters (``sbatch --clusters``, ``squeue -M``); empty for none.
     """
 
     nodes: int = 4
@@ -54,81 +202,46 @@ class Settings:
     cluster_name: str = "sandbox"
     join: str = ""
 
-    def node_names(self) -> list[str]:
-        """The names of all nodes, in order."""
-        return [f"n{index}" for index in range(1, self.nodes + 1)]
+
+def check(settings: Settings, directory: Path) -> None:
+    """Raise ConfigError for numbers and names that cannot work."""
+    for option, low, high in (
+        ("nodes", 1, 200),
+        ("cpus_per_node", 1, 4096),
+        ("gpus_per_node", 0, 64),
+        ("memory_gib_per_node", 1, 65536),
+    ):
+        value, flag = getattr(settings, option), f"--{option.replace('_', '-')}"
+        if not low <= value <= high:
+            raise ConfigError(f"{flag} {value}", f"{low} to {high}", f"{flag} {min(max(value, low), high)}")
+    # The cluster's name becomes that of tables in the database, which has lower case only.
+    name, option = r"[A-Za-z][\w-]*", r"\w+=[^\s,=]+"
+    texts = [
+        ("--set", r"[A-Za-z]+=[^\n]+", settings.slurm_conf, "KillWait=5"),
+        ("--partitions", rf"{name}(:{option}(,{option})*)?", settings.partitions or ("",), "low:GraceTime=10 high"),
+        ("--cluster-name", r"[a-z][a-z0-9_]{0,39}", (settings.cluster_name,), "beta"),
+    ]
+    for flag, pattern, values, example in texts:
+        for value in values:
+            if not re.fullmatch(pattern, value):
+                raise ConfigError(f"{flag} {value!r}", f"text such as in {flag} {example}", f"{flag} {example}")
+    names = [text.partition(":")[0] for text in settings.partitions]
+    if len({*names}) < len(names):
+        raise ConfigError(f"--partitions {' '.join(names)}", "each name once", "--partitions low high")
+    if settings.join and settings.accounting:
+        found = f"--accounting and --join {settings.join}"
+        raise ConfigError(
+            found, "one of them: a sandbox that joins uses the other's slurmdbd", f"--join {settings.join}"
+        )
+    length = len(os.fsencode(directory))
+    if length > MAX_DIRECTORY_LENGTH:
+        expected = f"at most {MAX_DIRECTORY_LENGTH} bytes, because it holds Unix sockets"
+        raise ConfigError(f"--dir {directory} ({length} bytes)", expected, "--dir /tmp/slurm-sandbox")
 
 
 def default_directory() -> Path:
-    """Default folder of a sandbox: in $XDG_STATE_HOME, by default ~/.local/state."""
-    state_home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(state_home) / "slurm-sandbox"
-
-
-def directory_tag(directory: Path) -> str:
-    """Eight letters that belong to this directory alone, for the names of its network interfaces."""
-    return hashlib.sha256(str(directory).encode()).hexdigest()[:8]
-
-
-def check(settings: Settings, directory: Path) -> None:
-    """Refuse numbers and names that cannot work; ConfigError."""
-    limits = {
-        "--nodes": (settings.nodes, 1, MAX_NODES),
-        "--cpus-per-node": (settings.cpus_per_node, 1, 4096),
-        "--gpus-per-node": (settings.gpus_per_node, 0, 64),
-        "--memory-gib-per-node": (settings.memory_gib_per_node, 1, 65536),
-    }
-    for option, (value, low, high) in limits.items():
-        if not low <= value <= high:
-            nearest = min(max(value, low), high)
-            raise ConfigError(f"{option} {value}", f"a number from {low} to {high}", f"{option} {nearest}")
-    _check_partitions(settings.partitions)
-    _check_accounting(settings)
-    for line in settings.slurm_conf:
-        if not re.fullmatch(r"[A-Za-z]+=[^\n]+", line):
-            raise ConfigError(f"--set {line!r}", "a line of slurm.conf, KEY=VALUE", "--set KillWait=5")
-    if len(os.fsencode(directory)) > MAX_DIRECTORY_LENGTH:
-        raise ConfigError(
-            found=f"--dir {directory} ({len(os.fsencode(directory))} bytes)",
-            expected=f"at most {MAX_DIRECTORY_LENGTH} bytes, because Unix sockets lie in it",
-            fix="--dir /tmp/slurm-sandbox",
-        )
-
-
-def _check_accounting(settings: Settings) -> None:
-    # It becomes the name of tables in the database, which knows lower case only.
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", settings.cluster_name):
-        raise ConfigError(
-            f"--cluster-name {settings.cluster_name!r}",
-            "lower-case letters, digits and underscores, 40 at most",
-            "--cluster-name beta",
-        )
-    if settings.join and settings.accounting:
-        raise ConfigError(
-            f"--accounting and --join {settings.join}",
-            "one of them: a sandbox that joins another uses that one's slurmdbd",
-            f"--join {settings.join}",
-        )
-
-
-def _check_partitions(partitions: tuple[str, ...]) -> None:
-    example = "--partitions low:GraceTime=10 high:MaxTime=60"
-    if not partitions:
-        raise ConfigError("no partition", "at least one", example)
-    for text in partitions:
-        if not re.fullmatch(r"[A-Za-z][\w-]*(:\w+=[^\s,=]+(,\w+=[^\s,=]+)*)?", text):
-            raise ConfigError(f"--partitions {text!r}", "NAME or NAME:KEY=VALUE,KEY=VALUE", example)
-    names = [text.partition(":")[0] for text in partitions]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"--partitions {' '.join(names)}", "each name once", example)
-
-
-# The record of one sandbox, kept in its directory: what was requested, where it listens, and which processes it
-# owns.
-
-
-Mode = Literal["namespaces", "one-host"]
-RECORD = "sandbox.json"
+    """Return the default folder of a sandbox: in $XDG_STATE_HOME, by default ~/.local/state."""
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "slurm-sandbox"
 
 
 @dataclass(frozen=True)
@@ -141,16 +254,21 @@ class Endpoint:
 
 @dataclass
 class State:
-    """A sandbox as recorded; ``processes`` has its daemons (munged, slurmctld, ...) and one for each node that is on.
+    """A sandbox as recorded in its directory.
 
-    ``accounting`` is where its slurmdbd listens, or that of the sandbox it has joined; None if there is none.
-    ``why_one_host`` holds the reason for the mode one-host, empty in the mode namespaces; ``started`` is set once every
-    node was idle.
+    Attributes:
+        directory: all its files are in there.
+        settings: its shape.
+        why_one_host: reason for which the nodes share this host; empty if each is a host of its own.
+        controller: address of slurmctld.
+        nodes: address of each node's slurmd.
+        processes: its daemons (munged, slurmctld, ...), and one process for each node that has power.
+        started: true once every node was idle.
+        accounting: address of slurmdbd, its own or that of the sandbox that it has joined; None without accounting.
     """
 
     directory: Path
     settings: Settings
-    mode: Mode
     why_one_host: str = ""
     controller: Endpoint = Endpoint("", 0)
     nodes: dict[str, Endpoint] = field(default_factory=dict)
@@ -160,99 +278,126 @@ class State:
 
     @property
     def bridge(self) -> str:
-        """The name of the sandbox's bridge, which belongs to this directory alone."""
-        return f"ssb{directory_tag(self.directory)}"
+        """Name of the sandbox's bridge, which begins the names of all its cables; no other directory has it."""
+        return f"ssb{hashlib.sha256(str(self.directory).encode()).hexdigest()[:8]}"
 
     @property
     def slurm_conf(self) -> Path:
-        """The configuration file of every daemon and client."""
+        """Configuration file of every daemon and client."""
         return self.directory / "etc" / "slurm.conf"
 
     @property
     def munge_socket(self) -> Path:
-        """Socket of this sandbox's munged; that of the sandbox it has joined, whose key must be its own."""
-        return (Path(self.settings.join) if self.settings.join else self.directory) / "munge" / "socket"
+        """Socket of munged: this sandbox's own, or that of the sandbox that it has joined, as both need one key."""
+        return Path(self.settings.join or self.directory) / "munge" / "socket"
 
     def log(self, daemon: str) -> Path:
-        """File of the output of a daemon: munged, slurmctld, slurmdbd, mariadbd, or a node's name."""
+        """File with the output of a daemon or a node."""
         return self.directory / "log" / f"{daemon}.out"
 
     def save(self) -> None:
         """Write the record, whole or not at all."""
-        record = asdict(self)
-        del record["directory"]
         temporary = self.directory / f".{RECORD}.new"
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(self, enc_hook=str), indent=1))
         temporary.replace(self.directory / RECORD)
 
-    def own(self, name: str, process: Process) -> None:
-        """Record a process of this sandbox under its name."""
-        self.processes[name] = process
-        self.save()
+    def find(self, name: str) -> psutil.Process | None:
+        """Return the process of a daemon or a node while it runs; None if it does not."""
+        process = self.processes.get(name)
+        return process.find() if process else None
 
-    def disown(self, name: str) -> None:
-        """Forget a process that has ended."""
+    def forget(self, name: str) -> None:
+        """Remove a process that has ended from the record."""
         self.processes.pop(name, None)
         self.save()
 
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        inside: str = "",
+        before: Callable[[int], None] = lambda pid: None,
+        **variables: str,
+    ) -> None:
+        """Start a program in a session of its own, not as a child of this one, and record it; its output goes to a log.
+
+        Args:
+            name: of the daemon or node, in the record and for the log.
+            command: the program and its arguments.
+            inside: a prefix such as ``unshare --net``.
+            before: called with the process's number in those namespaces; the program never runs if this raises.
+            variables: of its environment. It gets nothing of the caller's, so a sandbox may be started inside a job.
+
+        Raises:
+            SandboxError: the program does not start, or its log cannot be written.
+        """
+        kept = {name: os.environ[name] for name in ("HOME", "LANG", "LC_ALL", "TZ") if name in os.environ}
+        env = {
+            **kept,
+            "PATH": search_path(),
+            "SLURM_CONF": str(self.slurm_conf),
+            MARK: str(self.directory),
+            **variables,
+        }
+        shell = ["setsid", "--fork", *inside.split(), "sh", "-c", WAIT_FOR_GO, "sh", str(self.log(name)), *command]
+        pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        with subprocess.Popen(shell, env=env, text=True, cwd="/", **pipes) as launcher:
+            assert launcher.stdin and launcher.stdout and launcher.stderr
+            line = launcher.stdout.readline().strip()
+            if not line.isdigit():
+                raise SandboxError(f"`{' '.join(command)}` did not start: {line}{launcher.stderr.read()}".strip())
+            self.processes[name] = Process(int(line), psutil.Process(int(line)).create_time())
+            self.save()
+            before(int(line))
+            launcher.stdin.write("go\n")
+
+    def wait_ready(self, name: str, is_ready: Callable[[], bool]) -> None:
+        """Wait until a daemon is ready; SandboxError if it ends."""
+
+        def is_there() -> bool:
+            found = self.find(name)
+            if is_ready():
+                return True
+            if found is None:
+                raise SandboxError(f"{name} ended instead of running on: {self.log(name).read_text()}")
+            return False
+
+        wait_until(is_there, timeout_s=120.0, what=f"{name} to answer")
+
 
 def load(directory: Path) -> State | None:
-    """The sandbox recorded in a directory; None if there is none."""
+    """Return the sandbox recorded in a directory; None if there is none."""
     try:
-        record = json.loads((directory / RECORD).read_text())
+        record = (directory / RECORD).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    settings = record["settings"] | {name: tuple(record["settings"][name]) for name in ("partitions", "slurm_conf")}
-    return State(
-        directory=directory,
-        settings=Settings(**settings),
-        mode=record["mode"],
-        why_one_host=record["why_one_host"],
-        controller=Endpoint(**record["controller"]),
-        accounting=Endpoint(**record["accounting"]) if record.get("accounting") else None,
-        nodes={name: Endpoint(**value) for name, value in record["nodes"].items()},
-        processes={name: Process(**value) for name, value in record["processes"].items()},
-        started=record["started"],
-    )
+    return msgspec.json.decode(record, type=State, dec_hook=lambda kind, text: kind(text))
 
 
 def require(directory: Path) -> State:
-    """The sandbox recorded in a directory; ConfigError if there is none."""
+    """Return the sandbox recorded in a directory; ConfigError if there is none."""
     state = load(directory)
     if state is None:
-        raise ConfigError(
-            found=f"no sandbox in {directory}",
-            expected="one that was started",
-            fix=f"python -m slurm.sandbox up --dir {directory}",
-        )
+        fix = f"python -m slurm.sandbox up --dir {directory}"
+        raise ConfigError(f"no sandbox in {directory}", "one that was started", fix)
     return state
 
 
 @contextlib.contextmanager
-def locked(directory: Path, *, create: bool = False) -> Iterator[bool]:
-    """Hold a sandbox's directory for one command at a time; False, and no lock, where it does not exist."""
-    while True:
-        if create:
-            directory.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            yield False
-            return
-        except NotADirectoryError as error:
-            raise ConfigError(f"{directory} is a file", "a directory", "--dir /tmp/slurm-sandbox") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            # `down` of another process may have removed the directory while this one waited for the lock.
-            if _is_still(directory, handle):
-                yield True
-                return
-        finally:
-            os.close(handle)
-
-
-def _is_still(directory: Path, handle: int) -> bool:
+def locked(directory: Path) -> Iterator[None]:
+    """Let one command at a time work on a sandbox's directory, which must exist."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        return os.path.samestat(directory.stat(), os.fstat(handle))
-    except FileNotFoundError:
-        return False
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def opened(directory: Path) -> Iterator[State]:
+    """Yield the sandbox recorded in a directory and keep other commands from it; ConfigError if there is none."""
+    require(directory)
+    with locked(directory):
+        yield require(directory)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.sandbox import processes as packages
+from slurm.sandbox import state as packages
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import heal
 from slurm.sandbox.state import Settings

@@ -19,10 +19,9 @@ from launch.slurm import facts
 from launch.slurm.facts import Level
 from launch.slurm.limits import lasting_reason
 from slurm.sandbox import faults
-from slurm.sandbox import processes as packages
+from slurm.sandbox import state as packages
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.processes import SandboxError
-from slurm.sandbox.state import Settings, require
+from slurm.sandbox.state import SandboxError, Settings, require
 from tests.support.commands import run, wait_for
 
 pytestmark = pytest.mark.slurm

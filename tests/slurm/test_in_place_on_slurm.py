@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.report.goodput import measure_goodput
@@ -17,7 +19,6 @@ from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEATS
 from launch.runs.records import read_records
 from launch.slurm.jobs import agent_logs, job_of
-from slurm.sandbox import processes
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import cut_link
 from tests.support.commands import ON_SLURM, run, start_fork, wait_for
@@ -31,10 +32,11 @@ HEARTBEAT_TIMEOUT_S = 8
 def ranks_in(folder: RunFolder) -> dict[int, int]:
     """Process ids of the ranks that work on a run folder, on whatever node of the sandbox, by rank."""
     found = {}
-    for pid in processes.all_pids():
-        variables = processes.environment(pid)
-        if variables.get("LAUNCH_RUN_DIR") == str(folder.path) and "RANK" in variables:
-            found[int(variables["RANK"])] = pid
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            variables = process.environ()
+            if variables.get("LAUNCH_RUN_DIR") == str(folder.path) and "RANK" in variables:
+                found[int(variables["RANK"])] = process.pid
     return found
 
 
@@ -62,7 +64,7 @@ def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox
     wait_for(lambda: count("saved") == 2, "a checkpoint of the second attempt")
     saved_at = time.monotonic()
     pid = ranks_in(folder)[1]
-    beats = Path(processes.environment(pid)[HEARTBEATS]) / "1"
+    beats = Path(psutil.Process(pid).environ()[HEARTBEATS]) / "1"
     wait_for(lambda: (last := heartbeat.read(beats)) is not None and last.ran_at > saved_at, "a heartbeat after it")
     os.kill(pid, signal.SIGSTOP)
     wait_for(lambda: goes_on(3), "the comeback from a frozen rank")

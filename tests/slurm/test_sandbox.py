@@ -1,27 +1,46 @@
-"""The sandbox as a user meets it: nodes that are hosts, Slurm's commands, partitions that preempt each other."""
+"""The sandbox as a user meets it: nodes that are hosts, partitions that preempt each other, and nothing left behind."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.errors import ConfigError
-from slurm.sandbox import configuration, faults, processes
+from slurm.sandbox import cluster as clusters
+from slurm.sandbox import faults
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.processes import SandboxError, wait_until
-from slurm.sandbox.state import MAX_DIRECTORY_LENGTH, Endpoint, Settings, State, check
+from slurm.sandbox.state import (
+    MAX_DIRECTORY_LENGTH,
+    Endpoint,
+    Process,
+    SandboxError,
+    Settings,
+    State,
+    check,
+    end,
+    load,
+    require,
+    run,
+    wait_until,
+)
+from tests.support.commands import ROOT
 
-REPOSITORY = Path(__file__).parents[2]
+SMALL = Settings(nodes=2, gpus_per_node=0)
 
 
 def command_line(*args: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run ``python -m slurm.sandbox`` as a user would."""
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)} | ({"PATH": path} if path is not None else {})
+    env = {**os.environ, "PYTHONPATH": str(ROOT)} | ({"PATH": path} if path is not None else {})
     command = [sys.executable, "-m", "slurm.sandbox", *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd="/", check=False)
 
@@ -39,7 +58,7 @@ def test_nodes_have_names_addresses_and_shared_memory_of_their_own(sandbox: Clus
     script = "echo $(hostname) $(hostname -I) $(ls /sys/class/net) $(getent hosts n3 | cut -d' ' -f1); "
     script += "touch /dev/shm/$(hostname); echo shm $(ls /dev/shm)"
     lines = sandbox.slurm("srun", "--nodes=2", "--nodelist=n1,n2", "sh", "-c", script).splitlines()
-    address = {entry.name: entry.address for entry in sandbox.status()}
+    address = {entry.name: entry.at.address for entry in sandbox.status()}
     own = [f"{name} {address[name]} eth0 lo {address['n3']}" for name in ("n1", "n2")]
     assert sorted(lines) == sorted([*own, "shm n1", "shm n2"])
     assert not Path("/dev/shm/n1").exists()
@@ -71,7 +90,8 @@ def test_a_batch_job_finds_the_cluster_without_the_users_environment(sandbox: Cl
 
 def test_what_a_job_leaves_behind_ends_with_it(sandbox: Cluster, tmp_path: Path) -> None:
     def left() -> list[int]:
-        return [pid for pid in processes.all_pids() if processes.environment(pid).get("LEFT_BY") == str(tmp_path)]
+        found = psutil.process_iter(["environ"])
+        return [process.pid for process in found if (process.info["environ"] or {}).get("LEFT_BY") == str(tmp_path)]
 
     there = tmp_path / "there"
     orphan = f"setsid sh -c 'touch {there}; exec sleep 300' & while [ ! -e {there} ]; do sleep 0.1; done"
@@ -171,10 +191,181 @@ def test_the_users_lines_replace_those_of_the_sandbox() -> None:
     asked = Settings(
         nodes=1, partitions=("short:maxtime=5,Default=NO", "long"), slurm_conf=("killwait=30", "Epilog=/x")
     )
-    state = State(Path("/s"), asked, "namespaces", "", Endpoint("10.0.0.1", 7), {"n1": Endpoint("10.0.0.2", 8)})
-    lines = configuration.slurm_conf(state).splitlines()
-    assert [line for line in lines if line.lower().startswith("killwait")] == ["KillWait=30"]
-    assert "Epilog=/x" in lines
-    short, long = (dict(word.split("=") for word in line.split()) for line in lines if line.startswith("Partition"))
-    assert (short["MaxTime"], short["Default"], short["PreemptMode"]) == ("5", "NO", "REQUEUE")
-    assert int(long["PriorityTier"]) > int(short["PriorityTier"]) and long["PreemptMode"] == "OFF"
+    state = State(Path("/s"), asked, "", Endpoint("10.0.0.1", 7), {"n1": Endpoint("10.0.0.2", 8)})
+    lines = clusters.filled("slurm.conf", state).splitlines()
+    assert [line for line in lines if line.lower().startswith("killwait")] == ["killwait=30"]
+    assert [line for line in lines if line.startswith("Epilog")] == ["Epilog=/x"]
+    words = [line.split() for line in lines if line.startswith("Partition")]
+    short, long = ({key.lower(): value for key, _, value in (word.partition("=") for word in line)} for line in words)
+    assert (short["maxtime"], short["default"], short["preemptmode"]) == ("5", "NO", "REQUEUE")
+    assert int(long["prioritytier"]) > int(short["prioritytier"]) and long["preemptmode"] == "OFF"
+
+
+@pytest.fixture
+def place(namespaces: None) -> Iterator[Cluster]:
+    """A sandbox of its own, not up yet."""
+    with Cluster(Path(tempfile.mkdtemp(prefix="sandbox-"))) as cluster:
+        yield cluster
+    if cluster.directory.exists():
+        cluster.directory.rmdir()
+
+
+def network_namespaces() -> set[str]:
+    """The network namespaces of all living processes."""
+    found = set()
+    for pid in psutil.pids():
+        with suppress(OSError):
+            found.add(str(Path(f"/proc/{pid}/ns/net").readlink()))
+    return found
+
+
+def interfaces(cluster: Cluster) -> list[str]:
+    """This machine's interfaces that carry the name of a sandbox's directory."""
+    links = json.loads(run(["ip", "-json", "link", "show"]))
+    tag = State(cluster.directory, SMALL).bridge.removeprefix("ssb")
+    return [link["ifname"] for link in links if tag in link["ifname"]]
+
+
+def processes_of(cluster: Cluster) -> list[int]:
+    """All living processes with a sandbox's directory in their environment or among their files, jobs included."""
+    found = psutil.process_iter(["environ", "open_files"])
+    return [process.pid for process in found if str(cluster.directory) in str(process.info)]
+
+
+def assert_nothing_left(cluster: Cluster, namespaces_used: set[str]) -> None:
+    assert not cluster.directory.exists()
+    assert interfaces(cluster) == []
+    assert processes_of(cluster) == []
+    assert not namespaces_used & network_namespaces()
+    assert str(cluster.directory) not in Path("/proc/self/mountinfo").read_text()
+
+
+def namespaces_of(cluster: Cluster) -> set[str]:
+    """The network namespaces of a sandbox's nodes."""
+    owners = [owner for name, owner in require(cluster.directory).processes.items() if name in cluster.nodes]
+    return {str(Path(f"/proc/{owner.pid}/ns/net").readlink()) for owner in owners}
+
+
+def test_down_leaves_nothing_and_two_sandboxes_share_nothing(sandbox: Cluster, place: Cluster) -> None:
+    place.up(SMALL)
+    used = namespaces_of(place)
+    assert len(used) == 2 and used <= network_namespaces()
+    bridge = require(place.directory).bridge
+    assert sorted(interfaces(place)) == [bridge, f"{bridge}n1", f"{bridge}n2"]
+    addresses = {entry.at.address for cluster in (sandbox, place) for entry in cluster.status()}
+    assert len(addresses) == 6
+    here = place.slurm("srun", "--nodes=2", "hostname", "-I").split()
+    there = sandbox.slurm("srun", "--nodes=2", "hostname", "-I").split()
+    assert len({*here, *there}) == 4
+    place.slurm("sbatch", "--output=/dev/null", "--nodes=2", "--wrap", "srun sleep 300 & setsid sleep 300")
+    wait_until(lambda: "R" in place.slurm("squeue", "--noheader", "--format=%t"), timeout_s=30, what="the job to run")
+    faults.freeze(place, "n2")
+    assert place.down()
+    assert_nothing_left(place, used)
+    assert not place.down()
+    sandbox.wait_idle()
+
+
+def kill_all(cluster: Cluster) -> None:
+    """Crash a sandbox: every process gone at once, nobody to clean up."""
+    victims = processes_of(cluster)
+    assert len(victims) > 4
+    for pid in victims:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not processes_of(cluster), timeout_s=20, what="the killed processes to be gone")
+
+
+def test_up_clears_the_remains_of_a_sandbox_that_was_killed(place: Cluster) -> None:
+    place.up(SMALL)
+    kill_all(place)
+    assert len(interfaces(place)) > 0 and place.directory.exists()
+    place.up(SMALL)
+    assert len(place.slurm("srun", "--nodes=2", "hostname").split()) == 2
+
+
+def test_up_clears_nodes_whose_controller_died(place: Cluster) -> None:
+    place.up(SMALL)
+    old = require(place.directory).processes
+    end(old["slurmctld"].find())
+    assert not old["slurmctld"].find() and old["n1"].find()
+    place.up(SMALL)
+    assert not any(process.find() for process in old.values())
+    place.wait_idle()
+
+
+def test_up_clears_what_an_up_that_was_killed_had_built(place: Cluster) -> None:
+    command = [sys.executable, "-m", "slurm.sandbox", "up", "--nodes=2", f"--dir={place.directory}"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as half_way:
+
+        def has_a_node() -> bool:
+            state = load(place.directory)
+            return state is not None and "n1" in state.processes
+
+        wait_until(has_a_node, timeout_s=30, what="the first node to be recorded")
+        half_way.kill()
+    old = require(place.directory)
+    assert not old.started and old.find("slurmctld")
+    place.up(SMALL)
+    assert not any(map(old.find, old.processes))
+    assert len(place.slurm("srun", "--nodes=2", "hostname").split()) == 2
+
+
+def test_up_refuses_a_directory_that_is_in_use(sandbox: Cluster) -> None:
+    with pytest.raises(ConfigError, match="a sandbox is up in"):
+        sandbox.up()
+    sandbox.wait_idle()
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as name:  # short, as sockets would lie in it
+        folder = Path(name)
+        (folder / "thesis.txt").write_text("three years")
+        with pytest.raises(ConfigError, match="files that are no sandbox's"):
+            Cluster(folder).up()
+        assert not Cluster(folder).down()
+        assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_start_that_fails_says_why_and_leaves_nothing(place: Cluster) -> None:
+    # slurmd reads the same file, and on a busy machine has ended as well when somebody looks.
+    with pytest.raises(SandboxError, match=r"slurmctld(, n1)? ended(.|\n)*NoSuchKey"):
+        place.up(Settings(nodes=1, slurm_conf=("NoSuchKey=1",)))
+    assert_nothing_left(place, set())
+
+
+def test_nodes_on_one_host_run_jobs_and_refuse_what_they_cannot_show(slurm_installed: None) -> None:
+    with Cluster(Path(tempfile.mkdtemp(prefix="sandbox-"))) as cluster:
+        state = cluster.up(Settings(nodes=2, namespaces=False))
+        assert "--no-namespaces" in state.why_one_host
+        show = ["sh", "-c", "echo $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES"]
+        names = cluster.slurm("srun", "--nodes=2", "--gpus-per-node=2", *show).splitlines()
+        assert sorted(names) == ["n1 0,1", "n2 0,1"]
+        with pytest.raises(ConfigError, match="hosts of their own"):
+            faults.power_cut(cluster, "n1")
+        cluster.slurm("scontrol", "update", "NodeName=n1", "State=DRAIN", "Reason=to be resumed")
+        faults.heal(cluster, "n1")
+        cluster.wait_idle()
+        cluster.slurm("sbatch", "--output=/dev/null", "--nodes=2", "--wrap", "setsid sleep 300 & srun sleep 300")
+        wait_until(lambda: "R" in cluster.slurm("squeue", "-h", "-o", "%t"), timeout_s=30, what="the job to run")
+    assert_nothing_left(cluster, set())
+
+
+def test_the_log_of_a_program_is_there_once_it_is_started(tmp_path: Path) -> None:
+    state, found = State(tmp_path, Settings()), list[bool]()
+
+    def before(pid: int) -> None:
+        found.append(state.log("daemon").exists())
+
+    with pytest.raises(SandboxError, match=r"did not start: .*log/daemon"):
+        state.start("daemon", ["true"], before=before)
+    assert found == [], "a program that cannot write its log does not run"
+    (tmp_path / "log").mkdir()
+    state.start("daemon", ["true"], before=before)
+    assert found == [True] and load(tmp_path) == state
+    wait_until(lambda: state.find("daemon") is None, timeout_s=20, what="its end")
+
+
+def test_a_number_that_was_used_again_is_another_process() -> None:
+    started = psutil.Process().create_time()
+    assert Process(os.getpid(), started).find() == psutil.Process()
+    assert Process(os.getpid(), started - 60).find() is None
+    state = State(Path("/s"), Settings(), processes={"n1": Process(os.getpid(), started - 60)})
+    end(state.find("n1"))

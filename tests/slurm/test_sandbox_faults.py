@@ -8,15 +8,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.errors import ConfigError
-from slurm.sandbox import faults, processes
-from slurm.sandbox import processes as packages
+from slurm.sandbox import faults
 from slurm.sandbox.__main__ import main
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.processes import SandboxError, wait_until
-from slurm.sandbox.state import require
+from slurm.sandbox.state import WITH_LOSS, SandboxError, missing, require, wait_until
 
 # Waits for one connection, then says how many bytes arrived in how many seconds.
 RECEIVE = """
@@ -142,10 +141,10 @@ def test_a_node_without_power_and_one_without_a_link_are_called_down(sandbox: Cl
     start_ticking(sandbox, "n3", dead)
     job = start_ticking(sandbox, "n2", alone)
     owner = require(sandbox.directory).processes["n3"]
-    inside = processes.children(owner.pid)
+    inside = psutil.Process(owner.pid).children()
     faults.power_cut(sandbox, "n3")
     faults.cut_link(sandbox, "n2")
-    assert not owner.alive() and not any(processes.state_letter(pid) in list("RSDT") for pid in inside)
+    assert not owner.find() and inside and not any(process.is_running() for process in inside)
     assert not ticks(dead)
     assert status(sandbox, "n3") == (False, False, False)
     assert status(sandbox, "n2") == (True, False, False)
@@ -218,7 +217,7 @@ def test_bandwidth_is_what_was_asked_for(sandbox: Cluster) -> None:
 
 
 def test_packets_are_lost_as_often_as_was_asked_for(sandbox: Cluster) -> None:
-    packages.missing(packages.WITH_LOSS) and pytest.skip("needs apt-get install nftables")
+    missing(WITH_LOSS) and pytest.skip("needs apt-get install nftables")
     assert int(transfer(sandbox, COUNT, SCATTER, 2000)) == 2000
     faults.link(sandbox, "n1", loss_percent=30)
     # Five standard deviations of a binomial with n=2000 and p=0.7 are 102.

@@ -75,7 +75,7 @@ SECONDS = {
     "slurm/test_lost_nodes_on_slurm.py": 121,
     "slurm/test_placement_on_slurm.py": 40,
     "slurm/test_requeue_on_slurm.py": 193,
-    "slurm/test_sandbox.py": 13,
+    "slurm/test_sandbox.py": 30,
     "slurm/test_sandbox_faults.py": 33,
     "slurm/test_scripts_on_slurm.py": 79,
     "slurm/test_topologies_on_slurm.py": 48,

@@ -1,0 +1,367 @@
+"""The nodes of a sandbox: their addresses, cables and power; limits on a cable; frozen processes.
+
+A bridge joins the controller and, by one cable (a veth pair) each, all nodes. A node is a process with namespaces of
+its own around a slurmd; where nodes share one host, a node is a slurmd on a port of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import random
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from filelock import FileLock
+
+from launch.errors import ConfigError
+from slurm.sandbox.state import (
+    WITH_LOSS,
+    Endpoint,
+    SandboxError,
+    State,
+    end,
+    require_packages,
+    run,
+    search_path,
+    wait_until,
+)
+
+RANGE = ipaddress.IPv4Network("10.64.0.0/10")
+"""Private addresses; 10.0 to 10.63 are left to real clusters, which often use them."""
+FIRST_NODE = 10
+INIT = Path(__file__).with_name("node_init.sh")
+
+
+def ip(words: str) -> str:
+    """Run ``ip`` with these words and return its output."""
+    return run(["ip", *words.split()])
+
+
+def free_port(address: str) -> int:
+    """Return a port on which nothing listens, below those that the kernel takes for connections."""
+    for port in random.SystemRandom().sample(range(10000, 30000), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((address, port))
+            return port
+    raise SandboxError(f"found no free port at {address} in 1000 attempts")
+
+
+def _free_network() -> ipaddress.IPv4Network:
+    routes = json.loads(ip("-json -4 route show table all"))
+    taken = [ipaddress.IPv4Network(route["dst"], strict=False) for route in routes if route["dst"] != "default"]
+    candidates = [*RANGE.subnets(new_prefix=24)]
+    random.SystemRandom().shuffle(candidates)
+    for network in candidates:
+        if not any(network.overlaps(other) for other in taken):
+            return network
+    raise SandboxError(f"no free network in {RANGE}: this machine has routes to all of it")
+
+
+def place(state: State) -> None:
+    """Give the controller and all nodes an address on a bridge of their own, or a port of this host."""
+    names = [f"n{index}" for index in range(1, state.settings.nodes + 1)]
+    if state.why_one_host:
+        first, *others = {free_port("127.0.0.1") for _ in range(2 * len(names) + 2)}  # a few may be the same
+        state.controller = Endpoint("127.0.0.1", first)
+        state.nodes = {name: Endpoint("127.0.0.1", port) for name, port in zip(names, others, strict=False)}
+        return
+    # One sandbox at a time chooses its network.
+    with FileLock("/run/lock/slurm-sandbox", timeout=60.0):
+        network = _free_network()
+        # Left to itself, a bridge changes its hardware address when a cable goes, and the nodes lose the controller.
+        ip(f"link add {state.bridge} address {_mac(str(network[1]))} type bridge")
+        ip(f"address add {network[1]}/24 dev {state.bridge}")
+        ip(f"link set {state.bridge} up")
+    # A controller that has joined another sandbox listens at every address.
+    port = free_port("0.0.0.0" if state.settings.join else str(network[1]))
+    state.controller = Endpoint(str(network[1]), port)
+    state.nodes = {name: Endpoint(str(network[FIRST_NODE + index]), port) for index, name in enumerate(names)}
+
+
+def _mac(address: str) -> str:
+    """Return a hardware address made of an IP address: other nodes remember it, and a node that comes back keeps it."""
+    return ":".join(f"{byte:02x}" for byte in (2, 0, *ipaddress.IPv4Address(address).packed))
+
+
+def remove_network(state: State) -> None:
+    """Remove the bridge and all cables."""
+    for name in state.nodes:
+        delete(cable(state, name))
+        delete(delay_ends(state, name)[1])
+    delete(state.bridge)
+
+
+def delete(interface: str) -> None:
+    """Delete an interface, which may vanish by itself meanwhile, as the namespace of its far end ends."""
+
+    def is_gone() -> bool:
+        if not _exists(interface):
+            return True
+        with contextlib.suppress(SandboxError):
+            ip(f"link del {interface}")
+        return False
+
+    wait_until(is_gone, timeout_s=20.0, what=f"the interface {interface} to be gone")
+
+
+def _exists(interface: str) -> bool:
+    return Path("/sys/class/net", interface).exists()
+
+
+def cable(state: State, name: str) -> str:
+    """Return the interface at the host's end of a node's cable."""
+    return f"{state.bridge}{name}"
+
+
+def delay_ends(state: State, name: str) -> tuple[str, str]:
+    """Return the interfaces between a node's cable and the bridge if a program delays frames, the bridge's last.
+
+    Names of interfaces have at most 15 letters, as many as a cable's may have.
+    """
+    rest = cable(state, name).removeprefix("ssb")
+    return f"ssp{rest}", f"ssd{rest}"
+
+
+def set_link(state: State, name: str, *, up: bool) -> None:
+    """Connect or cut a node's cable at the bridge; the node loses its carrier."""
+    ip(f"link set {cable(state, name)} {'up' if up else 'down'}")
+
+
+def link_is_up(state: State, name: str) -> bool:
+    """Return true if a node's cable exists and is connected."""
+    with contextlib.suppress(OSError):
+        return bool(int(Path("/sys/class/net", cable(state, name), "flags").read_text(), 16) & 1)
+    return False
+
+
+def switch_on(state: State, name: str) -> None:
+    """Start a node and record it; slurmd registers with the controller by itself."""
+    (state.directory / "spool" / name).mkdir(parents=True, exist_ok=True)
+    if state.why_one_host:
+        state.start(name, ["slurmd", "-D", "-N", name])
+        return
+    here, address = cable(state, name), state.nodes[name].address
+
+    def plug_in(pid: int) -> None:
+        delete(here)
+        ip(f"link add {here} type veth peer name eth0 address {_mac(address)} netns {pid}")
+        ip(f"link set {here} master {state.bridge} up")
+
+    inner = ["unshare", "--pid", "--fork", "--kill-child", "sh", str(INIT), str(state.directory), name, f"{address}/24"]
+    state.start(name, inner, inside="unshare --net --uts --mount --ipc", before=plug_in)
+
+
+def process_one(state: State, name: str) -> psutil.Process | None:
+    """Return process 1 of a node with namespaces of its own; None if the node has no power."""
+    owner = None if state.why_one_host else state.find(name)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return next(iter(owner.children()), None) if owner else None
+    return None
+
+
+def switch_off(state: State, name: str) -> None:
+    """Kill a node and everything on it at once."""
+    # The kernel ends process 1 only after every process of its namespace has ended. slurmd that is still registering
+    # ignores SIGTERM.
+    for process in (process_one(state, name), state.find(name)):
+        end(process)
+    _remove_delay(state, name)
+    state.forget(name)
+
+
+def set_frozen(state: State, name: str, *, frozen: bool) -> None:
+    """Stop or continue every process of a node; its network still answers, as that of a hung machine does."""
+    first = process_one(state, name)
+    assert first is not None
+    # The kernel signals all processes of the namespace in one go, but for process 1, and none can fork meanwhile.
+    number = "STOP" if frozen else "CONT"
+    run(["nsenter", f"--pid=/proc/{first.pid}/ns/pid", "sh", "-c", f"kill -s {number} -- -1 || true"])
+    first.suspend() if frozen else first.resume()
+
+
+def is_frozen(state: State, name: str) -> bool:
+    """Return true if process 1 of a node is stopped."""
+    first = process_one(state, name)
+    return first is not None and first.status() == psutil.STATUS_STOPPED
+
+
+def announce(state: State, name: str) -> None:
+    """Have a node's slurmd register again; by itself, the controller polls a lost node only after a minute or so."""
+    first = process_one(state, name)
+    for child in first.children() if first else []:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name() == "slurmd":
+                child.send_signal(signal.SIGHUP)
+
+
+# Limits on a cable: bandwidth (tbf), packets lost (nftables), delay (a program, as not every kernel has netem).
+
+EMPTY_TABLE = "table netdev sandbox {}\ndelete table netdev sandbox\n"
+RESOLUTION = 100_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a cable, each direction alike; None is unlimited."""
+
+    bandwidth_mbit: float | None = None
+    loss_percent: float | None = None
+    latency_ms: float | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError for values out of range, and if what loses packets is not installed."""
+        for option, value, low, high, example in (
+            ("--bandwidth-mbit", self.bandwidth_mbit, 0.1, 100_000, 100),
+            ("--loss-percent", self.loss_percent, 0, 100, 1),
+            ("--latency-ms", self.latency_ms, 0, 10_000, 1),
+        ):
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"{option} {value:g}", f"{low:g} to {high:g}", f"{option} {example}")
+        if self.loss_percent:
+            require_packages(WITH_LOSS)
+
+    def __str__(self) -> str:
+        values = ((self.bandwidth_mbit, "Mbit/s"), (self.loss_percent, "% lost"), (self.latency_ms, "ms of delay"))
+        return ", ".join(f"{value:g} {unit}" for value, unit in values if value is not None) or "no limits"
+
+
+def limit(state: State, name: str, limits: Limits) -> None:
+    """Give a node's cable these limits in place of its former limits."""
+    limits.check()
+    _free(state, name)
+    if limits.latency_ms:
+        _insert_delay(state, name, limits.latency_ms)
+    if limits.bandwidth_mbit is not None:
+        # A bucket smaller than a burst between two timer ticks (4 ms at 250 Hz) would never reach the rate.
+        burst = max(65536, int(limits.bandwidth_mbit * 1e6 / 8 * 0.004))
+        rate = f"rate {int(limits.bandwidth_mbit * 1000)}kbit burst {burst}b latency 100ms"
+        for inside, device in _ends(state, name):
+            _tc(inside, f"qdisc add dev {device} root handle 10: tbf {rate}")
+    if limits.loss_percent:
+        share = round(limits.loss_percent / 100 * RESOLUTION)
+        drop = f"numgen random mod {RESOLUTION} < {share} drop"
+        hooks = ("ingress", "egress")
+        chains = [f'chain {hook} {{ type filter hook {hook} device "eth0" priority 0; {drop}; }}\n' for hook in hooks]
+        _nft(state, name, f"{EMPTY_TABLE}table netdev sandbox {{\n{''.join(chains)}}}\n")
+
+
+def _inside(state: State, name: str) -> list[str]:
+    return ["nsenter", f"--net=/proc/{state.processes[name].pid}/ns/net"]
+
+
+def _ends(state: State, name: str) -> Iterator[tuple[list[str], str]]:
+    """Yield the two ends of a cable: the command that leads into the end's namespace, and the interface."""
+    yield [], cable(state, name)
+    yield _inside(state, name), "eth0"
+
+
+def _tc(inside: list[str], words: str) -> str:
+    return run([*inside, "tc", *words.split()])
+
+
+def _nft(state: State, name: str, rules: str) -> None:
+    run([*_inside(state, name), "nft", "-f", "-"], stdin=rules)
+
+
+def _free(state: State, name: str) -> None:
+    _remove_delay(state, name)
+    for inside, device in _ends(state, name):
+        queues = json.loads(_tc(inside, f"-json qdisc show dev {device} root"))
+        if any(queue["kind"] == "tbf" for queue in queues):
+            _tc(inside, f"qdisc del dev {device} root")
+    if shutil.which("nft", path=search_path()):
+        _nft(state, name, EMPTY_TABLE)
+
+
+def _insert_delay(state: State, name: str, latency_ms: float) -> None:
+    """Put the program that delays frames between a node's cable and the bridge."""
+    here, (ours, bridged), log = cable(state, name), delay_ends(state, name), state.log(f"delay-{name}")
+    ip(f"link add {bridged} type veth peer name {ours}")
+    for interface in (here, ours):
+        # They carry frames for others: the host, whose address is on the bridge, must not answer for it here.
+        Path(f"/proc/sys/net/ipv4/conf/{interface}/arp_ignore").write_text("8")
+    ip(f"link set {ours} up")
+    ip(f"link set {bridged} master {state.bridge} up")
+    ip(f"link set {here} nomaster")
+    log.unlink(missing_ok=True)
+    command = [sys.executable, "-P", "-m", "slurm.sandbox.nodes", here, ours, f"{latency_ms:g}"]
+    state.start(f"delay-{name}", command, PYTHONPATH=str(INIT.parents[2]))
+    state.wait_ready(f"delay-{name}", lambda: "ready" in log.read_text())
+
+
+def _remove_delay(state: State, name: str) -> None:
+    if f"delay-{name}" not in state.processes:
+        return
+    end(state.find(f"delay-{name}"))
+    delete(delay_ends(state, name)[1])
+    if _exists(cable(state, name)):
+        ip(f"link set {cable(state, name)} master {state.bridge}")
+    state.forget(f"delay-{name}")
+
+
+# The program that delays frames. Frames come and go with the header of virtio (packet(7), PACKET_VNET_HDR), so that the
+# kernel leaves to the next interface what it leaves to network cards: checksums and the cutting of large segments.
+
+SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING, ETH_P_ALL = 263, 15, 23, 3
+LARGEST_FRAME = 10 + 65535 + 64
+"""Bytes: the header of virtio, a segment that is still to be cut, and room for the header of Ethernet and tags."""
+Queue = deque[tuple[float, bytes]]
+"""Frames on their way, each with the time at which it is due."""
+
+
+def _listen(interface: str) -> socket.socket:
+    """Return a socket that receives every frame that arrives at an interface, and sends frames as they are."""
+    frames = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
+    frames.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+    frames.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+    frames.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 2**20)
+    frames.bind((interface, ETH_P_ALL))
+    frames.setblocking(False)
+    return frames
+
+
+def _receive(frames: socket.socket, queue: Queue, delay_s: float) -> None:
+    with contextlib.suppress(OSError):  # nothing is left, or the interface went down
+        while True:
+            queue.append((time.monotonic() + delay_s, frames.recv(LARGEST_FRAME)))
+
+
+def _send_due(queue: Queue, frames: socket.socket) -> None:
+    while queue and queue[0][0] <= time.monotonic():
+        try:
+            frames.send(queue[0][1])
+        except BlockingIOError:
+            return  # the interface's queue is full: a little later
+        except OSError:
+            pass  # an interface that is down loses the frame, as a cable does
+        queue.popleft()
+
+
+def carry(interfaces: list[str], delay_s: float) -> None:
+    """Carry Ethernet frames between two interfaces, each ``delay_s`` after it came, until an interface is gone."""
+    ends, queues = [_listen(interface) for interface in interfaces], (Queue(), Queue())
+    print("ready", flush=True)
+    while all(map(_exists, interfaces)):
+        due = [queue[0][0] for queue in queues if queue]
+        # At least once a second, to see whether both interfaces still exist; a full queue gets a pause.
+        pause_s = max(0.0001, min(due) - time.monotonic()) if due else 1.0
+        readable, _, _ = select.select(ends, [], [], min(1.0, pause_s))
+        for near, far, queue in zip(ends, reversed(ends), queues, strict=True):
+            if near in readable:
+                _receive(near, queue, delay_s)
+            _send_due(queue, far)
+
+
+if __name__ == "__main__":
+    carry(sys.argv[1:3], float(sys.argv[3]) / 1000)
