@@ -37,9 +37,9 @@ from launch.config.compose import (
     typed_form,
 )
 from launch.errors import ConfigError, refusing
+from launch.runs.compose import CONFIG_ERRORS, refuse_file_of_config
 from launch.runs.files import deny_others_writing
-from launch.runs.overrides import point_name
-from launch.runs.refusals import CONFIG_ERRORS, explain, override_of_flag
+from launch.runs.overrides import override_of_flag, point_name
 from launch.sweep import SweepFailedError, fail
 from launch.workload import load_workload
 
@@ -168,8 +168,10 @@ def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
     flags, typed = split_flags(argv)
     config_dir = next((require_folder(a, b) for a, b in pairwise(flags) if a in CONFIG_DIR), None)
     flags, typed = without_sweep(flags, typed, config_dir)
-    typed = prepare_overrides(typed, config_dir)
-    schema = register([*typed, *workload_to_complete(flags)], config_dir)
+    line = workload_to_complete(flags)
+    if not set(flags) & set(COMPLETION):  # whose overrides are the shell's
+        typed = prepare_overrides(typed, config_dir)
+    schema = register([*typed, *line], config_dir)
     excluded = not_in_point(load_workload(target_of(typed, config_dir)))
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("point_name", lambda overrides: point_name(overrides, excluded), replace=True)
@@ -197,7 +199,7 @@ def main() -> int:
         sys.argv[1:], schema = prepare(sys.argv[1:])
         run_point()
     except CONFIG_ERRORS as error:
-        print(as_typed(str(explain(error, schema, sys.argv[1:]))), file=sys.stderr)
+        print(as_typed(str(refuse_file_of_config(error, schema))), file=sys.stderr)
         return 2
     except SweepFailedError as error:
         return fail(error)

@@ -33,7 +33,7 @@ from launch.plan.preflight import is_recorded, record_found, record_submitted
 from launch.plan.text import plan_text
 from launch.runs.files import deny_others_writing
 from launch.runs.folder import RunFolder
-from launch.runs.overrides import append_groups, typed_value, without_key
+from launch.runs.overrides import typed_value, without_key
 from launch.slurm import client as scheduler
 from launch.slurm import facts
 from launch.slurm.jobs import refuse_running
@@ -59,7 +59,7 @@ def job_overrides(overrides: Sequence[str], job: Mapping[str, str]) -> list[str]
         raise ConfigError(
             "no SLURM_JOB_NUM_NODES in the environment", "to run inside a Slurm job", "sbatch slurm/multi_node.sh ..."
         )
-    args = append_groups(overrides)
+    args = list(overrides)
     if "SLURM_RESTART_COUNT" in job:  # the requeued job continues in the folder that its first start made
         args = [arg for arg in without_key(args, "resume_from") if arg.lstrip("+") != "fresh=true"]
     spares = typed_value(args, "spare_nodes") or "0"

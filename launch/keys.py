@@ -86,7 +86,7 @@ def written(value: Any) -> str:
 
 def keys_of(schema: type, defaults: Any, prefix: str = "") -> Iterator[Key]:
     """Yield the keys of a schema with the defaults of a composed config, those of groups after the plain ones."""
-    hints, elements = get_type_hints(schema), dict(list_elements(schema))
+    hints, elements = get_type_hints(schema), list_elements(schema)
     groups: list[tuple[type, str, str]] = []
     for field in dataclasses.fields(schema):
         name, inner = f"{prefix}{field.name}", field.default_factory

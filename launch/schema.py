@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from functools import cache
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from launch.errors import ConfigError
 
@@ -75,37 +75,36 @@ def check_ranges(config: Any, prefix: str = "") -> None:
                 raise ConfigError(f"{name}={value}", expected, f"{name}={fix:g}")
 
 
-def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Yield all dotted keys of a schema, groups included."""
+def schema_keys(schema: type) -> tuple[str, ...]:
+    """Return all dotted keys of a schema, groups included."""
+    return _keys_below(schema, "")
+
+
+@cache
+def _keys_below(schema: type, prefix: str) -> tuple[str, ...]:
+    keys: list[str] = []
     for field in dataclasses.fields(schema):
-        yield prefix + field.name
-        inner = field.default_factory
-        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            yield from schema_keys(inner, f"{prefix}{field.name}.")
+        keys.append(prefix + field.name)
+        if dataclasses.is_dataclass(field.default_factory):
+            keys += _keys_below(cast(type, field.default_factory), f"{prefix}{field.name}.")
+    return tuple(keys)
 
 
-def free_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Yield the keys whose value is a mapping with keys of the user's choice."""
-    for field in dataclasses.fields(schema):
-        inner = field.default_factory
-        if inner is dict:
-            yield prefix + field.name
-        elif isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            yield from free_keys(inner, f"{prefix}{field.name}.")
+@cache
+def free_keys(schema: Any) -> tuple[str, ...]:
+    """Return the keys whose value is a mapping with keys of the user's choice."""
+    return tuple(name for name in schema_keys(schema) if get_origin(field_of(schema, name)[0]) is dict)
 
 
-def list_elements(schema: type, prefix: str = "") -> Iterator[tuple[str, type]]:
-    """Yield the dotted keys whose value is a list of dataclasses, each with that dataclass."""
-    hints = get_type_hints(schema)
-    for field in dataclasses.fields(schema):
-        inner, arguments = field.default_factory, get_args(hints[field.name])
-        element = arguments[0] if inner is list and arguments else None
-        if isinstance(element, type) and dataclasses.is_dataclass(element):
-            yield f"{prefix}{field.name}", element
-        elif isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            yield from list_elements(inner, f"{prefix}{field.name}.")
+@cache
+def list_elements(schema: type) -> dict[str, type]:
+    """Return the keys whose value is a list of dataclasses, each with that dataclass."""
+    kinds = {name: field_of(schema, name)[0] for name in schema_keys(schema)}
+    lists = {name: get_args(kind)[0] for name, kind in kinds.items() if get_origin(kind) is list}
+    return {name: cast(type, element) for name, element in lists.items() if dataclasses.is_dataclass(element)}
 
 
+@cache
 def field_of(schema: type, name: str) -> tuple[Any, Any]:
     """Return the type of a dotted key, without its None, and its default; None twice if the schema has neither."""
     kind: Any = schema

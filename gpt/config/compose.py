@@ -6,24 +6,20 @@ Torch-free.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from gpt.config import ParallelConfig, TrainConfig
 from launch.errors import ConfigError
-from launch.runs.compose import composed_with, make_absolute, refuse_unknown, register_schema
+from launch.runs.compose import compose_typed, make_absolute, register_schema
 from launch.runs.overrides import (
     PLACE_KEYS,
-    append_groups,
-    config_groups,
+    check_overrides,
     typed_value,
 )
-from launch.runs.refusals import CONFIG_ERRORS, explain
 
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
@@ -36,26 +32,14 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: an unknown key or option, or a value of the wrong type.
     """
-    words = append_groups(overrides)
-    try:
-        config = composed_with(words, config_groups().__contains__, _composed)
-    except CONFIG_ERRORS as error:
-        raise explain(error, TrainConfig, overrides) from error
-    refuse_unknown(config, TrainConfig)
-    make_paths_absolute(config)
-    refuse_two_lengths(config.optim.max_tokens, overrides)
-    return config
-
-
-@cache
-def _composed(chosen: tuple[str, ...]) -> DictConfig:
-    """Compose our own files, which stay as they are: what differs between two configs of a process are values."""
     register_schema("train_schema", TrainConfig)
     store = ConfigStore.instance()
     if "train_main.yaml" not in store.repo:
         store.store("train_main", {"defaults": ["train_schema", "train", "_self_"]})
-    with initialize_config_module("configs", version_base="1.3"):
-        return compose("train_main", overrides=list(chosen))
+    config = compose_typed("train_main", TrainConfig, check_overrides(overrides, TrainConfig))
+    make_paths_absolute(config)
+    refuse_two_lengths(config.optim.max_tokens, overrides)
+    return config
 
 
 def refuse_two_lengths(max_tokens: float | None, overrides: Sequence[str]) -> None:

@@ -32,8 +32,7 @@ from launch.runs import compose
 from launch.runs.events import apply_continuation, plan_continuation, refuse_alive
 from launch.runs.folder import RunFolder
 from launch.runs.identity import choose_folder, refuse_other_run
-from launch.runs.overrides import without_key
-from launch.runs.refusals import override_of_flag
+from launch.runs.overrides import override_of_flag, without_key
 
 
 def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> ParallelChoice:

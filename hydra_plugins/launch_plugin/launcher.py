@@ -90,8 +90,8 @@ class PerPointLauncher(Launcher):
         A point of a search that does not finish, or cannot, is a job that failed: what follows is the sweeper's to
         decide, as by Optuna's ``max_failure_rate``. In any other sweep it raises.
         """
-        from launch.config.compose import compose_points
-        from launch.runs.refusals import CONFIG_ERRORS
+        from launch.config.compose import compose_launch
+        from launch.runs.compose import CONFIG_ERRORS
 
         assert self.context is not None and self.config is not None
         setup_globals()
@@ -100,7 +100,7 @@ class PerPointLauncher(Launcher):
         refuse_without_values(self.config, target)
         points = [[str(text) for text in overrides] for overrides in job_overrides]
         try:
-            composed = list(compose_points(self.context.config_loader, self.config, points))
+            composed = [compose_launch(point, primary=self.config.hydra.job.config_name) for point in points]
             return run(list(zip(composed, map(typed_by_hand, points), strict=True)), points, searches)
         except CONFIG_ERRORS as error:
             if not searches:

@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import cast
 
 import yaml
-from hydra import compose as hydra_compose
-from hydra import initialize_config_module
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig
 
 import configs
 from launch.config import NOT_IN_POINT, Config
 from launch.errors import ConfigError, closest
 from launch.runs import compose
-from launch.runs.compose import composed_with
 from launch.runs.folder import RunFolder, damaged
 from launch.runs.identity import RunConfig
-from launch.runs.overrides import (
-    append_groups,
-    config_groups,
-    typed_key,
-    typed_value,
-)
-from launch.runs.refusals import CONFIG_ERRORS, explain
+from launch.runs.overrides import check_overrides, meant, parse, searched_folders, typed_key, typed_value
 from launch.schema import free_keys, schema_keys
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
@@ -57,70 +44,66 @@ def require_folder(flag: str, path: str) -> Path:
 
 
 def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) -> list[str]:
-    """Return the typed overrides as Hydra needs them.
+    """Return typed overrides as Hydra takes them, after a check of each key and value.
 
-    ``workload._target_=X`` alone means the option of the group that adds no other keys. Keys of the user's choice, such
-    as ``script.options.lr``, need no plus. A value that would mean something to Hydra's grammar, such as a regular
-    expression, is quoted where its workload asks for it.
+    ``workload._target_=X`` alone means the option of the group that adds no other keys. A value that would mean
+    something to Hydra's grammar, such as a regular expression, is quoted if its key is in ``Workload.raw_keys``.
+
+    Raises:
+        ConfigError: an unknown key or option, or a value of the wrong type.
     """
-    args = append_groups(overrides)
+    args = list(overrides)
     if typed_value(args, "workload._target_") is not None and typed_value(args, "workload") is None:
         args.append(f"workload={CUSTOM}")
-    workload = load_workload(target_of(args, config_dir))
+    target = target_of(args, config_dir)
+    workload = load_workload(target)
     refuse_script_keys(args, workload)
     refuse_foreign_keys(args, workload)
-    free = tuple(f"{key}." for key in (*free_keys(Config), *free_keys(workload.schema)))
-    prepared = []
-    for arg in args:
-        key, equals, value = arg.partition("=")
-        if equals and key in workload.raw_keys and value[:1] not in ("'", '"') and value != "null":
+    for index, arg in enumerate(args):
+        key, _, value = arg.partition("=")
+        if key in workload.raw_keys and value[:1] not in ("'", '"') and value != "null":
             escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
-            arg = f"{key}='{escaped}'"
-        elif free and (key.startswith(free) or (f"{key}." in free and value.startswith("{"))):
-            arg = f"++{arg}"
-        prepared.append(arg)
-    return prepared
+            args[index] = f"{key}='{escaped}'"
+    folders = [config_dir] if config_dir is not None else searched_folders()
+    return check_overrides(args, schema_of(target), folders)
 
 
 def refuse_script_keys(overrides: Sequence[str], workload: Workload) -> None:
-    """Raise ConfigError if keys of a script are typed without ``workload=script``; proposes keys that it has."""
+    """Raise ConfigError if keys of a script are typed without ``workload=script``."""
     typed = [arg for arg in overrides if typed_key(arg).partition(".")[0] == SCRIPT]
     if not typed or SCRIPT in schema_keys(workload.schema):
         return
-    schema = schema_of(target_of([f"workload={SCRIPT}"]))
-    known, free = list(schema_keys(schema)), tuple(f"{key}." for key in free_keys(schema))
-    meant = []
+    schema: type = schema_of(target_of([f"workload={SCRIPT}"]))
+    known = (*schema_keys(schema), *(f"{key}." for key in free_keys(schema)))
+    fixed = [f"workload={SCRIPT}"]
     for arg in typed:
-        key, equals, value = arg.lstrip("+").partition("=")
-        parts = key.split(".")
-        group = f"{SCRIPT}.{parts[1]}" if len(parts) > 1 else ""
-        if key not in known and not key.startswith(free) and (alike := closest(group, known)):
-            key = ".".join([alike[0], *parts[2:]])
-        meant.append(f"{key}{equals}{value}")
-    raise ConfigError(
-        f"{', '.join(typed)}, of another workload than {workload.name}",
-        "workload=script, which launches a program of your own",
-        shlex.join([f"workload={SCRIPT}", *meant]),
-    )
+        key, _, value = arg.lstrip("+").partition("=")
+        likely = [] if key in known or f"{key.rpartition('.')[0]}." in known else meant(key, value, schema)
+        fixed.append(likely[0] if likely else shlex.quote(arg))
+    expected = "workload=script, which launches a program of your own"
+    raise ConfigError(f"{', '.join(typed)}, of another workload than {workload.name}", expected, " ".join(fixed))
 
 
 def refuse_foreign_keys(overrides: Sequence[str], workload: Workload) -> None:
-    """Raise ConfigError if keys of another workload are typed; proposes them as options of a script."""
-    known = {key for key in schema_keys(schema_of(target_of([]))) if "." not in key} - {*schema_keys(Config)}
-    own = {*schema_keys(workload.schema)}
-    typed = [arg for arg in overrides if "=" in arg and typed_key(arg).partition(".")[0] in known - own]
-    ours = {f"+experiment={path.stem}" for path in (CONFIGS / "experiment").glob("*.yaml")}  # all of the default one
-    presets = [] if workload.name == default_workload() else [arg.lstrip("+") for arg in overrides if arg in ours]
+    """Raise ConfigError if keys or presets of the default workload are typed with another one."""
+    if workload.name == default_workload():
+        return
+    own = {*schema_keys(workload.schema), *schema_keys(Config)}
+    known = {key for key in schema_keys(schema_of(target_of([]))) if "." not in key} - own
+    typed = [arg for arg in overrides if "=" in arg and typed_key(arg).partition(".")[0] in known]
+    presets = [arg for arg in overrides if (CONFIGS / f"{arg.lstrip('+').replace('=', '/')}.yaml").is_file()]
+    presets = [arg for arg in presets if typed_key(arg) == "experiment"]
     if not typed and not presets:
         return
-    fixes = [f"the same without {' '.join([*typed, *presets])}"]
+    fix = f"the same without {' '.join([*typed, *presets])}"
     if SCRIPT in own and not presets:
         named = [(typed_key(arg).rpartition(".")[2], arg.partition("=")[2]) for arg in typed]
-        fixes.insert(0, shlex.join(f"{SCRIPT}.options.{name}={value}" for name, value in named))
+        options = shlex.join(f"{SCRIPT}.options.{name}={value}" for name, value in named)
+        fix = f"{options} in its place, or {fix}"
     raise ConfigError(
         f"{', '.join([*typed, *presets])}, of the workload {default_workload()}, with workload={workload.name}",
         "options of the program's own, or keys that every workload has",
-        " in its place, or ".join(fixes),
+        fix,
     )
 
 
@@ -143,7 +126,7 @@ def target_of(overrides: Sequence[str], config_dir: Path | None = None) -> str:
     if typed is not None:
         return typed.strip("'\"")
     name = typed_value(overrides, "workload") or default_workload()
-    folders = [folder for folder in (CONFIGS, config_dir) if folder is not None]
+    folders = [CONFIGS, *([config_dir] if config_dir is not None else searched_folders())]
     for folder in folders:
         path = folder / "workload" / f"{name}.yaml"
         if path.is_file():
@@ -192,38 +175,24 @@ def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[C
 
 
 def compose_launch(
-    overrides: Sequence[str], config_dir: Path | None = None, *, return_hydra_config: bool = False
+    overrides: Sequence[str], config_dir: Path | None = None, *, with_hydra: bool = False, primary: str = "config"
 ) -> DictConfig:
-    """Compose ``configs/config.yaml`` without a Hydra run, or once more inside one: then its search path holds.
+    """Compose the config of one run, also inside a Hydra run, whose search path then holds.
+
+        config = typed_config(compose_launch(["nodes=2", "model=gpt2_124m"]))
 
     Args:
         overrides: as typed.
-        config_dir: folder of the user's own config files, searched too.
-        return_hydra_config: with the keys of Hydra itself.
+        config_dir: folder of the user's own config files.
+        with_hydra: with the keys of Hydra itself.
+        primary: name of the config file.
 
     Raises:
         ConfigError: an unknown key or option, or a value of the wrong type.
     """
     args = prepare_overrides(overrides, config_dir)
     schema = register(args, config_dir)
-    inside = GlobalHydra.instance().is_initialized()
-    if not inside and config_dir is None and not return_hydra_config:
-        # Our own files do not change: another composition in this process differs in values only.
-        with suppress(*CONFIG_ERRORS):  # to be explained by what follows
-            return composed_with(args, config_groups().__contains__, partial(_composed, target_of(args)))
-    searched = [] if config_dir is None else [f"hydra.searchpath=['file://{config_dir}']"]
-    with nullcontext() if inside else initialize_config_module("configs", version_base="1.3"):
-        try:
-            return hydra_compose("config", [*args, *searched], return_hydra_config)
-        except CONFIG_ERRORS as error:
-            raise explain(error, schema, args) from error
-
-
-@cache
-def _composed(target: str, chosen: tuple[str, ...]) -> DictConfig:
-    """Compose our own files over the schema that is registered, which is that of the workload ``target``."""
-    with initialize_config_module("configs", version_base="1.3"):
-        return hydra_compose("config", list(chosen))
+    return compose.compose_typed(primary, schema, args, config_dir, with_hydra=with_hydra)
 
 
 def typed_config(document: DictConfig) -> Config:
@@ -235,7 +204,6 @@ def typed_config(document: DictConfig) -> Config:
     schema = schema_of(document.workload._target_)
     load_workload(document.workload._target_).make_paths_absolute(document)
     compose.make_absolute([(document.cluster, "network")])
-    compose.refuse_unknown(document, schema)
     return compose.to_schema(document, schema)
 
 
@@ -277,62 +245,23 @@ def not_in_point(workload: Workload) -> tuple[str, ...]:
     return (*NOT_IN_POINT, *workload.not_in_point)
 
 
-# The points of a sweep: split without running it, and composed with shared parts. Private calls of Hydra are here.
-
-
 def sweep_points(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
-    """Split the overrides of a sweep into those of each point, in the order in which Hydra would run them.
+    """Return the overrides of each point of a sweep, in the order in which Hydra runs the points.
 
     Args:
         overrides: as typed.
-        config_dir: folder of the user's own config files, searched too.
+        config_dir: folder of the user's own config files.
 
     Raises:
-        ConfigError: they cannot be parsed, or name no config.
+        ConfigError: an override cannot be read, or names no config.
     """
-    try:
-        parser = OverridesParser.create()
-        parser.parse_overrides(list(overrides))  # refused in the words that were typed
-        prepared = prepare_overrides(overrides, config_dir)
-        typed = parser.parse_overrides(prepared)
-        fixed = [text for text, parsed in zip(prepared, typed, strict=True) if not parsed.is_sweep_override()]
-        composed = compose_launch(fixed, config_dir, return_hydra_config=True)
-        params = composed.hydra.sweeper.get("params") or {}
-        swept = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
-        return [list(point) for batch in BasicSweeper.split_arguments([*swept, *typed], None) for point in batch]
-    except CONFIG_ERRORS as error:
-        raise explain(error, Config, overrides) from error
-
-
-def compose_points(loader: ConfigLoader, command: DictConfig, points: Sequence[Sequence[str]]) -> Iterator[DictConfig]:
-    """Compose the points of a sweep, without Hydra's own keys, each from its overrides.
-
-    Which files a config is made of depends on the choices of groups only. Points that choose alike share that part,
-    which takes most of the time, and differ in values that are set in a copy of it.
-
-    Args:
-        loader: of the running Hydra.
-        command: the config of the whole command.
-        points: overrides of each point.
-    """
-
-    @cache  # to list the files of a group Hydra copies its whole search path, and all points have the same keys
-    def is_group(key: str) -> bool:
-        return bool(loader.get_group_options(key))
-
-    @cache
-    def files_of(chosen: tuple[str, ...]) -> DictConfig:
-        return _without_hydra(loader.load_sweep_config(command, list(chosen)))
-
-    for point in points:
-        composed = composed_with([str(text) for text in point], is_group, files_of)
-        OmegaConf.set_struct(composed, None)
-        OmegaConf.copy_cache(from_config=command, to_config=composed)
-        yield composed
-
-
-def _without_hydra(composed: DictConfig) -> DictConfig:
-    """Take Hydra's own keys out. The rest stays typed by its schema, and needs no merge with it (``to_schema``)."""
-    with flag_override(composed, ["struct", "readonly"], False):
-        del composed["hydra"]
-    return composed
+    prepared = prepare_overrides(overrides, config_dir)
+    typed = [parse(text, Config) for text in prepared]
+    fixed = [text for text, override in zip(prepared, typed, strict=True) if not override.is_sweep_override()]
+    params = compose_launch(fixed, config_dir, with_hydra=True).hydra.sweeper.get("params") or {}
+    choices = []
+    for override in (*(parse(f"{key}={value}", Config) for key, value in params.items()), *typed):
+        is_sweep = override.is_sweep_override()
+        values = [*override.sweep_string_iterator()] if is_sweep else [override.get_value_element_as_str()]
+        choices.append([f"{override.get_key_element()}={value}" for value in values])
+    return [list(point) for point in itertools.product(*choices)]

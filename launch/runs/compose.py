@@ -1,102 +1,162 @@
-"""Conversion between Hydra's documents, typed configs, and the config files of a run folder."""
+"""Composition of a config by Hydra, and the config files of a run folder."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import hydra
 import yaml
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.base import Node
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.errors import ConfigError
 from launch.runs.files import write_atomically
 from launch.runs.folder import RunFolder, damaged, unreadable, writing_into
-from launch.runs.refusals import explain, unknown_key
+from launch.runs.overrides import parse, refuse_value, searched_folders, set_value, structured, unknown_option
 from launch.schema import free_keys, schema_keys
 
 Schema = TypeVar("Schema")
+CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
-def refuse_unknown(config: DictConfig, schema: type) -> None:
-    """Raise ConfigError for a key that ``+key=value`` added and nothing would read."""
-    known = set(schema_keys(schema))
-    free = {f"{key}." for key in free_keys(schema)}
-    for key in dotted_keys(OmegaConf.to_container(config)):
-        if key not in known and not any(key.startswith(prefix) for prefix in free):
-            raise unknown_key(key, schema, f"{key}={plain(OmegaConf.select(config, key))}")
+def register_schema(name: str, schema: type) -> None:
+    """Register the schema of a config with Hydra, by the name that a list of defaults uses."""
+    store = ConfigStore.instance()
+    known = store.repo.get(f"{name}.yaml")
+    if known is None or OmegaConf.get_type(known.node) is not schema:
+        store.store(name, structured(schema))
+
+
+def compose_typed(
+    primary: str, schema: type, overrides: Sequence[str], config_dir: Path | None = None, *, with_hydra: bool = False
+) -> DictConfig:
+    """Compose a file of configs/ with overrides that ``check_overrides`` returned.
+
+    Hydra chooses the files, once for equal choices: the 100 points of a sweep mostly differ in values. The values are
+    set in a copy, which is 10 times faster.
+
+    Args:
+        primary: name of the file; its schema is registered.
+        schema: of the config.
+        overrides: without sweeps.
+        config_dir: folder of the user's own config files.
+        with_hydra: with Hydra's own keys, under ``hydra``.
+
+    Raises:
+        ConfigError: a config file is missing, cannot be read, or has a value of the wrong type.
+    """
+    choices, values = [], []
+    leaves = {*schema_keys(schema)} - {key.rpartition(".")[0] for key in schema_keys(schema)}
+    free = tuple(f"{key}." for key in free_keys(schema))
+    for text in overrides:
+        override = parse(text, schema)
+        if override.is_sweep_override() and not with_hydra:
+            found = f"{text.lstrip('+')}, several values"
+            raise ConfigError(
+                found, "one value; python -m launch -m sweeps over several", f"python -m launch -m {text}"
+            )
+        name = override.key_or_group
+        if override.is_delete() or override.is_sweep_override() or not (name in leaves or name.startswith(free)):
+            choices.append(text)
+        else:
+            values.append(override)
+    searched = (str(config_dir),) if config_dir is not None else ()
+    try:
+        composed = copy.deepcopy(_files(primary, schema, tuple(choices), searched, _running(), with_hydra))
+    except CONFIG_ERRORS as error:
+        raise refuse_file_of_config(error, schema) from error
+    for override in values:
+        set_value(composed, override, schema)
+    return composed
+
+
+def _running() -> tuple[str, ...] | None:
+    """Return the folders that the running Hydra searches; None if none is running."""
+    return tuple(map(str, searched_folders())) if GlobalHydra.instance().is_initialized() else None
+
+
+@cache
+def _files(
+    primary: str,
+    schema: type,
+    choices: tuple[str, ...],
+    searched: tuple[str, ...],
+    running: tuple[str, ...] | None,
+    with_hydra: bool,
+) -> DictConfig:
+    """Compose the files of a config, over the schema that is registered."""
+    words = [*choices, *(f"hydra.searchpath=['file://{folder}']" for folder in searched)]
+    outside = running is None
+    with hydra.initialize_config_module("configs", version_base="1.3") if outside else nullcontext():
+        return hydra.compose(primary, words, return_hydra_config=with_hydra)
+
+
+def refuse_file_of_config(error: BaseException, schema: type) -> ConfigError:
+    """Return the refusal for an error of Hydra in config files."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        return unknown_option(group, choice, error.options)
+    if isinstance(error, MissingConfigException):
+        found = f"no config {error.missing_cfg_file}"
+        return ConfigError(found, "config, the name of the launcher's own", "the same without --config-name")
+    if isinstance(error, yaml.YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
+        found = f"{where}, which is no YAML: {getattr(error, 'problem', None) or error}"
+        return ConfigError(found, "KEY: VALUE on each line, with every bracket and quote closed", "the same command")
+    first = str(error).strip().splitlines()[0]
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    wrong = next((one for one in chain if isinstance(one, OmegaConfBaseException) and one.full_key), None)
+    file = re.match(r"In '([^']+)': ", first)  # the one place where Hydra names the file
+    if wrong is None or file is None:
+        return ConfigError(first, "config files that Hydra can compose", "python -m launch --info defaults")
+    refusal = refuse_value(wrong, schema)
+    fix = f"{refusal.fix.replace('=', ': ', 1)} in that file"
+    return ConfigError(f"{refusal.found} in {file[1]}.yaml", refusal.expected, fix)
+
+
+# From a composed document to a typed config, and to the files of a run folder.
 
 
 def make_absolute(nodes: Iterable[tuple[DictConfig, str]]) -> None:
-    """Take paths, each given as a node of a document and a key in it, relative to the folder they were typed in."""
+    """Make paths absolute, each given as a node of a document and a key in it."""
     for node, key in nodes:
         if not OmegaConf.is_missing(node, key) and node[key] is not None:
             node[key] = str(Path(node[key]).expanduser().absolute())
 
 
-def dotted_keys(value: Any, prefix: str = "") -> Iterator[str]:
-    """All dotted keys of nested dictionaries, groups included; ``hydra`` is Hydra's own."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        if prefix or key != "hydra":
-            yield f"{prefix}{key}"
-            yield from dotted_keys(inner, f"{prefix}{key}.")
-
-
-def register_schema(name: str, schema: type) -> None:
-    """Tell Hydra the schema of a config, under the name that a list of defaults has it by.
-
-    Storing takes a fifth of a composition, so it is done again only where another schema has the name.
-    """
-    store = ConfigStore.instance()
-    known = store.repo.get(f"{name}.yaml")
-    if known is None or OmegaConf.get_type(known.node) is not schema:
-        store.store(name, schema)
-    # Hydra copies its sources for each composition, and with them the one store that there is: a tenth of the time.
-    # What it loads from the store it copies once more.
-    vars(store).setdefault("__deepcopy__", lambda memo: store)
-
-
-@cache
-def structured(schema: type) -> DictConfig:
-    """The schema as OmegaConf takes it, made once: it takes as long as reading a config."""
-    made: DictConfig = OmegaConf.structured(schema)
-    return made
-
-
 def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
-    """The plain dataclass that travels further. Keys of ``config`` that ``schema`` does not have are left out.
+    """Return a document as a plain dataclass. Keys at the root that ``schema`` does not have are left out.
 
     Raises:
         ConfigError: a value is missing, or of the wrong type.
     """
     names = [field.name for field in dataclasses.fields(cast(Any, schema))]
     try:
-        if OmegaConf.get_type(config) is schema and set(map(str, config)) <= set(names):
-            # Composed over this schema: its values have their types already, and a merge would copy them all twice.
-            composed = OmegaConf.to_object(config)
-            assert isinstance(composed, schema)
-            return composed
-        known = OmegaConf.masked_copy(config, [name for name in names if name in config])
-        merged = OmegaConf.merge(structured(cast(Any, schema)), known)  # merge copies its first argument
-        assert isinstance(merged, DictConfig)
-        value = OmegaConf.to_object(merged)
+        if OmegaConf.get_type(config) is not schema or not set(map(str, config)) <= set(names):
+            known = OmegaConf.masked_copy(config, [name for name in names if name in config])
+            config = cast(DictConfig, OmegaConf.merge(structured(cast(Any, schema)), known))
+        value = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise explain(error, schema) from error
+        raise refuse_value(error, cast(type, schema)) from error
     assert isinstance(value, schema)
     return value
 
 
 def read_config(folder: RunFolder, schema: type[Schema]) -> Schema:
-    """The config a run folder was made with.
+    """Return the config that a run folder was made with.
 
     Raises:
         ConfigError: the folder holds no run, or its config is damaged.
@@ -122,7 +182,7 @@ def read_document(folder: RunFolder) -> DictConfig:
 
 
 def stored_as(folder: RunFolder, document: DictConfig, schema: type[Schema]) -> Schema:
-    """Read the document of a run folder as ``schema``. Raises ConfigError that names the file, not a key to type."""
+    """Return the document of a run folder as ``schema``. Raises ConfigError that names the file, not a key to type."""
     try:
         return to_schema(document, schema)
     except ConfigError as error:
@@ -141,7 +201,7 @@ def write_config(folder: RunFolder, config: DictConfig, overrides: Sequence[str]
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys."""
+    """Return nested dictionaries as one, with dotted keys."""
     flat: dict[str, Any] = {}
     for key, inner in value.items():
         if isinstance(inner, dict):
@@ -152,94 +212,11 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def plain(value: Any) -> str:
-    """``value`` as one would type it in an override."""
+    """Return a value as one types it in an override."""
     return "null" if value is None else str(getattr(value, "name", value))
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """The config by dotted keys, as plain values that JSON can hold."""
+    """Return a config by dotted keys, with values that JSON can hold."""
     flat = flatten(dataclasses.asdict(config))
     return {key: plain(value) if hasattr(value, "name") else value for key, value in flat.items()}
-
-
-# Values that are set in a config which Hydra has composed already, as Hydra sets them. Its own code behind one door.
-
-
-AnyNode = TypeVar("AnyNode", bound=Node)
-
-
-def composed_with(
-    texts: Sequence[str], is_group: Callable[[str], bool], compose: Callable[[tuple[str, ...]], DictConfig]
-) -> DictConfig:
-    """Compose a config, for which ``compose`` is handed the overrides that choose files; values are set in a copy.
-
-    Args:
-        texts: overrides in Hydra's grammar. Where one sweeps, all go to ``compose``, and Hydra refuses it there.
-        is_group: tells whether a key without dots is a group of files.
-        compose: from overrides to a config; of the same overrides it may return the same one again.
-
-    Raises:
-        HydraException: an override cannot be parsed, its key is unknown, or its value of the wrong type.
-    """
-    chosen, values = _split(texts, is_group)
-    if any(override.is_sweep_override() for override in values):
-        chosen, values = tuple(texts), []
-    return _with_values(compose(chosen), values)
-
-
-def _split(texts: Sequence[str], is_group: Callable[[str], bool]) -> tuple[tuple[str, ...], list[Override]]:
-    """Split overrides into those that choose files, as typed, and those that set values, parsed.
-
-    Args:
-        texts: overrides in Hydra's grammar.
-        is_group: tells whether a key without dots is a group of files.
-
-    Raises:
-        HydraException: one of them cannot be parsed.
-    """
-    parsed = OverridesParser.create().parse_overrides(list(texts))
-    values = [override for override in parsed if _sets_a_value(override, is_group)]
-    return tuple(text for text, override in zip(texts, parsed, strict=True) if override not in values), values
-
-
-def _with_values(composed: DictConfig, values: Sequence[Override]) -> DictConfig:
-    """A copy of a composed config with values set in it.
-
-    Raises:
-        HydraException: an unknown key, or a value of the wrong type.
-    """
-    copied = copy_of(composed)
-    OmegaConf.set_struct(copied, True)  # as Hydra sets values: a key that is not there is refused
-    ConfigLoaderImpl._apply_overrides_to_config(list(values), copied)
-    return copied
-
-
-def copy_of(node: AnyNode, parent: Node | None = None) -> AnyNode:
-    """Copy a config as ``copy.deepcopy`` does, node by node, for a root that hangs on no other; values are shared."""
-    made: AnyNode = _shallow(node)
-    made.__dict__.update(_parent=parent, _flags_cache=None, _metadata=_shallow(node._metadata))
-    metadata = made._metadata
-    metadata.flags = dict(metadata.flags or {})
-    metadata.resolver_cache = defaultdict(dict, {name: dict(told) for name, told in metadata.resolver_cache.items()})
-    content = made.__dict__.get("_content")
-    if isinstance(content, dict):
-        made.__dict__["_content"] = {key: copy_of(inner, made) for key, inner in content.items()}
-    elif isinstance(content, list):
-        made.__dict__["_content"] = [copy_of(inner, made) for inner in content]
-    elif isinstance(content, Node):  # one of several types
-        made.__dict__["_content"] = copy_of(content, made)
-    return made
-
-
-def _shallow(value: Any) -> Any:
-    """Another object with the same attributes."""
-    made = object.__new__(type(value))
-    made.__dict__.update(value.__dict__)
-    return made
-
-
-def _sets_a_value(override: Override, is_group: Callable[[str], bool]) -> bool:
-    """Return whether an override takes no part in the choice of files."""
-    if override.package is not None or override.is_delete() or override.is_hydra_override():
-        return False
-    return "." in override.key_or_group or not is_group(override.key_or_group)  # a group has slashes, and no dots

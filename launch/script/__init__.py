@@ -22,8 +22,7 @@ from launch.errors import ConfigError, closest
 from launch.runs.compose import make_absolute
 from launch.runs.environment import git
 from launch.runs.folder import RunFolder, read_plan
-from launch.runs.overrides import typed_key
-from launch.runs.refusals import in_shell, quoted
+from launch.runs.overrides import in_shell, quoted, typed_key
 from launch.script.arguments import (
     PLACEHOLDER,
     ScriptConfig,

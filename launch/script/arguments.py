@@ -12,9 +12,8 @@ from typing import Any, Optional
 
 from launch.errors import ConfigError, closest
 from launch.runs.identity import RunConfig
-from launch.runs.overrides import RANK_VALUES
+from launch.runs.overrides import RANK_VALUES, in_shell, quoted
 from launch.runs.progress import check_pattern
-from launch.runs.refusals import in_shell, quoted
 from launch.schema import check_ranges, key
 
 # Arguments of a script as a user types them, as the config keeps them, and as the program reads them. Torch-free.

@@ -20,9 +20,8 @@ from launch.plan.plan import Plan, local_gpus, make_plan, unfinished
 from launch.plan.preflight import add_warnings, settle_exclusive
 from launch.plan.text import add_expected, share_budget
 from launch.runs.find import labels_for
-from launch.runs.overrides import typed_key, typed_value
+from launch.runs.overrides import in_shell, typed_key, typed_value
 from launch.runs.records import refuse_unknown_figure
-from launch.runs.refusals import in_shell
 from launch.slurm import client as scheduler
 from launch.slurm import facts
 from launch.slurm.checks import has_features, is_given_one_cpu, partitions_of, typed_options, why_unsure

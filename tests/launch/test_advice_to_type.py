@@ -24,8 +24,7 @@ from launch.runs.environment import ROOT, install_command
 from launch.runs.find import find_runs, point_labels, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.identity import RunConfig, choose_folder
-from launch.runs.overrides import NOT_IN_POINT, point_name
-from launch.runs.refusals import MOST_NAMES
+from launch.runs.overrides import MOST_NAMES, NOT_IN_POINT, point_name
 from launch.script import require_program
 from launch.script.arguments import ScriptOptions
 from tests.support.commands import ROOT as CHECKOUT
@@ -109,8 +108,7 @@ def test_a_mistyped_key_has_its_likeness_first_and_a_dozen_names_at_most() -> No
     assert refusal.fix == "cluster.gpus_per_node=8"
     listed = refusal.expected.partition(" (")[0].removeprefix("a key such as ").split(", ")
     assert listed[0] == "cluster.gpus_per_node" and len(listed) == MOST_NAMES
-    more = int(refusal.expected.partition("(")[2].split()[0])
-    assert more > MOST_NAMES and refusal.expected.endswith(" more, listed in configs/)")
+    assert refusal.expected.endswith(" (python -m launch.keys lists all)")
 
 
 def test_a_key_of_a_script_is_mended_with_its_workload() -> None:
@@ -135,11 +133,11 @@ def test_a_key_of_a_script_is_mended_with_its_workload() -> None:
         ("name=null", "a text", "the same without name=null"),
         ("name=ünï", "KEY=VALUE, quoted", "'name=\"ünï\"'"),
         ("nodes =2", "KEY=VALUE, quoted", "nodes=2"),
-        ("nodes=[1,2]", "a whole number", "nodes=1; python -m launch -m nodes=1,2 sweeps"),
-        ("nodes=two", "a whole number", "nodes=1"),
+        ("nodes=[1,2]", "a whole number", "python -m launch -m nodes=1,2"),
+        ("nodes=two", "a whole number", "nodes=NUMBER"),
         ("optim.max_steps=2.5", "a whole number", "optim.max_steps=NUMBER"),
-        ("seed=1..4", "a whole number", "seed=1337"),
-        ("optim.lr=high", "a number", "optim.lr=0.001"),
+        ("seed=1..4", "a whole number", "seed=NUMBER"),
+        ("optim.lr=high", "a number", "optim.lr=NUMBER"),
         ("precision=BF16", "one of auto, ", "precision=bf16"),
         ("cluster.mem_gb=64G", "a number", "cluster.mem_gb=NUMBER"),
         ("cluster.timeout_min=1:30:00", "a whole number", "cluster.timeout_min=NUMBER"),

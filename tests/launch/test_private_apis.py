@@ -3,24 +3,20 @@
 A failure here after an update names the library and the module to look at, before a run finds out.
 """
 
-import copy
 import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf.base import Node as ConfigNode
 
 from launch.agent.after_step import run_dir_of
 from launch.agent.node import Node
-from launch.config.compose import compose_launch
-from launch.runs.compose import copy_of
 from launch.slurm import jobs
 from launch.slurm import jobs as sbatch
 
@@ -124,44 +120,9 @@ def test_ddp_measures_steps_as_rarely_as_it_is_told() -> None:
     )
 
 
-def test_hydra_splits_a_sweep_as_before() -> None:
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    message = changed("hydra-core", "BasicSweeper.split_arguments", "launch/config/compose.py")
-    assert hasattr(BasicSweeper, "split_arguments"), message
-    assert list(inspect.signature(BasicSweeper.split_arguments).parameters) == ["overrides", "max_batch_size"], message
-    typed = OverridesParser.create().parse_overrides(["a=1,2", "b=x"])
-    assert [parsed.is_sweep_override() for parsed in typed] == [True, False], message
-    assert BasicSweeper.split_arguments(typed, None) == [[["a=1", "b=x"], ["a=2", "b=x"]]], message
-
-
 def test_a_change_is_told_with_the_module_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
     from submitit.slurm import slurm
 
     monkeypatch.setattr(slurm, "_make_sbatch_string", lambda command, folder: SimpleNamespace())
     with pytest.raises(AssertionError, match=r"submitit .* is not what launch/slurm/jobs.py expects.*no parameter map"):
         test_submitit_writes_the_batch_script_from_the_same_parameters()
-
-
-def nodes_of(node: ConfigNode, key: str = "") -> Iterator[tuple[str, type, dict[str, Any], dict[str, Any]]]:
-    """All that the nodes of a config hold but for what they remember of each other."""
-    inside = {"_metadata", "_parent", "_flags_cache", "_content"}
-    metadata = {name: value for name, value in vars(node._metadata).items() if name != "resolver_cache"}
-    yield key, type(node), metadata, {name: value for name, value in vars(node).items() if name not in inside}
-    content = vars(node).get("_content")
-    found = {"": content} if isinstance(content, ConfigNode) else content
-    for name, inner in found.items() if isinstance(found, dict) else enumerate(found or ()):
-        assert inner._parent is node
-        yield from nodes_of(inner, f"{key}.{name}")
-
-
-def test_a_config_is_copied_as_omegaconf_copies_it() -> None:
-    message = changed("omegaconf", "base.Node", "launch/runs/compose.py")
-    composed = compose_launch(["cluster=slurm", 'cluster.setup=["a","b"]', "nodes=2"])
-    before = list(nodes_of(copy.deepcopy(composed)))
-    copied = copy_of(composed)
-    assert len(before) > 100 and list(nodes_of(copied)) == before and copied == composed, message
-    copied.nodes, copied.cluster.setup[0], copied.cluster.partition = 3, "c", "gpu"
-    copied._set_flag("struct", None)
-    assert list(nodes_of(composed)) == before, message

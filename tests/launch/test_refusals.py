@@ -17,14 +17,14 @@ from gpt.config import OptimConfig, TrainConfig
 from gpt.config.compose import NOT_IN_POINT, RESUMABLE, compose_train
 from gpt.topology.batch import split_batch
 from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch, typed_config
+from launch.config.compose import compose_launch, schema_of, target_of, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
 from launch.runs import compose
 from launch.runs.compose import to_schema
 from launch.runs.identity import RunConfig, choose_folder, refuse_other_run
-from launch.runs.overrides import typed_key
-from launch.runs.refusals import LAUNCHER_KEYS
+from launch.runs.overrides import LAUNCHER_KEYS, MEANT, typed_key
+from launch.schema import schema_keys
 from tests.support.commands import environment, run
 
 
@@ -65,7 +65,7 @@ REFUSED = [
         "${world_sise} in script.options",
         r"${world_size} in its place, or \${world_sise} for these signs themselves",
     ),
-    (["workload=script", "script.path=x.py", "script.args={a:1}"], "script.args.a=1", "script.args=VALUE"),
+    (["workload=script", "script.path=x.py", "script.args={a:1}"], "script.args={'a': 1}", "script.args="),
     (
         ["workload=script", "script.path=x.py", "model.n_layer=2"],
         "model.n_layer=2, of the workload gpt, with workload=script",
@@ -99,7 +99,11 @@ REFUSED = [
     (["parallel.tensor=2"], "unknown key parallel.tensor", "parallel.tp=2"),
     (["parallel.timeout=60"], "unknown key parallel.timeout", "parallel.timeout_s=60"),
     (["cluster.time=1:30:00"], "unknown key cluster.time", "cluster.timeout_min=MINUTES"),
-    (["cluster.gpu=80"], "unknown key cluster.gpu", "cluster.gpu_memory_gib=80"),
+    (["cluster.gpu_memory=80"], "unknown key cluster.gpu_memory", "cluster.gpu_memory_gib=80"),
+    (["checkpoint.keep_last=null"], "checkpoint.keep_last=null", "python -m launch.keys checkpoint.keep_last"),
+    (["cluster.placement=[{partition gpu}]"], "cannot be read", "cluster.placement='[{partition: VALUE}]'"),
+    (["cluster.placement=[{partitio: a}]"], "unknown key partitio", "cluster.placement='[{partition: VALUE}]'"),
+    (["nodes", "=", "2"], "nodes = 2", "nodes=2"),
     (["optim.foo.bar=1"], "unknown key optim.foo", "the same without optim.foo.bar=1"),
     (["nodes=2,3"], "nodes=2,3, several values", "python -m launch -m nodes=2,3"),
     (["launch=3"], "launch=3", "launch.check_limits=VALUE"),
@@ -155,6 +159,12 @@ def test_refused_in_three_parts(words: list[str], found: str, fix: str) -> None:
     assert found in refusal.value.found
     assert refusal.value.expected
     assert fix in refusal.value.fix
+
+
+def test_every_name_of_another_tool_leads_to_a_key_and_is_none_itself() -> None:
+    keys = set(schema_keys(schema_of(target_of([]))))
+    assert {ours.partition("=")[0] for ours in MEANT.values()} <= keys
+    assert not MEANT.keys() & {key.rpartition(".")[2] for key in keys}
 
 
 def test_a_proposal_for_options_can_be_typed() -> None:
