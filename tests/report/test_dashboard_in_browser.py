@@ -112,7 +112,6 @@ def test_custom_scalars_show_the_scaling_charts(browser: webdriver.Chrome, addre
         "Tokens per second": {"scaling/tokens_per_s (Scaling)", "scaling/tokens_per_s (Scaling/ideal)"},
         "Efficiency": {"scaling/efficiency (Scaling)", "scaling/efficiency (Scaling/ideal)"},
         "Step time in seconds": {"scaling/step_time_s (Scaling)"},
-        "Loss of the last step": {"scaling/loss (Scaling)"},
     }
     with contextlib.suppress(TimeoutException):  # what is missing is said by the comparison
         until("the charts", lambda: legends(browser) == expected)

@@ -35,7 +35,7 @@ def test_points_of_a_sweep_are_rows_of_the_hparams_tab(tmp_path: Path, make_run:
     for _ in range(2):  # a report that is made again has no point twice
         write(build(tmp_path), files=TENSORBOARD)
     for nodes, rate, efficiency in ((1, 2048, 1.0), (2, 3276.8, 0.8)):
-        found = read(tmp_path / "Scaling" / "points" / f"p{nodes}")
+        found = read(tmp_path / "Scaling" / "points" / f"nodes={nodes}")
         content = found.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
         start = metadata.parse_session_start_info_plugin_data(content)
         told = {name: json_format.MessageToDict(value) for name, value in start.hparams.items()}
@@ -62,9 +62,9 @@ def test_gpus_of_a_point_have_curves_over_the_run_and_a_table(tmp_path: Path, ma
         )  # fmt: skip
     write(build(tmp_path), files=TENSORBOARD)
     sampled = tmp_path / "Scaling" / "gpus"
-    found = read(sampled / "p2")
+    found = read(sampled / "nodes=2")
     expected = {"gpu/power_w": [(0, 150.0), (5, 150.0)], "gpu/throttled": [(0, 0.0), (5, 0.5)]}
-    assert scalars(found) == expected and [path.name for path in sampled.iterdir()] == ["p2"]
+    assert scalars(found) == expected and [path.name for path in sampled.iterdir()] == ["nodes=2"]
     assert [point.wall_time for point in found.Scalars("gpu/power_w")] == [1e9, 1e9 + 5]
     assert b"| n1 | 1 |" in found.Tensors("gpu/hosts")[0].tensor_proto.string_val[0]
     write(build(tmp_path / "p2"), files=TENSORBOARD)

@@ -1,10 +1,8 @@
-"""Every drawing of a report, by matplotlib: panels that the page shows one by one, and the picture files together."""
+"""The panels of a report: scaling, lost efficiency and time, and the ranks and step times of one run."""
 
 from __future__ import annotations
 
-import io
 import math
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,79 +10,34 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from launch.report.goodput import CAUSES, DEFINITION, PARTS
 from launch.report.notes import hours_by_cause, percentages, rate, run_time, seconds, told, units
 from launch.report.steps import LEAST_SHARE, LOSSES, RankTimes
 from launch.report.table import Row, RunDetail, ScalingTable
+from launch.report.views.drawing import (
+    BELOW,
+    COLORS,
+    GREY,
+    HOLLOW,
+    IDEAL,
+    INK,
+    LIGHT,
+    LINE,
+    MARKERS,
+    PAPER,
+    STYLE,
+    Panel,
+    picture,
+    scale_sizes,
+    scale_values,
+    to_png,
+)
 from launch.report.views.text import efficiency
 
-# Colors and style of every drawing of the project.
-
-
-PALETTE = {
-    "paper": ("#ffffff", "#0f1318"),
-    "ink": ("#1b1f24", "#e6e9ed"),
-    "quiet": ("#57606a", "#9aa4af"),
-    "line": ("#d5dae0", "#333b45"),
-    "c0": ("#0072b2", "#4aa8e0"),
-    "c1": ("#d55e00", "#f0803c"),
-    "c2": ("#009e73", "#2cc295"),
-    "c3": ("#b4578d", "#dd8fbd"),
-    "c4": ("#b87a00", "#e8b13c"),
-    "c5": ("#3a94c9", "#86c8ee"),
-    "c6": ("#444c56", "#c3cad2"),
-    "waiting": ("#b9c0c8", "#6a737d"),
-    "fewer": ("#7fc8b0", "#2f7d68"),
-    "shutdown": ("#8b949e", "#7d8691"),
-    "compile": ("#8a6fb0", "#b59add"),
-    "restore": ("#a0522d", "#d08a62"),
-}
-"""Name -> color on light and on dark paper. Files have the light ones; the page has both, as variables of CSS.
-
-``c0`` to ``c6`` follow Okabe and Ito (Color Universal Design, 2008): color-blind readers can distinguish them.
-"""
-LIGHT = {name: light for name, (light, _) in PALETTE.items()}
-PAPER, INK, GREY, LINE = (LIGHT[name] for name in ("paper", "ink", "quiet", "line"))
-COLORS = [LIGHT[f"c{index}"] for index in range(7)]
-MARKERS = "os^DvPX*"
-STYLE: Any = {
-    **{"font.size": 9, "axes.titlesize": 11, "figure.titlesize": 13, "figure.titleweight": "bold"},
-    **{"text.color": INK, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": GREY},
-    **{"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8, "legend.frameon": False},
-    **{"axes.facecolor": "none", "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.8},
-    # Text stays text, which a reader can search.
-    "svg.fonttype": "none",
-}
-HOLLOW: dict[str, Any] = {"c": PAPER, "s": 42, "linewidths": 1.6, "zorder": 3}
-BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.2}
-"""Place of a legend below the axes and their name."""
-IDEAL: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 1}
 LONGEST_LABEL = 26
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One drawing with its title; ``draw`` fills the axes that it is given."""
-
-    title: str
-    draw: Callable[[Axes], None]
-    inches: float = 3.1
-    lead: str = ""
-    """Sentence that the page shows under the title."""
-
-
-# Panels into files.
-
-
-WIDE = 5.4
-"""Inches of one panel."""
 
 
 def draw(table: ScalingTable) -> dict[str, bytes]:
@@ -96,61 +49,13 @@ def draw(table: ScalingTable) -> dict[str, bytes]:
 
 
 @rc_context(STYLE)
-def picture(panels: Sequence[Panel], heading: str, conditions: str) -> dict[str, bytes]:
-    """Draw panels in rows of two under a heading; returns the picture as ``png`` and as ``svg``."""
-    panels = panels or [Panel("", _draw_nothing)]
-    rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]
-    inches = [max(panel.inches for panel in row) for row in rows]
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-    figure = Figure(figsize=(2 * WIDE + 0.2, sum(inches) + 1.0), dpi=150, layout=layout)
-    figure.suptitle(heading, x=0.01, ha="left")
-    figure.supxlabel("\n".join(textwrap.wrap(conditions, 160)), fontsize=8, color=GREY, x=0.01, ha="left")
-    for below, row in zip(figure.subfigures(len(rows), 1, height_ratios=inches, squeeze=False)[:, 0], rows):
-        for axes, panel in zip(below.subplots(1, len(row), squeeze=False)[0], row):
-            axes.set_title(panel.title)
-            panel.draw(axes)
-    png = _png(figure)
-    figure.set_layout_engine("none")  # the PNG file has placed everything, which takes a third of the time
-    return {"png": png, "svg": _svg(figure, "report").encode()}
-
-
-@rc_context(STYLE)
-def inline_svg(panel: Panel, salt: str) -> str:
-    """Draw one panel for the page, in colors that are variables of CSS. ``salt`` differs for each panel of a page."""
-    figure = Figure(figsize=(WIDE, panel.inches), layout="constrained", facecolor="none")
-    panel.draw(figure.subplots())
-    text = _svg(figure, salt)
-    for name, color in LIGHT.items():
-        text = text.replace(color, f"var(--{name})")
-    return text[text.index("<svg") :]
-
-
-@rc_context(STYLE)
 def draw_ranks(found: RunDetail) -> bytes | None:
     """Draw the heat map of one run, ranks by time, as PNG; None if fewer than two ranks are compared."""
     if found.rank_times is None:
         return None
     figure = Figure(figsize=(7.0, 4.0), dpi=120, layout="constrained")
     _draw_heat_map(figure.subplots(), found, found.rank_times)
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
-    return file.getvalue()
-
-
-def _svg(figure: Figure, salt: str) -> str:
-    file = io.StringIO()
-    with rc_context({"svg.hashsalt": salt}):  # without a salt, identifiers inside the SVG are random
-        FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return file.getvalue()
-
-
-def _draw_nothing(axes: Axes) -> None:
-    axes.axis("off")
-    axes.text(0.5, 0.5, "no point has enough steps for a figure yet", ha="center", fontsize=12, color=GREY)
+    return to_png(figure)
 
 
 def _short(label: str) -> str:
@@ -166,7 +71,6 @@ MAX_LABELS = 6
 """Points that get their figure as text; more would cover each other."""
 MAX_INSIDE = 4
 """Lines of a legend that have room inside of the axes."""
-Band = tuple[float | None, float | None, float | None]
 SeriesRows = Mapping[tuple[str | None, str], Sequence[Row]]
 
 
@@ -176,10 +80,42 @@ class Measure:
 
     title: str
     axis: str
-    values: Callable[[Row], Band]
-    """Lower end, value and upper end; all None if the row has no such figure."""
+    fields: tuple[str, str, str]
+    """Fields of the row with the lower end, the value and the upper end."""
     text: Callable[[Row], str]
+    factor: float = 1.0
     log: bool = False
+
+    def band(self, row: Row) -> list[float] | None:
+        """Return lower end, value and upper end; None if the row has no such figure."""
+        low, middle, high = (getattr(row, name) for name in self.fields)
+        if middle is None:
+            return None
+        return [self.factor * (middle if value is None else value) for value in (low, middle, high)]
+
+
+RATE = Measure(
+    "Throughput",
+    "{unit} per second",
+    ("throughput_low", "throughput", "throughput_high"),
+    lambda row: rate(row.throughput),
+    log=True,
+)
+EFFICIENCY = Measure(
+    "Efficiency against the smallest point",
+    "%",
+    ("efficiency_low", "efficiency", "efficiency_high"),
+    efficiency,
+    factor=100,
+)
+STEP_TIME = Measure(
+    "Step time",
+    "seconds",
+    ("step_time_s_low", "step_time_s", "step_time_s_high"),
+    lambda row: seconds(row.step_time_s),
+)
+RUN_TIME = Measure("Run time, start-up included", "seconds", ("run_time_s",) * 3, lambda row: run_time(row.run_time_s))
+SPEEDUP = Measure("Speedup", "ratio to the smallest point", ("speedup",) * 3, lambda row: f"{row.speedup:.2f}")
 
 
 def scaling_panels(table: ScalingTable) -> list[Panel]:
@@ -192,139 +128,75 @@ def scaling_panels(table: ScalingTable) -> list[Panel]:
     # The smallest point's own 100 % is no finding.
     larger = [row for row in rows if row.speedup not in (None, 1)]
     claimed = any(row.efficiency is not None for row in larger)
-    unclaimed = "" if claimed or not larger else " (no efficiency is claimed)"
-    times = "run times" if table.compares_run_times else "step times"
-    rates = Measure(
-        "Throughput",
-        f"{table.unit} per second",
-        lambda row: (row.throughput_low, row.throughput, row.throughput_high),
-        lambda row: rate(row.throughput),
-        log=True,
-    )
-    run_times = Measure(
-        "Run time, start-up included", "seconds", lambda r: (r.run_time_s,) * 3, lambda r: run_time(r.run_time_s)
-    )
-    step_times = Measure(
-        f"Step time{unclaimed}",
-        "seconds",
-        lambda row: (row.step_time_s_low, row.step_time_s, row.step_time_s_high),
-        lambda row: seconds(row.step_time_s),
-    )
-    speedups = Measure(
-        f"Speedup{unclaimed}",
-        f"ratio of {times} to the smallest point",
-        lambda r: (r.speedup,) * 3,
-        lambda r: f"{r.speedup:.2f}",
-    )
-    efficiencies = Measure("Efficiency against the smallest point", "%", _percent_band, efficiency)
-    if table.compares_run_times:
-        chosen = [run_times, *([efficiencies] if claimed else [speedups] if larger else [])]
-    else:
-        has_rates = any(row.throughput is not None for row in rows)
-        chosen = [rates] if has_rates else [speedups] if larger else []
-        chosen.append(efficiencies if claimed else step_times)
+    has_rates = any(row.throughput is not None for row in rows)
+    wanted = {
+        RATE: has_rates,
+        RUN_TIME: table.compares_run_times,
+        EFFICIENCY: claimed,
+        SPEEDUP: larger and not has_rates,
+        STEP_TIME: not table.compares_run_times,
+    }
+    chosen = [measure for measure, is_wanted in wanted.items() if is_wanted and rows][:2]
+    lead = "No efficiency is claimed: see the notes." if larger and not claimed else ""
     lines = len(series) + 2
     inches = 3.1 if lines <= MAX_INSIDE else 3.1 + 0.17 * math.ceil(lines / 2)
     return [
-        Panel(one.title, partial(_draw_measure, series=series, measure=one, legend=one is chosen[0]), inches)
-        for one in chosen
-        if rows
+        Panel(one.title, partial(_draw_measure, series=series, measure=one, unit=table.unit), inches, lead * at)
+        for at, one in enumerate(chosen)
     ]
 
 
-def _percent_band(row: Row) -> Band:
-    if row.efficiency is None:
-        return None, None, None
-    ends = (row.efficiency_low, row.efficiency, row.efficiency_high)
-    low, middle, high = (100 * (row.efficiency if end is None else end) for end in ends)
-    return low, middle, high
-
-
-def _draw_measure(axes: Axes, series: SeriesRows, measure: Measure, legend: bool) -> None:
-    """Draw a line for each series with its intervals; markers are hollow if ranks shared cores or a GPU."""
-    kinds = {kind for kind, _ in series}
-    is_efficiency = measure.values is _percent_band
+def _draw_measure(axes: Axes, series: SeriesRows, measure: Measure, unit: str) -> None:
+    """Draw a line for each series with its intervals."""
     rows = [row for of_series in series.values() for row in of_series]
+    kinds = {kind for kind, _ in series}
     for index, ((kind, name), of_series) in enumerate(series.items()):
-        color = COLORS[index % len(COLORS)]
-        label = " ".join(
-            filter(None, (_short(name or "measured"), f"({kind} scaling)" if kind and len(kinds) > 1 else ""))
-        )
-        known = [row for row in of_series if measure.values(row)[1] is not None]
-        bands = [[value or 0.0 for value in measure.values(row)] for row in known]
-        sizes, middles = [row.ranks or 0 for row in known], [middle for _, middle, _ in bands]
-        ends = [[middle - low for low, middle, _ in bands], [high - middle for _, middle, high in bands]]
-        marker = MARKERS[index % len(MARKERS)]
-        axes.errorbar(sizes, middles, yerr=ends, fmt="none", ecolor=color, elinewidth=1.2, capsize=3)
-        axes.plot(sizes, middles, color=color, linewidth=1.8, marker=marker, markersize=6.5, label=label)
-        hollow = [(size, middle) for row, size, middle in zip(known, sizes, middles) if row.oversubscribed]
-        axes.scatter(*zip(*hollow), marker=marker, edgecolors=color, **HOLLOW) if hollow else None
-        ideal = [(row.ranks, row.throughput_ideal) for row in of_series if row.throughput_ideal is not None]
-        if measure.log and len(ideal) > 1:
-            axes.plot(*zip(*ideal), color=color, alpha=0.8, **IDEAL)
-        for row, middle in zip(known, middles) if len(rows) <= MAX_LABELS else ():
-            # Below the line, which rises in the one drawing and falls in the other.
-            x, y, side = (7, -12, "left") if measure.log else (-7, -12, "right")
-            x, y, side = (7, 6, "left") if row is known[0] and not measure.log else (x, y, side)
-            place: dict[str, Any] = {"textcoords": "offset points", "ha": side, "fontsize": 8}
-            axes.annotate(measure.text(row), (row.ranks or 0, middle), (x, y), **place)
-    _scale_ranks(axes, sorted({row.ranks or 0 for row in rows}), "ranks")
-    _scale_values(axes, measure.log, measure.axis)
-    if is_efficiency:
+        label = ", ".join(filter(None, (_short(name), kind if len(kinds) > 1 else ""))) or "measured"
+        _draw_series(axes, of_series, measure, index, label)
+    scale_sizes(axes, sorted({row.ranks or 0 for row in rows}), "ranks")
+    scale_values(axes, measure.axis.format(unit=unit), measure.log)
+    if len(rows) <= MAX_LABELS:
+        _name_points(axes, series, measure)
+    if measure is EFFICIENCY:
         axes.axhline(100, color=GREY, **IDEAL)
         axes.set_ylim(0, max(115, axes.get_ylim()[1]))
-        for ranks in sorted({row.ranks or 0 for row in rows if row.efficiency is None}):
+        for ranks in {row.ranks for row in rows if row.efficiency is None}:
             axes.annotate("not claimed", (ranks, 4), rotation=90, ha="center", va="bottom", fontsize=8, color=GREY)
-    if legend:
-        _explain(axes, rows, measure.log, len(series))
-
-
-def _scale_values(axes: Axes, log: bool, name: str) -> None:
-    axes.set_ylabel(name)
-    axes.grid(True, axis="y")
-    if not log:
-        axes.set_ylim(0, axes.get_ylim()[1] * 1.15)
         return
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    # A factor of 4 at least, or noise between two points looks like a cliff; the room above is for the legend.
-    margin = max(1.1, (4 * low / high) ** 0.5)
-    axes.set_ylim(low / margin, high * margin * 1.25)
-    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _with_letter(value)))
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _with_letter(value: float) -> str:
-    """Write a value of an axis: 500, 20k, 1.5M."""
-    size, letter = next(((1000.0**n, c) for n, c in ((3, "G"), (2, "M"), (1, "k")) if value >= 1000**n), (1.0, ""))
-    return f"{value / size:g}{letter}"
-
-
-def _scale_ranks(axes: Axes, sizes: Sequence[int], name: str) -> None:
-    """Space numbers of ranks, or of nodes, by factors of two, and name those that have room."""
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel(name)
-    axes.set_xlim(sizes[0] / 2**0.4, sizes[-1] * 2**0.4)
-    gap = max(sizes[-1] / sizes[0], 2) ** (1 / 14)
-    kept = [sizes[0]]
-    for size in sizes[1:]:
-        kept += [size] if size >= kept[-1] * gap else []
-    axes.xaxis.set_major_locator(FixedLocator([float(size) for size in kept]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _explain(axes: Axes, rows: Sequence[Row], has_ideal: bool, lines: int) -> None:
-    """Add the legend: inside of the axes, or below if it has many lines."""
-    if has_ideal and any(row.speedup != 1 and row.throughput_ideal is not None for row in rows):
+    if measure is RATE and any(row.speedup != 1 and row.throughput_ideal is not None for row in rows):
         axes.plot([], [], color=GREY, label="ideal, from the smallest point", **IDEAL)
     if any(row.oversubscribed for row in rows):
         axes.scatter([], [], edgecolors=GREY, label="ranks shared cores or a GPU", **HOLLOW)
-    if lines + 2 <= MAX_INSIDE:
-        axes.legend(loc="upper left")
-    else:
-        axes.legend(ncols=2, **BELOW)
+    axes.legend(**({"loc": "upper left"} if len(series) + 2 <= MAX_INSIDE else BELOW | {"ncols": 2}))
+
+
+def _draw_series(axes: Axes, rows: Sequence[Row], measure: Measure, index: int, label: str) -> None:
+    """Draw one line with its intervals; a marker is hollow if ranks shared cores or a GPU."""
+    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+    known = [(row, band) for row in rows if (band := measure.band(row))]
+    sizes = [row.ranks or 0 for row, _ in known]
+    low, middle, high = ([band[at] for _, band in known] for at in range(3))
+    ends = [[m - end for m, end in zip(middle, low)], [end - m for m, end in zip(middle, high)]]
+    axes.errorbar(sizes, middle, yerr=ends, fmt="none", ecolor=color, elinewidth=1.2, capsize=3)
+    axes.plot(sizes, middle, color=color, linewidth=1.8, marker=marker, markersize=6.5, label=label)
+    hollow = [(row.ranks, band[1]) for row, band in known if row.oversubscribed]
+    if hollow:
+        axes.scatter(*zip(*hollow), marker=marker, edgecolors=color, **HOLLOW)
+    ideal = [(row.ranks, row.throughput_ideal) for row in rows if row.throughput_ideal is not None]
+    if measure is RATE and len(ideal) > 1:
+        axes.plot(*zip(*ideal), color=color, alpha=0.8, **IDEAL)
+
+
+def _name_points(axes: Axes, series: SeriesRows, measure: Measure) -> None:
+    """Write the figure of each point below its line, which rises on a logarithmic axis and falls on the other."""
+    for rows in series.values():
+        for row in rows:
+            x, y, side = (7, -12, "left") if measure.log else (-7, -12, "right")
+            if row is rows[0] and not measure.log:
+                x, y, side = 7, 6, "left"
+            place: Any = {"textcoords": "offset points", "ha": side, "fontsize": 8}
+            if band := measure.band(row):
+                axes.annotate(measure.text(row), (row.ranks, band[1]), (x, y), **place)
 
 
 # Where efficiency and time went: bars.
@@ -496,14 +368,14 @@ def _draw_distribution(axes: Axes, found: RunDetail) -> None:
         label = f"{name}: {seconds(marks[name])}"
         axes.axvline(marks[name], color=color, linestyle=style, linewidth=1.6, label=label)
     axes.set_xlabel("seconds")
-    _scale_values(axes, False, "steps")
+    scale_values(axes, "steps")
     axes.legend(ncols=3, **BELOW)
 
 
 def _draw_over_steps(axes: Axes, found: RunDetail) -> None:
     axes.plot(range(1, len(found.step_times_s) + 1), found.step_times_s, color=COLORS[0], linewidth=0.9)
     axes.set_xlabel("steps after warm-up")
-    _scale_values(axes, False, "seconds")
+    scale_values(axes, "seconds")
 
 
 def _draw_heat_map(axes: Axes, found: RunDetail, times: RankTimes) -> None:

@@ -14,15 +14,8 @@ from launch.report.goodput import PARTS
 from launch.report.notes import amount, percent, rate, seconds
 from launch.report.steps import LOSSES
 from launch.report.table import RankRow, Row, RunDetail, ScalingTable
-from launch.report.views.figures import (
-    PALETTE,
-    inline_svg,
-    interruption_panels,
-    loss_panels,
-    run_panels,
-    scaling_panels,
-    times_panels,
-)
+from launch.report.views.drawing import PALETTE, inline_svg
+from launch.report.views.figures import interruption_panels, loss_panels, run_panels, scaling_panels, times_panels
 from launch.report.views.text import efficiency, part_tables, point_tables, slowest_table
 
 MAX_FALLS = 6

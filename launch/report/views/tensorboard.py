@@ -18,6 +18,8 @@ from launch.runs.tensorboard import Curve, EventWriter
 RUN, RUN_OF_ONE = "Scaling", "Summary"
 IDEAL, POINTS, GPUS = "ideal", "points", "gpus"
 """Folders below the run of a sweep."""
+LEAST_DIFFERENCE = 0.02
+"""Share by which losses differ at least where they get a chart."""
 SUFFIX = ".scaling"  # marks the event files that a report owns
 
 
@@ -61,7 +63,8 @@ def _write_summary(table: ScalingTable, png: bytes, root: Path) -> None:
 def _write_sweep(table: ScalingTable, png: bytes, root: Path) -> None:
     """Write the report of a sweep: curves over the number of ranks, its table and figure, and a run for each point."""
     measured = charts(table)
-    names = [tag.removeprefix("scaling/") for curve in measured.values() for tag in curve if tag is not None]
+    tags = [tag for curve in measured.values() for tag in curve if tag is not None]
+    names = dict.fromkeys([*(tag.removeprefix("scaling/") for tag in tags), "loss"])
     with _writer(root) as whole:
         whole.layout({"Scaling: measured and ideal over the number of ranks": measured})
         whole.text("scaling/table", markdown(table))
@@ -82,8 +85,10 @@ def _write_sweep(table: ScalingTable, png: bytes, root: Path) -> None:
                         _write_point(writer, row, band | {"efficiency": None if row.efficiency is None else 1.0})
     details = {found.label: found for found in table.details}
     for row, use, typed in zip(table.rows, table.gpus, table.typed, strict=True):
+        # Not the name of the folder, which has all overrides: TensorBoard cuts long names in its list.
+        name = point_name([row.label], exclude=())
         if figures := _figures(row, table.unit):
-            with _writer(root / POINTS / row.point) as writer:
+            with _writer(root / POINTS / name) as writer:
                 writer.hparams(settings(row, typed))
                 for tag, value in figures.items():
                     writer.scalar(f"point/{tag}", value, row.last_step or 0)
@@ -91,7 +96,7 @@ def _write_sweep(table: ScalingTable, png: bytes, root: Path) -> None:
                 if ranks is not None:
                     writer.image("point/ranks over the run", ranks, row.last_step or 0)
         if use is not None:
-            with _writer(root / GPUS / row.point) as writer:
+            with _writer(root / GPUS / name) as writer:
                 write_gpus(writer, use)
 
 
@@ -113,7 +118,10 @@ def charts(table: ScalingTable) -> dict[str, Curve]:
     if any(row.throughput is not None for row in table.rows):
         found = {f"{table.unit.capitalize()} per second": Curve(per_s, f"{per_s}_low", f"{per_s}_high"), **found}
     found["Step time in seconds"] = Curve("scaling/step_time_s", "scaling/step_time_s_low", "scaling/step_time_s_high")
-    found["Loss of the last step"] = Curve("scaling/loss")
+    losses = [row.loss for row in table.rows if row.loss is not None]
+    # TensorBoard's axes show three digits: the same one at each mark, where losses differ by less.
+    if losses and max(losses) - min(losses) > LEAST_DIFFERENCE * max(map(abs, losses)):
+        found["Loss of the last step"] = Curve("scaling/loss")
     return found
 
 
@@ -135,15 +143,9 @@ def _value(text: str) -> bool | float | str:
 
 def _figures(row: Row, unit: str) -> dict[str, float]:
     """Return the figures by which points are compared; an unknown or unclaimed one is absent."""
-    figures = {
-        f"{unit}_per_s": row.throughput,
-        "efficiency": row.efficiency,
-        "loss": row.loss,
-        "step_time_s": row.step_time_s,
-        "mfu": row.mfu_palm,
-        "energy_kwh": row.energy_kwh,
-    }
-    return {name: value for name, value in figures.items() if value is not None}
+    names = {f"{unit}_per_s": "throughput", "mfu": "mfu_palm"}
+    names |= {name: name for name in ("efficiency", "loss", "step_time_s", "energy_kwh")}
+    return {tag: value for tag, name in names.items() if (value := getattr(row, name)) is not None}
 
 
 def write_gpus(writer: EventWriter, use: GpuUse) -> None:

@@ -31,26 +31,33 @@ def write(table: ScalingTable, reload_s: float | None = None, files: Collection[
         files: kinds of files to write. Files of other kinds stay as they are.
     """
     selection = table.selection
-    contents: dict[str, bytes] = {}
     pictures: dict[str, bytes] = {}
     # Imports of matplotlib and jinja2 take a second, for which neither --help nor a refusal should wait.
     if not DRAWN.isdisjoint(files):
         from launch.report.views.figures import draw
 
         pictures = draw(table)
-        contents = {f"{selection.stem}.{kind}": pictures[kind] for kind in ("png", "svg") if ReportFile(kind) in files}
-    if ReportFile.html in files:
+
+    def html() -> str:
         from launch.report.views.page import page
 
-        contents[f"{selection.stem}.html"] = page(table, reload_s).encode()
-    if ReportFile.md in files:
-        figure = f"\n![{table.title}]({selection.stem}.png)\n" if ReportFile.png in files else "\n"
-        contents[f"{selection.stem}.md"] = f"{markdown(table)}{figure}".encode()
-    if ReportFile.csv in files:
-        contents[f"{selection.stem}.csv"] = csv_text(table).encode()
-        contents[f"{selection.stem}_parts.csv"] = parts_csv_text(table).encode()
-    if ReportFile.json in files:
-        contents[f"{selection.stem}.json"] = json_text(table).encode()
+        return page(table, reload_s)
+
+    figure = f"\n![{table.title}]({selection.stem}.png)\n" if ReportFile.png in files else "\n"
+    makers: dict[str, Callable[[], str | bytes]] = {
+        ".md": lambda: markdown(table) + figure,
+        ".csv": lambda: csv_text(table),
+        ".png": lambda: pictures["png"],
+        ".svg": lambda: pictures["svg"],
+        ".json": lambda: json_text(table),
+        ".html": html,
+        "_parts.csv": lambda: parts_csv_text(table),
+    }
+    contents = {
+        selection.stem + end: content.encode() if isinstance(content := make(), str) else content
+        for end, make in makers.items()
+        if ReportFile(end.rpartition(".")[2]) in files
+    }
     for folder in selection.folders:
         for name, content in contents.items():
             write_atomically(folder / name, content)
