@@ -28,9 +28,8 @@ from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, read_point, require_folder, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.placement import agent_words
-from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.preflight import is_recorded, record_found, record_submitted
-from launch.plan.text import plan_text
+from launch.plan.plan import Plan, is_recorded, make_plan, record_found, record_submitted, write_run
+from launch.plan.preflight import plan_text
 from launch.runs.files import deny_others_writing
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import typed_value, without_key

@@ -179,3 +179,10 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
 def how_often(times: int) -> str:
     """Write how often something happened: once, 2 times."""
     return "once" if times == 1 else f"{times} times"
+
+
+def duration_text(seconds: float) -> str:
+    """Write a time for people: 90 s, 12.5 min, 2.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{round(seconds / 60, 1):g} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from launch.config import LaunchConfig, ReportFile
 from launch.config.compose import workload_of
-from launch.plan import code_copy
+from launch.plan.placement import copy_code
 from launch.plan.plan import Plan, unfinished, write_run
-from launch.plan.text import announce
+from launch.plan.preflight import announce
 from launch.runs.find import Sweep, record_sweep, sweep_overrides
 from launch.runs.folder import RunFolder
 from launch.runs.records import objective_value
@@ -91,7 +91,7 @@ def run_sweep(
     for plan, config, (composed, overrides) in zip(plans, configs, points, strict=True):
         if not plan.finished:
             if plan.code is not None:
-                code_copy.take(Path(plan.code), workload_of(config).code(config))
+                copy_code(Path(plan.code), workload_of(config).code(config))
             write_run(plan, composed, overrides)
     try:
         words = sweep_overrides(typed)
@@ -152,7 +152,7 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
         NothingSubmittedError: sbatch refused. Jobs that it accepted before continue.
         SweepFailedError: sbatch did not answer in time, and may have accepted the job.
     """
-    from launch.plan.preflight import record_submitted
+    from launch.plan.plan import record_submitted
     from launch.slurm.jobs import LocalQueueEntry
     from launch.slurm.submit import explain_refusal, in_line, may_have_taken, shapes, submit_somewhere
 

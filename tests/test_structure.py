@@ -396,7 +396,7 @@ TOKENS = {
     "launch/bench_network": 3_500,
     "launch/config": 4_800,
     "launch/doctor": 11_300,
-    "launch/plan": 10_900,
+    "launch/plan": 9_800,
     "launch/project": 11_200,
     "launch/report": 42_500,
     "launch/runs": 27_000,

@@ -36,7 +36,7 @@ from launch.agent.policy import WANTED, Action, Cause, Meter, RunFailedError, po
 from launch.config import Config
 from launch.config.compose import read_point
 from launch.errors import CommandParser, ConfigError, refusing
-from launch.plan.code_copy import refuse_other_code
+from launch.plan.placement import refuse_other_code
 from launch.process import lasting_imports, set_default_threads
 from launch.runs.environment import raise_open_files, set_defaults
 from launch.runs.events import FEWER_NODES, is_finished

@@ -26,7 +26,8 @@ from launch.plan.budget import (
     spent,
     used,
 )
-from launch.plan.preflight import is_recorded, measure, record_found
+from launch.plan.plan import is_recorded, record_found
+from launch.plan.preflight import measure
 from launch.runs.events import ALL_NODES, FEWER_NODES, Events, events_since_submission, fewer_nodes, first_failure
 from launch.runs.files import write_unwritten
 from launch.runs.folder import RunFolder, read_plan

@@ -1,147 +1,41 @@
-"""One point of a sweep -> Plan: what it will use, and a refusal where it cannot work."""
+"""Plan of one point: its use, refusals where it cannot work, its run folder, and its submission in the event log."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import msgspec
 from omegaconf import DictConfig, OmegaConf
 
 from launch.config import ClusterKind, Config
 from launch.config.compose import not_in_point, workload_of
 from launch.errors import ConfigError
-from launch.plan import code_copy
-from launch.plan.placement import Placement, place, refuse_local_container, worst_case
+from launch.plan.placement import Placement, copy_path, place, worst_case
 from launch.runs import compose
-from launch.runs.events import Continuation, apply_continuation, is_finished, plan_continuation
+from launch.runs.environment import visible_gpus
+from launch.runs.events import Continuation, Events, apply_continuation, is_finished, plan_continuation
 from launch.runs.files import write_json
-from launch.runs.folder import RunFolder, writing_into
+from launch.runs.folder import RunFolder, read_plan, writing_into
 from launch.runs.identity import choose_folder, refuse_other_run
 from launch.runs.overrides import PLACE_KEYS, without_key
 from launch.workload import PlanRequest, Workload, WorkloadPlan
 
-# GPUs of this machine, counted without torch, and the refusal of spares on it.
-
-
-def refuse_local_spares(config: Config) -> None:
-    """Raise ConfigError if spare nodes are asked of this one machine."""
-    if config.spare_nodes:
-        raise ConfigError(
-            f"spare_nodes={config.spare_nodes} with agents on this machine (cluster=local)",
-            "a Slurm cluster: nodes on one machine are lost together",
-            "spare_nodes=0, or cluster=slurm",
-        )
-
-
-def local_gpus() -> int:
-    """GPUs of this machine that may be used, counted without torch."""
-    named = _named_gpus()
-    if named is not None:
-        return len([name for name in named if name not in ("", "-1")])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-
-
-def visible_gpus() -> list[int]:
-    """Indices of the visible GPUs; those that CUDA_VISIBLE_DEVICES names in another way are left out."""
-    named = _named_gpus()
-    if named is not None:
-        return [int(name) for name in named if name.isdigit()]
-    return list(range(local_gpus()))
-
-
-def _named_gpus() -> list[str] | None:
-    """The devices in CUDA_VISIBLE_DEVICES; None if it is not set, and all GPUs may be used."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if names is None else [name.strip() for name in names.split(",")]
-
-
-def local_gpu_name() -> str | None:
-    """Name of the first GPU of this machine, from the driver's files."""
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        for line in path.read_text().splitlines():
-            if line.startswith("Model:"):
-                return line.removeprefix("Model:").strip()
-    return None
-
-
-# Refusal of a ``launch.on_event`` that no agent could run, as far as the login node can tell.
-
-
-def refuse_missing_command(config: Config) -> None:
-    """Raise ConfigError if the program of ``launch.on_event`` is not there, or cannot be run.
-
-    In a container the agent has other programs than this machine, which are not looked for.
-    """
-    command = config.launch.on_event_command
-    if not command or config.cluster.container is not None or shutil.which(command[0]) is not None:
-        return
-    program, here = command[0], Path(command[0]).absolute()
-    found = f"launch.on_event, and no program {program} on the PATH"
-    fix = "launch.on_event=PATH"
-    if here.is_file() and os.access(here, os.X_OK):  # named as one of the PATH, and lies here
-        fix = quote(f"launch.on_event=[{','.join([str(here), *command[1:]])}]")
-    elif here.is_file():
-        found, fix = f"launch.on_event={program}, a file that is not executable", f"chmod +x {quote(str(here))}"
-    elif os.sep in program:
-        found = f"launch.on_event={program}, which is no file"
-    raise ConfigError(
-        found, "a program on the PATH, or the path of one that the nodes see too", f"{fix}, or launch.on_event=null"
-    )
-
-
-# Refusal of folders in which somebody else could change what a job runs.
-
-
-JOBS = ".submitit"
-"""Folder beside the points with submitit's pickles and the agents' logs."""
-SLURM_JOBS = "slurm"
-"""Folder in it for those of Slurm's jobs, whose numbers may be those of processes here."""
-ELSEWHERE = "on-"
-"""Beginning of the folder in it for those of another cluster's jobs, before the name of the cluster."""
-
-
-def refuse_exposed(run_dir: Path) -> None:
-    """Raise ConfigError if others can put something into the folders that a job of ``run_dir`` reads.
-
-    Pickles are code, so nobody else may write beside them, the group included. In the folder of the run, and the one
-    above, a group may share its work; a sticky bit (as /tmp has it) keeps what is there from being replaced.
-    """
-    jobs = run_dir.parent / JOBS
-    for folder in (jobs, jobs / SLURM_JOBS, *jobs.glob(f"{ELSEWHERE}*")):
-        refuse_writable(folder, stat.S_IWGRP | stat.S_IWOTH)
-    refuse_writable(run_dir, stat.S_IWOTH)
-    refuse_writable(run_dir.parent, stat.S_IWOTH, unless=stat.S_ISVTX)
-
-
-def refuse_writable(folder: Path, bits: int, unless: int = 0) -> None:
-    """Raise ConfigError if a folder is there and has one of the mode ``bits``, and none of ``unless``."""
-    try:
-        mode = folder.stat().st_mode
-    except OSError:  # not there; or not to be looked at, which is told when it is written to
-        return
-    if mode & bits and not mode & unless:
-        raise ConfigError(
-            f"{folder} with mode {stat.S_IMODE(mode):04o}: others can change in it what your jobs run",
-            "a folder that nobody else can write to",
-            f"chmod -R go-w {quote(str(folder))}, or output_dir=FOLDER for another one",
-        )
-
-
-# One point of a sweep -> Plan: what it will use, and a refusal where it cannot work.
-
 
 @dataclass(frozen=True)
 class Plan:
-    """Plan of one point. GPU-hours and cost are the worst case of one start of the job, the whole time limit
-    used: a requeued job starts anew, until ``budget`` ends it, or more failures than ``resilience.max_restarts`` allows
-    between two checkpoints, or in ``resilience.forgive_after_s``."""
+    """Plan of one point.
+
+    Node-hours, GPU-hours and cost are the worst case of one start of the job, to its time limit. A requeued job starts
+    again, until ``budget`` ends it, or more failures than ``resilience.max_restarts`` allows between two checkpoints,
+    or in ``resilience.forgive_after_s``.
+    """
 
     point: str
     run_dir: str
@@ -153,32 +47,31 @@ class Plan:
     timeout_min: int
     node_hours: float
     gpu_hours: float | None
-    """None where the nodes are not said to have GPUs."""
+    """None if nothing says how many GPUs the nodes have."""
     cost: float | None
-    """GPU-hours times cluster.price_per_gpu_hour; None where one of them is not known."""
+    """GPU-hours times cluster.price_per_gpu_hour; None if one of them is unknown."""
     slurm: dict[str, Any]
-    """The resources requested from Slurm, as submitit's parameters; points with the same ones share a job array."""
+    """Resources at the chosen candidate, as submitit's parameters; points with the same ones share a job array."""
     placement: Placement
-    """Candidates that the point may go to, and when it does; ``slurm`` is what is asked at one of its candidates."""
     workload: str
-    """Name of the kind of program."""
+    """Name of the workload."""
     promised: WorkloadPlan
-    """Promises of the workload. Its facts stand at the root of ``plan.json``."""
+    """Plan of the workload. Its facts are at the root of ``plan.json``."""
     command_run_dirs: tuple[str, ...] = ()
-    """The run folders of all points of the command, which share its budget."""
+    """Run folders of all points of the command, which share its budget."""
     code: str | None = None
-    """The copy of the code that the job runs from; None if it runs from where it was submitted."""
+    """Copy of the code that the job runs from; None if it runs from the checkout."""
     warnings: tuple[str, ...] = ()
-    """Those of the workload, and preflight warnings from earlier attempts."""
+    """Warnings of the workload, and of the launcher from earlier attempts."""
     label: str = ""
-    """Label that sets the point apart from the others of its command, for people."""
+    """Label that distinguishes the point from the others of its command, for people."""
     finished: bool = False
-    """True where the run is finished already: nothing of it is submitted."""
+    """True if the run is finished: it is not submitted."""
     goes_on: Continuation = field(default_factory=Continuation)
-    """Continuation of the run, where that is not from where it stopped."""
+    """Way in which the run continues, unless it continues where it stopped."""
 
     expected_s: float | None = None
-    """Expected time of the next start, seconds; None where nothing is known of it."""
+    """Expected time of the next start, seconds; None if unknown."""
     expected_by: str = ""
     """Source of the expected time, for people."""
 
@@ -194,7 +87,7 @@ class Plan:
 
     @property
     def max_steps(self) -> int | None:
-        """Steps of the whole run; None where the workload does not know them."""
+        """Steps of the whole run; None if the workload does not know them."""
         return self.promised.max_steps
 
     @property
@@ -203,34 +96,23 @@ class Plan:
         return self.promised.facts
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON holds it: the workload's facts stand beside the launcher's own."""
+        """Return the content of ``plan.json``: the facts of the workload, then the fields of the plan."""
         known = asdict(self)
         return {"max_steps": self.max_steps, **known["promised"].pop("facts"), **known}
 
     @classmethod
     def from_dict(cls, known: Mapping[str, Any]) -> Plan:
-        """Read back what ``plan.json`` holds, of an earlier version too."""
-        names = {entry.name for entry in dataclasses.fields(cls)}
-        own = {key: value for key, value in known.items() if key in names}
-        own |= {key: tuple(own.get(key, ())) for key in ("command_run_dirs", "warnings")}
-        facts = {key: value for key, value in known.items() if key not in {*names, "max_steps"}}
-        promised = {"max_steps": known.get("max_steps"), **own.get("promised", {}), "facts": facts}
-        promised |= {key: tuple(promised.get(key, ())) for key in ("warnings", "fewer_nodes")}
-        promised["notes"] = {label: tuple(lines) for label, lines in promised.get("notes", {}).items()}
-        workload = own.get("workload", "")
-        parts = {
-            "promised": WorkloadPlan(**promised),
-            "placement": Placement.from_dict(known["placement"]),
-            "goes_on": Continuation(**own.get("goes_on", {})),
-        }
-        return cls(**{**own, "workload": workload, **parts})
+        """Return the plan of a ``plan.json``. Raises msgspec.ValidationError if a field is missing or wrong."""
+        own = {entry.name for entry in fields(cls)}
+        facts = {key: value for key, value in known.items() if key not in {*own, "max_steps"}}
+        return msgspec.convert({**known, "promised": {**known.get("promised", {}), "facts": facts}}, cls)
 
     def choose_candidate(self, index: int) -> Plan:
-        """Return this plan as submitted to a candidate of its placement."""
+        """Return this plan with the resources of one candidate."""
         return replace(self, slurm=self.placement.candidates[index].slurm)
 
     def replace_placement(self, placement: Placement) -> Plan:
-        """Return this plan with another placement, submitted to its first candidate where the point could run."""
+        """Return this plan with another placement, at its first possible candidate."""
         assert placement.possible
         worst = worst_case(placement, self.nodes_asked, self.timeout_min)
         changed = replace(self, placement=placement, gpu_hours=worst.gpu_hours, cost=worst.cost)
@@ -238,7 +120,7 @@ class Plan:
 
 
 def unfinished(plans: Sequence[Plan]) -> list[Plan]:
-    """The points that have steps ahead of them: what is finished takes no nodes to say so."""
+    """Return the points that have steps to make."""
     return [plan for plan in plans if not plan.finished]
 
 
@@ -249,35 +131,48 @@ def make_plan(
     sweep_sizes: Sequence[int] = (),
     gpu_type: str | None = None,
 ) -> Plan:
-    """Plan one point for a cluster of ``kind`` (local or slurm).
+    """Plan one point. Writes nothing.
 
     Args:
         config: of the point.
         overrides: as typed for the point.
-        kind: where it runs.
+        kind: local or slurm.
         sweep_sizes: numbers of ranks of all points of the command.
-        gpu_type: of the GPUs where the point may go, as Slurm names it; None if it is not known.
+        gpu_type: type of the GPUs where the point may run, as Slurm names it; None if not known.
 
     Raises:
         ConfigError: the point cannot work.
     """
     config.validate()
-    workload = workload_of(config)
+    workload, is_local = workload_of(config), kind is ClusterKind.local
     folder = choose_folder(config, overrides, not_in_point(workload), workload.length)
     refuse_unknown_checkpoints(config, workload, folder)
     refuse_exposed(folder.path)
     refuse_missing_command(config)
     refuse_other_run(folder, config, workload.schema, (*PLACE_KEYS, *workload.resumable))
-    if kind is ClusterKind.local:
-        refuse_local_spares(config)
-        refuse_local_container(config)
-    promised = workload.plan(config, plan_request(config, overrides, folder, kind, sweep_sizes, gpu_type))
+    if is_local:
+        refuse_slurm_only(config)
+    gpus = visible_gpus() if is_local else []
+    request = PlanRequest(
+        overrides=tuple(overrides),
+        folder=folder,
+        is_local=is_local,
+        nodes=config.nodes,
+        ranks_per_node=config.ranks_on_node,
+        cluster=config.cluster,
+        local_gpus=len(gpus),
+        local_gpu_name=gpus[0].name if gpus else None,
+        gpu_type=gpu_type,
+        sweep_sizes=tuple(sweep_sizes),
+        min_nodes=config.resilience.min_nodes,
+    )
+    promised = workload.plan(config, request)
     refuse_fewer_nodes(config, workload.name, promised)
-    # Of a program whose length is no key of its config, a number of steps is what it is watched by.
+    # If no key of the config sets the length of a program, max_steps only measures its progress.
     max_steps = promised.max_steps if workload.length else None
     goes_on = plan_continuation(folder, config.resume_from, max_steps, workload.checkpoints(folder) or ())
     tree = workload.code(config)
-    code = code_copy.place(folder.path, tree) if config.copy_code else None
+    code = copy_path(folder.path, tree) if config.copy_code else None
     placed = place(config, folder.path, code if tree.has_launcher else None, promised.resumes)
     worst = worst_case(placed, config.nodes_asked, config.cluster.timeout_min)
     return Plan(
@@ -303,42 +198,117 @@ def make_plan(
     )
 
 
-def plan_request(
-    config: Config, overrides: Sequence[str], folder: RunFolder, kind: ClusterKind, sweep_sizes: Sequence[int],
-    gpu_type: str | None,
-) -> PlanRequest:  # fmt: skip
-    """Make the request by which a workload plans a point."""
-    is_local = kind is ClusterKind.local
-    return PlanRequest(
-        overrides=tuple(overrides),
-        folder=folder,
-        is_local=is_local,
-        nodes=config.nodes,
-        ranks_per_node=config.ranks_on_node,
-        cluster=config.cluster,
-        local_gpus=local_gpus() if is_local else 0,
-        local_gpu_name=local_gpu_name() if is_local else None,
-        gpu_type=gpu_type,
-        sweep_sizes=tuple(sweep_sizes),
-        min_nodes=config.resilience.min_nodes,
+def local_gpus() -> int:
+    """Return the number of GPUs of this machine that may be used, counted without torch."""
+    return len(visible_gpus())
+
+
+def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Make the run folder: the complete config, the overrides, and the plan.
+
+    A run that goes back to a checkpoint, or beyond its end, is prepared for that: no process may work on it.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    folder = RunFolder(plan.run_dir)
+    apply_continuation(folder, plan.goes_on, plan.max_steps, workload_of(composed).checkpoints(folder) or ())
+    composed.resume_from = None  # it is done now, and a later start of the same job must not repeat it
+    for key, value in plan.promised.settled.items():
+        OmegaConf.update(composed, key, value, merge=True)
+    compose.write_config(folder, composed, without_key(overrides, "resume_from"))
+    with writing_into(folder.path):
+        write_json(folder.plan, plan.as_dict())
+
+
+# Refusals of a point, before anything is written.
+
+
+JOBS = ".submitit"
+"""Folder in the folder of the points, with submitit's pickles and the agents' logs."""
+SLURM_JOBS = "slurm"
+"""Folder in JOBS for Slurm's jobs, whose numbers may equal those of local processes."""
+ELSEWHERE = "on-"
+"""Beginning of the folder in JOBS for jobs of another cluster; the name of the cluster follows."""
+
+
+def refuse_slurm_only(config: Config) -> None:
+    """Raise ConfigError if the config has spare nodes or a container, and the agents run on this machine."""
+    if config.spare_nodes:
+        raise ConfigError(
+            f"spare_nodes={config.spare_nodes} with agents on this machine (cluster=local)",
+            "a Slurm cluster: nodes on one machine are lost together",
+            "spare_nodes=0, or cluster=slurm",
+        )
+    if config.cluster.container is not None:
+        raise ConfigError(
+            f"cluster.container={config.cluster.container} with agents on this machine (cluster=local)",
+            "a Slurm cluster, whose srun starts the container on each node",
+            "cluster=slurm; or the whole command in the container: apptainer exec IMAGE python -m launch ...",
+        )
+
+
+def refuse_missing_command(config: Config) -> None:
+    """Raise ConfigError if the program of ``launch.on_event`` does not exist, or cannot be run.
+
+    The programs of a container are unknown here, and not checked.
+    """
+    command = config.launch.on_event_command
+    if not command or config.cluster.container is not None or shutil.which(command[0]) is not None:
+        return
+    program, here = command[0], Path(command[0]).absolute()
+    found, fix = f"launch.on_event, and no program {program} on the PATH", "launch.on_event=PATH"
+    if here.is_file() and os.access(here, os.X_OK):  # typed without ./
+        fix = quote(f"launch.on_event=[{','.join([str(here), *command[1:]])}]")
+    elif here.is_file():
+        found, fix = f"launch.on_event={program}, a file that is not executable", f"chmod +x {quote(str(here))}"
+    raise ConfigError(
+        found, "a program on the PATH, or the path of one that the nodes see too", f"{fix}, or launch.on_event=null"
     )
 
 
+def refuse_exposed(run_dir: Path) -> None:
+    """Raise ConfigError if other users can write into the folders that a job of ``run_dir`` reads.
+
+    Pickles are code, so no other user may write into their folder, the group included. In the folder of the run, and
+    the one above, a group may share its work; a sticky bit (as /tmp has it) protects existing files.
+    """
+    jobs = run_dir.parent / JOBS
+    for folder in (jobs, jobs / SLURM_JOBS, *jobs.glob(f"{ELSEWHERE}*")):
+        refuse_writable(folder, stat.S_IWGRP | stat.S_IWOTH)
+    refuse_writable(run_dir, stat.S_IWOTH)
+    refuse_writable(run_dir.parent, stat.S_IWOTH, unless=stat.S_ISVTX)
+
+
+def refuse_writable(folder: Path, bits: int, unless: int = 0) -> None:
+    """Raise ConfigError if an existing folder has one of the mode ``bits``, and none of ``unless``."""
+    try:
+        mode = folder.stat().st_mode
+    except OSError:  # missing, or unreadable: writing to it is refused later
+        return
+    if mode & bits and not mode & unless:
+        raise ConfigError(
+            f"{folder} with mode {stat.S_IMODE(mode):04o}: others can change in it what your jobs run",
+            "a folder that no other user can write to",
+            f"chmod -R go-w {quote(str(folder))}, or output_dir=FOLDER for another one",
+        )
+
+
 def refuse_fewer_nodes(config: Config, workload: str, promised: WorkloadPlan) -> None:
-    """Raise ConfigError if ``resilience.min_nodes`` asks for what the program cannot do, or does not say it can."""
+    """Raise ConfigError if ``resilience.min_nodes`` is set for a program that cannot continue with fewer nodes."""
     if not config.may_shrink:
         return
     found, fix = f"resilience.min_nodes={config.resilience.min_nodes}", "resilience.min_nodes=null"
     if not promised.resumes:
-        found += ", and a program that is not said to have checkpoints to go on from"
+        found += ", and a program that is not said to have checkpoints to resume from"
         raise ConfigError(found, "a program that resumes", f"script.resumes=true, or {fix}")
     if not promised.fewer_nodes:
-        found += f", and workload {workload}, which does not say with how many fewer nodes it could go on"
-        raise ConfigError(found, "fewer_nodes in what the workload plans (docs/workloads.md)", fix)
+        found += f", and workload {workload}, which does not say with how many fewer nodes it could continue"
+        raise ConfigError(found, "fewer_nodes in the plan of the workload (docs/workloads.md)", fix)
 
 
 def refuse_unknown_checkpoints(config: Config, workload: Workload, folder: RunFolder) -> None:
-    """Raise ConfigError if a run is to go back whose checkpoints only its program knows."""
+    """Raise ConfigError if ``resume_from`` is set for a program whose checkpoints the launcher does not know."""
     if config.resume_from is not None and workload.checkpoints(folder) is None:
         raise ConfigError(
             f"resume_from={config.resume_from} with workload={workload.name}, whose checkpoints are the program's own",
@@ -347,19 +317,48 @@ def refuse_unknown_checkpoints(config: Config, workload: Workload, folder: RunFo
         )
 
 
-def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> None:
-    """Make the run folder: the config, in which nothing is left open, what was typed, and the plan.
+# The ``submitted`` event of a run: which job works on it, and where.
 
-    A run that is to go back, or on beyond its end, is prepared for that: nothing may work on it.
 
-    Raises:
-        ConfigError: it cannot be written.
+def record_submitted(
+    plan: Plan, job_id: str, candidate: int = 0, *, moved: bool = False, pid_started: str | None = None
+) -> None:
+    """Record a submission in the event log, unless the agent of the job was faster (``record_found``).
+
+    Args:
+        plan: of the run.
+        job_id: number of the Slurm job, or of the process.
+        candidate: index of the candidate that took the job.
+        moved: whether the run was pending at another candidate before.
+        pid_started: start time of a local process, which distinguishes it from later ones of the same number.
     """
     folder = RunFolder(plan.run_dir)
-    apply_continuation(folder, plan.goes_on, plan.max_steps, workload_of(composed).checkpoints(folder) or ())
-    composed.resume_from = None  # it is done, and a start of the job in the queue must not do it again
-    for key, value in plan.promised.settled.items():
-        OmegaConf.update(composed, key, value, merge=True)
-    compose.write_config(folder, composed, without_key(overrides, "resume_from"))
-    with writing_into(folder.path):
-        write_json(folder.plan, plan.as_dict())
+    if plan.cluster == "slurm" and is_recorded([e for e in folder.read_events() if "by" in e], [job_id]):
+        return
+    where = {"cluster": plan.cluster, "job_id": job_id, "host": os.uname().nodename, "nodes": plan.nodes}
+    place = {"candidate": candidate, **plan.placement.candidates[candidate].as_event()}
+    rest = ({"moved": True} if moved else {}) | ({} if pid_started is None else {"pid_started": pid_started})
+    folder.record_event("submitted", **where, **place, **rest)
+
+
+def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
+    """Record a Slurm job whose launcher ended before it could do so.
+
+    The candidate is the one that the run was moving to, or the first possible one: refusals of sbatch are lost.
+    """
+    ends = [event for event in folder.read_events() if event["event"] in ("submitted", "moved")]
+    last: dict[str, Any] = ends[-1] if ends else {}
+    is_moving = last.get("event") == "moved"
+    found = {"cluster": "slurm", "job_id": job_id, "host": os.uname().nodename, "nodes": nodes, "candidate": 0}
+    try:
+        plan = Plan.from_dict(read_plan(folder))
+        candidate = last["candidate"] if is_moving else (plan.placement.possible or [0])[0]
+        found |= {"nodes": plan.nodes, "candidate": candidate, **plan.placement.candidates[candidate].as_event()}
+    except (ConfigError, msgspec.ValidationError, IndexError):  # the job can be cancelled without a plan too
+        pass
+    folder.record_event("submitted", **found, by=by, **({"moved": True} if is_moving else {}))
+
+
+def is_recorded(events: Events, names: Collection[str]) -> bool:
+    """Return whether the event log has the submission of the job with one of these ids."""
+    return any(event["event"] == "submitted" and str(event["job_id"]) in names for event in events)

@@ -19,8 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.plan.placement import Step, decide, minutes, waiting_since, waits_for_room
-from launch.plan.plan import Plan
-from launch.plan.preflight import record_submitted
+from launch.plan.plan import Plan, record_submitted
 from launch.runs.folder import RunFolder, read_plan
 from launch.slurm.client import SlurmBusyError, SlurmError
 from launch.slurm.jobs import ACTIVE, SlurmJob, ask_queue, job_of

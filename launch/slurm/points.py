@@ -17,8 +17,7 @@ from launch.config.compose import typed_config, workload_of
 from launch.errors import ConfigError, counted
 from launch.plan import placement
 from launch.plan.plan import Plan, local_gpus, make_plan, unfinished
-from launch.plan.preflight import add_warnings, settle_exclusive
-from launch.plan.text import add_expected, share_budget
+from launch.plan.preflight import add_expected, add_warnings, settle_exclusive, share_budget
 from launch.runs.find import labels_for
 from launch.runs.overrides import in_shell, typed_key, typed_value
 from launch.runs.records import refuse_unknown_figure

@@ -11,8 +11,7 @@ from typing import Any
 
 from launch.agent.policy import WANTED, Action
 from launch.errors import ConfigError
-from launch.plan.plan import Plan
-from launch.plan.preflight import record_found
+from launch.plan.plan import Plan, record_found
 from launch.runs.events import failure_text, fewer_nodes, first_failure, last_command, saves_that_count
 from launch.runs.files import is_full
 from launch.runs.find import labels_inside

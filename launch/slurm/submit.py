@@ -25,11 +25,10 @@ from launch.agent.node import OWNER
 from launch.config import Config
 from launch.config.compose import read_point, workload_of
 from launch.errors import ConfigError
-from launch.plan.code_copy import RUNS_FROM, running_from
-from launch.plan.placement import cluster_of, next_candidate
-from launch.plan.plan import JOBS, Plan, visible_gpus
-from launch.plan.preflight import wait_for
-from launch.plan.text import plan_text, worst_case_text
+from launch.plan.placement import RUNS_FROM, cluster_of, next_candidate, running_from
+from launch.plan.plan import JOBS, Plan
+from launch.plan.preflight import plan_text, wait_for, worst_case_text
+from launch.runs.environment import visible_gpus
 from launch.runs.files import make_folder
 from launch.runs.folder import RunFolder
 from launch.slurm.client import BUSY, SlurmBusyError, SlurmError, missing_configuration
@@ -218,7 +217,7 @@ def start_local(plan: Plan) -> LocalJob:
     make_folder(folder)
     # One folder for all jobs: submitit would make a folder for each job only after the start of its controller.
     executor = submitit.LocalExecutor(folder=folder, max_num_timeout=0)
-    gpus = visible_gpus()  # submitit hides all others
+    gpus = [int(gpu.index) for gpu in visible_gpus() if gpu.index.isdigit()]  # submitit hides all others
     executor.update_parameters(
         tasks_per_node=plan.nodes, timeout_min=plan.timeout_min, gpus_per_node=len(gpus), visible_gpus=gpus
     )

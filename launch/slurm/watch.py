@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from launch.config import Config
 from launch.config.compose import default_grace_period_s
 from launch.errors import ConfigError
-from launch.plan.preflight import record_submitted
+from launch.plan.plan import record_submitted
 from launch.runs.compose import read_config
 from launch.runs.events import damaged_text
 from launch.runs.records import throughput

@@ -23,7 +23,7 @@ from gpt.model.gpt import GPT
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.plan.plan import make_plan
-from launch.plan.text import plan_text
+from launch.plan.preflight import plan_text
 from tests.support.small_models import configs
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))

@@ -12,7 +12,7 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, make_plan
-from launch.plan.text import plan_text
+from launch.plan.preflight import plan_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import ROOT, run

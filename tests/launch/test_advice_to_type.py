@@ -19,7 +19,7 @@ from launch.config.compose import compose_launch, sweep_points, typed_config
 from launch.errors import ConfigError
 from launch.plan.budget import Use, use_text
 from launch.plan.plan import make_plan
-from launch.plan.text import worst_case_text
+from launch.plan.preflight import worst_case_text
 from launch.runs.environment import ROOT, install_command
 from launch.runs.find import find_runs, point_labels, suggestion
 from launch.runs.folder import RunFolder

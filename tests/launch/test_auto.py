@@ -13,7 +13,7 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.text import plan_text
+from launch.plan.preflight import plan_text
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run
 

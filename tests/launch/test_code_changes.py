@@ -14,9 +14,8 @@ import pytest
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config, workload_of
 from launch.errors import ConfigError
-from launch.plan import code_copy as snapshot
-from launch.plan.preflight import add_warnings
-from launch.plan.text import plan_text
+from launch.plan.placement import copy_code
+from launch.plan.preflight import add_warnings, plan_text
 from launch.runs.compose import write_config
 from launch.runs.environment import PACKAGES, changes, code_state, describe_code
 from launch.runs.files import write_json
@@ -75,8 +74,8 @@ def test_libraries_count_and_what_the_login_node_cannot_know_does_not() -> None:
 def test_a_copy_is_the_code_and_knows_its_commit(tmp_path: Path) -> None:
     target, config = tmp_path / "copy", config_of(*TINY)
     tree = workload_of(config).code(config)
-    snapshot.take(target, tree)
-    snapshot.take(target, tree)
+    copy_code(target, tree)
+    copy_code(target, tree)
     copied, original = describe_code(target), describe_code()
     assert (copied["sha256"], copied["files"]) == (original["sha256"], original["files"])
     assert copied["is_snapshot"] and not original["is_snapshot"]

@@ -10,7 +10,7 @@ import pytest
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.text import add_expected, plan_text, total_text, worst_case_text
+from launch.plan.preflight import add_expected, plan_text, total_text, worst_case_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
 
@@ -48,8 +48,8 @@ def test_an_earlier_run_of_the_same_kind_tells_the_time(monkeypatch: pytest.Monk
     ran(plan("nodes=2", "optim.lr=0.01", write=True), 100)
     told = add_expected(made)
     assert told.expected_s == pytest.approx(15 + 6 + 100 * 2 + 3)
-    assert "expected    4 min, 0.1244 node-hours, by the 2 s a step of nodes=2,optim.lr=0.01" in plan_text(told)
-    assert "; expected: 4 min, 0.1244 node-hours" in worst_case_text(
+    assert "expected    3.7 min on this machine, by the 2 s a step of nodes=2,optim.lr=0.01" in plan_text(told)
+    assert "; expected: 3.7 min on this machine, by" in worst_case_text(
         [told], [typed_config(compose_launch(["nodes=2"]))]
     )
 
@@ -58,7 +58,7 @@ def test_an_earlier_run_of_the_same_kind_tells_the_time(monkeypatch: pytest.Monk
     again = add_expected(plan("nodes=2"))
     assert again.expected_s == pytest.approx(15 + 6 + 40 * 2 + 3) and again.expected_by == "the 2 s a step of this run"
     some = total_text([replace(again, label="nodes=2"), replace(plan("nodes=4"), label="nodes=4")])
-    assert some.startswith("expected of nodes=2: 0.05778 node-hours, 2 min for the longest point")
+    assert some.startswith("expected of nodes=2: 1.7 min on this machine, 1.7 min for the longest point")
     assert total_text([replace(again, finished=True)]) == ""
 
 

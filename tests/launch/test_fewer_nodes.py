@@ -23,7 +23,7 @@ from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, make_plan
-from launch.plan.text import plan_text
+from launch.plan.preflight import plan_text
 from launch.runs.events import fewer_nodes
 from launch.runs.files import read_json, read_json_lines, write_json
 from launch.runs.folder import RunFolder
@@ -59,7 +59,7 @@ def test_the_plan_says_with_how_many_nodes_the_run_goes_on(words: list[str], few
     planned = plan(*words)
     assert planned.promised.fewer_nodes == fewer
     assert Plan.from_dict(planned.as_dict()).promised.fewer_nodes == fewer
-    told = f"goes on with {' or '.join(map(str, fewer))} in the same job"
+    told = f"continues with {' or '.join(map(str, fewer))} in the same job"
     assert (told in plan_text(planned)) == bool(fewer)
     assert ("--no-kill" in sbatch_text([planned])) == bool(fewer), "the loss of a node must not end the job"
 

@@ -94,7 +94,10 @@ def test_the_dry_run_shows_it(tmp_path: Path) -> None:
     words = ["cluster=local", "dry_run=true", "resilience.grace_period_s=30", *TINY, f"run_dir={tmp_path / 'run'}"]
     text = run("launch", *words, cwd=tmp_path)
     assert "  warning     a save took up to 90 s and a step 20 s" in text
-    assert "and resilience.grace_period_s=30: told to stop" in text and "type resilience.grace_period_s=170" in text
+    assert (
+        "and resilience.grace_period_s=30: a run that is stopped" in text
+        and "type resilience.grace_period_s=170" in text
+    )
 
 
 @pytest.mark.parametrize(

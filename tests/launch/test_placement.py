@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from launch.errors import ConfigError
 from launch.plan import placement
 from launch.plan.placement import Candidate, Placement, decide, waiting_since
-from launch.plan.plan import Plan
-from launch.plan.preflight import record_found, record_submitted
-from launch.plan.text import plan_text
+from launch.plan.plan import Plan, record_found, record_submitted
+from launch.plan.preflight import plan_text
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.slurm import places

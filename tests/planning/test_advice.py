@@ -11,7 +11,7 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, make_plan
-from launch.plan.text import plan_text
+from launch.plan.preflight import plan_text
 from tests.support.composing import config_from
 
 GPUS = ("cluster=slurm", "cluster.gpus_per_node=8", "cluster.gpu_name=H100", "model=gpt2_124m", "optim=gpt2")

@@ -13,7 +13,7 @@ from gpt.config import AttentionBackend, Precision, Recompute, TrainConfig
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.plan.plan import make_plan
-from launch.plan.text import plan_text
+from launch.plan.preflight import plan_text
 from tests.support.composing import config_from
 
 PARAMETERS = {
