@@ -86,7 +86,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
     """Have two workers wait while the others compute."""
     if config.getoption("dist") != "loadfile":
         return None
-    from tests.support.schedule import WaitingBesideComputing
+    from tests.support.cost import WaitingBesideComputing
 
     return WaitingBesideComputing(config, log)
 

@@ -402,7 +402,7 @@ TOKENS = {
     "launch/runs": 27_000,
     "launch/script": 4_800,
     "launch/slurm": 23_600,
-    "launch/storm": 9_600,
+    "launch/storm": 8_700,
     "launch/worker": 6_900,
     "slurm": 8_800,
 }

@@ -30,7 +30,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.jobs import sbatch_text
 from launch.slurm.status import find_run_status, poll
-from launch.storm.verdict import Recovery, recoveries
+from launch.storm.drill import Recovery, recoveries
 from tests.support.commands import agents_of, descendants, run, start_fork, wait_for
 from tests.support.counting import COUNTING, checkpoint, from_step, options
 from tests.support.scripts import LOCAL

@@ -14,24 +14,14 @@ import pytest
 from launch.errors import ConfigError
 from launch.runs.files import append_json_lines
 from launch.runs.folder import RunFolder
-from launch.storm import processes, verdict
-from launch.storm.drill import Interruption, first_save
-from launch.storm.faults import (
-    DISK,
-    KINDS,
-    SANDBOX,
-    SLURM,
-    SPARES,
-    FaultError,
-    Site,
-    choose_kinds,
-    make_schedule,
-    require_own,
-)
+from launch.storm import drill, injection
+from launch.storm.__main__ import require_own
+from launch.storm.drill import Interruption, choose_kinds, first_save, make_schedule
+from launch.storm.injection import DISK, KINDS, SANDBOX, SLURM, SPARES, FaultError, Site
 from tests.support.commands import ROOT, run, start_fork
 from tests.support.scripts import LOCAL
 
-LOCAL_KINDS = [kind.name for kind in KINDS.values() if not kind.needs]
+LOCAL_KINDS = [name for name, kind in KINDS.items() if not kind.needs]
 PROGRAM = ROOT / "tests" / "support" / "checkpointing.py"
 
 
@@ -45,8 +35,8 @@ def test_a_run_under_a_storm_ends_as_a_quiet_one(tmp_path: Path) -> None:
     out = tmp_path / "drill"
     options = ["--faults", str(len(LOCAL_KINDS)), "--seed", "10", "--output", str(out), "--most-steps", "10"]
     log = tmp_path / "log"
-    drill = start_fork("launch.storm", *options, *words(3000, 0.004), cwd=tmp_path, log=log)
-    assert drill.wait(timeout=900) == 0, log.read_text()  # a dozen starts of a run, one after another
+    process = start_fork("launch.storm", *options, *words(3000, 0.004), cwd=tmp_path, log=log)
+    assert process.wait(timeout=900) == 0, log.read_text()  # a dozen starts of a run, one after another
     text = log.read_text()
     found = json.loads((out / "verdict.json").read_text())
     assert found["passed"] and found["wrong"] == [] and "passed: as the quiet run, bit for bit" in text
@@ -62,13 +52,13 @@ def test_a_run_under_a_storm_ends_as_a_quiet_one(tmp_path: Path) -> None:
         assert cost["road"] == "undisturbed" or sum(parts) == pytest.approx(cost["total_s"])
     # What differs is found, whatever it is.
     quiet, stormy = RunFolder(out / "quiet"), RunFolder(out / "stormy")
-    last = verdict.checkpoints(stormy)[0]
+    last = injection.checkpoints(stormy)[0]
     (last / "rank_1.json").write_text("other")
-    assert list(verdict.differing_state(quiet, stormy)) == [f"{last.name}/rank_1.json differs"]
+    assert list(drill.differing_state(quiet, stormy)) == [f"{last.name}/rank_1.json differs"]
     metrics = stormy.metrics(1)
     lines = metrics.read_text().splitlines()
     metrics.write_text("\n".join(line for line in lines if json.loads(line)["step"] != 7) + "\n")
-    assert list(verdict.differing_steps(quiet, stormy)) == ["rank 1: steps [7] are missing"]
+    assert list(drill.differing_steps(quiet, stormy)) == ["rank 1: steps [7] are missing"]
 
 
 def test_the_same_seed_plans_the_same_faults_and_all_kinds_equally_often() -> None:
@@ -132,11 +122,11 @@ def test_processes_of_other_users_and_of_other_runs_are_not_found(tmp_path: Path
     with pytest.raises(ConfigError, match="another user's"):
         require_own(theirs, "a sandbox")
     try:
-        assert processes.ranks_of(tmp_path) == {1: own.pid}
-        command = [sys.executable, "-m", "launch.storm.processes", str(tmp_path), "SIGKILL", "rank", "1"]
+        assert {rank: process.pid for rank, process in injection.ranks_of(tmp_path).items()} == {1: own.pid}
+        command = [sys.executable, "-m", "launch.storm.injection", str(tmp_path), "SIGKILL", "rank", "1"]
         assert subprocess.run(command, cwd=ROOT, check=True, capture_output=True).returncode == 0
         assert own.wait(60) == -signal.SIGKILL
-        assert stranger.poll() is None and other.poll() is None and processes.of_run(tmp_path) == {}
+        assert stranger.poll() is None and other.poll() is None and injection.of_run(tmp_path) == []
     finally:
         for process in (stranger, other, own):
             process.kill()
@@ -145,10 +135,10 @@ def test_processes_of_other_users_and_of_other_runs_are_not_found(tmp_path: Path
 
 def test_goodput_by_young_and_daly() -> None:
     """Against a sum over one interval between faults, step by step, and against the interval that it calls the best."""
-    told = verdict.predict(save_s=2.0, interval_s=60.0, restart_s=10.0, between_faults_s=3600.0)
+    told = drill.Prediction(save_s=2.0, interval_s=60.0, restart_s=10.0, between_faults_s=3600.0)
     cycles = (3600 - 10 - 31) / 62
     assert told.goodput == pytest.approx(cycles * 60 / 3600) and told.best_interval_s == pytest.approx(120.0)
-    nearby = [verdict.predict(2.0, seconds, 10.0, 3600.0).goodput for seconds in (60.0, 119.0, 240.0)]
+    nearby = [drill.Prediction(2.0, seconds, 10.0, 3600.0).goodput for seconds in (60.0, 119.0, 240.0)]
     assert max(nearby) == nearby[1]
 
 
@@ -173,13 +163,13 @@ def test_a_spare_is_hit_only_where_one_stands_by(tmp_path: Path) -> None:
     site = Site(RunFolder(tmp_path))
     folder = RunFolder(tmp_path)
     folder.record_event("agent_started")
-    with pytest.raises(FaultError, match="no spare"):
-        site.spare()
+    assert site.spares() == []
     folder.record_event("members", hosts=["n1", "n2"], spares=["n3"])
-    assert site.spare() == "n3"
+    assert site.spares() == ["n3"]
     folder.record_event("members", hosts=["n1", "n3"], spares=[])
-    with pytest.raises(FaultError, match="no spare"):
-        site.spare()
+    assert site.spares() == []
+    with pytest.raises(FaultError, match="a spare node did not come"):
+        injection.wait(site.spares, "a spare node", 0)
 
 
 def test_a_fault_of_a_rank_meets_one_that_there_is_with_fewer_nodes(tmp_path: Path) -> None:
@@ -203,9 +193,9 @@ def test_what_a_fault_cost_is_made_of() -> None:
         {"event": "started", "time": 7.0},
     ]
     faults = [{"kind": "sigkill_rank", "time": 3.5}, {"kind": "sigstop_agent", "time": 12.0}]
-    first, second = verdict.recoveries(faults, events, records)
-    assert first == verdict.Recovery("sigkill_rank", "in place", 6.5, 0.5, 3.0, 2.0, 1.0)
-    assert second == verdict.Recovery("sigstop_agent", "undisturbed", pytest.approx(7.9))  # its longest pause
+    first, second = drill.recoveries(faults, events, records)
+    assert first == drill.Recovery("sigkill_rank", "in place", 6.5, 0.5, 3.0, 2.0, 1.0)
+    assert second == drill.Recovery("sigstop_agent", "undisturbed", pytest.approx(7.9))  # its longest pause
 
 
 def test_the_prediction_is_for_the_time_of_the_faults(tmp_path: Path) -> None:
@@ -223,5 +213,5 @@ def test_the_prediction_is_for_the_time_of_the_faults(tmp_path: Path) -> None:
     events.append({"event": "agent_ended", "time": start + 12, "job": "local-1", "ended_at": start + 12})
     append_json_lines(folder.events, events)
     append_json_lines(folder.metrics(0), records)
-    told = verdict.measure(folder, [{"kind": "sigkill_rank", "time": start + 10}])
+    told = drill.measure(folder, [{"kind": "sigkill_rank", "time": start + 10}])
     assert told is not None and told.predicted.interval_s == pytest.approx(5.0)

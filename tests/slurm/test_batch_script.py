@@ -14,7 +14,7 @@ import pytest
 
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from launch.storm import processes
+from launch.storm import injection
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ROOT, TIMEOUT_S, TINY, environment, run, wait_for
 from tests.support.counting import COUNTING, options
@@ -77,8 +77,8 @@ def test_a_sweep_of_batch_scripts_takes_the_same_road_and_ends_in_a_table(sandbo
         return found is not None and any(e["event"] == event for e in found.read_events())
 
     wait_for(lambda: has("agent_started"), "the agents on two nodes")
-    for pid in processes.of_job(jobs[1], "srun", sandbox.env["SLURM_CONF"]):  # the agents go on without it
-        processes.send(pid, signal.SIGKILL)
+    found = injection.of_job(jobs[1], "srun", sandbox.env["SLURM_CONF"])
+    injection.send(found, signal.SIGKILL)  # the agents go on without it
     wait_for(lambda: has("srun_lost"), "the batch script to look")
     begin.touch()
     ended = wait_for_end(sandbox, *jobs)

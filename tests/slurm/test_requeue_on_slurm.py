@@ -15,8 +15,7 @@ from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import heal, power_cut, preempt
 from tests.support.commands import TINY, start_fork
 from tests.support.counting import COUNTING, checkpoint, from_step, options
-from tests.support.paced import paced
-from tests.support.storm import StormyRun
+from tests.support.storm import StormyRun, paced
 from tests.support.weights import differing, read_weights
 
 pytestmark = pytest.mark.slurm

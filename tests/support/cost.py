@@ -1,7 +1,4 @@
-"""Cost of tests: seconds of files, as measured, and what a test's code tells of the processes it may start.
-
-Owns the order of the files and the mark ``quick``. Must not know what is tested.
-"""
+"""Cost of tests: seconds of files, as measured; which tests are quick; and which worker takes which file."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from tests.support import commands, distributed
 
@@ -140,3 +138,22 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+# Files on workers, in the order in which they are to be started: the last two workers take those that wait.
+
+
+def waiting(workers: int) -> int:
+    """Number of workers that begin with the files that wait: each starts a sandbox of its own."""
+    return 2 if workers > 3 else min(1, workers - 1)
+
+
+class WaitingBesideComputing(LoadFileScheduling):
+    """A worker takes the first file of its own kind that is left, and one of the other kind where there is none."""
+
+    def _assign_work_unit(self, node: Any) -> None:
+        for_waiting = any(node is one for one in self.nodes[len(self.nodes) - waiting(len(self.nodes)) :])
+        of_its_kind = [scope for scope in self.workqueue if (f"{WAITS}/" in scope) == for_waiting]
+        if of_its_kind:
+            self.workqueue.move_to_end(of_its_kind[0], last=False)
+        super()._assign_work_unit(node)

@@ -1,7 +1,8 @@
-"""Imports of our commands, in the server process that ``forking`` forks them from: once, and never collected.
+"""Imports of our commands and of the ranks of a test, in the server process that both are forked from: once.
 
-All modules of gpt and launch but those that need what not every run has (deepspeed), and what those import only when
-they need it.
+All modules of gpt and launch but those that need deepspeed, which not every run has; what these modules import only
+when they need it; and what ranks of tests import. A rank that lives for half a second would spend a good part of it on
+pytest alone.
 """
 
 import pkgutil
@@ -11,10 +12,22 @@ from importlib import import_module
 import gpt
 import launch
 from gpt.config.compose import compose_train
+from gpt.workload import PRELOAD
 from launch.process import lasting_imports
 
 with lasting_imports():
-    import tests.support.preload  # noqa: F401
+    import filelock  # noqa: F401
+    import pytest  # noqa: F401
+    import torch.distributed.checkpoint.state_dict
+    import torch.distributed.fsdp
+    import torch.distributed.pipelining
+    import torch.distributed.tensor
+    import torch.profiler
+    import torch.utils.serialization  # noqa: F401
+
+    for name in (*PRELOAD, "tests.support.learning", "tests.support.tiny", "tests.support.watching"):
+        import_module(name)
+
     from tests.support import learning
     from tests.support.composing import config_from
 
@@ -28,7 +41,6 @@ with lasting_imports():
         "hydra_plugins.launch_plugin.launcher",
         "submitit.core._submit",
         "submitit.local._local",
-        "torch.distributed.pipelining",
         "torch.nn.attention.flex_attention",
     ):
         import_module(name)

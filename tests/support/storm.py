@@ -1,4 +1,4 @@
-"""A run on the sandbox that faults are thrown at, and those faults that are no node's: srun, agents, the controller."""
+"""A run on the sandbox for tests with faults: faults that are no node's, and steps that take their time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from launch.storm import processes
+from launch.storm import injection
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, start_fork, wait_for
 
@@ -63,15 +65,46 @@ class StormyRun:
         goes on, and nobody waits for it.
         """
         found = self._processes("srun")
-        for pid in found[-1:] if alone else found:
-            processes.send(pid, signal.SIGKILL)
+        injection.send(found[-1:] if alone else found, signal.SIGKILL)
 
     def tell_agents_to_leave(self) -> None:
         """Send SIGTERM to the agents as slurmstepd does, for which nobody has to reach the controller."""
-        for pid in self._processes("python"):
-            processes.send(pid, signal.SIGTERM)
+        injection.send(self._processes("python"), signal.SIGTERM)
 
-    def _processes(self, program: str) -> list[int]:
-        found = processes.of_job(self.job, program, self.sandbox.env["SLURM_CONF"])
+    def _processes(self, program: str) -> list[psutil.Process]:
+        found = injection.of_job(self.job, program, self.sandbox.env["SLURM_CONF"])
         assert found, f"no {program} of job {self.job}"
         return found
+
+
+PACED = """
+import importlib.machinery, os, sys, time
+
+class Pacemaker:
+    def find_spec(self, name, path=None, target=None):
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name == "gpt.training.step" else None
+        if spec is not None:
+            execute = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (execute(module), self.pace(module))
+        return spec
+
+    def pace(self, module):
+        lr_at = module.lr_at
+        def paced(config, step):
+            if not os.path.exists(os.environ["HURRY"]):
+                time.sleep(0.1)
+            return lr_at(config, step)
+        module.lr_at = paced
+
+if "HURRY" in os.environ:
+    sys.meta_path.insert(0, Pacemaker())
+"""
+"""Imported at the start of every interpreter of the run; asks for the file HURRY in each step."""
+
+
+def paced(folder: Path) -> tuple[list[str], Path]:
+    """Words with which a run on Slurm waits in each step, and the file that ends this once it is there."""
+    there, hurry = folder / "paced", folder / "hurry"
+    there.mkdir()
+    (there / "sitecustomize.py").write_text(PACED)
+    return [f"cluster.setup=['export PYTHONPATH={there}:$PYTHONPATH','export HURRY={hurry}']"], hurry

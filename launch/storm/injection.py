@@ -1,0 +1,493 @@
+"""The faults of a drill: one table of kinds, and how each fault is made.
+
+``python -m launch.storm.injection RUN SIGNAL WHAT WHICH`` signals processes of a run on this host. A drill starts it by
+srun on a node whose processes it cannot see. Only processes of the run that belong to this user are signalled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from launch.config.compose import workload_of_run
+from launch.errors import CommandParser, ConfigError, refusing
+from launch.runs.folder import RunFolder
+from launch.slurm.jobs import SUBMISSION
+
+AGENTS = ({SUBMISSION}, {"gpt_launch", "agent"})
+"""Words in the command line of an agent: one that submitit started, or a plain batch script."""
+PATIENCE_S = 120.0
+"""Time in seconds that a process to be signalled has to start, and a run to begin a save."""
+RESTART_S = 300.0
+"""Time in seconds that a preempted job has to start again, and a command of Slurm to answer."""
+EARLY_PREEMPTIONS = 3
+BOOKKEEPING = "manifest.json"
+"""File in a checkpoint with the time and the attempt of the save: the state is in the other files."""
+T = TypeVar("T")
+
+
+class FaultError(RuntimeError):
+    """A fault that cannot be made."""
+
+
+def wait(
+    condition: Callable[[], T],
+    what: str,
+    timeout_s: float,
+    is_over: Callable[[], bool] = lambda: False,
+    *,
+    poll_s: float = 0.05,
+) -> T:
+    """Poll a condition and return its value once that is true; FaultError after ``timeout_s``, or if ``is_over``."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        if time.monotonic() > deadline or is_over():
+            raise FaultError(f"{what} did not come")
+        time.sleep(poll_s)
+    return found
+
+
+# Processes of a run on this host.
+
+
+def own_processes() -> list[psutil.Process]:
+    """Return all processes of this user on this host; ``info`` has command line, environment and parent of each."""
+    found = psutil.process_iter(["cmdline", "environ", "ppid", "uids"])
+    return [p for p in found if p.info["cmdline"] and p.info["environ"] and p.info["uids"].real == os.getuid()]
+
+
+def of_run(run_dir: Path) -> list[psutil.Process]:
+    """Return the ranks of a run, and the processes that ranks have started."""
+
+    def is_one(words: list[str], variables: dict[str, str]) -> bool:
+        return variables.get("LAUNCH_RUN_DIR") == str(run_dir) or ("RANK" in variables and str(run_dir) in words)
+
+    return [process for process in own_processes() if is_one(process.info["cmdline"], process.info["environ"])]
+
+
+def ranks_of(run_dir: Path) -> dict[int, psutil.Process]:
+    """Return the process of each rank of a run, by rank, without the processes that a rank has started."""
+    found = of_run(run_dir)
+    ranks = {process.pid: process.info["environ"].get("RANK", "") for process in found}
+    first = [p for p in found if ranks[p.pid].isdigit() and ranks.get(p.info["ppid"]) != ranks[p.pid]]
+    return {int(ranks[process.pid]): process for process in first}
+
+
+def is_agent(words: Sequence[str]) -> bool:
+    """Return true for the command line of an agent, or of the srun that starts agents."""
+    return any(agent <= {*words} for agent in AGENTS)
+
+
+def of_job(job: str, program: str, conf: str | None) -> list[psutil.Process]:
+    """Return the processes of a Slurm job that are agents or start agents, children first.
+
+    Args:
+        job: Slurm's id.
+        program: beginning of the program's name: ``srun``, or ``python`` for agents.
+        conf: the job's SLURM_CONF, as jobs of other clusters have the same ids.
+    """
+    found = [
+        process
+        for process in own_processes()
+        if Path(process.info["cmdline"][0]).name.startswith(program) and is_agent(process.info["cmdline"])
+        if process.info["environ"].get("SLURM_JOB_ID") == job and process.info["environ"].get("SLURM_CONF") == conf
+    ]
+    pids = {process.pid for process in found}
+    return sorted(found, key=lambda process: process.info["ppid"] not in pids)  # a child may act on its parent's end
+
+
+def processes_to_signal(run_dir: Path, what: str, which: str) -> list[psutil.Process]:
+    """Return the processes of this host by ``what`` they are: empty if there are none.
+
+    rank, agent: of the rank ``which``. agents, srun, srun_alone: of the job ``which``; srun comes with the helper that
+    would end its step, and srun_alone without.
+    """
+    if what in ("rank", "agent"):
+        rank = ranks_of(run_dir).get(int(which))
+        with suppress(psutil.NoSuchProcess):
+            line = [rank, *rank.parents()] if rank else []
+            return [p for p in line if what == "rank" or is_agent(p.cmdline())][:1]
+        return []
+    found = of_job(which, "python" if what == "agents" else "srun", os.environ.get("SLURM_CONF"))
+    return found[-1:] if what == "srun_alone" else found
+
+
+def wait_for_processes(
+    run_dir: Path, what: str, which: str, *, in_save: bool = False, is_over: Callable[[], bool] = lambda: False
+) -> list[psutil.Process]:
+    """Wait for processes to signal, and for the beginning of a save if ``in_save``; FaultError if they do not come."""
+    patience_s = 0.0 if what.startswith("srun") else PATIENCE_S
+
+    def found() -> list[psutil.Process]:
+        return processes_to_signal(run_dir, what, which)
+
+    processes = wait(found, f"{what} {which}", patience_s, is_over)
+    if in_save:
+        folder = RunFolder(run_dir).checkpoints
+        before = entries(folder)
+        wait(lambda: entries(folder) - before, "a save", PATIENCE_S, is_over, poll_s=0.001)
+        processes = found()  # the rank may be another process by now
+    return processes
+
+
+def entries(folder: Path) -> set[tuple[str, int]]:
+    """Return name and time of the last change of each file and folder in a folder of checkpoints."""
+    found = set()
+    for path in folder.glob("*"):
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+def send(processes: Sequence[psutil.Process], number: signal.Signals) -> list[int]:
+    """Signal processes and return the ids of those that had not ended."""
+    sent = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+            sent.append(process.pid)
+    return sent
+
+
+@refusing
+def main() -> int:
+    """Signal processes of a run on this host. Exit status 1 if there are none."""
+    parser = CommandParser(prog="python -m launch.storm.injection", description="Signal a process of a run here.")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("signal", choices=("SIGKILL", "SIGTERM", "SIGSTOP", "SIGCONT"))
+    parser.add_argument("what", choices=("rank", "agent", "agents", "srun", "srun_alone"))
+    parser.add_argument("which", help="number of the rank, or of the job of agents or an srun")
+    parser.add_argument("--in-save", action="store_true", help="as soon as a new entry is among the checkpoints")
+    args = parser.parse_args()
+    if not args.which.isdigit():
+        raise ConfigError(f"{args.what} {args.which}", "a number", f"{args.what} 0")
+    try:
+        found = wait_for_processes(args.run_dir, args.what, args.which, in_save=args.in_save)
+    except FaultError:
+        return 1
+    return 0 if send(found, signal.Signals[args.signal]) else 1
+
+
+# The run that faults are made for.
+
+
+def checkpoints(folder: RunFolder) -> list[Path]:
+    """Return the checkpoints that a run can resume from, newest first; hidden names are unfinished checkpoints."""
+    listed = workload_of_run(folder).checkpoints(folder)
+    if listed is not None:
+        return [each.path for each in listed if each.step is not None]
+    found = [path for path in folder.checkpoints.glob("*") if not path.name.startswith(".")]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def files_of(checkpoint: Path) -> list[Path]:
+    """Return the files with the state of a checkpoint: all but hidden files and the manifest."""
+    if checkpoint.is_file():
+        return [checkpoint]
+    found = (path for path in checkpoint.rglob("*") if path.is_file())
+    return sorted(path for path in found if not path.name.startswith(".") and path.name != BOOKKEEPING)
+
+
+@dataclass
+class Site:
+    """A run and its surroundings."""
+
+    folder: RunFolder
+    is_slurm: bool = False
+    sandbox: Path | None = None
+    """Directory of its sandbox, whose processes are this machine's."""
+    disk: Path | None = None
+    """Filesystem of the drill's own that the run writes into."""
+    is_over: Callable[[], bool] = lambda: False
+    """Returns true once the run has ended, so that nothing more will come."""
+    struck: float | None = None
+    """Unix time of the first blow of the fault that is being made."""
+
+    @property
+    def job(self) -> str:
+        """Slurm's id of the run's job."""
+        return str([e for e in self.folder.read_events() if e["event"] == "submitted"][-1]["job_id"])
+
+    def host_of(self, rank: int) -> str:
+        """Return the node of a rank in the newest attempt that has recorded its ranks."""
+        for attempt in reversed(self.folder.attempts()):
+            with suppress(OSError, ValueError):
+                ranks = json.loads(self.folder.environment(attempt).read_text())["ranks"]
+                return str(next(entry["host"] for entry in ranks if entry["rank"] == rank))
+        raise FaultError("no attempt has recorded the nodes of its ranks")
+
+    def running_rank(self, rank: int) -> int:
+        """Return ``rank``, or another rank if the run has resumed with fewer nodes than planned."""
+        sizes = [e["world_size"] for e in self.folder.read_events() if e["event"] == "started" and e.get("world_size")]
+        return rank % sizes[-1] if sizes else rank
+
+    def spares(self) -> list[str]:
+        """Return the idle spare nodes of the job; none are left after one of its nodes was lost."""
+        told = [e for e in self.folder.read_events() if e["event"] in ("agent_started", "members")][-1]
+        return [str(name) for name in told.get("spares") or []]
+
+    def starts(self) -> int:
+        """Return the number of starts of the job so far in which its agents have begun."""
+        return sum(event["event"] == "agent_started" for event in self.folder.read_events())
+
+    def restart(self, by: Callable[[], str]) -> str:
+        """Call ``by``, which has the job start again, and wait until the agents have begun; return what was done."""
+        count = self.starts()
+        done = by()
+        wait(lambda: self.starts() > count, f"another start of job {self.job}", RESTART_S, self.is_over)
+        return done
+
+    def command(self, *words: str) -> str:
+        """Run a command that hurts to its end and return its first line; FaultError if it fails."""
+        self.struck = self.struck or time.time()
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=RESTART_S, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired as error:
+            raise FaultError(str(error)) from error
+        if done.returncode:
+            raise FaultError(f"{' '.join(words)}: {(done.stdout + done.stderr).strip()[-300:]}")
+        return done.stdout.strip().partition("\n")[0]
+
+    def in_sandbox(self, *words: str) -> str:
+        """Run a command of the sandbox and return its first line."""
+        return self.command(sys.executable, "-m", "gpt_launch", "slurm.sandbox", *words, "--dir", str(self.sandbox))
+
+    def requeue(self) -> str:
+        """Requeue the job and return the command."""
+        self.command("scontrol", "requeue", self.job)
+        return f"scontrol requeue {self.job}"
+
+    def by_srun(self, host: str, number: signal.Signals, what: str, which: str, *options: str) -> str:
+        """Signal processes of another node and return what was done."""
+        place = ["--overlap", f"--jobid={self.job}", "--nodes=1", "--ntasks=1", f"--nodelist={host}"]
+        program = ["gpt_launch", "launch.storm.injection", str(self.folder.path), number.name, what, which]
+        self.command("srun", *place, sys.executable, "-m", *program, *options)
+        return f"{number.name} to {what} {which} by srun"
+
+    def signal(
+        self, number: signal.Signals, what: str, which: str, rank: int, *, seconds: float = 0.0, in_save: bool = False
+    ) -> str:
+        """Signal processes of a run on whatever node, and return what was done; FaultError if there are none.
+
+        Args:
+            number: the signal.
+            what: of ``processes_to_signal``.
+            which: number of a rank or of a job.
+            rank: its node is that of the processes.
+            seconds: time after which SIGSTOP is undone, of the same processes; 0 for never.
+            in_save: true to wait until a save begins.
+        """
+        if self.is_slurm and self.sandbox is None:
+            host, job = self.host_of(rank), self.job
+            done = self.by_srun(host, number, what, which, *(["--in-save"] if in_save else []))
+            if seconds:
+                time.sleep(seconds)
+                with suppress(FaultError):  # its node may have been given up meanwhile, and the job be elsewhere
+                    self.by_srun(host, signal.SIGCONT, "agents", job)
+            return done
+        found = wait_for_processes(self.folder.path, what, which, in_save=in_save, is_over=self.is_over)
+        self.struck = self.struck or time.time()
+        sent = send(found, number)
+        if not sent:
+            raise FaultError(f"{what} {which} had ended")
+        if seconds:
+            time.sleep(seconds)
+            send(found, signal.SIGCONT)
+        return f"{number.name} to {', '.join(map(str, sent))}"
+
+
+# The faults. Each returns a text about what was done.
+
+
+def _signal_rank(number: signal.Signals, what: str = "rank", *, in_save: bool = False) -> Inject:
+    return lambda fault, site: site.signal(
+        number, what, str(fault.rank), fault.rank, seconds=fault.seconds, in_save=in_save
+    )
+
+
+def _damage(fault: PlannedFault, site: Site) -> str:
+    """Damage the newest checkpoint and kill a rank, so that the next start finds the damage."""
+    draw = random.Random(fault.salt)
+    newest = checkpoints(site.folder)[0]
+    files = [path for path in files_of(newest) if path.stat().st_size]
+    if not files:
+        raise FaultError(f"{newest} has no file to damage")
+    if fault.kind == "truncate":
+        path = max(files, key=lambda path: path.stat().st_size)
+        size = path.stat().st_size // 2
+        os.truncate(path, size)
+        done = f"{newest.name}/{path.name} cut to {size} bytes"
+    else:
+        path = draw.choice(files)
+        bit = draw.randrange(8 * path.stat().st_size)
+        with path.open("r+b") as file:
+            file.seek(bit // 8)
+            byte = file.read(1)[0] ^ (1 << bit % 8)
+            file.seek(bit // 8)
+            file.write(bytes([byte]))
+        done = f"bit {bit} of {newest.name}/{path.name} flipped"
+    return f"{done}; {site.signal(signal.SIGKILL, 'rank', str(fault.rank), fault.rank)}"
+
+
+def _full_disk(fault: PlannedFault, site: Site) -> str:
+    assert site.disk is not None
+    filler = site.disk / "filler"
+    site.struck = time.time()
+    try:
+        with suppress(OSError), filler.open("ab", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        size = filler.stat().st_size
+        time.sleep(fault.seconds)
+    finally:
+        filler.unlink(missing_ok=True)
+    return f"{size / 2**20:.1f} MiB taken for {fault.seconds:g} s"
+
+
+def _kill_srun(fault: PlannedFault, site: Site) -> str:
+    """Kill the srun of the batch script. A start whose srun was killed before has none: the next start has one."""
+
+    def kill() -> str:
+        return site.signal(signal.SIGKILL, fault.kind.removeprefix("kill_"), site.job, 0)
+
+    try:
+        return kill()
+    except FaultError:
+        return f"{site.restart(site.requeue)}; {kill()}"
+
+
+def _preempt(fault: PlannedFault, site: Site) -> str:
+    """Preempt the job; for preempt_early several starts of the job, each as soon as its agents have begun."""
+
+    def preempt() -> str:
+        return site.in_sandbox("preempt", site.job, "--seconds", "1")
+
+    early = [site.restart(preempt) for _ in range(EARLY_PREEMPTIONS - 1)] if fault.kind == "preempt_early" else []
+    return f"jobs {', '.join([*early, preempt()])}"
+
+
+def _node_fault(fault: PlannedFault, site: Site) -> str:
+    """Make the fault of this name to a node, and heal it; a spare node comes with a requeue if none is left."""
+    if fault.kind == "power_cut_spare":
+        if not site.spares():
+            site.restart(site.requeue)
+        host = wait(site.spares, "a spare node", RESTART_S, site.is_over)[0]
+    else:
+        host = site.host_of(fault.rank)
+    try:
+        done = site.in_sandbox(fault.kind.removesuffix("_spare").replace("_", "-"), host)
+        time.sleep(fault.seconds)
+    finally:
+        site.in_sandbox("heal", host)
+    return f"{done}, for {fault.seconds:g} s"
+
+
+def _stop_controller(fault: PlannedFault, site: Site) -> str:
+    done = site.in_sandbox("stop-controller")
+    try:
+        with suppress(FaultError):
+            site.signal(signal.SIGTERM, "agent", "0", 0)  # which then queries who sent it, and gets no answer
+        time.sleep(fault.seconds)
+    finally:
+        site.in_sandbox("start-controller")
+    return f"{done}, for {fault.seconds:g} s"
+
+
+SLURM, SANDBOX = "Slurm", "a sandbox (--sandbox DIR)"
+DISK = "a filesystem of the drill's own (--disk FOLDER, or --disk-mib N without Slurm)"
+SPARES = "a sandbox and a spare node (--sandbox DIR, spare_nodes=1)"
+"""Needs of a kind of fault."""
+REBOOTS = (2.0, 3.0, 8.0, 14.0)
+"""Seconds without power: all but the last are over before Slurm calls the node down, and srun ends the step then."""
+OUTAGES = (2.0, 8.0, 40.0)
+"""Seconds without a sign of life: a moment, less than ``resilience.node_timeout_s``, and more."""
+ABSENCES = (20.0, 75.0, 300.0)
+"""Seconds without a controller."""
+MILD = {"sigstop_agent", "full_disk", "kill_srun", "power_cut_spare", "freeze", "cut_link"}
+"""Kinds by which no attempt has to end."""
+DAMAGING = {"truncate", "flip_bit"}
+"""Kinds that damage the newest checkpoint, so there has to be an older one."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fault: what it does, for people, what it needs, seconds to choose from, and how it is made."""
+
+    what: str
+    inject: Inject
+    needs: str = ""
+    seconds: tuple[float, ...] = (0.0,)
+
+
+@dataclass(frozen=True)
+class PlannedFault:
+    """One fault of a schedule; it hits ``rank`` or the node of that rank, and lasts for ``seconds``."""
+
+    number: int
+    kind: str
+    rank: int
+    after_steps: int
+    """Steps that the run makes before it, once the run has recovered from the fault before."""
+    seconds: float
+    salt: int
+    """Chooses the rest, such as which bit is flipped."""
+
+    @property
+    def text(self) -> str:
+        """Description for people."""
+        return KINDS[self.kind].what.format(rank=self.rank, seconds=self.seconds)
+
+
+Inject = Callable[[PlannedFault, Site], str]
+KINDS = {
+    "sigkill_rank": Kind("SIGKILL to rank {rank}", _signal_rank(signal.SIGKILL)),
+    "sigterm_rank": Kind("SIGTERM to rank {rank}, by which all ranks save and leave", _signal_rank(signal.SIGTERM)),
+    "sigstop_rank": Kind("SIGSTOP to rank {rank}, until the launcher finds it", _signal_rank(signal.SIGSTOP)),
+    "sigkill_agent": Kind("SIGKILL to the agent of rank {rank}", _signal_rank(signal.SIGKILL, "agent")),
+    "sigstop_agent": Kind(
+        "SIGSTOP to the agent of rank {rank}, for {seconds:g} s", _signal_rank(signal.SIGSTOP, "agent"), "", OUTAGES
+    ),
+    "kill_in_save": Kind(
+        "SIGKILL to rank {rank} as soon as a new entry is in the folder of checkpoints",
+        _signal_rank(signal.SIGKILL, in_save=True),
+    ),
+    "truncate": Kind("the newest checkpoint's largest file cut to half, and SIGKILL to rank {rank}", _damage),
+    "flip_bit": Kind("one bit of the newest checkpoint flipped, and SIGKILL to rank {rank}", _damage),
+    "full_disk": Kind("the disk of the run full for {seconds:g} s", _full_disk, DISK, (2.0, 5.0)),
+    "requeue": Kind("scontrol requeue", lambda fault, site: site.requeue(), SLURM),
+    "kill_srun": Kind("SIGKILL to the batch script's srun and its helper: the step runs on", _kill_srun, SLURM),
+    "kill_srun_alone": Kind("SIGKILL to the batch script's srun, whose helper then ends the step", _kill_srun, SLURM),
+    "preempt": Kind("a job that preempts this one", _preempt, SANDBOX),
+    "preempt_early": Kind(
+        f"{EARLY_PREEMPTIONS} preemptions, each before the start before has made a step", _preempt, SANDBOX
+    ),
+    "power_cut": Kind("the node of rank {rank} without power for {seconds:g} s", _node_fault, SANDBOX, REBOOTS),
+    "power_cut_spare": Kind("the idle spare node without power for {seconds:g} s", _node_fault, SPARES, REBOOTS),
+    "freeze": Kind("the node of rank {rank} frozen for {seconds:g} s", _node_fault, SANDBOX, OUTAGES),
+    "cut_link": Kind("the node of rank {rank} without a link for {seconds:g} s", _node_fault, SANDBOX, OUTAGES),
+    "stop_controller": Kind(
+        "no slurmctld for {seconds:g} s, and SIGTERM to the agents", _stop_controller, SANDBOX, ABSENCES
+    ),
+}
+
+
+def inject(fault: PlannedFault, site: Site) -> str:
+    """Make a fault, undo it after its seconds, and return what was done; FaultError if it cannot be made."""
+    site.struck = None
+    return KINDS[fault.kind].inject(replace(fault, rank=site.running_rank(fault.rank)), site)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
