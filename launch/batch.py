@@ -44,14 +44,14 @@ PLAN_POLL_S = 0.2
 
 
 def job_overrides(overrides: Sequence[str], job: Mapping[str, str]) -> list[str]:
-    """Return the overrides as typed, with what the allocation decides.
+    """Return the typed overrides with the nodes and GPUs of the allocation.
 
     Args:
         overrides: as typed.
-        job: Slurm's variables of the job, by their names.
+        job: Slurm's variables of the job, by name.
 
     Raises:
-        ConfigError: this is no Slurm job, or ``nodes`` contradicts it.
+        ConfigError: this is no Slurm job, or ``nodes`` contradicts the job.
     """
     nodes = job.get("SLURM_JOB_NUM_NODES")
     if nodes is None:
@@ -90,11 +90,11 @@ def make_run(
     Args:
         overrides: as typed.
         config_dir: as for ``compose_launch``.
-        job: Slurm's variables of the job, by default of the one that this process is in.
-        ahead: whether the job is yet to be submitted.
+        job: Slurm's variables of the job; by default of the job of this process.
+        ahead: True before the job is submitted.
 
     Raises:
-        ConfigError: it cannot work, or a job works on the same run.
+        ConfigError: the run cannot work, or another job works on it.
     """
     args = job_overrides(overrides, job)
     composed = compose_launch(args, config_dir)
@@ -119,7 +119,8 @@ def make_run(
 
 def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:
     """Raise ConfigError if the job requests no GPUs, and every node of its partition has some."""
-    if not config.launch.check_limits or says_gpus(config):
+    is_open = config.launch.check_limits and not says_gpus(config)
+    if not is_open or facts.torch_version().endswith("+cpu"):
         return
     partition = job.get("SLURM_JOB_PARTITION") or job.get("SBATCH_PARTITION")
     cluster = replace(config.cluster, partition=partition, cluster=None, constraint=None)
@@ -133,17 +134,17 @@ def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:
 
 
 def refuse_snapshot(config: Config) -> None:
-    """Raise ConfigError if a copy of the code is wanted: the time to take it, the submission, is over."""
+    """Raise ConfigError if a copy of the code is requested, which the submission would have made."""
     if config.copy_code:
         raise ConfigError(
             "copy_code=true inside a job",
-            "python -m launch, which takes the copy when it submits; a job runs what lies there when it starts",
+            "python -m launch, which copies the code when it submits; a job without a copy runs the code of its start",
             "python -m launch ... copy_code=true; or require_same_code=true, to refuse code that has changed",
         )
 
 
 def run_task(composed: DictConfig) -> None:
-    """Take part in a run as a task of a stock launcher's job: one task is one node's agent.
+    """Run the agent of one node, as a task of a job that a stock Hydra launcher started.
 
     Raises:
         ConfigError: the launcher started another number of tasks than the run has nodes.
@@ -173,10 +174,10 @@ def run_task(composed: DictConfig) -> None:
 
 
 def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:
-    """Wait until the task of the head node has made the run folder, the last file of which is the plan.
+    """Wait until the task of the head node has made the run folder, whose last file is the plan.
 
     Raises:
-        ConfigError: it did not, as where it refused, or where the nodes do not share the folder.
+        ConfigError: there is no plan in time, because that task refused, or the nodes do not share the folder.
     """
     deadline = time.monotonic() + timeout_s
     while not folder.plan.exists():
@@ -184,22 +185,26 @@ def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:
             raise ConfigError(
                 f"no {folder.plan} after {timeout_s:g} s",
                 "the plan that the job's first task writes, in a folder that all nodes share",
-                "hydra.sweep.dir=FOLDER, one that all nodes share; why the first task wrote none stands in its log",
+                "hydra.sweep.dir=FOLDER, one that all nodes share; the log of the first task has the reason",
             )
         time.sleep(PLAN_POLL_S)
 
 
 @refusing
 def main() -> int:
-    """Print the run folder on standard output, the plan inside a job on standard error. Exit status 2 where refused."""
+    """Print the run folder on standard output, the plan of a job on standard error. Exit status 2 if refused."""
     deny_others_writing()
     parser = CommandParser(prog="python -m launch.batch", description="Plan a run for the nodes of this Slurm job.")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as you would give them to python -m launch")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for python -m launch")
     parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="as for python -m launch")
-    parser.add_argument("--nodes", metavar="N", help="of a job that is yet to be submitted, in place of this one")
-    parser.add_argument("--gpus-per-node", metavar="N", help="of that job; default: none")
+    parser.add_argument("--nodes", metavar="N", help="nodes of a job that is not submitted yet, in place of this job")
+    parser.add_argument("--gpus-per-node", metavar="N", help="GPUs of that job; default: none")
     parser.add_argument(
-        "--submitted", nargs=2, action="append", metavar=("FOLDER", "JOB"), help="enter a job that waits into its run"
+        "--submitted",
+        nargs=2,
+        action="append",
+        metavar=("FOLDER", "JOB"),
+        help="record a waiting job in its run folder",
     )
     parser.add_argument(
         "--agent-command", metavar="FOLDER", help="print what srun starts on each node for a run, a word a line"

@@ -1,4 +1,4 @@
-"""The order of a sweep: plan every point, refuse or show, submit, watch, report."""
+"""The order of a command: plan every point, refuse or show, submit, watch, report."""
 
 from __future__ import annotations
 

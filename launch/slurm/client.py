@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-# The one parser of what ``scontrol show ... --oneliner`` prints: ``Key=value`` pairs, whose values may hold blanks.
+# The parser of ``scontrol show ... --oneliner``, which prints ``Key=value`` pairs whose values may hold blanks.
 
 
 KEY = r"[A-Z][\w:/]*="
@@ -25,9 +25,9 @@ JOB_NAME = re.compile(r"(?<=\s)JobName=(.*?)(?=\s+UserId=)")
 def parse_fields(line: str) -> dict[str, str]:
     """Read the fields of one line.
 
-    A value (OS, Reason, Command) ends where the next key begins. What users choose may look like a key itself: the name
-    of a job, which comes early, is taken out first, and of fields that come twice the first holds, since comments and
-    paths come last.
+    A value (OS, Reason, Command) ends where the next key begins. Names, comments and paths of users may look like keys.
+    Therefore the job's name, which comes early, is removed first. Of fields that come twice, the first holds, because
+    comments and paths come last.
     """
     name = JOB_NAME.search(line)
     if name is not None:
@@ -38,8 +38,7 @@ def parse_fields(line: str) -> dict[str, str]:
     return fields
 
 
-# Every Slurm command the launcher runs, with timeouts, retries for a busy controller, and errors with what it
-# printed.
+# Slurm's commands.
 
 
 TIMEOUT_S = 30.0
@@ -56,7 +55,7 @@ BUSY = (
 """Parts of Slurm's errors after which the same command may succeed, in lower case."""
 
 GONE = "invalid job id"
-"""Part of Slurm's error about a job that it has forgotten."""
+"""Part of Slurm's error about a forgotten job."""
 
 
 class SlurmError(RuntimeError):
@@ -68,11 +67,11 @@ class SlurmBusyError(SlurmError):
 
 
 def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> str:
-    """Run a Slurm command; its output.
+    """Run a Slurm command and return its output.
 
     Raises:
-        SlurmBusyError: it did not answer in time, ``retries`` times.
-        SlurmError: it is not installed, or fails for another reason.
+        SlurmBusyError: the controller did not answer in time, ``retries`` times.
+        SlurmError: the command is not installed, or fails for another reason.
     """
     if shutil.which(command[0]) is None:
         raise SlurmError(f"{command[0]} is not installed on this machine")
@@ -100,10 +99,7 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> 
 
 
 def missing_configuration() -> str:
-    """Say that the file is gone by which Slurm's commands find their cluster; nothing where it is there, or not named.
-
-    They would look for it for ten seconds each.
-    """
+    """Report a SLURM_CONF that names no file; empty otherwise. Each Slurm command would search for ten seconds."""
     named = os.environ.get("SLURM_CONF")
     if not named or Path(named).is_file():
         return ""
@@ -113,9 +109,9 @@ def missing_configuration() -> str:
 def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
     """Run a command that neither Ctrl-C nor a SIGTERM ends halfway.
 
-    Slurm sends SIGTERM to everything in a job that is requeued or preempted, the command that requested it included.
+    Slurm sends SIGTERM to all processes of a job that is requeued or preempted, also to the command that requeues it.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # what is started inherits the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # the command inherits the mask
     try:
         return subprocess.run(
             command,
@@ -124,27 +120,22 @@ def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.Comp
             timeout=timeout_s,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},  # a user's own would not be understood
+            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},  # a user's own format could not be parsed
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def controller_answers() -> bool:
-    """Return whether sbatch is installed and a Slurm controller can be reached from here."""
-    return controller_problem() is None
-
-
 NOT_CONFIGURED = "configuration source"
-"""Part of what Slurm's commands say where they are installed and belong to no cluster."""
+"""Part of the error of Slurm's commands on a machine that belongs to no cluster."""
 
 
 def controller_problem() -> str | None:
-    """Say why no job can be submitted from here.
+    """Reason why no job can be submitted from this machine.
 
     Returns:
-        None where a controller answers; an empty text where this machine belongs to no cluster, as sbatch is not
-        installed or was never told of one; else what is wrong with the cluster's controller.
+        None if a controller answers; empty if this machine belongs to no cluster (sbatch is not installed, or not
+        configured); else the problem of the cluster's controller.
     """
     if shutil.which("sbatch") is None:
         return ""
@@ -195,16 +186,15 @@ class JobState:
 
 
 def cluster_option(cluster: str | None) -> tuple[str, ...]:
-    """The option that has a command talk to another cluster, through slurmdbd; none for the local one."""
+    """Option of a command for another cluster, through slurmdbd; no option for the local one."""
     return () if cluster is None else (f"--clusters={cluster}",)
 
 
 def job_states(job_ids: Iterable[str], retries: int = RETRIES, cluster: str | None = None) -> dict[str, JobState]:
-    """States of jobs of one cluster by id, with one squeue for all of them: works without accounting.
+    """States of jobs of one cluster by id, with one squeue for all jobs. Works without accounting.
 
-    An element of an array goes by ``123_4``, or by the number of its own that its script finds in SLURM_JOB_ID.
-
-    A job that the controller has already forgotten (MinJobAge after its end) is absent. Raises SlurmError.
+    The id of an array element is ``123_4``, or the number in SLURM_JOB_ID of its script. A job that the controller has
+    forgotten (MinJobAge after its end) is absent. Raises SlurmError.
     """
     wanted = set(job_ids)
     roots = sorted({job.split("_")[0] for job in wanted})
@@ -237,20 +227,20 @@ def output_file(job_id: str, cluster: str | None = None) -> Path | None:
 
 
 def signal_job(job_id: str, name: str, cluster: str | None = None) -> None:
-    """Send a signal to everything that runs of one job, or of one element of an array. Nothing where it is gone.
+    """Send a signal to all processes of one job, or of one element of an array, if it still runs.
 
-    Never sent twice by itself: the second one would end ranks that are saving.
+    Without retries: a second signal would end ranks that are saving.
     """
     unless_gone("scancel", *cluster_option(cluster), f"--signal={name}", job_id, retries=1)
 
 
 def cancel(job_id: str, cluster: str | None = None, *, only_waiting: bool = False) -> None:
-    """Cancel one job, or one element of an array; with ``only_waiting`` not if it has started meanwhile."""
+    """Cancel one job, or one element of an array; with ``only_waiting`` only a job that has not started."""
     unless_gone("scancel", *cluster_option(cluster), *(["--state=PENDING"] if only_waiting else []), job_id)
 
 
 def unless_gone(*command: str, retries: int = RETRIES) -> None:
-    """Run a command about a job; that the job is over or forgotten is no error."""
+    """Run a command about a job. A job that is over or forgotten is no error."""
     try:
         run(*command, retries=retries)
     except SlurmError as error:
@@ -260,26 +250,26 @@ def unless_gone(*command: str, retries: int = RETRIES) -> None:
 
 @dataclass(frozen=True)
 class JobDetails:
-    """Details of one job by the controller, while it exists. Times are Unix seconds; None where Slurm says none."""
+    """Details of one job that the controller knows. Times are Unix seconds; None if Slurm prints none."""
 
     state: str
     is_preempted: bool
-    """True where Slurm has chosen it to make room for another job."""
+    """True if the job has to make room for another job."""
     restarts: int
-    """Number of times it was put back into the queue, this time included where that has just happened."""
+    """Number of times the job was requeued, the latest requeue included."""
     start_time: float | None
     end_time: float | None
-    """Time at which its time limit ends it, or at which it ended."""
+    """End by the time limit, or the end of a job that is over."""
     time_limit_s: float | None
     reason: str = ""
-    """Reason for which it waits, or ended, as Slurm names it; ``None`` where it was cancelled."""
+    """Slurm's reason for the wait or the end; the text ``None`` for a cancelled job."""
 
 
 def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
-    """Ask the controller for one job, or one element of an array (``123_4``).
+    """Details of one job, or of one element of an array (``123_4``).
 
     Raises:
-        SlurmError: it does not answer, or has forgotten the job.
+        SlurmError: the controller does not answer, or has forgotten the job.
     """
     fields = job_fields(job_id, retries)
     return JobDetails(
@@ -294,7 +284,7 @@ def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
 
 
 def unix_time(text: str) -> float | None:
-    """A time as Slurm prints it, in the zone of this machine."""
+    """Unix time of a time that Slurm prints, in the zone of this machine; None for other words."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
@@ -302,7 +292,7 @@ def unix_time(text: str) -> float | None:
 
 
 def seconds(text: str) -> float | None:
-    """A length of time as Slurm prints it, ``1-02:03:04``; None if there is no limit."""
+    """Seconds of a duration that Slurm prints, ``1-02:03:04``; None for other words, such as UNLIMITED."""
     days, _, clock = text.rpartition("-")
     parts = clock.split(":")
     if len(parts) != 3 or not all(part.isdigit() for part in parts):
@@ -317,10 +307,10 @@ def requeue(job_id: str) -> None:
 
 
 def nodes_left(job_id: str, retries: int = RETRIES) -> set[str]:
-    """Names of the nodes that a running job has now: Slurm takes those that fail from one that requested --no-kill.
+    """Names of the nodes that a running job still has. Slurm removes failed nodes from a job with --no-kill.
 
     Raises:
-        SlurmError: it does not answer, or has forgotten the job.
+        SlurmError: the controller does not answer, or has forgotten the job.
     """
     names = job_fields(job_id, retries).get("NodeList", "(null)")
     return set() if names == "(null)" else set(run("scontrol", "show", "hostnames", names, retries=retries).split())
@@ -335,7 +325,7 @@ def usable_nodes(job_id: str) -> set[str]:
 
 
 def exclude(job_id: str, hosts: Iterable[str]) -> None:
-    """Keep a job that waits away from hosts, besides those that it was kept away from before. Raises SlurmError."""
+    """Exclude more hosts for a job that waits. Raises SlurmError."""
     before = job_fields(job_id).get("ExcNodeList", "(null)")
     names = [] if before == "(null)" else run("scontrol", "show", "hostnames", before).split()
     run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted({*names, *hosts}))}")

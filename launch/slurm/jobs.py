@@ -257,44 +257,37 @@ SUBMITTED = "_submitted.pkl"
 """End of the name of submitit's pickle of a job, after the id of the job."""
 
 
-def running_job(folder: RunFolder, own: str | None = None) -> str | None:
-    """Name the job that works on a run folder, or waits to; None if there is none, or it is our job ``own``.
+def refuse_running(plan: Plan, own: str | None = None) -> None:
+    """Raise ConfigError if another job works on the same folder, or waits to; ``own`` is this process's job.
+
+    A run that resumes from an earlier step is also refused while ranks that were started by hand work on it.
 
     Raises:
         SlurmError: Slurm does not answer.
     """
+    folder = RunFolder(plan.run_dir)
     submitted = [e for e in folder.read_events() if e["event"] == "submitted"]
     for job in (job_of(submitted[-1]) if submitted else None, find_unrecorded(folder)):
-        if job is not None and job.job_id != own:
-            phase = job.status(ask_queue([job])).phase
-            if phase in ACTIVE:
-                return f"{'process' if isinstance(job, LocalJob) else 'job'} {job.name}, {phase}"
-    return None
-
-
-def refuse_running(plan: Plan, own: str | None = None) -> None:
-    """Raise ConfigError if an earlier submission still works on the same folder; ``own`` is this process's job.
-
-    A run that resumes from an earlier step is also refused while ranks that were started by hand work on it.
-    """
-    running = running_job(RunFolder(plan.run_dir), own)
-    if running is not None:
-        waits = running.endswith("pending") and plan.placement.is_watched
+        phase = "over" if job is None or job.job_id == own else job.status(ask_queue([job])).phase
+        if job is None or phase not in ACTIVE:
+            continue
+        kind = "process" if isinstance(job, LocalJob) else "job"
+        waits = phase == "pending" and plan.placement.is_watched
         move = f"; if its launcher is gone, python -m launch.move {shlex.quote(plan.run_dir)} moves it" if waits else ""
         raise ConfigError(
-            f"{plan.run_dir} is being worked on by {running}",
+            f"{plan.run_dir} is being worked on by {kind} {job.name}, {phase}",
             "one job for a run folder",
             f"wait for it or cancel it; fresh=true makes a new folder{move}",
         )
     if plan.goes_on.back_to is not None:
-        refuse_alive(RunFolder(plan.run_dir))
+        refuse_alive(folder)
 
 
 def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
     """Find the newest active Slurm job of a run that no event names. Raises SlurmError."""
     known = {job_of(event).name for event in folder.read_events() if event["event"] == "submitted"}
     jobs = {job.name: (job, pickle) for job, pickle in submitted_jobs(folder.path) if job.name not in known}
-    # The pickles name the run, so that Slurm is asked about this run's jobs alone; mostly there are none.
+    # The pickles name the run, so that the question to Slurm names this run's jobs alone; mostly there are none.
     own = [job for job, pickle in jobs.values() if run_dir_of(pickle) == str(folder.path)]
     queue = ask_queue(own)
     ours = [job for job in own if job.status(queue).phase in ACTIVE]

@@ -203,6 +203,10 @@ def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
             "taken although the answer was late; cluster=local runs it here",
         )
     found = f"point {plan.title}, and sbatch refuses its job: {said}"
+    typed = [key for key in plan.slurm.get("additional_parameters", {}) if f"--{key.replace('_', '-')}" in str(error)]
+    if typed:  # sbatch alone knows its options
+        without = ", ".join(f"cluster.additional_parameters.{key}" for key in typed)
+        return ConfigError(found, "options of sbatch --help", f"the same command without {without}")
     doctor = "python -m launch.doctor, with the same arguments: it compares them with what the cluster has"
     return ConfigError(found, "resources that this cluster gives to you", doctor)
 

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = typed_config(compose_launch(words))
     config.validate()
     kind = config.cluster.kind
-    is_slurm = kind is ClusterKind.slurm or (kind is ClusterKind.auto and scheduler.controller_answers())
+    is_slurm = kind is ClusterKind.slurm or (kind is ClusterKind.auto and scheduler.controller_problem() is None)
     on_sandbox = is_slurm and args.sandbox is not None
     has = [SLURM] * is_slurm + [SANDBOX] * on_sandbox + [SPARES] * (on_sandbox and config.spare_nodes > 0)
     has += [DISK] * bool(args.disk or args.disk_mib)

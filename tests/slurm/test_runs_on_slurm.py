@@ -1,0 +1,203 @@
+"""Whole runs on a real Slurm: too short a grace, a sick node, a plain script, own names, every parallelism."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
+from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.faults import power_cut, preempt
+from tests.launch.test_own_names import gpt_launch, make_project, point
+from tests.slurm.test_batch_script import submit_batch_script, wait_for_end
+from tests.slurm.test_requeue_on_slurm import of
+from tests.support.commands import ON_SLURM, ROOT, TINY, run, start_fork, wait_for
+from tests.support.counting import COUNTING, checkpoint, from_step, options
+from tests.support.scripts import (
+    EXAMPLES,
+    PROGRESS,
+    causes,
+    first_step,
+    printed,
+    printed_loss,
+    write_script,
+)
+from tests.support.storm import StormyRun
+
+pytestmark = pytest.mark.slurm
+
+
+def test_too_short_a_grace_falls_back_to_the_periodic_checkpoint(sandbox: Cluster, tmp_path: Path) -> None:
+    hang, here = tmp_path / "hang", RunFolder(tmp_path / "outputs" / "run")
+    # A save that hangs, as on a disk that many share.
+    words = [*ON_SLURM, *COUNTING, *options(save_every=5, hang=hang), f"run_dir={here.path}"]
+    words += ["copy_code=true", "cluster.gpus_per_node=1"]
+    process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log", **sandbox.env)
+    wait_for(lambda: of(here.read_events(), "saved", "step") or process.poll() is not None, "a checkpoint")
+    hang.touch()
+    job = str(of(here.read_events(), "submitted", "job_id")[0])
+    sandbox.slurm("scontrol", "requeue", job)  # SIGTERM, and SIGKILL after KillWait
+    wait_for(
+        lambda: len(of(here.read_events(), "agent_started", "job")) == 2 or process.poll() is not None, "the comeback"
+    )
+    saved = checkpoint(here)["step"]
+    hang.unlink()
+    wait_for(lambda: from_step(here, attempt=2) is not None or process.poll() is not None, "its ranks")
+    sandbox.slurm("scancel", job)
+    assert process.wait(timeout=300) == 1
+    events = here.read_events()
+    assert saved == max(e["step"] for e in events if e["event"] == "saved" and e["attempt"] == 1)
+    ended = next(e for e in events if e["event"] == "attempt_ended")
+    assert (ended["attempt"], ended["cause"]) == (1, "preempted"), (events, (tmp_path / "log").read_text())
+    assert ended["reason"] == f"killed before it could save; goes on from step {saved}"
+    assert [from_step(here, attempt) for attempt in (1, 2)] == [0, saved]
+    first, second = (e for e in events if e["event"] == "agent_started")
+    assert (first["gpus"], first["limit_s"]) == (1, 3600) and first["allocated_at"] <= first["time"]
+    killed = [e for e in events if e["event"] == "agent_ended" and e["job"] == first["job"]]
+    assert [e["cause"] for e in killed] == ["killed"] and first["time"] <= killed[0]["ended_at"] <= second["time"]
+    code = [json.loads(here.environment(attempt).read_text())["code"] for attempt in (1, 2)]
+    assert code[0]["is_snapshot"] and code[0] == code[1], "the requeued job runs the same copy"
+
+
+CHECK = "import os, sys\nsys.exit('the fan is dead' if os.environ['SLURM_PROCID'] == '1' else 0)\n"
+
+
+def test_a_spare_takes_the_place_of_a_sick_node(sandbox: Cluster, tmp_path: Path) -> None:
+    here = RunFolder(tmp_path / "run")
+    check = write_script(tmp_path, CHECK, "check.py")
+    script = write_script(tmp_path, "print('done')\n")
+    words = ["nodes=2", "spare_nodes=1", "ranks_per_node=1", "workload=script", f"script.path={script}"]
+    words += [f"resilience.health_check.command=[{sys.executable},{check}]", f"run_dir={here.path}"]
+    run("launch", *ON_SLURM, *words, cwd=tmp_path, **sandbox.env)
+    (members,) = [e for e in here.read_events() if e["event"] == "members"]
+    (sick,) = [e for e in here.read_events() if e["event"] == "node_sick"]
+    assert sick["attempt"] == members["attempt"] == 1 and "the fan is dead" in sick["cause"]
+    assert len(members["hosts"]) == 2 and sick["host"] not in members["hosts"] and members["spares"] == []
+    status = run("launch.status", str(here.path), cwd=tmp_path, **sandbox.env)
+    assert f"node {sick['host']} is sick and was left out: " in status and "the fan is dead" in status
+
+
+STEPS = 300
+SCRIPT = [
+    "workload=script", f"script.path={EXAMPLES / 'plain_ddp.py'}", f"script.options.steps={STEPS}",
+    f"script.max_steps={STEPS}", "script.work_per_step=64", "script.resumes=true", "ranks_per_node=1", PROGRESS,
+]  # fmt: skip
+SLOW_TERMINAL = """
+import builtins, os, time
+plainly = builtins.print
+def slowly(*words, **options):
+    plainly(*words, **options)
+    if not os.path.exists(os.environ["HURRY"]):
+        time.sleep(0.2)
+builtins.print = slowly
+"""
+"""Has the unchanged example wait after each line, so that faults find it before it is done."""
+
+
+def test_a_plain_script_is_requeued_after_preemption_and_goes_on_with_a_spare_after_a_power_cut(
+    sandbox: Cluster, tmp_path: Path
+) -> None:
+    # Undisturbed, by the plain batch script.
+    whole, out = RunFolder(tmp_path / "whole"), tmp_path / "out"
+    alone = submit_batch_script(sandbox, tmp_path, *SCRIPT, f"run_dir={whole.path}")
+    assert wait_for_end(sandbox, alone) == ["COMPLETED"], out.read_text()
+    assert "2 x 1 = 2 ranks on slurm" in out.read_text() and "64 samples per step" in out.read_text()
+    assert causes(whole) == ["finished"]
+    assert len({rank["host"] for rank in json.loads(whole.environment(1).read_text())["ranks"]}) == 2
+
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TERMINAL)
+    hurry = tmp_path / "hurry"
+    slowly = [f"script.env.PYTHONPATH={tmp_path}", f"script.env.HURRY={hurry}"]
+    storm = StormyRun(sandbox, tmp_path, *SCRIPT, *slowly, "spare_nodes=1", "resilience.node_timeout_s=5")
+    here = storm.folder
+    storm.wait(lambda: "step 51:" in printed(here), "its first checkpoint")
+    preempt(sandbox, storm.job)
+    storm.wait(lambda: "step 101:" in printed(here, attempt=2), "the next checkpoint")
+    members = storm.of("members")[-1]
+    power_cut(sandbox, members["hosts"][1])
+    storm.wait(lambda: printed(here, attempt=3), "the spare")
+    hurry.touch()
+    assert storm.process.wait(timeout=300) == 0, storm.log.read_text()
+    assert causes(here) == ["preempted", "node_failed", "finished"]
+    assert len(storm.of("requeued")) == 1, "for the preemption; the spare comes inside the same job"
+    ranks = json.loads(here.environment(3).read_text())["ranks"]
+    assert [rank["host"] for rank in ranks] == [members["hosts"][0], *members["spares"]]
+    assert first_step(printed(here, attempt=2)) > 50 and first_step(printed(here, attempt=3)) > 100
+    assert printed_loss(printed(here, attempt=3), STEPS) == printed_loss(printed(whole), STEPS)
+    assert "samples/s" in storm.log.read_text()
+    assert {r["attempt"] for r in read_records(here.metrics(0))} == {1, 2, 3}
+
+
+def test_a_sweep_is_preempted_requeued_and_finished(
+    sandbox: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make_project(tmp_path / "project")
+    for name, value in sandbox.env.items():
+        monkeypatch.setenv(name, value)
+    hurry = tmp_path / "hurry"
+    words = [
+        *ON_SLURM, "workload=script", "script.path=train.py", f"script.args=[300,'{hurry}']", "script.resumes=true",
+        "ranks_per_node=1", "name=mine", "launch.report_files=[md]",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    log = (tmp_path / "log").open("w")
+    command = [sys.executable, "-m", "gpt_launch", "-m", "nodes=1,2", *words]
+    sweep = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    steps = "outputs/mine/nodes=2*/metrics/rank_00000.jsonl"
+    wait_for(lambda: [*project.glob(steps)] or sweep.poll() is not None, "the first step on two nodes")
+    assert sweep.poll() is None, (tmp_path / "log").read_text()
+    two = point(project, 2)
+    assert "running" in gpt_launch(project, "status", "outputs")
+    [submitted] = [e for e in two.read_events() if e["event"] == "submitted"]
+    preempt(sandbox, str(submitted["job_id"]))
+    wait_for(lambda: any(e["event"] == "requeued" for e in two.read_events()), "the requeue")
+    hurry.touch()
+    assert sweep.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    assert causes(two) == ["preempted", "finished"]
+    made = [record["step"] for record in read_records(two.metrics(0))]
+    assert made == list(range(1, 301)), "each step once"
+    assert gpt_launch(project, "status", "outputs").count("finished") == 2
+
+
+TOPOLOGIES = ("ddp", "fsdp", "pp", "zero2", "ds_pp")
+
+
+def test_every_parallelism_over_hosts_has_the_losses_of_one_process_and_a_row_in_one_table(
+    sandbox: Cluster, tmp_path: Path
+) -> None:
+    steps = [*TINY, "optim.max_steps=12", "eval.interval=0", "checkpoint.interval=0"]
+    run("launch", "cluster=local", "nodes=1", "run_dir=alone", *steps, cwd=tmp_path)
+    alone = [record["loss"] for record in read_records(RunFolder(tmp_path / "alone").metrics(0))]
+    assert len(alone) == 12
+    words = ["-m", "nodes=2", f"parallel={','.join(TOPOLOGIES)}", "ranks_per_node=2", *ON_SLURM, "name=t"]
+    text = run("launch", *words, *steps, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
+
+    outputs = tmp_path / "outputs" / "t"
+    folders = {plan.parent.name: RunFolder(plan.parent) for plan in outputs.glob("*/plan.json")}
+    assert len(folders) == len(TOPOLOGIES)
+    for name, folder in folders.items():
+        assert [record["loss"] for record in read_records(folder.metrics(0))] == pytest.approx(alone, rel=1e-5), name
+        hosts = [rank["host"] for rank in json.loads(folder.environment(1).read_text())["ranks"]]
+        assert len(hosts) == 4 and len(set(hosts)) == 2, name
+
+    with (outputs / "scaling.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["nodes"], row["ranks"]) for row in rows] == [("2", "4")] * len(TOPOLOGIES)
+    assert {row["topology"] for row in rows} == {
+        "ddp dp_replicate=4",
+        "fsdp dp_shard=4",
+        "ddp dp_replicate=2 pp=2",
+        "deepspeed_zero2 dp_replicate=4",
+        "deepspeed_zero0 dp_replicate=2 pp=2",
+    }
+    wanted = {f"parallel={topology}" for topology in TOPOLOGIES}
+    assert {row["label"] for row in rows} == wanted, "what tells the points apart is not cut off"
+    assert all(float(row["tokens_per_s"]) > 0 for row in rows)
+    assert text.count("finished") >= len(rows)
