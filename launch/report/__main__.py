@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandParser(
         prog="python -m launch.report",
         description="The scaling report of a sweep, or the summary of a run. Of a folder with several sweeps it shows "
-        "the one that was typed last, and lists the others. Several folders are compared in one report, each with a "
+        "the newest one, and lists the other sweeps. Several folders are compared in one report, each with a "
         "baseline of its own.",
     )
     what = "a folder with runs in it, a sweep's record such as outputs/scaling/sweeps/0001, a run folder, or a label"
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="write the files there, and not beside the runs, of several the first",
+        help="write the files into this folder; default: next to the runs, of several folders the first",
     )
     parser.add_argument(
         "--watch",

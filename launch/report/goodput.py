@@ -65,8 +65,8 @@ DEFINITION = (
     "after it, restore, compile and steps done again, without saves, evaluations and the wait for nodes"
 )
 SAVED_DEFINITION = (
-    "what a start through the queue takes from the allocation to the first step, in the median, less what the restart "
-    "took from the end that was noticed to its first step"
+    "the median time of a start through the queue, from the allocation to the first step, less the time of the "
+    "restart, from the noticed end to its first step"
 )
 
 

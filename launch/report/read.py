@@ -13,7 +13,7 @@ import signal
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -207,8 +207,6 @@ def _number(value: object) -> float:
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-THREADS = 2
-"""Reading threads: while one file is reduced, the next one comes from the filesystem."""
 MOST_PROCESSES = 8
 """More reading processes deliver faster than one process reduces."""
 TOGETHER = 4
@@ -218,7 +216,7 @@ MUCH = 128 << 20
 
 
 def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], size: int) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with the result of ``read``, in order, while a few more are read.
+    """Yield each item with the result of ``read``, in order; processes read a few more ahead if there is much to read.
 
     Args:
         read: a pure function that reads a file; its result can be pickled.
@@ -226,16 +224,16 @@ def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], size: int)
         size: bytes of all files together.
     """
     readers = processes_for(size)
+    if not readers:
+        yield from ((item, read(item)) for item in items)
+        return
     left = iter(items)
+    ahead: deque[tuple[tuple[Item, ...], Future[list[Result]]]] = deque()
     with executor(readers) as pool:
-        ahead: deque[tuple[tuple[Item, ...], Future[list[Result]]]] = deque()
-        while True:
-            group = tuple(islice(left, TOGETHER if readers else 1))
+        while (group := tuple(islice(left, TOGETHER))) or ahead:
             if group:
                 ahead.append((group, pool.submit(_read_all, read, group)))
-            if not ahead:
-                return
-            if not group or len(ahead) > max(readers, THREADS):
+            if not group or len(ahead) > readers:
                 first, found = ahead.popleft()
                 yield from zip(first, found.result(), strict=True)
 
@@ -245,7 +243,7 @@ def _read_all(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Res
 
 
 def processes_for(size: int) -> int:
-    """Return the number of processes that read ``size`` bytes; 0 if threads read.
+    """Return the number of processes that read ``size`` bytes; 0 if this process reads them itself.
 
     A process with threads must not be forked: a lock that one of its threads has would stay locked.
     """
@@ -256,9 +254,7 @@ def processes_for(size: int) -> int:
 
 
 def executor(processes: int) -> Executor:
-    """Return a pool of forked processes, which end with this one; of threads if ``processes`` is 0."""
-    if not processes:
-        return ThreadPoolExecutor(THREADS)
+    """Return a pool of forked processes, which end with this one."""
     fork = multiprocessing.get_context("fork")
     return ProcessPoolExecutor(processes, mp_context=fork, initializer=_start_reader, initargs=(os.getpid(),))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryFile
@@ -70,10 +71,9 @@ class Selection:
 
     @property
     def text(self) -> str:
-        """One sentence on what is shown of a folder with sweeps; empty if the heading has it."""
+        """One sentence that names the reported runs of a folder with sweeps; empty if the heading names them."""
         if self.parts:
-            told = [part.text.rstrip(".") or str(part.folder) for part in self.parts]
-            return f"Compared are: {'; '.join(told)}."
+            return f"Compared are: {'; '.join(part.text.rstrip('.') or str(part.folder) for part in self.parts)}."
         if self.sweep is not None:
             shown = self.sweep.summary(read_sweeps(self.folder))
             return f"{shown[:1].upper()}{shown[1:]} of {self.folder}."
@@ -135,17 +135,15 @@ def select(
 
 def _sweep_numbered(folder: Path, number: int, command: str, options: str) -> Sweep:
     known = read_sweeps(folder)
-    for sweep in known:
-        if sweep.number == number:
-            return sweep
+    if (found := next((sweep for sweep in known if sweep.number == number), None)) is not None:
+        return found
     again = f"{command} {quote(str(folder))}"
     if known:
         expected = "; ".join(sweep.summary(known) for sweep in known)
         again = f"{again} --sweep {known[-1].number} {options}".rstrip()
     else:
         expected = f"the number of a sweep, of which none is recorded in {folder / CURRENT}"
-        has_runs = bool(runs_inside(folder, depth=1))
-        again = f"{again} {options}".rstrip() if has_runs else _proposal(folder, command, options)
+        again = f"{again} {options}".rstrip() if runs_inside(folder, depth=1) else _proposal(folder, command, options)
     raise ConfigError(f"no sweep {number} in {folder}", expected, again)
 
 
@@ -178,7 +176,7 @@ def writing_to(selection: Selection, out: Path) -> Selection:
         raise ConfigError(
             f"--out {out}, which cannot be written: {error.strerror}",
             "a folder that this user may write into, on a filesystem with room",
-            "the same without --out, which writes beside the runs",
+            "the same without --out, which writes next to the runs",
         ) from error
     return replace(selection, out=out)
 
@@ -187,55 +185,41 @@ def writing_to(selection: Selection, out: Path) -> Selection:
 
 
 def compare(parts: Sequence[Selection]) -> Selection:
-    """Join selections into one report; its files are ``comparison.*``, beside the runs of the first.
+    """Join selections into one report; its files are ``comparison.*``, next to the runs of the first.
 
     Raises:
-        ConfigError: a folder is there twice, or a run beside the sweep that it belongs to.
+        ConfigError: a folder is there twice, or a run together with its own sweep.
     """
-    seen: dict[object, Selection] = {}
-    for part in parts:
-        key = (part.folder.resolve(), part.sweep and part.sweep.number, part.stem)
-        if key in seen:
-            raise _twice(part.shown, f"with the same runs as {seen[key].shown}", parts, part)
-        seen[key] = part
-    for part in parts:
-        for other in parts:
-            of_other = [run.resolve() for run in other.runs]
-            if part is not other and is_run(part.folder) and part.folder.resolve() in of_other:
-                raise _twice(part.shown, f"which belongs to {other.shown}", parts, part)
+    keys = {id(part): (part.folder.resolve(), part.sweep and part.sweep.number, part.stem) for part in parts}
+    for other, part in permutations(parts, 2):
+        is_same = keys[id(part)] == keys[id(other)]
+        if is_same or (is_run(part.folder) and part.folder.resolve() in [run.resolve() for run in other.runs]):
+            why = f"with the same runs as {other.shown}" if is_same else f"which belongs to {other.shown}"
+            left = dict.fromkeys(quote(str(one.shown)) for one in parts if one is not part)
+            again = f"{REPORT} {' '.join(left)}"
+            raise ConfigError(f"{part.shown}, {why}", "folders with other runs each", again)
     runs = tuple(run for part in parts for run in part.runs)
     return Selection(parts[0].folder, runs, parts=tuple(parts))
 
 
-def _twice(shown: Path, why: str, parts: Sequence[Selection], left_out: Selection) -> ConfigError:
-    others = dict.fromkeys(quote(str(part.shown)) for part in parts if part is not left_out)
-    return ConfigError(f"{shown}, {why}", "folders with other runs each", f"{REPORT} {' '.join(others)}")
-
-
 def source_labels(parts: Sequence[Selection]) -> list[str]:
-    """Name the source of each part: as few of its folder's last components as tell the folders apart.
+    """Name the source of each part: as few of its folder's last components as distinguish the folders.
 
-    Runs typed one by one that lie in one folder are of one source, as the points of a sweep are; a source with the
-    folder of another one is named by its sweep.
+    Single runs of one folder are of one source, as the points of a sweep are; a source with the folder of another
+    source is named by its sweep.
     """
-    keys = [_source(part) for part in parts]
-    folders = dict.fromkeys(folder for folder, _ in keys)
+    keys = []
+    for part in parts:
+        number = None if part.sweep is None else part.sweep.number
+        which = "all runs" if part.sweep is None else "sweep" if number is None else f"sweep {number}"
+        at = part.folder.resolve()
+        keys.append((at.parent, "runs") if is_run(part.folder) else (at, which))
     tails: dict[Path, str] = {}
-    for folder in folders:
+    for folder in {folder for folder, _ in keys}:
+        others = {other.parts for other, _ in keys if other != folder}
         size = 1
-        while size < len(folder.parts) and any(
-            folder.parts[-size:] == other.parts[-size:] for other in folders if other != folder
-        ):
+        while size < len(folder.parts) and any(folder.parts[-size:] == other[-size:] for other in others):
             size += 1
         tails[folder] = "/".join(folder.parts[-size:])
     several = Counter(folder for folder, _ in dict.fromkeys(keys))
     return [tails[folder] + (f" {which}" if several[folder] > 1 else "") for folder, which in keys]
-
-
-def _source(part: Selection) -> tuple[Path, str]:
-    """The folder that the points of a part lie in, and what of it they are."""
-    if is_run(part.folder):
-        return part.folder.resolve().parent, "runs"
-    number = None if part.sweep is None else part.sweep.number
-    which = "all runs" if part.sweep is None else "sweep" if number is None else f"sweep {number}"
-    return part.folder.resolve(), which

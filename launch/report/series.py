@@ -66,8 +66,7 @@ MADE_WITH: Conditions = {
     "software": lambda e: None if e.torch is None else f"torch {e.torch}",
     "code": lambda e: e.code and f"commit {e.code}",
 }
-"""Properties that a point takes from the day on which it was made. Points that differ in one are told apart, and
-compared with points of their kind only."""
+"""Properties that may change between two commands. Points that differ in one are in series of their own."""
 COMPARED: Conditions = {**CONDITIONS, **MADE_WITH}
 """Properties in which the points of two folders of a comparison may differ."""
 
@@ -388,7 +387,7 @@ class Medians:
         chosen = chance.integers(0, count, (count, REPLICATES))
         self.value = float(np.mean([np.median(of_run) for of_run in times]))
         self.replicates: Floats = drawn[chosen, np.arange(REPLICATES)].mean(axis=0)
-        # Drawing few runs from themselves shows a smaller spread than theirs.
+        # Drawing few runs from themselves shows a smaller spread than the runs have.
         few = math.sqrt(count / (count - 1)) * student(count - 1) if count > 1 else 0.0
         self.widening = max(few, *map(_widening, times)) / NORMAL
 

@@ -9,12 +9,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from launch.report.read import (
-    MOST_ATTEMPTS,
     Environment,
     Flags,
     Floats,
@@ -44,7 +42,7 @@ RECORDED = {
     "data": "data_wait_s",
     "optimizer": "optimizer_s",
 }
-"""Phase -> field of the step records. Communication comes first: the others are part of a rank's own time."""
+"""Phase -> field of the step records. Communication comes first: the other phases are part of a rank's own time."""
 STRAGGLERS, REST = "stragglers", "computation"
 LOSSES = {
     "communication": "exposed communication",
@@ -181,7 +179,7 @@ def lost(point: Mapping[str, float], base: Mapping[str, float], efficiency: floa
     return {**parts, REST: 1 - efficiency - sum(parts.values())}
 
 
-# Times of each rank against those of the others: which rank is slower, by how much, and whether the spread shows it.
+# Times of each rank against the times of the other ranks: which rank is slower, and whether the spread shows it.
 
 
 WINDOWS = 60
@@ -207,9 +205,9 @@ class RankTime:
     wait_excess_s: float | None
     """``data_wait_s`` above the median of the other ranks."""
     is_slow: bool = False
-    """True if it takes longer than the others beyond their spread, throughout the run."""
+    """True if it takes longer than the other ranks, beyond their spread, throughout the run."""
     waits_long: bool = False
-    """True if it waits longer for its data than the others, in the same sense."""
+    """True if it waits longer for its data than the other ranks, in the same sense."""
 
 
 @dataclass(frozen=True)
@@ -283,10 +281,10 @@ class _OwnTimes:
 
 
 def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Flags]:
-    """Return the excess of each rank over the median of the others, and which ranks are slow beyond doubt.
+    """Return the excess of each rank over the median of the other ranks, and which ranks are slow beyond doubt.
 
     ``times`` are means of [ranks, windows], of ``sizes`` steps. Beyond doubt is an excess that is a noticeable share
-    of the step, exceeds the spread of the others, and has half its size or more in three quarters of the windows.
+    of the step, exceeds the spread of the other ranks, and has half its size or more in three quarters of the windows.
     """
     means = times @ sizes / sizes.sum()
     ordered = np.sort(means)
@@ -328,7 +326,7 @@ class StepReading:
     steps: Steps = NO_STEPS
     """Steps of attempts with the set-up of the last attempt on all nodes of the run."""
     rank_times: RankTimes | None = None
-    """Times of each rank against those of the others; None if fewer than two recorded the same steps."""
+    """Times of each rank against the other ranks; None if fewer than two recorded the same steps."""
     unit: str | None = None
     """Unit of the work: tokens, samples, images; None if neither the set-up nor the records say."""
     last_step: int | None = None
@@ -413,7 +411,7 @@ def _own_work(columns: RecordColumns, unit: str | None) -> Floats:
 
 
 class _Reduction:
-    """Figures of each step over the ranks that were added; the first rank decides which attempts count, and the unit.
+    """Figures of each step over the ranks that were added; the first rank decides which steps count, and their unit.
 
     The critical rank of a step has the longest own time: its step time without its waits in collectives.
     """
@@ -440,64 +438,45 @@ class _Reduction:
         self._recording: Counter[int] = Counter()
         """Attempt -> ranks that recorded steps in it."""
         self._own_times = _OwnTimes(first, np.isin(first.attempts, self._counting))
-        sums = ("records", "timed", "computing", "mfu", "mfu count", "work", "work count")
-        unknown = ("per s", "computing on critical", *(f"{phase} on critical" for phase in RECORDED))
-        self._start = {
-            **{"time": -np.inf, "own": -np.inf, "resolution": 0.0, **dict.fromkeys(unknown, np.nan)},
-            **dict.fromkeys((*sums, *(f"{name} count" for name in RECORDED)), 0.0),
-        }
-        """Figure -> its value before any rank is added."""
-        self._keys: Integers = np.empty(0, np.int64)
-        self._of: dict[str, Floats] = {name: np.empty(0) for name in self._start}
-        """Figure -> array of [steps and attempts]."""
+        size, phases = len(first), [(f"{phase} count", f"{phase} on critical") for phase in RECORDED]
+        sums = ("records", "timed", "resolution", "computing", "mfu", "mfu count", "work", "work count")
+        self._of = {name: np.zeros(size) for name in (*sums, *(count for count, _ in phases))}
+        """Figure -> array of the steps of the first rank."""
+        self._of |= {name: np.full(size, -np.inf) for name in ("time", "own")}
+        self._of |= {name: np.full(size, np.nan) for name in ("computing on critical", *(name for _, name in phases))}
 
     def add(self, rank: int, columns: RecordColumns) -> None:
         """Add the records of the next rank."""
         self._recording.update(set(columns.attempts.tolist()))
-        times = step_times(columns)
+        times, work = step_times(columns), _own_work(columns, self._unit)
         self._own_times.add(rank, columns, times)
-        at, of = self._places(columns.keys), self._of
-        is_first = of["records"][at] == 0
+        values, at = columns.values, np.arange(len(self._first))
+        if not np.array_equal(columns.keys, self._first.keys):  # else nothing is copied: there may be many ranks
+            _, at, found = np.intersect1d(self._first.keys, columns.keys, assume_unique=True, return_indices=True)
+            values = {name: column[found] for name, column in values.items()}
+            times, work = times[found], work[found]
+        of = self._of
         of["records"][at] += 1
         of["timed"][at] += ~np.isnan(times)
         of["time"][at] = np.fmax(of["time"][at], times)
-        if RESOLUTION in columns.values:
-            of["resolution"][at] = np.fmax(of["resolution"][at], columns.values[RESOLUTION])
-        self._add_phases(at, times, columns)
-        for name, values in (("mfu", columns.values["mfu_palm"]), ("work", _own_work(columns, self._unit))):
-            of[name][at] += np.nan_to_num(values)
-            of[f"{name} count"][at] += ~np.isnan(values)
-        if (rates := columns.values.get(f"{self._unit}_per_s")) is not None:
-            of["per s"][at] = np.where(is_first, rates, of["per s"][at])
-
-    def _places(self, keys: Integers) -> Any:
-        """Return the indices of these steps; steps that no rank had before are inserted."""
-        if np.array_equal(keys, self._keys):
-            return slice(None)  # nothing is copied: there may be thousands of ranks
-        if not np.isin(keys, self._keys).all():
-            every = np.union1d(self._keys, keys)
-            before, at = self._of, np.searchsorted(every, self._keys)
-            self._keys, self._of = every, {name: np.full(len(every), start) for name, start in self._start.items()}
-            for name, values in before.items():
-                self._of[name][at] = values
-        return np.searchsorted(self._keys, keys)
-
-    def _add_phases(self, at: Any, times: Floats, columns: RecordColumns) -> None:
-        """Add the phases of one rank; ``times`` are its step times, NaN if unknown."""
-        of, own, computing = self._of, times, times
+        if RESOLUTION in values:
+            of["resolution"][at] = np.fmax(of["resolution"][at], values[RESOLUTION])
+        for name, numbers in (("mfu", values["mfu_palm"]), ("work", work)):
+            of[name][at] += np.nan_to_num(numbers)
+            of[f"{name} count"][at] += ~np.isnan(numbers)
+        own = computing = times
         for phase, name in RECORDED.items():
-            values = columns.values[name]
-            is_known = ~np.isnan(values)
+            is_known = ~np.isnan(values[name])
             if is_known.any():
                 of[f"{phase} count"][at] += is_known
-                computing = computing - np.where(is_known, values, 0.0)
+                computing = computing - np.where(is_known, values[name], 0.0)
                 own = computing if phase == "communication" else own
         of["computing"][at] += computing
         longest = own > of["own"][at]
-        to = np.arange(len(self._keys))[at][longest]
+        to = at[longest]
         of["own"][to], of["computing on critical"][to] = own[longest], computing[longest]
         for phase, name in RECORDED.items():
-            of[f"{phase} on critical"][to] = columns.values[name][longest]
+            of[f"{phase} on critical"][to] = values[name][longest]
 
     def reading(self) -> StepReading:
         """Return the figures of the ranks that were added."""
@@ -521,26 +500,26 @@ class _Reduction:
 
         Of a GPT run every rank records; of a script the ranks that recorded anything in the attempt, often only rank 0.
         The work of a step is the sum of the records of all ranks, or the stated work. If only some ranks record, the
-        stated work comes first, because the others worked too. Last comes the rate of the whole run.
+        stated work comes first, because the other ranks worked too. Last comes the rate of the whole run.
         """
-        of, step, attempt = self._of, *np.divmod(self._keys, MOST_ATTEMPTS)
-        expected, work = np.full(len(step), -1), of["per s"] * of["time"]
+        of, first = self._of, self._first
+        expected = np.full(len(first), -1)
+        work = first.values.get(f"{self._unit}_per_s", np.nan) * of["time"]
         for number in self._counting:
-            setup, here = self._setups[number], attempt == number
+            setup, here = self._setups[number], first.attempts == number
             recorded = setup.world_size if setup.workload == "gpt" else self._recording[number]
             expected[here] = recorded
             by_all = here & np.isin(of["work count"], (recorded or -1, setup.world_size or -1))
             work[by_all] = of["work"][by_all]
             if setup.work_per_step is not None:
                 work[here & (of["work count"] != setup.world_size)] = setup.work_per_step
-        is_newest = np.append(np.diff(step) > 0, True)  # of a repeated step only the latest attempt counts
-        whole = np.flatnonzero(is_newest & (of["records"] == expected) & (of["timed"] == expected))
+        whole = np.flatnonzero((of["records"] == expected) & (of["timed"] == expected))
         of = {name: values[whole] for name, values in of.items()}
         with np.errstate(invalid="ignore"):
             mfu = of["mfu"] / of["mfu count"]  # ranks above the first may leave MFU out
         return Steps(
-            step=step[whole],
-            attempt=attempt[whole],
+            step=first.steps[whole],
+            attempt=first.attempts[whole],
             time_s=of["time"],
             work=work[whole],
             mfu_palm=mfu,
@@ -554,7 +533,7 @@ def _phases(of: Mapping[str, Floats], ranks: Integers) -> dict[str, Floats]:
     """Divide the times of steps; the rest is NaN if only some of the ranks recorded a phase."""
     counts = {phase: of[f"{phase} count"] for phase in RECORDED}
     found = {phase: np.where(count > 0, of[f"{phase} on critical"], np.nan) for phase, count in counts.items()}
-    # The critical rank waits for the others in the rest of the step beside its own time.
+    # The critical rank waits for the other ranks in all of the step but its own time.
     has_waits = counts["communication"] > 0
     found["communication"] = np.where(has_waits, of["time"] - of["own"], np.nan)
     known_s = sum(map(np.nan_to_num, found.values()), np.zeros(len(ranks)))

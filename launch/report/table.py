@@ -31,7 +31,7 @@ from launch.report.steps import Measurement, RankTime, RankTimes, UnreadLines, l
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One point; None is what is not known, or not claimed."""
+    """One point; a figure that is not known, or not claimed, is None."""
 
     point: str
     nodes: int | None
@@ -84,7 +84,7 @@ class Row:
     """Time that the ranks ran, with start-up, over all attempts."""
     attempts: int = 0
     label: str = ""
-    """Label that sets the point apart from the others of this table: the overrides that not all of them share."""
+    """Label that distinguishes the point in this table: the overrides that not all points share."""
     goodput: float | None = None
     """Share of the allocated time in steps that count."""
     gpu_hours: float | None = None
@@ -188,7 +188,7 @@ class ScalingTable:
 
     @property
     def name(self) -> str:
-        """Name of what is reported."""
+        """Name of the reported runs."""
         if self.selection.parts:
             return " and ".join(dict.fromkeys(row.source for row in self.rows))
         return self.rows[0].label if len(self.rows) == 1 else self.selection.folder.resolve().name

@@ -1,124 +1,413 @@
-"""Where the time of a run went: parts, GPU-hours and cost of runs whose clock is known, against plain arithmetic."""
+"""Time of runs by part, and what interruptions cost, against numbers worked out by hand from a known clock."""
 
 from __future__ import annotations
 
+import json
+import os
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
+from gpt.training.loop import train
 from launch.report import build, write
-from launch.report.goodput import PARTS
-from launch.report.views.text import markdown
-from launch.runs.records import append_records
+from launch.report.goodput import CAUSES, Goodput, measure_goodput
+from launch.report.views.text import markdown, parts_csv_text
+from launch.runs.files import ReportFile
+from launch.runs.folder import RunFolder
+from launch.runs.records import append_records, read_records
 from launch.runs.tensorboard import png_shape
+from launch.worker import make_run
+from tests.support.distributed import run_distributed
+from tests.support.learning import start
 
 T0 = 1.7e9
-STEP_S, SAVE_S, EVALUATION_S = 0.5, 20.0, 6.0
-GPUS, PRICE = 16, 2.0
-TOKENS = 4096
+GPUS, PRICE = 8, 2.0
 
 
-class Timeline:
-    """Writes a run as its clock goes on, and adds up by hand where it went."""
+class Clock:
+    """Writes a run as its clock goes on. All times are whole seconds, which doubles add up without error."""
 
-    def __init__(self, path: Path, make_run: Any) -> None:
-        self.builder = make_run(path, 2, 2, ("nodes=2",), global_batch=4, block_size=TOKENS // 2)
+    def __init__(self, path: Path, make_run: Any, gpus: int | None = GPUS) -> None:
+        self.builder = make_run(path, 2, 2, (path.name,), machines=2)
         self.now = T0
-        self.parts = dict.fromkeys(PARTS, 0.0)
-        self.allocated = 0.0
+        self.job = 0
+        self.gpus = gpus
 
     def event(self, event: str, **details: Any) -> None:
         self.builder.event(event, time=self.now, **details)
 
-    def spend(self, part: str, seconds: float) -> None:
+    def spend(self, seconds: float) -> None:
         self.now += seconds
-        self.parts[part] += seconds
-        self.allocated += 0.0 if part == "waiting" else seconds
 
-    def allocation(self, job: str) -> None:
-        begun = {"job": job, "nodes": 2, "gpus": GPUS, "price_per_gpu_hour": PRICE, "limit_s": 36000.0}
-        self.event("agent_started", **begun, allocated_at=self.now)
+    def allocation(self) -> None:
+        self.job += 1
+        begun = {"job": f"slurm-{self.job}", "nodes": 2, "limit_s": 36000.0, "price_per_gpu_hour": PRICE}
+        self.event("agent_started", **begun, **({"gpus": self.gpus} if self.gpus else {}), allocated_at=self.now)
 
-    def steps(self, attempt: int, first: int, last: int, *, kept_until: int, saves_every: int = 100) -> None:
+    def released(self) -> None:
+        self.event("agent_ended", job=f"slurm-{self.job}", ended_at=self.now)
+
+    def started(self, attempt: int) -> None:
+        self.builder.attempt(attempt)
+        self.event("started", attempt=attempt, world_size=2)
+
+    def steps(self, attempt: int, first: int, last: int, **first_one: float) -> None:
+        """Steps of a second each; the first one of them takes as much longer as it tells to have compiled."""
         records = []
         for step in range(first, last + 1):
-            self.spend("steps" if step <= kept_until else "lost", STEP_S)
-            known = {"loss": 1.0, "tokens": TOKENS, "step_time_s": STEP_S, "time": self.now}
-            record: dict[str, Any] = {"step": step, "attempt": attempt, **known}
-            if step % 50 == 0 and step != last:
-                record["val_loss"] = 1.0
-                self.spend("evaluations", EVALUATION_S)
-            if step % saves_every == 0:
-                self.spend("saves", SAVE_S)
-                self.event("saved", attempt=attempt, step=step, seconds=SAVE_S)
-            records.append(record)
+            known = first_one if step == first else {}
+            took = 1.0 + known.get("compile_s", 0.0)
+            self.spend(took)
+            record = {"step": step, "attempt": attempt, "tokens": 1024, "loss": 1.0, "step_time_s": took}
+            records.append({**record, **known, "time": self.now})
         for rank in (0, 1):
             append_records(self.builder.run.metrics(rank), records)
 
+    def saved(self, attempt: int, step: int, seconds: float) -> None:
+        self.spend(seconds)
+        self.event("saved", attempt=attempt, step=step, seconds=seconds)
 
-@pytest.fixture
-def two_attempts(tmp_path: Path, make_run: Any) -> Timeline:
-    """100 steps, a save, 37 steps that a crash takes, and the rest of 300 steps by a second attempt."""
-    line = Timeline(tmp_path / "run", make_run)
-    line.event("submitted", cluster="slurm", job_id="1", nodes=2, candidate=0)
-    line.spend("waiting", 300.0)
-    line.allocation("slurm-1-0-0")
-    line.spend("start", 45.0)
-    line.builder.attempt(1)
-    line.steps(1, 1, 137, kept_until=100)
-    line.event("rank_failed", attempt=1, rank=1)
-    line.spend("restarts", 30.0)
-    line.builder.attempt(2)
-    line.steps(2, 101, 300, kept_until=300)
-    line.event("finished", attempt=2, step=300)
-    line.spend("shutdown", 4.0)
-    line.event("agent_ended", job="slurm-1-0-0", ended_at=line.now)
-    return line
+    def up_to_a_checkpoint(self) -> None:
+        """An allocation, 16 s of start, four steps of the first attempt, and 2 s of saving them."""
+        self.allocation()
+        self.spend(16)
+        self.started(1)
+        self.steps(1, 1, 4)
+        self.saved(1, 4, 2.0)
+
+    def ended(self, attempt: int | None, cause: str, action: str) -> None:
+        self.event("attempt_ended", attempt=attempt, cause=cause, step=None, job=f"slurm-{self.job}")
+        self.event("decided", attempt=attempt, action=action, cause=cause, reason="")
 
 
-def test_parts_of_two_attempts_add_up_to_the_whole_and_cost_what_arithmetic_says(two_attempts: Timeline) -> None:
-    (row,) = build(two_attempts.builder.path).rows
-    found = {part: row.parts_s.get(part, 0.0) for part in PARTS}
-    # Clocks of 1.7e9 seconds have a resolution of 2.4e-7.
-    assert found == pytest.approx(two_attempts.parts, abs=1e-4)
-    assert found["lost"] == pytest.approx(37 * STEP_S, abs=1e-4)
-    assert found["steps"] == pytest.approx(300 * STEP_S, abs=1e-4)
-    assert found["saves"] == pytest.approx(3 * SAVE_S, abs=1e-4)
-    assert sum(found.values()) == pytest.approx(two_attempts.now - T0, abs=1e-4)
-    gpu_hours = two_attempts.allocated / 3600 * GPUS
-    assert row.gpu_hours == pytest.approx(gpu_hours)
-    assert row.cost == pytest.approx(gpu_hours * PRICE)
-    assert row.cost_per_billion == pytest.approx(gpu_hours * PRICE / (300 * 2 * TOKENS / 1e9))
-    assert row.goodput == pytest.approx(300 * STEP_S / two_attempts.allocated)
+def stormy(path: Path, make_run: Any, gpus: int | None = GPUS) -> Clock:
+    """Crash, in place; preemption, through the queue; a roll-back."""
+    run = Clock(path, make_run, gpus)
+    run.event("submitted", cluster="slurm", job_id="1", nodes=2, candidate=0)
+    run.spend(256)
+    run.allocation()
+    run.spend(64)
+    run.started(1)
+    run.steps(1, 1, 8, compile_s=4.0)
+    run.saved(1, 8, 2.0)
+    run.steps(1, 9, 10)  # lost
+    run.spend(3)
+    run.ended(1, "crashed", "restart")
+    run.spend(5 + 2)
+    run.started(2)
+    run.steps(2, 9, 12, compile_s=2.0, restore_s=2.0)
+    run.saved(2, 12, 2.0)
+    run.spend(1)
+    run.ended(2, "preempted", "requeue")
+    run.spend(4)
+    run.released()
+    run.spend(128)
+    run.allocation()
+    run.spend(40 + 8)
+    run.started(3)
+    run.steps(3, 13, 16, compile_s=2.0, restore_s=8.0)
+    run.event("rolled_back", attempt=3, step=14, first=16, last=16, cause="loss not finite")  # 15 and 16 are lost
+    run.spend(6 + 3)
+    run.steps(3, 15, 20, restore_s=3.0)
+    run.spend(1)
+    run.event("attempt_ended", attempt=3, cause="finished", step=20, job="slurm-2")
+    run.released()
+    return run
 
 
-def test_shares_that_are_shown_are_a_hundred_percent(two_attempts: Timeline) -> None:
-    table = build(two_attempts.builder.path)
+PARTS = {
+    "waiting": 256.0 + 128.0,
+    "start": 64.0,
+    "compile": 4.0 + 2.0 + 2.0,
+    "restore": 2.0 + 8.0 + 3.0,
+    "steps": 20.0,
+    "lost": 2.0 + 2.0,
+    "saves": 4.0,
+    "restarts": (3.0 + 5.0) + 40.0 + 6.0,
+    "shutdown": (1.0 + 4.0) + 1.0,
+}
+LOST = {
+    "crashed": 2.0 + (3.0 + 5.0) + 2.0 + 2.0,  # done again, end and start, restore, compile
+    "preempted": (1.0 + 4.0) + 40.0 + 8.0 + 2.0,  # shutdown, start, restore, compile
+    "diverged": 2.0 + 6.0 + 3.0,
+}
+IN_PLACE_S, REQUEUED_S, WAITED_S = 5.0, 40.0, 128.0
+
+
+def goodput_of(run: Clock) -> Goodput:
+    found = measure_goodput(run.builder.run, run.builder.run.read_events())
+    assert found is not None
+    return found
+
+
+def test_parts_and_losses_of_a_stormy_run_are_those_worked_out_by_hand(tmp_path: Path, make_run: Any) -> None:
+    run = stormy(tmp_path / "nodes=2", make_run)
+    found = goodput_of(run)
+    assert found.seconds == PARTS and found.total_s == run.now - T0, "to the last digit"
+    assert found.losses.seconds == LOST and found.losses.counts == dict.fromkeys(LOST, 1)
+    assert sum(LOST.values()) == (
+        # The parts that are loss: all of two, and of others what came after an interruption.
+        PARTS["lost"] + PARTS["restarts"] + PARTS["restore"] + (PARTS["compile"] - 4.0) + (PARTS["shutdown"] - 1.0)
+    )
+    assert found.losses.hours == pytest.approx({c: s * GPUS / 3600 for c, s in LOST.items()}, rel=1e-12)
+    (row,) = (table := build(run.builder.path)).rows
+    assert (row.parts_s, row.interrupted_s) == (PARTS, sum(LOST.values()))
+    assert (row.interruptions, row.restarts_in_place, row.hours_of) == (3, 1, "GPU")
+    assert row.interrupted_h == pytest.approx(sum(row.causes_h.values()), rel=1e-12)
+    assert row.saved_in_place_h == pytest.approx((REQUEUED_S - IN_PLACE_S) * GPUS / 3600, rel=1e-12)
+    assert (row.saved_in_place_wait_s, row.saved_against) == (WAITED_S, "requeues of this run")
+    allocated_h = (run.now - T0 - PARTS["waiting"]) / 3600
+    assert row.goodput == pytest.approx(20.0 / (3600 * allocated_h))
+    assert (row.gpu_hours, row.cost) == pytest.approx((allocated_h * GPUS, allocated_h * GPUS * PRICE))
+    assert row.cost_per_billion == pytest.approx(allocated_h * GPUS * PRICE / (20 * 2 * 1024 / 1e9)), "of two ranks"
     text = markdown(table)
-    assert "## Where the time went" in text
-    cells = next(line for line in text.splitlines() if line.startswith(f"| {table.rows[0].label} | 5 min 00 s"))
+    cells = text[text.index("## Where the time went") :].splitlines()[4]
     shares = [float(cell.rpartition("(")[2].partition(" %")[0]) for cell in cells.split("|") if "(" in cell]
-    assert len(shares) == 8
-    assert sum(shares) == pytest.approx(100.0, abs=0.3)  # rounded
-    picture = next(path for path in write(table) if path.suffix == ".png")
-    assert png_shape(picture.read_bytes())[1] > 780  # the bar lies below the other panels
+    assert len(shares) == len(PARTS) and sum(shares) == pytest.approx(100.0, abs=1e-9), "rounded to 100.0 % together"
+    picture = next(path for path in write(table, files={ReportFile.png}) if path.suffix == ".png")
+    assert png_shape(picture.read_bytes())[1] > 780, "the bar is below the other panels"
 
 
-def test_a_requeued_run_waits_twice_and_starts_again(tmp_path: Path, make_run: Any) -> None:
-    line = Timeline(tmp_path / "run", make_run)
-    line.event("submitted", cluster="slurm", job_id="1", nodes=2, candidate=0)
-    for attempt, (first, last) in enumerate([(1, 20), (21, 40)], start=1):
-        line.spend("waiting", 100.0 * attempt)
-        line.allocation(f"slurm-{attempt}")
-        line.spend("start" if attempt == 1 else "restarts", 10.0)
-        line.builder.attempt(attempt)
-        line.steps(attempt, first, last, kept_until=40, saves_every=20)
-        line.spend("shutdown", 3.0)
-        line.event("agent_ended", job=f"slurm-{attempt}", ended_at=line.now)
-    (row,) = build(line.builder.path).rows
-    assert {part: row.parts_s.get(part, 0.0) for part in PARTS} == pytest.approx(line.parts, abs=1e-4)
-    assert row.parts_s["waiting"] == pytest.approx(300.0)
+def test_a_run_without_gpus_loses_hours_of_nodes(tmp_path: Path, make_run: Any) -> None:
+    (row,) = build(stormy(tmp_path / "nodes=2", make_run, gpus=None).builder.path).rows
+    assert row.hours_of == "node" and row.gpu_hours is None
+    assert row.causes_h["crashed"] == pytest.approx(LOST["crashed"] * 2 / 3600, rel=1e-12)
+
+
+def without(path: Path, *fields: str) -> None:
+    """Take fields out of the records of a run, as older versions wrote them."""
+    lines = [json.loads(line) for line in path.open()]
+    path.write_text("".join(json.dumps({k: v for k, v in e.items() if k not in fields}) + "\n" for e in lines))
+
+
+def test_a_folder_that_does_not_tell_restore_and_compilation_has_them_where_they_lie(
+    tmp_path: Path, make_run: Any
+) -> None:
+    run = stormy(tmp_path / "nodes=2", make_run)
+    without(run.builder.run.metrics(0), "compile_s", "restore_s")
+    found = goodput_of(run)
+    assert "compile" not in found.seconds and "restore" not in found.seconds, "not known, never zero"
+    assert found.seconds["start"] == PARTS["start"] and found.seconds["steps"] == 20.0 + 8.0
+    assert found.seconds["restarts"] == PARTS["restarts"] + PARTS["restore"]
+    assert found.total_s == run.now - T0
+    (row,) = build(run.builder.path).rows
+    assert not {"compile", "restore"} & row.parts_s.keys()
+
+
+def test_a_script_that_does_not_time_its_first_step_tells_what_lies_before_it(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.allocation()
+    run.spend(32 + 8 + 4)
+    run.started(1)
+    told = {"step": 1, "attempt": 1, "restore_s": 8.0, "compile_s": 4.0, "time": run.now}
+    append_records(run.builder.run.metrics(0), [told])
+    run.steps(1, 2, 5)
+    run.released()
+    assert goodput_of(run).seconds == {"start": 32.0, "restore": 8.0, "compile": 4.0, "steps": 4.0}
+
+
+def test_compilation_in_an_evaluation_is_no_part_of_it(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.allocation()
+    run.steps(1, 1, 3)
+    run.steps(1, 4, 4, val_loss=1.0, val_compile_s=3.0)
+    run.spend(5)
+    run.steps(1, 5, 5, val_loss=1.0, val_compile_s=1.0)
+    run.spend(2)
+    run.released()
+    assert goodput_of(run).seconds == {"steps": 5.0, "compile": 3.0 + 1.0, "evaluations": 2.0, "shutdown": 1.0}
+
+
+def test_a_start_that_fails_costs_what_comes_after_it(tmp_path: Path, make_run: Any) -> None:
+    """A start is needed anyway; the second one, and what the first took from its begin, were lost to the hang."""
+    run = Clock(tmp_path / "run", make_run)
+    run.allocation()
+    run.spend(16)
+    run.started(1)
+    run.spend(100)
+    run.ended(1, "hung", "restart")
+    run.spend(12)
+    run.started(2)
+    run.steps(2, 1, 4)
+    run.released()
+    found = goodput_of(run)
+    assert found.seconds == {"start": 16.0, "restarts": 112.0, "steps": 4.0} and found.losses.seconds == {"hung": 112.0}
+    assert build(run.builder.path).rows[0].saved_in_place_h is None, "no other road is known"
+
+
+def test_two_interruptions_without_a_step_between_them_are_told_apart(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.up_to_a_checkpoint()
+    run.spend(1)
+    run.ended(1, "crashed", "restart")
+    run.spend(10)
+    run.started(2)
+    run.spend(50)
+    run.ended(2, "hung", "restart")
+    run.spend(10)
+    run.started(3)
+    run.steps(3, 5, 8)
+    run.released()
+    assert goodput_of(run).losses.seconds == {"crashed": 11.0, "hung": 60.0}
+
+
+def test_lost_steps_do_not_count_where_the_run_ends_before_they_are_done_again(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.up_to_a_checkpoint()
+    run.steps(1, 5, 100)
+    run.spend(1)
+    run.ended(1, "hung", "restart")
+    run.spend(10)
+    run.started(2)
+    run.steps(2, 5, 12)
+    run.event("rolled_back", attempt=2, step=6, first=12, last=12, cause="loss not finite")
+    run.spend(3)
+    run.steps(2, 7, 8)
+    run.released()
+    found = goodput_of(run)
+    assert found.seconds == {
+        **{"start": 16.0, "steps": 4.0 + 2.0 + 2.0, "saves": 2.0},
+        **{"lost": 96.0 + 6.0, "restarts": 11.0 + 3.0},
+    }
+    assert found.losses.seconds == {"hung": 96.0 + 11.0, "diverged": 6.0 + 3.0}
+
+
+def test_a_sick_node_before_the_first_attempt_has_its_own_cause(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.allocation()
+    run.spend(8)
+    run.event("node_sick", attempt=None, node=1, host="n2", cause="an ECC error")
+    run.ended(None, "node_failed", "requeue")
+    run.spend(2)
+    run.released()
+    run.spend(64)
+    run.allocation()
+    run.spend(30)
+    run.started(1)
+    run.steps(1, 1, 4)
+    run.released()
+    found = goodput_of(run)
+    assert found.seconds == {"waiting": 64.0, "start": 8.0, "restarts": 32.0, "steps": 4.0}
+    assert found.losses.seconds == {"node_sick": 32.0} and found.losses.counts == {"node_sick": 1}
+
+
+def test_a_sweep_adds_its_points_up_and_says_against_what_restarts_in_place_saved(
+    tmp_path: Path, make_run: Any
+) -> None:
+    stormy(tmp_path / "nodes=2", make_run)
+    other = Clock(tmp_path / "nodes=4", make_run)
+    other.spend(32)
+    other.allocation()
+    other.spend(20)
+    other.started(1)
+    other.steps(1, 1, 4)
+    other.spend(4)
+    other.ended(1, "crashed", "restart")
+    other.spend(10)
+    other.started(2)
+    other.steps(2, 1, 8)
+    other.released()
+    table = build(tmp_path)
+    rows = {row.label: row for row in table.rows}
+    assert rows["nodes=4"].saved_against == "requeues of other points"
+    assert rows["nodes=4"].saved_in_place_h == pytest.approx((REQUEUED_S - 10.0) * GPUS / 3600, rel=1e-12)
+    seconds = {**LOST, "crashed": LOST["crashed"] + 4.0 + 14.0}
+    text = markdown(table)
+    cells = [cell.strip() for cell in next(line for line in text.splitlines() if line.startswith("| all |")).split("|")]
+    found = [float(cell.removesuffix(" GPU-h")) for cell in cells[2:5]]
+    assert found == pytest.approx([seconds[c] * GPUS / 3600 for c in ("crashed", "diverged", "preempted")], rel=5e-3)
+    (cost,) = [note for note in table.notes if "4 interruptions cost" in note]
+    assert f"{sum(seconds.values()) * GPUS / 3600:.3g} GPU-hours" in cost
+    (saved,) = [note for note in table.notes if "in place 2 times" in note]
+    assert "against requeues of this run and requeues of other points" in saved
+    assert "4 min 16 s of waiting" in saved, "128 s each"
+    assert ",interruptions,preempted," in parts_csv_text(table)
+    page = next(path for path in write(table) if path.suffix == ".html").read_text()
+    assert page.index("preempted") < page.index("diverged"), "the largest first"
+
+
+def test_every_cause_of_the_restart_limits_has_a_name() -> None:
+    from launch.agent.policy import Cause
+
+    assert {str(cause) for cause in Cause} - {"finished"} < CAUSES.keys()
+
+
+def test_a_program_that_tells_no_steps_is_interrupted_by_what_it_came_back_from_alone(
+    tmp_path: Path, make_run: Any
+) -> None:
+    quiet = Clock(tmp_path / "quiet", make_run, gpus=None)
+    quiet.allocation()
+    quiet.spend(4)
+    quiet.started(1)
+    quiet.spend(60)
+    quiet.ended(1, "finished", "stop")
+    quiet.released()
+    found = goodput_of(quiet)
+    assert found.losses.counts == {} and found.seconds == {"start": 64.0}
+    again = Clock(tmp_path / "again", make_run, gpus=None)
+    again.allocation()
+    again.spend(4)
+    again.started(1)
+    again.spend(30)
+    again.ended(1, "crashed", "restart")
+    again.spend(2)
+    again.started(2)
+    again.spend(60)
+    again.ended(2, "finished", "stop")
+    again.released()
+    found = goodput_of(again)
+    assert found.losses.counts == {"crashed": 1} and found.losses.seconds == {"crashed": 32.0}
+    assert found.seconds == {"start": 4.0 + 60.0, "restarts": 32.0}
+
+
+def test_points_on_this_machine_do_not_wait_for_nodes(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.event("submitted", cluster="local", job_id="1", nodes=2, candidate=0)
+    run.spend(300)  # in which another point of the sweep runs
+    run.up_to_a_checkpoint()
+    run.released()
+    assert goodput_of(run).seconds == {"start": 16.0, "steps": 4.0, "saves": 2.0}
+
+
+def test_a_restart_that_takes_longer_than_the_first_start_saves_nothing(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.up_to_a_checkpoint()
+    run.ended(1, "crashed", "restart")
+    run.spend(160)
+    run.started(2)
+    run.steps(2, 5, 8)
+    run.released()
+    (row,) = build(run.builder.path).rows
+    assert (row.restarts_in_place, row.saved_in_place_h, row.saved_against) == (1, 0.0, "the first start of this run")
+
+
+def test_a_cancelled_run_that_a_command_takes_back_was_interrupted_once(tmp_path: Path, make_run: Any) -> None:
+    run = Clock(tmp_path / "run", make_run)
+    run.up_to_a_checkpoint()
+    run.steps(1, 5, 8)
+    run.ended(1, "cancelled", "stop")
+    run.released()
+    folder = run.builder.run
+    lines = folder.metrics(0).read_text().splitlines(keepends=True)
+    aside = folder.aside / "0001" / "metrics" / folder.metrics(0).name
+    aside.parent.mkdir(parents=True)
+    aside.write_text("".join(lines[4:]))
+    folder.metrics(0).write_text("".join(lines[:4]))
+    run.allocation()
+    run.spend(16)
+    run.started(2)
+    run.steps(2, 5, 8)
+    run.released()
+    losses = goodput_of(run).losses
+    assert losses.counts == {"cancelled": 1} and losses.seconds == {"continued": 4.0, "cancelled": 16.0}
+
+
+# Runs without an agent, and steps that are recorded twice.
 
 
 def test_without_an_agent_nothing_is_said_of_time_and_cost(tmp_path: Path, make_run: Any) -> None:
@@ -141,3 +430,48 @@ def test_a_step_that_is_recorded_before_and_after_its_save_is_one_step(tmp_path:
     built.event("agent_ended", node=0, job="1", time=T0 + 20, ended_at=T0 + 20)
     [row] = build(tmp_path).rows
     assert row.parts_s == {"start": 10.0, "steps": 8.0, "shutdown": 2.0}
+
+
+# Compilation in a report: a run whose blocks are compiled tells it in the steps in which it happened, once.
+
+
+STEPS = 5
+EVALUATED_AT = 3
+LAYERS = 2
+
+
+def train_compiled(rank: int, size: int, folder: Path) -> tuple[float, float, int]:
+    """Train with compiled blocks; returns the Unix times of begin and end, and the frames torch has compiled."""
+    from torch._dynamo.utils import counters
+
+    begun = time.time()
+    # Traced as for any backend, and then run as traced: no C++ compiler at work.
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        steps = (f"optim.max_steps={STEPS}", f"eval.interval={EVALUATED_AT}", "checkpoint.interval=0")
+        run = start(rank, size, folder, "compile=default", "optim.max_micro_batch=16", *steps)
+        run.worker = make_run({**os.environ, "LAUNCH_RUN_DIR": str(folder)})
+        assert train(run) == "finished"
+    return begun, time.time(), counters["stats"]["unique_graphs"]
+
+
+def test_a_compiled_run_tells_compilation_in_the_steps_that_had_it_once(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    ((begun, ended, graphs),) = run_distributed(train_compiled, 1, run.path)
+    assert graphs > LAYERS, "the blocks and the loss"
+    records = {record["step"]: record for record in read_records(run.metrics(0))}
+    told = {step: record["compile_s"] for step, record in records.items() if "compile_s" in record}
+    evaluated = {step: record["val_compile_s"] for step, record in records.items() if "val_compile_s" in record}
+    assert told.keys() == {1} and evaluated.keys() == {EVALUATED_AT}, "again for the other shapes of an evaluation"
+    assert 0 < told[1] < records[1]["step_time_s"]
+
+    agent = {"job": "local-1", "nodes": 1, "price_per_gpu_hour": 2.0, "limit_s": 3600.0}
+    run.record_event("agent_started", **agent, allocated_at=begun, time=begun)
+    run.record_event("agent_ended", job=agent["job"], ended_at=ended, time=ended)
+    goodput = measure_goodput(run, run.read_events())
+    assert goodput is not None
+    assert goodput.seconds["compile"] == pytest.approx(told[1] + evaluated[EVALUATED_AT], rel=1e-9), "each second once"
+    steps_s = sum(record["step_time_s"] for record in records.values())
+    # A step may be read while the next one is made: what both take counts once.
+    assert 0 < goodput.seconds["steps"] <= steps_s - told[1] + 1e-6, "none of it in a step"
+    assert sum(goodput.seconds.values()) == pytest.approx(ended - begun, abs=1e-6)
+    assert 100 * sum(s / goodput.total_s for s in goodput.seconds.values()) == pytest.approx(100.0, abs=1e-9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +46,6 @@ def test_figures_are_those_computed_by_hand(sweep: Path) -> None:
     assert [row.steps_measured for row in (one, two, four)] == [5, 5, 5]
     assert [row.state for row in (one, two, four)] == ["finished"] * 3
     assert four.loss == pytest.approx(6.0 / 10)
-
-
-def test_no_efficiency_where_ranks_shared_cores(sweep: Path) -> None:
-    table = build(sweep)
-    assert [row.oversubscribed for row in table.rows] == [False, False, True]
-    assert table.rows[2].efficiency is None
-    assert any("nodes=4 (4 threads on 2 cores of one machine (n1, n2, n3, n4))" in note for note in table.notes)
 
 
 def test_no_efficiency_at_all_against_a_crowded_point(tmp_path: Path, make_run: Any) -> None:
@@ -125,20 +117,6 @@ def test_a_torn_line_spoils_its_own_step_only(tmp_path: Path, make_run: Any) -> 
     lines[11] = lines[11][:25] + b"\n"
     path.write_bytes(b"".join(lines))
     assert read_point(tmp_path).steps.step.tolist() == [n for n in range(1, 21) if n != 12]
-
-
-@given(cut=st.integers(0, 5000))
-def test_a_file_cut_anywhere_still_gives_the_steps_before(
-    tmp_path_factory: pytest.TempPathFactory, make_run: Any, cut: int
-) -> None:
-    folder = tmp_path_factory.mktemp("cut")
-    path = make_run(folder).attempt().steps(1, [1.0] * 12).run.metrics(0)
-    kept = path.read_bytes()[:cut]
-    path.write_bytes(kept)
-    whole = kept.count(b"\n")
-    numbers = read_point(folder).steps.step.tolist()
-    # A line without its newline counts where nothing of the record is missing.
-    assert numbers in (list(range(1, whole + 1)), list(range(1, whole + 2)))
 
 
 def test_too_few_steps_are_said_instead_of_a_figure(tmp_path: Path, make_run: Any) -> None:
@@ -265,17 +243,6 @@ def test_weak_scaling_compares_the_batch_per_rank_and_says_so(tmp_path: Path, ma
     assert heading == f"Weak scaling of {tmp_path.name} with 8 sequences per rank"
 
 
-def test_the_heading_tells_strong_from_weak(sweep: Path, make_run: Any) -> None:
-    folder = sweep / "optim.weak_scaling=true"
-    builder = make_run(folder, overrides=("nodes=1", "optim.weak_scaling=true"), weak_scaling=True)
-    builder.attempt().steps(1, STEADY)
-    headings = [heading for heading, _ in build(sweep).sections()]
-    assert headings == [
-        "Strong scaling of quick_test with a global batch of 16 sequences",
-        "Weak scaling of quick_test with 16 sequences per rank",
-    ]
-
-
 def test_mfu_is_the_median_where_it_is_known_and_absent_elsewhere(tmp_path: Path, make_run: Any) -> None:
     make_run(tmp_path / "nodes=1").attempt().steps(1, STEADY, mfu_palm=0.4)
     make_run(tmp_path / "nodes=2", 2).attempt().steps(1, STEADY)
@@ -289,10 +256,6 @@ def test_a_sweep_file_names_the_points_in_their_order(sweep: Path) -> None:
     found = rows(sweep)
     assert list(found) == ["nodes=1", "nodes=2", "nodes=8"]
     assert found["nodes=8"].state == "not started"  # as launch.status calls it
-
-
-def test_one_run_folder_is_a_report_of_that_run(sweep: Path) -> None:
-    assert [row.point for row in build(sweep / "nodes=2").rows] == ["nodes=2"]
 
 
 @pytest.mark.parametrize("wrong", ["absent", "empty"])
@@ -368,19 +331,3 @@ def test_an_efficiency_of_noisy_step_times_is_marked_and_says_how_far_off_it_may
     assert len(noted) == two.noisy
     for name, share in zip(("nodes=1", "nodes=2"), shares, strict=True):
         assert (f"{name} ({100 * share:.0f} %)" in "".join(noted)) is bool(share > 0.1)
-
-
-@given(measured=st.dictionaries(st.integers(1, 64), times, min_size=2, max_size=4), factor=st.floats(0.01, 100))
-def test_a_machine_faster_throughout_has_the_same_efficiency(measured: dict[int, list[float]], factor: float) -> None:
-    def efficiencies(scale: float) -> list[float | None]:
-        points = [in_memory(f"p{n}", n, [scale * t for t in step_times]) for n, step_times in measured.items()]
-        return [row.efficiency for row in tabulate(Selection(Path("sweep"), ()), points).rows]
-
-    assert efficiencies(factor) == pytest.approx(efficiencies(1.0))
-
-
-@given(step_times=times, warmup=st.lists(st.floats(1e-3, 1e6), min_size=WARMUP_STEPS, max_size=WARMUP_STEPS))
-def test_warmup_never_matters(step_times: list[float], warmup: list[float]) -> None:
-    steps = in_memory("p", 1, step_times).steps
-    slow = dataclasses.replace(steps, time_s=np.array([*warmup, *step_times]))
-    assert measure(slow) == measure(steps)

@@ -1,4 +1,4 @@
-"""Slow ranks: named where the records bear it out, with what they cost in closed form, and passed over where not."""
+"""Slow ranks and lost efficiency, in closed form: named if the records show them, and passed over if not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from launch.report import ScalingTable, build, write
-from launch.report.steps import RankTime, RankTimes
-from launch.report.table import RunDetail
+from launch.report.steps import LOSSES, RankTime, RankTimes, lost
+from launch.report.table import Row, RunDetail
 from launch.report.views.figures import draw_ranks
 from launch.report.views.text import markdown
 from launch.runs.records import append_records
@@ -94,19 +94,6 @@ def test_no_rank_is_named_where_the_spread_does_not_bear_it_out(tmp_path: Path, 
     assert not about_ranks(run_of(tmp_path, make_run, times))
 
 
-def test_noise_names_nobody(tmp_path: Path, make_run: Any) -> None:
-    named = 0
-    for seed in range(5):
-        chance = np.random.default_rng(seed)
-        drawn = chance.normal(BASE_S, 0.05, (STEPS + 1, RANKS))
-
-        def times(step: int, rank: int, drawn: Any = drawn) -> dict[str, float]:
-            return {"step_time_s": float(drawn[step, rank])}
-
-        named += bool(about_ranks(run_of(tmp_path / str(seed), make_run, times)))
-    assert named == 0
-
-
 def test_waiting_in_collectives_is_taken_off_where_a_script_records_it(tmp_path: Path, make_run: Any) -> None:
     # All end a step together: rank 17 computes 30 ms longer, and the others wait for it as long.
     def times(step: int, rank: int) -> dict[str, float]:
@@ -160,3 +147,107 @@ def test_the_heat_map_of_a_thousand_ranks_takes_no_more_memory_than_that_of_few(
     peak(2)  # what is imported and cached once
     few, many = peak(64), peak(1024)
     assert many <= 1.25 * few, (many, few)
+
+
+# Lost efficiency by phase: synthetic records whose answers are known in closed form, to the last digits.
+
+
+STEPS = 25
+WORK_S = 0.4
+"""Time that one rank computes; the ranks share it."""
+
+
+def recorded(folder: Path, make_run: Any, ranks: int, phases: Any, **builder: Any) -> None:
+    """A script's run whose rank r tells ``phases(step, r)``; its step time is the sum of them."""
+    script = {"unit": "samples", "work_per_step": 64.0, "weak_scaling": False}
+    words = (f"nodes={ranks}", "workload=script")
+    built = make_run(folder / f"nodes={ranks}", ranks, ranks, words, script=script, **builder).attempt()
+    for rank in range(ranks):
+        told = [phases(step, rank) for step in range(1, STEPS + 1)]
+        rows = [
+            {"step": step, "attempt": 1, "step_time_s": sum(of_step.values()), "time": 1e9 + step}
+            | {name: value for name, value in of_step.items() if name != "compute"}
+            for step, of_step in enumerate(told, start=1)
+        ]
+        append_records(built.run.metrics(rank), rows)
+    built.event("finished", attempt=1)
+
+
+def rows_of(folder: Path) -> dict[int | None, Row]:
+    return {row.ranks: row for row in build(folder).rows}
+
+
+def test_each_phase_loses_what_was_put_into_it(tmp_path: Path, make_run: Any) -> None:
+    """Four ranks: 0.1 s of work each instead of 0.4 s; rank 2 is 30 ms late, all communicate and wait for data."""
+    recorded(tmp_path, make_run, 1, lambda s, r: {"compute": WORK_S, "data_wait_s": 0.0, "optimizer_s": 0.02})
+
+    def phases(step: int, rank: int) -> dict[str, float]:
+        late = 0.03 * (rank == 2)
+        compute = WORK_S / 4 + late
+        comm = 0.05 + 0.03 - late  # the others wait for rank 2
+        return {"compute": compute, "comm_s": comm, "data_wait_s": 0.01, "bubble_s": 0.004, "optimizer_s": 0.02}
+
+    recorded(tmp_path, make_run, 4, phases)
+    row = rows_of(tmp_path)[4]
+    step_s = 0.1 + 0.03 + 0.05 + 0.01 + 0.004 + 0.02
+    ideal_s = 0.42 / 4
+    assert row.efficiency == pytest.approx(ideal_s / step_s, rel=1e-12)
+    mean_late = 0.03 / 4
+    expected = {
+        "communication": 0.05,
+        "stragglers": 0.03 - mean_late,
+        "data": 0.01,
+        "bubble": 0.004,
+        "optimizer": 0.02 - 0.02 / 4,
+        "computation": mean_late,  # the work itself is divided as it should
+    }
+    assert row.losses == pytest.approx({phase: s / step_s for phase, s in expected.items()}, abs=1e-12)
+    assert sum(row.losses.values()) == pytest.approx(1 - (row.efficiency or 0), abs=1e-15)
+
+
+def test_the_parts_add_up_whatever_the_records_say(tmp_path: Path, make_run: Any) -> None:
+    chance = np.random.default_rng(3)
+    times = {size: chance.uniform(0.001, 0.1, (STEPS + 1, size, 3)) for size in (2, 4, 8)}
+
+    def phases(size: int) -> Any:
+        names = ("compute", "comm_s", "data_wait_s")
+        return lambda step, rank: dict(zip(names, times[size][step, rank].tolist(), strict=True))
+
+    for size in times:
+        recorded(tmp_path, make_run, size, phases(size))
+    rows = rows_of(tmp_path)
+    for size in (4, 8):
+        parts = rows[size].losses
+        assert set(parts) == {"communication", "stragglers", "data", "computation"}
+        assert sum(parts.values()) == pytest.approx(1 - (rows[size].efficiency or 0), abs=1e-14)
+    # By hand: the critical rank of each step, and what the others do less.
+    shares = {}
+    for size, every in times.items():
+        compute, _, data = np.moveaxis(every[6:], -1, 0)
+        total = every[6:].sum(-1).max(-1)
+        critical = (compute + data).argmax(1)
+        at = np.arange(len(critical)), critical
+        parts = [total - (compute + data)[at], compute[at] - compute.mean(1), data[at]]
+        shares[size] = [float(part.sum() / total.sum()) for part in parts]
+    efficiency = rows[8].efficiency or 0
+    expected = [here - efficiency * there for here, there in zip(shares[8], shares[2], strict=True)]
+    parts = rows[8].losses
+    assert [parts["communication"], parts["stragglers"], parts["data"]] == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_phase_that_one_point_lacks_lies_in_the_rest() -> None:
+    parts = lost({"communication": 0.2, "data": 0.1, "computation": 0.7}, {"data": 0.0, "computation": 1.0}, 0.6, False)
+    assert parts == pytest.approx({"data": 0.1, "computation": 0.3})
+    alone = lost({"communication": 0.2, "data": 0.1, "computation": 0.7}, {"data": 0.0, "computation": 1.0}, 0.6, True)
+    assert alone == pytest.approx({"communication": 0.2, "data": 0.1, "computation": 0.1})
+    assert list(alone) == [phase for phase in LOSSES if phase in alone]
+    assert lost({}, {"computation": 1.0}, 0.5, True) == {}
+
+
+def test_a_point_may_gain_where_others_lose(tmp_path: Path, make_run: Any) -> None:
+    """Eight ranks compute four times as fast as one each would, with caches that hold their share."""
+    recorded(tmp_path, make_run, 1, lambda s, r: {"compute": 0.8, "comm_s": 0.0})
+    recorded(tmp_path, make_run, 8, lambda s, r: {"compute": 0.05, "comm_s": 0.05})
+    row = rows_of(tmp_path)[8]
+    assert row.efficiency == pytest.approx(1.0)
+    assert row.losses == pytest.approx({"communication": 0.5, "stragglers": 0.0, "computation": -0.5})

@@ -1,0 +1,269 @@
+"""Series of points: what sets them apart, their labels, intervals of efficiencies, and scaling laws."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.report import ScalingTable, build
+from launch.report.series import Medians, amdahl, block_length, gustafson, ratio, student
+from launch.report.views.page import tiles
+from launch.runs.files import write_json
+from launch.runs.find import point_labels
+from launch.runs.overrides import point_name
+
+
+def alike(chance: np.random.Generator, steps: int, median: float, spread: float, rho: float) -> np.ndarray:
+    """Step times of which each is like the one before: an autoregressive series around its median."""
+    noise = chance.normal(size=steps + 40)
+    times = np.zeros(steps + 40)
+    for at in range(1, len(times)):
+        times[at] = rho * times[at - 1] + noise[at] * np.sqrt(1 - rho * rho)
+    return median + spread * times[40:]
+
+
+def test_the_interval_holds_the_true_efficiency_in_95_of_100_seeds() -> None:
+    held, widths = 0, []
+    for seed in range(100):
+        chance = np.random.default_rng(seed)
+        base, point = alike(chance, 80, 1.0, 0.02, 0.6), alike(chance, 80, 0.3, 0.01, 0.6)
+        efficiency = float(np.median(base) / np.median(point)) / 4
+        low, high = ratio(efficiency, Medians([point.tolist()], 1), Medians([base.tolist()], 0))
+        held += low <= 1 / 0.3 / 4 <= high
+        widths.append(high - low)
+    assert held >= 95
+    # Not by being wide: the median of as many steps that are alike strays by so much.
+    every = [np.median(alike(np.random.default_rng(seed), 80, 1.0, 0.02, 0.6)) for seed in range(300)]
+    relative = np.hypot(np.std(every), np.std(every) * 0.01 / 0.02 / 0.3)
+    assert np.mean(widths) < 1.6 * 2 * 1.96 * relative / 0.3 / 4
+
+
+def test_the_interval_of_an_efficiency_of_few_steps_ends_at_zero() -> None:
+    base, point = Medians([[0.1, 1.0, 3.0, 0.2]], 0), Medians([[0.1, 2.0, 9.0, 0.2]], 1)
+    low, high = ratio(base.value / point.value, point, base)
+    assert low == 0 < high
+
+
+def test_steps_that_are_alike_are_drawn_together_and_repeats_count_as_one_each() -> None:
+    chance = np.random.default_rng(1)
+    lengths = [block_length(alike(chance, 400, 1.0, 0.1, rho)) for rho in (0.0, 0.5, 0.9)]
+    assert lengths[0] <= 3 < lengths[1] < lengths[2]
+    assert block_length(np.ones(50)) == 1
+    runs = [(1.0 + 0.05 * shift + 0.001 * chance.normal(size=50)).tolist() for shift in (-1, 0, 1)]
+    one, several = Medians(runs[:1], 0), Medians(runs, 0)
+    assert several.value == pytest.approx(np.mean([np.median(run) for run in runs]))
+    assert several.replicates.std() > 10 * one.replicates.std(), "the spread between runs counts"
+    assert several.widening > one.widening, "three runs say less of it than fifty steps do of theirs"
+
+
+def test_quantiles_are_those_of_students_distribution() -> None:
+    known = {1: 12.706, 2: 4.303, 5: 2.571, 10: 2.228, 30: 2.042, 1000: 1.962}  # any table of it
+    assert {freedom: round(student(freedom), 3) for freedom in known} == pytest.approx(known, abs=0.012)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.013, 0.2])
+def test_each_law_finds_the_serial_share_that_was_put_in(share: float) -> None:
+    sizes = np.array([2.0, 4, 8, 32])
+    strong, weak = 1 / (share + (1 - share) / sizes), sizes - share * (sizes - 1)
+    assert amdahl(sizes, strong) == pytest.approx(share, abs=1e-15)
+    assert gustafson(sizes, weak) == pytest.approx(share, abs=1e-15)
+    # By the normal equations of a linear fit.
+    uneven = strong * np.array([1.0, 0.98, 1.02, 0.99])
+    solved = np.linalg.lstsq((1 - 1 / sizes)[:, None], 1 / uneven - 1 / sizes, rcond=None)[0][0]
+    assert amdahl(sizes, uneven) == pytest.approx(solved)
+    assert amdahl(sizes, np.stack([uneven, strong])) == pytest.approx([solved, share])
+
+
+def sweep_of(folder: Path, make_run: Any, weak: bool, share: float, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> list[str]:
+    """A sweep that follows a law but for noise; the notes of its report."""
+    chance = np.random.default_rng(5)
+    for ranks in sizes:
+        step_s = ranks / (ranks - share * (ranks - 1)) if weak else share + (1 - share) / ranks
+        batch = 8 * ranks if weak else 64
+        built = make_run(
+            folder / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",), global_batch=batch, weak_scaling=weak
+        )
+        built.attempt().steps(1, (step_s * chance.normal(1, 0.005, 45)).tolist()).event("finished", attempt=1)
+    table = build(folder)
+    for row in table.rows[1:]:
+        expected = (
+            1 / (share * row.ranks + 1 - share) if not weak else (row.ranks - share * (row.ranks - 1)) / row.ranks
+        )
+        assert row.efficiency_low is not None and row.efficiency_high is not None
+        assert row.efficiency_low < (row.efficiency or 0) < row.efficiency_high
+        assert row.efficiency_low - 0.004 < expected < row.efficiency_high + 0.004
+    assert table.rows[0].efficiency_low is None, "it is compared with itself"
+    assert [(row.efficiency_low, row.efficiency_high) for row in build(folder).rows] == [
+        (row.efficiency_low, row.efficiency_high) for row in table.rows
+    ], "the same each time"
+    return list(table.notes)
+
+
+@pytest.mark.parametrize(("weak", "law", "other"), [(False, "Amdahl", "Gustafson"), (True, "Gustafson", "Amdahl")])
+def test_strong_and_weak_scaling_have_laws_of_their_own(
+    tmp_path: Path, make_run: Any, weak: bool, law: str, other: str
+) -> None:
+    notes = sweep_of(tmp_path, make_run, weak, 0.05)
+    [told] = [note for note in notes if law in note]
+    assert not any(other in note for note in notes)
+    share = float(told.split("serial share of ")[1].split(" %")[0])
+    low, high = told.split("95 % interval ")[1].split(" %")[0].split(" to ")
+    assert share == pytest.approx(5.0, abs=0.5) and float(low) <= share <= float(high)
+    assert float(low) - 0.15 <= 5.0 <= float(high) + 0.15
+
+
+def test_two_sizes_have_no_law(tmp_path: Path, make_run: Any) -> None:
+    notes = sweep_of(tmp_path, make_run, False, 0.05, (1, 4))
+    assert not any("serial share" in note for note in notes)
+    assert any(note.startswith("95 % intervals of efficiency") and "nodes=4" in note for note in notes)
+
+
+def test_repeats_of_a_size_are_told_with_the_spread_between_them(tmp_path: Path, make_run: Any) -> None:
+    for name, ranks, step_s in (("a", 1, 1.0), ("b", 4, 0.30), ("c", 4, 0.33)):
+        built = make_run(tmp_path / name, ranks, ranks, (f"nodes={ranks}",)).attempt()
+        built.steps(1, [step_s * factor for factor in (1.0, 1.01, 0.99)] * 10).event("finished", attempt=1)
+    [told] = [note for note in build(tmp_path).notes if "2 runs of 4 ranks" in note]
+    mean = 100 * np.mean([1 / 0.30, 1 / 0.33]) / 4
+    assert f"{1 / np.mean([0.30, 0.33]) / 4 * 100:.1f} %" in told and abs(mean - 79.5) < 1
+
+
+# Labels of points in tables and notes: what sets a point apart, which its folder's name may not show.
+
+
+STEADY = [1.0] * 10
+
+
+def test_points_are_shown_by_what_sets_them_apart(tmp_path: Path, make_run: Any) -> None:
+    shared = ("optim.max_steps=12", "name=t", "data.max_bytes=200000")
+    for nodes, strategy in ((1, "ddp"), (1, "ds_zero0"), (2, "ddp"), (2, "ds_zero0")):
+        words = (f"nodes={nodes}", f"parallel={strategy}", *shared)
+        make_run(tmp_path / f"cut-{nodes}{strategy}", nodes, nodes, words, strategy=strategy).attempt().steps(
+            1, STEADY
+        ).event("finished")
+    table = build(tmp_path)
+    assert {row.point: row.label for row in table.rows} == {
+        f"cut-{nodes}{strategy}": f"nodes={nodes},parallel={strategy}"
+        for nodes in (1, 2)
+        for strategy in ("ddp", "ds_zero0")
+    }
+    assert {row.topology for row in table.rows if row.nodes == 2} == {
+        "ddp dp_replicate=2",
+        "deepspeed_zero0 dp_replicate=2",
+    }
+    assert not any("cut-" in note for note in table.notes)
+
+
+def test_points_that_nothing_sets_apart_keep_their_names(tmp_path: Path, make_run: Any) -> None:
+    for name, words in (("a", ("nodes=1",)), ("b", ("nodes=1", "output_dir=elsewhere"))):
+        make_run(tmp_path / name, overrides=words).attempt().steps(1, STEADY)
+    assert [row.label for row in build(tmp_path).rows] == ["a", "b"]
+    assert [row.label for row in build(tmp_path / "a").rows] == ["a"]
+
+
+def test_a_label_keeps_its_generation_and_a_folder_that_was_typed_its_name() -> None:
+    runs = [("a-1", ["nodes=1", "seed=2", "cluster.partition=x"]), ("a-1~2", ["seed=2", "nodes=1", "fresh=true"])]
+    runs += [("b", ["seed=2", "nodes=2"]), ("here", ["seed=2", "nodes=4", "run_dir=/elsewhere/here"])]
+    assert point_labels([(Path("s", name), typed) for name, typed in runs]) == [
+        "nodes=1",
+        "nodes=1~2",
+        "nodes=2",
+        "here",
+    ]
+    assert point_labels([(Path("s/one"), ["nodes=1"])]) == ["one"]
+
+
+def test_a_run_alone_whose_folder_says_nothing_is_called_by_its_name() -> None:
+    assert point_labels([(Path("outputs/quick_test/default"), ["cluster=local"])]) == ["quick_test"]
+    assert point_labels([(Path("outputs/quick_test/default~2"), ["fresh=true"])]) == ["quick_test~2"]
+    assert point_labels([(Path("mine/default"), ["run_dir=mine/default"])]) == ["default"]
+    typed = ["nodes=1", f"script.args={'a' * 200}"]
+    cut = point_name(typed, ())
+    assert point_labels([(Path("outputs/mine", cut), typed)]) == ["mine"]
+    assert point_labels([(Path("outputs/mine", f"{cut}~2"), typed)]) == ["mine~2"]
+    assert point_labels([(Path("elsewhere", cut), [*typed, f"run_dir=elsewhere/{cut}"])]) == [cut]
+    beside = [(Path("outputs/quick_test/default"), []), (Path("outputs/quick_test/nodes=2"), ["nodes=2"])]
+    assert point_labels(beside) == ["default", "nodes=2"]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["nodes=1", "nodes=2", "fresh=true"]), st.sampled_from("ab")), max_size=6))
+def test_labels_always_differ(drawn: list[tuple[str, str]]) -> None:
+    runs = [(Path(f"{text}~{index + 1}"), [text, f"seed={seed}"]) for index, (text, seed) in enumerate(drawn)]
+    assert len(set(point_labels(runs))) == len(runs)
+
+
+# What a report says against its own figures: points made otherwise are told apart, and little use is explained.
+
+
+EMPTY = hashlib.sha256(b"").hexdigest()
+SAME: dict[str, Any] = {"software": {"torch": "2.13.0"}, "git": {"commit": "a" * 40, "diff_sha256": EMPTY}}
+
+
+def sweep_made(folder: Path, make_run: Any, made: dict[int, dict[str, Any]], **known: Any) -> ScalingTable:
+    """A sweep whose points were made with what is told of each number of ranks."""
+    for ranks, entries in made.items():
+        built = make_run(folder / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",)).attempt()
+        path = built.run.environment(1)
+        write_json(path, json.loads(path.read_text()) | SAME | entries)
+        built.steps(1, [1.0 / ranks] * 12, **known).event("finished", attempt=1)
+    return build(folder)
+
+
+@pytest.mark.parametrize(
+    ("entries", "name", "value"),
+    [
+        ({"software": {"torch": "2.11.0"}}, "software", "torch 2.11.0"),
+        ({"git": {"commit": "b" * 40, "diff_sha256": EMPTY}}, "code", "commit bbbbbbbbbbbb"),
+        ({"git": {"commit": "a" * 40, "diff_sha256": "c" * 64}}, "code", "commit aaaaaaaaaaaa with changes cccccccc"),
+    ],
+    ids=["software", "commit", "uncommitted changes"],
+)
+def test_points_made_otherwise_are_told_apart(
+    tmp_path: Path, make_run: Any, entries: dict[str, Any], name: str, value: str
+) -> None:
+    table = sweep_made(tmp_path, make_run, {1: {}, 2: {}, 4: entries, 8: entries})
+    assert len({row.series for row in table.rows}) == 2 and value in table.rows[-1].series
+    efficiencies = {row.ranks: row.efficiency for row in table.rows}
+    assert efficiencies == {1: 1.0, 2: pytest.approx(1.0), 4: 1.0, 8: pytest.approx(1.0)}
+    assert [row.speedup for row in table.rows] == pytest.approx([1, 2, 1, 2]), "each against the smallest of its kind"
+    [note] = [note for note in table.notes if f"different {name}" in note]
+    assert f"nodes=4, nodes=8 with {value}" in note and "fresh=true" in note
+
+
+def test_points_made_alike_or_of_which_one_does_not_tell_are_compared(tmp_path: Path, make_run: Any) -> None:
+    table = sweep_made(tmp_path, make_run, {1: {}, 2: {"software": {}, "git": {}}, 4: {}})
+    assert {row.series for row in table.rows} == {""}
+    assert [row.efficiency for row in table.rows] == pytest.approx([1, 1, 1])
+    assert not any("different" in note for note in table.notes)
+
+
+@pytest.mark.parametrize(
+    ("phases", "advice"),
+    [
+        ({"comm_s": 0.06}, "optim.global_batch"),
+        ({"comm_s": 0.001, "data_wait_s": 0.05}, "data.path"),
+        ({"comm_s": 0.001, "optimizer_s": 0.05}, "parallel=zero1"),
+        ({"comm_s": 0.001}, "optim.max_micro_batch"),
+    ],
+)
+def test_low_mfu_gets_the_advice_that_the_steps_ask_for(
+    tmp_path: Path, make_run: Any, phases: dict[str, float], advice: str
+) -> None:
+    table = sweep_made(tmp_path, make_run, {4: {}}, mfu_palm=0.12, **phases)
+    [note] = [note for note in table.notes if "MFU at" in note]
+    assert "is 12.0 %, below 20 %" in note and advice in note
+    share = 100 * next(iter(phases.values())) / 0.25
+    assert f"exposed communication {share:.1f} %" in note
+
+
+def test_the_page_begins_with_the_largest_point_that_claims_an_efficiency(sweep: Path) -> None:
+    first, *others = tiles(build(sweep))
+    assert (first.name, first.value) == ("Efficiency at nodes=2", "96.2 %")
+    assert "not claimed at nodes=4: ranks shared cores or a GPU" in first.text
+    assert "Efficiency at nodes=4" not in [tile.name for tile in others]
