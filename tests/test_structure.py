@@ -398,7 +398,7 @@ TOKENS = {
     "launch/doctor": 11_300,
     "launch/plan": 9_800,
     "launch/project": 11_200,
-    "launch/report": 42_500,
+    "launch/report": 40_000,
     "launch/runs": 27_000,
     "launch/script": 4_800,
     "launch/slurm": 23_600,

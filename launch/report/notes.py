@@ -364,10 +364,15 @@ def _noise(series: Series, rows: Sequence[Row]) -> Iterator[str]:
         if point.figures is not None and point.figures.spread_share > NOISY and not point.crowded
     ]
     if marked and noisy:
-        ranges = [f"{_range(row.efficiency_low or 0, row.efficiency_high or 0)} at {row.label}" for row in marked]
+        ranges = [
+            f"{_range(row.efficiency_low, row.efficiency_high)} at {row.label}"
+            for row in marked
+            if row.efficiency_low is not None and row.efficiency_high is not None
+        ]
+        interval = f" Its 95 % interval is {', '.join(ranges)}." if ranges else ""
         yield (
             "~ marks an efficiency that is not exact: the middle half of the step times spans more than "
-            f"{100 * NOISY:.0f} % of their median at {', '.join(noisy)}. Its 95 % interval is {', '.join(ranges)}. "
+            f"{100 * NOISY:.0f} % of their median at {', '.join(noisy)}.{interval} "
             "More steps, on machines that do nothing else, narrow the interval."
         )
 
@@ -382,10 +387,12 @@ def _resolution(point: Point) -> Iterator[str]:
     if figures is None or not figures.resolution_s:
         return
     together = round(figures.resolution_s / figures.step_time_s) if figures.step_time_s else 0
-    why = f", and no efficiency is claimed: they took less than {MIN_STEPS} such readings" if point.is_coarse else ""
+    claim = f"an efficiency is exact to about {100 / figures.intervals:.0f} %"
+    if point.is_coarse:
+        claim = f"no efficiency is claimed: they took less than {MIN_STEPS} such readings"
     yield (
         f"At {point.title} a step time is a mean over about {counted(together, 'step')}, whose lines were read "
-        f"together ({figures.resolution_s:.2g} s): their spread is not known{why}. A step time in the line "
+        f"together ({figures.resolution_s:.2g} s): their spread is not known, and {claim}. A step time in the line "
         "(script.progress with a group step_time_s), or launch.worker, gives the time of each step."
     )
 

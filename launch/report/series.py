@@ -287,11 +287,13 @@ class SeriesFindings:
 
 
 def find(series: Series) -> SeriesFindings:
-    """Return the findings on a series; none if no efficiency is stated."""
+    """Return the findings on a series; none if no efficiency is claimed, or if steps were not timed one by one."""
     base = series.smallest
     runs = [point for point in series.members if point.has_efficiency]
-    is_stated = base is not None and base.has_efficiency and series.compares and series.has_rates
-    if base is None or not is_stated or len(runs) < 2:
+    is_claimed = base is not None and base.has_efficiency and series.compares and series.has_rates
+    # Means over several steps say nothing of the spread of the steps.
+    is_coarse = any(run.figures is not None and run.figures.resolution_s for run in runs)
+    if base is None or not is_claimed or is_coarse or len(runs) < 2:
         return SeriesFindings()
     sizes: dict[int, list[Point]] = defaultdict(list)  # in the order of the series
     for run in runs:

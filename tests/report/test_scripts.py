@@ -20,6 +20,7 @@ from launch.report import Row, build, show, write
 from launch.report.table import ScalingTable
 from launch.report.views.text import columns
 from launch.runs import progress
+from launch.runs.files import ReportFile
 from launch.runs.tensorboard import png_shape
 from launch.workload import RankContract
 
@@ -71,8 +72,11 @@ def test_times_of_lines_that_were_read_together_have_no_spread_and_no_efficiency
     ]
     assert table.rows[1].speedup == pytest.approx(2.0)
     assert table.rows[1].efficiency == (pytest.approx(1.0) if claimed else None)
+    assert table.rows[1].efficiency_low is None and not any("95 % interval" in note for note in table.notes)
     [note] = [note for note in table.notes if note.startswith("At nodes=2 a step time is a mean over about 25 steps")]
-    assert ("no efficiency is claimed" in note) is not claimed and "script.progress with a group step_time_s" in note
+    assert ("no efficiency is claimed" in note) is not claimed and ("exact to about 6 %" in note) is claimed
+    assert "script.progress with a group step_time_s" in note
+    assert write(table, files={ReportFile.png}), "a chart without the quartiles"
 
 
 def test_samples_of_the_ranks_add_up(tmp_path: Path, make_run: Any) -> None:

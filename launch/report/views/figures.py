@@ -14,7 +14,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from launch.report.goodput import CAUSES, DEFINITION, PARTS
-from launch.report.notes import hours_by_cause, percentages, rate, run_time, seconds, told, units
+from launch.report.notes import hours as hours_text
+from launch.report.notes import hours_by_cause, percentages, rate, run_time, seconds, units
 from launch.report.steps import LEAST_SHARE, LOSSES, RankTimes
 from launch.report.table import Row, RunDetail, ScalingTable
 from launch.report.views.drawing import (
@@ -263,12 +264,14 @@ def interruption_panels(table: ScalingTable) -> list[Panel]:
     panels = []
     for unit, rows in units(table.rows):
         causes = sorted(hours_by_cause(rows).items(), key=lambda cause: -cause[1])
-        bars = [Bar(CAUSES[cause], 0, hours, LIGHT["c1"], told(hours, f"{unit}-h")) for cause, hours in causes]
+        bars = [Bar(CAUSES[cause], 0, lost, LIGHT["c1"], hours_text(lost, f"{unit}-h")) for cause, lost in causes]
         whole = sum(row.interrupted_h or 0.0 for row in rows)
-        bars.append(Bar("in all", 0, 0, LINE, told(whole, f"{unit}-h"), bold=True))
+        bars.append(Bar("in all", 0, 0, LINE, hours_text(whole, f"{unit}-h"), bold=True))
         if any(row.saved_in_place_h is not None for row in rows):
             saved = sum(row.saved_in_place_h or 0.0 for row in rows)
-            bars.append(Bar("saved in place, estimate", 0, max(saved, 0.0), LIGHT["c2"], told(saved, f"{unit}-h")))
+            bars.append(
+                Bar("saved in place, estimate", 0, max(saved, 0.0), LIGHT["c2"], hours_text(saved, f"{unit}-h"))
+            )
         most = max(bar.high for bar in bars)
         lead = f"Lost to each cause, over all runs of this report: {DEFINITION}."
         draw_them = partial(_draw_bars, bars=bars, most=most)
