@@ -1,8 +1,9 @@
 """TensorBoard event files: the names of the curves, and a writer of scalars, texts, images and chart layouts.
 
 One table maps the fields of a step record to tags, so that every run shows the same curves under the same names. Files
-are written by tensorboard's own writer and messages; neither torch nor TensorFlow is loaded. The step records are the
-data; event files are a view of them.
+are written by tensorboard's own writer and messages. torch's SummaryWriter would load torch on the login node, and the
+functions of tensorboard that make texts, layouts and settings load TensorFlow. The step records are the data; event
+files are a view of them.
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ class Curve(NamedTuple):
 
 
 OF_THE_STEP = frozenset({"step", "attempt", "time", *UNITS, "work"})
-"""Fields of a step record that are no curves: its place and its size."""
+"""Fields of a step record that are no curves: its number, its time and its amount of work."""
 
 
 def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """Name the curves of one step record: tag -> value. What the record does not know gets no tag.
+    """Name the curves of one step record: tag -> value. An unknown field has no tag.
 
     Numbers of the program's own, such as ``accuracy``, are in the group ``train``, and rates in ``speed``.
     """
@@ -99,9 +100,12 @@ def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
 class EventWriter:
     """One event file in ``folder``; TensorBoard reads all files of a folder as one run, in the order of their start.
 
-    ``purge_step`` is for a run that resumes: what earlier files of the folder say of this step and later ones was
-    lost with the crash and is done again, so TensorBoard drops it. None starts over and drops all they say. Events
-    reach the disk after at most ``flush_s`` seconds. ``suffix`` ends the file's name.
+    Args:
+        folder: the run of TensorBoard.
+        purge_step: first step of a run that resumes. TensorBoard drops the points of earlier files from this step on,
+            because these steps were lost with the crash and are done again. None drops all points of earlier files.
+        flush_s: seconds after which an event reaches the disk at the latest.
+        suffix: end of the file's name.
     """
 
     def __init__(
@@ -166,10 +170,10 @@ class EventWriter:
         self._add([_string_value(tag, layout.SerializeToString(), metadata)], step=0)
 
     def hparams(self, settings: Mapping[str, bool | float | str]) -> None:
-        """Make this a run of the HParams tab, with its settings; its scalars are what came of them.
+        """Make this a run of the HParams tab, with its settings; its scalars are the results.
 
-        What TensorBoard calls an experiment, which would name the settings and results beforehand, is left out: it
-        takes the first one below its folder for all sweeps that are there, and without one it unites them.
+        TensorBoard's "experiment", which names settings and results beforehand, is left out: TensorBoard uses the first
+        one below its folder for all sweeps of the folder. Without one it shows the settings of all sweeps.
         """
         start = plugin_data_pb2.SessionStartInfo(start_time_secs=clock.time())
         for name, value in settings.items():
@@ -185,7 +189,7 @@ class EventWriter:
             self._add([value], step=0)
 
     def flush(self) -> None:
-        """Hand everything added so far to the operating system."""
+        """Write everything added so far to the file."""
         self._writer.flush()
 
     def close(self) -> None:
@@ -218,7 +222,7 @@ def _chart(title: str, curve: Curve) -> layout_pb2.Chart:
 
 
 def _string_value(tag: str, text: bytes, metadata: summary_pb2.SummaryMetadata) -> summary_pb2.Summary.Value:
-    """A summary that holds one string, the form in which the text and layout plugins read theirs."""
+    """Make a summary with one string, the form that the plugins for texts and layouts read."""
     shape = tensor_shape_pb2.TensorShapeProto()
     tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[text], tensor_shape=shape)
     return summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)

@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch.errors import ConfigError
 from launch.report import build, select, show, write
 from launch.report.views import text as views
+from launch.report.views.tensorboard import charts
 from launch.runs.files import ReportFile
 from launch.runs.find import record_sweep
 from launch.runs.tensorboard import EventWriter, png_shape
@@ -177,6 +178,18 @@ def test_the_scaling_run_holds_curves_over_ranks(sweep: Path) -> None:
     assert found.Images("scaling/figure")[0].encoded_image_string == (sweep / "scaling.png").read_bytes()
     text = found.Tensors("scaling/table")[0].tensor_proto.string_val[0].decode()
     assert (sweep / "scaling.md").read_text().startswith(text)
+
+
+@pytest.mark.parametrize(("losses", "shown"), [((2.55, 2.551), False), ((2.55, 2.75), True)])
+def test_losses_that_differ_by_less_than_an_axis_can_show_have_no_chart(
+    tmp_path: Path, make_run: Any, losses: tuple[float, float], shown: bool
+) -> None:
+    for nodes, loss in zip((1, 2), losses, strict=True):
+        make_run(tmp_path / f"p{nodes}", nodes, nodes, (f"nodes={nodes}",)).attempt().steps(1, [1.0] * 10, loss=loss)
+    table = build(tmp_path)
+    assert ("Loss of the last step" in charts(table)) is shown
+    write(table, files={ReportFile.tensorboard})
+    assert scalars(tmp_path / "Scaling", "scaling/loss") == pytest.approx(dict(zip((1, 2), losses, strict=True)))
 
 
 def test_series_are_runs_with_the_same_tags(tmp_path: Path, make_run: Any) -> None:
