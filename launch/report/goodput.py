@@ -69,6 +69,9 @@ SAVED_DEFINITION = (
     "restart, from the noticed end to its first step"
 )
 
+CLOCK_S = 1e-5
+"""A shorter part is rounding: Unix times have a resolution of 0.24 us."""
+
 
 @dataclass(frozen=True)
 class Failures:
@@ -129,7 +132,7 @@ class Goodput:
     """Seconds of a run by part, and its allocations; an unknown figure is None."""
 
     seconds: Mapping[str, float]
-    """Part of ``PARTS`` -> seconds of wall time, without parts that are zero."""
+    """Part of ``PARTS`` -> seconds of wall time, without parts that are zero but for rounding."""
     gpu_hours: float | None
     cost: float | None
     """In the currency of cluster.price_per_gpu_hour."""
@@ -200,7 +203,7 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
     use = used([log], clock.time(), rates)
     causes, starts = [*division.causes.values()], division.starts
     return Goodput(
-        seconds={part: value for part, value in division.seconds.items() if value > 0},
+        seconds={part: value for part, value in division.seconds.items() if value > CLOCK_S},
         gpu_hours=use.gpu_hours or None,
         cost=use.cost or None,
         losses=Losses(
