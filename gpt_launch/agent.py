@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def run(run_dir: str) -> None:
-    """Run this node's ranks of a run to their end; ``launch.agent.main.run``."""
+    """Run this node's ranks of a run to their end; ``launch.agent.__main__.run``."""
     import gpt_launch.own_names  # noqa: F401
-    from launch.agent import main
+    from launch.agent.__main__ import run as run_agent
 
-    main.run(run_dir)
+    run_agent(run_dir)

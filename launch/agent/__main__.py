@@ -1,9 +1,317 @@
-"""``python -m launch.agent RUN_DIR``: what srun starts on every node of a job."""
+"""The agent: one process on each node, which starts the ranks of a run, watches them, and records how they ended.
 
+python -m launch.agent RUN_DIR             started by srun on every node of a job
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import gpt_launch.own_names  # noqa: F401
-from launch.agent.main import main
+from launch.agent.node import (
+    TOKEN,
+    AgentContext,
+    HeadNodeLostError,
+    Node,
+    NodeProblem,
+    RunContext,
+    StopRequest,
+    TooFewNodesError,
+)
+from launch.agent.outcome import (
+    close_lost_attempts,
+    end_lost_agents,
+    handle_attempt_end,
+    handle_early_stop,
+    handle_too_few_nodes,
+    refuse_replaced,
+    take_over_as_leader,
+)
+from launch.agent.policy import WANTED, Action, Cause, Meter, RunFailedError, points_beside, unreliable_hosts
+from launch.config.compose import read_point
+from launch.errors import CommandParser, ConfigError, refusing
+from launch.plan.placement import refuse_other_code
+from launch.process import lasting_imports, set_default_threads
+from launch.runs.environment import raise_open_files, set_defaults
+from launch.runs.events import FEWER_NODES, is_finished
+from launch.runs.files import deny_others_writing, keep_unwritten, make_folder
+from launch.runs.folder import RunFolder, is_event
+from launch.runs.progress import NewLines
+from launch.worker import STORE_PREFIX
+from launch.worker.memory import MemoryStore
+
+
+def run(run_dir: str) -> None:
+    """Take this node's part in the run of ``run_dir``, to its end, over as many starts as its limits allow.
+
+    Raises:
+        RunFailedError: the run failed and does not start again.
+        ConfigError: the run cannot start here, as if its folder has no room for another attempt.
+    """
+    deny_others_writing()
+    refuse_other_code()
+    stop = StopRequest()
+    stop.install()
+    folder = RunFolder(run_dir)
+    if is_finished(folder.read_events()):  # a batch script that was submitted again, or a spare that comes late
+        print(f"finished already, and not started again: {run_dir} (fresh=true runs it in a new folder)", flush=True)
+        return
+    keep_unwritten()
+    context = RunContext(folder, Node.from_env(os.environ.get(TOKEN)), read_point(folder))
+    node = context.node
+    raise_open_files()
+    set_default_threads()  # before the libraries are loaded that ranks are forked with
+    set_defaults()
+    with lasting_imports():
+        from launch.agent import ranks, rendezvous  # all agents at the same time, before they meet
+
+    stop.interruptible = True
+    lost: Mapping[int, NodeProblem] = {}
+    try:
+        with (
+            ranks.fork_server(context) as server,
+            MemoryStore() as store,
+            on_event(context, node.is_head),  # starts a thread, so it comes after what forks
+            Meter(context) as meter,
+            rendezvous.join(context) as group,
+        ):
+            lost = group.lost
+            work_in_group(
+                AgentContext(**vars(context), group=group, stop=stop, meter=meter, server=server, store=store)
+            )
+    except InterruptedError as error:
+        with on_event(context, node.is_head):
+            handle_early_stop(context, str(error))
+    finally:
+        end_lost_agents(context, lost.values())
+        os.umask(0o077)  # submitit's pickle of the result follows
+
+
+def work_in_group(context: AgentContext) -> None:
+    """Start the ranks as long as there are nodes for them. The head node publishes the end, and a failure.
+
+    Raises:
+        RunFailedError, ConfigError: as ``run``.
+    """
+    node, group, stop = context.node, context.group, context.stop
+    failure: str | None = None
+    try:
+        if node.is_head:
+            why = context.meter.poll_now()
+            if why is not None:  # the ranks would be stopped as soon as they have started
+                raise RunFailedError(f"not started: {why}")
+            close_lost_attempts(context)
+        start_repeatedly(context)
+    except TooFewNodesError as error:
+        handle_too_few_nodes(context, error)
+    except HeadNodeLostError as error:
+        stop.interruptible = False
+        with on_event(context):
+            take_over_as_leader(context, str(error), group.announced_attempt)
+    except (RunFailedError, ConfigError) as error:
+        failure = str(error)
+        raise
+    finally:
+        stop.interruptible = False
+        if node.is_head:
+            group.end(failure)
+
+
+def start_repeatedly(context: AgentContext) -> None:
+    """Start the ranks again and again, as the head node decides; a spare waits for its turn."""
+    from launch.agent import ranks
+
+    folder, node, group, stop = context.folder, context.node, context.group, context.stop
+    for number in itertools.count():
+        stop.interruptible = True
+        if node.is_head:
+            refuse_replaced(context)
+        avoid = unreliable_hosts(folder.read_events(), points_beside(folder)) if node.is_head else {}
+        rdzv = group.next_round(number, avoid)
+        if rdzv is None:
+            return
+        if node.index not in rdzv.members:
+            continue
+        stop.interruptible = False  # from here on the nodes leave together
+        # The ranks of this start are counted by the nodes that take part in it.
+        problem = ranks.run_ranks(replace(context, config=context.config.with_nodes(len(rdzv.members))), rdzv)
+        ended = observed_end(folder, rdzv.attempt, problem, stop)
+        if node.is_head:
+            if handle_attempt_end(context, rdzv, ended).action is not Action.restart:
+                return
+        elif ended not in (Cause.crashed, Cause.requested):
+            return
+
+
+def observed_end(folder: RunFolder, attempt: int, problem: str | None, stop: StopRequest) -> Cause:
+    """The end of an attempt as every node can see it: finished, cancelled (a stop was requested), requested or crashed.
+
+    The events of the ranks are compared with their exit statuses; ``problem`` is None if all exit statuses are 0.
+    """
+    events = [e for e in folder.read_events() if e.get("attempt") == attempt]
+    names = {e["event"] for e in events}
+    # Some ranks may request a requeue while those of other nodes have left with 0.
+    requeue = problem is None and any(e.get("asks_for_requeue") for e in events)
+    if requeue and not stop.count:
+        return Cause.requested
+    if problem is None and "finished" in names and not requeue:
+        return Cause.finished
+    return Cause.cancelled if stop.count or (problem is None and "stopped" in names) else Cause.crashed
+
+
+# The user's command at events of a run (``launch.on_event``), which runs in the background, once for each event.
+
+
+POLL_S = 0.5
+LONGEST_LINE = 1 << 20
+COMMAND_TIMEOUT_S = 60.0
+"""Seconds after which the command of ``launch.on_event`` is killed."""
+OWN_NAME = (
+    *("started", "requeued", "requeue_failed", "node_lost", "node_sick", "budget_reached"),
+    *("save_failed", "rolled_back", FEWER_NODES),
+)
+"""Events that run the command under their own names. Further names come from the decision after an attempt."""
+
+
+def name_of(event: Mapping[str, Any]) -> str | None:
+    """Name of an event for the command; None if the event does not run the command."""
+    kind = event["event"]
+    if kind in OWN_NAME or (kind == "copy_failed" and event["failures"] == 1):  # and not for each further try
+        return str(kind)
+    if kind != "decided" or event["action"] == Action.requeue:  # "requeued" or "requeue_failed" follows
+        return None
+    if event["action"] == Action.restart:
+        return "restarted"
+    if event["cause"] in WANTED:
+        return "finished" if event["cause"] == Cause.finished else "stopped"
+    return "failed"
+
+
+def variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> dict[str, str]:
+    """Environment variables that describe an event to the command; empty if a value is not known."""
+    known = {
+        "LAUNCH_EVENT": name,
+        **{f"LAUNCH_EVENT_{key.upper()}": event.get(key) for key in ("time", "cause", "reason", "step", "host")},
+        "LAUNCH_EVENT_JSON": json.dumps(event),
+        "LAUNCH_ATTEMPT": event.get("attempt"),
+        "LAUNCH_RUN_DIR": folder.path,
+    }
+    return {key: "" if value is None else str(value) for key, value in known.items()}
+
+
+@contextlib.contextmanager
+def on_event(context: RunContext, is_active: bool = True) -> Iterator[None]:
+    """Run the user's command, if there is one, for each event that is recorded in a ``with`` block.
+
+    At the end, wait for the commands of the last events, for ``COMMAND_TIMEOUT_S`` in all. ``is_active`` is False on
+    nodes that leave the events to the head node.
+    """
+    command = context.config.launch.on_event_command
+    if not (is_active and command):
+        yield
+        return
+    runner = EventCommand(context.folder, command, COMMAND_TIMEOUT_S)
+    try:
+        yield
+    finally:
+        runner.close()
+
+
+class EventCommand:
+    """Thread that follows the event log of a run and runs a command for each event that has a name.
+
+    Args:
+        folder: of the run.
+        command: program and arguments.
+        timeout_s: seconds after which a command is killed.
+    """
+
+    def __init__(self, folder: RunFolder, command: Sequence[str], timeout_s: float) -> None:
+        self._folder = folder
+        self._command = list(command)
+        self._timeout_s = timeout_s
+        self._lines = NewLines(folder.events, re.compile(rb"\n"), LONGEST_LINE, skip=True)
+        self._closing = threading.Event()
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._follow, name="on-event", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Run the command for all events so far, within the time limit."""
+        self._deadline = time.monotonic() + self._timeout_s
+        self._closing.set()
+        self._thread.join(self._timeout_s + 2 * POLL_S)
+
+    def _follow(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._closing.wait(POLL_S)  # before the log is read, so that no event is missed
+            with contextlib.suppress(OSError):  # a filesystem that is away; the next look finds the same lines
+                while (lines := self._lines.read()) is not None:
+                    for line in lines:
+                        self._handle(line)
+
+    def _handle(self, line: bytes) -> None:
+        try:
+            event = json.loads(line)
+        except ValueError:  # torn by a crash
+            return
+        name = name_of(event) if isinstance(event, dict) and is_event(event) else None
+        problem = None if name is None else self._run(name, event)
+        if problem:  # neither the command nor its output: both may hold secrets
+            with contextlib.suppress(OSError):
+                self._folder.record_event("on_event_failed", of=name, cause=f"launch.on_event {problem}")
+
+    def _run(self, name: str, event: Mapping[str, Any]) -> str | None:
+        """Run the command for one event; returns why it failed."""
+        left = min(self._timeout_s, self._deadline - time.monotonic())
+        if left <= 0:
+            return "was not run: the agent leaves, and the commands before it took too long"
+        env = {key: value for key, value in os.environ.items() if key != STORE_PREFIX}
+        env |= variables(self._folder, name, event)
+        path = Path(self._folder.path) / ".launch" / "on_event.log"
+        try:
+            make_folder(path.parent)
+            with open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
+                process = subprocess.Popen(
+                    self._command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                )
+            status = process.wait(left)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"was killed, after at most {self._timeout_s:g} s"
+        except (OSError, ValueError) as error:
+            return f"cannot be run: {type(error).__name__}"
+        return f"left with {status}, and its output in .launch/on_event.log" if status else None
+
+
+@refusing
+def main() -> int:
+    """Run the agent of this node. Exit status 1 if the run failed, 2 if there is no run."""
+    parser = CommandParser(prog="python -m launch.agent", description="Run this node's ranks of a run.")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of the run, on a filesystem all nodes share")
+    try:
+        run(str(Path(parser.parse_args().run_dir).absolute()))
+    except RunFailedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

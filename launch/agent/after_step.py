@@ -1,12 +1,11 @@
-"""Requeue from the batch script after srun has failed: a run that was interrupted by a fault is requeued.
+"""Requeue from the batch script after srun has failed: a run that a fault interrupted is requeued.
 
-    python -m launch.agent.after_step STATUS RUN_DIR                STATUS: the exit status of srun
-    python -m launch.agent.after_step STATUS FOLDER --submitit      FOLDER: submitit's, with the job's pickle
+python -m launch.agent.after_step STATUS RUN_DIR                STATUS: the exit status of srun
+python -m launch.agent.after_step STATUS FOLDER --submitit      FOLDER: submitit's, with the job's pickle
 
 srun ends a step, agents included, if a node reboots before Slurm has declared it DOWN ("io error and missing step").
-srun itself can also be killed, and then the agents continue. This module distinguishes both from an
-end that the agents decided.
-Torch-free.
+srun itself can also be killed; the agents then continue. This module distinguishes both from an end that the agents
+decided. Torch-free.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from typing import Any
 from submitit.core.utils import DelayedSubmission, JobPaths
 
 from launch.agent import node as processes
-from launch.agent.main import on_event
+from launch.agent.__main__ import on_event
 from launch.agent.node import Node, RunContext
 from launch.agent.outcome import apply_decision, cause_of_stop, requeue, wait_for_controller
-from launch.agent.policy import WANTED, Action, Cause, RunFailedError, hosts_to_avoid, points_beside
+from launch.agent.policy import WANTED, Action, Cause, RunFailedError, hosts_to_avoid, open_attempts, points_beside
 from launch.config.compose import read_point
 from launch.errors import CommandParser, refusing
-from launch.runs.events import events_since_submission
+from launch.runs.events import events_since_submission, select_events
 from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
 
 POLL_S = 1.0
 KILLED = 128
-"""Exit statuses above are those of a process that a signal has ended."""
+"""Larger exit statuses are those of a process that a signal has ended."""
 
 
 def requeue_unless_ended(context: RunContext, status: int) -> int:
-    """Requeue the job where its agents were killed in the middle, and return the exit status of the batch script.
+    """Requeue the job if its agents were killed in the middle, and return the exit status of the batch script.
 
     Raises:
         RunFailedError: the run ends here, and the event log has the reason.
@@ -45,17 +44,19 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
     folder, node = context.folder, context.node
     wait_for_agents(folder, node)
     events = events_of(folder, node)
-    ends = [e for e in events if e["event"] == "attempt_ended"]
+    ends = select_events(events, "attempt_ended")
     if ends and ends[-1]["cause"] in WANTED:
         return 0
     action = pending_action(events, status)
-    if action is None or not still_runs(folder, node):
+    if action is None:
         return status
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # comes with the requeue, and there is more to be done then
-    if action is Action.requeue:  # decided by an agent that was killed before Slurm knew
-        decided = next(e for e in reversed(events) if e["event"] == "decided")
-        avoid = hosts_to_avoid(events, points_beside(folder))
-        requeue(context, Cause(decided["cause"]), avoid)
+    job = wait_for_controller(folder, lambda: scheduler.job_details(node.slurm_job))
+    if job.state != "RUNNING" or job.restarts != node.restarts:  # cancelled, preempted or requeued meanwhile
+        return status
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # comes with the requeue, and more has to be done then
+    if action is Action.requeue:  # decided by an agent that was killed before Slurm had the request
+        decided = select_events(events, "decided")[-1]
+        requeue(context, Cause(decided["cause"]), hosts_to_avoid(events, points_beside(folder)))
         return status
     attempt, cause = cut_short(context, events)
     apply_decision(context, attempt, cause, f"srun ended with exit status {status}", in_step=False)
@@ -63,15 +64,15 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
 
 
 def wait_for_agents(folder: RunFolder, node: Node) -> None:
-    """Wait while the head node's agent, which runs on this host, works on: Slurm's step needs no srun."""
-    said = False
+    """Wait while the head node's agent, which runs on this host, continues: Slurm's step does not need srun."""
+    is_recorded = False
     while True:
-        started = [e for e in events_of(folder, node) if e["event"] == "agent_started"]
+        started = select_events(events_of(folder, node), "agent_started")
         if not started or not is_alive(started[-1]):
             return
-        if not said:
-            folder.record_event("srun_lost", job=started[-1]["job"], cause="srun has ended, and the agents work on")
-            said = True
+        if not is_recorded:
+            folder.record_event("srun_lost", job=started[-1]["job"], cause="srun has ended, and the agents continue")
+            is_recorded = True
         time.sleep(POLL_S)
 
 
@@ -82,69 +83,57 @@ def is_alive(started: dict[str, Any]) -> bool:
 
 
 def events_of(folder: RunFolder, node: Node) -> list[dict[str, Any]]:
-    """The events since the agents of this start of the job began; none where they did not."""
+    """The events since the agents of this start of the job began; empty if they did not begin."""
     events = events_since_submission(folder.read_events())
     this_start = node.job.rpartition("-")[0] + "-"  # without the step
-    began = [i for i, e in enumerate(events) if e["event"] == "agent_started" and e["job"].startswith(this_start)]
-    return events[began[-1] :] if began else []
+    began = [e for e in select_events(events, "agent_started") if e["job"].startswith(this_start)]
+    return events[events.index(began[-1]) :] if began else []
 
 
 def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | None:
-    """Return the action left undone: ``requeue`` decided and not done, ``restart`` of a run in the middle, or None."""
-    if not events:  # killed before they began; what they refuse themselves, they would refuse again
+    """Return the action still to be done: ``requeue`` if decided, ``restart`` in the middle of a run, or None."""
+    if not events:  # killed before the agents began; their own refusals would only come again
         return Action.restart if status > KILLED else None
-    names = [e["event"] for e in events]
-    decided = next((e for e in reversed(events) if e["event"] == "decided"), None)
-    is_last = decided is not None and "started" not in names[events.index(decided) :]
-    if "requeue_failed" in names:
+    if select_events(events, "requeue_failed"):
         return None
-    if decided is not None and is_last and decided["action"] != Action.restart:
-        return Action.requeue if decided["action"] == Action.requeue else None
-    return None if "agent_ended" in names else Action.restart
-
-
-def still_runs(folder: RunFolder, node: Node) -> bool:
-    """Return whether Slurm leaves the job to this script: it was not cancelled, preempted or requeued meanwhile."""
-    job = wait_for_controller(folder, lambda: scheduler.job_details(node.slurm_job))
-    return job.state == "RUNNING" and job.restarts == node.restarts
+    last = [{}, *select_events(events, "decided", "started")][-1]
+    if last.get("action", Action.restart) != Action.restart:  # "started" has no action
+        return Action.requeue if last["action"] == Action.requeue else None
+    return None if select_events(events, "agent_ended") else Action.restart
 
 
 def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[int | None, Cause]:
-    """The attempt that was killed, None where the ranks had not started, and the cause of its end."""
-    names = {e["event"] for e in events}
-    ended = {e["attempt"] for e in events if e["event"] == "attempt_ended"}
-    running = [e["attempt"] for e in events if e["event"] == "started" and e["attempt"] not in ended]
-    attempt = running[-1] if running else None
-    if "budget_reached" in names:
+    """The attempt that was killed, None if the ranks had not started, and the cause of its end."""
+    attempt = ([None, *open_attempts(events)])[-1]
+    if select_events(events, "budget_reached"):
         return attempt, Cause.budget
-    by_hand = any(e["event"] == "cancelled" for e in context.events())
-    if by_hand or "signalled" in names or "agent_stopped" in names:
+    if context.events("cancelled") or select_events(events, "signalled", "agent_stopped"):
         return attempt, cause_of_stop(context, attempt)
     return attempt, Cause.node_failed
 
 
 def run_dir_of(folder: str, node: Node) -> str:
-    """The run folder that submitit's pickle of this job, or of this element of an array, holds."""
+    """The run folder in submitit's pickle of this job, or of this element of an array."""
     return str(DelayedSubmission.load(JobPaths(folder, node.slurm_job).submitted_pickle).args[0])
 
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status of the batch script: 0 where the run ended as it was meant to, else that of srun."""
+    """Exit status of the batch script: 0 if the run ended as requested, else that of srun."""
     parser = CommandParser(
         prog="python -m launch.agent.after_step",
-        description="After srun has failed in a batch script: put a run that should go on back into the queue.",
+        description="After srun has failed in a batch script: requeue a run that should continue.",
     )
     parser.add_argument("status", type=int, metavar="STATUS", help="the exit status of srun")
     parser.add_argument("folder", metavar="FOLDER", help="the folder of the run")
-    parser.add_argument("--submitit", action="store_true", help="FOLDER is submitit's, where the job's pickle lies")
+    parser.add_argument("--submitit", action="store_true", help="FOLDER is submitit's folder with the job's pickle")
     args = parser.parse_args(arguments)
     node = Node.from_env(None)
     folder = RunFolder(Path(run_dir_of(args.folder, node) if args.submitit else args.folder).absolute())
-    config = read_point(folder)
+    context = RunContext(folder, node, read_point(folder))
     try:
-        with on_event(folder, config):
-            return requeue_unless_ended(RunContext(folder, node, config), args.status)
+        with on_event(context):
+            return requeue_unless_ended(context, args.status)
     except (RunFailedError, scheduler.SlurmError) as error:
         print(error, file=sys.stderr)
         return args.status

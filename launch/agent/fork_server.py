@@ -1,4 +1,8 @@
-"""The fork server of a node: imports once what every rank imports, and forks the ranks."""
+"""The fork server of a node: a process that imports once what every rank imports, and forks the ranks.
+
+Read in the order of a rank's life: the agent requests a fork (``ForkServer``), the server forks (``serve``), and the
+rank runs as if ``python -m MODULE`` had been executed (``run_rank``). The last part binds ranks to CPUs.
+"""
 
 from __future__ import annotations
 
@@ -16,130 +20,296 @@ import threading
 import time
 import types
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing import process as multiprocessing
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 from launch.process import die_with_parent, lasting_imports
 from launch.runs.environment import Gpu
 
-# CPUs of each rank beside its GPU: the NUMA node that the GPU hangs on, as far as Linux and the driver tell it.
+# The agent's end.
 
 
-VARIABLE = "LAUNCH_CPUS"
-"""CPUs that a rank is bound to, in its environment."""
-DEVICES = Path("/sys/bus/pci/devices")
-
-
-def cpus_of_ranks(
-    ranks: int, gpus: Sequence[Gpu], allowed: Collection[int], devices: Path = DEVICES
-) -> list[frozenset[int]] | None:
-    """CPUs for each rank of a node, by local rank, out of those this process may use; None where none is to be bound.
-
-    That is where a GPU or its place is not known, where all CPUs are near, and where the CPUs near some GPUs are fewer
-    than the ranks on them: a job that shares its node may have been given those of another socket.
-    """
-    if len(gpus) < ranks or ranks == 0:
-        return None
-    near = [cpus_near(gpu, devices) & frozenset(allowed) for gpu in gpus[:ranks]]
-    sharing = Counter(near)
-    if any(len(cpus) < count for cpus, count in sharing.items()) or set(near) == {frozenset(allowed)}:
-        return None
-    return near
-
-
-def cpus_near(gpu: Gpu, devices: Path) -> frozenset[int]:
-    """CPUs of the NUMA node of a GPU; none where that is not known."""
-    if gpu.bus is None:
-        return frozenset()
-    try:
-        return frozenset(parse_cpus((devices / gpu.bus / "local_cpulist").read_text()))
-    except OSError:
-        return frozenset()
-
-
-def parse_cpus(text: str) -> Iterator[int]:
-    """The CPUs of a list as Linux writes it: ``0-3,8``."""
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        yield from range(int(first), int(last or first) + 1)
-
-
-def told_cpus(environment: Mapping[str, str]) -> frozenset[int]:
-    """CPUs that a rank with this environment is bound to; none if it is not bound."""
-    return frozenset(parse_cpus(environment.get(VARIABLE, "")))
-
-
-@contextmanager
-def bound(cpus: Collection[int]) -> Iterator[None]:
-    """Start processes in a ``with`` block that run on these CPUs only; if there are none, anywhere."""
-    before = os.sched_getaffinity(0)
-    if cpus:
-        os.sched_setaffinity(0, cpus)  # of this thread, and of what it starts
-    try:
-        yield
-    finally:
-        if cpus:
-            os.sched_setaffinity(0, before)
-
-
-# Life of a forked rank, from its birth in the fork server to its exit: as if ``python -m MODULE`` had been executed.
-
-
-ALWAYS_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)
-"""Signals that a fresh Python ignores (Python/pylifecycle.c)."""
+PRELOAD_S = 600.0
+"""Longest wait for the imports of the server."""
+LOOK_S = 0.2
+FORK_S = 60.0
+"""Longest wait for one rank; it takes some milliseconds."""
+EARLY = ("PYTHON", "LD_", "GLIBC_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_")
+"""Prefixes of variables that Python and its libraries read at their start: in a fork it is too late to set them."""
+LATE = ("PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_NCCL_", "TORCH_FR_")
+"""Prefixes of variables that are read later, or that a forked rank obeys anyway."""
+PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37  # linux/prctl.h
 
 
 @dataclass(frozen=True)
 class Start:
-    """One rank, as the agent asks for it."""
+    """Request of the agent for one rank."""
 
     module: str
-    """Run as ``__main__``."""
+    """Module that runs as ``__main__``."""
     words: tuple[str, ...]
     """Arguments after the name of the module."""
     cwd: str
     env: Mapping[str, str]
     """The whole environment."""
     log: str
-    """File that everything printed is appended to."""
+    """File to which the output is appended."""
 
 
-def live(start: Start, agent: int, ignored: Collection[int], told: Connection) -> NoReturn:
+class ForkedProcess:
+    """A rank that was forked: ``subprocess.Popen`` as far as torch elastic uses it. A child of this process."""
+
+    def __init__(self, args: Sequence[str], pid: int) -> None:
+        self.args = args
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Return the exit status, that of a signal negative; None while the rank runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit status once the rank has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: the rank has not ended after ``timeout`` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            time.sleep(0.01)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the rank has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+class ForkServer:
+    """The server of this process, for the length of a ``with`` block. To be made while there is one thread.
+
+    Args:
+        preload: modules that the server imports.
+        code: state of the code that is imported; the caller compares it with the files.
+    """
+
+    def __init__(self, preload: Sequence[str], code: object = None) -> None:
+        self.code = code
+        self._env = dict(os.environ)
+        self._cwd = str(Path.cwd())
+        self._is_ready = False
+        self._connection, server_end = Pipe()
+        agent = os.getpid()
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # the kernel would forget how ranks ended
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        assert threading.active_count() == 1, "a lock that another thread holds would be held in the fork for ever"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid: int | None = os.fork()
+        """Process id; None if there is no server any more."""
+        if self.pid == 0:
+            serve(server_end, preload, agent)
+        server_end.close()
+
+    def __enter__(self) -> ForkServer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the server. Ranks that it has forked continue."""
+        pid, self.pid = self.pid, None
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            self._connection.close()
+
+    def wait_ready(self, is_called_off: Callable[[], bool] = lambda: False) -> None:
+        """Wait until everything is imported, or until ``is_called_off`` returns True.
+
+        If an import fails, ranks are executed, and their logs have the reason.
+        """
+        deadline = time.monotonic() + PRELOAD_S
+        while self.pid is not None and not self._is_ready and not is_called_off():
+            if self._connection.poll(LOOK_S) or time.monotonic() > deadline:
+                self._is_ready = self._receive(0.0) is not None
+
+    def start(self, args: Sequence[str], env: Mapping[str, str], cwd: str, log: str) -> ForkedProcess | None:
+        """Fork a rank.
+
+        Args:
+            args: program and arguments.
+            env: the whole environment.
+            cwd: working directory.
+            log: file to which the output is appended.
+
+        Returns:
+            None if the rank has to be executed: the program is not ``python -m``, the working directory or environment
+            differs from that of the imports, or the server is not ready, or gone.
+        """
+        if not self._is_ready or self.pid is None:
+            return None
+        early = {key for key in {**self._env, **env} if key.startswith(EARLY) and not key.startswith(LATE)}
+        why = ", ".join(sorted(key for key in early if self._env.get(key) != env.get(key)))
+        if len(args) < 3 or tuple(args[:2]) != (sys.executable, "-m"):
+            why = "not python -m"
+        elif cwd != self._cwd:
+            why = f"in {cwd}"
+        if why:
+            print(f"launch: rank {env.get('RANK')} is executed, not forked: {why}", file=sys.stderr)
+            return None
+        with adopting():
+            pid = self._receive(FORK_S, Start(args[2], tuple(args[3:]), cwd, dict(env), log))
+        return None if pid is None else ForkedProcess(args, pid)
+
+    def _receive(self, timeout_s: float, start: Start | None = None) -> int | None:
+        """Receive the process id of the server, or of a rank to ``start``; None if the server is given up."""
+        try:
+            if start is not None:
+                self._connection.send(start)
+            answer = self._connection.recv() if self._connection.poll(timeout_s) else "no answer in time"
+        except InterruptedError:  # a request to stop
+            raise
+        except (OSError, EOFError):
+            answer = "it is gone"
+        if isinstance(answer, int):
+            return answer
+        print(f"launch: from now on ranks are executed, not forked; the fork server: {answer}", file=sys.stderr)
+        self.__exit__()
+        return None
+
+
+@contextmanager
+def adopting() -> Iterator[None]:
+    """Become the parent of descendants whose parent ends meanwhile."""
+    libc, before = ctypes.CDLL(None), ctypes.c_int()
+    libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:  # processes that killed ranks leave behind are not for the agent to reap
+        libc.prctl(PR_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
+
+
+# The server's end.
+
+
+OUTLIVED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that reach a whole job or terminal; the server ends with its agent."""
+
+
+def serve(requests: Connection, preload: Sequence[str], agent: int) -> NoReturn:
+    """Import, send the result, then fork the requested ranks until the agent is gone."""
+    try:
+        die_with_parent(agent)
+        ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
+        for number in OUTLIVED:
+            signal.signal(number, signal.SIG_IGN)
+        release_files(keep=requests.fileno())
+        show_in_proc([Path(sys.executable).name, "-m", __name__])
+        problem = import_all(preload)
+        requests.send(problem or os.getpid())
+        while problem is None:
+            start = requests.recv()
+            try:
+                between = os.fork()
+            except OSError as error:  # no memory, or too many processes
+                requests.send(str(error))
+                continue
+            if between == 0:
+                fork_rank(start, agent, ignored, requests)
+            os.waitpid(between, 0)
+    except EOFError:
+        pass
+    finally:  # never up through the frames of the agent that this process is a copy of
+        os._exit(0)
+
+
+def release_files(keep: int) -> None:
+    """Close the files that the agent has open, as its connections. Objects may still close the same numbers later."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+        if fd > 2 and fd not in (keep, nothing):
+            with contextlib.suppress(OSError):
+                os.fstat(fd)  # raises for that of the listing itself
+                os.dup2(nothing, fd, inheritable=False)
+
+
+def import_all(modules: Sequence[str]) -> str | None:
+    """Import modules. Returns why ranks cannot be forked afterwards: an import failed, or has started threads."""
+    cwd = str(Path.cwd())
+    if not sys.flags.safe_path and cwd not in sys.path:
+        sys.path.insert(0, cwd)  # as ``python -m`` does
+    try:
+        with lasting_imports():
+            for module in modules:
+                importlib.import_module(module)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if len(list(Path("/proc/self/task").iterdir())) > 1:
+        return f"an import has started threads ({', '.join(threads) or 'of a library'})"
+    return None
+
+
+def fork_rank(start: Start, agent: int, ignored: Collection[int], requests: Connection) -> NoReturn:
+    """Fork the rank from a process between it and the server, and end: the agent then becomes the rank's parent."""
+    between = os.getpid()
+    try:
+        if os.fork():
+            os._exit(0)
+        while os.getppid() == between:
+            os.sched_yield()
+        run_rank(start, agent, ignored, requests)
+    except OSError as error:
+        requests.send(str(error))
+    finally:
+        os._exit(1)
+
+
+# The rank.
+
+
+ALWAYS_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)
+"""Signals that a fresh Python ignores (Python/pylifecycle.c)."""
+
+
+def run_rank(start: Start, agent: int, ignored: Collection[int], requests: Connection) -> NoReturn:
     """Run a rank to its end in this process, which was forked for it, as a child of ``agent``.
 
     Args:
-        start: what to run, with which environment.
-        agent: process id that this process must have as its parent by now.
+        start: program and environment.
+        agent: process id that must be this process's parent by now.
         ignored: signals that an executed rank would have inherited as ignored.
-        told: hears the process id, or the reason why there is no rank.
+        requests: receives the process id, or the reason why there is no rank.
     """
     status = 1
     try:
         try:
-            settle(start, agent, ignored)
+            become_rank(start, agent, ignored)
         except Exception as error:
-            told.send(f"{type(error).__name__}: {error}")
+            requests.send(f"{type(error).__name__}: {error}")
             os._exit(1)
-        told.send(os.getpid())
-        told.close()
+        requests.send(os.getpid())
+        requests.close()
         status = run_main(start.module)
         status = leave() or status
     finally:  # never up through the frames of the agent that this process is a copy of
-        if status < 0:
-            signal.signal(-status, signal.SIG_DFL)
-            os.kill(os.getpid(), -status)
-        os._exit(status & 0xFF)
+        end_with(status)
 
 
-def settle(start: Start, agent: int, ignored: Collection[int]) -> None:
-    """Give this process what an executed rank gets from its agent and from a fresh Python."""
+def become_rank(start: Start, agent: int, ignored: Collection[int]) -> None:
+    """Give this process the state of an executed rank: what it gets from its agent and from a fresh Python."""
     if os.getppid() != agent:
         raise ProcessLookupError(f"the parent is process {os.getppid()}, and not the agent, process {agent}")
     torch = sys.modules.get("torch")
@@ -152,29 +322,31 @@ def settle(start: Start, agent: int, ignored: Collection[int]) -> None:
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(start.env)
-    if cpus := told_cpus(start.env):
+    if cpus := cpus_in(start.env):
         os.sched_setaffinity(0, cpus)
-    reset_signals(ignored)
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in ignored or number in ALWAYS_IGNORED else default)
     sys.orig_argv = [sys.executable, "-m", start.module, *start.words]
     sys.argv = ["-m", *start.words]  # runpy puts the path of the module there
     shown = [Path(sys.executable).name, *sys.orig_argv[1:]]
     show_in_proc(shown, {**{k: v for k, v in start.env.items() if before.get(k) != v}, **start.env})
     sys.modules["__main__"] = types.ModuleType("__main__")
-    forget(start.module)
     multiprocessing.current_process().authkey = os.urandom(32)
     if "numpy" in sys.modules:  # ``random`` does so by itself in a fork, torch begins with a fixed seed
         sys.modules["numpy"].random.seed()
 
 
 def open_streams(log: str) -> None:
-    """Append to the log what is printed, by C code too, and read nothing."""
+    """Append all output to the log, that of C code too, and read nothing."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     printed = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     take_streams((nothing, printed, printed))
 
 
 def take_streams(sources: Sequence[int]) -> None:
-    """Make open files the three standard streams, and close them. Unbuffered, as PYTHONUNBUFFERED has it."""
+    """Make open files the three standard streams, and close them. Unbuffered, as with PYTHONUNBUFFERED."""
     for fd, source in enumerate(sources):
         os.dup2(source, fd)
     for source in {*sources} - {0, 1, 2}:
@@ -197,25 +369,11 @@ def text_stream(fd: int, name: str) -> io.TextIOWrapper:
     return text
 
 
-def reset_signals(ignored: Collection[int]) -> None:
-    """Give every signal what it has in a fresh Python, whatever the agent does with it."""
-    signal.set_wakeup_fd(-1)
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        if number in ignored or number in ALWAYS_IGNORED:
-            signal.signal(number, signal.SIG_IGN)
-        else:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-
-def forget(module: str) -> None:
-    """Have ``module`` run as ``__main__`` although it was preloaded; runpy would warn that it is there twice."""
-    if not hasattr(sys.modules.get(module), "__path__"):  # a package runs its ``__main__``
-        sys.modules.pop(module, None)
-
-
 def run_main(module: str) -> int:
-    """Run a module as ``python -m`` does, and return its exit status; that of a signal is negative."""
-    return exit_status(runpy._run_module_as_main, module)  # type: ignore[attr-defined]  # what python -m calls
+    """Run a module as ``python -m`` does, also one that was imported before; returns its exit status."""
+    if not hasattr(sys.modules.get(module), "__path__"):  # a package runs its ``__main__``
+        sys.modules.pop(module, None)  # runpy would warn that the module is there twice
+    return exit_status(runpy._run_module_as_main, module)  # type: ignore[attr-defined]  # as python -m does
 
 
 def exit_status(program: Callable[..., object], *args: object) -> int:
@@ -236,7 +394,7 @@ def exit_status(program: Callable[..., object], *args: object) -> int:
 
 
 def leave() -> int:
-    """Do what Python does at its end, up to where it would take itself apart; 120 where output was lost, else 0."""
+    """Do the work of Python's end, except for the destruction of its objects. Returns 120 if output is lost, else 0."""
     threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing does it in its own forks
     atexit._run_exitfuncs()
     status = 0
@@ -245,273 +403,85 @@ def leave() -> int:
             stream.flush()
         except (OSError, ValueError):
             status = 120
-    ctypes.CDLL(None).fflush(None)  # what C code has printed
+    ctypes.CDLL(None).fflush(None)  # the output of C code
     return status
 
 
-def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-    """Show a command line and, where the environment was set anew, that environment in /proc, for ps and people.
+def end_with(status: int) -> NoReturn:
+    """End this process at once with an exit status; a negative one is a signal."""
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status & 0xFF)
 
-    Linux shows the memory in which the process found them when it was executed (proc(5), /proc/PID/stat, fields 48 to
-    51). What has no room there is cut off.
+
+def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+    """Show a command line, and a new environment if there is one, in /proc, for ps and people.
+
+    Linux shows the memory that held them when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
+    Strings without room there are cut off.
     """
     with contextlib.suppress(OSError, ValueError, IndexError):
         fields = [int(field) for field in Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[45:49]]
-        write_strings(fields[0], fields[1], words)
+        shown = [(fields[:2], words)]
         if env is not None:
-            write_strings(fields[2], fields[3], [f"{key}={value}" for key, value in env.items()])
+            shown.append((fields[2:], [f"{key}={value}" for key, value in env.items()]))
+        for (begin, end), strings in shown:
+            if 0 < begin < end:
+                text = "".join(f"{string}\0" for string in strings).encode(errors="surrogateescape")
+                ctypes.memset(begin, 0, end - begin)
+                ctypes.memmove(begin, text, min(len(text), end - begin - 1))
 
 
-def write_strings(begin: int, end: int, strings: Iterable[str]) -> None:
-    """Fill memory from ``begin`` up to ``end`` with strings that end in a zero byte each."""
-    if 0 < begin < end:
-        text = "".join(f"{string}\0" for string in strings).encode(errors="surrogateescape")[: end - begin - 1]
-        ctypes.memset(begin, 0, end - begin)
-        ctypes.memmove(begin, text, len(text))
+# CPUs of each rank near its GPU: those of the NUMA node of the GPU, as far as Linux and the driver know it.
 
 
-# The fork server of a node: a process that has imported once what every rank imports, and of which ranks are forked.
+VARIABLE = "LAUNCH_CPUS"
+"""CPUs that a rank is bound to, in its environment."""
+DEVICES = Path("/sys/bus/pci/devices")
 
 
-PRELOAD_S = 600.0
-"""Longest wait for the imports of the server."""
-LOOK_S = 0.2
-FORK_S = 60.0
-"""Longest wait for one rank; it takes some milliseconds."""
-EARLY = ("PYTHON", "LD_", "GLIBC_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_")
-"""Beginnings of variables that Python and its libraries read at their start, when it is too late to set them."""
-LATE = ("PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_NCCL_", "TORCH_FR_")
-"""Beginnings of those that are read later, or are obeyed by a forked rank anyway."""
-OUTLIVED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that reach a whole job or terminal; the server leaves with its agent."""
-PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37  # linux/prctl.h
+def cpus_of_ranks(
+    ranks: int, gpus: Sequence[Gpu], allowed: Collection[int], devices: Path = DEVICES
+) -> list[frozenset[int]] | None:
+    """CPUs for each rank of a node, by local rank, out of those this process may use; None to bind no rank.
 
-
-class ForkedProcess:
-    """A rank that was forked: ``subprocess.Popen`` as far as torch elastic uses it. A child of this process."""
-
-    def __init__(self, args: Sequence[str], pid: int) -> None:
-        self.args = args
-        self.pid = pid
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        """Return the exit status, that of a signal negative; None while it runs."""
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Return the exit status once it has ended.
-
-        Raises:
-            subprocess.TimeoutExpired: it has not ended after ``timeout`` seconds.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (status := self.poll()) is None:
-            if deadline is not None and time.monotonic() >= deadline:
-                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-            time.sleep(0.01)
-        return status
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal, unless it is known to have ended."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        """End it at once."""
-        self.send_signal(signal.SIGKILL)
-
-
-class ForkServer:
-    """The server of this process, for the length of a ``with`` block. To be made while there is one thread.
-
-    Args:
-        preload: modules that the server imports.
-        code: state of the code that is imported, for whoever wants to know whether it is still that of the files.
+    None if a GPU or its place is not known, if all CPUs are near, or if some GPUs have fewer near CPUs than ranks: a
+    job that shares its node may have CPUs of another socket.
     """
-
-    def __init__(self, preload: Sequence[str], code: object = None) -> None:
-        self.code = code
-        self._env = dict(os.environ)
-        self._cwd = str(Path.cwd())
-        self._is_ready = False
-        self._connection, theirs = Pipe()
-        agent = os.getpid()
-        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # the kernel would forget how ranks ended
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        assert threading.active_count() == 1, "a lock that another thread holds would be held in the fork for ever"
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self._pid: int | None = os.fork()
-        if self._pid == 0:
-            serve(theirs, preload, agent)
-        theirs.close()
-
-    def __enter__(self) -> ForkServer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def pid(self) -> int | None:
-        """Process id; None if there is no server any more."""
-        return self._pid
-
-    def wait_ready(self, is_called_off: Callable[[], bool] = lambda: False) -> None:
-        """Wait until everything is imported, or it ``is_called_off``.
-
-        Where an import fails ranks are executed, and tell the reason in their logs.
-        """
-        deadline = time.monotonic() + PRELOAD_S
-        while self._pid is not None and not self._is_ready and not is_called_off():
-            if self._connection.poll(LOOK_S) or time.monotonic() > deadline:
-                self._is_ready = self._hear(0.0) is not None
-
-    def start(self, args: Sequence[str], env: Mapping[str, str], cwd: str, log: str) -> ForkedProcess | None:
-        """Fork a rank.
-
-        Args:
-            args: program and arguments.
-            env: the whole environment.
-            cwd: working directory.
-            log: file that is appended to.
-
-        Returns:
-            None if it has to be executed: another program than ``python -m``, another working directory or
-            environment than modules were imported with, or a server that is not ready, or gone.
-        """
-        if not self._is_ready or self._pid is None:
-            return None
-        why = self.why_executed(args, env, cwd)
-        if why is not None:
-            print(f"launch: rank {env.get('RANK')} is executed, not forked: {why}", file=sys.stderr)
-            return None
-        with adopting():
-            pid = self._hear(FORK_S, Start(args[2], tuple(args[3:]), cwd, dict(env), log))
-        return None if pid is None else ForkedProcess(args, pid)
-
-    def why_executed(self, args: Sequence[str], env: Mapping[str, str], cwd: str) -> str | None:
-        """Name what makes a fork another thing than a fresh interpreter; None where they are the same."""
-        if len(args) < 3 or tuple(args[:2]) != (sys.executable, "-m"):
-            return "not python -m"
-        if cwd != self._cwd:
-            return f"in {cwd}"
-        early = {key for key in {**self._env, **env} if key.startswith(EARLY) and not key.startswith(LATE)}
-        return ", ".join(sorted(key for key in early if self._env.get(key) != env.get(key))) or None
-
-    def close(self) -> None:
-        """End the server. Ranks that it has forked go on."""
-        pid, self._pid = self._pid, None
-        if pid is not None:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            self._connection.close()
-
-    def _hear(self, timeout_s: float, start: Start | None = None) -> int | None:
-        """Hear a process id from the server, its own or that of a rank to ``start``; None if it is given up."""
-        try:
-            if start is not None:
-                self._connection.send(start)
-            answer = self._connection.recv() if self._connection.poll(timeout_s) else "no answer in time"
-        except InterruptedError:  # a request to stop
-            raise
-        except (OSError, EOFError):
-            answer = "it is gone"
-        if isinstance(answer, int):
-            return answer
-        print(f"launch: from now on ranks are executed, not forked; the fork server: {answer}", file=sys.stderr)
-        self.close()
+    if len(gpus) < ranks or ranks == 0:
         return None
+    near = []
+    for gpu in gpus[:ranks]:
+        text = ""
+        with contextlib.suppress(OSError):
+            text = (devices / gpu.bus / "local_cpulist").read_text() if gpu.bus is not None else ""
+        near.append(frozenset(parse_cpus(text)) & frozenset(allowed))
+    if any(len(cpus) < count for cpus, count in Counter(near).items()) or set(near) == {frozenset(allowed)}:
+        return None
+    return near
+
+
+def parse_cpus(text: str) -> Iterator[int]:
+    """The CPUs of a list as Linux writes it: ``0-3,8``."""
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+def cpus_in(environment: Mapping[str, str]) -> frozenset[int]:
+    """CPUs that a rank with this environment is bound to; empty if it is not bound."""
+    return frozenset(parse_cpus(environment.get(VARIABLE, "")))
 
 
 @contextmanager
-def adopting() -> Iterator[None]:
-    """Become the parent of descendants whose parent ends meanwhile."""
-    libc, before = ctypes.CDLL(None), ctypes.c_int()
-    libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+def bound(cpus: Collection[int]) -> Iterator[None]:
+    """Start processes in a ``with`` block that run on these CPUs only; on all CPUs if ``cpus`` is empty."""
+    before = os.sched_getaffinity(0)
+    if cpus:
+        os.sched_setaffinity(0, cpus)  # of this thread, and of the processes that it starts
     try:
         yield
-    finally:  # what ranks leave behind when they are killed is not for the agent to reap
-        libc.prctl(PR_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
-
-
-def serve(requests: Connection, preload: Sequence[str], agent: int) -> NoReturn:
-    """Import, tell how that went, then fork what is requested until the agent is gone."""
-    try:
-        die_with_parent(agent)
-        ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
-        for number in OUTLIVED:
-            signal.signal(number, signal.SIG_IGN)
-        release_files(keep=requests.fileno())
-        show_in_proc([Path(sys.executable).name, "-m", __name__])
-        problem = import_all(preload) or why_not_to_fork()
-        requests.send(problem or os.getpid())
-        while problem is None:
-            start = requests.recv()
-            try:
-                between = os.fork()
-            except OSError as error:  # no memory, or too many processes
-                requests.send(str(error))
-                continue
-            if between == 0:
-                fork_rank(start, agent, ignored, requests)
-            os.waitpid(between, 0)
-    except EOFError:
-        pass
-    finally:  # never up through the frames of the agent that this process is a copy of
-        os._exit(0)
-
-
-def fork_rank(start: Start, agent: int, ignored: Collection[int], told: Connection) -> NoReturn:
-    """Fork the rank, and end between it and the server, so that the agent becomes its parent."""
-    between = os.getpid()
-    try:
-        if os.fork():
-            os._exit(0)
-        while os.getppid() == between:
-            os.sched_yield()
-        live(start, agent, ignored, told)
-    except OSError as error:
-        told.send(str(error))
     finally:
-        os._exit(1)
-
-
-def release_files(keep: int) -> None:
-    """Let go of what the agent has open, as its connections. The numbers stay taken: objects may still close them."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
-        if fd > 2 and fd not in (keep, nothing):
-            with contextlib.suppress(OSError):
-                os.fstat(fd)  # raises for that of the listing itself
-                os.dup2(nothing, fd, inheritable=False)
-
-
-def import_all(modules: Sequence[str]) -> str | None:
-    """Import modules; the reason where one cannot be."""
-    cwd = str(Path.cwd())
-    if not sys.flags.safe_path and cwd not in sys.path:
-        sys.path.insert(0, cwd)  # as ``python -m`` does
-    try:
-        with lasting_imports():
-            for module in modules:
-                importlib.import_module(module)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def why_not_to_fork() -> str | None:
-    """Name what an import has begun that a fork cannot take along; None if there is nothing."""
-    threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    if len(list(Path("/proc/self/task").iterdir())) > 1:
-        return f"an import has started threads ({', '.join(threads) or 'of a library'})"
-    return None
+        if cpus:
+            os.sched_setaffinity(0, before)

@@ -1,45 +1,219 @@
-"""Health of this node before the ranks start, and the members of the agent group."""
+"""Health of a node before the ranks start on it: GPUs, links, disks, a command of the site; and GPU telemetry."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from launch.agent.gpus import GpuError, GpuReading, Nvml, short_bus
+import msgspec
+
+from launch.agent.node import RunContext
 from launch.config import HealthCheckConfig
-from launch.runs.environment import DRIVER, THROTTLE_REASONS, visible_gpus
-from launch.runs.folder import RunFolder
+from launch.config.compose import workload_of
+from launch.runs.environment import DRIVER, THROTTLE_REASONS, Gpu, GpuSample, append_samples, visible_gpus
+from launch.runs.files import say
 
-# Health of this node's NVIDIA GPUs: whether they answer, uncorrected memory errors, Xid errors, and throttled
-# clocks.
+# NVIDIA GPUs of this machine, through NVIDIA's management library (NVML, in nvidia-ml-py), or through nvidia-smi.
+
+
+OF_APPLICATIONS = frozenset({13, 31, 43, 45, 68, 109})
+"""Xid errors that a faulty program, or the kill of a program, causes; NVIDIA's own device plugin ignores them too."""
+REASONS = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
+"""Function that reads why clocks are lowered, and its name until driver 535."""
+GAUGES: Mapping[str, tuple[Sequence[str], Sequence[str], float]] = {
+    "power_w": (["nvmlDeviceGetPowerUsage"], [], 1e3),  # milliwatts
+    "energy_j": (["nvmlDeviceGetTotalEnergyConsumption"], [], 1e3),  # since the driver was loaded; from Volta on
+    "sm_clock_mhz": (["nvmlDeviceGetClockInfo"], ["NVML_CLOCK_SM"], 1),
+    "memory_clock_mhz": (["nvmlDeviceGetClockInfo"], ["NVML_CLOCK_MEM"], 1),
+    "temperature_c": (["nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"], ["NVML_TEMPERATURE_GPU"], 1),
+    "throttle_reasons": (REASONS, [], 1),
+}
+"""Gauge of ``launch.runs.environment`` -> functions of NVML, the newest first; constants they take; divisor."""
+SMI = ("pci.bus_id", "ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.active")
+"""Fields of nvidia-smi; newer drivers still know the former name of the last."""
+
+
+class GpuError(RuntimeError):
+    """The driver, or a GPU, does not answer."""
+
+
+@dataclass(frozen=True)
+class GpuReading:
+    """State of one GPU; None is a value that the GPU does not report."""
+
+    bus: str
+    """Address on the PCI bus as Linux writes it, such as 0000:3b:00.0."""
+    uncorrected: int | None = None
+    """Uncorrected memory errors since the driver was loaded."""
+    throttled: int = 0
+    """Bits of the reasons for which its clocks are lowered."""
+    xids: tuple[int, ...] = ()
+    """Xid errors since the first reading, without those of applications."""
+    problem: str = ""
+    """Error with which the GPU answered instead."""
+
+
+def short_bus(text: str) -> str:
+    """Address on the PCI bus as Linux writes it: NVML has eight digits for the domain."""
+    domain, _, rest = text.lower().partition(":")
+    return f"{domain[-4:]}:{rest}"
+
+
+class Nvml:
+    """One connection to NVML. Not for several threads at once.
+
+    Raises:
+        ImportError: nvidia-ml-py is not installed.
+    """
+
+    def __init__(self) -> None:
+        self._nvml: Any = importlib.import_module("pynvml")
+        self._gpus: dict[str, Any] | None = None
+        self._events: Any = None
+        self._xids: dict[str, list[int]] = defaultdict(list)
+
+    def read_health(self) -> list[GpuReading]:
+        """Read the state of all GPUs that this process may open. Xid errors are those since the first call.
+
+        Raises:
+            GpuError: the driver does not answer.
+        """
+        with self._answering() as gpus:
+            self._collect_xids(gpus)
+        return [self._read(bus, handle) for bus, handle in gpus.items()]
+
+    def buses(self) -> list[str]:
+        """Addresses of the GPUs that this process may open.
+
+        Raises:
+            GpuError: the driver does not answer.
+        """
+        with self._answering() as gpus:
+            return list(gpus)
+
+    def read_gauges(self, buses: Collection[str]) -> dict[str, dict[str, float]]:
+        """Read the gauges of GPUs: address -> gauge -> value. A gauge without a value now is absent.
+
+        Raises:
+            GpuError: the driver does not answer.
+        """
+        found: dict[str, dict[str, float]] = {}
+        with self._answering() as gpus:
+            for bus in [bus for bus in gpus if bus in buses]:
+                found[bus] = {}
+                for gauge, (functions, constants, divisor) in GAUGES.items():
+                    with contextlib.suppress(self._nvml.NVMLError):
+                        value = self._call(functions, gpus[bus], *(getattr(self._nvml, name) for name in constants))
+                        found[bus] |= {} if value is None else {gauge: value / divisor}
+        return found
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[Mapping[str, Any]]:
+        """Give the GPUs that this process may open, address -> handle. An error of the driver becomes GpuError."""
+        nvml = self._nvml
+        try:
+            if self._gpus is None:
+                nvml.nvmlInit()
+                gpus = {}
+                for index in range(nvml.nvmlDeviceGetCount()):
+                    with contextlib.suppress(nvml.NVMLError_NoPermission):  # a GPU of another job
+                        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+                        gpus[self._bus(handle)] = handle
+                self._gpus = gpus
+            yield self._gpus
+        except nvml.NVMLError as error:
+            raise GpuError(f"the NVIDIA driver does not answer: {error}") from error
+
+    def _bus(self, handle: Any) -> str:
+        bus = self._nvml.nvmlDeviceGetPciInfo(handle).busId
+        return short_bus(bus.decode() if isinstance(bus, bytes) else bus)
+
+    def _collect_xids(self, gpus: Mapping[str, Any]) -> None:
+        """Read the Xid errors that the driver has kept for this process since the first call."""
+        nvml = self._nvml
+        if self._events is None:
+            self._events = nvml.nvmlEventSetCreate()
+            for handle in gpus.values():
+                with contextlib.suppress(nvml.NVMLError_NotSupported):
+                    nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
+        with contextlib.suppress(nvml.NVMLError_Timeout):  # no further error
+            while True:
+                event = nvml.nvmlEventSetWait_v2(self._events, 0)
+                if int(event.eventData) not in OF_APPLICATIONS:
+                    self._xids[self._bus(event.device)].append(int(event.eventData))
+
+    def _read(self, bus: str, handle: Any) -> GpuReading:
+        nvml, xids = self._nvml, tuple(self._xids[bus])
+        kinds = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+        try:
+            errors = self._call(["nvmlDeviceGetTotalEccErrors"], handle, *kinds)  # None: a GPU without ECC memory
+            return GpuReading(bus, errors, self._call(REASONS, handle) or 0, xids)
+        except nvml.NVMLError as error:
+            return GpuReading(bus, xids=xids, problem=f"does not answer: {error}")
+
+    def _call(self, names: Sequence[str], *args: Any) -> int | None:
+        """Call the first of several functions that package and driver know; None if the GPU lacks the value."""
+        for function in filter(None, (getattr(self._nvml, name, None) for name in names)):
+            try:
+                return int(function(*args))
+            except self._nvml.NVMLError_FunctionNotFound:  # a function of a newer driver
+                continue
+            except self._nvml.NVMLError_NotSupported:
+                break
+        return None
+
+
+def read_by_smi(timeout_s: float) -> list[GpuReading]:
+    """Read the GPUs through nvidia-smi; empty if it is not installed.
+
+    Raises:
+        GpuError: nvidia-smi fails, or gives no answer in time.
+    """
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    output, fault = run_program([program, f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"], timeout_s)
+    if fault:
+        raise GpuError(fault)
+    found = []
+    for fields in [line.split(",") for line in output.splitlines() if line.count(",") == 2]:
+        bus, errors, reasons = (field.strip() for field in fields)
+        lost = [field for field in (errors, reasons) if "lost" in field.lower() or "error" in field.lower()]
+        uncorrected = int(errors) if errors.isdigit() else None  # [N/A]: a GPU without ECC memory
+        throttled = int(reasons, 16) if reasons.startswith("0x") else 0
+        problem = f"does not answer: {lost[0]}" if lost else ""
+        found.append(GpuReading(short_bus(bus), uncorrected, throttled, problem=problem))
+    return found
 
 
 THROTTLED = {bit: THROTTLE_REASONS[bit] for bit in (0x08, 0x40, 0x80)}
 """Bits of NVML's clocks event reasons that mean a fault. Idle clocks, a power cap and the driver's own care for a warm
 GPU (0x01, 0x04, 0x20) are usual after an attempt."""
-SMI = ("pci.bus_id", "ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.active")
-"""Fields of nvidia-smi; newer drivers still know the former name of the last."""
 
 
 def describe_faults(readings: Sequence[GpuReading], first: Sequence[GpuReading], expected: int | None) -> Iterator[str]:
-    """Yield what is wrong with the GPUs of this node.
+    """Yield each fault of the GPUs of this node.
 
     Args:
-        readings: what they say now.
-        first: what they said before the first start of the job here; errors that are older are not the run's.
-        expected: how many there should be; None: not known.
+        readings: state now.
+        first: state before the first start of the job on this node; older errors are not those of the run.
+        expected: number of GPUs of a node; None if not known.
     """
     before = {reading.bus: reading.uncorrected or 0 for reading in first}
-    answering = [reading for reading in readings if not reading.problem]
     for reading in readings:
         name = f"GPU {reading.bus}"
         if reading.problem:
@@ -52,72 +226,12 @@ def describe_faults(readings: Sequence[GpuReading], first: Sequence[GpuReading],
         slow = [text for bit, text in THROTTLED.items() if reading.throttled & bit]
         if slow:
             yield f"{name}: its clocks are lowered ({', '.join(slow)})"
-    if expected is not None and len(answering) < expected:
-        yield f"{len(answering)} GPUs answer, and cluster.gpus_per_node={expected}"
+    answering = sum(not reading.problem for reading in readings)
+    if expected is not None and answering < expected:
+        yield f"{answering} GPUs answer, and cluster.gpus_per_node={expected}"
 
 
-def own_buses() -> Collection[str]:
-    """Addresses of the GPUs of this job; empty where they cannot be told from those of others."""
-    known = [gpu.bus for gpu in visible_gpus()]
-    return [] if None in known else [bus for bus in known if bus is not None]
-
-
-@dataclass
-class GpuMonitor:
-    """Connection to the driver for the life of an agent: Xid errors are only told to who listens meanwhile."""
-
-    driver: Path = DRIVER
-    _nvml: Nvml | None = None
-
-    def read(self, timeout_s: float) -> list[GpuReading]:
-        """Read the GPUs of this job; none where this machine has no NVIDIA driver, or nothing to ask it with.
-
-        Raises:
-            GpuError: there is one, and it does not answer.
-        """
-        if not self.driver.is_dir():
-            return []
-        with contextlib.suppress(ImportError):
-            self._nvml = self._nvml or Nvml()
-        readings = self._nvml.read_health() if self._nvml is not None else read_by_smi(timeout_s)
-        own = own_buses()
-        return [reading for reading in readings if not own or reading.bus in own]
-
-
-def read_by_smi(timeout_s: float) -> list[GpuReading]:
-    """Read the GPUs through nvidia-smi; none if it is not installed.
-
-    Raises:
-        GpuError: it fails, or gives no answer in time.
-    """
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    command = [program, f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired as error:
-        raise GpuError(f"nvidia-smi gave no answer in {timeout_s:g} s") from error
-    if done.returncode:
-        said = (done.stdout + done.stderr).strip().splitlines()
-        raise GpuError(f"nvidia-smi left with status {done.returncode}: {said[-1] if said else 'no word'}")
-    return [_parse_smi(line) for line in done.stdout.splitlines() if line.strip()]
-
-
-def _parse_smi(line: str) -> GpuReading:
-    """One line of nvidia-smi; what a GPU does not have it writes as [N/A]."""
-    bus, errors, reasons = (part.strip() for part in line.split(","))
-    lost = [part for part in (errors, reasons) if "lost" in part.lower() or "error" in part.lower()]
-    if lost:
-        return GpuReading(short_bus(bus), problem=f"does not answer: {lost[0]}")
-    return GpuReading(
-        short_bus(bus),
-        uncorrected=int(errors) if errors.isdigit() else None,
-        throttled=int(reasons, 16) if reasons.startswith("0x") else 0,
-    )
-
-
-# Health of this node before a start of the ranks: GPUs, links, room on its disks, and a command of the site's own.
+# The health check of a node.
 
 
 SYS = Path("/sys/class")
@@ -132,77 +246,61 @@ RUN_FOLDER = "run folder"
 """Part that all nodes share: another node would be as sick."""
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong with this node."""
+class Fault(msgspec.Struct, frozen=True):
+    """One fault of this node."""
 
     part: str
     """Part that was checked: gpu, link, disk, run folder or command."""
     found: str
 
-    @property
-    def is_shared(self) -> bool:
-        """Return whether it would be found on any other node too."""
-        return self.part == RUN_FOLDER
-
-    def __str__(self) -> str:
-        """The finding for people."""
-        return self.found
-
-
-def describe(faults: Iterable[Fault]) -> str:
-    """All faults of a node, for the event log and for people."""
-    return "; ".join(map(str, faults))
-
 
 class HealthCheck:
-    """The checks of one node, for the life of its agent."""
+    """The checks of one node, for the life of its agent.
+
+    Args:
+        run_dir: folder of the run, which needs room.
+        limits: ``resilience.health_check``.
+        gpus: number of GPUs that a node of the run should have; None if not known.
+    """
 
     def __init__(self, run_dir: Path, limits: HealthCheckConfig, gpus: int | None) -> None:
-        """Check nothing yet.
-
-        Args:
-            run_dir: folder of the run, which needs room.
-            limits: ``resilience.health_check``.
-            gpus: how many GPUs a node of the run should have; None where that is not known.
-        """
-        self._run_dir = run_dir
         self._limits = limits
         self._gpus = gpus
-        self._monitor = GpuMonitor()
+        self._nvml: Nvml | None = None
         self._first: list[GpuReading] | None = None
         self._were_up: frozenset[str] | None = None
-
-    def examine(self) -> list[Fault]:
-        """Check this node; returns what is wrong with it. Takes at most twice ``CHECK_TIMEOUT_S``."""
-        if not self._limits.enabled:
-            return []
-        found: list[Fault] = []
-        parts: dict[str, Callable[[], Iterator[str]]] = {
-            RUN_FOLDER: lambda: full_disks([self._run_dir]),
-            "disk": lambda: full_disks(own_folders()),
+        own = [path for path in (Path(tempfile.gettempdir()), Path("/dev/shm")) if path.is_dir()]
+        self._checks: Mapping[str, Callable[[], Iterator[str]]] = {
+            RUN_FOLDER: lambda: full_disks([run_dir]),
+            "disk": lambda: full_disks(own),
             "link": self._links_down,
             "gpu": self._gpu_faults,
         }
+
+    def examine(self) -> list[Fault]:
+        """Check this node and return its faults. Takes at most twice ``CHECK_TIMEOUT_S``."""
+        if not self._limits.enabled:
+            return []
+        found: list[Fault] = []
         at = RUN_FOLDER
 
-        def look() -> None:
+        def run_checks() -> None:
             nonlocal at
-            for part, check in parts.items():
-                at = part
+            for at, check in self._checks.items():
                 try:
-                    found.extend([Fault(part, text) for text in check()])
+                    found.extend([Fault(at, text) for text in check()])
                 except (OSError, GpuError) as error:
-                    found.append(Fault(part, f"{part}: {error}"))
+                    found.append(Fault(at, f"{at}: {error}"))
 
-        # A mount or a driver that hangs cannot be interrupted: it is left behind with its thread.
-        thread = threading.Thread(target=look, name="health", daemon=True)
+        # A mount or a driver that hangs cannot be interrupted: its thread is left behind.
+        thread = threading.Thread(target=run_checks, name="health", daemon=True)
         thread.start()
         thread.join(CHECK_TIMEOUT_S)
         if thread.is_alive():
             found.append(Fault(at, f"{at}: no answer in {CHECK_TIMEOUT_S:g} s"))
         if self._limits.command_words:
-            found += [Fault("command", text) for text in run_command(self._limits.command_words, CHECK_TIMEOUT_S)]
+            _, fault = run_program(self._limits.command_words, CHECK_TIMEOUT_S)
+            found += [Fault("command", fault)] if fault else []
         return found
 
     def _links_down(self) -> Iterator[str]:
@@ -217,32 +315,34 @@ class HealthCheck:
                 yield f"link {name} is down, and resilience.health_check.links names it"
 
     def _gpu_faults(self) -> Iterator[str]:
-        readings = self._monitor.read(CHECK_TIMEOUT_S)
+        """Compare the GPUs of this job with their state at the first start; none without an NVIDIA driver."""
+        if not DRIVER.is_dir():
+            return
+        with contextlib.suppress(ImportError):
+            self._nvml = self._nvml or Nvml()  # kept open: the driver keeps Xid errors for a process that listens
+        readings = read_by_smi(CHECK_TIMEOUT_S) if self._nvml is None else self._nvml.read_health()
+        own = [gpu.bus for gpu in visible_gpus()]
+        readings = [reading for reading in readings if not own or None in own or reading.bus in own]
         if self._first is None:
             self._first = readings
         if readings:
             yield from describe_faults(readings, self._first, self._gpus)
 
 
-def own_folders() -> list[Path]:
-    """Folders in which ranks write on this node's own disks and memory."""
-    return [path for path in (Path(tempfile.gettempdir()), Path("/dev/shm")) if path.is_dir()]
-
-
 def full_disks(folders: Iterable[Path]) -> Iterator[str]:
-    """Yield what keeps files from being written into folders.
+    """Yield each reason for which files cannot be written into folders.
 
     Raises:
-        OSError: a folder is not there, or its filesystem does not answer.
+        OSError: a folder does not exist, or its filesystem does not answer.
     """
     for folder in folders:
-        told = os.statvfs(folder)
-        free = told.f_bavail * told.f_frsize / MIB
-        if told.f_flag & os.ST_RDONLY:
+        status = os.statvfs(folder)
+        free = status.f_bavail * status.f_frsize / MIB
+        if status.f_flag & os.ST_RDONLY:
             yield f"{folder} is mounted read-only"
         elif free < MIN_FREE_MIB:
             yield f"{folder} has {free:.1f} MiB free, less than {MIN_FREE_MIB:g}"
-        elif told.f_files and not told.f_favail:
+        elif status.f_files and not status.f_favail:
             yield f"{folder} has no free inode"
 
 
@@ -252,124 +352,153 @@ def links(root: Path = SYS) -> dict[str, bool]:
     Interfaces without a device, such as bridges and those of containers, come and go.
     """
     names = [path.name for path in (root / "net").glob("*") if (path / "device").exists()]
-    ports = {f"{port.parts[-3]}/{port.name}": port for port in (root / "infiniband").glob("*/ports/*")}
-    return {name: _has_carrier(root, name) for name in names} | {name: _is_active(at) for name, at in ports.items()}
+    ports = [f"{path.parts[-3]}/{path.name}" for path in (root / "infiniband").glob("*/ports/*")]
+    return {name: is_link_up(name, root) for name in (*names, *ports)}
 
 
 def is_link_up(name: str, root: Path = SYS) -> bool:
     """Return whether an interface, a port (``mlx5_0/1``) or any port of an adapter (``mlx5_0``) is up."""
     adapter, _, port = name.partition("/")
-    if (root / "net" / adapter).exists():
-        return _has_carrier(root, adapter)
-    return any(_is_active(path) for path in (root / "infiniband" / adapter / "ports").glob(port or "*"))
-
-
-def _has_carrier(root: Path, name: str) -> bool:
-    with suppress(OSError):  # EINVAL of an interface that was switched off
-        return (root / "net" / name / "carrier").read_text().strip() == "1"
+    with contextlib.suppress(OSError):  # EINVAL of an interface that was switched off
+        if (root / "net" / adapter).exists():
+            return (root / "net" / adapter / "carrier").read_text().strip() == "1"
+        ports = (root / "infiniband" / adapter / "ports").glob(port or "*")
+        return any("ACTIVE" in (path / "state").read_text() for path in ports)
     return False
 
 
-def _is_active(port: Path) -> bool:
-    with suppress(OSError):
-        return "ACTIVE" in (port / "state").read_text()
-    return False
-
-
-def run_command(words: list[str], timeout_s: float) -> list[str]:
-    """Run the site's own check; returns what is wrong, nothing where it left with 0."""
+def run_program(words: Sequence[str], timeout_s: float) -> tuple[str, str]:
+    """Run a check of this node: its output, and a fault, which is empty if the program exits with 0."""
     name = words[0]
     try:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
     except OSError as error:
-        return [f"{name} cannot be run: {error.strerror or error}"]
+        return "", f"{name} cannot be run: {error.strerror or error}"
     try:
-        output, _ = process.communicate(timeout=timeout_s)
+        output = process.communicate(timeout=timeout_s)[0].decode(errors="replace")
     except subprocess.TimeoutExpired:
-        return [f"{name} gave no answer in {timeout_s:g} s"]
+        return "", f"{name} gave no answer in {timeout_s:g} s"
     finally:
         if process.poll() is None:  # too late, or this agent was requested to stop meanwhile
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     if process.returncode == 0:
-        return []
-    lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
+        return output, ""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     how = f"status {process.returncode}" if process.returncode > 0 else f"signal {-process.returncode}"
-    return [f"{name} left with {how}{f': {lines[-1][:LONGEST]}' if lines else ''}"]
+    return output, f"{name} left with {how}{f': {lines[-1][:LONGEST]}' if lines else ''}"
 
 
-# Members of the agent group: who takes part in a start of the ranks, and who is lost, sick or missing.
+# GPU telemetry of a node: a thread of its agent samples the GPUs of the run while the ranks run.
 
 
-@dataclass(frozen=True)
-class RendezvousRound:
-    """One start of the ranks: its participants and its store, the same for every agent."""
-
-    number: int
-    attempt: int
-    members: tuple[int, ...]
-    """Indices of the nodes that take part; a node's place among them is its place among the ranks."""
-    address: str
-    port: int
-    """Port of the ranks' store: a fresh one on the head node for each round."""
-
-    def place(self, index: int) -> int:
-        """Return the place of a node among the members."""
-        return self.members.index(index)
-
-    def ranks(self, index: int, on_node: int) -> range:
-        """Return the ranks of a node, each node having ``on_node``."""
-        return range(self.place(index) * on_node, (self.place(index) + 1) * on_node)
+WRITE_S = 30.0
+"""Seconds for which samples are kept in memory: a killed agent loses these; a shared filesystem has fewer writes."""
+LAST_SAMPLE_S = 10.0
+"""Seconds for which the end of an attempt waits for the last sample."""
 
 
-@dataclass(frozen=True)
-class LostNode:
-    """A node of which nothing is heard any more."""
+def gpus_of_run(there: Sequence[str], visible: Sequence[Gpu], ranks: int, is_slurm: bool) -> list[str]:
+    """Addresses of the GPUs whose telemetry is that of the run; empty if other jobs may use some of these GPUs.
 
-    index: int
-    host: str
-    why: str
-
-
-@dataclass(frozen=True)
-class SickNode:
-    """A node that does not take part in a start, with what was found on it."""
-
-    index: int
-    host: str
-    faults: tuple[Fault, ...]
-
-
-class NodesMissingError(RuntimeError):
-    """There are not enough nodes left for a round."""
-
-
-class SickNodesError(RuntimeError):
-    """All nodes that are left are here, and too few of them are healthy, or the head node, which decides, is not."""
-
-    def __init__(self, sick: tuple[SickNode, ...]) -> None:
-        super().__init__("; ".join(f"{one.host}: {describe(one.faults)}" for one in sick))
-        self.sick = sick
+    Args:
+        there: addresses of the GPUs that this process may open.
+        visible: GPUs that the ranks may use.
+        ranks: number of ranks on this node. Outside of Slurm the run has only as many GPUs as ranks.
+        is_slurm: Slurm has given all visible GPUs to the job.
+    """
+    if not visible:  # the driver lists none, as in a container: those that can be opened, unless they are more
+        return list(there) if len(there) <= ranks else []
+    own = list(visible) if is_slurm else list(visible)[:ranks]
+    if any(gpu.uuid is not None and gpu.uuid.startswith("MIG-") for gpu in own):
+        return []  # a slice: power and clocks are those of the whole GPU
+    named = [gpu.bus for gpu in own]
+    if None not in named:
+        return [bus for bus in there if bus in named]
+    # Where Slurm hides the GPUs of other jobs, those that can be opened are this job's.
+    return list(there) if len(there) == len(own) else []
 
 
-class HeadNodeLostError(RuntimeError):
-    """The head node, which decides, does not answer; the message says since when."""
+class Sampler:
+    """Thread that samples GPUs every ``interval_s`` seconds, at its start and at its end.
+
+    Args:
+        nvml: reads the gauges.
+        choose: selects the GPUs to sample from the addresses of those that can be opened.
+        write: writes samples.
+        attempt: the attempt that runs.
+        interval_s: seconds between two samples.
+    """
+
+    def __init__(
+        self, nvml: Nvml, choose: Callable[[Sequence[str]], Sequence[str]],
+        write: Callable[[list[GpuSample]], None], attempt: int, interval_s: float,
+    ) -> None:  # fmt: skip
+        self._nvml = nvml
+        self._choose = choose
+        self._write = write
+        self._attempt = attempt
+        self._interval_s = interval_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take the last sample and write all samples. A driver that does not answer keeps its thread."""
+        self._over.set()
+        self._thread.join(LAST_SAMPLE_S)
+
+    def _run(self) -> None:
+        try:
+            buses = self._choose(self._nvml.buses())
+            waiting: list[GpuSample] = []
+            written, is_last = time.monotonic(), not buses
+            while not is_last:
+                is_last = self._over.is_set()
+                gauges = self._nvml.read_gauges(buses)
+                if any(gauges.values()):
+                    waiting.append(GpuSample(time.time(), self._attempt, socket.gethostname(), gauges))
+                if waiting and (is_last or time.monotonic() - written >= WRITE_S):
+                    self._write(waiting)
+                    waiting, written = [], time.monotonic()
+                self._over.wait(self._interval_s)
+        except GpuError as error:
+            if DRIVER.is_dir():  # else there is no GPU
+                say(f"launch: no GPU telemetry: {error}")
+        except OSError as error:
+            say(f"launch: GPU telemetry cannot be written: {error}")
 
 
-def record_lost_nodes(folder: RunFolder, attempt: int | None, lost: Iterable[LostNode]) -> None:
-    """Write into the event log that nodes are lost, by name."""
-    for one in lost:
-        folder.record_event("node_lost", attempt=attempt, node=one.index, host=one.host, cause=one.why)
+@contextlib.contextmanager
+def gpu_telemetry(context: RunContext, attempt: int) -> Iterator[None]:
+    """Sample the GPUs of this node in a ``with`` block, every ``launch.gpu_sample_s``; none without a GPU.
 
-
-def record_sick_nodes(folder: RunFolder, attempt: int | None, sick: Iterable[SickNode]) -> None:
-    """Write into the event log that nodes are sick, by name."""
-    for one in sick:
-        folder.record_event("node_sick", attempt=attempt, node=one.index, host=one.host, cause=describe(one.faults))
-
-
-def lost_text(lost: Iterable[LostNode]) -> str:
-    """The lost nodes, for people."""
-    return "; ".join(f"node {one.host} is lost: {one.why}" for one in lost)
+    To be opened when the environment of the ranks is set, which names their GPUs.
+    """
+    config, node = context.config, context.node
+    interval_s = config.launch.gpu_sample_s
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    nvml = None
+    if interval_s and not hidden and not workload_of(config).computes_on_cpus(config):
+        try:
+            nvml = Nvml()
+        except ImportError:
+            if DRIVER.is_dir():
+                print("launch: no GPU telemetry: nvidia-ml-py is not installed; pip install '.[gpu]'", file=sys.stderr)
+    if nvml is None:
+        yield
+        return
+    visible = visible_gpus(environ=dict(os.environ))
+    sampler = Sampler(
+        nvml,
+        lambda there: gpus_of_run(there, visible, config.ranks_on_node, node.is_slurm),
+        lambda samples: append_samples(context.folder, node.index, samples),
+        attempt,
+        interval_s,
+    )
+    try:
+        yield
+    finally:
+        sampler.close()

@@ -1,7 +1,8 @@
-"""This node as its agent sees it: identity in the job, processes, a clock, requests to stop."""
+"""This node as its agent sees it: identity in the job, processes, requests to stop, and the context of an agent."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -9,13 +10,16 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from launch.config import Config
-from launch.runs.events import events_since_submission
+from launch.runs.events import events_since_submission, select_events
 from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
 
@@ -23,31 +27,31 @@ if TYPE_CHECKING:
     from launch.agent.fork_server import ForkServer
     from launch.agent.policy import Meter
     from launch.agent.rendezvous import AgentGroup
-    from launch.worker.memory_store import MemoryStore
+    from launch.worker.memory import MemoryStore
+    from launch.workload import CodeTree, RankCommand, RankContract
 
-# A clock that stands still while the process does, by which silence of others is measured. Torch-free.
+# Processes of this machine: a clock that stops with its process, and the state of a process in /proc. Torch-free.
 
 
 TICK_S = 0.5
 PAUSED_S = 5.0
-"""A tick that is so late has not waited for a processor: the process was stopped."""
+"""A tick that comes so late has not waited for a processor: the process was stopped."""
 
 
 class RunningClock:
-    """Seconds that this process has been running, counted by a thread, as nothing else tells a pause from a wait."""
+    """Seconds for which this process has run, without the time in which it was stopped. A thread counts them."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._count, name="clock", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._count, name="clock", daemon=True).start()
 
     def now(self) -> float:
         """Seconds so far, at most ``TICK_S`` behind."""
         return self._seconds
 
     def close(self) -> None:
-        """Count no further."""
+        """Stop to count."""
         self._over.set()
 
     def _count(self) -> None:
@@ -58,71 +62,65 @@ class RunningClock:
             last = now
 
 
-# State of a process of this machine, from /proc/PID/stat and /proc/PID/status. Torch-free.
-
-
 def is_gone(pid: int) -> bool:
-    """Return whether a process has ended, also where its parent has not asked after it yet."""
-    fields = _fields(pid)
+    """Return whether a process has ended, including one whose parent has not read its exit status yet."""
+    fields = _stat_fields(pid)
     return fields is None or fields[0] in "ZX"
 
 
 def is_stopped(pid: int) -> bool:
     """Return whether a process was stopped by a signal (SIGSTOP), or by a debugger."""
-    fields = _fields(pid)
+    fields = _stat_fields(pid)
     return fields is not None and fields[0] in "Tt"
 
 
 def start_time(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot, which with its id names it for good. None: not there."""
-    fields = _fields(pid)
+    """Start time of a process in clock ticks since boot; with the process id it identifies the process for good.
+
+    None if there is no such process.
+    """
+    fields = _stat_fields(pid)
     return None if fields is None else fields[19]
 
 
-def is_pending(pid: int, number: int) -> bool:
-    """Return whether a process was sent a signal that none of its threads has begun to handle."""
-    return _has_signal(Path(f"/proc/{pid}/status"), "ShdPnd", number)
+def threads_handling(pid: int, number: int) -> set[Path]:
+    """Status files of the threads of a process that block a signal, as a thread does while it handles that signal.
+
+    The file of the process is among them while the signal waits for one of its threads.
+    """
+    bit = 1 << (number - 1)
+    blocked = [(path, "SigBlk:") for path in Path(f"/proc/{pid}/task").glob("*/status")]
+    found = set()
+    for status, field in [(Path(f"/proc/{pid}/status"), "ShdPnd:"), *blocked]:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            lines = [line for line in status.read_text().splitlines() if line.startswith(field)]
+            if any(int(line.split()[1], 16) & bit for line in lines):
+                found.add(status)
+    return found
 
 
-def threads_blocking(pid: int, number: int) -> set[str]:
-    """Ids of the threads of a process that block a signal, as a thread also does while it handles that signal."""
-    threads = Path(f"/proc/{pid}/task").glob("*/status")
-    return {path.parent.name for path in threads if _has_signal(path, "SigBlk", number)}
-
-
-def _has_signal(status: Path, field: str, number: int) -> bool:
-    """Return whether a signal is in a hexadecimal set of signals of a status file; the lowest bit is signal 1."""
-    try:
-        lines = status.read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return any(int(line.split()[1], 16) >> (number - 1) & 1 for line in lines if line.startswith(f"{field}:"))
-
-
-def _fields(pid: int) -> list[str] | None:
-    """The fields from the third on, which is the state: the second, a name in parentheses, may hold anything."""
+def _stat_fields(pid: int) -> list[str] | None:
+    """Fields of /proc/PID/stat from the third on, which is the state: the second, a name, may contain anything."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
 
 
-# A request to stop, as an agent hears it: a signal, or what it finds out by itself. The handler only sets a flag.
+# A request to stop, as an agent receives it: a signal, or a reason that the agent finds by itself.
 
 
 OWNER = "LAUNCH_OWNER_PID"
-"""Process of the launcher that started a local run; without it the run stops too."""
-
-
+"""Process of the launcher that started a local run; if that process ends, the run stops too."""
 STOP_FILE = "STOP"
-"""File in a run folder that asks its run to save and leave; also what asks an agent then, in place of a signal."""
+"""File in a run folder that requests its run to save and leave; also the name of that request, in place of a signal."""
 
 
 class StopRequest:
-    """SIGTERM or SIGUSR2 ask the ranks to save and leave.
+    """SIGTERM or SIGUSR2 request the ranks to save and leave. The handler only sets a flag.
 
-    Without Slurm a second one ends them at once (Ctrl-C twice). Slurm sends several by itself: there only the deadline
-    ends them.
+    Without Slurm a second signal ends the ranks at once (Ctrl-C twice). Slurm sends several signals by itself: under
+    Slurm only the deadline ends the ranks.
     """
 
     def __init__(self) -> None:
@@ -130,7 +128,7 @@ class StopRequest:
         self.name = ""
         self.since = 0.0
         self.interruptible = False
-        """True while a signal breaks out of a wait in which there are no ranks to ask."""
+        """True while a signal breaks out of a wait in which no ranks run."""
 
     def install(self) -> None:
         """Replace submitit's handlers, which would requeue from inside the handler and on rank 0 only."""
@@ -144,13 +142,19 @@ class StopRequest:
             raise InterruptedError(f"{self.name} before the ranks had started")
 
     def ask(self, name: str) -> None:
-        """Note that the run should stop, and why."""
+        """Record that the run should stop, and why."""
         self.count += 1
         if self.count == 1:
             self.name, self.since = name, time.monotonic()
 
 
 # Identity of this node in its job: read from the variables of Slurm, of submitit's local executor, or neither.
+
+
+TOKEN = "LAUNCH_TOKEN"
+"""Variable of the agents of a local run: a random name of this start."""
+LOOPBACK = "127.0.0.1"
+SIOCGIFADDR = 0x8915  # linux/sockios.h: get the address of an interface
 
 
 @dataclass(frozen=True)
@@ -160,24 +164,19 @@ class Node:
     index: int
     count: int
     job: str
-    """Names this start of the job: another one, a requeue included, has another name."""
+    """Name of this start of the job; another start, a requeue included, has another name."""
     is_slurm: bool
     slurm_job: str = ""
     """Slurm's id of this job, ``A_a`` for an element of an array: the plain number can mean its siblings too."""
     restarts: int = 0
-    """Number of times that Slurm has put this job back into the queue."""
+    """Number of times that Slurm has requeued this job."""
     hosts: tuple[str, ...] = ()
     """Names of the job's nodes, in order, as Slurm knows them; empty elsewhere."""
 
     @property
     def slurm_names(self) -> tuple[str, ...]:
-        """Ids by which Slurm knows this job: an element of an array has a number of its own besides."""
+        """Ids by which Slurm knows this job: an element of an array also has a number of its own."""
         return (self.slurm_job, self.job.split("-")[1]) if self.is_slurm else ()
-
-    @property
-    def slurm_step(self) -> str:
-        """Slurm's id of the step that the agents are."""
-        return f"{self.slurm_job}.{self.job.rpartition('-')[2]}"
 
     @property
     def is_head(self) -> bool:
@@ -195,41 +194,35 @@ class Node:
 
     @classmethod
     def from_env(cls, token: str | None) -> Node:
-        """Read where this process stands. ``token`` tells local jobs apart whose process ids are the same."""
+        """Read the place of this process in its job. ``token`` separates local jobs that have the same process id."""
         env = os.environ
         if env.get("SUBMITIT_EXECUTOR") == "local":
             index, count = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_NTASKS"])
             return cls(index, count, f"local-{env['SUBMITIT_LOCAL_JOB_ID']}-{token}", False)
         if "SLURM_PROCID" in env and "SLURM_JOB_ID" in env:
-            job = f"slurm-{env['SLURM_JOB_ID']}-{env.get('SLURM_RESTART_COUNT', '0')}-{env.get('SLURM_STEP_ID', '0')}"
+            restarts = env.get("SLURM_RESTART_COUNT", "0")
+            job = f"slurm-{env['SLURM_JOB_ID']}-{restarts}-{env.get('SLURM_STEP_ID', '0')}"
             array = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in env else ""
-            restarts = int(env.get("SLURM_RESTART_COUNT", "0"))
             index, count = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
             names = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
             hosts = tuple(scheduler.run("scontrol", "show", "hostnames", names).split())
-            return cls(index, count, job, True, array or env["SLURM_JOB_ID"], restarts, hosts)
+            return cls(index, count, job, True, array or env["SLURM_JOB_ID"], int(restarts), hosts)
         return cls(0, 1, f"process-{os.getpid()}-{socket.gethostname()}", False)
 
     def taken_hosts(self) -> set[str]:
-        """Names of the nodes that Slurm has taken from this job since its start; none where it does not answer."""
+        """Names of the nodes that Slurm has taken from this job since its start; empty if Slurm does not answer."""
         if not self.is_slurm:
             return set()
         try:
             left = scheduler.nodes_left(self.slurm_job, retries=1)
         except scheduler.SlurmError:
             return set()
-        return {*self.hosts} - left if self.host in left else set()  # else it is being requeued, and not told anew
+        return {*self.hosts} - left if self.host in left else set()  # else the whole job is being requeued
 
     def own_address(self) -> str:
         """The address at which the other nodes of the job reach this one."""
-        if not self.is_slurm or self.count == 1:
-            return LOOPBACK
-        peer = next((host for host in self.hosts if host != self.host), None)
+        peer = next((host for host in self.hosts if host != self.host), None) if self.is_slurm else None
         return LOOPBACK if peer is None else address_towards(peer)
-
-
-LOOPBACK = "127.0.0.1"
-SIOCGIFADDR = 0x8915  # linux/sockios.h: get the address of an interface
 
 
 def address_towards(peer: str) -> str:
@@ -253,6 +246,52 @@ def interface_of(address: str) -> str | None:
     return None
 
 
+# Members of the agent group: the nodes of a start of the ranks, and nodes that are lost or sick.
+
+
+class RendezvousRound(msgspec.Struct, frozen=True):
+    """One start of the ranks: its nodes and its store, the same for every agent."""
+
+    number: int
+    attempt: int
+    members: tuple[int, ...]
+    """Indices of the nodes that take part. The order of the nodes is the order of their ranks."""
+    address: str
+    port: int
+    """Port of the ranks' store: a fresh one on the head node for each round."""
+
+
+@dataclass(frozen=True)
+class NodeProblem:
+    """A node that takes no part in a start, since it is lost or sick."""
+
+    index: int
+    host: str
+    why: str
+    is_shared: bool = False
+    """True if every other node would be as sick, as where the filesystem of the run folder is full."""
+
+
+class TooFewNodesError(RuntimeError):
+    """Too few nodes are left for a round, or too few of them are healthy."""
+
+    def __init__(self, why: str, sick: Iterable[NodeProblem] = ()) -> None:
+        super().__init__(why)
+        self.sick = tuple(sick)
+
+
+class HeadNodeLostError(RuntimeError):
+    """The head node, which decides, does not answer; the message says since when."""
+
+
+def problems_text(state: str, nodes: Iterable[NodeProblem]) -> str:
+    """Describe nodes that are ``lost`` or ``sick`` for people."""
+    return "; ".join(f"node {one.host} is {state}: {one.why}" for one in nodes)
+
+
+# The context of an agent.
+
+
 @dataclass(frozen=True)
 class RunContext:
     """The run that an agent works for, and the node that the agent runs on."""
@@ -261,13 +300,19 @@ class RunContext:
     node: Node
     config: Config
 
-    def events(self) -> list[dict[str, Any]]:
-        """Return the event log since the last submission."""
-        return events_since_submission(self.folder.read_events())
+    def events(self, *names: str, **fields: Any) -> list[dict[str, Any]]:
+        """Return the event log since the last submission; with names only the events of that name and fields."""
+        events = events_since_submission(self.folder.read_events())
+        return select_events(events, *names, **fields) if names else events
 
     def record(self, event: str, **details: Any) -> None:
         """Append an event to the event log."""
         self.folder.record_event(event, **details)
+
+    def record_problems(self, event: str, attempt: int | None, nodes: Iterable[NodeProblem]) -> None:
+        """Append ``node_lost`` or ``node_sick`` for each node."""
+        for one in nodes:
+            self.record(event, attempt=attempt, node=one.index, host=one.host, cause=one.why)
 
     def alone(self) -> RunContext:
         """Return the context without the other agents, for a decision that must not restart the ranks in place."""
@@ -276,7 +321,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class AgentContext(RunContext):
-    """All that the parts of a running agent share."""
+    """Everything that the parts of a running agent share."""
 
     group: AgentGroup
     """The agents of the job."""
@@ -285,6 +330,42 @@ class AgentContext(RunContext):
     meter: Meter
     """The use of the allocation, and its budget."""
     server: ForkServer | None
-    """Forks the ranks; None where ranks are executed."""
+    """Forks the ranks; None if ranks are executed."""
     store: MemoryStore
     """Checkpoints in the memory of this node."""
+
+
+@dataclass(frozen=True)
+class Attempt(AgentContext):
+    """One start of this node's ranks: the nodes that take part, and the program. Its config has these nodes."""
+
+    rdzv: RendezvousRound
+    workload: str
+    """Name of the workload."""
+    command: RankCommand
+    contract: RankContract
+    """Events that the ranks record themselves; signals and exit statuses that they understand."""
+    tree: CodeTree
+    """The code that the ranks run."""
+    heartbeats: Path
+    """Folder of the ranks' heartbeat files, empty at the start."""
+
+    @property
+    def number(self) -> int:
+        """Number of the attempt, from 1."""
+        return self.rdzv.attempt
+
+    @property
+    def place(self) -> int:
+        """Place of this node among those that take part."""
+        return self.rdzv.members.index(self.node.index)
+
+    @property
+    def ranks(self) -> range:
+        """The ranks of this node."""
+        each = self.config.ranks_on_node
+        return range(self.place * each, (self.place + 1) * each)
+
+    def log(self, rank: int) -> Path:
+        """Path of the log of a rank."""
+        return self.folder.log(self.number, rank)

@@ -9,12 +9,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 from launch.agent import node as processes
-from launch.agent.node import Node
-from launch.config import Config, RestartLimits
+from launch.agent.node import RunContext
+from launch.config import Config, ResilienceConfig
 from launch.errors import ConfigError, RepeatedFailureError
 from launch.plan.budget import (
     caps,
@@ -28,7 +28,15 @@ from launch.plan.budget import (
 )
 from launch.plan.plan import is_recorded, record_found
 from launch.plan.preflight import measure
-from launch.runs.events import ALL_NODES, FEWER_NODES, Events, events_since_submission, fewer_nodes, first_failure
+from launch.runs.events import (
+    ALL_NODES,
+    FEWER_NODES,
+    Events,
+    events_since_submission,
+    fewer_nodes,
+    first_failure,
+    select_events,
+)
 from launch.runs.files import write_unwritten
 from launch.runs.folder import RunFolder, read_plan
 from launch.slurm import client as scheduler
@@ -58,11 +66,11 @@ class Cause(StrEnum):
     crashed = "crashed"
     hung = "hung"
     requested = "requested"
-    """By the ranks, which left with the exit status that means: saved, put me back into the queue."""
+    """By the ranks, which left with the exit status that means: saved, requeue the job."""
     repeated = "repeated"
-    """By the ranks, which have gone back and tried again by themselves as often as they were allowed to."""
+    """By the ranks, which have gone back and tried again as often as they may."""
     refused = "refused"
-    """By the ranks: what was requested cannot work, as a rule before the first step, and would be refused again."""
+    """By the ranks: the request cannot work, as a rule before the first step, and would be refused again."""
 
 
 class Action(StrEnum):
@@ -83,48 +91,47 @@ class Decision:
 
 
 WANTED = (Cause.finished, Cause.cancelled, Cause.budget)
-"""Causes after which the run is where it was meant to end: it does not start again, and nothing has failed."""
+"""Causes of an end as requested: the run does not start again, and nothing has failed."""
+FINAL = {
+    Cause.refused: "it would be refused again",
+    Cause.repeated: "the ranks have tried again by themselves, and it came again",
+}
+"""Causes after which a new start would end in the same way, with the reason."""
 LEAVES_THE_NODES = (Cause.preempted, Cause.timed_out, Cause.requested)
-"""Causes that take the allocation away, or give it back; only the queue brings nodes."""
+"""Causes that end the allocation; only the queue brings nodes."""
 FROM_OUTSIDE = (Cause.preempted, Cause.node_failed)
-"""Causes that say nothing about the run where they come before its first step. A time limit that comes so early would
-come so again, and ranks that ask for the queue do it by themselves."""
+"""Causes that say nothing about the run if they come before its first step. A time limit that comes so early would
+come so again, and ranks that request a requeue do it by themselves."""
 NO_CHECKPOINT = (
     "the program is not said to have checkpoints, so it would run again from its first step "
     "(script.resumes=true where it looks for its own checkpoint when it starts)"
 )
 BATCH_SCRIPT_ENDED = ("NonZeroExitCode", "JobLaunchFailure", "RaisedSignal")
-"""Slurm's reasons of a job that ended because its batch script did. A job that somebody has cancelled has none."""
+"""Slurm's reasons of a job that ended because its batch script did. A cancelled job has none."""
 
 
-def decide(
-    events: Events, cause: Cause, limits: RestartLimits, without_progress: int, resumes: bool = True, *,
-    forgive_after_s: float | None = None,
-) -> Decision:  # fmt: skip
+def decide_next(events: Events, cause: Cause, limits: ResilienceConfig, resumes: bool = True) -> Decision:
     """Decide what follows the attempt that just ended for ``cause``.
 
     Args:
         events: the event log, the ``attempt_ended`` of this attempt included.
-        limits: how often each cause may come.
-        without_progress: after so many attempts in a row that saved nothing new the run stops.
-        resumes: whether a new start continues from a checkpoint; without one no new start is made.
-        forgive_after_s: seconds after which a failure no longer counts, if a newer checkpoint was saved; None: never.
+        cause: of the end of the attempt.
+        limits: ``resilience`` of the run.
+        resumes: whether a new start continues from a checkpoint; without a checkpoint there is no new start.
     """
     if cause in WANTED:
         return Decision(Action.stop, str(cause))
-    if cause is Cause.refused:
-        return Decision(Action.stop, "it would be refused again")
-    if cause is Cause.repeated:
-        return Decision(Action.stop, "the ranks have tried again by themselves, and it came again")
+    if cause in FINAL:
+        return Decision(Action.stop, FINAL[cause])
     if not resumes:
         return Decision(Action.stop, NO_CHECKPOINT)
     stuck = attempts_without_progress(events)
-    if stuck >= without_progress:
+    if stuck >= limits.max_without_progress:
         return Decision(Action.stop, f"{stuck} attempts in a row saved nothing new (resilience.max_without_progress)")
     ends = [end for end in attempt_ends(events) if end["cause"] == cause]
-    seen = sum(not is_forgiven(end, events, forgive_after_s) for end in ends)
+    seen = sum(not is_forgiven(end, events, limits.forgive_after_s) for end in ends)
     forgiven = f"; {len(ends) - seen} before newer checkpoints are forgiven" if seen < len(ends) else ""
-    limit = getattr(limits, cause, None)  # preempted and requested have no limit
+    limit = getattr(limits.max_restarts, cause, None)  # preempted and requested have no limit
     if limit is not None and seen > limit:
         return Decision(Action.stop, f"{cause} {seen} times, and resilience.max_restarts.{cause}={limit}{forgiven}")
     action = Action.requeue if cause in LEAVES_THE_NODES else Action.restart
@@ -132,9 +139,10 @@ def decide(
 
 
 def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float | None) -> bool:
-    """Return whether the end of an attempt counts no longer: the run has saved a newer checkpoint since, some time ago.
+    """Return whether the end of an attempt no longer counts: the run has saved a newer checkpoint, some time ago.
 
-    A checkpoint alone would let a run fail for ever right after each; the time alone one that waits in the queue.
+    With the checkpoint alone, a run could fail for ever right after each save; with the time alone, a run that waits in
+    the queue would be forgiven.
     """
     if forgive_after_s is None:
         return False
@@ -146,57 +154,60 @@ def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float | No
 
 
 def attempt_ends(events: Events) -> list[dict[str, Any]]:
-    """The ``attempt_ended`` of each attempt, oldest first; of several for one attempt the first holds.
+    """The ``attempt_ended`` of each attempt, oldest first; if an attempt has several, the first counts.
 
-    A node that was cut off and comes back enters an end of its own beside that of the node which took over. A start of
-    the job that came to no attempt has one end too.
+    A node that was cut off and comes back records a second end, after that of the node which took over. A start of the
+    job that came to no attempt has one end too.
     """
     ends: dict[object, dict[str, Any]] = {}
     for number, event in enumerate(events):
         if event["event"] == "attempt_ended":
             attempt = event.get("attempt")
-            start_of_job = event.get("job", f"event {number}")  # former logs do not name it
+            start_of_job = event.get("job", f"event {number}")
             ends.setdefault(start_of_job if attempt is None else attempt, event)
     return list(ends.values())
 
 
-def attempts_without_progress(events: Events) -> int:
-    """Count the last attempts, one after another, that ended without a checkpoint beyond the one they started from.
+def open_attempts(events: Events) -> list[int]:
+    """Attempts that have started and not ended."""
+    ended = {end["attempt"] for end in select_events(events, "attempt_ended")}
+    return [start["attempt"] for start in select_events(events, "started") if start["attempt"] not in ended]
 
-    None where the run has never told of a checkpoint: nothing is known then of how far it came. Attempts that were
-    interrupted from outside before their first step neither count nor forgive.
+
+def attempts_without_progress(events: Events) -> int:
+    """Count the last attempts in a row that ended without a checkpoint beyond the one they started from.
+
+    0 if the run has never reported a checkpoint: its progress is not known then. Attempts that were interrupted from
+    outside before their first step neither count nor forgive.
     """
-    if not any(e["event"] == "saved" or (e["event"] == "started" and "from_step" in e) for e in events):
+    starts = select_events(events, "started")
+    if not select_events(events, "saved") and not any("from_step" in start for start in starts):
         return 0
-    started = {e["attempt"]: e.get("from_step", -1) for e in events if e["event"] == "started"}
-    # What lies in the memory of the nodes is not done again either, where the next start is on the same nodes.
-    saved = {e["attempt"]: e["step"] for e in events if e["event"] in ("saved", "saved_in_memory")}
+    started = {start["attempt"]: start.get("from_step", -1) for start in starts}
+    # Steps up to a checkpoint in memory are not repeated either, if the next start is on the same nodes.
+    saved = {e["attempt"]: e["step"] for e in select_events(events, "saved", "saved_in_memory")}
     count = 0
     for end in reversed(attempt_ends(events)):
         attempt = end["attempt"]
         if saved.get(attempt, -1) > started.get(attempt, -1):
             break
-        count += not is_blameless(end)
+        from_outside = end["cause"] in FROM_OUTSIDE and end.get("step", -1) is None  # before its first step
+        count += not from_outside
     return count
 
 
-def is_blameless(end: dict[str, Any]) -> bool:
-    """Return whether an attempt was interrupted from outside before its first step, by its ``attempt_ended``."""
-    return end["cause"] in FROM_OUTSIDE and end.get("step", -1) is None
-
-
 def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: float) -> Cause:
-    """Tell a preemption from a time limit and from a cancel: all three arrive as the same signals.
+    """Return whether a signal means a preemption, a time limit or a cancel: Slurm sends the same signals for all three.
 
-    While the job runs, a signal is Slurm's announcement. Once it is completing (seen on Slurm 22.05), a requeue has
-    raised its count of restarts, the time limit has used its time up, a batch script that died has left its reason, and
-    what is left is a cancel, which must never be taken for a preemption and brought back.
+    While the job runs, a signal is Slurm's announcement. Once the job completes (seen on Slurm 22.05), a requeue has
+    raised its count of restarts, the time limit has used its time up, and a batch script that died has left its reason.
+    Every other end is a cancel. A cancel must never count as a preemption, which would start the job again.
 
     Args:
-        job: what the controller says now.
-        restarts: how often this job had been requeued when it started.
+        job: state of the job by the controller.
+        restarts: number of requeues of this job before it started.
         signal_delay_s: lead of the signal before the time limit; sbatch may send it up to a minute early.
-        now: when the signal came, Unix time.
+        now: time when the signal came, Unix time.
     """
     if job.state in ("RUNNING", "SUSPENDED"):
         near_the_limit = job.end_time is not None and now > job.end_time - signal_delay_s - EARLY_S
@@ -211,49 +222,50 @@ def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: 
     return Cause.timed_out if used_up or job.state == "TIMEOUT" else Cause.cancelled
 
 
+CAUSES_BY_ERROR = {
+    ConfigError.__name__: Cause.refused,
+    RepeatedFailureError.__name__: Cause.repeated,
+    FloatingPointError.__name__: Cause.diverged,
+}
+
+
 def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
-    """The cause behind the first failure of an attempt, from what the rank or its agent wrote into the event log."""
+    """The cause of an attempt's end, from its first failure as the rank or its agent has recorded that."""
     text = str(failure.get("cause", "")) if failure else ""
-    if text.startswith(f"{ConfigError.__name__}: "):
-        return Cause.refused
-    if text.startswith(f"{RepeatedFailureError.__name__}: "):
-        return Cause.repeated
-    if text.startswith(f"{FloatingPointError.__name__}: "):
-        return Cause.diverged
+    named = CAUSES_BY_ERROR.get(text.partition(": ")[0])
+    if named is not None:
+        return named
     if "OutOfMemoryError" in text or "MemoryError" in text or "out of memory" in text.lower():
         return Cause.out_of_memory
-    if failure is not None and failure.get("hung"):
-        return Cause.hung
-    return Cause.crashed
+    return Cause.hung if failure is not None and failure.get("hung") else Cause.crashed
 
 
 class RunFailedError(RuntimeError):
     """A run whose ranks did not all finish."""
 
 
-class RunSettledError(RunFailedError):
-    """The end of an attempt that another agent has entered already, which then decides."""
+class AlreadyDecidedError(RunFailedError):
+    """Another agent has recorded the end of the attempt, and decides."""
 
 
-# Hosts that a run avoids, and why: a pure function of its event log, and of those of the points beside it. Torch-
-# free.
+# Hosts that a run avoids, and why: a pure function of its event log and of those of the other points of its command.
 
 
 NO_HOSTS: Mapping[str, str] = MappingProxyType({})
 NO_EVENTS: Mapping[str, Events] = MappingProxyType({})
 UNRELIABLE = 2
-"""After so many failures a host is avoided: one may be chance, or the run's own."""
+"""After so many failures a host is avoided: a single failure may be chance, or the fault of the run."""
 DRIFT = "replicas_differ"
 """Event of a run whose replicas of the parameters were not the same."""
 OF_A_HOST = (Cause.crashed, Cause.hung, Cause.node_failed)
-"""Causes that a host may have brought about. A loss that is no number, memory that is too small and a refusal come from
-what is run, wherever it is run."""
+"""Causes for which a host may be responsible. A loss that is no number, memory that is too small and a refusal come
+from the program, on every host."""
 
 
 def points_beside(folder: RunFolder) -> dict[str, Events]:
-    """Read what the other points of the command have told since this one was submitted: name of the point -> events.
+    """Read the events of the other points of the command since this one was submitted: name of the point -> events.
 
-    A plan that cannot be read names none: what it is for is told where it is needed.
+    Empty if the plan cannot be read: that is reported where the plan is needed.
     """
     try:
         others = [other for other in command_folders(folder) if other.path != folder.path]
@@ -267,73 +279,65 @@ def points_beside(folder: RunFolder) -> dict[str, Events]:
 def unreliable_hosts(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -> dict[str, str]:
     """Hosts that have failed in more than one attempt since the command was typed, each with its failures in words.
 
-    One that has changed parameters, as a majority of the replicas tells, is unreliable at once: that is no chance.
+    A host that has changed parameters, as a majority of the replicas shows, is unreliable at once: that is no chance.
 
     Args:
         events: event log of the run.
-        beside: those of the other points of its command, by their names.
+        beside: event logs of the other points of its command, by their names.
     """
-    certain = {
-        host
-        for log in (events, *beside.values())
-        for e in events_since_submission(log)
-        if e["event"] == DRIFT and e["certain"]
-        for host in e["hosts"]
-    }
-    failures = failures_everywhere(events, beside).items()
-    return {host: "; ".join(told) for host, told in sorted(failures) if len(told) >= UNRELIABLE or host in certain}
+    logs = (events_since_submission(events), *beside.values())
+    certain = {host for log in logs for event in select_events(log, DRIFT, certain=True) for host in event["hosts"]}
+    failures = sorted(failures_of_hosts(events, beside).items())
+    return {host: "; ".join(each) for host, each in failures if len(each) >= UNRELIABLE or host in certain}
 
 
 def hosts_to_avoid(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -> dict[str, str]:
-    """Hosts that a requeued job must not come back to: the unreliable ones, and any that was lost or found sick.
+    """Hosts that a requeued job must not get again: the unreliable ones, and those that were lost or found sick.
 
     The arguments are those of ``unreliable_hosts``.
     """
     logs = {"": events_since_submission(events), **{f"{name}: ": log for name, log in beside.items()}}
-    lost = {str(e["host"]) for log in logs.values() for e in log if e["event"] == "node_lost"}
-    told = failures_everywhere(events, beside)
-    avoid = {host: "; ".join(told[host]) for host in sorted(lost | {*unreliable_hosts(events, beside)})}
+    lost = {str(e["host"]) for log in logs.values() for e in select_events(log, "node_lost")}
+    failures = failures_of_hosts(events, beside)
+    avoid = {host: "; ".join(failures[host]) for host in sorted(lost | {*unreliable_hosts(events, beside)})}
     for name, log in logs.items():
-        sick = {str(e["host"]): f"{name}sick: {e['cause']}" for e in log if e["event"] == "node_sick"}
+        sick = {str(e["host"]): f"{name}sick: {e['cause']}" for e in select_events(log, "node_sick")}
         avoid |= {host: "; ".join(filter(None, (avoid.get(host), why))) for host, why in sick.items()}
     return avoid
 
 
-def failures_everywhere(events: Events, beside: Mapping[str, Events]) -> dict[str, list[str]]:
-    """Failures of each host in this run, then in the points ``beside`` it, with their names."""
-    found = failures_of_hosts(events)
-    for name, log in beside.items():
-        for host, told in failures_of_hosts(log).items():
-            found.setdefault(host, []).extend(f"{name}: {failure}" for failure in told)
-    return found
+def failures_of_hosts(events: Events, beside: Mapping[str, Events]) -> dict[str, list[str]]:
+    """Failures of each host since the command was typed, those of the points ``beside`` this run with their names.
 
-
-def failures_of_hosts(events: Events) -> dict[str, list[str]]:
-    """Failures of each host since the command was typed, at most one for an attempt, in the order of the attempts.
-
-    A host has failed where it was lost, or where the rank that failed first in an attempt ran there. An error about a
-    lost peer says nothing about the host that noticed it. Where replicas of the parameters differed, all ranks fail,
-    and the hosts are those of the replicas.
+    There is at most one for an attempt, in the order of the attempts. A host has failed if it was lost, or if the rank
+    that failed first in an attempt ran there. An error about a lost peer says nothing about the host that noticed it.
+    If replicas of the parameters differed, all ranks fail, and the hosts are those of the replicas.
     """
-    now = events_since_submission(events)
-    failures: dict[str, dict[object, str]] = defaultdict(dict)
-    for number, event in enumerate(now):
-        if event["event"] == "node_lost":
-            attempt = event.get("attempt")
-            when = "before the ranks started" if attempt is None else f"in attempt {attempt}"
-            failures[event["host"]].setdefault(number if attempt is None else attempt, f"lost {when}")
-    drifts = [event for event in now if event["event"] == DRIFT]
-    for event in drifts:
-        for host in event["hosts"]:
-            failures[host].setdefault(event["attempt"], f"in attempt {event['attempt']}: {event['cause']}")
-    told_otherwise = {event["attempt"] for event in drifts}
-    for end in attempt_ends(now):
-        is_of_host = end["cause"] in OF_A_HOST and end["attempt"] not in told_otherwise
-        first = first_failure(now, end["attempt"]) if is_of_host else None
-        if first is not None and not first.get("echo"):
-            told = f"rank {first['rank']} failed first in attempt {end['attempt']}: {first['cause']}"
-            failures[first["host"]].setdefault(end["attempt"], told)
-    return {host: list(by_attempt.values()) for host, by_attempt in failures.items()}
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, log in {
+        "": events_since_submission(events),
+        **{f"{name}: ": log for name, log in beside.items()},
+    }.items():
+        failures: dict[str, dict[object, str]] = defaultdict(dict)
+        for number, event in enumerate(log):
+            if event["event"] == "node_lost":
+                attempt = event.get("attempt")
+                when = "before the ranks started" if attempt is None else f"in attempt {attempt}"
+                failures[event["host"]].setdefault(number if attempt is None else attempt, f"lost {when}")
+        drifts = select_events(log, DRIFT)
+        for event in drifts:
+            for host in event["hosts"]:
+                failures[host].setdefault(event["attempt"], f"in attempt {event['attempt']}: {event['cause']}")
+        drifted = {event["attempt"] for event in drifts}
+        for end in attempt_ends(log):
+            is_of_host = end["cause"] in OF_A_HOST and end["attempt"] not in drifted
+            first = first_failure(log, end["attempt"]) if is_of_host else None
+            if first is not None and not first.get("echo"):
+                text = f"rank {first['rank']} failed first in attempt {end['attempt']}: {first['cause']}"
+                failures[first["host"]].setdefault(end["attempt"], text)
+        for host, by_attempt in failures.items():
+            found[host] += [f"{name}{failure}" for failure in by_attempt.values()]
+    return found
 
 
 def reasons(hosts: Mapping[str, str]) -> str:
@@ -341,56 +345,41 @@ def reasons(hosts: Mapping[str, str]) -> str:
     return " | ".join(f"{host}: {why}" for host, why in sorted(hosts.items()))
 
 
-# Size of an agent group: with how many nodes a start is made, all that the run asks for or fewer where some are
-# lost.
+# Number of nodes of a start: all nodes that the run requests, or fewer if some are lost.
 
 
-@dataclass(frozen=True)
-class GroupSizes:
-    """Numbers of nodes with which a run can be started."""
+def sizes_of_run(folder: RunFolder, config: Config) -> tuple[int, ...]:
+    """Numbers of nodes with which a run can start, from the largest, as its plan has them.
 
-    full: int
-    """As many as the run asks for."""
-    fewer: tuple[int, ...] = ()
-    """Smaller ones that its workload allows, from the largest."""
-
-    @classmethod
-    def of_run(cls, folder: RunFolder, config: Config) -> GroupSizes:
-        """Return the sizes of a run, as its plan holds them.
-
-        Raises:
-            ConfigError: the plan is damaged.
-        """
-        promised = (read_plan(folder).get("promised") or {}) if config.may_shrink else {}
-        return cls(config.nodes, tuple(promised.get("fewer_nodes") or ()))
-
-    @property
-    def least(self) -> int:
-        """The smallest size."""
-        return min(self.full, *self.fewer) if self.fewer else self.full
-
-    def largest(self, available: int) -> int | None:
-        """Return the largest size that ``available`` nodes can make; None where they are too few for any."""
-        return next((size for size in (self.full, *self.fewer) if size <= available), None)
+    Raises:
+        ConfigError: the plan is damaged.
+    """
+    promised = (read_plan(folder).get("promised") or {}) if config.may_shrink else {}
+    return (config.nodes, *(promised.get("fewer_nodes") or ()))
 
 
-def record_size(
-    folder: RunFolder, attempt: int, sizes: GroupSizes, hosts: Sequence[str], missing: Mapping[str, str]
-) -> None:
-    """Enter into the event log that an attempt runs on fewer nodes than the run asks for, or on all of them again.
+def largest_size(sizes: Sequence[int], available: int) -> int | None:
+    """Return the first of ``sizes``, the largest first, that ``available`` nodes can make; None if there is none."""
+    return next((size for size in sizes if size <= available), None)
+
+
+def record_size(folder: RunFolder, attempt: int, full: int, hosts: Sequence[str], missing: Mapping[str, str]) -> None:
+    """Record that an attempt runs on fewer nodes than the run requests, or on all of them again.
 
     Args:
-        hosts: those that take part.
-        missing: the others of the job, each with the reason.
+        folder: of the run.
+        attempt: that starts.
+        full: number of nodes that the run requests.
+        hosts: nodes of the attempt.
+        missing: the other nodes of the job, each with the reason.
     """
-    if len(hosts) < sizes.full:
+    if len(hosts) < full:
         cause = "; ".join(f"{host}: {why}" for host, why in missing.items())
-        told = {"nodes": len(hosts), "asked": sizes.full, "hosts": list(hosts), "cause": cause}
-        folder.record_event(FEWER_NODES, attempt=attempt, **told)
+        folder.record_event(FEWER_NODES, attempt=attempt, nodes=len(hosts), asked=full, hosts=list(hosts), cause=cause)
         return
     before = max((number for number in folder.attempts() if number < attempt), default=0)
     if before in fewer_nodes(folder.read_events()):
-        folder.record_event(ALL_NODES, attempt=attempt, nodes=sizes.full, hosts=list(hosts))
+        folder.record_event(ALL_NODES, attempt=attempt, nodes=full, hosts=list(hosts))
 
 
 # The meter of an allocation: when it began and ended, and whether its budget lasts.
@@ -403,96 +392,79 @@ LEAVE_S = 5.0
 
 
 class Meter:
-    """Meter of the allocation's use while it is open; on the head node alone."""
+    """Meter of the allocation's use, in a ``with`` block. It measures on the head node alone."""
 
-    def __init__(self, folder: RunFolder, node: Node, config: Config) -> None:
-        self._folder = folder
-        self._node = node
-        self._config = config
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._folder = context.folder
+        self._node = context.node
+        self._config = context.config
         self._polled = 0.0
-        self._together = command_folders(folder) if caps(config.budget) else [folder]
+        self._together = command_folders(context.folder) if caps(context.config.budget) else [context.folder]
 
     def __enter__(self) -> Meter:
-        if self._node.index == 0:
-            self._settle()
-            self._enter_submission()
-            # By its number and start time the batch script knows the agent's process.
+        if self._node.is_head:
+            self._close_killed_allocation()
+            if self._node.is_slurm and not is_recorded(self._folder.read_events(), self._node.slurm_names):
+                # The launcher died before it could record its submission, or is slower than this agent.
+                record_found(self._folder, self._node.slurm_job, self._node.count, by="agent")
+            # The batch script identifies the agent's process by its number and start time.
             pid = os.getpid()
             process = {"pid": pid, "pid_started": processes.start_time(pid)}
-            self._folder.record_event("agent_started", **self._allocation(), **process)
+            self._context.record("agent_started", **self._allocation(), **process)
             self._give_heartbeat()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._node.index == 0:
-            self._folder.record_event("agent_ended", job=self._node.job, ended_at=time.time())
+    def __exit__(self, *error: object) -> None:
+        if self._node.is_head:
+            self._context.record("agent_ended", job=self._node.job, ended_at=time.time())
 
     def poll(self, *, is_leaving: bool) -> str | None:
-        """Every ``budget.poll_s``: give a heartbeat, and say which cap is reached; none to a run that is leaving."""
-        if self._node.index or time.monotonic() - self._polled < self._config.budget.poll_s:
+        """Every ``budget.poll_s``: give a heartbeat, and return a cap that is reached; None for a run that leaves."""
+        if not self._node.is_head or time.monotonic() - self._polled < self._config.budget.poll_s:
             return None
-        if is_leaving:
-            self._polled = time.monotonic()
-            self._give_heartbeat()
-            return None
-        return self.poll_now()
+        return self.poll_now(is_leaving=is_leaving)
 
-    def poll_now(self) -> str | None:
-        """Poll at once, whenever the last poll was. A cap that is reached is entered into the event log."""
-        if self._node.index:
+    def poll_now(self, *, is_leaving: bool = False) -> str | None:
+        """Poll at once, whenever the last poll was. Records a cap that is reached."""
+        if not self._node.is_head:
             return None
         self._polled = time.monotonic()
         self._give_heartbeat()
         budget, now = self._config.budget, time.time()
-        if not caps(budget):
+        if is_leaving or not caps(budget):
             return None
+        # A run that is requested to stop at the next poll, and not now, would be gone after so many seconds. Its ranks
+        # are killed after the grace period: a stop takes so long while no save was measured.
+        grace, measured = float(self._config.resilience.grace_period_s), measure(self._folder)
+        lead_s = budget.poll_s + LEAVE_S + (grace if measured is None else min(grace, measured.stop_s))
         event_logs, rates = read_event_logs(self._together), rates_of(self._config)
-        why = spent(budget, used(event_logs, now, rates), used(event_logs, now + self._lead_s(), rates))
+        why = spent(budget, used(event_logs, now, rates), used(event_logs, now + lead_s, rates))
         if why is not None:
             attempt = max(self._folder.attempts(), default=None)
-            self._folder.record_event("budget_reached", attempt=attempt, job=self._node.job, cause=why)
+            self._context.record("budget_reached", attempt=attempt, job=self._node.job, cause=why)
         return why
 
-    def _lead_s(self) -> float:
-        """Seconds until a run that is requested to stop at the next poll, and not now, would be gone.
-
-        Its ranks are killed after ``resilience.grace_period_s``: that is how long it takes while no save was measured.
-        """
-        grace = float(self._config.resilience.grace_period_s)
-        measured = measure(self._folder)
-        return self._config.budget.poll_s + LEAVE_S + (grace if measured is None else min(grace, measured.stop_s))
-
-    def _settle(self) -> None:
-        """Enter the end of an allocation that was killed, from when it was last seen alive."""
+    def _close_killed_allocation(self) -> None:
+        """Record the end of an allocation that was killed, from its last heartbeat."""
         events = self._folder.read_events()
-        ended = {e["job"] for e in events if e["event"] == "agent_ended"}
-        lost = [e for e in events if e["event"] == "agent_started" and e["job"] not in ended]
+        ended = {end["job"] for end in select_events(events, "agent_ended")}
+        lost = [start for start in select_events(events, "agent_started") if start["job"] not in ended]
         if lost:
-            # It may have gone on until just before it would have given the next heartbeat.
+            # It may have continued until just before its next heartbeat.
             seen = max(last_heartbeat(self._folder) or 0.0, lost[-1]["time"]) + self._config.budget.poll_s
             ended_at = min(seen, time.time())
-            self._folder.record_event("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
-
-    def _enter_submission(self) -> None:
-        """Enter the job into the event log where its launcher died before it could, or is slower than this agent."""
-        if self._node.is_slurm and not is_recorded(self._folder.read_events(), self._node.slurm_names):
-            record_found(self._folder, self._node.slurm_job, self._node.count, by="agent")
+            self._context.record("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 
     def _allocation(self) -> dict[str, Any]:
-        """Describe the allocation: nodes, GPUs, price, and since when it is paid for."""
+        """Describe the allocation: nodes, GPUs, price, and the time from which it is charged."""
         config, node = self._config, self._node
         begun, limit_s = time.time(), 60.0 * config.cluster.timeout_min
         if node.is_slurm:
-            try:
+            with contextlib.suppress(scheduler.SlurmError):  # the agent started a moment after its job
                 job = scheduler.job_details(node.slurm_job, retries=1)
                 begun, limit_s = job.start_time or begun, job.time_limit_s or limit_s
-            except scheduler.SlurmError:  # the agent started a moment after its job
-                pass
-        placed: dict[str, Any] = next(
-            (e for e in reversed(self._folder.read_events()) if e["event"] == "submitted"), {}
-        )
+        placed = [{}, *select_events(self._folder.read_events(), "submitted")][-1]
         gpus = placed.get("gpus")
         if gpus is None and config.cluster.gpus_per_node is not None:
             gpus = node.count * config.cluster.gpus_per_node
@@ -503,7 +475,7 @@ class Meter:
     def _give_heartbeat(self) -> None:
         write_unwritten()
         file = heartbeat_file(self._folder)
-        with contextlib.suppress(OSError):  # a full disk; without heartbeats an allocation is reckoned by its events
+        with contextlib.suppress(OSError):  # a full disk; without heartbeats an allocation is charged by its events
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
             os.utime(file, (time.time(),) * 2)  # by this node's clock, as the event log is, not by the file server's

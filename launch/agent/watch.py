@@ -1,59 +1,75 @@
-"""Monitoring of an agent's ranks while they run: requests to stop, hung ranks, lost nodes."""
+"""This node's ranks while they run: requests to stop, hung ranks, lost nodes, and the records of ranks."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch.agent import node as processes
 from launch.agent.exchange import Agreement
-from launch.agent.health import record_lost_nodes
-from launch.agent.node import OWNER, STOP_FILE, AgentContext
+from launch.agent.node import OWNER, STOP_FILE, Attempt
+from launch.agent.outcome import stop_details
 from launch.agent.policy import BUDGET
 from launch.config import ResilienceConfig
 from launch.runs import heartbeat
-from launch.runs.events import enter_failure
+from launch.runs.environment import (
+    code_state,
+    describe_code,
+    describe_cpus,
+    describe_environment,
+    describe_rank,
+    driver_version,
+    library_versions,
+)
+from launch.runs.events import enter_failure, failure_kind, same_text
+from launch.runs.files import has_written, read_json
 from launch.runs.heartbeat import HeartbeatFile, Phase, RankHeartbeat
+from launch.runs.progress import Progress
+from launch.runs.records import recent_records
 
 if TYPE_CHECKING:
-    from launch.agent.ranks import RankAgent, Round
+    from torch.distributed.elastic.agent.server.api import RunResult
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    from launch.agent.ranks import RankAgent
 
 
-# Hang detector: finds ranks of this node that have stopped, frozen as a whole, or without progress.
+# Hang detector: finds ranks of this node that are stopped, frozen as a whole, or without progress.
 
 
 SLOW = (Phase.starting, Phase.saving, Phase.leaving)
 PAUSED_S = 5.0
 STACK_SIGNAL = signal.SIGQUIT
-"""Ranks answer it by writing the stacks of all their threads into their log (faulthandler)."""
+"""Signal at which ranks write the stacks of all their threads into their log (faulthandler)."""
 STACK_BEGUN = b"(most recent call first)"
-"""What the first line of each thread ends with."""
+"""End of the first line of each thread."""
 STACK_WAIT_S = 3.0
-"""For the first line."""
+"""Longest wait for the first line."""
 STACK_END_S = 20.0
-"""For the last one, on a node with more to do than cores to do it."""
+"""Longest wait for the last line, on a node with more to do than cores to do it."""
 NEARLY = 0.8
-"""Share of its limit after which a silent rank is named beside the one that reached it."""
+"""Share of its limit after which a silent rank is named too, if another rank has reached its limit."""
 
 
 @dataclass(frozen=True)
 class StuckRank:
-    """A rank that does not go on."""
+    """A rank without progress."""
 
     rank: int
     pid: int
     step: int | None
-    """Steps it had done; None if it never got as far as telling."""
+    """Steps done; None without a heartbeat."""
     why: str
     since: float
     """Time of its last progress, Unix time."""
-    has_stacks: bool = True
-    """True where it would answer to being requested its stacks; SIGQUIT ends any other process, with a core file."""
+    has_stacks: bool
+    """True if it answers ``STACK_SIGNAL``, which ends any other process, with a core file."""
 
 
 class Watchdog:
@@ -62,10 +78,10 @@ class Watchdog:
     Args:
         folder: the heartbeat files of the ranks, none of them older than this start.
         limits: how long each kind of silence may last.
-        logs: what each rank prints.
-        must_attach: whether a rank that gives no heartbeat is late after ``startup_and_save_timeout_s``. Without it
-            such a rank knows nothing of the launcher, and only its log speaks for it.
-        silence_timeout_s: how long the log of such a rank may stand still; None: for ever.
+        logs: the log of each rank.
+        must_attach: whether a rank without a heartbeat is late after ``startup_and_save_timeout_s``. Otherwise such a
+            rank knows nothing of the launcher, and only its log shows progress.
+        silence_timeout_s: longest time without growth of the log of such a rank; None: no limit.
     """
 
     def __init__(
@@ -83,10 +99,10 @@ class Watchdog:
         self._silence_timeout_s = silence_timeout_s
         self._started = self._polled = time.monotonic()
         self._printed: dict[int, tuple[int, float]] = {}
-        """Size of each rank's log, and when it last grew."""
+        """Size of each rank's log, and time of its last growth."""
 
     def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[StuckRank]:
-        """Those of ``ranks`` (rank: process id) that have been silent for ``share`` of their limit, longest first.
+        """Return those of ``ranks`` (rank: process id) that were silent for ``share`` of their limit, longest first.
 
         After a pause of this process itself (``scontrol suspend`` stops all alike) every limit begins anew.
         """
@@ -94,58 +110,51 @@ class Watchdog:
         if now - self._polled > PAUSED_S:
             self._started = now
         self._polled = now
-        found = [self._check(rank, pid, now, share) for rank, pid in ranks.items()]
-        return sorted((stuck for stuck in found if stuck is not None), key=lambda stuck: stuck.since)
+        found = []
+        for rank, pid in ranks.items():
+            last = heartbeat.read(self._folder / str(rank))
+            silence = self._check_without(rank, now, share) if last is None else self._check(last, now, share)
+            if silence is not None:
+                # The rank itself has the heartbeat, also if a wrapper runs between the rank and the agent.
+                pid, step = (pid, None) if last is None else (last.pid, last.step)
+                found.append(StuckRank(rank, pid, step, silence[1], time.time() - silence[0], last is not None))
+        return sorted(found, key=lambda stuck: stuck.since)
 
-    def _check(self, rank: int, pid: int, now: float, share: float) -> StuckRank | None:
-        last = heartbeat.read(self._folder / str(rank))
-        if last is None:
-            return self._check_start(rank, pid, now, share) or self._check_log(rank, pid, now, share)
-        # The process that gives heartbeats is the rank itself also where a wrapper stands between it and the agent.
-        frozen = now - max(last.ran_at, self._started)
-        if frozen > self._limits.heartbeat_timeout_s * share:
+    def _check(self, last: RankHeartbeat, now: float, share: float) -> tuple[float, str] | None:
+        """Seconds of silence and its description; None below the limit."""
+        limits = self._limits
+        frozen_s = now - max(last.ran_at, self._started)
+        if frozen_s > limits.heartbeat_timeout_s * share:
             state = "stopped" if processes.is_stopped(last.pid) else "frozen"
-            return _stuck(rank, last.pid, last.step, f"{state}: the process has not run for {frozen:.0f} s", frozen)
-        silent = now - max(last.moved_at, self._started)
-        if last.moved_at and silent > self._limit(last) * share:
-            why = f"hung: no progress for {silent:.0f} s while {last.phase.name}"
-            return _stuck(rank, last.pid, last.step, why, silent)
+            return frozen_s, f"{state}: the process has not run for {frozen_s:.0f} s"
+        silent_s = now - max(last.moved_at, self._started)
+        limit = limits.startup_and_save_timeout_s if last.phase in SLOW else limits.hang_timeout_s
+        if last.moved_at and silent_s > limit * share:
+            return silent_s, f"hung: no progress for {silent_s:.0f} s while {last.phase.name}"
         return None
 
-    def _check_start(self, rank: int, pid: int, now: float, share: float) -> StuckRank | None:
-        silent = now - self._started
-        if not self._must_attach or silent <= self._limits.startup_and_save_timeout_s * share:
-            return None
-        return StuckRank(rank, pid, None, f"not started after {silent:.0f} s", time.time() - silent, has_stacks=False)
-
-    def _check_log(self, rank: int, pid: int, now: float, share: float) -> StuckRank | None:
+    def _check_without(self, rank: int, now: float, share: float) -> tuple[float, str] | None:
+        """As ``_check``, of a rank without a heartbeat."""
+        silent_s = now - self._started
+        if self._must_attach and silent_s > self._limits.startup_and_save_timeout_s * share:
+            return silent_s, f"not started after {silent_s:.0f} s"
         if self._silence_timeout_s is None or rank not in self._logs:
             return None
-        size = _size(self._logs[rank])
-        known = self._printed.get(rank)
+        size, known = _size(self._logs[rank]), self._printed.get(rank)
         if known is None or size != known[0]:
             self._printed[rank] = (size, now)
             return None
-        silent = now - max(known[1], self._started)
-        if silent <= self._silence_timeout_s * share:
-            return None
-        why = f"hung: nothing printed for {silent:.0f} s"
-        return StuckRank(rank, pid, None, why, time.time() - silent, has_stacks=False)
-
-    def _limit(self, last: RankHeartbeat) -> float:
-        return self._limits.startup_and_save_timeout_s if last.phase in SLOW else self._limits.hang_timeout_s
-
-
-def _stuck(rank: int, pid: int, step: int | None, why: str, silent: float) -> StuckRank:
-    return StuckRank(rank, pid, step, why, time.time() - silent)
+        silent_s = now - max(known[1], self._started)
+        text = f"hung: nothing printed for {silent_s:.0f} s"
+        return (silent_s, text) if silent_s > self._silence_timeout_s * share else None
 
 
 def stack_of(pid: int, log: Path) -> str:
-    """The stacks of a rank's threads, by having it write them into its log; empty where it does not answer.
+    """The stacks of a rank's threads, which it writes into its log at a signal; empty if it does not answer.
 
-    A stopped process answers when it continues: it is continued, and the caller must end it right after.
+    A stopped process answers only when it continues: this function continues it, and the caller must end it then.
     """
-    before, blocking = _size(log), processes.threads_blocking(pid, STACK_SIGNAL)
+    before, blocking = _size(log), processes.threads_handling(pid, STACK_SIGNAL)
     try:
         os.kill(pid, STACK_SIGNAL)
         os.kill(pid, signal.SIGCONT)
@@ -154,14 +163,15 @@ def stack_of(pid: int, log: Path) -> str:
     asked = time.monotonic()
     while True:
         time.sleep(0.05)
-        # Looked at before the log is read: what was written until then is all there.
-        gone = processes.is_gone(pid)
-        handles = processes.is_pending(pid, STACK_SIGNAL) or processes.threads_blocking(pid, STACK_SIGNAL) - blocking
+        # Before the log is read, so that the log holds everything that was written until then.
+        is_done = processes.is_gone(pid)
+        is_writing = bool(processes.threads_handling(pid, STACK_SIGNAL) - blocking)
         with log.open("rb") as file:
             file.seek(before)
             answer = file.read()
         begun = STACK_BEGUN in answer
-        if gone or (begun and not handles) or time.monotonic() - asked > (STACK_END_S if begun else STACK_WAIT_S):
+        waited_s = time.monotonic() - asked
+        if is_done or (begun and not is_writing) or waited_s > (STACK_END_S if begun else STACK_WAIT_S):
             return answer.decode(errors="replace").strip()
 
 
@@ -169,105 +179,245 @@ def _size(log: Path) -> int:
     return log.stat().st_size if log.exists() else 0
 
 
-# Monitoring of an agent's ranks while they run: requests to stop, ranks that are stuck, nodes that are lost.
+# Conditions that an agent polls while its ranks run.
 
 
-STOP_FILE_S = 1.0  # a look asks a shared filesystem
+STOP_FILE_S = 1.0  # each look asks a shared filesystem
 
 
 class Watch:
     """Conditions that an agent polls several times a second, besides the exit of its ranks."""
 
-    def __init__(self, context: AgentContext, start: Round) -> None:
-        folder, config, group, node = context.folder, context.config, context.group, context.node
-        rdzv, contract, heartbeats = start.rdzv, start.contract, start.heartbeats
-        self._folder = folder
-        self._node = node
+    def __init__(self, attempt: Attempt) -> None:
+        config, contract, group = attempt.config, attempt.contract, attempt.group
+        self._attempt = attempt
         self._group = group
-        self._round = rdzv
-        self._stop = context.stop
-        self._meter = context.meter
-        ranks = rdzv.ranks(node.index, config.ranks_on_node)
-        logs = {rank: folder.log(rdzv.attempt, rank) for rank in ranks}
-        # Ranks that write their end into the event log have a heartbeat too, so a rank without one is late.
+        self._stop = attempt.stop
+        self._round = attempt.rdzv
+        logs = {rank: attempt.log(rank) for rank in attempt.ranks}
+        # Ranks that record their end have a heartbeat too, so a rank without one is late.
         self._watchdog = Watchdog(
-            heartbeats, config.resilience, logs, contract.records_events, contract.silence_timeout_s
+            attempt.heartbeats, config.resilience, logs, contract.records_events, contract.silence_timeout_s
         )
-        files = [HeartbeatFile(heartbeats / str(rank)) for rank in ranks]
-        self._agreement = Agreement(rdzv.number, node.index, rdzv.members, files)
-        group.heartbeat.conversation = self._agreement
-        self._heartbeats = [heartbeats / str(rank) for rank in ranks]
+        self._heartbeats = [attempt.heartbeats / str(rank) for rank in attempt.ranks]
+        files = [HeartbeatFile(path) for path in self._heartbeats]
+        self._agreement = Agreement(self._round.number, attempt.node.index, self._round.members, files)
+        group.heartbeat.agreement = self._agreement
         self._looked_for_file = 0.0
-        self._grace_s = config.resilience.grace_period_s
         self._stop_signal = signal.Signals[contract.stop_signal]
-        self._asked = False
+        self._has_signalled = False
         self.kill_reason: str | None = None
         """Reason for which this agent ended its ranks; None if it did not."""
 
     def poll(self, agent: RankAgent) -> None:
-        """Hand a request to stop on, and end the ranks where they outstay it, are stuck, or have lost their peers."""
-        self._stop.interruptible = False
+        """Stop the ranks on request, and end ranks that outstay the request, are stuck, or have lost their peers."""
+        stop, group, number = self._stop, self._group, self._round.number
+        stop.interruptible = False
         owner = os.environ.get(OWNER)
-        if owner and not self._stop.count and processes.is_gone(int(owner)):
-            self._stop.ask("the launcher is gone")
-        if self._meter.poll(is_leaving=bool(self._stop.count)):
-            self._stop.ask(BUDGET)
+        if owner and not stop.count and processes.is_gone(int(owner)):
+            stop.ask("the launcher is gone")
+        if self._attempt.meter.poll(is_leaving=bool(stop.count)):
+            stop.ask(BUDGET)
         if self._finds_stop_file():
-            self._stop.ask(STOP_FILE)
-        if self._stop.count:
+            stop.ask(STOP_FILE)
+        if stop.count:
             self._stop_ranks(agent)
         elif self.kill_reason is None:
             self.kill_reason = self._find_stuck(agent) or self.find_lost()
             if self.kill_reason is not None:
-                self._group.tell_failed(self._round.number)
-        if self.kill_reason is None and self._group.has_failed(self._round.number):
+                group.report_failed(number)
+        if self.kill_reason is None and group.has_failed(number):
             self.kill_reason = "another node failed"
             self._find_stuck(agent, NEARLY)
         if self.kill_reason is not None:
             agent.send(signal.SIGKILL)
 
     def _finds_stop_file(self) -> bool:
-        """Return whether somebody has put a file STOP into the run folder of ranks that do not look for it themselves.
+        """Return whether the run folder has a file STOP, and the ranks do not look for that file themselves.
 
-        Every agent looks, as a program that knows nothing of the launcher has only its own agent to tell it.
+        Every agent looks: a program that knows nothing of the launcher learns of the file only from its own agent.
         """
         now = time.monotonic()
         if self._stop.count or now - self._looked_for_file < STOP_FILE_S:
             return False
         self._looked_for_file = now
-        heard = any(heartbeat.read(path) is not None for path in self._heartbeats)
-        return not heard and (self._folder.path / STOP_FILE).exists()
+        look_themselves = any(heartbeat.read(path) is not None for path in self._heartbeats)
+        return not look_themselves and (self._attempt.folder.path / STOP_FILE).exists()
 
     def _stop_ranks(self, agent: RankAgent) -> None:
-        if not self._asked:
-            self._asked = True
-            self._folder.record_event(
-                "signalled", attempt=self._round.attempt, host=self._node.host, signal=self._stop.name
-            )
-            # For programs that know nothing of the launcher, and ranks that have not come as far as asking: they end
-            # now. To a rank that asks it is one more wish for the stop that the agents agree on.
+        attempt, stop = self._attempt, self._stop
+        if not self._has_signalled:
+            self._has_signalled = True
+            attempt.record("signalled", attempt=attempt.number, host=attempt.node.host, signal=stop.name)
+            # For programs that know nothing of the launcher, and ranks that do not poll yet: they end now. For a rank
+            # that polls it is one more request for the stop that the agents agree on.
             agent.send(self._stop_signal)
-            self._agreement.want_stop(self._stop_signal)
+            self._agreement.request_stop(self._stop_signal)
             self._group.heartbeat.wake()
-        at_once = self._stop.count > 1 and not self._node.is_slurm
-        if at_once or time.monotonic() > self._stop.since + self._grace_s:
+        at_once = stop.count > 1 and not attempt.node.is_slurm
+        if at_once or time.monotonic() > stop.since + attempt.config.resilience.grace_period_s:
             agent.send(signal.SIGKILL)
 
     def _find_stuck(self, agent: RankAgent, share: float = 1.0) -> str | None:
-        """Enter ranks that do not go on into the event log, with their stacks. The one silent longest is to blame."""
+        """Record ranks without progress, with their stacks. The rank that was silent longest is to blame."""
         stuck = self._watchdog.poll(agent.ranks(), share)
         for one in stuck:
-            log = self._folder.log(self._round.attempt, one.rank)
+            stacks = stack_of(one.pid, self._attempt.log(one.rank)) if one.has_stacks else ""
             enter_failure(
-                self._folder, self._round.attempt, one.rank, cause=one.why,
-                trace=stack_of(one.pid, log) if one.has_stacks else "", step=one.step, hung=True, since=one.since,
+                self._attempt.folder, self._attempt.number, one.rank,
+                cause=one.why, trace=stacks, step=one.step, hung=True, since=one.since,
             )  # fmt: skip
         return f"rank {stuck[0].rank} {stuck[0].why}" if stuck else None
 
     def find_lost(self) -> str | None:
-        """On the head node: a member that has fallen silent; elsewhere: the head node itself. None where none has."""
-        if not self._node.is_head:
+        """On the head node: find a silent member; elsewhere: a silent head node. None if there is none."""
+        if not self._attempt.node.is_head:
             return "the head node is lost" if self._group.head_is_lost() else None
         lost = self._group.find_silent(self._round)
-        record_lost_nodes(self._folder, self._round.attempt, lost)
+        self._attempt.record_problems("node_lost", self._attempt.number, lost)
         return f"node {lost[0].host} is lost" if lost else None
+
+
+# Records of ranks that do not record them: environment, printed steps, and ends.
+
+
+LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
+"""The line of a Python traceback that names the exception."""
+TERMINATED = "terminate called without an active exception"
+"""Last line of a process whose C++ threads are ended for them, as Python's end does to threads that need Python."""
+THREADS_LEFT = (
+    "; where its work was done, threads of its process group were alive when Python ended: import torch.distributed.nn "
+    "at the top of the script; del model, and torch.distributed.destroy_process_group(), at its end"
+)
+
+
+class RankRecords:
+    """Records of this node's ranks in one attempt, from their start to their end."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._contract = attempt.contract
+        self._progress = Progress(attempt.folder, attempt.number, attempt.ranks, attempt.contract)
+        self._unwritten_part: dict[str, Any] | None = None
+        self._environment: dict[str, Any] = {}
+        self._is_environment_written = False
+
+    def begin(self, cpus: Sequence[Collection[int]] | None = None) -> None:
+        """Record that the ranks start, and their environment, unless the ranks record both.
+
+        Args:
+            cpus: CPUs that each rank is bound to, by local rank; None if ranks are not bound.
+        """
+        attempt = self._attempt
+        if self._contract.records_events:
+            return
+        entries = [describe_rank(rank, local, attempt.place) for local, rank in enumerate(attempt.ranks)]
+        for local, bound in enumerate(cpus or ()):
+            entries[local] |= describe_cpus(bound)
+        self._unwritten_part = {"ranks": entries}
+        self._write_environment()
+        if attempt.place == 0:
+            size, steps = attempt.config.world_size, self._contract.max_steps
+            attempt.record("started", attempt=attempt.number, world_size=size, max_steps=steps)
+
+    def poll(self) -> None:
+        """Read the output of the ranks since the last poll, and write the environment of the attempt."""
+        self._progress.poll()
+        self._write_environment()
+
+    def close(self) -> None:
+        """Read the rest once the ranks have ended."""
+        self._progress.close()
+        self._write_environment()  # a short program may end before the first poll
+
+    def _write_environment(self) -> None:
+        """Write this node's part; on the first node also ``environment.json``, once the parts of all nodes exist."""
+        attempt, folder = self._attempt, self._attempt.folder
+        is_done = self._contract.records_events or self._is_environment_written or attempt.place > 0
+        if is_done and self._unwritten_part is None:
+            return
+        nodes = range(len(attempt.rdzv.members))
+        parts = [folder.attempt(attempt.number) / "nodes" / f"{place:05d}.json" for place in nodes]
+        if self._unwritten_part is not None and has_written(parts[attempt.place], self._unwritten_part):
+            self._unwritten_part = None
+        if is_done:
+            return
+        found = [read_json(part).get("ranks") for part in parts] if not self._environment else []
+        if found and None not in found:
+            self._environment = self._describe([entry for ranks in found for entry in ranks or ()])
+        path = folder.environment(attempt.number)
+        self._is_environment_written = bool(self._environment) and has_written(path, self._environment)
+
+    def _describe(self, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Environment of the attempt, with one entry for each rank."""
+        attempt, contract, driver = self._attempt, self._contract, driver_version()
+        return {
+            "attempt": attempt.number,
+            "time": time.time(),
+            "workload": attempt.workload,
+            "command": list(attempt.command.args),
+            "world_size": len(ranks),
+            "ranks": ranks,
+            "environment": describe_environment(),
+            "software": library_versions() | ({"nvidia-driver": driver} if driver else {}),
+            "git": code_state(attempt.tree.root),
+            "code": describe_code(attempt.tree.root, attempt.tree.files),
+            "unit": contract.unit,
+            "work_per_step": contract.work_per_step,
+            "weak_scaling": contract.weak_scaling,
+            "max_steps": contract.max_steps,
+        }
+
+    def record_end(self, asks_for_requeue: bool) -> None:
+        """Record the end of ranks that left in order, unless the ranks record it.
+
+        Every node whose ranks request a requeue records that; the first node records that all ranks have finished.
+        """
+        attempt, stop = self._attempt, self._attempt.stop
+        if self._contract.records_events:
+            return
+        records = recent_records(attempt.folder.metrics(0))
+        details = {"attempt": attempt.number, "step": records[-1]["step"] if records else None}
+        if asks_for_requeue:
+            attempt.record("stopped", **details, node=attempt.node.index, asks_for_requeue=True)
+        elif attempt.place == 0 and not attempt.events("finished", "stopped", attempt=attempt.number):
+            # Rank 0 of a script that uses launch.worker records its end itself.
+            attempt.record("stopped" if stop.count else "finished", **details, **stop_details(stop))
+
+    def record_silent_failures(self, result: RunResult, killed: Collection[int]) -> None:
+        """Record ranks that died without a record, with their traceback or the end of their log.
+
+        Args:
+            result: of all ranks of this node.
+            killed: ranks that this agent has ended itself.
+        """
+        attempt, contract = self._attempt, self._contract
+        known = {e["rank"] for e in attempt.events("rank_failed", attempt=attempt.number)}
+        kinds: dict[str, int] = {}
+        for rank, failure in sorted(result.failures.items()):
+            # A program that is requested to stop, and knows nothing of the launcher, may end in any way.
+            stopped = attempt.stop.count and (failure.exitcode < 0 or not contract.records_events)
+            if rank in known or rank in killed or stopped or failure.exitcode == contract.requeue_exit:
+                continue
+            cause, trace = failure_message(failure, attempt.log(rank))
+            first = kinds.setdefault(failure_kind(cause, trace), rank)
+            same = {} if first == rank else {"same_as": first}
+            text = same_text(first) if same else trace
+            enter_failure(attempt.folder, attempt.number, rank, cause=cause, trace=text, step=None, **same)
+
+
+def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
+    """Cause and traceback of a rank's failure: from the error file that torch's @record writes, or from its log."""
+    try:
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+    except FileNotFoundError:
+        end = ""
+    message = failure.error_file_data.get("message") if failure.error_file_data else None
+    if isinstance(message, dict) and message.get("message"):
+        return str(message["message"]), str((message.get("extraInfo") or {}).get("py_callstack") or end)
+    number = -failure.exitcode
+    if number > 0:
+        hint = THREADS_LEFT if number == signal.SIGABRT and end.rstrip().endswith(TERMINATED) else ""
+        return f"killed by {signal.Signals(number).name}{hint}", end
+    last = LAST_LINE.findall(end)
+    return (f"{last[-1]} (exit status {failure.exitcode})" if last else f"exit status {failure.exitcode}"), end

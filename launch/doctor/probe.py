@@ -62,7 +62,7 @@ def run(root: str) -> None:
     node = Node.from_env(None)
     record: dict[str, Any] = {"index": node.index, "time_s": time.time(), **look_around(folder.path)}
     health = HealthCheck(folder.path, config.resilience.health_check, config.cluster.gpus_per_node)
-    record["faults"] = [str(fault) for fault in health.examine()]
+    record["faults"] = [fault.found for fault in health.examine()]
     try:
         record["names"] = resolve(job_hosts())
         visit(folder, node, config, record)

@@ -30,6 +30,12 @@ FEWER_NODES, ALL_NODES = "fewer_nodes", "all_nodes"
 """Events of an attempt that runs on fewer nodes than its run asks for, and of the first one on all nodes after it."""
 
 
+def select_events(events: Events, *names: str, **fields: Any) -> list[dict[str, Any]]:
+    """Return the events with one of these names, and with these values of fields, oldest first."""
+    wanted = [event for event in events if event["event"] in names]
+    return [event for event in wanted if all(event.get(field) == value for field, value in fields.items())]
+
+
 def events_since_submission(events: Events) -> list[dict[str, Any]]:
     """Return the events since a person last typed the command: typing it again forgives what went before."""
     return list(events[last_command(events) :])

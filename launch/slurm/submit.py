@@ -20,8 +20,7 @@ from rich.console import Console
 from submitit.core.utils import FailedJobError
 
 from gpt_launch.agent import run as run_agent
-from launch.agent import main as agent
-from launch.agent.node import OWNER
+from launch.agent.node import OWNER, TOKEN
 from launch.config import Config
 from launch.config.compose import read_point, workload_of
 from launch.errors import ConfigError
@@ -225,7 +224,7 @@ def start_local(plan: Plan) -> LocalJob:
     executor.update_parameters(
         tasks_per_node=plan.nodes, timeout_min=plan.timeout_min, gpus_per_node=len(gpus), visible_gpus=gpus
     )
-    os.environ[agent.TOKEN] = uuid.uuid4().hex
+    os.environ[TOKEN] = uuid.uuid4().hex
     os.environ[OWNER] = str(os.getpid())
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -1,22 +1,35 @@
-"""In-memory checkpoints as a rank sees them: its connection to the memory stores that the agents keep beside the ranks.
+"""In-memory checkpoints: the memory store of a node, the client of a rank, and the messages between the two.
 
-Both ends first prove that they know the run's token. Messages are JSON, signed and numbered; bytes after a message have
-a SHA-256 sum. Nothing is unpickled. A file is cut into chunks, and its sum is that of the sums of its chunks, so
-that each byte is hashed once, however many stores receive it. Standard library only.
+    python -m gpt_launch launch.worker.memory AGENT          a store, started by the agent; ends with it
+
+Ranks send their own part of a checkpoint to the store of their node and to that of another node. A store keeps one
+checkpoint that all ranks have agreed on, and the one that is being sent, while ranks restart. Its files are in
+anonymous memory, so nothing is left behind when the processes of a node are killed.
+
+Both ends first prove that they know the secret of the stores. Messages are JSON, signed and numbered; bytes after a
+message have a SHA-256 sum. Nothing is unpickled. A file is cut into chunks, and its sum is that of the sums of its
+chunks, so that each byte is hashed once, for all stores that receive it. Standard library only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import os
 import secrets
+import signal
 import socket
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import subprocess
+import sys
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..process import die_with_parent
 
 STORE = "LAUNCH_MEMORY_STORE"
 """Variable of an agent's ranks: ``address:port`` of the memory store of their node."""
@@ -25,18 +38,17 @@ SECRET = "LAUNCH_MEMORY_SECRET"
 CHUNK = 1 << 22
 """Bytes that are sent, hashed and read at a time."""
 TIMEOUT_S = 60.0
-"""Longest silence of the other end, which also hashes what it is asked to verify."""
+"""Longest silence of the other end, which also hashes the files that it verifies."""
 LONGEST_MESSAGE = 1 << 26
 NONCE = 32
 MAC = 32
 
 
 class StoreError(ConnectionError):
-    """A memory store does not do what it is asked to, or the other end does not know the run's token."""
+    """A memory store cannot do a request, or the other end does not know the secret of the stores."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Address of a memory store."""
 
     host: str
@@ -47,37 +59,38 @@ class Place:
 
 
 def own_store(environment: Mapping[str, str] = os.environ) -> tuple[Place, str] | None:
-    """Return the memory store of this rank's node, and the secret of all of them; None where no agent keeps one."""
-    told, secret = environment.get(STORE), environment.get(SECRET)
-    if not told or not secret:
+    """Return the memory store of this rank's node, and the secret of all stores; None if no agent keeps a store."""
+    place, secret = environment.get(STORE), environment.get(SECRET)
+    if not place or not secret:
         return None
-    host, _, port = told.rpartition(":")
+    host, _, port = place.rpartition(":")
     return Place(host, int(port)), secret
+
+
+# The messages.
 
 
 class Channel:
     """One end of a connection between two processes that know the same secret.
 
     Raises:
-        StoreError: the other end does not.
+        StoreError: the other end does not know it.
     """
 
     def __init__(self, connection: socket.socket, secret: str, is_store: bool) -> None:
         self._connection = connection
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        key = secret.encode()
-        mine = secrets.token_bytes(NONCE)
-        # The rank proves itself first: a stranger who asks learns nothing but a random number.
+        key, nonce = secret.encode(), secrets.token_bytes(NONCE)
+        # The rank proves itself first: a stranger receives a random number, and no more.
         if is_store:
-            connection.sendall(mine)
-            theirs = self._take(NONCE)
-            nonces = mine + theirs
-            _demand(self._take(MAC), _sign(key, b"rank", nonces))
+            connection.sendall(nonce)
+            nonces = bytes(nonce + self._take(NONCE))
+            _compare(self._take(MAC), _sign(key, b"rank", nonces))
             connection.sendall(_sign(key, b"store", nonces))
         else:
-            nonces = self._take(NONCE) + mine
-            connection.sendall(mine + _sign(key, b"rank", nonces))
-            _demand(self._take(MAC), _sign(key, b"store", nonces))
+            nonces = bytes(self._take(NONCE) + nonce)
+            connection.sendall(nonce + _sign(key, b"rank", nonces))
+            _compare(self._take(MAC), _sign(key, b"store", nonces))
         session = _sign(key, b"session", nonces)
         self._keys = [_sign(session, name, b"") for name in ((b"store", b"rank") if is_store else (b"rank", b"store"))]
         self._counts = [0, 0]
@@ -88,53 +101,49 @@ class Channel:
         Args:
             message: plain JSON.
             payload: the bytes.
-            digest: their SHA-256, where it is known already.
+            digest: their SHA-256, if it is known already.
         """
         size = memoryview(payload).nbytes
         if size:
-            told = {"size": size, "sha256": digest or hashlib.sha256(payload).hexdigest()}
-            message = {**message, "payload": told}
+            about = {"size": size, "sha256": digest or hashlib.sha256(payload).hexdigest()}
+            message = {**message, "payload": about}
         text = json.dumps(message).encode()
-        mac = self._mac(0, text)
-        self._connection.sendall(struct.pack(">I", len(text)) + mac + text)
+        self._connection.sendall(struct.pack(">I", len(text)) + self._mac(0, text) + text)
         if size:
             self._connection.sendall(payload)
 
     def receive(self) -> tuple[dict[str, Any], bytearray]:
-        """Receive a message, and the bytes after it, both as they were sent.
+        """Receive a message and the bytes after it.
 
         Raises:
-            StoreError: they are not.
+            StoreError: the message or the bytes are not those that were sent.
             EOFError: the other end has closed the connection.
         """
         (length,) = struct.unpack(">I", self._take(4))
         if length > LONGEST_MESSAGE:
             raise StoreError(f"a message of {length} bytes")
         mac, text = self._take(MAC), self._take(length)
-        _demand(mac, self._mac(1, text))
-        message = json.loads(text)
-        told = message.pop("payload", None)
-        if told is None:
+        _compare(mac, self._mac(1, text))
+        message: dict[str, Any] = json.loads(text)
+        about = message.pop("payload", None)
+        if about is None:
             return message, bytearray()
-        if told["size"] > CHUNK:
-            raise StoreError(f"a payload of {told['size']} bytes")
-        payload = self._take_payload(told["size"])
-        if hashlib.sha256(payload).hexdigest() != told["sha256"]:
-            raise StoreError("bytes that are not those that were sent")
-        return {**message, "sha256": told["sha256"]}, payload
+        if about["size"] > CHUNK:
+            raise StoreError(f"a payload of {about['size']} bytes")
+        payload = self._take(about["size"])
+        if hashlib.sha256(payload).hexdigest() != about["sha256"]:
+            raise StoreError("the bytes are not those that were sent")
+        return {**message, "sha256": about["sha256"]}, payload
 
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
 
-    def _mac(self, direction: int, text: bytes) -> bytes:
+    def _mac(self, direction: int, text: bytes | bytearray) -> bytes:
         self._counts[direction] += 1
         return _sign(self._keys[direction], struct.pack(">Q", self._counts[direction]), text)
 
-    def _take(self, size: int) -> bytes:
-        return bytes(self._take_payload(size))
-
-    def _take_payload(self, size: int) -> bytearray:
+    def _take(self, size: int) -> bytearray:
         taken = bytearray(size)
         view = memoryview(taken)
         while view:
@@ -145,60 +154,68 @@ class Channel:
         return taken
 
 
+def _sign(key: bytes, purpose: bytes, content: bytes | bytearray) -> bytes:
+    return hmac.new(key, purpose + b"\0" + content, hashlib.sha256).digest()
+
+
+def _compare(found: bytes | bytearray, expected: bytes) -> None:
+    if not hmac.compare_digest(found, expected):
+        raise StoreError("the other end does not know the token of this run")
+
+
+# The rank's end.
+
+
 class StoreClient:
-    """A rank's line to one memory store, for the length of a ``with`` block.
+    """Connection of a rank to one memory store, for the length of a ``with`` block.
 
     Raises:
-        OSError: nobody answers there, or the other end does not know the secret.
+        OSError: no store answers, or the other end does not know the secret.
     """
 
     def __init__(self, place: Place, secret: str) -> None:
         self.place = place
-        connection = socket.create_connection((place.host, place.port), timeout=TIMEOUT_S)
+        connection = socket.create_connection(place, timeout=TIMEOUT_S)
         try:
             self._channel = Channel(connection, secret, is_store=False)
-        except EOFError as error:
+        except BaseException as error:
             connection.close()
-            raise StoreError(f"the memory store at {place} refuses this rank: another token") from error
-        except BaseException:
-            connection.close()
+            if isinstance(error, EOFError):
+                raise StoreError(f"the memory store at {place} refuses this rank: another token") from error
             raise
 
     def __enter__(self) -> StoreClient:
         return self
 
-    def __exit__(self, *args: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._channel.close()
 
     def ask(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Have something done, and return the answer.
+        """Send a request and return the answer.
 
         Raises:
-            StoreError: it cannot be done; the message says why.
+            StoreError: the store cannot do the request; the message says why.
         """
-        return self._ask(op, arguments)[0]
+        self._channel.send({"op": op, **arguments})
+        return self._answer()[0]
 
-    def tell(self, op: str, payload: bytes | memoryview, digest: str, **arguments: Any) -> None:
-        """Send bytes and wait for no answer: what goes wrong with them is heard with the next one."""
+    def append(self, payload: bytes | memoryview, digest: str, **arguments: Any) -> None:
+        """Send a chunk of a file without waiting for an answer: the next request reports an error."""
         try:
-            self._channel.send({"op": op, **arguments}, payload, digest)
+            self._channel.send({"op": "append", **arguments}, payload, digest)
         except (BrokenPipeError, ConnectionResetError):
-            self._answer()  # it says why it has hung up
+            self._answer()  # the reason for which the store has closed the connection
             raise
 
     def read(self, save: str, rank: int, name: str, offset: int, size: int) -> bytearray:
-        """Read a part of a file, of at most ``CHUNK`` bytes; it comes as it lies there, or not at all."""
-        where = {"save": save, "rank": rank, "name": name, "offset": offset, "size": size}
-        return self._ask("read", where)[1]
+        """Read a part of a file, of at most ``CHUNK`` bytes."""
+        self._channel.send({"op": "read", "save": save, "rank": rank, "name": name, "offset": offset, "size": size})
+        return self._answer()[1]
 
     def read_all(self, save: str, rank: int, name: str, size: int) -> bytes:
         """Read a whole file of ``size`` bytes."""
         parts = [self.read(save, rank, name, at, min(CHUNK, size - at)) for at in range(0, size, CHUNK)]
         return b"".join(parts)
-
-    def _ask(self, op: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], bytearray]:
-        self._channel.send({"op": op, **arguments})
-        return self._answer()
 
     def _answer(self) -> tuple[dict[str, Any], bytearray]:
         try:
@@ -211,10 +228,10 @@ class StoreClient:
 
 
 class Upload:
-    """A file on its way into several stores at once; written from its beginning to its end.
+    """A file that is sent to several stores at once; written from its beginning to its end.
 
     Args:
-        stores: lines to them, on each of which the part of ``rank`` in ``save`` was begun.
+        stores: clients, each of which has begun the part of ``rank`` in ``save``.
         save: of the checkpoint.
         rank: whose part the file belongs to.
         name: of the file.
@@ -228,14 +245,14 @@ class Upload:
         self.size = 0
 
     def write(self, data: Any) -> int:
-        """Send ``data``, in whole chunks as they come together; returns its bytes."""
+        """Send ``data``, in whole chunks as soon as these are complete; returns its bytes."""
         view = memoryview(data).cast("B")
         length = view.nbytes
         self.size += length
         while view:
             piece = view[: CHUNK - len(self._pending)]
             view = view[len(piece) :]
-            if len(piece) == CHUNK:  # sent from where it lies
+            if len(piece) == CHUNK:  # without a copy
                 self._send(piece)
                 continue
             self._pending += piece
@@ -251,10 +268,10 @@ class Upload:
         """Do nothing: chunks are sent whole."""
 
     def close(self) -> None:
-        """Send the rest."""
+        """Do nothing: ``end`` sends the rest."""
 
     def end(self) -> None:
-        """Send the rest, and tell the stores that the file is whole, with its sum."""
+        """Send the rest, and the size and sum of the file."""
         self._flush()
         for store in self._stores:
             store.ask("end", **self._where, size=self.size, total=self._sums.total())
@@ -265,9 +282,9 @@ class Upload:
             self._pending = bytearray()
 
     def _send(self, piece: memoryview) -> None:
-        digest = self._sums.add(piece)
+        digest = self._sums.add(hashlib.sha256(piece).hexdigest())
         for store in self._stores:
-            store.tell("append", piece, digest, **self._where)
+            store.append(piece, digest, **self._where)
 
 
 class FileSums:
@@ -276,25 +293,278 @@ class FileSums:
     def __init__(self) -> None:
         self._total = hashlib.sha256()
 
-    def add(self, chunk: bytes | memoryview) -> str:
-        """Add the next chunk; returns its own sum."""
-        digest = hashlib.sha256(chunk)
-        self.note(digest.hexdigest())
-        return digest.hexdigest()
-
-    def note(self, digest: str) -> None:
-        """Add the next chunk by its sum."""
+    def add(self, digest: str) -> str:
+        """Add the next chunk by its sum, and return that."""
         self._total.update(bytes.fromhex(digest))
+        return digest
 
     def total(self) -> str:
         """Return the sum of the file so far."""
         return self._total.hexdigest()
 
 
-def _sign(key: bytes, purpose: bytes, content: bytes) -> bytes:
-    return hmac.new(key, purpose + b"\0" + content, hashlib.sha256).digest()
+# The store.
 
 
-def _demand(found: bytes, expected: bytes) -> None:
-    if not hmac.compare_digest(found, expected):
-        raise StoreError("the other end does not know the token of this run")
+NICENESS = 10
+"""The store gets the CPU time that the ranks do not use."""
+BACKLOG = 4096
+CLOSING_S = 5.0
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that request a job to save and leave; the store ends with its agent."""
+REQUESTS = ("begin", "end", "finish", "commit", "keep", "inventory", "verify")
+
+
+class StoredFile:
+    """A file in memory."""
+
+    def __init__(self) -> None:
+        self._descriptor = os.memfd_create("memory_checkpoint")
+        self._sums = FileSums()
+        self.size = 0
+        self.sum = ""
+        """Sum of the file as the rank has computed it; empty until the file is whole."""
+
+    def append(self, content: bytearray, digest: str) -> None:
+        """Append a chunk with its sum."""
+        view = memoryview(content)
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+        self._sums.add(digest)
+        self.size += len(content)
+
+    def end(self, size: int, total: str) -> None:
+        """Mark the file as whole.
+
+        Raises:
+            StoreError: size or sum are not those of the rank's file.
+        """
+        if (self.size, self._sums.total()) != (size, total):
+            raise StoreError("a file that is not the one that was sent")
+        self.sum = total
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Read a part."""
+        return os.pread(self._descriptor, min(size, CHUNK), offset)
+
+    def is_damaged(self) -> bool:
+        """Return whether the content of the file differs from its sum."""
+        sums = FileSums()
+        for offset in range(0, self.size, CHUNK):
+            sums.add(hashlib.sha256(self.read(offset, CHUNK)).hexdigest())
+        return sums.total() != self.sum
+
+    def close(self) -> None:
+        """Free the memory."""
+        os.close(self._descriptor)
+
+
+@dataclass
+class StoredSave:
+    """The part of a checkpoint that this store has."""
+
+    step: int
+    world_size: int
+    is_committed: bool = False
+    """True once all ranks have agreed that the checkpoint is complete."""
+    parts: dict[int, dict[str, StoredFile]] = field(default_factory=dict)
+    """Rank -> name -> file."""
+    whole: set[int] = field(default_factory=set)
+    """Ranks whose part is complete."""
+
+
+class Store:
+    """Contents of a memory store, with a method for each request."""
+
+    def __init__(self) -> None:
+        self._saves: dict[str, StoredSave] = {}
+        self._lock = threading.RLock()
+
+    def begin(self, save: str, rank: int, step: int, world_size: int) -> None:
+        """Begin the part of a rank. The store has at most one save without an agreement, the newest."""
+        with self._lock:
+            self._drop([name for name, held in self._saves.items() if name != save and not held.is_committed])
+            held = self._saves.setdefault(save, StoredSave(step, world_size))
+            for former in held.parts.get(rank, {}).values():
+                former.close()
+            held.whole.discard(rank)
+            held.parts[rank] = {}
+
+    def append(self, save: str, rank: int, name: str, content: bytearray, digest: str) -> None:
+        """Append a chunk to a file; the first chunk makes the file."""
+        with self._lock:
+            files = self._part(save, rank)
+            if name not in files:
+                files[name] = StoredFile()
+        files[name].append(content, digest)
+
+    def end(self, save: str, rank: int, name: str, size: int, total: str) -> None:
+        """Mark a file as whole."""
+        with self._lock:
+            self._part(save, rank).setdefault(name, StoredFile()).end(size, total)
+
+    def finish(self, save: str, rank: int) -> None:
+        """Mark the part of a rank as whole."""
+        with self._lock:
+            if not all(file.sum for file in self._part(save, rank).values()):
+                raise StoreError(f"the part of rank {rank} is not whole")
+            self._saves[save].whole.add(rank)
+
+    def commit(self, save: str) -> None:
+        """Mark a save on which all ranks have agreed, and drop all other saves.
+
+        Each rank sends this request, and only the first counts: other ranks may already send the next save.
+        """
+        with self._lock:
+            held = self._saves.get(save)
+            if held is not None and not held.is_committed:
+                held.is_committed = True
+                self.keep(save)
+
+    def keep(self, save: str) -> None:
+        """Drop all saves but this one."""
+        with self._lock:
+            self._drop(self._saves.keys() - {save})
+
+    def inventory(self) -> dict[str, Any]:
+        """List the whole parts of saves on which all ranks have agreed."""
+        with self._lock:
+            return {
+                "saves": [
+                    {
+                        "save": name,
+                        "step": held.step,
+                        "world_size": held.world_size,
+                        "parts": [
+                            [rank, {file: at.size for file, at in held.parts[rank].items()}]
+                            for rank in sorted(held.whole)
+                        ],
+                    }
+                    for name, held in self._saves.items()
+                    if held.is_committed
+                ]
+            }
+
+    def verify(self, save: str, rank: int) -> dict[str, Any]:
+        """Read the part of a rank, and name the files whose content differs from their sum."""
+        with self._lock:
+            files = dict(self._part(save, rank))
+        return {"damaged": sorted(name for name, file in files.items() if file.is_damaged())}
+
+    def read(self, save: str, rank: int, name: str, offset: int, size: int) -> bytes:
+        """Read a part of a file."""
+        with self._lock:
+            file = self._part(save, rank).get(name)
+        if file is None:
+            raise StoreError(f"rank {rank} has no file {name}")
+        return file.read(offset, size)
+
+    def _part(self, save: str, rank: int) -> dict[str, StoredFile]:
+        if save not in self._saves or rank not in self._saves[save].parts:
+            raise StoreError(f"no part of rank {rank} in this save")
+        return self._saves[save].parts[rank]
+
+    def _drop(self, names: Collection[str]) -> None:
+        for name in names:
+            for files in self._saves.pop(name).parts.values():
+                for file in files.values():
+                    file.close()
+
+
+def answer(store: Store, channel: Channel) -> None:
+    """Answer one rank, until it closes the connection, or a request fails."""
+    while True:
+        message, content = channel.receive()
+        op, digest = message.pop("op"), message.pop("sha256", "")
+        try:
+            if op == "append":
+                store.append(content=content, digest=digest, **message)
+            elif op == "read":
+                channel.send({}, store.read(**message))
+            elif op in REQUESTS:
+                channel.send(getattr(store, op)(**message) or {})
+            else:
+                raise StoreError(f"no request {op!r}")
+        except (StoreError, OSError, TypeError) as error:
+            channel.send({"error": str(error)})
+            return
+
+
+def serve(store: Store, listener: socket.socket, secret: str) -> None:
+    """Answer all ranks that know the secret, each in a thread."""
+
+    def meet(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError, EOFError, ValueError), connection:
+            connection.settimeout(TIMEOUT_S)  # also of a stranger, who sends nothing
+            channel = Channel(connection, secret, is_store=True)
+            connection.settimeout(None)  # a rank that computes; the kernel reports one that has died
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            answer(store, channel)
+
+    while True:
+        connection, _ = listener.accept()
+        threading.Thread(target=meet, args=(connection,), daemon=True).start()
+
+
+def main() -> None:
+    """Serve until the agent closes standard input, or dies."""
+    die_with_parent(int(sys.argv[1]))
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(NICENESS)
+    address, secret = json.loads(sys.stdin.readline())  # not in the command line, which every user can read
+    with socket.create_server((address, 0), backlog=BACKLOG) as listener:
+        print(listener.getsockname()[1], flush=True)
+        threading.Thread(target=serve, args=(Store(), listener, secret), daemon=True).start()
+        sys.stdin.read()
+    os._exit(0)
+
+
+class MemoryStore:
+    """The memory store of this agent, for the length of a ``with`` block. Started at its first use."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._place = ""
+
+    def __enter__(self) -> MemoryStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the store; its checkpoints are gone."""
+        process, self._process = self._process, None
+        if process is not None:
+            try:
+                process.communicate(timeout=CLOSING_S)  # closes its standard input
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+
+    def environment(self, address: str, secret: str) -> Mapping[str, str]:
+        """Return the variables with which ranks find the store, which listens on ``address``. A dead store is replaced.
+
+        If a store cannot be started, standard error says so, and the ranks have no store.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._start(address, secret)
+        return {STORE: self._place, SECRET: secret}
+
+    def _start(self, address: str, secret: str) -> None:
+        self.__exit__()
+        words = [sys.executable, "-m", "gpt_launch", "launch.worker.memory", str(os.getpid())]
+        process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._process, port = process, ""
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(OSError):
+            print(json.dumps([address, secret]), file=process.stdin, flush=True)
+            port = process.stdout.readline().strip()
+        self._place = f"{address}:{port}" if port else ""
+        if not port:
+            print("launch: no checkpoints in memory: the memory store does not start", file=sys.stderr)
+            self.__exit__()
+
+
+if __name__ == "__main__":
+    main()

@@ -22,8 +22,7 @@ from gpt.workload.text import checkpoint_text
 from launch.config import ClusterConfig
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
-from launch.worker.memory import CHUNK, Place, StoreClient, StoreError, Upload
-from launch.worker.memory_store import Store, serve
+from launch.worker.memory import CHUNK, Place, Store, StoreClient, StoreError, Upload, serve
 from launch.workload import PlanRequest
 from tests.support.commands import TINY
 from tests.support.composing import config_from
@@ -191,7 +190,7 @@ def test_who_does_not_know_the_token_is_not_heard(nodes: list[Served]) -> None:
 def test_a_copy_that_changes_on_its_way_is_refused(nodes: list[Served]) -> None:
     with StoreClient(nodes[0].place, SECRET) as store:
         store.ask("begin", save="s", rank=0, step=1, world_size=1)
-        store.tell("append", b"other bytes", "0" * 64, save="s", rank=0, name="file")
+        store.append(b"other bytes", "0" * 64, save="s", rank=0, name="file")
         with pytest.raises((StoreError, OSError)):
             store.ask("end", save="s", rank=0, name="file", size=11, total="0" * 64)
     assert nodes[0].store._saves["s"].parts[0] == {}

@@ -9,15 +9,15 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch.distributed as dist
 
 from launch.agent import outcome as requeue
 from launch.agent.after_step import events_of, is_alive, pending_action
-from launch.agent.health import RendezvousRound
-from launch.agent.node import Node, start_time
+from launch.agent.node import Node, RendezvousRound, start_time
 from launch.agent.outcome import wait_for_controller
 from launch.agent.policy import Action
 from launch.agent.ranks import FixedRendezvous
@@ -131,8 +131,14 @@ def meet(members: int, leaving: list[bool], lost: str | None = None) -> list[str
     rdzv = RendezvousRound(0, 1, tuple(range(members)), "127.0.0.1", store.port)
 
     def come(index: int) -> str:
+        resilience = SimpleNamespace(rendezvous_timeout_s=60.0)
+        attempt = SimpleNamespace(
+            rdzv=rdzv, place=index, group=SimpleNamespace(token="token"),
+            config=SimpleNamespace(resilience=resilience), stop=SimpleNamespace(count=int(leaving[index])),
+        )  # fmt: skip
+        watch = SimpleNamespace(find_lost=lambda: lost)
         try:
-            FixedRendezvous(rdzv, index, 60.0, "token", lambda: leaving[index], lambda: lost).next_rendezvous()
+            FixedRendezvous(cast(Any, attempt), cast(Any, watch)).next_rendezvous()
         except InterruptedError:
             return "left"
         except dist.DistStoreError:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from launch.agent.exchange import Agreement
+from launch.agent.exchange import DECODER, Agreement, Message, Ticket
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import HeartbeatFile, Request
 from tests.support.commands import ROOT, environment, wait_for
@@ -29,19 +30,16 @@ class Agents:
     def __init__(self, folder: Path) -> None:
         self.files = [[HeartbeatFile(folder / str(n * EACH + i)) for i in range(EACH)] for n in range(NODES)]
         self.agents = [Agreement(0, n, range(NODES), self.files[n]) for n in range(NODES)]
-        self.said: dict[int, Any] = {}
-        self.leader_state: dict[str, Any] = {}
+        self.messages: dict[int, Message] = {}
         self.silent: set[int] = set()
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
 
     def turn(self, node: int) -> None:
-        """One exchange of one agent. What is heard has been through JSON, as on the wire."""
-        heard = {n: w for n, w in self.said.items() if n != 0} if node == 0 else {0: self.leader_state}
-        words, leader_state = self.agents[node].turn(json.loads(json.dumps(heard), object_hook=with_numbers))
-        self.said[node] = words
-        if node == 0:
-            self.leader_state = leader_state
+        """One exchange of one agent. Messages have been through JSON, as on the wire."""
+        received = {n: message for n, message in self.messages.items() if (n == 0) != (node == 0)}
+        message = Message(**self.agents[node].turn(received))
+        self.messages[node] = DECODER.decode(msgspec.json.encode(message))
 
     def start(self) -> None:
         """Let every agent talk in a thread of its own."""
@@ -59,10 +57,6 @@ class Agents:
             if node not in self.silent:
                 self.turn(node)
             time.sleep(random.uniform(0.005, 0.03))
-
-
-def with_numbers(value: dict[str, Any]) -> dict[Any, Any]:
-    return {int(k) if k.isdigit() else k: v for k, v in value.items()}
 
 
 @pytest.fixture
@@ -134,7 +128,7 @@ def test_a_rank_that_starts_after_the_agreement_stops_at_the_same_call(agents: A
     agents.start()
     processes = ranks(tmp_path, late=2)
     wait_for(lambda: all(file.is_open for files in agents.files for file in files), "all ranks")
-    agents.agents[1].want_stop(signal.SIGTERM)
+    agents.agents[1].request_stop(signal.SIGTERM)
     found = answers(processes)
     assert {(one["calls"], one["stopped"]) for one in found} == {(found[0]["calls"], True)}, found
 
@@ -143,8 +137,8 @@ def test_ranks_that_have_ended_hold_up_nobody(agents: Agents, tmp_path: Path) ->
     agents.start()
     found = answers(ranks(tmp_path, limit=5))
     assert {(one["calls"], one["stopped"]) for one in found} == {(5, False)}
-    agents.agents[0].want_stop(signal.SIGTERM)
-    wait_for(lambda: agents.leader_state["requests"]["stop"][1] == 6, "the agreement", 10)
+    agents.agents[0].request_stop(signal.SIGTERM)
+    wait_for(lambda: agents.messages[0].tickets[Request.stop].at == 6, "the agreement", 10)
 
 
 def test_saves_are_agreed_on_again_and_again_and_the_file_goes(agents: Agents, tmp_path: Path) -> None:
@@ -171,7 +165,7 @@ def test_a_node_that_answers_nothing_does_not_hold_the_others_for_ever(
     monkeypatch.setattr("launch.agent.exchange.ANSWER_S", 0.2)
     agents.silent.add(2)
     agents.start()
-    agents.agents[0].want_stop(signal.SIGTERM)
+    agents.agents[0].request_stop(signal.SIGTERM)
     wait_for(lambda: agents.files[1][0].ask(Request.stop, 5), "the answer")
     assert not agents.files[2][0].ask(Request.stop, 0.1), "nobody has told these"
 
@@ -191,9 +185,9 @@ def test_a_rank_does_not_wait_for_an_agent_that_is_gone(tmp_path: Path) -> None:
 
 def test_messages_about_another_start_are_passed_over(tmp_path: Path) -> None:
     before, now = (Agreement(n, 1, (0, 1), [HeartbeatFile(tmp_path / str(n))]) for n in range(2))
-    leader_state = {0: {"requests": {"start": 0, "stop": [1, 7, 15], "save": [0, 0, 0]}}}
-    before.turn(leader_state)
-    now.turn(leader_state)
+    head = {0: Message(agreement=0, tickets=(Ticket(1, 7, 15), Ticket()))}
+    before.turn(head)
+    now.turn(head)
     assert [HeartbeatFile(tmp_path / str(n)).ask(Request.stop, 0.1) for n in range(2)] == [False, False]
     answered = [[HeartbeatFile(tmp_path / str(n)).ask(Request.stop, 0.1) for _ in range(6)][-1] for n in range(2)]
     assert answered == [True, False]

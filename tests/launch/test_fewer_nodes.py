@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.agent.health import Fault, RendezvousRound, SickNodesError
-from launch.agent.node import Node, RunContext
+from launch.agent.health import Fault
+from launch.agent.node import Node, RendezvousRound, RunContext, TooFewNodesError
 from launch.agent.outcome import take_over_as_leader
-from launch.agent.policy import GroupSizes, RunFailedError
+from launch.agent.policy import RunFailedError, largest_size
 from launch.agent.rendezvous import join
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
@@ -96,10 +96,8 @@ def test_what_could_not_go_on_is_refused_before_the_queue(words: list[str], foun
 
 @given(st.integers(1, 9), st.sets(st.integers(1, 9)), st.integers(0, 12))
 def test_a_start_takes_the_largest_size_that_is_left(full: int, others: set[int], left: int) -> None:
-    sizes = GroupSizes(full, tuple(sorted((n for n in others if n < full), reverse=True)))
-    fitting = [n for n in {full, *sizes.fewer} if n <= left]
-    assert sizes.largest(left) == (max(fitting) if fitting else None)
-    assert sizes.largest(sizes.least) == sizes.least and sizes.largest(sizes.least - 1) is None
+    sizes = sorted({full, *(n for n in others if n < full)}, reverse=True)
+    assert largest_size(sizes, left) == max((n for n in sizes if n <= left), default=None)
 
 
 HOSTS = ("n0", "n1", "n2", "n3")
@@ -124,7 +122,7 @@ def start_agents(
     def agent(index: int) -> list[RendezvousRound | None]:
         node = Node(index, len(hosts), "job", is_slurm=False, hosts=hosts)
         seen: list[RendezvousRound | None] = []
-        with join(folder, node, config) as group:
+        with join(RunContext(folder, node, config)) as group:
             try:
                 for number, sick in enumerate(rounds):
                     faults = [Fault("command", sick[index])] if index in sick else []
@@ -160,7 +158,7 @@ def test_a_start_has_fewer_nodes_while_some_are_sick_and_all_of_them_afterwards(
 @pytest.mark.parametrize("sick", [{1: "fan", 2: "fan", 3: "fan"}, {0: "fan"}])
 def test_too_few_for_the_smallest_size_and_a_sick_head_node_are_refused(tmp_path: Path, sick: dict[int, str]) -> None:
     folder = RunFolder(tmp_path)
-    with pytest.raises(SickNodesError):
+    with pytest.raises(TooFewNodesError):
         start_agents(folder, elastic(folder, 4, (3, 2)), HOSTS, [sick])
 
 
@@ -169,11 +167,11 @@ def test_a_node_that_was_given_up_does_not_put_the_job_back_into_the_queue(tmp_p
     folder = RunFolder(tmp_path)
     for event in ("submitted", "agent_started"):
         folder.record_event(event, job="slurm-1-0-0", job_id="1")
-    folder.record_event("node_lost", attempt=1, node=1, host="n1", cause="nothing heard for 30 s")
+    folder.record_event("node_lost", attempt=1, node=1, host="n1", cause="silent for 30 s")
     folder.record_event("attempt_ended", attempt=1, cause="node_failed", job="slurm-1-0-0")
     folder.record_event("started", attempt=2)
     before = folder.read_events()
-    with pytest.raises(RunFailedError, match="n1 was cut off, and the others go on without it"):
+    with pytest.raises(RunFailedError, match="n1 was cut off, and the run continues without it"):
         cut_off = Node(1, 2, "slurm-1-0-0", True, "1", hosts=HOSTS[:2])
         take_over_as_leader(RunContext(folder, cut_off, Config(nodes=2)), "silence", known=1)
     assert folder.read_events() == before
@@ -207,14 +205,14 @@ def test_a_run_that_loses_a_node_goes_on_with_the_other_and_has_both_again_when_
     assert [e["world_size"] for e in of("started")] == [2, 1]
     (lost,), (end,), (decided,) = of("node_lost"), of("attempt_ended"), of("decided")
     assert (lost["node"], end["cause"], decided["action"]) == (1, "node_failed", "restart")
-    assert "1 of 2 nodes go on" in decided["reason"]
+    assert "the run continues on 1 of 2 nodes" in decided["reason"]
     wait(folder.environment(2).exists, "what the agent tells of the attempt")
     assert len(read_json(folder.environment(2))["ranks"]) == 1
     point = find_run_status(folder)
     poll([point])
     assert point.state == "running" and point.fewer_nodes() is not None
     shown = run("launch.status", str(folder.path), cwd=tmp_path)
-    assert "1 of 2" in shown and "nothing heard for" in shown
+    assert "1 of 2" in shown and "silent for" in shown
 
     os.kill(process.pid, signal.SIGINT)  # saves, and leaves
     process.wait(300)

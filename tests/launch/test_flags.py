@@ -34,7 +34,7 @@ def test_help_is_shown_of_a_sweep_too() -> None:
 
 
 COMMANDS = ("gpt.train", "gpt.prepare", "gpt.generate", "gpt.evaluate", "gpt.export", "gpt.compare")
-COMMANDS += ("launch.status", "launch.logs", "launch.cancel", "launch.move", "launch.batch", "launch.agent.main")
+COMMANDS += ("launch.status", "launch.logs", "launch.cancel", "launch.move", "launch.batch", "launch.agent.__main__")
 COMMANDS += ("launch.__main__", "launch.doctor.__main__", "launch.report.__main__", "slurm.sandbox.__main__")
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from launch.agent import gpus as telemetry
-from launch.agent.gpus import GpuError, GpuReading, Nvml, Sampler, choose_gpus
+from launch.agent import health
+from launch.agent.health import GpuError, GpuReading, Nvml, Sampler, gpus_of_run
 from launch.config import LaunchConfig
 from launch.errors import ConfigError
 from launch.runs.environment import Gpu, GpuSample, append_samples, read_samples, telemetry_nodes
@@ -78,19 +78,19 @@ def visible(*buses: str | None, uuid: str | None = None) -> list[Gpu]:
 def test_only_gpus_that_are_surely_the_runs_are_sampled(
     there: list[str], seen: list[Gpu], ranks: int, is_slurm: bool, chosen: list[str]
 ) -> None:
-    assert choose_gpus(there, seen, ranks, is_slurm) == chosen
+    assert gpus_of_run(there, seen, ranks, is_slurm) == chosen
 
 
-class Reader:
+class Reader(Nvml):
     """One GPU that tells how often it was asked; ``block`` keeps it from answering."""
 
     def __init__(self, wanted: int = 0, block: threading.Event | None = None) -> None:
         self.asked, self.enough, self._wanted, self._block = 0, threading.Event(), wanted, block
 
-    def buses(self) -> Sequence[str]:
+    def buses(self) -> list[str]:
         return [A]
 
-    def read_gauges(self, buses: Sequence[str]) -> Mapping[str, Mapping[str, float]]:
+    def read_gauges(self, buses: Collection[str]) -> dict[str, dict[str, float]]:
         if self._block is not None:
             self._block.wait()
         self.asked += 1
@@ -112,7 +112,7 @@ def test_samples_are_taken_at_the_start_every_interval_and_at_the_end(tmp_path: 
 
 
 def test_a_driver_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "LAST_SAMPLE_S", 0.01)
+    monkeypatch.setattr(health, "LAST_SAMPLE_S", 0.01)
     release, written = threading.Event(), list[GpuSample]()
     sampler = Sampler(Reader(block=release), lambda there: there, written.extend, 1, 3600)
     sampler.close()

@@ -18,17 +18,15 @@ from launch.agent.health import (
     GpuError,
     GpuReading,
     HealthCheck,
-    RendezvousRound,
-    SickNodesError,
     describe_faults,
     full_disks,
     is_link_up,
     links,
     read_by_smi,
-    run_command,
+    run_program,
     short_bus,
 )
-from launch.agent.node import Node
+from launch.agent.node import Node, RendezvousRound, RunContext, TooFewNodesError
 from launch.agent.policy import hosts_to_avoid
 from launch.agent.rendezvous import join
 from launch.config import Config, HealthCheckConfig, ResilienceConfig
@@ -110,14 +108,14 @@ def test_a_link_that_was_up_at_the_first_start_has_to_stay_up(tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("script", "found"),
     [
-        ("exit 0", []),
-        ("echo fan 3 is dead; echo; exit 4", ["sh left with status 4: fan 3 is dead"]),
-        ("kill -9 $$", ["sh left with signal 9"]),
-        ("sleep 1000 & wait", ["sh gave no answer in 0.5 s"]),
+        ("exit 0", ""),
+        ("echo fan 3 is dead; echo; exit 4", "sh left with status 4: fan 3 is dead"),
+        ("kill -9 $$", "sh left with signal 9"),
+        ("sleep 1000 & wait", "sh gave no answer in 0.5 s"),
     ],
 )
-def test_the_command_of_the_site(script: str, found: list[str]) -> None:
-    assert run_command(["sh", "-c", script], 0.5 if "sleep" in script else 60) == found
+def test_the_command_of_the_site(script: str, found: str) -> None:
+    assert run_program(["sh", "-c", script], 0.5 if "sleep" in script else 60)[1] == found
 
 
 def test_what_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +127,7 @@ def test_what_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.undo()
     assert found.startswith(f"{tmp_path} has {free:.0f}"[: len(str(tmp_path)) + 6])
     (fault,) = HealthCheck(tmp_path / "gone", HealthCheckConfig(), None).examine()
-    assert fault.part == "run folder" and fault.is_shared and "No such file" in fault.found
+    assert fault.part == "run folder" and "No such file" in fault.found
     limits = HealthCheckConfig(command="no-such-program-here --quick", links=["no_such_link"])
     faults = HealthCheck(tmp_path, limits, 8).examine()  # without a driver there are no GPUs to miss
     assert [fault.part for fault in faults] == ["link", "command"] and "cannot be run: No such file" in faults[1].found
@@ -195,14 +193,14 @@ def test_a_spare_takes_the_place_of_a_sick_node(
     config.resilience.health_check.enabled = False  # the findings are given here
     folder = RunFolder(tmp_path)
 
-    def agent(index: int) -> RendezvousRound | SickNodesError | None:
+    def agent(index: int) -> RendezvousRound | TooFewNodesError | None:
         node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
-        with join(folder, node, config) as group:
+        with join(RunContext(folder, node, config)) as group:
             faults = [Fault("command", sick[index])] if index in sick else []
             monkeypatch.setattr(group._health, "examine", lambda: faults)
             try:
                 return group.next_round(0)
-            except SickNodesError as error:
+            except TooFewNodesError as error:
                 return error
             finally:
                 if node.is_head:
@@ -212,8 +210,8 @@ def test_a_spare_takes_the_place_of_a_sick_node(
         rounds = list(agents.map(agent, range(len(HOSTS))))
     told = {(e["node"], e["host"], e["cause"]) for e in folder.read_events() if e["event"] == "node_sick"}
     if members is None:
-        (error,) = [found for found in rounds if isinstance(found, SickNodesError)]
-        assert error is rounds[0] and {one.index: str(one.faults[0]) for one in error.sick} == sick
+        (error,) = [found for found in rounds if isinstance(found, TooFewNodesError)]
+        assert error is rounds[0] and {one.index: one.why for one in error.sick} == sick
     else:
         assert {found.members for found in rounds if isinstance(found, RendezvousRound)} == {members}
         assert told == {(index, HOSTS[index], why) for index, why in sick.items()}
@@ -226,10 +224,10 @@ def test_a_full_filesystem_of_all_nodes_is_waited_for_except_at_the_first_start(
     for key in ("rendezvous_timeout_s", "node_timeout_s"):
         setattr(config.resilience, key, 240)
     found = iter([[Fault("run folder", "full")], [Fault("run folder", "full")], [Fault("run folder", "full")], []])
-    with join(RunFolder(tmp_path), Node(0, 1, "job", is_slurm=False, hosts=("n0",)), config) as group:
+    with join(RunContext(RunFolder(tmp_path), Node(0, 1, "job", is_slurm=False, hosts=("n0",)), config)) as group:
         monkeypatch.setattr(group._health, "examine", lambda: next(found))
         monkeypatch.setattr("launch.agent.rendezvous.ROOM_POLL_S", 0.0)
-        with pytest.raises(SickNodesError):
+        with pytest.raises(TooFewNodesError):
             group.next_round(0)
         assert group.next_round(1) is not None and next(found, None) is None
         group.end()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.fork_server import cpus_of_ranks, parse_cpus, told_cpus
+from launch.agent.fork_server import cpus_in, cpus_of_ranks, parse_cpus
 from launch.runs.environment import Gpu, visible_gpus
 from launch.runs.folder import RunFolder
 from tests.support.commands import ROOT, environment, run
@@ -61,7 +61,7 @@ def test_each_rank_has_the_cpus_near_its_gpu(
 
 def test_lists_of_cpus_are_read_as_linux_writes_them() -> None:
     assert list(parse_cpus("0-2,5,7-8\n")) == [0, 1, 2, 5, 7, 8] and list(parse_cpus("\n")) == []
-    assert told_cpus({}) == frozenset() and told_cpus({"LAUNCH_CPUS": "3,1"}) == {1, 3}
+    assert cpus_in({}) == frozenset() and cpus_in({"LAUNCH_CPUS": "3,1"}) == {1, 3}
 
 
 def test_the_driver_tells_where_a_gpu_is(tmp_path: Path) -> None:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.ranks import entrypoint
+from launch.agent.ranks import START_RANK
 from launch.slurm.jobs import sbatch_text
-from launch.workload import RankCommand
 from tests.launch.test_dry_run import directives, plan
 
 ODD = """it's $(touch pwned) `touch pwned` "a=b,c"; é * # -x"""
@@ -54,9 +53,7 @@ def test_arguments_and_folders_of_ranks(tmp_path: Path) -> None:
     for folder in (workdir, logs):
         folder.mkdir()
     args = (ODD, "$HOME", "a\nb", "--", "-n", "", "x=1,2")
-    program, words = entrypoint(
-        RankCommand(("/usr/bin/printf", r"%s\0", os.fspath(workdir), *args), workdir=workdir), logs
-    )
-    subprocess.run([program, *words], env={"RANK": "3"}, check=True)
+    words = ("/bin/sh", "-c", START_RANK, "sh", workdir, logs, "/usr/bin/printf", r"%s\0", os.fspath(workdir), *args)
+    subprocess.run(words, env={"RANK": "3"}, check=True)
     assert (logs / "rank_00003.log").read_text().split("\0")[:-1] == [str(workdir), *args]
     assert sorted(tmp_path.iterdir()) == sorted([workdir, logs]) and not list(workdir.iterdir())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.main import EventTeller, name_of, variables
+from launch.agent.__main__ import EventCommand, name_of, variables
 from launch.config import ClusterKind, LaunchConfig
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
@@ -64,9 +64,9 @@ def test_a_command_that_fails_or_hangs_is_an_event_without_its_text(
 ) -> None:
     folder = RunFolder(tmp_path)
     folder.record_event("started", attempt=1)
-    teller = EventTeller(folder, [sys.executable, "-c", code, "a secret"], timeout_s)
+    runner = EventCommand(folder, [sys.executable, "-c", code, "a secret"], timeout_s)
     folder.record_event("node_lost", host="n3")
-    teller.close()
+    runner.close()
     failed = [event for event in folder.read_events() if event["event"] == "on_event_failed"]
     assert [event["of"] for event in failed] == ["node_lost"], "what came before is history"
     text = folder.events.read_text()

@@ -11,8 +11,7 @@ import pytest
 
 from launch.agent import exchange as heartbeat
 from launch.agent import rendezvous
-from launch.agent.health import HeadNodeLostError, NodesMissingError, RendezvousRound
-from launch.agent.node import Node
+from launch.agent.node import HeadNodeLostError, Node, RendezvousRound, RunContext, TooFewNodesError
 from launch.agent.rendezvous import join
 from launch.config import Config
 from launch.runs.folder import RunFolder
@@ -46,7 +45,7 @@ def test_a_spare_takes_the_place_of_a_host_to_avoid(
 
     def agent(index: int) -> RendezvousRound | None:
         node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
-        with join(folder, node, config) as group:
+        with join(RunContext(folder, node, config)) as group:
             rdzv = group.next_round(0, avoid)
             if node.is_head:
                 group.end()
@@ -64,24 +63,24 @@ def test_a_node_that_came_early_and_has_fallen_silent_since_takes_no_part(tmp_pa
     config, folder, gone = patient(Config(nodes=2)), RunFolder(tmp_path), Event()
 
     def come_early_and_vanish() -> None:
-        with join(folder, Node(1, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config) as group:
-            group.heartbeat.say(host="n1", ready=1)
+        with join(RunContext(folder, Node(1, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config)) as group:
+            group.heartbeat.publish(host="n1", ready=1)
             assert group.heartbeat.flush(240)
             group.heartbeat.close()
             gone.set()
 
     with (
         ThreadPoolExecutor(1) as other,
-        join(folder, Node(0, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config) as group,
+        join(RunContext(folder, Node(0, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config)) as group,
     ):
         vanished = other.submit(come_early_and_vanish)
         assert gone.wait(240)
         assert group.next_round(0) is not None, "it has just been heard"
         assert group.heartbeat.flush(240), "all that it said has been heard"
         group.heartbeat._when[1] -= 241
-        with pytest.raises(NodesMissingError):
+        with pytest.raises(TooFewNodesError):
             group.next_round(1)
-        assert group.lost[1].why.startswith("nothing heard for 2")
+        assert group.lost[1].why.startswith("silent for 2")
         group.end()
         vanished.result()
 
@@ -93,17 +92,17 @@ def test_a_head_node_whose_connection_ended_is_not_one_that_was_silent_for_no_ti
     config, folder, is_there = patient(Config(nodes=2)), RunFolder(tmp_path), Event()
 
     def head() -> None:
-        with join(folder, Node(0, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config):
+        with join(RunContext(folder, Node(0, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config)):
             assert is_there.wait(240)  # and leaves without a word
 
     with ThreadPoolExecutor(1) as other:
         gone = other.submit(head)
-        with join(folder, Node(1, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config) as group:
+        with join(RunContext(folder, Node(1, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config)) as group:
             is_there.set()
             gone.result()
             with pytest.raises(HeadNodeLostError, match=r"^its connection ended \(") as lost:
                 group.next_round(0)
-    assert "nothing heard for 0 s" not in str(lost.value)
+    assert "silent for 0 s" not in str(lost.value)
 
 
 def test_after_a_failure_no_message_waits_for_the_next_heartbeat(
@@ -115,7 +114,7 @@ def test_after_a_failure_no_message_waits_for_the_next_heartbeat(
 
     def agent(index: int) -> list[RendezvousRound | None]:
         node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
-        with join(folder, node, config) as group:
+        with join(RunContext(folder, node, config)) as group:
             rounds = [group.next_round(0)]
             everybody.wait()
             if node.is_head:
@@ -123,7 +122,7 @@ def test_after_a_failure_no_message_waits_for_the_next_heartbeat(
                     monkeypatch.setattr(module, name, 3600.0)
             everybody.wait()
             if index != 2:  # which stands by, and hears of it
-                group.tell_failed(0)
+                group.report_failed(0)
                 assert group.heartbeat.flush(240)
             everybody.wait()
             rounds.append(group.next_round(1))
@@ -155,8 +154,8 @@ def test_nodes_that_slurm_takes_before_they_come_are_not_waited_for(
     node = Node(0, len(HOSTS), "slurm-7-0-0", is_slurm=True, slurm_job="7", hosts=HOSTS)
     assert Node(1, len(HOSTS), "slurm-7-0-0", is_slurm=True, hosts=HOSTS).taken_hosts() == set(), "it is taken itself"
     monkeypatch.setattr(Node, "own_address", lambda node: "127.0.0.1")
-    with join(RunFolder(tmp_path), node, patient(Config(nodes=2, spare_nodes=1))) as group:
-        with pytest.raises(NodesMissingError, match="1 nodes left, and 2 are needed"):
+    with join(RunContext(RunFolder(tmp_path), node, patient(Config(nodes=2, spare_nodes=1)))) as group:
+        with pytest.raises(TooFewNodesError, match="1 nodes left, and 2 are needed"):
             group.next_round(0)
         assert {one.host for one in group.lost.values()} == {"n1", "n2"}
         group.end()
@@ -170,7 +169,7 @@ def test_a_lost_member_that_comes_back_stays_out_and_its_spare_stays_in(
 
     def agent(index: int) -> list[tuple[int, ...]]:
         node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
-        with join(folder, node, config) as group:
+        with join(RunContext(folder, node, config)) as group:
             first = group.next_round(0)
             assert first is not None and group.heartbeat.flush(240)
             everybody.wait()
@@ -195,7 +194,7 @@ def test_a_spare_that_reboots_disturbs_nobody_and_is_missed_at_the_next_start_on
 
     def agent(index: int) -> list[tuple[int, ...]]:
         node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
-        with join(folder, node, config) as group:
+        with join(RunContext(folder, node, config)) as group:
             first = group.next_round(0)
             assert first is not None and group.heartbeat.flush(240)
             met.wait()

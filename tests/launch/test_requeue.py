@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from launch.agent.policy import (
     Action,
     Cause,
+    Decision,
     attempt_ends,
     attempts_without_progress,
     cause_of_failure,
     cause_of_signal,
-    decide,
+    decide_next,
     hosts_to_avoid,
     points_beside,
     unreliable_hosts,
 )
-from launch.config import RestartLimits
+from launch.config import ResilienceConfig, RestartLimits
 from launch.report.goodput import measure_goodput
 from launch.runs.events import events_since_submission
 from launch.runs.files import read_json_lines, write_json
@@ -50,6 +51,16 @@ def history(*causes: Cause) -> Events:
 
 
 LIMITS = RestartLimits(crashed=2, hung=1, out_of_memory=0)
+
+
+def decide(
+    events: Events, cause: Cause, limits: RestartLimits, without_progress: int, resumes: bool = True,
+    forgive_after_s: float | None = None,
+) -> Decision:  # fmt: skip
+    config = ResilienceConfig(
+        max_restarts=limits, max_without_progress=without_progress, forgive_after_s=forgive_after_s
+    )
+    return decide_next(events, cause, config, resumes)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.agent.__main__ import run as run_agent
 from launch.agent.after_step import run_dir_of
 from launch.agent.node import Node
 from launch.plan.plan import Plan, refuse_exposed

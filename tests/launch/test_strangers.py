@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from launch.agent.exchange import LEADER_STATE, Heartbeat, SignedStore, heartbeat_key, open_store
+from launch.agent.exchange import Heartbeat, Message, SignedStore, heartbeat_key, open_store
 from launch.errors import ConfigError
 from launch.plan.plan import refuse_exposed
 from launch.runs.files import deny_others_writing, make_folder, write_json
@@ -74,7 +74,7 @@ def connect(port: int) -> dist.TCPStore:
 def orders(port: int) -> list[str]:
     """Give a store the orders that once killed a run, and overwrite and delete all that it tells of; its keys."""
     store = connect(port)
-    for key in (LEADER_STATE, heartbeat_key(0), heartbeat_key(1), "agents/left", "left", "left/all"):
+    for key in (heartbeat_key(0), heartbeat_key(1), "agents/left", "left", "left/all"):
         store.set(key, '{"beat": 1000000, "over": true, "failed": 0, "failure": "a stranger says so"}')
     keys = store.list_keys()
     for number, key in enumerate(keys):
@@ -114,7 +114,9 @@ def test_strangers_change_nothing_in_a_run_and_cannot_write_into_its_folder(tmp_
     for _, port in ports:
         send_garbage(port)
     keys = {port: orders(port) for _, port in ports if is_store(port)}
-    ((agents, told),) = ((port, of) for port, of in keys.items() if any(key.endswith(f"/{LEADER_STATE}") for key in of))
+    ((agents, told),) = (
+        (port, of) for port, of in keys.items() if any(key.endswith(f"/{heartbeat_key(0)}") for key in of)
+    )
     ((_, met),) = ((port, of) for port, of in keys.items() if port != agents)
     assert any("cpu//" in key for key in met)  # where the ranks of a process group find each other
     store = connect(agents)
@@ -185,8 +187,8 @@ def test_a_message_that_is_put_back_counts_for_nothing(served: dist.TCPStore) ->
             node.set(heartbeat_key(1), f'{{"beat": {beat}, "failed": {failed}}}')
             node.read([heartbeat_key(1)])  # torch's client does not wait for the store to have what it sets
             assert head.flush(30)
-            assert head.heard[1] == {"beat": 7, "failed": 1}
-        assert head.foreign == ""
+            assert head.received[1] == Message(beat=7, failed=1)
+        assert head.store.foreign == ""
     finally:
         head.close()
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from launch.agent.health import LostNode
-from launch.agent.node import Node, RunContext
+from launch.agent.node import Node, NodeProblem, RunContext
 from launch.agent.outcome import end_lost_agents, orphaned_attempt
 from launch.agent.policy import RunFailedError
 from launch.config import Config
@@ -66,7 +65,7 @@ def test_agents_that_were_lost_are_ended_with_the_run(tmp_path: Path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("SLURM_CONF", raising=False)
     folder, head = RunFolder(tmp_path / "run"), Node(0, 3, "slurm-8-1-2", is_slurm=True, slurm_job="7_1")
-    lost = [LostNode(2, "n3", "nothing heard for 30 s")]
+    lost = [NodeProblem(2, "n3", "silent for 30 s")]
     folder.record_event("submitted", job_id="7_1")
     folder.record_event("decided", action="requeue")
     end_lost_agents(RunContext(folder, head, Config()), lost)  # Slurm ends them

@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -17,7 +19,7 @@ from gpt.metrics.view import Records, View
 from launch import cancel
 from launch.agent import exchange as heartbeat_of_agents
 from launch.agent.node import Node
-from launch.agent.records import EnvironmentRecord
+from launch.agent.watch import RankRecords
 from launch.runs import files as unwritten
 from launch.runs import heartbeat
 from launch.runs.events import unsaved_text
@@ -184,14 +186,18 @@ def test_a_cancel_that_cannot_be_entered_ends_the_run_all_the_same(
 def test_an_agent_describes_its_ranks_and_ends_where_it_meets_the_others_when_there_is_room(disk: Path) -> None:
     folder, node = RunFolder(disk / "run"), Node(0, 1, "local", is_slurm=False)
     folder.create_attempt()
-    record = EnvironmentRecord(folder, 1, 0, 1)
-    command, contract, tree = RankCommand(("true",), {}), RankContract(), CodeTree(disk, lambda root: (), False)
+    attempt = SimpleNamespace(
+        folder=folder, number=1, place=0, ranks=[0], rdzv=SimpleNamespace(members=(0,)), workload="script",
+        command=RankCommand(("true",), {}), contract=RankContract(), tree=CodeTree(disk, lambda root: (), False),
+        config=SimpleNamespace(world_size=1), record=lambda event, **details: None,
+    )  # fmt: skip
+    records = RankRecords(cast(Any, attempt))
     fill(disk)
-    record.describe_node([0])
-    record.poll("script", command, contract, tree)
+    records.begin()
+    records.poll()
     assert not heartbeat_of_agents.write_endpoint(folder, node, over=True)
     (disk / "filler").unlink()
-    record.poll("script", command, contract, tree)
+    records.poll()
     assert [entry["rank"] for entry in read_json(folder.environment(1))["ranks"]] == [0]
     assert heartbeat_of_agents.write_endpoint(folder, node, over=True)
     assert heartbeat_of_agents.read_endpoint(folder, node) == {"over": True}

@@ -126,7 +126,7 @@ def test_a_cut_link_and_a_frozen_head_node_are_noticed_and_named_and_the_job_com
         cut_link(sandbox, cut)
         run.wait_for_steps(attempt=2)
         (lost,) = run.of("node_lost")
-        assert lost["host"] == cut and "nothing heard for" in lost["cause"]
+        assert lost["host"] == cut and "silent for" in lost["cause"]
         assert f"ExcNodeList={cut}" in sandbox.slurm("scontrol", "show", "job", run.job)
         frozen = run.hosts(2)[0]
         assert cut not in run.hosts(2)

@@ -14,7 +14,7 @@ import sys
 
 import gpt.training.step
 from gpt.checkpoint.writer import ProcessWriter
-from launch.agent.main import main
+from launch.agent.__main__ import main
 from launch.runs.folder import RunFolder
 
 lr_at = gpt.training.step.lr_at

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch.agent import fork_server as forked_rank
-from launch.agent.fork_server import told_cpus
+from launch.agent.fork_server import cpus_in
 from launch.process import lasting_imports
 from tests.support.forking import ROOT, Job
 
@@ -230,7 +230,7 @@ def _begin(job: Job, streams: list[int]) -> NoReturn:
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(job.env)
-    if cpus := told_cpus(job.env):
+    if cpus := cpus_in(job.env):
         os.sched_setaffinity(0, cpus)
     forked_rank.show_in_proc(job.command, job.env)
     signal.signal(signal.SIGINT, signal.SIG_IGN if job.ignores_ctrl_c else signal.default_int_handler)
@@ -244,13 +244,8 @@ def _begin(job: Job, streams: list[int]) -> NoReturn:
     if job.is_file:
         status = forked_rank.exit_status(_run_file, job.module)
     else:
-        forked_rank.forget(job.module)
         status = forked_rank.run_main(job.module)
-    status = forked_rank.leave() or status
-    if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
-    os._exit(status & 0xFF)
+    forked_rank.end_with(forked_rank.leave() or status)
 
 
 def _import_from(before: str, told: str) -> None:
