@@ -7,8 +7,8 @@
 
 The folders of the project are called launch, gpt, configs and slurm, and so are files in the projects of many users.
 Agents, ranks and batch scripts therefore start as ``python -m gpt_launch``, which imports ``gpt_launch.own_names``
-first. A rank that runs the user's script must not do that, since the script may import its own ``launch.py``:
-``gpt_launch.worker`` is found by another way, through ``__path__`` below.
+first. A rank that runs the user's script must not do that, since the script may import its own ``launch.py``. So
+``gpt_launch.worker`` is found in another way, through ``__path__`` below.
 """
 
 import re
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[1]
-"""The folder that holds the folders of the project: the checkout, or site-packages."""
+"""The folder with the folders of the project: the checkout, or site-packages."""
 
 # Makes the folder launch importable as gpt_launch.launch. Only the modules that a rank needs can be imported by that
 # name, because they import each other relatively; all others are imported as launch.

@@ -1,7 +1,7 @@
 """``launch.worker``, whatever ``import launch`` finds in this process: ``from gpt_launch import worker``.
 
-The module is the same object as ``launch.worker`` where ``launch`` is the project's. Beside a ``launch.py`` of the
-user it is a module of its own.
+The module is the same object as ``launch.worker`` if ``launch`` is the project's. If the user has a ``launch.py``, it
+is a module of its own.
 """
 
 from __future__ import annotations

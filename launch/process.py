@@ -1,8 +1,8 @@
 """Quick starts and ends of processes that import torch. Torch-free.
 
 Importing torch makes some 300,000 objects that exist as long as the process. Python's collector of reference cycles
-visits them again and again during the import, and once more at the exit: about 40 % of the time in which a rank starts
-and ends. So the collector is paused while such libraries are imported.
+visits them again and again during the import, and once more at the exit. That takes about 40 % of the time in which a
+rank starts and ends. So the collector is paused while such libraries are imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def lasting_imports() -> Iterator[None]:
-    """Import in a ``with`` block what stays to the end: the collector rests, and never looks at it afterwards."""
+    """Import lasting libraries in a ``with`` block: the collector pauses, and ignores their objects afterwards."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -44,8 +44,8 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent, process ``parent``, is gone (Linux prctl).
 
-    A rank whose agent was killed would otherwise train on, unwatched, and write into a run that has moved on.
+    A rank whose agent was killed would otherwise continue, unwatched, and write into a run that others continue.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:  # the parent died before the call
         os.kill(os.getpid(), signal.SIGKILL)

@@ -51,7 +51,6 @@ from launch.runs.files import deny_others_writing, keep_unwritten, make_folder
 from launch.runs.folder import RunFolder, is_event
 from launch.runs.progress import NewLines
 from launch.worker import STORE_PREFIX
-from launch.worker.memory import MemoryStore
 
 
 def run(run_dir: str) -> None:
@@ -83,7 +82,7 @@ def run(run_dir: str) -> None:
     try:
         with (
             ranks.fork_server(context) as server,
-            MemoryStore() as store,
+            ranks.MemoryStore() as store,
             on_event(context, node.is_head),  # starts a thread, so it comes after what forks
             Meter(context) as meter,
             rendezvous.join(context) as group,
@@ -186,7 +185,7 @@ OWN_NAME = (
 """Events that run the command under their own names. Further names come from the decision after an attempt."""
 
 
-def name_of(event: Mapping[str, Any]) -> str | None:
+def event_name(event: Mapping[str, Any]) -> str | None:
     """Name of an event for the command; None if the event does not run the command."""
     kind = event["event"]
     if kind in OWN_NAME or (kind == "copy_failed" and event["failures"] == 1):  # and not for each further try
@@ -200,7 +199,7 @@ def name_of(event: Mapping[str, Any]) -> str | None:
     return "failed"
 
 
-def variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> dict[str, str]:
+def event_variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> dict[str, str]:
     """Environment variables that describe an event to the command; empty if a value is not known."""
     known = {
         "LAUNCH_EVENT": name,
@@ -269,7 +268,7 @@ class EventCommand:
             event = json.loads(line)
         except ValueError:  # torn by a crash
             return
-        name = name_of(event) if isinstance(event, dict) and is_event(event) else None
+        name = event_name(event) if isinstance(event, dict) and is_event(event) else None
         problem = None if name is None else self._run(name, event)
         if problem:  # neither the command nor its output: both may hold secrets
             with contextlib.suppress(OSError):
@@ -281,7 +280,7 @@ class EventCommand:
         if left <= 0:
             return "was not run: the agent leaves, and the commands before it took too long"
         env = {key: value for key, value in os.environ.items() if key != STORE_PREFIX}
-        env |= variables(self._folder, name, event)
+        env |= event_variables(self._folder, name, event)
         path = Path(self._folder.path) / ".launch" / "on_event.log"
         try:
             make_folder(path.parent)

@@ -22,7 +22,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from launch.agent import node as processes
 from launch.agent.__main__ import on_event
 from launch.agent.node import Node, RunContext
-from launch.agent.outcome import apply_decision, cause_of_stop, requeue, wait_for_controller
+from launch.agent.outcome import apply_decision, cause_of_stop, requeue_job, wait_for_controller
 from launch.agent.policy import WANTED, Action, Cause, RunFailedError, hosts_to_avoid, open_attempts, points_beside
 from launch.config.compose import read_point
 from launch.errors import CommandParser, refusing
@@ -56,7 +56,7 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # comes with the requeue, and more has to be done then
     if action is Action.requeue:  # decided by an agent that was killed before Slurm had the request
         decided = select_events(events, "decided")[-1]
-        requeue(context, Cause(decided["cause"]), hosts_to_avoid(events, points_beside(folder)))
+        requeue_job(context, Cause(decided["cause"]), hosts_to_avoid(events, points_beside(folder)))
         return status
     attempt, cause = cut_short(context, events)
     apply_decision(context, attempt, cause, f"srun ended with exit status {status}", in_step=False)
@@ -112,7 +112,7 @@ def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[in
     return attempt, Cause.node_failed
 
 
-def run_dir_of(folder: str, node: Node) -> str:
+def submitted_run_dir(folder: str, node: Node) -> str:
     """The run folder in submitit's pickle of this job, or of this element of an array."""
     return str(DelayedSubmission.load(JobPaths(folder, node.slurm_job).submitted_pickle).args[0])
 
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--submitit", action="store_true", help="FOLDER is submitit's folder with the job's pickle")
     args = parser.parse_args(arguments)
     node = Node.from_env(None)
-    folder = RunFolder(Path(run_dir_of(args.folder, node) if args.submitit else args.folder).absolute())
+    folder = RunFolder(Path(submitted_run_dir(args.folder, node) if args.submitit else args.folder).absolute())
     context = RunContext(folder, node, read_point(folder))
     try:
         with on_event(context):

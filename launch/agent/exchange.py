@@ -272,17 +272,13 @@ class Heartbeat:
         self._thread.start()
 
     def publish(self, **fields: Any) -> None:
-        """Set fields of this agent's message from now on."""
+        """Set fields of this agent's message from now on, and exchange messages now."""
         self._own = replace(self._own, **fields)
         self._wake.set()
 
     def of(self, index: int) -> Message:
         """The newest message of node ``index``; one without content if there is none."""
         return self._own if index == self._index else self.received.get(index, NO_MESSAGE)
-
-    def wake(self) -> None:
-        """Exchange messages now."""
-        self._wake.set()
 
     def hurry(self) -> None:
         """Exchange quickly for ``HURRY_S`` from now on: ranks wait for the agents."""

@@ -1,7 +1,8 @@
 """The fork server of a node: a process that imports once what every rank imports, and forks the ranks.
 
-Read in the order of a rank's life: the agent requests a fork (``ForkServer``), the server forks (``serve``), and the
-rank runs as if ``python -m MODULE`` had been executed (``run_rank``). The last part binds ranks to CPUs.
+The file follows the life of a rank: the agent requests a fork (``ForkServer``), the server forks (``serve``), the rank
+runs (``run_rank``). A forked rank behaves as if ``python -m MODULE`` had been executed. The last part binds ranks to
+CPUs.
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ class ForkServer:
             log: file to which the output is appended.
 
         Returns:
-            None if the rank has to be executed: the program is not ``python -m``, the working directory or environment
-            differs from that of the imports, or the server is not ready, or gone.
+            None if the rank has to be executed. Then the program is not ``python -m``, or the working directory or
+            environment differs from that of the imports, or the server is not ready, or gone.
         """
         if not self._is_ready or self.pid is None:
             return None
@@ -446,8 +447,8 @@ def cpus_of_ranks(
 ) -> list[frozenset[int]] | None:
     """CPUs for each rank of a node, by local rank, out of those this process may use; None to bind no rank.
 
-    None if a GPU or its place is not known, if all CPUs are near, or if some GPUs have fewer near CPUs than ranks: a
-    job that shares its node may have CPUs of another socket.
+    None if a GPU or its place is not known, or if all CPUs are near. None also if some GPUs have fewer near CPUs than
+    ranks: a job that shares its node may have CPUs of another socket.
     """
     if len(gpus) < ranks or ranks == 0:
         return None

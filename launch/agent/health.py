@@ -74,11 +74,7 @@ def short_bus(text: str) -> str:
 
 
 class Nvml:
-    """One connection to NVML. Not for several threads at once.
-
-    Raises:
-        ImportError: nvidia-ml-py is not installed.
-    """
+    """One connection to NVML, for one thread. Raises ImportError if nvidia-ml-py is not installed."""
 
     def __init__(self) -> None:
         self._nvml: Any = importlib.import_module("pynvml")
@@ -97,11 +93,7 @@ class Nvml:
         return [self._read(bus, handle) for bus, handle in gpus.items()]
 
     def buses(self) -> list[str]:
-        """Addresses of the GPUs that this process may open.
-
-        Raises:
-            GpuError: the driver does not answer.
-        """
+        """Addresses of the GPUs that this process may open. Raises GpuError as ``read_health``."""
         with self._answering() as gpus:
             return list(gpus)
 
@@ -304,7 +296,7 @@ class HealthCheck:
         return found
 
     def _links_down(self) -> Iterator[str]:
-        up = links()
+        up = links_up()
         if self._were_up is None:
             self._were_up = frozenset(name for name, is_up in up.items() if is_up)
         for name in sorted(self._were_up):
@@ -346,7 +338,7 @@ def full_disks(folders: Iterable[Path]) -> Iterator[str]:
             yield f"{folder} has no free inode"
 
 
-def links(root: Path = SYS) -> dict[str, bool]:
+def links_up(root: Path = SYS) -> dict[str, bool]:
     """Physical network interfaces and ports of InfiniBand adapters of this machine, and whether each is up.
 
     Interfaces without a device, such as bridges and those of containers, come and go.

@@ -26,8 +26,8 @@ from launch.slurm import client as scheduler
 if TYPE_CHECKING:
     from launch.agent.fork_server import ForkServer
     from launch.agent.policy import Meter
+    from launch.agent.ranks import MemoryStore
     from launch.agent.rendezvous import AgentGroup
-    from launch.worker.memory import MemoryStore
     from launch.workload import CodeTree, RankCommand, RankContract
 
 # Processes of this machine: a clock that stops with its process, and the state of a process in /proc. Torch-free.

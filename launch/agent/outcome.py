@@ -92,11 +92,11 @@ def cause_of_stop(context: RunContext, attempt: int | None) -> Cause:
     try:
         job = wait_for_controller(context.folder, lambda: scheduler.job_details(context.node.slurm_job))
     except scheduler.SlurmError as error:
-        raise failed_to_requeue(context, "told to stop", str(error)) from error
+        raise failed_to_requeue(context, "requested to stop", str(error)) from error
     return cause_of_signal(job, context.node.restarts, context.config.cluster.signal_delay_s, signalled_at)
 
 
-def requeue(context: RunContext, cause: Cause, exclude: Mapping[str, str] = NO_HOSTS, text: str = "") -> None:
+def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = NO_HOSTS, text: str = "") -> None:
     """Requeue this job, or this one element of its array, unless Slurm has done so already.
 
     Args:
@@ -228,7 +228,7 @@ def apply_decision(
     decision = Decision(action, reason)
     record_decision(context, attempt, cause, decision)
     if action is Action.requeue:
-        requeue(context, cause, hosts_to_avoid(events, points_beside(context.folder)), text)
+        requeue_job(context, cause, hosts_to_avoid(events, points_beside(context.folder)), text)
     if action is Action.stop and cause not in WANTED:
         raise RunFailedError(f"{text or f'the run was {cause}'}\nnot started again: {reason}")
     return decision
@@ -281,7 +281,7 @@ def handle_early_stop(context: RunContext, why: str) -> None:
         cause = cause_of_stop(context, attempt=None)
         if cause in LEAVES_THE_NODES:
             record_decision(context, None, cause, Decision(Action.requeue, f"{cause} before the ranks had started"))
-            requeue(context, cause)
+            requeue_job(context, cause)
 
 
 def close_lost_attempts(context: RunContext) -> None:

@@ -141,7 +141,7 @@ def decide_next(events: Events, cause: Cause, limits: ResilienceConfig, resumes:
 def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float | None) -> bool:
     """Return whether the end of an attempt no longer counts: the run has saved a newer checkpoint, some time ago.
 
-    With the checkpoint alone, a run could fail for ever right after each save; with the time alone, a run that waits in
+    With the checkpoint alone, a run could fail for ever right after each save. With the time alone, a run that waits in
     the queue would be forgiven.
     """
     if forgive_after_s is None:
@@ -199,8 +199,8 @@ def attempts_without_progress(events: Events) -> int:
 def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: float) -> Cause:
     """Return whether a signal means a preemption, a time limit or a cancel: Slurm sends the same signals for all three.
 
-    While the job runs, a signal is Slurm's announcement. Once the job completes (seen on Slurm 22.05), a requeue has
-    raised its count of restarts, the time limit has used its time up, and a batch script that died has left its reason.
+    While the job runs, a signal is Slurm's announcement. Once the job completes, Slurm 22.05 shows the cause: a requeue
+    has raised the count of restarts, a time limit has used up the time, a batch script that died has left its reason.
     Every other end is a cancel. A cancel must never count as a preemption, which would start the job again.
 
     Args:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from subprocess import Popen
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -40,6 +41,7 @@ from launch.runs import heartbeat
 from launch.runs.environment import set_defaults, set_dump_file, visible_gpus
 from launch.runs.folder import RunFolder, read_plan
 from launch.worker import STORE_PREFIX
+from launch.worker.memory import SECRET, STORE
 from launch.workload import CodeTree
 
 # The program of the ranks: its fork server, its code, and its environment.
@@ -121,6 +123,56 @@ def describe_run(attempt: Attempt) -> None:
         os.environ |= attempt.store.environment(group.address, derive(group.token, "memory stores"))
 
 
+CLOSING_S = 5.0
+"""Longest wait for the end of a memory store."""
+
+
+class MemoryStore:
+    """The memory store of this agent, for the length of a ``with`` block. Started at its first use."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._place = ""
+
+    def __enter__(self) -> MemoryStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the store; its checkpoints are gone."""
+        process, self._process = self._process, None
+        if process is not None:
+            try:
+                process.communicate(timeout=CLOSING_S)  # closes its standard input
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+
+    def environment(self, address: str, secret: str) -> Mapping[str, str]:
+        """Return the variables with which ranks find the store, which listens on ``address``. A dead store is replaced.
+
+        If a store cannot be started, standard error says so, and the ranks have no store.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._start(address, secret)
+        return {STORE: self._place, SECRET: secret}
+
+    def _start(self, address: str, secret: str) -> None:
+        self.__exit__()
+        words = [sys.executable, "-m", "gpt_launch", "launch.worker.memory", str(os.getpid())]
+        process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._process, port = process, ""
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(OSError):
+            print(json.dumps([address, secret]), file=process.stdin, flush=True)
+            port = process.stdout.readline().strip()
+        self._place = f"{address}:{port}" if port else ""
+        if not port:
+            print("launch: no checkpoints in memory: the memory store does not start", file=sys.stderr)
+            self.__exit__()
+
+
 def run_ranks(context: AgentContext, rdzv: RendezvousRound) -> str | None:
     """Start this node's ranks and watch them to their end.
 
@@ -129,8 +181,8 @@ def run_ranks(context: AgentContext, rdzv: RendezvousRound) -> str | None:
         rdzv: the agents that take part in this start.
 
     Returns:
-        None if all ranks left in order, else what went wrong. Records ranks that could not record their end: ranks that
-        were killed, hung, died before their code ran, or belong to a workload that records nothing.
+        None if all ranks left in order, else what went wrong. Records the end of ranks that could not do so: they were
+        killed, hung, died before their code ran, or belong to a workload without records.
 
     Raises:
         InterruptedError: a stop was requested before the ranks of all nodes had started.
@@ -236,7 +288,7 @@ class FixedRendezvous(RendezvousHandler):
             here = store.add(HERE, 0)
         verdict = store.get(VERDICT).decode()
         if verdict == LEAVE:
-            raise InterruptedError("told to leave before the ranks had started")
+            raise InterruptedError("a stop was requested before the ranks had started")
         if verdict == AGAIN:
             raise dist.DistStoreError("a node was lost before the ranks had started")
 
@@ -285,12 +337,12 @@ class RankAgent(LocalElasticAgent):
         if config.cluster.bind_cpus:
             self._cpus = numa.cpus_of_ranks(config.ranks_on_node, visible_gpus(), os.sched_getaffinity(0))
         records.begin(self._cpus)
-        self._workdir, self._logs = str(command.workdir or Path.cwd()), attempt.log(0).parent
+        self._workdir, logs = str(command.workdir or Path.cwd()), attempt.log(0).parent
         spec = WorkerSpec(
             role="rank",
             local_world_size=config.ranks_on_node,
             entrypoint="/bin/sh",
-            args=("-c", START_RANK, "sh", self._workdir, str(self._logs), *command.args),
+            args=("-c", START_RANK, "sh", self._workdir, str(logs), *command.args),
             rdzv_handler=self._meeting,
             max_restarts=0,  # the agents decide on restarts
             monitor_interval=POLL_S,
@@ -315,15 +367,18 @@ class RankAgent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         """Start the ranks, by forks if possible: elastic makes their handlers by a function of its module."""
-        agent, original = self, elastic_processes.get_subprocess_handler
+        attempt, server, cpus, workdir = self._attempt, self._server, self._cpus, self._workdir
+        original = elastic_processes.get_subprocess_handler
 
         class Handler(SubprocessHandler):
-            def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Popen[bytes] | ForkedProcess:  # type: ignore[override]
-                if agent._cpus is not None:
-                    env[numa.VARIABLE] = ",".join(map(str, sorted(agent._cpus[int(env["LOCAL_RANK"])])))
-                forked = agent._fork(env)
-                if forked is not None:
-                    return forked
+            def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes] | ForkedProcess:  # type: ignore[override]
+                if cpus is not None:
+                    env[numa.VARIABLE] = ",".join(map(str, sorted(cpus[int(env["LOCAL_RANK"])])))
+                if server is not None:
+                    log = str(attempt.log(int(env["RANK"])))
+                    forked = server.start(attempt.command.args, env, workdir, log)
+                    if forked is not None:
+                        return forked
                 with numa.bound(numa.cpus_in(env)):
                     return super()._popen(args, env)
 
@@ -332,13 +387,6 @@ class RankAgent(LocalElasticAgent):
             return super()._start_workers(worker_group)
         finally:
             elastic_processes.get_subprocess_handler = original
-
-    def _fork(self, env: Mapping[str, str]) -> ForkedProcess | None:
-        """Fork the rank with this environment; None if it is to be executed."""
-        if self._server is None:
-            return None
-        log = self._attempt.log(int(env["RANK"]))
-        return self._server.start(self._attempt.command.args, env, self._workdir, str(log))
 
     def _poll(self) -> None:
         self._watch.poll(self)

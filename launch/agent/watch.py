@@ -253,7 +253,7 @@ class Watch:
             # that polls it is one more request for the stop that the agents agree on.
             agent.send(self._stop_signal)
             self._agreement.request_stop(self._stop_signal)
-            self._group.heartbeat.wake()
+            self._group.heartbeat.publish()  # at once
         at_once = stop.count > 1 and not attempt.node.is_slurm
         if at_once or time.monotonic() > stop.since + attempt.config.resilience.grace_period_s:
             agent.send(signal.SIGKILL)

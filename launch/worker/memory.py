@@ -7,8 +7,8 @@ checkpoint that all ranks have agreed on, and the one that is being sent, while 
 anonymous memory, so nothing is left behind when the processes of a node are killed.
 
 Both ends first prove that they know the secret of the stores. Messages are JSON, signed and numbered; bytes after a
-message have a SHA-256 sum. Nothing is unpickled. A file is cut into chunks, and its sum is that of the sums of its
-chunks, so that each byte is hashed once, for all stores that receive it. Standard library only.
+message have a SHA-256 sum. Nothing is unpickled. A file is cut into chunks, and its sum is the SHA-256 of the
+sums of its chunks. So each byte is hashed once, for all stores that receive it. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ import secrets
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..process import die_with_parent
 
@@ -48,7 +47,8 @@ class StoreError(ConnectionError):
     """A memory store cannot do a request, or the other end does not know the secret of the stores."""
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Address of a memory store."""
 
     host: str
@@ -136,7 +136,6 @@ class Channel:
         return {**message, "sha256": about["sha256"]}, payload
 
     def close(self) -> None:
-        """Close the connection."""
         self._connection.close()
 
     def _mac(self, direction: int, text: bytes | bytearray) -> bytes:
@@ -175,7 +174,7 @@ class StoreClient:
 
     def __init__(self, place: Place, secret: str) -> None:
         self.place = place
-        connection = socket.create_connection(place, timeout=TIMEOUT_S)
+        connection = socket.create_connection((place.host, place.port), timeout=TIMEOUT_S)
         try:
             self._channel = Channel(connection, secret, is_store=False)
         except BaseException as error:
@@ -241,7 +240,7 @@ class Upload:
         self._stores = stores
         self._where = {"save": save, "rank": rank, "name": name}
         self._pending = bytearray()
-        self._sums = FileSums()
+        self._sums = hashlib.sha256()
         self.size = 0
 
     def write(self, data: Any) -> int:
@@ -261,20 +260,17 @@ class Upload:
         return length
 
     def tell(self) -> int:
-        """Return the bytes written so far."""
         return self.size
 
-    def flush(self) -> None:
-        """Do nothing: chunks are sent whole."""
+    def flush(self) -> None: ...
 
-    def close(self) -> None:
-        """Do nothing: ``end`` sends the rest."""
+    def close(self) -> None: ...
 
     def end(self) -> None:
         """Send the rest, and the size and sum of the file."""
         self._flush()
         for store in self._stores:
-            store.ask("end", **self._where, size=self.size, total=self._sums.total())
+            store.ask("end", **self._where, size=self.size, total=self._sums.hexdigest())
 
     def _flush(self) -> None:
         if self._pending:
@@ -282,25 +278,10 @@ class Upload:
             self._pending = bytearray()
 
     def _send(self, piece: memoryview) -> None:
-        digest = self._sums.add(hashlib.sha256(piece).hexdigest())
+        digest = hashlib.sha256(piece)
+        self._sums.update(digest.digest())
         for store in self._stores:
-            store.append(piece, digest, **self._where)
-
-
-class FileSums:
-    """Sum of a file: the SHA-256 of the SHA-256 sums of its chunks."""
-
-    def __init__(self) -> None:
-        self._total = hashlib.sha256()
-
-    def add(self, digest: str) -> str:
-        """Add the next chunk by its sum, and return that."""
-        self._total.update(bytes.fromhex(digest))
-        return digest
-
-    def total(self) -> str:
-        """Return the sum of the file so far."""
-        return self._total.hexdigest()
+            store.append(piece, digest.hexdigest(), **self._where)
 
 
 # The store.
@@ -309,7 +290,6 @@ class FileSums:
 NICENESS = 10
 """The store gets the CPU time that the ranks do not use."""
 BACKLOG = 4096
-CLOSING_S = 5.0
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that request a job to save and leave; the store ends with its agent."""
 REQUESTS = ("begin", "end", "finish", "commit", "keep", "inventory", "verify")
@@ -320,17 +300,16 @@ class StoredFile:
 
     def __init__(self) -> None:
         self._descriptor = os.memfd_create("memory_checkpoint")
-        self._sums = FileSums()
+        self._sums = hashlib.sha256()
         self.size = 0
         self.sum = ""
         """Sum of the file as the rank has computed it; empty until the file is whole."""
 
     def append(self, content: bytearray, digest: str) -> None:
-        """Append a chunk with its sum."""
         view = memoryview(content)
         while view:
             view = view[os.write(self._descriptor, view) :]
-        self._sums.add(digest)
+        self._sums.update(bytes.fromhex(digest))
         self.size += len(content)
 
     def end(self, size: int, total: str) -> None:
@@ -339,23 +318,21 @@ class StoredFile:
         Raises:
             StoreError: size or sum are not those of the rank's file.
         """
-        if (self.size, self._sums.total()) != (size, total):
+        if (self.size, self._sums.hexdigest()) != (size, total):
             raise StoreError("a file that is not the one that was sent")
         self.sum = total
 
     def read(self, offset: int, size: int) -> bytes:
-        """Read a part."""
         return os.pread(self._descriptor, min(size, CHUNK), offset)
 
     def is_damaged(self) -> bool:
         """Return whether the content of the file differs from its sum."""
-        sums = FileSums()
+        sums = hashlib.sha256()
         for offset in range(0, self.size, CHUNK):
-            sums.add(hashlib.sha256(self.read(offset, CHUNK)).hexdigest())
-        return sums.total() != self.sum
+            sums.update(hashlib.sha256(self.read(offset, CHUNK)).digest())
+        return sums.hexdigest() != self.sum
 
     def close(self) -> None:
-        """Free the memory."""
         os.close(self._descriptor)
 
 
@@ -429,21 +406,13 @@ class Store:
     def inventory(self) -> dict[str, Any]:
         """List the whole parts of saves on which all ranks have agreed."""
         with self._lock:
-            return {
-                "saves": [
-                    {
-                        "save": name,
-                        "step": held.step,
-                        "world_size": held.world_size,
-                        "parts": [
-                            [rank, {file: at.size for file, at in held.parts[rank].items()}]
-                            for rank in sorted(held.whole)
-                        ],
-                    }
-                    for name, held in self._saves.items()
-                    if held.is_committed
-                ]
-            }
+            saves = []
+            for name, held in self._saves.items():
+                if held.is_committed:
+                    sizes = {rank: {name: file.size for name, file in held.parts[rank].items()} for rank in held.whole}
+                    about = {"save": name, "step": held.step, "world_size": held.world_size}
+                    saves.append({**about, "parts": [[rank, sizes[rank]] for rank in sorted(sizes)]})
+            return {"saves": saves}
 
     def verify(self, save: str, rank: int) -> dict[str, Any]:
         """Read the part of a rank, and name the files whose content differs from their sum."""
@@ -452,7 +421,6 @@ class Store:
         return {"damaged": sorted(name for name, file in files.items() if file.is_damaged())}
 
     def read(self, save: str, rank: int, name: str, offset: int, size: int) -> bytes:
-        """Read a part of a file."""
         with self._lock:
             file = self._part(save, rank).get(name)
         if file is None:
@@ -490,7 +458,7 @@ def answer(store: Store, channel: Channel) -> None:
             return
 
 
-def serve(store: Store, listener: socket.socket, secret: str) -> None:
+def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
     """Answer all ranks that know the secret, each in a thread."""
 
     def meet(connection: socket.socket) -> None:
@@ -515,55 +483,9 @@ def main() -> None:
     address, secret = json.loads(sys.stdin.readline())  # not in the command line, which every user can read
     with socket.create_server((address, 0), backlog=BACKLOG) as listener:
         print(listener.getsockname()[1], flush=True)
-        threading.Thread(target=serve, args=(Store(), listener, secret), daemon=True).start()
+        threading.Thread(target=serve_ranks, args=(Store(), listener, secret), daemon=True).start()
         sys.stdin.read()
     os._exit(0)
-
-
-class MemoryStore:
-    """The memory store of this agent, for the length of a ``with`` block. Started at its first use."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._place = ""
-
-    def __enter__(self) -> MemoryStore:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End the store; its checkpoints are gone."""
-        process, self._process = self._process, None
-        if process is not None:
-            try:
-                process.communicate(timeout=CLOSING_S)  # closes its standard input
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
-
-    def environment(self, address: str, secret: str) -> Mapping[str, str]:
-        """Return the variables with which ranks find the store, which listens on ``address``. A dead store is replaced.
-
-        If a store cannot be started, standard error says so, and the ranks have no store.
-        """
-        if self._process is None or self._process.poll() is not None:
-            self._start(address, secret)
-        return {STORE: self._place, SECRET: secret}
-
-    def _start(self, address: str, secret: str) -> None:
-        self.__exit__()
-        words = [sys.executable, "-m", "gpt_launch", "launch.worker.memory", str(os.getpid())]
-        process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        self._process, port = process, ""
-        assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(OSError):
-            print(json.dumps([address, secret]), file=process.stdin, flush=True)
-            port = process.stdout.readline().strip()
-        self._place = f"{address}:{port}" if port else ""
-        if not port:
-            print("launch: no checkpoints in memory: the memory store does not start", file=sys.stderr)
-            self.__exit__()
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ _attached: Run | None = None
 def attach(handle_signals: bool = True) -> Run:
     """Join the launcher as the rank that the environment names. A second call returns the same Run.
 
-    Without the launcher, and in a process that multiprocessing started, the Run is a stand-in: it writes nothing, and
+    Without the launcher, and in a process that multiprocessing started, the Run is a stand-in. It writes nothing, and
     ``stop_requested`` answers by the signals of this process alone. Call it in the main thread, early: from here on a
     request to stop no longer ends the process.
 
@@ -211,7 +211,7 @@ class Run:
     def record(self, step: int, **figures: object) -> None:
         """Add a step record, which a thread writes within eight seconds. Never blocks, never raises.
 
-        ``time``, ``attempt`` and ``step_time_s`` are filled in if they are not given; the last is the time since the
+        ``time``, ``attempt`` and ``step_time_s`` are filled in if they are not given. The last is the time since the
         record before, without evaluations and saves, divided by the steps between the two. A figure is a real number,
         or a list or mapping of such; None is left out, anything else is dropped with one warning. The value of a
         scalar of numpy or torch is read at once, so a scalar on a GPU waits for the GPU.
@@ -330,8 +330,8 @@ class Run:
     def close(self) -> None:
         """Write the queued records, and ignore signals from now on: the process is about to end.
 
-        Python restores the default handlers while it ends. A second signal then killed a rank that had saved: a failure
-        for its agent, while the agents of ranks that had ended well waited for this one. Called at the exit by itself.
+        Python restores the default handlers while it ends. A second signal then killed a rank that had saved, which was
+        a failure for its agent, and the other agents waited for this rank. Called at the exit by itself.
         """
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:

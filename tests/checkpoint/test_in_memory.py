@@ -22,7 +22,7 @@ from gpt.workload.text import checkpoint_text
 from launch.config import ClusterConfig
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
-from launch.worker.memory import CHUNK, Place, Store, StoreClient, StoreError, Upload, serve
+from launch.worker.memory import CHUNK, Place, Store, StoreClient, StoreError, Upload, serve_ranks
 from launch.workload import PlanRequest
 from tests.support.commands import TINY
 from tests.support.composing import config_from
@@ -39,7 +39,7 @@ class Served:
         self.store = Store()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.place = Place("127.0.0.1", self._listener.getsockname()[1])
-        threading.Thread(target=serve, args=(self.store, self._listener, SECRET), daemon=True).start()
+        threading.Thread(target=serve_ranks, args=(self.store, self._listener, SECRET), daemon=True).start()
 
     def flip_a_bit(self, rank: int) -> str:
         """Damage the largest file of a rank's part; returns its name."""

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch.agent.records import failure_message
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from launch.agent.watch import failure_message
 from launch.config.compose import default_grace_period_s
 from launch.report import build
 from launch.runs.environment import GAUGES, read_samples, telemetry_nodes

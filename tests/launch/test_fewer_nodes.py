@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,18 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.agent.health import Fault
-from launch.agent.node import Node, RendezvousRound, RunContext, TooFewNodesError
+from launch.agent.node import Node, RunContext
 from launch.agent.outcome import take_over_as_leader
 from launch.agent.policy import RunFailedError, largest_size
-from launch.agent.rendezvous import join
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, make_plan
 from launch.plan.preflight import plan_text
-from launch.runs.events import fewer_nodes
-from launch.runs.files import read_json, read_json_lines, write_json
+from launch.runs.files import read_json, read_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.jobs import sbatch_text
@@ -100,68 +95,6 @@ def test_a_start_takes_the_largest_size_that_is_left(full: int, others: set[int]
     assert largest_size(sizes, left) == max((n for n in sizes if n <= left), default=None)
 
 
-HOSTS = ("n0", "n1", "n2", "n3")
-
-
-def elastic(folder: RunFolder, nodes: int, fewer: tuple[int, ...]) -> Config:
-    """The config of a run whose plan, in its folder, allows fewer nodes."""
-    config = Config(nodes=nodes)
-    config.resilience.min_nodes = min(fewer)
-    for key in ("rendezvous_timeout_s", "node_timeout_s"):
-        setattr(config.resilience, key, 240)
-    config.resilience.health_check.enabled = False  # the findings are given here
-    write_json(folder.plan, {"promised": {"fewer_nodes": list(fewer)}})
-    return config
-
-
-def start_agents(
-    folder: RunFolder, config: Config, hosts: tuple[str, ...], rounds: list[Mapping[int, str]]
-) -> list[RendezvousRound | None]:
-    """The rounds of agents on these hosts, in each of which some nodes are sick, as the head node has seen them."""
-
-    def agent(index: int) -> list[RendezvousRound | None]:
-        node = Node(index, len(hosts), "job", is_slurm=False, hosts=hosts)
-        seen: list[RendezvousRound | None] = []
-        with join(RunContext(folder, node, config)) as group:
-            try:
-                for number, sick in enumerate(rounds):
-                    faults = [Fault("command", sick[index])] if index in sick else []
-                    group._health.examine = lambda found=faults: found  # type: ignore[method-assign,misc]
-                    seen.append(group.next_round(number))
-            finally:
-                if node.is_head:
-                    group.end()
-        return seen
-
-    with ThreadPoolExecutor(len(hosts)) as agents:
-        head, *_ = agents.map(agent, range(len(hosts)))
-    return head
-
-
-def test_a_start_has_fewer_nodes_while_some_are_sick_and_all_of_them_afterwards(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    config = elastic(folder, 4, (2, 1))
-    sick = [{}, {1: "fan"}, {1: "fan", 2: "heat", 3: "dust"}, {}]
-    rounds = start_agents(folder, config, HOSTS, sick)
-    assert [r and r.members for r in rounds] == [(0, 1, 2, 3), (0, 2), (0,), (0, 1, 2, 3)]
-    told = fewer_nodes(folder.read_events())
-    assert {attempt: (e["nodes"], e["asked"], e["hosts"]) for attempt, e in told.items()} == {
-        2: (2, 4, ["n0", "n2"]),
-        3: (1, 4, ["n0"]),
-    }
-    assert told[2]["cause"] == "n1: sick, fan", "the fourth cannot be used, and waits"
-    members = [e for e in folder.read_events() if e["event"] == "members"]
-    assert [(e["attempt"], e["spares"]) for e in members] == [(2, ["n3"])]
-    assert [e["attempt"] for e in folder.read_events() if e["event"] == "all_nodes"] == [4]
-
-
-@pytest.mark.parametrize("sick", [{1: "fan", 2: "fan", 3: "fan"}, {0: "fan"}])
-def test_too_few_for_the_smallest_size_and_a_sick_head_node_are_refused(tmp_path: Path, sick: dict[int, str]) -> None:
-    folder = RunFolder(tmp_path)
-    with pytest.raises(TooFewNodesError):
-        start_agents(folder, elastic(folder, 4, (3, 2)), HOSTS, [sick])
-
-
 def test_a_node_that_was_given_up_does_not_put_the_job_back_into_the_queue(tmp_path: Path) -> None:
     """Cut off and alive: the head node it hears nothing of goes on without it."""
     folder = RunFolder(tmp_path)
@@ -172,7 +105,7 @@ def test_a_node_that_was_given_up_does_not_put_the_job_back_into_the_queue(tmp_p
     folder.record_event("started", attempt=2)
     before = folder.read_events()
     with pytest.raises(RunFailedError, match="n1 was cut off, and the run continues without it"):
-        cut_off = Node(1, 2, "slurm-1-0-0", True, "1", hosts=HOSTS[:2])
+        cut_off = Node(1, 2, "slurm-1-0-0", True, "1", hosts=("n0", "n1"))
         take_over_as_leader(RunContext(folder, cut_off, Config(nodes=2)), "silence", known=1)
     assert folder.read_events() == before
 

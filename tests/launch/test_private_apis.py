@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from launch.agent.after_step import run_dir_of
+from launch.agent.after_step import submitted_run_dir
 from launch.agent.node import Node
 from launch.slurm import jobs
 from launch.slurm import jobs as sbatch
@@ -63,7 +63,7 @@ def test_submitit_keeps_the_run_folder_where_the_batch_script_looks_for_it(tmp_p
     folder, node = tmp_path, Node(0, 2, "slurm-9-0-0", is_slurm=True, slurm_job="7_1")
     pickle = JobPaths(folder, "7_1").submitted_pickle
     DelayedSubmission(os.fspath, "the/run").dump(pickle)
-    assert run_dir_of(str(folder), node) == "the/run", changed(
+    assert submitted_run_dir(str(folder), node) == "the/run", changed(
         "submitit", "its pickle of a job", "launch/agent/after_step.py"
     )
 

@@ -1,34 +1,61 @@
-"""Rendezvous of agents: who takes part in a round, where a host is to be avoided."""
+"""Rendezvous of agents: the nodes of each round, with hosts to avoid, sick and lost nodes, spares, and fewer nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Event
+from typing import TypeVar
 
 import pytest
 
-from launch.agent import exchange as heartbeat
-from launch.agent import rendezvous
+from launch.agent import exchange, rendezvous
+from launch.agent.health import Fault
 from launch.agent.node import HeadNodeLostError, Node, RendezvousRound, RunContext, TooFewNodesError
-from launch.agent.rendezvous import join
+from launch.agent.rendezvous import AgentGroup, join
 from launch.config import Config
+from launch.runs.events import fewer_nodes, select_events
+from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.slurm import client
 
-HOSTS = ("n0", "n1", "n2")
+T = TypeVar("T")
+HOSTS = ("n0", "n1", "n2", "n3")
+WAIT_S = 240
+"""Longer than a busy machine needs for any step of a test."""
 
 
-def patient(config: Config) -> Config:
-    """Return the config with timeouts that no busy machine comes near."""
+def config_of(nodes: int, spares: int = 0) -> Config:
+    """A config with timeouts that no busy machine comes near; the tests make the findings of the health check."""
+    config = Config(nodes=nodes, spare_nodes=spares)
     for key in ("rendezvous_timeout_s", "node_timeout_s"):
-        setattr(config.resilience, key, 240)
+        setattr(config.resilience, key, WAIT_S)
+    config.resilience.health_check.enabled = False
     return config
 
 
+def context(folder: RunFolder, index: int, config: Config, count: int) -> RunContext:
+    return RunContext(folder, Node(index, count, "job", is_slurm=False, hosts=HOSTS[:count]), config)
+
+
+def run_agents(folder: RunFolder, config: Config, count: int, agent: Callable[[AgentGroup, int], T]) -> list[T]:
+    """Results of an agent on each of ``count`` nodes. The head node ends the run."""
+
+    def run(index: int) -> T:
+        with join(context(folder, index, config, count)) as group:
+            try:
+                return agent(group, index)
+            finally:
+                if index == 0:
+                    group.end()
+
+    with ThreadPoolExecutor(count) as agents:
+        return list(agents.map(run, range(count)))
+
+
 @pytest.mark.parametrize(
-    ("avoid", "members", "told"),
+    ("avoid", "members", "recorded"),
     [
         ({}, (0, 1), None),
         ({"n1": "lost in attempt 2"}, (0, 2), ("avoided", ["n1"], "n1: lost in attempt 2")),
@@ -38,66 +65,145 @@ def patient(config: Config) -> Config:
     ],
 )
 def test_a_spare_takes_the_place_of_a_host_to_avoid(
-    tmp_path: Path, avoid: Mapping[str, str], members: tuple[int, ...], told: tuple[str, list[str], str] | None
+    tmp_path: Path, avoid: Mapping[str, str], members: tuple[int, ...], recorded: tuple[str, list[str], str] | None
 ) -> None:
-    config = patient(Config(nodes=2, spare_nodes=1))
+    folder = RunFolder(tmp_path)
+    rounds = run_agents(folder, config_of(2, 1), 3, lambda group, index: group.next_round(0, avoid))
+    assert {rdzv.members for rdzv in rounds if rdzv is not None} == {members}
+    found = [
+        (e["event"], e["hosts"], e["cause"]) for e in select_events(folder.read_events(), "avoided", "not_avoided")
+    ]
+    assert recorded == (found[0] if found else None)
+
+
+@pytest.mark.parametrize(
+    ("sick", "members"),
+    [({}, (0, 1)), ({1: "fan"}, (0, 2)), ({2: "fan"}, (0, 1)), ({1: "fan", 2: "heat"}, None), ({0: "fan"}, None)],
+)
+def test_a_spare_takes_the_place_of_a_sick_node(
+    tmp_path: Path, sick: Mapping[int, str], members: tuple[int, ...] | None
+) -> None:
     folder = RunFolder(tmp_path)
 
-    def agent(index: int) -> RendezvousRound | None:
-        node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
-        with join(RunContext(folder, node, config)) as group:
-            rdzv = group.next_round(0, avoid)
-            if node.is_head:
-                group.end()
-            return rdzv
+    def agent(group: AgentGroup, index: int) -> RendezvousRound | TooFewNodesError | None:
+        make_sick(group, sick.get(index))
+        try:
+            return group.next_round(0)
+        except TooFewNodesError as error:
+            return error
 
-    with ThreadPoolExecutor(len(HOSTS)) as agents:
-        rounds = list(agents.map(agent, range(len(HOSTS))))
-    assert {rdzv.members for rdzv in rounds if rdzv is not None} == {members}
+    rounds = run_agents(folder, config_of(2, 1), 3, agent)
+    recorded = {(e["node"], e["host"], e["cause"]) for e in select_events(folder.read_events(), "node_sick")}
+    if members is None:
+        (error,) = [found for found in rounds if isinstance(found, TooFewNodesError)]
+        assert error is rounds[0] and {one.index: one.why for one in error.sick} == sick
+    else:
+        assert {found.members for found in rounds if isinstance(found, RendezvousRound)} == {members}
+        assert recorded == {(index, HOSTS[index], why) for index, why in sick.items()}
+
+
+def make_sick(group: AgentGroup, why: str | None) -> None:
+    found = [] if why is None else [Fault("command", why)]
+    group._health.examine = lambda: found  # type: ignore[method-assign]
+
+
+def test_a_full_filesystem_of_all_nodes_is_waited_for_except_at_the_first_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([[Fault("run folder", "full")], [Fault("run folder", "full")], [Fault("run folder", "full")], []])
+    monkeypatch.setattr(rendezvous, "ROOM_POLL_S", 0.0)
+    with join(context(RunFolder(tmp_path), 0, config_of(1), 1)) as group:
+        monkeypatch.setattr(group._health, "examine", lambda: next(found))
+        with pytest.raises(TooFewNodesError) as refusal:
+            group.next_round(0)
+        assert refusal.value.sick[0].is_shared
+        assert group.next_round(1) is not None and next(found, None) is None
+        group.end()
+
+
+def elastic(folder: RunFolder, fewer: tuple[int, ...]) -> Config:
+    """The config of a run of four nodes whose plan, in its folder, allows fewer nodes."""
+    config = config_of(4)
+    config.resilience.min_nodes = min(fewer)
+    write_json(folder.plan, {"promised": {"fewer_nodes": list(fewer)}})
+    return config
+
+
+def rounds_of_sick(folder: RunFolder, config: Config, rounds: Sequence[Mapping[int, str]]) -> list[tuple[int, ...]]:
+    """Members of the rounds of four nodes, in each of which some nodes are sick."""
+
+    def agent(group: AgentGroup, index: int) -> list[tuple[int, ...]]:
+        members = []
+        for number, sick in enumerate(rounds):
+            make_sick(group, sick.get(index))
+            rdzv = group.next_round(number)
+            members.append(() if rdzv is None else rdzv.members)
+        return members
+
+    return run_agents(folder, config, 4, agent)[0]
+
+
+def test_a_start_has_fewer_nodes_while_some_are_sick_and_all_of_them_afterwards(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    sick: list[dict[int, str]] = [{}, {1: "fan"}, {1: "fan", 2: "heat", 3: "dust"}, {}]
+    members = rounds_of_sick(folder, elastic(folder, (2, 1)), sick)
+    assert members == [(0, 1, 2, 3), (0, 2), (0,), (0, 1, 2, 3)]
     events = folder.read_events()
-    first = next((e for e in events if e["event"] in ("avoided", "not_avoided")), None)
-    assert told == (None if first is None else (first["event"], first["hosts"], first["cause"]))
+    smaller = fewer_nodes(events)
+    assert {attempt: (e["nodes"], e["asked"], e["hosts"]) for attempt, e in smaller.items()} == {
+        2: (2, 4, ["n0", "n2"]),
+        3: (1, 4, ["n0"]),
+    }
+    assert smaller[2]["cause"] == "n1: sick, fan", "the fourth cannot be used, and waits"
+    assert [(e["attempt"], e["spares"]) for e in select_events(events, "members")] == [(2, ["n3"])]
+    assert [e["attempt"] for e in select_events(events, "all_nodes")] == [4]
 
 
-def test_a_node_that_came_early_and_has_fallen_silent_since_takes_no_part(tmp_path: Path) -> None:
-    config, folder, gone = patient(Config(nodes=2)), RunFolder(tmp_path), Event()
+@pytest.mark.parametrize("sick", [{1: "fan", 2: "fan", 3: "fan"}, {0: "fan"}])
+def test_too_few_for_the_smallest_size_and_a_sick_head_node_are_refused(tmp_path: Path, sick: dict[int, str]) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(TooFewNodesError):
+        rounds_of_sick(folder, elastic(folder, (3, 2)), [sick])
 
-    def come_early_and_vanish() -> None:
-        with join(RunContext(folder, Node(1, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config)) as group:
+
+def test_a_node_that_came_early_and_is_silent_since_takes_no_part(tmp_path: Path) -> None:
+    gone, is_lost = Event(), Event()
+
+    def agent(group: AgentGroup, index: int) -> None:
+        if index == 1:
             group.heartbeat.publish(host="n1", ready=1)
-            assert group.heartbeat.flush(240)
+            assert group.heartbeat.flush(WAIT_S)
             group.heartbeat.close()
             gone.set()
+            assert is_lost.wait(WAIT_S)
+            return
+        assert gone.wait(WAIT_S)
+        assert group.next_round(0) is not None, "its message is new"
+        assert group.heartbeat.flush(WAIT_S), "all its messages are here"
+        group.heartbeat._when[1] -= WAIT_S + 1
+        try:
+            with pytest.raises(TooFewNodesError):
+                group.next_round(1)
+            assert group.lost[1].why.startswith("silent for 2")
+        finally:
+            is_lost.set()
 
-    with (
-        ThreadPoolExecutor(1) as other,
-        join(RunContext(folder, Node(0, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config)) as group,
-    ):
-        vanished = other.submit(come_early_and_vanish)
-        assert gone.wait(240)
-        assert group.next_round(0) is not None, "it has just been heard"
-        assert group.heartbeat.flush(240), "all that it said has been heard"
-        group.heartbeat._when[1] -= 241
-        with pytest.raises(TooFewNodesError):
-            group.next_round(1)
-        assert group.lost[1].why.startswith("silent for 2")
-        group.end()
-        vanished.result()
+    run_agents(RunFolder(tmp_path), config_of(2), 2, agent)
 
 
 def test_a_head_node_whose_connection_ended_is_not_one_that_was_silent_for_no_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rendezvous, "OVER_S", 0.0)  # the word that the run is over will not come
-    config, folder, is_there = patient(Config(nodes=2)), RunFolder(tmp_path), Event()
+    monkeypatch.setattr(rendezvous, "OVER_S", 0.0)  # the message that the run is over will not come
+    config, folder, is_there = config_of(2), RunFolder(tmp_path), Event()
 
     def head() -> None:
-        with join(RunContext(folder, Node(0, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config)):
-            assert is_there.wait(240)  # and leaves without a word
+        with join(context(folder, 0, config, 2)):
+            assert is_there.wait(WAIT_S)  # and leaves without a message
 
     with ThreadPoolExecutor(1) as other:
         gone = other.submit(head)
-        with join(RunContext(folder, Node(1, 2, "job", is_slurm=False, hosts=HOSTS[:2]), config)) as group:
+        with join(context(folder, 1, config, 2)) as group:
             is_there.set()
             gone.result()
             with pytest.raises(HeadNodeLostError, match=r"^its connection ended \(") as lost:
@@ -109,36 +215,29 @@ def test_after_a_failure_no_message_waits_for_the_next_heartbeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an hour between two heartbeats three agents, one of them a spare, agree on the start after a failure."""
-    config, folder = patient(Config(nodes=2, spare_nodes=1)), RunFolder(tmp_path)
-    everybody = Barrier(len(HOSTS), timeout=240)
+    everybody = Barrier(3, timeout=WAIT_S)
 
-    def agent(index: int) -> list[RendezvousRound | None]:
-        node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
-        with join(RunContext(folder, node, config)) as group:
-            rounds = [group.next_round(0)]
-            everybody.wait()
-            if node.is_head:
-                for module, name in ((heartbeat, "INTERVAL_S"), (heartbeat, "HURRY_S"), (rendezvous, "SPARE_CHECK_S")):
-                    monkeypatch.setattr(module, name, 3600.0)
-            everybody.wait()
-            if index != 2:  # which stands by, and hears of it
-                group.report_failed(0)
-                assert group.heartbeat.flush(240)
-            everybody.wait()
-            rounds.append(group.next_round(1))
-            everybody.wait()
-            if node.is_head:
-                group.end()
-            return rounds
+    def agent(group: AgentGroup, index: int) -> list[int]:
+        rounds = [group.next_round(0)]
+        everybody.wait()
+        if index == 0:
+            for module, name in ((exchange, "INTERVAL_S"), (exchange, "HURRY_S"), (rendezvous, "SPARE_CHECK_S")):
+                monkeypatch.setattr(module, name, 3600.0)
+        everybody.wait()
+        if index != 2:  # which is a spare
+            group.report_failed(0)
+            assert group.heartbeat.flush(WAIT_S)
+        everybody.wait()
+        rounds.append(group.next_round(1))
+        everybody.wait()
+        return [one.number for one in rounds if one is not None]
 
-    with ThreadPoolExecutor(len(HOSTS)) as agents:
-        found = list(agents.map(agent, range(len(HOSTS))))
-    assert [[one.number for one in rounds if one is not None] for rounds in found] == [[0, 1]] * len(HOSTS)
+    assert run_agents(RunFolder(tmp_path), config_of(2, 1), 3, agent) == [[0, 1]] * 3
 
 
 def test_agents_in_a_hurry_ask_the_head_node_the_less_often_the_more_they_are() -> None:
-    rates = [count / heartbeat.quick_s(count) for count in (2, 16, 100, 400, 4000)]
-    assert rates[:4] == pytest.approx([100, 800, 800, 800]) and rates[4] == 4000 / heartbeat.INTERVAL_S
+    rates = [count / exchange.quick_s(count) for count in (2, 16, 100, 400, 4000)]
+    assert rates[:4] == pytest.approx([100, 800, 800, 800]) and rates[4] == 4000 / exchange.INTERVAL_S
 
 
 def test_nodes_that_slurm_takes_before_they_come_are_not_waited_for(
@@ -151,10 +250,10 @@ def test_nodes_that_slurm_takes_before_they_come_are_not_waited_for(
 
     monkeypatch.setattr(client, "run", answer)
     monkeypatch.setattr(rendezvous, "ASK_SLURM_S", 0.0)
-    node = Node(0, len(HOSTS), "slurm-7-0-0", is_slurm=True, slurm_job="7", hosts=HOSTS)
-    assert Node(1, len(HOSTS), "slurm-7-0-0", is_slurm=True, hosts=HOSTS).taken_hosts() == set(), "it is taken itself"
+    node = Node(0, 3, "slurm-7-0-0", is_slurm=True, slurm_job="7", hosts=HOSTS[:3])
+    assert Node(1, 3, "slurm-7-0-0", is_slurm=True, hosts=HOSTS[:3]).taken_hosts() == set(), "it is taken itself"
     monkeypatch.setattr(Node, "own_address", lambda node: "127.0.0.1")
-    with join(RunContext(RunFolder(tmp_path), node, patient(Config(nodes=2, spare_nodes=1)))) as group:
+    with join(RunContext(RunFolder(tmp_path), node, config_of(2, 1))) as group:
         with pytest.raises(TooFewNodesError, match="1 nodes left, and 2 are needed"):
             group.next_round(0)
         assert {one.host for one in group.lost.values()} == {"n1", "n2"}
@@ -165,55 +264,44 @@ def test_a_lost_member_that_comes_back_stays_out_and_its_spare_stays_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a node whose cable was out for longer than ``resilience.node_timeout_s``."""
-    config, folder, everybody = patient(Config(nodes=2, spare_nodes=1)), RunFolder(tmp_path), Barrier(3, timeout=240)
+    everybody = Barrier(3, timeout=WAIT_S)
 
-    def agent(index: int) -> list[tuple[int, ...]]:
-        node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
-        with join(RunContext(folder, node, config)) as group:
-            first = group.next_round(0)
-            assert first is not None and group.heartbeat.flush(240)
-            everybody.wait()
-            if node.is_head:
-                with monkeypatch.context() as silence:
-                    silence.setattr(group, "_silence", lambda index: 241.0 * (index == 1))
-                    assert [one.host for one in group.find_silent(first)] == ["n1"]
-            everybody.wait()
-            rounds = [first, group.next_round(1), group.next_round(2)]  # the lost one asks for them as well
-            everybody.wait()
-            if node.is_head:
-                group.end()
-            return [each.members for each in rounds if each is not None]
+    def agent(group: AgentGroup, index: int) -> list[tuple[int, ...]]:
+        first = group.next_round(0)
+        assert first is not None and group.heartbeat.flush(WAIT_S)
+        everybody.wait()
+        if index == 0:
+            with monkeypatch.context() as silence:
+                silence.setattr(group, "_silence", lambda index: (WAIT_S + 1.0) * (index == 1))
+                assert [one.host for one in group.find_silent(first)] == ["n1"]
+        everybody.wait()
+        rounds = [first, group.next_round(1), group.next_round(2)]  # the lost one asks for them as well
+        everybody.wait()
+        return [each.members for each in rounds if each is not None]
 
-    with ThreadPoolExecutor(len(HOSTS)) as agents:
-        assert list(agents.map(agent, range(len(HOSTS)))) == [[(0, 1), (0, 2), (0, 2)]] * len(HOSTS)
+    assert run_agents(RunFolder(tmp_path), config_of(2, 1), 3, agent) == [[(0, 1), (0, 2), (0, 2)]] * 3
 
 
 def test_a_spare_that_reboots_disturbs_nobody_and_is_missed_at_the_next_start_only(tmp_path: Path) -> None:
-    config, folder = patient(Config(nodes=2, spare_nodes=1)), RunFolder(tmp_path)
-    met, both, gone = Barrier(3, timeout=240), Barrier(2, timeout=240), Event()
+    met, both, gone = Barrier(3, timeout=WAIT_S), Barrier(2, timeout=WAIT_S), Event()
 
-    def agent(index: int) -> list[tuple[int, ...]]:
-        node = Node(index, len(HOSTS), "job", is_slurm=False, hosts=HOSTS)
-        with join(RunContext(folder, node, config)) as group:
-            first = group.next_round(0)
-            assert first is not None and group.heartbeat.flush(240)
-            met.wait()
-            if index == 2:
-                group.heartbeat.close()  # without a word
-                gone.set()
-                return []
-            assert gone.wait(240)
-            if node.is_head:
-                assert group.heartbeat.flush(240), "all that it said has been heard"
-                group.heartbeat._when[2] -= 241
-                assert group.find_silent(first) == [] and not group.lost
-            second = group.next_round(1)
-            assert second is not None
-            both.wait()
-            if node.is_head:
-                assert list(group.lost) == [2]
-                group.end()
-            return [first.members, second.members]
+    def agent(group: AgentGroup, index: int) -> list[tuple[int, ...]]:
+        first = group.next_round(0)
+        assert first is not None and group.heartbeat.flush(WAIT_S)
+        met.wait()
+        if index == 2:
+            group.heartbeat.close()  # without a message
+            gone.set()
+            return []
+        assert gone.wait(WAIT_S)
+        if index == 0:
+            assert group.heartbeat.flush(WAIT_S), "all its messages are here"
+            group.heartbeat._when[2] -= WAIT_S + 1
+            assert group.find_silent(first) == [] and not group.lost
+        second = group.next_round(1)
+        assert second is not None
+        both.wait()
+        assert index != 0 or list(group.lost) == [2]
+        return [first.members, second.members]
 
-    with ThreadPoolExecutor(len(HOSTS)) as agents:
-        assert list(agents.map(agent, range(len(HOSTS)))) == [[(0, 1), (0, 1)]] * 2 + [[]]
+    assert run_agents(RunFolder(tmp_path), config_of(2, 1), 3, agent) == [[(0, 1), (0, 1)]] * 2 + [[]]

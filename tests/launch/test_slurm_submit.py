@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.agent.__main__ import run as run_agent
-from launch.agent.after_step import run_dir_of
+from launch.agent.after_step import submitted_run_dir
 from launch.agent.node import Node
 from launch.plan.plan import Plan, refuse_exposed
 from launch.runs.folder import RunFolder
@@ -73,7 +73,7 @@ def test_the_folder_of_the_logs_is_there_before_sbatch_is_called(
     pickles = {job.name: pickle for job, pickle in submitted_jobs(Path(plans[0].run_dir))}
     assert sorted(pickles) == [job.name for job in jobs]
     for made, job in zip(plans, jobs, strict=True):
-        assert run_dir_of(where, Node(0, 2, "", is_slurm=True, slurm_job=job.job_id)) == made.run_dir
+        assert submitted_run_dir(where, Node(0, 2, "", is_slurm=True, slurm_job=job.job_id)) == made.run_dir
         assert list(map(str, agent_logs(made.run_dir, job, 0))) == logs_named_by(seen / "script", job)
         assert pickles[job.name].stat().st_mode & 0o777 == 0o600
 

@@ -188,7 +188,8 @@ def test_an_agent_describes_its_ranks_and_ends_where_it_meets_the_others_when_th
     folder.create_attempt()
     attempt = SimpleNamespace(
         folder=folder, number=1, place=0, ranks=[0], rdzv=SimpleNamespace(members=(0,)), workload="script",
-        command=RankCommand(("true",), {}), contract=RankContract(), tree=CodeTree(disk, lambda root: (), False),
+        command=RankCommand(("true",), {}), contract=RankContract(records_events=False),
+        tree=CodeTree(disk, lambda root: (), False),
         config=SimpleNamespace(world_size=1), record=lambda event, **details: None,
     )  # fmt: skip
     records = RankRecords(cast(Any, attempt))

@@ -37,7 +37,7 @@ READ_AT_START = ("PYTHON", "OMP_", "MKL_", "LD_")
 """Variables that Python and its libraries read only when they start, by how they begin."""
 ANYWAY = ("PYTHONUNBUFFERED", "PYTHONHASHSEED", "OMP_PASSWORD")
 """Of those, the ones that may differ: nothing is buffered, no result depends on the order of a set, and no library
-knows the third (tests/launch/test_secrets.py)."""
+knows the third (tests/launch/test_agent.py)."""
 
 
 def umask() -> int:

@@ -32,7 +32,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.client import JobDetails
 from launch.slurm.jobs import agent_logs, job_of
-from tests.support.commands import TINY, descendants, is_alive, ranks_of, run, start_fork, wait_for
+from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
 
 Events = list[dict[str, Any]]
 
@@ -323,25 +323,6 @@ def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path)
     assert allocated_s == pytest.approx(ended - began, abs=1e-3)
     parts = sum(goodput.seconds.get(part, 0.0) for part in ("restarts", "restore", "lost"))
     assert goodput.losses.seconds == {"crashed": pytest.approx(parts, abs=1e-3)}
-
-
-def test_the_files_save_and_stop_do_what_they_say(tmp_path: Path) -> None:
-    words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=0", UNDRAWN]
-    folder = RunFolder(tmp_path / "run")
-    process = start_fork("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
-    wait_for(lambda: read_records(folder.metrics(0)) or process.poll() is not None, "the first step")
-    family = descendants(process.pid)
-    (folder.path / "SAVE").touch()
-    wait_for(lambda: list(folder.checkpoints.glob("step_*[0-9]")) or process.poll() is not None, "the checkpoint")
-    wait_for(lambda: not (folder.path / "SAVE").exists(), "the end of the file SAVE")
-    assert process.poll() is None
-    (folder.path / "STOP").touch()
-    assert process.wait(timeout=120) == 1, "a run that was stopped has not finished"
-    wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
-    assert not (folder.path / "STOP").exists()
-    last = read_records(folder.metrics(0))[-1]["step"]
-    assert (folder.checkpoints / f"step_{last:08d}" / "manifest.json").is_file()
-    assert [e["cause"] for e in folder.read_events() if e["event"] == "attempt_ended"] == ["cancelled"]
 
 
 def test_an_attempt_that_was_replaced_can_commit_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The user's command at events: which it is told of, that it cannot harm the run, and nothing of it in a log."""
+"""The agent of a node: the command of the user at events, and secrets that are written nowhere."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.__main__ import EventCommand, name_of, variables
+from launch.agent.__main__ import EventCommand, event_name, event_variables
 from launch.config import ClusterKind, LaunchConfig
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
 from launch.runs.folder import RunFolder
-from tests.support.commands import run
+from tests.support.commands import TINY, run
+from tests.support.scripts import LOCAL, write_script
 
 WRITE = """
 import os, sys
@@ -36,18 +37,18 @@ def test_each_event_has_a_name_or_none() -> None:
         "failed": {"action": "stop", "cause": "crashed"},
         "restarted": {"action": "restart", "cause": "node_failed"},
     }
-    assert {name: name_of({**decided, **details}) for name, details in names.items()} == {n: n for n in names}
-    assert name_of({**decided, "action": "requeue", "cause": "preempted"}) is None, "requeued is an event of its own"
-    assert name_of({"event": "requeued", "time": 1.0}) == "requeued"
-    assert name_of({"event": "saved", "time": 1.0}) is None
+    assert {name: event_name({**decided, **details}) for name, details in names.items()} == {n: n for n in names}
+    assert event_name({**decided, "action": "requeue", "cause": "preempted"}) is None, "requeued is an event of its own"
+    assert event_name({"event": "requeued", "time": 1.0}) == "requeued"
+    assert event_name({"event": "saved", "time": 1.0}) is None
     failed = {"event": "copy_failed", "time": 1.0, "step": 5, "cause": "no route to host"}
-    assert name_of({**failed, "failures": 1}) == "copy_failed"
-    assert name_of({**failed, "failures": 2}) is None, "once for each time that a store is away"
+    assert event_name({**failed, "failures": 1}) == "copy_failed"
+    assert event_name({**failed, "failures": 2}) is None, "once for each time that a store is away"
 
 
 def test_what_is_not_known_of_an_event_is_empty(tmp_path: Path) -> None:
     event = {"event": "node_lost", "time": 5.0, "host": "n3", "cause": "silent", "attempt": 2}
-    known = variables(RunFolder(tmp_path), "node_lost", event)
+    known = event_variables(RunFolder(tmp_path), "node_lost", event)
     assert (known["LAUNCH_EVENT_HOST"], known["LAUNCH_ATTEMPT"], known["LAUNCH_EVENT_STEP"]) == ("n3", "2", "")
     assert json.loads(known["LAUNCH_EVENT_JSON"]) == event
 
@@ -130,3 +131,31 @@ def test_agents_tell_the_command_of_a_failure_and_of_the_end(tmp_path: Path) -> 
         cwd=tmp_path,
     )
     assert told(out) == ["started", "restarted", "started", "finished"]
+
+
+SECRET = "hunter2-0b5e9c"
+NAMES = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "SLURM_JWT", "NCCL_SECRET", "OMP_PASSWORD")
+"""Some begin as variables do that are recorded."""
+FAILING = "from launch import worker\nrun = worker.attach()\nrun.record(1, loss=1.0)\nraise RuntimeError('broken')\n"
+
+
+@pytest.mark.parametrize("workload", ["gpt", "script"])
+def test_no_secret_of_the_environment_is_written(workload: str, tmp_path: Path) -> None:
+    """A run that finishes, with checkpoints, and one that fails, with a traceback in its event log."""
+    secrets = {name: f"{SECRET}-{name}" for name in NAMES}
+    words = [*TINY, "cluster=local", "nodes=1", "optim.max_steps=2", "eval.interval=0", "logging.tensorboard=true"]
+    if workload == "script":
+        words = [*LOCAL, "nodes=1", f"script.path={write_script(tmp_path, FAILING)}"]
+    out = tmp_path / "out"
+    status = int(workload == "script")
+    text = run("launch", *words, f"run_dir={out / 'run'}", cwd=tmp_path, status=status, **secrets)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert not [path for path in out.glob("*") if path.name.startswith(("scaling", "Scaling", "summary", "sweep"))]
+    written = {path: path.read_bytes() for path in files}
+    assert {"environment.json", "events.jsonl", "plan.json"} <= {path.name for path in files}
+    assert [path for path in files if ".submitit" in path.parts], "submitit's pickles are looked through too"
+    assert [str(path) for path, content in written.items() if SECRET.encode() in content] == []
+    assert SECRET not in text
+    (endpoint,) = (out / "run" / ".launch").glob("*.json")
+    token = json.loads(endpoint.read_text())["token"].encode()
+    assert [path for path, content in written.items() if token in content] == [endpoint]

@@ -1,0 +1,405 @@
+"""Decisions of agents and of the batch script: takeover of a lost head node, requeue, and a controller that is away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch.distributed as dist
+
+from launch.agent import outcome as requeue
+from launch.agent.after_step import events_of, is_alive, pending_action, requeue_unless_ended
+from launch.agent.node import Node, NodeProblem, RendezvousRound, RunContext, start_time
+from launch.agent.outcome import cause_of_stop, end_lost_agents, orphaned_attempt, wait_for_controller
+from launch.agent.policy import Action, Cause, RunFailedError
+from launch.agent.ranks import FixedRendezvous
+from launch.config import Config
+from launch.config.compose import compose_launch, typed_config
+from launch.runs.folder import RunFolder
+from launch.slurm import client
+from launch.slurm.client import SlurmBusyError, SlurmError
+from launch.slurm.status import outcome, why_not_restarted
+from tests.support.commands import ROOT
+
+Events = list[dict[str, Any]]
+AGENT = {"event": "agent_started", "job": "slurm-7-1-0"}
+STARTED = {"event": "started", "attempt": 2}
+LEFT = {"event": "agent_ended", "job": "slurm-7-1-0"}
+
+
+def ended(cause: str) -> dict[str, Any]:
+    return {"event": "attempt_ended", "attempt": 2, "cause": cause}
+
+
+def decided(action: Action, cause: str) -> dict[str, Any]:
+    return {"event": "decided", "attempt": 2, "action": action, "cause": cause, "reason": "a reason"}
+
+
+@pytest.mark.parametrize(
+    ("events", "status", "expected"),
+    [
+        ([AGENT, STARTED], 137, Action.restart),  # killed in the middle
+        ([AGENT], 137, Action.restart),  # killed while they met
+        ([], 137, Action.restart),  # killed before they met
+        ([], 1, None),  # refused by themselves
+        ([AGENT, STARTED, LEFT], 1, None),  # an error of the agent's own
+        ([AGENT, STARTED, ended("crashed"), decided(Action.stop, "crashed")], 137, None),  # over its limits
+        ([AGENT, STARTED, ended("crashed"), decided(Action.restart, "crashed")], 137, Action.restart),
+        ([AGENT, STARTED, ended("preempted"), decided(Action.requeue, "preempted")], 137, Action.requeue),
+        ([AGENT, STARTED, ended("preempted"), decided(Action.requeue, "preempted"), LEFT], 137, Action.requeue),
+        ([AGENT, decided(Action.requeue, "preempted"), {"event": "requeue_failed"}, LEFT], 1, None),
+        ([AGENT, ended("crashed"), decided(Action.restart, "crashed"), STARTED], 137, Action.restart),
+    ],
+)
+def test_only_what_the_agents_left_undone_is_done_after_the_step(
+    events: Events, status: int, expected: Action | None
+) -> None:
+    assert pending_action(events, status) is expected
+
+
+def test_the_events_of_this_start_of_the_job_are_told_from_those_of_others(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for job in ("slurm-7-0-0", "slurm-71-1-0", "slurm-7-1-0"):
+        folder.record_event("agent_started", job=job)
+    this = Node(0, 2, "slurm-7-1-0", is_slurm=True)
+    assert [e["job"] for e in events_of(folder, this)] == ["slurm-7-1-0"]
+    assert events_of(folder, Node(0, 2, "slurm-7-2-0", is_slurm=True)) == []
+
+
+def test_an_agent_is_known_by_its_process_and_not_by_its_number_alone() -> None:
+    pid = os.getpid()
+    assert is_alive({"pid": pid, "pid_started": start_time(pid)})
+    assert not is_alive({"pid": pid, "pid_started": "1"})
+
+
+def test_a_decision_waits_for_the_controller_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requeue, "ASK_AGAIN_S", 0.0)
+    folder, busy = RunFolder(tmp_path), iter(range(5))
+
+    def ask() -> str:
+        if next(busy) < 3:
+            raise SlurmBusyError("scontrol: unable to contact slurm controller")
+        return "answer"
+
+    assert wait_for_controller(folder, ask) == "answer"
+    assert [e["event"] for e in folder.read_events()] == ["controller_away", "controller_back"]
+
+    def refuse() -> str:
+        raise SlurmError("invalid job id")
+
+    with pytest.raises(SlurmError, match="invalid job id"):
+        wait_for_controller(folder, refuse)
+
+
+def test_the_wait_for_the_controller_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert requeue.CONTROLLER_WAIT_S >= 3600
+    monkeypatch.setattr(requeue, "CONTROLLER_WAIT_S", 0.0)
+
+    def ask() -> str:
+        raise SlurmBusyError("scontrol: no answer in 30 s")
+
+    with pytest.raises(SlurmBusyError):
+        wait_for_controller(RunFolder(tmp_path), ask)
+
+
+def test_a_run_that_is_not_started_again_has_failed_and_says_why(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    for event in ({"event": "submitted", "cluster": "slurm", "job_id": "7"}, STARTED, {"event": "stopped"}):
+        folder.record_event(**event)
+
+    def told() -> tuple[str, str | None]:
+        events = folder.read_events()
+        return outcome(events), why_not_restarted(events)
+
+    folder.record_event(**ended("preempted"))
+    folder.record_event(**decided(Action.requeue, "preempted"))
+    assert told() == ("stopped", None)
+    folder.record_event(**decided(Action.stop, "preempted"))
+    assert told() == ("failed", "a reason")
+    folder.record_event(**decided(Action.stop, "cancelled"))
+    assert told()[1] is None, "it ended as somebody wanted it"
+
+
+def meet(members: int, leaving: list[bool], lost: str | None = None) -> list[str]:
+    """Answers of nodes that are told to leave, or not, before the last of them has come."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    rdzv = RendezvousRound(0, 1, tuple(range(members)), "127.0.0.1", store.port)
+
+    def come(index: int) -> str:
+        resilience = SimpleNamespace(rendezvous_timeout_s=60.0)
+        attempt = SimpleNamespace(
+            rdzv=rdzv, place=index, group=SimpleNamespace(token="token"),
+            config=SimpleNamespace(resilience=resilience), stop=SimpleNamespace(count=int(leaving[index])),
+        )  # fmt: skip
+        watch = SimpleNamespace(find_lost=lambda: lost)
+        try:
+            FixedRendezvous(cast(Any, attempt), cast(Any, watch)).next_rendezvous()
+        except InterruptedError:
+            return "left"
+        except dist.DistStoreError:
+            return "meets again"
+        return "went on"
+
+    with ThreadPoolExecutor(members) as pool:
+        return list(pool.map(come, range(len(leaving))))
+
+
+def test_nodes_that_are_told_to_leave_before_the_ranks_start_leave_together_or_not_at_all() -> None:
+    assert meet(2, [False, False]) == ["went on"] * 2
+    assert meet(3, [True, False]) == ["left"] * 2, "the third has not come, and nobody waits for it"
+    assert len(set(meet(2, [True, True]))) == 1, "whoever decides, decides for both"
+
+
+def test_nodes_that_wait_for_one_that_is_lost_meet_again_without_it() -> None:
+    assert meet(3, [False, False], lost="node n2 is lost") == ["meets again"] * 2
+    assert meet(2, [False, False], lost="node n2 is lost") in (["went on"] * 2, ["meets again"] * 2)
+
+
+CLOCK = """
+import sys, time
+from launch.agent import node as clock
+clock.TICK_S, clock.PAUSED_S = 0.02, 1.0
+ours, began = clock.RunningClock(), time.monotonic()
+for _ in sys.stdin:
+    print(ours.now(), time.monotonic() - began, flush=True)
+"""
+
+
+def test_the_clock_of_silence_runs_while_nobody_asks_it_and_stands_while_the_process_is_stopped() -> None:
+    command = [sys.executable, "-c", CLOCK]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def ask() -> tuple[float, float]:
+            assert process.stdin is not None and process.stdout is not None
+            print(file=process.stdin, flush=True)
+            counted, passed = process.stdout.readline().split()
+            return float(counted), float(passed)
+
+        first = ask()
+        time.sleep(2)  # longer than a tick may be late
+        second = ask()
+        assert second[0] - first[0] > (second[1] - first[1]) / 2, "a wait counts"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        process.send_signal(signal.SIGCONT)
+        third = ask()
+        assert third[1] - second[1] > 2 > third[0] - second[0] + 1, "a pause does not"
+        process.stdin.close()
+
+
+NODE = Node(0, 2, "slurm-7-0-0", is_slurm=True, slurm_job="7", hosts=("n1", "n2"))
+BUSY = client.RETRIES + 2
+"""Questions that are not answered: more than a command of its own asks again."""
+PROGRAM = """#!{python}
+import sys
+from pathlib import Path
+folder, asked, words = Path({folder!r}), Path({folder!r}, "asked"), sys.argv[1:]
+with asked.open("a") as file:
+    print(Path(sys.argv[0]).name, *words, file=file)
+if len(asked.read_text().splitlines()) <= int((folder / "busy").read_text()):
+    sys.exit("slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+if "job" in words:
+    print("JobId=7 JobState=RUNNING Restarts=0 PreemptTime=2026-01-01T00:00:09 StartTime=2026-01-01T00:00:00 "
+          "EndTime=2026-01-01T02:00:00 TimeLimit=02:00:00 Partition=p ExcNodeList=(null) Reason=None")
+elif Path(sys.argv[0]).name == "sinfo":
+    print("n1", "n2", "n3", sep="\\n")
+"""
+
+
+class Controller:
+    """Slurm's commands as programs on the PATH, which answer for job 7 after a number of questions."""
+
+    def __init__(self, folder: Path, busy: int) -> None:
+        self.folder = folder
+        (folder / "busy").write_text(str(busy))
+        for name in ("scontrol", "sinfo"):
+            (folder / name).write_text(PROGRAM.format(python=sys.executable, folder=str(folder)))
+            (folder / name).chmod(0o755)
+
+    def asked(self, beginning: str) -> list[str]:
+        """The questions that began so, without those that were not answered."""
+        lines = (self.folder / "asked").read_text().splitlines()[int((self.folder / "busy").read_text()) :]
+        return [line for line in lines if line.startswith(beginning)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolder]:
+    before = signal.getsignal(signal.SIGTERM)  # a batch script ignores it from its decision on
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setattr(client, "missing_configuration", lambda: "")  # these commands need none
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    yield RunFolder(tmp_path / "run")
+    signal.signal(signal.SIGTERM, before)
+
+
+def config(*words: str) -> Config:
+    return typed_config(compose_launch(["cluster=slurm", "nodes=2", *words]))
+
+
+def names(folder: RunFolder) -> list[str]:
+    return [event["event"] for event in folder.read_events()]
+
+
+def test_why_a_run_was_told_to_stop_is_learned_from_a_controller_that_comes_back(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    Controller(tmp_path, BUSY)
+    assert cause_of_stop(RunContext(folder, NODE, config()), 1) is Cause.preempted
+    assert names(folder) == ["controller_away", "controller_back"]
+
+
+def test_a_job_is_requeued_once_by_a_controller_that_comes_back_and_kept_away_from_hosts(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    slurm = Controller(tmp_path, BUSY)
+    requeue.requeue_job(RunContext(folder, NODE, config()), Cause.node_failed, {"n2": "lost in attempt 1"})
+    assert names(folder) == ["controller_away", "requeued", "controller_back", "excluded"]
+    assert slurm.asked("scontrol requeue") == ["scontrol requeue 7"]
+    assert slurm.asked("scontrol update") == ["scontrol update JobId=7 ExcNodeList=n2"]
+
+
+def test_a_decision_that_cannot_be_carried_out_is_in_the_event_log(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Controller(tmp_path, 1000)
+    monkeypatch.setattr(requeue, "CONTROLLER_WAIT_S", 0.0)
+    with pytest.raises(RunFailedError, match="not started again: Slurm did not requeue it: scontrol show job"):
+        requeue.requeue_job(RunContext(folder, NODE, config()), Cause.node_failed)
+    with pytest.raises(RunFailedError, match="not started again: scontrol show job"):
+        cause_of_stop(RunContext(folder, NODE, config()), 1)
+    failed = [event["cause"] for event in folder.read_events() if event["event"] == "requeue_failed"]
+    assert len(failed) == 2 and all("Unable to contact slurm controller" in cause for cause in failed)
+
+
+def killed_in_the_middle(folder: RunFolder) -> None:
+    """The event log of a run whose agent was killed while its ranks trained."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    events: list[dict[str, Any]] = [
+        {"event": "submitted", "cluster": "slurm", "job_id": "7"},
+        {"event": "agent_started", "job": NODE.job, "pid": gone.pid, "pid_started": "1"},
+        {"event": "started", "attempt": 1, "job": NODE.job},
+    ]
+    for event in events:
+        folder.record_event(**event)
+
+
+@pytest.mark.parametrize("status", [1, 137], ids=["srun gave up for a node that rebooted", "srun killed"])
+def test_a_batch_script_whose_agents_were_killed_puts_its_job_back(
+    status: int, folder: RunFolder, tmp_path: Path
+) -> None:
+    slurm = Controller(tmp_path, BUSY)
+    killed_in_the_middle(folder)
+    assert requeue_unless_ended(RunContext(folder, NODE, config()), status) == status
+    ended = next(event for event in folder.read_events() if event["event"] == "attempt_ended")
+    assert (ended["attempt"], ended["cause"]) == (1, "node_failed")
+    assert slurm.asked("scontrol requeue") == ["scontrol requeue 7"]
+
+
+@pytest.mark.parametrize(("of_step", "after"), [(0, None), (1, 1), (137, 0)])
+def test_multi_node_sh_looks_at_its_run_where_srun_has_failed_and_ends_as_that_says(
+    of_step: int, after: int | None, tmp_path: Path
+) -> None:
+    """With programs in place of srun and python, which tell what they were asked."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm", ignore=shutil.ignore_patterns("sandbox", "__pycache__"))
+    told = f'echo "${{0##*/}} $*" >> {tmp_path}/told; case "$*" in '
+    answers = f"*--agent-command*) echo agent;; *batch*) echo {tmp_path}/run;; *after_step*) exit {after};; esac"
+    for name, ending in (("python", answers), ("srun", f"*) exit {of_step};; esac")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{told}{ending}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", "slurm/multi_node.sh", "nodes=2"], cwd=tmp_path, env=env, check=False)
+    lines = (tmp_path / "told").read_text().splitlines()
+    srun = next(line for line in lines if line.startswith("srun"))
+    assert {"--kill-on-bad-exit=0", "--no-kill", "--wait=0", "agent"} <= set(srun.split())
+    looked = [line for line in lines if "after_step" in line]
+    assert looked == [f"python -m gpt_launch launch.agent.after_step {of_step} {tmp_path}/run"] * (after is not None)
+    assert done.returncode == (after or 0) and lines[-1] == f"python -m gpt_launch report {tmp_path}/run"
+
+
+def test_it_does_so_within_the_limits_of_the_run(folder: RunFolder, tmp_path: Path) -> None:
+    slurm = Controller(tmp_path, BUSY)
+    killed_in_the_middle(folder)
+    with pytest.raises(RunFailedError, match="srun ended with exit status 137\nnot started again: "):
+        requeue_unless_ended(RunContext(folder, NODE, config("resilience.max_restarts.node_failed=0")), 137)
+    assert slurm.asked("scontrol requeue") == []
+    decided = next(event for event in folder.read_events() if event["event"] == "decided")
+    assert (decided["action"], decided["cause"]) == ("stop", "node_failed")
+
+
+SECOND_NODE = Node(1, 3, "slurm-7-1-0", is_slurm=True, slurm_job="7", hosts=("n1", "n2", "n3"))
+BEFORE = [
+    {"event": "agent_started", "job": "slurm-7-0-0"},
+    {"event": "started", "attempt": 3},
+    {"event": "attempt_ended", "attempt": 3},
+    {"event": "decided", "action": "requeue"},
+    {"event": "agent_started", "job": "slurm-7-1-0"},
+]
+"""Events of an earlier start of the job, which say nothing of this one."""
+BEGUN = [*BEFORE, {"event": "started", "attempt": 4}]
+ENDED = [*BEGUN, {"event": "attempt_ended", "attempt": 4}]
+
+
+@pytest.mark.parametrize(
+    ("events", "known", "left"),
+    [
+        (BEGUN, 4, 4),
+        (BEFORE, 4, 4),  # announced, and no rank has started yet
+        (BEFORE, None, None),
+        ([*ENDED, {"event": "decided", "action": "restart"}], 4, None),
+    ],
+)
+def test_what_a_lost_head_node_leaves_is_taken_over(
+    events: list[dict[str, Any]], known: int | None, left: int | None
+) -> None:
+    assert orphaned_attempt(events, SECOND_NODE, known) == left
+
+
+@pytest.mark.parametrize(
+    ("events", "known", "why"),
+    [
+        # A node that was cut off comes back while the others train: it must not end what they do.
+        ([*ENDED, {"event": "decided", "action": "restart"}, {"event": "started", "attempt": 5}], 4, "without n2"),
+        (BEGUN, None, "without n2"),
+        ([*ENDED, {"event": "decided", "action": "requeue"}], 4, "has decided"),
+    ],
+)
+def test_a_node_that_was_cut_off_leaves_the_others_alone(
+    events: list[dict[str, Any]], known: int | None, why: str
+) -> None:
+    with pytest.raises(RunFailedError, match=why):
+        orphaned_attempt(events, SECOND_NODE, known)
+
+
+def test_agents_that_were_lost_are_ended_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a ``scancel`` that writes down what it was given: only a cluster would have an agent that hangs."""
+    scancel = tmp_path / "scancel"
+    scancel.write_text(f"#!/bin/sh\necho $@ >> {tmp_path / 'ended'}\n")
+    scancel.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    folder, head = RunFolder(tmp_path / "run"), Node(0, 3, "slurm-8-1-2", is_slurm=True, slurm_job="7_1")
+    lost = [NodeProblem(2, "n3", "silent for 30 s")]
+    folder.record_event("submitted", job_id="7_1")
+    folder.record_event("decided", action="requeue")
+    end_lost_agents(RunContext(folder, head, Config()), lost)  # Slurm ends them
+    folder.record_event("decided", action="stop")
+    end_lost_agents(RunContext(folder, head, Config()), [])
+    end_lost_agents(RunContext(folder, SECOND_NODE, Config()), lost)
+    assert not (tmp_path / "ended").exists()
+    end_lost_agents(RunContext(folder, head, Config()), lost)
+    assert (tmp_path / "ended").read_text() == "7_1.2\n"
+    (told,) = [e for e in folder.read_events() if e["event"] == "step_ended"]
+    assert told["hosts"] == ["n3"] and "n3 is lost" in told["cause"]
