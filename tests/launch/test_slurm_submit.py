@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.__main__ import run as run_agent
 from launch.agent.after_step import submitted_run_dir
 from launch.agent.node import Node
 from launch.plan.plan import Plan, refuse_exposed
