@@ -29,7 +29,6 @@ from launch.agent.health import (
     run_program,
     short_bus,
 )
-from launch.agent.policy import hosts_to_avoid
 from launch.config import Config, HealthCheckConfig, LaunchConfig, ResilienceConfig
 from launch.doctor import verdict
 from launch.errors import ConfigError
@@ -156,15 +155,6 @@ def test_a_filesystem_takes_files_or_is_named(
     assert list(full_disks([tmp_path])) == ([] if found is None else [f"{tmp_path} {found}"])
 
 
-def test_a_check_that_hangs_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\nexec sleep 1000\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(GpuError, match=r"no answer in 0\.2 s"):
-        read_by_smi(0.2)
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -184,14 +174,6 @@ def test_the_doctor_names_nodes_that_a_start_would_leave_out() -> None:
     measured = {"nodes": [{"host": "n1", "faults": []}, {"host": "n2", "faults": ["the fan is dead"]}]}
     (finding,) = verdict.check_health(measured)
     assert finding.found == "n2: the fan is dead" and finding.fix == "cluster.exclude=n2"
-
-
-def test_a_requeued_job_does_not_come_back_to_a_sick_node() -> None:
-    events = [
-        {"event": "submitted", "time": 0.0},
-        {"event": "node_sick", "time": 1.0, "attempt": None, "node": 1, "host": "n1", "cause": "fan"},
-    ]
-    assert hosts_to_avoid(events) == {"n1": "sick: fan"}
 
 
 def test_a_node_that_falls_sick_between_two_starts_is_named_and_refused(tmp_path: Path) -> None:

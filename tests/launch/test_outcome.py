@@ -20,14 +20,13 @@ import torch.distributed as dist
 from launch.agent import outcome as requeue
 from launch.agent.after_step import events_of, is_alive, pending_action, requeue_unless_ended
 from launch.agent.node import Node, NodeProblem, RendezvousRound, RunContext, start_time
-from launch.agent.outcome import cause_of_stop, end_lost_agents, orphaned_attempt, wait_for_controller
+from launch.agent.outcome import cause_of_stop, end_lost_agents, orphaned_attempt
 from launch.agent.policy import Action, Cause, RunFailedError
 from launch.agent.ranks import FixedRendezvous
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config
 from launch.runs.folder import RunFolder
 from launch.slurm import client
-from launch.slurm.client import SlurmBusyError, SlurmError
 from launch.slurm.status import outcome, why_not_restarted
 from tests.support.commands import ROOT
 
@@ -80,36 +79,6 @@ def test_an_agent_is_known_by_its_process_and_not_by_its_number_alone() -> None:
     pid = os.getpid()
     assert is_alive({"pid": pid, "pid_started": start_time(pid)})
     assert not is_alive({"pid": pid, "pid_started": "1"})
-
-
-def test_a_decision_waits_for_the_controller_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requeue, "ASK_AGAIN_S", 0.0)
-    folder, busy = RunFolder(tmp_path), iter(range(5))
-
-    def ask() -> str:
-        if next(busy) < 3:
-            raise SlurmBusyError("scontrol: unable to contact slurm controller")
-        return "answer"
-
-    assert wait_for_controller(folder, ask) == "answer"
-    assert [e["event"] for e in folder.read_events()] == ["controller_away", "controller_back"]
-
-    def refuse() -> str:
-        raise SlurmError("invalid job id")
-
-    with pytest.raises(SlurmError, match="invalid job id"):
-        wait_for_controller(folder, refuse)
-
-
-def test_the_wait_for_the_controller_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert requeue.CONTROLLER_WAIT_S >= 3600
-    monkeypatch.setattr(requeue, "CONTROLLER_WAIT_S", 0.0)
-
-    def ask() -> str:
-        raise SlurmBusyError("scontrol: no answer in 30 s")
-
-    with pytest.raises(SlurmBusyError):
-        wait_for_controller(RunFolder(tmp_path), ask)
 
 
 def test_a_run_that_is_not_started_again_has_failed_and_says_why(tmp_path: Path) -> None:
