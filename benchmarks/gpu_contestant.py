@@ -27,18 +27,16 @@ from benchmarks.loops import FOR_EVER, open_run, our_turn
 from benchmarks.peer_models import Shape
 from benchmarks.peers import serve_peer
 from benchmarks.turns import ROOT, Served, serve
-from gpt.accounting.flops import training_flops_per_token
+from gpt.accounting.counts import training_flops_per_token
 from gpt.accounting.hardware import peak_flops
-from gpt.data.loader import train_indices
-from gpt.data.prefetch import StepBatch
-from gpt.metrics.environment import describe_rank, software
+from gpt.data.loader import StepBatch, train_indices
+from gpt.metrics.startup_summary import describe_rank, software
 from gpt.model.attention import prefer_fast_kernels
 from gpt.parallel.compile import plain_cross_entropy
 from gpt.parallel.distributed import open_world
 from gpt.planning import memory
-from gpt.training.garbage import collect_together
-from gpt.training.request import parse_arguments, parse_request
-from gpt.training.run import Run
+from gpt.training.run import Run, parse_arguments, parse_request
+from gpt.training.step import collect_together
 from launch.process import die_with_parent
 from launch.runs.environment import raise_open_files, set_defaults
 

@@ -15,7 +15,7 @@ from gpt.config.checks import is_importable
 from gpt.config.compose import compose_train
 from gpt.planning import memory
 from gpt.planning.execution import assume_precision
-from gpt.topology.batch import split_batch
+from gpt.topology.dims import split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import World
 from gpt.train import build
-from gpt.training.gradient_stats import Gradients
-from gpt.training.request import agree_on_folder, parse_arguments, parse_request
-from gpt.training.run import Run, open_attempt
+from gpt.training.diagnostics import Gradients
+from gpt.training.run import Run, agree_on_folder, open_attempt, parse_arguments, parse_request
 from gpt.training.step import QueuedStep, queue_step
 from launch import worker
 from launch.runs.heartbeat import Phase

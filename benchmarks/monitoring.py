@@ -22,16 +22,14 @@ from pathlib import Path
 
 import torch
 
-from gpt.metrics.environment import memory_gib
+from gpt.metrics.startup_summary import memory_gib
 from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import open_world
 from gpt.parallel.timeline import waiting
 from gpt.train import build
-from gpt.training.gradient_stats import Gradients
-from gpt.training.phases import Phases
-from gpt.training.request import agree_on_folder, parse_arguments, parse_request
-from gpt.training.run import Run, open_attempt
-from gpt.training.step import QueuedStep, queue_step
+from gpt.training.diagnostics import Gradients
+from gpt.training.run import Run, agree_on_folder, open_attempt, parse_arguments, parse_request
+from gpt.training.step import Phases, QueuedStep, queue_step
 from gpt.training.stragglers import StragglerJudge
 from launch import worker
 from launch.runs.heartbeat import Phase

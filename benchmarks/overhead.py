@@ -32,11 +32,9 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.loops import FOR_EVER, open_run, our_turn
 from benchmarks.page import stamp
 from gpt.config import TrainConfig
-from gpt.model.gpt import GPT
-from gpt.model.init import initialize
+from gpt.model.gpt import GPT, initialize
 from gpt.parallel.distributed import World, open_world
-from gpt.training.request import parse_arguments, parse_request
-from gpt.training.run import Run
+from gpt.training.run import Run, parse_arguments, parse_request
 
 Step = Callable[[], None]
 ENGINES = ("ddp", "fsdp", "zero2")

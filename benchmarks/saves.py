@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 
 from benchmarks.page import commit, cores, keep, merged, stamp
-from gpt.accounting.parameters import count
+from gpt.accounting.counts import count
 from gpt.checkpoint import part
 from gpt.checkpoint.writer import InlineWriter, ProcessWriter, Writer
 from gpt.config import TrainConfig
@@ -75,7 +75,7 @@ def writer_of(way: str) -> Writer:
     """Make the writer of one way to save."""
     if way == WAYS[0]:
         return InlineWriter()
-    with mock.patch("gpt.checkpoint.jobs.write_part", write_late if way == WAYS[2] else part.write_part):
+    with mock.patch("gpt.checkpoint.writer.write_part", write_late if way == WAYS[2] else part.write_part):
         return ProcessWriter()
 
 

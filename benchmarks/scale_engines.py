@@ -30,8 +30,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from gpt.data.loader import Windows
 from gpt.model import loss
 from gpt.model.gpt import GPT
-from gpt.parallel import expert
-from gpt.parallel.rows import all_gather_rows
+from gpt.parallel import nd
+from gpt.parallel.ddp import all_gather_rows
 from gpt.train import train
 from gpt.training.run import Run
 from tests.model.test_loss import computed, torchs, traffic
@@ -69,9 +69,9 @@ def host_waits_of_a_step() -> tuple[str, bool]:
 
     def plan(device: torch.device) -> None:
         group: Any = SimpleNamespace(size=lambda: 4)
-        expert.plan_dispatch(64, torch.empty(8, dtype=torch.int32, device=device), group, False)
+        nd.plan_dispatch(64, torch.empty(8, dtype=torch.int32, device=device), group, False)
 
-    exchanged = mock.patch.object(expert, "all_to_all", lambda x, *_: x.clone())
+    exchanged = mock.patch.object(nd, "all_to_all", lambda x, *_: x.clone())
     with mock.patch.object(FakeTensor, "tolist", read), exchanged:
         dispatch = len(host_waits(plan))
     dispatch += len(reads)

@@ -3,8 +3,7 @@
     python -m gpt.bench_matmul --output matmul.json
     python -m launch parallel=auto cluster.matmul_rates=matmul.json nodes=8 dry_run=true
 
-On a node of the kind that runs will have, with nothing else on its device. Owns the timing; the file and what lies
-between its sizes are ``launch.runs.measured``'s.
+On a node of the kind that runs will have, with nothing else on its device.
 """
 
 from __future__ import annotations

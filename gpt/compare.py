@@ -3,7 +3,7 @@
     python -m gpt.compare outputs/quick_test outputs/gpt2_124m/default --output comparison
 
 Prints a table, writes it as ``compare.csv`` and draws ``compare.png``. Reads run folders only, finished or not; needs
-no torch and no GPU. Owns which runs are compared and how they are shown; the metrics are gpt/metrics/comparison.py's.
+no torch and no GPU.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A file or a pipe has no width: nothing is folded there.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDE)
     show(compared, console)
-    from gpt.metrics.comparison_plot import draw
+    from gpt.metrics.comparison import draw
 
     write_csv(compared, output / "compare.csv")
     (output / "compare.png").write_bytes(draw(compared))

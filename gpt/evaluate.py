@@ -4,7 +4,7 @@
     python -m gpt.evaluate RUN --sequences 500 --step 40 --device cpu
     torchrun --nproc-per-node 8 -m gpt.evaluate RUN                      # the ranks share the sequences
 
-Owns the command line and the metrics derived from the loss. Only reads the run folder.
+Only reads the run folder.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt.checkpoint.folders import step_of
-from gpt.checkpoint.manifest import read_manifest
+from gpt.checkpoint.folders import read_manifest, step_of
 from gpt.config import Device, TrainConfig
-from gpt.conversion.trained import find_checkpoint, open_run, read_weights
+from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
 from gpt.data.loader import Samples
 from gpt.model.gpt import GPT
 from gpt.model.loss import summed_loss
 from gpt.parallel.distributed import World, open_world
-from gpt.training.evaluation import mean_loss
+from gpt.training.loop import mean_loss
 from gpt.training.run import prepare_tokens
 from launch.errors import CommandParser, ConfigError, refusing
 

@@ -4,7 +4,7 @@
     python -m gpt.export RUN --format torch --output model.pt --dtype bf16          # one file of torch.save
 
 Reads the newest checkpoint that is whole, of any number of ranks and any strategy, in one process without a GPU. An
-export appears under its name when it is complete. Owns the command; the files are ``gpt.conversion``'s.
+export appears under its name when it is complete.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from typing import Any
 import torch
 
 from gpt.checkpoint import folders
-from gpt.checkpoint.manifest import Manifest, read_manifest, sum_file, sync_folder
+from gpt.checkpoint.folders import Manifest, read_manifest, sum_file, sync_folder
 from gpt.config import TrainConfig
 from gpt.conversion.adapter import StateDictAdapter
-from gpt.conversion.hf_folder import write_configs, write_sums, write_torch_file, write_weights
-from gpt.conversion.hf_tokenizer import write_tokenizer
+from gpt.conversion.hf_folder import write_configs, write_sums, write_tokenizer, write_torch_file, write_weights
 from gpt.conversion.registry import choose_adapter
-from gpt.conversion.state_dict import to_hf
-from gpt.conversion.trained import find_checkpoint, open_run, read_weights
-from gpt.data.tokenizers.base import ABOUT, Tokenizer
+from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights, to_hf
+from gpt.data.tokenizers import ABOUT, Tokenizer
 from gpt.data.tokenizers.registry import load_run_tokenizer
 from gpt.model.gpt import GPT
 from launch.errors import CommandParser, ConfigError, refusing, require_positive

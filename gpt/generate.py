@@ -3,7 +3,7 @@
     python -m gpt.generate outputs/quick_test/default -p "def main(" --stream
     python -m gpt.generate RUN -p "once" -p "twice" --max-new-tokens 200 --temperature 0.8 --top-k 50 --top-p 0.95
 
-Owns the command line: prompts to tokens, tokens to text while they are generated. Only reads the run folder.
+Only reads the run folder.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 from gpt.checkpoint.folders import step_of
 from gpt.config import Device, TrainConfig
-from gpt.conversion.trained import find_checkpoint, open_run, read_weights
-from gpt.data.tokenizers.base import Tokenizer
+from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
+from gpt.data.tokenizers import Tokenizer
 from gpt.data.tokenizers.registry import load_run_tokenizer
 from gpt.model.gpt import GPT
 from gpt.model.loss import autocast

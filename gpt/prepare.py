@@ -4,8 +4,8 @@
     python -m gpt.prepare data=tinystories data.tokenizer=sentencepiece --workers 16
     python -m gpt.prepare data=files 'data.path=FOLDER/*.jsonl.gz' data.tokenizer=tiktoken --output corpora/mine
 
-Writes the folder that training with the same data.* keys looks for. A preparation that was killed goes on with the same
-command. Owns the command line; the work is ``gpt.data.preprocessing.prepare``'s.
+Writes the folder that training with the same data.* keys looks for. A preparation that was killed goes on with the
+same command.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from tqdm import tqdm
 from gpt.config import DataConfig, Source, TrainConfig
 from gpt.config.compose import compose_train
 from gpt.data.corpus import unwritable_folder_error
-from gpt.data.formats.prepared import MANIFEST, TokenSource, open_folder, read_manifest
+from gpt.data.prepared import MANIFEST, TokenSource, open_folder, read_manifest
 from gpt.data.preprocessing import prepare as preparation
-from gpt.data.preprocessing.files import download_shakespeare
-from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec, usable_cores
+from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec, download_shakespeare, usable_cores
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs import compose
 

@@ -2,8 +2,8 @@
 
     python -m gpt.smoke                    # or on a GPU: python -m gpt.smoke device=cuda
 
-Trains the model of 116 thousand parameters on the running Python's own source, resumes it from a checkpoint, and writes
-with it. Each line says what was checked; the exit status is 0 where all of it holds. Owns the checks, not what they do.
+Trains the model of 116 thousand parameters on the running Python's own source, resumes it from a checkpoint, and
+writes with it. Each line says what was checked; the exit status is 0 where all of it holds.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt.accounting.parameters import count
+from gpt.accounting.counts import count
 from gpt.checkpoint import folders
-from gpt.conversion.trained import find_checkpoint, open_run, read_weights
+from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
 from gpt.model.gpt import GPT
 from gpt.model.sampling import Sampling, generate, make_generators
 from gpt.train import run_ranks
-from gpt.training.request import parse_arguments, parse_request
+from gpt.training.run import parse_arguments, parse_request
 from launch import worker
 from launch.errors import CommandParser, refusing
 from launch.runs.folder import RunFolder

@@ -5,7 +5,7 @@
     python -m launch -m nodes=1,2,4                                         # many nodes, on Slurm where it is
 
 The same command again goes on from the last checkpoint. SIGTERM, SIGUSR2 or Ctrl-C finish the step, save and leave.
-Owns the loop. Knows its run folder, but neither Slurm nor who started it.
+Knows its run folder, but neither Slurm nor who started it.
 """
 
 from __future__ import annotations
@@ -32,29 +32,40 @@ with lasting_imports():
     from gpt.checkpoint.writer import Writer, open_writer
     from gpt.config import CheckpointConfig, TrainConfig
     from gpt.data.corpus import keep_tokenizer
-    from gpt.data.loader import Samples
-    from gpt.data.prefetch import BatchPrefetcher
+    from gpt.data.loader import BatchPrefetcher, Samples
     from gpt.model.attention import prefer_fast_kernels
     from gpt.model.gpt import GPT
-    from gpt.parallel.compile import prepare_blocks
+    from gpt.parallel.compile import convert_linears, prepare_blocks
     from gpt.parallel.distributed import World, open_world
     from gpt.parallel.engine import Engine
-    from gpt.parallel.float8 import convert_linears
-    from gpt.topology.batch import Batch, settle_steps, split_batch
-    from gpt.topology.dims import ParallelDims
+    from gpt.topology.dims import Batch, ParallelDims, settle_steps, split_batch
     from gpt.topology.rules import check_parallel_dims
-    from gpt.training.determinism import fix_hash_seed, seed_all, set_determinism, set_matmul_precision
-    from gpt.training.divergence import DivergenceGuard
-    from gpt.training.early_stop import EarlyStop, refuse_unknown_text
-    from gpt.training.execution import keep_compiled, settle_execution
-    from gpt.training.host_memory import keep_freed_memory
-    from gpt.training.init_from import first_weights
+    from gpt.training.divergence import DivergenceGuard, EarlyStop, refuse_unknown_text
+    from gpt.training.execution import (
+        fix_hash_seed,
+        keep_compiled,
+        parallelize,
+        seed_all,
+        set_determinism,
+        set_matmul_precision,
+        settle_execution,
+    )
     from gpt.training.loop import train
-    from gpt.training.parallelize import parallelize
-    from gpt.training.request import Request, agree_on_folder, parse_arguments, parse_request
-    from gpt.training.run import Run, check_flash, describe_attempt, look_for_changes, open_attempt, prepare_tokens
+    from gpt.training.run import (
+        Request,
+        Run,
+        agree_on_folder,
+        check_flash,
+        describe_attempt,
+        look_for_changes,
+        open_attempt,
+        parse_arguments,
+        parse_request,
+        prepare_tokens,
+    )
     from gpt.training.saving import start_copies, tell_damage
-    from gpt.training.state import load
+    from gpt.training.state import first_weights, load
+    from gpt.training.step import keep_freed_memory
     from launch import worker
     from launch.errors import ConfigError, refusing
     from launch.process import die_with_parent

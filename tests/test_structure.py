@@ -110,8 +110,9 @@ ROOMS = {
     "gpt.planning.memory": ("gpt.topology",),
     "gpt.planning": ("gpt.planning.memory",),
     "gpt.data.tokenizers": ("gpt.config",),
-    "gpt.data.formats": ("gpt.data.tokenizers",),
-    "gpt.data.preprocessing": ("gpt.data.formats", "gpt.components"),
+    "gpt.data.token_file": ("gpt.data.tokenizers",),
+    "gpt.data.prepared": ("gpt.data.token_file",),
+    "gpt.data.preprocessing": ("gpt.data.prepared", "gpt.components"),
     "gpt.data": ("gpt.data.preprocessing", "gpt.topology"),
     "gpt.parallel": ("gpt.model", "gpt.checkpoint", "gpt.topology"),
     "gpt.parallel.deepspeed": ("gpt.parallel",),
@@ -277,21 +278,21 @@ def test_ranks_and_agents_unpickle_nothing_that_they_receive() -> None:
             if isinstance(node, ast.Attribute) and node.attr in UNPICKLING and ast.unparse(node.value) != "json":
                 found.add((name, ast.unparse(node)))
     assert found == {
-        ("gpt.checkpoint.staging", "pickle.Unpickler"),
-        ("gpt.conversion.inspect", "pickle.Unpickler"),
-        ("gpt.data.formats.prepared", "pickle.Unpickler"),
+        ("gpt.checkpoint.part", "pickle.Unpickler"),
+        ("gpt.conversion.source", "pickle.Unpickler"),
+        ("gpt.data.prepared", "pickle.Unpickler"),
     }
 
 
 RUNS_CODE = {
-    ("gpt.conversion.inspect", "ShapeUnpickler"): "refuses every class and function but torch's of tensors",
-    ("gpt.data.formats.prepared", "_PlainUnpickler"): "refuses every class and function",
+    ("gpt.conversion.source", "ShapeUnpickler"): "refuses every class and function but torch's of tensors",
+    ("gpt.data.prepared", "_PlainUnpickler"): "refuses every class and function",
     (
         "gpt.checkpoint.deepspeed_files",
         "torch.load",
     ): "DeepSpeed's own optimizer states, in a folder only the user writes",
     (
-        "gpt.checkpoint.staging",
+        "gpt.checkpoint.part",
         "_Unpickler",
     ): "memory without a name, which a rank shares with the process it has forked",
     ("gpt.parallel.deepspeed.checkpoint", "torch.load"): "the same, each checked against the manifest's sums before",
@@ -389,7 +390,7 @@ def test_every_preset_says_what_it_is() -> None:
 
 
 TOKENS = {
-    "gpt": 167_000,
+    "gpt": 163_000,
     "gpt_launch": 600,
     "hydra_plugins": 1_200,
     "launch/agent": 28_000,

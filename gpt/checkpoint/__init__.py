@@ -3,7 +3,6 @@
 ``manifest`` lists the files of a checkpoint, ``folders`` names, commits and deletes its folder, ``collective`` has all
 ranks succeed or fail together, ``formats`` and ``deepspeed_files`` say what is written and read, ``saving`` has each
 rank's ``writer`` do the ``jobs`` of a save, and ``store`` joins these.
-Must not know the model, the loop or the launcher.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt.checkpoint.collective import CheckpointError
+    from gpt.checkpoint.messages import CheckpointError
     from gpt.checkpoint.store import CheckpointStore, LoadedCheckpoint, OutdatedAttemptError
 
 __all__ = ["CheckpointError", "CheckpointStore", "LoadedCheckpoint", "OutdatedAttemptError"]

@@ -1,29 +1,34 @@
-"""Copies of a run's checkpoints elsewhere, as its first rank has them made, and as a start fetches them back.
-
-Owns the process beside the first rank that copies, how long its end is waited for, and the choice of the copy that a
-start goes on from. Torch-free. Must not know how a copy is written.
-"""
+"""Copies of checkpoints to another filesystem: the process that copies, and the fetch at a start."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import queue
+import resource
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gpt.checkpoint import folders
-from gpt.checkpoint.copier import CopyJob
-from gpt.checkpoint.folders import Retention
-from gpt.checkpoint.manifest import DamagedError
-from gpt.checkpoint.target import Target, describe
-from launch.runs.files import say
+from gpt.checkpoint.folders import DamagedError, Retention
+from gpt.checkpoint.target import Target, describe, target_of
+from launch.process import die_with_parent
+from launch.runs.files import keep_unwritten, say
+from launch.runs.folder import RunFolder, is_newest_attempt
+
+# Copies of a run's checkpoints elsewhere, as its first rank has them made, and as a start fetches them back.
+#
+# Torch-free.
+
 
 FINISHED_S = 600.0
 """Longest wait, at the end of training, for the copy of the last checkpoint."""
@@ -47,7 +52,7 @@ class Copies:
         # Python is started anew: a fork of a rank has locks of threads that are not there.
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "gpt_launch", "gpt.checkpoint.copier", job.encode()],
+                [sys.executable, "-m", "gpt_launch", "gpt.checkpoint.copies", job.encode()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 text=True,
@@ -174,3 +179,188 @@ def fetch_newest(folder: Path, target: Target) -> Fetched:
         else:
             return Fetched(folders.commit(temporary, step), tuple(damaged))
     return Fetched(None, tuple(damaged))
+
+
+# The process that copies a run's checkpoints elsewhere, one at a time and the newest first, beside training.
+#
+#     python -m gpt.checkpoint.copies JOB
+#
+# A process of its own: uploads hold the interpreter's lock, and fsspec's threads would not outlive a fork. It reads
+# what is to be done from its standard input, and enters what it has done in the event log of the run. Torch-free.
+
+
+FIRST_RETRY_S = 5.0
+"""Time from the first failure to the next try; then twice as long each time."""
+LONGEST_RETRY_S = 300.0
+LAST_TRIES = 3
+"""Failures in a row after which a copy is given up when nothing else is to come."""
+NICENESS = 10
+
+
+@dataclass(frozen=True)
+class CopyJob:
+    """Job of a copier, which it is told at its start: the run, the target and the copies to keep."""
+
+    run_folder: str
+    attempt: int
+    url: str
+    keeps: Retention
+    parent: int
+    """Process that it must not outlive."""
+
+    def encode(self) -> str:
+        """Encode as JSON, for a command line."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def decode(text: str) -> CopyJob:
+        """Read what ``encode`` made."""
+        value = json.loads(text)
+        return CopyJob(**value | {"keeps": Retention(**value["keeps"])})
+
+
+class Copier:
+    """Copies what it is asked for; a failure is told, counted and tried again.
+
+    Args:
+        folder: folder of the checkpoints.
+        connect: opens the target; called until it succeeds.
+        keeps: copies that are kept.
+        may_commit: False where a later attempt owns the run.
+        tell: enters an event, by its name and details, in the event log.
+        wait: waits for the next request, for some seconds at most or None; returns it, or None where there is none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        connect: Callable[[], Target],
+        keeps: Retention,
+        may_commit: Callable[[], bool],
+        tell: Callable[..., None],
+        wait: Callable[[float | None], dict[str, Any] | None],
+    ) -> None:
+        self._folder, self._connect, self._keeps = folder, connect, keeps
+        self._may_commit, self._tell, self._wait = may_commit, tell, wait
+        self._target: Target | None = None
+        self._step: int | None = None
+        self._back_to: int | None = None
+        self._is_ending = False
+        self._failures = 0
+
+    def serve(self) -> None:
+        """Do what is asked for, until that ends and nothing is left to do."""
+        while not (self._is_ending and not self._has_work()):
+            if not self._has_work():
+                self._hear(None)
+                continue
+            while self._hear(0.0):  # of several checkpoints the newest is copied
+                pass
+            if not self._work() and not self._may_go_on():
+                return
+
+    def _has_work(self) -> bool:
+        return self._step is not None or self._back_to is not None
+
+    def _may_go_on(self) -> bool:
+        """Wait after a failure, as long as nothing new is asked for; False where it was the last try."""
+        if self._is_ending and self._failures >= LAST_TRIES:
+            return False
+        self._hear(min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** (self._failures - 1)))
+        return True
+
+    def _hear(self, seconds: float | None) -> bool:
+        """Take in a request, waiting for it; False where none came."""
+        asked = None if self._is_ending and seconds == 0.0 else self._wait(seconds)
+        if asked is None:
+            return False
+        if "copy" in asked:
+            self._step = asked["copy"]
+        elif "discard_after" in asked:
+            self._back_to = asked["discard_after"]
+            if self._step is not None and self._step > asked["discard_after"]:
+                self._step = None
+        else:
+            self._is_ending = True
+        return True
+
+    def _work(self) -> bool:
+        """Do what is to be done; False where it failed, and is to be tried again."""
+        step = self._step
+        try:
+            if not self._may_commit():  # a later attempt has a copier of its own
+                self._step = self._back_to = None
+                return True
+            if self._target is None:
+                self._target = self._connect()
+            if self._back_to is not None:
+                self._target.discard_after(self._back_to)
+                self._back_to = None
+            if step is not None:
+                self._copy(self._target, step)
+                self._step = None
+            self._failures = 0
+            return True
+        except DamagedError as damage:  # which another try would find again; a load will set the checkpoint aside
+            self._tell("copy_failed", step=step, cause=f"the checkpoint is damaged: {damage}", failures=1)
+            self._step = None
+            return True
+        except Exception as error:  # of whatever library reaches the target
+            self._failures += 1
+            self._tell("copy_failed", step=step, cause=describe(error), failures=self._failures)
+            return False
+
+    def _copy(self, target: Target, step: int) -> None:
+        started = time.monotonic()
+        sent = target.put(folders.final_for(self._folder, step), self._may_commit)
+        if sent:
+            copy_s = time.monotonic() - started
+            self._tell("copied", step=step, bytes=sent, copy_s=copy_s, failures=self._failures)
+            target.retire(self._keeps)
+
+
+def read_requests(stream: IO[str], into: queue.Queue[dict[str, Any]]) -> None:
+    """Hand on the requests of a stream, a line of JSON each, and tell when it ends."""
+    for line in stream:
+        into.put(json.loads(line))
+    into.put({"end": True})
+
+
+def main() -> int:
+    """Serve until the standard input is closed."""
+    job = CopyJob.decode(sys.argv[1])
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # the rank that is asked to leave says when this is over
+    die_with_parent(job.parent)
+    os.nice(NICENESS)
+    keep_unwritten()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # all files of a checkpoint are open at once
+    folder = RunFolder(Path(job.run_folder))
+    requests: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=read_requests, args=(sys.stdin, requests), daemon=True).start()
+
+    def wait(seconds: float | None) -> dict[str, Any] | None:
+        try:
+            return requests.get(timeout=seconds) if seconds != 0.0 else requests.get_nowait()
+        except queue.Empty:
+            return None
+
+    def tell(event: str, **details: Any) -> None:
+        folder.record_event(event, attempt=job.attempt, **details)
+        if event == "copy_failed":
+            say(f"the checkpoint of step {details['step']} could not be copied to {job.url}: {details['cause']}")
+
+    Copier(
+        folder.checkpoints,
+        partial(target_of, job.url, folder.path),
+        job.keeps,
+        partial(is_newest_attempt, folder, job.attempt),
+        tell,
+        wait,
+    ).serve()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,5 @@
 """DeepSpeed's files in a checkpoint, and their reading without DeepSpeed's engine.
 
-Owns the files in the folder of a step, which are DeepSpeed's own, so that its ``zero_to_fp32.py`` works there::
-
     latest                      the name of the folder below
     global_step100/             one file for each rank's moments and masters, and the model's
     zero_to_fp32.py             DeepSpeed's script that makes one file of weights
@@ -10,7 +8,7 @@ Owns the files in the folder of a step, which are DeepSpeed's own, so that its `
 The files hold shards that depend on stage and number of ranks. To read them with another stage or number, rank 0 has
 DeepSpeed make its universal checkpoint of them (arXiv 2406.18820), whole tensors by name, and stores these through
 torch.distributed.checkpoint beside the original for the time of reading. So there is one way from any topology to any
-other. Must not know what runs with the tensors. Imports ``deepspeed``, which takes seconds, only where it is used.
+other. Imports ``deepspeed``, which takes seconds, only where it is used.
 """
 
 from __future__ import annotations
@@ -29,8 +27,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from gpt.checkpoint import folders
-from gpt.checkpoint.collective import run_on_all_ranks, run_on_first_rank
-from gpt.checkpoint.manifest import DEEPSPEED, TENSORS, Manifest
+from gpt.checkpoint.folders import DEEPSPEED, TENSORS, Manifest
+from gpt.checkpoint.messages import run_on_all_ranks, run_on_first_rank
 from gpt.config.checks import is_importable
 from launch.errors import ConfigError
 

@@ -1,28 +1,193 @@
-"""Life of checkpoint folders: ``step_00000100`` is begun, committed, set aside, deleted.
-
-Owns the names and the order of renames that keeps every moment safe against a kill. Torch-free. Called on one rank.
-Must not know what is in the folders, beyond the manifest.
-
-- ``.saving_step_00000100_<token>``: being written, or left behind by a killed save.
-- ``step_00000100``: complete; the rename that gives it this name is the commit.
-- ``step_00000100.corrupt``: found damaged; never deleted and never read again.
-- ``.deleting_step_00000100_<token>``: no longer kept, or left behind by a killed deletion.
-- ``.converting_step_00000100_<token>``: a copy in another form, for the time of reading.
-- ``.fetching_step_00000100_<token>``: being fetched from a copy elsewhere.
-"""
+"""Checkpoint folders and their manifests: sizes and checksums of files, commit, retention, deletion. Torch-free."""
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import hashlib
+import json
 import logging
 import math
+import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from gpt.checkpoint import manifest
+# A loaded checkpoint, as it is described to the training. Torch-free.
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """Description of a loaded checkpoint; its tensors are in the state that was passed to ``load``."""
+
+    step: int
+    meta: dict[str, Any]
+    world_size: int
+    rank_state: dict[str, Any] | None
+    """State that this rank saved for itself; None where the number of ranks is another than it was."""
+    set_aside: tuple[str, ...] = ()
+    """Newer checkpoints that were damaged, a line with name and reason for each."""
+    is_from_memory: bool = False
+    """True where it was loaded from the memory of the nodes."""
+    fetched_for: str | None = None
+    """Reason why it was fetched from a copy elsewhere; None where it was not."""
+    memory_damage: str | None = None
+    """Reason why memory, where checkpoints are kept there, gave none, or gave another copy of a part; None where there
+    is nothing to say."""
+
+
+# The manifest of a checkpoint: the size and checksum of every file, and the run and step it belongs to.
+#
+# Torch-free.
+
+
+NAME = "manifest.json"
+FORMAT = 1
+TENSORS = {"kind": "tensors"}
+"""Contents of a checkpoint of whole tensors by name; also those of a manifest that names none."""
+DEEPSPEED = "deepspeed"
+"""Kind of the contents that DeepSpeed writes."""
+
+
+class DamagedError(Exception):
+    """Damage of a checkpoint: names the file, and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """Size in bytes and sha256 of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Content of a checkpoint. ``meta`` is the caller's, plain JSON."""
+
+    step: int
+    world_size: int
+    time: float
+    """Unix time of the save, seconds."""
+    meta: dict[str, Any]
+    files: dict[str, FileSum]
+    """Path in the folder -> size and checksum."""
+    contents: dict[str, Any] = field(default_factory=lambda: dict(TENSORS))
+    """Format of the files: its ``kind``, and the other keys of that kind."""
+
+
+def sum_file(path: Path) -> FileSum:
+    """Compute size and sha256 of a file in one reading, in bounded memory."""
+    with path.open("rb") as file:
+        return FileSum(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of ``folder``, and sync it and the names in the folder to disk."""
+    with (folder / NAME).open("wb") as file:
+        file.write(_encode({"format": FORMAT, **dataclasses.asdict(manifest)}))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of ``folder``.
+
+    Raises:
+        DamagedError: it is missing, or not byte for byte what was written.
+        RuntimeError: it is sound, but of another version of this program.
+    """
+    try:
+        raw = (folder / NAME).read_bytes()
+    except OSError as error:
+        raise DamagedError(damage_or_raise(error, NAME)) from error
+    return decode_manifest(raw, folder / NAME)
+
+
+def decode_manifest(raw: bytes, path: Path) -> Manifest:
+    """Decode and check the content of a manifest, which was read from ``path``.
+
+    Raises:
+        DamagedError: it is not byte for byte what was written.
+        RuntimeError: it is sound, but of another version of this program.
+    """
+    try:
+        value = json.loads(raw)
+        # Encoded again and compared byte for byte: a flipped bit anywhere shows, also in a key or a space.
+        if _encode({key: entry for key, entry in value.items() if key != "sha256"}) != raw:
+            raise DamagedError(f"{NAME} has a wrong checksum")
+    except (ValueError, AttributeError) as error:
+        raise DamagedError(f"{NAME} is not a manifest ({error})") from error
+    if value["format"] != FORMAT:  # sound, so no DamagedError: the checkpoint must not be set aside
+        raise RuntimeError(f"{path} has format {value['format']}, and this program reads {FORMAT}")
+    files = {name: FileSum(**entry) for name, entry in value["files"].items()}
+    contents = value.get("contents", TENSORS)
+    return Manifest(value["step"], value["world_size"], value["time"], value["meta"], files, contents)
+
+
+def find_damage(path: Path, expected: FileSum) -> str | None:
+    """Compare a file with its entry in the manifest; returns the damage, or None where there is none.
+
+    Raises:
+        OSError: the filesystem refused for a reason that says nothing about the file.
+    """
+    try:
+        found = sum_file(path)
+    except OSError as error:
+        return damage_or_raise(error, path.name)
+    return compare(path.name, found, expected)
+
+
+def compare(name: str, found: FileSum, expected: FileSum) -> str | None:
+    """Return what is wrong with a file that has the sum ``found``; None where it is the one that was saved."""
+    if found.size != expected.size:
+        return f"{name} has {found.size} bytes instead of {expected.size}"
+    return None if found == expected else f"{name} has a wrong checksum"
+
+
+def sync_folder(path: Path) -> None:
+    """Sync the names in a folder to disk; some network filesystems cannot, and need not."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _encode(body: dict[str, Any]) -> bytes:
+    """Encode a manifest as JSON with a checksum of the rest, so that the file protects itself, too."""
+    digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return (json.dumps(body | {"sha256": digest}, indent=1) + "\n").encode()
+
+
+def damage_or_raise(error: OSError, name: str) -> str:
+    """Name the damage behind an error; raises the error again where it may go away (stale handle, memory, rights)."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return f"{name} is missing"
+    if error.errno == errno.EIO:  # the disk does not give the bytes back, now or later
+        return f"{name} cannot be read back from the disk"
+    raise error
+
+
+# Life of checkpoint folders: ``step_00000100`` is begun, committed, set aside, deleted.
+#
+# Torch-free. Called on one rank.
+#
+# - ``.saving_step_00000100_<token>``: being written, or left behind by a killed save.
+# - ``step_00000100``: complete; the rename that gives it this name is the commit.
+# - ``step_00000100.corrupt``: found damaged; never deleted and never read again.
+# - ``.deleting_step_00000100_<token>``: no longer kept, or left behind by a killed deletion.
+# - ``.converting_step_00000100_<token>``: a copy in another form, for the time of reading.
+# - ``.fetching_step_00000100_<token>``: being fetched from a copy elsewhere.
+
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +217,7 @@ def list_committed(folder: Path) -> list[Path]:
 
 def steps(folder: Path) -> list[int]:
     """List the steps that have a checkpoint, ascending; without its manifest a checkpoint does not exist."""
-    return [step_of(path) for path in list_committed(folder) if (path / manifest.NAME).is_file()]
+    return [step_of(path) for path in list_committed(folder) if (path / NAME).is_file()]
 
 
 def is_empty(folder: Path) -> bool:
@@ -89,13 +254,13 @@ def begin(temporary: Path, step: int) -> None:
     if is_committed(folder, step):
         raise FileExistsError(f"{final} is there already; a step is saved once")
     if final.exists():
-        set_aside(final, f"{manifest.NAME} is missing")
+        set_aside(final, f"{NAME} is missing")
     temporary.mkdir(parents=True, exist_ok=True)  # writers of other ranks may have begun
 
 
 def is_committed(folder: Path, step: int) -> bool:
     """Tell whether a step has its checkpoint."""
-    return (final_for(folder, step) / manifest.NAME).is_file()
+    return (final_for(folder, step) / NAME).is_file()
 
 
 def begin_conversion(path: Path) -> Path:
@@ -114,7 +279,7 @@ def commit(temporary: Path, step: int) -> Path:
     final = final_for(temporary.parent, step)
     temporary.rename(final)
     try:
-        manifest.sync_folder(final.parent)
+        sync_folder(final.parent)
     except OSError as error:  # it is there all the same, and a second try would find that the step has its checkpoint
         log.warning("%s may not outlive a power cut: %s", final, error)
     return final
@@ -133,7 +298,7 @@ def set_aside(path: Path, why: str) -> None:
     log.warning("checkpoint %s is damaged (%s): set aside as %s", path, why, name)
 
 
-def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], manifest.Manifest]) -> set[int]:
+def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifest]) -> set[int]:
     """Choose the steps whose checkpoints are kept.
 
     Args:
@@ -148,7 +313,7 @@ def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], manifes
 def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> None:
     """Delete all checkpoints but those that are kept, and ``spared`` steps besides."""
     saved = steps(folder)
-    kept = spared | kept_steps(saved, keeps, lambda step: manifest.read_manifest(final_for(folder, step)))
+    kept = spared | kept_steps(saved, keeps, lambda step: read_manifest(final_for(folder, step)))
     for step in saved:
         if step in kept:
             continue
@@ -171,13 +336,13 @@ def discard_after(folder: Path, step: int) -> None:
             remove(doomed)
 
 
-def _best(saved: list[int], number: int, read: Callable[[int], manifest.Manifest]) -> list[int]:
+def _best(saved: list[int], number: int, read: Callable[[int], Manifest]) -> list[int]:
     """Return the steps with the lowest validation loss, of those that were evaluated; of equal ones the newest."""
     losses = []
     for step in saved:
         try:
             loss = read(step).meta.get(VALIDATION_LOSS)
-        except (manifest.DamagedError, OSError, RuntimeError):
+        except (DamagedError, OSError, RuntimeError):
             continue  # no load takes it either
         if isinstance(loss, float) and math.isfinite(loss):
             losses.append((loss, -step))

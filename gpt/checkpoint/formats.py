@@ -1,7 +1,5 @@
-"""Formats of an engine's state on disk: tensors through torch.distributed.checkpoint, or files of the engine's own.
-
-Owns the interface of a format, and the common one: DCP, which reshards whole tensors by their names to any topology.
-Must not know what the tensors are, beyond that.
+"""Formats of a state on disk: the index of its tensors, and the files that torch.distributed.checkpoint or an engine
+writes.
 """
 
 from __future__ import annotations
@@ -17,14 +15,62 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 
 from gpt.checkpoint import messages
 from gpt.checkpoint.deepspeed_files import open_as_tensors
-from gpt.checkpoint.manifest import TENSORS, Manifest
-from gpt.checkpoint.part import Part
-from gpt.checkpoint.plans import SavePlans
+from gpt.checkpoint.folders import TENSORS, Manifest
+from gpt.checkpoint.part import Part, SavePlans
+
+# The index of a state's tensors as JSON: which there are, of which shape, and in which chunks.
+#
+# torch.distributed.checkpoint writes its index as a pickle, whose reading can run code; what comes over a network must
+# not.
+
+
+def encode_index(metadata: Metadata) -> dict[str, Any]:
+    """Turn an index into plain JSON; None stands for what is no tensor."""
+    return {
+        name: None
+        if isinstance(entry, BytesStorageMetadata)
+        else [
+            str(entry.properties.dtype).removeprefix("torch."),
+            list(entry.size),
+            [[list(chunk.offsets), list(chunk.sizes)] for chunk in entry.chunks],
+        ]
+        for name, entry in metadata.state_dict_metadata.items()
+    }
+
+
+def decode_index(plain: dict[str, Any]) -> Metadata:
+    """Turn back what ``encode_index`` made, without the places of the bytes.
+
+    Raises:
+        ValueError: it names a type of tensors that there is not.
+    """
+    return Metadata({name: _decode_entry(entry) for name, entry in plain.items()})
+
+
+def _decode_entry(entry: list[Any] | None) -> TensorStorageMetadata | BytesStorageMetadata:
+    if entry is None:
+        return BytesStorageMetadata()
+    name, size, chunks = entry
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is no type of tensors")
+    found = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in chunks]
+    return TensorStorageMetadata(TensorProperties(dtype), torch.Size(size), found)
+
+
+# Formats of an engine's state on disk: tensors through torch.distributed.checkpoint, or files of the engine's own.
 
 
 class Format(Protocol):

@@ -1,9 +1,7 @@
 """Checkpoints in the memory of the nodes: each rank's part goes to the store of its own node and to that of the next.
 
-Owns the sending, and the agreement of the ranks on it, as for saves to a disk: each hands out its vote, somebody sums
-them, and a save counts when all parts lie where they belong. The nodes form a ring, so that any one of them may be
-lost. One that fails is given up: the next is due soon. Loading is by ``memory_load``. Must not know what the state
-means, nor when to save.
+The nodes form a ring, so that any one of them may be lost. One that fails is given up: the next is due soon. Loading
+is by ``memory_load``.
 """
 
 from __future__ import annotations
@@ -23,14 +21,11 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from gpt.checkpoint import messages
-from gpt.checkpoint.collective import explain
-from gpt.checkpoint.formats import Format
-from gpt.checkpoint.in_flight import InFlight, Vote, take_over
-from gpt.checkpoint.index import encode_index
-from gpt.checkpoint.jobs import Memory
-from gpt.checkpoint.part import Part, Report, write_items
-from gpt.checkpoint.staging import StagedPart
-from gpt.checkpoint.writer import Result, Writer
+from gpt.checkpoint.formats import Format, encode_index
+from gpt.checkpoint.messages import explain
+from gpt.checkpoint.part import Part, Report, StagedPart, write_items
+from gpt.checkpoint.saving import InFlight, Vote, take_over
+from gpt.checkpoint.writer import Memory, Result, Writer
 from launch.errors import ConfigError
 from launch.worker.memory import Place, StoreClient, Upload, own_store
 

@@ -1,7 +1,6 @@
 """Loading from the memory of the nodes: the newest checkpoint of which every part is whole, wherever it lies now.
 
-Owns the choice of the copies that are read, and their verification, split over the ranks. A damaged copy is passed over
-for the other one; where none is left, the checkpoint is. Must not know what the state means.
+A damaged copy is passed over for the other one; where none is left, the checkpoint is.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from gpt.checkpoint.collective import run_on_all_ranks, run_on_first_rank
-from gpt.checkpoint.formats import read_tensors
-from gpt.checkpoint.index import decode_index
-from gpt.checkpoint.loaded import LoadedCheckpoint
+from gpt.checkpoint.folders import LoadedCheckpoint
+from gpt.checkpoint.formats import decode_index, read_tensors
 from gpt.checkpoint.memory import ABOUT, REPORT, MemorySaves
+from gpt.checkpoint.messages import run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.part import Report, rank_file
 from launch.worker.memory import CHUNK, Place, StoreClient
 

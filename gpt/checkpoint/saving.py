@@ -1,12 +1,4 @@
-"""Saves of a run, of which one at most is in flight: staged while all ranks wait, written and committed beside them.
-
-Owns the protocol. Each rank's writer writes its files and a report into one temporary folder. When all have, the writer
-of rank 0 makes the manifest of their reports and renames the folder, which is the commit. Whether all have is no
-message of its own: each rank hands out its ``Vote``, somebody sums them over the ranks, as the training loop does with
-its figures, and ``count`` is called with the sums, in the same order on every rank. ``finish`` waits instead. A write
-that fails is tried again, into another folder and from the same copy. Must not know what the state means, nor when to
-save.
-"""
+"""A save in flight: the state of each rank, the votes, the commit, later reading of what was written."""
 
 from __future__ import annotations
 
@@ -14,24 +6,207 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from gpt.checkpoint import folders, messages
-from gpt.checkpoint.collective import CheckpointError, explain
-from gpt.checkpoint.folders import Retention
+from gpt.checkpoint.folders import DamagedError, FileSum, Retention, compare, damage_or_raise, read_manifest
 from gpt.checkpoint.formats import Format
-from gpt.checkpoint.in_flight import FailedWrite, InFlight, Phase, Saved, Vote, take_over
-from gpt.checkpoint.jobs import Commit, Remove, Retire, Write
-from gpt.checkpoint.part import Part
-from gpt.checkpoint.scrub import Scrub
-from gpt.checkpoint.staging import StagedPart
-from gpt.checkpoint.writer import Result, Writer
+from gpt.checkpoint.messages import CheckpointError, explain
+from gpt.checkpoint.part import Part, StagedPart, encode_rank_state, rank_file
+from gpt.checkpoint.writer import Commit, Memory, Remove, Result, Retire, Write, Writer
 from launch.errors import ConfigError
 from launch.runs.files import NO_ROOM
+
+# A save in flight: what one rank keeps of it, its vote, and what becomes of it.
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was committed."""
+
+    step: int
+    path: Path
+    write_s: float
+    """Seconds from the beginning of the save to its commit, of which training waited for the first part only."""
+
+
+@dataclass(frozen=True)
+class FailedWrite:
+    """A write that failed, and is tried again."""
+
+    step: int
+    cause: str
+    failures: int
+    """Number of failed writes since the last checkpoint."""
+    has_room: bool
+    """False where the disk was full, over its quota or broken."""
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One rank's word on the save in flight; the sums over all ranks are what ``Saves.count`` takes."""
+
+    phase: int
+    """Number of the phase that it is about, the same on all ranks; 0: no save is in flight."""
+    done: int = 0
+    failed: int = 0
+
+
+class Phase(Enum):
+    """Phase of a save in flight."""
+
+    write = "write"
+    commit = "commit"
+
+
+@dataclass
+class InFlight:
+    """The save in flight, as one rank knows it."""
+
+    step: int
+    meta: dict[str, Any]
+    may_commit: Callable[[], bool]
+    started: float
+    part: Part | StagedPart | None
+    """None where it could not be collected on this rank, so that each try fails."""
+    temporary: Path
+    phase: Phase = Phase.write
+    result: Result | None = None
+
+
+def take_over(
+    step: int,
+    state: Any,
+    rank_state: dict[str, Any],
+    fmt: Format,
+    writer: Writer,
+    group: dist.ProcessGroup | None,
+) -> Part | StagedPart:
+    """Take this rank's part of a state over; when this returns, the state may change. Collective.
+
+    Raises:
+        Exception: the format's, or the writer's.
+    """
+    collected = fmt.collect(step, state, group)
+    collected.files[rank_file(dist.get_rank(group))] = encode_rank_state(rank_state)
+    return writer.stage(collected)
+
+
+# Scrubbing: the newest checkpoint is read again after it was written, as disks lose bits without a word.
+#
+# Only once the newest is known to be whole are others deleted.
+
+
+SLICE = 1 << 22
+"""Bytes that are read at a time; the next job of a save waits for one of these at most."""
+
+
+@dataclass(frozen=True)
+class Scrub:
+    """Begin to verify the checkpoint of a step, and delete others when it is whole; on rank 0, after a commit.
+
+    An unfinished scrub of an earlier step is given up, and so are those that would have come again.
+    """
+
+    folder: Path
+    step: int
+    keeps: Retention
+    tell: Callable[[int, str, bool], None]
+    """Called with the step and the damage of a checkpoint that was set aside, and whether it was whole before."""
+    every_s: float = 0.0
+    """Seconds after which it is read again while it is the newest; 0 for once."""
+
+    def run(self, memory: Memory) -> None:
+        """Leave the reading to the time between jobs; where there is none, as in a rank, only delete."""
+        if memory.has_idle_time:
+            is_behind = memory.rest_s() == 0
+            memory.idle_work, memory.idle_at = scrub(self, memory), 0.0
+            if is_behind:  # else checkpoints that are never read to their end would fill the disk
+                retire(self.folder, self.keeps, memory.sound, more=1)
+        else:
+            retire(self.folder, self.keeps, memory.sound)
+
+
+def scrub(job: Scrub, memory: Memory) -> Generator[float]:
+    """Verify a checkpoint slice by slice, do what follows, and begin again after ``every_s`` while it is whole."""
+    path = folders.final_for(job.folder, job.step)
+    while True:
+        try:
+            damage = yield from find_damage_in(path)
+        except OSError:
+            retire(job.folder, job.keeps, memory.sound, more=1)  # nothing is known, and the disk must not fill up
+            raise
+        if not path.exists():  # the run has gone back
+            return
+        if damage:
+            folders.set_aside(path, damage)
+            was_whole = memory.sound == job.step
+            job.tell(job.step, f"{path.name}: {damage}", was_whole)
+            if was_whole:
+                memory.sound = None
+        else:
+            memory.sound = job.step
+        retire(job.folder, job.keeps, memory.sound)
+        if damage or not job.every_s:
+            return
+        yield job.every_s
+
+
+def retire(folder: Path, keeps: Retention, sound: int | None, more: int = 0) -> None:
+    """Delete the checkpoints that are no longer kept, but never ``sound``, the newest that was found whole."""
+    kept = replace(keeps, last=keeps.last + more)
+    folders.retire(folder, kept, frozenset() if sound is None else {sound})
+
+
+def find_damage_in(path: Path) -> Generator[float, None, str]:
+    """Compare all files of a checkpoint with its manifest, slice by slice; returns what is damaged.
+
+    Raises:
+        OSError: the filesystem refused for a reason that says nothing about the files.
+    """
+    try:
+        manifest = read_manifest(path)
+    except DamagedError as damage:
+        return str(damage)
+    wrong = []
+    for name, expected in sorted(manifest.files.items()):
+        try:
+            found = yield from sum_slowly(path / name)
+        except OSError as error:
+            wrong.append(damage_or_raise(error, name))
+            continue
+        difference = compare(name, found, expected)
+        if difference is not None:
+            wrong.append(difference)
+    return "; ".join(wrong)
+
+
+def sum_slowly(path: Path) -> Generator[float, None, FileSum]:
+    """Compute size and sha256 of a file, slice by slice, from the disk and not from what this host still has of it."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # it was synced, so all of it can go
+        while content := file.read(SLICE):
+            digest.update(content)
+            size += len(content)
+            yield 0.0
+    return FileSum(size, digest.hexdigest())
+
+
+# Saves of a run, of which one at most is in flight: staged while all ranks wait, written and committed beside them.
+#
+# Each rank's writer writes its files and a report into one temporary folder. When all have, the writer of rank 0 makes
+# the manifest of their reports and renames the folder, which is the commit. Whether all have is no message of its own:
+# each rank hands out its ``Vote``, somebody sums them over the ranks, as the training loop does with its figures, and
+# ``count`` is called with the sums, in the same order on every rank. ``finish`` waits instead. A write that fails is
+# tried again, into another folder and from the same copy.
+
 
 RETRY_S = 5.0
 """Time from the first failed write to the next; then twice as long each time."""

@@ -1,7 +1,6 @@
 """Collective saving and loading of a run's state, in one folder for each step.
 
-Owns loading, and what is kept: the newest checkpoint that is whole is found, checked by all ranks together, and read.
-Saving is by ``saving``. Must not know what the state means, nor when to save.
+Saving is by ``saving``.
 """
 
 from __future__ import annotations
@@ -15,17 +14,14 @@ import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import folders
-from gpt.checkpoint.collective import CheckpointError, run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.copies import Fetch, Fetched
-from gpt.checkpoint.folders import Retention
+from gpt.checkpoint.folders import NAME, DamagedError, LoadedCheckpoint, Manifest, Retention, find_damage, read_manifest
 from gpt.checkpoint.formats import Format, TensorFiles
-from gpt.checkpoint.in_flight import Saved
-from gpt.checkpoint.loaded import LoadedCheckpoint
-from gpt.checkpoint.manifest import NAME, DamagedError, Manifest, find_damage, read_manifest
 from gpt.checkpoint.memory import MemorySaves
 from gpt.checkpoint.memory_load import NotInMemoryError, discard_held_after, find_held, forget_others, load_held
+from gpt.checkpoint.messages import CheckpointError, run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.part import rank_file
-from gpt.checkpoint.saving import OutdatedAttemptError, Saves
+from gpt.checkpoint.saving import OutdatedAttemptError, Saved, Saves
 from gpt.checkpoint.target import Target
 from gpt.checkpoint.writer import InlineWriter, Writer
 from launch.errors import ConfigError

@@ -1,8 +1,7 @@
 """Copies of checkpoints in an object store, or on any filesystem that fsspec reaches, by a URL.
 
-Owns the layout there, the writing of a copy and its fetching back, each verified. A store has no renames, so that
-the manifest is written last and removed first: without it a copy does not exist. Torch-free; loads fsspec on first use,
-as a run without copies needs none. Must not know when copies are made, nor by whom.
+A store has no renames, so that the manifest is written last and removed first: without it a copy does not exist.
+Torch-free; loads fsspec on first use, as a run without copies needs none.
 """
 
 from __future__ import annotations
@@ -17,9 +16,18 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gpt.checkpoint import folders
-from gpt.checkpoint.folders import Retention, kept_steps
-from gpt.checkpoint.manifest import NAME, DamagedError, FileSum, Manifest, compare, decode_manifest, sync_folder
-from gpt.config.checkpoint import INSTALLS
+from gpt.checkpoint.folders import (
+    NAME,
+    DamagedError,
+    FileSum,
+    Manifest,
+    Retention,
+    compare,
+    decode_manifest,
+    kept_steps,
+    sync_folder,
+)
+from gpt.config.optim import INSTALLS
 from launch.errors import ConfigError
 
 SLICE = 1 << 22

@@ -1,7 +1,6 @@
 """Checkpoints of a run as they lie on disk: which there are, and whether each is byte for byte what was saved.
 
-Owns the check from outside, by one process and while the run may go on. Changes nothing: what a run finds damaged when
-it loads, it sets aside itself. Torch-free.
+Changes nothing: what a run finds damaged when it loads, it sets aside itself. Torch-free.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from gpt.checkpoint import folders
-from gpt.checkpoint.manifest import NAME, DamagedError, Manifest, find_damage, read_manifest
+from gpt.checkpoint.folders import NAME, DamagedError, Manifest, find_damage, read_manifest
 from gpt.checkpoint.target import check_target, target_of
 from launch.errors import ConfigError
 from launch.runs.events import SavedCheckpoint

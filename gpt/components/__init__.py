@@ -3,6 +3,5 @@
     model.norm=mypkg.norms:MyNorm         a class of a module that Python finds: installed, or in the current folder
     model.norm=dyt                        an entry point of the group gpt.norm
 
-Owns the way from a name to a class, what a class has to be able to do, and its counts: parameters, FLOPs and
-activations. Torch is imported where a class is; ``facts`` has another process do that where torch is not loaded yet.
+Torch is imported where a class is; ``facts`` has another process do that where torch is not loaded yet.
 """

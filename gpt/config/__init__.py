@@ -1,21 +1,9 @@
 """The typed schema of a training run: every field, its unit and its range. Values live in ``configs/``.
 
-Owns the dataclasses that Hydra composes over and the checks that need no other information than the config itself.
-Torch-free, so that the login node can use it. Must not know of nodes, Slurm or the launcher.
+Torch-free, so that the login node can use it.
 """
 
 from gpt.config.checks import nearest_divisor
-from gpt.config.components import (
-    Activation,
-    AttentionBackend,
-    ExpertBalance,
-    ExpertMatmul,
-    Ffn,
-    Norm,
-    NormPosition,
-    Position,
-    RopeScaling,
-)
 from gpt.config.data import (
     BYTE_VOCAB,
     DataConfig,
@@ -26,11 +14,21 @@ from gpt.config.data import (
     TokenizerKind,
     WeightedPath,
 )
-from gpt.config.divergence import DivergenceConfig
-from gpt.config.float8 import Float8
-from gpt.config.model import ModelConfig
-from gpt.config.optim import OptimConfig
+from gpt.config.model import (
+    Activation,
+    AttentionBackend,
+    ExpertBalance,
+    ExpertMatmul,
+    Ffn,
+    ModelConfig,
+    Norm,
+    NormPosition,
+    Position,
+    RopeScaling,
+)
+from gpt.config.optim import DivergenceConfig, OptimConfig
 from gpt.config.parallel import CpMethod, EngineKind, ParallelConfig, Schedule, Strategy
+from gpt.config.rules import Float8
 from gpt.config.train import (
     LOSS_CHUNK,
     CheckpointConfig,

@@ -10,14 +10,12 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from gpt.config import model_rules
-from gpt.config.checkpoint import CheckpointConfig
+from gpt.config import rules
 from gpt.config.data import DataConfig
-from gpt.config.divergence import DivergenceConfig
-from gpt.config.float8 import Float8, check_float8
 from gpt.config.model import ModelConfig
-from gpt.config.optim import OptimConfig
+from gpt.config.optim import CheckpointConfig, DivergenceConfig, OptimConfig
 from gpt.config.parallel import ParallelConfig, Strategy
+from gpt.config.rules import Float8, check_float8
 from launch.errors import ConfigError, require_positive, require_range
 from launch.runs.environment import install_command
 from launch.runs.identity import RunConfig
@@ -211,7 +209,7 @@ class TrainConfig(RunConfig):
     def validate(self) -> None:
         """Raise ConfigError for the first thing that cannot work; needs no other information than the config."""
         super().validate()
-        model_rules.check(self.model)
+        rules.check(self.model)
         parts = (self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.divergence, self.logging)
         for part in parts:
             part.validate()

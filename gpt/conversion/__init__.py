@@ -3,5 +3,5 @@
 ``adapter`` defines the state-dict adapter of an architecture; ``gpt2``, ``llama`` and ``mixtral`` are adapters, and
 ``registry`` chooses. ``inspect`` and ``source`` look into files without torch, for the login node; ``state_dict`` and
 ``hf_folder`` move tensors; ``trained`` reads the checkpoints of a run. Never imports transformers: the formats are its
-files, not its code. Must not know ranks, the loop or the launcher.
+files, not its code.
 """

@@ -1,7 +1,6 @@
 """The state-dict adapter of an architecture: the models it takes, the keys of its config, and the names of its tensors.
 
-Owns the two dataclasses that an adapter fills in, and the decision whether a model fits. Torch-free: the tensors
-themselves are moved by ``gpt.conversion.state_dict``.
+Torch-free: the tensors themselves are moved by ``gpt.conversion.state_dict``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The corpus of a run: its description before there are tokens, its refusal where it does not fit, and its tokens.
 
-Owns which corpora training may prepare by itself. Torch-free and quick, since the login node asks before it submits.
-Must not know how tokens become batches.
+Torch-free and quick, since the login node asks before it submits.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.config import DataConfig, ModelConfig, Source
-from gpt.data.formats.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_manifest
+from gpt.data.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_manifest
 from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec, known_vocab_size, prepare_command
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
@@ -194,7 +193,7 @@ def unwritable_folder_error(folder: Path, error: Exception) -> ConfigError:
 
 def keep_tokenizer(tokens: Tokens, folder: RunFolder) -> None:
     """Copy the tokenizer, where it is known, into the run's folder, to decode its tokens without the corpus."""
-    from gpt.data.tokenizers.base import CharTokenizer
+    from gpt.data.tokenizers import CharTokenizer
     from gpt.data.tokenizers.registry import save_tokenizer
 
     source = tokens.tokenizer_folder

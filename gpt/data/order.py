@@ -1,7 +1,6 @@
 """The order of the training samples: a pure function of (index, number of samples, seed), with no state to save.
 
-Owns the permutation of one epoch and its keys, and the source of each sample of a mixture. Torch-free. Must not know
-what a sample is, nor of steps and ranks.
+Torch-free.
 
 Every epoch is a permutation of its own, computed one index at a time in constant memory: a Feistel network (Luby and
 Rackoff 1988, "How to construct pseudorandom permutations from pseudorandom functions") over the smallest even number

@@ -1,7 +1,7 @@
 """The file ``run.json``: a whole run in one value, with config, startup, steps, evaluations, checkpoints and summary.
 
-Owns the shape of that value. It is read from the run folder alone, so it is the same however often the run was
-interrupted, and tools that compare runs read it the same way. Torch-free.
+It is read from the run folder alone, so it is the same however often the run was interrupted, and tools that compare
+runs read it the same way. Torch-free.
 """
 
 from __future__ import annotations

@@ -1,25 +1,82 @@
-"""The startup summary of an attempt: model, configuration, hardware, and the performance in theory.
-
-Owns its text; every number comes from the record of the attempt (``environment.json``) and the config. Torch-free. Must
-not compute what that record does not hold, beyond formatting it.
-"""
+"""Environment of an attempt, and its startup summary: model, configuration, hardware, expected performance."""
 
 from __future__ import annotations
 
 import io
+import os
+import resource
 from typing import Any
 
+import torch
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from gpt.accounting.flops import Flops, training_flops_per_token
+from gpt.accounting.counts import Flops, training_flops_per_token
 from gpt.config import Ffn, Float8, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
-from gpt.config.float8 import float8_words
 from gpt.config.optim import ADAMW
+from gpt.config.rules import float8_words
+from gpt.parallel.distributed import World
 from launch.errors import counted
+from launch.runs.environment import cpu_name, describe_place, driver_version, library_versions
+
+# Environment of one attempt: device and memory of each rank, and versions of the software.
+#
+# Records no variable of the environment: some hold secrets (``launch.runs.environment`` names those that are told).
+
+
+def describe_rank(world: World) -> dict[str, Any]:
+    """Describe where this rank runs, and on which device."""
+    device = world.device
+    record = describe_place(world.rank, world.local_rank, world.node) | {
+        "pid": os.getpid(),
+        "device": str(device),
+        "device_name": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "threads_are_set": "OMP_NUM_THREADS" in os.environ,
+    }
+    if device.type == "cuda":
+        record["device_uuid"] = str(torch.cuda.get_device_properties(device).uuid)
+        record["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return record
+
+
+def software() -> dict[str, str]:
+    """List the versions of Python, of the libraries that decide a result, and of CUDA and NCCL where torch has them."""
+    versions = library_versions()
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+        versions["nccl"] = ".".join(str(n) for n in torch.cuda.nccl.version())
+    driver = driver_version()
+    return versions | ({"nvidia-driver": driver} if driver else {})
+
+
+GIB = 2**30
+
+
+def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]:
+    """Measure allocated, peak and reserved memory, GiB; None for what a CPU does not tell.
+
+    On a GPU: the tensors now, the most that they took in this attempt, and the memory that the allocator keeps from the
+    driver. On a CPU only the peak is known, of the RAM of the whole process with its libraries.
+    """
+    if device.type != "cuda":
+        # Linux counts ru_maxrss in KiB (getrusage(2)).
+        return None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, None
+    known = torch.cuda.memory_stats(device)  # asked once: it takes a tenth of a millisecond
+    return (
+        known["allocated_bytes.all.current"] / GIB,
+        known["allocated_bytes.all.peak"] / GIB,
+        known["reserved_bytes.all.current"] / GIB,
+    )
+
+
+# The startup summary of an attempt: model, configuration, hardware, and the performance in theory.
+#
+# Torch-free. Must not compute what that record does not hold, beyond formatting it.
+
 
 WIDTH = 110
 """Columns of the summary in a log file, which has no width of its own; more than a terminal has are not used."""

@@ -1,31 +1,308 @@
-"""Writers of step records during a run: every rank's JSONL file, and rank 0's console, TensorBoard, CSV, JSON and W&B.
-
-Owns the metrics derived from a record (throughput, utilization), and the choice of writers. Must not know how a step is
-made.
-"""
+"""Writers of step records: the JSONL file of each rank; console, TensorBoard, CSV, JSON and W&B of rank 0."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import logging
+import shutil
+import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
 
-from gpt.accounting.flops import recomputed_flops_per_token, training_flops_per_token
+from gpt.accounting.counts import recomputed_flops_per_token, training_flops_per_token, utilization
 from gpt.accounting.hardware import peak_flops
-from gpt.accounting.mfu import utilization
 from gpt.config import Precision, TrainConfig
-from gpt.metrics.console import Console
-from gpt.metrics.environment import describe_rank
 from gpt.metrics.run_json import RunJson
-from gpt.metrics.steps_csv import StepsCsv
-from gpt.metrics.view import MetricWriter, Records, View
-from gpt.metrics.wandb import WeightsAndBiases
+from gpt.metrics.startup_summary import describe_rank
 from gpt.parallel.distributed import World
 from launch import worker
 from launch.runs.compose import plain_config
+from launch.runs.files import say
 from launch.runs.folder import RunFolder
-from launch.runs.records import StepRecord, read_records
-from launch.runs.tensorboard import EventWriter
+from launch.runs.records import TOLD_ONCE, StepRecord, read_records
+from launch.runs.tensorboard import EventWriter, record_scalars
+
+# A view of a run's step records that a failing filesystem may take away for a while, and never the training with it.
+
+
+RETRY_S = 30.0
+"""Between two tries to make a view again; each reads the records of rank 0."""
+KEPT_S = 60.0
+"""Time for which records are kept that a view has: longer than it takes until they are on the disk."""
+
+Records = Sequence[dict[str, Any]]
+
+
+class MetricWriter(Protocol):
+    """Destination of step records, such as a file or a service."""
+
+    def write(self, record: StepRecord) -> None:
+        """Write one record; records come in the order of their steps."""
+
+    def close(self) -> None:
+        """Finish after the last record."""
+
+
+class View:
+    """Writer that outlives the one behind it: given up at an OSError, and opened again later.
+
+    Args:
+        folder: the run folder.
+        name: of the view, for people.
+        open_writer: opens the writer behind it for a run that goes on after a step, whose records are given.
+        step: step after which the attempt goes on, 0 at the beginning.
+        done: records up to that step.
+        retry_s: seconds between two tries.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        name: str,
+        open_writer: Callable[[int, Records], MetricWriter],
+        step: int,
+        done: Records,
+        retry_s: float = RETRY_S,
+    ) -> None:
+        self._folder = folder
+        self._name = name
+        self._open = open_writer
+        self._retry_s = retry_s
+        self._writer: MetricWriter | None = None
+        self._since = step
+        """The last step whose record the view has."""
+        self._tried = 0.0
+        self._recent: deque[tuple[float, StepRecord]] = deque()
+        """Records with the time they came, those of the last ``KEPT_S`` and all since the writer was given up."""
+        try:
+            self._writer = open_writer(step, done)
+        except OSError as error:
+            self._give_up(error)
+
+    def write(self, record: StepRecord) -> None:
+        """Write one record, and those before it that the view lacks; nothing where the view was made again with it."""
+        if record.step <= self._since:
+            return
+        self._recent.append((time.monotonic(), record))
+        try:
+            if self._writer is not None:
+                self._writer.write(record)
+                self._since = record.step
+                while self._recent[0][0] < self._recent[-1][0] - KEPT_S:
+                    self._recent.popleft()
+            elif time.monotonic() - self._tried >= self._retry_s:
+                self._make_again()
+        except OSError as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Make the view complete where it can be, and close it."""
+        try:
+            if self._writer is None:
+                self._make_again()
+            assert self._writer is not None
+            self._writer.close()
+        except OSError as error:
+            self._give_up(error)
+
+    def _make_again(self) -> None:
+        """Open the writer as after a restart, and write the records that it lacks.
+
+        The newest are not on the disk yet: they are written some seconds later, or when there is room again.
+        """
+        self._tried = time.monotonic()
+        records = read_records(self._folder.metrics(0))
+        last = records[-1]["step"] if records else 0
+        records += [record.as_dict() for _, record in self._recent if record.step > last]
+        self._writer = self._open(self._since, [record for record in records if record["step"] <= self._since])
+        for missed in records:
+            if missed["step"] > self._since:
+                self._writer.write(StepRecord(**{"loss": None, "grad_norm": None} | missed))
+                self._since = missed["step"]
+
+    def _give_up(self, error: OSError) -> None:
+        say(f"{self._name}: {error}; training goes on, and it is made again from the step records")
+        self._tried = time.monotonic()
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+        self._writer = None
+
+
+# Console writer of rank 0: one line that is kept up to date on a terminal, one every few seconds in a log.
+
+
+REFRESH_S = 0.1  # on a terminal; no eye follows faster
+CLEAR_LINE = "\r\x1b[2K"
+
+
+class Console:
+    """Writer that prints the records of a run of ``max_steps`` steps, in a log at most every ``interval_s`` seconds."""
+
+    def __init__(self, max_steps: int, interval_s: float, stream: TextIO | None = None) -> None:
+        self._max_steps = max_steps
+        self._stream = sys.stdout if stream is None else stream
+        self._live = self._stream.isatty()
+        self._interval_s = REFRESH_S if self._live else interval_s
+        self._shown = 0.0
+        self._open = False
+        self._pace_s: float | None = None
+
+    def write(self, record: StepRecord) -> None:
+        """Print ``record`` where it is time, and always at an evaluation, a checkpoint or the last step."""
+        # An average over some twenty steps, so that the time left does not jump about.
+        self._pace_s = record.step_time_s if self._pace_s is None else 0.95 * self._pace_s + 0.05 * record.step_time_s
+        lasting = record.val_loss is not None or record.checkpoint_s is not None or record.step == self._max_steps
+        if not lasting and time.monotonic() - self._shown < self._interval_s:
+            return
+        self._shown = time.monotonic()
+        line = console_line(record, self._max_steps, self._pace_s)
+        if not self._live:
+            print(line, file=self._stream, flush=True)
+            return
+        if not lasting:
+            line = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be taken back
+        self._stream.write(CLEAR_LINE + line + ("\n" if lasting else ""))
+        self._stream.flush()
+        self._open = not lasting
+
+    def close(self) -> None:
+        """End the line that is kept up to date."""
+        if self._open:
+            print(file=self._stream, flush=True)
+        self._open = False
+
+
+def console_line(record: StepRecord, max_steps: int, pace_s: float) -> str:
+    """Format one record as a line of text; ``pace_s`` is the expected time of a step, seconds."""
+    parts = [
+        f"step {record.step}/{max_steps}",
+        "loss not finite" if record.loss is None else f"loss {record.loss:.4f}",
+        f"lr {record.lr:.2e}",
+        "skipped" if record.grad_norm is None else f"grad_norm {record.grad_norm:.3f}",
+        f"{record.step_time_s * 1000:.0f} ms",
+        f"{record.tokens_per_s or 0:,.0f} tokens/s",
+    ]
+    if record.mfu_palm is not None:
+        of_bf16 = "" if record.mfu_bf16 in (None, record.mfu_palm) else f" ({record.mfu_bf16:.1%} of the bf16 peak)"
+        parts.append(f"MFU {record.mfu_palm:.1%}{of_bf16}")
+    if record.memory_peak_gib is not None:
+        parts.append(f"{record.memory_peak_gib:.2f} GiB")
+    if record.step < max_steps:
+        parts.append(f"{format_duration(pace_s * (max_steps - record.step))} left")
+    if record.val_loss is not None:
+        parts.append(f"val_loss {record.val_loss:.4f}")
+    if record.val_bits_per_byte is not None:
+        parts.append(f"{record.val_bits_per_byte:.4f} bits per byte")
+    if record.checkpoint_s is not None:
+        parts.append(f"saved in {record.checkpoint_s:.2f} s")
+    return "  ".join(parts)
+
+
+def format_duration(seconds: float) -> str:
+    """Format seconds as 7 s, 7:05, 7:05:03, or days and hours."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, hours = whole // 60 % 60, whole // 3600
+    if hours >= 48:
+        return f"{hours // 24} days {hours % 24} h"
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+# The file ``steps.csv``: rank 0's records as a table that every spreadsheet opens, one row a step.
+#
+# The step records are the truth: at every start the file is made again from those that still count, so a step that was
+# lost with a crash and done again has one row. Torch-free.
+
+
+LAYER_NORM = "grad_norm/"
+"""Prefix of a layer's name, in the column of its gradient norm."""
+
+
+class StepsCsv:
+    """Writer of the table at ``path``, which begins with the rows of ``earlier`` records."""
+
+    def __init__(self, path: Path, layers: Sequence[str], earlier: Iterable[dict[str, Any]]) -> None:
+        left_out = ("samples", LAYERS, TOLD_ONCE)
+        whole = [field.name for field in dataclasses.fields(StepRecord) if field.name not in left_out]
+        self._columns = [*whole, "first_sample", "last_sample", *(LAYER_NORM + name for name in layers)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", newline="", buffering=1)  # a line at a time, so that a reader sees whole rows
+        self._writer = csv.DictWriter(self._file, self._columns, extrasaction="ignore", lineterminator="\n")
+        self._writer.writeheader()
+        for record in earlier:
+            self._writer.writerow(row(record))
+
+    def write(self, record: StepRecord) -> None:
+        """Add one row; what is not known is an empty cell."""
+        self._writer.writerow(row(record.as_dict()))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+LAYERS = "layer_grad_norms"
+
+
+def row(record: dict[str, Any]) -> dict[str, Any]:
+    """Build the cells of a record, column -> value."""
+    cells = {name: value for name, value in record.items() if name not in ("samples", LAYERS)}
+    cells["first_sample"], cells["last_sample"] = record["samples"]
+    return cells | {LAYER_NORM + name: norm for name, norm in record.get(LAYERS, {}).items()}
+
+
+# Writer of rank 0's records to Weights & Biases, where the config asks for it (the extra ``wandb``).
+#
+# A step that was done twice keeps the values it had first, since the service takes each step once. Training never
+# depends on it.
+
+
+log = logging.getLogger(__name__)
+
+
+class WeightsAndBiases:
+    """Writer that sends records under the names that TensorBoard has."""
+
+    def __init__(self, folder: RunFolder, project: str, config: dict[str, Any]) -> None:
+        import wandb
+
+        folder.path.mkdir(parents=True, exist_ok=True)
+        self._run: Any = None
+        try:
+            self._run = wandb.init(
+                project=project,
+                group=folder.path.parent.name,
+                name=folder.point,
+                id=hashlib.sha256(str(folder.path).encode()).hexdigest()[:16],
+                resume="allow",
+                dir=str(folder.path),
+                config=config,
+            )
+        except (wandb.Error, OSError) as error:
+            # A compute node without a way out, or a service that is down, must not cost the run.
+            log.warning("Weights & Biases: %s; training goes on without it (WANDB_MODE=offline keeps it here)", error)
+
+    def write(self, record: StepRecord) -> None:
+        """Send one record."""
+        if self._run is not None:
+            self._run.log(record_scalars(record.as_dict()), step=record.step)
+
+    def close(self) -> None:
+        """Send the rest and end the run in the service."""
+        if self._run is not None:
+            self._run.finish()
+
+
+# Writers of step records during a run: every rank's JSONL file, and rank 0's console, TensorBoard, CSV, JSON and W&B.
+
 
 SHOWN_S = 0.5
 """Least time between two moments at which views are written. Some short steps together take the processor less time

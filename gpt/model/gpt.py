@@ -1,34 +1,194 @@
-"""The GPT: tokens in, logits of the next token out.
-
-    tokens -> token embedding (+ learned position) -> dropout -> n_layer x Block -> norm -> output matrix -> logits
-    Block:    x + attention(norm(x)), then x + ffn(norm(x))      (gpt/model/block.py; norms after, or both in parallel)
-
-Shape letters, here and in every module of this folder; a tensor's name ends in its shape, as in ``x_BTD``:
-
-    B batch   T time   D width   H heads   K key-value heads   C head width   F inner width of the ffn   V vocabulary
-    E experts   R rows given to experts
-
-Each part is chosen by ``gpt.config.ModelConfig`` and lives in a file of its own. Nothing here knows of devices, ranks
-or training: a strategy shards the model from outside, block by block, through ``blocks``.
-
-    config = ModelConfig(name="small", n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=256)
-    model = GPT(config)
-    initialize(model, seed=1337)                        # gpt/model/init.py; until then the weights are torch's own
-
-Too large for one device: construct under ``torch.device("meta")``, shard, ``to_empty``, then load the weights and call
-``reset_buffers``, since a table that was never on a device cannot have been computed there.
+"""The GPT: tokens in, logits of the next token out. Its blocks, the initialization of its weights, and pipeline
+stages.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.config import ModelConfig, NormPosition
-from gpt.model.block import Block
-from gpt.model.kv_cache import Cache
+from gpt.components.facts import owner_of
+from gpt.components.parts import build_part, load_part
+from gpt.config import Ffn, ModelConfig, NormPosition
+from gpt.model.attention import Attention, Cache, LayerCache
+from gpt.model.ffn import build_dense
 from gpt.model.norm import build_norm
 from gpt.model.position import build_position
+
+# One transformer block: the unit that is repeated, and the unit that is sharded from outside.
+#
+# B batch, T time, D width. Self-contained: takes and returns one tensor, and needs nothing of its neighbors.
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each added to the residual stream.
+
+    Each is normalized before (``pre``, arXiv 2002.04745) or the sum is after (``post``, arXiv 1706.03762, section 5.4);
+    in parallel both read the same hidden states (arXiv 2204.06745, section 2.1).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = build_norm(config)
+        self.attention = build_attention(config)
+        self.ffn_norm = build_norm(config)
+        self.ffn = build_ffn(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.post = config.norm_position is NormPosition.post
+        self.parallel = config.parallel_residual
+
+    def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
+        if self.post:
+            x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(x_BTD, cache)))
+            return self.ffn_norm(x_BTD + self.dropout(self.ffn(x_BTD)))
+        if self.parallel:
+            attended_BTD = self.dropout(self.attention(self.attention_norm(x_BTD), cache))
+            return x_BTD + attended_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), cache))
+        return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+
+
+def build_attention(config: ModelConfig) -> nn.Module:
+    """Build our attention, or the user's, (B, T, D) and a cache or None -> (B, T, D)."""
+    if not isinstance(config.attention, str):
+        return Attention(config)
+    made: nn.Module = build_part("model.attention", config.attention, config)
+    return made
+
+
+def build_ffn(config: ModelConfig) -> nn.Module:
+    """Build the feed-forward layer that ``config.ffn`` names, (B, T, D) -> (B, T, D)."""
+    from gpt.model.ffn import MixtureOfExperts
+
+    if isinstance(config.ffn, str):
+        made: nn.Module = build_part("model.ffn", config.ffn, config)
+        return made
+    return MixtureOfExperts(config) if config.ffn is Ffn.moe else build_dense(config, config.ffn_width)
+
+
+# Initialization of the weights, as in GPT-2.
+#
+# Every parameter is drawn from a generator of its own, seeded by the run's seed and the parameter's name, on the CPU.
+# So its values depend on nothing else: not on the order of construction, not on the device, not on who holds which part
+# of the model, and not on what other parameters there are. Where the model is sharded, gpt/parallel/dtensor.py draws
+# one parameter after another and keeps this rank's shard.
+
+
+Weights = Callable[[str, torch.Size], Tensor]
+"""Values of a whole parameter, or of a buffer that checkpoints hold, by its name and shape; fp32 on the CPU."""
+RESIDUAL_OUTPUTS = ("attention.output.weight", "ffn.down.weight", "ffn.experts.down", "ffn.shared.down.weight")
+"""Ends of the names of the matrices that write into the residual stream."""
+
+
+def initialize(model: GPT, seed: int) -> None:
+    """Fill every parameter and buffer of ``model``, whatever they hold and wherever they lie.
+
+    Matrices are normal with standard deviation ``init_std``; those that write into the residual stream are scaled by
+    1 / sqrt(2 n_layer), one factor for each addition to it; gains are 1 and biases 0. Language Models are Unsupervised
+    Multitask Learners (Radford et al. 2019), section 2.3,
+    https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf, and
+    https://github.com/openai/gpt-2/blob/master/src/model.py. The position table is like the matrices, as in later GPTs,
+    where that code has half as much.
+
+    Call before a strategy wraps or shards the model, since wrappers change the parameters' names.
+    """
+    weights = initial_weights(model.config, seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            tensor.copy_(weights(name, tensor.shape))
+    model.reset_buffers()
+
+
+def initial_weights(config: ModelConfig, seed: int) -> Weights:
+    """Return the function that draws the tensors of a model by their names."""
+    return partial(initial_value, config=config, seed=seed)
+
+
+def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """Draw one whole parameter, or the value of a buffer, fp32 on the CPU.
+
+    Each expert is drawn by itself, so its values do not depend on how many there are. Rows that only fill up the
+    vocabulary are 0, and the others are what they are without them. A part of the user's may give values of its own.
+    """
+    own = part_value(name, shape, config, seed)
+    if own is not None:
+        return own
+    if name.endswith("bias"):  # of a layer, or of the balance of experts
+        return torch.zeros(shape, device="cpu")
+    if len(shape) < 2:  # the gain of a norm
+        return torch.ones(shape, device="cpu")
+    std = initial_std(name, config)
+    whole = torch.zeros(shape, device="cpu")
+    if len(shape) == 3:
+        for expert in range(shape[0]):
+            fill_normal(whole[expert], f"{name}.{expert}", std, seed)
+        return whole
+    # In place: a copy with the padding would be as large again, and this is the largest tensor of many a model.
+    is_padded = name in ("token_embedding.weight", "head.weight")
+    fill_normal(whole[: config.vocab_size] if is_padded else whole, name, std, seed)
+    return whole
+
+
+def part_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor | None:
+    """Ask the user's part that a tensor belongs to for its value; None where it has none, or leaves it to the rule."""
+    owner = owner_of(name, config)
+    if owner is None:
+        return None
+    key, local = owner
+    kind = load_part(f"model.{key}", config.custom_parts[key])
+    if not hasattr(kind, "initial_value"):
+        return None
+    generator = torch.Generator("cpu").manual_seed(parameter_seed(name, seed))
+    value: Tensor | None = kind.initial_value(config, local, shape, generator)
+    assert value is None or value.shape == shape, f"{name}: {tuple(value.shape)} instead of {tuple(shape)}"
+    return value
+
+
+def initial_std(name: str, config: ModelConfig) -> float:
+    """Standard deviation of one initial matrix."""
+    if name == "token_embedding.weight" and config.embedding_init_std is not None:
+        return config.embedding_init_std
+    scaled = config.residual_init_scaled and name.endswith(RESIDUAL_OUTPUTS)
+    return config.init_std / math.sqrt(2 * config.n_layer) if scaled else config.init_std
+
+
+def fill_normal(values: Tensor, name: str, std: float, seed: int) -> None:
+    """Fill a contiguous tensor on the CPU with normal values that follow from the run's seed and a name."""
+    generator = torch.Generator("cpu").manual_seed(parameter_seed(name, seed))
+    values.normal_(std=std, generator=generator)
+
+
+def parameter_seed(name: str, seed: int) -> int:
+    """Derive a seed of 63 bits from the run's seed and a parameter's name."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+# The GPT: tokens in, logits of the next token out.
+#
+#     tokens -> token embedding (+ learned position) -> dropout -> n_layer x Block -> norm -> output matrix -> logits
+#     Block:    x + attention(norm(x)), then x + ffn(norm(x))      (gpt/model/gpt.py; norms after, or both in parallel)
+#
+# Shape letters, here and in every module of this folder; a tensor's name ends in its shape, as in ``x_BTD``:
+#
+#     B batch   T time   D width   H heads   K key-value heads   C head width   F inner width of the ffn   V vocabulary
+#     E experts   R rows given to experts
+#
+# Each part is chosen by ``gpt.config.ModelConfig`` and lives in a file of its own. Nothing here knows of devices, ranks
+# or training: a strategy shards the model from outside, block by block, through ``blocks``.
+#
+#     config = ModelConfig(name="small", n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=256)
+#     model = GPT(config)
+#     initialize(model, seed=1337)                        # gpt/model/gpt.py; until then the weights are torch's own
+#
+# Too large for one device: construct under ``torch.device("meta")``, shard, ``to_empty``, then load the weights and
+# call ``reset_buffers``, since a table that was never on a device cannot have been computed there.
 
 
 class TiedHead(nn.Module):
@@ -60,7 +220,7 @@ class GPT(nn.Module):
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Compute the logits of the token after each position, (B, T) integers -> (B, T, V).
 
-        With a cache (gpt/model/kv_cache.py), the T tokens follow those in it, and are added to it. The tokens seen are
+        With a cache (gpt/model/attention.py), the T tokens follow those in it, and are added to it. The tokens seen are
         at most ``block_size`` in all.
         """
         start = 0 if cache is None else cache.length
@@ -96,3 +256,46 @@ class GPT(nn.Module):
     def has_cache(self) -> bool:
         """True unless the attention says, by ``uses_cache = False``, that it forgets keys and values."""
         return all(getattr(block.attention, "uses_cache", True) for block in self.blocks)
+
+
+# Stage of a GPT that is run by itself: consecutive blocks, and what is before the first or after the last of them.
+#
+# Every parameter keeps its name, so that a stage is initialized, stored and reported as the whole model is.
+
+
+class Stage(GPT):
+    """Stage made of parts of a whole GPT, which it shares with it.
+
+    The first stage takes tokens, (B, T) integers, the others hidden states, (B, T, D). The last one returns logits,
+    (B, T, V), the others hidden states. A tied output matrix is the embedding, so the last stage has it as well: the
+    same parameter where both stages are in one process. Modules of other stages are not there; ``blocks`` holds this
+    stage's blocks only, under their numbers in the whole model.
+
+    Args:
+        whole: the model whose parts are taken.
+        blocks: the numbers of the blocks.
+        first: True for the stage with the embedding.
+        last: True for the stage with the last norm and the output matrix.
+    """
+
+    def __init__(self, whole: GPT, blocks: Iterable[int], first: bool, last: bool) -> None:
+        nn.Module.__init__(self)
+        self.config, self.first, self.last = whole.config, first, last
+        if first or (last and whole.config.tie_embeddings):
+            self.token_embedding = whole.token_embedding
+        if first:
+            self.position, self.dropout = whole.position, whole.dropout
+        self.blocks = nn.ModuleList()
+        for number in blocks:
+            self.blocks.add_module(str(number), whole.blocks[number])
+        if last:
+            self.norm, self.head = whole.norm, whole.head
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """Compute hidden states or logits from tokens or hidden states."""
+        assert cache is None, "a stage does not generate"
+        if self.first:
+            x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.logits(x) if self.last else x

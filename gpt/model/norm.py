@@ -1,8 +1,5 @@
 """Normalization layers, over the last dimension.
 
-Owns the choice of layer; the arithmetic is torch's, which computes the statistics in fp32 whatever the input, but for
-the RMSNorm of CPUs, for which torch has no kernel.
-
 Shapes: D the normalized dimension, N all others in one.
 """
 
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gpt.components.load import build_part
+from gpt.components.parts import build_part
 from gpt.config import ModelConfig, Norm
 
 

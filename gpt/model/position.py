@@ -1,7 +1,7 @@
 """Positions of tokens: a learned table added to the embedding, or rotary embeddings inside attention.
 
 B batch, T time, D width, H heads, C head width. The tokens are the whole of a sequence from position 0 on, unless a
-cache (gpt/model/kv_cache.py) holds its beginning, or ``set_positions`` has set their positions.
+cache (gpt/model/attention.py) holds its beginning, or ``set_positions`` has set their positions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gpt.components.load import build_part
+from gpt.components.parts import build_part
 from gpt.config import ModelConfig, Position, RopeScaling
 
 

@@ -1,7 +1,5 @@
 """Sampling of the next token, and generation token by token.
 
-Owns sampling and the window of tokens that a model sees. Must not know tokenizers or where a model came from.
-
 B sequences, T tokens, V vocabulary.
 """
 
@@ -14,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpt.model.attention import Cache
 from gpt.model.gpt import GPT
-from gpt.model.kv_cache import Cache
 from launch.errors import ConfigError
 
 

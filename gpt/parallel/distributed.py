@@ -1,8 +1,4 @@
-"""The processes of a run: joining them (``open_world``), collectives between them (``World``), and the device mesh.
-
-Owns the names of the mesh axes, the control group for messages between processes, and the timeout of every process
-group, which torch does not take over from the default group.
-"""
+"""The processes of a run: joining them (``open_world``), collectives between them (``World``), and the device mesh."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""DTensor utilities: local shards, replicas, bucketed all-reduce, and modules that compute with their shards.
-
-Must not know what is sharded over which ranks, nor why.
-"""
+"""DTensor utilities, and values for a model that was constructed on the meta device."""
 
 from __future__ import annotations
 
@@ -17,7 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
 from torch.func import functional_call
 
+from gpt.model.gpt import GPT, Weights
 from gpt.parallel.compile import replace_forward
+
+# DTensor utilities: local shards, replicas, bucketed all-reduce, and modules that compute with their shards.
+
 
 BUCKET_BYTES = 32 * 2**20
 """Size of an all-reduce bucket: larger ones hide the latency better, and take as much memory again."""
@@ -99,3 +100,41 @@ def local_shard(parameter: Tensor, replicated_gradient: Placement) -> Tensor:
 def reduce_partial(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
     """Sum a partial tensor over the ranks of ``mesh``; return it in ``placement`` (all-reduce or reduce-scatter)."""
     return DTensor.from_local(part, mesh, [Partial()]).redistribute(placements=[placement]).to_local()
+
+
+# Values for a model that was constructed and parallelized on the meta device, where tensors have shapes alone.
+#
+# So no rank ever holds more of the model than its shards and one whole parameter, and a model larger than a device, or
+# than the memory of a node, can begin.
+
+
+@torch.no_grad()
+def materialize(parts: Sequence[GPT], weights: Weights, device: torch.device, home: torch.device | None = None) -> None:
+    """Give a model memory and values: one parameter after another is made whole on the CPU, and this rank's shard kept.
+
+    Args:
+        parts: the model, or stages of one that may share modules, on the meta device.
+        weights: the values by name; the same on all ranks, which need not call this together.
+        device: that computes.
+        home: where the shards lie between steps, where that is not ``device``.
+    """
+    for part in parts:
+        part.to_empty(device=home or device)
+        if home is not None and home != device:
+            for name, buffer in list(part.named_buffers()):
+                set_tensor(part, name, buffer.to(device))
+    for part in parts:  # after all have memory: making it anew would lose the values of a shared module
+        for name, tensor in part.state_dict(keep_vars=True).items():
+            copy_shard(tensor, weights(name, tensor.shape))
+        part.reset_buffers()
+
+
+def copy_shard(tensor: Tensor, whole: Tensor) -> None:
+    """Copy this rank's shard of ``whole``, or all of it, into ``tensor``, which may be a DTensor."""
+    own = local_tensor(tensor)
+    if isinstance(tensor, DTensor) and own.numel():
+        (chunk,) = tensor.__create_chunk_list__()  # as checkpoints find it
+        for dimension, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            whole = whole.narrow(dimension, start, length)
+    if own.numel():
+        own.copy_(whole)

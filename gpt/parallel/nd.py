@@ -1,37 +1,281 @@
-"""ND parallelism on a device mesh: tensor, context and expert parallelism with FSDP or replicas over the data ranks.
-
-Owns the order in which they are applied (innermost axis first), the all-reduce of gradients over ranks that saw other
-tokens, and a gradient norm in which every element counts once. Each kind of parallelism is a module of its own.
-"""
+"""ND parallelism on a device mesh: FSDP2, experts sharded over ranks, and their combinations with tp and cp."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from gpt.config import Strategy, TrainConfig
-from gpt.model.gpt import GPT
-from gpt.model.init import Weights
-from gpt.model.moe import find_mixtures
-from gpt.parallel.base import TorchEngine
-from gpt.parallel.clipping import Clipped, clip_shards
+from gpt.model.ffn import MixtureOfExperts, autocast_rows, find_mixtures, invert_order
+from gpt.model.gpt import GPT, Weights
+from gpt.model.loss import COMPUTE_DTYPES
+from gpt.parallel.compile import replace_forward
 from gpt.parallel.context import SequenceShard, shard_sequences
 from gpt.parallel.distributed import World, build_mesh, expert_mesh, replica_mesh, shard_mesh
-from gpt.parallel.dtensor import all_reduce_in_buckets, inverse_replicas, local_tensor
-from gpt.parallel.expert import expert_parameters, fsdp_shard_experts, parallelize_experts
-from gpt.parallel.fsdp import apply_fsdp, prefetch_forward, reshard
-from gpt.parallel.materialize import materialize
-from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients
+from gpt.parallel.dtensor import all_reduce_in_buckets, inverse_replicas, local_tensor, materialize
+from gpt.parallel.engine import TorchEngine
+from gpt.parallel.optimizer import Clipped, clip_shards
+from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients, vocabulary_loss
 from gpt.parallel.timeline import waiting
-from gpt.parallel.vocab import vocabulary_loss
-from gpt.topology.batch import Batch
-from gpt.topology.dims import ParallelDims
+from gpt.topology.dims import Batch, ParallelDims, fsdp_units, shard_dimension
+
+# FSDP2 (``fully_shard``): parameters, gradients and optimizer state sharded over the ranks (arXiv 2304.11277).
+#
+# With several replicas (HSDP), each one is sharded, and gradients are averaged between replicas.
+
+
+def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
+    """Shard every parameter of ``model``, or a pipeline stage of one, over ``mesh``, in groups that are all-gathered
+    together.
+
+    After torchtitan (torchtitan/distributed/fsdp.py): the embedding, each block or several (``fsdp_units``), and norm
+    with output matrix. The last unit of blocks, norm and output matrix stay gathered between forward and backward
+    pass, which begins with them; the embedding needs no weight there. A tied matrix is used at both ends, so it
+    stays gathered in between, in the group of the model, which holds what is in no other.
+    """
+    # torch 2.13 warns against writing into the logits, which are a view. The loss does not.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    reshard = config.parallel.reshard_after_forward
+    blocks = iter(model.blocks)
+    units = [list(islice(blocks, count)) for count in fsdp_units(config, len(model.blocks))]
+    tied = model.config.tie_embeddings
+    if not tied and hasattr(model, "token_embedding"):
+        entry = [module for module in (model.token_embedding, model.position) if module is not None]
+        fsdp_shard_modules(entry, mesh, config, reshard)
+        entry[0].set_unshard_in_backward(False)  # type: ignore[operator]
+    for unit in units:
+        fsdp_shard_modules(unit, mesh, config, reshard and unit is not units[-1])
+    if not tied and hasattr(model, "head"):
+        fsdp_shard_modules([model.norm, model.head], mesh, config, reshard=False)
+    fsdp_shard_modules([model], mesh, config, reshard=False)
+
+
+def fsdp_shard_modules(
+    modules: Sequence[nn.Module], mesh: DeviceMesh, config: TrainConfig, reshard: bool, dimension: int = 0
+) -> None:
+    """Shard the parameters of modules that are not sharded yet along a dimension; they are all-gathered together.
+
+    Args:
+        modules: called one after another in a forward pass.
+        mesh: the ranks to shard over.
+        config: of the run.
+        reshard: free them after the forward pass, and all-gather them again for the backward pass.
+        dimension: along which to shard.
+    """
+    half = config.precision.is_half
+    # Only copies from pinned memory overlap with computing on the GPU.
+    host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    fully_shard(
+        list(modules) if len(modules) > 1 else modules[0],
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(COMPUTE_DTYPES[config.precision], torch.float32)
+        if half
+        else MixedPrecisionPolicy(),
+        offload_policy=host if config.parallel.cpu_offload else OffloadPolicy(),
+        reshard_after_forward=reshard,
+        shard_placement_fn=lambda _: Shard(dimension),
+    )
+    record_waits(modules[0])
+
+
+def reshard(module: nn.Module) -> None:
+    """Free the parameters that FSDP all-gathered for a forward pass without a backward pass.
+
+    Gathered ones stand in the place of the sharded ones until the next backward pass. Whoever walks over the parameters
+    meanwhile, as a comparison of replicas does, would see tensors of other shapes, and without gradients.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+COLLECTIVE = ("unshard", "wait_for_unshard", "post_backward", "finalize_backward")
+"""Methods of FSDP's groups of parameters that all-gather, reduce-scatter, or wait for one or the other."""
+
+
+def record_waits(module: nn.Module) -> None:
+    """Have the timeline of a step see where FSDP communicates, with the copies into and out of its buffers.
+
+    A CPU waits in the collectives themselves. On a GPU they run beside what computes, and only the waits take time
+    there.
+    """
+    assert isinstance(module, FSDPModule)
+    state = module._get_fsdp_state()
+    found = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # its name until torch 2.11
+    for group in found:
+        for name in COLLECTIVE if group is not None else ():
+            setattr(group, name, partial(call_waiting, getattr(group, name)))
+
+
+def call_waiting(method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a method that waits for the ranks of FSDP."""
+    with waiting("fsdp"):
+        return method(*args, **options)
+
+
+def prefetch_forward(groups: Sequence[Sequence[nn.Module]]) -> None:
+    """Have each of the groups of sharded modules, in the order of the forward pass, all-gather the one after it.
+
+    FSDP2 leaves that to the host, which runs ahead of the device; a host that waits inside a block does not.
+    """
+    for here, following in pairwise(groups):
+        assert isinstance(here[0], FSDPModule)
+        here[0].set_modules_to_forward_prefetch([module for module in following if isinstance(module, FSDPModule)])
+
+
+# Expert parallelism: experts sharded over data-parallel ranks (GShard, arXiv 2006.16668, section 3.2).
+#
+# Each rank routes its own tokens. An all-to-all dispatches their rows to the ranks that hold their experts, a second
+# one combines the results; the backward pass sends gradients the same ways. So the gradient of an expert is already
+# summed over the expert-parallel ranks; over the ranks that hold the same experts it is reduced like every other
+# gradient.
+#
+# E experts, H experts held here, P ranks, R rows of this rank's tokens, S rows sent here, D width, F inner width.
+
+
+def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
+    """Apply expert parallelism over ``mesh`` to every mixture of ``model``: keep this rank's experts, dispatch rows.
+
+    Args:
+        model: with all experts, equal on every rank.
+        mesh: the expert-parallel ranks.
+        averaged: True where FSDP averages gradients over the ranks that hold the same experts. Other gradients are
+            averaged over all data ranks; those of experts are summed over ``mesh`` already, and so divided here.
+    """
+    share = 1 / mesh.size() if averaged else 1.0
+    for mixture in find_mixtures(model):
+        for name, whole in list(mixture.experts.named_parameters()):
+            mine = whole.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+            setattr(mixture.experts, name, nn.Parameter(DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)))
+        # Each call has another length and waits for other ranks, so it is not compiled.
+        send = torch.compiler.disable(build_dispatch(mixture, mesh.get_group(), share))
+        mixture.give_to_experts = send  # type: ignore[method-assign]
+
+
+def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: ParallelDims) -> None:
+    """Shard a rank's experts over the ranks that hold the same ones (FSDP2).
+
+    FSDP2 all-gathers parameters when their module is called. Inside a block that would be in the middle of what is
+    recomputed or compiled, where torch 2.13 refuses it; so the experts' module is called around the whole block.
+    """
+    last = [*model.blocks][-1:]
+    for block in model.blocks:
+        for mixture in find_mixtures(block):
+            reshard = config.parallel.reshard_after_forward and block not in last
+            fsdp_shard_modules([mixture.experts], mesh, config, reshard, shard_dimension(config.model, dims))
+            replace_forward(mixture.experts, block.forward)
+            replace_forward(block, partial(call_module, mixture.experts))
+
+
+def call_module(module: nn.Module, *inputs: Any) -> Any:
+    """Call a module with its hooks; a function, since a module as an attribute would become a submodule."""
+    return module(*inputs)
+
+
+def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """List the parameters of a model that are sharded over expert-parallel ranks."""
+    return [parameter for mixture in find_mixtures(model) for parameter in mixture.experts.parameters()]
+
+
+def build_dispatch(
+    mixture: MixtureOfExperts, group: dist.ProcessGroup, share: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Build ``MixtureOfExperts.give_to_experts`` for sharded experts: dispatch, compute, combine."""
+
+    def forward(x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        experts = mixture.experts
+        plan = plan_dispatch(len(x_RD), ends_E, group, mixture.has_fixed_places)
+        x_SD = AllToAll.apply(autocast_rows(x_RD), plan.sent, plan.received, group)
+        gate_HFD = None if experts.gate is None else local_experts(experts.gate, share)
+        up_HFD, down_HDF = local_experts(experts.up, share), local_experts(experts.down, share)
+        x_SD, even = x_SD.index_select(0, plan.order), mixture.has_fixed_places
+        y_SD = experts.apply_to(x_SD, plan.ends, even, gate_HFD, up_HFD, down_HDF)
+        return AllToAll.apply(y_SD.index_select(0, invert_order(plan.order)), plan.received, plan.sent, group)
+
+    return forward
+
+
+def local_experts(weight: Tensor, share: float) -> Tensor:
+    """Return this rank's experts of a parameter, with the gradient multiplied by ``share``."""
+    mine = local_tensor(weight)
+    # FSDP2 could divide too, but by a factor that gloo cannot (PREMUL_SUM), or twice where one rank has the experts.
+    if share != 1 and mine.requires_grad:
+        mine.register_hook(lambda gradient: gradient * share)
+    return mine
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Sizes of the all-to-all of rows, and the order that sorts received rows by expert."""
+
+    sent: list[int]
+    """Rows from here to each rank."""
+    received: list[int]
+    """Rows from each rank to here."""
+    order: Tensor
+    """(S,): sorts received rows by expert; rows of one expert stay in the order of ranks."""
+    ends: Tensor
+    """(H,): ends of each expert's rows after sorting, int32."""
+
+
+def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> DispatchPlan:
+    """Plan the dispatch of rows that end at ``ends_E`` for each expert.
+
+    With fixed places (a capacity) all ranks know the sizes, and the device is not waited for. Else they are exchanged.
+    """
+    ranks, device = group.size(), ends_E.device
+    held = len(ends_E) // ranks
+    if fixed_places:
+        places = rows // len(ends_E)
+        order_S = torch.arange(rows, device=device).view(ranks, held, places).transpose(0, 1).flatten()
+        ends_H = torch.arange(1, held + 1, dtype=torch.int32, device=device) * (ranks * places)
+        return DispatchPlan([rows // ranks] * ranks, [rows // ranks] * ranks, order_S, ends_H)
+    sent_PH = ends_E.long().diff(prepend=ends_E.new_zeros(1).long()).view(ranks, held)
+    received_PH = all_to_all(sent_PH, [1] * ranks, [1] * ranks, group)
+    sent, received = torch.stack([sent_PH.sum(1), received_PH.sum(1)]).tolist()
+    expert_PH = torch.arange(held, device=device).repeat(ranks)
+    # The size is known here; without it the device would be waited for a second time.
+    expert_S = expert_PH.repeat_interleave(received_PH.flatten(), output_size=sum(received))
+    ends_H = received_PH.sum(0).cumsum(0).to(torch.int32)
+    return DispatchPlan(sent, received, expert_S.argsort(stable=True), ends_H)
+
+
+def all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Exchange rows with every rank of a group, in the order of ranks (all_to_all_single with unequal sizes)."""
+    # As an operation of its own, with a result, so that selective recomputation can keep it (gpt/parallel/compile.py).
+    operations = torch.ops._c10d_functional
+    with waiting("ep"):
+        return operations.wait_tensor(operations.all_to_all_single(x.contiguous(), received, sent, group.group_name))
+
+
+class AllToAll(torch.autograd.Function):
+    """``all_to_all`` whose backward pass sends gradients the reverse way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.way_back = received, sent, group
+        return all_to_all(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_to_all(gradients[0], *ctx.way_back), None, None, None
+
+
+# ND parallelism on a device mesh: tensor, context and expert parallelism with FSDP or replicas over the data ranks.
+#
+# Each kind of parallelism is a module of its own.
 
 
 class NDEngine(TorchEngine):

@@ -1,18 +1,166 @@
-"""AdamW (arXiv 1711.05101) and its steps that are skipped; norms of gradients in shards."""
+"""AdamW (arXiv 1711.05101), clipping of gradients, and the loss scale of fp16."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from gpt.components.load import build_optimizer as build_custom
+from gpt.components.parts import build_optimizer as build_custom
 from gpt.config import OptimConfig
 from gpt.config.optim import ADAMW
+from gpt.parallel.distributed import World
+from gpt.parallel.timeline import WORLD
+
+# Clipping of gradients to a global norm, in one all-reduce with the figures of the step.
+#
+# What is summed over all ranks for the update and what is summed for the records waits for the same ranks at the same
+# place, so it travels together; and while it does, the host has something else to do.
+
+
+class Clipped(NamedTuple):
+    """Gradient norm and figures of a step, as all ranks know them before its update."""
+
+    norm: Tensor | None
+    """Global norm of the gradients before they were clipped, (); None where the optimizer clips in its step."""
+    sums: Tensor
+    """Figures of the step, (N,), summed over all ranks."""
+    flaw: Tensor
+    """0, or not a number where a rank has found gradients that are not finite; (), the same on all ranks."""
+
+
+def clip_replica(
+    parameters: Iterable[nn.Parameter], limit: float, world: World, figures_N: Tensor, meanwhile: Callable[[], None]
+) -> Clipped:
+    """Clip gradients that every rank holds whole, as ``Engine.clip``; a ``limit`` of 0 leaves them. Collective."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # Replicas have the same gradients. One that has computed something else must not be alone in skipping the step.
+    pending = world.start_all_reduce(torch.cat([flaw_of(norm).unsqueeze(0), figures_N]))
+    if limit > 0:
+        clip_grads_with_norm_(parameters, limit, norm)
+    meanwhile()
+    flaw, sums = pending.wait().tensor_split([1])
+    return Clipped(norm, sums, flaw.squeeze(0))
+
+
+def clip_shards(
+    gradients: Iterable[tuple[str, Tensor, float]],
+    limit: float,
+    world: World,
+    figures_N: Tensor,
+    meanwhile: Callable[[], None],
+    waits_as: str = WORLD,
+) -> Clipped:
+    """Clip sharded gradients, as ``Engine.clip``; a ``limit`` of 0 leaves them. Collective.
+
+    Each comes with 1 over the number of its replicas, so that over the world every element counts once. The timeline of
+    a step has the wait for the other ranks under the name ``waits_as``.
+    """
+    parts = [(part, share) for _, part, share in gradients]
+    # Gradients may be offloaded to the host; collectives run on the device. The squares come first: the place of an
+    # element may decide in which order the ranks add it up, and the number of figures differs from step to step.
+    squares = sum_of_squares(parts).to(world.device)
+    pending = world.start_all_reduce(torch.cat([squares.unsqueeze(0), figures_N]))
+    meanwhile()
+    squares, sums = pending.wait(waits_as).tensor_split([1])
+    norm = squares.squeeze(0).sqrt()
+    if limit > 0:
+        scale_to(limit, norm, [part for part, _ in parts])
+    return Clipped(norm, sums, flaw_of(norm))
+
+
+def sum_figures(world: World, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
+    """Sum the figures alone, for an engine whose optimizer clips in its step. Collective."""
+    pending = world.start_all_reduce(figures_N)
+    meanwhile()
+    return Clipped(None, pending.wait(), figures_N.new_zeros(()))
+
+
+def flaw_of(norm: Tensor) -> Tensor:
+    """Return 0 for a norm that is finite, else not a number; () float64."""
+    return norm.double() * 0.0
+
+
+def scale_to(limit: float, norm: Tensor, parts: Sequence[Tensor]) -> None:
+    """Scale shards of gradients of global norm ``norm`` (), in place, to a norm of at most ``limit``."""
+    torch._foreach_mul_(list(parts), (limit / (norm + 1e-6)).clamp(max=1.0).to(parts[0]))
+
+
+# Dynamic loss scale of fp16 (arXiv 1710.03740, section 3.2): small gradients survive, steps that overflow are
+# skipped.
+#
+# A step overflows where the ranks have agreed to skip it, as they do in any precision (gpt/training/step.py); all of it
+# stays on the device, which nobody waits for. The arithmetic is that of torch.amp.GradScaler, which looks at the
+# gradients of one rank only.
+
+
+INITIAL = 2.0**16
+GROWTH, BACKOFF = 2.0, 0.5
+"""Factors of the scale, powers of two: scaling and unscaling round nothing."""
+GROWTH_INTERVAL = 2000
+"""Steps in a row without overflow after which the scale grows. These four are torch's defaults."""
+MINIMUM = 1.0
+"""Least scale. Gradients that overflow without being scaled up are no matter of the scale: the run has diverged."""
+
+
+class LossScale(Protocol):
+    """The loss scale of an engine, as the training loop sees it."""
+
+    def used(self) -> Tensor:
+        """Return the scale of the step just queued, () float64 on the device."""
+        ...
+
+    def state(self) -> dict[str, float]:
+        """Return the state for a checkpoint, in numbers that JSON holds exactly. Waits for the device."""
+        ...
+
+    def load(self, state: dict[str, float]) -> None:
+        """Take over a state."""
+        ...
+
+
+class DynamicLossScale:
+    """Loss scale that doubles after 2,000 steps without overflow, and halves where a step overflows."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), INITIAL, device=device)
+        """Factor of the loss, () fp32; always the same tensor."""
+        self._used = self.scale.clone()
+        self._steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def unscale(self, gradients: Iterable[Tensor]) -> None:
+        """Divide gradients, this rank's shards of them, by the scale, in place."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for gradient in gradients:
+            by_device.setdefault(gradient.device, []).append(gradient)
+        inverse = self.scale.reciprocal()
+        for device, shards in by_device.items():
+            torch._foreach_mul_(shards, inverse.to(device))
+
+    def update(self, overflows: Tensor) -> None:
+        """Adapt the scale after a step that was skipped where ``overflows``, a bool (), is true."""
+        self._used.copy_(self.scale)
+        torch._amp_update_scale_(self.scale, self._steps, overflows.to(self.scale), GROWTH, BACKOFF, GROWTH_INTERVAL)
+        self.scale.clamp_(min=MINIMUM)
+
+    def used(self) -> Tensor:
+        return self._used.double()
+
+    def state(self) -> dict[str, float]:
+        return {"scale": self.scale.item(), "steps": self._steps.item()}
+
+    def load(self, state: dict[str, float]) -> None:
+        self.scale.fill_(state["scale"])
+        self._steps.fill_(int(state["steps"]))
+
+
+# AdamW (arXiv 1711.05101) and its steps that are skipped; norms of gradients in shards.
 
 
 class AdamW(torch.optim.AdamW):

@@ -28,19 +28,15 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 from gpt.config import Schedule, Strategy, TrainConfig
-from gpt.model.gpt import GPT
-from gpt.model.init import Weights
+from gpt.model.gpt import GPT, Stage, Weights
 from gpt.model.loss import COMPUTE_DTYPES, autocast, cross_entropy
-from gpt.model.stage import Stage
-from gpt.parallel.clipping import Clipped, clip_shards
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.distributed import World, layer_mesh
 from gpt.parallel.dtensor import local_tensor
-from gpt.parallel.fsdp import reshard
-from gpt.parallel.nd import NDEngine
+from gpt.parallel.nd import NDEngine, reshard
+from gpt.parallel.optimizer import Clipped, clip_shards
 from gpt.parallel.timeline import BUBBLE, receiving, scheduling, waiting, working
-from gpt.topology.batch import Batch
-from gpt.topology.dims import ParallelDims
+from gpt.topology.dims import Batch, ParallelDims
 from gpt.topology.pipeline import local_stages, rank_stages, stage_indices
 
 SCHEDULES = {

@@ -1,7 +1,6 @@
 """Comparison of parameter replicas, bit by bit: a device or a memory may change one without a word.
 
-Owns the checksums, and which ranks hold the same. Must not know strategies: replicas are the ranks with the same shard
-of a parameter of the same name. What differs in a moment of the optimizer shows in its parameter one step later.
+What differs in a moment of the optimizer shows in its parameter one step later.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Timeline of a step: when it waited for other ranks, by group, and when a pipeline stage worked; waits for nothing.
 
-``waiting("tp")`` stands around each wait of a collective, ``working`` around each piece of a stage's work. Outside of a
-step that is recorded both do nothing. Times are places in the queue of a GPU, by events on the stream that computes, so
-that a wait which other work hides takes none; by the host's clock elsewhere. They are read after the step, when the
-device has passed them. Owns the spans and their arithmetic. Must not know what a collective is for.
+``waiting("tp")`` stands around each wait of a collective, ``working`` around each piece of a stage's work. Outside of
+a step that is recorded both do nothing. Times are places in the queue of a GPU, by events on the stream that computes,
+so that a wait which other work hides takes none; by the host's clock elsewhere. They are read after the step, when the
+device has passed them.
 """
 
 from __future__ import annotations

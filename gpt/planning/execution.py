@@ -1,7 +1,6 @@
 """``precision=auto``, ``tf32=null`` and ``compile=auto``: what the devices of a run are best used with.
 
-Owns the rule, for the login node, which knows a device by its name at most, and for ranks, which have one. A run keeps
-the precision it began with. Torch-free.
+A run keeps the precision it began with. Torch-free.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from dataclasses import replace
 from gpt.accounting.hardware import find
 from gpt.config import CompileMode, Float8, Precision, Strategy, TrainConfig
 from gpt.config.train import check_tf32
-from gpt.topology.batch import split_batch
 from gpt.topology.deepspeed_config import casts_weights
-from gpt.topology.dims import parallel_dims
+from gpt.topology.dims import parallel_dims, split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import read_config

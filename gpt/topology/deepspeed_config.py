@@ -1,7 +1,6 @@
 """DeepSpeed's configuration: generated from the run's config and merged with the user's own file. Torch-free.
 
-The login node checks it too. Owns the translation, and the refusal of a file that contradicts the run: DeepSpeed
-believes its file, so a different batch size or clipping there would silently be another run.
+The login node checks it too.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt.accounting.parameters import count
+from gpt.accounting.counts import count
 from gpt.config import Precision, TrainConfig
-from gpt.topology.batch import Batch
+from gpt.topology.dims import Batch
 from launch.errors import ConfigError
 
 AUTO = "auto"
@@ -254,7 +253,7 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 LOSS_SCALE = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}
 """DeepSpeed's dynamic loss scale (``"loss_scale": 0``), which changes as that of the other engines does
-(gpt/parallel/loss_scale.py): by default it would forgive the first overflow."""
+(gpt/parallel/optimizer.py): by default it would forgive the first overflow."""
 
 BUCKET = 500_000_000
 """Elements in a bucket of gradients that DeepSpeed reduces at once: its default (reduce_bucket_size)."""

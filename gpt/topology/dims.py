@@ -1,15 +1,19 @@
-"""The parallel dimensions of a run: the number of ranks along each axis of the device mesh. Torch-free.
-
-The planner and the training process derive them from the same config, so the plan and the run agree.
-"""
+"""Parallel dimensions of a run, the split of its batch, and the units in which weights are sharded. Torch-free."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gpt.config import ParallelConfig, Strategy, nearest_divisor
+from gpt.accounting.counts import block_shapes
+from gpt.config import Ffn, ModelConfig, OptimConfig, ParallelConfig, Recompute, Strategy, TrainConfig, nearest_divisor
+from gpt.config.checks import divisors
 from launch.errors import ConfigError
+
+# The parallel dimensions of a run: the number of ranks along each axis of the device mesh. Torch-free.
+#
+# The planner and the training process derive them from the same config, so the plan and the run agree.
 
 
 @dataclass(frozen=True)
@@ -117,3 +121,153 @@ def strategy_name(parallel: ParallelConfig, replicas: bool) -> str:
     if parallel.strategy is Strategy.deepspeed:
         return f"ds_zero{parallel.zero_stage}"
     return "hsdp" if parallel.strategy is Strategy.fsdp and replicas else parallel.strategy.name
+
+
+# The split of the global batch: sequences per data-parallel rank, and micro-batches per step (gradient accumulation).
+#
+# Torch-free. The planner and the training loop call the same function, so the plan and the run agree.
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of a step: ``global_batch == per_rank * ranks`` and ``per_rank == micro * accumulation``."""
+
+    global_batch: int
+    ranks: int
+    """Data-parallel ranks."""
+    per_rank: int
+    micro: int
+    """Sequences of a micro-batch."""
+    accumulation: int
+    """Micro-batches of each rank in a step."""
+
+
+def split_batch(optim: OptimConfig, data_ranks: int) -> Batch:
+    """Split the global batch over ``data_ranks`` data-parallel ranks.
+
+    The micro-batch is the largest divisor of the per-rank batch that ``optim.max_micro_batch`` allows, so on any
+    number of ranks all micro-batches have one size and the global batch stays the same.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of the number of ranks.
+    """
+    total = optim.global_batch * (data_ranks if optim.weak_scaling else 1)
+    if total % data_ranks:
+        wish = -(-total // data_ranks) * data_ranks
+        raise ConfigError(
+            f"optim.global_batch={total} sequences over {data_ranks} ranks",
+            f"a multiple of {data_ranks}",
+            f"optim.global_batch={wish} (or {nearest_divisor(total, data_ranks)} ranks)",
+        )
+    per_rank = total // data_ranks
+    micro = max(d for d in range(1, min(optim.max_micro_batch, per_rank) + 1) if per_rank % d == 0)
+    return Batch(total, data_ranks, per_rank, micro, per_rank // micro)
+
+
+def settle_steps(config: TrainConfig, batch: Batch) -> TrainConfig:
+    """Return the config with the number of steps that ``optim.max_tokens`` takes, where that is given."""
+    optim = config.optim
+    if optim.max_tokens is None:
+        return config
+    steps = math.ceil(optim.max_tokens / (batch.global_batch * config.model.block_size))
+    return replace(config, optim=replace(optim, max_steps=steps))
+
+
+# Sharding of experts: the dimension that FSDP shards, and the refusals of expert parallelism. Torch-free.
+#
+# Called on the login node by gpt/topology/rules.py, and by the ranks that shard them (gpt/parallel/nd.py).
+
+
+def expert_fsdp_ranks(dims: ParallelDims) -> int:
+    """Count the ranks of one replica that hold the same experts, over which FSDP shards these."""
+    return dims.dp_shard // dims.ep * dims.cp
+
+
+def shard_dimension(model: ModelConfig, dims: ParallelDims) -> int:
+    """Choose the dimension of (experts, outputs, inputs) along which FSDP shards a rank's experts.
+
+    The first where it divides evenly: a rank then holds whole experts, contiguous in memory. Else the second.
+    """
+    return 0 if model.n_expert // dims.ep % expert_fsdp_ranks(dims) == 0 else 1
+
+
+def can_shard(model: ModelConfig, dims: ParallelDims) -> bool:
+    """True where FSDP can shard the experts: evenly, as torch demands of any but the first dimension."""
+    if not dims.is_sharded or shard_dimension(model, dims) == 0:
+        return True
+    return model.n_embd % expert_fsdp_ranks(dims) == 0 and model.ffn_width % (expert_fsdp_ranks(dims) * dims.tp) == 0
+
+
+def check_expert(config: TrainConfig, dims: ParallelDims) -> None:
+    """Raise ConfigError where the experts cannot be sharded over ``ep`` ranks."""
+    model, ep = config.model, dims.ep
+    if ep == 1:
+        return
+    if model.ffn is not Ffn.moe:
+        raise ConfigError(
+            f"parallel.ep={ep} with model.ffn={getattr(model.ffn, 'name', model.ffn)}",
+            "a mixture of experts, whose experts can be sharded",
+            "parallel.ep=1, or model=moe_200m",
+        )
+    if config.recompute is Recompute.selective and config.compiles:
+        raise ConfigError(
+            f"parallel.ep={ep} with recompute=selective and compile={config.compile.name}",
+            "one of the two, or recompute=full: selective recomputation does not see into compiled code",
+            "recompute=full",
+        )
+    if model.n_expert % ep:
+        raise ConfigError(
+            f"parallel.ep={ep} with model.n_expert={model.n_expert}",
+            "equally many experts on every rank",
+            f"parallel.ep={nearest_ep(model, dims)}",
+        )
+    if not can_shard(model, dims):
+        ranks = expert_fsdp_ranks(dims)
+        raise ConfigError(
+            f"parallel.ep={ep}: fsdp shards {model.n_expert // ep} experts of {model.n_embd} x {model.ffn_width} over "
+            f"{ranks} ranks",
+            f"equally many experts on every rank, or model.n_embd and model.ffn_hidden that are multiples of {ranks}",
+            f"parallel.ep={nearest_ep(model, dims)}",
+        )
+
+
+def nearest_ep(model: ModelConfig, dims: ParallelDims) -> int:
+    """Find the valid ``ep`` nearest to that of ``dims``; 1 is always valid."""
+    ranks = dims.dp_shard if dims.is_sharded else dims.data_ranks
+    possible = [d for d in divisors(math.gcd(model.n_expert, ranks)) if d == 1 or can_shard(model, replace(dims, ep=d))]
+    return min(possible, key=lambda d: (abs(d - dims.ep), d))
+
+
+# Blocks that FSDP shards and gathers together: the engine makes these units, and the plan counts with them.
+
+
+def fsdp_units(config: TrainConfig, layers: int) -> list[int]:
+    """Return the number of blocks of each unit, in the order of the forward pass.
+
+    One block each, or as many neighbors as together have ``parallel.fsdp_min_num_params`` parameters; what is left over
+    at the end belongs to the last unit, so that none has fewer.
+
+    Args:
+        config: of the run.
+        layers: blocks of the model, or of a pipeline stage. A stage with too few parameters is one unit.
+    """
+    least = config.parallel.fsdp_min_num_params
+    if least is None:
+        return [1] * layers
+    of_a_block = sum(math.prod(shape) for shape in block_shapes(config.model).values())
+    together = min(-(-least // of_a_block), layers)
+    if not together:
+        return []
+    units = [together] * (layers // together)
+    units[-1] += layers % together
+    return units
+
+
+# Flat buckets in which ZeRO-1 reduce-scatters gradients: their size, which the engine keeps and the plan counts.
+
+
+BUCKET_BYTES = 32 * 2**20
+"""Most bytes of a bucket of several gradients: larger ones hide the latency better, and the last one hides less."""
+
+BUCKETS_IN_FLIGHT = 2
+"""Buckets on their way at a time: one is reduced while the backward pass fills the next."""

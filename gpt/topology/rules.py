@@ -1,8 +1,6 @@
 """Validation of the parallel dimensions against model, batch and training options. Torch-free.
 
-Owns the refusals of ZeRO-1, tensor, context and DeepSpeed parallelism, each with its reason and the nearest valid
-alternative; those of pipelines and experts are in their own modules. The planner calls ``check_parallel_dims`` on the
-login node, and the ranks again before there is a run folder.
+The planner calls ``check_parallel_dims`` on the login node, and the ranks again before there is a run folder.
 """
 
 from __future__ import annotations
@@ -10,8 +8,8 @@ from __future__ import annotations
 import math
 import sys
 
-from gpt.components.counts import KINDS_OF_PARALLELISM
 from gpt.components.facts import optimizer_state, part_counts
+from gpt.components.parts import KINDS_OF_PARALLELISM
 from gpt.config import (
     CpMethod,
     ExpertMatmul,
@@ -25,13 +23,11 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.config.checks import divisors, is_importable
-from gpt.config.components import PARTS
-from gpt.config.model_rules import GROUPED_MULTIPLE
+from gpt.config.model import PARTS
 from gpt.config.optim import ADAMW
-from gpt.topology.batch import split_batch
+from gpt.config.rules import GROUPED_MULTIPLE
 from gpt.topology.deepspeed_config import ds_config
-from gpt.topology.dims import ParallelDims, parallel_dims
-from gpt.topology.experts import check_expert
+from gpt.topology.dims import ParallelDims, check_expert, parallel_dims, split_batch
 from gpt.topology.pipeline import check_pipeline, split_layers
 from launch.errors import ConfigError
 

@@ -1,26 +1,34 @@
-"""Precision, TF32 and compilation of the ranks, where the config leaves them to the devices.
-
-Owns what only ranks can tell: the devices that all of them have, what an earlier attempt computed in, and where what it
-compiled lies. The rule is gpt/planning/execution.py's.
-"""
+"""Execution of the ranks: engine, precision, compilation, determinism and timeouts."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import random
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from gpt.config import Float8, Precision, TrainConfig
-from gpt.parallel.distributed import World
+from gpt.config import CompileMode, Float8, ParallelConfig, Precision, Strategy, TrainConfig
+from gpt.model.gpt import GPT, Weights
+from gpt.parallel.distributed import World, set_timeouts
+from gpt.parallel.dtensor import materialize
+from gpt.parallel.engine import Engine
 from gpt.planning.execution import choose_compile, choose_tf32, float8_refusal, refuse_float8, refuse_tf32, tf32_refusal
+from gpt.topology.dims import Batch, ParallelDims
 from launch.errors import ConfigError
+from launch.process import hash_seed
 from launch.runs.environment import COMPILE_CACHE
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
+
+# Precision, TF32 and compilation of the ranks, where the config leaves them to the devices.
+#
+# The rule is gpt/planning/execution.py's.
 
 
 def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> TrainConfig:
@@ -133,3 +141,158 @@ def earlier_precision(folder: RunFolder) -> str | None:
         if told in Precision.__members__ and told != Precision.auto.name:
             return str(told)
     return None
+
+
+# Reproducibility of a run: seeds, and torch's deterministic mode.
+#
+# The weights and the order of the samples follow from ``seed`` by themselves (see gpt/model/gpt.py and
+# gpt/data/order.py); what is seeded here is dropout, and libraries that draw for themselves.
+
+
+CUBLAS = ":4096:8"
+"""CUBLAS_WORKSPACE_CONFIG, one of the two values with which cuBLAS is deterministic (cuBLAS manual, section 2.1.4)."""
+
+
+def fix_hash_seed(config: TrainConfig) -> None:
+    """In deterministic mode, start this process again with PYTHONHASHSEED set: Python reads it only at its start.
+
+    Nothing here depends on the order of sets of strings; what a user adds may. The launcher sets it for its ranks.
+    """
+    if config.deterministic and "PYTHONHASHSEED" not in os.environ:
+        sys.stdout.flush()
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONHASHSEED": hash_seed(config.seed)})
+
+
+def seed_all(seed: int, rank: int) -> None:
+    """Seed every generator, differently on each rank: dropout differs by rank, and is saved with it."""
+    own = (seed * 1000 + rank) % 2**63
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
+
+
+def set_determinism(config: TrainConfig) -> None:
+    """Have torch refuse what is not deterministic, where the config asks for it. Before the first use of a GPU.
+
+    Compiled code then draws the random numbers of eager code, so dropout is the same in both.
+    """
+    if not config.deterministic:
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    if config.compiles or (config.compile is CompileMode["auto"] and torch.cuda.device_count()):
+        from torch._inductor import config as inductor  # slow to import
+
+        inductor.fallback_random = True
+
+
+def set_matmul_precision(config: TrainConfig) -> None:
+    """Allow TF32 in fp32 products where the settled config says so. Before anything is compiled.
+
+    By the older of torch's two ways, which torch 2.11 to 2.13 all know, and their compiler reads.
+    """
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+
+
+def state() -> dict[str, str | bool | None]:
+    """Return the settings in force in this process, for the record."""
+    return {
+        "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED"),
+        "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+
+
+# Timeouts of the collectives of training, by the time that a step takes.
+#
+# The first steps load, compile and connect, for minutes where there are many ranks. Those after them are alike: a
+# collective that takes many times as long is stuck, and on NCCL its timeout is what dumps the flight recorder.
+
+
+FIRST = 2
+"""Steps that are not like those to come: they compile, and fill the caches of memory and data."""
+MEASURED = 3
+FACTOR = 20
+LEAST_S = 100.0
+"""A rank may wait for a filesystem, or write a profile, while the others wait for it. As torchtitan has it."""
+
+
+class StepTimeouts:
+    """Cuts the timeout of the process groups, once, after the first steps of an attempt.
+
+    The control group keeps its own: over it ranks wait for what one of them writes.
+    """
+
+    def __init__(self, world: World, config: ParallelConfig) -> None:
+        self._world = world
+        self._config = config
+        self._times: list[float] | None = []
+
+    def after(self, step_time_s: float) -> None:
+        """Take in the time of one more step."""
+        if self._times is None:
+            return
+        self._times.append(step_time_s)
+        if len(self._times) == FIRST + MEASURED:
+            set_timeouts(step_timeout(self._config, max(self._times[FIRST:])), without=[self._world.control])
+            self._times = None
+
+
+def step_timeout(config: ParallelConfig, step_time_s: float) -> float:
+    """Return the timeout of a collective in seconds, for steps of ``step_time_s`` seconds at most."""
+    if config.step_timeout_s is not None:
+        return config.step_timeout_s
+    return min(config.timeout_s, max(LEAST_S, FACTOR * step_time_s))
+
+
+# Choice of the engine: applies the parallelism of a config to a model.
+
+
+def parallelize(
+    model: GPT, weights: Weights, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch
+) -> Engine:
+    """Parallelize a model as ``config.parallel`` says, with this rank's part of it on ``world.device``.
+
+    Args:
+        model: on the meta device.
+        weights: its values, of which those engines that shard the model keep this rank's shards alone.
+        config: of the run.
+        world: all ranks.
+        dims: the parallel dimensions.
+        batch: the split of the global batch.
+    """
+    from gpt.parallel.ddp import DDPEngine, Zero1Engine
+    from gpt.parallel.nd import NDEngine
+    from gpt.parallel.pipeline import PipelineEngine
+
+    if config.parallel.strategy is Strategy.deepspeed:
+        return parallelize_with_deepspeed(model, weights, config, world, dims, batch)
+    if dims.pp > 1:
+        return PipelineEngine(model, weights, config, world, dims, batch)
+    if config.parallel.strategy is Strategy.fsdp or dims.model_ranks * dims.ep > 1:
+        return NDEngine(model, weights, config, world, dims, batch)
+    materialize([model], weights, world.device)
+    if config.parallel.strategy is Strategy.zero1:
+        return Zero1Engine(model, config, world, dims, batch)
+    return DDPEngine(model, config, world, dims, batch)
+
+
+def parallelize_with_deepspeed(
+    model: GPT, weights: Weights, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch
+) -> Engine:
+    """Parallelize a model by DeepSpeed, which is imported only here, and takes whole models."""
+    from gpt.parallel.deepspeed.engine import load_deepspeed
+
+    load_deepspeed(world)  # before what imports it at its top
+    if dims.pp > 1:
+        from gpt.parallel.deepspeed.pipeline import ZeroPipelineEngine
+
+        materialize([model], weights, torch.device("cpu"))
+        return ZeroPipelineEngine(model, config, world, dims, batch)
+    from gpt.parallel.deepspeed.engine import ZeroEngine
+
+    materialize([model], weights, world.device)
+    return ZeroEngine(model, config, world, dims, batch)

@@ -1,33 +1,85 @@
-"""The training loop: steps, and what is done between them: evaluations, checkpoints, records, roll-backs, the end.
-
-A step's figures are read while the next one is computed, so that the device is never idle between two steps; only where
-the loop pauses, say for a checkpoint, is a step read at once. Owns that order; what is done is done by others.
-"""
+"""The training loop, and evaluation. The figures of a step are read while the device computes the next step."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gpt.data.loader import Samples
 from gpt.metrics.writers import MetricWriters
-from gpt.training.breakdown import StepBreakdown
-from gpt.training.compile_time import CompileTime
-from gpt.training.divergence import BadSteps
-from gpt.training.evaluation import mean_loss
-from gpt.training.garbage import collect_together
-from gpt.training.gradient_stats import Gradients
-from gpt.training.profiler import StepProfile
-from gpt.training.replica_check import ReplicaGuard
-from gpt.training.rollback import go_back, judge_step
+from gpt.parallel.distributed import World
+from gpt.training.diagnostics import CompileTime, Gradients, StepBreakdown, StepProfile
+from gpt.training.divergence import BadSteps, LossWindow
+from gpt.training.execution import StepTimeouts
 from gpt.training.run import Run
 from gpt.training.saving import Saving
-from gpt.training.stability import LossWindow
-from gpt.training.step import QueuedStep, Requests, queue_step
-from gpt.training.stragglers import StragglerWatch
-from gpt.training.timeouts import StepTimeouts
+from gpt.training.state import go_back, judge_step
+from gpt.training.step import QueuedStep, Requests, collect_together, queue_step
+from gpt.training.stragglers import ReplicaGuard, StragglerWatch
 from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord
+
+# The mean loss over sequences of the validation split, by all ranks together.
+#
+# Shapes: B sequences, T tokens of one.
+
+
+@torch.no_grad()
+def mean_loss(
+    module: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    samples: Samples,
+    world: World,
+    sequences: int,
+    batch: int,
+    data_rank: int,
+    data_ranks: int,
+    on_round: Callable[[], object] = lambda: None,
+) -> float:
+    """Mean cross-entropy, nats per token, over the first validation sequences; the same ones for any number of ranks.
+
+    Collective: every rank takes the sequences of its ``data_rank``, ``batch`` at a time, and calls ``on_round`` before
+    each.
+
+    Args:
+        module: put into evaluation mode for that time.
+        loss: of tokens and targets, both (B, T): the summed loss, or this rank's share of it where several ranks
+            compute the loss of the same sequences.
+        samples: where the sequences are.
+        world: all ranks.
+        sequences: how many.
+        batch: at most so many in one pass.
+        data_rank: which of ``data_ranks`` parts of the sequences this rank computes.
+        data_ranks: how many parts there are.
+        on_round: called before every pass.
+    """
+    mine = np.arange(data_rank, sequences, data_ranks)
+    rounds = math.ceil(math.ceil(sequences / data_ranks) / batch)
+    was_training = module.training
+    module.eval()
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for i in range(rounds):
+        on_round()
+        part = mine[i * batch : (i + 1) * batch]
+        # Sharded ranks must all take every pass, so one that has run out repeats a sequence and does not count it.
+        tokens_BT, targets_BT = samples.batch("val", part if len(part) else np.zeros(1, dtype=np.int64))
+        summed = loss(tokens_BT, targets_BT)
+        if len(part):
+            total += summed
+    module.train(was_training)
+    return world.sum(total.item())[0] / (sequences * samples.block_size)
+
+
+# The training loop: steps, and what is done between them: evaluations, checkpoints, records, roll-backs, the end.
+#
+# A step's figures are read while the next one is computed, so that the device is never idle between two steps; only
+# where the loop pauses, say for a checkpoint, is a step read at once.
 
 
 def train(run: Run) -> str:

@@ -1,24 +1,82 @@
-"""Checkpoints during training: when they are due, what ranks tell each other of the one in flight, and its events.
-
-Owns the loop's side of a save. Ranks agree through the figures that are summed over them in every step, so that no
-step waits for a message. The state itself is ``gpt.training.state``'s, the writing ``gpt.checkpoint``'s.
-"""
+"""Checkpoints during training: their schedule, the save in flight, and its events."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from gpt.checkpoint.folders import Retention
-from gpt.checkpoint.in_flight import FailedWrite, Saved
 from gpt.checkpoint.memory import FailedInMemory, SavedInMemory
-from gpt.training.ballot import Ballot
+from gpt.checkpoint.saving import FailedWrite, Saved
 from gpt.training.run import Run
-from gpt.training.schedule import auto_interval_s
 from gpt.training.state import begin_save, begin_save_in_memory
+from gpt.training.step import Ballot
+from launch.runs.events import best_interval_s
 from launch.runs.files import say
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
+
+# Schedule of the periodic checkpoints: by steps, by minutes, or by what failures and saves cost.
+#
+# Pure functions of the event log and of times.
+
+
+PRIOR_S = 24 * 3600.0
+"""Running time without a failure, and one failure at its end, that every run is taken to have behind it."""
+FIRST_S = 600.0
+"""Time to the first checkpoint, before any save was measured."""
+LEAST_S = 60.0
+FAILURES = ("crashed", "hung", "node_failed", "out_of_memory")
+"""Causes of an attempt's end that lose the steps since the last checkpoint."""
+
+
+def between_failures_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
+    """Estimate the mean time between failures of a run, seconds, by its event log.
+
+    Args:
+        events: the event log.
+        now: time of the clock that events bear.
+
+    Returns:
+        Running time, ``PRIOR_S`` more, by the failures and one more: a day until the first failure was seen.
+    """
+    began: dict[int, float] = {}
+    ended: dict[int, float] = {}
+    failed = set()
+    for event in events:
+        attempt = event.get("attempt")
+        if attempt is None:
+            continue
+        ended[attempt] = event["time"]
+        if event["event"] == "started":
+            began.setdefault(attempt, event["time"])
+        elif event["event"] == "rank_failed" or (event["event"] == "attempt_ended" and event.get("cause") in FAILURES):
+            failed.add(attempt)
+    newest = max(began, default=None)
+    ran = sum((now if attempt == newest else ended[attempt]) - since for attempt, since in began.items())
+    return (max(0.0, ran) + PRIOR_S) / (len(failed) + 1)
+
+
+def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
+    """Return the interval of ``checkpoint.interval=auto``, seconds, by the last save and the failures seen so far.
+
+    Never shorter than the last save took to be on the disk, since one at a time is in flight, nor than ``LEAST_S``.
+    """
+    known = list(events)
+    saves = [event for event in known if event["event"] == "saved" and "seconds" in event]
+    if not saves:
+        return FIRST_S
+    last = saves[-1]
+    found = best_interval_s(last["seconds"], between_failures_s(known, now))
+    return max(LEAST_S, last.get("write_s", last["seconds"]), found)
+
+
+# Checkpoints during training: when they are due, what ranks tell each other of the one in flight, and its events.
+#
+# Ranks agree through the figures that are summed over them in every step, so that no step waits for a message. The
+# state itself is ``gpt.training.state``'s, the writing ``gpt.checkpoint``'s.
+
 
 TRIES = 2
 """Failed writes after which training no longer waits: it goes on, or leaves with the checkpoint before."""

@@ -1,9 +1,4 @@
-"""The state of a run that a checkpoint holds, and resuming from one.
-
-Owns the state: model, optimizer, loss scale, the random generators of every rank, and the position in the data, which
-is a number.
-The files themselves are ``gpt.checkpoint``'s.
-"""
+"""The state of a run: first weights, what a checkpoint holds, resume, and roll-back."""
 
 from __future__ import annotations
 
@@ -12,21 +7,113 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gpt.checkpoint import CheckpointError, LoadedCheckpoint
+from gpt.checkpoint import CheckpointError, LoadedCheckpoint, folders
 from gpt.checkpoint.folders import VALIDATION_LOSS
-from gpt.checkpoint.in_flight import FailedWrite
 from gpt.checkpoint.memory import MemorySaves
+from gpt.checkpoint.saving import FailedWrite
+from gpt.config import TrainConfig
 from gpt.config.compose import RESUMABLE
+from gpt.conversion.source import find_source, refuse_other_model
+from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify_source
 from gpt.data.order import PassedOver
+from gpt.metrics.writers import MetricWriters
+from gpt.model.gpt import GPT, Weights, initial_weights
 from gpt.parallel.distributed import World
-from gpt.training.divergence import last_rollback
+from gpt.training.divergence import BadSteps, checkpoint_before, is_bad, last_rollback, remedy
 from gpt.training.run import Run
-from launch.errors import ConfigError
+from launch.errors import ConfigError, RepeatedFailureError
 from launch.runs import compose
-from launch.runs.folder import is_newest_attempt
+from launch.runs.folder import RunFolder, is_newest_attempt
 from launch.runs.heartbeat import Phase
 from launch.runs.identity import may_change
+from launch.runs.records import StepRecord
+
+# The first weights of a run: drawn, or read from elsewhere (``init_from``).
+#
+# One rank reads a source through and chooses; then each reads for itself, since all see the same files.
+
+
+def first_weights(
+    model: GPT, config: TrainConfig, folder: RunFolder, world: World
+) -> tuple[Weights, dict[str, Any] | None]:
+    """Choose the weights that a run begins with; collective.
+
+    Args:
+        model: whole, maybe on the meta device.
+        config: of the run.
+        folder: of the run; where it holds a checkpoint, nothing is drawn or read that would be replaced at once.
+        world: all ranks.
+
+    Returns:
+        The weights, and what they were read from, for the records; None where they were not.
+
+    Raises:
+        ConfigError: on every rank, where any of them cannot use the source.
+    """
+    if world.on_first(lambda: bool(folders.steps(folder.checkpoints))):
+        return zeros, None
+    if config.init_from is None:
+        return initial_weights(config.model, config.seed), None
+    verified = world.on_first(lambda: look(config))
+    outcome = attempt(verified, model)
+    answers = world.gather(outcome if isinstance(outcome, ConfigError) else fingerprint(outcome))
+    for answer in answers:
+        if isinstance(answer, ConfigError):
+            raise answer
+    if isinstance(outcome, ConfigError) or len(set(map(str, answers))) > 1:
+        raise ConfigError(
+            f"init_from={config.init_from} holds other weights on some rank than on the first",
+            "one folder that all nodes share",
+            "init_from=FOLDER on a shared filesystem",
+        )
+    state = outcome
+    return lambda name, shape: state[name], record(verified)
+
+
+def zeros(name: str, shape: torch.Size) -> Tensor:
+    """Return zeros for a tensor that a checkpoint is about to fill, without the memory of all of them."""
+    return torch.zeros(()).expand(shape)
+
+
+def look(config: TrainConfig) -> VerifiedSource:
+    """Find the source, compare its model with the run's, and read it through."""
+    assert config.init_from is not None
+    source = find_source(config.init_from)
+    refuse_other_model(config.model, source)
+    return verify_source(source)
+
+
+def attempt(verified: VerifiedSource, model: GPT) -> State | ConfigError:
+    """The weights, or why this rank has none: an exception would leave the other ranks waiting."""
+    try:
+        return read_source(verified, model)
+    except ConfigError as error:
+        return error
+    except OSError as error:
+        return ConfigError(
+            f"{verified.source.path} cannot be read on some node ({error})",
+            "one folder that all nodes share",
+            "init_from=FOLDER on a shared filesystem",
+        )
+
+
+def fingerprint(state: State) -> int:
+    """Equal for equal bits, whatever the order of summation: the weights are summed as integers."""
+    return sum(int(tensor.contiguous().view(torch.int32).sum(dtype=torch.int64)) for tensor in state.values())
+
+
+def record(verified: VerifiedSource) -> dict[str, Any]:
+    """Describe where the weights come from, in plain values."""
+    source = verified.source
+    chosen = None if verified.checkpoint is None else folders.step_of(verified.checkpoint)
+    return {"path": str(source.path), "kind": source.kind.name, "step": chosen, "sha256": verified.files}
+
+
+# The state of a run that a checkpoint holds, and resuming from one.
+#
+# The files themselves are ``gpt.checkpoint``'s.
 
 
 def save(run: Run) -> float:
@@ -170,3 +257,90 @@ def set_rng_state(world: World, state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if world.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], world.device)
+
+
+# Going back: from steps whose numbers went wrong to the last good checkpoint, and on without their batches.
+#
+# When a run has to go back is gpt/training/divergence.py's.
+
+
+def judge_step(run: Run, record: StepRecord) -> BadSteps | None:
+    """Judge a step that was finished, and enter it in the event log where it was skipped."""
+    bad = run.guard.judge(record)
+    if run.world.is_first and is_bad(record):
+        what = "loss" if record.loss is None else "gradients"
+        where = locate(run, record.step, record.step)
+        run.folder.record_event(
+            "step_skipped", attempt=run.attempt, step=record.step, cause=f"{what} not finite", **where
+        )
+    return bad
+
+
+def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
+    """Load the last good checkpoint before the ``bad`` steps, and pass over their batches from there on. Collective.
+
+    Raises:
+        RepeatedFailureError: the run has gone back as often as it may, and has saved no newer checkpoint.
+        FloatingPointError: there is no checkpoint to go back to.
+    """
+    run.worker.phase(Phase.starting, run.step)  # loading takes as long as at the start
+    target = run.world.on_first(lambda: checkpoint_before(run.store.steps(), bad.first))
+    where = locate(run, bad.first, bad.last)
+    if target is None or run.guard.rollbacks >= run.config.divergence.max_rollbacks:
+        raise failure(run, bad, target, where)
+    rollbacks = run.guard.rollbacks + 1
+    passed_over = run.batches.passed_over.including(batches_of(run, bad))
+    if run.world.is_first:
+        # Before the load, which goes by what the event log says.
+        run.folder.record_event(
+            "rolled_back", attempt=run.attempt, step=target, first=bad.first, last=bad.last, cause=bad.cause,
+            rollbacks=rollbacks, passed_over=passed_over.ranges, **where,
+        )  # fmt: skip
+        print(
+            f"step {bad.last}: {bad.cause}; back to step {target}, and on without {place_text(where)}",
+            flush=True,
+        )
+    run.store.discard_after(target)
+    run.copies.discard_after(target)
+    load(run)
+    writers.go_back(run.step)
+
+
+def batches_of(run: Run, bad: BadSteps) -> list[int]:
+    """List the numbers of the batches of steps."""
+    return [run.batches.passed_over.batch_of(step) for step in range(bad.first, bad.last + 1)]
+
+
+def locate(run: Run, first: int, last: int) -> dict[str, list[tuple[int, int]]]:
+    """Return the batches of steps ``first`` to ``last``, and their samples, each as ranges with their last number."""
+    batches = PassedOver().including(batches_of(run, BadSteps(first, last, ""))).ranges
+    each = run.batch.global_batch
+    return {"batches": list(batches), "samples": [((a - 1) * each, b * each - 1) for a, b in batches]}
+
+
+def place_text(where: dict[str, list[tuple[int, int]]]) -> str:
+    """Name batches and their samples, for people."""
+    parts = (
+        f"{what} {', '.join(str(a) if a == b else f'{a} to {b}' for a, b in where[what])}"
+        for what in ("batches", "samples")
+    )
+    return "{} ({})".format(*parts)
+
+
+def failure(
+    run: Run, bad: BadSteps, target: int | None, where: dict[str, list[tuple[int, int]]]
+) -> RepeatedFailureError | FloatingPointError:
+    """Return the failure of a run that cannot go back for ``bad`` steps, with what to change."""
+    steps = f"step {bad.first}" if bad.first == bad.last else f"steps {bad.first} to {bad.last}"
+    found = f"found: {steps}: {bad.cause}; {place_text(where)}"
+    if target is None:
+        return FloatingPointError(
+            f"{found}; no checkpoint to go back to\nexpected: finite numbers, or a checkpoint before them "
+            f"(checkpoint.interval={run.config.checkpoint.interval})\n{remedy(run.config)}"
+        )
+    limit = run.config.divergence.max_rollbacks
+    return RepeatedFailureError(
+        f"{found}; gone back {run.guard.rollbacks} times since the last checkpoint (divergence.max_rollbacks={limit}), "
+        f"and other batches end alike\nexpected: steps that a checkpoint and other batches mend; another start would "
+        f"compute the same\n{remedy(run.config)}"
+    )

@@ -1,17 +1,15 @@
-"""One optimizer step, and its figures.
-
-Owns the order of what a step does. A GPU works off its queue while this process already prepares the next step, so a
-step is queued first and its figures are read later: reading waits for the device. Must not know how the model is
-spread, nor what is done with the figures.
-
-Shapes: N figures of a step.
-"""
+"""One optimizer step, its figures and phases, and the settings of the host that keep steps even."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,18 +19,147 @@ from torch import Tensor
 
 from gpt.config import Ffn
 from gpt.config.optim import lr_at
-from gpt.metrics.environment import memory_gib
-from gpt.model.moe import expert_counts, move_balance_bias, reset_counts
+from gpt.metrics.startup_summary import memory_gib
+from gpt.model.ffn import expert_counts, move_balance_bias, reset_counts
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
-from gpt.parallel.timeline import do_aside
-from gpt.training.ballot import NO_BALLOT, Ballot
-from gpt.training.gradient_stats import Gradients
-from gpt.training.phases import Phases
+from gpt.parallel.timeline import BUBBLE, HOST, Moment, Timeline, do_aside, recorded, total
+from gpt.training.diagnostics import Gradients
 from gpt.training.run import Run
 from gpt.training.stragglers import StragglerWatch
 from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord
+
+# Ballots: figures by which ranks tell each other of saves, with those of a step.
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """Figures of one rank about saves, summed over the ranks with those of a step."""
+
+    phase: int = 0
+    """Phase of the save in flight that they are about."""
+    figures: tuple[float, ...] = ()
+    """Writers that are done and that have failed, where a save is in flight; then, where the time decides, whether it
+    has come, by rank 0's clock. All ranks hand out equally many."""
+
+
+NO_BALLOT = Ballot()
+
+
+# Phases of one step, timed without waiting: by events in the queue of a GPU, by the host's clock elsewhere.
+#
+# The times are read when the figures of the step are read, after the last event.
+
+
+PARTS = ("data", "reduced"), ("reduced", "updated")
+"""Moments between which a step computes gradients, and clips and applies them."""
+
+
+class Phases:
+    """Moments of one step: ``mark`` each in its order, and ``fill_in`` the record once the device has passed them.
+
+    Args:
+        device: that the step runs on.
+        engine: tells which groups' communication it lets see; where some is out of sight none is told.
+    """
+
+    def __init__(self, device: torch.device, engine: Engine) -> None:
+        self._timeline = Timeline(device)
+        self._groups = engine.timed_groups
+        self._moments: dict[str, Moment] = {"data": self._timeline.start}
+
+    def recorded(self) -> AbstractContextManager[None]:
+        """Record the waits of what is inside."""
+        return recorded(self._timeline)
+
+    def mark(self, name: str) -> None:
+        """Mark where the step has come to; waits for nothing."""
+        self._moments[name] = self._timeline.now()
+
+    def fill_in(self, record: StepRecord) -> None:
+        """Write the times of the phases into the record; the device has finished the step."""
+        at = {name: self._timeline.seconds(moment) for name, moment in self._moments.items()}
+        spans = self._timeline.spans()
+        own = [span for span in spans if span.name == HOST] if self._groups is None else spans
+        forward_backward_s, optimizer_s = (at[end] - at[begin] - total(own, at[begin], at[end]) for begin, end in PARTS)
+        record.forward_backward_s, record.optimizer_s = forward_backward_s, optimizer_s
+        if self._groups is None:
+            return
+        waited = {name: total(spans, 0, at["updated"], name) for name in {span.name for span in spans}}
+        record.comm_s = sum(seconds for name, seconds in waited.items() if name not in (BUBBLE, HOST))
+        for group in self._groups:
+            setattr(record, f"comm_{group}_s", waited.get(group, 0.0))
+        if "pp" in self._groups:
+            record.bubble_s = waited.get(BUBBLE, 0.0)
+
+
+# Python's garbage collector during training.
+#
+# Left to itself it runs whenever a process has made enough objects, on each rank in another step, and all ranks wait
+# for the one that collects.
+
+
+YOUNG = 1
+"""Generation up to which is collected: objects that lived through a collection are not looked at again."""
+
+
+@contextmanager
+def collect_together(interval: int) -> Iterator[Callable[[int], None]]:
+    """Collect garbage in steps that ``interval`` divides only, for the length of a ``with`` block; 0 changes nothing.
+
+    Collects all there is once at the beginning. Yields the function to call with the number of each step.
+    """
+    if interval == 0:
+        yield lambda step: None
+        return
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield lambda step: None if step % interval else _collect_young()
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _collect_young() -> None:
+    gc.collect(YOUNG)
+
+
+# Memory of the host that a training process has freed: kept for its next step.
+#
+# The C library gives blocks of some 32 MB and more back to the kernel at once, and a step that computes on a CPU asks
+# for the same ones again: logits, their gradients, large activations. Each page is then found and zeroed anew.
+
+
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
+"""Names of the settings in glibc's malloc.h."""
+NEVER = -1
+CHOSEN_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what this process frees; returns False where it cannot, or the user has set it.
+
+    For processes whose memory is the same in every step: what they once had at their highest stays theirs.
+    """
+    tuned = any(name in os.environ for name in CHOSEN_BY_USER) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform != "linux" or tuned or "LD_PRELOAD" in os.environ:  # the last is how other allocators are chosen
+        return False
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except AttributeError:  # musl has none
+        return False
+    return bool(set_option(MMAP_MAX, 0)) and bool(set_option(TRIM_THRESHOLD, NEVER))
+
+
+# One optimizer step, and its figures.
+#
+# A GPU works off its queue while this process already prepares the next step, so a step is queued first and its figures
+# are read later: reading waits for the device.
+#
+# Shapes: N figures of a step.
 
 
 class AsyncMetrics:

@@ -1,6 +1,6 @@
 """The GPT of this project as the launcher sees it: its keys, the plan of a point, and the command of a rank.
 
-Owns what needs both sides: the config of a training run, and what is said of the nodes. Torch-free.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from functools import partial
 
 from omegaconf import DictConfig
 
-from gpt.accounting import parameters
-from gpt.accounting.units import FP32
+from gpt.accounting import counts
+from gpt.accounting.counts import FP32
 from gpt.checkpoint.target import check_target
 from gpt.checkpoint.verify import saved_checkpoints, saved_copies
 from gpt.components.facts import optimizer_state
@@ -23,20 +23,25 @@ from gpt.data.corpus import check_fit, describe
 from gpt.planning import memory
 from gpt.planning.auto import choose_parallelism, typed_keys
 from gpt.planning.execution import assume_precision, choose_precision, refuse_float8, refuse_tf32
-from gpt.topology.batch import settle_steps, split_batch
+from gpt.topology.dims import settle_steps, split_batch
 from gpt.topology.rules import check_parallel_dims, require_deepspeed
 from gpt.workload.goal import GOAL_WORDS, rank_set_ups, sized_config
-from gpt.workload.nodes import estimated_step, gpu_name, machine_of, on_cpus
-from gpt.workload.refusals import refuse_size, refuse_what_does_not_fit, split_batch_over_nodes
-from gpt.workload.text import (
+from gpt.workload.plan import (
     checkpoint_text,
+    estimated_step,
     execution_rows,
+    gpu_name,
+    machine_of,
+    on_cpus,
     plain_values,
     plan_facts,
     plan_notes,
     plan_rows,
     plan_warnings,
+    refuse_size,
+    refuse_what_does_not_fit,
     schedule_rows,
+    split_batch_over_nodes,
     step_kind,
 )
 from launch.process import hash_seed
@@ -110,7 +115,7 @@ class GptWorkload(Workload):
         check_fit(corpus, config.model, config.eval.sequences)
         needed = memory.per_rank(config, dims, batch)
         refuse_what_does_not_fit(config, needed, request)
-        counted = parameters.count(config.model)
+        counted = counts.count(config.model)
         step = estimated_step(config, dims, batch, request)
         step_s = None if step is None else step.step_s
         return WorkloadPlan(

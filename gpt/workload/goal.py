@@ -1,6 +1,6 @@
 """Set-ups that train a model of a given size: a model of that many parameters, and the layouts that fit it.
 
-Torch-free. Owns the shape of a model that is known by its size alone.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from gpt.accounting import parameters
-from gpt.accounting.flops import training_flops_per_token
+from gpt.accounting import counts
+from gpt.accounting.counts import training_flops_per_token
 from gpt.accounting.hardware import peak_flops
 from gpt.config import ModelConfig, TrainConfig
 from gpt.planning.auto import LayoutChoice, rank_layouts
-from gpt.planning.explain import describe
 from gpt.planning.hardware import Machine
+from gpt.planning.search import describe
 from launch.errors import ConfigError
 from launch.workload import SetUp, TrainingGoal
 
@@ -54,7 +54,7 @@ def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
         hidden = round(ratio * width / 256) * 256 if ratio else None
         shaped = replace(family, n_embd=width, n_head=heads, ffn_hidden=hidden, n_layer=1)
         shaped = shaped if family.n_kv_head is None else replace(shaped, n_kv_head=heads // keys)
-        one, two = (parameters.count(replace(shaped, n_layer=layers)).total for layers in (1, 2))
+        one, two = (counts.count(replace(shaped, n_layer=layers)).total for layers in (1, 2))
         layers = max(1, round(1 + (wanted - one) / (two - one)))
         error = abs(one + (layers - 1) * (two - one) - wanted) / wanted
         aspect = max(width / layers / ASPECT, ASPECT * layers / width)
@@ -62,7 +62,7 @@ def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
     is_far, _, model = min(found, key=lambda one: one[:2])
     if is_far:
         raise ConfigError(
-            f"{wanted:.3g} params, and the nearest of model={family.name} has {parameters.count(model).total:.3g}",
+            f"{wanted:.3g} params, and the nearest of model={family.name} has {counts.count(model).total:.3g}",
             f"a size that a model with heads of {HEAD_DIM} comes within {100 * WITHIN:.0f} % of",
             EXAMPLE,
         )

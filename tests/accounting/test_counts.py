@@ -15,9 +15,15 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt.accounting.flops import forward_flops, training_flops, training_flops_per_token
-from gpt.accounting.parameters import block_shapes, count, outer_shapes
-from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig, TrainConfig, model_rules
+from gpt.accounting.counts import (
+    block_shapes,
+    count,
+    forward_flops,
+    outer_shapes,
+    training_flops,
+    training_flops_per_token,
+)
+from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig, TrainConfig, rules
 from gpt.metrics.startup_summary import architecture, performance
 from gpt.model.gpt import GPT
 from launch.config import ClusterKind
@@ -34,7 +40,7 @@ DRAWN = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 def read(preset: Path) -> ModelConfig:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(preset)))
     assert isinstance(config, ModelConfig)
-    model_rules.check(config)
+    rules.check(config)
     return config
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpt.accounting.flops import Flops
+from gpt.accounting.counts import Flops, utilization
 from gpt.accounting.hardware import expand, peak_flops
-from gpt.accounting.mfu import utilization
 from gpt.config import Precision
 
 KNOWN_BF16 = {

@@ -29,10 +29,9 @@ from gpt.config import (
 )
 from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
-from gpt.parallel.fsdp import apply_fsdp
+from gpt.parallel.nd import apply_fsdp
 from gpt.planning.memory import GIB, Memory, activation_bytes, cast_elements, parameter_shards, per_rank, rank
-from gpt.topology.batch import split_batch
-from gpt.topology.dims import ParallelDims, parallel_dims
+from gpt.topology.dims import ParallelDims, parallel_dims, split_batch
 from tests.support.distributed import run_distributed
 from tests.support.small_models import LLAMA, MOE, configs, label, random_tokens, small, variants
 

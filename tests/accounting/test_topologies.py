@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.accounting.parameters import count
+from gpt.accounting.counts import count
 from gpt.config import (
     CpMethod,
     ModelConfig,
@@ -23,8 +23,7 @@ from gpt.config import (
 )
 from gpt.planning.memory import FP32, Memory, parameter_shards, per_rank
 from gpt.planning.memory.rank import micro_batches_in_flight
-from gpt.topology.batch import split_batch
-from gpt.topology.dims import ParallelDims, parallel_dims
+from gpt.topology.dims import ParallelDims, parallel_dims, split_batch
 from gpt.topology.pipeline import rank_stages
 from tests.support.small_models import LLAMA, MOE, configs, small
 

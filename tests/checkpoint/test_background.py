@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from gpt.checkpoint import CheckpointStore, folders, part
-from gpt.checkpoint.in_flight import FailedWrite, Saved
-from gpt.checkpoint.staging import SharedMemory, copy_into
+from gpt.checkpoint.part import SharedMemory, copy_into
+from gpt.checkpoint.saving import FailedWrite, Saved
 from gpt.checkpoint.writer import ProcessWriter
 from gpt.parallel.distributed import World
 from gpt.train import build, train
@@ -73,7 +73,7 @@ def train_held(rank: int, size: int, root: Path) -> dict[str, Any]:
         held = Held()
         writer = None
         if name == "asynchronous":
-            with mock.patch("gpt.checkpoint.jobs.write_part", held.write_part):
+            with mock.patch("gpt.checkpoint.writer.write_part", held.write_part):
                 writer = ProcessWriter()
         worker = Letting(rank, rank, size)
         torch.manual_seed(0)
@@ -133,7 +133,7 @@ def fail_on_one(rank: int, size: int, root: Path, number: int) -> tuple[list[Any
             raise OSError(number, os.strerror(number))
         part.write_part(content, folder)
 
-    with mock.patch("gpt.checkpoint.jobs.write_part", write_part), mock.patch("gpt.checkpoint.saving.RETRY_S", 0.0):
+    with mock.patch("gpt.checkpoint.writer.write_part", write_part), mock.patch("gpt.checkpoint.saving.RETRY_S", 0.0):
         writer = ProcessWriter()
         store = CheckpointStore(root / "run", 2, 0, writer=writer, give_up_after_s=NEVER)
         saves = store.saves
@@ -189,7 +189,7 @@ def test_the_best_by_validation_loss_are_kept_besides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3, None])
 def test_tensors_are_staged_the_same_by_any_number_of_threads(threads: int | None, monkeypatch: Any) -> None:
-    monkeypatch.setattr("gpt.checkpoint.staging.FEW_BYTES", 0)
+    monkeypatch.setattr("gpt.checkpoint.part.FEW_BYTES", 0)
     tensors = [torch.arange(7.0), torch.arange(30).view(5, 6).t(), torch.ones(3, dtype=torch.bfloat16), torch.tensor(2)]
     places = [(tensor, 256 * index) for index, tensor in enumerate([*tensors, torch.empty(0, 4)])]
     memory = SharedMemory(256 * len(places))

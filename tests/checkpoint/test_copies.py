@@ -13,12 +13,10 @@ import pytest
 import torch
 
 from gpt.checkpoint import CheckpointError, CheckpointStore, copies
-from gpt.checkpoint.copier import LAST_TRIES, Copier
-from gpt.checkpoint.copies import fetch_newest
-from gpt.checkpoint.folders import Retention
-from gpt.checkpoint.manifest import NAME, DamagedError, Manifest, sum_file, write_manifest
+from gpt.checkpoint.copies import LAST_TRIES, Copier, fetch_newest
+from gpt.checkpoint.folders import NAME, DamagedError, Manifest, Retention, sum_file, write_manifest
 from gpt.checkpoint.target import Target, check_target
-from gpt.config.checkpoint import CheckpointConfig
+from gpt.config.optim import CheckpointConfig
 from launch.errors import ConfigError
 from launch.runs.events import uncopied_text
 from launch.runs.folder import RunFolder

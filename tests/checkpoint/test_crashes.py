@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import CheckpointStore
-from gpt.checkpoint.in_flight import Saved
+from gpt.checkpoint.saving import Saved
 from gpt.checkpoint.verify import saved_checkpoints
 from gpt.checkpoint.writer import ProcessWriter
 from tests.support.crashing import DiskCalls

@@ -17,8 +17,7 @@ from gpt.checkpoint import CheckpointStore
 from gpt.checkpoint.memory import FailedInMemory, MemorySaves, SavedInMemory, neighbors
 from gpt.checkpoint.writer import InlineWriter, ProcessWriter
 from gpt.planning.memory import Memory, in_memory_bytes, staging_bytes
-from gpt.workload.refusals import refuse_too_little_host
-from gpt.workload.text import checkpoint_text
+from gpt.workload.plan import checkpoint_text, refuse_too_little_host
 from launch.config import ClusterConfig
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder

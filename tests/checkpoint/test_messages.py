@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt.checkpoint.manifest import FileSum, Manifest
+from gpt.checkpoint.folders import FileSum, Manifest
 from gpt.checkpoint.messages import decode, encode
 from gpt.config import ParallelConfig, Strategy
 from launch.errors import ConfigError
@@ -65,9 +65,9 @@ FORGED = [
         for plain in (
             {"dataclass": ["subprocess:Popen", {"args": ["touch", "harmed"]}]},
             {"dataclass": ["os:system", {"command": "touch harmed"}]},
-            {"dataclass": ["gpt.checkpoint.manifest:sum_file", {"path": {"path": "/etc/passwd"}}]},
-            {"dataclass": ["gpt.checkpoint.manifest:Path", {}]},
-            {"enum": ["gpt.checkpoint.manifest:FileSum", "size"]},
+            {"dataclass": ["gpt.checkpoint.folders:sum_file", {"path": {"path": "/etc/passwd"}}]},
+            {"dataclass": ["gpt.checkpoint.folders:Path", {}]},
+            {"enum": ["gpt.checkpoint.folders:FileSum", "size"]},
             {"tensor": ["load", [1], ""]},
             {"eval": "1"},
             {"path": "a", "tuple": []},

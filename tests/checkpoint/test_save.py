@@ -111,11 +111,11 @@ def die_while_tensors_are_written() -> Any:
 
 
 def die_before_the_manifest() -> Any:
-    return mock.patch("gpt.checkpoint.jobs.write_manifest", die)
+    return mock.patch("gpt.checkpoint.writer.write_manifest", die)
 
 
 def die_in_the_manifest() -> Any:
-    return mock.patch("gpt.checkpoint.manifest.sync_folder", die)
+    return mock.patch("gpt.checkpoint.folders.sync_folder", die)
 
 
 def die_after_commit() -> Any:

@@ -11,12 +11,10 @@ from unittest import mock
 import pytest
 import torch
 
-from gpt.checkpoint import CheckpointStore, folders, scrub
-from gpt.checkpoint.folders import Retention
-from gpt.checkpoint.jobs import Memory
-from gpt.checkpoint.manifest import FileSum, Manifest, sum_file, write_manifest
-from gpt.checkpoint.scrub import Scrub
-from gpt.checkpoint.writer import ProcessWriter, work_on
+from gpt.checkpoint import CheckpointStore, folders, saving
+from gpt.checkpoint.folders import FileSum, Manifest, Retention, sum_file, write_manifest
+from gpt.checkpoint.saving import Scrub
+from gpt.checkpoint.writer import Memory, ProcessWriter, work_on
 from gpt.training.saving import tell_damage
 from launch.errors import ConfigError
 from launch.runs.events import damaged_text
@@ -25,7 +23,7 @@ from tests.support.commands import TINY
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 
-sum_slowly = scrub.sum_slowly
+sum_slowly = saving.sum_slowly
 
 
 def state(step: int) -> dict[str, Any]:
@@ -43,7 +41,7 @@ def rot(path: Path) -> Generator[float, None, FileSum]:
 
 def save_on_a_disk_that_rots(rank: int, size: int, root: Path) -> tuple[list[int], int]:
     folder = RunFolder(root)
-    with mock.patch("gpt.checkpoint.scrub.sum_slowly", rot):
+    with mock.patch("gpt.checkpoint.saving.sum_slowly", rot):
         writer = ProcessWriter()
     store = CheckpointStore(folder.checkpoints, 1, 0, writer=writer)
     store.saves.tell_damage = partial(tell_damage, folder, 7)

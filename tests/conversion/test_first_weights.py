@@ -11,11 +11,10 @@ from gpt.config import TrainConfig
 from gpt.config.compose import compose_train
 from gpt.conversion.hf_folder import write_torch_file
 from gpt.conversion.state_dict import State, VerifiedSource, read_source
-from gpt.model.gpt import GPT
-from gpt.model.init import Weights, initialize
+from gpt.model.gpt import GPT, Weights, initialize
 from gpt.parallel.distributed import World
-from gpt.training import init_from as initial
-from gpt.training.init_from import first_weights, zeros
+from gpt.training import state as initial
+from gpt.training.state import first_weights, zeros
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder

@@ -15,17 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gpt.config import (
-    ExpertBalance,
-    ExpertMatmul,
-    Ffn,
-    ModelConfig,
-    Norm,
-    NormPosition,
-    Position,
-    TrainConfig,
-    model_rules,
-)
+from gpt.config import ExpertBalance, ExpertMatmul, Ffn, ModelConfig, Norm, NormPosition, Position, TrainConfig, rules
 from gpt.config.compose import compose_train
 from gpt.conversion.adapter import StateDictAdapter, architecture
 from gpt.conversion.hf_folder import write_configs, write_sums, write_torch_file, write_weights
@@ -73,7 +63,7 @@ def bent(config: ModelConfig, adapter: StateDictAdapter) -> ModelConfig:
     if not adapter.grouped_queries:
         changes["n_kv_head"] = None
     made = dataclasses.replace(config, **plain, **changes)
-    model_rules.check(made)
+    rules.check(made)
     return made
 
 

@@ -19,9 +19,8 @@ from omegaconf import OmegaConf
 from gpt.config import DataConfig, ModelConfig, Source, TokenizerKind, TrainConfig
 from gpt.config.compose import compose_train
 from gpt.data.corpus import check_fit, describe, num_windows, prepare
-from gpt.data.formats.prepared import TokenSource
-from gpt.data.preprocessing.files import stdlib_files
-from gpt.data.preprocessing.spec import build_spec, prepare_command, split_tokens
+from gpt.data.prepared import TokenSource
+from gpt.data.preprocessing.spec import build_spec, prepare_command, split_tokens, stdlib_files
 from gpt.prepare import main
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from gpt.config import DataConfig, OptimConfig, Source, TokenizerKind
 from gpt.data.corpus import prepare
-from gpt.data.formats.prepared import Tokens, open_tokens
 from gpt.data.loader import MOST_OPEN, Samples, train_indices
+from gpt.data.prepared import Tokens, open_tokens
 from gpt.data.preprocessing.prepare import prepare as prepare_folder
 from gpt.data.preprocessing.spec import build_spec
-from gpt.topology.batch import Batch, split_batch
+from gpt.topology.dims import Batch, split_batch
 from launch.errors import ConfigError
 
 

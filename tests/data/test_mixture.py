@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from gpt.config import DataConfig, ModelConfig, Source, WeightedPath
 from gpt.data.corpus import check_fit, describe
-from gpt.data.formats.prepared import open_tokens, whole_weights
 from gpt.data.loader import Samples
 from gpt.data.order import max_samples, sample_source, samples_per_source
+from gpt.data.prepared import open_tokens, whole_weights
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run

@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from gpt.data import prefetch
-from gpt.data.loader import Samples, train_indices
+from gpt.data import loader
+from gpt.data.loader import BatchPrefetcher, Samples, train_indices
 from gpt.data.order import PassedOver
-from gpt.data.prefetch import BatchPrefetcher
-from gpt.topology.batch import Batch
+from gpt.topology.dims import Batch
 from launch.errors import ConfigError
 from tests.data.test_loader import text  # noqa: F401
 
@@ -58,7 +57,7 @@ def read_by(build: Callable[[int], None]) -> Any:
 def test_places_of_samples_are_found_once_and_those_of_some_batches_together(
     samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefetch, "TOGETHER", 3 * BATCH.per_rank + 1)
+    monkeypatch.setattr(loader, "TOGETHER", 3 * BATCH.per_rank + 1)
     found = []
     locate = samples.locate
     monkeypatch.setattr(samples, "locate", lambda split, indices: found.append([*indices]) or locate(split, indices))
@@ -83,7 +82,7 @@ def test_batches_that_are_passed_over_are_not_read(samples: Samples) -> None:
 def test_the_next_batch_is_read_while_a_step_is_computed_and_none_after_the_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prefetch, "AHEAD_BYTES", 2 * BATCH.per_rank * 3 * 8 - 1)  # one batch, and not quite another
+    monkeypatch.setattr(loader, "AHEAD_BYTES", 2 * BATCH.per_rank * 3 * 8 - 1)  # one batch, and not quite another
     read = {step: threading.Event() for step in (1, 2, 3, 4)}
     batches = batches_of(read_by(lambda step: read[step].set()), last_step=3)
     batches.take(1)
@@ -98,7 +97,7 @@ def test_the_next_batch_is_read_while_a_step_is_computed_and_none_after_the_last
 def test_small_batches_are_read_some_steps_ahead_and_more_of_them_once_half_are_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prefetch, "AHEAD_BYTES", 4 * BATCH.per_rank * 3 * 8)
+    monkeypatch.setattr(loader, "AHEAD_BYTES", 4 * BATCH.per_rank * 3 * 8)
     read: queue.Queue[int] = queue.Queue()
     batches = batches_of(read_by(read.put), last_step=7)
     numbers = []
@@ -143,7 +142,7 @@ def test_a_batch_for_a_gpu_is_pinned_by_the_thread_and_copied_once_without_waiti
 
 
 def test_what_was_read_ahead_for_other_steps_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefetch, "AHEAD_BYTES", 4 * BATCH.per_rank * 3 * 8)
+    monkeypatch.setattr(loader, "AHEAD_BYTES", 4 * BATCH.per_rank * 3 * 8)
     read: list[int] = []
     begun, asked = threading.Event(), threading.Event()
 

@@ -17,15 +17,13 @@ import pytest
 
 from gpt.config import DataConfig, Source, SyntheticConfig, TokenFileFormat, TokenizerKind
 from gpt.data.corpus import describe
-from gpt.data.formats.prepared import TokenSource, open_folder, open_tokens, read_manifest
-from gpt.data.preprocessing import files, readers, shards
-from gpt.data.preprocessing.files import SHAKESPEARE_SHA256
+from gpt.data.prepared import TokenSource, open_folder, open_tokens, read_manifest
+from gpt.data.preprocessing import shards, spec
 from gpt.data.preprocessing.prepare import prepare
-from gpt.data.preprocessing.readers import is_validation, read_shard
-from gpt.data.preprocessing.shards import list_shards
-from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec
+from gpt.data.preprocessing.shards import is_validation, list_shards, read_shard
+from gpt.data.preprocessing.spec import SHAKESPEARE_SHA256, PreprocessingSpec, build_spec
 from gpt.data.preprocessing.worker import tokenize_shards
-from gpt.data.tokenizers.base import Tokenizer
+from gpt.data.tokenizers import Tokenizer
 from gpt.data.tokenizers.registry import load_tokenizer
 from gpt.prepare import main
 from launch.errors import ConfigError
@@ -285,7 +283,7 @@ def test_finished_shards_are_kept_and_damaged_ones_done_again(tmp_path: Path, mo
     (parts / "000001.train").write_bytes(b"damaged")
     (parts / "000003.json").unlink()
     done: list[int] = []
-    real = readers.read_shard
+    real = shards.read_shard
 
     def watched(spec: PreprocessingSpec, shard: shards.Shard) -> object:
         done.append(shard.number)
@@ -332,7 +330,7 @@ def test_shakespeare_is_the_pinned_text(tmp_path: Path, monkeypatch: pytest.Monk
     ids = {c: i for i, c in enumerate(sorted(set(content.decode())))}
     assert ids_of(source, "val") == [ids[c] for c in content.decode()[-len(ids_of(source, "val")) :]]
     # A download, without a network: urllib reads files, too.
-    file = files.download_shakespeare(tmp_path / "cache", Path(text).as_uri())
+    file = spec.download_shakespeare(tmp_path / "cache", Path(text).as_uri())
     assert file.path.read_bytes() == content
     assert build_spec(DataConfig(source=Source.shakespeare), tmp_path / "cache") is not None
     assert build_spec(DataConfig(source=Source.shakespeare), tmp_path / "empty") is None
@@ -343,9 +341,9 @@ def test_another_text_is_no_shakespeare(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not tinyshakespeare"):
         build_spec(DataConfig(source=Source.shakespeare, path=str(tmp_path / "text")), tmp_path)
     with pytest.raises(ConfigError, match="is not tinyshakespeare"):
-        files.download_shakespeare(tmp_path, (tmp_path / "text").as_uri())
+        spec.download_shakespeare(tmp_path, (tmp_path / "text").as_uri())
     with pytest.raises(ConfigError, match="cannot be fetched"):
-        files.download_shakespeare(tmp_path, (tmp_path / "nothing").as_uri())
+        spec.download_shakespeare(tmp_path, (tmp_path / "nothing").as_uri())
 
 
 def test_patterns_and_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:

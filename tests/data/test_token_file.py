@@ -12,10 +12,9 @@ import pytest
 from gpt.config import DataConfig, Source, TokenDtype, TokenFileFormat, TrainConfig, WeightedPath
 from gpt.config.compose import compose_train
 from gpt.data.corpus import check_fit, describe, prepare
-from gpt.data.formats.prepared import open_tokens
-from gpt.data.formats.token_file import open_token_files, read_token_file, split_end
-from gpt.data.formats.write import token_dtype, write_split
 from gpt.data.loader import Samples
+from gpt.data.prepared import open_tokens
+from gpt.data.token_file import open_token_files, read_token_file, split_end, token_dtype, write_split
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 
@@ -132,7 +131,7 @@ def test_what_is_written_is_what_the_formats_say(tmp_path: Path) -> None:
 
 
 def test_long_splits_are_cut_where_a_format_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpt.data.formats import write as layouts
+    from gpt.data import token_file as layouts
 
     monkeypatch.setattr(layouts, "LLMC_SHARD_TOKENS", 1200)
     monkeypatch.setattr(layouts, "MEGATRON_SEQUENCE_LIMIT", 900)

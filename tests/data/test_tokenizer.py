@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import TokenizerKind
-from gpt.data.tokenizers.base import ByteTokenizer, CharTokenizer, Tokenizer, checksum
+from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, checksum
 from gpt.data.tokenizers.registry import load_run_tokenizer, load_tokenizer, save_tokenizer
 from gpt.data.tokenizers.subword import (
     HfTokenizer,

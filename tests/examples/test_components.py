@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt.conversion.trained import find_checkpoint, open_run, read_weights
+from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
 from launch.runs.folder import RunFolder
 from tests.support.commands import ROOT, TINY, run
 

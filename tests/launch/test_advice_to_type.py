@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpt.config.compose import compose_train
-from gpt.training.request import parse_arguments
+from gpt.training.run import parse_arguments
 from launch.__main__ import COMMANDS, refuse_command
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, sweep_points, typed_config

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.planning.collectives import Group, strided_group
-from gpt.planning.hardware import Link, Machine, with_network
+from gpt.planning.hardware import Group, Link, Machine, strided_group, with_network
 from launch.bench_network.__main__ import main
 from launch.bench_network.fit import Sample, fit_link, fit_network
 from launch.bench_network.measure import group_ranks, group_sizes

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gpt.config import OptimConfig, TrainConfig
 from gpt.config.compose import NOT_IN_POINT, RESUMABLE, compose_train
-from gpt.topology.batch import split_batch
+from gpt.topology.dims import split_batch
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, schema_of, target_of, typed_config
 from launch.errors import ConfigError

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gpt.model.blockwise_attention import attend_block, attend_block_backward, merge
+from gpt.model.attention import attend_block, attend_block_backward, merge
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

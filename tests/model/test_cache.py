@@ -7,8 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt.config import Activation, ModelConfig, Position
+from gpt.model.attention import Cache
 from gpt.model.gpt import GPT
-from gpt.model.kv_cache import Cache
 from tests.model.test_transformers import from_gpt2, shaken
 from tests.support.small_models import label, random_tokens, small, variants
 

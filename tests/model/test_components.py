@@ -24,8 +24,7 @@ from gpt.model.attention import (
     prefer_fast_kernels,
     sdpa_attention,
 )
-from gpt.model.block import Block, build_ffn
-from gpt.model.gpt import GPT
+from gpt.model.gpt import GPT, Block, build_ffn
 from gpt.model.norm import build_norm
 from gpt.model.position import LearnedPosition, Rope, rotation_rates
 from tests.support.small_models import LLAMA, small

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt.config import ExpertBalance, Ffn, ModelConfig, Position
-from gpt.model.gpt import GPT
-from gpt.model.init import initialize
+from gpt.model.gpt import GPT, initialize
 from tests.support.small_models import LLAMA, MOE, label, random_tokens, small, variants
 
 SEED = 7

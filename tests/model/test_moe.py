@@ -14,17 +14,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from gpt.config import ExpertBalance, ExpertMatmul, Ffn, ModelConfig
-from gpt.model.experts import even_product
-from gpt.model.gpt import GPT
-from gpt.model.init import initialize
-from gpt.model.moe import (
+from gpt.model.ffn import (
     AuxiliaryLoss,
     MixtureOfExperts,
+    even_product,
     expert_counts,
     move_balance_bias,
     reset_counts,
     set_auxiliary_scale,
 )
+from gpt.model.gpt import GPT, initialize
 from tests.model.test_components import TINY, check_gradients
 from tests.model.test_transformers import assert_equal_logits, shaken
 from tests.support.distributed import run_distributed

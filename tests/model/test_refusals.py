@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpt.config import ModelConfig, model_rules
+from gpt.config import ModelConfig, rules
 from launch.errors import ConfigError
 from tests.support.composing import config_from
 
@@ -53,7 +53,7 @@ REFUSED = [
 
 def model(words: list[str]) -> ModelConfig:
     config = config_from(words).model
-    model_rules.check(config)
+    rules.check(config)
     return config
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt.conversion.trained import load_model
+from gpt.conversion.state_dict import load_model
 from gpt.training.run import Run
 from gpt.training.state import save
 from launch.errors import ConfigError

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.accounting.hardware import find
-from gpt.config import Float8, Precision, Recompute, TrainConfig, float8
+from gpt.config import Float8, Precision, Recompute, TrainConfig, rules
 from gpt.model.gpt import GPT
-from gpt.parallel.compile import prepare_blocks
+from gpt.parallel.compile import convert_linears, prepare_blocks
 from gpt.parallel.distributed import World
-from gpt.parallel.float8 import convert_linears
 from gpt.planning.execution import refuse_float8
 from gpt.training.execution import has_float8, settle_execution
 from gpt.training.state import load, save
@@ -132,7 +131,7 @@ def test_what_it_does_not_go_together_with_is_refused(words: list[str], found: s
 
 
 def test_without_the_package_its_extra_is_named() -> None:
-    with mock.patch.object(float8, "is_importable", return_value=False), pytest.raises(ConfigError) as refused:
+    with mock.patch.object(rules, "is_importable", return_value=False), pytest.raises(ConfigError) as refused:
         compose("float8=rowwise")
     assert "package torchao is not installed" in str(refused.value) and "[float8]" in str(refused.value)
 

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt.model import init
+from gpt.model import gpt
 from gpt.model.gpt import GPT
-from gpt.parallel.dtensor import local_tensor
-from gpt.parallel.materialize import materialize
-from gpt.training import init_from
+from gpt.parallel.dtensor import local_tensor, materialize
+from gpt.training import state
 from gpt.training.state import save
 from tests.support.distributed import run_distributed
 from tests.support.learning import DEEPSPEED, MODELS, compose, start, start_composed, whole
@@ -69,7 +68,7 @@ def test_every_engine_begins_with_the_bits_of_one_that_draws_the_model_whole(tmp
     for layout, words in LAYOUTS.items():
         config = compose(*WORDS, *words).model
         model = GPT(config)
-        init.initialize(model, SEED)
+        gpt.initialize(model, SEED)
         tensors, tables = found[layout]
         assert tensors.keys() == model.state_dict().keys(), layout
         for name, expected in model.state_dict().items():
@@ -85,7 +84,7 @@ def watch(rank: int, size: int, folder: Path) -> tuple[list[int], int, int]:
     config = compose(*WORDS, "parallel=fsdp", *UNTIED)
     alive: list[int] = []
     drawn: list[weakref.ref[Tensor]] = []
-    draw = init.initial_value
+    draw = gpt.initial_value
 
     def counted(*args: object, **kwargs: object) -> Tensor:
         alive.append(sum(reference() is not None for reference in drawn))
@@ -93,7 +92,7 @@ def watch(rank: int, size: int, folder: Path) -> tuple[list[int], int, int]:
         drawn.append(weakref.ref(value))
         return value
 
-    init.initial_value = counted  # type: ignore[assignment]
+    gpt.initial_value = counted  # type: ignore[assignment]
     run = start_composed(rank, size, folder, config)
     held = sum(local_tensor(p).untyped_storage().nbytes() for p in run.engine.module.parameters())
     run.step = 1
@@ -115,9 +114,9 @@ def test_a_rank_holds_its_shards_and_one_whole_tensor_and_draws_nothing_where_it
 
 def test_what_a_checkpoint_is_about_to_fill_takes_no_memory() -> None:
     shape = torch.Size((1 << 30, 1 << 10))
-    assert init_from.zeros("head.weight", shape).shape == shape
+    assert state.zeros("head.weight", shape).shape == shape
     config = compose("parallel=ddp", *UNTIED).model
     with torch.device("meta"):
         model = GPT(config)
-    materialize([model], init_from.zeros, torch.device("cpu"))
+    materialize([model], state.zeros, torch.device("cpu"))
     assert not any(parameter.any() for parameter in model.parameters())

@@ -9,7 +9,7 @@ import pytest
 from gpt.config import Precision, TrainConfig
 from gpt.planning.memory import BF16, FP32, activation_bytes, cast_elements, parameter_shards, states
 from gpt.planning.memory.rank import parallel_factors
-from gpt.topology.batch import split_batch
+from gpt.topology.dims import split_batch
 from gpt.topology.pipeline import rank_stages
 from gpt.topology.rules import check_parallel_dims
 from tests.support.distributed import run_distributed

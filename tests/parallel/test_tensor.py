@@ -13,12 +13,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config import ParallelConfig
-from gpt.conversion.trained import find_checkpoint, read_weights
+from gpt.conversion.state_dict import find_checkpoint, read_weights
 from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
 from gpt.parallel.distributed import World, build_mesh
-from gpt.parallel.tensor import apply_tensor_parallel
-from gpt.parallel.vocab import vocabulary_loss
+from gpt.parallel.tensor import apply_tensor_parallel, vocabulary_loss
 from gpt.topology.dims import ParallelDims
 from gpt.topology.rules import check_parallel_dims
 from gpt.training.state import save

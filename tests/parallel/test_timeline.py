@@ -10,7 +10,7 @@ import torch
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.pipelining import PipelineStage
 
-from gpt.parallel.fsdp import COLLECTIVE
+from gpt.parallel.nd import COLLECTIVE
 from gpt.parallel.timeline import BUBBLE, Span, Timeline, Work, recorded, schedule_waits, total, waiting, working
 
 Action = tuple[str, int]

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from gpt.accounting.parameters import count
-from gpt.parallel import rows
+from gpt.accounting.counts import count
+from gpt.parallel import ddp
+from gpt.parallel.ddp import GradientReducer, all_gather_rows, split_into_buckets, split_parameter
 from gpt.parallel.dtensor import local_tensor
-from gpt.parallel.rows import GradientReducer, all_gather_rows, split_into_buckets, split_parameter
 from tests.support.distributed import run_distributed
 from tests.support.learning import TINY, start, step
 from tests.support.watching import Operations
@@ -58,9 +58,9 @@ def gather(rank: int, size: int) -> tuple[int, int]:
         for theirs, own in list(zip(tensor.chunk(size), mine.chunk(size), strict=True))[rank : rank + 1]:
             own.copy_(theirs)
     made: list[int] = []
-    for bucket in (rows.GATHER_BYTES, SMALL):
+    for bucket in (ddp.GATHER_BYTES, SMALL):
         tensors = [tensor.clone() for tensor in held]
-        with mock.patch.object(rows, "GATHER_BYTES", bucket), Collectives() as seen:
+        with mock.patch.object(ddp, "GATHER_BYTES", bucket), Collectives() as seen:
             all_gather_rows(tensors, dist.group.WORLD)
         made.append(len(seen.found))
         assert all(map(torch.equal, tensors, whole))
@@ -73,7 +73,7 @@ def reduce(rank: int, size: int) -> None:
     tensors = [nn.Parameter(tensor) for tensor in parameters_of_all()]
     tensors[FROZEN].requires_grad_(False)
     pairs = [split_parameter(tensor, mesh) for tensor in tensors]
-    with mock.patch.object(rows, "BUCKET_BYTES", SMALL):
+    with mock.patch.object(ddp, "BUCKET_BYTES", SMALL):
         reducer = GradientReducer(pairs, mesh)
     expected = [torch.zeros_like(tensor) for tensor in tensors]
     used = [i for i in range(PARAMETERS) if i != FROZEN and (i != UNUSED or rank == 0)]

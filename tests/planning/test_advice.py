@@ -6,7 +6,7 @@ import pytest
 
 from gpt.config import Precision
 from gpt.config.compose import compose_train
-from gpt.planning.advice import execution_warnings, many_time_limits, slow_precision
+from gpt.planning.auto import execution_warnings, many_time_limits, slow_precision
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError

@@ -12,11 +12,10 @@ import pytest
 from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.config.compose import compose_train, settle_parallel
 from gpt.planning.auto import NO_DIFFERENCE, choose_parallelism, rank_layouts, typed_keys
-from gpt.planning.explain import table
 from gpt.planning.hardware import Machine, MachineOverrides, gpus
 from gpt.planning.memory import GIB, per_rank
-from gpt.planning.search import candidates
-from gpt.topology.batch import split_batch
+from gpt.planning.search import candidates, table
+from gpt.topology.dims import split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema, write_config

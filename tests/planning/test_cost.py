@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.accounting.flops import recomputed_flops_per_token, training_flops
-from gpt.accounting.parameters import count
+from gpt.accounting.counts import count, recomputed_flops_per_token, training_flops
 from gpt.config import (
     AttentionBackend,
     CpMethod,
@@ -23,12 +22,9 @@ from gpt.config import (
     Strategy,
     TrainConfig,
 )
-from gpt.planning import communication
-from gpt.planning.collectives import Group, group, strided_group
 from gpt.planning.cost import Estimate, estimate
-from gpt.planning.hardware import Host, Link, Machine, MachineOverrides, cpus, gpus
-from gpt.topology.batch import split_batch
-from gpt.topology.dims import ParallelDims, parallel_dims
+from gpt.planning.hardware import Group, Host, Link, Machine, MachineOverrides, cpus, gpus, group, strided_group
+from gpt.topology.dims import ParallelDims, parallel_dims, split_batch
 from tests.support.small_models import LLAMA, MOE, small
 
 FAST, SLOW = Link(0.0, 8e9), Link(0.0, 1e9)
@@ -109,7 +105,7 @@ def test_gradients_of_copies_by_hand() -> None:
     sharded = config_of(data_ranks=4, strategy=Strategy.zero1)
     half = 3 / 4 * 4 * parameters / 8e9
     assert cost(sharded, 4, fast).communication_s["dp"] == pytest.approx(2 * half)
-    with mock.patch.object(communication, "BUCKET_BYTES", 4096):
+    with mock.patch("gpt.planning.cost.BUCKET_BYTES", 4096):
         assert cost(sharded, 4, slow).communication_s["dp"] == pytest.approx(half + 3 / 4 * 4096 / 8e9)
 
 

@@ -13,10 +13,9 @@ import pytest
 from gpt.bench_matmul import main
 from gpt.config import Device, Precision
 from gpt.planning.cost import micro_batch_s
-from gpt.topology.batch import split_batch
-from gpt.topology.dims import parallel_dims
+from gpt.topology.dims import parallel_dims, split_batch
 from gpt.topology.pipeline import rank_stages
-from gpt.workload.nodes import estimated_step, machine_of
+from gpt.workload.plan import estimated_step, machine_of
 from launch.config.cluster import ClusterConfig, ClusterKind
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder

@@ -14,8 +14,7 @@ from typing import Any, cast
 import pytest
 
 from gpt.checkpoint.folders import steps
-from gpt.metrics.steps_csv import StepsCsv
-from gpt.metrics.view import Records, View
+from gpt.metrics.writers import Records, StepsCsv, View
 from launch import cancel
 from launch.agent import exchange as heartbeat_of_agents
 from launch.agent.node import Node

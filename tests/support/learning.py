@@ -22,13 +22,12 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import Strategy, TrainConfig
-from gpt.parallel.clipping import Clipped
 from gpt.parallel.distributed import World
-from gpt.parallel.optimizer import sum_of_squares
+from gpt.parallel.optimizer import Clipped, sum_of_squares
 from gpt.topology.dims import parallel_dims
 from gpt.train import build
-from gpt.training.evaluation import mean_loss
-from gpt.training.gradient_stats import Gradients
+from gpt.training.diagnostics import Gradients
+from gpt.training.loop import mean_loss
 from gpt.training.run import Run
 from gpt.training.step import queue_step
 from launch.runs.folder import RunFolder

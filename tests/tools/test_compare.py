@@ -87,5 +87,5 @@ def test_interpolation_stays_within_the_curve() -> None:
 
 
 def test_no_torch_is_loaded(tmp_path: Path) -> None:
-    code = "import sys, gpt.compare, gpt.metrics.comparison_plot; sys.exit('torch' in sys.modules)"
+    code = "import sys, gpt.compare, gpt.metrics.comparison; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)

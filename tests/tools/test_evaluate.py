@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt.conversion.trained import load_model
+from gpt.conversion.state_dict import load_model
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import run

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gpt import export
 from gpt.config import TrainConfig
 from gpt.config.compose import RESUMABLE, compose_train
-from gpt.conversion.trained import load_model
+from gpt.conversion.state_dict import load_model
 from gpt.data.corpus import prepare
 from gpt.data.loader import Samples
 from launch.errors import ConfigError

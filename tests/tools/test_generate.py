@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from gpt.data.tokenizers.base import ByteTokenizer
+from gpt.data.tokenizers import ByteTokenizer
 from gpt.generate import Text, batches
 from gpt.model.gpt import GPT
 from gpt.model.sampling import Sampling, generate, make_generators, probabilities

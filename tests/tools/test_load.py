@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpt.conversion.source import find_source
-from gpt.conversion.trained import load_model, open_run
+from gpt.conversion.state_dict import load_model, open_run
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from tests.support.weights import read_weights

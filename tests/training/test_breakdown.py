@@ -11,7 +11,7 @@ import pytest
 from torch.autograd import DeviceType
 
 from gpt.train import train
-from gpt.training.breakdown import MARK, Interval, StepBreakdown, break_down, classify
+from gpt.training.diagnostics import MARK, Interval, StepBreakdown, break_down, classify
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpt.config import DivergenceConfig
 from gpt.data.order import PassedOver
-from gpt.model.block import Block
+from gpt.model.gpt import Block
 from gpt.parallel.dtensor import local_tensor
 from gpt.train import train
 from gpt.training.divergence import BadSteps, DivergenceGuard, checkpoint_before, last_rollback

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpt.config import OptimConfig
-from gpt.training.early_stop import EarlyStop, refuse_unknown_text
+from gpt.training.divergence import EarlyStop, refuse_unknown_text
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run

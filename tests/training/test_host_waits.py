@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from gpt.parallel import clipping, expert
+from gpt.parallel import nd, optimizer
 from gpt.parallel.distributed import PendingSum, World
-from gpt.training.gradient_stats import Gradients
+from gpt.training.diagnostics import Gradients
 from tests.support.small_models import small
 from tests.support.watching import host_waits
 
@@ -34,14 +34,14 @@ def world_on(device: torch.device) -> World:
 
 def clip_shards(device: torch.device) -> None:
     figures_N = torch.empty(3, dtype=torch.float64, device=device)
-    clipping.clip_shards(sharded(device), 1.0, world_on(device), figures_N, lambda: None)
+    optimizer.clip_shards(sharded(device), 1.0, world_on(device), figures_N, lambda: None)
 
 
 def clip_replica(device: torch.device) -> None:
     weight = nn.Parameter(torch.empty(4, 4, device=device))
     weight.grad = torch.empty(4, 4, device=device)
     figures_N = torch.empty(3, dtype=torch.float64, device=device)
-    clipping.clip_replica([weight], 1.0, world_on(device), figures_N, lambda: None)
+    optimizer.clip_replica([weight], 1.0, world_on(device), figures_N, lambda: None)
 
 
 def sum_gradients(device: torch.device) -> None:
@@ -62,11 +62,11 @@ def test_dispatch_to_experts_waits_once(monkeypatch: pytest.MonkeyPatch) -> None
         return [[16] * 4, [16] * 4]
 
     monkeypatch.setattr(FakeTensor, "tolist", read)  # which would ask for each value
-    monkeypatch.setattr(expert, "all_to_all", lambda x, *_: x.clone())
+    monkeypatch.setattr(nd, "all_to_all", lambda x, *_: x.clone())
     group: Any = SimpleNamespace(size=lambda: 4)
 
     def plan(device: torch.device) -> None:
-        found = expert.plan_dispatch(64, torch.empty(8, dtype=torch.int32, device=device), group, False)
+        found = nd.plan_dispatch(64, torch.empty(8, dtype=torch.int32, device=device), group, False)
         assert found.order.shape == (64,)
 
     assert host_waits(plan) == [] and len(reads) == 1

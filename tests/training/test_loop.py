@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt.parallel import base
+from gpt.parallel import engine
 from gpt.train import train
 from launch.runs.records import read_records
 from launch.worker import Run as Rank
@@ -65,7 +65,7 @@ def timeout_of(group: Any) -> float:
 
 def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Train until it is stopped, on a filesystem without locks; collections and messages between processes by step."""
-    with mock.patch.object(base, "get_state_dict", wraps=base.get_state_dict) as states:
+    with mock.patch.object(engine, "get_state_dict", wraps=engine.get_state_dict) as states:
         run = start(rank, size, folder, *WORDS)
     run.worker = Asked(rank, rank, size)
     run.worker.open_folder(run.folder.path, run.attempt)

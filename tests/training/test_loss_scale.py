@@ -15,12 +15,10 @@ from torch.nn import functional as F
 
 from gpt.data.corpus import prepare
 from gpt.data.loader import Samples
-from gpt.model.gpt import GPT
-from gpt.model.init import initialize
-from gpt.model.moe import set_auxiliary_scale
-from gpt.parallel import loss_scale as module
-from gpt.parallel.loss_scale import DynamicLossScale
-from gpt.parallel.optimizer import skipping
+from gpt.model.ffn import set_auxiliary_scale
+from gpt.model.gpt import GPT, initialize
+from gpt.parallel import optimizer as module
+from gpt.parallel.optimizer import DynamicLossScale, skipping
 from gpt.training.divergence import may_overflow
 from gpt.training.run import Run
 from gpt.training.state import save

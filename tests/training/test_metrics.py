@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt.config.train import is_installed
 from gpt.metrics import writers
-from gpt.metrics.console import console_line
+from gpt.metrics.writers import console_line
 from gpt.model.gpt import GPT
 from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import inverse_replicas, local_tensor
-from gpt.training.gradient_stats import Gradients
+from gpt.training.diagnostics import Gradients
 from launch.runs.environment import reachable_files
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, read_records

@@ -13,8 +13,7 @@ from gpt.config import OptimConfig, TrainConfig
 from gpt.config.compose import compose_train
 from gpt.data.corpus import prepare
 from gpt.data.loader import Samples
-from gpt.model.gpt import GPT
-from gpt.model.init import initialize
+from gpt.model.gpt import GPT, initialize
 from gpt.training.step import lr_at
 from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from gpt.config.checkpoint import CheckpointConfig, Interval
+from gpt.config.optim import CheckpointConfig, Interval
 from gpt.planning.memory import staging_bytes
-from gpt.training.schedule import FIRST_S, LEAST_S, PRIOR_S, auto_interval_s, between_failures_s
-from gpt.workload.text import checkpoint_text
+from gpt.training.saving import FIRST_S, LEAST_S, PRIOR_S, auto_interval_s, between_failures_s
+from gpt.workload.plan import checkpoint_text
 from launch.errors import ConfigError
 from launch.runs.events import best_interval_s, skipped_text, unsaved_text
 from launch.status import notes

@@ -20,7 +20,7 @@ from tests.support.learning import MODELS, start
 
 TWICE = """
 import resource
-from gpt.training.host_memory import keep_freed_memory
+from gpt.training.step import keep_freed_memory
 print(keep_freed_memory())
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from gpt.config import Device, ParallelConfig
 from gpt.parallel.distributed import open_world
-from gpt.training.timeouts import FIRST, MEASURED, StepTimeouts, step_timeout
+from gpt.training.execution import FIRST, MEASURED, StepTimeouts, step_timeout
 from tests.support.distributed import run_distributed
 
 

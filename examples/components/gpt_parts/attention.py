@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import ModelConfig
-from gpt.model.kv_cache import LayerCache
+from gpt.model.attention import LayerCache
 
 
 class WindowAttention(nn.Module):

@@ -1,8 +1,8 @@
 """A corpus of known entropy: a seeded Markov chain, which gives a loss a floor to be checked against.
 
-Owns the chain, its entropy and its walks. Torch-free. The next token depends on the last one only, so a model that has
-seen one token can know all there is to know, and the cross-entropy of the best one is the chain's entropy rate
-(Shannon 1948, "A Mathematical Theory of Communication", section 7):
+Torch-free. The next token depends on the last one only, so a model that has seen one token can know all there is to
+know, and the cross-entropy of the best one is the chain's entropy rate (Shannon 1948, "A Mathematical Theory of
+Communication", section 7):
 
     H = sum_i pi_i sum_j -p_ij ln p_ij        with pi P = pi
 """

@@ -1,8 +1,4 @@
-"""Tokenization of shards, in this process or in several.
-
-Owns the files that a shard leaves, and the processes. A process holds a piece of text and its tokens, and dies with the
-one that started it. Torch-free. Must not know what becomes of the tokenized shards.
-"""
+"""Tokenization of shards by several processes, and the tokenizer that is trained on them."""
 
 from __future__ import annotations
 
@@ -23,16 +19,21 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from gpt.config import TokenizerKind
-from gpt.data.formats.prepared import SPLITS, TOKENIZER
-from gpt.data.formats.write import token_dtype
-from gpt.data.preprocessing.readers import decode, read_shard
-from gpt.data.preprocessing.shards import TRAIN, VAL, Shard
+from gpt.data.prepared import SPLITS, TOKENIZER
+from gpt.data.preprocessing.shards import TRAIN, VAL, Shard, decode, list_shards, read_shard
 from gpt.data.preprocessing.spec import PreprocessingSpec
 from gpt.data.preprocessing.synthetic import WALK_TOKENS, walk
-from gpt.data.tokenizers.base import Tokenizer
+from gpt.data.token_file import token_dtype
+from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
 from gpt.data.tokenizers.registry import load_tokenizer
+from gpt.data.tokenizers.subword import load_gpt2, read_tokenizer, train_sentencepiece
 from launch.process import die_with_parent
 from launch.runs.files import write_json
+
+# Tokenization of shards, in this process or in several.
+#
+# A process holds a piece of text and its tokens, and dies with the one that started it. Torch-free.
+
 
 PROGRESS_S = 0.5
 
@@ -239,3 +240,58 @@ def vocab_size_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> int:
 def token_dtype_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> str:
     """Numpy name of the integers that hold the tokens of a corpus."""
     return token_dtype(spec.config.layout, vocab_size_for(spec, tokenizer))
+
+
+# The tokenizer of a corpus: built in, read from a file, or trained on the text.
+#
+# Torch-free; streams.
+
+
+SAMPLED_SHARDS = 16  # spread over the corpus, since its beginning may be in one language or of one source
+LINE_CHARACTERS = 1000  # SentencePiece leaves out lines of more than 4192 bytes
+
+
+def make_tokenizer(spec: PreprocessingSpec) -> Tokenizer:
+    """Make the tokenizer that a spec asks for.
+
+    Raises:
+        ConfigError: its file or its library is not there, or the text is not UTF-8.
+    """
+    config = spec.config
+    if config.tokenizer is TokenizerKind.byte:
+        return ByteTokenizer()
+    if config.tokenizer is TokenizerKind.char:
+        return CharTokenizer(sorted(_characters(spec)))
+    if config.tokenizer_path is not None:
+        return read_tokenizer(config.tokenizer, Path(config.tokenizer_path).expanduser())
+    if config.tokenizer is TokenizerKind.tiktoken:
+        return load_gpt2()
+    assert config.tokenizer is TokenizerKind.sentencepiece, "DataConfig.validate asks for a path"
+    return train_sentencepiece(_sample_lines(spec), config.tokenizer_vocab_size)
+
+
+def _characters(spec: PreprocessingSpec) -> set[str]:
+    """Collect the characters of the corpus, validation included, so that every text of it has ids."""
+    found = {"\n"} if spec.splits_documents else set()  # ends a document
+    for shard in list_shards(spec):
+        for piece in read_shard(spec, shard):
+            found.update(decode(piece.data, shard))
+    return found
+
+
+def _sample_lines(spec: PreprocessingSpec) -> Iterator[str]:
+    """Yield lines of the training text, from places all over the corpus, up to ``data.tokenizer_train_bytes``."""
+    shards = [shard for shard in list_shards(spec) if shard.split in (None, TRAIN)]
+    step = max(1, len(shards) // SAMPLED_SHARDS)
+    chosen = shards[::step][:SAMPLED_SHARDS]
+    for shard in chosen:
+        left = spec.config.tokenizer_train_bytes // len(chosen)
+        for piece in read_shard(spec, shard):
+            if piece.split != TRAIN:
+                continue
+            text = decode(piece.data, shard)[:left]
+            left -= len(piece.data)
+            for line in text.splitlines(keepends=True):
+                yield from (line[i : i + LINE_CHARACTERS] for i in range(0, len(line), LINE_CHARACTERS))
+            if left <= 0:
+                break

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from gpt.config.data import TokenizerKind
-from gpt.data.tokenizers.base import ABOUT, FILES, ByteTokenizer, CharTokenizer, Tokenizer, checksum
+from gpt.data.tokenizers import ABOUT, FILES, ByteTokenizer, CharTokenizer, Tokenizer, checksum
 from launch.errors import ConfigError
 from launch.runs.files import write_atomically, write_json
 from launch.runs.folder import RunFolder

@@ -1,7 +1,6 @@
 """Subword tokenizers of other libraries: SentencePiece, Hugging Face ``tokenizers`` and tiktoken (the extra ``data``).
 
-Owns the loading and training with each library, and a payload of one file from which each tokenizer is read back
-without a network. Torch-free. Must not know where text comes from.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt.config.data import TokenizerKind
-from gpt.data.tokenizers.base import Ids, Tokenizer
+from gpt.data.tokenizers import Ids, Tokenizer
 from launch.errors import ConfigError
 from launch.runs.environment import install_command
 

@@ -1,7 +1,7 @@
 """Checkpoints of DeepSpeed engines: its own sharded files, or whole tensors by name where the parallelism changed.
 
-Owns the choice. DeepSpeed loads its own files when nothing has changed; with another ZeRO stage or number of ranks, and
-from another strategy, each rank takes its shards of whole tensors (gpt/checkpoint/deepspeed_files.py).
+DeepSpeed loads its own files when nothing has changed; with another ZeRO stage or number of ranks, and from another
+strategy, each rank takes its shards of whole tensors (gpt/checkpoint/deepspeed_files.py).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils._pytree import tree_map_only
 
-from gpt.checkpoint.collective import run_on_all_ranks
 from gpt.checkpoint.deepspeed_files import LOOSE_FILES, MODEL_FILE, deepspeed_tag, open_as_tensors
-from gpt.checkpoint.manifest import DEEPSPEED, Manifest
+from gpt.checkpoint.folders import DEEPSPEED, Manifest
+from gpt.checkpoint.messages import run_on_all_ranks
 from gpt.checkpoint.part import Part
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
 """DeepSpeed's pipeline parallelism (1F1B), with data parallelism beside it.
 
-Owns the model as DeepSpeed's list of layers, split as gpt/topology/pipeline.py says; DeepSpeed runs all micro-batches
-of a step in one call. A tied embedding is one layer in the first and the last stage, whose two gradients DeepSpeed
-sums. Imports DeepSpeed at its top, so import it only after ``load_deepspeed``.
+A tied embedding is one layer in the first and the last stage, whose two gradients DeepSpeed sums. Imports DeepSpeed at
+its top, so import it only after ``load_deepspeed``.
 
 Shapes: B sequences of a micro-batch, T tokens of one, D width, V vocabulary.
 """
@@ -27,8 +26,7 @@ from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
 from gpt.parallel.deepspeed.engine import ZeroEngine
 from gpt.parallel.distributed import World
-from gpt.topology.batch import Batch
-from gpt.topology.dims import ParallelDims
+from gpt.topology.dims import Batch, ParallelDims
 from gpt.topology.pipeline import split_layers
 
 BEFORE, AFTER = 2, 2

@@ -1,8 +1,4 @@
-"""The exact shard of each parameter on a rank: by pipeline stage, tensor and expert parallelism, then FSDP.
-
-The rules are those of the engines (gpt/parallel), and the tests compare both. Must not know how many bytes an element
-has.
-"""
+"""The exact shard of each parameter on a rank, and the activations that a forward pass saves."""
 
 from __future__ import annotations
 
@@ -11,13 +7,27 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from gpt.accounting.parameters import block_shapes, outer_shapes
-from gpt.components.facts import owner_of
-from gpt.config import ModelConfig
-from gpt.config.memo import cached_by_model
-from gpt.topology.dims import ParallelDims
-from gpt.topology.experts import expert_fsdp_ranks, shard_dimension
+from gpt.accounting.counts import BF16, FP32, INT64, block_shapes, expert_rows, outer_shapes
+from gpt.components.facts import owner_of, part_counts
+from gpt.config import (
+    Activation,
+    AttentionBackend,
+    Ffn,
+    ModelConfig,
+    Norm,
+    NormPosition,
+    Position,
+    Precision,
+    Recompute,
+)
+from gpt.config.checks import cached_by_model
+from gpt.topology.dims import ParallelDims, expert_fsdp_ranks, shard_dimension
 from gpt.topology.pipeline import StageLayers
+
+# The exact shard of each parameter on a rank: by pipeline stage, tensor and expert parallelism, then FSDP.
+#
+# The rules are those of the engines (gpt/parallel), and the tests compare both.
+
 
 SHARDED_DIM_0 = ("query", "key", "value", "gate", "up", "token_embedding", "head")
 """Tensors that tensor parallelism shards along the first dimension (column-parallel): by heads, inner width or
@@ -161,3 +171,241 @@ def cast_elements(shards: ParameterShards) -> int:
         p for p in shards.around if p.name == "token_embedding.weight"
     ]
     return shards.layers * elements(in_blocks) + elements(head)
+
+
+# Activations that a forward pass saves for its backward pass, tensor by tensor.
+#
+# A sum over the tensors that autograd saves, after Korthikanti et al. (arXiv 2205.05198, section 4.1), adapted to the
+# parts here: the residual stream and the norms are fp32 in bf16 too (autocast), and each matrix casts its input for
+# itself. It is what torch keeps on the CPU, and an upper bound for CUDA, whose RMSNorm does not keep the normalized
+# input and whose dropout keeps a byte for each element. The fused attention kernel keeps no T x T matrix; with dropout
+# torch has none for the CPU, and needs there what ``manual`` needs. Where keys are all-gathered, the CPU kernel also
+# saves a mask, the tokens of a chunk by those up to its end, which a GPU does not need and which is not counted.
+#
+# D width, H heads, K key-value heads, C head width, F inner width of the ffn, T tokens of a sequence.
+
+
+@dataclass(frozen=True)
+class ParallelFactors:
+    """Degrees by which the activations of a micro-batch are divided over ranks; by default not at all."""
+
+    tp: int = 1
+    """Tensor-parallel ranks, over which heads and inner widths are sharded."""
+    hidden: int = 1
+    """Ranks over which hidden states between the modules of a block are sharded: tp with sequence parallelism."""
+    cp: int = 1
+    """Context-parallel ranks, over which each sequence is sharded."""
+    gathers_keys: bool = False
+    """With cp: each rank saves the all-gathered keys and values."""
+    sends_rows: bool = False
+    """Experts are sharded over ranks, so rows are dispatched to them and back."""
+
+    def tokens(self, model: ModelConfig, sequences: int) -> int:
+        """Return the tokens of one rank in ``sequences`` sequences."""
+        return sequences * model.block_size // self.cp
+
+
+SINGLE_RANK = ParallelFactors()
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Saved activations of one rank for one micro-batch, in bytes."""
+
+    embedding: int
+    final: int
+    """Activations of the final norm and the output matrix."""
+    block: int
+    """Everything of one block."""
+    recomputed: int
+    """Part of ``block`` that is saved until its backward pass begins, where the rest is recomputed then."""
+
+
+@cached_by_model
+def activation_bytes(
+    model: ModelConfig,
+    sequences: int,
+    precision: Precision,
+    recompute: Recompute = Recompute.none,
+    factors: ParallelFactors = SINGLE_RANK,
+) -> ActivationBytes:
+    """Return the activations saved by a forward pass over ``sequences`` sequences, without logits and weights.
+
+    Where blocks are recomputed, each saves its input, and with ``selective`` the results of its matrix products.
+    """
+    tokens = factors.tokens(model, sequences)
+    width = BF16 if precision.is_half else FP32
+    embedding = INT64 + dropout_bytes(model, FP32, factors)
+    if isinstance(model.position, str) and not part_counts(model)["position"].on_heads:
+        embedding += custom_bytes(model, "position", width)
+    norm = norm_bytes(model, factors=factors, kept=width) if model.norm_position is NormPosition.pre else 0
+    block = block_bytes(model, sequences, width, factors)
+    hidden = -(-tokens * FP32 * model.n_embd // factors.hidden)
+    left = {
+        Recompute.none: block,
+        Recompute.selective: hidden + product_bytes(model, sequences, width, factors),
+        Recompute.full: hidden,
+    }
+    return ActivationBytes(tokens * embedding, tokens * (norm + width * model.n_embd), block, left[recompute])
+
+
+def block_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
+    """Return everything one block saves for its backward pass."""
+    tokens = factors.tokens(model, sequences)
+    bytes_ = tokens * (attention_bytes(model, width, factors) + ffn_bytes(model, width, factors))
+    if model.ffn is Ffn.moe:
+        bytes_ += expert_bytes(model, sequences, width, factors)
+    if model.parallel_residual:
+        bytes_ -= tokens * FP32 * model.n_embd // factors.hidden  # both norms keep the same input
+    bytes_ += sum(part_counts(model)[part].fixed for part in ("attention", "ffn") if part in model.custom_parts)
+    if model.attention is AttentionBackend.manual:
+        bytes_ += model.block_size**2 // factors.cp  # the mask, one byte for each pair
+    if factors.cp > 1 and model.position is Position.rope:
+        # Sines and cosines of the rank's own positions, picked out for the queries and again for the keys.
+        bytes_ += 2 * FP32 * model.head_dim * factors.tokens(model, 1)
+    return bytes_
+
+
+def product_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
+    """Return the results of the matrix products of one block, with attention, as gpt/parallel/compile.py saves them."""
+    tokens, up = factors.tokens(model, sequences), 2 if model.gated else 1
+    if model.custom_parts.keys() & {"attention", "ffn"}:
+        return tokens * custom_products(model, width, factors)
+    queries, keys, heads = head_widths(model, factors)
+    written_out = model.attention is AttentionBackend.manual or bool(model.dropout)
+    attention = width * (2 * queries + 2 * keys + model.n_embd)
+    attention += width * heads * model.block_size if written_out else FP32 * heads
+    if factors.cp > 1 and not factors.gathers_keys:  # what a ring's last rank merges: a result for each block of keys
+        attention += (factors.cp - 1) * (width * queries + (0 if written_out else FP32 * heads))
+    inner = -(-model.ffn_width // factors.tp)
+    if model.ffn is not Ffn.moe:
+        return tokens * (attention + width * (up * inner + model.n_embd))
+    shared = model.n_shared_expert * inner
+    mixture = FP32 * model.n_expert + (width * (up * shared + model.n_embd) if shared else 0)
+    rows = sequences * expert_rows(model) // factors.cp
+    results = up * inner + (3 if factors.sends_rows else 1) * model.n_embd  # and the rows received in either all-to-all
+    return tokens * (attention + mixture) + rows * width * results
+
+
+def custom_products(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
+    """Per token of one layer with an attention or a feed-forward layer of the user's: results of matrix products.
+
+    Of a part of ours beside it all that the part keeps, an upper bound.
+    """
+    bytes_ = 0
+    for part, ours in (("attention", attention_bytes), ("ffn", ffn_bytes)):
+        if part in model.custom_parts:
+            bytes_ += custom_bytes(model, part, width, products=True)
+        else:
+            bytes_ += ours(model, width, factors)
+    return bytes_
+
+
+def custom_bytes(model: ModelConfig, part: str, width: int, products: bool = False) -> int:
+    """Per token: what a part of the user's keeps, or the results of its matrix products, rounded up."""
+    counts = part_counts(model)[part]
+    measured = (counts.products if products else counts.saved)["half" if width == BF16 else "fp32"]
+    return -(-measured // model.block_size)
+
+
+def head_widths(model: ModelConfig, factors: ParallelFactors) -> tuple[int, int, int]:
+    """Return width of queries and of keys of one token, and query heads, of one rank."""
+    heads, kv_heads = -(-model.n_head // factors.tp), -(-model.kv_heads // factors.tp)
+    return heads * model.head_dim, kv_heads * model.head_dim, heads
+
+
+def norm_bytes(
+    model: ModelConfig,
+    norms: int = 1,
+    width: int | None = None,
+    factors: ParallelFactors = SINGLE_RANK,
+    kept: int = FP32,
+) -> int:
+    """Per token: input and statistics of ``norms`` norms over ``width`` (D), fp32; ``kept`` is the bytes of a number in
+    matrix products, by which norms of the user's were measured."""
+    if isinstance(model.norm, str):
+        return -(-custom_bytes(model, "norm" if width is None else "head_norm", kept) // factors.hidden)
+    width = model.n_embd if width is None else width
+    return -(-FP32 * norms * (2 * width + 1 if model.norm is Norm.rmsnorm else width + 2) // factors.hidden)
+
+
+def read_bytes(model: ModelConfig, width: int, readers: int) -> int:
+    """Per token: what matrices that read the same tensor keep of it; one tensor, or in bf16 each its own cast. They
+    read all of it, also where the hidden states before them are sharded."""
+    return (readers if width == BF16 else 1) * width * model.n_embd
+
+
+def attention_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
+    """Per token of one layer: norm, queries, keys, values, what the kernel saves of the T x T pairs, and its result."""
+    around = norm_bytes(model, factors=factors, kept=width) + dropout_bytes(model, width, factors)
+    if isinstance(model.attention, str):
+        return around + custom_bytes(model, "attention", width)
+    queries, keys, heads = head_widths(model, factors)
+    of_others = factors.cp if factors.gathers_keys else 1
+    if model.attention is AttentionBackend.manual:
+        pairs = 3 if model.dropout else 1  # softmax; and with dropout its noise and its result
+        bytes_ = width * (2 * queries + 2 * queries * of_others + pairs * heads * model.block_size)
+    else:
+        bytes_ = width * (2 * queries + 2 * keys * of_others) + FP32 * heads  # and the log-sum-exp of every row
+    if factors.gathers_keys:
+        bytes_ += width * queries  # the result, once as the kernel gave its chunks and once put together
+    if model.qk_norm:
+        bytes_ += norm_bytes(model, heads + keys // model.head_dim, model.head_dim, kept=width)
+        if isinstance(model.norm, Norm) and model.norm is not Norm.rmsnorm:
+            bytes_ -= (FP32 - width) * (queries + keys)  # LayerNorm keeps what it is given as it is
+    if isinstance(model.position, str) and part_counts(model)["position"].on_heads:
+        bytes_ += custom_bytes(model, "position", width)
+    return around + read_bytes(model, width, 3) + bytes_
+
+
+def ffn_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
+    """Per token of one layer: norm and feed-forward layer."""
+    around, inner = (
+        norm_bytes(model, factors=factors, kept=width) + dropout_bytes(model, width, factors),
+        -(-model.ffn_width // factors.tp),
+    )
+    if isinstance(model.ffn, str):  # of which each tp rank computes its own tokens
+        return around - (-custom_bytes(model, "ffn", width) // factors.hidden)
+    if model.ffn is not Ffn.moe:
+        return around + dense_bytes(model, width, inner)
+    bytes_ = around + mixture_bytes(model, width)
+    if model.n_shared_expert:
+        bytes_ += dense_bytes(model, width, model.n_shared_expert * inner)
+        bytes_ -= 0 if width == BF16 else width * model.n_embd  # the router keeps the same input
+    return bytes_
+
+
+def dense_bytes(model: ModelConfig, width: int, inner: int) -> int:
+    """Per token: the input, once for each matrix that reads it, and the inner tensors."""
+    return read_bytes(model, width, readers=2 if model.gated else 1) + width * inner_tensors(model) * inner
+
+
+def inner_tensors(model: ModelConfig) -> int:
+    """Count the tensors of the inner width that the activation and the last matrix save."""
+    if model.gated:
+        return 4  # gate, activation of the gate, up, and their product
+    return 1 if model.ffn_activation is Activation.relu else 2  # ReLU needs its result only
+
+
+def mixture_bytes(model: ModelConfig, width: int) -> int:
+    """Per token: the router, in fp32; the results of its experts, and where they were computed."""
+    chosen, indices = model.n_expert_per_token, 2 if model.capacity_factor else 3
+    router = FP32 * (model.n_embd + 2 * model.n_expert + 2) + chosen * (2 * FP32 + indices * INT64)
+    return router + chosen * width * model.n_embd
+
+
+def expert_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
+    """Return the rows that the experts of one layer are given, and their inner tensors.
+
+    With expert parallelism a rank is assumed to receive as many rows as it sends: balanced routing.
+    """
+    rows = sequences * expert_rows(model) // factors.cp
+    orders = 2 * INT64 if factors.sends_rows else 0  # in which they are sorted by expert there, and back
+    inner = inner_tensors(model) * -(-model.ffn_width // factors.tp)
+    left_over = width * model.n_embd if model.capacity_factor else 0  # one row, which no expert is given
+    return rows * (orders + width * (model.n_embd + inner)) + left_over
+
+
+def dropout_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
+    """Per token: the noise of one dropout over the residual width."""
+    return -(-width * model.n_embd // factors.hidden) if model.dropout else 0

@@ -1,7 +1,6 @@
 """Token sources of a run: prepared folders and their manifests, token files of others, and mixtures of the two.
 
-Owns the list of files that a run reads, and the checksum that identifies them. Torch-free, reads manifests and headers
-only. Must not know how tokens are made or become batches.
+Torch-free, reads manifests and headers only.
 """
 
 from __future__ import annotations
@@ -17,14 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gpt.config import DataConfig, WeightedPath
-from gpt.data.formats.token_file import (
-    ITEM_BYTES,
-    Segment,
-    missing_tokens_error,
-    open_token_files,
-    read_token_file,
-    split_end,
-)
+from gpt.data.token_file import ITEM_BYTES, Segment, missing_tokens_error, open_token_files, read_token_file, split_end
 from launch.errors import ConfigError
 
 FORMAT = 2
@@ -62,7 +54,7 @@ class TokenSource:
     vocab_size: int | None
     """Upper limit of the ids; None where neither manifest nor meta.pkl tells it."""
     tokenizer: dict[str, Any] | None
-    """Description of its tokenizer, as ``gpt.data.tokenizers.registry.describe_tokenizer`` gives it."""
+    """Description of its tokenizer, as ``gpt.data.tokenizers.describe_tokenizer`` gives it."""
     sha256: str
     """Equal for equal data, wherever it was prepared; token files of others count by their ends and sizes."""
     entropy: float | None = None

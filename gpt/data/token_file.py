@@ -1,22 +1,33 @@
-"""Token files: one flat run of token ids on disk, in the format of nanoGPT, llm.c or Megatron.
-
-Owns the recognition of the three formats and the reading of their headers. Torch-free, and reads headers only. Must not
-know where tokens come from or how they become batches.
-
-- nanoGPT: no header; numpy's ``tofile`` of uint16 (nanoGPT, data/*/prepare.py).
-- llm.c and modded-nanogpt: 256 int32, of which the first are magic number, version and number of tokens; 20240520 and 1
-  for uint16, 20240801 and 7 for uint32 (llm.c, dev/data/data_common.py).
-- Megatron: the tokens in NAME.bin without a header, and NAME.idx with the width of a token and the length of every
-  sequence (Megatron-LM, megatron/core/datasets/indexed_dataset.py).
-"""
+"""Token files of nanoGPT, llm.c and Megatron: readers and writers of one flat run of token ids."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import pickle
 import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
+import numpy.typing as npt
+
+from gpt.config import TokenFileFormat
+from gpt.data.tokenizers import CharTokenizer, Tokenizer
 from launch.errors import ConfigError, closest
+
+# Token files: one flat run of token ids on disk, in the format of nanoGPT, llm.c or Megatron.
+#
+# Torch-free, and reads headers only.
+#
+# - nanoGPT: no header; numpy's ``tofile`` of uint16 (nanoGPT, data/*/prepare.py).
+# - llm.c and modded-nanogpt: 256 int32, of which the first are magic number, version and number of tokens; 20240520 and
+#   1 for uint16, 20240801 and 7 for uint32 (llm.c, dev/data/data_common.py).
+# - Megatron: the tokens in NAME.bin without a header, and NAME.idx with the width of a token and the length of every
+#   sequence (Megatron-LM, megatron/core/datasets/indexed_dataset.py).
+
 
 ITEM_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
 """Numpy name of an integer -> its bytes; all files are little-endian."""
@@ -179,3 +190,147 @@ def glob_files(pattern: str) -> list[Path]:
     place = Path(pattern).expanduser().absolute()
     # Path.glob takes relative patterns only.
     return sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
+
+
+# Writers of token files: one split in the format of nanoGPT, llm.c or Megatron.
+#
+# Streams: holds one piece at a time.
+
+
+LLMC_SHARD_TOKENS = 100_000_000  # as in llm.c's fineweb.py
+MEGATRON_SEQUENCE_LIMIT = 1 << 30  # lengths are int32
+UINT16_VOCAB = 1 << 16
+
+Lengths = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """Entry of the manifest for one file of a split."""
+
+    name: str
+    tokens: int
+    """Number of tokens; 0 for a file that holds none, such as an index."""
+    size: int
+    sha256: str
+
+
+def token_dtype(layout: TokenFileFormat, vocab_size: int) -> str:
+    """Choose the integer that holds a token: 16 bits where the vocabulary allows; Megatron knows no unsigned 32."""
+    if vocab_size <= UINT16_VOCAB:
+        return "uint16"
+    return "int32" if layout is TokenFileFormat.megatron else "uint32"
+
+
+def write_split(
+    layout: TokenFileFormat,
+    folder: Path,
+    split: str,
+    dtype: str,
+    tokens: int,
+    chunks: Iterable[bytes],
+    lengths: Iterable[Lengths],
+) -> list[WrittenFile]:
+    """Write the files of ``split`` into ``folder``.
+
+    Args:
+        layout: the format of the files.
+        split: ``train`` or ``val``, the beginning of their names.
+        dtype: numpy name of a token's integer.
+        tokens: number of tokens in ``chunks``; llm.c has it in a header before them.
+        chunks: the tokens, as little-endian ``dtype``.
+        lengths: tokens of each document, in order; used by Megatron's index only.
+    """
+    if layout is TokenFileFormat.llmc:
+        return list(_write_llmc(folder, split, dtype, tokens, chunks))
+    written = [_write_file(folder / f"{split}.bin", chunks, dtype)]
+    if layout is TokenFileFormat.megatron:
+        written.append(_write_file(folder / f"{split}.idx", _megatron_index(dtype, lengths), None))
+    assert written[0].tokens == tokens, f"{split}: {written[0].tokens} tokens, expected {tokens}"
+    return written
+
+
+def write_meta(folder: Path, vocab_size: int, tokenizer: Tokenizer | None) -> None:
+    """Write nanoGPT's ``meta.pkl``: its train.py takes the vocabulary from it, its sample.py the characters."""
+    meta: dict[str, object] = {"vocab_size": vocab_size}
+    if isinstance(tokenizer, CharTokenizer):
+        meta |= {"stoi": dict(tokenizer.ids), "itos": dict(enumerate(tokenizer.characters))}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta, protocol=4))  # any Python since 3.4 reads it
+
+
+class _HashedFile:
+    """A file whose sha256 is computed as it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: BinaryIO = path.open("wb")
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.size += len(data)
+
+    def close(self) -> str:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._digest.hexdigest()
+
+
+def _write_file(path: Path, chunks: Iterable[bytes], dtype: str | None) -> WrittenFile:
+    file = _HashedFile(path)
+    for chunk in chunks:
+        file.write(chunk)
+    return WrittenFile(path.name, file.size // ITEM_BYTES[dtype] if dtype else 0, file.size, file.close())
+
+
+def _write_llmc(folder: Path, split: str, dtype: str, tokens: int, chunks: Iterable[bytes]) -> Iterator[WrittenFile]:
+    magic, version = LLMC_KINDS[dtype]
+    portions, left, number = _Portions(chunks), tokens, 0
+    while left or not number:
+        count = min(left, LLMC_SHARD_TOKENS)
+        path = folder / f"{split}_{number:06d}.bin"
+        file = _HashedFile(path)
+        file.write(struct.pack("<iii", magic, version, count).ljust(LLMC_HEADER_BYTES, b"\0"))
+        for piece in portions.take(count * ITEM_BYTES[dtype]):
+            file.write(piece)
+        yield WrittenFile(path.name, count, file.size, file.close())
+        left, number = left - count, number + 1
+
+
+class _Portions:
+    """The bytes of ``chunks``, taken in portions of any size without joining them in memory."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = iter(chunks)
+        self._rest = memoryview(b"")
+
+    def take(self, size: int) -> Iterator[memoryview]:
+        """Yield exactly ``size`` bytes, in pieces."""
+        while size:
+            if not self._rest:
+                self._rest = memoryview(next(self._chunks))
+            piece, self._rest = self._rest[:size], self._rest[size:]
+            size -= len(piece)
+            yield piece
+
+
+def _megatron_index(dtype: str, lengths: Iterable[Lengths]) -> Iterator[bytes]:
+    """Yield Megatron's index: every document is a sequence of its own; one too long for the format is several."""
+    sizes = np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
+    counts = np.maximum(1, -(-sizes // MEGATRON_SEQUENCE_LIMIT))
+    if (counts > 1).any():
+        sizes = np.concatenate([_split_length(size, count) for size, count in zip(sizes, counts, strict=True)])
+    yield MEGATRON_HEADER.pack(MEGATRON_MAGIC, 1, MEGATRON_CODES[dtype], len(sizes), len(counts) + 1)
+    yield sizes.astype("<i4").tobytes()
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)[:-1]]) if len(sizes) else sizes
+    yield (starts * ITEM_BYTES[dtype]).astype("<i8").tobytes()
+    yield np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)]).astype("<i8").tobytes()
+
+
+def _split_length(size: int, count: int) -> Lengths:
+    """Split a length into ``count`` parts within the limit."""
+    parts = np.full(count, MEGATRON_SEQUENCE_LIMIT, dtype=np.int64)
+    parts[-1] = size - MEGATRON_SEQUENCE_LIMIT * (count - 1)
+    return parts

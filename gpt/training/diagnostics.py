@@ -1,0 +1,323 @@
+"""Diagnostics of training: breakdown of a step, compile time, gradient statistics, profiler."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from gpt.config import ModelConfig, TrainConfig
+from gpt.model.gpt import GPT
+from gpt.parallel.distributed import World
+from gpt.parallel.optimizer import shared_squares, sum_of_elements
+from launch.runs.records import StepRecord
+
+# Breakdown of one step in every ``logging.breakdown_interval``: what the device did, and when it did nothing.
+#
+# torch's profiler watches the step on every rank, and its trace is reduced to a few numbers at once: nothing is kept of
+# it.
+
+
+Interval = tuple[float, float]
+"""Begin and end of what a device does, in one unit of time; empty where the end is not above the begin."""
+
+MARK = "gpt.training.diagnostics: step"
+WARMUP_STEPS = 2
+"""First steps of an attempt that are not watched: they compile and connect."""
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Parts of a step, in the unit of its intervals. ``compute``, ``copies``, ``exposed`` and ``idle`` add up to it."""
+
+    compute: float
+    communication: float
+    """Time of collectives, hidden by computing or not."""
+    exposed: float
+    """Communication while nothing is computed or copied."""
+    copies: float
+    """Copies between host and device, and on it, while nothing is computed."""
+    idle: float
+
+
+def break_down(
+    begin: float, end: float, compute: Iterable[Interval], communication: Iterable[Interval], copies: Iterable[Interval]
+) -> Breakdown:
+    """Divide a step by the intervals of what was done in it, which may overlap in any way and stand out of it."""
+    computing, communicating, copying = (
+        merge((max(a, begin), min(b, end)) for a, b in intervals) for intervals in (compute, communication, copies)
+    )
+    busy = length(computing)
+    with_copies = merge([*computing, *copying])
+    with_all = merge([*with_copies, *communicating])
+    return Breakdown(
+        compute=busy,
+        communication=length(communicating),
+        exposed=length(with_all) - length(with_copies),
+        copies=length(with_copies) - busy,
+        idle=end - begin - length(with_all),
+    )
+
+
+def merge(intervals: Iterable[Interval]) -> list[Interval]:
+    """Return the union of intervals as separate ones in ascending order."""
+    found: list[Interval] = []
+    for begin, end in sorted(interval for interval in intervals if interval[1] > interval[0]):
+        if found and begin <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], end)
+        else:
+            found.append((begin, end))
+    return found
+
+
+def length(intervals: Sequence[Interval]) -> float:
+    """Return the length of separate intervals."""
+    return sum(end - begin for begin, end in intervals)
+
+
+def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
+    """Return the kind of a profiled event: ``compute``, ``communication`` or ``copies``; empty for any other.
+
+    On a GPU its kernels are what it computes, those of NCCL aside. A CPU computes in the operations of torch, and
+    copies by computing; gloo says when its collectives run.
+    """
+    if on_gpus:
+        if not is_on_gpu:
+            return ""
+        if name.startswith(("Memcpy", "Memset")):
+            return "copies"
+        return "communication" if name.startswith("nccl") else "compute"
+    if name.startswith("gloo:"):
+        return "communication"
+    return "compute" if name.startswith("aten::") else ""
+
+
+class StepBreakdown:
+    """Asked after each step whether it has something to do there, since the device must be at rest for that."""
+
+    def __init__(self, interval: int, world: World, since: int) -> None:
+        self._interval, self._first = interval, since + WARMUP_STEPS + 1
+        self._on_gpus = world.device.type == "cuda"
+        self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpus else [])]
+        self._profiler: profile | None = None
+        self._step = 0
+
+    def due(self, step: int) -> bool:
+        """True where the step after ``step`` is to be watched, or ``step`` was."""
+        return self._profiler is not None or self._is_next(step)
+
+    def _is_next(self, step: int) -> bool:
+        return self._interval > 0 and step + 1 >= self._first and (step + 1) % self._interval == 0
+
+    def before(self, step: int) -> None:
+        """Begin to watch the step after ``step``, where it is due; the device is at rest."""
+        if not self._is_next(step):
+            return
+        self._step, self._profiler = step + 1, profile(activities=self._activities, acc_events=True)
+        self._profiler.start()
+        self._mark = record_function(MARK)
+        self._mark.__enter__()
+
+    def into(self, record: StepRecord) -> None:
+        """End what watches, and complete the record of the step that it has watched; the device is at rest."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is None:
+            return
+        self._mark.__exit__(None, None, None)
+        profiler.stop()
+        if record.step != self._step:  # the run has gone back meanwhile
+            return
+        found = self._reduce(profiler)
+        record.breakdown_compute_s, record.breakdown_comm_s = found.compute, found.communication
+        record.breakdown_exposed_s, record.breakdown_idle_s = found.exposed, found.idle
+        record.breakdown_copies_s = found.copies if self._on_gpus else None  # a CPU's are among what it computes
+
+    def _reduce(self, profiler: profile) -> Breakdown:
+        assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+        spans: dict[str, list[Interval]] = {"compute": [], "communication": [], "copies": [], "step": []}
+        for event in profiler.profiler.kineto_results.events():
+            if event.device_type() == DeviceType.CUDA and event.is_user_annotation():
+                continue  # the GPU's copy of a mark such as MARK: it lasts from the first kernel in it to the last
+            name = event.name()
+            kind = classify(name, event.device_type() == DeviceType.CUDA, self._on_gpus)
+            if name == MARK and event.device_type() == DeviceType.CPU:
+                kind = "step"
+            if kind:
+                start = event.start_ns()
+                spans[kind].append((start / 1e9, (start + event.duration_ns()) / 1e9))
+        [(begin, end)] = spans.pop("step")
+        return break_down(begin, end, **spans)
+
+
+# Time that torch takes to compile, as its own compiler tells it: from the outermost begin to the outermost end.
+
+
+class CompileTime:
+    """Clock of this process's compiler: of frames, of backward passes that wait for their first use, of CUDA graphs.
+
+    Args:
+        compiles: whether the run compiles; else nothing is loaded and no time ever known.
+    """
+
+    def __init__(self, compiles: bool) -> None:
+        self._began = 0.0
+        self._spent_s = 0.0
+        self._compiles = compiles
+        if compiles:
+            # The counters of torch._dynamo.utils add up nested phases and threads; these callbacks tell wall time.
+            from torch._dynamo.callback import callback_handler
+
+            callback_handler.register_start_callback(self._begin)
+            callback_handler.register_end_callback(self._end)
+
+    def take(self) -> float | None:
+        """Return the seconds since it was last asked; None where nothing was compiled."""
+        if not self._spent_s:
+            return None
+        seconds, self._spent_s = self._spent_s, 0.0
+        return seconds
+
+    def close(self) -> None:
+        """Listen no longer."""
+        if self._compiles:
+            from torch._dynamo.callback import callback_handler
+
+            with contextlib.suppress(ValueError):  # torch._dynamo.reset() has dropped them
+                callback_handler.remove_start_callback(self._begin)
+                callback_handler.remove_end_callback(self._end)
+
+    def _begin(self, *_: object) -> None:
+        self._began = time.perf_counter()
+
+    def _end(self, *_: object) -> None:
+        self._spent_s += time.perf_counter() - self._began
+
+
+# Gradient statistics: their mean and standard deviation, and the norm of each layer's.
+#
+# Every rank sums its own part on its device; the sums travel with the loss, so there is no collective of their own and
+# nobody waits for them.
+
+
+@dataclass(frozen=True)
+class GradientFigures:
+    """Statistics of the gradients of a step before clipping, over all parameters."""
+
+    mean: float
+    std: float
+    layer_norms: dict[str, float]
+    """L2 norm by layer: ``blocks.0`` and so on, and what is outside the blocks."""
+
+
+class Gradients:
+    """The gradients of a model, by layer."""
+
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        with torch.device("meta"):
+            whole = GPT(model)
+        self._device = device
+        self.names = list(dict.fromkeys(layer_of(name) for name, _ in whole.named_parameters()))
+        """The layers, in the order of the model."""
+        self._elements = sum(p.numel() for p in whole.parameters())
+
+    def sums(self, parts: Iterable[tuple[str, Tensor, float]]) -> Tensor:
+        """This rank's share of the sums over all elements: squares by layer, then the elements; (layers + 1,) float64.
+
+        Added up over all ranks they are those of the whole model.
+
+        Args:
+            parts: name, part of the gradient that this rank holds, one over the number of ranks that hold the same.
+        """
+        named = list(parts)
+        held = [(part, share) for _, part, share in named]
+        layers: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        for (name, *_), squares in zip(named, shared_squares(held), strict=True):
+            layers[layer_of(name)].append(squares)
+        nothing = torch.zeros((), dtype=torch.float64, device=held[0][0].device)
+        sums = [torch.stack(squares).sum() if squares else nothing for squares in layers.values()]
+        return torch.stack([*sums, sum_of_elements(held)]).to(self._device)
+
+    def figures(self, sums: list[float]) -> GradientFigures:
+        """Compute the statistics from the sums of all ranks."""
+        *squares, total = sums
+        mean = total / self._elements
+        variance = max(0.0, sum(squares) / self._elements - mean**2)
+        return GradientFigures(
+            mean, math.sqrt(variance), {n: math.sqrt(s) for n, s in zip(self.names, squares, strict=True)}
+        )
+
+
+def layer_of(parameter: str) -> str:
+    """``blocks.3`` for ``blocks.3.ffn.up.weight``, the first word for what is in no block."""
+    words = parameter.split(".")
+    return ".".join(words[:2]) if words[0] == "blocks" else words[0]
+
+
+# A look inside a few steps: ``profile=true profile_from=A profile_to=B``.
+#
+# Only rank 0 is profiled.
+
+
+TRACE = "trace_rank_00000.json.gz"
+TABLE = "profile_rank_00000.txt"
+ROWS = 40
+
+
+class StepProfile:
+    """Asked after each step whether it has something to do there, since the device must be at rest for that.
+
+    All ranks are at rest there, not only the one that is profiled: a step that the run goes back for is known to all of
+    them before the next one, or to none.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, world: World) -> None:
+        self._folder = folder
+        self._first, self._last = config.profile_from, config.profile_to
+        self._wanted, self._is_profiled = config.profile, world.is_first
+        self._is_on = False
+        self._activities = [ProfilerActivity.CPU]
+        if world.device.type == "cuda":
+            self._activities.append(ProfilerActivity.CUDA)
+        self._sort_by = "self_cuda_time_total" if world.device.type == "cuda" else "self_cpu_time_total"
+        self._profiler: profile | None = None
+
+    def due(self, step: int) -> bool:
+        """True where profiling begins or ends after ``step``, on all ranks.
+
+        A run that resumes within the range takes the rest.
+        """
+        starts = not self._is_on and self._first <= step + 1 <= self._last
+        return self._wanted and (starts or (self._is_on and step >= self._last))
+
+    def after(self, step: int) -> None:
+        """Begin or end, where it is due."""
+        if not self.due(step):
+            return
+        if self._is_on:
+            self.close()
+            return
+        self._first, self._is_on = step + 1, True
+        if self._is_profiled:
+            self._profiler = profile(activities=self._activities, record_shapes=True)
+            self._profiler.start()
+
+    def close(self) -> None:
+        """Write the files, if there is something to write."""
+        self._is_on = self._wanted = False
+        if self._profiler is None:
+            return
+        self._profiler.stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._profiler.export_chrome_trace(str(self._folder / TRACE))
+        table = self._profiler.key_averages().table(sort_by=self._sort_by, row_limit=ROWS)
+        (self._folder / TABLE).write_text(table)
+        print(f"profiled from step {self._first}: {self._folder / TRACE}, {TABLE} beside it", flush=True)
+        self._profiler = None

@@ -1,0 +1,434 @@
+"""Plan of a point: hardware of its nodes, text and facts, and refusals. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from gpt.accounting import counts
+from gpt.accounting.hardware import KNOWN, expand, find, memory_bytes
+from gpt.config import Device, Float8, ParallelConfig, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
+from gpt.config.optim import describe_extended_schedule
+from gpt.config.rules import float8_words
+from gpt.data.corpus import Corpus
+from gpt.planning.auto import ParallelChoice, execution_warnings, many_epochs, many_time_limits
+from gpt.planning.cost import estimate
+from gpt.planning.execution import choose_compile, choose_tf32
+from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu, with_network
+from gpt.planning.memory import GIB, Memory, in_memory_bytes, per_rank, staging_bytes
+from gpt.planning.search import table
+from gpt.topology.dims import Batch, ParallelDims, split_batch
+from gpt.topology.rules import check_parallel_dims
+from launch.errors import ConfigError, closest, counted
+from launch.runs.events import Events, is_finished, planned_steps
+from launch.runs.measured import MatmulRates, read_matmul_rates, read_network
+from launch.workload import PlanRequest, StepTime
+
+# Hardware of the nodes that a point asks for, as far as it is said or seen, and the time of a step on it.
+#
+# Torch-free.
+
+
+def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
+    """True where the ranks will compute on CPUs, as far as can be told from here."""
+    if config.device is not Device.auto:
+        return config.device is Device.cpu
+    if request.is_local:
+        return request.local_gpus == 0
+    return not (request.cluster.gpus_per_node or request.cluster.gpu_name or "gpu" in (request.cluster.gres or ""))
+
+
+def gpu_memory(request: PlanRequest) -> int | None:
+    """Bytes of one GPU, as far as they are said or known."""
+    cluster = request.cluster
+    if cluster.gpu_memory_gib is not None:
+        return int(cluster.gpu_memory_gib * GIB)
+    name = known_gpu(cluster.gpu_name, cluster.gpu_memory_gib)
+    return None if name is None else memory_bytes(name)
+
+
+def gpu_name(request: PlanRequest) -> str | None:
+    """Return the whole name of the GPUs, as it is said of the nodes, seen on this machine or told by Slurm; None where
+    unknown. Of several devices of one type it is the one with the least memory: their peaks are the same."""
+    said = known_gpu(request.cluster.gpu_name, request.cluster.gpu_memory_gib) or request.local_gpu_name
+    told = expand(request.gpu_type) if said is None and request.gpu_type is not None else []
+    return said or min(told, key=lambda name: memory_bytes(name) or 0, default=None)
+
+
+def gpu_words(request: PlanRequest) -> str:
+    """Source of the known memory of a GPU, in words."""
+    cluster = request.cluster
+    if cluster.gpu_memory_gib is not None:
+        return "cluster.gpu_memory_gib"
+    return f"cluster.gpu_name: {known_gpu(cluster.gpu_name, None)}"
+
+
+def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
+    """Return the hardware that the estimates assume of the nodes of a cluster.
+
+    Raises:
+        ConfigError: too little is said of them.
+    """
+    cluster, links = request.cluster, request.cluster.interconnect
+    rates = matmul_rates(config, request)
+    overrides = MachineOverrides(
+        memory=gpu_memory(request),
+        peak_tflops=cluster.gpu_tflops,
+        attainable=cluster.matmul_efficiency,
+        inside_gb_per_s=links.intra_node.bandwidth_gb_per_s,
+        between_gb_per_s=links.inter_node.bandwidth_gb_per_s,
+        inside_latency_s=links.intra_node.latency_us / 1e6,
+        between_latency_s=links.inter_node.latency_us / 1e6,
+        host_memory=host_memory(request),
+    )
+    if on_cpus(config, request):
+        return calibrate(measured(cpus(cpu_memory(request), request.ranks_per_node, overrides), rates), request)
+    name = gpu_name(request)
+    tf32 = choose_tf32(config, on_cpus=False)
+    found = gpus(name or "", config.precision, request.ranks_per_node, overrides, tf32)
+    if found is None:
+        raise ConfigError(
+            f"parallel.strategy=auto, and GPUs of which nothing is known ({name or 'no cluster.gpu_name'}) in "
+            f"precision={config.precision.name}",
+            "cluster.gpu_name, as nvidia-smi -L prints it; or cluster.gpu_tflops and cluster.gpu_memory_gib",
+            f"""'cluster.gpu_name="{(closest(name or "", KNOWN) or ["NVIDIA H100 80GB HBM3"])[0]}"'""",
+        )
+    return calibrate(measured(found if name else replace(found, device="a GPU"), rates), request)
+
+
+def measured(machine: Machine, rates: MatmulRates | None) -> Machine:
+    """Return a machine with rates as they were measured, if they were."""
+    return machine if rates is None else replace(machine, flops_per_s=rates.best, matmul=rates)
+
+
+def calibrate(machine: Machine, request: PlanRequest) -> Machine:
+    """Return a machine whose links are as they were measured, and that computes and sends faster or slower by the
+    factors of a request.
+
+    Raises:
+        ConfigError: ``cluster.network`` is no such measurement.
+    """
+    if request.cluster.network is not None:
+        machine = with_network(machine, read_network(Path(request.cluster.network)))
+    if request.rate_factor == request.link_factor == 1:
+        return machine
+    factor = request.link_factor
+    faster = [
+        link.changed(lambda latency_s, rate: (latency_s / factor, rate * factor))
+        for link in (machine.intra_node, machine.inter_node)
+    ]
+    rate = machine.flops_per_s * request.rate_factor
+    matmul = None if machine.matmul is None else machine.matmul.times(request.rate_factor)
+    return replace(machine, flops_per_s=rate, matmul=matmul, intra_node=faster[0], inter_node=faster[1])
+
+
+def matmul_rates(config: TrainConfig, request: PlanRequest) -> MatmulRates | None:
+    """Return the measured rates of matrix products on the devices of a request, in the precision of a run.
+
+    Raises:
+        ConfigError: the file is broken, of another device, or lacks the precision.
+    """
+    if request.cluster.matmul_rates is None:
+        return None
+    path = Path(request.cluster.matmul_rates)
+    found, is_on_cpus = read_matmul_rates(path), on_cpus(config, request)
+    device = "CPU" if is_on_cpus else gpu_name(request)
+    again = f"python -m gpt.bench_matmul --output {path} on such a node, or cluster.matmul_rates=null"
+    if device is not None and device != found.device:
+        raise ConfigError(f"cluster.matmul_rates={path}, measured on {found.device}", f"rates of {device}", again)
+    precision = "tf32" if choose_tf32(config, is_on_cpus) else config.precision.name
+    if precision == "auto":
+        precision = "fp32" if is_on_cpus else "bf16"
+    if precision not in found.precisions:
+        told = f"cluster.matmul_rates={path}, with rates in {', '.join(found.precisions)}"
+        raise ConfigError(told, f"rates in {precision}, the precision of the run", again)
+    return found.precisions[precision]
+
+
+def host_memory(request: PlanRequest) -> int | None:
+    """Bytes of a node's memory that one rank may have; None where nobody said."""
+    if request.is_local:
+        return free_memory() // request.world_size
+    return None if request.cluster.mem_gb is None else int(request.cluster.mem_gb * GIB) // request.ranks_per_node
+
+
+def cpu_memory(request: PlanRequest) -> int:
+    """Bytes that one rank on CPUs may have."""
+    found = host_memory(request)
+    if found is None:
+        raise ConfigError(
+            "parallel.strategy=auto on nodes of unknown memory",
+            "cluster.mem_gb, the memory of a node; or, on GPUs, cluster.gpu_name",
+            "cluster.mem_gb=64",
+        )
+    return found
+
+
+def estimated_step(config: TrainConfig, dims: ParallelDims, batch: Batch, request: PlanRequest) -> StepTime | None:
+    """Time of a step by the cost model of the layouts; None on this machine's CPUs, and where too little is known."""
+    if request.is_local and on_cpus(config, request):
+        return None
+    matmul_rates(config, request)  # a file of another device is refused, where too little said is not
+    try:
+        machine = machine_of(config, request)
+    except ConfigError:  # too little is said of the nodes, which only parallel=auto has to know
+        return None
+    found = estimate(config, dims, batch, machine)
+    return StepTime(found.compute_s, found.bubble_s, found.communication_s)
+
+
+# Plan of a point in words for people and in facts for programs. Torch-free.
+
+
+def plain_values(parallel: ParallelConfig) -> dict[str, Any]:
+    """The keys of ``parallel`` as JSON and YAML hold them."""
+    return {key: value.name if isinstance(value, Enum) else value for key, value in asdict(parallel).items()}
+
+
+def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str) -> dict[str, str]:
+    """Lines of the plan for people."""
+    counted, steps = counts.count(config.model), config.optim.max_steps
+    active = f", {counted.active:,} active for a token" if counted.active != counted.total else ""
+    gflop = counts.training_flops_per_token(config.model).palm / 1e9
+    tokens = batch.global_batch * config.model.block_size
+    shares = {key: value for key, value in asdict(needed).items() if key != "host" and value}
+    parts = ", ".join(f"{key} {value / GIB:.3f}" for key, value in shares.items())
+    host = f", and {needed.host / GIB:.3f} GiB of host memory" if needed.host else ""
+    return {
+        "topology": str(dims),
+        "model": f"{config.model.name}: {counted.total:,} parameters ({counted.non_embedding:,} without "
+        f"embeddings{active}), {gflop:.3g} GFLOP a token",
+        "batch": f"global batch {batch.global_batch} x {config.model.block_size} tokens = {batch.accumulation} "
+        f"micro-batch{'es' if batch.accumulation > 1 else ''} of {batch.micro} per rank",
+        "tokens": f"{tokens:,} a step, {tokens * steps:,} in {steps} steps",
+        "memory": f"{needed.total / GIB:.3f} GiB per rank ({parts}){host}",
+        "data": corpus,
+    }
+
+
+def checkpoint_text(config: TrainConfig, world_size: int, nodes: int = 1) -> str:
+    """Say when checkpoints are saved, and what that holds up."""
+    every, staging = str(config.checkpoint.every()), staging_bytes(config, world_size)
+    copied = f"; copied to {config.checkpoint.copy_to}" if config.checkpoint.copy_to else ""
+    if not staging:
+        return f"{every}, each waited for (checkpoint.asynchronous=false){copied}"
+    own = config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage
+    held = in_memory_text(config, world_size, nodes)
+    first = " on the first, in DeepSpeed's own files," if own else ""
+    return f"{every}, in the background from {staging / GIB:.3f} GiB of host memory per rank{first}{held}{copied}"
+
+
+def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:
+    """Say how often the state goes into the memory of the nodes, and how much of it that takes."""
+    if not config.checkpoint.in_memory:
+        return ""
+    held = in_memory_bytes(config, world_size, nodes)
+    where = "its own node and of the next" if nodes > 1 else "its node"
+    gone = "a lost head node, or two neighbors lost together, take" if nodes > 1 else "a lost node takes"
+    return (
+        f"; every {config.checkpoint.in_memory_interval} steps in the memory of {where}, "
+        f"{held / GIB:.3f} GiB for each rank of a node ({gone} it along: then the disk's counts)"
+    )
+
+
+def execution_rows(config: TrainConfig, precision: Precision, request: PlanRequest) -> dict[str, str]:
+    """Precision and compilation that the plan counts with, and where only the ranks can tell."""
+    name = "bf16, where the GPUs compute in it" if precision is Precision.auto else precision.name
+    compiled = choose_compile(config, request.world_size, on_cpus(config, request))
+    known = find(gpu_name(request) or "")
+    has_tf32 = known is None or known.tf32 is not None
+    tf32 = " in TF32" if choose_tf32(config, on_cpus(config, request)) and has_tf32 else ""
+    float8 = "" if config.float8 is Float8.none else f" with {float8_words(config)}"
+    return {"execution": f"{name}{tf32}{float8}, compile {compiled.name}"}
+
+
+def schedule_rows(config: TrainConfig, events: Events) -> dict[str, str]:
+    """Learning rate where the run was finished after fewer steps, and is to go on."""
+    before = planned_steps(events)
+    if before is None or before >= config.optim.max_steps or not is_finished(events):
+        return {}
+    return {"schedule": describe_extended_schedule(config.optim, before)}
+
+
+def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
+    """Reason for which the model is parallelized so, where the command left that open, and what else there was."""
+    if not choice.why:
+        return {}
+    return {"chosen": (choice.why, *table([layout.as_dict() for layout in choice.best]), *choice.left_out)}
+
+
+def plan_warnings(
+    config: TrainConfig, batch: Batch, corpus: Corpus, request: PlanRequest, step_s: float | None
+) -> Iterator[str]:
+    """Yield what would work, and is hardly what somebody wants."""
+    if not on_cpus(config, request):
+        compiled = choose_compile(config, request.world_size, on_cpus=False)
+        settled = replace(config, tf32=choose_tf32(config, on_cpus=False), compile=compiled)
+        yield from execution_warnings(settled, gpu_name(request))
+    yield from many_epochs(config, batch, corpus.train_tokens)
+    if step_s is not None and not request.is_local:
+        yield from many_time_limits(step_s * config.optim.max_steps, request.cluster.timeout_min)
+
+
+def plan_facts(
+    config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str, choice: ParallelChoice
+) -> dict[str, Any]:
+    """The plan for programs."""
+    counted = counts.count(config.model)
+    tokens = batch.global_batch * config.model.block_size
+    return {
+        "topology": dims.as_dict(),
+        "global_batch": batch.global_batch,
+        "micro_batch": batch.micro,
+        "accumulation": batch.accumulation,
+        "block_size": config.model.block_size,
+        "tokens_per_step": tokens,
+        "tokens_total": tokens * config.optim.max_steps,
+        "model": config.model.name,
+        "parameters": counted.total,
+        "parameters_non_embedding": counted.non_embedding,
+        "parameters_active": counted.active,  # what one token is computed with: of experts those it goes to
+        "flops_per_token": counts.training_flops_per_token(config.model).palm,
+        "memory_bytes": {**asdict(needed), "total": needed.total},
+        "parallel": plain_values(config.parallel),
+        "micro_batch_limit": choice.micro_batch,
+        "data": corpus,
+        "chosen": choice.why,
+        "choices": [layout.as_dict() for layout in choice.best],
+        "left_out": list(choice.left_out),
+    }
+
+
+def step_kind(config: TrainConfig, dims: ParallelDims, batch: Batch) -> str:
+    """Return the settings that decide how long a step takes on given nodes, beside the data."""
+    counted = counts.count(config.model)
+    size = f"{config.model.name} {counted.total} {batch.global_batch}x{config.model.block_size} micro {batch.micro}"
+    how = (config.device, config.precision, config.compile, config.recompute)
+    return " ".join([size, str(dims), *(choice.name for choice in how)])
+
+
+# Refusal of a point whose batch its ranks cannot share, or whose ranks its nodes cannot hold. Torch-free.
+
+
+def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: PlanRequest) -> Batch:
+    """Split the global batch, naming nodes and ranks where that does not go."""
+    total, ranks = config.optim.global_batch, dims.data_ranks
+    if not config.optim.weak_scaling and total % ranks:
+        found = (
+            f"nodes={request.nodes} x {request.ranks_per_node} ranks = {ranks} ranks, but optim.global_batch={total} "
+            f"is not a multiple of {ranks}"
+        )
+        # Of model-parallel ranks several share a sequence; what every point of the sweep can split has to be a multiple
+        # of each point's data-parallel ranks.
+        together = request.world_size // ranks
+        every = math.lcm(ranks, *(size // together for size in request.sweep_sizes if size % together == 0))
+        points = " of every point" if every != ranks else ""
+        fewer = nearest_divisor(total, ranks)
+        raise ConfigError(
+            found,
+            f"the same number of sequences for every rank{points}",
+            f"optim.global_batch={-(-total // every) * every}, or {counted(fewer, 'rank')} in all",
+        )
+    return split_batch(config.optim, ranks)
+
+
+def refuse_size(config: TrainConfig, request: PlanRequest) -> None:
+    """Raise ConfigError where a run in the middle of its steps could not go on with the ranks of ``request``.
+
+    Micro-batches, accumulation and shards follow from the number of ranks; tp, cp, pp, ep and a typed dp_shard stay.
+    """
+    if config.optim.weak_scaling:
+        raise ConfigError(
+            "optim.weak_scaling=true, by which the global batch follows from the number of ranks",
+            "the same global batch with fewer nodes",
+            "optim.weak_scaling=false",
+        )
+    dims = check_parallel_dims(config, request.world_size)
+    batch = split_batch_over_nodes(config, dims, request)
+    refuse_what_does_not_fit(config, per_rank(config, dims, batch), request)
+
+
+def refuse_what_does_not_fit(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
+    """Raise ConfigError where the nodes, as far as they are known, cannot hold ranks that need ``needed`` each."""
+    if request.is_local:
+        refuse_too_few_gpus(config, request)
+    refuse_too_little_memory(config, needed, request)
+    refuse_too_little_host(config, needed, request)
+
+
+def refuse_too_few_gpus(config: TrainConfig, request: PlanRequest) -> None:
+    """Raise ConfigError where local ranks would have to share GPUs, or there are none and cuda was asked for."""
+    gpus = request.local_gpus
+    if config.device is Device.cpu or (config.device is Device.auto and gpus == 0):
+        return
+    if request.world_size > gpus:
+        raise ConfigError(
+            f"nodes={request.nodes} x {request.ranks_per_node} ranks = {request.world_size} ranks on a machine with "
+            f"{gpus} GPUs",
+            "a GPU for each rank",
+            "device=cpu" if gpus == 0 else f"nodes=1 ranks_per_node={gpus}, or device=cpu",
+        )
+
+
+def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
+    """Raise ConfigError where the memory that is known cannot hold the run."""
+    if on_cpus(config, request) and request.is_local:
+        have, ranks, where = free_memory(), request.world_size, "free on this machine"
+        wanted = needed.total + needed.host + staging_bytes(config, request.world_size)
+        wanted += in_memory_bytes(config, request.world_size, request.nodes)
+    elif (memory := gpu_memory(request)) is not None:
+        have, ranks, where, wanted = memory, 1, f"on a GPU ({gpu_words(request)})", needed.total
+    else:
+        return
+    if ranks * wanted > have:
+        each = f"{wanted / GIB:.2f} GiB"
+        total = f"{ranks} ranks x {each} = {ranks * wanted / GIB:.2f} GiB" if ranks > 1 else f"a rank of {each}"
+        raise ConfigError(
+            f"{total}, and {have / GIB:.2f} GiB {where}",
+            "a run that fits",
+            ", or ".join([*smaller(config, request), "a smaller model"]),
+        )
+
+
+def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
+    """Suggest overrides that need less memory, the cheapest first."""
+    if config.checkpoint.in_memory and on_cpus(config, request):
+        yield "checkpoint.in_memory=false"
+    known = find(gpu_name(request) or "")
+    if config.precision is Precision.fp32 and not on_cpus(config, request):
+        yield f"precision={(Precision.bf16 if known is None else known.half).name}"
+    if config.optim.max_micro_batch > 1:
+        yield "optim.max_micro_batch=1"
+    if config.recompute is Recompute.none:
+        yield "recompute=selective"
+    if config.parallel.strategy is Strategy.fsdp or config.parallel.zero_stage == 3:
+        yield "more nodes"
+    else:
+        yield "parallel=fsdp"
+
+
+def refuse_too_little_host(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
+    """Raise ConfigError where what GPUs leave to the memory of their node is more than that has, as far as is known."""
+    have, staging = host_memory(request), staging_bytes(config, request.world_size)
+    held = in_memory_bytes(config, request.world_size, request.nodes)
+    computing = needed.total if on_cpus(config, request) and held else 0  # on GPUs it is not the node's memory
+    if have is None or (on_cpus(config, request) and not held) or needed.host + staging + held + computing <= have:
+        return
+    parts = [
+        (computing, "training in"),
+        (needed.host, "offload of"),
+        (staging, "checkpoints that are staged in"),
+        (held, "checkpoints in memory of"),
+    ]
+    asked = ", ".join(f"{text} {size / GIB:.2f} GiB" for size, text in parts if size)
+    fixes = ["more nodes", *(["no offload"] if needed.host else [])]
+    fixes += ["checkpoint.in_memory=false"] if held else ["checkpoint.asynchronous=false"] if staging else []
+    raise ConfigError(
+        f"{asked} for each rank, and {have / GIB:.2f} GiB of a node's memory for each",
+        "a node that holds what its GPUs leave to it",
+        f"{', '.join(fixes)}, or cluster.mem_gb=N where the nodes have more",
+    )
