@@ -315,7 +315,9 @@ class _Division:
             elif name == FEWER_NODES:
                 self._fewer.add(attempt)
         records, aside = self._read_records(run)
-        begun = {record.attempt: record.begun for record in sorted([*records, *aside], key=_end, reverse=True)}
+        begun: dict[int, float] = {}
+        for record in sorted([*records, *aside], key=_end):  # of records of the same moment the first one counts
+            begun.setdefault(record.attempt, record.begun)
         ends: dict[int, Interruption] = {}
         for attempt in sorted({*ended, *started, *begun}):
             end = ended.get(attempt)
