@@ -100,7 +100,7 @@ def test_a_program_that_is_not_there_is_refused_before_anything_is_submitted(
 
     for command, found, fix in (
         ("no-such-program --quiet", "no program no-such-program on the PATH", "launch.on_event=PATH, or"),
-        ("/no/such/notify.sh", "launch.on_event=/no/such/notify.sh, which is no file", "launch.on_event=PATH, or"),
+        ("/no/such/notify.sh", "no program /no/such/notify.sh on the PATH", "launch.on_event=PATH, or"),
         ("./plain.sh", "a file that is not executable", f"chmod +x {tmp_path}/plain.sh"),
         (["notify.sh", "--quiet"], "no program notify.sh", f"'launch.on_event=[{tmp_path}/notify.sh,--quiet]'"),
     ):
