@@ -22,13 +22,13 @@ import argparse
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.page import chosen, commit, cores, keep, merged, stamp
 from launch.config.compose import read_point as read_config
-from launch.project.projection import HeldOut, SweepPoints, as_measured, hold_out
+from launch.project.projection import HeldOut, SweepPoints, hold_out, read_links
 from launch.report.points import read_point
 from launch.report.selection import select
 from launch.report.series import label_points, split
@@ -186,9 +186,11 @@ def predict(
     (series,) = split(points)
     members = tuple(one for one in series.members if one.figures is not None)
     config = read_config(RunFolder(members[-1].path))
-    sweep = SweepPoints(series, members, tuple(map(as_measured, members)), config, network)
+    links = {} if network is None else read_links(network)
+    config = replace(config, cluster=replace(config.cluster, **links))
+    sweep = SweepPoints(series, members, config, "interconnect" in links)
     found = hold_out(sweep)
-    parts = sweep.fit(sweep.measured[:-1]).parts(found.point.nodes)
+    parts = sweep.fit(sweep.measured[:-1]).at(found.point.nodes).by_cause
     waits = sum(seconds for cause, seconds in parts.items() if cause.startswith("communication"))
     return Result(name, cables, is_blind, found, waits / found.predicted_s)
 

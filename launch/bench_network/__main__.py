@@ -1,11 +1,12 @@
-"""``python -m launch.bench_network nodes=2 ranks_per_node=8 cluster=slurm``: measure the links, in a short run.
+"""``python -m launch.bench_network``: latency and bandwidth of each collective within a node and between nodes.
 
     python -m launch.bench_network nodes=2                     local ranks, with gloo or NCCL
     python -m launch.bench_network nodes=4 cluster=slurm       on Slurm, with the resources of a run
     python -m launch.project SWEEP --nodes 8,...,64 --network network.json
     python -m launch parallel=auto cluster.network=network.json
 
-Takes the arguments of ``python -m launch`` that say where a run goes.
+The command takes the arguments of ``python -m launch``. It starts a short run whose ranks measure
+(``launch.bench_network.measure``), fits latency and bandwidth, and writes them into a file. It loads no torch.
 """
 
 from __future__ import annotations
@@ -13,110 +14,164 @@ from __future__ import annotations
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
-from launch.bench_network.fit import show
-from launch.config import Config
 from launch.config.compose import compose_launch, require_folder, typed_config
-from launch.errors import CommandParser, ConfigError, refusing
+from launch.errors import CommandParser, ConfigError, counted, refusing
+from launch.plan.preflight import print_table
 from launch.runs.environment import ROOT
 from launch.runs.files import deny_others_writing, read_json, write_json
-from launch.runs.measured import network_document
+from launch.runs.measured import COLLECTIVES, FASTEST, TIERS, LinkFit, Network, network_document, terms
 from launch.sweep import SweepFailedError, fail, run_sweep
 
-SAMPLES = "samples.json"
-"""File in the run folder that rank 0 writes."""
+SCALE = np.array([1e-6, 1e-9])
+"""A microsecond, and a nanosecond for a byte. In these units the unknowns of a fit are near one."""
+TIER_NAMES = {"intra_node": "within a node", "inter_node": "between nodes"}
 
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, fit, show and write; the exit status: 0, 1 where the run failed, 2 where it was refused."""
+    """Measure, fit, print and write; returns the exit status: 0, 1 if the run failed, 2 if it was refused."""
     parser = CommandParser(
         prog="python -m launch.bench_network",
         description="Measure latency and bandwidth of each collective within a node and between nodes, in a short run.",
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as you would give them to python -m launch")
-    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="config files of your own")
-    parser.add_argument("--output", type=Path, default=Path("network.json"), metavar="FILE", help="(%(default)s)")
-    parser.add_argument("--max-mib", type=int, default=0, metavar="N", help="largest message (CPU 16, GPU 256 MiB)")
-    parser.add_argument("--budget-s", type=float, default=0.25, metavar="S", help="time for each size (%(default)s)")
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="as you would give them to python -m launch")
+    add("--config-dir", "-cd", metavar="FOLDER", help="config files of your own")
+    add("--output", type=Path, default=Path("network.json"), metavar="FILE", help="(%(default)s)")
+    add("--max-mib", type=int, default=0, metavar="N", help="largest message (CPU 16, GPU 256 MiB)")
+    add("--budget-s", type=float, default=0.25, metavar="S", help="time for each size (%(default)s)")
     typed = parser.parse_intermixed_args(arguments)
     for option, value in (("--max-mib", typed.max_mib), ("--budget-s", typed.budget_s)):
         if value < 0 or (value == 0 and option == "--budget-s"):
             raise ConfigError(f"{option} {value:g}", "a number above 0", f"{option} 1")
     output = typed.output.expanduser().absolute()
     if not output.parent.is_dir() or output.is_dir():
-        raise ConfigError(f"--output {output}", "a file in a folder that is there", "--output network.json")
+        raise ConfigError(f"--output {output}", "a file in an existing folder", "--output network.json")
     deny_others_writing()
     config_dir = None if typed.config_dir is None else require_folder("--config-dir", typed.config_dir)
+    options = {"budget-s": f"{typed.budget_s:g}", **({"max-mib": typed.max_mib} if typed.max_mib else {})}
     try:
-        measured = run(typed.overrides, config_dir, typed.max_mib, typed.budget_s)
+        measured = run_ranks(typed.overrides, config_dir, options)
     except SweepFailedError as error:
         return fail(error)
-    if measured is None:
-        return 0
-    from launch.bench_network.fit import Sample, fit_network  # numpy, which no refusal should wait for
-
-    samples = [Sample(**sample) for sample in measured["samples"]]
-    network = fit_network(samples, measured["ranks_per_node"])
-    console = Console(soft_wrap=True)
-    show(network, samples, measured, console)
-    write_json(output, network_document(network, measured))
-    for line in (
-        f"wrote {output}; to use it:",
-        f"  python -m launch.project SWEEP --nodes 8,...,64 --network {output}",
-        f"  python -m launch parallel=auto cluster.network={output} ...",
-    ):
-        console.print(line, highlight=False, markup=False)
+    if measured:
+        samples = [Sample(**sample) for sample in measured["samples"]]
+        network = fit_network(samples, measured["ranks_per_node"])
+        show(network, samples, measured)
+        write_json(output, network_document(network, measured))
+        print(f"wrote {output}; to use it:")
+        print(f"  python -m launch.project SWEEP --nodes 8,...,64 --network {output}")
+        print(f"  python -m launch parallel=auto cluster.network={output} ...")
     return 0
 
 
-def run(overrides: Sequence[str], config_dir: Path | None, max_mib: int, budget_s: float) -> dict[str, Any] | None:
-    """Run the ranks to their end and return what they measured; None after a dry run.
+def run_ranks(overrides: Sequence[str], config_dir: Path | None, options: Mapping[str, object]) -> dict[str, Any]:
+    """Run the ranks to their end and return the measurements; empty after a dry run.
 
     Raises:
         ConfigError: the run cannot be planned, or has one rank.
         SweepFailedError: it failed.
     """
-    config = compose(overrides, config_dir, [])
-    typed = typed_config(config)
-    if typed.world_size < 2:
+    program = ["workload=script", "script.module=launch.bench_network.measure", f"script.workdir={ROOT}"]
+    ours = [*program, "name=bench_network", "script.tensorboard=false"]
+    config = typed_config(compose_launch([*ours, *overrides], config_dir))
+    if config.world_size < 2:
         raise ConfigError(
-            f"nodes={typed.nodes} ranks_per_node={typed.ranks_on_node}, which is one rank",
+            f"nodes={config.nodes} ranks_per_node={config.ranks_on_node}, which is one rank",
             "two ranks or more, on one node or on several",
             "python -m launch.bench_network nodes=2",
         )
-    if typed.launch.detach:
-        raise ConfigError("launch.detach=true", "a command that waits for what is measured", "launch.detach=false")
-    folder = new_folder(typed)
-    words = [
-        *(f"run_dir={folder}", f"script.options.output={folder / SAMPLES}", f"script.options.budget-s={budget_s:g}"),
-        *([f"script.options.max-mib={max_mib}"] if max_mib else []),
-    ]
-    composed = compose(overrides, config_dir, words)
-    run_sweep([(composed, [*overrides, *words])], with_report=False)
-    return read_json(folder / SAMPLES) or None
-
-
-def compose(overrides: Sequence[str], config_dir: Path | None, words: Sequence[str]) -> Any:
-    """Compose the run of the measuring program, which is a script of the launcher's own."""
-    program = ["workload=script", "script.module=launch.bench_network.measure", f"script.workdir={ROOT}"]
-    ours = [*program, "name=bench_network", "script.tensorboard=false"]
+    if config.launch.detach:
+        raise ConfigError("launch.detach=true", "a command that waits for its ranks", "launch.detach=false")
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    folder = Path(config.output_dir).expanduser().absolute() / "bench_network" / name
+    given = {"output": folder / "samples.json", **options}
+    words = [f"run_dir={folder}", *(f"script.options.{key}={value}" for key, value in given.items())]
     composed = compose_launch([*ours, *overrides, *words], config_dir)
     OmegaConf.resolve(composed.script.options)
-    return composed
+    run_sweep([(composed, [*overrides, *words])], with_report=False)
+    return read_json(folder / "samples.json")
 
 
-def new_folder(config: Config) -> Path:
-    """A run folder that nobody had before; it is made with the run."""
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    return Path(config.output_dir).expanduser().absolute() / "bench_network" / name
+@dataclass(frozen=True)
+class Sample:
+    """Time of one collective with this number of bytes, over this number of ranks of a tier."""
+
+    tier: str
+    collective: str
+    ranks: int
+    bytes: int
+    seconds: float
+
+
+def fit_network(samples: Sequence[Sample], ranks_per_node: int) -> Network:
+    """Fit every collective of every tier that was measured."""
+    tiers: dict[str, dict[str, LinkFit]] = {}
+    for tier in TIERS:
+        for name in COLLECTIVES:
+            found = [sample for sample in samples if (sample.tier, sample.collective) == (tier, name)]
+            if found:
+                tiers.setdefault(tier, {})[name] = fit_link(name, found)
+    return Network(ranks_per_node, tiers)
+
+
+def fit_link(collective: str, samples: Sequence[Sample]) -> LinkFit:
+    """Fit latency and time per byte, neither negative, by least squares of relative errors.
+
+    With relative errors, a small message of microseconds counts as much as a large one.
+    """
+    known = [(*terms(collective, sample.ranks), sample) for sample in samples]
+    rows = np.array([[count, share * one.bytes] for count, share, one in known])
+    rows = rows / np.array([[sample.seconds] for sample in samples])
+    best, _, rank, _ = np.linalg.lstsq(rows * SCALE, np.ones(len(rows)), rcond=None)
+    found = best * SCALE
+    if rank < 2 or (found < 0).any():  # the better of the fits with one of the two terms alone
+        squares, sums = (rows**2).sum(axis=0), rows.sum(axis=0)
+        alone = np.diag(np.divide(sums, squares, out=np.zeros(2), where=squares > 0))
+        found = min(alone, key=lambda one: float(((rows @ one - 1) ** 2).sum()))
+    residuals = rows @ found - 1
+    spread = float((residuals**2).sum()) / max(1, len(rows) - 2)
+    covariance = spread * np.linalg.pinv((rows * SCALE).T @ (rows * SCALE)) * np.outer(SCALE, SCALE)
+    latency, per_byte = (float(value) for value in found)
+    rate = 1 / per_byte if per_byte > 0 else FASTEST
+    return LinkFit(
+        latency_s=latency,
+        bytes_per_s=min(rate, FASTEST),
+        latency_error_s=float(covariance[0, 0]) ** 0.5,
+        bytes_per_s_error=rate * rate * float(covariance[1, 1]) ** 0.5 if per_byte > 0 else 0.0,
+        error=float((residuals**2).mean()) ** 0.5,
+    )
+
+
+def show(network: Network, samples: Sequence[Sample], measured: Mapping[str, Any]) -> None:
+    """Print one line for each collective of each tier: the fit with its standard errors, and its misfit."""
+    size = f"{counted(measured['nodes'], 'node')} x {counted(measured['ranks_per_node'], 'rank')}"
+    print(f"{size}, {measured['device']}, {measured['backend']}, torch {measured['software']['torch']}")
+    rows = []
+    for tier, fits in network.tiers.items():
+        for name, fit in fits.items():
+            ranks = [sample.ranks for sample in samples if (sample.tier, sample.collective) == (tier, name)]
+            rate = f"{fit.bytes_per_s / 1e9:.3g} ± {fit.bytes_per_s_error / 1e9:.2g}"
+            rows.append(
+                [
+                    *(TIER_NAMES[tier], name, ", ".join(map(str, sorted(set(ranks))))),
+                    f"{1e6 * fit.latency_s:.3g} ± {1e6 * fit.latency_error_s:.2g}",
+                    *("not seen" if fit.bytes_per_s >= FASTEST else rate, f"{100 * fit.error:.0f} %", str(len(ranks))),
+                ]
+            )
+    titles = ("tier", "collective", "ranks", "latency, us", "bandwidth, GB/s", "misfit", "samples")
+    print_table(Console(), titles, rows, left=("tier", "collective"))
+    print("latency of a message, and bandwidth of a rank's link; misfit: root mean square of predicted over measured")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Rank of ``launch.bench_network``: times each collective in each tier, for growing sizes, with all ranks taking part.
+"""One rank of ``launch.bench_network``: it times each collective in each tier, for growing sizes, with all ranks.
 
     python -m launch.bench_network.measure --output FILE        started by the launcher on every rank
 
-Ranks use NCCL if each has a GPU of its own, and gloo otherwise. ``launch.bench_network.fit`` fits the times.
+Ranks use NCCL if each has a GPU of its own, and gloo otherwise.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ with lasting_imports():
     import torch
     import torch.distributed as dist
 
-KIB, MIB = 2**10, 2**20
-SMALLEST, FACTOR = 4 * KIB, 8
+MIB = 2**20
+SMALLEST, FACTOR = 4096, 8
 LARGEST_MIB = {"cpu": 16, "cuda": 256}
-"""Largest size by default: what saturates a link of that kind."""
+"""Largest size by default: enough to saturate a link of that kind."""
 SLOW_S = 0.5
-"""A collective that takes longer is not measured with larger sizes."""
+"""Time of a collective above which larger sizes are not measured."""
 PASSES = 5
-"""Timings of each size, of which the median counts."""
+"""Timings of each size; their median is the sample."""
 TIMEOUT = timedelta(minutes=3)
 HOST_BYTES = 64
 
 
 class Bench:
-    """One rank of the measurement: its place, its device, and the messages by which ranks agree."""
+    """One rank of the measurement, with its device."""
 
     def __init__(self, budget_s: float) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -60,7 +60,7 @@ class Bench:
         return float(both.item())
 
     def groups(self) -> Iterator[tuple[str, int, dist.ProcessGroup]]:
-        """Yield the tiers with each size of a group: a power of two, and all ranks that a tier has."""
+        """Yield each tier, size of a group, and process group of that size."""
         nodes = self.world // self.each
         for tier, most in (("intra_node", self.each), ("inter_node", nodes)):
             for size in group_sizes(most):
@@ -69,7 +69,7 @@ class Bench:
                 yield tier, size, group
 
     def seconds(self, work: Callable[[], object], count: int) -> float:
-        """Time one of ``count`` runs of ``work`` in a row, by the slowest of all ranks."""
+        """Time ``count`` runs of ``work`` in a row; return the time of one run on the slowest rank."""
         dist.barrier()
         self._finish()
         start = time.perf_counter()
@@ -79,7 +79,7 @@ class Bench:
         return self.largest((time.perf_counter() - start) / count)
 
     def typical_seconds(self, work: Callable[[], object]) -> float:
-        """Median of several timings, each as long as the budget allows; connections are made before."""
+        """Median of several timings, each as long as the budget allows, after a first run that connects the ranks."""
         work()
         once = self.seconds(work, 1)
         count = min(50, max(1, round(self.budget_s / PASSES / max(once, 1e-6))))
@@ -91,20 +91,20 @@ class Bench:
 
 
 def group_sizes(most: int) -> list[int]:
-    """Sizes of the groups of a tier with so many ranks: powers of two that divide them, and all."""
+    """Sizes of the groups of a tier with ``most`` ranks: each power of two that divides ``most``, and ``most``."""
     powers = [2**exponent for exponent in range(1, most.bit_length()) if most % 2**exponent == 0]
     return sorted({*powers, most} - {1})
 
 
 def group_ranks(tier: str, size: int, nodes: int, each: int) -> list[list[int]]:
-    """Ranks of all groups of a tier: neighbors on a node, or those of one local number on neighboring nodes."""
+    """Ranks of all groups of a tier: neighbors on a node, or ranks of one local number on neighboring nodes."""
     if tier == "intra_node":
         return [[n * each + at + i for i in range(size)] for n in range(nodes) for at in range(0, each, size)]
     return [[(at + i) * each + local for i in range(size)] for at in range(0, nodes, size) for local in range(each)]
 
 
 def work_of(collective: str, size: int, bench: Bench, group: dist.ProcessGroup) -> Callable[[], object]:
-    """Return what runs a collective of ``size`` bytes once; of a send, there and back."""
+    """Return a function that runs a collective of ``size`` bytes once; a send goes there and back."""
     ranks = dist.get_world_size(group)
     part = max(1, size // 4 // ranks)
     whole, shard = (torch.zeros(count, device=bench.device) for count in (part * ranks, part))
@@ -120,7 +120,7 @@ def work_of(collective: str, size: int, bench: Bench, group: dist.ProcessGroup) 
 
     def spread() -> None:
         dist.broadcast(whole, first, group)
-        dist.all_reduce(sync, group=group)  # the source would run ahead of those that still receive
+        dist.all_reduce(sync, group=group)  # without it the source would run ahead of the ranks that still receive
 
     other = torch.zeros_like(whole)
     return {
@@ -133,8 +133,8 @@ def work_of(collective: str, size: int, bench: Bench, group: dist.ProcessGroup) 
     }[collective]
 
 
-def measure(bench: Bench, largest: int, tell: Callable[[], None]) -> list[dict[str, Any]]:
-    """Time every collective in every tier; the same samples on every rank."""
+def time_collectives(bench: Bench, largest: int, tell: Callable[[], None]) -> list[dict[str, Any]]:
+    """Time every collective in every tier; returns the same samples on every rank. Calls ``tell`` after each sample."""
     samples: list[dict[str, Any]] = []
     for tier, ranks, group in bench.groups():
         sync = torch.zeros(1, device=bench.device)
@@ -154,7 +154,7 @@ def measure(bench: Bench, largest: int, tell: Callable[[], None]) -> list[dict[s
 
 
 def hosts() -> list[str]:
-    """Names of the hosts of all ranks, each once; as bytes in a tensor, so that nothing is unpickled."""
+    """Names of the hosts of all ranks, each once. They are sent as bytes, so that no rank unpickles a message."""
     name = socket.gethostname().encode()[:HOST_BYTES]
     own = torch.tensor([*name, *bytes(HOST_BYTES - len(name))], dtype=torch.uint8)
     every = torch.zeros(dist.get_world_size() * HOST_BYTES, dtype=torch.uint8)
@@ -163,7 +163,7 @@ def hosts() -> list[str]:
 
 
 def main() -> None:
-    """Measure, and have rank 0 write the samples with what they were measured on."""
+    """Measure; rank 0 writes the samples, with the software and hardware that they belong to."""
     parser = argparse.ArgumentParser(description="One rank of python -m launch.bench_network.")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-mib", type=int, default=0)
@@ -175,7 +175,7 @@ def main() -> None:
     bench = Bench(given.budget_s)
     largest = (given.max_mib or LARGEST_MIB[bench.device.type]) * MIB
     done = iter(range(1, 1_000_000))
-    samples = measure(bench, largest, lambda: run.record(next(done)) if bench.rank == 0 else None)
+    samples = time_collectives(bench, largest, lambda: run.record(next(done)) if bench.rank == 0 else None)
     on_gpus = bench.device.type == "cuda"
     measured = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -1,43 +1,45 @@
-"""Checks of the login node: environment, limits, versions, and where the folders lie.
+"""Facts and checks of the login node: environment, limits, versions, and the filesystems of the folders.
 
-Pure functions over the facts. Must not ask the outside anything.
+``gather`` reads all facts once. The checks are pure functions over the facts.
 """
 
 from __future__ import annotations
 
+import os
+import resource
 import shlex
-from collections.abc import Iterator
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from launch.config import ClusterKind, Config
+import launch
+from launch.config import ClusterConfig, ClusterKind, Config
+from launch.config.cluster import ContainerRuntime
 from launch.runs.environment import reachable_files
-from launch.slurm.facts import DISTRIBUTION, Facts, Finding, Folder, Request, fail, fine, warn
+from launch.slurm import client as scheduler
+from launch.slurm.facts import Finding, Request, SlurmFacts, ask_slurm, fail, fine, last_line, warn
 from launch.slurm.submit import INHERITED, INHERITED_NAMES, KEPT
 
-SHARED = (
-    *(
-        "nfs",
-        "nfs4",
-        "lustre",
-        "gpfs",
-        "beegfs",
-        "ceph",
-        "fuse.ceph",
-        "panfs",
-        "pvfs2",
-        "wekafs",
-        "cifs",
-        "smb3",
-        "afs",
-    ),
-    *("gfs2", "ocfs2", "fuse.glusterfs", "glusterfs", "fuse.juicefs", "fuse.quobyte", "fuse.daos", "fuse.moosefs"),
-)
-IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
-"""Filesystems that every machine has for itself."""
+DISTRIBUTION = "gpt-launch"
+RLIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE, "memlock": resource.RLIMIT_MEMLOCK}
+PYTHONS = ((3, 11), (3, 12), (3, 13))
 GIB = 2**30
-"""A checkpoint: weights and two moments of Adam, 4 bytes each."""
+FEW_FILES = 4096
+SHARED = {
+    *("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "fuse.ceph", "panfs", "pvfs2", "wekafs", "cifs", "smb3"),
+    *("afs", "gfs2", "ocfs2", "fuse.glusterfs", "glusterfs", "fuse.juicefs", "fuse.quobyte", "fuse.daos"),
+    "fuse.moosefs",
+}
+IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
+"""Filesystems that every machine has for itself."""
 SBATCH_KEYS = {
     "SBATCH_PARTITION": "partition",
     "SBATCH_ACCOUNT": "account",
@@ -47,32 +49,170 @@ SBATCH_KEYS = {
     "SBATCH_GRES": "gres",
     "SBATCH_TIMELIMIT": "timeout_min",
 }
-FEW_FILES = 4096
-PYTHONS = ((3, 11), (3, 12), (3, 13))
+MEASURE = "python -m launch.doctor --on-cluster ..."
+SHARED_PATH = "output_dir=PATH on a filesystem that all nodes mount"
 
 
-def check_container(facts: Facts, config: Config) -> Iterator[Finding]:
-    """Return whether the image of the run is there, and what starts it; nodes may have what this machine lacks."""
-    image, runtime = config.cluster.container, config.cluster.container_runtime
-    if image is None or runtime is None:
-        return
-    if facts.container_problem:
-        why = "agents and ranks are started in the container, and would fail where the nodes see the same"
-        fix = "cluster.container=IMAGE that all nodes see, cluster.container_runtime=apptainer or pyxis"
-        yield warn("container", facts.container_problem, why, f"{fix}; or cluster.setup='[\"module load apptainer\"]'")
-    else:
-        yield fine("container", f"{image}, by {runtime.name}")
+@dataclass(frozen=True)
+class Folder:
+    """A path that need not exist yet, and its filesystem."""
+
+    path: str
+    exists: str
+    """The path itself or the deepest folder above it that exists."""
+    filesystem: str
+    """Type by the kernel: nfs4, lustre, ext4, tmpfs, ..."""
+    free_bytes: int = 0
+    free_inodes: int = 0
+    problem: str = ""
+    """Error of writing a file; empty if a file was written and removed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts(SlurmFacts):
+    """All facts for the checks: Slurm's, and those of the login node and of the Python that the job will run."""
+
+    kind: ClusterKind
+    """local or slurm, with auto resolved."""
+    was_auto: bool
+    client: bool
+    """True if Slurm's commands are installed here."""
+    output: Folder
+    """The run's output_dir."""
+    programs: tuple[Folder, ...]
+    """Folders of the job's Python and of the launcher's code, without those of the system."""
+    container_problem: str = ""
+    """Problem with cluster.container; empty if there is none."""
+    host: str
+    addresses: tuple[str, ...]
+    """Addresses to which the host name resolves."""
+    environment: dict[str, str]
+    soft: dict[str, int]
+    """Limits of this shell (nofile, core in bytes, memlock in bytes); -1 is unlimited."""
+    hard: dict[str, int]
+    python: tuple[int, int]
+    executable: str
+    versions: dict[str, str]
+    """Distribution -> installed version, of torch and of each requirement; a missing one is absent."""
+    requirements: tuple[str, ...]
+    """Requirements of the launcher's distribution; empty if it is not installed."""
+
+
+def gather(config: Config, clusters: Iterable[str] = ()) -> Facts:
+    """Read all facts; ``clusters`` are other clusters than the local one."""
+    kind = config.cluster.kind
+    slurm = SlurmFacts(limits=None) if kind is ClusterKind.local else ask_slurm(clusters)
+    requirements: tuple[str, ...] = ()
+    with suppress(metadata.PackageNotFoundError):
+        requirements = tuple(metadata.distribution(DISTRIBUTION).requires or ())
+    versions: dict[str, str] = {}
+    for name in {"torch", *(Requirement(text).name for text in requirements)}:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name.lower()] = metadata.version(name)
+    places = {Path(launch.__file__).resolve().parents[1]}
+    places |= {Path(sys.prefix)} if sys.prefix != sys.base_prefix else set()
+    host, addresses = os.uname().nodename, set[str]()
+    with suppress(OSError):
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    return Facts(
+        **vars(slurm),
+        kind=ClusterKind.slurm if kind is ClusterKind.slurm or slurm.limits is not None else ClusterKind.local,
+        was_auto=kind is ClusterKind.auto,
+        client=shutil.which("sbatch") is not None,
+        output=look_at_folder(Path(config.output_dir)),
+        programs=tuple(Folder(str(place), str(place), filesystem_of(place)) for place in sorted(places)),
+        container_problem=container_problem(config.cluster),
+        host=host,
+        addresses=tuple(sorted(addresses)),
+        environment=dict(os.environ),
+        soft={name: resource.getrlimit(number)[0] for name, number in RLIMITS.items()},
+        hard={name: resource.getrlimit(number)[1] for name, number in RLIMITS.items()},
+        python=sys.version_info[:2],
+        executable=sys.executable,
+        versions=versions,
+        requirements=requirements,
+    )
+
+
+def filesystem_of(path: Path) -> str:
+    """Type of the filesystem of a path, from /proc/self/mountinfo.
+
+    The kernel's name, because FUSE filesystems (fuse.juicefs, fuse.sshfs) share the one number of statfs.
+    """
+    path.exists()  # lets an automounter mount it first
+    return filesystem_in(Path("/proc/self/mountinfo").read_text(), os.path.realpath(path))
+
+
+def filesystem_in(mounts: str, path: str) -> str:
+    """Type of the deepest mount above ``path``, and of several such of the last. ``mounts`` is a mountinfo file."""
+    best, kind = -1, "unknown"
+    for line in mounts.splitlines():
+        left, _, right = line.partition(" - ")
+        point = left.split()[4].encode().decode("unicode_escape")
+        if (path == point or path.startswith(point.rstrip("/") + "/")) and len(point) >= best:
+            best, kind = len(point), right.split()[0]
+    return kind
+
+
+def look_at_folder(path: Path) -> Folder:
+    """Read the filesystem of a folder, and try to write a file. Leaves nothing behind."""
+    there = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    space, problem = os.statvfs(there), ""
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        problem = error.strerror or str(error)
+    # Filesystems without a fixed table of inodes (btrfs, some NFS servers) report 0 of 0.
+    inodes = space.f_favail if space.f_files else sys.maxsize
+    return Folder(str(path), str(there), filesystem_of(there), space.f_bavail * space.f_frsize, inodes, problem)
+
+
+def container_problem(cluster: ClusterConfig) -> str:
+    """Problem with the container of a run, as far as this machine shows; empty if there is none."""
+    image = cluster.container
+    if image is None:
+        return ""
+    if image.startswith(("/", ".", "~")) and not Path(image).expanduser().exists():
+        return f"there is no image {image}"
+    if cluster.container_runtime is ContainerRuntime.apptainer:
+        return "" if shutil.which("apptainer") else "apptainer is not on the PATH"
+    try:
+        options = scheduler.run("srun", "--help")
+    except scheduler.SlurmError as error:
+        return f"srun does not answer: {last_line(error)}"
+    return "" if "--container-image" in options else "srun has no --container-image, which pyxis adds"
+
+
+# The checks. ``config`` is that of the first point.
+
+
+def check_machine(facts: Facts, config: Config, requests: Sequence[Request]) -> list[Finding]:
+    """All checks of the login node."""
+    return [
+        *check_slurm(facts),
+        *check_versions(facts),
+        *check_programs(facts),
+        *check_container(facts, config),
+        *check_output_folder(facts),
+        *check_space(facts, requests),
+        *check_environment(facts, config),
+        *check_threads(facts, config),
+        *check_limits(facts, config),
+        *check_host_name(facts),
+    ]
 
 
 def check_slurm(facts: Facts) -> Iterator[Finding]:
-    """Return whether there is a Slurm to talk to."""
+    """A Slurm that answers, if one is requested or installed."""
     if facts.limits is not None:
         version = facts.limits.config.get("SLURM_VERSION", "of unknown version")
         yield fine("slurm", f"cluster {facts.limits.config.get('ClusterName', '')}, Slurm {version}, answers")
     elif facts.kind is ClusterKind.slurm:
-        why = "cluster=slurm submits with sbatch"
         fix = "scontrol ping; then ask the site" if facts.client else "a login node of the cluster, or cluster=local"
-        yield fail("slurm", facts.slurm_problem, why, fix)
+        yield fail("slurm", facts.slurm_problem, "cluster=slurm submits with sbatch", fix)
     elif facts.client:
         why = "cluster=auto would train on this machine, which may be a login node"
         yield warn("slurm", f"sbatch is installed, and {facts.slurm_problem}", why, "cluster=slurm")
@@ -81,76 +221,130 @@ def check_slurm(facts: Facts) -> Iterator[Finding]:
         yield fine("slurm", f"{found}; nodes are agents on this machine")
 
 
-def check_inherited(facts: Facts) -> Iterator[Finding]:
-    """Variables of an enclosing job or launcher, which bind and name the processes of what is started by hand."""
-    present = [
-        name
-        for name in facts.machine.environment
-        if (name.startswith(INHERITED) or name in INHERITED_NAMES) and name not in (*KEPT, *SBATCH_KEYS)
-    ]
-    if not present:
-        yield fine("environment", "nothing inherited from a job or a launcher")
-        return
-    some = sorted(present, key=lambda name: (not name.startswith(("SLURM_CPU_BIND", "RANK", "MASTER")), name))
-    shown = ", ".join(some[:6]) + (f" and {len(some) - 6} more" if len(some) > 6 else "")
-    inside = "this shell is inside a Slurm job: " if "SLURM_JOB_ID" in present else ""
-    yield warn(
-        "environment",
-        f"{inside}{shown} set",
-        "python -m launch hides them from its jobs, but srun, sbatch and torchrun typed by hand hand them on: "
-        "SLURM_CPU_BIND alone pins every rank to the CPUs of the old job",
-        f"unset {' '.join(some)}",
-    )
-
-
-def check_sbatch_variables(facts: Facts, config: Config) -> Iterator[Finding]:
-    """SBATCH_* of the user's own, which are hidden with the inherited ones."""
-    for name, key in SBATCH_KEYS.items():
-        value = facts.machine.environment.get(name)
-        if facts.kind is not ClusterKind.slurm or value is None or str(getattr(config.cluster, key)) == value:
-            continue
-        typed = "MINUTES" if key == "timeout_min" else shlex.quote(value)
-        why = f"sbatch by hand takes it; python -m launch hides SBATCH_* and asks for what cluster.{key} says"
-        yield warn("environment", f"{name}={value} set", why, f"cluster.{key}={typed}")
-
-
-def check_limits(facts: Facts) -> Iterator[Finding]:
-    """Limits of this shell, which Slurm hands on to the job by default (PropagateResourceLimits)."""
-    soft, hard = facts.machine.soft, facts.machine.hard
-    where = (
-        "the ranks run"
-        if facts.kind is ClusterKind.local
-        else "Slurm hands it on (PropagateResourceLimits) and the ranks run"
-    )
-    most = reachable_files(hard["nofile"])
-    if most < FEW_FILES:
-        why = f"{where} into 'Too many open files': every connection, data file and log of a rank is one"
-        fix = "ask the site for a higher hard limit: agents raise the soft one to it by themselves"
-        yield warn("open files", f"ulimit -Hn is {most}", why, fix)
+def check_versions(facts: Facts) -> Iterator[Finding]:
+    """Python, torch and the other requirements of the Python that the job will run, without an import."""
+    python = f"{facts.python[0]}.{facts.python[1]}"
+    if facts.python in PYTHONS:
+        yield fine("python", f"{python}, torch {facts.versions.get('torch', 'missing')}")
     else:
-        told = "unlimited" if soft["nofile"] < 0 else soft["nofile"]
-        raised = f", which agents raise to {most} for their ranks" if 0 <= soft["nofile"] < most else ""
-        yield fine("open files", f"ulimit -n is {told}{raised}")
-    if soft["core"] < 0:
-        why = "a crash writes one core dump for each rank, each as large as its memory, into the folder it runs in"
-        yield warn("core dumps", "ulimit -c is unlimited", why, "ulimit -c 0")
+        fix = f"python{PYTHONS[-1][0]}.{PYTHONS[-1][1]} -m venv .venv && .venv/bin/pip install -e ."
+        why = "tested are Python 3.11 to 3.13, and the job runs this one"
+        yield fail("python", f"Python {python} at {facts.executable}", why, fix)
+    if not facts.requirements:
+        found = f"{DISTRIBUTION} is not installed in {facts.executable}"
+        yield warn("libraries", found, "the versions that fit are then not known", "pip install -e .")
+    for wanted in map(Requirement, facts.requirements):
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        version = facts.versions.get(wanted.name.lower())
+        if version is None or not wanted.specifier.contains(version, prereleases=True):
+            found = f"{wanted.name} {version or 'is not installed'} in {facts.executable}"
+            why = f"the job runs this Python, and {wanted.name}{wanted.specifier} is tested"
+            yield fail("libraries", found, why, f"pip install '{wanted.name}{wanted.specifier}'")
 
 
-def check_memlock(facts: Facts, config: Config) -> Iterator[Finding]:
-    """Locked memory, which RDMA needs on nodes that take this shell's limits over."""
-    if facts.limits is None or not config.cluster.gpus_per_node or config.nodes == 1:
+def check_programs(facts: Facts) -> Iterator[Finding]:
+    """Python and code of the job, which each node must find by their paths."""
+    for folder in facts.programs if facts.kind is ClusterKind.slurm else ():
+        above = [other for other in facts.programs if Path(other.path) in Path(folder.path).parents]
+        if any(other.filesystem == folder.filesystem for other in above):
+            continue  # an environment in the checkout: the finding about the checkout is enough
+        found = f"{folder.path}: {sharing(folder)}"
+        if folder.filesystem in SHARED:
+            yield fine("program", found)
+        else:
+            why = f"the job runs {facts.executable} by its path on every node, and they may not have it"
+            yield warn("program", found, why, f"srun --nodes=1 ls {folder.path}")
+
+
+def sharing(folder: Folder) -> str:
+    """Say whether all nodes see a folder, by the type of its filesystem.
+
+    The path shows nothing: /tmp may be shared, and /home local to each node. The job of ``--on-cluster`` measures it.
+    """
+    if folder.filesystem in SHARED:
+        return f"{folder.filesystem} is shared"
+    if folder.filesystem in IN_MEMORY:
+        return f"{folder.filesystem} is each machine's own"
+    return f"{folder.filesystem} is this machine's own unless it is exported, or the nodes are this machine"
+
+
+def check_container(facts: Facts, config: Config) -> Iterator[Finding]:
+    """Image and runtime of the run; the nodes may have one that this machine lacks."""
+    image, runtime = config.cluster.container, config.cluster.container_runtime
+    if facts.container_problem:
+        why = "agents and ranks are started in the container, and would fail where the nodes see the same"
+        fix = "cluster.container=IMAGE that all nodes see, cluster.container_runtime=apptainer or pyxis"
+        yield warn("container", facts.container_problem, why, f"{fix}; or cluster.setup='[\"module load apptainer\"]'")
+    elif image is not None and runtime is not None:
+        yield fine("container", f"{image}, by {runtime.name}")
+
+
+def check_output_folder(facts: Facts) -> Iterator[Finding]:
+    """output_dir, with submitit's pickles and the logs, which must be one folder for all nodes."""
+    path, kind = facts.output.path, facts.output.filesystem
+    if facts.kind is ClusterKind.local:
+        yield fine("shared folder", f"{path} on {kind}, used on this machine only")
         return
-    handed_on = facts.limits.config.get("PropagateResourceLimits", "ALL").upper()
-    kept_out = facts.limits.config.get("PropagateResourceLimitsExcept", "").upper()
-    size = facts.machine.soft["memlock"]
-    if 0 <= size < GIB and ("ALL" in handed_on or "MEMLOCK" in handed_on) and "MEMLOCK" not in kept_out:
-        why = "Slurm hands it on to the nodes, and InfiniBand registers its buffers as locked memory (ibv_reg_mr fails)"
-        yield warn("locked memory", f"ulimit -l is {size // 1024} KiB", why, "ulimit -l unlimited")
+    why = "the nodes read the job's pickle and the run folder there, and would find nothing: the job fails at once"
+    if kind in SHARED:
+        yield fine("shared folder", f"{path}: {sharing(facts.output)}")
+    elif kind in IN_MEMORY:
+        yield fail("shared folder", f"output_dir {path}: {sharing(facts.output)}", why, SHARED_PATH)
+    else:
+        yield warn("shared folder", f"output_dir {path}: {sharing(facts.output)}", why, MEASURE)
+
+
+def check_space(facts: Facts, requests: Sequence[Request]) -> Iterator[Finding]:
+    """Room in output_dir for the checkpoints that are kept."""
+    folder, need = facts.output, 0
+    for request in requests:
+        if request.plan is not None:
+            promised = request.plan.promised
+            need += (promised.checkpoint_bytes or 0) * promised.checkpoints_kept * len(request.points)
+    found = f"{folder.free_bytes / GIB:.1f} GiB free at {folder.exists}"
+    if folder.problem:
+        fix = "output_dir=PATH that is yours"
+        yield fail("disk", f"{folder.exists}: {folder.problem}", "nothing can be written there", fix)
+    elif need > folder.free_bytes:
+        why = f"checkpoints of all points take about {need / GIB:.1f} GiB (weights, Adam's moments; keep_last + 1)"
+        yield fail("disk", found, why, "output_dir=PATH with more room, or checkpoint.keep_last=1")
+    elif folder.free_inodes < 10_000:
+        few = f"{folder.free_inodes} inodes free at {folder.exists}"
+        yield warn("disk", few, "every file takes one", "output_dir=PATH")
+    else:
+        yield fine("disk", f"{found}, checkpoints take about {need / GIB:.1f} GiB")
+
+
+def check_environment(facts: Facts, config: Config) -> Iterator[Finding]:
+    """Variables of an enclosing job or launcher, and the user's own SBATCH_*."""
+    known = (*KEPT, *SBATCH_KEYS)
+    inherited = [name for name in facts.environment if name.startswith(INHERITED) or name in INHERITED_NAMES]
+    some = [name for name in inherited if name not in known]
+    some.sort(key=lambda name: (not name.startswith(("SLURM_CPU_BIND", "RANK", "MASTER")), name))
+    if some:
+        shown = ", ".join(some[:6]) + (f" and {len(some) - 6} more" if len(some) > 6 else "")
+        inside = "this shell is inside a Slurm job: " if "SLURM_JOB_ID" in some else ""
+        yield warn(
+            "environment",
+            f"{inside}{shown} set",
+            "python -m launch hides them from its jobs, but srun, sbatch and torchrun typed by hand pass them on: "
+            "SLURM_CPU_BIND alone pins every rank to the CPUs of the old job",
+            f"unset {' '.join(some)}",
+        )
+    else:
+        yield fine("environment", "nothing inherited from a job or a launcher")
+    for name, key in SBATCH_KEYS.items() if facts.kind is ClusterKind.slurm else ():
+        value = facts.environment.get(name)
+        if value is not None and str(getattr(config.cluster, key)) != value:
+            typed = "MINUTES" if key == "timeout_min" else shlex.quote(value)
+            why = f"sbatch by hand takes it; python -m launch hides SBATCH_* and requests cluster.{key}"
+            yield warn("environment", f"{name}={value} set", why, f"cluster.{key}={typed}")
 
 
 def check_threads(facts: Facts, config: Config) -> Iterator[Finding]:
     """OMP_NUM_THREADS, which the job inherits."""
-    text = facts.machine.environment.get("OMP_NUM_THREADS")
+    text = facts.environment.get("OMP_NUM_THREADS")
     if text is None:
         yield fine("threads", "OMP_NUM_THREADS is not set; the agent sets 1 for each rank")
         return
@@ -168,128 +362,38 @@ def check_threads(facts: Facts, config: Config) -> Iterator[Finding]:
         yield fine("threads", f"OMP_NUM_THREADS={threads}")
 
 
-def check_versions(facts: Facts) -> Iterator[Finding]:
-    """Python, torch and the other requirements of the Python that the job will run, without importing them."""
-    machine = facts.machine
-    if machine.python not in PYTHONS:
-        found = f"Python {machine.python[0]}.{machine.python[1]} at {machine.executable}"
-        fix = f"python{PYTHONS[-1][0]}.{PYTHONS[-1][1]} -m venv .venv && .venv/bin/pip install -e ."
-        yield fail("python", found, "tested are Python 3.11 to 3.13, and the job runs this one", fix)
+def check_limits(facts: Facts, config: Config) -> Iterator[Finding]:
+    """Limits of this shell, which Slurm passes to the job by default (PropagateResourceLimits)."""
+    soft, most = facts.soft["nofile"], reachable_files(facts.hard["nofile"])
+    if most < FEW_FILES:
+        ends = "the ranks run into 'Too many open files': every connection, data file and log of a rank is one"
+        passed = "" if facts.kind is ClusterKind.local else "Slurm passes it on (PropagateResourceLimits) and "
+        fix = "ask the site for a higher hard limit: agents raise the soft one to it by themselves"
+        yield warn("open files", f"ulimit -Hn is {most}", passed + ends, fix)
     else:
-        yield fine(
-            "python", f"{machine.python[0]}.{machine.python[1]}, torch {machine.versions.get('torch', 'missing')}"
-        )
-    if not machine.requirements:
-        why = "without it nobody can say which versions fit"
-        yield warn("libraries", f"{DISTRIBUTION} is not installed in {machine.executable}", why, "pip install -e .")
-    for text in machine.requirements:
-        wanted = Requirement(text)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        version = machine.versions.get(wanted.name.lower())
-        if version is None or not wanted.specifier.contains(version, prereleases=True):
-            found = f"{wanted.name} {version or 'is not installed'} in {machine.executable}"
-            why = f"the job runs this Python, and {wanted.name}{wanted.specifier} is what is tested"
-            yield fail("libraries", found, why, f"pip install '{wanted.name}{wanted.specifier}'")
-
-
-def sharing(folder: Folder) -> tuple[str, str]:
-    """Return whether all nodes see a folder, by the type of its filesystem: yes, no or unsure; and why.
-
-    Its name tells nothing: /tmp may be shared, and /home each node's own. The job of ``--on-cluster`` asks the nodes.
-    """
-    if folder.filesystem in SHARED:
-        return "yes", f"{folder.filesystem} is shared"
-    if folder.filesystem in IN_MEMORY:
-        return "no", f"{folder.filesystem} is each machine's own"
-    return "unsure", f"{folder.filesystem} is this machine's own unless it is exported, or the nodes are this machine"
-
-
-def check_output_folder(facts: Facts) -> Iterator[Finding]:
-    """Return whether output_dir, with the pickles of submitit and the logs in it, is one folder for all nodes."""
-    path = facts.output.path
-    if facts.kind is ClusterKind.local:
-        yield fine("shared folder", f"{path} on {facts.output.filesystem}, used on this machine only")
+        raised = f", which agents raise to {most} for their ranks" if 0 <= soft < most else ""
+        yield fine("open files", f"ulimit -n is {'unlimited' if soft < 0 else soft}{raised}")
+    if facts.soft["core"] < 0:
+        why = "a crash writes one core dump for each rank, each as large as its memory, into the folder it runs in"
+        yield warn("core dumps", "ulimit -c is unlimited", why, "ulimit -c 0")
+    if facts.limits is None or not config.cluster.gpus_per_node or config.nodes == 1:
         return
-    answer, found = sharing(facts.output)
-    why = "the nodes read the job's pickle and the run folder there, and would find nothing: the job fails at once"
-    if answer == "yes":
-        yield fine("shared folder", f"{path}: {found}")
-    elif answer == "no":
-        yield fail(
-            "shared folder", f"output_dir {path}: {found}", why, "output_dir=PATH on a filesystem that all nodes mount"
-        )
-    else:
-        yield warn("shared folder", f"output_dir {path}: {found}", why, "python -m launch.doctor --on-cluster ...")
+    passed = facts.limits.config.get("PropagateResourceLimits", "ALL").upper()
+    kept = facts.limits.config.get("PropagateResourceLimitsExcept", "").upper()
+    size = facts.soft["memlock"]
+    if 0 <= size < GIB and ("ALL" in passed or "MEMLOCK" in passed) and "MEMLOCK" not in kept:
+        why = "Slurm passes it to the nodes, and InfiniBand registers its buffers as locked memory (ibv_reg_mr fails)"
+        yield warn("locked memory", f"ulimit -l is {size // 1024} KiB", why, "ulimit -l unlimited")
 
 
-def check_space(facts: Facts, requests: list[Request]) -> Iterator[Finding]:
-    """Return whether output_dir can be written to, and holds the checkpoints that are kept."""
-    folder = facts.output
-    if folder.problem:
-        yield fail(
-            "disk",
-            f"{folder.exists}: {folder.problem}",
-            "nothing can be written there",
-            "output_dir=PATH that is yours",
-        )
-        return
-    promises = [(request.plan.promised, len(request.points)) for request in requests]
-    need = sum((promised.checkpoint_bytes or 0) * promised.checkpoints_kept * points for promised, points in promises)
-    found = f"{folder.free_bytes / GIB:.1f} GiB free at {folder.exists}"
-    if need > folder.free_bytes:
-        why = f"checkpoints of all points take about {need / GIB:.1f} GiB (weights, Adam's moments; keep_last + 1)"
-        yield fail("disk", found, why, "output_dir=PATH with more room, or checkpoint.keep_last=1")
-    elif folder.free_inodes < 10_000:
-        yield warn(
-            "disk", f"{folder.free_inodes} inodes free at {folder.exists}", "every file takes one", "output_dir=PATH"
-        )
-    else:
-        yield fine("disk", f"{found}, checkpoints take about {need / GIB:.1f} GiB")
-
-
-def check_programs(facts: Facts) -> Iterator[Finding]:
-    """Return whether the nodes find the Python and the code that the job names by path."""
-    for folder in facts.machine.programs if facts.kind is ClusterKind.slurm else ():
-        above = [other for other in facts.machine.programs if Path(other.path) in Path(folder.path).parents]
-        if any(other.filesystem == folder.filesystem for other in above):
-            continue  # an environment in the checkout: said of that
-        answer, found = sharing(folder)
-        if answer == "yes":
-            yield fine("program", f"{folder.path}: {found}")
-            continue
-        why = f"the job runs {facts.machine.executable} by its path on every node, and they may not have it"
-        yield warn("program", f"{folder.path}: {found}", why, f"srun --nodes=1 ls {folder.path}")
-
-
-def check_host_name(facts: Facts, addresses: tuple[str, ...]) -> Iterator[Finding]:
-    """Return whether this machine's name leads anywhere; ``addresses`` is what it resolves to."""
-    host = facts.machine.host
-    if not addresses:
+def check_host_name(facts: Facts) -> Iterator[Finding]:
+    """Addresses of this machine's name."""
+    found = f"{facts.host} resolves to {', '.join(facts.addresses)}"
+    if not facts.addresses:
         why = "srun typed here, and torchrun, give the nodes this name to call back"
-        yield warn("host name", f"{host} does not resolve", why, f"getent hosts {host}")
-    elif facts.kind is ClusterKind.slurm and all(address.startswith("127.") for address in addresses):
+        yield warn("host name", f"{facts.host} does not resolve", why, f"getent hosts {facts.host}")
+    elif facts.kind is ClusterKind.slurm and all(address.startswith("127.") for address in facts.addresses):
         why = "a process that announces itself by name, as torchrun does, is then unreachable from other nodes"
-        yield warn(
-            "host name", f"{host} resolves to {', '.join(addresses)}", why, "python -m launch.doctor --on-cluster ..."
-        )
+        yield warn("host name", found, why, MEASURE)
     else:
-        yield fine("host name", f"{host} resolves to {', '.join(addresses)}")
-
-
-def check_machine(facts: Facts, config: Config, requests: list[Request], addresses: tuple[str, ...]) -> list[Finding]:
-    """All checks of this module."""
-    return [
-        *check_slurm(facts),
-        *check_versions(facts),
-        *check_programs(facts),
-        *check_container(facts, config),
-        *check_output_folder(facts),
-        *check_space(facts, requests),
-        *check_inherited(facts),
-        *check_sbatch_variables(facts, config),
-        *check_threads(facts, config),
-        *check_limits(facts),
-        *check_memlock(facts, config),
-        *check_host_name(facts, addresses),
-    ]
+        yield fine("host name", found)

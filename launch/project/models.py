@@ -1,4 +1,4 @@
-"""Models of the time of a step over the number of nodes, with stragglers, fitted to measured points."""
+"""Models of the time of a step over the number of nodes, and of its stragglers, fitted to measured points."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
 
 import numpy as np
 
@@ -17,34 +16,31 @@ from launch.report.steps import TIME, WAITS, step_times
 from launch.runs.folder import RunFolder
 from launch.workload import StepTime
 
-# Minimum and root of a function of one number, by halving. Pure arithmetic.
-
-
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def root(function: Callable[[float], float], low: float, high: float, rounds: int = 60) -> float:
-    """Zero of a falling function of a positive number, by bisection of its logarithm.
+def root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Zero of a falling function of a positive number, by bisection of the logarithm.
 
-    The nearer end where it does not cross zero between ``low`` and ``high``.
+    The nearer end if the function does not cross zero between ``low`` and ``high``.
     """
     if function(low) <= 0:
         return low
     if function(high) >= 0:
         return high
-    for _ in range(rounds):
+    for _ in range(60):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if function(middle) > 0 else (low, middle)
     return math.sqrt(low * high)
 
 
-def minimum(function: Callable[[float], float], low: float, high: float, rounds: int = 48) -> float:
-    """Argument of the minimum of a function of a positive number, by golden sections of its logarithm (Kiefer, 1953).
+def minimum(function: Callable[[float], float], low: float, high: float) -> float:
+    """Argument of the minimum of a function of a positive number, by golden sections of the logarithm (Kiefer, 1953).
 
-    Exact to the tolerance of the rounds where it has one minimum between ``low`` and ``high``.
+    The function must have one minimum between ``low`` and ``high``.
     """
     a, b = math.log(low), math.log(high)
-    for _ in range(rounds):
+    for _ in range(48):
         left, right = b - GOLDEN * (b - a), a + GOLDEN * (b - a)
         if function(math.exp(left)) <= function(math.exp(right)):
             b = right
@@ -53,59 +49,41 @@ def minimum(function: Callable[[float], float], low: float, high: float, rounds:
     return math.exp((a + b) / 2)
 
 
-# Expected maximum of so many independent draws, from a sample or of a normal distribution. Pure arithmetic.
-
-
-LEAST_TAIL = 10
-"""Fewest values that a tail is fitted to."""
+# Expected maximum of a number of independent draws.
 
 
 def maximum_weights(size: int, draws: int) -> Floats:
-    """Weights of ascending values whose weighted sum is the mean of the largest of ``draws``, over all choices.
+    """Weights of ``size`` ascending values; the weighted sum is the mean of the largest of ``draws``, over all choices.
 
-    That of every choice without replacement is the U-statistic of the maximum (Hoeffding, 1948): its expectation is the
-    expected maximum of ``draws`` independent draws, whatever the distribution. ``draws`` is at most ``size``.
+    The mean over all choices without replacement is the U-statistic of the maximum (Hoeffding, 1948). Its expectation
+    is the expected maximum of ``draws`` independent draws, for any distribution. ``draws`` is at most ``size``.
     """
     places = np.arange(size, 1, -1)
-    # A value's weight from that of the next larger one: C(i - 2, d - 1) / C(i - 1, d - 1).
+    # The weight of a value follows from that of the next larger one: C(i - 2, d - 1) / C(i - 1, d - 1).
     ratios = np.maximum(places - draws, 0) / (places - 1)
     return draws / size * np.cumprod(np.append(1.0, ratios))[::-1]
 
 
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """Ascending values, and the exponential tail through the largest of them."""
+def tail_size(size: int) -> int:
+    """Number of the largest values to which the exponential tail of a sample is fitted: a square root, or 10."""
+    return min(max(10, math.isqrt(size)), size // 2)
 
-    values: Floats
 
-    @property
-    def in_tail(self) -> int:
-        """Number of the largest values that the tail is fitted to: as many as the square root of all."""
-        return min(max(LEAST_TAIL, math.isqrt(len(self.values))), len(self.values) // 2)
+def reach(size: int) -> int:
+    """Number of draws up to which a sample suffices. Beyond, only the few largest values would count."""
+    return max(1, size // max(1, tail_size(size)))
 
-    @property
-    def reach(self) -> int:
-        """Draws up to which the values speak for themselves: beyond, the few largest would be all that counts."""
-        return max(1, len(self.values) // max(1, self.in_tail))
 
-    @property
-    def tail(self) -> float:
-        """Mean excess of the largest values above the next one: the scale of an exponential tail, by maximum
-        likelihood."""
-        if not self.in_tail:
-            return 0.0
-        threshold = self.values[-self.in_tail - 1]
-        return float((self.values[-self.in_tail :] - threshold).mean())
+def expected_maximum(values: Floats, draws: int) -> float:
+    """Return the expected maximum of draws from a sample of ascending values.
 
-    def expected_maximum(self, draws: int) -> float:
-        """Return the expected maximum; beyond the reach it grows by the tail's scale with the logarithm of the draws.
-
-        So grows the maximum of every distribution whose tail is exponential, and less that of a normal one or of a
-        bounded one: for these it is an upper estimate.
-        """
-        inside = min(draws, self.reach)
-        known = float(maximum_weights(len(self.values), inside) @ self.values)
-        return known + self.tail * math.log(draws / inside)
+    Beyond the reach, the maximum grows by the scale of the exponential tail times a logarithm. The scale is the mean
+    excess of the largest values above the next one (maximum likelihood). For a normal or a bounded distribution this
+    is an upper bound.
+    """
+    inside, count = min(draws, reach(len(values))), tail_size(len(values))
+    scale = float((values[-count:] - values[-count - 1]).mean()) if count else 0.0
+    return float(maximum_weights(len(values), inside) @ values) + scale * math.log(draws / inside)
 
 
 @lru_cache(maxsize=256)
@@ -116,87 +94,79 @@ def normal_maximum(draws: int) -> float:
     return float(((x > 0) + 0.5 * (x == 0) - below**draws).sum() * (x[1] - x[0]))
 
 
-# Stragglers of a synchronous step: how much longer than the mean the slowest of so many ranks works by itself.
+# Stragglers of a synchronous step: how much longer than the mean the slowest rank computes.
 
 
 MOST_STEPS = 2000
-"""Steps of a run that are looked at, its last ones: more tell no more, and are held for all ranks at once."""
+"""Number of the last steps of a run that are read: more add nothing, and take memory for all ranks at once."""
 
 
 @dataclass(frozen=True, eq=False)
 class RankSpread:
-    """Spread of the own times of the ranks of a point.
+    """Spread of the own times of a point's ranks. An own time is the time of a step without waits.
 
-    All figures are shares of the mean own time: a rank that has half of the work to do is slower by half as much.
+    All figures are shares of the mean own time, because a rank with half of the work is slower by half as much.
     """
 
-    own_s: float
-    """Mean own time of a step over ranks and steps, seconds."""
-    deviations: Floats
-    """[steps, ranks]: own time above the mean of its step."""
+    own: Floats
+    """Own times in seconds, [steps, ranks]; two steps and two ranks or more."""
     has_stages: bool = False
-    """True for a pipeline: its stages differ by design, so that a rank is held against itself only."""
+    """True for a pipeline. Its stages differ by design, so a rank is compared with itself only."""
 
     @property
     def ranks(self) -> int:
-        """Number of ranks, two or more."""
-        return int(self.deviations.shape[1])
+        """Number of ranks."""
+        return int(self.own.shape[1])
+
+    @cached_property
+    def own_s(self) -> float:
+        """Mean own time of a step over ranks and steps, seconds."""
+        return float(self.own.mean())
+
+    @cached_property
+    def _deviations(self) -> Floats:
+        found: Floats = (self.own - self.own.mean(axis=1, keepdims=True)) / self.own_s
+        return found
 
     @cached_property
     def _rank_means(self) -> Floats:
-        means: Floats = self.deviations.mean(axis=0)
-        return means
+        found: Floats = self._deviations.mean(axis=0)
+        return found
 
     @cached_property
     def _in_step(self) -> Floats:
-        """[steps, ranks], ascending in each step."""
-        return np.sort(self.deviations - self._rank_means * self.has_stages, axis=1)
+        return np.sort(self._deviations - self._rank_means * self.has_stages, axis=1)
 
     @cached_property
-    def noise(self) -> Sample:
-        """Noise from step to step, over all ranks. The means that were taken off took some of its variance along."""
-        steps, ranks = self.deviations.shape
-        taken = (1 - 1 / ranks) * (1 - 1 / steps)
-        return Sample(np.sort((self.deviations - self._rank_means).ravel()) / math.sqrt(taken))
+    def noise(self) -> Floats:
+        """Noise from step to step over all ranks, ascending. The divisor restores the variance of the two means."""
+        steps, ranks = self.own.shape
+        left = (1 - 1 / ranks) * (1 - 1 / steps)
+        found: Floats = np.sort((self._deviations - self._rank_means).ravel()) / math.sqrt(left)
+        return found
 
     @cached_property
     def lasting(self) -> float:
-        """Standard deviation of what ranks are slower throughout, beyond what noise does to a mean; 0 for stages."""
-        noise = float(self.noise.values.var()) / len(self.deviations)
+        """Standard deviation of the ranks' lasting slowness, without the noise of their means; 0 for stages."""
+        noise = float(self.noise.var()) / len(self.own)
         return 0.0 if self.has_stages else math.sqrt(max(0.0, float(self._rank_means.var(ddof=1)) - noise))
 
     def share(self, ranks: int) -> float:
-        """Return the expected excess of the slowest of so many ranks over their mean, as a share of that mean.
+        """Return the expected excess of the slowest of ``ranks`` ranks over their mean, as a share of that mean.
 
-        Up to the ranks that were measured it is the mean over all choices of so many of them, exactly what was seen at
-        their number. Beyond, noise grows as the expected maximum of its sample, lasting slowness as that of a normal
-        distribution; both together as their root of squares, which is exact where both are normal or one is nothing.
+        Up to the measured number of ranks, this is the mean over all choices of measured ranks. Beyond, noise grows as
+        the expected maximum of its sample, and lasting slowness as that of a normal distribution. The two are added as
+        squares, which is exact if both are normal or one is zero.
         """
-        known = self.ranks
-        inside = min(ranks, known)
-        seen = float((self._in_step @ maximum_weights(known, inside)).mean())
-        if ranks <= known:
+        seen = float((self._in_step @ maximum_weights(self.ranks, min(ranks, self.ranks))).mean())
+        if ranks <= self.ranks:
             return seen
-        noise = self.noise.expected_maximum(ranks) - self.noise.expected_maximum(known)
-        lasting = self.lasting * (normal_maximum(ranks) - normal_maximum(known))
-        return seen + math.hypot(noise, lasting)
-
-    @property
-    def text(self) -> str:
-        """Spread of the own times in words: throughout, and from step to step."""
-        lasting = "of pipeline stages noise only" if self.has_stages else f"{100 * self.lasting:.2g} % throughout"
-        noise = f"{100 * float(self.noise.values.std()):.2g} % from step to step"
-        return f"own times of {self.ranks} ranks differ by {lasting} and {noise} (standard deviations)"
-
-
-def spread_of(own: Floats, *, has_stages: bool = False) -> RankSpread:
-    """Take own times apart: seconds, [steps, ranks], of two steps and two ranks or more."""
-    mean = float(own.mean())
-    return RankSpread(mean, (own - own.mean(axis=1, keepdims=True)) / mean, has_stages)
+        noise = expected_maximum(self.noise, ranks) - expected_maximum(self.noise, self.ranks)
+        return seen + math.hypot(noise, self.lasting * (normal_maximum(ranks) - normal_maximum(self.ranks)))
 
 
 def read_spread(point: Point) -> RankSpread | None:
-    """Read the own times of a point's ranks; None where not all of them say in every step how long they waited."""
+    """Read the own times of a point's ranks. None unless each rank records its waits in every step."""
     run, used = RunFolder(point.path), point.steps.after_warmup()
     expected = 0 if point.environment is None else point.environment.world_size
     steps, attempts = used.step[-MOST_STEPS:], used.attempt[-MOST_STEPS:]
@@ -215,15 +185,15 @@ def read_spread(point: Point) -> RankSpread | None:
         own.append(times[at] - sum(waits))
     if len(own) < max(2, expected) or len(steps) < 2 or not np.mean(own) > 0:
         return None
-    return spread_of(np.array(own).T, has_stages=has_stages)
+    return RankSpread(np.array(own).T, has_stages)
 
 
-# Models of the time of a step over the number of nodes, and their fit to measured points.
+# Models of the time of a step, and their fit to measured points.
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Median time of a step on so many nodes, with its quartiles, in seconds."""
+    """Median time of a step on a number of nodes, with its quartiles, in seconds."""
 
     nodes: int
     ranks: int
@@ -231,187 +201,128 @@ class Measured:
     low_s: float
     high_s: float
 
-    @property
-    def spread(self) -> float:
-        """Half of the interquartile range over the median."""
-        return (self.high_s - self.low_s) / 2 / self.step_s
 
+@dataclass(frozen=True)
+class StepParts:
+    """Time of a step, in seconds."""
 
-class Model(Protocol):
-    """A fitted model."""
-
-    @property
-    def text(self) -> str:
-        """One sentence on what was fitted, for people."""
-
-    def seconds(self, nodes: int) -> float:
-        """Time of a step. Raises ConfigError if a run of this size cannot work."""
-
-    def parts(self, nodes: int) -> dict[str, float]:
-        """Share of the step by cause, in seconds; they add up to ``seconds``."""
-
-    def own_s(self, nodes: int) -> float:
-        """Time of a step in which a rank works by itself."""
-
-
-Costs = Callable[[int, float, float], StepTime]
-"""(nodes, rate factor, link factor) -> time of a step, as ``launch.workload.PlanRequest`` has these factors."""
-
-RATES = (1e-6, 1e4)
-LINKS = (1e-4, 1e3)
-ROUNDS = 12
-"""Turns in which rate and links are fitted; where the smallest point has one rank, the first is exact."""
-SETTLED = 1e-4
-"""A relative change of the links after which another turn would change nothing that is shown."""
+    step_s: float
+    own_s: float
+    """Part in which a rank computes and does not wait."""
+    by_cause: dict[str, float]
+    """Cause -> seconds; the causes add up to ``step_s``."""
 
 
 @dataclass(frozen=True)
-class CostModel:
-    """A workload's own model, at the rate and the speed of links that were measured."""
+class Model:
+    """A fitted model of the time of a step."""
 
-    costs: Costs
-    rate: float
-    links: float
-    links_are_given: bool
+    text: str
+    """One sentence about the fit, for people."""
+    at: Callable[[int], StepParts]
+    """Nodes -> time of a step. Raises ConfigError if a run of this size cannot work."""
 
-    @property
-    def text(self) -> str:
-        """One sentence on what was fitted, for people."""
-        links = "links as given" if self.links_are_given else f"its links at {self.links:.3g} times that"
-        return f"the workload's cost model, with ranks at {self.rate:.3g} times the rate it assumes, and {links}"
+    def with_stragglers(self, spread: RankSpread, ranks_per_node: int, reference_s: float) -> Model:
+        """Return this model, whose ranks are all equally fast, with the time that the slowest rank adds.
 
-    def seconds(self, nodes: int) -> float:
-        """Time of a step. Raises ConfigError if a run of this size cannot work."""
-        return self.costs(nodes, self.rate, self.links).step_s
+        Args:
+            spread: of the own times at a measured point.
+            ranks_per_node: of each size.
+            reference_s: own time that this model has at the measured point.
+        """
 
-    def parts(self, nodes: int) -> dict[str, float]:
-        """Seconds of the step by cause: compute, bubble, and exposed communication by mesh axis."""
-        found = self.costs(nodes, self.rate, self.links)
-        waits = {f"communication {name}": seconds for name, seconds in found.communication_s.items() if seconds}
-        return {"compute": found.compute_s, **({"bubble": found.bubble_s} if found.bubble_s else {}), **waits}
+        def at(nodes: int) -> StepParts:
+            even = self.at(nodes)
+            scale = even.own_s / reference_s if reference_s > 0 else 1.0
+            late_s = spread.share(nodes * ranks_per_node) * spread.own_s * scale
+            return StepParts(even.step_s + late_s, even.own_s, {**even.by_cause, "stragglers": late_s})
 
-    def own_s(self, nodes: int) -> float:
-        """Time of a step in which a rank computes."""
-        return self.costs(nodes, self.rate, self.links).compute_s
+        return Model(f"{self.text}; stragglers as the expected maximum over the ranks", at)
 
 
-def fit_costs(points: Sequence[Measured], costs: Costs, *, links_are_given: bool = False) -> CostModel:
-    """Fit a workload's model to points, smallest first: the rate to the smallest, the links to the others."""
+Costs = Callable[[int, float, float], StepTime]
+"""(nodes, rate factor, link factor) -> time of a step; the factors are those of ``launch.workload.PlanRequest``."""
+
+RATES = (1e-6, 1e4)
+LINKS = (1e-4, 1e3)
+
+
+def fit_costs(points: Sequence[Measured], costs: Costs, *, links_are_given: bool = False) -> tuple[float, float]:
+    """Fit the rate factor to the smallest point and the link factor to the other points, in turns.
+
+    Args:
+        points: the smallest first.
+        costs: a workload's cost model.
+        links_are_given: keep the link factor 1.
+    """
     smallest, others = points[0], points[1:]
 
     def best_rate(links: float) -> float:
         return root(lambda rate: costs(smallest.nodes, rate, links).step_s - smallest.step_s, *RATES)
 
-    def best_links(rate: float) -> float:
-        def error(links: float) -> float:
-            return squared_error(others, lambda nodes: costs(nodes, rate, links).step_s)
-
-        return minimum(error, *LINKS)
+    def error(rate: float, links: float) -> float:  # logarithms: twice the time counts as much as half the time
+        return sum(math.log(costs(one.nodes, rate, links).step_s / one.step_s) ** 2 for one in others)
 
     links = 1.0
     rate = best_rate(links)
-    if others and not links_are_given:
-        for _ in range(ROUNDS):
-            before, links = links, best_links(rate)
-            rate = best_rate(links)
-            if smallest.ranks == 1 or abs(math.log(links / before)) < SETTLED:
-                break
-    return CostModel(costs, rate, links, links_are_given)
+    for _ in range(12 if others and not links_are_given else 0):
+        before, links = links, minimum(lambda links, rate=rate: error(rate, links), *LINKS)  # type: ignore[misc]
+        rate = best_rate(links)
+        # One rank alone has no links, so its rate is exact; a smaller change alters no printed figure.
+        if smallest.ranks == 1 or abs(math.log(links / before)) < 1e-4:
+            break
+    return rate, links
 
 
-def squared_error(points: Sequence[Measured], seconds: Callable[[int], float]) -> float:
-    """Sum of the squared logarithms of predicted over measured times: twice as long counts as half as long does."""
-    return sum(math.log(seconds(point.nodes) / point.step_s) ** 2 for point in points)
+def cost_model(costs: Costs, rate: float, links: float, links_are_given: bool) -> Model:
+    """Return a workload's cost model with fitted factors. The causes are those of ``StepTime``."""
+
+    def at(nodes: int) -> StepParts:
+        found = costs(nodes, rate, links)
+        waits = {f"communication {name}": seconds for name, seconds in found.communication_s.items() if seconds}
+        bubble = {"bubble": found.bubble_s} if found.bubble_s else {}
+        return StepParts(found.step_s, found.compute_s, {"compute": found.compute_s, **bubble, **waits})
+
+    of_links = "links as given" if links_are_given else f"its links at {links:.3g} times that"
+    return Model(f"the workload's cost model, with ranks at {rate:.3g} times the rate it assumes, and {of_links}", at)
 
 
-@dataclass(frozen=True)
-class TrendModel:
-    """A sum of terms over the number of ranks, for a program of which nothing is known but its times."""
-
-    weights: tuple[float, float, float]
-    """Seconds of the divided part on one rank, of the constant part, and for each doubling of the ranks."""
-    is_weak: bool
-    ranks_per_node: int
-
-    @property
-    def text(self) -> str:
-        """One sentence on what was fitted, for people."""
-        divided, constant, doubling = self.weights
-        whole = "" if self.is_weak else f"{divided:.3g} s divided among the ranks, "
-        return f"a trend of step times: {whole}{constant:.3g} s on each, and {doubling:.3g} s for each doubling"
-
-    def seconds(self, nodes: int) -> float:
-        """Time of a step."""
-        return sum(self.parts(nodes).values())
-
-    def parts(self, nodes: int) -> dict[str, float]:
-        """Seconds of the step by term; those that are zero are left out."""
-        terms = terms_of(nodes * self.ranks_per_node, self.is_weak)
-        named = zip(("divided among the ranks", "on every rank", "grows with the ranks"), self.weights, strict=True)
-        return {name: w * term for (name, w), term in zip(named, terms, strict=True) if w * term}
-
-    def own_s(self, nodes: int) -> float:
-        """Time of a step that does not grow with the ranks."""
-        divided, constant, _ = terms_of(nodes * self.ranks_per_node, self.is_weak)
-        return self.weights[0] * divided + self.weights[1] * constant
+TERMS = ("divided among the ranks", "on every rank", "grows with the ranks")
 
 
-@dataclass(frozen=True)
-class StragglerModel:
-    """A model of a step whose ranks are all as fast as their mean, and what the slowest of them adds to it."""
-
-    even: Model
-    spread: RankSpread
-    ranks_per_node: int
-    reference_s: float
-    """Own time by the model at the point whose spread was measured."""
-
-    @property
-    def text(self) -> str:
-        """One sentence on what was fitted, for people."""
-        return f"{self.even.text}; stragglers as the expected maximum over the ranks"
-
-    def seconds(self, nodes: int) -> float:
-        """Time of a step. Raises ConfigError if a run of this size cannot work."""
-        return self.even.seconds(nodes) + self.stragglers_s(nodes)
-
-    def parts(self, nodes: int) -> dict[str, float]:
-        """Seconds of the step by cause, stragglers among them."""
-        return {**self.even.parts(nodes), "stragglers": self.stragglers_s(nodes)}
-
-    def own_s(self, nodes: int) -> float:
-        """Time of a step in which the mean rank works by itself."""
-        return self.even.own_s(nodes)
-
-    def stragglers_s(self, nodes: int) -> float:
-        """Time by which the slowest rank is expected to take longer than their mean: a share of the own time."""
-        scale = self.own_s(nodes) / self.reference_s if self.reference_s > 0 else 1.0
-        return self.spread.share(nodes * self.ranks_per_node) * self.spread.own_s * scale
+def terms_of(ranks: int) -> tuple[float, float, float]:
+    """Values of ``TERMS`` at a number of ranks."""
+    return 1 / ranks, 1.0, math.log2(ranks)
 
 
-def terms_of(ranks: int, is_weak: bool) -> tuple[float, float, float]:
-    """The terms of a trend at a number of ranks. In weak scaling nothing is divided."""
-    return 0.0 if is_weak else 1 / ranks, 1.0, math.log2(ranks)
+def fit_trend(points: Sequence[Measured], is_weak: bool) -> tuple[float, ...]:
+    """Fit seconds of each of ``TERMS``, none negative, by least squares of relative errors.
+
+    In weak scaling no work is divided. Of equal fits, the one with fewer terms is returned.
+    """
+    rows = np.array([terms_of(point.ranks) for point in points]) / [[point.step_s] for point in points]
+    columns = (1, 2) if is_weak else (0, 1, 2)
+    least, best = math.inf, (0.0, 0.0, 0.0)
+    for count in range(1, min(len(points), len(columns)) + 1):
+        for chosen in itertools.combinations(columns, count):
+            solution, *_ = np.linalg.lstsq(rows[:, chosen], np.ones(len(points)), rcond=None)
+            error = float(((rows[:, chosen] @ solution - 1) ** 2).sum())
+            if (solution >= 0).all() and error < least - 1e-12:
+                weights = dict(zip(chosen, solution.tolist(), strict=True))
+                least, best = error, (weights.get(0, 0.0), weights.get(1, 0.0), weights.get(2, 0.0))
+    return best
 
 
-def fit_trend(points: Sequence[Measured], is_weak: bool) -> TrendModel:
-    """Fit a trend without negative terms, by least squares of relative errors; of equal fits that with fewer terms."""
-    import numpy as np
+def trend_model(weights: Sequence[float], is_weak: bool, ranks_per_node: int) -> Model:
+    """Return a sum of ``TERMS``, for a program of which only step times are known."""
 
-    rows = np.array([terms_of(point.ranks, is_weak) for point in points])
-    scaled = rows / np.array([[point.step_s] for point in points])
-    best: tuple[float, tuple[float, float, float]] | None = None
-    for count in (1, 2, 3):
-        for chosen in itertools.combinations(range(3), count):
-            matrix = scaled[:, chosen]
-            if count > len(points) or np.linalg.matrix_rank(matrix) < count:
-                continue
-            solution, *_ = np.linalg.lstsq(matrix, np.ones(len(points)), rcond=None)
-            error = float(((matrix @ solution - 1) ** 2).sum())
-            if (solution >= 0).all() and (best is None or error < best[0] - 1e-12):
-                weights = [0.0, 0.0, 0.0]
-                for index, value in zip(chosen, solution.tolist(), strict=True):
-                    weights[index] = value
-                best = error, (weights[0], weights[1], weights[2])
-    assert best is not None, "one positive term always fits"
-    return TrendModel(best[1], is_weak, points[0].ranks // points[0].nodes)
+    def at(nodes: int) -> StepParts:
+        terms = terms_of(nodes * ranks_per_node)
+        divided, constant, doubling = (weight * term for weight, term in zip(weights, terms, strict=True))
+        causes = dict(zip(TERMS, (divided, constant, doubling), strict=True))
+        known = {cause: seconds for cause, seconds in causes.items() if seconds}
+        return StepParts(divided + constant + doubling, divided + constant, known)
+
+    text = "" if is_weak else f"{weights[0]:.3g} s divided among the ranks, "
+    text += f"{weights[1]:.3g} s on each, and {weights[2]:.3g} s for each doubling"
+    return Model(f"a trend of step times: {text}", at)

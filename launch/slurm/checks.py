@@ -297,7 +297,8 @@ def check_preemption(case: Case) -> Iterator[Finding]:
         return
     calm = [p for p in limits.partitions if p != partition and p.state == "UP" and how_preempted(limits, p) == "OFF"]
     safe = [p.name for p in calm if len(limits.nodes_of(p)) >= config.nodes]
-    instead = case.request.plan.promised.saves_more_often or "more frequent checkpoints"
+    plan = case.request.plan
+    instead = (plan and plan.promised.saves_more_often) or "more frequent checkpoints"
     instead += f", or cluster.partition={safe[0]}" if safe else ""
     options = {str(key).replace("-", "_"): value for key, value in config.cluster.additional_parameters.items()}
     ended = f"jobs in {name} may be preempted, and this one would be ended instead of requeued"

@@ -72,6 +72,7 @@ def possible_places(facts: SlurmFacts, request: Request) -> Placement:
     """
     errors = errors_at(facts, request)
     some_fit = any(not found for found in errors)
+    assert request.plan is not None
     places = request.plan.placement
     for index, found in enumerate(errors):
         if found and (some_fit or not all(error.unless for error in found)):

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpt.planning.hardware import Group, Link, Machine, strided_group, with_network
-from launch.bench_network.__main__ import main
-from launch.bench_network.fit import Sample, fit_link, fit_network
+from launch.bench_network.__main__ import Sample, fit_link, fit_network, main
 from launch.bench_network.measure import group_ranks, group_sizes
 from launch.errors import ConfigError
 from launch.runs.measured import COLLECTIVES, LinkFit, Network, network_document, read_network, terms

@@ -14,12 +14,12 @@ import pytest
 from launch.config import ClusterKind
 from launch.config.cluster import ContainerRuntime
 from launch.config.compose import compose_launch, typed_config
-from launch.doctor.machine import check_container
+from launch.doctor.machine import check_container, container_problem
 from launch.errors import ConfigError
 from launch.plan import placement as container
 from launch.plan.placement import agent_words
 from launch.plan.plan import make_plan
-from launch.slurm.facts import Level, container_problem
+from launch.slurm.facts import Level
 from launch.slurm.jobs import sbatch_text
 from tests.launch.test_dry_run import plan
 from tests.support.doctor_facts import FACTS

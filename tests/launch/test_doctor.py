@@ -15,17 +15,15 @@ from typing import Any
 import pytest
 
 from launch.config import ClusterKind, Config
-from launch.config.compose import sweep_points
-from launch.doctor import machine, on_cluster
+from launch.config.compose import compose_launch, sweep_points, typed_config
+from launch.doctor import __main__ as doctor
+from launch.doctor import job, machine
 from launch.doctor.__main__ import arguments, complete, configs_of, examine, main, settle_sharing
 from launch.runs import compose
-from launch.slurm import facts
-from launch.slurm import facts as findings
-from launch.slurm.facts import Finding, Level
-from tests.launch.test_doctor_verdict import all_rates
-from tests.launch.test_doctor_verdict import results as measured
+from launch.slurm.facts import Finding, Level, warn
+from tests.launch.test_doctor_verdict import all_rates, results
 from tests.support.commands import ROOT, environment, run
-from tests.support.doctor_facts import FACTS, MACHINE, OUTPUT, request
+from tests.support.doctor_facts import FACTS, LIMITS, OUTPUT, request
 
 MOUNTS = """22 1 254:0 / / rw - ext4 /dev/vda rw
 23 22 0:21 / /home rw - autofs systemd-1 rw
@@ -47,12 +45,12 @@ MOUNTS = """22 1 254:0 / / rw - ext4 /dev/vda rw
     ],
 )
 def test_the_deepest_and_last_mount_decides(path: str, kind: str) -> None:
-    assert facts.filesystem_in(MOUNTS, path) == kind
+    assert machine.filesystem_in(MOUNTS, path) == kind
 
 
 def test_the_type_of_a_real_filesystem_is_the_one_that_stat_knows() -> None:
-    assert facts.filesystem_of(Path("/dev/shm/not/there/yet")) == "tmpfs"
-    assert facts.filesystem_of(Path("/proc/self")) == "proc"
+    assert machine.filesystem_of(Path("/dev/shm/not/there/yet")) == "tmpfs"
+    assert machine.filesystem_of(Path("/proc/self")) == "proc"
 
 
 @pytest.mark.parametrize(
@@ -75,13 +73,13 @@ def test_a_folder_that_nodes_do_not_share_is_named(path: str, kind: str, level: 
 
 def test_the_nodes_word_on_a_folder_counts_more_than_its_filesystem(tmp_path: Path) -> None:
     guessed = list(machine.check_output_folder(replace(FACTS, output=replace(OUTPUT, filesystem="tmpfs"))))
-    whole = {**measured(all_rates(2), 2), "cluster": "sandbox ctl", "time_s": time.time()}
-    for number, results in enumerate((whole, {**whole, "nodes": []})):
+    whole = {**results(all_rates(2), 2), "cluster": "sandbox ctl", "time_s": time.time()}
+    for number, written in enumerate((whole, {**whole, "nodes": []})):
         folder = tmp_path / ".doctor" / f"2026010{number}-000000-a"
         folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps(results))
-    earlier = on_cluster.earlier_results(tmp_path, "sandbox ctl")
-    assert on_cluster.earlier_results(tmp_path, "another ctl") is None  # of a cluster that is gone
+        (folder / "results.json").write_text(json.dumps(written))
+    earlier = job.earlier_results(tmp_path, "sandbox ctl")
+    assert job.earlier_results(tmp_path, "another ctl") is None  # of a cluster that is gone
     assert [f.level for f in settle_sharing(guessed, earlier)] == [Level.ok]
     assert earlier is not None
     earlier["nodes"][0]["unseen"] = [1]
@@ -101,9 +99,8 @@ def test_space_is_compared_with_the_checkpoints() -> None:
 
 def on_machine(*words: str, **different: Any) -> dict[str, Finding]:
     """Warnings and errors about a login node that differs from the recorded one, by check."""
-    seen = replace(FACTS, machine=replace(MACHINE, **different))
     asking = request(*words)
-    found = machine.check_machine(seen, asking.config, [asking], ("10.0.0.1",))
+    found = machine.check_machine(replace(FACTS, **different), asking.config, [asking])
     return {f.check: f for f in found if f.level is not Level.ok}
 
 
@@ -206,8 +203,8 @@ def test_the_report_and_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_what_it_says_to_type_can_be_pasted(tmp_path: Path) -> None:
     given = arguments(["-m", "nodes=1,2", 'cluster.exclude="n[3-4]"', "--config-dir", str(tmp_path)])
-    measure = findings.warn("links", "x", "y", "python -m launch.doctor --on-cluster ...")
-    words = findings.warn("links", "x", "y", "wait for it ...")
+    measure = warn("links", "x", "y", "python -m launch.doctor --on-cluster ...")
+    words = warn("links", "x", "y", "wait for it ...")
     typed = f"python -m launch.doctor --on-cluster -m nodes=1,2 'cluster.exclude=\"n[3-4]\"' --config-dir {tmp_path}"
     assert [one.fix for one in complete([measure, words], given)] == [typed, "wait for it ..."]
     again = arguments(shlex.split(typed)[3:])
@@ -223,3 +220,70 @@ def test_its_requests_are_called_by_the_labels_of_their_points() -> None:
 def test_what_the_doctor_composes_is_what_a_run_composes() -> None:
     (config,) = configs_of([["cluster=slurm", "nodes=2"]])
     assert config.nodes == 2 and compose.plain(config.cluster.kind) == "slurm" and Path(config.output_dir).is_absolute()
+
+
+def test_nodes_left_over_are_those_that_work_and_fit() -> None:
+    # n1 and n3 work, n2 is drained; n3 lacks the feature.
+    for words, left in (((), 1), (("nodes=2",), 0), (("cluster.constraint=fast",), 0), (("nodes=3",), 0)):
+        assert doctor.left_over(FACTS, request(*words)) == left
+    assert doctor.left_over(replace(FACTS, limits=None, slurm_problem="away"), request()) is None
+
+
+def test_the_results_of_a_cluster_that_is_gone_tell_nothing(tmp_path: Path) -> None:
+    here = job.name_of(replace(LIMITS, config={**LIMITS.config, "SlurmctldHost[0]": "ctl(10.0.0.9)"}))
+    assert here == "sandbox ctl(10.0.0.9)"
+    folder = tmp_path / ".doctor" / "20261122-000000-a"
+    folder.mkdir(parents=True)
+    for known, is_told in (
+        ({"cluster": here, "time_s": 1e12}, True),
+        ({"cluster": here, "time_s": 0.0}, False),
+        ({"cluster": "sandbox ctl(10.9.9.9)", "time_s": 1e12}, False),
+        ({}, False),
+    ):
+        (folder / "results.json").write_text(json.dumps({**results(all_rates(2), 2), **known}))
+        assert (job.earlier_results(tmp_path, here) is not None) is is_told
+
+
+def test_advice_that_only_repeats_the_command_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = warn("host name", "login resolves to 127.0.1.1", "why", "python -m launch.doctor --on-cluster ...")
+    other = warn("disk", "full", "why", "output_dir=PATH")
+    examined: tuple[list[Any], list[Any], list[Any], machine.Facts] = ([again, other], [], [], FACTS)
+    measured = results(all_rates(2), 2) | {"folder": "/none"}
+    measured["nodes"][0]["unseen"] = [1]
+    monkeypatch.setattr(doctor, "examine", lambda *_: examined)
+    monkeypatch.setattr(doctor, "run_on_cluster", lambda *_: ([], measured))
+    found, _ = doctor.diagnose(doctor.arguments(["--on-cluster"]), doctor.Console())
+    assert found == [other]
+    assert doctor.diagnose(doctor.arguments([]), doctor.Console())[0] == [again, other]
+
+
+def test_gpus_that_the_launcher_would_ask_for_are_in_the_request() -> None:
+    config = typed_config(compose_launch(["cluster=slurm", "optim.global_batch=96"]))
+    (gpus, cpus) = doctor.choose_resources(config, replace(FACTS, torch="2.13.0"))
+    assert config.cluster.gpus_per_node == 2 and gpus.level is Level.ok and "every node of low has 2" in gpus.found
+    assert cpus.check == "cpus" and config.cluster.cpus_per_task == 8
+
+
+def test_a_warning_is_said_once_for_all_points_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = machine.Folder("/home/ada/code/.venv", "/home/ada/code/.venv", "ext4")
+    code = machine.Folder("/home/ada/code", "/home/ada/code", "ext4")
+    elsewhere = replace(inner, filesystem="overlay")
+    for programs, said in (((code, inner), ["/home/ada/code"]), ((code, elsewhere), [code.path, elsewhere.path])):
+        seen = replace(FACTS, programs=programs)
+        assert [found.found.partition(":")[0] for found in machine.check_programs(seen)] == said
+    monkeypatch.setattr(machine, "gather", lambda *_: replace(FACTS, torch="2.13.0+cpu"))
+    points = [["cluster=slurm", f"nodes={nodes}", f"output_dir={tmp_path}"] for nodes in (1, 2)]
+    _, found, requests, _ = doctor.examine(points)
+    assert len(requests) == 2 and len(set(found)) == len(found)
+    assert [one.level for one in found if one.check in ("gpus", "cpus")] == [Level.warning, Level.ok]
+
+
+def test_a_point_that_the_launcher_refuses_is_compared_with_the_partitions_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "gather", lambda *_: replace(FACTS, torch="2.13.0+cpu"))
+    words = ["cluster=slurm", "nodes=4", "optim.global_batch=7", "cluster.partition=low", f"output_dir={tmp_path}"]
+    _, found, requests, _ = examine([words])
+    errors = {one.check.split()[0]: one for one in found if one.level is Level.error}
+    assert list(errors) == ["nodes", "plan"] and not requests, "the partition first"
+    assert "nodes=4 in partition low" in errors["nodes"].found and "optim.global_batch=7" in errors["plan"].found

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launch.doctor.machine import Facts
 from launch.slurm import checks as asked
 from launch.slurm import facts as findings
 from launch.slurm import limits
-from launch.slurm.facts import Facts, Level
+from launch.slurm.facts import Level
 from tests.support.doctor_facts import (
     CONFIG,
     FACTS,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.doctor import verdict
+from launch.doctor.links import PASSES, merge, partner
 from launch.slurm.facts import Finding, Level
 
 
@@ -81,17 +83,14 @@ def test_one_slow_link_is_the_only_one_named(data: st.DataObject, nodes: int) ->
     assert f"the link n{a + 1} - n{b + 1}" in found.found and found.level is Level.error
 
 
-@settings(deadline=None)  # the first example imports torch
-@given(st.integers(1, 40))
-def test_everybody_meets_everybody_once_and_nobody_two_at_a_time(count: int) -> None:
-    from launch.doctor.links import schedule
-
-    rounds = schedule(count)
-    pairs = [pair for one in rounds for pair in one]
+@pytest.mark.parametrize("count", range(1, 41))
+def test_each_node_meets_each_other_once_and_one_at_a_time(count: int) -> None:
+    pairs = []
+    for turn in range(count - 1 + count % 2):
+        partners = {node: partner(node, turn, count) for node in range(count)}
+        assert all(other is None or partners[other] == node != other for node, other in partners.items())
+        pairs += [(node, other) for node, other in partners.items() if other is not None and node < other]
     assert sorted(pairs) == [(a, b) for a in range(count) for b in range(a + 1, count)]
-    for one in rounds:
-        busy = [index for pair in one for index in pair]
-        assert len(busy) == len(set(busy))
 
 
 def test_every_other_thing_that_a_node_can_have_is_named() -> None:
@@ -134,3 +133,65 @@ def test_a_job_that_never_ran_or_left_nothing() -> None:
     partly = results(all_rates(2), 2)
     partly["asked"]["nodes"] = 3
     assert "2 of 3 nodes wrote their record: n1, n2" in bad(partly)[0].found
+
+
+def with_ranges(nodes: int, slow: dict[tuple[int, int], tuple[float, float, float]]) -> dict[str, Any]:
+    """Results of links that do 90 to 110 Gbit/s, but for those that are given as low, median and high."""
+    measured = results(all_rates(nodes), nodes)
+    for rank in measured["ranks"]:
+        for link in rank["links"]:
+            pair = (min(rank["rank"], link["node"]), max(rank["rank"], link["node"]))
+            low, middle, high = slow.get(pair, (90.0, 100.0, 110.0))
+            link |= {"low_gbit": low, "bandwidth_gbit": middle, "high_gbit": high}
+    return measured
+
+
+def test_a_link_is_measured_several_times_and_its_median_counts() -> None:
+    passes = [{"latency_us": us, "bandwidth_gbit": rate, "bytes": 7.0} for us, rate in ((9, 90.0), (5, 4.0), (7, 96.0))]
+    assert len(passes) == PASSES
+    assert merge(passes) == {
+        **{"latency_us": 5, "bandwidth_gbit": 90.0, "low_gbit": 4.0, "high_gbit": 96.0, "bytes": 7.0}
+    }
+
+
+def test_what_was_once_as_fast_as_the_others_is_not_called_slow() -> None:
+    assert bad(with_ranges(4, {(1, 2): (4.0, 40.0, 95.0)})) == []
+    (link,) = bad(with_ranges(4, {(1, 2): (4.0, 40.0, 60.0)}))
+    assert link.found.startswith("the link n2 - n3: 40 Gbit/s")
+    of_one = {(0, 3): (10.0, 30.0, 96.0), (1, 3): (10.0, 30.0, 60.0), (2, 3): (10.0, 30.0, 60.0)}
+    assert not [found for found in bad(with_ranges(4, of_one)) if "every link" in found.found]
+    (node,) = bad(with_ranges(4, {**of_one, (0, 3): (10.0, 30.0, 60.0)}))
+    assert node.found.startswith("every link of n4 is slow")
+    (well,) = [found for found in verdict.check_results(with_ranges(4, {})) if found.check == "bandwidth"]
+    assert well.found.endswith("; single measurements 90 to 110")
+
+
+@pytest.mark.parametrize(
+    ("left_over", "fixes"),
+    [
+        (None, ["cluster.exclude=n1", "cluster.exclude=n3"]),
+        (2, ["cluster.exclude=n1", "cluster.exclude=n3"]),
+        (1, ["cluster.exclude=n1", "nodes=3 cluster.exclude=n3 (no node is left over"]),
+        (0, ["nodes=3 cluster.exclude=n1 (no node is left over", "nodes=3 cluster.exclude=n3 (no node is left over"]),
+    ],
+)
+def test_no_more_nodes_are_excluded_than_are_left_over(left_over: int | None, fixes: list[str]) -> None:
+    measured = results(all_rates(4), 4)
+    measured["asked"]["left_over"] = left_over
+    for index in (0, 2):
+        measured["nodes"][index]["error"] = "no room"
+    found = [one.fix for one in bad(measured)]
+    assert len(found) == 2 and all(fix.startswith(start) for fix, start in zip(found, fixes, strict=True))
+    alone = results({}, 1)
+    del alone["ranks"][0]["links"]
+    alone["asked"]["left_over"], alone["nodes"][0]["error"] = 0, "no room"
+    assert [one.fix for one in bad(alone)] == ["ask the site about n1: there is no other node to take its place"]
+
+
+def test_nodes_with_too_few_cpus_are_named_together() -> None:
+    measured = results(all_rates(4), 4)
+    for index, cpus in ((0, 2), (2, 2), (3, 4)):
+        measured["nodes"][index] |= {"cpus": cpus, "cpus_of_machine": 2}
+    few, fewer = bad(measured)
+    assert few.found.startswith("each of the agents on n1, n3 may use 2 CPUs") and few.level is Level.warning
+    assert fewer.found.startswith("the agent on n4 may use 4 CPUs") and fewer.level is Level.error

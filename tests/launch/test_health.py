@@ -171,8 +171,9 @@ def test_a_check_that_cannot_be_made_is_refused(words: dict[str, Any], expected:
 
 
 def test_the_doctor_names_nodes_that_a_start_would_leave_out() -> None:
-    measured = {"nodes": [{"host": "n1", "faults": []}, {"host": "n2", "faults": ["the fan is dead"]}]}
-    (finding,) = verdict.check_health(measured)
+    sound = {"python": "3.11.7", "torch": "2.13.0", "limits": {"nofile": -1}}
+    nodes = [{"host": "n1", "faults": [], **sound}, {"host": "n2", "faults": ["the fan is dead"], **sound}]
+    (finding,) = verdict.check_nodes({"nodes": nodes})
     assert finding.found == "n2: the fan is dead" and finding.fix == "cluster.exclude=n2"
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from launch.config import ClusterKind
-from launch.config.compose import sweep_points
+from launch.config.compose import compose_launch, sweep_points, typed_config
 from launch.doctor.__main__ import examine
+from launch.doctor.machine import gather
 from launch.slurm import client as scheduler
-from launch.slurm import facts
 from launch.slurm.facts import Level
 from launch.slurm.limits import lasting_reason
 from slurm.sandbox import faults
@@ -123,6 +123,16 @@ def test_the_command_tells_all_that_is_wrong_at_once_and_submits_nothing(strict:
     assert strict.slurm("squeue", "--noheader", "--states=all") == before and list(tmp_path.iterdir()) == []
 
 
+def test_an_option_that_sbatch_does_not_know_is_named_with_the_likely_one(sandbox: Cluster, tmp_path: Path) -> None:
+    known, words = "+cluster.additional_parameters.requeue=true", ("cluster=slurm", f"output_dir={tmp_path}")
+    assert "options" not in found(doctor(sandbox, tmp_path, *words, known, status=0), "error")
+    report = doctor(sandbox, tmp_path, *words, "+cluster.additional_parameters.depndency=singleton", status=1)
+    (error,) = [finding for finding in report["findings"] if finding["level"] == "error"]
+    assert error["check"] == "options" and "depndency" in error["found"]
+    assert error["fix"] == "+cluster.additional_parameters.dependency=VALUE"
+    assert not sandbox.slurm("squeue", "--noheader", "--name=doctor") and list(tmp_path.iterdir()) == []
+
+
 def test_a_controller_that_is_not_there(tmp_path: Path, slurm_installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     conf = tmp_path / "slurm.conf"
     conf.write_text(
@@ -131,9 +141,10 @@ def test_a_controller_that_is_not_there(tmp_path: Path, slurm_installed: None, m
     monkeypatch.setenv("SLURM_CONF", str(conf))
     with pytest.raises(scheduler.SlurmError):
         scheduler.run("scontrol", "ping", timeout_s=10.0, retries=1)
-    gone = facts.gather(ClusterKind.slurm, tmp_path)
+    asked, automatic = (typed_config(compose_launch([f"cluster={kind}"])) for kind in ("slurm", "auto"))
+    gone = gather(asked)
     assert gone.limits is None and gone.client and gone.slurm_problem
-    assert facts.gather(ClusterKind.auto, tmp_path).kind is ClusterKind.local
+    assert gather(automatic).kind is ClusterKind.local
 
 
 def test_a_folder_that_the_nodes_do_not_see(sandbox: Cluster, tmp_path: Path) -> None:

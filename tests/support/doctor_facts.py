@@ -7,10 +7,11 @@ from functools import cache
 
 from launch.config import ClusterKind
 from launch.doctor.__main__ import configs_of
+from launch.doctor.machine import Facts, Folder
 from launch.plan.plan import make_plan
 from launch.slurm import checks as asked
 from launch.slurm import limits
-from launch.slurm.facts import Facts, Finding, Folder, Level, Machine, Request
+from launch.slurm.facts import Finding, Level, Request
 from launch.slurm.jobs import sbatch_text
 
 # Printed by scontrol 22.05.8 of the sandbox, unimportant fields left out.
@@ -66,8 +67,15 @@ NODES = "".join(
     )
 )
 LIMITS = limits.parse(CONFIG, PARTITIONS, NODES)
-MACHINE = Machine(
+OUTPUT = Folder("/home/ada/outputs", "/home/ada", "nfs4", free_bytes=2**40, free_inodes=10**9)
+FACTS = Facts(
+    kind=ClusterKind.slurm,
+    was_auto=False,
+    client=True,
+    output=OUTPUT,
+    programs=(Folder("/home/ada/.venv", "/home/ada/.venv", "nfs4"),),
     host="login",
+    addresses=("10.0.0.1",),
     environment={"HOME": "/home/ada"},
     soft={"nofile": 65536, "core": 0, "memlock": -1},
     hard={"nofile": 65536, "core": 0, "memlock": -1},
@@ -75,15 +83,6 @@ MACHINE = Machine(
     executable="/home/ada/.venv/bin/python",
     versions={"torch": "2.13.0+cpu"},
     requirements=("torch<2.14,>=2.11",),
-    programs=(Folder("/home/ada/.venv", "/home/ada/.venv", "nfs4"),),
-)
-OUTPUT = Folder("/home/ada/outputs", "/home/ada", "nfs4", free_bytes=2**40, free_inodes=10**9)
-FACTS = Facts(
-    kind=ClusterKind.slurm,
-    was_auto=False,
-    machine=MACHINE,
-    output=OUTPUT,
-    client=True,
     limits=LIMITS,
     groups=("users",),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from gpt.workload.goal import ASPECT, sized_model
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.project.__main__ import main
-from launch.project.goal import Goal, Offer, as_offer, compose_goal, offers, parse_goal
+from launch.project.fit import Goal, Offer, as_offer, compose_goal, offers, parse_goal
 from launch.runs.measured import LinkFit, Network, network_document
 from launch.workload import SetUp, TrainingGoal
 
@@ -65,7 +66,7 @@ def test_a_model_of_a_size_has_a_usual_shape(family: ModelConfig, wanted: float)
 def test_time_and_cost_of_an_offer_by_hand() -> None:
     config, _ = compose_goal(["cluster.price_per_gpu_hour=2.5", "cluster.gpus_per_node=4"], "h100", None)
     set_up = SetUp("fsdp", 2, step_s=1.5, work_per_step=4e6, memory_bytes=2**30, mfu=0.4, command="")
-    found = as_offer(Goal(TrainingGoal(7e9, 1e12), 30), config, 16, set_up)
+    found = as_offer(Goal(TrainingGoal(7e9, 1e12), 30), replace(config, nodes=16), set_up)
     hours = 1e12 / 4e6 * 1.5 / 3600
     assert (found.gpus, found.days) == (64, pytest.approx(hours / 24))
     assert (found.gpu_hours, found.cost) == (pytest.approx(64 * hours), pytest.approx(64 * hours * 2.5))

@@ -1,0 +1,349 @@
+"""The doctor's job: submission, the part of each node, and the results.
+
+The job has a folder, ``<output_dir>/.doctor/<time>-<random>/``. Each node writes ``nodes/00000.json`` and each rank
+``ranks/00000.json``. The login node joins them in ``results.json``, which ``launch.doctor.verdict`` reads.
+A node uses the rendezvous, addresses and interfaces of the agents. This module loads no torch on the login node, which
+submits ``run`` by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import socketserver
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from launch.agent.health import HealthCheck
+from launch.agent.node import Node
+from launch.config import Config
+from launch.doctor.machine import RLIMITS, filesystem_of
+from launch.plan.plan import JOBS
+from launch.process import lasting_imports
+from launch.runs import compose
+from launch.runs.environment import reachable_files
+from launch.runs.files import read_json, write_json
+from launch.runs.folder import RunFolder
+from launch.slurm import client as scheduler
+from launch.slurm.facts import Request
+from launch.slurm.jobs import SlurmJob, ask_queue
+from launch.slurm.limits import Limits
+from launch.slurm.submit import submit_calls
+
+if TYPE_CHECKING:
+    from launch.agent.exchange import RendezvousEndpoint
+
+JOB_MIN = 5
+"""Time limit of the job, minutes."""
+POLL_S = 1.0
+LATE_S = 5.0
+"""Time in which the login node looks for new files of the nodes: NFS may show files late."""
+KEPT_S = 30 * 24 * 3600.0
+"""Age up to which results describe a cluster, seconds."""
+ARRIVAL_S = 60
+"""Seconds in which all nodes of the job must meet."""
+RANKS_S = 180
+"""Seconds after which ranks that still measure are killed."""
+CONNECT_S = 5.0
+PINGS = 8
+REQUEST = "request.json"
+CLOCK = struct.Struct("!d")
+Record = dict[str, Any]
+
+
+# On the login node.
+
+
+def name_of(limits: Limits) -> str:
+    """Name of a cluster and of its controller, which identify the cluster."""
+    controllers = (value for key, value in sorted(limits.config.items()) if key.startswith("SlurmctldHost"))
+    return " ".join([limits.config.get("ClusterName", ""), *controllers]).strip()
+
+
+def measure(request: Request, about: Record, output: Path, wait_min: float, say: Callable[[str], None]) -> Record:
+    """Submit the job for the nodes of ``request``, wait for its end, and return and write its results.
+
+    Args:
+        request: with a plan.
+        about: fields of the results that are known before: the cluster's name, and the nodes left over.
+        output: output_dir of the run.
+        wait_min: minutes after which a pending job is cancelled.
+        say: prints a line of progress.
+
+    Raises:
+        SlurmError: the controller no longer answers.
+        submitit.core.utils.FailedJobError: sbatch refused.
+    """
+    config, plan = request.config, request.plan
+    assert plan is not None
+    (output / ".doctor").mkdir(parents=True, exist_ok=True)
+    root = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=output / ".doctor"))
+    for name in ("nodes", "ranks", "seen"):
+        (root / name).mkdir()
+    resilience = replace(config.resilience, rendezvous_timeout_s=ARRIVAL_S)
+    compose.write_config(RunFolder(root), OmegaConf.structured(replace(config, resilience=resilience)), [])
+    uses_cpus = bool(plan.promised.uses_cpus)
+    write_json(root / REQUEST, {"uses_cpus": uses_cpus})
+    limit = min(JOB_MIN, config.cluster.timeout_min)
+    resources = {**plan.slurm, "job_name": "doctor", "time": limit, "signal_delay_s": 0}
+    (job,) = submit_calls(root / JOBS, resources, run, [str(root)])
+    say(f"job {job.name} on {config.nodes} nodes, folder {root}")
+    try:
+        state, started = wait(job, wait_min, say)
+    except BaseException:
+        job.kill()
+        raise
+    deadline = time.monotonic() + (LATE_S if started else 0)
+    while len(records(root, "nodes")) < config.nodes and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    asked = {
+        "nodes": config.nodes,
+        "ranks_per_node": config.ranks_on_node,
+        "cpus_per_task": config.cluster.cpus_per_task,
+        "left_over": about["left_over"],
+        "gpus_per_node": None if uses_cpus else config.cluster.gpus_per_node,
+    }
+    results = {
+        **{"job_id": job.job_id, "state": state, "started": started, "folder": str(root), "logs": str(root / JOBS)},
+        **{"asked": asked, "nodes": records(root, "nodes"), "ranks": records(root, "ranks")},
+        **{"cluster": about["cluster"], "time_s": time.time()},
+    }
+    write_json(root / "results.json", results)
+    return results
+
+
+def records(root: Path, kind: str) -> list[Record]:
+    """The records of the nodes, or of the ranks, in order."""
+    return [json.loads(file.read_text()) for file in sorted((root / kind).glob("*.json"))]
+
+
+def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
+    """Wait for the end of a job; return its last state by Slurm, and whether it started.
+
+    A job that is pending after ``wait_min`` minutes is cancelled.
+    """
+    deadline = time.monotonic() + 60 * wait_min
+    last, started = "", False
+    while (known := ask_queue([job]).get(job.name)) is not None:
+        started = started or known.state not in ("PENDING", "CONFIGURING")
+        if known.phase == "over":
+            return known.state, started
+        state = known.state if known.reason in ("", "None") else f"{known.state} ({known.reason})"
+        if state != last:
+            say(f"job {job.name}: {state}")
+            last = state
+        if not started and time.monotonic() > deadline:
+            job.kill()
+            return last, False
+        time.sleep(POLL_S)
+    return last or "unknown", started
+
+
+def earlier_results(output: Path, cluster: str) -> Record | None:
+    """Results of the newest job with the same ``output_dir`` on the same cluster in the last 30 days.
+
+    ``cluster`` is its ``name_of``. None if there are no such results.
+    """
+    for path in sorted(output.glob(".doctor/*/results.json"), reverse=True):
+        results = read_json(path)
+        is_recent = time.time() - results.get("time_s", 0.0) < KEPT_S
+        if results.get("nodes") and results.get("cluster") == cluster and is_recent:
+            return results
+    return None
+
+
+# On each node of the job.
+
+
+def run(root: str) -> None:
+    """Measure this node for the job with the folder ``root``. Errors are recorded, not raised."""
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)  # submitit would ignore the one and requeue on the other
+    folder, node = RunFolder(root), Node.from_env(None)
+    config = compose.read_config(folder, Config)
+    soft = {name: resource.getrlimit(number)[0] for name, number in RLIMITS.items()}
+    soft["nofile"] = reachable_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])  # to which an agent raises it
+    record: Record = {
+        "index": node.index,
+        "time_s": time.time(),
+        "host": socket.gethostname(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "cpus_of_machine": os.cpu_count(),
+        "limits": {name: -1 if value == resource.RLIM_INFINITY else value for name, value in soft.items()},
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "torch": metadata.version("torch"),
+        "filesystem": filesystem_of(folder.path),
+    }
+    health = HealthCheck(folder.path, config.resilience.health_check, config.cluster.gpus_per_node)
+    record["faults"] = [fault.found for fault in health.examine()]
+    try:
+        hosts = scheduler.run("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+        record["names"] = {host: resolve(host) for host in hosts}
+        meet_others(folder, node, config, record)
+    except Exception as error:  # the login node shows every error, of whatever kind
+        record["error"] = f"{type(error).__name__}: {error}"
+    write_json(folder.path / "nodes" / f"{node.index:05d}.json", record)
+
+
+def resolve(host: str) -> str:
+    """The address of a name as this node sees it; after a ``!`` the reason why there is none."""
+    try:
+        return socket.gethostbyname(host)
+    except OSError as error:
+        return f"!{error.strerror or error}"
+
+
+def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -> None:
+    """Meet the other nodes, look for their files, connect to their ports, and start this node's ranks."""
+    with lasting_imports():
+        from launch.agent import exchange, ranks
+
+    endpoint = exchange.open_endpoint(folder, node, ARRIVAL_S, ARRIVAL_S)
+    record["address"] = endpoint.address
+    seen = folder.path / "seen"
+    (seen / str(node.index)).write_text("here\n")
+    with ClockServer((endpoint.address, 0), ClockHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"{endpoint.address}:{server.server_address[1]}"
+        others = share(endpoint, "at", node.index, address, range(node.count))
+        record["missing"] = [index for index in range(node.count) if index not in others]
+        record["unseen"] = unseen(seen, set(others))
+        record["ports"] = {str(index): call(address) for index, address in others.items() if index != node.index}
+        if node.index and 0 in others:
+            with suppress(OSError):
+                record["clock_offset_s"], record["clock_error_s"] = clock_offset(others[0])
+        closed = sum(1 for problem in record["ports"].values() if problem)
+        counts = share(endpoint, "closed", node.index, str(closed), others)
+        server.shutdown()
+    if record["missing"]:
+        record["skipped"] = f"node {record['missing'][0]} of the job did not come to the rendezvous"
+    elif any(count != "0" for count in counts.values()):
+        record["skipped"] = "not every node reaches every other"
+    else:
+        ranks.prepare_environment(node, config, endpoint.address)
+        record["error"] = run_ranks(folder.path, node, config, endpoint)
+    # The head node runs the store, so it leaves last.
+    share(endpoint, "done", node.index, "", others if node.index == 0 else ())
+
+
+def share(endpoint: RendezvousEndpoint, name: str, own: int, value: str, nodes: Iterable[int]) -> dict[int, str]:
+    """Publish this node's value; return the values of ``nodes``, without those of nodes that are late."""
+    endpoint.store.set(f"doctor/{name}/{own}", value)
+    deadline, found = time.monotonic() + ARRIVAL_S, {}
+    for index in nodes:
+        with suppress(Exception):  # DistStoreError: not in time
+            left_s = max(0.5, deadline - time.monotonic())
+            endpoint.store.wait([f"doctor/{name}/{index}"], timedelta(seconds=left_s))
+            found[index] = endpoint.store.get(f"doctor/{name}/{index}").decode()
+    return found
+
+
+def unseen(folder: Path, wanted: set[int], timeout_s: float = 15.0) -> list[int]:
+    """Nodes whose file this node does not see, although they have written it. NFS may show a file seconds late."""
+    deadline = time.monotonic() + timeout_s
+    while (left := wanted - {int(file.name) for file in folder.iterdir()}) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return sorted(left)
+
+
+class ClockServer(socketserver.ThreadingTCPServer):
+    """Server on a free port of this node, for all nodes of the job at once."""
+
+    daemon_threads = True
+    request_queue_size = 512
+
+
+class ClockHandler(socketserver.BaseRequestHandler):
+    """Answer every byte with the time of this node's clock."""
+
+    def handle(self) -> None:
+        """Serve one connection."""
+        with suppress(OSError):
+            while self.request.recv(1):
+                self.request.sendall(CLOCK.pack(time.time()))
+
+
+def ask_clock(address: str, times: int) -> list[tuple[float, float, float]]:
+    """Request the time of the clock at ``host:port``; returns own time before, the answer, and own time after.
+
+    Raises:
+        OSError: the port does not answer.
+    """
+    host, _, port = address.rpartition(":")
+    found = []
+    with socket.create_connection((host, int(port)), timeout=CONNECT_S) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(times):
+            start = time.time()
+            connection.sendall(b"?")
+            answer = connection.recv(CLOCK.size, socket.MSG_WAITALL)
+            if len(answer) < CLOCK.size:
+                raise ConnectionError("closed the connection")
+            found.append((start, *CLOCK.unpack(answer), time.time()))
+    return found
+
+
+def call(address: str) -> str:
+    """Return why a port does not answer; empty if it does."""
+    try:
+        ask_clock(address, 1)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def clock_offset(address: str) -> tuple[float, float]:
+    """Measure the lead of this clock over the one at ``address``, and the error of the measurement, in seconds.
+
+    Half the shortest round trip bounds the error (Cristian 1989).
+    """
+    answers = ask_clock(address, PINGS)
+    offsets = [((start + end) / 2 - there, (end - start) / 2) for start, there, end in answers]
+    return min(offsets, key=lambda pair: pair[1])
+
+
+def run_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
+    """Run this node's ranks to their end, with torchrun's variables; returns their errors, or an empty text."""
+    each, problems, started = config.ranks_on_node, [], []
+    shared: dict[str, object] = {"WORLD_SIZE": each * node.count, "LOCAL_WORLD_SIZE": each}
+    shared |= {"MASTER_ADDR": endpoint.store.host, "MASTER_PORT": endpoint.store.port}
+    shared |= {"CUDA_VISIBLE_DEVICES": ""} if read_json(root / REQUEST).get("uses_cpus") else {}
+    for local in range(each):
+        rank = node.index * each + local
+        path = root / "ranks" / f"{rank:05d}.log"
+        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": local}.items()}
+        command = [sys.executable, "-m", "gpt_launch", "launch.doctor.links", str(path.with_suffix(".json"))]
+        with path.open("wb") as log:
+            process = subprocess.Popen(
+                command, env={**os.environ, **own}, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            )
+        started.append((rank, path, process))
+    deadline = time.monotonic() + RANKS_S
+    for rank, path, process in started:
+        try:
+            status = process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            problems.append(f"rank {rank} still measured after {RANKS_S} s ({path})")
+            continue
+        if status:
+            lines = path.read_text(errors="replace").strip().splitlines() or [""]
+            problems.append(f"rank {rank} left with status {status}: {lines[-1]} ({path})")
+    return "; ".join(problems)
