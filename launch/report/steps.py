@@ -391,7 +391,7 @@ def _read_rank(run: RunFolder, names: Sequence[str], rank: int) -> RecordColumns
 
 
 def step_times(columns: RecordColumns) -> Floats:
-    """Return the step times, NaN if unknown or not finite; completed as by ``records.fill_in_step_times``."""
+    """Return the step times, NaN if unknown or not finite; completed from the times of the records."""
     values = columns.values[TIME]
     values = np.where(np.isfinite(values), values, np.nan)  # a script may have divided by zero
     missing = np.flatnonzero(np.isnan(columns.values[TIME]) & np.append(False, np.diff(columns.attempts) == 0))
@@ -403,7 +403,7 @@ def step_times(columns: RecordColumns) -> Floats:
 
 
 def _own_work(columns: RecordColumns, unit: str | None) -> Floats:
-    """Return a rank's own number of ``unit`` in each record, as ``records.own_work``."""
+    """Return a rank's own number of ``unit`` in each record."""
     work = np.full(len(columns), np.nan)
     for name in (*{"images": ("images", "samples"), None: ()}.get(unit, (unit,)), "work"):
         work = np.where(np.isnan(work), columns.values.get(str(name), work), work)

@@ -109,41 +109,31 @@ def visible_gpus(folder: Path = DRIVER / "gpus", environ: Mapping[str, str] = os
         names = [gpu.index for gpu in there]
     else:  # CUDA ignores the first entry that names no GPU, and all that follow
         names = list(itertools.takewhile(lambda name: name not in ("", "-1"), map(str.strip, named.split(","))))
-    as_listed = _counts_as_listed(there, len(names), environ)
+    # Slurm may hide GPUs of other jobs by cgroups; CUDA then counts only visible GPUs, while /proc shows all. If models
+    # differ, CUDA lists the fastest first, unless CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    hidden = "SLURM_JOB_ID" in environ and len(names) < len(there)
+    alike = len({gpu.name for gpu in there}) == 1 or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    as_listed = alike and not hidden
     return [_find_gpu(name, index, there, as_listed) for index, name in enumerate(names)]
 
 
 def _read_gpu(index: str, path: Path) -> Gpu:
     """Read a GPU from its file in /proc; its number is the place in the order of the PCI bus."""
-    told = dict(re.findall(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", path.read_text(), re.MULTILINE))
-    uuid = told.get("GPU UUID", "")
+    fields = dict(re.findall(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", path.read_text(), re.MULTILINE))
+    uuid = fields.get("GPU UUID", "")
     # The driver writes question marks until the GPU is first used.
     known = uuid if uuid.startswith("GPU-") and "?" not in uuid else None
-    return Gpu(index, told.get("Model", "GPU"), known, path.parent.name.lower())
-
-
-def _counts_as_listed(there: list[Gpu], visible: int, environ: Mapping[str, str]) -> bool:
-    """Return whether CUDA's numbers are those of the driver's list.
-
-    Slurm may hide GPUs of other jobs by cgroups; CUDA then counts only visible GPUs, while /proc shows all. If models
-    differ, CUDA lists the fastest first, unless CUDA_DEVICE_ORDER=PCI_BUS_ID.
-    """
-    hidden = "SLURM_JOB_ID" in environ and visible < len(there)
-    alike = len({gpu.name for gpu in there}) == 1 or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
-    return alike and not hidden
+    return Gpu(index, fields.get("Model", "GPU"), known, path.parent.name.lower())
 
 
 def _find_gpu(name: str, index: int, there: list[Gpu], as_listed: bool) -> Gpu:
-    """The GPU that CUDA_VISIBLE_DEVICES calls ``name``, a number or the beginning of a UUID, in its place ``index``."""
+    """Return the GPU that CUDA_VISIBLE_DEVICES calls ``name``, a number or the beginning of a UUID, at ``index``."""
+    models = " or ".join(sorted({gpu.name for gpu in there})) or "GPU"
     if name.isdigit():
-        return there[int(name)] if as_listed and int(name) < len(there) else Gpu(name, _names(there), None)
+        return there[int(name)] if as_listed and int(name) < len(there) else Gpu(name, models, None)
     found = [gpu for gpu in there if gpu.uuid is not None and gpu.uuid.startswith(name)]
     # A slice of a GPU (MIG-...) is a device of its own, which the driver does not list.
-    return found[0] if len(found) == 1 else Gpu(str(index), _names(there), name)
-
-
-def _names(gpus: list[Gpu]) -> str:
-    return " or ".join(sorted({gpu.name for gpu in gpus})) or "GPU"
+    return found[0] if len(found) == 1 else Gpu(str(index), models, name)
 
 
 # Environment of the ranks: variables that the agent sets if the user has not, and the record of them.
@@ -228,8 +218,8 @@ def dumped_ranks(attempt: Path) -> list[int]:
 
 def describe_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str | int]:
     """List the variables of this process that steer communication and memory, and its limit of open files."""
-    told: dict[str, str | int] = {name: environment[name] for name in RECORDED if name in environment}
-    return told | {"open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
+    known: dict[str, str | int] = {name: environment[name] for name in RECORDED if name in environment}
+    return known | {"open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
 
 
 def raise_open_files() -> int:
@@ -314,9 +304,9 @@ def code_state(root: Path = ROOT) -> dict[str, str]:
     """
     origin = root / ORIGIN
     if origin.is_file():
-        told = json.loads(origin.read_text())["git"]
-        assert isinstance(told, dict)
-        return told
+        state = json.loads(origin.read_text())["git"]
+        assert isinstance(state, dict)
+        return state
     commit = git(root, "rev-parse", "HEAD")
     diff = git(root, "diff", "HEAD")
     if commit is None or diff is None:
@@ -345,40 +335,28 @@ def library_versions() -> dict[str, str]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List the differences between two ``environment.json``; facts that one of them lacks are left out."""
-    return [*code_changes(before, now), *library_changes(before.get("software") or {}, now.get("software") or {})]
+    """List the differences between two ``environment.json``: files of the code, with the commits, and libraries.
 
-
-def code_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """Yield the files that differ; commit or uncommitted changes if a record does not name files."""
-    old, new = before.get("git") or {}, now.get("git") or {}
-    commits = [str(state.get("commit", "none"))[:12] for state in (old, new)]
-    moved = f" (commit {commits[0]} -> {commits[1]})" if commits[0] != commits[1] else ""
-    files = (before.get("code") or {}).get("files"), (now.get("code") or {}).get("files")
-    if files[0] is not None and files[1] is not None:
-        touched = [f"{name} {how(files[0].get(name), files[1].get(name))}" for name in sorted({*files[0], *files[1]})
-                   if files[0].get(name) != files[1].get(name)]  # fmt: skip
-        more = f" and {len(touched) - NAMED} more" if len(touched) > NAMED else ""
-        if touched:
-            yield ", ".join(touched[:NAMED]) + more + moved
-    elif old and new and old != new:
-        yield f"the checkout{moved}" if moved else "uncommitted changes"
-
-
-def how(before: str | None, now: str | None) -> str:
-    """Describe what happened to a file."""
-    return "added" if before is None else "removed" if now is None else "changed"
-
-
-def library_changes(before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
-    """Yield the libraries that differ. CUDA and NCCL are known on the nodes only, so one side may lack them.
-
-    The driver is not compared: it is the node's, and a requeued job may get others.
+    A library is compared if the launcher knows it. CUDA and NCCL are known on the nodes only, so they are compared if
+    both records have them. The driver is not compared: it is the node's, and a requeued job may get other nodes.
     """
-    of_torch = {"cuda", "nccl"} & {*before} & {*now}
-    for name in sorted({*before, *now} & {"python", *LIBRARIES} | of_torch):
-        if before.get(name) != now.get(name):
-            yield f"{name} {before.get(name, 'not installed')} -> {now.get(name, 'not installed')}"
+    found = []
+    old, new = ((known.get("code") or {}).get("files") or {} for known in (before, now))
+    touched = [
+        f"{name} {'added' if name not in old else 'removed' if name not in new else 'changed'}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+    if old and new and touched:
+        more = f" and {len(touched) - NAMED} more" if len(touched) > NAMED else ""
+        commits = [str((known.get("git") or {}).get("commit", "none"))[:12] for known in (before, now)]
+        moved = f" (commit {commits[0]} -> {commits[1]})" if commits[0] != commits[1] else ""
+        found.append(", ".join(touched[:NAMED]) + more + moved)
+    was, is_now = before.get("software") or {}, now.get("software") or {}
+    for name in sorted({*was, *is_now} & {"python", *LIBRARIES} | {"cuda", "nccl"} & {*was} & {*is_now}):
+        if was.get(name) != is_now.get(name):
+            found.append(f"{name} {was.get(name, 'not installed')} -> {is_now.get(name, 'not installed')}")
+    return found
 
 
 def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = None) -> tuple[int, str] | None:
@@ -444,12 +422,8 @@ class GpuSample:
         for name, decimals in GAUGES.items():
             values = [of_gpu.get(name) for of_gpu in self.gauges.values()]
             if any(value is not None for value in values):
-                line[name] = [_rounded(value, decimals) for value in values]
+                line[name] = [None if v is None else round(v, decimals) if decimals else int(v) for v in values]
         return line
-
-
-def _rounded(value: float | None, decimals: int) -> float | int | None:
-    return None if value is None else round(value, decimals) if decimals else int(value)
 
 
 def append_samples(folder: RunFolder, node: int, samples: Iterable[GpuSample]) -> None:

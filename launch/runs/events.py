@@ -195,16 +195,13 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
     cause = f"{type(error).__name__}: {error}"
     # A refusal says it all by itself.
     trace = "" if isinstance(error, ConfigError) else "".join(traceback.format_exception(error))
-    same = same_failure(rank, failure_kind(cause, places_of(error))) if trace else None
+    # Files and lines are the same for ranks that fail alike, whatever the message says of each.
+    places = "\n".join(f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__))
+    same = same_failure(rank, failure_kind(cause, places)) if trace else None
     if same is None:
         enter_failure(folder, attempt, rank, cause=cause, trace=trace, step=step)
     else:
         enter_failure(folder, attempt, rank, cause=cause, trace=same_text(same), step=step, same_as=same)
-
-
-def places_of(error: BaseException) -> str:
-    """Files and lines that an exception went through: the same for ranks that fail alike, whatever it says of each."""
-    return "\n".join(f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__))
 
 
 def failure_kind(cause: str, places: str) -> str:
@@ -469,7 +466,9 @@ def apply_continuation(
             set_records_aside(folder, goes_on.back_to, number)
             later = [one for one in saved if one.step is not None and one.step > goes_on.back_to]
             for one in sorted(later, key=lambda one: -(one.step or 0)):  # the newest first: no load then finds a gap
-                move(one.path, number / folder.checkpoints.name / one.path.name)
+                (number / folder.checkpoints.name).mkdir(parents=True, exist_ok=True)
+                if one.path.exists():  # else it was moved before an interruption
+                    one.path.rename(number / folder.checkpoints.name / one.path.name)
         if goes_on.extends is not None:
             folder.record_event("extended", step=goes_on.extends, max_steps=max_steps)
 
@@ -499,20 +498,8 @@ def set_records_aside(folder: RunFolder, step: int, aside: Path) -> None:
         for line in read_json_lines(path):
             (later if is_record(line) and line["step"] > step else kept).append(line)
         if later:
-            write_atomically(aside / path.parent.name / path.name, as_lines(later))
-            write_atomically(path, as_lines(kept))
-
-
-def as_lines(values: Iterable[dict[str, Any]]) -> bytes:
-    """Write values as JSON lines."""
-    return b"".join(json.dumps(value).encode() + b"\n" for value in values)
-
-
-def move(path: Path, to: Path) -> None:
-    """Move a folder within the run's filesystem; one that is gone has been moved already."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        path.rename(to)
+            for target, lines in ((aside / path.parent.name / path.name, later), (path, kept)):
+                write_atomically(target, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
 
 def aside_records(folder: RunFolder, rank: int) -> list[Path]:

@@ -237,19 +237,13 @@ def suggestion(path: Path) -> str:
     """
     if not path.is_absolute() and path.parts[:1] != OUTPUTS.parts and runs_inside(OUTPUTS.absolute() / path):
         return f"{OUTPUTS / path}, which is there"
-    if (likely := closest_folder(path)) is not None:
-        return f"{shlex.quote(str(likely))}, which is there"
+    if not path.exists() and path.parent.is_dir():
+        above = path.parent.absolute()
+        for name in closest(path.name, {run.relative_to(above).parts[0] for run in runs_inside(above)})[:1]:
+            return f"{shlex.quote(str(path.parent / name))}, which is there"
     if runs_inside(OUTPUTS.absolute()):
         return f"python -m launch.status {OUTPUTS}, which lists the runs that are there"
     return "python -m launch -m nodes=1,2, to make some in outputs/"
-
-
-def closest_folder(path: Path) -> Path | None:
-    """Return the folder with runs whose name is most like ``path``, which does not exist; None if none is."""
-    if path.exists() or not path.parent.is_dir():
-        return None
-    there = {run.relative_to(path.parent.absolute()).parts[0] for run in runs_inside(path.parent.absolute())}
-    return next((path.parent / name for name in closest(path.name, there)), None)
 
 
 def runs_inside(folder: Path, depth: int = DEPTH) -> list[Path]:

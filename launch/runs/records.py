@@ -262,36 +262,6 @@ def is_record(value: Mapping[str, Any]) -> bool:
     return all(isinstance(value.get(name), int) for name in ("step", "attempt"))
 
 
-def fill_in_step_times(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Complete records of one rank, in step order, that name no step time.
-
-    It is the time since the record before, over the steps in between; the first record of an attempt has none, nor has
-    one that follows a gap of another attempt.
-    """
-    filled: list[dict[str, Any]] = []
-    for record in records:
-        before = filled[-1] if filled else None
-        if "step_time_s" not in record and before is not None and before["attempt"] == record["attempt"]:
-            steps = record["step"] - before["step"]
-            seconds = record.get("time", 0.0) - before.get("time", 0.0)
-            record = record | ({"step_time_s": seconds / steps} if seconds > 0 and "time" in before else {})
-        filled.append(record)
-    return filled
-
-
-def own_work(record: Mapping[str, Any], unit: str | None) -> float | None:
-    """A rank's own number of ``unit`` in a step, None where the record does not tell.
-
-    An image is a sample. The GPT library's ``samples`` are indices, no number.
-    """
-    names = {"images": ("images", "samples"), None: ()}.get(unit, (unit,))
-    for name in (*names, "work"):
-        value = record.get(str(name))
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return value
-    return None
-
-
 def recent_records(path: Path) -> list[dict[str, Any]]:
     """Read the last step records of a rank, without reading the whole file."""
     try:

@@ -12,7 +12,7 @@ import sys
 import threading
 import tracemalloc
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from launch.report.steps import RECORDED, Steps, UnreadLines, read_steps, step_t
 from launch.report.views.text import csv_text, markdown
 from launch.report.views.write import json_text
 from launch.runs.folder import RunFolder
-from launch.runs.records import fill_in_step_times, own_work, read_records
+from launch.runs.records import read_records
 
 
 class Step(NamedTuple):
@@ -45,6 +45,36 @@ class Step(NamedTuple):
     mfu_palm: float | None
     recorded_by: int
     phases: dict[str, float] | None
+
+
+def fill_in_step_times(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Complete records of one rank, in step order, that name no step time.
+
+    It is the time since the record before, over the steps in between; the first record of an attempt has none, nor has
+    one that follows a gap of another attempt.
+    """
+    filled: list[dict[str, Any]] = []
+    for record in records:
+        before = filled[-1] if filled else None
+        if "step_time_s" not in record and before is not None and before["attempt"] == record["attempt"]:
+            steps = record["step"] - before["step"]
+            seconds = record.get("time", 0.0) - before.get("time", 0.0)
+            record = record | ({"step_time_s": seconds / steps} if seconds > 0 and "time" in before else {})
+        filled.append(record)
+    return filled
+
+
+def own_work(record: Mapping[str, Any], unit: str | None) -> float | None:
+    """A rank's own number of ``unit`` in a step, None where the record does not tell.
+
+    An image is a sample. The GPT library's ``samples`` are indices, no number.
+    """
+    names = {"images": ("images", "samples"), None: ()}.get(unit, (unit,))
+    for name in (*names, "work"):
+        value = record.get(str(name))
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return value
+    return None
 
 
 def steps_of(found: Steps) -> list[Step]:
