@@ -4,7 +4,7 @@
     python benchmarks/published.py --write      # and keep it, in benchmarks/published.md
 
 Nothing is fitted: devices and links are what the vendors' data sheets say (gpt/accounting/hardware.py), and a rank
-computes at half of its peak whatever the shapes (cluster.matmul_efficiency). The error is predicted over published,
+computes at half of its peak whatever the shapes. The error is predicted over published,
 less one. A sweep of one's own would take that rate from its smallest point, which leaves the error of the scaling.
 """
 
@@ -58,7 +58,7 @@ UNKNOWN = """## What remains unknown
 
 - A rate by the shape of matrix products is not in the model: half of the peak is too fast for narrow models (1.7 B with
   a width of 2304) and for the H100s of torchtitan, and too slow for the widest. No GPU was there to measure rates by
-  size; `cluster.matmul_efficiency` takes one that was measured, and a projection of a sweep takes that of its smallest
+  size; a projection of a sweep takes that of its smallest
   point.
 - Overlap is taken as whole: kernels of collectives take nothing from those that compute. Of the losses of the small
   model the cost model finds none where the backward pass is longer than the all-reduce; it comes to what was published

@@ -83,8 +83,8 @@ PLANS = {
         'script.args=["--n","${{nodes}}"]' script.options.model.depth=3 {A100}""",
     "script that is a command": f"nodes=2 workload=script 'script.command=[sh,-c,\"echo 1\"]' script.env.A=1 {CPU}",
     "script that resumes": f"""nodes=4 {SCRIPT} script.resumes=true script.elastic=true resilience.min_nodes=2
-        'script.resume_args="--resume ${{checkpoint_dir}}"' script.stop_signal=SIGUSR2 script.requeue_exit=3 {A100}""",
-    "script in a placement": f"""nodes=2 {SCRIPT} script.weak_scaling=true script.tensorboard=false {CPU}
+        'script.resume_args="--resume ${{checkpoint_dir}}"' script.stop_signal=SIGUSR2 {A100}""",
+    "script in a placement": f"""nodes=2 {SCRIPT} script.weak_scaling=true {CPU}
         cluster.placement='[{{partition: a, gpus_per_node: 2}}, {{partition: b, gpus_per_node: 4}}]'""",
 }
 """Name -> arguments of ``python -m launch``; ``dry_run=true`` is added to each."""
@@ -169,9 +169,7 @@ REFUSALS = (
     Refusal("launch nodes=-2", "nodes", "-2"),
     Refusal("launch cluster.timeout_min=0", "cluster.timeout_min", "0"),
     Refusal("launch launch.poll_s=0.1", "launch.poll_s", "0.1"),
-    Refusal("launch launch.gpu_sample_s=0.5", "launch.gpu_sample_s", "0.5"),
     Refusal("launch resilience.max_restarts.crashed=-1", "resilience.max_restarts.crashed", "-1"),
-    Refusal("launch cluster.matmul_efficiency=2", "cluster.matmul_efficiency", "2"),
     # Contradictions between keys
     Refusal("launch -m nodes=2,3 cluster=local", "nodes", "3"),
     Refusal("launch model.n_head=3", "model.n_head", "3"),

@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn, ParamSpec
 
 from gpt_launch import as_typed
@@ -77,13 +78,13 @@ class ConfigError(ValueError):
 
 
 class RepeatedFailureError(RuntimeError):
-    """A failure that came again each time the program went back and tried anew by itself: it is not started again."""
+    """A failure that came again after each attempt to go back and try anew; the program is not started again."""
 
 
 def refusing(main: Callable[P, int]) -> Callable[P, int]:
-    """Have the ``main`` of a command print a ConfigError on standard error and return 2, its exit status.
+    """Decorate the ``main`` of a command: print a ConfigError on standard error and return 2, the exit status.
 
-    A file that cannot be read or written, whatever of the command wanted it, is refused in the same way.
+    A file that cannot be read or written is refused in the same way.
     """
 
     @functools.wraps(main)
@@ -106,15 +107,17 @@ FILE_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
     *(errno.EISDIR, errno.ENOTDIR),
 )
-"""Errors that tell of a file or its filesystem, and not of a mistake in this code."""
+"""Errors of a file or its filesystem, as opposed to a mistake in this code."""
 
 
 def refuse_file(error: OSError) -> ConfigError:
-    """Return the refusal of a file that a command cannot do without."""
+    """Return the refusal of a file that a command needs, and cannot read or write."""
+    path = Path(str(error.filename))
+    seen = path if path.exists() else path.parent  # of a file that could not be written, its folder tells why
     return ConfigError(
-        f"{error.filename}: {error.strerror}",
+        f"{path}: {error.strerror}",
         "a file that this user may read and write, on a filesystem that works and has room",
-        f"ls -ld {shlex.quote(str(error.filename))}, and the same command when that is so",
+        f"ls -ld {shlex.quote(str(seen))}, and the same command after a change; or another folder, if it has --out",
     )
 
 

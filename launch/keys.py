@@ -97,8 +97,11 @@ def keys_of(schema: type, defaults: Any, prefix: str = "") -> Iterator[Key]:
             field.metadata.get("meaning") or docstrings(schema).get(field.name) or meaning_of_options(hints[field.name])
         )
         default = "" if OmegaConf.is_missing(defaults, field.name) else written(defaults[field.name])
-        yield Key(name, default, values_of(hints[field.name], field.metadata), meaning)
-        if field.name in elements:
+        names = [inner.name for inner in dataclasses.fields(elements[field.name])] if field.name in elements else []
+        is_own = {*names} <= {*hints}  # a list of places, which have keys of the same group
+        values = f"list of {', '.join(names)}" if names and is_own else values_of(hints[field.name], field.metadata)
+        yield Key(name, default, values, meaning)
+        if names and not is_own:
             made = OmegaConf.structured(elements[field.name])
             yield from keys_of(elements[field.name], made, f"{name}[i].")
     for group, field_name, name in groups:

@@ -28,6 +28,9 @@ from launch.runs.events import Events, is_finished, planned_steps
 from launch.runs.measured import MatmulRates, read_matmul_rates, read_network
 from launch.workload import PlanRequest, StepTime
 
+ATTAINABLE = 0.5
+"""Share of the peak that a pass reaches while it sends nothing, without measured rates (cluster.matmul_rates)."""
+
 # Hardware of the nodes that a point asks for, as far as it is said or seen, and the time of a step on it.
 #
 # Torch-free.
@@ -78,7 +81,7 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
     overrides = MachineOverrides(
         memory=gpu_memory(request),
         peak_tflops=cluster.gpu_tflops,
-        attainable=cluster.matmul_efficiency,
+        attainable=ATTAINABLE,
         inside_gb_per_s=links.intra_node.bandwidth_gb_per_s,
         between_gb_per_s=links.inter_node.bandwidth_gb_per_s,
         inside_latency_s=links.intra_node.latency_us / 1e6,

@@ -463,17 +463,20 @@ class Sampler:
             say(f"launch: GPU telemetry cannot be written: {error}")
 
 
+GPU_SAMPLE_S = 5.0
+"""Seconds between two samples of power, energy, clocks and temperature."""
+
+
 @contextlib.contextmanager
 def gpu_telemetry(context: RunContext, attempt: int) -> Iterator[None]:
-    """Sample the GPUs of this node in a ``with`` block, every ``launch.gpu_sample_s``; none without a GPU.
+    """Sample the GPUs of this node in a ``with`` block, every GPU_SAMPLE_S; none without a GPU.
 
     To be opened when the environment of the ranks is set, which names their GPUs.
     """
     config, node = context.config, context.node
-    interval_s = config.launch.gpu_sample_s
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     nvml = None
-    if interval_s and not hidden and not workload_of(config).computes_on_cpus(config):
+    if not hidden and not workload_of(config).computes_on_cpus(config):
         try:
             nvml = Nvml()
         except ImportError:
@@ -488,7 +491,7 @@ def gpu_telemetry(context: RunContext, attempt: int) -> Iterator[None]:
         lambda there: gpus_of_run(there, visible, config.ranks_on_node, node.is_slurm),
         lambda samples: append_samples(context.folder, node.index, samples),
         attempt,
-        interval_s,
+        GPU_SAMPLE_S,
     )
     try:
         yield

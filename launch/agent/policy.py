@@ -420,8 +420,8 @@ class Meter:
             self._context.record("agent_ended", job=self._node.job, ended_at=time.time())
 
     def poll(self, *, is_leaving: bool) -> str | None:
-        """Every ``budget.poll_s``: give a heartbeat, and return a cap that is reached; None for a run that leaves."""
-        if not self._node.is_head or time.monotonic() - self._polled < self._config.budget.poll_s:
+        """Every ``budget_poll_s``: give a heartbeat, and return a cap that is reached; None for a run that leaves."""
+        if not self._node.is_head or time.monotonic() - self._polled < self._config.budget_poll_s:
             return None
         return self.poll_now(is_leaving=is_leaving)
 
@@ -437,7 +437,7 @@ class Meter:
         # A run that is requested to stop at the next poll, and not now, would be gone after so many seconds. Its ranks
         # are killed after the grace period: a stop takes so long while no save was measured.
         grace, measured = float(self._config.resilience.grace_period_s), measure(self._folder)
-        lead_s = budget.poll_s + LEAVE_S + (grace if measured is None else min(grace, measured.stop_s))
+        lead_s = self._config.budget_poll_s + LEAVE_S + (grace if measured is None else min(grace, measured.stop_s))
         event_logs, rates = read_event_logs(self._together), rates_of(self._config)
         why = spent(budget, used(event_logs, now, rates), used(event_logs, now + lead_s, rates))
         if why is not None:
@@ -452,7 +452,7 @@ class Meter:
         lost = [start for start in select_events(events, "agent_started") if start["job"] not in ended]
         if lost:
             # It may have continued until just before its next heartbeat.
-            seen = max(last_heartbeat(self._folder) or 0.0, lost[-1]["time"]) + self._config.budget.poll_s
+            seen = max(last_heartbeat(self._folder) or 0.0, lost[-1]["time"]) + self._config.budget_poll_s
             ended_at = min(seen, time.time())
             self._context.record("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 

@@ -83,7 +83,7 @@ def run_ranks(overrides: Sequence[str], config_dir: Path | None, options: Mappin
         SweepFailedError: it failed.
     """
     program = ["workload=script", "script.module=launch.bench_network.measure", f"script.workdir={ROOT}"]
-    ours = [*program, "name=bench_network", "script.tensorboard=false"]
+    ours = [*program, "name=bench_network"]
     config = typed_config(compose_launch([*ours, *overrides], config_dir))
     if config.world_size < 2:
         raise ConfigError(

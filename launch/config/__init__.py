@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, replace
-from typing import Any, Optional, Self
+from typing import Any, ClassVar, Optional, Self
 
 from omegaconf import MISSING
 
@@ -57,12 +57,12 @@ def split_command(name: str, command: Any, example: str) -> list[str]:
 
 @dataclass
 class RestartLimits:
-    """Largest number of restarts by cause; null: no limit. A failure can expire (resilience.forgive_after_s).
+    """Largest number of restarts by cause; null: no limit. A failure counts for an hour.
 
-    A run that was preempted, or that left with script.requeue_exit, is requeued without a limit.
+    A run that was preempted, timed out, or left with the exit status REQUEUE_EXIT is requeued without a limit.
     """
 
-    timed_out: Optional[int] = key(None, "The run reached the time limit of its job.", least=0)
+    timed_out: ClassVar[None] = None  # max_without_progress stops a run that reaches its time limit in vain
     node_failed: Optional[int] = key(10, "A node was lost or sick.", least=0)
     out_of_memory: Optional[int] = key(1, "A rank ran out of memory.", least=0)
     diverged: Optional[int] = key(
@@ -110,14 +110,9 @@ class ResilienceConfig:
         " preempted or lost a node before its first step does not count.",
         least=1,
     )
-    forgive_after_s: Optional[float] = key(
-        3600.0,
-        "Time after which a failure no longer counts for max_restarts, if the run has saved a newer checkpoint since."
-        " So the limits hold for each hour and not for a run of weeks. null: failures count until the command is typed"
-        " again.",
-        unit="s",
-        least=0,
-    )
+    forgive_after_s: ClassVar[float] = 3600.0
+    """Seconds after which a failure no longer counts for max_restarts, if the run has saved a newer checkpoint since.
+    The limits hold for each hour, and not for a run of weeks."""
     min_nodes: Optional[int] = key(
         None,
         "Smallest number of nodes with which the run continues, in the same job and with the same global batch, if"
@@ -182,7 +177,6 @@ class BudgetConfig:
     cost: Optional[float] = key(
         None, "GPU-hours times cluster.price_per_gpu_hour; null: no cap.", unit="currency of the site", above=0
     )
-    poll_s: float = key(MISSING, "Time between two looks at what was used.", unit="s", least=0.1, most=3600)
 
     def validate(self, cluster: ClusterConfig) -> None:
         """Raise ConfigError if a cap has no GPUs or no price to count with."""
@@ -217,7 +211,8 @@ class LaunchConfig:
     )
     poll_s: float = key(
         MISSING,
-        "Time between two polls of Slurm's queue while the command follows its jobs.",
+        "Time between two polls of Slurm's queue while the command follows its jobs. The use of a budget is read at"
+        " every sixth poll.",
         unit="s",
         least=0.5,
         most=3600,
@@ -234,20 +229,9 @@ class LaunchConfig:
         " shell, or a list. It is killed after 60 s. The run folder keeps it, so a secret belongs into a file that it"
         " reads.",
     )
-    gpu_sample_s: float = key(
-        5.0,
-        "Time between two samples of each node's NVIDIA GPUs while ranks run: power, energy, clocks, temperature,"
-        " throttle reasons. 0: none; otherwise at least 1. Needs nvidia-ml-py (pip install '.[gpu]').",
-        unit="s",
-        least=0,
-        most=3600,
-    )
 
     def validate(self) -> None:
-        """Raise ConfigError if samples would be taken too often, or the command cannot be read."""
-        if 0 < self.gpu_sample_s < 1:
-            expected = "0, for no samples, or seconds from 1 to 3600"
-            raise ConfigError(f"launch.gpu_sample_s={self.gpu_sample_s:g}", expected, "launch.gpu_sample_s=5")
+        """Raise ConfigError if the command cannot be read."""
         split_command("launch.on_event", self.on_event, "/home/me/notify.sh,--quiet")
 
     @property
@@ -294,6 +278,11 @@ class Config(RunConfig):
     cluster: ClusterConfig = key(ClusterConfig, "Source of the nodes.")
     resilience: ResilienceConfig = key(ResilienceConfig, "Restarts, requeue and timeouts.")
     budget: BudgetConfig = key(BudgetConfig, "Caps on GPU-hours and cost.")
+
+    @property
+    def budget_poll_s(self) -> float:
+        """Seconds between two readings of the use of a budget."""
+        return 6 * self.launch.poll_s
 
     @property
     def ranks_on_node(self) -> int:

@@ -9,7 +9,7 @@ import re
 from dataclasses import astuple, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -38,16 +38,25 @@ class ContainerRuntime(Enum):
 
 @dataclass
 class PlacementConfig:
-    """One candidate of ``cluster.placement``. A key that is null has the value of ``cluster``."""
+    """A place for a job. In a candidate of ``cluster.placement`` a key that is null has the value of ``cluster``."""
 
-    partition: Optional[str] = key(None, "Partition.")
-    account: Optional[str] = key(None, "Account.")
+    partition: Optional[str] = key(None, "Partition; null: Slurm's default.")
+    account: Optional[str] = key(None, "Account; null: the user's default.")
     qos: Optional[str] = key(None, "Quality of service.")
-    constraint: Optional[str] = key(None, "Features of the nodes.")
-    gres: Optional[str] = key(None, "Generic resources of each node; GPUs in it replace gpus_per_node.")
-    gpus_per_node: Optional[int] = key(None, "GPUs of each node. The number of ranks stays the same.", least=0)
+    constraint: Optional[str] = key(None, "Features that the nodes must have (sbatch --constraint).")
+    gres: Optional[str] = key(
+        None,
+        "Generic resources of each node, if gpus_per_node is not enough (sbatch --gres). GPUs in it replace"
+        " gpus_per_node.",
+    )
+    gpus_per_node: Optional[int] = key(
+        None,
+        "GPUs of each node; one rank is started on each unless ranks_per_node is set. null: as many as every node of"
+        " the partition has; 0: none, and ranks on CPUs. In a placement the number of ranks stays the same.",
+        least=0,
+    )
     cluster: Optional[str] = key(
-        None, "Another cluster of the same slurmdbd (sbatch --clusters), with the same folders."
+        None, "Another cluster of the same slurmdbd (sbatch --clusters), with the same folders; null: this one."
     )
     price_per_gpu_hour: Optional[float] = key(None, "Price of a GPU-hour.", unit="currency of the site", least=0)
 
@@ -56,7 +65,7 @@ class PlacementConfig:
 class LinkConfig:
     """One kind of link, in one direction."""
 
-    latency_us: float = key(2.0, "Latency of a message.", unit="us", least=0)
+    latency_us: ClassVar[float] = 2.0
     bandwidth_gb_per_s: Optional[float] = key(
         None,
         "Bandwidth, 10^9 bytes a second. null: of the vendor's own system with such GPUs, else PCIe or 100 Gbit/s.",
@@ -69,7 +78,7 @@ class LinkConfig:
 class NodeLinkConfig(LinkConfig):
     """A link between nodes."""
 
-    latency_us: float = key(5.0, "Latency of a message.", unit="us", least=0)
+    latency_us: ClassVar[float] = 5.0
 
 
 @dataclass
@@ -81,13 +90,10 @@ class InterconnectConfig:
 
 
 @dataclass
-class ClusterConfig:
+class ClusterConfig(PlacementConfig):
     """Source of the nodes. All keys except ``kind`` and the times are for Slurm."""
 
     kind: ClusterKind = key(MISSING, "Where the nodes come from.")
-    cluster: Optional[str] = key(
-        None, "Another cluster of the same slurmdbd (sbatch --clusters), with the same folders; null: this one."
-    )
     timeout_min: int = key(MISSING, "Time limit of a job (sbatch --time).", unit="min", above=0)
     signal_delay_s: int = key(
         MISSING,
@@ -95,22 +101,11 @@ class ClusterConfig:
         unit="s",
         least=0,
     )
-    partition: Optional[str] = key(None, "Partition; null: Slurm's default.")
-    account: Optional[str] = key(None, "Account; null: the user's default.")
-    qos: Optional[str] = key(None, "Quality of service.")
-    constraint: Optional[str] = key(None, "Features that the nodes must have (sbatch --constraint).")
     exclude: Optional[str] = key(None, "Nodes that are not used (sbatch --exclude).")
     exclusive: Optional[bool] = key(
         None,
         "Whole nodes, not shared with other jobs (sbatch --exclusive). null: true for the points of a sweep over nodes"
         " or ranks, because points that share nodes slow each other down.",
-    )
-    gres: Optional[str] = key(None, "Generic resources of each node, if gpus_per_node is not enough (sbatch --gres).")
-    gpus_per_node: Optional[int] = key(
-        None,
-        "GPUs of each node; one rank is started on each unless ranks_per_node is set. null: as many as every node of"
-        " the partition has; 0: none, and ranks on CPUs.",
-        least=0,
     )
     gpu_memory_gib: Optional[float] = key(
         None, "Memory of one GPU. If it is known, a run that does not fit is refused.", unit="GiB", least=1
@@ -123,13 +118,9 @@ class ClusterConfig:
     gpu_tflops: Optional[float] = key(
         None, "Dense peak of one GPU in the precision of the run; null: from gpu_name.", unit="TFLOP/s", least=1
     )
-    matmul_efficiency: float = key(
-        0.5, "Share of the peak that a pass reaches while it sends nothing; for parallel=auto.", least=0.01, most=1
-    )
     matmul_rates: Optional[str] = key(
         None,
-        "File of python -m gpt.bench_matmul: measured rates of matrix products by size, instead of gpu_tflops and"
-        " matmul_efficiency.",
+        "File of python -m gpt.bench_matmul: measured rates of matrix products by size, instead of gpu_tflops.",
     )
     interconnect: InterconnectConfig = key(InterconnectConfig, "Links of the nodes.")
     network: Optional[str] = key(
@@ -144,7 +135,6 @@ class ClusterConfig:
     )
     bind_cpus: bool = key(True, "Bind each rank to the CPUs of the job near its GPU (NUMA node), if they are enough.")
     mem_gb: Optional[float] = key(None, "Memory of each node (sbatch --mem=NG: Slurm's G is GiB).", unit="GiB", least=1)
-    price_per_gpu_hour: Optional[float] = key(None, "Price of a GPU-hour.", unit="currency of the site", least=0)
     placement: list[PlacementConfig] = key(
         list,
         "Places to try in this order. A point that waits longer than retry_interval_min moves to the next place, and"

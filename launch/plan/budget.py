@@ -183,7 +183,7 @@ def read_event_logs(folders: Sequence[RunFolder]) -> list[EventLog]:
 
 def rates_of(config: Config) -> Rates:
     """Return the rates of this command, for event logs that have none."""
-    return Rates(config.cluster.gpus_per_node, config.cluster.price_per_gpu_hour, config.budget.poll_s)
+    return Rates(config.cluster.gpus_per_node, config.cluster.price_per_gpu_hour, config.budget_poll_s)
 
 
 def command_folders(folder: RunFolder) -> list[RunFolder]:

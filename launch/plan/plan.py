@@ -34,7 +34,7 @@ class Plan:
 
     Node-hours, GPU-hours and cost are the worst case of one start of the job, to its time limit. A requeued job starts
     again, until ``budget`` ends it, or more failures than ``resilience.max_restarts`` allows between two checkpoints,
-    or in ``resilience.forgive_after_s``.
+    or in an hour (``ResilienceConfig.forgive_after_s``).
     """
 
     point: str

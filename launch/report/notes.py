@@ -438,7 +438,7 @@ def _gpus(point: Point) -> Iterator[str]:
         named = ", ".join(use.unsampled[:NAMED]) + (" and others" if len(use.unsampled) > NAMED else "")
         yield (
             f"The energy of {point.title} is not known: GPUs of {named} were not sampled in every attempt "
-            "(launch.gpu_sample_s; nvidia-ml-py has to be installed: pip install '.[gpu]')."
+            "(nvidia-ml-py has to be installed: pip install '.[gpu]')."
         )
 
 

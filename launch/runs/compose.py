@@ -16,7 +16,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.errors import ConfigError
@@ -182,7 +182,18 @@ def read_document(folder: RunFolder) -> DictConfig:
 
 
 def stored_as(folder: RunFolder, document: DictConfig, schema: type[Schema]) -> Schema:
-    """Return the document of a run folder as ``schema``. Raises ConfigError that names the file, not a key to type."""
+    """Return the document of a run folder as ``schema``, without keys that an earlier version had.
+
+    Raises:
+        ConfigError: a value is missing or wrong. The error names the file, not a key to type.
+    """
+    kind: Any = schema
+    known, free = schema_keys(kind), tuple(f"{key}." for key in free_keys(kind))
+    for key in flatten(cast(Any, OmegaConf.to_container(document))):
+        group, _, name = key.rpartition(".")
+        if group in known and key not in known and not key.startswith(free):
+            with open_dict(document):
+                del OmegaConf.select(document, group)[name]
     try:
         return to_schema(document, schema)
     except ConfigError as error:

@@ -26,7 +26,7 @@ MEASURING_KEYS = tuple(
     f"script.{key}"
     for key in (
         *("work_per_step", "unit", "max_steps", "progress", "tensorboard", "silence_timeout_s"),
-        *("stop_signal", "requeue_exit", "resumes", "resume_args"),
+        *("stop_signal", "resumes", "resume_args"),
     )
 )
 """Overrides that say how a script is watched, or how large a point is; the program stays the same."""

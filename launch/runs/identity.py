@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -150,7 +151,7 @@ def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Seq
 
 
 def refuse_file_in_place(folder: Path) -> None:
-    """Raise ConfigError if a file has the place of a run folder, or of a folder above it."""
+    """Raise ConfigError if a run folder cannot be created: a file is in its path, or the folder above is read-only."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(
@@ -160,6 +161,10 @@ def refuse_file_in_place(folder: Path) -> None:
             "a folder for the run, or a path where nothing is yet",
             "output_dir=FOLDER, or run_dir=FOLDER",
         )
+    is_of_kernel = there.parts[1:2] in (("proc",), ("sys",))  # where even root, for whom W_OK holds, creates nothing
+    if there != folder and (is_of_kernel or not os.access(there, os.W_OK | os.X_OK)):
+        expected = "a folder in which this user may create others"
+        raise ConfigError(f"{folder}, which cannot be created in {there}", expected, "output_dir=FOLDER")
 
 
 def glob_escape(name: str) -> str:

@@ -219,6 +219,10 @@ def script_name(path: str | None, module: str | None, command: Sequence[str] | N
     return Path(command[0]).stem if command else "script"
 
 
+REQUEUE_EXIT = 75
+"""Exit status with which a script asks to be requeued, after it has saved (EX_TEMPFAIL of sysexits.h)."""
+
+
 class ScriptWorkload(Workload):
     """Any program that torchrun could start; see docs/scripts.md."""
 
@@ -238,9 +242,8 @@ class ScriptWorkload(Workload):
                 "elastic",
                 "resume_args",
                 "stop_signal",
-                "requeue_exit",
             ),
-            *("silence_timeout_s", "progress", "work_per_step", "unit", "max_steps", "tensorboard"),
+            *("silence_timeout_s", "progress", "work_per_step", "unit", "max_steps"),
         )
     )
     resumable = tuple(key for key in not_in_point if key not in ("script.path", "script.module"))
@@ -330,7 +333,7 @@ class ScriptWorkload(Workload):
         return RankContract(
             records_events=False,
             stop_signal=script.stop_signal,
-            requeue_exit=script.requeue_exit,
+            requeue_exit=REQUEUE_EXIT,
             resumes=script.resumes,
             silence_timeout_s=script.silence_timeout_s,
             progress=script.progress,
@@ -338,7 +341,7 @@ class ScriptWorkload(Workload):
             work_per_step=total_work(script, world_size),
             weak_scaling=script.weak_scaling,
             max_steps=script.max_steps,
-            writes_curves=script.tensorboard,
+            writes_curves=True,
         )
 
     def code(self, config: ScriptConfig) -> CodeTree:
@@ -363,7 +366,7 @@ class ScriptWorkload(Workload):
 
 
 SAYS_NOTHING = (
-    *("cluster.gpu_name", "cluster.gpu_memory_gib", "cluster.gpu_tflops", "cluster.matmul_efficiency"),
+    *("cluster.gpu_name", "cluster.gpu_memory_gib", "cluster.gpu_tflops"),
     *("cluster.matmul_rates", "cluster.network"),
 )
 """Keys that describe nodes to a workload with a cost model, and ask for nothing."""

@@ -214,12 +214,6 @@ class ScriptOptions:
         "SIGTERM",
         "Signal to every rank before the time limit, at preemption and by launch.cancel: the script saves and leaves.",
     )
-    requeue_exit: Optional[int] = key(
-        75,
-        "Exit status with which the script asks to be requeued, after it has saved (EX_TEMPFAIL of sysexits.h).",
-        least=1,
-        most=255,
-    )
     silence_timeout_s: Optional[float] = key(
         None,
         "Time without a new line in the log of a rank after which it counts as hung; null: never.",
@@ -237,7 +231,6 @@ class ScriptOptions:
     unit: Unit = key(Unit.samples, "Unit of work.")
     weak_scaling: bool = key(False, "The work of a step grows with the number of ranks.")
     max_steps: Optional[int] = key(None, "Steps of the whole run, from which the remaining time follows.", above=0)
-    tensorboard: bool = key(True, "Write the step records of rank 0 for TensorBoard.")
 
     def validate(self) -> None:
         """Raise ConfigError for the first thing that cannot work, without a look at any file."""

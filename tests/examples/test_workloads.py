@@ -41,7 +41,6 @@ def plan(*words: str) -> Plan:
         ([*SCRIPT, r"script.progress=step (?P<step>\d+"], "which is no regular expression", "(?P<step>"),
         ([*SCRIPT, r"script.progress=(?P<step>\d+) (?P<acc>\d+)"], "a group acc", "(?P<step>"),
         ([*SCRIPT, "script.stop_signal=SIGKILL"], "SIGKILL, which cannot be caught", "script.stop_signal=SIG"),
-        ([*SCRIPT, "script.requeue_exit=0"], "script.requeue_exit=0", "script.requeue_exit=1"),
         ([*SCRIPT, "script.resume_args=--resume"], "without script.resumes=true", "script.resumes=true"),
         ([*SCRIPT, "script.unit=words"], "script.unit=words", "script.unit="),
         ([*SCRIPT, "script.pth=train.py"], "unknown key script.pth", "script.path=train.py"),

@@ -138,7 +138,7 @@ def test_a_requeue_adds_the_worst_case_of_one_job_and_not_of_all(tmp_path: Path)
 
 
 WORDS = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=20", "device=cpu", "name=capped"]
-WORDS += ["cluster.gpus_per_node=1", "budget.poll_s=0.2", "budget.gpu_hours=100", "launch.report_files=[md]"]
+WORDS += ["cluster.gpus_per_node=1", "launch.poll_s=0.5", "budget.gpu_hours=100", "launch.report_files=[md]"]
 
 
 def test_at_the_cap_the_points_save_and_stop_and_a_higher_one_goes_on(tmp_path: Path) -> None:

@@ -84,9 +84,7 @@ if "SABOTAGE" in os.environ:  # also where ranks are forked from a process that 
 @pytest.fixture(scope="module")
 def sabotaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]:
     """A run of two ranks of which one raises in its third step; what the launcher printed, and the run folder."""
-    return run_sabotaged(
-        tmp_path_factory.mktemp("sabotaged"), "resilience.max_without_progress=2", "launch.gpu_sample_s=3600"
-    )
+    return run_sabotaged(tmp_path_factory.mktemp("sabotaged"), "resilience.max_without_progress=2")
 
 
 def run_sabotaged(folder: Path, *words: str, **environment: str) -> tuple[str, RunFolder]:

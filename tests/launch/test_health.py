@@ -29,12 +29,11 @@ from launch.agent.health import (
     run_program,
     short_bus,
 )
-from launch.config import Config, HealthCheckConfig, LaunchConfig, ResilienceConfig
+from launch.config import Config, HealthCheckConfig, ResilienceConfig
 from launch.doctor import verdict
 from launch.errors import ConfigError
 from launch.runs.environment import Gpu, GpuSample, append_samples, read_samples, telemetry_nodes
 from launch.runs.folder import RunFolder
-from launch.schema import check_ranges
 from tests.support.commands import run
 from tests.support.scripts import LOCAL, write_script
 
@@ -305,12 +304,3 @@ def test_a_sample_is_read_as_it_was_written_and_other_lines_are_passed_over(tmp_
     append_samples(folder, 0, [sample])
     assert list(read_samples(folder, 0)) == [sample, sample]
     assert '"temperature_c"' not in folder.telemetry(0).read_text()
-
-
-def test_an_interval_that_means_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="0, for no samples, or seconds from 1 to 3600"):
-        LaunchConfig(poll_s=5, gpu_sample_s=0.2).validate()
-    for seconds in (-1, 4000):
-        with pytest.raises(ConfigError, match="0 to 3600"):
-            check_ranges(LaunchConfig(poll_s=5, gpu_sample_s=seconds, report_files=[], detach=False, sequential=False))
-    LaunchConfig(poll_s=5, gpu_sample_s=0).validate()

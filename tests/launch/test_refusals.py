@@ -142,6 +142,7 @@ REFUSED = [
     (["name=''"], "name=''", "name=run"),
     (["name=.."], "name='..'", "name=run"),
     (["name='a\u2028b'"], r"name='a\u2028b'", "name=a_b"),
+    (["output_dir=/proc/x"], "cannot be created in /proc", "output_dir=FOLDER"),
     (["output_dir='o%A'"], "'%' in the run's path", "output_dir=FOLDER"),
     (["output_dir='o\nut'"], r"'\n' in the run's path", "output_dir=FOLDER"),
     (["run_dir='o\tut'"], r"'\t' in the run's path", "run_dir=FOLDER"),

@@ -10,7 +10,7 @@ from launch.runs.folder import RunFolder
 from tests.support.scripts import printed
 
 PROGRAM = Path(__file__).parent / "programs" / "counting.py"
-COUNTING = ("workload=script", f"script.path={PROGRAM}", "script.resumes=true", "script.tensorboard=false")
+COUNTING = ("workload=script", f"script.path={PROGRAM}", "script.resumes=true")
 
 
 def options(**values: object) -> list[str]:
