@@ -17,18 +17,18 @@ from enum import Enum
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import TYPE_CHECKING, get_args, get_origin
 
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from launch.errors import ConfigError, closest
 from launch.runs.folder import RunFolder, damaged, read_strictly
 from launch.schema import field_of, free_keys, list_elements, schema_keys
+
+if TYPE_CHECKING:
+    # A report reads overrides as text, and does not wait for Hydra: each function that parses imports it.
+    from hydra.core.override_parser.types import Override
 
 # Overrides as text.
 
@@ -128,8 +128,8 @@ def point_name(overrides: Iterable[str], exclude: Collection[str]) -> str:
 # The check of overrides against a schema.
 
 
-SWEEPS = (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP, ValueType.RANGE_SWEEP)
-"""Sweeps whose values are listed; a search (``interval``) chooses values later."""
+SWEEPS = ("CHOICE_SWEEP", "SIMPLE_CHOICE_SWEEP", "RANGE_SWEEP")
+"""Names of Hydra's kinds of sweeps whose values are listed; a search (``interval``) chooses values later."""
 
 
 @cache
@@ -153,6 +153,8 @@ def _scratch(schema: type) -> DictConfig:
 
 def searched_folders() -> list[Path]:
     """Return the folders of config files that the running Hydra searches beside configs/; none if none is running."""
+    from hydra.core.global_hydra import GlobalHydra
+
     running = GlobalHydra.instance()
     if not running.is_initialized():
         return []
@@ -235,11 +237,15 @@ def unknown_option(group: str, choice: str, options: Collection[str]) -> ConfigE
 
 @cache
 def _parsed(typed: str) -> Override:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     return OverridesParser.create().parse_override(typed)
 
 
 def parse(typed: str, schema: type) -> Override:
     """Read one override by Hydra's grammar. Raises ConfigError if it cannot be read."""
+    from hydra.errors import HydraException
+
     try:
         return _parsed(typed)
     except HydraException as error:
@@ -262,7 +268,7 @@ def _check_value(override: Override, typed: str, schema: type) -> None:
     """Raise ConfigError if a value, or one of those of a sweep, is not of the type of its key."""
     key, values = override.key_or_group, [override]
     if override.is_sweep_override():
-        texts = override.sweep_string_iterator() if override.value_type in SWEEPS else ()
+        texts = override.sweep_string_iterator() if override.value_type and override.value_type.name in SWEEPS else ()
         values = [parse(f"{key}={text}", schema) for text in texts]
     for one in values:
         set_value(_scratch(schema), one, schema, typed)
@@ -270,6 +276,8 @@ def _check_value(override: Override, typed: str, schema: type) -> None:
 
 def set_value(config: DictConfig, override: Override, schema: type, typed: str = "") -> None:
     """Set the value of an override in a config, as Hydra does. Raises ConfigError if its type is wrong."""
+    from hydra.errors import HydraException
+
     try:
         OmegaConf.update(config, override.key_or_group, override.value(), merge=True, force_add=True)
     except (OmegaConfBaseException, HydraException) as error:
