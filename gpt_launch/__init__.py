@@ -5,10 +5,10 @@
     python -m gpt_launch gpt.train        ``python -m gpt.train``
     from gpt_launch import worker         ``from launch import worker``, in a project with its own ``launch.py``
 
-The folders of the project are called launch, gpt, configs and slurm, and so are files in the projects of many users.
-Agents, ranks and batch scripts therefore start as ``python -m gpt_launch``, which imports ``gpt_launch.own_names``
-first. A rank that runs the user's script must not do that, since the script may import its own ``launch.py``. So
-``gpt_launch.worker`` is found in another way, through ``__path__`` below.
+Many users have files with the names of this project's folders: launch, gpt, configs and slurm. Agents, ranks and batch
+scripts therefore start as ``python -m gpt_launch``, which imports ``gpt_launch.own_names`` first. A rank that runs the
+user's script must not import it, since the script may import its own ``launch.py``. So ``gpt_launch.worker`` is found
+in another way, through ``__path__`` below.
 """
 
 import re
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).absolute().parents[1]
-"""The folder with the folders of the project: the checkout, or site-packages."""
+"""Folder that contains the project's packages: the checkout, or site-packages."""
 
 # Makes the folder launch importable as gpt_launch.launch. Only the modules that a rank needs can be imported by that
 # name, because they import each other relatively; all others are imported as launch.
@@ -24,7 +24,7 @@ __path__.append(str(ROOT))
 
 
 def as_typed(text: str) -> str:
-    """Write commands of the launcher in a message as ``gpt-launch COMMAND``, if this process was started by that name.
+    """Rewrite a message's commands as ``gpt-launch COMMAND`` if this process was started by that name.
 
     In a project with a ``launch.py`` of its own, ``python -m launch`` would run that file.
     """

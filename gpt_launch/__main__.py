@@ -16,21 +16,23 @@ COMMANDS = {
     name: f"launch.{name}"
     for name in (
         *("status", "logs", "cancel", "report", "verify", "doctor", "project", "keys", "bench_network", "storm"),
-        *("agent", "batch", "move"),  # the launcher starts these by itself
+        *("agent", "batch", "move"),  # The launcher itself starts these modules.
     )
 }
 PACKAGES = ("launch.", "gpt.", "slurm.")
 
 
 def module_of(word: str) -> str | None:
-    """Return the module that a first argument names; None where it is an override or an option of the launcher."""
+    """Return the module that the first argument names; None if the argument is an override or an option of the
+    launcher.
+    """
     if "=" in word:
         return None
     return word if word.startswith(PACKAGES) else COMMANDS.get(word)
 
 
 def main() -> int:
-    """Run the command that the first argument names; without one, the launcher. Returns the exit status."""
+    """Run the command that the first argument names; without a command, the launcher. Returns the exit status."""
     module = module_of(sys.argv[1]) if len(sys.argv) > 1 else None
     if module is None:
         from launch.__main__ import main as launch
@@ -38,7 +40,7 @@ def main() -> int:
         return launch()
     del sys.argv[1]
     if not hasattr(sys.modules.get(module), "__path__"):
-        sys.modules.pop(module, None)  # a rank that was forked has imported it; runpy would warn
+        sys.modules.pop(module, None)  # A forked rank has imported the module; runpy would warn.
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
 

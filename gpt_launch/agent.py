@@ -1,10 +1,10 @@
-"""The agent for submitit: its pickle names this function, which a project with its own ``launch.py`` finds too."""
+"""Entry of the agent for submitit. Its pickle names this function, also for a project with its own ``launch.py``."""
 
 from __future__ import annotations
 
 
 def run(run_dir: str) -> None:
-    """Run this node's ranks of a run to their end; ``launch.agent.__main__.run``."""
+    """Run this node's ranks until the run ends, as ``launch.agent.__main__.run`` does."""
     import gpt_launch.own_names  # noqa: F401
     from launch.agent.__main__ import run as run_agent
 

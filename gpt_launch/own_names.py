@@ -1,6 +1,7 @@
-"""Importing this module makes ``launch``, ``gpt``, ``configs`` and ``slurm`` the project's own in this process.
+"""Import of the project's own packages ``launch``, ``gpt``, ``configs`` and ``slurm``.
 
-Python looks into the working directory first, where a user's project may have a ``launch.py`` or a ``gpt/``.
+Python searches the working directory first, where a user's project may have a ``launch.py`` or a ``gpt/``. Importing
+this module gives the project's packages precedence in this process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ NAMES = ("launch", "gpt", "configs", "slurm")
 
 
 class OwnNames(MetaPathFinder):
-    """Finder of the four packages in ``ROOT``, whatever ``sys.path`` begins with."""
+    """Import finder for the four packages in ``ROOT``, ahead of ``sys.path``."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

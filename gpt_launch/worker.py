@@ -1,7 +1,7 @@
-"""``launch.worker``, whatever ``import launch`` finds in this process: ``from gpt_launch import worker``.
+"""The project's ``launch.worker``, also if ``import launch`` finds a user's file: ``from gpt_launch import worker``.
 
-The module is the same object as ``launch.worker`` if ``launch`` is the project's. If the user has a ``launch.py``, it
-is a module of its own.
+If ``launch`` is the project's package, the module is the same object as ``launch.worker``. If the user has a
+``launch.py``, it is a separate module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def is_shadowed() -> bool:
-    """Tell whether ``import launch`` finds something else than the project's package."""
+    """Return whether ``import launch`` finds another module than the project's package."""
     found = sys.modules.get("launch") or importlib.util.find_spec("launch")
     spec = getattr(found, "__spec__", found)
     return spec is None or spec.origin != str(ROOT / "launch" / "__init__.py")

@@ -45,9 +45,9 @@ from launch.workload import load_workload
 
 
 def sweep_dir(launcher: str, sweeper: str, folder: str) -> str:
-    """Folder that Hydra's sweeper writes into: the sweep's for stock launchers, and for sweepers that have results.
+    """Return the folder for the output of Hydra's sweeper: the sweep's folder, if the launcher or the sweeper needs it.
 
-    Ours need nothing of it, and a dry run or a refusal must leave nothing behind: a folder that goes with the process.
+    Otherwise the folder is temporary: a dry run or a refusal must leave no files.
     """
     if not all(target.startswith("hydra_plugins.launch_plugin.") for target in (launcher, sweeper)):
         return folder
@@ -61,27 +61,28 @@ WITH_VALUE = (
     *CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p",
     "--experimental-rerun",
 )  # fmt: skip
-"""Flags of Hydra that are followed by a value."""
+"""Flags of Hydra that need a value."""
 ALONE = (
     *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
     *("--shell-completion", "-sc", "--info", "-i"),
 )
-"""Flags of Hydra that stand alone, or before a value that may be absent."""
+"""Flags of Hydra without a value, or with an optional value."""
 SWEEP = ("--multirun", "-m")
 HELP = ("--help", "-h", "--hydra-help")
 COMPLETION = ("--shell-completion", "-sc")
 SHOWING = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--run", "-r")
-"""Flags that Hydra takes only one of, -m included."""
+"""Flags of Hydra of which it accepts only one, -m included."""
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """Values of ``--info``."""
 
 
 def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split arguments into Hydra's flags with their values, and overrides. Hydra's own parser takes no flag between
-    overrides, and its refusals are a screen of usage.
+    """Split arguments into Hydra's flags with their values, and overrides.
+
+    Hydra's own parser accepts no flag between overrides, and its refusals are long.
 
     Raises:
-        ConfigError: a flag that Hydra does not have, or one without its value.
+        ConfigError: Hydra does not have a flag, or a flag lacks its value.
     """
     flags: list[str] = []
     typed: list[str] = []
@@ -104,10 +105,10 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def without_sweep(flags: list[str], typed: list[str], config_dir: Path | None) -> tuple[list[str], list[str]]:
-    """Return flags and overrides that Hydra takes together: it shows help, or a config, of one run and not of a sweep.
+    """Return the flags and overrides without the sweep: Hydra shows help, or a config, of one run only.
 
     Raises:
-        ConfigError: something else than help is to be shown of a sweep.
+        ConfigError: more than help is requested for a sweep.
     """
     showing = next((flag for flag in flags if flag in (*HELP, *SHOWING)), None)
     if showing is None or not set(flags) & set(SWEEP):
@@ -121,7 +122,7 @@ def without_sweep(flags: list[str], typed: list[str], config_dir: Path | None) -
 
 
 def unknown_flag(flag: str, following: str, argv: Sequence[str]) -> ConfigError:
-    """Refuse a flag that Hydra does not have: a key of the config that was typed like one, or none at all."""
+    """Return the refusal of a flag that Hydra does not have: it may be a key of the config."""
     meant = override_of_flag(flag, following, schema_named_in(argv))
     flags = [known for known in (*ALONE, *WITH_VALUE) if known.startswith("--")]
     likely = difflib.get_close_matches(flag.lstrip("-"), [known[2:] for known in flags], n=1, cutoff=0.7)
@@ -130,7 +131,9 @@ def unknown_flag(flag: str, following: str, argv: Sequence[str]) -> ConfigError:
 
 
 def schema_named_in(argv: Sequence[str]) -> type[Config]:
-    """Return the schema of the workload that a line names; the launcher's own where only a folder of configs tells."""
+    """Return the schema of the workload in these arguments; the launcher's own schema if only a folder of configs is
+    named.
+    """
     try:
         return schema_of(target_of([word for word in argv if word.startswith("workload=")]))
     except ConfigError:
@@ -138,11 +141,11 @@ def schema_named_in(argv: Sequence[str]) -> type[Config]:
 
 
 COMMANDS = ("status", "logs", "cancel", "report", "project", "verify", "doctor", "move", "keys", "batch")
-"""Other commands, each a module of its own."""
+"""Other commands, each in a module of its own."""
 
 
 def refuse_command(argv: Sequence[str]) -> None:
-    """Raise ConfigError if another command was typed as the first argument of this one."""
+    """Raise ConfigError if the first argument is another command of the launcher."""
     if argv and argv[0] in COMMANDS:
         raise ConfigError(
             f"python -m launch {argv[0]}",
@@ -152,24 +155,24 @@ def refuse_command(argv: Sequence[str]) -> None:
 
 
 def workload_to_complete(flags: Sequence[str]) -> list[str]:
-    """Find the workload in the line that a shell wants completed; its last word is not whole yet."""
+    """Return the workload in a line that a shell wants to complete. The last word of the line may be incomplete."""
     if not set(flags) & set(COMPLETION):
         return []
     return [word for word in os.environ.get("COMP_LINE", "").rpartition(" ")[0].split() if word.startswith("workload")]
 
 
 def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
-    """Register with Hydra the schema for the arguments, and the two functions that ``configs/config.yaml`` uses.
+    """Register with Hydra the schema of the arguments, and the two functions that ``configs/config.yaml`` uses.
 
     Returns:
-        The arguments, completed, and the schema.
+        The complete arguments, and the schema.
     """
     refuse_command(argv)
     flags, typed = split_flags(argv)
     config_dir = next((require_folder(a, b) for a, b in pairwise(flags) if a in CONFIG_DIR), None)
     flags, typed = without_sweep(flags, typed, config_dir)
     line = workload_to_complete(flags)
-    if not set(flags) & set(COMPLETION):  # whose overrides are the shell's
+    if not set(flags) & set(COMPLETION):  # The overrides come from the shell that requests a completion.
         typed = prepare_overrides(typed, config_dir)
     schema = register([*typed, *line], config_dir)
     excluded = not_in_point(load_workload(target_of(typed, config_dir)))
@@ -180,7 +183,7 @@ def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
 
 @hydra.main(config_path="pkg://configs", config_name="config", version_base="1.3")
 def run_point(composed: DictConfig) -> None:
-    """One task of a job that a stock launcher (hydra/launcher=submitit_slurm, submitit_local, basic) started."""
+    """Run one task of a job that a stock launcher (hydra/launcher=submitit_slurm, submitit_local, basic) started."""
     from launch.batch import run_task
 
     run_task(composed)
@@ -188,12 +191,12 @@ def run_point(composed: DictConfig) -> None:
 
 @refusing
 def main() -> int:
-    """Exit status: 0 all points finished, 1 one failed, 2 refused, 130 stopped by Ctrl-C."""
+    """Return the exit status: 0 all points finished, 1 a point failed, 2 refused, 130 stopped by Ctrl-C."""
     if "--version" in sys.argv[1:]:
         print(f"gpt-launch {__version__}")
         return 0
     deny_others_writing()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through to here, where they become messages
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Exceptions reach this point, where they become messages.
     schema: type[Config] = Config
     try:
         sys.argv[1:], schema = prepare(sys.argv[1:])

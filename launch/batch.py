@@ -39,7 +39,7 @@ from launch.slurm.jobs import refuse_running
 from launch.slurm.points import choose_gpus, says_gpus
 
 PLAN_TIMEOUT_S = 300.0
-"""Longest wait for the plan of the head node's task: tasks of one job start within minutes of each other."""
+"""Longest wait in seconds for the plan of the head node's task. Tasks of one job start within minutes."""
 PLAN_POLL_S = 0.2
 
 
@@ -59,7 +59,7 @@ def job_overrides(overrides: Sequence[str], job: Mapping[str, str]) -> list[str]
             "no SLURM_JOB_NUM_NODES in the environment", "to run inside a Slurm job", "sbatch slurm/multi_node.sh ..."
         )
     args = list(overrides)
-    if "SLURM_RESTART_COUNT" in job:  # the requeued job continues in the folder that its first start made
+    if "SLURM_RESTART_COUNT" in job:  # A requeued job continues in the folder of its first start.
         args = [arg for arg in without_key(args, "resume_from") if arg.lstrip("+") != "fresh=true"]
     spares = typed_value(args, "spare_nodes") or "0"
     used = str(int(nodes) - int(spares)) if spares.isdigit() else nodes
@@ -88,9 +88,9 @@ def make_run(
     """Plan a run for the nodes of a job and write its folder.
 
     Args:
-        overrides: as typed.
-        config_dir: as for ``compose_launch``.
-        job: Slurm's variables of the job; by default of the job of this process.
+        overrides: overrides as typed.
+        config_dir: folder of configs, as for ``compose_launch``.
+        job: Slurm's variables of the job; None for the job of this process.
         ahead: True before the job is submitted.
 
     Raises:
@@ -99,12 +99,12 @@ def make_run(
     args = job_overrides(overrides, job)
     composed = compose_launch(args, config_dir)
     if not ahead and typed_value(args, "cluster.timeout_min") is None:
-        with suppress(scheduler.SlurmError):  # sbatch's --time decides the limit, not a key of the run
+        with suppress(scheduler.SlurmError):  # sbatch's --time sets the limit, not a key of the run.
             limit_s = scheduler.job_details(job["SLURM_JOB_ID"]).time_limit_s
             composed.cluster.timeout_min = math.ceil(limit_s / 60) if limit_s else composed.cluster.timeout_min
     config = typed_config(composed)
     refuse_snapshot(config)
-    config.cluster.placement = []  # the nodes are here already
+    config.cluster.placement = []  # The job already has its nodes.
     refuse_idle_gpus(config, job)
     plan = make_plan(config, args, ClusterKind.slurm)
     if ahead:
@@ -134,7 +134,7 @@ def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:
 
 
 def refuse_snapshot(config: Config) -> None:
-    """Raise ConfigError if a copy of the code is requested, which the submission would have made."""
+    """Raise ConfigError if a copy of the code is requested: only a submission by the launcher makes a copy."""
     if config.copy_code:
         raise ConfigError(
             "copy_code=true inside a job",
@@ -174,10 +174,11 @@ def run_task(composed: DictConfig) -> None:
 
 
 def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:
-    """Wait until the task of the head node has made the run folder, whose last file is the plan.
+    """Wait at most ``timeout_s`` seconds until the head node's task has written the run folder. Its last file is the
+    plan.
 
     Raises:
-        ConfigError: there is no plan in time, because that task refused, or the nodes do not share the folder.
+        ConfigError: there is no plan in time: the task refused, or the nodes do not share the folder.
     """
     deadline = time.monotonic() + timeout_s
     while not folder.plan.exists():
@@ -192,7 +193,7 @@ def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:
 
 @refusing
 def main() -> int:
-    """Print the run folder on standard output, the plan of a job on standard error. Exit status 2 if refused."""
+    """Print the run folder on standard output, and the plan on standard error. Returns exit status 2 if refused."""
     deny_others_writing()
     parser = CommandParser(prog="python -m launch.batch", description="Plan a run for the nodes of this Slurm job.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for python -m launch")
@@ -216,7 +217,8 @@ def main() -> int:
         return 0
     if words.submitted:
         for run_dir, job_id in words.submitted:
-            if not is_recorded(RunFolder(run_dir).read_events(), [job_id]):  # one that started at once was faster
+            # A job that started at once has already recorded itself.
+            if not is_recorded(RunFolder(run_dir).read_events(), [job_id]):
                 record_found(RunFolder(run_dir), job_id, 1, by="launch.batch")
         return 0
     folder = None if words.config_dir is None else require_folder("--config-dir", words.config_dir)

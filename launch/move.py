@@ -27,10 +27,10 @@ LONGEST_POLL_S = 60.0
 
 
 def move(folders: Sequence[RunFolder], console: Console) -> None:
-    """Move waiting runs, and return when all runs are over."""
+    """Move pending runs to their next candidates, and return when all runs are over."""
     plans = {point.folder.path: (point, promised(point)) for point in find_run_statuses(folders)}
     points = [point for point, plan in plans.values() if plan is not None and plan.placement.is_watched]
-    with suppress(SlurmError):  # the first poll below reports it
+    with suppress(SlurmError):  # The first poll below reports the error.
         if poll(points, retries=1) is None:
             adopt_found(points, by="launch.move")
     failover, said = PlacementFailover(console), False
@@ -44,14 +44,17 @@ def move(folders: Sequence[RunFolder], console: Console) -> None:
         if problem is not None and not said:
             console.print(f"{problem}\nasking again until Slurm answers", highlight=False, markup=False)
         said = problem is not None
-        # A tenth of the shortest interval between two moves.
+        # A tenth of the shortest time between two moves.
         shortest = min(plan.placement.retry_interval_min for point in points if (plan := plans[point.folder.path][1]))
         time.sleep(min(LONGEST_POLL_S, max(POLL_S, 60 * shortest / 10)))
 
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 the runs are over, 2 there is no such run, 130 stopped by Ctrl-C: the runs keep their places."""
+    """Return the exit status: 0 the runs are over, 2 there is no such run, 130 stopped by Ctrl-C.
+
+    Ctrl-C leaves the runs where they are.
+    """
     parser = CommandParser(
         prog="python -m launch.move",
         description="Move waiting runs to the next candidate of their cluster.placement, until they are over. "

@@ -1,8 +1,8 @@
-"""Quick starts and ends of processes that import torch. Torch-free.
+"""Fast start and exit of processes that import torch. The module itself does not import torch.
 
 Importing torch makes some 300,000 objects that exist as long as the process. Python's collector of reference cycles
-visits them again and again during the import, and once more at the exit. That takes about 40 % of the time in which a
-rank starts and ends. So the collector is paused while such libraries are imported.
+visits them during the import and at the exit. That takes about 40 % of the time in which a rank starts and ends. So the
+collector is paused while such libraries are imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def lasting_imports() -> Iterator[None]:
-    """Import lasting libraries in a ``with`` block: the collector pauses, and ignores their objects afterwards."""
+    """Import large libraries in a ``with`` block: the garbage collector pauses, and later ignores their objects."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -29,12 +29,12 @@ def lasting_imports() -> Iterator[None]:
 
 
 def set_default_threads() -> None:
-    """Give ranks one thread each, as torchrun does, where OMP_NUM_THREADS is not set; libraries read it when loaded."""
+    """Set OMP_NUM_THREADS to 1 for ranks if it is not set, as torchrun does. Libraries read it when they are loaded."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def hash_seed(seed: int) -> str:
-    """PYTHONHASHSEED for a run's seed; Python takes 32 bits."""
+    """Return the value of PYTHONHASHSEED for a run's seed. Python accepts 32 bits."""
     return str(seed % 2**32)
 
 
@@ -42,10 +42,11 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent, process ``parent``, is gone (Linux prctl).
+    """Have the kernel kill this process when process ``parent``, its parent, is gone (Linux prctl).
 
-    A rank whose agent was killed would otherwise continue, unwatched, and write into a run that others continue.
+    Otherwise a rank whose agent was killed would continue without a watch, and write into a run that other processes
+    continue.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # the parent died before the call
+    if os.getppid() != parent:  # The parent died before the call.
         os.kill(os.getpid(), signal.SIGKILL)

@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PointResult:
-    """Result of one point."""
+    """Result of one point of a sweep."""
 
     run_dir: str
     objective: str | None
-    """Figure of the step records that was requested."""
+    """Name of the requested figure of the step records; None if none was requested."""
     value: float | None
     """Value of the objective; None if none was requested, or no record has it."""
     error: str | None = None
-    """Reason for which the point did not finish; None if it did."""
+    """Reason for which the point did not finish; None if it finished."""
 
 
 Composed = tuple[DictConfig, Sequence[str]]
 
 
 class SweepFailedError(RuntimeError):
-    """At least one point did not finish. ``status`` is the exit status of the command."""
+    """Raised if at least one point did not finish. ``status`` is the exit status of the command."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -54,18 +54,18 @@ class SweepFailedError(RuntimeError):
 
 
 class NothingSubmittedError(SweepFailedError):
-    """sbatch has refused, so that run folders without a submission are removed."""
+    """Raised if sbatch has refused a job, so that run folders without a submission are removed."""
 
 
 def run_sweep(
     points: Sequence[Composed], *, tolerates_failures: bool = False, with_report: bool = True
 ) -> list[PointResult]:
-    """Run composed points to their end and report a scaling table.
+    """Run composed points until they end, and report a scaling table.
 
     Args:
-        points: composed config and overrides of each.
-        tolerates_failures: return failed points too instead of raising.
-        with_report: write and show the scaling table of the points.
+        points: composed config and overrides of each point.
+        tolerates_failures: True to return failed points too instead of raising an error.
+        with_report: True to write and show the scaling table of the points.
 
     Returns:
         The result of each point; an empty list in a dry run.
@@ -116,10 +116,12 @@ def run_sweep(
 def submit_and_watch(
     plans: Sequence[Plan], console: Console, after: LaunchConfig, typed: Sequence[str], *, with_report: bool = True
 ) -> dict[str, str]:
-    """Submit the unfinished points; then follow them to their end and report, or print the commands that do.
+    """Submit the unfinished points, then follow them until they end and report.
+
+    If the command does not wait for the points, print the commands that show them.
 
     Returns:
-        The run folder of each point that did not finish -> the reason.
+        Run folder -> reason, for each point that did not finish.
     """
     from launch.slurm.status import explain, new_run_status
     from launch.slurm.watch import next_start_text, stop_on_ctrl_c, watch
@@ -146,10 +148,10 @@ def submit_and_watch(
 
 
 def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -> None:
-    """Submit the points on Slurm, one job for each shape of resources; local points wait for their turn.
+    """Submit the points on Slurm, as one job for each set of resources. Local points wait for their turn.
 
     Raises:
-        NothingSubmittedError: sbatch refused. Jobs that it accepted before continue.
+        NothingSubmittedError: sbatch refused. Jobs that sbatch accepted before continue.
         SweepFailedError: sbatch did not answer in time, and may have accepted the job.
     """
     from launch.plan.plan import record_submitted
@@ -166,7 +168,7 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
         except SlurmError as error:
             ids = ", ".join(point.job.name for point in points if point.job is not None)
             rest = f"\nalready submitted, and continuing: {ids}" if ids else ""
-            # A controller that is only busy may have accepted the job, which then needs its folder.
+            # A busy controller may have accepted the job, which then needs its folder.
             kind = SweepFailedError if may_have_taken(error) else NothingSubmittedError
             raise kind(f"{explain_refusal(group[0], error)}{rest}", 1) from error
         before = done.jobs
@@ -187,12 +189,12 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
 
 
 def group_folder(plans: Sequence[Plan]) -> Path:
-    """Folder of the points of a sweep."""
+    """Return the folder that contains all points of a sweep."""
     return Path(plans[0].run_dir).parent
 
 
 def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
-    """Commands for a sweep that continues without its launcher."""
+    """Return the commands with which a user follows a sweep after its launcher has ended."""
     one, whole = unfinished(plans)[0].run_dir, plans[0].run_dir if sweep is None else str(group_folder(plans))
     number = "" if sweep is None else f" --sweep {sweep.number}"
     commands = [
@@ -204,7 +206,7 @@ def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
 
 
 def leave_failover(plans: Sequence[Plan], console: Console) -> None:
-    """Leave a process in the background that moves waiting points, if their placement has other candidates."""
+    """Start a background process that moves waiting points, if their placement has other candidates."""
     from launch.slurm.failover import start_in_background
 
     watched = [Path(plan.run_dir) for plan in plans if plan.placement.is_watched]
@@ -229,12 +231,12 @@ def report(plans: Sequence[Plan], sweep: Sweep | None, console: Console, files: 
     selection = select(folder) if sweep is None else select(folder, sweep.number)
     try:
         show_and_write(tabulate_selection(selection), console, files)
-    except OSError as error:  # the display failed; the results are still printed
+    except OSError as error:  # The display has failed; the results are still printed.
         later = f"python -m launch.report {quote(str(folder))}"
         console.print(f"the report is not written: {error}; later: {later}", highlight=False, markup=False)
 
 
 def fail(error: SweepFailedError) -> int:
-    """Print the reason, and return the exit status."""
+    """Print the reason of an error, and return the exit status."""
     print(f"\n{error}", file=sys.stderr)
     return error.status

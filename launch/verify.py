@@ -1,6 +1,6 @@
-"""``python -m launch.verify PATH...``: check that every checkpoint of runs is byte for byte as saved.
+"""``python -m launch.verify PATH...``: check that all checkpoints of runs have exactly the bytes that were saved.
 
-The workload knows the files of its checkpoints. The command changes nothing, and works while a run continues.
+The workload knows the files of its checkpoints. The command changes no file, and works while a run continues.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from launch.runs.folder import RunFolder
 
 
 def verify(checkpoints: Sequence[SavedCheckpoint], console: Console, title: str) -> tuple[int, int]:
-    """Check the checkpoints of a run and print a line for each. Return the numbers of whole and damaged ones."""
+    """Check the checkpoints of a run and print a line for each. Returns the numbers of sound and damaged
+    checkpoints.
+    """
     whole = broken = 0
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -38,7 +40,9 @@ def verify(checkpoints: Sequence[SavedCheckpoint], console: Console, title: str)
 
 
 def verify_runs(folders: Iterable[RunFolder], console: Console, *, newest: bool, copies: bool = False) -> bool:
-    """Check the checkpoints of runs, and print what each run would resume from. Return whether all are whole.
+    """Check the checkpoints of runs, and print the checkpoint from which each run would resume.
+
+    Returns True if no checkpoint is damaged.
 
     Raises:
         ConfigError: the config of a run is damaged, or its copies cannot be reached.
@@ -67,7 +71,7 @@ def verify_runs(folders: Iterable[RunFolder], console: Console, *, newest: bool,
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 all is whole, 1 something is damaged, 2 there is no such run."""
+    """Return the exit status: 0 all checkpoints are sound, 1 some are damaged, 2 there is no such run."""
     parser = CommandParser(
         prog="python -m launch.verify",
         description="Read every checkpoint of runs and compare it with what was saved. Changes nothing.",

@@ -1,8 +1,8 @@
 """The interface between the launcher and the program that it starts.
 
-A workload adds keys to the config, plans a point, and has the command of a rank. The launcher imports none of them:
-``workload._target_`` in the config names the class. ``gpt.workload`` is the first one,
-``launch.script`` the one for any script; docs/workloads.md shows how to write another. Torch-free.
+A workload adds keys to the config, plans a point, and returns the command of a rank. The launcher imports no workload
+directly: ``workload._target_`` in the config names the class. ``gpt.workload`` trains GPT models, ``launch.script``
+runs any script; docs/workloads.md shows how to write another. Does not import torch.
 """
 
 from __future__ import annotations
@@ -30,38 +30,40 @@ if TYPE_CHECKING:
     from launch.config import ClusterConfig
 
 BEFORE_WORKLOADS = "gpt.workload.GptWorkload"
-"""Target of run folders that were made when there was only one: their config does not name it."""
+"""Workload of older run folders, whose config names none."""
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """One point of a sweep, which a workload has to plan."""
+    """One point of a sweep that a workload has to plan."""
 
     overrides: tuple[str, ...]
     """Arguments that were typed for this point, ``key=value``."""
     folder: RunFolder
-    """Folder of the run; it may hold an earlier attempt."""
+    """Folder of the run, which may contain an earlier attempt."""
     is_local: bool
-    """True where the nodes are agents on this machine, and not Slurm's."""
+    """True if the nodes are agents on this machine, and not nodes of Slurm."""
     nodes: int
     ranks_per_node: int
     cluster: ClusterConfig
-    """Keys under ``cluster``, which describe the nodes."""
+    """Keys under ``cluster`` that describe the nodes."""
     local_gpus: int
-    """GPUs of this machine that may be used."""
+    """Number of this machine's GPUs that may be used."""
     local_gpu_name: str | None = None
-    """Name of the first GPU of this machine."""
+    """Name of this machine's first GPU; None if it has none."""
     gpu_type: str | None = None
-    """Type of the nodes' GPUs in Slurm's Gres (``a100``): the chip, rarely its memory."""
+    """Type of the nodes' GPUs in Slurm's Gres, such as ``a100``; None if not known. The type rarely says the memory."""
     sweep_sizes: tuple[int, ...] = ()
-    """Numbers of ranks of all points of the command, as far as the launcher knows: advice has to suit them all."""
+    """Numbers of ranks of all points of the command, as far as known. Advice has to suit all of them."""
     rate_factor: float = 1.0
     """Factor on the compute rate of a cost model, fitted to measured steps by ``launch.project``."""
     link_factor: float = 1.0
-    """Factor on the bandwidth of all links of a cost model, and its inverse on their latency; fitted likewise."""
+    """Factor on the bandwidth of all links in a cost model; latencies are divided by it. Fitted by
+    ``launch.project``.
+    """
 
     min_nodes: int | None = None
-    """Smallest number of nodes with which the run may go on where some are lost; None if it may not."""
+    """Smallest number of nodes with which the run may continue after a loss; None if it may not shrink."""
 
     @property
     def world_size(self) -> int:
@@ -76,52 +78,57 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class WorkloadPlan:
-    """Plan of a workload for a point. A figure that is not known is left out, never zero."""
+    """Plan of a workload for a point. A figure that is not known is absent, never zero."""
 
     rows: Mapping[str, str] = field(default_factory=dict)
-    """Lines of the plan for people: title and text."""
+    """Lines of the plan for people: title -> text."""
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Longer passages below them: title and lines."""
+    """Longer passages below the rows of the plan: title -> lines."""
     warnings: tuple[str, ...] = ()
-    """Lines on settings that work but are probably a mistake; shown in the plan and before a submission."""
+    """Warnings about settings that work but are probably a mistake. The plan and each submission show them."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """Figures for programs, as JSON has them: these keys at the root of ``plan.json`` are the workload's."""
+    """Figures for programs, as JSON values. These keys are at the root of ``plan.json``."""
     settled: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted keys that the command did not set, and the values that the plan chose."""
+    """Dotted keys that the command did not set -> values that the plan chose."""
     max_steps: int | None = None
-    """Steps of the whole run, from which the remaining time follows."""
+    """Number of steps of the whole run, from which the remaining time follows; None if not known."""
     checkpoint_kind: str = ""
-    """Runs with the same one have checkpoints of one size, so that a save of one tells how long the other's takes."""
+    """Label of the checkpoint's size: runs with the same label take the same time for a save. Empty if not known."""
     checkpoint_bytes: int | None = None
-    """Size of one checkpoint."""
+    """Size of one checkpoint in bytes; None if not known."""
     step_kind: str = ""
-    """Runs with the same one take as long for a step on the same nodes; empty where nothing tells."""
+    """Label of the step's work: runs with the same label take the same time for a step on the same nodes. Empty if not
+    known.
+    """
     step_s: float | None = None
-    """Time of a step by a model of the workload, seconds; None if it has none for these nodes."""
+    """Time of a step in seconds by the workload's cost model; None if there is no model for these nodes."""
     saves: str = ""
-    """Override that says how often the run saves, for messages, such as ``checkpoint.interval=200``."""
+    """Override that sets how often the run saves, for messages, such as ``checkpoint.interval=200``."""
     saves_more_often: str = ""
-    """Override that has the run save twice as often, for messages, such as ``checkpoint.interval=100``."""
+    """Override with which the run saves twice as often, for messages, such as ``checkpoint.interval=100``."""
     checkpoints_kept: int = 1
-    """Checkpoints that lie in the run folder at most at the same time, the one being written included."""
+    """Largest number of checkpoints in the run folder at the same time, including one that is being written."""
     resumes: bool = True
-    """True where a new start resumes from a checkpoint, so that an interrupted run may be requeued."""
+    """True if a new start resumes from a checkpoint, so that an interrupted run may be requeued."""
     uses_cpus: bool | None = None
-    """True where the ranks compute on CPUs; None where that is not known."""
+    """True if the ranks compute on CPUs; None if not known."""
     fewer_nodes: tuple[int, ...] = ()
-    """Those of ``PlanRequest.smaller``, from the largest, with which the run can go on from a checkpoint of any other
-    number: same steps, same global batch. The agents start the ranks with one of them where nodes are lost."""
+    """Numbers of nodes from ``PlanRequest.smaller``, largest first, with which the run can continue after a loss.
+
+    Such a run continues from a checkpoint of any number of nodes, with the same steps and global batch. If nodes are
+    lost, the agents start the ranks with one of these numbers.
+    """
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Time of an optimizer step by a workload's cost model, by cause: seconds of the rank that sets the pace."""
+    """Time of an optimizer step by a workload's cost model, by cause, in seconds of the slowest rank."""
 
     compute_s: float
     bubble_s: float = 0.0
-    """Pipeline bubble."""
+    """Time of the pipeline bubble in seconds."""
     communication_s: Mapping[str, float] = field(default_factory=dict)
-    """Exposed communication by name, such as the axes of a device mesh."""
+    """Seconds of communication that does not overlap computation, by name, such as an axis of the device mesh."""
 
     @property
     def step_s(self) -> float:
@@ -131,7 +138,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class TrainingGoal:
-    """A model of so many parameters, to be trained on so many units of work, tokens for a language model."""
+    """Goal of a training: number of parameters, and units of work (tokens for a language model)."""
 
     parameters: float
     work: float
@@ -142,79 +149,86 @@ class SetUp:
     """One way to train towards a goal on given nodes, by a workload's cost model."""
 
     parallelism: str
-    """The parallelism in words."""
+    """Parallelism as text for people."""
     micro_batch: int
     step_s: float
     work_per_step: float
-    """Units of work of one step, of all ranks together."""
+    """Units of work of one step of all ranks together."""
     memory_bytes: int
-    """Of one rank."""
+    """Memory of one rank in bytes."""
     mfu: float | None
-    """Share of the device's peak, by the PaLM convention; None where the peak is unknown."""
+    """Share of the device's peak, by the PaLM convention; None if the peak is unknown."""
     command: str
-    """Overrides that make it so, to be typed after ``python -m launch``."""
+    """Overrides for this way, to type after ``python -m launch``."""
 
 
 @dataclass(frozen=True)
 class RankCommand:
-    """Command of a rank. All ranks of a run start alike; RANK and the like tell them apart."""
+    """Command of a rank. It is the same for all ranks: variables such as RANK distinguish them."""
 
     args: tuple[str, ...]
     """Program and arguments."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables that are added to the environment of the agent."""
     defaults: Mapping[str, str] = field(default_factory=dict)
-    """Variables that are set where the user has not set them."""
+    """Variables that are set unless the user has set them."""
     workdir: Path | None = None
-    """Working directory; None for the one the job was submitted from."""
+    """Working directory; None for the directory from which the job was submitted."""
     preload: tuple[str, ...] = ()
-    """Modules that every rank imports. Where ``args`` is ``sys.executable, "-m", MODULE, ...`` each node imports them
-    once, and its ranks are forked. They must start no threads and no CUDA, and read none of ``env`` while imported."""
+    """Modules that every rank imports.
+
+    If ``args`` is ``sys.executable, "-m", MODULE, ...`` each node imports the modules once, and its ranks are forked.
+    The modules must not start threads or CUDA, or read a variable of ``env``, during import.
+    """
     wants_memory_store: bool = False
-    """Keep a memory store on each node, whose content outlives the ranks (``launch.worker.memory``)."""
+    """True for a memory store on each node, whose content outlives the ranks (``launch.worker.memory``)."""
 
 
 @dataclass(frozen=True)
 class RankContract:
-    """Behavior of the ranks, from which the agent knows how they ended and whether they hang."""
+    """Behavior of the ranks, with which the agent knows how ranks ended and whether they hang."""
 
     records_events: bool = True
-    """True where the ranks write ``started`` and how they ended into the event log through ``launch.worker``. Otherwise
-    the agent does: exit status 0 is finished."""
+    """True if the ranks record their start and end in the event log through ``launch.worker``.
+
+    Otherwise the agent records both: exit status 0 means finished.
+    """
     stop_signal: str = "SIGTERM"
-    """Sent to the ranks to have them save and leave."""
+    """Signal that requests the ranks to save and leave."""
     requeue_exit: int | None = None
-    """Exit status that means: saved, put me back into the queue."""
+    """Exit status that means: the run is saved, requeue the job. None if there is no such status."""
     resumes: bool = True
-    """True where a new start resumes from a checkpoint of the workload's own. Otherwise there is no second start."""
+    """True if a new start resumes from a checkpoint of the workload. Otherwise there is no second start."""
     silence_timeout_s: float | None = None
-    """Seconds without a line in its log after which a rank without a heartbeat counts as hung; None: never."""
+    """Seconds without a line in its log after which a rank without a heartbeat counts as hung; None for no limit."""
     progress: str | None = None
-    """Regular expression that finds step records in the log of a rank."""
+    """Regular expression that finds step records in the log of a rank; None if there are none."""
     unit: str | None = None
-    """Unit of throughput: tokens, samples, images."""
+    """Unit of throughput: tokens, samples or images; None if not known."""
     work_per_step: float | None = None
-    """Units that all ranks together do in a step."""
+    """Units of work of all ranks together in a step; None if not known."""
     weak_scaling: bool = False
-    """True where the work of a step grows with the number of ranks."""
+    """True if the work of a step grows with the number of ranks."""
     max_steps: int | None = None
     writes_curves: bool = False
-    """True where the agent writes TensorBoard's files from the step records of rank 0."""
+    """True if the agent writes TensorBoard's files from the step records of rank 0."""
 
 
 @dataclass(frozen=True)
 class CodeTree:
-    """The files that make a run what it is: fingerprinted before every attempt, and copied for ``copy_code``."""
+    """Code files of a run: fingerprinted before every attempt, and copied for ``copy_code``."""
 
     root: Path
     files: Callable[[Path], Iterable[tuple[str, Path]]]
-    """Of a root, which may be that of a copy: names relative to it and paths, in order."""
+    """Function that yields the files below a root in order: names relative to the root, and paths. The root may
+    be a copy.
+    """
     has_launcher: bool
     """True if the folder contains the launcher itself, which then runs from the copy too."""
 
 
 class Workload:
-    """A kind of program that the launcher can start. A subclass has to say how a rank is started, and may say more.
+    """A kind of program that the launcher can start. A subclass has to define ``command``; all else has a default.
 
         class Counter(Workload):
             name = "counter"
@@ -228,37 +242,36 @@ class Workload:
     """
 
     name: str = ""
-    """Goes into ``environment.json``, and so into reports."""
+    """Name of the workload in ``environment.json`` and in reports."""
     schema: type[RunConfig] = RunConfig
-    """Dataclass of the keys that it adds at the root of the config, a subclass of RunConfig. Its ``validate`` raises
-    ConfigError."""
+    """Dataclass of the keys that the workload adds at the root of the config. Its ``validate`` raises ConfigError."""
     not_in_point: Sequence[str] = ()
-    """Keys, or groups of keys, that do not distinguish runs: they do not enter the name of the run folder."""
+    """Keys or groups of keys that do not enter the name of the run folder."""
     resumable: Sequence[str] = ()
-    """Keys, or groups of keys, that may change between the attempts of one run."""
+    """Keys or groups of keys that may change between the attempts of one run."""
     raw_keys: Sequence[str] = ()
-    """Keys whose value is taken as typed, such as a regular expression."""
+    """Keys whose value is taken exactly as typed, such as a regular expression."""
     length: Sequence[str] = ()
-    """Keys, ``resumable`` too, that set the number of steps of a run, if a finished run can continue with more."""
+    """Keys for the number of steps, if a finished run can continue with more steps. They are ``resumable`` too."""
     figures: Sequence[str] | None = None
-    """Names in the step records, which ``objective`` may name; None if they are not known."""
+    """Names of figures in the step records, from which ``objective`` may choose; None if not known."""
     goal_words: Sequence[str] = ()
     """Overrides with which ``launch.project --fit`` starts."""
 
     def make_paths_absolute(self, document: DictConfig) -> None:
-        """Make paths among the keys absolute: they are relative to the folder of the command, and ranks run elsewhere.
+        """Make the paths in the config absolute: ranks do not run in the folder of the command.
 
         Args:
-            document: the composed config, changed in place.
+            document: composed config, changed in place.
         """
         make_absolute([(document, "output_dir"), (document, "run_dir")])
 
     def computes_on_cpus(self, config: Any) -> bool:
-        """Return whether the config uses no GPUs, so that the launcher requests none."""
+        """Return whether the config uses no GPUs. If so, the launcher requests none."""
         return False
 
     def plan(self, config: Any, request: PlanRequest) -> WorkloadPlan:
-        """Return the plan of a point, in a few milliseconds.
+        """Return the plan of a point. Takes a few milliseconds.
 
         Raises:
             ConfigError: the point cannot work.
@@ -268,7 +281,7 @@ class Workload:
         return WorkloadPlan(rows=rows, max_steps=contract.max_steps, resumes=contract.resumes)
 
     def command(self, config: Any, folder: RunFolder, attempt: int) -> RankCommand:
-        """Return the command of the ranks of an attempt. Attempts are counted from 1."""
+        """Return the command of the ranks of an attempt. Attempts count from 1."""
         raise NotImplementedError(f"{type(self).__name__}.command")
 
     def contract(self, config: Any, world_size: int) -> RankContract:
@@ -276,10 +289,10 @@ class Workload:
         return RankContract(records_events=False, resumes=False)
 
     def code(self, config: Any) -> CodeTree:
-        """Return the files whose change between attempts is noticed, and that ``copy_code=true`` copies.
+        """Return the code files: a change between attempts is reported, and ``copy_code=true`` copies them.
 
-        By default the folder of the module that defines the class. ``command`` finds the copy under ``code`` in the
-        ``plan.json`` of the run.
+        The default is the folder of the module that defines the class. ``command`` finds the copy under ``code`` in the
+        run's ``plan.json``.
         """
         folder = Path(inspect.getfile(type(self))).absolute().parent
         return CodeTree(folder, code_files, has_launcher=False)
@@ -292,14 +305,14 @@ class Workload:
         return None
 
     def copies(self, folder: RunFolder) -> Iterable[SavedCheckpoint] | None:
-        """Return the copies of checkpoints that are kept elsewhere, newest first; None as for ``checkpoints``."""
+        """Return the copies of checkpoints in other places, newest first; None if only the program knows them."""
         return None
 
     def step_time(self, config: Any, request: PlanRequest) -> StepTime | None:
         """Return the time of a step by a cost model, with which ``launch.project`` extrapolates measured steps.
 
-        ``request.cluster`` describes the nodes; ``rate_factor`` and ``link_factor`` say how much faster they are.
-        None if there is no model, or if too little is known of the nodes.
+        ``request.cluster`` describes the nodes; ``rate_factor`` and ``link_factor`` adapt the model to measured steps.
+        None if there is no model, or too little is known about the nodes.
 
         Raises:
             ConfigError: the point cannot work.
@@ -307,10 +320,10 @@ class Workload:
         return None
 
     def set_ups(self, config: Any, request: PlanRequest, goal: TrainingGoal) -> Sequence[SetUp]:
-        """Return ways to train towards a goal on the nodes of the request, the fastest first; none by default.
+        """Return ways to train towards a goal on the requested nodes, fastest first; none by default.
 
         Raises:
-            ConfigError: there is none on these nodes.
+            ConfigError: no way works on these nodes.
         """
         return ()
 
@@ -318,17 +331,17 @@ class Workload:
 CODE_SUFFIXES = (".py", ".yaml", ".yml", ".json", ".toml", ".cfg", ".sh", ".txt", ".md", ".ini")
 SKIPPED_FOLDERS = ("__pycache__", "outputs", "node_modules", "wandb")
 MAX_FILES = 5000
-"""A folder with more files than this, and without git, is not the folder of one program."""
+"""Largest number of code files in a folder without git. A larger folder does not belong to one program alone."""
 
 
 def code_files(root: Path, script: str | None = None) -> Iterator[tuple[str, Path]]:
-    """Yield the files of a program's folder: names relative to ``root`` and paths, in order.
+    """Yield the files of a program's folder in order: names relative to ``root``, and paths.
 
-    In a checkout these are the files that git tracks, and code that it does not ignore; in a copy of the code, all
-    files; in another folder, all code, or only ``script`` if the folder has too many files.
+    A checkout gives the files that git tracks and code that git does not ignore. A copy of the code gives all files.
+    Another folder gives all code, or only ``script`` if the folder has too many files.
     """
     if (root / ORIGIN).is_file():
-        # A program that runs from the copy leaves compiled files there.
+        # A program that runs from the copy leaves compiled files in it.
         paths = (path for path in root.rglob("*") if path.name != ORIGIN and "__pycache__" not in path.parts)
         names = [str(path.relative_to(root)) for path in paths]
     else:
@@ -347,7 +360,7 @@ def git_names(root: Path) -> list[str]:
 
 
 def folder_names(root: Path) -> list[str]:
-    """Return the code below a folder without git; nothing if it has more than MAX_FILES files of code."""
+    """Return the code files below a folder without git; none if there are more than MAX_FILES."""
     found: list[str] = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
@@ -358,13 +371,14 @@ def folder_names(root: Path) -> list[str]:
 
 
 def possible_sizes(request: PlanRequest, check: Callable[[PlanRequest], object]) -> tuple[int, ...]:
-    """Return the numbers of nodes among ``request.smaller`` that ``check`` does not refuse, from the largest.
+    """Return the numbers of nodes in ``request.smaller`` that ``check`` accepts, largest first.
 
     Args:
-        check: raises ConfigError where the run cannot go on with the nodes of a request.
+        request: the request of the point.
+        check: function that raises ConfigError if the run cannot continue with the nodes of a request.
 
     Raises:
-        ConfigError: there are such numbers, and it refuses all of them.
+        ConfigError: ``request.smaller`` is not empty, and ``check`` refuses all its numbers.
     """
 
     def refusal(nodes: int) -> ConfigError | None:
@@ -391,10 +405,10 @@ def possible_sizes(request: PlanRequest, check: Callable[[PlanRequest], object])
 
 @cache
 def load_workload(target: str) -> Workload:
-    """Make the workload that a dotted path names.
+    """Create the workload from its dotted path.
 
     Raises:
-        ConfigError: it cannot be imported, or is no workload.
+        ConfigError: the path cannot be imported, or is no workload.
     """
     module_name, _, name = target.rpartition(".")
     expected = "the dotted path of a subclass of launch.workload.Workload that this Python can import"

@@ -1,4 +1,4 @@
-"""The launcher and the sweeper as Hydra finds them, and the refusal of what stock launchers cannot give a point."""
+"""The project's launcher and sweeper as Hydra plugins, and a refusal of other launchers that start too few agents."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from launch.sweep import Composed, PointResult
 
 
-# Launchers of Hydra's other plugins: what they start for a point, and the refusal of what they cannot give it.
+# Launchers of Hydra's other plugins: the tasks that they start for a point, and the refusal of points that need more.
 
 
 def tasks_of(launcher: DictConfig) -> int | None:
-    """Tasks that a launcher starts for every point; None of one that is not known.
+    """Return the number of tasks that a launcher starts for every point; None for an unknown launcher.
 
     Args:
         launcher: the keys under ``hydra.launcher``.
@@ -35,10 +35,10 @@ def tasks_of(launcher: DictConfig) -> int | None:
 
 
 def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
-    """Raise ConfigError if a launcher would not start an agent for each node of every point.
+    """Raise ConfigError if a launcher would not start one agent for each node of every point.
 
     Args:
-        points: composed, with Hydra's own keys.
+        points: composed configs with Hydra's own keys.
         chosen: option of the group ``hydra/launcher``.
     """
     wanted = [int(point.nodes) + int(point.spare_nodes) for point in points]
@@ -46,7 +46,7 @@ def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
     wrong = [(need, have) for need, have in zip(wanted, given, strict=True) if have is not None and have != need]
     if not wrong:
         return
-    # Hydra imports this module in every app of the environment, also in a project with a launch.py of its own.
+    # Hydra imports this module in every app of the environment, even in a project with its own launch.py.
     from launch.errors import ConfigError, counted
 
     need, have = wrong[0]
@@ -63,32 +63,32 @@ def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
     )
 
 
-# The adapter from Hydra's Launcher to ``launch.sweep``: composes each point by itself, resources included.
+# The adapter from Hydra's Launcher to ``launch.sweep``. It composes each point separately, resources included.
 
 
 GRID = ("hydra_plugins.launch_plugin.", "hydra._internal.core_plugins.basic_sweeper.")
-"""Beginnings of the targets of sweepers that want no value back: the first point that fails ends the command."""
+"""Beginnings of the targets of sweepers that need no result: the first failed point ends the command."""
 SEARCHING = ("hydra_optuna_sweeper", "hydra_ax_sweeper", "hydra_nevergrad_sweeper")
-"""Packages of sweepers that cannot do without a value."""
+"""Packages of sweepers that need the result of each point."""
 
 
 class PerPointLauncher(Launcher):
-    """Hands all points of a sweep over at once; of a search those of a batch."""
+    """Hydra launcher that runs all points of a sweep together; for a search, all points of one batch."""
 
     def __init__(self) -> None:
         self.context: HydraContext | None = None
         self.config: DictConfig | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Called by Hydra. The task function is for launchers that run it; jobs of ours run ``launch.agent``."""
+        """Store Hydra's context and config. Hydra calls this method; this launcher does not run the task function."""
         self.context = hydra_context
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose, submit, watch and report the points, and return their objectives.
 
-        A point of a search that does not finish, or cannot, is a job that failed: what follows is the sweeper's to
-        decide, as by Optuna's ``max_failure_rate``. In any other sweep it raises.
+        In a search, a point that cannot run or does not finish is a failed job. The sweeper decides what follows, such
+        as Optuna's ``max_failure_rate``. In any other sweep, the point raises an error.
         """
         from launch.config.compose import compose_launch
         from launch.runs.compose import CONFIG_ERRORS
@@ -107,29 +107,29 @@ class PerPointLauncher(Launcher):
                 raise
             if len(points) == 1:
                 return [failed(points[0], error)]
-        # One of the batch cannot work, and nothing was submitted: by itself, it alone fails.
+        # One point of the batch cannot work, and nothing was submitted. If each point runs alone, only this one fails.
         return [result for point in points for result in self.launch([point], initial_job_idx)]
 
 
 def typed_by_hand(overrides: Sequence[str]) -> list[str]:
-    """Overrides of a point as a person would type them."""
+    """Return the overrides of a point as a person would type them."""
     from launch.config.compose import typed_form
 
     return [typed_form(text) for text in filter_overrides(list(overrides))]
 
 
 def run(points: list[Composed], overrides: Sequence[Sequence[str]], searches: bool) -> list[JobReturn]:
-    """Run points, and return what Hydra's sweeper wants of each."""
+    """Run points, and return a result for Hydra's sweeper for each of them."""
     from launch.sweep import run_sweep
 
     results = run_sweep(points, tolerates_failures=searches)
-    if not results:  # a dry run
+    if not results:  # This is a dry run.
         return [completed(of_point, None) for of_point in overrides]
     return [job_return(of_point, result) for of_point, result in zip(overrides, results, strict=True)]
 
 
 def refuse_without_values(config: DictConfig, target: str) -> None:
-    """Raise ConfigError if a sweeper searches, and would get no value to go by."""
+    """Raise ConfigError if a sweeper searches, but would get no objective."""
     from launch.errors import ConfigError
 
     package = next((name for name in SEARCHING if name in target), None)
@@ -152,7 +152,7 @@ def refuse_without_values(config: DictConfig, target: str) -> None:
 
 
 def job_return(overrides: Sequence[str], result: PointResult) -> JobReturn:
-    """Result of a point as Hydra's sweeper wants it; of one that finished without its objective, a failure."""
+    """Return the result of a point for Hydra's sweeper. A finished point without its objective counts as failed."""
     from launch.sweep import SweepFailedError
 
     if result.error is not None:
@@ -166,14 +166,16 @@ def job_return(overrides: Sequence[str], result: PointResult) -> JobReturn:
 
 
 def completed(overrides: Sequence[str], value: float | None) -> JobReturn:
-    """Result of a point that finished."""
+    """Return the result of a point that finished."""
     result = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
     result.return_value = value
     return result
 
 
 def failed(overrides: Sequence[str], error: Exception) -> JobReturn:
-    """Result of a point that failed: the sweeper raises ``error`` when it asks for the value, or counts it."""
+    """Return the result of a point that failed. The sweeper raises ``error`` when it reads the value, or counts the
+    failure.
+    """
     result = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
     result.return_value = error
     return result
@@ -183,10 +185,13 @@ def failed(overrides: Sequence[str], error: Exception) -> JobReturn:
 
 
 class PerPointSweeper(BasicSweeper):
-    """Composes each point once: stock sweepers compose a batch to check it, and the launcher composes it again."""
+    """Hydra sweeper that composes each point once.
+
+    Stock sweepers compose each batch to check it, and the launcher composes it again.
+    """
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Check a batch as Hydra does, unless the launcher is about to.
+        """Check a batch as Hydra does, unless the project's launcher will check it.
 
         Raises:
             ConfigError: a stock launcher would start another number of agents than a point has nodes.

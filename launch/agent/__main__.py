@@ -54,28 +54,29 @@ from launch.worker import STORE_PREFIX
 
 
 def run(run_dir: str) -> None:
-    """Take this node's part in the run of ``run_dir``, to its end, over as many starts as its limits allow.
+    """Start and watch this node's ranks until the run of ``run_dir`` ends, over as many attempts as its limits allow.
 
     Raises:
         RunFailedError: the run failed and does not start again.
-        ConfigError: the run cannot start here, as if its folder has no room for another attempt.
+        ConfigError: the run cannot start here, for example because its folder cannot hold another attempt.
     """
     deny_others_writing()
     refuse_other_code()
     stop = StopRequest()
     stop.install()
     folder = RunFolder(run_dir)
-    if is_finished(folder.read_events()):  # a batch script that was submitted again, or a spare that comes late
+    # A batch script can be submitted again, and a spare node can start after the run has finished.
+    if is_finished(folder.read_events()):
         print(f"finished already, and not started again: {run_dir} (fresh=true runs it in a new folder)", flush=True)
         return
     keep_unwritten()
     context = RunContext(folder, Node.from_env(os.environ.get(TOKEN)), read_point(folder))
     node = context.node
     raise_open_files()
-    set_default_threads()  # before the libraries are loaded that ranks are forked with
+    set_default_threads()  # Set before the fork server loads libraries for the ranks.
     set_defaults()
     with lasting_imports():
-        from launch.agent import ranks, rendezvous  # all agents at the same time, before they meet
+        from launch.agent import ranks, rendezvous  # All agents run this check at the same time, before the rendezvous.
 
     stop.interruptible = True
     lost: Mapping[int, NodeProblem] = {}
@@ -83,7 +84,7 @@ def run(run_dir: str) -> None:
         with (
             ranks.fork_server(context) as server,
             ranks.MemoryStore() as store,
-            on_event(context, node.is_head),  # starts a thread, so it comes after what forks
+            on_event(context, node.is_head),  # This starts a thread, so it follows the fork of the server.
             Meter(context) as meter,
             rendezvous.join(context) as group,
         ):
@@ -100,7 +101,7 @@ def run(run_dir: str) -> None:
 
 
 def work_in_group(context: AgentContext) -> None:
-    """Start the ranks as long as there are nodes for them. The head node publishes the end, and a failure.
+    """Start the ranks as long as enough nodes are left. The head node publishes the end of the run, and a failure.
 
     Raises:
         RunFailedError, ConfigError: as ``run``.
@@ -130,7 +131,7 @@ def work_in_group(context: AgentContext) -> None:
 
 
 def start_repeatedly(context: AgentContext) -> None:
-    """Start the ranks again and again, as the head node decides; a spare waits for its turn."""
+    """Start the ranks again and again, as the head node decides. A spare node waits until a round needs it."""
     from launch.agent import ranks
 
     folder, node, group, stop = context.folder, context.node, context.group, context.stop
@@ -144,8 +145,8 @@ def start_repeatedly(context: AgentContext) -> None:
             return
         if node.index not in rdzv.members:
             continue
-        stop.interruptible = False  # from here on the nodes leave together
-        # The ranks of this start are counted by the nodes that take part in it.
+        stop.interruptible = False  # From here on all nodes leave together.
+        # The nodes of this round count the ranks of this attempt.
         problem = ranks.run_ranks(replace(context, config=context.config.with_nodes(len(rdzv.members))), rdzv)
         ended = observed_end(folder, rdzv.attempt, problem, stop)
         if node.is_head:
@@ -156,13 +157,14 @@ def start_repeatedly(context: AgentContext) -> None:
 
 
 def observed_end(folder: RunFolder, attempt: int, problem: str | None, stop: StopRequest) -> Cause:
-    """The end of an attempt as every node can see it: finished, cancelled (a stop was requested), requested or crashed.
+    """Return the cause of an attempt's end that every node can see: finished, cancelled, requested or crashed.
 
-    The events of the ranks are compared with their exit statuses; ``problem`` is None if all exit statuses are 0.
+    The function compares the events of the ranks with their exit statuses. ``problem`` is None if all exit statuses are
+    0. A requested stop gives ``cancelled``.
     """
     events = [e for e in folder.read_events() if e.get("attempt") == attempt]
     names = {e["event"] for e in events}
-    # Some ranks may request a requeue while those of other nodes have left with 0.
+    # Ranks of this node may request a requeue while ranks of other nodes have left with status 0.
     requeue = problem is None and any(e.get("asks_for_requeue") for e in events)
     if requeue and not stop.count:
         return Cause.requested
@@ -182,13 +184,14 @@ OWN_NAME = (
     *("started", "requeued", "requeue_failed", "node_lost", "node_sick", "budget_reached"),
     *("save_failed", "rolled_back", FEWER_NODES),
 )
-"""Events that run the command under their own names. Further names come from the decision after an attempt."""
+"""Events that run the command under their own names. The other names come from the decision after an attempt."""
 
 
 def event_name(event: Mapping[str, Any]) -> str | None:
-    """Name of an event for the command; None if the event does not run the command."""
+    """Return the name under which the command receives an event; None if the event does not run the command."""
     kind = event["event"]
-    if kind in OWN_NAME or (kind == "copy_failed" and event["failures"] == 1):  # and not for each further try
+    # Only the first failed try runs the command.
+    if kind in OWN_NAME or (kind == "copy_failed" and event["failures"] == 1):
         return str(kind)
     if kind != "decided" or event["action"] == Action.requeue:  # "requeued" or "requeue_failed" follows
         return None
@@ -200,7 +203,7 @@ def event_name(event: Mapping[str, Any]) -> str | None:
 
 
 def event_variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> dict[str, str]:
-    """Environment variables that describe an event to the command; empty if a value is not known."""
+    """Return the environment variables that describe an event to the command. A value that is not known is empty."""
     known = {
         "LAUNCH_EVENT": name,
         **{f"LAUNCH_EVENT_{key.upper()}": event.get(key) for key in ("time", "cause", "reason", "step", "host")},
@@ -258,7 +261,7 @@ class EventCommand:
         is_last = False
         while not is_last:
             is_last = self._closing.wait(POLL_S)  # before the log is read, so that no event is missed
-            with contextlib.suppress(OSError):  # a filesystem that is away; the next look finds the same lines
+            with contextlib.suppress(OSError):  # The filesystem does not answer; the next poll finds the same lines.
                 while (lines := self._lines.read()) is not None:
                     for line in lines:
                         self._handle(line)
@@ -266,7 +269,7 @@ class EventCommand:
     def _handle(self, line: bytes) -> None:
         try:
             event = json.loads(line)
-        except ValueError:  # torn by a crash
+        except ValueError:  # A crash has cut this line off.
             return
         name = event_name(event) if isinstance(event, dict) and is_event(event) else None
         problem = None if name is None else self._run(name, event)
@@ -275,7 +278,7 @@ class EventCommand:
                 self._folder.record_event("on_event_failed", of=name, cause=f"launch.on_event {problem}")
 
     def _run(self, name: str, event: Mapping[str, Any]) -> str | None:
-        """Run the command for one event; returns why it failed."""
+        """Run the command for one event. Returns the reason if the command fails, None if it succeeds."""
         left = min(self._timeout_s, self._deadline - time.monotonic())
         if left <= 0:
             return "was not run: the agent leaves, and the commands before it took too long"
@@ -301,7 +304,7 @@ class EventCommand:
 
 @refusing
 def main() -> int:
-    """Run the agent of this node. Exit status 1 if the run failed, 2 if there is no run."""
+    """Run the agent of this node. Returns the exit status: 0 finished, 1 the run failed, 2 there is no run."""
     parser = CommandParser(prog="python -m launch.agent", description="Run this node's ranks of a run.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of the run, on a filesystem all nodes share")
     try:

@@ -1,11 +1,11 @@
 """Requeue from the batch script after srun has failed: a run that a fault interrupted is requeued.
 
-python -m launch.agent.after_step STATUS RUN_DIR                STATUS: the exit status of srun
-python -m launch.agent.after_step STATUS FOLDER --submitit      FOLDER: submitit's, with the job's pickle
+python -m launch.agent.after_step STATUS RUN_DIR                STATUS: the exit status of srun python -m
+launch.agent.after_step STATUS FOLDER --submitit      FOLDER: submitit's, with the job's pickle
 
-srun ends a step, agents included, if a node reboots before Slurm has declared it DOWN ("io error and missing step").
-srun itself can also be killed; the agents then continue. This module distinguishes both from an end that the agents
-decided. Torch-free.
+Slurm ends a step with its agents if a node reboots before Slurm has declared it DOWN ("io error and missing step").
+srun itself can also be killed; the agents then continue. This module tells both cases from a decision of the agents. It
+does not import torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from launch.slurm import client as scheduler
 
 POLL_S = 1.0
 KILLED = 128
-"""Larger exit statuses are those of a process that a signal has ended."""
+"""Exit statuses above this value mean that a signal has ended the process."""
 
 
 def requeue_unless_ended(context: RunContext, status: int) -> int:
@@ -53,8 +53,8 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
     job = wait_for_controller(folder, lambda: scheduler.job_details(node.slurm_job))
     if job.state != "RUNNING" or job.restarts != node.restarts:  # cancelled, preempted or requeued meanwhile
         return status
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # comes with the requeue, and more has to be done then
-    if action is Action.requeue:  # decided by an agent that was killed before Slurm had the request
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # The requeue records this event, after further steps.
+    if action is Action.requeue:  # An agent decided this, and was killed before Slurm received its request.
         decided = select_events(events, "decided")[-1]
         requeue_job(context, Cause(decided["cause"]), hosts_to_avoid(events, points_beside(folder)))
         return status
@@ -64,7 +64,7 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
 
 
 def wait_for_agents(folder: RunFolder, node: Node) -> None:
-    """Wait while the head node's agent, which runs on this host, continues: Slurm's step does not need srun."""
+    """Wait while the head node's agent runs on this host: Slurm's step continues without srun."""
     is_recorded = False
     while True:
         started = select_events(events_of(folder, node), "agent_started")
@@ -77,22 +77,24 @@ def wait_for_agents(folder: RunFolder, node: Node) -> None:
 
 
 def is_alive(started: dict[str, Any]) -> bool:
-    """Return whether the agent of an ``agent_started`` runs on this host."""
+    """Return whether the agent of an event ``agent_started`` still runs on this host."""
     pid = started["pid"]
     return not processes.is_gone(pid) and processes.start_time(pid) == started["pid_started"]
 
 
 def events_of(folder: RunFolder, node: Node) -> list[dict[str, Any]]:
-    """The events since the agents of this start of the job began; empty if they did not begin."""
+    """Return the events since the agents of this start of the job began; empty if the agents did not begin."""
     events = events_since_submission(folder.read_events())
-    this_start = node.job.rpartition("-")[0] + "-"  # without the step
+    this_start = node.job.rpartition("-")[0] + "-"  # The agents of a batch script without a step have no such event.
     began = [e for e in select_events(events, "agent_started") if e["job"].startswith(this_start)]
     return events[events.index(began[-1]) :] if began else []
 
 
 def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | None:
-    """Return the action still to be done: ``requeue`` if decided, ``restart`` in the middle of a run, or None."""
-    if not events:  # killed before the agents began; their own refusals would only come again
+    """Return the action to do now: ``requeue`` if an agent decided it, ``restart`` in the middle of a run, else
+    None.
+    """
+    if not events:  # The job was killed before the agents began. A refusal by the agents would come again.
         return Action.restart if status > KILLED else None
     if select_events(events, "requeue_failed"):
         return None
@@ -103,7 +105,7 @@ def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | No
 
 
 def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[int | None, Cause]:
-    """The attempt that was killed, None if the ranks had not started, and the cause of its end."""
+    """Return the killed attempt, None if no ranks had started, and the cause of its end."""
     attempt = ([None, *open_attempts(events)])[-1]
     if select_events(events, "budget_reached"):
         return attempt, Cause.budget
@@ -113,13 +115,13 @@ def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[in
 
 
 def submitted_run_dir(folder: str, node: Node) -> str:
-    """The run folder in submitit's pickle of this job, or of this element of an array."""
+    """Return the run folder from submitit's pickle of this job, or of this element of a job array."""
     return str(DelayedSubmission.load(JobPaths(folder, node.slurm_job).submitted_pickle).args[0])
 
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status of the batch script: 0 if the run ended as requested, else that of srun."""
+    """Return the exit status of the batch script: 0 if the run ended as requested, else the exit status of srun."""
     parser = CommandParser(
         prog="python -m launch.agent.after_step",
         description="After srun has failed in a batch script: requeue a run that should continue.",

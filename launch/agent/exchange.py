@@ -25,20 +25,22 @@ from launch.runs.files import has_written
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import HeartbeatFile, Request
 
-# Torch's store as the agents of a job use it: open on one address, and only signed messages count.
+# Torch's store for the agents of a job: open on one address, and only signed messages count.
 
 
 BACKLOG = 4096
-"""Connections that may wait to be accepted: all agents, or ranks, of a large job come at the same time."""
+"""Maximum number of connections that wait to be accepted: all agents, or ranks, of a large job connect at once."""
 
 
 def derive(token: str, purpose: str) -> str:
-    """Derive a name from the token that only this job can compute, and that does not reveal the token."""
+    """Derive a name from the job's token. Only this job can compute the name, and the name does not reveal the
+    token.
+    """
     return hmac.new(token.encode(), purpose.encode(), hashlib.sha256).hexdigest()[:32]
 
 
 def open_store(address: str, timeout: timedelta) -> dist.TCPStore:
-    """Open a store on a free port of ``address`` alone: torch's own choice is every address of the machine."""
+    """Open a store on a free port of ``address`` alone. Torch alone would listen on every address of the machine."""
     server = socket.create_server((address, 0), backlog=BACKLOG)
     port = server.getsockname()[1]
     return dist.TCPStore(
@@ -51,8 +53,8 @@ class SignedStore:
 
     Args:
         store: keeps the messages.
-        token: of the job.
-        name: of this use of the store; a message under another name or key does not count.
+        token: secret of the job.
+        name: name of this use of the store. A message that was signed for another name or key is ignored.
     """
 
     def __init__(self, store: dist.Store, token: str, name: str) -> None:
@@ -66,19 +68,20 @@ class SignedStore:
         self._store.set(key, self._sign(key, message.encode()) + message)
 
     def read(self, keys: Sequence[str]) -> list[str | None]:
-        """Read the messages of ``keys``; None for a key without a message of this job.
+        """Return the messages of ``keys``, in order; None for a key without a message of this job.
 
-        Does not wait: if one of the keys is missing, all are None.
+        The call does not wait. If one of the keys is missing in the store, all messages are None.
         """
         if not keys or not self._store.check(list(keys)):
             return [None] * len(keys)
         return [self._verify(key, value) for key, value in zip(keys, self._store.multi_get(list(keys)), strict=True)]
 
     def open_keys(self, keys: Sequence[str]) -> None:
-        """Make missing keys, without a message: a stranger can delete keys, too."""
+        """Create missing keys without a message. They can be missing because a stranger can also delete keys."""
         if not self._store.check(list(keys)):
             for key in keys:
-                self._store.compare_set(key, "", "")  # in one: a message that comes meanwhile is not overwritten
+                # One operation of the store: a message that arrives meanwhile is not overwritten.
+                self._store.compare_set(key, "", "")
 
     def _sign(self, key: str, message: bytes) -> str:
         return hmac.new(self._secret, key.encode() + b"\0" + message, hashlib.sha256).hexdigest()
@@ -108,16 +111,16 @@ class RendezvousEndpoint:
 
 
 def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: float) -> RendezvousEndpoint:
-    """Open the store on the head node and find it from the other nodes, through the endpoint file in the run folder.
+    """Open the store on the head node, and find it from the other nodes through the endpoint file in the run folder.
 
-    The head node takes a free port of its address and writes it down, so no port is fixed and none can be taken
-    meanwhile. The file also holds the job's token, and only its owner can read it.
+    The head node takes a free port and writes it into the file, so no port is fixed in advance. The file also holds the
+    job's token, so only its owner can read it.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         node: this node.
-        timeout_s: how long to wait for the head node's endpoint file.
-        answer_s: how long an answer of the store may take.
+        timeout_s: longest wait for the head node's endpoint file, seconds.
+        answer_s: longest wait for an answer of the store, seconds.
 
     Raises:
         TimeoutError: the head node did not write its endpoint file in time.
@@ -141,12 +144,14 @@ def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: flo
 
 
 def endpoint_file(folder: RunFolder, node: Node) -> Path:
-    """Path of the endpoint file of this start of the job; a requeued job has another file."""
+    """Return the path of the endpoint file of this start of the job. A requeued job has another file."""
     return folder.path / ".launch" / f"{node.job}.json"
 
 
 def write_endpoint(folder: RunFolder, node: Node, **fields: Any) -> bool:
-    """On the head node: add fields to the endpoint file. Returns False if a full filesystem does not take them."""
+    """Add fields to the endpoint file, on the head node. Returns False if a full filesystem does not take the
+    fields.
+    """
     return has_written(endpoint_file(folder, node), {**read_endpoint(folder, node), **fields}, mode=0o600)
 
 
@@ -163,59 +168,62 @@ def read_endpoint(folder: RunFolder, node: Node) -> dict[str, Any]:
     return fields
 
 
-# Messages. Every agent writes its message twice a second. The head node reads all messages, the others that of the
-# head node.
+# Messages. Every agent writes its message twice a second. The head node reads all messages; the other agents read the
+# message of the head node.
 
 
 class Report(msgspec.Struct, frozen=True):
-    """State of one kind of request, to stop or to save, on one node."""
+    """State of one kind of request, to stop or to save, on one node. A poll is one question of a rank for a request."""
 
     wants: int = 0
-    """Largest request of a rank or of the agent: a signal, or the number of saves that were requested."""
+    """Largest request of a rank or of the agent: a signal number, or the number of requested saves."""
     held: int = 0
-    """Ticket for which all ranks of the node wait at their next poll."""
+    """Number of the ticket for which all ranks of the node wait at their next poll."""
     most: int = 0
-    """Largest count of polls."""
+    """Largest number of polls of any rank of the node."""
     least: int = 0
-    """Smallest count, 0 while a rank has yet to start: it would miss an earlier save if the next one were agreed on."""
+    """Smallest number of polls of any rank; 0 while a rank has yet to start.
+
+    A rank that starts later would miss a save that the others agree on now.
+    """
 
 
 class Ticket(msgspec.Struct, frozen=True):
-    """Decision of the head node on one kind of request."""
+    """Decision of the head node on one kind of request: all ranks obey at the same poll."""
 
     number: int = 0
     at: int = 0
-    """Poll of a rank that answers yes; smaller than ``number`` until the agents have agreed."""
+    """Number of the poll at which a rank obeys; smaller than ``number`` until the agents have agreed."""
     cause: int = 0
-    """The ``wants`` for which the ticket was drawn."""
+    """Value of ``Report.wants`` for which the head node made the ticket."""
     since: float = 0.0
-    """Time when the ticket was drawn, by the monotonic clock of the head node."""
+    """Time when the ticket was made, seconds by the monotonic clock of the head node."""
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """State of one agent. The last five fields are those of the head node alone."""
+    """State of one agent. Only the head node sets the last five fields."""
 
     beat: int = -1
     host: str = ""
     ready: int = -1
-    """Round for which the node has come."""
+    """Number of the round for which this node is ready; -1 if none."""
     faults: tuple[Fault, ...] = ()
-    """Results of the node's health check before that round."""
+    """Results of the node's health check before the round ``ready``."""
     failed: int = -1
-    """Newest round in which ranks have failed."""
+    """Newest round in which ranks of the node have failed; -1 if none."""
     bye: bool = False
     """True once the agent leaves."""
     agreement: int = -1
-    """Round that ``reports`` and ``tickets`` are about."""
+    """Round of ``reports`` and ``tickets``; -1 if none."""
     reports: tuple[Report, ...] = ()
-    """One for each ``Request``."""
+    """One report for each kind of ``Request``."""
     tickets: tuple[Ticket, ...] = ()
     round: RendezvousRound | None = None
     """Newest round that has begun."""
     over: bool = False
     """True once there are no further rounds."""
     failure: str | None = None
-    """Reason if the run has failed."""
+    """Reason for which the run has failed; None if it has not failed."""
 
 
 NO_MESSAGE = Message()
@@ -227,27 +235,29 @@ DECODER = msgspec.json.Decoder(Message)
 
 INTERVAL_S = 0.5
 QUICK_S = 0.02
-"""Between two exchanges while ranks wait for an agreement."""
+"""Seconds between two exchanges while ranks wait for an agreement."""
 HURRY_S = 10.0
-"""Time after a failure in which the agents exchange quickly; they meet again within it, or something else is broken."""
+"""Seconds after a failure in which the agents exchange quickly. The next rendezvous normally takes less time."""
 HURRYING = 16
-"""Agents that may exchange at full speed then; more agents exchange more slowly, as all ask the head node."""
+"""Number of agents up to which each exchanges at full speed. More agents exchange more slowly, to spare the head
+node.
+"""
 POLL_S = 0.2
-"""Between two looks at the messages of the other agents."""
+"""Seconds between two reads of the messages of the other agents."""
 
 
 def quick_s(count: int) -> float:
-    """Seconds between two exchanges of an agent in a hurry, if there are ``count`` agents."""
+    """Return the seconds between two quick exchanges of each of ``count`` agents."""
     return min(INTERVAL_S, QUICK_S * max(1.0, count / HURRYING))
 
 
 def heartbeat_key(index: int) -> str:
-    """Key of the message of node ``index``."""
+    """Return the store's key of the message of node ``index``."""
     return f"heartbeat/{index}"
 
 
 class Heartbeat:
-    """One agent's heartbeat, and the newest messages of the other agents, which a thread exchanges."""
+    """Thread that exchanges heartbeats: it sends this agent's message and keeps the newest messages of other agents."""
 
     def __init__(self, index: int, count: int, store: SignedStore) -> None:
         self._index = index
@@ -257,13 +267,15 @@ class Heartbeat:
         self.store = store
         self._own = Message()
         self.agreement: Agreement | None = None
-        """Adds its part to every message, in the heartbeat thread."""
+        """Agreement whose fields the heartbeat thread adds to every message; None if no round runs."""
         self.received: dict[int, Message] = {}
-        """Newest messages by node: on the head node those of all other nodes, elsewhere that of the head node."""
+        """Newest messages, by index of the node: on the head node of all other nodes, elsewhere of the head node
+        only.
+        """
         self._when: dict[int, float] = {}
         self._clock = RunningClock()
         self.lost_connection: str | None = None
-        """Message of the store's client if the head node's store is gone; else None."""
+        """Error of the store's client if the head node's store is gone; else None."""
         self._wake = threading.Event()
         self._sent = threading.Condition()
         self._rounds = 0
@@ -272,12 +284,12 @@ class Heartbeat:
         self._thread.start()
 
     def publish(self, **fields: Any) -> None:
-        """Set fields of this agent's message from now on, and exchange messages now."""
+        """Set fields of this agent's message from now on, and exchange messages at once."""
         self._own = replace(self._own, **fields)
         self._wake.set()
 
     def of(self, index: int) -> Message:
-        """The newest message of node ``index``; one without content if there is none."""
+        """Return the newest message of node ``index``; an empty message if none has arrived."""
         return self._own if index == self._index else self.received.get(index, NO_MESSAGE)
 
     def hurry(self) -> None:
@@ -287,7 +299,7 @@ class Heartbeat:
 
     @property
     def poll_s(self) -> float:
-        """Seconds between two looks at the messages of the other agents."""
+        """Return the seconds between two reads of the messages of the other agents."""
         return min(POLL_S, self._interval_s)
 
     @property
@@ -295,23 +307,25 @@ class Heartbeat:
         return self._quick_s if time.monotonic() < self._hurries_until else INTERVAL_S
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until the fields that were published before are sent. Returns False if the store is gone."""
+        """Wait at most ``timeout_s`` seconds until all published fields are sent. Returns False if the store is
+        gone.
+        """
         with self._sent:
-            goal = self._rounds + 2  # the exchange under way may have begun before
+            goal = self._rounds + 2  # The exchange that runs now may have begun before the last ``publish``.
             self._wake.set()
             self._sent.wait_for(lambda: self._rounds >= goal or self.lost_connection is not None, timeout_s)
             return self._rounds >= goal
 
     def silence(self, index: int) -> float | None:
-        """Seconds since the last message of node ``index``, without the time in which this process was stopped.
+        """Return the seconds since the last message of node ``index``; None if no message has arrived.
 
-        None if there never was a message.
+        Time in which this process was stopped does not count.
         """
         when = self._when.get(index)
         return None if when is None else self._clock.now() - when
 
     def close(self) -> None:
-        """End the thread."""
+        """End the heartbeat thread."""
         self._over = True
         self._wake.set()
         self._thread.join(timeout=2 * INTERVAL_S)
@@ -328,7 +342,7 @@ class Heartbeat:
                 is_urgent = agreement is not None and agreement.is_under_way
                 self._wake.wait(QUICK_S if is_urgent else self._interval_s)
                 self._wake.clear()
-        except RuntimeError as error:  # dist.DistError is one
+        except RuntimeError as error:  # dist.DistError is a RuntimeError.
             with self._sent:
                 self.lost_connection = str(error).partition("\n")[0]
                 self._sent.notify_all()
@@ -341,28 +355,29 @@ class Heartbeat:
             self.store.open_keys(keys)
         for index, text in zip(self._others, self.store.read(keys), strict=True):
             message = DECODER.decode(text) if text else NO_MESSAGE
-            if message.beat > self.of(index).beat:  # a stranger can put an earlier message back, which is signed, too
+            # A stranger can also put an earlier message back, whose signature is valid.
+            if message.beat > self.of(index).beat:
                 self._when[index] = self._clock.now()
                 self.received[index] = message
 
 
-# The agents' half of a request that all ranks obey at the same step: a stop, or a save.
+# The agents' part in a request that all ranks obey at the same step: a stop, or a save.
 
 
 BARRIER_S = 0.05
-"""From setting ``hold`` to reading the counts. A processor shows a write to the others in microseconds."""
+"""Seconds between setting ``hold`` and reading the counts. A processor shows a write to others in microseconds."""
 ANSWER_S = 5.0
-"""After so long the head node decides without the nodes that have not answered; the run is about to lose them."""
+"""Seconds after which the head node decides without nodes that do not answer. The run is about to lose such nodes."""
 
 
 class Agreement:
     """One agent's part in the agreements of one round. ``launch.runs.heartbeat`` describes the protocol.
 
     Args:
-        number: of the round; messages about another round are ignored.
-        index: this node, among the nodes of the job; 0 is the head node.
-        members: the nodes that take part in the round.
-        ranks: the files of this node's ranks.
+        number: number of the round; messages about another round are ignored.
+        index: index of this node in the job; 0 is the head node.
+        members: indices of the nodes that take part in the round.
+        ranks: heartbeat files of this node's ranks.
     """
 
     def __init__(self, number: int, index: int, members: Sequence[int], ranks: Sequence[HeartbeatFile]) -> None:
@@ -372,20 +387,22 @@ class Agreement:
         self._ranks = ranks
         self._stop_signal = 0
         self._held = dict.fromkeys(Request, (0, 0.0))
-        """Ticket for which the ranks of this node wait, and since when."""
+        """By kind of request: number of the ticket for which this node's ranks wait, and the time when they
+        began to wait.
+        """
         self._tickets = dict.fromkeys(Request, Ticket())
         self.is_under_way = False
         """True while ranks may be waiting, so that the agents should exchange quickly."""
 
     def request_stop(self, number: int) -> None:
-        """Request a stop because of signal ``number``, as the agent of this node."""
+        """Request a stop on behalf of this node's agent, because of signal ``number``."""
         self._stop_signal = self._stop_signal or number
 
     def turn(self, received: Mapping[int, Message]) -> dict[str, Any]:
-        """Do everything that is possible now. Returns fields for the message of this agent.
+        """Advance all agreements as far as the messages allow. Returns new fields for this agent's message.
 
         Args:
-            received: newest messages of other agents, by node; elsewhere than on the head node only that of node 0.
+            received: newest messages of other agents, by node; outside of the head node only the message of node 0.
         """
         about_this = {i: m for i, m in received.items() if m.agreement == self._number and i in self._members}
         reports = {request: self._report(request) for request in Request}
@@ -401,7 +418,8 @@ class Agreement:
 
     def _report(self, request: Request) -> Report:
         ticket, since = self._held[request]
-        held = ticket if ticket and time.monotonic() >= since + BARRIER_S else 0  # before the counts are read
+        # Set ``hold`` before the counts are read.
+        held = ticket if ticket and time.monotonic() >= since + BARRIER_S else 0
         calls = [file.calls(request) for file in self._ranks]
         return Report(self._wants(request), held, max(calls, default=0), min(calls, default=0))
 
@@ -410,14 +428,14 @@ class Agreement:
         return max([own, *(file.wants(request) for file in self._ranks)])
 
     def _decide(self, request: Request, reports: Sequence[Report]) -> Ticket:
-        """On the head node: return the ticket after the next step of its agreement."""
+        """Return the ticket after the next step of its agreement. Only the head node calls this method."""
         ticket, now = self._tickets[request], time.monotonic()
         if ticket.number > ticket.at:
             holding = [report for report in reports if report.held >= ticket.number]
             if len(holding) == len(self._members) or (holding and now > ticket.since + ANSWER_S):
                 return replace(ticket, at=max(ticket.number, 1 + max(report.most for report in holding)))
             return ticket
-        # Nothing follows a stop. A save may follow another one once every rank has had that.
+        # Nothing follows a stop. A new save may begin once every rank has obeyed the previous one.
         all_there = len(reports) == len(self._members)
         had_last = request is Request.save and all_there and min(report.least for report in reports) >= ticket.at
         wants = max(report.wants for report in reports)
@@ -436,5 +454,5 @@ class Agreement:
             if ticket.number > self._held[request][0]:
                 self._held[request] = (ticket.number, time.monotonic())
         stop = self._tickets[Request.stop]
-        waits_for_first = stop.at == 0 and self._wants(Request.stop) > 0  # a save has time
+        waits_for_first = stop.at == 0 and self._wants(Request.stop) > 0  # Only a stop is urgent: a save may be late.
         self.is_under_way = waits_for_first or any(ticket.number > ticket.at for ticket in self._tickets.values())

@@ -1,6 +1,6 @@
-"""The fork server of a node: a process that imports once what every rank imports, and forks the ranks.
+"""Fork server of a node: a process that imports the libraries of the ranks once, and forks the ranks.
 
-The file follows the life of a rank: the agent requests a fork (``ForkServer``), the server forks (``serve``), the rank
+The file follows the life of a rank. The agent requests a fork (``ForkServer``), the server forks (``serve``), the rank
 runs (``run_rank``). A forked rank behaves as if ``python -m MODULE`` had been executed. The last part binds ranks to
 CPUs.
 """
@@ -33,16 +33,16 @@ from typing import Any, NoReturn
 from launch.process import die_with_parent, lasting_imports
 from launch.runs.environment import Gpu
 
-# The agent's end.
+# The agent's side.
 
 
 PRELOAD_S = 600.0
-"""Longest wait for the imports of the server."""
+"""Longest wait in seconds for the imports of the server."""
 LOOK_S = 0.2
 FORK_S = 60.0
-"""Longest wait for one rank; it takes some milliseconds."""
+"""Longest wait in seconds for the fork of one rank, which takes some milliseconds."""
 EARLY = ("PYTHON", "LD_", "GLIBC_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_")
-"""Prefixes of variables that Python and its libraries read at their start: in a fork it is too late to set them."""
+"""Prefixes of variables that Python and its libraries read at their start. A forked process is too late to set them."""
 LATE = ("PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_NCCL_", "TORCH_FR_")
 """Prefixes of variables that are read later, or that a forked rank obeys anyway."""
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37  # linux/prctl.h
@@ -50,7 +50,7 @@ PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37  # linux/prctl.h
 
 @dataclass(frozen=True)
 class Start:
-    """Request of the agent for one rank."""
+    """Request of the agent to fork one rank."""
 
     module: str
     """Module that runs as ``__main__``."""
@@ -58,13 +58,13 @@ class Start:
     """Arguments after the name of the module."""
     cwd: str
     env: Mapping[str, str]
-    """The whole environment."""
+    """Complete environment of the rank."""
     log: str
-    """File to which the output is appended."""
+    """Path of the file to which the rank's output is appended."""
 
 
 class ForkedProcess:
-    """A rank that was forked: ``subprocess.Popen`` as far as torch elastic uses it. A child of this process."""
+    """A forked rank, a child of this process. Has the part of ``subprocess.Popen`` that torch elastic uses."""
 
     def __init__(self, args: Sequence[str], pid: int) -> None:
         self.args = args
@@ -72,7 +72,7 @@ class ForkedProcess:
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
-        """Return the exit status, that of a signal negative; None while the rank runs."""
+        """Return the exit status, negative for a signal; None while the rank runs."""
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -99,11 +99,11 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The server of this process, for the length of a ``with`` block. To be made while there is one thread.
+    """The fork server of this process, for the length of a ``with`` block. Create it while the process has one thread.
 
     Args:
         preload: modules that the server imports.
-        code: state of the code that is imported; the caller compares it with the files.
+        code: state of the imported code; the caller compares this state with the files.
     """
 
     def __init__(self, preload: Sequence[str], code: object = None) -> None:
@@ -113,13 +113,14 @@ class ForkServer:
         self._is_ready = False
         self._connection, server_end = Pipe()
         agent = os.getpid()
-        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # the kernel would forget how ranks ended
+        # With SIGCHLD ignored, the kernel would discard the exit statuses of the ranks.
+        if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         assert threading.active_count() == 1, "a lock that another thread holds would be held in the fork for ever"
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid: int | None = os.fork()
-        """Process id; None if there is no server any more."""
+        """Process id of the server; None if the server is gone."""
         if self.pid == 0:
             serve(server_end, preload, agent)
         server_end.close()
@@ -128,7 +129,7 @@ class ForkServer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the server. Ranks that it has forked continue."""
+        """End the server. Ranks that the server has forked continue."""
         pid, self.pid = self.pid, None
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
@@ -136,9 +137,9 @@ class ForkServer:
             self._connection.close()
 
     def wait_ready(self, is_called_off: Callable[[], bool] = lambda: False) -> None:
-        """Wait until everything is imported, or until ``is_called_off`` returns True.
+        """Wait until all modules are imported, or until ``is_called_off`` returns True.
 
-        If an import fails, ranks are executed, and their logs have the reason.
+        If an import fails, the agent executes the ranks instead of forking them, and their logs show the reason.
         """
         deadline = time.monotonic() + PRELOAD_S
         while self.pid is not None and not self._is_ready and not is_called_off():
@@ -146,17 +147,16 @@ class ForkServer:
                 self._is_ready = self._receive(0.0) is not None
 
     def start(self, args: Sequence[str], env: Mapping[str, str], cwd: str, log: str) -> ForkedProcess | None:
-        """Fork a rank.
+        """Fork a rank. Returns None if the agent has to execute the rank instead.
+
+        That is so if the program is not ``python -m``, if the working directory or the environment differ from those at
+        the import, or if the server is not ready or gone.
 
         Args:
             args: program and arguments.
             env: the whole environment.
             cwd: working directory.
-            log: file to which the output is appended.
-
-        Returns:
-            None if the rank has to be executed. Then the program is not ``python -m``, or the working directory or
-            environment differs from that of the imports, or the server is not ready, or gone.
+            log: path of the file to which the output is appended.
         """
         if not self._is_ready or self.pid is None:
             return None
@@ -174,12 +174,12 @@ class ForkServer:
         return None if pid is None else ForkedProcess(args, pid)
 
     def _receive(self, timeout_s: float, start: Start | None = None) -> int | None:
-        """Receive the process id of the server, or of a rank to ``start``; None if the server is given up."""
+        """Receive the process id of the server, or of the rank ``start``; None if this agent stops using the server."""
         try:
             if start is not None:
                 self._connection.send(start)
             answer = self._connection.recv() if self._connection.poll(timeout_s) else "no answer in time"
-        except InterruptedError:  # a request to stop
+        except InterruptedError:  # A stop was requested.
             raise
         except (OSError, EOFError):
             answer = "it is gone"
@@ -192,25 +192,25 @@ class ForkServer:
 
 @contextmanager
 def adopting() -> Iterator[None]:
-    """Become the parent of descendants whose parent ends meanwhile."""
+    """Adopt descendants whose parent ends during the ``with`` block."""
     libc, before = ctypes.CDLL(None), ctypes.c_int()
     libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
         yield
-    finally:  # processes that killed ranks leave behind are not for the agent to reap
+    finally:  # The agent does not wait for processes that killed ranks leave behind.
         libc.prctl(PR_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
 
 
-# The server's end.
+# The server's side.
 
 
 OUTLIVED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that reach a whole job or terminal; the server ends with its agent."""
+"""Signals that reach a whole job or terminal. The server ignores them and ends with its agent."""
 
 
 def serve(requests: Connection, preload: Sequence[str], agent: int) -> NoReturn:
-    """Import, send the result, then fork the requested ranks until the agent is gone."""
+    """Import the modules, send the result, then fork the requested ranks until the agent is gone."""
     try:
         die_with_parent(agent)
         ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
@@ -224,7 +224,7 @@ def serve(requests: Connection, preload: Sequence[str], agent: int) -> NoReturn:
             start = requests.recv()
             try:
                 between = os.fork()
-            except OSError as error:  # no memory, or too many processes
+            except OSError as error:  # The system has no memory left, or too many processes.
                 requests.send(str(error))
                 continue
             if between == 0:
@@ -232,22 +232,25 @@ def serve(requests: Connection, preload: Sequence[str], agent: int) -> NoReturn:
             os.waitpid(between, 0)
     except EOFError:
         pass
-    finally:  # never up through the frames of the agent that this process is a copy of
+    finally:  # Never return into the agent's frames: this process is a copy of the agent.
         os._exit(0)
 
 
 def release_files(keep: int) -> None:
-    """Close the files that the agent has open, as its connections. Objects may still close the same numbers later."""
+    """Close the files that the agent has open, such as its connections.
+
+    The numbers are reserved, since Python objects may close the same numbers later.
+    """
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
         if fd > 2 and fd not in (keep, nothing):
             with contextlib.suppress(OSError):
-                os.fstat(fd)  # raises for that of the listing itself
+                os.fstat(fd)  # Closing the descriptor of the listing itself fails.
                 os.dup2(nothing, fd, inheritable=False)
 
 
 def import_all(modules: Sequence[str]) -> str | None:
-    """Import modules. Returns why ranks cannot be forked afterwards: an import failed, or has started threads."""
+    """Import modules. Returns None, or the reason why ranks cannot be forked: a failed import, or a started thread."""
     cwd = str(Path.cwd())
     if not sys.flags.safe_path and cwd not in sys.path:
         sys.path.insert(0, cwd)  # as ``python -m`` does
@@ -264,7 +267,7 @@ def import_all(modules: Sequence[str]) -> str | None:
 
 
 def fork_rank(start: Start, agent: int, ignored: Collection[int], requests: Connection) -> NoReturn:
-    """Fork the rank from a process between it and the server, and end: the agent then becomes the rank's parent."""
+    """Fork the rank from an intermediate process, and end that process: the agent then becomes the rank's parent."""
     between = os.getpid()
     try:
         if os.fork():
@@ -286,13 +289,13 @@ ALWAYS_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 def run_rank(start: Start, agent: int, ignored: Collection[int], requests: Connection) -> NoReturn:
-    """Run a rank to its end in this process, which was forked for it, as a child of ``agent``.
+    """Run a rank to its end in this process, which was forked for the rank and is a child of ``agent``.
 
     Args:
         start: program and environment.
-        agent: process id that must be this process's parent by now.
+        agent: process id of the agent, which must be the parent of this process.
         ignored: signals that an executed rank would have inherited as ignored.
-        requests: receives the process id, or the reason why there is no rank.
+        requests: connection that receives the process id, or the reason why there is no rank.
     """
     status = 1
     try:
@@ -305,12 +308,12 @@ def run_rank(start: Start, agent: int, ignored: Collection[int], requests: Conne
         requests.close()
         status = run_main(start.module)
         status = leave() or status
-    finally:  # never up through the frames of the agent that this process is a copy of
+    finally:  # Never return into the agent's frames: this process is a copy of the agent.
         end_with(status)
 
 
 def become_rank(start: Start, agent: int, ignored: Collection[int]) -> None:
-    """Give this process the state of an executed rank: what it gets from its agent and from a fresh Python."""
+    """Give this forked process the state of an executed rank: environment, signals, streams and working directory."""
     if os.getppid() != agent:
         raise ProcessLookupError(f"the parent is process {os.getppid()}, and not the agent, process {agent}")
     torch = sys.modules.get("torch")
@@ -330,24 +333,24 @@ def become_rank(start: Start, agent: int, ignored: Collection[int]) -> None:
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in ignored or number in ALWAYS_IGNORED else default)
     sys.orig_argv = [sys.executable, "-m", start.module, *start.words]
-    sys.argv = ["-m", *start.words]  # runpy puts the path of the module there
+    sys.argv = ["-m", *start.words]  # runpy puts the path of the module into sys.argv[0].
     shown = [Path(sys.executable).name, *sys.orig_argv[1:]]
     show_in_proc(shown, {**{k: v for k, v in start.env.items() if before.get(k) != v}, **start.env})
     sys.modules["__main__"] = types.ModuleType("__main__")
     multiprocessing.current_process().authkey = os.urandom(32)
-    if "numpy" in sys.modules:  # ``random`` does so by itself in a fork, torch begins with a fixed seed
+    if "numpy" in sys.modules:  # A fork seeds ``random`` anew by itself; torch begins with a fixed seed.
         sys.modules["numpy"].random.seed()
 
 
 def open_streams(log: str) -> None:
-    """Append all output to the log, that of C code too, and read nothing."""
+    """Append all output to the log, including output of C code. Standard input is empty."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     printed = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     take_streams((nothing, printed, printed))
 
 
 def take_streams(sources: Sequence[int]) -> None:
-    """Make open files the three standard streams, and close them. Unbuffered, as with PYTHONUNBUFFERED."""
+    """Make open files the three standard streams, unbuffered as with PYTHONUNBUFFERED, and close the originals."""
     for fd, source in enumerate(sources):
         os.dup2(source, fd)
     for source in {*sources} - {0, 1, 2}:
@@ -371,14 +374,14 @@ def text_stream(fd: int, name: str) -> io.TextIOWrapper:
 
 
 def run_main(module: str) -> int:
-    """Run a module as ``python -m`` does, also one that was imported before; returns its exit status."""
+    """Run a module as ``python -m`` does, even if it was imported before. Returns the exit status."""
     if not hasattr(sys.modules.get(module), "__path__"):  # a package runs its ``__main__``
-        sys.modules.pop(module, None)  # runpy would warn that the module is there twice
+        sys.modules.pop(module, None)  # runpy would warn that the module is already in sys.modules.
     return exit_status(runpy._run_module_as_main, module)  # type: ignore[attr-defined]  # as python -m does
 
 
 def exit_status(program: Callable[..., object], *args: object) -> int:
-    """Call what Python would run as ``__main__``, and return its exit status; that of a signal is negative."""
+    """Call the program that Python would run as ``__main__``. Returns the exit status, negative for a signal."""
     try:
         program(*args)
     except SystemExit as end:
@@ -387,7 +390,8 @@ def exit_status(program: Callable[..., object], *args: object) -> int:
         print(end.code, file=sys.stderr)
         return 1
     except BaseException as error:
-        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # without this function
+        # The traceback leaves this function out.
+        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
         sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
         sys.excepthook(type(error), error, error.__traceback__)
         return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
@@ -395,7 +399,7 @@ def exit_status(program: Callable[..., object], *args: object) -> int:
 
 
 def leave() -> int:
-    """Do the work of Python's end, except for the destruction of its objects. Returns 120 if output is lost, else 0."""
+    """Do the work of Python's exit, except for the destruction of objects. Returns 120 if output is lost, else 0."""
     threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing does it in its own forks
     atexit._run_exitfuncs()
     status = 0
@@ -404,12 +408,12 @@ def leave() -> int:
             stream.flush()
         except (OSError, ValueError):
             status = 120
-    ctypes.CDLL(None).fflush(None)  # the output of C code
+    ctypes.CDLL(None).fflush(None)  # Flush the output of C code.
     return status
 
 
 def end_with(status: int) -> NoReturn:
-    """End this process at once with an exit status; a negative one is a signal."""
+    """End this process at once with an exit status. A negative status means a signal."""
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
@@ -417,10 +421,10 @@ def end_with(status: int) -> NoReturn:
 
 
 def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-    """Show a command line, and a new environment if there is one, in /proc, for ps and people.
+    """Show a command line in /proc, for ps and people, and a new environment if one is given.
 
-    Linux shows the memory that held them when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
-    Strings without room there are cut off.
+    Linux shows the memory that held both when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
+    Longer strings are cut off.
     """
     with contextlib.suppress(OSError, ValueError, IndexError):
         fields = [int(field) for field in Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[45:49]]
@@ -434,21 +438,22 @@ def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> 
                 ctypes.memmove(begin, text, min(len(text), end - begin - 1))
 
 
-# CPUs of each rank near its GPU: those of the NUMA node of the GPU, as far as Linux and the driver know it.
+# CPUs of each rank near its GPU: the CPUs of the GPU's NUMA node, as far as Linux and the driver know it.
 
 
 VARIABLE = "LAUNCH_CPUS"
-"""CPUs that a rank is bound to, in its environment."""
+"""Environment variable of a rank with the list of CPUs that the rank is bound to."""
 DEVICES = Path("/sys/bus/pci/devices")
 
 
 def cpus_of_ranks(
     ranks: int, gpus: Sequence[Gpu], allowed: Collection[int], devices: Path = DEVICES
 ) -> list[frozenset[int]] | None:
-    """CPUs for each rank of a node, by local rank, out of those this process may use; None to bind no rank.
+    """Choose CPUs near its GPU for each rank of a node, by local rank. None to bind no rank.
 
-    None if a GPU or its place is not known, or if all CPUs are near. None also if some GPUs have fewer near CPUs than
-    ranks: a job that shares its node may have CPUs of another socket.
+    Only CPUs that this process may use count. Returns None if a GPU or its NUMA node is not known, or if all CPUs are
+    near. Returns None also if some GPUs have fewer near CPUs than ranks: a job on a shared node may have CPUs of
+    another socket.
     """
     if len(gpus) < ranks or ranks == 0:
         return None
@@ -464,23 +469,23 @@ def cpus_of_ranks(
 
 
 def parse_cpus(text: str) -> Iterator[int]:
-    """The CPUs of a list as Linux writes it: ``0-3,8``."""
+    """Yield the CPU numbers of a list in Linux's notation: ``0-3,8``."""
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
         yield from range(int(first), int(last or first) + 1)
 
 
 def cpus_in(environment: Mapping[str, str]) -> frozenset[int]:
-    """CPUs that a rank with this environment is bound to; empty if it is not bound."""
+    """Return the CPUs that a rank with this environment is bound to; empty if the rank is not bound."""
     return frozenset(parse_cpus(environment.get(VARIABLE, "")))
 
 
 @contextmanager
 def bound(cpus: Collection[int]) -> Iterator[None]:
-    """Start processes in a ``with`` block that run on these CPUs only; on all CPUs if ``cpus`` is empty."""
+    """Start the processes of a ``with`` block on these CPUs only; on all CPUs if ``cpus`` is empty."""
     before = os.sched_getaffinity(0)
     if cpus:
-        os.sched_setaffinity(0, cpus)  # of this thread, and of the processes that it starts
+        os.sched_setaffinity(0, cpus)  # The affinity of this thread, which the processes inherit.
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Health of a node before the ranks start on it: GPUs, links, disks, a command of the site; and GPU telemetry."""
+"""Health checks of a node before its ranks start (GPUs, links, disks, a command of the site), and GPU telemetry."""
 
 from __future__ import annotations
 
@@ -31,44 +31,45 @@ from launch.runs.files import say
 
 
 OF_APPLICATIONS = frozenset({13, 31, 43, 45, 68, 109})
-"""Xid errors that a faulty program, or the kill of a program, causes; NVIDIA's own device plugin ignores them too."""
+"""Xid errors that a faulty or killed program causes. NVIDIA's own device plugin ignores them too."""
 REASONS = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
-"""Function that reads why clocks are lowered, and its name until driver 535."""
+"""Functions of NVML that read why clocks are lowered: the new name, and the name until driver 535."""
 GAUGES: Mapping[str, tuple[Sequence[str], Sequence[str], float]] = {
     "power_w": (["nvmlDeviceGetPowerUsage"], [], 1e3),  # milliwatts
-    "energy_j": (["nvmlDeviceGetTotalEnergyConsumption"], [], 1e3),  # since the driver was loaded; from Volta on
+    # Counts since the driver was loaded; available from Volta on.
+    "energy_j": (["nvmlDeviceGetTotalEnergyConsumption"], [], 1e3),
     "sm_clock_mhz": (["nvmlDeviceGetClockInfo"], ["NVML_CLOCK_SM"], 1),
     "memory_clock_mhz": (["nvmlDeviceGetClockInfo"], ["NVML_CLOCK_MEM"], 1),
     "temperature_c": (["nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"], ["NVML_TEMPERATURE_GPU"], 1),
     "throttle_reasons": (REASONS, [], 1),
 }
-"""Gauge of ``launch.runs.environment`` -> functions of NVML, the newest first; constants they take; divisor."""
+"""Gauge of ``launch.runs.environment`` -> functions of NVML (newest first), their constants, and the divisor."""
 SMI = ("pci.bus_id", "ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.active")
-"""Fields of nvidia-smi; newer drivers still know the former name of the last."""
+"""Fields to request from nvidia-smi. Newer drivers still accept the former name of the last field."""
 
 
 class GpuError(RuntimeError):
-    """The driver, or a GPU, does not answer."""
+    """Raised if the driver or a GPU does not answer."""
 
 
 @dataclass(frozen=True)
 class GpuReading:
-    """State of one GPU; None is a value that the GPU does not report."""
+    """State of one GPU. None means that the GPU does not report the value."""
 
     bus: str
     """Address on the PCI bus as Linux writes it, such as 0000:3b:00.0."""
     uncorrected: int | None = None
-    """Uncorrected memory errors since the driver was loaded."""
+    """Number of uncorrected memory errors since the driver was loaded."""
     throttled: int = 0
-    """Bits of the reasons for which its clocks are lowered."""
+    """Bit mask of the reasons for which the GPU's clocks are lowered."""
     xids: tuple[int, ...] = ()
-    """Xid errors since the first reading, without those of applications."""
+    """Xid errors since the first reading, without the errors in ``OF_APPLICATIONS``."""
     problem: str = ""
-    """Error with which the GPU answered instead."""
+    """Error that the GPU returned instead of its state; empty if there was none."""
 
 
 def short_bus(text: str) -> str:
-    """Address on the PCI bus as Linux writes it: NVML has eight digits for the domain."""
+    """Return an address on the PCI bus in Linux's form: NVML writes the domain with eight digits."""
     domain, _, rest = text.lower().partition(":")
     return f"{domain[-4:]}:{rest}"
 
@@ -83,7 +84,7 @@ class Nvml:
         self._xids: dict[str, list[int]] = defaultdict(list)
 
     def read_health(self) -> list[GpuReading]:
-        """Read the state of all GPUs that this process may open. Xid errors are those since the first call.
+        """Read the state of all GPUs that this process may open. The Xid errors are those since the first call.
 
         Raises:
             GpuError: the driver does not answer.
@@ -98,7 +99,7 @@ class Nvml:
             return list(gpus)
 
     def read_gauges(self, buses: Collection[str]) -> dict[str, dict[str, float]]:
-        """Read the gauges of GPUs: address -> gauge -> value. A gauge without a value now is absent.
+        """Return the current gauges of GPUs: address -> gauge -> value. A gauge without a value is absent.
 
         Raises:
             GpuError: the driver does not answer.
@@ -115,14 +116,16 @@ class Nvml:
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[Mapping[str, Any]]:
-        """Give the GPUs that this process may open, address -> handle. An error of the driver becomes GpuError."""
+        """Provide the GPUs that this process may open, address -> handle. Turns an error of the driver into
+        GpuError.
+        """
         nvml = self._nvml
         try:
             if self._gpus is None:
                 nvml.nvmlInit()
                 gpus = {}
                 for index in range(nvml.nvmlDeviceGetCount()):
-                    with contextlib.suppress(nvml.NVMLError_NoPermission):  # a GPU of another job
+                    with contextlib.suppress(nvml.NVMLError_NoPermission):  # This GPU belongs to another job.
                         handle = nvml.nvmlDeviceGetHandleByIndex(index)
                         gpus[self._bus(handle)] = handle
                 self._gpus = gpus
@@ -135,14 +138,14 @@ class Nvml:
         return short_bus(bus.decode() if isinstance(bus, bytes) else bus)
 
     def _collect_xids(self, gpus: Mapping[str, Any]) -> None:
-        """Read the Xid errors that the driver has kept for this process since the first call."""
+        """Collect the Xid errors that the driver has kept for this process since the first call."""
         nvml = self._nvml
         if self._events is None:
             self._events = nvml.nvmlEventSetCreate()
             for handle in gpus.values():
                 with contextlib.suppress(nvml.NVMLError_NotSupported):
                     nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
-        with contextlib.suppress(nvml.NVMLError_Timeout):  # no further error
+        with contextlib.suppress(nvml.NVMLError_Timeout):  # The driver has no further error.
             while True:
                 event = nvml.nvmlEventSetWait_v2(self._events, 0)
                 if int(event.eventData) not in OF_APPLICATIONS:
@@ -158,11 +161,11 @@ class Nvml:
             return GpuReading(bus, xids=xids, problem=f"does not answer: {error}")
 
     def _call(self, names: Sequence[str], *args: Any) -> int | None:
-        """Call the first of several functions that package and driver know; None if the GPU lacks the value."""
+        """Call the first function of ``names`` that both package and driver know. None if the GPU lacks the value."""
         for function in filter(None, (getattr(self._nvml, name, None) for name in names)):
             try:
                 return int(function(*args))
-            except self._nvml.NVMLError_FunctionNotFound:  # a function of a newer driver
+            except self._nvml.NVMLError_FunctionNotFound:  # Only a newer driver has this function.
                 continue
             except self._nvml.NVMLError_NotSupported:
                 break
@@ -193,16 +196,19 @@ def read_by_smi(timeout_s: float) -> list[GpuReading]:
 
 
 THROTTLED = {bit: THROTTLE_REASONS[bit] for bit in (0x08, 0x40, 0x80)}
-"""Bits of NVML's clocks event reasons that mean a fault. Idle clocks, a power cap and the driver's own care for a warm
-GPU (0x01, 0x04, 0x20) are usual after an attempt."""
+"""Bits of NVML's clocks event reasons that mean a fault.
+
+Three reasons are normal after an attempt: idle clocks, a power cap, and the driver's protection of a warm GPU (0x01,
+0x04, 0x20).
+"""
 
 
 def describe_faults(readings: Sequence[GpuReading], first: Sequence[GpuReading], expected: int | None) -> Iterator[str]:
-    """Yield each fault of the GPUs of this node.
+    """Yield a sentence for each fault of the GPUs of this node.
 
     Args:
         readings: state now.
-        first: state before the first start of the job on this node; older errors are not those of the run.
+        first: state before the first start of the job on this node. Older errors do not count.
         expected: number of GPUs of a node; None if not known.
     """
     before = {reading.bus: reading.uncorrected or 0 for reading in first}
@@ -229,17 +235,17 @@ def describe_faults(readings: Sequence[GpuReading], first: Sequence[GpuReading],
 SYS = Path("/sys/class")
 MIB = 2**20
 LONGEST = 200
-"""Characters of the last line of the site's command that are kept."""
+"""Maximum number of characters that are kept of the last output line of the site's command."""
 CHECK_TIMEOUT_S = 60.0
-"""Seconds after which a check without an answer means a sick node; the site's own command has as many."""
+"""Seconds after which a check without an answer means a sick node. The site's own command has the same limit."""
 MIN_FREE_MIB = 4.0
-"""Room below which a filesystem counts as full."""
+"""Free space in MiB below which a filesystem counts as full."""
 RUN_FOLDER = "run folder"
-"""Part that all nodes share: another node would be as sick."""
+"""Name of the part that all nodes share: if it fails here, it fails on every node."""
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """One fault of this node."""
+    """One fault of this node, as a health check finds it."""
 
     part: str
     """Part that was checked: gpu, link, disk, run folder or command."""
@@ -247,11 +253,11 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class HealthCheck:
-    """The checks of one node, for the life of its agent.
+    """The health checks of one node. One object exists for the life of the agent.
 
     Args:
-        run_dir: folder of the run, which needs room.
-        limits: ``resilience.health_check``.
+        run_dir: folder of the run, whose filesystem needs free space.
+        limits: the config ``resilience.health_check``.
         gpus: number of GPUs that a node of the run should have; None if not known.
     """
 
@@ -270,7 +276,7 @@ class HealthCheck:
         }
 
     def examine(self) -> list[Fault]:
-        """Check this node and return its faults. Takes at most twice ``CHECK_TIMEOUT_S``."""
+        """Check this node and return its faults. The call takes at most twice ``CHECK_TIMEOUT_S``."""
         if not self._limits.enabled:
             return []
         found: list[Fault] = []
@@ -284,7 +290,7 @@ class HealthCheck:
                 except (OSError, GpuError) as error:
                     found.append(Fault(at, f"{at}: {error}"))
 
-        # A mount or a driver that hangs cannot be interrupted: its thread is left behind.
+        # A mount or a driver that hangs cannot be interrupted: the check's thread is left behind.
         thread = threading.Thread(target=run_checks, name="health", daemon=True)
         thread.start()
         thread.join(CHECK_TIMEOUT_S)
@@ -307,11 +313,14 @@ class HealthCheck:
                 yield f"link {name} is down, and resilience.health_check.links names it"
 
     def _gpu_faults(self) -> Iterator[str]:
-        """Compare the GPUs of this job with their state at the first start; none without an NVIDIA driver."""
+        """Yield faults of this job's GPUs, compared with their state at the first start; none without an NVIDIA
+        driver.
+        """
         if not DRIVER.is_dir():
             return
         with contextlib.suppress(ImportError):
-            self._nvml = self._nvml or Nvml()  # kept open: the driver keeps Xid errors for a process that listens
+            # Stays open: the driver keeps Xid errors only for a process that has registered.
+            self._nvml = self._nvml or Nvml()
         readings = read_by_smi(CHECK_TIMEOUT_S) if self._nvml is None else self._nvml.read_health()
         own = [gpu.bus for gpu in visible_gpus()]
         readings = [reading for reading in readings if not own or None in own or reading.bus in own]
@@ -322,7 +331,7 @@ class HealthCheck:
 
 
 def full_disks(folders: Iterable[Path]) -> Iterator[str]:
-    """Yield each reason for which files cannot be written into folders.
+    """Yield each reason why files cannot be written into the folders.
 
     Raises:
         OSError: a folder does not exist, or its filesystem does not answer.
@@ -339,9 +348,9 @@ def full_disks(folders: Iterable[Path]) -> Iterator[str]:
 
 
 def links_up(root: Path = SYS) -> dict[str, bool]:
-    """Physical network interfaces and ports of InfiniBand adapters of this machine, and whether each is up.
+    """Return whether each physical network interface and InfiniBand port of this machine is up, by name.
 
-    Interfaces without a device, such as bridges and those of containers, come and go.
+    Interfaces without a device, such as bridges and container interfaces, are left out: they appear and disappear.
     """
     names = [path.name for path in (root / "net").glob("*") if (path / "device").exists()]
     ports = [f"{path.parts[-3]}/{path.name}" for path in (root / "infiniband").glob("*/ports/*")]
@@ -351,7 +360,7 @@ def links_up(root: Path = SYS) -> dict[str, bool]:
 def is_link_up(name: str, root: Path = SYS) -> bool:
     """Return whether an interface, a port (``mlx5_0/1``) or any port of an adapter (``mlx5_0``) is up."""
     adapter, _, port = name.partition("/")
-    with contextlib.suppress(OSError):  # EINVAL of an interface that was switched off
+    with contextlib.suppress(OSError):  # EINVAL: the interface was switched off.
         if (root / "net" / adapter).exists():
             return (root / "net" / adapter / "carrier").read_text().strip() == "1"
         ports = (root / "infiniband" / adapter / "ports").glob(port or "*")
@@ -360,7 +369,7 @@ def is_link_up(name: str, root: Path = SYS) -> bool:
 
 
 def run_program(words: Sequence[str], timeout_s: float) -> tuple[str, str]:
-    """Run a check of this node: its output, and a fault, which is empty if the program exits with 0."""
+    """Run a check of this node. Returns its output and a fault; the fault is empty if the program exits with 0."""
     name = words[0]
     try:
         process = subprocess.Popen(
@@ -373,7 +382,7 @@ def run_program(words: Sequence[str], timeout_s: float) -> tuple[str, str]:
     except subprocess.TimeoutExpired:
         return "", f"{name} gave no answer in {timeout_s:g} s"
     finally:
-        if process.poll() is None:  # too late, or this agent was requested to stop meanwhile
+        if process.poll() is None:  # The program took too long, or this agent was requested to stop meanwhile.
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     if process.returncode == 0:
@@ -387,29 +396,30 @@ def run_program(words: Sequence[str], timeout_s: float) -> tuple[str, str]:
 
 
 WRITE_S = 30.0
-"""Seconds for which samples are kept in memory: a killed agent loses these; a shared filesystem has fewer writes."""
+"""Seconds for which samples stay in memory. A killed agent loses them; rare writes spare a shared filesystem."""
 LAST_SAMPLE_S = 10.0
-"""Seconds for which the end of an attempt waits for the last sample."""
+"""Longest wait in seconds for the last sample at the end of an attempt."""
 
 
 def gpus_of_run(there: Sequence[str], visible: Sequence[Gpu], ranks: int, is_slurm: bool) -> list[str]:
-    """Addresses of the GPUs whose telemetry is that of the run; empty if other jobs may use some of these GPUs.
+    """Return the addresses of the GPUs to sample; empty if other jobs may use some of these GPUs.
 
     Args:
         there: addresses of the GPUs that this process may open.
         visible: GPUs that the ranks may use.
         ranks: number of ranks on this node. Outside of Slurm the run has only as many GPUs as ranks.
-        is_slurm: Slurm has given all visible GPUs to the job.
+        is_slurm: True if Slurm has given all visible GPUs to the job.
     """
-    if not visible:  # the driver lists none, as in a container: those that can be opened, unless they are more
+    # The driver lists no GPU, as in a container: take the GPUs that can be opened, unless there are too many.
+    if not visible:
         return list(there) if len(there) <= ranks else []
     own = list(visible) if is_slurm else list(visible)[:ranks]
     if any(gpu.uuid is not None and gpu.uuid.startswith("MIG-") for gpu in own):
-        return []  # a slice: power and clocks are those of the whole GPU
+        return []  # This is a slice of a GPU: its power and clocks would be values of the whole GPU.
     named = [gpu.bus for gpu in own]
     if None not in named:
         return [bus for bus in there if bus in named]
-    # Where Slurm hides the GPUs of other jobs, those that can be opened are this job's.
+    # Where Slurm hides the GPUs of other jobs, this job owns every GPU that can be opened.
     return list(there) if len(there) == len(own) else []
 
 
@@ -417,10 +427,10 @@ class Sampler:
     """Thread that samples GPUs every ``interval_s`` seconds, at its start and at its end.
 
     Args:
-        nvml: reads the gauges.
-        choose: selects the GPUs to sample from the addresses of those that can be opened.
-        write: writes samples.
-        attempt: the attempt that runs.
+        nvml: connection that reads the gauges.
+        choose: function that selects the GPUs to sample from the addresses of those that can be opened.
+        write: function that writes samples.
+        attempt: number of the attempt that runs.
         interval_s: seconds between two samples.
     """
 
@@ -438,7 +448,9 @@ class Sampler:
         self._thread.start()
 
     def close(self) -> None:
-        """Take the last sample and write all samples. A driver that does not answer keeps its thread."""
+        """Take the last sample, write all samples, and end the thread. The thread remains if the driver does not
+        answer.
+        """
         self._over.set()
         self._thread.join(LAST_SAMPLE_S)
 
@@ -457,7 +469,7 @@ class Sampler:
                     waiting, written = [], time.monotonic()
                 self._over.wait(self._interval_s)
         except GpuError as error:
-            if DRIVER.is_dir():  # else there is no GPU
+            if DRIVER.is_dir():  # Without a name there is no GPU.
                 say(f"launch: no GPU telemetry: {error}")
         except OSError as error:
             say(f"launch: GPU telemetry cannot be written: {error}")
@@ -469,9 +481,9 @@ GPU_SAMPLE_S = 5.0
 
 @contextlib.contextmanager
 def gpu_telemetry(context: RunContext, attempt: int) -> Iterator[None]:
-    """Sample the GPUs of this node in a ``with`` block, every GPU_SAMPLE_S; none without a GPU.
+    """Sample the GPUs of this node in a ``with`` block, every GPU_SAMPLE_S seconds. Does nothing without a GPU.
 
-    To be opened when the environment of the ranks is set, which names their GPUs.
+    Open the block after the environment of the ranks is set: that environment names their GPUs.
     """
     config, node = context.config, context.node
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")

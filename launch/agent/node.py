@@ -1,4 +1,4 @@
-"""This node as its agent sees it: identity in the job, processes, requests to stop, and the context of an agent."""
+"""This node: its identity in the job, its processes, requests to stop, and the context of its agent."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 TICK_S = 0.5
 PAUSED_S = 5.0
-"""A tick that comes so late has not waited for a processor: the process was stopped."""
+"""Delay of a tick in seconds that means: the process was stopped, and did not only wait for a processor."""
 
 
 class RunningClock:
-    """Seconds for which this process has run, without the time in which it was stopped. A thread counts them."""
+    """Clock with the seconds for which this process has run, without time in which it was stopped. A thread counts."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -47,11 +47,11 @@ class RunningClock:
         threading.Thread(target=self._count, name="clock", daemon=True).start()
 
     def now(self) -> float:
-        """Seconds so far, at most ``TICK_S`` behind."""
+        """Return the seconds so far, at most ``TICK_S`` too few."""
         return self._seconds
 
     def close(self) -> None:
-        """Stop to count."""
+        """Stop the counting thread."""
         self._over.set()
 
     def _count(self) -> None:
@@ -63,7 +63,7 @@ class RunningClock:
 
 
 def is_gone(pid: int) -> bool:
-    """Return whether a process has ended, including one whose parent has not read its exit status yet."""
+    """Return whether a process has ended. A process whose parent has not read its exit status counts as ended."""
     fields = _stat_fields(pid)
     return fields is None or fields[0] in "ZX"
 
@@ -75,18 +75,18 @@ def is_stopped(pid: int) -> bool:
 
 
 def start_time(pid: int) -> str | None:
-    """Start time of a process in clock ticks since boot; with the process id it identifies the process for good.
+    """Return the start time of a process in clock ticks since boot; None if no such process exists.
 
-    None if there is no such process.
+    Process id and start time together identify a process uniquely.
     """
     fields = _stat_fields(pid)
     return None if fields is None else fields[19]
 
 
 def threads_handling(pid: int, number: int) -> set[Path]:
-    """Status files of the threads of a process that block a signal, as a thread does while it handles that signal.
+    """Return status files of a process's threads that block a signal: a thread blocks it while it handles it.
 
-    The file of the process is among them while the signal waits for one of its threads.
+    The status file of the process is included while the signal waits for one of its threads.
     """
     bit = 1 << (number - 1)
     blocked = [(path, "SigBlk:") for path in Path(f"/proc/{pid}/task").glob("*/status")]
@@ -100,27 +100,30 @@ def threads_handling(pid: int, number: int) -> set[Path]:
 
 
 def _stat_fields(pid: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the third on, which is the state: the second, a name, may contain anything."""
+    """Return the fields of /proc/PID/stat from the third (the state) on; None if the process is gone.
+
+    The second field, a name, may contain any character.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
 
 
-# A request to stop, as an agent receives it: a signal, or a reason that the agent finds by itself.
+# A request to stop: a signal that the agent receives, or a reason that the agent finds itself.
 
 
 OWNER = "LAUNCH_OWNER_PID"
-"""Process of the launcher that started a local run; if that process ends, the run stops too."""
+"""Environment variable with the process id of the launcher that started a local run. The run stops with it."""
 STOP_FILE = "STOP"
-"""File in a run folder that requests its run to save and leave; also the name of that request, in place of a signal."""
+"""Name of the file in a run folder that requests the ranks to save and leave; also the name of that request."""
 
 
 class StopRequest:
-    """SIGTERM or SIGUSR2 request the ranks to save and leave. The handler only sets a flag.
+    """Request to the ranks to save and leave, after SIGTERM or SIGUSR2. The signal handler only sets a flag.
 
-    Without Slurm a second signal ends the ranks at once (Ctrl-C twice). Slurm sends several signals by itself: under
-    Slurm only the deadline ends the ranks.
+    Without Slurm, a second signal ends the ranks at once (Ctrl-C twice). Slurm sends several signals by itself, so
+    under Slurm only the deadline ends the ranks.
     """
 
     def __init__(self) -> None:
@@ -128,10 +131,10 @@ class StopRequest:
         self.name = ""
         self.since = 0.0
         self.interruptible = False
-        """True while a signal breaks out of a wait in which no ranks run."""
+        """True while a signal interrupts a wait during which no ranks run."""
 
     def install(self) -> None:
-        """Replace submitit's handlers, which would requeue from inside the handler and on rank 0 only."""
+        """Replace the signal handlers of submitit. Those requeue inside the handler, and on rank 0 only."""
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._handle)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
@@ -152,49 +155,53 @@ class StopRequest:
 
 
 TOKEN = "LAUNCH_TOKEN"
-"""Variable of the agents of a local run: a random name of this start."""
+"""Environment variable of the agents of a local run: a random name of this start."""
 LOOPBACK = "127.0.0.1"
-SIOCGIFADDR = 0x8915  # linux/sockios.h: get the address of an interface
+SIOCGIFADDR = 0x8915  # From linux/sockios.h: get the address of an interface.
 
 
 @dataclass(frozen=True)
 class Node:
-    """One agent among ``count``."""
+    """Place of one agent among the ``count`` agents of its job."""
 
     index: int
     count: int
     job: str
-    """Name of this start of the job; another start, a requeue included, has another name."""
+    """Name of this start of the job. Another start of the job, such as a requeue, has another name."""
     is_slurm: bool
     slurm_job: str = ""
-    """Slurm's id of this job, ``A_a`` for an element of an array: the plain number can mean its siblings too."""
+    """Slurm's id of this job; ``A_a`` for an element of an array, since Slurm reads the plain number as the
+    whole array.
+    """
     restarts: int = 0
     """Number of times that Slurm has requeued this job."""
     hosts: tuple[str, ...] = ()
-    """Names of the job's nodes, in order, as Slurm knows them; empty elsewhere."""
+    """Names of the job's nodes in Slurm's order; empty outside of Slurm."""
 
     @property
     def slurm_names(self) -> tuple[str, ...]:
-        """Ids by which Slurm knows this job: an element of an array also has a number of its own."""
+        """Return all ids of this job in Slurm: an element of an array has two."""
         return (self.slurm_job, self.job.split("-")[1]) if self.is_slurm else ()
 
     @property
     def is_head(self) -> bool:
-        """Return whether this node decides for all. If it is lost, so is the job: the batch script runs there."""
+        """Return whether this is the head node, which decides for all nodes. The batch script runs there: its loss ends
+        the job.
+        """
         return self.index == 0
 
     @property
     def host(self) -> str:
-        """The name of this node."""
+        """Return the host name of this node."""
         return self.host_of(self.index)
 
     def host_of(self, index: int) -> str:
-        """The name of node ``index`` of the job."""
+        """Return the host name of node ``index`` of the job."""
         return self.hosts[index] if self.hosts else socket.gethostname()
 
     @classmethod
     def from_env(cls, token: str | None) -> Node:
-        """Read the place of this process in its job. ``token`` separates local jobs that have the same process id."""
+        """Read the place of this process in its job. ``token`` distinguishes local jobs with the same process id."""
         env = os.environ
         if env.get("SUBMITIT_EXECUTOR") == "local":
             index, count = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_NTASKS"])
@@ -210,52 +217,53 @@ class Node:
         return cls(0, 1, f"process-{os.getpid()}-{socket.gethostname()}", False)
 
     def taken_hosts(self) -> set[str]:
-        """Names of the nodes that Slurm has taken from this job since its start; empty if Slurm does not answer."""
+        """Return names of the nodes that Slurm has removed from this job; empty if Slurm does not answer."""
         if not self.is_slurm:
             return set()
         try:
             left = scheduler.nodes_left(self.slurm_job, retries=1)
         except scheduler.SlurmError:
             return set()
-        return {*self.hosts} - left if self.host in left else set()  # else the whole job is being requeued
+        # In any other state the whole job is being requeued.
+        return {*self.hosts} - left if self.host in left else set()
 
     def own_address(self) -> str:
-        """The address at which the other nodes of the job reach this one."""
+        """Return the address at which the other nodes of the job reach this node."""
         peer = next((host for host in self.hosts if host != self.host), None) if self.is_slurm else None
         return LOOPBACK if peer is None else address_towards(peer)
 
 
 def address_towards(peer: str) -> str:
-    """The address of this machine on the route to ``peer`` (a name or an address). Sends nothing."""
+    """Return the address of this machine on the route to ``peer``, a name or an address. Sends no packet."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((peer, 9))
         return str(probe.getsockname()[0])
 
 
 def interface_of(address: str) -> str | None:
-    """The interface that has ``address``, or None."""
+    """Return the name of the network interface with ``address``; None if there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
             try:
                 answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
-            except OSError:  # an interface without an IPv4 address
+            except OSError:  # This interface has no IPv4 address.
                 continue
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return None
 
 
-# Members of the agent group: the nodes of a start of the ranks, and nodes that are lost or sick.
+# Members of the agent group: the nodes of an attempt, and lost or sick nodes.
 
 
 class RendezvousRound(msgspec.Struct, frozen=True):
-    """One start of the ranks: its nodes and its store, the same for every agent."""
+    """One start of the ranks: the members and the port of the store. Every agent has the same values."""
 
     number: int
     attempt: int
     members: tuple[int, ...]
-    """Indices of the nodes that take part. The order of the nodes is the order of their ranks."""
+    """Indices of the nodes that take part. Ranks are numbered in the order of these nodes."""
     address: str
     port: int
     """Port of the ranks' store: a fresh one on the head node for each round."""
@@ -263,17 +271,17 @@ class RendezvousRound(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class NodeProblem:
-    """A node that takes no part in a start, since it is lost or sick."""
+    """A lost or sick node, which takes no part in a start."""
 
     index: int
     host: str
     why: str
     is_shared: bool = False
-    """True if every other node would be as sick, as where the filesystem of the run folder is full."""
+    """True if the same fault affects every node, such as a full filesystem with the run folder."""
 
 
 class TooFewNodesError(RuntimeError):
-    """Too few nodes are left for a round, or too few of them are healthy."""
+    """Raised if fewer healthy nodes are left than a round needs."""
 
     def __init__(self, why: str, sick: Iterable[NodeProblem] = ()) -> None:
         super().__init__(why)
@@ -281,11 +289,11 @@ class TooFewNodesError(RuntimeError):
 
 
 class HeadNodeLostError(RuntimeError):
-    """The head node, which decides, does not answer; the message says since when."""
+    """Raised if the head node, which decides, does not answer. The message has the time since then."""
 
 
 def problems_text(state: str, nodes: Iterable[NodeProblem]) -> str:
-    """Describe nodes that are ``lost`` or ``sick`` for people."""
+    """Describe ``lost`` or ``sick`` nodes for people."""
     return "; ".join(f"node {one.host} is {state}: {one.why}" for one in nodes)
 
 
@@ -294,14 +302,16 @@ def problems_text(state: str, nodes: Iterable[NodeProblem]) -> str:
 
 @dataclass(frozen=True)
 class RunContext:
-    """The run that an agent works for, and the node that the agent runs on."""
+    """Run that an agent works on, and the node of that agent."""
 
     folder: RunFolder
     node: Node
     config: Config
 
     def events(self, *names: str, **fields: Any) -> list[dict[str, Any]]:
-        """Return the event log since the last submission; with names only the events of that name and fields."""
+        """Return the events since the last submission; if ``names`` are given, only events with these names and
+        fields.
+        """
         events = events_since_submission(self.folder.read_events())
         return select_events(events, *names, **fields) if names else events
 
@@ -330,25 +340,27 @@ class AgentContext(RunContext):
     meter: Meter
     """The use of the allocation, and its budget."""
     server: ForkServer | None
-    """Forks the ranks; None if ranks are executed."""
+    """Server that forks the ranks; None if ranks are executed."""
     store: MemoryStore
-    """Checkpoints in the memory of this node."""
+    """Store of checkpoints in the memory of this node."""
 
 
 @dataclass(frozen=True)
 class Attempt(AgentContext):
-    """One start of this node's ranks: the nodes that take part, and the program. Its config has these nodes."""
+    """One start of this node's ranks: the nodes that take part, and the program. ``config`` describes only these
+    nodes.
+    """
 
     rdzv: RendezvousRound
     workload: str
     """Name of the workload."""
     command: RankCommand
     contract: RankContract
-    """Events that the ranks record themselves; signals and exit statuses that they understand."""
+    """Contract with the ranks: events that they record themselves, signals and exit statuses that they understand."""
     tree: CodeTree
-    """The code that the ranks run."""
+    """Files of the code that the ranks run."""
     heartbeats: Path
-    """Folder of the ranks' heartbeat files, empty at the start."""
+    """Folder of the ranks' heartbeat files, empty at the start of the attempt."""
 
     @property
     def number(self) -> int:
@@ -357,12 +369,12 @@ class Attempt(AgentContext):
 
     @property
     def place(self) -> int:
-        """Place of this node among those that take part."""
+        """Return the position of this node among the nodes that take part, from 0."""
         return self.rdzv.members.index(self.node.index)
 
     @property
     def ranks(self) -> range:
-        """The ranks of this node."""
+        """Return the numbers of the ranks of this node."""
         each = self.config.ranks_on_node
         return range(self.place * each, (self.place + 1) * each)
 

@@ -1,4 +1,4 @@
-"""Handling of the end of an attempt: its cause, and a restart, a requeue, a takeover, or the end of the run."""
+"""The end of an attempt: its cause, and a restart, a requeue, a takeover, or the end of the run."""
 
 from __future__ import annotations
 
@@ -45,22 +45,26 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.slurm import client as scheduler
 
-# Questions of an agent to Slurm's controller: why the job was stopped, and the requeue of the job.
+# Queries to Slurm's controller: why the job was stopped, and the requeue of the job.
 
 
 Answer = TypeVar("Answer")
 
 CONTROLLER_WAIT_S = 12 * 3600.0
-"""Time that a decision waits for the controller. A failover takes minutes, an upgrade or a restored database hours; by
-then the job's own time limit has mostly passed."""
+"""Longest time in seconds that a decision waits for the controller.
+
+A failover takes minutes, an upgrade or a restored database hours. By then the job's own time limit has mostly passed.
+"""
 ASK_AGAIN_S = 5.0
 
 
 def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
-    """Call ``ask`` until the controller answers. Records once that it does not answer, and when it does again.
+    """Call ``ask`` until the controller answers, and return the answer.
+
+    The event log gets one event when the controller stops answering, and one when it answers again.
 
     Raises:
-        SlurmError: the controller refuses, or gave no answer for ``CONTROLLER_WAIT_S``.
+        SlurmError: the controller refuses, or gave no answer for ``CONTROLLER_WAIT_S`` seconds.
     """
     began: float | None = None
     while True:
@@ -80,7 +84,7 @@ def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
 
 
 def cause_of_stop(context: RunContext, attempt: int | None) -> Cause:
-    """Return whether a stop was a preemption, a time limit or a cancel: all three arrive as the same signals.
+    """Return the cause of a stop: preemption, time limit or cancel. All three arrive as the same signals.
 
     Raises:
         RunFailedError: the controller does not know the job, or did not answer for hours.
@@ -88,7 +92,7 @@ def cause_of_stop(context: RunContext, attempt: int | None) -> Cause:
     by_file = [e for e in context.events("stopped", attempt=attempt) if e.get("file")]
     if context.events("cancelled") or by_file or not context.node.is_slurm:
         return Cause.cancelled
-    signalled_at = time.time()  # the answer may come much later
+    signalled_at = time.time()  # The answer may come much later than the signal.
     try:
         job = wait_for_controller(context.folder, lambda: scheduler.job_details(context.node.slurm_job))
     except scheduler.SlurmError as error:
@@ -97,13 +101,13 @@ def cause_of_stop(context: RunContext, attempt: int | None) -> Cause:
 
 
 def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = NO_HOSTS, text: str = "") -> None:
-    """Requeue this job, or this one element of its array, unless Slurm has done so already.
+    """Requeue this job, or only this element of its array, unless Slurm has already done so.
 
     Args:
-        context: of the run.
-        cause: of the end of the attempt.
+        context: run and node.
+        cause: cause of the end of the attempt.
         exclude: hosts that the job must not get again, each with the reason.
-        text: what went wrong, for the error.
+        text: failure of the attempt, for the error message.
 
     Raises:
         RunFailedError: there is no queue, ``resilience.requeue=false``, or Slurm refused.
@@ -118,10 +122,10 @@ def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = 
         nonlocal is_recorded
         by_slurm = scheduler.job_details(node.slurm_job).restarts > node.restarts
         if not is_recorded:
-            # First the event log: Slurm may kill this process as soon as it has the requeue.
+            # First the event log: Slurm may kill this process as soon as it has received the requeue.
             context.record("requeued", job_id=node.slurm_job, by="slurm" if by_slurm else "agent", cause=cause)
             is_recorded = True
-        if not by_slurm:  # nor done by a request whose answer was lost
+        if not by_slurm:  # An earlier request may have succeeded although its answer was lost.
             scheduler.requeue(node.slurm_job)
 
     def exclude_hosts() -> str | None:
@@ -148,12 +152,12 @@ def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = 
 
 
 def failed_to_requeue(context: RunContext, text: str, why: str) -> RunFailedError:
-    """Record why a run that should continue does not, and return the error that says so."""
+    """Record why a run cannot continue, and return the error with that reason."""
     context.record("requeue_failed", job_id=context.node.slurm_job or None, cause=why)
     return RunFailedError(f"{text}\nnot started again: {why}")
 
 
-# The end of an attempt: its cause and the decision go into the event log, and the decision is carried out.
+# The end of an attempt: record its cause and the decision in the event log, and carry the decision out.
 
 
 def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Cause) -> Decision:
@@ -170,7 +174,7 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
         if not context.events("stopped", attempt=attempt):
             why = "ended before it could save"
             context.record("stopped", attempt=attempt, step=None, cause=why, **stop_details(stop))
-        if stop.name == STOP_FILE:  # so that the next start does not obey the file again
+        if stop.name == STOP_FILE:  # Remove the file, so that the next start does not obey it again.
             (folder.path / STOP_FILE).unlink(missing_ok=True)
         cause = Cause.budget if stop.name == BUDGET else cause_of_stop(context, attempt)
     elif ended is Cause.crashed:
@@ -180,7 +184,7 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
         if dumped:
             how = f"torchfrtrace --prefix {DUMP_FILE.value} {shlex.quote(str(folder.attempt(attempt)))}"
             context.record("flight_recorder", attempt=attempt, ranks=dumped, cause=f"a collective timed out: {how}")
-        # Where ranks only lost their connections, something else broke them.
+        # Where ranks only lost their connections, a different failure is the cause.
         if not any(i in group.lost for i in rdzv.members) and (failure is None or failure.get("echo")):
             context.record_problems("node_lost", attempt, group.find_reason(rdzv))
         is_lost = any(i in group.lost for i in rdzv.members)
@@ -190,7 +194,7 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
 
 
 def stop_details(stop: StopRequest) -> dict[str, str | None]:
-    """Fields of the event ``stopped`` that name the request to stop."""
+    """Return the fields of the event ``stopped`` that name the request to stop."""
     return {"signal": stop.name or None, "file": STOP_FILE if stop.name == STOP_FILE else None}
 
 
@@ -202,14 +206,14 @@ def apply_decision(
 
     Args:
         context: an AgentContext if the agents can start the ranks again in place.
-        attempt: None if the ranks had not started.
-        cause: of the end.
-        text: what went wrong, for people.
-        signal: name of the signal that stopped the ranks.
+        attempt: number of the attempt; None if the ranks had not started.
+        cause: cause of the end.
+        text: failure of the attempt, for people.
+        signal: name of the signal that stopped the ranks; None if there was none.
         in_step: False after Slurm's step has ended, when nothing can start in place.
 
     Raises:
-        RunFailedError: the run ends without being finished, and no user requested that; or another agent has decided.
+        RunFailedError: the run ends unfinished without a request, or another agent has decided.
     """
     refuse_decided(context, attempt)
     record_attempt_end(context, context.node.job, attempt, cause, signal=signal, reason=None if in_step else text)
@@ -235,28 +239,28 @@ def apply_decision(
 
 
 def record_attempt_end(context: RunContext, job: str, attempt: int | None, cause: Cause, **details: Any) -> None:
-    """Record the end of an attempt of the start ``job``, with its last step: None if it made no step."""
+    """Record the end of an attempt of ``job``, with its last step. The step is None if the attempt made none."""
     last = (recent_records(context.folder.metrics(0)) or [{}])[-1]
     step = last["step"] if attempt is not None and last.get("attempt") == attempt else None
     context.record("attempt_ended", attempt=attempt, cause=cause, step=step, job=job, **details)
 
 
 def decide_for(context: RunContext, cause: Cause) -> Decision:
-    """Decide what follows an attempt whose end, for ``cause``, is the last event of the event log."""
+    """Decide what follows an attempt that ended for ``cause``. Its end is the last event of the log."""
     config = context.config
     resumes = workload_of(config).contract(config, config.world_size).resumes
     return decide_next(context.events(), cause, config.resilience, resumes)
 
 
 def record_decision(context: RunContext, attempt: int | None, cause: Cause, decision: Decision) -> None:
-    """Record what follows an attempt, and why."""
+    """Record the action that follows an attempt, and the reason."""
     context.record("decided", attempt=attempt, action=decision.action, cause=cause, reason=decision.reason)
 
 
 def refuse_replaced(context: RunContext) -> None:
-    """Raise RunFailedError if Slurm has started the job elsewhere while this node was cut off from it.
+    """Raise RunFailedError if Slurm has restarted the job while this node had no connection to it.
 
-    Two agents that both work on the run would start it again and again, each against the other.
+    Otherwise two agents would work on the run and restart it again and again.
     """
     starts = select_events(context.folder.read_events(), "agent_started")
     if starts and starts[-1]["job"] != context.node.job:
@@ -264,18 +268,18 @@ def refuse_replaced(context: RunContext) -> None:
 
 
 def refuse_decided(context: RunContext, attempt: int | None) -> None:
-    """Raise AlreadyDecidedError if another agent, for which this one was lost, has recorded the end of the attempt."""
+    """Raise AlreadyDecidedError if another agent, which lost contact with this one, has recorded the attempt's end."""
     for end in attempt_ends(context.events()):
         if end.get("job") == context.node.job and end["attempt"] == attempt:
             name = "this start of the job" if attempt is None else f"attempt {attempt}"
             raise AlreadyDecidedError(f"another agent has recorded the end of {name}, {end['cause']}, and decides")
 
 
-# Ends of a start of the job without an attempt: stopped early, killed with its job, too few nodes.
+# Ends of a start of the job that made no attempt: stopped early, killed with its job, too few nodes.
 
 
 def handle_early_stop(context: RunContext, why: str) -> None:
-    """Handle a stop while no ranks ran here: there is nothing to save, but a preempted job must be requeued."""
+    """Handle a stop that comes before any ranks run. Nothing needs a save, but a preempted job must be requeued."""
     if context.node.is_head:
         context.record("agent_stopped", node=context.node.index, cause=why)
         cause = cause_of_stop(context, attempt=None)
@@ -285,10 +289,10 @@ def handle_early_stop(context: RunContext, why: str) -> None:
 
 
 def close_lost_attempts(context: RunContext) -> None:
-    """Record the end of an attempt that was killed with its job, before this start of the job continues from it.
+    """Record the end of each attempt that was killed with its job, before this start of the job continues.
 
     Raises:
-        RunFailedError: the limits are used up.
+        RunFailedError: the run has used up its limits.
     """
     lost = open_attempts(context.events())
     # "moved": a preempted run that waited for long continues as another job.
@@ -307,10 +311,10 @@ def close_lost_attempts(context: RunContext) -> None:
 
 
 def handle_too_few_nodes(context: AgentContext, error: TooFewNodesError) -> None:
-    """On the head node: too few nodes are left, or healthy, for a start. The queue may have other nodes.
+    """Handle a start with too few healthy nodes, on the head node. A requeue may bring other nodes.
 
     Raises:
-        RunFailedError: there is no queue, all nodes are sick alike, or the limits of the run are used up.
+        RunFailedError: there is no queue, all nodes have the same fault, or the run has used up its limits.
     """
     if not error.sick:
         lost = context.group.lost.values()
@@ -334,53 +338,53 @@ def handle_too_few_nodes(context: AgentContext, error: TooFewNodesError) -> None
             f"{leave}resilience.health_check.enabled=false starts the ranks all the same",
         )
     context.record("start_refused", cause=str(refusal))
-    # A fault of every node is that of the check itself, or of a filesystem that they share: other nodes have it too.
+    # A fault of every node comes from the check itself or a shared filesystem: other nodes would have it too.
     is_everywhere = is_shared or len(error.sick) == context.node.count > 1
     apply_decision(context.alone(), None, Cause.refused if is_everywhere else Cause.node_failed, str(refusal))
 
 
 def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
-    """On the head node, when the run is over: have Slurm end the step, with the agents of lost nodes.
+    """Have Slurm end the step with the agents of lost nodes. The head node calls this after the end of the run.
 
-    An agent that is stopped, or hangs in its kernel, never ends by itself. It would keep all nodes of the job to its
-    time limit: srun waits for every agent.
+    An agent that is stopped, or hangs in its kernel, never ends by itself. srun waits for every agent, so all nodes
+    would stay allocated until the time limit.
     """
     node = context.node
     decided = context.events("decided")
     if not (node.is_head and node.is_slurm and lost and decided and decided[-1]["action"] == Action.stop):
         return
     details = {"job": node.job, "hosts": [one.host for one in lost]}
-    context.record("step_ended", **details, cause=problems_text("lost", lost))  # this agent ends with the step
+    context.record("step_ended", **details, cause=problems_text("lost", lost))  # This agent ends with the step.
     try:
         scheduler.cancel(f"{node.slurm_job}.{node.job.rpartition('-')[2]}")
     except scheduler.SlurmError as error:
         context.record("step_not_ended", **details, cause=str(error))
 
 
-# Takeover of a job whose head node is lost: the next node that is there requeues the job.
+# Takeover of a job whose head node is lost: the next remaining node requeues the job.
 
 
 TAKE_OVER_S = 3.0
-"""Time that each node leaves to the one before it."""
+"""Seconds that each node waits for the node before it to take over."""
 
 
 def take_over_as_leader(context: RunContext, why: str, known: int | None) -> None:
-    """On another node: the head node, which decides, is lost. Decide in its place, which requeues the job.
+    """Decide in place of a lost head node, from another node, and requeue the job.
 
     Args:
-        context: of the run.
-        why: the head node is lost.
+        context: run and node.
+        why: reason for which the head node counts as lost.
         known: newest attempt that the head node has announced to this node; None if it has announced none.
 
     Raises:
         RunFailedError: this node does not decide, or the run does not continue.
     """
     node, head = context.node, context.node.host_of(0)
-    time.sleep(TAKE_OVER_S * (node.index - 1))  # the nodes before this one come first
+    time.sleep(TAKE_OVER_S * (node.index - 1))  # The nodes before this one have precedence.
     if not node.is_slurm:
         raise RunFailedError(f"the head node, {head}, is lost: {why}")
     events = context.events()
-    # If the head node of this start of the job counts this node as lost, it continues, and decides.
+    # If the head node of this start of the job counts this node as lost, the head node still works, and decides.
     began = [events.index(e) for e in select_events(events, "agent_started")]
     if select_events(events[max(began, default=0) :], "node_lost", host=node.host):
         raise RunFailedError(f"{node.host} was cut off, and the run continues without it: {why}")
@@ -392,13 +396,13 @@ def take_over_as_leader(context: RunContext, why: str, known: int | None) -> Non
     except AlreadyDecidedError:
         raise
     except RunFailedError:
-        # The rest of the job has to be ended, and no other process does it.
+        # No other process ends the rest of the job.
         wait_for_controller(context.folder, lambda: scheduler.cancel(node.slurm_job))
         raise
 
 
 def orphaned_attempt(events: Sequence[dict[str, Any]], node: Node, known: int | None) -> int | None:
-    """Return the attempt that a lost head node has left to its other nodes; None if it fell between two attempts.
+    """Return the running attempt of a lost head node; None if the node was lost between two attempts.
 
     Args:
         events: the event log since the submission.
@@ -406,7 +410,7 @@ def orphaned_attempt(events: Sequence[dict[str, Any]], node: Node, known: int | 
         known: newest attempt that the head node has announced to this node; None if it has announced none.
 
     Raises:
-        RunFailedError: the head node has continued without this one, which was cut off, or has decided what follows.
+        RunFailedError: the head node has continued without this node, or has already decided what follows.
     """
     began = [events.index(e) for e in select_events(events, "agent_started", job=node.job)]
     events = events[max(began, default=0) :]

@@ -1,4 +1,4 @@
-"""Restart policy: restart in place, requeue or stop; hosts to avoid; size of the group; budget of the allocation."""
+"""Restart policy: restart in place, requeue or stop; hosts to avoid; number of nodes; budget of the allocation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from launch.runs.folder import RunFolder, read_plan
 from launch.slurm import client as scheduler
 from launch.slurm.client import JobDetails
 
-# Restart policy: restart in place, requeue or stop, by how an attempt ended. A pure function of the event log.
+# Restart policy: restart in place, requeue or stop, by the cause of an attempt's end. A pure function of the event log.
 
 
 EARLY_S = 60.0
@@ -50,31 +50,31 @@ SLACK_S = 1.0
 
 
 class Cause(StrEnum):
-    """Cause of an attempt's end. Each has a limit of its own, so that preemptions never eat up the limit of crashes."""
+    """Cause of an attempt's end. Each cause has a limit of its own: preemptions do not use up the limit of crashes."""
 
     finished = "finished"
     cancelled = "cancelled"
-    """By the user: scancel, launch.cancel, a STOP file."""
+    """A user requested the end: scancel, launch.cancel, or a file STOP."""
     budget = "budget"
-    """By the agent: a cap of ``budget`` was reached."""
+    """An agent requested the end: a cap of ``budget`` was reached."""
     preempted = "preempted"
     timed_out = "timed_out"
     node_failed = "node_failed"
     out_of_memory = "out_of_memory"
     diverged = "diverged"
-    """A loss that is no finite number: the same data and weights give it again, unless a device has miscalculated."""
+    """A loss is no finite number. The same data and weights give it again, unless a device has miscalculated."""
     crashed = "crashed"
     hung = "hung"
     requested = "requested"
-    """By the ranks, which left with the exit status that means: saved, requeue the job."""
+    """The ranks left with the exit status that means: the run is saved, requeue the job."""
     repeated = "repeated"
-    """By the ranks, which have gone back and tried again as often as they may."""
+    """The ranks left after they had rolled back and repeated steps as often as allowed."""
     refused = "refused"
-    """By the ranks: the request cannot work, as a rule before the first step, and would be refused again."""
+    """The ranks refused to work, mostly before the first step. A new start would be refused too."""
 
 
 class Action(StrEnum):
-    """Action after an attempt."""
+    """Action of the agents after an attempt."""
 
     stop = "stop"
     restart = "restart"
@@ -84,30 +84,33 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Decision:
-    """Action that follows an attempt, with its reason for people."""
+    """Action that follows an attempt, and the reason for people."""
 
     action: Action
     reason: str
 
 
 WANTED = (Cause.finished, Cause.cancelled, Cause.budget)
-"""Causes of an end as requested: the run does not start again, and nothing has failed."""
+"""Causes that a user or the run requested: the run does not start again, and did not fail."""
 FINAL = {
     Cause.refused: "it would be refused again",
     Cause.repeated: "the ranks have tried again by themselves, and it came again",
 }
-"""Causes after which a new start would end in the same way, with the reason."""
+"""Causes after which a new start would end in the same way -> reason for people."""
 LEAVES_THE_NODES = (Cause.preempted, Cause.timed_out, Cause.requested)
-"""Causes that end the allocation; only the queue brings nodes."""
+"""Causes that end the allocation. The run needs the queue to get nodes again."""
 FROM_OUTSIDE = (Cause.preempted, Cause.node_failed)
-"""Causes that say nothing about the run if they come before its first step. A time limit that comes so early would
-come so again, and ranks that request a requeue do it by themselves."""
+"""Causes from outside the run: before the first step, they show no fault of the run.
+
+A time limit before the first step is not among them, since it would come again. Neither is a requeue that ranks
+request.
+"""
 NO_CHECKPOINT = (
     "the program is not said to have checkpoints, so it would run again from its first step "
     "(script.resumes=true where it looks for its own checkpoint when it starts)"
 )
 BATCH_SCRIPT_ENDED = ("NonZeroExitCode", "JobLaunchFailure", "RaisedSignal")
-"""Slurm's reasons of a job that ended because its batch script did. A cancelled job has none."""
+"""Slurm's reasons for the end of a job whose batch script ended. A cancelled job has none of them."""
 
 
 def decide_next(events: Events, cause: Cause, limits: ResilienceConfig, resumes: bool = True) -> Decision:
@@ -115,9 +118,9 @@ def decide_next(events: Events, cause: Cause, limits: ResilienceConfig, resumes:
 
     Args:
         events: the event log, the ``attempt_ended`` of this attempt included.
-        cause: of the end of the attempt.
+        cause: cause of the attempt's end.
         limits: ``resilience`` of the run.
-        resumes: whether a new start continues from a checkpoint; without a checkpoint there is no new start.
+        resumes: True if a new start continues from a checkpoint; otherwise there is no new start.
     """
     if cause in WANTED:
         return Decision(Action.stop, str(cause))
@@ -131,7 +134,7 @@ def decide_next(events: Events, cause: Cause, limits: ResilienceConfig, resumes:
     ends = [end for end in attempt_ends(events) if end["cause"] == cause]
     seen = sum(not is_forgiven(end, events, limits.forgive_after_s) for end in ends)
     forgiven = f"; {len(ends) - seen} before newer checkpoints are forgiven" if seen < len(ends) else ""
-    limit = getattr(limits.max_restarts, cause, None)  # preempted and requested have no limit
+    limit = getattr(limits.max_restarts, cause, None)  # Preemptions and requested requeues have no limit.
     if limit is not None and seen > limit:
         return Decision(Action.stop, f"{cause} {seen} times, and resilience.max_restarts.{cause}={limit}{forgiven}")
     action = Action.requeue if cause in LEAVES_THE_NODES else Action.restart
@@ -139,10 +142,10 @@ def decide_next(events: Events, cause: Cause, limits: ResilienceConfig, resumes:
 
 
 def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float | None) -> bool:
-    """Return whether the end of an attempt no longer counts: the run has saved a newer checkpoint, some time ago.
+    """Return whether the end of an attempt no longer counts: the run saved a newer checkpoint, some time ago.
 
-    With the checkpoint alone, a run could fail for ever right after each save. With the time alone, a run that waits in
-    the queue would be forgiven.
+    Both conditions are needed. With the checkpoint alone, a run could fail forever right after each save. With the time
+    alone, waiting in the queue would be enough.
     """
     if forgive_after_s is None:
         return False
@@ -154,10 +157,10 @@ def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float | No
 
 
 def attempt_ends(events: Events) -> list[dict[str, Any]]:
-    """The ``attempt_ended`` of each attempt, oldest first; if an attempt has several, the first counts.
+    """Return the first ``attempt_ended`` of each attempt, oldest first.
 
-    A node that was cut off and comes back records a second end, after that of the node which took over. A start of the
-    job that came to no attempt has one end too.
+    An attempt can have a second end: a node that had lost its connection records one after the node that took over. A
+    start of the job without an attempt also has one end.
     """
     ends: dict[object, dict[str, Any]] = {}
     for number, event in enumerate(events):
@@ -169,45 +172,46 @@ def attempt_ends(events: Events) -> list[dict[str, Any]]:
 
 
 def open_attempts(events: Events) -> list[int]:
-    """Attempts that have started and not ended."""
+    """Return the numbers of attempts that have started and not ended."""
     ended = {end["attempt"] for end in select_events(events, "attempt_ended")}
     return [start["attempt"] for start in select_events(events, "started") if start["attempt"] not in ended]
 
 
 def attempts_without_progress(events: Events) -> int:
-    """Count the last attempts in a row that ended without a checkpoint beyond the one they started from.
+    """Count the last attempts in a row that ended without a checkpoint beyond their first step.
 
-    0 if the run has never reported a checkpoint: its progress is not known then. Attempts that were interrupted from
-    outside before their first step neither count nor forgive.
+    Returns 0 if the run has never reported a checkpoint, since its progress is then unknown. Attempts that were
+    interrupted from outside before their first step are skipped.
     """
     starts = select_events(events, "started")
     if not select_events(events, "saved") and not any("from_step" in start for start in starts):
         return 0
     started = {start["attempt"]: start.get("from_step", -1) for start in starts}
-    # Steps up to a checkpoint in memory are not repeated either, if the next start is on the same nodes.
+    # A checkpoint in memory also counts as progress, if the next start is on the same nodes.
     saved = {e["attempt"]: e["step"] for e in select_events(events, "saved", "saved_in_memory")}
     count = 0
     for end in reversed(attempt_ends(events)):
         attempt = end["attempt"]
         if saved.get(attempt, -1) > started.get(attempt, -1):
             break
-        from_outside = end["cause"] in FROM_OUTSIDE and end.get("step", -1) is None  # before its first step
+        # The attempt ended before its first step.
+        from_outside = end["cause"] in FROM_OUTSIDE and end.get("step", -1) is None
         count += not from_outside
     return count
 
 
 def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: float) -> Cause:
-    """Return whether a signal means a preemption, a time limit or a cancel: Slurm sends the same signals for all three.
+    """Return the cause of a signal: preemption, time limit or cancel. Slurm sends the same signals for all three.
 
-    While the job runs, a signal is Slurm's announcement. Once the job completes, Slurm 22.05 shows the cause: a requeue
-    has raised the count of restarts, a time limit has used up the time, a batch script that died has left its reason.
-    Every other end is a cancel. A cancel must never count as a preemption, which would start the job again.
+    While the job runs, the signal announces the end. Once the job completes, Slurm 22.05 shows the cause: a requeue
+    raises the count of restarts, a time limit uses up the time, a failed batch script leaves a reason. Every other end
+    is a cancel: as a preemption, a cancelled job would start again.
 
     Args:
         job: state of the job by the controller.
         restarts: number of requeues of this job before it started.
-        signal_delay_s: lead of the signal before the time limit; sbatch may send it up to a minute early.
-        now: time when the signal came, Unix time.
+        signal_delay_s: seconds from the signal to the time limit; sbatch may send the signal a minute earlier.
+        now: time when the signal came, Unix seconds.
     """
     if job.state in ("RUNNING", "SUSPENDED"):
         near_the_limit = job.end_time is not None and now > job.end_time - signal_delay_s - EARLY_S
@@ -230,7 +234,7 @@ CAUSES_BY_ERROR = {
 
 
 def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
-    """The cause of an attempt's end, from its first failure as the rank or its agent has recorded that."""
+    """Return the cause of an attempt's end from its first recorded failure."""
     text = str(failure.get("cause", "")) if failure else ""
     named = CAUSES_BY_ERROR.get(text.partition(": ")[0])
     if named is not None:
@@ -241,31 +245,33 @@ def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
 
 
 class RunFailedError(RuntimeError):
-    """A run whose ranks did not all finish."""
+    """Raised if the run ends and not all ranks have finished."""
 
 
 class AlreadyDecidedError(RunFailedError):
-    """Another agent has recorded the end of the attempt, and decides."""
+    """Raised if another agent has already recorded the end of the attempt, and decides."""
 
 
-# Hosts that a run avoids, and why: a pure function of its event log and of those of the other points of its command.
+# Hosts that a run avoids, and why: a pure function of its event log and the logs of the command's other points.
 
 
 NO_HOSTS: Mapping[str, str] = MappingProxyType({})
 NO_EVENTS: Mapping[str, Events] = MappingProxyType({})
 UNRELIABLE = 2
-"""After so many failures a host is avoided: a single failure may be chance, or the fault of the run."""
+"""Number of failures after which a host is avoided. A single failure may be chance, or the fault of the run."""
 DRIFT = "replicas_differ"
-"""Event of a run whose replicas of the parameters were not the same."""
+"""Name of the event that replicas of the parameters differ."""
 OF_A_HOST = (Cause.crashed, Cause.hung, Cause.node_failed)
-"""Causes for which a host may be responsible. A loss that is no number, memory that is too small and a refusal come
-from the program, on every host."""
+"""Causes for which a host may be responsible.
+
+A diverged loss, too little memory and a refusal come from the program, and would come on every host.
+"""
 
 
 def points_beside(folder: RunFolder) -> dict[str, Events]:
-    """Read the events of the other points of the command since this one was submitted: name of the point -> events.
+    """Return the events of the command's other points since this point was submitted: name of the point -> events.
 
-    Empty if the plan cannot be read: that is reported where the plan is needed.
+    Empty if the plan cannot be read: the code that needs the plan reports this error.
     """
     try:
         others = [other for other in command_folders(folder) if other.path != folder.path]
@@ -277,9 +283,9 @@ def points_beside(folder: RunFolder) -> dict[str, Events]:
 
 
 def unreliable_hosts(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -> dict[str, str]:
-    """Hosts that have failed in more than one attempt since the command was typed, each with its failures in words.
+    """Return the hosts that failed in more than one attempt since the command was typed, with a text of their failures.
 
-    A host that has changed parameters, as a majority of the replicas shows, is unreliable at once: that is no chance.
+    A host that has changed parameters, by a majority of the replicas, counts after one failure: that is no chance.
 
     Args:
         events: event log of the run.
@@ -292,7 +298,7 @@ def unreliable_hosts(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -
 
 
 def hosts_to_avoid(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -> dict[str, str]:
-    """Hosts that a requeued job must not get again: the unreliable ones, and those that were lost or found sick.
+    """Return the hosts that a requeued job must not get again: unreliable, lost or sick hosts, each with the reason.
 
     The arguments are those of ``unreliable_hosts``.
     """
@@ -307,11 +313,12 @@ def hosts_to_avoid(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -> 
 
 
 def failures_of_hosts(events: Events, beside: Mapping[str, Events]) -> dict[str, list[str]]:
-    """Failures of each host since the command was typed, those of the points ``beside`` this run with their names.
+    """Return the failures of each host since the command was typed, in the order of the attempts.
 
-    There is at most one for an attempt, in the order of the attempts. A host has failed if it was lost, or if the rank
-    that failed first in an attempt ran there. An error about a lost peer says nothing about the host that noticed it.
-    If replicas of the parameters differed, all ranks fail, and the hosts are those of the replicas.
+    Each host has at most one failure per attempt. Failures of the points ``beside`` this run have the point's name. A
+    host has failed if it was lost, or if the first failed rank of an attempt ran there. A host whose rank only reports
+    a lost peer did not fail. If replicas of the parameters differ, all ranks fail, and the hosts of the wrong replicas
+    count.
     """
     found: dict[str, list[str]] = defaultdict(list)
     for name, log in {
@@ -341,7 +348,7 @@ def failures_of_hosts(events: Events, beside: Mapping[str, Events]) -> dict[str,
 
 
 def reasons(hosts: Mapping[str, str]) -> str:
-    """Reasons for which hosts are avoided, for the event log."""
+    """Return the hosts with their reasons as one text for the event log."""
     return " | ".join(f"{host}: {why}" for host, why in sorted(hosts.items()))
 
 
@@ -349,7 +356,7 @@ def reasons(hosts: Mapping[str, str]) -> str:
 
 
 def sizes_of_run(folder: RunFolder, config: Config) -> tuple[int, ...]:
-    """Numbers of nodes with which a run can start, from the largest, as its plan has them.
+    """Return the numbers of nodes with which a run can start, by its plan, largest first.
 
     Raises:
         ConfigError: the plan is damaged.
@@ -359,16 +366,16 @@ def sizes_of_run(folder: RunFolder, config: Config) -> tuple[int, ...]:
 
 
 def largest_size(sizes: Sequence[int], available: int) -> int | None:
-    """Return the first of ``sizes``, the largest first, that ``available`` nodes can make; None if there is none."""
+    """Return the largest of ``sizes`` (sorted, largest first) that ``available`` nodes allow; None if there is none."""
     return next((size for size in sizes if size <= available), None)
 
 
 def record_size(folder: RunFolder, attempt: int, full: int, hosts: Sequence[str], missing: Mapping[str, str]) -> None:
-    """Record that an attempt runs on fewer nodes than the run requests, or on all of them again.
+    """Record that an attempt runs on fewer nodes than the run requests, or again on all nodes.
 
     Args:
-        folder: of the run.
-        attempt: that starts.
+        folder: folder of the run.
+        attempt: number of the attempt that starts.
         full: number of nodes that the run requests.
         hosts: nodes of the attempt.
         missing: the other nodes of the job, each with the reason.
@@ -386,13 +393,13 @@ def record_size(folder: RunFolder, attempt: int, full: int, hosts: Sequence[str]
 
 
 BUDGET = "budget"
-"""Name of a request to stop that comes from the budget, in place of that of a signal."""
+"""Name of a request to stop that comes from the budget, in place of a signal's name."""
 LEAVE_S = 5.0
-"""From the end of the ranks to the end of the job, about."""
+"""Approximate seconds from the end of the ranks to the end of the job."""
 
 
 class Meter:
-    """Meter of the allocation's use, in a ``with`` block. It measures on the head node alone."""
+    """Meter of the allocation's use, for the length of a ``with`` block. Only the head node measures."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
@@ -406,7 +413,7 @@ class Meter:
         if self._node.is_head:
             self._close_killed_allocation()
             if self._node.is_slurm and not is_recorded(self._folder.read_events(), self._node.slurm_names):
-                # The launcher died before it could record its submission, or is slower than this agent.
+                # The launcher ended before it recorded its submission, or is slower than this agent.
                 record_found(self._folder, self._node.slurm_job, self._node.count, by="agent")
             # The batch script identifies the agent's process by its number and start time.
             pid = os.getpid()
@@ -420,13 +427,16 @@ class Meter:
             self._context.record("agent_ended", job=self._node.job, ended_at=time.time())
 
     def poll(self, *, is_leaving: bool) -> str | None:
-        """Every ``budget_poll_s``: give a heartbeat, and return a cap that is reached; None for a run that leaves."""
+        """Write a heartbeat every ``budget_poll_s`` and return the text of a reached cap; else None.
+
+        Returns None also for a run that is already leaving.
+        """
         if not self._node.is_head or time.monotonic() - self._polled < self._config.budget_poll_s:
             return None
         return self.poll_now(is_leaving=is_leaving)
 
     def poll_now(self, *, is_leaving: bool = False) -> str | None:
-        """Poll at once, whenever the last poll was. Records a cap that is reached."""
+        """Poll at once, without regard to the last poll. Records a cap that is reached."""
         if not self._node.is_head:
             return None
         self._polled = time.monotonic()
@@ -434,8 +444,8 @@ class Meter:
         budget, now = self._config.budget, time.time()
         if is_leaving or not caps(budget):
             return None
-        # A run that is requested to stop at the next poll, and not now, would be gone after so many seconds. Its ranks
-        # are killed after the grace period: a stop takes so long while no save was measured.
+        # A run that is requested to stop at the next poll would be gone after this many seconds. Ranks are killed after
+        # the grace period: without a measured save, a stop takes that long.
         grace, measured = float(self._config.resilience.grace_period_s), measure(self._folder)
         lead_s = self._config.budget_poll_s + LEAVE_S + (grace if measured is None else min(grace, measured.stop_s))
         event_logs, rates = read_event_logs(self._together), rates_of(self._config)
@@ -446,22 +456,22 @@ class Meter:
         return why
 
     def _close_killed_allocation(self) -> None:
-        """Record the end of an allocation that was killed, from its last heartbeat."""
+        """Record the end of an allocation that was killed, at its last heartbeat."""
         events = self._folder.read_events()
         ended = {end["job"] for end in select_events(events, "agent_ended")}
         lost = [start for start in select_events(events, "agent_started") if start["job"] not in ended]
         if lost:
-            # It may have continued until just before its next heartbeat.
+            # The allocation may have continued until just before its next heartbeat.
             seen = max(last_heartbeat(self._folder) or 0.0, lost[-1]["time"]) + self._config.budget_poll_s
             ended_at = min(seen, time.time())
             self._context.record("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 
     def _allocation(self) -> dict[str, Any]:
-        """Describe the allocation: nodes, GPUs, price, and the time from which it is charged."""
+        """Return nodes, GPUs and price of the allocation, and the time from which its use counts."""
         config, node = self._config, self._node
         begun, limit_s = time.time(), 60.0 * config.cluster.timeout_min
         if node.is_slurm:
-            with contextlib.suppress(scheduler.SlurmError):  # the agent started a moment after its job
+            with contextlib.suppress(scheduler.SlurmError):  # The agent started a moment after its job.
                 job = scheduler.job_details(node.slurm_job, retries=1)
                 begun, limit_s = job.start_time or begun, job.time_limit_s or limit_s
         placed = [{}, *select_events(self._folder.read_events(), "submitted")][-1]
@@ -475,7 +485,9 @@ class Meter:
     def _give_heartbeat(self) -> None:
         write_unwritten()
         file = heartbeat_file(self._folder)
-        with contextlib.suppress(OSError):  # a full disk; without heartbeats an allocation is charged by its events
+        # The disk is full. Without heartbeats, the events decide how much an allocation has used.
+        with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
-            os.utime(file, (time.time(),) * 2)  # by this node's clock, as the event log is, not by the file server's
+            # Uses this node's clock, as the event log does, instead of the file server's.
+            os.utime(file, (time.time(),) * 2)

@@ -1,4 +1,4 @@
-"""The ranks of one node, started and watched through torch elastic: one start, from its environment to its end."""
+"""The ranks of one node: started and watched through torch elastic, from their environment to their end."""
 
 from __future__ import annotations
 
@@ -48,20 +48,24 @@ from launch.workload import CodeTree
 
 
 START_RANK = 'cd -- "$1" && log="$2/rank_$(printf %05d "$RANK").log" && shift 2 && exec "$@" >>"$log" 2>&1 </dev/null'
-"""A shell opens the log, so that the log also holds the output of a program before its first line runs. ``exec`` leaves
-no shell behind, and the rank has the process id that elastic knows."""
+"""Shell script that starts a rank. The shell opens the log, which then also has output from before the program's first
+line.
+
+``exec`` leaves no shell behind, and the rank keeps the process id that elastic knows.
+"""
 
 
 @contextmanager
 def fork_server(context: RunContext) -> Iterator[ForkServer | None]:
-    """Keep the fork server of this node for a ``with`` block; None if ranks are to be executed.
+    """Run the fork server of this node during a ``with`` block; yields None if ranks are to be executed.
 
-    To be opened before there are threads. The server imports while the agents meet, on a spare node as well.
+    Open the block before there are threads. The server imports libraries while the agents meet, also on a spare node.
     """
     folder, config = context.folder, context.config
     workload = workload_of(config)
     preload = workload.command(config, folder, max(folder.attempts(), default=0) + 1).preload
-    has_threads = threading.active_count() > 1  # started by a site's additions to Python, as by sitecustomize
+    # A site's additions to Python, such as sitecustomize, have started a thread.
+    has_threads = threading.active_count() > 1
     if config.resilience.fork_ranks and preload and has_threads:
         print("launch: ranks are executed, not forked: this agent has threads already", file=sys.stderr)
     if not (config.resilience.fork_ranks and preload) or has_threads:
@@ -72,24 +76,25 @@ def fork_server(context: RunContext) -> Iterator[ForkServer | None]:
 
 
 def code_of_ranks(folder: RunFolder, tree: CodeTree) -> CodeTree:
-    """The code that ranks run: the copy taken at submission if the run has one."""
+    """Return the code that ranks run: the copy that was made at submission, if the run has one."""
     copied = read_plan(folder).get("code")
     return tree if copied is None or tree.has_launcher else replace(tree, root=Path(copied))
 
 
 def state_of(tree: CodeTree) -> dict[str, tuple[int, int]]:
-    """Time of the last change in ns and size of every file of the code."""
+    """Return the modification time in ns and the size of every file of the code."""
     stats = {name: path.stat() for name, path in tree.files(tree.root)}
     return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
 
 
 def prepare_environment(node: Node, config: Config, address: str) -> None:
-    """Set the variables that all ranks inherit."""
+    """Set the environment variables that all ranks inherit."""
     set_default_threads()
     os.environ["PYTHONUNBUFFERED"] = "1"
-    # All nodes have the same ranks: elastic's agents need not write the sizes into a store that others can reach.
+    # All nodes have the same number of ranks, so elastic's agents need not write sizes into a store that strangers can
+    # reach.
     os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
-    # Elastic would kill the ranks on SIGTERM; this agent requests them to save. A hang-up stays with elastic.
+    # Elastic would kill the ranks on SIGTERM; this agent requests them to save. Only SIGHUP remains with elastic.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     interface = interface_of(address)
     if interface is not None:
@@ -103,7 +108,7 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
 
 
 def describe_run(attempt: Attempt) -> None:
-    """Set the variables by which ranks find their run, and those of their workload."""
+    """Set the environment variables of the run for the ranks, and the variables of the workload."""
     folder, group, command, number = attempt.folder, attempt.group, attempt.command, attempt.number
     set_defaults(typed=command.env)
     set_dump_file(folder.path, folder.attempt(number), typed=command.env)
@@ -124,11 +129,11 @@ def describe_run(attempt: Attempt) -> None:
 
 
 CLOSING_S = 5.0
-"""Longest wait for the end of a memory store."""
+"""Longest wait in seconds for the end of a memory store."""
 
 
 class MemoryStore:
-    """The memory store of this agent, for the length of a ``with`` block. Started at its first use."""
+    """The memory store of this agent, for the length of a ``with`` block. It starts at its first use."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -138,19 +143,19 @@ class MemoryStore:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the store; its checkpoints are gone."""
+        """End the store. Its checkpoints are lost."""
         process, self._process = self._process, None
         if process is not None:
             try:
-                process.communicate(timeout=CLOSING_S)  # closes its standard input
+                process.communicate(timeout=CLOSING_S)  # Closing standard input ends the store.
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
 
     def environment(self, address: str, secret: str) -> Mapping[str, str]:
-        """Return the variables with which ranks find the store, which listens on ``address``. A dead store is replaced.
+        """Return the variables with which ranks find the store on ``address``. Replaces a dead store.
 
-        If a store cannot be started, standard error says so, and the ranks have no store.
+        If a store cannot be started, standard error has the reason, and the ranks run without a store.
         """
         if self._process is None or self._process.poll() is not None:
             self._start(address, secret)
@@ -174,15 +179,17 @@ class MemoryStore:
 
 
 def run_ranks(context: AgentContext, rdzv: RendezvousRound) -> str | None:
-    """Start this node's ranks and watch them to their end.
+    """Start this node's ranks and watch them until all have ended.
+
+    The function also records the end of ranks that could not record it: ranks that were killed, hung, died before their
+    code ran, or belong to a workload without records.
 
     Args:
-        context: its config has the nodes of this start. A fork server whose code has changed since is not used.
-        rdzv: the agents that take part in this start.
+        context: its config has the nodes of this start. A fork server with outdated code is not used.
+        rdzv: members of this start and their store.
 
     Returns:
-        None if all ranks left in order, else what went wrong. Records the end of ranks that could not do so: they were
-        killed, hung, died before their code ran, or belong to a workload without records.
+        None if all ranks left in order, else the failure as text.
 
     Raises:
         InterruptedError: a stop was requested before the ranks of all nodes had started.
@@ -206,7 +213,7 @@ def run_ranks(context: AgentContext, rdzv: RendezvousRound) -> str | None:
         try:
             with gpu_telemetry(context, rdzv.attempt):
                 result = rank_agent.run()
-        except dist.DistError as error:  # the store is gone, and with it the head node
+        except dist.DistError as error:  # The store is gone, and the head node with it.
             rank_agent.send(signal.SIGKILL)
             return f"the nodes did not meet, or the head node's store does not answer: {error}"
         finally:
@@ -216,33 +223,33 @@ def run_ranks(context: AgentContext, rdzv: RendezvousRound) -> str | None:
         records.record_silent_failures(result, rank_agent.killed)
         group.report_failed(rdzv.number)
         return watch.kill_reason or "ranks failed on this node"
-    if watch.kill_reason is None:  # else nothing went wrong on this node, but on another
+    if watch.kill_reason is None:  # Otherwise the failure is on another node.
         records.record_end(rank_agent.asks_for_requeue)
     return watch.kill_reason
 
 
-# Torch elastic, its private parts included, in one place: the rendezvous of a start, and the agent of a node's ranks.
+# All uses of torch elastic, including its private parts: the rendezvous of a start, and the agent of a node's ranks.
 
 
 LAST_MESSAGES_S = 3.0
-"""Time after the first failure in which other ranks can still record their own."""
+"""Seconds after the first failure in which other ranks can still record their own failures."""
 HERE = "here"
-"""Key in the store of a start: how many nodes are about to start their ranks."""
+"""Key in the store of an attempt: the number of nodes that are about to start their ranks."""
 VERDICT = "verdict"
-"""Key in it: ``GO``, ``LEAVE`` or ``AGAIN`` for all nodes; the first node that writes it decides."""
+"""Key in the store of an attempt: ``GO``, ``LEAVE`` or ``AGAIN`` for all nodes. The first node that writes decides."""
 GO, LEAVE, AGAIN = "go", "leave", "again"
 
 
 class FixedRendezvous(RendezvousHandler):
-    """Elastic's rendezvous for agents that have agreed already on the members and the address.
+    """Rendezvous for torch elastic with members and an address on which the agents have agreed.
 
     Args:
-        attempt: that starts.
-        watch: finds lost nodes until all members have come.
+        attempt: the attempt that starts.
+        watch: finds lost nodes until all members have arrived.
     """
 
     use_agent_store = True
-    """The ranks use the same store: no further port is opened that could be taken."""
+    """The ranks use the same store, so no further port is opened that another process could take."""
 
     def __init__(self, attempt: Attempt, watch: Watch) -> None:
         self._attempt = attempt
@@ -256,8 +263,8 @@ class FixedRendezvous(RendezvousHandler):
         """Return the place of this node among the members, and the store for the ranks.
 
         Raises:
-            InterruptedError: a node was requested to leave before all had come here.
-            torch.distributed.DistStoreError: a node did not come, or was lost before it could.
+            InterruptedError: a node was requested to leave before all nodes had arrived here.
+            torch.distributed.DistStoreError: a node did not arrive, or was lost before it could.
         """
         self._meet()
         rdzv, token = self._attempt.rdzv, self._attempt.group.token
@@ -266,9 +273,9 @@ class FixedRendezvous(RendezvousHandler):
         return RendezvousInfo(store, self._attempt.place, len(rdzv.members), where)
 
     def _meet(self) -> None:
-        """Wait for the other nodes in Python: elastic's own waits, in C++, ignore signals until the timeout.
+        """Wait for the other nodes in Python. Elastic waits in C++, which ignores signals until the timeout.
 
-        One verdict for all: if a node left and another continued, that one would wait.
+        All nodes follow one verdict: if one node left and another continued, the second node would wait.
         """
         attempt, count = self._attempt, len(self._attempt.rdzv.members)
         store = dist.PrefixStore(derive(attempt.group.token, "rendezvous"), self._store)
@@ -297,13 +304,13 @@ class FixedRendezvous(RendezvousHandler):
         self._departures.set(f"left/{self._attempt.place}", "left")
 
     def have_all_left(self) -> bool:
-        """Return whether the ranks of all nodes have left. One node reads all records, and writes one for all."""
+        """Return whether the ranks of all nodes have left. One node reads all records and writes one for all nodes."""
         keys = [f"left/{place}" for place in range(len(self._attempt.rdzv.members))]
         if self._attempt.place == 0 and None not in self._departures.read(keys):
             self._departures.set("left/all", "left")
         return self._departures.read(["left/all"]) == ["left"]
 
-    # Required by elastic: it serves one round, and the store belongs to the head node's agent group.
+    # Elastic requires these methods. The object serves one round, and the store belongs to the head node's agent group.
 
     def get_backend(self) -> str:
         return "fixed"
@@ -324,7 +331,7 @@ class FixedRendezvous(RendezvousHandler):
 
 
 class RankAgent(LocalElasticAgent):
-    """Elastic's agent for the ranks of one node in one attempt, which polls ``watch`` and ``records`` meanwhile."""
+    """Elastic's agent for the ranks of one node in one attempt. It polls ``watch`` and ``records`` while ranks run."""
 
     def __init__(self, attempt: Attempt, watch: Watch, records: RankRecords) -> None:
         config, command = attempt.config, attempt.command
@@ -333,7 +340,7 @@ class RankAgent(LocalElasticAgent):
         self._records = records
         self._meeting = FixedRendezvous(attempt, watch)
         self._cpus: Sequence[frozenset[int]] | None = None
-        """CPUs that each rank is bound to, by local rank; None binds no rank."""
+        """CPUs that each rank is bound to, by local rank; None if ranks are not bound."""
         if config.cluster.bind_cpus:
             self._cpus = numa.cpus_of_ranks(config.ranks_on_node, visible_gpus(), os.sched_getaffinity(0))
         records.begin(self._cpus)
@@ -344,29 +351,32 @@ class RankAgent(LocalElasticAgent):
             entrypoint="/bin/sh",
             args=("-c", START_RANK, "sh", self._workdir, str(logs), *command.args),
             rdzv_handler=self._meeting,
-            max_restarts=0,  # the agents decide on restarts
+            max_restarts=0,  # The agents decide on restarts, not elastic.
             monitor_interval=POLL_S,
             local_addr=attempt.group.address,
         )
-        # Elastic needs a folder for error files alone: the ranks write their logs themselves.
+        # Elastic needs a folder for error files only: the ranks write their logs themselves.
         super().__init__(spec, DefaultLogsSpecs(str(attempt.heartbeats / "errors")))
         self._first_exit: float | None = None
         self._server = attempt.server
-        """Forks the ranks, if it has imported the code that they run; None if ranks are executed."""
+        """Server that forks the ranks, if it has imported their code; None if ranks are executed."""
         if self._server is not None and self._server.code != state_of(attempt.tree):
             print("launch: ranks are executed, not forked: the code has changed", file=sys.stderr)
             self._server = None
         if self._server is not None:
-            self._server.wait_ready(lambda: attempt.stop.count > 0)  # the first poll stops the ranks
+            # A stop is already requested: the first poll stops the ranks.
+            self._server.wait_ready(lambda: attempt.stop.count > 0)
         self.killed: set[int] = set()
-        """Ranks that this agent ended: their end explains nothing."""
+        """Ranks that this agent killed. Their exit statuses do not show the cause of a failure."""
         self.is_given_up = False
-        """True if there is nothing to wait for any more: another node has failed, or is lost."""
+        """True if waiting has no use: another node has failed, or is lost."""
         self.asks_for_requeue = False
-        """True if ranks have left with the exit status that means: saved, requeue the job."""
+        """True if ranks have left with the exit status that means: the run is saved, requeue the job."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        """Start the ranks, by forks if possible: elastic makes their handlers by a function of its module."""
+        """Start the ranks, by forks if possible. Elastic creates their handlers with a function that is replaced
+        here.
+        """
         attempt, server, cpus, workdir = self._attempt, self._server, self._cpus, self._workdir
         original = elastic_processes.get_subprocess_handler
 
@@ -390,7 +400,7 @@ class RankAgent(LocalElasticAgent):
 
     def _poll(self) -> None:
         self._watch.poll(self)
-        # After a request to stop no lost nodes are looked for; ranks that outstay the grace period are killed.
+        # After a request to stop, the agent looks for no lost nodes. It kills ranks that outlast the grace period.
         stop, grace_s = self._attempt.stop, self._attempt.config.resilience.grace_period_s
         is_late = stop.count > 0 and time.monotonic() > stop.since + grace_s + LAST_MESSAGES_S
         self.is_given_up = self._watch.kill_reason is not None or is_late
@@ -398,7 +408,7 @@ class RankAgent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         self._poll()
-        codes: list[int | None] = []  # exit status of each rank of this node, None of one that runs
+        codes: list[int | None] = []  # Exit status of each rank of this node; None while the rank runs.
         if isinstance(self._pcontext, SubprocessContext):
             codes = [handler.proc.poll() for handler in self._pcontext.subprocess_handlers.values()]
         if self._wait_for_others(codes):
@@ -411,29 +421,31 @@ class RankAgent(LocalElasticAgent):
         return super()._monitor_workers(worker_group)
 
     def _wait_for_others(self, codes: Sequence[int | None]) -> bool:
-        """Return whether a rank has failed, or left, and the other ranks still have a moment for their own messages.
+        """Return whether the other ranks still have a moment to record their ends after one rank failed or left.
 
-        Elastic would end them right away: the echo of a failure, which comes first, would hide the failure. Ranks that
-        are stuck with the lost rank are then killed; elastic would wait for them for half a minute.
+        Elastic would end the other ranks at once. A lost peer's error often comes first and would hide the original
+        failure. Ranks that wait for the lost rank are killed here; elastic would wait half a minute.
         """
         if None not in codes or not any(codes):
             return False
         if self._first_exit is None:
             self._first_exit = time.monotonic()
         is_requeue = {code for code in codes if code} == {self._attempt.contract.requeue_exit}
-        patience_s = self._attempt.config.resilience.grace_period_s if is_requeue else LAST_MESSAGES_S  # may save still
+        # The rank may still save.
+        patience_s = self._attempt.config.resilience.grace_period_s if is_requeue else LAST_MESSAGES_S
         if time.monotonic() - self._first_exit < patience_s:
             return True
         self.send(signal.SIGKILL)
         return False
 
     def _exit_barrier(self) -> None:
-        """Wait until the ranks of all other nodes have left, too, and poll meanwhile.
+        """Wait until the ranks of all other nodes have left too, and poll meanwhile.
 
-        Elastic's own barrier gives up after five minutes, also while ranks of another node fail or work, without a
-        message: the run then counted as finished.
+        Elastic's own barrier gives up silently after five minutes, even while ranks of another node fail or work. The
+        run would then count as finished.
         """
-        with contextlib.suppress(dist.DistError):  # the head node knows how the attempt ended, and has closed its store
+        # The head node knows how the attempt ended, and has closed its store.
+        with contextlib.suppress(dist.DistError):
             self._meeting.report_left()
             while not self.is_given_up and not self._meeting.have_all_left():
                 self._poll()
@@ -448,7 +460,7 @@ class RankAgent(LocalElasticAgent):
                     self.killed.add(rank)
 
     def ranks(self) -> dict[int, int]:
-        """Process ids of this node's ranks that have not been reaped, by rank."""
+        """Return the process ids of this node's ranks that have not been reaped, by rank."""
         if not isinstance(self._pcontext, SubprocessContext):
             return {}
         workers = self._worker_group.workers

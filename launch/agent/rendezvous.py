@@ -1,7 +1,7 @@
-"""Rendezvous of the node agents: which nodes take part in each start of the ranks, and which nodes are lost.
+"""Rendezvous of the agents: which nodes take part in each start of the ranks, and which nodes are lost.
 
-The head node decides, and the other agents follow its messages. If there are more nodes than a run needs, the rest are
-spares and wait.
+The head node decides, and the other agents follow its messages. Nodes beyond the number that the run needs are spares
+and wait.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from launch.agent.policy import NO_HOSTS, RunFailedError, largest_size, reasons,
 from launch.runs.folder import writing_into
 
 SPARE_WAIT_S = 10.0
-"""Time for which a round with enough nodes waits for further nodes."""
+"""Seconds for which a round with enough nodes waits for further nodes."""
 SPARE_CHECK_S = 60.0
-"""Between two health checks of a spare that waits for its turn."""
+"""Seconds between two health checks of a spare that waits."""
 ROOM_POLL_S = 2.0
 ASK_SLURM_S = 30.0
-"""Between two questions to Slurm whether absent nodes still belong to the job."""
+"""Seconds between two queries to Slurm whether absent nodes still belong to the job."""
 ECHO_S = 8.0
-"""After a lost connection that no rank explains, a node that is silent for so long counts as the reason."""
+"""Seconds of silence after which a node counts as the cause of a lost connection that no rank explains."""
 GOODBYE_S = 10.0
 OVER_S = 5.0
 
 
 class AgentGroup:
-    """The agents of one job, as the agent of this node sees them."""
+    """The agents of one job, from the point of view of this node's agent."""
 
     def __init__(self, context: RunContext, endpoint: RendezvousEndpoint) -> None:
         node, config = context.node, context.config
@@ -59,7 +59,7 @@ class AgentGroup:
         self._limits = config.resilience
         self._sizes = sizes_of_run(context.folder, config) if node.is_head else (config.nodes,)
         self.address = endpoint.address
-        """Address of this node, as the other nodes reach it."""
+        """Address at which the other nodes reach this node."""
         self.token = endpoint.token
         """Secret that the agents of this job share."""
         self.heartbeat = Heartbeat(node.index, node.count, SignedStore(endpoint.store, endpoint.token, "heartbeats"))
@@ -67,26 +67,26 @@ class AgentGroup:
         self._failed = -1
         self._has_recorded_foreign = False
         self.lost: dict[int, NodeProblem] = {}
-        """On the head node: the nodes that take no more part in this job."""
-        self._stores: list[dist.TCPStore] = []  # stay open for ranks that are still leaving the round before
+        """Lost nodes, which take no further part in this job. Only the head node fills this."""
+        self._stores: list[dist.TCPStore] = []  # Stores stay open for ranks that are still leaving the previous round.
 
     # On every node.
 
     def next_round(self, number: int, avoid: Mapping[str, str] = NO_HOSTS) -> RendezvousRound | None:
-        """Agree on round ``number``, counted from 0. None if the run is over.
+        """Agree on round ``number``, counted from 0. Returns None if the run is over.
 
-        Every node checks its health first and publishes the result; a sick node takes no part.
+        Every node checks its health first and publishes the result. A sick node takes no part.
 
         Args:
-            number: of the round.
-            avoid: hosts that take part only if there are no others, each with the reason (head node).
+            number: number of the round.
+            avoid: on the head node, hosts that take part only if no others are left, each with the reason.
 
         Raises:
-            TooFewNodesError: on the head node, if too few nodes are left, or too few of them are healthy.
+            TooFewNodesError: on the head node, if too few healthy nodes are left.
             HeadNodeLostError: elsewhere, if the head node is lost.
             RunFailedError: elsewhere, if the run has failed and does not start again.
         """
-        # A full filesystem that all nodes share is waited for: a run continues when there is room again.
+        # The agents wait while a shared filesystem is full: a run continues when there is space again.
         deadline = time.monotonic() + (self._limits.rendezvous_timeout_s / 2 if number else 0)
         faults = self._health.examine()
         while faults and all(fault.part == RUN_FOLDER for fault in faults) and time.monotonic() < deadline:
@@ -99,11 +99,11 @@ class AgentGroup:
         self.heartbeat.publish(host=self._node.host, ready=number, faults=tuple(faults))
 
     def report_failed(self, number: int) -> None:
-        """Have the other agents end their ranks of round ``number`` now, and not at the timeout of a collective."""
+        """Have the other agents end their ranks of round ``number`` at once, before a collective times out."""
         self.heartbeat.publish(failed=number)
         if number > self._failed:
             self._failed = number
-            self.heartbeat.hurry()  # every node waits for the next messages
+            self.heartbeat.hurry()  # Every node waits for the next messages.
 
     def has_failed(self, number: int) -> bool:
         """Return whether ranks of another node have failed in round ``number``."""
@@ -114,14 +114,14 @@ class AgentGroup:
             self._context.record("foreign_message", host=self._node.host, key=heartbeat.store.foreign, cause=cause)
         has_failed = any(message.failed >= number for message in list(heartbeat.received.values()))
         if has_failed and self._node.is_head:
-            self.report_failed(number)  # the other nodes read the messages of the head node alone
+            self.report_failed(number)  # The other nodes read only the messages of the head node.
         elif has_failed and number > self._failed:
             self._failed = number
             heartbeat.hurry()
         return has_failed
 
     def close(self) -> None:
-        """Leave. The head node waits until the other agents have its last message before its store closes."""
+        """Leave the group. The head node's store closes after the other agents have received its last message."""
         self.heartbeat.publish(bye=True)
         if not self.head_is_lost():
             self.heartbeat.flush(OVER_S)
@@ -135,17 +135,19 @@ class AgentGroup:
     # On the head node.
 
     def end(self, failure: str | None = None) -> None:
-        """Publish that there are no further rounds, and why if the run failed."""
+        """Publish that there are no further rounds, with the reason if the run failed."""
         write_endpoint(self._context.folder, self._node, over=True, failure=failure)
         self.heartbeat.publish(over=True, failure=failure)
 
     def find_silent(self, rdzv: RendezvousRound) -> list[NodeProblem]:
-        """Return the members of a round that were silent for ``resilience.node_timeout_s``; they are now lost."""
+        """Mark the members of a round that were silent for ``resilience.node_timeout_s`` as lost, and return them."""
         limit = self._limits.node_timeout_s
         return [self._lose(i, self._silence_text(i)) for i in rdzv.members if i and self._silence(i) > limit]
 
     def find_reason(self, rdzv: RendezvousRound) -> list[NodeProblem]:
-        """After a lost connection: wait for two heartbeats of every other member. Members without them are lost."""
+        """Wait for two heartbeats of every other member after a broken connection. Returns the members without them, as
+        lost.
+        """
         heartbeat = self.heartbeat
         waiting = {index: heartbeat.of(index).beat for index in rdzv.members if index and index not in self.lost}
         limit = min(ECHO_S, self._limits.node_timeout_s)
@@ -158,7 +160,7 @@ class AgentGroup:
 
     @property
     def next_size(self) -> int | None:
-        """Number of nodes of the next round, as far as they are healthy; None if too few are left."""
+        """Return the number of nodes of the next round, if the nodes are healthy; None if too few nodes are left."""
         return largest_size(self._sizes, self._node.count - len(self.lost))
 
     def _open_round(self, number: int, avoid: Mapping[str, str]) -> RendezvousRound:
@@ -187,10 +189,10 @@ class AgentGroup:
         return rdzv
 
     def _gather(self, number: int) -> tuple[list[int], list[NodeProblem]]:
-        """Wait for all nodes that are left, and longer than needed for spares. Returns healthy and sick nodes."""
+        """Wait for all remaining nodes, and then for spares. Returns healthy and sick nodes."""
         began = asked = time.monotonic()
         while (size := self.next_size) is not None:
-            # A node that came to this round long before the others, as a spare does, may be gone by now.
+            # A spare can reach this round long before the other nodes, and may be gone by now.
             present = {i: m for i, m in self._present().items() if self._silence(i) <= self._limits.node_timeout_s}
             present[0] = self.heartbeat.of(0)
             ready = {index: message for index, message in present.items() if message.ready >= number}
@@ -198,7 +200,7 @@ class AgentGroup:
             absent = [i for i in range(1, self._node.count) if i not in ready and i not in self.lost]
             waited = time.monotonic() - began
             healthy = sorted(ready.keys() - {one.index for one in sick})
-            # An absent node may come: a round with fewer nodes begins only if no node is absent.
+            # An absent node may still arrive: a round with fewer nodes begins only if no node is absent.
             is_enough = len(healthy) >= (size if absent else self._sizes[-1])
             if 0 in healthy and is_enough and (not absent or waited > SPARE_WAIT_S):
                 return healthy, sick
@@ -223,11 +225,11 @@ class AgentGroup:
         return NodeProblem(index, self._host(index), why, all(fault.part == RUN_FOLDER for fault in faults))
 
     def _present(self) -> dict[int, Message]:
-        """Messages of the other nodes that have sent one and are not lost."""
+        """Return the messages of the other nodes that have sent one and are not lost."""
         return {i: message for i, message in list(self.heartbeat.received.items()) if i not in self.lost}
 
     def _silence(self, index: int) -> float:
-        return self.heartbeat.silence(index) or 0.0  # a node that never came has rendezvous_timeout_s
+        return self.heartbeat.silence(index) or 0.0  # A node that never arrived has rendezvous_timeout_s.
 
     def _silence_text(self, index: int) -> str:
         return f"silent for {self._silence(index):.0f} s"
@@ -244,7 +246,7 @@ class AgentGroup:
     def _await_round(self, number: int) -> RendezvousRound | None:
         checked = time.monotonic()
         while True:
-            if time.monotonic() - checked > SPARE_CHECK_S:  # a spare may wait for days
+            if time.monotonic() - checked > SPARE_CHECK_S:  # A spare may wait for days.
                 self._report_ready(number, self._health.examine())
                 checked = time.monotonic()
             head = self.heartbeat.of(0)
@@ -258,23 +260,26 @@ class AgentGroup:
             if head.round is not None and head.round.number >= number:
                 return head.round
             if number:
-                self.has_failed(number - 1)  # a spare hurries, too: only a failure shows that it is needed
+                self.has_failed(number - 1)  # A spare polls quickly too: only a failure shows that the spare is needed.
             time.sleep(self.heartbeat.poll_s)
 
     @property
     def announced_attempt(self) -> int | None:
-        """Newest attempt that the head node has announced to this node; None if there is none."""
+        """Return the newest attempt that the head node has announced to this node; None if there is none."""
         announced = self.heartbeat.of(0).round
         return None if announced is None else announced.attempt
 
     def head_is_lost(self) -> bool:
-        """Return whether the head node, which decides, is silent."""
+        """Return whether the head node is silent for too long."""
         silent = self.heartbeat.silence(0)
         is_silent = silent is not None and silent > self._limits.node_timeout_s
         return self.heartbeat.lost_connection is not None or is_silent
 
     def _last_failure(self) -> str | None:
-        """Return the failure in the endpoint file if the head node has ended the run there; else it is lost."""
+        """Return the failure with which the head node has ended the run, from the endpoint file.
+
+        None if the file has no failure: then the head node is lost.
+        """
         why = self._silence_text(0)
         if self.heartbeat.lost_connection is not None:
             silent = f", {why}" if self._silence(0) >= 1 else ""
@@ -291,10 +296,10 @@ class AgentGroup:
 
 @contextmanager
 def join(context: RunContext) -> Iterator[AgentGroup]:
-    """Find the other agents of this job for the length of a ``with`` block.
+    """Find the other agents of this job, for the length of a ``with`` block.
 
     Raises:
-        TimeoutError: the head node did not show up in ``resilience.rendezvous_timeout_s``.
+        TimeoutError: the head node did not appear within ``resilience.rendezvous_timeout_s``.
     """
     limits = context.config.resilience
     endpoint = open_endpoint(context.folder, context.node, limits.rendezvous_timeout_s, limits.node_timeout_s)

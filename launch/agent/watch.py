@@ -1,4 +1,6 @@
-"""This node's ranks while they run: requests to stop, hung ranks, lost nodes, and the records of ranks."""
+"""Watch of this node's running ranks: requests to stop, hung ranks, lost nodes, and records for ranks without
+their own.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from launch.agent.ranks import RankAgent
 
 
-# Hang detector: finds ranks of this node that are stopped, frozen as a whole, or without progress.
+# Hang detector: finds ranks of this node that are stopped, frozen, or without progress.
 
 
 SLOW = (Phase.starting, Phase.saving, Phase.leaving)
@@ -48,40 +50,40 @@ PAUSED_S = 5.0
 STACK_SIGNAL = signal.SIGQUIT
 """Signal at which ranks write the stacks of all their threads into their log (faulthandler)."""
 STACK_BEGUN = b"(most recent call first)"
-"""End of the first line of each thread."""
+"""End of the first line of each thread's stack."""
 STACK_WAIT_S = 3.0
-"""Longest wait for the first line."""
+"""Longest wait in seconds for the first line of the stacks."""
 STACK_END_S = 20.0
-"""Longest wait for the last line, on a node with more to do than cores to do it."""
+"""Longest wait in seconds for the last line of the stacks, on a node whose cores are all busy."""
 NEARLY = 0.8
-"""Share of its limit after which a silent rank is named too, if another rank has reached its limit."""
+"""Share of its limit after which a silent rank is also reported, if another rank has reached its limit."""
 
 
 @dataclass(frozen=True)
 class StuckRank:
-    """A rank without progress."""
+    """A rank that makes no progress."""
 
     rank: int
     pid: int
     step: int | None
-    """Steps done; None without a heartbeat."""
+    """Number of steps done; None without a heartbeat."""
     why: str
     since: float
-    """Time of its last progress, Unix time."""
+    """Time of the rank's last progress, Unix seconds."""
     has_stacks: bool
-    """True if it answers ``STACK_SIGNAL``, which ends any other process, with a core file."""
+    """True if the rank writes its stacks at ``STACK_SIGNAL``. The signal ends any other process, with a core file."""
 
 
 class Watchdog:
-    """Reads the heartbeats of this node's ranks.
+    """Finds silent ranks of this node by their heartbeats and logs.
 
     Args:
-        folder: the heartbeat files of the ranks, none of them older than this start.
-        limits: how long each kind of silence may last.
-        logs: the log of each rank.
-        must_attach: whether a rank without a heartbeat is late after ``startup_and_save_timeout_s``. Otherwise such a
-            rank knows nothing of the launcher, and only its log shows progress.
-        silence_timeout_s: longest time without growth of the log of such a rank; None: no limit.
+        folder: folder with the heartbeat files of the ranks, all of this start.
+        limits: longest silence of each kind.
+        logs: log of each rank.
+        must_attach: True if a rank without a heartbeat is late after ``startup_and_save_timeout_s``. Otherwise such a
+            rank does not know the launcher, and only its log shows progress.
+        silence_timeout_s: longest time in seconds without growth of such a rank's log; None: no limit.
     """
 
     def __init__(
@@ -99,12 +101,16 @@ class Watchdog:
         self._silence_timeout_s = silence_timeout_s
         self._started = self._polled = time.monotonic()
         self._printed: dict[int, tuple[int, float]] = {}
-        """Size of each rank's log, and time of its last growth."""
+        """Rank -> size of its log, and time of the log's last growth."""
 
     def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[StuckRank]:
-        """Return those of ``ranks`` (rank: process id) that were silent for ``share`` of their limit, longest first.
+        """Return the ranks that were silent for ``share`` of their limit, longest silence first.
 
-        After a pause of this process itself (``scontrol suspend`` stops all alike) every limit begins anew.
+        After a pause of this process itself, every limit begins anew (``scontrol suspend`` stops all processes alike).
+
+        Args:
+            ranks: rank -> process id.
+            share: part of the limit, from 0 to 1.
         """
         now = time.monotonic()
         if now - self._polled > PAUSED_S:
@@ -115,13 +121,13 @@ class Watchdog:
             last = heartbeat.read(self._folder / str(rank))
             silence = self._check_without(rank, now, share) if last is None else self._check(last, now, share)
             if silence is not None:
-                # The rank itself has the heartbeat, also if a wrapper runs between the rank and the agent.
+                # The rank itself writes the heartbeat, even if a wrapper runs between the rank and the agent.
                 pid, step = (pid, None) if last is None else (last.pid, last.step)
                 found.append(StuckRank(rank, pid, step, silence[1], time.time() - silence[0], last is not None))
         return sorted(found, key=lambda stuck: stuck.since)
 
     def _check(self, last: RankHeartbeat, now: float, share: float) -> tuple[float, str] | None:
-        """Seconds of silence and its description; None below the limit."""
+        """Return the seconds of silence and their description; None below the limit."""
         limits = self._limits
         frozen_s = now - max(last.ran_at, self._started)
         if frozen_s > limits.heartbeat_timeout_s * share:
@@ -134,7 +140,7 @@ class Watchdog:
         return None
 
     def _check_without(self, rank: int, now: float, share: float) -> tuple[float, str] | None:
-        """As ``_check``, of a rank without a heartbeat."""
+        """Return the same as ``_check`` for a rank without a heartbeat."""
         silent_s = now - self._started
         if self._must_attach and silent_s > self._limits.startup_and_save_timeout_s * share:
             return silent_s, f"not started after {silent_s:.0f} s"
@@ -150,9 +156,9 @@ class Watchdog:
 
 
 def stack_of(pid: int, log: Path) -> str:
-    """The stacks of a rank's threads, which it writes into its log at a signal; empty if it does not answer.
+    """Return the stacks that a rank writes into its log at a signal; empty if the rank does not answer.
 
-    A stopped process answers only when it continues: this function continues it, and the caller must end it then.
+    A stopped process answers only when it continues. This function continues the process; the caller must end it then.
     """
     before, blocking = _size(log), processes.threads_handling(pid, STACK_SIGNAL)
     try:
@@ -163,7 +169,7 @@ def stack_of(pid: int, log: Path) -> str:
     asked = time.monotonic()
     while True:
         time.sleep(0.05)
-        # Before the log is read, so that the log holds everything that was written until then.
+        # Ended before the log is read, so that the log contains all output so far.
         is_done = processes.is_gone(pid)
         is_writing = bool(processes.threads_handling(pid, STACK_SIGNAL) - blocking)
         with log.open("rb") as file:
@@ -182,11 +188,11 @@ def _size(log: Path) -> int:
 # Conditions that an agent polls while its ranks run.
 
 
-STOP_FILE_S = 1.0  # each look asks a shared filesystem
+STOP_FILE_S = 1.0  # Each poll queries a shared filesystem.
 
 
 class Watch:
-    """Conditions that an agent polls several times a second, besides the exit of its ranks."""
+    """Conditions that an agent polls several times a second, in addition to the exit of its ranks."""
 
     def __init__(self, attempt: Attempt) -> None:
         config, contract, group = attempt.config, attempt.contract, attempt.group
@@ -195,7 +201,7 @@ class Watch:
         self._stop = attempt.stop
         self._round = attempt.rdzv
         logs = {rank: attempt.log(rank) for rank in attempt.ranks}
-        # Ranks that record their end have a heartbeat too, so a rank without one is late.
+        # Ranks that record their end have a heartbeat too, so a rank without a heartbeat is late.
         self._watchdog = Watchdog(
             attempt.heartbeats, config.resilience, logs, contract.records_events, contract.silence_timeout_s
         )
@@ -210,7 +216,7 @@ class Watch:
         """Reason for which this agent ended its ranks; None if it did not."""
 
     def poll(self, agent: RankAgent) -> None:
-        """Stop the ranks on request, and end ranks that outstay the request, are stuck, or have lost their peers."""
+        """Stop the ranks on request. End ranks that outlast the grace period, hang, or have lost their peers."""
         stop, group, number = self._stop, self._group, self._round.number
         stop.interruptible = False
         owner = os.environ.get(OWNER)
@@ -233,9 +239,9 @@ class Watch:
             agent.send(signal.SIGKILL)
 
     def _finds_stop_file(self) -> bool:
-        """Return whether the run folder has a file STOP, and the ranks do not look for that file themselves.
+        """Return whether the agent has to obey a file STOP in the run folder, because the ranks do not look for it.
 
-        Every agent looks: a program that knows nothing of the launcher learns of the file only from its own agent.
+        Every agent looks: a program that does not know the launcher learns of the file only from its own agent.
         """
         now = time.monotonic()
         if self._stop.count or now - self._looked_for_file < STOP_FILE_S:
@@ -249,17 +255,19 @@ class Watch:
         if not self._has_signalled:
             self._has_signalled = True
             attempt.record("signalled", attempt=attempt.number, host=attempt.node.host, signal=stop.name)
-            # For programs that know nothing of the launcher, and ranks that do not poll yet: they end now. For a rank
-            # that polls it is one more request for the stop that the agents agree on.
+            # Programs that do not know the launcher, and ranks that do not poll yet, end now. A rank that polls gets
+            # one more request for the stop on which the agents agree.
             agent.send(self._stop_signal)
             self._agreement.request_stop(self._stop_signal)
-            self._group.heartbeat.publish()  # at once
+            self._group.heartbeat.publish()  # The second request ends the ranks at once.
         at_once = stop.count > 1 and not attempt.node.is_slurm
         if at_once or time.monotonic() > stop.since + attempt.config.resilience.grace_period_s:
             agent.send(signal.SIGKILL)
 
     def _find_stuck(self, agent: RankAgent, share: float = 1.0) -> str | None:
-        """Record ranks without progress, with their stacks. The rank that was silent longest is to blame."""
+        """Record ranks without progress, with their stacks. Returns a text that blames the rank with the longest
+        silence.
+        """
         stuck = self._watchdog.poll(agent.ranks(), share)
         for one in stuck:
             stacks = stack_of(one.pid, self._attempt.log(one.rank)) if one.has_stacks else ""
@@ -270,7 +278,7 @@ class Watch:
         return f"rank {stuck[0].rank} {stuck[0].why}" if stuck else None
 
     def find_lost(self) -> str | None:
-        """On the head node: find a silent member; elsewhere: a silent head node. None if there is none."""
+        """Return a text that a node is lost: on the head node a silent member, elsewhere the head node. Else None."""
         if not self._attempt.node.is_head:
             return "the head node is lost" if self._group.head_is_lost() else None
         lost = self._group.find_silent(self._round)
@@ -278,13 +286,13 @@ class Watch:
         return f"node {lost[0].host} is lost" if lost else None
 
 
-# Records of ranks that do not record them: environment, printed steps, and ends.
+# Records for ranks that write none: environment, printed steps, and ends.
 
 
 LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
-"""The line of a Python traceback that names the exception."""
+"""Pattern of the line in a Python traceback that names the exception."""
 TERMINATED = "terminate called without an active exception"
-"""Last line of a process whose C++ threads are ended for them, as Python's end does to threads that need Python."""
+"""Last line of a process whose C++ threads Python ends at its exit, although they still wait for Python."""
 THREADS_LEFT = (
     "; where its work was done, threads of its process group were alive when Python ended: import torch.distributed.nn "
     "at the top of the script; del model, and torch.distributed.destroy_process_group(), at its end"
@@ -303,7 +311,7 @@ class RankRecords:
         self._is_environment_written = False
 
     def begin(self, cpus: Sequence[Collection[int]] | None = None) -> None:
-        """Record that the ranks start, and their environment, unless the ranks record both.
+        """Record the start and the environment of the ranks, unless the ranks record both.
 
         Args:
             cpus: CPUs that each rank is bound to, by local rank; None if ranks are not bound.
@@ -328,10 +336,12 @@ class RankRecords:
     def close(self) -> None:
         """Read the rest once the ranks have ended."""
         self._progress.close()
-        self._write_environment()  # a short program may end before the first poll
+        self._write_environment()  # A short program may end before the first poll.
 
     def _write_environment(self) -> None:
-        """Write this node's part; on the first node also ``environment.json``, once the parts of all nodes exist."""
+        """Write this node's part of the environment. The first node also writes ``environment.json`` once all
+        parts exist.
+        """
         attempt, folder = self._attempt, self._attempt.folder
         is_done = self._contract.records_events or self._is_environment_written or attempt.place > 0
         if is_done and self._unwritten_part is None:
@@ -349,7 +359,7 @@ class RankRecords:
         self._is_environment_written = bool(self._environment) and has_written(path, self._environment)
 
     def _describe(self, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Environment of the attempt, with one entry for each rank."""
+        """Return the environment of the attempt, with one entry for each rank."""
         attempt, contract, driver = self._attempt, self._contract, driver_version()
         return {
             "attempt": attempt.number,
@@ -371,7 +381,7 @@ class RankRecords:
     def record_end(self, asks_for_requeue: bool) -> None:
         """Record the end of ranks that left in order, unless the ranks record it.
 
-        Every node whose ranks request a requeue records that; the first node records that all ranks have finished.
+        Every node whose ranks request a requeue records that. The first node records that all ranks have finished.
         """
         attempt, stop = self._attempt, self._attempt.stop
         if self._contract.records_events:
@@ -388,14 +398,14 @@ class RankRecords:
         """Record ranks that died without a record, with their traceback or the end of their log.
 
         Args:
-            result: of all ranks of this node.
-            killed: ranks that this agent has ended itself.
+            result: exit of each rank of this node.
+            killed: ranks that this agent has killed.
         """
         attempt, contract = self._attempt, self._contract
         known = {e["rank"] for e in attempt.events("rank_failed", attempt=attempt.number)}
         kinds: dict[str, int] = {}
         for rank, failure in sorted(result.failures.items()):
-            # A program that is requested to stop, and knows nothing of the launcher, may end in any way.
+            # A program that does not know the launcher may end in any way after a request to stop.
             stopped = attempt.stop.count and (failure.exitcode < 0 or not contract.records_events)
             if rank in known or rank in killed or stopped or failure.exitcode == contract.requeue_exit:
                 continue
@@ -407,7 +417,7 @@ class RankRecords:
 
 
 def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
-    """Cause and traceback of a rank's failure: from the error file that torch's @record writes, or from its log."""
+    """Return cause and traceback of a rank's failure, from the error file of torch's @record or from its log."""
     try:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
     except FileNotFoundError:

@@ -1,1 +1,1 @@
-"""One point of a sweep -> Plan: resources, placement, budget and warnings, before anything is submitted."""
+"""Plan of one point of a sweep: resources, placement, budget and warnings, before anything is submitted."""

@@ -1,8 +1,8 @@
-"""Budget of a run: hours used so far, their worst case, and when the run has to stop. Pure functions of event logs.
+"""Budget of a run: hours used so far, their worst case, and the time to stop. Pure functions of event logs.
 
-An allocation is paid for from the start of its job to the end, whatever the ranks do in it. The event log has
-``agent_started`` and ``agent_ended`` for each allocation; one that was killed silently lasted until its last
-heartbeat. The caps are for all points of one command together, over all attempts.
+An allocation counts from the start of its job to the end, even while no ranks run. The event log has ``agent_started``
+and ``agent_ended`` for each allocation; a killed allocation lasted until its last heartbeat. The caps count all points
+of one command together, over all attempts.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:  # reports use this module, and do not load Hydra
     from launch.config import BudgetConfig, Config
 
 SILENT_S = 300.0
-"""An allocation without a heartbeat for so long, or for ten polls, is over."""
+"""Least seconds without a heartbeat after which an allocation counts as ended; ten polls if that is longer."""
 UNITS = {"gpu_hours": "GPU-hours", "cost": "in cost"}
 
 
 @dataclass(frozen=True)
 class Use:
-    """Hours of nodes and of GPUs, and their cost; None if the GPUs or their price are not known."""
+    """Hours of nodes, hours of GPUs, and cost; GPU-hours or cost are None if the GPUs or their price are not known."""
 
     node_hours: float = 0.0
     gpu_hours: float | None = 0.0
@@ -42,14 +42,14 @@ def _add(a: float | None, b: float | None) -> float | None:
 
 
 def use_of(hours: float, nodes: int, gpus: int | None, price: float | None) -> Use:
-    """Return the use of ``nodes`` nodes with ``gpus`` GPUs in all; ``price`` is for one hour of one GPU."""
+    """Return the use of ``nodes`` nodes with ``gpus`` GPUs in total. ``price`` is the price of one GPU for one hour."""
     gpu_hours = hours * gpus if gpus else None
     return Use(hours * nodes, gpu_hours, None if gpu_hours is None or price is None else gpu_hours * price)
 
 
 @dataclass(frozen=True)
 class EventLog:
-    """Events of one run, and the last heartbeat of its agent, Unix seconds."""
+    """Events of one run, and the time of its agent's last heartbeat in Unix seconds."""
 
     events: Sequence[dict[str, Any]]
     alive: float | None = None
@@ -57,7 +57,7 @@ class EventLog:
 
 @dataclass(frozen=True)
 class Rates:
-    """GPUs and price for allocations whose event log does not have them."""
+    """Number of GPUs and price for allocations whose event log lacks them."""
 
     gpus_per_node: int | None = None
     price_per_gpu_hour: float | None = None
@@ -66,10 +66,10 @@ class Rates:
 
 
 def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
-    """Sum the use of all allocations of these runs until ``now``, which may be in the future.
+    """Sum the use of all allocations of these runs until ``now``, Unix seconds, which may be in the future.
 
-    A lost node counts to the end of its allocation. Slurm bills it until ``SlurmdTimeout`` at least, or to the end if
-    only the agent is lost: this way a cap holds in both cases.
+    A lost node counts until its allocation ends: Slurm bills it at least until ``SlurmdTimeout``. If only the agent is
+    lost, Slurm bills the node to the end. So a cap holds in both cases.
     """
     total = Use()
     for event_log in event_logs:
@@ -83,12 +83,14 @@ def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
 
 
 def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[dict[str, Any], float]]:
-    """Return each ``agent_started`` of a run, and the time at which its allocation ended or ends at ``now``."""
+    """Return each ``agent_started`` of a run with the Unix time at which its allocation ended; ``now`` while it
+    runs.
+    """
     found: list[tuple[dict[str, Any], float]] = []
     started: dict[str, Any] | None = None
     for event in event_log.events:
         if event["event"] == "agent_started":
-            if started is not None:  # its end was not recorded
+            if started is not None:  # The end of the allocation was not recorded.
                 found.append((started, min(event["allocated_at"], _time_limit(started))))
             started = event
         elif event["event"] == "agent_ended" and started is not None and event.get("job") == started["job"]:
@@ -107,13 +109,13 @@ def _time_limit(started: dict[str, Any]) -> float:
 
 
 def caps(budget: BudgetConfig) -> dict[str, float]:
-    """Return the caps that are set, by the name of their key."""
+    """Return the caps that are set: name of the key -> cap."""
     both = {"gpu_hours": budget.gpu_hours, "cost": budget.cost}
     return {key: cap for key, cap in both.items() if cap is not None}
 
 
 def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int) -> None:
-    """Raise ConfigError if the use so far and the worst case of the next submission exceed a cap together."""
+    """Raise ConfigError if the use so far plus the worst case of the next submission exceeds a cap."""
     for key, cap in caps(budget).items():
         before, more = getattr(so_far, key), getattr(worst, key)
         assert before is not None and more is not None, "Config.validate requires GPUs and their price where needed"
@@ -130,9 +132,9 @@ def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int
 
 
 def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
-    """Explain which cap ``expected`` reaches, and what to type to continue; None if it reaches none.
+    """Return a text on the cap that ``expected`` reaches, and what to type to continue; None if no cap is reached.
 
-    ``expected`` is the use at the time when a run that is requested to stop now has saved and left.
+    ``expected`` is the total use if the run is requested to stop now, counted until it has saved and left.
     """
     for key, cap in caps(budget).items():
         before, then = getattr(so_far, key), getattr(expected, key)
@@ -146,7 +148,9 @@ def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
 
 
 def use_text(use: Use, *, nodes: bool = True) -> str:
-    """``12 node-hours, 96 GPU-hours, cost 240``, as far as it is known; without node-hours if not ``nodes``."""
+    """Write the use as far as known: ``12 node-hours, 96 GPU-hours, cost 240``. Without ``nodes``, leave out
+    node-hours.
+    """
     hours = {"node": use.node_hours if nodes else None, "GPU": use.gpu_hours}
     known = {what: amount(value) for what, value in hours.items() if value is not None and (value or what == "node")}
     parts = [f"{value} {what}-hour{'' if value == '1' else 's'}" for what, value in known.items()]
@@ -154,7 +158,7 @@ def use_text(use: Use, *, nodes: bool = True) -> str:
 
 
 def amount(value: float, *, up: bool = False) -> str:
-    """Write a number of hours or of money with four digits; ``up`` never rounds below it."""
+    """Write hours or money with four digits. With ``up``, the result is never rounded down."""
     if value <= 0:
         return "0"
     digits = max(0, 3 - math.floor(math.log10(value)))
@@ -164,12 +168,12 @@ def amount(value: float, *, up: bool = False) -> str:
 
 
 def heartbeat_file(folder: RunFolder) -> Path:
-    """Path of the file whose time is that of the last heartbeat of the agent of the head node."""
+    """Return the file whose modification time is the last heartbeat of the head node's agent."""
     return folder.path / ".launch" / "alive"
 
 
 def last_heartbeat(folder: RunFolder) -> float | None:
-    """Return when the agent of the head node last gave a heartbeat, Unix seconds; None if it never did."""
+    """Return the time of the last heartbeat of the head node's agent in Unix seconds; None if there was none."""
     try:
         return heartbeat_file(folder).stat().st_mtime
     except (FileNotFoundError, NotADirectoryError):
@@ -177,17 +181,17 @@ def last_heartbeat(folder: RunFolder) -> float | None:
 
 
 def read_event_logs(folders: Sequence[RunFolder]) -> list[EventLog]:
-    """Read the event logs that a budget is computed from."""
+    """Read the event logs from which a budget is computed."""
     return [EventLog(folder.read_events(), last_heartbeat(folder)) for folder in folders]
 
 
 def rates_of(config: Config) -> Rates:
-    """Return the rates of this command, for event logs that have none."""
+    """Return the GPUs and price of this command, for event logs that have none."""
     return Rates(config.cluster.gpus_per_node, config.cluster.price_per_gpu_hour, config.budget_poll_s)
 
 
 def command_folders(folder: RunFolder) -> list[RunFolder]:
-    """Return the run folders of all points of the command that a run belongs to: the points share its budget.
+    """Return the run folders of all points of the command that submitted this run: the points share one budget.
 
     Raises:
         ConfigError: the plan, which names the folders, is damaged.

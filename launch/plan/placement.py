@@ -1,4 +1,4 @@
-"""Where a job runs and from what: candidates in their order, resources for Slurm, container, copy of the code."""
+"""Placement of a job: its candidates in order, resources for Slurm, container, and copy of the code."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
 
 
 def cluster_of(slurm: Mapping[str, Any]) -> str | None:
-    """Return the other cluster that resources for submitit name; None for the local cluster."""
+    """Return the other cluster that submitit's resources name; None for the local cluster."""
     name: str | None = slurm.get("additional_parameters", {}).get("clusters")
     return name
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One place where a point may run, and the resources that are requested there."""
+    """One place where a point may run, and the resources to request there."""
 
     name: str
-    """The candidate as the user typed it; empty if there is no list."""
+    """Name of the candidate as the user typed it; empty if there is no list."""
     slurm: dict[str, Any]
     """Resources, as parameters of submitit's Slurm executor."""
     gpus: int | None = None
     """GPUs of the whole allocation, spares included; None if not known."""
     price_per_gpu_hour: float | None = None
     never: str = ""
-    """Reason for which the point could never run there; empty if it could."""
+    """Reason for which the point can never run there; empty if it can."""
 
     def as_event(self) -> dict[str, Any]:
         """Return the fields of a ``submitted`` event for this candidate; unknown ones are absent."""
@@ -66,7 +66,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Placement:
-    """Candidates of a point in their order, and the minutes that its job may be pending."""
+    """Candidates of a point in order, and the longest pending times in minutes."""
 
     candidates: tuple[Candidate, ...]
     retry_interval_min: float
@@ -74,16 +74,16 @@ class Placement:
 
     @property
     def possible(self) -> list[int]:
-        """Indices of the candidates where the point could run."""
+        """Indices of the candidates at which the point can run."""
         return [index for index, candidate in enumerate(self.candidates) if not candidate.never]
 
     @property
     def is_watched(self) -> bool:
-        """Return whether a process has to move the pending point, or to give it up."""
+        """Return whether a process has to move the pending point or give it up."""
         return len(self.possible) > 1 or self.give_up_after_min is not None
 
     def exclude_hosts(self, hosts: Sequence[str]) -> Placement:
-        """Return this placement without hosts that failed in this run."""
+        """Return this placement without the hosts that failed in this run."""
         changed = []
         for one in self.candidates:
             excluded = ",".join(names for names in (one.slurm.get("exclude"), *hosts) if names)
@@ -98,7 +98,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Step:
-    """Decision about a pending point: stay (both fields as by default), move to a candidate, or give up."""
+    """Decision about a pending point: stay (no field is set), move to a candidate, or give up."""
 
     move_to: int | None = None
     give_up: bool = False
@@ -108,7 +108,7 @@ def decide(placement: Placement, at: int, here_s: float, all_s: float) -> Step:
     """Decide about a point that is pending at candidate ``at``.
 
     Args:
-        placement: of the plan.
+        placement: placement of the plan.
         at: index of the candidate.
         here_s: seconds that the point has been pending at this candidate.
         all_s: seconds since the point last ran, or was first submitted.
@@ -119,20 +119,20 @@ def decide(placement: Placement, at: int, here_s: float, all_s: float) -> Step:
 
 
 def next_candidate(placement: Placement, at: int) -> int | None:
-    """Return the next possible candidate after ``at``, the first one after the last; None if there is no other."""
+    """Return the index of the next possible candidate after ``at``, cyclically; None if there is no other."""
     others = [index for index in placement.possible if index != at]
     return next((index for index in others if index > at), min(others, default=None))
 
 
 def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> float:
-    """Return when a point became pending, over all candidates, in Unix seconds.
+    """Return the time when a point became pending, over all candidates, in Unix seconds.
 
     Args:
         events: event log since the command was typed.
-        since_here: time when the point became pending at its present candidate.
+        since_here: time when the point became pending at its present candidate, Unix seconds.
     """
     last = max((i for i, e in enumerate(events) if e["event"] == "submitted"), default=0)
-    ran = any(e["event"] not in OF_A_MOVE for e in events[last + 1 :])  # and was requeued
+    ran = any(e["event"] not in OF_A_MOVE for e in events[last + 1 :])  # The job ran and was requeued.
     moves = [e for e in events[:last] if e["event"] == "moved"]
     return since_here if ran or not moves or not events[last].get("moved") else float(moves[-1]["waiting_since"])
 
@@ -143,12 +143,12 @@ def waits_for_room(reason: str) -> bool:
 
 
 def minutes(seconds: float) -> str:
-    """Write the time that a job was pending."""
+    """Write the time in seconds that a job was pending, for people."""
     return f"{round(seconds / 60, 1):g} min"
 
 
 def placement_lines(placement: Placement) -> list[str]:
-    """List the candidates for people, one on each line; nothing for a single candidate without a time limit."""
+    """List the candidates for people, one on each line; empty for a single candidate without a time limit."""
     lines = []
     for number, candidate in enumerate(placement.candidates, start=1):
         head = "  placement  " if number == 1 else " " * 13
@@ -203,7 +203,9 @@ def settle_key(
 
 
 def configs(config: Config) -> list[tuple[str, Config]]:
-    """Return name and config of each candidate of ``cluster.placement``; "" and the config if there is no list."""
+    """Return name and config of each candidate of ``cluster.placement``; without a list, an empty name and the
+    config.
+    """
     found = []
     for candidate in config.cluster.placement:
         said = {key: value for key, value in asdict(candidate).items() if value is not None}
@@ -220,10 +222,10 @@ def place(config: Config, run_dir: Path, code: Path | None = None, resumes: bool
     """Return the candidates of a point with their resources.
 
     Args:
-        config: of the point.
-        run_dir: its run folder.
-        code: copy of the code that the job runs from, if any.
-        resumes: whether the job may be requeued.
+        config: config of the point.
+        run_dir: run folder of the point.
+        code: copy of the code from which the job runs; None for the checkout.
+        resumes: True if the job may be requeued.
     """
     candidates = []
     for name, there in configs(config):
@@ -235,7 +237,7 @@ def place(config: Config, run_dir: Path, code: Path | None = None, resumes: bool
 
 
 def worst_case(placed: Placement, nodes: int, timeout_min: int) -> Use:
-    """Return the use of one start of the job at the most expensive candidate: all nodes, to the time limit."""
+    """Return the use of one start of the job at the most expensive candidate: all nodes, until the time limit."""
     hours = timeout_min / 60
     uses = [use_of(hours, nodes, c.gpus, c.price_per_gpu_hour) for c in placed.candidates if not c.never and c.gpus]
     costs = [use.cost for use in uses if use.cost is not None]
@@ -247,9 +249,9 @@ def worst_case(placed: Placement, nodes: int, timeout_min: int) -> Use:
 
 
 def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: bool = True) -> dict[str, Any]:
-    """Return the resources of a point as parameters of submitit. Each node has one task, the agent.
+    """Return the resources of a point as submitit's parameters. Each node has one task, the agent.
 
-    ``python`` is the command line of the agent's Python where it differs from the Python that submits.
+    The parameter ``python`` is the command line of the agent's Python, if it differs from the Python that submits.
     """
     cluster = config.cluster
     options, python = container_words(cluster, Path.cwd(), run_dir)
@@ -280,7 +282,8 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         },
     }
     for key, value in {**asked, **asked["additional_parameters"]}.items():
-        if isinstance(value, str) and ("\n" in value or "\r" in value):  # the rest would run as shell
+        # Without the quotes, the shell would execute the rest.
+        if isinstance(value, str) and ("\n" in value or "\r" in value):
             raise ConfigError(
                 f"cluster.{key}={value!r}",
                 "one line: it is a line of the batch script",
@@ -293,7 +296,7 @@ AS_IN_CLUSTER = (
     *("signal_delay_s", "partition", "account", "qos", "constraint", "exclude", "gres", "cpus_per_task", "comment"),
     "array_parallelism",
 )
-"""Parameters of submitit with the name and the value of a key of ``cluster``."""
+"""Parameters of submitit with the same name and value as a key of ``cluster``."""
 
 
 # Container: the words by which srun starts the agent of each node inside an image (``cluster.container``).
@@ -304,7 +307,7 @@ SLURM_PATHS = ("/etc/slurm", "/run/munge")
 
 
 def container_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> tuple[list[str], list[str] | None]:
-    """Return options of srun, and the words that start the agent's Python; none and None without a container.
+    """Return srun's options and the command that starts the agent's Python. Without a container: no options and None.
 
     The working directory and the folder above the run have the same paths inside the image as outside.
     """
@@ -318,7 +321,7 @@ def container_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> tup
         options = {"image": cluster.container, "mounts": ",".join(mounts), "workdir": workdir}
         return [f"--container-{name}={value}" for name, value in options.items()], [cluster.container_python]
     binds = [word for mount in mounts for word in ("--bind", mount)]
-    gpus = [] if cluster.gpus_per_node == 0 else ["--nv"]  # on a node without GPUs, --nv only warns
+    gpus = [] if cluster.gpus_per_node == 0 else ["--nv"]  # On a node without GPUs, --nv only prints a warning.
     words = ["apptainer", "exec", *gpus, "--pwd", str(workdir), *binds, cluster.container, cluster.container_python]
     return [], words
 
@@ -334,12 +337,12 @@ def agent_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> list[st
 
 
 RUNS_FROM = "LAUNCH_CODE"
-"""Variable that names the copy to the job, which must not run other code if the copy is deleted."""
+"""Environment variable that names the copy to its job. The job must not run other code if the copy is deleted."""
 
 
 @cache
 def code_of(tree: CodeTree) -> dict[str, Any]:
-    """Return the digests of a tree, computed once for all points of a command."""
+    """Return the digests of a code tree. They are computed once for all points of a command."""
     return describe_code(tree.root, tree.files)
 
 
@@ -394,14 +397,14 @@ def _variables(copy: Path) -> dict[str, str]:
 
 
 def shell_lines(copy: Path) -> list[str]:
-    """Return shell lines with which a batch script runs from a copy; the former PYTHONPATH follows the copy."""
+    """Return the shell lines with which a batch script runs from a copy. The former PYTHONPATH follows the copy."""
     before = {"PYTHONPATH": "${PYTHONPATH:+:$PYTHONPATH}"}
     return [f"export {name}={shlex.quote(value)}{before.get(name, '')}" for name, value in _variables(copy).items()]
 
 
 @contextmanager
 def running_from(copy: Path | None) -> Iterator[None]:
-    """Start the processes of the ``with`` block from ``copy``; None changes nothing."""
+    """Start the processes of a ``with`` block from ``copy``; None changes nothing."""
     changed = {} if copy is None else _variables(copy)
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
@@ -418,7 +421,7 @@ def running_from(copy: Path | None) -> Iterator[None]:
 
 
 def refuse_other_code() -> None:
-    """Raise ConfigError if this process does not run from the copy that its job has to run from."""
+    """Raise ConfigError if this process does not run from the copy that its job requires."""
     copy = os.environ.get(RUNS_FROM)
     if copy and Path(copy) != ROOT:
         raise ConfigError(

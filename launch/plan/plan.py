@@ -1,4 +1,4 @@
-"""Plan of one point: its use, refusals where it cannot work, its run folder, and its submission in the event log."""
+"""Plan of one point: its use, refusals if it cannot work, its run folder, and its submission in the event log."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from launch.workload import PlanRequest, Workload, WorkloadPlan
 class Plan:
     """Plan of one point.
 
-    Node-hours, GPU-hours and cost are the worst case of one start of the job, to its time limit. A requeued job starts
-    again, until ``budget`` ends it, or more failures than ``resilience.max_restarts`` allows between two checkpoints,
-    or in an hour (``ResilienceConfig.forgive_after_s``).
+    Node-hours, GPU-hours and cost are the worst case of one start of the job, until its time limit. A requeued job
+    starts again until ``budget`` or ``resilience.max_restarts`` ends it. Failures count between two checkpoints, or
+    within an hour (``ResilienceConfig.forgive_after_s``).
     """
 
     point: str
@@ -47,31 +47,31 @@ class Plan:
     timeout_min: int
     node_hours: float
     gpu_hours: float | None
-    """None if nothing says how many GPUs the nodes have."""
+    """Worst case in GPU-hours; None if the number of GPUs per node is not known."""
     cost: float | None
-    """GPU-hours times cluster.price_per_gpu_hour; None if one of them is unknown."""
+    """GPU-hours times cluster.price_per_gpu_hour; None if either is unknown."""
     slurm: dict[str, Any]
-    """Resources at the chosen candidate, as submitit's parameters; points with the same ones share a job array."""
+    """Resources at the chosen candidate, as submitit's parameters. Points with equal resources share a job array."""
     placement: Placement
     workload: str
     """Name of the workload."""
     promised: WorkloadPlan
     """Plan of the workload. Its facts are at the root of ``plan.json``."""
     command_run_dirs: tuple[str, ...] = ()
-    """Run folders of all points of the command, which share its budget."""
+    """Run folders of all points of the command. These points share its budget."""
     code: str | None = None
-    """Copy of the code that the job runs from; None if it runs from the checkout."""
+    """Copy of the code from which the job runs; None if it runs from the checkout."""
     warnings: tuple[str, ...] = ()
     """Warnings of the workload, and of the launcher from earlier attempts."""
     label: str = ""
-    """Label that distinguishes the point from the others of its command, for people."""
+    """Text that distinguishes the point from the other points of its command, for people."""
     finished: bool = False
-    """True if the run is finished: it is not submitted."""
+    """True if the run is finished, so that it is not submitted."""
     goes_on: Continuation = field(default_factory=Continuation)
-    """Way in which the run continues, unless it continues where it stopped."""
+    """How the run continues. The default continues where the run stopped."""
 
     expected_s: float | None = None
-    """Expected time of the next start, seconds; None if unknown."""
+    """Expected time of the next start in seconds; None if unknown."""
     expected_by: str = ""
     """Source of the expected time, for people."""
 
@@ -82,12 +82,12 @@ class Plan:
 
     @property
     def nodes_asked(self) -> int:
-        """Nodes of the allocation, spares included."""
+        """Number of nodes of the allocation, spares included."""
         return self.nodes + self.spares
 
     @property
     def max_steps(self) -> int | None:
-        """Steps of the whole run; None if the workload does not know them."""
+        """Number of steps of the whole run; None if the workload does not know it."""
         return self.promised.max_steps
 
     @property
@@ -120,7 +120,7 @@ class Plan:
 
 
 def unfinished(plans: Sequence[Plan]) -> list[Plan]:
-    """Return the points that have steps to make."""
+    """Return the points that are not finished."""
     return [plan for plan in plans if not plan.finished]
 
 
@@ -134,8 +134,8 @@ def make_plan(
     """Plan one point. Writes nothing.
 
     Args:
-        config: of the point.
-        overrides: as typed for the point.
+        config: config of the point.
+        overrides: overrides as typed for the point.
         kind: local or slurm.
         sweep_sizes: numbers of ranks of all points of the command.
         gpu_type: type of the GPUs where the point may run, as Slurm names it; None if not known.
@@ -199,21 +199,22 @@ def make_plan(
 
 
 def local_gpus() -> int:
-    """Return the number of GPUs of this machine that may be used, counted without torch."""
+    """Return the number of usable GPUs of this machine, counted without torch."""
     return len(visible_gpus())
 
 
 def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> None:
-    """Make the run folder: the complete config, the overrides, and the plan.
+    """Create the run folder with the complete config, the overrides, and the plan.
 
-    A run that goes back to a checkpoint, or beyond its end, is prepared for that: no process may work on it.
+    If the run goes back to a checkpoint, or beyond its end, the folder is prepared for that. No process may work on the
+    run.
 
     Raises:
         ConfigError: the folder cannot be written.
     """
     folder = RunFolder(plan.run_dir)
     apply_continuation(folder, plan.goes_on, plan.max_steps, workload_of(composed).checkpoints(folder) or ())
-    composed.resume_from = None  # it is done now, and a later start of the same job must not repeat it
+    composed.resume_from = None  # The change is done now: a later start of the same job must not repeat it.
     for key, value in plan.promised.settled.items():
         OmegaConf.update(composed, key, value, merge=True)
     compose.write_config(folder, composed, without_key(overrides, "resume_from"))
@@ -225,11 +226,11 @@ def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> Non
 
 
 JOBS = ".submitit"
-"""Folder in the folder of the points, with submitit's pickles and the agents' logs."""
+"""Name of the folder, next to the runs, with submitit's pickles and the agents' logs."""
 SLURM_JOBS = "slurm"
-"""Folder in JOBS for Slurm's jobs, whose numbers may equal those of local processes."""
+"""Name of the folder in JOBS for Slurm's jobs, whose numbers may equal process ids of local jobs."""
 ELSEWHERE = "on-"
-"""Beginning of the folder in JOBS for jobs of another cluster; the name of the cluster follows."""
+"""Prefix of the folder in JOBS for jobs of another cluster. The name of the cluster follows."""
 
 
 def refuse_slurm_only(config: Config) -> None:
@@ -249,16 +250,16 @@ def refuse_slurm_only(config: Config) -> None:
 
 
 def refuse_missing_command(config: Config) -> None:
-    """Raise ConfigError if the program of ``launch.on_event`` does not exist, or cannot be run.
+    """Raise ConfigError if the program of ``launch.on_event`` does not exist, or cannot be executed.
 
-    The programs of a container are unknown here, and not checked.
+    Programs inside a container are not checked.
     """
     command = config.launch.on_event_command
     if not command or config.cluster.container is not None or shutil.which(command[0]) is not None:
         return
     program, here = command[0], Path(command[0]).absolute()
     found, fix = f"launch.on_event, and no program {program} on the PATH", "launch.on_event=PATH"
-    if here.is_file() and os.access(here, os.X_OK):  # typed without ./
+    if here.is_file() and os.access(here, os.X_OK):  # The program was typed without ./
         fix = quote(f"launch.on_event=[{','.join([str(here), *command[1:]])}]")
     elif here.is_file():
         found, fix = f"launch.on_event={program}, a file that is not executable", f"chmod +x {quote(str(here))}"
@@ -270,8 +271,8 @@ def refuse_missing_command(config: Config) -> None:
 def refuse_exposed(run_dir: Path) -> None:
     """Raise ConfigError if other users can write into the folders that a job of ``run_dir`` reads.
 
-    Pickles are code, so no other user may write into their folder, the group included. In the folder of the run, and
-    the one above, a group may share its work; a sticky bit (as /tmp has it) protects existing files.
+    Pickles are code, so no other user, and no group, may write into their folder. A group may write into the run's
+    folder and the folder above; a sticky bit (as /tmp has it) protects existing files.
     """
     jobs = run_dir.parent / JOBS
     for folder in (jobs, jobs / SLURM_JOBS, *jobs.glob(f"{ELSEWHERE}*")):
@@ -281,10 +282,10 @@ def refuse_exposed(run_dir: Path) -> None:
 
 
 def refuse_writable(folder: Path, bits: int, unless: int = 0) -> None:
-    """Raise ConfigError if an existing folder has one of the mode ``bits``, and none of ``unless``."""
+    """Raise ConfigError if an existing folder has one of the mode ``bits`` and none of ``unless``."""
     try:
         mode = folder.stat().st_mode
-    except OSError:  # missing, or unreadable: writing to it is refused later
+    except OSError:  # The folder is missing or unreadable: writing to it is refused later.
         return
     if mode & bits and not mode & unless:
         raise ConfigError(
@@ -323,13 +324,13 @@ def refuse_unknown_checkpoints(config: Config, workload: Workload, folder: RunFo
 def record_submitted(
     plan: Plan, job_id: str, candidate: int = 0, *, moved: bool = False, pid_started: str | None = None
 ) -> None:
-    """Record a submission in the event log, unless the agent of the job was faster (``record_found``).
+    """Record a submission in the event log, unless the agent of the job has already done so (``record_found``).
 
     Args:
-        plan: of the run.
+        plan: plan of the run.
         job_id: number of the Slurm job, or of the process.
-        candidate: index of the candidate that took the job.
-        moved: whether the run was pending at another candidate before.
+        candidate: index of the candidate that accepted the job.
+        moved: True if the run was pending at another candidate before.
         pid_started: start time of a local process, which distinguishes it from later ones of the same number.
     """
     folder = RunFolder(plan.run_dir)
@@ -342,9 +343,9 @@ def record_submitted(
 
 
 def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
-    """Record a Slurm job whose launcher ended before it could do so.
+    """Record a Slurm job whose launcher ended before it recorded the job.
 
-    The candidate is the one that the run was moving to, or the first possible one: refusals of sbatch are lost.
+    The candidate is the target of the run's last move, or the first possible one: refusals of sbatch are not known.
     """
     ends = [event for event in folder.read_events() if event["event"] in ("submitted", "moved")]
     last: dict[str, Any] = ends[-1] if ends else {}
@@ -354,11 +355,11 @@ def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
         plan = Plan.from_dict(read_plan(folder))
         candidate = last["candidate"] if is_moving else (plan.placement.possible or [0])[0]
         found |= {"nodes": plan.nodes, "candidate": candidate, **plan.placement.candidates[candidate].as_event()}
-    except (ConfigError, msgspec.ValidationError, IndexError):  # the job can be cancelled without a plan too
+    except (ConfigError, msgspec.ValidationError, IndexError):  # Without a plan, the job can still be cancelled.
         pass
     folder.record_event("submitted", **found, by=by, **({"moved": True} if is_moving else {}))
 
 
 def is_recorded(events: Events, names: Collection[str]) -> bool:
-    """Return whether the event log has the submission of the job with one of these ids."""
+    """Return whether the event log has the submission of a job with one of these ids."""
     return any(event["event"] == "submitted" and str(event["job_id"]) in names for event in events)

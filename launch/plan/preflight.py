@@ -1,4 +1,4 @@
-"""What a person reads before a submission: warnings from earlier attempts, expected time, worst case, and the plan."""
+"""Information before a submission: warnings from earlier attempts, expected time, worst case, and the plan."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def settle_exclusive(documents: Sequence[DictConfig], configs: Sequence[Config],
 
 
 def wait_for(plan: Plan, before: Sequence[str]) -> Plan:
-    """Return the plan of a point that runs alone in its job array, after the jobs ``before`` and the user's own."""
+    """Return the plan of a point that starts after the jobs ``before`` and after the user's own dependencies.
+
+    Points of one job array run one at a time.
+    """
 
     def after(slurm: dict[str, Any]) -> dict[str, Any]:
         if not before:
@@ -77,19 +80,21 @@ def wait_for(plan: Plan, before: Sequence[str]) -> Plan:
 
 
 TAKEOVER_S = 10
-"""Time that another agent needs to requeue a job once the head node has been silent for long enough."""
+"""Seconds that another agent needs to requeue a job after the head node counts as lost."""
 MARGIN = 1.5
-"""Factor of a proposed time over the measured one: the next save may be slower."""
+"""Factor of a proposed time over the measured time: the next save may be slower."""
 
 
 def add_warnings(plan: Plan, config: Config, limits: Mapping[str | None, Limits] | None = None) -> Plan:
     """Return the plan with its warnings from earlier attempts.
 
     Args:
-        limits: of the clusters where the point may run, as far as known, by name; None is the local cluster.
+        plan: plan of the point.
+        config: config of the point.
+        limits: limits of the clusters where the point may run, by name, if known; None is the local cluster.
 
     Raises:
-        ConfigError: the code or a library has changed since the last attempt, and ``require_same_code`` is set.
+        ConfigError: ``require_same_code`` is set, and the code or a library has changed since the last attempt.
     """
     known = limits or {}
     found = (
@@ -115,7 +120,7 @@ def _changed_code(plan: Plan, config: Config) -> Iterator[Problem]:
 
 @cache
 def _current(tree: CodeTree) -> dict[str, Any]:
-    """Return the code and libraries of the next attempt, computed once for all points of a command."""
+    """Return the code and libraries of the next attempt. They are computed once for all points of a command."""
     return {"code": code_of(tree), "git": code_state(tree.root), "software": library_versions()}
 
 
@@ -126,7 +131,7 @@ def _unsaved(plan: Plan) -> Iterator[Problem]:
 
 
 def _short_grace(plan: Plan, config: Config, limits: Mapping[str | None, Limits]) -> Iterator[Problem]:
-    """Warn if the run would be killed before it has saved, by the measured time of its saves and steps."""
+    """Warn if Slurm would kill the run before its save ends, by measured times of saves and steps."""
     known = _longest_stop(plan)
     if known is None:
         return
@@ -151,8 +156,8 @@ def _short_grace(plan: Plan, config: Config, limits: Mapping[str | None, Limits]
 def _late_takeover(plan: Plan, config: Config, limits: Mapping[str | None, Limits]) -> Iterator[Problem]:
     """Warn if Slurm ends a job that has lost its head node before another agent can requeue it.
 
-    A job with spares, or that may shrink, survives a lost node (``--no-kill``). Slurm 22.05 then takes the node out of
-    the job. If it is the node of the batch script, the job ends as FAILED and is not requeued.
+    A job that has spares or may shrink survives a lost node (``--no-kill``): Slurm 22.05 removes the node from the job.
+    If the lost node has the batch script, the job ends as FAILED and is not requeued.
     """
     waits = config.resilience.node_timeout_s
     if plan.cluster != "slurm" or not (config.spare_nodes or config.may_shrink):
@@ -168,7 +173,7 @@ def _late_takeover(plan: Plan, config: Config, limits: Mapping[str | None, Limit
 
 
 def _preemption_graces(plan: Plan, limits: Mapping[str | None, Limits]) -> Iterator[tuple[str, int]]:
-    """Yield the partitions of the plan in which jobs are preempted, and the seconds that a preempted job has left."""
+    """Yield each partition of the plan in which jobs are preempted, with the seconds that a preempted job has left."""
     for name, cluster in limits.items():
         there = [c.slurm.get("partition") for c in plan.placement.candidates if cluster_of(c.slurm) == name]
         asked = {partition for text in there for partition in (text.split(",") if text else [None])}
@@ -189,13 +194,13 @@ class StopTime:
 
     @property
     def stop_s(self) -> float:
-        """Seconds from a signal at the start of a step to the end of the save that follows."""
+        """Seconds from a signal at the start of a step to the end of the next save."""
         return self.step_s + self.save_s
 
 
 def measure(folder: RunFolder) -> StopTime | None:
-    """Return the stop time by the event log and the step records; None if no save was measured."""
-    # A background save blocks the run for less than it takes, but the last save of a run is waited for.
+    """Return the stop time from the event log and the step records; None if no save was measured."""
+    # A background save blocks the run for less than its duration, but the run waits for its last save.
     saved = [e for e in folder.read_events() if e["event"] == "saved" and "seconds" in e]
     saves = [max(e["seconds"], e.get("write_s", 0.0)) for e in saved]
     if not saves:
@@ -205,7 +210,9 @@ def measure(folder: RunFolder) -> StopTime | None:
 
 
 def _longest_stop(plan: Plan) -> StopTime | None:
-    """Return the stop time of the run, or the longest of other points of its folder with equally large checkpoints."""
+    """Return the stop time of the run, or the longest stop time of runs with equally large checkpoints in the
+    same folder.
+    """
     kind = plan.promised.checkpoint_kind
     others = [folder for folder in _other_runs(plan) if kind and _promised(folder).get("checkpoint_kind") == kind]
     known = [stop for folder in others if (stop := measure(folder)) is not None]
@@ -228,13 +235,13 @@ def _promised(folder: RunFolder) -> dict[str, Any]:
 
 
 SAME_PLACE = ("partition", "constraint", "gres", "gpus_per_node", "cpus_per_task")
-"""Parameters of submitit that name the kind of nodes, as far as a plan knows."""
+"""Parameters of submitit that describe the kind of nodes."""
 MIN_STEPS = 5
-"""With fewer steps, start-up and warm-up are most of the measured time."""
+"""Smallest number of steps for an estimate. With fewer steps, start-up and warm-up dominate."""
 
 
 def add_expected(plan: Plan) -> Plan:
-    """Return the plan with its expected time, if any is known."""
+    """Return the plan with its expected time, if known."""
     if plan.finished or plan.max_steps is None:
         return plan
     own = RunFolder(plan.run_dir)
@@ -254,14 +261,15 @@ def add_expected(plan: Plan) -> Plan:
 
 
 def _pace(folder: RunFolder, plan: Plan) -> tuple[float, float] | None:
-    """Return seconds of a step, with its share of evaluations and saves, and seconds before and after all steps.
+    """Return the seconds of a step, and the seconds outside of steps, of the newest attempt of a run.
 
-    They are those of the newest attempt; None if the run is of another kind, or made too few steps.
+    The seconds of a step include its share of evaluations and saves. None if the run is of another kind, or made too
+    few steps.
     """
     if not plan.promised.step_kind or _kind_of(read_json(folder.plan)) != _kind_of(plan.as_dict()):
         return None
     events = folder.read_events()
-    fewer = fewer_nodes(events)  # the next start has all nodes
+    fewer = fewer_nodes(events)  # The next start has all nodes.
     records = [r for r in recent_records(folder.metrics(0)) if isinstance(r.get("time"), int | float)]
     records = [r for r in records if r["attempt"] not in fewer]
     records = [r for r in records if r["attempt"] == records[-1]["attempt"]]
@@ -283,7 +291,7 @@ def _pace(folder: RunFolder, plan: Plan) -> tuple[float, float] | None:
 
 
 def _kind_of(plan: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the properties of a ``plan.json`` that decide the time of a step."""
+    """Return the properties of a ``plan.json`` that determine the time of a step."""
     slurm = plan.get("slurm") or {}
     nodes = tuple(slurm.get(key) for key in SAME_PLACE) if plan.get("cluster") == "slurm" else ()
     step_kind = (plan.get("promised") or {}).get("step_kind")
@@ -315,7 +323,7 @@ def share_budget(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Plan]
 
 
 def _worst_of(plan: Plan) -> Use:
-    """Return the worst case of one start; a point without GPUs adds no GPU-hours."""
+    """Return the worst case of one start. A point without GPUs adds no GPU-hours."""
     return Use(plan.node_hours, plan.gpu_hours or 0.0, plan.cost or 0.0)
 
 
@@ -332,7 +340,7 @@ def _used_before(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Use]:
 
 
 def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
-    """Write the sum of uses, one of each point: in node-hours, or in hours of this machine if all points are local."""
+    """Write the sum of the uses of all points, in node-hours; in hours of this machine if all points are local."""
     total = sum(uses, Use())
     if any(plan.cluster == "slurm" for plan in plans):
         return use_text(total)
@@ -341,7 +349,7 @@ def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
 
 
 def total_text(plans: Sequence[Plan]) -> str:
-    """Write the expected use of all points together, as far as it is known; empty if nothing is."""
+    """Write the expected use of all points together; empty if nothing is known."""
     ahead = unfinished(plans)
     known = [plan for plan in ahead if plan.expected_s is not None]
     if len(ahead) <= 1 or not known:
@@ -375,7 +383,7 @@ def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
     if cap:
         parts.append(f"at most {' and '.join(cap)} over all attempts")
     elif configs[0].resilience.requeue and on_slurm:
-        # The time limit of one job begins again, not that of all.
+        # A requeue restarts the time limit of one job, not the limit of all jobs.
         largest = max(on_slurm, key=lambda plan: (plan.node_hours, plan.gpu_hours or 0.0))
         of = f" for {largest.title}" if len(on_slurm) > 1 else ""
         bound = "budget.gpu_hours=N caps it all" if largest.gpu_hours else "resilience.requeue=false allows none"
@@ -416,7 +424,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def announce(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
-    """Print which points are finished, how the others continue, their worst case, and the warnings."""
+    """Print the finished points, how the others continue, their worst case, and the warnings."""
     lines = []
     if finished := [plan.title + _ran_elsewhere(plan) for plan in plans if plan.finished]:
         them = "it again in a new folder" if len(finished) == 1 else "them again in new folders"
@@ -432,7 +440,7 @@ def announce(plans: Sequence[Plan], configs: Sequence[Config], console: Console)
 
 
 def _ran_elsewhere(plan: Plan) -> str:
-    """Name the cluster where a finished point ran, if it is not the cluster of this command."""
+    """Return the name of the cluster where a finished point ran; empty if it is the cluster of this command."""
     submitted = [event["cluster"] for event in RunFolder(plan.run_dir).read_events() if event["event"] == "submitted"]
     ran = submitted[-1] if submitted else plan.cluster
     return "" if ran == plan.cluster else f" (on {ran}, and so not compared with points on {plan.cluster})"
@@ -447,15 +455,15 @@ def print_table(
     optional: Sequence[str] = (),
     styles: Sequence[str] = (),
 ) -> None:
-    """Print a table whose lines are as long as they need to be; a column without any text is left out.
+    """Print a table with lines of any length. A column without any text is left out.
 
     Args:
-        console: to print on.
-        titles: of the columns.
+        console: console that prints.
+        titles: titles of the columns.
         rows: cells of each row.
-        left: titles of the columns of words; numbers are at the right.
-        optional: titles of the columns that a narrow terminal does not show, in this order.
-        styles: of each row.
+        left: titles of columns that are aligned left; the other columns are aligned right.
+        optional: titles of columns that a narrow terminal does not show, first to be hidden first.
+        styles: style of each row.
     """
     columns = {title: [row[index] for row in rows] for index, title in enumerate(titles)}
     shown = {title: cells for title, cells in columns.items() if any(cells)}
@@ -467,5 +475,5 @@ def print_table(
         table.add_column(title, justify="left" if title in left else "right", no_wrap=True)
     for index in range(len(rows)):
         table.add_row(*(cells[index] for cells in shown.values()), style=styles[index] if styles else "")
-    # A terminal wraps a long line. A cell that is cut cannot be read.
+    # A terminal wraps a long line, but a cell that is cut off cannot be read.
     console.print(Segments(console.render(table, console.options.update(width=1000))), soft_wrap=True, end="")

@@ -1,4 +1,4 @@
-"""Scaling reports from run folders: a table, figures, and a dashboard in TensorBoard. Loads no torch.
+"""Scaling reports from run folders: a table, figures, and a dashboard in TensorBoard. Does not import torch.
 
 Example: ``write(build(Path("outputs/quick_test")))``.
 """
@@ -29,7 +29,9 @@ __all__ = [
 
 
 def show_and_write(table: ScalingTable, console: Console, files: Collection[ReportFile] = ALL_FILES) -> None:
-    """Show a report, write its files, or some of them, and print their paths and the other reports of the folder."""
+    """Show a report, write its files or some of them, and print the paths of the files and the folder's other
+    reports.
+    """
     show(table, console)
     for path in write(table, files=files):
         console.print(f"wrote {path}", highlight=False, markup=False)

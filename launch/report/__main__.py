@@ -22,7 +22,7 @@ from launch.runs.find import ARCHIVE, runs_labelled
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make the report; returns the exit status: 0, or 2 if there is nothing to report or it cannot be compared."""
+    """Make the report. Returns the exit status: 0, or 2 if there is nothing to report or points are not comparable."""
     parser = CommandParser(
         prog="python -m launch.report",
         description="The scaling report of a sweep, or the summary of a run. Of a folder with several sweeps it shows "
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _files(text: str) -> frozenset[ReportFile]:
-    """Read the kinds of files that are to be written."""
+    """Return the kinds of files to write, from the option's text."""
     kinds = text.split(",")
     if unknown := sorted(set(kinds) - {file.value for file in ReportFile}):
         raise argparse.ArgumentTypeError(f"{', '.join(unknown)!r}, and not kinds of files, such as --files md,csv")
@@ -89,7 +89,7 @@ def _files(text: str) -> frozenset[ReportFile]:
 
 
 def _seconds(text: str) -> float:
-    """Read an interval that is longer than nothing."""
+    """Return the interval in seconds, which must be positive, from the option's text."""
     try:
         value = float(text)
     except ValueError:

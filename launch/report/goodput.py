@@ -1,4 +1,4 @@
-"""Goodput of a run: its time by part over all attempts, what interruptions cost, and what it cost in all."""
+"""Goodput of a run: its time by part over all attempts, the time that interruptions cost, and its total cost."""
 
 from __future__ import annotations
 
@@ -58,8 +58,10 @@ CAUSES = {
     "continued": "continued by a command",
     "unknown": "cause not known",
 }
-"""Cause of an interruption -> its name for people, in the order in which they are shown. ``continued`` is a command
-that extended a run which had finished, or took it back by ``resume_from``."""
+"""Cause of an interruption -> its name for people, in the order of display.
+
+``continued`` is a command that extended a finished run, or took it back by ``resume_from``.
+"""
 DEFINITION = (
     "allocated time from the last step that counts before an interruption to the next new one: its end, the start "
     "after it, restore, compile and steps done again, without saves, evaluations and the wait for nodes"
@@ -70,72 +72,72 @@ SAVED_DEFINITION = (
 )
 
 CLOCK_S = 1e-5
-"""A shorter part is rounding: Unix times have a resolution of 0.24 us."""
+"""Seconds below which a part of the time is a rounding error: Unix times have a resolution of 0.24 us."""
 
 
 @dataclass(frozen=True)
 class Failures:
-    """Cost of failures for a run of many nodes; the arithmetic is that of ``launch.runs.events``."""
+    """Cost of failures for a run of many nodes, by the formulas of ``launch.runs.events``."""
 
     mtbf_node_h: float
-    """Mean time between failures of one node, hours."""
+    """Mean time between failures of one node in hours."""
     save_s: float
     """Seconds for which each save stops the steps."""
     restart_s: float
 
     def interval_s(self, nodes: int) -> float:
-        """Return Young's interval between saves, seconds."""
+        """Return Young's interval between saves in seconds."""
         return best_interval_s(self.save_s, self.mtbf_s(nodes))
 
     def mtbf_s(self, nodes: int) -> float:
-        """Return the mean time between failures of any of the nodes, seconds: they fail independently."""
+        """Return the mean time between failures of any of the nodes in seconds, if nodes fail independently."""
         return 3600 * self.mtbf_node_h / nodes
 
     def goodput(self, nodes: int) -> float:
-        """Return the share of the time in steps that count, 0 to 1, with saves at Young's interval."""
+        """Return the share (0 to 1) of the time that steps which count need, with saves at Young's interval."""
         return expected_goodput(self.save_s, self.interval_s(nodes), self.restart_s, self.mtbf_s(nodes))
 
 
 @dataclass(frozen=True)
 class Restart:
-    """Start of the ranks after an interruption, up to the first step, without restore and compilation."""
+    """Start of the ranks after an interruption, until the first step, without restore and compilation."""
 
     seconds: float
     size: int
-    """GPUs of its allocation; nodes if it has no GPUs."""
+    """Number of GPUs of the allocation; number of nodes if it has no GPUs."""
     wait_s: float = 0.0
-    """Wait for the allocation."""
+    """Seconds of waiting for the allocation."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Cost of the interruptions of a run."""
+    """Cost of all interruptions of a run."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Cause -> seconds of allocated time."""
     hours: Mapping[str, float] = field(default_factory=dict)
     """Cause -> hours of ``unit``."""
     counts: Mapping[str, int] = field(default_factory=dict)
-    """Cause -> interruptions."""
+    """Cause -> number of interruptions."""
     unit: str = "node"
-    """GPU; node if the run has no GPUs."""
+    """Unit of ``hours``: GPU; node if the run has no GPUs."""
     in_place: Sequence[Restart] = ()
-    """Restarts inside of an allocation that came to a step."""
+    """Restarts inside of an allocation after which the run made a step."""
     requeues: Sequence[Restart] = ()
-    """Starts of later allocations that came to a step."""
+    """Starts of later allocations in which the run made a step."""
     first: Restart | None = None
-    """Start of the first allocation."""
+    """Start of the first allocation; None if it made no step."""
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds of a run by part, and its allocations; an unknown figure is None."""
+    """Seconds of a run by part, and its allocations. A figure that is not known is None."""
 
     seconds: Mapping[str, float]
-    """Part of ``PARTS`` -> seconds of wall time, without parts that are zero but for rounding."""
+    """Part of ``PARTS`` -> seconds of wall time. Parts that are zero, except for rounding, are absent."""
     gpu_hours: float | None
     cost: float | None
-    """In the currency of cluster.price_per_gpu_hour."""
+    """Cost in the currency of cluster.price_per_gpu_hour; None if unknown."""
     losses: Losses = field(default_factory=Losses)
 
     @property
@@ -145,24 +147,25 @@ class Goodput:
 
     @property
     def goodput(self) -> float:
-        """Share of the allocated time in steps that count, also on fewer nodes."""
+        """Share of the allocated time in steps that count, including steps on fewer nodes."""
         allocated = self.total_s - self.seconds.get("waiting", 0.0)
         steps_s = self.seconds.get("steps", 0.0) + self.seconds.get("fewer", 0.0)
         return steps_s / allocated if allocated else 0.0
 
 
 def saved_in_place(losses: Losses, others: Sequence[Losses] = ()) -> tuple[float, float, str] | None:
-    """Estimate what restarts in place saved against starts through the queue, never less than nothing.
+    """Estimate the time that restarts in place saved, compared with starts through the queue. Never negative.
 
-    None if there was no restart in place, or if no other start is known.
+    Returns None if the run had no restart in place, or if no other start is known.
 
     Args:
-        losses: of the run.
-        others: of the other runs of its sweep.
+        losses: losses of the run.
+        others: losses of the other runs of its sweep.
 
     Returns:
-        Hours of GPUs, of nodes if the run has none; seconds of waiting in the queue; and the starts that the restarts
-        are compared with, for people.
+        Hours of GPUs (of nodes without GPUs), seconds of waiting in the queue, and the starts for the comparison as
+        text
+        for people.
     """
     starts = {
         "requeues of this run": losses.requeues,
@@ -179,10 +182,10 @@ def saved_in_place(losses: Losses, others: Sequence[Losses] = ()) -> tuple[float
 
 
 def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput | None:
-    """Divide the time of a run; None if its agents recorded no allocations."""
+    """Divide the time of a run into parts. None if its agents recorded no allocations."""
     agents = [event for event in events if event["event"] == "agent_started"]
     if not all({"job", "nodes", "allocated_at"} <= event.keys() for event in agents):
-        return None  # written by hand, or cut: the rest of the time would be missing
+        return None  # The log was written by hand, or cut off: the rest of the time would be missing.
     log, rates = EventLog(list(events), last_heartbeat(run)), Rates()
     found = allocations(log, clock.time(), rates.poll_s)
     if not found:
@@ -195,7 +198,7 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
         begun = float(started["allocated_at"])
         before = [event for event in submitted if event["time"] <= begun]
         is_local = bool(before) and before[-1].get("cluster") == "local"
-        # Between the end of an allocation and the command that requests the next one, nothing waits.
+        # Nothing waits between the end of an allocation and the command that requests the next one.
         requested = max([since, *(event["time"] for event in before if not event.get("moved"))])
         waited_s = 0.0 if is_local else max(0.0, begun - requested)
         since = max(ended, begun)
@@ -218,52 +221,54 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
     )
 
 
-# Division of an allocation: each stretch of its time belongs to one part, and to the interruption that it is lost to.
+# Division of an allocation: each stretch of its time belongs to one part, and to one interruption if the time is lost.
 
 
 @dataclass(frozen=True)
 class Interruption:
-    """End of an attempt that the run resumed after, of a start without an attempt, or a roll-back."""
+    """An interruption: end of an attempt after which the run continued, of a start without an attempt, or a
+    roll-back.
+    """
 
     since: float
-    """Unix time from which time is lost to it, once no step is made any more."""
+    """Unix time of the last step; later time is lost to this interruption."""
     cause: str
-    """One of ``CAUSES``."""
+    """Cause of the interruption, a key of ``CAUSES``."""
     noticed: float | None = None
-    """Unix time of its entry in the event log; None if there is none."""
+    """Unix time of the interruption in the event log; None if it is not there."""
     attempt: int | None = None
-    """Of a roll-back: the attempt that returned by itself to the checkpoint of ``step``."""
+    """For a roll-back: attempt that went back by itself to the checkpoint of ``step``; else None."""
     step: int = 0
 
     def takes(self, record: _Record) -> bool:
-        """Return True if this roll-back took a step from the run."""
+        """Return True if this roll-back discarded a step."""
         return record.attempt == self.attempt and record.step > self.step and record.ended <= self.since
 
 
 @dataclass
 class _Record:
-    """One step record of the first rank; times in seconds, ``begun`` and ``ended`` of the step in Unix time."""
+    """One step record of the first rank. Times are in seconds; ``begun`` and ``ended`` of the step are Unix times."""
 
     attempt: int
     step: int
     ended: float
     begun: float
     compile_s: float
-    """Compilation inside of the step, or before it if the record does not say when the step began."""
+    """Seconds of compilation inside the step, or before it if the record does not say when the step began."""
     val_compile_s: float
-    """Compilation inside of the evaluation after it."""
+    """Seconds of compilation inside the evaluation after the step."""
     restore_s: float
-    """Loading of a checkpoint before it."""
+    """Seconds of loading a checkpoint before the step."""
     evaluated: bool
     lost_to: Interruption | None = None
-    """Interruption that the step was lost to; None if the step counts."""
+    """Interruption to which the step was lost; None if the step counts."""
 
 
 UNKNOWN = Interruption(0.0, "unknown")
 
 
 class _Division:
-    """The time of a run so far, one allocation after another."""
+    """Divider for the time of a run, one allocation after another."""
 
     def __init__(self, run: RunFolder, events: Sequence[dict[str, Any]]) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -271,10 +276,10 @@ class _Division:
         self.lost_s = defaultdict[str, float](float)
         self.lost_h = defaultdict[str, float](float)
         self.causes: dict[float, str] = {}
-        """Begin of each interruption that cost time -> its cause."""
+        """Start of each interruption that cost time, Unix seconds -> its cause."""
         self.in_place: list[Restart] = []
         self.starts: list[tuple[int, Restart]] = []
-        """Number of the allocation, from 1, and its first start."""
+        """Number of the allocation, from 1, and its first start, for each allocation."""
         self._allocation = self._size = 0
         self._waited_s = 0.0
         self._has_stepped = False
@@ -297,14 +302,14 @@ class _Division:
                 is_sick = True
             elif attempt is None:
                 if name == "attempt_ended" or (name == "decided" and not is_entered):
-                    is_entered = name == "attempt_ended"  # the decision that follows is no other interruption
+                    is_entered = name == "attempt_ended"  # The decision that follows is not another interruption.
                     is_of_node = is_sick and event.get("cause") == "node_failed"
                     cause = "node_sick" if is_of_node else _cause(event)
                     without_attempt.append(Interruption(event["time"], cause, event["time"]))
             elif name == "started":
                 started.setdefault(attempt, event["time"])
             elif name == "attempt_ended":
-                ended.setdefault(attempt, event)  # of several the first counts
+                ended.setdefault(attempt, event)  # The first of several interruptions counts.
             elif name == "rank_failed":
                 failed[attempt] = "hung" if event.get("hung") else failed.get(attempt, "crashed")
             elif name == "rolled_back":
@@ -316,7 +321,7 @@ class _Division:
                 self._fewer.add(attempt)
         records, aside = self._read_records(run)
         begun: dict[int, float] = {}
-        for record in sorted([*records, *aside], key=_end):  # of records of the same moment the first one counts
+        for record in sorted([*records, *aside], key=_end):  # The first of several records with the same time counts.
             begun.setdefault(record.attempt, record.begun)
         ends: dict[int, Interruption] = {}
         for attempt in sorted({*ended, *started, *begun}):
@@ -337,14 +342,14 @@ class _Division:
         self._records = sorted([*records, *aside], key=_end)
 
     def _read_records(self, run: RunFolder) -> tuple[list[_Record], list[_Record]]:
-        """Return the records of the first rank that has any, and those that a command took the run back from."""
+        """Return the records of the first rank that has any, and the records that a command has discarded."""
         for rank in run.metric_ranks():
             if found := self._records_in(run.metrics(rank)):
                 return found, [record for path in aside_records(run, rank) for record in self._records_in(path)]
         return [], []
 
     def _records_in(self, path: Path) -> list[_Record]:
-        """Return the records of one file: the last line of each step of an attempt between two roll-backs."""
+        """Return the records of one file: for each step of an attempt, the last line between two roll-backs."""
         names = ("time", "step_time_s", "compile_s", "val_compile_s", "restore_s")
         columns = read_columns(path, (*names, "val_loss"), every=True)
         evaluated = ~np.isnan(columns.values["val_loss"])
@@ -355,8 +360,8 @@ class _Division:
         last: dict[tuple[int, int, int], _Record] = {}
         for values in zip(*(array.tolist() for array in arrays), strict=True):
             record = _Record(*values)
-            # A step that is saved is recorded before its save and again after it: one step. A step that the run went
-            # back from, and its repetition, are two.
+            # A step that is saved is recorded before its save and again after it, as one step. A discarded step and its
+            # repetition are two steps.
             gone_back = sum(back.attempt == record.attempt and back.since < record.ended for back in self._rollbacks)
             key = (record.attempt, record.step, gone_back)
             last.pop(key, None)
@@ -364,14 +369,14 @@ class _Division:
         return [record for record in last.values() if not math.isnan(record.ended)]
 
     def _mark_lost(self, records: list[_Record], aside: list[_Record], ends: Mapping[int, Interruption]) -> None:
-        """Name the interruption that each lost step was lost to."""
+        """Set the interruption of each lost step."""
         first: dict[int, int] = {}
         for record in records:
             first[record.attempt] = min(record.step, first.get(record.attempt, record.step))
         for record in (*records, *aside):
             back = next((back for back in self._rollbacks if back.takes(record)), None)
-            # A later attempt, or the same one after a roll-back, began before the steps that were lost. They are
-            # lost even if they were not done again: an attempt may end before it comes so far.
+            # A later attempt, or the same one after a roll-back, began before the lost steps. They are lost even if
+            # they were not repeated, because an attempt may end before.
             again = min((step for attempt, step in first.items() if attempt > record.attempt), default=math.inf)
             if back is not None or record.step >= again:
                 record.lost_to = back or ends[record.attempt]
@@ -381,12 +386,12 @@ class _Division:
                 record.lost_to = end if end.cause == "continued" else Interruption(end.since, "continued")
 
     def _spend(self, part: str, seconds: float, lost_to: Interruption | None = None) -> None:
-        """Count some time of the allocation as a part, and as lost to an interruption."""
+        """Add seconds of the allocation to a part, and to the interruption that they are lost to."""
         self.seconds[part] += seconds
         if lost_to is not None and seconds > 0:
             self.lost_s[lost_to.cause] += seconds
             self.lost_h[lost_to.cause] += seconds / 3600 * self._size
-            # A command that takes a run back from where it was interrupted is no second interruption.
+            # A command that discards steps of an interrupted run is not a second interruption.
             if self.causes.get(lost_to.since, "continued") == "continued":
                 self.causes[lost_to.since] = lost_to.cause
 
@@ -394,9 +399,9 @@ class _Division:
         """Divide the next allocation.
 
         Args:
-            begun: Unix time.
-            ended: Unix time.
-            size: GPUs, or nodes.
+            begun: start of the allocation, Unix seconds.
+            ended: end of the allocation, Unix seconds.
+            size: number of GPUs, or of nodes.
             waited_s: seconds of waiting for the allocation.
             is_last: True if no other allocation follows.
         """
@@ -426,19 +431,19 @@ class _Division:
             self._spend("shutdown", until - since, end)
 
     def _divide_save(self, before: _Record, at: float, until: float) -> float:
-        """Count the save after a step, and return the time of its end."""
+        """Add the save after a step, and return the Unix time of its end."""
         saved_s = min(until - at, self._save_s.get((before.attempt, before.step), 0.0))
         self._spend("saves", saved_s)
         return at + saved_s
 
     def _divide_compile(self, before: _Record, gap_s: float) -> float:
-        """Count the compilation in the evaluation after a step, and return its seconds."""
+        """Add the compilation in the evaluation after a step, and return its seconds."""
         compiled_s = min(before.val_compile_s, gap_s)
         self._spend("compile", compiled_s, self._before[before.attempt])
         return compiled_s
 
     def _divide_gap(self, before: _Record | None, record: _Record, at: float, until: float, compile_s: float) -> None:
-        """Divide the time before a step: the save after the step before it, then starts, restore and compilation."""
+        """Divide the time before a step: the save after the previous step, then starts, restore and compilation."""
         if before is not None:
             at = self._divide_save(before, at, until)
         is_same = before is not None and before.attempt == record.attempt
@@ -459,17 +464,17 @@ class _Division:
             self._spend("evaluations" if before.evaluated else "other", until - at - compiled)
 
     def _divide_starts(self, at: float, until: float, is_in_place: bool | None, is_last: bool = False) -> None:
-        """Divide the time of starts, from ``at`` to ``until``; the first start of a run is lost to nothing.
+        """Divide the time of starts from ``at`` to ``until``. The first start of a run is lost to no interruption.
 
         Args:
-            at: Unix time.
-            until: Unix time.
+            at: start of the time, Unix seconds.
+            until: end of the time, Unix seconds.
             is_in_place: True if the ranks of an earlier attempt made steps in this allocation; None if no step follows.
             is_last: True if the run ends here.
         """
         slices = [*self._slices(at, until)]
         for number, (since, end, lost_to) in enumerate(slices, start=1):
-            # A start after others in the same allocation says nothing about a whole start.
+            # A start after others in the same allocation does not show the duration of a whole start.
             if is_in_place is not None and number == len(slices) and (is_in_place or number == 1):
                 noticed = since if not is_in_place or lost_to is None else lost_to.noticed or since
                 restart = Restart(end - min(max(since, noticed), end), self._size, self._waited_s)
@@ -478,11 +483,11 @@ class _Division:
                 else:
                     self.starts.append((self._allocation, restart))
             if is_last and not self._records and lost_to is self._final:
-                lost_to = None  # a program without step records ran until then: nothing followed that could cost time
+                lost_to = None  # A program without step records ran until then: nothing followed that could cost time.
             self._spend("start" if lost_to is None else "restarts", end - since, lost_to)
 
     def _slices(self, at: float, until: float) -> Iterator[tuple[float, float, Interruption | None]]:
-        """Cut a time without steps at the begin of each interruption; None before the first one."""
+        """Cut a time without steps at the start of each interruption. The interruption is None before the first one."""
         current = max((end for end in self._ends if end.since <= at), key=_since, default=None)
         if current is None and self._has_stepped:
             current = UNKNOWN

@@ -1,4 +1,4 @@
-"""The sentences below a scaling table, the figures in them, and the tables of what interruptions cost."""
+"""Sentences below a scaling table, the format of figures, and the tables of the cost of interruptions."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from launch.runs.folder import RunFolder
 if TYPE_CHECKING:
     from launch.report.table import Row
 
-# Figures as the tables of a report write them: on the terminal, in Markdown and in HTML alike.
+# Figures in the tables of a report: the same on the terminal, in Markdown and in HTML.
 
 
 UNAVAILABLE = "unavailable"
-"""Stands for a figure that is not known."""
+"""Text in place of a figure that is not known."""
 
 
 def count(value: float | None) -> str:
-    """A whole number, with commas between the thousands."""
+    """Write a whole number with commas between the thousands."""
     return UNAVAILABLE if value is None else f"{value:,.0f}"
 
 
 def rate(value: float | None) -> str:
-    """Throughput with three digits at least: 9.87, 98.7, 987, 98,765."""
+    """Write a throughput with at least three digits: 9.87, 98.7, 987, 98,765."""
     if value is None or value >= 100:
         return count(value)
     return f"{value:.3g}"
 
 
 def seconds(value: float | None) -> str:
-    """A duration in ms or s with three digits."""
+    """Write a duration in ms or s with three digits."""
     if value is None:
         return UNAVAILABLE
     number, unit = (value * 1000, "ms") if value < 0.9995 else (value, "s")
@@ -50,16 +50,16 @@ def seconds(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
-    """A share in percent; small ones, such as the MFU of a small model, keep a digit."""
+    """Write a share in percent. Small shares, such as the MFU of a small model, keep a decimal."""
     if value is None:
         return UNAVAILABLE
     return f"{value * 100:.1f} %"
 
 
 def percentages(shares: Sequence[float]) -> list[str]:
-    """Round shares to tenths of a percent so that they add up to their rounded sum: 100.0 where that is 1.
+    """Round shares to tenths of a percent whose sum is the rounded sum: 100.0 if the shares add up to 1.
 
-    Those whose digits behind are largest are rounded up (largest remainder method).
+    The shares with the largest remainders are rounded up (largest remainder method).
     """
     tenths = [1000 * share for share in shares]
     below = [math.floor(value) for value in tenths]
@@ -70,7 +70,7 @@ def percentages(shares: Sequence[float]) -> list[str]:
 
 
 def run_time(value: float | None) -> str:
-    """A long duration: 12.3 s, 4 min 05 s, 2 h 10 min."""
+    """Write a long duration: 12.3 s, 4 min 05 s, 2 h 10 min."""
     if value is None or value < 99.95:
         return seconds(value)
     minutes, rest = divmod(round(value), 60)
@@ -78,7 +78,7 @@ def run_time(value: float | None) -> str:
 
 
 def amount(value: float | None) -> str:
-    """A sum of money, or hours, with two decimals."""
+    """Write money or hours with two decimals."""
     return UNAVAILABLE if value is None else f"{value:,.2f}"
 
 
@@ -94,26 +94,26 @@ def hours(value: float | None, unit: str) -> str:
     return told(value if value is None or value >= 1000 else float(f"{round(value, 4):.3g}"), unit)
 
 
-# Costs of interruptions as a table, which Markdown and the HTML page share.
+# The cost of interruptions as a table, for Markdown and the HTML page.
 
 
 def hours_by_cause(rows: Sequence[Row]) -> dict[str, float]:
-    """Add up the lost hours of several points by cause, in the order of ``CAUSES``."""
+    """Return the lost hours of several points by cause, in the order of ``CAUSES``."""
     found = {cause: [lost for row in rows if (lost := row.causes_h.get(cause))] for cause in CAUSES}
     return {cause: sum(lost) for cause, lost in found.items() if lost}
 
 
 def units(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Group the rows with interruptions by the unit of their hours: those of GPUs and of nodes are never added up."""
+    """Group the rows with interruptions by the unit of their hours. Hours of GPUs and of nodes are never added."""
     found = {unit: [row for row in rows if row.hours_of == unit and row.interruptions] for unit in ("GPU", "node")}
     return [(unit, of_unit) for unit, of_unit in found.items() if of_unit]
 
 
 def loss_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the table of what interruptions cost each point, and all together, with a head.
+    """Return the table of the cost of interruptions for each point and for all points, with a head.
 
     Args:
-        rows: with hours of one unit.
+        rows: rows whose hours have the same unit.
     """
     unit, causes = f"{rows[0].hours_of}-h", hours_by_cause(rows)
     has_saving = any(row.saved_in_place_h is not None for row in rows)
@@ -139,7 +139,7 @@ def loss_cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _saved(rows: Sequence[Row]) -> tuple[float, float]:
-    """Return the hours, and the seconds of waiting, that restarts in place saved several points."""
+    """Return the hours, and the seconds of waiting, that restarts in place saved in several points."""
     return sum(row.saved_in_place_h or 0.0 for row in rows), sum(row.saved_in_place_wait_s or 0.0 for row in rows)
 
 
@@ -147,7 +147,7 @@ def _time(value: float | None) -> str:
     return "0 s" if value == 0 else run_time(value)
 
 
-# The sentences below a scaling table: what its figures do and do not say.
+# The sentences below a scaling table, which explain the figures and their limits.
 
 
 STATE_TEXTS = {
@@ -161,17 +161,17 @@ STATE_TEXTS = {
 }
 
 NAMED = 3
-"""Slow ranks, throttled hosts and unread files that a note names, those with most; of the rest it gives the number."""
+"""Number of slow ranks, throttled hosts or unread files that a note names. It counts the rest."""
 SAME_WORK = 1.05
-"""Steps whose work differs by less than this factor do the same: the last batch of an epoch may be smaller."""
+"""Ratio of work below which steps count as equal work. The last batch of an epoch may be smaller."""
 LEAST_THROTTLED = 0.01
-"""Share of the samples below which no host is called throttled."""
+"""Share of the samples below which no host counts as throttled."""
 
 
 def notes(
     points: Sequence[Point], found: Sequence[tuple[Series, SeriesFindings]], rows: Sequence[Row]
 ) -> Iterator[str]:
-    """Yield the sentences that belong below the table of these series, which has these rows."""
+    """Yield the notes below the table of these series and rows."""
     every = [series for series, _ in found]
     shown = [point for series in every for point in series.members]
     yield from _sources(points)
@@ -202,7 +202,7 @@ def notes(
 
 
 def _sources(points: Sequence[Point]) -> Iterator[str]:
-    """Explain ratios between the folders of a comparison, and name the conditions in which the folders differ."""
+    """Explain ratios between the folders of a comparison, and name the conditions that differ between the folders."""
     sources: dict[str, list[Environment]] = defaultdict(list)
     for point in points:
         sources[point.source] += [] if point.environment is None else [point.environment]
@@ -223,7 +223,7 @@ def _sources(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _unread(point: Point) -> Iterator[str]:
-    """Count the lines that are no step records, and the lines of the event log that could not be read."""
+    """Count the lines that are no step records, and the lines of the event log that are unreadable."""
     found = sorted(point.unread, key=lambda one: -one.lines)
     if found:
         named = [
@@ -256,7 +256,7 @@ def _steps_used(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _apart(every: Sequence[Series]) -> Iterator[str]:
-    """Explain why points of different clusters, software or code are not compared, and how to make them alike."""
+    """Explain why points of different clusters, software or code are not compared, and how to make them comparable."""
     points = [point for series in every for point in series.members]
     if len(clusters := clusters_of(points)) > 1:
         where = "; ".join(f"{', '.join(titles)} on {cluster}" for cluster, titles in clusters.items())
@@ -274,7 +274,7 @@ def _apart(every: Sequence[Series]) -> Iterator[str]:
 
 
 def _smallest(series: Series) -> Iterator[str]:
-    """Name the point that the other points are measured against, and why a smaller one is not."""
+    """Name the point that is the baseline of the others, and why a smaller point is not."""
     base = series.smallest
     if base is not None and series.compares:
         passed_over = [point.title for point in series.members[: series.members.index(base)]]
@@ -284,7 +284,7 @@ def _smallest(series: Series) -> Iterator[str]:
 
 
 def _unknown_work(series: Series) -> Iterator[str]:
-    """Explain a speedup between steps whose work is not known."""
+    """Explain a speedup between steps with unknown work."""
     if sum(point.figures is not None for point in series.members) > 1 and not series.has_rates:
         is_weak = series.scaling == "weak"
         ideal = "1.00 would be ideal in weak scaling" if is_weak else "more ranks do the same work sooner"
@@ -296,7 +296,7 @@ def _unknown_work(series: Series) -> Iterator[str]:
 
 
 def _changing_work(series: Series) -> Iterator[str]:
-    """Report steps that did not do the work of their kind of scaling, which scripts state by hand."""
+    """Report steps whose work does not fit the kind of scaling. Scripts state that work by hand."""
     works = {
         point: point.figures.throughput * point.figures.step_time_s
         for point in series.members
@@ -316,7 +316,7 @@ def _changing_work(series: Series) -> Iterator[str]:
 
 
 def _fewer_nodes(point: Point) -> Iterator[str]:
-    """Count the steps on fewer nodes than requested, because nodes were lost: they do not measure the point."""
+    """Count the steps on fewer nodes than requested after a loss of nodes: they do not measure the point."""
     if point.fewer_nodes:
         made = ", ".join(f"{counted(n, 'step')} on {counted(nodes, 'node')}" for nodes, n in point.fewer_nodes.items())
         all_of_them = sum(point.fewer_nodes.values()) == point.last_step
@@ -326,7 +326,7 @@ def _fewer_nodes(point: Point) -> Iterator[str]:
 
 
 def _whole(points: Sequence[Point]) -> Iterator[str]:
-    """Report ranks that recorded nothing, run times in place of steps, and ranks that shared cores or a GPU."""
+    """Report ranks without records, run times in place of steps, and ranks that shared cores or a GPU."""
     partly = []
     for point in points:
         environment, steps = point.environment, point.steps.after_warmup()
@@ -355,7 +355,7 @@ def _whole(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _noise(series: Series, rows: Sequence[Row]) -> Iterator[str]:
-    """Explain why an efficiency is marked, and how far off it may be."""
+    """Explain why an efficiency is marked, and how large its error may be."""
     titles = {point.title for point in series.members}
     marked = [row for row in rows if row.noisy and row.label in titles]
     noisy = [
@@ -382,7 +382,7 @@ def _range(low: float, high: float) -> str:
 
 
 def _resolution(point: Point) -> Iterator[str]:
-    """Mark step times that are means over lines of a log that were read together."""
+    """Report step times that are means over lines of a log that were read together."""
     figures = point.figures
     if figures is None or not figures.resolution_s:
         return
@@ -423,7 +423,7 @@ def _stragglers(point: Point) -> Iterator[str]:
 
 
 def _gpus(point: Point) -> Iterator[str]:
-    """Name throttled hosts, and explain why an energy is unknown."""
+    """Name throttled hosts, and explain why the energy is unknown."""
     use = point.gpu_use or GpuUse((), None, None, None)
     throttled = [host for host in use.hosts if (host.throttled or 0.0) >= LEAST_THROTTLED]
     if throttled:
@@ -443,7 +443,7 @@ def _gpus(point: Point) -> Iterator[str]:
 
 
 def _interruptions(rows: Sequence[Row]) -> Iterator[str]:
-    """Write what interruptions cost by cause, and what restarts in place saved."""
+    """Write the cost of interruptions by cause, and the time that restarts in place saved."""
     for unit, of_unit in units(rows):
         lost_h, used = sum(row.interrupted_h or 0.0 for row in of_unit), [row.gpu_hours for row in of_unit]
         causes = ", ".join(f"{CAUSES[c]} {hours(lost, f'{unit}-h')}" for c, lost in hours_by_cause(of_unit).items())
@@ -463,7 +463,7 @@ def _interruptions(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _ends(points: Sequence[Point]) -> Iterator[str]:
-    """Report points without figures, points that did not finish, and an MFU that is unknown."""
+    """Report points without figures, unfinished points, and an unknown MFU."""
     few = [
         f"{point.title} ({len(point.steps.after_warmup())} of {len(point.steps)})"
         for point in points
@@ -475,7 +475,7 @@ def _ends(points: Sequence[Point]) -> Iterator[str]:
         if text := STATE_TEXTS.get(point.state):
             at = f" (last step recorded: {point.last_step})" if point.last_step is not None else ""
             yield f"{point.title} {text}{at}; see {point.path}."
-    # MFU needs the peak rate of the device. Of programs other than gpt no user expects an MFU.
+    # The MFU needs the peak rate of the device. Users expect an MFU only of gpt.
     lacking = [p for p in points if p.is_gpt and p.figures is not None and p.figures.mfu_palm is None]
     if names := dict.fromkeys(p.environment.device_names for p in lacking if p.environment is not None):
         yield f"MFU unavailable: the runs recorded none on {', '.join(names)}."
@@ -483,7 +483,7 @@ def _ends(points: Sequence[Point]) -> Iterator[str]:
 
 LOW_MFU = 0.2
 WORTH_NAMING = 0.1
-"""Share of the step from which a phase other than computation is what to look at."""
+"""Share of the step from which a note names a phase other than computation."""
 ADVICE = {
     "communication": "More work between two reductions hides it: a larger optim.global_batch, or fewer nodes; "
     "python -m launch.doctor measures the links.",
@@ -497,7 +497,7 @@ ADVICE = {
 
 
 def _low_mfu(point: Point) -> Iterator[str]:
-    """Advise on a point of the GPT library whose MFU is low, by the phase of most of its lost time."""
+    """Advise on a point of the GPT library with a low MFU, by the phase that loses most time."""
     mfu = None if point.figures is None else point.figures.mfu_palm
     if mfu is None or mfu >= LOW_MFU or not point.is_gpt:
         return

@@ -21,69 +21,73 @@ from launch.runs.find import natural
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides, typed_value
 
-# Use of the GPUs of a run, by the telemetry of its agents: energy, power, clocks and throttling.
+# Use of the GPUs of a run, from the telemetry of its agents: energy, power, clocks and throttling.
 
 
 THROTTLING = sum(THROTTLE_REASONS)
 """All bits of ``THROTTLE_REASONS``."""
 MOST_WINDOWS = 400
-"""Points of a curve over the run; their width is doubled when there are more."""
+"""Largest number of points of a curve over the run. The width of a window doubles if there are more."""
 
 
 @dataclass(frozen=True)
 class HostGpus:
-    """The GPUs of one host over all attempts; an unknown figure is None."""
+    """The GPUs of one host over all attempts. A figure that is not known is None."""
 
     host: str
     gpus: int
     energy_j: float | None
     mean_power_w: float | None
-    """Of one GPU, over the time in which it was sampled."""
+    """Mean power of one GPU in watts, over the sampled time; None if unknown."""
     sm_clock_mhz: float | None
-    """Mean."""
+    """Mean clock in MHz; None if unknown."""
     hottest_c: float | None
     throttled: float | None
-    """Share of the samples in which clocks were lowered for a reason of ``THROTTLE_REASONS``."""
+    """Share of the samples with clocks lowered for a reason in ``THROTTLE_REASONS``; None if unknown."""
     reasons: Mapping[str, float]
-    """Reason -> share of the samples, the most frequent first; several may apply to one sample."""
+    """Reason -> share of the samples, most frequent reason first. Several reasons may apply to one sample."""
 
 
 @dataclass(frozen=True)
 class GpuWindow:
-    """One point of the curves over a run: means, or extremes, of all GPUs in a window."""
+    """One point of the curves over a run: figures over all GPUs in a window of time."""
 
     begun: float
-    """Unix time, seconds."""
+    """Start of the window, Unix seconds."""
     values: Mapping[str, float]
-    """power_w and sm_clock_mhz (means), sm_clock_min_mhz, temperature_max_c, throttled (share)."""
+    """Figures by name.
+
+    power_w and sm_clock_mhz are means, sm_clock_min_mhz and temperature_max_c extremes, throttled is a share of the
+    samples.
+    """
 
 
 @dataclass(frozen=True)
 class GpuUse:
-    """Telemetry of a run over all attempts, from the start of the ranks to their end."""
+    """GPU telemetry of a run over all attempts, from the start of the ranks to their end."""
 
     hosts: tuple[HostGpus, ...]
-    """By name; numbers in names are sorted as numbers."""
+    """Hosts by name; numbers in names are sorted as numbers."""
     energy_j: float | None
-    """Of all GPUs; None if some were not sampled, or have neither energy nor power."""
+    """Energy of all GPUs in joules; None if some GPUs have no samples, or neither energy nor power."""
     mean_power_w: float | None
-    """Of one GPU."""
+    """Mean power of one GPU in watts; None if unknown."""
     throttled: float | None
-    """Share of the samples of all GPUs."""
+    """Share of the samples of all GPUs with lowered clocks; None if unknown."""
     unsampled: tuple[str, ...] = ()
-    """Hosts with ranks on GPUs of which there are no samples of some attempt."""
+    """Hosts with ranks on GPUs that have no samples in some attempt."""
     windows: tuple[GpuWindow, ...] = field(default=(), repr=False)
 
 
 @dataclass
 class _Gpu:
-    """Energy of one GPU so far, and its last sample: attempt, Unix time, gauges."""
+    """Energy of one GPU so far in joules, and its last sample: attempt, Unix time, gauges."""
 
     last: tuple[int, float, Mapping[str, float]] | None = None
     energy_j: float = 0.0
     seconds: float = 0.0
     is_whole: bool = True
-    """False if the energy of some time is unknown."""
+    """False if the energy of a part of the time is unknown."""
 
     def add(self, sample: GpuSample, gauges: Mapping[str, float]) -> None:
         if self.last is not None and self.last[0] == sample.attempt and sample.time > self.last[1]:
@@ -97,9 +101,9 @@ class _Gpu:
 
 
 def energy_between(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> float | None:
-    """Return the energy of one GPU between two samples in joules; None if the samples do not say.
+    """Return the energy of one GPU between two samples in joules; None if the samples do not show it.
 
-    By its counter if both have it and the driver did not reset it; else by the mean power.
+    The energy counter is used if both samples have it and the driver did not reset it, else the mean power.
     """
     if "energy_j" in before and "energy_j" in after and after["energy_j"] >= before["energy_j"]:
         return after["energy_j"] - before["energy_j"]
@@ -140,14 +144,14 @@ class _Gauges(dict[str, tuple[float, int, float, float]]):
 
 
 def read_gpu_use(run: RunFolder, setups: Mapping[int, Environment]) -> GpuUse | None:
-    """Reduce the telemetry of a run whose attempts have these set-ups; None if no GPU was sampled.
+    """Reduce the telemetry of a run to sums, by the environments of its attempts; None if no GPU was sampled.
 
-    The samples of a long run on many GPUs do not fit into memory: sums are kept, and no sample.
+    Only sums are kept: the samples of a long run on many GPUs do not fit into memory.
     """
     gpus: dict[str, dict[str, _Gpu]] = defaultdict(lambda: defaultdict(_Gpu))
     gauges_of: dict[str, _Gauges] = defaultdict(_Gauges)
     sampled_by: dict[tuple[int, str, str], int] = {}
-    """Attempt, host, address -> node: agents on one machine may sample the same GPU."""
+    """Attempt, host, GPU address -> node. Agents on one machine may sample the same GPU."""
     windows: dict[int, _Gauges] = defaultdict(_Gauges)
     width_s = 1.0
     for node in telemetry_nodes(run):
@@ -200,7 +204,7 @@ def _curves(gauges: _Gauges) -> dict[str, float]:
 
 
 def _unsampled(sampled_by: Mapping[tuple[int, str, str], int], setups: Mapping[int, Environment]) -> tuple[str, ...]:
-    """Return the hosts of which, in some attempt, fewer GPUs were sampled than ranks ran on."""
+    """Return the hosts on which, in some attempt, fewer GPUs were sampled than ranks ran."""
     sampled = Counter((attempt, host) for attempt, host, _ in sampled_by)
     missing = set()
     for attempt, setup in setups.items():
@@ -210,22 +214,22 @@ def _unsampled(sampled_by: Mapping[tuple[int, str, str], int], setups: Mapping[i
     return tuple(sorted(missing, key=natural))
 
 
-# Steps that a profiler watched.
+# Steps that a profiler measured.
 
 
 SHOWN = {"compute": "computing", "exposed": "exposed communication", "copies": "copies", "idle": "idle"}
-"""Part of a profiled step -> its name for people; the parts add up to the step. A CPU has no copies."""
+"""Part of a profiled step -> its name for people. The parts add up to the step. A CPU has no copies."""
 
 
 @dataclass(frozen=True)
 class StepBreakdown:
-    """Means over the steps of all ranks that a profiler watched."""
+    """Mean parts of the steps that a profiler measured, over all ranks."""
 
     steps: int
-    """Profiled steps of the first rank."""
+    """Number of profiled steps of the first rank."""
     ranks: int
     parts_s: dict[str, float]
-    """Part of ``SHOWN``, and ``comm``, all communication -> seconds."""
+    """Part -> seconds: the parts of ``SHOWN``, and ``comm`` for all communication."""
 
     def text(self) -> str:
         """Write the shares of the parts for people."""
@@ -236,7 +240,10 @@ class StepBreakdown:
 
 
 def read_breakdown(run: RunFolder) -> StepBreakdown | None:
-    """Return the means of the profiled steps; None if the first rank has none: no other file is read then."""
+    """Return the mean parts of the profiled steps; None if the first rank has none.
+
+    In that case no other file is read.
+    """
     fields = {part: f"breakdown_{part}_s" for part in (*SHOWN, "comm")}
     sums, counts = dict.fromkeys(fields, 0.0), dict.fromkeys(fields, 0)
     steps = ranks = 0
@@ -273,14 +280,15 @@ class State(StrEnum):
 ENDS = {"finished": State.FINISHED, "rank_failed": State.FAILED, "stopped": State.STOPPED}
 """Event -> state of the point after it."""
 REASONS = {"cancelled": State.CANCELLED, "budget_reached": State.BUDGET_EXCEEDED}
-"""Event -> state of a point that was stopped for it, as ``launch.status`` calls it."""
+"""Event that requests a stop -> state of the stopped point, as in ``launch.status``."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Point(StepReading):
-    """Point of a curve, from one run folder, with everything that is read from its step records.
+    """Point of a curve: the records of one run folder.
 
-    ``environment`` is that of the last attempt with steps, and on all nodes; ``steps`` were made in it.
+    ``environment`` is the environment of the last attempt with steps on all nodes; ``steps`` are steps of such
+    attempts.
     """
 
     path: Path
@@ -288,36 +296,40 @@ class Point(StepReading):
     state: State
     environment: Environment | None
     presence: tuple[float, float] | None = None
-    """Unix times between which its processes were alive; at least ``span``."""
+    """Unix times of the start and end of the run's processes; includes ``span``. None if unknown."""
     label: str = ""
-    """Label that distinguishes it from the other points of a report, for people; empty: its name does."""
+    """Name of the point among the points of a report, for people; empty to use the name of its folder."""
     run_time_s: float | None = None
-    """Time that its ranks ran, from the start to the end of each attempt, added up; None while an attempt runs."""
+    """Seconds that the ranks ran, from start to end, over all attempts; None while an attempt runs."""
     attempts: int = 0
     goodput: Goodput | None = None
-    """Its time by part; None if no agent recorded its allocations."""
+    """Time of the run by part; None if no agent recorded its allocations."""
     gpu_use: GpuUse | None = None
-    """Energy, power and throttling of its GPUs; None if none was sampled."""
+    """Energy, power and throttling of the GPUs; None if no GPU was sampled."""
     breakdown: StepBreakdown | None = None
-    """Parts of the steps that a profiler watched; None if it watched none."""
+    """Parts of the profiled steps; None if no step was profiled."""
     fewer_nodes: Mapping[int, int] = field(default_factory=dict)
-    """Smaller number of nodes -> steps that were made on them after nodes were lost. They are in ``steps`` only if
-    there are no others."""
+    """Smaller number of nodes -> number of steps on them after a loss of nodes.
+
+    These steps are in ``steps`` only if there are no others.
+    """
     cluster: str | None = None
-    """Cluster of the last submission: local, slurm, or slurm with the name of another one; None if not submitted."""
+    """Cluster of the last submission: local, slurm, or slurm with the name of another cluster; None if not
+    submitted.
+    """
     source: str = ""
-    """Folder of a comparison that it belongs to; empty in a report of one folder."""
+    """Folder of the comparison to which the point belongs; empty in a report of one folder."""
     neighbours: tuple[str, ...] = ()
-    """Titles of the points it shared cores or a GPU with while it made steps."""
+    """Titles of the points that shared cores or a GPU with this point while it made steps."""
 
     @property
     def is_gpt(self) -> bool:
-        """True if the GPT library made it, of which more is known than of other programs."""
+        """True if the GPT library made the point. More figures are known then."""
         return self.environment is not None and self.environment.workload == "gpt"
 
     @property
     def name(self) -> str:
-        """Name of its folder, which is cut if it would be too long."""
+        """Name of the folder, shortened if it is too long."""
         return self.path.name
 
     @property
@@ -327,12 +339,12 @@ class Point(StepReading):
 
     @cached_property
     def figures(self) -> Measurement | None:
-        """Figures of its steps; None if too few steps are left after warm-up."""
+        """Figures of the steps; None if too few steps are left after warm-up."""
         return measure(self.steps)
 
     @property
     def ranks(self) -> int | None:
-        """Number of ranks, from the run, or else from the overrides."""
+        """Number of ranks from the run, or else from the overrides; None if unknown."""
         if self.environment is not None:
             return self.environment.world_size
         nodes, per_node = (self._typed(key) for key in ("nodes", "ranks_per_node"))
@@ -340,7 +352,7 @@ class Point(StepReading):
 
     @property
     def nodes(self) -> int | None:
-        """Number of nodes, from the run, or else from the overrides."""
+        """Number of nodes from the run, or else from the overrides; None if unknown."""
         return self._typed("nodes") if self.environment is None else self.environment.nodes
 
     def _typed(self, key: str) -> int | None:
@@ -349,7 +361,7 @@ class Point(StepReading):
 
     @property
     def run_rate(self) -> float | None:
-        """Work per second of the run time, if the work was stated and done in one attempt."""
+        """Work per second of the run time, if the work was stated and done in one attempt; else None."""
         environment = self.environment
         if environment is None or environment.work_per_step is None or environment.max_steps is None:
             return None
@@ -359,23 +371,23 @@ class Point(StepReading):
 
     @property
     def crowded(self) -> bool | None:
-        """True if ranks shared cores or a GPU; None if it is not known what they ran on."""
+        """True if ranks shared cores or a GPU; None if the devices are not known."""
         return None if self.environment is None else bool(self.crowding())
 
     def crowding(self) -> list[str]:
-        """Return one phrase for each way in which its ranks shared cores or a GPU."""
+        """Return one phrase for each way in which ranks of the point shared cores or a GPU."""
         own, names = [] if self.environment is None else self.environment.crowding(), self.neighbours
         few = " and ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} other points"
         return own + ([f"at the same time as {few}"] if names else [])
 
     @property
     def is_coarse(self) -> bool:
-        """True if its steps were timed in too few intervals for any efficiency."""
+        """True if the steps were timed in too few intervals for an efficiency."""
         return self.figures is not None and self.figures.intervals < MIN_STEPS
 
     @property
     def has_efficiency(self) -> bool:
-        """True if an efficiency of this point, or against it, may be stated."""
+        """True if an efficiency of this point, or relative to it, may be stated."""
         return self.figures is not None and not self.crowded and not self.is_coarse
 
     def host(self, rank: int) -> str | None:
@@ -385,7 +397,7 @@ class Point(StepReading):
 
 
 def read_point(path: Path) -> Point:
-    """Read one run folder; an empty folder, or none, is a point without records."""
+    """Read one run folder. An empty or missing folder gives a point without records."""
     run = RunFolder(path)
     setups = {number: read_environment(run, number) for number in run.attempts()}
     known = {number: setup for number, setup in setups.items() if setup is not None}
@@ -399,7 +411,7 @@ def read_point(path: Path) -> Point:
     span = reading.span
     if span is None and (until := times.get(last_attempt, (0.0, None))[1]) is not None:
         span = (times[last_attempt][0], until)
-    # A program other than gpt need not record any step.
+    # A program other than gpt may record no steps.
     needs_none = environment is not None and environment.workload != "gpt" and bool(times)
     without_end = State.RUNNING if reading.last_step is not None or needs_none else None
     on_fewer = Counter[int]()
@@ -426,7 +438,9 @@ def read_point(path: Path) -> Point:
 
 
 def _attempt_times(events: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float | None]]:
-    """Return the times at which the ranks of each attempt started and ended; None if they have not ended."""
+    """Return the Unix times at which the ranks of each attempt started and ended; None for an end that is still
+    open.
+    """
     times: dict[int, tuple[float, float | None]] = {}
     for event in events:
         name, attempt = event.get("event"), event.get("attempt")
@@ -438,31 +452,34 @@ def _attempt_times(events: Sequence[dict[str, Any]]) -> dict[int, tuple[float, f
 
 
 def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tuple[float, float]:
-    """Return the time from the start of the agent, or of the ranks without agent, to their end, around ``span``."""
+    """Return the Unix times from the start of the agent to its end; without agent, of the ranks. Includes ``span``."""
     before = {event["event"]: event["time"] for event in events if event["time"] <= span[0]}
     ends = [event["time"] for event in events if event["event"] == "agent_ended" and event["time"] >= span[1]]
     return before.get("agent_started", before.get("started", span[0])), ends[0] if ends else span[1]
 
 
 def _end(event_log: Sequence[dict[str, Any]], last: int) -> State | None:
-    """Return the state after the last attempt; None if it has not ended. An end without attempt belongs to any."""
+    """Return the state after the last attempt; None if the attempt runs. An end without attempt counts for any
+    attempt.
+    """
     ends = [event for event in event_log if event.get("event") in ENDS and event.get("attempt", last) >= last]
     reason = next((event for event in event_log[last_command(event_log) :] if event.get("event") in REASONS), None)
     failures = [event["time"] for event in ends if event["event"] == "rank_failed" and "time" in event]
-    # What fails after a cancel, or at the cap, failed because of it; what finished all the same has finished.
+    # A failure after a cancel, or at a cap of the budget, is its consequence. A run that finished nevertheless has
+    # finished.
     has_finished = any(event["event"] == "finished" for event in ends)
     if reason is not None and not has_finished and all(time >= reason.get("time", 0.0) for time in failures):
         return REASONS[reason["event"]]
-    # A rank that failed fails the attempt, whatever the other ranks wrote after it.
+    # A failed rank fails the attempt, even if other ranks record more afterwards.
     if any(event["event"] == "rank_failed" and event.get("attempt") is not None for event in ends):
         return State.FAILED
     return ENDS[ends[-1]["event"]] if ends else None
 
 
 def disturbs(other: Point, point: Point) -> bool:
-    """Return True if a point had to share cores or a GPU with another one while it made steps.
+    """Return True if another point shared cores or a GPU with this point while this one made steps.
 
-    A point that starts takes as much of a machine as one that makes steps: its ranks import libraries.
+    A point that starts loads a machine as much as one that makes steps: its ranks import libraries.
     """
     if other.path == point.path or point.environment is None or other.environment is None:
         return False

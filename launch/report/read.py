@@ -38,25 +38,25 @@ Flags = npt.NDArray[np.bool_]
 
 
 BLOCK = 1 << 16
-"""Bytes to decode together: a block stays in the cache of a core while it is read."""
+"""Number of bytes to decode together: the block stays in the cache of a core."""
 ATTEMPT = re.compile(rb'"attempt": ?(\d{1,9})[,}]')
-"""Attempt in a line that is cut or damaged."""
+"""Pattern of the attempt in a line that is cut off or damaged."""
 MOST_ATTEMPTS = 1 << 24
-"""Bound of attempt numbers in ``RecordColumns.keys``."""
+"""Upper bound of attempt numbers in ``RecordColumns.keys``."""
 
 
 @dataclass(frozen=True)
 class RecordColumns:
-    """Records of one rank in step order, each step once; arrays of [records]."""
+    """Records of one rank in step order, each step once, as arrays of shape [records]."""
 
     steps: Integers
     attempts: Integers
     values: Mapping[str, Floats]
     """Field -> its numbers, NaN in records without a number. Read only: fields may share an array."""
     last_line: int = -1
-    """Line of the last step's record in the file, counted from 0; -1 if there is no record."""
+    """Line number of the last step's record in the file, from 0; -1 if there is no record."""
     unread: tuple[int | None, ...] = ()
-    """Attempt of each line that is no record, in file order; None if the file does not state an attempt."""
+    """Attempt of each line that is no record, in file order; None if the file does not name the attempt."""
     has_open_end: bool = False
     """True if the last unread line ends the file without a newline: a rank may still write this line."""
 
@@ -81,7 +81,8 @@ def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> R
     unread: list[tuple[int, int | None]] = []
     begin, is_whole = 0, True
     for text in _whole_lines(path):
-        size = int(np.count_nonzero(np.frombuffer(text, np.uint8) == ord("\n")))  # several times as fast as bytes.count
+        # Several times as fast as bytes.count.
+        size = int(np.count_nonzero(np.frombuffer(text, np.uint8) == ord("\n")))
         is_whole = text.endswith(b"\n")
         size += not is_whole
         table = _decode(text, names, size)
@@ -121,7 +122,7 @@ def read_last(path: Path, columns: RecordColumns) -> dict[str, Any]:
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
-    """Yield about ``BLOCK`` bytes of whole lines at a time; the last line may lack its newline."""
+    """Yield blocks of whole lines of about ``BLOCK`` bytes. The last line may lack its newline."""
     try:
         file = path.open("rb")
     except (FileNotFoundError, NotADirectoryError):
@@ -130,14 +131,16 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
         while text := file.read(BLOCK):
             text += file.readline()
             yield text
-            if not text.endswith(b"\n"):  # a rank may add the rest of this line now: half a line is no line
+            if not text.endswith(b"\n"):  # A rank may still write the rest of this line: half a line does not count.
                 return
 
 
 def _attempts_of_unread(
     unread: Sequence[tuple[int, int | None]], lines: Integers, attempts: Floats
 ) -> tuple[int | None, ...]:
-    """Return the attempt of each unread line: as stated, or as in the record before it, or as in the first record."""
+    """Return the attempt of each unread line: its own, else the attempt of the record before it, else of the
+    first record.
+    """
     if not len(lines):
         return tuple(stated for _, stated in unread)
     before = (max(int(np.searchsorted(lines, line)) - 1, 0) for line, _ in unread)
@@ -149,10 +152,10 @@ def _attempts_of_unread(
 @lru_cache
 def _decoder(names: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
     """Return the decoder of the fields ``names`` of a record; the first two fields are integers."""
-    # Attributes have names of their own: a field of a script's records may have a name that Python does not allow.
+    # The attributes have generated names: a field of a script's records may have a name that Python does not allow.
     attributes = [f"field_{index}" for index in range(len(names))]
     kinds = [(name, int) if at < 2 else (name, float | None, math.nan) for at, name in enumerate(attributes)]
-    # Rows have no references to each other and live for one block: the garbage collector has nothing to do.
+    # Rows have no references to each other and live for one block, so the garbage collector need not track them.
     row = msgspec.defstruct("Row", kinds, rename=dict(zip(attributes, names, strict=True)), gc=False)
     return msgspec.json.Decoder(row)
 
@@ -163,18 +166,18 @@ def _decode(text: bytes, names: tuple[str, ...], size: int) -> Floats | None:
         rows = _decoder(names).decode_lines(text)
         # One record a line. msgspec does not check that text is UTF-8.
         if len(rows) == size and text.isascii():
-            try:  # all fields at once: two to three times as fast as one after another
+            try:  # All fields at once: two to three times as fast as one after another.
                 numbers = np.fromiter(chain.from_iterable(map(astuple, rows)), np.float64, size * len(names))
-            except TypeError:  # null in some records
+            except TypeError:  # Some records contain null.
                 numbers = np.array([*map(astuple, rows)], np.float64)
             return numbers.reshape(-1, len(names)).T
     except (msgspec.DecodeError, OverflowError):
-        pass  # a line is damaged, or has NaN, which only Python's JSON reads, or a field that is no number
+        pass  # A line is damaged, or has NaN (which only Python's JSON reads), or a field that is no number.
     return None
 
 
 def _decode_lines(text: bytes, names: tuple[str, ...]) -> tuple[list[int], Floats, list[tuple[int, int | None]]]:
-    """Return the lines that are records, their numbers, and each other line with its attempt, by Python's JSON."""
+    """Return the line numbers of records, their numbers, and each other line with its attempt. Uses Python's JSON."""
     lines, table, unread = list[int](), list[list[float]](), list[tuple[int, int | None]]()
     for number, line in enumerate(text.split(b"\n")):
         try:
@@ -208,18 +211,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MOST_PROCESSES = 8
-"""More reading processes deliver faster than one process reduces."""
+"""Largest number of reading processes. More processes read faster than one process reduces."""
 TOGETHER = 4
-"""Files that a process reads before it sends them: one by one took a tenth more processor time in all."""
+"""Number of files that a process reads before it sends them. One by one took a tenth more processor time."""
 MUCH = 128 << 20
-"""Bytes from which reading processes, one a core, make up for their start."""
+"""Number of bytes above which reading processes, one per core, are worth their start."""
 
 
 def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], size: int) -> Iterator[tuple[Item, Result]]:
     """Yield each item with the result of ``read``, in order; processes read a few more ahead if there is much to read.
 
     Args:
-        read: a pure function that reads a file; its result can be pickled.
+        read: pure function that reads a file and returns a value that can be pickled.
         items: arguments of ``read``.
         size: bytes of all files together.
     """
@@ -254,13 +257,13 @@ def processes_for(size: int) -> int:
 
 
 def executor(processes: int) -> Executor:
-    """Return a pool of forked processes, which end with this one."""
+    """Return a pool of forked processes that end with this process."""
     fork = multiprocessing.get_context("fork")
     return ProcessPoolExecutor(processes, mp_context=fork, initializer=_start_reader, initargs=(os.getpid(),))
 
 
 def _start_reader(parent: int) -> None:
-    """Leave Ctrl-C to the parent process, and end with it."""
+    """Ignore Ctrl-C in a reader process, and end the process with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent(parent)
 
@@ -286,18 +289,18 @@ class RankPlace(msgspec.Struct, frozen=True):
 
 
 class Environment(msgspec.Struct, frozen=True, kw_only=True):
-    """Set-up of one attempt. Batches in sequences, ``block_size`` in tokens; None: not recorded."""
+    """Environment of one attempt. Batches are in sequences, ``block_size`` in tokens; None means not recorded."""
 
     ranks: tuple[RankPlace, ...]
     workload: str = "gpt"
     weak_scaling: bool | None = None
     stated_unit: str | None = msgspec.field(default=None, name="unit")
     work_per_step: float | None = None
-    """Units that all ranks together do in a step, if the user stated this."""
+    """Units of work of all ranks together in a step, if the user stated the work; else None."""
     max_steps: int | None = None
     command_words: list[Any] | None = msgspec.field(default=None, name="command")
     mesh: dict[str, Any] | None = msgspec.field(default=None, name="topology")
-    """Strategy, and the number of ranks along each dimension."""
+    """Parallelism strategy, and the number of ranks along each dimension; None if not recorded."""
     global_batch: int | None = None
     micro_batch: int | None = None
     accumulation: int | None = None
@@ -310,7 +313,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def unit(self) -> str | None:
-        """Unit of the throughput: tokens, samples, images."""
+        """Unit of the throughput: tokens, samples or images; None if not recorded."""
         return self.stated_unit or (None if self.block_size is None else "tokens")
 
     @property
@@ -329,7 +332,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def per_rank_batch(self) -> int | None:
-        """Sequences of one rank in a step."""
+        """Sequences of one rank in a step; None if not recorded."""
         known = self.micro_batch is not None and self.accumulation is not None
         return self.micro_batch * self.accumulation if known else None  # type: ignore[operator]
 
@@ -363,11 +366,11 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def device_names(self) -> str:
-        """Kinds of devices, for people."""
+        """Kinds of devices as text for people."""
         return " and ".join(sorted({place.device_name for place in self.ranks}))
 
     def same_setup(self, other: Environment) -> bool:
-        """Return True if step times of both belong together: all is equal but the host names and the code."""
+        """Return True if the step times of both attempts belong together: all but host names and code are equal."""
         return self._setup() == other._setup()
 
     def _setup(self) -> tuple[Any, ...]:
@@ -380,7 +383,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
         return (self.topology, batch, work, self.precision, self.model, self.parameters, kinds)
 
     def crowding(self) -> list[str]:
-        """Return one phrase for each way in which ranks shared cores or a GPU, with the place; empty if none did."""
+        """Return one phrase, with the place, for each way in which ranks shared cores or a GPU; empty if none did."""
         machines: dict[str, list[RankPlace]] = defaultdict(list)
         for place in self.ranks:
             machines[place.machine].append(place)
@@ -407,7 +410,7 @@ def _location(machines: list[list[RankPlace]]) -> str:
 
 
 def read_environment(run: RunFolder, attempt: int) -> Environment | None:
-    """Return the set-up of one attempt; None if its file is absent or damaged."""
+    """Return the environment of one attempt; None if its file is absent or damaged."""
     try:
         return msgspec.json.decode(run.environment(attempt).read_bytes(), type=Environment)
     except (OSError, msgspec.DecodeError):

@@ -15,12 +15,12 @@ from launch.runs.find import ARCHIVE, CURRENT, OUTPUTS, Sweep, current_sweep, is
 
 REPORT = "python -m launch.report"
 MAX_OTHERS = 8
-"""Other sweeps that are listed one by one."""
+"""Largest number of other sweeps that are listed one by one."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Runs that a report is about. ``folder`` is that of a sweep's points, or of one run."""
+    """Runs of a report. ``folder`` is the folder of a sweep's points, or of one run."""
 
     folder: Path
     runs: tuple[Path, ...]
@@ -28,13 +28,13 @@ class Selection:
     is_current: bool = True
     """False for a sweep before the newest one, and for all runs of a folder that has sweeps."""
     parts: tuple[Selection, ...] = ()
-    """Selections that are compared, in the order of the command; empty in a report of one."""
+    """Selections to compare, in the order of the command; empty in a report of one selection."""
     out: Path | None = None
-    """Folder for the files of the report, in place of its usual ones."""
+    """Folder for the files of the report; None for the usual folders."""
 
     @property
     def stem(self) -> str:
-        """Name of the report's files, without their endings."""
+        """Name of the report's files without their extensions."""
         if self.parts:
             return "comparison"
         if len(self.runs) == 1:
@@ -43,7 +43,7 @@ class Selection:
 
     @property
     def folders(self) -> list[Path]:
-        """Folders that the report is written into; that of the current sweep goes into two."""
+        """Folders into which the report is written. The report of the current sweep has two."""
         if self.out is not None:
             return [self.out]
         if self.parts:
@@ -56,7 +56,7 @@ class Selection:
 
     @property
     def dashboard(self) -> Path | None:
-        """Folder whose Scaling or Summary run in TensorBoard shows this report; None if it has none."""
+        """Folder whose Scaling or Summary run in TensorBoard shows this report; None if there is none."""
         if self.out is not None or self.parts:
             return None
         if len(self.runs) == 1:
@@ -65,13 +65,13 @@ class Selection:
 
     @property
     def shown(self) -> Path:
-        """Path that selects the same runs again: the folder, or that of the record of an earlier sweep."""
+        """Path that selects the same runs again: the folder, or the record of an earlier sweep."""
         kept = None if self.sweep is None or self.is_current else self.sweep.folder(self.folder)
         return kept or self.folder
 
     @property
     def text(self) -> str:
-        """One sentence that names the reported runs of a folder with sweeps; empty if the heading names them."""
+        """Sentence that names the reported runs of a folder with sweeps; empty if the heading names them."""
         if self.parts:
             return f"Compared are: {'; '.join(part.text.rstrip('.') or str(part.folder) for part in self.parts)}."
         if self.sweep is not None:
@@ -80,7 +80,7 @@ class Selection:
         return "" if self.is_current else f"All {len(self.runs)} runs of {self.folder}."
 
     def others(self) -> list[str]:
-        """Return lines for people on the other reports of the folder, with what to type."""
+        """Return lines for people on the other reports of the folder, with the commands to type."""
         if is_run(self.folder) or self.parts:
             return []
         command = f"{REPORT} {quote(str(self.folder))}"
@@ -101,15 +101,16 @@ def select(
 ) -> Selection:
     """Choose the runs of a report of ``folder``: ``select(Path("outputs/quick_test"))``.
 
-    They are the run itself; the sweep whose record ``folder`` is, such as ``sweeps/0001``; of a folder with runs the
-    newest sweep, the one with this ``number``, or with ``every``, and if there is no sweep, all of them.
+    A folder of one run selects this run. The record of a sweep, such as ``sweeps/0001``, selects its points. A folder
+    with runs selects the newest sweep, the sweep with ``number``, or with ``every`` all runs. Without a sweep, all runs
+    count.
 
     Args:
-        folder: of runs, or of one run.
-        number: of an earlier sweep.
-        every: all runs of the folder.
-        command: of the user, for what refusals propose.
-        options: of this command after the folder.
+        folder: folder of runs, or of one run.
+        number: number of an earlier sweep; None for the newest.
+        every: True for all runs of the folder.
+        command: the user's command, for proposals in refusals.
+        options: options of this command after the folder.
 
     Raises:
         ConfigError: there is no such run, or no such sweep.
@@ -148,7 +149,7 @@ def _sweep_numbered(folder: Path, number: int, command: str, options: str) -> Sw
 
 
 def _proposal(folder: Path, command: str, options: str) -> str:
-    """Return a command that works: for the newest folder with runs at or below ``folder``, or to make one."""
+    """Return a command that works: for the newest folder with runs at or below ``folder``, or to make a run."""
     near = [folder, *folder.iterdir(), *(OUTPUTS.iterdir() if OUTPUTS.is_dir() else ())] if folder.is_dir() else []
     fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
     if not fitting:
@@ -158,10 +159,10 @@ def _proposal(folder: Path, command: str, options: str) -> str:
 
 
 def writing_to(selection: Selection, out: Path) -> Selection:
-    """Return the selection with its report in another folder, which is made.
+    """Return the selection with its report in another folder, which is created.
 
     Raises:
-        ConfigError: it is no folder, a folder of runs, whose own report would be lost, or not writable.
+        ConfigError: the path is no folder, a folder of runs (whose own report would be lost), or not writable.
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}, which is a file", "a folder", f"--out {quote(str(out.parent / 'comparison'))}")
@@ -170,7 +171,7 @@ def writing_to(selection: Selection, out: Path) -> Selection:
         raise ConfigError(f"--out {out}, with runs in it, and a report of its own", "another folder", f"--out {better}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out):  # before the report is computed, which may take minutes
+        with TemporaryFile(dir=out):  # Checked before the report is computed, which may take minutes.
             pass
     except OSError as error:
         raise ConfigError(
@@ -185,10 +186,10 @@ def writing_to(selection: Selection, out: Path) -> Selection:
 
 
 def compare(parts: Sequence[Selection]) -> Selection:
-    """Join selections into one report; its files are ``comparison.*``, next to the runs of the first.
+    """Join selections into one report. Its files are ``comparison.*``, next to the runs of the first selection.
 
     Raises:
-        ConfigError: a folder is there twice, or a run together with its own sweep.
+        ConfigError: a folder is selected twice, or a run together with its own sweep.
     """
     keys = {id(part): (part.folder.resolve(), part.sweep and part.sweep.number, part.stem) for part in parts}
     for other, part in permutations(parts, 2):
@@ -203,10 +204,10 @@ def compare(parts: Sequence[Selection]) -> Selection:
 
 
 def source_labels(parts: Sequence[Selection]) -> list[str]:
-    """Name the source of each part: as few of its folder's last components as distinguish the folders.
+    """Name the source of each part by as few last components of its folder as distinguish the folders.
 
-    Single runs of one folder are of one source, as the points of a sweep are; a source with the folder of another
-    source is named by its sweep.
+    Single runs of one folder share a source, as points of a sweep do. If two sources have the same folder, the name of
+    the sweep distinguishes them.
     """
     keys = []
     for part in parts:

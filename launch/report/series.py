@@ -1,4 +1,4 @@
-"""Series: points of a sweep that differ in size only, and their statistics: intervals, repeats, scaling laws."""
+"""Series: points of a sweep that differ only in size, and their statistics: intervals, repeats, scaling laws."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launch.runs.find import labels_inside, point_labels, tells_apart
 from launch.runs.overrides import typed_key
 
 SIZE_KEYS = frozenset({"nodes", "ranks_per_node"})
-"""Overrides along which a series runs."""
+"""Keys of overrides that may differ between the points of a series."""
 
 
 def _model(environment: Environment) -> str | None:
@@ -61,58 +61,62 @@ CONDITIONS: Conditions = {
     "batch": batch_text,
     "unit": lambda e: e.unit,
 }
-"""Properties that all measured points of a series share; None, and not compared, if a point does not say."""
+"""Properties that must be equal for all measured points of a series. None if a point does not record one."""
 MADE_WITH: Conditions = {
     "software": lambda e: None if e.torch is None else f"torch {e.torch}",
     "code": lambda e: e.code and f"commit {e.code}",
 }
-"""Properties that may change between two commands. Points that differ in one are in series of their own."""
+"""Properties that may change between two commands. Points that differ in one belong to different series."""
 COMPARED: Conditions = {**CONDITIONS, **MADE_WITH}
-"""Properties in which the points of two folders of a comparison may differ."""
+"""Properties that may differ between two folders of a comparison."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points that differ in size only, smallest first. ``label`` names one of several series; empty if it is alone."""
+    """Points that differ only in size, smallest first. ``label`` distinguishes several series; empty if there is
+    one.
+    """
 
     label: str
     members: tuple[Point, ...]
 
     @property
     def smallest(self) -> Point | None:
-        """The smallest point with figures; if none has any, the smallest whose run time can be compared."""
+        """Smallest point with figures; without figures, the smallest point with a comparable run time. None if there is
+        none.
+        """
         measured = [point for point in self.members if point.figures is not None]
         timed = [point for point in self.members if point.run_rate is not None]
         return next(iter(measured or timed), None)
 
     @property
     def scaling(self) -> str | None:
-        """``strong``, ``weak``, or None if no point says."""
+        """Kind of scaling: ``strong``, ``weak``, or None if no point records it."""
         known = [point.environment.weak_scaling for point in self.members if point.environment is not None]
         return next(("weak" if weak else "strong" for weak in known if weak is not None), None)
 
     @property
     def has_rates(self) -> bool:
-        """True if the work of every measured point is known, in one unit, so that they compare by throughput."""
+        """True if the work of every measured point is known in one unit, so that throughputs are comparable."""
         measured = [(point.figures.throughput, point.unit) for point in self.members if point.figures is not None]
         return all(rate is not None for rate, _ in measured) and len({unit for _, unit in measured}) == 1
 
     @property
     def compares(self) -> bool:
-        """True if there are several points: one alone has no speedup."""
+        """True if the series has several points: a single point has no speedup."""
         return len(self.members) > 1
 
     @property
     def of(self) -> str:
-        """`` of LABEL`` for sentences; empty if the series is alone."""
+        """Text `` of LABEL`` for sentences; empty if there is only one series."""
         return f" of {self.label}" if self.label else ""
 
 
 def split(points: Sequence[Point]) -> list[Series]:
-    """Group points into series by their overrides other than their size, and by their cluster, in order of appearance.
+    """Group points into series in order of appearance, by their cluster and by all overrides except the size.
 
-    The processes of one machine say nothing of how nodes scale, nor one cluster of another: they are not compared. Nor
-    are points that were made with other software or code, or are in another folder of a comparison.
+    Points of different clusters are not compared: the processes of one machine do not show how nodes scale. Points with
+    different software, code, or folder of a comparison are in different series, too.
 
     Raises:
         ConfigError: points of one series were measured under different conditions.
@@ -124,7 +128,7 @@ def split(points: Sequence[Point]) -> list[Series]:
         mixed.setdefault((point.source, identity(point) | where), []).append(point)
     groups: dict[tuple[str, frozenset[str]], list[Point]] = {}
     for (source, alike), group in mixed.items():
-        # What sets groups apart: software and code. A point that does not say belongs to the first group.
+        # Software and code separate groups. A point that does not record them belongs to the first group.
         found = {name: list(values) for name, values in made_with(group).items() if len(values) > 1}
         for point in group:
             own = {name: point.environment and MADE_WITH[name](point.environment) for name in found}
@@ -134,7 +138,7 @@ def split(points: Sequence[Point]) -> list[Series]:
     every = []
     for (source, alike), group in groups.items():
         label = ",".join(filter(None, (source, *sorted(alike - common)))) or ("default" if len(groups) > 1 else "")
-        # Points whose size is not known come last.
+        # Points of unknown size come last.
         sizes = {point.path: [math.inf if n is None else n for n in (point.ranks, point.nodes)] for point in group}
         every.append(Series(label, tuple(sorted(group, key=lambda point: (sizes[point.path], point.name)))))
         _require_comparable(every[-1])
@@ -142,7 +146,7 @@ def split(points: Sequence[Point]) -> list[Series]:
 
 
 def made_with(points: Sequence[Point]) -> dict[str, dict[str, list[str]]]:
-    """Return property of ``MADE_WITH`` -> its values among measured points -> their titles."""
+    """Return property of ``MADE_WITH`` -> its values among measured points -> titles of the points."""
     found: dict[str, dict[str, list[str]]] = {name: {} for name in MADE_WITH}
     for point in points:
         if point.environment is None or (point.figures is None and point.run_rate is None):
@@ -154,7 +158,7 @@ def made_with(points: Sequence[Point]) -> dict[str, dict[str, list[str]]]:
 
 
 def clusters_of(points: Sequence[Point]) -> dict[str, list[str]]:
-    """Return cluster -> titles of the points that ran on it, as far as that is known."""
+    """Return cluster -> titles of the points that ran on it, if known."""
     found: dict[str, list[str]] = {}
     for point in points:
         if point.cluster is not None:
@@ -163,7 +167,7 @@ def clusters_of(points: Sequence[Point]) -> dict[str, list[str]]:
 
 
 def identity(point: Point) -> frozenset[str]:
-    """Return the overrides of a point without its size."""
+    """Return the overrides of a point without those for its size."""
     return frozenset(one for one in filter(tells_apart, point.overrides) if typed_key(one) not in SIZE_KEYS)
 
 
@@ -175,7 +179,8 @@ def _require_comparable(series: Series) -> None:
         assert first.environment is not None and other.environment is not None
         for name, condition in CONDITIONS.items():
             if name == "batch" and not other.is_gpt:
-                continue  # stated by hand, once for all points or wrongly; a note names steps with other work
+                # A user states the work once for all points, and may be wrong; a note names steps with different work.
+                continue
             here, there = condition(first.environment), condition(other.environment)
             if here is not None and there is not None and here != there:
                 typed = [override for override in other.overrides if typed_key(override) != "fresh"]
@@ -187,11 +192,11 @@ def _require_comparable(series: Series) -> None:
                 )
 
 
-# Labels of points, and the comparison of several sweeps and runs, each with a baseline of its own.
+# Labels of points, and the comparison of several sweeps and runs, each with its own baseline.
 
 
 def label_points(points: Sequence[Point]) -> list[Point]:
-    """Return the points with their labels; one alone with its label among the runs of its folder."""
+    """Return the points with their labels. A single point gets its label among the runs of its folder."""
     if len(points) == 1:
         path = points[0].path.absolute()
         return [replace(points[0], label=labels_inside([path.parent]).get(path, ""))]
@@ -200,7 +205,7 @@ def label_points(points: Sequence[Point]) -> list[Point]:
 
 
 def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]:
-    """Return the points with labels and neighbours; in a comparison also with their source, which begins the label."""
+    """Return the points with labels and neighbours. In a comparison, the source begins the label."""
     if selection.parts:
         sources: dict[str, list[Point]] = defaultdict(list)
         left = iter(points)
@@ -218,9 +223,10 @@ def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]
 
 
 def ratios_to_first(points: Sequence[Point]) -> dict[str, float]:
-    """Return title -> throughput over that of the first source's point with as many ranks, in the same unit.
+    """Return title -> ratio of throughput to the first source's point with as many ranks, in the same unit.
 
-    If the first source has several points of a size, the one with the same overrides counts; if none has, no point.
+    If the first source has several points of this size, the point with the same overrides counts. If none has these
+    overrides, there is no ratio.
     """
     sources = list(dict.fromkeys(point.source for point in points))
     first = [point for point in points if point.source == sources[0] and point.figures is not None]
@@ -244,30 +250,30 @@ REPLICATES = 400
 NORMAL = 1.959964
 """Quantile of the normal distribution that leaves 2.5 % above it."""
 CHUNK = 2_000_000
-"""Step times that are drawn at once."""
+"""Largest number of step times that are drawn at once."""
 LEAST_SIZES = 3
-"""A law of one parameter that is fitted to fewer sizes is no finding."""
+"""Smallest number of sizes for a fitted law with one parameter."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """A law that was fitted to a series: Amdahl's for strong, Gustafson's for weak scaling."""
+    """A scaling law that was fitted to a series: Amdahl's for strong, Gustafson's for weak scaling."""
 
     series: str
     name: str
     serial_share: float
     low: float
     high: float
-    """Ends of its 95 % interval."""
+    """Upper end of the 95 % interval of the law's parameter; ``low`` is the lower end."""
     largest_error: float
-    """Largest distance of a measured speedup from the law's, as a share of the law's."""
+    """Largest difference of a measured speedup from the law, as a share of the law's speedup."""
     base: str
-    """Label of the smallest point."""
+    """Label of the smallest point, the baseline."""
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """Several runs of one size in a series, and the efficiency by the mean of their step times."""
+    """Several runs of one size in a series, and the efficiency from the mean of their step times."""
 
     ranks: int
     count: int
@@ -278,7 +284,7 @@ class Repeats:
 
 @dataclass(frozen=True)
 class SeriesFindings:
-    """Findings on one series."""
+    """Statistical findings on one series."""
 
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Name of a point -> 95 % interval of its efficiency."""
@@ -287,15 +293,15 @@ class SeriesFindings:
 
 
 def find(series: Series) -> SeriesFindings:
-    """Return the findings on a series; none if no efficiency is claimed, or if steps were not timed one by one."""
+    """Return the findings on a series; empty if no efficiency is stated, or steps were not timed one by one."""
     base = series.smallest
     runs = [point for point in series.members if point.has_efficiency]
     is_claimed = base is not None and base.has_efficiency and series.compares and series.has_rates
-    # Means over several steps say nothing of the spread of the steps.
+    # Means over several steps do not show the spread of single steps.
     is_coarse = any(run.figures is not None and run.figures.resolution_s for run in runs)
     if base is None or not is_claimed or is_coarse or len(runs) < 2:
         return SeriesFindings()
-    sizes: dict[int, list[Point]] = defaultdict(list)  # in the order of the series
+    sizes: dict[int, list[Point]] = defaultdict(list)  # In the order of the series.
     for run in runs:
         sizes[run.ranks or 0].append(run)
     of_base, *_ = sizes.values()
@@ -320,7 +326,7 @@ def _medians(runs: Sequence[Point], index: int) -> Medians:
 
 
 def _efficiency(runs: Sequence[Point], base: Sequence[Point]) -> float:
-    """Return the efficiency of a size by the mean step time of its runs, and of those of the smallest size."""
+    """Return the efficiency of a size by the mean step time of its runs, relative to the runs of the smallest size."""
     one, smallest = (group[0].figures for group in (runs, base))
     here, there = (sum(r.figures.step_time_s for r in group if r.figures) / len(group) for group in (runs, base))
     assert one is not None and one.throughput and smallest is not None and smallest.throughput
@@ -329,7 +335,7 @@ def _efficiency(runs: Sequence[Point], base: Sequence[Point]) -> float:
 
 
 def _fit_law(series: Series, sizes: Mapping[int, Sequence[Point]], base: str) -> Law | None:
-    """Fit the law of the kind of scaling to all sizes above the smallest; None if there are too few."""
+    """Fit the scaling law to all sizes above the smallest; None if there are too few sizes."""
     if len(sizes) < LEAST_SIZES or series.scaling is None:
         return None
     smallest, *above = sizes
@@ -349,11 +355,11 @@ def _fit_law(series: Series, sizes: Mapping[int, Sequence[Point]], base: str) ->
 
 
 def amdahl(sizes: Floats, speedups: Floats) -> Floats:
-    """Fit the serial share s of ``1 / speedup = s + (1 - s) / size`` by least squares; Amdahl, 1967.
+    """Fit the serial share s of ``1 / speedup = s + (1 - s) / size`` by least squares (Amdahl, 1967).
 
     Args:
-        sizes: ranks over those of the smallest point, [points].
-        speedups: against the smallest point, [..., points].
+        sizes: numbers of ranks, relative to the smallest point, [points].
+        speedups: speedups relative to the smallest point, [..., points].
     """
     weight = 1 - 1 / sizes
     found: Floats = ((1 / speedups - 1 / sizes) * weight).sum(axis=-1) / (weight * weight).sum()
@@ -361,7 +367,7 @@ def amdahl(sizes: Floats, speedups: Floats) -> Floats:
 
 
 def gustafson(sizes: Floats, speedups: Floats) -> Floats:
-    """Fit the serial share s of ``speedup = size - s (size - 1)`` by least squares; Gustafson, 1988.
+    """Fit the serial share s of ``speedup = size - s (size - 1)`` by least squares (Gustafson, 1988).
 
     Shapes as for ``amdahl``.
     """
@@ -370,50 +376,53 @@ def gustafson(sizes: Floats, speedups: Floats) -> Floats:
     return found
 
 
-# The median step time of a size, drawn anew from the measured steps: the block bootstrap of Künsch, 1989.
+# Resampling of the median step time of a size from its measured steps: the block bootstrap of Künsch, 1989.
 
 
 class Medians:
-    """The median step time of one size, drawn anew many times.
+    """Resampled medians of the step times of one size.
 
     Args:
-        runs: step times after warm-up of each run of this size, seconds; [steps].
-        index: of the size in its series; no two sizes draw the same.
+        runs: step times after warm-up of each run of this size, seconds, [steps].
+        index: index of the size in its series; different sizes draw different samples.
     """
 
     def __init__(self, runs: Sequence[Sequence[float] | Floats], index: int) -> None:
         chance = np.random.default_rng((SEED, index))
         times = [np.asarray(run, dtype=np.float64) for run in runs]
-        drawn = np.stack([_draw(of_run, chance) for of_run in times])  # [runs, replicates]
+        drawn = np.stack([_draw(of_run, chance) for of_run in times])  # Shape [runs, replicates].
         count = len(times)
         chosen = chance.integers(0, count, (count, REPLICATES))
         self.value = float(np.mean([np.median(of_run) for of_run in times]))
         self.replicates: Floats = drawn[chosen, np.arange(REPLICATES)].mean(axis=0)
-        # Drawing few runs from themselves shows a smaller spread than the runs have.
+        # Resampling few runs shows a smaller spread than the runs have.
         few = math.sqrt(count / (count - 1)) * student(count - 1) if count > 1 else 0.0
         self.widening = max(few, *map(_widening, times)) / NORMAL
 
 
 def correlation(times: Floats) -> float:
-    """Estimate the correlation of each step with the one before, by their order: one long step must not decide."""
+    """Estimate the correlation of each step time with the previous one by ranks: one long step must not dominate."""
     steps = len(times)
     if steps < 3 or np.ptp(times) == 0:
         return 0.0
     ranks = np.argsort(np.argsort(times)).astype(np.float64)
     rho = float(np.corrcoef(ranks[:-1], ranks[1:])[0, 1])
-    rho += (1 + 4 * rho) / steps  # a short series shows less of it than there is
+    rho += (1 + 4 * rho) / steps  # A short series shows less correlation than there is.
     return min(0.97, max(0.0, rho))
 
 
 def block_length(times: Floats) -> int:
-    """Return how many steps are drawn together, so that the error of the spread of their means is least."""
+    """Return the number of steps in a block that minimizes the error of the spread of the mean."""
     steps, rho = len(times), correlation(times)
     best = (math.sqrt(6) * rho / (1 - rho * rho)) ** (2 / 3) * steps ** (1 / 3)
     return max(1, min(math.ceil(best), steps // 3))
 
 
 def _widening(times: Floats) -> float:
-    """Return the quantile for the blocks of one run: Student's, and what their ends cut of the correlation."""
+    """Return the factor that widens an interval from the blocks of one run.
+
+    The factor includes Student's quantile, and the correlation that is lost at the ends of blocks.
+    """
     length, rho = block_length(times), correlation(times)
     cut = min(0.6, 2 * rho / (1 - rho * rho) / length)
     return student(max(1.0, len(times) / length - 1)) / math.sqrt(1 - cut)
@@ -429,7 +438,7 @@ def student(freedom: float) -> float:
 
 
 def _draw(times: Floats, chance: np.random.Generator) -> Floats:
-    """Return medians of as many steps, drawn in blocks that continue at the first step."""
+    """Return medians of as many steps, drawn in blocks that wrap around to the first step."""
     steps, length = len(times), block_length(times)
     blocks = math.ceil(steps / length)
     found = []
@@ -449,7 +458,7 @@ def interval(value: float, replicates: Floats, widening: float) -> tuple[float, 
 
 
 def ratio(efficiency: float, point: Medians, base: Medians) -> tuple[float, float]:
-    """Return the interval of an efficiency, which is inverse to the point's step time, and goes as the base's.
+    """Return the interval of an efficiency from the intervals of two step times, of the point and its baseline.
 
     An efficiency is not negative: a widened interval ends at zero.
     """

@@ -1,4 +1,4 @@
-"""Steps of a run over all ranks, times of each rank, and the phases that lost efficiency goes to."""
+"""Steps of a run over all ranks, times of each rank, and the phases in which efficiency is lost."""
 
 from __future__ import annotations
 
@@ -28,14 +28,20 @@ from launch.runs.records import UNITS
 
 TIME = "step_time_s"
 WARMUP_STEPS = 5
-"""Left out at the start of each attempt: they pay for memory pools, caches, connections and DDP's second bucketing."""
+"""Number of steps that are left out at the start of each attempt.
+
+They include the set-up of memory pools, caches, connections and DDP's second bucketing.
+"""
 NOISY = 0.1
-"""Above this interquartile range, in medians, an efficiency is marked. It does not shrink with the number of steps, as
-a standard error would: what disturbs a machine lasts for many steps, which are no independent samples."""
+"""Interquartile range, as a share of the median, above which an efficiency is marked.
+
+The range does not shrink with the number of steps, as a standard error would. A disturbance lasts for many steps, which
+are therefore no independent samples.
+"""
 MIN_STEPS = 5
-"""Fewer steps, or fewer intervals in which a log was read, have no quartiles and no efficiency."""
+"""Smallest number of steps, or of intervals in which a log was read, for quartiles and an efficiency."""
 WAITS = ("comm_s", "bubble_s")
-"""Fields of a step record with the time that a rank waited for others."""
+"""Fields of a step record with the time that a rank waited for other ranks."""
 RECORDED = {
     "communication": "comm_s",
     "bubble": "bubble_s",
@@ -52,42 +58,44 @@ LOSSES = {
     "optimizer": "optimizer",
     "computation": "computation and the rest",
 }
-"""Phase -> its name for people, in the order in which they are shown."""
+"""Phase in which efficiency is lost -> its name for people, in the order of display."""
 
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """Optimizer steps over all ranks in order, each once; arrays of [steps]. An unknown number is NaN."""
+    """Optimizer steps over all ranks in order, each once, as arrays of shape [steps]. An unknown number is NaN."""
 
     step: Integers
     attempt: Integers
     time_s: Floats
-    """Of the slowest rank."""
+    """Step time of the slowest rank in seconds."""
     work: Floats
-    """Of all ranks, in the unit of the point."""
+    """Work of all ranks in a step, in the unit of the point."""
     mfu_palm: Floats
     recorded_by: Integers
-    """Ranks whose own work was added up."""
+    """Number of ranks whose own work was added."""
     resolution_s: Floats
-    """Seconds over which the time is a mean: lines of a log that were read together; 0 for a measured time."""
+    """Seconds over which the time is a mean, for lines of a log that were read together; 0 for a measured time."""
     phases: Mapping[str, Floats]
-    """Phase of ``LOSSES`` -> seconds of ``time_s``, on the rank with the longest own time; they add up to ``time_s``.
-    The rest is NaN in a step whose ranks recorded different phases."""
+    """Phase of ``LOSSES`` -> seconds of ``time_s`` on the rank with the longest own time.
+
+    The phases add up to ``time_s``. The phase ``rest`` is NaN in a step whose ranks recorded different phases.
+    """
 
     def __len__(self) -> int:
         return len(self.step)
 
     def after_warmup(self) -> Steps:
-        """Return all steps but the first ``WARMUP_STEPS`` of each attempt."""
+        """Return all steps except the first ``WARMUP_STEPS`` of each attempt."""
         chosen = past_warmup(self.step, self.attempt)
         arrays = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "phases"}
         phases = {phase: values[chosen] for phase, values in self.phases.items()}
         return Steps(**{name: values[chosen] for name, values in arrays.items()}, phases=phases)
 
     def shares(self) -> dict[str, float]:
-        """Return the share of each phase in the time of all steps; they add up to 1. Empty if a step has no phases.
+        """Return the share of each phase in the time of all steps; empty if a step has no phases.
 
-        A phase that some steps lack counts as the rest in all.
+        The shares add up to 1. A phase that some steps lack counts as the rest in all steps.
         """
         total = sum(self.time_s.tolist())
         rest = self.phases.get(REST)
@@ -102,7 +110,7 @@ NO_STEPS = Steps(*(np.empty(0, np.int64),) * 2, *(np.empty(0),) * 3, np.empty(0,
 
 
 def past_warmup(steps: Integers, attempts: Integers) -> Flags:
-    """Return which of these steps, in order, follow the first ``WARMUP_STEPS`` of their attempt."""
+    """Return which of these steps come after the first ``WARMUP_STEPS`` of their attempt."""
     _, first, of = np.unique(attempts, return_index=True, return_inverse=True)
     later: Flags = steps >= steps[first][of] + WARMUP_STEPS
     return later
@@ -110,23 +118,23 @@ def past_warmup(steps: Integers, attempts: Integers) -> Flags:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Figures of one point, from ``steps`` optimizer steps. Times in seconds; low and high are the quartiles."""
+    """Figures of one point from ``steps`` optimizer steps. Times are in seconds; low and high are the quartiles."""
 
     steps: int
     step_time_s: float
     low_s: float
     high_s: float
     throughput: float | None
-    """Work per second, in the unit of the point; None if the work of a step is not known."""
+    """Work per second in the unit of the point; None if the work of a step is not known."""
     mfu_palm: float | None
     resolution_s: float = 0.0
     """Seconds over which most step times are means; 0 if most steps were timed one by one."""
     intervals: float = math.inf
-    """Number of such means."""
+    """Number of intervals over which step times are means; infinite if steps were timed one by one."""
 
     @property
     def spread_share(self) -> float:
-        """Interquartile range over the median."""
+        """Interquartile range as a share of the median."""
         return (self.high_s - self.low_s) / self.step_time_s if self.step_time_s else 0.0
 
     @property
@@ -136,14 +144,14 @@ class Measurement:
 
 
 def measure(steps: Steps) -> Measurement | None:
-    """Measure a point; None if fewer than ``MIN_STEPS`` steps are left after warm-up."""
+    """Measure a point. None if fewer than ``MIN_STEPS`` steps are left after warm-up."""
     used = steps.after_warmup()
     if len(used) < MIN_STEPS:
         return None
     low, median, high = statistics.quantiles(used.time_s.tolist(), n=4, method="inclusive")
     mfu = used.mfu_palm[~np.isnan(used.mfu_palm)]
     resolution_s = float(np.median(used.resolution_s))
-    length_s = median * int(used.step[-1] - used.step[0] + 1)  # some programs print every tenth step
+    length_s = median * int(used.step[-1] - used.step[0] + 1)  # Some programs print every tenth step.
     has_work = not np.isnan(used.work).any() and median > 0
     return Measurement(
         steps=len(used),
@@ -158,15 +166,16 @@ def measure(steps: Steps) -> Measurement | None:
 
 
 def lost(point: Mapping[str, float], base: Mapping[str, float], efficiency: float, alone: bool) -> dict[str, float]:
-    """Divide ``1 - efficiency`` of a point: phase -> share of its step time; negative if the phase got shorter.
+    """Divide the loss ``1 - efficiency`` of a point among the phases: phase -> share, negative if the phase got
+    shorter.
 
-    The ideal step takes ``efficiency`` of the time of the real one, divided as at the smallest point. A phase lost
-    what it takes beyond its part of the ideal step.
+    The ideal step takes ``efficiency`` of the real step's time, divided as at the smallest point. The loss of a phase
+    is its time beyond its part of the ideal step.
 
     Args:
-        point: shares of the phases in its step time, as of ``Steps.shares``.
+        point: shares of the phases in its step time, from ``Steps.shares``.
         base: shares of the smallest point.
-        efficiency: of the point against the smallest one.
+        efficiency: efficiency of the point relative to the smallest one.
         alone: True if the smallest point is one rank, which waits for no other.
     """
     if not point or not base:
@@ -179,35 +188,35 @@ def lost(point: Mapping[str, float], base: Mapping[str, float], efficiency: floa
     return {**parts, REST: 1 - efficiency - sum(parts.values())}
 
 
-# Times of each rank against the times of the other ranks: which rank is slower, and whether the spread shows it.
+# Times of each rank relative to the other ranks: slow ranks, beyond the usual spread.
 
 
 WINDOWS = 60
-"""Windows of the run over which the times of each rank are averaged."""
+"""Number of windows of the run over which the times of each rank are averaged."""
 LEAST_WINDOWS = 4
-"""Fewer windows show nothing persistent."""
+"""Smallest number of windows that can show a persistent difference."""
 LEAST_SHARE = 0.02
-"""Share of the step time below which no rank is called slow: reading the clock at another moment makes as much."""
+"""Share of the step time below which no rank counts as slow. The time of reading the clock varies as much."""
 BEYOND_SPREAD = 3.0
-"""A slow rank is so many interquartile ranges of the other ranks above their median."""
+"""Distance of a slow rank from the median of the other ranks, in their interquartile ranges."""
 
 
 @dataclass(frozen=True)
 class RankTime:
-    """Times of one rank, means over the steps after warm-up, in seconds."""
+    """Mean times of one rank over the steps after warm-up, in seconds."""
 
     rank: int
     own_s: float
-    """Its step time without its waits in collectives (``comm_s``), if these are recorded."""
+    """Step time without the rank's waits in collectives (``comm_s``), if these are recorded."""
     excess_s: float
-    """``own_s`` above the median of the other ranks; below it if negative."""
+    """``own_s`` minus the median of the other ranks."""
     data_wait_s: float | None
     wait_excess_s: float | None
-    """``data_wait_s`` above the median of the other ranks."""
+    """``data_wait_s`` minus the median of the other ranks; None if not recorded."""
     is_slow: bool = False
-    """True if it takes longer than the other ranks, beyond their spread, throughout the run."""
+    """True if the rank is slower than the others throughout the run, beyond their spread."""
     waits_long: bool = False
-    """True if it waits longer for its data than the other ranks, in the same sense."""
+    """True if the rank waits longer for data than the others throughout the run, beyond their spread."""
 
 
 @dataclass(frozen=True)
@@ -218,13 +227,13 @@ class RankTimes:
     windows: tuple[tuple[int, int], ...]
     """First and last step of each window of the run."""
     excess_s: tuple[tuple[float, ...], ...]
-    """[ranks, windows]: mean of a rank's own time in a window above the median of all ranks in that window."""
+    """Mean own time of a rank minus the median of all ranks in the window, [ranks, windows]."""
     is_net: bool = False
     """True if waiting in collectives was recorded and is subtracted."""
 
 
 class _OwnTimes:
-    """Mean times of the ranks in windows of the run; the first rank decides which steps the windows have."""
+    """Mean times of the ranks in windows of the run. The first rank decides the steps of each window."""
 
     def __init__(self, first: RecordColumns, counts: Flags) -> None:
         chosen = counts & past_warmup(first.steps, first.attempts)
@@ -238,7 +247,7 @@ class _OwnTimes:
         self._is_net = True
 
     def add(self, rank: int, columns: RecordColumns, times: Floats) -> None:
-        """Add one rank with its step times; a rank that did not record all the steps is left out."""
+        """Add one rank with its step times. A rank that did not record all the steps is left out."""
         at = np.searchsorted(columns.keys, self._keys).clip(0, len(columns) - 1)
         own = times[at]
         if not len(at) or (columns.keys[at] != self._keys).any() or np.isnan(own).any():
@@ -252,7 +261,7 @@ class _OwnTimes:
             means.append(np.bincount(self._window, weights=values) / self._sizes)
 
     def result(self) -> RankTimes | None:
-        """Compare the ranks; None if fewer than two have recorded the same steps."""
+        """Compare the ranks. None if fewer than two ranks have recorded the same steps."""
         if len(self._ranks) < 2 or len(self._parts) < LEAST_WINDOWS:
             return None
         own, waits, sizes = np.array(self._own), np.array(self._waits), self._sizes
@@ -281,17 +290,22 @@ class _OwnTimes:
 
 
 def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Flags]:
-    """Return the excess of each rank over the median of the other ranks, and which ranks are slow beyond doubt.
+    """Return the excess of each rank over the median of the other ranks, and which ranks are clearly slow.
 
-    ``times`` are means of [ranks, windows], of ``sizes`` steps. Beyond doubt is an excess that is a noticeable share
-    of the step, exceeds the spread of the other ranks, and has half its size or more in three quarters of the windows.
+    A clear excess is a noticeable share of the step, exceeds the spread of the other ranks, and is at least half as
+    large in three quarters of the windows.
+
+    Args:
+        times: means of shape [ranks, windows], seconds.
+        sizes: number of steps in each window.
+        step_s: step time in seconds.
     """
     means = times @ sizes / sizes.sum()
     ordered = np.sort(means)
     own_place = np.searchsorted(ordered, means)
 
     def of_others(share: float) -> Floats:
-        """Return a quantile of the means of the other ranks, for each rank."""
+        """Return a quantile of the other ranks' means, for each rank."""
         place = share * (len(means) - 2)
         below = int(place)
         low, high = (ordered[at + (own_place <= at)] for at in (below, min(below + 1, len(means) - 2)))
@@ -311,48 +325,48 @@ def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Fla
 
 @dataclass(frozen=True)
 class UnreadLines:
-    """Lines among the step records of one rank in one attempt that are no records: cut by a crash, or damaged."""
+    """Unreadable lines in the step records of one rank and attempt: cut off by a crash, or damaged."""
 
     rank: int
     attempt: int | None
-    """None if the file of the rank does not say."""
+    """Attempt of the lines; None if the file does not name it."""
     lines: int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepReading:
-    """Everything that a report takes from the step records of a run."""
+    """Everything that a report needs from the step records of a run."""
 
     steps: Steps = NO_STEPS
-    """Steps of attempts with the set-up of the last attempt on all nodes of the run."""
+    """Steps of attempts with the same environment as the last attempt on all nodes."""
     rank_times: RankTimes | None = None
     """Times of each rank against the other ranks; None if fewer than two recorded the same steps."""
     unit: str | None = None
-    """Unit of the work: tokens, samples, images; None if neither the set-up nor the records say."""
+    """Unit of the work: tokens, samples or images; None if unknown."""
     last_step: int | None = None
     loss: float | None = None
-    """Training loss of the last step, nats per token."""
+    """Training loss of the last step in nats per token; None if unknown."""
     attempt: int = 0
-    """Attempt whose set-up the steps have."""
+    """Attempt whose environment the steps have."""
     attempt_steps: Mapping[int, int] = field(default_factory=dict)
-    """Attempt -> steps that it made and that no later attempt repeated."""
+    """Attempt -> number of its steps that no later attempt repeated."""
     bf16_ratio: float | None = None
-    """MFU of the bf16 peak over that of the peak in the precision of the run; None if the records do not say."""
+    """MFU by the bf16 peak divided by MFU by the peak in the run's precision; None if not recorded."""
     span: tuple[float, float] | None = None
     """Unix times of the first and the last record of the last attempt with steps."""
     unread: tuple[UnreadLines, ...] = ()
-    """Lines that are no records, without half a line that is being written; by rank, and by attempt in file order."""
+    """Lines that are no records, by rank and by attempt in file order. A line that is being written does not count."""
 
 
 def read_steps(
     run: RunFolder, setups: Mapping[int, Environment], fewer: Collection[int] = frozenset(), *, has_ended: bool = True
 ) -> StepReading:
-    """Read and reduce the step records of a run, whose attempts have these set-ups.
+    """Read and reduce the step records of a run.
 
     Args:
-        run: the folder.
-        setups: attempt -> its set-up.
-        fewer: attempts on fewer nodes than the run asks for; their steps count if there are no others.
+        run: folder of the run.
+        setups: attempt -> its environment.
+        fewer: attempts on fewer nodes than requested. Their steps count only if there are no others.
         has_ended: False if ranks may be running, so that half a line at the end of a file is being written.
     """
     reduction: _Reduction | None = None
@@ -368,12 +382,12 @@ def read_steps(
 
 
 def _read_ranks(run: RunFolder, setups: Mapping[int, Environment]) -> Iterator[tuple[int, RecordColumns]]:
-    """Yield the records of each rank, by rank; after the first rank with records a few files are read ahead."""
+    """Yield the records of each rank in order. After the first rank with records, files are read ahead."""
     is_gpt = bool(setups) and all(setup.workload == "gpt" for setup in setups.values())
     stated = sorted({setup.unit for setup in setups.values() if setup.unit is not None})
     units = ("tokens",) if is_gpt else tuple(dict.fromkeys((*stated, *UNITS)))
     names = [TIME, *RECORDED.values(), *units, "mfu_palm"]
-    # The GPT library never records these: searching for them in its files would take time.
+    # The GPT library never records these fields: searching for them in its files would take time.
     names += [] if is_gpt else ["work", RESOLUTION, *(f"{unit}_per_s" for unit in units)]
     ranks = iter(run.metric_ranks())
     for rank in ranks:
@@ -391,9 +405,9 @@ def _read_rank(run: RunFolder, names: Sequence[str], rank: int) -> RecordColumns
 
 
 def step_times(columns: RecordColumns) -> Floats:
-    """Return the step times, NaN if unknown or not finite; completed from the times of the records."""
+    """Return the step times, NaN if unknown or not finite. The times of records complete missing step times."""
     values = columns.values[TIME]
-    values = np.where(np.isfinite(values), values, np.nan)  # a script may have divided by zero
+    values = np.where(np.isfinite(values), values, np.nan)  # A script may have divided by zero.
     missing = np.flatnonzero(np.isnan(columns.values[TIME]) & np.append(False, np.diff(columns.attempts) == 0))
     if len(missing) and "time" in columns.values:
         time = columns.values["time"]
@@ -403,7 +417,7 @@ def step_times(columns: RecordColumns) -> Floats:
 
 
 def _own_work(columns: RecordColumns, unit: str | None) -> Floats:
-    """Return a rank's own number of ``unit`` in each record."""
+    """Return the number of ``unit`` that a rank itself did, for each record."""
     work = np.full(len(columns), np.nan)
     for name in (*{"images": ("images", "samples"), None: ()}.get(unit, (unit,)), "work"):
         work = np.where(np.isnan(work), columns.values.get(str(name), work), work)
@@ -411,7 +425,7 @@ def _own_work(columns: RecordColumns, unit: str | None) -> Floats:
 
 
 class _Reduction:
-    """Figures of each step over the ranks that were added; the first rank decides which steps count, and their unit.
+    """Figures of each step over all added ranks. The first rank decides the steps and their unit.
 
     The critical rank of a step has the longest own time: its step time without its waits in collectives.
     """
@@ -420,7 +434,7 @@ class _Reduction:
         self, path: Path, first: RecordColumns, setups: Mapping[int, Environment], fewer: Collection[int]
     ) -> None:
         self._first, self._setups, self._last = first, setups, read_last(path, first)
-        # An attempt without steps, such as a start of a run that was finished, says nothing of how they were made.
+        # An attempt without steps, such as a start of a finished run, does not show how the steps were made.
         self._stepped = stepped = set(first.attempts.tolist()) & set(setups)
         self._attempt = max(stepped - set(fewer) or stepped or setups, default=0)
         setup = setups.get(self._attempt)
@@ -431,17 +445,17 @@ class _Reduction:
         ]
         self._unit = None if setup is None else setup.unit
         if setup is None or setup.work_per_step is None:
-            # Records that count another unit than the stated one decide.
+            # Records whose unit differs from the stated one have precedence.
             for unit in (*UNITS[::-1], self._unit or ""):
                 if unit in first.values and not np.isnan(first.values[unit][-1]):
                     self._unit = unit
         self._recording: Counter[int] = Counter()
-        """Attempt -> ranks that recorded steps in it."""
+        """Attempt -> number of ranks that recorded steps in it."""
         self._own_times = _OwnTimes(first, np.isin(first.attempts, self._counting))
         size, phases = len(first), [(f"{phase} count", f"{phase} on critical") for phase in RECORDED]
         sums = ("records", "timed", "resolution", "computing", "mfu", "mfu count", "work", "work count")
         self._of = {name: np.zeros(size) for name in (*sums, *(count for count, _ in phases))}
-        """Figure -> array of the steps of the first rank."""
+        """Figure -> array over the steps of the first rank."""
         self._of |= {name: np.full(size, -np.inf) for name in ("time", "own")}
         self._of |= {name: np.full(size, np.nan) for name in ("computing on critical", *(name for _, name in phases))}
 
@@ -451,7 +465,7 @@ class _Reduction:
         times, work = step_times(columns), _own_work(columns, self._unit)
         self._own_times.add(rank, columns, times)
         values, at = columns.values, np.arange(len(self._first))
-        if not np.array_equal(columns.keys, self._first.keys):  # else nothing is copied: there may be many ranks
+        if not np.array_equal(columns.keys, self._first.keys):  # Otherwise nothing is copied: there may be many ranks.
             _, at, found = np.intersect1d(self._first.keys, columns.keys, assume_unique=True, return_indices=True)
             values = {name: column[found] for name, column in values.items()}
             times, work = times[found], work[found]
@@ -479,7 +493,7 @@ class _Reduction:
             of[f"{phase} on critical"][to] = values[name][longest]
 
     def reading(self) -> StepReading:
-        """Return the figures of the ranks that were added."""
+        """Return the figures of all added ranks."""
         first, last = self._first, self._last
         times = first.values["time"][first.attempts == max(self._stepped, default=-1)]
         of_bf16, of_precision = last.get("mfu_bf16"), last.get("mfu_palm")
@@ -496,11 +510,11 @@ class _Reduction:
         )
 
     def _whole_steps(self) -> Steps:
-        """Return the steps that every rank recorded, in attempts with the set-up of the report.
+        """Return the steps that every rank recorded, in attempts with the environment of the report.
 
-        Of a GPT run every rank records; of a script the ranks that recorded anything in the attempt, often only rank 0.
-        The work of a step is the sum of the records of all ranks, or the stated work. If only some ranks record, the
-        stated work comes first, because the other ranks worked too. Last comes the rate of the whole run.
+        In a GPT run every rank records. In a script, the ranks that recorded anything in the attempt count, often only
+        rank 0. The work of a step is the sum over all ranks, or the stated work. If only some ranks record, the stated
+        work has precedence, because the other ranks worked too. The last choice is the rate of the whole run.
         """
         of, first = self._of, self._first
         expected = np.full(len(first), -1)
@@ -516,7 +530,7 @@ class _Reduction:
         whole = np.flatnonzero((of["records"] == expected) & (of["timed"] == expected))
         of = {name: values[whole] for name, values in of.items()}
         with np.errstate(invalid="ignore"):
-            mfu = of["mfu"] / of["mfu count"]  # ranks above the first may leave MFU out
+            mfu = of["mfu"] / of["mfu count"]  # Ranks above the first may leave out the MFU.
         return Steps(
             step=first.steps[whole],
             attempt=first.attempts[whole],
@@ -530,14 +544,14 @@ class _Reduction:
 
 
 def _phases(of: Mapping[str, Floats], ranks: Integers) -> dict[str, Floats]:
-    """Divide the times of steps; the rest is NaN if only some of the ranks recorded a phase."""
+    """Divide the times of steps into phases. ``rest`` is NaN if only some of the ranks recorded a phase."""
     counts = {phase: of[f"{phase} count"] for phase in RECORDED}
     found = {phase: np.where(count > 0, of[f"{phase} on critical"], np.nan) for phase, count in counts.items()}
-    # The critical rank waits for the other ranks in all of the step but its own time.
+    # The critical rank waits for the other ranks outside of its own time.
     has_waits = counts["communication"] > 0
     found["communication"] = np.where(has_waits, of["time"] - of["own"], np.nan)
     known_s = sum(map(np.nan_to_num, found.values()), np.zeros(len(ranks)))
-    # Ranks that wait for each other end a step together: only their waits tell them apart.
+    # Ranks that wait for each other end a step together: only their waits show a difference.
     late = of["computing on critical"] - of["computing"] / ranks
     found[STRAGGLERS] = np.where(has_waits & (ranks > 1), late, np.nan)
     is_divided = np.all([(count == 0) | (count == ranks) for count in counts.values()], axis=0)

@@ -1,4 +1,4 @@
-"""The scaling table: one row a point, with what its figures say and what they do not."""
+"""The scaling table: one row for each point, and the limits of its figures."""
 
 from __future__ import annotations
 
@@ -31,74 +31,84 @@ from launch.report.steps import Measurement, RankTime, RankTimes, UnreadLines, l
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One point; a figure that is not known, or not claimed, is None."""
+    """One point. A figure is None if it is not known, or not certain enough to state."""
 
     point: str
     nodes: int | None
     ranks: int | None
     topology: str | None
     throughput: float | None = None
-    """Work per second in ``unit``; the CSV file names its columns for it: tokens_per_s, samples_per_s."""
+    """Work per second in ``unit``. The columns of the CSV file are named for the unit: tokens_per_s, samples_per_s."""
     throughput_per_rank: float | None = None
     step_time_s: float | None = None
-    """Median over the steps after warm-up, of the slowest rank."""
+    """Median step time of the slowest rank in seconds, over the steps after warm-up."""
     step_time_s_spread: float | None = None
-    """Interquartile range; None if the step times are means over several steps."""
+    """Interquartile range of the step time in seconds; None if step times are means over several steps."""
     speedup: float | None = None
-    """Throughput over that of the smallest point of the series. If the work of a step is not known, the ratio of step
-    times; if there are no steps and the work was stated, the ratio of run times."""
+    """Throughput divided by the throughput of the smallest point of the series.
+
+    If the work of a step is not known, the ratio of step times. Without steps, the ratio of run times if the work was
+    stated.
+    """
     efficiency: float | None = None
-    """speedup over the ratio of ranks; None if ranks of either point shared cores or a GPU, or times are too coarse."""
+    """Speedup divided by the ratio of ranks.
+
+    None if ranks of either point shared cores or a GPU, or if times are too coarse.
+    """
     efficiency_low: float | None = None
-    """95 % interval of the efficiency, by a block bootstrap over the steps of both points: see ``laws``."""
+    """Lower end of the 95 % interval of the efficiency, by a block bootstrap over the steps of both points
+    (``series``).
+    """
     efficiency_high: float | None = None
     noisy: bool | None = None
-    """True if the step times of the point, or of the smallest one, differ too much, or are too coarse, for an exact
-    efficiency; None if none is claimed."""
+    """True if step times of this or the smallest point vary too much, or are too coarse, for an exact efficiency.
+
+    None if no efficiency is stated.
+    """
     mfu_palm: float | None = None
     mfu_bf16: float | None = None
-    """MFU of the peak in bf16, whatever the precision, so that points in two precisions compare."""
+    """MFU by the peak in bf16 in any precision, so that points in two precisions are comparable."""
     oversubscribed: bool | None
     state: str
     series: str
     scaling: str | None
     loss: float | None
-    """Training loss of the last step, nats per token in the GPT library."""
+    """Training loss of the last step, for the GPT library in nats per token."""
     last_step: int | None
     steps_measured: int = 0
     step_time_s_low: float | None = None
-    """First quartile."""
+    """First quartile of the step time in seconds."""
     step_time_s_high: float | None = None
-    """Third quartile."""
+    """Third quartile of the step time in seconds."""
     step_time_resolution_s: float | None = None
     """Seconds over which each step time is a mean; None if steps were timed one by one."""
     throughput_low: float | None = None
-    """At the third quartile of the step time."""
+    """Throughput at the third quartile of the step time."""
     throughput_high: float | None = None
-    """At the first quartile of the step time."""
+    """Throughput at the first quartile of the step time."""
     throughput_ideal: float | None = None
-    """Of as many ranks as fast as those of the smallest point; None if these shared cores or a GPU."""
+    """Throughput if every rank were as fast as in the smallest point; None if its ranks shared cores or a GPU."""
     unit: str | None = None
-    """Unit of the throughput: tokens, samples, images; None if nothing says."""
+    """Unit of the throughput: tokens, samples or images; None if unknown."""
     run_time_s: float | None = None
-    """Time that the ranks ran, with start-up, over all attempts."""
+    """Seconds that the ranks ran, with start-up, over all attempts."""
     attempts: int = 0
     label: str = ""
-    """Label that distinguishes the point in this table: the overrides that not all points share."""
+    """Name that distinguishes the point in this table: the overrides that not all points share."""
     goodput: float | None = None
     """Share of the allocated time in steps that count."""
     gpu_hours: float | None = None
-    """Of all allocations, from the start of each to its end."""
+    """GPU-hours of all allocations, each from its start to its end."""
     cost: float | None = None
-    """In the currency of cluster.price_per_gpu_hour."""
+    """Cost in the currency of cluster.price_per_gpu_hour."""
     cost_per_billion: float | None = None
-    """Cost of a billion units of work, such as tokens; of a run whose steps are all known."""
+    """Cost of a billion units of work, such as tokens; None unless all steps of the run are known."""
     energy_kwh: float | None = None
-    """Of all GPUs, from the start of the ranks to their end over all attempts; None if some were not sampled."""
+    """Energy of all GPUs in kWh while ranks ran, over all attempts; None if some GPUs were not sampled."""
     joules_per_work: float | None = None
-    """Energy of one unit of work, such as a token; of a run whose steps are all known."""
+    """Energy of one unit of work, such as a token, in joules; None unless all steps of the run are known."""
     gpu_power_w: float | None = None
-    """Mean power of one GPU."""
+    """Mean power of one GPU in watts."""
     throttled: float | None = None
     """Share of the samples of all GPUs in which clocks were lower than requested."""
     parts_s: Mapping[str, float] = field(default_factory=dict)
@@ -106,43 +116,46 @@ class Row:
     hours_of: str | None = None
     """Unit of the hours of interruptions: GPU; node if the run has no GPUs."""
     interruptions: int | None = None
-    """Interruptions that cost time, with roll-backs."""
+    """Number of interruptions that cost time, including roll-backs."""
     interrupted_s: float | None = None
-    """Allocated time that interruptions cost: see ``goodput.DEFINITION``."""
+    """Allocated seconds that interruptions cost: see ``goodput.DEFINITION``."""
     interrupted_h: float | None = None
-    """The same in hours of ``hours_of``, all causes together."""
+    """Allocated hours that interruptions cost, in the unit ``hours_of``, for all causes together."""
     causes_h: Mapping[str, float] = field(default_factory=dict)
-    """Cause of ``goodput.CAUSES`` -> hours that interruptions cost."""
+    """Cause of ``goodput.CAUSES`` -> hours that its interruptions cost."""
     restarts_in_place: int | None = None
-    """Restarts inside of an allocation that came to a step."""
+    """Number of restarts inside of an allocation after which the run made a step."""
     saved_in_place_h: float | None = None
-    """Hours that these saved, an estimate: see ``goodput.SAVED_DEFINITION``."""
+    """Hours that restarts in place saved, an estimate: see ``goodput.SAVED_DEFINITION``."""
     saved_in_place_wait_s: float | None = None
-    """Waiting in the queue that they saved, an estimate."""
+    """Seconds of waiting in the queue that restarts in place saved, an estimate."""
     saved_against: str | None = None
-    """Starts that the two are estimated by: requeues of this run, of other points, or its own first start."""
+    """Starts on which both estimates rest: requeues of this run, of other points, or its own first start."""
     losses: Mapping[str, float] = field(default_factory=dict)
-    """Phase of ``steps.LOSSES`` -> efficiency that was lost to it, as a share; negative if it takes less of the step
-    than at the smallest point. They add up to 1 - efficiency."""
+    """Phase of ``steps.LOSSES`` -> efficiency that is lost in it, as a share.
+
+    A value is negative if the phase takes less of the step than at the smallest point. The values add up to 1 -
+    efficiency.
+    """
     source: str = ""
-    """Folder of a comparison that the point belongs to; empty in a report of one."""
+    """Folder of the comparison to which the point belongs; empty in a report of one folder."""
     ratio_to_first: float | None = None
-    """Throughput over that of the point with as many ranks in the first folder of a comparison."""
+    """Throughput divided by that of the point with as many ranks in the first folder of a comparison."""
     unread_lines: int = 0
-    """Lines among the step records of all ranks that could not be read as records."""
+    """Number of lines in the step records of all ranks that are unreadable."""
 
 
-# Details of one run beyond its row: the distribution of its step times, and its slowest ranks with their hosts.
+# Details of one run: the distribution of its step times, and its slowest ranks with their hosts.
 
 
 SLOWEST = 8
-"""Ranks that the table of the slowest lists."""
+"""Largest number of ranks in the table of the slowest."""
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
 @dataclass(frozen=True)
 class RankRow:
-    """One of the slowest ranks of a run, and its share of the step time."""
+    """One of the slowest ranks of a run, and its loss as a share of the step time."""
 
     time: RankTime
     host: str | None
@@ -157,7 +170,7 @@ class RunDetail:
     label: str
     step_time_s: float
     step_times_s: tuple[float, ...]
-    """After warm-up, in the order of the steps."""
+    """Step times in seconds after warm-up, in the order of the steps."""
     percentiles_s: tuple[tuple[str, float], ...]
     slowest: tuple[RankRow, ...]
     rank_times: RankTimes | None
@@ -165,22 +178,22 @@ class RunDetail:
 
 @dataclass(frozen=True)
 class ScalingTable:
-    """A report: rows by series and size, what they have in common, and notes in plain language."""
+    """A report: rows by series and size, properties that rows share, and notes in plain language."""
 
     selection: Selection
     rows: tuple[Row, ...]
     batches: dict[str, str]
-    """Kind of scaling -> what its points have in common, for people."""
+    """Kind of scaling -> batch that its points share, as text for people."""
     conditions: str
     notes: tuple[str, ...]
     is_gpt: bool = True
-    """True if the GPT library made every point whose workload is known."""
+    """True if the GPT library made every point with a known workload."""
     details: tuple[RunDetail, ...] = ()
     """Step times and ranks of the measured points, in the order of the rows."""
     laws: tuple[Law, ...] = ()
     repeats: tuple[Repeats, ...] = ()
     gpus: tuple[GpuUse | None, ...] = ()
-    """Use of the GPUs of each point, in the order of the rows; None if they were not sampled."""
+    """Use of the GPUs of each point, in the order of the rows; None if the GPUs were not sampled."""
     unread: tuple[tuple[UnreadLines, ...], ...] = ()
     """Lines of the step records of each point that are no records, in the order of the rows."""
     typed: tuple[tuple[str, ...], ...] = ()
@@ -201,18 +214,18 @@ class ScalingTable:
 
     @property
     def is_scaling(self) -> bool:
-        """True if a series has several sizes."""
+        """True if a series has points of several sizes."""
         return max(Counter((row.scaling, row.series) for row in self.rows).values(), default=0) > 1
 
     @property
     def compares_run_times(self) -> bool:
-        """True if no program recorded how long its steps take, so that there are run times only."""
+        """True if no program recorded its step times, so that only run times are known."""
         has_steps = any(row.step_time_s is not None for row in self.rows)
         return not self.is_gpt and not has_steps and any(row.run_time_s is not None for row in self.rows)
 
     @property
     def unit(self) -> str:
-        """Unit of the throughput: tokens, samples, images; work if points differ, or nothing says."""
+        """Unit of the throughput: tokens, samples or images; "work" if points differ, or no unit is known."""
         units = {row.unit for row in self.rows if row.throughput is not None}
         return (units.pop() if len(units) == 1 else None) or ("tokens" if self.is_gpt else "work")
 
@@ -251,7 +264,7 @@ def tabulate_selection(selection: Selection) -> ScalingTable:
 
 
 def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
-    """Compute the scaling table of points that were read.
+    """Compute the scaling table of points.
 
     Raises:
         ConfigError: points that belong together are not comparable.
@@ -328,7 +341,7 @@ def _row(series: Series, point: Point, finding: SeriesFindings, points: Sequence
 def _time_and_energy(point: Point, points: Sequence[Point]) -> dict[str, Any]:
     """Return the fields of a row on its allocations, interruptions and GPUs."""
     fields: dict[str, Any] = {}
-    # Work of the whole run: of half of the steps a unit of work would cost twice as much.
+    # Covers the work of the whole run: with half of the steps, a unit of work would seem twice as expensive.
     works = [work for work in point.steps.work.tolist() if work == work]
     work = sum(works) if works and len(works) == point.last_step else None
     if (use := point.gpu_use) is not None:
@@ -375,7 +388,7 @@ def _figures(series: Series, point: Point, figures: Measurement, finding: Series
     if rate is not None:
         assert point.ranks
         fields |= {"throughput": rate, "throughput_per_rank": rate / point.ranks}
-    if not figures.resolution_s:  # quartiles of means over several steps say nothing of the steps
+    if not figures.resolution_s:  # Quartiles of means over several steps do not describe single steps.
         spread_s = figures.high_s - figures.low_s
         fields |= {
             "step_time_s_low": figures.low_s,
@@ -383,13 +396,16 @@ def _figures(series: Series, point: Point, figures: Measurement, finding: Series
             "step_time_s_spread": spread_s,
         }
         if rate is not None:
-            work = rate * figures.step_time_s  # of one step
+            work = rate * figures.step_time_s  # Work of one step.
             fields |= {"throughput_low": work / figures.high_s, "throughput_high": work / figures.low_s}
     return fields | _against_smallest(series, point, figures, finding)
 
 
 def _against_smallest(series: Series, point: Point, figures: Measurement, finding: SeriesFindings) -> dict[str, Any]:
-    """Return speedup and efficiency: neither of a point alone, no efficiency without the work of a step."""
+    """Return speedup and efficiency relative to the smallest point.
+
+    A single point has neither; without the work of a step, there is no efficiency.
+    """
     base = series.smallest
     assert base is not None and base.figures is not None and base.ranks and point.ranks
     if not series.compares:
@@ -428,7 +444,7 @@ def _against_run_time(series: Series, point: Point) -> dict[str, Any]:
 
 
 def _batches(found: Sequence[Series]) -> dict[str, str]:
-    """Return kind of scaling -> the batches of its series, for people."""
+    """Return kind of scaling -> batches of its series, as text for people."""
     texts: dict[str, dict[str, None]] = {}
     for series in found:
         for point in series.members if series.scaling else ():
@@ -438,7 +454,7 @@ def _batches(found: Sequence[Series]) -> dict[str, str]:
 
 
 def _conditions(points: Sequence[Point]) -> str:
-    """Return model, precision, hardware and software of the points; if several, all values."""
+    """Return model, precision, hardware and software of the points; all values if points differ."""
     known = [point.environment for point in points if point.environment is not None]
     if not known:
         return "Conditions unavailable: no point has recorded what it ran on."

@@ -1,1 +1,1 @@
-"""All talk with Slurm, and jobs: checked, submitted, followed, stopped and moved."""
+"""All communication with Slurm, and jobs: checked, submitted, followed, stopped and moved."""

@@ -1,6 +1,6 @@
 """Checks of one request against Slurm's limits: partition, nodes, time, CPUs, GPUs, memory, preemption.
 
-Pure functions. Each check yields what it found, why that matters, and what to type.
+Pure functions. Each check yields findings: the fact, its consequence, and the remedy to type.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from launch.slurm.limits import NOTHING, Gres, Limits, NodeLimits, Partition, gr
 
 REFUSES = "sbatch refuses the job"
 MB_IN_GB = 1024
-"""Slurm's MB, which are MiB, in one unit of cluster.mem_gb."""
+"""Slurm's MB, which are MiB, in one GB of cluster.mem_gb."""
 NO_LIMIT = 2**62
 OPTIONS = {
     "partition", "time", "time_min", "nodes", "nodelist", "cpus_per_task", "cpus_per_gpu", "mem", "mem_per_cpu",
     "mem_per_gpu", "gpus", "gpus_per_node", "gpus_per_task", "gres", "constraint", "account", "qos", "exclude", "array",
     "overcommit", "use_min_nodes", "reservation",
 }  # fmt: skip
-"""Options of sbatch in cluster.additional_parameters that change what the checks compare."""
+"""Options of sbatch in cluster.additional_parameters that change the facts that the checks compare."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Case:
     partition: Partition
     request: Request
     groups: Sequence[str] | None = None
-    """Unix groups of the user; None for root, whom every partition admits."""
+    """Unix groups of the user; None for root, whom every partition accepts."""
 
     @property
     def config(self) -> Config:
@@ -44,12 +44,12 @@ class Case:
 
     @cached_property
     def nodes(self) -> list[NodeLimits]:
-        """Nodes of the partition that are not excluded and have the requested features, usable or not."""
+        """Nodes of the partition that are not excluded and have the requested features, also unusable ones."""
         nodes = self.limits.nodes_of(self.partition)
         return [n for n in nodes if n.name not in self.request.excluded and has_features(n, self.config)]
 
     def unless_lifted(self, finding: Finding, flag: str) -> Finding:
-        """Return an error about a limit of the partition, in doubt where a QOS of the job may lift that limit."""
+        """Return an error about a limit of the partition as a doubt if a QOS of the job may lift that limit."""
         lifted = self.limits.may_be_lifted(flag, self.partition, self.config.cluster.qos)
         return doubt(finding, f"its QOS has the flag {flag}") if lifted else finding
 
@@ -58,18 +58,18 @@ class Case:
 
 
 def typed_options(cluster: ClusterConfig) -> set[str]:
-    """Names of the sbatch options in cluster.additional_parameters, with underscores."""
+    """Return the names of the sbatch options in cluster.additional_parameters, with underscores."""
     return {str(key).replace("-", "_") for key in cluster.additional_parameters}
 
 
 def partitions_of(limits: Limits, config: Config) -> list[Partition]:
-    """Partitions that the job could use: the named ones, else the default. Slurm takes any of several."""
+    """Return the partitions that the job could use: the named ones, else the default. Slurm chooses one of several."""
     names = partition_names(config)
     return [p for p in limits.partitions if (p.name in names if names else p.is_default)]
 
 
 def partition_names(config: Config) -> list[str]:
-    """Names in cluster.partition."""
+    """Return the names in cluster.partition."""
     return [name.strip() for name in (config.cluster.partition or "").split(",") if name.strip()]
 
 
@@ -79,13 +79,13 @@ def has_features(node: NodeLimits, config: Config) -> bool:
 
 
 def features(config: Config) -> frozenset[str]:
-    """Features that every node must have. Only plain names joined by & are understood; Slurm checks the rest."""
+    """Return the features that every node must have. Only plain names joined by & count here; Slurm checks the rest."""
     text = config.cluster.constraint or ""
     return frozenset(text.split("&")) if re.fullmatch(r"[\w.-]+(&[\w.-]+)*", text) else frozenset()
 
 
 def why_unsure(limits: Limits, config: Config) -> str:
-    """Reason why the keys do not tell what a job requests, or where the job runs; empty if they do."""
+    """Return the reason why the keys do not show what a job requests, or where the job runs; empty if they do."""
     others = sorted(typed_options(config.cluster) & OPTIONS)
     if others:
         return f"cluster.additional_parameters ({', '.join(others)}) makes it fit"
@@ -96,7 +96,7 @@ def why_unsure(limits: Limits, config: Config) -> str:
 
 
 def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfig) -> bool:
-    """Return whether Slurm would give a single CPU to the one task of a node, the agent with all ranks."""
+    """Return whether Slurm would give one CPU to the only task of a node, the agent with all ranks."""
     unit = limits.config.get("SelectTypeParameters", "").upper()
     by_core = "CR_CPU" in unit or "CR_CORE" in unit
     for_gpus = "DefCpuPerGPU" in limits.config.get("JobDefaults", "")
@@ -105,19 +105,19 @@ def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfi
 
 
 def gives_whole_nodes(partition: Partition, cluster: ClusterConfig) -> bool:
-    """Return whether a job has its nodes, and all of their CPUs, for itself."""
+    """Return whether a job has its nodes with all their CPUs alone."""
     return bool(partition.is_exclusive or cluster.exclusive or "exclusive" in typed_options(cluster))
 
 
 def fewer_nodes(config: Config, most: int) -> str:
-    """Return what to type for at most ``most`` nodes: fewer spares where the nodes fit, else fewer nodes."""
+    """Return the overrides for at most ``most`` nodes: fewer spares if that is enough, else fewer nodes."""
     if config.spare_nodes and config.nodes <= most:
         return f"spare_nodes={most - config.nodes}"
     return f"nodes={max(1, most - config.spare_nodes)}" if most > config.spare_nodes else f"nodes={most} spare_nodes=0"
 
 
 def gres_text(part: Gres) -> str:
-    """A generic resource as sbatch takes it."""
+    """Write a generic resource as sbatch accepts it."""
     return ":".join(text for text in (part.name, part.type, str(part.count)) if text)
 
 
@@ -125,7 +125,7 @@ def gres_text(part: Gres) -> str:
 
 
 def check_state(case: Case) -> Iterator[Finding]:
-    """Check that the partition takes and starts jobs."""
+    """Check that the partition accepts and starts jobs."""
     name, state = case.partition.name, case.partition.state
     if state == "UP":
         return
@@ -146,7 +146,7 @@ def check_access(case: Case) -> Iterator[Finding]:
     for key, value, allowed, denied in lists:
         if allowed is not None and value is None:
             found = f"partition {partition.name} takes {key} {', '.join(allowed)} only, and cluster.{key} is not set"
-            # Without accounting Slurm knows no default and 22.05.8 says "Job's account not known", for good.
+            # Without accounting, Slurm knows no default, and 22.05.8 says "Job's account not known" permanently.
             if key == "account" and not limits.has_accounting:
                 yield fail(key, found, PENDS, f"cluster.{key}={allowed[0]}")
             else:
@@ -154,7 +154,7 @@ def check_access(case: Case) -> Iterator[Finding]:
         elif allowed is not None and value not in allowed:
             found = f"cluster.{key}={value}, and partition {partition.name} takes {', '.join(allowed)} only"
             wrong = fail(key, found, PENDS, f"cluster.{key}={(closest(str(value), allowed) or allowed)[0]}")
-            # In newer releases the list of a partition holds for subaccounts too (slurm.conf, AllowAccounts).
+            # In newer releases, the list of a partition also covers subaccounts (slurm.conf, AllowAccounts).
             has_parents = key == "account" and limits.has_accounting and limits.version >= (23, 2)
             yield doubt(wrong, "it is a subaccount of one of them") if has_parents else wrong
         elif allowed is None and value in (denied or ()):
@@ -213,19 +213,19 @@ def check_nodes(case: Case) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Want:
-    """One resource that a job requests of each node."""
+    """One resource that a job requests on each node."""
 
     key: str
     amount: float
     unit: str
     have: Callable[[NodeLimits], float]
-    """Amount that a node can give to a job."""
+    """Function that returns the amount that a node can give to a job."""
     kind: str = ""
-    """Name and type before the number, as in ``cluster.gres=gpu:a100:4``."""
+    """Name and type before the number, as in ``cluster.gres=gpu:a100:4``; empty if there is none."""
 
 
 def wants(case: Case) -> Iterator[Want]:
-    """Yield the resources that a job requests of each node."""
+    """Yield the resources that a job requests on each node."""
     cluster, partition = case.config.cluster, case.partition
     if cluster.gpus_per_node:
         yield Want("cluster.gpus_per_node", cluster.gpus_per_node, "GPUs", lambda node: node.count("gpu"))
@@ -245,10 +245,10 @@ def wants(case: Case) -> Iterator[Want]:
 
 
 def check_resources(case: Case) -> Iterator[Finding]:
-    """Check GPUs, CPUs and memory of each node: no more than the best node has, and enough nodes that have them."""
+    """Check GPUs, CPUs and memory of each node: the best node has enough, and enough nodes have it."""
     config, name, enough = case.config, case.partition.name, case.nodes
     if len(enough) < config.nodes_asked:
-        return  # check_nodes reports it
+        return  # check_nodes reports this.
     for want in wants(case):
         most = max(want.have(node) for node in case.nodes)
         if want.amount > most:
@@ -265,7 +265,7 @@ def check_resources(case: Case) -> Iterator[Finding]:
 
 
 def check_defaults(case: Case) -> Iterator[Finding]:
-    """Check CPUs and memory that the job does not request, where the site's default suits jobs of one CPU."""
+    """Check CPUs and memory that the job does not request, if the site's defaults suit jobs of one CPU."""
     limits, partition, cluster = case.limits, case.partition, case.config.cluster
     ranks = case.config.ranks_on_node
     if gives_whole_nodes(partition, cluster):
@@ -289,7 +289,7 @@ def check_defaults(case: Case) -> Iterator[Finding]:
 
 
 def check_preemption(case: Case) -> Iterator[Finding]:
-    """Check that a preempted job returns to the queue, and has the time to save."""
+    """Check that a preempted job returns to the queue, and has enough time to save."""
     limits, partition, config = case.limits, case.partition, case.config
     name, mode = partition.name, how_preempted(limits, partition)
     if mode == "OFF":
@@ -315,7 +315,7 @@ def check_preemption(case: Case) -> Iterator[Finding]:
     else:
         yield fine("preemption", f"jobs in {name} may be preempted, and are requeued")
     wait = limits.number("KillWait") or 0
-    # Slurm 22.05 ends a preempted job GraceTime and then KillWait after the first signal.
+    # Slurm 22.05 ends a preempted job GraceTime plus KillWait after the first signal.
     lead, left = config.cluster.signal_delay_s, partition.grace_s + wait
     if lead > left and "SUSPEND" not in mode:
         found = f"GraceTime of {name} is {partition.grace_s} s (KillWait {wait} s), and cluster.signal_delay_s={lead}"
@@ -324,11 +324,13 @@ def check_preemption(case: Case) -> Iterator[Finding]:
 
 
 CHECKS = (check_state, check_access, check_time, check_defaults)
-"""Checks of a partition that need not know its nodes; ``check_nodes`` and ``check_resources`` do."""
+"""Checks of a partition that work without facts about its nodes. ``check_nodes`` and ``check_resources`` need
+these facts.
+"""
 
 
 def check_partition(case: Case) -> Iterator[Finding]:
-    """All checks of a request at a partition, with a finding that all is fine where no check fails."""
+    """Yield the findings of all checks at a partition; one finding without complaint if no check fails."""
     of_nodes = [*check_nodes(case), *check_resources(case)]
     hidden = case.partition.total_nodes - len(case.limits.nodes_of(case.partition))
     if hidden > 0:
@@ -345,11 +347,11 @@ def check_partition(case: Case) -> Iterator[Finding]:
 
 
 def check_request(limits: Limits, request: Request, groups: Sequence[str] | None) -> list[Finding]:
-    """All checks of one job or array. ``groups`` are the Unix groups of the user; None for root."""
+    """Run all checks of one job or array. ``groups`` are the Unix groups of the user; None for root."""
     cases = [Case(limits, partition, request, groups) for partition in partitions_of(limits, request.config)]
     found = [
         *check_names(limits, request.config),
-        *soften_some([[*check_partition(case)] for case in cases]),  # Slurm takes the first partition that fits
+        *soften_some([[*check_partition(case)] for case in cases]),  # Slurm uses the first partition that fits.
         *check_array(limits, request),
     ]
     why = why_unsure(limits, request.config)
@@ -357,7 +359,7 @@ def check_request(limits: Limits, request: Request, groups: Sequence[str] | None
 
 
 def soften_some(each: Sequence[Sequence[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of alternatives: errors of one are warnings where another alternative has none."""
+    """Yield the findings of alternatives. Errors of one become warnings if another alternative has no error."""
     some_fit = any(not has_errors(findings) for findings in each)
     for finding in (finding for findings in each for finding in findings):
         is_mild = some_fit and finding.level is Level.error
@@ -378,7 +380,7 @@ def check_names(limits: Limits, config: Config) -> Iterator[Finding]:
 
 
 def check_array(limits: Limits, request: Request) -> Iterator[Finding]:
-    """Check the size of the job array. MaxArraySize is one more than the highest index."""
+    """Check the size of the job array. MaxArraySize is one more than the largest index."""
     size, most = len(request.points), limits.number("MaxArraySize")
     if size > 1 and most is not None and size > most:
         found = f"an array of {size} points of one shape, and MaxArraySize={most} allows indices up to {most - 1}"

@@ -1,4 +1,4 @@
-"""Every Slurm command that the launcher runs, with timeouts, retries, and errors that quote Slurm."""
+"""All Slurm commands that the launcher runs, with timeouts, retries, and errors that quote Slurm."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-# The parser of ``scontrol show ... --oneliner``, which prints ``Key=value`` pairs whose values may hold blanks.
+# The parser of ``scontrol show ... --oneliner``, which prints ``Key=value`` pairs. Values may contain spaces.
 
 
 KEY = r"[A-Z][\w:/]*="
-"""Such as ``JobState=``, ``AllocNode:Sid=`` and ``CPUs/Task=``."""
+"""Pattern of a key, such as ``JobState=``, ``AllocNode:Sid=`` and ``CPUs/Task=``."""
 FIELD = re.compile(rf"(?:^|(?<=\s))({KEY})(.*?)(?=\s+{KEY}|\s*$)")
 JOB_NAME = re.compile(r"(?<=\s)JobName=(.*?)(?=\s+UserId=)")
 
@@ -26,7 +26,7 @@ def parse_fields(line: str) -> dict[str, str]:
     """Read the fields of one line.
 
     A value (OS, Reason, Command) ends where the next key begins. Names, comments and paths of users may look like keys.
-    Therefore the job's name, which comes early, is removed first. Of fields that come twice, the first holds, because
+    Therefore the job's name, which comes early, is removed first. The first of several equal keys counts, because
     comments and paths come last.
     """
     name = JOB_NAME.search(line)
@@ -46,24 +46,24 @@ RETRIES = 3
 BUSY = (
     *("socket timed out", "unable to contact", "resource temporarily unavailable", "zero bytes were transmitted"),
     *("connection refused", "communication connection failure", "in standby mode", "connection timed out"),
-    # What a command prints whose connection ends halfway, as when the controller stops or has only just started.
+    # A command prints these if its connection breaks, for example because the controller stops or has just started.
     *("connection reset", "broken pipe", "message receive failure", "message send failure", "unexpected message"),
     *("communication shutdown failure", "communication send failure", "communication receive failure"),
-    # The network, or munge, is being restarted.
+    # The network or munge is being restarted.
     *("no route to host", "network is unreachable", "failed to connect to authentication agent"),
 )
-"""Parts of Slurm's errors after which the same command may succeed, in lower case."""
+"""Parts of Slurm's errors, in lower case, after which the same command may succeed later."""
 
 GONE = "invalid job id"
-"""Part of Slurm's error about a forgotten job."""
+"""Part of Slurm's error about a job that it has forgotten."""
 
 
 class SlurmError(RuntimeError):
-    """A Slurm command that failed, with what it printed."""
+    """Raised if a Slurm command fails. The message contains the output of the command."""
 
 
 class SlurmBusyError(SlurmError):
-    """A controller that did not answer: the same command may work later."""
+    """Raised if a controller did not answer. The same command may work later."""
 
 
 def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> str:
@@ -88,10 +88,11 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> 
             continue
         if done.returncode == 0:
             return done.stdout
-        if done.returncode == -signal.SIGPIPE:  # squeue of 24.11 says nothing where the controller hangs up
+        # squeue of 24.11 prints nothing if the controller closes the connection.
+        if done.returncode == -signal.SIGPIPE:
             problem = "its connection to the controller ended (SIGPIPE)"
             continue
-        # scontrol ping says on standard output which controllers are down.
+        # scontrol ping reports on standard output which controllers are down.
         problem = done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}"
         if not any(text in problem.lower() for text in BUSY):
             raise SlurmError(f"{' '.join(command)}: {problem}")
@@ -99,7 +100,7 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> 
 
 
 def missing_configuration() -> str:
-    """Report a SLURM_CONF that names no file; empty otherwise. Each Slurm command would search for ten seconds."""
+    """Report a SLURM_CONF that names no existing file; empty otherwise. Slurm would search for ten seconds."""
     named = os.environ.get("SLURM_CONF")
     if not named or Path(named).is_file():
         return ""
@@ -107,11 +108,11 @@ def missing_configuration() -> str:
 
 
 def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Run a command that neither Ctrl-C nor a SIGTERM ends halfway.
+    """Run a command that neither Ctrl-C nor a SIGTERM can interrupt.
 
-    Slurm sends SIGTERM to all processes of a job that is requeued or preempted, also to the command that requeues it.
+    Slurm sends SIGTERM to all processes of a job that is requeued or preempted, including the command that requeues it.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # the command inherits the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # The command inherits the mask.
     try:
         return subprocess.run(
             command,
@@ -120,7 +121,7 @@ def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.Comp
             timeout=timeout_s,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},  # a user's own format could not be parsed
+            env={**os.environ, "SLURM_TIME_FORMAT": "standard"},  # A format that the user has set could not be parsed.
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -131,7 +132,7 @@ NOT_CONFIGURED = "configuration source"
 
 
 def controller_problem() -> str | None:
-    """Reason why no job can be submitted from this machine.
+    """Return the reason why no job can be submitted from this machine.
 
     Returns:
         None if a controller answers; empty if this machine belongs to no cluster (sbatch is not installed, or not
@@ -147,54 +148,56 @@ def controller_problem() -> str | None:
 
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
-"""Slurm's states of jobs that have yet to start, or to start again."""
+"""Slurm's states of jobs that will start, or start again."""
 WORKING = ("RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
 
 
 @dataclass(frozen=True)
 class JobState:
-    """State of a job by squeue. ``state`` is Slurm's name, GONE if Slurm has forgotten the job, or UNKNOWN."""
+    """State of a job by squeue. ``state`` is Slurm's name of the state, GONE for a forgotten job, or UNKNOWN."""
 
     state: str
     reason: str = ""
     """Reason for which the job waits, as Slurm names it."""
     nodes: str = ""
-    """Names of its nodes, as Slurm abbreviates them; empty while it has none."""
+    """Names of the job's nodes, abbreviated by Slurm; empty if it has none."""
     start: str = ""
-    """Time of its start, or the expected one; empty where Slurm does not know."""
+    """Time of the job's start, or its expected start, as Slurm prints it; empty if Slurm does not know."""
     partition: str = ""
     submitted: float | None = None
-    """Time when it was submitted, or put back into the queue, in Unix seconds."""
+    """Time when the job was submitted or requeued, Unix seconds; None if not known."""
 
     @property
     def phase(self) -> str:
-        """``pending``, ``running``, ``over``, or ``unknown``. A job that is over will not run again by itself."""
+        """Return ``pending``, ``running``, ``over`` or ``unknown``. A job that is over does not start again by
+        itself.
+        """
         known = {"UNKNOWN": "unknown", **dict.fromkeys(WAITING, "pending"), **dict.fromkeys(WORKING, "running")}
         return known.get(self.state, "over")
 
     @property
     def detail(self) -> str:
-        """Reason and expected start of a pending job; else Slurm's state if it is not the usual one."""
+        """Return reason and expected start of a pending job; else Slurm's state, if it is unusual."""
         if self.phase in ("pending", "unknown"):
             return ", ".join(part for part in (self.reason, f"starts {self.start}" if self.start else "") if part)
         return "" if self.state in ("RUNNING", "COMPLETED", "GONE") else self.state
 
     @property
     def since(self) -> float | None:
-        """Time when the job began to wait, Unix seconds; None where nothing can take it out of the queue."""
-        return self.submitted if self.state == "PENDING" else None  # and not, say, while its nodes boot
+        """Return when the job began to wait, Unix seconds; None if the job cannot be moved to another place."""
+        return self.submitted if self.state == "PENDING" else None  # A job whose nodes boot, for example, cannot move.
 
 
 def cluster_option(cluster: str | None) -> tuple[str, ...]:
-    """Option of a command for another cluster, through slurmdbd; no option for the local one."""
+    """Return the option of a Slurm command for another cluster, through slurmdbd; empty for the local cluster."""
     return () if cluster is None else (f"--clusters={cluster}",)
 
 
 def job_states(job_ids: Iterable[str], retries: int = RETRIES, cluster: str | None = None) -> dict[str, JobState]:
-    """States of jobs of one cluster by id, with one squeue for all jobs. Works without accounting.
+    """Return the states of jobs of one cluster by id, with one squeue for all jobs. Works without accounting.
 
-    The id of an array element is ``123_4``, or the number in SLURM_JOB_ID of its script. A job that the controller has
-    forgotten (MinJobAge after its end) is absent. Raises SlurmError.
+    The id of an array element is ``123_4``, or the number in SLURM_JOB_ID of its script. A job is absent if the
+    controller has forgotten it (MinJobAge after its end). Raises SlurmError.
     """
     wanted = set(job_ids)
     roots = sorted({job.split("_")[0] for job in wanted})
@@ -216,7 +219,7 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES, cluster: str | No
 
 
 def output_file(job_id: str, cluster: str | None = None) -> Path | None:
-    """Path of the output of a job's batch script; None if Slurm has forgotten the job, or names no file."""
+    """Return the path of the output of a job's batch script; None if Slurm has forgotten the job or names no file."""
     try:
         found = job_fields(job_id, cluster=cluster).get("StdOut")
     except SlurmError as error:
@@ -227,20 +230,20 @@ def output_file(job_id: str, cluster: str | None = None) -> Path | None:
 
 
 def signal_job(job_id: str, name: str, cluster: str | None = None) -> None:
-    """Send a signal to all processes of one job, or of one element of an array, if it still runs.
+    """Send a signal to all processes of one job, or of one array element, if it still runs.
 
-    Without retries: a second signal would end ranks that are saving.
+    The command is not repeated: a second signal would end ranks that are saving.
     """
     unless_gone("scancel", *cluster_option(cluster), f"--signal={name}", job_id, retries=1)
 
 
 def cancel(job_id: str, cluster: str | None = None, *, only_waiting: bool = False) -> None:
-    """Cancel one job, or one element of an array; with ``only_waiting`` only a job that has not started."""
+    """Cancel one job, or one element of an array. With ``only_waiting``, cancel only a job that has not started."""
     unless_gone("scancel", *cluster_option(cluster), *(["--state=PENDING"] if only_waiting else []), job_id)
 
 
 def unless_gone(*command: str, retries: int = RETRIES) -> None:
-    """Run a command about a job. A job that is over or forgotten is no error."""
+    """Run a command about a job. No error if the job is over or forgotten."""
     try:
         run(*command, retries=retries)
     except SlurmError as error:
@@ -254,19 +257,19 @@ class JobDetails:
 
     state: str
     is_preempted: bool
-    """True if the job has to make room for another job."""
+    """True if the job is being preempted by another job."""
     restarts: int
-    """Number of times the job was requeued, the latest requeue included."""
+    """Number of requeues of the job, the latest included."""
     start_time: float | None
     end_time: float | None
-    """End by the time limit, or the end of a job that is over."""
+    """Time of the time limit, or the end of a job that is over, Unix seconds."""
     time_limit_s: float | None
     reason: str = ""
     """Slurm's reason for the wait or the end; the text ``None`` for a cancelled job."""
 
 
 def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
-    """Details of one job, or of one element of an array (``123_4``).
+    """Return the details of one job, or of one element of an array (``123_4``).
 
     Raises:
         SlurmError: the controller does not answer, or has forgotten the job.
@@ -284,7 +287,7 @@ def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
 
 
 def unix_time(text: str) -> float | None:
-    """Unix time of a time that Slurm prints, in the zone of this machine; None for other words."""
+    """Return the Unix time of a time that Slurm prints, in this machine's time zone; None for other words."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
@@ -292,7 +295,7 @@ def unix_time(text: str) -> float | None:
 
 
 def seconds(text: str) -> float | None:
-    """Seconds of a duration that Slurm prints, ``1-02:03:04``; None for other words, such as UNLIMITED."""
+    """Return the seconds of a duration that Slurm prints, ``1-02:03:04``; None for other words, such as UNLIMITED."""
     days, _, clock = text.rpartition("-")
     parts = clock.split(":")
     if len(parts) != 3 or not all(part.isdigit() for part in parts):
@@ -302,12 +305,12 @@ def seconds(text: str) -> float | None:
 
 
 def requeue(job_id: str) -> None:
-    """Put a running job, or one element of an array, back into the queue."""
+    """Requeue a running job, or one element of an array."""
     run("scontrol", "requeue", job_id)
 
 
 def nodes_left(job_id: str, retries: int = RETRIES) -> set[str]:
-    """Names of the nodes that a running job still has. Slurm removes failed nodes from a job with --no-kill.
+    """Return the names of the nodes that a running job still has. With --no-kill, Slurm removes failed nodes.
 
     Raises:
         SlurmError: the controller does not answer, or has forgotten the job.
@@ -317,7 +320,7 @@ def nodes_left(job_id: str, retries: int = RETRIES) -> set[str]:
 
 
 def usable_nodes(job_id: str) -> set[str]:
-    """Names of the nodes of a job's partitions that are not down, drained or failing. Raises SlurmError."""
+    """Return the names of nodes in a job's partitions that are not down, drained or failing. Raises SlurmError."""
     fields = job_fields(job_id)
     states = "idle,allocated,mixed,completing,planned,reserved"
     text = run("sinfo", "--noheader", "--Node", "--format=%N", f"--states={states}", "--partition", fields["Partition"])

@@ -1,4 +1,4 @@
-"""Facts of Slurm, requests that are compared with them, and the findings of the checks."""
+"""Facts about Slurm, requests that the checks compare with them, and the findings of the checks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Level(Enum):
 
 
 PENDS = "Slurm would leave the job pending for good, or refuse it"
-"""Consequence of a request that cannot be met. With EnforcePartLimits=NO, Slurm accepts the request all the same."""
+"""Consequence of a request that Slurm cannot meet. With EnforcePartLimits=NO, Slurm still accepts the request."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Finding(Problem):
     Attributes:
         level: severity.
         check: short name of the check.
-        unless: condition under which an error is none, if it cannot be known here; empty if the error is certain.
+        unless: condition, unknown here, under which the error does not occur; empty if the error is certain.
     """
 
     level: Level
@@ -48,27 +48,27 @@ class Finding(Problem):
 
     @property
     def why(self) -> str:
-        """Reason why a complaint matters."""
+        """Consequence of the finding, or the doubt about it."""
         return self.expected
 
 
 def fine(check: str, found: str) -> Finding:
-    """All is well."""
+    """Return a finding without complaint."""
     return Finding(found, "", "", Level.ok, check)
 
 
 def warn(check: str, found: str, why: str, fix: str) -> Finding:
-    """A state that may cost time or work."""
+    """Return a finding about a state that may cost time or work."""
     return Finding(found, why, fix, Level.warning, check)
 
 
 def fail(check: str, found: str, why: str, fix: str) -> Finding:
-    """A state that breaks the run."""
+    """Return a finding about a state that breaks the run."""
     return Finding(found, why, fix, Level.error, check)
 
 
 def doubt(finding: Finding, unless: str) -> Finding:
-    """Return the finding; if it is a certain error, with the condition under which it is none."""
+    """Return the finding. A certain error gets the condition ``unless`` under which it does not occur."""
     return replace(finding, unless=unless) if finding.level is Level.error and not finding.unless else finding
 
 
@@ -77,16 +77,16 @@ def has_errors(findings: Iterable[Finding]) -> bool:
     return any(finding.level is Level.error for finding in findings)
 
 
-# Requests, and the facts of Slurm that they are compared with.
+# Requests, and the facts about Slurm with which the checks compare them.
 
 
 @dataclass(frozen=True)
 class Request:
-    """Request of one shape of the sweep to Slurm: a job, or an array of ``len(points)`` elements."""
+    """Request to Slurm for points with equal resources: a job, or an array of ``len(points)`` elements."""
 
     config: Config
     plan: Plan | None
-    """None if the launcher refuses to plan the point; its request to Slurm is then compared all the same."""
+    """Plan of the points; None if the launcher refuses to plan. Its request to Slurm is checked anyway."""
     points: tuple[str, ...]
     batch_text: str
     excluded: frozenset[str] = frozenset()
@@ -98,37 +98,37 @@ class SlurmFacts:
     """Slurm's limits and the user's groups: enough to check a request."""
 
     limits: Limits | None
-    """None if no controller answers."""
+    """Limits of the local cluster; None if no controller answers."""
     slurm_problem: str = ""
     is_away: bool = False
-    """True if there is no controller, so that nothing can be submitted."""
+    """True if the cluster's controller does not answer, so that nothing can be submitted."""
     others: dict[str, Limits | str] = field(default_factory=dict)
     """Name of another requested cluster -> its limits, or the reason why they are not known."""
     groups: tuple[str, ...] | None = None
-    """Unix groups of the user; None for root, whom every partition lets in."""
+    """Unix groups of the user; None for root, whom every partition accepts."""
     torch: str = ""
-    """Version of the torch that the job will import, with its build; empty if there is none."""
+    """Version and build of torch in the job; empty if torch is not installed."""
 
     def at(self, cluster: str | None) -> Limits | str:
-        """The limits of a cluster, None being the local one; the reason if they are not known."""
+        """Return the limits of a cluster (None: the local cluster); if they are not known, the reason."""
         if cluster is not None:
             return self.others[cluster]
         return self.slurm_problem if self.limits is None else self.limits
 
     @property
     def known(self) -> dict[str | None, Limits]:
-        """The limits that are known, by cluster."""
+        """Return the limits that are known, by cluster."""
         clusters: tuple[str | None, ...] = (None, *self.others)
         return {name: there for name in clusters if isinstance(there := self.at(name), Limits)}
 
 
 def last_line(error: Exception) -> str:
-    """Last line of an error."""
+    """Return the last line of an error message."""
     return str(error).strip().splitlines()[-1]
 
 
 def clusters_named(configs: Iterable[Config]) -> set[str]:
-    """The other clusters that configs name, as a place or as a candidate."""
+    """Return the other clusters that configs name, as their place or as a candidate."""
     named: set[str | None] = set()
     for config in configs:
         named |= {config.cluster.cluster, *(candidate.cluster for candidate in config.cluster.placement)}
@@ -153,7 +153,7 @@ def ask_slurm(clusters: Iterable[str] = ()) -> SlurmFacts:
 
 
 def group_name(number: int) -> str:
-    """The name of a group; its number if it has no name."""
+    """Return the name of a Unix group; its number if it has no name."""
     try:
         return grp.getgrgid(number).gr_name
     except KeyError:
@@ -161,7 +161,7 @@ def group_name(number: int) -> str:
 
 
 def torch_version() -> str:
-    """Version of the installed torch, read without an import; empty if there is none."""
+    """Return the version of the installed torch without importing it; empty if torch is not installed."""
     try:
         return metadata.version("torch")
     except metadata.PackageNotFoundError:
@@ -169,7 +169,9 @@ def torch_version() -> str:
 
 
 def requests_of(groups: Sequence[Sequence[Plan]], configs: dict[str, Config], facts: SlurmFacts) -> list[Request]:
-    """One request for each shape. ``configs`` holds the config of every plan, by run folder."""
+    """Return one request for each group of plans with equal resources. ``configs`` has each plan's config, by
+    run folder.
+    """
     from launch.slurm.jobs import sbatch_text
 
     return [
@@ -180,7 +182,7 @@ def requests_of(groups: Sequence[Sequence[Plan]], configs: dict[str, Config], fa
 
 
 def excluded(config: Config, facts: SlurmFacts) -> frozenset[str]:
-    """The names of the nodes in cluster.exclude, a host list such as ``n[1-3],n7``; SlurmError if Slurm fails."""
+    """Return the node names in cluster.exclude, a host list such as ``n[1-3],n7``. Raises SlurmError if Slurm fails."""
     hosts = config.cluster.exclude
     if not hosts or facts.limits is None:
         return frozenset()

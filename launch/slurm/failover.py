@@ -1,7 +1,8 @@
-"""Placement failover: a job that waits too long leaves the queue, and its run is submitted at the next candidate.
+"""Placement failover: a job that is pending too long is cancelled, and its run is submitted at the next candidate.
 
-The run folder and the queue hold all that a move needs, so any process can continue a move: the launcher that watches
-its points, or ``launch.move``. A lock admits one process at a time. ``launch.plan.placement`` decides when and where.
+The run folder and the queue have all that a move needs, so any process can continue a move: the launcher that watches
+its points, or ``launch.move``. A lock admits one process at a time. ``launch.plan.placement`` decides when and to which
+candidate.
 """
 
 from __future__ import annotations
@@ -32,33 +33,33 @@ LEAVE_POLL_S = 0.5
 
 @dataclass
 class Move:
-    """A move of a point from its place in the queue."""
+    """Move of a pending point to another place, or its end."""
 
     point: RunStatus
     job: SlurmJob
     plan: Plan
-    """Plan of the run, its placement without the candidates that sbatch has refused."""
+    """Plan of the run. Its placement lacks the candidates that sbatch has refused."""
     to: int | None
-    """Candidate of the next place; None if the point is given up."""
+    """Index of the candidate to move to; None if the point is given up."""
     since: float
     """Time when the point began to wait, over all places, Unix seconds."""
     place: str = ""
     waited: str = ""
-    """Time and reason of the wait in ``place``, for people."""
+    """Time and reason of the wait at the former place, for people."""
     is_out: bool = False
     """True once the job has left the queue."""
 
 
 class PlacementFailover:
-    """Moves points that have waited long enough at their place, or gives them up."""
+    """Moves points that have been pending too long at their place, or gives them up."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._excused: dict[str, float] = {}
-        """Job -> time when it was last seen to wait for something that another place would not change."""
+        """Job name -> last time when the job was pending for a reason that no other place would change."""
 
     def step(self, points: Sequence[RunStatus]) -> SlurmError | None:
-        """Make the moves that are due; return the error if Slurm does not answer. The next step then continues."""
+        """Make the moves that are due. Returns an error if Slurm does not answer; the next call then continues."""
         now = time.time()
         due = [move for point in points if (move := self._due(point, now)) is not None]
         if not due:
@@ -76,7 +77,7 @@ class PlacementFailover:
         return None
 
     def _due(self, point: RunStatus, now: float) -> Move | None:
-        """The move of a point that is due now, or that another process has begun; else None."""
+        """Return the move of a point that is due now, or that another process has begun; else None."""
         job, status = point.job, point.job_status
         plan = promised(point) if isinstance(job, SlurmJob) and point.state in ACTIVE else None
         if plan is None or not plan.placement.is_watched:
@@ -88,7 +89,7 @@ class PlacementFailover:
         events = point.events()
         if status.phase == "over":
             last = last_placed(events)
-            if last is None or last["event"] != "moved":  # another process has just moved it
+            if last is None or last["event"] != "moved":  # Another process has just moved the point.
                 return None
             return Move(point, job, plan, last["candidate"], last["waiting_since"], is_out=True)
         if status.since is None:
@@ -107,14 +108,17 @@ class PlacementFailover:
         return Move(point, job, plan, step.move_to, since, place, waited)
 
     def _take_out(self, moves: Sequence[Move], now: float) -> None:
-        """Record the moves, then remove the jobs from the queue. After a crash, the next process knows of the move."""
+        """Record the moves, then cancel the jobs. The record comes first, so that a process can continue after a
+        crash.
+        """
         for move in moves:
             known = {"job_id": move.job.job_id, "from": move.place, "waiting_since": move.since}
             last = last_placed(move.point.events())
             if move.to is None:
                 cause = f"{minutes(now - move.since)} in the queue, at last {move.waited}"
                 move.point.folder.record_event("gave_up", **known, cause=cause)
-            elif last is None or last["event"] != "moved" or last["candidate"] != move.to:  # else recorded before
+            # Otherwise the move is already recorded.
+            elif last is None or last["event"] != "moved" or last["candidate"] != move.to:
                 to = move.plan.placement.candidates[move.to].name
                 move.point.folder.record_event("moved", **known, to=to, candidate=move.to, cause=move.waited)
                 self._say(f"{move.point.name}: waited {move.waited}, moves to {to}")
@@ -151,7 +155,7 @@ class PlacementFailover:
         record_submitted(move.plan, job.job_id, done.candidate, moved=True)
         point.job = job
         self._say(f"{point.name}: job {job.name} at {candidates[done.candidate].name}")
-        if any(e["event"] == "cancelled" for e in point.events()):  # in the moment of the move
+        if any(e["event"] == "cancelled" for e in point.events()):  # The job started at the moment of its move.
             job.kill()
 
     def _say(self, text: str) -> None:
@@ -159,9 +163,9 @@ class PlacementFailover:
 
 
 def promised(point: RunStatus) -> Plan | None:
-    """Plan of a point without the candidates that sbatch has refused, and without hosts that failed in the run.
+    """Return the plan of a point without candidates that sbatch has refused, and without hosts that failed in the run.
 
-    None if there is no plan with a possible candidate. Raises ConfigError if the plan is damaged.
+    None if no plan with a possible candidate exists. Raises ConfigError if the plan is damaged.
     """
     plan = point.plan
     if plan is None:
@@ -180,7 +184,7 @@ def promised(point: RunStatus) -> Plan | None:
 
 
 def record_stay(point: RunStatus) -> None:
-    """Record that a point keeps its place after all, because it started in the moment of its move."""
+    """Record that a point keeps its place, because it started during its move."""
     last = last_placed(point.events())
     if last is not None and last["event"] in ("moved", "gave_up"):
         point.folder.record_event("stayed", cause="it has started meanwhile, or Slurm did not take it out of the queue")
@@ -210,7 +214,7 @@ def claim(folder: RunFolder) -> Iterator[bool]:
 
 @contextmanager
 def no_interrupt() -> Iterator[None]:
-    """Delay Ctrl-C, which could lose a job between sbatch and its record. The child sbatch inherits the mask."""
+    """Delay Ctrl-C, which could lose a job between sbatch and its record. The process of sbatch inherits the mask."""
     asked: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -224,7 +228,7 @@ def no_interrupt() -> Iterator[None]:
 
 
 def start_in_background(folders: Sequence[Path], log: Path) -> subprocess.Popen[bytes]:
-    """Start ``launch.move`` for runs that continue without their launcher; it survives the end of the terminal."""
+    """Start ``launch.move`` in the background for runs without a launcher. It survives the end of the terminal."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         return subprocess.Popen(

@@ -31,13 +31,17 @@ from launch.slurm import client as scheduler
 from launch.slurm.client import JobState
 
 CONTROLLER = "submitit.local._local"
-"""Module that submitit starts as the controller of a local job, by which its process is known."""
-SECOND_SIGNAL_S = 0.5  # two signals that are pending at the same time count as one
+"""Module of the controller that submitit starts for a local job. The controller's process is recognized by this
+name.
+"""
+SECOND_SIGNAL_S = 0.5  # Two signals that are pending at the same time count as one.
 ACTIVE = ("pending", "running")
 
 
 class SlurmJob:
-    """A Slurm job, or one element of a job array; ``cluster`` names another cluster than the local one."""
+    """A Slurm job, or one element of a job array. ``cluster`` is the name of another cluster, empty for the
+    local one.
+    """
 
     def __init__(self, job_id: str, cluster: str | None = None) -> None:
         self.job_id = job_id
@@ -45,27 +49,29 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """Name that no other job has: the id, and the cluster if it is another one."""
+        """Return a unique name: the job's id, and the cluster if it is not the local one."""
         return self.job_id if self.cluster is None else f"{self.job_id} on cluster {self.cluster}"
 
     @property
     def array_id(self) -> str:
-        """Id of the whole array if the job is an element of one."""
+        """Return the id of the whole array if the job is an element of one."""
         return self.job_id.split("_")[0]
 
     def status(self, queue: Mapping[str, JobState]) -> JobState:
-        """Return the state of the job in ``queue``, squeue's answer by name. Slurm forgets jobs soon after the end."""
+        """Return the state of the job from ``queue``, squeue's answer by name. Slurm forgets jobs soon after
+        they end.
+        """
         return queue.get(self.name, JobState("GONE"))
 
     def stop(self, phase: str) -> None:
-        """Remove a pending job from the queue; the agents of a running job turn SIGTERM into a save."""
+        """Cancel a pending job; have the agents of a running job save, by SIGTERM."""
         if phase == "pending":
             self.take_out()
         else:
             scheduler.signal_job(self.job_id, "TERM", self.cluster)
 
     def take_out(self) -> None:
-        """Remove the job from the queue, unless it has started."""
+        """Cancel the job, unless it has started."""
         scheduler.cancel(self.job_id, self.cluster, only_waiting=True)
 
     def kill(self) -> None:
@@ -137,7 +143,7 @@ def is_local_job(pid: int, started: str | None = None) -> bool:
 
 
 def job_of(event: Mapping[str, Any]) -> Job:
-    """The job of a ``submitted`` event."""
+    """Create the job of a ``submitted`` event."""
     if event["cluster"] == "local":
         return LocalJob(str(event["job_id"]), str(event.get("host")), started=event.get("pid_started"))
     return SlurmJob(str(event["job_id"]), event.get("slurm_cluster"))
@@ -157,7 +163,7 @@ def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> d
 
 
 class LocalQueueEntry:
-    """A local point that waits for earlier points, recorded in its folder while its launcher lives."""
+    """Entry for a local point that waits for earlier points, in its run folder while its launcher lives."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._note = folder.path / ".launch" / "waiting"
@@ -169,11 +175,13 @@ class LocalQueueEntry:
         self._note.write_text(f"{os.uname().nodename} {pid} {processes.start_time(pid)} {events_before}")
 
     def leave(self) -> None:
-        """Remove the record: the point starts, or never will."""
+        """Remove the entry: the point starts, or never will."""
         self._note.unlink(missing_ok=True)
 
     def events_before(self) -> int | None:
-        """Number of events before the point was submitted; None if it does not wait, or its launcher is gone."""
+        """Return the number of events before the point was submitted; None if it does not wait, or its launcher
+        is gone.
+        """
         try:
             host, pid, start, events_before = self._note.read_text().split()
             lives = host == os.uname().nodename and processes.start_time(int(pid)) == start
@@ -186,12 +194,13 @@ class LocalQueueEntry:
 
 
 def submitit_folder(run_dir: str | Path) -> Path:
-    """Folder of submitit's pickles and the agents' logs."""
+    """Return the folder of submitit's pickles and the agents' logs."""
     return Path(run_dir).parent / JOBS
 
 
 def slurm_folder(run_dir: str | Path, cluster: str | None = None) -> Path:
-    """Folder of submitit's pickles and the agents' logs of Slurm jobs; ``cluster`` names another than the local one.
+    """Return the folder of submitit's pickles and the agents' logs of Slurm jobs. ``cluster`` is None for the local
+    one.
 
     All jobs of a sweep share one folder. submitit would make a folder for each job only after sbatch has answered. By
     then the job may have started, and Slurm silently fails a job whose log it cannot open.
@@ -200,12 +209,12 @@ def slurm_folder(run_dir: str | Path, cluster: str | None = None) -> Path:
 
 
 def jobs_folder(plan: Plan) -> Path:
-    """Folder of submitit's files for the jobs of a plan."""
+    """Return the folder of submitit's files for the jobs of a plan."""
     return slurm_folder(plan.run_dir, cluster_of(plan.slurm))
 
 
 def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
-    """Paths of the standard output and error of a node's agent, which may not exist."""
+    """Return the paths of the standard output and error of a node's agent. The files may not exist."""
     folder = slurm_folder(run_dir, job.cluster) if isinstance(job, SlurmJob) else submitit_folder(run_dir)
     paths = JobPaths(folder, job.job_id, node)
     return [Path(paths.stdout), Path(paths.stderr)]
@@ -221,9 +230,10 @@ AFTER_STEP = "gpt_launch launch.agent.after_step"
 
 
 def batch_parameters(plan: Plan) -> dict[str, Any]:
-    """Parameters of submitit for a job: the plan's resources, and the command that runs when srun has failed.
+    """Return submitit's parameters of a job: the plan's resources, and the command that runs after srun has failed.
 
-    ``set +e`` keeps a user's ``set -e`` from skipping that command; a trap would replace a user's own trap.
+    The shell option ``set +e`` keeps a user's ``set -e`` from skipping that command. A trap would replace a user's own
+    trap.
     """
     python, folder = shlex.quote(sys.executable), shlex.quote(str(jobs_folder(plan)))
     after = f'{python} -m {AFTER_STEP} "$status" {folder} --submitit'
@@ -232,7 +242,7 @@ def batch_parameters(plan: Plan) -> dict[str, Any]:
 
 
 def sbatch_text(plans: Sequence[Plan]) -> str:
-    """The batch script that submitit writes for plans of one shape. Needs no Slurm."""
+    """Return the batch script that submitit writes for plans with equal resources. Needs no Slurm."""
     folder = jobs_folder(plans[0])
     parameters = batch_parameters(plans[0])
     python = parameters.pop("python", None) or shlex.quote(sys.executable)
@@ -244,21 +254,21 @@ def sbatch_text(plans: Sequence[Plan]) -> str:
 
 
 def controller_process(job: Any) -> subprocess.Popen[bytes]:
-    """The controller of submitit's local job, for which its parent must wait."""
+    """Return the controller process of submitit's local job, which its parent must wait for."""
     process = job._process
     assert isinstance(process, subprocess.Popen)
     return process
 
 
-# Jobs that still work on a run folder, with those that no event log names.
+# Jobs that still work on a run folder, including jobs that no event log names.
 
 
 SUBMITTED = "_submitted.pkl"
-"""End of the name of submitit's pickle of a job, after the id of the job."""
+"""End of the file name of submitit's pickle of a job. The job's id comes before it."""
 
 
 def refuse_running(plan: Plan, own: str | None = None) -> None:
-    """Raise ConfigError if another job works on the same folder, or waits to; ``own`` is this process's job.
+    """Raise ConfigError if another job works on the same folder, or is pending. ``own`` is this process's job.
 
     A run that resumes from an earlier step is also refused while ranks that were started by hand work on it.
 
@@ -287,7 +297,7 @@ def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
     """Find the newest active Slurm job of a run that no event names. Raises SlurmError."""
     known = {job_of(event).name for event in folder.read_events() if event["event"] == "submitted"}
     jobs = {job.name: (job, pickle) for job, pickle in submitted_jobs(folder.path) if job.name not in known}
-    # The pickles name the run, so that the question to Slurm names this run's jobs alone; mostly there are none.
+    # The pickles name the run, so that squeue asks only for jobs of this run; mostly there are none.
     own = [job for job, pickle in jobs.values() if run_dir_of(pickle) == str(folder.path)]
     queue = ask_queue(own)
     ours = [job for job in own if job.status(queue).phase in ACTIVE]
@@ -302,9 +312,9 @@ def submitted_jobs(run_dir: Path) -> Iterator[tuple[SlurmJob, Path]]:
             yield SlurmJob(pickle.name.removesuffix(SUBMITTED), cluster), pickle
 
 
-@cache  # a pickle never changes, and every point of a sweep reads the pickles of all points
+@cache  # A pickle never changes, and every point of a sweep reads the pickles of all points.
 def run_dir_of(pickle: Path) -> str | None:
-    """Read the run folder of a job; None if the pickle is not whole, or not of a run.
+    """Return the run folder of a job from its pickle; None if the pickle is incomplete, or has no run.
 
     A pickle that other users could have written is not opened: it would run their code.
     """
@@ -313,8 +323,8 @@ def run_dir_of(pickle: Path) -> str | None:
             found = os.fstat(file.fileno())
             if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 return None
-            # By its descriptor: in a folder of other users, another file may have taken its place.
+            # Opened by its descriptor: in a folder of other users, another file may have replaced the pickle.
             arguments = DelayedSubmission.load(f"/proc/self/fd/{file.fileno()}").args
-    except Exception:  # whatever unpickling raises
+    except Exception:  # Unpickling can raise any exception.
         return None
     return arguments[0] if arguments and isinstance(arguments[0], str) else None

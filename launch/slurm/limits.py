@@ -13,7 +13,7 @@ from launch.slurm.client import parse_fields
 
 NOTHING = ("", "(null)", "N/A", "NONE", "none")
 TIMEOUT_S = 10.0
-"""Time for one answer, seconds."""
+"""Longest wait in seconds for one answer."""
 UNITS = " KMGTP"
 GRES_COUNT = re.compile(r"\d+[KMGTP]?", re.IGNORECASE)
 UNLIMITED = ("UNLIMITED", "INFINITE", "4294967295")
@@ -27,7 +27,7 @@ Record = TypeVar("Record", "Partition", "NodeLimits")
 
 @dataclass(frozen=True)
 class Gres:
-    """Generic resources of one kind on a node; ``type`` is empty where the site gives none."""
+    """Generic resources of one kind on a node. ``type`` is empty if the site names none."""
 
     name: str
     type: str
@@ -57,7 +57,7 @@ def count_or_0(text: str) -> int:
 
 
 def names(text: str) -> tuple[str, ...] | None:
-    """Read a list of names; None for ALL and for nothing."""
+    """Read a list of names; None for ALL and for an empty list."""
     return None if text in (*NOTHING, "ALL") else tuple(text.split(","))
 
 
@@ -68,12 +68,14 @@ def minutes(text: str) -> float | None:
 
 
 def states(text: str) -> frozenset[str]:
-    """Read the states of a node. A * means that it does not answer; other marks (powered off, rebooting) do no harm."""
+    """Read the states of a node. A * means that the node does not answer. Other marks (powered off, rebooting) are
+    ignored.
+    """
     return frozenset(item.strip("~#!%$@^-") for item in text.replace("*", "+NOT_RESPONDING").split("+"))
 
 
 def from_slurm(key: str, parse: Callable[[str], Any] = str) -> Any:
-    """Declare a field that ``read_record`` parses from Slurm's ``key``; several keys are tried in their order."""
+    """Declare a field that ``read_record`` parses from Slurm's ``key``; of several keys, the first that exists."""
     return field(metadata={"key": key, "parse": parse})
 
 
@@ -90,7 +92,7 @@ def read_record(kind: type[Record], line: str) -> Record:
 
 @dataclass(frozen=True)
 class Partition:
-    """One partition. None means no limit; memory in MB as Slurm counts it (MiB)."""
+    """One partition. None means no limit; memory is in MB as Slurm counts it (MiB)."""
 
     name: str = from_slurm("PartitionName")
     is_default: bool = from_slurm("Default", lambda text: text == "YES")
@@ -109,19 +111,19 @@ class Partition:
     max_cpus_per_node: int | None = from_slurm("MaxCPUsPerNode", count)
     max_memory_mb: int | None = from_slurm("MaxMemPerNode", count)
     memory_per_cpu_mb: int | None = from_slurm("DefMemPerCPU", count)
-    """Memory for each CPU of a job that requests none."""
+    """Default memory in MB for each CPU of a job."""
     memory_per_node_mb: int | None = from_slurm("DefMemPerNode", count)
     is_exclusive: bool = from_slurm("OverSubscribe", lambda text: text.startswith("EXCLUSIVE"))
-    """True where every job gets whole nodes."""
+    """True if every job gets whole nodes."""
     total_nodes: int = from_slurm("TotalNodes", count_or_0)
-    """Its nodes, with those that Slurm does not show (PrivateData without ``cloud``)."""
+    """Number of the partition's nodes, including nodes that Slurm does not show (PrivateData without ``cloud``)."""
     qos: str | None = from_slurm("QoS", lambda text: None if text in NOTHING else text)
-    """QOS of the partition itself, whose limits and flags hold for every job in the partition."""
+    """QOS of the partition, whose limits and flags apply to every job in the partition; None if there is none."""
 
 
 @dataclass(frozen=True)
 class NodeLimits:
-    """Resources of one node, and whether it takes jobs."""
+    """Resources of one node, and whether the node accepts jobs."""
 
     name: str = from_slurm("NodeName")
     partitions: tuple[str, ...] = from_slurm("Partitions", lambda text: names(text) or ())
@@ -138,33 +140,33 @@ class NodeLimits:
         return not self.states & UNUSABLE
 
     def count(self, name: str, kind: str = "") -> int:
-        """Count the generic resources of this name, and of this type if given."""
+        """Return the number of generic resources of this name, and of this type if given."""
         return sum(g.count for g in self.gres if g.name == name and kind in ("", g.type))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """A whole cluster."""
+    """Limits of a whole cluster: its partitions, nodes and configuration."""
 
     version: tuple[int, ...]
     config: dict[str, str]
-    """Lines of the configuration that have a value."""
+    """Configuration by scontrol: name -> value; names without a value are absent."""
     partitions: tuple[Partition, ...]
     nodes: tuple[NodeLimits, ...]
     qos_flags: Mapping[str, frozenset[str]] | None = field(default_factory=dict)
-    """Flags of each QOS by its name; None where slurmdbd, which knows them, does not answer."""
+    """Flags of each QOS by its name; None if slurmdbd does not answer."""
 
     def number(self, key: str) -> int | None:
-        """A number of slurm.conf, without its unit; None if it is unlimited or absent."""
+        """Return a number of slurm.conf without its unit; None if it is unlimited or absent."""
         return count(self.config.get(key, "").split(" ")[0])
 
     def nodes_of(self, partition: Partition) -> list[NodeLimits]:
-        """The nodes of a partition."""
+        """Return the nodes of a partition."""
         return [node for node in self.nodes if partition.name in node.partitions]
 
     @property
     def has_accounting(self) -> bool:
-        """Return whether there is a slurmdbd, and with it accounts, associations and QOSes."""
+        """Return whether the cluster has a slurmdbd, and with it accounts, associations and QOSes."""
         return self.config.get("AccountingStorageType", "").endswith("/slurmdbd")
 
     def may_be_lifted(self, flag: str, partition: Partition, qos: str | None) -> bool:
@@ -181,13 +183,13 @@ class Limits:
 
 
 class NoControllerError(scheduler.SlurmError):
-    """No controller answers: nothing can be submitted."""
+    """Raised if no controller answers, so that nothing can be submitted."""
 
 
 def read(cluster: str | None = None) -> Limits:
     """Read the limits of this cluster, or of another one. Raises SlurmError if no controller answers.
 
-    Each command runs once, for TIMEOUT_S at most: a submission waits for the answers, and can do without.
+    Each command runs once, for TIMEOUT_S seconds at most: a submission waits for the answers, but works without them.
     """
     at = scheduler.cluster_option(cluster)
 
@@ -195,7 +197,7 @@ def read(cluster: str | None = None) -> Limits:
         return scheduler.run("scontrol", *at, *words, timeout_s=TIMEOUT_S, retries=1)
 
     try:
-        ask("ping")  # fails at once where nobody listens
+        ask("ping")  # Fails at once if no process listens.
     except scheduler.SlurmError as error:
         raise NoControllerError(str(error)) from error
     config = ask("show", "config")
@@ -205,7 +207,7 @@ def read(cluster: str | None = None) -> Limits:
 
 
 def read_qos_flags() -> dict[str, frozenset[str]] | None:
-    """Flags of every QOS, from slurmdbd; None if slurmdbd does not answer."""
+    """Return the flags of every QOS from slurmdbd; None if slurmdbd does not answer."""
     words = ("--noheader", "--parsable2", "show", "qos", "format=Name,Flags")
     try:
         text = scheduler.run("sacctmgr", *words, timeout_s=TIMEOUT_S, retries=1)
@@ -216,9 +218,9 @@ def read_qos_flags() -> dict[str, frozenset[str]] | None:
 
 
 def parse(config_text: str, partition_text: str, node_text: str) -> Limits:
-    """Read the three answers of scontrol."""
+    """Parse the three answers of scontrol."""
     said = re.findall(r"^(\S+)\s+=[ ]?(.*?)\s*$", config_text, re.MULTILINE)
-    # A plugin that a site does without is (null) in 24.11, and one named none in 22.05.
+    # A plugin that a site does not use is (null) in 24.11, and none in 22.05.
     config = {key: value for key, value in said if value != "(null)"}
     version = tuple(int(item) for item in re.findall(r"\d+", config.get("SLURM_VERSION", ""))[:2])
     partitions = [read_record(Partition, s) for s in partition_text.splitlines() if s.startswith("PartitionName=")]
@@ -227,7 +229,7 @@ def parse(config_text: str, partition_text: str, node_text: str) -> Limits:
 
 
 def how_preempted(limits: Limits, partition: Partition) -> str:
-    """Preempt mode of this partition, as Slurm names it; OFF where nothing can preempt it."""
+    """Return the preempt mode of this partition in Slurm's words; OFF if nothing can preempt its jobs."""
     kind, mode = limits.config.get("PreemptType", "preempt/none"), partition.preempt_mode.upper()
     if kind.endswith("/none") or mode == "OFF":
         return "OFF"
@@ -239,11 +241,12 @@ def how_preempted(limits: Limits, partition: Partition) -> str:
     return mode
 
 
-# Reasons for which a job is pending, as squeue prints them: what no waiting changes, and what to type then.
+# Reasons for which a job is pending, as squeue prints them: reasons that waiting does not change, and the remedy to
+# type.
 
 
 OWN_WISH = ("JobHeldUser", "Dependency", "BeginTime", "JobArrayTaskLimit")
-"""Reasons that the user chose: another place would only evade them."""
+"""Reasons that the user chose, such as a dependency. A move to another place would only evade them."""
 
 LASTING = {
     "python -m launch.cancel {run}; python -m launch.doctor, with the same arguments, says what fits": {
@@ -275,25 +278,26 @@ LASTING = {
         "partition of higher priority",
     },
 }
-"""What to type -> beginnings of reasons, as regular expressions -> meaning. ``{cluster}`` is the option that names
-another cluster."""
+"""Text to type -> regular expression for the beginning of a reason -> meaning. ``{cluster}`` is the option for another
+cluster.
+"""
 
 
 def lasting_reason(reason: str) -> tuple[str, str] | None:
-    """Meaning of a reason that no waiting removes, and what to type; None for a reason that ends by itself."""
+    """Return the meaning of a reason that waiting does not remove, and the text to type; None for other reasons."""
     said = reason.replace("_", " ")
     known = ((meaning, fix) for fix, rows in LASTING.items() for key, meaning in rows.items() if re.match(key, said))
     return next(known, None)
 
 
 def advice(reason: str, job: str, run: str, cluster: str | None = None) -> str:
-    """Return what a pending job waits for and what to type if waiting is not enough; otherwise empty.
+    """Return why a pending job waits and what to type, if waiting is not enough; otherwise empty.
 
     Args:
-        reason: as squeue prints it.
+        reason: reason as squeue prints it.
         job: id of the job.
         run: argument of ``launch.cancel``.
-        cluster: name of its cluster if that is another one.
+        cluster: name of the job's cluster; None for the local cluster.
     """
     known = lasting_reason(reason)
     if known is None:

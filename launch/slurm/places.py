@@ -1,6 +1,6 @@
 """Checks of a command's requests at every candidate of ``cluster.placement``, before anything is submitted.
 
-``check_before_submitting`` refuses what Slurm would never start, and skips candidates that cannot run a point.
+``check_before_submitting`` refuses requests that Slurm would never start, and skips candidates that cannot run a point.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from launch.slurm.submit import shapes
 
 
 def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Finding]:
-    """All checks of all requests at every candidate, each finding once. A candidate that cannot run is skipped."""
+    """Return the findings of all checks of all requests at every candidate, each finding once.
+
+    A candidate that cannot run a point is skipped.
+    """
     found: list[Finding] = []
     for request in requests:
         each = []
@@ -44,7 +47,7 @@ def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Findi
 
 
 def check_at(facts: SlurmFacts, request: Request) -> list[Finding]:
-    """All checks of a request on its cluster; none if no controller answers here."""
+    """Return the findings of all checks of a request on its cluster; empty if no controller answers here."""
     try:
         request.config.validate()
     except ConfigError as error:
@@ -60,15 +63,15 @@ def check_at(facts: SlurmFacts, request: Request) -> list[Finding]:
 
 
 def errors_at(facts: SlurmFacts, request: Request) -> list[list[Finding]]:
-    """Errors of a request at each candidate."""
+    """Return the errors of a request, one list for each candidate."""
     each = (check_at(facts, replace(request, config=config)) for _, config in placement.configs(request.config))
     return [[finding for finding in findings if finding.level is Level.error] for findings in each]
 
 
 def possible_places(facts: SlurmFacts, request: Request) -> Placement:
-    """Placement of a request, with the reason at each candidate where the job could never run.
+    """Return the placement of a request, with the reason at each candidate where the job can never run.
 
-    If no candidate is left, the candidates stay whose errors are all in doubt: Slurm then decides.
+    If no candidate is left, candidates with only uncertain errors remain: Slurm then decides.
     """
     errors = errors_at(facts, request)
     some_fit = any(not found for found in errors)
@@ -80,13 +83,13 @@ def possible_places(facts: SlurmFacts, request: Request) -> Placement:
     return places
 
 
-# What a command submits: refusals and warnings.
+# Refusals and warnings of a command before it submits.
 
 
 def refuse_missing_nodes(facts: SlurmFacts, configs: Sequence[Config]) -> None:
     """Raise ConfigError if a point requests more nodes than any partition has that the job could use.
 
-    Unlike the other checks, it needs no plan. It decides nothing where an option or a site plugin chooses the place.
+    Unlike the other checks, this check needs no plan. It does nothing if an option or a site plugin chooses the place.
     """
     for config in sorted(configs, key=lambda config: -config.nodes_asked):
         sizes: list[float] = []
@@ -127,7 +130,7 @@ def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement) ->
 
 
 def what_fits(facts: SlurmFacts, config: Config) -> str:
-    """The most that one job may request in each partition that it could use, or else in all partitions."""
+    """Return the largest request of one job in each partition that it could use, or else in all partitions."""
     there = facts.at(config.cluster.cluster)
     if not isinstance(there, Limits):
         return "a cluster that answers"
@@ -135,7 +138,7 @@ def what_fits(facts: SlurmFacts, config: Config) -> str:
 
 
 def room_in(limits: Limits, partition: Partition) -> str:
-    """The most that one job may request in a partition: nodes, time, and the resources of the best node."""
+    """Return the largest request of one job in a partition: nodes, time, and the resources of the best node."""
     nodes = limits.nodes_of(partition)
     if not nodes:
         return f"partition {partition.name} has no nodes"
@@ -150,7 +153,7 @@ def room_in(limits: Limits, partition: Partition) -> str:
 
 
 def refuse_without_controller(facts: SlurmFacts) -> None:
-    """Raise ConfigError if no controller answers that could take a job."""
+    """Raise ConfigError if no controller answers that could accept a job."""
     if facts.is_away:
         raise ConfigError(
             f"cluster=slurm, and {facts.slurm_problem}",
@@ -162,10 +165,10 @@ def refuse_without_controller(facts: SlurmFacts) -> None:
 def check_before_submitting(
     facts: SlurmFacts, plans: Sequence[Plan], configs: Sequence[Config], console: Console
 ) -> list[Plan]:
-    """Compare the requests of a command with Slurm's limits.
+    """Compare the requests of a command with Slurm's limits, and print the candidates that are ruled out.
 
     Returns:
-        The plans without the candidates where they could never run; these are printed with the reason.
+        The plans without the candidates where they could never run.
 
     Raises:
         ConfigError: a point could start nowhere.
@@ -179,7 +182,7 @@ def check_before_submitting(
     checked: dict[str, Placement] = {}
     lines: list[str] = []
     requests = zip(groups, requests_of(groups, by_folder, facts), strict=True)
-    # The largest first: its advice also suits the smaller ones.
+    # The largest request first: advice for it also suits the smaller ones.
     for group, request in sorted(requests, key=lambda one: -one[1].config.nodes_asked):
         places, points = possible_places(facts, request), ", ".join(request.points)
         refuse_impossible(facts, request, places)

@@ -1,6 +1,6 @@
 """Plans of all points of a command: choose clusters, GPUs and CPUs, then compare the plans with Slurm's limits.
 
-The functions stand in the order of these steps. Nothing is written or submitted.
+The functions are in the order of these steps. They write and submit nothing.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ from launch.slurm.facts import Finding, Level, SlurmFacts, fine, warn
 from launch.slurm.limits import Limits, gres
 
 TEXTS = ("script.env.", "cluster.exclude", "cluster.partition", "cluster.additional_parameters.")
-"""Beginnings of keys whose values may hold a comma."""
+"""Beginnings of keys whose values may contain a comma."""
 GPU_OPTIONS = {"gpus", "gpus_per_node", "gpus_per_task", "gpus_per_socket", "gres", "G"}
-"""Options of sbatch that request GPUs, or no GPUs."""
+"""Options of sbatch that request GPUs, or exclude GPUs."""
 CPUS_PER_RANK = 4
-"""One to compute, one each for data, communication and records."""
+"""CPUs for each rank: one for computation, one each for data, communication and records."""
 
 
 def plan_sweep(
     documents: Sequence[DictConfig], typed: Sequence[Sequence[str]], console: Console
 ) -> tuple[list[Plan], list[Config]]:
-    """Plan the points of a command, and print what was chosen for them.
+    """Plan the points of a command, and print the choices that were made for them.
 
     Args:
-        documents: the composed config of each point; keys that the command leaves open are set in it.
-        typed: the overrides of each point.
+        documents: composed config of each point, which gets the chosen values.
+        typed: overrides of each point.
+        console: console that prints.
 
     Returns:
         Plan and typed config of each point.
@@ -63,7 +64,7 @@ def plan_sweep(
 
 
 def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
-    """Return the cluster of each point; ``auto`` is decided once and printed.
+    """Return the cluster of each point. ``auto`` is decided once and printed.
 
     Raises:
         ConfigError: ``auto`` on a machine of a cluster whose controller does not answer.
@@ -91,12 +92,13 @@ def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[Clu
 def choose_resources(
     documents: Sequence[DictConfig], configs: Sequence[Config], kinds: Sequence[ClusterKind], console: Console
 ) -> SlurmFacts | None:
-    """Choose what a command leaves open of its nodes, GPUs, ranks and CPUs, and print it.
+    """Choose the nodes, GPUs, ranks and CPUs that a command leaves open, and print the choices.
 
     Args:
-        documents: the composed config of each point.
-        configs: the same, typed; both are changed.
-        kinds: the cluster of each point.
+        documents: composed config of each point.
+        configs: the same configs, typed. Both are changed.
+        kinds: cluster of each point.
+        console: console that prints.
 
     Returns:
         Slurm's facts; None if no point needs them.
@@ -118,9 +120,10 @@ def choose_resources(
 def choose_local_ranks(
     documents: Sequence[DictConfig], configs: Sequence[Config], kinds: Sequence[ClusterKind], gpus: int
 ) -> list[str]:
-    """Start a rank on each of this machine's ``gpus`` for points that name no number of ranks; return what to print.
+    """Use one rank for each of this machine's ``gpus`` in points that set no number of ranks. Returns the lines to
+    print.
 
-    Points of several local nodes share the GPUs. With such a point in the command, nothing is chosen: each point of a
+    Points with several local nodes share the GPUs. If a command has such a point, nothing is chosen: each point of a
     sweep over nodes keeps the same number of ranks.
     """
     local = [point for point in zip(documents, configs, kinds, strict=True) if point[2] is ClusterKind.local]
@@ -137,7 +140,7 @@ def choose_local_ranks(
 def choose_on_slurm(
     documents: Sequence[DictConfig], configs: Sequence[Config], kinds: Sequence[ClusterKind], slurm: SlurmFacts
 ) -> list[str]:
-    """Set ``CHOICES`` in each point on Slurm that leaves them open; return what to print."""
+    """Choose values for ``CHOICES`` in each point on Slurm that leaves them open. Returns the lines to print."""
     said = []
     for key, choose in CHOICES.items():
 
@@ -152,7 +155,9 @@ def choose_on_slurm(
 
 
 def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
-    """GPUs of each node to request: those that every node has; None if the config stays. And what to report.
+    """Return the number of GPUs to request on each node, and a finding to report.
+
+    The number is what every node has; None if the config stays as it is.
 
     Raises:
         ConfigError: the config requests more ranks on a node than its GPUs.
@@ -184,9 +189,10 @@ def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
 
 
 def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
-    """CPUs of each node to request for its ranks, and why; None where Slurm gives more than one CPU by itself.
+    """Return the number of CPUs to request on each node for its ranks, and a finding to report.
 
-    Every node that has the requested GPUs can give them, at every place that the point may use.
+    Every node with the requested GPUs has this many CPUs, at every place that the point may use. None if Slurm gives
+    more than one CPU by itself.
     """
     ranks = counted(config.ranks_on_node, "rank")
     wanted = CPUS_PER_RANK * config.ranks_on_node
@@ -213,11 +219,13 @@ def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
 
 Choose = Callable[[Config, SlurmFacts], tuple[int | None, Finding | None]]
 CHOICES: dict[str, Choose] = {"gpus_per_node": choose_gpus, "cpus_per_task": choose_cpus}
-"""Keys of ``cluster`` and how their values are chosen. GPUs first: CPUs follow from the ranks of a node."""
+"""Keys of ``cluster`` -> function that chooses the value. GPUs come first: the number of ranks on a node decides
+the CPUs.
+"""
 
 
 def says_gpus(config: Config) -> bool:
-    """Return whether the config names a number of GPUs, zero included, here or at a candidate."""
+    """Return whether the config sets a number of GPUs (also zero), itself or at a candidate."""
     return any(
         there.cluster.gpus_per_node is not None
         or any(part.name == "gpu" for part in gres(there.cluster.gres or ""))
@@ -233,14 +241,14 @@ class NodeGpus:
     where: str
     """Names of the partitions."""
     least: int
-    """GPUs of the node that has fewest."""
+    """Smallest number of GPUs of a node."""
     most: int
     type: str | None
-    """Type in the nodes' Gres; None if the nodes have several types, or name none."""
+    """Type of the GPUs in Slurm's Gres; None if the nodes have several types, or name none."""
 
 
 def gpus_there(config: Config, slurm: SlurmFacts) -> NodeGpus | None:
-    """GPUs of the nodes that a point may use; None where no node has one, or Slurm does not report a place."""
+    """Return the GPUs of nodes that a point may use; None if no node has one, or Slurm does not report a place."""
     names, nodes = dict[str, None](), []
     for _, there in placement.configs(config):
         limits = slurm.at(there.cluster.cluster)
@@ -257,7 +265,7 @@ def gpus_there(config: Config, slurm: SlurmFacts) -> NodeGpus | None:
 
 
 def gpu_type(config: Config, slurm: SlurmFacts) -> str | None:
-    """Type of the GPUs where a point may run, as Slurm's Gres names it; None if unknown, or several."""
+    """Return the type of the GPUs where a point may run, as Slurm's Gres names it; None if unknown or several."""
     there = gpus_there(config, slurm)
     return None if there is None else there.type
 
@@ -271,7 +279,7 @@ def plan_points(
     kinds: Sequence[ClusterKind],
     slurm: SlurmFacts | None = None,
 ) -> list[Plan]:
-    """Plan all points of a command. ``slurm`` holds Slurm's facts; None if no point needs them.
+    """Plan all points of a command. ``slurm`` has Slurm's facts; None if no point needs them.
 
     Raises:
         ConfigError: a point cannot work. A cluster that lacks the nodes is reported first.
@@ -321,7 +329,7 @@ def refuse_same_folder(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) ->
 
 
 def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts | None, console: Console) -> list[Plan]:
-    """Compare the plans with Slurm's limits; add their share of the budget, expected times and warnings.
+    """Compare the plans with Slurm's limits. Returns the plans with budget, expected times and warnings.
 
     Raises:
         ConfigError: Slurm would refuse a point, or never start it; or a detached run would lose its launcher.

@@ -1,4 +1,4 @@
-"""Status of runs: the state of the job, the event log, the newest steps, and why a run ended. Changes no run."""
+"""Status of runs: state of the job, event log, newest steps, and reason of the end. Changes no run."""
 
 from __future__ import annotations
 
@@ -26,27 +26,31 @@ OVER = ("finished", "failed", "stopped", "cancelled", "budget_exceeded", "placem
 NO_MORE_STEPS = ("attempt_ended", "started", "finished", "stopped")
 """Events after which no further step of the attempt is expected."""
 QUIET_S, QUIET_STEPS = 15.0, 10
-"""Time without a step, in seconds and in steps, after which a status reports it; the agents need longer to be sure of a
-lost node (``resilience.node_timeout_s``)."""
+"""Time without a step, in seconds and in steps, after which a status reports it.
+
+The agents need longer to be sure that a node is lost (``resilience.node_timeout_s``).
+"""
 STALE_S, STALE_STEPS = 5.0, 4
-"""Time since the newest step, in seconds and in steps, after which its throughput is shown with its age and without an
-ETA. Steps are recorded at once, and a restart takes longer."""
+"""Age of the newest step, in seconds and in steps, from which its throughput has its age and no ETA.
+
+Steps are recorded at once, and a restart takes longer.
+"""
 
 # Outcome of a run by its event log alone.
 
 Log = Sequence[dict[str, Any]]
 DECISIVE = ("submitted", "moved", "requeued", "agent_started", "started", "agent_ended")
-"""Events of which the last one tells whether an agent works on the run, or will."""
+"""Events of which the last one shows whether an agent works on the run, or will do so."""
 PLACED = ("submitted", "moved", "gave_up", "stayed")
-"""Events that name the place where a point waits; the last one holds."""
+"""Events that name the place where a point waits; the last one counts."""
 
 
 def outcome(events: Log) -> str:
-    """State of a run whose job is over. A run without a recorded end has failed."""
+    """Return the state of a run whose job is over. A run without a recorded end has failed."""
     names = {e["event"] for e in events}
     ended = next((e for e in events if e["event"] in ("cancelled", "budget_reached")), None)
     attempts = [e["attempt"] for e in events if e.get("attempt") is not None]
-    # What fails after a cancel, or at the cap, failed because of it.
+    # A failure after a cancel, or at a cap of the budget, is a consequence of it.
     before = events if ended is None else events[: events.index(ended)]
     if attempts and first_failure(before, max(attempts)):
         return "failed"
@@ -58,7 +62,7 @@ def outcome(events: Log) -> str:
 
 
 def has_ended(events: Log) -> bool:
-    """Return whether the event log shows that nothing more will happen: the agent decided to stop, and left."""
+    """Return whether the agent has recorded that the run ends, and has left."""
     last = last_of(events, DECISIVE)
     if last is None or last["event"] != "agent_ended" or last.get("cause") == "killed":
         return False
@@ -67,7 +71,7 @@ def has_ended(events: Log) -> bool:
 
 
 def why_not_restarted(events: Log) -> str | None:
-    """Recorded reason for which a run that failed, or was interrupted, does not start again."""
+    """Return the recorded reason for which a failed or interrupted run does not start again; None if there is none."""
     last = last_of(events, ("decided", "requeue_failed", "started"))
     if last is None or last["event"] == "started":
         return None
@@ -77,7 +81,7 @@ def why_not_restarted(events: Log) -> str | None:
 
 
 def state_between_places(events: Log, is_out: bool) -> tuple[str, str] | None:
-    """State and detail of a point that was removed from the queue to wait elsewhere, or for good; else None."""
+    """Return state and detail of a point that was removed from the queue, for another place or for good; else None."""
     last = last_placed(events)
     if last is not None and last["event"] == "gave_up":
         return "placement_timeout", str(last["cause"])
@@ -87,23 +91,23 @@ def state_between_places(events: Log, is_out: bool) -> tuple[str, str] | None:
 
 
 def last_placed(events: Log) -> dict[str, Any] | None:
-    """The last event that names the place where the point waits; None if the point ran after that."""
+    """Return the last event that names the place of a waiting point; None if the point ran afterwards."""
     last = last_of(events, (*PLACED, "agent_started", "started"))
     return last if last is not None and last["event"] in PLACED else None
 
 
 def last_of(events: Log, names: Sequence[str]) -> dict[str, Any] | None:
-    """The last event with one of these names."""
+    """Return the last event with one of these names; None if there is none."""
     return next((event for event in reversed(events) if event["event"] in names), None)
 
 
 def events_since_start(events: Log) -> Log:
-    """Events from the last ``started`` on."""
+    """Return the events from the last ``started`` on."""
     return events[max((i for i, e in enumerate(events) if e["event"] == "started"), default=0) :]
 
 
 def saved_step(events: Log) -> int | None:
-    """Step of the newest checkpoint in the event log."""
+    """Return the step of the newest checkpoint in the event log; None if there is none."""
     return max((save["step"] for save in saves_that_count(events)), default=None)
 
 
@@ -116,36 +120,36 @@ class RunStatus:
 
     folder: RunFolder
     job: Job | None = None
-    """None before the submission."""
+    """Job of the run; None before the submission."""
     nodes: int | None = None
     max_steps: int | None = None
     plan: Plan | None = None
-    """Plan of a point that this process submits."""
+    """Plan of a point that this process submits; None for other runs."""
     attempts_before: int = 0
-    """Number of attempts before this submission, whose records are history."""
+    """Number of attempts before this submission. Their records are ignored."""
     events_before: int = 0
     """Number of events before this submission."""
     found: Job | None = None
-    """Job that waits and that the event log does not name."""
+    """Pending job of the run that the event log does not name; None if there is none."""
     state: str = "pending"
-    """pending, running, one of OVER, ``not started``, or ``unknown``."""
+    """State of the run: pending, running, one of OVER, ``not started``, or ``unknown``."""
     detail: str = ""
-    """Reason for which the run waits, or Slurm's state of its end."""
+    """Reason for which the run waits, or Slurm's state at its end."""
     damage: str = ""
-    """Damage of a file of the run folder that the status can do without."""
+    """Damage of a file in the run folder that the status does not need."""
     job_status: JobState = NOT_ASKED
     """Last known state of the job."""
     latest: dict[str, Any] = field(default_factory=dict)
     """Newest record of rank 0 since this submission."""
     eta_s: float | None = None
     quiet_s: float | None = None
-    """Seconds since the newest step of a running attempt if that is far more than a step takes; else None."""
+    """Seconds since the newest step of a running attempt if that is much longer than a step; else None."""
     stale_s: float | None = None
     """Seconds since the newest step of a running point if the next step is late; else None."""
     label: str = ""
-    """Name of the point among the points of its sweep; empty if its folder's name does."""
+    """Name of the point among the points of its sweep; empty to use the name of its folder."""
     resumes: bool = True
-    """False for a program without checkpoints."""
+    """True if the program can resume from a checkpoint."""
 
     @property
     def name(self) -> str:
@@ -153,38 +157,40 @@ class RunStatus:
         return self.label or self.folder.point
 
     def events(self) -> list[dict[str, Any]]:
-        """Events since this submission."""
+        """Return the events since this submission."""
         return self.folder.read_events()[self.events_before :]
 
     def attempts(self) -> list[int]:
-        """Numbers of the attempts since this submission."""
+        """Return the numbers of the attempts since this submission."""
         return [number for number in self.folder.attempts() if number > self.attempts_before]
 
     @property
     def is_over(self) -> bool:
-        """Return whether nothing more will happen."""
+        """Return whether the run has ended and will not start again."""
         return self.state in OVER
 
     @property
     def advice(self) -> str:
-        """Why the run waits, and what to type, if no waiting would start it; otherwise empty."""
+        """Return why the run waits and what to type, if waiting would not start the run; otherwise empty."""
         if self.state != "pending" or not isinstance(self.job, SlurmJob):
             return ""
         return advice(self.job_status.reason, self.job.job_id, quote(str(self.folder.path)), self.job.cluster)
 
     def fewer_nodes(self) -> dict[str, Any] | None:
-        """``nodes``, ``asked`` and ``cause`` if the newest attempt runs on fewer nodes than requested; else None."""
+        """Return ``nodes``, ``asked`` and ``cause`` if the newest attempt runs on fewer nodes than requested;
+        else None.
+        """
         event = fewer_nodes(self.events()).get(max(self.attempts(), default=0))
         return event and {key: event[key] for key in ("nodes", "asked", "cause")}
 
     def failure(self, attempt: int | None = None) -> dict[str, Any] | None:
-        """First failure of an attempt; by default of the newest since this submission."""
+        """Return the first failure of an attempt, by default of the newest attempt; None if there is none."""
         attempt = attempt or max(self.attempts(), default=None)
         return None if attempt is None else first_failure(self.folder.read_events(), attempt)
 
 
 def new_run_status(plan: Plan) -> RunStatus:
-    """Status of a run that is about to be submitted."""
+    """Return the status of a run that is about to be submitted."""
     folder = RunFolder(plan.run_dir)
     return RunStatus(
         folder,
@@ -199,7 +205,7 @@ def new_run_status(plan: Plan) -> RunStatus:
 
 
 def find_run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
-    """Status of the runs of folders, each with its label among the runs of its sweep."""
+    """Return the status of each run, with its label among the runs of its sweep."""
     found = [find_run_status(folder) for folder in folders]
     labels = labels_inside({point.folder.path.parent for point in found})
     for point in found:
@@ -208,14 +214,17 @@ def find_run_statuses(folders: Sequence[RunFolder]) -> list[RunStatus]:
 
 
 def find_run_status(folder: RunFolder) -> RunStatus:
-    """Status of a run since its last submission, or since the submission that its launcher is going to make."""
+    """Return the status of a run since its last submission, or since the submission that its launcher is about
+    to make.
+    """
     events, damage = folder.read_events(), ""
     plan: dict[str, Any] = {}
     try:
         plan = read_plan(folder)
     except ConfigError as error:
         damage = error.found
-    for event in () if plan else events:  # without a plan, as in a run without the launcher, the ranks record these
+    # Without a plan, as in a run without the launcher, the ranks record these values.
+    for event in () if plan else events:
         plan |= {key: event[key] for key in ("max_steps", "nodes") if event.get(key) is not None}
     waits_from = LocalQueueEntry(folder).events_before()
     start = last_command(events) if waits_from is None else waits_from
@@ -239,13 +248,13 @@ def poll(points: Sequence[RunStatus], retries: int = RETRIES, *, trust_log: bool
     """Update the points, with one squeue for all of them.
 
     Args:
-        points: their states are changed.
+        points: status objects, which are changed.
         retries: 1 for callers that poll again anyway.
-        trust_log: do not ask for runs that ended by their event log, which knows more than a queue that forgets. For
-            commands that look at runs, not for those that wait until jobs are gone.
+        trust_log: True to skip runs that ended by their event log, since Slurm's queue forgets jobs. For commands
+            that show runs, not for commands that wait until jobs are gone.
 
     Returns:
-        Why Slurm did not answer, or None. Without an answer, points keep the state they had.
+        The error if Slurm did not answer, else None. Without an answer, points keep their states.
     """
     for point in points:
         adopt_job(point)
@@ -257,12 +266,12 @@ def poll(points: Sequence[RunStatus], retries: int = RETRIES, *, trust_log: bool
     for point in points:
         if problem is None or not isinstance(point.job, SlurmJob) or id(point) in known:
             update(point, queue)
-        read_steps(point)  # after the outcome: a run that is over has made its last step
+        read_steps(point)  # After the outcome: a run that is over has made its last step.
     return problem
 
 
 def adopt_job(point: RunStatus) -> None:
-    """Set the job of a point to the newest one in its event log, whichever process submitted or moved it."""
+    """Set the job of a point to the newest job in its event log. Any process may have submitted or moved it."""
     submitted = [e for e in point.events() if e["event"] == "submitted"]
     if not submitted:
         point.job = point.found or point.job
@@ -273,14 +282,14 @@ def adopt_job(point: RunStatus) -> None:
 
 
 def adopt_found(points: Sequence[RunStatus], *, by: str | None = None) -> None:
-    """Find jobs that no event log names for points without an active job, and update these points.
+    """Find jobs that no event log names, for points without an active job, and update these points.
 
     Args:
-        points: after a poll.
-        by: command that records the job in the event log, because it acts on it; None only looks.
+        points: status objects after a poll.
+        by: command that records the job in the event log and acts on it; None only shows the job.
 
     Raises:
-        SlurmError: there may be such jobs, and Slurm does not answer.
+        SlurmError: such jobs may exist, but Slurm does not answer.
     """
     adopted = []
     for point in points:
@@ -308,7 +317,7 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
             is_out = status.state in ("CANCELLED", "GONE")
             events = point.events()
             point.state, point.detail = state_between_places(events, is_out) or (outcome(events), status.detail)
-            if point.detail.lower() == point.state:  # Slurm's word for the same
+            if point.detail.lower() == point.state:  # Slurm has the same state under another name.
                 point.detail = ""
             if point.state == "failed" and status.state != "CANCELLED" and (silent := silence(point)):
                 point.detail = ", ".join(part for part in (point.detail, silent) if part)
@@ -317,7 +326,7 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
 
 
 def silence(point: RunStatus) -> str:
-    """Explain a Slurm job whose agents left neither an event nor a line of output; empty for all other jobs."""
+    """Explain a Slurm job whose agents left neither an event nor output; empty for all other jobs."""
     path = point.folder.path
     logs = agent_logs(path, point.job, 0) if isinstance(point.job, SlurmJob) else []
     started = any(event["event"] == "agent_started" for event in point.events())
@@ -331,7 +340,9 @@ def silence(point: RunStatus) -> str:
 
 
 def state_without_job(point: RunStatus) -> tuple[str, str]:
-    """State and detail of a point that waits here, or of a run without the launcher, as by ``gpt.train``."""
+    """Return state and detail of a point that waits on this machine, or of a run without the launcher
+    (``gpt.train``).
+    """
     events = point.events()
     cancelled = any(e["event"] == "cancelled" for e in events)
     if LocalQueueEntry(point.folder).events_before() is not None:
@@ -342,7 +353,7 @@ def state_without_job(point: RunStatus) -> tuple[str, str]:
 
 
 def update_from_event_log(points: Sequence[RunStatus]) -> None:
-    """Set the states of Slurm's points without Slurm, as far as their event logs tell."""
+    """Set the states of Slurm's points from their event logs, without a query to Slurm."""
     for point in points:
         events = point.events()
         if isinstance(point.job, SlurmJob) and not has_ended(events):
@@ -354,14 +365,14 @@ def update_from_event_log(points: Sequence[RunStatus]) -> None:
 
 
 def read_steps(point: RunStatus) -> None:
-    """Read the newest steps of a point; of a running one also ETA, or the time since a late step."""
+    """Read the newest steps of a point; for a running point also the ETA, or the seconds since a late step."""
     point.eta_s = point.quiet_s = point.stale_s = None
     new = [r for r in recent_records(point.folder.metrics(0)) if r["attempt"] > point.attempts_before]
     if not new:
         return
     point.latest = new[-1]
     smaller = {attempt: event["nodes"] for attempt, event in fewer_nodes(point.events()).items()}
-    # Steps on another number of nodes take another time.
+    # Steps on another number of nodes take a different time.
     same = [r for r in new if smaller.get(r["attempt"]) == smaller.get(point.latest["attempt"])]
     times = [record["step_time_s"] for record in same if record.get("step_time_s") is not None]
     if not times or point.state != "running":
@@ -377,11 +388,11 @@ def read_steps(point: RunStatus) -> None:
         point.quiet_s = age
 
 
-# Ends of runs for people.
+# Explanations of ends for people.
 
 
 def explain(point: RunStatus) -> str:
-    """Explain why a point did not finish, and name the log to read on."""
+    """Explain why a point did not finish, and name the log with more details."""
     head = f"{point.name} {point.state}" + (f" ({point.detail})" if point.detail else "")
     failed = point.state == "failed"
     if failed and is_full(point.folder.path):
@@ -390,7 +401,7 @@ def explain(point: RunStatus) -> str:
     why = why_not_restarted(point.events())
     last = f"\nnot started again: {why}" if why is not None else ""
     refused = last_of(events_since_start(point.events()), ["start_refused"])
-    if refused is not None:  # of a start after the attempt that failed
+    if refused is not None:  # The log of a start after the attempt that failed.
         return f"{head}:\n{refused['cause']}{last}"
     failure = point.failure() if failed else None
     if failure is not None:

@@ -47,14 +47,15 @@ INHERITED_NAMES = (
     RUNS_FROM,
 )
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
-"""Variables that stay: they name the cluster that Slurm's commands talk to."""
+"""Variables that stay: they name the cluster of Slurm's commands."""
 
 
 @contextmanager
 def clean_environment() -> Iterator[None]:
-    """Hide variables of an enclosing job or launcher, which would bind and name the new job's processes.
+    """Hide variables of an enclosing job or launcher during a ``with`` block.
 
-    An inherited SLURM_CPU_BIND alone made runs three times slower.
+    Otherwise the new job would inherit its names and CPU binding. An inherited SLURM_CPU_BIND alone made runs three
+    times slower.
     """
     hidden = {
         name: os.environ.pop(name)
@@ -78,22 +79,23 @@ def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
 
 
 def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
-    """Plans of one shape that run one after another, once the jobs ``before`` are over.
+    """Return plans with equal resources as a sequence: one after another, after the jobs ``before``.
 
-    Slurm knows no dependency on jobs of another cluster: there the shapes run at the same time.
+    Slurm has no dependency on jobs of another cluster: there, groups of points run at the same time.
     """
     here = cluster_of(plans[0].slurm)
     return [wait_for(plan, [job.array_id for job in before if job.cluster == here]) for plan in plans]
 
 
 def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
-    """Submit plans of one shape as a job array, or as a plain job if there is one plan. Jobs in the order of the plans.
+    """Submit plans with equal resources as a job array; one plan as a plain job. Returns the jobs in order of the
+    plans.
 
     Raises:
         SlurmBusyError: the controller did not answer.
         SlurmError: sbatch refused.
     """
-    if gone := missing_configuration():  # sbatch would look for it for ten seconds
+    if gone := missing_configuration():  # sbatch would search for the file for ten seconds.
         raise SlurmError(gone)
     try:
         return submit_calls(
@@ -107,13 +109,13 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
 def submit_calls(
     folder: Path, resources: Mapping[str, Any], function: Callable[[str], object], arguments: Sequence[str]
 ) -> list[SlurmJob]:
-    """Submit calls of a function of one argument, on every node: a job array, or a plain job if there is one call.
+    """Submit calls of a function with one argument, to run on every node: a job array, or one plain job.
 
     Args:
-        folder: submitit's files of the jobs; made before sbatch runs, as a job may start at once.
+        folder: folder for submitit's files; made before sbatch runs, since a job may start at once.
         resources: parameters of submitit's Slurm executor; ``python`` is the command line of the jobs' Python.
-        function: called on every node.
-        arguments: one for each job.
+        function: function that every node calls.
+        arguments: one argument for each job.
 
     Raises:
         submitit.core.utils.FailedJobError: sbatch refused.
@@ -122,30 +124,30 @@ def submit_calls(
     make_folder(folder)
     executor = submitit.SlurmExecutor(folder=folder, python=resources.get("python"))
     executor.update_parameters(**{key: value for key, value in resources.items() if key != "python"})
-    said = redirect_stderr(io.StringIO())  # submitit prints what its error says, too
+    said = redirect_stderr(io.StringIO())  # submitit also prints the text of its error.
     with clean_environment(), said, executor.batch() if len(arguments) > 1 else nullcontext():
         jobs = [executor.submit(function, argument) for argument in arguments]
     for job in jobs:
-        job.paths.submitted_pickle.chmod(0o600)  # for this user alone
+        job.paths.submitted_pickle.chmod(0o600)  # Readable by this user only.
     return [SlurmJob(job.job_id, cluster_of(resources)) for job in jobs]
 
 
 @dataclass(frozen=True)
 class Submission:
-    """The jobs of plans of one shape, and the candidate of their placement that took them."""
+    """Jobs of plans with equal resources, and the candidate that accepted them."""
 
     candidate: int
     jobs: list[SlurmJob]
     refused: dict[int, str]
-    """Candidates that sbatch refused before, and why."""
+    """Candidates that sbatch refused before: index -> reason."""
 
 
 def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submission:
-    """Submit plans of one shape to a candidate of their placement, or to the next that sbatch does not refuse.
+    """Submit plans with equal resources to a candidate, or to the next candidate that sbatch does not refuse.
 
     Raises:
         SlurmBusyError: the controller did not answer.
-        SlurmError: sbatch refused them everywhere.
+        SlurmError: sbatch refused the plans at every candidate.
     """
     placement, refused = plans[0].placement, dict[int, str]()
     while True:
@@ -172,7 +174,7 @@ def refusal_text(error: SlurmError) -> str:
 
 
 def remove_unused(run_dirs: Sequence[str]) -> None:
-    """Remove run folders for which no job was submitted, and the folder of the sweep if nothing else is in it."""
+    """Remove run folders for which no job was submitted, and the folder of the sweep if it is then empty."""
     for run_dir in run_dirs:
         if not any(event["event"] == "submitted" for event in RunFolder(run_dir).read_events()):
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -182,17 +184,17 @@ def remove_unused(run_dirs: Sequence[str]) -> None:
 
 
 UNREACHED = ("unable to contact slurm controller (connect failure)", "connection refused")
-"""Parts of sbatch's errors if no controller was reached."""
+"""Parts of sbatch's errors that mean: no controller was reached."""
 
 
 def may_have_taken(error: SlurmError) -> bool:
-    """Return whether Slurm may have accepted a job although sbatch failed, because only the answer was late."""
+    """Return whether Slurm may have accepted a job although sbatch failed, because the answer was late."""
     is_unreached = any(text in str(error).lower() for text in UNREACHED)
     return isinstance(error, SlurmBusyError) and not is_unreached
 
 
 def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
-    """Refusal of a job that sbatch did not take, with the words of sbatch."""
+    """Return the refusal of a job that sbatch did not accept, with the words of sbatch."""
     said = refusal_text(error)
     if isinstance(error, SlurmBusyError) or missing_configuration():
         return ConfigError(
@@ -203,7 +205,7 @@ def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
         )
     found = f"point {plan.title}, and sbatch refuses its job: {said}"
     typed = [key for key in plan.slurm.get("additional_parameters", {}) if f"--{key.replace('_', '-')}" in str(error)]
-    if typed:  # sbatch alone knows its options
+    if typed:  # Only sbatch knows its options.
         without = ", ".join(f"cluster.additional_parameters.{key}" for key in typed)
         return ConfigError(found, "options of sbatch --help", f"the same command without {without}")
     doctor = "python -m launch.doctor, with the same arguments: it compares them with what the cluster has"
@@ -211,16 +213,16 @@ def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
 
 
 def start_local(plan: Plan) -> LocalJob:
-    """Start the agents of a point on this machine. They ignore the terminal's Ctrl-C, which the launcher handles."""
+    """Start the agents of a point on this machine. They ignore Ctrl-C in the terminal, which the launcher handles."""
     code = None
     if plan.code is not None:
         config = read_point(RunFolder(plan.run_dir))
         code = Path(plan.code) if workload_of(config).code(config).has_launcher else None
     folder = submitit_folder(plan.run_dir)
     make_folder(folder)
-    # One folder for all jobs: submitit would make a folder for each job only after the start of its controller.
+    # One folder for all jobs: submitit would make a job's folder only after the start of its controller.
     executor = submitit.LocalExecutor(folder=folder, max_num_timeout=0)
-    gpus = [int(gpu.index) for gpu in visible_gpus() if gpu.index.isdigit()]  # submitit hides all others
+    gpus = [int(gpu.index) for gpu in visible_gpus() if gpu.index.isdigit()]  # submitit hides all other GPUs.
     executor.update_parameters(
         tasks_per_node=plan.nodes, timeout_min=plan.timeout_min, gpus_per_node=len(gpus), visible_gpus=gpus
     )

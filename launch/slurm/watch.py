@@ -1,4 +1,4 @@
-"""Points until their end: progress on the terminal, the start of local points, and the stop by Ctrl-C or ``cancel``."""
+"""Watch of points until they end: progress on the terminal, start of local points, and stop by Ctrl-C or ``cancel``."""
 
 from __future__ import annotations
 
@@ -29,22 +29,24 @@ from launch.slurm.submit import start_local
 POLL_S = 0.5
 PLAIN_LINE_S = 10.0
 STOP_POLL_S = 2.0
-AGENT_S = 5.0  # after grace_period_s the agents end their ranks themselves, and then record the end
-LAST_WAIT_S = 120.0  # Slurm kills KillWait (30 s by default) after scancel, and then cleans up
+AGENT_S = 5.0  # After grace_period_s the agents end their ranks, and then record the end.
+LAST_WAIT_S = 120.0  # Slurm kills KillWait (30 s by default) after scancel, and then cleans up.
 
 
 # Progress on the terminal.
 
 
 def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
+    """Write seconds as h:mm:ss or m:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def speed_text(record: dict[str, object], age_s: float | None) -> str:
-    """Throughput of a step record with its unit, and its age if the next step is late; empty if none was recorded."""
+    """Write the throughput of a step record with its unit, and its age if the next step is late; empty if not
+    recorded.
+    """
     speed = throughput(record)
     if speed is None:
         return ""
@@ -53,12 +55,12 @@ def speed_text(record: dict[str, object], age_s: float | None) -> str:
 
 
 def quiet_text(seconds: float) -> str:
-    """Possible reasons why a run makes no step for a long time."""
+    """Write possible reasons why a run makes no step for a long time."""
     return f"no step for {seconds:.0f} s: an evaluation, a checkpoint, a hang, or a lost node"
 
 
 def state_text(point: RunStatus) -> str:
-    """State of a point with its reason, and the number of nodes if the run continues with fewer."""
+    """Write the state of a point with its reason, and the number of nodes if the run has fewer."""
     fewer = point.fewer_nodes() if point.state == "running" else None
     on = "" if fewer is None else f"{fewer['nodes']} of {fewer['asked']} nodes"
     details = ", ".join(part for part in (point.detail, on) if part)
@@ -66,7 +68,7 @@ def state_text(point: RunStatus) -> str:
 
 
 def progress_text(point: RunStatus) -> str:
-    """Known throughput, loss and ETA of a point."""
+    """Write the known throughput, loss and ETA of a point."""
     speed = speed_text(point.latest, point.stale_s)
     known = [f"{speed:>18}"] if speed else []
     if point.latest.get("loss") is not None:
@@ -79,16 +81,16 @@ def progress_text(point: RunStatus) -> str:
 
 
 def plain_line(point: RunStatus) -> str:
-    """One point as a line of text. Programs that report no steps have none in the line."""
+    """Write one point as a line of text. The line has no step if the program reports none."""
     step, total = point.latest.get("step"), point.max_steps
     steps = "" if step is None and total is None else f" step {step or 0}" + ("" if total is None else f"/{total}")
     return f"{point.name:<24} {state_text(point):<9}{steps}  {progress_text(point)}".rstrip()
 
 
 def news(point: RunStatus) -> Iterator[str]:
-    """Yield what a user should know while a point runs: restarts, failed saves, damage, changed code, a hopeless wait.
+    """Yield news about a running point: restarts, failed saves, damage, changed code, or a job that cannot start.
 
-    A text that was already printed is not printed again.
+    Each text is yielded once.
     """
     events = point.events()
     for event in events:
@@ -105,7 +107,7 @@ def news(point: RunStatus) -> Iterator[str]:
 
 
 class Display:
-    """Bars on a terminal; elsewhere a line whenever a state changes, and every few seconds while steps are made."""
+    """Bars on a terminal. Elsewhere, a line whenever a state changes, and every few seconds while steps are made."""
 
     def __init__(self, console: Console, points: Sequence[RunStatus]) -> None:
         self._console = console
@@ -125,7 +127,7 @@ class Display:
             self._bars.start()
 
     def show(self, point: RunStatus) -> None:
-        """Show the state of a point, and print its news once."""
+        """Show the state of a point, and print each of its news once."""
         for text in news(point):
             if (id(point), text) not in self._printed:
                 self._printed.add((id(point), text))
@@ -164,11 +166,11 @@ class Display:
 
 
 def watch(points: Sequence[RunStatus], console: Console, slurm_poll_s: float) -> None:
-    """Follow the points to their end, starting local points one after another.
+    """Follow the points until they end, and start local points one after another.
 
     Args:
-        points: submitted, or waiting here.
-        console: for progress and news.
+        points: status of submitted points, or of points that wait on this machine.
+        console: console for progress and news.
         slurm_poll_s: seconds between two polls of Slurm. A poll that fails is repeated: the jobs continue.
     """
     display, failover = Display(console, points), PlacementFailover(console)
@@ -179,7 +181,7 @@ def watch(points: Sequence[RunStatus], console: Console, slurm_poll_s: float) ->
                 display.show_problem(poll(watched, retries=1) or failover.step(watched))
                 for point in watched:
                     display.show(point)
-                # Many users share the controller, so it is asked less often than this machine.
+                # Many users share the controller, so it is polled less often than this machine.
                 time.sleep(slurm_poll_s if all(isinstance(point.job, SlurmJob) for point in watched) else POLL_S)
     finally:
         display.close()
@@ -187,7 +189,7 @@ def watch(points: Sequence[RunStatus], console: Console, slurm_poll_s: float) ->
 
 @contextmanager
 def explain_sigterm(points: Sequence[RunStatus], display: Display) -> Iterator[None]:
-    """End this process by SIGTERM with a line that says what becomes of the runs."""
+    """Print a line about the future of the runs if SIGTERM ends this process during a ``with`` block."""
 
     def leave(number: int, frame: object) -> None:
         is_local = any(isinstance(point.job, LocalJob) for point in points if not point.is_over)
@@ -205,7 +207,7 @@ def explain_sigterm(points: Sequence[RunStatus], display: Display) -> Iterator[N
 
 
 def start_next_local(points: Sequence[RunStatus]) -> None:
-    """Start the next local point once the point before is over: two at a time would slow each other down."""
+    """Start the next local point once the previous point is over: two at a time would slow each other down."""
     local = [p for p in points if p.plan is not None and p.plan.cluster == "local" and not p.is_over]
     if any(p.job is not None for p in local):
         return
@@ -218,7 +220,7 @@ def start_next_local(points: Sequence[RunStatus]) -> None:
         point.job = start_local(point.plan)
         point.state = "running"
         record_submitted(point.plan, point.job.job_id, pid_started=point.job.started)
-        if is_cancelled(point):  # in the moment of its start
+        if is_cancelled(point):  # The point was cancelled at the moment of its start.
             Stop(point).push()
         return
 
@@ -228,8 +230,8 @@ def is_cancelled(point: RunStatus) -> bool:
     return any(e["event"] == "cancelled" for e in point.events())
 
 
-# The stop of submitted runs. The event log has the cancel before any signal is sent, so that the end is never mistaken
-# for a preemption.
+# The stop of submitted runs. The cancel is in the event log before any signal is sent, so that the end never looks like
+# a preemption.
 
 
 class Stop:
@@ -238,17 +240,17 @@ class Stop:
     def __init__(self, point: RunStatus, *, now: bool = False) -> None:
         self.point = point
         self.error: SlurmError | None = None
-        """Error for which the run cannot be ended."""
+        """Error because of which the run cannot be ended; None if there is none."""
         self.kill_at = time.monotonic() + (0.0 if now else grace_period_s(point) + AGENT_S)
         self.unmarked = ""
-        """Reason for which the event log lacks the cancel."""
+        """Reason for which the cancel could not be recorded in the event log; empty if it was recorded."""
         self._now = now
         self._asked: Job | None = None
         self._killed: Job | None = None
 
     @property
     def is_done(self) -> bool:
-        """Return whether nothing is left to do, or nothing can be done."""
+        """Return whether the run is over, or cannot be ended."""
         return self.point.is_over or self.error is not None
 
     def mark(self) -> None:
@@ -259,12 +261,12 @@ class Stop:
             try:
                 self.point.folder.record_event("cancelled", job_id=job_id, by=who, now=self._now)
             except OSError as error:
-                # Without the record, agents would take SIGTERM for a preemption. The state by scancel is CANCELLED.
+                # Without the record, agents would take SIGTERM for a preemption. After scancel, the state is CANCELLED.
                 self.kill_at = min(self.kill_at, time.monotonic())
                 self.unmarked = f"{self.point.name}: ended without a save, as its event log cannot say why: {error}"
 
     def push(self) -> None:
-        """Do the next step: request the save once, then end the job when its time is over. Raises SlurmError."""
+        """Do the next step: request the save once, then end the job after its grace period. Raises SlurmError."""
         self.mark()
         job = self.point.job
         if job is None:
@@ -274,17 +276,20 @@ class Stop:
                 job.kill()
                 self._killed = job
         elif self.point.state == "pending":
-            job.stop("pending")  # again at every poll: it may have started at the same moment
+            job.stop("pending")  # At every poll: the job may have started at the same moment.
         elif self._asked is not job:
             names = [e["event"] for e in self.point.events()]
-            # The agents know already if only the answer to an earlier scancel was lost. A second signal would kill.
+            # The agents already have the request if only the answer to an earlier scancel was lost. A second signal
+            # would kill.
             if "signalled" not in names[names.index("cancelled") :]:
                 job.stop("running")
                 self._asked = job
 
 
 def grace_period_s(point: RunStatus) -> float:
-    """Seconds that the agents of a run give its ranks to save; the default if the config is damaged or gone."""
+    """Return the grace period in seconds that agents give their ranks to save; the default if the config is damaged or
+    gone.
+    """
     try:
         return read_config(point.folder, Config).resilience.grace_period_s
     except ConfigError as error:
@@ -293,7 +298,7 @@ def grace_period_s(point: RunStatus) -> float:
 
 
 def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = False) -> list[Stop]:
-    """Have the points save and leave, end what is left, and wait until they are over or cannot be ended."""
+    """Have the points save and leave, end the rest, and wait until all are over or cannot be ended."""
     stops = [Stop(point, now=now) for point in points if not point.is_over]
     for stop in stops:
         stop.mark()
@@ -322,7 +327,7 @@ def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = Fa
 
 
 def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
-    """Stop the points in order at the first Ctrl-C; the second ends the runs at once."""
+    """Stop the points in order at the first Ctrl-C. A second Ctrl-C ends the runs at once."""
     text = leaving_text([point for point in points if not point.is_over])
     console.print(f"stopping: {text}; Ctrl-C again ends them now", highlight=False, markup=False)
     try:
@@ -334,7 +339,7 @@ def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
 
 
 def leaving_text(points: Sequence[RunStatus]) -> str:
-    """Say what running programs do before they leave, and which of them save a checkpoint."""
+    """Describe what running programs do before they leave, and which of them save a checkpoint."""
     resuming = [point.name for point in points if point.resumes]
     others = [point.name for point in points if not point.resumes]
     within = f"within {max((grace_period_s(point) for point in points), default=0.0) + AGENT_S:g} s"
@@ -346,7 +351,7 @@ def leaving_text(points: Sequence[RunStatus]) -> str:
 
 
 def next_start_text(points: Sequence[RunStatus]) -> str:
-    """Say what the same command would do with stopped runs."""
+    """Describe what the same command would do with stopped runs."""
     fresh = [point.name for point in points if not point.resumes]
     if not fresh:
         return "the same command resumes from the last checkpoint"
@@ -356,7 +361,7 @@ def next_start_text(points: Sequence[RunStatus]) -> str:
 
 
 def outcome_text(stop: Stop) -> str:
-    """Say how a stopped run ended."""
+    """Describe how a stopped run ended."""
     point = stop.point
     if stop.error is not None:
         return f"{point.name}: could not be ended: {stop.error}"

@@ -35,21 +35,21 @@ STORE = "LAUNCH_MEMORY_STORE"
 SECRET = "LAUNCH_MEMORY_SECRET"
 """Variable of an agent's ranks: the secret of the memory stores of this job, derived from its token."""
 CHUNK = 1 << 22
-"""Bytes that are sent, hashed and read at a time."""
+"""Number of bytes that are sent, hashed and read at a time."""
 TIMEOUT_S = 60.0
-"""Longest silence of the other end, which also hashes the files that it verifies."""
+"""Longest silence of the other process in seconds. That process also hashes the files that it verifies."""
 LONGEST_MESSAGE = 1 << 26
 NONCE = 32
 MAC = 32
 
 
 class StoreError(ConnectionError):
-    """A memory store cannot do a request, or the other end does not know the secret of the stores."""
+    """Raised if a store cannot do a request, or the other process does not know the secret of the stores."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Address of a memory store."""
+    """Network address of a memory store."""
 
     host: str
     port: int
@@ -74,14 +74,14 @@ class Channel:
     """One end of a connection between two processes that know the same secret.
 
     Raises:
-        StoreError: the other end does not know it.
+        StoreError: the other process does not know the secret.
     """
 
     def __init__(self, connection: socket.socket, secret: str, is_store: bool) -> None:
         self._connection = connection
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         key, nonce = secret.encode(), secrets.token_bytes(NONCE)
-        # The rank proves itself first: a stranger receives a random number, and no more.
+        # The rank proves first that it knows the secret: a stranger receives only a random number.
         if is_store:
             connection.sendall(nonce)
             nonces = bytes(nonce + self._take(NONCE))
@@ -101,7 +101,7 @@ class Channel:
         Args:
             message: plain JSON.
             payload: the bytes.
-            digest: their SHA-256, if it is known already.
+            digest: SHA-256 of the bytes if known; None to compute it.
         """
         size = memoryview(payload).nbytes
         if size:
@@ -116,7 +116,7 @@ class Channel:
         """Receive a message and the bytes after it.
 
         Raises:
-            StoreError: the message or the bytes are not those that were sent.
+            StoreError: the message or the bytes differ from what was sent.
             EOFError: the other end has closed the connection.
         """
         (length,) = struct.unpack(">I", self._take(4))
@@ -162,7 +162,7 @@ def _compare(found: bytes | bytearray, expected: bytes) -> None:
         raise StoreError("the other end does not know the token of this run")
 
 
-# The rank's end.
+# The rank's side.
 
 
 class StoreClient:
@@ -199,15 +199,15 @@ class StoreClient:
         return self._answer()[0]
 
     def append(self, payload: bytes | memoryview, digest: str, **arguments: Any) -> None:
-        """Send a chunk of a file without waiting for an answer: the next request reports an error."""
+        """Send a chunk of a file without waiting for an answer. The next request reports an error."""
         try:
             self._channel.send({"op": "append", **arguments}, payload, digest)
         except (BrokenPipeError, ConnectionResetError):
-            self._answer()  # the reason for which the store has closed the connection
+            self._answer()  # The answer has the reason for which the store has closed the connection.
             raise
 
     def read(self, save: str, rank: int, name: str, offset: int, size: int) -> bytearray:
-        """Read a part of a file, of at most ``CHUNK`` bytes."""
+        """Read ``size`` bytes of a file from ``offset`` on, at most ``CHUNK`` bytes."""
         self._channel.send({"op": "read", "save": save, "rank": rank, "name": name, "offset": offset, "size": size})
         return self._answer()[1]
 
@@ -227,13 +227,13 @@ class StoreClient:
 
 
 class Upload:
-    """A file that is sent to several stores at once; written from its beginning to its end.
+    """A file that is sent to several stores at once, from its beginning to its end.
 
     Args:
         stores: clients, each of which has begun the part of ``rank`` in ``save``.
-        save: of the checkpoint.
-        rank: whose part the file belongs to.
-        name: of the file.
+        save: name of the checkpoint.
+        rank: rank that owns the file.
+        name: name of the file.
     """
 
     def __init__(self, stores: Sequence[StoreClient], save: str, rank: int, name: str) -> None:
@@ -244,7 +244,7 @@ class Upload:
         self.size = 0
 
     def write(self, data: Any) -> int:
-        """Send ``data``, in whole chunks as soon as these are complete; returns its bytes."""
+        """Send ``data`` in whole chunks, as soon as a chunk is complete. Returns the number of bytes in ``data``."""
         view = memoryview(data).cast("B")
         length = view.nbytes
         self.size += length
@@ -267,7 +267,7 @@ class Upload:
     def close(self) -> None: ...
 
     def end(self) -> None:
-        """Send the rest, and the size and sum of the file."""
+        """Send the rest of the file, then its size and sum."""
         self._flush()
         for store in self._stores:
             store.ask("end", **self._where, size=self.size, total=self._sums.hexdigest())
@@ -288,10 +288,10 @@ class Upload:
 
 
 NICENESS = 10
-"""The store gets the CPU time that the ranks do not use."""
+"""Niceness of the store's process: the store gets CPU time that the ranks do not use."""
 BACKLOG = 4096
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that request a job to save and leave; the store ends with its agent."""
+"""Signals that request a job to save and leave. The store ignores them and ends with its agent."""
 REQUESTS = ("begin", "end", "finish", "commit", "keep", "inventory", "verify")
 
 
@@ -303,7 +303,7 @@ class StoredFile:
         self._sums = hashlib.sha256()
         self.size = 0
         self.sum = ""
-        """Sum of the file as the rank has computed it; empty until the file is whole."""
+        """Sum of the file as the rank has computed it; empty until the file is complete."""
 
     def append(self, content: bytearray, digest: str) -> None:
         view = memoryview(content)
@@ -313,10 +313,10 @@ class StoredFile:
         self.size += len(content)
 
     def end(self, size: int, total: str) -> None:
-        """Mark the file as whole.
+        """Mark the file as complete.
 
         Raises:
-            StoreError: size or sum are not those of the rank's file.
+            StoreError: size or sum differ from those of the rank's file.
         """
         if (self.size, self._sums.hexdigest()) != (size, total):
             raise StoreError("a file that is not the one that was sent")
@@ -338,14 +338,14 @@ class StoredFile:
 
 @dataclass
 class StoredSave:
-    """The part of a checkpoint that this store has."""
+    """The part of one checkpoint that this store has."""
 
     step: int
     world_size: int
     is_committed: bool = False
     """True once all ranks have agreed that the checkpoint is complete."""
     parts: dict[int, dict[str, StoredFile]] = field(default_factory=dict)
-    """Rank -> name -> file."""
+    """Rank -> file name -> file."""
     whole: set[int] = field(default_factory=set)
     """Ranks whose part is complete."""
 
@@ -358,7 +358,7 @@ class Store:
         self._lock = threading.RLock()
 
     def begin(self, save: str, rank: int, step: int, world_size: int) -> None:
-        """Begin the part of a rank. The store has at most one save without an agreement, the newest."""
+        """Begin the part of a rank. The store keeps at most one save that is not committed, the newest."""
         with self._lock:
             self._drop([name for name, held in self._saves.items() if name != save and not held.is_committed])
             held = self._saves.setdefault(save, StoredSave(step, world_size))
@@ -376,12 +376,12 @@ class Store:
         files[name].append(content, digest)
 
     def end(self, save: str, rank: int, name: str, size: int, total: str) -> None:
-        """Mark a file as whole."""
+        """Mark a file as complete."""
         with self._lock:
             self._part(save, rank).setdefault(name, StoredFile()).end(size, total)
 
     def finish(self, save: str, rank: int) -> None:
-        """Mark the part of a rank as whole."""
+        """Mark the part of a rank as complete."""
         with self._lock:
             if not all(file.sum for file in self._part(save, rank).values()):
                 raise StoreError(f"the part of rank {rank} is not whole")
@@ -399,12 +399,12 @@ class Store:
                 self.keep(save)
 
     def keep(self, save: str) -> None:
-        """Drop all saves but this one."""
+        """Drop all saves except this one."""
         with self._lock:
             self._drop(self._saves.keys() - {save})
 
     def inventory(self) -> dict[str, Any]:
-        """List the whole parts of saves on which all ranks have agreed."""
+        """List the complete parts of committed saves."""
         with self._lock:
             saves = []
             for name, held in self._saves.items():
@@ -415,7 +415,7 @@ class Store:
             return {"saves": saves}
 
     def verify(self, save: str, rank: int) -> dict[str, Any]:
-        """Read the part of a rank, and name the files whose content differs from their sum."""
+        """Read the part of a rank, and return the files whose content differs from their sum."""
         with self._lock:
             files = dict(self._part(save, rank))
         return {"damaged": sorted(name for name, file in files.items() if file.is_damaged())}
@@ -440,7 +440,7 @@ class Store:
 
 
 def answer(store: Store, channel: Channel) -> None:
-    """Answer one rank, until it closes the connection, or a request fails."""
+    """Answer one rank until it closes the connection or a request fails."""
     while True:
         message, content = channel.receive()
         op, digest = message.pop("op"), message.pop("sha256", "")
@@ -459,13 +459,13 @@ def answer(store: Store, channel: Channel) -> None:
 
 
 def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
-    """Answer all ranks that know the secret, each in a thread."""
+    """Answer all ranks that know the secret, each in its own thread."""
 
     def meet(connection: socket.socket) -> None:
         with contextlib.suppress(OSError, EOFError, ValueError), connection:
-            connection.settimeout(TIMEOUT_S)  # also of a stranger, who sends nothing
+            connection.settimeout(TIMEOUT_S)  # A stranger who sends nothing must not block the thread.
             channel = Channel(connection, secret, is_store=True)
-            connection.settimeout(None)  # a rank that computes; the kernel reports one that has died
+            connection.settimeout(None)  # A rank is silent while it computes; the kernel reports a rank that has died.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             answer(store, channel)
 
@@ -475,12 +475,12 @@ def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
 
 
 def main() -> None:
-    """Serve until the agent closes standard input, or dies."""
+    """Serve until the agent closes standard input or dies."""
     die_with_parent(int(sys.argv[1]))
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
-    address, secret = json.loads(sys.stdin.readline())  # not in the command line, which every user can read
+    address, secret = json.loads(sys.stdin.readline())  # Not in the command line, which every user can read.
     with socket.create_server((address, 0), backlog=BACKLOG) as listener:
         print(listener.getsockname()[1], flush=True)
         threading.Thread(target=serve_ranks, args=(Store(), listener, secret), daemon=True).start()

@@ -25,17 +25,17 @@ from ..runs.heartbeat import BEAT_S, ENVIRONMENT, FROM_FILE, HeartbeatFile, Phas
 from ..runs.records import FOLLOWED_S, LONGEST_S, RecordWriter
 
 STORE_PREFIX = "LAUNCH_STORE_PREFIX"
-"""Variable of an agent's ranks: a secret prefix, the same for all, for their keys in the store at MASTER_PORT."""
+"""Environment variable with a secret prefix, equal on all ranks, for their keys in the store at MASTER_PORT."""
 PAUSES = (Phase.evaluating, Phase.saving)
 """Phases whose time is not part of a step."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-"""Signals that mean: save and leave. SIGUSR1 is left alone, NCCL uses it."""
+"""Signals that request to save and leave. SIGUSR1 is not among them, because NCCL uses it."""
 AGREEMENT_S = 10.0
-"""Longest wait for the agents while they agree on a stop; less if the grace period is short."""
+"""Longest wait in seconds for the agents' agreement on a stop. The wait is shorter if the grace period is short."""
 SAVE_AGREEMENT_S = 60.0
-"""Longest wait for the agents while they agree on a save, which has time: a rank that does not wait might miss it."""
+"""Longest wait in seconds for the agents' agreement on a save. A rank that does not wait might miss the save."""
 LOOK_S = 1.0
-"""Between two looks into the run folder, which may be on a shared filesystem."""
+"""Seconds between two looks into the run folder, which may be on a shared filesystem."""
 
 
 # How a process becomes a rank.
@@ -48,8 +48,8 @@ def attach(handle_signals: bool = True) -> Run:
     """Join the launcher as the rank that the environment names. A second call returns the same Run.
 
     Without the launcher, and in a process that multiprocessing started, the Run is a stand-in. It writes nothing, and
-    ``stop_requested`` answers by the signals of this process alone. Call it in the main thread, early: from here on a
-    request to stop no longer ends the process.
+    ``stop_requested`` only follows signals of this process. Call this function early and in the main thread: afterwards
+    a request to stop no longer ends the process.
 
     Args:
         handle_signals: take SIGTERM, SIGUSR2 and SIGINT as requests to stop. Without it the Run still receives the
@@ -66,7 +66,7 @@ def attach(handle_signals: bool = True) -> Run:
 
 
 def is_child() -> bool:
-    """True if multiprocessing started this process, which then is no rank but the helper of one."""
+    """Return whether multiprocessing started this process, which is then a helper of a rank."""
     module = sys.modules.get("multiprocessing.process")
     return module is not None and module.parent_process() is not None
 
@@ -78,14 +78,14 @@ def make_run(environment: Mapping[str, str]) -> Run:
     folder = environment.get("LAUNCH_RUN_DIR")
     if folder is None or is_child():
         return Run(rank, local_rank, size)
-    parent = os.getppid()  # before the heartbeat shows this rank: from then on its parent may end
+    parent = os.getppid()  # Set before the heartbeat shows this rank: from then on its parent may end.
     agent, grace = environment.get("LAUNCH_AGENT_PID"), environment.get("LAUNCH_GRACE_S")
     heartbeats, heartbeat = environment.get(ENVIRONMENT), None
     if heartbeats is not None:
         try:
             heartbeat = HeartbeatFile(Path(heartbeats) / str(rank))
             heartbeat.open_for_rank()
-        except OSError as error:  # in a container that does not see the node's folder for temporary files
+        except OSError as error:  # A container may not see the node's folder for temporary files.
             say(f"launch.worker: no heartbeat, stops are not agreed on: {error}")
     run = Run(rank, local_rank, size, float(grace) if grace else None, heartbeat, agent is not None)
     run.open_folder(Path(folder), int(environment.get("LAUNCH_ATTEMPT", "1")))
@@ -96,17 +96,17 @@ def make_run(environment: Mapping[str, str]) -> Run:
     if agent is not None and is_direct:
         die_with_parent(int(agent))
     if heartbeat is not None:
-        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # standard error is no file
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # Standard error may be no file.
             # The agent of a rank without progress requests the stacks of its threads by this signal.
             faulthandler.register(signal.SIGQUIT)
-        # A wrapper between agent and rank, as a shell or `uv run`, would leave the rank behind when it is killed.
+        # A killed wrapper between agent and rank, such as a shell or `uv run`, would leave the rank behind.
         wrapper = None if is_direct else parent
         threading.Thread(target=beat_on, args=(heartbeat, wrapper), name="heartbeat", daemon=True).start()
     return run
 
 
 def beat_on(heartbeat: HeartbeatFile, parent: int | None) -> None:
-    """Beat for as long as this process runs, and end it if its ``parent`` is gone."""
+    """Write heartbeats for as long as this process runs, and end the process if its ``parent`` is gone."""
     while True:
         if parent is not None and os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -139,7 +139,7 @@ def plain_figure(value: object) -> Any:
 
 
 class OutdatedAttemptError(RuntimeError):
-    """A later attempt works on the run, so this process must not touch the run any more."""
+    """Raised if a later attempt works on the run: this process must not change the run any more."""
 
 
 class Run:
@@ -158,11 +158,11 @@ class Run:
         self.local_rank = local_rank
         self.world_size = world_size
         self.folder: Path | None = None
-        """The run folder; None if there is none."""
+        """Folder of the run; None if there is none."""
         self.attempt = 1
         """Number of this start of the run, counted from 1."""
         self.checkpoint_dir: Path | None = None
-        """Folder for checkpoints; None if there is no run folder. Not created by itself."""
+        """Folder for checkpoints, not created automatically; None if there is no run folder."""
         self.grace_s = grace_s
         """Seconds between a request to stop and the kill; None if not known."""
         self.under_agent = under_agent
@@ -174,10 +174,10 @@ class Run:
         self._step = 0
         self._phase = Phase.starting
         self._recorded: tuple[int, float] | None = None
-        """Step and time of the last step record."""
+        """Step and time of the last step record; None before the first record."""
         self._pause_began: float | None = None
         self._paused_s = 0.0
-        """Seconds of pauses since the last step record."""
+        """Seconds of evaluations and saves since the last step record."""
         self._signal: signal.Signals | None = None
         self._lock = threading.Lock()
         self._saw_stop_file = self._saw_save_file = False
@@ -186,21 +186,21 @@ class Run:
 
     @property
     def is_first(self) -> bool:
-        """True on rank 0, which writes everything that is written once."""
+        """True on rank 0, which writes files that exist once per run."""
         return self.rank == 0
 
     @property
     def agrees(self) -> bool:
-        """True if ``stop_requested`` and ``save_requested`` are the same on all ranks by themselves.
+        """True if ``stop_requested`` and ``save_requested`` return the same on all ranks.
 
-        True under the launcher, whose agents agree, and for a single process. Under torchrun alone the ranks have to
-        agree: a script combines their answers itself, as with an all-reduce of the maximum in every step.
+        That is so under the launcher, whose agents agree, and for a single process. Under torchrun alone, a script
+        combines the answers itself, for example with an all-reduce of the maximum in every step.
         """
         return self._heartbeat is not None or self.world_size == 1
 
     @property
     def signal_name(self) -> str | None:
-        """Name of the signal that requested the stop, of this rank or of another one; None if it was none."""
+        """Name of the signal that requested the stop, on this rank or another; None if no signal did."""
         if self._signal is not None:
             return self._signal.name
         cause = 0 if self._heartbeat is None else self._heartbeat.cause
@@ -211,10 +211,10 @@ class Run:
     def record(self, step: int, **figures: object) -> None:
         """Add a step record, which a thread writes within eight seconds. Never blocks, never raises.
 
-        ``time``, ``attempt`` and ``step_time_s`` are filled in if they are not given. The last is the time since the
-        record before, without evaluations and saves, divided by the steps between the two. A figure is a real number,
-        or a list or mapping of such; None is left out, anything else is dropped with one warning. The value of a
-        scalar of numpy or torch is read at once, so a scalar on a GPU waits for the GPU.
+        Missing values of ``time``, ``attempt`` and ``step_time_s`` are filled in. ``step_time_s`` is the time since the
+        previous record, without evaluations and saves, divided by the number of steps. A figure is a real number, or a
+        list or mapping of such; None is left out, anything else is dropped with one warning. The value of a scalar of
+        numpy or torch is read at once, so a scalar on a GPU waits for the GPU.
         """
         now = time.perf_counter()
         try:
@@ -227,7 +227,7 @@ class Run:
                 try:
                     if value is not None:
                         record[name] = plain_figure(value)
-                except Exception as error:  # any exception of a foreign ``item``
+                except Exception as error:  # A foreign ``item`` can raise any exception.
                     self._warn(f"figure {name!r} of step {step} was dropped: {error}")
             if self._recorded is not None and step > self._recorded[0] and "step_time_s" not in figures:
                 elapsed_s = now - self._recorded[1] - self._paused_s
@@ -237,7 +237,7 @@ class Run:
             if self._writer is None:
                 self._writer = RecordWriter(self._runs.metrics(self.rank), FOLLOWED_S if self.is_first else LONGEST_S)
             self._writer.put(record)
-        except Exception as error:  # a figure must not end a training
+        except Exception as error:  # A wrong figure must not end a training.
             self._warn(f"a record of step {step!r} was dropped: {error!r}")
 
     def phase(self, name: str | Phase, step: int | None = None) -> None:
@@ -256,7 +256,7 @@ class Run:
         self._move(self._step if step is None else step, name)
 
     def flush(self) -> None:
-        """Write the records that are still queued, and records and events that a full filesystem did not take."""
+        """Write the records that are still queued, and records and events that a full filesystem did not accept."""
         if self._writer is not None:
             self._writer.flush()
         write_unwritten()
@@ -266,9 +266,9 @@ class Run:
     def stop_requested(self) -> bool:
         """Return whether to save and leave now: because of a signal, a time limit, a budget, or the file STOP.
 
-        Every rank calls it once a step. All ranks get True after the same number of calls, without a collective, if
-        ``agrees`` is True. Costs about a microsecond; while the launcher's agents agree it waits for them, mostly well
-        below a second.
+        Every rank calls this method once per step. If ``agrees`` is True, all ranks get True after the same number of
+        calls, without a collective. A call takes about a microsecond. While the launcher's agents agree, it waits for
+        them, mostly well below a second.
 
         Raises:
             OutdatedAttemptError: on rank 0, if a later attempt of the run has begun.
@@ -284,9 +284,10 @@ class Run:
         return answer
 
     def save_requested(self) -> bool:
-        """Return whether to save now and continue, as the file SAVE in the run folder requests. True once a request.
+        """Return whether to save now and continue, as a file SAVE in the run folder requests. True once per request.
 
-        Every rank calls it once a step, with the same promise as ``stop_requested``. ``saved`` removes the file.
+        Every rank calls this method once per step. As with ``stop_requested``, all ranks get True at the same call.
+        ``saved`` removes the file.
         """
         if self._heartbeat is None:
             answer = self._saves_wanted > self._saves_obeyed
@@ -297,7 +298,9 @@ class Run:
         return answer
 
     def is_current(self) -> bool:
-        """Return whether this is still the newest attempt. Asks the filesystem; worth it right before a commit."""
+        """Return whether this is still the newest attempt. The call reads the filesystem; use it right before a
+        commit.
+        """
         return self._runs is None or is_newest_attempt(self._runs, self.attempt)
 
     # Events, which rank 0 records.
@@ -305,9 +308,9 @@ class Run:
     def saved(self, step: int, seconds: float | None = None, **details: Any) -> None:
         """Record a checkpoint of ``step``, which took ``seconds``: the run can continue from this step.
 
-        Restart limits count from it. Removes the files SAVE and STOP if they requested this save, so that the next
-        start does not obey them again. On every rank it first writes the records that are queued: no later attempt
-        repeats these steps.
+        Restart limits count from this checkpoint. Removes the files SAVE and STOP if they requested this save, so that
+        the next start does not obey them again. On every rank, the method first writes the queued records: no later
+        attempt repeats these steps.
 
         Raises:
             OutdatedAttemptError: on rank 0, if a later attempt of the run has begun, whose checkpoints count.
@@ -324,14 +327,16 @@ class Run:
         self._end("finished", step, details)
 
     def stopped(self, step: int, **details: Any) -> None:
-        """Record that this attempt left early at a request, and at which. Comes by itself at the exit."""
+        """Record that this attempt left early because of a request, with the reason. The exit calls this
+        automatically.
+        """
         self._end("stopped", step, details)
 
     def close(self) -> None:
-        """Write the queued records, and ignore signals from now on: the process is about to end.
+        """Write the queued records, and ignore signals from now on, because the process is about to end.
 
-        Python restores the default handlers while it ends. A second signal then killed a rank that had saved, which was
-        a failure for its agent, and the other agents waited for this rank. Called at the exit by itself.
+        Python restores the default handlers at its exit. A second signal could then kill a rank that has already saved,
+        and its agent would record a failure. The exit calls this method automatically.
         """
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
@@ -344,8 +349,8 @@ class Run:
     # For programs that choose their run folder themselves.
 
     def open_folder(self, folder: Path, attempt: int) -> None:
-        """Use ``folder`` for records, events and requests, as attempt ``attempt``. ``attach`` calls it by itself."""
-        self.attempt = attempt  # before the thread compares it with those in the folder
+        """Use ``folder`` for records, events and requests, as attempt ``attempt``. ``attach`` calls this method."""
+        self.attempt = attempt  # Set before the thread compares this number with the attempts in the folder.
         if self.folder is None:
             self.folder, self.checkpoint_dir = Path(folder), RunFolder(folder).checkpoints
             self._runs = RunFolder(folder)
@@ -354,22 +359,22 @@ class Run:
                 threading.Thread(target=self._watch_folder, args=(self.folder,), name="requests", daemon=True).start()
 
     def install_handlers(self) -> None:
-        """Replace the handlers of the stop signals; only the main thread can."""
+        """Replace the handlers of the stop signals. Only the main thread can do so."""
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Only set a flag, which the script polls between steps. A second SIGINT interrupts at once."""
+        """Set a flag that the script polls between steps. A second SIGINT interrupts at once."""
         if number == signal.SIGINT and self._signal is signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = signal.Signals(number)
         self._want(Request.stop, number)
 
     def _watch_folder(self, folder: Path) -> None:
-        """Look into the run folder now and then: files STOP and SAVE, and a later attempt."""
+        """Poll the run folder for the files STOP and SAVE, and for a later attempt."""
         while not (self._is_stopping or self._is_outdated):
-            with contextlib.suppress(OSError), self._lock:  # the next look may succeed
+            with contextlib.suppress(OSError), self._lock:  # The next poll may succeed.
                 self._is_outdated = not self.is_current()
                 if not self._saw_stop_file and (folder / "STOP").exists():
                     self._saw_stop_file = True
@@ -401,11 +406,11 @@ class Run:
             say(f"launch.worker: {text} (reported once)")
 
     def _record_event(self, event: str, step: int, details: Mapping[str, Any]) -> None:
-        """Record an event on rank 0, and remove the files whose requests were obeyed."""
+        """Record an event on rank 0, and remove the files whose requests it fulfils."""
         if not self.is_first or self._runs is None or self.folder is None:
             return
         self._runs.record_event(event, attempt=self.attempt, step=step, **details)
-        with self._lock:  # else the thread might see a file that is about to go, and take it for a new request
+        with self._lock:  # Otherwise the thread might take a file that is about to be removed for a new request.
             if self._saw_save_file and self._saves_obeyed == self._saves_wanted:
                 (self.folder / "SAVE").unlink(missing_ok=True)
                 self._saw_save_file = False
@@ -418,8 +423,9 @@ class Run:
         self._record_event(event, step, {**request, **details})
 
     def _leave(self) -> None:
-        """At the exit of the process: record a stop that the script has not recorded."""
-        if self._is_stopping and not self._has_ended and not hasattr(sys, "last_value"):  # no exception ended it
+        """Record at the exit of the process a stop that the script has not recorded."""
+        # No exception has ended the process.
+        if self._is_stopping and not self._has_ended and not hasattr(sys, "last_value"):
             try:
                 self.stopped(self._step)
             except OSError as error:
@@ -427,10 +433,10 @@ class Run:
         self.close()
 
     def _let_go(self) -> None:
-        """In a process that was forked off a rank, as a worker of a data loader: it is not the rank.
+        """Detach a process that was forked from a rank, such as a worker of a data loader: it is not the rank.
 
-        SIGTERM ends such a worker, and must neither be ignored nor stop the run. SIGUSR2 is ignored: Slurm's warning
-        ahead of a time limit goes to every process, and the rank needs its data until it has saved.
+        SIGTERM ends such a worker, and must not stop the run. SIGUSR2 is ignored: Slurm sends this warning to every
+        process, and the rank needs its data until it has saved.
         """
         defaults: tuple[Any, ...] = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler)
         for number, default in zip(STOP_SIGNALS, defaults, strict=True):

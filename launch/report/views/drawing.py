@@ -1,4 +1,4 @@
-"""How everything is drawn, by matplotlib: colors, axes, and panels, one by one for the page or together in a file."""
+"""Drawing with matplotlib: colors, axes, and panels, alone for the page or together in a file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PALETTE = {
     "compile": ("#8a6fb0", "#b59add"),
     "restore": ("#a0522d", "#d08a62"),
 }
-"""Name -> color on light and on dark paper. Files have the light ones; the page has both, as variables of CSS.
+"""Name -> color on light and on dark paper. Files use the light colors; the page has both, as variables of CSS.
 
 ``c0`` to ``c6`` follow Okabe and Ito (Color Universal Design, 2008): color-blind readers can distinguish them.
 """
@@ -51,12 +51,12 @@ STYLE: Any = {
     **{"text.color": INK, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": GREY},
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8, "legend.frameon": False},
     **{"axes.facecolor": "none", "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.8},
-    # Text stays text, which a reader can search.
+    # Text stays text, so that a reader can search it.
     "svg.fonttype": "none",
 }
 HOLLOW: dict[str, Any] = {"c": PAPER, "s": 42, "linewidths": 1.6, "zorder": 3}
 BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.2}
-"""Place of a legend below the axes and their name."""
+"""Position of a legend below the axes and their name."""
 IDEAL: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 1}
 
 
@@ -64,7 +64,7 @@ IDEAL: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 1
 
 
 def scale_values(axes: Axes, name: str, log: bool = False) -> None:
-    """Name the axis of the values; it begins at 0, or is logarithmic over a factor of 4 at least."""
+    """Set up the axis of the values. It begins at 0, or is logarithmic if the values span a factor of 4 or more."""
     axes.set_ylabel(name)
     axes.grid(True, axis="y")
     if not log:
@@ -72,7 +72,7 @@ def scale_values(axes: Axes, name: str, log: bool = False) -> None:
         return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    # Over less than a factor of 4, noise between two points looks like a cliff. The room above is for the legend.
+    # With a factor below 4, noise between two points would look like a cliff. The room above is for the legend.
     margin = max(1.1, (4 * low / high) ** 0.5)
     axes.set_ylim(low / margin, high * margin * 1.25)
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
@@ -81,7 +81,7 @@ def scale_values(axes: Axes, name: str, log: bool = False) -> None:
 
 
 def scale_sizes(axes: Axes, sizes: Sequence[int], name: str) -> None:
-    """Space numbers of ranks, or of nodes, by factors of two, and name those that have room, the largest always."""
+    """Space numbers of ranks or nodes by factors of two, and label those with enough room, always the largest."""
     axes.set_xscale("log", base=2)
     axes.set_xlabel(name)
     axes.set_xlim(sizes[0] / 2**0.4, sizes[-1] * 2**0.4)
@@ -95,7 +95,7 @@ def scale_sizes(axes: Axes, sizes: Sequence[int], name: str) -> None:
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing with its title; ``draw`` fills the axes that it is given."""
+    """One drawing with its title. ``draw`` fills the axes that it receives."""
 
     title: str
     draw: Callable[[Axes], None]
@@ -105,12 +105,12 @@ class Panel:
 
 
 WIDE = 5.4
-"""Inches of one panel."""
+"""Width of one panel in inches."""
 
 
 @rc_context(STYLE)
 def picture(panels: Sequence[Panel], heading: str, conditions: str) -> dict[str, bytes]:
-    """Draw panels in rows of two under a heading; returns the picture as ``png`` and as ``svg``."""
+    """Draw panels in rows of two below a heading. Returns the picture as ``png`` and as ``svg``."""
     panels = panels or [Panel("", _draw_nothing)]
     rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]
     inches = [max(panel.inches for panel in row) for row in rows]
@@ -123,7 +123,7 @@ def picture(panels: Sequence[Panel], heading: str, conditions: str) -> dict[str,
             axes.set_title(panel.title)
             panel.draw(axes)
     png = to_png(figure)
-    figure.set_layout_engine("none")  # the PNG file has placed everything, which takes a third of the time
+    figure.set_layout_engine("none")  # The PNG file has computed the layout, which takes a third of the time.
     return {"png": png, "svg": _svg(figure, "report").encode()}
 
 
@@ -139,7 +139,7 @@ def inline_svg(panel: Panel, salt: str) -> str:
 
 
 def to_png(figure: Figure) -> bytes:
-    """Return the figure as the bytes of a PNG file; the same figure gives the same bytes."""
+    """Return the figure as the bytes of a PNG file. Equal figures give equal bytes."""
     file = io.BytesIO()
     FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
     return file.getvalue()
@@ -147,7 +147,7 @@ def to_png(figure: Figure) -> bytes:
 
 def _svg(figure: Figure, salt: str) -> str:
     file = io.StringIO()
-    with rc_context({"svg.hashsalt": salt}):  # without a salt, identifiers inside the SVG are random
+    with rc_context({"svg.hashsalt": salt}):  # Without a salt, identifiers inside the SVG are random.
         FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return file.getvalue()
 

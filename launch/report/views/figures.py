@@ -42,7 +42,7 @@ LONGEST_LABEL = 26
 
 
 def draw(table: ScalingTable) -> dict[str, bytes]:
-    """Draw the picture of a report and return it as ``png`` and as ``svg``; the same table gives the same bytes."""
+    """Draw the picture of a report and return it as ``png`` and as ``svg``. Equal tables give equal bytes."""
     one_run = len(table.rows) == 1 and table.details
     panels = run_panels(table.details[0]) if one_run else scaling_panels(table)
     headings = "\n".join(heading for heading, _ in table.sections())
@@ -51,7 +51,7 @@ def draw(table: ScalingTable) -> dict[str, bytes]:
 
 @rc_context(STYLE)
 def draw_ranks(found: RunDetail) -> bytes | None:
-    """Draw the heat map of one run, ranks by time, as PNG; None if fewer than two ranks are compared."""
+    """Draw the heat map of one run (ranks by time) as PNG; None if fewer than two ranks are compared."""
     if found.rank_times is None:
         return None
     figure = Figure(figsize=(7.0, 4.0), dpi=120, layout="constrained")
@@ -60,24 +60,25 @@ def draw_ranks(found: RunDetail) -> bytes | None:
 
 
 def _short(label: str) -> str:
-    """Cut the middle out of a label that would take the room of the drawing."""
+    """Remove the middle of a label that is too long for the drawing."""
     half = LONGEST_LABEL // 2
     return label if len(label) <= LONGEST_LABEL else f"{label[:half]}…{label[-half:]}"
 
 
-# Figures over the number of ranks: throughput against the ideal and efficiency, or what a program records instead.
+# Figures over the number of ranks: throughput against the ideal and efficiency, or other figures that a program
+# records.
 
 
 MAX_LABELS = 6
-"""Points that get their figure as text; more would cover each other."""
+"""Largest number of points with their figure as text; more texts would overlap."""
 MAX_INSIDE = 4
-"""Lines of a legend that have room inside of the axes."""
+"""Largest number of lines of a legend inside of the axes."""
 SeriesRows = Mapping[tuple[str | None, str], Sequence[Row]]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of a row that is drawn over the number of ranks."""
+    """A figure of a row to draw over the number of ranks."""
 
     title: str
     axis: str
@@ -120,13 +121,13 @@ SPEEDUP = Measure("Speedup", "ratio to the smallest point", ("speedup",) * 3, la
 
 
 def scaling_panels(table: ScalingTable) -> list[Panel]:
-    """Choose one or two panels: the measured figure, and the one that follows from it. Empty for one run."""
+    """Choose one or two panels: the measured figure, and the figure derived from it. Empty for one run."""
     series: dict[tuple[str | None, str], list[Row]] = {}
     for row in table.rows if len(table.rows) > 1 else ():
         if row.ranks is not None and (row.run_time_s if table.compares_run_times else row.step_time_s) is not None:
             series.setdefault((row.scaling, row.series), []).append(row)
     rows = [row for of_series in series.values() for row in of_series]
-    # The smallest point's own 100 % is no finding.
+    # The smallest point's own 100 % is not informative.
     larger = [row for row in rows if row.speedup not in (None, 1)]
     claimed = any(row.efficiency is not None for row in larger)
     has_rates = any(row.throughput is not None for row in rows)
@@ -189,7 +190,7 @@ def _draw_series(axes: Axes, rows: Sequence[Row], measure: Measure, index: int, 
 
 
 def _name_points(axes: Axes, series: SeriesRows, measure: Measure) -> None:
-    """Write the figure of each point below its line, which rises on a logarithmic axis and falls on the other."""
+    """Write the figure of each point next to it, on the side where the line leaves room."""
     for rows in series.values():
         for row in rows:
             x, y, side = (7, -12, "left") if measure.log else (-7, -12, "right")
@@ -200,7 +201,7 @@ def _name_points(axes: Axes, series: SeriesRows, measure: Measure) -> None:
                 axes.annotate(measure.text(row), (row.ranks, band[1]), (x, y), **place)
 
 
-# Where efficiency and time went: bars.
+# Bars of lost efficiency and time.
 
 
 LOSS_COLORS = dict(zip(LOSSES, ("c0", "c1", "c3", "c4", "c5", "c6"), strict=True))
@@ -213,11 +214,11 @@ PART_COLORS = {
     "restarts": "c3",
     "other": "c6",
 }
-"""Names of ``PALETTE``; parts that are not named here have a color of their own name."""
+"""Part of the time -> name of its color in ``PALETTE``. Other parts have colors of their own names."""
 MAX_BARS = 16
-"""Runs that get a bar; the table and scaling.csv have all."""
+"""Largest number of runs with a bar. The table and scaling.csv have all runs."""
 LEAST_LABELLED = 0.09
-"""Share of a bar that has room for its percentage."""
+"""Smallest share of a bar in which its percentage fits."""
 
 
 @dataclass(frozen=True)
@@ -233,9 +234,9 @@ class Bar:
 
 
 def loss_panels(table: ScalingTable) -> list[Panel]:
-    """Make the waterfall of each point from the ideal to its efficiency, the largest points first."""
+    """Make a waterfall of each point from the ideal to its efficiency, largest points first."""
     rows = sorted((row for row in table.rows if row.losses), key=lambda row: -(row.ranks or 0))
-    # The axis of all of them ends where no bar passes: a reader compares bars of two points.
+    # All axes end at the longest bar, so that a reader can compare bars of two points.
     most = max((100 * (1 + sum(-share for share in row.losses.values() if share < 0)) for row in rows), default=0.0)
     lead = "Time that each phase of a step takes beyond its part of the ideal step. The parts add up; + is a gain."
     panels = []
@@ -247,7 +248,7 @@ def loss_panels(table: ScalingTable) -> list[Panel]:
 
 
 def waterfall(row: Row) -> list[Bar]:
-    """Return bars, in percent, that fall from the ideal to the efficiency of a point."""
+    """Return the bars, in percent, that fall from the ideal to the efficiency of a point."""
     texts = percentages([*row.losses.values(), row.efficiency or 0.0])
     bars, at = [Bar("ideal", 0, 100, LINE, "100.0 %", bold=True)], 100.0
     for (phase, share), text in zip(row.losses.items(), texts, strict=False):
@@ -260,7 +261,7 @@ def waterfall(row: Row) -> list[Bar]:
 
 
 def interruption_panels(table: ScalingTable) -> list[Panel]:
-    """Make a panel for each unit of hours: what each cause of interruptions cost all runs of the report together."""
+    """Make a panel for each unit of hours: the cost of each cause of interruptions in all runs of the report."""
     panels = []
     for unit, rows in units(table.rows):
         causes = sorted(hours_by_cause(rows).items(), key=lambda cause: -cause[1])
@@ -304,7 +305,7 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar], most: float, ideal: float | None
 
 
 def times_panels(table: ScalingTable) -> list[Panel]:
-    """Make the panel of the time of each run, from its submission to its end, by parts; empty if nothing is known."""
+    """Make the panel of the time of each run by parts, from its submission to its end; empty if nothing is known."""
     rows = [row for row in table.rows if row.goodput is not None]
     lead = "Time of each run from its submission to its end, over all attempts. The parts add up to 100.0 %."
     if len(rows) > MAX_BARS:
@@ -340,14 +341,14 @@ def _style_bars(axes: Axes) -> None:
     axes.spines[["left", "bottom"]].set_visible(False)
 
 
-# One run: how its step times are distributed, and which ranks are slower than the others, and when.
+# One run: the distribution of its step times, and its slow ranks over time.
 
 
 BINS = 40
 NAMED_RANKS = 4
-"""Slow ranks whose rows get a label: more would cover each other."""
+"""Number of slow ranks whose rows get a label; more would overlap."""
 ALONE = "Fewer than two ranks recorded the same steps, so no rank is compared with others."
-# Above the median orange, below it blue, and nothing in between, so that the paper shows.
+# Orange above the median, blue below it, transparent in between.
 SLOW_AND_FAST = LinearSegmentedColormap.from_list(
     "slow", [(0, COLORS[0]), (0.5, f"{COLORS[0]}00"), (0.5, f"{COLORS[1]}00"), (1, COLORS[1])], N=41
 )
@@ -382,9 +383,9 @@ def _draw_over_steps(axes: Axes, found: RunDetail) -> None:
 
 
 def _draw_heat_map(axes: Axes, found: RunDetail, times: RankTimes) -> None:
-    """Draw ranks from top to bottom and the run from left to right, colored by the time above the median of all."""
+    """Draw ranks from top to bottom and time from left to right, colored by the excess over the median of all ranks."""
     in_ms = [[1000 * value for value in row] for row in times.excess_s]
-    # Not less than the least that is worth naming, or the noise of a healthy run looks like a finding.
+    # The color scale has a minimum range. Otherwise the noise of a healthy run looks like a finding.
     limit = max(1000 * LEAST_SHARE * found.step_time_s, *(abs(value) for row in in_ms for value in row))
     first = times.windows[0][0]
     image = axes.imshow(
@@ -395,8 +396,8 @@ def _draw_heat_map(axes: Axes, found: RunDetail, times: RankTimes) -> None:
         vmax=limit,
         extent=(first, times.windows[-1][1], len(in_ms) - 0.5, -0.5),
         interpolation="none",
-        # The pixels take values, and then colors. Where rows are thinner than three pixels matplotlib would look up
-        # colors first, which gives the same picture and takes 17 MB more.
+        # Values are resampled before they become colors. For rows thinner than three pixels, matplotlib would do the
+        # reverse, which gives the same picture and takes 17 MB more.
         interpolation_stage="data",
     )
     axes.figure.colorbar(image, ax=axes, label="ms above the median")

@@ -1,4 +1,4 @@
-"""The report as one HTML page: the figures of its first line, and everything that ``page.html.j2`` shows below."""
+"""The report as one HTML page: its first line of figures, and the content of ``page.html.j2`` below."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from launch.report.views.figures import interruption_panels, loss_panels, run_pa
 from launch.report.views.text import efficiency, part_tables, point_tables, slowest_table
 
 MAX_FALLS = 6
-"""Waterfalls of the largest points; the table of lost efficiency has all."""
+"""Largest number of waterfalls, for the largest points. The table of lost efficiency has all points."""
 MAX_RUNS = 8
-"""Runs whose ranks and step times are drawn: a drawing takes some 50 ms, and 20 kB of the page."""
+"""Largest number of runs whose ranks and step times are drawn: each drawing takes some 50 ms and 20 kB."""
 
 
 def page(table: ScalingTable, reload_s: float | None = None) -> str:
-    """Write the whole page of a report; with ``reload_s`` a browser reloads it after so many seconds."""
+    """Return the whole page of a report. With ``reload_s``, a browser reloads the page after this many seconds."""
     headings = [heading for heading, _ in table.sections()]
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -58,14 +58,14 @@ def slow_ranks(found: RunDetail) -> list[RankRow]:
 
 
 def chosen(details: Sequence[RunDetail]) -> RunDetail:
-    """Choose the run that is shown first: with the slow rank that costs most, else the last one with ranks."""
+    """Choose the run to show first: the run whose slow rank costs most, else the last run with ranks."""
     slow = [(row.share, found) for found in details for row in slow_ranks(found)]
     with_ranks = [found for found in details if found.rank_times is not None] or details
     return max(slow, key=lambda pair: pair[0])[1] if slow else with_ranks[-1]
 
 
 def shown_runs(details: Sequence[RunDetail]) -> list[RunDetail]:
-    """Choose the runs that are drawn, in their order: those with slow ranks, then those with most ranks."""
+    """Choose the runs to draw, in their order: those with slow ranks first, then those with most ranks."""
 
     def rank_count(found: RunDetail) -> int:
         return len(found.rank_times.ranks) if found.rank_times else 1
@@ -78,14 +78,14 @@ def shown_runs(details: Sequence[RunDetail]) -> list[RunDetail]:
 
 
 MAX_SERIES = 3
-"""Series whose largest point gets a tile."""
+"""Largest number of series whose largest point gets a tile."""
 GOOD, POOR = 0.9, 0.7
-"""Efficiency or goodput from which a tile is green, and below which it is red."""
+"""Efficiency or goodput from which a tile is green, and below which a tile is red."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure with its name, and a sentence about it."""
+    """A figure with its name and a sentence about it."""
 
     name: str
     value: str
@@ -94,12 +94,12 @@ class Tile:
 
 
 def tiles(table: ScalingTable) -> list[Tile]:
-    """Make the first line of the page."""
+    """Return the tiles of the first line of the page."""
     return [*_unread(table), *_scaling(table), *_losses(table), *_pace(table), *_slow_rank(table), *_money(table)]
 
 
 def _unread(table: ScalingTable) -> list[Tile]:
-    """Warn that records are damaged, before any figure."""
+    """Return a tile that warns about damaged records, if there are any."""
     rows = [row for row in table.rows if row.unread_lines]
     if not rows:
         return []
@@ -110,7 +110,7 @@ def _unread(table: ScalingTable) -> list[Tile]:
 
 
 def _largest(table: ScalingTable) -> list[Row]:
-    """Return the largest point of each series that claims an efficiency, or else that has a speedup."""
+    """Return the largest point of each series with an efficiency, or else with a speedup."""
     found: dict[tuple[str | None, str], Row] = {}
     for row in table.rows:
         before = found.get((row.scaling, row.series))
@@ -151,7 +151,7 @@ def _losses(table: ScalingTable) -> list[Tile]:
 
 
 def _pace(table: ScalingTable) -> list[Tile]:
-    """Show the pace of one run."""
+    """Return the tile with the pace of one run."""
     row = table.rows[0]
     if len(table.rows) > 1 or row.step_time_s is None:
         return []
@@ -189,7 +189,7 @@ def _money(table: ScalingTable) -> list[Tile]:
     worst = min(rows, key=lambda row: row.goodput or 0.0)
     spent = {part: worst.parts_s.get(part, 0.0) for part in PARTS if part not in ("steps", "fewer", "waiting")}
     part = max(spent, key=lambda name: spent[name])
-    whole = sum(worst.parts_s.values())  # as the bars: the wait for nodes included
+    whole = sum(worst.parts_s.values())  # As in the bars, the wait for nodes is included.
     most = f"{PARTS[part]} {percent(spent[part] / whole)} of the whole time" if whole else ""
     of = f" at {worst.label}" if len(rows) > 1 else ""
     found = [Tile(f"Goodput{of}", percent(worst.goodput), most, _kind(worst.goodput or 0.0))]

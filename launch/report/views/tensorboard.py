@@ -1,4 +1,4 @@
-"""Runs for TensorBoard: the Scaling dashboard, and settings, heat map and GPU curves of each point."""
+"""Output for TensorBoard: the Scaling dashboard, and settings, heat map and GPU curves of each point."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from launch.runs.tensorboard import Curve, EventWriter
 
 RUN, RUN_OF_ONE = "Scaling", "Summary"
 IDEAL, POINTS, GPUS = "ideal", "points", "gpus"
-"""Folders below the run of a sweep."""
+"""Names of folders below the TensorBoard run of a sweep."""
 LEAST_DIFFERENCE = 0.02
-"""Share by which losses differ at least where they get a chart."""
+"""Smallest relative difference between losses for a chart."""
 SUFFIX = ".scaling"  # marks the event files that a report owns
 
 
 def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
-    """Write the Scaling run of several points, or the Summary run of one, in place of an earlier one.
+    """Write the Scaling run of several points, or the Summary run of one point, in place of an earlier one.
 
-    New files come whole, and before the old ones go. Each makes TensorBoard forget the points of those before it. So
-    a reader sees the new report at any time, also after a crash in between, and so does a running TensorBoard. (With
-    ``--load_fast=false`` it has to be started again: that reader waits forever at a file that is gone.)
+    New files are complete before the old files are removed, and each new file makes TensorBoard forget the earlier
+    points. So a reader always sees a whole report, even after a crash. A TensorBoard with ``--load_fast=false`` has to
+    be restarted: that reader waits forever at a removed file.
 
     Returns:
         The folder of the run.
@@ -52,7 +52,7 @@ def _writer(folder: Path) -> EventWriter:
 
 
 def _write_summary(table: ScalingTable, png: bytes, root: Path) -> None:
-    """Write the report of one run, whose figure has the heat map of its ranks."""
+    """Write the report of one run. Its picture includes the heat map of its ranks."""
     with _writer(root) as writer:
         writer.text("summary/table", markdown(table))
         writer.image("summary/figure", png)
@@ -72,7 +72,7 @@ def _write_sweep(table: ScalingTable, png: bytes, root: Path) -> None:
         for series in dict.fromkeys(row.series for row in table.rows):
             rows = [row for row in table.rows if row.series == series and row.ranks is not None]
             folder = root / point_name([series], exclude=()) if series else root
-            # A second file in a folder would make TensorBoard forget the first.
+            # A second file in a folder would make TensorBoard forget the first file.
             with _writer(folder) if series else nullcontext(whole) as writer:
                 for row in rows:
                     values = {name: getattr(row, name.replace(f"{table.unit}_per_s", "throughput")) for name in names}
@@ -80,12 +80,12 @@ def _write_sweep(table: ScalingTable, png: bytes, root: Path) -> None:
             if any(row.throughput_ideal is not None for row in rows):
                 with _writer(folder / IDEAL) as writer:
                     for row in rows:
-                        # The band around a line has no width, but TensorBoard wants one.
+                        # The band around a line has no width, but TensorBoard requires one.
                         band = dict.fromkeys((name for name in names if "_per_s" in name), row.throughput_ideal)
                         _write_point(writer, row, band | {"efficiency": None if row.efficiency is None else 1.0})
     details = {found.label: found for found in table.details}
     for row, use, typed in zip(table.rows, table.gpus, table.typed, strict=True):
-        # Not the name of the folder, which has all overrides: TensorBoard cuts long names in its list.
+        # Not the folder's name with all overrides: TensorBoard shortens long names in its list.
         name = point_name([row.label], exclude=())
         if figures := _figures(row, table.unit):
             with _writer(root / POINTS / name) as writer:
@@ -107,9 +107,9 @@ def _write_point(writer: EventWriter, row: Row, values: Mapping[str, float | Non
 
 
 def charts(table: ScalingTable) -> dict[str, Curve]:
-    """Return title -> curve and its quartiles, of figures that any point has.
+    """Return title -> curve with its quartiles, for figures that any point has.
 
-    The axis that TensorBoard calls step has the number of ranks.
+    TensorBoard's step axis has the number of ranks.
     """
     per_s = f"scaling/{table.unit}_per_s"
     found = {"Efficiency": Curve("scaling/efficiency")}
@@ -119,7 +119,7 @@ def charts(table: ScalingTable) -> dict[str, Curve]:
         found = {f"{table.unit.capitalize()} per second": Curve(per_s, f"{per_s}_low", f"{per_s}_high"), **found}
     found["Step time in seconds"] = Curve("scaling/step_time_s", "scaling/step_time_s_low", "scaling/step_time_s_high")
     losses = [row.loss for row in table.rows if row.loss is not None]
-    # TensorBoard's axes show three digits: the same one at each mark, where losses differ by less.
+    # TensorBoard's axes show three digits: equal at each mark if losses differ by less.
     if losses and max(losses) - min(losses) > LEAST_DIFFERENCE * max(map(abs, losses)):
         found["Loss of the last step"] = Curve("scaling/loss")
     return found
@@ -142,14 +142,14 @@ def _value(text: str) -> bool | float | str:
 
 
 def _figures(row: Row, unit: str) -> dict[str, float]:
-    """Return the figures by which points are compared; an unknown or unclaimed one is absent."""
+    """Return the figures that compare points. A figure that is not known or not stated is absent."""
     names = {f"{unit}_per_s": "throughput", "mfu": "mfu_palm"}
     names |= {name: name for name in ("efficiency", "loss", "step_time_s", "energy_kwh")}
     return {tag: value for tag, name in names.items() if (value := getattr(row, name)) is not None}
 
 
 def write_gpus(writer: EventWriter, use: GpuUse) -> None:
-    """Write the curves of the GPUs over the run, by seconds since its first sample, and the table of the hosts."""
+    """Write the curves of the GPUs over the run, in seconds since the run's first sample, and the table of hosts."""
     for window in use.windows:
         step = int(window.begun - use.windows[0].begun)
         for name, value in window.values.items():

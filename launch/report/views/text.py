@@ -38,33 +38,33 @@ from launch.report.table import Row, RunDetail, ScalingTable
 
 @dataclass(frozen=True)
 class Cells:
-    """A table of texts with its heading. A title may have two lines."""
+    """A table of texts with a heading. The title of a column may have two lines."""
 
     heading: str
     titles: Sequence[str]
     rows: Sequence[Sequence[str]]
     numbers: Sequence[bool]
-    """True for each column of numbers, which are aligned on the right."""
+    """True for each column of numbers; these columns are aligned right."""
 
     @staticmethod
     def of(heading: str, cells: Sequence[Sequence[str]]) -> list[Cells]:
-        """Make a table of names and their numbers from its titles and its rows; no table if there are no rows."""
+        """Make a table of names and their numbers from titles and rows. Empty if there are no rows."""
         return [Cells(heading, cells[0], cells[1:], [False] + [True] * (len(cells[0]) - 1))] if cells[1:] else []
 
     def without(self, title: str) -> Cells:
-        """Return the table without the columns whose title ends so."""
+        """Return the table without the columns whose title ends with ``title``."""
         kept = [index for index, name in enumerate(self.titles) if not name.endswith(title)]
         rows = [[row[index] for index in kept] for row in self.rows]
         return replace(self, titles=[self.titles[i] for i in kept], rows=rows, numbers=[self.numbers[i] for i in kept])
 
     def markdown(self) -> str:
-        """Write the table without its heading."""
+        """Return the table in Markdown, without its heading."""
         titles = [title.replace("\n", " ") for title in self.titles]
         lines = [titles, ["---:" if is_number else ":---" for is_number in self.numbers], *self.rows]
         return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
     def terminal(self) -> Table:
-        """Make the table for a terminal, which folds names and no numbers: a folded number cannot be read."""
+        """Make the table for a terminal. It may wrap names but not numbers: a wrapped number is unreadable."""
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
         for title, is_number in zip(self.titles, self.numbers, strict=True):
             table.add_column(title, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
@@ -74,7 +74,7 @@ class Cells:
 
 
 def natural_width(table: Table, console: Console) -> int:
-    """Return the characters that a table takes if nothing is folded."""
+    """Return the width of a table in characters if nothing is wrapped."""
     return Measurement.get(console, console.options.update(width=10_000), table).maximum
 
 
@@ -83,9 +83,9 @@ def natural_width(table: Table, console: Console) -> int:
 
 NOT_CLAIMED = "not claimed"
 FROM_RECORDS = ("compile", "restore")
-"""Parts of the time that are known only if the step records have them."""
+"""Parts of the time that are known only if the step records contain them."""
 MAX_HOSTS = 16
-"""Hosts that the table of one run lists, first those that were throttled most; the JSON file has all."""
+"""Largest number of hosts in the table of one run, most throttled first. The JSON file has all hosts."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Column:
 
 
 def efficiency(row: Row) -> str:
-    """Write the efficiency in percent; one that is not exact is marked, and has no decimals."""
+    """Write the efficiency in percent. An inexact efficiency is marked and has no decimals."""
     if row.noisy and row.efficiency is not None:
         return f"~{100 * row.efficiency:.0f} %"
     return NOT_CLAIMED if row.efficiency is None and row.speedup is not None else percent(row.efficiency)
@@ -112,7 +112,7 @@ def columns(table: ScalingTable) -> list[Column]:
         return UNAVAILABLE if value is None else f"{value:.{digits}f}"
 
     def throughput(row: Row) -> str:
-        """Write the rate, with its unit if points of several units are in one table."""
+        """Write the throughput, with its unit if a table has points of several units."""
         several = table.unit == "work" and row.unit is not None and row.throughput is not None
         return f"{rate(row.throughput)} {row.unit}/s" if several else rate(row.throughput)
 
@@ -139,7 +139,7 @@ def columns(table: ScalingTable) -> list[Column]:
     if any(percent(row.mfu_bf16) not in (percent(row.mfu_palm), UNAVAILABLE) for row in rows):
         found.append(Column("MFU\nof bf16", lambda row: percent(row.mfu_bf16)))
     found.append(Column("loss", lambda row: number(row.loss, 4)))
-    # The notes say why a column without a single figure is absent.
+    # The notes explain why a column without any figure is absent.
     found = [column for column in found if any(column.cell(row) != UNAVAILABLE for row in rows)]
     return [point, state, *found] if table.compares_run_times else [point, *found, state]
 
@@ -155,7 +155,7 @@ def point_tables(table: ScalingTable) -> list[Cells]:
 
 
 def part_tables(table: ScalingTable) -> list[Cells]:
-    """Make the tables of the parts of efficiency and time, of interruptions, and of GPUs, as far as they are known."""
+    """Make the tables of the parts of efficiency and time, of interruptions, and of GPUs, if known."""
     found = Cells.of("What efficiency was lost to", _loss_cells(table))
     found += Cells.of("Where the time went", _time_cells(table))
     for unit, rows in units(table.rows):
@@ -186,7 +186,7 @@ def _time_cells(table: ScalingTable) -> list[list[str]]:
     for row in rows:
         spent = [row.parts_s.get(part, 0.0) for part in parts]
         texts = percentages([value / sum(spent) for value in spent])
-        # A run without records of compilation, or of a restore, may have had some, in its starts and steps.
+        # A run without records of compilation or restore may still have both, inside its starts and steps.
         shares = [
             f"{run_time(value)} ({text} %)" if value or part not in FROM_RECORDS else UNAVAILABLE
             for part, value, text in zip(parts, spent, texts, strict=True)
@@ -246,18 +246,20 @@ def _distribution_table(found: RunDetail) -> Cells:
 
 
 DROPPED_FIRST = ("topology", "per rank", "spread", "nodes", "speedup", "loss")
-"""Columns, by the end of their titles, that a narrow terminal does not show."""
+"""Ends of the titles of columns that a narrow terminal does not show, in this order."""
 
 
 def show(table: ScalingTable, console: Console) -> None:
-    """Print the tables of the points and the notes. A narrow terminal gets fewer columns, and a line names the rest."""
+    """Print the tables of the points and the notes. On a narrow terminal, a line names the columns that are left
+    out.
+    """
     for whole in point_tables(table):
         cells = whole
         for ending in DROPPED_FIRST:
             if console.is_terminal and natural_width(cells.terminal(), console) > console.width:
                 cells = cells.without(ending)
         shown = cells.terminal()
-        # A log file has no width, so it gets the whole table on lines of any length.
+        # A log file has no width, so it gets the whole table with lines of any length.
         width = console.width if console.is_terminal else natural_width(shown, console)
         console.print(Text(f"\n{cells.heading}\n", style="bold"), soft_wrap=True)
         console.print(Segments(console.render(shown, console.options.update(width=width))), soft_wrap=True, end="")
@@ -270,7 +272,7 @@ def show(table: ScalingTable, console: Console) -> None:
 
 
 def markdown(table: ScalingTable) -> str:
-    """Write the tables, conditions and notes in Markdown, headed by the kind of scaling."""
+    """Return the tables, conditions and notes in Markdown, with the kind of scaling as headings."""
     blocks = [f"# {cells.heading}\n\n{cells.markdown()}" for cells in point_tables(table)]
     blocks += filter(None, (table.conditions, table.selection.text, "\n".join(f"- {note}" for note in table.notes)))
     parts = part_tables(table)
@@ -289,20 +291,20 @@ CSV_COLUMNS = (
     *("steps_measured", "run_time_s", "attempts", "label", "efficiency_low", "efficiency_high", "noisy", "goodput"),
     *("gpu_hours", "cost", "energy_kwh", "ratio_to_first", "unread_lines"),
 )
-"""Fields of a row in the CSV file, in this order. The JSON file has all."""
+"""Fields of a row in the CSV file, in this order. The JSON file has all fields."""
 
 
 def csv_text(table: ScalingTable) -> str:
-    """Write the rows with all digits; a figure that is not known, or not claimed, is an empty cell.
+    """Return the rows as CSV with all digits. A figure that is not known or not stated is an empty cell.
 
-    Throughput is named for its unit, such as tokens_per_s, and work_per_s if points count different things.
+    The throughput column has the name of its unit, such as tokens_per_s, or work_per_s if units differ.
     """
     names = [name.replace("throughput", f"{table.unit}_per_s") for name in CSV_COLUMNS]
     return _csv([names, *([getattr(row, name) for name in CSV_COLUMNS] for row in table.rows)])
 
 
 def parts_csv_text(table: ScalingTable) -> str:
-    """Write the parts of the rows, one a line: time, interruptions by cause, lost efficiency, GPUs."""
+    """Return the parts of the rows as CSV, one on each line: time, interruptions by cause, lost efficiency, GPUs."""
     lines: list[list[Any]] = [["point", "label", "of", "part", "value", "unit"]]
     for row in table.rows:
         hours, one = f"{row.hours_of}-hours", table.unit.removesuffix("s")

@@ -1,4 +1,4 @@
-"""The files of a report, written once or again while runs continue."""
+"""The files of a report, written once, or repeatedly while runs continue."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ DRAWN = frozenset((ReportFile.png, ReportFile.svg, ReportFile.tensorboard))
 
 
 def write(table: ScalingTable, reload_s: float | None = None, files: Collection[ReportFile] = ALL_FILES) -> list[Path]:
-    """Write the files of a report and return their paths; files of an earlier report are replaced.
+    """Write the files of a report and return their paths. Files of an earlier report are replaced.
 
-    A sweep's report is ``scaling.*`` next to its points, until another sweep is typed, and in the folder of its record
-    permanently. That of one run is ``summary.*`` in its folder, and that of all runs of a folder ``all_runs.*``.
+    A sweep's report is ``scaling.*``: next to its points until the next sweep, and permanently in the folder of its
+    record. The report of one run is ``summary.*`` in its folder. The report of all runs of a folder is ``all_runs.*``.
 
     Args:
         table: the report.
-        reload_s: seconds after which a browser that shows the page reloads it; never by default.
-        files: kinds of files to write. Files of other kinds stay as they are.
+        reload_s: seconds after which a browser reloads the page; None for never.
+        files: kinds of files to write. Files of other kinds stay unchanged.
     """
     selection = table.selection
     pictures: dict[str, bytes] = {}
-    # Imports of matplotlib and jinja2 take a second, for which neither --help nor a refusal should wait.
+    # Importing matplotlib and jinja2 takes a second, which --help and refusals should not need.
     if not DRAWN.isdisjoint(files):
         from launch.report.views.figures import draw
 
@@ -70,10 +70,10 @@ def write(table: ScalingTable, reload_s: float | None = None, files: Collection[
 
 
 def json_text(table: ScalingTable) -> str:
-    """Write the whole report with all digits: rows, notes, and step times and ranks of each measured point.
+    """Return the whole report as JSON with all digits: rows, notes, step times and ranks of each measured point.
 
-    ``gpus`` and ``unread``, damaged lines by rank and attempt, are in the order of the rows. A figure is null if it is
-    not known or not claimed, or if it is no finite number, such as the loss of a run that diverged.
+    ``gpus`` and ``unread`` (damaged lines by rank and attempt) are in the order of the rows. A figure is null if it is
+    not known or not stated, or not finite, such as the loss of a diverged run.
     """
     content = {
         "title": table.title,
@@ -83,15 +83,15 @@ def json_text(table: ScalingTable) -> str:
         "unread": table.unread,
         "details": table.details,
     }
-    # Of a thousand ranks it is two megabytes, for which dataclasses.asdict and json.dumps take a second.
+    # A thousand ranks give two megabytes, for which dataclasses.asdict and json.dumps take a second.
     return msgspec.json.format(msgspec.json.encode(content), indent=1).decode() + "\n"
 
 
 GPU_FIELDS = [one for one in fields(GpuUse) if one.name != "windows"]
-"""Fields of the use of GPUs in the JSON file, which has no curves over the run."""
+"""Fields of GPU use in the JSON file, which has no curves over the run."""
 
 
-# A report that is made again while its runs continue.
+# A report that is repeated while its runs continue.
 
 
 WATCH_S = 30.0
@@ -101,10 +101,9 @@ ENDED = frozenset(map(str, (State.FINISHED, State.FAILED, State.STOPPED, State.C
 def watch(
     make: Callable[[], ScalingTable], interval_s: float, console: Console, files: Collection[ReportFile] = ALL_FILES
 ) -> None:
-    """Show and write a report every ``interval_s`` seconds, until all its runs have ended or the user interrupts.
+    """Show and write a report every ``interval_s`` seconds until all its runs have ended or the user interrupts.
 
-    A browser that shows the page reloads it at the same interval. A run that was killed without any event counts as
-    running.
+    A browser reloads the page at the same interval. A run that was killed without an event counts as running.
     """
     try:
         while True:
@@ -115,7 +114,7 @@ def watch(
             show(table, console)
             written = write(table, reload_s=None if is_over else interval_s, files=files)
             names = f"wrote {', '.join(path.name for path in written)} in {table.selection.folders[0]}"
-            console.print(names, highlight=False, markup=False)  # brackets in a path are no markup
+            console.print(names, highlight=False, markup=False)  # Brackets in a path are not markup.
             if is_over:
                 return
             console.print(f"again in {interval_s:g} s; Ctrl-C ends this, and the runs continue")
