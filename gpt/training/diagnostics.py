@@ -20,14 +20,14 @@ from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import shared_squares, sum_of_elements
 from launch.runs.records import StepRecord
 
-# Breakdown of one step in every ``logging.breakdown_interval``: what the device did, and when it did nothing.
+# Breakdown of one step in every ``logging.breakdown_interval``: the time that the device computed, communicated and
+# idled.
 #
-# torch's profiler watches the step on every rank, and its trace is reduced to a few numbers at once: nothing is kept of
-# it.
+# torch's profiler watches the step on every rank. Its trace is reduced to a few numbers at once and not kept.
 
 
 Interval = tuple[float, float]
-"""Begin and end of what a device does, in one unit of time; empty where the end is not above the begin."""
+"""Begin and end of one activity of a device, in one unit of time; empty if the end is not above the begin."""
 
 MARK = "gpt.training.diagnostics: step"
 WARMUP_STEPS = 2
@@ -36,7 +36,9 @@ WARMUP_STEPS = 2
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Parts of a step, in the unit of its intervals. ``compute``, ``copies``, ``exposed`` and ``idle`` add up to it."""
+    """Parts of a step, in the unit of its intervals. ``compute``, ``copies``, ``exposed`` and ``idle`` add up to the
+    step.
+    """
 
     compute: float
     communication: float
@@ -44,14 +46,14 @@ class Breakdown:
     exposed: float
     """Communication while nothing is computed or copied."""
     copies: float
-    """Copies between host and device, and on it, while nothing is computed."""
+    """Copies between host and device, and on the device, while nothing is computed."""
     idle: float
 
 
 def break_down(
     begin: float, end: float, compute: Iterable[Interval], communication: Iterable[Interval], copies: Iterable[Interval]
 ) -> Breakdown:
-    """Divide a step by the intervals of what was done in it, which may overlap in any way and stand out of it."""
+    """Divide a step into parts by the intervals of its activities. Intervals may overlap and may reach beyond the step."""
     computing, communicating, copying = (
         merge((max(a, begin), min(b, end)) for a, b in intervals) for intervals in (compute, communication, copies)
     )
@@ -86,8 +88,8 @@ def length(intervals: Sequence[Interval]) -> float:
 def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
     """Return the kind of a profiled event: ``compute``, ``communication`` or ``copies``; empty for any other.
 
-    On a GPU its kernels are what it computes, those of NCCL aside. A CPU computes in the operations of torch, and
-    copies by computing; gloo says when its collectives run.
+    On a GPU its kernels compute, except those of NCCL. A CPU computes in the operations of torch, and copies by
+    computing; gloo says when its collectives run.
     """
     if on_gpus:
         if not is_on_gpu:
@@ -101,7 +103,9 @@ def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
 
 
 class StepBreakdown:
-    """Asked after each step whether it has something to do there, since the device must be at rest for that."""
+    """Watcher of some steps. The loop calls ``due`` after each step, since the device must be at rest for ``before``
+    and ``into``.
+    """
 
     def __init__(self, interval: int, world: World, since: int) -> None:
         self._interval, self._first = interval, since + WARMUP_STEPS + 1
@@ -111,14 +115,14 @@ class StepBreakdown:
         self._step = 0
 
     def due(self, step: int) -> bool:
-        """True where the step after ``step`` is to be watched, or ``step`` was."""
+        """True if the step after ``step`` is to be watched, or ``step`` was watched."""
         return self._profiler is not None or self._is_next(step)
 
     def _is_next(self, step: int) -> bool:
         return self._interval > 0 and step + 1 >= self._first and (step + 1) % self._interval == 0
 
     def before(self, step: int) -> None:
-        """Begin to watch the step after ``step``, where it is due; the device is at rest."""
+        """Begin to watch the step after ``step`` if that step is due; the device is at rest."""
         if not self._is_next(step):
             return
         self._step, self._profiler = step + 1, profile(activities=self._activities, acc_events=True)
@@ -127,25 +131,25 @@ class StepBreakdown:
         self._mark.__enter__()
 
     def into(self, record: StepRecord) -> None:
-        """End what watches, and complete the record of the step that it has watched; the device is at rest."""
+        """End the watch, and complete the record of the watched step; the device is at rest."""
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
         self._mark.__exit__(None, None, None)
         profiler.stop()
-        if record.step != self._step:  # the run has gone back meanwhile
+        if record.step != self._step:  # the run has gone back since
             return
         found = self._reduce(profiler)
         record.breakdown_compute_s, record.breakdown_comm_s = found.compute, found.communication
         record.breakdown_exposed_s, record.breakdown_idle_s = found.exposed, found.idle
-        record.breakdown_copies_s = found.copies if self._on_gpus else None  # a CPU's are among what it computes
+        record.breakdown_copies_s = found.copies if self._on_gpus else None  # a CPU copies by computing
 
     def _reduce(self, profiler: profile) -> Breakdown:
         assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
         spans: dict[str, list[Interval]] = {"compute": [], "communication": [], "copies": [], "step": []}
         for event in profiler.profiler.kineto_results.events():
             if event.device_type() == DeviceType.CUDA and event.is_user_annotation():
-                continue  # the GPU's copy of a mark such as MARK: it lasts from the first kernel in it to the last
+                continue  # the GPU's copy of a mark such as MARK: it lasts from its first kernel to its last
             name = event.name()
             kind = classify(name, event.device_type() == DeviceType.CUDA, self._on_gpus)
             if name == MARK and event.device_type() == DeviceType.CPU:
@@ -157,14 +161,14 @@ class StepBreakdown:
         return break_down(begin, end, **spans)
 
 
-# Time that torch takes to compile, as its own compiler tells it: from the outermost begin to the outermost end.
+# Time that torch takes to compile, as torch's own callbacks report it: from the outermost begin to the outermost end.
 
 
 class CompileTime:
-    """Clock of this process's compiler: of frames, of backward passes that wait for their first use, of CUDA graphs.
+    """Clock of this process's compiler: of frames, of backward passes at their first use, and of CUDA graphs.
 
     Args:
-        compiles: whether the run compiles; else nothing is loaded and no time ever known.
+        compiles: whether the run compiles; if not, nothing is loaded and no time is ever known.
     """
 
     def __init__(self, compiles: bool) -> None:
@@ -172,21 +176,21 @@ class CompileTime:
         self._spent_s = 0.0
         self._compiles = compiles
         if compiles:
-            # The counters of torch._dynamo.utils add up nested phases and threads; these callbacks tell wall time.
+            # The counters of torch._dynamo.utils add up nested phases and threads; these callbacks give wall time.
             from torch._dynamo.callback import callback_handler
 
             callback_handler.register_start_callback(self._begin)
             callback_handler.register_end_callback(self._end)
 
     def take(self) -> float | None:
-        """Return the seconds since it was last asked; None where nothing was compiled."""
+        """Return the seconds of compiling since the last call; None if nothing was compiled."""
         if not self._spent_s:
             return None
         seconds, self._spent_s = self._spent_s, 0.0
         return seconds
 
     def close(self) -> None:
-        """Listen no longer."""
+        """Remove the callbacks."""
         if self._compiles:
             from torch._dynamo.callback import callback_handler
 
@@ -201,10 +205,11 @@ class CompileTime:
         self._spent_s += time.perf_counter() - self._began
 
 
-# Gradient statistics: their mean and standard deviation, and the norm of each layer's.
+# Gradient statistics: mean, standard deviation, and the norm of each layer.
 #
-# Every rank sums its own part on its device; the sums travel with the loss, so there is no collective of their own and
-# nobody waits for them.
+# Every rank sums its own part on its device. The sums travel with the loss, so they need no collective of their own and
+# no
+# rank waits for them.
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,7 @@ class GradientFigures:
     mean: float
     std: float
     layer_norms: dict[str, float]
-    """L2 norm by layer: ``blocks.0`` and so on, and what is outside the blocks."""
+    """L2 norm by layer: ``blocks.0`` and so on, and the modules outside the blocks."""
 
 
 class Gradients:
@@ -229,12 +234,12 @@ class Gradients:
         self._elements = sum(p.numel() for p in whole.parameters())
 
     def sums(self, parts: Iterable[tuple[str, Tensor, float]]) -> Tensor:
-        """This rank's share of the sums over all elements: squares by layer, then the elements; (layers + 1,) float64.
+        """Return this rank's sums over its elements, (layers + 1,) float64: squares by layer, then the plain sum.
 
-        Added up over all ranks they are those of the whole model.
+        Added up over all ranks, these are the sums of the whole model.
 
         Args:
-            parts: name, part of the gradient that this rank holds, one over the number of ranks that hold the same.
+            parts: name, this rank's part of the gradient, and one over the number of ranks that hold the same part.
         """
         named = list(parts)
         held = [(part, share) for _, part, share in named]
@@ -256,14 +261,12 @@ class Gradients:
 
 
 def layer_of(parameter: str) -> str:
-    """``blocks.3`` for ``blocks.3.ffn.up.weight``, the first word for what is in no block."""
+    """Return the layer of a parameter: ``blocks.3`` for ``blocks.3.ffn.up.weight``, the first word outside the blocks."""
     words = parameter.split(".")
     return ".".join(words[:2]) if words[0] == "blocks" else words[0]
 
 
-# A look inside a few steps: ``profile=true profile_from=A profile_to=B``.
-#
-# Only rank 0 is profiled.
+# Profile of a few steps: ``profile=true profile_from=A profile_to=B``. Only rank 0 is profiled.
 
 
 TRACE = "trace_rank_00000.json.gz"
@@ -272,10 +275,11 @@ ROWS = 40
 
 
 class StepProfile:
-    """Asked after each step whether it has something to do there, since the device must be at rest for that.
+    """Profiler of some steps. The loop calls ``due`` after each step, since the device must be at rest for ``after``.
 
-    All ranks are at rest there, not only the one that is profiled: a step that the run goes back for is known to all of
-    them before the next one, or to none.
+    All ranks are at rest then, not only the profiled one. Thus either all ranks know, before the next step, of a step
+    that
+    the run goes back for, or none does.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, world: World) -> None:
@@ -290,15 +294,15 @@ class StepProfile:
         self._profiler: profile | None = None
 
     def due(self, step: int) -> bool:
-        """True where profiling begins or ends after ``step``, on all ranks.
+        """True on all ranks if profiling begins or ends after ``step``.
 
-        A run that resumes within the range takes the rest.
+        A run that resumes within the range profiles the rest of the range.
         """
         starts = not self._is_on and self._first <= step + 1 <= self._last
         return self._wanted and (starts or (self._is_on and step >= self._last))
 
     def after(self, step: int) -> None:
-        """Begin or end, where it is due."""
+        """Begin or end profiling, if that is due."""
         if not self.due(step):
             return
         if self._is_on:
@@ -310,7 +314,7 @@ class StepProfile:
             self._profiler.start()
 
     def close(self) -> None:
-        """Write the files, if there is something to write."""
+        """Write the files, if anything was profiled."""
         self._is_on = self._wanted = False
         if self._profiler is None:
             return

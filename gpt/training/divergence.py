@@ -17,23 +17,23 @@ from launch.errors import ConfigError
 from launch.runs.events import Events
 from launch.runs.records import StepRecord
 
-# Stability of training: how much the loss of a step varies over the last steps.
+# Stability of training: how much the loss varies over the last steps.
 #
-# A loss that spikes, or that swings more and more, shows here before a mean does.
+# A loss that spikes, or that swings more and more, shows in this variance before it shows in a mean.
 
 
 WINDOW = 100
-"""Steps over which the variance is taken: few enough that a loss that falls as it should adds little to it."""
+"""Steps over which the variance is taken: so few that a loss that falls normally adds little to the variance."""
 
 
 class LossWindow:
-    """The losses of the last steps of this attempt."""
+    """Losses of the last steps of this attempt."""
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def into(self, record: StepRecord) -> None:
-        """Take in the loss of a step, and put the variance over the last ``WINDOW`` steps into its record.
+        """Add the loss of a step, and put the variance over the last ``WINDOW`` steps into its record.
 
         Steps whose loss is not finite are left out.
         """
@@ -43,14 +43,15 @@ class LossWindow:
             record.loss_variance = float(np.var(np.fromiter(self._losses, dtype=np.float64)))
 
     def clear(self) -> None:
-        """Forget the losses: the run goes back."""
+        """Forget the losses, because the run goes back."""
         self._losses.clear()
 
 
-# Steps whose numbers went wrong: their count, and when a run has to go back.
+# Bad steps, whose numbers went wrong: their count, and the decision to go back.
 #
-# It is a pure function of the figures of the steps, which are the same on all ranks: they decide alike without asking
-# each other.
+# The decision is a pure function of the figures of the steps. These are the same on all ranks, so all ranks decide
+# alike
+# without a message.
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,21 @@ class BadSteps:
 
 
 class DivergenceGuard:
-    """Judge of the steps of a run, in their order; each is judged once."""
+    """Judge of the steps of a run, in their order; each step is counted once."""
 
     def __init__(self, config: DivergenceConfig) -> None:
         self._config = config
         self.skipped = 0
         """Steps so far that changed no weights."""
         self.rollbacks = 0
-        """Roll-backs since the run has last saved a checkpoint beyond the steps that it failed at."""
+        """Roll-backs since the run last saved a checkpoint beyond the steps that it failed at."""
         self._failed_at = 0
         self._bad: list[int] = []
-        """Steps in a row, up to the last one, whose loss or gradients were not finite."""
+        """Consecutive steps, up to the last one, whose loss or gradients were not finite."""
         self._losses: deque[float] = deque(maxlen=config.spike_window)
 
     def judge(self, record: StepRecord) -> BadSteps | None:
-        """Count a step where it was skipped; return the steps to go back for, None where the run goes on."""
+        """Count a step if it was skipped; return the steps to go back for, None if the run continues."""
         is_skipped = record.loss is None or record.grad_norm is None
         self.skipped += is_skipped
         if self.skipped or record.loss_scale is not None:
@@ -93,21 +94,23 @@ class DivergenceGuard:
         return self._judge_spike(record)
 
     def judge_evaluation(self, step: int, val_loss: float) -> BadSteps | None:
-        """Return the steps to go back for where the validation loss after ``step`` is not finite; None where it is."""
+        """Return the steps to go back for if the validation loss after ``step`` is not finite; None if it is finite."""
         if math.isfinite(val_loss):
             return None
         self._bad = self._bad or [step]
         return self._bad_steps(f"a validation loss of {val_loss} after step {step}")
 
     def judge_end(self) -> BadSteps | None:
-        """Return the steps to go back for where the run would end with skipped ones, so with doubtful weights."""
+        """Return the steps to go back for if the run would end after skipped steps, which leave the weights in doubt;
+        else None.
+        """
         return (
             self._bad_steps("a loss or gradients that are not finite, up to the end of the run") if self._bad else None
         )
 
     @property
     def may_save(self) -> bool:
-        """False while steps are skipped: the weights may be why, and their checkpoint would push out a good one."""
+        """False while steps are skipped: bad weights may be the reason, and their checkpoint would replace a good one."""
         return not self._bad
 
     def gone_back(self, failed_at: int, rollbacks: int) -> None:
@@ -115,7 +118,9 @@ class DivergenceGuard:
         self._failed_at, self.rollbacks = failed_at, rollbacks
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return the state for the checkpoint of a step, as plain JSON; a checkpoint beyond the failure forgives it."""
+        """Return the state for the checkpoint of a step, as plain JSON. A checkpoint beyond the failed step clears the
+        failure.
+        """
         if step > self._failed_at:
             self.rollbacks = 0
         losses = list(self._losses) if self._config.spike_sigmas is not None else []
@@ -127,7 +132,7 @@ class DivergenceGuard:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; one of a former version lacks what it did not know."""
+        """Take over a state; a state that an older version wrote lacks some keys."""
         self.skipped, self.rollbacks = state["skipped_steps"], state.get("rollbacks", 0)
         self._failed_at = state.get("failed_at", 0)
         self._bad = []
@@ -150,29 +155,33 @@ class DivergenceGuard:
 
 
 def is_bad(record: StepRecord) -> bool:
-    """Tell whether the numbers of a step went wrong, beyond an overflow that the loss scale of fp16 provides for."""
+    """Tell whether the numbers of a step went wrong, apart from an overflow that the loss scale of fp16 handles."""
     return record.loss is None or (record.grad_norm is None and not may_overflow(record.loss_scale))
 
 
 def may_overflow(loss_scale: float | None) -> bool:
-    """Tell whether gradients may overflow at a loss scale: at the least one it is not the scale that makes them."""
+    """Tell whether gradients may overflow at a loss scale. At the least scale an overflow has another cause."""
     return loss_scale is not None and loss_scale > MINIMUM
 
 
 def checkpoint_before(steps: Sequence[int], first_bad: int) -> int | None:
-    """Return the step of the checkpoint to go back to, of those at ``steps``; None where there is none.
+    """Return the step of the checkpoint to go back to, out of ``steps``; None if there is none.
 
-    Good for certain is one whose weights have given a finite loss, in the step after it. Where there is none, it is the
-    one right before the first bad step.
+    The newest checkpoint is taken whose weights gave a finite loss in the step after it. If there is none, the
+    checkpoint
+    right before the first bad step is taken.
     """
     proven = [step for step in steps if step < first_bad - 1]
     return max(proven or (step for step in steps if step < first_bad), default=None)
 
 
 def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
-    """Return the newest ``rolled_back`` to the checkpoint of ``step`` since that was saved; None where there is none.
+    """Return the newest ``rolled_back`` event to the checkpoint of ``step`` since that was saved; None if there is
+    none.
 
-    What it says was passed over holds from there on, also for an attempt that begins there because this one was killed.
+    The batches that this event passes over stay passed over from that step on. This also holds for a new attempt that
+    begins
+    there because this attempt was killed.
     """
     found = None
     for event in events:
@@ -186,7 +195,7 @@ def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
 def remedy(config: TrainConfig) -> str:
     """Say what to change in a run that diverges, and how to begin from its last checkpoint.
 
-    None of the keys may change between the attempts of one run, so each of them means a new folder.
+    None of these keys may change between the attempts of one run, so each change means a new folder.
     """
     optim = config.optim
     clip = f"optim.grad_clip={optim.grad_clip / 2:g}" if optim.grad_clip else "optim.grad_clip=1"
@@ -197,10 +206,10 @@ def remedy(config: TrainConfig) -> str:
     )
 
 
-# The end of a run before its last step: the validation loss is low enough, or no longer falls.
+# Early stop: the end of a run before its last step, because the validation loss is low enough or no longer falls.
 #
-# Every rank has the same losses, and so decides alike without a message. The state is kept in checkpoints, so that a
-# resumed run counts on.
+# Every rank has the same losses, so all ranks decide alike without a message. Checkpoints keep the state, so that a
+# resumed run continues the count.
 
 
 @dataclass
@@ -212,14 +221,14 @@ class EarlyStop:
     """Lowest loss so far, nats per token."""
     best_step: int = 0
     waited: int = 0
-    """Evaluations since the lowest."""
+    """Evaluations since the lowest loss."""
     best_per_byte: float | None = None
-    """The lowest loss in nats per byte of text; None where the text is not known."""
+    """Lowest loss in nats per byte of text; None if the text is not known."""
 
     def hear(self, step: int, loss: float, bits_per_byte: float | None = None) -> None:
-        """Take in the validation loss of a step, nats per token, and in bits per byte of text where that is known.
+        """Add the validation loss of a step, in nats per token, and in bits per byte of text if the text is known.
 
-        A step that was evaluated already counts once.
+        A step that was evaluated before counts once.
         """
         if step <= self.best_step:
             return
@@ -230,7 +239,7 @@ class EarlyStop:
             self.waited += 1
 
     def reason(self) -> str | None:
-        """Say why the run is over; None where it is not."""
+        """Say why the run is over; None if it is not."""
         target, patience = self.config.target_val_loss, self.config.patience
         per_byte, per_byte_target = self.best_per_byte, self.config.target_val_nats_per_byte
         told = f"val_loss {self.best:.4f} at step {self.best_step}"
@@ -247,21 +256,21 @@ class EarlyStop:
         return None
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint tells, as plain JSON."""
+        """Return the state for a checkpoint, as plain JSON."""
         known = {"best": self.best, "best_step": self.best_step} if self.best_step else {}
         if self.best_per_byte is not None:
             known["best_per_byte"] = self.best_per_byte
         return {**known, "waited": self.waited}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from the state of a checkpoint; the config is that of now."""
+        """Continue from the state of a checkpoint; the config stays the present one."""
         self.best, self.best_step = state.get("best", math.inf), state.get("best_step", 0)
         self.waited = state.get("waited", 0)
         self.best_per_byte = state.get("best_per_byte")
 
 
 def refuse_unknown_text(config: TrainConfig, val_bytes: float | None) -> None:
-    """Raise ConfigError where a target is per byte of text, and the bytes of the validation text are not known."""
+    """Raise ConfigError if a target is per byte of text, and the bytes of the validation text are not known."""
     target = config.optim.target_val_nats_per_byte
     if target is not None and not val_bytes:
         raise ConfigError(

@@ -26,17 +26,18 @@ from launch.runs.environment import COMPILE_CACHE
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 
-# Precision, TF32 and compilation of the ranks, where the config leaves them to the devices.
+# Precision, TF32 and compilation of the ranks, if the config leaves them to the devices.
 #
-# The rule is gpt/planning/execution.py's.
+# The rule itself is in gpt/planning/execution.py.
 
 
 def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> TrainConfig:
     """Return the config with ``precision``, ``tf32`` and ``compile`` filled in, the same on all ranks. Collective.
 
     Raises:
-        ConfigError: the run was begun in bf16, and some of these devices do not compute in it; or TF32 is asked for
-            where there is none, or float8.
+        ConfigError: the run began in bf16, and some device does not compute in bf16; or the config demands TF32 or
+            float8,
+            and some device lacks it.
     """
     precision = config.precision
     if precision is Precision.auto:
@@ -56,7 +57,7 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
 
 
 def settle_precision(folder: RunFolder, world: World) -> Precision:
-    """Choose the precision that earlier attempts computed in, else the best one that the devices of all ranks have."""
+    """Return the precision of earlier attempts; without any, the best precision that the devices of all ranks have."""
     before = world.on_first(lambda: earlier_precision(folder))
     best = world.gather(best_precision(world.device).name)
     if before is None:
@@ -72,8 +73,9 @@ def settle_precision(folder: RunFolder, world: World) -> Precision:
 
 
 def keep_compiled(config: TrainConfig, world: World) -> None:
-    """Have torch's compiler keep what it makes for later attempts, on whatever nodes they run, and for runs of the
-    same shapes. Collective.
+    """Have torch's compiler keep its results for later attempts and for runs of the same shapes. Collective.
+
+    The kept results serve on whatever nodes these run.
     """
     if config.compiles:
         folder = world.on_first(partial(open_compile_cache, Path(config.output_dir) / ".cache" / "compiled"))
@@ -82,15 +84,17 @@ def keep_compiled(config: TrainConfig, world: World) -> None:
 
 
 def names_compile_cache() -> bool:
-    """Tell whether the user has named a folder for what is compiled; torch names its own, in /tmp, when imported."""
+    """Tell whether the user has named a compile cache folder; torch names its own, in /tmp, when imported."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import
 
     return os.environ.get(COMPILE_CACHE, default_cache_dir()) != default_cache_dir()
 
 
 def open_compile_cache(folder: Path) -> str | None:
-    """Make a folder for what is compiled; None where the user has named one, and on a filesystem that cannot lock
-    files, as the compiler does."""
+    """Make a folder for the compile cache, and return its path.
+
+    None if the user has named one, or if the filesystem cannot lock files, as the compiler does.
+    """
     if names_compile_cache():
         return None
     try:
@@ -105,15 +109,16 @@ def open_compile_cache(folder: Path) -> str | None:
 VOLTA = (7, 0)
 """Compute capability from which GPUs have matrix units, first for fp16 only (V100, T4)."""
 AMPERE = (8, 0)
-"""Compute capability from which they know bf16 and TF32."""
+"""Compute capability from which GPUs know bf16 and TF32."""
 ADA = (8, 9)
-"""Compute capability from which they know 8-bit floating point."""
+"""Compute capability from which GPUs know 8-bit floating point."""
 GFX_OF_FLOAT8 = ("gfx94", "gfx95", "gfx12")
-"""What the architectures of AMD's GPUs that know it begin with: MI300, MI350 and Navi 4 (torchao, ``utils``)."""
+"""Prefixes of the architectures of AMD's GPUs with 8-bit floating point: MI300, MI350 and Navi 4 (torchao, ``utils``).
+"""
 
 
 def best_precision(device: torch.device) -> Precision:
-    """Return the precision in which a device computes fastest; fp32 for CPUs, few of which are faster in bf16."""
+    """Return the precision in which a device computes fastest; fp32 for CPUs, since few CPUs are faster in bf16."""
     if device.type != "cuda":
         return Precision.fp32
     if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -122,7 +127,7 @@ def best_precision(device: torch.device) -> Precision:
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Tell whether a device computes in TF32 where torch is allowed to."""
+    """Tell whether a device computes in TF32 when torch allows that."""
     on_cuda = device.type == "cuda" and torch.version.hip is None
     return on_cuda and torch.cuda.get_device_capability(device) >= AMPERE
 
@@ -135,7 +140,7 @@ def has_float8(device: torch.device) -> bool:
 
 
 def earlier_precision(folder: RunFolder) -> str | None:
-    """Name of the precision of the newest attempt that tells it; None where there is none."""
+    """Return the precision of the newest attempt that recorded one; None if there is none."""
     for attempt in reversed(folder.attempts()):
         told = read_json(folder.environment(attempt)).get("precision")
         if told in Precision.__members__ and told != Precision.auto.name:
@@ -145,18 +150,20 @@ def earlier_precision(folder: RunFolder) -> str | None:
 
 # Reproducibility of a run: seeds, and torch's deterministic mode.
 #
-# The weights and the order of the samples follow from ``seed`` by themselves (see gpt/model/gpt.py and
-# gpt/data/order.py); what is seeded here is dropout, and libraries that draw for themselves.
+# The weights and the order of the samples follow from ``seed`` alone (gpt/model/gpt.py, gpt/data/order.py). The seeds
+# set
+# here serve dropout, and libraries that draw random numbers of their own.
 
 
 CUBLAS = ":4096:8"
-"""CUBLAS_WORKSPACE_CONFIG, one of the two values with which cuBLAS is deterministic (cuBLAS manual, section 2.1.4)."""
+"""CUBLAS_WORKSPACE_CONFIG: one of the two values that make cuBLAS deterministic (cuBLAS manual, section 2.1.4)."""
 
 
 def fix_hash_seed(config: TrainConfig) -> None:
     """In deterministic mode, start this process again with PYTHONHASHSEED set: Python reads it only at its start.
 
-    Nothing here depends on the order of sets of strings; what a user adds may. The launcher sets it for its ranks.
+    No code here depends on the order of sets of strings, but a user's part may. The launcher sets the variable for its
+    ranks.
     """
     if config.deterministic and "PYTHONHASHSEED" not in os.environ:
         sys.stdout.flush()
@@ -164,7 +171,7 @@ def fix_hash_seed(config: TrainConfig) -> None:
 
 
 def seed_all(seed: int, rank: int) -> None:
-    """Seed every generator, differently on each rank: dropout differs by rank, and is saved with it."""
+    """Seed every generator, differently on each rank: dropout differs by rank, and checkpoints keep its state."""
     own = (seed * 1000 + rank) % 2**63
     random.seed(own)
     np.random.seed(own % 2**32)
@@ -172,7 +179,8 @@ def seed_all(seed: int, rank: int) -> None:
 
 
 def set_determinism(config: TrainConfig) -> None:
-    """Have torch refuse what is not deterministic, where the config asks for it. Before the first use of a GPU.
+    """Have torch refuse nondeterministic operations, if the config asks for that. Call it before the first use of a
+    GPU.
 
     Compiled code then draws the random numbers of eager code, so dropout is the same in both.
     """
@@ -189,9 +197,9 @@ def set_determinism(config: TrainConfig) -> None:
 
 
 def set_matmul_precision(config: TrainConfig) -> None:
-    """Allow TF32 in fp32 products where the settled config says so. Before anything is compiled.
+    """Allow TF32 in fp32 products if the completed config says so. Call it before anything is compiled.
 
-    By the older of torch's two ways, which torch 2.11 to 2.13 all know, and their compiler reads.
+    It uses the older of torch's two ways, which torch 2.11 to 2.13 all know and their compiler reads.
     """
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
 
@@ -206,24 +214,26 @@ def state() -> dict[str, str | bool | None]:
     }
 
 
-# Timeouts of the collectives of training, by the time that a step takes.
+# Timeouts of the collectives of training, derived from the time that a step takes.
 #
-# The first steps load, compile and connect, for minutes where there are many ranks. Those after them are alike: a
-# collective that takes many times as long is stuck, and on NCCL its timeout is what dumps the flight recorder.
+# The first steps load, compile and connect, which takes minutes with many ranks. Later steps are alike, so a collective
+# that takes many times as long is stuck. On NCCL the timeout makes it dump the flight recorder.
 
 
 FIRST = 2
-"""Steps that are not like those to come: they compile, and fill the caches of memory and data."""
+"""First steps, which differ from later ones: they compile, and fill the caches of memory and data."""
 MEASURED = 3
 FACTOR = 20
 LEAST_S = 100.0
-"""A rank may wait for a filesystem, or write a profile, while the others wait for it. As torchtitan has it."""
+"""Least timeout, as in torchtitan: one rank may write a profile or wait for a filesystem, and all other ranks wait for
+it.
+"""
 
 
 class StepTimeouts:
-    """Cuts the timeout of the process groups, once, after the first steps of an attempt.
+    """Shortens the timeout of the process groups, once, after the first steps of an attempt.
 
-    The control group keeps its own: over it ranks wait for what one of them writes.
+    The control group keeps its own timeout: over it ranks wait for files that one of them writes.
     """
 
     def __init__(self, world: World, config: ParallelConfig) -> None:
@@ -232,7 +242,7 @@ class StepTimeouts:
         self._times: list[float] | None = []
 
     def after(self, step_time_s: float) -> None:
-        """Take in the time of one more step."""
+        """Add the time of one more step, in seconds."""
         if self._times is None:
             return
         self._times.append(step_time_s)
@@ -242,13 +252,13 @@ class StepTimeouts:
 
 
 def step_timeout(config: ParallelConfig, step_time_s: float) -> float:
-    """Return the timeout of a collective in seconds, for steps of ``step_time_s`` seconds at most."""
+    """Return the timeout of a collective, in seconds, for steps that take at most ``step_time_s`` seconds."""
     if config.step_timeout_s is not None:
         return config.step_timeout_s
     return min(config.timeout_s, max(LEAST_S, FACTOR * step_time_s))
 
 
-# Choice of the engine: applies the parallelism of a config to a model.
+# Choice of the engine, which applies the parallelism of a config to a model.
 
 
 def parallelize(
@@ -258,7 +268,7 @@ def parallelize(
 
     Args:
         model: on the meta device.
-        weights: its values, of which those engines that shard the model keep this rank's shards alone.
+        weights: the values of the model; engines that shard the model keep only this rank's shards.
         config: of the run.
         world: all ranks.
         dims: the parallel dimensions.
@@ -283,10 +293,10 @@ def parallelize(
 def parallelize_with_deepspeed(
     model: GPT, weights: Weights, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch
 ) -> Engine:
-    """Parallelize a model by DeepSpeed, which is imported only here, and takes whole models."""
+    """Parallelize a model with DeepSpeed, which is imported only here, and takes whole models."""
     from gpt.parallel.deepspeed.engine import load_deepspeed
 
-    load_deepspeed(world)  # before what imports it at its top
+    load_deepspeed(world)  # before the modules that import it at their top
     if dims.pp > 1:
         from gpt.parallel.deepspeed.pipeline import ZeroPipelineEngine
 

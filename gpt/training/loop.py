@@ -1,4 +1,4 @@
-"""The training loop, and evaluation. The figures of a step are read while the device computes the next step."""
+"""The training loop, and evaluation. The loop reads the figures of a step while the device computes the next step."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from gpt.training.stragglers import ReplicaGuard, StragglerWatch
 from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord
 
-# The mean loss over sequences of the validation split, by all ranks together.
+# Mean loss over sequences of the validation split, computed by all ranks together.
 #
-# Shapes: B sequences, T tokens of one.
+# Shapes: B sequences, T tokens of each.
 
 
 @torch.no_grad()
@@ -42,21 +42,23 @@ def mean_loss(
     data_ranks: int,
     on_round: Callable[[], object] = lambda: None,
 ) -> float:
-    """Mean cross-entropy, nats per token, over the first validation sequences; the same ones for any number of ranks.
+    """Return the mean cross-entropy of the first validation sequences, nats per token. Collective.
 
-    Collective: every rank takes the sequences of its ``data_rank``, ``batch`` at a time, and calls ``on_round`` before
-    each.
+    The sequences are the same for any number of ranks. Every rank takes those of its ``data_rank``, ``batch`` at a
+    time,
+    and calls ``on_round`` before each pass.
 
     Args:
-        module: put into evaluation mode for that time.
-        loss: of tokens and targets, both (B, T): the summed loss, or this rank's share of it where several ranks
+        module: the model, in evaluation mode during the call.
+        loss: takes tokens and targets, both (B, T); returns the summed loss, or this rank's share of it if several
+            ranks
             compute the loss of the same sequences.
-        samples: where the sequences are.
+        samples: the validation sequences.
         world: all ranks.
-        sequences: how many.
-        batch: at most so many in one pass.
-        data_rank: which of ``data_ranks`` parts of the sequences this rank computes.
-        data_ranks: how many parts there are.
+        sequences: number of sequences.
+        batch: most sequences in one pass.
+        data_rank: the part of the sequences, out of ``data_ranks``, that this rank computes.
+        data_ranks: number of parts.
         on_round: called before every pass.
     """
     mine = np.arange(data_rank, sequences, data_ranks)
@@ -67,7 +69,7 @@ def mean_loss(
     for i in range(rounds):
         on_round()
         part = mine[i * batch : (i + 1) * batch]
-        # Sharded ranks must all take every pass, so one that has run out repeats a sequence and does not count it.
+        # Sharded ranks must all take every pass. A rank without sequences repeats one and does not count it.
         tokens_BT, targets_BT = samples.batch("val", part if len(part) else np.zeros(1, dtype=np.int64))
         summed = loss(tokens_BT, targets_BT)
         if len(part):
@@ -76,14 +78,15 @@ def mean_loss(
     return world.sum(total.item())[0] / (sequences * samples.block_size)
 
 
-# The training loop: steps, and what is done between them: evaluations, checkpoints, records, roll-backs, the end.
+# The training loop: steps, and the work between them: evaluations, checkpoints, records, roll-backs, the end.
 #
-# A step's figures are read while the next one is computed, so that the device is never idle between two steps; only
-# where the loop pauses, say for a checkpoint, is a step read at once.
+# The figures of a step are read while the device computes the next one, so the device is never idle between two steps.
+# A
+# step is read at once only if the loop pauses, say for a checkpoint.
 
 
 def train(run: Run) -> str:
-    """Do the steps that are left. Returns ``finished``, or ``stopped`` where it was told to leave first."""
+    """Do the steps that are left. Returns ``finished``, or ``stopped`` if a request ended the run first."""
     gradients = Gradients(run.config.model, run.world.device)
     writers = MetricWriters(
         run.folder, run.world, run.worker, run.config, run.step, gradients.names, run.tokens_per_step
@@ -119,14 +122,14 @@ class Pause:
     last: bool
     evaluates: bool
     compares: bool
-    """The replicas' parameters."""
+    """The replicas' parameters are compared."""
     saves: bool
     remembers: bool
-    """Saves in memory, where it does not save on the disk."""
+    """The step is saved in memory, and not on the disk."""
 
     @property
     def is_due(self) -> bool:
-        """True where there is any."""
+        """True if there is any reason."""
         return self.last or self.evaluates or self.compares or self.saves or self.remembers
 
 
@@ -134,12 +137,12 @@ class Loop:
     """The steps of an attempt.
 
     Args:
-        run: what is trained.
-        gradients: measures gradients in the steps where that is asked for.
+        run: the run.
+        gradients: measures gradients in the steps that need it.
         writers: of the step records.
         profile: of some steps of the first rank.
         collect: collects garbage, called after each step that was begun.
-        compile_time: tells how long torch compiled.
+        compile_time: clock of torch's compiler.
     """
 
     def __init__(
@@ -163,15 +166,17 @@ class Loop:
         self._unread: QueuedStep | None = None
         """The step whose figures were not read yet."""
         self._bad: BadSteps | None = None
-        """Steps to go back for, found when the former step was read while another one was queued."""
+        """Steps to go back for, found in the former step while another one was queued."""
         self._unasked: QueuedStep | None = None
-        """The step whose requests were not looked at yet. Apart from the other, which is read at once for a profile."""
+        """The step whose requests were not read yet. Kept apart from the step above, which is read at once for a
+        profile.
+        """
         self._left = Requests()
-        """Requests to steps that the run went back from."""
+        """Requests that arrived in steps that the run went back from."""
         self._clock = time.perf_counter()
 
     def do_steps(self) -> str:
-        """Step, evaluate and save until there is nothing left to do, or somebody asks to stop."""
+        """Step, evaluate and save until no step is left, or a request ends the run."""
         run, logging = self._run, self._run.config.logging
         phase, outcome = Phase.starting, None  # the first step may compile
         while outcome is None and run.step < run.config.optim.max_steps:
@@ -196,7 +201,7 @@ class Loop:
             self._writers.write(record)
 
     def _go_back_from_former(self, step: QueuedStep, bad: BadSteps) -> None:
-        """Go back for the step before ``step``, which was queued before that one's figures were known."""
+        """Go back for the step before ``step``. ``step`` was queued before the figures of that one were known."""
         asked = step.requests_of_all()
         if self._unasked is not None:
             asked |= self._unasked.requests_of_all()
@@ -204,7 +209,9 @@ class Loop:
         self._go_back(bad, asked)
 
     def _hear(self, step: QueuedStep) -> Requests:
-        """Return what is asked for after ``step``: with it by ranks that agree on it beforehand, else before it."""
+        """Return the requests after ``step``. Without an agreement beforehand, the ranks' figures of the step before
+        carry them.
+        """
         asked = self._left | (step.requests if self._run.worker.agrees else Requests())
         self._left = Requests()
         if self._unasked is not None:
@@ -213,12 +220,12 @@ class Loop:
         return asked
 
     def _hear_all(self, step: QueuedStep) -> Requests:
-        """Return what any rank asked for in a step, and let the checkpoints know what the ranks told of theirs."""
+        """Return the requests of all ranks in a step, and pass the ranks' ballots to the checkpoints."""
         self._saving.hear(step.ballot, step.ballots_of_all())
         return step.requests_of_all()
 
     def _pause_after(self, asked: Requests) -> Pause:
-        """Tell what the step just begun is followed by."""
+        """Return the reasons to pause after the step just begun."""
         config, step = self._run.config, self._run.step
         last = step == config.optim.max_steps
         return Pause(
@@ -230,7 +237,7 @@ class Loop:
         )
 
     def _read(self, step: QueuedStep) -> tuple[StepRecord, BadSteps | None]:
-        """Read a step's figures; returns its record, and the steps to go back for, if there are any."""
+        """Read a step's figures; return its record, and the steps to go back for, None if there are none."""
         record, self._clock = step.finish(self._clock)
         self._unread = None
         self._timeouts.after(record.step_time_s)
@@ -240,7 +247,7 @@ class Loop:
         return record, judge_step(self._run, record)
 
     def _read_at_once(self, step: QueuedStep, pause: Pause, asked: Requests) -> str | None:
-        """Read the step just begun and do what follows it; returns the outcome where the loop is over."""
+        """Read the step just begun and do the work after it; return the outcome, None if the loop continues."""
         run, guard = self._run, self._run.guard
         record, bad = self._read(step)
         if bad is None and pause.last:
@@ -252,7 +259,7 @@ class Loop:
         if pause.evaluates and bad is None:
             bad = evaluate(run, record)
             record.val_compile_s = self._compile_time.take()
-        if bad is not None:  # the weights may have become worthless, and are not saved
+        if bad is not None:  # the weights may be worthless, and are not saved
             self._writers.write(record)
             self._go_back(bad, asked)
             return None
@@ -278,7 +285,7 @@ class Loop:
         return None
 
     def _go_back(self, bad: BadSteps, asked: Requests) -> None:
-        """Go back to a checkpoint before ``bad``; what is asked for meanwhile is heard after the next step."""
+        """Go back to a checkpoint before ``bad``; requests in the meantime are served after the next step."""
         self._saving.settle()
         go_back(self._run, self._writers, bad)
         self._stability.clear()
@@ -286,9 +293,9 @@ class Loop:
 
 
 def evaluate(run: Run, record: StepRecord) -> BadSteps | None:
-    """Put the validation loss into ``record``, in nats per token, and in bits per byte of text where that is known.
+    """Put the validation loss into ``record``, in nats per token, and in bits per byte of text if the text is known.
 
-    Collective. Returns the steps to go back for where it is not finite.
+    Collective. Returns the steps to go back for if the loss is not finite, else None.
     """
     sequences, engine, ranks = run.config.eval.sequences, run.engine, run.dims.data_ranks
     loss = mean_loss(
@@ -310,5 +317,5 @@ def evaluate(run: Run, record: StepRecord) -> BadSteps | None:
 
 
 def is_due(step: int, interval: int) -> bool:
-    """True where ``interval`` steps have passed; an interval of 0 is never due."""
+    """True if ``step`` is a multiple of ``interval``; an interval of 0 is never due."""
     return interval > 0 and step % interval == 0

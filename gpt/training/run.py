@@ -1,4 +1,4 @@
-"""The set-up of a run: the request of a command line, and everything that the loop works with."""
+"""Set-up of a run: the request of a command line, and all objects that the loop works with."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ from launch.runs.overrides import override_of_flag, without_key
 
 # The request of a command line: config, run folder, and ``parallel=auto`` for ranks without a plan.
 #
-# Rank 0 looks at its device and chooses, by gpt/planning.
+# Rank 0 looks at its device and chooses with gpt/planning.
 
 
 def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> ParallelChoice:
-    """Choose the parallelism for the device of this rank where the command says ``parallel=auto``; print the reason."""
+    """Choose the parallelism for the device of this rank if the command says ``parallel=auto``; print the reason."""
     choice = choose_parallelism(config, overrides, folder, world.size, lambda: machine_of(config, world))
     if choice.why:
         lines = [*table([choice.as_dict() for choice in choice.best]), *choice.left_out]
@@ -66,7 +66,7 @@ def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunF
 
 
 def precision_on_device(config: TrainConfig, folder: RunFolder, world: World) -> Precision:
-    """Choose the precision for the device of this rank where the config leaves it open."""
+    """Choose the precision for the device of this rank if the config leaves it open."""
     on_gpu = world.device.type == "cuda"
     name = torch.cuda.get_device_name(world.device) if on_gpu else None
     chosen = choose_precision(config, folder, not on_gpu, name)
@@ -102,7 +102,7 @@ class Request:
 
     config: TrainConfig
     folder: RunFolder | None
-    """Given with ``--run``; otherwise it follows from the overrides."""
+    """Folder given with ``--run``; None if the folder follows from the overrides."""
     composed: DictConfig | None = None
     overrides: Sequence[str] = ()
 
@@ -127,7 +127,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def refuse_flag(parser: CommandParser, typed: str, argv: Sequence[str]) -> None:
-    """Raise ConfigError where a flag stands for a key of the config, or for a sweep, which the launcher makes."""
+    """Raise ConfigError if a flag names a key of the config, or a sweep, which only the launcher makes."""
     flag, _, value = typed.partition("=")
     fix: str | None = None
     if flag in ("-m", "--multirun"):
@@ -141,7 +141,7 @@ def refuse_flag(parser: CommandParser, typed: str, argv: Sequence[str]) -> None:
 
 
 def parse_request(words: argparse.Namespace) -> Request:
-    """Read the config of ``--run FOLDER``, or compose that of the overrides.
+    """Read the config of ``--run FOLDER``, or compose the config of the overrides.
 
     Raises:
         ConfigError: the config cannot work.
@@ -156,7 +156,7 @@ def parse_request(words: argparse.Namespace) -> Request:
 
 
 def agree_on_folder(request: Request, world: World) -> RunFolder:
-    """Let rank 0 choose the folder and write the config there; all ranks get the same, or the same refusal."""
+    """Let rank 0 choose the folder and write the config there; all ranks get the same folder, or the same refusal."""
 
     def choose() -> tuple[Path, ParallelConfig, int, Precision]:
         assert request.composed is not None
@@ -183,10 +183,10 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
 
 
 def go_on_as_asked(folder: RunFolder, config: TrainConfig, world_size: int) -> None:
-    """Take a run back to the checkpoint of ``resume_from``, or have it go on beyond its end; as the launcher does.
+    """Take a run back to the checkpoint of ``resume_from``, or extend it beyond its end, as the launcher does.
 
     Raises:
-        ConfigError: there is no such checkpoint, the run has made more steps, or other ranks are at work on it.
+        ConfigError: there is no such checkpoint, the run has made more steps, or other ranks work on the run.
     """
     batch = split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
     max_steps = settle_steps(config, batch).optim.max_steps
@@ -199,19 +199,21 @@ def go_on_as_asked(folder: RunFolder, config: TrainConfig, world_size: int) -> N
 
 
 def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:
-    """Raise ConfigError, before there is a folder, where ranks, batch and corpus do not go together, or a
-    library is missing."""
+    """Raise ConfigError if ranks, batch and corpus do not fit together, or a library is missing.
+
+    The check comes before there is a folder.
+    """
     require_deepspeed(config)
     split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
     check_fit(describe(config.data, config.data_cache), config.model, config.eval.sequences)
 
 
-# A run in the making: what the command line asks for, and everything the loop works with.
+# A run in the making: all objects that the loop works with.
 
 
 @dataclass
 class Run:
-    """Everything the loop works with. Letters of shapes: B sequences, T tokens of one, V vocabulary."""
+    """All objects that the loop works with. Letters of shapes: B sequences, T tokens of each, V vocabulary."""
 
     config: TrainConfig
     folder: RunFolder
@@ -229,17 +231,17 @@ class Run:
     """The judge of the steps."""
     worker: worker.Run
     copies: Copies
-    """Of its checkpoints, elsewhere."""
+    """The copies of the checkpoints on another filesystem."""
     early_stop: EarlyStop
     """The judge of the validation losses."""
     initialised_from: dict[str, Any] | None = None
-    """Source of the first weights of this attempt; None where it drew them, or went on from a checkpoint."""
+    """Source of the first weights of this attempt; None if they were drawn, or came from a checkpoint."""
     step: int = 0
     """Steps done."""
     hosts: tuple[str, ...] = ()
     """Host of each rank; empty before the attempt is described."""
     restore_s: float | None = None
-    """Seconds that the last load of a checkpoint took, until a step record tells it."""
+    """Seconds that the last load of a checkpoint took, until a step record holds them."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -247,33 +249,35 @@ class Run:
         return self.batch.global_batch * self.config.model.block_size
 
     def take_restore_s(self) -> float | None:
-        """Return the seconds of a load that no step record has told yet; None where there is none."""
+        """Return the seconds of a load that no step record holds yet; None if there is none."""
         seconds, self.restore_s = self.restore_s, None
         return seconds
 
     def evaluating(self) -> None:
-        """Show that an evaluation goes on."""
+        """Show that an evaluation is under way."""
         self.worker.phase(Phase.evaluating, self.step)
 
 
 def prepare_tokens(config: TrainConfig) -> Tokens:
-    """The tokens of the corpus, refused where they do not fit the model or are too few."""
+    """Return the tokens of the corpus, or raise if they do not fit the model or are too few."""
     check_fit(describe(config.data, config.data_cache), config.model, config.eval.sequences)
     return prepare(config.data, config.data_cache)
 
 
 def open_attempt(folder: RunFolder, world: World, launched: worker.Run) -> int:
-    """Number this attempt, as the launcher did or as the next free one, and have the rank write into the run folder."""
+    """Number this attempt as the launcher did, else with the next free number; the rank then writes into the run
+    folder.
+    """
     attempt = launched.attempt if launched.folder is not None else world.on_first(folder.create_attempt)
     launched.open_folder(folder.path, attempt)
     return attempt
 
 
 def look_for_changes(folder: RunFolder, attempt: int, strict: bool) -> None:
-    """Warn where this attempt does not run what the one before it ran.
+    """Warn if this attempt runs other code or libraries than the attempt before.
 
     Raises:
-        ConfigError: it does not, and ``strict`` forbids that.
+        ConfigError: it does, and ``strict`` forbids that.
     """
     now = {"code": describe_code(), "git": code_state(), "software": software()}
     changed = changed_since(folder, now, attempt)
@@ -353,7 +357,7 @@ def set_up(run: Run) -> dict[str, Any]:
 
 
 def check_flash(config: TrainConfig, world: World) -> str | None:
-    """Reason for which attention=flash will not use the flash kernel on some rank; None where it will, or is not asked.
+    """Return why attention=flash cannot use the flash kernel on some rank; None if it can, or flash is not chosen.
 
     Collective, so that all ranks end the same way.
 

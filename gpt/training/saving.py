@@ -17,29 +17,29 @@ from launch.runs.files import say
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
 
-# Schedule of the periodic checkpoints: by steps, by minutes, or by what failures and saves cost.
+# Schedule of the periodic checkpoints: by steps, by minutes, or by the cost of failures and saves.
 #
-# Pure functions of the event log and of times.
+# These are pure functions of the event log and of times.
 
 
 PRIOR_S = 24 * 3600.0
-"""Running time without a failure, and one failure at its end, that every run is taken to have behind it."""
+"""Prior of the estimate, seconds: every run starts with this running time, and one failure at its end."""
 FIRST_S = 600.0
-"""Time to the first checkpoint, before any save was measured."""
+"""Seconds to the first checkpoint, before any save was measured."""
 LEAST_S = 60.0
 FAILURES = ("crashed", "hung", "node_failed", "out_of_memory")
 """Causes of an attempt's end that lose the steps since the last checkpoint."""
 
 
 def between_failures_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
-    """Estimate the mean time between failures of a run, seconds, by its event log.
+    """Estimate the mean time between failures of a run, in seconds, from its event log.
 
     Args:
         events: the event log.
-        now: time of the clock that events bear.
+        now: present time, by the clock of the events.
 
     Returns:
-        Running time, ``PRIOR_S`` more, by the failures and one more: a day until the first failure was seen.
+        Running time plus ``PRIOR_S``, divided by failures plus one: one day until the first failure.
     """
     began: dict[int, float] = {}
     ended: dict[int, float] = {}
@@ -59,9 +59,11 @@ def between_failures_s(events: Iterable[Mapping[str, Any]], now: float) -> float
 
 
 def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
-    """Return the interval of ``checkpoint.interval=auto``, seconds, by the last save and the failures seen so far.
+    """Return the interval of ``checkpoint.interval=auto``, in seconds, from the last save and the failures so far.
 
-    Never shorter than the last save took to be on the disk, since one at a time is in flight, nor than ``LEAST_S``.
+    The interval is never shorter than the last save took to reach the disk, since one save at a time is in flight. Nor
+    is
+    it shorter than ``LEAST_S``.
     """
     known = list(events)
     saves = [event for event in known if event["event"] == "saved" and "seconds" in event]
@@ -72,14 +74,14 @@ def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
     return max(LEAST_S, last.get("write_s", last["seconds"]), found)
 
 
-# Checkpoints during training: when they are due, what ranks tell each other of the one in flight, and its events.
+# Checkpoints during training: when they are due, the ballots about the save in flight, and its events.
 #
-# Ranks agree through the figures that are summed over them in every step, so that no step waits for a message. The
-# state itself is ``gpt.training.state``'s, the writing ``gpt.checkpoint``'s.
+# Ranks agree through the figures that every step sums over them, so that no step waits for a message. The state is in
+# ``gpt.training.state``, the writing in ``gpt.checkpoint``.
 
 
 TRIES = 2
-"""Failed writes after which training no longer waits: it goes on, or leaves with the checkpoint before."""
+"""Failed writes after which training no longer waits for a save: it continues, or leaves with the checkpoint before."""
 
 
 class Saving:
@@ -96,7 +98,7 @@ class Saving:
         self._next_at = time.monotonic() + self._interval_s()
 
     def ballot(self) -> Ballot:
-        """Return what this rank tells the others in this step."""
+        """Return this rank's ballot for this step."""
         by_time = () if self._every.steps is not None else (float(self._run.world.is_first and self._clock_says()),)
         if self._saves.is_pending:
             vote = self._saves.vote()
@@ -116,7 +118,8 @@ class Saving:
         if ballot.phase > 0:
             self._tell(self._saves.count(ballot.phase, sums[0], sums[1]))
             if self._memory is not None and not self._memory.is_pending and self._saves.has_copy:
-                # From the copy that was taken for the disk: only now, so that the disk's checkpoint waits for nothing.
+                # The copy that was taken for the disk is sent only now, so that the disk's checkpoint waits for
+                # nothing.
                 self._memory.start_again(self._saves.take_committed())
         elif ballot.phase and self._memory is not None:
             self._tell_of_memory(self._memory.count(ballot.phase, sums[0], sums[1]))
@@ -130,32 +133,32 @@ class Saving:
         return self._every.steps > 0 and step % self._every.steps == 0
 
     def is_due_in_memory(self, step: int) -> bool:
-        """Tell whether a checkpoint in memory is due after ``step``: not while another save is in flight."""
+        """Tell whether a checkpoint in memory is due after ``step``; never while another save is in flight."""
         if self._memory is None or self._saves.is_pending or self._memory.is_pending:
             return False
         return step % self._run.config.checkpoint.in_memory_interval == 0
 
     def save_in_memory(self) -> float:
-        """Begin to send the step just done into the memory of the nodes; returns the seconds that training waited."""
+        """Begin to send the step just done into the memory of the nodes; return the seconds that training waited."""
         started = time.perf_counter()
         if self._memory is not None and not (self._saves.is_pending or self._memory.is_pending):
             begin_save_in_memory(self._run, self._memory)
         return time.perf_counter() - started
 
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
-        """Save the step just done; returns the seconds that training waited.
+        """Save the step just done; return the seconds that training waited.
 
-        Waits for the save before, and for this one where it is the last or saves are synchronous.
+        Waits for the save before. Waits for this save too if it is the last, or if saves are synchronous.
 
         Args:
-            val_loss: validation loss of the step, nats per token; None where it was not evaluated.
-            is_last: nothing follows, so that no other save would hold these steps.
-            is_stop: the run was asked to leave, and has little time.
+            val_loss: validation loss of the step, nats per token; None if it was not evaluated.
+            is_last: no step follows, so that no other save would hold these steps.
+            is_stop: the run must leave, and has little time.
         """
         started = time.perf_counter()
         run = self._run
         run.worker.phase(Phase.saving, run.step)
-        if not self._saves.is_failing:  # else this newer state takes its place
+        if not self._saves.is_failing:  # if it is failing, this newer state takes its place
             self._finish()
         begin_save(run, val_loss)
         self._held_s = time.perf_counter() - started
@@ -165,11 +168,11 @@ class Saving:
         return time.perf_counter() - started
 
     def settle(self) -> None:
-        """Wait for the save in flight, before the run goes back or leaves; given up where it fails again."""
+        """Wait for the save in flight, before the run goes back or leaves; give the save up if it fails again."""
         self._finish()
 
     def _finish(self, gives_up: bool = True, since: float | None = None) -> None:
-        """Wait for the save in flight; give up where it fails again and training can go on, or has to leave."""
+        """Wait for the save in flight; give it up if it fails again and training can continue, or has to leave."""
         if self._memory is not None:
             self._tell_of_memory(self._memory.finish())
         tries = 0
@@ -209,7 +212,7 @@ class Saving:
         return not self._is_time and time.monotonic() >= self._next_at
 
     def _interval_s(self) -> float:
-        """Return the seconds to the next periodic checkpoint, where the time decides, by rank 0."""
+        """Return the seconds to the next periodic checkpoint, if time decides, by rank 0's clock."""
         if self._every.minutes is not None:
             return 60 * self._every.minutes
         if self._every.steps is not None or not self._run.world.is_first:
@@ -218,9 +221,9 @@ class Saving:
 
 
 def start_copies(run: Run) -> None:
-    """Begin to copy checkpoints elsewhere, where that is asked for: with the one that was loaded, if it has no copy.
+    """Begin to copy checkpoints elsewhere, if the config says so: first the loaded one, if it has no copy.
 
-    Copies of later steps are of steps that will be made again.
+    Copies of later steps are discarded, since the run makes those steps again.
     """
     kept = run.config.checkpoint
     if kept.copy_to is None or not run.world.is_first:
@@ -235,10 +238,13 @@ def start_copies(run: Run) -> None:
 def tell_damage(folder: RunFolder, attempt: int, step: int, damage: str, was_whole: bool) -> None:
     """Enter in the event log that the checkpoint of a step was read again, found damaged, and set aside.
 
-    One that ``was_whole`` at an earlier reading is replaced: others were deleted for it, and the next save may be far.
-    One that was written damaged is not, or a disk that spoils all that is written would be written to without end.
+    A checkpoint that ``was_whole`` at an earlier reading is replaced: older ones were deleted for it, and the next save
+    may
+    be far. A checkpoint that was written damaged is not replaced, since a disk that spoils every file would be written
+    to
+    without end.
     """
     folder.record_event("checkpoint_set_aside", attempt=attempt, step=step, cause=damage)
     say(f"the checkpoint of step {step} is damaged: {damage}")
     if was_whole:
-        (folder.path / "SAVE").touch()  # as a user asks for a save: all ranks hear of it after the same step
+        (folder.path / "SAVE").touch()  # like a user's request for a save: all ranks see it after the same step

@@ -1,4 +1,4 @@
-"""The state of a run: first weights, what a checkpoint holds, resume, and roll-back."""
+"""State of a run: first weights, the content of a checkpoint, resume, and roll-back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from launch.runs.records import StepRecord
 
 # The first weights of a run: drawn, or read from elsewhere (``init_from``).
 #
-# One rank reads a source through and chooses; then each reads for itself, since all see the same files.
+# One rank reads a source through and chooses. Then each rank reads for itself, since all see the same files.
 
 
 def first_weights(
@@ -43,14 +43,14 @@ def first_weights(
     Args:
         model: whole, maybe on the meta device.
         config: of the run.
-        folder: of the run; where it holds a checkpoint, nothing is drawn or read that would be replaced at once.
+        folder: of the run; if it holds a checkpoint, no weights are drawn or read, since the checkpoint replaces them.
         world: all ranks.
 
     Returns:
-        The weights, and what they were read from, for the records; None where they were not.
+        The weights, and the description of their source for the records; None if they were not read from a source.
 
     Raises:
-        ConfigError: on every rank, where any of them cannot use the source.
+        ConfigError: on every rank, if any of them cannot use the source.
     """
     if world.on_first(lambda: bool(folders.steps(folder.checkpoints))):
         return zeros, None
@@ -73,12 +73,12 @@ def first_weights(
 
 
 def zeros(name: str, shape: torch.Size) -> Tensor:
-    """Return zeros for a tensor that a checkpoint is about to fill, without the memory of all of them."""
+    """Return zeros for a tensor that a checkpoint is about to fill, without the memory of all its elements."""
     return torch.zeros(()).expand(shape)
 
 
 def look(config: TrainConfig) -> VerifiedSource:
-    """Find the source, compare its model with the run's, and read it through."""
+    """Find the source, compare its model with the run's, and read the source through."""
     assert config.init_from is not None
     source = find_source(config.init_from)
     refuse_other_model(config.model, source)
@@ -86,7 +86,7 @@ def look(config: TrainConfig) -> VerifiedSource:
 
 
 def attempt(verified: VerifiedSource, model: GPT) -> State | ConfigError:
-    """The weights, or why this rank has none: an exception would leave the other ranks waiting."""
+    """Return the weights, or the reason why this rank has none: an exception would leave all other ranks waiting."""
     try:
         return read_source(verified, model)
     except ConfigError as error:
@@ -100,7 +100,7 @@ def attempt(verified: VerifiedSource, model: GPT) -> State | ConfigError:
 
 
 def fingerprint(state: State) -> int:
-    """Equal for equal bits, whatever the order of summation: the weights are summed as integers."""
+    """Return a checksum, equal for equal bits: the weights are summed as integers, in any order."""
     return sum(int(tensor.contiguous().view(torch.int32).sum(dtype=torch.int64)) for tensor in state.values())
 
 
@@ -111,9 +111,7 @@ def record(verified: VerifiedSource) -> dict[str, Any]:
     return {"path": str(source.path), "kind": source.kind.name, "step": chosen, "sha256": verified.files}
 
 
-# The state of a run that a checkpoint holds, and resuming from one.
-#
-# The files themselves are ``gpt.checkpoint``'s.
+# The state of a run in a checkpoint, and resuming from it. The files themselves are in ``gpt.checkpoint``.
 
 
 def save(run: Run) -> float:
@@ -133,11 +131,11 @@ def begin_save(run: Run, val_loss: float | None) -> None:
     """Take over the state after the step just done, and begin to write it.
 
     Args:
-        run: the run, none of whose saves is in flight, unless it is failing.
-        val_loss: validation loss of the step, nats per token, where it was evaluated.
+        run: the run; none of its saves is in flight, unless that save is failing.
+        val_loss: validation loss of the step, nats per token; None if it was not evaluated.
     """
     run.worker.phase(Phase.saving, run.step)
-    # The fence goes to the writer's process, and so without the run.
+    # The fence is sent to the writer's process, so it must not hold the run.
     may_commit = partial(is_newest_attempt, run.folder, run.attempt)
     run.store.saves.start(run.step, run.engine.state(), rng_state(run.world), describe(run, val_loss), may_commit)
 
@@ -149,7 +147,7 @@ def begin_save_in_memory(run: Run, memory: MemorySaves) -> None:
 
 
 def describe(run: Run, val_loss: float | None) -> dict[str, Any]:
-    """Return what a checkpoint tells of the run, as plain JSON."""
+    """Return the description of the run for a checkpoint, as plain JSON."""
     meta = {
         "attempt": run.attempt,
         "samples": run.step * run.batch.global_batch,
@@ -168,8 +166,8 @@ def describe(run: Run, val_loss: float | None) -> dict[str, Any]:
 
 
 def load(run: Run) -> None:
-    """Go on from the newest checkpoint that is whole, if there is one."""
-    if run.store.is_new():  # the optimizer's state need not be made yet, which takes torch a step
+    """Continue from the newest checkpoint that is whole, if there is one."""
+    if run.store.is_new():  # the optimizer's state need not be made yet, which would cost a step of torch's optimizer
         run.engine.begin()
         return
     began = time.perf_counter()
@@ -215,7 +213,7 @@ def load(run: Run) -> None:
 
 
 def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
-    """Raise ConfigError where a copy that was fetched is of a run with other settings, whose folder was named alike."""
+    """Raise ConfigError if a fetched copy is of a run with other settings, whose folder had the same name."""
     there, here = loaded.meta["config"], compose.plain_config(run.config)
     changed = [key for key in here if key in there and here[key] != there[key] and not may_change(key, RESUMABLE)]
     if changed:
@@ -228,13 +226,13 @@ def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
 
 
 def divergence_state(run: Run) -> dict[str, Any]:
-    """Return what a checkpoint tells of steps that were skipped and of batches that were passed over, as plain JSON."""
+    """Return the state about skipped steps and batches passed over for a checkpoint, as plain JSON."""
     passed_over = [list(batches) for batches in run.batches.passed_over.ranges]
     return {"divergence": run.guard.state(run.step), "passed_over": passed_over}
 
 
 def load_divergence(run: Run, loaded: LoadedCheckpoint) -> None:
-    """Take over what a checkpoint tells, and the event log of roll-backs to it, which came after it was saved."""
+    """Take over that state from a checkpoint, and from the event log the roll-backs to it, which came after its save."""
     meta = loaded.meta
     former = {"skipped_steps": meta.get("loss_scale", {}).get("skipped", 0)}
     run.guard.load(former | meta.get("divergence", {}))
@@ -245,7 +243,7 @@ def load_divergence(run: Run, loaded: LoadedCheckpoint) -> None:
 
 
 def rng_state(world: World) -> dict[str, Any]:
-    """State of the random generators of this rank."""
+    """Return the state of the random generators of this rank."""
     state = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(world.device)
@@ -253,7 +251,7 @@ def rng_state(world: World) -> dict[str, Any]:
 
 
 def set_rng_state(world: World, state: dict[str, Any]) -> None:
-    """Put the random generators of this rank back."""
+    """Restore the random generators of this rank."""
     torch.set_rng_state(state["cpu"])
     if world.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], world.device)
@@ -261,11 +259,11 @@ def set_rng_state(world: World, state: dict[str, Any]) -> None:
 
 # Going back: from steps whose numbers went wrong to the last good checkpoint, and on without their batches.
 #
-# When a run has to go back is gpt/training/divergence.py's.
+# gpt/training/divergence.py decides when a run has to go back.
 
 
 def judge_step(run: Run, record: StepRecord) -> BadSteps | None:
-    """Judge a step that was finished, and enter it in the event log where it was skipped."""
+    """Judge a finished step, and enter it in the event log if it was skipped."""
     bad = run.guard.judge(record)
     if run.world.is_first and is_bad(record):
         what = "loss" if record.loss is None else "gradients"
@@ -277,7 +275,7 @@ def judge_step(run: Run, record: StepRecord) -> BadSteps | None:
 
 
 def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
-    """Load the last good checkpoint before the ``bad`` steps, and pass over their batches from there on. Collective.
+    """Load the last good checkpoint before the ``bad`` steps; from there on their batches are left out. Collective.
 
     Raises:
         RepeatedFailureError: the run has gone back as often as it may, and has saved no newer checkpoint.
@@ -291,7 +289,7 @@ def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
     rollbacks = run.guard.rollbacks + 1
     passed_over = run.batches.passed_over.including(batches_of(run, bad))
     if run.world.is_first:
-        # Before the load, which goes by what the event log says.
+        # Before the load, which reads these batches from the event log.
         run.folder.record_event(
             "rolled_back", attempt=run.attempt, step=target, first=bad.first, last=bad.last, cause=bad.cause,
             rollbacks=rollbacks, passed_over=passed_over.ranges, **where,
@@ -307,12 +305,12 @@ def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
 
 
 def batches_of(run: Run, bad: BadSteps) -> list[int]:
-    """List the numbers of the batches of steps."""
+    """List the numbers of the batches of bad steps."""
     return [run.batches.passed_over.batch_of(step) for step in range(bad.first, bad.last + 1)]
 
 
 def locate(run: Run, first: int, last: int) -> dict[str, list[tuple[int, int]]]:
-    """Return the batches of steps ``first`` to ``last``, and their samples, each as ranges with their last number."""
+    """Return the batches of steps ``first`` to ``last``, and their samples, as ranges that include their last number."""
     batches = PassedOver().including(batches_of(run, BadSteps(first, last, ""))).ranges
     each = run.batch.global_batch
     return {"batches": list(batches), "samples": [((a - 1) * each, b * each - 1) for a, b in batches]}

@@ -30,7 +30,7 @@ from gpt.training.stragglers import StragglerWatch
 from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord
 
-# Ballots: figures by which ranks tell each other of saves, with those of a step.
+# Ballots: figures by which ranks tell each other of saves; they travel with the figures of a step.
 
 
 @dataclass(frozen=True)
@@ -38,30 +38,31 @@ class Ballot:
     """Figures of one rank about saves, summed over the ranks with those of a step."""
 
     phase: int = 0
-    """Phase of the save in flight that they are about."""
+    """Phase of the save in flight that the figures are about."""
     figures: tuple[float, ...] = ()
-    """Writers that are done and that have failed, where a save is in flight; then, where the time decides, whether it
-    has come, by rank 0's clock. All ranks hand out equally many."""
+    """First, if a save is in flight: the writers that are done and that have failed. Then, if time decides: whether
+    that time has come, by rank 0's clock. All ranks send equally many figures.
+    """
 
 
 NO_BALLOT = Ballot()
 
 
-# Phases of one step, timed without waiting: by events in the queue of a GPU, by the host's clock elsewhere.
+# Phases of one step, timed without waiting: by events in the queue of a GPU, by the host's clock on other devices.
 #
-# The times are read when the figures of the step are read, after the last event.
+# The times are read together with the figures of the step, after the last event.
 
 
 PARTS = ("data", "reduced"), ("reduced", "updated")
-"""Moments between which a step computes gradients, and clips and applies them."""
+"""Moments between the phases of a step: computing gradients, then clipping and applying them."""
 
 
 class Phases:
-    """Moments of one step: ``mark`` each in its order, and ``fill_in`` the record once the device has passed them.
+    """Moments of one step: ``mark`` each in its order; ``fill_in`` the record once the device has passed them.
 
     Args:
         device: that the step runs on.
-        engine: tells which groups' communication it lets see; where some is out of sight none is told.
+        engine: names the groups whose communication can be timed; if some cannot be timed, no group is reported.
     """
 
     def __init__(self, device: torch.device, engine: Engine) -> None:
@@ -70,11 +71,11 @@ class Phases:
         self._moments: dict[str, Moment] = {"data": self._timeline.start}
 
     def recorded(self) -> AbstractContextManager[None]:
-        """Record the waits of what is inside."""
+        """Record the waits inside the ``with`` block."""
         return recorded(self._timeline)
 
     def mark(self, name: str) -> None:
-        """Mark where the step has come to; waits for nothing."""
+        """Mark the place that the step has reached; wait for nothing."""
         self._moments[name] = self._timeline.now()
 
     def fill_in(self, record: StepRecord) -> None:
@@ -96,19 +97,19 @@ class Phases:
 
 # Python's garbage collector during training.
 #
-# Left to itself it runs whenever a process has made enough objects, on each rank in another step, and all ranks wait
-# for the one that collects.
+# By default the collector runs whenever a process has made enough objects. That happens in different steps on different
+# ranks, and all ranks wait for the one that collects.
 
 
 YOUNG = 1
-"""Generation up to which is collected: objects that lived through a collection are not looked at again."""
+"""Highest generation that is collected: objects that survived a collection are not looked at again."""
 
 
 @contextmanager
 def collect_together(interval: int) -> Iterator[Callable[[int], None]]:
-    """Collect garbage in steps that ``interval`` divides only, for the length of a ``with`` block; 0 changes nothing.
+    """Collect garbage only in steps that ``interval`` divides, for the length of a ``with`` block; 0 changes nothing.
 
-    Collects all there is once at the beginning. Yields the function to call with the number of each step.
+    Collects all garbage once at the beginning. Yields the function to call with the number of each step.
     """
     if interval == 0:
         yield lambda step: None
@@ -129,8 +130,8 @@ def _collect_young() -> None:
 
 # Memory of the host that a training process has freed: kept for its next step.
 #
-# The C library gives blocks of some 32 MB and more back to the kernel at once, and a step that computes on a CPU asks
-# for the same ones again: logits, their gradients, large activations. Each page is then found and zeroed anew.
+# The C library gives blocks of some 32 MB and more back to the kernel at once. A step that computes on a CPU needs the
+# same blocks again: logits, their gradients, large activations. The kernel then has to find and zero each page anew.
 
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
@@ -140,12 +141,12 @@ CHOSEN_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MM
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep what this process frees; returns False where it cannot, or the user has set it.
+    """Have the C library keep the memory that this process frees; return False if it cannot, or the user has set it.
 
-    For processes whose memory is the same in every step: what they once had at their highest stays theirs.
+    For processes that need the same memory in every step: the process keeps the memory of its highest use.
     """
     tuned = any(name in os.environ for name in CHOSEN_BY_USER) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform != "linux" or tuned or "LD_PRELOAD" in os.environ:  # the last is how other allocators are chosen
+    if sys.platform != "linux" or tuned or "LD_PRELOAD" in os.environ:  # the last chooses another allocator
         return False
     try:
         set_option = ctypes.CDLL(None).mallopt
@@ -156,14 +157,14 @@ def keep_freed_memory() -> bool:
 
 # One optimizer step, and its figures.
 #
-# A GPU works off its queue while this process already prepares the next step, so a step is queued first and its figures
-# are read later: reading waits for the device.
+# A GPU works through its queue while this process already prepares the next step. So a step is queued first and its
+# figures are read later: reading waits for the device.
 #
 # Shapes: N figures of a step.
 
 
 class AsyncMetrics:
-    """Numbers that the device may still be working on. ``read`` waits for them."""
+    """Numbers that the device may still compute. ``read`` waits for them."""
 
     def __init__(self, values: Tensor) -> None:
         self._values = values.to("cpu", non_blocking=True)
@@ -174,7 +175,7 @@ class AsyncMetrics:
         self._queued = time.perf_counter()
 
     def read(self) -> tuple[list[float], float]:
-        """The numbers, and when they were there (time.perf_counter)."""
+        """Return the numbers, and the time at which they were ready (time.perf_counter, seconds)."""
         if self._event is None:
             return self._values.tolist(), self._queued
         self._event.synchronize()
@@ -202,29 +203,30 @@ class QueuedStep:
     record: StepRecord
     """Fields that are known without waiting; ``finish`` fills in the rest."""
     requests: Requests
-    """Requests to this rank. All ranks were asked the same where an agent sees to that; else ``requests_of_all``
-    tells what was asked of any."""
+    """Requests to this rank. Under an agent all ranks have the same; without one, ``requests_of_all`` returns those of
+    any rank.
+    """
     gradients: Gradients | None
     """Statistics of the gradients, in a step that measures them."""
     figures: AsyncMetrics
     tokens: int
     """Tokens of the global batch."""
     with_requests: bool
-    """True where the figures tell of the requests as well, summed over the ranks."""
+    """True if the figures hold the requests as well, summed over the ranks."""
     ballot: Ballot
-    """Figures by which this rank tells of saves; the figures hold the sums over the ranks, behind the requests."""
+    """This rank's figures about saves; the figures hold their sums over the ranks, after the requests."""
     own_times: int
-    """Figures behind those of the ballot: own time of each rank in an earlier step (``gpt.training.stragglers``)."""
+    """Figures after those of the ballot: own time of each rank in an earlier step (``gpt.training.stragglers``)."""
     with_experts: bool
-    """True where the figures tell of the experts' imbalance."""
+    """True if the figures hold the experts' imbalance."""
     with_loss_scale: bool
-    """True where the last figure is the loss scale."""
+    """True if the last figure is the loss scale."""
     phases: Phases
 
     def finish(self, since: float) -> tuple[StepRecord, float]:
-        """Wait for the step; its record, with the time from ``since``, and when it was done (time.perf_counter).
+        """Wait for the step; return its record, with the time from ``since``, and its end (time.perf_counter, seconds).
 
-        Where loss or gradients were not finite on some rank, the step was skipped on all, and they are None.
+        If loss or gradients were not finite on some rank, all ranks skipped the step, and both are None.
         """
         (grad_norm, flaw, loss_sum, *sums), ended = self.figures.read()
         sums = sums[2 * self.with_requests + len(self.ballot.figures) + self.own_times :]
@@ -245,14 +247,14 @@ class QueuedStep:
         return record, ended
 
     def requests_of_all(self) -> Requests:
-        """Wait for the step; what was asked of any rank before it ended."""
+        """Wait for the step; return the requests to any rank before its end."""
         if not self.with_requests:
             return self.requests
         (_, _, _, stop, save, *_), _ = self.figures.read()
         return Requests(stop > 0, save > 0)
 
     def ballots_of_all(self) -> list[float]:
-        """Wait for the step; the ballots of all ranks, summed."""
+        """Wait for the step; return the ballots of all ranks, summed."""
         if not self.ballot.figures:
             return []
         (_, _, _, *sums), _ = self.figures.read()
@@ -260,7 +262,7 @@ class QueuedStep:
         return sums[first : first + len(self.ballot.figures)]
 
     def own_times_of_all(self) -> list[float]:
-        """Wait for the step; the own times that the ranks told with it, by rank."""
+        """Wait for the step; return the own times of the ranks in it, seconds, by rank."""
         (_, _, _, *sums), _ = self.figures.read()
         first = 2 * self.with_requests + len(self.ballot.figures)
         return sums[first : first + self.own_times]
@@ -275,8 +277,9 @@ def queue_step(
     meanwhile: Callable[[], None] = lambda: None,
 ) -> QueuedStep:
     """Put one optimizer step over the global batch into the device's queue; ``gradients`` are measured where given.
+    Put one optimizer step over the global batch into the device's queue; measure ``gradients`` if given.
 
-    ``meanwhile`` is called while the ranks sum the figures of the step, which a CPU waits for.
+    ``meanwhile`` is called while the ranks sum the figures of the step; a CPU waits for this sum.
     """
     config, world, engine = run.config, run.world, run.engine
     step = run.step + 1
@@ -290,16 +293,16 @@ def queue_step(
         phases.mark("reduced")
     measured = [] if gradients is None else [gradients.sums(engine.gradients())]
     requests = Requests(run.worker.stop_requested(), run.worker.save_requested())
-    run.worker.phase(phase, step - 1)  # being asked looked like training, which is allowed less silence than a start
-    # Under torchrun alone nobody but the ranks can agree. As fills, since a tensor of the host would be waited for.
+    run.worker.phase(phase, step - 1)  # the poll looked like training, which may be silent for less time than a start
+    # Under torchrun alone only the ranks can agree. As fills: the host would wait for a copy of its own tensor.
     told = [] if run.worker.agrees else [loss_sum.new_full((1,), flag) for flag in (requests.stop, requests.save)]
     votes = [loss_sum.new_full((1,), figure) for figure in ballot.figures]
     own_times = [] if stragglers is None else stragglers.own_times(loss_sum)
     figures_N = torch.cat([loss_sum[None], *told, *votes, *own_times, *measured])
     with phases.recorded():
         norm, sums_N, flaw = engine.clip(figures_N, partial(do_aside, meanwhile))
-        # Before the update, so that all ranks skip it or none, also where one replica alone has computed something
-        # else; and on the device, so that none waits for it.
+        # Before the update, so that all ranks skip it or none, even if one replica alone computed other numbers. On the
+        # device, so that no rank waits for the decision.
         skip = (sums_N[0] + flaw).isfinite().logical_not()
         own_norm = engine.update(lr, skip)
         phases.mark("updated")
@@ -333,20 +336,22 @@ def is_mixture(run: Run) -> bool:
 
 
 def balance_experts(engine: Engine, world: World, skip: Tensor) -> Tensor:
-    """Move the experts' biases by the tokens of this step, over all ranks; waits for no device.
+    """Move the experts' biases by the tokens of this step, over all ranks; wait for no device. Collective.
 
-    Collective. Where ``skip``, a bool (), is true they stay: even counts move none.
+    If ``skip``, a bool (), is true the biases stay: even counts move none.
 
-    Returns how uneven the tokens were, () float64: the most that any expert was chosen beyond its even share, in units
-    of that share: 0 is even, 1 twice (MaxVio, arXiv 2408.15664, section 4.1). Ranks that share matrices all count the
-    same tokens, so that every count is as many times too high; only their ratios matter.
+    Returns the imbalance of the tokens, () float64: the largest excess of an expert over its even share, in units of
+    that
+    share. 0 is even, 1 is twice the share (MaxVio, arXiv 2408.15664, section 4.1). Ranks that share matrices all count
+    the
+    same tokens, so every count is multiplied alike; only the ratios matter.
     """
     mine_LE = expert_counts(engine.module)
     most = torch.zeros((), dtype=torch.float64, device=world.device)
-    if mine_LE is not None:  # a stage of a pipeline may hold nothing but the output matrix
+    if mine_LE is not None:  # a stage of a pipeline may hold only the output matrix
         counts_LE = world.all_reduce(mine_LE.double(), engine.layer_group)
         move_balance_bias(engine.module, counts_LE * skip.logical_not())
         most = (counts_LE / counts_LE.mean(1, keepdim=True)).max() - 1
-    if engine.layer_group is not None:  # others hold the other layers
+    if engine.layer_group is not None:  # other ranks hold the other layers
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most

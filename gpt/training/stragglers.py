@@ -16,17 +16,17 @@ from gpt.parallel.replicas import Drift, ReplicaCheck
 from gpt.training.run import Run
 from launch.runs.records import StepRecord
 
-# The end of an attempt whose replicas have drifted apart, with rank and host named.
+# Replicas that have drifted apart end the attempt, and the failure names rank and host.
 #
-# How replicas are compared is gpt/parallel/replicas.py's; what follows for the host is the launcher's.
+# gpt/parallel/replicas.py compares the replicas; the launcher decides about the host.
 
 
 class ReplicaDriftError(RuntimeError):
-    """Replicas of parameters that are not the same to the bit; the run can go on from its last checkpoint."""
+    """Replicas of parameters that differ in some bit; the run can continue from its last checkpoint."""
 
 
 class ReplicaGuard:
-    """The comparison of the replicas of a run, where the config asks for it."""
+    """The comparison of the replicas of a run, if the config asks for it."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -36,7 +36,7 @@ class ReplicaGuard:
 
     @property
     def is_on(self) -> bool:
-        """True where the config asks for comparisons."""
+        """True if the config asks for comparisons."""
         return self._run.config.divergence.replica_check_interval > 0
 
     def check(self) -> None:
@@ -57,7 +57,7 @@ class ReplicaGuard:
         whom = "the other replicas of them" if drift.is_certain else "each other"
         cause = f"after step {run.step} the parameters of {where} differ from {whom}"
         told = {"ranks": drift.ranks, "hosts": hosts, "certain": drift.is_certain, "cause": cause}
-        # All wait for it: an agent ends the others as soon as one rank has failed.
+        # All ranks wait for the entry: an agent ends all ranks as soon as one has failed.
         run.world.on_first(
             lambda: run.folder.record_event("replicas_differ", attempt=run.attempt, step=run.step, **told)
         )
@@ -67,36 +67,36 @@ class ReplicaGuard:
         )
 
 
-# Ranks that are slower than the others, found while a run goes on.
+# Ranks that are slower than the rest, found during the run.
 #
-# Each rank tells its own time, without its waits for others, at its place in a vector that is summed with the figures
-# of a step: nothing more is exchanged.
+# Each rank puts its own time, without its waits for other ranks, at its place in a vector. The figures of a step carry
+# this vector in their sum, so no other message is needed.
 
 
 WARMUP_STEPS = 5
-"""First steps of an attempt that say nothing: they compile, connect, and fill caches."""
+"""First steps of an attempt that are left out: they compile, connect, and fill caches."""
 ENDS_AT = 0.5
-"""Share of its excess below which a rank that was named is slow no more, so that none is named again and again."""
+"""Share of the excess below which a slow rank counts as recovered, so that no rank is named again and again."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A rank that has become slow, or is so no longer."""
+    """A rank that has become slow, or has recovered."""
 
     rank: int
     is_slow: bool
     own_s: float
-    """Mean of its own time a step over the window."""
+    """Mean of the rank's own time per step over the window, seconds."""
     median_s: float
-    """Median of that mean over the other ranks."""
+    """Median of that mean over all other ranks, seconds."""
 
 
 class StragglerJudge:
     """Judge of the own times of all ranks, step by step.
 
     Args:
-        factor: of the median of the other ranks, above which a rank is slow.
-        window: steps over which times are averaged.
+            factor: multiple of the median of all other ranks, above which a rank is slow.
+            window: steps over which times are averaged.
     """
 
     def __init__(self, factor: float, window: int) -> None:
@@ -105,12 +105,12 @@ class StragglerJudge:
         self._slow: set[int] = set()
 
     def add(self, times: Sequence[float]) -> list[Finding]:
-        """Take the own times of one step, seconds by rank; return what has changed."""
+        """Take the own times of one step, seconds by rank; return the ranks whose state has changed."""
         self._times.append(np.asarray(times, dtype=np.float64))
         if len(self._times) < self._window:
             return []
         means = np.mean(self._times, axis=0)
-        # Not above the median of the other ranks, for whoever is above it: nobody slow is missed by looking here first.
+        # The lower median of all ranks is at most a slow rank's median of the rest, so no slow rank is missed here.
         lower = float(np.partition(means, (len(means) - 1) // 2)[(len(means) - 1) // 2])
         ends = 1 + ENDS_AT * (self._factor - 1)
         found = []
@@ -124,23 +124,24 @@ class StragglerJudge:
 
 
 class StragglerWatch:
-    """The own times of the ranks of a run, from the steps that were read to those that are queued."""
+    """The own times of the ranks of a run, passed from the steps that were read to the steps that are queued."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         logging: LoggingConfig = run.config.logging
-        # Without its waits a step takes as long on every rank, and tells nothing.
+        # If the waits are unknown, a step takes equally long on every rank, which shows no difference.
         is_known = run.engine.timed_groups is not None and run.world.size > 1
         self.size = run.world.size if is_known and logging.straggler_factor else 0
-        """Numbers that a step sums for it: one for each rank, or none."""
+        """Numbers that a step sums for the watch: one for each rank, or none."""
         self._judge = StragglerJudge(logging.straggler_factor, logging.straggler_window)
         self._since = run.step
         self._own_s = 0.0
 
     def own_times(self, like: Tensor) -> list[Tensor]:
-        """Return this rank's own time of the last step that was read, 0 before there is one, at its place in (size,).
+        """Return this rank's own time of the last step that was read, at its place in (size,); 0 before there is one.
 
-        As a fill of the device of ``like``, which need not be waited for; an empty list where nothing is summed.
+        The tensor is a fill on the device of ``like``, so the host does not wait. The list is empty if no times are
+        summed.
         """
         if not self.size:
             return []
@@ -149,7 +150,7 @@ class StragglerWatch:
         return [times]
 
     def after(self, record: StepRecord, times: Sequence[float]) -> None:
-        """Take a step that was read, with the own times that it has summed; complete the record of rank 0."""
+        """Take a step that was read, with its summed own times, seconds by rank; complete the record of rank 0."""
         if not self.size:
             return
         self._own_s = record.step_time_s - (record.comm_s or 0.0) - (record.bubble_s or 0.0)
