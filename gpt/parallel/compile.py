@@ -1,4 +1,4 @@
-"""Recomputation, torch.compile and float8 of a model, block by block."""
+"""Float8, recomputation and torch.compile of a model, block by block."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from gpt.model.loss import cross_entropy
 # Matrix products of the blocks in 8-bit floating point (arXiv 2209.05433), by torchao.
 #
 # Applied to the model from outside, before it is compiled and parallelized. Parameters keep their names, shapes and
-# fp32 values, so that checkpoints are those of any other precision. torchao is imported only where it is asked for.
+# fp32 values, so checkpoints are the same as in any other precision. torchao is imported only for a run with float8.
 
 
 def convert_linears(model: GPT, config: TrainConfig) -> None:
     """Have the linear layers of the blocks compute in float8 as ``config.float8`` says, forward and backward.
 
-    Factors are scaled to the range of the format anew in each product, by their largest magnitude: that of the whole
-    tensor, or of each row. What is not a linear layer stays as it is: embedding, norms, attention, the output matrix,
-    whose logits need the bits, the router, which chooses, and experts, which compute in grouped products.
+    Each product scales its factors anew to the range of the format, by the largest magnitude of the whole tensor or of
+    each row. Other layers stay as they are: embedding, norms and attention. So do the output matrix, whose logits need
+    the bits, the router, which chooses, and experts, which compute in grouped products.
     """
     if config.float8 is Float8.none:
         return
@@ -43,10 +43,10 @@ def is_converted(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and name.split(".")[-1] != "router"
 
 
-# Activation checkpointing (recomputation) and torch.compile, block by block, and of what follows the blocks.
+# Activation checkpointing (recomputation) and torch.compile of each block, and of the modules after the blocks.
 #
-# Applied to the model from outside, before it is parallelized: both replace ``forward`` of each block, so parameters
-# keep their names, and hooks of FSDP or DDP stay outside of it.
+# Applied to the model from outside, before it is parallelized. Both replace ``forward`` of each block. So parameters
+# keep their names, and hooks of FSDP or DDP stay outside of the replaced function.
 
 
 aten = torch.ops.aten
@@ -73,13 +73,16 @@ ATTENTION_KERNELS = frozenset(
 
 
 def prepare_blocks(model: GPT, config: TrainConfig) -> None:
-    """Apply activation checkpointing and torch.compile to the blocks of ``model`` as ``config`` says, and the latter to
-    the last norm and the output matrix, if tensor parallelism does not split them."""
-    # Compiled outside the recomputation, so that the compiler sees it and plans the backward pass around it. It must
-    # then see all of the block: with collectives in the middle (expert dispatch, context parallelism) it goes inside.
+    """Apply activation checkpointing and torch.compile to the blocks of ``model`` as ``config`` says.
+
+    The last norm and the output matrix are compiled, too, if tensor parallelism does not split them.
+    """
+    # Compilation goes outside the recomputation, so that the compiler plans the backward pass around it. The compiler
+    # must then see the whole block. With collectives in the block (expert dispatch, context parallelism) it goes
+    # inside.
     parallel = config.parallel
     asks = parallel.ep > 1 or parallel.cp > 1
-    # Also under tp with recompute=full, where torch 2.13 fails to keep what its DTensors are made of.
+    # With tp and recompute=full too, it goes inside: torch 2.13 fails to keep the parts of its DTensors.
     inside = asks or (parallel.tp > 1 and config.recompute is Recompute.full)
     ways = (compile_block, recompute_block) if inside else (recompute_block, compile_block)
     for block in model.blocks:
@@ -106,14 +109,14 @@ def compile_block(block: nn.Module, config: TrainConfig) -> None:
 
 
 def compile_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the summed cross-entropy of a run: compiled to one kernel for each pass where the blocks are compiled."""
+    """Return the summed cross-entropy of a run; compiled to one kernel for each pass if the blocks are compiled."""
     if not config.compiles:
         return cross_entropy
     return torch.compile(plain_cross_entropy, dynamic=config.compile_dynamic, fullgraph=config.compile_fullgraph)
 
 
 def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Compute what ``cross_entropy`` computes as torch writes it, whose fp32 copies a compiler fuses away."""
+    """Compute the result of ``cross_entropy`` with torch's own function, whose fp32 copies a compiler fuses away."""
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
 
@@ -123,7 +126,9 @@ def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def checkpointed_forward(forward: Callable[..., Any], contexts: dict[str, Any], *args: Any) -> Any:
-    """Call ``forward``, keeping its inputs and what ``contexts`` selects; recomputing draws the same random numbers."""
+    """Call ``forward``; keep its inputs and the results that ``contexts`` selects. Recomputing draws the same random
+    numbers.
+    """
     return checkpoint(forward, *args, use_reentrant=False, **contexts)
 
 
@@ -138,8 +143,8 @@ def checkpoint_context(config: TrainConfig) -> dict[str, Any]:
 def save_policy(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
     """Save costly results: matrix products, all-to-alls, and attention unless it draws random numbers.
 
-    The reverse of Korthikanti et al. (arXiv 2205.05198, section 5): there attention took much memory and little
-    arithmetic; with a fused kernel it is the other way round. An operation that is not recomputed draws no random
-    numbers the second time, which would change all dropout after it, so with dropout attention is recomputed.
+    This reverses Korthikanti et al. (arXiv 2205.05198, section 5): there attention took much memory and little
+    arithmetic, but a fused kernel takes little memory and much arithmetic. With dropout attention is recomputed: if it
+    were not, it would draw no random numbers the second time, and all dropout after it would change.
     """
     return CheckpointPolicy.MUST_SAVE if operation in kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""Context parallelism: each sequence is sharded over ``cp`` ranks; ring attention (arXiv 2310.01889)."""
+"""Context parallelism: ring attention (arXiv 2310.01889), and sequences sharded over ``cp`` ranks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from gpt.parallel.timeline import waiting
 
 # Ring attention: keys and values circulate among the context-parallel ranks and meet every query (arXiv 2310.01889).
 #
-# While a rank computes with one block the next one is in transfer, and no rank ever holds more than two, so memory per
-# rank stays constant where ranks grow with the sequence length. The arithmetic is gpt/model/attention.py.
+# While a rank computes with one block the next block is in transfer. No rank ever holds more than two blocks, so memory
+# per rank stays constant if the ranks grow with the sequence length. The arithmetic is in gpt/model/attention.py.
 #
-# B sequences, T tokens of one that a rank holds, H heads, K key-value heads, C head width. A rank holds an early and a
-# late chunk of each sequence, as gpt/parallel/context.py shards them. A block is keys and values: (2, B, K, T, C).
+# B sequences, T tokens of each on this rank, H heads, K key-value heads, C head width. A rank holds an early and a late
+# chunk of each sequence, as ``SequenceShard`` below splits them. A block is keys and values: (2, B, K, T, C).
 
 
 KEYS, GRADIENTS = 0, 1
@@ -102,7 +102,8 @@ def block_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients between the first ``keys`` of a block and the queries from ``first`` on.
 
-    Returns those of the queries, and those of keys and values as one tensor, in the precision of the accumulation.
+    Returns the gradient of the queries, and the gradient of keys and values as one tensor, in the precision of
+    accumulation.
     """
     grad, q, y, lse = (x[:, :, first:].contiguous() for x in (grad_BHTC, q_BHTC, y_BHTC, lse_BHT))
     k, v = block[..., :keys, :]
@@ -113,8 +114,8 @@ def block_gradients(
 def visible_keys(owner: int, rank: int, tokens: int) -> tuple[int, int]:
     """Return the first of this rank's queries that attends to another rank's block, and the number of keys it sees.
 
-    A rank's early chunk comes before those of higher ranks, and its late one after theirs. So every query sees the
-    early chunk of a lower rank, and the late queries see both chunks of a higher one.
+    A rank's early chunk comes before the early chunks of higher ranks, and its late chunk after their late chunks. So
+    every query sees the early chunk of a lower rank, and the late queries see both chunks of a higher rank.
     """
     return (0, tokens // 2) if owner < rank else (tokens // 2, tokens)
 
@@ -128,11 +129,11 @@ class Ring:
         self.next = (self.rank + 1) % self.ranks
 
     def others(self) -> list[int]:
-        """List the owners of the blocks in order of arrival; the last one is the next rank's, and is not sent on."""
+        """List the owners of the blocks in order of arrival. The last block is the next rank's, and is not sent on."""
         return [(self.rank - i) % self.ranks for i in range(1, self.ranks)]
 
     def send_to_next(self, x: Tensor, tag: int) -> Transfer:
-        """Start sending a tensor to the next rank and receiving the previous one's, of the same shape."""
+        """Start sending a tensor to the next rank and receiving one of the same shape from the previous rank."""
         return Transfer(self, x, tag)
 
 
@@ -161,22 +162,22 @@ class Transfer:
 
 # Context parallelism: each sequence, and with it the activations, is sharded over ``cp`` ranks.
 #
-# Everything but attention works on one token at a time and needs no change. Hooks into a model at three places: its
-# positions, ``attend`` of each attention, and the balance loss of experts. Gradients are reduced over these ranks
-# together with the data-parallel ranks.
+# Everything but attention works on one token at a time and needs no change. This hooks into a model at three places:
+# its positions, ``attend`` of each attention, and the balance loss of experts. Gradients are reduced over these ranks
+# and the data-parallel ranks together.
 #
-# B sequences, S tokens of one, T those of this rank, H heads, K key-value heads, C head width, N ranks, P the tokens of
-# a chunk: S = 2 N P, T = 2 P.
+# B sequences, S tokens of each, T those of this rank, H heads, K key-value heads, C head width. N ranks, P tokens of a
+# chunk: S = 2 N P, T = 2 P.
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SequenceShard:
-    """This rank's shard of every sequence: chunk ``rank`` of 2N, and the same one counted from the end.
+    """This rank's shard of every sequence: chunk ``rank`` of 2N, and the same chunk counted from the end.
 
-    A token attends to all before it, so late chunks are more work than early ones; an early and a late one together
-    balance the load.
+    A token attends to all tokens before it, so late chunks are more work than early ones. An early and a late chunk
+    together balance the load.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -231,8 +232,7 @@ def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig
 def allgather_attend(shard: SequenceShard, attend: Attend, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
     """Attend from this rank's queries to the all-gathered keys: (B, H, T, C).
 
-    ``attend`` aligns its queries with the last keys, so each chunk is given the keys up to its end.
-    """
+    ``attend`` aligns its queries with the last keys, so each chunk gets the keys up to its end."""
     k_BKSC, v_BKSC = AllGatherSequence.apply(torch.stack((k_BKTC, v_BKTC)), shard.group).unbind()
     parts = zip(q_BHTC.chunk(2, dim=2), shard.ends(k_BKSC.size(2)), strict=True)
     return torch.cat([attend(q, k_BKSC[:, :, :end], v_BKSC[:, :, :end]) for q, end in parts], dim=2)
@@ -241,8 +241,7 @@ def allgather_attend(shard: SequenceShard, attend: Attend, q_BHTC: Tensor, k_BKT
 class AllGatherSequence(torch.autograd.Function):
     """All-gather of the sequence shards, in the order of tokens, along the last dimension but one.
 
-    Its backward pass is a reduce-scatter of the gradients to the rank that holds the token.
-    """
+    Its backward pass is a reduce-scatter of the gradients to the rank that holds the token."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

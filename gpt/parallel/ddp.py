@@ -1,4 +1,6 @@
-"""Data parallelism with replicas: DDP (arXiv 2006.15704), ZeRO-1 (arXiv 1910.02054) and its row shards."""
+"""Data parallelism with a replica on every rank: DDP (arXiv 2006.15704), ZeRO-1 (arXiv 1910.02054), and its row
+shards.
+"""
 
 from __future__ import annotations
 
@@ -28,16 +30,16 @@ from gpt.topology.dims import BUCKET_BYTES, BUCKETS_IN_FLIGHT, Batch, ParallelDi
 
 # Row shards of replicated parameters: gradients reduce-scattered and parameters all-gathered in flat buckets.
 #
-# Every parameter is sharded along its first dimension as ``torch.chunk`` does it, so that shards of any number of ranks
-# make up the same whole. In a flat bucket the chunks of all its tensors for one rank lie together, padded to those of
-# the first rank: a bucket takes one collective, and no tensor is sent twice.
+# Every parameter is sharded along its first dimension as ``torch.chunk`` does it, so shards of any number of ranks make
+# up the same whole. A flat bucket keeps the chunks of all its tensors for one rank together, padded to the size of the
+# first rank's chunks. So a bucket takes one collective, and no tensor is sent twice.
 
 
 GATHER_BYTES = 256 * 2**20
-"""Size of an all-gather bucket, which lives beside the model between two steps, when no activations do."""
+"""Bytes of an all-gather bucket, which exists in addition to the model between two steps, when no activations exist."""
 
 collectives = torch.ops._c10d_functional
-"""The functions of torch.distributed have other names in torch 2.13 than before."""
+"""The functions of torch.distributed have new names in torch 2.13."""
 
 
 class SplitParameter(NamedTuple):
@@ -48,14 +50,16 @@ class SplitParameter(NamedTuple):
 
 
 def split_parameter(whole: nn.Parameter, mesh: DeviceMesh) -> SplitParameter:
-    """Return a parameter with this rank's shard of it, for an optimizer to step in place."""
+    """Return a parameter with this rank's shard of it, which an optimizer steps in place."""
     chunk = own_chunk(whole.detach(), mesh.size(), mesh.get_local_rank())
     return SplitParameter(whole, nn.Parameter(as_row_shard(chunk, whole, mesh), requires_grad=whole.requires_grad))
 
 
 def own_chunk(tensor: Tensor, ranks: int, rank: int) -> Tensor:
-    """Return a rank's chunk of the rows of a tensor, over the same memory; with fewer rows than ranks some are
-    empty."""
+    """Return a rank's chunk of the rows of a tensor, over the same memory.
+
+    Some chunks are empty if there are fewer rows than ranks.
+    """
     chunks = tensor.chunk(ranks, dim=0)
     return chunks[rank] if rank < len(chunks) else tensor[:0]
 
@@ -89,7 +93,7 @@ def split_into_buckets(tensors: Sequence[Tensor], size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def all_gather_rows(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """All-gather tensors of which each rank holds its chunk of the rows, in place, ``GATHER_BYTES`` at a time."""
+    """All-gather tensors in place, ``GATHER_BYTES`` at a time; each rank holds its chunk of the rows."""
     for bucket in split_into_buckets(tensors, GATHER_BYTES):
         _all_gather_bucket([tensors[index] for index in bucket], group)
 
@@ -114,7 +118,7 @@ class GradientBucket:
         self._parameters, self._ranks = parameters, mesh.size()
         sizes = [padded_chunk(whole, self._ranks) for whole, _ in parameters]
         self.sums = parameters[0].whole.new_zeros(sum(sizes))
-        """This rank's part of the bucket, kept between steps: making DTensors anew would cost the host each time."""
+        """This rank's part of the bucket, kept between steps: the host would need time to make the DTensors anew."""
         self._gradients: list[DTensor] = []
         for (whole, shard), place in zip(parameters, self.sums.split(sizes), strict=True):
             assert isinstance(shard, DTensor)
@@ -128,7 +132,8 @@ class GradientBucket:
         self.missing = {whole for whole, _ in self._parameters}
 
     def fill(self) -> Tensor:
-        """Return the gradients flat, the chunks of one rank after those of the other; the parameters give them up.
+        """Return the gradients flat, the chunks of one rank after those of the rank before; the parameters give them
+        up.
 
         A parameter that took no part in the step counts as zeros, as another rank may have used it.
         """
@@ -148,9 +153,9 @@ class GradientBucket:
 class GradientReducer:
     """Reduce-scatter (sum) of gradients in flat buckets, each as soon as the backward pass has computed it.
 
-    Buckets are sent in one order, from the last parameters to the first, whatever the order in which gradients come: so
-    all ranks send the same ones, and every attempt of a run sums in the same order. Few are on their way at a time,
-    since a whole gradient is freed only when its bucket has arrived.
+    Buckets are sent in one order, from the last parameters to the first, in whatever order gradients come. So all ranks
+    send the same buckets, and every attempt of a run sums in the same order. Only a few buckets are on their way at a
+    time, since a whole gradient is freed only when its bucket has arrived.
     """
 
     def __init__(self, parameters: Sequence[SplitParameter], mesh: DeviceMesh) -> None:
@@ -180,7 +185,7 @@ class GradientReducer:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Send what is left, wait for all, and give every shard its gradient."""
+        """Send the remaining buckets, wait for all, and give every shard its gradient."""
         while self._to_send:
             self._send(self._to_send.popleft())
         while self._in_flight:
@@ -209,22 +214,22 @@ class GradientReducer:
             bucket.sums.copy_(collectives.wait_tensor(sums))
 
 
-# Data parallelism with a replica on every rank: DDP (arXiv 2006.15704) and ZeRO-1 (arXiv 1910.02054).
+# The engines of DDP (arXiv 2006.15704) and ZeRO-1 (arXiv 1910.02054).
 #
-# DDP all-reduces gradients in buckets during the last backward pass. ZeRO-1 reduce-scatters them instead, as many bytes
-# as half an all-reduce; each rank steps AdamW for its shard of every parameter; and the parameters are all-gathered,
-# the other half (section 7.2.1). Shards and buckets are gpt/parallel/ddp.py's.
+# DDP all-reduces gradients in buckets during the last backward pass. ZeRO-1 reduce-scatters the gradients, in half the
+# bytes of an all-reduce. Each rank then steps AdamW for its shard of every parameter. An all-gather of the parameters
+# is the other half (section 7.2.1).
 
 
 NEVER = 2**31 - 1
-"""Steps between two of DDP's statistics: the largest number that it takes."""
+"""Steps between two of DDP's statistics: the largest number that DDP accepts."""
 
 
 class DDPEngine(TorchEngine):
     """DistributedDataParallel: a replica on every rank. A single rank calls the model itself."""
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
-        if world.size == 1:  # nobody to average with, so nothing to copy into buckets
+        if world.size == 1:  # there is no rank to average with, so nothing to copy into buckets
             super().__init__(model, model, config, world, dims, batch, averaged=1)
             return
         devices = [world.device] if world.device.type == "cuda" else None
@@ -234,17 +239,17 @@ class DDPEngine(TorchEngine):
             self._ddp = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        # For statistics that nobody reads DDP would wait for the device in each hundredth step.
+        # DDP would wait for the device in each hundredth step, for statistics that no code reads.
         self._ddp._set_ddp_runtime_logging_sample_rate(NEVER)
         super().__init__(self._ddp, self._ddp, config, world, dims, batch, world.size, sync_context=self._sync_last)
         self.timed_groups = ("dp",)
         self._warm_up_buckets()
 
     def _run_backward(self, loss: Tensor, last: bool) -> None:
-        """Record what DDP waits at the end of the last backward pass, when all gradients are computed.
+        """Record DDP's wait at the end of the last backward pass, when all gradients are computed.
 
-        The callbacks of a backward pass run in the order in which they were queued. This one is queued at its begin,
-        ahead of the one in which DDP waits.
+        The callbacks of a backward pass run in the order in which they were queued. This callback is queued at the
+        begin, ahead of the one in which DDP waits.
         """
         timeline = current()
         if timeline is None or not last or self.timed_groups is None:
@@ -259,9 +264,9 @@ class DDPEngine(TorchEngine):
     def _warm_up_buckets(self) -> None:
         """Run two forward and backward passes and discard their gradients.
 
-        DDP rebuilds its buckets after the first backward pass, and with them the order of summation: a resumed run
-        would take its first step in another order than the uninterrupted one and differ in the last bits. After this,
-        the first real step of every attempt uses the final buckets.
+        DDP rebuilds its buckets after the first backward pass, and with them the order of summation. A resumed run
+        would take its first step in another order than the uninterrupted run, and differ in the last bits. After this
+        call, the first real step of every attempt uses the final buckets.
         """
         device, block = self.world.device, self.config.model.block_size
         tokens_BT = torch.zeros(self.batch.micro, block, dtype=torch.long, device=device)
@@ -277,7 +282,7 @@ class DDPEngine(TorchEngine):
 
 
 class Zero1Engine(TorchEngine):
-    """ZeRO-1: a replica on every rank, each of which reduces, clips and steps its rows of every parameter."""
+    """ZeRO-1: a replica on every rank, which reduces, clips and steps its own rows of every parameter."""
 
     def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
         self._mesh = build_mesh(ParallelDims("zero1", 1, world.size), world, config.parallel.timeout_s)
@@ -322,6 +327,6 @@ class Zero1Engine(TorchEngine):
         return self._reducer.last_micro_batch() if last else nullcontext()
 
     def _all_gather_parameters(self, *_: Any) -> None:
-        """All-gather the parameters, of which each rank has stepped its shard in place."""
+        """All-gather the parameters, after each rank has stepped its shard in place."""
         with waiting("dp"):
             all_gather_rows(self._wholes, self._mesh.get_group())

@@ -1,4 +1,4 @@
-"""The processes of a run: joining them (``open_world``), collectives between them (``World``), and the device mesh."""
+"""The processes of a run: the device mesh, collectives (``World``), and joining the ranks (``open_world``)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build_mesh(dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
 
 
 def group_options(world: World, timeout_s: int) -> tuple[str, Any]:
-    """Return backend and options of a process group whose collectives fail after ``timeout_s``."""
+    """Return backend and options of a process group whose collectives fail after ``timeout_s`` seconds."""
     if world.device.type == "cuda":
         options: Any = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout_s)
@@ -67,13 +67,13 @@ def replica_mesh(mesh: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
 def expert_mesh(mesh: DeviceMesh, dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
     """Return the mesh of the data ranks and ``cp`` with an axis ``ep``, along which experts are sharded.
 
-    The axis is split off from ``dp_shard`` under FSDP, so that all experts of a replica are in its own ranks, else from
+    Under FSDP the axis is split off from ``dp_shard``, so that a replica holds all its experts; else from
     ``dp_replicate``. ``edp`` is the rest of the split axis: the ranks that hold the same experts.
     """
     split_dim = "dp_shard" if dims.is_sharded else "dp_replicate"
     names = mesh.mesh_dim_names or ()
     data = mesh[tuple(name for name in ("dp_replicate", "dp_shard", "cp") if name in names)]
-    place = (data.mesh_dim_names or ()).index(split_dim)  # torch 2.11 takes no name here: it refuses those that it has
+    place = (data.mesh_dim_names or ()).index(split_dim)  # torch 2.11 refuses names that the mesh has
     sizes = (getattr(dims, split_dim) // dims.ep, dims.ep)
     options: dict[Any, Any] = {name: group_options(world, timeout_s) for name in ("edp", "ep")}
     return data._unflatten(place, sizes, ("edp", "ep"), backend_override=options)
@@ -85,7 +85,9 @@ def layer_mesh(mesh: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
 
 
 def set_timeouts(timeout_s: float, without: Collection[dist.ProcessGroup] = ()) -> None:
-    """Set the timeout of the collectives to come in the process groups of this rank, whoever made them."""
+    """Set the timeout of later collectives, in seconds, in all process groups of this rank, also those that torch
+    made.
+    """
     for group in list(c10d._world.pg_map):
         if group not in without:
             c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
@@ -102,9 +104,9 @@ class PendingSum:
     work: dist.Work
 
     def wait(self, waits_as: str = WORLD) -> torch.Tensor:
-        """Return the sum; on a GPU its stream waits, and the host does not.
+        """Return the sum. On a GPU the stream waits for it, and the host does not.
 
-        The timeline of a step has the wait under the name ``waits_as``.
+        The timeline of a step records the wait under the name ``waits_as``.
         """
         with waiting(waits_as):
             self.work.wait()
@@ -113,7 +115,7 @@ class PendingSum:
 
 @dataclass(frozen=True)
 class World:
-    """This rank among ``size``, and collectives, which all ranks must call."""
+    """This rank, one of ``size``, and the collectives, which all ranks must call."""
 
     rank: int
     size: int
@@ -126,7 +128,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """True on rank 0, which writes what is written once."""
+        """True on rank 0, which does all work that must be done once."""
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
@@ -150,21 +152,22 @@ class World:
         return messages.all_gather(value, self.control)
 
     def on_first(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on rank 0 only; every rank gets its result, or raises where it failed.
+        """Run ``action`` on rank 0 only; every rank gets its result, or raises if it failed.
 
         Args:
-            action: what it returns is sent, as ``gpt.checkpoint.messages`` can.
+            action: its result must be a value that ``gpt.checkpoint.messages`` can send.
 
         Raises:
             ConfigError: rank 0 raised it; raised on every rank.
-            FirstRankError: rank 0 raised something else; raised on the other ranks, so that none waits for it.
+            FirstRankError: rank 0 raised another error; raised on the other ranks, so that none of them waits for rank
+                0.
         """
         message = b""
         failure: BaseException | None = None
         if self.is_first:
             try:
                 message = messages.encode((action(), None, None))
-            except BaseException as error:  # torch's CheckpointException is none of Exception, nor is SystemExit
+            except BaseException as error:  # torch's CheckpointException and SystemExit are no Exception
                 failure = error
                 refusal = error if isinstance(error, ConfigError) else None
                 message = messages.encode((None, refusal, explain_failure(error)))
@@ -177,16 +180,16 @@ class World:
 
 
 class FirstRankError(RuntimeError):
-    """Failure of rank 0 in a step that it does for all ranks, as the others raise it."""
+    """Failure of rank 0 in a step that it does for all ranks; raised on all other ranks."""
 
 
 def explain_failure(error: BaseException) -> str:
-    """Say on the other ranks why rank 0 failed. ``rank 0 failed`` marks it as an echo of the failure of rank 0."""
+    """Describe rank 0's failure on the other ranks. ``rank 0 failed`` marks the text as an echo of that failure."""
     return f"rank 0 failed: {type(error).__name__}: {error}"
 
 
 def ranks_from_env() -> tuple[int, int, int, int, int]:
-    """Return (rank, world size, local rank, local world size, node) as torchrun sets them; else those of one process.
+    """Return (rank, world size, local rank, local world size, node) as torchrun sets them, or those of one process.
 
     Raises:
         ConfigError: only some of the variables are set, or they contradict each other.
@@ -216,7 +219,7 @@ def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.devic
     """Choose the device of this rank: a GPU of its own, or the CPU.
 
     Raises:
-        ConfigError: cuda was asked for and there are fewer GPUs than ranks on this node.
+        ConfigError: the config demands cuda and there are fewer GPUs than ranks on this node.
     """
     gpus = torch.cuda.device_count()
     if wish is Device.cpu or (wish is Device.auto and gpus == 0):
@@ -231,9 +234,10 @@ def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.devic
 
 
 def choose_store(size: int, timeout: timedelta) -> dist.Store | None:
-    """Choose the store in which the ranks find each other; None leaves it to torch and its environment variables.
+    """Choose the store in which the ranks find each other; None leaves the choice to torch and its environment
+    variables.
 
-    Under an agent the keys have a prefix that nobody else can tell: the store itself answers whoever reaches its port.
+    Under an agent the keys have a secret prefix: the store itself answers any process that reaches its port.
     """
     if size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
@@ -263,5 +267,5 @@ def open_world(wish: Device, timeout_s: int) -> Iterator[World]:
     # Groups do not inherit the timeout of the first one.
     control = dist.new_group(backend="gloo", timeout=timeout)
     yield World(rank, size, local_rank, local_size, node, device, control)
-    # Not after an exception: closing waits for peers that may be gone. The process leaves, and that closes it.
+    # Not after an exception: closing waits for ranks that may be gone. The exit of the process closes the group.
     dist.destroy_process_group()

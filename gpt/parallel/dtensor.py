@@ -1,4 +1,4 @@
-"""DTensor utilities, and values for a model that was constructed on the meta device."""
+"""DTensors: shards, replicas, all-reduces, and values for a model that was constructed on the meta device."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch.func import functional_call
 from gpt.model.gpt import GPT, Weights
 from gpt.parallel.compile import replace_forward
 
-# DTensor utilities: local shards, replicas, bucketed all-reduce, and modules that compute with their shards.
+# Local shards, replicas, bucketed all-reduce, and modules that compute with their shards.
 
 
 BUCKET_BYTES = 32 * 2**20
-"""Size of an all-reduce bucket: larger ones hide the latency better, and take as much memory again."""
+"""Bytes of an all-reduce bucket: a larger one hides the latency better, and takes as much additional memory."""
 
 
 def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
@@ -43,7 +43,7 @@ def inverse_replicas(grad: Tensor, ranks: int) -> float:
         return 1 / ranks
     placements = list(enumerate(grad.placements))
     assert not any(placement.is_partial() for _, placement in placements), "a partial sum has no replicas"
-    # FSDP2 shards what is sharded already into _StridedShard, which is_shard() does not count.
+    # FSDP2 shards an already sharded parameter into _StridedShard, which is_shard() does not count.
     return math.prod(grad.device_mesh.size(i) for i, placement in placements if not placement.is_replicate()) / ranks
 
 
@@ -53,10 +53,10 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def distribute(module: nn.Module, mesh: DeviceMesh, shardings: Mapping[str, Placement]) -> None:
-    """Make the parameters of a module, equal on all ranks of ``mesh``, DTensors: sharded by ``shardings`` or
-    replicated.
+    """Make the parameters of a module DTensors over ``mesh``: sharded by ``shardings``, or replicated.
 
-    A parameter that is sharded over another mesh already is sharded further.
+    The parameters are equal on all ranks before. A parameter that is sharded over another mesh already is sharded
+    further.
     """
     for name, parameter in list(module.named_parameters()):
         placement = shardings.get(name, Replicate())
@@ -102,28 +102,28 @@ def reduce_partial(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tens
     return DTensor.from_local(part, mesh, [Partial()]).redistribute(placements=[placement]).to_local()
 
 
-# Values for a model that was constructed and parallelized on the meta device, where tensors have shapes alone.
+# Values for a model that was constructed and parallelized on the meta device, where tensors have only shapes.
 #
-# So no rank ever holds more of the model than its shards and one whole parameter, and a model larger than a device, or
-# than the memory of a node, can begin.
+# So a rank never holds more of the model than its shards and one whole parameter. A model that is larger than a device,
+# or than the memory of a node, can begin.
 
 
 @torch.no_grad()
 def materialize(parts: Sequence[GPT], weights: Weights, device: torch.device, home: torch.device | None = None) -> None:
-    """Give a model memory and values: one parameter after another is made whole on the CPU, and this rank's shard kept.
+    """Give a model memory and values: make one parameter after another whole on the CPU, and keep this rank's shard.
 
     Args:
         parts: the model, or stages of one that may share modules, on the meta device.
-        weights: the values by name; the same on all ranks, which need not call this together.
+        weights: the values by name, the same on all ranks; the call is not collective.
         device: that computes.
-        home: where the shards lie between steps, where that is not ``device``.
+        home: device that holds the shards between steps; None means ``device``.
     """
     for part in parts:
         part.to_empty(device=home or device)
         if home is not None and home != device:
             for name, buffer in list(part.named_buffers()):
                 set_tensor(part, name, buffer.to(device))
-    for part in parts:  # after all have memory: making it anew would lose the values of a shared module
+    for part in parts:  # after all have memory: a shared module would lose its values if it got memory again
         for name, tensor in part.state_dict(keep_vars=True).items():
             copy_shard(tensor, weights(name, tensor.shape))
         part.reset_buffers()
@@ -133,7 +133,7 @@ def copy_shard(tensor: Tensor, whole: Tensor) -> None:
     """Copy this rank's shard of ``whole``, or all of it, into ``tensor``, which may be a DTensor."""
     own = local_tensor(tensor)
     if isinstance(tensor, DTensor) and own.numel():
-        (chunk,) = tensor.__create_chunk_list__()  # as checkpoints find it
+        (chunk,) = tensor.__create_chunk_list__()  # the function that checkpoints use
         for dimension, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
             whole = whole.narrow(dimension, start, length)
     if own.numel():

@@ -24,24 +24,23 @@ from gpt.topology.dims import Batch, ParallelDims
 # The Engine protocol: a parallelized model with its optimizer, as the training loop sees it.
 #
 # An engine is applied to a finished model from outside; the model knows nothing of parallelism. The engines are DDP and
-# ZeRO-1 (ddp.py), ND parallelism (nd.py), pipelines (pipeline.py) and DeepSpeed's (deepspeed/);
+# ZeRO-1 (ddp.py), ND parallelism (nd.py), pipelines (pipeline.py) and DeepSpeed's (deepspeed/).
 # gpt/training/execution.py chooses one.
 #
-# Shapes: B sequences, T tokens of one.
+# Shapes: B sequences, T tokens of each.
 
 
 class Engine(Protocol):
     """A model parallelized over the ranks, and its optimizer. Every method is collective."""
 
     module: nn.Module
-    """This rank's part of the model, its parameters named as in the whole one (maybe after ``module.``)."""
+    """This rank's part of the model, with the parameter names of the whole model (maybe after ``module.``)."""
     layer_group: dist.ProcessGroup | None
     """The ranks that hold the same layers (the same pipeline stage); None means all ranks."""
     files: Format
-    """The checkpoint format that stores what ``state()`` returns."""
+    """The checkpoint format of the state that ``state()`` returns."""
     timed_groups: tuple[str, ...] | None
-    """Groups whose waits ``gpt.parallel.timeline`` records; None where there are none, or some waits are out of
-    sight."""
+    """Groups whose waits ``gpt.parallel.timeline`` records; None if there are none, or some waits cannot be seen."""
 
     @property
     def loss_scale(self) -> LossScale | None:
@@ -49,8 +48,7 @@ class Engine(Protocol):
         ...
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        """Run forward and backward over all micro-batches, leaving the gradients of the mean loss over the global
-        batch.
+        """Run forward and backward over all micro-batches; leave the gradients of the mean loss over the global batch.
 
         Args:
             tokens_BT: this data-parallel rank's sequences of the global batch, (per_rank, T).
@@ -66,17 +64,18 @@ class Engine(Protocol):
         """Clip the gradients to ``optim.grad_clip``, and sum figures of the step over all ranks, without a device sync.
 
         Args:
-            figures_N: N numbers of this rank, float64. They travel with those that the norm takes, if it takes any.
+            figures_N: N numbers of this rank, float64. They travel with the numbers for the norm, if it needs a
+                collective.
             meanwhile: called once, while the ranks communicate.
         """
         ...
 
     def update(self, lr: float, skip: Tensor) -> Tensor | None:
-        """Step the optimizer; where ``skip``, a bool () that is the same on all ranks, is true, change nothing.
+        """Step the optimizer; change nothing if ``skip`` is true, a bool () that is the same on all ranks.
 
         Returns:
-            The global gradient norm, (), where ``clip`` told none: not finite where the optimizer has skipped the step
-            by itself, on all ranks. Else None.
+            The global gradient norm, (), if ``clip`` returned none: not finite if the optimizer itself has skipped the
+                step, on all ranks. None if ``clip`` returned a norm.
         """
         ...
 
@@ -85,17 +84,18 @@ class Engine(Protocol):
         ...
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
-        """Yield for each parameter with a gradient its name in the whole model, this rank's shard of the gradient, and
-        1
-        over the number of replicas of that shard."""
+        """Yield each gradient as (name, shard, share), by the parameter's name in the whole model.
+
+        The shard is this rank's; the share is 1 over the number of replicas of that shard.
+        """
         ...
 
     def state(self) -> Any:
-        """Return model and optimizer state as ``files`` takes it, independent of the parallelism."""
+        """Return the state of model and optimizer in the form of ``files``, independent of the parallelism."""
         ...
 
     def load(self, state: Any) -> None:
-        """Take over a state that was loaded into what ``state()`` returned."""
+        """Take over a state that was loaded into the result of ``state()``."""
         ...
 
     def begin(self) -> None:
@@ -105,12 +105,13 @@ class Engine(Protocol):
 
 # Base of the torch engines: gradient accumulation over micro-batches, AdamW, clipping, and checkpoint state.
 #
-# Shapes: B sequences, T tokens of one.
+# Shapes: B sequences, T tokens of each.
 
 
 ForwardBackward = Callable[[Tensor, Tensor, bool], Tensor]
-"""Forward and backward pass of a micro-batch: tokens and targets, (B, T), and whether it is the last one of the step.
-Returns its summed loss, ()."""
+"""Forward and backward pass of a micro-batch: takes tokens and targets, (B, T), and whether it is the last of the
+step. Returns the summed loss, ().
+"""
 
 
 def accumulate(
@@ -121,7 +122,7 @@ def accumulate(
     on_micro_batch: Callable[[], None],
     forward_backward: ForwardBackward,
 ) -> Tensor:
-    """Run all micro-batches of a step one after another (gradient accumulation); return the summed loss, () float64."""
+    """Run all micro-batches of a step in turn (gradient accumulation); return the summed loss, () float64."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for i in range(batch.accumulation):
         on_micro_batch()
@@ -136,7 +137,7 @@ def no_context(last: bool) -> AbstractContextManager[object]:
 
 
 class TorchEngine:
-    """A model parallelized by torch; each strategy overrides what it does differently.
+    """A model parallelized by torch; each strategy overrides the methods in which it differs.
 
     Args:
         module: the module that is called.
@@ -145,10 +146,10 @@ class TorchEngine:
         world: all ranks.
         dims: the parallel dimensions.
         batch: the split of the global batch.
-        averaged: number of ranks over which the strategy averages gradients; 1 where it sums them.
-        sync_context: returns the context of a micro-batch, given whether it is the last one of a step: a strategy that
-            reduces gradients in backward passes does so in the last one only.
-        reduce_gradients: called after the last micro-batch, to reduce what backward passes did not.
+        averaged: number of ranks over which the strategy averages gradients; 1 if it sums them.
+        sync_context: returns the context of a micro-batch, given whether it is the last of a step. A strategy that
+            reduces gradients in backward passes does so only in the last one.
+        reduce_gradients: called after the last micro-batch, to reduce gradients that backward passes did not reduce.
     """
 
     layer_group: dist.ProcessGroup | None = None
@@ -156,7 +157,7 @@ class TorchEngine:
     """Summed loss of logits and targets."""
     timed_groups: tuple[str, ...] | None = None
     loss_weight: float = 1.0
-    """1, or 0 where another rank computes and reports the loss of the same tokens."""
+    """1, or 0 if another rank computes and reports the loss of the same tokens."""
     files: Format
 
     def __init__(
@@ -181,8 +182,8 @@ class TorchEngine:
         self.optimizer = build_optimizer(trained, config.optim, fused=self.loss_scale is not None)
         self._parameters = tuple(module.parameters())
         self.scale = averaged / (batch.global_batch * config.model.block_size)
-        # Tensor-parallel ranks route the same tokens and their gradients are summed; each context-parallel rank has the
-        # mean over its own tokens.
+        # Tensor-parallel ranks route the same tokens, and their gradients are summed. Each context-parallel rank has
+        # the mean over its own tokens.
         per_sequence = averaged / (batch.global_batch * dims.tp * dims.cp)
         set_auxiliary_scale(module, per_sequence, None if self.loss_scale is None else self.loss_scale.scale)
 
@@ -198,8 +199,8 @@ class TorchEngine:
     def zero_grad(self) -> None:
         """Drop the gradients of the last step.
 
-        Of the parameters there were at the beginning: a walk over the modules takes a small model's step a third of a
-        percent, and would miss those in whose place FSDP has put gathered ones.
+        The list is of the parameters at the beginning. A walk over the modules costs a small model's step a third of a
+        percent. It would also miss the parameters that FSDP has replaced by gathered ones.
         """
         for parameter in self._parameters:
             parameter.grad = None
@@ -233,7 +234,7 @@ class TorchEngine:
         return summed_loss(self.module, self.config, *own, self.world.device, self.criterion)
 
     def local_tokens(self, x_BT: Tensor) -> Tensor:
-        """Return this rank's tokens, or targets, of each sequence: all of them without context parallelism."""
+        """Return this rank's tokens, or targets, of each sequence, (B, T); all of them without context parallelism."""
         return x_BT
 
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
@@ -257,8 +258,8 @@ class TorchEngine:
         return {"model": model, "optimizer": optimizer}
 
     def load(self, state: dict[str, Any]) -> None:
-        # The stored parameter groups name the parameters of one rank, which differ between pipeline stages. Everything
-        # else in them comes from the config.
+        # The stored parameter groups name the parameters of one rank, which differ between pipeline stages. Their other
+        # values come from the config.
         groups = get_optimizer_state_dict(self.trained, self.optimizer)["param_groups"]
         optimizer = {"state": state["optimizer"]["state"], "param_groups": groups}
         set_state_dict(self.trained, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)

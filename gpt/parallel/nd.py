@@ -37,13 +37,12 @@ from gpt.topology.dims import Batch, ParallelDims, fsdp_units, shard_dimension
 
 
 def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
-    """Shard every parameter of ``model``, or a pipeline stage of one, over ``mesh``, in groups that are all-gathered
-    together.
+    """Shard every parameter of ``model``, or a pipeline stage of one, over ``mesh``, in groups gathered together.
 
-    After torchtitan (torchtitan/distributed/fsdp.py): the embedding, each block or several (``fsdp_units``), and norm
-    with output matrix. The last unit of blocks, norm and output matrix stay gathered between forward and backward
-    pass, which begins with them; the embedding needs no weight there. A tied matrix is used at both ends, so it
-    stays gathered in between, in the group of the model, which holds what is in no other.
+    The groups follow torchtitan (torchtitan/distributed/fsdp.py): the embedding; each block, or several
+    (``fsdp_units``); norm with output matrix. The last unit of blocks, and norm and output matrix, stay gathered after
+    the forward pass, since the backward pass begins with them. The embedding needs no weight there. A tied matrix is
+    used at both ends, so it stays gathered in between, in the group of the model, which holds all remaining parameters.
     """
     # torch 2.13 warns against writing into the logits, which are a view. The loss does not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -71,7 +70,7 @@ def fsdp_shard_modules(
         modules: called one after another in a forward pass.
         mesh: the ranks to shard over.
         config: of the run.
-        reshard: free them after the forward pass, and all-gather them again for the backward pass.
+        reshard: free the whole parameters after the forward pass, and all-gather them again for the backward pass.
         dimension: along which to shard.
     """
     half = config.precision.is_half
@@ -93,8 +92,8 @@ def fsdp_shard_modules(
 def reshard(module: nn.Module) -> None:
     """Free the parameters that FSDP all-gathered for a forward pass without a backward pass.
 
-    Gathered ones stand in the place of the sharded ones until the next backward pass. Whoever walks over the parameters
-    meanwhile, as a comparison of replicas does, would see tensors of other shapes, and without gradients.
+    Gathered parameters replace the sharded ones until the next backward pass. Code that walks over the parameters in
+    the meantime, such as a comparison of replicas, would see tensors of other shapes, without gradients.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -102,18 +101,18 @@ def reshard(module: nn.Module) -> None:
 
 
 COLLECTIVE = ("unshard", "wait_for_unshard", "post_backward", "finalize_backward")
-"""Methods of FSDP's groups of parameters that all-gather, reduce-scatter, or wait for one or the other."""
+"""Methods of FSDP's groups of parameters that start a collective, or wait for one."""
 
 
 def record_waits(module: nn.Module) -> None:
-    """Have the timeline of a step see where FSDP communicates, with the copies into and out of its buffers.
+    """Have the timeline of a step see FSDP's communication, with the copies into and out of its buffers.
 
-    A CPU waits in the collectives themselves. On a GPU they run beside what computes, and only the waits take time
-    there.
+    A CPU waits in the collectives themselves. On a GPU they run at the same time as kernels, and only the waits take
+    time.
     """
     assert isinstance(module, FSDPModule)
     state = module._get_fsdp_state()
-    found = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # its name until torch 2.11
+    found = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # the name until torch 2.11
     for group in found:
         for name in COLLECTIVE if group is not None else ():
             setattr(group, name, partial(call_waiting, getattr(group, name)))
@@ -126,9 +125,9 @@ def call_waiting(method: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def prefetch_forward(groups: Sequence[Sequence[nn.Module]]) -> None:
-    """Have each of the groups of sharded modules, in the order of the forward pass, all-gather the one after it.
+    """Have each group of sharded modules, in the order of the forward pass, all-gather the group after it.
 
-    FSDP2 leaves that to the host, which runs ahead of the device; a host that waits inside a block does not.
+    FSDP2 leaves that to the host, which runs ahead of the device. A host that waits inside a block does not run ahead.
     """
     for here, following in pairwise(groups):
         assert isinstance(here[0], FSDPModule)
@@ -137,12 +136,11 @@ def prefetch_forward(groups: Sequence[Sequence[nn.Module]]) -> None:
 
 # Expert parallelism: experts sharded over data-parallel ranks (GShard, arXiv 2006.16668, section 3.2).
 #
-# Each rank routes its own tokens. An all-to-all dispatches their rows to the ranks that hold their experts, a second
-# one combines the results; the backward pass sends gradients the same ways. So the gradient of an expert is already
-# summed over the expert-parallel ranks; over the ranks that hold the same experts it is reduced like every other
-# gradient.
+# Each rank routes its own tokens. An all-to-all dispatches their rows to the ranks with their experts, and a second one
+# combines the results. The backward pass sends gradients the same ways. So the gradient of an expert is already summed
+# over the expert-parallel ranks. Over the ranks with the same experts it is reduced like every other gradient.
 #
-# E experts, H experts held here, P ranks, R rows of this rank's tokens, S rows sent here, D width, F inner width.
+# E experts, H experts of this rank, P ranks, R rows of this rank's tokens, S rows sent here, D width, F inner width.
 
 
 def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
@@ -151,8 +149,8 @@ def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
     Args:
         model: with all experts, equal on every rank.
         mesh: the expert-parallel ranks.
-        averaged: True where FSDP averages gradients over the ranks that hold the same experts. Other gradients are
-            averaged over all data ranks; those of experts are summed over ``mesh`` already, and so divided here.
+        averaged: True if FSDP averages gradients over the ranks that hold the same experts. Other gradients are
+            averaged over all data ranks. Gradients of experts are summed over ``mesh`` already, and so divided here.
     """
     share = 1 / mesh.size() if averaged else 1.0
     for mixture in find_mixtures(model):
@@ -167,8 +165,8 @@ def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
 def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: ParallelDims) -> None:
     """Shard a rank's experts over the ranks that hold the same ones (FSDP2).
 
-    FSDP2 all-gathers parameters when their module is called. Inside a block that would be in the middle of what is
-    recomputed or compiled, where torch 2.13 refuses it; so the experts' module is called around the whole block.
+    FSDP2 all-gathers parameters when their module is called. Inside a block, torch 2.13 refuses that within recomputed
+    or compiled code. So the experts' module is called around the whole block.
     """
     last = [*model.blocks][-1:]
     for block in model.blocks:
@@ -210,7 +208,8 @@ def build_dispatch(
 def local_experts(weight: Tensor, share: float) -> Tensor:
     """Return this rank's experts of a parameter, with the gradient multiplied by ``share``."""
     mine = local_tensor(weight)
-    # FSDP2 could divide too, but by a factor that gloo cannot (PREMUL_SUM), or twice where one rank has the experts.
+    # FSDP2 could divide too, but by a factor that gloo does not support (PREMUL_SUM), or twice if one rank has the
+    # experts.
     if share != 1 and mine.requires_grad:
         mine.register_hook(lambda gradient: gradient * share)
     return mine
@@ -221,9 +220,9 @@ class DispatchPlan:
     """Sizes of the all-to-all of rows, and the order that sorts received rows by expert."""
 
     sent: list[int]
-    """Rows from here to each rank."""
+    """Rows from this rank to each rank."""
     received: list[int]
-    """Rows from each rank to here."""
+    """Rows from each rank to this rank."""
     order: Tensor
     """(S,): sorts received rows by expert; rows of one expert stay in the order of ranks."""
     ends: Tensor
@@ -233,7 +232,8 @@ class DispatchPlan:
 def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> DispatchPlan:
     """Plan the dispatch of rows that end at ``ends_E`` for each expert.
 
-    With fixed places (a capacity) all ranks know the sizes, and the device is not waited for. Else they are exchanged.
+    With fixed places (a capacity) all ranks know the sizes, and no rank waits for the device. Otherwise ranks exchange
+    them.
     """
     ranks, device = group.size(), ends_E.device
     held = len(ends_E) // ranks
@@ -246,7 +246,7 @@ def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_pla
     received_PH = all_to_all(sent_PH, [1] * ranks, [1] * ranks, group)
     sent, received = torch.stack([sent_PH.sum(1), received_PH.sum(1)]).tolist()
     expert_PH = torch.arange(held, device=device).repeat(ranks)
-    # The size is known here; without it the device would be waited for a second time.
+    # The size is known here; without it the host would wait for the device a second time.
     expert_S = expert_PH.repeat_interleave(received_PH.flatten(), output_size=sum(received))
     ends_H = received_PH.sum(0).cumsum(0).to(torch.int32)
     return DispatchPlan(sent, received, expert_S.argsort(stable=True), ends_H)
@@ -254,7 +254,7 @@ def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_pla
 
 def all_to_all(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
     """Exchange rows with every rank of a group, in the order of ranks (all_to_all_single with unequal sizes)."""
-    # As an operation of its own, with a result, so that selective recomputation can keep it (gpt/parallel/compile.py).
+    # An operation of its own with a result, so that selective recomputation can keep it (gpt/parallel/compile.py).
     operations = torch.ops._c10d_functional
     with waiting("ep"):
         return operations.wait_tensor(operations.all_to_all_single(x.contiguous(), received, sent, group.group_name))
@@ -273,13 +273,11 @@ class AllToAll(torch.autograd.Function):
         return all_to_all(gradients[0], *ctx.way_back), None, None, None
 
 
-# ND parallelism on a device mesh: tensor, context and expert parallelism with FSDP or replicas over the data ranks.
-#
-# Each kind of parallelism is a module of its own.
+# The ND engine: tensor, context and expert parallelism, with FSDP or replicas over the data ranks.
 
 
 class NDEngine(TorchEngine):
-    """A model sharded along the axes of the mesh, with its parameters sharded (fsdp) or replicated (ddp) over data
+    """A model sharded along the axes of the mesh; its parameters are sharded (fsdp) or replicated (ddp) over data
     ranks.
 
     Context-parallel ranks each have a part of the gradient of a sequence, so for gradients they count as data ranks.
@@ -318,9 +316,9 @@ class NDEngine(TorchEngine):
         home = torch.device("cpu") if self._sharded and config.parallel.cpu_offload else None
         materialize(parts, weights, world.device, home)
         if not self._sharded:
-            # Replicas all-reduce their gradients after the last micro-batch, without DistributedDataParallel: that
-            # wants every parameter on one kind of mesh, and a pipeline schedule would end it for one stage while
-            # another still computes.
+            # Replicas all-reduce their gradients after the last micro-batch, without DistributedDataParallel. That
+            # class wants every parameter on one kind of mesh. A pipeline schedule would also end it for one stage while
+            # another stage still computes.
             experts = expert_parameters(module) if dims.ep > 1 else []
             rest = [p for p in module.parameters() if not any(p is other for other in experts)]
             for chosen, mesh in ((rest, self.mesh), (experts, data)):
@@ -372,7 +370,7 @@ class NDEngine(TorchEngine):
         if isinstance(self.module, FSDPModule):
             each = self.config.parallel.reduce_each_micro_batch
             self.module.set_requires_gradient_sync(last or each)
-            self.module.set_requires_all_reduce(last)  # between replicas once, whatever a replica does inside
+            self.module.set_requires_all_reduce(last)  # between replicas once, whatever happens inside a replica
         return nullcontext()
 
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
@@ -390,7 +388,7 @@ class NDEngine(TorchEngine):
 
 
 def find_timed_groups(config: TrainConfig, dims: ParallelDims) -> tuple[str, ...] | None:
-    """Return the groups whose waits are recorded; None where some are out of sight: in compiled blocks under tp."""
+    """Return the groups whose waits are recorded; None if some cannot be seen: those in compiled blocks under tp."""
     if dims.tp > 1 and config.compiles:
         return None
     sizes = {"fsdp" if dims.is_sharded else "dp": dims.data_ranks * dims.cp}

@@ -19,19 +19,19 @@ from gpt.parallel.timeline import WORLD
 
 # Clipping of gradients to a global norm, in one all-reduce with the figures of the step.
 #
-# What is summed over all ranks for the update and what is summed for the records waits for the same ranks at the same
-# place, so it travels together; and while it does, the host has something else to do.
+# The sums for the update and the sums for the records wait for the same ranks at the same place, so they travel
+# together. Meanwhile the host has other work to do.
 
 
 class Clipped(NamedTuple):
     """Gradient norm and figures of a step, as all ranks know them before its update."""
 
     norm: Tensor | None
-    """Global norm of the gradients before they were clipped, (); None where the optimizer clips in its step."""
+    """Global norm of the gradients before they were clipped, (); None if the optimizer clips in its step."""
     sums: Tensor
     """Figures of the step, (N,), summed over all ranks."""
     flaw: Tensor
-    """0, or not a number where a rank has found gradients that are not finite; (), the same on all ranks."""
+    """0, or not a number if a rank has found gradients that are not finite; (), the same on all ranks."""
 
 
 def clip_replica(
@@ -40,7 +40,7 @@ def clip_replica(
     """Clip gradients that every rank holds whole, as ``Engine.clip``; a ``limit`` of 0 leaves them. Collective."""
     parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # Replicas have the same gradients. One that has computed something else must not be alone in skipping the step.
+    # Replicas have the same gradients. A replica with other numbers must not be alone in skipping the step.
     pending = world.start_all_reduce(torch.cat([flaw_of(norm).unsqueeze(0), figures_N]))
     if limit > 0:
         clip_grads_with_norm_(parameters, limit, norm)
@@ -59,12 +59,12 @@ def clip_shards(
 ) -> Clipped:
     """Clip sharded gradients, as ``Engine.clip``; a ``limit`` of 0 leaves them. Collective.
 
-    Each comes with 1 over the number of its replicas, so that over the world every element counts once. The timeline of
-    a step has the wait for the other ranks under the name ``waits_as``.
+    Each gradient comes with 1 over the number of its replicas, so that over the world every element counts once. The
+    timeline of a step records the wait for the other ranks under the name ``waits_as``.
     """
     parts = [(part, share) for _, part, share in gradients]
-    # Gradients may be offloaded to the host; collectives run on the device. The squares come first: the place of an
-    # element may decide in which order the ranks add it up, and the number of figures differs from step to step.
+    # Gradients may be offloaded to the host; collectives run on the device. The squares come first, since the number of
+    # figures differs between steps. The place of an element may decide the order of its sum over the ranks.
     squares = sum_of_squares(parts).to(world.device)
     pending = world.start_all_reduce(torch.cat([squares.unsqueeze(0), figures_N]))
     meanwhile()
@@ -92,11 +92,11 @@ def scale_to(limit: float, norm: Tensor, parts: Sequence[Tensor]) -> None:
     torch._foreach_mul_(list(parts), (limit / (norm + 1e-6)).clamp(max=1.0).to(parts[0]))
 
 
-# Dynamic loss scale of fp16 (arXiv 1710.03740, section 3.2): small gradients survive, steps that overflow are
+# Dynamic loss scale of fp16 (arXiv 1710.03740, section 3.2): small gradients survive, and overflowing steps are
 # skipped.
 #
-# A step overflows where the ranks have agreed to skip it, as they do in any precision (gpt/training/step.py); all of it
-# stays on the device, which nobody waits for. The arithmetic is that of torch.amp.GradScaler, which looks at the
+# A step overflows if the ranks have agreed to skip it, as they do in any precision (gpt/training/step.py). All of this
+# stays on the device, so that no rank waits. The arithmetic is that of torch.amp.GradScaler, which looks at the
 # gradients of one rank only.
 
 
@@ -106,7 +106,7 @@ GROWTH, BACKOFF = 2.0, 0.5
 GROWTH_INTERVAL = 2000
 """Steps in a row without overflow after which the scale grows. These four are torch's defaults."""
 MINIMUM = 1.0
-"""Least scale. Gradients that overflow without being scaled up are no matter of the scale: the run has diverged."""
+"""Least scale. An overflow of gradients that are not scaled up has another cause: the run has diverged."""
 
 
 class LossScale(Protocol):
@@ -126,7 +126,7 @@ class LossScale(Protocol):
 
 
 class DynamicLossScale:
-    """Loss scale that doubles after 2,000 steps without overflow, and halves where a step overflows."""
+    """Loss scale that doubles after 2,000 steps without overflow, and halves if a step overflows."""
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.full((), INITIAL, device=device)
@@ -144,7 +144,7 @@ class DynamicLossScale:
             torch._foreach_mul_(shards, inverse.to(device))
 
     def update(self, overflows: Tensor) -> None:
-        """Adapt the scale after a step that was skipped where ``overflows``, a bool (), is true."""
+        """Adapt the scale after a step; ``overflows``, a bool (), is true if the step was skipped."""
         self._used.copy_(self.scale)
         torch._amp_update_scale_(self.scale, self._steps, overflows.to(self.scale), GROWTH, BACKOFF, GROWTH_INTERVAL)
         self.scale.clamp_(min=MINIMUM)
@@ -160,22 +160,22 @@ class DynamicLossScale:
         self._steps.fill_(int(state["steps"]))
 
 
-# AdamW (arXiv 1711.05101) and its steps that are skipped; norms of gradients in shards.
+# AdamW (arXiv 1711.05101) and its skipped steps; norms of sharded gradients.
 
 
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, which steps this rank's shards of DTensors. Its state stays DTensors, as checkpoints take it.
 
-    The step is elementwise, on gradients that are sharded as their parameters. Through DTensor torch would look for a
-    sharding of each parameter, 2 to 3 ms of the host apiece in the first step, hash all of them in each step, and
-    refuse a list with plain tensors among them.
+    The step is elementwise, on gradients that are sharded like their parameters. Through DTensor torch would look for a
+    sharding of each parameter: 2 to 3 ms of the host apiece in the first step. It would also hash all of them in each
+    step, and refuse a list with plain tensors among them.
     """
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
         has_complex = super()._init_group(group, *lists)  # fills the lists: parameters, gradients, state
         for index, (p, grad) in enumerate(zip(*lists[:2], strict=True)):
             if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
-                lists[1][index] = grad.redistribute(placements=p.placements)  # a sum that is due yet
+                lists[1][index] = grad.redistribute(placements=p.placements)  # completes a partial sum
         for tensors in lists:
             tensors[:] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
         return has_complex
@@ -184,10 +184,10 @@ class AdamW(torch.optim.AdamW):
 def build_optimizer(
     module: nn.Module, config: OptimConfig, kind: type[torch.optim.AdamW] = AdamW, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """Build AdamW, or the user's optimizer, over the parameters of ``module``, with weight decay for matrices and
-    none for biases and norms.
+    """Build AdamW, or the user's optimizer, over the parameters of ``module``; weight decay is for matrices only.
 
-    ``fused`` asks for the fused step on devices other than GPUs and CPUs too, where it is not the default.
+    Biases and norms have no weight decay. ``fused`` chooses the fused step also on devices for which it is not the
+    default.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -210,11 +210,10 @@ def build_optimizer(
 
 @contextmanager
 def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
-    """Have a step of the fused ``optimizer`` change nothing, and not count, where ``skip``, a bool (), is true.
+    """Have a step of the fused ``optimizer`` change nothing, and not count, if ``skip``, a bool (), is true.
 
-    The fused kernel looks at it on the device; before the step of an optimizer of the user's the host
-    does. Offloaded parameters are stepped by the host, which waits here: torch would read the flag while it is still
-    being copied.
+    The fused kernel reads ``skip`` on the device; for a user's optimizer the host reads it before the step. Offloaded
+    parameters are stepped by the host, which waits here: torch would read the flag while it is still being copied.
     """
     optimizer.found_inf = skip.float().to(first_parameter(optimizer).device)  # type: ignore[attr-defined]
     try:
@@ -254,6 +253,6 @@ def sum_of_elements(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
 def times(values_N: Tensor, factors: Sequence[float]) -> tuple[Tensor, ...]:
     """Multiply each of N values on a device by a number of the host; each product is ().
 
-    As arguments of the kernel: a tensor of the factors would be copied to the device, and the host would wait for it.
+    The factors are arguments of the kernel: a tensor of them would be copied to the device, and the host would wait.
     """
     return tuple(torch._foreach_mul(values_N.unbind(), list(factors)))

@@ -1,10 +1,10 @@
 """Pipeline parallelism: stages of layers on different ranks, with torch's schedules (torch.distributed.pipelining).
 
-``Pipeline`` owns the stages of this rank, the schedule that runs micro-batches through them, and the tied embedding
-that the first and the last stage both hold. ``PipelineEngine`` applies the other kinds of parallelism to each stage, as
-``NDEngine`` does to a whole model. gpt/topology/pipeline.py splits the layers.
+``Pipeline`` has the stages of this rank, the schedule that runs micro-batches through them, and the tied embedding of
+the first and the last stage. ``PipelineEngine`` applies the other kinds of parallelism to each stage, as ``NDEngine``
+does to a whole model. gpt/topology/pipeline.py splits the layers.
 
-Shapes: B sequences of a micro-batch, T tokens of one, D width, V vocabulary.
+Shapes: B sequences of a micro-batch, T tokens of each, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Pipeline:
         self.stages = {index: Stage(model, part.blocks, part.first, part.last) for index, part in held}
         """This rank's stages, by their index in the pipeline."""
         self.module = merge_stages(model, list(self.stages.values()))
-        """The stages as one module with the parameter names of the model; to be stepped and stored, not called."""
+        """The stages as one module with the parameter names of the model; for the optimizer and checkpoints, not for
+        calls.
+        """
         self.tied = TiedEmbedding(self)
         for stage in self.stages.values():
             replace_forward(stage, partial(self._run_stage, stage.forward, stage.last))
@@ -93,7 +95,7 @@ class Pipeline:
         """Run forward and backward of a data rank's micro-batches; gradients are of the summed loss times ``scale``.
 
         Returns:
-            The summed loss where the last stage is, 0 elsewhere, () float64.
+            The summed loss on the rank of the last stage, 0 on other ranks, () float64.
         """
         self._on_micro_batch, self._objective = (
             on_micro_batch,
@@ -110,9 +112,10 @@ class Pipeline:
         return torch.stack([loss.detach().double() for loss in losses]).sum() / scale
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, criterion: Criterion) -> Tensor:
-        """Return the summed loss on the rank of the last stage, 0 elsewhere, (); forward only, any number of sequences.
+        """Return the summed loss on the rank of the last stage, 0 on other ranks, (). Forward only, any number of
+        sequences.
 
-        A rank goes on as soon as it has sent its activations, so consecutive calls fill the pipeline.
+        A rank continues as soon as it has sent its activations, so consecutive calls fill the pipeline.
         """
         x = tokens_BT.to(self._device)
         total = torch.zeros((), device=self._device)
@@ -151,7 +154,7 @@ class Pipeline:
         """Return a tensor like those sent between stages: hidden states (B, T, D), or this rank's shard of them along
         T.
 
-        Residual stream and norms are fp32 under autocast; FSDP computes with weights of 16 bits, and casts inputs.
+        Residual stream and norms are fp32 under autocast. FSDP computes with weights of 16 bits, and casts inputs.
         """
         slices = self._config.parallel.tp if self._config.parallel.sequence_parallel else 1
         dtype = COMPUTE_DTYPES[self._config.precision] if self.sharded else torch.float32
@@ -175,7 +178,9 @@ class Pipeline:
         return kind(held, self._batch.accumulation, loss_fn=lambda *pair: self._objective(*pair), scale_grads=False)
 
     def _example(self, tokens: bool = False, logits: bool = False) -> Tensor:
-        """Return shape and type of a stage's input or output, which torch would else infer by a forward pass."""
+        """Return a tensor with shape and type of a stage's input or output; torch would run a forward pass to infer
+        them.
+        """
         model, parallel, meta = self._config.model, self._config.parallel, torch.device("meta")
         shape = (self._batch.micro, self._time)
         if tokens:
@@ -194,12 +199,12 @@ def scaled_loss(criterion: Criterion, scale: float | Tensor, logits: Tensor, tar
 
 
 class TimedStage(PipelineStage):
-    """A stage whose pieces of work the timeline of a step sees, and which of them wait for what another rank sends."""
+    """A stage that reports to the timeline its pieces of work, and whether a piece waits for data from another rank."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._received: set[tuple[str, int]] = set()
-        """Forward and backward passes of micro-batches that begin with what another rank sends."""
+        """Forward and backward passes of micro-batches that begin with data from another rank."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         return self._note("forward", fwd_chunk_id, super().get_fwd_recv_ops(fwd_chunk_id))
@@ -234,8 +239,9 @@ class TimedStage(PipelineStage):
 class TiedEmbedding:
     """A tied embedding whose copies are in the first and the last stage; does nothing for an untied model.
 
-    Both copies get the sum of the two gradients. On different ranks both are stepped, and stay equal. On one rank they
-    are one parameter; only FSDP, which all-gathers each stage by itself, needs two, and the second copies the first.
+    Both copies get the sum of the two gradients. On different ranks both copies are stepped, and stay equal. On one
+    rank they are one parameter. Only FSDP, which all-gathers each stage by itself, needs two; the second then copies
+    the first.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -244,7 +250,7 @@ class TiedEmbedding:
         tied = pipeline.module.config.tie_embeddings
         here = [stages[end] for end in (first, last) if end in stages and tied]
         self.apart = tied and pipeline.global_rank(first) != pipeline.global_rank(last)
-        """True where the copies are on different ranks."""
+        """True if the copies are on different ranks."""
         self._mine = here[0] if here and self.apart else None
         self._peer = pipeline.global_rank(last if first in stages else first)
         self._pair = here if len(here) == 2 and pipeline.sharded else None
@@ -291,7 +297,7 @@ def merge_stages(model: GPT, stages: Sequence[Stage]) -> Stage:
 
 
 class PipelineEngine(NDEngine):
-    """A model split into pipeline stages, to each of which the other kinds of parallelism are applied."""
+    """A model split into pipeline stages; the other kinds of parallelism are applied to each stage."""
 
     def __init__(
         self, model: GPT, weights: Weights, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch
@@ -321,7 +327,7 @@ class PipelineEngine(NDEngine):
         )
 
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
-        # The first collective of all stages: those that ended early wait here for the rest of the pipeline.
+        # This is the first collective of all stages: ranks that ended early wait here for the rest of the pipeline.
         limit = self.config.optim.grad_clip
         return clip_shards(self.gradients(), limit, self.world, figures_N, meanwhile, waits_as=BUBBLE)
 

@@ -1,6 +1,6 @@
-"""Comparison of parameter replicas, bit by bit: a device or a memory may change one without a word.
+"""Comparison of parameter replicas, bit by bit: a device or a memory may change one without an error.
 
-What differs in a moment of the optimizer shows in its parameter one step later.
+A difference in a moment of the optimizer shows in its parameter one step later.
 """
 
 from __future__ import annotations
@@ -28,46 +28,49 @@ class Drift:
 
     ranks: Ranks
     is_certain: bool
-    """True where a majority of the replicas agrees, and these differ from it; else these differ from each other."""
+    """True if a majority of the replicas agrees, and these ranks differ from it; False if the ranks differ from each
+    other.
+    """
 
 
 class ReplicaCheck:
-    """Comparison of the replicas of a module's parameters. All ranks make it, and call it, together."""
+    """Comparison of the replicas of a module's parameters. Collective: all ranks create it, and call it, together."""
 
     def __init__(self, module: nn.Module, world: World) -> None:
         self._module, self._world = module, world
         self._ranks_of = ranks_by_shard(world.gather([shard_key(n, p) for n, p in module.named_parameters()]))
         self._groups = sorted({ranks for ranks in self._ranks_of.values() if len(ranks) > 1})
-        """Groups of ranks that hold the same, in an order that all ranks have."""
+        """Groups of ranks that hold the same shards, in an order that is the same on all ranks."""
 
     @property
     def compares(self) -> bool:
-        """False where every parameter is on one rank only."""
+        """False if every parameter is on one rank only."""
         return bool(self._groups)
 
     def find_drift(self) -> Drift | None:
-        """Compare the parameters as they are now; None where all replicas agree. Waits for the device. Collective."""
+        """Compare the present parameters; None if all replicas agree. Waits for the device. Collective."""
         place = {ranks: number for number, ranks in enumerate(self._groups)}
         sums_RG = torch.zeros(self._world.size, len(place), dtype=torch.int64, device=self._world.device)
         for name, parameter in self._module.named_parameters():
             ranks = self._ranks_of[shard_key(name, parameter)]
             if ranks in place:
                 sums_RG[self._world.rank, place[ranks]] += checksum(local_tensor(parameter)).to(sums_RG.device)
-        # Each rank has filled its own row only, so the sum has those of all.
+        # Each rank has filled only its own row, so the sum has the rows of all ranks.
         return find_odd(self._groups, self._world.all_reduce(sums_RG).tolist())
 
 
 def checksum(tensor: Tensor) -> Tensor:
     """Return the sum of the bits of a tensor, () int64, each element taken as an integer.
 
-    Exact, in whatever order it is added up: it wraps around. One element that differs, by however little, changes it.
+    The sum is exact in any order of addition, since it wraps around. A single element that differs, by however little,
+    changes it.
     """
     flat = tensor.detach().reshape(-1)
     return flat.view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
 
 
 def shard_key(name: str, parameter: Tensor) -> str:
-    """Name the shard of a parameter that this rank holds: ranks with the same one are replicas."""
+    """Name the shard of a parameter that this rank holds: ranks with the same name are replicas."""
     if not isinstance(parameter, DTensor):
         return name
     mesh, place = parameter.device_mesh, parameter.device_mesh.get_coordinate()
@@ -90,11 +93,11 @@ def ranks_by_shard(keys: Sequence[Sequence[str]]) -> dict[str, Ranks]:
 
 
 def find_odd(groups: Sequence[Ranks], sums_RG: Sequence[Sequence[int]]) -> Drift | None:
-    """Find the ranks that differ from a majority of their replicas; all of a group where there is no majority.
+    """Find the ranks that differ from a majority of their replicas, or all ranks of a group without a majority.
 
     Args:
-        groups: ranks that hold the same.
-        sums_RG: checksum of each rank in each group; those of other ranks do not count.
+        groups: ranks that hold the same shards.
+        sums_RG: checksum of each rank in each group; a rank outside the group does not count.
     """
     odd: set[int] = set()
     is_certain = True

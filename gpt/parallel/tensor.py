@@ -34,7 +34,7 @@ from gpt.parallel.timeline import waiting
 
 # The vocabulary sharded over ranks: the rows of the embedding, and the loss of logits sharded by columns.
 #
-# For tensor parallelism (gpt/parallel/tensor.py), after arXiv 1909.08053, section 3.
+# After Megatron-LM (arXiv 1909.08053, section 3).
 #
 # B batch, T time, D width, V the tokens of one rank, N = B T.
 
@@ -42,8 +42,8 @@ from gpt.parallel.timeline import waiting
 class ShardedEmbedding(ParallelStyle):
     """Style of an embedding sharded by rows (tokens), whose output has the placement ``hidden``.
 
-    torch's RowwiseParallel takes embeddings too, but the gradient that it leaves on each rank is as large as the whole
-    matrix (torch 2.13).
+    torch's RowwiseParallel takes embeddings too, but its gradient on each rank is as large as the whole matrix (torch
+    2.13).
     """
 
     def __init__(self, hidden: Placement) -> None:
@@ -60,7 +60,9 @@ class ShardedEmbedding(ParallelStyle):
 
 
 def look_up(embedding: nn.Embedding, mesh: DeviceMesh, hidden: Placement, tokens_BT: Tensor) -> Tensor:
-    """Look up tokens in a row-sharded embedding: each rank gives its rows, and zeros for the others, to be summed."""
+    """Look up tokens in a row-sharded embedding: each rank returns its rows, and zeros for all other rows, to be
+    summed.
+    """
     weight_VD = local_tensor(embedding.weight)
     row_BT = tokens_BT - mesh.get_local_rank() * len(weight_VD)
     elsewhere_BT = (row_BT < 0) | (row_BT >= len(weight_VD))
@@ -74,7 +76,7 @@ def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable
     Args:
         mesh: the ranks over which the logits are sharded.
         columns: columns of each rank; logits may lack the last ones, if they are padding.
-        vocab_size: number of columns that are tokens. The others are padding.
+        vocab_size: number of columns that are tokens; the rest is padding.
     """
     first = mesh.get_local_rank() * columns
     tokens = max(0, min(columns, vocab_size - first))
@@ -90,8 +92,8 @@ def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable
 class ShardedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy, which all-reduces three numbers for each token instead of gathering the logits.
 
-    torch's ``loss_parallel`` reduces four, is a process-wide context, and has to be open around the backward pass too,
-    which under a pipeline is called from elsewhere. As in ``gpt.model.loss``, no fp32 logits are kept.
+    torch's ``loss_parallel`` reduces four numbers, and is a process-wide context. It must be open around the backward
+    pass, too, which a pipeline calls from other code. As in ``gpt.model.loss``, no fp32 logits are kept.
     """
 
     @staticmethod
@@ -103,7 +105,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
         column_N = (targets_N - first).masked_fill(~here_N, 0)
         if tokens:
             own_peak_N, sum_N, distance_N = exponentials(logits_NV[:, :tokens], column_N)
-        else:  # padding alone
+        else:  # only padding
             sum_N, distance_N = torch.zeros(2, len(logits_NV), device=logits_NV.device)
             own_peak_N = torch.full_like(sum_N, -torch.inf)
         peak_N = own_peak_N.clone()
@@ -139,12 +141,12 @@ class ShardedCrossEntropy(torch.autograd.Function):
 # After Megatron-LM (arXiv 1909.08053, section 3). Queries, keys, values and the first matrices of the feed-forward
 # layer are column-parallel: sharded by their outputs, that is by heads and by inner width. The matrices that write into
 # the residual stream are row-parallel: sharded by their inputs, their results summed over the ranks. Embedding and
-# output matrix are sharded by the vocabulary (gpt/parallel/tensor.py). Between these, hidden states are sharded along
-# the sequence (``parallel.sequence_parallel``, arXiv 2205.05198, section 4.2.2), or replicated.
+# output matrix are sharded by the vocabulary (above). Between these, hidden states are sharded along the sequence
+# (``parallel.sequence_parallel``, arXiv 2205.05198, section 4.2.2), or replicated.
 #
-# It is applied to the model from outside, with torch's parallel styles for Linear layers; activations between the
-# modules of a block are plain tensors. All parameters become DTensors, also the replicated ones; where a rank saw only
-# a shard of the tokens or heads, their gradient is partial until it is reduced.
+# This is applied to the model from outside, with torch's parallel styles for Linear layers; activations between the
+# modules of a block are plain tensors. All parameters become DTensors, also the replicated ones. A gradient is partial
+# until it is reduced, if a rank saw only a shard of the tokens or heads.
 #
 # B batch, T time, D width, H heads, C head width, V vocabulary.
 
@@ -175,27 +177,27 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) 
 
 
 def overlap_collectives(mesh: DeviceMesh) -> None:
-    """Have the compiler split all-gathers and reduce-scatters over ``mesh`` and the matrix products beside them, so
-    that each piece is sent while another is computed (``parallel.async_tp``).
+    """Have the compiler split collectives over ``mesh`` and the matrix products next to them (``parallel.async_tp``).
 
-    For the process: the compiler takes the setting when a block is first called, and only for groups named to it.
+    Each piece of an all-gather or reduce-scatter is then sent while another piece is computed. The setting is for the
+    whole process. The compiler reads it when a block is first called, and only for registered groups.
     """
-    # Not at the top: runs without a compiler do without its second of imports.
+    # Not at the top: a run without a compiler saves the second that this import takes.
     from torch._inductor import config as inductor
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     inductor._micro_pipeline_tp = True
     with warnings.catch_warnings():
-        # torch 2.13 calls this needless, and still asks whether it was called before it fuses anything.
+        # torch 2.13 calls this needless, and still checks that it was called before it fuses anything.
         warnings.simplefilter("ignore", FutureWarning)
         enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def record_waits() -> None:
-    """Have the timeline of a step see where DTensors wait: for the results of tensor-parallel collectives.
+    """Have the timeline of a step see DTensors' waits for the results of tensor-parallel collectives.
 
-    torch's functional collectives start them and wait in one function of their module, which this replaces once for
-    the process. Code that is compiled waits by itself, unseen.
+    torch's functional collectives start and wait in one function of their module, which this call replaces once for the
+    process. Compiled code waits by itself, unseen.
     """
     wait = functional_collectives.wait_tensor
     if getattr(wait, "is_recorded", False):
@@ -231,7 +233,7 @@ def outer_styles(model: GPT, hidden: Placement, logits: Placement) -> dict[str, 
     return {
         "token_embedding": ShardedEmbedding(hidden),
         "position": Replicated(hidden, starts_at_slice=True),
-        "norm": Replicated(hidden),  # also one of the user's, where it says that it takes tokens one by one
+        "norm": Replicated(hidden),  # also a user's norm, if its class says that it takes tokens one by one
         "head": head,
     }
 
@@ -251,7 +253,7 @@ def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle
         "ffn_norm": Replicated(hidden),
     }
     if not isinstance(block.ffn, MixtureOfExperts | StandardFfn | GatedFfn):
-        return {**plan, "ffn": Replicated(hidden)}  # a layer of the user's, on this rank's tokens
+        return {**plan, "ffn": Replicated(hidden)}  # a user's layer, on this rank's tokens
     if isinstance(block.ffn, MixtureOfExperts):
         return {**plan, "ffn": ShardedMixture(hidden)}
     return {
@@ -266,8 +268,8 @@ def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle
 class Replicated(ParallelStyle):
     """Style of a module with replicated parameters, whose input and output have one placement.
 
-    Where that is a shard, the gradient of the parameters is partial. ``starts_at_slice``: the module also takes the
-    position of its first token.
+    If that placement is a shard, the gradient of the parameters is partial. ``starts_at_slice``: the module also takes
+    the position of its first token.
     """
 
     def __init__(self, placement: Placement, starts_at_slice: bool = False) -> None:
@@ -290,9 +292,9 @@ def shift_positions(forward: Callable[[Tensor, int], Tensor], slices: int, x_BTD
 class ShardedMixture(ParallelStyle):
     """Style of a mixture of experts, each expert sharded by its inner width. Every rank routes all tokens alike.
 
-    Inside, everything a rank computes is partial: the result, the gradient of the input, that of the router. So there
-    is no collective before the end; and the routing losses, which every rank computes whole, are weighted by one over
-    the number of ranks.
+    Inside, everything that a rank computes is partial: the result, the gradient of the input, and that of the router.
+    So no collective is needed before the end. The routing losses, which every rank computes whole, are divided by the
+    number of ranks.
     """
 
     def __init__(self, hidden: Placement) -> None:

@@ -1,9 +1,9 @@
-"""Timeline of a step: when it waited for other ranks, by group, and when a pipeline stage worked; waits for nothing.
+"""Timeline of a step: waits for other ranks, by group, and the work of a pipeline stage; recording waits for nothing.
 
-``waiting("tp")`` stands around each wait of a collective, ``working`` around each piece of a stage's work. Outside of
-a step that is recorded both do nothing. Times are places in the queue of a GPU, by events on the stream that computes,
-so that a wait which other work hides takes none; by the host's clock elsewhere. They are read after the step, when the
-device has passed them.
+``waiting("tp")`` encloses each wait of a collective, ``working`` each piece of a stage's work. Outside of a recorded
+step both do nothing. On a GPU times are places in its queue, by events on the stream that computes. A wait that other
+work hides takes no time there. On other devices times are the host's. They are read after the step, when the device has
+passed them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Moment = float | torch.cuda.Event
 """Host time in seconds, or a place in the queue of the GPU."""
 
 GROUPS = ("dp", "fsdp", "tp", "pp", "cp", "ep")
-"""Groups of ranks whose exposed communication is told apart."""
+"""Groups of ranks whose exposed communication is reported separately."""
 WORLD, BUBBLE = "world", "bubble"
 """Spans that wait for all ranks, and for another stage of the pipeline."""
 HOST = "host"
-"""Spans in which the host does what is no part of the step, while the ranks communicate."""
+"""Spans in which the host does work outside of the step, while the ranks communicate."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """Length of the span."""
+        """Length of the span, seconds."""
         return self.end - self.begin
 
 
@@ -48,7 +48,7 @@ class Work:
     begin: float
     end: float
     is_fed: bool
-    """True where it begins with what another rank has sent."""
+    """True if the piece begins with data that another rank has sent."""
 
 
 class Timeline:
@@ -80,7 +80,7 @@ class Timeline:
 
     @contextmanager
     def wait(self, name: str) -> Iterator[None]:
-        """Record a wait; one inside of another belongs to the outer one."""
+        """Record a wait; a wait inside another one belongs to the outer one."""
         if self._is_waiting:
             yield
             return
@@ -104,7 +104,7 @@ class Timeline:
         self._works.append((begin, self.now(), is_fed))
 
     def receive(self) -> None:
-        """Note that the rank asks for what another one sends, ahead of the next piece of work."""
+        """Note that the rank begins to receive data from another rank, before the next piece of work."""
         self._receives = True
 
     @contextmanager
@@ -116,7 +116,7 @@ class Timeline:
         self._receives = False
 
     def spans(self) -> list[Span]:
-        """Return the waits, those of a pipeline's schedule among them; the device has passed them all."""
+        """Return the waits, including those of a pipeline's schedule; the device has passed them all."""
         waits = [Span(name, self.seconds(begin), self.seconds(end)) for name, begin, end in self._waits]
         works = [Work(self.seconds(begin), self.seconds(end), is_fed) for begin, end, is_fed in self._works]
         for begin, end, receives in self._schedules:
@@ -128,13 +128,13 @@ class Timeline:
 def schedule_waits(begin: float, works: Sequence[Work], waits: Sequence[Span]) -> list[Span]:
     """Name the time of a pipeline's schedule in which the stages of this rank did not work.
 
-    Ahead of work that another rank feeds it is bubble: the transfer cannot be told from waiting for the sender. Ahead
-    of other work it is the rank's own communication, its sends.
+    Time before work that needs another rank's data is bubble: the transfer and the wait for the sender look the same.
+    Time before other work is the rank's own communication, its sends.
 
     Args:
         begin: of the schedule, seconds.
         works: pieces of work in the order of time; the last one, of no length, is the end of the schedule.
-        waits: spans of other groups, which are left out where they lie between two pieces of work.
+        waits: spans of other groups, which are left out if they are between two pieces of work.
 
     Returns:
         Spans named ``bubble`` or ``pp``.
@@ -153,7 +153,7 @@ def schedule_waits(begin: float, works: Sequence[Work], waits: Sequence[Span]) -
 
 
 def total(spans: Sequence[Span], begin: float, end: float, *names: str) -> float:
-    """Sum the seconds of the spans that begin in a part of the step, of these names where any is given."""
+    """Sum the seconds of the spans that begin in a part of the step; only spans of these names, if any is given."""
     return sum(span.seconds for span in spans if begin <= span.begin < end and (not names or span.name in names))
 
 
@@ -162,7 +162,7 @@ _current: Timeline | None = None
 
 @contextmanager
 def recorded(timeline: Timeline) -> Iterator[None]:
-    """Record the waits and the work of what is inside on a timeline."""
+    """Record on a timeline the waits and the work inside the ``with`` block."""
     global _current
     before, _current = _current, timeline
     try:
@@ -187,14 +187,14 @@ def waiting(name: str) -> Iterator[None]:
 
 
 def do_aside(action: Callable[[], None]) -> None:
-    """Do what is no part of a step in the middle of it, while its ranks communicate, apart from its phases."""
+    """Do work that is no part of a step in the middle of it, while its ranks communicate, apart from its phases."""
     with waiting(HOST):
         action()
 
 
 @contextmanager
 def working(is_fed: bool = False) -> Iterator[None]:
-    """Mark a piece of work of a pipeline stage; ``is_fed`` where it begins with what another rank has sent."""
+    """Mark a piece of work of a pipeline stage; ``is_fed`` if it begins with data that another rank has sent."""
     if _current is None:
         yield
         return
@@ -203,7 +203,7 @@ def working(is_fed: bool = False) -> Iterator[None]:
 
 
 def receiving() -> None:
-    """Mark that a pipeline stage asks for what another rank sends."""
+    """Mark that a pipeline stage begins to receive data from another rank."""
     if _current is not None:
         _current.receive()
 

@@ -53,7 +53,7 @@ class Breakdown:
 def break_down(
     begin: float, end: float, compute: Iterable[Interval], communication: Iterable[Interval], copies: Iterable[Interval]
 ) -> Breakdown:
-    """Divide a step into parts by the intervals of its activities. Intervals may overlap and may reach beyond the step."""
+    """Divide a step into parts by the intervals of its activities, which may overlap and reach beyond the step."""
     computing, communicating, copying = (
         merge((max(a, begin), min(b, end)) for a, b in intervals) for intervals in (compute, communication, copies)
     )
@@ -208,8 +208,7 @@ class CompileTime:
 # Gradient statistics: mean, standard deviation, and the norm of each layer.
 #
 # Every rank sums its own part on its device. The sums travel with the loss, so they need no collective of their own and
-# no
-# rank waits for them.
+# no rank waits for them.
 
 
 @dataclass(frozen=True)
@@ -261,7 +260,7 @@ class Gradients:
 
 
 def layer_of(parameter: str) -> str:
-    """Return the layer of a parameter: ``blocks.3`` for ``blocks.3.ffn.up.weight``, the first word outside the blocks."""
+    """Return a parameter's layer: ``blocks.3`` for ``blocks.3.ffn.up.weight``, the first word outside the blocks."""
     words = parameter.split(".")
     return ".".join(words[:2]) if words[0] == "blocks" else words[0]
 
@@ -278,8 +277,7 @@ class StepProfile:
     """Profiler of some steps. The loop calls ``due`` after each step, since the device must be at rest for ``after``.
 
     All ranks are at rest then, not only the profiled one. Thus either all ranks know, before the next step, of a step
-    that
-    the run goes back for, or none does.
+    that the run goes back for, or none does.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, world: World) -> None:

@@ -50,8 +50,7 @@ class LossWindow:
 # Bad steps, whose numbers went wrong: their count, and the decision to go back.
 #
 # The decision is a pure function of the figures of the steps. These are the same on all ranks, so all ranks decide
-# alike
-# without a message.
+# alike without a message.
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ class DivergenceGuard:
         return self._bad_steps(f"a validation loss of {val_loss} after step {step}")
 
     def judge_end(self) -> BadSteps | None:
-        """Return the steps to go back for if the run would end after skipped steps, which leave the weights in doubt;
-        else None.
+        """Return the steps to go back for if the run would end after skipped steps, which leave the weights in
+        doubt; else None.
         """
         return (
             self._bad_steps("a loss or gradients that are not finite, up to the end of the run") if self._bad else None
@@ -110,7 +109,7 @@ class DivergenceGuard:
 
     @property
     def may_save(self) -> bool:
-        """False while steps are skipped: bad weights may be the reason, and their checkpoint would replace a good one."""
+        """False while steps are skipped: bad weights may be the cause, and a save would replace a good checkpoint."""
         return not self._bad
 
     def gone_back(self, failed_at: int, rollbacks: int) -> None:
@@ -118,8 +117,8 @@ class DivergenceGuard:
         self._failed_at, self.rollbacks = failed_at, rollbacks
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return the state for the checkpoint of a step, as plain JSON. A checkpoint beyond the failed step clears the
-        failure.
+        """Return the state for the checkpoint of a step, as plain JSON. A checkpoint beyond the failed step clears
+        the failure.
         """
         if step > self._failed_at:
             self.rollbacks = 0
@@ -168,8 +167,7 @@ def checkpoint_before(steps: Sequence[int], first_bad: int) -> int | None:
     """Return the step of the checkpoint to go back to, out of ``steps``; None if there is none.
 
     The newest checkpoint is taken whose weights gave a finite loss in the step after it. If there is none, the
-    checkpoint
-    right before the first bad step is taken.
+    checkpoint right before the first bad step is taken.
     """
     proven = [step for step in steps if step < first_bad - 1]
     return max(proven or (step for step in steps if step < first_bad), default=None)
@@ -180,8 +178,7 @@ def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
     none.
 
     The batches that this event passes over stay passed over from that step on. This also holds for a new attempt that
-    begins
-    there because this attempt was killed.
+    begins there because this attempt was killed.
     """
     found = None
     for event in events:

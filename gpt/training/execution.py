@@ -35,9 +35,8 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
     """Return the config with ``precision``, ``tf32`` and ``compile`` filled in, the same on all ranks. Collective.
 
     Raises:
-        ConfigError: the run began in bf16, and some device does not compute in bf16; or the config demands TF32 or
-            float8,
-            and some device lacks it.
+        ConfigError: the run began in bf16, and some device does not compute in bf16. Also if some device lacks TF32 or
+            float8, and the config demands it.
     """
     precision = config.precision
     if precision is Precision.auto:
@@ -113,7 +112,8 @@ AMPERE = (8, 0)
 ADA = (8, 9)
 """Compute capability from which GPUs know 8-bit floating point."""
 GFX_OF_FLOAT8 = ("gfx94", "gfx95", "gfx12")
-"""Prefixes of the architectures of AMD's GPUs with 8-bit floating point: MI300, MI350 and Navi 4 (torchao, ``utils``).
+"""Prefixes of the architectures of AMD's GPUs with 8-bit floating point: MI300, MI350 and Navi 4 (torchao,
+``utils``).
 """
 
 
@@ -151,8 +151,7 @@ def earlier_precision(folder: RunFolder) -> str | None:
 # Reproducibility of a run: seeds, and torch's deterministic mode.
 #
 # The weights and the order of the samples follow from ``seed`` alone (gpt/model/gpt.py, gpt/data/order.py). The seeds
-# set
-# here serve dropout, and libraries that draw random numbers of their own.
+# set here serve dropout, and libraries that draw random numbers of their own.
 
 
 CUBLAS = ":4096:8"
@@ -225,8 +224,8 @@ FIRST = 2
 MEASURED = 3
 FACTOR = 20
 LEAST_S = 100.0
-"""Least timeout, as in torchtitan: one rank may write a profile or wait for a filesystem, and all other ranks wait for
-it.
+"""Least timeout, as in torchtitan: one rank may write a profile or wait for a filesystem, and all other ranks wait
+for it.
 """
 
 

@@ -45,14 +45,12 @@ def mean_loss(
     """Return the mean cross-entropy of the first validation sequences, nats per token. Collective.
 
     The sequences are the same for any number of ranks. Every rank takes those of its ``data_rank``, ``batch`` at a
-    time,
-    and calls ``on_round`` before each pass.
+    time, and calls ``on_round`` before each pass.
 
     Args:
         module: the model, in evaluation mode during the call.
-        loss: takes tokens and targets, both (B, T); returns the summed loss, or this rank's share of it if several
-            ranks
-            compute the loss of the same sequences.
+        loss: takes tokens and targets, both (B, T); returns the summed loss. Returns this rank's share of it if several
+            ranks compute the loss of the same sequences.
         samples: the validation sequences.
         world: all ranks.
         sequences: number of sequences.
@@ -81,8 +79,7 @@ def mean_loss(
 # The training loop: steps, and the work between them: evaluations, checkpoints, records, roll-backs, the end.
 #
 # The figures of a step are read while the device computes the next one, so the device is never idle between two steps.
-# A
-# step is read at once only if the loop pauses, say for a checkpoint.
+# A step is read at once only if the loop pauses, say for a checkpoint.
 
 
 def train(run: Run) -> str:

@@ -62,8 +62,7 @@ def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
     """Return the interval of ``checkpoint.interval=auto``, in seconds, from the last save and the failures so far.
 
     The interval is never shorter than the last save took to reach the disk, since one save at a time is in flight. Nor
-    is
-    it shorter than ``LEAST_S``.
+    is it shorter than ``LEAST_S``.
     """
     known = list(events)
     saves = [event for event in known if event["event"] == "saved" and "seconds" in event]
@@ -239,10 +238,8 @@ def tell_damage(folder: RunFolder, attempt: int, step: int, damage: str, was_who
     """Enter in the event log that the checkpoint of a step was read again, found damaged, and set aside.
 
     A checkpoint that ``was_whole`` at an earlier reading is replaced: older ones were deleted for it, and the next save
-    may
-    be far. A checkpoint that was written damaged is not replaced, since a disk that spoils every file would be written
-    to
-    without end.
+    may be far. A checkpoint that was written damaged is not replaced, since a disk that spoils every file would be
+    written to without end.
     """
     folder.record_event("checkpoint_set_aside", attempt=attempt, step=step, cause=damage)
     say(f"the checkpoint of step {step} is damaged: {damage}")

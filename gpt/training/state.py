@@ -226,13 +226,13 @@ def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
 
 
 def divergence_state(run: Run) -> dict[str, Any]:
-    """Return the state about skipped steps and batches passed over for a checkpoint, as plain JSON."""
+    """Return the skipped steps and the left-out batches for a checkpoint, as plain JSON."""
     passed_over = [list(batches) for batches in run.batches.passed_over.ranges]
     return {"divergence": run.guard.state(run.step), "passed_over": passed_over}
 
 
 def load_divergence(run: Run, loaded: LoadedCheckpoint) -> None:
-    """Take over that state from a checkpoint, and from the event log the roll-backs to it, which came after its save."""
+    """Take over that state from a checkpoint, and later roll-backs to this checkpoint from the event log."""
     meta = loaded.meta
     former = {"skipped_steps": meta.get("loss_scale", {}).get("skipped", 0)}
     run.guard.load(former | meta.get("divergence", {}))
@@ -310,7 +310,7 @@ def batches_of(run: Run, bad: BadSteps) -> list[int]:
 
 
 def locate(run: Run, first: int, last: int) -> dict[str, list[tuple[int, int]]]:
-    """Return the batches of steps ``first`` to ``last``, and their samples, as ranges that include their last number."""
+    """Return the batches of steps ``first`` to ``last``, and their samples, as ranges with their last number."""
     batches = PassedOver().including(batches_of(run, BadSteps(first, last, ""))).ranges
     each = run.batch.global_batch
     return {"batches": list(batches), "samples": [((a - 1) * each, b * each - 1) for a, b in batches]}

@@ -203,8 +203,8 @@ class QueuedStep:
     record: StepRecord
     """Fields that are known without waiting; ``finish`` fills in the rest."""
     requests: Requests
-    """Requests to this rank. Under an agent all ranks have the same; without one, ``requests_of_all`` returns those of
-    any rank.
+    """Requests to this rank. Under an agent all ranks have the same; without one, ``requests_of_all`` returns those
+    of any rank.
     """
     gradients: Gradients | None
     """Statistics of the gradients, in a step that measures them."""
@@ -341,10 +341,8 @@ def balance_experts(engine: Engine, world: World, skip: Tensor) -> Tensor:
     If ``skip``, a bool (), is true the biases stay: even counts move none.
 
     Returns the imbalance of the tokens, () float64: the largest excess of an expert over its even share, in units of
-    that
-    share. 0 is even, 1 is twice the share (MaxVio, arXiv 2408.15664, section 4.1). Ranks that share matrices all count
-    the
-    same tokens, so every count is multiplied alike; only the ratios matter.
+    that share. 0 is even, 1 is twice the share (MaxVio, arXiv 2408.15664, section 4.1). Ranks that share matrices all
+    count the same tokens, so every count is multiplied alike; only the ratios matter.
     """
     mine_LE = expert_counts(engine.module)
     most = torch.zeros((), dtype=torch.float64, device=world.device)

@@ -95,8 +95,8 @@ class StragglerJudge:
     """Judge of the own times of all ranks, step by step.
 
     Args:
-            factor: multiple of the median of all other ranks, above which a rank is slow.
-            window: steps over which times are averaged.
+        factor: multiple of the median of all other ranks, above which a rank is slow.
+        window: steps over which times are averaged.
     """
 
     def __init__(self, factor: float, window: int) -> None:

@@ -1,7 +1,7 @@
-"""Checkpoints of DeepSpeed engines: its own sharded files, or whole tensors by name where the parallelism changed.
+"""Checkpoints of DeepSpeed engines: DeepSpeed's own sharded files, or whole tensors by name.
 
-DeepSpeed loads its own files when nothing has changed; with another ZeRO stage or number of ranks, and from another
-strategy, each rank takes its shards of whole tensors (gpt/checkpoint/deepspeed_files.py).
+DeepSpeed loads its own files if the parallelism is the same. After a change of ZeRO stage, number of ranks or strategy,
+each rank takes its shards of whole tensors (gpt/checkpoint/deepspeed_files.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ZeroFiles:
     """The checkpoint format of a ZeRO run, whose state is the engine itself.
 
     Args:
-        settings: what decides the sharding besides the number of ranks; plain JSON.
+        settings: the settings that decide the sharding, apart from the number of ranks; plain JSON.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -41,8 +41,8 @@ class ZeroFiles:
         return {"kind": DEEPSPEED, **self.settings}
 
     def collect(self, step: int, state: ZeroEngine, group: dist.ProcessGroup | None) -> Part:
-        # DeepSpeed goes through its files in an order with barriers, here without one file in the run folder: what it
-        # would write is taken instead, and what it writes by itself goes to a folder of this node.
+        # DeepSpeed writes its files in an order with barriers, without one file in the run folder here. The collector
+        # takes the content of its files, and the files that DeepSpeed writes by itself go to a folder of this node.
         with tempfile.TemporaryDirectory(prefix="deepspeed_") as scratch:
             collector = Collector(Path(scratch))
             state.ds.checkpoint_engine.save = collector.save
@@ -61,7 +61,7 @@ class ZeroFiles:
             run_on_all_ranks(lambda: reader.read(state.rank_files(folder, deepspeed_tag(saved.step))), group)
             state.ds.checkpoint_engine.load = reader.load
             state.ds.load_checkpoint(str(folder), deepspeed_tag(saved.step))
-            del state.ds.checkpoint_engine.load  # and what was read
+            del state.ds.checkpoint_engine.load  # and frees the content that was read
             return
         with open_as_tensors(folder, saved, group) as tensors:
             names = state.tensor_names()
@@ -70,16 +70,16 @@ class ZeroFiles:
 
 
 class Collector:
-    """Collector of what DeepSpeed would write under ``folder``."""
+    """Collector of the files that DeepSpeed would write under ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.files: dict[str, Any] = {}
         self._folder = folder
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Take the content of one file, as DeepSpeed's checkpoint engine does to write it."""
-        # As tensors of their own: DeepSpeed may take the memory of its parameters away again before they are copied.
-        # A shape stays one: the map would make a plain tuple of it, which DeepSpeed's own tools cannot read.
+        """Take the content of one file, in place of DeepSpeed's checkpoint engine, which would write it."""
+        # Tensors become objects of their own: DeepSpeed may free the memory of its parameters before they are copied. A
+        # torch.Size stays one: the map would make a plain tuple of it, which DeepSpeed's own tools cannot read.
         taken = tree_map_only(Tensor, Tensor.detach, state_dict, is_leaf=lambda value: isinstance(value, torch.Size))
         self.files[Path(path).relative_to(self._folder).as_posix()] = taken
 
@@ -99,7 +99,7 @@ class Reader:
             self.load(path)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file, as DeepSpeed's checkpoint engine does, for some files twice."""
+        """Read one file, in place of DeepSpeed's checkpoint engine, which reads some files twice."""
         if path not in self._contents:
             self._contents[path] = torch.load(path, map_location="cpu", weights_only=False)
         return self._contents[path]

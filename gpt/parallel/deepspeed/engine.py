@@ -42,10 +42,10 @@ from gpt.topology.dims import Batch, ParallelDims
 
 # A rank's shards under ZeRO: gradients read from them, fp32 master weights and moments written into them.
 #
-# DeepSpeed flattens the parameters of a group and shards that (stages 1 and 2), or shards each parameter (stage 3),
-# padded at the end; fp32 masters and moments are flat tensors beside them. In stage 0 everything is where torch has it.
-# Reaches into DeepSpeed where its own functions for this (``deepspeed.utils.safe_set_*``) stop: they know no moments
-# before the first step, and no padding.
+# Stages 1 and 2 of DeepSpeed flatten the parameters of a group and shard the flat tensor; stage 3 shards each
+# parameter. Both pad at the end. fp32 masters and moments are further flat tensors. In stage 0 everything is where
+# torch keeps it. ``Shards`` uses DeepSpeed's internals because ``deepspeed.utils.safe_set_*`` know no moments before
+# the first step, and no padding.
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -61,14 +61,14 @@ class Shards:
         self.stage = ds.zero_optimization_stage()
 
     def holds(self, name: str) -> bool:
-        """True where this rank has a shard of the parameter's state."""
+        """True if this rank has a shard of the parameter's state."""
         return self.stage in (0, 3) or self.parameters[name]._hp_mapping is not None  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def set_masters(self, whole: Callable[[str], Tensor]) -> None:
         """Set the master weights from ``whole``, which returns a whole fp32 parameter by name.
 
-        The weights that are computed with change only with ``update_from_masters``.
+        The weights used in computing change only with ``update_from_masters``.
         """
         if self.stage == 3:
             self.optimizer.checkpoint_event_prologue()  # re-partitions gathered parameters
@@ -115,7 +115,7 @@ class Shards:
 
     @torch.no_grad()
     def update_from_masters(self) -> None:
-        """Update the weights that are computed with from the masters. Collective."""
+        """Update the weights used in computing from the masters. Collective."""
         if self.stage == 3:
             for group in range(len(self.optimizer.fp32_partitioned_groups_flat)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -128,7 +128,7 @@ class Shards:
 
 
 def local_gradient(parameter: Any) -> Tensor | None:
-    """Return this rank's shard of a gradient, between backward pass and step; None where it has none."""
+    """Return this rank's shard of a gradient, between backward pass and step; None if it has none."""
     if hasattr(parameter, "ds_id"):
         return parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
     if not hasattr(parameter, "_hp_mapping"):
@@ -145,12 +145,11 @@ def local_gradient(parameter: Any) -> Tensor | None:
 
 # DeepSpeed's ZeRO: training state sharded over data ranks by ``parallel.zero_stage`` (arXiv 1910.02054).
 #
-# Holds the engine and DeepSpeed's set-up (``load_deepspeed``). DeepSpeed averages gradients over the data ranks, clips
-# them and steps; it is given torch's AdamW with two parameter groups, and the learning rate of each step. The model
-# stays our own object, its parameters by their own names; from stage 1 on a parameter has no ``grad``, and in stage 3
-# it is empty between forward and backward passes.
+# DeepSpeed averages gradients over the data ranks, clips them and steps. It gets torch's AdamW with two parameter
+# groups, and the learning rate of each step. The model stays our own object, and its parameters keep their names. From
+# stage 1 on a parameter has no ``grad``. In stage 3 a parameter is empty between forward and backward passes.
 #
-# Shapes: B sequences, T tokens of one.
+# Shapes: B sequences, T tokens of each.
 
 
 class ZeroEngine:
@@ -166,7 +165,7 @@ class ZeroEngine:
         self.stage = config.parallel.zero_stage or 0
         self.scale = dims.data_ranks / (batch.global_batch * config.model.block_size)
         fp16, casts = config.precision is Precision.fp16, casts_weights(config)
-        # In ZeRO-0 the weights are fp32, and DeepSpeed knows of no loss scale.
+        # In ZeRO-0 the weights are fp32, and DeepSpeed uses no loss scale.
         self._dynamic = DynamicLossScale(world.device) if fp16 and not casts else None
         self._auxiliary = torch.ones((), device=world.device) if fp16 and casts else None
         """Copy of DeepSpeed's loss scale for the losses of routing, which enter the gradient by themselves."""
@@ -174,18 +173,18 @@ class ZeroEngine:
         set_auxiliary_scale(model, dims.data_ranks / batch.global_batch, factor)
         module = self.module = self.prepare_module(model)
         first = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()} if casts else {}
-        # Inside the model, since on GPUs DeepSpeed disables an autocast that is enabled around it.
+        # Inside the model, since on GPUs DeepSpeed disables an autocast that is enabled around the model.
         replace_forward(module, partial(autocast_forward, module.forward, config, world.device))
         settings = ds_config(config, batch)
         if self.stage == 3 and (config.compiles or config.recompute is Recompute.selective):
-            # The layers of a block are gathered together, not each by hooks inside the block: those can be neither
+            # The layers of a block are gathered together, not each by hooks inside the block. Such hooks can be neither
             # compiled nor recomputed selectively.
             deepspeed.utils.set_z3_leaf_modules(module, [Block])
-        with redirect_stdout(io.StringIO()):  # it prints how much memory there is, again and again
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints the free memory again and again
             self.ds, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=build_optimizer(module, config.optim, torch.optim.AdamW, fused=self._dynamic is not None),
-                config=deepcopy(settings),  # it adds to what it is given
+                config=deepcopy(settings),  # DeepSpeed adds keys to the settings that it gets
                 dist_init_required=False,
             )
         set_timeouts(config.parallel.timeout_s)
@@ -200,7 +199,7 @@ class ZeroEngine:
             self.loss_scale = ZeroLossScale(self.ds, self._auxiliary)
 
     def prepare_module(self, model: GPT) -> nn.Module:
-        """Return the module that DeepSpeed is given."""
+        """Return the module that DeepSpeed gets."""
         return model
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
@@ -252,11 +251,11 @@ class ZeroEngine:
             if self._dynamic is not None:
                 self._dynamic.update(skip)
             return None
-        # From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on some rank, as they are where
-        # the loss is not. It waits for the device to find that out, in every step.
+        # From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on some rank; a loss that is not
+        # finite makes them so. DeepSpeed waits for the device to learn that, in every step.
         self.step_optimizer()
         if self.ds.optimizer.overflow:
-            return skip.new_full((), math.inf, dtype=torch.float64)  # DeepSpeed may tell the norm of the step before
+            return skip.new_full((), math.inf, dtype=torch.float64)  # DeepSpeed may return the norm of the step before
         return torch.as_tensor(self.ds.get_global_grad_norm(), device=self.world.device)
 
     def step_optimizer(self) -> None:
@@ -272,7 +271,9 @@ class ZeroEngine:
                 yield name, part if self._auxiliary is None else part.float() / self._auxiliary, share
 
     def state(self) -> Any:
-        """Return the engine itself, stored in DeepSpeed's files; in stage 0 model and optimizer state, as DDP does."""
+        """Return the engine itself, stored in DeepSpeed's files; in stage 0 the state of model and optimizer, as DDP
+        does.
+        """
         if self.stage:
             return self
         parameters, optimizer = self.shards.parameters, self.ds.basic_optimizer
@@ -369,7 +370,7 @@ def autocast_forward(forward: Callable[..., Any], config: TrainConfig, device: t
 
 def load_deepspeed(world: World) -> None:
     """Import and initialize DeepSpeed for the device of this rank, with warnings and errors only."""
-    os.environ["DS_ACCELERATOR"] = world.device.type  # else it takes a GPU that it sees, whatever ``device`` says
+    os.environ["DS_ACCELERATOR"] = world.device.type  # else it takes any GPU it sees, whatever ``device`` says
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     import deepspeed
     import deepspeed.ops
@@ -377,7 +378,7 @@ def load_deepspeed(world: World) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # torch 2.13 renames collectives that DeepSpeed calls in every step, and 2.11 knows no other names.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # Its shared-memory collectives take a minute to compile at the first start; gloo does without.
+    # DeepSpeed's shared-memory collectives take a minute to compile at the first start; gloo does without them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.groups.mpu = None  # left behind where this process has had a pipeline before
+    deepspeed.utils.groups.mpu = None  # an earlier pipeline in this process leaves it behind
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, dist_init_required=False)

@@ -1,9 +1,9 @@
-"""DeepSpeed's pipeline parallelism (1F1B), with data parallelism beside it.
+"""DeepSpeed's pipeline parallelism (1F1B), combined with data parallelism.
 
-A tied embedding is one layer in the first and the last stage, whose two gradients DeepSpeed sums. Imports DeepSpeed at
-its top, so import it only after ``load_deepspeed``.
+A tied embedding is one layer in the first and the last stage; DeepSpeed sums its two gradients. The module imports
+DeepSpeed at its top, so import it only after ``load_deepspeed``.
 
-Shapes: B sequences of a micro-batch, T tokens of one, D width, V vocabulary.
+Shapes: B sequences of a micro-batch, T tokens of each, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class ZeroPipelineEngine(ZeroEngine):
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
         super().__init__(model, config, world, dims, batch)
         self.layer_group = self.ds.grid.get_data_parallel_group()
-        self.ds._copy_recovery_script = lambda _: None  # zero_to_fp32.py does not put stages together
-        steps = {ForwardPass: self._forward_pass, OptimizerStep: lambda _: None}  # the step is ``update``'s
+        self.ds._copy_recovery_script = lambda _: None  # zero_to_fp32.py does not join stages
+        steps = {ForwardPass: self._forward_pass, OptimizerStep: lambda _: None}  # ``update`` does the step
         self.ds._INSTRUCTION_MAP = PipelineEngine._INSTRUCTION_MAP | steps
 
     def prepare_module(self, model: GPT) -> nn.Module:
-        with redirect_stdout(io.StringIO()):  # it prints the layers
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints the layers
             return GPTPipelineModule(model, self.config, self.dims.pp, self._criterion)
 
     def whole_name(self, name: str) -> str:
@@ -65,7 +65,9 @@ class ZeroPipelineEngine(ZeroEngine):
 
     @torch.no_grad()
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the summed loss of a micro-batch; DeepSpeed's stages expect one size, so a smaller one is padded."""
+        """Return the summed loss of a micro-batch; a smaller one is padded, since DeepSpeed's stages expect one
+        size.
+        """
         self._on_micro_batch, self._rows = lambda: None, len(tokens_BT)
         self._loss_sum.zero_()
         filled = [F.pad(rows, (0, 0, 0, self.batch.micro - len(rows))) for rows in (tokens_BT, targets_BT)]
@@ -90,7 +92,9 @@ class ZeroPipelineEngine(ZeroEngine):
         PipelineEngine._exec_forward_pass(ds, buffer_id)
 
     def _criterion(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the loss for the backward pass, times the number of micro-batches, by which DeepSpeed divides it."""
+        """Return the loss for the backward pass, times the number of micro-batches, since DeepSpeed divides by that
+        number.
+        """
         logits_BTV = logits_BTV[: self._rows, :, : self.config.model.vocab_size]
         loss = cross_entropy(logits_BTV, targets_BT[: self._rows])
         self._loss_sum += loss.detach()
@@ -103,7 +107,7 @@ class GPTPipelineModule(PipelineModule):
     Args:
         model: the whole model, on the CPU, whose layers are taken over.
         config: of the run.
-        stages: ranks of the pipeline.
+        stages: number of ranks of the pipeline.
         criterion: loss of logits and targets.
     """
 
@@ -154,7 +158,7 @@ class Entry(nn.Module):
 
 
 def deepspeed_layers(model: GPT) -> list[Any]:
-    """List the layers of a GPT for DeepSpeed, each of which takes the output of the one before."""
+    """List the layers of a GPT for DeepSpeed; each layer takes the output of the layer before."""
     embedding: Any = model.token_embedding
     head: Any = model.head
     if model.config.tie_embeddings:
