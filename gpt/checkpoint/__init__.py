@@ -1,8 +1,8 @@
-"""Checkpoints: saved whole or not at all, verified before they are believed, loadable on any number of ranks.
+"""Checkpoints: saved whole or not at all, verified before they are loaded, loadable on any number of ranks.
 
-``manifest`` lists the files of a checkpoint, ``folders`` names, commits and deletes its folder, ``collective`` has all
-ranks succeed or fail together, ``formats`` and ``deepspeed_files`` say what is written and read, ``saving`` has each
-rank's ``writer`` do the ``jobs`` of a save, and ``store`` joins these.
+``folders`` names, commits and deletes the folder of a checkpoint, and keeps its manifest of files. ``messages`` has all
+ranks succeed or fail together. ``formats`` and ``deepspeed_files`` define the files. ``saving`` has each rank's
+``writer`` do the jobs of a save. ``store`` joins these.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["CheckpointError", "CheckpointStore", "LoadedCheckpoint", "OutdatedAt
 
 
 def __getattr__(name: str) -> Any:
-    """Load what needs torch on first use: the login node imports ``folders``, which does not."""
+    """Load a name that needs torch on first use: the login node imports ``folders``, which does not."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from gpt.checkpoint import store

@@ -1,4 +1,4 @@
-"""Copies of checkpoints to another filesystem: the process that copies, and the fetch at a start."""
+"""Copies of checkpoints on another filesystem: their use by the first rank, and the process that copies. Torch-free."""
 
 from __future__ import annotations
 
@@ -25,22 +25,20 @@ from launch.process import die_with_parent
 from launch.runs.files import keep_unwritten, say
 from launch.runs.folder import RunFolder, is_newest_attempt
 
-# Copies of a run's checkpoints elsewhere, as its first rank has them made, and as a start fetches them back.
-#
-# Torch-free.
+# The first rank's side: it starts the process that copies, and fetches a copy back at a start.
 
 
 FINISHED_S = 600.0
-"""Longest wait, at the end of training, for the copy of the last checkpoint."""
+"""Longest wait, in seconds, at the end of training for the copy of the last checkpoint."""
 STOPPED_S = 10.0
-"""Longest wait where the run was asked to leave; a copy that is not made then is made by the next start."""
+"""Longest wait, in seconds, if the run has to leave; the next start makes a copy that is missing then."""
 BEAT_S = 1.0
 TRIES = 4
 RETRY_S = 2.0
 
 
 class Copies:
-    """Copier of one attempt, on its first rank; nothing before ``start``, and on the others."""
+    """Copier of one attempt, on its first rank; does nothing before ``start``, and on all other ranks."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -49,7 +47,7 @@ class Copies:
     def start(self, run_folder: Path, attempt: int, url: str, keeps: Retention) -> None:
         """Start the process that copies."""
         job = CopyJob(str(run_folder), attempt, url, keeps, os.getpid())
-        # Python is started anew: a fork of a rank has locks of threads that are not there.
+        # Python is started anew: a fork of a rank has locks of threads that do not exist in the fork.
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "gpt_launch", "gpt.checkpoint.copies", job.encode()],
@@ -62,15 +60,15 @@ class Copies:
             say(f"the process that copies checkpoints cannot be started ({error}); nothing is copied")
 
     def copy(self, step: int) -> None:
-        """Have the checkpoint of a step copied; waits for nothing."""
+        """Have the checkpoint of a step copied; wait for nothing."""
         self._ask({"copy": step})
 
     def discard_after(self, step: int) -> None:
-        """Have the copies of later steps deleted: the run goes back, or on from there."""
+        """Have the copies of later steps deleted, since the run continues from this step."""
         self._ask({"discard_after": step})
 
     def close(self, patience_s: float, beat: Callable[[], None]) -> None:
-        """Wait for the copier to finish, for ``patience_s`` seconds at most, and end it; calls ``beat`` meanwhile."""
+        """Wait for the copier to finish, for at most ``patience_s`` seconds, and end it; call ``beat`` until then."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -94,16 +92,16 @@ class Copies:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-        except OSError:  # it was killed, say for want of memory: training goes on
+        except OSError:  # it was killed, say for want of memory: training continues
             say(f"the process that copies checkpoints is gone (status {self._process.poll()}); copies end here")
             self._process = None
 
 
 @contextlib.contextmanager
 def open_copies(beat: Callable[[], None]) -> Iterator[Copies]:
-    """Make the copier of this rank, and end it after use: at once where training has failed.
+    """Create the copier of this rank, and end it after use; after a failure of training it ends at once.
 
-    ``beat`` is called about once a second while its end is waited for.
+    ``beat`` is called about once a second during the wait for its end.
     """
     copies = Copies()
     try:
@@ -119,13 +117,13 @@ class Fetched:
     """Outcome of looking for a copy."""
 
     path: Path | None
-    """The checkpoint, whole and in its place; None where there is no copy at all."""
+    """The checkpoint, whole and in its place; None if there is no copy."""
     damaged: tuple[str, ...] = ()
-    """Newer copies that are not what was saved, a line each."""
+    """Newer copies that were damaged, a line each."""
 
 
 class Fetch:
-    """Search for the newest copy that is whole, in a thread, so that its ranks can show that they live.
+    """Search for the newest copy that is whole, in a thread, so that the ranks can show that they live.
 
     Args:
         folder: folder of the checkpoints.
@@ -139,7 +137,7 @@ class Fetch:
         self._thread.start()
 
     def look(self) -> Fetched | None:
-        """Wait a moment for the outcome; None where it is still open.
+        """Wait a moment for the outcome; None if the search is still under way.
 
         Raises:
             OSError: the target cannot be read, or the disk cannot be written.
@@ -158,16 +156,16 @@ class Fetch:
             try:
                 self._found = fetch_newest(folder, connect())
                 return
-            except Exception as error:  # of whatever library reaches the target
+            except Exception as error:  # each library that reaches the target has its own
                 failure = error
                 folders.sweep(folder)
             if tried + 1 < TRIES:
-                time.sleep(RETRY_S * 2**tried)  # the target's, not another thread's, time to come back
+                time.sleep(RETRY_S * 2**tried)  # time for the target to come back
         self._failure = failure
 
 
 def fetch_newest(folder: Path, target: Target) -> Fetched:
-    """Fetch the newest copy that is whole, and give it its place among the checkpoints of ``folder``."""
+    """Fetch the newest copy that is whole, and put it among the checkpoints of ``folder``."""
     damaged: list[str] = []
     for step in reversed(target.steps()):
         temporary = folders.begin_fetch(folder, step)
@@ -181,32 +179,32 @@ def fetch_newest(folder: Path, target: Target) -> Fetched:
     return Fetched(None, tuple(damaged))
 
 
-# The process that copies a run's checkpoints elsewhere, one at a time and the newest first, beside training.
+# The process that copies a run's checkpoints during training, one at a time and the newest first.
 #
 #     python -m gpt.checkpoint.copies JOB
 #
-# A process of its own: uploads hold the interpreter's lock, and fsspec's threads would not outlive a fork. It reads
-# what is to be done from its standard input, and enters what it has done in the event log of the run. Torch-free.
+# It is a process of its own, since uploads hold the interpreter's lock, and fsspec's threads would not outlive a fork.
+# It reads requests from its standard input, and enters its results in the event log of the run.
 
 
 FIRST_RETRY_S = 5.0
-"""Time from the first failure to the next try; then twice as long each time."""
+"""Seconds from the first failure to the next try; each later wait is twice as long."""
 LONGEST_RETRY_S = 300.0
 LAST_TRIES = 3
-"""Failures in a row after which a copy is given up when nothing else is to come."""
+"""Failures in a row after which a copy is given up, if no other request waits."""
 NICENESS = 10
 
 
 @dataclass(frozen=True)
 class CopyJob:
-    """Job of a copier, which it is told at its start: the run, the target and the copies to keep."""
+    """Job of a copier, given at its start: the run, the target and the copies to keep."""
 
     run_folder: str
     attempt: int
     url: str
     keeps: Retention
     parent: int
-    """Process that it must not outlive."""
+    """Process that the copier must not outlive."""
 
     def encode(self) -> str:
         """Encode as JSON, for a command line."""
@@ -214,21 +212,22 @@ class CopyJob:
 
     @staticmethod
     def decode(text: str) -> CopyJob:
-        """Read what ``encode`` made."""
+        """Decode the result of ``encode``."""
         value = json.loads(text)
         return CopyJob(**value | {"keeps": Retention(**value["keeps"])})
 
 
 class Copier:
-    """Copies what it is asked for; a failure is told, counted and tried again.
+    """Copies the checkpoints that it gets requests for; a failure is reported, counted and tried again.
 
     Args:
         folder: folder of the checkpoints.
         connect: opens the target; called until it succeeds.
         keeps: copies that are kept.
-        may_commit: False where a later attempt owns the run.
+        may_commit: returns False if a later attempt owns the run.
         tell: enters an event, by its name and details, in the event log.
-        wait: waits for the next request, for some seconds at most or None; returns it, or None where there is none.
+        wait: waits for the next request, for at most so many seconds or without a limit; returns it, or None if there
+            is none.
     """
 
     def __init__(
@@ -249,7 +248,7 @@ class Copier:
         self._failures = 0
 
     def serve(self) -> None:
-        """Do what is asked for, until that ends and nothing is left to do."""
+        """Serve requests, until they end and no work is left."""
         while not (self._is_ending and not self._has_work()):
             if not self._has_work():
                 self._hear(None)
@@ -263,14 +262,14 @@ class Copier:
         return self._step is not None or self._back_to is not None
 
     def _may_go_on(self) -> bool:
-        """Wait after a failure, as long as nothing new is asked for; False where it was the last try."""
+        """Wait after a failure, until a new request arrives or the time is over; False if it was the last try."""
         if self._is_ending and self._failures >= LAST_TRIES:
             return False
         self._hear(min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** (self._failures - 1)))
         return True
 
     def _hear(self, seconds: float | None) -> bool:
-        """Take in a request, waiting for it; False where none came."""
+        """Take in a request, waiting for it; False if none came."""
         asked = None if self._is_ending and seconds == 0.0 else self._wait(seconds)
         if asked is None:
             return False
@@ -285,7 +284,7 @@ class Copier:
         return True
 
     def _work(self) -> bool:
-        """Do what is to be done; False where it failed, and is to be tried again."""
+        """Do the work that is due; False if it failed, and must be tried again."""
         step = self._step
         try:
             if not self._may_commit():  # a later attempt has a copier of its own
@@ -301,11 +300,11 @@ class Copier:
                 self._step = None
             self._failures = 0
             return True
-        except DamagedError as damage:  # which another try would find again; a load will set the checkpoint aside
+        except DamagedError as damage:  # another try would find the same damage; a load will set the checkpoint aside
             self._tell("copy_failed", step=step, cause=f"the checkpoint is damaged: {damage}", failures=1)
             self._step = None
             return True
-        except Exception as error:  # of whatever library reaches the target
+        except Exception as error:  # each library that reaches the target has its own
             self._failures += 1
             self._tell("copy_failed", step=step, cause=describe(error), failures=self._failures)
             return False
@@ -320,7 +319,7 @@ class Copier:
 
 
 def read_requests(stream: IO[str], into: queue.Queue[dict[str, Any]]) -> None:
-    """Hand on the requests of a stream, a line of JSON each, and tell when it ends."""
+    """Pass the requests of a stream on, a line of JSON each, and report its end."""
     for line in stream:
         into.put(json.loads(line))
     into.put({"end": True})
@@ -330,7 +329,7 @@ def main() -> int:
     """Serve until the standard input is closed."""
     job = CopyJob.decode(sys.argv[1])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)  # the rank that is asked to leave says when this is over
+        signal.signal(number, signal.SIG_IGN)  # the rank that has to leave decides when this process ends
     die_with_parent(job.parent)
     os.nice(NICENESS)
     keep_unwritten()

@@ -6,9 +6,9 @@
     model.pt                    ours: shapes and persistent buffers by name, which DeepSpeed does not always write
 
 The files hold shards that depend on stage and number of ranks. To read them with another stage or number, rank 0 has
-DeepSpeed make its universal checkpoint of them (arXiv 2406.18820), whole tensors by name, and stores these through
-torch.distributed.checkpoint beside the original for the time of reading. So there is one way from any topology to any
-other. Imports ``deepspeed``, which takes seconds, only where it is used.
+DeepSpeed make its universal checkpoint (arXiv 2406.18820), whole tensors by name. Rank 0 stores these through
+torch.distributed.checkpoint next to the original for the time of reading. So there is one way between any two
+topologies. ``deepspeed``, whose import takes seconds, is imported only when it is used.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from launch.errors import ConfigError
 
 MODEL_FILE = "model.pt"
 LOOSE_FILES = ("latest", "zero_to_fp32.py", "zero_to_torch.py")
-"""Files that DeepSpeed writes beside its folder."""
+"""Files that DeepSpeed writes next to its folder."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 
 
 def deepspeed_tag(step: int) -> str:
-    """Name of the folder that DeepSpeed writes a step into, its tag."""
+    """Return the name of the folder that DeepSpeed writes a step into, its tag."""
     return f"global_step{step}"
 
 
 @contextlib.contextmanager
 def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | None) -> Iterator[Path]:
-    """Open a checkpoint for torch.distributed.checkpoint: yields ``folder``, or a conversion that is deleted after use.
+    """Open a checkpoint for torch.distributed.checkpoint: yield ``folder``, or a conversion that is deleted after use.
 
-    Collective. Conversions left behind by a killed process are swept with the other temporary folders.
+    Collective. Conversions that a killed process leaves are swept with the other temporary folders.
     """
     if saved.contents["kind"] == TENSORS["kind"]:
         yield folder
@@ -57,12 +57,12 @@ def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | No
     require_deepspeed(folder)
     scratch = run_on_first_rank(lambda: folders.begin_conversion(folder), group)
     yield run_on_first_rank(lambda: convert(folder, saved, scratch), group)
-    run_on_all_ranks(lambda: None, group)  # each has read what it wants; after a failure the sweep removes it
+    run_on_all_ranks(lambda: None, group)  # after a failure the sweep removes the folder
     run_on_first_rank(lambda: folders.remove(scratch), group)
 
 
 def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
-    """Convert a checkpoint of DeepSpeed to whole tensors in a folder inside ``scratch``; returns it. On one rank."""
+    """Convert a checkpoint of DeepSpeed to whole tensors in a folder inside ``scratch``, and return it. On one rank."""
     universal = to_universal(folder / deepspeed_tag(saved.step), scratch / "universal")
     about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
     model: dict[str, Tensor] = dict(about["buffers"])
@@ -78,7 +78,7 @@ def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
 
 
 def require_deepspeed(folder: Path) -> None:
-    """Raise ConfigError where this Python has no DeepSpeed, which alone reads the files in ``folder``."""
+    """Raise ConfigError if this Python has no DeepSpeed, which alone reads the files in ``folder``."""
     if not is_importable("deepspeed"):
         raise ConfigError(
             f"{folder}, a checkpoint in files of DeepSpeed's own, and no package deepspeed in {sys.executable}",
@@ -88,12 +88,12 @@ def require_deepspeed(folder: Path) -> None:
 
 
 def to_universal(original: Path, out: Path) -> Path:
-    """Have DeepSpeed join its shards to a universal checkpoint in ``out``; returns it.
+    """Have DeepSpeed join its shards to a universal checkpoint in ``out``, and return it.
 
-    In a process of its own: it starts workers, and must not find the ranks of this one.
+    It runs in a process of its own: DeepSpeed starts workers, and must not find the ranks of this process.
 
     Raises:
-        RuntimeError: DeepSpeed failed; with the end of its output.
+        RuntimeError: DeepSpeed failed; the message has the end of its output.
     """
     args = ["--input_folder", str(original), "--output_folder", str(out), "--inject_missing_state"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
@@ -111,7 +111,7 @@ def to_universal(original: Path, out: Path) -> Path:
 
 
 def read_whole(universal: Path, name: str, key: str) -> Tensor:
-    """Read one tensor of a universal checkpoint: weights (``fp32``) or a moment, left on the disk until it is used."""
+    """Read one tensor of a universal checkpoint: weights (``fp32``) or a moment; the disk keeps its data until used."""
     path = universal / "zero" / name / f"{key}.pt"
     found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     return found["param"] if isinstance(found, dict) else found
@@ -121,7 +121,7 @@ def read_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
     """Read the weights of a checkpoint of DeepSpeed by name, fp32 and whole, in one process that only reads there.
 
     Raises:
-        ConfigError: there is no DeepSpeed.
+        ConfigError: DeepSpeed is not installed.
     """
     require_deepspeed(folder)
     if saved.contents.get("pp", 1) > 1:
@@ -129,7 +129,7 @@ def read_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
-    with contextlib.redirect_stdout(sys.stderr):  # it tells what it does
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints its progress
         found = get_fp32_state_dict_from_zero_checkpoint(str(folder), deepspeed_tag(saved.step))
     return {name: found[name] for name in about["shapes"]} | about["buffers"]
 
@@ -140,5 +140,5 @@ def read_stages(folder: Path, saved: Manifest) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as scratch:
         universal = to_universal(folder / deepspeed_tag(saved.step), Path(scratch) / "universal")
         whole = {name: read_whole(universal, name, "fp32").view(shape) for name, shape in about["shapes"].items()}
-        # Cloned, since the files they are mapped from go away with the scratch folder.
+        # Cloned, since the files that they are mapped from are deleted with the scratch folder.
         return {name: tensor.clone() for name, tensor in whole.items()} | about["buffers"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# A loaded checkpoint, as it is described to the training. Torch-free.
+# A loaded checkpoint, as it is described to the training.
 
 
 @dataclass(frozen=True)
@@ -28,33 +28,30 @@ class LoadedCheckpoint:
     meta: dict[str, Any]
     world_size: int
     rank_state: dict[str, Any] | None
-    """State that this rank saved for itself; None where the number of ranks is another than it was."""
+    """State that this rank saved for itself; None if the number of ranks has changed."""
     set_aside: tuple[str, ...] = ()
     """Newer checkpoints that were damaged, a line with name and reason for each."""
     is_from_memory: bool = False
-    """True where it was loaded from the memory of the nodes."""
+    """True if it was loaded from the memory of the nodes."""
     fetched_for: str | None = None
-    """Reason why it was fetched from a copy elsewhere; None where it was not."""
+    """Reason why it was fetched from a copy elsewhere; None if it was not."""
     memory_damage: str | None = None
-    """Reason why memory, where checkpoints are kept there, gave none, or gave another copy of a part; None where there
-    is nothing to say."""
+    """Reason why memory gave no checkpoint, or another copy of a part; None if there is none, or no memory is used."""
 
 
 # The manifest of a checkpoint: the size and checksum of every file, and the run and step it belongs to.
-#
-# Torch-free.
 
 
 NAME = "manifest.json"
 FORMAT = 1
 TENSORS = {"kind": "tensors"}
-"""Contents of a checkpoint of whole tensors by name; also those of a manifest that names none."""
+"""Contents of a checkpoint of whole tensors by name; also those of a manifest without this key."""
 DEEPSPEED = "deepspeed"
 """Kind of the contents that DeepSpeed writes."""
 
 
 class DamagedError(Exception):
-    """Damage of a checkpoint: names the file, and what is wrong with it."""
+    """Damage of a checkpoint: the message names the file and its fault."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class FileSum:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of a checkpoint. ``meta`` is the caller's, plain JSON."""
+    """Content of a checkpoint. ``meta`` is the caller's plain JSON."""
 
     step: int
     world_size: int
@@ -99,7 +96,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check the manifest of ``folder``.
 
     Raises:
-        DamagedError: it is missing, or not byte for byte what was written.
+        DamagedError: it is missing, or some byte differs from the saved one.
         RuntimeError: it is sound, but of another version of this program.
     """
     try:
@@ -113,12 +110,12 @@ def decode_manifest(raw: bytes, path: Path) -> Manifest:
     """Decode and check the content of a manifest, which was read from ``path``.
 
     Raises:
-        DamagedError: it is not byte for byte what was written.
+        DamagedError: some byte differs from the saved one.
         RuntimeError: it is sound, but of another version of this program.
     """
     try:
         value = json.loads(raw)
-        # Encoded again and compared byte for byte: a flipped bit anywhere shows, also in a key or a space.
+        # Encoded again and compared byte for byte: this finds a flipped bit anywhere, also in a key or a space.
         if _encode({key: entry for key, entry in value.items() if key != "sha256"}) != raw:
             raise DamagedError(f"{NAME} has a wrong checksum")
     except (ValueError, AttributeError) as error:
@@ -131,7 +128,7 @@ def decode_manifest(raw: bytes, path: Path) -> Manifest:
 
 
 def find_damage(path: Path, expected: FileSum) -> str | None:
-    """Compare a file with its entry in the manifest; returns the damage, or None where there is none.
+    """Compare a file with its entry in the manifest; return the damage, None if there is none.
 
     Raises:
         OSError: the filesystem refused for a reason that says nothing about the file.
@@ -144,7 +141,7 @@ def find_damage(path: Path, expected: FileSum) -> str | None:
 
 
 def compare(name: str, found: FileSum, expected: FileSum) -> str | None:
-    """Return what is wrong with a file that has the sum ``found``; None where it is the one that was saved."""
+    """Return the fault of a file that has the sum ``found``; None if it is the saved file."""
     if found.size != expected.size:
         return f"{name} has {found.size} bytes instead of {expected.size}"
     return None if found == expected else f"{name} has a wrong checksum"
@@ -169,22 +166,20 @@ def _encode(body: dict[str, Any]) -> bytes:
 
 
 def damage_or_raise(error: OSError, name: str) -> str:
-    """Name the damage behind an error; raises the error again where it may go away (stale handle, memory, rights)."""
+    """Name the damage behind an error; raise the error again if it may disappear (stale handle, memory, rights)."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return f"{name} is missing"
-    if error.errno == errno.EIO:  # the disk does not give the bytes back, now or later
+    if error.errno == errno.EIO:  # the disk cannot return the bytes, now or later
         return f"{name} cannot be read back from the disk"
     raise error
 
 
-# Life of checkpoint folders: ``step_00000100`` is begun, committed, set aside, deleted.
+# Life of checkpoint folders: ``step_00000100`` is begun, committed, set aside, deleted. Called on one rank.
 #
-# Torch-free. Called on one rank.
-#
-# - ``.saving_step_00000100_<token>``: being written, or left behind by a killed save.
+# - ``.saving_step_00000100_<token>``: being written, or the rest of a killed save.
 # - ``step_00000100``: complete; the rename that gives it this name is the commit.
 # - ``step_00000100.corrupt``: found damaged; never deleted and never read again.
-# - ``.deleting_step_00000100_<token>``: no longer kept, or left behind by a killed deletion.
+# - ``.deleting_step_00000100_<token>``: no longer kept, or the rest of a killed deletion.
 # - ``.converting_step_00000100_<token>``: a copy in another form, for the time of reading.
 # - ``.fetching_step_00000100_<token>``: being fetched from a copy elsewhere.
 
@@ -203,15 +198,15 @@ class Retention:
     """Checkpoints that are kept."""
 
     last: int
-    """Number of the newest."""
+    """Number of the newest checkpoints."""
     every: int = 0
     """Steps that are multiples of this are kept for good; 0 keeps none."""
     best: int = 0
-    """Number of those with the lowest validation loss, as far as it was measured in the step of the save."""
+    """Number of the checkpoints with the lowest validation loss, if it was measured in the step of the save."""
 
 
 def list_committed(folder: Path) -> list[Path]:
-    """List the folders that bear a step's name, oldest first."""
+    """List the folders that have a step's name, oldest first."""
     return sorted((path for path in _entries(folder) if COMMITTED.fullmatch(path.name)), key=step_of)
 
 
@@ -221,7 +216,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Tell whether nothing was ever begun in the folder, or nothing of it is left."""
+    """Tell whether no checkpoint was ever begun in the folder, or none of its content is left."""
     return not _entries(folder)
 
 
@@ -243,7 +238,7 @@ def temporary_for(folder: Path, step: int, token: str) -> Path:
 
 
 def begin(temporary: Path, step: int) -> None:
-    """Make the folder to write a checkpoint into, after removing what killed saves left behind.
+    """Create the folder to write a checkpoint into, after removing the rests of killed saves.
 
     Raises:
         FileExistsError: the step has its checkpoint already.
@@ -264,29 +259,29 @@ def is_committed(folder: Path, step: int) -> bool:
 
 
 def begin_conversion(path: Path) -> Path:
-    """Make an empty folder beside a checkpoint, for a copy of it in another form."""
+    """Create an empty folder next to a checkpoint, for a copy of it in another form."""
     return _temporary(path.parent, "converting", path.name)
 
 
 def begin_fetch(folder: Path, step: int) -> Path:
-    """Make an empty folder for a checkpoint that is fetched from elsewhere; ``commit`` gives it its name."""
+    """Create an empty folder for a checkpoint that is fetched from elsewhere; ``commit`` gives it its name."""
     folder.mkdir(parents=True, exist_ok=True)
     return _temporary(folder, "fetching", final_for(folder, step).name)
 
 
 def commit(temporary: Path, step: int) -> Path:
-    """Give a finished folder, manifest included, its final name; returns it."""
+    """Give a finished folder, manifest included, its final name; return its path."""
     final = final_for(temporary.parent, step)
     temporary.rename(final)
     try:
         sync_folder(final.parent)
-    except OSError as error:  # it is there all the same, and a second try would find that the step has its checkpoint
+    except OSError as error:  # the rename may have succeeded all the same; a second try would then refuse it
         log.warning("%s may not outlive a power cut: %s", final, error)
     return final
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Take a damaged checkpoint out of the way and warn about it."""
+    """Move a damaged checkpoint out of the way and warn about it."""
     name, number = f"{path.name}.corrupt", 1
     while path.with_name(name).exists():
         number += 1
@@ -294,7 +289,7 @@ def set_aside(path: Path, why: str) -> None:
     try:
         path.rename(path.with_name(name))
     except FileNotFoundError:
-        return  # another process, left over from an earlier attempt, was faster
+        return  # a process of an earlier attempt was faster
     log.warning("checkpoint %s is damaged (%s): set aside as %s", path, why, name)
 
 
@@ -302,16 +297,16 @@ def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifes
     """Choose the steps whose checkpoints are kept.
 
     Args:
-        saved: steps that have one, ascending.
-        keeps: how many.
-        read: reads the manifest of a step, as far as the validation losses are asked for.
+        saved: steps that have a checkpoint, ascending.
+        keeps: the checkpoints to keep.
+        read: reads the manifest of a step; called only if validation losses decide.
     """
     kept = {*saved[-keeps.last :], *(step for step in saved if keeps.every and step % keeps.every == 0)}
     return kept | set(_best(saved, keeps.best, read) if keeps.best else ())
 
 
 def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> None:
-    """Delete all checkpoints but those that are kept, and ``spared`` steps besides."""
+    """Delete all checkpoints but those that are kept, and those of ``spared`` steps."""
     saved = steps(folder)
     kept = spared | kept_steps(saved, keeps, lambda step: read_manifest(final_for(folder, step)))
     for step in saved:
@@ -320,7 +315,7 @@ def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> No
         final = final_for(folder, step)
         doomed = folder / f".deleting_{final.name}_{secrets.token_hex(4)}"
         try:
-            final.rename(doomed)  # first the name goes: a half-deleted folder is never taken for a checkpoint
+            final.rename(doomed)  # the name is removed first: a half-deleted folder is never taken for a checkpoint
         except OSError as error:
             log.warning("%s cannot be deleted yet: %s", final, error)
         else:
@@ -337,7 +332,7 @@ def discard_after(folder: Path, step: int) -> None:
 
 
 def _best(saved: list[int], number: int, read: Callable[[int], Manifest]) -> list[int]:
-    """Return the steps with the lowest validation loss, of those that were evaluated; of equal ones the newest."""
+    """Return the steps with the lowest validation loss among those evaluated; of equal ones the newest."""
     losses = []
     for step in saved:
         try:
@@ -350,14 +345,14 @@ def _best(saved: list[int], number: int, read: Callable[[int], Manifest]) -> lis
 
 
 def sweep(folder: Path, keep: Path | None = None) -> None:
-    """Remove the temporary folders that killed saves, deletions and conversions left behind, but for ``keep``."""
+    """Remove the temporary folders of killed saves, deletions and conversions, except ``keep``."""
     for path in _entries(folder):
         if LEFT_OVER.fullmatch(path.name) and path != keep:
             remove(path)
 
 
 def remove(path: Path) -> None:
-    """Delete a folder; what cannot be deleted now is left to the next sweep."""
+    """Delete a folder; files that cannot be deleted now remain for the next sweep."""
     try:
         shutil.rmtree(path)
     except FileNotFoundError:
@@ -367,7 +362,7 @@ def remove(path: Path) -> None:
 
 
 def _temporary(folder: Path, what: str, name: str) -> Path:
-    # A token of its own: a process left over from an earlier attempt never writes into the same folder.
+    # A token of its own: a process of an earlier attempt never writes into the same folder.
     temporary = folder / f".{what}_{name}_{secrets.token_hex(4)}"
     temporary.mkdir()
     return temporary

@@ -1,6 +1,4 @@
-"""Formats of a state on disk: the index of its tensors, and the files that torch.distributed.checkpoint or an engine
-writes.
-"""
+"""Formats of a state on disk: the index of its tensors, and the files of torch.distributed.checkpoint or an engine."""
 
 from __future__ import annotations
 
@@ -30,14 +28,14 @@ from gpt.checkpoint.deepspeed_files import open_as_tensors
 from gpt.checkpoint.folders import TENSORS, Manifest
 from gpt.checkpoint.part import Part, SavePlans
 
-# The index of a state's tensors as JSON: which there are, of which shape, and in which chunks.
+# The index of a state's tensors as JSON: their names, their shapes, and their chunks.
 #
-# torch.distributed.checkpoint writes its index as a pickle, whose reading can run code; what comes over a network must
-# not.
+# torch.distributed.checkpoint writes its index as a pickle, whose reading can run code. An index that comes over a
+# network must not run any.
 
 
 def encode_index(metadata: Metadata) -> dict[str, Any]:
-    """Turn an index into plain JSON; None stands for what is no tensor."""
+    """Turn an index into plain JSON; None marks an entry that is no tensor."""
     return {
         name: None
         if isinstance(entry, BytesStorageMetadata)
@@ -51,10 +49,10 @@ def encode_index(metadata: Metadata) -> dict[str, Any]:
 
 
 def decode_index(plain: dict[str, Any]) -> Metadata:
-    """Turn back what ``encode_index`` made, without the places of the bytes.
+    """Decode the result of ``encode_index``, without the places of the bytes.
 
     Raises:
-        ValueError: it names a type of tensors that there is not.
+        ValueError: it names an unknown type of tensors.
     """
     return Metadata({name: _decode_entry(entry) for name, entry in plain.items()})
 
@@ -81,14 +79,14 @@ class Format(Protocol):
         ...
 
     def collect(self, step: int, state: Any, group: dist.ProcessGroup | None) -> Part:
-        """Collect what this rank writes of ``state`` after ``step``; the tensors in it may be the state's own memory.
+        """Collect this rank's files of ``state`` after ``step``; the tensors in it may be the state's own memory.
 
-        A failure is raised on every rank, or is this rank's alone and raised where no other waits for it.
+        A failure is raised on every rank. If no other rank waits, it may be raised on this rank alone.
         """
         ...
 
     def read(self, folder: Path, saved: Manifest, state: Any, group: dist.ProcessGroup | None) -> None:
-        """Fill ``state`` from the files, of this format or of the one that ``saved.contents`` names."""
+        """Fill ``state`` from the files, which have this format or the one in ``saved.contents``."""
         ...
 
 
@@ -107,14 +105,14 @@ class TensorFiles:
 
     def read(self, folder: Path, saved: Manifest, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
         with open_as_tensors(folder, saved, group) as tensors:
-            # Beside tensors a state holds settings of the optimizer, which a run of DeepSpeed does not write.
+            # A state also holds settings of the optimizer, which a run of DeepSpeed does not write.
             wanted = state if saved.contents == TENSORS else select_tensors(state)
             read_tensors(dcp.FileSystemReader(tensors), wanted, group)
 
 
 def read_tensors(reader: StorageReader, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Fill ``state`` with tensors by their names, from wherever ``reader`` has them. Collective."""
-    # The stages of a pipeline want different tensors, so a rank alone cannot tell which are unused.
+    """Fill ``state`` with tensors by their names, through ``reader``. Collective."""
+    # The stages of a pipeline want different tensors, so a single rank cannot know which are unused.
     names = messages.all_gather(sorted(flatten_state_dict(state)[0]), group)
     planner = _ExactPlanner({name for of_rank in names for name in of_rank})
     dcp.load(state, storage_reader=reader, planner=planner, process_group=group)
@@ -139,13 +137,13 @@ class _ExactPlanner(DefaultLoadPlanner):
         return super().create_local_plan()
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Take a setting of the optimizer over: DCP's own reading of it would run whatever code it names."""
+        """Take over a setting of the optimizer: DCP's own reading of it would run any code that it names."""
         setting = torch.load(value, weights_only=True)
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], setting)
 
 
 def select_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """Copy nested dicts without values that are no tensors; the tensors are the same ones."""
+    """Copy nested dicts without values that are no tensors; the tensors are the same objects."""
     return dict(_tensors_in(state))
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints in the memory of the nodes: each rank's part goes to the store of its own node and to that of the next.
+"""Checkpoints in the memory of the nodes: each rank's part goes to the store of its node and of the next node.
 
-The nodes form a ring, so that any one of them may be lost. One that fails is given up: the next is due soon. Loading
-is by ``memory_load``.
+The nodes form a ring, so that any one of them may be lost. A checkpoint that fails is given up, since the next one is
+due soon. ``memory_load`` loads checkpoints.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from launch.errors import ConfigError
 from launch.worker.memory import Place, StoreClient, Upload, own_store
 
 ABOUT = "about.json"
-"""File of rank 0's part: the caller's ``meta`` and the index of the tensors. What else a manifest on a disk has, the
-stores tell of themselves: step, number of ranks, files and checksums."""
+"""File of rank 0's part: the caller's ``meta`` and the index of the tensors.
+
+The stores themselves know the rest of a manifest: step, number of ranks, files and checksums.
+"""
 REPORT = "report.json"
 """File of each part: the places of its tensors in its files."""
 
@@ -42,7 +44,7 @@ class SavedInMemory:
 
     step: int
     write_s: float
-    """Seconds from its beginning to the agreement, of which training waited for the copy only."""
+    """Seconds from its beginning to the agreement; training waited only for the copy."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class FailedInMemory:
 
 @dataclass(frozen=True)
 class Send:
-    """Send the part of one rank to the stores that are to hold it."""
+    """Send the part of one rank to the stores that must hold it."""
 
     save: str
     step: int
@@ -90,14 +92,14 @@ class Send:
 
 @dataclass(frozen=True)
 class Confirm:
-    """Tell the stores that hold a part that all ranks have agreed on its save. Nobody waits for it."""
+    """Report to the stores that hold a part that all ranks have agreed on its save. No rank waits for this."""
 
     save: str
     places: tuple[Place, ...]
     secret: str
 
     def run(self, memory: Memory) -> None:
-        """Tell each of them, before the next part is sent there."""
+        """Report to each store, before the next part is sent there."""
         for place in self.places:
             with StoreClient(place, self.secret) as store:
                 store.ask("commit", save=self.save)
@@ -113,20 +115,20 @@ class _Sending:
 
 
 class SentFiles(FileSystem):
-    """torch's file system, whose files go to memory stores."""
+    """torch's file system, whose files are sent to memory stores."""
 
     def __init__(self, stores: Sequence[StoreClient], save: str, rank: int) -> None:
         self._to = (stores, save, rank)
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        """Open a file to write; it is whole when it is closed."""
+        """Open a file to write; the file is whole when it is closed."""
         upload = Upload(*self._to, Path(path).as_posix())
         yield upload
         upload.end()
 
     def send(self, name: str, content: Any) -> None:
-        """Send one file: bytes as they are, all else as ``torch.save`` does."""
+        """Send one file: bytes as they are, other content as ``torch.save`` encodes it."""
         with self.create_stream(name, "wb") as stream:
             if isinstance(content, bytes):
                 stream.write(content)
@@ -135,12 +137,12 @@ class SentFiles(FileSystem):
 
 
 class MemorySaves:
-    """The checkpoints in memory of one run. Collective, but for ``vote``.
+    """The checkpoints in memory of one run. All methods but ``vote`` are collective.
 
     Args:
         group: gloo group of all ranks, for the control messages.
         fmt: format of the state; its parts are tensors by name.
-        writer: who sends this rank's part, while none of its other jobs is waited for.
+        writer: sends this rank's part, while no other of its jobs is waited for.
         own: memory store of this rank's node.
         secret: of all stores.
     """
@@ -166,7 +168,7 @@ class MemorySaves:
         return self._pending is not None
 
     def start(self, step: int, state: Any, rank_state: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Take a state over, and begin to send it. Nothing else may be in the writer's hands.
+        """Take a state over, and begin to send it. The writer must have no other job.
 
         Raises:
             CheckpointError: the state cannot be planned; on every rank.
@@ -175,16 +177,16 @@ class MemorySaves:
         part, failure = None, None
         try:
             part = take_over(step, state, rank_state, self.format, self.writer, self.group)
-        except Exception as error:  # the others hear of it by the votes
+        except Exception as error:  # the other ranks learn of it by the votes
             failure = explain(error)
         self._begin(step, meta, started, part, failure)
 
     def start_again(self, saved: InFlight) -> None:
-        """Begin to send what was written to the disk, from the copy that was taken for it."""
+        """Begin to send the state that was written to the disk, from the copy that was taken for the disk."""
         self._begin(saved.step, saved.meta, time.monotonic(), saved.part, None)
 
     def vote(self) -> Vote:
-        """Return this rank's word on the save in flight; its phases are negative. Waits for nothing."""
+        """Return this rank's vote on the save in flight; its phases are negative. Waits for nothing."""
         if self._pending is None:
             return Vote(0)
         if self._result is None:
@@ -195,17 +197,17 @@ class MemorySaves:
         return Vote(-self._phases, done=int(not has_failed), failed=int(has_failed))
 
     def count(self, phase: int, done: float, failed: float) -> SavedInMemory | FailedInMemory | None:
-        """Take in the votes of all ranks, summed, in the same order on all of them.
+        """Add the votes of all ranks, summed, in the same order on all of them.
 
         Returns:
-            What has become of the save, once; None while that is open.
+            The outcome of the save, once; None while it is open.
         """
         if self._pending is None or phase != -self._phases or done + failed < dist.get_world_size(self.group):
             return None
         return self._end(bool(failed))
 
     def finish(self) -> SavedInMemory | FailedInMemory | None:
-        """Wait for the save in flight; None where there is none."""
+        """Wait for the save in flight; None if there is none."""
         if self._pending is None:
             return None
         if self._result is None:
@@ -235,11 +237,11 @@ class MemorySaves:
 
 
 def neighbors(own: Place, of_ranks: Sequence[Place]) -> tuple[Place, ...]:
-    """Return the stores that hold a rank's part: its node's, and that of the next node in the ring where there is one.
+    """Return the stores that hold a rank's part: its own node's, and that of the next node in the ring, if any.
 
     Args:
         own: store of the rank's node.
-        of_ranks: that of each rank's node, by rank.
+        of_ranks: store of each rank's node, by rank.
     """
     ring = list(dict.fromkeys(of_ranks))
     following = ring[(ring.index(own) + 1) % len(ring)]
@@ -247,10 +249,10 @@ def neighbors(own: Place, of_ranks: Sequence[Place]) -> tuple[Place, ...]:
 
 
 def open_memory(group: dist.ProcessGroup | None, fmt: Format, writer: Writer | None) -> MemorySaves | None:
-    """Find the memory stores of all nodes. Collective. None where one of them could not be started.
+    """Find the memory stores of all nodes; None if one of them could not be started. Collective.
 
     Raises:
-        ConfigError: there is no launcher that keeps any.
+        ConfigError: there is no launcher that keeps memory stores.
     """
     own = own_store()
     found = messages.all_gather(own is not None, group)

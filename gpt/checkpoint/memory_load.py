@@ -1,6 +1,6 @@
-"""Loading from the memory of the nodes: the newest checkpoint of which every part is whole, wherever it lies now.
+"""Loading from the memory of the nodes: the newest checkpoint of which every part is whole, on any nodes.
 
-A damaged copy is passed over for the other one; where none is left, the checkpoint is.
+A damaged copy of a part is replaced by the other copy. If no copy is left, the checkpoint is passed over.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class NotInMemoryError(Exception):
 
 @dataclass
 class HeldSave:
-    """A checkpoint in memory, as far as the nodes of this start hold it."""
+    """A checkpoint in memory, as far as the nodes of this start have it."""
 
     save: str
     step: int
@@ -47,13 +47,13 @@ class HeldSave:
         return [rank for rank in range(self.world_size) if not self.parts.get(rank)]
 
     def sources(self, of_ranks: Sequence[Place]) -> dict[int, Place]:
-        """Choose the store that each part is read from: that of the node where its rank is now, else any."""
+        """Choose the store that each part is read from: that of the node where its rank is now, if possible."""
         near = {rank: of_ranks[rank] if rank < len(of_ranks) else None for rank in self.parts}
         return {rank: near[rank] if near[rank] in held else min(held, key=str) for rank, held in self.parts.items()}  # type: ignore[misc]
 
 
 def find_held(saves: MemorySaves) -> HeldSave:
-    """Find the newest checkpoint of which every part is held. Collective.
+    """Find the newest checkpoint of which the stores have every part. Collective.
 
     Raises:
         NotInMemoryError: there is none; on every rank.
@@ -69,7 +69,7 @@ def find_held(saves: MemorySaves) -> HeldSave:
 
 
 def merge_inventories(told: Sequence[Sequence[dict[str, Any]]], of_ranks: Sequence[Place]) -> list[HeldSave]:
-    """Join what the stores hold, each told by one rank of its node."""
+    """Join the inventories of the stores, each sent by one rank of its node."""
     found: dict[str, HeldSave] = {}
     for place, saves in zip(of_ranks, told, strict=True):
         for entry in saves:
@@ -80,7 +80,7 @@ def merge_inventories(told: Sequence[Sequence[dict[str, Any]]], of_ranks: Sequen
 
 
 def _inventory(saves: MemorySaves) -> list[dict[str, Any]]:
-    """Ask the store of this node; the first rank of a node does."""
+    """Return the inventory of this node's store; only the first rank of a node reads it."""
     if saves.of_ranks.index(saves.own) != dist.get_rank(saves.group):
         return []
     with StoreClient(saves.own, saves.secret) as store:
@@ -92,7 +92,7 @@ def load_held(saves: MemorySaves, held: HeldSave, state: Any) -> LoadedCheckpoin
 
     Raises:
         NotInMemoryError: some part has no sound copy; on every rank.
-        CheckpointError: it does not fit the state, or a store has died meanwhile; on every rank.
+        CheckpointError: it does not fit the state, or a store has died in the meantime; on every rank.
     """
     damaged = verify_held(saves, held)
     sources = held.sources(saves.of_ranks)
@@ -125,7 +125,7 @@ def load_held(saves: MemorySaves, held: HeldSave, state: Any) -> LoadedCheckpoin
 
 
 def verify_held(saves: MemorySaves, held: HeldSave) -> list[str]:
-    """Verify the copies that will be read, and take those that are damaged out of ``held``; returns a line for each."""
+    """Verify the copies that will be read, and take damaged ones out of the checkpoint; return a line for each."""
     ranks, own = dist.get_world_size(saves.group), dist.get_rank(saves.group)
     verified: set[tuple[int, Place]] = set()
     damaged: list[str] = []
@@ -159,7 +159,7 @@ def _damage(saves: MemorySaves, held: HeldSave, rank: int, place: Place) -> str:
 
 
 def forget_others(saves: MemorySaves, save: str) -> None:
-    """Have the stores give back the memory of all saves but one; all where there is none of that name. Collective."""
+    """Have the stores free the memory of all saves but ``save``; of all, if none has that name. Collective."""
 
     def forget() -> None:
         with StoreClient(saves.own, saves.secret) as store:
@@ -178,7 +178,7 @@ def discard_held_after(saves: MemorySaves, step: int) -> None:
 
 
 class HeldFiles(FileSystem):
-    """torch's file system over the parts of a checkpoint in memory, each read where it was verified.
+    """torch's file system over the parts of a checkpoint in memory, each read from its verified copy.
 
     Args:
         saves: gives the secret.
@@ -201,7 +201,7 @@ class HeldFiles(FileSystem):
         self._stack.close()
 
     def read(self, rank: int, name: str) -> bytes:
-        """Read a file of a rank's part whole."""
+        """Read a whole file of a rank's part."""
         size = self._held.parts[rank][self._sources[rank]][name]
         return self._store(rank).read_all(self._held.save, rank, name, size)
 
@@ -250,7 +250,7 @@ class _HeldStream(io.RawIOBase):
 
 
 class HeldReader(FileSystemReader):
-    """torch's reader, which is handed the index instead of reading it from a file."""
+    """torch's reader, which gets the index as an argument instead of reading it from a file."""
 
     def __init__(self, metadata: Metadata, files: FileSystem) -> None:
         super().__init__(".")

@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from gpt.checkpoint import messages
 from launch.errors import ConfigError
 
-# Values that ranks send each other, as JSON in tensors: reading what came over the network runs no code.
+# Values that ranks send each other, as JSON in tensors: reading a value from the network runs no code.
 #
-# torch's own collectives of objects unpickle what they receive, which whoever gets between two ranks could turn into
-# any program.
+# torch's own collectives of objects unpickle received bytes. An attacker between two ranks could turn these into any
+# program.
 
 
 PACKAGES = ("gpt", "launch")
@@ -33,13 +33,13 @@ def all_gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """All-gather a value over a gloo group: the values of all ranks, by rank, on every rank. Collective.
 
     Raises:
-        TypeError: the value is of a kind that cannot be sent; before anything is.
+        TypeError: the value is of a kind that cannot be sent; raised before any message.
     """
     return [decode(message) for message in gather_bytes(encode(value), group)]
 
 
 def broadcast(message: bytes, group: dist.ProcessGroup | None) -> bytes:
-    """Send what rank 0 has encoded to all ranks of a gloo group; the others' ``message`` does not count. Collective."""
+    """Send rank 0's encoded message to all ranks of a gloo group; other ranks' ``message`` is ignored. Collective."""
     size = torch.tensor(len(message))
     dist.broadcast(size, src=0, group=group)
     sent = as_tensor(message.ljust(int(size), b" ")[: int(size)])
@@ -67,13 +67,13 @@ def encode(value: Any) -> bytes:
     """Encode a value for ``decode``.
 
     Raises:
-        TypeError: it is, or holds, something that cannot be sent.
+        TypeError: it is, or holds, a value that cannot be sent.
     """
     return json.dumps(to_plain(value)).encode()
 
 
 def decode(message: bytes) -> Any:
-    """Return the value that ``encode`` was given: equal, and of the same types.
+    """Return the value that ``encode`` received: equal, and of the same types.
 
     Raises:
         ValueError: this is no message of ``encode``.
@@ -82,7 +82,7 @@ def decode(message: bytes) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Turn a value into what JSON knows: lists as they are, all else that is no plain value as ``{kind: content}``."""
+    """Turn a value into JSON types: lists as they are, other values that are not plain as ``{kind: content}``."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
@@ -110,7 +110,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(plain: Any) -> Any:
-    """Turn back what ``to_plain`` made."""
+    """Turn the result of ``to_plain`` back."""
     if isinstance(plain, list):
         return [from_plain(entry) for entry in plain]
     if not isinstance(plain, dict):
@@ -122,7 +122,7 @@ def from_plain(plain: Any) -> Any:
 
 
 def read_tensor(content: list[Any]) -> torch.Tensor:
-    """Read a tensor, to the CPU."""
+    """Read a tensor to the CPU."""
     dtype, shape, data = content
     found = getattr(torch, dtype)
     if not isinstance(found, torch.dtype):
@@ -160,7 +160,7 @@ def is_enum(cls: Any) -> bool:
 
 
 def name_of(cls: type) -> str:
-    """Name by which ``find_class`` finds a class."""
+    """Return the name by which ``find_class`` finds a class."""
     return f"{cls.__module__}:{cls.__name__}"
 
 
@@ -178,21 +178,21 @@ def find_class(name: str, is_right: Callable[[Any], bool]) -> Any:
     raise ValueError(f"{name!r} is no dataclass or enum of {' or '.join(PACKAGES)}")
 
 
-# Collectives that succeed or fail on all ranks alike: a failure of one rank is raised on every rank, and none waits.
+# Collectives that succeed or fail on all ranks alike: a failure of one rank is raised on every rank, so no rank waits.
 
 
 T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """A save or a load failed on some rank; raised on every rank with the failure of the lowest."""
+    """A save or a load failed on some rank; raised on every rank with the failure of the lowest failed rank."""
 
 
 def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
-    """Run ``action`` on every rank; every rank gets the results of all, by rank.
+    """Run ``action`` on every rank; every rank gets the results of all ranks, by rank.
 
     Args:
-        action: what it returns is sent, as ``gpt.checkpoint.messages`` can.
+        action: its result must be a value that ``gpt.checkpoint.messages`` can send.
         group: gloo group of the ranks; None means the default group.
 
     Raises:
@@ -220,7 +220,7 @@ def run_on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) 
 def explain(error: BaseException) -> str:
     """Format an error as one line, with its traceback below."""
     cause = error
-    # DCP wraps the errors of all ranks; the first one's own line says more than the wrapper's.
+    # DCP wraps the errors of all ranks; the first error's own line says more than the wrapper's.
     if isinstance(error, CheckpointException) and error.failures:
         cause = error.failures[min(error.failures)][0]
     line = "".join(traceback.format_exception_only(type(cause), cause)).strip()

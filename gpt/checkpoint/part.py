@@ -1,4 +1,4 @@
-"""The part of a checkpoint that one rank writes: which tensors, their copy in host memory, and the file."""
+"""The part of a checkpoint that one rank writes: the plan of its tensors, its files, and its copy in host memory."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from gpt.checkpoint import messages
 from gpt.checkpoint.folders import FileSum, sync_folder
 from gpt.checkpoint.messages import CheckpointError, explain
 
-# Plans of who writes which tensors of a state, made by torch.distributed.checkpoint and kept from save to save.
+# Plans of which rank writes which tensors of a state, made by torch.distributed.checkpoint and kept between saves.
 #
-# ``dcp.async_save`` with a process of its own would keep plans too, but not for this protocol: it stages the whole
-# state on every rank, replicas included; it plans and ends each save by collectives of its own, over a second process
-# group in which one slow writer holds up all others; and it knows neither a manifest nor a second try. So the planner
-# and the file format are torch's, and the cache and the order of a save are ours.
+# ``dcp.async_save`` with a process of its own would keep plans, too, but does not fit. It stages the whole state on
+# every rank, replicas included. It plans and ends each save by collectives over a second process group, in which one
+# slow writer delays all ranks. It has neither a manifest nor a second try. So the planner and the file format are
+# torch's; the cache and the order of a save are ours.
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class WritePlan:
     """Number that names this plan in this process."""
     items: SavePlan
     metadata: Metadata | None
-    """Index of the tensors of all ranks, without their places in the files; rank 0's only."""
+    """Index of the tensors of all ranks, without their places in the files; only on rank 0."""
 
 
 class SavePlans:
-    """The plan of one format's saves: made at the first, and again when names or shapes of some rank have changed.
+    """The plan of one format's saves: made at the first save, and again if names or shapes of some rank have changed.
 
-    Rank 0 plans for all ranks, which takes longer the more there are, while all of them wait.
+    Rank 0 plans for all ranks. This takes longer with more ranks, and all of them wait.
     """
 
     _keys = itertools.count()
@@ -65,7 +65,7 @@ class SavePlans:
         self._plan: WritePlan | None = None
 
     def plan(self, state: dict[str, Any], group: dist.ProcessGroup | None) -> tuple[WritePlan, list[Any]]:
-        """Plan a save of ``state``; returns this rank's share, and the data of its items, in their order. Collective.
+        """Plan a save of ``state``; return this rank's share, and the data of its items, in their order. Collective.
 
         A tensor among the data is the state's own memory, no copy.
 
@@ -77,7 +77,7 @@ class SavePlans:
         local = planner.create_local_plan()
         has_changed = self._plan is None or local != self._local
         if any(messages.all_gather(has_changed, group)):
-            self._plan = None  # until the new one stands on every rank
+            self._plan = None  # until every rank has the new plan
             self._plan = self._agree(planner, local, group)
             self._local = local
         assert self._plan is not None
@@ -100,13 +100,13 @@ class SavePlans:
         return WritePlan(next(self._keys), own, found[0] if found else None)
 
 
-# Part of a checkpoint that one rank writes, and its writing: sums are computed of the bytes on their way to the disk.
+# The part of a checkpoint that one rank writes; the bytes are summed on their way to the disk.
 #
-# Needs no process group, so that any process can write.
+# No process group is needed, so that any process can write.
 
 
 COPY_AHEAD = 10_000_000
-"""Bytes that are copied from a GPU ahead of their writing, as torch's default has it."""
+"""Bytes that are copied from a GPU ahead of their writing, as torch's default is."""
 PROBE_BYTES = 1 << 16
 
 
@@ -119,7 +119,7 @@ class Part:
     data: list[Any] = field(default_factory=list)
     """Tensors and BytesIO of the plan's items, in their order."""
     files: dict[str, Any] = field(default_factory=dict)
-    """Path in the folder -> what torch.save takes; bytes are written as they are."""
+    """Path in the folder -> argument of torch.save; bytes are written as they are."""
 
 
 @dataclass
@@ -130,7 +130,7 @@ class Report:
     items: list[WriteResult] = field(default_factory=list)
 
     def encode(self) -> bytes:
-        """Encode as JSON: rank 0 reads what other ranks have written, and that must run no code."""
+        """Encode as JSON: rank 0 reads the reports of other ranks, and that must run no code."""
         items = [
             [i.index.fqn, i.index.offset, i.index.index, i.storage_data.relative_path, i.storage_data.offset,
              i.storage_data.length]
@@ -142,7 +142,7 @@ class Report:
 
     @staticmethod
     def decode(text: bytes) -> Report:
-        """Read what ``encode`` made."""
+        """Decode the result of ``encode``."""
         found = json.loads(text)
         items = [
             WriteResult(MetadataIndex(fqn, offset, index), length, _StorageInfo(path, start, length))
@@ -152,7 +152,7 @@ class Report:
 
 
 def report_name(rank: int) -> str:
-    """Name of a rank's report, in the folder until it is committed."""
+    """Return the name of a rank's report, which is in the folder until the commit."""
     return f".report_{rank:05d}.json"
 
 
@@ -175,21 +175,21 @@ def write_part(part: Part, folder: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     except Exception:
-        probe(folder, part.rank)  # torch's writer says "unexpected pos" where a disk is full
+        probe(folder, part.rank)  # torch's writer says "unexpected pos" if a disk is full
         raise
 
 
 def write_items(part: Part, plan: WritePlan, folder: Path, files: FileSystem, syncs: bool = True) -> list[WriteResult]:
-    """Write the planned items as torch.distributed.checkpoint does; returns their places.
+    """Write the planned items as torch.distributed.checkpoint does; return their places.
 
     Args:
         part: of one rank.
         plan: of its items.
         folder: that their files are named in.
-        files: opens them.
-        syncs: sync each to its disk.
+        files: opens the files.
+        syncs: sync each file to its disk.
     """
-    # Copies ahead are for GPUs only, and would start one in a process that has none to do with it.
+    # Copies ahead are only for GPUs. In a process without a GPU they would start one.
     ahead = COPY_AHEAD if torch.cuda.is_initialized() else 0
     writer = FileSystemWriter(folder, sync_files=syncs, per_thread_copy_ahead=ahead)
     writer.fs = files
@@ -198,17 +198,17 @@ def write_items(part: Part, plan: WritePlan, folder: Path, files: FileSystem, sy
 
 
 def write_index(metadata: Metadata, items: Sequence[Sequence[WriteResult]], folder: Path) -> dict[str, FileSum]:
-    """Write the index of all ranks' tensors; returns the sum of its file."""
+    """Write the index of all ranks' tensors; return the sum of its file."""
     files = SummingFiles()
     writer = FileSystemWriter(folder, sync_files=True)
     writer.fs = files
-    writer.finish(copy.copy(metadata), [list(of_rank) for of_rank in items])  # it fills in what it is given
+    writer.finish(copy.copy(metadata), [list(of_rank) for of_rank in items])  # finish() changes its argument
     (entry,) = files.sums.values()
     return {".metadata": entry}
 
 
 def write_file(path: Path, content: Any, files: SummingFiles) -> None:
-    """Write one file, synced to disk; what could not be read back later fails now."""
+    """Write one file, synced to disk; content that could not be read back later fails now."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.create_stream(path, "wb") as stream:
         if isinstance(content, bytes):
@@ -220,15 +220,15 @@ def write_file(path: Path, content: Any, files: SummingFiles) -> None:
 
 
 def rank_file(rank: int) -> str:
-    """Name of the file of a rank's own state."""
+    """Return the name of the file of a rank's own state."""
     return f"rank_{rank:05d}.pt"
 
 
 def encode_rank_state(rank_state: dict[str, Any]) -> bytes:
-    """Encode a rank's own state, tensors and plain values, as ``torch.load`` with ``weights_only`` reads it.
+    """Encode a rank's own state, tensors and plain values, for ``torch.load`` with ``weights_only``.
 
     Raises:
-        Exception: it could not be loaded later; torch's own.
+        Exception: it could not be loaded later; torch's own error.
     """
     stream = io.BytesIO()
     torch.save(rank_state, stream)
@@ -249,14 +249,14 @@ class _Resolved:
 
 
 class SummingFiles(FileSystem):
-    """torch's file system, which computes size and sha256 of what is written, by path."""
+    """torch's file system, which computes size and sha256 of the written files, by path."""
 
     def __init__(self) -> None:
         self.sums: dict[Path, FileSum] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        """Open a file to write; its sum is there when it is closed."""
+        """Open a file to write; its sum is known when it is closed."""
         with super().create_stream(path, mode) as stream:
             summing = _SummingStream(stream)
             yield summing
@@ -285,7 +285,7 @@ class _SummingStream:
         return self.size
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
+        """Flush the stream to the operating system."""
         if not self._stream.closed:
             self._stream.flush()
 
@@ -294,7 +294,7 @@ class _SummingStream:
         return self._stream.fileno()
 
     def close(self) -> None:
-        """Do nothing: the file is closed by whoever opened it."""
+        """Do nothing: the code that opened the file closes it."""
 
 
 def probe(folder: Path, rank: int) -> None:
@@ -307,16 +307,16 @@ def probe(folder: Path, rank: int) -> None:
     path.unlink()
 
 
-# Copy of a state in host memory that another process can read, taken while training waits.
+# The copy of a state in host memory that another process can read, taken while training waits.
 #
-# It is allocated at the first save, grows when a state does, and is used again by every save.
+# The memory is allocated at the first save, grows when a state does, and is used again by every save.
 
 
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 64
 ROOM_FOR_TEXT = 1 << 16
-"""Bytes for a text that grows, as numbers in it do, so that the memory need not."""
+"""Bytes reserved for a text that grows, as numbers in it do, so that the memory need not grow."""
 MOST_THREADS = 4
 """Threads that copy at a time: more of them find no more bandwidth."""
 FEW_BYTES = 1 << 24
@@ -328,7 +328,7 @@ class SharedMemory:
     """Memory without a name in any file system, so that a killed process leaves none behind.
 
     Args:
-        descriptor: that of the memory, as another process has made it; None makes a new one of ``size`` bytes.
+        descriptor: of memory that another process has made; None makes a new memory of ``size`` bytes.
         size: bytes, at least one.
         pin: lock its pages for copies from a GPU.
     """
@@ -350,7 +350,7 @@ class SharedMemory:
         return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset).view(dtype).view(shape)
 
     def close(self) -> None:
-        """Give the memory back, once its last view is gone."""
+        """Free the memory, once its last view is gone."""
         if self.is_pinned and int(torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())):
             take_cuda_error()
         os.close(self.descriptor)
@@ -366,21 +366,21 @@ class SharedMemory:
 
 
 def take_cuda_error() -> None:
-    """Take away the error of a call of CUDA that has failed: CUDA keeps it, and the next kernel would raise it."""
+    """Clear the error of a failed CUDA call: CUDA keeps the error, and the next kernel would raise it."""
     with suppress(RuntimeError):
         torch.empty(1, device="cuda").fill_(1)  # torch has no call that does only that
 
 
 @dataclass(frozen=True)
 class StagedPart:
-    """Part whose tensors lie in shared memory."""
+    """Part whose tensors are in shared memory."""
 
     offset: int
-    """Place of the text in which the tensors are named, behind them."""
+    """Place, after the tensors, of the pickled text that names them."""
     length: int
 
     def load(self, memory: SharedMemory, plan: WritePlan | None) -> Part:
-        """Return the part, its tensors views of ``memory``."""
+        """Return the part; its tensors are views of ``memory``."""
         text = memory.view(self.offset, torch.uint8, (self.length,)).numpy().tobytes()
         part = _Unpickler(text, memory, plan).load()
         assert isinstance(part, Part)
@@ -388,9 +388,9 @@ class StagedPart:
 
 
 def stage(part: Part, memory: SharedMemory | None) -> tuple[StagedPart, SharedMemory]:
-    """Copy the tensors of a part into shared memory; returns the part and the memory, a larger one where it has to be.
+    """Copy the tensors of a part into shared memory; return the part and the memory, a larger one if necessary.
 
-    Waits for copies from a GPU, and for nothing else.
+    Waits only for copies from a GPU.
     """
     pickler = _Pickler()
     pickler.dump(part)
@@ -406,7 +406,7 @@ def stage(part: Part, memory: SharedMemory | None) -> tuple[StagedPart, SharedMe
         if tensor.is_cuda:
             memory.view(offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor, non_blocking=memory.is_pinned)
             devices.add(tensor.device)
-    # The text goes this way too: a pipe would make the rank wait where the writer still deletes.
+    # The text is also sent through the memory: with a pipe the rank would wait while the writer still deletes.
     staged = StagedPart(pickler.size, len(text))
     memory.view(staged.offset, torch.uint8, (staged.length,)).copy_(torch.frombuffer(text, dtype=torch.uint8))
     for device in devices:
@@ -415,9 +415,9 @@ def stage(part: Part, memory: SharedMemory | None) -> tuple[StagedPart, SharedMe
 
 
 def copy_into(memory: SharedMemory, places: Sequence[tuple[Tensor, int]], threads: int | None = None) -> None:
-    """Copy tensors of the host to their places, by as many threads as this rank has cores, and at most four.
+    """Copy tensors of the host to their places, with as many threads as this rank has cores, and at most four.
 
-    One core moves fewer bytes than memory takes. torch's own threads would outlive the copy, and a process that is
+    One core does not fill the memory's bandwidth. torch's own threads would outlive the copy, and a process that is
     forked off this one later could not use them.
     """
 
@@ -432,12 +432,12 @@ def copy_into(memory: SharedMemory, places: Sequence[tuple[Tensor, int]], thread
             copy(place)
         return
     with ThreadPoolExecutor(threads) as pool:
-        # The largest first, so that all end at about the same time; list() raises what a copy raised.
+        # The largest first, so that all threads end at about the same time; list() raises the error of a copy.
         list(pool.map(copy, sorted(places, key=lambda place: -place[0].nbytes)))
 
 
 class _Pickler(pickle.Pickler):
-    """Pickling in which tensors and the plan are left out, and named by their places."""
+    """Pickling that leaves out tensors and the plan, and names them by their places."""
 
     def __init__(self) -> None:
         self.stream = io.BytesIO()
@@ -447,7 +447,7 @@ class _Pickler(pickle.Pickler):
         self._known: dict[Any, int] = {}
 
     def persistent_id(self, value: Any) -> Any:
-        """Return the place of a tensor or plan; None of anything else, which is pickled."""
+        """Return the place of a tensor or plan; None for other values, which are pickled."""
         if isinstance(value, WritePlan):
             return (PLAN,)
         if not isinstance(value, Tensor):
@@ -463,7 +463,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reading of what ``_Pickler`` wrote, in the process that this rank has forked off itself."""
+    """Unpickling of ``_Pickler``'s text, in the process that this rank has forked."""
 
     def __init__(self, text: bytes, memory: SharedMemory, plan: WritePlan | None) -> None:
         super().__init__(io.BytesIO(text))

@@ -1,4 +1,4 @@
-"""A save in flight: the state of each rank, the votes, the commit, later reading of what was written."""
+"""A save in flight: the state of each rank, the later reading of saved files, the votes and the commit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpt.checkpoint.writer import Commit, Memory, Remove, Result, Retire, Write,
 from launch.errors import ConfigError
 from launch.runs.files import NO_ROOM
 
-# A save in flight: what one rank keeps of it, its vote, and what becomes of it.
+# The save in flight on one rank: its state, its vote, and its outcome.
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Saved:
     step: int
     path: Path
     write_s: float
-    """Seconds from the beginning of the save to its commit, of which training waited for the first part only."""
+    """Seconds from the beginning of the save to its commit; training waited only for the first part."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class FailedWrite:
     failures: int
     """Number of failed writes since the last checkpoint."""
     has_room: bool
-    """False where the disk was full, over its quota or broken."""
+    """False if the disk was full, over its quota or broken."""
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One rank's word on the save in flight; the sums over all ranks are what ``Saves.count`` takes."""
+    """One rank's vote on the save in flight; ``Saves.count`` takes the sums over all ranks."""
 
     phase: int
-    """Number of the phase that it is about, the same on all ranks; 0: no save is in flight."""
+    """Number of the phase that the vote is about, the same on all ranks; 0: no save is in flight."""
     done: int = 0
     failed: int = 0
 
@@ -74,7 +74,7 @@ class InFlight:
     may_commit: Callable[[], bool]
     started: float
     part: Part | StagedPart | None
-    """None where it could not be collected on this rank, so that each try fails."""
+    """None if it could not be collected on this rank, so that each try fails."""
     temporary: Path
     phase: Phase = Phase.write
     result: Result | None = None
@@ -98,20 +98,20 @@ def take_over(
     return writer.stage(collected)
 
 
-# Scrubbing: the newest checkpoint is read again after it was written, as disks lose bits without a word.
+# Scrubbing: the newest checkpoint is read again after it was written, as disks lose bits without an error.
 #
-# Only once the newest is known to be whole are others deleted.
+# Other checkpoints are deleted only once the newest is known to be whole.
 
 
 SLICE = 1 << 22
-"""Bytes that are read at a time; the next job of a save waits for one of these at most."""
+"""Bytes that are read at a time; the next job of a save waits for at most one such reading."""
 
 
 @dataclass(frozen=True)
 class Scrub:
     """Begin to verify the checkpoint of a step, and delete others when it is whole; on rank 0, after a commit.
 
-    An unfinished scrub of an earlier step is given up, and so are those that would have come again.
+    An unfinished scrub of an earlier step is given up, and so are its planned repetitions.
     """
 
     folder: Path
@@ -120,27 +120,27 @@ class Scrub:
     tell: Callable[[int, str, bool], None]
     """Called with the step and the damage of a checkpoint that was set aside, and whether it was whole before."""
     every_s: float = 0.0
-    """Seconds after which it is read again while it is the newest; 0 for once."""
+    """Seconds after which it is read again while it is the newest; 0 reads it once."""
 
     def run(self, memory: Memory) -> None:
-        """Leave the reading to the time between jobs; where there is none, as in a rank, only delete."""
+        """Leave the reading to the time between jobs; a rank has no such time, so there this only deletes."""
         if memory.has_idle_time:
             is_behind = memory.rest_s() == 0
             memory.idle_work, memory.idle_at = scrub(self, memory), 0.0
-            if is_behind:  # else checkpoints that are never read to their end would fill the disk
+            if is_behind:  # otherwise checkpoints that are never read to their end would fill the disk
                 retire(self.folder, self.keeps, memory.sound, more=1)
         else:
             retire(self.folder, self.keeps, memory.sound)
 
 
 def scrub(job: Scrub, memory: Memory) -> Generator[float]:
-    """Verify a checkpoint slice by slice, do what follows, and begin again after ``every_s`` while it is whole."""
+    """Verify a checkpoint slice by slice, then delete or set aside; begin again after ``every_s`` while it is whole."""
     path = folders.final_for(job.folder, job.step)
     while True:
         try:
             damage = yield from find_damage_in(path)
         except OSError:
-            retire(job.folder, job.keeps, memory.sound, more=1)  # nothing is known, and the disk must not fill up
+            retire(job.folder, job.keeps, memory.sound, more=1)  # the result is unknown, and the disk must not fill up
             raise
         if not path.exists():  # the run has gone back
             return
@@ -165,7 +165,7 @@ def retire(folder: Path, keeps: Retention, sound: int | None, more: int = 0) -> 
 
 
 def find_damage_in(path: Path) -> Generator[float, None, str]:
-    """Compare all files of a checkpoint with its manifest, slice by slice; returns what is damaged.
+    """Compare all files of a checkpoint with its manifest, slice by slice; return the damage.
 
     Raises:
         OSError: the filesystem refused for a reason that says nothing about the files.
@@ -188,10 +188,10 @@ def find_damage_in(path: Path) -> Generator[float, None, str]:
 
 
 def sum_slowly(path: Path) -> Generator[float, None, FileSum]:
-    """Compute size and sha256 of a file, slice by slice, from the disk and not from what this host still has of it."""
+    """Compute size and sha256 of a file, slice by slice, from the disk and not from this host's cache."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # it was synced, so all of it can go
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # it was synced, so all can go
         while content := file.read(SLICE):
             digest.update(content)
             size += len(content)
@@ -199,20 +199,20 @@ def sum_slowly(path: Path) -> Generator[float, None, FileSum]:
     return FileSum(size, digest.hexdigest())
 
 
-# Saves of a run, of which one at most is in flight: staged while all ranks wait, written and committed beside them.
+# Saves of a run, at most one in flight: staged while all ranks wait, written and committed during training.
 #
 # Each rank's writer writes its files and a report into one temporary folder. When all have, the writer of rank 0 makes
-# the manifest of their reports and renames the folder, which is the commit. Whether all have is no message of its own:
-# each rank hands out its ``Vote``, somebody sums them over the ranks, as the training loop does with its figures, and
-# ``count`` is called with the sums, in the same order on every rank. ``finish`` waits instead. A write that fails is
-# tried again, into another folder and from the same copy.
+# the manifest of their reports and renames the folder, which is the commit. No message of its own says that all have:
+# each rank gives its ``Vote`` to the training loop, which sums the votes with its figures. ``count`` is called with the
+# sums, in the same order on every rank. ``finish`` waits instead. A write that fails is tried again, into another
+# folder and from the same copy.
 
 
 RETRY_S = 5.0
-"""Time from the first failed write to the next; then twice as long each time."""
+"""Seconds from the first failed write to the next; each later wait is twice as long."""
 LONGEST_RETRY_S = 300.0
 HURRIED_RETRY_S = 1.0
-"""Time to the next try while training waits for the save, or has to end."""
+"""Seconds to the next try while training waits for the save, or has to end."""
 
 
 class OutdatedAttemptError(CheckpointError):
@@ -227,8 +227,8 @@ class Saves:
         keeps: checkpoints that are kept.
         group: gloo group of all ranks, for the control messages.
         fmt: format of the state on disk.
-        writer: who writes this rank's part.
-        give_up_after_s: seconds from the first failed write after which another one is raised; 0 raises the first.
+        writer: writes this rank's part.
+        give_up_after_s: seconds from the first failed write after which another failure is raised; 0 raises the first.
     """
 
     def __init__(
@@ -247,10 +247,12 @@ class Saves:
         self.writer = writer
         self.give_up_after_s = give_up_after_s
         self.tell_damage: Callable[[int, str, bool], None] | None = None
-        """Callback with step and damage of a checkpoint, and whether it was found whole before; None where checkpoints
-        are not read again. Picklable."""
+        """Callback with step and damage of a checkpoint, and whether it was found whole before. Picklable.
+
+        None if checkpoints are not read again.
+        """
         self.scrub_every_s = 0.0
-        """Seconds after which the newest checkpoint is read once more; 0 for once after each save."""
+        """Seconds after which the newest checkpoint is read once more; 0 reads it once after each save."""
         self.failures = 0
         self._failing_since = 0.0
         self._retry_at = 0.0
@@ -267,16 +269,16 @@ class Saves:
 
     @property
     def is_failing(self) -> bool:
-        """True while the save in flight has failed before, and a newer state may take its place; as above."""
+        """True while the save in flight has failed before, and a newer state may replace it; the same on all ranks."""
         return self._pending is not None and self.failures > 0 and self._pending.phase is Phase.write
 
     @property
     def has_copy(self) -> bool:
-        """True where the copy that was taken for the last checkpoint is there, and was not handed out; as above."""
+        """True if the copy for the last checkpoint exists, and was not taken yet; the same on all ranks."""
         return self._committed is not None
 
     def take_committed(self) -> InFlight:
-        """Hand out the last save that was committed, once; its copy stays until another state is taken over."""
+        """Return the last save that was committed, once; its copy stays until another state is taken over."""
         committed, self._committed = self._committed, None
         assert committed is not None
         return committed
@@ -284,7 +286,7 @@ class Saves:
     def start(
         self, step: int, state: Any, rank_state: dict[str, Any], meta: dict[str, Any], may_commit: Callable[[], bool]
     ) -> None:
-        """Take a state over, and begin to write it. Collective. None may be in flight, unless it is failing.
+        """Take a state over, and begin to write it. Collective. No save may be in flight, unless it is failing.
 
         Raises:
             CheckpointError: the state cannot be planned; on every rank.
@@ -300,7 +302,7 @@ class Saves:
             part = take_over(step, state, rank_state, self.format, self.writer, self.group)
         except CheckpointError:
             raise
-        except Exception as error:  # the others must hear of it where they hear of writes
+        except Exception as error:  # the other ranks must learn of it by the votes, as of failed writes
             failure = explain(error)
         self._pending = InFlight(step, meta, may_commit, started, part, self._name(step))
         self._begin(Phase.write)
@@ -310,7 +312,7 @@ class Saves:
             self._write(max(0.0, self._retry_at - time.monotonic()))
 
     def vote(self) -> Vote:
-        """Return this rank's word on the save in flight. Waits for nothing."""
+        """Return this rank's vote on the save in flight. Waits for nothing."""
         pending = self._pending
         if pending is None:
             return Vote(0)
@@ -322,22 +324,22 @@ class Saves:
         return Vote(self._phases, done=int(not has_failed), failed=int(has_failed))
 
     def count(self, phase: int, done: float, failed: float) -> Saved | FailedWrite | None:
-        """Take in the votes of all ranks, summed. On every rank with the same sums, in the same order.
+        """Add the votes of all ranks, summed. On every rank with the same sums, in the same order.
 
         Returns:
-            What has become of the save, once; None while that is open.
+            The outcome of the save, once; None while it is open.
 
         Raises:
             CheckpointError: it failed, and not for the first time, for too long; on every rank.
-            ConfigError: likewise, for want of room or of a disk that works.
-            OutdatedAttemptError: ``may_commit`` said no; on every rank.
+            ConfigError: the same, for want of room or of a disk that works.
+            OutdatedAttemptError: ``may_commit`` returned False; on every rank.
         """
         pending = self._pending
         if pending is None or phase != self._phases:
-            return None  # of a phase that has ended since
+            return None  # the vote is of a phase that has ended
         voters = dist.get_world_size(self.group) if pending.phase is Phase.write else 1
         if done + failed < voters:
-            return None  # as long as somebody writes there, the folder stays
+            return None  # while some rank writes there, the folder stays
         return self._end_phase(pending, bool(failed), hurries=False)
 
     def finish(self, hurries: bool = True) -> Saved | FailedWrite | None:
@@ -358,7 +360,7 @@ class Saves:
     def give_up(self) -> None:
         """Forget the save in flight; the checkpoint before it stays the newest. On every rank."""
         if self._pending is not None and dist.get_rank(self.group) == 0:
-            # A rank that still writes may make the folder anew: then the next save removes it.
+            # A rank that still writes may create the folder anew: then the next save removes it.
             self.writer.submit(Remove(self._pending.temporary, self.keeps, frees=False))
         self._pending = None
 
@@ -387,7 +389,7 @@ class Saves:
         return Saved(pending.step, path, ended - pending.started)
 
     def _fail(self, pending: InFlight, hurries: bool) -> FailedWrite:
-        """Gather what has failed, and try again or raise it. Collective, where all ranks know of a failure."""
+        """Gather the failures, and try again or raise them. Collective, once all ranks know of a failure."""
         now = time.monotonic()
         if not self.failures:
             self._failing_since = now
@@ -442,7 +444,7 @@ class Saves:
         self.writer.submit(Write(pending.temporary, pending.step, pending.part, is_first), delay_s)
 
     def _failure(self, pending: InFlight) -> str | None:
-        """Return what has failed on this rank; the rename is the commit, whatever comes after it."""
+        """Return the failure on this rank; the rename is the commit, so later failures do not count."""
         result = pending.result
         if result is None or pending.phase is Phase.write:
             return None if result is None else result.failure
@@ -451,7 +453,7 @@ class Saves:
         return None if folders.is_committed(self.folder, pending.step) else result.failure
 
     def _takes_part(self) -> bool:
-        """True where this rank has something to do in the phase."""
+        """True if this rank has work in the phase."""
         assert self._pending is not None
         return self._pending.phase is Phase.write or dist.get_rank(self.group) == 0
 
@@ -466,6 +468,6 @@ OUTDATED = "a later attempt owns this run"
 
 
 def room_error(cause: str) -> str | None:
-    """Return the system's words for a filesystem that is full or broken; None where a save failed otherwise."""
+    """Return the system's words for a filesystem that is full or broken; None if a save failed for another reason."""
     line = cause.splitlines()[0]
     return next((os.strerror(number) for number in NO_ROOM if f"[Errno {number}]" in line), None)

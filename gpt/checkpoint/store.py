@@ -1,6 +1,6 @@
 """Collective saving and loading of a run's state, in one folder for each step.
 
-Saving is by ``saving``.
+The saves in flight are in ``saving``.
 """
 
 from __future__ import annotations
@@ -48,11 +48,10 @@ class CheckpointStore:
         group: gloo group of all ranks, for the control messages. None means the default group, which must then be gloo.
         fmt: format of the state on disk; by default whole tensors.
         keep_best: number of checkpoints to keep whose validation loss is the lowest.
-        writer: who writes this rank's part; by default this process, at once.
-        give_up_after_s: seconds from the first failed write after which another one is raised; 0 raises the first.
-        memory: checkpoints in the memory of the nodes besides, from which a load prefers to take what is as new.
-        connect: opens the copies that a load goes on from where no checkpoint in ``folder`` is whole; None: there are
-            none.
+        writer: writes this rank's part; by default this process, at once.
+        give_up_after_s: seconds from the first failed write after which another failure is raised; 0 raises the first.
+        memory: further checkpoints in the memory of the nodes; a load prefers them if they are not older.
+        connect: opens the copies, which a load uses if no checkpoint in ``folder`` is whole; None if there are none.
         beat: called about once a second while a copy is fetched.
     """
 
@@ -85,7 +84,7 @@ class CheckpointStore:
         return folders.steps(self.folder)
 
     def is_new(self) -> bool:
-        """Tell whether there is nothing that a load could find: an empty folder, and no memory or copies beside it."""
+        """Tell whether a load would find no checkpoint: the folder is empty, and there is no memory and no copies."""
         if self.memory is not None or self._connect is not None:
             return False
         return run_on_first_rank(lambda: folders.is_empty(self.folder), self.group)
@@ -98,20 +97,21 @@ class CheckpointStore:
         meta: dict[str, Any],
         may_commit: Callable[[], bool] = always,
     ) -> Path:
-        """Write the checkpoint of a step and wait for it; those that are no longer kept are deleted.
+        """Write the checkpoint of a step and wait for it; checkpoints that are no longer kept are deleted.
 
         Args:
             step: number of the step; it has no checkpoint yet.
-            state: what the format takes; by default tensors and DTensors in nested dicts, as get_state_dict of
-                torch.distributed.checkpoint gives them.
+            state: the format's type of state; by default tensors and DTensors in nested dicts, as get_state_dict of
+                torch.distributed.checkpoint returns them.
             rank_state: this rank's own, tensors and plain Python values.
             meta: plain JSON; rank 0's is kept.
             may_commit: called on rank 0 just before the commit; False commits nothing. Picklable, for a writer process.
 
         Raises:
-            CheckpointError: it failed on some rank; on every rank. Nothing is committed, earlier ones are untouched.
+            CheckpointError: it failed on some rank; on every rank. Nothing is committed, earlier checkpoints are
+                untouched.
             ConfigError: it failed for want of room, or of a disk that works; on every rank.
-            OutdatedAttemptError: ``may_commit`` said no; on every rank.
+            OutdatedAttemptError: ``may_commit`` returned False; on every rank.
         """
         self.saves.start(step, state, rank_state, meta, may_commit)
         while not isinstance(found := self.saves.finish(), Saved):
@@ -125,13 +125,13 @@ class CheckpointStore:
             discard_held_after(self.memory, step)
 
     def load(self, state: Any) -> LoadedCheckpoint | None:
-        """Fill ``state`` from the newest checkpoint that is whole; None where there never was one.
+        """Fill ``state`` from the newest checkpoint that is whole; None if there never was a checkpoint.
 
-        Damaged ones are set aside with a warning on rank 0. ``state`` has the structure and the shapes that were
+        Damaged checkpoints are set aside with a warning on rank 0. ``state`` has the structure and the shapes that were
         saved; topology and number of ranks may differ.
 
         Raises:
-            ConfigError: there were checkpoints and all are damaged, or the one found belongs to another model.
+            ConfigError: there were checkpoints and all are damaged, or the whole one belongs to another model.
             CheckpointError: the filesystem failed.
         """
         run_on_first_rank(lambda: folders.sweep(self.folder), self.group)
@@ -141,12 +141,12 @@ class CheckpointStore:
             loaded = self._load_from_disk(paths, state)
             if loaded is not None:
                 loaded = replace(loaded, memory_damage=why_not)
-            if self.memory is not None:  # the steps that it holds are made again
+            if self.memory is not None:  # the steps in memory are made again
                 forget_others(self.memory, "")
         return loaded
 
     def _load_from_memory(self, state: Any, at_least: int) -> tuple[LoadedCheckpoint | None, str | None]:
-        """Fill ``state`` from memory; None where it has nothing as new as step ``at_least``, and the reason."""
+        """Fill ``state`` from memory. (None, reason) if memory has no checkpoint of step ``at_least`` or later."""
         if self.memory is None:
             return None, None
         try:
@@ -172,7 +172,7 @@ class CheckpointStore:
         fetched = self._fetch()
         if fetched.path is not None:
             path = fetched.path
-            # Verified on its way; rank 0 reads it for all, whose disks may not show it yet.
+            # Verified on its way. Rank 0 reads it for all ranks, whose disks may not show it yet.
             fetched_manifest = run_on_first_rank(lambda: read_manifest(path), self.group)
             why = f"{len(bad)} on the disk, all damaged" if bad else "none on the disk"
             return replace(self._fill(path, fetched_manifest, state, [*damaged, *fetched.damaged]), fetched_for=why)
@@ -183,7 +183,7 @@ class CheckpointStore:
                 "fresh=true to start over in a new folder, or restore a checkpoint there from a backup",
             )
         if bad:
-            # Not only those found damaged now: a restart after this refusal must not begin from nothing either.
+            # This counts earlier damage, too: a restart after this refusal must not begin from nothing either.
             raise ConfigError(
                 f"no checkpoint in {self.folder} is whole; damaged: {', '.join(path.name for path in bad)}",
                 "at least one that is as it was saved, to go on from",
@@ -207,11 +207,11 @@ class CheckpointStore:
             self._beat()
 
     def _verify(self, path: Path) -> Manifest:
-        """Check every file of a checkpoint, split over the ranks; raises DamagedError on all ranks or on none."""
+        """Check every file of a checkpoint, split over the ranks; raise DamagedError on all ranks or on none."""
         manifest, damage = run_on_first_rank(lambda: _manifest_or_damage(path), self.group)
         if manifest is None:
             raise DamagedError(damage)
-        # Largest first, one for each rank in turn, so that the ranks read about as much.
+        # Largest first, one for each rank in turn, so that the ranks read about equally much.
         names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
         mine = names[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
         found = run_on_all_ranks(lambda: [find_damage(path / name, manifest.files[name]) for name in mine], self.group)
@@ -241,7 +241,7 @@ class CheckpointStore:
         rank_state: list[dict[str, Any]] = []
         if manifest.world_size == dist.get_world_size(self.group):
             own = path / rank_file(dist.get_rank(self.group))
-            # Through a list: what an action returns is sent to all ranks.
+            # Through a list: the result of an action is sent to all ranks.
             run_on_all_ranks(
                 lambda: rank_state.append(torch.load(own, map_location="cpu", weights_only=True)), self.group
             )
@@ -251,7 +251,7 @@ class CheckpointStore:
 
 
 def _manifest_or_damage(path: Path) -> tuple[Manifest | None, str]:
-    """Read a manifest; None and the damage where it has one."""
+    """Read a manifest. (None, damage) if it is damaged."""
     try:
         manifest = read_manifest(path)
     except DamagedError as damage:

@@ -1,7 +1,7 @@
 """Copies of checkpoints in an object store, or on any filesystem that fsspec reaches, by a URL.
 
-A store has no renames, so that the manifest is written last and removed first: without it a copy does not exist.
-Torch-free; loads fsspec on first use, as a run without copies needs none.
+A store has no renames, so the manifest is written last and removed first: a copy without a manifest does not count.
+Torch-free. fsspec is loaded on first use, as a run without copies needs none.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from launch.errors import ConfigError
 
 SLICE = 1 << 22
 BLOCK = 32 << 20
-"""Bytes of a part of an upload: S3 takes at most 10,000 parts of a file, which makes 335 GB."""
+"""Bytes of a part of an upload: S3 takes at most 10,000 parts of a file, which allows 335 GB."""
 ANSWER_S = 60.0
-"""Longest wait for a target's answer before a run is submitted."""
+"""Longest wait, in seconds, for a target's answer before a run is submitted."""
 
 
 class Target:
@@ -52,7 +52,8 @@ class Target:
     def __init__(self, url: str, name: str) -> None:
         import fsspec
 
-        # An instance of its own: those that fsspec keeps would be shared with a process that this one was forked from.
+        # An instance of its own: fsspec's cached instances would be shared with the process that this one was forked
+        # from.
         self.fs, root = fsspec.core.url_to_fs(url, skip_instance_cache=True)
         self.root = f"{root.rstrip('/')}/{name}"
         self.url = f"{url.rstrip('/')}/{name}"
@@ -65,32 +66,32 @@ class Target:
         """Read the manifest of a copy.
 
         Raises:
-            DamagedError: it is not what was written, or that of another step.
+            DamagedError: some byte differs from the saved one, or the manifest is of another step.
         """
         return self._decode(step, self.fs.cat_file(self._file(step, NAME)))
 
     def put(self, path: Path, may_commit: Callable[[], bool]) -> int | None:
         """Copy a checkpoint.
 
-        Each file is summed as it is sent, and compared with the manifest; what the target then has is compared by size.
+        Each file is summed as it is sent, and compared with the manifest. The file at the target is compared by size.
 
         Args:
-            path: folder of the checkpoint, which may be deleted meanwhile.
-            may_commit: called just before the manifest is written; False leaves it out.
+            path: folder of the checkpoint, which may be deleted in the meantime.
+            may_commit: called just before the manifest is written; False leaves the manifest out.
 
         Returns:
-            The bytes sent, 0 where the target has them already; None where the checkpoint is no longer there.
+            The bytes sent, 0 if the target has them already; None if the checkpoint no longer exists.
 
         Raises:
-            DamagedError: a file is not what was saved.
-            PermissionError: ``may_commit`` said no.
+            DamagedError: a file differs from the saved one.
+            PermissionError: ``may_commit`` returned False.
         """
         step = folders.step_of(path)
         with ExitStack() as stack:
             try:
                 raw = (path / NAME).read_bytes()
                 manifest = decode_manifest(raw, path / NAME)
-                # Open files can be read to their end, whatever becomes of the folder.
+                # Open files can be read to their end, even if the folder is deleted.
                 opened = {n: stack.enter_context((path / n).open("rb", buffering=0)) for n in manifest.files}
             except FileNotFoundError as error:
                 if path.exists():
@@ -99,7 +100,7 @@ class Target:
             if self.fs.exists(self._file(step, NAME)):
                 if self.fs.cat_file(self._file(step, NAME)) == raw:
                     return 0
-                self.remove(step)  # of a step that was made again
+                self.remove(step)  # the step was made again
             for name, file in opened.items():
                 self._send(file, self._file(step, name), manifest.files[name])
         self.fs.invalidate_cache()
@@ -116,7 +117,7 @@ class Target:
         """Fetch a copy into the folder ``temporary``, synced to disk; each file is verified on its way.
 
         Raises:
-            DamagedError: it is not what was saved.
+            DamagedError: some file differs from the saved one.
         """
         raw = self.fs.cat_file(self._file(step, NAME))
         manifest = self._decode(step, raw)
@@ -133,7 +134,7 @@ class Target:
         sync_folder(temporary)
 
     def find_damage(self, step: int, told: Callable[[int], None]) -> tuple[str, ...] | None:
-        """Read all of a copy and compare it with its manifest; None where it was deleted meanwhile.
+        """Read a whole copy and compare it with its manifest; None if it was deleted in the meantime.
 
         Args:
             step: of the copy.
@@ -152,17 +153,17 @@ class Target:
         if self.fs.exists(f"{folder}/{NAME}"):
             self.fs.rm_file(f"{folder}/{NAME}")
         found = self.fs.find(folder, withdirs=True, detail=True)
-        for place in sorted(found, reverse=True):  # by their names: one with brackets would be taken for a pattern
+        for place in sorted(found, reverse=True):  # one by one: a name with brackets would be taken for a pattern
             if found[place]["type"] != "directory":
                 self.fs.rm_file(place)
-        for place in sorted({*found, folder}, reverse=True):  # a folder comes after what is in it
+        for place in sorted({*found, folder}, reverse=True):  # a folder comes after its content
             if place == folder or found[place]["type"] == "directory":
                 self._remove_folder(place)
 
     def retire(self, keeps: Retention) -> None:
         """Delete the copies that are not kept."""
         kept = kept_steps(self.steps(), keeps, self.manifest)
-        for step in self._begun():  # also those that were never finished: one is made at a time
+        for step in self._begun():  # also copies that were never finished, since one is made at a time
             if step not in kept:
                 self.remove(step)
 
@@ -183,7 +184,7 @@ class Target:
         self._remove_folder(self.root)
 
     def _begun(self) -> list[int]:
-        """List the steps of which anything is there, ascending."""
+        """List the steps of which any file exists, ascending."""
         self.fs.invalidate_cache()
         try:
             names = [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in self.fs.ls(self.root, detail=False)]
@@ -193,7 +194,7 @@ class Target:
 
     @property
     def _has_folders(self) -> bool:
-        """False of an object store: what looks like a folder there is part of a name, or a bucket."""
+        """False for an object store: there a folder is only part of a name, or a bucket."""
         return self.url.partition("://")[0] not in INSTALLS
 
     def _make_folder(self, place: str) -> None:
@@ -231,7 +232,7 @@ class Target:
             raise DamagedError(damage)
 
     def _sum(self, step: int, name: str, into: Callable[[bytes], Any]) -> FileSum:
-        """Read a file, hand each slice to ``into``, and sum it."""
+        """Read a file, pass each slice to ``into``, and return the file's sum."""
         digest, size = hashlib.sha256(), 0
         with self.fs.open(self._file(step, name), "rb", block_size=SLICE) as stream:
             while content := stream.read(SLICE):
@@ -242,7 +243,7 @@ class Target:
 
 
 def target_of(url: str, run_folder: Path) -> Target:
-    """Open the copies of a run: by the name of its folder and of the one above, as ``outputs/NAME/POINT`` has them."""
+    """Open the copies of a run, named by its folder and the one above, as in ``outputs/NAME/POINT``."""
     return Target(url, f"{run_folder.parent.name}/{run_folder.name}")
 
 
@@ -256,7 +257,7 @@ def check_target(url: str, run_folder: Path) -> None:
         except BaseException as error:
             failure.append(error)
 
-    thread = threading.Thread(target=probe, daemon=True)  # which a target that does not answer leaves behind
+    thread = threading.Thread(target=probe, daemon=True)  # it may never end
     thread.start()
     thread.join(ANSWER_S)
     protocol = url.partition("://")[0]
@@ -285,5 +286,5 @@ def check_target(url: str, run_folder: Path) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Say in one line what went wrong."""
+    """Describe an error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,6 +1,6 @@
-"""Checkpoints of a run as they lie on disk: which there are, and whether each is byte for byte what was saved.
+"""Verification of a run's checkpoints on disk and of their copies: whether each is byte for byte the saved one.
 
-Changes nothing: what a run finds damaged when it loads, it sets aside itself. Torch-free.
+This changes nothing: a run itself sets damaged checkpoints aside when it loads. Torch-free.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def saved_copies(url: str | None, run_folder: Path) -> Iterator[SavedCheckpoint]
 
 
 def checkpoint_at(path: Path) -> SavedCheckpoint:
-    """Describe the checkpoint in ``path``; nothing but its manifest is read before it is checked."""
+    """Describe the checkpoint in ``path``; only its manifest is read before it is checked."""
     step = folders.step_of(path)
     try:
         manifest = read_manifest(path)
@@ -69,7 +69,7 @@ def check(path: Path, step: int, manifest: Manifest, told: Callable[[int], None]
         told: called with the bytes that were read since the last call.
 
     Returns:
-        What is damaged, nothing where all is whole; None where the run has deleted the checkpoint meanwhile.
+        The damage, empty if all files are whole; None if the run has deleted the checkpoint in the meantime.
     """
     wrong = [] if manifest.step == step else [f"{NAME} is that of step {manifest.step}"]
     for name, entry in sorted(manifest.files.items()):
@@ -81,5 +81,5 @@ def check(path: Path, step: int, manifest: Manifest, told: Callable[[int], None]
 
 
 def damage_now(path: Path, *damage: str) -> tuple[str, ...] | None:
-    """Return ``damage``; None where the checkpoint is no longer there, and so was being deleted."""
+    """Return ``damage``; None if the checkpoint no longer exists, and so was being deleted."""
     return damage if path.exists() else None

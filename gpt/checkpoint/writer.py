@@ -1,4 +1,4 @@
-"""Writers of checkpoints: the jobs of a save, done by this process at once or by a second process during training."""
+"""Jobs of a save, and their writers: this process at once, or a second process during training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from launch.process import die_with_parent
 
 # Steps of a save that touch the disk, each by one process and at its own time: write, commit, clean up, delete.
 #
-# A job is made by the rank and done by its writer, in the background or at once.
+# A rank makes a job, and its writer does the job, in the background or at once.
 
 
 @dataclass
@@ -47,21 +47,21 @@ class Memory:
     staged: SharedMemory | None = None
     plan: WritePlan | None = None
     has_idle_time: bool = False
-    """True in a process that has nothing else to do between jobs."""
+    """True in a process that has no other work between jobs."""
     idle_work: Generator[float] | None = None
-    """Work for that time, in slices, each of which yields the seconds until the next one is due."""
+    """Work for that time, in slices; each slice yields the seconds until the next one is due."""
     idle_at: float = 0.0
     """Time, by time.monotonic, at which the next slice is due."""
     sound: int | None = None
     """Step of the newest checkpoint that was read again and found whole."""
 
     def rest_s(self) -> float | None:
-        """Return the seconds until the next slice of idle work is due, 0 where it is; None where there is no more."""
+        """Return the seconds until the next slice of idle work is due, 0 if it is due now; None if no work is left."""
         return None if self.idle_work is None else max(0.0, self.idle_at - time.monotonic())
 
 
 class Job(Protocol):
-    """Interface of a job; picklable where it is done by another process."""
+    """Interface of a job; picklable if another process does it."""
 
     def run(self, memory: Memory) -> Any:
         """Do the job."""
@@ -78,7 +78,7 @@ class Write:
     is_first: bool
 
     def run(self, memory: Memory) -> None:
-        """Make the folder, after what killed saves have left is gone, and write."""
+        """Write the part, in a folder created after the rests of killed saves are removed."""
         if self.is_first:
             folders.begin(self.temporary, self.step)
         else:
@@ -102,7 +102,7 @@ class Commit:
     may_commit: Callable[[], bool]
 
     def run(self, memory: Memory) -> Path | None:
-        """Return the committed folder; None where the attempt is outdated."""
+        """Return the committed folder; None if the attempt is outdated."""
         reports = [Report.decode((self.temporary / report_name(rank)).read_bytes()) for rank in range(self.world_size)]
         files = {name: entry for report in reports for name, entry in sorted(report.files.items())}
         for name, entry in files.items():
@@ -127,10 +127,10 @@ class Remove:
     temporary: Path
     keeps: Retention
     frees: bool
-    """Delete the checkpoint that the failed one was to replace as well, unless it is the last: the disk is full."""
+    """Since the disk is full, also delete the checkpoint that the failed one was to replace, unless it is the last."""
 
     def run(self, memory: Memory) -> None:
-        """Remove, and free what retention allows."""
+        """Remove the folder, and free the space that retention allows."""
         folders.remove(self.temporary)
         if self.frees:
             folders.retire(self.temporary.parent, replace(self.keeps, last=max(1, self.keeps.last - 1)))
@@ -144,22 +144,22 @@ class Retire:
     keeps: Retention
 
     def run(self, memory: Memory) -> None:
-        """Delete."""
+        """Delete these checkpoints."""
         folders.retire(self.folder, self.keeps)
 
 
-# Writers that do the jobs of a save: this process at once, or a process beside it while training goes on.
+# Writers that do the jobs of a save: this process at once, or a second process during training.
 #
-# It is forked, so it costs no imports and shares the rank's memory of them; a thread would hold the interpreter's lock
-# while it packs tensors, and with it the next step.
+# The second process is forked, so it costs no imports and shares the rank's memory of them. A thread would hold the
+# interpreter's lock while it packs tensors, and so delay the next step.
 
 
 NICENESS = 10
-"""The writer gets what the ranks leave of the CPUs; while they wait for it, that is all of them."""
+"""The writer gets the CPU time that the ranks leave; while they wait for it, that is all of it."""
 CLOSING_S = 10.0
-"""Longest wait for the last deletions at the end; what is left of them goes at the next start."""
+"""Longest wait, in seconds, for the last deletions at the end; the next start does the rest."""
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that ask a rank to save and leave, which it cannot without its writer."""
+"""Signals that ask a rank to save and leave, which it cannot do without its writer."""
 
 
 @dataclass(frozen=True)
@@ -173,29 +173,29 @@ class Result:
 
 
 class Writer(Protocol):
-    """Interface of a writer. One job at a time is asked after; others may follow it unasked, in their order."""
+    """Interface of a writer. Results are read for one job at a time; other jobs may follow, in their order."""
 
     is_background: bool
-    """True where jobs are done while this process goes on; the same on all ranks."""
+    """True if jobs are done while this process continues; the same on all ranks."""
 
     def stage(self, part: Part) -> Part | StagedPart:
         """Take a part over; when this returns, the state may change."""
         ...
 
     def submit(self, job: Job, delay_s: float = 0.0) -> None:
-        """Have a job done, ``delay_s`` seconds from now; its result is asked for by ``poll`` and ``wait``."""
+        """Have a job done, ``delay_s`` seconds from now; ``poll`` and ``wait`` return its result."""
         ...
 
     def poll(self) -> Result | None:
-        """Return the result of the last job that was submitted, once; None while there is none."""
+        """Return the result of the last submitted job, once; None while there is none."""
         ...
 
     def wait(self) -> Result:
-        """Wait for that result."""
+        """Wait for the result of the last submitted job, and return it."""
         ...
 
     def close(self, patience_s: float = CLOSING_S) -> None:
-        """Finish what is to be done, for ``patience_s`` seconds at most, and end."""
+        """Finish the submitted jobs, for at most ``patience_s`` seconds, and end."""
         ...
 
 
@@ -237,9 +237,9 @@ class InlineWriter:
 
 
 class ProcessWriter:
-    """Writer in a process of its own, forked where this is made; best before there are threads or devices.
+    """Writer in a process of its own, forked in the constructor; best before there are threads or devices.
 
-    Where that process dies, its last job has failed, and all later ones are done at once in this process.
+    If that process dies, its last job has failed, and all later jobs are done at once in this process.
     """
 
     is_background = True
@@ -324,12 +324,12 @@ class ProcessWriter:
             self._result = Result(failure=f"the process that writes checkpoints died ({cause})")
 
     def _end(self) -> int:
-        """Kill the process, where it still runs, and return its status."""
+        """Kill the process, if it still runs, and return its status."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         try:
             _, status = os.waitpid(self.pid, 0)
-        except ChildProcessError:  # somebody else in this process has asked after it
+        except ChildProcessError:  # other code in this process has waited for it
             status = 0
         self.pid = 0
         return status
@@ -337,12 +337,12 @@ class ProcessWriter:
 
 @contextlib.contextmanager
 def open_writer(asynchronous: bool) -> Iterator[Writer]:
-    """Make the writer of this rank, and end it after use; a process of its own where that is asked for, on Linux."""
+    """Create the writer of this rank, and end it after use; on Linux a process of its own if ``asynchronous``."""
     writer: Writer = ProcessWriter() if asynchronous and hasattr(os, "memfd_create") else InlineWriter()
     try:
         yield writer
     except BaseException:
-        writer.close(patience_s=0)  # whoever waits for this rank must see it go
+        writer.close(patience_s=0)  # the agent that waits for this rank must see it leave
         raise
     writer.close()
 
@@ -356,7 +356,7 @@ def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None
             signal.signal(number, signal.SIG_IGN)
         os.nice(NICENESS)
         gc.disable()  # a collection would copy every page of the rank's objects
-        torch.set_num_threads(1)  # the threads of the rank are not here
+        torch.set_num_threads(1)  # the threads of the rank do not exist here
         serve(connection)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -367,7 +367,7 @@ def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None
 
 
 def work_on(memory: Memory) -> None:
-    """Do a slice of the work between jobs; a failure ends it, and is told in the log of the rank."""
+    """Do a slice of the work between jobs; a failure ends the work, and is printed in the log of the rank."""
     assert memory.idle_work is not None
     try:
         memory.idle_at = time.monotonic() + next(memory.idle_work)
@@ -380,13 +380,13 @@ def work_on(memory: Memory) -> None:
 
 
 def serve(connection: Connection) -> None:
-    """Do the jobs that come, one after another, until the other end is closed."""
+    """Do jobs from the connection, one after another, until the other end is closed."""
     memory = Memory(has_idle_time=True)
     waiting: tuple[Any, ...] | None = None
     while True:
         while waiting is None and (rest_s := memory.rest_s()) is not None and not connection.poll(rest_s):
             work_on(memory)
-        # A job that waits for its time is given up when another comes.
+        # A job that waits for its time is given up when another one comes.
         if waiting is None or connection.poll(waiting[2]):
             try:
                 message = connection.recv()
@@ -402,7 +402,7 @@ def serve(connection: Connection) -> None:
                 memory.staged.close()
             memory.staged = SharedMemory(message[1], recv_handle(connection))
         elif kind == "end":
-            while memory.rest_s() == 0:  # as long as whoever closes has patience
+            while memory.rest_s() == 0:  # as long as the closing rank has patience
                 work_on(memory)
             connection.send(("ended",))
             return

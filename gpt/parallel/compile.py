@@ -126,9 +126,7 @@ def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def checkpointed_forward(forward: Callable[..., Any], contexts: dict[str, Any], *args: Any) -> Any:
-    """Call ``forward``; keep its inputs and the results that ``contexts`` selects. Recomputing draws the same random
-    numbers.
-    """
+    """Call ``forward``; keep its inputs and the results chosen by ``contexts``. Recomputing draws equal numbers."""
     return checkpoint(forward, *args, use_reentrant=False, **contexts)
 
 

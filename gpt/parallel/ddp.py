@@ -1,6 +1,4 @@
-"""Data parallelism with a replica on every rank: DDP (arXiv 2006.15704), ZeRO-1 (arXiv 1910.02054), and its row
-shards.
-"""
+"""Data parallelism with a replica on every rank: DDP (arXiv 2006.15704) and ZeRO-1 (arXiv 1910.02054)."""
 
 from __future__ import annotations
 
@@ -132,8 +130,7 @@ class GradientBucket:
         self.missing = {whole for whole, _ in self._parameters}
 
     def fill(self) -> Tensor:
-        """Return the gradients flat, the chunks of one rank after those of the rank before; the parameters give them
-        up.
+        """Return the gradients flat, in the order of ranks; the parameters lose them.
 
         A parameter that took no part in the step counts as zeros, as another rank may have used it.
         """

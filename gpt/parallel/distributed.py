@@ -85,9 +85,7 @@ def layer_mesh(mesh: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
 
 
 def set_timeouts(timeout_s: float, without: Collection[dist.ProcessGroup] = ()) -> None:
-    """Set the timeout of later collectives, in seconds, in all process groups of this rank, also those that torch
-    made.
-    """
+    """Set the timeout of later collectives, in seconds, in all process groups of this rank, also torch's own."""
     for group in list(c10d._world.pg_map):
         if group not in without:
             c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
@@ -234,8 +232,7 @@ def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.devic
 
 
 def choose_store(size: int, timeout: timedelta) -> dist.Store | None:
-    """Choose the store in which the ranks find each other; None leaves the choice to torch and its environment
-    variables.
+    """Choose the store in which the ranks find each other; None leaves the choice to torch and its environment.
 
     Under an agent the keys have a secret prefix: the store itself answers any process that reaches its port.
     """

@@ -109,8 +109,9 @@ class Engine(Protocol):
 
 
 ForwardBackward = Callable[[Tensor, Tensor, bool], Tensor]
-"""Forward and backward pass of a micro-batch: takes tokens and targets, (B, T), and whether it is the last of the
-step. Returns the summed loss, ().
+"""Runs forward and backward of a micro-batch: tokens and targets, (B, T), and whether it is the step's last.
+
+Returns the summed loss, ().
 """
 
 

@@ -277,8 +277,7 @@ class AllToAll(torch.autograd.Function):
 
 
 class NDEngine(TorchEngine):
-    """A model sharded along the axes of the mesh; its parameters are sharded (fsdp) or replicated (ddp) over data
-    ranks.
+    """A model sharded along the axes of the mesh; parameters are sharded (fsdp) or replicated (ddp) over data ranks.
 
     Context-parallel ranks each have a part of the gradient of a sequence, so for gradients they count as data ranks.
     The model comes on the meta device, and gets its values after it was sharded.

@@ -74,9 +74,7 @@ class Pipeline:
         self.stages = {index: Stage(model, part.blocks, part.first, part.last) for index, part in held}
         """This rank's stages, by their index in the pipeline."""
         self.module = merge_stages(model, list(self.stages.values()))
-        """The stages as one module with the parameter names of the model; for the optimizer and checkpoints, not for
-        calls.
-        """
+        """The stages as one module with the parameter names of the model, for optimizer and checkpoints only."""
         self.tied = TiedEmbedding(self)
         for stage in self.stages.values():
             replace_forward(stage, partial(self._run_stage, stage.forward, stage.last))
@@ -112,8 +110,7 @@ class Pipeline:
         return torch.stack([loss.detach().double() for loss in losses]).sum() / scale
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, criterion: Criterion) -> Tensor:
-        """Return the summed loss on the rank of the last stage, 0 on other ranks, (). Forward only, any number of
-        sequences.
+        """Return the summed loss on the rank of the last stage, else 0, (). Forward only, any number of sequences.
 
         A rank continues as soon as it has sent its activations, so consecutive calls fill the pipeline.
         """
@@ -151,8 +148,7 @@ class Pipeline:
         return y if last else y.to(self._hidden(0, torch.device("meta")).dtype)
 
     def _hidden(self, sequences: int, device: torch.device) -> Tensor:
-        """Return a tensor like those sent between stages: hidden states (B, T, D), or this rank's shard of them along
-        T.
+        """Return a tensor like those sent between stages: hidden states (B, T, D), or this rank's shard along T.
 
         Residual stream and norms are fp32 under autocast. FSDP computes with weights of 16 bits, and casts inputs.
         """
@@ -178,9 +174,7 @@ class Pipeline:
         return kind(held, self._batch.accumulation, loss_fn=lambda *pair: self._objective(*pair), scale_grads=False)
 
     def _example(self, tokens: bool = False, logits: bool = False) -> Tensor:
-        """Return a tensor with shape and type of a stage's input or output; torch would run a forward pass to infer
-        them.
-        """
+        """Return shape and type of a stage's input or output as a tensor; torch would infer them by a forward pass."""
         model, parallel, meta = self._config.model, self._config.parallel, torch.device("meta")
         shape = (self._batch.micro, self._time)
         if tokens:

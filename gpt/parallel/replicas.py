@@ -28,9 +28,7 @@ class Drift:
 
     ranks: Ranks
     is_certain: bool
-    """True if a majority of the replicas agrees, and these ranks differ from it; False if the ranks differ from each
-    other.
-    """
+    """True if these ranks differ from a majority of the replicas; False if they only differ from each other."""
 
 
 class ReplicaCheck:

@@ -60,9 +60,7 @@ class ShardedEmbedding(ParallelStyle):
 
 
 def look_up(embedding: nn.Embedding, mesh: DeviceMesh, hidden: Placement, tokens_BT: Tensor) -> Tensor:
-    """Look up tokens in a row-sharded embedding: each rank returns its rows, and zeros for all other rows, to be
-    summed.
-    """
+    """Look up tokens in a row-sharded embedding: each rank returns its rows, and zeros for the rest, to be summed."""
     weight_VD = local_tensor(embedding.weight)
     row_BT = tokens_BT - mesh.get_local_rank() * len(weight_VD)
     elsewhere_BT = (row_BT < 0) | (row_BT >= len(weight_VD))

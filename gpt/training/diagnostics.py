@@ -36,9 +36,7 @@ WARMUP_STEPS = 2
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Parts of a step, in the unit of its intervals. ``compute``, ``copies``, ``exposed`` and ``idle`` add up to the
-    step.
-    """
+    """Parts of a step, in the unit of its intervals. ``compute``, ``copies``, ``exposed`` and ``idle`` add up to it."""
 
     compute: float
     communication: float
@@ -103,9 +101,7 @@ def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
 
 
 class StepBreakdown:
-    """Watcher of some steps. The loop calls ``due`` after each step, since the device must be at rest for ``before``
-    and ``into``.
-    """
+    """Watcher of some steps. The loop calls ``due`` after each step: the other methods need a device at rest."""
 
     def __init__(self, interval: int, world: World, since: int) -> None:
         self._interval, self._first = interval, since + WARMUP_STEPS + 1

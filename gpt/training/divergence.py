@@ -100,9 +100,7 @@ class DivergenceGuard:
         return self._bad_steps(f"a validation loss of {val_loss} after step {step}")
 
     def judge_end(self) -> BadSteps | None:
-        """Return the steps to go back for if the run would end after skipped steps, which leave the weights in
-        doubt; else None.
-        """
+        """Return the steps to go back for if the run would end after skipped steps, so with doubtful weights."""
         return (
             self._bad_steps("a loss or gradients that are not finite, up to the end of the run") if self._bad else None
         )
@@ -117,9 +115,7 @@ class DivergenceGuard:
         self._failed_at, self.rollbacks = failed_at, rollbacks
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return the state for the checkpoint of a step, as plain JSON. A checkpoint beyond the failed step clears
-        the failure.
-        """
+        """Return the state for the checkpoint of a step, as plain JSON; after the failed step it drops the failure."""
         if step > self._failed_at:
             self.rollbacks = 0
         losses = list(self._losses) if self._config.spike_sigmas is not None else []
@@ -174,8 +170,7 @@ def checkpoint_before(steps: Sequence[int], first_bad: int) -> int | None:
 
 
 def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
-    """Return the newest ``rolled_back`` event to the checkpoint of ``step`` since that was saved; None if there is
-    none.
+    """Return the newest ``rolled_back`` event to ``step`` since its checkpoint was saved; None if there is none.
 
     The batches that this event passes over stay passed over from that step on. This also holds for a new attempt that
     begins there because this attempt was killed.

@@ -112,9 +112,7 @@ AMPERE = (8, 0)
 ADA = (8, 9)
 """Compute capability from which GPUs know 8-bit floating point."""
 GFX_OF_FLOAT8 = ("gfx94", "gfx95", "gfx12")
-"""Prefixes of the architectures of AMD's GPUs with 8-bit floating point: MI300, MI350 and Navi 4 (torchao,
-``utils``).
-"""
+"""Prefixes of the names of AMD's GPUs with 8-bit floating point: MI300, MI350, Navi 4 (torchao, ``utils``)."""
 
 
 def best_precision(device: torch.device) -> Precision:
@@ -178,8 +176,7 @@ def seed_all(seed: int, rank: int) -> None:
 
 
 def set_determinism(config: TrainConfig) -> None:
-    """Have torch refuse nondeterministic operations, if the config asks for that. Call it before the first use of a
-    GPU.
+    """Have torch refuse nondeterministic operations, if the config asks for that. Call before the first use of a GPU.
 
     Compiled code then draws the random numbers of eager code, so dropout is the same in both.
     """
@@ -224,9 +221,7 @@ FIRST = 2
 MEASURED = 3
 FACTOR = 20
 LEAST_S = 100.0
-"""Least timeout, as in torchtitan: one rank may write a profile or wait for a filesystem, and all other ranks wait
-for it.
-"""
+"""Least timeout, as in torchtitan: all ranks may wait for one that writes a profile or waits for a filesystem."""
 
 
 class StepTimeouts:

@@ -165,9 +165,7 @@ class Loop:
         self._bad: BadSteps | None = None
         """Steps to go back for, found in the former step while another one was queued."""
         self._unasked: QueuedStep | None = None
-        """The step whose requests were not read yet. Kept apart from the step above, which is read at once for a
-        profile.
-        """
+        """The step whose requests were not read yet. Differs from the one above, read at once for a profile."""
         self._left = Requests()
         """Requests that arrived in steps that the run went back from."""
         self._clock = time.perf_counter()
@@ -206,8 +204,9 @@ class Loop:
         self._go_back(bad, asked)
 
     def _hear(self, step: QueuedStep) -> Requests:
-        """Return the requests after ``step``. Without an agreement beforehand, the ranks' figures of the step before
-        carry them.
+        """Return the requests after ``step``.
+
+        If the ranks do not agree on requests beforehand, the figures of the step before carry them.
         """
         asked = self._left | (step.requests if self._run.worker.agrees else Requests())
         self._left = Requests()

@@ -265,9 +265,7 @@ def prepare_tokens(config: TrainConfig) -> Tokens:
 
 
 def open_attempt(folder: RunFolder, world: World, launched: worker.Run) -> int:
-    """Number this attempt as the launcher did, else with the next free number; the rank then writes into the run
-    folder.
-    """
+    """Number this attempt as the launcher did, else with the next free number; the rank may then write there."""
     attempt = launched.attempt if launched.folder is not None else world.on_first(folder.create_attempt)
     launched.open_folder(folder.path, attempt)
     return attempt

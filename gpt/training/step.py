@@ -40,8 +40,9 @@ class Ballot:
     phase: int = 0
     """Phase of the save in flight that the figures are about."""
     figures: tuple[float, ...] = ()
-    """First, if a save is in flight: the writers that are done and that have failed. Then, if time decides: whether
-    that time has come, by rank 0's clock. All ranks send equally many figures.
+    """Numbers of writers that are done and that have failed; whether a save is due by rank 0's clock.
+
+    The first two are sent while a save is in flight, the last one if time decides. All ranks send equally many.
     """
 
 
@@ -203,9 +204,7 @@ class QueuedStep:
     record: StepRecord
     """Fields that are known without waiting; ``finish`` fills in the rest."""
     requests: Requests
-    """Requests to this rank. Under an agent all ranks have the same; without one, ``requests_of_all`` returns those
-    of any rank.
-    """
+    """Requests to this rank. Under an agent all ranks have the same; else see ``requests_of_all``."""
     gradients: Gradients | None
     """Statistics of the gradients, in a step that measures them."""
     figures: AsyncMetrics
@@ -276,8 +275,7 @@ def queue_step(
     stragglers: StragglerWatch | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> QueuedStep:
-    """Put one optimizer step over the global batch into the device's queue; ``gradients`` are measured where given.
-    Put one optimizer step over the global batch into the device's queue; measure ``gradients`` if given.
+    """Queue one optimizer step over the global batch on the device; measure ``gradients`` if given.
 
     ``meanwhile`` is called while the ranks sum the figures of the step; a CPU waits for this sum.
     """

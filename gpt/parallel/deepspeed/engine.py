@@ -251,7 +251,7 @@ class ZeroEngine:
             if self._dynamic is not None:
                 self._dynamic.update(skip)
             return None
-        # From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on some rank; a loss that is not
+        # From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on some rank. A loss that is not
         # finite makes them so. DeepSpeed waits for the device to learn that, in every step.
         self.step_optimizer()
         if self.ds.optimizer.overflow:
@@ -271,9 +271,7 @@ class ZeroEngine:
                 yield name, part if self._auxiliary is None else part.float() / self._auxiliary, share
 
     def state(self) -> Any:
-        """Return the engine itself, stored in DeepSpeed's files; in stage 0 the state of model and optimizer, as DDP
-        does.
-        """
+        """Return the engine itself, stored in DeepSpeed's files; in stage 0 the state of model and optimizer."""
         if self.stage:
             return self
         parameters, optimizer = self.shards.parameters, self.ds.basic_optimizer

@@ -65,9 +65,7 @@ class ZeroPipelineEngine(ZeroEngine):
 
     @torch.no_grad()
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the summed loss of a micro-batch; a smaller one is padded, since DeepSpeed's stages expect one
-        size.
-        """
+        """Return the summed loss of a micro-batch; a smaller one is padded, since the stages expect one size."""
         self._on_micro_batch, self._rows = lambda: None, len(tokens_BT)
         self._loss_sum.zero_()
         filled = [F.pad(rows, (0, 0, 0, self.batch.micro - len(rows))) for rows in (tokens_BT, targets_BT)]
@@ -92,9 +90,7 @@ class ZeroPipelineEngine(ZeroEngine):
         PipelineEngine._exec_forward_pass(ds, buffer_id)
 
     def _criterion(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the loss for the backward pass, times the number of micro-batches, since DeepSpeed divides by that
-        number.
-        """
+        """Return the loss for the backward pass, times the number of micro-batches, by which DeepSpeed divides."""
         logits_BTV = logits_BTV[: self._rows, :, : self.config.model.vocab_size]
         loss = cross_entropy(logits_BTV, targets_BT[: self._rows])
         self._loss_sum += loss.detach()
