@@ -100,7 +100,7 @@ class DivergenceGuard:
         return self._bad_steps(f"a validation loss of {val_loss} after step {step}")
 
     def judge_end(self) -> BadSteps | None:
-        """Return the steps to go back for if the run would end after skipped steps, so with doubtful weights."""
+        """Return the steps to go back for if the run would end after skipped steps; None if no step was skipped."""
         return (
             self._bad_steps("a loss or gradients that are not finite, up to the end of the run") if self._bad else None
         )
