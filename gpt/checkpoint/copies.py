@@ -156,7 +156,7 @@ class Fetch:
             try:
                 self._found = fetch_newest(folder, connect())
                 return
-            except Exception as error:  # each library that reaches the target has its own
+            except Exception as error:  # each library behind a target has errors of its own
                 failure = error
                 folders.sweep(folder)
             if tried + 1 < TRIES:
@@ -304,7 +304,7 @@ class Copier:
             self._tell("copy_failed", step=step, cause=f"the checkpoint is damaged: {damage}", failures=1)
             self._step = None
             return True
-        except Exception as error:  # each library that reaches the target has its own
+        except Exception as error:  # each library behind a target has errors of its own
             self._failures += 1
             self._tell("copy_failed", step=step, cause=describe(error), failures=self._failures)
             return False

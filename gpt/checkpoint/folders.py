@@ -275,7 +275,7 @@ def commit(temporary: Path, step: int) -> Path:
     temporary.rename(final)
     try:
         sync_folder(final.parent)
-    except OSError as error:  # the rename may have succeeded all the same; a second try would then refuse it
+    except OSError as error:  # the folder has its name all the same; a second try would find the checkpoint
         log.warning("%s may not outlive a power cut: %s", final, error)
     return final
 

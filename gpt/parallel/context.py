@@ -232,7 +232,8 @@ def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig
 def allgather_attend(shard: SequenceShard, attend: Attend, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor) -> Tensor:
     """Attend from this rank's queries to the all-gathered keys: (B, H, T, C).
 
-    ``attend`` aligns its queries with the last keys, so each chunk gets the keys up to its end."""
+    ``attend`` aligns its queries with the last keys, so each chunk gets the keys up to its end.
+    """
     k_BKSC, v_BKSC = AllGatherSequence.apply(torch.stack((k_BKTC, v_BKTC)), shard.group).unbind()
     parts = zip(q_BHTC.chunk(2, dim=2), shard.ends(k_BKSC.size(2)), strict=True)
     return torch.cat([attend(q, k_BKSC[:, :, :end], v_BKSC[:, :, :end]) for q, end in parts], dim=2)
@@ -241,7 +242,8 @@ def allgather_attend(shard: SequenceShard, attend: Attend, q_BHTC: Tensor, k_BKT
 class AllGatherSequence(torch.autograd.Function):
     """All-gather of the sequence shards, in the order of tokens, along the last dimension but one.
 
-    Its backward pass is a reduce-scatter of the gradients to the rank that holds the token."""
+    Its backward pass is a reduce-scatter of the gradients to the rank that holds the token.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -41,8 +41,8 @@ class ZeroFiles:
         return {"kind": DEEPSPEED, **self.settings}
 
     def collect(self, step: int, state: ZeroEngine, group: dist.ProcessGroup | None) -> Part:
-        # DeepSpeed writes its files in an order with barriers, without one file in the run folder here. The collector
-        # takes the content of its files, and the files that DeepSpeed writes by itself go to a folder of this node.
+        # DeepSpeed saves its files in an order with barriers. The collector takes their content instead of writing them
+        # to the run folder. Files that DeepSpeed writes by itself go to a folder of this node.
         with tempfile.TemporaryDirectory(prefix="deepspeed_") as scratch:
             collector = Collector(Path(scratch))
             state.ds.checkpoint_engine.save = collector.save
