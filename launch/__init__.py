@@ -1,6 +1,6 @@
-"""The launcher: plans, submits and watches training runs on Slurm or on this machine, and reports how they scaled.
+"""The launcher: plans, submits and watches training runs on Slurm or on this machine, and reports their scaling.
 
-Imports no torch, except in ``launch.agent``, which runs on the nodes.
+Only ``launch.agent``, which runs on the nodes, imports torch.
 """
 
 __version__ = "1.0.0"

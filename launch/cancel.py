@@ -1,7 +1,7 @@
-"""``python -m launch.cancel PATH...``: request a save from runs, then end what is left of them.
+"""``python -m launch.cancel PATH...``: request a save from runs, then end the rest of each run.
 
-Ctrl-C at the launcher does the same. The event log has the cancel before any signal is sent, so that the end is never
-mistaken for a preemption.
+Ctrl-C at the launcher does the same. The cancel is in the event log before any signal is sent, so that the end never
+looks like a preemption.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launch.slurm.watch import leaving_text, outcome_text, stop_points
 
 
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
-    """Cancel the runs of run folders and sweep folders, and print the end of each. Return whether all are over."""
+    """Cancel the runs of run folders and sweep folders, and print the end of each. Returns whether all are over."""
     points = find_run_statuses(find_runs(paths))
     problem = poll(points, trust_log=True)
     if problem is not None:
@@ -46,7 +46,7 @@ def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 all runs are over, 1 a run could not be ended, 2 there is no such run."""
+    """Return the exit status: 0 all runs are over, 1 a run could not be ended, 2 there is no such run."""
     parser = CommandParser(
         prog="python -m launch.cancel", description="Have runs save a checkpoint and leave, and wait until they have."
     )

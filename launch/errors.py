@@ -1,4 +1,4 @@
-"""Problems for the person at the keyboard: found, expected, and what to type next."""
+"""Problems that a user can fix: values found, values expected, and the text to type next."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ConfigError(ValueError):
     """A problem that ends the command, raised before anything is started or overwritten."""
 
     def __init__(self, found: str, expected: str, fix: str) -> None:
-        super().__init__(found, expected, fix)  # pickle calls the class with these three again
+        super().__init__(found, expected, fix)  # pickle calls the class with these three values again.
         self.problem = Problem(found, expected, fix)
 
     def __str__(self) -> str:
@@ -63,12 +63,12 @@ class ConfigError(ValueError):
 
     @property
     def found(self) -> str:
-        """Values that are wrong."""
+        """Values or state that are wrong."""
         return self.problem.found
 
     @property
     def expected(self) -> str:
-        """Values that would be right."""
+        """Values or state that would be right."""
         return self.problem.expected
 
     @property
@@ -78,7 +78,7 @@ class ConfigError(ValueError):
 
 
 class RepeatedFailureError(RuntimeError):
-    """A failure that came again after each attempt to go back and try anew; the program is not started again."""
+    """A failure that was repeated after each roll-back of the ranks. The program is not started again."""
 
 
 def refusing(main: Callable[P, int]) -> Callable[P, int]:
@@ -107,13 +107,13 @@ FILE_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
     *(errno.EISDIR, errno.ENOTDIR),
 )
-"""Errors of a file or its filesystem, as opposed to a mistake in this code."""
+"""Error numbers of a file or filesystem, as opposed to a mistake in this code."""
 
 
 def refuse_file(error: OSError) -> ConfigError:
-    """Return the refusal of a file that a command needs, and cannot read or write."""
+    """Return the refusal of a file that a command needs but cannot read or write."""
     path = Path(str(error.filename))
-    seen = path if path.exists() else path.parent  # of a file that could not be written, its folder tells why
+    seen = path if path.exists() else path.parent  # If a file could not be written, its folder shows why.
     return ConfigError(
         f"{path}: {error.strerror}",
         "a file that this user may read and write, on a filesystem that works and has room",
@@ -122,10 +122,10 @@ def refuse_file(error: OSError) -> ConfigError:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser of a command's arguments that refuses in three parts; ``--help`` prints and leaves with status 0."""
+    """Parser of a command's arguments whose refusals have three parts. ``--help`` prints and exits with status 0."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise ConfigError: ``message``, the usage in one line, and the option that was probably meant."""
+        """Raise ConfigError with ``message``, the usage in one line, and the option that the user probably meant."""
         usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
         head, _, unknown = message.partition("unrecognized arguments: ")
         if head:
@@ -137,11 +137,11 @@ class CommandParser(argparse.ArgumentParser):
         raise ConfigError(f"{unknown}, which {self.prog} does not take", usage, fix)
 
 
-# Range checks that schemas share, and the look-alikes of a mistyped name, for error messages. Torch-free.
+# Range checks that schemas share, and similar names for error messages. Does not import torch.
 
 
 EXAMPLES = {"optim.lr": "0.001", "optim.min_lr": "0.0001"}
-"""Values to propose where 1, the usual proposal, would cost a run: nothing learns at such a rate."""
+"""Key -> value to propose, where the usual proposal 1 would waste a run: training fails at such a rate."""
 
 
 def require_positive(key: str, value: float) -> None:
@@ -158,29 +158,29 @@ def require_range(key: str, value: float, low: float, high: float) -> None:
 
 
 def closest(name: str, choices: Iterable[str]) -> list[str]:
-    """Up to three of ``choices`` that look like ``name``, or begin like it, best first, for error messages."""
+    """Return up to three of ``choices`` that look or begin like ``name``, best first, for error messages."""
     known = sorted(choices)
     alike = [choice for choice in known if choice.lower() == name.lower() != choice]
     alike = alike or difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     return alike or [choice for choice in known if choice[:3].lower() == name[:3].lower()][:3]
 
 
-# Numbers in the words of a message. Torch-free.
+# Numbers in the words of a message. Does not import torch.
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:
     """Write a number of things for people: 1 rank, 2 ranks.
 
     Args:
-        number: how many there are.
-        thing: the word for one of them.
-        things: the word for several, if it is not the other with an s.
+        number: number of things.
+        thing: singular.
+        things: plural; None for the singular with an s.
     """
     return f"{number} {thing if number == 1 else things or f'{thing}s'}"
 
 
 def how_often(times: int) -> str:
-    """Write how often something happened: once, 2 times."""
+    """Write how often an event happened: once, 2 times."""
     return "once" if times == 1 else f"{times} times"
 
 

@@ -41,12 +41,12 @@ class Key(NamedTuple):
 
 @cache
 def docstrings(schema: type) -> dict[str, str]:
-    """Return the text below each field of a dataclass, for fields that carry no meaning themselves."""
+    """Return the docstring of each field of a dataclass, for fields without a meaning in their metadata."""
     found: dict[str, str] = {}
     for base in reversed(schema.__mro__[:-1]):
         try:
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        except OSError:  # a class that was made by make_dataclass
+        except OSError:  # make_dataclass made the class, which has no source.
             continue
         body = tree.body if isinstance(tree, ast.ClassDef) else []
         for field, text in pairwise(body):
@@ -56,7 +56,7 @@ def docstrings(schema: type) -> dict[str, str]:
 
 
 def values_of(kind: Any, metadata: Any) -> str:
-    """Return what a key takes: its options, or unit and range of a number."""
+    """Return the values that a key accepts: its options, or unit and range of a number."""
     kinds = [kind, *get_args(kind)]
     enum = next((one for one in kinds if isinstance(one, type) and issubclass(one, Enum)), None)
     if enum is not None:
@@ -68,13 +68,13 @@ def values_of(kind: Any, metadata: Any) -> str:
 
 
 def meaning_of_options(kind: Any) -> str:
-    """Return the docstring of the Enum that a key takes; empty if it takes none."""
+    """Return the docstring of the Enum of a key; empty if the key has no Enum."""
     enums = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Enum)]
     return " ".join((inspect.getdoc(enums[0]) or "").split()) if enums else ""
 
 
 def written(value: Any) -> str:
-    """Return a default as one types it."""
+    """Return a default as a user types it."""
     if isinstance(value, Enum):
         return value.name
     if value is None or isinstance(value, bool):
@@ -85,7 +85,7 @@ def written(value: Any) -> str:
 
 
 def keys_of(schema: type, defaults: Any, prefix: str = "") -> Iterator[Key]:
-    """Yield the keys of a schema with the defaults of a composed config, those of groups after the plain ones."""
+    """Yield the keys of a schema with the defaults of a composed config. Keys of groups come after plain keys."""
     hints, elements = get_type_hints(schema), list_elements(schema)
     groups: list[tuple[type, str, str]] = []
     for field in dataclasses.fields(schema):
@@ -98,7 +98,7 @@ def keys_of(schema: type, defaults: Any, prefix: str = "") -> Iterator[Key]:
         )
         default = "" if OmegaConf.is_missing(defaults, field.name) else written(defaults[field.name])
         names = [inner.name for inner in dataclasses.fields(elements[field.name])] if field.name in elements else []
-        is_own = {*names} <= {*hints}  # a list of places, which have keys of the same group
+        is_own = {*names} <= {*hints}  # A list of places, which have keys of the same group.
         values = f"list of {', '.join(names)}" if names and is_own else values_of(hints[field.name], field.metadata)
         yield Key(name, default, values, meaning)
         if names and not is_own:

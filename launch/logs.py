@@ -27,7 +27,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class Log:
-    """A file that is read as it grows, and that may not exist yet."""
+    """A file that is read while it grows, and that may not exist yet."""
 
     def __init__(self, path: Path, title: str) -> None:
         self.path = path
@@ -35,7 +35,7 @@ class Log:
         self._read = 0
 
     def copy(self) -> None:
-        """Print what is new, after a line with the name of the file."""
+        """Print new output, after a line with the name of the file."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._read)
@@ -50,7 +50,7 @@ class Log:
 
 
 def find_run(path: Path) -> RunStatus:
-    """The one run in ``path``. Raises ConfigError if there are several, or none."""
+    """Return the status of the one run in ``path``. Raises ConfigError if there are several, or none."""
     runs = find_runs([path])
     if len(runs) > 1:
         labels = labels_inside({run.path.parent for run in runs})
@@ -67,13 +67,13 @@ def find_run(path: Path) -> RunStatus:
 
 
 def ranks_of(point: RunStatus, attempt: int) -> list[dict[str, Any]] | None:
-    """Ranks of an attempt, as its environment file lists them; None without that file."""
+    """Return the ranks of an attempt from its environment file; None without that file."""
     ranks = read_json(point.folder.environment(attempt)).get("ranks")
     return ranks if isinstance(ranks, list) else None
 
 
 def refuse_absent_rank(point: RunStatus, rank: int, attempt: int | None) -> None:
-    """Raise ConfigError if neither the plan nor an attempt has the rank; or not ``attempt``, if given and known."""
+    """Raise ConfigError if neither the plan nor an attempt has the rank, or if a given attempt lacks it."""
     sizes = {n: len(ranks) for n in point.folder.attempts() if (ranks := ranks_of(point, n)) is not None}
     if attempt in sizes:
         size, of, named = sizes[attempt], f"attempt {attempt}", f" --attempt {attempt}"
@@ -90,28 +90,30 @@ def refuse_absent_rank(point: RunStatus, rank: int, attempt: int | None) -> None
 
 
 def agent_of(point: RunStatus, rank: int) -> list[Log]:
-    """Logs of the agent of a rank, which all attempts of its job share."""
+    """Return the logs of a rank's agent. All attempts of one job share them."""
     if point.job is None:
         return []
     known = next((ranks for n in reversed(point.folder.attempts()) if (ranks := ranks_of(point, n)) is not None), [])
-    # Ranks are not numbered in the order of the nodes.
+    # The order of ranks may differ from the order of nodes.
     node = next((int(each["node"]) for each in known if each.get("rank") == rank and "node" in each), 0)
     paths = agent_logs(point.folder.path, point.job, node)
     if isinstance(point.job, SlurmJob) and not paths[0].parent.is_dir():
-        # A job of the user's own batch script: all agents print into the output of the script.
+        # For a job of the user's own batch script, all agents print into the output of the script.
         script = output_file(point.job.job_id, point.job.cluster)
         return [] if script is None else [Log(script, "batch script and agents")]
     return [Log(path, f"agent of node {node}") for path in paths]
 
 
 def newest(point: RunStatus, rank: int, wanted: int | None = None) -> int | None:
-    """The newest attempt in which the rank has printed anything; only ``wanted`` counts if given."""
+    """Return the newest attempt in which the rank has printed output, or ``wanted`` if that has; None if there
+    is none.
+    """
     there = [n for n in point.folder.attempts() if point.folder.log(n, rank).is_file() and wanted in (None, n)]
     return max(there, default=None)
 
 
 def missing(point: RunStatus, rank: int, *, of_agent: bool) -> ConfigError:
-    """Refusal of a log that does not exist yet, or of a run that is over without it."""
+    """Return the refusal of a log that does not exist yet, or of a run that is over and has no such log."""
     poll([point], trust_log=True)
     what, path = f"{'the agent of ' if of_agent else ''}rank {rank}", quote(str(point.folder.path))
     state = point.state + (f", {point.detail}" if point.detail else "")
@@ -127,10 +129,10 @@ def missing(point: RunStatus, rank: int, *, of_agent: bool) -> ConfigError:
 
 
 def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) -> list[Log]:
-    """Print the logs as they grow, until the run is over, or an attempt after ``only`` has begun.
+    """Print the logs as they grow, until the run is over or an attempt after ``only`` has begun.
 
     Returns:
-        The newest logs; an empty list if there never were any.
+        The newest logs; an empty list if there were none.
     """
     logs: list[Log] = []
     asked_at, unknown = 0.0, False
@@ -138,12 +140,12 @@ def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) ->
         if time.monotonic() - asked_at >= (SLURM_POLL_S if isinstance(point.job, SlurmJob) else POLL_S):
             unknown = poll([point], retries=1, trust_log=True) is not None
             asked_at = time.monotonic()
-        # Without an answer of Slurm, only a run that made its last step is known not to start again.
+        # Without an answer of Slurm, only a run that made its last step certainly does not start again.
         over = point.is_over or (unknown and outcome(point.events()) == "finished")
         over = over or (only is not None and max(point.folder.attempts(), default=0) > only)
         found = find()
         for log in logs:
-            log.copy()  # to its end, before a newer one
+            log.copy()  # Print this log to its end before a newer one.
         if [log.path for log in found] != [log.path for log in logs]:
             logs = found
             for log in logs:
@@ -177,7 +179,7 @@ def print_logs(args: argparse.Namespace) -> None:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 if Slurm did not answer, 2 if there is no such log."""
+    """Return the exit status: 0, 1 if Slurm did not answer, 2 if there is no such log."""
     parser = CommandParser(prog="python -m launch.logs", description="Print what a rank of a run printed.")
     parser.add_argument("path", type=Path, metavar="PATH", help="a run folder, or the label of a run")
     parser.add_argument("-f", "--follow", action="store_true", help="print new output until the run is over")
@@ -191,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # The reader, such as `| head`, has closed the pipe.
         sys.stderr.close()
         return 0
     return 0

@@ -1,6 +1,6 @@
-"""Keys of a config: what a field of a schema says of itself, and the check of its range.
+"""Keys of a config: description, unit and range of each field of a schema, and the check of the range.
 
-A schema is a dataclass whose fields are made by ``key``, or are dataclasses of that kind. Torch-free.
+A schema is a dataclass whose fields are made by ``key``, or are such dataclasses themselves. Does not import torch.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def key(
     Args:
         default: value, MISSING if a file in configs/ has it, or a class that makes the value (list, dict, a dataclass).
         meaning: description, for people.
-        unit: of a number.
+        unit: unit of a number; empty if it has none.
         least: smallest valid number.
-        above: bound below all valid numbers.
+        above: lower bound, which is itself not valid.
         most: largest valid number.
     """
     metadata = {"meaning": meaning, "unit": unit, "least": least, "above": above, "most": most}
@@ -52,11 +52,11 @@ def range_text(metadata: Any) -> str:
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Raise ConfigError for the first number of a config that is infinite or out of the range of its key.
+    """Raise ConfigError for the first number of a config that is infinite or outside the range of its key.
 
     Args:
-        config: a dataclass whose fields were made by ``key``; nested ones, and lists of them, are checked too.
-        prefix: of the names of its keys, such as ``cluster.``.
+        config: dataclass whose fields were made by ``key``. Nested ones, and lists of them, are checked too.
+        prefix: prefix of the names of its keys, such as ``cluster.``.
     """
     for field in dataclasses.fields(config):
         name, value, known = f"{prefix}{field.name}", getattr(config, field.name), field.metadata
@@ -106,7 +106,7 @@ def list_elements(schema: type) -> dict[str, type]:
 
 @cache
 def field_of(schema: type, name: str) -> tuple[Any, Any]:
-    """Return the type of a dotted key, without its None, and its default; None twice if the schema has neither."""
+    """Return the type of a dotted key, without None, and its default; (None, None) if the schema has no such key."""
     kind: Any = schema
     default: Any = None
     for part in name.split("."):

@@ -39,11 +39,11 @@ COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "l
 NUMBERS = COLUMNS[3:]
 WIDE = 1000
 SLOW = ("rank", "host", "step", "own_s", "median_s", "steps")
-"""Fields of a slow rank: its own time a step over some steps, and the median of the other ranks."""
+"""Fields of a slow rank: its own time per step over some steps, and the median of the other ranks."""
 
 
 def as_dict(point: RunStatus) -> dict[str, Any]:
-    """State of a run for ``--json``; unknown values are absent."""
+    """Return the state of a run for ``--json``. Unknown values are absent."""
     events, since = point.events(), point.job_status.since
     failure = point.failure() if point.state in ("failed", "running", "pending") else None
     known = {
@@ -86,15 +86,15 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
 
 
 def sick_nodes(point: RunStatus) -> list[dict[str, Any]]:
-    """Host and cause of each node that the newest start left out, or that kept the newest start from beginning."""
+    """Return host and cause of each sick node that the newest start left out, or that prevented the newest start."""
     newest = max(point.attempts(), default=0)
     found = [e for e in point.events() if e["event"] == "node_sick"]
-    now = [e for e in events_since_start(point.events()) if e in found]  # of a start that did not begin
+    now = [e for e in events_since_start(point.events()) if e in found]  # The start did not begin.
     return [{"host": e["host"], "cause": e["cause"]} for e in now or found if e in now or e["attempt"] == newest]
 
 
 def cells(known: dict[str, Any]) -> list[str]:
-    """One row of the table."""
+    """Return one row of the table."""
     total = f"/{known['max_steps']}" if "max_steps" in known else ""
     step = f"{known.get('step', 0)}{total}" if total or "step" in known else ""
     return [
@@ -111,13 +111,15 @@ def cells(known: dict[str, Any]) -> list[str]:
 
 
 def nodes_text(known: dict[str, Any]) -> str:
-    """Number of nodes; ``1 of 2`` while the run continues without those that were lost."""
+    """Return the number of nodes as text; ``1 of 2`` while the run continues without lost nodes."""
     fewer = known.get("fewer_nodes")
     return str(known.get("nodes", "")) if fewer is None else f"{fewer['nodes']} of {fewer['asked']}"
 
 
 def notes(known: dict[str, Any]) -> list[str]:
-    """Lines below the table: why a point waits and what would start it, its damage, its end, and its first failure."""
+    """Return lines below the table: why a point waits and what would start it, its damage, its end, and first
+    failure.
+    """
     where = f" in partition {known['partition']}" if "partition" in known else ""
     where += f" of {known['slurm_cluster']}" if where and "slurm_cluster" in known else ""
     where += f" for {duration(known['waiting_s'])}" if "waiting_s" in known else ""
@@ -165,7 +167,7 @@ def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 1 if Slurm did not answer, so that the table is from event logs alone; 2 if there is no run."""
+    """Return the exit status: 0; 1 if Slurm did not answer, so that only event logs were read; 2 if there is no run."""
     parser = CommandParser(prog="python -m launch.status", description="Show the state of runs.")
     parser.add_argument(
         "paths", nargs="*", type=Path, default=[Path("outputs")], metavar="PATH",
@@ -185,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
     else:
-        # A file or a pipe has no width, so nothing is folded.
+        # A file or a pipe has no width, so no cell is wrapped.
         show(rows, Console() if sys.stdout.isatty() else Console(width=WIDE))
     if problem is not None:
         print(f"{problem}\nstates of Slurm jobs are what their event logs say", file=sys.stderr)

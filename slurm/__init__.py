@@ -1,4 +1,4 @@
-"""Files for Slurm itself: batch scripts that a user edits, and a sandbox cluster to try them on.
+"""Files for Slurm itself: batch scripts for users to edit, and a sandbox cluster to try them on.
 
-Knows nothing of training or of the launcher.
+The package imports neither the training library nor the launcher.
 """

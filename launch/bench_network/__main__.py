@@ -6,7 +6,8 @@
     python -m launch parallel=auto cluster.network=network.json
 
 The command takes the arguments of ``python -m launch``. It starts a short run whose ranks measure
-(``launch.bench_network.measure``), fits latency and bandwidth, and writes them into a file. It loads no torch.
+(``launch.bench_network.measure``), fits latency and bandwidth, and writes them into a file. The command itself does not
+import torch.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from launch.runs.measured import COLLECTIVES, FASTEST, TIERS, LinkFit, Network, 
 from launch.sweep import SweepFailedError, fail, run_sweep
 
 SCALE = np.array([1e-6, 1e-9])
-"""A microsecond, and a nanosecond for a byte. In these units the unknowns of a fit are near one."""
+"""Units of the fitted figures: a microsecond, and a nanosecond per byte. The unknowns are then near one."""
 TIER_NAMES = {"intra_node": "within a node", "inter_node": "between nodes"}
 
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, fit, print and write; returns the exit status: 0, 1 if the run failed, 2 if it was refused."""
+    """Measure, fit, print and write. Returns the exit status: 0, 1 if the run failed, 2 if it was refused."""
     parser = CommandParser(
         prog="python -m launch.bench_network",
         description="Measure latency and bandwidth of each collective within a node and between nodes, in a short run.",
@@ -76,11 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_ranks(overrides: Sequence[str], config_dir: Path | None, options: Mapping[str, object]) -> dict[str, Any]:
-    """Run the ranks to their end and return the measurements; empty after a dry run.
+    """Run the ranks until they end, and return the measurements; empty after a dry run.
 
     Raises:
         ConfigError: the run cannot be planned, or has one rank.
-        SweepFailedError: it failed.
+        SweepFailedError: the run failed.
     """
     program = ["workload=script", "script.module=launch.bench_network.measure", f"script.workdir={ROOT}"]
     ours = [*program, "name=bench_network"]
@@ -105,7 +106,7 @@ def run_ranks(overrides: Sequence[str], config_dir: Path | None, options: Mappin
 
 @dataclass(frozen=True)
 class Sample:
-    """Time of one collective with this number of bytes, over this number of ranks of a tier."""
+    """Time in seconds of one collective, with its number of bytes and the number of ranks in its group."""
 
     tier: str
     collective: str
@@ -115,7 +116,7 @@ class Sample:
 
 
 def fit_network(samples: Sequence[Sample], ranks_per_node: int) -> Network:
-    """Fit every collective of every tier that was measured."""
+    """Fit every measured collective of every tier (within a node, between nodes)."""
     tiers: dict[str, dict[str, LinkFit]] = {}
     for tier in TIERS:
         for name in COLLECTIVES:
@@ -135,7 +136,7 @@ def fit_link(collective: str, samples: Sequence[Sample]) -> LinkFit:
     rows = rows / np.array([[sample.seconds] for sample in samples])
     best, _, rank, _ = np.linalg.lstsq(rows * SCALE, np.ones(len(rows)), rcond=None)
     found = best * SCALE
-    if rank < 2 or (found < 0).any():  # the better of the fits with one of the two terms alone
+    if rank < 2 or (found < 0).any():  # The better of the fits with only one of the two terms.
         squares, sums = (rows**2).sum(axis=0), rows.sum(axis=0)
         alone = np.diag(np.divide(sums, squares, out=np.zeros(2), where=squares > 0))
         found = min(alone, key=lambda one: float(((rows @ one - 1) ** 2).sum()))
@@ -154,7 +155,7 @@ def fit_link(collective: str, samples: Sequence[Sample]) -> LinkFit:
 
 
 def show(network: Network, samples: Sequence[Sample], measured: Mapping[str, Any]) -> None:
-    """Print one line for each collective of each tier: the fit with its standard errors, and its misfit."""
+    """Print one line for each collective of each tier: the fit with its standard errors, and its error."""
     size = f"{counted(measured['nodes'], 'node')} x {counted(measured['ranks_per_node'], 'rank')}"
     print(f"{size}, {measured['device']}, {measured['backend']}, torch {measured['software']['torch']}")
     rows = []

@@ -1,4 +1,5 @@
-"""One rank of ``launch.bench_network``: it times each collective in each tier, for growing sizes, with all ranks.
+"""One rank of ``launch.bench_network``: it times each collective in each tier, for growing sizes, together with all
+ranks.
 
     python -m launch.bench_network.measure --output FILE        started by the launcher on every rank
 
@@ -30,11 +31,11 @@ with lasting_imports():
 MIB = 2**20
 SMALLEST, FACTOR = 4096, 8
 LARGEST_MIB = {"cpu": 16, "cuda": 256}
-"""Largest size by default: enough to saturate a link of that kind."""
+"""Largest size in MiB by default, by device: enough to saturate its links."""
 SLOW_S = 0.5
-"""Time of a collective above which larger sizes are not measured."""
+"""Seconds of a collective above which larger sizes are not measured."""
 PASSES = 5
-"""Timings of each size; their median is the sample."""
+"""Number of timings of each size. Their median is the sample."""
 TIMEOUT = timedelta(minutes=3)
 HOST_BYTES = 64
 
@@ -54,13 +55,13 @@ class Bench:
         self.backend = "nccl" if on_gpus else "gloo"
 
     def largest(self, value: float) -> float:
-        """Return the largest of all ranks' values."""
+        """Return the largest value over all ranks."""
         both = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(both, dist.ReduceOp.MAX)
         return float(both.item())
 
     def groups(self) -> Iterator[tuple[str, int, dist.ProcessGroup]]:
-        """Yield each tier, size of a group, and process group of that size."""
+        """Yield each tier, size of a group in ranks, and process group of that size."""
         nodes = self.world // self.each
         for tier, most in (("intra_node", self.each), ("inter_node", nodes)):
             for size in group_sizes(most):
@@ -69,7 +70,7 @@ class Bench:
                 yield tier, size, group
 
     def seconds(self, work: Callable[[], object], count: int) -> float:
-        """Time ``count`` runs of ``work`` in a row; return the time of one run on the slowest rank."""
+        """Return the mean seconds of one run of ``work`` over ``count`` runs, on the slowest rank."""
         dist.barrier()
         self._finish()
         start = time.perf_counter()
@@ -79,7 +80,7 @@ class Bench:
         return self.largest((time.perf_counter() - start) / count)
 
     def typical_seconds(self, work: Callable[[], object]) -> float:
-        """Median of several timings, each as long as the budget allows, after a first run that connects the ranks."""
+        """Return the median seconds of several timings. A first run, which connects the ranks, does not count."""
         work()
         once = self.seconds(work, 1)
         count = min(50, max(1, round(self.budget_s / PASSES / max(once, 1e-6))))
@@ -91,20 +92,20 @@ class Bench:
 
 
 def group_sizes(most: int) -> list[int]:
-    """Sizes of the groups of a tier with ``most`` ranks: each power of two that divides ``most``, and ``most``."""
+    """Return the group sizes of a tier with ``most`` ranks: each power of two that divides ``most``, and ``most``."""
     powers = [2**exponent for exponent in range(1, most.bit_length()) if most % 2**exponent == 0]
     return sorted({*powers, most} - {1})
 
 
 def group_ranks(tier: str, size: int, nodes: int, each: int) -> list[list[int]]:
-    """Ranks of all groups of a tier: neighbors on a node, or ranks of one local number on neighboring nodes."""
+    """Return the ranks of all groups of a tier: neighbors on a node, or equal local ranks on neighboring nodes."""
     if tier == "intra_node":
         return [[n * each + at + i for i in range(size)] for n in range(nodes) for at in range(0, each, size)]
     return [[(at + i) * each + local for i in range(size)] for at in range(0, nodes, size) for local in range(each)]
 
 
 def work_of(collective: str, size: int, bench: Bench, group: dist.ProcessGroup) -> Callable[[], object]:
-    """Return a function that runs a collective of ``size`` bytes once; a send goes there and back."""
+    """Return a function that runs a collective of ``size`` bytes once. A send runs in both directions."""
     ranks = dist.get_world_size(group)
     part = max(1, size // 4 // ranks)
     whole, shard = (torch.zeros(count, device=bench.device) for count in (part * ranks, part))
@@ -120,7 +121,7 @@ def work_of(collective: str, size: int, bench: Bench, group: dist.ProcessGroup) 
 
     def spread() -> None:
         dist.broadcast(whole, first, group)
-        dist.all_reduce(sync, group=group)  # without it the source would run ahead of the ranks that still receive
+        dist.all_reduce(sync, group=group)  # Without this, the source would run ahead of ranks that still receive.
 
     other = torch.zeros_like(whole)
     return {
@@ -134,7 +135,7 @@ def work_of(collective: str, size: int, bench: Bench, group: dist.ProcessGroup) 
 
 
 def time_collectives(bench: Bench, largest: int, tell: Callable[[], None]) -> list[dict[str, Any]]:
-    """Time every collective in every tier; returns the same samples on every rank. Calls ``tell`` after each sample."""
+    """Time every collective in every tier. Returns the same samples on every rank; calls ``tell`` after each sample."""
     samples: list[dict[str, Any]] = []
     for tier, ranks, group in bench.groups():
         sync = torch.zeros(1, device=bench.device)
@@ -154,7 +155,7 @@ def time_collectives(bench: Bench, largest: int, tell: Callable[[], None]) -> li
 
 
 def hosts() -> list[str]:
-    """Names of the hosts of all ranks, each once. They are sent as bytes, so that no rank unpickles a message."""
+    """Return the host names of all ranks, each once. Names travel as bytes, so that no rank unpickles a message."""
     name = socket.gethostname().encode()[:HOST_BYTES]
     own = torch.tensor([*name, *bytes(HOST_BYTES - len(name))], dtype=torch.uint8)
     every = torch.zeros(dist.get_world_size() * HOST_BYTES, dtype=torch.uint8)
@@ -163,7 +164,7 @@ def hosts() -> list[str]:
 
 
 def main() -> None:
-    """Measure; rank 0 writes the samples, with the software and hardware that they belong to."""
+    """Measure. Rank 0 writes the samples with the software and hardware of the measurement."""
     parser = argparse.ArgumentParser(description="One rank of python -m launch.bench_network.")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-mib", type=int, default=0)

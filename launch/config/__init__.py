@@ -1,4 +1,4 @@
-"""The schema of the launcher: where and on how many nodes a run happens, whatever it computes."""
+"""Config schema of the launcher: place and number of nodes of a run, for any program."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class HealthCheckConfig:
 
     @property
     def command_words(self) -> list[str]:
-        """Program and arguments of the command; empty if there is no command."""
+        """Return program and arguments of the command; empty if there is no command."""
         return split_command("resilience.health_check.command", self.command, "/opt/site/check_node,--quick")
 
 
@@ -112,7 +112,9 @@ class ResilienceConfig:
     )
     forgive_after_s: ClassVar[float] = 3600.0
     """Seconds after which a failure no longer counts for max_restarts, if the run has saved a newer checkpoint since.
-    The limits hold for each hour, and not for a run of weeks."""
+
+    The limits therefore apply to each hour, not to a whole run of weeks.
+    """
     min_nodes: Optional[int] = key(
         None,
         "Smallest number of nodes with which the run continues, in the same job and with the same global batch, if"
@@ -179,7 +181,7 @@ class BudgetConfig:
     )
 
     def validate(self, cluster: ClusterConfig) -> None:
-        """Raise ConfigError if a cap has no GPUs or no price to count with."""
+        """Raise ConfigError if a cap needs a number of GPUs or a price that is not set."""
         for name, cap in (("gpu_hours", self.gpu_hours), ("cost", self.cost)):
             if cap is not None and not cluster.gpus_per_node:
                 raise ConfigError(
@@ -236,7 +238,7 @@ class LaunchConfig:
 
     @property
     def on_event_command(self) -> list[str]:
-        """Program and arguments of on_event; empty if there is no command."""
+        """Return program and arguments of on_event; empty if there is no command."""
         return split_command("launch.on_event", self.on_event, "/home/me/notify.sh,--quiet")
 
 
@@ -281,22 +283,22 @@ class Config(RunConfig):
 
     @property
     def budget_poll_s(self) -> float:
-        """Seconds between two readings of the use of a budget."""
+        """Seconds between two checks of the budget."""
         return 6 * self.launch.poll_s
 
     @property
     def ranks_on_node(self) -> int:
-        """Processes on each node, with the default resolved."""
+        """Number of ranks on each node, with the default filled in."""
         return self.ranks_per_node or self.cluster.gpus_per_node or 1
 
     @property
     def nodes_asked(self) -> int:
-        """Nodes of the allocation."""
+        """Number of nodes of the allocation, spares included."""
         return self.nodes + self.spare_nodes
 
     @property
     def may_shrink(self) -> bool:
-        """Return whether the run continues with fewer nodes if some are lost."""
+        """True if the run continues with fewer nodes after a loss."""
         return self.resilience.min_nodes is not None and self.resilience.min_nodes < self.nodes
 
     def with_nodes(self, nodes: int) -> Self:

@@ -1,6 +1,6 @@
-"""The schema of where nodes come from and what they are: the keys under ``cluster``.
+"""Config schema of the nodes and their source: the keys under ``cluster``.
 
-Slurm's things have Slurm's names, spelled as in hydra-submitit-launcher.
+Keys with a counterpart in Slurm have its name, spelled as in hydra-submitit-launcher.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ class ClusterConfig(PlacementConfig):
 
 
 def require_cluster_name(name: str, value: str | None) -> None:
-    """Raise ConfigError unless the value is the name of one cluster, or null for the cluster of the command."""
+    """Raise ConfigError unless the value is the name of one cluster, or null for the command's cluster."""
     if value is not None and not re.fullmatch(r"[A-Za-z_][\w.-]*", value):
         expected = "the name of one cluster, as sacctmgr show clusters prints it"
         raise ConfigError(f"{name}={value}", expected, f"{name}=NAME, or null")

@@ -1,4 +1,4 @@
-"""From arguments to typed configs: of one run, and of each point of a sweep."""
+"""Typed configs from arguments: for one run, and for each point of a sweep."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
 CONFIGS = Path(configs.__file__).parent
 SCRIPT = "script"
-"""Option of the group ``workload`` for a program of the user's own, and the group of its keys."""
+"""Option of the group ``workload`` for a user's own program, and name of the group of its keys."""
 CUSTOM = "custom"
 """Option of the group ``workload`` for a class that was typed as ``workload._target_``."""
 
 
 def require_folder(flag: str, path: str) -> Path:
-    """Folder of the user's own config files, given with ``flag``.
+    """Return the folder of the user's own config files, given with ``flag``.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: the folder does not exist.
     """
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
@@ -44,10 +44,10 @@ def require_folder(flag: str, path: str) -> Path:
 
 
 def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) -> list[str]:
-    """Return typed overrides as Hydra takes them, after a check of each key and value.
+    """Check each typed override, and return the overrides in Hydra's grammar.
 
-    ``workload._target_=X`` alone means the option of the group that adds no other keys. A value that would mean
-    something to Hydra's grammar, such as a regular expression, is quoted if its key is in ``Workload.raw_keys``.
+    ``workload._target_=X`` alone selects the option of the group that adds no other keys. A value that Hydra's grammar
+    would interpret, such as a regular expression, is quoted if its key is in ``Workload.raw_keys``.
 
     Raises:
         ConfigError: an unknown key or option, or a value of the wrong type.
@@ -85,7 +85,7 @@ def refuse_script_keys(overrides: Sequence[str], workload: Workload) -> None:
 
 
 def refuse_foreign_keys(overrides: Sequence[str], workload: Workload) -> None:
-    """Raise ConfigError if keys or presets of the default workload are typed with another one."""
+    """Raise ConfigError if keys or presets of the default workload are typed with another workload."""
     if workload.name == default_workload():
         return
     own = {*schema_keys(workload.schema), *schema_keys(Config)}
@@ -108,16 +108,16 @@ def refuse_foreign_keys(overrides: Sequence[str], workload: Workload) -> None:
 
 
 def typed_form(override: str) -> str:
-    """An override as it was typed, without the plus signs that ``prepare_overrides`` added."""
+    """Return an override as it was typed, without the plus signs that ``prepare_overrides`` added."""
     return override.removeprefix("++")
 
 
 def target_of(overrides: Sequence[str], config_dir: Path | None = None) -> str:
-    """Dotted path of the workload that arguments name, or of the default one.
+    """Return the dotted path of the workload that arguments name, or of the default workload.
 
     Args:
-        overrides: as typed.
-        config_dir: folder of the user's own config files, searched too.
+        overrides: overrides as typed.
+        config_dir: folder of the user's own config files; None if there is none.
 
     Raises:
         ConfigError: there is no such option of the group ``workload``.
@@ -150,9 +150,9 @@ def default_workload() -> str:
 
 @cache
 def schema_of(target: str) -> type[Config]:
-    """Return the dataclass of a whole config: the keys of the launcher and those of a workload, both at the root."""
+    """Return the dataclass of a whole config: the keys of the launcher and of a workload, both at the root."""
     schema = load_workload(target).schema
-    # The base that comes first decides on a default: a workload's own default for a key of every run is said again.
+    # The first base decides on a default. So a workload's own default for a launcher key is set again.
     inherited = {entry.name: entry.default for entry in dataclasses.fields(RunConfig)}
     own = [
         (entry.name, entry.type, dataclasses.field(default=entry.default))
@@ -163,12 +163,12 @@ def schema_of(target: str) -> type[Config]:
 
 
 def workload_of(config: Config | DictConfig) -> Workload:
-    """The workload of a config."""
+    """Return the workload of a config."""
     return load_workload(config.workload._target_)
 
 
 def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[Config]:
-    """Register with Hydra the schema for these arguments, over which it composes ``configs/config.yaml``."""
+    """Register the schema for these arguments with Hydra, which composes ``configs/config.yaml`` over it."""
     schema = schema_of(target_of(overrides, config_dir))
     compose.register_schema("launch_schema", schema)
     return schema
@@ -177,14 +177,14 @@ def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[C
 def compose_launch(
     overrides: Sequence[str], config_dir: Path | None = None, *, with_hydra: bool = False, primary: str = "config"
 ) -> DictConfig:
-    """Compose the config of one run, also inside a Hydra run, whose search path then holds.
+    """Compose the config of one run. Inside a Hydra run, that run's search path is used.
 
         config = typed_config(compose_launch(["nodes=2", "model=gpt2_124m"]))
 
     Args:
-        overrides: as typed.
-        config_dir: folder of the user's own config files.
-        with_hydra: with the keys of Hydra itself.
+        overrides: overrides as typed.
+        config_dir: folder of the user's own config files; None if there is none.
+        with_hydra: True to include the keys of Hydra itself.
         primary: name of the config file.
 
     Raises:
@@ -196,7 +196,7 @@ def compose_launch(
 
 
 def typed_config(document: DictConfig) -> Config:
-    """The typed config of a composed document, whose paths become absolute.
+    """Return the typed config of a composed document. Its paths become absolute.
 
     Raises:
         ConfigError: an unknown key, or a value that is missing or of the wrong type.
@@ -208,20 +208,20 @@ def typed_config(document: DictConfig) -> Config:
 
 
 def read_point(folder: RunFolder) -> Config:
-    """The config that a run folder was made with, with all keys of its workload.
+    """Return the config of an existing run folder, with all keys of its workload.
 
     Raises:
-        ConfigError: the folder holds no run, or its config is damaged.
+        ConfigError: the folder has no run, or its config is damaged.
     """
     loaded = compose.read_document(folder)
     return compose.stored_as(folder, loaded, schema_of(_target_in(folder, loaded)))
 
 
 def workload_of_run(folder: RunFolder) -> Workload:
-    """The workload of a run folder, also of one that ``gpt.train`` made without the launcher.
+    """Return the workload of a run folder, even if ``gpt.train`` made it without the launcher.
 
     Raises:
-        ConfigError: the folder holds no run, or its config is damaged.
+        ConfigError: the folder has no run, or its config is damaged.
     """
     return load_workload(_target_in(folder, compose.read_document(folder)))
 
@@ -236,21 +236,21 @@ def _target_in(folder: RunFolder, loaded: DictConfig) -> str:
 
 
 def default_grace_period_s() -> float:
-    """Return resilience.grace_period_s of the default configuration, for a run whose own cannot be read."""
+    """Return resilience.grace_period_s of the default configuration, for a run whose config is unreadable."""
     return float(yaml.safe_load((CONFIGS / "resilience" / "default.yaml").read_text())["grace_period_s"])
 
 
 def not_in_point(workload: Workload) -> tuple[str, ...]:
-    """Keys that do not enter the name of a run folder."""
+    """Return the keys that do not enter the name of a run folder."""
     return (*NOT_IN_POINT, *workload.not_in_point)
 
 
 def sweep_points(overrides: Sequence[str], config_dir: Path | None = None) -> list[list[str]]:
-    """Return the overrides of each point of a sweep, in the order in which Hydra runs the points.
+    """Return the overrides of each point of a sweep, in Hydra's order of the points.
 
     Args:
-        overrides: as typed.
-        config_dir: folder of the user's own config files.
+        overrides: overrides as typed.
+        config_dir: folder of the user's own config files; None if there is none.
 
     Raises:
         ConfigError: an override cannot be read, or names no config.

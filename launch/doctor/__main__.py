@@ -55,12 +55,12 @@ from launch.slurm.points import CHOICES, gpu_type
 from launch.slurm.submit import refusal_text, shapes
 
 COMMAND = re.compile(r"(python -m launch\b.* )\.\.\.$")
-"""Command to type that takes the same arguments."""
+"""Pattern of a command in a finding whose three dots stand for this command's arguments."""
 STYLES = {Level.ok: "green", Level.warning: "yellow", Level.error: "bold red"}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Return the arguments of the command line."""
     description = "Find what would break a run, without a submission."
     parser = CommandParser(prog="python -m launch.doctor", description=description)
     add = parser.add_argument
@@ -75,7 +75,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report, or JSON alone on standard output."""
+    """Print the report, or only JSON on standard output. Returns the exit status."""
     given = arguments(argv)
     console = Console(soft_wrap=True, stderr=given.json)
     deny_others_writing()
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding], dict[str, Any] | None]:
-    """Run all checks, and with --on-cluster the job; returns the findings and the results of the job."""
+    """Run all checks, and with --on-cluster the job. Returns the findings and the results of the job."""
     config_dir = None if given.config_dir is None else require_folder("--config-dir", given.config_dir)
     points = sweep_points(given.overrides, config_dir)
     of_machine, of_request, requests, seen = examine(points, config_dir)
@@ -120,14 +120,14 @@ def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding]
         return [*of_machine, *of_request, skipped], None
     measured, results = run_on_cluster(seen, requests, given.wait_min, console)
     if results is not None and results["nodes"]:
-        # Advice to run this very command, and guesses about folders that the nodes have measured, are left out.
+        # Advice to run this same command is left out, and so are guesses about folders that the nodes have measured.
         guesses = ("shared folder", "program") if verdict.is_shared(results) else ()
         of_machine = [one for one in of_machine if "--on-cluster" not in one.fix and one.check not in guesses]
     return [*of_machine, *of_request, *measured], results
 
 
 def complete(found: Sequence[Finding], given: argparse.Namespace) -> list[Finding]:
-    """Put this command's arguments in place of three dots at the end of a command, so that it can be pasted."""
+    """Replace three dots at the end of a command by this command's arguments, so that a user can paste it."""
     folder = [] if given.config_dir is None else ["--config-dir", given.config_dir]
     words = shlex.join([*(["-m"] if given.multirun else []), *given.overrides, *folder])
     return [replace(one, fix=COMMAND.sub(lambda match: match[1] + words, one.fix).rstrip()) for one in found]
@@ -137,14 +137,14 @@ def complete(found: Sequence[Finding], given: argparse.Namespace) -> list[Findin
 
 
 def configs_of(points: Sequence[Sequence[str]], config_dir: Path | None = None) -> list[Config]:
-    """The config of each point; ConfigError."""
+    """Return the config of each point. Raises ConfigError."""
     return [typed_config(compose_launch(overrides, config_dir)) for overrides in points]
 
 
 def examine(
     points: Sequence[Sequence[str]], config_dir: Path | None = None
 ) -> tuple[list[Finding], list[Finding], list[Request], Facts]:
-    """Run the checks that need no job; returns findings of the machine and of the requests, requests, and facts."""
+    """Run the checks that need no job. Returns findings of the machine and of the requests, requests, and facts."""
     configs = configs_of(points, config_dir)
     seen = machine.gather(configs[0], clusters_named(configs))
     plans: dict[str, tuple[Plan, Config, Sequence[str]]] = {}
@@ -173,11 +173,11 @@ def examine(
             of_machine = settle_sharing(of_machine, earlier)
             for request in () if has_errors(of_request) else planned:
                 of_request += check_options(request)
-    return of_machine, list(dict.fromkeys([*of_request, *refused])), planned, seen  # each finding once
+    return of_machine, list(dict.fromkeys([*of_request, *refused])), planned, seen  # Each finding once.
 
 
 def choose_resources(config: Config, seen: Facts) -> list[Finding]:
-    """Write the GPUs and CPUs that the launcher would request into ``config``, and return findings about them.
+    """Set the GPUs and CPUs in ``config`` that the launcher would request, and return findings about them.
 
     Raises:
         ConfigError: the launcher would refuse to choose.
@@ -194,7 +194,7 @@ def choose_resources(config: Config, seen: Facts) -> list[Finding]:
 
 
 def check_options(request: Request) -> Iterator[Finding]:
-    """Options in cluster.additional_parameters, as ``sbatch --test-only`` checks them without a submission."""
+    """Check options in cluster.additional_parameters by ``sbatch --test-only``, which submits nothing."""
     given = request.config.cluster.additional_parameters
     if not given:
         return
@@ -216,7 +216,7 @@ def check_options(request: Request) -> Iterator[Finding]:
 
 
 def settle_sharing(of_machine: list[Finding], results: dict[str, Any] | None) -> list[Finding]:
-    """Return the findings; what an earlier job measured of the folders replaces guesses by their filesystems."""
+    """Return the findings. Measurements of the folders by an earlier job replace guesses from their filesystems."""
     if results is None or not verdict.is_shared(results):
         return of_machine
     seen = fine("shared folder", f"every node of job {results['job_id']} saw it and wrote there")
@@ -229,7 +229,7 @@ def settle_sharing(of_machine: list[Finding], results: dict[str, Any] | None) ->
 def run_on_cluster(
     seen: Facts, requests: Sequence[Request], wait_min: float, console: Console
 ) -> tuple[list[Finding], dict[str, Any] | None]:
-    """Measure the nodes of the largest request; returns findings and results, or None if sbatch refuses the job.
+    """Measure the nodes of the largest request. Returns findings and results; the results are None if sbatch refuses.
 
     Raises:
         ConfigError: there is no cluster, or no run that can be planned.
@@ -258,7 +258,7 @@ def run_on_cluster(
 
 
 def left_over(seen: Facts, request: Request) -> int | None:
-    """Number of working nodes beyond the requested ones, in the best partition; None if it is not known."""
+    """Return the number of working nodes beyond the requested ones, in the best partition; None if not known."""
     there = seen.at(request.config.cluster.cluster)
     if not isinstance(there, Limits):
         return None
@@ -270,7 +270,7 @@ def left_over(seen: Facts, request: Request) -> int | None:
 
 
 def show_measurements(results: dict[str, Any], console: Console) -> None:
-    """Print a line about each rank, with its device and its links, and one about the all-reduce over all ranks."""
+    """Print a line about each rank with its device and links, and a line about the all-reduce over all ranks."""
     clocks = {node["index"]: node.get("clock_offset_s") for node in results["nodes"]}
     rows = []
     for rank in results["ranks"]:

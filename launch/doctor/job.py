@@ -1,9 +1,9 @@
 """The doctor's job: submission, the part of each node, and the results.
 
 The job has a folder, ``<output_dir>/.doctor/<time>-<random>/``. Each node writes ``nodes/00000.json`` and each rank
-``ranks/00000.json``. The login node joins them in ``results.json``, which ``launch.doctor.verdict`` reads.
-A node uses the rendezvous, addresses and interfaces of the agents. This module loads no torch on the login node, which
-submits ``run`` by its name.
+``ranks/00000.json``. The login node joins them in ``results.json``, which ``launch.doctor.verdict`` reads. A node uses
+the rendezvous, addresses and interfaces of the agents. The login node submits ``run`` by its name, so it does not
+import torch.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ if TYPE_CHECKING:
     from launch.agent.exchange import RendezvousEndpoint
 
 JOB_MIN = 5
-"""Time limit of the job, minutes."""
+"""Time limit of the job in minutes."""
 POLL_S = 1.0
 LATE_S = 5.0
-"""Time in which the login node looks for new files of the nodes: NFS may show files late."""
+"""Seconds for which the login node waits for new files of the nodes, which NFS may show late."""
 KEPT_S = 30 * 24 * 3600.0
-"""Age up to which results describe a cluster, seconds."""
+"""Age in seconds up to which results describe a cluster."""
 ARRIVAL_S = 60
 """Seconds in which all nodes of the job must meet."""
 RANKS_S = 180
@@ -71,20 +71,20 @@ Record = dict[str, Any]
 
 
 def name_of(limits: Limits) -> str:
-    """Name of a cluster and of its controller, which identify the cluster."""
+    """Return the name of a cluster and of its controller, which together identify the cluster."""
     controllers = (value for key, value in sorted(limits.config.items()) if key.startswith("SlurmctldHost"))
     return " ".join([limits.config.get("ClusterName", ""), *controllers]).strip()
 
 
 def measure(request: Request, about: Record, output: Path, wait_min: float, say: Callable[[str], None]) -> Record:
-    """Submit the job for the nodes of ``request``, wait for its end, and return and write its results.
+    """Submit the job for the nodes of ``request`` and wait until it ends. Writes and returns its results.
 
     Args:
-        request: with a plan.
-        about: fields of the results that are known before: the cluster's name, and the nodes left over.
+        request: request with a plan.
+        about: fields of the results that are known before: the cluster's name, and the number of spare nodes.
         output: output_dir of the run.
         wait_min: minutes after which a pending job is cancelled.
-        say: prints a line of progress.
+        say: function that prints a line of progress.
 
     Raises:
         SlurmError: the controller no longer answers.
@@ -129,12 +129,12 @@ def measure(request: Request, about: Record, output: Path, wait_min: float, say:
 
 
 def records(root: Path, kind: str) -> list[Record]:
-    """The records of the nodes, or of the ranks, in order."""
+    """Return the records of the nodes, or of the ranks, in order."""
     return [json.loads(file.read_text()) for file in sorted((root / kind).glob("*.json"))]
 
 
 def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
-    """Wait for the end of a job; return its last state by Slurm, and whether it started.
+    """Wait until a job ends. Returns its last state in Slurm, and whether it started.
 
     A job that is pending after ``wait_min`` minutes is cancelled.
     """
@@ -156,9 +156,9 @@ def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[st
 
 
 def earlier_results(output: Path, cluster: str) -> Record | None:
-    """Results of the newest job with the same ``output_dir`` on the same cluster in the last 30 days.
+    """Return the newest results with the same ``output_dir`` and cluster from the last 30 days; None if there are none.
 
-    ``cluster`` is its ``name_of``. None if there are no such results.
+    ``cluster`` is the result of ``name_of``.
     """
     for path in sorted(output.glob(".doctor/*/results.json"), reverse=True):
         results = read_json(path)
@@ -174,11 +174,12 @@ def earlier_results(output: Path, cluster: str) -> Record | None:
 def run(root: str) -> None:
     """Measure this node for the job with the folder ``root``. Errors are recorded, not raised."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_DFL)  # submitit would ignore the one and requeue on the other
+        signal.signal(number, signal.SIG_DFL)  # submitit would ignore the first signal, and requeue at the second.
     folder, node = RunFolder(root), Node.from_env(None)
     config = compose.read_config(folder, Config)
     soft = {name: resource.getrlimit(number)[0] for name, number in RLIMITS.items()}
-    soft["nofile"] = reachable_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])  # to which an agent raises it
+    # An agent raises its limit to this value.
+    soft["nofile"] = reachable_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     record: Record = {
         "index": node.index,
         "time_s": time.time(),
@@ -196,13 +197,13 @@ def run(root: str) -> None:
         hosts = scheduler.run("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
         record["names"] = {host: resolve(host) for host in hosts}
         meet_others(folder, node, config, record)
-    except Exception as error:  # the login node shows every error, of whatever kind
+    except Exception as error:  # The login node shows errors of any kind.
         record["error"] = f"{type(error).__name__}: {error}"
     write_json(folder.path / "nodes" / f"{node.index:05d}.json", record)
 
 
 def resolve(host: str) -> str:
-    """The address of a name as this node sees it; after a ``!`` the reason why there is none."""
+    """Return the address of a host name as this node resolves it; after a ``!``, the error."""
     try:
         return socket.gethostbyname(host)
     except OSError as error:
@@ -243,11 +244,11 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
 
 
 def share(endpoint: RendezvousEndpoint, name: str, own: int, value: str, nodes: Iterable[int]) -> dict[int, str]:
-    """Publish this node's value; return the values of ``nodes``, without those of nodes that are late."""
+    """Publish this node's value. Returns the values of ``nodes``, without nodes that are late."""
     endpoint.store.set(f"doctor/{name}/{own}", value)
     deadline, found = time.monotonic() + ARRIVAL_S, {}
     for index in nodes:
-        with suppress(Exception):  # DistStoreError: not in time
+        with suppress(Exception):  # DistStoreError: a value did not arrive in time.
             left_s = max(0.5, deadline - time.monotonic())
             endpoint.store.wait([f"doctor/{name}/{index}"], timedelta(seconds=left_s))
             found[index] = endpoint.store.get(f"doctor/{name}/{index}").decode()
@@ -255,7 +256,7 @@ def share(endpoint: RendezvousEndpoint, name: str, own: int, value: str, nodes: 
 
 
 def unseen(folder: Path, wanted: set[int], timeout_s: float = 15.0) -> list[int]:
-    """Nodes whose file this node does not see, although they have written it. NFS may show a file seconds late."""
+    """Return the nodes whose written file this node does not see. NFS may show a file seconds late."""
     deadline = time.monotonic() + timeout_s
     while (left := wanted - {int(file.name) for file in folder.iterdir()}) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -263,7 +264,7 @@ def unseen(folder: Path, wanted: set[int], timeout_s: float = 15.0) -> list[int]
 
 
 class ClockServer(socketserver.ThreadingTCPServer):
-    """Server on a free port of this node, for all nodes of the job at once."""
+    """Clock server on a free port of this node, for all nodes of the job at once."""
 
     daemon_threads = True
     request_queue_size = 512
@@ -280,7 +281,8 @@ class ClockHandler(socketserver.BaseRequestHandler):
 
 
 def ask_clock(address: str, times: int) -> list[tuple[float, float, float]]:
-    """Request the time of the clock at ``host:port``; returns own time before, the answer, and own time after.
+    """Read the clock at ``host:port`` several times. Returns own time before, the clock's time, own time after, in
+    seconds.
 
     Raises:
         OSError: the port does not answer.
@@ -300,7 +302,7 @@ def ask_clock(address: str, times: int) -> list[tuple[float, float, float]]:
 
 
 def call(address: str) -> str:
-    """Return why a port does not answer; empty if it does."""
+    """Return the error of a port that does not answer; empty if the port answers."""
     try:
         ask_clock(address, 1)
     except OSError as error:
@@ -309,7 +311,7 @@ def call(address: str) -> str:
 
 
 def clock_offset(address: str) -> tuple[float, float]:
-    """Measure the lead of this clock over the one at ``address``, and the error of the measurement, in seconds.
+    """Measure by how many seconds this clock is ahead of the clock at ``address``, and the error.
 
     Half the shortest round trip bounds the error (Cristian 1989).
     """
@@ -319,7 +321,7 @@ def clock_offset(address: str) -> tuple[float, float]:
 
 
 def run_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
-    """Run this node's ranks to their end, with torchrun's variables; returns their errors, or an empty text."""
+    """Run this node's ranks until they end, with torchrun's variables. Returns their errors as text, empty if none."""
     each, problems, started = config.ranks_on_node, [], []
     shared: dict[str, object] = {"WORLD_SIZE": each * node.count, "LOCAL_WORLD_SIZE": each}
     shared |= {"MASTER_ADDR": endpoint.store.host, "MASTER_PORT": endpoint.store.port}

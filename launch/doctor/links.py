@@ -29,20 +29,20 @@ LARGE = 16 * MIB
 SMALL = MIB
 PINGS = 20
 MOST_ROUNDS = 15
-"""Number of other nodes with which a node is measured at most: all of them up to 16 nodes."""
+"""Largest number of other nodes with which a node is measured: all of them up to 16 nodes."""
 PASSES = 3
-"""Measurements of each link, seconds apart: one alone may be slow because of other work of the machine."""
+"""Number of measurements of each link, seconds apart. A single one may be slow because of other work."""
 SLOW_S = 0.05
-"""Time of an exchange of SMALL bytes above which LARGE bytes are not measured, because they would take too long."""
+"""Seconds of an exchange of SMALL bytes above which LARGE bytes, which would take too long, are not measured."""
 TIMEOUT = timedelta(seconds=150)
 
 
 class LinkBench:
-    """One rank of the measurement, with its device and its process group.
+    """One rank of the measurement, with its device and process group.
 
     Args:
-        rank: of all ranks; ``local`` is its number on its node.
-        world: number of all ranks; ``each`` is the number on each node.
+        rank: number of the rank; ``local`` is its number on its node.
+        world: number of all ranks; ``each`` is the number of ranks on each node.
     """
 
     def __init__(self, rank: int, world: int, local: int, each: int) -> None:
@@ -60,7 +60,7 @@ class LinkBench:
             dist.init_process_group(self.backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Time ``work``, to the end of its GPU kernels."""
+        """Return the seconds of ``work``, including its GPU kernels."""
         if self.backend == "nccl":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -70,21 +70,22 @@ class LinkBench:
         return time.perf_counter() - start
 
     def matmul_tflops(self) -> float:
-        """The best of five matrix products, TFLOP/s: bf16 on a GPU, fp32 on the CPU."""
+        """Return the best speed of five matrix products in TFLOP/s: bf16 on a GPU, fp32 on the CPU."""
         size, kind = (8192, torch.bfloat16) if self.backend == "nccl" else (384, torch.float32)
         a = torch.ones(size, size, device=self.device, dtype=kind)
         times = [self.seconds(lambda: a @ a) for _ in range(6)][1:]
         return 2 * size**3 / min(times) / 1e12
 
     def group_all_reduce(self) -> dict[str, float]:
-        """Measure an all-reduce over all ranks: the latency of 4 bytes, and LARGE bytes for a second, once at least.
+        """Measure an all-reduce over all ranks: the latency of 4 bytes, and the bandwidth of LARGE bytes for about a
+        second.
 
         ``bandwidth_gbit`` is bytes over time. ``bus_gbit`` counts the bytes of a ring on each link: 2 (n - 1) / n of
         the tensor.
         """
         scalar, block = (torch.ones(count, device=self.device) for count in (1, LARGE // 4))
         for tensor in (scalar, block[: SMALL // 4]):
-            dist.all_reduce(tensor)  # the first one makes the connections
+            dist.all_reduce(tensor)  # The first all-reduces open the connections.
         pings = [self.seconds(lambda: dist.all_reduce(scalar)) for _ in range(PINGS)]
         times: list[float] = []
         spent = torch.zeros(1, device=self.device)
@@ -93,7 +94,7 @@ class LinkBench:
             times.append(self.seconds(lambda: dist.all_reduce(block)))
             assert block[0].item() == self.world, "the sum over all ranks is wrong"
             spent = torch.tensor([sum(times)], device=self.device)
-            dist.all_reduce(spent, dist.ReduceOp.MAX)  # so that all ranks end after the same number
+            dist.all_reduce(spent, dist.ReduceOp.MAX)  # All ranks must stop after the same number.
         rate = 8 * LARGE / statistics.median(times) / 1e9
         return {
             "bytes": LARGE,
@@ -103,7 +104,7 @@ class LinkBench:
         }
 
     def exchange_with(self, peer: int) -> dict[str, float]:
-        """Latency and bandwidth, each direction, between this rank and ``peer``."""
+        """Return latency and bandwidth of one direction between this rank and ``peer``."""
         block = torch.ones(LARGE // 4, device=self.device)
         space = torch.empty_like(block)
 
@@ -114,7 +115,9 @@ class LinkBench:
                 work.wait()
 
         def agreed_s(size: int) -> float:
-            """Time of one exchange: the larger of the two ends' times, so that both continue alike."""
+            """Return the seconds of one exchange: the larger of both ranks' times, so that both make the same
+            decision.
+            """
             block[0] = self.seconds(lambda: swap(size))
             swap(4)
             return max(block[0].item(), space[0].item(), 1e-9)
@@ -144,11 +147,12 @@ class LinkBench:
 
 
 def partner(node: int, turn: int, count: int) -> int | None:
-    """The node that a node meets in a turn; None if it has a break.
+    """Return the node that a node meets in a turn; None if it has a break.
 
-    In as many turns as there are nodes, less one if their number is even, each node meets each other node once.
+    The number of turns is the number of nodes, less one if that is even. Each node meets each other node once.
     """
-    circle = count - 1 + count % 2  # an odd number of nodes; of an even count the last node is outside
+    # The number of nodes is odd. With an even number, the last node is outside of the circle.
+    circle = count - 1 + count % 2
     if node == circle:
         return turn * (circle + 1) // 2 % circle
     other = (turn - node) % circle
@@ -158,7 +162,7 @@ def partner(node: int, turn: int, count: int) -> int | None:
 
 
 def merge(passes: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The measurements of one link as one: the median bandwidth with its range, and the least latency."""
+    """Join the measurements of one link: the median bandwidth with its range, and the smallest latency."""
     rates = [one["bandwidth_gbit"] for one in passes]
     return {
         "latency_us": min(one["latency_us"] for one in passes),

@@ -1,6 +1,6 @@
 """Facts and checks of the login node: environment, limits, versions, and the filesystems of the folders.
 
-``gather`` reads all facts once. The checks are pure functions over the facts.
+``gather`` reads all facts once. The checks are pure functions of the facts.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHARED = {
     "fuse.moosefs",
 }
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
-"""Filesystems that every machine has for itself."""
+"""Types of filesystems that each machine has for itself."""
 SBATCH_KEYS = {
     "SBATCH_PARTITION": "partition",
     "SBATCH_ACCOUNT": "account",
@@ -55,32 +55,32 @@ SHARED_PATH = "output_dir=PATH on a filesystem that all nodes mount"
 
 @dataclass(frozen=True)
 class Folder:
-    """A path that need not exist yet, and its filesystem."""
+    """A path that may not exist yet, and its filesystem."""
 
     path: str
     exists: str
-    """The path itself or the deepest folder above it that exists."""
+    """The path itself, or the deepest existing folder above it."""
     filesystem: str
-    """Type by the kernel: nfs4, lustre, ext4, tmpfs, ..."""
+    """Type of the filesystem by the kernel: nfs4, lustre, ext4, tmpfs, ..."""
     free_bytes: int = 0
     free_inodes: int = 0
     problem: str = ""
-    """Error of writing a file; empty if a file was written and removed."""
+    """Error when a file is written; empty if a file was written and removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts(SlurmFacts):
-    """All facts for the checks: Slurm's, and those of the login node and of the Python that the job will run."""
+    """Facts for all checks: about Slurm, the login node, and the Python that the job will run."""
 
     kind: ClusterKind
-    """local or slurm, with auto resolved."""
+    """Local or slurm, never auto."""
     was_auto: bool
     client: bool
     """True if Slurm's commands are installed here."""
     output: Folder
     """The run's output_dir."""
     programs: tuple[Folder, ...]
-    """Folders of the job's Python and of the launcher's code, without those of the system."""
+    """Folders of the job's Python and of the launcher's code, without folders of the system."""
     container_problem: str = ""
     """Problem with cluster.container; empty if there is none."""
     host: str
@@ -88,18 +88,18 @@ class Facts(SlurmFacts):
     """Addresses to which the host name resolves."""
     environment: dict[str, str]
     soft: dict[str, int]
-    """Limits of this shell (nofile, core in bytes, memlock in bytes); -1 is unlimited."""
+    """Limits of this shell: nofile, core in bytes, memlock in bytes. -1 means unlimited."""
     hard: dict[str, int]
     python: tuple[int, int]
     executable: str
     versions: dict[str, str]
-    """Distribution -> installed version, of torch and of each requirement; a missing one is absent."""
+    """Name of a distribution -> installed version, for torch and each requirement. A missing one is absent."""
     requirements: tuple[str, ...]
     """Requirements of the launcher's distribution; empty if it is not installed."""
 
 
 def gather(config: Config, clusters: Iterable[str] = ()) -> Facts:
-    """Read all facts; ``clusters`` are other clusters than the local one."""
+    """Read all facts. ``clusters`` are other clusters than the local one."""
     kind = config.cluster.kind
     slurm = SlurmFacts(limits=None) if kind is ClusterKind.local else ask_slurm(clusters)
     requirements: tuple[str, ...] = ()
@@ -135,16 +135,19 @@ def gather(config: Config, clusters: Iterable[str] = ()) -> Facts:
 
 
 def filesystem_of(path: Path) -> str:
-    """Type of the filesystem of a path, from /proc/self/mountinfo.
+    """Return the type of a path's filesystem from /proc/self/mountinfo.
 
-    The kernel's name, because FUSE filesystems (fuse.juicefs, fuse.sshfs) share the one number of statfs.
+    The kernel's name distinguishes FUSE filesystems (fuse.juicefs, fuse.sshfs), which share one number of statfs.
     """
-    path.exists()  # lets an automounter mount it first
+    path.exists()  # Lets an automounter mount the filesystem first.
     return filesystem_in(Path("/proc/self/mountinfo").read_text(), os.path.realpath(path))
 
 
 def filesystem_in(mounts: str, path: str) -> str:
-    """Type of the deepest mount above ``path``, and of several such of the last. ``mounts`` is a mountinfo file."""
+    """Return the type of the deepest mount above ``path``; of several at the same path, the last.
+
+    ``mounts`` is a mountinfo file.
+    """
     best, kind = -1, "unknown"
     for line in mounts.splitlines():
         left, _, right = line.partition(" - ")
@@ -155,7 +158,7 @@ def filesystem_in(mounts: str, path: str) -> str:
 
 
 def look_at_folder(path: Path) -> Folder:
-    """Read the filesystem of a folder, and try to write a file. Leaves nothing behind."""
+    """Read the filesystem of a folder, and try to write a file, which is removed again."""
     there = next(folder for folder in (path, *path.parents) if folder.is_dir())
     space, problem = os.statvfs(there), ""
     try:
@@ -165,13 +168,13 @@ def look_at_folder(path: Path) -> Folder:
             os.fsync(file.fileno())
     except OSError as error:
         problem = error.strerror or str(error)
-    # Filesystems without a fixed table of inodes (btrfs, some NFS servers) report 0 of 0.
+    # Filesystems without a fixed inode table (btrfs, some NFS servers) report 0 of 0.
     inodes = space.f_favail if space.f_files else sys.maxsize
     return Folder(str(path), str(there), filesystem_of(there), space.f_bavail * space.f_frsize, inodes, problem)
 
 
 def container_problem(cluster: ClusterConfig) -> str:
-    """Problem with the container of a run, as far as this machine shows; empty if there is none."""
+    """Return the problem with a run's container that this machine can see; empty if there is none."""
     image = cluster.container
     if image is None:
         return ""
@@ -186,11 +189,11 @@ def container_problem(cluster: ClusterConfig) -> str:
     return "" if "--container-image" in options else "srun has no --container-image, which pyxis adds"
 
 
-# The checks. ``config`` is that of the first point.
+# The checks. ``config`` is the config of the first point.
 
 
 def check_machine(facts: Facts, config: Config, requests: Sequence[Request]) -> list[Finding]:
-    """All checks of the login node."""
+    """Return the findings of all checks of the login node."""
     return [
         *check_slurm(facts),
         *check_versions(facts),
@@ -206,7 +209,7 @@ def check_machine(facts: Facts, config: Config, requests: Sequence[Request]) -> 
 
 
 def check_slurm(facts: Facts) -> Iterator[Finding]:
-    """A Slurm that answers, if one is requested or installed."""
+    """Check that Slurm answers, if it is requested or installed."""
     if facts.limits is not None:
         version = facts.limits.config.get("SLURM_VERSION", "of unknown version")
         yield fine("slurm", f"cluster {facts.limits.config.get('ClusterName', '')}, Slurm {version}, answers")
@@ -222,7 +225,7 @@ def check_slurm(facts: Facts) -> Iterator[Finding]:
 
 
 def check_versions(facts: Facts) -> Iterator[Finding]:
-    """Python, torch and the other requirements of the Python that the job will run, without an import."""
+    """Check Python, torch and the other requirements of the job's Python, without importing them."""
     python = f"{facts.python[0]}.{facts.python[1]}"
     if facts.python in PYTHONS:
         yield fine("python", f"{python}, torch {facts.versions.get('torch', 'missing')}")
@@ -244,11 +247,11 @@ def check_versions(facts: Facts) -> Iterator[Finding]:
 
 
 def check_programs(facts: Facts) -> Iterator[Finding]:
-    """Python and code of the job, which each node must find by their paths."""
+    """Check that each node can find the job's Python and code by their paths."""
     for folder in facts.programs if facts.kind is ClusterKind.slurm else ():
         above = [other for other in facts.programs if Path(other.path) in Path(folder.path).parents]
         if any(other.filesystem == folder.filesystem for other in above):
-            continue  # an environment in the checkout: the finding about the checkout is enough
+            continue  # The environment is inside the checkout: the finding about the checkout is enough.
         found = f"{folder.path}: {sharing(folder)}"
         if folder.filesystem in SHARED:
             yield fine("program", found)
@@ -258,9 +261,9 @@ def check_programs(facts: Facts) -> Iterator[Finding]:
 
 
 def sharing(folder: Folder) -> str:
-    """Say whether all nodes see a folder, by the type of its filesystem.
+    """Return text on whether all nodes see a folder, by the type of its filesystem.
 
-    The path shows nothing: /tmp may be shared, and /home local to each node. The job of ``--on-cluster`` measures it.
+    The path is not enough: /tmp may be shared, and /home local to each node. The job of ``--on-cluster`` measures it.
     """
     if folder.filesystem in SHARED:
         return f"{folder.filesystem} is shared"
@@ -270,7 +273,7 @@ def sharing(folder: Folder) -> str:
 
 
 def check_container(facts: Facts, config: Config) -> Iterator[Finding]:
-    """Image and runtime of the run; the nodes may have one that this machine lacks."""
+    """Check the container's image and runtime. The nodes may have a runtime that this machine lacks."""
     image, runtime = config.cluster.container, config.cluster.container_runtime
     if facts.container_problem:
         why = "agents and ranks are started in the container, and would fail where the nodes see the same"
@@ -281,7 +284,7 @@ def check_container(facts: Facts, config: Config) -> Iterator[Finding]:
 
 
 def check_output_folder(facts: Facts) -> Iterator[Finding]:
-    """output_dir, with submitit's pickles and the logs, which must be one folder for all nodes."""
+    """Check output_dir, with submitit's pickles and the logs: all nodes must see the same folder."""
     path, kind = facts.output.path, facts.output.filesystem
     if facts.kind is ClusterKind.local:
         yield fine("shared folder", f"{path} on {kind}, used on this machine only")
@@ -296,7 +299,7 @@ def check_output_folder(facts: Facts) -> Iterator[Finding]:
 
 
 def check_space(facts: Facts, requests: Sequence[Request]) -> Iterator[Finding]:
-    """Room in output_dir for the checkpoints that are kept."""
+    """Check that output_dir has enough space for the checkpoints that are kept."""
     folder, need = facts.output, 0
     for request in requests:
         if request.plan is not None:
@@ -317,7 +320,7 @@ def check_space(facts: Facts, requests: Sequence[Request]) -> Iterator[Finding]:
 
 
 def check_environment(facts: Facts, config: Config) -> Iterator[Finding]:
-    """Variables of an enclosing job or launcher, and the user's own SBATCH_*."""
+    """Check for variables of an enclosing job or launcher, and the user's own SBATCH_*."""
     known = (*KEPT, *SBATCH_KEYS)
     inherited = [name for name in facts.environment if name.startswith(INHERITED) or name in INHERITED_NAMES]
     some = [name for name in inherited if name not in known]
@@ -343,7 +346,7 @@ def check_environment(facts: Facts, config: Config) -> Iterator[Finding]:
 
 
 def check_threads(facts: Facts, config: Config) -> Iterator[Finding]:
-    """OMP_NUM_THREADS, which the job inherits."""
+    """Check OMP_NUM_THREADS, which the job inherits."""
     text = facts.environment.get("OMP_NUM_THREADS")
     if text is None:
         yield fine("threads", "OMP_NUM_THREADS is not set; the agent sets 1 for each rank")
@@ -363,7 +366,7 @@ def check_threads(facts: Facts, config: Config) -> Iterator[Finding]:
 
 
 def check_limits(facts: Facts, config: Config) -> Iterator[Finding]:
-    """Limits of this shell, which Slurm passes to the job by default (PropagateResourceLimits)."""
+    """Check limits of this shell, which Slurm passes to the job by default (PropagateResourceLimits)."""
     soft, most = facts.soft["nofile"], reachable_files(facts.hard["nofile"])
     if most < FEW_FILES:
         ends = "the ranks run into 'Too many open files': every connection, data file and log of a rank is one"
@@ -387,7 +390,7 @@ def check_limits(facts: Facts, config: Config) -> Iterator[Finding]:
 
 
 def check_host_name(facts: Facts) -> Iterator[Finding]:
-    """Addresses of this machine's name."""
+    """Check the addresses of this machine's host name."""
     found = f"{facts.host} resolves to {', '.join(facts.addresses)}"
     if not facts.addresses:
         why = "srun typed here, and torchrun, give the nodes this name to call back"

@@ -1,7 +1,7 @@
 """Findings about nodes and links, from the results of the doctor's job.
 
-Pure functions over ``results.json``. A node is compared with the other nodes, so nothing is found on a cluster that is
-slow as a whole; the command shows the measured figures above the findings.
+Pure functions of ``results.json``. Each node is compared with the other nodes, so a cluster that is slow as a whole
+gives no finding. The command shows the measured figures above the findings.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Results = dict[str, Any]
 Links = dict[tuple[int, int], float]
 
 SLOW = 0.5
-"""Share of the usual bandwidth below which a link or node is named. An oversubscribed tree gives about half."""
+"""Share of the usual bandwidth below which a link or node is reported. An oversubscribed tree gives about half."""
 BROKEN = 0.1
-"""Share below which it is an error."""
+"""Share of the usual bandwidth below which the finding is an error."""
 SLOW_GPU = 0.8
 LATE = 10.0
-"""Multiple of the usual latency above which a node is named, if its latency is above LATE_US too."""
+"""Multiple of the usual latency above which a node is reported, if its latency also exceeds LATE_US."""
 LATE_US = 1000.0
 SKEW_S = 1.0
 EXCLUDES = re.compile(r"cluster\.exclude=([^\s,]+)")
@@ -32,7 +32,7 @@ WAITS = "every collective of a run waits for it"
 
 
 def check_results(results: Results) -> list[Finding]:
-    """All findings of the job."""
+    """Return all findings of the job."""
     checks = [check_nodes, check_folder, check_ports, check_names, check_clocks, check_cpus, check_gpus]
     if any("links" in rank for rank in results["ranks"]):
         checks += [check_bandwidth, check_latency]
@@ -43,7 +43,7 @@ def check_results(results: Results) -> list[Finding]:
 
 
 def keep_enough_nodes(results: Results, found: Sequence[Finding]) -> list[Finding]:
-    """Return the findings, which propose to exclude no more nodes than the run can do without."""
+    """Return the findings, which propose to exclude at most the nodes that the run does not need."""
     nodes, left = results["asked"]["nodes"], results["asked"].get("left_over")
     hosts = [match[1] for one in found if (match := EXCLUDES.match(one.fix))]
     spared = list(dict.fromkeys(hosts))[left:] if left is not None else []
@@ -59,17 +59,17 @@ def keep_enough_nodes(results: Results, found: Sequence[Finding]) -> list[Findin
 
 
 def host(results: Results, index: int) -> str:
-    """The name of a node."""
+    """Return the host name of a node."""
     return next((str(node["host"]) for node in results["nodes"] if node["index"] == index), f"node {index}")
 
 
 def hosts(nodes: Iterable[dict[str, Any]]) -> str:
-    """The names of nodes, by commas."""
+    """Return the names of nodes, joined by commas."""
     return ", ".join(str(node["host"]) for node in nodes)
 
 
 def check_job(results: Results) -> Iterator[Finding]:
-    """Start of the job, and a record of each of its nodes."""
+    """Check that the job started, and that each of its nodes left a record."""
     job, count, asked = results["job_id"], len(results["nodes"]), results["asked"]["nodes"]
     why = "do not see the folder, or cannot run this Python or this code"
     logs = f"cat {results['logs']}/*_log.*"
@@ -88,7 +88,7 @@ def check_job(results: Results) -> Iterator[Finding]:
 
 
 def check_nodes(results: Results) -> Iterator[Finding]:
-    """Errors of the nodes, faults that the agents of a run would find, and different software."""
+    """Check errors of the nodes, faults that the agents of a run would find, and different software."""
     nodes = results["nodes"]
     for node in nodes:
         if node.get("error"):
@@ -113,7 +113,7 @@ def check_nodes(results: Results) -> Iterator[Finding]:
 
 
 def check_folder(results: Results) -> Iterator[Finding]:
-    """Files of each node in the shared folder, as each other node sees them."""
+    """Check that each node sees the files of all nodes in the shared folder."""
     nodes, asked = results["nodes"], results["asked"]["nodes"]
     for node in nodes:
         if node.get("unseen"):
@@ -133,7 +133,7 @@ def is_shared(results: Results) -> bool:
 
 
 def check_ports(results: Results) -> Iterator[Finding]:
-    """A free port of each node, as each other node reaches it."""
+    """Check that each node can connect to a free port of each other node."""
     closed = False
     for node in results["nodes"]:
         for index, problem in sorted(node.get("ports", {}).items()):
@@ -147,7 +147,7 @@ def check_ports(results: Results) -> Iterator[Finding]:
 
 
 def check_names(results: Results) -> Iterator[Finding]:
-    """Addresses of the nodes' names, which must lead from each node to each other."""
+    """Check that the name of each node resolves to an address that other nodes reach."""
     bad = False
     for node in results["nodes"]:
         for name, address in node.get("names", {}).items():
@@ -160,7 +160,7 @@ def check_names(results: Results) -> Iterator[Finding]:
 
 
 def check_clocks(results: Results) -> Iterator[Finding]:
-    """Differences of the clocks, beyond the error of their measurement."""
+    """Check for differences of the clocks beyond the error of their measurement."""
     measured = [node for node in results["nodes"] if "clock_offset_s" in node]
     for node in measured:
         offset, name = node["clock_offset_s"], node["host"]
@@ -176,7 +176,7 @@ def check_clocks(results: Results) -> Iterator[Finding]:
 
 
 def check_cpus(results: Results) -> Iterator[Finding]:
-    """CPUs that the agents may use, compared with the requested ones; nodes of one kind together."""
+    """Check that agents may use the requested CPUs. One finding covers all nodes with equal figures."""
     asked = results["asked"]["cpus_per_task"]
     alike: dict[tuple[int, bool], list[dict[str, Any]]] = {}
     for node in results["nodes"] if asked else ():
@@ -194,7 +194,7 @@ def check_cpus(results: Results) -> Iterator[Finding]:
 
 
 def check_gpus(results: Results) -> Iterator[Finding]:
-    """A GPU for every rank if GPUs were requested, and none that is slower than the others."""
+    """Check that each rank has a GPU if GPUs were requested, and that no GPU is slower than the others."""
     ranks, asked = results["ranks"], results["asked"]["gpus_per_node"]
     for node in results["nodes"] if asked else ():
         seen = [rank["gpus_seen"] for rank in ranks if rank["node"] == node["index"]]
@@ -212,36 +212,38 @@ def check_gpus(results: Results) -> Iterator[Finding]:
 
 
 def links(results: Results, key: str, worse: Callable[[float, float], float] = min) -> Links:
-    """Pair of ranks -> one figure of their link: the worse of the two that its ends measured."""
+    """Return pair of ranks -> one figure of their link: the worse of the two figures that its ends measured."""
     each = results["asked"]["ranks_per_node"]
     found: Links = {}
     for rank in results["ranks"]:
         for link in rank.get("links", ()):
             other = int(link["node"]) * each + rank["rank"] % each
             pair = (min(rank["rank"], other), max(rank["rank"], other))
-            value = link.get(key, link["bandwidth_gbit"])  # results of version 0 have one figure
+            value = link.get(key, link["bandwidth_gbit"])  # Results of version 0 have one figure for each link.
             found[pair] = worse(found.get(pair, value), value)
     return found
 
 
 def best_of_each(pairs: Links, best: Callable[[Iterable[float]], float]) -> dict[int, float]:
-    """Rank -> the best figure of its links: one good link shows that the rank itself is sound."""
+    """Return rank -> best figure of its links: one good link shows that the rank itself is sound."""
     ranks = sorted({rank for pair in pairs for rank in pair})
     return {rank: best(value for pair, value in pairs.items() if rank in pair) for rank in ranks}
 
 
 def rank_name(results: Results, rank: int) -> tuple[str, str]:
-    """The rank for people, with its local rank if its node has several; and the name of the node."""
+    """Return the name of a rank for people, and the name of its node. Includes the local rank if the node has
+    several.
+    """
     node, local = divmod(rank, results["asked"]["ranks_per_node"])
     name = host(results, node)
     return (name if results["asked"]["ranks_per_node"] == 1 else f"{name} (local rank {local})"), name
 
 
 def check_bandwidth(results: Results) -> Iterator[Finding]:
-    """Nodes all of whose links are slow, and single slow links between sound nodes.
+    """Find nodes whose links are all slow, and single slow links between sound nodes.
 
-    The median of several measurements is compared. A link is not slow if one of its measurements was as fast as the
-    slowest of the others: then the machine had other work.
+    The check compares the median of several measurements. It ignores a link if one of its measurements was as fast as
+    other links: then the machine was busy in the other measurements.
     """
     pairs, low, high = (links(results, key) for key in ("bandwidth_gbit", "low_gbit", "high_gbit"))
     best, best_low, best_high = (best_of_each(of_pairs, max) for of_pairs in (pairs, low, high))
@@ -265,7 +267,7 @@ def check_bandwidth(results: Results) -> Iterator[Finding]:
 
 
 def check_latency(results: Results) -> Iterator[Finding]:
-    """Nodes that answer late on every link."""
+    """Find nodes whose links all have a high latency."""
     best = best_of_each(links(results, "latency_us", max), min)
     usual = statistics.median(best.values())
     for rank, value in best.items():

@@ -1,4 +1,4 @@
-"""``python -m launch.project``: what a measured sweep would be at sizes that were not run.
+"""``python -m launch.project``: estimate a measured sweep at sizes that were not run.
 
     python -m launch.project outputs/scaling --nodes 8,16,...,4096 --mtbf-hours 20000
     python -m launch.project --fit "7e9 params, 1e12 tokens, 30 days" --gpu h100
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 MOST_SIZES = 64
-"""Sizes of one projection. More rows than a person reads come from a mistyped step."""
+"""Largest number of sizes of one projection. More sizes are probably a typing mistake."""
 DROPPED_FIRST = ("memory a rank", "ranks", "interval", "goodput", "stragglers")
-"""Columns that a narrow terminal does not show, in this order; the files have all of them."""
+"""Columns that a narrow terminal does not show, in this order. The files have all columns."""
 
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Project a sweep; returns the exit status: 0, or 2 if it cannot be projected."""
+    """Project a sweep. Returns the exit status: 0, or 2 if the sweep cannot be projected."""
     parser = CommandParser(
         prog="python -m launch.project",
         description="What a measured sweep would be at sizes that were not run: step time, throughput, efficiency, "
@@ -94,10 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_sizes(text: str) -> list[int]:
-    """Numbers of nodes, ascending, each once: ``8,16,32``, or with an ellipsis ``8,16,...,4096``.
+    """Return numbers of nodes, ascending, each once, from ``8,16,32`` or with an ellipsis ``8,16,...,4096``.
 
-    An ellipsis continues by the ratio of the two numbers before it if the ratio is whole, or else by their difference.
-    After one number it doubles.
+    An ellipsis continues with the ratio of the two numbers before it if the ratio is whole, else with their difference.
+    After a single number it doubles.
 
     Raises:
         ConfigError: the text is not such a list.
@@ -130,7 +130,7 @@ def parse_sizes(text: str) -> list[int]:
 
 
 def columns(found: Projection) -> dict[str, list[str]]:
-    """Title -> cells of all rows; a column without any figure is left out."""
+    """Return title of a column -> cells of all rows. A column without any figure is left out."""
 
     def cells(name: str, text: Callable[[Any], str]) -> list[str]:
         values = [getattr(row, name) for row in found.rows]
@@ -156,14 +156,14 @@ def columns(found: Projection) -> dict[str, list[str]]:
 
 
 def heading(found: Projection) -> str:
-    """Line above the table."""
+    """Return the line above the table."""
     of = f" of {found.label}" if found.label else ""
     kind = "weak" if found.weak_scaling else "strong"
     return f"Projection of {kind} scaling{of}; projected figures were not measured"
 
 
 def sentences(found: Projection) -> list[str]:
-    """Sentences below the table: the held-out point, the model, and the interval first."""
+    """Return the sentences below the table: first the held-out point, the model, and the interval."""
     wide = f"a factor of {math.exp(found.interval):.3g} to either side"
     said = [found.held_out.text, f"model: {found.model}"]
     said.append(f"interval: {wide}, by the error of the held-out point or its spread")
@@ -175,7 +175,7 @@ def sentences(found: Projection) -> list[str]:
 
 
 def show(found: Projection) -> None:
-    """Print the table and the sentences. A narrow terminal gets fewer columns."""
+    """Print the table and the sentences. A narrow terminal shows fewer columns."""
     print(heading(found))
     styles = ["bold" if row.is_measured else "dim" if row.refused else "" for row in found.rows]
     shown = columns(found)
@@ -185,7 +185,7 @@ def show(found: Projection) -> None:
 
 
 def contents(found: Projection) -> dict[str, bytes]:
-    """Ending -> content of the files of a projection."""
+    """Return file extension -> content, for the files of a projection."""
     shown = columns(found)
     cells = [list(shown), ["---"] * len(shown), *map(list, zip(*shown.values(), strict=True))]
     table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
@@ -210,8 +210,10 @@ def contents(found: Projection) -> dict[str, bytes]:
 
 
 def draw(found: Projection) -> bytes:
-    """Draw throughput, or step time if no work is known, and efficiency over nodes; return a PNG."""
-    from matplotlib.figure import Figure  # takes a second, which a refusal does not wait for
+    """Draw efficiency, and throughput (or step time if the work is unknown), over the number of nodes. Returns a
+    PNG.
+    """
+    from matplotlib.figure import Figure  # This import takes a second, which a refusal should not need.
 
     from launch.report.views.figures import COLORS, GREY
 
@@ -251,7 +253,7 @@ def draw(found: Projection) -> bytes:
 
 
 def plot(axes: Axes, rows: Sequence[ProjectedRow], name: str) -> None:
-    """Plot one figure of rows over nodes: measured points filled, projected points hollow and joined by dashes."""
+    """Plot one figure over the number of nodes: measured points filled, projected points hollow with a dashed line."""
     from launch.report.views.figures import COLORS
 
     for label, color, inside, line in (("projected", COLORS[1], "white", "--"), ("measured", COLORS[0], None, "-")):
@@ -260,7 +262,7 @@ def plot(axes: Axes, rows: Sequence[ProjectedRow], name: str) -> None:
         axes.plot([row.nodes for row in kind], values, line, marker="o", color=color, mfc=inside, label=label)
     sizes = sorted({row.nodes for row in rows}, reverse=True)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes[:: -(-len(sizes) // 9)])  # labels of more sizes would overlap
+    axes.set_xticks(sizes[:: -(-len(sizes) // 9)])  # Labels of more sizes would overlap.
     axes.set_xticks([], minor=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("nodes")

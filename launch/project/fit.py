@@ -33,9 +33,9 @@ NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kmbt]?)"
 WORDS = {"params": r"param(?:eter)?s?", "tokens": r"tokens?|samples?|images?", "days": r"(hour|day|week|month)s?"}
 EXAMPLE = '--fit "7e9 params, 1e12 tokens, 30 days" --gpu h100'
 NODES = sorted(2**a * 3**b for a in range(13) for b in (0, 1) if 2**a * 3**b <= 4096)
-"""Numbers of nodes that are tried by default: powers of two, and three times powers of two."""
+"""Numbers of nodes to try by default: powers of two, and three times powers of two."""
 CLUSTER = ("cluster=slurm", "cluster.gpus_per_node=8")
-"""Nodes by default: those of DGX and HGX systems."""
+"""Overrides for the default nodes: DGX and HGX systems."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Offer:
-    """A set-up on a number of nodes, with the time and cost of the whole training."""
+    """A set-up on a number of nodes, with time and cost of the whole training."""
 
     nodes: int
     gpus: int
@@ -56,11 +56,13 @@ class Offer:
     days: float
     gpu_hours: float
     cost: float | None
-    """In the currency of ``cluster.price_per_gpu_hour``; None without a price."""
+    """Cost in the currency of ``cluster.price_per_gpu_hour``; None without a price."""
 
 
 def parse_goal(text: str) -> Goal:
-    """Read ``7e9 params, 1e12 tokens, 30 days``; ConfigError if one of the three is missing or not a number."""
+    """Read a goal such as ``7e9 params, 1e12 tokens, 30 days``. ConfigError if one of the three is missing or no
+    number.
+    """
     expected, found = "params, tokens and days, by commas", dict[str, float]()
     for part in filter(None, (part.strip().lower() for part in text.split(","))):
         matches = {name: re.fullmatch(rf"{NUMBER}\s*(?:{word})", part) for name, word in WORDS.items()}
@@ -76,12 +78,12 @@ def parse_goal(text: str) -> Goal:
 
 
 def compose_goal(typed: Sequence[str], gpu: str | None, network: Path | None) -> tuple[Config, list[str]]:
-    """Compose the nodes and the model; returns the config and its overrides.
+    """Compose the config of nodes and model. Returns the config and its overrides.
 
     Args:
-        typed: overrides.
-        gpu: name of the GPUs.
-        network: file of measured links.
+        typed: overrides as typed.
+        gpu: name of the GPUs; None to read it from the config.
+        network: file of measured links; None if there is none.
 
     Raises:
         ConfigError: the workload cannot size a model, or the GPUs have no name.
@@ -109,14 +111,14 @@ def compose_goal(typed: Sequence[str], gpu: str | None, network: Path | None) ->
 
 
 def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int]) -> list[Offer]:
-    """Return the set-ups that reach a goal, the cheapest first; prints a line about each size on standard error.
+    """Return the set-ups that reach a goal, cheapest first. Prints a line about each size on standard error.
 
-    Fewer nodes wait less for each other, so sizes are tried upwards until four of them reach the goal. Each size takes
-    a second, and more with many ranks.
+    Few nodes are most efficient, so sizes are tried upwards until four of them reach the goal. Each size takes a
+    second, and more with many ranks.
 
     Args:
-        goal: for all set-ups.
-        config: of the nodes and the model.
+        goal: goal of all set-ups.
+        config: config of the nodes and the model.
         words: overrides of the config.
         sizes: numbers of nodes, ascending.
 
@@ -133,7 +135,7 @@ def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int
             said = f"{min(one.days for one in found):.3g} days" if found else ""
         except ConfigError as error:
             found = []
-            said = error.found if refusal is None or error.found != refusal.found else ""  # printed once for all sizes
+            said = error.found if refusal is None or error.found != refusal.found else ""  # Printed once for all sizes.
             refusal = error
         every += found
         if said:
@@ -165,7 +167,7 @@ def as_offer(goal: Goal, config: Config, set_up: SetUp) -> Offer:
 
 
 def fit(typed: Sequence[str], text: str, gpu: str | None, network: Path | None, sizes: Sequence[int] | None) -> None:
-    """Print the cheapest set-ups that reach a goal, and the command for the first one; ConfigError if none does."""
+    """Print the cheapest set-ups that reach a goal, and the command for the first one. ConfigError if none does."""
     goal = parse_goal(text)
     config, words = compose_goal(typed, gpu, network)
     found = offers(goal, config, words, sizes or NODES)

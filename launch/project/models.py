@@ -1,4 +1,4 @@
-"""Models of the time of a step over the number of nodes, and of its stragglers, fitted to measured points."""
+"""Models of the time of a step as a function of the number of nodes, with stragglers, fitted to measured points."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def root(function: Callable[[float], float], low: float, high: float) -> float:
-    """Zero of a falling function of a positive number, by bisection of the logarithm.
+    """Return the zero of a falling function of a positive number, by bisection of the logarithm.
 
-    The nearer end if the function does not cross zero between ``low`` and ``high``.
+    If the function does not cross zero between ``low`` and ``high``, return the nearer end.
     """
     if function(low) <= 0:
         return low
@@ -35,7 +35,7 @@ def root(function: Callable[[float], float], low: float, high: float) -> float:
 
 
 def minimum(function: Callable[[float], float], low: float, high: float) -> float:
-    """Argument of the minimum of a function of a positive number, by golden sections of the logarithm (Kiefer, 1953).
+    """Return where a function of a positive number is smallest, by golden sections of the logarithm (Kiefer, 1953).
 
     The function must have one minimum between ``low`` and ``high``.
     """
@@ -53,33 +53,37 @@ def minimum(function: Callable[[float], float], low: float, high: float) -> floa
 
 
 def maximum_weights(size: int, draws: int) -> Floats:
-    """Weights of ``size`` ascending values; the weighted sum is the mean of the largest of ``draws``, over all choices.
+    """Return weights for ``size`` ascending values: the weighted sum is the mean maximum of ``draws`` of them.
 
     The mean over all choices without replacement is the U-statistic of the maximum (Hoeffding, 1948). Its expectation
     is the expected maximum of ``draws`` independent draws, for any distribution. ``draws`` is at most ``size``.
     """
     places = np.arange(size, 1, -1)
-    # The weight of a value follows from that of the next larger one: C(i - 2, d - 1) / C(i - 1, d - 1).
+    # The weight of a value follows from the weight of the next larger one: C(i - 2, d - 1) / C(i - 1, d - 1).
     ratios = np.maximum(places - draws, 0) / (places - 1)
     return draws / size * np.cumprod(np.append(1.0, ratios))[::-1]
 
 
 def tail_size(size: int) -> int:
-    """Number of the largest values to which the exponential tail of a sample is fitted: a square root, or 10."""
+    """Return how many of the largest values the exponential tail of a sample is fitted to: the square root, at
+    least 10.
+    """
     return min(max(10, math.isqrt(size)), size // 2)
 
 
 def reach(size: int) -> int:
-    """Number of draws up to which a sample suffices. Beyond, only the few largest values would count."""
+    """Return the number of draws up to which a sample is enough. For more draws, only the few largest values
+    would count.
+    """
     return max(1, size // max(1, tail_size(size)))
 
 
 def expected_maximum(values: Floats, draws: int) -> float:
-    """Return the expected maximum of draws from a sample of ascending values.
+    """Return the expected maximum of ``draws`` draws from a sample of ascending values.
 
-    Beyond the reach, the maximum grows by the scale of the exponential tail times a logarithm. The scale is the mean
-    excess of the largest values above the next one (maximum likelihood). For a normal or a bounded distribution this
-    is an upper bound.
+    Beyond ``reach``, the maximum grows by the scale of the exponential tail times a logarithm. The scale is the mean
+    excess of the largest values above the next one (maximum likelihood). For a normal or a bounded distribution this is
+    an upper bound.
     """
     inside, count = min(draws, reach(len(values))), tail_size(len(values))
     scale = float((values[-count:] - values[-count - 1]).mean()) if count else 0.0
@@ -94,24 +98,24 @@ def normal_maximum(draws: int) -> float:
     return float(((x > 0) + 0.5 * (x == 0) - below**draws).sum() * (x[1] - x[0]))
 
 
-# Stragglers of a synchronous step: how much longer than the mean the slowest rank computes.
+# Stragglers of a synchronous step: the excess of the slowest rank's computation over the mean.
 
 
 MOST_STEPS = 2000
-"""Number of the last steps of a run that are read: more add nothing, and take memory for all ranks at once."""
+"""Largest number of a run's last steps that are read. More steps add no information and need memory for all ranks."""
 
 
 @dataclass(frozen=True, eq=False)
 class RankSpread:
     """Spread of the own times of a point's ranks. An own time is the time of a step without waits.
 
-    All figures are shares of the mean own time, because a rank with half of the work is slower by half as much.
+    All figures are shares of the mean own time: a rank with half of the work also has half of the excess.
     """
 
     own: Floats
     """Own times in seconds, [steps, ranks]; two steps and two ranks or more."""
     has_stages: bool = False
-    """True for a pipeline. Its stages differ by design, so a rank is compared with itself only."""
+    """True for a pipeline. Its stages differ by design, so each rank is only compared with itself."""
 
     @property
     def ranks(self) -> int:
@@ -139,7 +143,9 @@ class RankSpread:
 
     @cached_property
     def noise(self) -> Floats:
-        """Noise from step to step over all ranks, ascending. The divisor restores the variance of the two means."""
+        """Noise from step to step over all ranks, in ascending order. The divisor corrects for the two
+        subtracted means.
+        """
         steps, ranks = self.own.shape
         left = (1 - 1 / ranks) * (1 - 1 / steps)
         found: Floats = np.sort((self._deviations - self._rank_means).ravel()) / math.sqrt(left)
@@ -147,16 +153,16 @@ class RankSpread:
 
     @cached_property
     def lasting(self) -> float:
-        """Standard deviation of the ranks' lasting slowness, without the noise of their means; 0 for stages."""
+        """Standard deviation of the ranks' lasting slowness, without the noise of their means; 0 for a pipeline."""
         noise = float(self.noise.var()) / len(self.own)
         return 0.0 if self.has_stages else math.sqrt(max(0.0, float(self._rank_means.var(ddof=1)) - noise))
 
     def share(self, ranks: int) -> float:
         """Return the expected excess of the slowest of ``ranks`` ranks over their mean, as a share of that mean.
 
-        Up to the measured number of ranks, this is the mean over all choices of measured ranks. Beyond, noise grows as
-        the expected maximum of its sample, and lasting slowness as that of a normal distribution. The two are added as
-        squares, which is exact if both are normal or one is zero.
+        Up to the measured number of ranks, the result is the mean over all choices of measured ranks. Beyond, noise
+        grows as the expected maximum of its sample, and lasting slowness as the maximum of a normal distribution. The
+        two are added as squares, which is exact if both are normal or one is zero.
         """
         seen = float((self._in_step @ maximum_weights(self.ranks, min(ranks, self.ranks))).mean())
         if ranks <= self.ranks:
@@ -193,7 +199,7 @@ def read_spread(point: Point) -> RankSpread | None:
 
 @dataclass(frozen=True)
 class Measured:
-    """Median time of a step on a number of nodes, with its quartiles, in seconds."""
+    """Median time of a step on a number of nodes, with quartiles, in seconds."""
 
     nodes: int
     ranks: int
@@ -204,11 +210,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class StepParts:
-    """Time of a step, in seconds."""
+    """Time of a step in seconds."""
 
     step_s: float
     own_s: float
-    """Part in which a rank computes and does not wait."""
+    """Part of the step in seconds in which a rank computes and does not wait."""
     by_cause: dict[str, float]
     """Cause -> seconds; the causes add up to ``step_s``."""
 
@@ -218,17 +224,17 @@ class Model:
     """A fitted model of the time of a step."""
 
     text: str
-    """One sentence about the fit, for people."""
+    """Sentence about the fit, for people."""
     at: Callable[[int], StepParts]
-    """Nodes -> time of a step. Raises ConfigError if a run of this size cannot work."""
+    """Function from the number of nodes to the time of a step. Raises ConfigError if a run of this size cannot work."""
 
     def with_stragglers(self, spread: RankSpread, ranks_per_node: int, reference_s: float) -> Model:
-        """Return this model, whose ranks are all equally fast, with the time that the slowest rank adds.
+        """Return this model plus the time that the slowest rank adds. The model itself assumes equally fast ranks.
 
         Args:
-            spread: of the own times at a measured point.
-            ranks_per_node: of each size.
-            reference_s: own time that this model has at the measured point.
+            spread: spread of the own times at a measured point.
+            ranks_per_node: number of ranks on each node, at every size.
+            reference_s: own time of this model at the measured point, seconds.
         """
 
         def at(nodes: int) -> StepParts:
@@ -241,7 +247,9 @@ class Model:
 
 
 Costs = Callable[[int, float, float], StepTime]
-"""(nodes, rate factor, link factor) -> time of a step; the factors are those of ``launch.workload.PlanRequest``."""
+"""Function (nodes, rate factor, link factor) -> time of a step. The factors are those of
+``launch.workload.PlanRequest``.
+"""
 
 RATES = (1e-6, 1e4)
 LINKS = (1e-4, 1e3)
@@ -251,16 +259,16 @@ def fit_costs(points: Sequence[Measured], costs: Costs, *, links_are_given: bool
     """Fit the rate factor to the smallest point and the link factor to the other points, in turns.
 
     Args:
-        points: the smallest first.
+        points: measured points, smallest first.
         costs: a workload's cost model.
-        links_are_given: keep the link factor 1.
+        links_are_given: True to keep the link factor 1.
     """
     smallest, others = points[0], points[1:]
 
     def best_rate(links: float) -> float:
         return root(lambda rate: costs(smallest.nodes, rate, links).step_s - smallest.step_s, *RATES)
 
-    def error(rate: float, links: float) -> float:  # logarithms: twice the time counts as much as half the time
+    def error(rate: float, links: float) -> float:  # Logarithms: twice the time counts as much as half the time.
         return sum(math.log(costs(one.nodes, rate, links).step_s / one.step_s) ** 2 for one in others)
 
     links = 1.0
@@ -268,7 +276,7 @@ def fit_costs(points: Sequence[Measured], costs: Costs, *, links_are_given: bool
     for _ in range(12 if others and not links_are_given else 0):
         before, links = links, minimum(lambda links, rate=rate: error(rate, links), *LINKS)  # type: ignore[misc]
         rate = best_rate(links)
-        # One rank alone has no links, so its rate is exact; a smaller change alters no printed figure.
+        # A single rank has no links, so its rate is exact. A smaller change alters no printed figure.
         if smallest.ranks == 1 or abs(math.log(links / before)) < 1e-4:
             break
     return rate, links
@@ -291,14 +299,14 @@ TERMS = ("divided among the ranks", "on every rank", "grows with the ranks")
 
 
 def terms_of(ranks: int) -> tuple[float, float, float]:
-    """Values of ``TERMS`` at a number of ranks."""
+    """Return the values of ``TERMS`` at a number of ranks."""
     return 1 / ranks, 1.0, math.log2(ranks)
 
 
 def fit_trend(points: Sequence[Measured], is_weak: bool) -> tuple[float, ...]:
-    """Fit seconds of each of ``TERMS``, none negative, by least squares of relative errors.
+    """Fit the seconds of each of ``TERMS`` by least squares of relative errors. No term is negative.
 
-    In weak scaling no work is divided. Of equal fits, the one with fewer terms is returned.
+    In weak scaling no work is divided among the ranks. Of equal fits, the one with fewer terms is returned.
     """
     rows = np.array([terms_of(point.ranks) for point in points]) / [[point.step_s] for point in points]
     columns = (1, 2) if is_weak else (0, 1, 2)
@@ -314,7 +322,7 @@ def fit_trend(points: Sequence[Measured], is_weak: bool) -> tuple[float, ...]:
 
 
 def trend_model(weights: Sequence[float], is_weak: bool, ranks_per_node: int) -> Model:
-    """Return a sum of ``TERMS``, for a program of which only step times are known."""
+    """Return a model as a sum of ``TERMS``, for a program with known step times only."""
 
     def at(nodes: int) -> StepParts:
         terms = terms_of(nodes * ranks_per_node)

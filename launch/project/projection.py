@@ -42,16 +42,16 @@ from launch.schema import check_ranges
 from launch.workload import PlanRequest, StepTime
 
 UNLIMITED_GB = 1e6
-"""Memory of a CPU node of unknown size: the size has no effect on the time of a step."""
+"""Memory in GB that stands for a CPU node of unknown size. The value has no effect on the time of a step."""
 
 
 def read_links(path: Path) -> dict[str, Any]:
-    """Read measured links for ``--network``; return keys of ``cluster``.
+    """Read measured links for ``--network``. Returns keys of ``cluster``.
 
-    The file is one of ``launch.bench_network``, or has the keys of ``cluster.interconnect`` in YAML.
+    The file comes from ``launch.bench_network``, or has the keys of ``cluster.interconnect`` in YAML.
 
     Raises:
-        ConfigError: no such file, or other keys in it.
+        ConfigError: the file does not exist, or has other keys.
     """
     expected = (
         "what python -m launch.bench_network wrote; or intra_node and inter_node, each with latency_us and "
@@ -78,9 +78,9 @@ def request_for(
     """Return the request of a workload's plan or cost model for a run on cluster nodes.
 
     Args:
-        config: of the run, with its number of nodes.
-        overrides: as typed.
-        folder: of the run.
+        config: config of the run, with its number of nodes.
+        overrides: overrides as typed.
+        folder: folder of the run.
         rate: factor on the compute rate of the cost model.
         links: factor on the bandwidth of all links.
     """
@@ -99,29 +99,32 @@ def request_for(
 
 @dataclass(frozen=True)
 class SweepPoints:
-    """The points of one series that have step times, smallest first, and the config of the largest."""
+    """Points of one series with step times, smallest first, and the config of the largest point."""
 
     series: Series
     members: tuple[Point, ...]
     config: Config
     links_are_given: bool = False
-    """True if no factor on the links is fitted. A file of ``launch.bench_network`` leaves it open: it compares the
-    collectives with each other, and one factor on all of them is fitted."""
+    """True if no factor on the links is fitted.
+
+    False for a file of ``launch.bench_network``: it compares the collectives with each other, and one factor on all of
+    them is fitted.
+    """
     left_out: tuple[str, ...] = ()
-    """Points whose ranks shared cores or a GPU. They say nothing about separate nodes."""
+    """Names of points whose ranks shared cores or a GPU. They do not show how separate nodes behave."""
     spreads: Mapping[int, RankSpread] = field(default_factory=dict)
     """Nodes -> spread of the ranks' own times, for each point with several ranks; empty if one point lacks it."""
     untold: str = ""
-    """Reason why ``spreads`` is empty, for people; empty if no point has several ranks."""
+    """Reason why ``spreads`` is empty, for people; empty text if no point has several ranks."""
 
     @cached_property
     def measured(self) -> tuple[Measured, ...]:
-        """The figures of the points to which a model is fitted."""
+        """Figures of the points to which a model is fitted."""
         return tuple(map(as_measured, self.members))
 
     @property
     def base(self) -> Point:
-        """The largest point, whose config is taken to other sizes."""
+        """Largest point. Its config is used at other sizes."""
         return self.members[-1]
 
     @property
@@ -131,17 +134,17 @@ class SweepPoints:
 
     @property
     def ranks_per_node(self) -> int:
-        """Ranks of each node, at every size."""
+        """Number of ranks on each node, at every size."""
         return self.measured[0].ranks // self.measured[0].nodes
 
     def fit(self, points: Sequence[Measured], gpu: str | None = None) -> Model:
         """Fit a model to some of the points.
 
-        The measured times include the time of the slowest ranks. This time is taken off before the fit, and the
-        expected time at each size is added afterwards.
+        Measured times include the delay of the slowest rank. This delay is subtracted before the fit, and the expected
+        delay at each size is added afterwards.
 
         Args:
-            points: the smallest first.
+            points: measured points, smallest first.
             gpu: GPUs of the projection, with the same share of their peak; None for the GPUs of the sweep.
 
         Raises:
@@ -168,7 +171,7 @@ class SweepPoints:
         return projected.with_stragglers(self.spreads[widest], self.ranks_per_node, model.at(widest).own_s)
 
     def stragglers_s(self, point: Measured) -> float | None:
-        """Time of a point's slowest rank beyond the mean of its ranks; None if it is not known."""
+        """Return the seconds by which a point's slowest rank exceeds the mean of its ranks; None if not known."""
         spread = self.spreads.get(point.nodes)
         return None if spread is None else spread.own_s * spread.share(point.ranks)
 
@@ -179,7 +182,7 @@ class SweepPoints:
         return environment is not None and not environment.ranks[0].device.startswith("cpu")
 
     def costs(self, gpu: str | None = None) -> Costs | None:
-        """The workload's cost model for the nodes of the sweep, or for other GPUs; None if the workload has none."""
+        """Return the workload's cost model for the nodes of the sweep, or for other GPUs; None if there is none."""
         workload = workload_of(self.config)
 
         def costs(nodes: int, rate: float, links: float) -> StepTime:
@@ -194,7 +197,9 @@ class SweepPoints:
     def ask(
         self, nodes: int, gpu: str | None = None, rate: float = 1.0, links: float = 1.0
     ) -> tuple[Config, PlanRequest]:
-        """The config of the largest point on other nodes, and the request of the workload's plan or cost model."""
+        """Return the config of the largest point on other nodes, and the request of the workload's plan or cost
+        model.
+        """
         config = replace(self.config, nodes=nodes, cluster=self.cluster(gpu))
         return config, request_for(config, self.base.overrides, RunFolder(self.base.path), rate, links)
 
@@ -216,7 +221,7 @@ def read_sweep(selection: Selection, network: Path | None = None, matmul_rates: 
     """Read the points of a sweep.
 
     Args:
-        selection: the runs.
+        selection: runs of the sweep.
         network: file for ``read_links``.
         matmul_rates: file of measured rates of matrix products.
 
@@ -256,9 +261,9 @@ def read_sweep(selection: Selection, network: Path | None = None, matmul_rates: 
 
 
 def read_spreads(members: Sequence[Point]) -> tuple[dict[int, RankSpread], str]:
-    """Read the spread of the ranks' own times by nodes, or return no spreads and the reason.
+    """Return number of nodes -> spread of the ranks' own times; or no spreads, and the reason.
 
-    If one point with several ranks lacks own times, its stragglers cannot be taken off its steps. Then no point's are.
+    If one point with several ranks has no own times, its stragglers are unknown. Then no point's stragglers are used.
     """
     spreads = {}
     for member in members:
@@ -280,7 +285,7 @@ def as_measured(member: Point) -> Measured:
     return Measured(member.nodes, member.ranks, member.figures.step_time_s, member.figures.low_s, member.figures.high_s)
 
 
-# From measured points to projected ones: the held-out test, and a row for each size.
+# From measured to projected points: the held-out test, and a row for each size.
 
 
 @dataclass(frozen=True)
@@ -294,12 +299,12 @@ class HeldOut:
 
     @property
     def error(self) -> float:
-        """Predicted over measured time, less one."""
+        """Predicted time over measured time, minus one."""
         return self.predicted_s / self.point.step_s - 1
 
     @property
     def text(self) -> str:
-        """One sentence with the error, for people."""
+        """Sentence with the error, for people."""
         return (
             f"held out: {self.point.nodes} nodes, predicted from nodes={', '.join(map(str, self.fitted_to))}: "
             f"{self.predicted_s:.4g} s a step, measured {self.point.step_s:.4g} s: {100 * self.error:+.1f} %"
@@ -308,7 +313,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class ProjectedRow:
-    """One size, measured or projected: a line of ``projection.csv``. Times in seconds; None if not known."""
+    """One measured or projected size: a line of ``projection.csv``. Times are in seconds; None if not known."""
 
     nodes: int
     ranks: int
@@ -317,20 +322,20 @@ class ProjectedRow:
     low_s: float | None = None
     high_s: float | None = None
     throughput: float | None = None
-    """Work per second, in the unit of the sweep."""
+    """Work per second in the unit of the sweep."""
     efficiency: float | None = None
-    """Throughput per rank divided by that of the smallest measured point."""
+    """Throughput per rank divided by the throughput per rank of the smallest measured point."""
     memory_bytes: int | None = None
-    """Planned memory of one rank."""
+    """Planned memory of one rank in bytes."""
     goodput: float | None = None
-    """Share of the time in steps that count, if nodes fail."""
+    """Share of the time in steps that count, at the given failure rate of nodes; None without it."""
     gpu_hours_per_giga: float | None = None
     """GPU-hours for 10^9 units of work, goodput included."""
     cost_per_giga: float | None = None
     stragglers_s: float | None = None
-    """Part of the step by which the slowest rank is slower than the mean rank: measured, or expected."""
+    """Seconds by which the slowest rank exceeds the mean rank in a step: measured, or expected."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Seconds of a step by cause, by the model."""
+    """Cause -> seconds of a step, by the model."""
     refused: str = ""
     """Reason why a run of this size cannot work; empty if it can."""
 
@@ -342,7 +347,9 @@ class Projection:
     rows: tuple[ProjectedRow, ...]
     held_out: HeldOut
     interval: float
-    """Half width of every interval, as a logarithm: the held-out error, or the spread of that point if it is larger."""
+    """Half width of every interval, as a logarithm: the held-out error, or the spread of the held-out point if
+    larger.
+    """
     model: str
     unit: str
     weak_scaling: bool
@@ -405,13 +412,13 @@ def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None,
 
 
 def hold_out(sweep: SweepPoints) -> HeldOut:
-    """Predict the largest point from the others."""
+    """Predict the largest point with a model of the other points."""
     known, largest = sweep.measured[:-1], sweep.measured[-1]
     return HeldOut(largest, sweep.fit(known).at(largest.nodes).step_s, tuple(point.nodes for point in known))
 
 
 def straggler_notes(sweep: SweepPoints, most: int) -> list[str]:
-    """Say how the stragglers are extrapolated to ``most`` nodes, and which effects no figure includes."""
+    """Explain how the stragglers are extrapolated to ``most`` nodes, and which effects no figure includes."""
     others = "congestion by other jobs, and links of more tiers than in and between nodes"
     if not sweep.spreads:
         lacking = f" ({sweep.untold})" if sweep.untold else ""
@@ -429,7 +436,9 @@ def straggler_notes(sweep: SweepPoints, most: int) -> list[str]:
 
 
 def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures | None, list[str]]:
-    """Return the cost of failures, if the largest point recorded a save and a start, and a note about it."""
+    """Return the cost of failures and a note about it. The cost is None unless the largest point recorded a save and a
+    start.
+    """
     if mtbf_node_h is None:
         return None, []
     events = RunFolder(sweep.base.path).read_events()
@@ -444,7 +453,7 @@ def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures
 
 
 def complete(row: ProjectedRow, sweep: SweepPoints, failures: Failures | None) -> ProjectedRow:
-    """Return the row with the figures that follow from the time of a step: efficiency, goodput, GPU-hours, cost."""
+    """Return the row with figures derived from the time of a step: efficiency, goodput, GPU-hours, cost."""
     assert row.step_s is not None
     first, gpus, price = sweep.measured[0], sweep.cluster().gpus_per_node, sweep.config.cluster.price_per_gpu_hour
     shrink = first.step_s / row.step_s

@@ -44,21 +44,21 @@ from launch.workload import (
     possible_sizes,
 )
 
-# Refusal of a module that ``python -m`` would not run, without importing anything of it. Torch-free.
+# Refusal of a module that ``python -m`` would not run, without an import of the module. Does not import torch.
 
 
 OWN_IMPORTS = re.compile(r"__path__|declare_namespace|meta_path|path_hooks|sys\.modules")
-"""Names in the code of a package whose modules are found in a way of its own."""
+"""Pattern of code in a package that finds its modules in its own way."""
 USUAL = ("train", "main", "run", "cli")
-"""Names of modules to propose first where a package cannot be run itself."""
+"""Names of modules to propose first if a package itself cannot be run."""
 EXPECTED = "a module that python -m finds from script.workdir"
 
 
 class Missing(NamedTuple):
-    """Where the search for a module ended."""
+    """Point at which the search for a module failed."""
 
     package: str
-    """Package in which the next part was looked for; empty at the start of the name."""
+    """Package in which the next part was searched; empty at the start of the name."""
     part: str
     """Part of the name that was not found."""
     locations: tuple[str, ...] | None
@@ -66,13 +66,13 @@ class Missing(NamedTuple):
 
 
 def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *, elsewhere: bool = False) -> None:
-    """Raise ConfigError if ``python -m`` finds no such module, or cannot run it; imports nothing of it.
+    """Raise ConfigError if ``python -m`` finds no such module, or cannot run it. Does not import the module.
 
     Args:
         module: dotted name.
-        workdir: folder in which it is run, and searched first.
-        pythonpath: folders that are searched after it, before those of this Python.
-        elsewhere: the ranks may have search paths, or packages, that this machine does not know.
+        workdir: working directory, which is searched first.
+        pythonpath: folders that are searched next, before the folders of this Python.
+        elsewhere: True if ranks may have search paths or packages that this machine does not know.
     """
     if module.endswith(".py") and (workdir / module).is_file():
         dotted = module.removesuffix(".py").replace("/", ".")
@@ -82,7 +82,7 @@ def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *
             f"script.path={module}, or script.module={dotted}",
         )
     searched = [str(workdir), *(str(workdir / folder) for folder in pythonpath), *sys.path]
-    importlib.invalidate_caches()  # a folder that was searched before may have new files
+    importlib.invalidate_caches()  # A folder that was searched before may have new files.
     missing = search(module, searched)
     if missing is None or (elsewhere and not missing.package):
         return
@@ -108,7 +108,7 @@ def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *
 
 
 def search(module: str, searched: Iterable[str]) -> Missing | None:
-    """Look for a module and, of a package, its ``__main__``; None if it is there, or may be."""
+    """Search for a module, and the ``__main__`` of a package; None if it exists or may exist."""
     name, locations, spec = "", tuple(searched), None
     for part in module.split("."):
         package, name = name, f"{name}.{part}" if name else part
@@ -125,9 +125,9 @@ def search(module: str, searched: Iterable[str]) -> Missing | None:
 
 
 def find_spec(name: str, locations: Sequence[str]) -> ModuleSpec | None:
-    """Ask the finders of this Python for one module; ``importlib.util.find_spec`` would import its package."""
+    """Find one module with the finders of this Python. ``importlib.util.find_spec`` would import its package."""
     for finder in sys.meta_path:
-        # The others take no search path for the first part of a name.
+        # The other finders accept no search path for the first part of a name.
         path = locations if "." in name or finder is PathFinder else None
         spec = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
         if spec is not None:
@@ -136,8 +136,10 @@ def find_spec(name: str, locations: Sequence[str]) -> ModuleSpec | None:
 
 
 def finds_by_itself(spec: ModuleSpec) -> bool:
-    """Return whether the code of a package may find more modules than lie in its folders, as far as it can be read."""
-    if spec.origin is None:  # a namespace package has no code
+    """Return whether a package's code may find more modules than its folders contain, as far as the code is
+    readable.
+    """
+    if spec.origin is None:  # A namespace package has no code.
         return False
     try:
         source = spec.loader.get_source(spec.name)  # type: ignore[union-attr]
@@ -146,15 +148,15 @@ def finds_by_itself(spec: ModuleSpec) -> bool:
     return source is None or OWN_IMPORTS.search(source) is not None
 
 
-# Refusal of a script that cannot start, as far as the login node can tell. Torch-free.
+# Refusal of a script that cannot start, as far as the login node can see. Does not import torch.
 
 
 def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
-    """Raise ConfigError if the program is not there, as far as this machine can tell.
+    """Raise ConfigError if the program does not exist, as far as this machine can see.
 
     Args:
         script: the keys of the program.
-        elsewhere: the ranks may have search paths, or packages, that this machine does not know.
+        elsewhere: True if ranks may have search paths or packages that this machine does not know.
     """
     if script.workdir is not None and not Path(script.workdir).is_dir():
         raise ConfigError(f"script.workdir={script.workdir}, which is no folder", "a folder", "script.workdir=PATH")
@@ -182,7 +184,7 @@ def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
 
 
 def require_command(command: Sequence[str], workdir: Path) -> None:
-    """Raise ConfigError if the program of a command is not there, or cannot be executed."""
+    """Raise ConfigError if the program of a command does not exist, or cannot be executed."""
     program, local = command[0], workdir / command[0]
     if shutil.which(program, path=os.pathsep.join([str(workdir), os.environ.get("PATH", "")])):
         return
@@ -199,7 +201,9 @@ def require_command(command: Sequence[str], workdir: Path) -> None:
 
 
 def command_like(command: Sequence[str], workdir: Path) -> str:
-    """Write a command anew with the program that is spelt most like the one that is not there; else an example."""
+    """Return the command with the existing program of the most similar name in place of a missing one; else an
+    example.
+    """
     program = command[0]
     folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if Path(folder).is_dir()]
     there = {entry.name for folder in folders for entry in folder.glob(f"{glob.escape(program[:1])}*")}
@@ -211,7 +215,7 @@ def command_like(command: Sequence[str], workdir: Path) -> str:
 
 
 def script_name(path: str | None, module: str | None, command: Sequence[str] | None) -> str:
-    """Name of a run by its program, where none was typed."""
+    """Return the name of a run from its program, if the user typed no name."""
     if path:
         return Path(path).stem
     if module:
@@ -220,7 +224,7 @@ def script_name(path: str | None, module: str | None, command: Sequence[str] | N
 
 
 REQUEUE_EXIT = 75
-"""Exit status with which a script asks to be requeued, after it has saved (EX_TEMPFAIL of sysexits.h)."""
+"""Exit status with which a script requests a requeue after it has saved (EX_TEMPFAIL of sysexits.h)."""
 
 
 class ScriptWorkload(Workload):
@@ -252,7 +256,9 @@ class ScriptWorkload(Workload):
         OmegaConf.register_new_resolver("script_name", script_name, replace=True)
 
     def make_paths_absolute(self, document: DictConfig) -> None:
-        """Take paths relative to where the command was typed, and keep ``${run_dir}`` and the like for the ranks."""
+        """Make paths absolute, relative to the folder of the command. ``${run_dir}`` and the like stay for the
+        ranks.
+        """
         for key in ("args", "resume_args", "options", "env", "command"):
             raw = OmegaConf.to_container(document, resolve=False)
             assert isinstance(raw, dict)
@@ -269,7 +275,7 @@ class ScriptWorkload(Workload):
         """Return the plan of a point, after a check that the program exists.
 
         Raises:
-            ConfigError: it cannot be started.
+            ConfigError: the program cannot be started.
         """
         script = config.script
         cluster = request.cluster
@@ -299,7 +305,7 @@ class ScriptWorkload(Workload):
         )
 
     def command(self, config: ScriptConfig, folder: RunFolder, attempt: int) -> RankCommand:
-        """The program, from the copy of the code where the run has one."""
+        """Return the command of the program, from the copy of the code if the run has one."""
         script, copied = config.script, read_plan(folder).get("code")
         root = self.code(config).root
         values = {
@@ -322,13 +328,13 @@ class ScriptWorkload(Workload):
             env.setdefault("PYTHONPATH", os.pathsep.join(filter(None, (copied, os.environ.get("PYTHONPATH")))))
         args = self._args(config, attempt, place(script.path) if script.path else None)
         hidden = [word for key, value in script.env.items() if value is None for word in ("-u", key)]
-        if hidden:  # by env(1): torch elastic sets RANK and the like last
+        if hidden:  # Set by env(1), because torch elastic sets RANK and the like last.
             args = ["env", *hidden, *args]
         assert script.workdir is not None
         return RankCommand(tuple(fill(word, values) for word in args), env=env, workdir=Path(place(script.workdir)))
 
     def contract(self, config: ScriptConfig, world_size: int) -> RankContract:
-        """Return the behavior of ranks that need not know of their agent."""
+        """Return the contract with ranks that may not know of their agent."""
         script = config.script
         return RankContract(
             records_events=False,
@@ -345,7 +351,7 @@ class ScriptWorkload(Workload):
         )
 
     def code(self, config: ScriptConfig) -> CodeTree:
-        """Return the repository of the program, or its folder without git."""
+        """Return the files of the program's repository, or of its folder without git."""
         script = config.script
         start = Path(script.path).parent if script.path is not None else Path(script.workdir or ".")
         found = git(start, "rev-parse", "--show-toplevel")
@@ -369,11 +375,11 @@ SAYS_NOTHING = (
     *("cluster.gpu_name", "cluster.gpu_memory_gib", "cluster.gpu_tflops"),
     *("cluster.matmul_rates", "cluster.network"),
 )
-"""Keys that describe nodes to a workload with a cost model, and ask for nothing."""
+"""Keys that only describe nodes to a workload with a cost model, and request nothing."""
 
 
 def unused_keys(request: PlanRequest) -> Iterator[str]:
-    """Yield a warning for typed keys that describe nodes to a cost model, which a script does not have."""
+    """Yield a warning for typed keys that only matter to a cost model, which a script does not have."""
     typed = {typed_key(word): word for word in request.overrides if "=" in word}
     words = [word for key, word in typed.items() if key in SAYS_NOTHING or key.startswith("cluster.interconnect.")]
     if words:
@@ -394,7 +400,7 @@ def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:
 
 
 def total_work(script: ScriptOptions, world_size: int) -> float | None:
-    """Units of work of one step, of all ranks together."""
+    """Return the units of work of one step of all ranks together; None if not stated."""
     if script.work_per_step is None:
         return None
     return script.work_per_step * (world_size if script.weak_scaling else 1)

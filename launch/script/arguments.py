@@ -16,15 +16,16 @@ from launch.runs.overrides import RANK_VALUES, in_shell, quoted
 from launch.runs.progress import check_pattern
 from launch.schema import check_ranges, key
 
-# Arguments of a script as a user types them, as the config keeps them, and as the program reads them. Torch-free.
+# Arguments of a script: as a user types them, as the config stores them, and as the program receives them. Does not
+# import torch.
 
 
 PLACEHOLDER = re.compile(r"%\{(\w+)\}")
 REFERENCE = re.compile(r"(?<!\\)\$\{(\w+)\}")
 BRACES = re.compile(r"(?<![$%\\])\{(\w+)\}")
-"""A name in braces without the sign that makes it a reference."""
+"""Pattern of a name in braces without the sign ($ or %) that makes it a reference."""
 PATH = re.compile(r"([$%]\{\w+\}|[\w./=:@,+-])*")
-"""Rest of a word that holds nothing but a value of the run, or a path with one."""
+"""Pattern of the rest of a word that contains only a value of the run, or a path with one."""
 ESCAPED = re.compile(r"\\(\{(?:" + "|".join(RANK_VALUES) + r")\})")
 
 
@@ -36,10 +37,10 @@ class Style(Enum):
 
 
 def split_args(key: str, args: Any) -> list[str]:
-    """Arguments as a list, from a string as a shell would split it or from a list.
+    """Return arguments as a list, from a list or from a string that is split as in a shell.
 
     Raises:
-        ConfigError: a quote is not closed, or it is neither.
+        ConfigError: a quote is not closed, or the value is neither a list nor a string.
     """
     if args is None:
         return []
@@ -59,7 +60,7 @@ def split_args(key: str, args: Any) -> list[str]:
 
 
 def flat(values: Sequence[Any]) -> Iterator[Any]:
-    """The elements of lists in lists, one after another; a mapping is written as JSON, and null is left out."""
+    """Yield the elements of nested lists one after another. A mapping becomes JSON, and null is left out."""
     for value in values:
         if isinstance(value, list):
             yield from flat(value)
@@ -68,7 +69,7 @@ def flat(values: Sequence[Any]) -> Iterator[Any]:
 
 
 def refuse_nested(key: str, values: Sequence[Any], expected: str, meant: Sequence[Any] | str) -> None:
-    """Raise ConfigError if the elements of a list are not texts and numbers; ``meant`` is the proposal."""
+    """Raise ConfigError if the elements of a list are not texts or numbers. ``meant`` is the text to type instead."""
     for value in values:
         if value is None or isinstance(value, list | Mapping):
             what = "null" if value is None else "a list" if isinstance(value, list) else "a mapping"
@@ -78,7 +79,7 @@ def refuse_nested(key: str, values: Sequence[Any], expected: str, meant: Sequenc
 
 
 def check_options(options: Mapping[str, Any], style: Style, prefix: str = "script.options.") -> None:
-    """Raise ConfigError if an option has a list that arguments of this style cannot say."""
+    """Raise ConfigError if an option has a list that arguments of this style cannot express."""
     for name, value in options.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
@@ -89,11 +90,11 @@ def check_options(options: Mapping[str, Any], style: Style, prefix: str = "scrip
 
 
 HYDRA_SYNTAX = frozenset("=,()[]{}'\"")
-"""Characters that Hydra's grammar of overrides reads as syntax in a text without quotes."""
+"""Characters that Hydra's override grammar reads as syntax in unquoted text."""
 
 
 def hydra_text(value: Any) -> str:
-    """A value inside a list as Hydra's grammar reads it."""
+    """Return a value inside a list as Hydra's grammar reads it."""
     if isinstance(value, list):
         return f"[{','.join(map(hydra_text, value))}]"
     if isinstance(value, Mapping):
@@ -104,7 +105,7 @@ def hydra_text(value: Any) -> str:
 
 
 def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") -> Iterator[str]:
-    """Arguments by name as the program reads them; a mapping in them is written by dotted names."""
+    """Yield the options as arguments of the program. Nested mappings become dotted names."""
     for name, value in options.items():
         key = f"{prefix}{name}"
         if value is None:
@@ -119,7 +120,7 @@ def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") 
         if isinstance(value, list):
             text = ",".join(map(str, value)) if style is Style.argparse else hydra_text(value)
         elif style is Style.hydra and isinstance(value, str) and HYDRA_SYNTAX & {*value}:
-            text = quoted(value)  # as a run folder, whose name has a =
+            text = quoted(value)  # For example, a run folder has a = in its name.
         else:
             text = str(value)
         yield f"{dashes}{key}={text}"
@@ -128,7 +129,8 @@ def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") 
 def require_known(key: str, value: Any, keys: Collection[str]) -> None:
     """Raise ConfigError if ``${NAME}`` in arguments is neither a value of the run nor a key at the root.
 
-    ``{NAME}`` of such a value is refused too where a word is made of it: a text with other braces is the program's.
+    A plain ``{NAME}`` with the name of such a value is refused too if it is a whole word or path. Other texts with
+    braces belong to the program.
     """
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for item in inner:
@@ -154,7 +156,7 @@ def require_known(key: str, value: Any, keys: Collection[str]) -> None:
 
 
 def keep_values(value: Any) -> Any:
-    """Arguments in which ``${run_dir}`` and the like, known only when a rank starts, wait for it as ``%{run_dir}``."""
+    """Replace ``${run_dir}`` and the like by ``%{run_dir}``: the value is only known when a rank starts."""
     if isinstance(value, str):
         return re.sub(r"\$\{(" + "|".join(RANK_VALUES) + r")\}", r"%{\1}", value)
     if isinstance(value, list):
@@ -165,19 +167,19 @@ def keep_values(value: Any) -> Any:
 
 
 def fill(text: str, values: Mapping[str, Any]) -> str:
-    """Put the values of a run into an argument, in place of ``%{run_dir}`` and the like."""
+    """Replace ``%{run_dir}`` and the like in an argument by the values of the run."""
     filled = PLACEHOLDER.sub(lambda found: str(values.get(found.group(1), found.group(0))), text)
     return ESCAPED.sub(r"\1", filled)
 
 
-# Keys that ``workload=script`` adds to the config: a program, how it is called, and what it can do. Torch-free.
+# Keys that ``workload=script`` adds to the config: a program, its arguments, and its abilities. Does not import torch.
 
 
 # OmegaConf 2.3 reads the annotations of a schema at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
 
 STOP_SIGNALS = ("SIGTERM", "SIGUSR2", "SIGINT", "SIGUSR1")
-"""Signals that a program can catch, and that mean nothing else to torch's launcher or to Slurm."""
+"""Signals that a program can catch, and that torch's launcher and Slurm do not use otherwise."""
 
 
 class Unit(Enum):
@@ -190,7 +192,7 @@ class Unit(Enum):
 
 @dataclass
 class ScriptOptions:
-    """A program, how it is called, and what it can do. One of path, module and command."""
+    """A program, its arguments, and its abilities. Exactly one of path, module and command is set."""
 
     path: Optional[str] = key(None, "Script that Python runs.")
     module: Optional[str] = key(None, "Module that Python runs, as with python -m.")
@@ -233,7 +235,7 @@ class ScriptOptions:
     max_steps: Optional[int] = key(None, "Steps of the whole run, from which the remaining time follows.", above=0)
 
     def validate(self) -> None:
-        """Raise ConfigError for the first thing that cannot work, without a look at any file."""
+        """Raise ConfigError for the first invalid value, without reading any file."""
         check_ranges(self, "script.")
         given = [name for name in ("path", "module", "command") if getattr(self, name) is not None]
         if len(given) != 1:
@@ -280,6 +282,6 @@ class ScriptConfig(RunConfig):
     script: ScriptOptions = key(ScriptOptions, "The program.")
 
     def validate(self) -> None:
-        """Raise ConfigError for the first thing that cannot work."""
+        """Raise ConfigError for the first invalid value."""
         super().validate()
         self.script.validate()

@@ -1,1 +1,3 @@
-"""The chaos drill: one run under seeded faults, compared with a quiet one. Imports neither the sandbox nor torch."""
+"""The chaos drill: one run with seeded faults, compared with an undisturbed run. Imports neither the sandbox nor
+torch.
+"""

@@ -1,4 +1,4 @@
-"""``python -m launch.storm KEY=VALUE...``: a chaos drill. A run under seeded faults must end as an undisturbed run.
+"""``python -m launch.storm KEY=VALUE...``: a chaos drill. A run with seeded faults must end like an undisturbed run.
 
 The arguments are those of ``python -m launch``, or the folder of a finished run, which is then the undisturbed one.
 """
@@ -50,15 +50,16 @@ from launch.storm.drill import (
 from launch.storm.injection import DISK, SANDBOX, SLURM, SPARES, Site, of_run
 
 GONE_S = 60.0
-"""Time in seconds that processes and jobs of a run have to end after its launcher has ended."""
+"""Seconds that processes and jobs of a run have to end after its launcher has ended."""
 
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make a drill. Exit status: 0 the run survived, 1 it did not, 2 the drill was refused."""
+    """Make a drill. Returns the exit status: 0 the run survived, 1 it did not, 2 the drill was refused."""
     args = _parser().parse_args(arguments)
     deny_others_writing()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends its run and its disk, too
+    # Also ends the drill's run and removes its disk.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     console = Console(soft_wrap=True, highlight=False, markup=False)
     words, quiet = _words_and_quiet(args.words, args.quiet)
     if args.sandbox is not None:
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 wrong.append(f"{count} came before the run was done: it needs more steps")
         except StuckError as error:
             wrong.append(str(error))
-        # The folder of a run on a disk of its own is copied, and the copy stays.
+        # The folder of a run on the drill's own disk is copied, and the copy stays.
         verdict = {**_judge(quiet, site, drill, wrong), "run": str(out / "stormy")}
         write_json(out / "verdict.json", verdict)
         _show(verdict, console)
@@ -133,7 +134,7 @@ def _parser() -> CommandParser:
 
 
 def _words_and_quiet(words: Sequence[str], quiet: Path | None) -> tuple[list[str], RunFolder | None]:
-    """Return the overrides of the drill, and the quiet run if there is one already."""
+    """Return the overrides of the drill, and the finished undisturbed run if one is given; else None."""
     if len(words) == 1 and is_run(Path(words[0])):
         quiet, words = Path(words[0]), read_overrides(RunFolder(Path(words[0]).absolute()))
     words = [word for word in words if not word.startswith("run_dir=")]
@@ -156,7 +157,7 @@ def _new_folder(output: Path | None) -> Path:
 
 
 def require_own(path: Path, what: str) -> Path:
-    """Return a path of this user; ConfigError if it does not exist or is another user's."""
+    """Return a path that this user owns. ConfigError if the path does not exist or has another owner."""
     if not path.exists() or path.stat().st_uid != os.getuid():
         why = "another user's" if path.exists() else "not there"
         expected = f"{what} of your own: a drill changes nothing else"
@@ -165,7 +166,7 @@ def require_own(path: Path, what: str) -> Path:
 
 
 def refuse_disk(disk: Path | None, mib: int | None, *, is_slurm: bool) -> None:
-    """Raise ConfigError if the run cannot be on that filesystem on all nodes, or if it holds files."""
+    """Raise ConfigError if not all nodes can use that filesystem for the run, or if it has files."""
     if mib and (is_slurm or disk):
         found = f"--disk-mib {mib} of a run on Slurm" if is_slurm else f"--disk-mib {mib} and --disk {disk}"
         expected = "a small filesystem that all nodes mount: a tmpfs that is mounted now is this machine's alone"
@@ -182,7 +183,7 @@ def refuse_disk(disk: Path | None, mib: int | None, *, is_slurm: bool) -> None:
 
 @contextmanager
 def _disk(out: Path, disk: Path | None, mib: int | None) -> Iterator[Path | None]:
-    """Give the stormy run a small filesystem, and copy the run into ``out`` at the end."""
+    """Yield a small filesystem for the run with faults; None without one. Copies the run into ``out`` at the end."""
     if not mib and disk is None:
         yield None
         return
@@ -206,7 +207,7 @@ def _disk(out: Path, disk: Path | None, mib: int | None) -> Iterator[Path | None
 
 
 def _judge(quiet: RunFolder, site: Site, drill: Drill, wrong: list[str]) -> dict[str, Any]:
-    """Return the content of ``verdict.json``. ``wrong`` has what went wrong in the drill itself."""
+    """Return the content of ``verdict.json``. ``wrong`` has errors of the drill itself."""
     run, events = site.folder, site.folder.read_events()
     wrong = [*wrong, *(differing_state(quiet, run) if is_finished(events) else ["the run has not finished"])]
     wrong += [*differing_steps(quiet, run), *_remains(site)]

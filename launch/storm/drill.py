@@ -1,6 +1,6 @@
-"""One drill: the schedule of its faults, the run under them, and the verdict beside an undisturbed run.
+"""One drill: the schedule of its faults, the run with these faults, and the comparison with an undisturbed run.
 
-The run's command is repeated wherever it has ended before the run. ``faults.jsonl`` records the faults.
+The drill repeats the run's command whenever the command ends before the run. ``faults.jsonl`` records the faults.
 """
 
 from __future__ import annotations
@@ -40,26 +40,28 @@ from launch.storm.injection import (
 )
 
 UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "hung", "node_failed"))
-"""Limits that a drill lifts unless they were typed: in an hour of it more happens than they allow."""
+"""Overrides that lift restart limits in a drill, unless the user typed them. A drill has more faults than limits
+allow.
+"""
 LEAVING = ("signalled", "agent_stopped", "attempt_ended", "requeued", "agent_ended")
-"""Events of a run that stops: a checkpoint saved by then is no sign that the next start works."""
+"""Events of a run that stops. A checkpoint that was saved by then does not show that the next start works."""
 FELT_S = 180.0
-"""Time after which a fault that ends an attempt has done so: a silent rank or node is given up in less by default."""
+"""Seconds within which a fault ends its attempt, if at all. By default, a silent rank or node is given up earlier."""
 TRIES = 3
-"""Attempts to make a fault, whose process may just have ended."""
+"""Number of tries to inject a fault, whose target process may just have ended."""
 SAME = ("loss", "samples", "tokens", "images")
-"""Figures of a step that follow from the state and the samples alone."""
+"""Figures of a step that depend only on the state and the samples."""
 
 
 def choose_kinds(asked: Sequence[str], has: Collection[str]) -> list[str]:
-    """Return the names of the kinds of a drill: ``asked``, or by default all that are possible.
+    """Return the names of the kinds of faults in a drill: ``asked``, or by default all possible kinds.
 
     Args:
         asked: names that were typed.
-        has: those of ``SLURM``, ``SANDBOX``, ``SPARES`` and ``DISK`` that the drill has.
+        has: needs that the drill fulfils, of ``SLURM``, ``SANDBOX``, ``SPARES`` and ``DISK``.
 
     Raises:
-        ConfigError: there is no such kind, or the drill lacks what it needs.
+        ConfigError: there is no such kind, or the drill lacks a need of the kind.
     """
     possible = [name for name, kind in KINDS.items() if not kind.needs or kind.needs in has]
     for name in asked:
@@ -73,9 +75,9 @@ def choose_kinds(asked: Sequence[str], has: Collection[str]) -> list[str]:
 
 
 def make_schedule(seed: int, count: int, kinds: Sequence[str], ranks: int, most_steps: int) -> list[PlannedFault]:
-    """Draw a schedule: all kinds equally often, as far as the number goes, in an order that the seed decides.
+    """Draw a schedule of faults: all kinds equally often if possible, in an order that the seed decides.
 
-    A fault's number alone decides its rank, steps and seconds, so a longer schedule begins as a shorter one.
+    The rank, steps and seconds of a fault depend only on its number. So a longer schedule begins like a shorter one.
     """
     shuffle = random.Random(seed)
     order: list[str] = []
@@ -92,7 +94,7 @@ def make_schedule(seed: int, count: int, kinds: Sequence[str], ranks: int, most_
 
 @dataclass(frozen=True)
 class Interruption:
-    """The last fault: Unix times of its first blow and of its end, and true if an attempt ends by it."""
+    """The last fault: Unix times of its start and its end, and whether it ends an attempt."""
 
     struck: float
     over: float
@@ -100,11 +102,11 @@ class Interruption:
 
 
 class StuckError(RuntimeError):
-    """The run makes no progress any more."""
+    """Raised if the run makes no progress any more."""
 
 
 def start_launcher(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start the command of a run with these arguments, in a session of its own; its output goes to ``log``."""
+    """Start the command of a run with these arguments in its own session. The output goes to ``log``."""
     command = [sys.executable, "-m", "gpt_launch", *words]
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -113,7 +115,7 @@ def start_launcher(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 class Drill:
-    """A run under faults, from its first submission to its end."""
+    """A run with faults, from its first submission to its end."""
 
     def __init__(
         self, words: Sequence[str], site: Site, out: Path, patience_s: float, say: Callable[[str], None]
@@ -128,13 +130,13 @@ class Drill:
         self._words = [*words, *lifted, f"run_dir={self._run.path}"]
         self._process: subprocess.Popen[bytes] | None = None
         self.typed = 0
-        """Number of times that the command was typed."""
+        """Number of times that the drill has started the command."""
         self.faults: list[dict[str, Any]] = []
-        """The faults so far, each with its time."""
+        """Faults so far, each with its time."""
         site.is_over = lambda: self._process is None or self._process.poll() is not None
 
     def run(self, schedule: Sequence[PlannedFault]) -> bool:
-        """Take the run to its end through the faults of a schedule; return true if all faults were made.
+        """Take the run through the faults of a schedule to its end. Returns True if all faults were made.
 
         Raises:
             StuckError: the run makes no progress any more.
@@ -150,7 +152,7 @@ class Drill:
                     if tries > TRIES:
                         raise StuckError(f"{fault.kind}: {error}") from error
                     last = Interruption(time.time(), time.time())
-                    left.insert(1, left.pop(0))  # a srun that was killed comes with the next start of the job only
+                    left.insert(1, left.pop(0))  # A killed srun only returns with the next start of the job.
                     continue
                 tries, now = 0, time.time()
                 last = Interruption(self._site.struck or now, now, fault.kind not in MILD)
@@ -164,7 +166,7 @@ class Drill:
             self._end()
 
     def _wait_recovered(self, fault: PlannedFault, last: Interruption) -> bool:
-        """Wait until the run has saved since the last fault and made some more steps; False if it has finished."""
+        """Wait until the run has saved after the last fault and made more steps; False if it has finished."""
 
         def has_recovered() -> bool:
             saved = first_save(self._run.read_events(), last, time.time())
@@ -177,7 +179,7 @@ class Drill:
         return not self._is_finished()
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait, and type the command again if it has ended before the run has."""
+        """Wait for a condition, and repeat the command if it ends before the run."""
         deadline, before = time.monotonic() + self._patience_s, -1
         while not condition():
             if self._site.is_over() and not self._is_finished():
@@ -197,7 +199,7 @@ class Drill:
         return is_finished(self._run.read_events())
 
     def _end(self) -> None:
-        """Wait for the launcher of a run that has finished; cancel a run that has not."""
+        """Wait for the launcher of a finished run; cancel an unfinished run."""
         if self._process is None:
             return
         if self._is_finished():
@@ -214,11 +216,11 @@ class Drill:
 
 
 def first_save(events: Sequence[Mapping[str, Any]], last: Interruption, now: float) -> int | None:
-    """Return the step of the first checkpoint of the attempt that resumes after a fault; None if there is none yet.
+    """Return the step of the first checkpoint after a fault by the resumed attempt; None if there is none yet.
 
-    A checkpoint that an attempt saves on its way out is no sign of recovery: the next fault would meet a run that is
-    leaving, and two would be counted in place of one. If all agents were killed, no event says that the attempt ended,
-    and the start of the next one does. A blow without an effect for ``FELT_S`` has met what was over.
+    A checkpoint that an attempt saves while it stops does not count: the next fault would hit a run that is leaving. If
+    all agents were killed, no event shows the end of the attempt, but the next start does. After ``FELT_S`` seconds
+    without an effect, the fault counts as harmless, and any checkpoint counts.
     """
     later = [event for event in events if event["time"] > last.struck]
     felt = any(event["event"] in ("attempt_ended", "started") for event in later)
@@ -228,11 +230,11 @@ def first_save(events: Sequence[Mapping[str, Any]], last: Interruption, now: flo
     return next((event["step"] for event in later if event["event"] == "saved" and event["time"] > since), None)
 
 
-# The verdict: final state, samples, and goodput beside the prediction of Young and Daly.
+# The verdict: final state, samples, and goodput, compared with the prediction of Young and Daly.
 
 
 def sums_of(checkpoint: Path) -> dict[str, str]:
-    """Return the SHA-256 sum of each file with the state of a checkpoint, by its path."""
+    """Return the SHA-256 sum of each state file of a checkpoint: path -> sum."""
     sums = {}
     for path in files_of(checkpoint):
         with path.open("rb") as file:
@@ -255,7 +257,7 @@ def differing_state(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
 
 
 def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
-    """Yield the steps, rank by rank, that are missing, too many, or that used other samples than the quiet run's."""
+    """Yield a line for each step of a rank that is missing, surplus, or used other samples than the undisturbed run."""
     for rank in sorted({*quiet.metric_ranks(), *stormy.metric_ranks()}):
         one, other = ({r["step"]: r for r in read_records(run.metrics(rank))} for run in (quiet, stormy))
         missing, more = sorted(one.keys() - other), sorted(other.keys() - one)
@@ -272,13 +274,13 @@ def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Goodput by Young and Daly's first-order model from these times in seconds."""
+    """Goodput by Young and Daly's first-order model. All times are in seconds."""
 
     save_s: float
     interval_s: float
-    """Between two saves, computing."""
+    """Computing time between two saves in seconds."""
     restart_s: float
-    """From a fault to the next step."""
+    """Time from a fault to the next step in seconds."""
     between_faults_s: float
 
     @property
@@ -288,7 +290,7 @@ class Prediction:
 
     @property
     def best_interval_s(self) -> float:
-        """Interval with the best goodput (Young 1974)."""
+        """Interval between saves in seconds with the best goodput (Young 1974)."""
         return best_interval_s(self.save_s, self.between_faults_s)
 
     def as_dict(self) -> dict[str, float]:
@@ -298,20 +300,20 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Goodput of a run under faults, and the prediction from its own figures."""
+    """Goodput of a run with faults, and its prediction from the run's own figures."""
 
     goodput: float
     after_start: float
-    """The same without the first start, which is no part of the model."""
+    """Goodput without the first start, which the model does not cover."""
     seconds: Mapping[str, float]
     """Seconds by part of ``launch.report.goodput.PARTS``."""
     predicted: Prediction
 
 
 def measure(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> Measurement | None:
-    """Measure the goodput of a run under faults; None if it has too few figures.
+    """Measure the goodput of a run with faults; None if it has too few figures.
 
-    The prediction uses saves and steps up to the last fault: afterwards a run may continue for long at another pace.
+    The prediction uses saves and steps until the last fault: later the run may continue for long at another speed.
     """
     events = stormy.read_events()
     goodput = measure_goodput(stormy, events)
@@ -337,23 +339,23 @@ def measure(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> Measureme
 
 @dataclass(frozen=True)
 class Recovery:
-    """Cost of one fault: seconds to the first step that had not been made before, and their parts.
+    """Cost of one fault: seconds until the first new step, and their parts.
 
-    If no attempt ended by the fault, the longest pause between two steps from then to the next fault.
+    If the fault ended no attempt, the cost is the longest pause between two steps until the next fault.
     """
 
     kind: str
     road: str
-    """How the run continued: undisturbed, in place, spare, fewer nodes, requeue, or typed again."""
+    """Way in which the run continued: undisturbed, in place, spare, fewer nodes, requeue, or typed again."""
     total_s: float
     noticed_s: float = 0.0
-    """From the fault to the end of the attempt in the event log, or until the command was typed again."""
+    """Seconds from the fault to the end of the attempt in the event log, or until the command was repeated."""
     started_s: float = 0.0
-    """From there to the start of the ranks."""
+    """Seconds from the end of the attempt to the start of the ranks."""
     first_step_s: float = 0.0
-    """From there to the first step."""
+    """Seconds from the start of the ranks to the first step."""
     again_s: float = 0.0
-    """In steps done again."""
+    """Seconds of repeated steps."""
 
 
 def recoveries(
@@ -362,9 +364,9 @@ def recoveries(
     """Return the cost of each fault after which the run made a new step before the next fault.
 
     Args:
-        faults: ``kind`` and ``time`` of each, oldest first.
+        faults: ``kind`` and ``time`` of each fault, oldest first.
         events: the event log.
-        records: all step records of rank 0, those of steps done again too, with their ``time``.
+        records: all step records of rank 0 with their ``time``, including repeated steps.
     """
     found = []
     for number, fault in enumerate(faults):
@@ -372,7 +374,7 @@ def recoveries(
         until = faults[number + 1]["time"] if number + 1 < len(faults) else math.inf
         done = max((r["step"] for r in records if r["time"] <= at), default=0)
         last = max((r["attempt"] for r in records if r["time"] <= at), default=0)
-        # If all agents were killed, no event says that the attempt ended; the command that is typed again does.
+        # If all agents were killed, no event shows the end of the attempt, but the repeated command does.
         ends = [e for e in events if e["event"] in ("attempt_ended", "submitted") and at <= e["time"] < until]
         ends = [e for e in ends if e.get("cause") != "finished"]
         newer = [r for r in records if at < r["time"] < until and r["step"] > done]

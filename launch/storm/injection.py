@@ -1,7 +1,7 @@
-"""The faults of a drill: one table of kinds, and how each fault is made.
+"""The faults of a drill: one table of kinds, and a function for each kind.
 
-``python -m launch.storm.injection RUN SIGNAL WHAT WHICH`` signals processes of a run on this host. A drill starts it by
-srun on a node whose processes it cannot see. Only processes of the run that belong to this user are signalled.
+``python -m launch.storm.injection RUN SIGNAL WHAT WHICH`` signals processes of a run on this host. A drill starts this
+command by srun on nodes whose processes it cannot see. It signals only processes of the run that belong to this user.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from launch.runs.folder import RunFolder
 from launch.slurm.jobs import SUBMISSION
 
 AGENTS = ({SUBMISSION}, {"gpt_launch", "agent"})
-"""Words in the command line of an agent: one that submitit started, or a plain batch script."""
+"""Words in the command line of an agent: started by submitit, or by a plain batch script."""
 PATIENCE_S = 120.0
-"""Time in seconds that a process to be signalled has to start, and a run to begin a save."""
+"""Longest wait in seconds for a process to signal, and for the begin of a save."""
 RESTART_S = 300.0
-"""Time in seconds that a preempted job has to start again, and a command of Slurm to answer."""
+"""Longest wait in seconds for the next start of a preempted job, and for an answer of a Slurm command."""
 EARLY_PREEMPTIONS = 3
 BOOKKEEPING = "manifest.json"
-"""File in a checkpoint with the time and the attempt of the save: the state is in the other files."""
+"""File in a checkpoint with time and attempt of the save. All other files have the state."""
 T = TypeVar("T")
 
 
 class FaultError(RuntimeError):
-    """A fault that cannot be made."""
+    """Raised if a fault cannot be made."""
 
 
 def wait(
@@ -50,7 +50,9 @@ def wait(
     *,
     poll_s: float = 0.05,
 ) -> T:
-    """Poll a condition and return its value once that is true; FaultError after ``timeout_s``, or if ``is_over``."""
+    """Poll a condition and return its value once it is true. FaultError after ``timeout_s`` seconds, or if
+    ``is_over``.
+    """
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         if time.monotonic() > deadline or is_over():
@@ -78,7 +80,7 @@ def of_run(run_dir: Path) -> list[psutil.Process]:
 
 
 def ranks_of(run_dir: Path) -> dict[int, psutil.Process]:
-    """Return the process of each rank of a run, by rank, without the processes that a rank has started."""
+    """Return the process of each rank of a run, by rank, without child processes of the rank."""
     found = of_run(run_dir)
     ranks = {process.pid: process.info["environ"].get("RANK", "") for process in found}
     first = [p for p in found if ranks[p.pid].isdigit() and ranks.get(p.info["ppid"]) != ranks[p.pid]]
@@ -86,7 +88,7 @@ def ranks_of(run_dir: Path) -> dict[int, psutil.Process]:
 
 
 def is_agent(words: Sequence[str]) -> bool:
-    """Return true for the command line of an agent, or of the srun that starts agents."""
+    """Return True for the command line of an agent, or of the srun that starts agents."""
     return any(agent <= {*words} for agent in AGENTS)
 
 
@@ -94,7 +96,7 @@ def of_job(job: str, program: str, conf: str | None) -> list[psutil.Process]:
     """Return the processes of a Slurm job that are agents or start agents, children first.
 
     Args:
-        job: Slurm's id.
+        job: Slurm's id of the job.
         program: beginning of the program's name: ``srun``, or ``python`` for agents.
         conf: the job's SLURM_CONF, as jobs of other clusters have the same ids.
     """
@@ -105,14 +107,19 @@ def of_job(job: str, program: str, conf: str | None) -> list[psutil.Process]:
         if process.info["environ"].get("SLURM_JOB_ID") == job and process.info["environ"].get("SLURM_CONF") == conf
     ]
     pids = {process.pid for process in found}
-    return sorted(found, key=lambda process: process.info["ppid"] not in pids)  # a child may act on its parent's end
+    # A child may react to the end of its parent.
+    return sorted(found, key=lambda process: process.info["ppid"] not in pids)
 
 
 def processes_to_signal(run_dir: Path, what: str, which: str) -> list[psutil.Process]:
-    """Return the processes of this host by ``what`` they are: empty if there are none.
+    """Return the processes on this host that a fault signals; empty if there are none.
 
-    rank, agent: of the rank ``which``. agents, srun, srun_alone: of the job ``which``; srun comes with the helper that
-    would end its step, and srun_alone without.
+    Args:
+        run_dir: folder of the run.
+        what: ``rank`` or ``agent`` for the rank ``which``; ``agents``, ``srun`` or ``srun_alone`` for the job
+            ``which``.
+            ``srun`` includes the helper process that would end srun's step, ``srun_alone`` does not.
+        which: number of the rank or job.
     """
     if what in ("rank", "agent"):
         rank = ranks_of(run_dir).get(int(which))
@@ -127,7 +134,7 @@ def processes_to_signal(run_dir: Path, what: str, which: str) -> list[psutil.Pro
 def wait_for_processes(
     run_dir: Path, what: str, which: str, *, in_save: bool = False, is_over: Callable[[], bool] = lambda: False
 ) -> list[psutil.Process]:
-    """Wait for processes to signal, and for the beginning of a save if ``in_save``; FaultError if they do not come."""
+    """Wait for processes to signal, and with ``in_save`` for the start of a save. FaultError if they do not appear."""
     patience_s = 0.0 if what.startswith("srun") else PATIENCE_S
 
     def found() -> list[psutil.Process]:
@@ -138,7 +145,7 @@ def wait_for_processes(
         folder = RunFolder(run_dir).checkpoints
         before = entries(folder)
         wait(lambda: entries(folder) - before, "a save", PATIENCE_S, is_over, poll_s=0.001)
-        processes = found()  # the rank may be another process by now
+        processes = found()  # The rank may be another process by now.
     return processes
 
 
@@ -152,7 +159,7 @@ def entries(folder: Path) -> set[tuple[str, int]]:
 
 
 def send(processes: Sequence[psutil.Process], number: signal.Signals) -> list[int]:
-    """Signal processes and return the ids of those that had not ended."""
+    """Signal processes. Returns the ids of those that still ran."""
     sent = []
     for process in processes:
         with suppress(psutil.NoSuchProcess):
@@ -163,7 +170,7 @@ def send(processes: Sequence[psutil.Process], number: signal.Signals) -> list[in
 
 @refusing
 def main() -> int:
-    """Signal processes of a run on this host. Exit status 1 if there are none."""
+    """Signal processes of a run on this host. Returns exit status 1 if there are none."""
     parser = CommandParser(prog="python -m launch.storm.injection", description="Signal a process of a run here.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("signal", choices=("SIGKILL", "SIGTERM", "SIGSTOP", "SIGCONT"))
@@ -184,7 +191,7 @@ def main() -> int:
 
 
 def checkpoints(folder: RunFolder) -> list[Path]:
-    """Return the checkpoints that a run can resume from, newest first; hidden names are unfinished checkpoints."""
+    """Return the checkpoints from which a run can resume, newest first. Hidden names are unfinished checkpoints."""
     listed = workload_of_run(folder).checkpoints(folder)
     if listed is not None:
         return [each.path for each in listed if each.step is not None]
@@ -193,7 +200,7 @@ def checkpoints(folder: RunFolder) -> list[Path]:
 
 
 def files_of(checkpoint: Path) -> list[Path]:
-    """Return the files with the state of a checkpoint: all but hidden files and the manifest."""
+    """Return the state files of a checkpoint: all files except hidden ones and the manifest."""
     if checkpoint.is_file():
         return [checkpoint]
     found = (path for path in checkpoint.rglob("*") if path.is_file())
@@ -202,18 +209,18 @@ def files_of(checkpoint: Path) -> list[Path]:
 
 @dataclass
 class Site:
-    """A run and its surroundings."""
+    """A run that a drill disturbs, and its surroundings."""
 
     folder: RunFolder
     is_slurm: bool = False
     sandbox: Path | None = None
-    """Directory of its sandbox, whose processes are this machine's."""
+    """Directory of the run's sandbox, whose processes are on this machine; None without a sandbox."""
     disk: Path | None = None
-    """Filesystem of the drill's own that the run writes into."""
+    """Small filesystem of the drill for the run's folder; None without one."""
     is_over: Callable[[], bool] = lambda: False
-    """Returns true once the run has ended, so that nothing more will come."""
+    """Function that returns True once the run has ended."""
     struck: float | None = None
-    """Unix time of the first blow of the fault that is being made."""
+    """Unix time at which the current fault began to act; None before."""
 
     @property
     def job(self) -> str:
@@ -229,28 +236,30 @@ class Site:
         raise FaultError("no attempt has recorded the nodes of its ranks")
 
     def running_rank(self, rank: int) -> int:
-        """Return ``rank``, or another rank if the run has resumed with fewer nodes than planned."""
+        """Return ``rank``, or another rank if the run has resumed with too few nodes for it."""
         sizes = [e["world_size"] for e in self.folder.read_events() if e["event"] == "started" and e.get("world_size")]
         return rank % sizes[-1] if sizes else rank
 
     def spares(self) -> list[str]:
-        """Return the idle spare nodes of the job; none are left after one of its nodes was lost."""
+        """Return the idle spare nodes of the job; empty after the job has lost a node."""
         told = [e for e in self.folder.read_events() if e["event"] in ("agent_started", "members")][-1]
         return [str(name) for name in told.get("spares") or []]
 
     def starts(self) -> int:
-        """Return the number of starts of the job so far in which its agents have begun."""
+        """Return the number of starts of the job in which its agents have begun."""
         return sum(event["event"] == "agent_started" for event in self.folder.read_events())
 
     def restart(self, by: Callable[[], str]) -> str:
-        """Call ``by``, which has the job start again, and wait until the agents have begun; return what was done."""
+        """Call ``by``, which restarts the job, and wait until the agents have begun. Returns a text about the
+        action.
+        """
         count = self.starts()
         done = by()
         wait(lambda: self.starts() > count, f"another start of job {self.job}", RESTART_S, self.is_over)
         return done
 
     def command(self, *words: str) -> str:
-        """Run a command that hurts to its end and return its first line; FaultError if it fails."""
+        """Run a command that causes a fault, and return its first line of output. FaultError if the command fails."""
         self.struck = self.struck or time.time()
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=RESTART_S, stdin=subprocess.DEVNULL)
@@ -261,7 +270,7 @@ class Site:
         return done.stdout.strip().partition("\n")[0]
 
     def in_sandbox(self, *words: str) -> str:
-        """Run a command of the sandbox and return its first line."""
+        """Run a command of the sandbox, and return its first line of output."""
         return self.command(sys.executable, "-m", "gpt_launch", "slurm.sandbox", *words, "--dir", str(self.sandbox))
 
     def requeue(self) -> str:
@@ -270,7 +279,7 @@ class Site:
         return f"scontrol requeue {self.job}"
 
     def by_srun(self, host: str, number: signal.Signals, what: str, which: str, *options: str) -> str:
-        """Signal processes of another node and return what was done."""
+        """Signal processes on another node by srun. Returns a text about the action."""
         place = ["--overlap", f"--jobid={self.job}", "--nodes=1", "--ntasks=1", f"--nodelist={host}"]
         program = ["gpt_launch", "launch.storm.injection", str(self.folder.path), number.name, what, which]
         self.command("srun", *place, sys.executable, "-m", *program, *options)
@@ -279,22 +288,22 @@ class Site:
     def signal(
         self, number: signal.Signals, what: str, which: str, rank: int, *, seconds: float = 0.0, in_save: bool = False
     ) -> str:
-        """Signal processes of a run on whatever node, and return what was done; FaultError if there are none.
+        """Signal processes of a run on any node. Returns a text about the action; FaultError if there are no processes.
 
         Args:
-            number: the signal.
-            what: of ``processes_to_signal``.
+            number: number of the signal.
+            what: kind of processes, as for ``processes_to_signal``.
             which: number of a rank or of a job.
-            rank: its node is that of the processes.
-            seconds: time after which SIGSTOP is undone, of the same processes; 0 for never.
-            in_save: true to wait until a save begins.
+            rank: rank whose node has the processes.
+            seconds: seconds after which SIGSTOP is undone; 0 for never.
+            in_save: True to wait until a save begins.
         """
         if self.is_slurm and self.sandbox is None:
             host, job = self.host_of(rank), self.job
             done = self.by_srun(host, number, what, which, *(["--in-save"] if in_save else []))
             if seconds:
                 time.sleep(seconds)
-                with suppress(FaultError):  # its node may have been given up meanwhile, and the job be elsewhere
+                with suppress(FaultError):  # The node may have been given up, and the job may run elsewhere.
                     self.by_srun(host, signal.SIGCONT, "agents", job)
             return done
         found = wait_for_processes(self.folder.path, what, which, in_save=in_save, is_over=self.is_over)
@@ -308,7 +317,7 @@ class Site:
         return f"{number.name} to {', '.join(map(str, sent))}"
 
 
-# The faults. Each returns a text about what was done.
+# The faults. Each function returns a text about its action.
 
 
 def _signal_rank(number: signal.Signals, what: str = "rank", *, in_save: bool = False) -> Inject:
@@ -318,7 +327,7 @@ def _signal_rank(number: signal.Signals, what: str = "rank", *, in_save: bool = 
 
 
 def _damage(fault: PlannedFault, site: Site) -> str:
-    """Damage the newest checkpoint and kill a rank, so that the next start finds the damage."""
+    """Damage the newest checkpoint and kill a rank, so that the next start meets the damage."""
     draw = random.Random(fault.salt)
     newest = checkpoints(site.folder)[0]
     files = [path for path in files_of(newest) if path.stat().st_size]
@@ -357,7 +366,10 @@ def _full_disk(fault: PlannedFault, site: Site) -> str:
 
 
 def _kill_srun(fault: PlannedFault, site: Site) -> str:
-    """Kill the srun of the batch script. A start whose srun was killed before has none: the next start has one."""
+    """Kill the srun of the batch script.
+
+    If the srun of this start was killed before, the fault waits for the next start of the job.
+    """
 
     def kill() -> str:
         return site.signal(signal.SIGKILL, fault.kind.removeprefix("kill_"), site.job, 0)
@@ -369,7 +381,7 @@ def _kill_srun(fault: PlannedFault, site: Site) -> str:
 
 
 def _preempt(fault: PlannedFault, site: Site) -> str:
-    """Preempt the job; for preempt_early several starts of the job, each as soon as its agents have begun."""
+    """Preempt the job. The kind preempt_early preempts several starts, each as soon as its agents have begun."""
 
     def preempt() -> str:
         return site.in_sandbox("preempt", site.job, "--seconds", "1")
@@ -379,7 +391,7 @@ def _preempt(fault: PlannedFault, site: Site) -> str:
 
 
 def _node_fault(fault: PlannedFault, site: Site) -> str:
-    """Make the fault of this name to a node, and heal it; a spare node comes with a requeue if none is left."""
+    """Make the node fault of this kind, and heal the node. If no spare node is left, requeue the job to get one."""
     if fault.kind == "power_cut_spare":
         if not site.spares():
             site.restart(site.requeue)
@@ -398,7 +410,8 @@ def _stop_controller(fault: PlannedFault, site: Site) -> str:
     done = site.in_sandbox("stop-controller")
     try:
         with suppress(FaultError):
-            site.signal(signal.SIGTERM, "agent", "0", 0)  # which then queries who sent it, and gets no answer
+            # Slurm then queries the sender of the request, and gets no answer.
+            site.signal(signal.SIGTERM, "agent", "0", 0)
         time.sleep(fault.seconds)
     finally:
         site.in_sandbox("start-controller")
@@ -408,22 +421,24 @@ def _stop_controller(fault: PlannedFault, site: Site) -> str:
 SLURM, SANDBOX = "Slurm", "a sandbox (--sandbox DIR)"
 DISK = "a filesystem of the drill's own (--disk FOLDER, or --disk-mib N without Slurm)"
 SPARES = "a sandbox and a spare node (--sandbox DIR, spare_nodes=1)"
-"""Needs of a kind of fault."""
+"""Texts for the needs of a kind of fault."""
 REBOOTS = (2.0, 3.0, 8.0, 14.0)
-"""Seconds without power: all but the last are over before Slurm calls the node down, and srun ends the step then."""
+"""Seconds without power. Only the last one is longer than Slurm waits before the node is down; srun then ends
+the step.
+"""
 OUTAGES = (2.0, 8.0, 40.0)
 """Seconds without a sign of life: a moment, less than ``resilience.node_timeout_s``, and more."""
 ABSENCES = (20.0, 75.0, 300.0)
 """Seconds without a controller."""
 MILD = {"sigstop_agent", "full_disk", "kill_srun", "power_cut_spare", "freeze", "cut_link"}
-"""Kinds by which no attempt has to end."""
+"""Kinds that need not end an attempt."""
 DAMAGING = {"truncate", "flip_bit"}
-"""Kinds that damage the newest checkpoint, so there has to be an older one."""
+"""Kinds that damage the newest checkpoint, so an older checkpoint is required."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fault: what it does, for people, what it needs, seconds to choose from, and how it is made."""
+    """One kind of fault: its effect for people, its needs, durations to choose from, and its function."""
 
     what: str
     inject: Inject
@@ -433,20 +448,20 @@ class Kind:
 
 @dataclass(frozen=True)
 class PlannedFault:
-    """One fault of a schedule; it hits ``rank`` or the node of that rank, and lasts for ``seconds``."""
+    """One fault of a schedule. It hits ``rank``, or the node of that rank, and lasts for ``seconds``."""
 
     number: int
     kind: str
     rank: int
     after_steps: int
-    """Steps that the run makes before it, once the run has recovered from the fault before."""
+    """Number of steps that the run makes before the fault, after it has recovered from the previous one."""
     seconds: float
     salt: int
-    """Chooses the rest, such as which bit is flipped."""
+    """Random number for further choices, such as the bit that is flipped."""
 
     @property
     def text(self) -> str:
-        """Description for people."""
+        """Description of the fault for people."""
         return KINDS[self.kind].what.format(rank=self.rank, seconds=self.seconds)
 
 
@@ -484,7 +499,7 @@ KINDS = {
 
 
 def inject(fault: PlannedFault, site: Site) -> str:
-    """Make a fault, undo it after its seconds, and return what was done; FaultError if it cannot be made."""
+    """Make a fault, undo it after its seconds, and return a text about it. FaultError if it cannot be made."""
     site.struck = None
     return KINDS[fault.kind].inject(replace(fault, rank=site.running_rank(fault.rank)), site)
 

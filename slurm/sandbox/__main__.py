@@ -1,4 +1,4 @@
-"""The command line of the sandbox: ``python -m slurm.sandbox up``, and ``--help`` for the rest."""
+"""Command line of the sandbox: ``python -m slurm.sandbox up``, and ``--help`` for the rest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ UP: dict[str, dict[str, Any]] = {
     "cluster_name": {"metavar": "NAME", "help": "Slurm's name of the cluster"},
     "join": {"metavar": "DIR", "help": "share the slurmdbd of the sandbox in DIR: sbatch --clusters"},
 }
-"""Field of ``Settings`` -> arguments of its option."""
+"""Field of ``Settings`` -> arguments of its option on the command line."""
 FAULTS = {
     "power-cut": (faults.power_cut, "switch nodes off, without a message to anyone"),
     "cut-link": (faults.cut_link, "cut the network cable of nodes; they run on"),
@@ -48,12 +48,14 @@ FAULTS = {
 }
 
 Command = Callable[[Cluster, argparse.Namespace], Iterator[str]]
-"""Does a subcommand and yields the lines to print."""
+"""Function that runs a subcommand and yields the lines to print."""
 
 
 @refusing
 def main(arguments: list[str] | None = None) -> int:
-    """Do one subcommand. Exit status: 0 done, 1 failed, 2 refused, 3 no sandbox is up (of ``status``)."""
+    """Run one subcommand. Returns the exit status: 0 done, 1 failed, 2 refused, 3 no sandbox is up (``status``
+    only).
+    """
     options = _parser().parse_args(arguments)
     try:
         for line in options.command(Cluster(options.dir), options):

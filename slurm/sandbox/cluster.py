@@ -1,4 +1,4 @@
-"""A sandbox as a whole, for tests and the command line: up, status, down."""
+"""A whole sandbox, for tests and the command line: up, status, down."""
 
 from __future__ import annotations
 
@@ -40,19 +40,21 @@ from slurm.sandbox.state import (
 )
 
 TEMPLATES = Path(__file__).with_name("templates")
-"""Files of Slurm: their names are those in the directory ``etc`` of a sandbox."""
+"""Folder of templates of Slurm's files. Each has the name of its file in the directory ``etc`` of a sandbox."""
 SAVE_S = 120.0
-"""Time in seconds that slurmctld has to save its state before it is killed: a busy machine takes more than seconds, and
-a slurmctld that is killed meanwhile may have forgotten its latest jobs."""
+"""Seconds that slurmctld has to save its state before it is killed.
+
+A busy machine takes more than some seconds. If slurmctld is killed too early, it forgets its latest jobs.
+"""
 
 
 def replaced(ours: list[str], theirs: Sequence[str], separator: str = " ") -> str:
-    """Join KEY=VALUE texts, with those of ``theirs`` in place of ours of the same key in any case."""
+    """Join KEY=VALUE texts. A text of ``theirs`` replaces the text of ``ours`` with the same key, in any case."""
     return separator.join({text.partition("=")[0].lower(): text for text in (*ours, *theirs)}.values())
 
 
 def write_files(state: State) -> None:
-    """Make the folders and files of a sandbox: configuration, key, device files, and room for the daemons."""
+    """Create the folders and files of a sandbox: configuration, key, device files, and folders for the daemons."""
     for name in ("etc", "munge", "log", "run", "controller", "spool", "gpu"):
         (state.directory / name).mkdir(mode=0o755)
     gpus = [state.directory / "gpu" / f"nvidia{index}" for index in range(state.settings.gpus_per_node)]
@@ -69,7 +71,7 @@ def write_files(state: State) -> None:
 
 
 def filled(name: str, state: State, **known: Any) -> str:
-    """Return the text of a file made of the template of this name."""
+    """Return the text of a file from the template of this name."""
     # Without namespaces, the controller has the host name of this machine, without the domain.
     host = socket.gethostname().partition(".")[0] if state.why_one_host else "ctl"
     template = jinja2.Template((TEMPLATES / name).read_text(), trim_blocks=True, keep_trailing_newline=True)
@@ -90,7 +92,7 @@ def _answers(address: str | tuple[str, int]) -> bool:
 def start_munged(state: State) -> None:
     """Start munged and wait until it answers."""
     place, log = state.munge_socket.parent, state.directory / "log" / "munged.log"
-    # --force, because the directory of a sandbox may be one that others can write to, as /tmp is.
+    # --force, because other users may be able to write to a sandbox's directory, as in /tmp.
     command = f"munged --foreground --force --socket={state.munge_socket} --key-file={place}/key --log-file={log}"
     command += f" --pid-file={state.directory}/run/munged.pid --seed-file={place}/seed"
     state.start("munged", command.split())
@@ -98,7 +100,7 @@ def start_munged(state: State) -> None:
 
 
 def start_controller(state: State) -> None:
-    """Start slurmctld, with a host name of its own if the nodes have namespaces."""
+    """Start slurmctld. It gets its own host name if the nodes have namespaces."""
     if state.why_one_host:
         state.start("slurmctld", ["slurmctld", "-D"])
         return
@@ -112,14 +114,14 @@ def start_accounting(state: State) -> None:
     assert state.accounting is not None
     folder, user = state.directory / "database", getpass.getuser()
     folder.mkdir(mode=0o700)
-    # Without grant tables anyone who reaches the socket is let in; the folder around it is open to its owner alone.
+    # Without grant tables, everyone who reaches the socket is admitted. Only the owner can open the folder around it.
     common = f"--no-defaults --datadir={folder}/data --user={user}"
     make = f"mariadb-install-db {common} --skip-test-db --skip-name-resolve --auth-root-authentication-method=normal"
     run(make.split(), timeout_s=120.0)
     command = (
         f"mariadbd {common} --socket={folder}/socket --skip-networking --skip-grant-tables --pid-file={folder}/pid"
     )
-    # slurmdbd complains of other values; and nothing in here has to outlive a power cut.
+    # slurmdbd complains about other values, and no data here has to survive a power cut.
     command += f" --tmpdir={folder} --innodb-lock-wait-timeout=900 --innodb-flush-log-at-trx-commit=0"
     state.start("mariadbd", command.split())
     state.wait_ready("mariadbd", lambda: _answers(f"{folder}/socket"))
@@ -142,13 +144,13 @@ def accounting_to_join(settings: Settings) -> Endpoint:
 
 
 def clear(state: State) -> None:
-    """End all processes of a sandbox, whether it is whole, half built or crashed; remove its bridge and directory."""
+    """End all processes of a sandbox, also of a half built or crashed one. Removes its bridge and directory."""
     for name in state.nodes:
         nodes.switch_off(state, name)
     for daemon in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
         end(state.find(daemon), grace_s=5.0)
     if state.why_one_host:
-        # Again and again, because jobs that still run may start other processes meanwhile.
+        # Repeated, because jobs that still run may start other processes meanwhile.
         wait_until(lambda: not _end_jobs(state), timeout_s=30.0, what="the processes of jobs to end")
     else:
         nodes.remove_network(state)
@@ -156,7 +158,7 @@ def clear(state: State) -> None:
 
 
 def _end_jobs(state: State) -> bool:
-    """End what slurmds that have ended left on this host; return whether there was any."""
+    """End processes of jobs that slurmds have left on this host. Returns whether there were any."""
     found = [process for process in psutil.process_iter() if _is_of_job(state, process)]
     for process in found:
         end(process)
@@ -164,10 +166,10 @@ def _end_jobs(state: State) -> bool:
 
 
 def _is_of_job(state: State, process: psutil.Process) -> bool:
-    """Return true if a slurmd of this sandbox started a process: by our mark, or by the variables of a task of a job.
+    """Return True if a slurmd of this sandbox started a process: by the sandbox's mark, or by the variables of a job.
 
     A shell under salloc has SLURM_CONF and SLURM_JOB_ID too, but is on no node. slurmstepd writes its title over its
-    environment, and is known by its log.
+    environment, and is recognized by its log.
     """
     with contextlib.suppress(psutil.Error):
         if process.name() == "slurmstepd":
@@ -179,14 +181,14 @@ def _is_of_job(state: State, process: psutil.Process) -> bool:
 
 
 def log_tails(state: State) -> str:
-    """Return the end of every daemon's output, after the daemon's name, for an error message."""
+    """Return the end of every daemon's output with the daemon's name, for an error message."""
     files = sorted((state.directory / "log").glob("*.out"))
     return "".join(f"{file.name}: {file.read_text(errors='replace')[-500:]}\n" for file in files)
 
 
 @dataclass(frozen=True)
 class SlurmState:
-    """State of a node by Slurm: its short word, with a * if the node is silent, and why it is out of service."""
+    """State of a node in Slurm: its short word, with a * if the node is silent, and the reason of a drain."""
 
     word: str = "unknown"
     reason: str = ""
@@ -196,18 +198,18 @@ class SlurmState:
 
     @property
     def is_drained(self) -> bool:
-        """True if it gets no more jobs until an operator resumes it."""
+        """True if the node gets no more jobs until an operator resumes it."""
         return self.word.startswith(("drain", "drng"))
 
     @property
     def is_in_service(self) -> bool:
-        """True if it answers and may have jobs."""
+        """True if the node answers and may have jobs."""
         return not self.word.startswith(("drain", "drng", "down", "fail", "inval", "unk")) and self.word[-1] != "*"
 
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """State of a node: ``slurm`` is Slurm's view, the rest this machine's."""
+    """State of a node: ``slurm`` is Slurm's view, the rest is the view of this machine."""
 
     name: str
     at: Endpoint
@@ -218,7 +220,7 @@ class NodeStatus:
 
     @property
     def is_sound(self) -> bool:
-        """True if there is nothing to heal, but for limits on its cable."""
+        """True if no fault of the node needs healing. Limits on its cable do not count."""
         return self.power and self.link and not self.frozen and self.slurm.is_in_service
 
 
@@ -242,32 +244,32 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """Variables with which sbatch, squeue, srun and the like use this sandbox."""
+        """Environment variables with which sbatch, squeue, srun and others use this sandbox."""
         return {"SLURM_CONF": str(self.directory / "etc" / "slurm.conf")}
 
     @property
     def option(self) -> str:
-        """Option of a command for this sandbox: `` --dir DIR``, nothing for the default."""
+        """Option that selects this sandbox in a command: `` --dir DIR``, empty for the default."""
         return "" if self.directory == Cluster().directory else f" --dir {self.directory}"
 
     @property
     def nodes(self) -> list[str]:
-        """Names of the nodes, in order; ConfigError if the sandbox is not up."""
+        """Names of the nodes in order. ConfigError if the sandbox is not up."""
         return list(require(self.directory).nodes)
 
     def slurm(self, *args: str, timeout_s: float = 30.0) -> str:
-        """Run a Slurm command on this sandbox, as a user would, and return its output; SandboxError if it fails."""
+        """Run a Slurm command on this sandbox as a user, and return its output. SandboxError if the command fails."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
         return run(args, timeout_s=timeout_s, env={**clean, **self.env})
 
     def up(self, settings: Settings | None = None, *, timeout_s: float = 60.0) -> State:
         """Start the sandbox and wait until every node is idle.
 
-        Removes the remains of one that crashed here.
+        Remains of a crashed sandbox in this directory are removed first.
 
         Raises:
             ConfigError: the settings cannot work, or a sandbox is up here already.
-            SandboxError: the start fails; with the end of the daemons' logs, and with nothing left behind.
+            SandboxError: the start failed. The message has the end of the daemons' logs, and nothing is left behind.
         """
         settings = settings or Settings()
         check(settings, self.directory)
@@ -352,7 +354,7 @@ class Cluster:
         return f"{len(self.nodes)} idle nodes; Slurm says {said or 'nothing'}{fix}"
 
     def wait_idle(self, *, timeout_s: float = 60.0) -> None:
-        """Wait until every node is idle and answers; SandboxError with Slurm's view if that does not come."""
+        """Wait until every node is idle and answers. SandboxError with Slurm's view after ``timeout_s`` seconds."""
         wait_until(self._all_idle, timeout_s=timeout_s, what=self._nodes_in_words)
 
     def slurm_states(self) -> dict[str, SlurmState]:
@@ -380,7 +382,7 @@ class Cluster:
         ]
 
     def down(self) -> bool:
-        """End everything that the sandbox started and remove its directory; False if there was nothing."""
+        """End all processes of the sandbox and remove its directory. Returns False if there was no sandbox."""
         if not self.directory.is_dir():
             return False
         with locked(self.directory):
@@ -390,12 +392,12 @@ class Cluster:
             return state is not None
 
     def stop_controller(self) -> None:
-        """End slurmctld, as an upgrade does: nodes and jobs run on, and no command is answered."""
+        """End slurmctld as an upgrade does: nodes and jobs continue, but no command is answered."""
         with opened(self.directory) as state:
             end(state.find("slurmctld"), grace_s=SAVE_S)
 
     def start_controller(self) -> None:
-        """Start slurmctld again, from its saved state; nothing if it runs."""
+        """Start slurmctld again from its saved state, unless it runs."""
         with opened(self.directory) as state:
             if not state.find("slurmctld"):
                 start_controller(state)

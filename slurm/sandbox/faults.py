@@ -1,4 +1,6 @@
-"""Faults of a cluster, made on purpose: power, cables, hangs, preemption. Each returns a sentence about the fault."""
+"""Deliberate faults of a cluster: power, cables, hangs, preemption. Each function returns a sentence about the
+fault.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def _check_name(cluster: Cluster, state: State, fault: str, name: str) -> None:
 
 @contextmanager
 def _running(cluster: Cluster, fault: str, name: str) -> Iterator[State]:
-    """Yield the record of a sandbox for a fault of a node; ConfigError if the node cannot have the fault."""
+    """Yield the record of a sandbox for a fault of a node. ConfigError if the node cannot have the fault."""
     with opened(cluster.directory) as state:
         if state.why_one_host:
             raise ConfigError(
@@ -36,7 +38,7 @@ def _running(cluster: Cluster, fault: str, name: str) -> Iterator[State]:
 
 
 def power_cut(cluster: Cluster, name: str) -> str:
-    """End a node within an instant, silently: its cable is cut before its processes end, so no peer is notified."""
+    """Cut the power of a node: its cable is cut before its processes end, so no peer is notified."""
     with _running(cluster, "power-cut", name) as state:
         nodes.set_link(state, name, up=False)
         nodes.switch_off(state, name)
@@ -44,7 +46,7 @@ def power_cut(cluster: Cluster, name: str) -> str:
 
 
 def cut_link(cluster: Cluster, name: str) -> str:
-    """Cut a node's cable; everything on the node runs on."""
+    """Cut the cable of a node. All its processes continue."""
     with _running(cluster, "cut-link", name) as state:
         nodes.set_link(state, name, up=False)
     return f"{name} has no link, and its processes run on"
@@ -58,7 +60,9 @@ def freeze(cluster: Cluster, name: str) -> str:
 
 
 def link(cluster: Cluster, name: str, **limits: float | None) -> str:
-    """Limit a node's cable, each direction alike. ``limits`` are fields of ``nodes.Limits``; without them, none."""
+    """Limit the cable of a node in each direction. ``limits`` are fields of ``nodes.Limits``; without them, remove all
+    limits.
+    """
     given = nodes.Limits(**limits)
     with _running(cluster, "link", name) as state:
         nodes.limit(state, name, given)
@@ -66,9 +70,9 @@ def link(cluster: Cluster, name: str, **limits: float | None) -> str:
 
 
 def heal(cluster: Cluster, name: str) -> str:
-    """Undo all faults of a node: switch it on, or continue its processes and free its cable; then resume it in Slurm.
+    """Undo all faults of a node: power, stopped processes, and cable. Then resume the node in Slurm.
 
-    Slurm drains a node by itself too, such as one on which it could not end a step, and leaves it to an operator.
+    Slurm itself also drains a node, for example after a step that it could not end, and leaves it to an operator.
     """
     done = []
     with opened(cluster.directory) as state:
@@ -90,7 +94,7 @@ def heal(cluster: Cluster, name: str) -> str:
 
 
 def preempt(cluster: Cluster, job: str, *, seconds: int = 5) -> str:
-    """Preempt a running job: submit a job to the last partition that takes all nodes of it for ``seconds``.
+    """Preempt a running job with a new job in the last partition. The new job takes all nodes for ``seconds``.
 
     Returns the new job's id. ConfigError if the job does not run, or runs in that partition already.
     """

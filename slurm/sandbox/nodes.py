@@ -1,7 +1,7 @@
 """The nodes of a sandbox: their addresses, cables and power; limits on a cable; frozen processes.
 
-A bridge joins the controller and, by one cable (a veth pair) each, all nodes. A node is a process with namespaces of
-its own around a slurmd; where nodes share one host, a node is a slurmd on a port of its own.
+A bridge joins the controller and all nodes, each by one cable (a veth pair). A node is a process with its own
+namespaces around a slurmd. If nodes share one host, a node is a slurmd on its own port.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from slurm.sandbox.state import (
 )
 
 RANGE = ipaddress.IPv4Network("10.64.0.0/10")
-"""Private addresses; 10.0 to 10.63 are left to real clusters, which often use them."""
+"""Range of private addresses. 10.0 to 10.63 are left to real clusters, which often use them."""
 FIRST_NODE = 10
 INIT = Path(__file__).with_name("node_init.sh")
 
 
 def ip(words: str) -> str:
-    """Run ``ip`` with these words and return its output."""
+    """Run ``ip`` with these arguments and return its output."""
     return run(["ip", *words.split()])
 
 
 def free_port(address: str) -> int:
-    """Return a port on which nothing listens, below those that the kernel takes for connections."""
+    """Return a free port of ``address`` below the ports that the kernel uses for outgoing connections."""
     for port in random.SystemRandom().sample(range(10000, 30000), 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((address, port))
@@ -69,28 +69,28 @@ def _free_network() -> ipaddress.IPv4Network:
 
 
 def place(state: State) -> None:
-    """Give the controller and all nodes an address on a bridge of their own, or a port of this host."""
+    """Assign addresses on a new bridge to the controller and all nodes, or ports of this host."""
     names = [f"n{index}" for index in range(1, state.settings.nodes + 1)]
     if state.why_one_host:
-        first, *others = {free_port("127.0.0.1") for _ in range(2 * len(names) + 2)}  # a few may be the same
+        first, *others = {free_port("127.0.0.1") for _ in range(2 * len(names) + 2)}  # A few numbers may be equal.
         state.controller = Endpoint("127.0.0.1", first)
         state.nodes = {name: Endpoint("127.0.0.1", port) for name, port in zip(names, others, strict=False)}
         return
     # One sandbox at a time chooses its network.
     with FileLock("/run/lock/slurm-sandbox", timeout=60.0):
         network = _free_network()
-        # Left to itself, a bridge changes its hardware address when a cable goes, and the nodes lose the controller.
+        # By default, a bridge changes its hardware address when a cable is removed, and the nodes lose the controller.
         ip(f"link add {state.bridge} address {_mac(str(network[1]))} type bridge")
         ip(f"address add {network[1]}/24 dev {state.bridge}")
         ip(f"link set {state.bridge} up")
-    # A controller that has joined another sandbox listens at every address.
+    # A controller that has joined another sandbox listens on every address.
     port = free_port("0.0.0.0" if state.settings.join else str(network[1]))
     state.controller = Endpoint(str(network[1]), port)
     state.nodes = {name: Endpoint(str(network[FIRST_NODE + index]), port) for index, name in enumerate(names)}
 
 
 def _mac(address: str) -> str:
-    """Return a hardware address made of an IP address: other nodes remember it, and a node that comes back keeps it."""
+    """Return a hardware address derived from an IP address. Other nodes remember it, so a returning node keeps it."""
     return ":".join(f"{byte:02x}" for byte in (2, 0, *ipaddress.IPv4Address(address).packed))
 
 
@@ -103,7 +103,7 @@ def remove_network(state: State) -> None:
 
 
 def delete(interface: str) -> None:
-    """Delete an interface, which may vanish by itself meanwhile, as the namespace of its far end ends."""
+    """Delete an interface. It may vanish by itself when the namespace of its other end ends."""
 
     def is_gone() -> bool:
         if not _exists(interface):
@@ -125,9 +125,10 @@ def cable(state: State, name: str) -> str:
 
 
 def delay_ends(state: State, name: str) -> tuple[str, str]:
-    """Return the interfaces between a node's cable and the bridge if a program delays frames, the bridge's last.
+    """Return the two interfaces of the program that delays frames, between a node's cable and the bridge.
 
-    Names of interfaces have at most 15 letters, as many as a cable's may have.
+    The interface at the bridge is second. Names of interfaces have at most 15 letters, and a cable's name may be as
+    long.
     """
     rest = cable(state, name).removeprefix("ssb")
     return f"ssp{rest}", f"ssd{rest}"
@@ -139,14 +140,14 @@ def set_link(state: State, name: str, *, up: bool) -> None:
 
 
 def link_is_up(state: State, name: str) -> bool:
-    """Return true if a node's cable exists and is connected."""
+    """Return True if a node's cable exists and is connected."""
     with contextlib.suppress(OSError):
         return bool(int(Path("/sys/class/net", cable(state, name), "flags").read_text(), 16) & 1)
     return False
 
 
 def switch_on(state: State, name: str) -> None:
-    """Start a node and record it; slurmd registers with the controller by itself."""
+    """Start a node and record it. Its slurmd registers with the controller."""
     (state.directory / "spool" / name).mkdir(parents=True, exist_ok=True)
     if state.why_one_host:
         state.start(name, ["slurmd", "-D", "-N", name])
@@ -171,9 +172,9 @@ def process_one(state: State, name: str) -> psutil.Process | None:
 
 
 def switch_off(state: State, name: str) -> None:
-    """Kill a node and everything on it at once."""
-    # The kernel ends process 1 only after every process of its namespace has ended. slurmd that is still registering
-    # ignores SIGTERM.
+    """Kill a node and all its processes at once."""
+    # The kernel ends process 1 only after all processes of its namespace. A slurmd that is still registering ignores
+    # SIGTERM.
     for process in (process_one(state, name), state.find(name)):
         end(process)
     _remove_delay(state, name)
@@ -181,23 +182,23 @@ def switch_off(state: State, name: str) -> None:
 
 
 def set_frozen(state: State, name: str, *, frozen: bool) -> None:
-    """Stop or continue every process of a node; its network still answers, as that of a hung machine does."""
+    """Stop or continue every process of a node. Its network still answers, as on a machine that hangs."""
     first = process_one(state, name)
     assert first is not None
-    # The kernel signals all processes of the namespace in one go, but for process 1, and none can fork meanwhile.
+    # The kernel signals all processes of the namespace together, except process 1, and none can fork meanwhile.
     number = "STOP" if frozen else "CONT"
     run(["nsenter", f"--pid=/proc/{first.pid}/ns/pid", "sh", "-c", f"kill -s {number} -- -1 || true"])
     first.suspend() if frozen else first.resume()
 
 
 def is_frozen(state: State, name: str) -> bool:
-    """Return true if process 1 of a node is stopped."""
+    """Return True if process 1 of a node is stopped."""
     first = process_one(state, name)
     return first is not None and first.status() == psutil.STATUS_STOPPED
 
 
 def announce(state: State, name: str) -> None:
-    """Have a node's slurmd register again; by itself, the controller polls a lost node only after a minute or so."""
+    """Have a node's slurmd register again. Otherwise the controller polls a lost node only after about a minute."""
     first = process_one(state, name)
     for child in first.children() if first else []:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -205,7 +206,7 @@ def announce(state: State, name: str) -> None:
                 child.send_signal(signal.SIGHUP)
 
 
-# Limits on a cable: bandwidth (tbf), packets lost (nftables), delay (a program, as not every kernel has netem).
+# Limits on a cable: bandwidth (tbf), lost packets (nftables), delay (a program, because not every kernel has netem).
 
 EMPTY_TABLE = "table netdev sandbox {}\ndelete table netdev sandbox\n"
 RESOLUTION = 100_000
@@ -213,14 +214,14 @@ RESOLUTION = 100_000
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a cable, each direction alike; None is unlimited."""
+    """Limits of a cable, equal in both directions. None means unlimited."""
 
     bandwidth_mbit: float | None = None
     loss_percent: float | None = None
     latency_ms: float | None = None
 
     def check(self) -> None:
-        """Raise ConfigError for values out of range, and if what loses packets is not installed."""
+        """Raise ConfigError for values out of range, or if the program that drops packets is not installed."""
         for option, value, low, high, example in (
             ("--bandwidth-mbit", self.bandwidth_mbit, 0.1, 100_000, 100),
             ("--loss-percent", self.loss_percent, 0, 100, 1),
@@ -237,7 +238,7 @@ class Limits:
 
 
 def limit(state: State, name: str, limits: Limits) -> None:
-    """Give a node's cable these limits in place of its former limits."""
+    """Replace the limits of a node's cable."""
     limits.check()
     _free(state, name)
     if limits.latency_ms:
@@ -261,7 +262,7 @@ def _inside(state: State, name: str) -> list[str]:
 
 
 def _ends(state: State, name: str) -> Iterator[tuple[list[str], str]]:
-    """Yield the two ends of a cable: the command that leads into the end's namespace, and the interface."""
+    """Yield both ends of a cable: the command that enters the end's namespace, and the interface."""
     yield [], cable(state, name)
     yield _inside(state, name), "eth0"
 
@@ -285,11 +286,11 @@ def _free(state: State, name: str) -> None:
 
 
 def _insert_delay(state: State, name: str, latency_ms: float) -> None:
-    """Put the program that delays frames between a node's cable and the bridge."""
+    """Insert the program that delays frames between a node's cable and the bridge."""
     here, (ours, bridged), log = cable(state, name), delay_ends(state, name), state.log(f"delay-{name}")
     ip(f"link add {bridged} type veth peer name {ours}")
     for interface in (here, ours):
-        # They carry frames for others: the host, whose address is on the bridge, must not answer for it here.
+        # These interfaces carry frames for others. The host has its address on the bridge, and must not answer here.
         Path(f"/proc/sys/net/ipv4/conf/{interface}/arp_ignore").write_text("8")
     ip(f"link set {ours} up")
     ip(f"link set {bridged} master {state.bridge} up")
@@ -310,18 +311,18 @@ def _remove_delay(state: State, name: str) -> None:
     state.forget(f"delay-{name}")
 
 
-# The program that delays frames. Frames come and go with the header of virtio (packet(7), PACKET_VNET_HDR), so that the
-# kernel leaves to the next interface what it leaves to network cards: checksums and the cutting of large segments.
+# The program that delays frames. Frames have the header of virtio (packet(7), PACKET_VNET_HDR): the kernel leaves
+# checksums and the splitting of large segments to the next interface, as it does with network cards.
 
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING, ETH_P_ALL = 263, 15, 23, 3
 LARGEST_FRAME = 10 + 65535 + 64
-"""Bytes: the header of virtio, a segment that is still to be cut, and room for the header of Ethernet and tags."""
+"""Largest frame in bytes: virtio's header, a segment that is not yet split, and headers of Ethernet and tags."""
 Queue = deque[tuple[float, bytes]]
-"""Frames on their way, each with the time at which it is due."""
+"""Frames in transit, each with the time at which it is due."""
 
 
 def _listen(interface: str) -> socket.socket:
-    """Return a socket that receives every frame that arrives at an interface, and sends frames as they are."""
+    """Return a socket that receives every frame that arrives at an interface, and sends frames unchanged."""
     frames = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_ALL))
     frames.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
     frames.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
@@ -332,7 +333,7 @@ def _listen(interface: str) -> socket.socket:
 
 
 def _receive(frames: socket.socket, queue: Queue, delay_s: float) -> None:
-    with contextlib.suppress(OSError):  # nothing is left, or the interface went down
+    with contextlib.suppress(OSError):  # No frame is left, or the interface is down.
         while True:
             queue.append((time.monotonic() + delay_s, frames.recv(LARGEST_FRAME)))
 
@@ -342,19 +343,19 @@ def _send_due(queue: Queue, frames: socket.socket) -> None:
         try:
             frames.send(queue[0][1])
         except BlockingIOError:
-            return  # the interface's queue is full: a little later
+            return  # The interface's queue is full: try a little later.
         except OSError:
-            pass  # an interface that is down loses the frame, as a cable does
+            pass  # An interface that is down loses the frame, as a cut cable does.
         queue.popleft()
 
 
 def carry(interfaces: list[str], delay_s: float) -> None:
-    """Carry Ethernet frames between two interfaces, each ``delay_s`` after it came, until an interface is gone."""
+    """Carry Ethernet frames between two interfaces with a delay of ``delay_s`` seconds, until an interface is gone."""
     ends, queues = [_listen(interface) for interface in interfaces], (Queue(), Queue())
     print("ready", flush=True)
     while all(map(_exists, interfaces)):
         due = [queue[0][0] for queue in queues if queue]
-        # At least once a second, to see whether both interfaces still exist; a full queue gets a pause.
+        # Wakes at least once a second to check that both interfaces still exist. A full queue gets a pause.
         pause_s = max(0.0001, min(due) - time.monotonic()) if due else 1.0
         readable, _, _ = select.select(ends, [], [], min(1.0, pause_s))
         for near, far, queue in zip(ends, reversed(ends), queues, strict=True):

@@ -1,4 +1,4 @@
-"""Settings and record of a sandbox, and the programs and processes of this machine that a sandbox consists of."""
+"""Settings and record of a sandbox, and its programs and processes on this machine."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from launch.errors import ConfigError
 
 
 class SandboxError(RuntimeError):
-    """A program or daemon of this machine failed; the message ends with its output."""
+    """Raised if a program or daemon of this machine failed. The message ends with its output."""
 
 
 def search_path() -> str:
-    """Return the user's PATH with the directories of system programs, which Debian leaves out of an ordinary PATH."""
+    """Return the user's PATH plus the directories of system programs, which Debian leaves out of an ordinary PATH."""
     return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 
 
 def run(
     command: Sequence[str], *, timeout_s: float = 30.0, env: Mapping[str, str] | None = None, stdin: str | None = None
 ) -> str:
-    """Run a program to its end and return its output.
+    """Run a program until it ends, and return its output.
 
     Args:
         command: the program and its arguments.
-        timeout_s: longest time that the program may take.
-        env: its whole environment; by default this process's, with the directories of system programs.
-        stdin: its input.
+        timeout_s: longest time in seconds that the program may take.
+        env: its whole environment; None for this process's, plus the directories of system programs.
+        stdin: text for its standard input.
 
     Raises:
         SandboxError: the program is missing, takes too long, or ends with another status than 0.
@@ -58,7 +58,9 @@ def run(
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str | Callable[[], str]) -> None:
-    """Poll until the condition holds; after ``timeout_s``, SandboxError with ``what``: a text, or a function for it."""
+    """Poll until the condition holds. SandboxError after ``timeout_s`` seconds, with ``what``: a text, or a function
+    for it.
+    """
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -66,7 +68,7 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str | C
         time.sleep(0.02)
 
 
-# What the machine has to have, checked before anything is started: Debian package -> programs.
+# Requirements of the machine, checked before anything is started: Debian package -> programs.
 EVERYWHERE = {
     "slurmctld": "slurmctld",
     "slurmd": "slurmd",
@@ -85,7 +87,7 @@ WITH_ACCOUNTING = {
 
 
 def missing(needs: Mapping[str, str]) -> list[str]:
-    """Return the Debian packages whose programs are not all on this machine, in order."""
+    """Return the Debian packages with a missing program, in order."""
     path = search_path()
     return sorted(
         package for package, programs in needs.items() if not all(shutil.which(p, path=path) for p in programs.split())
@@ -93,7 +95,7 @@ def missing(needs: Mapping[str, str]) -> list[str]:
 
 
 def require_packages(needs: Mapping[str, str]) -> None:
-    """Raise ConfigError, with the command that installs them, if packages are missing."""
+    """Raise ConfigError with the command that installs the missing packages, if any."""
     if packages := missing(needs):
         raise ConfigError(
             found=f"this machine lacks Debian's {', '.join(packages)}",
@@ -103,9 +105,9 @@ def require_packages(needs: Mapping[str, str]) -> None:
 
 
 def why_no_namespaces(probe_interface: str) -> str:
-    """Return the kernel's reason for which nodes cannot be hosts of their own here; empty if they can.
+    """Return the kernel's reason why nodes cannot be hosts of their own here; empty if they can.
 
-    Tries both rights that are needed: new namespaces with mounts in them, and a bridge (``probe_interface``, removed
+    The function tries both rights: new namespaces with mounts in them, and a bridge (``probe_interface``, removed
     again) in the network namespace of this process.
     """
     mounts = "mount -t tmpfs tmpfs /dev/shm && mount -t sysfs sysfs /sys && ip link set lo up"
@@ -121,23 +123,23 @@ def why_no_namespaces(probe_interface: str) -> str:
 
 @dataclass(frozen=True)
 class Process:
-    """A process as recorded: its number, and its start in Unix time, which tells it from a later one of that number."""
+    """A recorded process: its id, and its start in Unix time. A later process with the same id has another start."""
 
     pid: int
     started: float
 
     def find(self) -> psutil.Process | None:
-        """Return the process while it runs; None once it has ended, reaped or not."""
+        """Return the process while it runs; None once it has ended, even if not reaped."""
         with contextlib.suppress(psutil.NoSuchProcess):
             found = psutil.Process(self.pid)
-            # The kernel has whole seconds for the start of this machine, from which the time of a start is counted.
+            # The kernel has the start of this machine in whole seconds, and counts process starts from it.
             if abs(found.create_time() - self.started) < 2.0 and found.status() != psutil.STATUS_ZOMBIE:
                 return found
         return None
 
 
 def end(process: psutil.Process | None, *, grace_s: float = 0.0) -> None:
-    """End a process with SIGTERM, and with SIGKILL after ``grace_s``; at once with SIGKILL if that is 0.
+    """End a process with SIGTERM, and with SIGKILL after ``grace_s`` seconds. With 0, send SIGKILL at once.
 
     Raises:
         SandboxError: the process does not end.
@@ -153,9 +155,9 @@ def end(process: psutil.Process | None, *, grace_s: float = 0.0) -> None:
             raise SandboxError(f"process {process.pid} has not ended 20 s after SIGKILL")
 
 
-# The program runs only after its number was recorded: a caller that dies in between closes the pipe, and `read` fails.
-# The shell prints its number as the mount of /proc that it sees has it, and exec keeps number and start time. It prints
-# the number last, with the log open: a caller may read the log at once.
+# The program runs only after its process id was recorded. If the caller dies before, the pipe closes, and `read` fails.
+# The shell prints its id as seen in its mount of /proc; exec keeps id and start time. The id comes last, with the log
+# open: a caller may read the log at once.
 WAIT_FOR_GO = """
 read -r pid _ < /proc/self/stat
 exec 3>&1 >> "$1" 2>&1; shift
@@ -163,24 +165,24 @@ echo "$pid" >&3; exec 3>&-
 read -r go && [ "$go" = go ] && exec "$@" < /dev/null
 """
 
-# A Unix socket's path holds 107 bytes, and slurmd puts `spool/n200_4294967295.4294967295` behind the directory.
+# A Unix socket's path can have 107 bytes, and slurmd appends `spool/n200_4294967295.4294967295` to the directory.
 MAX_DIRECTORY_LENGTH = 70
 RECORD = "sandbox.json"
 MARK = "SLURM_SANDBOX"
-"""Variable of all daemons, and so of the jobs that they start: the directory of their sandbox."""
+"""Environment variable of all daemons, and so of their jobs, with the directory of their sandbox."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The shape of a sandbox.
+    """Settings of a sandbox: number and size of its nodes, and its Slurm configuration.
 
         Settings(nodes=2, gpus_per_node=0, slurm_conf=("KillWait=20",))
 
     Attributes:
         nodes: number of nodes, called n1, n2, ...
-        cpus_per_node: CPUs that Slurm gives to jobs on each node, whatever the machine has.
+        cpus_per_node: CPUs that Slurm gives to jobs on each node, independent of the machine.
         gpus_per_node: fake GPUs (links to /dev/null) on each node.
-        memory_gib_per_node: memory in GiB that Slurm checks --mem against, whatever the machine has.
+        memory_gib_per_node: memory in GiB that Slurm checks --mem against, independent of the machine.
         partitions: one text each, ``NAME`` or ``NAME:KEY=VALUE,...`` in the words of slurm.conf; the first is the
             default, and each preempts those before it.
         slurm_conf: ``KEY=VALUE`` lines that replace or add to those of slurm.conf.
@@ -214,7 +216,7 @@ def check(settings: Settings, directory: Path) -> None:
         value, flag = getattr(settings, option), f"--{option.replace('_', '-')}"
         if not low <= value <= high:
             raise ConfigError(f"{flag} {value}", f"{low} to {high}", f"{flag} {min(max(value, low), high)}")
-    # The cluster's name becomes that of tables in the database, which has lower case only.
+    # The cluster's name becomes part of the names of database tables, which are in lower case.
     name, option = r"[A-Za-z][\w-]*", r"\w+=[^\s,=]+"
     texts = [
         ("--set", r"[A-Za-z]+=[^\n]+", settings.slurm_conf, "KillWait=5"),
@@ -240,7 +242,7 @@ def check(settings: Settings, directory: Path) -> None:
 
 
 def default_directory() -> Path:
-    """Return the default folder of a sandbox: in $XDG_STATE_HOME, by default ~/.local/state."""
+    """Return the default folder of a sandbox, in $XDG_STATE_HOME or else ~/.local/state."""
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "slurm-sandbox"
 
 
@@ -257,8 +259,8 @@ class State:
     """A sandbox as recorded in its directory.
 
     Attributes:
-        directory: all its files are in there.
-        settings: its shape.
+        directory: folder of all its files.
+        settings: its settings.
         why_one_host: reason for which the nodes share this host; empty if each is a host of its own.
         controller: address of slurmctld.
         nodes: address of each node's slurmd.
@@ -278,25 +280,25 @@ class State:
 
     @property
     def bridge(self) -> str:
-        """Name of the sandbox's bridge, which begins the names of all its cables; no other directory has it."""
+        """Name of the sandbox's bridge, with which the names of its cables begin. It is unique to the directory."""
         return f"ssb{hashlib.sha256(str(self.directory).encode()).hexdigest()[:8]}"
 
     @property
     def slurm_conf(self) -> Path:
-        """Configuration file of every daemon and client."""
+        """Path of the configuration file of every daemon and client."""
         return self.directory / "etc" / "slurm.conf"
 
     @property
     def munge_socket(self) -> Path:
-        """Socket of munged: this sandbox's own, or that of the sandbox that it has joined, as both need one key."""
+        """Path of munged's socket: this sandbox's own, or that of the joined sandbox, because both need one key."""
         return Path(self.settings.join or self.directory) / "munge" / "socket"
 
     def log(self, daemon: str) -> Path:
-        """File with the output of a daemon or a node."""
+        """Return the path of the log of a daemon or a node."""
         return self.directory / "log" / f"{daemon}.out"
 
     def save(self) -> None:
-        """Write the record, whole or not at all."""
+        """Write the record atomically."""
         temporary = self.directory / f".{RECORD}.new"
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(self, enc_hook=str), indent=1))
         temporary.replace(self.directory / RECORD)
@@ -307,7 +309,7 @@ class State:
         return process.find() if process else None
 
     def forget(self, name: str) -> None:
-        """Remove a process that has ended from the record."""
+        """Remove an ended process from the record."""
         self.processes.pop(name, None)
         self.save()
 
@@ -320,14 +322,14 @@ class State:
         before: Callable[[int], None] = lambda pid: None,
         **variables: str,
     ) -> None:
-        """Start a program in a session of its own, not as a child of this one, and record it; its output goes to a log.
+        """Start a program in its own session, not as a child of this process, and record it. Its output goes to a log.
 
         Args:
-            name: of the daemon or node, in the record and for the log.
+            name: name of the daemon or node, in the record and for the log.
             command: the program and its arguments.
-            inside: a prefix such as ``unshare --net``.
-            before: called with the process's number in those namespaces; the program never runs if this raises.
-            variables: of its environment. It gets nothing of the caller's, so a sandbox may be started inside a job.
+            inside: prefix of the command, such as ``unshare --net``.
+            before: function that gets the process id in those namespaces. If it raises, the program never runs.
+            variables: its environment. The caller's environment is not used, so a sandbox can start inside a job.
 
         Raises:
             SandboxError: the program does not start, or its log cannot be written.
@@ -353,7 +355,7 @@ class State:
             launcher.stdin.write("go\n")
 
     def wait_ready(self, name: str, is_ready: Callable[[], bool]) -> None:
-        """Wait until a daemon is ready; SandboxError if it ends."""
+        """Wait until a daemon is ready. SandboxError if it ends."""
 
         def is_there() -> bool:
             found = self.find(name)
@@ -376,7 +378,7 @@ def load(directory: Path) -> State | None:
 
 
 def require(directory: Path) -> State:
-    """Return the sandbox recorded in a directory; ConfigError if there is none."""
+    """Return the sandbox recorded in a directory. ConfigError if there is none."""
     state = load(directory)
     if state is None:
         fix = f"python -m slurm.sandbox up --dir {directory}"
@@ -386,7 +388,7 @@ def require(directory: Path) -> State:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Let one command at a time work on a sandbox's directory, which must exist."""
+    """Lock a sandbox's existing directory, so that one command at a time works on it."""
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -397,7 +399,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def opened(directory: Path) -> Iterator[State]:
-    """Yield the sandbox recorded in a directory and keep other commands from it; ConfigError if there is none."""
+    """Yield the sandbox recorded in a directory, locked against other commands. ConfigError if there is none."""
     require(directory)
     with locked(directory):
         yield require(directory)
