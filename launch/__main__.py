@@ -105,10 +105,12 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def without_sweep(flags: list[str], typed: list[str], config_dir: Path | None) -> tuple[list[str], list[str]]:
-    """Return the flags and overrides without the sweep: Hydra shows help, or a config, of one run only.
+    """Remove -m from the flags, and take the first value of each swept override. Hydra shows help of one run only.
+
+    Returns both unchanged if nothing is to be shown, or the command has no -m.
 
     Raises:
-        ConfigError: more than help is requested for a sweep.
+        ConfigError: the flags request a config or other information of a sweep.
     """
     showing = next((flag for flag in flags if flag in (*HELP, *SHOWING)), None)
     if showing is None or not set(flags) & set(SWEEP):
@@ -122,7 +124,9 @@ def without_sweep(flags: list[str], typed: list[str], config_dir: Path | None) -
 
 
 def unknown_flag(flag: str, following: str, argv: Sequence[str]) -> ConfigError:
-    """Return the refusal of a flag that Hydra does not have: it may be a key of the config."""
+    """Return the refusal of a flag that Hydra does not have. The refusal proposes the key of the config with
+    this name.
+    """
     meant = override_of_flag(flag, following, schema_named_in(argv))
     flags = [known for known in (*ALONE, *WITH_VALUE) if known.startswith("--")]
     likely = difflib.get_close_matches(flag.lstrip("-"), [known[2:] for known in flags], n=1, cutoff=0.7)

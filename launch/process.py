@@ -1,8 +1,8 @@
 """Fast start and exit of processes that import torch. The module itself does not import torch.
 
 Importing torch makes some 300,000 objects that exist as long as the process. Python's collector of reference cycles
-visits them during the import and at the exit. That takes about 40 % of the time in which a rank starts and ends. So the
-collector is paused while such libraries are imported.
+visits them during the import and at the exit. These visits take about 40 % of the time in which a rank starts and ends.
+So the collector is paused while such libraries are imported.
 """
 
 from __future__ import annotations

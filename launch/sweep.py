@@ -1,4 +1,4 @@
-"""The order of a command: plan every point, refuse or show, submit, watch, report."""
+"""Run of a whole command: plan every point, submit the points or show the plan, watch, and report."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class SignedStore:
         return [self._verify(key, value) for key, value in zip(keys, self._store.multi_get(list(keys)), strict=True)]
 
     def open_keys(self, keys: Sequence[str]) -> None:
-        """Create missing keys without a message. They can be missing because a stranger can also delete keys."""
+        """Create missing keys without a message. Keys can be missing because a stranger can delete keys, too."""
         if not self._store.check(list(keys)):
             for key in keys:
                 # One operation of the store: a message that arrives meanwhile is not overwritten.
@@ -96,7 +96,7 @@ class SignedStore:
         return None
 
 
-# How the agents of a job find the store: an endpoint file in the run folder, which the head node writes.
+# The way in which the agents of a job find the store: an endpoint file in the run folder, which the head node writes.
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Report(msgspec.Struct, frozen=True):
     least: int = 0
     """Smallest number of polls of any rank; 0 while a rank has yet to start.
 
-    A rank that starts later would miss a save that the others agree on now.
+    A rank that starts later would miss a save on which the other ranks agree now.
     """
 
 

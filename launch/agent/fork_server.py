@@ -149,8 +149,7 @@ class ForkServer:
     def start(self, args: Sequence[str], env: Mapping[str, str], cwd: str, log: str) -> ForkedProcess | None:
         """Fork a rank. Returns None if the agent has to execute the rank instead.
 
-        That is so if the program is not ``python -m``, if the working directory or the environment differ from those at
-        the import, or if the server is not ready or gone.
+        A fork needs ``python -m``, a server that is ready, and the working directory and environment of the imports.
 
         Args:
             args: program and arguments.

@@ -134,7 +134,7 @@ class StopRequest:
         """True while a signal interrupts a wait during which no ranks run."""
 
     def install(self) -> None:
-        """Replace the signal handlers of submitit. Those requeue inside the handler, and on rank 0 only."""
+        """Replace the signal handlers of submitit, which requeue inside the handler, and on rank 0 only."""
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._handle)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)

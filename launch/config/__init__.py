@@ -111,9 +111,8 @@ class ResilienceConfig:
         least=1,
     )
     forgive_after_s: ClassVar[float] = 3600.0
-    """Seconds after which a failure no longer counts for max_restarts, if the run has saved a newer checkpoint since.
-
-    The limits therefore apply to each hour, not to a whole run of weeks.
+    """Seconds after which a failure no longer counts for max_restarts, if the run has saved a newer checkpoint
+    since.
     """
     min_nodes: Optional[int] = key(
         None,

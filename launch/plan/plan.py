@@ -32,9 +32,8 @@ from launch.workload import PlanRequest, Workload, WorkloadPlan
 class Plan:
     """Plan of one point.
 
-    Node-hours, GPU-hours and cost are the worst case of one start of the job, until its time limit. A requeued job
-    starts again until ``budget`` or ``resilience.max_restarts`` ends it. Failures count between two checkpoints, or
-    within an hour (``ResilienceConfig.forgive_after_s``).
+    Node-hours, GPU-hours and cost are the worst case of one start of the job, until its time limit. A requeued job may
+    start again, until ``budget`` or the limits of ``resilience.max_restarts`` end the run.
     """
 
     point: str
@@ -68,7 +67,7 @@ class Plan:
     finished: bool = False
     """True if the run is finished, so that it is not submitted."""
     goes_on: Continuation = field(default_factory=Continuation)
-    """How the run continues. The default continues where the run stopped."""
+    """Way in which the run continues. By default, it continues from its last checkpoint."""
 
     expected_s: float | None = None
     """Expected time of the next start in seconds; None if unknown."""
@@ -318,7 +317,7 @@ def refuse_unknown_checkpoints(config: Config, workload: Workload, folder: RunFo
         )
 
 
-# The ``submitted`` event of a run: which job works on it, and where.
+# The ``submitted`` event of a run: its job, and the place of the job.
 
 
 def record_submitted(

@@ -72,9 +72,7 @@ def tail_size(size: int) -> int:
 
 
 def reach(size: int) -> int:
-    """Return the number of draws up to which a sample is enough. For more draws, only the few largest values
-    would count.
-    """
+    """Return the largest number of draws whose maximum a sample of ``size`` values can estimate by itself."""
     return max(1, size // max(1, tail_size(size)))
 
 

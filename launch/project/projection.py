@@ -42,7 +42,7 @@ from launch.schema import check_ranges
 from launch.workload import PlanRequest, StepTime
 
 UNLIMITED_GB = 1e6
-"""Memory in GB that stands for a CPU node of unknown size. The value has no effect on the time of a step."""
+"""Memory in GB in place of an unknown size of a CPU node. The value has no effect on the time of a step."""
 
 
 def read_links(path: Path) -> dict[str, Any]:

@@ -401,7 +401,7 @@ class Medians:
 
 
 def correlation(times: Floats) -> float:
-    """Estimate the correlation of each step time with the previous one by ranks: one long step must not dominate."""
+    """Estimate the rank correlation of each step time with the previous one: a single long step must not dominate."""
     steps = len(times)
     if steps < 3 or np.ptp(times) == 0:
         return 0.0
@@ -419,9 +419,9 @@ def block_length(times: Floats) -> int:
 
 
 def _widening(times: Floats) -> float:
-    """Return the factor that widens an interval from the blocks of one run.
+    """Return the factor that widens a bootstrap interval of one run.
 
-    The factor includes Student's quantile, and the correlation that is lost at the ends of blocks.
+    The factor is Student's quantile, corrected for the correlation that is lost at the ends of blocks.
     """
     length, rho = block_length(times), correlation(times)
     cut = min(0.6, 2 * rho / (1 - rho * rho) / length)

@@ -30,7 +30,7 @@ TIME = "step_time_s"
 WARMUP_STEPS = 5
 """Number of steps that are left out at the start of each attempt.
 
-They include the set-up of memory pools, caches, connections and DDP's second bucketing.
+These steps also set up memory pools, caches, connections and DDP's second bucketing.
 """
 NOISY = 0.1
 """Interquartile range, as a share of the median, above which an efficiency is marked.
@@ -48,7 +48,10 @@ RECORDED = {
     "data": "data_wait_s",
     "optimizer": "optimizer_s",
 }
-"""Phase -> field of the step records. Communication comes first: the other phases are part of a rank's own time."""
+"""Phase of a step -> field of the step records with its time.
+
+Communication comes first: all other phases are part of the rank's own time.
+"""
 STRAGGLERS, REST = "stragglers", "computation"
 LOSSES = {
     "communication": "exposed communication",
@@ -292,8 +295,8 @@ class _OwnTimes:
 def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Flags]:
     """Return the excess of each rank over the median of the other ranks, and which ranks are clearly slow.
 
-    A clear excess is a noticeable share of the step, exceeds the spread of the other ranks, and is at least half as
-    large in three quarters of the windows.
+    A clear excess is a noticeable share of the step and exceeds the spread of the other ranks. It is also at least half
+    as large in three quarters of the windows.
 
     Args:
         times: means of shape [ranks, windows], seconds.

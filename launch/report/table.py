@@ -208,7 +208,7 @@ class ScalingTable:
 
     @property
     def title(self) -> str:
-        """Title of the figure in texts."""
+        """Title of the report: Comparison, Summary or Scaling, and the name of the runs."""
         kind = "Comparison" if self.selection.parts else "Summary" if len(self.rows) == 1 else "Scaling"
         return f"{kind} of {self.name}"
 

@@ -94,7 +94,7 @@ HYDRA_SYNTAX = frozenset("=,()[]{}'\"")
 
 
 def hydra_text(value: Any) -> str:
-    """Return a value inside a list as Hydra's grammar reads it."""
+    """Return a value as text for an element of a list in Hydra's grammar, with quotes if it needs them."""
     if isinstance(value, list):
         return f"[{','.join(map(hydra_text, value))}]"
     if isinstance(value, Mapping):

@@ -351,7 +351,7 @@ def leaving_text(points: Sequence[RunStatus]) -> str:
 
 
 def next_start_text(points: Sequence[RunStatus]) -> str:
-    """Describe what the same command would do with stopped runs."""
+    """Describe the effect of the same command on stopped runs."""
     fresh = [point.name for point in points if not point.resumes]
     if not fresh:
         return "the same command resumes from the last checkpoint"

@@ -219,8 +219,8 @@ def first_save(events: Sequence[Mapping[str, Any]], last: Interruption, now: flo
     """Return the step of the first checkpoint after a fault by the resumed attempt; None if there is none yet.
 
     A checkpoint that an attempt saves while it stops does not count: the next fault would hit a run that is leaving. If
-    all agents were killed, no event shows the end of the attempt, but the next start does. After ``FELT_S`` seconds
-    without an effect, the fault counts as harmless, and any checkpoint counts.
+    all agents were killed, no event shows the end of the attempt, but the event of the next start does. After
+    ``FELT_S`` seconds without an effect, the fault counts as harmless, and any checkpoint counts.
     """
     later = [event for event in events if event["time"] > last.struck]
     felt = any(event["event"] in ("attempt_ended", "started") for event in later)

@@ -368,7 +368,7 @@ def _full_disk(fault: PlannedFault, site: Site) -> str:
 def _kill_srun(fault: PlannedFault, site: Site) -> str:
     """Kill the srun of the batch script.
 
-    If the srun of this start was killed before, the fault waits for the next start of the job.
+    If this start of the job has no srun any more, requeue the job and kill the srun of the next start.
     """
 
     def kill() -> str:

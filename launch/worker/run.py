@@ -38,7 +38,7 @@ LOOK_S = 1.0
 """Seconds between two looks into the run folder, which may be on a shared filesystem."""
 
 
-# How a process becomes a rank.
+# The way in which a process becomes a rank.
 
 
 _attached: Run | None = None

@@ -190,7 +190,7 @@ def _draw_series(axes: Axes, rows: Sequence[Row], measure: Measure, index: int, 
 
 
 def _name_points(axes: Axes, series: SeriesRows, measure: Measure) -> None:
-    """Write the figure of each point next to it, on the side where the line leaves room."""
+    """Write the figure of each point next to its marker, where the line does not cover the text."""
     for rows in series.values():
         for row in rows:
             x, y, side = (7, -12, "left") if measure.log else (-7, -12, "right")
