@@ -124,8 +124,9 @@ def without_sweep(flags: list[str], typed: list[str], config_dir: Path | None) -
 
 
 def unknown_flag(flag: str, following: str, argv: Sequence[str]) -> ConfigError:
-    """Return the refusal of a flag that Hydra does not have. The refusal proposes the key of the config with
-    this name.
+    """Return the refusal of a flag that Hydra does not have.
+
+    The refusal proposes the key of the config with this name.
     """
     meant = override_of_flag(flag, following, schema_named_in(argv))
     flags = [known for known in (*ALONE, *WITH_VALUE) if known.startswith("--")]
@@ -135,8 +136,9 @@ def unknown_flag(flag: str, following: str, argv: Sequence[str]) -> ConfigError:
 
 
 def schema_named_in(argv: Sequence[str]) -> type[Config]:
-    """Return the schema of the workload in these arguments; the launcher's own schema if only a folder of configs is
-    named.
+    """Return the schema of the workload in these arguments.
+
+    Returns the launcher's own schema if only a folder of configs is named.
     """
     try:
         return schema_of(target_of([word for word in argv if word.startswith("workload=")]))

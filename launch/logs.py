@@ -105,8 +105,9 @@ def agent_of(point: RunStatus, rank: int) -> list[Log]:
 
 
 def newest(point: RunStatus, rank: int, wanted: int | None = None) -> int | None:
-    """Return the newest attempt in which the rank has printed output, or ``wanted`` if that has; None if there
-    is none.
+    """Return the newest attempt in which the rank has printed output, or ``wanted`` if that has.
+
+    Returns None if there is none.
     """
     there = [n for n in point.folder.attempts() if point.folder.log(n, rank).is_file() and wanted in (None, n)]
     return max(there, default=None)

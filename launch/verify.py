@@ -20,8 +20,9 @@ from launch.runs.folder import RunFolder
 
 
 def verify(checkpoints: Sequence[SavedCheckpoint], console: Console, title: str) -> tuple[int, int]:
-    """Check the checkpoints of a run and print a line for each. Returns the numbers of sound and damaged
-    checkpoints.
+    """Check the checkpoints of a run and print a line for each.
+
+    Returns the numbers of sound and damaged checkpoints.
     """
     whole = broken = 0
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())

@@ -58,8 +58,9 @@ class PlanRequest:
     rate_factor: float = 1.0
     """Factor on the compute rate of a cost model, fitted to measured steps by ``launch.project``."""
     link_factor: float = 1.0
-    """Factor on the bandwidth of all links in a cost model; latencies are divided by it. Fitted by
-    ``launch.project``.
+    """Factor on the bandwidth of all links in a cost model; latencies are divided by it.
+
+    Fitted by ``launch.project``.
     """
 
     min_nodes: int | None = None
@@ -97,8 +98,9 @@ class WorkloadPlan:
     checkpoint_bytes: int | None = None
     """Size of one checkpoint in bytes; None if not known."""
     step_kind: str = ""
-    """Label of the step's work: runs with the same label take the same time for a step on the same nodes. Empty if not
-    known.
+    """Label of the step's work: runs with the same label take the same time for a step on the same nodes.
+
+    Empty if not known.
     """
     step_s: float | None = None
     """Time of a step in seconds by the workload's cost model; None if there is no model for these nodes."""
@@ -220,8 +222,9 @@ class CodeTree:
 
     root: Path
     files: Callable[[Path], Iterable[tuple[str, Path]]]
-    """Function that yields the files below a root in order: names relative to the root, and paths. The root may
-    be a copy.
+    """Function that yields the files below a root in order: names relative to the root, and paths.
+
+    The root may be a copy.
     """
     has_launcher: bool
     """True if the folder contains the launcher itself, which then runs from the copy too."""

@@ -173,8 +173,9 @@ def completed(overrides: Sequence[str], value: float | None) -> JobReturn:
 
 
 def failed(overrides: Sequence[str], error: Exception) -> JobReturn:
-    """Return the result of a point that failed. The sweeper raises ``error`` when it reads the value, or counts the
-    failure.
+    """Return the result of a point that failed.
+
+    The sweeper raises ``error`` when it reads the value, or counts the failure.
     """
     result = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
     result.return_value = error

@@ -33,8 +33,9 @@ BACKLOG = 4096
 
 
 def derive(token: str, purpose: str) -> str:
-    """Derive a name from the job's token. Only this job can compute the name, and the name does not reveal the
-    token.
+    """Derive a name from the job's token.
+
+    Only this job can compute the name, and the name does not reveal the token.
     """
     return hmac.new(token.encode(), purpose.encode(), hashlib.sha256).hexdigest()[:32]
 
@@ -149,8 +150,9 @@ def endpoint_file(folder: RunFolder, node: Node) -> Path:
 
 
 def write_endpoint(folder: RunFolder, node: Node, **fields: Any) -> bool:
-    """Add fields to the endpoint file, on the head node. Returns False if a full filesystem does not take the
-    fields.
+    """Add fields to the endpoint file, on the head node.
+
+    Returns False if a full filesystem does not take the fields.
     """
     return has_written(endpoint_file(folder, node), {**read_endpoint(folder, node), **fields}, mode=0o600)
 
@@ -239,8 +241,9 @@ QUICK_S = 0.02
 HURRY_S = 10.0
 """Seconds after a failure in which the agents exchange quickly. The next rendezvous normally takes less time."""
 HURRYING = 16
-"""Number of agents up to which each exchanges at full speed. More agents exchange more slowly, to spare the head
-node.
+"""Number of agents up to which each exchanges at full speed.
+
+More agents exchange more slowly, to spare the head node.
 """
 POLL_S = 0.2
 """Seconds between two reads of the messages of the other agents."""
@@ -307,8 +310,9 @@ class Heartbeat:
         return self._quick_s if time.monotonic() < self._hurries_until else INTERVAL_S
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait at most ``timeout_s`` seconds until all published fields are sent. Returns False if the store is
-        gone.
+        """Wait at most ``timeout_s`` seconds until all published fields are sent.
+
+        Returns False if the store is gone.
         """
         with self._sent:
             goal = self._rounds + 2  # The exchange that runs now may have begun before the last ``publish``.

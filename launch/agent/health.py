@@ -116,8 +116,9 @@ class Nvml:
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[Mapping[str, Any]]:
-        """Provide the GPUs that this process may open, address -> handle. Turns an error of the driver into
-        GpuError.
+        """Provide the GPUs that this process may open, address -> handle.
+
+        Turns an error of the driver into GpuError.
         """
         nvml = self._nvml
         try:
@@ -313,8 +314,9 @@ class HealthCheck:
                 yield f"link {name} is down, and resilience.health_check.links names it"
 
     def _gpu_faults(self) -> Iterator[str]:
-        """Yield faults of this job's GPUs, compared with their state at the first start; none without an NVIDIA
-        driver.
+        """Yield faults of this job's GPUs, compared with their state at the first start.
+
+        Yields nothing without an NVIDIA driver.
         """
         if not DRIVER.is_dir():
             return
@@ -448,8 +450,9 @@ class Sampler:
         self._thread.start()
 
     def close(self) -> None:
-        """Take the last sample, write all samples, and end the thread. The thread remains if the driver does not
-        answer.
+        """Take the last sample, write all samples, and end the thread.
+
+        The thread remains if the driver does not answer.
         """
         self._over.set()
         self._thread.join(LAST_SAMPLE_S)

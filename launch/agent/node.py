@@ -170,8 +170,9 @@ class Node:
     """Name of this start of the job. Another start of the job, such as a requeue, has another name."""
     is_slurm: bool
     slurm_job: str = ""
-    """Slurm's id of this job; ``A_a`` for an element of an array, since Slurm reads the plain number as the
-    whole array.
+    """Slurm's id of this job.
+
+    ``A_a`` for an element of an array, since Slurm reads the plain number as the whole array.
     """
     restarts: int = 0
     """Number of times that Slurm has requeued this job."""
@@ -185,8 +186,9 @@ class Node:
 
     @property
     def is_head(self) -> bool:
-        """Return whether this is the head node, which decides for all nodes. The batch script runs there: its loss ends
-        the job.
+        """Return whether this is the head node, which decides for all nodes.
+
+        The batch script runs there: its loss ends the job.
         """
         return self.index == 0
 
@@ -309,8 +311,9 @@ class RunContext:
     config: Config
 
     def events(self, *names: str, **fields: Any) -> list[dict[str, Any]]:
-        """Return the events since the last submission; if ``names`` are given, only events with these names and
-        fields.
+        """Return the events since the last submission.
+
+        If ``names`` are given, only events with these names and fields.
         """
         events = events_since_submission(self.folder.read_events())
         return select_events(events, *names, **fields) if names else events
@@ -347,8 +350,9 @@ class AgentContext(RunContext):
 
 @dataclass(frozen=True)
 class Attempt(AgentContext):
-    """One start of this node's ranks: the nodes that take part, and the program. ``config`` describes only these
-    nodes.
+    """One start of this node's ranks: the nodes that take part, and the program.
+
+    ``config`` describes only the nodes that take part.
     """
 
     rdzv: RendezvousRound

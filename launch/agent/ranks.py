@@ -374,8 +374,9 @@ class RankAgent(LocalElasticAgent):
         """True if ranks have left with the exit status that means: the run is saved, requeue the job."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        """Start the ranks, by forks if possible. Elastic creates their handlers with a function that is replaced
-        here.
+        """Start the ranks, by forks if possible.
+
+        Elastic creates their handlers with a function that is replaced here.
         """
         attempt, server, cpus, workdir = self._attempt, self._server, self._cpus, self._workdir
         original = elastic_processes.get_subprocess_handler

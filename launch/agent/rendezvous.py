@@ -145,8 +145,9 @@ class AgentGroup:
         return [self._lose(i, self._silence_text(i)) for i in rdzv.members if i and self._silence(i) > limit]
 
     def find_reason(self, rdzv: RendezvousRound) -> list[NodeProblem]:
-        """Wait for two heartbeats of every other member after a broken connection. Returns the members without them, as
-        lost.
+        """Wait for two heartbeats of every other member after a broken connection.
+
+        Returns the members without them, as lost.
         """
         heartbeat = self.heartbeat
         waiting = {index: heartbeat.of(index).beat for index in rdzv.members if index and index not in self.lost}

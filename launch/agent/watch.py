@@ -265,8 +265,9 @@ class Watch:
             agent.send(signal.SIGKILL)
 
     def _find_stuck(self, agent: RankAgent, share: float = 1.0) -> str | None:
-        """Record ranks without progress, with their stacks. Returns a text that blames the rank with the longest
-        silence.
+        """Record ranks without progress, with their stacks.
+
+        Returns a text that blames the rank with the longest silence.
         """
         stuck = self._watchdog.poll(agent.ranks(), share)
         for one in stuck:
@@ -339,8 +340,9 @@ class RankRecords:
         self._write_environment()  # A short program may end before the first poll.
 
     def _write_environment(self) -> None:
-        """Write this node's part of the environment. The first node also writes ``environment.json`` once all
-        parts exist.
+        """Write this node's part of the environment.
+
+        The first node also writes ``environment.json`` once all parts exist.
         """
         attempt, folder = self._attempt, self._attempt.folder
         is_done = self._contract.records_events or self._is_environment_written or attempt.place > 0

@@ -231,8 +231,9 @@ def best_of_each(pairs: Links, best: Callable[[Iterable[float]], float]) -> dict
 
 
 def rank_name(results: Results, rank: int) -> tuple[str, str]:
-    """Return the name of a rank for people, and the name of its node. Includes the local rank if the node has
-    several.
+    """Return the name of a rank for people, and the name of its node.
+
+    Includes the local rank if the node has several.
     """
     node, local = divmod(rank, results["asked"]["ranks_per_node"])
     name = host(results, node)

@@ -83,8 +83,9 @@ def used(event_logs: Iterable[EventLog], now: float, rates: Rates) -> Use:
 
 
 def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[dict[str, Any], float]]:
-    """Return each ``agent_started`` of a run with the Unix time at which its allocation ended; ``now`` while it
-    runs.
+    """Return each ``agent_started`` of a run with the Unix time at which its allocation ended.
+
+    The time is ``now`` while the allocation runs.
     """
     found: list[tuple[dict[str, Any], float]] = []
     started: dict[str, Any] | None = None
@@ -148,8 +149,9 @@ def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
 
 
 def use_text(use: Use, *, nodes: bool = True) -> str:
-    """Write the use as far as known: ``12 node-hours, 96 GPU-hours, cost 240``. Without ``nodes``, leave out
-    node-hours.
+    """Write the use as far as known: ``12 node-hours, 96 GPU-hours, cost 240``.
+
+    Without ``nodes``, leave out node-hours.
     """
     hours = {"node": use.node_hours if nodes else None, "GPU": use.gpu_hours}
     known = {what: amount(value) for what, value in hours.items() if value is not None and (value or what == "node")}

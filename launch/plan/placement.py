@@ -203,8 +203,9 @@ def settle_key(
 
 
 def configs(config: Config) -> list[tuple[str, Config]]:
-    """Return name and config of each candidate of ``cluster.placement``; without a list, an empty name and the
-    config.
+    """Return name and config of each candidate of ``cluster.placement``.
+
+    Without a list, the only candidate has an empty name and the config itself.
     """
     found = []
     for candidate in config.cluster.placement:

@@ -210,8 +210,9 @@ def contents(found: Projection) -> dict[str, bytes]:
 
 
 def draw(found: Projection) -> bytes:
-    """Draw efficiency, and throughput (or step time if the work is unknown), over the number of nodes. Returns a
-    PNG.
+    """Draw efficiency, and throughput (or step time if the work is unknown), over the number of nodes.
+
+    Returns a PNG.
     """
     from matplotlib.figure import Figure  # This import takes a second, which a refusal should not need.
 

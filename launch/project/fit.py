@@ -60,8 +60,9 @@ class Offer:
 
 
 def parse_goal(text: str) -> Goal:
-    """Read a goal such as ``7e9 params, 1e12 tokens, 30 days``. ConfigError if one of the three is missing or no
-    number.
+    """Read a goal such as ``7e9 params, 1e12 tokens, 30 days``.
+
+    Raises ConfigError if one of the three is missing or no number.
     """
     expected, found = "params, tokens and days, by commas", dict[str, float]()
     for part in filter(None, (part.strip().lower() for part in text.split(","))):

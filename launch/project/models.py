@@ -141,8 +141,9 @@ class RankSpread:
 
     @cached_property
     def noise(self) -> Floats:
-        """Noise from step to step over all ranks, in ascending order. The divisor corrects for the two
-        subtracted means.
+        """Noise from step to step over all ranks, in ascending order.
+
+        The divisor corrects for the two subtracted means.
         """
         steps, ranks = self.own.shape
         left = (1 - 1 / ranks) * (1 - 1 / steps)
@@ -245,8 +246,9 @@ class Model:
 
 
 Costs = Callable[[int, float, float], StepTime]
-"""Function (nodes, rate factor, link factor) -> time of a step. The factors are those of
-``launch.workload.PlanRequest``.
+"""Function (nodes, rate factor, link factor) -> time of a step.
+
+The factors are those of ``launch.workload.PlanRequest``.
 """
 
 RATES = (1e-6, 1e4)

@@ -436,8 +436,9 @@ def straggler_notes(sweep: SweepPoints, most: int) -> list[str]:
 
 
 def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures | None, list[str]]:
-    """Return the cost of failures and a note about it. The cost is None unless the largest point recorded a save and a
-    start.
+    """Return the cost of failures and a note about it.
+
+    The cost is None unless the largest point recorded a save and a start.
     """
     if mtbf_node_h is None:
         return None, []

@@ -314,8 +314,9 @@ class Point(StepReading):
     These steps are in ``steps`` only if there are no others.
     """
     cluster: str | None = None
-    """Cluster of the last submission: local, slurm, or slurm with the name of another cluster; None if not
-    submitted.
+    """Cluster of the last submission: local, slurm, or slurm with the name of another cluster.
+
+    None if the run was not submitted.
     """
     source: str = ""
     """Folder of the comparison to which the point belongs; empty in a report of one folder."""
@@ -438,8 +439,9 @@ def read_point(path: Path) -> Point:
 
 
 def _attempt_times(events: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float | None]]:
-    """Return the Unix times at which the ranks of each attempt started and ended; None for an end that is still
-    open.
+    """Return the Unix times at which the ranks of each attempt started and ended.
+
+    None for an end that is still open.
     """
     times: dict[int, tuple[float, float | None]] = {}
     for event in events:
@@ -459,8 +461,9 @@ def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tu
 
 
 def _end(event_log: Sequence[dict[str, Any]], last: int) -> State | None:
-    """Return the state after the last attempt; None if the attempt runs. An end without attempt counts for any
-    attempt.
+    """Return the state after the last attempt; None if the attempt runs.
+
+    An end without attempt counts for any attempt.
     """
     ends = [event for event in event_log if event.get("event") in ENDS and event.get("attempt", last) >= last]
     reason = next((event for event in event_log[last_command(event_log) :] if event.get("event") in REASONS), None)

@@ -73,8 +73,9 @@ COMPARED: Conditions = {**CONDITIONS, **MADE_WITH}
 
 @dataclass(frozen=True)
 class Series:
-    """Points that differ only in size, smallest first. ``label`` distinguishes several series; empty if there is
-    one.
+    """Points that differ only in size, smallest first.
+
+    ``label`` distinguishes several series; it is empty if there is only one.
     """
 
     label: str
@@ -82,8 +83,9 @@ class Series:
 
     @property
     def smallest(self) -> Point | None:
-        """Smallest point with figures; without figures, the smallest point with a comparable run time. None if there is
-        none.
+        """Smallest point with figures; without figures, the smallest point with a comparable run time.
+
+        None if there is none.
         """
         measured = [point for point in self.members if point.figures is not None]
         timed = [point for point in self.members if point.run_rate is not None]

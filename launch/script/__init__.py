@@ -201,8 +201,9 @@ def require_command(command: Sequence[str], workdir: Path) -> None:
 
 
 def command_like(command: Sequence[str], workdir: Path) -> str:
-    """Return the command with the existing program of the most similar name in place of a missing one; else an
-    example.
+    """Return the command with the existing program of the most similar name in place of a missing one.
+
+    Returns an example if no name is similar.
     """
     program = command[0]
     folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if Path(folder).is_dir()]

@@ -169,8 +169,9 @@ class JobState:
 
     @property
     def phase(self) -> str:
-        """Return ``pending``, ``running``, ``over`` or ``unknown``. A job that is over does not start again by
-        itself.
+        """Return ``pending``, ``running``, ``over`` or ``unknown``.
+
+        A job that is over does not start again by itself.
         """
         known = {"UNKNOWN": "unknown", **dict.fromkeys(WAITING, "pending"), **dict.fromkeys(WORKING, "running")}
         return known.get(self.state, "over")

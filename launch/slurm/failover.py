@@ -108,8 +108,9 @@ class PlacementFailover:
         return Move(point, job, plan, step.move_to, since, place, waited)
 
     def _take_out(self, moves: Sequence[Move], now: float) -> None:
-        """Record the moves, then cancel the jobs. The record comes first, so that a process can continue after a
-        crash.
+        """Record the moves, then cancel the jobs.
+
+        The record comes first, so that a process can continue after a crash.
         """
         for move in moves:
             known = {"job_id": move.job.job_id, "from": move.place, "waiting_since": move.since}

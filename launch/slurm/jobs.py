@@ -31,8 +31,9 @@ from launch.slurm import client as scheduler
 from launch.slurm.client import JobState
 
 CONTROLLER = "submitit.local._local"
-"""Module of the controller that submitit starts for a local job. The controller's process is recognized by this
-name.
+"""Module of the controller that submitit starts for a local job.
+
+The controller's process is recognized by this name.
 """
 SECOND_SIGNAL_S = 0.5  # Two signals that are pending at the same time count as one.
 ACTIVE = ("pending", "running")
@@ -58,8 +59,9 @@ class SlurmJob:
         return self.job_id.split("_")[0]
 
     def status(self, queue: Mapping[str, JobState]) -> JobState:
-        """Return the state of the job from ``queue``, squeue's answer by name. Slurm forgets jobs soon after
-        they end.
+        """Return the state of the job from ``queue``, squeue's answer by name.
+
+        Slurm forgets jobs soon after they end.
         """
         return queue.get(self.name, JobState("GONE"))
 
@@ -179,8 +181,9 @@ class LocalQueueEntry:
         self._note.unlink(missing_ok=True)
 
     def events_before(self) -> int | None:
-        """Return the number of events before the point was submitted; None if it does not wait, or its launcher
-        is gone.
+        """Return the number of events before the point was submitted.
+
+        Returns None if it does not wait, or its launcher is gone.
         """
         try:
             host, pid, start, events_before = self._note.read_text().split()

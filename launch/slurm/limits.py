@@ -68,8 +68,9 @@ def minutes(text: str) -> float | None:
 
 
 def states(text: str) -> frozenset[str]:
-    """Read the states of a node. A * means that the node does not answer. Other marks (powered off, rebooting) are
-    ignored.
+    """Read the states of a node. A * means that the node does not answer.
+
+    Other marks (powered off, rebooting) are ignored.
     """
     return frozenset(item.strip("~#!%$@^-") for item in text.replace("*", "+NOT_RESPONDING").split("+"))
 

@@ -219,8 +219,9 @@ def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
 
 Choose = Callable[[Config, SlurmFacts], tuple[int | None, Finding | None]]
 CHOICES: dict[str, Choose] = {"gpus_per_node": choose_gpus, "cpus_per_task": choose_cpus}
-"""Keys of ``cluster`` -> function that chooses the value. GPUs come first: the number of ranks on a node decides
-the CPUs.
+"""Keys of ``cluster`` -> function that chooses the value.
+
+GPUs come first: the number of ranks on a node decides the CPUs.
 """
 
 

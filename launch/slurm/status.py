@@ -177,8 +177,9 @@ class RunStatus:
         return advice(self.job_status.reason, self.job.job_id, quote(str(self.folder.path)), self.job.cluster)
 
     def fewer_nodes(self) -> dict[str, Any] | None:
-        """Return ``nodes``, ``asked`` and ``cause`` if the newest attempt runs on fewer nodes than requested;
-        else None.
+        """Return ``nodes``, ``asked`` and ``cause`` if the newest attempt runs on fewer nodes than requested.
+
+        Returns None otherwise.
         """
         event = fewer_nodes(self.events()).get(max(self.attempts(), default=0))
         return event and {key: event[key] for key in ("nodes", "asked", "cause")}

@@ -44,8 +44,9 @@ def duration(seconds: float) -> str:
 
 
 def speed_text(record: dict[str, object], age_s: float | None) -> str:
-    """Write the throughput of a step record with its unit, and its age if the next step is late; empty if not
-    recorded.
+    """Write the throughput of a step record with its unit, and its age if the next step is late.
+
+    Returns an empty text if no throughput was recorded.
     """
     speed = throughput(record)
     if speed is None:
@@ -287,8 +288,9 @@ class Stop:
 
 
 def grace_period_s(point: RunStatus) -> float:
-    """Return the grace period in seconds that agents give their ranks to save; the default if the config is damaged or
-    gone.
+    """Return the grace period in seconds that agents give their ranks to save.
+
+    Returns the default if the config is damaged or gone.
     """
     try:
         return read_config(point.folder, Config).resilience.grace_period_s

@@ -40,8 +40,9 @@ from launch.storm.injection import (
 )
 
 UNLIMITED = tuple(f"resilience.max_restarts.{cause}" for cause in ("crashed", "hung", "node_failed"))
-"""Overrides that lift restart limits in a drill, unless the user typed them. A drill has more faults than limits
-allow.
+"""Overrides that lift restart limits in a drill, unless the user typed them.
+
+A drill has more faults than limits allow.
 """
 LEAVING = ("signalled", "agent_stopped", "attempt_ended", "requeued", "agent_ended")
 """Events of a run that stops. A checkpoint that was saved by then does not show that the next start works."""

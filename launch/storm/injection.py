@@ -50,8 +50,9 @@ def wait(
     *,
     poll_s: float = 0.05,
 ) -> T:
-    """Poll a condition and return its value once it is true. FaultError after ``timeout_s`` seconds, or if
-    ``is_over``.
+    """Poll a condition and return its value once it is true.
+
+    Raises FaultError after ``timeout_s`` seconds, or if ``is_over``.
     """
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
@@ -250,8 +251,9 @@ class Site:
         return sum(event["event"] == "agent_started" for event in self.folder.read_events())
 
     def restart(self, by: Callable[[], str]) -> str:
-        """Call ``by``, which restarts the job, and wait until the agents have begun. Returns a text about the
-        action.
+        """Call ``by``, which restarts the job, and wait until the agents have begun.
+
+        Returns a text about the action.
         """
         count = self.starts()
         done = by()
@@ -423,8 +425,9 @@ DISK = "a filesystem of the drill's own (--disk FOLDER, or --disk-mib N without 
 SPARES = "a sandbox and a spare node (--sandbox DIR, spare_nodes=1)"
 """Texts for the needs of a kind of fault."""
 REBOOTS = (2.0, 3.0, 8.0, 14.0)
-"""Seconds without power. Only the last one is longer than Slurm waits before the node is down; srun then ends
-the step.
+"""Seconds without power.
+
+Only the last one is longer than Slurm waits before the node is down; srun then ends the step.
 """
 OUTAGES = (2.0, 8.0, 40.0)
 """Seconds without a sign of life: a moment, less than ``resilience.node_timeout_s``, and more."""

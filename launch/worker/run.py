@@ -298,8 +298,9 @@ class Run:
         return answer
 
     def is_current(self) -> bool:
-        """Return whether this is still the newest attempt. The call reads the filesystem; use it right before a
-        commit.
+        """Return whether this is still the newest attempt.
+
+        The call reads the filesystem; use it right before a commit.
         """
         return self._runs is None or is_newest_attempt(self._runs, self.attempt)
 
@@ -327,8 +328,9 @@ class Run:
         self._end("finished", step, details)
 
     def stopped(self, step: int, **details: Any) -> None:
-        """Record that this attempt left early because of a request, with the reason. The exit calls this
-        automatically.
+        """Record that this attempt left early because of a request, with the reason.
+
+        The exit calls this automatically.
         """
         self._end("stopped", step, details)
 

@@ -53,8 +53,9 @@ Command = Callable[[Cluster, argparse.Namespace], Iterator[str]]
 
 @refusing
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand. Returns the exit status: 0 done, 1 failed, 2 refused, 3 no sandbox is up (``status``
-    only).
+    """Run one subcommand.
+
+    Returns the exit status: 0 done, 1 failed, 2 refused, 3 no sandbox is up (``status`` only).
     """
     options = _parser().parse_args(arguments)
     try:

@@ -1,5 +1,6 @@
-"""Deliberate faults of a cluster: power, cables, hangs, preemption. Each function returns a sentence about the
-fault.
+"""Deliberate faults of a cluster: power, cables, hangs, preemption.
+
+Each function returns a sentence about the fault.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ def freeze(cluster: Cluster, name: str) -> str:
 
 
 def link(cluster: Cluster, name: str, **limits: float | None) -> str:
-    """Limit the cable of a node in each direction. ``limits`` are fields of ``nodes.Limits``; without them, remove all
-    limits.
+    """Limit the cable of a node in each direction. ``limits`` are fields of ``nodes.Limits``.
+
+    Without them, remove all limits.
     """
     given = nodes.Limits(**limits)
     with _running(cluster, "link", name) as state:

@@ -58,8 +58,9 @@ def run(
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str | Callable[[], str]) -> None:
-    """Poll until the condition holds. SandboxError after ``timeout_s`` seconds, with ``what``: a text, or a function
-    for it.
+    """Poll until the condition holds.
+
+    Raises SandboxError after ``timeout_s`` seconds, with ``what``: a text, or a function for it.
     """
     deadline = time.monotonic() + timeout_s
     while not condition():

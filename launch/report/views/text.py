@@ -250,8 +250,9 @@ DROPPED_FIRST = ("topology", "per rank", "spread", "nodes", "speedup", "loss")
 
 
 def show(table: ScalingTable, console: Console) -> None:
-    """Print the tables of the points and the notes. On a narrow terminal, a line names the columns that are left
-    out.
+    """Print the tables of the points and the notes.
+
+    On a narrow terminal, a line names the columns that are left out.
     """
     for whole in point_tables(table):
         cells = whole
