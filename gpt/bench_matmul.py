@@ -3,7 +3,7 @@
     python -m gpt.bench_matmul --output matmul.json
     python -m launch parallel=auto cluster.matmul_rates=matmul.json nodes=8 dry_run=true
 
-On a node of the kind that runs will have, with nothing else on its device.
+Run it on a node of the same kind as the training nodes, while nothing else uses the device.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from launch.runs.files import write_json
 from launch.runs.measured import rates_document
 
 TIMINGS = 5
-"""Timings of each shape, of which the median counts."""
+"""Number of timings of each shape. Their median counts."""
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = {"cpu": "64,256,1024,2048", "cuda": "64,256,1024,4096,16384"}
 
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write; the exit status: 0, or 2 where it was refused."""
+    """Measure and write the rates. Return the exit status: 0, or 2 if the command was refused."""
     parser = CommandParser(
         prog="python -m gpt.bench_matmul",
         description="Measure the rate of matrix products by size on this machine's GPU, or else on its CPUs.",
@@ -68,9 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def product_s(m: int, n: int, k: int, precision: str, device: torch.device, budget_s: float) -> float:
-    """Return the median time of a product of (m, k) and (k, n) matrices, seconds: the median of ``TIMINGS``."""
+    """Return the median time of a product of an (m, k) and a (k, n) matrix over ``TIMINGS`` timings, in seconds."""
     left, right = (torch.randn(shape, device=device).to(DTYPES[precision]) for shape in ((m, k), (k, n)))
-    result = left @ right  # the first one pays for the library's choice of a kernel
+    result = left @ right  # the first product includes the library's choice of a kernel
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     try:
@@ -84,7 +84,7 @@ def product_s(m: int, n: int, k: int, precision: str, device: torch.device, budg
 
 
 def _timed(left: torch.Tensor, right: torch.Tensor, result: torch.Tensor, count: int) -> float:
-    """Time of so many products, seconds, by the host's clock: of a GPU that has nothing else to do."""
+    """Return the time of ``count`` products by the host's clock, in seconds. An idle GPU is expected."""
     if left.is_cuda:
         torch.cuda.synchronize(left.device)
     start = time.perf_counter()
@@ -96,7 +96,7 @@ def _timed(left: torch.Tensor, right: torch.Tensor, result: torch.Tensor, count:
 
 
 def parse_sizes(text: str) -> list[int]:
-    """Sizes, ascending; ConfigError where they are none."""
+    """Return the sizes in ascending order. Raise ConfigError if one is no whole number above 0."""
     words = text.split(",")
     if not all(word.strip().isdigit() and int(word) > 0 for word in words):
         raise ConfigError(f"--sizes {text}", "whole numbers above 0 by commas", f"--sizes {SIZES['cpu']}")
@@ -104,7 +104,7 @@ def parse_sizes(text: str) -> list[int]:
 
 
 def parse_precisions(text: str | None, device: torch.device) -> list[str]:
-    """Precisions as typed, else those that the device has; ConfigError where one is unknown."""
+    """Return the typed precisions, by default all that the device supports. Raise ConfigError if one is unknown."""
     if text is None:
         if device.type == "cpu":
             return ["fp32"]
@@ -120,12 +120,12 @@ def parse_precisions(text: str | None, device: torch.device) -> list[str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Name of the device as the estimates know it."""
+    """Return the name under which the estimates of ``parallel=auto`` look the device up."""
     return "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
 def circumstances() -> dict[str, Any]:
-    """Host, versions, threads and date of a measurement."""
+    """Return host, versions, threads and date of a measurement."""
     return {
         "host": platform.node(),
         "python": platform.python_version(),

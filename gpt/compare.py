@@ -1,9 +1,10 @@
-"""Compare runs side by side: ``python -m gpt.compare RUN RUN ...``, where RUN is a run folder or a folder of such.
+"""Compare runs side by side: ``python -m gpt.compare RUN RUN ...``, where RUN is a run folder or a folder of run
+folders.
 
     python -m gpt.compare outputs/quick_test outputs/gpt2_124m/default --output comparison
 
-Prints a table, writes it as ``compare.csv`` and draws ``compare.png``. Reads run folders only, finished or not; needs
-no torch and no GPU.
+Prints a table, writes it as ``compare.csv`` and draws ``compare.png``. Reads the folders of finished and unfinished
+runs. Needs no torch and no GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from launch.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Column:
-    """Metric in the table: its title for people, its name in the CSV, its value of a run, and its format."""
+    """Metric in the table: title for people, name in the CSV, value of a run (None if unknown), and format."""
 
     title: str
     name: str
@@ -57,7 +58,7 @@ def runs_to_compare(paths: Sequence[Path]) -> list[Path]:
     """Find the run folders at or below ``paths``, each once, in the order given.
 
     Raises:
-        ConfigError: there is none at one of them, or fewer than two in all.
+        ConfigError: a path has no run folder, or all paths together have fewer than two.
     """
     found = [run.path for run in find_runs(paths)]
     if len(found) < 2:
@@ -66,7 +67,7 @@ def runs_to_compare(paths: Sequence[Path]) -> list[Path]:
 
 
 def label_runs(runs: Sequence[Path]) -> list[str]:
-    """Label each run by what was typed for it, as every other command does, behind the folder that sets it apart."""
+    """Label each run by its typed overrides, as every other command does, after the folder that tells it apart."""
     common = Path(os.path.commonpath([run.parent for run in runs]))
     groups: dict[Path, list[Path]] = {}
     for run in runs:
@@ -98,13 +99,13 @@ def show(compared: Comparison, console: Console) -> None:
 
 
 def cell(column: Column, run: RunMetrics) -> Text:
-    """Format one metric for people; a dash where it is not known."""
+    """Format one metric for people; a dash if the metric is unknown."""
     value = column.value(run)
     return Text("-" if value is None else column.text.format(value))
 
 
 def write_csv(compared: Comparison, path: Path) -> None:
-    """Write all metrics with all digits, and every setting that differs; what is not known is an empty cell."""
+    """Write all metrics with all digits, and every setting that differs. An unknown value is an empty cell."""
     differing = {key: values for part in compared.differences.values() for key, values in part.items()}
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -129,14 +130,14 @@ WIDE = 1000
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 where there is nothing to compare."""
+    """Run the command. Return the exit status: 0, or 2 if there is nothing to compare."""
     args = parser().parse_intermixed_args(argv)
     runs = runs_to_compare(args.runs)
     named = zip(runs, label_runs(runs), strict=True)
     compared = compare([read_metrics(RunFolder(path), label) for path, label in named])
     output = args.output or Path(os.path.commonpath([run.parent for run in runs]))
     output.mkdir(parents=True, exist_ok=True)
-    # A file or a pipe has no width: nothing is folded there.
+    # A file or a pipe has no width, so no line is folded there.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDE)
     show(compared, console)
     from gpt.metrics.comparison import draw

@@ -4,7 +4,7 @@
     python -m gpt.evaluate RUN --sequences 500 --step 40 --device cpu
     torchrun --nproc-per-node 8 -m gpt.evaluate RUN                      # the ranks share the sequences
 
-Only reads the run folder.
+The command only reads the run folder.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Evaluation:
     sequences: int
     tokens: int
     num_bytes: float | None
-    """Bytes of the text that was predicted; None where the tokens do not tell, or are no text."""
+    """Bytes of the predicted text; None if the tokens are no text, or their text is unknown."""
     logged_sequences: int
-    """Number of sequences of which training records ``val_loss``: the first ``eval.sequences``."""
+    """Number of sequences for which training records ``val_loss``: the first ``eval.sequences``."""
     loss: float
     """Mean cross-entropy, nats per token."""
     perplexity: float
-    """Exponential of the loss: as unsure as a choice among so many equally likely tokens."""
+    """Exponential of the loss: the number of equally likely tokens whose choice is as uncertain."""
     bits_per_byte: float | None
     """Loss in bits per byte of text, comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1)."""
 
@@ -68,10 +68,10 @@ def evaluate(
         step: the checkpoint of this step; None takes the newest.
         sequences: number of sequences; None takes all.
         batch: sequences of a forward pass; None takes ``optim.max_micro_batch`` of the run.
-        shows_progress: whether rank 0 draws a bar on standard error.
+        shows_progress: True lets rank 0 draw a bar on standard error.
 
     Raises:
-        ConfigError: there is no such run, checkpoint or corpus, or it has not so many sequences.
+        ConfigError: the run, checkpoint or corpus is missing, or the corpus has fewer sequences.
     """
     folder, config = open_run(path)
     checkpoint = world.on_first(lambda: find_checkpoint(folder, step))
@@ -95,16 +95,16 @@ def evaluate(
 
 
 def open_validation(config: TrainConfig, checkpoint: Path, world: World, sequences: int | None) -> tuple[Samples, int]:
-    """Open the corpus that a checkpoint was trained on, for its validation split.
+    """Open the validation split of the corpus on which a checkpoint was trained.
 
     Returns:
-        The samples, and how many of its sequences are wanted: ``sequences``, or all.
+        The samples, and the number of sequences to evaluate: ``sequences``, or all.
 
     Raises:
-        ConfigError: the corpus is another one, or it has not so many sequences.
+        ConfigError: the corpus has changed, or has fewer sequences.
     """
     tokens = world.on_first(lambda: prepare_tokens(config))
-    # The validation split of another text may hold what the model was trained on.
+    # The validation split of another text may contain training text of the model.
     trained_on = read_manifest(checkpoint).meta["data_sha256"]
     if tokens.sha256 != trained_on:
         raise ConfigError(
@@ -124,15 +124,16 @@ def open_validation(config: TrainConfig, checkpoint: Path, world: World, sequenc
 def loss_over(
     model: GPT, config: TrainConfig, samples: Samples, world: World, wanted: int, batch: int, shown: bool
 ) -> float:
-    """Mean loss over the first ``wanted`` validation sequences in batches of ``batch``, with a bar where ``shown``."""
+    """Return the mean loss over the first ``wanted`` validation sequences, in nats per token, with a bar if
+    ``shown``."""
     rounds = math.ceil(math.ceil(wanted / world.size) / batch)
-    # A line for each batch that took long, or every half second: the time that is left is known after the first.
+    # Print a line for each slow batch, or every half second. The remaining time is known after the first batch.
     with tqdm(desc="evaluate", total=rounds, unit="batch", miniters=1, mininterval=0.5, disable=not shown) as bar:
 
         def counted_loss(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
             summed = summed_loss(model, config, tokens_BT, targets_BT, device=world.device)
             if shown:
-                summed.item()  # waits for a GPU, so that what is counted is done
+                summed.item()  # waits for a GPU, so that counted sequences are finished
                 bar.update()
             return summed
 
@@ -172,7 +173,7 @@ def parser() -> CommandParser:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 where it was refused."""
+    """Run the command. Return the exit status: 0, or 2 if the command was refused."""
     args = parser().parse_args(argv)
     with open_world(Device[args.device], timeout_s=600) as world:
         found = evaluate(args.run, world, args.step, args.sequences, args.batch, shows_progress=not args.json)

@@ -3,8 +3,8 @@
     python -m gpt.export outputs/gpt2_124m/default --format hf --output gpt2-mine   # a folder that transformers loads
     python -m gpt.export RUN --format torch --output model.pt --dtype bf16          # one file of torch.save
 
-Reads the newest checkpoint that is whole, of any number of ranks and any strategy, in one process without a GPU. An
-export appears under its name when it is complete.
+Reads the newest whole checkpoint, of any number of ranks and any strategy, in one process without a GPU. An export gets
+its final name only when it is complete.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="most GB in a file of weights (default: 5)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)
-    if args.output is None:  # after the options that do not exist, which argparse would name last
+    if args.output is None:  # checked after the options, because argparse would name an unknown option last
         parser.error("the following arguments are required: --output")
     return args
 
 
 def export(args: argparse.Namespace) -> str:
-    """Export the model of a run; returns the line to print.
+    """Export the model of a run. Return the line to print.
 
     Raises:
-        ConfigError: no such checkpoint, a model that the format has no parts for, or something is there already.
+        ConfigError: the checkpoint is missing, the format lacks a part of the model, or the output exists.
     """
     require_positive("--max-shard-gb", args.max_shard_gb)
     out = args.output.expanduser().absolute()
@@ -113,7 +113,7 @@ def write_hf(
 
 
 def origin_of(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
-    """Origin of an export, as far as the run folder tells: run, step, data, checkpoint and commit."""
+    """Return run, step, data, checkpoint and commit of an export, as far as the run folder records them."""
     manifest: Manifest = read_manifest(checkpoint)
     git = read_json(folder.environment(manifest.meta["attempt"])).get("git", {})
     return {
@@ -148,7 +148,7 @@ Exported from `{origin["run"]}`, step {origin["step"]}: {tokens:,} tokens of tra
 
 
 def refuse_existing(out: Path, kind: str, overwrite: bool) -> None:
-    """Raise ConfigError where something lies at ``out``, unless it is an earlier export that may be replaced."""
+    """Raise ConfigError if ``out`` exists, unless it is an earlier export that may be replaced."""
     if not os.path.lexists(out):
         return
     if kind == "torch":
@@ -163,7 +163,7 @@ def refuse_existing(out: Path, kind: str, overwrite: bool) -> None:
 
 
 def replace(out: Path, temporary: Path) -> None:
-    """Give the finished export its name; an earlier one is renamed first and deleted last."""
+    """Give the finished export its name. An earlier export is renamed first and deleted last."""
     if temporary.is_dir() and out.is_dir():
         old = out.with_name(f".{out.name}.deleting_{secrets.token_hex(4)}")
         out.rename(old)
@@ -191,7 +191,7 @@ def sync(path: Path) -> None:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 written, 2 refused."""
+    """Run the command. Return the exit status: 0 written, 2 refused."""
     print(export(parse(argv)), flush=True)
     return 0
 

@@ -3,7 +3,7 @@
     python -m gpt.generate outputs/quick_test/default -p "def main(" --stream
     python -m gpt.generate RUN -p "once" -p "twice" --max-new-tokens 200 --temperature 0.8 --top-k 50 --top-p 0.95
 
-Only reads the run folder.
+The command only reads the run folder.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from gpt.parallel.distributed import choose_device
 from launch.errors import CommandParser, ConfigError, refusing
 
 UNFINISHED = "\ufffd"
-"""Text that a tokenizer decodes from a character whose last bytes are still to come."""
+"""Text that a tokenizer decodes from a character whose last bytes are still missing."""
 
 
 class Text:
-    """Text of one sequence, decoded token by token and passed on as soon as it is readable."""
+    """Text of one sequence, decoded token by token, and printed as soon as it is readable."""
 
     def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]) -> None:
         self._tokenizer = tokenizer
@@ -43,18 +43,18 @@ class Text:
         """True once the model has ended the document."""
 
     def add(self, token: int) -> None:
-        """Add a token, and pass on the text that has become readable."""
+        """Add a token, and print the text that has become readable."""
         if self.ended:
             return
         if token == self._tokenizer.eot:
             self.ended = True
             return
         self._ids.append(token)
-        # All ids anew: the text of a token may depend on those before it.
+        # Decode all ids again: the text of a token may depend on the tokens before.
         self._pass_on(self._tokenizer.decode(self._ids).rstrip(UNFINISHED))
 
     def close(self) -> None:
-        """Pass on the rest, finished or not."""
+        """Print the rest, even if a character is incomplete."""
         self._pass_on(self._tokenizer.decode(self._ids))
 
     @property
@@ -72,7 +72,7 @@ def encode(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
     """Encode a prompt; an empty one begins a document.
 
     Raises:
-        ConfigError: the tokenizer does not know its characters, or it is empty and documents have no beginning.
+        ConfigError: the tokenizer lacks a character, or the prompt is empty and documents have no begin token.
     """
     ids = [int(i) for i in tokenizer.encode(prompt)]
     if not ids and tokenizer.eot is None:
@@ -83,7 +83,7 @@ def encode(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
 
 
 def batches(prompts: Sequence[list[int]], one_by_one: bool) -> Iterator[list[int]]:
-    """Yield the numbers of the prompts that run together: a batch, and its cache, needs sequences of equal length."""
+    """Yield the indices of the prompts that run together. A batch and its cache need sequences of equal length."""
     if one_by_one:
         yield from ([i] for i in range(len(prompts)))
         return
@@ -107,7 +107,7 @@ def write(
             print(heading(batch[0], prompts) + prompts[batch[0]], end="", flush=True)
         texts = [Text(tokenizer, show if args.stream else pieces[i].append) for i in batch]
         prompt_BT = torch.tensor([ids[i] for i in batch], device=device)
-        size = min(tokenizer.vocab_size, config.model.vocab_size)  # ids beyond the tokenizer's have no text
+        size = min(tokenizer.vocab_size, config.model.vocab_size)  # ids beyond those of the tokenizer have no text
         with autocast(config, device):
             steps = generate(
                 model, prompt_BT, args.max_new_tokens, size, sampling, [generators[i] for i in batch], not args.no_cache
@@ -134,7 +134,7 @@ def show(text: str) -> None:
 
 
 def heading(index: int, prompts: Sequence[str]) -> str:
-    """Line above a text where there are several; empty for one."""
+    """Return the line above a text if there are several prompts, otherwise an empty line."""
     return f"--- {index + 1} of {len(prompts)}\n" if len(prompts) > 1 else ""
 
 
@@ -160,7 +160,7 @@ def parser() -> CommandParser:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 2 where it was refused, 130 after Ctrl-C."""
+    """Run the command. Return the exit status: 0, 2 if the command was refused, 130 after Ctrl-C."""
     args = parser().parse_args(argv)
     try:
         for option, number in (("--max-new-tokens", args.max_new_tokens), ("--samples", args.samples)):

@@ -4,8 +4,7 @@
     python -m gpt.prepare data=tinystories data.tokenizer=sentencepiece --workers 16
     python -m gpt.prepare data=files 'data.path=FOLDER/*.jsonl.gz' data.tokenizer=tiktoken --output corpora/mine
 
-Writes the folder that training with the same data.* keys looks for. A preparation that was killed goes on with the
-same command.
+Writes the folder that training with the same data.* keys reads. The same command resumes a preparation that was killed.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from launch.runs import compose
 
 
 def prepare(config: DataConfig, cache: Path, output: Path | None, workers: int) -> TokenSource:
-    """Prepare a corpus, or verify one that is there.
+    """Prepare a corpus, or verify an existing one.
 
     Raises:
-        ConfigError: there is nothing to prepare, the text cannot be had, or ``output`` holds something else.
+        ConfigError: nothing needs preparation, the text is unavailable, or ``output`` has other content.
     """
     if config.source is Source.tokens:
         raise ConfigError(
@@ -49,7 +48,7 @@ def prepare(config: DataConfig, cache: Path, output: Path | None, workers: int) 
 
 
 def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
-    """Raise ConfigError where a file of a corpus that is there already does not have its checksum."""
+    """Raise ConfigError if a file of an existing corpus does not match its checksum."""
     manifest = read_manifest(folder)
     if manifest is None or manifest["spec"] != spec.identity or open_folder(folder) is None:
         return
@@ -69,7 +68,7 @@ def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
 
 
 def report(source: TokenSource, config: DataConfig, output: Path | None) -> str:
-    """Describe the prepared corpus, and say how to train with it."""
+    """Describe the prepared corpus, with the command that trains with it."""
     assert source.folder is not None and source.vocab_size is not None
     name = "synthetic" if source.tokenizer is None else source.tokenizer["kind"]
     lines = [
@@ -106,7 +105,7 @@ def parser() -> CommandParser:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 where it was refused."""
+    """Run the command. Return the exit status: 0, or 2 if the command was refused."""
     args = parser().parse_args(argv)
     output = args.output.expanduser().absolute() if args.output else None
     config = compose.to_schema(compose_train(args.overrides), TrainConfig)

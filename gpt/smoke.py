@@ -2,8 +2,8 @@
 
     python -m gpt.smoke                    # or on a GPU: python -m gpt.smoke device=cuda
 
-Trains the model of 116 thousand parameters on the running Python's own source, resumes it from a checkpoint, and
-writes with it. Each line says what was checked; the exit status is 0 where all of it holds.
+Trains the model of 116 thousand parameters on the running Python's own source, resumes it from a checkpoint, and writes
+with it. Each line names one check. The exit status is 0 if all checks pass.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ WORDS = (
     *("logging.tensorboard=false", "logging.csv=false", "logging.json=false"),
 )
 FALL = 1.0
-"""Nats per byte by which the loss falls in so many steps, at the least; it is about twice that."""
+"""Smallest fall of the loss over the training steps, in nats per byte. The usual fall is about twice as large."""
 
 
 class CheckFailedError(Exception):
-    """Something that should hold does not; says what was seen."""
+    """Raised with the observed value when a check fails."""
 
 
 def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield the checks in their order: what each is of, and a function that returns what it saw, or raises."""
+    """Yield the checks in order: the title of a check, and a function that returns its observation, or raises."""
     words = ["device=cpu", *WORDS, *overrides, f"run_dir={folder / 'run'}", f"output_dir={folder}"]
     state: dict[str, Tensor] = {}
 
@@ -107,14 +107,14 @@ def load(run: Path, step: int) -> GPT:
 
 
 def require(holds: bool, seen: str) -> None:
-    """Raise CheckFailedError, with what was seen, unless it holds."""
+    """Raise CheckFailedError with ``seen``, the observed value, unless ``holds`` is true."""
     if not holds:
         raise CheckFailedError(seen)
 
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 all holds, 1 something does not, 2 refused."""
+    """Return the exit status: 0 if all checks pass, 1 if one fails, 2 if the command was refused."""
     parser = CommandParser(prog="python -m gpt.smoke", description="Check in seconds that this installation trains.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
     overrides, started = parser.parse_args(argv).overrides, time.perf_counter()

@@ -2,10 +2,10 @@
 
     python -m gpt.train model=quick_test                                    # one process, on its GPU or the CPU
     torchrun --nproc-per-node 8 -m gpt.train model=gpt2_124m parallel=fsdp   # one node
-    python -m launch -m nodes=1,2,4                                         # many nodes, on Slurm where it is
+    python -m launch -m nodes=1,2,4                                         # many nodes, on Slurm if installed
 
-The same command again goes on from the last checkpoint. SIGTERM, SIGUSR2 or Ctrl-C finish the step, save and leave.
-Knows its run folder, but neither Slurm nor who started it.
+The same command again resumes from the last checkpoint. SIGTERM, SIGUSR2 or Ctrl-C finish the step, save and exit. The
+script uses its run folder only, and is independent of Slurm and of its caller.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def build(
     writer: Writer | None = None,
     copies: Copies | None = None,
 ) -> Run:
-    """Prepare the data, make the model, parallelize it over the ranks, and load the newest checkpoint."""
+    """Prepare the data, build the model, parallelize it over the ranks, and load the newest checkpoint."""
     config = settle_execution(config, folder, world)
     keep_compiled(config, world)
     set_matmul_precision(config)
@@ -129,10 +129,10 @@ def build(
 def build_engine(
     config: TrainConfig, folder: RunFolder, world: World, dims: ParallelDims, batch: Batch
 ) -> tuple[Engine, dict[str, Any] | None]:
-    """Make the model and parallelize it over the ranks, with its first weights.
+    """Build the model with its first weights and parallelize it over the ranks.
 
     Returns:
-        The engine, and as ``first_weights`` the source of its weights; None where they were drawn, or a checkpoint
+        The engine, and the source of its first weights; None if the weights are random, or a checkpoint
         follows.
     """
     with torch.device("meta"):
@@ -149,7 +149,7 @@ def build_engine(
 def open_store(
     kept: CheckpointConfig, folder: RunFolder, world: World, engine: Engine, rank: worker.Run, writer: Writer | None
 ) -> CheckpointStore:
-    """Open the checkpoints of a run, beside those in memory and the copies elsewhere where the config has them."""
+    """Open the checkpoints of a run, with those in memory and the remote copies if the config requests them."""
     return CheckpointStore(
         folder.checkpoints,
         kept.keep_last,
@@ -166,12 +166,13 @@ def open_store(
 
 
 def run_ranks(request: Request, rank: worker.Run) -> str:
-    """Train with the other ranks of the environment. A failure is written to the event log before it is raised."""
+    """Train together with the other ranks of the environment. A failure is written to the event log before it is
+    raised."""
     config = request.config
     set_determinism(config)
     with (
-        open_copies(partial(rank.phase, Phase.leaving)) as copies,  # outermost: no rank waits for their end
-        open_writer(config.checkpoint.asynchronous) as writer,  # forked off while there are no devices, and few threads
+        open_copies(partial(rank.phase, Phase.leaving)) as copies,  # outermost: no rank waits for the end of copies
+        open_writer(config.checkpoint.asynchronous) as writer,  # forked while there are no devices and few threads
         open_world(config.device, config.parallel.timeout_s) as world,
         prefer_fast_kernels(world.device),
     ):
@@ -201,10 +202,10 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
 
 
 def leave_for_agent(error: BaseException) -> None:
-    """Write the failure where torch elastic reads it, on the node itself: the disk of the run folder may be full.
+    """Write the failure to torch elastic's file on the node itself, because the disk of the run folder may be full.
 
-    Torch elastic takes the traceback of the exception that is being handled, and torchrun prints it. A refusal is
-    raised anew, so that the way through Hydra does not hide its three lines.
+    Torch elastic stores the traceback of the handled exception, and torchrun prints it. A refusal is raised again, so
+    that Hydra's frames do not hide its three lines.
     """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -221,17 +222,18 @@ def leave_for_agent(error: BaseException) -> None:
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 finished (or, under an agent, stopped), 1 failed, 2 refused, 143 stopped by a signal."""
-    words = parse_arguments(sys.argv[1:] if argv is None else argv)  # first: --help leaves from here
+    """Return the exit status: 0 finished (or, under an agent, stopped), 1 failed, 2 refused, 143 stopped by a
+    signal."""
+    words = parse_arguments(sys.argv[1:] if argv is None else argv)  # first, because --help exits here
     deny_others_writing()
     rank = worker.attach()
     if not rank.under_agent and "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())
-    if not rank.under_agent:  # which has done so
+    if not rank.under_agent:  # an agent has done this already
         raise_open_files()
         set_defaults()
     rank.phase(Phase.starting)
-    faulthandler.register(signal.SIGQUIT)  # a rank that hangs is asked for its stacks, and writes them into its log
+    faulthandler.register(signal.SIGQUIT)  # SIGQUIT makes a rank that hangs write its stacks into its log
     try:
         request = parse_request(words)
         fix_hash_seed(request.config)
@@ -242,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(str(error))
         return 2
     except BaseException as error:
-        # Ranks that wait for this one must see it go, and a communicator that was given up on cannot be closed.
+        # Exit at once: waiting ranks must notice the death of this one, and an aborted communicator cannot be closed.
         leave_for_agent(error)
         say("".join(traceback.format_exception(error)))
         rank.flush()

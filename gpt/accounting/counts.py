@@ -1,4 +1,4 @@
-"""Parameters, floating-point operations and utilization of a model, from its config alone. Torch-free."""
+"""Parameters, floating-point operations and utilization of a model, from its config alone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from gpt.components.parts import NOTHING
 from gpt.config import AttentionBackend, Ffn, ModelConfig, Norm, NormPosition, Position, Recompute
 from gpt.config.checks import cached_by_model
 
-# Bytes of one element of each kind, and of a GiB.
+# Bytes of one element of each dtype, and of a GiB.
 
 
 FP32, BF16, INT64 = 4, 2, 8
 GIB = 2**30
 
 
-# Number and shapes of a model's parameters, from its config alone.
+# Number and shapes of a model's parameters.
 #
-# Torch-free: the planner counts a model before any machine builds it. The names and shapes are those of
-# ``gpt.model.gpt.GPT`` and are compared with it in the tests; nothing here imports it.
+# The planner counts a model before any machine builds it. Tests compare the names and shapes with those of
+# ``gpt.model.gpt.GPT``; nothing here imports it.
 #
 # D width, H heads, K key-value heads, C head width, F inner width of the ffn, V vocabulary, T block size, E experts.
 
@@ -31,7 +31,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Parameters:
-    """Number of parameters by component; a tied output matrix counts once, as embedding."""
+    """Number of parameters by component. A tied output matrix counts once, as embedding."""
 
     embedding: int
     """Token embedding, with the padding of the vocabulary."""
@@ -39,7 +39,7 @@ class Parameters:
     attention: int
     """Attention, with the norms of queries and keys."""
     ffn: int
-    """Feed-forward layers; of a mixture the router, all experts, and the shared ones."""
+    """Feed-forward layers. Of a mixture: the router, all experts, and the shared experts."""
     norm: int
     head: int
     idle: int = 0
@@ -47,26 +47,27 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         return sum(getattr(self, component.name) for component in fields(self) if component.name != "idle")
 
     @property
     def active(self) -> int:
-        """Parameters that one token uses: all but the experts that it is not routed to."""
+        """Parameters that one token uses: all except the experts that it is not routed to."""
         return self.total - self.idle
 
     @property
     def non_embedding(self) -> int:
-        """Without token, position and output embeddings: the N of the scaling laws (arXiv 2001.08361, section 2.1)."""
+        """Parameters without token, position and output embeddings: N of the scaling laws (arXiv 2001.08361, section
+        2.1)."""
         return self.total - self.embedding - self.position - self.head
 
     @property
     def active_non_embedding(self) -> int:
-        """``active`` without the embeddings."""
+        """Parameters that one token uses, without the embeddings."""
         return self.non_embedding - self.idle
 
     def as_dict(self) -> dict[str, int]:
-        """Return the components and the sums over them."""
+        """Return the components and their sums."""
         sums = ("total", "active", "non_embedding", "active_non_embedding")
         return {**asdict(self), **{name: getattr(self, name) for name in sums}}
 
@@ -88,12 +89,12 @@ def count(model: ModelConfig) -> Parameters:
 
 
 def size(shapes: Shapes, prefix: str = "") -> int:
-    """Count the elements of the tensors whose name starts with ``prefix``."""
+    """Return the number of elements of the tensors whose name starts with ``prefix``."""
     return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
 
 
 def block_shapes(model: ModelConfig) -> Shapes:
-    """Name and shape of every parameter of one block."""
+    """Return name and shape of every parameter of one block."""
     width, queries, keys = model.n_embd, model.n_head * model.head_dim, model.kv_heads * model.head_dim
     shapes = norm_shapes(model, "attention_norm", width)
     if isinstance(model.attention, str):
@@ -115,12 +116,12 @@ def block_shapes(model: ModelConfig) -> Shapes:
 
 
 def part_shapes(model: ModelConfig, part: str, name: str) -> Shapes:
-    """Parameters of a part of the user's, which lies in the model under ``name``."""
+    """Return the parameters of a part of the user, whose names in the model begin with ``name``."""
     return {f"{name}.{local}": shape for local, shape in part_counts(model)[part].shapes.items()}
 
 
 def dense_shapes(model: ModelConfig, name: str, inner: int) -> Shapes:
-    """A feed-forward layer of two matrices, or three where it is gated."""
+    """Return the shapes of a feed-forward layer: two matrices, or three if it is gated."""
     shapes: Shapes = {}
     for matrix in ("gate", "up") if model.gated else ("up",):
         shapes |= linear_shapes(model, f"{name}.{matrix}", inner, model.n_embd)
@@ -128,7 +129,7 @@ def dense_shapes(model: ModelConfig, name: str, inner: int) -> Shapes:
 
 
 def mixture_shapes(model: ModelConfig) -> Shapes:
-    """Router, the stacked matrices of the experts, and the shared experts as one layer."""
+    """Return the shapes of the router, the stacked matrices of the experts, and the shared experts as one layer."""
     width, inner, experts = model.n_embd, model.ffn_width, model.n_expert
     shapes: Shapes = {"ffn.router.weight": (experts, width)}
     for matrix in ("gate", "up") if model.gated else ("up",):
@@ -138,7 +139,7 @@ def mixture_shapes(model: ModelConfig) -> Shapes:
 
 
 def outer_shapes(model: ModelConfig) -> Shapes:
-    """Name and shape of every parameter outside the blocks."""
+    """Return name and shape of every parameter outside the blocks."""
     shapes: Shapes = {"token_embedding.weight": (model.padded_vocab, model.n_embd)}
     if model.position is Position.learned:
         shapes["position.weight"] = (model.block_size, model.n_embd)
@@ -152,27 +153,27 @@ def outer_shapes(model: ModelConfig) -> Shapes:
 
 
 def linear_shapes(model: ModelConfig, name: str, outputs: int, inputs: int) -> Shapes:
-    """A matrix, and its bias where the model has them."""
+    """Return the shape of a matrix, and of its bias if the model has biases."""
     matrix: Shapes = {f"{name}.weight": (outputs, inputs)}
     return matrix | {f"{name}.bias": (outputs,)} if model.bias else matrix
 
 
 def norm_shapes(model: ModelConfig, name: str, width: int) -> Shapes:
-    """A gain, and a shift where the layer has one."""
+    """Return the shape of a gain, and of a shift if the layer has one."""
     if isinstance(model.norm, str):
         return part_shapes(model, "norm" if width == model.n_embd else "head_norm", name)
     gain: Shapes = {f"{name}.weight": (width,)}
     return gain | {f"{name}.bias": (width,)} if model.norm is Norm.layernorm else gain
 
 
-# Floating-point operations of the model's matrix products, from its config alone.
+# Floating-point operations (FLOPs) of the model's matrix products.
 #
-# Torch-free. A product of (m, k) and (k, n) matrices counts 2 m k n; everything that is not a matrix product (norms,
-# softmax, activations, the embedding's look-up) is left out, as is usual: it is under one percent.
+# A product of (m, k) and (k, n) matrices counts 2 m k n. Everything else (norms, softmax, activations, the embedding's
+# look-up) is left out, as usual: it is under one percent.
 #
-# Why training is three times the forward pass, exactly: the backward pass of a product Y = X W is two products of the
-# same cost, one for the gradient of X and one for that of W. Both operands of every product here need a gradient, also
-# in the first block, since the embedding under it is trained.
+# Training is exactly three times the forward pass. The backward pass of a product Y = X W is two products of the same
+# cost: one for the gradient of X and one for that of W. Both operands of every product here need a gradient, even in
+# the first block, since the embedding before it is trained.
 
 
 @dataclass(frozen=True)
@@ -182,23 +183,23 @@ class Flops:
     projections: int
     """Query, key, value and output projections of attention."""
     attention: int
-    """Scores Q K^T and the weighted sum of V, over all T x T pairs, as if nothing were masked."""
+    """Scores Q K^T and the weighted sum of V, over all T x T pairs without a mask."""
     ffn: int
-    """Feed-forward layers; of a mixture the routed and the shared experts of each token."""
+    """Feed-forward layers. Of a mixture: the routed and the shared experts of each token."""
     logits: int
     """Output matrix, with the padding of the vocabulary."""
     router: int = 0
     custom: int = 0
-    """Attention, norms and positions of the user's, as measured; nothing is taken off where attention is causal."""
+    """Measured FLOPs of the user's attention, norms and positions. Causal attention is not halved."""
 
     @property
     def palm(self) -> int:
-        """Sum of all: for one token of training, 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
+        """Sum of all components. For one token of training: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
 
-        L layers, H heads, Q head width, T sequence length, causality not taken off. N counts every matrix that a token
-        is multiplied with, so the output matrix, but not the input embedding, the position table, gains and biases.
-        PaLM counts all its parameters; having one matrix for input and output and no bias, it differs by its gains. Of
-        experts, those that a token goes to.
+        L layers, H heads, Q head width, T sequence length; causal attention is not halved. N counts every matrix that a
+        token is multiplied with: the output matrix, but not the input embedding, the position table, gains and biases.
+        PaLM counts all its parameters. It has one matrix for input and output and no bias, so it differs by its gains.
+        Of experts, only those of the token count.
         """
         return sum(getattr(self, component.name) for component in fields(self))
 
@@ -210,7 +211,7 @@ class Flops:
 
 @cached_by_model
 def forward_flops(model: ModelConfig, sequences: int) -> Flops:
-    """Count the FLOPs of one forward pass over ``sequences`` sequences of ``block_size`` tokens."""
+    """Return the FLOPs of one forward pass over ``sequences`` sequences of ``block_size`` tokens."""
     tokens = sequences * model.block_size
     queries, keys = model.n_head * model.head_dim, model.kv_heads * model.head_dim
     of_experts = model.ffn is Ffn.moe
@@ -228,7 +229,7 @@ def forward_flops(model: ModelConfig, sequences: int) -> Flops:
 
 
 def custom_flops(model: ModelConfig) -> int:
-    """Count the FLOPs of the user's attention, norms and positions in a forward pass over one sequence."""
+    """Return the FLOPs of the user's attention, norms and positions in a forward pass over one sequence."""
     parts = part_counts(model)
     norm, head_norm, position, attention = (
         parts.get(key, NOTHING) for key in ("norm", "head_norm", "position", "attention")
@@ -240,9 +241,10 @@ def custom_flops(model: ModelConfig) -> int:
 
 
 def expert_rows(model: ModelConfig) -> int:
-    """Count the rows that the experts of one layer compute in training for one sequence of ``block_size`` tokens.
+    """Return the rows that the experts of one layer compute in training for one sequence of ``block_size`` tokens.
 
-    Each token counts once for each of its experts; with a capacity all slots of all experts count, empty ones too.
+    Each token counts once for each of its experts. With a capacity, all places of all experts count, including empty
+    ones.
     """
     time, chosen = model.block_size, model.n_expert_per_token
     if model.capacity_factor is None:
@@ -251,10 +253,11 @@ def expert_rows(model: ModelConfig) -> int:
 
 
 def training_flops(model: ModelConfig, sequences: int) -> Flops:
-    """Count the FLOPs of one forward and backward pass over ``sequences`` sequences, nothing recomputed.
+    """Return the FLOPs of one forward and backward pass over ``sequences`` sequences, without recomputation.
 
-    Equal to what ``torch.utils.flop_counter.FlopCounterMode`` counts where attention is written out. A fused kernel
-    computes the scores once more in the backward pass: the kernel's doing, not the model's, and not counted.
+    Equal to the count of ``torch.utils.flop_counter.FlopCounterMode`` with ``attention=manual``. A fused kernel
+    computes the scores once more in the backward pass. This is a cost of the kernel, not of the model, and is not
+    counted.
     """
     once = forward_flops(model, sequences)
     return Flops(**{part.name: 3 * getattr(once, part.name) for part in fields(once)})
@@ -262,21 +265,21 @@ def training_flops(model: ModelConfig, sequences: int) -> Flops:
 
 @cached_by_model
 def training_flops_per_token(model: ModelConfig) -> Flops:
-    """Count the FLOPs of training on one token, in sequences of ``block_size``.
+    """Return the FLOPs of training on one token, in sequences of ``block_size``.
 
-    Whole numbers, as every term is linear in T; only the slots of a capacity may not be, and are rounded down.
+    The numbers are whole, since every term is linear in T. Only the places of a capacity may be fractional; they are
+    rounded down.
     """
     sequence = training_flops(model, sequences=1)
     return Flops(**{part.name: getattr(sequence, part.name) // model.block_size for part in fields(sequence)})
 
 
 def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:
-    """Count the FLOPs that the backward pass spends on recomputing the blocks, for one token.
+    """Return the FLOPs per token that the backward pass spends on recomputing the blocks.
 
-    ``full`` repeats all products of a block but the last: torch stops where nothing is missing any more, and the result
-    of the last product is needed only where something that keeps its input follows it (dropout, a norm, the weighting
-    of experts). ``selective`` repeats attention where a fused kernel draws dropout, and nothing else. Compiled code may
-    repeat less.
+    ``full`` repeats all products of a block except the last. torch stops once nothing is missing, and the last result
+    is needed only if a later operation keeps its input (dropout, a norm, the weighting of experts). ``selective``
+    repeats only attention, if a fused kernel draws dropout. Compiled code may repeat less.
     """
     once = forward_flops(model, sequences=1)
     if recompute is Recompute.none:
@@ -284,20 +287,18 @@ def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:
     if recompute is Recompute.selective:
         fused = model.attention is not AttentionBackend.manual
         return once.attention // model.block_size if model.dropout and fused else 0
-    unknown = isinstance(model.ffn, str)  # which product is its last
+    unknown = isinstance(model.ffn, str)  # the last product of a user's layer is unknown
     last_is_kept = unknown or model.dropout or model.ffn is Ffn.moe or model.norm_position is not NormPosition.pre
     spared = 0 if last_is_kept else once.ffn // (3 if model.gated else 2)
     return (once.palm - once.logits - spared) // model.block_size
 
 
 # Utilization of a device's peak: MFU and HFU by the usual conventions.
-#
-# Torch-free arithmetic. Must not measure anything.
 
 
 @dataclass(frozen=True)
 class Utilization:
-    """Rate of one rank, and its share of the peak; None where the peak is unknown."""
+    """Rate of one rank, and its share of the peak; None if the peak is unknown."""
 
     tflops_per_s: float
     """Model TFLOP/s by the PaLM convention."""
@@ -306,7 +307,7 @@ class Utilization:
     mfu_causal: float | None
     """MFU with causal attention halved."""
     hfu: float | None
-    """Hardware FLOPs utilization: counts what is recomputed as well (PaLM, as above)."""
+    """Hardware FLOPs utilization, 0 to 1: includes recomputation (PaLM, as above)."""
 
 
 def utilization(
@@ -315,9 +316,9 @@ def utilization(
     """Compute the utilization of one rank.
 
     Args:
-        flops_per_token: of training, from ``training_flops_per_token``.
-        tokens_per_s: of this rank, not of the whole run.
-        peak_flops_per_s: of this rank's device, from ``peak_flops``.
+        flops_per_token: FLOPs of training, from ``training_flops_per_token``.
+        tokens_per_s: rate of this rank, not of the whole run.
+        peak_flops_per_s: peak of this rank's device, from ``peak_flops``; None if unknown.
         recomputed_per_token: FLOPs recomputed in the backward pass, from ``recomputed_flops_per_token``.
     """
     rate = flops_per_token.palm * tokens_per_s

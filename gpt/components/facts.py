@@ -1,7 +1,7 @@
-"""Counts of the user's own parts of a model, measured once for each config. Torch-free.
+"""Counts of the user's parts of a model, measured once for each config. Imports no torch.
 
-Where torch is loaded they are measured here; elsewhere, as on a login node, by a process of its own, so that the
-launcher neither waits for torch with every command nor runs the user's module itself.
+If torch is loaded, this process measures the parts. Otherwise, as on a login node, another process does. So the
+launcher neither waits for torch at every command nor runs the user's module.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from launch.errors import ConfigError
 
 
 def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
-    """Measure the user's own parts of a model: ``norm``, ``head_norm``, ``position``, ``attention`` and ``ffn``.
+    """Return the counts of the user's parts of a model: ``norm``, ``head_norm``, ``position``, ``attention`` and
+    ``ffn``.
 
-    ``head_norm`` is the norm of queries and keys together, of which one has the parameters given. Empty for a model of
-    our parts alone.
+    ``head_norm`` counts the norms of queries and keys together; its parameters are those of one norm. The mapping is
+    empty for a model of built-in parts.
 
     Raises:
         ConfigError: a part cannot be imported, takes other arguments, or fails.
@@ -38,7 +39,8 @@ def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
 
 
 def optimizer_state(optim: OptimConfig) -> StateBytes:
-    """Return the size of the optimizer's state: of AdamW both moments and a count, of one of the user's as measured.
+    """Return the size of the optimizer's state: both moments and a count for AdamW, the measured size for one of the
+    user.
 
     Raises:
         ConfigError: the user's optimizer cannot be imported, or fails.
@@ -61,7 +63,7 @@ def _measured(request: str) -> Mapping[str, PartCounts]:
 
 
 def measured(request: str) -> dict[str, Any]:
-    """Answer a request, in JSON, by this process where it has torch, else by another one.
+    """Return the answer to a request in JSON, from this process if it has torch, otherwise from another one.
 
     Raises:
         ConfigError: a part is refused.
@@ -83,7 +85,7 @@ def measured(request: str) -> dict[str, Any]:
             "parts that torch can build on its meta device",
             "the parts repaired, or parts of ours",
         )
-    told: dict[str, Any] = json.loads(lines[-1])  # a module may have printed before
+    told: dict[str, Any] = json.loads(lines[-1])  # a module may print lines before the answer
     if "refused" in told:
         raise ConfigError(*told["refused"])
     return told
@@ -101,12 +103,13 @@ OWNERS = (
     ("position", r"(?:position|blocks\.\d+\.attention\.rope)\.(.+)"),
     ("ffn", r"blocks\.\d+\.ffn\.(.+)"),
 )
-"""Names of the tensors that belong to a part, in the whole model. The first that is the user's has them: norms and
-positions inside an attention of the user's are its own."""
+"""Parts, and patterns of their tensors' names in the whole model. A tensor belongs to the first part of the user that
+matches, so norms and positions inside the user's attention belong to the attention."""
 
 
 def owner_of(name: str, model: ModelConfig) -> tuple[str, str] | None:
-    """Find the user's own part that a tensor of the model belongs to: field, and name within the part; else None."""
+    """Return the user's part that a tensor belongs to: field of the config, and name in the part; None if there is
+    none."""
     custom = model.custom_parts
     for key, pattern in OWNERS if custom else ():
         if key in custom and (found := re.fullmatch(pattern, name)):

@@ -1,7 +1,7 @@
-"""Measure parts of the user's own on tensors without memory: parameters, FLOPs, and what a backward pass needs.
+"""Measurement of the user's parts on tensors without memory: parameters, FLOPs, and bytes for a backward pass.
 
-B batch, T time, D width, H heads, C head width. The parts are built on the meta device, as training builds them, and
-run on fake tensors, which know shapes and dtypes only: no memory and no arithmetic, whatever the size of the model.
+B batch, T time, D width, H heads, C head width. The parts are built on the meta device, as in training. They run on
+fake tensors, which have only shapes and dtypes: no memory and no arithmetic, for any size of the model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Use:
 
 
 def answer(request: str) -> dict[str, Any]:
-    """Measure what a request asks for, the parts of a model or an optimizer; both in JSON.
+    """Measure the parts of a model or an optimizer that a request in JSON names. Return the answer as JSON values.
 
     Raises:
         ConfigError: a part cannot be used.
@@ -61,7 +61,7 @@ def count_optimizer(optim: OptimConfig) -> StateBytes:
     """Measure the state of an optimizer by a step on two small matrices.
 
     Raises:
-        ConfigError: it cannot be made, or its step fails.
+        ConfigError: the optimizer cannot be constructed, or its step fails.
     """
     matrices = [nn.Parameter(torch.zeros(64 * rows, 64)) for rows in (1, 2)]
     for matrix in matrices:
@@ -69,7 +69,7 @@ def count_optimizer(optim: OptimConfig) -> StateBytes:
     optimizer = build_optimizer(optim, [{"params": matrices, "weight_decay": optim.weight_decay}])
     try:
         optimizer.step()
-    except Exception as error:  # of the user's class
+    except Exception as error:  # raised by the user's class
         raise ConfigError(
             f"optim.optimizer={optim.optimizer} fails in a step over two matrices: {type(error).__name__}: {error}",
             "an optimizer that steps any parameters with gradients",
@@ -83,7 +83,7 @@ def count_optimizer(optim: OptimConfig) -> StateBytes:
 
 
 def uses(model: ModelConfig) -> dict[str, Use]:
-    """List the user's own parts as the model uses them."""
+    """Return the user's parts with their use in the model."""
     custom, hidden = model.custom_parts, (model.block_size, model.n_embd)
     heads = (model.block_size, model.n_head + model.kv_heads, model.head_dim)
     found: dict[str, Use] = {}
@@ -105,7 +105,7 @@ def count_part(model: ModelConfig, use: Use) -> PartCounts:
     """Measure one part.
 
     Raises:
-        ConfigError: it cannot be built on the meta device, run, or sharded.
+        ConfigError: the part cannot be built on the meta device, run, or sharded.
     """
     kind = load_part(f"model.{use.key}", use.name)
 
@@ -118,7 +118,7 @@ def count_part(model: ModelConfig, use: Use) -> PartCounts:
     check_state(use, module)
     with explained(use, f"is given a tensor of {('B', *use.shape)}"):
         one, two = ([run(make, use, sequences, half) for half in (False, True)] for sequences in (1, 2))
-    # Of two sequences less that of one: casts of weights, which are counted elsewhere, do not grow with the tokens.
+    # Two sequences minus one: casts of weights, counted elsewhere, do not grow with the tokens.
     saved, products = ([after[i] - before[i] for before, after in zip(one, two, strict=True)] for i in (1, 2))
     given = getattr(kind, "forward_flops", None)
     return PartCounts(
@@ -133,7 +133,7 @@ def count_part(model: ModelConfig, use: Use) -> PartCounts:
 
 
 def run(make: Callable[[], nn.Module], use: Use, sequences: int, half: bool) -> tuple[int, int, int]:
-    """Run a part forward on fake tensors; returns FLOPs, bytes saved for the backward pass, and bytes of products.
+    """Run a part forward on fake tensors. Return FLOPs, bytes saved for the backward pass, and bytes of products.
 
     Raises:
         ValueError: the result has another shape than the input.
@@ -179,12 +179,12 @@ class ProductBytes(TorchDispatchMode):
 
 @contextmanager
 def explained(use: Use, when: str) -> Iterator[None]:
-    """Turn whatever a part raises into a refusal."""
+    """Turn every exception of a part into a ConfigError."""
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # of the user's class
+    except Exception as error:  # raised by the user's class
         raise ConfigError(
             f"model.{use.key}={use.name} fails when it {when}: {type(error).__name__}: {error}",
             "a part that keeps the shape of its input, and whose operations do not look at values (.item(), .tolist())",
@@ -193,7 +193,7 @@ def explained(use: Use, when: str) -> Iterator[None]:
 
 
 def check_state(use: Use, module: nn.Module) -> None:
-    """Raise ConfigError where parameters cannot be sharded, or a table would be left without its values."""
+    """Raise ConfigError if parameters cannot be sharded, or a table would stay without its values."""
     scalars = [name for name, parameter in module.named_parameters() if parameter.dim() == 0]
     if scalars:
         raise ConfigError(
@@ -212,10 +212,10 @@ def check_state(use: Use, module: nn.Module) -> None:
 
 
 def stated_parallelism(use: Use, kind: Any) -> tuple[str, ...]:
-    """Read what a class says of itself in ``parallel``.
+    """Read the class attribute ``parallel``: the kinds of parallelism that a part supports.
 
     Raises:
-        ConfigError: it says what parts of its kind cannot do.
+        ConfigError: the attribute has a value that parts of its kind cannot have.
     """
     stated, able = tuple(getattr(kind, "parallel", ())), KINDS_OF_PARALLELISM[use.key]
     wrong = [word for word in stated if word not in able]
@@ -229,7 +229,7 @@ def stated_parallelism(use: Use, kind: Any) -> tuple[str, ...]:
 
 
 def main() -> int:
-    """Answer the request on standard input, in the last line of standard output."""
+    """Print the answer to the request on standard input, as the last line of standard output."""
     try:
         told = answer(sys.stdin.read())
     except ConfigError as error:

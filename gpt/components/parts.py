@@ -1,4 +1,4 @@
-"""The user's own parts of a model: from a name in the config to a class, its counts, and refusals. Torch-free."""
+"""Parts of the user: from a name in the config to a class, its counts, and errors. Imports no torch by itself."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from typing import Any
 from gpt.config.optim import OptimConfig
 from launch.errors import ConfigError, closest
 
-# Counts of a part of the user's (parameters, FLOPs, memory), and what it may say of itself. Torch-free.
+# Counts of a part of the user (parameters, FLOPs, memory), and its attribute ``parallel``.
 
 
 KINDS_OF_PARALLELISM = {
     **dict.fromkeys(("norm", "ffn"), ("tp", "cp", "pp")),
     **dict.fromkeys(("position", "attention"), ("pp",)),
 }
-"""Values that the class of a part may have in ``parallel``. Norms and feed-forward layers take tokens one by one, so
-each rank of tp and cp takes its own; attention and positions would have to know of the other ranks' tokens."""
+"""Values that a part may have in its attribute ``parallel``. Norms and feed-forward layers compute tokens one by one,
+so each rank of tp and cp computes its own. Attention and positions would need the tokens of other ranks."""
 
 
 @dataclass(frozen=True)
 class PartCounts:
-    """Counts of one use of a part; what grows with the tokens is for one sequence of ``block_size`` tokens."""
+    """Counts of one use of a part. Counts that grow with the tokens are for one sequence of ``block_size`` tokens."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Name, within the part, and shape of every parameter."""
     flops: int = 0
     """FLOPs of the matrix products of a forward pass."""
     saved: dict[str, int] = field(default_factory=dict)
-    """Bytes of activations that the backward pass needs, the part's input among them, in fp32 and in 16 bits."""
+    """``fp32`` or ``half`` -> bytes of activations that the backward pass needs, including the part's input."""
     fixed: int = 0
-    """Bytes that it keeps however many sequences there are, such as a mask."""
+    """Bytes kept for any number of sequences, such as a mask."""
     products: dict[str, int] = field(default_factory=dict)
-    """Bytes of the results of matrix products, likewise."""
+    """``fp32`` or ``half`` -> bytes of the results of matrix products."""
     parallel: tuple[str, ...] = ()
-    """Kinds of parallelism that the class says it can be computed under."""
+    """Kinds of parallelism that the class supports, by its own statement."""
     on_heads: bool = False
-    """Positions that are applied to queries and keys, not to the embedding."""
+    """True for positions that are applied to queries and keys, not to the embedding."""
 
 
 NOTHING = PartCounts()
@@ -54,19 +54,19 @@ class StateBytes:
     """Bytes of an optimizer's state."""
 
     per_element: float
-    """For each element of a matrix."""
+    """Bytes for each element of a matrix."""
     per_tensor: int
-    """For each parameter, such as a count of steps."""
+    """Bytes for each parameter, such as a count of steps."""
 
 
-# From the name of a part to its class, with a refusal in words where there is none that fits.
+# Import of a part by its name, with a ConfigError if no class fits. Imports the user's module, and torch with it.
 #
-# B batch, T time, D width, H heads, C head width. Imports the user's module, and torch with it.
+# B batch, T time, D width, H heads, C head width.
 
 
 @dataclass(frozen=True)
 class Contract:
-    """Arguments that the class of a part has to take."""
+    """Arguments that the class of a part must accept."""
 
     make: tuple[str, ...]
     """Arguments of the constructor."""
@@ -81,14 +81,14 @@ CONTRACTS = {
     "model.attention": Contract(("config",), ("x_BTD", "cache"), "(B, T, D) -> (B, T, D)"),
     "model.ffn": Contract(("config",), ("x_BTD",), "(B, T, D) -> (B, T, D)"),
 }
-"""By the key of the config."""
+"""Key of the config -> its contract."""
 
 
 def load_part(key: str, name: str) -> Any:
-    """Import the module class that ``name`` stands for, checked against the contract of ``key``.
+    """Import the module class called ``name``, and check it against the contract of ``key``.
 
     Raises:
-        ConfigError: there is none, it is no module, or it takes other arguments.
+        ConfigError: the class is missing, is no module, or takes other arguments.
     """
     import torch
 
@@ -105,15 +105,15 @@ def load_part(key: str, name: str) -> Any:
 
 
 def build_part(key: str, name: str, config: Any, *arguments: Any) -> Any:
-    """Make the module of a part."""
+    """Construct the module of a part."""
     return load_part(key, name)(config, *arguments)
 
 
 def load_object(key: str, name: str) -> Any:
-    """Import what ``module:attribute``, or an entry point of the group ``gpt.<last word of key>``, names.
+    """Import the object named by ``module:attribute``, or by an entry point of the group ``gpt.<last word of key>``.
 
     Raises:
-        ConfigError: no such entry point, module or attribute, or the module fails.
+        ConfigError: the entry point, module or attribute is missing, or the module fails.
     """
     module_name, attribute = split_name(key, name)
     module = import_module(key, name, module_name)
@@ -132,10 +132,10 @@ def load_object(key: str, name: str) -> Any:
 
 
 def split_name(key: str, name: str) -> tuple[str, str]:
-    """Split a name into module and attribute; an entry point is looked up.
+    """Split a name into module and attribute. A name without a colon is looked up as an entry point.
 
     Raises:
-        ConfigError: it has no colon, and no installed package has an entry point of this name.
+        ConfigError: the name has no colon, and no installed package has an entry point of this name.
     """
     if ":" not in name:
         group = entry_group(key)
@@ -158,14 +158,14 @@ def entry_group(key: str) -> str:
 
 
 def import_module(key: str, name: str, module: str) -> ModuleType:
-    """Import a module of the user's.
+    """Import a module of the user.
 
     Raises:
-        ConfigError: Python does not find it, or running it fails.
+        ConfigError: Python does not find the module, or running it fails.
     """
     try:
         return importlib.import_module(module)
-    except Exception as error:  # whatever the user's module raises
+    except Exception as error:  # the user's module may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name:
             raise missing_module(key, name, module, error.name) from error
         raise ConfigError(
@@ -176,7 +176,7 @@ def import_module(key: str, name: str, module: str) -> ModuleType:
 
 
 def missing_module(key: str, name: str, module: str, missing: str) -> ConfigError:
-    """Refusal of a name whose module, or one that this needs, is not there."""
+    """Return the error for a name whose module, or a module imported by it, is missing."""
     return ConfigError(
         f"{key}={name}, and there is no module {missing}",
         "a module that Python can import here and on the nodes",
@@ -185,7 +185,7 @@ def missing_module(key: str, name: str, module: str, missing: str) -> ConfigErro
 
 
 def check_call(key: str, name: str, called: str, signature: inspect.Signature, arguments: tuple[str, ...]) -> None:
-    """Raise ConfigError where a function cannot be called with these positional arguments."""
+    """Raise ConfigError if a function cannot be called with these positional arguments."""
     try:
         signature.bind(*arguments)
     except TypeError as error:
@@ -199,15 +199,15 @@ def check_call(key: str, name: str, called: str, signature: inspect.Signature, a
 
 
 def describe(found: Any) -> str:
-    """Name a thing and its kind."""
+    """Return the name of an object and its kind."""
     return f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
 
 
 def load_source(key: str, name: str) -> Any:
-    """Import the function of a data source: given the config of the data, it returns an iterator of documents.
+    """Import the function of a data source. Called with the config of the data, it returns an iterator of documents.
 
     Raises:
-        ConfigError: there is none, or it takes other arguments.
+        ConfigError: the function is missing, or takes other arguments.
     """
     found = load_object(key, name)
     if not callable(found):
@@ -217,15 +217,15 @@ def load_source(key: str, name: str) -> Any:
 
 
 def source_digest(key: str, name: str) -> str:
-    """Return the SHA-256 of the file of a module of the user's, without running it: other code makes another corpus.
+    """Return the SHA-256 of the file of a user's module, without running it. Changed code makes another corpus.
 
     Raises:
-        ConfigError: there is no such module, or it is no file.
+        ConfigError: the module is missing, or is no file.
     """
     module, _ = split_name(key, name)
     try:
         spec = importlib.util.find_spec(module)
-    except ImportError:  # a package above it is not there
+    except ImportError:  # a parent package is missing
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise missing_module(key, name, module, module)
@@ -233,13 +233,13 @@ def source_digest(key: str, name: str) -> str:
 
 
 def build_optimizer(config: OptimConfig, groups: Any) -> Any:
-    """Make the optimizer of the user's that ``config`` names, over parameter groups with their weight decay.
+    """Construct the user's optimizer that ``config`` names, over parameter groups with their weight decay.
 
-    It is given lr, betas and eps of the config where its constructor takes them, and ``optim.options``. A step that the
-    run skips (see gpt.parallel.optimizer.skipping) does not reach it.
+    The constructor receives ``optim.options``, and lr, betas and eps of the config if it accepts them. A step that the
+    run skips (see gpt.parallel.optimizer.skipping) does not reach the optimizer.
 
     Raises:
-        ConfigError: there is none, it is no optimizer of torch, or it refuses its arguments.
+        ConfigError: the class is missing, is no optimizer of torch, or refuses its arguments.
     """
     import torch
 
@@ -254,7 +254,7 @@ def build_optimizer(config: OptimConfig, groups: Any) -> Any:
     given = {argument: value for argument, value in ours.items() if argument in takes} | dict(config.options)
 
     class Skippable(found):  # type: ignore[valid-type, misc]
-        """The user's optimizer, whose steps can be skipped by a flag on the device, as torch's fused ones can."""
+        """The user's optimizer, whose steps a flag on the device can skip, as with torch's fused optimizers."""
 
         def step(self, closure: Any = None) -> Any:
             skip = getattr(self, "found_inf", None)
@@ -262,7 +262,7 @@ def build_optimizer(config: OptimConfig, groups: Any) -> Any:
                 return super().step(closure)
             if skip.item():
                 return None
-            del self.found_inf  # which torch's own optimizers refuse where they are not fused
+            del self.found_inf  # torch's own unfused optimizers refuse this attribute
             try:
                 return super().step(closure)
             finally:

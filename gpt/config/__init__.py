@@ -1,6 +1,6 @@
-"""The typed schema of a training run: every field, its unit and its range. Values live in ``configs/``.
+"""Typed schema of a training run: every field, its unit and its range. Values are in ``configs/``.
 
-Torch-free, so that the login node can use it.
+The schema imports no torch, so that the login node can use it.
 """
 
 from gpt.config.checks import nearest_divisor

@@ -1,4 +1,4 @@
-"""Checks that parts of the schema share, and a cache of pure functions of a model config. Torch-free."""
+"""Checks that parts of the schema share, and a cache for pure functions of a model config. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 from gpt.config.model import ModelConfig
 from launch.errors import ConfigError, closest
 
-# Checks that the parts of the schema share, and numbers for their messages. Torch-free.
+# Checks of the parts of the schema, and numbers for their messages.
 
 
 def nearest_divisor(number: int, wish: int) -> int:
-    """Find the divisor of ``number`` that is nearest to ``wish``, for error messages."""
+    """Return the divisor of ``number`` that is nearest to ``wish``, for error messages."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return min(divisors, key=lambda d: (abs(d - wish), d))
 
@@ -28,9 +28,9 @@ def divisors(number: int) -> list[int]:
 
 
 def check_custom_name(key: str, name: str, ours: Iterable[str]) -> None:
-    """Raise ConfigError unless ``name`` can stand for something of the user's; imports nothing.
+    """Raise ConfigError unless ``name`` can name a part written by the user. Imports nothing.
 
-    Either ``package.module:attribute``, or an entry point of the group ``gpt.<last word of key>``.
+    The name is either ``package.module:attribute``, or an entry point of the group ``gpt.<last word of key>``.
     """
     installed = entry_points(group=f"gpt.{key.rpartition('.')[2]}").names
     module, colon, attribute = name.partition(":")
@@ -52,29 +52,29 @@ def is_importable(package: str) -> bool:
         return False
 
 
-# Results of pure functions of a model's config, kept for as long as the process lives. Torch-free.
+# Cache of pure functions of a model config, for the life of the process.
 #
-# A search for layouts asks for the same few models thousands of times. Configs can be changed, so results are kept by
-# the values of their fields.
+# A search for layouts needs the same few models thousands of times. Configs are mutable, so the values of their fields
+# are the keys of the cache.
 
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
 KEPT = 4096
-"""Results of one function for one model that are kept; they are forgotten together."""
+"""Number of results that are kept for one function and one model. When full, all of them are dropped together."""
 MODELS = 64
-"""Models of which results are kept."""
+"""Number of models of which results are kept. When full, all of them are dropped together."""
 MISSING = object()
 VALUES = attrgetter(*(field.name for field in fields(ModelConfig) if field.name != "options"))
-"""Values of all fields that can be hashed."""
+"""Values of all hashable fields."""
 
 
 def cached_by_model(
     function: Callable[Concatenate[ModelConfig, P], Result],
 ) -> Callable[Concatenate[ModelConfig, P], Result]:
-    """Keep the results of a pure function of a model's config and other arguments, which can be hashed.
+    """Cache the results of a pure function of a model config and of further hashable arguments.
 
-    The result is the same object each time: it must not be changed.
+    Every call returns the same object, so callers must not change the result.
     """
     known: dict[object, dict[object, Result]] = {}
     latest: tuple[object, dict[object, Result]] = (None, {})
@@ -83,7 +83,7 @@ def cached_by_model(
     def cached(model: ModelConfig, *args: P.args, **kwargs: P.kwargs) -> Result:
         nonlocal latest
         values, of_model = VALUES(model), repr(model.options) if model.options else ""
-        if latest[0] != (values, of_model):  # a comparison of the same objects, where hashing forty values takes longer
+        if latest[0] != (values, of_model):  # comparing the same objects is faster than hashing forty values
             if len(known) >= MODELS:
                 known.clear()
             latest = (values, of_model), known.setdefault((values, of_model), {})

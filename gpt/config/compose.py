@@ -1,6 +1,6 @@
-"""Composition of ``configs/train.yaml`` for the commands of gpt; which keys name a run, and which may change.
+"""Composition of ``configs/train.yaml`` for the commands of gpt: keys that name a run, and keys that may change.
 
-Torch-free.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launch.runs.overrides import (
 
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
-"""Keys for the place of a run's files and for its monitoring, which change nothing that it computes."""
+"""Keys of the folders and of the monitoring of a run. They do not change any result of the run."""
 
 
 def compose_train(overrides: Sequence[str]) -> DictConfig:
@@ -43,7 +43,7 @@ def compose_train(overrides: Sequence[str]) -> DictConfig:
 
 
 def refuse_two_lengths(max_tokens: float | None, overrides: Sequence[str]) -> None:
-    """Raise ConfigError where a number of steps is typed for a run whose length is given in tokens."""
+    """Raise ConfigError if a number of steps is typed for a run whose length is given in tokens."""
     steps = typed_value(overrides, "optim.max_steps")
     if max_tokens is not None and steps is not None:
         raise ConfigError(
@@ -54,19 +54,19 @@ def refuse_two_lengths(max_tokens: float | None, overrides: Sequence[str]) -> No
 
 
 def make_paths_absolute(config: DictConfig) -> None:
-    """Take the paths that were typed relative to the folder they were typed in; ranks may run elsewhere."""
+    """Resolve typed relative paths against the current folder, because ranks may run in another folder."""
     data = config.data
     keys = [(config, key) for key in ("output_dir", "run_dir", "init_from")]
     keys += [(data, key) for key in ("path", "val_path", "tokenizer_path", "cache_dir")]
     keys.append((config.parallel, "deepspeed_config"))
     keys += [(source, "path") for source in data.sources]
-    if data.dataset is not None and Path(data.dataset).is_dir():  # elsewhere it is a name on the hub
+    if data.dataset is not None and Path(data.dataset).is_dir():  # otherwise the name of a dataset on the hub
         keys.append((data, "dataset"))
     make_absolute(keys)
 
 
 def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: int) -> None:
-    """Put the keys of ``parallel`` and the size of a micro-batch into a composed config that may leave them open."""
+    """Set the keys of ``parallel`` and the size of a micro-batch in a composed config that may leave them open."""
     config.parallel = OmegaConf.merge(OmegaConf.structured(ParallelConfig), values)
     config.optim.max_micro_batch = micro_batch
 
@@ -77,6 +77,6 @@ EXECUTION = (
     "optim.target_val_nats_per_byte",
 )
 LENGTH = ("optim.max_steps", "optim.max_tokens")
-"""Keys that say how many steps a run makes: a run goes on beyond its end where they say more."""
+"""Keys of the number of steps. A larger number extends the run beyond its former end."""
 RESUMABLE = (*PLACE_KEYS, "data.cache_dir", *WATCHING, "checkpoint", "eval", "divergence", *EXECUTION, *LENGTH)
-"""Keys that may change between the attempts of one run, since they do not change what is learned, or extend it."""
+"""Keys that may change between the attempts of one run: they extend the run, or do not change the loss curve."""

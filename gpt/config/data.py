@@ -1,4 +1,4 @@
-"""The schema of the corpus. Torch-free; its values are in ``configs/data``."""
+"""Schema of the corpus. Imports no torch. The values are in ``configs/data``."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ BYTE_VOCAB = 256
 class Source(Enum):
     """Source of the tokens.
 
-    ``stdlib``: the running Python's own library source. ``text``: a text file of the user's. ``shakespeare``:
-    tinyshakespeare. ``files``: text, jsonl or parquet files by pattern. ``dataset``: a dataset that Hugging Face's
-    library streams. ``synthetic``: a Markov chain of known entropy. ``tokens``: files of tokens that are there already.
+    ``stdlib``: source code of the running Python's own library. ``text``: a text file of the user. ``shakespeare``:
+    tinyshakespeare. ``files``: text, jsonl or parquet files that match a pattern. ``dataset``: a dataset that Hugging
+    Face's library streams. ``synthetic``: a Markov chain of known entropy. ``tokens``: existing token files.
     """
 
     stdlib = "stdlib"
@@ -49,7 +49,7 @@ class TokenizerKind(Enum):
 class TokenFileFormat(Enum):
     """File format of prepared tokens.
 
-    ``nanogpt``: train.bin and val.bin without a header, and meta.pkl. ``llmc``: shards with the header of 1024 bytes
+    ``nanogpt``: train.bin and val.bin without a header, and a meta.pkl. ``llmc``: shards with the header of 1024 bytes
     that llm.c and modded-nanogpt read. ``megatron``: a .bin and an .idx for each split.
     """
 
@@ -59,7 +59,7 @@ class TokenFileFormat(Enum):
 
 
 class TokenDtype(Enum):
-    """Integer that holds a token in a file whose header does not tell it."""
+    """Integer type of a token in a file whose header does not name the type."""
 
     uint8 = "uint8"
     uint16 = "uint16"
@@ -90,7 +90,7 @@ class SyntheticConfig:
     """Seed of the chain and of the walk; another number is another corpus."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range."""
+        """Raise ConfigError if a number is out of its range."""
         require_range("data.synthetic.vocab_size", self.vocab_size, 2, 4096)
         require_range("data.synthetic.successors", self.successors, 1, self.vocab_size)
         require_positive("data.synthetic.tokens", self.tokens)
@@ -99,21 +99,22 @@ class SyntheticConfig:
 
 @dataclass
 class DataConfig:
-    """The corpus, its tokens, and where validation begins."""
+    """Corpus, its tokens, and the beginning of its validation split."""
 
     name: Optional[str] = None
     """Short name of the corpus, that of its file in configs/data; null takes the source's."""
     source: Union[Source, str] = MISSING
-    """One of ours by name; or a function of your own, ``package.module:function`` or an entry point of the group
-    ``gpt.source``, which is given this config and yields documents. See docs/components.md."""
+    """Name of a built-in source. Or a function of your own, as ``package.module:function`` or as an entry point of the
+    group ``gpt.source``: it receives this config and yields documents. See docs/components.md."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings for a source of your own, which finds them as ``config.options``."""
+    """Settings for a source of your own, which reads them from ``config.options``."""
     path: Optional[str] = None
     """The text file (text, shakespeare), a pattern of files (files: text, .jsonl, .jsonl.gz or .parquet), or the token
     files (tokens: a prepared folder, a .bin, a Megatron prefix, or a pattern of shards)."""
     val_path: Optional[str] = None
-    """Validation from files of its own, of the kind of ``path`` (text, files, tokens), which is trained on whole; null
-    keeps ``val_fraction`` of the text, and of tokens takes val.bin beside train.bin, or the end of the files."""
+    """Separate validation files, of the same kind as ``path`` (text, files, tokens); training then uses all of
+    ``path``. null keeps ``val_fraction`` of a text for validation, and of tokens uses val.bin next to train.bin, or
+    else the end of the files."""
     sources: list[WeightedPath] = field(default_factory=list)
     """source=tokens only: several paths with weights, instead of ``path``."""
     dataset: Optional[str] = None
@@ -122,29 +123,29 @@ class DataConfig:
     """source=dataset only: commit, tag or branch of the dataset on the hub; null takes the newest, which may change.
     Not for a folder."""
     subset: Optional[str] = None
-    """source=dataset only: the configuration of the dataset, where it has several."""
+    """source=dataset only: the configuration of the dataset, if it has several."""
     train_split: str = "train"
     """source=dataset only: the split to train on."""
     val_split: Optional[str] = None
     """source=dataset only: the split to validate on; null keeps ``val_fraction`` of the documents of train_split."""
     text_key: str = "text"
-    """Field (jsonl), column (parquet) or feature (dataset) that holds a document's text."""
+    """Field (jsonl), column (parquet) or feature (dataset) with a document's text."""
     max_bytes: Optional[int] = None
-    """Read at most so many bytes of text, rounded up to whole documents where there are documents; null reads all. Of
-    the files of ``val_path`` all is read."""
+    """Read at most this many bytes of text, rounded up to whole documents if the source has documents; null reads all.
+    The files of ``val_path`` are always read whole."""
     val_fraction: float = 0.1
-    """Share kept for validation, where there is no ``val_path``: the end of a text, and of documents those that a hash
-    of their place picks."""
+    """Share kept for validation without ``val_path``: the end of a text, or the documents that a hash of their position
+    picks."""
     tokenizer: TokenizerKind = TokenizerKind.byte
     tokenizer_path: Optional[str] = None
-    """A tokenizer that is there already: tokenizer.json (hf), .model (sentencepiece), ranks.json of a prepared corpus
+    """An existing tokenizer: tokenizer.json (hf), .model (sentencepiece), ranks.json of a prepared corpus
     (tiktoken)."""
     tokenizer_vocab_size: int = 16384
-    """Ids of a SentencePiece model that is trained on the corpus."""
+    """Number of ids of a SentencePiece model that is trained on the corpus."""
     tokenizer_train_bytes: int = 100_000_000
-    """At most so many bytes of the training text are used to train a SentencePiece model."""
+    """Largest number of bytes of the training text with which a SentencePiece model is trained."""
     layout: TokenFileFormat = TokenFileFormat.nanogpt
-    """Format of the prepared files; the tokens are the same."""
+    """Format of the prepared files. All formats contain the same tokens."""
     token_dtype: Optional[TokenDtype] = None
     """source=tokens only: width of tokens in files without a header; null means uint16, as nanoGPT writes them."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -157,12 +158,12 @@ class DataConfig:
         return self.name or (self.source.rpartition(":")[2] if isinstance(self.source, str) else self.source.name)
 
     def __post_init__(self) -> None:
-        # OmegaConf leaves a name as the string that it is where a field takes strings too.
+        # OmegaConf keeps a name as a string if a field also accepts strings.
         if isinstance(self.source, str) and self.source in Source.__members__:
             self.source = Source[self.source]
 
     def validate(self) -> None:
-        """Raise ConfigError where the corpus is not fully described."""
+        """Raise ConfigError if the corpus is not fully described."""
         if isinstance(self.source, str):
             check_custom_name("data.source", self.source, Source.__members__)
         elif self.options:

@@ -1,4 +1,5 @@
-"""The schema of the architecture, and the parts a model can be built from. Torch-free; values are in configs/model."""
+"""Schema of the architecture, and the parts that a model is built from. Imports no torch. The values are in
+configs/model."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any, Optional, Union
 
 from omegaconf import MISSING
 
-# The parts a model can be built from, by name. Torch-free; what each one computes is in ``gpt/model``.
+# Names of the parts that a model is built from. ``gpt/model`` computes them.
 
 
 class Norm(Enum):
@@ -38,11 +39,12 @@ class Position(Enum):
 
 
 class RopeScaling(Enum):
-    """Scaling of rotary frequencies for sequences longer than those a model was first trained on.
+    """Scaling of rotary frequencies for sequences longer than those of the first training.
 
-    ``linear`` divides all of them by the factor (arXiv 2306.15595). ``ntk`` raises the base, so that the slowest is
-    divided by the factor and the fastest is left (NTK-aware; arXiv 2309.00071, section 3.1). ``llama3`` divides the
-    slow ones, leaves the fast ones, and blends those between (Llama 3.1's code, https://github.com/meta-llama/llama-models).
+    ``linear`` divides all frequencies by the factor (arXiv 2306.15595). ``ntk`` raises the base: the slowest frequency
+    is divided by the factor and the fastest stays (NTK-aware; arXiv 2309.00071, section 3.1). ``llama3`` divides the
+    slow frequencies, keeps the fast ones, and blends those between (Llama 3.1's code,
+    https://github.com/meta-llama/llama-models).
     """
 
     none = "none"
@@ -74,10 +76,10 @@ class Activation(Enum):
 class AttentionBackend(Enum):
     """Implementation of attention.
 
-    ``sdpa`` lets torch choose a fused kernel; in training on Hopper GPUs and later, cuDNN's first. ``flash`` takes the
-    flash kernel (arXiv 2307.08691) where device, dtype and shapes have one, and elsewhere torch's choice, with a notice
-    when the run starts; see ``force_flash``.
-    ``manual`` writes the formula out and is the reference.
+    ``sdpa`` lets torch choose a fused kernel; for training on Hopper GPUs and later, cuDNN's comes first. ``flash``
+    uses the flash kernel (arXiv 2307.08691) if it supports the device, dtype and shapes. Otherwise ``flash`` uses
+    torch's choice, with a notice at the start of the run; see ``force_flash``. ``manual`` computes the formula directly
+    and is the reference.
     """
 
     sdpa = "sdpa"
@@ -86,13 +88,13 @@ class AttentionBackend(Enum):
 
 
 PARTS: dict[str, type[Enum]] = {"norm": Norm, "position": Position, "ffn": Ffn, "attention": AttentionBackend}
-"""Fields of the model's config that take a class of the user's, too -> the names that are ours."""
+"""Field of the model config that also accepts a class of the user -> names of the built-in parts."""
 
 
 class ExpertBalance(Enum):
-    """Method that keeps experts equally busy: ``loss`` adds a loss (arXiv 2101.03961, section 2.2; for each sequence by
-    itself, as in arXiv 2412.19437, section 2.1.2); ``bias`` moves a bias of each expert that only the choice sees, a
-    little after every step (arXiv 2408.15664); ``none`` leaves them alone."""
+    """Method that keeps experts equally busy: ``loss`` adds a loss (arXiv 2101.03961, section 2.2; computed per
+    sequence, as in arXiv 2412.19437, section 2.1.2). ``bias`` moves a bias of each expert a little after every step;
+    only the choice of experts uses the bias (arXiv 2408.15664). ``none`` does nothing."""
 
     loss = "loss"
     bias = "bias"
@@ -100,14 +102,14 @@ class ExpertBalance(Enum):
 
 
 class ExpertMatmul(Enum):
-    """Implementation of the experts' products: ``grouped`` is one product of torch for all of them; ``loop`` takes them
-    one by one and is the reference."""
+    """Implementation of the experts' products: ``grouped`` is one product of torch for all of them; ``loop`` computes
+    one expert after another and is the reference."""
 
     grouped = "grouped"
     loop = "loop"
 
 
-# The schema of the architecture. Torch-free; its values are in ``configs/model``, its parts in ``components``.
+# Schema of the architecture.
 
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
@@ -131,19 +133,19 @@ class ModelConfig:
     vocab_size: int = MISSING
     """Number of token ids; at least the tokenizer's."""
     vocab_multiple: int = 1
-    """The embedding and the output matrix get rows up to a multiple of this, for speed (128 on GPUs). The rows added
-    take no part: logits and loss are those of vocab_size tokens."""
+    """The rows of the embedding and of the output matrix are padded to a multiple of this, for speed (128 on GPUs).
+    Logits and loss ignore the padding."""
     n_kv_head: Optional[int] = None
     """Number of key and value heads (grouped-query attention, arXiv 2305.13245; 1 is multi-query, arXiv 1911.02150);
     null means n_head."""
     norm: Union[Norm, str] = Norm.layernorm
-    """One of ours by name; or, as for position, ffn and attention, a class of your own: ``package.module:Class``, or
-    the name of an entry point of the group ``gpt.norm`` (``gpt.position``, and so on). See docs/components.md."""
+    """Name of a built-in norm. Or, as for position, ffn and attention, a class of your own: ``package.module:Class``,
+    or an entry point of the group ``gpt.norm`` (``gpt.position``, and so on). See docs/components.md."""
     norm_eps: float = 1e-5
     """Number that a norm adds to the mean square, or to the variance."""
     norm_position: NormPosition = NormPosition.pre
     qk_norm: bool = False
-    """Normalize queries and keys, head by head, before positions turn them (arXiv 2010.04245, arXiv 2302.05442)."""
+    """Normalize queries and keys, head by head, before the rotary positions (arXiv 2010.04245, arXiv 2302.05442)."""
     position: Union[Position, str] = Position.learned
     rope_base: float = 10000.0
     """Base of the rotary frequencies; used with position=rope only."""
@@ -153,53 +155,54 @@ class ModelConfig:
     rope_original_block_size: Optional[int] = None
     """Sequence length before the scaling; rope_scaling=llama3 only."""
     rope_low_freq_factor: float = 1.0
-    """rope_scaling=llama3: frequencies that turn less often in the original length are divided by the factor."""
+    """rope_scaling=llama3: frequencies with fewer turns within the original length are divided by the factor."""
     rope_high_freq_factor: float = 4.0
-    """rope_scaling=llama3: frequencies that turn more often in the original length are left alone."""
+    """rope_scaling=llama3: frequencies with more turns within the original length stay unchanged."""
     ffn: Union[Ffn, str] = Ffn.standard
     ffn_hidden: Optional[int] = None
     """Inner width of the feed-forward layer, with ffn=moe of one expert; null means 4 n_embd (standard) or 8/3 n_embd
     rounded up to 64 (gated)."""
     activation: Optional[Activation] = None
-    """Activation of the feed-forward layer. null means GELU for standard and geglu, SiLU for swiglu. swiglu takes no
-    other, geglu also gelu_tanh."""
+    """Activation of the feed-forward layer. null means GELU for standard and geglu, SiLU for swiglu. swiglu accepts
+    only SiLU; geglu also accepts gelu_tanh."""
     n_expert: int = 0
     """ffn=moe: number of experts."""
     n_expert_per_token: int = 2
-    """ffn=moe: experts that each token goes to."""
+    """ffn=moe: number of experts that compute each token."""
     n_shared_expert: int = 0
-    """ffn=moe: experts beside these that every token goes to (arXiv 2401.06066, section 3.2), computed as one."""
+    """ffn=moe: number of further experts, which compute every token (arXiv 2401.06066, section 3.2). They are computed
+    as one."""
     expert_ffn: Ffn = Ffn.swiglu
     """ffn=moe: kind of one expert: standard, swiglu or geglu."""
     expert_matmul: ExpertMatmul = ExpertMatmul.grouped
     capacity_factor: Optional[float] = None
-    """ffn=moe: in training an expert takes from each sequence at most this many times its even share of the tokens, the
-    earlier ones first; the others pass it by (arXiv 2101.03961, section 2.2). null drops none. In evaluation and
-    generation none is dropped."""
+    """ffn=moe: in training an expert computes at most this many times its even share of the tokens of each sequence,
+    the earlier tokens first. It drops the rest (arXiv 2101.03961, section 2.2). null drops none. Evaluation and
+    generation drop none."""
     router_normalize: Optional[bool] = None
-    """ffn=moe: scale a token's expert weights to a sum of 1 (arXiv 2401.04088, section 2.1). null means where there are
-    two or more of them; a single one would always weigh 1, and teach the router nothing."""
+    """ffn=moe: scale a token's expert weights to a sum of 1 (arXiv 2401.04088, section 2.1). null means true for two or
+    more experts per token; the weight of a single expert would always be 1, and the router would not learn."""
     expert_balance: ExpertBalance = ExpertBalance.loss
     balance_coefficient: Optional[float] = None
-    """ffn=moe: weight of the balance loss; null means 0.01 with expert_balance=loss, and 0 with bias, where a small one
-    (0.0001) can guard single sequences (arXiv 2412.19437, section 2.1.2)."""
+    """ffn=moe: weight of the balance loss; null means 0.01 with expert_balance=loss, and 0 with bias. With
+    bias, a small weight (0.0001) can guard single sequences (arXiv 2412.19437, section 2.1.2)."""
     balance_bias_rate: float = 0.001
-    """expert_balance=bias: distance that a bias moves after each step (arXiv 2408.15664, section 2)."""
+    """expert_balance=bias: change of a bias after each step (arXiv 2408.15664, section 2)."""
     z_coefficient: float = 0.001
     """ffn=moe: weight of the router's z-loss, which keeps its logits small (arXiv 2202.08906, section 3); 0 turns it
     off."""
     attention: Union[AttentionBackend, str] = AttentionBackend.sdpa
     force_flash: bool = False
-    """attention=flash: refuse to train, and say why, where the flash kernel cannot run."""
+    """attention=flash: refuse to train, with the reason, if the flash kernel cannot run."""
     parallel_residual: bool = False
     """Attention and ffn read the same residual stream and are added together (GPT-NeoX, arXiv 2204.06745, section 2.1),
     instead of one after the other."""
     bias: bool = True
-    """Bias in linear layers; that of LayerNorm is a matter of ``norm``."""
+    """Bias in linear layers. ``norm`` decides about the bias of LayerNorm."""
     tie_embeddings: bool = True
-    """Output matrix shared with the token embedding (arXiv 1608.05859)."""
+    """Share the output matrix with the token embedding (arXiv 1608.05859)."""
     dropout: float = 0.0
-    """Share of zeros after the embedding, in attention's weights, and after attention and ffn (GPT-2)."""
+    """Share of values set to zero after the embedding, in attention's weights, and after attention and ffn (GPT-2)."""
     init_std: float = 0.02
     """Standard deviation of the initial matrices (GPT-2)."""
     embedding_init_std: Optional[float] = None
@@ -207,10 +210,10 @@ class ModelConfig:
     residual_init_scaled: bool = True
     """Divide the initial matrices that write into the residual stream by sqrt(2 n_layer) (GPT-2, section 2.3)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Settings of parts of your own, which find them as ``config.options``."""
+    """Settings of parts of your own, which read them from ``config.options``."""
 
     def __post_init__(self) -> None:
-        # OmegaConf leaves a name as the string that it is where a field takes strings too.
+        # OmegaConf keeps a name as a string if a field also accepts strings.
         for key, names in PARTS.items():
             value = getattr(self, key)
             if isinstance(value, str) and value in names.__members__:
@@ -218,7 +221,7 @@ class ModelConfig:
 
     @property
     def custom_parts(self) -> dict[str, str]:
-        """The parts that are classes of the user's: field of the config -> name."""
+        """Parts that are classes of the user: field of the config -> name."""
         return {key: value for key in PARTS if isinstance(value := getattr(self, key), str)}
 
     @property
@@ -238,14 +241,14 @@ class ModelConfig:
 
     @property
     def dense_ffn(self) -> Ffn:
-        """Kind of the feed-forward layer, or of one expert of it; of a layer of the user's, standard."""
+        """Kind of the feed-forward layer, or of one expert; standard for a layer of the user."""
         if isinstance(self.ffn, str):
             return Ffn.standard
         return self.expert_ffn if self.ffn is Ffn.moe else self.ffn
 
     @property
     def gated(self) -> bool:
-        """True where the feed-forward layer, or an expert, has a third matrix for its gate."""
+        """True if the feed-forward layer, or an expert, has a third matrix for its gate."""
         return self.dense_ffn in (Ffn.swiglu, Ffn.geglu)
 
     @property
@@ -264,7 +267,7 @@ class ModelConfig:
 
     @property
     def normalizes_experts(self) -> bool:
-        """True where a token's expert weights are scaled to a sum of 1, with the default resolved."""
+        """True if a token's expert weights are scaled to a sum of 1, with the default resolved."""
         return self.n_expert_per_token > 1 if self.router_normalize is None else self.router_normalize
 
     @property

@@ -1,4 +1,5 @@
-"""The schema of batch, optimizer, schedule, divergence and checkpoints. Torch-free; values are in configs/optim."""
+"""Schema of batch, optimizer, learning rate, divergence and checkpoints. Imports no torch. The values are in
+configs/optim."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ from omegaconf import MISSING
 from gpt.config.checks import check_custom_name
 from launch.errors import ConfigError, require_positive, require_range
 
-# The schema of batch, optimizer and schedule. Torch-free; its values are in ``configs/optim``.
+# OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
+# ruff: noqa: UP007, UP045
 
 
-# OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
-# ruff: noqa: UP045
+# Batch, optimizer and schedule of the learning rate.
 
 
 ADAMW = "adamw"
@@ -27,22 +28,25 @@ class OptimConfig:
     """Batch, AdamW (arXiv 1711.05101) and its schedule: linear warm-up, then a cosine to ``min_lr``."""
 
     optimizer: str = ADAMW
-    """adamw; or a class of your own, ``package.module:Class`` or an entry point of the group ``gpt.optimizer``. See
-    docs/components.md."""
+    """adamw. Or a class of your own, as ``package.module:Class`` or as an entry point of the group ``gpt.optimizer``.
+    See docs/components.md."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of an optimizer of your own, beside lr, betas and eps, which come from here where it takes them."""
+    """Further arguments of an optimizer of your own. It receives lr, betas and eps from this config if it accepts
+    them."""
 
     max_steps: int = MISSING
-    """Number of optimizer steps; without effect where ``max_tokens`` is given. A run goes on beyond its end where it is
-    larger than it was, on the schedule of the new length."""
+    """Number of optimizer steps; without effect if ``max_tokens`` is given. A larger number than before extends a
+    run beyond its end, on the schedule of the new length."""
     max_tokens: Optional[float] = None
-    """Tokens to train on, instead of a number of steps: as many steps of the global batch as that takes."""
+    """Tokens to train on, instead of a number of steps. The run makes as many steps of the global batch as that
+    needs."""
     global_batch: int = MISSING
     """Sequences per optimizer step over all ranks; per rank with weak_scaling=true."""
     max_micro_batch: int = MISSING
-    """Most sequences of a micro-batch, per rank; gradients accumulate over as many micro-batches as that takes."""
+    """Largest number of sequences of a micro-batch, per rank. Gradients accumulate over as many micro-batches as the
+    batch needs."""
     weak_scaling: bool = False
-    """Let the batch grow with the ranks, which changes the loss curve."""
+    """Let the batch grow with the number of ranks. This changes the loss curve."""
     lr: float = MISSING
     """Peak learning rate."""
     min_lr: float = MISSING
@@ -54,20 +58,20 @@ class OptimConfig:
     beta1: float = 0.9
     """Decay of the mean of the gradients."""
     beta2: float = 0.95
-    """Decay of the mean of their squares."""
+    """Decay of the mean of the squared gradients."""
     eps: float = 1e-8
-    """Number that AdamW adds to the root of that mean."""
+    """Number that AdamW adds to the root of the mean of the squared gradients."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     target_val_loss: Optional[float] = None
     """Validation loss, in nats per token, at which the run is over: it saves, and ends as finished."""
     target_val_nats_per_byte: Optional[float] = None
-    """Validation loss, in nats per byte of text, at which the run is over; of any tokenizer whose text is known."""
+    """Validation loss, in nats per byte of text, at which the run is over. Works for any tokenizer with known text."""
     patience: Optional[int] = None
     """Evaluations in a row without a lower validation loss after which the run is over (early stopping)."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range."""
+        """Raise ConfigError if a number is out of its range."""
         if self.optimizer != ADAMW:
             check_custom_name("optim.optimizer", self.optimizer, (ADAMW,))
         elif self.options:
@@ -101,8 +105,8 @@ class OptimConfig:
 def lr_at(config: OptimConfig, step: int) -> float:
     """Learning rate of step ``step`` (counted from 1): linear warm-up, then a cosine down to ``min_lr``.
 
-    A pure function of the step and of all steps, so a resumed run needs no schedule state. A run that is extended
-    changes over to the schedule of its new length with its next step.
+    The rate depends only on the step and on the number of all steps, so a resumed run needs no schedule state. An
+    extended run uses the schedule of its new length from its next step.
     """
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
@@ -111,7 +115,7 @@ def lr_at(config: OptimConfig, step: int) -> float:
 
 
 def describe_extended_schedule(config: OptimConfig, before: int) -> str:
-    """Say how the learning rate goes on where a run of ``before`` steps is extended to ``config.max_steps``."""
+    """Describe the learning rate of a run of ``before`` steps that is extended to ``config.max_steps``."""
     last, following = lr_at(replace(config, max_steps=before), before), lr_at(config, before + 1)
     return (
         f"learning rate {last:.3g} at step {before}, {following:.3g} at step {before + 1}: from there on that of a run "
@@ -119,11 +123,8 @@ def describe_extended_schedule(config: OptimConfig, before: int) -> str:
     )
 
 
-# The schema of what a run does where its numbers go wrong. Torch-free; its values are in ``configs/train.yaml``.
-
-
-# OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
-# ruff: noqa: UP045
+# Divergence: reaction of a run to a non-finite loss, spikes and unequal replicas. The values are in
+# ``configs/train.yaml``.
 
 
 @dataclass
@@ -131,21 +132,21 @@ class DivergenceConfig:
     """Limits of steps that are skipped and of roll-backs, spikes of the loss, and replicas that drift apart."""
 
     max_skipped_steps: int = 10
-    """After so many steps in a row whose loss or gradients are not finite, and which were skipped, the run goes back to
-    its last good checkpoint and passes over their batches."""
+    """Number of skipped steps in a row, with a non-finite loss or gradient, after which the run rolls back. It loads
+    the last good checkpoint and skips the batches of these steps."""
     max_rollbacks: int = 2
-    """After so many roll-backs that brought no newer checkpoint the run ends, and is not started again."""
+    """Number of roll-backs without a newer checkpoint after which the run ends. The launcher does not restart it."""
     spike_sigmas: Optional[float] = None
-    """Go back and pass over the batch of a step whose loss exceeds the mean of the steps before it by so many standard
-    deviations. null: never."""
+    """Roll back if the loss of a step exceeds the mean of the steps before by this many standard deviations, and skip
+    its batch. null never does."""
     spike_window: int = 100
-    """Number of steps whose losses a spike is compared with; none is found before there are so many."""
+    """Number of steps whose losses a spike is compared with. No spike is found before that many steps."""
     replica_check_interval: int = 0
-    """Steps between comparisons of the replicas of the parameters, bit by bit; each save is preceded by one as well. 0
+    """Steps between bit-by-bit comparisons of the replicas of the parameters. Each save also compares them first. 0
     compares none."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range."""
+        """Raise ConfigError if a number is out of its range."""
         require_positive("divergence.max_skipped_steps", self.max_skipped_steps)
         require_range("divergence.max_rollbacks", self.max_rollbacks, 0, float("inf"))
         if self.spike_sigmas is not None and not self.spike_sigmas > 0:
@@ -158,11 +159,8 @@ class DivergenceConfig:
         require_range("divergence.replica_check_interval", self.replica_check_interval, 0, float("inf"))
 
 
-# Keys of the checkpoints of a run: when they are saved, by whom, and which are kept. Torch-free.
+# Checkpoints: their intervals, writers and deletion.
 
-
-# OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
-# ruff: noqa: UP007, UP045
 
 AUTO = "auto"
 URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.+)")
@@ -175,19 +173,19 @@ INSTALLS = {
     "abfs": "adlfs",
     "sftp": "paramiko",
 }
-"""Packages with which fsspec reaches a store, by the beginning of its URLs."""
+"""Beginning of the URLs of a store -> package with which fsspec reaches the store."""
 MINUTES = re.compile(r"(\d+(?:\.\d+)?) ?min")
 
 
 def read_minutes(text: str) -> float | None:
-    """Read a number of minutes, as ``30min``; None where the text is none, or zero."""
+    """Return the minutes in a text such as ``30min``; None if the text has another form, or is zero."""
     found = MINUTES.fullmatch(text)
     return float(found[1]) or None if found else None
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Distance of the periodic checkpoints: of ``steps`` and ``minutes`` at most one is set; neither is ``auto``."""
+    """Distance of the periodic checkpoints. At most one of ``steps`` and ``minutes`` is set; neither means ``auto``."""
 
     steps: int | None = None
     """0: no periodic checkpoints."""
@@ -204,37 +202,38 @@ class CheckpointConfig:
     """Schedule of the checkpoints, and their deletion."""
 
     interval: Union[int, str] = MISSING
-    """Steps between checkpoints; 0 saves at the end and when interrupted only. ``30min`` for minutes. ``auto`` for the
-    interval that loses least, by what a save has taken and how often the run has failed (Young 1974)."""
+    """Steps between checkpoints; 0 saves only at the end and at an interruption. ``30min`` sets minutes. ``auto`` picks
+    the interval that loses least time, from the duration of saves and the rate of failures (Young 1974)."""
     keep_last: int = MISSING
     """Number of the newest checkpoints to keep; keep_every=1 keeps all."""
     keep_every: int = 0
-    """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none for good."""
+    """Keep checkpoints whose step is a multiple of this forever. 0 keeps none forever."""
     keep_best: int = 0
-    """Number of checkpoints with the lowest validation loss to keep besides, of those whose step was evaluated."""
+    """Number of further checkpoints to keep: those with the lowest validation loss, of the evaluated steps."""
     asynchronous: bool = True
-    """Write checkpoints from a copy in host memory by a process beside each rank, while training goes on; false has
-    training wait for each."""
+    """Write checkpoints from a copy in host memory, in a process next to each rank, while training continues. false
+    makes training wait for each checkpoint."""
     give_up_after_min: float = 60.0
-    """Minutes for which a run goes on whose checkpoints cannot be written, as on a full disk; 0 stops at the first."""
+    """Minutes for which a run continues while its checkpoints cannot be written, as on a full disk. 0 stops at the
+    first failure."""
     scrub: Union[bool, str] = False
-    """Read each checkpoint again after it was written, beside training, and set it aside where it is damaged; those
-    before it are deleted only when it is whole. ``30min`` reads the newest one again every thirty minutes, too."""
+    """Read each checkpoint again after it was written, in the background, and set it aside if it is damaged. Older
+    checkpoints are deleted only after a whole one was read. ``30min`` also reads the newest one again every thirty
+    minutes."""
     in_memory: bool = False
-    """Keep the newest state of each node in its own memory and in that of the next node as well, so that ranks that
-    die, or a node that a spare replaces, are back without reading the disk. Needs the launcher."""
+    """Keep the newest state of each node in its memory and in that of the next node. After the death of ranks, or with
+    a spare node, the run then resumes without the disk. Needs the launcher."""
     in_memory_interval: int = 10
-    """Steps between checkpoints in memory; each checkpoint on the disk goes there too."""
+    """Steps between checkpoints in memory. Each checkpoint on the disk is also kept in memory."""
 
     copy_to: Optional[str] = None
-    """URL of a place elsewhere that fsspec reaches, as ``s3://BUCKET/FOLDER`` or ``file:///FOLDER``, to which each
-    checkpoint is copied while training goes on, and from which a start fetches where no checkpoint on the disk is
-    whole."""
+    """URL that fsspec reaches, such as ``s3://BUCKET/FOLDER`` or ``file:///FOLDER``. Each checkpoint is copied to it
+    while training continues. A start fetches a copy if no checkpoint on the disk is whole."""
     copy_keep: Optional[int] = None
-    """Number of the newest copies to keep; null keeps those that keep_last, keep_every and keep_best say."""
+    """Number of the newest copies to keep; null follows keep_last, keep_every and keep_best."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range, or ``copy_to`` no URL."""
+        """Raise ConfigError if a number is out of its range, or ``copy_to`` is no URL."""
         self.every()
         self._validate_copies()
         require_positive("checkpoint.keep_last", self.keep_last)
@@ -270,7 +269,7 @@ class CheckpointConfig:
         example = "checkpoint.copy_to=s3://BUCKET/FOLDER, or checkpoint.copy_to=file:///FOLDER"
         if found is None:
             raise ConfigError(f"checkpoint.copy_to={self.copy_to}", "a URL of a place elsewhere", example)
-        if {*"@?#"} & {*found[2]}:  # the URL itself may hold a password: it is not shown
+        if {*"@?#"} & {*found[2]}:  # the URL itself may contain a password, so the message does not show it
             raise ConfigError(
                 f"checkpoint.copy_to={found[1]}://... with @, ? or # in it",
                 "a URL without credentials, which are kept in the config of the run and in its logs",
@@ -285,7 +284,7 @@ class CheckpointConfig:
         """Read ``interval``.
 
         Raises:
-            ConfigError: it is none of a number of steps, minutes and ``auto``.
+            ConfigError: the value is no number of steps, no minutes and not ``auto``.
         """
         text = str(self.interval).strip()
         if text == AUTO:
@@ -303,10 +302,10 @@ class CheckpointConfig:
         return Interval(minutes=minutes)
 
     def scrub_every_s(self) -> float | None:
-        """Read ``scrub``: None for no reading, 0 for one after each save, else the seconds until the next one too.
+        """Read ``scrub``: seconds between readings; 0 for one reading after each save; None for no reading.
 
         Raises:
-            ConfigError: it is none of true, false and a number of minutes.
+            ConfigError: the value is no boolean and no number of minutes.
         """
         if isinstance(self.scrub, bool):
             return 0.0 if self.scrub else None

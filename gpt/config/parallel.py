@@ -1,4 +1,4 @@
-"""The schema of parallelism. Torch-free; its values are in ``configs/parallel``."""
+"""Schema of parallelism. Imports no torch. The values are in ``configs/parallel``."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from launch.errors import ConfigError, require_positive, require_range
 
 
 class Strategy(Enum):
-    """Data parallelism: ``ddp`` (every rank holds all), ``zero1`` (reduced gradients and moments sharded),
-    ``fsdp`` (parameters, gradients and moments sharded: FSDP2), or ``deepspeed`` (DeepSpeed's engine, which shards by
-    ``zero_stage``)."""
+    """Data parallelism: ``ddp`` (every rank keeps the whole state), ``zero1`` (gradients are reduced to shards, moments
+    are sharded), ``fsdp`` (parameters, gradients and moments are sharded: FSDP2), or ``deepspeed`` (DeepSpeed's engine,
+    which shards by ``zero_stage``)."""
 
     ddp = "ddp"
     zero1 = "zero1"
     fsdp = "fsdp"
     deepspeed = "deepspeed"
     auto = "auto"
-    """Choice of the planner (gpt/planning), which puts one of the others in its place before a run folder is made."""
+    """Choice of the planner (gpt/planning). It sets one of the other strategies before a run folder is made."""
 
 
 class EngineKind(Enum):
@@ -42,11 +42,11 @@ is split, and its second half fills the gaps; arXiv 2401.10241) or ``dualpipev``
 
 
 class CpMethod(Enum):
-    """Method by which ranks that share a sequence attend to each other's tokens.
+    """Method by which ranks that share a sequence attend to the tokens of all of them.
 
     ``allgather`` brings the keys and values of the whole sequence to every rank, layer by layer, and keeps them for the
-    backward pass: little with few key-value heads (arXiv 2407.21783, section 3.3.2). ``ring`` passes them round and
-    keeps this rank's only (arXiv 2310.01889).
+    backward pass. This is little memory with few key-value heads (arXiv 2407.21783, section 3.3.2). ``ring`` passes
+    keys and values from rank to rank and keeps only those of this rank (arXiv 2310.01889).
     """
 
     allgather = "allgather"
@@ -59,70 +59,73 @@ class ParallelConfig:
 
     strategy: Strategy = MISSING
     engine: Optional[EngineKind] = None
-    """With ``strategy=auto``: engines to choose from; null is native. Beside another strategy it has to be its own."""
+    """With ``strategy=auto``: engines to choose from; null is native. With another strategy it must match that
+    strategy."""
     dp_shard: Optional[int] = None
-    """fsdp only: ranks that shard one replica of the model; null shards it over all ranks. With fewer there are several
-    replicas, whose gradients are averaged (HSDP): all-gathers stay inside a node where this is the number of its
-    GPUs."""
+    """fsdp only: number of ranks that shard one replica of the model; null is all ranks. A smaller number makes several
+    replicas, whose gradients are averaged (HSDP). All-gathers stay inside a node if this is its number of GPUs."""
     reshard_after_forward: bool = True
     """fsdp only: free the gathered parameters of a block after its forward pass (less memory, one more all-gather). The
     last block, norm and output matrix are kept, since the backward pass begins with them."""
     fsdp_min_num_params: Optional[int] = None
-    """fsdp only, without ep: fewest parameters of a unit, which is all-gathered and reduce-scattered at once: blocks
-    that follow each other are one unit until they have as many. null makes each block a unit. Larger units are fewer
-    and larger collectives, and more memory: about two units are gathered at a time."""
+    """fsdp only, without ep: fewest parameters of a unit, which is all-gathered and reduce-scattered at once.
+    Consecutive blocks join one unit until it has that many. null makes each block a unit. Larger units are fewer and
+    larger collectives, and more memory: about two units are gathered at a time."""
     reduce_each_micro_batch: bool = False
-    """fsdp only, without pp: reduce-scatter gradients after each micro-batch, not after the last one of a step only. A
-    rank then holds its shard of them, not all of them in fp32: 4 bytes a parameter less, for as many reduce-scatters as
-    micro-batches."""
+    """fsdp only, without pp: reduce-scatter gradients after each micro-batch, not only after the last one of a step. A
+    rank then keeps only its shard of the gradients, not all of them in fp32. This saves up to 4 bytes a parameter, and
+    costs one reduce-scatter per micro-batch."""
     cpu_offload: bool = False
-    """fsdp only: keep parameters, gradients and moments in the memory of the host, and step there; a GPU holds what it
-    computes with. Slow: parameters are copied there in every forward and backward pass, and gradients back in every
-    step. Where the device is the CPU, nothing changes."""
+    """fsdp only: keep parameters, gradients and moments in host memory, and compute the optimizer step there. A GPU
+    then has only the parameters that it computes with. This is slow: every forward and backward pass copies parameters,
+    and every step copies gradients. On CPUs nothing changes."""
     tp: int = 1
     """Tensor parallelism: ranks that share each matrix, and the heads of attention."""
     sequence_parallel: bool = True
-    """tp > 1 only: norms, dropout and the residual stream work on a slice of the sequence on each of the tp ranks. Less
-    memory for activations, as many bytes sent. Needed for dropout."""
+    """tp > 1 only: each of the tp ranks computes norms, dropout and the residual stream on a slice of the sequence.
+    This needs less memory for activations and sends as many bytes. Dropout needs it."""
     loss_parallel: bool = True
-    """tp > 1 only: logits stay sharded by the vocabulary, and ranks exchange sums for each token instead of logits."""
+    """tp > 1 only: logits stay sharded by the vocabulary, and ranks exchange sums per token instead of logits."""
     async_tp: bool = False
-    """tp > 1 with sequence_parallel, on GPUs, compiled: overlap all-gathers and reduce-scatters of tp with the matrix
-    products beside them, in pieces, by torch's symmetric memory. It has not been run on GPUs."""
+    """tp > 1 with sequence_parallel, on GPUs, compiled: overlap all-gathers and reduce-scatters of tp with the next
+    matrix products, in pieces, by torch's symmetric memory. It has not been run on GPUs."""
     pp: int = 1
-    """Pipeline parallelism: ranks that the layers are split over. ``batch.accumulation`` micro-batches go through."""
+    """Pipeline parallelism: number of ranks that the layers are split over. ``batch.accumulation`` micro-batches pass
+    through the pipeline."""
     schedule: Schedule = Schedule["1f1b"]
     """With ``pp``: order in which the stages work."""
     stages_per_rank: Optional[int] = None
-    """With ``pp``: stages that each rank holds. null is what the schedule has: 1, or 2 where it is interleaved (which
-    may have more) or V-shaped (which has 2)."""
+    """With ``pp``: stages of each rank. null follows the schedule: 1, or 2 if it is interleaved (which may have more)
+    or V-shaped (which has 2)."""
     cp: int = 1
     """Context parallelism: ranks that share each sequence. 2 x cp divides model.block_size."""
     cp_method: CpMethod = CpMethod.allgather
-    """With cp above 1: method by which the ranks attend to each other's tokens."""
+    """With cp above 1: method by which the ranks attend to the tokens of all of them."""
     ep: int = 1
-    """Expert parallelism (arXiv 2006.16668): ranks that see different samples and shard the experts among themselves;
-    the rest of the model is parallelized as without. Divides model.n_expert, and the number of ranks that see different
-    samples (with fsdp, of those that shard one replica of the model)."""
+    """Expert parallelism (arXiv 2006.16668): number of ranks that compute different samples and shard the experts among
+    themselves. The rest of the model is parallelized as without it. Divides model.n_expert, and the number of ranks
+    with different samples (with fsdp, of those that shard one replica)."""
     zero_stage: Optional[int] = None
     """deepspeed only: state that is sharded over the data ranks (arXiv 1910.02054): 0 none, 1 the optimizer's moments
     and master weights, 2 the gradients too, 3 the parameters too."""
     offload_optimizer: bool = False
-    """deepspeed only, from stage 1: keep moments and master weights in the memory of the host, and step there."""
+    """deepspeed only, from stage 1: keep moments and master weights in host memory, and compute the optimizer step
+    there."""
     offload_parameters: bool = False
-    """deepspeed only, stage 3: keep the parameters in the memory of the host until they are computed with."""
+    """deepspeed only, stage 3: keep the parameters in host memory until they are needed."""
     deepspeed_config: Optional[str] = None
-    """deepspeed only: a JSON file of DeepSpeed's own settings to add (bucket sizes, overlap, ...). One that contradicts
-    this configuration is refused."""
+    """deepspeed only: JSON file with additional settings of DeepSpeed (bucket sizes, overlap, ...). A setting that
+    contradicts this configuration is refused."""
     timeout_s: int = 600
-    """Seconds after which a collective that does not complete fails the run, until the first steps are made: those
-    load, compile and connect."""
+    """Seconds after which an incomplete collective fails the run, until the first steps are made. The first steps load,
+    compile and connect."""
     step_timeout_s: Optional[int] = None
-    """Seconds after which a collective of training fails once the first steps are made. null: 20 times the slowest of
-    them, at least 100 and at most timeout_s. Messages between saves and evaluations keep timeout_s."""
+    """Seconds after which an incomplete collective of training fails the run, after the first steps. null: 20 times the
+    slowest of the first steps, at least 100 and at most timeout_s. Messages between saves and evaluations keep
+    timeout_s."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range, or belongs to another strategy."""
+        """Raise ConfigError if a number is out of its range, or belongs to another strategy."""
         check_engine(self)
         check_zero(self)
         for key in ("tp", "pp", "cp", "ep", "timeout_s"):
@@ -148,7 +151,7 @@ class ParallelConfig:
         )
 
     def _require_fsdp(self, given: str, expected: str, fix: str) -> None:
-        """Refuse what only FSDP has under any other strategy; parallel=auto may yet choose it."""
+        """Refuse a feature of FSDP with any other strategy. parallel=auto is accepted, because it may choose FSDP."""
         if self.strategy not in (Strategy.fsdp, Strategy.auto):
             raise ConfigError(f"{given} with parallel.strategy={self.strategy.name}", expected, fix)
 
@@ -200,7 +203,7 @@ class ParallelConfig:
 
 
 def check_engine(parallel: ParallelConfig) -> None:
-    """Raise ConfigError where the engine is not that of the strategy."""
+    """Raise ConfigError if the engine does not belong to the strategy."""
     if parallel.engine is None or parallel.strategy is Strategy.auto:
         return
     own = EngineKind.deepspeed if parallel.strategy is Strategy.deepspeed else EngineKind.native
@@ -213,7 +216,7 @@ def check_engine(parallel: ParallelConfig) -> None:
 
 
 def check_zero(parallel: ParallelConfig) -> None:
-    """Raise ConfigError where the keys of DeepSpeed do not go together, or with the strategy."""
+    """Raise ConfigError if keys of DeepSpeed contradict each other, or the strategy."""
     stage, keys = parallel.zero_stage, ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config")
     left_open = parallel.strategy is Strategy.auto
     if parallel.strategy is not Strategy.deepspeed and not (left_open and parallel.engine is EngineKind.deepspeed):
@@ -245,5 +248,5 @@ def check_zero(parallel: ParallelConfig) -> None:
 
 
 def zero_preset(value: object) -> str:
-    """Preset of ``configs/parallel`` to propose for this value of a key of DeepSpeed."""
+    """Return the preset of ``configs/parallel`` to propose for this value of a key of DeepSpeed."""
     return f"zero{value if value in (2, 3) else 2}"

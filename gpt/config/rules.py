@@ -1,4 +1,4 @@
-"""Rules for fields of the model and for float8, with the refusals of what breaks them. Torch-free."""
+"""Rules for the fields of a model and for float8, and the messages that refuse a violation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from gpt.config.train import TrainConfig
 
 
-# Rules for the fields of ModelConfig together, and the refusals of what breaks them. Torch-free.
+# Rules that several fields of ModelConfig must satisfy together.
 
 
 INF = float("inf")
 GROUPED_MULTIPLE = 8
-"""torch's grouped product takes rows of 16 bytes and multiples of it: 8 numbers in bf16."""
+"""Multiple of the rows of torch's grouped product: it reads 16 bytes at a time, which are 8 numbers in bf16."""
 
 
 def check(model: ModelConfig) -> None:
-    """Raise ConfigError for the first rule that a model breaks."""
+    """Raise ConfigError for the first rule that a model violates."""
     for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "kv_heads", "ffn_width"):
         require_positive(f"model.{key}", getattr(model, key))
     for key in ("norm_eps", "rope_base", "init_std"):
@@ -55,7 +55,7 @@ def check(model: ModelConfig) -> None:
 
 
 def check_custom_parts(model: ModelConfig) -> None:
-    """Raise ConfigError unless every part is one of ours or can be a name of the user's; imports nothing."""
+    """Raise ConfigError unless every part is built in or can be the name of a class of the user. Imports nothing."""
     for key, name in model.custom_parts.items():
         check_custom_name(f"model.{key}", name, PARTS[key].__members__)
     if model.options and not model.custom_parts:
@@ -91,7 +91,7 @@ def check_heads(model: ModelConfig) -> None:
 
 
 def check_rope(model: ModelConfig) -> None:
-    """Raise ConfigError unless rotary embeddings have pairs of channels to turn, and their scaling all it needs."""
+    """Raise ConfigError unless rotary embeddings have pairs of channels to turn, and all keys of their scaling."""
     if model.position is Position.rope and model.head_dim % 2:
         raise ConfigError(
             f"model.position=rope with heads {model.head_dim} wide",
@@ -154,8 +154,9 @@ def check_block(model: ModelConfig) -> None:
 
 
 def check_activation(model: ModelConfig) -> None:
-    """Raise ConfigError unless a gated layer has the activation that its name says."""
-    # The names stand for these activations (arXiv 2002.05202); others would be another layer under a known name.
+    """Raise ConfigError unless a gated layer has the activation that its name implies."""
+    # The names stand for these activations (arXiv 2002.05202); another activation would give a known name to another
+    # layer.
     fitting = {
         Ffn.swiglu: (Activation.silu,),
         Ffn.geglu: (Activation.gelu, Activation.gelu_tanh),
@@ -170,7 +171,7 @@ def check_activation(model: ModelConfig) -> None:
 
 
 def check_experts(model: ModelConfig) -> None:
-    """Raise ConfigError unless there are experts, enough for each token, of a kind that can be stacked."""
+    """Raise ConfigError unless the number of experts suffices for each token, and their kind can be stacked."""
     if model.n_expert < 1:
         raise ConfigError(
             f"model.ffn=moe with model.n_expert={model.n_expert}", "a number of experts", "model.n_expert=8"
@@ -223,7 +224,7 @@ def check_balance(model: ModelConfig) -> None:
 
 
 def refuse_expert_keys(model: ModelConfig) -> None:
-    """Raise ConfigError where keys of experts are set for a model without experts."""
+    """Raise ConfigError if keys of experts are set for a model without experts."""
     for key, idle in (("n_expert", 0), ("n_shared_expert", 0), ("capacity_factor", None)):
         value = getattr(model, key)
         if value != idle:
@@ -235,16 +236,16 @@ def refuse_expert_keys(model: ModelConfig) -> None:
             )
 
 
-# ``float8``: what it goes together with, and the refusals of what it does not. Torch-free.
+# Rules for ``float8``: the settings that it works with.
 
 
 MULTIPLE = 16
-"""Divisor of both sides of a matrix in 8 bits: the matrix units read 16 bytes at a time (torch's ``_scaled_mm``)."""
+"""Divisor of both sides of a matrix in 8 bits: matrix units read 16 bytes at a time (torch's ``_scaled_mm``)."""
 
 
 class Float8(Enum):
-    """Matrix products of the blocks in 8 bits (arXiv 2209.05433): ``tensorwise`` scales each factor by its largest
-    magnitude, ``rowwise`` each of its rows, slower and more exact."""
+    """Matrix products of the blocks in 8 bits (arXiv 2209.05433). ``tensorwise`` scales each factor by its largest
+    magnitude; ``rowwise`` scales each row of a factor, which is slower and more exact."""
 
     none = "none"
     tensorwise = "tensorwise"
@@ -252,7 +253,7 @@ class Float8(Enum):
 
 
 def check_float8(config: TrainConfig) -> None:
-    """Raise ConfigError for the first thing that ``float8`` does not go together with, whatever the device."""
+    """Raise ConfigError for the first setting that does not work with ``float8``, on any device."""
     if config.float8 is Float8.none:
         if config.float8_emulate:
             raise ConfigError(
@@ -297,7 +298,7 @@ def check_float8(config: TrainConfig) -> None:
 
 
 def widths(model: ModelConfig) -> dict[str, int]:
-    """Sizes of the sides of the matrices of a block, by what they are."""
+    """Return the sizes of the sides of a block's matrices: name of a side -> size."""
     return {
         "model.n_embd": model.n_embd,
         "width of all heads": model.n_head * model.head_dim,
@@ -307,5 +308,5 @@ def widths(model: ModelConfig) -> dict[str, int]:
 
 
 def float8_words(config: TrainConfig) -> str:
-    """Name the 8-bit products of a run, which are not switched off, for plans and summaries."""
+    """Return the name of a run's 8-bit products, for plans and summaries. ``float8`` must be switched on."""
     return f"float8 {config.float8.name}{' (emulated)' if config.float8_emulate else ''}"

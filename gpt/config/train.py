@@ -1,4 +1,4 @@
-"""The schema of one training run, whatever starts it. Torch-free; its values are in ``configs/train.yaml``."""
+"""Schema of one training run. Imports no torch. The values are in ``configs/train.yaml``."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ class EvalConfig:
     """Validation during training."""
 
     interval: int = MISSING
-    """Steps between evaluations; 0 evaluates at the end only."""
+    """Steps between evaluations; 0 evaluates only at the end."""
     sequences: int = MISSING
-    """Sequences of the validation split per evaluation, the same ones every time."""
+    """Sequences of the validation split per evaluation. Every evaluation uses the same ones."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range."""
+        """Raise ConfigError if a number is out of its range."""
         require_range("eval.interval", self.interval, 0, float("inf"))
         require_positive("eval.sequences", self.sequences)
 
 
 @dataclass
 class LoggingConfig:
-    """Writers of the step records beside the ranks' own files, which are always written."""
+    """Writers of the step records. The ranks' own files are always written, too."""
 
     tensorboard: bool = True
     """Write event files for TensorBoard (rank 0)."""
     csv: bool = True
     """Write ``steps.csv``: rank 0's records, one row a step."""
     json: bool = True
-    """Write ``run.json``: the whole run in one file, made anew at the start, at evaluations and at the end."""
+    """Write ``run.json``: the whole run in one file, rewritten at the start, at evaluations and at the end."""
     wandb: bool = False
     """Send rank 0's records to Weights & Biases; needs the extra ``wandb``, and obeys WANDB_MODE=offline."""
     wandb_project: str = "gpt"
@@ -55,16 +55,16 @@ class LoggingConfig:
     gradients_interval: int = 10
     """Steps between records of the gradients' mean, standard deviation and norm by layer; 0 records none."""
     breakdown_interval: int = 0
-    """Steps between those that torch's profiler watches on every rank, to divide them into computing, communication,
-    copies and idle time in the step records; 0 watches none. Such a step is slower than others."""
+    """Steps between profiled steps. On every rank torch's profiler divides such a step into computing, communication,
+    copies and idle time, for the step records. 0 profiles none. A profiled step is slower."""
     straggler_factor: float = 1.2
-    """Name a rank with its host, while the run goes on, whose own time a step, without its waits for others, exceeds
-    this many times the median of the other ranks; 0 names none."""
+    """Name a rank and its host if its own time per step exceeds this many times the median of the other ranks. The own
+    time excludes waits for other ranks. 0 names none."""
     straggler_window: int = 20
-    """Steps over which the own times of the ranks are averaged for that."""
+    """Number of steps over which the own times of the ranks are averaged."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range, or an extra is missing that is asked for."""
+        """Raise ConfigError if a number is out of its range, or a required extra is not installed."""
         require_range("logging.console_interval_s", self.console_interval_s, 0, float("inf"))
         require_range("logging.gradients_interval", self.gradients_interval, 0, float("inf"))
         require_range("logging.breakdown_interval", self.breakdown_interval, 0, float("inf"))
@@ -102,12 +102,12 @@ class Precision(Enum):
 
     @property
     def is_half(self) -> bool:
-        """True where matrix products are computed in 16 bits."""
+        """True if matrix products are computed in 16 bits."""
         return self in (Precision.bf16, Precision.fp16)
 
 
 class Device(Enum):
-    """Device of the ranks: ``auto`` is cuda where every rank on the machine can have its own GPU, cpu elsewhere."""
+    """Device of the ranks: ``auto`` is cuda if every rank on the machine can have its own GPU, otherwise cpu."""
 
     auto = "auto"
     cpu = "cpu"
@@ -124,15 +124,16 @@ CompileMode = Enum(
         "max-autotune": "max-autotune",
     },
 )
-"""Compilation: ``auto`` is ``default`` on GPUs and ``none`` on CPUs; ``none``, or a mode of ``torch.compile``:
-``default``, ``reduce-overhead`` (with CUDA graphs), ``max-autotune`` (also tries kernels out; takes minutes)."""
+"""Compilation: ``auto`` is ``default`` on GPUs and ``none`` on CPUs. ``none`` compiles nothing. The rest are modes of
+``torch.compile``: ``default``, ``reduce-overhead`` (with CUDA graphs), ``max-autotune`` (also tries kernels out; takes
+minutes)."""
 
 
 class Recompute(Enum):
-    """Activation checkpointing (arXiv 1604.06174): activations that the backward pass computes again.
+    """Activation checkpointing (arXiv 1604.06174): the backward pass computes some activations again.
 
     ``none`` keeps all. ``selective`` keeps the results of matrix products and of the attention kernel, and computes the
-    rest again: norms, activations, rotations, dropout. ``full`` keeps the input of each block.
+    rest again: norms, activations, rotations, dropout. ``full`` keeps only the input of each block.
     """
 
     none = "none"
@@ -141,48 +142,51 @@ class Recompute(Enum):
 
 
 LOSS_CHUNK = 2**23
-"""Logits of which the loss has fp32 copies at a time: 32 MiB, enough to keep a GPU busy, and less than the cache of one
-(an H100's L2 has 50 MB), so that passes over a chunk need not reach its memory."""
+"""Number of logits of which the loss has fp32 copies at a time: 32 MiB. This keeps a GPU busy and fits into its cache
+(an H100's L2 has 50 MB), so that passes over a chunk need not reach the GPU's memory."""
 
 
 @dataclass
 class TrainConfig(RunConfig):
-    """Config of one training run, whatever starts it."""
+    """Config of one training run."""
 
     name: str = "${model.name}"
     """Folder under output_dir for the points of one sweep."""
     init_from: Optional[str] = None
-    """Take the first weights from there instead of drawing them: a folder of the transformers library (safetensors), a
-    file of ``python -m gpt.export --format torch``, or the folder of another run, whose newest checkpoint is taken. The
-    model must be the same. Without effect once the run has a checkpoint of its own."""
+    """Source of the first weights instead of random ones: a folder of the transformers library (safetensors), a file of
+    ``python -m gpt.export --format torch``, or the folder of another run. The newest checkpoint of
+    a run is loaded. The model must be the same. Without effect once the run has a checkpoint of its own."""
     seed: int = 1337
     """Seed of the initial weights, of dropout and of the order of the data."""
     device: Device = Device.auto
     precision: Precision = Precision.auto
     tf32: Optional[bool] = None
     """Round the factors of fp32 matrix products to TF32 on GPUs that have it (compute capability 8.0), for up to eight
-    times the speed; null does in fp32 unless ``deterministic`` is set, and never on CPUs."""
+    times the speed; null means true for fp32 on GPUs unless ``deterministic`` is set."""
     float8: Float8 = Float8.none
     """Compute the linear layers of the blocks in 8-bit floating point, on GPUs that have it (compute capability 8.9),
-    by torchao: the extra ``float8``. Worth it with compilation, and for wide models; changes the loss a little."""
+    by torchao (the extra ``float8``). It is faster with compilation and for wide models. It changes the loss a
+    little."""
     float8_emulate: bool = False
-    """Compute in 16 or 32 bits what float8 would give, slower, on devices without it: to look at losses beforehand."""
+    """Compute the values of float8 in 16 or 32 bits, on devices without float8. This is slower and serves to compare
+    losses."""
     compile: CompileMode = CompileMode["auto"]
     """Compile every block, the last norm, the output matrix and the loss with torch.compile; needs a C++ compiler on
     CPUs. Changes the last bits."""
     compile_dynamic: bool = False
-    """Compile for any batch size at once: slower kernels, one compilation less where an evaluation ends in a part."""
+    """Compile for any batch size at once. Kernels are slower, but a smaller last batch of an evaluation needs no second
+    compilation."""
     compile_fullgraph: bool = False
-    """End the run where torch.compile cannot compile a block whole, instead of running the rest of it eagerly."""
+    """End the run if torch.compile cannot compile a whole block, instead of running the rest of the block eagerly."""
     recompute: Recompute = Recompute.none
-    """Less memory for activations, for up to a third more computing. Does not change the loss."""
+    """Less memory for activations, for up to a third more computing. The loss does not change."""
     deterministic: bool = False
     """Refuse operations whose result depends on scheduling (torch.use_deterministic_algorithms); costs time on GPUs."""
     gc_interval: int = 50
-    """Steps between collections of Python's garbage collector, on all ranks in the same step. Left to itself it runs at
-    any time, on each rank in another step, and all wait for it. 0 leaves it to itself."""
+    """Steps between collections of Python's garbage collector, on all ranks in the same step. Without this each rank
+    collects in another step, and all ranks wait each time. 0 leaves the collector to Python."""
     profile: bool = False
-    """Write a trace of some steps of rank 0, and a table of where their time went, into the folder of the attempt."""
+    """Write a trace of some steps of rank 0, and a table of their time by operation, into the folder of the attempt."""
     profile_from: int = 5
     """First step that is profiled, counted from 1."""
     profile_to: int = 7
@@ -198,7 +202,7 @@ class TrainConfig(RunConfig):
 
     @property
     def compiles(self) -> bool:
-        """True where something is compiled; False also where ``compile=auto`` is still to be settled."""
+        """True if something is compiled; False also while ``compile=auto`` is unresolved."""
         return self.compile.name not in ("none", "auto")
 
     @property
@@ -207,7 +211,7 @@ class TrainConfig(RunConfig):
         return Path(self.data.cache_dir or Path(self.output_dir) / ".cache").expanduser().absolute()
 
     def validate(self) -> None:
-        """Raise ConfigError for the first thing that cannot work; needs no other information than the config."""
+        """Raise ConfigError for the first setting that cannot work. Reads only the config."""
         super().validate()
         rules.check(self.model)
         parts = (self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.divergence, self.logging)
@@ -248,7 +252,7 @@ class TrainConfig(RunConfig):
 
 
 def check_tf32(config: TrainConfig) -> None:
-    """Raise ConfigError where TF32 is asked for in 16 bits."""
+    """Raise ConfigError if TF32 is requested in 16 bits."""
     if config.tf32 and config.precision.is_half:
         raise ConfigError(
             f"tf32=true with precision={config.precision.name}",
@@ -258,7 +262,8 @@ def check_tf32(config: TrainConfig) -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Tell whether a distribution is installed; a folder of its name, such as wandb leaves behind, is none."""
+    """Return True if a distribution is installed. A leftover folder of its name, such as wandb leaves, does not
+    count."""
     try:
         return bool(version(package))
     except PackageNotFoundError:

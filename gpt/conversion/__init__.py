@@ -1,7 +1,8 @@
-"""Conversion of weights from and to other programs' files: folders of the transformers library, and one torch file.
+"""Conversion of weights between this project and other formats: folders of the transformers library, and one torch
+file.
 
 ``adapter`` defines the state-dict adapter of an architecture; ``gpt2``, ``llama`` and ``mixtral`` are adapters, and
-``registry`` chooses. ``inspect`` and ``source`` look into files without torch, for the login node; ``state_dict`` and
-``hf_folder`` move tensors; ``trained`` reads the checkpoints of a run. Never imports transformers: the formats are its
-files, not its code.
+``registry`` chooses one. ``source`` inspects files without torch, for the login node. ``state_dict`` converts tensors
+and loads trained models. ``hf_folder`` writes folders. The package never imports transformers: it reads and writes its
+files, and does not use its code.
 """

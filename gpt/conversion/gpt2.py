@@ -1,7 +1,7 @@
-"""Adapter of GPT-2 as transformers stores it: matrices transposed, queries, keys and values in one. Torch-free.
+"""Adapter of GPT-2 in transformers: transposed matrices; queries, keys and values in one. Imports no torch.
 
-Names and shapes as in GPT2LMHeadModel of transformers (models/gpt2/modeling_gpt2.py). Every layer has a bias there; a
-model of ours without is written with biases of zeros, which compute the same.
+Names and shapes as in GPT2LMHeadModel of transformers (models/gpt2/modeling_gpt2.py). There, every layer has a bias. A
+model without biases is written with biases of zeros, which compute the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS = ("weight", "bias")
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Describe the model as keys of config.json."""
+    """Return the model as keys of config.json."""
     return {
         "vocab_size": config.vocab_size,
         "n_positions": config.block_size,
@@ -43,8 +43,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Read the model that a config.json describes; raises ConfigError for a part that ours does not have."""
-    # Variants that other values of these keys choose compute something else with the same tensors.
+    """Return the model of a config.json. Raise ConfigError for a part that is not supported."""
+    # With other values of these keys, the same tensors compute something else.
     plain = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     for key, value in plain.items():
         if hf.get(key, value) is not value:
@@ -72,7 +72,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def rules(config: ModelConfig) -> list[Rule]:
-    """List the rules of a model's tensors, in the order of the forward pass."""
+    """Return the rules of a model's tensors, in the order of the forward pass."""
     found = [
         Rule(("token_embedding.weight",), ("transformer.wte.weight",)),
         Rule(("position.weight",), ("transformer.wpe.weight",)),
@@ -86,13 +86,14 @@ def rules(config: ModelConfig) -> list[Rule]:
 
 
 def block_rules(block: str, hf_block: str) -> list[Rule]:
-    """List the rules of one block's tensors; the arguments are what its names begin with, ours and transformers'."""
+    """Return the rules of one block's tensors. ``block`` and ``hf_block`` are the prefixes of its names here and in
+    transformers."""
     q_k_v = [f"{block}.attention.{name}" for name in ("query", "key", "value")]
     matrices = {"attention.output": "attn.c_proj", "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"}
     norms = {"attention_norm": "ln_1", "ffn_norm": "ln_2"}
     found = []
     for kind in KINDS:
-        transposed = kind == "weight"  # GPT-2's Conv1D has its matrix as (in, out)
+        transposed = kind == "weight"  # GPT-2's Conv1D stores its matrix as (in, out)
         found.append(Rule(tuple(f"{name}.{kind}" for name in q_k_v), (f"{hf_block}.attn.c_attn.{kind}",), transposed))
         for name, hf_name in matrices.items():
             found.append(Rule((f"{block}.{name}.{kind}",), (f"{hf_block}.{hf_name}.{kind}",), transposed))

@@ -1,4 +1,4 @@
-"""Writer of a folder that transformers loads: weights, config, tokenizer, index and checksums."""
+"""Writer of a folder that transformers loads: tokenizer, weights, config, index and checksums."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from gpt.conversion.state_dict import SUMS, sum_files
 from gpt.data.tokenizers import CharTokenizer, Tokenizer
 from launch.runs.folder import RunFolder
 
-# Writer of a run's tokenizer as ``AutoTokenizer`` loads it: a tokenizer.json in the format of the tokenizers library.
+# Tokenizer of a run, as ``AutoTokenizer`` loads it: a tokenizer.json in the format of the tokenizers library.
 #
-# Bytes and characters are written out here, a tokenizer.json is copied; for the two kinds whose libraries have a format
-# of their own the file is copied as it is, to be read by these libraries. Torch-free.
+# Byte and character tokenizers are converted, a tokenizer.json is copied. The other two kinds have a file format of
+# their own library; this file is copied unchanged. These functions import no torch.
 
 
 def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_size: int) -> str:
-    """Write the tokenizer of ``run`` into ``folder``; returns a line about it for the model card."""
+    """Write the tokenizer of ``run`` into ``folder``. Return a line about it for the model card."""
     if tokenizer.kind in (TokenizerKind.sentencepiece, TokenizerKind.tiktoken):
-        # These libraries have a format of their own, which they alone read.
+        # Only the library of such a tokenizer reads its file.
         shutil.copytree(run.tokenizer, folder / "tokenizer")
         return f"{tokenizer.kind.name}, in `tokenizer/`, for the library of that name; `AutoTokenizer` does not read it"
     if tokenizer.kind is TokenizerKind.byte:
@@ -42,7 +42,7 @@ def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_si
     about: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
-        "clean_up_tokenization_spaces": False,  # true would drop spaces before punctuation, on decoding
+        "clean_up_tokenization_spaces": False,  # true would drop spaces before punctuation when decoding
         "model_input_names": ["input_ids", "attention_mask"],
     }
     if tokenizer.eot is not None:
@@ -52,12 +52,12 @@ def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_si
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` as indented JSON, other scripts than Latin left readable."""
+    """Write ``value`` as indented JSON, with readable non-Latin characters."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def byte_level_tokenizer() -> dict[str, Any]:
-    """Describe a byte-pair encoding without any pair, whose ids are bytes."""
+    """Return a byte-pair encoding without any pair, whose ids are bytes."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     vocab = {letter: byte for byte, letter in enumerate(byte_letters())}
     model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocab, "merges": []}
@@ -65,7 +65,7 @@ def byte_level_tokenizer() -> dict[str, Any]:
 
 
 def byte_letters() -> list[str]:
-    """List the letter that the library writes for each byte: itself where it is printable, else from U+0100 on.
+    """Return the character that the library writes for each byte: the byte itself if printable, else from U+0100 on.
 
     As in https://github.com/openai/gpt-2/blob/master/src/encoder.py.
     """
@@ -78,14 +78,14 @@ def byte_letters() -> list[str]:
 
 
 def character_tokenizer(known: str) -> dict[str, Any]:
-    """Describe a tokenizer whose words are the characters of ``known``; any other character is an error."""
+    """Return a tokenizer whose words are the characters of ``known``. Any other character is an error."""
     model: dict[str, Any] = {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(known)}, "unk_token": "<unk>"}
     each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
     return tokenizer_json(model, each, {"type": "Fuse"})
 
 
 def tokenizer_json(model: dict[str, Any], before: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
-    """Build a tokenizer.json of these parts and no others."""
+    """Build a tokenizer.json from exactly these parts."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -100,7 +100,7 @@ def tokenizer_json(model: dict[str, Any], before: dict[str, Any], decoder: dict[
 
 
 def find_token_text(content: dict[str, Any], number: int) -> str | None:
-    """Find the text of a token of a tokenizer.json by its id; None where no token has it."""
+    """Return the text of the token ``number`` of a tokenizer.json; None if no token has this id."""
     for token in content.get("added_tokens", []):
         if token["id"] == number:
             return str(token["content"])
@@ -109,13 +109,13 @@ def find_token_text(content: dict[str, Any], number: int) -> str | None:
     return next((text for text, i in pairs if i == number), None)
 
 
-# Writer of a folder that transformers loads: weights in shards, their index, config.json, and checksums.
+# Weights in shards, their index, config.json, and checksums.
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: int) -> int:
-    """Write ``tensors`` into one safetensors file, or several with an index; returns the bytes they take.
+    """Write ``tensors`` into one safetensors file, or several with an index. Return the bytes of the tensors.
 
-    A shard is closed before the tensor that would exceed ``max_shard_bytes``; a larger tensor has a shard of its own.
+    A shard is closed before the tensor that would exceed ``max_shard_bytes``. A larger tensor has its own shard.
     """
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
@@ -136,7 +136,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
     close()
     names = [shard_name(i, len(shards)) for i in range(len(shards))]
     for i, name in enumerate(names):
-        # The library writes for nobody but the owner; who may read the folder may read what is in it.
+        # The library creates files that only the owner can read. Use the permissions of the folder instead.
         (folder / f"{i}.part").chmod(folder.stat().st_mode & 0o666)
         (folder / f"{i}.part").rename(folder / name)
     if len(shards) > 1:
@@ -147,7 +147,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
 
 
 def shard_name(index: int, count: int) -> str:
-    """Name of a file of weights, as transformers gives it."""
+    """Return the name of a file of weights, as in transformers."""
     return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
@@ -160,7 +160,7 @@ def write_configs(
     origin: dict[str, Any],
 ) -> None:
     """Write config.json and generation_config.json; ``eot`` is the id that ends a text."""
-    # Said also where there are none: the defaults are ids of somebody else's tokenizer.
+    # Written even if None, because the defaults are ids of another tokenizer.
     special = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None}
     described = {"architectures": [adapter.architecture], "model_type": adapter.name, **adapter.write_config(config)}
     name = str(dtype).removeprefix("torch.")
@@ -170,7 +170,7 @@ def write_configs(
 
 
 def write_sums(folder: Path) -> None:
-    """Write the sha256 of every file into SHA256SUMS, which ``sha256sum -c`` checks, and ``init_from``, too."""
+    """Write the sha256 of every file into SHA256SUMS, which ``sha256sum -c`` and ``init_from`` check."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sum_files(files).items()))
 
@@ -178,7 +178,7 @@ def write_sums(folder: Path) -> None:
 def write_torch_file(
     path: Path, state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype, origin: dict[str, Any]
 ) -> None:
-    """Write a model into one file of ``torch.save``, synced to disk, with the config it is rebuilt from."""
+    """Write a model and its config into one file of ``torch.save``, synced to disk."""
     contents = {
         "model_config": plain_model(config),
         "exported_from": origin,

@@ -1,7 +1,7 @@
-"""Adapter of Llama as transformers stores it; rotary channels are paired as ours are, c with c + C/2. Torch-free.
+"""Adapter of Llama in transformers. Rotary channels are paired as here, c with c + C/2. Imports no torch.
 
 Names and shapes as in LlamaForCausalLM of transformers (models/llama/modeling_llama.py). config.json is written with
-``rope_theta`` and ``rope_scaling``, which version 4 needs and version 5 understands; both spellings are read.
+``rope_theta`` and ``rope_scaling``, which versions 4 and 5 understand. Both spellings are read.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ LLAMA3 = {
     "rope_high_freq_factor": "high_freq_factor",
 }
 HIDDEN_ACT = {Activation.silu: "silu", Activation.gelu: "gelu", Activation.gelu_tanh: "gelu_pytorch_tanh"}
-"""Activation of the gate -> its name in config.json; SiLU makes the layer SwiGLU, the others GEGLU."""
+"""Activation of the gate -> its name in config.json. SiLU makes the layer SwiGLU, the other two GEGLU."""
 OTHER_NAMES = {"swish": Activation.silu, "gelu_new": Activation.gelu_tanh}
 ROTARY_TABLE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 """Names of the tables of rotary frequencies, which old versions saved."""
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Describe the model as keys of config.json."""
+    """Return the model as keys of config.json."""
     return write_common(config) | {"attention_bias": config.bias, "mlp_bias": config.bias}
 
 
 def write_common(config: ModelConfig) -> dict[str, Any]:
-    """Describe a model by the keys of config.json that the relatives of Llama share."""
+    """Return the keys of config.json that Llama and its relatives share."""
     return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.block_size,
@@ -65,7 +65,7 @@ def write_common(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Read the model that a config.json describes; raises ConfigError for a part that ours does not have."""
+    """Return the model of a config.json. Raise ConfigError for a part that is not supported."""
     bias = bool(hf.get("attention_bias", False))
     if bool(hf.get("mlp_bias", False)) is not bias:
         raise unsupported_part_error(hf, "mlp_bias", f"mlp_bias={bias}, as attention_bias is")
@@ -75,13 +75,13 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def read_common(hf: dict[str, Any], rope_base: float, norm_eps: float) -> ModelConfig:
-    """Read the keys that the relatives of Llama share; the two numbers are used where config.json says nothing."""
+    """Read the keys that Llama and its relatives share. The two numbers replace missing keys."""
     known = {hf_name: activation for activation, hf_name in HIDDEN_ACT.items()} | OTHER_NAMES
     activation = hf.get("hidden_act", "silu")
     if activation not in known:
         raise unsupported_part_error(hf, "hidden_act", f"one of {', '.join(known)}")
     n_embd, n_head = require_key(hf, "hidden_size"), require_key(hf, "num_attention_heads")
-    # Our heads share the width evenly; other models may have wider ones.
+    # Here, heads share the width evenly; other models may have wider heads.
     if hf.get("head_dim") not in (None, n_embd // n_head):
         raise unsupported_part_error(hf, "head_dim", f"hidden_size / num_attention_heads = {n_embd // n_head}")
     return ModelConfig(
@@ -105,7 +105,7 @@ def read_common(hf: dict[str, Any], rope_base: float, norm_eps: float) -> ModelC
 
 
 def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
-    """Read the fields of ModelConfig about rotary embeddings, from the spelling of version 4 or 5."""
+    """Return the fields of ModelConfig about rotary embeddings, from the spelling of version 4 or 5."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
     if kind not in ("default", "linear", "llama3"):
@@ -125,10 +125,10 @@ def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """Describe rotary embeddings as keys of config.json.
+    """Return rotary embeddings as keys of config.json.
 
-    NTK-aware scaling is nothing but another base, so the base is written; transformers' own, rope_type=dynamic, is a
-    different one, which depends on the length of the text.
+    NTK-aware scaling only changes the base, so the base is written. transformers' rope_type=dynamic is different: it
+    depends on the length of the text.
     """
     base, scaling = config.rope_base, config.rope_scaling
     if scaling is RopeScaling.ntk:
@@ -142,7 +142,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def rules(config: ModelConfig) -> list[Rule]:
-    """List the rules of a model's tensors, in the order of the forward pass."""
+    """Return the rules of a model's tensors, in the order of the forward pass."""
     kinds = ("weight", "bias") if config.bias else ("weight",)
     found = [Rule(("token_embedding.weight",), ("model.embed_tokens.weight",))]
     for layer in range(config.n_layer):
@@ -152,13 +152,14 @@ def rules(config: ModelConfig) -> list[Rule]:
 
 
 def last_rules(config: ModelConfig) -> list[Rule]:
-    """List the rules of the tensors after the blocks: the last norm, and the head unless it is the embedding."""
+    """Return the rules of the tensors after the blocks: the last norm, and the head unless it is the embedding."""
     found = [Rule(("norm.weight",), ("model.norm.weight",))]
     return found if config.tie_embeddings else [*found, Rule(("head.weight",), ("lm_head.weight",))]
 
 
 def map_names(block: str, hf_block: str, names: dict[str, str], kinds: tuple[str, ...]) -> list[Rule]:
-    """List rules for tensors of a block that differ in nothing but their names, ours -> transformers'."""
+    """Return rules for tensors of a block that differ only in their names. ``names`` maps names here to those of
+    transformers."""
     return [
         Rule((f"{block}.{name}.{kind}",), (f"{hf_block}.{hf_name}.{kind}",))
         for name, hf_name in names.items()

@@ -1,7 +1,7 @@
-"""Adapter of Mixtral as transformers stores it: Llama's attention, and a tensor for each expert's matrix. Torch-free.
+"""Adapter of Mixtral in transformers: Llama's attention, and one tensor per matrix of an expert. Imports no torch.
 
-Names as in the files that transformers writes for MixtralForCausalLM (w1 is the gate, w3 up, w2 down); version 5 holds
-them stacked in memory, but not on disk. Its router scales the weights of a token's experts to a sum of 1.
+Names as in the files that transformers writes for MixtralForCausalLM (w1 is the gate, w3 up, w2 down). Version 5 stacks
+them in memory, but not on disk. Its router scales the weights of a token's experts to a sum of 1.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ EXPERT_MATRICES = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
-    """Describe the model as keys of config.json."""
+    """Return the model as keys of config.json."""
     experts = {"num_local_experts": config.n_expert, "num_experts_per_tok": config.n_expert_per_token}
     loss = {"router_aux_loss_coef": config.balance_weight, "output_router_logits": False}
     return write_common(config) | experts | loss | {"sliding_window": None}
 
 
 def read_config(hf: dict[str, Any]) -> ModelConfig:
-    """Read the model that a config.json describes; raises ConfigError for a part that ours does not have."""
+    """Return the model of a config.json. Raise ConfigError for a part that is not supported."""
     window = hf.get("sliding_window")
-    # A window as long as the longest sequence leaves nothing out.
+    # A window as long as the longest sequence excludes nothing.
     if window is not None and window < require_key(hf, "max_position_embeddings"):
         raise unsupported_part_error(hf, "sliding_window", "sliding_window=null")
     config = read_common(hf, rope_base=1e6, norm_eps=1e-5)
@@ -46,7 +46,7 @@ def read_config(hf: dict[str, Any]) -> ModelConfig:
 
 
 def rules(config: ModelConfig) -> list[Rule]:
-    """List the rules of a model's tensors, in the order of the forward pass."""
+    """Return the rules of a model's tensors, in the order of the forward pass."""
     found = [Rule(("token_embedding.weight",), ("model.embed_tokens.weight",))]
     for layer in range(config.n_layer):
         block, hf_block = f"blocks.{layer}", f"model.layers.{layer}"
@@ -56,10 +56,10 @@ def rules(config: ModelConfig) -> list[Rule]:
 
 
 def expert_rules(experts: int, ffn: str, hf_ffn: str) -> list[Rule]:
-    """List the rules of the router and of the experts' matrices of one block."""
+    """Return the rules of the router and of the experts' matrices of one block."""
     found = [Rule((f"{ffn}.router.weight",), (f"{hf_ffn}.gate.weight",))]
     for name, hf_name in EXPERT_MATRICES.items():
-        # Our matrices of all experts are one tensor, expert by expert along its first dimension.
+        # Here, one tensor has the matrices of all experts, along its first dimension.
         each = tuple(f"{hf_ffn}.experts.{expert}.{hf_name}.weight" for expert in range(experts))
         found.append(Rule((f"{ffn}.experts.{name}",), each))
     return found

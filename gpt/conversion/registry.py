@@ -1,4 +1,4 @@
-"""The state-dict adapters, and the choice of the one for a model or a config.json. Torch-free."""
+"""All state-dict adapters, and the choice of one for a model or a config.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ADAPTERS = (GPT2, LLAMA, MIXTRAL)
 
 
 def choose_adapter(config: ModelConfig) -> StateDictAdapter:
-    """Choose the adapter whose architecture has all parts of a model.
+    """Return the adapter whose architecture has all parts of a model.
 
     Raises:
-        ConfigError: none has; names the parts that the nearest one lacks.
+        ConfigError: no adapter has all parts. The message names the parts that the nearest one lacks.
     """
     misfits = {adapter.name: adapter.list_misfits(config) for adapter in ADAPTERS}
     for adapter in ADAPTERS:
@@ -33,10 +33,10 @@ def choose_adapter(config: ModelConfig) -> StateDictAdapter:
 
 
 def find_adapter(hf: dict[str, Any]) -> StateDictAdapter:
-    """Find the adapter of the ``model_type`` in a config.json.
+    """Return the adapter of the ``model_type`` in a config.json.
 
     Raises:
-        ConfigError: there is none for it.
+        ConfigError: no adapter has this type.
     """
     for adapter in ADAPTERS:
         if adapter.name == hf.get("model_type"):

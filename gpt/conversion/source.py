@@ -1,4 +1,4 @@
-"""Sources of a run's first weights (``init_from``), inspected without torch so that the login node can refuse them."""
+"""Sources of a run's first weights (``init_from``), inspected without torch, so that the login node can refuse them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from launch.errors import ConfigError
 from launch.runs import compose
 from launch.runs.folder import RunFolder
 
-# Names, shapes and config in a file of weights, read without the weights and without torch.
+# Names, shapes and config in a file of weights, read without the weights.
 #
-# A file that is cut short is found here, for the price of its first kilobytes; a flipped bit is not.
+# Reading the first kilobytes finds a truncated file, but no flipped bit.
 
 
 SINGLE = "model.safetensors"
@@ -40,10 +40,10 @@ Shape = tuple[int, ...]
 
 
 def tensors_in_folder(folder: Path) -> dict[str, tuple[Path, Shape]]:
-    """Map the name of every tensor in a folder of transformers, one file or several with an index, to file and shape.
+    """Return file and shape of every tensor, by name, in a folder of transformers: one file, or several with an index.
 
     Raises:
-        ConfigError: there are no safetensors, one is missing or cut short, or the index names what is not there.
+        ConfigError: a safetensors file is missing or truncated, or the index names a missing tensor.
     """
     index = read_index(folder)
     found: dict[str, tuple[Path, Shape]] = {}
@@ -59,10 +59,10 @@ def tensors_in_folder(folder: Path) -> dict[str, tuple[Path, Shape]]:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """Read the index: tensor -> file; empty where one file holds them all.
+    """Read the index: tensor -> file. It is empty if one file has all tensors.
 
     Raises:
-        ConfigError: there is neither a file nor an index, or the index makes no sense.
+        ConfigError: both file and index are missing, or the index is invalid.
     """
     if (folder / SINGLE).is_file():
         return {}
@@ -77,7 +77,7 @@ def read_index(folder: Path) -> dict[str, str]:
         )
     try:
         index = json.loads((folder / INDEX).read_bytes())["weight_map"]
-        # Names of files only: an index must not lead out of its folder.
+        # Accept only names of files: an index must not point outside its folder.
         names = {str(tensor): Path(str(file)).name for tensor, file in index.items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise damaged_file_error(folder / INDEX, f"no index: {error}") from error
@@ -94,15 +94,15 @@ def safetensors_shapes(path: Path) -> dict[str, Shape]:
 
 
 def damaged_file_error(path: Path, why: str) -> ConfigError:
-    """Refusal of a file that is not what was written."""
+    """Return the error for a damaged file."""
     return ConfigError(f"{path} cannot be used ({why})", "the file as it was written", "another copy of it")
 
 
 def torch_file_contents(path: Path) -> dict[str, Any]:
-    """Read the object in a file of ``torch.save``, with shapes in the place of tensors.
+    """Return the object in a file of ``torch.save``, with shapes in place of tensors.
 
     Raises:
-        ConfigError: no such file, or it holds anything but plain values and tensors.
+        ConfigError: the file is missing, or contains anything but plain values and tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -116,10 +116,10 @@ def torch_file_contents(path: Path) -> dict[str, Any]:
 
 
 def verify_torch_file(path: Path) -> None:
-    """Read a file of ``torch.save`` whole and compare the checksums in it, which torch itself does not.
+    """Read a whole file of ``torch.save`` and compare its checksums, which torch itself does not do.
 
     Raises:
-        ConfigError: it is not what was written.
+        ConfigError: a checksum differs.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -131,13 +131,14 @@ def verify_torch_file(path: Path) -> None:
 
 
 class ShapeUnpickler(pickle.Unpickler):
-    """Unpickler of torch's files without torch: of a tensor it keeps the shape; refuses other classes and functions."""
+    """Unpickler for torch's files without torch. It keeps the shapes of tensors, and refuses other classes and
+    functions."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, *rest: tuple(size)
         if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict  # not dict: a state_dict has attributes, too
+            return OrderedDict  # not dict: a state_dict also has attributes
         if module == "torch" and name.endswith("Storage"):
             return name
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
@@ -146,12 +147,12 @@ class ShapeUnpickler(pickle.Unpickler):
         return None
 
 
-# Sources of a run's first weights (``init_from``), inspected without torch, so that the login node can refuse them.
+# Kind, model and checks of a source of first weights.
 
 
 HF_CONFIG = "config.json"
 OUR_WORKLOAD = "gpt.workload.GptWorkload"
-"""Name by which the launcher finds this library."""
+"""Name under which the launcher finds this library."""
 PART_KEYS = ("position", "rope_scaling", "ffn", "expert_ffn")
 
 
@@ -165,21 +166,21 @@ class SourceKind(Enum):
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Weights to start from, and the model they belong to."""
+    """Weights to start from, and their model."""
 
     path: Path
-    """Folder or file of the weights; for a checkpoint the folder of its run."""
+    """Folder or file of the weights; for a checkpoint, the folder of its run."""
     kind: SourceKind
     model: ModelConfig
     step: int | None = None
-    """Step of the checkpoint of a run; None is the newest."""
+    """Step of the checkpoint of a run; None for the newest."""
 
 
 def find_source(init_from: str) -> WeightSource:
-    """Find out the kind and the model of the weights at a path.
+    """Return the kind and the model of the weights at a path.
 
     Raises:
-        ConfigError: it is none of the kinds, or something is missing in it.
+        ConfigError: the path has none of the kinds, or is incomplete.
     """
     path = Path(init_from).expanduser().absolute()
     if (path / HF_CONFIG).is_file():
@@ -188,7 +189,7 @@ def find_source(init_from: str) -> WeightSource:
         return inspect_run(path, None)
     if folders.COMMITTED.fullmatch(path.name) and RunFolder(path.parents[1]).config.is_file():
         return inspect_run(path.parents[1], folders.step_of(path))
-    # Single files of other libraries have no config beside them to tell the model by.
+    # Single files of other libraries have no config next to them that describes the model.
     if path.is_file() and path.suffix not in (".safetensors", ".json", ".bin"):
         return WeightSource(path, SourceKind.torch, torch_file_model(path, torch_file_contents(path)))
     if path.exists():
@@ -207,7 +208,7 @@ def read_run(folder: RunFolder) -> TrainConfig:
     """Read the config of a run of ``gpt.train``.
 
     Raises:
-        ConfigError: it is the run of another program, which has no model of ours, or its config is damaged.
+        ConfigError: another program made the run, or its config is damaged.
     """
     try:
         return compose.read_config(folder, TrainConfig)
@@ -226,7 +227,7 @@ def inspect_run(path: Path, step: int | None) -> WeightSource:
     """Inspect a run as a source of weights.
 
     Raises:
-        ConfigError: it has not saved yet, or not at ``step``.
+        ConfigError: the run has no checkpoint, or none of ``step``.
     """
     folder = RunFolder(path)
     config = read_run(folder)
@@ -241,10 +242,10 @@ def inspect_run(path: Path, step: int | None) -> WeightSource:
 
 
 def inspect_hf_folder(folder: Path) -> tuple[StateDictAdapter, ModelConfig]:
-    """Find the adapter and the model of a folder of transformers, and check the names of its tensors.
+    """Return the adapter and the model of a folder of transformers, after a check of its tensors' names.
 
     Raises:
-        ConfigError: the config cannot be read or is of no known architecture, or tensors are missing or unknown.
+        ConfigError: the config is unreadable or of an unknown architecture, or tensors are missing or unknown.
     """
     try:
         hf = json.loads((folder / HF_CONFIG).read_bytes())
@@ -258,11 +259,11 @@ def inspect_hf_folder(folder: Path) -> tuple[StateDictAdapter, ModelConfig]:
 
 
 def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, names: set[str]) -> None:
-    """Raise ConfigError unless a folder holds every tensor of the model, and no other."""
+    """Raise ConfigError unless a folder has exactly the tensors of the model."""
     wanted = {name for rule in adapter.rules(config) for name in rule.hf_names}
     found = {name for name in map(adapter.canonical, names) if not adapter.buffers.fullmatch(name)}
     if config.tie_embeddings:
-        found.discard("lm_head.weight")  # some writers repeat it; it is compared when it is read
+        found.discard("lm_head.weight")  # some writers repeat this matrix; it is compared when it is read
     problems = [f"no {list_names(wanted - found)}"] if wanted - found else []
     problems += [f"unknown {list_names(found - wanted)}"] if found - wanted else []
     if problems:
@@ -274,13 +275,13 @@ def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, na
 
 
 def list_names(names: set[str]) -> str:
-    """Join names in order, up to ten of them and the number of the others."""
+    """Join names in order: up to ten names, and the number of the rest."""
     first = sorted(names)[:10]
     return ", ".join(first) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def torch_file_model(path: Path, contents: dict[str, Any]) -> ModelConfig:
-    """Read the model of a file that ``gpt.export --format torch`` wrote."""
+    """Return the model of a file that ``gpt.export --format torch`` wrote."""
     if not isinstance(contents.get("model_config"), dict) or not isinstance(contents.get("model"), dict):
         raise damaged_file_error(
             path, "it has no model_config and model, which python -m gpt.export --format torch writes"
@@ -299,10 +300,10 @@ def plain_model(model: ModelConfig) -> dict[str, Any]:
 
 
 def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
-    """List the overrides that make ``asked`` the architecture of ``found``; empty where its weights fit.
+    """Return the overrides that turn ``asked`` into the architecture of ``found``; empty if its weights fit.
 
-    The embedding may have more rows than the source, and a model may be trained on shorter sequences than the source
-    (on longer ones where no table of positions limits it).
+    The embedding may have more rows than the source. Training may use shorter sequences than the source, and longer
+    ones if no table of positions limits them.
     """
     there = architecture(found)
     if asked.vocab_size >= found.vocab_size:
@@ -310,7 +311,7 @@ def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
     if asked.block_size <= found.block_size or found.position is not Position.learned:
         del there["block_size"]
     changes: dict[str, Any] = {}
-    # A part decides which other keys matter and what their defaults are, so the parts are changed first.
+    # A part decides which other keys matter and their defaults, so parts come first.
     for keys in (PART_KEYS, there.keys()):
         here = architecture(dataclasses.replace(asked, **changes))
         changes |= {key: there[key] for key in there if key in keys and key in here and here[key] != there[key]}
@@ -318,7 +319,7 @@ def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
 
 
 def refuse_other_model(asked: ModelConfig, source: WeightSource) -> None:
-    """Raise ConfigError where the weights of ``source`` are of another architecture than the run's."""
+    """Raise ConfigError if the weights of ``source`` have another architecture than the run."""
     overrides = differences(asked, source.model)
     if overrides:
         keys = [override.split("=")[0].removeprefix("model.") for override in overrides]
@@ -331,10 +332,10 @@ def refuse_other_model(asked: ModelConfig, source: WeightSource) -> None:
 
 
 def check_init_from(config: TrainConfig, folder: RunFolder) -> None:
-    """Refuse an ``init_from`` that cannot be used, unless the run has a checkpoint of its own, which counts instead.
+    """Refuse an unusable ``init_from``, unless the run has its own checkpoint, which takes precedence.
 
     Raises:
-        ConfigError: there is no source, or it holds another model.
+        ConfigError: the source is missing, or has another model.
     """
     if config.init_from is not None and not folders.steps(folder.checkpoints):
         refuse_other_model(config.model, find_source(config.init_from))

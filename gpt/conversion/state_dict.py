@@ -1,4 +1,4 @@
-"""State dicts of our model to those of transformers and back, and a trained model in one process."""
+"""Conversion of state dicts to those of transformers and back, and loading of a trained model in one process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from launch.errors import ConfigError
 from launch.runs.find import runs_inside, runs_labelled
 from launch.runs.folder import RunFolder
 
-# State dicts of our model to those of transformers, and back.
+# Conversion of a state dict of this project to that of transformers, and back.
 
 
 State = dict[str, Tensor]
@@ -45,8 +45,8 @@ VOCABULARY = ("token_embedding.weight", "head.weight")
 
 
 def to_hf(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of our model under an architecture's names, in the order of the adapter's rules."""
-    # Rows that only pad the vocabulary are left out: transformers would take them for tokens.
+    """Yield the tensors of a model under an architecture's names, in the order of the adapter's rules."""
+    # Padding rows of the vocabulary are left out, because transformers would use them as tokens.
     state = {name: tensor[: config.vocab_size] if name in VOCABULARY else tensor for name, tensor in state.items()}
     if adapter.requires_bias:
         state = zero_biases(state) | state
@@ -60,22 +60,22 @@ def to_hf(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Itera
 
 
 def zero_biases(state: State) -> State:
-    """Make a bias of zeros for every layer that could have one."""
+    """Return a bias of zeros for every layer that can have one."""
     tables = ("token_embedding.weight", "position.weight", "head.weight")
     layers = [name for name in state if name.endswith(".weight") and name not in tables]
     return {name.removesuffix("weight") + "bias": state[name].new_zeros(state[name].size(0)) for name in layers}
 
 
 def from_hf(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, torch.Size]) -> State:
-    """Convert the tensors of transformers to our model's state, fp32.
+    """Convert the tensors of transformers to a state of this project's model, fp32.
 
     Args:
         read: returns a tensor by its name in transformers.
         rules: the adapter's rules for the model.
-        shapes: the shapes of our parameters, by which a tensor that holds several is split.
+        shapes: shapes of the parameters here; they determine how a combined tensor is split.
 
     Raises:
-        ConfigError: a tensor has not the rows that our parameters have together.
+        ConfigError: the rows of a tensor are not the sum of the rows of its parameters.
     """
     state: State = {}
     for rule in rules:
@@ -92,14 +92,14 @@ def from_hf(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, 
 
 
 def fit_shapes(state: State, config: ModelConfig, shapes: dict[str, torch.Size]) -> State:
-    """Fit ``state`` to the shapes of our model: a longer vocabulary is filled up, a longer table of positions cut off.
+    """Fit ``state`` to the shapes of the model: extend the vocabulary, or shorten the table of positions.
 
-    Tokens that the source does not have get the mean of those it has, so that they take next to nothing from the
-    probabilities of the others; zeros can take nearly all where the logits are far below zero (J. Hewitt, Initializing
-    New Word Embeddings for Pretrained Language Models, 2021). Rows that only fill up the table are 0.
+    New tokens get the mean of the existing ones, so they take little probability from the existing tokens. Zeros can
+    take nearly all if the logits are far below zero (J. Hewitt, Initializing New Word Embeddings for Pretrained
+    Language Models, 2021). Padding rows are 0.
 
     Raises:
-        ConfigError: a tensor has another shape; names all of them.
+        ConfigError: a tensor has another shape; the message names all such tensors.
     """
     fitted, wrong = {}, []
     for name, tensor in state.items():
@@ -118,26 +118,26 @@ def fit_shapes(state: State, config: ModelConfig, shapes: dict[str, torch.Size])
 
 
 def wrong_shapes_error(wrong: list[str]) -> ConfigError:
-    """Refusal of tensors that are not of the model that the config beside them describes."""
+    """Return the error for tensors that do not match the model of the config next to them."""
     return ConfigError("; ".join(wrong), "tensors of the model that is described beside them", "another copy of it")
 
 
 @dataclass(frozen=True)
 class VerifiedSource:
-    """A source whose files one process has read through, so that the others need not. Can be sent to them."""
+    """Source whose files one process has verified for all ranks. Can be sent to them."""
 
     source: WeightSource
     files: dict[str, str]
-    """File -> sha256; of a checkpoint its manifest only, which has the checksums of the other files."""
+    """File -> sha256. For a checkpoint only its manifest, which has the checksums of the other files."""
     checkpoint: Path | None
-    """The checkpoint chosen of a run; None for other sources."""
+    """Checkpoint chosen from a run; None for other sources."""
 
 
 def verify_source(source: WeightSource) -> VerifiedSource:
-    """Read a source through, compare the checksums it has, and choose the checkpoint of a run.
+    """Read a whole source, compare its checksums, and choose the checkpoint of a run.
 
     Raises:
-        ConfigError: it is not what was written.
+        ConfigError: the source is damaged.
     """
     if source.kind is SourceKind.run:
         checkpoint = find_checkpoint(open_run(source.path)[0], source.step)
@@ -152,7 +152,7 @@ def verify_source(source: WeightSource) -> VerifiedSource:
 
 
 def sum_files(paths: list[Path]) -> dict[str, str]:
-    """Compute the sha256 of files, by name."""
+    """Return the sha256 of each file, by name."""
     digests = {}
     for path in paths:
         with path.open("rb") as file:
@@ -161,7 +161,7 @@ def sum_files(paths: list[Path]) -> dict[str, str]:
 
 
 def refuse_wrong_sums(path: Path, files: dict[str, str]) -> None:
-    """Raise ConfigError where a list of checksums beside the files, as ``sha256sum`` writes it, says otherwise."""
+    """Raise ConfigError if a file differs from the list of checksums next to it, in the format of ``sha256sum``."""
     if not path.is_file():
         return
     lines = (line.split(maxsplit=1) for line in path.read_text().splitlines())
@@ -172,7 +172,7 @@ def refuse_wrong_sums(path: Path, files: dict[str, str]) -> None:
 
 
 def read_source(verified: VerifiedSource, model: GPT) -> State:
-    """Read the state of ``model`` from a source, fp32, with every tensor in its shape.
+    """Read the state of ``model`` from a source, fp32, with every tensor in the shape of its parameter.
 
     Raises:
         ConfigError: tensors are missing, unknown or of another shape.
@@ -194,7 +194,7 @@ def read_source(verified: VerifiedSource, model: GPT) -> State:
 
 
 def read_hf_folder(folder: Path, shapes: dict[str, torch.Size]) -> State:
-    """Read the state of our model from a folder of transformers; ``shapes`` are those of our parameters."""
+    """Read the state of the model from a folder of transformers. ``shapes`` are those of its parameters."""
     adapter, config = inspect_hf_folder(folder)
     files = {adapter.canonical(name): (path, name) for name, (path, _) in tensors_in_folder(folder).items()}
     with ExitStack() as stack:
@@ -208,7 +208,7 @@ def read_hf_folder(folder: Path, shapes: dict[str, torch.Size]) -> State:
 
         state = from_hf(read, adapter.rules(config), shapes)
         head = files.get("lm_head.weight")
-        # Some writers repeat a tied matrix. Where it differs, config.json is wrong, and the head would be lost.
+        # Some writers repeat a tied matrix. If it differs, config.json is wrong, and the head would be lost.
         if config.tie_embeddings and head and not torch.equal(read("lm_head.weight").float(), state[VOCABULARY[0]]):
             raise damaged_file_error(
                 head[0], "lm_head.weight differs from the embedding, which config.json says is the same"
@@ -216,10 +216,9 @@ def read_hf_folder(folder: Path, shapes: dict[str, torch.Size]) -> State:
     return state
 
 
-# Loading of a trained model from a run folder into one process, whatever number of ranks and strategy saved it.
+# Loading of a trained model from a run folder into one process, for any number of ranks and any saving strategy.
 #
-# Only reads: a damaged checkpoint is passed over, and setting it aside is left to the run it belongs to, which may be
-# going on meanwhile.
+# Loading only reads. A damaged checkpoint is skipped, not set aside, because its run may still be training.
 
 
 log = logging.getLogger(__name__)
@@ -228,31 +227,30 @@ log = logging.getLogger(__name__)
 def load_model(
     run_folder: str | os.PathLike[str], step: int | None = None, device: torch.device | str = "cpu"
 ) -> tuple[TrainConfig, GPT]:
-    """Load the config of a run and its model, fp32 and in eval mode, from the newest checkpoint that is whole.
+    """Load the config of a run and its model, fp32 and in eval mode, from the newest whole checkpoint.
 
         config, model = load_model("outputs/quick_test/default")
 
     Args:
         run_folder: the folder of one run.
-        step: take the checkpoint of this step instead of the newest.
+        step: step of the checkpoint to load; None for the newest.
         device: the device of the returned model.
 
     Raises:
-        ConfigError: no run there, no checkpoint, or none that is whole.
+        ConfigError: the run is missing, or has no whole checkpoint.
     """
     folder, config = open_run(run_folder)
     return config, read_weights(config, find_checkpoint(folder, step), device)
 
 
 def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
-    """Open the run folder at ``path``, or of the run with that label, and read the config it was made with.
+    """Open the run folder at ``path``, or of the run with that label. Return it with the config of the run.
 
     Raises:
-        ConfigError: there is none, or one of another program; names the runs below ``path`` where it is the folder of
-            a sweep.
+        ConfigError: the run is missing, or another program made it. For a sweep, the message names its runs.
     """
     given = Path(path).expanduser()
-    if not given.exists():  # it may be the label of a run, as for every command of the launcher
+    if not given.exists():  # may be the label of a run, as in every command of the launcher
         given = next(iter(runs_labelled(given)), given)
     folder = RunFolder(given.absolute())
     if not folder.config.is_file():
@@ -271,10 +269,10 @@ def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
 
 
 def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
-    """Find the newest checkpoint of a run whose files are all as they were saved, or the one of ``step``.
+    """Return the newest undamaged checkpoint of a run, or the one of ``step``.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no such checkpoint exists.
     """
     there = folders.list_committed(folder.checkpoints)
     wanted = [path for path in there if step is None or folders.step_of(path) == step]
@@ -296,7 +294,7 @@ def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
         try:
             verify_checkpoint(path)
         except DamagedError as damage:
-            if path.exists():  # the run itself may have deleted it since
+            if path.exists():  # the run itself may have deleted it meanwhile
                 log.warning("checkpoint %s is damaged (%s): passed over", path, damage)
             damaged.append(f"{path.name} ({damage})")
         else:
@@ -307,7 +305,7 @@ def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
 
 
 def verify_checkpoint(checkpoint: Path) -> Manifest:
-    """Read every file of a checkpoint and compare it with the manifest; raises DamagedError."""
+    """Read every file of a checkpoint and compare it with the manifest. Raise DamagedError for a difference."""
     manifest = read_manifest(checkpoint)
     for name, entry in manifest.files.items():
         damage = find_damage(checkpoint / name, entry)
@@ -320,7 +318,7 @@ def read_weights(config: TrainConfig, checkpoint: Path, device: torch.device | s
     """Build the model of ``config`` with the weights of a checkpoint, in eval mode on ``device``.
 
     Raises:
-        ConfigError: the checkpoint is of another model, or can be read with DeepSpeed only, which is not installed.
+        ConfigError: the checkpoint has another model, or needs DeepSpeed, which is not installed.
     """
     with torch.device("meta"):
         model = GPT(config.model)
@@ -333,7 +331,7 @@ def read_weights(config: TrainConfig, checkpoint: Path, device: torch.device | s
             model.load_state_dict(deepspeed_files.read_weights(checkpoint, manifest))
             return model.to(device).eval()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch's, that one process loads: it does
+            warnings.simplefilter("ignore", UserWarning)  # torch warns that a single process loads, which is intended
             dcp.load(state, storage_reader=dcp.FileSystemReader(checkpoint), no_dist=True)
     except ConfigError:
         raise

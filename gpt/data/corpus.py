@@ -1,6 +1,6 @@
-"""The corpus of a run: its description before there are tokens, its refusal where it does not fit, and its tokens.
+"""Corpus of a run: its description before tokens exist, the check that it fits the model, and its tokens.
 
-Torch-free and quick, since the login node asks before it submits.
+Imports no torch and is quick, because the login node calls it before it submits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from launch.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class SourceSize:
-    """Size of one source: the tokens of each file of a split, which is cut into samples by itself."""
+    """Size of one source: the number of tokens of each file of a split. Samples never cross files."""
 
     name: str
     train: tuple[int, ...]
@@ -33,11 +33,11 @@ class Corpus:
     name: str
     sources: tuple[SourceSize, ...]
     tokenizer: str
-    """Kind of its tokenizer, in a word."""
+    """Name of the kind of its tokenizer."""
     vocab_size: int | None
-    """Upper limit of the ids; None where only the tokenizer will tell."""
+    """Number of ids, or a bound of it; None if only the tokenizer determines it."""
     entropy: float | None
-    """Nats per token that no model can go below, where that is known."""
+    """Lowest possible loss of any model, in nats per token; None if unknown."""
 
     @property
     def train_tokens(self) -> int:
@@ -60,10 +60,10 @@ class Corpus:
 
 
 def describe(config: DataConfig, cache: Path) -> Corpus:
-    """Describe the corpus of a config, from its manifest or from the text that it will be made of.
+    """Describe the corpus of a config, from its manifest or from the text to tokenize.
 
     Raises:
-        ConfigError: the text is not there, or it has to be prepared before training.
+        ConfigError: the text is missing, or the corpus must be prepared before training.
     """
     if config.source is Source.tokens:
         return describe_tokens(config.title, open_tokens(config))
@@ -96,28 +96,29 @@ def _open_prepared(spec: PreprocessingSpec, cache: Path) -> TokenSource | None:
 
 
 def describe_tokens(name: str, tokens: Tokens) -> Corpus:
-    """Describe tokens that are there."""
+    """Describe existing tokens."""
     sources, sizes = [], []
     for source in tokens.sources:
         train = tuple(segment.tokens for segment in source.train.segments)
         val = tuple(segment.tokens for segment in source.val.segments)
         sources.append(SourceSize(source.name, train, val, source.weight))
         sizes.append(source.vocab_size if source.vocab_size is not None else largest_id_seen(source) + 1)
-    first = tokens.sources[0]  # a mixture has one tokenizer
+    first = tokens.sources[0]  # all sources of a mixture have one tokenizer
     kind = first.tokenizer["kind"] if first.tokenizer is not None else "synthetic" if first.entropy else "unknown"
     if first.characters is not None:
         kind = "char"
-    entropy = first.entropy if len(tokens.sources) == 1 else None  # a mixture's is no mean of its sources'
+    entropy = first.entropy if len(tokens.sources) == 1 else None  # the entropy of a mixture is no mean of its sources
     return Corpus(name, tuple(sources), str(kind), max(sizes), entropy)
 
 
 def num_windows(tokens: int, block_size: int) -> int:
-    """Count the samples in a file of tokens: windows of ``block_size`` without overlap, each with a last target."""
+    """Return the number of samples in a file of tokens: windows of ``block_size`` without overlap, each with a last
+    target."""
     return max(0, (tokens - 1) // block_size)
 
 
 def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> None:
-    """Raise ConfigError unless the model has room for the ids, and the splits hold the samples asked of them."""
+    """Raise ConfigError unless the model has room for the ids, and the splits contain enough samples."""
     _check_vocabulary(corpus, model.vocab_size)
     for source in corpus.sources:
         _check_size(corpus, source, model.block_size)
@@ -133,11 +134,11 @@ def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> No
 
 
 def _val_samples(corpus: Corpus, block_size: int) -> int:
-    """Count the validation samples that can be used without repeating one, in the proportions of a mixture."""
+    """Return the number of validation samples without repetition, in the proportions of a mixture."""
     available = [sum(num_windows(tokens, block_size) for tokens in source.val) for source in corpus.sources]
     if len(available) == 1:
         return available[0]
-    from gpt.data.order import max_samples  # numpy, which the login node loads for a mixture only
+    from gpt.data.order import max_samples  # imports numpy, which the login node needs only for a mixture
 
     return max_samples(available, [source.weight for source in corpus.sources])
 
@@ -164,26 +165,26 @@ def _check_size(corpus: Corpus, source: SourceSize, block_size: int) -> None:
 
 
 def prepare(config: DataConfig, cache: Path) -> Tokens:
-    """Open the tokens of the corpus, prepared in ``cache`` by the first caller where training may do so itself.
+    """Open the tokens of the corpus. If training may prepare them, the first caller does so in ``cache``.
 
     Raises:
-        ConfigError: as ``describe`` does; the folder cannot be written; the text changed while it was read.
+        ConfigError: as ``describe`` does; the folder is not writable; the text changed during reading.
     """
     if config.source is Source.tokens:
         return open_tokens(config)
-    describe(config, cache)  # refuses what has to be prepared beforehand
+    describe(config, cache)  # raises for a corpus that must be prepared beforehand
     spec = build_spec(config, cache)
     assert spec is not None, "describe refuses what has to be downloaded"
     from gpt.data.preprocessing import prepare as preparation
 
     try:
         return Tokens((_open_prepared(spec, cache) or preparation.prepare(spec, cache / spec.key),))
-    except (OSError, NotImplementedError) as error:  # the latter from filelock, on filesystems without locks
+    except (OSError, NotImplementedError) as error:  # filelock raises NotImplementedError on filesystems without locks
         raise unwritable_folder_error(cache, error) from error
 
 
 def unwritable_folder_error(folder: Path, error: Exception) -> ConfigError:
-    """Refusal of a folder in which prepared corpora cannot be written."""
+    """Return the error for a folder in which prepared corpora cannot be written."""
     return ConfigError(
         f"tokens cannot be written in {folder} ({error})",
         "a folder with room that all nodes share",
@@ -192,7 +193,7 @@ def unwritable_folder_error(folder: Path, error: Exception) -> ConfigError:
 
 
 def keep_tokenizer(tokens: Tokens, folder: RunFolder) -> None:
-    """Copy the tokenizer, where it is known, into the run's folder, to decode its tokens without the corpus."""
+    """Copy the tokenizer, if known, into the run's folder, so that tokens can be decoded without the corpus."""
     from gpt.data.tokenizers import CharTokenizer
     from gpt.data.tokenizers.registry import save_tokenizer
 

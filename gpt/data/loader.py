@@ -1,4 +1,4 @@
-"""Batches of a rank: samples of a step from token files, and a thread that reads the next batches ahead."""
+"""Batches of a rank: the samples of a step from token files, and a thread that reads the next batches ahead."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from gpt.data.token_file import Segment
 from gpt.topology.dims import Batch
 from launch.errors import ConfigError
 
-# Token files to batches: the samples that a rank trains on in a step, and their tensors.
+# Samples of a rank in a step, and their tensors, read from token files.
 #
-# There is no state: a batch follows from (seed, step, rank), so nothing has to be saved, and a restart or another
-# number of ranks repeats nothing and skips nothing.
+# A batch depends only on (seed, step, rank). So no state is saved, and a restart or another number of ranks repeats and
+# skips nothing.
 #
 # Shapes: B sequences of a batch, T tokens of a sequence.
 
@@ -37,16 +37,16 @@ Split = Literal["train", "val"]
 Indices = npt.NDArray[np.int64]
 
 MOST_OPEN = 128
-"""Files of a split that a rank keeps open. The kernel keeps the pages of those that were closed, too."""
-SOURCE_SEED_STEP = 0x5851F42D4C957F2D  # an odd constant (Knuth's MMIX multiplier): sources of one size differ in order
+"""Number of files of a split that a rank keeps open. The kernel also caches the pages of closed files."""
+SOURCE_SEED_STEP = 0x5851F42D4C957F2D  # odd (Knuth's MMIX multiplier), so that sources of one size differ in order
 
 
 def train_indices(number: int, rank: int, batch: Batch) -> Indices:
-    """Sample indices of one data-parallel rank in one global batch, (per_rank,).
+    """Return the sample indices of one data-parallel rank in one global batch, (per_rank,).
 
-    Batches are counted from 1, samples and ranks from 0: batch b has samples ``(b - 1) * global_batch`` up to, but not
-    including, ``b * global_batch``, split over the ranks as contiguous slices. Micro-batches split a slice further. It
-    is the batch of step b, unless batches were passed over.
+    Batches are counted from 1, samples and ranks from 0. Batch b has samples ``(b - 1) * global_batch`` up to, but not
+    including, ``b * global_batch``. Each rank gets a contiguous slice, and micro-batches split a slice further. Batch b
+    belongs to step b, unless batches were skipped.
     """
     assert number >= 1 and 0 <= rank < batch.ranks, f"batch {number}, rank {rank} of {batch.ranks}"
     first = (number - 1) * batch.global_batch + rank * batch.per_rank
@@ -54,13 +54,13 @@ def train_indices(number: int, rank: int, batch: Batch) -> Indices:
 
 
 class Windows:
-    """The samples of one split of one source: windows of T tokens that do not overlap and lie in one file each.
+    """Samples of one split of one source: windows of T tokens that do not overlap. Each window is inside one file.
 
-    Tokens at the end of a file that fill no window are not used. A file is opened when a window of it is read, and
-    those that were read last stay open: a corpus may have thousands, and each takes a descriptor of every rank.
+    Tokens at the end of a file that fill no window are unused. A file is opened when a window of it is read, and the
+    most recently read files stay open. A corpus may have thousands of files, and each needs a descriptor in every rank.
 
     Raises:
-        ConfigError: the first file is missing or cut short on this machine.
+        ConfigError: the first file is missing or truncated on this machine.
     """
 
     def __init__(self, split: SplitFiles, block_size: int) -> None:
@@ -68,45 +68,45 @@ class Windows:
         self._segments = split.segments
         self._files: dict[int, TokenFile] = {}
         self._first = np.cumsum([0, *(num_windows(segment.tokens, block_size) for segment in split.segments)])
-        for segment in split.segments[:1]:  # a folder that this node does not see is refused at the start
+        for segment in split.segments[:1]:  # refuse at the start a folder that this node cannot see
             refuse_cut_file(segment)
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def read(self, position: int) -> Indices:
-        """Read the window at ``position``, (T + 1,) with the last target, int64.
+        """Read the window at ``position``, (T + 1,) int64, including the last target.
 
         Raises:
-            ConfigError: its file is missing or cut short on this machine.
+            ConfigError: its file is missing or truncated on this machine.
         """
         file, start = self._find(position)
         return np.asarray(file.tokens[start : start + self.block_size + 1], dtype=np.int64)
 
     def announce(self, position: int) -> None:
-        """Have the kernel read the window at ``position`` from the disk, without waiting for it."""
+        """Ask the kernel to read the window at ``position`` from the disk, without waiting."""
         file, start = self._find(position)
         file.announce(start, self.block_size + 1)
 
     def _find(self, position: int) -> tuple[TokenFile, int]:
-        """Return the file of a window, and the first of its tokens there."""
+        """Return the file of a window, and the index of the window's first token in it."""
         number = int(np.searchsorted(self._first, position, side="right")) - 1
         file = self._files.pop(number, None) or TokenFile(self._segments[number])
-        self._files[number] = file  # the one that was read last comes last
+        self._files[number] = file  # the most recently read file is the last entry
         if len(self._files) > MOST_OPEN:
             del self._files[next(iter(self._files))]
         return file, (position - int(self._first[number])) * self.block_size
 
 
 Place = tuple[Windows, int]
-"""Place of a sample: the windows of its source, and its position among them."""
+"""Place of a sample: the windows of its source, and its position in them."""
 
 
 class TokenFile:
-    """A stretch of a token file, mapped and not read: the kernel keeps the pages in use, once for all ranks of a node.
+    """Part of a token file, mapped into memory. The kernel keeps the used pages once for all ranks of a node.
 
     Raises:
-        ConfigError: the file is missing or cut short on this machine.
+        ConfigError: the file is missing or truncated on this machine.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -118,14 +118,14 @@ class TokenFile:
         self._offset, self._width = segment.offset, dtype.itemsize
 
     def announce(self, start: int, tokens: int) -> None:
-        """Have the kernel read these tokens from the disk, without waiting for it (MADV_WILLNEED)."""
+        """Ask the kernel to read these tokens from the disk, without waiting (MADV_WILLNEED)."""
         first = self._offset + start * self._width
         page = first - first % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_WILLNEED, page, first + tokens * self._width - page)
 
 
 def refuse_cut_file(segment: Segment) -> None:
-    """Raise ConfigError where a file is missing or cut short on this machine."""
+    """Raise ConfigError if a file is missing or truncated on this machine."""
     if not segment.is_whole():
         raise ConfigError(
             f"{segment.path} is missing or cut short on this machine",
@@ -137,17 +137,17 @@ def refuse_cut_file(segment: Segment) -> None:
 class Samples:
     """The samples of a run, read from the mapped files on demand.
 
-    The targets are the same window one token later. Training samples are shuffled anew in every epoch of their source;
-    validation samples keep the order of the text. Several sources are mixed by their weights, in both splits.
+    The targets are the same window one token later. Training samples are shuffled again in every epoch of their source.
+    Validation samples keep the order of the text. Several sources are mixed by their weights, in both splits.
 
     Args:
         tokens: the sources to read.
         block_size: tokens of a sample, T.
         seed: seed of the order.
-        vocab_size: limit that all ids must be below; None checks nothing.
+        vocab_size: all ids must be below this number; None checks nothing.
 
     Raises:
-        ConfigError: the first file of a split cannot be seen whole from this machine.
+        ConfigError: the first file of a split is missing or truncated on this machine.
     """
 
     def __init__(self, tokens: Tokens, block_size: int, seed: int, vocab_size: int | None = None) -> None:
@@ -166,16 +166,16 @@ class Samples:
     def batch(self, split: Split, indices: Indices) -> tuple[torch.Tensor, torch.Tensor]:
         """Read tokens and targets, both (B, T) int64 on the CPU, of the samples with these indices (B,).
 
-        Training indices count on through the epochs; validation indices are below ``num_val``.
+        Training indices continue through the epochs. Validation indices are below ``num_val``.
 
         Raises:
-            ConfigError: an id is not below ``vocab_size``, or a file is missing or cut short on this machine.
+            ConfigError: an id is not below ``vocab_size``, or a file is missing or truncated on this machine.
         """
         ids_BT1 = self.read(split, indices)
         return ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
 
     def read(self, split: Split, indices: Indices) -> torch.Tensor:
-        """Read the ids of samples, (B, T + 1) int64 on the CPU: tokens, and behind them the last target.
+        """Read the ids of samples, (B, T + 1) int64 on the CPU: the tokens, followed by the last target.
 
         Raises:
             ConfigError: as ``batch``.
@@ -193,16 +193,16 @@ class Samples:
         return torch.from_numpy(ids)
 
     def announce(self, places: Iterable[Place]) -> None:
-        """Have the kernel read the samples at these places from the disk, without waiting for it.
+        """Ask the kernel to read the samples at these places from the disk, without waiting.
 
         Raises:
-            ConfigError: a file is missing or cut short on this machine.
+            ConfigError: a file is missing or truncated on this machine.
         """
         for windows, position in places:
             windows.announce(position)
 
     def locate(self, split: Split, indices: Indices) -> list[Place]:
-        """Find the place of each sample."""
+        """Return the place of each sample."""
         if split == "train":
             source, position = self._train_positions(indices)
             windows = self._train
@@ -213,7 +213,7 @@ class Samples:
         return list(zip((windows[number] for number in source.tolist()), position.tolist(), strict=True))
 
     def _train_positions(self, indices: Indices) -> tuple[Indices, Indices]:
-        """Source of each sample and the position of its window there, both (B,)."""
+        """Return the source of each sample and the position of its window there, both (B,)."""
         source, running = sample_source(indices, self._weights)
         position = np.empty_like(running)
         for number, windows in enumerate(self._train):
@@ -223,7 +223,8 @@ class Samples:
         return source, position
 
     def _check_ids(self, ids: Indices) -> None:
-        # Files of others do not tell their vocabulary, and on a GPU such an id fails with an assertion of the device.
+        # Token files made by other programs may not state their vocabulary, and on a GPU a wrong id fails a device
+        # assertion.
         largest = int(ids.max())
         if self._vocab_size is not None and largest >= self._vocab_size:
             raise ConfigError(
@@ -233,9 +234,9 @@ class Samples:
             )
 
     def val_bytes(self, sequences: int) -> float | None:
-        """Count the bytes of text behind the targets of the first ``sequences`` validation samples; None: not known.
+        """Count the bytes of text of the targets of the first ``sequences`` validation samples; None if unknown.
 
-        Exact where every id stands for a known number of bytes; elsewhere by the average of the split.
+        The number is exact if every id has a known number of bytes. Otherwise it is based on the average of the split.
         """
         if sequences in self._val_bytes:
             return self._val_bytes[sequences]
@@ -260,7 +261,8 @@ class Samples:
     def val_bits_per_byte(self, loss: float, sequences: int) -> float | None:
         """Convert a loss over the first ``sequences`` validation samples from nats per token to bits per byte of text.
 
-        Comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1); None where the text is not known.
+        The result is comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1). None if the text is
+        unknown.
         """
         num_bytes = self.val_bytes(sequences)
         return loss / math.log(2) * sequences * self.block_size / num_bytes if num_bytes else None
@@ -271,7 +273,7 @@ class Samples:
 
 
 def _byte_table(source: TokenSource) -> npt.NDArray[np.int64] | None:
-    """Bytes of text of each id of a source, (vocab_size,); None where they are not known."""
+    """Return the bytes of text of each id of a source, (vocab_size,); None if unknown."""
     if source.characters is not None:
         return np.array([len(c.encode("utf-8", "surrogatepass")) for c in source.characters], dtype=np.int64)
     if source.folder is None or not (source.folder / TOKEN_BYTES).is_file():
@@ -279,49 +281,46 @@ def _byte_table(source: TokenSource) -> npt.NDArray[np.int64] | None:
     return np.fromfile(source.folder / TOKEN_BYTES, dtype="<u4").astype(np.int64)
 
 
-# Training batches read ahead: while the device computes a step, a thread builds the batch of the next one, or of
-# some.
+# Prefetching of training batches: while the device computes a step, a thread reads the next batches.
 #
-# A batch is a pure function of its step and of the batches that are passed over, so reading ahead leaves nothing to
-# save and nothing to give back.
+# A batch depends only on its step and on the skipped batches, so prefetching has no state to save or to undo.
 #
 # Shapes: B sequences of one rank in a step, T tokens of a sequence.
 
 
 TOGETHER = 64
-"""Samples whose places are found together, and which are read ahead, where a rank's batches are smaller."""
+"""Number of samples whose places are computed together, and which are read ahead, if a rank's batches are smaller."""
 AHEAD_BYTES = 2**22
-"""Of batches that are read ahead, beyond the first."""
+"""Size limit of the batches that are read ahead, beyond the first, in bytes."""
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The tokens of one rank in one step."""
+    """Tokens of one rank in one step."""
 
     tokens: Tensor
-    """(B, T) int64, on the device."""
+    """Input tokens, (B, T) int64, on the device."""
     targets: Tensor
-    """(B, T): the tokens after them."""
+    """Next token of each position, (B, T) int64, on the device."""
     first: int
     """Index of the first sample."""
     last: int
     """Index of the last sample."""
     waited_s: float
-    """Seconds that the training waited for the batch to be read."""
+    """Seconds that the training waited for the reading of the batch."""
 
 
 class BatchPrefetcher:
-    """The batches of one rank, each built by a thread while a step before it is computed.
+    """Batches of one rank. A thread builds each batch during an earlier step.
 
-    Small ones are read some steps ahead, in turns: waking the thread takes a short step longer than the reading does.
+    Small batches are read several at a time, because waking the thread takes longer than reading one of them.
 
     Args:
-        samples: where they are read.
-        batch: the split of the global batch.
-        data_rank: the part of each batch that this rank takes.
-        last_step: step after which nothing is read ahead.
-        device: where the batches are computed with. For a GPU they lie in pinned memory, and are copied without
-            waiting.
+        samples: source of the batches.
+        batch: split of the global batch.
+        data_rank: index of this rank's part of each batch.
+        last_step: last step for which a batch is read ahead.
+        device: device of the training. For a GPU the batches are in pinned memory, and are copied asynchronously.
     """
 
     def __init__(self, samples: Samples, batch: Batch, data_rank: int, last_step: int, device: torch.device) -> None:
@@ -329,17 +328,17 @@ class BatchPrefetcher:
         self._last_step, self._device = last_step, device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: deque[tuple[int, Future[Tensor]]] = deque()
-        """Numbers of the batches that are read ahead, in the order of their steps, and their ids."""
+        """Numbers and ids of the batches that are read ahead, in the order of their steps."""
         self._places: dict[int, list[Place]] = {}
-        """Places of the samples of the next batches, by their numbers; the thread's own."""
+        """Number of a coming batch -> places of its samples. Only the thread uses it."""
         self.passed_over = PassedOver()
-        """Batches that no step uses; may be replaced between two steps."""
+        """Batches that no step uses. May be replaced between two steps."""
 
     def take(self, step: int) -> StepBatch:
-        """Return the batch of a step, counted from 1, and see to those of the next ones.
+        """Return the batch of a step, counted from 1, and start reading the next ones.
 
         Raises:
-            ConfigError: a token file is not whole, or holds an id that the model has no room for.
+            ConfigError: a token file is truncated, or contains an id beyond the model's vocabulary.
         """
         started = time.perf_counter()
         number = self.passed_over.batch_of(step)
@@ -349,25 +348,25 @@ class BatchPrefetcher:
         ids_BT1 = self._ahead.popleft()[1].result()
         waited_s = time.perf_counter() - started
         self._read_ahead(step, ids_BT1.nbytes)
-        # torch frees pinned memory for the next batch only when the copy out of it is done.
+        # torch reuses pinned memory only after the copy out of it is done.
         ids_BT1 = ids_BT1.to(self._device, non_blocking=True)
         indices = train_indices(number, self._data_rank, self._batch)
         tokens_BT, targets_BT = ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
         return StepBatch(tokens_BT, targets_BT, int(indices[0]), int(indices[-1]), waited_s)
 
     def close(self) -> None:
-        """End the thread, without waiting for what it reads."""
+        """End the thread, without waiting for its current read."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _read_ahead(self, step: int, batch_bytes: int) -> None:
-        """Have the batches of the steps after ``step`` read, once half of what is read ahead is used up."""
+        """Start reading the batches of the steps after ``step``, once half of the batches read ahead are used."""
         most = max(1, min(TOGETHER // self._batch.per_rank, AHEAD_BYTES // batch_bytes))
         if len(self._ahead) <= most // 2:
             first, last = step + 1 + len(self._ahead), min(step + most, self._last_step)
             self._ahead.extend(self._submit(later) for later in range(first, last + 1))
 
     def _drop_ahead(self) -> None:
-        """Drop what was read ahead for other steps."""
+        """Drop the batches that were read ahead for other steps."""
         while self._ahead:
             self._ahead.pop()[1].cancel()
 
@@ -377,7 +376,7 @@ class BatchPrefetcher:
         return number, self._thread.submit(self._build, number, following)
 
     def _build(self, number: int, following: int | None) -> Tensor:
-        """Read the ids of a batch, (B, T + 1), and have the kernel fetch those of the ``following`` one meanwhile."""
+        """Read the ids of a batch, (B, T + 1). Meanwhile the kernel fetches those of the ``following`` batch."""
         places = self._locate(number)
         if following is not None:
             self._samples.announce(self._locate(following))
@@ -385,10 +384,10 @@ class BatchPrefetcher:
         return ids_BT1.pin_memory() if self._device.type == "cuda" else ids_BT1
 
     def _locate(self, number: int) -> list[Place]:
-        """Find the places of a batch's samples, together with those of the batches after it."""
+        """Compute the places of a batch's samples, together with those of the batches after it."""
         if number not in self._places:
-            # The order of the samples is most of the thread's work, during which the training waits for Python's lock;
-            # it takes hardly longer for many samples than for a few.
+            # Computing the order is most of the thread's work, and holds Python's lock meanwhile. For many samples it
+            # takes hardly longer than for a few.
             numbers = range(number, number + max(1, TOGETHER // self._batch.per_rank))
             indices = [train_indices(each, self._data_rank, self._batch) for each in numbers]
             places = self._samples.locate("train", np.concatenate(indices))

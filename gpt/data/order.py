@@ -1,13 +1,13 @@
-"""The order of the training samples: a pure function of (index, number of samples, seed), with no state to save.
+"""The order of the training samples: a pure function of (index, number of samples, seed), without saved state.
 
-Torch-free.
+Imports no torch.
 
 Every epoch is a permutation of its own, computed one index at a time in constant memory: a Feistel network (Luby and
-Rackoff 1988, "How to construct pseudorandom permutations from pseudorandom functions") over the smallest even number
-of bits that holds all samples, walked along its cycle until it lands among them (Black and Rogaway 2002, "Ciphers
-with arbitrary finite domains"). The domain is less than four times the samples, or 64, so a walk evaluates the network
-under four times on average. Round function and keys use the finalizer of SplitMix64 (Steele, Lea and Flood 2014, "Fast
-splittable pseudorandom number generators").
+Rackoff 1988, "How to construct pseudorandom permutations from pseudorandom functions") over the smallest even number of
+bits that covers all samples. The network is applied again until the result is one of them (Black and Rogaway 2002,
+"Ciphers with arbitrary finite domains"). The domain is less than four times the samples, or 64, so a walk evaluates the
+network under four times on average. Round function and keys use the finalizer of SplitMix64 (Steele, Lea and Flood
+2014, "Fast splittable pseudorandom number generators").
 
 Changing anything here changes the order of runs that are under way.
 """
@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_SAMPLES = 1 << 62
-ROUNDS = 8  # four make a pseudorandom permutation of a large domain; small ones mix slower
-MIN_HALF_BITS = 3  # below 64 values the orders of a handful of samples come out measurably uneven
+ROUNDS = 8  # four make a pseudorandom permutation of a large domain; small domains need more
+MIN_HALF_BITS = 3  # below 64 values the orders of a few samples are measurably uneven
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 Uint64s = npt.NDArray[np.uint64]
@@ -30,7 +30,7 @@ Integers = npt.NDArray[np.int64]
 
 
 def sample_position(index: npt.ArrayLike, num_samples: int, seed: int) -> tuple[Integers, Integers]:
-    """Epoch and position in the corpus of the samples with these running numbers.
+    """Return epoch and position in the corpus of the samples with these running numbers.
 
     Args:
         index: running numbers from 0, counted on through all epochs; any shape.
@@ -71,36 +71,36 @@ def _feistel(value: Uint64s, keys: Uint64s, half_bits: int) -> Uint64s:
 
 
 def _round_keys(epoch: Uint64s, seed: int) -> Uint64s:
-    """Derive the keys of every round, (ROUNDS, N), for each entry's epoch; a batch may reach into the next epoch."""
+    """Return the keys of every round, (ROUNDS, N), for each entry's epoch. A batch may reach into the next epoch."""
     start = _mix(_mix(np.full_like(epoch, seed) + _GOLDEN) ^ epoch)
     count = np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None]
     return _mix(start + count * _GOLDEN)
 
 
 def _mix(word: Uint64s) -> Uint64s:
-    """Apply SplitMix64's finalizer, a bijection on 64 bits; arithmetic wraps."""
+    """Apply SplitMix64's finalizer, a bijection on 64 bits. Arithmetic wraps around."""
     for shift, factor in _MIX:
         word = (word ^ (word >> np.uint64(shift))) * np.uint64(factor)
     return word ^ (word >> np.uint64(31))
 
 
 def sample_source(index: Integers, weights: Sequence[int]) -> tuple[Integers, Integers]:
-    """Source of each sample of a mixture, and its running number within that source.
+    """Return the source of each sample of a mixture, and its running number within that source.
 
-    No chance is involved: of the first n samples, floor(n * weight / total weight) are of the first source, and the
-    others share the rest in the same way.
+    The split is deterministic. Of the first n samples, floor(n * weight / total weight) belong to the first source; the
+    other sources share the rest in the same way.
 
     Args:
         index: running numbers of the mixture, from 0, (N,).
-        weights: whole weights of the sources, below 2^31 in all.
+        weights: whole weights of the sources, with a sum below 2^31.
 
     Returns:
-        source and running number, both (N,). Within a source the running numbers of 0, 1, 2, ... are 0, 1, 2, ...
+        source and running number, both (N,). Within a source the running numbers are 0, 1, 2, ... without gaps.
     """
     source = np.full(len(index), len(weights) - 1, dtype=np.int64)
     left = np.asarray(index, dtype=np.int64).copy()
     open_ = np.arange(len(index))
-    # One source against all that follow it, then the next one against the rest, and so on.
+    # Split the first source from all later ones, then the second from the rest, and so on.
     for number, weight in enumerate(weights[:-1]):
         total = sum(weights[number:])
         before, after = _share(left[open_], weight, total), _share(left[open_] + 1, weight, total)
@@ -122,8 +122,8 @@ def samples_per_source(samples: int, weights: Sequence[int]) -> list[int]:
 
 
 def max_samples(available: Sequence[int], weights: Sequence[int]) -> int:
-    """Largest number of samples of a mixture that needs no more of any source than is ``available``."""
-    low, high = 0, sum(available)  # a bisection: what is needed of a source never falls as the samples grow
+    """Return the largest number of samples of a mixture that needs at most ``available`` samples of each source."""
+    low, high = 0, sum(available)  # bisection works, because the need of each source never falls as the samples grow
     while low < high:
         middle = (low + high + 1) // 2
         if all(c <= a for c, a in zip(samples_per_source(middle, weights), available, strict=True)):
@@ -135,18 +135,18 @@ def max_samples(available: Sequence[int], weights: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class PassedOver:
-    """Batches that a run passes over: ranges of their numbers, counted from 1, ascending and with a gap between two."""
+    """Batches that a run skips: ranges of their numbers, counted from 1, ascending and with a gap between ranges."""
 
     ranges: tuple[tuple[int, int], ...] = ()
-    """First and last of each."""
+    """First and last number of each range."""
 
     @classmethod
     def of(cls, ranges: Iterable[Sequence[int]]) -> PassedOver:
-        """Take ranges as JSON holds them."""
+        """Build the ranges from their JSON form."""
         return cls(tuple((first, last) for first, last in ranges))
 
     def batch_of(self, step: int) -> int:
-        """Return the number of the batch of a step, both counted from 1: batches passed over are left out."""
+        """Return the number of the batch of a step, both counted from 1. Skipped batches are left out."""
         number = step
         for first, last in self.ranges:
             if first > number:

@@ -1,6 +1,6 @@
-"""Token sources of a run: prepared folders and their manifests, token files of others, and mixtures of the two.
+"""Token sources of a run: prepared folders and their manifests, other token files, and mixtures.
 
-Torch-free, reads manifests and headers only.
+Imports no torch, and reads only manifests and headers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Split:
 
     segments: tuple[Segment, ...]
     num_bytes: int | None = None
-    """Bytes of text that the tokens stand for, where that is known."""
+    """Bytes of the text of the tokens; None if unknown."""
     documents: int | None = None
 
     @property
@@ -44,47 +44,48 @@ class Split:
 
 @dataclass(frozen=True)
 class TokenSource:
-    """One corpus in tokens. Can be sent to other ranks."""
+    """One tokenized corpus. Can be sent to other ranks."""
 
     name: str
     folder: Path | None
-    """The prepared folder; None for token files that somebody else has made."""
+    """The prepared folder; None for token files made by another program."""
     train: Split
     val: Split
     vocab_size: int | None
-    """Upper limit of the ids; None where neither manifest nor meta.pkl tells it."""
+    """Number of ids, or a bound of it; None if neither manifest nor meta.pkl states it."""
     tokenizer: dict[str, Any] | None
-    """Description of its tokenizer, as ``gpt.data.tokenizers.describe_tokenizer`` gives it."""
+    """Description of its tokenizer, as ``gpt.data.tokenizers.describe_tokenizer`` returns it."""
     sha256: str
-    """Equal for equal data, wherever it was prepared; token files of others count by their ends and sizes."""
+    """Checksum of the data, independent of the place of preparation. Other token files count by their ends and
+    sizes."""
     entropy: float | None = None
-    """Nats per token that no model can go below, where that is known."""
+    """Lowest possible loss of any model, in nats per token; None if unknown."""
     weight: int = 1
     characters: str | None = None
-    """Characters in the order of their ids, where nanoGPT's meta.pkl lists them."""
+    """Characters in the order of their ids, if nanoGPT's meta.pkl lists them."""
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Folder of the source's tokenizer; None where it is not known."""
+        """Folder of the source's tokenizer; None if unknown."""
         return None if self.folder is None or self.tokenizer is None else self.folder / TOKENIZER
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a run: one source, or several with weights. Can be sent to other ranks."""
+    """Tokens of a run: one source, or several with weights. Can be sent to other ranks."""
 
     sources: tuple[TokenSource, ...]
 
     @property
     def sha256(self) -> str:
-        """Checksum of the data, weights of a mixture included."""
+        """Checksum of the data, including the weights of a mixture."""
         if len(self.sources) == 1:
             return self.sources[0].sha256
         return _digest([[source.sha256, source.weight] for source in self.sources])
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Folder of the tokenizer that all sources share; None where no source knows it."""
+        """Folder of the tokenizer that all sources share; None if no source has one."""
         return next((s.tokenizer_folder for s in self.sources if s.tokenizer_folder is not None), None)
 
     def as_dict(self) -> list[dict[str, Any]]:
@@ -104,7 +105,7 @@ class Tokens:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Read the manifest of a prepared folder; None where there is none, or one of another version."""
+    """Read the manifest of a prepared folder; None if it is missing, or has another version."""
     try:
         value = json.loads((folder / MANIFEST).read_bytes())
         return value if value["format"] == FORMAT else None
@@ -113,7 +114,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def open_folder(folder: Path) -> TokenSource | None:
-    """Open a prepared corpus; None where there is none, or a file of it is missing or cut short."""
+    """Open a prepared corpus; None if it does not exist, or one of its files is missing or truncated."""
     manifest = read_manifest(folder)
     if manifest is None:
         return None
@@ -121,7 +122,7 @@ def open_folder(folder: Path) -> TokenSource | None:
     try:
         for name in SPLITS:
             split = manifest["splits"][name]
-            listed = [file for file in split["files"] if file["tokens"]]  # an index holds none
+            listed = [file for file in split["files"] if file["tokens"]]  # an index has no tokens
             files = [read_token_file(folder / file["name"], manifest["dtype"]) for file in listed]
             if [file.tokens for file in files] != [file["tokens"] for file in listed]:
                 return None
@@ -144,7 +145,7 @@ def open_tokens(config: DataConfig) -> Tokens:
     """Open the sources of ``data=tokens``.
 
     Raises:
-        ConfigError: they are not there, or do not fit together.
+        ConfigError: a source is missing, or the sources do not fit together.
     """
     paths = config.sources or [WeightedPath(str(config.path))]
     weights = whole_weights([source.weight for source in paths])
@@ -154,16 +155,16 @@ def open_tokens(config: DataConfig) -> Tokens:
 
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """Smallest whole numbers in the proportion of ``weights``, taken as they are written: 0.1 is a tenth.
+    """Return the smallest whole numbers in the proportion of ``weights``, as written: 0.1 is a tenth.
 
-    Weights that need a sum above 2^30 are rounded to a billionth of their sum, none to zero.
+    Weights with a sum above 2^30 are rounded to a billionth of their sum, but never to zero.
     """
-    exact = [Fraction(str(weight)) for weight in weights]  # by way of the text: the float 0.1 is no tenth
+    exact = [Fraction(str(weight)) for weight in weights]  # through the text, because the float 0.1 is no exact tenth
     assert exact and min(exact) > 0, "DataConfig.validate asks for it"
     scale = math.lcm(*(f.denominator for f in exact))
     whole = [int(f * scale) for f in exact]
     whole = [w // math.gcd(*whole) for w in whole]
-    if sum(whole) > 1 << 30:  # products of two must fit 63 bits
+    if sum(whole) > 1 << 30:  # products of two sums must fit into 63 bits
         whole = [max(1, round(f / sum(exact) * 10**9)) for f in exact]
     return tuple(whole)
 
@@ -204,7 +205,10 @@ def _open_source(path: str, config: DataConfig, weight: int) -> TokenSource:
 def _foreign_splits(
     place: Path, path: str, config: DataConfig, dtype: str | None
 ) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-    """Training and validation files of others: nanoGPT's pair in a folder, two paths, or one path that is split."""
+    """Return the training and validation files made by other programs.
+
+    These are nanoGPT's pair in a folder, two paths, or one path that is split.
+    """
     if place.is_dir():
         pair = [place / "train.bin", place / "val.bin"]
         if not all(p.is_file() for p in pair):
@@ -243,7 +247,7 @@ def _refuse_other_tokenizers(sources: Sequence[TokenSource]) -> None:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler of containers, strings and numbers; refuses whatever could run code."""
+    """Unpickler of containers, strings and numbers. Refuses everything that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name} in a file of plain values")
@@ -253,14 +257,14 @@ def read_meta(file: IO[bytes]) -> dict[str, Any]:
     """Read nanoGPT's meta.pkl.
 
     Raises:
-        pickle.UnpicklingError: it holds more than plain values.
+        pickle.UnpicklingError: the file contains more than plain values.
     """
     value = _PlainUnpickler(file).load()
     return value if isinstance(value, dict) else {}
 
 
 def _nanogpt_meta(meta: Path) -> tuple[int | None, str | None]:
-    """Vocabulary size and characters by nanoGPT's ``meta.pkl``; None for what it does not say, or is not there."""
+    """Return vocabulary size and characters from nanoGPT's ``meta.pkl``; None for each missing value."""
     if not meta.is_file():
         return None, None
     try:
@@ -279,8 +283,9 @@ def _nanogpt_meta(meta: Path) -> tuple[int | None, str | None]:
 
 
 def largest_id_seen(source: TokenSource) -> int:
-    """Find the largest id in the first and last 65,536 bytes of every file; quick, and no promise for the rest."""
-    import numpy as np  # here, so that the look-up of a corpus of bytes stays as quick as it is
+    """Return the largest id in the first and last 65,536 bytes of every file. Quick, but other bytes may have larger
+    ids."""
+    import numpy as np  # imported here, so that the look-up of a corpus of bytes stays quick
 
     largest = 0
     for segment in (*source.train.segments, *source.val.segments):
@@ -293,7 +298,7 @@ def largest_id_seen(source: TokenSource) -> int:
 
 
 def _fingerprint(path: Path) -> str:
-    """Sha256 of a file's size, beginning and end: tells it from others without reading gigabytes."""
+    """Return the sha256 of a file's size, beginning and end. It distinguishes files without reading gigabytes."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(FINGERPRINT_BYTES)

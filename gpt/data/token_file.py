@@ -1,4 +1,4 @@
-"""Token files of nanoGPT, llm.c and Megatron: readers and writers of one flat run of token ids."""
+"""Token files of nanoGPT, llm.c and Megatron: readers and writers of one sequence of token ids. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,23 +18,21 @@ from gpt.config import TokenFileFormat
 from gpt.data.tokenizers import CharTokenizer, Tokenizer
 from launch.errors import ConfigError, closest
 
-# Token files: one flat run of token ids on disk, in the format of nanoGPT, llm.c or Megatron.
-#
-# Torch-free, and reads headers only.
+# Readers of token files. They read headers only.
 #
 # - nanoGPT: no header; numpy's ``tofile`` of uint16 (nanoGPT, data/*/prepare.py).
-# - llm.c and modded-nanogpt: 256 int32, of which the first are magic number, version and number of tokens; 20240520 and
-#   1 for uint16, 20240801 and 7 for uint32 (llm.c, dev/data/data_common.py).
+# - llm.c and modded-nanogpt: a header of 256 int32. The first are magic number, version and number of tokens:
+#   20240520 and 1 for uint16, 20240801 and 7 for uint32 (llm.c, dev/data/data_common.py).
 # - Megatron: the tokens in NAME.bin without a header, and NAME.idx with the width of a token and the length of every
 #   sequence (Megatron-LM, megatron/core/datasets/indexed_dataset.py).
 
 
 ITEM_BYTES = {"uint8": 1, "uint16": 2, "uint32": 4, "int32": 4, "int64": 8}
-"""Numpy name of an integer -> its bytes; all files are little-endian."""
+"""Numpy name of an integer type -> its bytes. All files are little-endian."""
 HEADERLESS_DTYPE = "uint16"
 LLMC_HEADER_BYTES = 1024
 LLMC_KINDS = {"uint16": (20240520, 1), "uint32": (20240801, 7)}
-"""Numpy name of a token's integer -> magic number and version of the header."""
+"""Numpy name of a token's integer type -> magic number and version of the header."""
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")  # magic, version 1, code of the dtype, number of sequences and of documents
 MEGATRON_CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}
@@ -42,17 +40,17 @@ MEGATRON_CODES = {"uint8": 1, "int32": 4, "int64": 5, "uint16": 8}
 
 @dataclass(frozen=True)
 class Segment:
-    """Stretch of a token file: ``tokens`` numbers of ``dtype`` from byte ``offset`` on. Can be sent to other ranks."""
+    """Part of a token file: ``tokens`` numbers of ``dtype`` from byte ``offset`` on. Can be sent to other ranks."""
 
     path: Path
     dtype: str
     offset: int
     tokens: int
     file_bytes: int
-    """Size that the whole file must have, in bytes."""
+    """Required size of the whole file, in bytes."""
 
     def is_whole(self) -> bool:
-        """Tell whether the file is there with its full size; cheap, so it is asked at every start."""
+        """Return True if the file exists with its full size. The check is cheap and runs at every start."""
         try:
             return self.path.stat().st_size == self.file_bytes
         except FileNotFoundError:
@@ -64,10 +62,10 @@ class Segment:
 
 
 def open_token_files(path: str, dtype: str | None = None, key: str = "data.path") -> tuple[Segment, ...]:
-    """Open the token files at ``path``, given by ``key``: a file, a Megatron prefix, or a pattern of shards, by name.
+    """Open the token files at ``path``, in the order of their names. ``key`` names the setting in messages.
 
     Raises:
-        ConfigError: there is none, or one that makes no sense.
+        ConfigError: no file exists, or a file is invalid.
     """
     place = Path(path).expanduser().absolute()
     if place.is_file():
@@ -81,7 +79,7 @@ def open_token_files(path: str, dtype: str | None = None, key: str = "data.path"
 
 
 def missing_tokens_error(path: str, place: Path, key: str = "data.path") -> ConfigError:
-    """Refusal of a path, given by ``key``, that leads to no tokens."""
+    """Return the error for a path, set by ``key``, without token files."""
     try:
         names = sorted(p.name for p in place.parent.iterdir() if p.suffix == ".bin" or p.is_dir())
     except OSError:
@@ -95,10 +93,10 @@ def missing_tokens_error(path: str, place: Path, key: str = "data.path") -> Conf
 
 
 def read_token_file(path: Path, dtype: str | None = None) -> Segment:
-    """Read the header of a token file and recognize its format by it; ``dtype`` is for files without a header.
+    """Read the header of a token file and recognize its format. ``dtype`` is for files without a header.
 
     Raises:
-        ConfigError: the file cannot be read, or its size is not the one that its header tells.
+        ConfigError: the file cannot be read, or its size contradicts its header.
     """
     if path.suffix == ".idx":
         path = path.with_suffix(".bin")
@@ -154,7 +152,7 @@ def _read_megatron(path: Path, index: Path, size: int) -> Segment:
     _, version, code, sequences, documents = MEGATRON_HEADER.unpack(head)
     dtype = next((name for name, its_code in MEGATRON_CODES.items() if its_code == code), None)
     expected = MEGATRON_HEADER.size + 12 * sequences + 8 * documents
-    # Multimodal indices have a further byte for each sequence.
+    # Multimodal indices have one more byte for each sequence.
     if version != 1 or dtype is None or index.stat().st_size not in (expected, expected + sequences):
         raise ConfigError(
             f"{index} of version {version}, dtype code {code}, {sequences} sequences and {index.stat().st_size} bytes",
@@ -171,7 +169,7 @@ def _read_megatron(path: Path, index: Path, size: int) -> Segment:
 
 
 def split_end(segments: tuple[Segment, ...], tokens: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-    """Split off the last ``tokens`` tokens; returns the segments before them, and those that hold them."""
+    """Split off the last ``tokens`` tokens. Return the segments before them, and the segments that contain them."""
     before: list[Segment] = []
     after: list[Segment] = []
     left = tokens
@@ -188,13 +186,12 @@ def split_end(segments: tuple[Segment, ...], tokens: int) -> tuple[tuple[Segment
 def glob_files(pattern: str) -> list[Path]:
     """List the paths that an absolute or relative ``pattern`` matches, sorted."""
     place = Path(pattern).expanduser().absolute()
-    # Path.glob takes relative patterns only.
+    # Path.glob accepts only relative patterns.
     return sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
 
 
-# Writers of token files: one split in the format of nanoGPT, llm.c or Megatron.
-#
-# Streams: holds one piece at a time.
+# Writers of token files: one split in the format of nanoGPT, llm.c or Megatron. They keep one piece in memory at a
+# time.
 
 
 LLMC_SHARD_TOKENS = 100_000_000  # as in llm.c's fineweb.py
@@ -206,17 +203,17 @@ Lengths = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class WrittenFile:
-    """Entry of the manifest for one file of a split."""
+    """Entry of one file of a split in the manifest."""
 
     name: str
     tokens: int
-    """Number of tokens; 0 for a file that holds none, such as an index."""
+    """Number of tokens; 0 for a file without tokens, such as an index."""
     size: int
     sha256: str
 
 
 def token_dtype(layout: TokenFileFormat, vocab_size: int) -> str:
-    """Choose the integer that holds a token: 16 bits where the vocabulary allows; Megatron knows no unsigned 32."""
+    """Choose the integer type of a token: 16 bits if the vocabulary allows. Megatron has no unsigned 32 bits."""
     if vocab_size <= UINT16_VOCAB:
         return "uint16"
     return "int32" if layout is TokenFileFormat.megatron else "uint32"
@@ -235,9 +232,9 @@ def write_split(
 
     Args:
         layout: the format of the files.
-        split: ``train`` or ``val``, the beginning of their names.
+        split: ``train`` or ``val``, the beginning of the file names.
         dtype: numpy name of a token's integer.
-        tokens: number of tokens in ``chunks``; llm.c has it in a header before them.
+        tokens: number of tokens in ``chunks``; llm.c writes it into a header.
         chunks: the tokens, as little-endian ``dtype``.
         lengths: tokens of each document, in order; used by Megatron's index only.
     """
@@ -251,15 +248,15 @@ def write_split(
 
 
 def write_meta(folder: Path, vocab_size: int, tokenizer: Tokenizer | None) -> None:
-    """Write nanoGPT's ``meta.pkl``: its train.py takes the vocabulary from it, its sample.py the characters."""
+    """Write nanoGPT's ``meta.pkl``: its train.py reads the vocabulary size, its sample.py the characters."""
     meta: dict[str, object] = {"vocab_size": vocab_size}
     if isinstance(tokenizer, CharTokenizer):
         meta |= {"stoi": dict(tokenizer.ids), "itos": dict(enumerate(tokenizer.characters))}
-    (folder / "meta.pkl").write_bytes(pickle.dumps(meta, protocol=4))  # any Python since 3.4 reads it
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta, protocol=4))  # readable by any Python since 3.4
 
 
 class _HashedFile:
-    """A file whose sha256 is computed as it is written."""
+    """File whose sha256 is computed while it is written."""
 
     def __init__(self, path: Path) -> None:
         self._file: BinaryIO = path.open("wb")
@@ -300,7 +297,7 @@ def _write_llmc(folder: Path, split: str, dtype: str, tokens: int, chunks: Itera
 
 
 class _Portions:
-    """The bytes of ``chunks``, taken in portions of any size without joining them in memory."""
+    """Bytes of ``chunks``, read in portions of any size without joining them in memory."""
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
         self._chunks = iter(chunks)
@@ -317,7 +314,7 @@ class _Portions:
 
 
 def _megatron_index(dtype: str, lengths: Iterable[Lengths]) -> Iterator[bytes]:
-    """Yield Megatron's index: every document is a sequence of its own; one too long for the format is several."""
+    """Yield Megatron's index: every document is one sequence, or several if it is too long for the format."""
     sizes = np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
     counts = np.maximum(1, -(-sizes // MEGATRON_SEQUENCE_LIMIT))
     if (counts > 1).any():

@@ -1,4 +1,4 @@
-"""Comparison of runs: loss at equal tokens, speed, differing settings, and their plot."""
+"""Comparison of runs: loss at equal tokens, speed, differing settings, and their plot. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ from launch.errors import ConfigError
 from launch.runs.compose import flatten, plain
 from launch.runs.folder import RunFolder
 
-# Comparison of several runs: the loss at equal tokens, speed, and the settings in which they differ.
-#
-# Torch-free.
+# Metrics of several runs: the loss at equal tokens, speed, and the settings in which they differ.
 
 
 WINDOW = 0.05
-"""Share of the tokens, before the common number, over which the training loss is averaged: single steps are noisy."""
+"""Share of the tokens, up to the common number, over which the training loss is averaged. Single steps are noisy."""
 SETTINGS = ("data", "optim", "parallel", "precision", "seed", "compile", "recompute", "init_from")
 """Parts of the config, besides the model, whose differences are listed."""
 
@@ -34,7 +32,7 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """Metrics of one run. ``*_then`` are at the number of tokens that all compared runs have seen."""
+    """Metrics of one run. ``*_then`` are values at the number of tokens that all compared runs have seen."""
 
     label: str
     state: str
@@ -58,11 +56,11 @@ class RunMetrics:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Metrics of several runs; ``differences`` is heading -> key -> the value of each run."""
+    """Metrics of several runs. ``differences`` is heading -> key -> the value of each run."""
 
     runs: list[RunMetrics]
     equal_tokens: int | None
-    """Number of tokens at which losses are compared; None where they are not comparable, or no run has seen any."""
+    """Number of tokens at which losses are compared; None if losses are not comparable, or a run has no tokens yet."""
     differences: dict[str, dict[str, list[str]]]
     notes: list[str] = field(default_factory=list)
 
@@ -71,7 +69,7 @@ def read_metrics(folder: RunFolder, label: str) -> RunMetrics:
     """Read the metrics of one run folder.
 
     Raises:
-        ConfigError: it holds no config.
+        ConfigError: the folder has no config.
     """
     run = describe_run(folder)
     if run["config"] is None:
@@ -100,9 +98,9 @@ def read_metrics(folder: RunFolder, label: str) -> RunMetrics:
 
 
 def compare(runs: Sequence[RunMetrics]) -> Comparison:
-    """Bring the runs to the same number of tokens, find what differs, and say what cannot be compared."""
+    """Compare the runs at the same number of tokens, with their differences and with notes on incomparable values."""
     begun = [run for run in runs if run.tokens]
-    # The checksum is that of the tokens: losses per token of another tokenizer cannot be compared either.
+    # The checksum covers the tokens: losses per token of another tokenizer are not comparable either.
     same_text = len({run.data_sha256 for run in begun}) <= 1
     equal = min(run.tokens for run in begun) if len(begun) > 1 and same_text else None
     compared = [with_losses_at(run, equal) if equal and run.tokens else run for run in runs]
@@ -138,19 +136,19 @@ def interpolate(curve: Curve, tokens: int) -> float | None:
 def find_differences(
     runs: Sequence[RunMetrics], parts: Sequence[str], ignored: Sequence[str] = ()
 ) -> dict[str, list[str]]:
-    """Find the keys in these parts of the config whose values differ: key -> the value of each run."""
+    """Return the keys in these parts of the config whose values differ: key -> the value of each run."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key.split(".")[0] in parts)
     found = {}
     for key in keys:
         values = [plain(run.config[key]) if key in run.config else "-" for run in runs]
-        # A run made before there was such a key says nothing of it.
+        # A run made before the key existed has no value for it.
         if key not in ignored and len(set(values) - {"-"}) > 1:
             found[key] = values
     return found
 
 
 def write_notes(runs: Sequence[RunMetrics], equal: int | None, same_text: bool) -> list[str]:
-    """Write notes on the meaning of the metrics, and on what cannot be compared."""
+    """Return notes on the meaning of the metrics, and on incomparable values."""
     said = []
     if equal is not None:
         said.append(
@@ -174,17 +172,15 @@ def write_notes(runs: Sequence[RunMetrics], equal: int | None, same_text: bool) 
 
 
 # Plot of a comparison: loss over tokens, and tokens per second with the MFU.
-#
-# Must not compute what the table does not say.
 
 
-# Colors that the color-blind tell apart (Okabe and Ito, Color Universal Design, 2008), without their yellow.
+# Colors that color-blind readers can distinguish (Okabe and Ito, Color Universal Design, 2008), without their yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LABEL_LIMIT = 44
 
 
 def draw(compared: Comparison) -> bytes:
-    """Draw the plot; returns it as the bytes of a PNG."""
+    """Draw the plot. Return the bytes of a PNG."""
     figure = Figure(figsize=(12.0, 4.2 + 0.25 * len(compared.runs)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     losses, speeds = figure.subplots(1, 2, width_ratios=[3, 2])
@@ -193,12 +189,12 @@ def draw(compared: Comparison) -> bytes:
     handles, names = losses.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})  # no version of matplotlib in the file
+    figure.savefig(file, format="png", metadata={"Software": None})  # keeps the version of matplotlib out of the file
     return file.getvalue()
 
 
 def draw_losses(axes: Axes, compared: Comparison) -> None:
-    """Draw training loss as lines, validation loss as points, and the number of tokens at which they are compared."""
+    """Draw training loss as lines, validation loss as points, and the number of tokens of the comparison."""
     for index, run in enumerate(compared.runs):
         color = COLORS[index % len(COLORS)]
         smooth = running_mean(run.losses)
@@ -216,7 +212,7 @@ def draw_losses(axes: Axes, compared: Comparison) -> None:
 
 
 def draw_speeds(axes: Axes, compared: Comparison) -> None:
-    """Draw tokens per second as bars, with the model FLOPs utilization where it is known."""
+    """Draw tokens per second as bars, with the model FLOPs utilization if known."""
     rows = range(len(compared.runs))
     values = [run.tokens_per_s or 0.0 for run in compared.runs]
     axes.barh(rows, values, color=[COLORS[i % len(COLORS)] for i in rows], height=0.6)

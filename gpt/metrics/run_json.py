@@ -1,7 +1,6 @@
 """The file ``run.json``: a whole run in one value, with config, startup, steps, evaluations, checkpoints and summary.
 
-It is read from the run folder alone, so it is the same however often the run was interrupted, and tools that compare
-runs read it the same way. Torch-free.
+It depends only on the run folder, so interruptions do not change it, and all tools read a run alike. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from launch.runs.records import StepRecord, read_records
 
 FORMAT = 1
 WARM_UP_STEPS = 5
-"""First steps of an attempt, left out of its speed: caches fill, kernels are chosen, the compiler works."""
+"""Number of first steps of an attempt that its speed excludes: caches fill, kernels are chosen, the compiler works."""
 SHARE = 0.002
-"""Share of the wall time that may go into rewriting the file while the run goes on."""
+"""Largest share of the wall time for rewriting the file during the run."""
 
 
 class RunJson:
-    """Writer of ``run.json``, which is written anew at the start, at evaluations and at the end."""
+    """Writer of ``run.json``, which is rewritten at the start, at evaluations and at the end."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
@@ -33,7 +32,8 @@ class RunJson:
         self._write()
 
     def write(self, record: StepRecord) -> None:
-        """Write the file after an evaluation; a long run, whose file takes long, waits for a later evaluation."""
+        """Write the file after an evaluation. For a long run, whose file takes long to write, some evaluations are
+        skipped."""
         if record.val_loss is not None and time.monotonic() >= self._not_before:
             self._write()
 
@@ -44,12 +44,12 @@ class RunJson:
     def _write(self) -> None:
         started = time.monotonic()
         write_json(self._folder.run_json, describe_run(self._folder))
-        # The longer the file takes, the later it is written next, so that it costs SHARE of the time at most.
+        # The longer the file takes, the later the next write is, so writing takes at most SHARE of the time.
         self._not_before = time.monotonic() + (time.monotonic() - started) / SHARE
 
 
 def describe_run(folder: RunFolder) -> dict[str, Any]:
-    """Read everything a run folder says about its run, as plain values."""
+    """Return everything that a run folder records about its run, as plain values."""
     records = read_records(folder.metrics(0))
     events = folder.read_events()
     return {
@@ -65,7 +65,7 @@ def describe_run(folder: RunFolder) -> dict[str, Any]:
 
 
 def read_startup(folder: RunFolder) -> dict[str, Any] | None:
-    """Read the environment that the newest attempt recorded at its start; None where none came so far."""
+    """Return the environment that the newest attempt recorded at its start; None if no attempt did."""
     for attempt in reversed(folder.attempts()):
         known = read_json(folder.environment(attempt))
         if known:
@@ -74,21 +74,22 @@ def read_startup(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def select_evaluation(record: dict[str, Any]) -> dict[str, Any]:
-    """Select the fields of a record that tell of its evaluation."""
+    """Return the fields of a record that belong to its evaluation."""
     names = ("step", "attempt", "time", "val_loss", "val_bits_per_byte")
     return {name: record[name] for name in names if name in record}
 
 
 def list_checkpoints(folder: RunFolder, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """List the saves, the last one of each step, and whether its files are still kept."""
+    """Return the last save of each step, with a flag that its files still exist."""
     kept = set(folders.steps(folder.checkpoints))
-    saved = {e["step"]: e for e in saves_that_count(events)}  # a step done again after a crash is saved again
+    saved = {e["step"]: e for e in saves_that_count(events)}  # a step repeated after a crash is saved again
     names = ("step", "attempt", "time", "seconds")
     return [{name: saved[step][name] for name in names} | {"kept": step in kept} for step in sorted(saved)]
 
 
 def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Summarize a run in a few numbers; what is not known is absent. Speeds are medians without the warm-up steps."""
+    """Return a summary of a run in a few numbers. Unknown values are absent. Speeds are medians without the warm-up
+    steps."""
     ends = [e["event"] for e in events if e["event"] in ("started", "finished", "stopped", "rank_failed")]
     found: dict[str, Any] = {
         "state": {"started": "running", "rank_failed": "failed"}.get(ends[-1], ends[-1]) if ends else "not started",
@@ -118,7 +119,7 @@ def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequ
 
 
 def select_steady(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Select the records after the warm-up steps of each attempt; all records where that leaves none."""
+    """Return the records after the warm-up steps of each attempt; all records if none would remain."""
     first: dict[int, int] = {}
     for record in records:
         first.setdefault(record["attempt"], record["step"])

@@ -24,11 +24,12 @@ from launch.runs.environment import cpu_name, describe_place, driver_version, li
 
 # Environment of one attempt: device and memory of each rank, and versions of the software.
 #
-# Records no variable of the environment: some hold secrets (``launch.runs.environment`` names those that are told).
+# No environment variable is recorded, because some contain secrets (``launch.runs.environment`` lists the reported
+# ones).
 
 
 def describe_rank(world: World) -> dict[str, Any]:
-    """Describe where this rank runs, and on which device."""
+    """Return the host and the device of this rank."""
     device = world.device
     record = describe_place(world.rank, world.local_rank, world.node) | {
         "pid": os.getpid(),
@@ -44,7 +45,7 @@ def describe_rank(world: World) -> dict[str, Any]:
 
 
 def software() -> dict[str, str]:
-    """List the versions of Python, of the libraries that decide a result, and of CUDA and NCCL where torch has them."""
+    """Return the versions of Python, of the libraries that affect results, and of CUDA and NCCL if torch has them."""
     versions = library_versions()
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
@@ -57,15 +58,15 @@ GIB = 2**30
 
 
 def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]:
-    """Measure allocated, peak and reserved memory, GiB; None for what a CPU does not tell.
+    """Return allocated, peak and reserved memory in GiB; None for figures that a CPU does not report.
 
-    On a GPU: the tensors now, the most that they took in this attempt, and the memory that the allocator keeps from the
-    driver. On a CPU only the peak is known, of the RAM of the whole process with its libraries.
+    On a GPU: the current tensors, the peak of the tensors in this attempt, and the memory that the allocator keeps. On
+    a CPU only the peak is known: RAM of the whole process with its libraries.
     """
     if device.type != "cuda":
         # Linux counts ru_maxrss in KiB (getrusage(2)).
         return None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, None
-    known = torch.cuda.memory_stats(device)  # asked once: it takes a tenth of a millisecond
+    known = torch.cuda.memory_stats(device)  # one call, because it takes a tenth of a millisecond
     return (
         known["allocated_bytes.all.current"] / GIB,
         known["allocated_bytes.all.peak"] / GIB,
@@ -73,13 +74,12 @@ def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]
     )
 
 
-# The startup summary of an attempt: model, configuration, hardware, and the performance in theory.
-#
-# Torch-free. Must not compute what that record does not hold, beyond formatting it.
+# Startup summary of an attempt: model, configuration, hardware, and theoretical performance. It only formats the
+# record.
 
 
 WIDTH = 110
-"""Columns of the summary in a log file, which has no width of its own; more than a terminal has are not used."""
+"""Width of the summary in columns, for a log file without a width. A terminal limits it further."""
 
 
 def render_summary(record: dict[str, Any], config: TrainConfig, title: str) -> str:
@@ -93,7 +93,7 @@ def render_summary(record: dict[str, Any], config: TrainConfig, title: str) -> s
     terminal = Console()
     width = min(terminal.width, WIDTH) if terminal.is_terminal else WIDTH
     file = io.StringIO()
-    # Log files are read in all kinds of viewers: lines of - and | instead of box-drawing characters.
+    # All kinds of viewers show log files, so lines consist of - and | instead of box-drawing characters.
     console = Console(file=file, width=width, force_terminal=terminal.is_terminal, highlight=False, emoji=False)
     frame = box.ROUNDED if terminal.is_terminal else box.ASCII
     console.print(
@@ -103,7 +103,7 @@ def render_summary(record: dict[str, Any], config: TrainConfig, title: str) -> s
 
 
 def build_sections(record: dict[str, Any], config: TrainConfig) -> RenderableType:
-    """Build the four sections of the summary, one below the other."""
+    """Build the four sections of the summary, one below another."""
     sections = {
         "Architecture": architecture(config.model, record["counts"]),
         "Configuration": configuration(record, config),
@@ -117,13 +117,13 @@ def build_sections(record: dict[str, Any], config: TrainConfig) -> RenderableTyp
         grid.add_column(min_width=18)
         grid.add_column(overflow="fold")
         for name, value in rows.items():
-            grid.add_row(Text(f"  {name}", style="dim"), Text(value))  # Text: brackets in a path are no markup
+            grid.add_row(Text(f"  {name}", style="dim"), Text(value))  # Text, because brackets in a path are no markup
         blocks.append(grid)
     return Group(*blocks)
 
 
 def architecture(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
-    """Describe the parts and the size of the model, label -> text."""
+    """Return the parts and the size of the model, label -> text."""
     heads = f"{model.n_head} heads of {model.head_dim}"
     if model.kv_heads != model.n_head:
         heads += f", {model.kv_heads} for keys and values"
@@ -166,7 +166,7 @@ def architecture(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
 
 
 def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """Describe batch, optimizer, precision and data, label -> text."""
+    """Return batch, optimizer, precision and data, label -> text."""
     optim = config.optim
     tokens = record["global_batch"] * record["block_size"]
     steps = f"{record['from_step']} done of {optim.max_steps:,}" if record["from_step"] else f"{optim.max_steps:,}"
@@ -197,7 +197,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
 
 
 def hardware(record: dict[str, Any]) -> dict[str, str]:
-    """Describe ranks, hosts, devices and software, label -> text."""
+    """Return ranks, hosts, devices and software, label -> text."""
     ranks = record["ranks"]
     hosts = list(dict.fromkeys(rank["host"] for rank in ranks))
     devices: dict[str, int] = {}
@@ -210,7 +210,7 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
     topology = " ".join([layout["strategy"], *(f"{k}={v}" for k, v in layout.items() if isinstance(v, int) and v > 1)])
     threads = f"{counted(ranks[0]['threads'], 'thread')} a rank"
     threads += ", as OMP_NUM_THREADS says" if ranks[0]["threads_are_set"] else ", one for each core"
-    if ranks[0]["threads"] > 1:  # threads wait for each other in every product: one core that is taken delays them all
+    if ranks[0]["threads"] > 1:  # threads wait for each other in every product, so one busy core delays all
         threads += "; OMP_NUM_THREADS=1 is faster where other programs use the cores"
     return {
         "ranks": f"{len(ranks)} on {counted(len(hosts), 'host')} ({shown}), {topology}",
@@ -220,7 +220,8 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
 
 
 def where_text(flops: Flops) -> str:
-    """Tell the shares of attention, feed-forward layers and output matrix, and attention's to the feed-forward."""
+    """Return the shares of attention, feed-forward layers and output matrix, and the ratio of attention to
+    feed-forward."""
     attention, ffn = flops.projections + flops.attention + flops.custom, flops.ffn + flops.router
     shares = {"attention": attention, "feed-forward": ffn, "output matrix": flops.logits}
     told = ", ".join(f"{name} {share / flops.palm:.0%}" for name, share in shares.items())
@@ -228,7 +229,7 @@ def where_text(flops: Flops) -> str:
 
 
 def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """Describe the FLOPs of a step and the peak of the devices, label -> text; a limit, no forecast."""
+    """Return the FLOPs of a step and the peak of the devices, label -> text. The peak is a limit, no forecast."""
     flops, peak, ranks = record["flops_per_token"], record["peak_flops_per_s"], len(record["ranks"])
     step = flops * record["global_batch"] * record["block_size"]
     rows = {
@@ -236,7 +237,7 @@ def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
         "where": where_text(training_flops_per_token(config.model)),
         "memory": f"{record['memory_planned_gib']:.3g} GiB a rank in tensors, planned",
     }
-    if peak is None:  # a guessed peak would make a wrong MFU
+    if peak is None:  # a guessed peak would give a wrong MFU
         rows["peak"] = f"of this device in {config.precision.name} unknown, so MFU is unavailable"
         return rows
     product = "tf32" if config.tf32 else config.precision.name

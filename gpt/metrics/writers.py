@@ -1,4 +1,5 @@
-"""Writers of step records: the JSONL file of each rank; console, TensorBoard, CSV, JSON and W&B of rank 0."""
+"""Writers of step records during a run: the JSONL file of each rank; console, TensorBoard, CSV, JSON and W&B of rank
+0."""
 
 from __future__ import annotations
 
@@ -28,13 +29,13 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import TOLD_ONCE, StepRecord, read_records
 from launch.runs.tensorboard import EventWriter, record_scalars
 
-# A view of a run's step records that a failing filesystem may take away for a while, and never the training with it.
+# View of a run's step records. A filesystem failure may interrupt a view for a while, but never the training.
 
 
 RETRY_S = 30.0
-"""Between two tries to make a view again; each reads the records of rank 0."""
+"""Seconds between two attempts to reopen a view. Each attempt reads the records of rank 0."""
 KEPT_S = 60.0
-"""Time for which records are kept that a view has: longer than it takes until they are on the disk."""
+"""Seconds for which written records are kept, longer than they take to reach the disk."""
 
 Records = Sequence[dict[str, Any]]
 
@@ -50,15 +51,15 @@ class MetricWriter(Protocol):
 
 
 class View:
-    """Writer that outlives the one behind it: given up at an OSError, and opened again later.
+    """Writer with a replaceable inner writer: closed at an OSError, and opened again later.
 
     Args:
         folder: the run folder.
-        name: of the view, for people.
-        open_writer: opens the writer behind it for a run that goes on after a step, whose records are given.
-        step: step after which the attempt goes on, 0 at the beginning.
+        name: name of the view, for people.
+        open_writer: opens the inner writer of a run that resumes after a step, given the records up to it.
+        step: step after which the attempt resumes, 0 at the beginning.
         done: records up to that step.
-        retry_s: seconds between two tries.
+        retry_s: seconds between two attempts to reopen.
     """
 
     def __init__(
@@ -76,17 +77,19 @@ class View:
         self._retry_s = retry_s
         self._writer: MetricWriter | None = None
         self._since = step
-        """The last step whose record the view has."""
+        """Last step whose record the view contains."""
         self._tried = 0.0
         self._recent: deque[tuple[float, StepRecord]] = deque()
-        """Records with the time they came, those of the last ``KEPT_S`` and all since the writer was given up."""
+        """Records with the time of their arrival: those of the last ``KEPT_S`` seconds, and all since the view
+        failed."""
         try:
             self._writer = open_writer(step, done)
         except OSError as error:
             self._give_up(error)
 
     def write(self, record: StepRecord) -> None:
-        """Write one record, and those before it that the view lacks; nothing where the view was made again with it."""
+        """Write one record, and earlier ones that the view lacks. Nothing is written if reopening already included
+        it."""
         if record.step <= self._since:
             return
         self._recent.append((time.monotonic(), record))
@@ -102,7 +105,7 @@ class View:
             self._give_up(error)
 
     def close(self) -> None:
-        """Make the view complete where it can be, and close it."""
+        """Complete the view if possible, and close it."""
         try:
             if self._writer is None:
                 self._make_again()
@@ -114,7 +117,7 @@ class View:
     def _make_again(self) -> None:
         """Open the writer as after a restart, and write the records that it lacks.
 
-        The newest are not on the disk yet: they are written some seconds later, or when there is room again.
+        The newest records are not on the disk yet. They follow some seconds later, or when the disk has space again.
         """
         self._tried = time.monotonic()
         records = read_records(self._folder.metrics(0))
@@ -135,10 +138,10 @@ class View:
         self._writer = None
 
 
-# Console writer of rank 0: one line that is kept up to date on a terminal, one every few seconds in a log.
+# Console writer of rank 0: one updated line on a terminal, one line every few seconds in a log.
 
 
-REFRESH_S = 0.1  # on a terminal; no eye follows faster
+REFRESH_S = 0.1  # seconds between updates on a terminal; faster ones cannot be read
 CLEAR_LINE = "\r\x1b[2K"
 
 
@@ -155,8 +158,8 @@ class Console:
         self._pace_s: float | None = None
 
     def write(self, record: StepRecord) -> None:
-        """Print ``record`` where it is time, and always at an evaluation, a checkpoint or the last step."""
-        # An average over some twenty steps, so that the time left does not jump about.
+        """Print ``record`` if the interval has passed, and always at an evaluation, a checkpoint or the last step."""
+        # An average over some twenty steps keeps the remaining time steady.
         self._pace_s = record.step_time_s if self._pace_s is None else 0.95 * self._pace_s + 0.05 * record.step_time_s
         lasting = record.val_loss is not None or record.checkpoint_s is not None or record.step == self._max_steps
         if not lasting and time.monotonic() - self._shown < self._interval_s:
@@ -167,20 +170,20 @@ class Console:
             print(line, file=self._stream, flush=True)
             return
         if not lasting:
-            line = line[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be taken back
+            line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be overwritten
         self._stream.write(CLEAR_LINE + line + ("\n" if lasting else ""))
         self._stream.flush()
         self._open = not lasting
 
     def close(self) -> None:
-        """End the line that is kept up to date."""
+        """End the updated line."""
         if self._open:
             print(file=self._stream, flush=True)
         self._open = False
 
 
 def console_line(record: StepRecord, max_steps: int, pace_s: float) -> str:
-    """Format one record as a line of text; ``pace_s`` is the expected time of a step, seconds."""
+    """Format one record as a line of text. ``pace_s`` is the expected time of a step, in seconds."""
     parts = [
         f"step {record.step}/{max_steps}",
         "loss not finite" if record.loss is None else f"loss {record.loss:.4f}",
@@ -216,10 +219,10 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-# The file ``steps.csv``: rank 0's records as a table that every spreadsheet opens, one row a step.
+# File ``steps.csv``: rank 0's records as a table for spreadsheets, one row a step.
 #
-# The step records are the truth: at every start the file is made again from those that still count, so a step that was
-# lost with a crash and done again has one row. Torch-free.
+# Every start rewrites the file from the step records that still count. So a step that was lost in a crash and repeated
+# has one row.
 
 
 LAYER_NORM = "grad_norm/"
@@ -234,14 +237,14 @@ class StepsCsv:
         whole = [field.name for field in dataclasses.fields(StepRecord) if field.name not in left_out]
         self._columns = [*whole, "first_sample", "last_sample", *(LAYER_NORM + name for name in layers)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", newline="", buffering=1)  # a line at a time, so that a reader sees whole rows
+        self._file = path.open("w", newline="", buffering=1)  # line by line, so that a reader sees whole rows
         self._writer = csv.DictWriter(self._file, self._columns, extrasaction="ignore", lineterminator="\n")
         self._writer.writeheader()
         for record in earlier:
             self._writer.writerow(row(record))
 
     def write(self, record: StepRecord) -> None:
-        """Add one row; what is not known is an empty cell."""
+        """Add one row. An unknown value is an empty cell."""
         self._writer.writerow(row(record.as_dict()))
 
     def close(self) -> None:
@@ -259,17 +262,17 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
     return cells | {LAYER_NORM + name: norm for name, norm in record.get(LAYERS, {}).items()}
 
 
-# Writer of rank 0's records to Weights & Biases, where the config asks for it (the extra ``wandb``).
+# Writer of rank 0's records to Weights & Biases, if the config requests it (the extra ``wandb``).
 #
-# A step that was done twice keeps the values it had first, since the service takes each step once. Training never
-# depends on it.
+# A repeated step keeps its first values, since the service accepts each step once. Training never depends on the
+# service.
 
 
 log = logging.getLogger(__name__)
 
 
 class WeightsAndBiases:
-    """Writer that sends records under the names that TensorBoard has."""
+    """Writer that sends records under the same names as in TensorBoard."""
 
     def __init__(self, folder: RunFolder, project: str, config: dict[str, Any]) -> None:
         import wandb
@@ -287,7 +290,7 @@ class WeightsAndBiases:
                 config=config,
             )
         except (wandb.Error, OSError) as error:
-            # A compute node without a way out, or a service that is down, must not cost the run.
+            # A compute node without network, or an unavailable service, must not end the run.
             log.warning("Weights & Biases: %s; training goes on without it (WANDB_MODE=offline keeps it here)", error)
 
     def write(self, record: StepRecord) -> None:
@@ -301,23 +304,24 @@ class WeightsAndBiases:
             self._run.finish()
 
 
-# Writers of step records during a run: every rank's JSONL file, and rank 0's console, TensorBoard, CSV, JSON and W&B.
+# All writers of a rank: every rank's JSONL file, and rank 0's views.
 
 
 SHOWN_S = 0.5
-"""Least time between two moments at which views are written. Some short steps together take the processor less time
-than each by itself, whose code is out of the caches again."""
+"""Shortest time between two writes to the views, in seconds. Several short steps together need less processor time than
+one by one, because the code stays in the caches."""
 
 
 class MetricWriters:
-    """Writers of one rank's step records: each record is completed, appended to the rank's file, passed to the others.
+    """Writers of one rank's step records. Each record is completed, appended to the rank's file, and passed to the
+    views.
 
     Args:
         folder: the run folder.
-        world: the ranks; rank 0 has writers beside its file.
-        rank: this rank as the launcher knows it, which keeps its records.
+        world: the ranks; rank 0 also has views.
+        rank: the launcher's client of this rank, which writes its records.
         config: the config of the run.
-        step: step after which the attempt goes on, 0 at the beginning.
+        step: step after which the attempt resumes, 0 at the beginning.
         layers: names of the layers whose gradient norms are recorded.
         tokens_per_step: tokens of the global batch.
     """
@@ -341,30 +345,31 @@ class MetricWriters:
         self._peak = peak_flops(device, config.precision, bool(config.tf32))
         self._bf16_peak = peak_flops(device, Precision.bf16)
         self._folder = folder
-        # Records of steps after the checkpoint were lost with the crash: those steps are done again.
+        # A crash loses the records of steps after the checkpoint. These steps are repeated.
         earlier = read_records(folder.metrics(0)) if rank.attempt > 1 and world.is_first else []
         self._lost: dict[str, Any] | None = earlier[-1] if earlier else None
         self._open = lambda step, done: open_writers(folder, config, step, done, layers) if world.is_first else []
         self.writers: list[MetricWriter] = self._open(step, [r for r in earlier if r["step"] <= step])
         self._unshown: list[StepRecord] = []
-        """Records that are written, and which the views lack yet."""
+        """Records that are in the file, and that the views lack."""
         self._shown = time.monotonic()
 
     def keep(self, record: StepRecord) -> None:
-        """Put ``record`` on disk before its step is saved; ``write`` follows, with the time of the save.
+        """Put ``record`` on disk before its step is saved. ``write`` follows, with the time of the save.
 
-        No later attempt does a step again that a checkpoint holds: killed between the two, the run would lack it.
+        A later attempt never repeats a step of a checkpoint. If the process died between the two, the run would lack
+        its record.
         """
         self._record(record)
         self._rank.flush()
 
     def write(self, record: StepRecord) -> None:
-        """Complete ``record`` with throughput and utilization, and write it; views of short steps follow soon."""
+        """Complete ``record`` with throughput and utilization, and write it. Views of short steps follow soon."""
         self._record(record)
         if self._lost is not None and record.step > self._lost["step"]:
             self._recovered(record, self._lost)
-        # run.json is made from the records on disk after an evaluation. And a step that is in a checkpoint is not done
-        # again after a crash, which must not take its record along.
+        # run.json is made from the records on disk after an evaluation. A step in a checkpoint is not repeated after a
+        # crash, so its record must not be lost.
         if record.checkpoint_s is not None or (record.val_loss is not None and self._world.is_first):
             self._rank.flush()
         if self.writers:
@@ -373,7 +378,7 @@ class MetricWriters:
                 self.show()
 
     def show(self) -> None:
-        """Write to the views what they lack yet."""
+        """Write to the views the records that they lack."""
         unshown, self._unshown = self._unshown, []
         for record in unshown:
             for writer in self.writers:
@@ -381,13 +386,13 @@ class MetricWriters:
         self._shown = time.monotonic()
 
     def go_back(self, step: int) -> None:
-        """Go on after ``step``, to which the run has gone back: the views lose what came later, as after a crash."""
+        """Continue after ``step``, to which the run has rolled back. The views drop later records, as after a crash."""
         self.close()
         done = [r for r in read_records(self._folder.metrics(0)) if r["step"] <= step] if self.writers else []
         self.writers = self._open(step, done)
 
     def close(self) -> None:
-        """Close the writers, after the last record and after the event that tells how the attempt ended."""
+        """Close the writers, after the last record and after the event that records the end of the attempt."""
         self._rank.flush()
         self.show()
         for writer in self.writers:
@@ -406,7 +411,7 @@ class MetricWriters:
         record.mfu_bf16 = utilization(self._flops, tokens_per_s, self._bf16_peak).mfu_palm
 
     def _recovered(self, record: StepRecord, lost: dict[str, Any]) -> None:
-        """Record in the event log how long an interruption took, from the last step before it to the first new one."""
+        """Record in the event log the length of an interruption, from the last step before it to the first new one."""
         down = record.time - lost["time"]
         self._folder.record_event("recovered", attempt=record.attempt, step=record.step, seconds_since_last_step=down)
         self._lost = None
@@ -415,7 +420,7 @@ class MetricWriters:
 def open_writers(
     folder: RunFolder, config: TrainConfig, step: int, done: Records, layers: Sequence[str]
 ) -> list[MetricWriter]:
-    """Open the views that ``config.logging`` asks for, for a run that goes on after ``step``."""
+    """Open the views of ``config.logging``, for a run that resumes after ``step``."""
     logging = config.logging
     views: dict[str, Callable[[int, Records], MetricWriter]] = {
         "console": lambda step, done: Console(config.optim.max_steps, logging.console_interval_s)

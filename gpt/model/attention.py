@@ -17,32 +17,33 @@ from gpt.config import AttentionBackend, ModelConfig
 from gpt.model.norm import build_norm
 from gpt.model.position import build_rotation
 
-# Key-value cache of attention, so that generation computes the keys and values of each token once.
+# Key-value cache of attention: generation computes the keys and values of each token once.
 #
 #     cache = Cache(config.block_size)
-#     logits_BTV = model(prompt_BT, cache)                # fills it
-#     logits_BTV = model(next_B1, cache)                  # goes on from there; one new token or many
+#     logits_BTV = model(prompt_BT, cache)                # fills the cache
+#     logits_BTV = model(next_B1, cache)                  # continues after the cached tokens; one new token or many
 #
-# B batch, T new tokens, S tokens seen with the new ones, K key-value heads, C head width. For inference: training
-# passes no cache and does nothing differently.
+# B batch, T new tokens, S cached and new tokens, K key-value heads, C head width. The cache is for inference; training
+# passes no cache.
 
 
 class LayerCache:
     """Keys and values of one layer, in memory that is allocated once.
 
-    It is allocated at the first call, in the shape, dtype and device of the keys that come, so a layer that holds only
-    some of the heads, or computes in bf16, caches just that.
+    The first call allocates the memory, in the shape, dtype and device of its keys. So a layer with a part of the
+    heads, or in bf16, caches exactly that.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
-        """Tokens seen so far."""
+        """Number of tokens seen so far."""
         self._k_BKSC: Tensor | None = None
         self._v_BKSC: Tensor | None = None
 
     def extend(self, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values of new tokens, (B, K, T, C); returns those of all tokens so far, (B, K, S, C) each."""
+        """Add keys and values of new tokens, each (B, K, T, C). Return those of all tokens so far, each (B, K, S,
+        C)."""
         if self._k_BKSC is None or self._v_BKSC is None:
             batch, heads, _, width = k_BKTC.shape
             self._k_BKSC = k_BKTC.new_empty(batch, heads, self.capacity, width)
@@ -60,8 +61,8 @@ class LayerCache:
 class Cache:
     """Caches of all layers, for one batch of sequences of equal length.
 
-    ``capacity`` is the largest number of tokens; more than the model's ``block_size`` is of no use. Memory per token
-    and sequence: 2 x n_layer x kv_heads x head_dim numbers.
+    ``capacity`` is the largest number of tokens, at most the model's ``block_size``. Memory per token and sequence: 2 x
+    n_layer x kv_heads x head_dim numbers.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -74,17 +75,17 @@ class Cache:
         return self._layers[0].length if self._layers else 0
 
     def layer(self, index: int) -> LayerCache:
-        """Return the cache of one layer, made at its first use."""
+        """Return the cache of one layer. The first use creates it."""
         while len(self._layers) <= index:
             self._layers.append(LayerCache(self.capacity))
         return self._layers[index]
 
 
-# Attention to keys that come block by block, each block with the log-sum-exp of its scores (arXiv 2310.01889).
+# Attention to keys that arrive block by block, each block with the log-sum-exp of its scores (arXiv 2310.01889).
 #
-# A softmax over all keys is put together from softmaxes over blocks of them: each result counts by how much of the sum
-# of exponentials its block has. On the way back the same sum of all blocks turns a block's scores into the weights of
-# the whole softmax, so each block can be computed again by itself (arXiv 2205.14135, section 3.1 and algorithm 4).
+# A softmax over all keys is a weighted sum of softmaxes over blocks of keys. The weight of a block is its share of the
+# sum of exponentials. In the backward pass the sum over all blocks turns a block's scores into the weights of the whole
+# softmax. So each block can be recomputed by itself (arXiv 2205.14135, section 3.1 and algorithm 4).
 #
 # B batch, H heads, K key-value heads, C head width, T queries, S keys of a block. ``lse_BHT`` is the log-sum-exp of the
 # scores of each query, fp32 or wider.
@@ -92,19 +93,19 @@ class Cache:
 
 aten = torch.ops.aten
 FLASH_MULTIPLE = 8
-"""Multiple to which heads are padded for CUDA's flash kernel; zeros beyond the width change nothing."""
+"""Multiple to which heads are padded for CUDA's flash kernel. The padding is zero and does not change the result."""
 
 
 def attend_block(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, causal: bool, fused: bool) -> tuple[Tensor, Tensor]:
-    """Attend to one block of keys; returns the result (B, H, T, C) and the log-sum-exp (B, H, T).
+    """Attend to one block of keys. Return the result (B, H, T, C) and the log-sum-exp (B, H, T).
 
     Args:
         q_BHTC: queries.
         k_BKSC: keys; K divides H.
         v_BKSC: values.
-        causal: each query looks at the keys up to its own, S = T; else at all of them.
-        fused: by torch's flash kernel, which CPUs have, and GPUs for half precision; else, and where there is none, the
-            formula written out, T x S in memory.
+        causal: True if each query attends to the keys up to its own position (then S = T); False for all keys.
+        fused: use torch's flash kernel, which exists for CPUs, and on GPUs for half precision. Without it, or without
+            a kernel, the formula is computed directly, with T x S in memory.
     """
     k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
     if not (fused and has_kernel(q_BHTC)):
@@ -130,7 +131,7 @@ def attend_block_backward(
     causal: bool,
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute one block's addend to the gradient of the queries, and the gradients of its keys and values.
+    """Return one block's addend to the gradient of the queries (B, H, T, C), and the gradients of its keys and values.
 
     Args:
         grad_BHTC: gradient of the result of all blocks.
@@ -174,7 +175,7 @@ def cuda_backward(
     grad, q, k, v, y = (pad_heads(x) for x in (grad_BHTC, q_BHTC, k_BHSC, v_BHSC, y_BHTC))
     unused = torch.empty(
         2, dtype=torch.uint64, device=q.device
-    )  # the state of dropout's random numbers, without dropout
+    )  # the kernel requires the state of dropout's random numbers, even without dropout
     found = aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, y, lse_BHT, None, None, q.size(2), k.size(2), 0.0, causal, unused, unused, scale=width**-0.5
     )
@@ -183,19 +184,20 @@ def cuda_backward(
 
 
 def merge(y_BHTC: Tensor, lse_BHT: Tensor, other_BHTC: Tensor, other_lse_BHT: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge the results of two sets of keys into the result of both, (B, H, T, C) and (B, H, T)."""
+    """Merge the results of two sets of keys into the result of both sets: (B, H, T, C) and its log-sum-exp (B, H,
+    T)."""
     both_BHT = torch.logaddexp(lse_BHT, other_lse_BHT)
     mine_BHT1, its_BHT1 = ((lse - both_BHT).exp().unsqueeze(-1) for lse in (lse_BHT, other_lse_BHT))
     return mine_BHT1 * y_BHTC + its_BHT1 * other_BHTC, both_BHT
 
 
 def has_kernel(q_BHTC: Tensor) -> bool:
-    """Tell whether torch has a flash kernel for these queries that returns the log-sum-exp and takes it back."""
+    """Return True if torch has a flash kernel for these queries that returns the log-sum-exp and accepts it again."""
     return not q_BHTC.is_cuda or q_BHTC.dtype in (torch.bfloat16, torch.float16)
 
 
 def scores(q_BHTC: Tensor, k_BHSC: Tensor, causal: bool) -> Tensor:
-    """Compute the scaled scores, (B, H, T, S) in fp32 or wider, the future at minus infinity."""
+    """Compute the scaled scores, (B, H, T, S) in fp32 or wider. Scores of future keys are minus infinity."""
     found_BHTS = (q_BHTC @ k_BHSC.mT) / math.sqrt(q_BHTC.size(-1))
     found_BHTS = found_BHTS.to(torch.promote_types(found_BHTS.dtype, torch.float32))
     if causal:
@@ -211,20 +213,20 @@ def repeat_for_queries(x_BKSC: Tensor, q_BHTC: Tensor) -> Tensor:
 
 
 def sum_over_queries(x_BHSC: Tensor, x_BKSC: Tensor) -> Tensor:
-    """Sum gradients over the query heads that share a key-value head; shaped as the second argument."""
+    """Sum gradients over the query heads that share a key-value head. The result has the shape of ``x_BKSC``."""
     return x_BHSC.unflatten(1, (x_BKSC.size(1), -1)).sum(2)
 
 
 def pad_heads(x_BHTC: Tensor) -> Tensor:
-    """Pad heads with zeros to a width that the kernel takes."""
+    """Pad heads with zeros to a width that the kernel supports."""
     return F.pad(x_BHTC, (0, -x_BHTC.size(-1) % FLASH_MULTIPLE))
 
 
 # Causal self-attention with as many key-value heads as queries (MHA) or fewer (GQA, arXiv 2305.13245; one is MQA).
 #
-# B batch, T time, S time with what a cache remembers (S = T without one), D width, H heads, K key-value heads, C head
-# width. The number of heads is read off the tensors, not off the config, so a layer whose matrices were sharded by
-# heads from outside still computes its own part.
+# B batch, T time, S time with the cached tokens (S = T without a cache), D width, H heads, K key-value heads, C head
+# width. The number of heads comes from the shapes of the tensors, not from the config. So a layer whose matrices are
+# sharded by heads computes its own part.
 
 
 class Attention(nn.Module):
@@ -246,12 +248,13 @@ class Attention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """Attend, (B, T, D) -> (B, T, D). With a cache, the T tokens come after those in it, and are added to it."""
+        """Attend, (B, T, D) -> (B, T, D). With a cache, the T tokens follow the cached ones, and are added to the
+        cache."""
         q_BTHC = self.query(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTKC = self.key(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTKC = self.value(x_BTD).unflatten(-1, (-1, self.head_dim))
         if self.query_norm is not None and self.key_norm is not None:
-            # Under autocast a norm gives fp32, while the values stay bf16.
+            # Under autocast a norm returns fp32, while the values stay bf16.
             q_BTHC, k_BTKC = self.query_norm(q_BTHC).type_as(v_BTKC), self.key_norm(k_BTKC).type_as(v_BTKC)
         if self.rope is not None:
             start = 0 if cache is None else cache.length
@@ -263,9 +266,9 @@ class Attention(nn.Module):
         return self.output(y_BHTC.transpose(1, 2).flatten(2))
 
     def attend(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
-        """Compute attention by the backend of the config, (B, H, T, C). The T queries belong to the last T of S keys.
+        """Compute attention by the backend of the config, (B, H, T, C). The T queries are the last T of the S tokens.
 
-        Replaced from outside where other ranks hold some of the keys.
+        Context parallelism replaces this method, because other ranks have some of the keys.
         """
         dropout = self.dropout if self.training else 0.0
         if self.backend is AttentionBackend.manual:
@@ -276,7 +279,7 @@ class Attention(nn.Module):
 
 
 def manual_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float) -> Tensor:
-    """Compute softmax(Q K^T / sqrt(C)) V with the future masked, as written: the reference, T x S in memory."""
+    """Compute softmax(Q K^T / sqrt(C)) V with the future masked, (B, H, T, C). This reference needs T x S in memory."""
     sharers = q_BHTC.size(1) // k_BKSC.size(1)
     if sharers > 1:
         k_BKSC, v_BKSC = k_BKSC.repeat_interleave(sharers, dim=1), v_BKSC.repeat_interleave(sharers, dim=1)
@@ -287,21 +290,21 @@ def manual_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: fl
 
 
 def causal_mask(new: int, seen: int, device: torch.device) -> Tensor:
-    """Build the causal mask of the last ``new`` queries over ``seen`` keys, (T, S): True where a query sees a key."""
+    """Build the causal mask of the last ``new`` queries over ``seen`` keys, (T, S): True if a query sees a key."""
     return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
 
 
 FLASH_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, *FLASH_FIRST]
 HOPPER = (9, 0)
-"""Compute capability from which cuDNN's attention is the fastest: torch's flash kernel, FlashAttention-2, was written
-for the one before and reaches 35 % of the peak of an H100, where 75 % can be had (arXiv 2407.08608)."""
+"""Compute capability from which cuDNN's attention is the fastest. FlashAttention-2, torch's flash kernel, was written
+for Ampere and reaches 35 % of an H100's peak; 75 % is possible (arXiv 2407.08608)."""
 
 
 def prefer_fast_kernels(device: torch.device) -> AbstractContextManager[object]:
-    """Context in which torch's choice of a fused attention kernel begins with the fastest one that ``device`` has.
+    """Return a context in which torch's choice of a fused attention kernel begins with the fastest one of ``device``.
 
-    For the process, and entered once: on each call it would cost the host as much as an operation.
+    A process enters it once, because entering costs the host as much as an operation.
     """
     if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < HOPPER:
         return nullcontext()
@@ -309,12 +312,13 @@ def prefer_fast_kernels(device: torch.device) -> AbstractContextManager[object]:
 
 
 def sdpa_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float) -> Tensor:
-    """Compute attention by torch's fused kernels, flash attention (arXiv 2307.08691) where device and dtype have it."""
+    """Compute attention by torch's fused kernels, (B, H, T, C): flash attention (arXiv 2307.08691) if the device and
+    dtype support it."""
     new, seen = q_BHTC.size(2), k_BKSC.size(2)
-    # torch's is_causal lines the first query up with the first key. Where there are keys before, it is the last query
-    # with the last key; a single one then sees them all. This bias is no T x S mask where a kernel can do without.
+    # torch's is_causal aligns the first query with the first key. With cached keys, the last query belongs to the last
+    # key, and a single query sees all keys. This bias needs no T x S mask if the kernel supports it.
     bias = causal_bias(new, seen) if 1 < new < seen else None
-    # enable_gqa narrows torch's choice of kernels, so it is asked for only where it is needed.
+    # enable_gqa restricts torch's choice of kernels, so it is set only if needed.
     grouped = q_BHTC.size(1) != k_BKSC.size(1)
     return F.scaled_dot_product_attention(
         q_BHTC, k_BKSC, v_BKSC, bias, dropout_p=dropout, is_causal=new == seen, enable_gqa=grouped
@@ -323,15 +327,16 @@ def sdpa_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: floa
 
 @cache
 def causal_bias(new: int, seen: int) -> CausalBias:
-    """Build the bias with which the last ``new`` of ``seen`` tokens attend to the past: two lengths, no T x S mask.
+    """Return the bias with which the last ``new`` of ``seen`` tokens attend to the past. It stores two lengths, no T x
+    S mask.
 
-    Cached, since torch cannot make one while selective activation checkpointing records an operation.
+    The bias is cached, because torch cannot create one while selective activation checkpointing records an operation.
     """
     return causal_lower_right(new, seen)
 
 
 def flash_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float, force: bool) -> Tensor:
-    """Compute attention by the flash kernel (arXiv 2307.08691) where it can run; elsewhere by another one.
+    """Compute attention by the flash kernel (arXiv 2307.08691) if it can run, otherwise by another kernel.
 
     Raises:
         RuntimeError: ``force`` is set and the flash kernel cannot run.
@@ -341,10 +346,10 @@ def flash_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: flo
 
 
 def find_flash_obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Find out why the flash kernel cannot train this model on this device; None where it can.
+    """Return the reason why the flash kernel cannot train this model on this device; None if it can.
 
-    Found out by running it, forward and backward, on one sequence of the model's heads. ``dtype`` is that of the
-    queries: bf16 under autocast, whatever the weights are.
+    The function runs the kernel, forward and backward, on one sequence of the model's heads. ``dtype`` is that of the
+    queries: bf16 under autocast, for any dtype of the weights.
     """
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
@@ -365,7 +370,7 @@ def find_flash_obstacle(config: ModelConfig, device: torch.device, dtype: torch.
 
 
 def parse_flash_reasons(told: list[str]) -> str:
-    """Select the reasons about the flash kernel from torch's warnings: for each kernel a heading, then its reasons."""
+    """Return the reasons about the flash kernel from torch's warnings: for each kernel a heading, then its reasons."""
     heading, reasons = "", []
     for line in told:
         if line.endswith("not used because:"):

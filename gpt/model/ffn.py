@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gpt.config import Activation, ExpertBalance, ExpertMatmul, ModelConfig
 
-# Feed-forward layers, applied to each position by itself. B batch, T time, D width, F inner width.
+# Dense feed-forward layers, applied to each position alone. B batch, T time, D width, F inner width.
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -58,14 +58,14 @@ class GatedFfn(nn.Module):
 
 
 def build_dense(config: ModelConfig, width: int) -> nn.Module:
-    """Build the layer that ``config.dense_ffn`` names, ``width`` wide inside, (B, T, D) -> (B, T, D)."""
+    """Build the layer that ``config.dense_ffn`` names, of inner width ``width``, (B, T, D) -> (B, T, D)."""
     return GatedFfn(config, width) if config.gated else StandardFfn(config, width)
 
 
-# The experts of a mixture: feed-forward layers of one shape, their matrices stacked, each applied to its own rows.
+# Experts of a mixture: feed-forward layers of one shape with stacked matrices, each applied to its own rows.
 #
-# R rows, Q rows of one expert, E experts, D width, F inner width, I inputs and O outputs of a matrix. Every parameter
-# has the experts first, so that experts can be sharded along that dimension.
+# R rows, Q rows of one expert, E experts, D width, F inner width, I inputs and O outputs of a matrix. Experts are the
+# first dimension of every parameter, so that they can be sharded along it.
 
 
 untraced_grouped_mm = torch.compiler.disable(F.grouped_mm)
@@ -86,17 +86,18 @@ class Experts(nn.Module):
         self.product = grouped_product if config.expert_matmul is ExpertMatmul.grouped else looped_product
 
     def forward(self, x_RD: Tensor, ends_E: Tensor, even: bool) -> Tensor:
-        """Apply each expert to its rows, (R, D) -> (R, D), expert e to rows from ``ends_E[e - 1]`` to ``ends_E[e]``.
+        """Apply each expert to its rows, (R, D) -> (R, D). Expert e computes rows ``ends_E[e - 1]`` to ``ends_E[e]``.
 
-        ``even`` says that each has equally many.
+        ``even`` is True if all experts have equally many rows.
         """
         return self.apply_to(x_RD, ends_E, even, self.gate, self.up, self.down)
 
     def apply_to(
         self, x_RD: Tensor, ends_E: Tensor, even: bool, gate_EFD: Tensor | None, up_EFD: Tensor, down_EDF: Tensor
     ) -> Tensor:
-        """Apply the experts with the given matrices, those of all experts or of the ones that this rank holds."""
-        # torch.autocast does not know grouped products; cast here, the rows are kept once for both matrices.
+        """Apply the experts with the given matrices, (R, D) -> (R, D): those of all experts, or of this rank's
+        experts."""
+        # torch.autocast does not cover grouped products. Casting here keeps the rows once for both matrices.
         x_RD = autocast_rows(x_RD)
         product = even_product if even and self.product is grouped_product else self.product
         up_RF = product(x_RD, up_EFD, ends_E)
@@ -108,29 +109,29 @@ class Experts(nn.Module):
 
 
 def autocast_rows(x_RD: Tensor) -> Tensor:
-    """Cast the rows to the precision of torch.autocast where it is on."""
+    """Cast the rows to the precision of torch.autocast if it is on."""
     return x_RD.to(torch.get_autocast_dtype(x_RD.device.type)) if autocasts(x_RD.device) else x_RD
 
 
 def autocasts(device: torch.device) -> bool:
-    """Tell whether torch.autocast is on for a device; the meta device has none, and torch refuses the question."""
+    """Return True if torch.autocast is on for a device. Torch raises for the meta device, which has no autocast."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 def grouped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiply each expert's rows by the transpose of its matrix, in one grouped product of torch.
+    """Multiply each expert's rows by the transpose of its matrix, (R, I) -> (R, O), in one grouped product of torch.
 
-    Waits for the device, to read where each expert's rows end, unless in bf16 on GPUs of compute capability 9 and 10.
+    Waits for the device to read the end of each expert's rows, except in bf16 on GPUs of compute capability 9 and 10.
     """
-    # torch 2.13 traces it in bf16 only, though it computes others too.
+    # torch 2.13 traces the grouped product in bf16 only, though it also computes other dtypes.
     product = F.grouped_mm if x_RI.dtype is torch.bfloat16 else untraced_grouped_mm
     return product(x_RI, weight_EOI.to(x_RI.dtype).mT, offs=ends_E)
 
 
 def even_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiply each expert's rows, equally many, by the transpose of its matrix, in one batched product.
+    """Multiply each expert's rows by the transpose of its matrix, (R, I) -> (R, O), in one batched product.
 
-    Never waits for the device.
+    All experts have equally many rows, so the product never waits for the device.
     """
     x_EQI = x_RI.unflatten(0, (len(weight_EOI), -1))
     product_EQO: Tensor = BatchedProduct.apply(x_EQI, weight_EOI.to(x_RI.dtype))
@@ -140,7 +141,7 @@ def even_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 class BatchedProduct(torch.autograd.Function):
     """Product of each expert's rows and the transpose of its matrix.
 
-    torch's own gradient of the matrices lies transposed in memory, so that it would be copied once more.
+    torch's own gradient of the matrices is transposed in memory, so it would be copied once more.
     """
 
     @staticmethod
@@ -155,27 +156,28 @@ class BatchedProduct(torch.autograd.Function):
 
 
 def looped_product(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Multiply each expert's rows by the transpose of its matrix, one expert after another: the reference.
+    """Multiply each expert's rows by the transpose of its matrix, (R, I) -> (R, O), one expert after another: the
+    reference.
 
-    Waits for the device, since the host needs to know where each expert's rows end.
+    Waits for the device, since the host needs the end of each expert's rows.
     """
     ends = ends_E.tolist()
     parts = [F.linear(x_RI[start:end], weight_OI) for start, end, weight_OI in zip([0, *ends], ends, weight_EOI)]
     return torch.cat(parts)
 
 
-# Mixture of experts: each token goes through the few experts that a router picks for it (arXiv 1701.06538).
+# Mixture of experts: a router picks a few experts for each token (arXiv 1701.06538).
 #
-# B sequences, T time, D width, E experts, K experts of one token, N = B T tokens, R rows given to experts.
+# B sequences, T time, D width, E experts, K experts of one token, N = B T tokens, R rows of all experts.
 #
-# The experts of a token depend on its own sequence alone: capacity and balance loss are counted sequence by sequence.
-# So the result is the same however a batch is split into micro-batches and over ranks, and no token sees a later one.
+# The experts of a token depend on its own sequence alone: capacity and balance loss are computed per sequence. So the
+# result is independent of the split of a batch into micro-batches and over ranks, and no token depends on a later one.
 # The losses of routing are no output. They enter the gradient, scaled by ``set_auxiliary_scale``; see
 # ``AuxiliaryLoss``.
 
 
 class MixtureOfExperts(nn.Module):
-    """Mixture of a router, its experts, and the shared experts that every token goes through (arXiv 2401.06066)."""
+    """Mixture of a router, its experts, and the shared experts that compute every token (arXiv 2401.06066)."""
 
     balance_bias: Tensor | None
     counts: Tensor
@@ -196,7 +198,8 @@ class MixtureOfExperts(nn.Module):
 
     @property
     def has_fixed_places(self) -> bool:
-        """True where every expert gets equally many rows, some of them empty, instead of the tokens that chose it."""
+        """True if every expert gets equally many rows, some of them empty. False if it gets exactly the tokens that
+        chose it."""
         return self.training and self.config.capacity_factor is not None
 
     def reset_buffers(self) -> None:
@@ -224,29 +227,32 @@ class MixtureOfExperts(nn.Module):
         return AuxiliaryLoss.apply(y_BTD, loss, taken_BTE.sum((0, 1)), self.counts)
 
     def route(self, x_BTD: Tensor) -> Tensor:
-        """Compute the router's logits, (B, T, E), in fp32 or wider: rounding moves tokens (arXiv 2101.03961, 2.4)."""
+        """Compute the router's logits, (B, T, E), in fp32 or wider, because rounding changes choices (arXiv 2101.03961,
+        2.4)."""
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         with torch.autocast(x_BTD.device.type, enabled=False) if autocasts(x_BTD.device) else nullcontext():
             return F.linear(x_BTD.to(dtype), self.router.weight.to(dtype))
 
     @torch.no_grad()
     def choose(self, scores_BTE: Tensor) -> Tensor:
-        """Choose the K experts of each token, best first, (B, T, K). The bias counts here only (arXiv 2408.15664)."""
+        """Choose the K experts of each token, best first, (B, T, K). Only this choice uses the bias (arXiv
+        2408.15664)."""
         biased_BTE = scores_BTE if self.balance_bias is None else scores_BTE + self.balance_bias
         return biased_BTE.topk(self.config.n_expert_per_token, dim=-1).indices
 
     def dispatch_dropless(self, x_BTD: Tensor, chosen_BTK: Tensor, taken_BTE: Tensor) -> Tensor:
-        """Apply its K experts to each token, (B, T, K, D). Rows are sorted by expert, and put back into order."""
+        """Apply the K experts of each token, (B, T, K, D). Rows are sorted by expert, and then restored to their
+        order."""
         order_R = chosen_BTK.flatten().argsort(stable=True)
         ends_E = taken_BTE.sum((0, 1)).cumsum(0).to(torch.int32)
-        # Tokens are replicated before they are sorted, so that a token's gradients are always summed in one order.
+        # Tokens are replicated before the sort, so that a token's gradients are always summed in one order.
         y_RD = self.give_to_experts(replicate_tokens(x_BTD, chosen_BTK).index_select(0, order_R), ends_E)
         return y_RD.index_select(0, invert_order(order_R)).unflatten(0, chosen_BTK.shape)
 
     def dispatch_with_capacity(self, x_BTD: Tensor, chosen_BTK: Tensor, taken_BTE: Tensor) -> Tensor:
-        """Apply its K experts to each token, (B, T, K, D), each expert to a fixed number of places in each sequence.
+        """Apply the K experts of each token, (B, T, K, D), each expert to a fixed number of places in each sequence.
 
-        The result is zero where a token finds no place.
+        The result is zero for a token without a place.
         """
         sequences, time, experts = taken_BTE.shape
         assert self.config.capacity_factor is not None
@@ -255,28 +261,28 @@ class MixtureOfExperts(nn.Module):
         sequence_B11 = torch.arange(sequences, device=x_BTD.device)[:, None, None]
         place_BTK = (chosen_BTK * sequences + sequence_B11) * places + before_BTK
         rows = experts * sequences * places
-        place_N = place_BTK.masked_fill(before_BTK >= places, rows).flatten()  # the last row is for those left over
-        # index_put keeps nothing for the backward pass but the places.
+        place_N = place_BTK.masked_fill(before_BTK >= places, rows).flatten()  # without a place: the last row
+        # index_put keeps only the places for the backward pass.
         x_RD = x_BTD.new_zeros(rows + 1, x_BTD.size(-1)).index_put((place_N,), replicate_tokens(x_BTD, chosen_BTK))
         ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=x_BTD.device) * (sequences * places)
         y_RD = F.pad(self.give_to_experts(x_RD[:-1], ends_E), (0, 0, 0, 1))
         return y_RD.index_select(0, place_N).unflatten(0, chosen_BTK.shape)
 
     def give_to_experts(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Apply the experts to rows sorted by expert, (R, D) -> (R, D); the rows of expert e end at ``ends_E[e]``.
+        """Apply the experts to rows sorted by expert, (R, D) -> (R, D). The rows of expert e end at ``ends_E[e]``.
 
-        Replaced from outside where other ranks hold some of the experts.
+        Expert parallelism replaces this method, because other ranks have some of the experts.
         """
         return self.experts(x_RD, ends_E, self.has_fixed_places)
 
     def auxiliary_loss(self, logits_BTE: Tensor, scores_BTE: Tensor, taken_BTE: Tensor) -> Tensor:
         """Compute balance loss and z-loss, summed over the sequences and scaled, ().
 
-        Balance: the sum over experts of (share of the choices x E) x (mean score), 1 where all are equal (arXiv
-        2412.19437, equations 17 to 20). z: the mean square of log-sum-exp (arXiv 2202.08906, equation 5).
+        Balance: the sum over experts of (share of the choices x E) x (mean score). It is 1 if all experts are equal
+        (arXiv 2412.19437, equations 17 to 20). z: the mean square of log-sum-exp (arXiv 2202.08906, equation 5).
 
-        Of a part of each sequence this is the part's mean, with the choices of the whole sequence: the balance loss is
-        linear in the scores, so the mean of it over the parts is exact, and so are the gradients.
+        For a part of each sequence, the loss is the part's mean, with the choices of the whole sequence. The balance
+        loss is linear in the scores, so its mean over the parts is exact, and so are the gradients.
         """
         config = self.config
         frequency_BE = taken_BTE.float().mean(1) * (config.n_expert / config.n_expert_per_token)
@@ -295,28 +301,28 @@ def replicate_tokens(x_BTD: Tensor, chosen_BTK: Tensor) -> Tensor:
 
 
 def invert_order(order_R: Tensor) -> Tensor:
-    """Compute the order that undoes an order, (R,)."""
+    """Return the permutation that inverts ``order_R``, (R,)."""
     return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
 
 
 def find_mixtures(module: nn.Module) -> list[MixtureOfExperts]:
-    """Find the mixtures of a model or a part of one, in order, whatever it is wrapped in."""
+    """Return the mixtures of a model or of a part of one, in order. Wrappers are searched, too."""
     return [m for m in module.modules() if isinstance(m, MixtureOfExperts)]
 
 
 def set_auxiliary_scale(module: nn.Module, per_sequence: float, loss_scale: Tensor | None = None) -> None:
-    """Set the factor of the losses of routing, for each sequence and layer.
+    """Set the factor of the losses of routing, per sequence and layer.
 
-    To be in proportion to the mean of the other loss over a step's sequences, it is ``1 / sequences``, times the factor
-    of that loss. By default they are averaged over the sequences of each micro-batch. ``loss_scale``, (), is a further
-    factor, read in each forward pass.
+    For the mean over a step's sequences, as for the other loss, it is ``1 / sequences``, times the factor of that loss.
+    By default the losses are averaged over the sequences of each micro-batch. ``loss_scale``, (), is a further factor,
+    read in each forward pass.
     """
     for mixture in find_mixtures(module):
         mixture.auxiliary_scale, mixture.loss_scale = per_sequence, loss_scale
 
 
 def set_sequence_mean(module: nn.Module, mean_over_parts: Callable[[Tensor], Tensor]) -> None:
-    """Set the function that averages a tensor over the ranks that hold equal parts of the same sequences."""
+    """Set the function that averages a tensor over the ranks with equal parts of the same sequences."""
     for mixture in find_mixtures(module):
         mixture.mean_over_parts = mean_over_parts
 
@@ -324,7 +330,7 @@ def set_sequence_mean(module: nn.Module, mean_over_parts: Callable[[Tensor], Ten
 def expert_counts(module: nn.Module) -> Tensor | None:
     """Count the tokens of each expert in the backward passes since the last reset, (L, E); None without experts.
 
-    The counts of this rank; the caller sums them over the ranks that saw other tokens.
+    These are the counts of this rank. The caller sums them over the ranks with other tokens.
     """
     found = find_mixtures(module)
     return torch.stack([mixture.counts for mixture in found]) if found else None
@@ -338,9 +344,9 @@ def reset_counts(module: nn.Module) -> None:
 
 @torch.no_grad()
 def move_balance_bias(module: nn.Module, counts_LE: Tensor) -> None:
-    """Raise the bias of experts that were chosen less often than the mean, and lower the bias of the others.
+    """Raise the bias of experts with fewer tokens than the mean, and lower the bias of experts with more.
 
-    As in arXiv 2408.15664, algorithm 1; each layer by its row of the counts of the whole step, (L, E).
+    As in arXiv 2408.15664, algorithm 1. Each layer uses its row of the counts of the whole step, (L, E).
     """
     for mixture, counts_E in zip(find_mixtures(module), counts_LE, strict=True):
         if mixture.balance_bias is not None:
@@ -350,10 +356,9 @@ def move_balance_bias(module: nn.Module, counts_LE: Tensor) -> None:
 class AuxiliaryLoss(torch.autograd.Function):
     """Identity of ``y`` that adds the gradient of ``loss``, a scalar, in the backward pass.
 
-    So the objective becomes that of the output plus ``loss``, and a model can have losses inside while it returns its
-    logits only (as MoEAuxLossAutoScaler of Megatron-LM, https://github.com/NVIDIA/Megatron-LM). ``counts`` is added to
-    ``total`` in the backward pass as well, which happens once also where a forward pass is repeated to save memory, and
-    never in an evaluation.
+    The objective becomes that of the output plus ``loss``. So a model can have internal losses and return only its
+    logits (as MoEAuxLossAutoScaler of Megatron-LM, https://github.com/NVIDIA/Megatron-LM). The backward pass also adds
+    ``counts`` to ``total``. It runs once, even if the forward pass is recomputed, and never in an evaluation.
     """
 
     @staticmethod
@@ -364,8 +369,8 @@ class AuxiliaryLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         gradient = gradients[0]
-        # A zero that depends on the gradient: else the compiler would add to the total in the forward pass already, and
-        # of two forward passes, as pipelines run them before the first backward pass, one would be lost.
+        # Add a zero that depends on the gradient. Otherwise the compiler would add to the total in the forward pass.
+        # Pipelines run two forward passes before the first backward pass, and one count would be lost.
         zero = gradient[(0,) * gradient.dim()].float().nan_to_num().clamp(0, 0)
         ctx.total.add_(ctx.counts + zero)
         return gradient, torch.ones((), dtype=ctx.dtype, device=gradient.device), None, None

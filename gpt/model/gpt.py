@@ -1,6 +1,4 @@
-"""The GPT: tokens in, logits of the next token out. Its blocks, the initialization of its weights, and pipeline
-stages.
-"""
+"""GPT from tokens to logits of the next token: transformer blocks, initial weights, the model, and pipeline stages."""
 
 from __future__ import annotations
 
@@ -21,16 +19,16 @@ from gpt.model.ffn import build_dense
 from gpt.model.norm import build_norm
 from gpt.model.position import build_position
 
-# One transformer block: the unit that is repeated, and the unit that is sharded from outside.
+# Transformer block: the unit that is repeated, and the unit that a strategy shards.
 #
-# B batch, T time, D width. Self-contained: takes and returns one tensor, and needs nothing of its neighbors.
+# B batch, T time, D width. A block takes and returns one tensor, and depends on no other block.
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to the residual stream.
+    """Attention and feed-forward, each added to the residual stream, (B, T, D) -> (B, T, D).
 
-    Each is normalized before (``pre``, arXiv 2002.04745) or the sum is after (``post``, arXiv 1706.03762, section 5.4);
-    in parallel both read the same hidden states (arXiv 2204.06745, section 2.1).
+    ``pre`` normalizes the input of each (arXiv 2002.04745), ``post`` normalizes the sum (arXiv 1706.03762, section
+    5.4). In parallel both read the same hidden states (arXiv 2204.06745, section 2.1).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -55,7 +53,7 @@ class Block(nn.Module):
 
 
 def build_attention(config: ModelConfig) -> nn.Module:
-    """Build our attention, or the user's, (B, T, D) and a cache or None -> (B, T, D)."""
+    """Build the built-in attention, or the user's, (B, T, D) and a cache or None -> (B, T, D)."""
     if not isinstance(config.attention, str):
         return Attention(config)
     made: nn.Module = build_part("model.attention", config.attention, config)
@@ -72,31 +70,30 @@ def build_ffn(config: ModelConfig) -> nn.Module:
     return MixtureOfExperts(config) if config.ffn is Ffn.moe else build_dense(config, config.ffn_width)
 
 
-# Initialization of the weights, as in GPT-2.
+# Initial weights, as in GPT-2.
 #
-# Every parameter is drawn from a generator of its own, seeded by the run's seed and the parameter's name, on the CPU.
-# So its values depend on nothing else: not on the order of construction, not on the device, not on who holds which part
-# of the model, and not on what other parameters there are. Where the model is sharded, gpt/parallel/dtensor.py draws
-# one parameter after another and keeps this rank's shard.
+# Every parameter is drawn on the CPU by its own generator, seeded by the run's seed and the parameter's name. So its
+# values do not depend on the order of construction, the device, the sharding, or other parameters. For a sharded model,
+# gpt/parallel/dtensor.py draws one parameter after another and keeps this rank's shard.
 
 
 Weights = Callable[[str, torch.Size], Tensor]
-"""Values of a whole parameter, or of a buffer that checkpoints hold, by its name and shape; fp32 on the CPU."""
+"""Function from name and shape to the values of a whole parameter, or of a saved buffer; fp32 on the CPU."""
 RESIDUAL_OUTPUTS = ("attention.output.weight", "ffn.down.weight", "ffn.experts.down", "ffn.shared.down.weight")
 """Ends of the names of the matrices that write into the residual stream."""
 
 
 def initialize(model: GPT, seed: int) -> None:
-    """Fill every parameter and buffer of ``model``, whatever they hold and wherever they lie.
+    """Fill every parameter and buffer of ``model``, with any contents and on any device.
 
-    Matrices are normal with standard deviation ``init_std``; those that write into the residual stream are scaled by
-    1 / sqrt(2 n_layer), one factor for each addition to it; gains are 1 and biases 0. Language Models are Unsupervised
-    Multitask Learners (Radford et al. 2019), section 2.3,
+    Matrices are normal with standard deviation ``init_std``. Matrices that write into the residual stream are scaled by
+    1 / sqrt(2 n_layer), since each block adds to it twice. Gains are 1 and biases 0. Source: Language Models are
+    Unsupervised Multitask Learners (Radford et al. 2019), section 2.3,
     https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf, and
-    https://github.com/openai/gpt-2/blob/master/src/model.py. The position table is like the matrices, as in later GPTs,
-    where that code has half as much.
+    https://github.com/openai/gpt-2/blob/master/src/model.py. The position table is like the matrices, as in later GPTs;
+    that code uses half the deviation.
 
-    Call before a strategy wraps or shards the model, since wrappers change the parameters' names.
+    Call this before a strategy wraps or shards the model, because wrappers change the names of parameters.
     """
     weights = initial_weights(model.config, seed)
     with torch.no_grad():
@@ -113,8 +110,8 @@ def initial_weights(config: ModelConfig, seed: int) -> Weights:
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
     """Draw one whole parameter, or the value of a buffer, fp32 on the CPU.
 
-    Each expert is drawn by itself, so its values do not depend on how many there are. Rows that only fill up the
-    vocabulary are 0, and the others are what they are without them. A part of the user's may give values of its own.
+    Each expert is drawn by itself, so its values do not depend on the number of experts. Padding rows of the vocabulary
+    are 0, and the other rows are the same as without padding. A part of the user may provide its own values.
     """
     own = part_value(name, shape, config, seed)
     if own is not None:
@@ -129,14 +126,15 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
         for expert in range(shape[0]):
             fill_normal(whole[expert], f"{name}.{expert}", std, seed)
         return whole
-    # In place: a copy with the padding would be as large again, and this is the largest tensor of many a model.
+    # Drawn in place: a padded copy would be as large again, and this is the largest tensor of many models.
     is_padded = name in ("token_embedding.weight", "head.weight")
     fill_normal(whole[: config.vocab_size] if is_padded else whole, name, std, seed)
     return whole
 
 
 def part_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor | None:
-    """Ask the user's part that a tensor belongs to for its value; None where it has none, or leaves it to the rule."""
+    """Return the value that the user's part gives for its tensor; None if no such part exists, or it uses the
+    default."""
     owner = owner_of(name, config)
     if owner is None:
         return None
@@ -151,7 +149,7 @@ def part_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> 
 
 
 def initial_std(name: str, config: ModelConfig) -> float:
-    """Standard deviation of one initial matrix."""
+    """Return the standard deviation of one initial matrix."""
     if name == "token_embedding.weight" and config.embedding_init_std is not None:
         return config.embedding_init_std
     scaled = config.residual_init_scaled and name.endswith(RESIDUAL_OUTPUTS)
@@ -159,43 +157,42 @@ def initial_std(name: str, config: ModelConfig) -> float:
 
 
 def fill_normal(values: Tensor, name: str, std: float, seed: int) -> None:
-    """Fill a contiguous tensor on the CPU with normal values that follow from the run's seed and a name."""
+    """Fill a contiguous tensor on the CPU with normal values that depend only on the run's seed and a name."""
     generator = torch.Generator("cpu").manual_seed(parameter_seed(name, seed))
     values.normal_(std=std, generator=generator)
 
 
 def parameter_seed(name: str, seed: int) -> int:
-    """Derive a seed of 63 bits from the run's seed and a parameter's name."""
+    """Return a seed of 63 bits, derived from the run's seed and a parameter's name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-# The GPT: tokens in, logits of the next token out.
+# The model: tokens to logits of the next token.
 #
 #     tokens -> token embedding (+ learned position) -> dropout -> n_layer x Block -> norm -> output matrix -> logits
-#     Block:    x + attention(norm(x)), then x + ffn(norm(x))      (gpt/model/gpt.py; norms after, or both in parallel)
+#     Block:    x + attention(norm(x)), then x + ffn(norm(x))      (or norms after the sum, or both in parallel)
 #
 # Shape letters, here and in every module of this folder; a tensor's name ends in its shape, as in ``x_BTD``:
 #
 #     B batch   T time   D width   H heads   K key-value heads   C head width   F inner width of the ffn   V vocabulary
-#     E experts   R rows given to experts
+#     E experts   R rows of all experts
 #
-# Each part is chosen by ``gpt.config.ModelConfig`` and lives in a file of its own. Nothing here knows of devices, ranks
-# or training: a strategy shards the model from outside, block by block, through ``blocks``.
+# ``gpt.config.ModelConfig`` chooses each part, and each part has a file of its own. The model does not depend on
+# devices, ranks or training: a strategy shards it from outside, block by block, through ``blocks``.
 #
 #     config = ModelConfig(name="small", n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=256)
 #     model = GPT(config)
-#     initialize(model, seed=1337)                        # gpt/model/gpt.py; until then the weights are torch's own
+#     initialize(model, seed=1337)                        # until then the weights are torch's own
 #
-# Too large for one device: construct under ``torch.device("meta")``, shard, ``to_empty``, then load the weights and
-# call ``reset_buffers``, since a table that was never on a device cannot have been computed there.
+# For a model too large for one device: construct under ``torch.device("meta")``, shard, call ``to_empty``, and load the
+# weights. Then call ``reset_buffers``, since tables cannot be computed on the meta device.
 
 
 class TiedHead(nn.Module):
     """Output layer with the token embedding's matrix (arXiv 1608.05859).
 
-    The matrix is passed at each call: if two modules owned it, ``to_empty`` of a model on the meta device would make it
-    two tensors.
+    Each call passes the matrix. If two modules owned it, ``to_empty`` would make two tensors of it on the meta device.
     """
 
     def forward(self, x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -213,15 +210,15 @@ class GPT(nn.Module):
         self.position = build_position(config)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        # Norms after each addition leave the hidden states normalized.
+        # With norms after each addition, the hidden states are already normalized.
         self.norm = build_norm(config) if config.norm_position is NormPosition.pre else nn.Identity()
         self.head = TiedHead() if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab, bias=False)
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Compute the logits of the token after each position, (B, T) integers -> (B, T, V).
 
-        With a cache (gpt/model/attention.py), the T tokens follow those in it, and are added to it. The tokens seen are
-        at most ``block_size`` in all.
+        With a cache (gpt/model/attention.py), the T tokens follow the cached ones, and are added to the cache. All
+        tokens together are at most ``block_size``.
         """
         start = 0 if cache is None else cache.length
         seen = start + tokens_BT.size(1)
@@ -242,11 +239,11 @@ class GPT(nn.Module):
         """Compute the logits from the hidden states after the last block, (B, T, D) -> (B, T, V)."""
         x_BTD = self.norm(x_BTD)
         tied = [self.token_embedding.weight] if self.config.tie_embeddings else []
-        logits_BTV = self.head(x_BTD, *tied)  # a call of the module, so that hooks and sharding from outside apply
+        logits_BTV = self.head(x_BTD, *tied)  # call the module, so that hooks and sharding from outside apply
         return logits_BTV[..., : self.config.vocab_size]
 
     def reset_buffers(self) -> None:
-        """Compute the tables that no checkpoint holds; needed once after ``to_empty``."""
+        """Compute the tables that no checkpoint contains. Needed once after ``to_empty``."""
         for module in self.modules():
             reset = getattr(module, "reset_buffers", None)
             if reset is not None and module is not self:
@@ -254,25 +251,26 @@ class GPT(nn.Module):
 
     @property
     def has_cache(self) -> bool:
-        """True unless the attention says, by ``uses_cache = False``, that it forgets keys and values."""
+        """True unless the attention sets ``uses_cache = False``, because it keeps no keys and values."""
         return all(getattr(block.attention, "uses_cache", True) for block in self.blocks)
 
 
-# Stage of a GPT that is run by itself: consecutive blocks, and what is before the first or after the last of them.
+# Pipeline stage: consecutive blocks of a GPT, with its input layers in the first stage and its output layers in the
+# last.
 #
-# Every parameter keeps its name, so that a stage is initialized, stored and reported as the whole model is.
+# Every parameter keeps its name, so a stage is initialized, stored and reported like the whole model.
 
 
 class Stage(GPT):
-    """Stage made of parts of a whole GPT, which it shares with it.
+    """Stage that shares its parts with a whole GPT.
 
-    The first stage takes tokens, (B, T) integers, the others hidden states, (B, T, D). The last one returns logits,
-    (B, T, V), the others hidden states. A tied output matrix is the embedding, so the last stage has it as well: the
-    same parameter where both stages are in one process. Modules of other stages are not there; ``blocks`` holds this
-    stage's blocks only, under their numbers in the whole model.
+    The first stage takes tokens, (B, T) integers; later stages take hidden states, (B, T, D). The last stage returns
+    logits, (B, T, V); earlier stages return hidden states. A tied output matrix is the embedding, so the last stage
+    also has it: as the same parameter if both stages are in one process. A stage has no modules of other stages.
+    ``blocks`` contains only its blocks, under their numbers in the whole model.
 
     Args:
-        whole: the model whose parts are taken.
+        whole: the model whose parts are used.
         blocks: the numbers of the blocks.
         first: True for the stage with the embedding.
         last: True for the stage with the last norm and the output matrix.

@@ -1,6 +1,6 @@
-"""Loss of one forward pass, and the precision it is computed in.
+"""Loss of one forward pass, and the precision of its computation.
 
-Shapes: B sequences, T tokens of one, V vocabulary, N = B T, R rows of a chunk.
+Shapes: B sequences, T tokens of a sequence, V vocabulary, N = B T, R rows of a chunk.
 """
 
 from __future__ import annotations
@@ -16,32 +16,33 @@ from torch.autograd.function import once_differentiable
 from gpt.config import LOSS_CHUNK, Precision, TrainConfig
 
 COMPUTE_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
-"""Type of matrix products, and of what is between them."""
+"""Dtype of matrix products, and of the values between them."""
 
 CACHED_LOGITS = 2**17
-"""Logits of a chunk for each thread of a CPU: half a megabyte, in second-level caches of one or two."""
+"""Number of logits of a chunk for each thread of a CPU: half a megabyte, for second-level caches of one or two."""
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
-    """Context of the forward pass: matrix products in 16 bits over fp32 weights where ``config.precision`` says so.
+    """Return the context of the forward pass: matrix products in 16 bits over fp32 weights for a 16-bit
+    ``config.precision``.
 
-    Under fsdp the gathered weights have 16 bits already; autocast then still decides for the loss and the norms.
+    Under fsdp the gathered weights already have 16 bits. autocast then only affects the loss and the norms.
     """
     half = config.precision.is_half
     return torch.autocast(device.type, COMPUTE_DTYPES[config.precision] if half else None, enabled=half)
 
 
 def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Compute the cross-entropy of logits in nats, summed over the tokens, () in fp32; computed in fp32."""
+    """Compute the cross-entropy of logits in nats, summed over the tokens, () in fp32."""
     summed_loss: Tensor = CrossEntropy.apply(logits_BTV.flatten(0, 1), targets_BT.flatten())
     return summed_loss
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy that keeps nothing but the logits, and has a chunk of them in fp32 at a time.
+    """Summed cross-entropy that keeps only the logits, and has one chunk of them in fp32 at a time.
 
-    What torch puts together keeps the log-softmax of all logits in fp32, and makes two gradients of that size. Computed
-    in each pass again, chunk by chunk, the softmax costs its exponentials, and not the memory's time.
+    torch's composition keeps the log-softmax of all logits in fp32, and makes two gradients of that size. Recomputing
+    the softmax per chunk costs exponentials, but saves time on memory traffic.
     """
 
     @staticmethod
@@ -72,8 +73,8 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def exponentials(logits_NV: Tensor, columns_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what a softmax is made of: the largest logit of each row, the sum of the exponentials of the others'
-    distance to it, and the distance of one column; each (N,) fp32."""
+    """Return the parts of a softmax, each (N,) in fp32: the largest logit of each row; the sum of exp(logit - largest);
+    and for one column of each row, logit - largest."""
     found = []
     for logits_RV, columns_R in zip(in_chunks(logits_NV), in_chunks(columns_N, logits_NV), strict=True):
         peak_R1 = logits_RV.amax(-1, keepdim=True).float()
@@ -90,18 +91,18 @@ def write_softmax(out_NV: Tensor, logits_NV: Tensor, peak_N: Tensor, rest_N: Ten
     for out_RV, logits_RV, peak_R1, rest_R1 in zip(in_chunks(out_NV), in_chunks(logits_NV), *rows, strict=True):
         if out_RV.dtype == peak_R1.dtype:
             torch.sub(logits_RV, peak_R1, out=out_RV).sub_(rest_R1).exp_()
-        else:  # one pass less, for digits that half precision does not have
+        else:  # saves one pass, at the cost of digits that half precision does not have
             torch.exp(logits_RV - (peak_R1 + rest_R1), out=out_RV)
 
 
 def in_chunks(x: Tensor, logits_NV: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Split the rows of ``x``, by default logits themselves, into chunks for ``chunk_elements`` logits each."""
+    """Split the rows of ``x``, by default of ``logits_NV``, into chunks for ``chunk_elements`` logits each."""
     logits_NV = x if logits_NV is None else logits_NV
     return x.split(max(1, chunk_elements(logits_NV.device) // max(1, logits_NV.size(1))))
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Return how many logits are in fp32 at a time: on a CPU what stays in the caches of its cores."""
+    """Return the number of logits in fp32 at a time. On a CPU this number fits into the caches of its cores."""
     return LOSS_CHUNK if device.type != "cpu" else min(LOSS_CHUNK, CACHED_LOGITS * torch.get_num_threads())
 
 
@@ -113,7 +114,7 @@ def summed_loss(
     device: torch.device,
     criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
 ) -> Tensor:
-    """Compute the loss of one forward pass, summed over the tokens, by ``criterion(logits, targets)``."""
+    """Compute the loss of one forward pass in nats, summed over the tokens, by ``criterion(logits, targets)``, ()."""
     with autocast(config, device):
         logits_BTV = module(tokens_BT.to(device, non_blocking=True))
     return criterion(logits_BTV, targets_BT.to(device, non_blocking=True))

@@ -1,6 +1,6 @@
 """Normalization layers, over the last dimension.
 
-Shapes: D the normalized dimension, N all others in one.
+Shapes: D is the normalized dimension, N the product of all other dimensions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def build_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
     """Build the normalization layer that ``config.norm`` names, (..., width) -> (..., width), by default over D.
 
     ``layernorm`` has a gain and a shift (arXiv 1607.06450), ``layernorm_nobias`` and ``rmsnorm`` (arXiv 1910.07467) a
-    gain only; a class of the user's is made with the config and the width.
+    gain only; a class of the user is constructed with the config and the width.
     """
     width = config.n_embd if width is None else width
     if isinstance(config.norm, str):
@@ -31,10 +31,10 @@ def build_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
 
 
 class RmsNorm(nn.RMSNorm):
-    """RMSNorm of torch; on CPUs, where torch puts it together from a dozen operations, in one function."""
+    """RMSNorm of torch. On CPUs one function replaces torch's composition of a dozen operations."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # Compilers fuse the dozen; DTensors and other kinds of tensors know torch's own operations only.
+        # Compilers fuse these operations; DTensors and other kinds of tensors support only torch's own operations.
         plain = type(x) is Tensor and type(self.weight) is nn.Parameter and not torch.compiler.is_compiling()
         if plain and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
             normalized: Tensor = RmsNormOnCpu.apply(x, self.weight, self.eps)
@@ -49,7 +49,8 @@ class RmsNormOnCpu(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
         normalized = x * scale
-        # Two of the size of x, as torch's own operations keep: what the memory plan counts for every precision.
+        # Keeps two tensors of the size of x, like torch's own operations; the memory plan counts two for every
+        # precision.
         ctx.save_for_backward(x, gain_D, scale, normalized)
         return normalized * gain_D
 

@@ -1,7 +1,7 @@
 """Positions of tokens: a learned table added to the embedding, or rotary embeddings inside attention.
 
-B batch, T time, D width, H heads, C head width. The tokens are the whole of a sequence from position 0 on, unless a
-cache (gpt/model/attention.py) holds its beginning, or ``set_positions`` has set their positions.
+B batch, T time, D width, H heads, C head width. The tokens are a whole sequence from position 0 on, unless a cache
+(gpt/model/attention.py) has its beginning, or ``set_positions`` has set their positions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gpt.config import ModelConfig, Position, RopeScaling
 
 
 class LearnedPosition(nn.Module):
-    """Table of one trained vector for each position, added to the token's (GPT-2)."""
+    """Table with one trained vector for each position, added to that of the token (GPT-2)."""
 
     def __init__(self, block_size: int, n_embd: int) -> None:
         super().__init__()
@@ -37,8 +37,8 @@ class LearnedPosition(nn.Module):
 class Rope(nn.Module):
     """Rotary embeddings (RoFormer, arXiv 2104.09864): queries and keys are turned by an angle that grows with position.
 
-    Channel c is paired with channel c + C/2, as in the Llama weights, not with c + 1 as in the paper; the two differ
-    by a permutation of the rows of the query and key matrices.
+    Channel c is paired with channel c + C/2, as in the Llama weights. The paper pairs c with c + 1; the two differ by a
+    permutation of the rows of the query and key matrices.
     """
 
     cos: Tensor
@@ -54,9 +54,9 @@ class Rope(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Fill the tables in place, on whatever device they are.
+        """Fill the tables in place, on their device.
 
-        They are computed on the CPU in float64: the same bits on every device, and no loss of phase far from the start.
+        They are computed on the CPU in float64: the same bits for every device, and exact phases at large positions.
         """
         positions = torch.arange(self.config.block_size, dtype=torch.float64, device="cpu")
         angles = torch.outer(positions, rotation_rates(self.config))
@@ -66,15 +66,15 @@ class Rope(nn.Module):
     def forward(self, x_BTHC: Tensor, start: int = 0) -> Tensor:
         tokens = slice(start, start + x_BTHC.size(1))
         rows = tokens if self.positions_T is None else self.positions_T[tokens]
-        # The tables are fp32, which promotes bf16 queries and keys, while the values stay bf16.
+        # fp32 tables promote bf16 queries and keys, while the values stay bf16.
         turned: Tensor = Rotation.apply(x_BTHC, self.cos[rows, None], self.sin[rows, None])
         return turned.type_as(x_BTHC)
 
 
 class Rotation(torch.autograd.Function):
-    """Rotation of each pair of channels, whose gradient is turned back by the same angles.
+    """Rotation of each pair of channels. The backward pass turns the gradient back by the same angles.
 
-    Torch's own derivative of the formula has twice its operations, each a pass over memory where nothing is compiled.
+    Torch's own derivative has twice the operations, and each uncompiled operation is a pass over memory.
     """
 
     @staticmethod
@@ -98,7 +98,10 @@ def rotate(x_BTHC: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
 
 
 def build_position(config: ModelConfig) -> nn.Module | None:
-    """Build what positions add to the embedding, (B, T, D) and the first position -> (B, T, D); None for nothing."""
+    """Build the module that adds positions to the embedding; None if nothing is added.
+
+    The module maps (B, T, D) and the first position to (B, T, D).
+    """
     if isinstance(config.position, str):
         made: nn.Module = build_part("model.position", config.position, config)
         return None if getattr(made, "on_heads", False) else made
@@ -106,7 +109,10 @@ def build_position(config: ModelConfig) -> nn.Module | None:
 
 
 def build_rotation(config: ModelConfig) -> nn.Module | None:
-    """Build what positions do to queries and keys, (B, T, H, C) and the first position -> (B, T, H, C); or None."""
+    """Build the module that rotates queries and keys; None if nothing is rotated.
+
+    The module maps (B, T, H, C) and the first position to (B, T, H, C).
+    """
     if isinstance(config.position, str):
         made: nn.Module = build_part("model.position", config.position, config)
         return made if getattr(made, "on_heads", False) else None
@@ -114,9 +120,9 @@ def build_rotation(config: ModelConfig) -> nn.Module | None:
 
 
 def set_positions(module: nn.Module, positions_T: Tensor) -> None:
-    """Set the positions of the tokens that a model, or a part of one, gets as input: (T,) integers.
+    """Set the positions of the input tokens of a model, or of a part of one: (T,) integers.
 
-    For a rank that holds a part of each sequence. ``start`` then counts these tokens.
+    For a rank with a part of each sequence. ``start`` then is an index into these positions.
     """
     for part in module.modules():
         if isinstance(part, LearnedPosition | Rope):
@@ -126,7 +132,7 @@ def set_positions(module: nn.Module, positions_T: Tensor) -> None:
 def rotation_rates(config: ModelConfig) -> Tensor:
     """Compute the angle per position of each pair of channels, (C/2,) in float64 on the CPU, fastest first.
 
-    Pair i of a head turns by base^(-2i/C); ``rope_scaling`` slows that down, see ``gpt.config.RopeScaling``.
+    Pair i of a head turns by base^(-2i/C); ``rope_scaling`` reduces these rates, see ``gpt.config.RopeScaling``.
     """
     width, base, factor = config.head_dim, config.rope_base, config.rope_factor
     if config.rope_scaling is RopeScaling.ntk:
@@ -140,8 +146,8 @@ def rotation_rates(config: ModelConfig) -> Tensor:
 def llama3_rates(rates: Tensor, config: ModelConfig) -> Tensor:
     """Scale rotation rates as Llama 3.1 does, (C/2,).
 
-    Rates that turn less than ``low`` times in the original length are divided by the factor, those that turn more than
-    ``high`` times are left, and those between are blended linearly in the number of turns.
+    Rates with fewer than ``low`` turns in the original length are divided by the factor. Rates with more than ``high``
+    turns stay unchanged. Rates between are blended linearly in the number of turns.
     """
     assert config.rope_original_block_size is not None
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor

@@ -1,6 +1,6 @@
 """Sampling of the next token, and generation token by token.
 
-B sequences, T tokens, V vocabulary.
+Shapes: B sequences, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from launch.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings by which a token is drawn from the logits."""
+    """Settings of the random choice of a token from the logits."""
 
     temperature: float = 1.0
-    """Divisor of the logits: below 1 likely tokens become likelier; 0 always takes the likeliest."""
+    """Divisor of the logits. Below 1, likely tokens become likelier; 0 always picks the likeliest."""
     top_k: int | None = None
-    """Number of the likeliest tokens to draw from; None draws from all."""
+    """Number of the likeliest tokens to draw from; None for all."""
     top_p: float | None = None
-    """Probability of the fewest likeliest tokens to draw from (nucleus, arXiv 1904.09751); None draws from all."""
+    """Cumulative probability of the smallest set of likeliest tokens to draw from (nucleus, arXiv 1904.09751); None for
+    all."""
 
     def validate(self) -> None:
-        """Raise ConfigError where a number is out of its range."""
+        """Raise ConfigError if a number is out of its range."""
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
             raise ConfigError(f"--temperature {self.temperature}", "0 or above", "--temperature 1")
         if self.top_k is not None and self.top_k < 1:
@@ -39,7 +40,8 @@ class Sampling:
 
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Compute the probabilities to draw from, (B, V): temperature first, then the k likeliest, then their nucleus."""
+    """Compute the probabilities to draw from, (B, V): first temperature, then the k likeliest tokens, then their
+    nucleus."""
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
     logits_BV = logits_BV / sampling.temperature
@@ -49,7 +51,7 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     probabilities_BV = logits_BV.softmax(1)
     if sampling.top_p is not None and sampling.top_p < 1:
         sorted_BV, order_BV = probabilities_BV.sort(1, descending=True)
-        # A token stays where those before it do not have enough yet, so the likeliest always does.
+        # Keep a token if the tokens before it have too little probability, so the likeliest always stays.
         kept_BV = sorted_BV.cumsum(1) - sorted_BV < sampling.top_p
         probabilities_BV = torch.zeros_like(probabilities_BV).scatter_(1, order_BV, sorted_BV * kept_BV)
         probabilities_BV /= probabilities_BV.sum(1, keepdim=True)
@@ -57,7 +59,7 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def make_generators(seed: int, count: int) -> list[torch.Generator]:
-    """Make a generator for each sequence, so that its tokens do not depend on the others in the batch."""
+    """Return a generator per sequence, so that its tokens do not depend on other sequences of the batch."""
     return [torch.Generator("cpu").manual_seed((seed * 1000 + i) % 2**63) for i in range(count)]
 
 
@@ -71,19 +73,19 @@ def generate(
     generators: Sequence[torch.Generator],
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
-    """Yield ``new_tokens`` times the next token of each sequence, (B,) on the CPU.
+    """Yield the next token of each sequence, (B,) on the CPU, ``new_tokens`` times.
 
-    The model sees at most ``block_size`` tokens: of a longer prompt the last ones. Where the window is full, it goes on
-    from its last half, so that the cache is filled anew once in ``block_size / 2`` tokens, not for every one.
+    The model sees at most ``block_size`` tokens; of a longer prompt, the last ones. When the window is full, only its
+    last half is kept. So the cache is refilled once per ``block_size / 2`` tokens, not for every token.
 
     Args:
         model: the model, in eval mode.
         prompt_BT: prompts of equal length, on the model's device.
         new_tokens: number of tokens to add to each sequence.
-        vocab_size: ids from here on are never drawn; an embedding may have more rows than the tokenizer has ids.
-        sampling: settings of the draw.
+        vocab_size: number of ids that may be drawn. An embedding may have more rows than the tokenizer has ids.
+        sampling: settings of the random choice.
         generators: a generator for each sequence.
-        use_cache: keep keys and values, instead of computing every token again at each step.
+        use_cache: keep keys and values, instead of recomputing every token at each step.
     """
     size = model.config.block_size
     tokens_BT, start, read = prompt_BT, max(0, prompt_BT.size(1) - size), 0
@@ -92,9 +94,9 @@ def generate(
     for _ in range(new_tokens):
         if tokens_BT.size(1) - start > size:
             start, cache = tokens_BT.size(1) - max(1, size // 2), Cache(size)
-        read = start + cache.length if use_cache else start  # the first token that the cache does not have
+        read = start + cache.length if use_cache else start  # first token that the cache lacks
         logits_BTV = model(tokens_BT[:, read:], cache if use_cache else None)
-        # On the CPU, where a seed draws alike whatever the device of the model.
+        # Draw on the CPU, so that a seed gives the same tokens for any device of the model.
         chances_BV = probabilities(logits_BTV[:, -1, :vocab_size].float(), sampling).cpu()
         next_B = torch.cat(
             [torch.multinomial(row, 1, generator=own) for row, own in zip(chances_BV, generators, strict=True)]

@@ -1,7 +1,7 @@
-"""The planner: feasible layouts, memory per rank, step-time estimates, and ``parallel=auto``. Torch-free.
+"""Planner: valid layouts, memory per rank, step-time estimates, and ``parallel=auto``. Imports no torch.
 
-``hardware`` holds what is assumed of a device and its links, ``collectives`` the cost of a collective on them,
-``memory`` the memory of a rank. ``communication`` and ``cost`` estimate the time of a step. ``search`` enumerates the
-layouts and keeps those that fit, ``auto`` ranks them and takes the first, ``explain`` says why not the others. The
-estimates rank layouts and promise no speed: nothing here was measured on the machine in question.
+``hardware`` has the assumptions about a device and its links, and the cost of collectives. ``memory`` computes the
+memory of a rank, and ``cost`` estimates the time of a step. ``search`` enumerates the layouts, keeps those that fit,
+and explains the rest. ``auto`` ranks them and chooses the first. ``execution`` resolves precision and compilation. The
+estimates serve to rank layouts; they are not measurements of the machine.
 """

@@ -1,4 +1,5 @@
-"""``parallel=auto``: the layout with the shortest estimated step that fits; and warnings of a plan."""
+"""``parallel=auto``: the layout with the shortest estimated step that fits; and warnings of a plan. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -30,17 +31,17 @@ from launch.runs.compose import read_config
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides, typed_key, typed_value
 
-# ``parallel=auto``: of the layouts that fit in memory, the one that the estimate says is fastest.
+# Choice of the layout with the shortest estimated step, among those that fit in memory.
 
 
 NO_DIFFERENCE = 1.03
-"""Estimates within this ratio count as equal: then the plainer layout is preferred."""
+"""Ratio within which estimates count as equal. Of equal layouts, the plainer one is preferred."""
 
 TIMEOUTS = ("timeout_s", "step_timeout_s")
 """Keys of ``parallel`` that are no part of a layout."""
 
 SHOWN = 5
-"""Layouts that a plan shows."""
+"""Number of layouts that a plan shows."""
 Config = TypeVar("Config", bound=TrainConfig)
 
 
@@ -49,11 +50,11 @@ class LayoutChoice(Candidate):
     """A layout that fits, with its estimated step time."""
 
     micro_batch: int
-    """``optim.max_micro_batch``: as typed, or smaller."""
+    """``optim.max_micro_batch``: the typed value, or a smaller one."""
     estimate: Estimate
 
     def as_dict(self) -> dict[str, object]:
-        """Return the layout as ``plan.json`` holds it."""
+        """Return the layout in the form of ``plan.json``."""
         found = self.estimate
         return {
             "layout": describe(self.parallel, self.dims),
@@ -75,32 +76,32 @@ class ParallelChoice:
 
     parallel: ParallelConfig
     micro_batch: int
-    """``optim.max_micro_batch``: as typed, or smaller."""
+    """``optim.max_micro_batch``: the typed value, or a smaller one."""
     choices: tuple[LayoutChoice, ...] = ()
-    """The layouts that fit, best first; empty where there was no choice."""
+    """Layouts that fit, best first; empty if nothing was open."""
     why: str = ""
-    """The reason as text; empty where the command sets the strategy."""
+    """Reason for the choice as text; empty if the command sets the strategy."""
     left_out: tuple[str, ...] = ()
-    """Lines of text on the layouts that were left out, and on what was relaxed to fit."""
+    """Lines of text on excluded layouts, and on settings that were relaxed."""
 
     @property
     def best(self) -> tuple[LayoutChoice, ...]:
-        """The first layouts, as many as a plan shows."""
+        """First layouts, as many as a plan shows."""
         return self.choices[:SHOWN]
 
     def apply(self, config: Config) -> Config:
-        """Return the config with the choice filled in."""
+        """Return the config with the chosen values."""
         return replace(with_micro_batch(config, self.micro_batch), parallel=self.parallel)
 
 
 def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> ParallelChoice:
-    """Rank the layouts that fit, best first: those for the config as typed, or else with the least relaxation.
+    """Rank the layouts that fit, best first: those for the config as typed, otherwise with the least relaxation.
 
     Args:
-        config: of the run, with ``parallel.strategy=auto``.
-        world_size: ranks.
-        machine: the hardware of the ranks.
-        fixed: keys of ``parallel`` that the user set, which never change; and ``optim.max_micro_batch`` where it was.
+        config: config of the run, with ``parallel.strategy=auto``.
+        world_size: number of ranks.
+        machine: hardware of the ranks.
+        fixed: keys of ``parallel`` that the user typed, which never change; also ``optim.max_micro_batch`` if typed.
 
     Raises:
         ConfigError: no layout is valid, or none fits.
@@ -152,14 +153,14 @@ def choose_parallelism(
     world_size: int,
     machine: Callable[[], Machine],
 ) -> ParallelChoice:
-    """Choose the parallelism of a run with ``parallel=auto``, keeping other keys of ``parallel`` that were typed.
+    """Choose the parallelism of a run with ``parallel=auto``, keeping other typed keys of ``parallel``.
 
     Args:
-        config: of the run.
-        overrides: what was typed.
-        folder: of the run, where there may be one already.
-        world_size: ranks.
-        machine: returns the hardware of the ranks; called only where there is a choice.
+        config: config of the run.
+        overrides: the typed overrides.
+        folder: folder of the run, which may not exist yet.
+        world_size: number of ranks.
+        machine: returns the hardware of the ranks; called only if the choice is open.
 
     Raises:
         ConfigError: no layout is valid, or none fits.
@@ -174,7 +175,7 @@ def choose_parallelism(
 
 
 def typed_keys(overrides: Sequence[str]) -> set[str]:
-    """Return the keys of ``parallel`` that were typed, without the strategy; and ``optim.max_micro_batch``."""
+    """Return the typed keys of ``parallel``, without the strategy; and ``optim.max_micro_batch`` if typed."""
     keys = {typed_key(arg) for arg in overrides}
     ours = {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")}
     return ours - {"strategy", *TIMEOUTS} | keys & {MICRO_BATCH}
@@ -183,12 +184,12 @@ def typed_keys(overrides: Sequence[str]) -> set[str]:
 def earlier_choice(
     config: TrainConfig, overrides: Sequence[str], fixed: Collection[str], folder: RunFolder, world_size: int
 ) -> ParallelChoice | None:
-    """Return the choice of an earlier attempt, if it is valid on these ranks and no other keys were typed."""
+    """Return the choice of an earlier attempt; None if it is invalid on these ranks, or other keys were typed."""
     if not folder.config.is_file():
         return None
     before = read_config(folder, TrainConfig)
     earlier = replace(before.parallel, **{key: getattr(config.parallel, key) for key in TIMEOUTS})
-    if earlier.strategy is Strategy.auto:  # written before the choice, by another kind of launcher
+    if earlier.strategy is Strategy.auto:  # another kind of launcher wrote the config before the choice
         return None
     if any(getattr(earlier, key) != getattr(config.parallel, key) for key in {*fixed} - {MICRO_BATCH}):
         return None
@@ -203,22 +204,22 @@ def earlier_choice(
     return choice
 
 
-# Warnings of a plan: what would work, and is hardly what somebody wants.
+# Warnings of a plan about settings that work, but are hardly intended.
 #
-# Pure functions over figures; each yields a line for people, or nothing. Torch-free.
+# Pure functions of figures. Each yields a line for people, or nothing.
 
 
 MANY_EPOCHS = 100
-"""Passes over a corpus after which hardly anything is left to learn from it."""
+"""Number of passes over a corpus after which a model hardly learns more from it."""
 
 
 def slow_precision(
     device_name: str, precision: Precision, tf32: bool = False, best: Precision | None = None
 ) -> Iterator[str]:
-    """Warn of fp32, true or by TF32, on a device whose matrix units take bf16 or fp16, by the peaks of the two, and of
-    bf16 on one that does not compute in it.
+    """Warn of fp32 or TF32 on a device whose matrix units support bf16 or fp16, by the two peaks. Warn of bf16 on a
+    device that does not compute in it.
 
-    ``best`` is the precision that is fastest on a device whose name is not known; None where nobody can tell.
+    ``best`` is the fastest precision of a device with an unknown name; None if unknown.
     """
     known = find(device_name)
     best = best if known is None else known.half
@@ -235,7 +236,7 @@ def slow_precision(
 
 
 def eager_tensor_parallel(config: TrainConfig) -> Iterator[str]:
-    """Warn of tensor parallelism on GPUs whose blocks are not compiled; ``compile`` is settled."""
+    """Warn of tensor parallelism on GPUs without compiled blocks. ``compile`` is already resolved."""
     if config.parallel.tp > 1 and not config.compiles:
         yield (
             f"parallel.tp={config.parallel.tp} with compile={config.compile.name}: without the compiler each operation "
@@ -244,9 +245,9 @@ def eager_tensor_parallel(config: TrainConfig) -> Iterator[str]:
 
 
 def execution_warnings(config: TrainConfig, device_name: str | None, best: Precision | None = None) -> Iterator[str]:
-    """Warn of an execution that leaves GPUs idle; precision, TF32 and compilation of ``config`` are settled.
+    """Warn of an execution that leaves GPUs idle. Precision, TF32 and compilation of ``config`` are already resolved.
 
-    ``device_name`` is None where it is not known, ``best`` where the fastest precision there is not.
+    ``device_name`` is None if unknown; ``best`` is None if the fastest precision is unknown.
     """
     if device_name is not None:
         yield from slow_precision(device_name, config.precision, bool(config.tf32), best)
@@ -254,7 +255,7 @@ def execution_warnings(config: TrainConfig, device_name: str | None, best: Preci
 
 
 def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterator[str]:
-    """Warn of a run that goes more than a hundred times through its training tokens."""
+    """Warn of a run with more than a hundred passes over its training tokens."""
     a_step = batch.global_batch * config.model.block_size
     total = a_step * config.optim.max_steps
     if total <= MANY_EPOCHS * corpus_tokens:
@@ -270,7 +271,7 @@ def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterat
 
 
 def many_time_limits(run_s: float, timeout_min: int) -> Iterator[str]:
-    """Warn of a run that is estimated to take longer than the time limit of its job."""
+    """Warn of a run whose estimated time exceeds the time limit of its job."""
     limits = math.ceil(run_s / (60 * timeout_min))
     if limits < 2:
         return

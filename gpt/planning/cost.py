@@ -1,4 +1,5 @@
-"""Estimate of the time of a step: compute, pipeline bubble, and exposed communication by mesh axis."""
+"""Estimate of the time of a step: compute, pipeline bubble, and exposed communication by mesh axis. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -22,16 +23,16 @@ from launch.runs.measured import MatmulRates
 
 # Exposed communication of each kind of parallelism, in seconds.
 #
-# Over data ranks: DDP, ZeRO-1, FSDP, replicas and DeepSpeed's ZeRO, per step. Inside the layers: tensor, context and
-# expert parallelism, per micro-batch. Between stages: the pipeline's sends, per micro-batch. With the host: CPU
-# offload, per step. The cost of a collective is gpt/planning/hardware.py's. ``compute_s`` is always that of one
+# Over data ranks, per step: DDP, ZeRO-1, FSDP, replicas and DeepSpeed's ZeRO. Inside the layers, per micro-batch:
+# tensor, context and expert parallelism. Between stages, per micro-batch: the pipeline's sends. With the host, per
+# step: CPU offload. gpt/planning/hardware.py has the cost of a collective. ``compute_s`` is always that of one
 # micro-batch, forward and backward.
 
 
 BACKWARD = 2 / 3
-"""The backward share of compute: two matrix products for each one of the forward pass."""
+"""Share of the backward pass in compute: two matrix products for each one of the forward pass."""
 DDP_BUCKET_BYTES = 25 * 2**20
-"""Size of DDP's gradient buckets; the last one is ready only when the backward pass is over, so it is exposed."""
+"""Size of DDP's gradient buckets in bytes. The last bucket is ready only after the backward pass, so it is exposed."""
 
 
 def data_parallel_s(
@@ -52,8 +53,8 @@ def data_parallel_s(
 def zero1_s(shards: ParameterShards, ring: Group, compute_s: float) -> float:
     """Return the exposed seconds per step of ZeRO-1 (arXiv 1910.02054, section 7.2.1).
 
-    Gradients are reduce-scattered in the last backward pass, of which the last bucket overlaps with nothing; the
-    parameters are all-gathered after the optimizer's step. Chunks of tensors whose rows do not divide are padded.
+    Gradients are reduce-scattered in the last backward pass; the last bucket overlaps with nothing. The parameters are
+    all-gathered after the optimizer's step. Tensors whose rows do not divide evenly are padded.
     """
     size = FP32 * ring.ranks * shards.stored(ring.ranks)
     last = ring.reduce_scatter(min(BUCKET_BYTES, size))
@@ -61,12 +62,12 @@ def zero1_s(shards: ParameterShards, ring: Group, compute_s: float) -> float:
 
 
 def data_parallel_group(dims: ParallelDims, machine: Machine) -> Group:
-    """Return the group of the data ranks and ``cp``: those over which gradients are reduced."""
+    """Return the group that reduces gradients: the data ranks and ``cp``."""
     return group(dims, machine, ["dp_replicate", "dp_shard", "cp"])
 
 
 def replica_groups(dims: ParallelDims, shards: ParameterShards, machine: Machine) -> Iterator[tuple[int, Group]]:
-    """Yield numbers of elements with the group that all-reduces their gradients; that of experts is smaller."""
+    """Yield a number of elements and the group that all-reduces their gradients. The group of experts is smaller."""
     experts = shards.expert_elements if dims.ep > 1 else 0
     yield shards.elements - experts, data_parallel_group(dims, machine)
     if experts:
@@ -75,7 +76,7 @@ def replica_groups(dims: ParallelDims, shards: ParameterShards, machine: Machine
 
 
 def shard_groups(dims: ParallelDims, shards: ParameterShards, machine: Machine) -> Iterator[tuple[int, Group]]:
-    """Yield numbers of elements with the group that FSDP shards them over; that of experts is smaller."""
+    """Yield a number of elements and the group over which FSDP shards them. The group of experts is smaller."""
     experts = shards.expert_elements if dims.ep > 1 else 0
     yield shards.elements - experts, group(dims, machine, ["dp_shard", "cp"])
     if experts:
@@ -87,17 +88,17 @@ def fsdp_s(
 ) -> float:
     """Return the exposed seconds per step of FSDP (arXiv 2304.11277, section 3).
 
-    Parameters are all-gathered for every forward pass, and those of all units of blocks but the last again for the
-    backward pass where they were resharded; gradients are reduce-scattered in the last backward pass, or in each,
-    and in the last one all-reduced between replicas. What the first unit waits for, and what is reduced after it,
-    overlaps with nothing: itself and the embedding, with norm and output matrix where these are tied, and so one
-    group (gpt/parallel/nd.py).
+    Parameters are all-gathered for every forward pass. With resharding, all units of blocks except the last are
+    gathered again for the backward pass. Gradients are reduce-scattered in the last backward pass, or in each, and
+    all-reduced between replicas in the last one. Two collectives overlap with nothing: the all-gather before the first
+    unit, and the reduction after it. They cover the first unit and the embedding; norm and output matrix join the
+    embedding's group if tied (gpt/parallel/nd.py).
     """
     width = BF16 if config.precision.is_half else FP32
     rings, replicas = list(shard_groups(dims, shards, machine)), group(dims, machine, ["dp_replicate"])
     ring, units = rings[0][1], fsdp_units(config, shards.layers) or [1]
-    # A group of parameters for each unit of blocks, and for what is around them one where it is tied, or else two;
-    # the experts of each block are a group of their own.
+    # Each unit of blocks is one group of parameters. The parameters around the blocks are one group if tied, otherwise
+    # two. The experts of each block are a group of their own.
     blocks = [unit * elements(shards.block) for unit in units]
     entry, around = elements(shards.entry), elements(shards.around)
     outside = [around] if config.model.tie_embeddings else [entry, around - entry]
@@ -123,24 +124,24 @@ def fsdp_s(
 
 
 def agreement_s(config: TrainConfig, dims: ParallelDims, machine: Machine) -> float:
-    """Return the seconds per step in which all ranks sum a few numbers: figures, and the norm of sharded gradients."""
+    """Return the seconds per step in which all ranks sum a few numbers: metrics, and the norm of sharded gradients."""
     everyone = strided_group(machine, dims.data_ranks * dims.model_ranks, 1)
     is_whole = config.parallel.strategy is Strategy.ddp and dims.model_ranks * dims.ep == 1
     return (1 if is_whole else 2) * everyone.agree()
 
 
 def in_pieces(collective: Callable[[float], float], size: float, parts: Sequence[int]) -> float:
-    """Return the seconds of collectives one after another, of ``size`` bytes in all, in proportion to ``parts``."""
+    """Return the seconds of consecutive collectives with ``size`` bytes in total, in proportion to ``parts``."""
     whole = sum(parts)
     return sum(collective(size * part / whole if whole else 0.0) for part in parts)
 
 
 STEP_BYTES = 7 * FP32
-"""Bytes per element of AdamW's step: weight, gradient and both moments are read, all but the gradient written."""
+"""Bytes per element of AdamW's step: it reads weight, gradient and both moments, and writes all except the gradient."""
 
 
 def uses_offload(parallel: ParallelConfig) -> bool:
-    """True where parameters, gradients or optimizer state are offloaded to host memory."""
+    """True if parameters, gradients or optimizer state are offloaded to host memory."""
     return parallel.cpu_offload or parallel.offload_optimizer or parallel.offload_parameters
 
 
@@ -149,13 +150,13 @@ def offload_s(
 ) -> float:
     """Return the exposed seconds per step of CPU offload.
 
-    Weights are copied to the device for each forward pass, and again for the backward pass where they were resharded;
-    both overlap with compute. The rest does not: gradients are copied to the host, AdamW steps there, and DeepSpeed's
-    ranks with weights on their devices copy their shard back. In ZeRO-2 and 3 gradients go after every micro-batch.
+    Weights are copied to the device for each forward pass, and with resharding again for the backward pass. Both copies
+    overlap with compute. The rest is exposed: gradients are copied to the host and AdamW runs there. DeepSpeed's ranks
+    with weights on their devices copy their shard back. In ZeRO-2 and 3, gradients are copied after every micro-batch.
     """
     parallel, fsdp = config.parallel, config.parallel.cpu_offload
     part = shards.stored() if fsdp else -(-shards.elements // dims.data_ranks)
-    # fsdp copies the fp32 weights and casts them there; DeepSpeed has bf16 ones beside the masters.
+    # fsdp copies the fp32 weights and casts them on the device; DeepSpeed also has bf16 weights next to the masters.
     width = BF16 if config.precision.is_half and not fsdp else FP32
     brought = width * part / host.link_bytes_per_s
     waits = 0.0
@@ -202,7 +203,7 @@ def hidden_width(config: TrainConfig) -> int:
 
 
 def num_forwards(config: TrainConfig) -> int:
-    """Number of forwards of a block for each micro-batch: two with recomputation."""
+    """Return the number of forward passes of a block for each micro-batch: two with recomputation."""
     return 1 if config.recompute is Recompute.none else 2
 
 
@@ -211,8 +212,8 @@ def tensor_parallel_s(
 ) -> float:
     """Return the seconds per micro-batch of tensor parallelism.
 
-    Two all-reduces in each direction for a block (arXiv 1909.08053, section 3), or with sequence parallelism two
-    all-gathers and two reduce-scatters (arXiv 2205.05198, section 4.2.2); one for the embedding and the output matrix
+    A block has two all-reduces in each direction (arXiv 1909.08053, section 3). With sequence parallelism it has two
+    all-gathers and two reduce-scatters (arXiv 2205.05198, section 4.2.2). The embedding and the output matrix have one
     each.
     """
     ring, elements = group(dims, machine, ["tp"]), tokens_per_rank(config, dims, batch) * config.model.n_embd
@@ -232,8 +233,8 @@ def tensor_parallel_s(
 def context_parallel_s(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> float:
     """Return the exposed seconds per layer of context parallelism.
 
-    An all-gather of keys and values, and a reduce-scatter of their gradients; or the transfers of ring attention, which
-    overlap with attention.
+    These are an all-gather of keys and values, and a reduce-scatter of their gradients; or the transfers of ring
+    attention, which overlap with attention.
     """
     model, ring = config.model, group(dims, machine, ["cp"])
     keys = 2 * product_width(config) * batch.micro * model.block_size * model.kv_heads * model.head_dim / dims.tp
@@ -241,7 +242,7 @@ def context_parallel_s(config: TrainConfig, dims: ParallelDims, batch: Batch, ma
         return num_forwards(config) * ring.all_gather(keys) + ring.reduce_scatter(keys)
     sends = ring.ranks - 1
     seconds = (num_forwards(config) + 1) * sends * ring.send(keys / ring.ranks)
-    # In the backward pass keys circulate again, with their gradients, which are accumulated in fp32.
+    # In the backward pass the keys circulate again, together with their gradients, which are accumulated in fp32.
     products = forward_flops(model, batch.micro).attention / 2 / model.n_layer / (dims.cp * dims.tp)
     computing = (num_forwards(config) + 2) * products / machine.flops_per_s
     gradients = sends * ring.send(keys * FP32 / product_width(config) / ring.ranks)
@@ -254,7 +255,7 @@ def expert_parallel_s(config: TrainConfig, dims: ParallelDims, batch: Batch, mac
     assert model.ffn is Ffn.moe
     rows = batch.micro * expert_rows(model) / dims.cp
     ring = strided_group(machine, dims.ep, dims.cp * dims.tp)
-    again = config.recompute is Recompute.full  # a selective one keeps received rows
+    again = config.recompute is Recompute.full  # selective recomputation keeps received rows
     return 2 * (2 + again) * ring.all_to_all(product_width(config) * rows * model.n_embd)
 
 
@@ -263,8 +264,9 @@ def pipeline_s(
 ) -> float:
     """Return the seconds per micro-batch of sending hidden states to the next stage, and gradients back.
 
-    In 1F1B hidden states to a neighbor and gradients from it pass at the same time, as a link takes both directions
-    (the paired sends of torch's Schedule1F1B): a stage inside has two such exchanges, the first and the last have one.
+    In 1F1B, hidden states to a neighbor and gradients from it are sent at the same time, because a link carries both
+    directions (the paired sends of torch's Schedule1F1B). An inner stage has two such exchanges, the first and the last
+    stage one.
     """
     size = hidden_width(config) * tokens_per_rank(config, dims, batch) * config.model.n_embd
     size //= dims.tp if config.parallel.sequence_parallel else 1
@@ -275,7 +277,7 @@ def pipeline_s(
 
 
 def stage_group(dims: ParallelDims, machine: Machine) -> Group:
-    """Return the group of two pipeline ranks: within a node where a whole pipeline is."""
+    """Return the group of two neighboring pipeline ranks: inside a node if it contains a whole pipeline."""
     stride = dims.data_ranks * dims.cp * dims.tp
     return Group(2, machine.intra_node if dims.pp * stride <= machine.ranks_per_node else machine.inter_node)
 
@@ -306,15 +308,13 @@ def deepspeed_s(config: TrainConfig, batch: Batch, shards: ParameterShards, ring
     return batch.accumulation * (forward + backward)
 
 
-# Estimate of the time of a step: compute, pipeline bubble, and exposed communication by mesh axis.
+# Estimate of a step, for ranking layouts. It does not model kernels and stragglers. Its assumptions:
 #
-# It serves to rank layouts against each other, and knows no kernels and stragglers. Its assumptions:
-#
-# - compute: FLOPs over the rate that a rank attains, whatever the shapes; or by the measured rates of products of these
-#   shapes, where there are some. The slowest pipeline stage sets the pace.
-# - overlap: DDP's all-reduce and the reduce-scatter of ZeRO-1 and FSDP overlap with the last backward pass, FSDP's
-#   all-gathers with the pass they are for, and the transfers of ring attention with attention. All other communication
-#   is exposed: that of tensor, context and expert parallelism inside a layer, sends between pipeline stages, and the
+# - compute: FLOPs over the attained rate of a rank, for any shapes; or the measured rates of products of these shapes,
+#   if available. The slowest pipeline stage sets the pace.
+# - overlap: DDP's all-reduce and the reduce-scatter of ZeRO-1 and FSDP overlap with the last backward pass. FSDP's
+#   all-gathers overlap with their pass, and the transfers of ring attention with attention. All other communication is
+#   exposed: that of tensor, context and expert parallelism inside a layer, sends between pipeline stages, and the
 #   all-reduce of gradients after the last micro-batch.
 
 
@@ -323,14 +323,14 @@ class Estimate:
     """Seconds of one step, by cause."""
 
     compute_s: float
-    """Compute of the slowest pipeline stage, recomputation included."""
+    """Compute of the slowest pipeline stage, including recomputation."""
     bubble_s: float
     """Pipeline bubble: idle time while the pipeline fills and drains."""
     communication_s: dict[str, float]
-    """Exposed communication by mesh axis, ``world`` for numbers that all ranks sum, and ``host`` for copies from and to
-    host memory."""
+    """Exposed communication by mesh axis. ``world`` is the sum of a few numbers over all ranks, ``host`` the copies
+    from and to host memory."""
     tokens: int
-    """Tokens of a step."""
+    """Number of tokens of a step."""
 
     @property
     def step_s(self) -> float:
@@ -344,16 +344,16 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> Estimate:
-    """Estimate a step on ``machine``: that of the slowest pipeline stage."""
+    """Estimate a step on ``machine``. The slowest pipeline stage determines it."""
     different: dict[object, int] = {}
-    for rank in range(dims.pp):  # inner stages with as many blocks take as long as one another
+    for rank in range(dims.pp):  # inner stages with equally many blocks take equally long
         different.setdefault(tuple((len(one.blocks), one.first, one.last) for one in rank_stages(config, rank)), rank)
     ranks = [estimate_rank(config, dims, batch, machine, rank) for rank in different.values()]
     return max(ranks, key=lambda found: found.step_s)
 
 
 def estimate_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine, rank: int) -> Estimate:
-    """Estimate a step for one pipeline rank, as if it set the pace."""
+    """Estimate a step for one pipeline rank, as if it were the slowest."""
     stages = rank_stages(config, rank)
     shards = parameter_shards(config.model, dims, stages)
     compute_s = micro_batch_s(config, dims, batch, stages, machine)
@@ -377,7 +377,8 @@ def estimate_rank(config: TrainConfig, dims: ParallelDims, batch: Batch, machine
 def per_step_s(
     config: TrainConfig, dims: ParallelDims, batch: Batch, shards: ParameterShards, machine: Machine, compute_s: float
 ) -> dict[str, float]:
-    """Return the exposed seconds per step of gradient and parameter communication, with data ranks and host."""
+    """Return the exposed seconds per step of gradient and parameter communication, over data ranks and with the
+    host."""
     if config.parallel.strategy is Strategy.deepspeed:
         waits = {"dp": deepspeed_s(config, batch, shards, data_parallel_group(dims, machine), compute_s)}
     else:
@@ -410,10 +411,11 @@ def micro_batch_s(
 
 
 def product_rates(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> tuple[float, float]:
-    """Return the rates at which a block and the output matrix are computed, FLOP/s.
+    """Return the rates of a block and of the output matrix, in FLOP/s.
 
-    A block's is the harmonic mean over its products forward and backward, weighted by their FLOPs. Attention's own
-    products, the router's and those of custom parts have no shape of these: they run at the fastest rate measured.
+    The rate of a block is the harmonic mean over its products, forward and backward, weighted by their FLOPs.
+    Attention's own products, the router's and those of custom parts have other shapes; they use the fastest measured
+    rate.
     """
     rates, model = machine.matmul, config.model
     if rates is None:
@@ -439,21 +441,21 @@ def block_seconds_per_flop(
     model, rows = config.model, tokens_of(config, dims, batch)
     widths = [model.n_head * model.head_dim, *(2 * [model.kv_heads * model.head_dim]), model.n_head * model.head_dim]
     projected = sum(width * seconds_per_flop(rates, rows, width / dims.tp, model.n_embd) for width in widths)
-    if model.ffn is Ffn.moe:  # the ranks of ep hand each other the tokens of their experts
+    if model.ffn is Ffn.moe:  # the ranks of ep exchange the tokens of their experts
         rows *= dims.ep * model.n_expert_per_token / model.n_expert
     return projected / sum(widths), seconds_per_flop(rates, rows, model.ffn_width / dims.tp, model.n_embd)
 
 
 def seconds_per_flop(rates: MatmulRates, rows: float, sharded: float, width: float) -> float:
-    """Return the mean seconds per FLOP of Y = X W and of the two products of its backward pass, of X and of W.
+    """Return the mean seconds per FLOP of Y = X W and of the two products of its backward pass, for X and for W.
 
-    Sharded by columns or by rows, W has the sizes ``sharded`` and ``width``; both ways, which differ in what is summed
-    over, count alike.
+    W has the sizes ``sharded`` and ``width``, sharded by columns or by rows. The two ways differ only in the dimension
+    that is summed over, and count alike.
     """
     shapes = [(rows, sharded, width), (rows, width, sharded), (width, sharded, rows)]
     return sum(1 / rates.rate(*shape) for shape in shapes) / len(shapes)
 
 
 def matmul_flops(config: TrainConfig, flops: Flops) -> int:
-    """Return the FLOPs of all matrix products, with attention as the kernel computes it: a fused one skips the mask."""
+    """Return the FLOPs of all matrix products. A fused attention kernel skips the mask."""
     return flops.palm if config.model.attention is AttentionBackend.manual else flops.causal

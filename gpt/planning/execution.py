@@ -1,6 +1,6 @@
-"""``precision=auto``, ``tf32=null`` and ``compile=auto``: what the devices of a run are best used with.
+"""Resolution of ``precision=auto``, ``tf32=null`` and ``compile=auto`` for the devices of a run. Imports no torch.
 
-A run keeps the precision it began with. Torch-free.
+A run keeps its first precision.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ WITH_CUDA_GRAPHS = (CompileMode["reduce-overhead"], CompileMode["max-autotune"])
 
 
 def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu: str | None) -> Precision:
-    """Choose the precision of a run: as typed, else as the run began, else bf16 on GPUs that compute in it, fp16 on
-    those with matrix units for that only.
+    """Choose the precision of a run: the typed one, otherwise that of its first attempt. Otherwise bf16 on GPUs that
+    compute in it, and fp16 on GPUs whose matrix units support only fp16.
 
     Args:
-        config: of the run.
-        folder: of the run, where there may be one already.
-        on_cpus: whether its ranks compute on CPUs, which get fp32: few of them are faster in bf16.
-        gpu: name of the ranks' GPU; None where it is not known.
+        config: config of the run.
+        folder: folder of the run, which may not exist yet.
+        on_cpus: True if its ranks compute on CPUs. They get fp32, because few CPUs are faster in bf16.
+        gpu: name of the ranks' GPU; None if unknown.
 
     Returns:
-        ``auto`` where only the ranks can tell.
+        ``auto`` if only the ranks can decide.
     """
     if config.precision is not Precision.auto:
         return config.precision
@@ -47,18 +47,19 @@ def choose_precision(config: TrainConfig, folder: RunFolder, on_cpus: bool, gpu:
 
 
 def assume_precision(config: TrainConfig, chosen: Precision) -> TrainConfig:
-    """Return the config with the precision that a plan counts with: bf16 where only the ranks can tell.
+    """Return the config with the planned precision: bf16 if only the ranks can decide.
 
-    Every GPU for data centers since 2020 has it.
+    Every GPU for data centers since 2020 supports bf16.
     """
     return replace(config, precision=Precision.bf16 if chosen is Precision.auto else chosen)
 
 
 def choose_tf32(config: TrainConfig, on_cpus: bool) -> bool:
-    """Tell whether fp32 products of a run are rounded to TF32: as typed, else on GPUs unless it is deterministic.
+    """Return True if fp32 products of a run are rounded to TF32: the typed value, otherwise on GPUs unless
+    deterministic.
 
     Raises:
-        ConfigError: TF32 is asked for on CPUs.
+        ConfigError: TF32 is requested on CPUs.
     """
     if on_cpus and config.tf32:
         raise ConfigError("tf32=true on CPUs", "GPUs, whose matrix units compute in it", "device=cuda, or tf32=null")
@@ -68,11 +69,11 @@ def choose_tf32(config: TrainConfig, on_cpus: bool) -> bool:
 
 
 def refuse_tf32(config: TrainConfig, gpu: str | None) -> None:
-    """Raise ConfigError where TF32 is asked for, and ``precision=auto`` has become 16 bits, or the GPU has none.
+    """Raise ConfigError if TF32 is requested, and ``precision=auto`` resolved to 16 bits, or the GPU lacks TF32.
 
     Args:
-        config: of the run, its precision settled.
-        gpu: name of the ranks' GPU; None where it is not known.
+        config: config of the run, with a resolved precision.
+        gpu: name of the ranks' GPU; None if unknown.
     """
     check_tf32(config)
     known = None if gpu is None else find(gpu)
@@ -81,7 +82,7 @@ def refuse_tf32(config: TrainConfig, gpu: str | None) -> None:
 
 
 def tf32_refusal(gpu: str) -> ConfigError:
-    """Make the refusal of ``tf32`` on a GPU without it."""
+    """Return the error for ``tf32`` on a GPU without it."""
     return ConfigError(
         f"tf32=true on {gpu}, which has no TF32",
         "GPUs of compute capability 8.0 or more on all ranks",
@@ -90,12 +91,12 @@ def tf32_refusal(gpu: str) -> ConfigError:
 
 
 def refuse_float8(config: TrainConfig, on_cpus: bool, gpu: str | None) -> None:
-    """Raise ConfigError where ``float8`` is asked for on a device that is known to have none.
+    """Raise ConfigError if ``float8`` is requested on a device that is known to lack it.
 
     Args:
-        config: of the run.
-        on_cpus: whether its ranks compute on CPUs.
-        gpu: name of the ranks' GPU; None where it is not known.
+        config: config of the run.
+        on_cpus: True if its ranks compute on CPUs.
+        gpu: name of the ranks' GPU; None if unknown.
     """
     known = None if gpu is None else find(gpu)
     if config.float8 is Float8.none or config.float8_emulate or not (on_cpus or (known and not known.has_float8)):
@@ -104,7 +105,7 @@ def refuse_float8(config: TrainConfig, on_cpus: bool, gpu: str | None) -> None:
 
 
 def float8_refusal(config: TrainConfig, where: str) -> ConfigError:
-    """Make the refusal of ``float8`` on devices that do not compute in it."""
+    """Return the error for ``float8`` on devices that do not compute in it."""
     return ConfigError(
         f"float8={config.float8.name} on {where}",
         "GPUs whose matrix units compute in it, of compute capability 8.9 or more",
@@ -113,13 +114,13 @@ def float8_refusal(config: TrainConfig, where: str) -> ConfigError:
 
 
 def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:
-    """Choose the compilation of a run: as typed, else ``default`` on GPUs where the parallelism allows it.
+    """Choose the compilation of a run: the typed one, otherwise ``default`` on GPUs if the parallelism allows it.
 
-    On CPUs the compiler takes longer than most runs there.
+    On CPUs the compiler takes longer than most runs.
 
     Raises:
-        ConfigError: whole graphs or asynchronous tensor parallelism are asked for, and nothing is compiled; or the
-            latter on CPUs; or CUDA graphs would overwrite gradients.
+        ConfigError: whole graphs or asynchronous tensor parallelism are requested without compilation; the latter is
+            requested on CPUs; or CUDA graphs would overwrite gradients.
     """
     chosen = config.compile if config.compile is not CompileMode["auto"] else best_compile(config, world_size, on_cpus)
     refuse_async_tp(config, chosen, on_cpus)
@@ -135,7 +136,7 @@ def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> Compi
 
 
 def refuse_async_tp(config: TrainConfig, chosen: CompileMode, on_cpus: bool) -> None:
-    """Raise ConfigError where ``parallel.async_tp`` is asked for without GPUs, or without the compiler."""
+    """Raise ConfigError if ``parallel.async_tp`` is requested without GPUs, or without the compiler."""
     if not config.parallel.async_tp or not (on_cpus or chosen is CompileMode["none"]):
         return
     compiled = f"compile={config.compile.name}" + ("" if chosen is config.compile else f", here {chosen.name}")
@@ -147,13 +148,13 @@ def refuse_async_tp(config: TrainConfig, chosen: CompileMode, on_cpus: bool) -> 
 
 
 def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
-    """Raise ConfigError where a step has several micro-batches, and their gradients are added up in place."""
+    """Raise ConfigError if a step has several micro-batches whose gradients are added in place."""
     dims = parallel_dims(config.parallel, world_size)
     batch = split_batch(config.optim, dims.data_ranks)
     if batch.accumulation == 1 or not adds_in_place(config):
         return
     fix = "compile=default"
-    if dims.pp == 1:  # a pipeline needs several
+    if dims.pp == 1:  # a pipeline needs several micro-batches
         fix += f", or optim.max_micro_batch={batch.per_rank}"
     raise ConfigError(
         f"compile={config.compile.name} with {batch.accumulation} micro-batches a step",
@@ -163,8 +164,8 @@ def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
 
 
 def adds_in_place(config: TrainConfig) -> bool:
-    """Tell whether the gradients of a micro-batch stay where the backward pass wrote them until the next one's are
-    added: they do unless they are reduced, or cast, before that."""
+    """Return True if the gradients of a micro-batch stay in the memory of the backward pass until the next ones are
+    added. They do unless they are reduced or cast before."""
     parallel = config.parallel
     if parallel.strategy is Strategy.deepspeed:
         return (parallel.zero_stage or 0) < 2 and not casts_weights(config)
@@ -174,7 +175,7 @@ def adds_in_place(config: TrainConfig) -> bool:
 
 
 def best_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> CompileMode:
-    """Return the compilation that ``auto`` stands for."""
+    """Return the compilation that ``auto`` resolves to."""
     compiled = replace(config, compile=CompileMode["default"])
     if on_cpus:
         return CompileMode["none"]

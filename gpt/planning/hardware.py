@@ -1,4 +1,4 @@
-"""Hardware model of the estimates: compute rate, memory, links, and the cost of collectives on them."""
+"""Hardware model of the estimates: compute rate, memory, links, and the cost of collectives. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from gpt.topology.dims import ParallelDims
 from launch.errors import ConfigError, closest
 from launch.runs.measured import COLLECTIVES, TIERS, Curve, LinkFit, MatmulRates, Network
 
-# Hardware model of the estimates: compute rate, memory, and links within and between nodes.
+# Compute rate, memory, and links within and between nodes.
 
 
 ATTAINABLE = 0.5
-"""Share of the peak that a forward and backward pass attains without communication. Matrix products alone get to 0.8
-(271 of 312 on
-an A100, 794 of 989 TFLOP/s on an H100); norms, activations and the residual stream take the rest of the time."""
+"""Share of the peak that a forward and backward pass attains without communication. Matrix products alone reach 0.8
+(271 of 312 TFLOP/s on an A100, 794 of 989 on an H100). Norms, activations and the residual stream take the rest of the
+time."""
 ROOM = 0.9
-"""Share of a device's memory for tensors; the rest is the CUDA context's, the allocator's and NCCL's."""
+"""Share of a device's memory for tensors. The CUDA context, the allocator and NCCL use the rest."""
 INTRA_NODE_LATENCY_S, INTER_NODE_LATENCY_S = 2e-6, 5e-6
-"""Latency of a ring step on NVLink and on InfiniBand; a small all-reduce over the eight GPUs of a node takes some 30 us
-in fourteen of them."""
+"""Latency of a ring step on NVLink and on InfiniBand, in seconds. A small all-reduce over the eight GPUs of a node
+takes some 30 us in fourteen steps."""
 NETWORK_GB_PER_S = 12.5
-"""Network bandwidth of a node of unknown make: 100 Gbit/s."""
+"""Network bandwidth of a node of unknown make, in GB/s: 100 Gbit/s."""
 PCIE_GB_PER_S = 32.0
-"""Bandwidth of a GPU of unknown make to others of its node, and of any GPU to the host: 16 lanes of PCIe 4."""
+"""Bandwidth in GB/s of a GPU of unknown make to others of its node, and of any GPU to the host: 16 lanes of PCIe 4."""
 HOST_GB_PER_S = 100.0
-"""Host memory bandwidth of a node: half of the 205 GB/s of eight channels of DDR4-3200."""
+"""Host memory bandwidth of a node in GB/s: half of the 205 GB/s of eight channels of DDR4-3200."""
 CPU_FLOPS_PER_S, CPU_LINK_GB_PER_S = 60e9, 1.0
-"""One thread in fp32, as benchmarks/README.md has it, and gloo through the loopback device or 10 Gbit/s."""
+"""Rate of one thread in fp32 (see benchmarks/README.md), and bandwidth of gloo through the loopback device or 10
+Gbit/s."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,17 @@ class Link:
     latency_s: float
     bytes_per_s: float
     measured: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
-    """Collective -> latency and bandwidth in it, where they were measured (``launch.runs.measured``)."""
+    """Collective -> its measured latency and bandwidth (``launch.runs.measured``)."""
 
     curves: Mapping[str, Curve] = field(default_factory=dict, hash=False)
-    """Collective -> how far that line is off by the bytes of a message, where it was measured."""
+    """Collective -> measured deviation from that line, by the bytes of a message."""
 
     def rates(self, collective: str) -> tuple[float, float]:
-        """Return latency, seconds, and bandwidth, bytes a second, in a collective."""
+        """Return latency in seconds, and bandwidth in bytes a second, of a collective."""
         return self.measured.get(collective, (self.latency_s, self.bytes_per_s))
 
     def changed(self, change: Callable[[float, float], tuple[float, float]]) -> Link:
-        """Return a link with latencies and bandwidths changed alike in all collectives."""
+        """Return a link whose latencies and bandwidths are changed alike for all collectives."""
         return Link(
             *change(self.latency_s, self.bytes_per_s),
             {name: change(*rates) for name, rates in self.measured.items()},
@@ -67,11 +68,11 @@ class Host:
     """A rank's share of the host memory of a node with devices."""
 
     link_bytes_per_s: float
-    """Between host memory and a device, in one direction."""
+    """Bandwidth between host memory and a device, in one direction."""
     bytes_per_s: float
     """Memory bandwidth of a rank's CPUs."""
     room: int | None
-    """Bytes for the tensors of one rank; None where unknown."""
+    """Bytes for the tensors of one rank; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +80,20 @@ class Machine:
     """Identical nodes with one rank on each device."""
 
     device: str
-    """Name, for texts."""
+    """Name of the device, for texts."""
     flops_per_s: float
-    """Rate that a rank attains."""
+    """Attained rate of a rank, in FLOP/s."""
     room: int
     """Bytes for the tensors of one rank."""
     ranks_per_node: int
     intra_node: Link
     """Link of a rank to another of its node."""
     inter_node: Link
-    """Link of a rank to one of another node, while all ranks of its node send."""
+    """Link of a rank to a rank of another node, while all ranks of its node send."""
     host: Host | None = None
-    """None where the devices are the CPUs themselves."""
+    """Host memory of a rank; None if the devices are the CPUs themselves."""
     matmul: MatmulRates | None = None
-    """Rates of matrix products by size, where they were measured; ``flops_per_s`` is then the fastest of them."""
+    """Measured rates of matrix products by size; ``flops_per_s`` is then the fastest of them. None if not measured."""
 
     def __str__(self) -> str:
         intra_node, inter_node = self.intra_node.bytes_per_s / GIGA, self.inter_node.bytes_per_s / GIGA
@@ -114,9 +115,9 @@ class MachineOverrides:
     """Host memory in bytes that one rank may use."""
     attainable: float = ATTAINABLE
     inside_gb_per_s: float | None = None
-    """Bandwidth of one device to the others of its node."""
+    """Bandwidth of one device to other devices of its node, in GB/s."""
     between_gb_per_s: float | None = None
-    """Bandwidth of a whole node to others."""
+    """Bandwidth of a whole node to other nodes, in GB/s."""
     inside_latency_s: float = INTRA_NODE_LATENCY_S
     between_latency_s: float = INTER_NODE_LATENCY_S
 
@@ -124,14 +125,14 @@ class MachineOverrides:
 def gpus(
     name: str, precision: Precision, ranks_per_node: int, overrides: MachineOverrides, tf32: bool = False
 ) -> Machine | None:
-    """Return the machine of GPU nodes; None where their peak or memory is unknown.
+    """Return the machine of GPU nodes; None if their peak or memory is unknown.
 
     Args:
-        name: as ``torch.cuda.get_device_name()`` gives it.
-        precision: of the run.
-        ranks_per_node: devices of a node that are used.
-        overrides: figures that replace those of the table, or that it lacks.
-        tf32: count with TF32 in fp32, where the device has it.
+        name: result of ``torch.cuda.get_device_name()``.
+        precision: precision of the run.
+        ranks_per_node: number of used devices of a node.
+        overrides: figures that replace or complete those of the table.
+        tf32: True to use TF32 for fp32, if the device supports it.
     """
     known = find(name)
     peak = peak_flops(name, precision, tf32) if overrides.peak_tflops is None else overrides.peak_tflops * TERA
@@ -147,9 +148,9 @@ def gpus(
 
 
 def known_gpu(name: str | None, memory_gib: float | None) -> str | None:
-    """Return the whole name of the GPUs that are called ``name``, and have ``memory_gib`` where that is said.
+    """Return the whole name of the GPUs called ``name``, with ``memory_gib`` of memory if given.
 
-    A name that is in no table is returned as it is where the memory is said, since then what fits is known.
+    An unknown name with a given memory is returned unchanged, since the memory suffices to plan.
 
     Raises:
         ConfigError: without ``memory_gib`` the device is unknown, or comes with more than one memory.
@@ -192,9 +193,9 @@ def links(overrides: MachineOverrides, ranks_per_node: int, intra_node: float, i
 
 
 def with_network(machine: Machine, network: Network) -> Machine:
-    """Return a machine with its links as they were measured; a tier that was not there stays as it was.
+    """Return a machine with measured links. A tier without measurement stays unchanged.
 
-    Between nodes the ranks of a node share its adapters, whether they are as many as in the measurement or not.
+    The ranks of a node share its adapters between nodes, for any number of ranks.
     """
     share = network.ranks_per_node / machine.ranks_per_node
     inside, between = (network.tiers.get(tier) for tier in TIERS)
@@ -206,7 +207,7 @@ def with_network(machine: Machine, network: Network) -> Machine:
 
 
 def measured_link(fits: Mapping[str, LinkFit], share: float) -> Link:
-    """Return a link as it was measured: what was not is as a send, or else as the first that was."""
+    """Return a measured link. A collective without measurement uses that of a send, or else the first measured one."""
     rates = {name: (fit.latency_s, fit.bytes_per_s * share) for name, fit in fits.items()}
     curves = {name: fit.curve for name, fit in fits.items() if fit.curve}
     return Link(*rates.get("send", next(iter(rates.values()))), rates, curves)
@@ -222,14 +223,14 @@ def free_memory() -> int:
 
 # Cost of collectives: the alpha-beta (latency and bandwidth) model of a ring.
 #
-# An all-gather or reduce-scatter of n bytes over a ring of k ranks takes k - 1 steps of n / k bytes, an all-reduce
-# twice as many (Thakur, Rabenseifner and Gropp, 2005, sections 4.1 and 4.5; NCCL's performance notes count so). Trees
-# have less latency in large groups; they are modeled for a few numbers only.
+# An all-gather or reduce-scatter of n bytes over a ring of k ranks takes k - 1 steps of n / k bytes; an all-reduce
+# takes twice as many (Thakur, Rabenseifner and Gropp, 2005, sections 4.1 and 4.5; NCCL's performance notes). Trees have
+# less latency in large groups; they are used here only for a few numbers.
 
 
 @dataclass(frozen=True)
 class Group:
-    """A process group, and the slowest link of its ring."""
+    """Process group, with the slowest link of its ring."""
 
     ranks: int
     link: Link
@@ -240,11 +241,11 @@ class Group:
         return fit.seconds(collective, self.ranks, size)
 
     def all_gather(self, size: float) -> float:
-        """Return the seconds of an all-gather of ``size`` bytes in all."""
+        """Return the seconds of an all-gather of ``size`` bytes in total."""
         return self.seconds("all_gather", size)
 
     def reduce_scatter(self, size: float) -> float:
-        """Return the seconds of a reduce-scatter of ``size`` bytes in all."""
+        """Return the seconds of a reduce-scatter of ``size`` bytes in total."""
         return self.seconds("reduce_scatter", size)
 
     def all_reduce(self, size: float) -> float:
@@ -252,7 +253,7 @@ class Group:
         return self.seconds("all_reduce", size)
 
     def agree(self) -> float:
-        """Return the seconds of an all-reduce of a few numbers: over a tree, as NCCL does it, or as it was measured."""
+        """Return the seconds of an all-reduce of a few numbers: over a tree, as in NCCL, or as measured."""
         if "all_reduce" in self.link.measured:
             return self.all_reduce(0.0)
         return 2 * math.ceil(math.log2(self.ranks)) * self.link.latency_s
@@ -269,7 +270,7 @@ class Group:
 def group(dims: ParallelDims, machine: Machine, names: Sequence[str]) -> Group:
     """Return the group of ranks along neighboring mesh axes.
 
-    Ranks are numbered along the innermost axis first, and placed on nodes in this order. Each rank has its own share of
+    Ranks are numbered along the innermost axis first, and fill the nodes in this order. Each rank has its own share of
     its node's network adapters: a ring with several ranks on a node uses the shares of all of them.
     """
     sizes = dims.sizes

@@ -1,4 +1,4 @@
-"""Search of the layouts that are valid and fit in memory, and their texts and refusals."""
+"""Search of the layouts that are valid and fit in memory, and texts about them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import plain
 
-# Search of the parallel layouts that are valid, and of those that fit in memory.
+# Search of the valid parallel layouts, and of those that fit in memory.
 #
-# ``candidates`` enumerates every degree of every dimension that gpt/topology/rules.py does not refuse, for the
-# strategies of one engine. ``search_layouts`` keeps those that fit, with more and more relaxation: smaller
-# micro-batches, CPU offload.
+# ``candidates`` enumerates every degree of every dimension that gpt/topology/rules.py accepts, for the strategies of
+# one engine. ``search_layouts`` keeps those that fit. It relaxes the config step by step: smaller micro-batches, CPU
+# offload.
 
 
 SCHEDULES = (Schedule["1f1b"], Schedule.interleaved, Schedule.zbv)
-"""Schedules to consider: of those with equal bubbles, the one that keeps fewer activations."""
+"""Schedules to consider. Of schedules with equal bubbles, only the one that keeps the fewest activations."""
 OFFLOADS = ("cpu_offload", "offload_optimizer", "offload_parameters")
-"""Keys of ``parallel`` that offload something to host memory."""
+"""Keys of ``parallel`` that offload tensors to host memory."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A valid layout, and its memory per rank."""
+    """Valid layout, and its memory per rank."""
 
     parallel: ParallelConfig
     dims: ParallelDims
@@ -42,7 +42,7 @@ class Candidate:
 
     @property
     def plainness(self) -> tuple[int, ...]:
-        """Sort key: the plainest layout is the smallest, and has the largest micro-batches."""
+        """Sort key: the plainest layout has the smallest key, and the largest micro-batches."""
         dimensions = [getattr(self.dims, name) for name in ("pp", "cp", "ep", "tp")]
         strategies = [Strategy.ddp, Strategy.zero1, Strategy.fsdp]
         stage, replicas = self.parallel.zero_stage, self.dims.strategy == "hsdp"
@@ -67,12 +67,12 @@ def candidates(
     """Enumerate the valid layouts on ``world_size`` ranks.
 
     Args:
-        config: of the run; its ``parallel`` holds the values of ``fixed`` keys.
-        world_size: ranks.
-        ranks_per_node: ranks of a node. Tensor parallelism stays within a node: every layer waits for its collectives.
+        config: config of the run; its ``parallel`` has the values of ``fixed`` keys.
+        world_size: number of ranks.
+        ranks_per_node: ranks of a node. Tensor parallelism stays within a node, because every layer waits for it.
         fixed: keys of ``parallel`` that never change.
         offload: True to enumerate layouts with CPU offload instead.
-        refused: takes the refusals of invalid layouts.
+        refused: list to which the errors of invalid layouts are appended.
     """
     for parallel in parallel_configs(config, world_size, ranks_per_node, fixed, offload):
         chosen = replace(config, parallel=parallel)
@@ -92,7 +92,7 @@ def parallel_configs(
 ) -> Iterator[ParallelConfig]:
     """Yield every combination of the keys that are not fixed, valid or not."""
     given = config.parallel
-    cuts_others = given.engine is not EngineKind.deepspeed  # whose pipeline is taken where it is asked for
+    cuts_others = given.engine is not EngineKind.deepspeed  # DeepSpeed's pipeline is used only if requested
 
     def sizes(key: str, most: int) -> list[int]:
         return [getattr(given, key)] if key in fixed else divisors(most if cuts_others else 1)
@@ -134,7 +134,8 @@ def torch_configs(
 
 
 def zero_configs(base: ParallelConfig, fixed: Collection[str], offload: bool) -> Iterator[ParallelConfig]:
-    """Yield every ZeRO stage of DeepSpeed; ``offload`` means the optimizer state, and in stage 3 the parameters too."""
+    """Yield every ZeRO stage of DeepSpeed. ``offload`` offloads the optimizer state, and in stage 3 also the
+    parameters."""
     for stage in [base.zero_stage] if "zero_stage" in fixed else (0, 1, 2, 3):
         found = replace(base, strategy=Strategy.deepspeed, zero_stage=stage)
         if not offload:
@@ -151,10 +152,10 @@ MICRO_BATCH = "optim.max_micro_batch"
 
 @dataclass(frozen=True)
 class Relaxation:
-    """Changes to the config as typed that a search may make so that a layout fits."""
+    """Changes to the typed config that a search may make so that a layout fits."""
 
     smaller_micro_batch: bool = False
-    """Reduce ``optim.max_micro_batch``; the global batch stays."""
+    """Reduce ``optim.max_micro_batch``; the global batch stays the same."""
     offload: bool = False
     """Offload to host memory."""
 
@@ -178,17 +179,17 @@ class SearchResult:
 
     @property
     def least(self) -> Candidate | None:
-        """The layout that needs the least device memory, of those that do not fit."""
+        """Layout with the least device memory, of those that do not fit; None without such a layout."""
         return min(self.too_large, key=lambda one: one.memory.total, default=None)
 
 
 def search_layouts(
     config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]
 ) -> Iterator[SearchResult]:
-    """Yield the valid layouts, first as typed, then with smaller micro-batches, then with CPU offload, then both.
+    """Yield the valid layouts: first as typed, then with smaller micro-batches, then with CPU offload, then with both.
 
-    Keys in ``fixed`` were set by the user and never change. Unless ``optim.max_micro_batch`` is among them, the search
-    starts with micro-batches of every size, which cost nothing but speed.
+    The user typed the keys in ``fixed``; they never change. Unless ``optim.max_micro_batch`` is typed, the first search
+    already tries all sizes of micro-batches, because they only cost speed.
     """
     least = config.optim.max_micro_batch == 1
     for relaxation in RELAXATIONS:
@@ -200,7 +201,7 @@ def search_layouts(
 
 
 def can_fit(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]) -> bool:
-    """True where any layout fits under any relaxation, with micro-batches as typed or of one sequence."""
+    """True if any layout fits under any relaxation, with micro-batches as typed or of one sequence."""
     return any(
         fits_memory(one.memory, machine)
         for offload in (False, *([True] if may_offload(machine, fixed) else []))
@@ -210,7 +211,7 @@ def can_fit(config: TrainConfig, world_size: int, machine: Machine, fixed: Colle
 
 
 def may_offload(machine: Machine, fixed: Collection[str]) -> bool:
-    """True where the machine has host memory apart from its devices', and the user set no offload key."""
+    """True if the machine has host memory apart from its devices', and no offload key was typed."""
     return machine.host is not None and set(OFFLOADS).isdisjoint(fixed)
 
 
@@ -235,7 +236,7 @@ def relaxed_candidates(
 ) -> Iterator[Candidate]:
     """Yield every valid layout under a relaxation, with every micro-batch that the relaxation allows.
 
-    Refusals for the micro-batch as typed are appended to ``refused``.
+    Errors for the typed micro-batch are appended to ``refused``.
     """
     known = set()
     for changed in [
@@ -263,26 +264,25 @@ def smaller_micro_batches(micro_batch: int, relaxation: Relaxation) -> Iterator[
 
 
 def fits_memory(memory: Memory, machine: Machine) -> bool:
-    """True where a rank has room on its device and, as far as known, in host memory."""
-    if machine.host is None:  # the same memory
+    """True if the layout fits into a rank's device memory and, as far as known, into host memory."""
+    if machine.host is None:  # device and host memory are the same
         return memory.total + memory.host <= machine.room
     return memory.total <= machine.room and (machine.host.room is None or memory.host <= machine.host.room)
 
 
-# Texts of ``parallel=auto``: the ranked layouts, what was relaxed, what was left out, and refusals where nothing
-# fits.
+# Texts of ``parallel=auto``: the ranked layouts, relaxations, excluded layouts, and errors if nothing fits.
 #
-# Whatever the search changes or drops is said in the plan.
+# The plan reports every change and every exclusion of the search.
 
 
 REASONS = 3
-"""Number of reasons for refusals that are shown, the most frequent first."""
+"""Number of shown reasons for invalid layouts, the most frequent first."""
 
 
 def explain_search(
     config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], tried: Sequence[SearchResult]
 ) -> Iterator[str]:
-    """Yield lines on relaxations and left-out layouts; of the searches in ``tried`` the last one found something."""
+    """Yield lines on relaxations and excluded layouts. The last search in ``tried`` found a layout."""
     last = tried[-1]
     yield from relaxation_lines(config, machine, tried)
     if len(tried) > 1 and (text := sufficient_recompute(config, world_size, machine, fixed, last.relaxation)):
@@ -294,7 +294,7 @@ def explain_search(
 
 
 def relaxation_lines(config: TrainConfig, machine: Machine, tried: Sequence[SearchResult]) -> Iterator[str]:
-    """Yield a line for each relaxation that was needed, with the result without it."""
+    """Yield a line for each needed relaxation, with the result without it."""
     known, last = {found.relaxation: found for found in tried}, tried[-1].relaxation
     without = known.get(replace(last, smaller_micro_batch=False))
     if last.smaller_micro_batch and without:
@@ -308,7 +308,7 @@ def relaxation_lines(config: TrainConfig, machine: Machine, tried: Sequence[Sear
 
 
 def failure_text(found: SearchResult, machine: Machine) -> str:
-    """Say why a search found nothing that fits."""
+    """Return the reason why a search found no layout that fits."""
     return f"nothing fits ({nearest_text(found, machine)})" if found.too_large else "no layout is valid"
 
 
@@ -334,7 +334,7 @@ def refusal_lines(found: SearchResult) -> Iterator[str]:
 def unexplored_lines(
     config: TrainConfig, fixed: Collection[str], relaxation: Relaxation, machine: Machine
 ) -> Iterator[str]:
-    """Yield what the search did not consider, and how to ask for it."""
+    """Yield the layouts that the search excluded, with the keys that include them."""
     if config.parallel.engine is EngineKind.deepspeed:
         yield "torch's strategies (parallel.engine=native)"
         if "pp" not in fixed:
@@ -349,7 +349,7 @@ def unexplored_lines(
 
 
 def no_layout_error(config: TrainConfig, world_size: int, fixed: Collection[str]) -> ConfigError:
-    """Return the refusal where no layout is valid: that of the plainest one."""
+    """Return the error if no layout is valid: that of the plainest one."""
     given = config.parallel
     kept = " ".join(f"parallel.{key}={plain(getattr(given, key))}" for key in sorted({*fixed} - {MICRO_BATCH}))
     plainest = replace(given, strategy=Strategy.ddp)
@@ -370,7 +370,7 @@ def no_layout_error(config: TrainConfig, world_size: int, fixed: Collection[str]
 def out_of_memory_error(
     config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], tried: Sequence[SearchResult]
 ) -> ConfigError:
-    """Return the refusal where nothing fits, with the least change that would help."""
+    """Return the error if nothing fits, with the least change that would help."""
     least = min((found.least for found in tried if found.least), key=lambda one: one.memory.total)
     fix = next(remedies(config, world_size, machine, fixed), None)
     host, there = "", ""
@@ -392,7 +392,7 @@ def remedies(config: TrainConfig, world_size: int, machine: Machine, fixed: Coll
     options = [("", config), *more_recompute(config)]
     for times in (1, 2, 4, 8, 16, 32, 64):
         ranks, more = times * world_size, [f"nodes={times * nodes}"] if times > 1 else []
-        if not can_fit(options[-1][1], ranks, machine, fixed):  # nothing needs less
+        if not can_fit(options[-1][1], ranks, machine, fixed):  # no layout needs less memory
             continue
         for text, changed in options:
             if (text or more) and can_fit(changed, ranks, machine, fixed):
@@ -400,7 +400,7 @@ def remedies(config: TrainConfig, world_size: int, machine: Machine, fixed: Coll
 
 
 def more_recompute(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
-    """Yield the run with more recomputation, each with the override for it."""
+    """Yield the run with more recomputation: the override and the changed config."""
     order = [Recompute.none, Recompute.selective, Recompute.full]
     for more in order[order.index(config.recompute) + 1 :]:
         yield f"recompute={more.name}", replace(config, recompute=more)
@@ -409,7 +409,8 @@ def more_recompute(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
 def sufficient_recompute(
     config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], relaxation: Relaxation
 ) -> str | None:
-    """Return the recompute override with which a layout fits under less relaxation; None where that is not enough."""
+    """Return the recompute override with which a layout fits under less relaxation; None if recomputation does not
+    suffice."""
     for text, changed in more_recompute(config):
         for found in search_layouts(changed, world_size, machine, fixed):
             if RELAXATIONS.index(found.relaxation) >= RELAXATIONS.index(relaxation):
@@ -430,7 +431,7 @@ def describe(parallel: ParallelConfig, dims: ParallelDims) -> str:
 
 
 def requirement_text(one: Candidate, machine: Machine) -> str:
-    """Describe a layout with the memory it needs and the memory there is."""
+    """Describe a layout with its required and the available memory."""
     host = ""
     if one.memory.host and machine.host is not None:
         room = "" if machine.host.room is None else f" of {machine.host.room / GIB:.3g}"
@@ -442,7 +443,7 @@ def requirement_text(one: Candidate, machine: Machine) -> str:
 
 
 def table(choices: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield a line for each of some layouts, given as ``LayoutChoice.as_dict`` returns them, best first."""
+    """Yield a line for each layout, best first. ``choices`` are results of ``LayoutChoice.as_dict``."""
     width = max((len(choice["layout"]) for choice in choices), default=0)
     num_width = max((len(micro_batches_text(choice)) for choice in choices), default=0)
     for number, choice in enumerate(choices, start=1):

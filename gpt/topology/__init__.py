@@ -1,1 +1,2 @@
-"""Parallel dimensions, micro-batches, pipeline stages and their rules, from config and number of ranks. Torch-free."""
+"""Parallel dimensions, micro-batches, pipeline stages and their rules, from config and number of ranks. Imports no
+torch."""

@@ -1,6 +1,6 @@
-"""DeepSpeed's configuration: generated from the run's config and merged with the user's own file. Torch-free.
+"""Configuration of DeepSpeed: generated from the run's config and merged with the user's file. Imports no torch.
 
-The login node checks it too.
+The login node checks it, too.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from gpt.topology.dims import Batch
 from launch.errors import ConfigError
 
 AUTO = "auto"
-"""Placeholder in config files of other trainers for a value that the trainer fills in."""
+"""Placeholder in config files of other trainers for a value that the trainer sets."""
 
 
 def ds_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
-    """Return the config that DeepSpeed is started with: generated, plus what ``parallel.deepspeed_config`` adds.
+    """Return the config with which DeepSpeed starts: the generated one, plus the settings of
+    ``parallel.deepspeed_config``.
 
     Raises:
         ConfigError: the user's file contradicts the run, or cannot be read.
@@ -36,14 +37,14 @@ def ds_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
 
 
 def generate(config: TrainConfig, batch: Batch) -> dict[str, Any]:
-    """Generate DeepSpeed's config from the run's.
+    """Return DeepSpeed's config, generated from that of the run.
 
-    Optimizer and learning-rate schedule are absent: DeepSpeed is given torch's AdamW, whose rate is set at each step.
+    It has no optimizer and no learning-rate schedule: DeepSpeed receives torch's AdamW, whose rate is set at each step.
     """
     parallel = config.parallel
     zero: dict[str, Any] = {"stage": parallel.zero_stage}
     if parallel.zero_stage:
-        # DeepSpeed allocates a whole bucket, by default 2 GB, for a small model as well.
+        # DeepSpeed allocates a whole bucket, by default 2 GB, even for a small model.
         zero["reduce_bucket_size"] = min(BUCKET, count(config.model).total)
     if parallel.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -53,36 +54,37 @@ def generate(config: TrainConfig, batch: Batch) -> dict[str, Any]:
         "train_batch_size": batch.global_batch,
         "train_micro_batch_size_per_gpu": batch.micro,
         "gradient_accumulation_steps": batch.accumulation,
-        # In ZeRO-0 the engine clips: DeepSpeed would clip each pipeline stage by a norm of its own, and not return it.
+        # In ZeRO-0 the engine clips. DeepSpeed would clip each pipeline stage by its own norm, and not return the norm.
         "gradient_clipping": config.optim.grad_clip if parallel.zero_stage else 0.0,
         "zero_optimization": zero,
-        # By default it waits for the device before and after every micro-batch, to time it.
+        # By default it waits for the device before and after every micro-batch, to measure its time.
         "timers": {"throughput": {"enabled": False}},
     }
     if casts_weights(config):
-        # 16-bit weights over fp32 master weights; gradients are accumulated and reduced in fp32, by default in 16 bits.
+        # 16-bit weights over fp32 master weights. Gradients are accumulated and reduced in fp32; the default is 16
+        # bits.
         made |= {
             config.precision.name: {"enabled": True} | (LOSS_SCALE if config.precision is Precision.fp16 else {}),
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
         }
     if parallel.offload_optimizer:
-        # torch's fused AdamW steps on the host as well; DeepSpeed's own would be compiled at the first start.
+        # torch's fused AdamW also runs on the host; DeepSpeed's own would be compiled at the first start.
         made["zero_force_ds_cpu_optimizer"] = False
     return made
 
 
 def casts_weights(config: TrainConfig) -> bool:
-    """True where DeepSpeed holds 16-bit weights over fp32 master weights, and in fp16 the loss scale.
+    """True if DeepSpeed keeps 16-bit weights over fp32 master weights, and in fp16 the loss scale.
 
-    Not in ZeRO-0, where it would step Adam twice in the first step: there weights are fp32 and autocast casts them, as
-    with DDP.
+    ZeRO-0 is excluded, because it would run Adam twice in the first step. There, weights are fp32 and autocast casts
+    them, as with DDP.
     """
     return config.precision.is_half and bool(config.parallel.zero_stage)
 
 
 def checkpoint_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that decide how DeepSpeed shards its checkpoints, and what they hold."""
+    """Return the settings that determine the sharding and the content of DeepSpeed's checkpoints."""
     found = {key: settings.get(key) for key in ("zero_optimization", "bf16", "data_types")}
     return found | ({"fp16": settings["fp16"]} if "fp16" in settings else {})
 
@@ -91,7 +93,7 @@ def read_file(path: Path) -> dict[str, Any]:
     """Read the user's config file.
 
     Raises:
-        ConfigError: it cannot be read, or is no JSON object.
+        ConfigError: the file cannot be read, or is no JSON object.
     """
     try:
         value = json.loads(path.read_text())
@@ -111,9 +113,9 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
-    """Return the values that the run decides, by DeepSpeed's dotted key, each with the override for the file's value.
+    """Return the values that the run determines: DeepSpeed's dotted key -> value, and override for the file's value.
 
-    ``{}`` in an override stands for the value in the file.
+    ``{}`` in an override is a placeholder for the value in the file.
     """
     optim, parallel = config.optim, config.parallel
     precision, offloads = config.precision, "parallel.offload_{}=true"
@@ -132,12 +134,12 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
             "cpu" if parallel.offload_parameters else "none",
             offloads.format("parameters"),
         ),
-        # Keys of older files for the same two.
+        # Keys of older files for the same two settings.
         "zero_optimization.cpu_offload": (parallel.offload_optimizer, offloads.format("optimizer")),
         "zero_optimization.cpu_offload_param": (parallel.offload_parameters, offloads.format("parameters")),
-        # With it shards are ordered in a way that checkpoints do not record, so a resumed run would mix up weights.
+        # This setting orders shards in a way that checkpoints do not record, so a resumed run would mix up weights.
         "zero_optimization.round_robin_gradients": (False, "false"),
-        # Replica groups, which checkpoints here do not record.
+        # Replica groups, which checkpoints do not record.
         "zero_optimization.zero_hpz_partition_size": (1, "parallel=hsdp parallel.dp_shard={}"),
         "zero_optimization.mics_shard_size": (-1, "parallel=hsdp parallel.dp_shard={}"),
         "zero_force_ds_cpu_optimizer": (False, "no zero_force_ds_cpu_optimizer"),
@@ -162,7 +164,8 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
 
 
 def other_precision(ours: Precision, section: Precision) -> str:
-    """Return the override for a file that turns ``section`` on where it is not ours, or off where it is."""
+    """Return the override that agrees with the file: fp32 if the file turns off the section of ``ours``, otherwise the
+    precision of ``section``."""
     return f"precision={'fp32' if ours is section else section.name}"
 
 
@@ -179,11 +182,11 @@ OWNED_SECTIONS = {
     "tensor_parallel": "parallel=tp",
     "pipeline": "parallel=ds_pp",
 }
-"""Sections of DeepSpeed's config that would take over work of this program, with what to type instead."""
+"""Section of DeepSpeed's config that would replace work of this program -> override to type instead."""
 
 
 def refuse_owned_sections(theirs: dict[str, Any], path: str) -> None:
-    """Raise ConfigError where the file has one of ``OWNED_SECTIONS``."""
+    """Raise ConfigError if the file has one of ``OWNED_SECTIONS``."""
     for key, instead in OWNED_SECTIONS.items():
         if theirs.get(key):
             raise ConfigError(
@@ -194,7 +197,7 @@ def refuse_owned_sections(theirs: dict[str, Any], path: str) -> None:
 
 
 def extra_settings(theirs: dict[str, Any], known: dict[str, tuple[Any, str]], path: str) -> dict[str, Any]:
-    """Return the settings of the file that the run does not decide itself.
+    """Return the settings of the file that the run does not determine.
 
     Raises:
         ConfigError: the file contradicts a value of the run.
@@ -213,7 +216,7 @@ def extra_settings(theirs: dict[str, Any], known: dict[str, tuple[Any, str]], pa
 
 
 def same_value(theirs: Any, ours: Any) -> bool:
-    """Compare two values: 1 equals 1.0, true does not equal 1, and Adam means AdamW, its default in DeepSpeed."""
+    """Compare two values. 1 equals 1.0, true differs from 1, and Adam means AdamW, its default in DeepSpeed."""
     if isinstance(theirs, bool) or isinstance(ours, bool):
         return theirs is ours
     if isinstance(theirs, str) and isinstance(ours, str):
@@ -222,7 +225,7 @@ def same_value(theirs: Any, ours: Any) -> bool:
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values of nested dictionaries; an empty dictionary is a value."""
+    """Yield dotted keys and values of nested dictionaries. An empty dictionary counts as a value."""
     for key, inner in value.items():
         if isinstance(inner, dict) and inner:
             yield from flatten(inner, f"{prefix}{key}.")
@@ -243,7 +246,7 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Merge two nested dictionaries; where both have a value, take theirs."""
+    """Merge two nested dictionaries. If both have a value, the second one wins."""
     merged = dict(ours)
     for key, value in theirs.items():
         inner = ours.get(key)
@@ -252,8 +255,8 @@ def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 LOSS_SCALE = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}
-"""DeepSpeed's dynamic loss scale (``"loss_scale": 0``), which changes as that of the other engines does
-(gpt/parallel/optimizer.py): by default it would forgive the first overflow."""
+"""DeepSpeed's dynamic loss scale (``"loss_scale": 0``), changed as in the other engines (gpt/parallel/optimizer.py). By
+default DeepSpeed would ignore the first overflow."""
 
 BUCKET = 500_000_000
-"""Elements in a bucket of gradients that DeepSpeed reduces at once: its default (reduce_bucket_size)."""
+"""Number of gradient elements that DeepSpeed reduces at once: its default (reduce_bucket_size)."""

@@ -1,4 +1,5 @@
-"""Parallel dimensions of a run, the split of its batch, and the units in which weights are sharded. Torch-free."""
+"""Parallel dimensions of a run, the split of its batch, and the units in which weights are sharded. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -11,51 +12,51 @@ from gpt.config import Ffn, ModelConfig, OptimConfig, ParallelConfig, Recompute,
 from gpt.config.checks import divisors
 from launch.errors import ConfigError
 
-# The parallel dimensions of a run: the number of ranks along each axis of the device mesh. Torch-free.
+# Parallel dimensions: the number of ranks along each axis of the device mesh.
 #
 # The planner and the training process derive them from the same config, so the plan and the run agree.
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Degree of each kind of parallelism: the sizes of the mesh axes. All but ``ep`` multiply to the world size.
+    """Degree of each kind of parallelism: the sizes of the mesh axes. Their product without ``ep`` is the world size.
 
-    ``pp`` is the outermost axis and ``tp`` the innermost, so that ranks that communicate most are neighbors.
+    ``pp`` is the outermost axis and ``tp`` the innermost, so that ranks with the most communication are neighbors.
     """
 
     strategy: str
     dp_replicate: int
-    """Model replicas."""
+    """Number of model replicas."""
     dp_shard: int
-    """Ranks over which each replica is sharded."""
+    """Number of ranks over which each replica is sharded."""
     pp: int = 1
-    """Pipeline-parallel ranks."""
+    """Number of pipeline-parallel ranks."""
     cp: int = 1
-    """Context-parallel ranks, over which each sequence is sharded."""
+    """Number of context-parallel ranks, over which each sequence is sharded."""
     tp: int = 1
-    """Tensor-parallel ranks, over which each matrix is sharded."""
+    """Number of tensor-parallel ranks, over which each matrix is sharded."""
     ep: int = 1
-    """Expert-parallel ranks, taken from the data-parallel ones, over which experts are sharded."""
+    """Number of expert-parallel ranks, over which experts are sharded. They are part of the data-parallel ranks."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The axes of the device mesh, from the outermost, with their sizes."""
+        """Axes of the device mesh with their sizes, outermost first."""
         names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
         return {name: getattr(self, name) for name in names}
 
     @property
     def data_ranks(self) -> int:
-        """Data-parallel ranks: groups of ranks that see different samples."""
+        """Number of data-parallel ranks: groups of ranks with different samples."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def model_ranks(self) -> int:
-        """Model-parallel ranks: those that work on the same samples."""
+        """Number of model-parallel ranks: ranks that compute the same samples."""
         return self.pp * self.cp * self.tp
 
     @property
     def is_sharded(self) -> bool:
-        """True where the data-parallel ranks of a replica shard its parameters (FSDP)."""
+        """True if the data-parallel ranks of a replica shard its parameters (FSDP)."""
         return self.strategy in ("fsdp", "hsdp")
 
     def data_rank(self, rank: int) -> int:
@@ -63,7 +64,7 @@ class ParallelDims:
         return rank // (self.cp * self.tp) % self.data_ranks
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as records hold them."""
+        """Return the fields in the form of records."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -73,7 +74,7 @@ class ParallelDims:
 
 
 def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
-    """Return the mesh of ``world_size`` ranks that ``parallel`` asks for.
+    """Return the mesh of ``world_size`` ranks for ``parallel``.
 
     Raises:
         ConfigError: the degrees do not divide the number of ranks.
@@ -103,7 +104,7 @@ def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
             "replicas of the model that are sharded over equally many ranks",
             f"parallel.dp_shard={nearest_divisor(data_ranks, shard)}",
         )
-    # Under fsdp inside one replica: FSDP shards its experts further over the ranks that are left.
+    # Under fsdp, experts are inside one replica: FSDP shards them further over the remaining ranks.
     experts_among = shard if parallel.strategy is Strategy.fsdp else data_ranks
     if experts_among % parallel.ep:
         where = " in one replica of the model" if experts_among < data_ranks else ""
@@ -117,15 +118,15 @@ def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
 
 
 def strategy_name(parallel: ParallelConfig, replicas: bool) -> str:
-    """Return the name of the strategy in records; ``replicas`` is set where there are several of the model."""
+    """Return the name of the strategy in records. ``replicas`` is True if the model has several replicas."""
     if parallel.strategy is Strategy.deepspeed:
         return f"ds_zero{parallel.zero_stage}"
     return "hsdp" if parallel.strategy is Strategy.fsdp and replicas else parallel.strategy.name
 
 
-# The split of the global batch: sequences per data-parallel rank, and micro-batches per step (gradient accumulation).
+# Split of the global batch: sequences per data-parallel rank, and micro-batches per step (gradient accumulation).
 #
-# Torch-free. The planner and the training loop call the same function, so the plan and the run agree.
+# The planner and the training loop call the same function, so the plan and the run agree.
 
 
 @dataclass(frozen=True)
@@ -134,19 +135,19 @@ class Batch:
 
     global_batch: int
     ranks: int
-    """Data-parallel ranks."""
+    """Number of data-parallel ranks."""
     per_rank: int
     micro: int
-    """Sequences of a micro-batch."""
+    """Number of sequences of a micro-batch."""
     accumulation: int
-    """Micro-batches of each rank in a step."""
+    """Number of micro-batches of each rank in a step."""
 
 
 def split_batch(optim: OptimConfig, data_ranks: int) -> Batch:
     """Split the global batch over ``data_ranks`` data-parallel ranks.
 
-    The micro-batch is the largest divisor of the per-rank batch that ``optim.max_micro_batch`` allows, so on any
-    number of ranks all micro-batches have one size and the global batch stays the same.
+    The micro-batch is the largest divisor of the per-rank batch up to ``optim.max_micro_batch``. So for any number of
+    ranks all micro-batches have one size, and the global batch stays the same.
 
     Raises:
         ConfigError: the global batch is not a multiple of the number of ranks.
@@ -165,7 +166,7 @@ def split_batch(optim: OptimConfig, data_ranks: int) -> Batch:
 
 
 def settle_steps(config: TrainConfig, batch: Batch) -> TrainConfig:
-    """Return the config with the number of steps that ``optim.max_tokens`` takes, where that is given."""
+    """Return the config with the number of steps that ``optim.max_tokens`` needs, if it is set."""
     optim = config.optim
     if optim.max_tokens is None:
         return config
@@ -173,33 +174,34 @@ def settle_steps(config: TrainConfig, batch: Batch) -> TrainConfig:
     return replace(config, optim=replace(optim, max_steps=steps))
 
 
-# Sharding of experts: the dimension that FSDP shards, and the refusals of expert parallelism. Torch-free.
+# Sharding of experts: the dimension that FSDP shards, and checks of expert parallelism.
 #
-# Called on the login node by gpt/topology/rules.py, and by the ranks that shard them (gpt/parallel/nd.py).
+# Called on the login node by gpt/topology/rules.py, and by the ranks that shard the experts (gpt/parallel/nd.py).
 
 
 def expert_fsdp_ranks(dims: ParallelDims) -> int:
-    """Count the ranks of one replica that hold the same experts, over which FSDP shards these."""
+    """Return the number of ranks of one replica with the same experts. FSDP shards these experts over them."""
     return dims.dp_shard // dims.ep * dims.cp
 
 
 def shard_dimension(model: ModelConfig, dims: ParallelDims) -> int:
-    """Choose the dimension of (experts, outputs, inputs) along which FSDP shards a rank's experts.
+    """Return the dimension of (experts, outputs, inputs) along which FSDP shards a rank's experts.
 
-    The first where it divides evenly: a rank then holds whole experts, contiguous in memory. Else the second.
+    It is the first dimension if it divides evenly: a rank then has whole experts, contiguous in memory. Otherwise it is
+    the second.
     """
     return 0 if model.n_expert // dims.ep % expert_fsdp_ranks(dims) == 0 else 1
 
 
 def can_shard(model: ModelConfig, dims: ParallelDims) -> bool:
-    """True where FSDP can shard the experts: evenly, as torch demands of any but the first dimension."""
+    """True if FSDP can shard the experts: evenly, as torch requires for every dimension except the first."""
     if not dims.is_sharded or shard_dimension(model, dims) == 0:
         return True
     return model.n_embd % expert_fsdp_ranks(dims) == 0 and model.ffn_width % (expert_fsdp_ranks(dims) * dims.tp) == 0
 
 
 def check_expert(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where the experts cannot be sharded over ``ep`` ranks."""
+    """Raise ConfigError if the experts cannot be sharded over ``ep`` ranks."""
     model, ep = config.model, dims.ep
     if ep == 1:
         return
@@ -232,24 +234,24 @@ def check_expert(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def nearest_ep(model: ModelConfig, dims: ParallelDims) -> int:
-    """Find the valid ``ep`` nearest to that of ``dims``; 1 is always valid."""
+    """Return the valid ``ep`` nearest to that of ``dims``. 1 is always valid."""
     ranks = dims.dp_shard if dims.is_sharded else dims.data_ranks
     possible = [d for d in divisors(math.gcd(model.n_expert, ranks)) if d == 1 or can_shard(model, replace(dims, ep=d))]
     return min(possible, key=lambda d: (abs(d - dims.ep), d))
 
 
-# Blocks that FSDP shards and gathers together: the engine makes these units, and the plan counts with them.
+# Blocks that FSDP shards and gathers together. The engine builds these units, and the plan counts with them.
 
 
 def fsdp_units(config: TrainConfig, layers: int) -> list[int]:
     """Return the number of blocks of each unit, in the order of the forward pass.
 
-    One block each, or as many neighbors as together have ``parallel.fsdp_min_num_params`` parameters; what is left over
-    at the end belongs to the last unit, so that none has fewer.
+    A unit is one block, or as many neighbors as needed for ``parallel.fsdp_min_num_params`` parameters. Remaining
+    blocks at the end join the last unit, so every unit has enough parameters.
 
     Args:
-        config: of the run.
-        layers: blocks of the model, or of a pipeline stage. A stage with too few parameters is one unit.
+        config: config of the run.
+        layers: number of blocks of the model, or of a pipeline stage. A stage with too few parameters is one unit.
     """
     least = config.parallel.fsdp_min_num_params
     if least is None:
@@ -263,11 +265,12 @@ def fsdp_units(config: TrainConfig, layers: int) -> list[int]:
     return units
 
 
-# Flat buckets in which ZeRO-1 reduce-scatters gradients: their size, which the engine keeps and the plan counts.
+# Size of the flat buckets in which ZeRO-1 reduce-scatters gradients. The engine uses it, and the plan counts with it.
 
 
 BUCKET_BYTES = 32 * 2**20
-"""Most bytes of a bucket of several gradients: larger ones hide the latency better, and the last one hides less."""
+"""Largest size of a bucket of several gradients, in bytes. Larger buckets hide more latency, but less of the last
+bucket."""
 
 BUCKETS_IN_FLIGHT = 2
-"""Buckets on their way at a time: one is reduced while the backward pass fills the next."""
+"""Number of buckets in flight: one is reduced while the backward pass fills the next."""

@@ -1,7 +1,7 @@
-"""Pipeline parallelism without torch: refusals, the split of the layers into stages, schedules and their bubble.
+"""Pipeline parallelism without torch: checks, the split of the layers into stages, schedules and their bubble.
 
-The refusals each say what to type instead. ``split_layers`` balances the stages by counted FLOPs. The planner and the
-ranks (gpt/parallel/pipeline.py) call the same functions.
+``split_layers`` balances the stages by counted FLOPs. The planner and the ranks (gpt/parallel/pipeline.py) call the
+same functions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from launch.errors import ConfigError
 
 
 def check_pipeline(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where the layers or the micro-batches do not suit ``pp`` ranks and the schedule."""
+    """Raise ConfigError if the layers or the micro-batches do not suit ``pp`` ranks and the schedule."""
     if dims.pp == 1:
         return
     check_host(config)
@@ -30,7 +30,8 @@ def check_pipeline(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_host(config: TrainConfig) -> None:
-    """Refuse CPU offload with a tied embedding: first and last rank exchange its gradient, which must be on devices."""
+    """Refuse CPU offload with a tied embedding: the first and last rank exchange its gradient, which must be on
+    devices."""
     if config.parallel.cpu_offload and config.model.tie_embeddings:
         raise ConfigError(
             f"parallel.cpu_offload=true with parallel.pp={config.parallel.pp} and model.tie_embeddings=true",
@@ -54,7 +55,7 @@ def check_layers(config: TrainConfig) -> None:
 
 
 def check_micro_batches(config: TrainConfig, dims: ParallelDims) -> None:
-    """Refuse a number of micro-batches that the schedule does not take."""
+    """Refuse a number of micro-batches that the schedule does not accept."""
     batch, parallel = split_batch(config.optim, dims.data_ranks), config.parallel
     if accepts_micro_batches(parallel, batch.accumulation):
         return
@@ -70,7 +71,7 @@ def check_micro_batches(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def suggest_batch(config: TrainConfig, batch: Batch) -> str:
-    """Suggest overrides with a number of micro-batches that the schedule takes: smaller ones, or else more of them."""
+    """Return overrides with a number of micro-batches that the schedule accepts: smaller ones, or else more of them."""
     sizes = [size for size in range(batch.micro, 0, -1) if batch.per_rank % size == 0]
     for size in sizes:
         if accepts_micro_batches(config.parallel, batch.per_rank // size):
@@ -83,7 +84,8 @@ def suggest_batch(config: TrainConfig, batch: Batch) -> str:
 
 
 def check_split_backward(config: TrainConfig) -> None:
-    """Refuse what does not go with a split backward pass, whose halves read saved activations at different times."""
+    """Refuse settings that contradict a split backward pass. Its two halves read saved activations at different
+    times."""
     schedule = config.parallel.schedule.name
     text, why = "", ""
     if config.compiles:
@@ -109,7 +111,7 @@ def check_split_backward(config: TrainConfig) -> None:
 
 
 V_SHAPED = (Schedule.zbv, Schedule.dualpipev)
-"""Schedules in which each rank holds two stages, the first rank the first and the last one."""
+"""Schedules in which each rank has two stages; the first rank has the first and the last one."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,9 @@ class StageLayers:
 
     blocks: range
     first: bool
-    """Has the token embedding."""
+    """True for the stage with the token embedding."""
     last: bool
-    """Has the final norm and the output matrix."""
+    """True for the stage with the final norm and the output matrix."""
 
 
 def local_stages(parallel: ParallelConfig) -> int:
@@ -131,7 +133,7 @@ def local_stages(parallel: ParallelConfig) -> int:
 
 
 def stage_indices(parallel: ParallelConfig, pp_rank: int) -> list[int]:
-    """List the indices of the stages that a pipeline-parallel rank holds, ascending."""
+    """Return the indices of the stages of a pipeline-parallel rank, ascending."""
     ranks, held = parallel.pp, local_stages(parallel)
     if parallel.schedule in V_SHAPED:
         return [pp_rank, 2 * ranks - 1 - pp_rank]
@@ -143,7 +145,7 @@ def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompu
     """Split the layers into ``stages`` consecutive stages so that the slowest one has the fewest FLOPs possible.
 
     The output matrix counts like a layer: with a large vocabulary the last stage has few blocks, or none. The look-up
-    in the embedding costs no FLOPs, and goes with the first block.
+    in the embedding costs no FLOPs, and belongs to the first stage.
     """
     parts = []
     for layers in partition(tuple(layer_costs(model, recompute)), stages):
@@ -153,7 +155,7 @@ def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompu
 
 
 def rank_stages(config: TrainConfig, pp_rank: int) -> list[StageLayers]:
-    """Return the layers of each stage of a pipeline-parallel rank; the whole model where ``pp`` is 1."""
+    """Return the layers of each stage of a pipeline-parallel rank; the whole model for ``pp`` = 1."""
     parallel = config.parallel
     if parallel.pp == 1:
         return [StageLayers(range(config.model.n_layer), first=True, last=True)]
@@ -162,7 +164,8 @@ def rank_stages(config: TrainConfig, pp_rank: int) -> list[StageLayers]:
 
 
 def layer_costs(model: ModelConfig, recompute: Recompute) -> list[int]:
-    """Count the FLOPs of each block and then of the output matrix, forward and backward, for one sequence."""
+    """Return the FLOPs of each block, followed by those of the output matrix, forward and backward, for one
+    sequence."""
     flops = training_flops(model, sequences=1)
     again = recomputed_flops_per_token(model, recompute) * model.block_size
     return [(flops.palm - flops.logits + again) // model.n_layer] * model.n_layer + [flops.logits]
@@ -172,8 +175,8 @@ def layer_costs(model: ModelConfig, recompute: Recompute) -> list[int]:
 def partition(costs: tuple[int, ...], parts: int) -> list[range]:
     """Partition a sequence into ``parts`` consecutive runs, none empty, that minimize the largest sum.
 
-    Of several such partitions the most even one (least squares); then that with the shorter runs first, since the
-    first stages of a pipeline keep the activations of the most micro-batches.
+    Of several such partitions, the most even one (least squares) is returned. After that, shorter runs come first,
+    because the first stages of a pipeline keep the activations of the most micro-batches.
     """
     assert 1 <= parts <= len(costs), (parts, len(costs))
     sums = [0, *accumulate(costs)]
@@ -206,14 +209,14 @@ def partition(costs: tuple[int, ...], parts: int) -> list[range]:
 
 
 def min_micro_batches(parallel: ParallelConfig) -> int:
-    """Return the fewest micro-batches that torch's schedule runs with; DeepSpeed's 1F1B runs with any number."""
+    """Return the fewest micro-batches with which torch's schedule runs. DeepSpeed's 1F1B runs with any number."""
     if parallel.schedule is Schedule["1f1b"]:
         return 1 if parallel.strategy is Strategy.deepspeed else parallel.pp
     return 2 * parallel.pp if parallel.schedule is Schedule.dualpipev else 1
 
 
 def accepts_micro_batches(parallel: ParallelConfig, micro_batches: int) -> bool:
-    """True where the schedule runs with this number of micro-batches.
+    """True if the schedule runs with this number of micro-batches.
 
     Interleaved 1F1B runs in rounds of equally many micro-batches, at least one for each rank.
     """
@@ -222,13 +225,13 @@ def accepts_micro_batches(parallel: ParallelConfig, micro_batches: int) -> bool:
 
 
 def bubble_fraction(schedule: Schedule, pp: int, micro_batches: int, stages_per_rank: int = 1) -> float:
-    """Return the bubble, the share of a step in which a rank is idle, from 0 to 1, for stages of equal cost.
+    """Return the bubble for stages of equal cost: the share of a step in which a rank is idle, from 0 to 1.
 
     GPipe and 1F1B: (p - 1) / (m + p - 1) for p ranks and m micro-batches (arXiv 1811.06965, section 2.3; 2104.04473,
-    section 2.2.1); with v stages per rank v times as many, shorter slots (section 2.2.2). The V-shaped schedules
-    split the backward pass; where its halves take as long as the forward pass, the bubble is the fill of the pipeline
-    by the first micro-batch (ZB-V: arXiv 2401.10241, section 6; DualPipeV: 2412.19437, section 3.2.1, halved as at
-    https://github.com/deepseek-ai/DualPipe). For few micro-batches the formulas follow torch's schedules.
+    section 2.2.1). With v stages per rank, slots are v times as many and shorter (section 2.2.2). The V-shaped
+    schedules split the backward pass. If its halves take as long as the forward pass, the bubble is the fill of the
+    pipeline by the first micro-batch (ZB-V: arXiv 2401.10241, section 6; DualPipeV: 2412.19437, section 3.2.1, halved
+    as at https://github.com/deepseek-ai/DualPipe). For few micro-batches the formulas follow torch's schedules.
     """
     p, m = pp, micro_batches
     if schedule in V_SHAPED:

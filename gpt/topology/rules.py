@@ -1,6 +1,6 @@
-"""Validation of the parallel dimensions against model, batch and training options. Torch-free.
+"""Checks of the parallel dimensions against model, batch and training options. Imports no torch.
 
-The planner calls ``check_parallel_dims`` on the login node, and the ranks again before there is a run folder.
+The planner calls ``check_parallel_dims`` on the login node. The ranks call it again before a run folder exists.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def check_parallel_dims(config: TrainConfig, world_size: int) -> ParallelDims:
     """Return the parallel dimensions of a run on ``world_size`` ranks, checked against all of its config.
 
     Raises:
-        ConfigError: the degrees do not divide the ranks, or the model cannot be parallelized so.
+        ConfigError: the degrees do not divide the ranks, or do not suit the model.
     """
     dims = parallel_dims(config.parallel, world_size)
     for check in (
@@ -48,9 +48,9 @@ def check_parallel_dims(config: TrainConfig, world_size: int) -> ParallelDims:
 
 
 def require_deepspeed(config: TrainConfig) -> None:
-    """Raise ConfigError where a run on this machine needs DeepSpeed and this Python does not have it. Imports nothing.
+    """Raise ConfigError if a run on this machine needs DeepSpeed and this Python lacks it. Imports nothing.
 
-    Not for a login node: the nodes may have what it lacks.
+    Not for a login node, because the nodes may have DeepSpeed.
     """
     if config.parallel.strategy is Strategy.deepspeed and not is_importable("deepspeed"):
         raise ConfigError(
@@ -61,7 +61,7 @@ def require_deepspeed(config: TrainConfig) -> None:
 
 
 def check_custom_parts(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where a part of the user's cannot be used, or does not say that it can under tp, cp or pp."""
+    """Raise ConfigError if a part of the user is unusable, or does not state that it supports the used tp, cp or pp."""
     model = config.model
     optimizer_state(config.optim)
     for key, counts in part_counts(model).items():
@@ -80,7 +80,7 @@ def check_custom_parts(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_zero1(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where zero1 is combined with another kind of parallelism than data parallelism."""
+    """Raise ConfigError if zero1 is combined with another kind of parallelism than data parallelism."""
     others = [name for name in ("tp", "pp", "cp", "ep") if getattr(dims, name) > 1]
     if config.parallel.strategy is Strategy.zero1 and others:
         text = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
@@ -92,7 +92,7 @@ def check_zero1(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_loss_scale(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where DeepSpeed cannot skip a step of fp16."""
+    """Raise ConfigError if DeepSpeed cannot skip a step of fp16."""
     if config.precision is Precision.fp16 and config.parallel.zero_stage == 3 and config.model.ffn is Ffn.moe:
         raise ConfigError(
             "precision=fp16 with parallel.zero_stage=3 and model.ffn=moe",
@@ -103,7 +103,7 @@ def check_loss_scale(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_context(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where sequences cannot be sharded over ``cp`` ranks."""
+    """Raise ConfigError if sequences cannot be sharded over ``cp`` ranks."""
     model, cp = config.model, dims.cp
     if cp == 1:
         return
@@ -134,7 +134,7 @@ def check_context(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_tensor(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where the model's matrices or activations cannot be sharded over ``tp`` ranks."""
+    """Raise ConfigError if the model's matrices or activations cannot be sharded over ``tp`` ranks."""
     check_async(config, dims)
     if dims.tp == 1:
         return
@@ -144,7 +144,7 @@ def check_tensor(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_async(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where ``async_tp`` finds no all-gather beside a matrix product to overlap it with."""
+    """Raise ConfigError if no all-gather is next to a matrix product, so that ``async_tp`` has nothing to overlap."""
     if not config.parallel.async_tp:
         return
     if dims.tp == 1:
@@ -168,7 +168,7 @@ def check_matrices(model: ModelConfig, tp: int) -> None:
         f"{model.kv_heads} key and value heads": model.kv_heads,
         f"{'experts' if model.ffn is Ffn.moe else 'a feed-forward layer'} {model.ffn_width} wide": model.ffn_width,
     }
-    if isinstance(model.ffn, str):  # replicated, each rank for its own tokens
+    if isinstance(model.ffn, str):  # a layer of the user is replicated, and each rank computes its own tokens
         shared.popitem()
     sharers = max(
         n for n in divisors(tp) if all(number % n == 0 for number in shared.values()) and grouped_matmul_fits(model, n)
@@ -187,7 +187,7 @@ def check_matrices(model: ModelConfig, tp: int) -> None:
 
 
 def grouped_matmul_fits(model: ModelConfig, tp: int) -> bool:
-    """True where torch's grouped matmul takes the shard of an expert's width."""
+    """True if torch's grouped matmul accepts the shard of an expert's width."""
     grouped = model.ffn is Ffn.moe and model.expert_matmul is ExpertMatmul.grouped
     return not grouped or model.ffn_width % (GROUPED_MULTIPLE * tp) == 0
 
@@ -206,7 +206,7 @@ def check_vocabulary(model: ModelConfig, tp: int) -> None:
 def check_sequence(config: TrainConfig, dims: ParallelDims) -> None:
     """Refuse unequal sequence shards, and dropout on replicated activations.
 
-    Each rank draws its own dropout noise, so ranks that hold the same activations would drop different elements.
+    Each rank draws its own dropout noise, so ranks with the same activations would drop different elements.
     """
     model, ranks = config.model, dims.tp * dims.cp
     wish = f"model.block_size={-(-model.block_size // ranks) * ranks}"
@@ -225,7 +225,7 @@ def check_sequence(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where DeepSpeed cannot parallelize this model so, or its config file contradicts the run."""
+    """Raise ConfigError if DeepSpeed cannot parallelize this model, or its config file contradicts the run."""
     if config.parallel.strategy is not Strategy.deepspeed:
         return
     check_dimensions(config, dims)
@@ -241,7 +241,7 @@ def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_dimensions(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where DeepSpeed is combined with tensor, context or expert parallelism."""
+    """Raise ConfigError if DeepSpeed is combined with tensor, context or expert parallelism."""
     others = [name for name in ("tp", "cp", "ep") if getattr(dims, name) > 1]
     if others:
         text = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
@@ -254,10 +254,10 @@ def check_dimensions(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_stages(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError where DeepSpeed's pipeline does not support the ZeRO stage, offload or schedule."""
+    """Raise ConfigError if DeepSpeed's pipeline does not support the ZeRO stage, offload or schedule."""
     parallel = config.parallel
     if parallel.zero_stage in (2, 3):
-        # A preset with parameter offload means ZeRO-3, so its ZeRO stage alone would not do.
+        # A preset with parameter offload implies ZeRO-3, so changing the ZeRO stage alone would not suffice.
         fix = "parallel=ds_pp_zero1" if parallel.offload_parameters else "parallel.zero_stage=1"
         raise ConfigError(
             f"parallel.zero_stage={parallel.zero_stage} with parallel.pp={dims.pp}",

@@ -1,7 +1,4 @@
-"""The GPT of this project as the launcher sees it: its keys, the plan of a point, and the command of a rank.
-
-Torch-free.
-"""
+"""The GPT as a workload of the launcher: its keys, the plan of a point, and the command of a rank. Imports no torch."""
 
 from __future__ import annotations
 
@@ -65,7 +62,7 @@ from launch.workload import (
 )
 
 PRELOAD = ("gpt.train", "gpt.parallel.ddp", "gpt.parallel.nd", "gpt.parallel.pipeline")
-"""Modules that ranks import, however they are configured."""
+"""Modules that ranks import in every configuration."""
 
 
 class GptWorkload(Workload):
@@ -80,18 +77,18 @@ class GptWorkload(Workload):
     figures = step_figures()
 
     def make_paths_absolute(self, document: DictConfig) -> None:
-        """Take the paths that were typed relative to the folder they were typed in."""
+        """Resolve typed relative paths against the current folder."""
         make_paths_absolute(document)
 
     def computes_on_cpus(self, config: TrainConfig) -> bool:
-        """Tell whether no GPUs are to be used, wherever the run happens."""
+        """Return True if the config excludes GPUs on any machine."""
         return config.device is Device.cpu
 
     def plan(self, config: TrainConfig, request: PlanRequest) -> WorkloadPlan:
-        """Parallelism, batch, memory and corpus of a point.
+        """Return parallelism, batch, memory and corpus of a point.
 
         Raises:
-            ConfigError: ranks, batch, model and corpus do not go together, or the nodes cannot hold them.
+            ConfigError: ranks, batch, model and corpus do not go together, or exceed the nodes.
         """
         check_init_from(config, request.folder)
         refuse_two_lengths(config.optim.max_tokens, request.overrides)
@@ -137,7 +134,7 @@ class GptWorkload(Workload):
             checkpoint_kind=f"{config.model.name} {counted.total}",
             checkpoint_bytes=round(counted.total * (FP32 + optimizer_state(config.optim).per_element)),
             step_kind=step_kind(config, dims, batch),
-            step_s=None if on_cpus(config, request) else step_s,  # the model assumes one rate for all CPUs
+            step_s=None if on_cpus(config, request) else step_s,  # the estimate assumes one rate for all CPUs
             saves=f"checkpoint.interval={config.checkpoint.interval}",
             saves_more_often=f"checkpoint.interval={saves_more_often(config)}",
             checkpoints_kept=config.checkpoint.keep_last + 1,
@@ -146,7 +143,8 @@ class GptWorkload(Workload):
         )
 
     def step_time(self, config: TrainConfig, request: PlanRequest) -> StepTime | None:
-        """Time of a step on nodes as ``request.cluster`` describes them; None where it says too little.
+        """Return the time of a step on nodes as ``request.cluster`` describes them; None if the description is
+        incomplete.
 
         Raises:
             ConfigError: ranks, batch and model do not go together.
@@ -157,7 +155,7 @@ class GptWorkload(Workload):
         return estimated_step(config, dims, split_batch_over_nodes(config, dims, request), request)
 
     def set_ups(self, config: TrainConfig, request: PlanRequest, goal: TrainingGoal) -> list[SetUp]:
-        """Ways to train a model of a given size on the nodes of ``request``, the fastest first.
+        """Return layouts that train a model of a given size on the nodes of ``request``, the fastest first.
 
         Raises:
             ConfigError: no model has that size, or no layout is valid or fits.
@@ -169,21 +167,21 @@ class GptWorkload(Workload):
         return rank_set_ups(config, request.world_size, machine, fixed)
 
     def command(self, config: TrainConfig, folder: RunFolder, attempt: int) -> RankCommand:
-        """The training script, which reads everything else from the run folder."""
+        """Return the command of the training script, which reads everything else from the run folder."""
         args = (sys.executable, "-m", "gpt_launch", "gpt.train", "--run", str(folder.path))
-        # Python reads the hash seed only at its start, which takes ranks that are executed (see fix_hash_seed).
+        # Python reads the hash seed only at its start, so ranks must be executed anew (see fix_hash_seed).
         defaults = {"PYTHONHASHSEED": hash_seed(config.seed)} if config.deterministic else {}
         return RankCommand(args, defaults=defaults, preload=PRELOAD, wants_memory_store=config.checkpoint.in_memory)
 
     def contract(self, config: TrainConfig, world_size: int) -> RankContract:
-        """Ranks that tell everything themselves, through ``launch.worker``."""
+        """Return the contract of ranks that report everything themselves, through ``launch.worker``."""
         if config.optim.max_tokens is not None:
             batch = split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
             config = settle_steps(config, batch)
         return RankContract(unit="tokens", max_steps=config.optim.max_steps)
 
     def code(self, config: TrainConfig) -> CodeTree:
-        """The packages of this project."""
+        """Return the packages of this project."""
         return CodeTree(ROOT, source_files, has_launcher=True)
 
     def checkpoints(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
@@ -191,16 +189,16 @@ class GptWorkload(Workload):
         return saved_checkpoints(folder.checkpoints)
 
     def copies(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
-        """Yield the copies of a run's checkpoints elsewhere, newest first.
+        """Yield the remote copies of a run's checkpoints, newest first.
 
         Raises:
-            ConfigError: the run makes none, or they cannot be reached.
+            ConfigError: the run makes no copies, or they are unreachable.
         """
         return saved_copies(read_config(folder, TrainConfig).checkpoint.copy_to, folder.path)
 
 
 def saves_more_often(config: TrainConfig) -> str:
-    """Return a ``checkpoint.interval`` of half the length."""
+    """Return a ``checkpoint.interval`` of half the length, as an override."""
     every = config.checkpoint.every()
     if every.minutes is not None:
         return f"{every.minutes / 2:g}min"

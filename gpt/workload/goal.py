@@ -1,6 +1,6 @@
-"""Set-ups that train a model of a given size: a model of that many parameters, and the layouts that fit it.
+"""Layouts that train a model of a given size: a model with that many parameters, and the fastest layouts for it.
 
-Torch-free.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from launch.errors import ConfigError
 from launch.workload import SetUp, TrainingGoal
 
 GOAL_WORDS = ("model=llama_1p36b", "parallel=auto", "precision=bf16", "recompute=selective", "optim=gpt2")
-"""The family of models, and what large ones are trained with."""
+"""Overrides of the family of models, and the usual settings of large ones."""
 ASPECT = 110
-"""Width over layers of the models that are made: 128 in Llama 2 7B, 102 in Llama 2 70B (arXiv 2307.09288)."""
+"""Width divided by layers of the sized models: 128 in Llama 2 7B, 102 in Llama 2 70B (arXiv 2307.09288)."""
 WITHIN = 0.03
-"""Relative difference from the size that was asked for, below which the aspect decides."""
+"""Relative difference from the requested size below which the aspect decides."""
 TOKENS_PER_STEP = 4e6
-"""Global batch where none was typed, tokens: that of Llama 2 (arXiv 2307.09288, section 2.2)."""
+"""Default global batch in tokens: that of Llama 2 (arXiv 2307.09288, section 2.2)."""
 BATCH_MULTIPLE = 384
-"""The batch is a multiple of it, 2^7 x 3, so that many numbers of data ranks divide it."""
+"""The batch is a multiple of this, 2^7 x 3, so that many numbers of data ranks divide it."""
 HEAD_DIM = 128
 EXAMPLE = 'python -m launch.project --fit "7e9 params, 1e12 tokens, 30 days" --gpu h100'
 MOST_PARAMETERS = 1e15
-"""Largest model that is sized: its layers are planned one by one."""
+"""Largest size of a model in parameters: the plan computes its layers one by one."""
 SHOWN = 2
-"""Layouts of one number of nodes that are returned."""
+"""Number of layouts that are returned for one number of nodes."""
 
 
 def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
     """Return a model of about ``wanted`` parameters, with the parts of ``family`` and a usual shape.
 
     Raises:
-        ConfigError: no width and depth come near it, or it is larger than any that is planned.
+        ConfigError: no width and depth come near ``wanted``, or it exceeds ``MOST_PARAMETERS``.
     """
     if wanted > MOST_PARAMETERS:
         raise ConfigError(f"{wanted:.3g} params", f"{MOST_PARAMETERS:.0e} at most", EXAMPLE)
@@ -70,7 +70,7 @@ def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
 
 
 def sized_config(config: TrainConfig, goal: TrainingGoal, has_batch: bool) -> TrainConfig:
-    """Return the config with a model of the goal's size, and where no batch was typed with a usual one."""
+    """Return the config with a model of the goal's size, and without a typed batch also with a usual one."""
     model = sized_model(config.model, goal.parameters)
     optim = config.optim
     if not has_batch:
@@ -80,17 +80,18 @@ def sized_config(config: TrainConfig, goal: TrainingGoal, has_batch: bool) -> Tr
 
 
 def rank_set_ups(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> list[SetUp]:
-    """Return the fastest layouts that fit, by ``parallel=auto``'s estimate; keys in ``fixed`` were typed, and stay.
+    """Return the fastest layouts that fit, by the estimate of ``parallel=auto``. Typed keys, in ``fixed``, stay
+    unchanged.
 
     Raises:
-        ConfigError: none is valid, or none fits.
+        ConfigError: no layout is valid, or none fits.
     """
     ranked = rank_layouts(config, world_size, machine, fixed).choices
     return [as_set_up(config, choice, world_size, machine) for choice in ranked[:SHOWN]]
 
 
 def as_set_up(config: TrainConfig, choice: LayoutChoice, world_size: int, machine: Machine) -> SetUp:
-    """Return what ``launch.project`` shows of a layout."""
+    """Return the figures of a layout that ``launch.project`` shows."""
     model, found = config.model, choice.estimate
     peak = peak_flops(machine.device, config.precision)
     rate = training_flops_per_token(model).palm * found.tokens_per_s / world_size

@@ -1,4 +1,4 @@
-"""Plan of a point: hardware of its nodes, text and facts, and refusals. Torch-free."""
+"""Plan of a point: hardware of its nodes, text and facts, and checks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,15 +29,13 @@ from launch.runs.measured import MatmulRates, read_matmul_rates, read_network
 from launch.workload import PlanRequest, StepTime
 
 ATTAINABLE = 0.5
-"""Share of the peak that a pass reaches while it sends nothing, without measured rates (cluster.matmul_rates)."""
+"""Share of the peak that a pass reaches without communication, unless rates are measured (cluster.matmul_rates)."""
 
-# Hardware of the nodes that a point asks for, as far as it is said or seen, and the time of a step on it.
-#
-# Torch-free.
+# Hardware of the nodes of a point, as far as it is stated or detected, and the time of a step on it.
 
 
 def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
-    """True where the ranks will compute on CPUs, as far as can be told from here."""
+    """True if the ranks will compute on CPUs, as far as this machine can determine."""
     if config.device is not Device.auto:
         return config.device is Device.cpu
     if request.is_local:
@@ -46,7 +44,7 @@ def on_cpus(config: TrainConfig, request: PlanRequest) -> bool:
 
 
 def gpu_memory(request: PlanRequest) -> int | None:
-    """Bytes of one GPU, as far as they are said or known."""
+    """Return the memory of one GPU in bytes; None if it is neither stated nor known."""
     cluster = request.cluster
     if cluster.gpu_memory_gib is not None:
         return int(cluster.gpu_memory_gib * GIB)
@@ -55,15 +53,15 @@ def gpu_memory(request: PlanRequest) -> int | None:
 
 
 def gpu_name(request: PlanRequest) -> str | None:
-    """Return the whole name of the GPUs, as it is said of the nodes, seen on this machine or told by Slurm; None where
-    unknown. Of several devices of one type it is the one with the least memory: their peaks are the same."""
+    """Return the whole name of the GPUs, as stated for the nodes, detected on this machine or reported by Slurm; None
+    if unknown. Of several devices of one type it is the one with the least memory, because their peaks are equal."""
     said = known_gpu(request.cluster.gpu_name, request.cluster.gpu_memory_gib) or request.local_gpu_name
     told = expand(request.gpu_type) if said is None and request.gpu_type is not None else []
     return said or min(told, key=lambda name: memory_bytes(name) or 0, default=None)
 
 
 def gpu_words(request: PlanRequest) -> str:
-    """Source of the known memory of a GPU, in words."""
+    """Return the source of the known memory of a GPU, as text."""
     cluster = request.cluster
     if cluster.gpu_memory_gib is not None:
         return "cluster.gpu_memory_gib"
@@ -74,7 +72,7 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
     """Return the hardware that the estimates assume of the nodes of a cluster.
 
     Raises:
-        ConfigError: too little is said of them.
+        ConfigError: the description of the nodes is incomplete.
     """
     cluster, links = request.cluster, request.cluster.interconnect
     rates = matmul_rates(config, request)
@@ -104,13 +102,12 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
 
 
 def measured(machine: Machine, rates: MatmulRates | None) -> Machine:
-    """Return a machine with rates as they were measured, if they were."""
+    """Return a machine with the measured rates of matrix products, if any."""
     return machine if rates is None else replace(machine, flops_per_s=rates.best, matmul=rates)
 
 
 def calibrate(machine: Machine, request: PlanRequest) -> Machine:
-    """Return a machine whose links are as they were measured, and that computes and sends faster or slower by the
-    factors of a request.
+    """Return a machine with measured links, and with the request's factors for its computing and communication rates.
 
     Raises:
         ConfigError: ``cluster.network`` is no such measurement.
@@ -133,7 +130,7 @@ def matmul_rates(config: TrainConfig, request: PlanRequest) -> MatmulRates | Non
     """Return the measured rates of matrix products on the devices of a request, in the precision of a run.
 
     Raises:
-        ConfigError: the file is broken, of another device, or lacks the precision.
+        ConfigError: the file is invalid, belongs to another device, or lacks the precision.
     """
     if request.cluster.matmul_rates is None:
         return None
@@ -153,14 +150,14 @@ def matmul_rates(config: TrainConfig, request: PlanRequest) -> MatmulRates | Non
 
 
 def host_memory(request: PlanRequest) -> int | None:
-    """Bytes of a node's memory that one rank may have; None where nobody said."""
+    """Return the share of one rank in a node's memory, in bytes; None if unknown."""
     if request.is_local:
         return free_memory() // request.world_size
     return None if request.cluster.mem_gb is None else int(request.cluster.mem_gb * GIB) // request.ranks_per_node
 
 
 def cpu_memory(request: PlanRequest) -> int:
-    """Bytes that one rank on CPUs may have."""
+    """Return the memory of one rank on CPUs, in bytes."""
     found = host_memory(request)
     if found is None:
         raise ConfigError(
@@ -172,28 +169,29 @@ def cpu_memory(request: PlanRequest) -> int:
 
 
 def estimated_step(config: TrainConfig, dims: ParallelDims, batch: Batch, request: PlanRequest) -> StepTime | None:
-    """Time of a step by the cost model of the layouts; None on this machine's CPUs, and where too little is known."""
+    """Return the time of a step by the cost model of the layouts; None on this machine's CPUs, or if data is
+    missing."""
     if request.is_local and on_cpus(config, request):
         return None
-    matmul_rates(config, request)  # a file of another device is refused, where too little said is not
+    matmul_rates(config, request)  # refuses a file of another device; an incomplete description is no error here
     try:
         machine = machine_of(config, request)
-    except ConfigError:  # too little is said of the nodes, which only parallel=auto has to know
+    except ConfigError:  # an incomplete description of the nodes matters only to parallel=auto
         return None
     found = estimate(config, dims, batch, machine)
     return StepTime(found.compute_s, found.bubble_s, found.communication_s)
 
 
-# Plan of a point in words for people and in facts for programs. Torch-free.
+# Plan of a point as text for people and as facts for programs.
 
 
 def plain_values(parallel: ParallelConfig) -> dict[str, Any]:
-    """The keys of ``parallel`` as JSON and YAML hold them."""
+    """Return the keys of ``parallel`` as values of JSON and YAML."""
     return {key: value.name if isinstance(value, Enum) else value for key, value in asdict(parallel).items()}
 
 
 def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str) -> dict[str, str]:
-    """Lines of the plan for people."""
+    """Return the lines of the plan for people."""
     counted, steps = counts.count(config.model), config.optim.max_steps
     active = f", {counted.active:,} active for a token" if counted.active != counted.total else ""
     gflop = counts.training_flops_per_token(config.model).palm / 1e9
@@ -214,7 +212,7 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Mem
 
 
 def checkpoint_text(config: TrainConfig, world_size: int, nodes: int = 1) -> str:
-    """Say when checkpoints are saved, and what that holds up."""
+    """Describe the times of checkpoints, and how long they stop the training."""
     every, staging = str(config.checkpoint.every()), staging_bytes(config, world_size)
     copied = f"; copied to {config.checkpoint.copy_to}" if config.checkpoint.copy_to else ""
     if not staging:
@@ -226,7 +224,7 @@ def checkpoint_text(config: TrainConfig, world_size: int, nodes: int = 1) -> str
 
 
 def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:
-    """Say how often the state goes into the memory of the nodes, and how much of it that takes."""
+    """Describe how often the memory of the nodes receives the state, and its size there."""
     if not config.checkpoint.in_memory:
         return ""
     held = in_memory_bytes(config, world_size, nodes)
@@ -239,7 +237,7 @@ def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:
 
 
 def execution_rows(config: TrainConfig, precision: Precision, request: PlanRequest) -> dict[str, str]:
-    """Precision and compilation that the plan counts with, and where only the ranks can tell."""
+    """Return the planned precision and compilation, with a note if only the ranks can decide."""
     name = "bf16, where the GPUs compute in it" if precision is Precision.auto else precision.name
     compiled = choose_compile(config, request.world_size, on_cpus(config, request))
     known = find(gpu_name(request) or "")
@@ -250,7 +248,7 @@ def execution_rows(config: TrainConfig, precision: Precision, request: PlanReque
 
 
 def schedule_rows(config: TrainConfig, events: Events) -> dict[str, str]:
-    """Learning rate where the run was finished after fewer steps, and is to go on."""
+    """Return the learning rate of a finished run that is extended."""
     before = planned_steps(events)
     if before is None or before >= config.optim.max_steps or not is_finished(events):
         return {}
@@ -258,7 +256,7 @@ def schedule_rows(config: TrainConfig, events: Events) -> dict[str, str]:
 
 
 def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
-    """Reason for which the model is parallelized so, where the command left that open, and what else there was."""
+    """Return the reason for the chosen parallelism, if the command left it open, and the alternatives."""
     if not choice.why:
         return {}
     return {"chosen": (choice.why, *table([layout.as_dict() for layout in choice.best]), *choice.left_out)}
@@ -267,7 +265,7 @@ def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
 def plan_warnings(
     config: TrainConfig, batch: Batch, corpus: Corpus, request: PlanRequest, step_s: float | None
 ) -> Iterator[str]:
-    """Yield what would work, and is hardly what somebody wants."""
+    """Yield warnings of settings that work, but are hardly intended."""
     if not on_cpus(config, request):
         compiled = choose_compile(config, request.world_size, on_cpus=False)
         settled = replace(config, tf32=choose_tf32(config, on_cpus=False), compile=compiled)
@@ -280,7 +278,7 @@ def plan_warnings(
 def plan_facts(
     config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str, choice: ParallelChoice
 ) -> dict[str, Any]:
-    """The plan for programs."""
+    """Return the plan for programs."""
     counted = counts.count(config.model)
     tokens = batch.global_batch * config.model.block_size
     return {
@@ -294,7 +292,7 @@ def plan_facts(
         "model": config.model.name,
         "parameters": counted.total,
         "parameters_non_embedding": counted.non_embedding,
-        "parameters_active": counted.active,  # what one token is computed with: of experts those it goes to
+        "parameters_active": counted.active,  # parameters that one token uses; of experts only those of the token
         "flops_per_token": counts.training_flops_per_token(config.model).palm,
         "memory_bytes": {**asdict(needed), "total": needed.total},
         "parallel": plain_values(config.parallel),
@@ -307,26 +305,26 @@ def plan_facts(
 
 
 def step_kind(config: TrainConfig, dims: ParallelDims, batch: Batch) -> str:
-    """Return the settings that decide how long a step takes on given nodes, beside the data."""
+    """Return the settings that, besides the data, determine the time of a step on given nodes."""
     counted = counts.count(config.model)
     size = f"{config.model.name} {counted.total} {batch.global_batch}x{config.model.block_size} micro {batch.micro}"
     how = (config.device, config.precision, config.compile, config.recompute)
     return " ".join([size, str(dims), *(choice.name for choice in how)])
 
 
-# Refusal of a point whose batch its ranks cannot share, or whose ranks its nodes cannot hold. Torch-free.
+# Refusal of a point whose ranks cannot share its batch, or exceed its nodes.
 
 
 def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: PlanRequest) -> Batch:
-    """Split the global batch, naming nodes and ranks where that does not go."""
+    """Split the global batch. An error names nodes and ranks."""
     total, ranks = config.optim.global_batch, dims.data_ranks
     if not config.optim.weak_scaling and total % ranks:
         found = (
             f"nodes={request.nodes} x {request.ranks_per_node} ranks = {ranks} ranks, but optim.global_batch={total} "
             f"is not a multiple of {ranks}"
         )
-        # Of model-parallel ranks several share a sequence; what every point of the sweep can split has to be a multiple
-        # of each point's data-parallel ranks.
+        # Several model-parallel ranks share a sequence. A batch for every point of a sweep must be a multiple of each
+        # point's data-parallel ranks.
         together = request.world_size // ranks
         every = math.lcm(ranks, *(size // together for size in request.sweep_sizes if size % together == 0))
         points = " of every point" if every != ranks else ""
@@ -340,7 +338,7 @@ def split_batch_over_nodes(config: TrainConfig, dims: ParallelDims, request: Pla
 
 
 def refuse_size(config: TrainConfig, request: PlanRequest) -> None:
-    """Raise ConfigError where a run in the middle of its steps could not go on with the ranks of ``request``.
+    """Raise ConfigError if a partly trained run cannot continue with the ranks of ``request``.
 
     Micro-batches, accumulation and shards follow from the number of ranks; tp, cp, pp, ep and a typed dp_shard stay.
     """
@@ -356,7 +354,7 @@ def refuse_size(config: TrainConfig, request: PlanRequest) -> None:
 
 
 def refuse_what_does_not_fit(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
-    """Raise ConfigError where the nodes, as far as they are known, cannot hold ranks that need ``needed`` each."""
+    """Raise ConfigError if ranks that need ``needed`` each exceed the nodes, as far as these are known."""
     if request.is_local:
         refuse_too_few_gpus(config, request)
     refuse_too_little_memory(config, needed, request)
@@ -364,7 +362,7 @@ def refuse_what_does_not_fit(config: TrainConfig, needed: Memory, request: PlanR
 
 
 def refuse_too_few_gpus(config: TrainConfig, request: PlanRequest) -> None:
-    """Raise ConfigError where local ranks would have to share GPUs, or there are none and cuda was asked for."""
+    """Raise ConfigError if local ranks would share GPUs, or cuda is requested without GPUs."""
     gpus = request.local_gpus
     if config.device is Device.cpu or (config.device is Device.auto and gpus == 0):
         return
@@ -378,7 +376,7 @@ def refuse_too_few_gpus(config: TrainConfig, request: PlanRequest) -> None:
 
 
 def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
-    """Raise ConfigError where the memory that is known cannot hold the run."""
+    """Raise ConfigError if the run exceeds the known memory."""
     if on_cpus(config, request) and request.is_local:
         have, ranks, where = free_memory(), request.world_size, "free on this machine"
         wanted = needed.total + needed.host + staging_bytes(config, request.world_size)
@@ -398,7 +396,7 @@ def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanR
 
 
 def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
-    """Suggest overrides that need less memory, the cheapest first."""
+    """Yield overrides that need less memory, the cheapest first."""
     if config.checkpoint.in_memory and on_cpus(config, request):
         yield "checkpoint.in_memory=false"
     known = find(gpu_name(request) or "")
@@ -415,10 +413,10 @@ def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
 
 
 def refuse_too_little_host(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
-    """Raise ConfigError where what GPUs leave to the memory of their node is more than that has, as far as is known."""
+    """Raise ConfigError if the data that GPUs offload exceeds the memory of their node, as far as it is known."""
     have, staging = host_memory(request), staging_bytes(config, request.world_size)
     held = in_memory_bytes(config, request.world_size, request.nodes)
-    computing = needed.total if on_cpus(config, request) and held else 0  # on GPUs it is not the node's memory
+    computing = needed.total if on_cpus(config, request) and held else 0  # on GPUs not in host memory
     if have is None or (on_cpus(config, request) and not held) or needed.host + staging + held + computing <= have:
         return
     parts = [

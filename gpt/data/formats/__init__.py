@@ -1,1 +1,1 @@
-"""File formats of tokens: our prepared folders, and the token files of nanoGPT, llm.c and Megatron."""
+"""File formats of tokens: prepared folders, and the token files of nanoGPT, llm.c and Megatron."""

@@ -1,5 +1,5 @@
-"""Preprocessing: text, jsonl and parquet files to a folder of tokens, by several processes.
+"""Preprocessing by several processes: text, jsonl and parquet files become a folder of tokens.
 
-``spec`` identifies a corpus, ``shards`` splits its text, ``worker`` tokenizes a shard, ``merge`` joins the results, and
-``prepare`` runs these steps in order.
+``spec`` identifies a corpus, ``shards`` splits and reads its text, and ``worker`` tokenizes a shard. ``prepare`` merges
+the results, and runs these steps in order.
 """

@@ -1,4 +1,4 @@
-"""Preparation of a corpus: shards are tokenized and merged into a folder with a manifest."""
+"""Preparation of a corpus: shards are tokenized and merged into a folder with a manifest. Imports no torch."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from gpt.data.tokenizers.registry import describe_tokenizer, load_tokenizer, sav
 from launch.errors import ConfigError
 from launch.runs.files import write_json
 
-# Merge of tokenized shards into a prepared folder: the rows that are used, the files of each split, and the manifest.
+# Merge of tokenized shards into a prepared folder: the used rows, the files of each split, and the manifest.
 #
-# Streams: holds one shard's rows. Torch-free.
+# The merge keeps the rows of one shard in memory at a time.
 
 
 COPY_BYTES = 1 << 20
-# Their versions go into the manifest: another release may tokenize a text otherwise.
+# The manifest records their versions, because another release may tokenize a text differently.
 LIBRARIES = ("numpy", "sentencepiece", "tokenizers", "tiktoken", "datasets", "pyarrow")
 
 
 @dataclass
 class _MergePlan:
-    """The part of each shard that is used, and the totals of each split."""
+    """Used part of each shard, and the totals of each split."""
 
     rows: dict[int, int]
-    """Number of a shard -> how many of its rows are used, from the first."""
+    """Number of a shard -> number of its rows that are used, from the first."""
     tokens: list[int]
     bytes: list[int]
     documents: list[int]
@@ -77,8 +77,8 @@ def _plan(spec: PreprocessingSpec, shards: list[Shard], parts: Path) -> _MergePl
 
 
 def _split_limits(spec: PreprocessingSpec) -> dict[int | None, int]:
-    """Most bytes of text to take, in all (None) or of each split that has documents of its own."""
-    limit = spec.config.max_bytes  # of texts the spec has taken no more already
+    """Return the limits of the bytes of text: in all (key None), or of each split with documents of its own."""
+    limit = spec.config.max_bytes  # the spec already limits single texts
     if limit is None or not spec.splits_documents:
         return {}
     if spec.val_files:
@@ -95,7 +95,7 @@ def merge_shards(spec: PreprocessingSpec, shards: list[Shard], parts: Path, toke
     """Merge tokenized shards into a complete prepared folder, ``parts/whole``.
 
     Raises:
-        ConfigError: a split is left without text.
+        ConfigError: a split has no text.
     """
     plan = _plan(spec, shards, parts)
     _refuse_empty(spec, plan)
@@ -119,7 +119,7 @@ def merge_shards(spec: PreprocessingSpec, shards: list[Shard], parts: Path, toke
     if tokenizer is not None:
         save_tokenizer(tokenizer, whole / TOKENIZER)
         sizes = tokenizer.token_bytes()
-        # Beside the tokens, so that bits per byte can be computed without the tokenizer's library.
+        # Written next to the tokens, so that bits per byte can be computed without the tokenizer's library.
         if sizes is not None:
             (whole / TOKEN_BYTES).write_bytes(sizes.astype("<u4").tobytes())
     write_json(whole / MANIFEST, _manifest(spec, plan, written, dtype, tokenizer))
@@ -157,7 +157,7 @@ def _chunks(parts: Path, plan: _MergePlan, split: int, dtype: str) -> Iterator[b
 
 
 def _lengths(parts: Path, plan: _MergePlan, split: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the tokens of each document of a split; what follows the last end is a document, too."""
+    """Yield the number of tokens of each document of a split. Tokens after the last end also form a document."""
     carried = 0
     for number, count in plan.rows.items():
         rows = _rows(parts, number, count)
@@ -188,7 +188,7 @@ def _manifest(
         "format": FORMAT,
         "name": spec.config.title,
         "spec": spec.identity,
-        "layout": spec.config.layout.name,  # the key of the config, by which earlier manifests have it
+        "layout": spec.config.layout.name,  # named after the key of the config, as in earlier manifests
         "dtype": dtype,
         "vocab_size": vocab_size_for(spec, tokenizer),
         "tokenizer": None if tokenizer is None else describe_tokenizer(tokenizer),
@@ -209,16 +209,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
-# Preparation of a corpus: shards of text are tokenized by several processes and merged into a folder with a manifest.
+# Preparation: several processes tokenize shards of text, which are then merged into a folder with a manifest.
 #
-# Meanwhile the shards lie in ``.NAME.parts`` beside the folder; each is kept with its checksums, and verified before it
-# is used again. Torch-free.
+# Meanwhile the shards are in ``.NAME.parts`` next to the folder. Each has checksums, and is verified before it is
+# reused.
 #
 #     .NAME.parts/recipe.json   the identity of the preprocessing spec
 #     .NAME.parts/units.json    the number of shards
-#     .NAME.parts/tokenizer/    made first, from the text where it is trained
+#     .NAME.parts/tokenizer/    made first, trained on the text if needed
 #     .NAME.parts/000012.json   a finished shard: checksums of 000012.train, 000012.val and 000012.rows
-#     .NAME.parts/whole/        the folder in the making, renamed to NAME at the end
+#     .NAME.parts/whole/        the unfinished folder, renamed to NAME at the end
 
 
 READ_BYTES = 1 << 22
@@ -227,24 +227,26 @@ READ_BYTES = 1 << 22
 def prepare(
     spec: PreprocessingSpec, folder: Path, workers: int = 1, progress: bool = False, replace: bool = True
 ) -> TokenSource:
-    """Prepare a corpus in ``folder``, or return the one that is there. Several callers at once make it once.
+    """Prepare a corpus in ``folder``, or return the existing one. Of several simultaneous callers, one prepares it.
 
-    A preparation that was killed goes on where it stopped.
+    A killed preparation resumes at its last finished shard.
 
     Args:
-        workers: processes that read and tokenize; 1 does it in this one.
+        spec: the inputs that determine the corpus.
+        folder: the prepared folder.
+        workers: number of processes that read and tokenize; 1 works in this process.
         progress: show a bar on standard error.
-        replace: replace a folder that holds no whole corpus; off for a folder that the user named.
+        replace: replace a folder without a whole corpus; False for a folder that the user named.
 
     Raises:
-        ConfigError: the text cannot be read, or ``folder`` holds something else.
+        ConfigError: the text cannot be read, or ``folder`` has other content.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         found = _find_prepared(spec, folder, replace)
         parts = folder.with_name(f".{folder.name}.parts")
         if found is not None:
-            shutil.rmtree(parts, ignore_errors=True)  # killed just before it was done with them
+            shutil.rmtree(parts, ignore_errors=True)  # a former process was killed before this deletion
             return found
         _open_parts(spec, parts)
         tokenizer = None if spec.kind == "synthetic" else _keep_tokenizer(spec, parts)
@@ -273,20 +275,20 @@ def _find_prepared(spec: PreprocessingSpec, folder: Path, replace: bool) -> Toke
 
 
 def _open_parts(spec: PreprocessingSpec, parts: Path) -> None:
-    """Keep the finished shards of an equal spec, or begin with an empty folder."""
-    identity = parts / "recipe.json"  # the names on disk stay, so that a preparation that was killed goes on
+    """Keep the finished shards of an equal spec, otherwise begin with an empty folder."""
+    identity = parts / "recipe.json"  # file names stay the same, so that a killed preparation can resume
     try:
         same = json.loads(identity.read_bytes()) == spec.identity
     except (OSError, ValueError):
         same = False
     if not same:
-        shutil.rmtree(parts, ignore_errors=True)  # the rest of an older version of the text
+        shutil.rmtree(parts, ignore_errors=True)  # remains of an older version of the text
         parts.mkdir()
         write_json(identity, spec.identity)
 
 
 def _refuse_other_shards(parts: Path, count: int) -> None:
-    """Raise ConfigError where a dataset has other files now than when the shards that are kept were made."""
+    """Raise ConfigError if a dataset now has other files than when the kept shards were made."""
     earlier = parts / "units.json"
     if not earlier.is_file():
         write_json(earlier, count)
@@ -299,7 +301,7 @@ def _refuse_other_shards(parts: Path, count: int) -> None:
 
 
 def _keep_tokenizer(spec: PreprocessingSpec, parts: Path) -> Tokenizer:
-    """Make the tokenizer once, and read it back as the processes and a later run of the command do."""
+    """Make the tokenizer once, and load it from its file, as the processes and a later command do."""
     folder = parts / TOKENIZER
     if not (folder / ABOUT).is_file():
         save_tokenizer(make_tokenizer(spec), folder)
@@ -307,7 +309,7 @@ def _keep_tokenizer(spec: PreprocessingSpec, parts: Path) -> Tokenizer:
 
 
 def _move_into_place(parts: Path, folder: Path) -> None:
-    """Give the finished folder its name; an earlier one, damaged or of an older version, is deleted."""
+    """Give the finished folder its name. An earlier folder, damaged or of an older version, is deleted."""
     old = parts / "old"
     if folder.exists():
         folder.rename(old)
@@ -316,7 +318,8 @@ def _move_into_place(parts: Path, folder: Path) -> None:
 
 
 def verify(folder: Path, advance: Callable[[int], None] = lambda size: None) -> list[str]:
-    """List the files of a prepared folder whose checksum is not the manifest's; ``advance`` gets bytes as they pass."""
+    """Return the files of a prepared folder whose checksum differs from the manifest. ``advance`` receives the bytes
+    read."""
     manifest = read_manifest(folder)
     assert manifest is not None, f"{folder} was opened before"
     bad = []

@@ -1,4 +1,4 @@
-"""Shards of a corpus, some megabytes of text each, and the readers of their text."""
+"""Shards of a corpus, each some megabytes of text, and the readers of their text. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,49 +19,49 @@ from gpt.data.preprocessing.synthetic import num_walks
 from gpt.data.tokenizers.subword import import_library
 from launch.errors import ConfigError
 
-# Shards of a corpus: stretches of its text, some megabytes each, that one process turns into tokens at a time.
+# Shards: parts of a corpus of some megabytes each. One process tokenizes one shard at a time.
 #
-# A shard is also what is kept when a preparation is killed. Torch-free.
+# A killed preparation keeps its finished shards.
 
 
 PIECE_BYTES = 1 << 20
-"""Approximate size of the pieces in which a text is tokenized; they end where a line does."""
-SHARD_BYTES = 64 << 20  # enough work to be worth a process, and little enough to lose to a kill
+"""Approximate bytes of the pieces in which a text is tokenized. A piece ends at the end of a line."""
+SHARD_BYTES = 64 << 20  # large enough to pay for a process, and small enough to lose when killed
 LINE_SEARCH_BYTES = 1 << 16
-"""Distance, in bytes, within which the end of a line is looked for; beyond it a piece ends at any character."""
+"""Number of bytes within which the end of a line is searched. Beyond it, a piece ends at any character."""
 TRAIN, VAL = 0, 1
 
 
 class Part(NamedTuple):
-    """Stretch of a source: bytes of a text or jsonl file, row groups of parquet, a file of a dataset, or a walk."""
+    """Part of a source: bytes of a text or jsonl file, row groups of parquet, a file of a dataset, or a walk."""
 
     path: str
     start: int
     stop: int
     ends: bool
-    """True where a document ends with the stretch (text only)."""
+    """True if a document ends with the part (text only)."""
     mtime_ns: int
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The text that one process tokenizes in one go."""
+    """Text that one process tokenizes at once."""
 
     number: int
     split: int | None
-    """TRAIN or VAL; None where the split is decided document by document."""
+    """TRAIN or VAL; None if the split is decided document by document."""
     parts: tuple[Part, ...]
     first: int = 0
-    """Number of the first shard of the files that this one belongs to: those of validation, of their own, come before
-    all others, so that with ``data.max_bytes`` the shards that are not needed are the last."""
+    """Number of the first shard of the same files. Separate validation files come first, so that with
+    ``data.max_bytes`` the unneeded shards are the last."""
 
 
 def list_shards(spec: PreprocessingSpec) -> list[Shard]:
-    """List the shards of a corpus, in the order of its tokens."""
+    """Return the shards of a corpus, in the order of its tokens."""
     if spec.kind == "synthetic":
         walks = range(num_walks(spec.config.synthetic.tokens))
         return [Shard(i, None, (Part("", i, i + 1, False, 0),)) for i in walks]
-    if spec.kind == "custom":  # of which only its function knows where its documents are
+    if spec.kind == "custom":  # only the user's function knows where its documents are
         return [Shard(0, None, (Part(str(spec.config.source), 0, 0, True, 0),))]
     if spec.kind == "dataset":
         return _dataset_shards(spec.config)
@@ -75,26 +75,26 @@ def list_shards(spec: PreprocessingSpec) -> list[Shard]:
 def _split_files(
     spec: PreprocessingSpec, files: Iterable[CorpusFile], split: int | None, val_start: int
 ) -> Iterator[tuple[int | None, Part, int]]:
-    """Split files into parts: the split of each, its place and its size.
+    """Yield the parts of files: split, place and size of each.
 
     Args:
-        spec: of the corpus.
-        files: of one kind.
-        split: of documents; None where it is decided one by one.
-        val_start: byte of all texts, one after another, at which validation begins.
+        spec: spec of the corpus.
+        files: files of one kind.
+        split: split of all documents; None if it is decided document by document.
+        val_start: byte of the concatenated texts at which validation begins.
     """
     if spec.kind == "text":
         yield from _split_texts(spec, files, val_start)
     elif spec.kind == "parquet":
         yield from ((split, part, size) for file in files for part, size in _list_row_groups(file))
     else:
-        whole = spec.kind == "jsonl.gz"  # gzip can be read from its beginning only
+        whole = spec.kind == "jsonl.gz"  # gzip can be read only from its beginning
         parts = (part for file in files for part in _split_jsonl(file, whole))
         yield from ((split, part, part.stop - part.start) for part in parts)
 
 
 def _group(parts: Iterable[tuple[int | None, Part, int]], before: Iterable[Shard] = ()) -> list[Shard]:
-    """Join neighboring parts of the same split, up to the size of a shard, after the shards ``before``."""
+    """Join neighboring parts of the same split, up to the size of a shard, and append the shards to ``before``."""
     shards = list(before)
     first = len(shards)
     waiting: list[Part] = []
@@ -113,16 +113,16 @@ def _group(parts: Iterable[tuple[int | None, Part, int]], before: Iterable[Shard
 def _split_texts(
     spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start: int
 ) -> Iterator[tuple[int, Part, int]]:
-    """Split texts into pieces: the split of each, its place, and its size in bytes. Validation begins a piece."""
+    """Yield the pieces of texts: split, place, and size in bytes of each. Validation begins with a new piece."""
     exact = spec.config.tokenizer is TokenizerKind.byte
     passed = 0
     for file in files:
         nominal = {*range(PIECE_BYTES, file.size, PIECE_BYTES)}
         here = val_start - passed
         border = _character_start(file, here) if 0 < here < file.size and not exact else here
-        # A piece that ends in the middle of a line would be tokenized otherwise than the whole text; bytes would not.
+        # A piece that ends inside a line would be tokenized differently from the whole text, except by bytes.
         cuts = nominal if exact else {_line_start(file, cut) for cut in nominal}
-        # Pieces are small, so one that a cut for validation has made smaller does no harm.
+        # Pieces are small, so a piece shortened by the validation cut does no harm.
         end = file.size if exact else _whole_characters(file)
         places = sorted({0, end, *(place for place in (border, *cuts) if 0 < place < end)})
         for start, stop in pairwise(places):
@@ -132,7 +132,7 @@ def _split_texts(
 
 
 def _line_start(file: CorpusFile, place: int) -> int:
-    """Place of the first beginning of a line from ``place`` on, or of a character where no line ends near."""
+    """Return the first beginning of a line from ``place`` on, or of a character if no line ends nearby."""
     try:
         with file.path.open("rb") as stream:
             stream.seek(place - 1)
@@ -144,7 +144,7 @@ def _line_start(file: CorpusFile, place: int) -> int:
 
 
 def _character_start(file: CorpusFile, place: int) -> int:
-    """Place of the first beginning of a character from ``place`` on; UTF-8's continuation bytes are 10xxxxxx."""
+    """Return the first beginning of a character from ``place`` on. UTF-8's continuation bytes are 10xxxxxx."""
     with file.path.open("rb") as stream:
         stream.seek(place)
         near = stream.read(3)
@@ -153,13 +153,13 @@ def _character_start(file: CorpusFile, place: int) -> int:
 
 
 def _whole_characters(file: CorpusFile) -> int:
-    """End of the last whole character of a text: ``data.max_bytes`` may cut one in half."""
+    """Return the end of the last whole character of a text, because ``data.max_bytes`` may cut one in half."""
     with file.path.open("rb") as stream:
         stream.seek(max(0, file.size - 3))
         last = stream.read(min(3, file.size))
     for back in range(1, len(last) + 1):
         byte = last[-back]
-        if byte & 0xC0 != 0x80:  # the first byte of a character, whose high bits say how many there are
+        if byte & 0xC0 != 0x80:  # the first byte of a character; its high bits give the number of bytes
             needed = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
             return file.size - back if needed > back else file.size
     return file.size
@@ -179,7 +179,7 @@ def _list_row_groups(file: CorpusFile) -> Iterator[tuple[Part, int]]:
             for i in range(metadata.num_row_groups):
                 part = Part(str(file.path), i, i + 1, True, file.mtime_ns)
                 yield part, metadata.row_group(i).total_byte_size
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these
+    except (OSError, ValueError) as error:  # base classes of pyarrow's errors
         raise unreadable_file_error(file.path, error) from error
 
 
@@ -188,16 +188,16 @@ def _dataset_shards(config: DataConfig) -> list[Shard]:
     splits += [(config.val_split, VAL)] if config.val_split else []
     found: list[tuple[str, int | None, int, int]] = []
     for name, split in splits:
-        count = open_dataset(config, name).num_shards  # its files: the library can start to read at each of them
+        count = open_dataset(config, name).num_shards  # number of files: the library can start to read at each file
         found += [(name, split, i, count) for i in range(count)]
     return [Shard(n, split, (Part(name, i, count, True, 0),)) for n, (name, split, i, count) in enumerate(found)]
 
 
 @lru_cache(maxsize=4)
 def _open_stream(dataset: str, revision: str | None, subset: str | None, split: str) -> Any:
-    """Open a dataset as a stream, once: it is only a description, which reading leaves as it was."""
+    """Open a dataset as a stream, once. The stream is only a description, which reading does not change."""
     datasets = import_library("datasets")
-    datasets.config.TORCH_AVAILABLE = False  # its streams would load torch, seconds in every process, for nothing
+    datasets.config.TORCH_AVAILABLE = False  # otherwise its streams load torch, which costs seconds in every process
     return datasets.load_dataset(dataset, name=subset, revision=revision, split=split, streaming=True)
 
 
@@ -209,7 +209,7 @@ def open_dataset(config: DataConfig, split: str) -> Any:
     """Open a split of a dataset as a stream.
 
     Raises:
-        ConfigError: it cannot be reached, or there is no such split.
+        ConfigError: the dataset is unreachable, or has no such split.
     """
     try:
         return _open_stream(str(config.dataset), revision_of(config), config.subset, split)
@@ -225,25 +225,25 @@ def open_dataset(config: DataConfig, split: str) -> Any:
         ) from error
 
 
-# Readers of the text of a shard: texts, jsonl and parquet files, and datasets streamed by Hugging Face's library.
+# Readers of a shard's text: texts, jsonl and parquet files, and datasets streamed by Hugging Face's library.
 #
-# Torch-free; holds a piece of a text or one document at a time.
+# A reader keeps one piece of a text or one document in memory.
 
 
 class Piece(NamedTuple):
-    """Text that is tokenized at once, as UTF-8 or whatever bytes the file holds."""
+    """Text that is tokenized at once, as UTF-8 or as the bytes of the file."""
 
     split: int
     data: bytes
     ends: bool
-    """True where a document ends with the piece."""
+    """True if a document ends with the piece."""
 
 
 def read_shard(spec: PreprocessingSpec, shard: Shard) -> Iterator[Piece]:
     """Read the text of a shard, piece by piece.
 
     Raises:
-        ConfigError: a file cannot be read, is not what it should be, or has changed since it was looked up.
+        ConfigError: a file is unreadable, has the wrong format, or has changed since its look-up.
     """
     if spec.kind == "text":
         for part in shard.parts:
@@ -257,7 +257,7 @@ def read_shard(spec: PreprocessingSpec, shard: Shard) -> Iterator[Piece]:
             if split is None:
                 split = VAL if is_validation(shard.number, count, spec.config.val_fraction) else TRAIN
             count += 1
-            # JSON may hold lone surrogates, which UTF-8 does not have.
+            # JSON may contain lone surrogates, which UTF-8 cannot encode.
             yield Piece(split, text.encode("utf-8", "replace"), True)
 
 
@@ -265,7 +265,7 @@ def decode(data: bytes, shard: Shard) -> str:
     """Decode the text of a piece.
 
     Raises:
-        ConfigError: it is not UTF-8.
+        ConfigError: the bytes are not UTF-8.
     """
     try:
         return data.decode()
@@ -278,7 +278,7 @@ def decode(data: bytes, shard: Shard) -> str:
 
 
 def is_validation(shard: int, document: int, fraction: float) -> bool:
-    """Decide by a hash of a document's place whether validation takes it, so that every process decides alike."""
+    """Return True if validation takes a document, by a hash of its position. Every process decides alike."""
     digest = hashlib.blake2b(f"{shard}:{document}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2.0**64
 
@@ -295,13 +295,13 @@ def _documents(spec: PreprocessingSpec, part: Part) -> Iterator[str]:
 
 
 def _read_custom(config: DataConfig) -> Iterator[str]:
-    """Texts of a function of the user's."""
+    """Yield the texts of a function of the user."""
     name = str(config.source)
     documents = load_source("data.source", name)(config)
     while True:
         try:
             text = next(documents, None)
-        except Exception as error:  # of the user's function
+        except Exception as error:  # raised by the user's function
             raise ConfigError(
                 f"data.source={name} fails: {type(error).__name__}: {error}",
                 "a generator of documents, which ends where they do",
@@ -334,7 +334,7 @@ def _refuse_change(path: Path, part: Part, complete: bool = True) -> None:
 
 
 def _read_jsonl(part: Part, key: str, packed: bool) -> Iterator[str]:
-    """Texts of the lines that begin in the part; a line that began before belongs to the part before."""
+    """Yield the texts of the lines that begin in the part. A line that began earlier belongs to the part before."""
     path = Path(part.path)
     try:
         with gzip.open(path, "rb") if packed else path.open("rb") as stream:
@@ -386,7 +386,7 @@ def _read_parquet(part: Part, key: str) -> Iterator[str]:
                 yield from (text for text in batch.column(0).to_pylist() if text is not None)
         _refuse_change(path, part)
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):  # which is a ValueError, too
+        if isinstance(error, ConfigError):  # ConfigError is a ValueError, too
             raise
         raise unreadable_file_error(path, error) from error
 
@@ -401,12 +401,12 @@ def missing_column_error(where: object, key: str, names: Iterable[str]) -> Confi
 
 
 def _read_dataset(config: DataConfig, part: Part) -> Iterator[str]:
-    """Texts of file ``start`` of ``stop`` of the dataset's split that ``path`` names."""
+    """Yield the texts of file ``start`` of ``stop`` of the dataset's split that ``path`` names."""
     stream = iter(open_dataset(config, part.path).shard(num_shards=part.stop, index=part.start))
     while True:
         try:
             row = next(stream, None)
-        except Exception as error:  # of the library, of the network, of the file's format
+        except Exception as error:  # from the library, the network or the format of the file
             raise ConfigError(
                 f"the dataset {config.dataset} broke off in shard {part.start} of {part.stop} "
                 f"({type(error).__name__}: {error})",

@@ -1,4 +1,8 @@
-"""The preprocessing spec: files of a corpus, tokenizer, split and file format, from which the tokens follow."""
+"""Preprocessing spec: the inputs that determine the tokens of a corpus. Imports no torch.
+
+It is quick, because the login node calls it before it submits: files are looked up, and none is read except the
+tokenizer's.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +30,12 @@ from gpt.data.token_file import glob_files
 from launch.errors import ConfigError, closest
 from launch.runs.files import write_atomically
 
-# Lookup of the files of a corpus: the running Python's library, a text, tinyshakespeare, or those a pattern matches.
-#
-# Torch-free and quick, since the login node asks before it submits: files are looked up, not read.
+# Look-up of the files of a corpus: the running Python's library, a text, tinyshakespeare, or files that match a
+# pattern.
 
 
-# Left out of the corpus of the standard library: other people's packages, tests, programs that happen to be shipped
-# with it and are missing from some distributions' packages, and files generated for one machine.
+# Excluded from the corpus of the standard library: third-party packages, tests, programs that some distributions do not
+# package, and files generated for one machine.
 STDLIB_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"} | {
     "idlelib",
     "turtledemo",
@@ -51,7 +54,7 @@ PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".7z")
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One file of a corpus; size and time of change tell its present content from an older one."""
+    """One file of a corpus. Size and time of change distinguish its content from an older one."""
 
     path: Path
     size: int
@@ -59,10 +62,10 @@ class CorpusFile:
 
 
 def text_file(path: str, key: str = "data.path") -> CorpusFile:
-    """Look up the text file at ``path``, given by ``key``; a relative path starts at the current folder.
+    """Look up the text file at ``path``, set by ``key``. A relative path starts at the current folder.
 
     Raises:
-        ConfigError: it is not there, cannot be read, or is empty.
+        ConfigError: the file is missing, unreadable or empty.
     """
     try:
         text = Path(path).expanduser().absolute()
@@ -71,7 +74,7 @@ def text_file(path: str, key: str = "data.path") -> CorpusFile:
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise ConfigError(f"{key}={path} is {kind}", "a text file", _suggestion(key, text))
         with text.open("rb"):
-            pass  # permissions are best asked of the filesystem itself
+            pass  # only the filesystem itself knows the permissions
     except FileNotFoundError as error:
         raise ConfigError(
             f"{key}={path}, but there is no {text}", "a text file", _suggestion(key, text.parent, text.name)
@@ -84,7 +87,7 @@ def text_file(path: str, key: str = "data.path") -> CorpusFile:
 
 
 def _suggestion(key: str, folder: Path, name: str = "") -> str:
-    """Override to type instead of a path that leads to no text: a file beside it, where one looks right."""
+    """Return the override to type instead of a path without text: a file next to it, if one looks right."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name != name)
     except OSError:
@@ -98,17 +101,17 @@ def _suggestion(key: str, folder: Path, name: str = "") -> str:
 
 
 def unreadable_file_error(path: Path, error: Exception) -> ConfigError:
-    """Refusal of a file that is there and cannot be read."""
+    """Return the error for an existing file that cannot be read."""
     return ConfigError(f"{path} cannot be read ({error})", "a text file this user may read", f"chmod u+r {path}")
 
 
 def pattern_files(pattern: str, key: str = "data.path") -> tuple[CorpusFile, ...]:
-    """List the files that match ``pattern``, given by ``key``, ordered by path, without empty ones.
+    """Return the non-empty files that match ``pattern``, set by ``key``, ordered by path.
 
     ``**`` crosses folders.
 
     Raises:
-        ConfigError: there is none, or they are of several kinds.
+        ConfigError: no file matches, or the files are of several kinds.
     """
     found = glob_files(pattern)
     files = [CorpusFile(p, p.stat().st_size, p.stat().st_mtime_ns) for p in found if p.is_file()]
@@ -130,10 +133,10 @@ def pattern_files(pattern: str, key: str = "data.path") -> tuple[CorpusFile, ...
 
 
 def file_kind(path: Path) -> str:
-    """Kind of a file by its name: ``text``, ``jsonl``, ``jsonl.gz`` or ``parquet``.
+    """Return the kind of a file by its name: ``text``, ``jsonl``, ``jsonl.gz`` or ``parquet``.
 
     Raises:
-        ConfigError: the file is packed in a way that is not read.
+        ConfigError: the compression of the file is not supported.
     """
     for suffix, kind in DOCUMENT_SUFFIXES.items():
         if path.name.endswith(suffix):
@@ -149,7 +152,7 @@ def file_kind(path: Path) -> str:
 
 @cache
 def stdlib_files() -> tuple[CorpusFile, ...]:
-    """List the source files of the running Python's own library, ordered by relative path; looked up once a process."""
+    """Return the source files of the running Python's own library, ordered by relative path. Cached in the process."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, CorpusFile] = {}
     for folder, subfolders, names in os.walk(root):
@@ -173,7 +176,7 @@ def _in_stdlib_corpus(name: str) -> bool:
 
 
 def take_bytes(files: Iterable[CorpusFile], limit: int | None) -> tuple[CorpusFile, ...]:
-    """Take the first ``limit`` bytes of ``files``, the last one cut short by its ``size``; None takes all."""
+    """Return the first ``limit`` bytes of ``files``. The ``size`` of the last file is reduced; None returns all."""
     taken, left = [], limit
     for file in files:
         if left is not None and left <= 0:
@@ -185,7 +188,7 @@ def take_bytes(files: Iterable[CorpusFile], limit: int | None) -> tuple[CorpusFi
 
 
 def shakespeare_file(path: str | None, cache: Path) -> CorpusFile | None:
-    """Look up tinyshakespeare at ``path`` or in the cache; None where it has to be downloaded first.
+    """Look up tinyshakespeare at ``path`` or in the cache; None if it must be downloaded first.
 
     Raises:
         ConfigError: the local file is another text.
@@ -213,7 +216,7 @@ def download_shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> CorpusFile:
     """Download tinyshakespeare (1.1 MB) into ``cache``.
 
     Raises:
-        ConfigError: there is no network, or what came is another text.
+        ConfigError: the network fails, or the downloaded text is another one.
     """
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT_S) as answer:
@@ -229,29 +232,28 @@ def download_shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> CorpusFile:
     return text_file(str(cache / SHAKESPEARE_FILE))
 
 
-# The preprocessing spec: files or dataset, tokenizer, split and file format, from which the tokens follow.
-#
-# Torch-free and quick: looks files up and reads none but the tokenizer's.
+# Preprocessing spec: files or dataset, tokenizer, split and file format.
 
 
 FIRST_USE_BYTES = 1 << 30
-"""Largest text that training prepares by itself; ranks wait meanwhile, so more than that is prepared beforehand."""
+"""Largest text in bytes that training prepares by itself. Ranks wait meanwhile, so larger texts are prepared
+beforehand."""
 LISTED_FILES = 20
-"""Most files that a manifest lists by name; of more it records their number, size and one checksum."""
+"""Largest number of files that a manifest lists by name. For more files it records number, size and one checksum."""
 
 
 @dataclass(frozen=True)
 class PreprocessingSpec:
-    """The inputs that determine the tokens of a prepared corpus."""
+    """Inputs that determine the tokens of a prepared corpus."""
 
     config: DataConfig
     kind: str
     """``text``, ``jsonl``, ``jsonl.gz``, ``parquet``, ``dataset``, ``synthetic`` or ``custom``."""
     files: tuple[CorpusFile, ...]
     identity: dict[str, Any]
-    """Plain JSON, equal for equal tokens; recorded in the manifest under the key ``spec``."""
+    """Plain JSON, equal for equal tokens. The manifest records it under the key ``spec``."""
     val_files: tuple[CorpusFile, ...] = ()
-    """Files of ``data.val_path``; with none validation is a share of ``files``."""
+    """Files of ``data.val_path``. Without any, validation is a share of ``files``."""
 
     @property
     def key(self) -> str:
@@ -260,21 +262,22 @@ class PreprocessingSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Total size of the files that are read, in bytes."""
+        """Total size of the files to read, in bytes."""
         return sum(file.size for file in (*self.files, *self.val_files))
 
     @property
     def has_documents(self) -> bool:
-        """True where the source tells the ends of documents; a single text, or one for each split, has none."""
+        """True if the source has ends of documents. A single text, or one text per split, has none."""
         return self.kind not in ("text", "synthetic") or max(len(self.files), len(self.val_files)) > 1
 
     @property
     def splits_documents(self) -> bool:
-        """True where validation takes whole documents, picked one by one, instead of the end of a text."""
+        """True if validation takes single whole documents, instead of the end of a text."""
         return self.kind not in ("text", "synthetic")
 
     def known_tokens(self) -> tuple[int, int] | None:
-        """Count training and validation tokens without making them; None unless tokens are bytes or a Markov chain."""
+        """Return the number of training and validation tokens without making them; None unless tokens are bytes or a
+        Markov chain."""
         if self.kind == "synthetic":
             return split_tokens(self.config.synthetic.tokens, self.config.val_fraction)
         if self.kind == "text" and self.config.tokenizer is TokenizerKind.byte:
@@ -284,21 +287,21 @@ class PreprocessingSpec:
         return None
 
     def is_prepared_on_first_use(self) -> bool:
-        """Tell whether training prepares the corpus by itself: quickly done, and with no refusal left to find out."""
+        """Return True if training prepares the corpus by itself: it is quick, and cannot be refused any more."""
         return self.known_tokens() is not None and self.num_bytes <= FIRST_USE_BYTES
 
 
 def split_tokens(tokens: int, val_fraction: float) -> tuple[int, int]:
-    """Split a number of tokens into training and validation tokens; the training tokens come first in the text."""
+    """Split a number of tokens into training and validation tokens. The training tokens come first in the text."""
     val = min(tokens, max(1, int(tokens * val_fraction)))
     return tokens - val, val
 
 
 def build_spec(config: DataConfig, cache: Path) -> PreprocessingSpec | None:
-    """Build the preprocessing spec of a corpus; None where its text has to be downloaded first.
+    """Build the preprocessing spec of a corpus; None if its text must be downloaded first.
 
     Raises:
-        ConfigError: the text or the tokenizer's file is not there.
+        ConfigError: the text or the tokenizer's file is missing.
     """
     assert config.source is not Source.tokens, "token files are not preprocessed"
     if config.source is Source.synthetic:
@@ -306,7 +309,7 @@ def build_spec(config: DataConfig, cache: Path) -> PreprocessingSpec | None:
     if config.source is Source.dataset:
         keys = ("dataset", "subset", "train_split", "val_split", "text_key")
         identity = {key: getattr(config, key) for key in keys}
-        if revision_of(config) is not None:  # else left out, so that corpora prepared before it was there are found
+        if revision_of(config) is not None:  # omitted if None, so that corpora prepared by earlier versions are found
             identity["revision"] = revision_of(config)
         return _make_spec(config, "dataset", (), identity)
     if isinstance(config.source, str):
@@ -321,10 +324,10 @@ def build_spec(config: DataConfig, cache: Path) -> PreprocessingSpec | None:
         return None
     kind = file_kind(files[0].path) if config.source is Source.files else "text"
     if kind == "text":
-        # Documents are cut where they end, while the shards are tokenized; a text can be cut here.
+        # Documents are cut at their ends during tokenization. A text can be cut here.
         files = take_bytes(files, config.max_bytes)
     source = _identify_files(files)
-    if config.source is Source.shakespeare:  # the same text wherever it lies, so path and time do not count
+    if config.source is Source.shakespeare:  # the text is the same in any folder, so path and time do not count
         source = {"files": [[SHAKESPEARE_SHA256, files[0].size]]}
     if kind in ("jsonl", "jsonl.gz", "parquet"):
         source["text_key"] = config.text_key
@@ -332,7 +335,7 @@ def build_spec(config: DataConfig, cache: Path) -> PreprocessingSpec | None:
 
 
 def _find_val_files(config: DataConfig, files: tuple[CorpusFile, ...], kind: str) -> tuple[CorpusFile, ...]:
-    """Look up the files of ``data.val_path``, none of which may be trained on."""
+    """Look up the files of ``data.val_path``. None of them may be a training file."""
     if config.val_path is None:
         return ()
     if config.source is Source.text:
@@ -358,12 +361,13 @@ def _find_val_files(config: DataConfig, files: tuple[CorpusFile, ...], kind: str
 
 
 def revision_of(config: DataConfig) -> str | None:
-    """Revision of a dataset on the hub; None of a folder, as of a local copy, which has none."""
+    """Return the revision of a dataset on the hub; None for a local folder, which has no revision."""
     return None if config.dataset is None or Path(config.dataset).expanduser().is_dir() else config.revision
 
 
 def _identify_files(files: tuple[CorpusFile, ...]) -> dict[str, Any]:
-    """Identity of the files by path, size and time, hashed where there are many, so that manifests stay readable."""
+    """Return the identity of the files by path, size and time. Many files are hashed, so that manifests stay
+    readable."""
     listed = [[str(f.path), f.size, f.mtime_ns] for f in files]
     if len(files) <= LISTED_FILES:
         return {"files": listed}
@@ -397,7 +401,7 @@ def _make_spec(
         "val_fraction": config.val_fraction,
         "layout": config.layout.name,
     }
-    if val_files:  # else the key is left out, so that corpora that were prepared before it was there are found
+    if val_files:  # the key is omitted without validation files, so that corpora prepared by earlier versions are found
         identity |= {"validation": _identify_files(val_files), "val_fraction": None}
     return PreprocessingSpec(config, kind, files, identity, val_files)
 
@@ -415,20 +419,20 @@ def _identify_tokenizer(config: DataConfig) -> dict[str, Any]:
                 "data.tokenizer_path=FILE",
             ) from error
     elif config.tokenizer is TokenizerKind.sentencepiece:
-        # A model that is still to be trained is identified by what it is trained with.
+        # A model to be trained is identified by its training text.
         identity |= {"vocab_size": config.tokenizer_vocab_size, "train_bytes": config.tokenizer_train_bytes}
     return identity
 
 
 def known_vocab_size(config: DataConfig) -> int | None:
-    """Vocabulary size of a corpus that is not prepared yet; None where only the tokenizer will tell."""
+    """Return the vocabulary size of an unprepared corpus; None if only the tokenizer determines it."""
     if config.source is Source.synthetic:
         return config.synthetic.vocab_size
     return BYTE_VOCAB if config.tokenizer is TokenizerKind.byte else None
 
 
 def prepare_command(config: DataConfig, cache: Path) -> str:
-    """Write the gpt.prepare command for a corpus: its preset, and every key that differs from it."""
+    """Return the gpt.prepare command for a corpus: its preset, and every key that differs from it."""
     folder = resources.files("configs").joinpath("data")
     preset = folder.joinpath(f"{config.title}.yaml")
     base: Any = OmegaConf.structured(DataConfig)
@@ -439,12 +443,12 @@ def prepare_command(config: DataConfig, cache: Path) -> str:
         base = OmegaConf.merge(base, OmegaConf.create(text.read_text()))
     default, here = _plain(base), _plain(OmegaConf.structured(config))
     args = [f"data={name}"]
-    # The name comes with the preset, and the folder is added below only where it is not the usual one.
+    # The preset sets the name. The folder is added below only if it is not the default.
     default["name"], default["cache_dir"] = here["name"], here["cache_dir"]
     args += [f"{key}={value}" for key, value in _changed(default, here, "data.")]
     if cache != Path("outputs/.cache").absolute():
         args.append(f"data.cache_dir={cache}")
-    # Quotes around all that a shell or Hydra's grammar would take apart.
+    # Quote everything that a shell or Hydra's grammar would split.
     return "python -m gpt.prepare " + " ".join(f"'{a}'" if set(a) & set("*?[]{}, $&;()<>") else a for a in args)
 
 
@@ -465,5 +469,5 @@ def _changed(default: dict[str, Any], here: dict[str, Any], prefix: str) -> Iter
 
 
 def usable_cores() -> int:
-    """Count the cores this process may run on."""
-    return len(os.sched_getaffinity(0))  # not cpu_count: Slurm gives a job some of a node's cores
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))  # not cpu_count: Slurm gives a job only some of a node's cores

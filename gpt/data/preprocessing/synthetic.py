@@ -1,8 +1,7 @@
-"""A corpus of known entropy: a seeded Markov chain, which gives a loss a floor to be checked against.
+"""Corpus of known entropy: a seeded Markov chain, whose entropy is a floor for the loss. Imports no torch.
 
-Torch-free. The next token depends on the last one only, so a model that has seen one token can know all there is to
-know, and the cross-entropy of the best one is the chain's entropy rate (Shannon 1948, "A Mathematical Theory of
-Communication", section 7):
+The next token depends only on the last one. So one token of context suffices, and the cross-entropy of the best model
+is the chain's entropy rate (Shannon 1948, "A Mathematical Theory of Communication", section 7):
 
     H = sum_i pi_i sum_j -p_ij ln p_ij        with pi P = pi
 """
@@ -19,8 +18,8 @@ import numpy.typing as npt
 from gpt.config.data import SyntheticConfig
 
 WALK_TOKENS = 1 << 20
-"""Tokens of one walk through the chain. The corpus is made of walks that each start anew, so that processes can share
-the work; one token in a million does not follow from its predecessor."""
+"""Number of tokens of one walk through the chain. The corpus consists of independent walks, so that processes can share
+the work. One token in a million does not depend on its predecessor."""
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,19 +34,19 @@ class Chain:
     """Probabilities of the successors, (V, S); rows sum to one."""
 
     def transition(self) -> Floats:
-        """Build the transition matrix p_ij, (V, V)."""
+        """Return the transition matrix p_ij, (V, V)."""
         matrix = np.zeros((len(self.successors), len(self.successors)))
         np.put_along_axis(matrix, self.successors, self.probabilities, axis=1)
         return matrix
 
     def stationary(self) -> Floats:
-        """Stationary distribution of the states, (V,): the solution of pi P = pi that sums to one."""
+        """Return the stationary distribution of the states, (V,): the solution of pi P = pi that sums to one."""
         states = len(self.successors)
         equations = np.vstack([self.transition().T - np.eye(states), np.ones(states)])
         return np.asarray(np.linalg.lstsq(equations, np.append(np.zeros(states), 1.0), rcond=None)[0])
 
     def entropy(self) -> float:
-        """Entropy rate, nats per token."""
+        """Return the entropy rate, in nats per token."""
         surprise = -np.log(self.probabilities)
         return float(self.stationary() @ (self.probabilities * surprise).sum(axis=1))
 
@@ -55,7 +54,7 @@ class Chain:
 @lru_cache(maxsize=4)
 def _chain(vocab_size: int, successors: int, seed: int) -> Chain:
     key = _uniform(seed, 0, vocab_size * vocab_size).reshape(vocab_size, vocab_size)
-    # One successor of a state is the next state, so that every state can be reached from every other.
+    # One successor of a state is the next state, so that every state is reachable from every other.
     key[np.arange(vocab_size), (np.arange(vocab_size) + 1) % vocab_size] = -1.0
     chosen = np.argsort(key, axis=1, kind="stable")[:, :successors]
     # Exponential variates, normalized, are uniform on the simplex (Devroye 1986, chapter XI.4).
@@ -65,12 +64,12 @@ def _chain(vocab_size: int, successors: int, seed: int) -> Chain:
 
 
 def chain_of(config: SyntheticConfig) -> Chain:
-    """Build the chain that a configuration describes; the length of the corpus is no part of the chain."""
+    """Build the chain of a configuration. It does not depend on the length of the corpus."""
     return _chain(config.vocab_size, config.successors, config.seed)
 
 
 def num_walks(tokens: int) -> int:
-    """Count the walks in a corpus of so many tokens; the last one is cut short."""
+    """Return the number of walks in a corpus of ``tokens`` tokens. The last walk is shorter."""
     return -(-tokens // WALK_TOKENS)
 
 
@@ -91,9 +90,10 @@ def walk(config: SyntheticConfig, number: int) -> npt.NDArray[np.uint32]:
 
 
 def _uniform(seed: int, stream: int, count: int) -> Floats:
-    """Draw numbers in [0, 1) that no numpy release changes: its bit generators are promised to stay, its variates not.
+    """Return ``count`` numbers in [0, 1), which are the same in every numpy release.
 
-    ``stream`` numbers the independent sequences of one seed.
+    numpy guarantees stable bit generators, but not stable variates. ``stream`` numbers the independent sequences of one
+    seed.
     """
     raw = np.random.PCG64(np.random.SeedSequence([seed, stream])).random_raw(count)
     return np.asarray((raw >> np.uint64(11)).astype(np.float64) * 2.0**-53)

@@ -1,4 +1,4 @@
-"""Tokenization of shards by several processes, and the tokenizer that is trained on them."""
+"""Tokenization of shards by several processes, and the tokenizer that is trained on them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from launch.runs.files import write_json
 
 # Tokenization of shards, in this process or in several.
 #
-# A process holds a piece of text and its tokens, and dies with the one that started it. Torch-free.
+# A process keeps one piece of text and its tokens in memory, and ends together with its parent.
 
 
 PROGRESS_S = 0.5
 
 ROW = struct.Struct("<4q")
 ROW_DTYPE = np.dtype([("split", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("ends", "<i8")])
-"""Record of a tokenized piece: its split, its tokens, its bytes of text, and 1 where a document ends with it."""
+"""Record of a tokenized piece: its split, number of tokens, bytes of text, and 1 if a document ends with it."""
 Rows = npt.NDArray[np.void]
 
 
 @dataclass
 class _ShardTokenizer:
-    """The inputs that a process needs to tokenize shards; in a pool, set once in each."""
+    """Inputs that a process needs to tokenize shards. In a pool, each process sets them once."""
 
     spec: PreprocessingSpec
     parts: Path
@@ -54,7 +54,7 @@ class _ShardTokenizer:
     advance: Callable[[int], None]
 
     def tokenize(self, shard: Shard) -> None:
-        """Tokenize one shard and keep its tokens, its rows and their checksums."""
+        """Tokenize one shard, and write its tokens, its rows and their checksums."""
         stem = self.parts / f"{shard.number:06d}"
         files = {name: _ShardFile(stem.with_suffix(f".{name}")) for name in (*SPLITS, "rows")}
         num_bytes = 0
@@ -64,16 +64,16 @@ class _ShardTokenizer:
             num_bytes += size
             self.advance(size)
         sums = {name: file.close() for name, file in files.items()}
-        # Written last: a shard that has this file is whole.
+        # Written last, so a shard with this file is complete.
         write_json(stem.with_suffix(".json"), {"sha256": sums, "bytes": num_bytes})
 
     def _tokens(self, shard: Shard) -> Iterator[tuple[int, npt.NDArray[Any], int, bool]]:
-        """Yield the split, ids, bytes of text and end of a document of each piece."""
+        """Yield for each piece: split, ids, bytes of text, and True if a document ends with it."""
         if self.spec.kind == "synthetic":
             yield from self._walk(shard)
             return
         assert self.tokenizer is not None
-        exact = self.tokenizer.kind is TokenizerKind.byte  # takes bytes that are no UTF-8, too
+        exact = self.tokenizer.kind is TokenizerKind.byte  # also accepts bytes that are no UTF-8
         for piece in read_shard(self.spec, shard):
             data = piece.data
             if piece.ends and self.tokenizer.eot is None and self.spec.splits_documents:
@@ -96,11 +96,11 @@ class _ShardTokenizer:
 
 
 class _ShardFile:
-    """A file of a tokenized shard: hashed as it is written, and given its name only when it is whole."""
+    """File of a tokenized shard, hashed while written. It gets its final name only when it is complete."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # A name of this process's own: one left over from a killed command never writes into the same file.
+        # The name is unique to this process, so a process left from a killed command never writes into the same file.
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._file = self._temporary.open("wb")
         self._digest = hashlib.sha256()
@@ -121,7 +121,7 @@ _work: _ShardTokenizer | None = None
 
 
 def _start_worker(spec: PreprocessingSpec, parts: Path, dtype: str, parent: int, counter: Synchronized[int]) -> None:
-    """Initialize a process of the pool: it ends with its parent, and has a tokenizer of its own."""
+    """Initialize a process of the pool. It ends with its parent, and has its own tokenizer."""
     global _work
     die_with_parent(parent)
 
@@ -141,7 +141,7 @@ def _tokenize_in_worker(shard: Shard) -> None:
 def tokenize_shards(
     spec: PreprocessingSpec, shards: list[Shard], parts: Path, tokenizer: Tokenizer | None, workers: int, progress: bool
 ) -> int:
-    """Tokenize the shards that are not done yet; returns how many are used, with ``data.max_bytes`` perhaps not all."""
+    """Tokenize the unfinished shards. Return the number of used shards; ``data.max_bytes`` may leave some unused."""
     dtype = token_dtype_for(spec, tokenizer)
     with tqdm(
         desc=spec.config.title,
@@ -154,7 +154,7 @@ def tokenize_shards(
         done = {number: size for number, size in sizes.items() if size is not None}
         bar.update(sum(done.values()))
         left = [shard for shard in shards if shard.number not in done]
-        if workers > 1 and len(left) > 2:  # a process takes longer to start than a shard or two to do
+        if workers > 1 and len(left) > 2:  # starting a process takes longer than tokenizing a shard or two
             _tokenize_in_pool(spec, left, done, parts, dtype, workers, bar)
         else:
 
@@ -179,7 +179,7 @@ def _tokenize_in_pool(
     workers: int,
     bar: tqdm[Any],
 ) -> None:
-    """Tokenize shards in several processes, started in order; adds the bytes of each to ``done``."""
+    """Tokenize shards in several processes, started in order. Adds the bytes of each shard to ``done``."""
     context = get_context("spawn")  # forked processes would share the locks of the libraries' threads
     counter: Synchronized[int] = context.Value("q", 0)
     shown, waiting, started = 0, iter(left), dict[Future[None], Shard]()
@@ -188,7 +188,7 @@ def _tokenize_in_pool(
     ) as pool:
         more = True
         while more or started:
-            # No more ahead than that: with data.max_bytes the shards after the limit are not needed.
+            # The queue is short, because with data.max_bytes the shards after the limit are not needed.
             while more and len(started) < 2 * workers:
                 shard = next(waiting, None)
                 more = shard is not None and not _has_enough_text(spec, done, shard)
@@ -196,7 +196,7 @@ def _tokenize_in_pool(
                     started[pool.submit(_tokenize_in_worker, shard)] = shard
             finished, _ = wait(started, timeout=PROGRESS_S, return_when=FIRST_COMPLETED)
             for future in finished:
-                future.result()  # raises here what was raised there
+                future.result()  # raises the error of the process here
                 number = started.pop(future).number
                 done[number] = _size(parts, number)
             bar.update(counter.value - shown)
@@ -204,18 +204,18 @@ def _tokenize_in_pool(
 
 
 def _has_enough_text(spec: PreprocessingSpec, done: dict[int, int], shard: Shard) -> bool:
-    """Tell whether the shards before this one hold ``data.max_bytes``; texts are cut before they get here."""
+    """Return True if the shards before this one contain ``data.max_bytes``. Texts were already cut earlier."""
     limit = spec.config.max_bytes
     if limit is None or not spec.splits_documents or shard.split is VAL:
         return False
-    if shard.split is TRAIN and not spec.val_files:  # of a dataset, whose shards of validation come after these
+    if shard.split is TRAIN and not spec.val_files:  # validation shards of a dataset come after its training shards
         return False
     before = [done.get(number) for number in range(shard.first, shard.number)]
     return None not in before and sum(size for size in before if size is not None) >= limit
 
 
 def _read_finished_size(parts: Path, number: int) -> int | None:
-    """Bytes of text of a shard that was finished earlier; None where it was not, or was damaged since."""
+    """Return the bytes of text of a shard that was finished earlier; None if it is unfinished or damaged."""
     stem = parts / f"{number:06d}"
     try:
         saved = json.loads(stem.with_suffix(".json").read_bytes())
@@ -233,29 +233,27 @@ def _size(parts: Path, number: int) -> int:
 
 
 def vocab_size_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> int:
-    """Vocabulary size of a corpus: the tokenizer's, or the states of a Markov chain, which has none."""
+    """Return the vocabulary size of a corpus: that of the tokenizer, or the states of a Markov chain without one."""
     return spec.config.synthetic.vocab_size if tokenizer is None else tokenizer.vocab_size
 
 
 def token_dtype_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> str:
-    """Numpy name of the integers that hold the tokens of a corpus."""
+    """Return the numpy name of the integer type of a corpus's tokens."""
     return token_dtype(spec.config.layout, vocab_size_for(spec, tokenizer))
 
 
-# The tokenizer of a corpus: built in, read from a file, or trained on the text.
-#
-# Torch-free; streams.
+# Tokenizer of a corpus: built in, read from a file, or trained on the text. Texts are streamed.
 
 
-SAMPLED_SHARDS = 16  # spread over the corpus, since its beginning may be in one language or of one source
-LINE_CHARACTERS = 1000  # SentencePiece leaves out lines of more than 4192 bytes
+SAMPLED_SHARDS = 16  # spread over the corpus, since its beginning may have one language or one source
+LINE_CHARACTERS = 1000  # SentencePiece ignores lines of more than 4192 bytes
 
 
 def make_tokenizer(spec: PreprocessingSpec) -> Tokenizer:
-    """Make the tokenizer that a spec asks for.
+    """Make the tokenizer of a spec.
 
     Raises:
-        ConfigError: its file or its library is not there, or the text is not UTF-8.
+        ConfigError: its file or its library is missing, or the text is not UTF-8.
     """
     config = spec.config
     if config.tokenizer is TokenizerKind.byte:
@@ -271,8 +269,8 @@ def make_tokenizer(spec: PreprocessingSpec) -> Tokenizer:
 
 
 def _characters(spec: PreprocessingSpec) -> set[str]:
-    """Collect the characters of the corpus, validation included, so that every text of it has ids."""
-    found = {"\n"} if spec.splits_documents else set()  # ends a document
+    """Return the characters of the corpus, including validation, so that each of its texts can be encoded."""
+    found = {"\n"} if spec.splits_documents else set()  # a newline ends a document
     for shard in list_shards(spec):
         for piece in read_shard(spec, shard):
             found.update(decode(piece.data, shard))
@@ -280,7 +278,7 @@ def _characters(spec: PreprocessingSpec) -> set[str]:
 
 
 def _sample_lines(spec: PreprocessingSpec) -> Iterator[str]:
-    """Yield lines of the training text, from places all over the corpus, up to ``data.tokenizer_train_bytes``."""
+    """Yield lines of the training text, sampled over the whole corpus, up to ``data.tokenizer_train_bytes``."""
     shards = [shard for shard in list_shards(spec) if shard.split in (None, TRAIN)]
     step = max(1, len(shards) // SAMPLED_SHARDS)
     chosen = shards[::step][:SAMPLED_SHARDS]

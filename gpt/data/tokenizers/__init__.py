@@ -1,4 +1,4 @@
-"""Tokenizers, text to tokens and back: bytes and characters, and saving and loading of every kind."""
+"""Tokenizers, from text to ids and back: their interface, and the two that need no library. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ import numpy.typing as npt
 from gpt.config.data import BYTE_VOCAB, TokenizerKind
 from launch.errors import ConfigError
 
-# Tokenizers, text to tokens and back: bytes, characters, and the subword tokenizers of other libraries.
-
-
-# The interface of a tokenizer, text to token ids and back, and the two that need no library: bytes and characters.
-#
-# Torch-free.
+# Interface of a tokenizer, and the tokenizers of bytes and characters. ``subword`` has those of other libraries.
 
 
 Ids = npt.NDArray[np.uint32]
@@ -27,7 +22,7 @@ ABOUT = "about.json"
 
 
 class Tokenizer(Protocol):
-    """Interface of all tokenizers. Two of the same kind with the same ``payload`` are equal."""
+    """Interface of all tokenizers. Two tokenizers of the same kind with the same ``payload`` are equal."""
 
     @property
     def kind(self) -> TokenizerKind:
@@ -35,7 +30,7 @@ class Tokenizer(Protocol):
 
     @property
     def payload(self) -> bytes:
-        """Content of the tokenizer's file; empty where it has nothing to remember."""
+        """Content of the tokenizer's file; empty if the tokenizer has no file."""
 
     @property
     def vocab_size(self) -> int:
@@ -43,16 +38,16 @@ class Tokenizer(Protocol):
 
     @property
     def eot(self) -> int | None:
-        """Id that ends a document; None where there is none, and documents end in a newline instead."""
+        """Id that ends a document; None if the tokenizer has none, and documents end with a newline."""
 
     def encode(self, text: str) -> Ids:
-        """Encode ``text`` as ids, (N,); special tokens are never added, and their names in the text are just text."""
+        """Encode ``text`` as ids, (N,). Special tokens are never added, and their names in the text are plain text."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids to text; bytes that are no UTF-8, as in a character cut in half, become U+FFFD."""
+        """Decode ids to text. Bytes that are no UTF-8, as in a truncated character, become U+FFFD."""
 
     def token_bytes(self) -> npt.NDArray[np.int64] | None:
-        """Count the bytes of UTF-8 of each id, (vocab_size,); None where that depends on the ids around it."""
+        """Return the UTF-8 bytes of each id, (vocab_size,); None if the number depends on neighboring ids."""
 
 
 class ByteTokenizer:
@@ -68,11 +63,11 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode bytes; those that are no UTF-8 become U+FFFD."""
+        """Decode bytes. Bytes that are no UTF-8 become U+FFFD."""
         return bytes(int(i) for i in ids).decode(errors="replace")
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
-        """Count the bytes of each id, (256,): one."""
+        """Return the bytes of each id, (256,): always one."""
         return np.ones(self.vocab_size, dtype=np.int64)
 
 
@@ -88,7 +83,7 @@ class CharTokenizer:
 
     @property
     def payload(self) -> bytes:
-        """The characters as a JSON string, in the order of their ids."""
+        """Characters as a JSON string, in the order of their ids."""
         return json.dumps(self.characters).encode()
 
     @property
@@ -105,7 +100,7 @@ class CharTokenizer:
         """Encode ``text`` as the numbers of its characters, (N,).
 
         Raises:
-            ConfigError: a character that the corpus does not have.
+            ConfigError: ``text`` has a character that the corpus lacks.
         """
         try:
             return np.fromiter(map(self.ids.__getitem__, text), dtype=np.uint32, count=len(text))
@@ -121,7 +116,8 @@ class CharTokenizer:
         return "".join(self.characters[int(i)] for i in ids)
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
-        """Count the bytes of each character, (vocab_size,); three for a lone surrogate, which UTF-8 does not have."""
+        """Return the bytes of each character, (vocab_size,). A lone surrogate counts three, although UTF-8 cannot
+        encode it."""
         return np.array([len(c.encode("utf-8", "surrogatepass")) for c in self.characters], dtype=np.int64)
 
 
@@ -132,10 +128,10 @@ FILES = {
     TokenizerKind.hf: "tokenizer.json",
     TokenizerKind.tiktoken: "ranks.json",
 }
-"""Kind of a tokenizer -> name of the file that holds its payload; None where there is nothing to remember."""
+"""Kind of a tokenizer -> name of the file with its payload; None if it has no payload."""
 
 
 def checksum(tokenizer: Tokenizer) -> str:
-    """Sha256 of kind and payload: equal for tokenizers that give every text the same ids."""
-    # The zero byte keeps apart where the name ends and the payload begins.
+    """Return the sha256 of kind and payload. It is equal for tokenizers that give every text the same ids."""
+    # The zero byte separates the name from the payload.
     return hashlib.sha256(tokenizer.kind.name.encode() + b"\0" + tokenizer.payload).hexdigest()

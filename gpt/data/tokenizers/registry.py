@@ -1,7 +1,7 @@
-"""Saving and loading of tokenizers of every kind.
+"""Saving and loading of tokenizers of every kind. Imports no torch, and a tokenizer's library only for that tokenizer.
 
-Owns the folder a tokenizer is saved in, beside a corpus and in a run folder, so that a run can be decoded long after
-its corpus is gone. Torch-free; loads a tokenizer's library only for that tokenizer.
+A tokenizer is saved next to its corpus and in the run folder. So the tokens of a run can be decoded after its corpus is
+gone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from launch.runs.folder import RunFolder
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str | int | None]:
-    """Describe a tokenizer as manifests and ``about.json`` do: kind, vocab_size, eot and checksum."""
+    """Return the description of a tokenizer in manifests and ``about.json``: kind, vocab_size, eot and checksum."""
     return {
         "kind": tokenizer.kind.name,
         "vocab_size": tokenizer.vocab_size,
@@ -27,7 +27,7 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str | int | None]:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the tokenizer into ``folder``; ``about.json`` comes last, so that a folder with it is whole."""
+    """Write the tokenizer into ``folder``. ``about.json`` comes last, so a folder with it is complete."""
     name = FILES[tokenizer.kind]
     if name is not None:
         write_atomically(folder / name, tokenizer.payload)
@@ -38,7 +38,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer saved in ``folder``.
 
     Raises:
-        ConfigError: there is none, it was damaged, or its library is not installed.
+        ConfigError: the tokenizer is missing or damaged, or its library is not installed.
     """
     try:
         saved = json.loads((folder / ABOUT).read_bytes())
@@ -62,20 +62,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def from_payload(kind: TokenizerKind, payload: bytes) -> Tokenizer:
-    """Build the tokenizer of ``kind`` whose file holds ``payload``."""
+    """Build the tokenizer of ``kind`` from ``payload``, the content of its file."""
     if kind is TokenizerKind.byte:
         return ByteTokenizer()
     if kind is TokenizerKind.char:
         return CharTokenizer(json.loads(payload))
-    from gpt.data.tokenizers import subword  # imports the libraries of the extra, which bytes and characters need not
+    from gpt.data.tokenizers import subword  # imports the libraries of the extra
 
     return subword.from_payload(kind, payload)
 
 
 def load_run_tokenizer(folder: RunFolder) -> Tokenizer:
-    """Load the tokenizer a run was trained with, which every run keeps in its folder.
+    """Load the tokenizer of a run, which every run keeps in its folder.
 
     Raises:
-        ConfigError: the run does not know it, as with token files that somebody else has made.
+        ConfigError: the run has none, as with token files made by another program.
     """
     return load_tokenizer(folder.tokenizer)

@@ -1,6 +1,6 @@
 """Subword tokenizers of other libraries: SentencePiece, Hugging Face ``tokenizers`` and tiktoken (the extra ``data``).
 
-Torch-free.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launch.errors import ConfigError
 from launch.runs.environment import install_command
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
-"""Names that tokenizers give to the token that ends a document, in the order in which they are tried."""
+"""Possible names of the token that ends a document, in the order in which they are tried."""
 SPACE = "\u2581"  # SentencePiece's sign for a space
 GPT2_ENCODING = "gpt2"
 
@@ -32,7 +32,7 @@ def import_library(name: str) -> Any:
     """Import an optional library.
 
     Raises:
-        ConfigError: it is not installed; says how to install it.
+        ConfigError: the library is not installed. The message contains the command that installs it.
     """
     try:
         return import_module(name)
@@ -58,7 +58,7 @@ class SentencePieceTokenizer:
 
     @property
     def eot(self) -> int | None:
-        """Id of the model's end of sentence; None where it has none."""
+        """Id of the model's end of sentence; None if it has none."""
         end = int(self._model.eos_id())
         return end if end >= 0 else None
 
@@ -67,11 +67,12 @@ class SentencePieceTokenizer:
         return np.asarray(self._model.encode(text), dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids of pieces; control pieces stand for no text."""
+        """Decode ids of pieces. Control pieces have no text."""
         return str(self._model.decode([int(i) for i in ids]))
 
     def token_bytes(self) -> npt.NDArray[np.int64] | None:
-        """Count the bytes of each piece; None for a model that changes the text first, as Llama's adds a space."""
+        """Return the bytes of each piece, (vocab_size,); None for a model that changes the text, as Llama's adds a
+        space."""
         if not self._is_lossless():
             return None
         return np.array([self._piece_bytes(i) for i in range(self.vocab_size)], dtype=np.int64)
@@ -82,7 +83,7 @@ class SentencePieceTokenizer:
         return 1 if self._model.is_byte(i) else len(self._model.id_to_piece(i).replace(SPACE, " ").encode())
 
     def _is_lossless(self) -> bool:
-        """Tell whether the model adds, folds and drops nothing, by a text that would show it."""
+        """Return True if the model adds, folds and drops nothing in a test text."""
         probe = " a  b\n\n\tﬁ c "  # spaces that could be dropped, and a ligature that Unicode normalization splits
         return bool(self._model.decode(self._model.encode(probe)) == probe)
 
@@ -107,17 +108,17 @@ class HfTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, one more than the largest, added tokens included."""
+        """Number of ids: one more than the largest, including added tokens."""
         return max(self._model.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def eot(self) -> int | None:
-        """Id of the first usual name of an end of text that the vocabulary has; None where it has none."""
+        """Id of the first name in ``END_NAMES`` that the vocabulary has; None if it has none."""
         found = (self._model.token_to_id(name) for name in END_NAMES)
         return next((i for i in found if i is not None), None)
 
     def encode(self, text: str) -> Ids:
-        """Encode ``text``, (N,). Unlike in the other tokenizers, names of added tokens in the text become them."""
+        """Encode ``text``, (N,). Unlike other tokenizers, names of added tokens in the text become these tokens."""
         return np.asarray(self._model.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -125,7 +126,7 @@ class HfTokenizer:
         return str(self._model.decode([int(i) for i in ids]))
 
     def token_bytes(self) -> None:
-        """None: the file's decoder decides about the text of a token."""
+        """None, because the file's decoder determines the text of a token."""
 
 
 class TiktokenTokenizer:
@@ -148,7 +149,7 @@ class TiktokenTokenizer:
 
     @property
     def eot(self) -> int | None:
-        """Id of ``<|endoftext|>``; None where the encoding has none."""
+        """Id of ``<|endoftext|>``; None if the encoding lacks it."""
         end = self._model._special_tokens.get("<|endoftext|>")
         return None if end is None else int(end)
 
@@ -157,12 +158,12 @@ class TiktokenTokenizer:
         return np.asarray(self._model.encode_ordinary(text), dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Decode ids; ``<|endoftext|>`` and its like stand for no text."""
+        """Decode ids. Special tokens such as ``<|endoftext|>`` have no text."""
         special = set(self._model._special_tokens.values())
         return str(self._model.decode([i for i in map(int, ids) if i not in special], errors="replace"))
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
-        """Count the bytes of each id; special tokens and ids that are not used have none."""
+        """Return the bytes of each id, (vocab_size,). Special tokens and unused ids have none."""
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for token, i in self._model._mergeable_ranks.items():
             sizes[i] = len(token)
@@ -170,7 +171,7 @@ class TiktokenTokenizer:
 
 
 def from_payload(kind: TokenizerKind, payload: bytes) -> Tokenizer:
-    """Build the subword tokenizer of ``kind`` whose file holds ``payload``."""
+    """Build the subword tokenizer of ``kind`` from ``payload``, the content of its file."""
     if kind is TokenizerKind.sentencepiece:
         return SentencePieceTokenizer(payload)
     if kind is TokenizerKind.hf:
@@ -195,12 +196,12 @@ def load_gpt2() -> TiktokenTokenizer:
     """Load GPT-2's encoding. tiktoken downloads its vocabulary, unless TIKTOKEN_CACHE_DIR has it.
 
     Raises:
-        ConfigError: it is not there and cannot be fetched.
+        ConfigError: the vocabulary is not cached and cannot be downloaded.
     """
     tiktoken = import_library("tiktoken")
     try:
         encoding = tiktoken.get_encoding(GPT2_ENCODING)
-    except Exception as error:  # requests' errors, and tiktoken's own ValueError for a wrong checksum
+    except Exception as error:  # from requests, and tiktoken's own ValueError for a wrong checksum
         raise ConfigError(
             f"tiktoken cannot fetch the vocabulary of {GPT2_ENCODING} ({type(error).__name__}: {error})",
             "a network, or TIKTOKEN_CACHE_DIR=FOLDER with the files that tiktoken has cached on another machine",
@@ -210,10 +211,11 @@ def load_gpt2() -> TiktokenTokenizer:
 
 
 def read_tokenizer(kind: TokenizerKind, path: Path) -> Tokenizer:
-    """Read a tokenizer from a file of the user's: a SentencePiece model, a tokenizer.json, or our tiktoken file.
+    """Read a tokenizer from a file of the user: a SentencePiece model, a tokenizer.json, or the tiktoken file of a
+    corpus.
 
     Raises:
-        ConfigError: the file cannot be read as one.
+        ConfigError: the file is no such tokenizer.
     """
     try:
         return from_payload(kind, path.read_bytes())
@@ -235,11 +237,11 @@ def train_sentencepiece(lines: Iterator[str], vocab_size: int) -> SentencePieceT
     """Train a byte-pair SentencePiece model that loses nothing: decode(encode(text)) == text for every text.
 
     Args:
-        lines: texts to learn from, each short (SentencePiece leaves out what is longer than 4192 bytes).
-        vocab_size: ids in all, 256 bytes and three control pieces among them.
+        lines: short texts to learn from (SentencePiece ignores lines of more than 4192 bytes).
+        vocab_size: number of ids, including 256 bytes and three control pieces.
 
     Raises:
-        ConfigError: the text does not have so many pieces, or the library is not installed.
+        ConfigError: the text has fewer pieces, or the library is not installed.
     """
     model = io.BytesIO()
     try:
@@ -255,7 +257,7 @@ def train_sentencepiece(lines: Iterator[str], vocab_size: int) -> SentencePieceT
             allow_whitespace_only_pieces=True,
             split_digits=True,
             character_coverage=0.9999,
-            # Pieces of its own for what the trainer would not see or would change in its lines.
+            # Separate pieces for characters that the trainer would ignore or change in its lines.
             user_defined_symbols=["\n", "\r", "\t"],
             minloglevel=2,
         )
@@ -265,7 +267,7 @@ def train_sentencepiece(lines: Iterator[str], vocab_size: int) -> SentencePieceT
 
 
 def _vocabulary_error(vocab_size: int, message: str) -> ConfigError:
-    """Refusal of a vocabulary that SentencePiece cannot learn, by the limit that its message names."""
+    """Return the error for a vocabulary that SentencePiece cannot learn, with the limit from its message."""
     most, least = re.search(r"value <= (\d+)", message), re.search(r"required_chars\. \d+ vs (\d+)", message)
     found = f"data.tokenizer_vocab_size={vocab_size}, which SentencePiece cannot learn from this text"
     if least:

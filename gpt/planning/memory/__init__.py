@@ -1,10 +1,10 @@
-"""Memory that one rank needs for training, from the configs alone.
+"""Memory that one rank needs for training, from the configs alone. Imports no torch.
 
-Torch-free. Counts tensors: not the CUDA context, nor what the caching allocator and NCCL reserve, so a plan should
+Only tensors are counted, without the CUDA context and the reserves of the caching allocator and NCCL. So a plan should
 leave some tenths of a device free.
 
-``shards`` is exact: the shard of each parameter that a rank holds; and so is ``states``: parameters, gradients and
-optimizer state. ``activations`` is what a forward pass keeps for the backward pass. ``rank`` adds them up.
+``shards`` computes the shard of each parameter on a rank, exactly, and the activations that a forward pass saves.
+``rank`` computes parameters, gradients and optimizer state, exactly, and adds everything up.
 
 D width, H heads, K key-value heads, C head width, F inner width of the ffn, V vocabulary, T block size, L layers, E
 experts.

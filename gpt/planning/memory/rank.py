@@ -22,27 +22,27 @@ from gpt.topology.pipeline import StageLayers, local_stages, rank_stages
 
 # Parameters, gradients and optimizer state of one rank, in bytes: exact, for AdamW over fp32 weights.
 #
-# DeepSpeed keeps fp32 masters beside the weights it computes with, also where these are fp32, and flattens tensors
-# before it shards them (deepspeed 0.19: runtime/zero/stage_1_and_2.py, stage3.py, runtime/bf16_optimizer.py). Its
-# gradient bucket is not counted here.
+# DeepSpeed keeps fp32 masters in addition to its compute weights, even if these are fp32. It flattens tensors before it
+# shards them (deepspeed 0.19: runtime/zero/stage_1_and_2.py, stage3.py, runtime/bf16_optimizer.py). Its gradient bucket
+# is not counted here.
 
 
 ALIGNMENT = 2
-"""Elements per rank to a multiple of which ZeRO-1 and 2 pad a flat group."""
+"""ZeRO-1 and 2 pad a flat group to a multiple of this many elements per rank."""
 PERSISTENT = 100_000
 """Largest parameter, in elements, that stays gathered in ZeRO-3 (stage3_param_persistence_threshold)."""
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of one rank, on its device but for ``host``."""
+    """Bytes of one rank. All except ``host`` are on its device."""
 
     parameters: int
     gradients: int
     optimizer: int
-    """Moments and step counts, and fp32 masters where they are apart from the parameters."""
+    """Bytes of moments and step counts, and of fp32 masters if they are separate from the parameters."""
     host: int = 0
-    """Offloaded to host memory."""
+    """Bytes offloaded to host memory."""
 
 
 def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> States:
@@ -60,12 +60,12 @@ def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> 
 
 
 def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> States:
-    """Return the state under ZeRO-1 and 2: sharded masters and moments, in ZeRO-2 gradients too."""
+    """Return the state under ZeRO-1 and 2: sharded masters and moments, and in ZeRO-2 sharded gradients."""
     parallel, bf16 = config.parallel, config.precision.is_half
     groups = [rounded_up(size, ALIGNMENT * ranks) for size in group_sizes(shards)]
     flat, counts = sum(groups), FP32 * len(groups)
     masters_and_moments = 3 * FP32 * flat // ranks
-    # ZeRO-1 leaves gradients in the parameters, which are not padded, and in bf16 accumulates them in fp32 beside that.
+    # ZeRO-1 leaves gradients in the unpadded parameters, and in bf16 also accumulates them in fp32.
     whole = FP32 * flat + BF16 * shards.elements if bf16 else FP32 * shards.elements
     gradients = FP32 * flat // ranks if parallel.zero_stage == 2 else whole
     host = masters_and_moments if parallel.offload_optimizer else 0
@@ -73,10 +73,11 @@ def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) ->
 
 
 def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> States:
-    """Return the state under ZeRO-3: everything sharded, parameter by parameter; small ones also stay gathered."""
+    """Return the state under ZeRO-3: everything is sharded, parameter by parameter. Small parameters also stay
+    gathered."""
     parallel, width = config.parallel, BF16 if config.precision.is_half else FP32
     part = sum(count * -(-size // ranks) for size, count in sizes(shards))
-    # One rank alone frees nothing, though it has its shard of everything too.
+    # A single rank frees nothing, although it also has its shard of everything.
     whole = sum(count * size for size, count in sizes(shards) if size <= PERSISTENT or ranks == 1)
     counts = FP32 * sum(1 for size in group_sizes(shards) if size)
     states_there = 3 * FP32 * part if parallel.offload_optimizer else 0
@@ -90,12 +91,12 @@ def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> S
 
 
 def sizes(shards: ParameterShards) -> list[tuple[int, int]]:
-    """List the elements of each parameter, with the number of equal ones."""
+    """Return the elements of each parameter, with the number of equal parameters."""
     return [(p.elements, shards.layers) for p in shards.block] + [(p.elements, 1) for p in shards.around]
 
 
 def group_sizes(shards: ParameterShards) -> list[int]:
-    """List the elements of the optimizer's groups: matrices, which decay, and the others."""
+    """Return the elements of the optimizer's groups: matrices, which decay, and the rest."""
     pieces = [(p, shards.layers) for p in shards.block] + [(p, 1) for p in shards.around]
     matrices = sum(n * p.elements for p, n in pieces if len(p.shape) > 1)
     others = sum(n * p.elements for p, n in pieces if len(p.shape) == 1)
@@ -103,21 +104,21 @@ def group_sizes(shards: ParameterShards) -> list[int]:
 
 
 def rounded_up(number: int, multiple: int) -> int:
-    """The next multiple."""
+    """Return the next multiple of ``multiple``."""
     return -(-number // multiple) * multiple
 
 
-# Host memory in which a rank stages its part of a checkpoint, while a process beside it writes that to the disk.
+# Host memory in which a rank stages its part of a checkpoint, while another process writes that to the disk.
 
 
 def staging_bytes(config: TrainConfig, world_size: int) -> int:
-    """Return the bytes of host memory that a rank needs to save in the background; 0 where saves are waited for.
+    """Return the host memory in bytes that a rank needs to save in the background; 0 if training waits for saves.
 
-    Whole tensors by name are shared out, so that each is written by one rank. In DeepSpeed's own files each rank writes
-    its shards, and the first the weights as they compute besides.
+    Whole tensors are distributed by name, so that one rank writes each. With DeepSpeed's own files each rank writes its
+    shards, and the first rank also writes the compute weights.
 
     Args:
-        config: of the run.
+        config: config of the run.
         world_size: number of ranks.
     """
     if not config.checkpoint.asynchronous:
@@ -129,16 +130,16 @@ def staging_bytes(config: TrainConfig, world_size: int) -> int:
 
 
 GENERATIONS = 2
-"""Checkpoints in memory at most: the last that all ranks have agreed on, and the one on its way."""
+"""Largest number of checkpoints in memory: the last one that all ranks agreed on, and the one in progress."""
 
 
 def in_memory_bytes(config: TrainConfig, world_size: int, nodes: int) -> int:
-    """Return the bytes of host memory that checkpoints in memory take for each rank of a node; 0 where there are none.
+    """Return the host memory in bytes that checkpoints in memory take for each rank of a node; 0 without them.
 
-    A node holds its own ranks' parts and, where there is another one, as many of a neighbor's.
+    A node keeps the parts of its own ranks and, with several nodes, as many of a neighbor.
 
     Args:
-        config: of the run.
+        config: config of the run.
         world_size: number of ranks.
         nodes: number of nodes.
     """
@@ -149,40 +150,40 @@ def in_memory_bytes(config: TrainConfig, world_size: int, nodes: int) -> int:
 
 def shared_bytes(config: TrainConfig, world_size: int) -> int:
     """Return a rank's share of the weights and of the optimizer's state, in bytes."""
-    each = FP32 + optimizer_state(config.optim).per_element  # the weight, and of AdamW both moments
+    each = FP32 + optimizer_state(config.optim).per_element  # the weight, and for AdamW both moments
     return math.ceil(count(config.model).total * each / world_size)
 
 
-# Memory of one rank, part by part: states, gathered weights, activations of micro-batches in flight, and logits.
+# Total memory of one rank: states, gathered weights, activations of micro-batches in flight, and logits.
 
 
 LIVE = 10**9
-"""Elements that ZeRO-3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
+"""Number of elements that ZeRO-3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank around the start of the backward pass, where training needs most.
+    """Bytes of one rank around the start of the backward pass, when training needs the most memory.
 
-    Within 4 % of what was measured with ddp on small models, with experts and recomputation too. But up to a tenth
-    above it with recomputation in bf16, which casts the matrices of a block again and keeps none; and up to a third
-    with fsdp, where gradients grow only while activations shrink, and where the residual stream may be bf16 too.
+    Within 4 % of measurements with ddp on small models, including experts and recomputation. The estimate is up to a
+    tenth too high with recomputation in bf16, which casts the matrices of a block again and keeps none. It is up to a
+    third too high with fsdp: gradients grow only while activations shrink, and the residual stream may also be bf16.
     """
 
     parameters: int
-    """fp32; with DeepSpeed in bf16 the bf16 weights."""
+    """Weights in fp32; with DeepSpeed in bf16, the bf16 weights."""
     gradients: int
     optimizer: int
-    """Moments of AdamW, fp32, and its step counts; with DeepSpeed the fp32 master weights too."""
+    """Moments of AdamW in fp32, and its step counts; with DeepSpeed also the fp32 master weights."""
     compute_weights: int
     """Weights that were all-gathered or cast for computing, and unsharded gradients before their reduction."""
     activations: int
-    """Saved by forward passes for backward passes."""
+    """Activations saved by forward passes for backward passes."""
     logits: int
-    """Logits, the gradient with respect to them, and in bf16 an fp32 copy of a chunk of them."""
+    """Logits, their gradient, and in bf16 an fp32 copy of a chunk of them."""
 
     host: int = 0
-    """Parameters, gradients and optimizer state in host memory instead; not in the total."""
+    """Parameters, gradients and optimizer state in host memory. Not in the total."""
 
     @property
     def total(self) -> int:
@@ -198,13 +199,13 @@ class Memory:
 def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> Memory:
     """Return the memory of the rank that needs most, for AdamW over fp32 master weights.
 
-    ddp holds 4 bytes a parameter for the weights, 4 for the gradients (which are views of the communication buckets)
-    and 8 for the moments; zero1 shards moments and reduced gradients; fsdp all three, every tensor sharded along its
-    first dimension and padded (ZeRO, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). DeepSpeed: see ``states``.
-    Beside that, see ``compute_weights``, ``activations`` and ``logits``.
+    ddp keeps 4 bytes a parameter for the weights, 4 for the gradients (views of the communication buckets) and 8 for
+    the moments. zero1 shards moments and reduced gradients. fsdp shards all three: every tensor along its first
+    dimension, padded (ZeRO, arXiv 1910.02054, section 3; FSDP2, arXiv 2304.11277). For DeepSpeed see ``states``. For
+    the rest see ``compute_weights``, ``activations`` and ``logits``.
 
     Args:
-        config: of the run.
+        config: config of the run.
         dims: the parallel dimensions.
         batch: the split of the global batch.
     """
@@ -212,7 +213,7 @@ def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> Memory:
 
 
 def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int) -> Memory:
-    """Return the memory of the ranks at one place of their pipelines."""
+    """Return the memory of the ranks at one position of their pipelines."""
     stages = rank_stages(config, pp_rank)
     shards = parameter_shards(config.model, dims, stages)
     stored = states(config, dims, shards)
@@ -241,7 +242,7 @@ def activations(
     """Return the activations in bytes of ``in_flight`` micro-batches in a rank's stages.
 
     torch's pipeline has receive buffers for every micro-batch of a step, forward and backward
-    (torch.distributed.pipelining.stage), and keeps a stage's outputs as long as its activations.
+    (torch.distributed.pipelining.stage). It keeps a stage's outputs as long as its activations.
     """
     model, factors = config.model, parallel_factors(config, dims)
     per_micro_batch = activation_bytes(model, batch.micro, config.precision, config.recompute, factors)
@@ -261,9 +262,10 @@ def activations(
 
 
 def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int) -> int:
-    """Return the bytes of logits: those of each micro-batch in flight, and what the loss makes of one of them.
+    """Return the bytes of logits: those of each micro-batch in flight, and the copies of the loss for one of them.
 
-    Its gradient is as large, and made from a chunk in fp32 at a time, unless it is fp32 itself (gpt/model/loss.py).
+    The gradient is as large as the logits. It is computed from one chunk in fp32 at a time, unless the logits are fp32
+    (gpt/model/loss.py).
     """
     tokens = parallel_factors(config, dims).tokens(config.model, batch.micro)
     columns = config.model.padded_vocab // (dims.tp if config.parallel.loss_parallel else 1)
@@ -273,16 +275,20 @@ def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int
 
 
 def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: bool) -> int:
-    """Return the bytes of weights beside the stored ones, and of unsharded gradients beside the sharded ones.
+    """Return the bytes of compute copies of weights, and of unsharded gradients, without the stored weights and
+    gradients.
 
-    DDP and ZeRO-1 in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. ZeRO-1: see
-    ``unreduced_gradients``. FSDP: norm and output matrix, or the tied embedding, stay all-gathered for the whole
-    pass; of the units of blocks (``fsdp_units``) two are (one computes, the next is prefetched), or all of them,
-    and the embedding, without resharding after the forward pass; the gradient of one unit or of the output matrix
-    is unsharded until its reduce-scatter. With gradient accumulation nothing is reduced before the last
-    micro-batch, so all gradients are unsharded, in fp32, unless ``parallel.reduce_each_micro_batch`` says so. ZeRO-3
-    frees gathered parameters only where it holds more than ``LIVE`` elements, or needs them no more; ZeRO-1 and 2
-    compute with the parameters that they hold. All three have a gradient bucket, in fp32 at most.
+    DDP and ZeRO-1 in bf16: autocast keeps the bf16 copy of every matrix until its backward pass. For gradients of
+    ZeRO-1 see ``unreduced_gradients``.
+
+    FSDP: norm and output matrix, or the tied embedding, stay all-gathered for the whole pass. Of the units of blocks
+    (``fsdp_units``) two are gathered: one computes, the next is prefetched. Without resharding after the forward pass,
+    all units and the embedding are gathered. The gradient of one unit or of the output matrix is unsharded until its
+    reduce-scatter. With gradient accumulation nothing is reduced before the last micro-batch. So all gradients are
+    unsharded, in fp32, unless ``parallel.reduce_each_micro_batch`` is set.
+
+    ZeRO-3 frees gathered parameters only beyond ``LIVE`` elements, or when they are not needed again. ZeRO-1 and 2
+    compute with their own parameters. All three have a gradient bucket, in fp32 at most.
     """
     bf16 = config.precision.is_half
     if config.parallel.zero_stage:
@@ -303,10 +309,10 @@ def compute_weights(config: TrainConfig, shards: ParameterShards, accumulates: b
 
 
 def unreduced_gradients(shards: ParameterShards, accumulates: bool) -> int:
-    """Return the bytes of the gradients that a rank of ZeRO-1 holds whole, in fp32.
+    """Return the bytes of the unsharded gradients of a rank with ZeRO-1, in fp32.
 
-    With gradient accumulation all of them, until the last backward pass; else those of the bucket that is filled and of
-    those in flight, the largest that there can be.
+    With gradient accumulation these are all gradients, until the last backward pass. Otherwise they are those of the
+    bucket being filled and of the largest possible buckets in flight.
     """
     if accumulates:
         return FP32 * shards.elements
@@ -317,11 +323,12 @@ def unreduced_gradients(shards: ParameterShards, accumulates: bool) -> int:
 
 
 def micro_batches_in_flight(parallel: ParallelConfig, pp_rank: int, micro_batches: int) -> int:
-    """Count the micro-batches whose activations a rank keeps at once, each through all of its stages, rounded up.
+    """Return the number of micro-batches whose activations a rank keeps at once, each in all of its stages, rounded up.
 
-    gpipe keeps all; 1f1b as many as there are ranks from here to the end (arXiv 2104.04473, section 2.2.1); interleaved
-    has that many more begun as torch's schedule warms up with (section 2.2.2); the V-shaped ones as many as there are
-    ranks, on every rank, DualPipeV one more (arXiv 2401.10241, section 6; https://github.com/deepseek-ai/DualPipe).
+    gpipe keeps all. 1f1b keeps as many as there are ranks from this one to the last (arXiv 2104.04473, section 2.2.1).
+    interleaved also keeps those with which torch's schedule warms up (section 2.2.2). The V-shaped schedules keep as
+    many as there are ranks, on every rank, and DualPipeV one more (arXiv 2401.10241, section 6;
+    https://github.com/deepseek-ai/DualPipe).
     """
     ranks, local = parallel.pp, local_stages(parallel)
     if ranks == 1:

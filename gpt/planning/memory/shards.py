@@ -1,4 +1,4 @@
-"""The exact shard of each parameter on a rank, and the activations that a forward pass saves."""
+"""Shard of each parameter on a rank, exactly, and the activations that a forward pass saves."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ from gpt.config.checks import cached_by_model
 from gpt.topology.dims import ParallelDims, expert_fsdp_ranks, shard_dimension
 from gpt.topology.pipeline import StageLayers
 
-# The exact shard of each parameter on a rank: by pipeline stage, tensor and expert parallelism, then FSDP.
+# Shard of each parameter: by pipeline stage, tensor and expert parallelism, then FSDP.
 #
-# The rules are those of the engines (gpt/parallel), and the tests compare both.
+# The rules are those of the engines (gpt/parallel); tests compare the two.
 
 
 SHARDED_DIM_0 = ("query", "key", "value", "gate", "up", "token_embedding", "head")
 """Tensors that tensor parallelism shards along the first dimension (column-parallel): by heads, inner width or
-vocabulary
-(Megatron-LM, arXiv 1909.08053, section 3)."""
+vocabulary (Megatron-LM, arXiv 1909.08053, section 3)."""
 SHARDED_DIM_1 = ("output.weight", "down.weight", "experts.down")
-"""Tensors that it shards along the second dimension (row-parallel)."""
+"""Tensors that tensor parallelism shards along the second dimension (row-parallel)."""
 
 
 AROUND = ("token_embedding.", "position.", "norm.", "head.")
-"""Beginnings of the names of parameters outside the blocks."""
+"""Prefixes of the names of parameters outside the blocks."""
 ENTRY = ("token_embedding.", "position.")
-"""Those of parameters before the blocks."""
+"""Prefixes of the names of parameters before the blocks."""
 
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """One rank's shard of a parameter."""
+    """Shard of a parameter on one rank."""
 
     name: str
     shape: tuple[int, ...]
-    """Shape that the rank computes with: sharded by tp and ep, not yet by FSDP."""
+    """Shape with which the rank computes: sharded by tp and ep, not yet by FSDP."""
     ranks: int
-    """Ranks over which FSDP shards it further."""
+    """Number of ranks over which FSDP shards the parameter further."""
     dimension: int = 0
-    """Dimension along which FSDP shards it."""
+    """Dimension along which FSDP shards the parameter."""
 
     @cached_property
     def elements(self) -> int:
-        """Elements that the rank computes with."""
+        """Number of elements with which the rank computes."""
         return math.prod(self.shape)
 
     def stored(self, ranks: int) -> int:
-        """Return the elements stored by one of ``ranks`` ranks: the largest shard, to which the others are padded."""
+        """Return the elements stored by one of ``ranks`` ranks: those of the largest shard, to which all shards are
+        padded."""
         return -(-self.shape[self.dimension] // ranks) * (self.elements // self.shape[self.dimension])
 
 
@@ -78,12 +78,12 @@ class ParameterShards:
 
     @cached_property
     def elements(self) -> int:
-        """Elements that the rank computes with."""
+        """Number of elements with which the rank computes."""
         return self.layers * elements(self.block) + elements(self.around)
 
     @cached_property
     def expert_elements(self) -> int:
-        """Elements of experts that the rank computes with."""
+        """Number of elements of experts with which the rank computes."""
         return self.layers * elements(p for p in self.block if ".experts." in p.name)
 
     @property
@@ -97,7 +97,7 @@ class ParameterShards:
         return self.layers * len(self.block) + len(self.around)
 
     def stored(self, ranks: int | None = None) -> int:
-        """Return the elements that the rank stores, sharded over ``ranks``, by default over FSDP's."""
+        """Return the elements that the rank stores, sharded over ``ranks``, by default over FSDP's ranks."""
         of_block, around = (sum(p.stored(ranks or p.ranks) for p in parts) for parts in (self.block, self.around))
         return self.layers * of_block + around
 
@@ -124,20 +124,20 @@ def _parameter_shards(model: ModelConfig, dims: ParallelDims, parts: tuple[Stage
 
 
 def has_parameter(part: StageLayers, name: str, model: ModelConfig) -> bool:
-    """True where a stage has a parameter outside the blocks; a tied embedding is in the first and the last one."""
+    """True if a stage has a parameter outside the blocks. A tied embedding is in the first and the last stage."""
     if name.startswith(("norm.", "head.")):
         return part.last
     return part.first or (part.last and name.startswith("token_embedding.") and model.tie_embeddings)
 
 
 def parameter_shard(name: str, shape: tuple[int, ...], model: ModelConfig, dims: ParallelDims) -> ParameterShard:
-    """Return one rank's shard of a parameter, given its name and whole shape."""
+    """Return one rank's shard of a parameter, from its name and whole shape."""
     local = shape
     if dims.tp > 1:
         whole_name = name if name.startswith(AROUND) else f"blocks.0.{name}"
-        if owner_of(whole_name, model) is None:  # parts of the user's are replicated
+        if owner_of(whole_name, model) is None:  # parts of the user are replicated
             local = tensor_parallel_shape(name, shape, dims.tp)
-    # Context-parallel ranks each have a part of the gradient, so FSDP shards over them too.
+    # Each context-parallel rank has a part of the gradient, so FSDP also shards over these ranks.
     ranks = dims.dp_shard * dims.cp if dims.is_sharded else 1
     if dims.ep == 1 or ".experts." not in name:
         return ParameterShard(name, local, ranks)
@@ -148,8 +148,8 @@ def parameter_shard(name: str, shape: tuple[int, ...], model: ModelConfig, dims:
 
 
 def tensor_parallel_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
-    """Return the shape of one tensor-parallel rank's shard; norms and the like are replicated."""
-    inner = len(shape) - 2  # stacked experts are sharded inside each of them
+    """Return the shape of one tensor-parallel rank's shard. Norms and other vectors are replicated."""
+    inner = len(shape) - 2  # stacked experts are sharded inside each expert
     if any(part in SHARDED_DIM_0 for part in name.split(".")):
         dim = max(inner, 0)
     elif name.endswith(SHARDED_DIM_1) and inner >= 0:
@@ -160,12 +160,12 @@ def tensor_parallel_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[i
 
 
 def elements(parts: Iterable[ParameterShard]) -> int:
-    """Sum the elements that a rank computes with."""
+    """Return the sum of the elements with which a rank computes."""
     return sum(part.elements for part in parts)
 
 
 def cast_elements(shards: ParameterShards) -> int:
-    """Count the elements of the matrices that autocast casts: all matrices of products but the fp32 router."""
+    """Return the elements of the matrices that autocast casts: all matrices of products except the fp32 router."""
     in_blocks = [p for p in shards.block if len(p.shape) > 1 and p.name != "ffn.router.weight"]
     head = [p for p in shards.around if p.name == "head.weight"] or [
         p for p in shards.around if p.name == "token_embedding.weight"
@@ -176,29 +176,30 @@ def cast_elements(shards: ParameterShards) -> int:
 # Activations that a forward pass saves for its backward pass, tensor by tensor.
 #
 # A sum over the tensors that autograd saves, after Korthikanti et al. (arXiv 2205.05198, section 4.1), adapted to the
-# parts here: the residual stream and the norms are fp32 in bf16 too (autocast), and each matrix casts its input for
-# itself. It is what torch keeps on the CPU, and an upper bound for CUDA, whose RMSNorm does not keep the normalized
-# input and whose dropout keeps a byte for each element. The fused attention kernel keeps no T x T matrix; with dropout
-# torch has none for the CPU, and needs there what ``manual`` needs. Where keys are all-gathered, the CPU kernel also
-# saves a mask, the tokens of a chunk by those up to its end, which a GPU does not need and which is not counted.
+# parts here. In bf16 the residual stream and the norms are still fp32 (autocast), and each matrix casts its input
+# separately. The sum is exact on the CPU, and an upper bound for CUDA: there RMSNorm does not keep the normalized
+# input, and dropout keeps one byte per element. The fused attention kernel keeps no T x T matrix. With dropout torch
+# has no such kernel for the CPU, which then needs as much as ``manual``. With all-gathered keys, the CPU kernel also
+# saves a mask, which a GPU does not need and which is not counted.
 #
 # D width, H heads, K key-value heads, C head width, F inner width of the ffn, T tokens of a sequence.
 
 
 @dataclass(frozen=True)
 class ParallelFactors:
-    """Degrees by which the activations of a micro-batch are divided over ranks; by default not at all."""
+    """Degrees by which the activations of a micro-batch are divided over ranks; by default they are not."""
 
     tp: int = 1
-    """Tensor-parallel ranks, over which heads and inner widths are sharded."""
+    """Number of tensor-parallel ranks, over which heads and inner widths are sharded."""
     hidden: int = 1
-    """Ranks over which hidden states between the modules of a block are sharded: tp with sequence parallelism."""
+    """Number of ranks over which hidden states between the modules of a block are sharded: tp with sequence
+    parallelism."""
     cp: int = 1
-    """Context-parallel ranks, over which each sequence is sharded."""
+    """Number of context-parallel ranks, over which each sequence is sharded."""
     gathers_keys: bool = False
-    """With cp: each rank saves the all-gathered keys and values."""
+    """With cp: True if each rank saves the all-gathered keys and values."""
     sends_rows: bool = False
-    """Experts are sharded over ranks, so rows are dispatched to them and back."""
+    """True if experts are sharded over ranks, so that rows are sent to them and back."""
 
     def tokens(self, model: ModelConfig, sequences: int) -> int:
         """Return the tokens of one rank in ``sequences`` sequences."""
@@ -214,11 +215,11 @@ class ActivationBytes:
 
     embedding: int
     final: int
-    """Activations of the final norm and the output matrix."""
+    """Bytes of the final norm and the output matrix."""
     block: int
-    """Everything of one block."""
+    """Bytes of one block."""
     recomputed: int
-    """Part of ``block`` that is saved until its backward pass begins, where the rest is recomputed then."""
+    """Part of ``block`` that is saved until its backward pass begins, if the rest is recomputed then."""
 
 
 @cached_by_model
@@ -231,7 +232,7 @@ def activation_bytes(
 ) -> ActivationBytes:
     """Return the activations saved by a forward pass over ``sequences`` sequences, without logits and weights.
 
-    Where blocks are recomputed, each saves its input, and with ``selective`` the results of its matrix products.
+    A recomputed block saves its input, and with ``selective`` the results of its matrix products.
     """
     tokens = factors.tokens(model, sequences)
     width = BF16 if precision.is_half else FP32
@@ -250,7 +251,7 @@ def activation_bytes(
 
 
 def block_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
-    """Return everything one block saves for its backward pass."""
+    """Return the bytes that one block saves for its backward pass."""
     tokens = factors.tokens(model, sequences)
     bytes_ = tokens * (attention_bytes(model, width, factors) + ffn_bytes(model, width, factors))
     if model.ffn is Ffn.moe:
@@ -261,13 +262,14 @@ def block_bytes(model: ModelConfig, sequences: int, width: int, factors: Paralle
     if model.attention is AttentionBackend.manual:
         bytes_ += model.block_size**2 // factors.cp  # the mask, one byte for each pair
     if factors.cp > 1 and model.position is Position.rope:
-        # Sines and cosines of the rank's own positions, picked out for the queries and again for the keys.
+        # Sines and cosines of the rank's own positions, copied for the queries and again for the keys.
         bytes_ += 2 * FP32 * model.head_dim * factors.tokens(model, 1)
     return bytes_
 
 
 def product_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
-    """Return the results of the matrix products of one block, with attention, as gpt/parallel/compile.py saves them."""
+    """Return the bytes of the results of a block's matrix products, with attention, as gpt/parallel/compile.py saves
+    them."""
     tokens, up = factors.tokens(model, sequences), 2 if model.gated else 1
     if model.custom_parts.keys() & {"attention", "ffn"}:
         return tokens * custom_products(model, width, factors)
@@ -275,7 +277,7 @@ def product_bytes(model: ModelConfig, sequences: int, width: int, factors: Paral
     written_out = model.attention is AttentionBackend.manual or bool(model.dropout)
     attention = width * (2 * queries + 2 * keys + model.n_embd)
     attention += width * heads * model.block_size if written_out else FP32 * heads
-    if factors.cp > 1 and not factors.gathers_keys:  # what a ring's last rank merges: a result for each block of keys
+    if factors.cp > 1 and not factors.gathers_keys:  # the last rank of a ring merges one result for each block of keys
         attention += (factors.cp - 1) * (width * queries + (0 if written_out else FP32 * heads))
     inner = -(-model.ffn_width // factors.tp)
     if model.ffn is not Ffn.moe:
@@ -283,14 +285,14 @@ def product_bytes(model: ModelConfig, sequences: int, width: int, factors: Paral
     shared = model.n_shared_expert * inner
     mixture = FP32 * model.n_expert + (width * (up * shared + model.n_embd) if shared else 0)
     rows = sequences * expert_rows(model) // factors.cp
-    results = up * inner + (3 if factors.sends_rows else 1) * model.n_embd  # and the rows received in either all-to-all
+    results = up * inner + (3 if factors.sends_rows else 1) * model.n_embd  # plus the rows received in both all-to-alls
     return tokens * (attention + mixture) + rows * width * results
 
 
 def custom_products(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
-    """Per token of one layer with an attention or a feed-forward layer of the user's: results of matrix products.
+    """Return the bytes per token of matrix products of a layer whose attention or feed-forward layer is the user's.
 
-    Of a part of ours beside it all that the part keeps, an upper bound.
+    A built-in part of the layer counts with all its saved tensors, as an upper bound.
     """
     bytes_ = 0
     for part, ours in (("attention", attention_bytes), ("ffn", ffn_bytes)):
@@ -302,14 +304,14 @@ def custom_products(model: ModelConfig, width: int, factors: ParallelFactors) ->
 
 
 def custom_bytes(model: ModelConfig, part: str, width: int, products: bool = False) -> int:
-    """Per token: what a part of the user's keeps, or the results of its matrix products, rounded up."""
+    """Return the bytes per token that a part of the user saves, or those of its matrix products, rounded up."""
     counts = part_counts(model)[part]
     measured = (counts.products if products else counts.saved)["half" if width == BF16 else "fp32"]
     return -(-measured // model.block_size)
 
 
 def head_widths(model: ModelConfig, factors: ParallelFactors) -> tuple[int, int, int]:
-    """Return width of queries and of keys of one token, and query heads, of one rank."""
+    """Return the width of queries and of keys of one token, and the number of query heads, of one rank."""
     heads, kv_heads = -(-model.n_head // factors.tp), -(-model.kv_heads // factors.tp)
     return heads * model.head_dim, kv_heads * model.head_dim, heads
 
@@ -321,8 +323,8 @@ def norm_bytes(
     factors: ParallelFactors = SINGLE_RANK,
     kept: int = FP32,
 ) -> int:
-    """Per token: input and statistics of ``norms`` norms over ``width`` (D), fp32; ``kept`` is the bytes of a number in
-    matrix products, by which norms of the user's were measured."""
+    """Return the bytes per token of ``norms`` norms over ``width`` (D): input and statistics, fp32. ``kept`` is the
+    bytes of a number in matrix products, for the measured norms of the user."""
     if isinstance(model.norm, str):
         return -(-custom_bytes(model, "norm" if width is None else "head_norm", kept) // factors.hidden)
     width = model.n_embd if width is None else width
@@ -330,41 +332,42 @@ def norm_bytes(
 
 
 def read_bytes(model: ModelConfig, width: int, readers: int) -> int:
-    """Per token: what matrices that read the same tensor keep of it; one tensor, or in bf16 each its own cast. They
-    read all of it, also where the hidden states before them are sharded."""
+    """Return the bytes per token that matrices keep of a tensor that ``readers`` of them read: one tensor, or in bf16
+    one cast each. They read the whole tensor, even if the hidden states before are sharded."""
     return (readers if width == BF16 else 1) * width * model.n_embd
 
 
 def attention_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
-    """Per token of one layer: norm, queries, keys, values, what the kernel saves of the T x T pairs, and its result."""
+    """Return the bytes per token of one layer: norm, queries, keys, values, saved values of T x T pairs, and the
+    result."""
     around = norm_bytes(model, factors=factors, kept=width) + dropout_bytes(model, width, factors)
     if isinstance(model.attention, str):
         return around + custom_bytes(model, "attention", width)
     queries, keys, heads = head_widths(model, factors)
     of_others = factors.cp if factors.gathers_keys else 1
     if model.attention is AttentionBackend.manual:
-        pairs = 3 if model.dropout else 1  # softmax; and with dropout its noise and its result
+        pairs = 3 if model.dropout else 1  # softmax, and with dropout also its noise and its result
         bytes_ = width * (2 * queries + 2 * queries * of_others + pairs * heads * model.block_size)
     else:
-        bytes_ = width * (2 * queries + 2 * keys * of_others) + FP32 * heads  # and the log-sum-exp of every row
+        bytes_ = width * (2 * queries + 2 * keys * of_others) + FP32 * heads  # plus the log-sum-exp of every row
     if factors.gathers_keys:
-        bytes_ += width * queries  # the result, once as the kernel gave its chunks and once put together
+        bytes_ += width * queries  # the result, once in chunks from the kernel and once merged
     if model.qk_norm:
         bytes_ += norm_bytes(model, heads + keys // model.head_dim, model.head_dim, kept=width)
         if isinstance(model.norm, Norm) and model.norm is not Norm.rmsnorm:
-            bytes_ -= (FP32 - width) * (queries + keys)  # LayerNorm keeps what it is given as it is
+            bytes_ -= (FP32 - width) * (queries + keys)  # LayerNorm keeps its input in the dtype it receives
     if isinstance(model.position, str) and part_counts(model)["position"].on_heads:
         bytes_ += custom_bytes(model, "position", width)
     return around + read_bytes(model, width, 3) + bytes_
 
 
 def ffn_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
-    """Per token of one layer: norm and feed-forward layer."""
+    """Return the bytes per token of one layer: norm and feed-forward layer."""
     around, inner = (
         norm_bytes(model, factors=factors, kept=width) + dropout_bytes(model, width, factors),
         -(-model.ffn_width // factors.tp),
     )
-    if isinstance(model.ffn, str):  # of which each tp rank computes its own tokens
+    if isinstance(model.ffn, str):  # each tp rank computes its own tokens in a layer of the user
         return around - (-custom_bytes(model, "ffn", width) // factors.hidden)
     if model.ffn is not Ffn.moe:
         return around + dense_bytes(model, width, inner)
@@ -376,36 +379,36 @@ def ffn_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
 
 
 def dense_bytes(model: ModelConfig, width: int, inner: int) -> int:
-    """Per token: the input, once for each matrix that reads it, and the inner tensors."""
+    """Return the bytes per token: the input, once for each matrix that reads it, and the inner tensors."""
     return read_bytes(model, width, readers=2 if model.gated else 1) + width * inner_tensors(model) * inner
 
 
 def inner_tensors(model: ModelConfig) -> int:
-    """Count the tensors of the inner width that the activation and the last matrix save."""
+    """Return the number of tensors of the inner width that the activation and the last matrix save."""
     if model.gated:
         return 4  # gate, activation of the gate, up, and their product
-    return 1 if model.ffn_activation is Activation.relu else 2  # ReLU needs its result only
+    return 1 if model.ffn_activation is Activation.relu else 2  # ReLU only needs its result
 
 
 def mixture_bytes(model: ModelConfig, width: int) -> int:
-    """Per token: the router, in fp32; the results of its experts, and where they were computed."""
+    """Return the bytes per token: the router in fp32, the results of its experts, and their places."""
     chosen, indices = model.n_expert_per_token, 2 if model.capacity_factor else 3
     router = FP32 * (model.n_embd + 2 * model.n_expert + 2) + chosen * (2 * FP32 + indices * INT64)
     return router + chosen * width * model.n_embd
 
 
 def expert_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
-    """Return the rows that the experts of one layer are given, and their inner tensors.
+    """Return the bytes of the rows of one layer's experts, and of their inner tensors.
 
     With expert parallelism a rank is assumed to receive as many rows as it sends: balanced routing.
     """
     rows = sequences * expert_rows(model) // factors.cp
-    orders = 2 * INT64 if factors.sends_rows else 0  # in which they are sorted by expert there, and back
+    orders = 2 * INT64 if factors.sends_rows else 0  # the order by expert on the receiving rank, and its inverse
     inner = inner_tensors(model) * -(-model.ffn_width // factors.tp)
-    left_over = width * model.n_embd if model.capacity_factor else 0  # one row, which no expert is given
+    left_over = width * model.n_embd if model.capacity_factor else 0  # one row for tokens without an expert
     return rows * (orders + width * (model.n_embd + inner)) + left_over
 
 
 def dropout_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
-    """Per token: the noise of one dropout over the residual width."""
+    """Return the bytes per token of the noise of one dropout over the residual width."""
     return -(-width * model.n_embd // factors.hidden) if model.dropout else 0
