@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import ConfigError
-from launch.runs.compose import make_absolute
+from launch.runs.compose import RunConfig, make_absolute
 from launch.runs.environment import ORIGIN, git
 from launch.runs.events import SavedCheckpoint
 from launch.runs.folder import RunFolder
-from launch.runs.identity import RunConfig
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

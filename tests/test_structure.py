@@ -400,7 +400,7 @@ TOKENS = {
     "launch/plan": 10_100,
     "launch/project": 9_100,
     "launch/report": 40_000,
-    "launch/runs": 27_000,
+    "launch/runs": 26_000,
     "launch/script": 4_450,
     "launch/slurm": 22_400,
     "launch/storm": 8_700,

@@ -17,8 +17,8 @@ from gpt.config.optim import CheckpointConfig, DivergenceConfig, OptimConfig
 from gpt.config.parallel import ParallelConfig, Strategy
 from gpt.config.rules import Float8, check_float8
 from launch.errors import ConfigError, require_positive, require_range
+from launch.runs.compose import RunConfig
 from launch.runs.environment import install_command
-from launch.runs.identity import RunConfig
 
 
 @dataclass

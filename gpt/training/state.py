@@ -27,7 +27,7 @@ from launch.errors import ConfigError, RepeatedFailureError
 from launch.runs import compose
 from launch.runs.folder import RunFolder, is_newest_attempt
 from launch.runs.heartbeat import Phase
-from launch.runs.identity import may_change
+from launch.runs.overrides import is_within
 from launch.runs.records import StepRecord
 
 # The first weights of a run: drawn, or read from elsewhere (``init_from``).
@@ -215,7 +215,7 @@ def load(run: Run) -> None:
 def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
     """Raise ConfigError if a fetched copy is of a run with other settings, whose folder had the same name."""
     there, here = loaded.meta["config"], compose.plain_config(run.config)
-    changed = [key for key in here if key in there and here[key] != there[key] and not may_change(key, RESUMABLE)]
+    changed = [key for key in here if key in there and here[key] != there[key] and not is_within(key, RESUMABLE)]
     if changed:
         key = changed[0]
         raise ConfigError(

@@ -10,8 +10,8 @@ from omegaconf import MISSING
 
 from launch.config.cluster import ClusterConfig, ClusterKind, InterconnectConfig, PlacementConfig
 from launch.errors import ConfigError
+from launch.runs.compose import RunConfig
 from launch.runs.files import ReportFile
-from launch.runs.identity import RunConfig
 from launch.runs.overrides import NOT_IN_POINT
 from launch.runs.records import ObjectiveOf
 from launch.schema import check_ranges, key

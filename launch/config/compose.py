@@ -17,8 +17,8 @@ import configs
 from launch.config import NOT_IN_POINT, Config
 from launch.errors import ConfigError, closest
 from launch.runs import compose
+from launch.runs.compose import RunConfig
 from launch.runs.folder import RunFolder, damaged
-from launch.runs.identity import RunConfig
 from launch.runs.overrides import check_overrides, meant, parse, searched_folders, typed_key, typed_value
 from launch.schema import free_keys, schema_keys
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload

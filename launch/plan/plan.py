@@ -19,11 +19,11 @@ from launch.config.compose import not_in_point, workload_of
 from launch.errors import ConfigError
 from launch.plan.placement import Placement, copy_path, place, worst_case
 from launch.runs import compose
+from launch.runs.compose import choose_folder, refuse_other_run
 from launch.runs.environment import visible_gpus
 from launch.runs.events import Continuation, Events, apply_continuation, is_finished, plan_continuation
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder, read_plan, writing_into
-from launch.runs.identity import choose_folder, refuse_other_run
 from launch.runs.overrides import PLACE_KEYS, without_key
 from launch.workload import PlanRequest, Workload, WorkloadPlan
 

@@ -1,15 +1,20 @@
-"""Composition of a config by Hydra, and the config files of a run folder."""
+"""Config of a run: its composition by Hydra, its files in the run folder, and the folder that belongs to it."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from enum import Enum
 from functools import cache
+from glob import escape
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Optional, TypeVar, cast
 
 import hydra
 import yaml
@@ -20,10 +25,27 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.errors import ConfigError
+from launch.runs.events import refuse_resume_from
 from launch.runs.files import write_atomically
+from launch.runs.find import generation
 from launch.runs.folder import RunFolder, damaged, unreadable, writing_into
-from launch.runs.overrides import parse, refuse_value, searched_folders, set_value, structured, unknown_option
-from launch.schema import free_keys, schema_keys
+from launch.runs.overrides import (
+    NOT_IN_POINT,
+    is_within,
+    parse,
+    point_keys,
+    point_name,
+    read_overrides,
+    refuse_value,
+    searched_folders,
+    set_value,
+    structured,
+    unknown_option,
+)
+from launch.schema import free_keys, key, schema_keys
+
+# OmegaConf 2.3 reads the annotations of a schema at run time and knows Optional[X], not X | None.
+# ruff: noqa: UP045
 
 Schema = TypeVar("Schema")
 CONFIG_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError)
@@ -72,17 +94,13 @@ def compose_typed(
             values.append(override)
     searched = (str(config_dir),) if config_dir is not None else ()
     try:
-        composed = copy.deepcopy(_files(primary, schema, tuple(choices), searched, _running(), with_hydra))
+        running = tuple(map(str, searched_folders())) if GlobalHydra.instance().is_initialized() else None
+        composed = copy.deepcopy(_files(primary, schema, tuple(choices), searched, running, with_hydra))
     except CONFIG_ERRORS as error:
         raise refuse_file_of_config(error, schema) from error
     for override in values:
         set_value(composed, override, schema)
     return composed
-
-
-def _running() -> tuple[str, ...] | None:
-    """Return the folders that the running Hydra searches; None if none is running."""
-    return tuple(map(str, searched_folders())) if GlobalHydra.instance().is_initialized() else None
 
 
 @cache
@@ -132,9 +150,9 @@ def refuse_file_of_config(error: BaseException, schema: type) -> ConfigError:
 
 def make_absolute(nodes: Iterable[tuple[DictConfig, str]]) -> None:
     """Make paths absolute, each given as a node of a document and a key in it."""
-    for node, key in nodes:
-        if not OmegaConf.is_missing(node, key) and node[key] is not None:
-            node[key] = str(Path(node[key]).expanduser().absolute())
+    for node, name in nodes:
+        if not OmegaConf.is_missing(node, name) and node[name] is not None:
+            node[name] = str(Path(node[name]).expanduser().absolute())
 
 
 def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
@@ -189,9 +207,9 @@ def stored_as(folder: RunFolder, document: DictConfig, schema: type[Schema]) -> 
     """
     kind: Any = schema
     known, free = schema_keys(kind), tuple(f"{key}." for key in free_keys(kind))
-    for key in flatten(cast(Any, OmegaConf.to_container(document))):
-        group, _, name = key.rpartition(".")
-        if group in known and key not in known and not key.startswith(free):
+    for path in flatten(cast(Any, OmegaConf.to_container(document))):
+        group, _, name = path.rpartition(".")
+        if group in known and path not in known and not path.startswith(free):
             with open_dict(document):
                 del OmegaConf.select(document, group)[name]
     try:
@@ -214,11 +232,11 @@ def write_config(folder: RunFolder, config: DictConfig, overrides: Sequence[str]
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested dictionaries as one, with dotted keys."""
     flat: dict[str, Any] = {}
-    for key, inner in value.items():
+    for name, inner in value.items():
         if isinstance(inner, dict):
-            flat |= flatten(inner, f"{prefix}{key}.")
+            flat |= flatten(inner, f"{prefix}{name}.")
         else:
-            flat[prefix + key] = inner
+            flat[prefix + name] = inner
     return flat
 
 
@@ -231,3 +249,177 @@ def plain_config(config: Any) -> dict[str, Any]:
     """Return a config by dotted keys, with values that JSON can hold."""
     flat = flatten(dataclasses.asdict(config))
     return {key: plain(value) if hasattr(value, "name") else value for key, value in flat.items()}
+
+
+# The keys of every run, and the folder of a run.
+
+
+@dataclass
+class RunConfig:
+    """Config of every run, of any program and any way to start it."""
+
+    name: str = key("run", "Folder under output_dir for the points of one sweep.")
+    output_dir: str = key("outputs", "Folder for all runs.")
+    run_dir: Optional[str] = key(None, "Folder of this run; null derives it from output_dir, name and the overrides.")
+    fresh: bool = key(False, "Start over in a new folder instead of resuming.")
+    resume_from: Any = key(
+        None,
+        "Step of a checkpoint of the existing run from which it resumes, or last for the newest. Later checkpoints"
+        " and records are moved aside. Typed again it goes back again.",
+    )
+    require_same_code: bool = key(
+        False, "Refuse to resume if the code or a library has changed since the last attempt, instead of warning."
+    )
+
+    def validate(self) -> None:
+        """Raise ConfigError if ``name`` cannot be that of a folder and of a job, or ``resume_from`` a checkpoint."""
+        refuse_name(self.name)
+        refuse_resume_from(self.resume_from, self.fresh)
+
+
+UNUSABLE = re.compile(r"[%\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Characters that a run's path and name cannot have. Slurm and submitit replace ``%j`` by the number of a job, and read
+a backslash as an escape; a line break would end a line of the batch script."""
+
+
+def refuse_name(name: str) -> None:
+    """Raise ConfigError unless ``name`` can be one folder under output_dir, and the name of a job."""
+    usable = re.sub(r"^-+", "", UNUSABLE.sub("_", name).replace("/", "_"))
+    if name != usable or name in ("", ".", ".."):
+        raise ConfigError(
+            f"name={name!r}",
+            "the name of one folder under output_dir, and of the job: no slash, backslash, % or control character in "
+            "it, and no dash before it",
+            f"name={shlex.quote(usable.strip('._') or 'run')}",
+        )
+
+
+def refuse_path(path: Path) -> None:
+    """Raise ConfigError if the path of a run folder has characters that Slurm or submitit replaces."""
+    found = UNUSABLE.search(str(path))
+    if found is not None:
+        raise ConfigError(
+            f"{found[0]!r} in the run's path {str(path)!r}",
+            "a path without %, backslash and control characters, which mean something else in a batch script",
+            "output_dir=FOLDER, or run_dir=FOLDER, with another path",
+        )
+
+
+def choose_folder(
+    config: RunConfig, overrides: Sequence[str], not_in_point: Sequence[str], length: Sequence[str] = ()
+) -> RunFolder:
+    """Return the folder of a run: ``run_dir``, or ``<output_dir>/<name>/<point>``.
+
+    ``fresh`` chooses a new generation: ``<point>~2``, ``<point>~3``, ... Otherwise it is the newest existing one, so
+    the same command continues where the last one stopped. ``resume_from`` chooses the existing run of any length.
+
+    Args:
+        config: keys of the run.
+        overrides: as typed.
+        not_in_point: keys that do not distinguish runs.
+        length: keys that set the number of steps.
+
+    Raises:
+        ConfigError: a job cannot have such a path; or ``resume_from`` is typed, and several runs differ only in their
+            length.
+    """
+    folder = newest_folder(config, overrides, not_in_point)
+    if config.resume_from is None or config.run_dir is not None or folder.config.exists():
+        return folder
+    return folder_of_other_length(folder, overrides, (*not_in_point, *length)) or folder
+
+
+def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude: Sequence[str]) -> RunFolder | None:
+    """Return the run next to ``folder`` with the same overrides apart from ``exclude``. None if no run has them.
+
+    Raises:
+        ConfigError: several runs have them.
+    """
+    exclude = (*exclude, *NOT_IN_POINT)  # a rank also searches, and its command has no keys of the launcher
+    wanted = point_keys(overrides, exclude)
+    newest: dict[str, RunFolder] = {}
+    for path in sorted(folder.path.parent.glob("*"), key=generation_of):
+        other = RunFolder(path)
+        if other.overrides.exists() and point_keys(read_overrides(other), exclude) == wanted:
+            newest[path.name.removesuffix(generation(path.name))] = other
+    if len(newest) > 1:
+        raise ConfigError(
+            f"several runs of this point, of different lengths: {', '.join(run.point for run in newest.values())}",
+            "the folder of the one that is to go on",
+            shlex.quote(f'run_dir="{next(iter(newest.values())).path}"'),
+        )
+    return next(iter(newest.values()), None)
+
+
+def generation_of(path: Path) -> int:
+    """Return the generation of a run folder: 1 of the first folder, 2 of ``<point>~2``."""
+    return int(generation(path.name).removeprefix("~") or 1)
+
+
+def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Sequence[str]) -> RunFolder:
+    """Return the folder of a run by its name: its newest generation, or the next one if ``fresh`` is set."""
+    above = Path(config.output_dir).expanduser() / config.name  # a ~ in the name is part of it
+    own = above / point_name(overrides, not_in_point)
+    base = (own if config.run_dir is None else Path(config.run_dir).expanduser()).absolute()
+    refuse_path(base)
+    generations = [1] if base.exists() else []
+    generations += [generation_of(path) for path in base.parent.glob(f"{escape(base.name)}~*") if path.is_dir()]
+    newest = max(generations, default=0) + (1 if config.fresh else 0)
+    folder = base if newest <= 1 else base.with_name(f"{base.name}~{newest}")
+    refuse_file_in_place(folder)
+    return RunFolder(folder)
+
+
+def refuse_file_in_place(folder: Path) -> None:
+    """Raise ConfigError if a run folder cannot be created: a file is in its path, or the folder above is read-only."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(
+            f"{there}, a file in the path of the run folder {folder}"
+            if there != folder
+            else f"{folder}, which is a file",
+            "a folder for the run, or a path where nothing is yet",
+            "output_dir=FOLDER, or run_dir=FOLDER",
+        )
+    is_of_kernel = there.parts[1:2] in (("proc",), ("sys",))  # os.access says that root may write here
+    if there != folder and (is_of_kernel or not os.access(there, os.W_OK | os.X_OK)):
+        expected = "a folder in which this user may create others"
+        raise ConfigError(f"{folder}, which cannot be created in {there}", expected, "output_dir=FOLDER")
+
+
+def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Sequence[str]) -> None:
+    """Raise ConfigError if ``folder`` already holds a run with other settings.
+
+    Args:
+        folder: of the run.
+        config: of this command.
+        schema: dataclass whose fields are compared; ``config`` has them all.
+        resumable: keys, or groups of keys, that may change between the attempts of one run.
+    """
+    if not folder.config.exists():
+        refuse_lost_config(folder)
+        return
+    values = dataclasses.asdict(config)
+    there = flatten(dataclasses.asdict(read_config(folder, schema)))
+    here = flatten({field.name: values[field.name] for field in dataclasses.fields(schema)})
+    changed = [key for key in here if here[key] != there.get(key) and not is_within(key, resumable)]
+    # With auto a run continues with the value that was chosen when it began.
+    changed = [key for key in changed if not (isinstance(here[key], Enum) and here[key].name == "auto")]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{folder.path} holds a run with {key}={plain(there.get(key))}, and now {key}={plain(here[key])}",
+            "the same settings, to go on with that run",
+            f"fresh=true, for a new folder beside it (or {key}={plain(there.get(key))}, to go on)",
+        )
+
+
+def refuse_lost_config(folder: RunFolder) -> None:
+    """Raise ConfigError if ``folder`` has checkpoints or attempts but no config: they may be of another run."""
+    there = [path.name for path in (folder.path / "attempts", folder.checkpoints) if path.exists()]
+    if there:
+        raise ConfigError(
+            f"{folder.path} with {' and '.join(there)} of a run, but no {folder.config.relative_to(folder.path)}",
+            "the config of that run, to go on with it",
+            "fresh=true, for a new folder beside it; or the file from a backup",
+        )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError
-from launch.runs.files import append_lines, read_json, read_json_lines
+from launch.runs.files import append_lines, numbers_in, read_json, read_json_lines
 from launch.runs.folder import RunFolder
 
 # Facts of this machine for ``environment.json``: host, processor, GPUs and cores of a rank, found without torch.
@@ -42,7 +42,8 @@ def describe_rank(rank: int, local_rank: int, node: int, *, on_cpu: bool = False
         entry |= {"device_uuid": gpu.uuid.removeprefix("GPU-")} if gpu.uuid else {}  # as torch writes it
     else:
         entry |= {"device": "cpu", "device_name": cpu_name()}
-    return entry | {"threads": threads_of(entry["cores"])}
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # its later numbers are of nested regions
+    return entry | {"threads": int(first) if first.isdigit() and int(first) else entry["cores"]}
 
 
 def describe_place(rank: int, local_rank: int, node: int) -> dict[str, Any]:
@@ -65,12 +66,6 @@ def describe_cpus(cpus: Iterable[int]) -> dict[str, Any]:
         run = [number for _, number in following]
         parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}")
     return {"cores": len(numbers), "cpus": ",".join(parts)}
-
-
-def threads_of(cores: int) -> int:
-    """Return the OpenMP threads of a rank: the first level of OMP_NUM_THREADS, else one for each core."""
-    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(first) if first.isdigit() and int(first) else cores
 
 
 def cpu_name() -> str:
@@ -211,9 +206,8 @@ def set_dump_file(
 
 
 def dumped_ranks(attempt: Path) -> list[int]:
-    """Ranks whose flight recorder has written into the folder of an attempt."""
-    found = (path.name.removeprefix(DUMP_FILE.value) for path in attempt.glob(f"{DUMP_FILE.value}*"))
-    return sorted(int(rank) for rank in found if rank.isdigit())
+    """Return the ranks whose flight recorder has written into the folder of an attempt."""
+    return numbers_in(attempt, DUMP_FILE.value)
 
 
 def describe_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str | int]:
@@ -432,9 +426,8 @@ def append_samples(folder: RunFolder, node: int, samples: Iterable[GpuSample]) -
 
 
 def telemetry_nodes(folder: RunFolder) -> list[int]:
-    """Nodes that have samples, in order."""
-    names = (path.stem.removeprefix("node_") for path in (folder.path / "telemetry").glob("node_*.jsonl"))
-    return sorted(int(name) for name in names if name.isdigit())
+    """Return the nodes that have samples, in order."""
+    return numbers_in(folder.path / "telemetry", "node_", ".jsonl")
 
 
 def read_samples(folder: RunFolder, node: int) -> Iterator[GpuSample]:

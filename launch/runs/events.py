@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError, counted, how_often
-from launch.runs.files import read_json, read_json_lines, write_atomically
+from launch.runs.files import make_numbered, read_json, read_json_lines, write_atomically
 from launch.runs.folder import RunFolder, writing_into
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEAT_DIR
 from launch.runs.records import is_record, recent_records
@@ -460,7 +460,7 @@ def apply_continuation(
     """
     with writing_into(folder.path):
         if goes_on.back_to is not None:
-            number = next_aside(folder)
+            number = make_numbered(folder.aside)
             # First, so that a run that was finished counts as such no longer.
             folder.record_event("resumed_from", step=goes_on.back_to, last=goes_on.last, aside=f"aside/{number.name}")
             set_records_aside(folder, goes_on.back_to, number)
@@ -471,19 +471,6 @@ def apply_continuation(
                     one.path.rename(number / folder.checkpoints.name / one.path.name)
         if goes_on.extends is not None:
             folder.record_event("extended", step=goes_on.extends, max_steps=max_steps)
-
-
-def next_aside(folder: RunFolder) -> Path:
-    """Make the next folder for history that a run goes back from."""
-    number = 1
-    while True:
-        path = folder.aside / f"{number:04d}"
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
-            return path
 
 
 def set_records_aside(folder: RunFolder, step: int, aside: Path) -> None:

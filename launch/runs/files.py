@@ -53,6 +53,25 @@ def make_folder(path: Path) -> None:
         path.chmod(mode & ~0o022)
 
 
+def numbers_in(folder: Path, prefix: str = "", suffix: str = "") -> list[int]:
+    """Return the numbers in the names of a folder's entries, ascending: 3 of ``rank_00003.jsonl``."""
+    names = (path.name.removeprefix(prefix).removesuffix(suffix) for path in folder.glob(f"{prefix}*{suffix}"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def make_numbered(folder: Path) -> Path:
+    """Make the next of the numbered folders in ``folder``: 0001, 0002, ... Two processes never get the same one."""
+    number = max(numbers_in(folder), default=0)
+    while True:
+        number += 1
+        path = folder / f"{number:04d}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+
+
 def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Append each of ``values`` as one line, all in one write. Several processes and hosts may append to one file.
 

@@ -10,14 +10,22 @@ from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError, closest, counted
-from launch.runs.files import read_json, write_json
+from launch.runs.files import make_numbered, numbers_in, read_json, write_json
 from launch.runs.folder import RunFolder, damaged, read_mapping
-from launch.runs.overrides import NAME_LIMIT, NOT_IN_POINT, NOTHING_TYPED, read_overrides, typed_key, typed_value
+from launch.runs.overrides import (
+    NAME_LIMIT,
+    NOT_IN_POINT,
+    NOTHING_TYPED,
+    is_within,
+    read_overrides,
+    typed_key,
+    typed_value,
+)
 
 # Labels of runs for people: the overrides of one run that its neighbours do not share.
 
@@ -34,8 +42,7 @@ MEASURING_KEYS = tuple(
 
 def tells_apart(override: str) -> bool:
     """Return whether an override says what a run is, rather than where and how it is submitted or watched."""
-    key = typed_key(override)
-    return not any(f"{key}.".startswith(f"{other}.") for other in (*NOT_IN_POINT, *MEASURING_KEYS))
+    return not is_within(typed_key(override), (*NOT_IN_POINT, *MEASURING_KEYS))
 
 
 def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
@@ -131,7 +138,7 @@ class Sweep:
 
 def read_sweeps(group: Path) -> list[Sweep]:
     """The recorded sweeps of a folder by their numbers; a record that is damaged is passed over."""
-    numbers = sorted(int(path.name) for path in (group / ARCHIVE).glob("[0-9]*") if path.name.isdigit())
+    numbers = numbers_in(group / ARCHIVE)
     found = [(number, read_json(group / ARCHIVE / f"{number:04d}" / CURRENT)) for number in numbers]
     return [sweep_of(known, number) for number, known in found if known.get("points")]
 
@@ -178,16 +185,10 @@ def record_sweep(group: Path, points: Sequence[str], typed: Sequence[str]) -> Sw
 
 
 def write_record(group: Path, sweep: Sweep) -> Sweep:
-    """Write the record of a sweep, under the next number where it has none. Safe against a second writer."""
-    number = sweep.number or max((one.number or 0 for one in read_sweeps(group)), default=0)
-    while sweep.number is None:
-        number += 1
-        try:
-            (group / ARCHIVE / f"{number:04d}").mkdir(parents=True)
-        except FileExistsError:
-            continue
-        sweep = Sweep(number, sweep.points, sweep.typed, sweep.time)
-    write_json(group / ARCHIVE / f"{number:04d}" / CURRENT, record_of(sweep))
+    """Write the record of a sweep and return the sweep; a sweep without a number gets the next one."""
+    if sweep.number is None:
+        sweep = replace(sweep, number=int(make_numbered(group / ARCHIVE).name))
+    write_json(group / ARCHIVE / f"{sweep.number:04d}" / CURRENT, record_of(sweep))
     return sweep
 
 

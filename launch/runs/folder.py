@@ -12,7 +12,7 @@ from shlex import quote
 from typing import Any
 
 from ..errors import ConfigError
-from .files import append_lines, parse_json_lines, read_json_lines, unwritten
+from .files import append_lines, make_numbered, numbers_in, parse_json_lines, read_json_lines, unwritten
 
 
 class RunFolder:
@@ -20,121 +20,82 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-
-    @property
-    def point(self) -> str:
-        """The name of this point of the sweep."""
-        return self.path.name
-
-    @property
-    def config(self) -> Path:
-        """The composed configuration of the run, Hydra's own file."""
-        return self.path / ".hydra" / "config.yaml"
-
-    @property
-    def overrides(self) -> Path:
+        self.point = self.path.name
+        """Name of this point of the sweep."""
+        self.config = self.path / ".hydra" / "config.yaml"
+        """Composed config of the run, Hydra's own file."""
+        self.overrides = self.path / ".hydra" / "overrides.yaml"
         """Overrides of this point, a YAML list."""
-        return self.path / ".hydra" / "overrides.yaml"
-
-    @property
-    def plan(self) -> Path:
-        """Plan of the run, as promised before its start."""
-        return self.path / "plan.json"
-
-    @property
-    def events(self) -> Path:
-        """The event log."""
-        return self.path / "events.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Event files of rank 0."""
-        return self.path / "tensorboard"
-
-    @property
-    def steps_csv(self) -> Path:
-        """Rank 0's step records as a table."""
-        return self.path / "steps.csv"
-
-    @property
-    def run_json(self) -> Path:
-        """The whole run as one value."""
-        return self.path / "run.json"
-
-    @property
-    def checkpoints(self) -> Path:
+        self.plan = self.path / "plan.json"
+        """Plan of the run, written before its start."""
+        self.events = self.path / "events.jsonl"
+        """Event log."""
+        self.tensorboard = self.path / "tensorboard"
+        """Event files of rank 0 for TensorBoard."""
+        self.steps_csv = self.path / "steps.csv"
+        """Step records of rank 0 as a table."""
+        self.run_json = self.path / "run.json"
+        """The whole run as one JSON document."""
+        self.checkpoints = self.path / "checkpoints"
         """One folder for each saved step."""
-        return self.path / "checkpoints"
-
-    @property
-    def tokenizer(self) -> Path:
-        """The tokenizer the run is trained with, where that is known."""
-        return self.path / "tokenizer"
-
-    @property
-    def aside(self) -> Path:
-        """History that the run has gone back from by ``resume_from``, a numbered folder each time."""
-        return self.path / "aside"
+        self.tokenizer = self.path / "tokenizer"
+        """Tokenizer of the run, if the data names one."""
+        self.aside = self.path / "aside"
+        """Numbered folders, one for each time that ``resume_from`` took the run back: the steps after that step."""
 
     def attempt(self, number: int) -> Path:
-        """Folder of one (re)start, counted from 1."""
+        """Return the folder of an attempt, one start of the ranks, counted from 1."""
         return self.path / "attempts" / f"{number:04d}"
 
     def environment(self, attempt: int) -> Path:
-        """Environment of one attempt: hosts, devices, software, commit."""
+        """Return the file of an attempt with its hosts, devices, software and commit."""
         return self.attempt(attempt) / "environment.json"
 
     def ds_config(self, attempt: int) -> Path:
-        """DeepSpeed config of one attempt."""
+        """Return the file of an attempt with its DeepSpeed config."""
         return self.attempt(attempt) / "ds_config.json"
 
     def log(self, attempt: int, rank: int) -> Path:
-        """Everything one rank printed in one attempt."""
+        """Return the file with everything that a rank printed in an attempt."""
         return self.attempt(attempt) / "logs" / f"rank_{rank:05d}.log"
 
     def metrics(self, rank: int) -> Path:
-        """The step records of one rank, over all attempts."""
+        """Return the file of the step records of a rank, over all attempts."""
         return self.path / "metrics" / f"rank_{rank:05d}.jsonl"
 
     def telemetry(self, node: int) -> Path:
-        """GPU telemetry of one node, over all attempts."""
+        """Return the file of the GPU samples of a node, over all attempts."""
         return self.path / "telemetry" / f"node_{node:05d}.jsonl"
 
     def attempts(self) -> list[int]:
-        """Numbers of the attempts there are, oldest first."""
-        return sorted(int(p.name) for p in (self.path / "attempts").glob("[0-9]*") if p.name.isdigit())
+        """Return the numbers of all attempts, oldest first."""
+        return numbers_in(self.path / "attempts")
 
     def create_attempt(self) -> int:
-        """Make the folder of the next attempt and return its number. Safe against a second creator."""
-        number = max(self.attempts(), default=0)
-        while True:
-            number += 1
-            try:
-                self.attempt(number).mkdir(parents=True)
-            except FileExistsError:
-                continue
-            (self.attempt(number) / "logs").mkdir()
-            return number
+        """Make the folder of the next attempt and return its number. Safe if two processes call it at once."""
+        made = make_numbered(self.path / "attempts")
+        (made / "logs").mkdir()
+        return int(made.name)
 
     def metric_ranks(self) -> list[int]:
-        """Ranks that have step records, in order."""
-        return sorted(int(p.stem.removeprefix("rank_")) for p in (self.path / "metrics").glob("rank_*.jsonl"))
+        """Return the ranks that have step records, in order."""
+        return numbers_in(self.path / "metrics", "rank_", ".jsonl")
 
     def record_event(self, event: str, **details: Any) -> None:
         """Append one event to the event log, with the time (Unix seconds).
 
-        An agent or a rank keeps it where the filesystem has no room for it (``launch.runs.files``).
+        If the filesystem is full, an agent or a rank keeps the event in memory (``launch.runs.files``).
         """
         append_lines(self.events, [{"time": time.time(), "event": event, **details}])
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All events, oldest first, with those that this process could not write yet. Other lines are passed over."""
+        """Return all events, oldest first, with those that this process could not write yet. Skips other lines."""
         return [event for event in (*read_json_lines(self.events), *unwritten(self.events)) if is_event(event)]
 
     def unread_events(self) -> int:
-        """Count the lines of the event log that are no events, blank ones aside.
+        """Count the lines of the event log that are neither events nor blank.
 
-        The last one is not counted while it has no end: it may be being written.
+        A last line without an end is not counted: a process may still be writing the line.
         """
         try:
             data = self.events.read_bytes()
@@ -145,16 +106,16 @@ class RunFolder:
 
 
 def is_event(value: dict[str, Any]) -> bool:
-    """Tell an event from a line that something else has left in the event log."""
+    """Return whether a line of the event log is an event."""
     return isinstance(value.get("event"), str) and isinstance(value.get("time"), int | float)
 
 
 def is_newest_attempt(folder: RunFolder, attempt: int) -> bool:
-    """Return whether no later attempt of a run than ``attempt`` has begun. Asks the filesystem."""
+    """Return whether ``attempt`` is the newest attempt of a run. Reads the filesystem."""
     return max(folder.attempts(), default=0) <= attempt
 
 
-# Files of a run folder that are not as they were written, or cannot be written at all: refusals that name the file.
+# Refusals of damaged files, and of folders that cannot be written. Each names the file.
 
 
 FIXES = {
@@ -168,13 +129,13 @@ FIXES = {
 
 
 def damaged(path: Path, why: str) -> ConfigError:
-    """Return the refusal of a file that is not as it was written."""
+    """Return the refusal of a damaged file."""
     fix = FIXES.get(path.name, "the file from a backup").format(path=quote(str(path)))
     return ConfigError(f"{path}, which is damaged: {why}", "the file as it was written with the run", fix)
 
 
 def read_plan(folder: RunFolder) -> dict[str, Any]:
-    """Read ``plan.json``; empty if there is none, as of a run that ``gpt.train`` made.
+    """Return the content of ``plan.json``; empty if there is no such file, as in a run of ``gpt.train``.
 
     Raises:
         ConfigError: it is damaged.
@@ -224,11 +185,7 @@ def unreadable(path: Path, error: BaseException) -> ConfigError:
 
 @contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
-    """Refuse in the ``with`` block, in three parts, where the files of a run cannot be written.
-
-    Raises:
-        ConfigError: in place of an OSError.
-    """
+    """Raise ConfigError in place of an OSError of the ``with`` block, which writes the files of a run."""
     try:
         yield
     except OSError as error:

@@ -49,6 +49,11 @@ def without_key(overrides: Iterable[str], key: str) -> list[str]:
     return [override for override in overrides if typed_key(override) != key]
 
 
+def is_within(key: str, groups: Iterable[str]) -> bool:
+    """Return whether ``key``, or a group that it is in, is among ``groups``."""
+    return f"{key}.".startswith(tuple(f"{group}." for group in groups))
+
+
 PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 """Values that neither Hydra's grammar of overrides nor a shell reads as syntax."""
 
@@ -106,9 +111,8 @@ def point_keys(overrides: Iterable[str], exclude: Collection[str]) -> frozenset[
         overrides: as typed.
         exclude: keys, or groups of keys, that do not distinguish runs.
     """
-    prefixes = tuple(f"{key}." for key in exclude)
     # A plus before a key is for Hydra, and does not change the run.
-    return frozenset(o.lstrip("+") for o in overrides if not f"{typed_key(o)}.".startswith(prefixes))
+    return frozenset(o.lstrip("+") for o in overrides if not is_within(typed_key(o), exclude))
 
 
 def point_name(overrides: Iterable[str], exclude: Collection[str]) -> str:
@@ -255,7 +259,7 @@ def parse(typed: str, schema: type) -> Override:
 def _check_key(name: str, typed: str, schema: type) -> None:
     """Raise ConfigError unless ``name`` is a key of the schema, or below a key that takes keys of the user's choice."""
     keys = schema_keys(schema)
-    if any(f"{name}.".startswith(f"{free}.") for free in free_keys(schema)):
+    if is_within(name, free_keys(schema)):
         return
     inner = [key for key in keys if key.startswith(f"{name}.")]
     if inner and not typed.partition("=")[2].startswith("{"):

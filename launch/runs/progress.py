@@ -122,25 +122,22 @@ class Progress:
             while self._curves.poll() and time.monotonic() < deadline:
                 pass
             self._curves.close()
-        self._tell_if_nothing_matched()
-
-    def _tell_if_nothing_matched(self) -> None:
-        """On the node of rank 0: many programs print on that rank alone, and the other nodes need not match."""
-        if self.matched or not any(log.rank == 0 for log in self._logs) or self._recorded_elsewhere():
+        # Only the node of rank 0 reports it: many programs print on that rank alone, and other nodes need not match.
+        if self.matched or not any(log.rank == 0 for log in self._logs):
             return
-        cause = "no line in the logs of the ranks matches script.progress, so that no steps are known"
-        self._folder.record_event("progress_not_matched", attempt=self._attempt, pattern=self._expression, cause=cause)
-
-    def _recorded_elsewhere(self) -> bool:
         recent = (recent_records(self._folder.metrics(rank))[-1:] for rank in self._folder.metric_ranks())
-        return any(record.get("attempt") == self._attempt for records in recent for record in records)
+        if not any(record.get("attempt") == self._attempt for records in recent for record in records):
+            cause = "no line in the logs of the ranks matches script.progress, so that no steps are known"
+            self._folder.record_event(
+                "progress_not_matched", attempt=self._attempt, pattern=self._expression, cause=cause
+            )
 
     def _take_in(self, log: _RankLog) -> bool:
         """Read a piece of a log; returns whether there was any."""
         lines = log.new_lines()
         if self._pattern is None or lines is None:
             return False
-        if log.has_cut and not self._cut:
+        if log.reader.has_cut and not self._cut:
             self._cut = True
             cause = f"of lines longer than {LINE_BYTES:,} bytes only the beginning is searched by script.progress"
             self._folder.record_event("progress_cut", attempt=self._attempt, rank=log.rank, cause=cause)
@@ -169,7 +166,7 @@ class _RankLog:
         self, folder: RunFolder, attempt: int, rank: int, unit: str | None, work_per_step: float | None
     ) -> None:
         self.rank = rank
-        self._reader = NewLines(folder.log(attempt, rank), re.compile(rb"[\r\n]"), LINE_BYTES)
+        self.reader = NewLines(folder.log(attempt, rank), re.compile(rb"[\r\n]"), LINE_BYTES)
         self._records = folder.metrics(rank)
         self._attempt = attempt
         self._work = (f"{unit}_per_s", work_per_step) if unit and work_per_step and rank == 0 else None
@@ -177,20 +174,15 @@ class _RankLog:
         """Step of the last match, and when it was printed."""
         self._looked_at = self._printed_at = time.time()
 
-    @property
-    def has_cut(self) -> bool:
-        """Return whether a line was too long."""
-        return self._reader.has_cut
-
     def new_lines(self) -> list[str] | None:
         """Read the whole lines that are new; None where nothing is. A progress bar ends them by a carriage return."""
         before, self._looked_at = self._looked_at, time.time()
-        lines = self._reader.read()
+        lines = self.reader.read()
         if lines is None:
             return None
         # The file's own time tells when the last line came, where a poll happens only now and then; a server of files
         # whose clock is wrong cannot tell.
-        self._printed_at = min(max(self._reader.changed_at, before), self._looked_at)
+        self._printed_at = min(max(self.reader.changed_at, before), self._looked_at)
         return [ESCAPES.sub("", line.decode(errors="replace")) for line in lines]
 
     def record(self, found: Sequence[Mapping[str, str]]) -> bool:
@@ -199,7 +191,9 @@ class _RankLog:
         if not known:
             return False
         last, newest = self._last, known[-1]["step"]
-        step_time_s = self._time_of_a_step(newest)
+        step_time_s = None
+        if last is not None and newest > last[0] and self._printed_at > last[1]:
+            step_time_s = (self._printed_at - last[1]) / (newest - last[0])
         records = []
         for fields in known:
             step, at = fields.pop("step"), self._printed_at
@@ -216,12 +210,6 @@ class _RankLog:
             self._last = (step, at)
         append_records(self._records, records)
         return True
-
-    def _time_of_a_step(self, step: int) -> float | None:
-        """Seconds from the last line of an earlier poll to the last one of this, over the steps in between."""
-        if self._last is None or step <= self._last[0] or self._printed_at <= self._last[1]:
-            return None
-        return (self._printed_at - self._last[1]) / (step - self._last[0])
 
 
 def numbers(match: Mapping[str, str]) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Any, Optional
 
 from launch.errors import ConfigError, closest
-from launch.runs.identity import RunConfig
+from launch.runs.compose import RunConfig
 from launch.runs.overrides import RANK_VALUES, in_shell, quoted
 from launch.runs.progress import check_pattern
 from launch.schema import check_ranges, key

@@ -20,10 +20,10 @@ from launch.errors import ConfigError
 from launch.plan.budget import Use, use_text
 from launch.plan.plan import make_plan
 from launch.plan.preflight import worst_case_text
+from launch.runs.compose import RunConfig, choose_folder
 from launch.runs.environment import ROOT, install_command
 from launch.runs.find import find_runs, point_labels, suggestion
 from launch.runs.folder import RunFolder
-from launch.runs.identity import RunConfig, choose_folder
 from launch.runs.overrides import MOST_NAMES, NOT_IN_POINT, point_name
 from launch.script import require_program
 from launch.script.arguments import ScriptOptions

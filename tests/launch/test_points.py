@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gpt.config import TrainConfig
 from gpt.workload import GptWorkload
 from launch.config.compose import not_in_point
-from launch.runs.identity import choose_folder
+from launch.runs.compose import choose_folder
 from launch.runs.overrides import point_name
 
 NOT_IN_POINT = not_in_point(GptWorkload())

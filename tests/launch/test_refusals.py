@@ -21,8 +21,7 @@ from launch.config.compose import compose_launch, schema_of, target_of, typed_co
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
 from launch.runs import compose
-from launch.runs.compose import to_schema
-from launch.runs.identity import RunConfig, choose_folder, refuse_other_run
+from launch.runs.compose import RunConfig, choose_folder, refuse_other_run, to_schema
 from launch.runs.overrides import LAUNCHER_KEYS, MEANT, typed_key
 from launch.schema import schema_keys
 from tests.support.commands import environment, run

@@ -17,10 +17,9 @@ from gpt.conversion.state_dict import load_model
 from gpt.data.corpus import prepare
 from gpt.data.loader import Samples
 from launch.errors import ConfigError
-from launch.runs.compose import to_schema
+from launch.runs.compose import refuse_other_run, to_schema
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
-from launch.runs.identity import refuse_other_run
 from launch.runs.records import read_records
 from tests.support.commands import TINY, run
 from tests.support.weights import read_weights
