@@ -1,4 +1,4 @@
-"""Environment of an attempt: machine, variables of the ranks, code, libraries, samples of the GPUs."""
+"""Environment of an attempt: machine, environment variables, code, libraries and samples of the GPUs."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from launch.errors import ConfigError
 from launch.runs.files import append_lines, numbers_in, read_json, read_json_lines
 from launch.runs.folder import RunFolder
 
-# Facts of this machine for ``environment.json``: host, processor, GPUs and cores of a rank, found without torch.
+# Machine of a rank for ``environment.json``: host, processor, GPUs and cores, read without torch.
 
 
 DRIVER = Path("/proc/driver/nvidia")
 
 
 def describe_rank(rank: int, local_rank: int, node: int, *, on_cpu: bool = False) -> dict[str, Any]:
-    """Describe a rank of this node from outside, for programs that do not describe themselves.
+    """Return the entry of a rank of this node, for programs that do not describe themselves.
 
-    The device is the GPU that ``local_rank`` counts to among the visible ones, or the CPU if there is none or
-    ``on_cpu``. ``device_uuid`` is absent if the GPU is not known for sure.
+    The device is the visible GPU with index ``local_rank``; the CPU if no GPU is visible or ``on_cpu`` is set.
+    ``device_uuid`` is absent if the GPU is not certain.
     """
     entry = describe_place(rank, local_rank, node)
     gpus = [] if on_cpu else visible_gpus()
@@ -47,7 +47,7 @@ def describe_rank(rank: int, local_rank: int, node: int, *, on_cpu: bool = False
 
 
 def describe_place(rank: int, local_rank: int, node: int) -> dict[str, Any]:
-    """Name where a rank runs. ``machine`` is one string per booted kernel: several hostnames may share it."""
+    """Return host, node and CPUs of a rank. ``machine`` names the booted kernel, which several hostnames may share."""
     return {
         "rank": rank,
         "local_rank": local_rank,
@@ -59,7 +59,7 @@ def describe_place(rank: int, local_rank: int, node: int) -> dict[str, Any]:
 
 
 def describe_cpus(cpus: Iterable[int]) -> dict[str, Any]:
-    """Return the number of CPUs that a rank may run on, and their list as Linux writes it: ``0-3,8``."""
+    """Return the number of CPUs that a rank may use, and their list in the format of Linux: ``0-3,8``."""
     numbers = sorted(cpus)
     parts = []
     for _, following in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
@@ -77,7 +77,7 @@ def cpu_name() -> str:
 
 
 def driver_version(path: Path = DRIVER / "version") -> str | None:
-    """The NVIDIA driver of this machine; None if there is none."""
+    """Return the version of the NVIDIA driver of this machine. None if no driver is loaded."""
     try:
         found = re.search(r"Kernel Module\b.*?\s(\d+\.[\d.]+)\s", path.read_text())
     except OSError:
@@ -87,17 +87,17 @@ def driver_version(path: Path = DRIVER / "version") -> str | None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. ``index`` is its number for CUDA in this job; ``uuid`` and ``bus`` are None if they are not sure."""
+    """A GPU. ``index`` is its number for CUDA in this job; ``uuid`` and ``bus`` are None if they are not certain."""
 
     index: str
     name: str
     uuid: str | None
     bus: str | None = None
-    """Its address on the PCI bus, as Linux writes it."""
+    """Address on the PCI bus, in the format of Linux."""
 
 
 def visible_gpus(folder: Path = DRIVER / "gpus", environ: Mapping[str, str] = os.environ) -> list[Gpu]:
-    """The GPUs that processes of this node may use, in CUDA's order."""
+    """Return the GPUs that processes of this node may use, in CUDA's order."""
     there = [_read_gpu(str(index), path) for index, path in enumerate(sorted(folder.glob("*/information")))]
     named = environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
@@ -113,7 +113,7 @@ def visible_gpus(folder: Path = DRIVER / "gpus", environ: Mapping[str, str] = os
 
 
 def _read_gpu(index: str, path: Path) -> Gpu:
-    """Read a GPU from its file in /proc; its number is the place in the order of the PCI bus."""
+    """Read a GPU from its file in /proc. ``index`` counts in the order of the PCI bus."""
     fields = dict(re.findall(r"^([^:\n]+):[ \t]*(.*?)[ \t]*$", path.read_text(), re.MULTILINE))
     uuid = fields.get("GPU UUID", "")
     # The driver writes question marks until the GPU is first used.
@@ -131,12 +131,12 @@ def _find_gpu(name: str, index: int, there: list[Gpu], as_listed: bool) -> Gpu:
     return found[0] if len(found) == 1 else Gpu(str(index), models, name)
 
 
-# Environment of the ranks: variables that the agent sets if the user has not, and the record of them.
+# Environment variables of the ranks: defaults that the agent sets, and their record.
 
 
 @dataclass(frozen=True)
 class Default:
-    """A variable that is set where the user has set neither it nor another name of the same thing."""
+    """A variable that is set unless the user has set it or one of its aliases."""
 
     name: str
     value: str
@@ -144,42 +144,42 @@ class Default:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its names, by any of which the user may have set it."""
+        """The name and its aliases."""
         return self.name, *self.aliases
 
 
 DEFAULTS = (
-    # A gloo group connects every pair of ranks at once else: P (P - 1) connections, as many requests of the store.
+    # Without it a gloo group connects all pairs of ranks at once: P (P - 1) connections and requests of the store.
     Default("TORCH_GLOO_LAZY_INIT", "1"),
-    # Blocks that grow leave no gaps between them, by which a GPU runs out of memory that is free.
+    # Segments that grow leave no gaps, which would make a GPU run out of memory although some is free.
     Default("PYTORCH_ALLOC_CONF", "expandable_segments:True", ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")),
     # NCCL's flight recorder: the last collectives of a rank, written to a file when one of them times out.
     Default("TORCH_FR_BUFFER_SIZE", "20000", ("TORCH_NCCL_TRACE_BUFFER_SIZE",)),
     Default("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
 )
-"""Set before torch is imported: a rank that is forked has what its interpreter was started with."""
+"""Variables that are set before torch is imported: a forked rank inherits those of its parent."""
 
 DUMP_FILE = Default("TORCH_FR_DUMP_TEMP_FILE", "nccl_trace_rank_", ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE",))
-"""Beginning of the files of the flight recorder, to which torch appends the rank; one for each attempt."""
+"""Prefix of the files of the flight recorder, different for each attempt. torch appends the rank."""
 
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-"""Folder in which torch's compiler keeps what it makes."""
+"""Folder of the cache of torch's compiler."""
 
 RECORDED = (
     *(name for entry in (*DEFAULTS, DUMP_FILE) for name in entry.names),
     *("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", COMPILE_CACHE, "TRITON_CACHE_DIR"),
 )
 MOST_FILES = 1 << 20
-"""Programs that close every number a file could have take minutes where a site allows a billion."""
+"""Highest limit of open files: programs that close all possible descriptors take minutes with a billion of them."""
 
 
 def set_defaults(environment: MutableMapping[str, str] = os.environ, typed: Collection[str] = ()) -> None:
-    """Set the variables that are the same for all attempts, if the user has not set them.
+    """Set the variables that are the same for all attempts, unless the user has set them.
 
     Args:
         environment: of the ranks.
-        typed: names that the config sets for the ranks. A default for the same thing under another name goes: torch
-            would obey both.
+        typed: names that the config sets for the ranks. A default under an alias of such a name is removed: torch
+            would read both.
     """
     for entry in DEFAULTS:
         if not {*entry.names} & {*typed}:
@@ -192,10 +192,10 @@ def set_defaults(environment: MutableMapping[str, str] = os.environ, typed: Coll
 def set_dump_file(
     run: Path, attempt: Path, environment: MutableMapping[str, str] = os.environ, typed: Collection[str] = ()
 ) -> None:
-    """Have the flight recorder of each rank write into the folder of its attempt, unless the user has named a file.
+    """Make the flight recorders write into the folder of the attempt, unless the user has named a file.
 
     Args:
-        run: folder of the run. A file in it was named for an attempt before this one.
+        run: folder of the run. A file in this folder was set for an earlier attempt.
         attempt: folder of the attempt.
         environment: of the ranks.
         typed: names that the config sets for the ranks.
@@ -211,16 +211,15 @@ def dumped_ranks(attempt: Path) -> list[int]:
 
 
 def describe_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str | int]:
-    """List the variables of this process that steer communication and memory, and its limit of open files."""
+    """Return the variables of this process for communication and memory, and its limit of open files."""
     known: dict[str, str | int] = {name: environment[name] for name in RECORDED if name in environment}
     return known | {"open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0]}
 
 
 def raise_open_files() -> int:
-    """Raise the soft limit of open files of this process, and of those it starts, to the hard one; return the limit.
+    """Raise the soft limit of open files of this process and its children to the hard limit; return the limit.
 
-    Every connection, data file and log of a rank is one, and the usual soft limit is 1,024. What needs no privilege is
-    done without a key.
+    Each connection, data file and log of a rank is an open file, and the usual soft limit is 1,024.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = reachable_files(hard)
@@ -235,11 +234,11 @@ def reachable_files(hard: int) -> int:
     return MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
 
 
-# Provenance of an attempt: its code, its libraries, and changes since the attempt before.
+# Code and libraries of an attempt, and their changes since the attempt before.
 
 
 ROOT = Path(__file__).absolute().parents[2]
-"""The folder that the packages of this process lie in."""
+"""Folder that contains the packages of this process."""
 
 PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs", "gpt_launch")
 SUFFIXES = (".py", ".yaml", ".sh")
@@ -262,11 +261,11 @@ def source_files(root: Path) -> Iterator[tuple[str, Path]]:
 def describe_code(
     root: Path = ROOT, files_of: Callable[[Path], Iterable[tuple[str, Path]]] = source_files
 ) -> dict[str, Any]:
-    """Folder of the code, one digest of it, and one for each file.
+    """Return the folder of the code, a digest of all files, and a digest of each file.
 
     Args:
         root: folder of the code, or of a copy.
-        files_of: names relative to a root, and paths, of the files that count; those of this project by default.
+        files_of: yields names relative to a root, and paths; by default of the source files of this project.
     """
     files = {name: digest(path.read_bytes()) for name, path in files_of(root)}
     whole = digest("".join(f"{name} {files[name]}\n" for name in files).encode())
@@ -274,7 +273,7 @@ def describe_code(
 
 
 def digest(content: bytes) -> str:
-    """The first half of a SHA-256, in hexadecimal."""
+    """Return the first half of a SHA-256, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
@@ -283,7 +282,7 @@ def install_command(extra: str, root: Path = ROOT) -> str:
 
     Args:
         extra: its name in pyproject.toml.
-        root: folder that the packages lie in: a checkout, or site-packages.
+        root: folder that contains the packages: a checkout, or site-packages.
     """
     if not (root / "pyproject.toml").is_file():
         return f"pip install 'gpt-launch[{extra}]'"
@@ -292,9 +291,9 @@ def install_command(extra: str, root: Path = ROOT) -> str:
 
 
 def code_state(root: Path = ROOT) -> dict[str, str]:
-    """Return commit and hash of the uncommitted changes of the checkout that contains ``root``; empty without git.
+    """Return the commit of the checkout that contains ``root``, and a hash of its uncommitted changes.
 
-    For a copy of the code, those of its original.
+    Empty without git. A copy of the code has the state of its original.
     """
     origin = root / ORIGIN
     if origin.is_file():
@@ -309,7 +308,7 @@ def code_state(root: Path = ROOT) -> dict[str, str]:
 
 
 def git(folder: Path, *args: str) -> bytes | None:
-    """Return the output of git; None if there is no git or no checkout."""
+    """Return the output of git. None if git fails, as outside a checkout."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, timeout=GIT_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -318,7 +317,7 @@ def git(folder: Path, *args: str) -> bytes | None:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a result, as they are installed."""
+    """Return the installed versions of Python and of the libraries that affect results."""
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
@@ -329,10 +328,10 @@ def library_versions() -> dict[str, str]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List the differences between two ``environment.json``: files of the code, with the commits, and libraries.
+    """Return the differences between two ``environment.json``: files of the code, with the commits, and libraries.
 
-    A library is compared if the launcher knows it. CUDA and NCCL are known on the nodes only, so they are compared if
-    both records have them. The driver is not compared: it is the node's, and a requeued job may get other nodes.
+    Compares the libraries that the launcher knows. Only nodes know CUDA and NCCL, so these are compared if both
+    records have them. Does not compare the driver: a requeued job may get other nodes.
     """
     found = []
     old, new = ((known.get("code") or {}).get("files") or {} for known in (before, now))
@@ -354,7 +353,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = None) -> tuple[int, str] | None:
-    """Return the last attempt before ``attempt`` with a record, and the changes since; None without a change."""
+    """Return the last recorded attempt before ``attempt``, and the changes since. None if nothing changed."""
     earlier = {n: read_json(folder.environment(n)) for n in folder.attempts() if attempt is None or n < attempt}
     there = [number for number, known in earlier.items() if known]
     if not there:
@@ -364,7 +363,7 @@ def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = 
 
 
 def refuse_change(folder: RunFolder, since: int, what: str) -> None:
-    """Raise ConfigError, for ``require_same_code=true``."""
+    """Raise ConfigError: ``require_same_code=true`` forbids the changes ``what`` since attempt ``since``."""
     commit = (read_json(folder.environment(since)).get("git") or {}).get("commit")
     back = f"git checkout {commit[:12]}, " if commit else ""
     raise ConfigError(
@@ -374,7 +373,7 @@ def refuse_change(folder: RunFolder, since: int, what: str) -> None:
     )
 
 
-# GPU telemetry: samples of the GPUs of a node, a file for each node in the run folder.
+# Samples of the GPUs of a node: a file for each node in the run folder.
 
 
 GAUGES = {
@@ -400,7 +399,7 @@ by an administrator (0x02, 0x10, 0x100) are not reasons."""
 
 @dataclass(frozen=True)
 class GpuSample:
-    """Sample of all GPUs that one node has for the run."""
+    """Sample of all GPUs of a node that the run uses."""
 
     time: float
     """Unix time, seconds."""
@@ -410,7 +409,7 @@ class GpuSample:
     """Address of a GPU on the PCI bus -> gauge -> value; unknown values are absent."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The line of the file."""
+        """Return the sample as a line of the file."""
         line: dict[str, Any] = {"time": round(self.time, 3), "attempt": self.attempt, "host": self.host}
         line["bus"] = list(self.gauges)
         for name, decimals in GAUGES.items():

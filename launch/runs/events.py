@@ -1,4 +1,4 @@
-"""The event log since the last submission: what counts for restarts and limits, and which rank failed first."""
+"""The event log of a run: state of the run, failures of ranks, and continuation from an earlier checkpoint."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from launch.runs.folder import RunFolder, writing_into
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEAT_DIR
 from launch.runs.records import is_record, recent_records
 
-# The event log since a person last requested the run: what counts for restarts, limits and the queue. Torch-free.
+# State of a run by its event log: submissions, saves, ends and problems. Torch-free.
 
 
 Events = Sequence[dict[str, Any]]
 FEWER_NODES, ALL_NODES = "fewer_nodes", "all_nodes"
-"""Events of an attempt that runs on fewer nodes than its run asks for, and of the first one on all nodes after it."""
+"""Events of an attempt on fewer nodes than requested, and of the first later attempt on all nodes."""
 
 
 def select_events(events: Events, *names: str, **fields: Any) -> list[dict[str, Any]]:
-    """Return the events with one of these names, and with these values of fields, oldest first."""
+    """Return the events with one of ``names`` and with these values of fields, oldest first."""
     wanted = [event for event in events if event["event"] in names]
     return [event for event in wanted if all(event.get(field) == value for field, value in fields.items())]
 
 
 def events_since_submission(events: Events) -> list[dict[str, Any]]:
-    """Return the events since a person last typed the command: typing it again forgives what went before."""
+    """Return the events since the last typed submission. Typing the command again resets the limits of restarts."""
     return list(events[last_command(events) :])
 
 
 def last_command(events: Events) -> int:
-    """Index of the submission that a person last requested; a move to another partition is none.
+    """Return the index of the last typed submission. A move to another partition does not count.
 
-    Nor is a second entry of the same job: where its agent and its launcher did not see each other's.
+    A second entry of the same job does not count either: its agent and its launcher may both write one.
     """
     last, before = 0, None
     for index, event in enumerate(events):
@@ -57,17 +57,17 @@ def last_command(events: Events) -> int:
 
 
 CHANGED = ("resumed_from", "extended")
-"""Events of a command that has a run go on otherwise than where it stopped (``resume_from``)."""
+"""Events of a command that takes a run back to a checkpoint, or extends the run."""
 
 
 def planned_steps(events: Events) -> int | None:
-    """Steps that the newest attempt was to make in all; None where the event log does not tell."""
+    """Return the planned steps of the run by its newest attempt. None if the event log does not have them."""
     told = [event["max_steps"] for event in events if event["event"] == "started" and event.get("max_steps")]
     return int(told[-1]) if told else None
 
 
 def saves_that_count(events: Events) -> list[dict[str, Any]]:
-    """Return the ``saved`` events of checkpoints that the run has not gone back from, oldest first."""
+    """Return the ``saved`` events of checkpoints that are still part of the run, oldest first."""
     found: list[dict[str, Any]] = []
     for event in events:
         if event["event"] == "saved":
@@ -78,9 +78,9 @@ def saves_that_count(events: Events) -> list[dict[str, Any]]:
 
 
 def is_finished(events: Events) -> bool:
-    """Return whether the newest attempt made the last step of the run: a new start would find nothing to do.
+    """Return whether the newest attempt made the last step of the run.
 
-    It would where a command has extended the run since, or taken it back to an earlier checkpoint.
+    False if a later command has extended the run, or taken it back to an earlier checkpoint.
     """
     changed = max((number for number, event in enumerate(events) if event["event"] in CHANGED), default=-1)
     if changed > max((number for number, event in enumerate(events) if event["event"] == "started"), default=-1):
@@ -103,13 +103,13 @@ def fewer_nodes(events: Events) -> dict[int, dict[str, Any]]:
 
 
 def damaged_text(events: Events) -> str | None:
-    """Name the checkpoints that were found damaged and set aside since the command was typed; None where none was."""
+    """Describe the damaged checkpoints that were set aside since the last submission. None if there are none."""
     found = [event["cause"] for event in events_since_submission(events) if event["event"] == "checkpoint_set_aside"]
     return f"damaged and set aside: {'; '.join(found)}" if found else None
 
 
 def unread_text(folder: RunFolder) -> str | None:
-    """Tell how many lines of the event log of a run could not be read; None where all could."""
+    """Describe how many lines of the event log cannot be read. None if all lines can be read."""
     unread = folder.unread_events()
     if not unread:
         return None
@@ -117,7 +117,7 @@ def unread_text(folder: RunFolder) -> str | None:
 
 
 def slow_ranks(events: Events) -> list[dict[str, Any]]:
-    """Return the events of the ranks that are slow in the attempt that began last, by rank."""
+    """Return the events of the ranks that are slow in the newest attempt, by rank."""
     slow: dict[int, dict[str, Any]] = {}
     for event in events:
         if event["event"] in ("started", "attempt_ended", "finished", "stopped"):
@@ -130,7 +130,7 @@ def slow_ranks(events: Events) -> list[dict[str, Any]]:
 
 
 def uncopied_text(events: Events) -> str | None:
-    """Tell since when checkpoints could not be copied elsewhere, and why; None where the last one could."""
+    """Describe since when checkpoints cannot be copied, and why. None if the last copy succeeded."""
     failed = _since(events, failure="copy_failed", success="copied")
     if not failed:
         return None
@@ -139,7 +139,7 @@ def uncopied_text(events: Events) -> str | None:
 
 
 def unsaved_text(events: Events) -> str | None:
-    """Tell since when checkpoints could not be written, and why; None where the last one could."""
+    """Describe since when checkpoints cannot be written, and why. None if the last save succeeded."""
     failed = _since(events, failure="save_failed", success="saved")
     if not failed:
         return None
@@ -149,7 +149,7 @@ def unsaved_text(events: Events) -> str | None:
 
 
 def skipped_text(events: Events) -> str | None:
-    """Tell of the steps of the newest attempt that changed no weights, and where it went back; None where all did."""
+    """Describe the skipped steps and the rollbacks of the newest attempt. None if there are none."""
     began = max((number for number, event in enumerate(events) if event["event"] == "started"), default=0)
     skipped = [event for event in events[began:] if event["event"] == "step_skipped"]
     back = [event for event in events[began:] if event["event"] == "rolled_back"]
@@ -172,11 +172,11 @@ def _since(events: Events, *, failure: str, success: str) -> list[dict[str, Any]
 
 
 def local_time(event: Mapping[str, Any]) -> str:
-    """Write the time of an event as a clock here shows it, to the minute."""
+    """Return the local time of an event, to the minute."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
 
 
-# Failures of ranks in the event log, so that the first failure can be found among its echoes.
+# Failures of ranks. One failure makes others: ranks that lose a peer fail as well, which is called an echo here.
 
 
 ECHO = re.compile(
@@ -188,14 +188,14 @@ ECHO = re.compile(
 
 
 def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseException, step: int | None) -> None:
-    """Write the failure of this rank into the event log, with its traceback where no rank of this node has written it.
+    """Record the failure of this rank in the event log, with its traceback if no rank of this node has recorded it.
 
-    Thousands of ranks fail together, all but one about a lost peer, and every agent reads the whole log.
+    Thousands of ranks can fail together with the same traceback, and every agent reads the whole log.
     """
     cause = f"{type(error).__name__}: {error}"
-    # A refusal says it all by itself.
+    # The text of a refusal suffices.
     trace = "" if isinstance(error, ConfigError) else "".join(traceback.format_exception(error))
-    # Files and lines are the same for ranks that fail alike, whatever the message says of each.
+    # Files and lines are equal for equal failures, while messages may name the rank.
     places = "\n".join(f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__))
     same = same_failure(rank, failure_kind(cause, places)) if trace else None
     if same is None:
@@ -205,14 +205,14 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
 
 
 def failure_kind(cause: str, places: str) -> str:
-    """Name failures that one traceback speaks for: errors about a lost peer, or those of the same places."""
+    """Return a key that is equal for failures that need only one traceback: echoes, or the same source lines."""
     return "echo" if ECHO.search(cause) else f"{cause.partition(':')[0]}\n{places}"
 
 
 def same_failure(rank: int, kind: str) -> int | None:
-    """Return the rank of this node that has failed like this before, in this attempt; None where ``rank`` is the first.
+    """Return the rank of this node that failed first with ``kind`` in this attempt. None if it is ``rank``.
 
-    A file tells it, in the folder that the agent keeps for its ranks of one attempt; without an agent all are first.
+    Uses a marker file in the agent's folder for the attempt; without an agent every rank counts as the first.
     """
     folder = os.environ.get(HEARTBEAT_DIR)
     if folder is None:
@@ -221,7 +221,7 @@ def same_failure(rank: int, kind: str) -> int | None:
     try:
         own = Path(f"{marker}.{rank}")
         own.write_text(str(rank))
-        os.link(own, marker)  # whole from the moment that it is there
+        os.link(own, marker)  # atomic, with its content
     except FileExistsError:
         return int(marker.read_text())
     except OSError:  # a full disk, or a folder that is gone
@@ -230,16 +230,16 @@ def same_failure(rank: int, kind: str) -> int | None:
 
 
 def same_text(rank: int) -> str:
-    """Text in place of a traceback that another rank has written."""
+    """Return the text in place of a traceback that another rank has recorded."""
     return f"as rank {rank} of this host, which has the traceback; this rank's is in its log"
 
 
 def enter_failure(
     folder: RunFolder, attempt: int, rank: int, *, cause: str, trace: str, step: int | None, **more: Any
 ) -> None:
-    """Write the failure of a rank of this host into the event log.
+    """Record the failure of a rank of this host in the event log.
 
-    ``more`` says of a rank that did not go on ``hung=True`` and ``since``, the Unix time of its last progress.
+    ``more`` of a hung rank is ``hung=True`` and ``since``, the Unix time of its last progress.
     """
     folder.record_event(
         "rank_failed",
@@ -256,21 +256,21 @@ def enter_failure(
 
 
 def first_failure(events: Iterable[dict[str, Any]], attempt: int) -> dict[str, Any] | None:
-    """The failure that came first in an attempt; an error about a lost peer counts only if there is no other.
+    """Return the first failure of an attempt; an echo only if there is no other failure. None without a failure.
 
-    Of several hung ranks it is the one that went silent first: the other ranks waited for it.
+    Of several hung ranks it is the one with the earliest last progress: the other ranks waited for it.
     """
     failures = [e for e in events if e["event"] == "rank_failed" and e.get("attempt") == attempt]
     first = min(failures, key=lambda e: (bool(e.get("echo")), e.get("since", e["time"])), default=None)
     if first is None or "same_as" not in first:
         return first
-    # The rank with the traceback may have been slower to write it.
+    # The rank with the traceback may have recorded its failure later.
     of_host = [e for e in failures if e["host"] == first["host"] and "same_as" not in e]
     return next((e for e in of_host if e["rank"] == first["same_as"]), first)
 
 
 def failure_text(failure: dict[str, Any]) -> str:
-    """The first failure of a run, for people: who, where, why, and where to read on."""
+    """Return the text of a failure: rank, host, cause, traceback and log."""
     step = f" after step {failure['step']}" if failure.get("step") is not None else ""
     head = f"rank {failure['rank']} on {failure['host']} failed first{step}: {failure['cause']}"
     trace = str(failure.get("traceback") or "").rstrip()
@@ -285,9 +285,7 @@ def failure_text(failure: dict[str, Any]) -> str:
 
 
 def best_interval_s(save_s: float, between_failures_s: float) -> float:
-    """Return the time of computing between two saves that loses least, seconds: ``sqrt(2 C M)`` (Young 1974).
-
-    Saving more often costs more than the steps that it spares.
+    """Return the computing time between two saves that loses least, seconds: ``sqrt(2 C M)`` (Young 1974).
 
     Args:
         save_s: seconds for which a save holds the steps up.
@@ -297,10 +295,10 @@ def best_interval_s(save_s: float, between_failures_s: float) -> float:
 
 
 def expected_goodput(save_s: float, interval_s: float, restart_s: float, between_failures_s: float) -> float:
-    """Return the share of the time that goes into steps that count, 0 to 1.
+    """Return the share of the time that is spent on steps that are kept, 0 to 1.
 
-    Each interval costs a save, each failure a restart and half of the work since the last save: at most one
-    failure an interval (Daly 2006).
+    Each interval costs a save. Each failure costs a restart and half an interval, with at most one failure in an
+    interval (Daly 2006).
 
     Args:
         save_s: seconds for which a save holds the steps up.
@@ -318,13 +316,13 @@ def expected_goodput(save_s: float, interval_s: float, restart_s: float, between
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """Description of one checkpoint on disk, and how to check it."""
+    """A checkpoint on disk, and the function that verifies it."""
 
     path: Path
     step: int | None
     """Step from which a run would resume; None if no run would load the checkpoint."""
     size: int
-    """Bytes that checking it reads."""
+    """Bytes that its verification reads."""
     find_damage: Callable[[Callable[[int], None]], tuple[str, ...] | None]
     """Reads the checkpoint and calls its argument with bytes read; returns a line for each damage, None if deleted."""
 
@@ -338,17 +336,17 @@ LAST = "last"
 
 @dataclass(frozen=True)
 class Continuation:
-    """Way in which a command continues with the run of a folder."""
+    """How a command continues the run of a folder."""
 
     back_to: int | None = None
     """Step of the checkpoint that the run goes back to; None if it continues from the newest one."""
     last: int | None = None
-    """Last step that is kept aside when it goes back."""
+    """Last step that is moved aside when the run goes back."""
     extends: int | None = None
-    """Steps after which the run was finished, where it is now to make more."""
+    """Steps of the finished run, if it is extended now."""
 
     def text(self, max_steps: int | None) -> str:
-        """Say for people what happens to the run; empty where it continues where it stopped."""
+        """Describe the continuation; empty if the run continues where it stopped."""
         parts = []
         if self.back_to is not None:
             kept = f"; steps {self.back_to + 1} to {self.last} are kept in aside/" if self.last else ""
@@ -377,16 +375,16 @@ def refuse_resume_from(value: Any, fresh: bool) -> None:
 def plan_continuation(
     folder: RunFolder, resume_from: Any, max_steps: int | None, saved: Iterable[SavedCheckpoint]
 ) -> Continuation:
-    """Tell what a command would do with the run of a folder; changes nothing.
+    """Return how a command would continue the run of a folder. Changes nothing.
 
     Args:
-        folder: of the run; it need not be there where ``resume_from`` is None.
+        folder: of the run; may be missing if ``resume_from`` is None.
         resume_from: step of a checkpoint, ``last``, or None.
-        max_steps: steps of the whole run, as requested now; None if they are not known.
-        saved: its checkpoints; read only where they matter.
+        max_steps: requested steps of the whole run; None if they are not known.
+        saved: checkpoints of the run; read only if needed.
 
     Raises:
-        ConfigError: there is no such checkpoint, or the run has made more steps than it is to make.
+        ConfigError: the checkpoint does not exist, or the run has made more steps than requested.
     """
     events = folder.read_events()
     before = planned_steps(events)
@@ -433,7 +431,7 @@ def find_step(folder: RunFolder, resume_from: Any, saved: Sequence[SavedCheckpoi
 
 
 def refuse_shorter(folder: RunFolder, max_steps: int, done: int) -> None:
-    """Raise ConfigError if a run has made more steps than it is now to make in all."""
+    """Raise ConfigError if a run has made more steps than now requested."""
     if max_steps < done:
         raise ConfigError(
             f"{folder.path} has made {done} steps, and now it is to have {max_steps}",
@@ -443,7 +441,7 @@ def refuse_shorter(folder: RunFolder, max_steps: int, done: int) -> None:
 
 
 def last_step(folder: RunFolder, saved: Iterable[SavedCheckpoint]) -> int:
-    """Return the last step that a run has recorded, or has a checkpoint of; 0 where it has none."""
+    """Return the last step of a run by its step records and checkpoints; 0 without any."""
     recorded = [record["step"] for record in recent_records(folder.metrics(0))]
     return max([*recorded, *(one.step for one in saved if one.step is not None)], default=0)
 
@@ -451,9 +449,9 @@ def last_step(folder: RunFolder, saved: Iterable[SavedCheckpoint]) -> int:
 def apply_continuation(
     folder: RunFolder, goes_on: Continuation, max_steps: int | None, saved: Iterable[SavedCheckpoint]
 ) -> None:
-    """Enter into the event log how a run continues, and keep aside what it goes back from. Deletes nothing.
+    """Record how a run continues, and move the later records and checkpoints aside. Deletes nothing.
 
-    Call it only while no process works on the run. If it is killed, the same command completes it.
+    Call it only while no process works on the run. If the process is killed, the same command completes the work.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -461,20 +459,20 @@ def apply_continuation(
     with writing_into(folder.path):
         if goes_on.back_to is not None:
             number = make_numbered(folder.aside)
-            # First, so that a run that was finished counts as such no longer.
+            # First, so that a finished run no longer counts as finished.
             folder.record_event("resumed_from", step=goes_on.back_to, last=goes_on.last, aside=f"aside/{number.name}")
             set_records_aside(folder, goes_on.back_to, number)
             later = [one for one in saved if one.step is not None and one.step > goes_on.back_to]
-            for one in sorted(later, key=lambda one: -(one.step or 0)):  # the newest first: no load then finds a gap
+            for one in sorted(later, key=lambda one: -(one.step or 0)):  # newest first, so that no gap appears
                 (number / folder.checkpoints.name).mkdir(parents=True, exist_ok=True)
-                if one.path.exists():  # else it was moved before an interruption
+                if one.path.exists():  # else an interrupted command has moved it
                     one.path.rename(number / folder.checkpoints.name / one.path.name)
         if goes_on.extends is not None:
             folder.record_event("extended", step=goes_on.extends, max_steps=max_steps)
 
 
 def set_records_aside(folder: RunFolder, step: int, aside: Path) -> None:
-    """Move the step records after ``step`` of all ranks into ``aside``, with the views that were made of them."""
+    """Move the step records after ``step`` of all ranks into ``aside``, and copy their views."""
     for view in (folder.steps_csv, folder.run_json):  # made again at the next start
         if view.exists():
             shutil.copy2(view, aside / view.name)
@@ -490,14 +488,14 @@ def set_records_aside(folder: RunFolder, step: int, aside: Path) -> None:
 
 
 def aside_records(folder: RunFolder, rank: int) -> list[Path]:
-    """List the files of step records of a rank that the run has gone back from, oldest first."""
+    """Return the files with step records of a rank that were moved aside, oldest first."""
     return sorted(folder.aside.glob(f"[0-9]*/{folder.metrics(rank).parent.name}/{folder.metrics(rank).name}"))
 
 
 def refuse_alive(folder: RunFolder) -> None:
     """Raise ConfigError if ranks of the newest attempt run on this machine.
 
-    For ranks without a launcher, which no queue lists. Ranks on other machines are not visible here.
+    For ranks without a launcher, which are in no queue. Ranks on other machines are not found.
     """
     attempt = max(folder.attempts(), default=0)
     events = folder.read_events()
@@ -516,13 +514,13 @@ def refuse_alive(folder: RunFolder) -> None:
 
 
 def has_ended(events: Events, attempt: int) -> bool:
-    """Return whether the event log has an end of an attempt."""
+    """Return whether the event log contains the end of an attempt."""
     ends = ("finished", "stopped", "rank_failed", "attempt_ended")
     return any(event["event"] in ends and event.get("attempt") == attempt for event in events)
 
 
 def began_before(pid: int, when: float) -> bool:
-    """Return whether a process runs that had begun by ``when``, Unix seconds: another may have got its number since."""
+    """Return whether process ``pid`` started before ``when``, Unix seconds: a new process may have the same number."""
     try:
         ticks = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
         booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))

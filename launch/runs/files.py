@@ -19,7 +19,7 @@ from typing import Any
 
 
 class ReportFile(Enum):
-    """One of the files of a report; tensorboard is the Scaling run of a sweep, or the Summary run of one run."""
+    """File of a report; tensorboard is the run Scaling for a sweep, and the run Summary for a single run."""
 
     md = "md"
     csv = "csv"
@@ -38,15 +38,15 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 def deny_others_writing() -> None:
-    """Have this process, and what it starts, make files and folders that only their owner can write to.
+    """Set the umask so that only the owner can write to files of this process and of its children.
 
-    Whatever the umask was. Who may read them stays as it says. For the start of a command: a umask is the process's.
+    The permissions to read stay as the user set them. Call it at the start of a command: the umask is process-wide.
     """
     os.umask(os.umask(0o077) | 0o022)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder that only its owner can write to, also where a default ACL of the one above says otherwise."""
+    """Make a folder that only its owner can write to, even if a default ACL of its parent allows others to write."""
     path.mkdir(parents=True, exist_ok=True)
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o022:
@@ -75,9 +75,8 @@ def make_numbered(folder: Path) -> Path:
 def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Append each of ``values`` as one line, all in one write. Several processes and hosts may append to one file.
 
-    O_APPEND is not atomic on NFS, so the file is locked around the write; where the filesystem has no locks, as Lustre
-    mounted without ``flock``, O_APPEND alone must do. A line torn by a crash is closed first, so that it spoils itself
-    only.
+    O_APPEND is not atomic on NFS, so the file is locked around the write. A filesystem without locks, such as Lustre
+    mounted without ``flock``, has O_APPEND alone. A line torn by a crash is ended first, so that only it is lost.
     """
     data = b"".join(json.dumps(value).encode() + b"\n" for value in values)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +97,7 @@ def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 def append_whole(descriptor: int, data: bytes) -> None:
     """Append all of ``data`` to a file with no other writer, or nothing if a full disk takes only a part.
 
-    A line that was left there and written again later would count twice.
+    Otherwise a line would count twice: left in the file, and written again later.
     """
     size = os.fstat(descriptor).st_size
     try:
@@ -112,7 +111,7 @@ def append_whole(descriptor: int, data: bytes) -> None:
 
 
 def open_to_append(path: Path) -> int:
-    """Open a file of lines for its only writer; a line torn by a crash is closed first. Returns the descriptor."""
+    """Open a file of lines for its only writer and return the descriptor. Ends a line that a crash has torn."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     size = os.fstat(descriptor).st_size
@@ -122,7 +121,7 @@ def open_to_append(path: Path) -> int:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the complete lines of a JSONL file; a line torn by a crash is passed over. No file: nothing."""
+    """Yield the objects in the lines of a JSONL file, without torn lines. Yields nothing if the file does not exist."""
     try:
         lines = path.read_bytes().splitlines()
     except (FileNotFoundError, NotADirectoryError):
@@ -145,9 +144,9 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write ``data`` so that a reader, or a crash, sees either the old file or the whole new one.
 
     Args:
-        path: of the file, which has ``mode`` without the bits of the umask from its first moment.
-        data: all of it.
-        mode: 0o600 for what only the owner may read.
+        path: of the file.
+        data: the whole content.
+        mode: permissions of the file from its creation, minus the umask; 0o600 if only the owner may read the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -165,7 +164,7 @@ def write_json(path: Path, value: Any, mode: int = 0o666) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The dictionary in a file; empty if there is no such file, or something else in it."""
+    """Return the dictionary in a JSON file; empty if the file does not exist or contains anything else."""
     try:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
@@ -173,13 +172,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-# Lines that a full filesystem did not take: kept in memory, in their order, by a process that must not end for them.
+# Lines that do not fit on a full filesystem. An agent or a rank keeps them in memory, in order, and continues.
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""Errors of a filesystem that is full, over its quota, or that fails: they do not depend on the data."""
+"""Errors of a filesystem that is full, over its quota, or failing: they do not depend on the data."""
 KEPT = 10_000
-"""Lines that are kept for one file; the oldest go first."""
+"""Maximum number of lines kept for a file; the oldest lines are dropped first."""
 
 _kept: dict[Path, deque[Mapping[str, Any]]] = {}
 _lock = threading.Lock()
@@ -187,7 +186,7 @@ _keeps = False
 
 
 def keep_unwritten() -> None:
-    """From here on this process, an agent or a rank, keeps the lines that a full filesystem does not take."""
+    """Make this process, an agent or a rank, keep lines from now on if the filesystem is full."""
     global _keeps
     if not _keeps:
         _keeps = True
@@ -195,10 +194,10 @@ def keep_unwritten() -> None:
 
 
 def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
-    """Append ``values`` as JSON lines, after those that are still kept for the same file.
+    """Append ``values`` as JSON lines, after the lines that are still kept for the same file.
 
     Raises:
-        OSError: they cannot be written, and this process keeps none, or for a reason that is not among ``NO_ROOM``.
+        OSError: the lines cannot be written, and this process keeps none or the reason is not in ``NO_ROOM``.
     """
     with _lock:
         waiting = _kept.get(path, deque(maxlen=KEPT))
@@ -217,10 +216,10 @@ def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 
 def has_written(path: Path, value: Any, mode: int = 0o666) -> bool:
-    """Write a JSON file as ``write_json`` does; False where a full filesystem does not take it, to be tried again.
+    """Write a JSON file and return whether it was written: false if the filesystem is full.
 
     Raises:
-        OSError: for a reason that is not among ``NO_ROOM``.
+        OSError: the reason is not in ``NO_ROOM``.
     """
     try:
         write_json(path, value, mode)
@@ -232,19 +231,19 @@ def has_written(path: Path, value: Any, mode: int = 0o666) -> bool:
 
 
 def unwritten(path: Path) -> list[dict[str, Any]]:
-    """Lines of a file that this process still keeps, as a reader of the file will see them."""
+    """Return the lines of a file that this process keeps, as a reader of the file will see them."""
     with _lock:
         return [json.loads(json.dumps(value)) for value in _kept.get(path, ())]
 
 
 def write_unwritten() -> None:
-    """Try again to write the lines that are kept."""
+    """Try again to write the kept lines."""
     for path in list(_kept):
         append_lines(path, [])
 
 
 def tell_unwritten() -> None:
-    """Try a last time to write the lines that are kept; print on standard error which could not be written."""
+    """Try a last time to write the kept lines; print the lines that cannot be written on standard error."""
     write_unwritten()
     for path, lines in _kept.items():
         for value in lines:
@@ -252,7 +251,7 @@ def tell_unwritten() -> None:
 
 
 def say(text: str) -> None:
-    """Print on standard error, where it can be printed: the log that it leads to may be on the same full filesystem."""
+    """Print on standard error. Ignores errors: the log may be on the same full filesystem."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -260,7 +259,7 @@ def say(text: str) -> None:
 
 
 def is_full(folder: Path) -> bool:
-    """Return whether the filesystem of a folder has no room left, as far as it says: quotas it does not tell."""
+    """Return whether the filesystem of a folder is full. Quotas are not known."""
     try:
         found = os.statvfs(folder)
     except OSError:
@@ -269,4 +268,4 @@ def is_full(folder: Path) -> bool:
 
 
 FULL_BYTES = 64 * 1024
-"""Less is no room: not for the blocks of one small file."""
+"""Free bytes below which a filesystem counts as full: the blocks of a small file need as much."""

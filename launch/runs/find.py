@@ -1,4 +1,4 @@
-"""Run folders found from paths, with the sweeps that took them and the labels that tell them apart."""
+"""Search of run folders below paths, labels of runs, and the record of sweeps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from launch.runs.overrides import (
     typed_value,
 )
 
-# Labels of runs for people: the overrides of one run that its neighbours do not share.
+# Labels of runs: the overrides of a run that the runs with which it is listed do not share.
 
 
 MEASURING_KEYS = tuple(
@@ -37,24 +37,24 @@ MEASURING_KEYS = tuple(
         *("stop_signal", "resumes", "resume_args"),
     )
 )
-"""Overrides that say how a script is watched, or how large a point is; the program stays the same."""
+"""Keys for how a script is watched, or how large a point is. They do not change the program."""
 
 
 def tells_apart(override: str) -> bool:
-    """Return whether an override says what a run is, rather than where and how it is submitted or watched."""
+    """Return whether an override distinguishes runs, rather than how they are submitted or watched."""
     return not is_within(typed_key(override), (*NOT_IN_POINT, *MEASURING_KEYS))
 
 
 def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
-    """Label each of some runs by the overrides that not all of them share, in the order in which they were typed.
+    """Return a label for each run: the overrides that not all runs share, in the typed order.
 
     Args:
-        runs: folder and overrides of each.
+        runs: folder and overrides of each run.
 
     Returns:
-        Labels that differ. A run alone, one whose folder was typed, and one that nothing typed sets apart is called by
-        its folder's name; a run alone for which nothing was typed, or so much that its folder's name was cut, by that
-        of the folder above, which is its ``name``. A later generation of a run that is labelled too keeps its number:
+        Different labels. A single run, a run with a typed folder, and a run without an override of its own are named
+        after their folder. A single run without overrides, or with so many that the folder's name is cut, is named
+        after the folder above, its ``name``. A later generation keeps its number if an earlier one is labelled too:
         ``nodes=2~3``.
     """
     names = [path.name for path, _ in runs]
@@ -76,23 +76,23 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
 
 def alone(path: Path, overrides: Sequence[str]) -> str:
-    """Return the label of a run without neighbours."""
+    """Return the label of a single run."""
     number = generation(path.name)
     of_folder = path.name.removesuffix(number)
-    # A cut name is longer than a line of a terminal leaves room for, and ends in a hash that says nothing to people.
+    # A cut name is too long for a line of a terminal, and ends in a hash without a meaning for people.
     says_little = of_folder == NOTHING_TYPED or len(of_folder) > NAME_LIMIT
     is_named = typed_value(overrides, "run_dir") is not None or not path.parent.name
     return path.parent.name + number if says_little and not is_named else path.name
 
 
 def generation(name: str) -> str:
-    """Return the suffix that ``fresh=true`` has given the name of a folder: ``~2``, or nothing."""
+    """Return the suffix of a folder's name that ``fresh=true`` adds: ``~2``, or empty."""
     found = re.search(r"~\d+$", name)
     return found.group() if found else ""
 
 
 def sweep_overrides(points: Sequence[Sequence[str]]) -> list[str]:
-    """Collect the overrides of a sweep from those of its points: ``nodes=1,2,4``, ``optim.max_steps=60``."""
+    """Return the overrides of a sweep, made of those of its points: ``nodes=1,2,4``, ``optim.max_steps=60``."""
     values: dict[str, list[str]] = {}
     for override in (override for point in points for override in point if tells_apart(override)):
         key, _, value = override.partition("=")
@@ -102,7 +102,7 @@ def sweep_overrides(points: Sequence[Sequence[str]]) -> list[str]:
     return [f"{key}={','.join(of_key)}" for key, of_key in values.items()]
 
 
-# The sweeps of a folder: which points each command took, so that a later command takes nothing away from an earlier.
+# Record of the sweeps of a folder: the points of each command, so that later commands keep earlier sweeps.
 
 
 CURRENT = "sweep.json"
@@ -115,18 +115,18 @@ class Sweep:
 
     number: int | None
     points: tuple[str, ...]
-    """Names of their folders, in the order of the command."""
+    """Names of the folders of the points, in the order of the command."""
     typed: tuple[str, ...] = ()
-    """Overrides that were typed for it, those of all points together: ``nodes=1,2,4``."""
+    """Typed overrides of all points together: ``nodes=1,2,4``."""
     time: float = 0.0
-    """Time when it was typed last, Unix seconds."""
+    """Time when the sweep was typed last, Unix seconds."""
 
     def folder(self, group: Path) -> Path | None:
-        """Folder of its record and its report; None if it has no record."""
+        """Return the folder of the sweep's record and report. None if the sweep has no record."""
         return None if self.number is None else group / ARCHIVE / f"{self.number:04d}"
 
     def summary(self, beside: Sequence[Sweep]) -> str:
-        """Return a short description: the swept keys, and overrides that the sweeps in ``beside`` do not all share."""
+        """Return a short description: the swept keys, and overrides that not all of the sweeps ``beside`` share."""
         common = set.intersection(*(set(one.typed) for one in (self, *beside)))
         told = [override for override in self.typed if "," in override or override not in common]
         number = "" if self.number is None else f" {self.number}"
@@ -137,17 +137,17 @@ class Sweep:
 
 
 def read_sweeps(group: Path) -> list[Sweep]:
-    """The recorded sweeps of a folder by their numbers; a record that is damaged is passed over."""
+    """Return the recorded sweeps of a folder, in the order of their numbers. Skips damaged records."""
     numbers = numbers_in(group / ARCHIVE)
     found = [(number, read_json(group / ARCHIVE / f"{number:04d}" / CURRENT)) for number in numbers]
     return [sweep_of(known, number) for number, known in found if known.get("points")]
 
 
 def current_sweep(group: Path) -> Sweep | None:
-    """The sweep of a folder that was typed last; None if there was none.
+    """Return the last typed sweep of a folder. None if the folder has no sweep.
 
     Raises:
-        ConfigError: its record is damaged.
+        ConfigError: the record of the sweep is damaged.
     """
     record = group / CURRENT
     if not record.exists():
@@ -159,20 +159,20 @@ def current_sweep(group: Path) -> Sweep | None:
 
 
 def with_points(group: Path, points: Sequence[str]) -> Sweep | None:
-    """The recorded sweep of just these points, in any order."""
+    """Return the recorded sweep with exactly these points, in any order. None if there is no such sweep."""
     return next((sweep for sweep in read_sweeps(group) if sorted(sweep.points) == sorted(points)), None)
 
 
 def sweep_of(known: dict[str, Any], number: int | None) -> Sweep:
-    """The sweep in a record."""
+    """Return the sweep of a record."""
     return Sweep(
         number, tuple(map(str, known["points"])), tuple(map(str, known.get("typed", ()))), float(known.get("time", 0.0))
     )
 
 
 def record_sweep(group: Path, points: Sequence[str], typed: Sequence[str]) -> Sweep:
-    """Enter a sweep that was typed just now, which becomes the current one of its folder."""
-    with suppress(ConfigError):  # a damaged one names no points that could be kept
+    """Record a sweep that was typed now. It becomes the current sweep of its folder."""
+    with suppress(ConfigError):  # a damaged record has no points to keep
         before = current_sweep(group)
         if before is not None and before.number is None:  # of an earlier version, or written by hand
             write_record(group, before)
@@ -193,20 +193,20 @@ def write_record(group: Path, sweep: Sweep) -> Sweep:
 
 
 def record_of(sweep: Sweep) -> dict[str, Any]:
-    """The record as JSON holds it."""
+    """Return the record of a sweep, for JSON."""
     return {"sweep": sweep.number, "typed": list(sweep.typed), "time": sweep.time, "points": list(sweep.points)}
 
 
-# Finding run folders, for every command that is given paths: status, logs, cancel, move, report, compare.
+# Search of run folders, for all commands with paths: status, logs, cancel, move, report, compare.
 
 
 OUTPUTS = Path("outputs")
-"""Folder in which runs are looked for by default, that of ``output_dir``."""
+"""Folder in which runs are searched by default: the default of ``output_dir``."""
 DEPTH = 3  # output_dir/name/point, and a folder of several output_dirs
 
 
 def add_paths(parser: ArgumentParser) -> None:
-    """Add the argument ``paths`` of a command that takes one run or several, as ``find_runs`` reads them."""
+    """Add the argument ``paths``, one or several runs, to a command that calls ``find_runs``."""
     what = "a run folder, the label of a run, or a folder with runs in it"
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=what)
 
@@ -248,12 +248,12 @@ def suggestion(path: Path) -> str:
 
 
 def runs_inside(folder: Path, depth: int = DEPTH) -> list[Path]:
-    """List ``folder`` if it is a run's, else the run folders at most ``depth`` levels below, in natural order."""
+    """Return ``folder`` if it is a run folder, else the run folders up to ``depth`` levels below, in natural order."""
     return sorted(_search(folder, depth), key=lambda path: natural(str(path)))
 
 
 def typed_for(run: Path) -> Sequence[str]:
-    """Return the overrides that were typed for a run; where that is damaged its folder, by which it then goes."""
+    """Return the typed overrides of a run; if the file is damaged, its folder as ``run_dir``."""
     try:
         return read_overrides(RunFolder(run))
     except ConfigError:
@@ -261,7 +261,7 @@ def typed_for(run: Path) -> Sequence[str]:
 
 
 def labels_of(runs: Sequence[Path]) -> dict[Path, str]:
-    """The labels of runs among each other, by their folders."""
+    """Return the labels of runs among each other: folder -> label."""
     typed = [(run, typed_for(run)) for run in runs]
     return dict(zip(runs, point_labels(typed), strict=True))
 
@@ -279,7 +279,7 @@ def labels_for(points: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
 
 def labels_inside(groups: Iterable[Path]) -> dict[Path, str]:
-    """Return the labels of all runs of some folders, each among the runs of its folder."""
+    """Return the labels of all runs in ``groups``, each among the runs of its folder: folder -> label."""
     return {run: label for group in groups for run, label in labels_of(runs_inside(group, depth=1)).items()}
 
 
@@ -331,12 +331,12 @@ def _search(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Tell the folder of one run from others."""
+    """Return whether a folder is a run folder."""
     if any((folder / name).exists() for name in ("attempts", "plan.json")):
         return True
-    return any((folder / "metrics").glob("rank_*.jsonl"))  # other folders are called metrics too: that of gpt/ is
+    return any((folder / "metrics").glob("rank_*.jsonl"))  # gpt/ has a folder of this name too
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sorting key that puts nodes=2 before nodes=16."""
+    """Return a key that sorts nodes=2 before nodes=16."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]

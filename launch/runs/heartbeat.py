@@ -28,9 +28,9 @@ from pathlib import Path
 ENVIRONMENT = "LAUNCH_HEARTBEAT_DIR"
 BEAT_S = 1.0
 WAIT_S = 0.005
-"""Between two looks of a rank that waits for an agreement."""
+"""Polling interval of a rank that waits for an agreement, seconds."""
 FROM_FILE = 1000
-"""Cause of a stop that a file requested; smaller numbers are signals."""
+"""Cause of a stop that was requested by a file; smaller numbers are signals."""
 
 BEAT, MOVED = 0, 1  # floats, seconds of the monotonic clock, which all processes of a machine share
 PID, STEP, PHASE, CAUSE = 2, 3, 4, 5
@@ -51,7 +51,7 @@ class Phase(IntEnum):
 
 
 class Request(IntEnum):
-    """Kind of request that all ranks obey at the same step. A stop is the last; saves may follow one another."""
+    """Kind of request that all ranks obey at the same step. A stop is final; saves can be repeated."""
 
     stop = 0
     save = 1
@@ -62,9 +62,9 @@ class RankHeartbeat:
     """Last heartbeat of a rank, and its last progress. Times are of the monotonic clock."""
 
     ran_at: float
-    """Time when the process last ran at all."""
+    """Time of the last heartbeat."""
     moved_at: float
-    """Time when the loop last showed progress; 0 where it never did, so that nothing follows from its silence."""
+    """Time of the last progress; 0 if the loop never reported progress, so that its silence means nothing."""
     pid: int
     step: int
     """Steps done."""
@@ -72,10 +72,10 @@ class RankHeartbeat:
 
 
 class HeartbeatFile:
-    """One rank's file, mapped. The rank and its agent may open it in any order: neither clears the content.
+    """The mapped file of a rank. The rank and its agent may open it in any order: neither clears the content.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: the file cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,17 +99,17 @@ class HeartbeatFile:
         self._words[PID] = os.getpid()  # last: a reader that sees the PID also finds the time
 
     def beat(self) -> None:
-        """Show that this process runs."""
+        """Report that this process runs."""
         self._times[BEAT] = time.monotonic()
 
     def move(self, step: int, phase: Phase) -> None:
-        """Show where the loop is: ``step`` steps done, and in which phase."""
+        """Report progress of the loop: ``step`` steps done, and the phase."""
         self._words[STEP] = step
         self._words[PHASE] = phase
         self._times[BEAT] = self._times[MOVED] = time.monotonic()
 
     def want(self, request: Request, value: int) -> None:
-        """Request a stop, because of signal ``value``, or the ``value``-th save."""
+        """Request a stop because of signal ``value``, or the save number ``value``."""
         self._words[REQUESTS + 4 * request + WANTS] = value
 
     def ask(self, request: Request, limit_s: float) -> bool:
@@ -131,7 +131,7 @@ class HeartbeatFile:
         deadline = time.monotonic() + limit_s
         while words[first + HOLD] > words[first + AT]:
             if words[first + HOLD] == self._tired_of or time.monotonic() > deadline:
-                self._tired_of = words[first + HOLD]  # it is waited for only once
+                self._tired_of = words[first + HOLD]  # a rank waits only once for a ticket
                 return False
             self._times[BEAT] = self._times[MOVED] = time.monotonic()
             time.sleep(WAIT_S)
@@ -139,7 +139,7 @@ class HeartbeatFile:
 
     @property
     def cause(self) -> int:
-        """Signal that the agreed stop came from, on any rank; FROM_FILE for a file, 0 if it is not known."""
+        """Signal of the agreed stop, of any rank; FROM_FILE for a file, 0 if the cause is not known."""
         return self._words[CAUSE]
 
     # The agent's side.
@@ -162,14 +162,14 @@ class HeartbeatFile:
         self._words[REQUESTS + 4 * request + HOLD] = ticket
 
     def set_at(self, request: Request, call: int, cause: int = 0) -> None:
-        """Set the poll that answers yes."""
+        """Set the poll at which the rank obeys the request."""
         if request is Request.stop:
             self._words[CAUSE] = cause
         self._words[REQUESTS + 4 * request + AT] = call
 
 
 def read(path: Path) -> RankHeartbeat | None:
-    """Read the heartbeat of the rank that writes ``path``; None before its first one."""
+    """Return the last heartbeat in the file ``path``. None before the first one."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

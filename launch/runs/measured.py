@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from launch.errors import ConfigError
 
-# Files of measurements, which a command writes and a cost model reads thousands of times: once each, or refused.
+# Read a file of measurements once, although a cost model needs it thousands of times.
 
 
 Measured = TypeVar("Measured")
@@ -25,7 +25,7 @@ Measured = TypeVar("Measured")
 def read_measured(
     path: Path, key: str, parse: Callable[[Any], Measured], form: int, command: str, options: str = ""
 ) -> Measured:
-    """Read a file of measurements, once as long as it does not change.
+    """Return the content of a file of measurements. Reads the file again only if it changes.
 
     Args:
         path: of the file.
@@ -36,7 +36,7 @@ def read_measured(
         options: further options of the command.
 
     Raises:
-        ConfigError: no such file, or something else in it.
+        ConfigError: the file does not exist or has another content.
     """
     try:
         read: Measured = _read(path, path.stat().st_mtime_ns, parse, form)
@@ -52,7 +52,7 @@ def read_measured(
 
 
 def _said(error: Exception) -> str:
-    """Return a description of what is wrong with a file."""
+    """Return a description of the error in a file."""
     match error:
         case OSError():
             return error.strerror or type(error).__name__
@@ -76,7 +76,7 @@ def _read(path: Path, _changed: int, parse: Callable[[Any], Any], form: int) -> 
     return parse(document)
 
 
-# Measured rates of matrix products by size: the file that ``cluster.matmul_rates`` names, and interpolation.
+# Measured rates of matrix products by size, from the file ``cluster.matmul_rates``, and their interpolation.
 
 
 RATES_FORMAT = 1
@@ -88,19 +88,19 @@ class MatmulRates:
     """Rates of one device in one precision on a grid of sizes, FLOP/s."""
 
     axes: tuple[tuple[int, ...], ...]
-    """Ascending sizes of m, n and k."""
+    """Sizes of m, n and k, each ascending."""
     flops_per_s: Mapping[tuple[int, ...], float]
-    """(m, n, k) -> rate, for all of the grid."""
+    """(m, n, k) -> rate, for the whole grid."""
 
     @property
     def best(self) -> float:
-        """The fastest rate of all."""
+        """Highest rate."""
         return max(self.flops_per_s.values())
 
     def rate(self, m: float, n: float, k: float) -> float:
-        """Return the rate of a product: linear in the logarithms of sizes and rate between the nearest measured ones.
+        """Return the rate of a product, interpolated linearly in the logarithms of sizes and rates.
 
-        Beyond the grid it is that of the nearest size on its edge.
+        Outside the grid it is the rate at the nearest edge.
         """
         corners = [between(axis, size) for axis, size in zip(self.axes, (m, n, k), strict=True)]
         total = 0.0
@@ -111,12 +111,12 @@ class MatmulRates:
         return math.exp(total)
 
     def times(self, factor: float) -> MatmulRates:
-        """Return rates that are higher by a factor."""
+        """Return the rates multiplied by ``factor``."""
         return replace(self, flops_per_s={shape: factor * rate for shape, rate in self.flops_per_s.items()})
 
 
 def between(axis: Sequence[int], size: float) -> list[tuple[int, float]]:
-    """Return the two sizes of an axis around one, each with its weight by the distance of logarithms."""
+    """Return the two sizes of an axis around ``size``, each with its weight by the distance of logarithms."""
     above = bisect_right(axis, size)
     if above in (0, len(axis)):
         return [(axis[max(0, above - 1)], 1.0)]
@@ -127,10 +127,10 @@ def between(axis: Sequence[int], size: float) -> list[tuple[int, float]]:
 
 @dataclass(frozen=True)
 class MatmulFile:
-    """Measured rates of matrix products, as the file holds them."""
+    """Content of a file of measured rates."""
 
     device: str
-    """Name as ``torch.cuda.get_device_name()`` gives it, or CPU."""
+    """Name from ``torch.cuda.get_device_name()``, or CPU."""
     precisions: Mapping[str, MatmulRates]
     """fp32, tf32, bf16 or fp16 -> rates."""
 
@@ -144,7 +144,7 @@ def read_matmul_rates(path: Path, key: str = "cluster.matmul_rates") -> MatmulFi
     """Read measured rates.
 
     Raises:
-        ConfigError: no such file, or something else in it.
+        ConfigError: the file does not exist or has another content.
     """
     return read_measured(path, key, _parse_rates, RATES_FORMAT, COMMAND)
 
@@ -169,22 +169,22 @@ def _on_grid(precision: str, rates: Mapping[tuple[int, ...], float]) -> MatmulRa
     return MatmulRates(axes, rates)
 
 
-# Measured links: the file that ``launch.bench_network`` writes, and the cost model that its figures belong to.
+# Measured links, from the file that ``launch.bench_network`` writes, and the cost model of collectives.
 
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 TIERS = ("intra_node", "inter_node")
-"""Within a node, and between ranks of the same local number on different nodes, while all ranks of a node send."""
+"""Links in a node, and links between ranks of equal local number on different nodes while all ranks send."""
 NETWORK_FORMAT = 1
 FASTEST = 1e13
-"""Bytes a second of a link whose time does not grow with the size, as far as was measured: more than any has."""
+"""Bytes per second of a link whose measured time does not grow with the size: more than any real link has."""
 
 
 def terms(collective: str, ranks: int) -> tuple[float, float]:
-    """Messages one after the other, and the share of the bytes that pass a rank's link.
+    """Return the number of consecutive messages, and the share of the bytes that pass a rank's link.
 
-    The bytes are those of the whole tensor: of the result of an all-gather, of the input of a reduce-scatter, and of
-    what each rank has in an all-to-all.
+    The bytes are those of the whole tensor: the result of an all-gather, the input of a reduce-scatter, the input of
+    each rank of an all-to-all.
     """
     if collective == "send":
         return 1.0, 1.0
@@ -196,15 +196,15 @@ def terms(collective: str, ranks: int) -> tuple[float, float]:
 
 
 Curve = tuple[tuple[float, float], ...]
-"""Bytes of a message, ascending, and measured over fitted time."""
+"""Pairs of message size in bytes, ascending, and measured time over fitted time."""
 
 
 @dataclass(frozen=True)
 class LinkFit:
-    """Latency and bandwidth of a rank's link in one collective, fitted to measured times, with their standard errors.
+    """Latency and bandwidth of a rank's link in a collective, fitted to measured times, with their standard errors.
 
-    ``error`` is the root mean square of predicted over measured time less one. ``curve`` is how far the line is off
-    by the bytes of a message; empty for the line alone.
+    ``error`` is the root mean square of predicted over measured time, minus one. ``curve`` corrects the fitted line by
+    message size; empty without a correction.
     """
 
     latency_s: float
@@ -224,9 +224,9 @@ class LinkFit:
 
 
 def factor_at(curve: Curve, size: float) -> float:
-    """Return measured over fitted time of a message: between two measured sizes by logarithms, beyond as the nearest.
+    """Return measured over fitted time of a message, interpolated in logarithms; at the nearest size outside the curve.
 
-    No line describes a switch that lets a burst pass, or a library that has another algorithm for long messages.
+    A line alone misses bursts that a switch buffers, and libraries that change the algorithm for long messages.
     """
     if not curve:
         return 1.0
@@ -239,10 +239,10 @@ def factor_at(curve: Curve, size: float) -> float:
 
 
 def curve_of(fit: LinkFit, collective: str, samples: Iterable[tuple[int, float, float]]) -> Curve:
-    """Return how far a line is off by the bytes of a message; where groups of several sizes send such, their mean.
+    """Return the curve of a fit: measured over fitted time by message size, the mean over groups of ranks.
 
     Args:
-        fit: the line.
+        fit: the fitted line.
         collective: name of the measured collective.
         samples: ranks, bytes and seconds.
     """
@@ -255,12 +255,12 @@ def curve_of(fit: LinkFit, collective: str, samples: Iterable[tuple[int, float, 
 
 @dataclass(frozen=True)
 class Network:
-    """Links of some nodes, as they were measured."""
+    """Measured links of nodes."""
 
     ranks_per_node: int
-    """Ranks of a node that sent at the same time."""
+    """Ranks of a node that send at the same time."""
     tiers: Mapping[str, Mapping[str, LinkFit]]
-    """Tier -> collective -> fit; a tier that was not there is absent."""
+    """Tier -> collective -> fit; a tier without links is absent."""
 
 
 def network_document(network: Network, measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def read_network(path: Path, key: str = "cluster.network") -> Network:
         key: key or option that names it, for refusals.
 
     Raises:
-        ConfigError: no such file, or something else in it.
+        ConfigError: the file does not exist or has another content.
     """
     return read_measured(path, key, _parse_network, NETWORK_FORMAT, "python -m launch.bench_network", "nodes=2")
 
@@ -330,7 +330,7 @@ def _with_curve(fit: LinkFit, tier: str, name: str, samples: Sequence[Mapping[st
 
 
 def _fit(name: str, document: Mapping[str, Any]) -> LinkFit:
-    """The fit of one collective; ValueError where its numbers cannot be."""
+    """Return the fit of a collective. Raises ValueError for impossible numbers."""
     latency, bandwidth = (float(document[key]) for key in ("latency_us", "bandwidth_gb_per_s"))
     if not (0 <= latency < math.inf and 0 < bandwidth < math.inf):
         raise ValueError(f"{name}: latency_us {latency:g} and bandwidth_gb_per_s {bandwidth:g}")

@@ -1,7 +1,7 @@
-"""Step records of ranks that only print: read from their logs by a regular expression, and drawn as curves.
+"""Step records of programs that only print: read from their logs by a regular expression, and drawn as curves.
 
-Logs are read while programs write them. Programs that write no TensorBoard files get some. Every call is bounded in
-time and bytes, because the agent that calls it has ranks to watch.
+Logs are read while programs write them. Programs without TensorBoard files get such files. Every call is bounded in
+time and bytes, because the agent that calls it also watches the ranks.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
 
 
 RESOLUTION = "step_time_resolution_s"
-"""Field of a step record: seconds over which its step time is a mean, if several lines were read together."""
+"""Field of a step record: seconds over which its step time is averaged, if several lines were read together."""
 GROUPS = (
     *("step", "loss", "lr", "grad_norm", "step_time_s", "step_time_ms"),
     *("tokens", "samples", "images", "tokens_per_s", "samples_per_s", "images_per_s"),
 )
-"""Names that a pattern may give to what it finds."""
+"""Names of the groups of a pattern."""
 POLL_S = 1.0
-"""Between two polls; the monitor asks several times a second."""
+"""Shortest time between two polls, seconds; the monitor calls several times a second."""
 LOOK_BYTES = 256 * 1024
-"""Of one log, or of the records, in one poll."""
+"""Bytes of a log, or of the records, that a poll reads at most."""
 CLOSE_S = 10.0
-"""At the end, for what ranks printed faster than it was read."""
+"""Seconds at the end of an attempt for output that was printed faster than it was read."""
 LINE_BYTES = 2_000
-"""Of a line: what follows is not looked at."""
+"""Bytes of a line that are searched; the rest is ignored."""
 MATCH_S = 0.5
-"""For the lines of one poll. A pattern with nested repetitions may take years for one line: (a+)+$."""
+"""Seconds for the lines of a poll. A pattern with nested repetitions, (a+)+$, may take years for a line."""
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-"""Colors and movements of the cursor, as terminals know them."""
+"""Escape sequences of terminals for colors and movements of the cursor."""
 
 
 def check_pattern(pattern: str) -> None:
-    """Refuse a pattern that finds no step records.
+    """Raise ConfigError for a pattern that cannot find step records.
 
     Raises:
         ConfigError: it is no regular expression, has no group ``step``, or names something else.
@@ -76,15 +76,15 @@ def check_pattern(pattern: str) -> None:
 
 
 class Progress:
-    """Reads the logs of this node's ranks in one attempt. Called by the agent's monitor, from one thread.
+    """Reader of the logs of this node's ranks in an attempt. The agent's monitor calls it, from one thread.
 
     Args:
         folder: of the run.
         attempt: number of the attempt.
         ranks: of this node.
-        contract: its ``progress`` is the regular expression with named groups (``GROUPS``), None where the ranks record
-            steps themselves. ``work_per_step`` of all ranks, in ``unit``, gives the records of rank 0 a throughput.
-            ``writes_curves`` draws the records of rank 0 on the node that has it.
+        contract: its ``progress`` is a regular expression with the named groups ``GROUPS``, None if the ranks record
+            steps themselves. ``work_per_step`` of all ranks, in ``unit``, adds throughput to the records of rank 0.
+            ``writes_curves`` draws the records of rank 0, on its node.
     """
 
     def __init__(self, folder: RunFolder, attempt: int, ranks: Sequence[int], contract: RankContract) -> None:
@@ -93,17 +93,17 @@ class Progress:
         self._attempt = attempt
         self._expression = pattern
         self._pattern = re.compile(pattern) if pattern else None
-        """None if there is none, or it was given up."""
+        """None if the contract has no pattern, or the pattern is too slow."""
         read = ranks if pattern else ()
         self._logs = [_RankLog(folder, attempt, rank, contract.unit, contract.work_per_step) for rank in read]
         self._curves = _Curves(folder, attempt) if contract.writes_curves and 0 in ranks else None
         self._polled = 0.0
         self._cut = False
         self.matched = False
-        """True where any line matched so far."""
+        """Whether any line has matched so far."""
 
     def poll(self) -> None:
-        """Read the lines since the last poll, at most once a second."""
+        """Read the new lines, at most once a second."""
         if time.monotonic() - self._polled < POLL_S:
             return
         for log in self._logs:
@@ -113,7 +113,7 @@ class Progress:
         self._polled = time.monotonic()
 
     def close(self) -> None:
-        """Take in the rest, and enter into the event log if no line ever matched."""
+        """Read the rest, and record an event if no line has matched."""
         deadline = time.monotonic() + CLOSE_S
         for log in self._logs:
             while self._take_in(log) and time.monotonic() < deadline:
@@ -133,7 +133,7 @@ class Progress:
             )
 
     def _take_in(self, log: _RankLog) -> bool:
-        """Read a piece of a log; returns whether there was any."""
+        """Read a part of a log; return whether it had new lines."""
         lines = log.new_lines()
         if self._pattern is None or lines is None:
             return False
@@ -160,7 +160,7 @@ class Progress:
 
 
 class _RankLog:
-    """The log of one rank: how far it was read, and when the last step was printed."""
+    """The log of a rank, with the last step and the time when it was printed."""
 
     def __init__(
         self, folder: RunFolder, attempt: int, rank: int, unit: str | None, work_per_step: float | None
@@ -171,22 +171,21 @@ class _RankLog:
         self._attempt = attempt
         self._work = (f"{unit}_per_s", work_per_step) if unit and work_per_step and rank == 0 else None
         self._last: tuple[int, float] | None = None
-        """Step of the last match, and when it was printed."""
+        """Step of the last match, and the time when it was printed."""
         self._looked_at = self._printed_at = time.time()
 
     def new_lines(self) -> list[str] | None:
-        """Read the whole lines that are new; None where nothing is. A progress bar ends them by a carriage return."""
+        """Return the new complete lines; None if the log has not grown. A carriage return also ends a line."""
         before, self._looked_at = self._looked_at, time.time()
         lines = self.reader.read()
         if lines is None:
             return None
-        # The file's own time tells when the last line came, where a poll happens only now and then; a server of files
-        # whose clock is wrong cannot tell.
+        # The file's own time is more exact than rare polls. The limits are for file servers with a wrong clock.
         self._printed_at = min(max(self.reader.changed_at, before), self._looked_at)
         return [ESCAPES.sub("", line.decode(errors="replace")) for line in lines]
 
     def record(self, found: Sequence[Mapping[str, str]]) -> bool:
-        """Append a step record for each match; returns whether there was one."""
+        """Append a step record for each match; return whether there was any."""
         known = [fields for match in found if (fields := numbers(match)) is not None]
         if not known:
             return False
@@ -198,11 +197,11 @@ class _RankLog:
         for fields in known:
             step, at = fields.pop("step"), self._printed_at
             if last is not None and step_time_s is not None and step > last[0]:
-                # As if all that were printed since the last poll came evenly.
+                # As if the steps since the last poll were printed at equal intervals.
                 at = min(at, last[1] + step_time_s * (step - last[0]))
                 if "step_time_s" not in fields:
                     fields["step_time_s"] = step_time_s
-                    if len(known) > 1:  # only the mean of the lines that were read together is known
+                    if len(known) > 1:  # only the mean of these lines is known
                         fields[RESOLUTION] = step_time_s * (newest - last[0])
             if self._work is not None and fields.get("step_time_s"):
                 fields.setdefault(self._work[0], self._work[1] / fields["step_time_s"])
@@ -213,7 +212,7 @@ class _RankLog:
 
 
 def numbers(match: Mapping[str, str]) -> dict[str, Any] | None:
-    """The fields of a step record in a match; None where its step is no number. 1,024 is a number, and 1.5e-3."""
+    """Return the fields of a step record in a match; None if the step is no number. Reads 1,024 and 1.5e-3."""
     fields: dict[str, Any] = {}
     for name, text in match.items():
         with contextlib.suppress(ValueError, OverflowError):
@@ -225,10 +224,10 @@ def numbers(match: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 class _Curves:
-    """TensorBoard's files of rank 0, from its step records of this attempt."""
+    """Writer of TensorBoard's files of rank 0, from its step records of this attempt."""
 
     def __init__(self, folder: RunFolder, attempt: int) -> None:
-        # Takes a second to import, which is better spent before the ranks start than between two polls of them.
+        # The import takes a second, better before the ranks start than between two polls.
         from launch.runs.tensorboard import EventWriter, record_scalars
 
         self._open, self._scalars = EventWriter, record_scalars
@@ -246,14 +245,14 @@ class _Curves:
                 if isinstance(record, dict) and is_record(record) and record["attempt"] == self._attempt:
                     try:
                         self._draw(record)
-                    except OSError as error:  # a full disk: a new file is begun when there is room
+                    except OSError as error:  # a full disk: a later record begins a new file
                         say(f"the curves of step {record['step']} are lost: {error}")
                         self._writer = None
         return lines is not None
 
     def _draw(self, record: Mapping[str, Any]) -> None:
         if self._writer is None:
-            # What earlier attempts drew of this step and later ones was lost with them, and is done again.
+            # This attempt makes this step and later ones again, so the points of earlier attempts are dropped.
             purge_step = record["step"] if self._attempt > 1 else None
             self._writer = self._open(self._folder.tensorboard, purge_step=purge_step)
         for tag, value in self._scalars(record).items():
@@ -267,12 +266,13 @@ class _Curves:
 
 
 class NewLines:
-    """Yield the lines of a growing file; a line without an end waits for its end.
+    """Reader of the lines of a growing file. A line is returned when its end is written.
 
     Args:
-        end: what ends a line.
+        path: of the file, which may not exist yet.
+        end: pattern that ends a line.
         longest: bytes of a line that are kept.
-        skip: leave out the present content of the file.
+        skip: skip the present content of the file.
     """
 
     def __init__(self, path: Path, end: re.Pattern[bytes], longest: int, skip: bool = False) -> None:
@@ -286,7 +286,7 @@ class NewLines:
         """Time of the last write to the file, Unix time."""
 
     def read(self) -> list[bytes] | None:
-        """Return the whole lines among the next ``LOOK_BYTES``; None at the end of the file."""
+        """Return the complete lines in the next ``LOOK_BYTES``; None at the end of the file."""
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
