@@ -177,9 +177,7 @@ def record_sweep(group: Path, points: Sequence[str], typed: Sequence[str]) -> Sw
         if before is not None and before.number is None:  # of an earlier version, or written by hand
             write_record(group, before)
     known = with_points(group, points)
-    sweep = write_record(
-        group, Sweep(None if known is None else known.number, tuple(points), tuple(typed), time.time())
-    )
+    sweep = write_record(group, Sweep(known.number if known else None, tuple(points), tuple(typed), time.time()))
     write_json(group / CURRENT, record_of(sweep))
     return sweep
 
@@ -212,12 +210,12 @@ def add_paths(parser: ArgumentParser) -> None:
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """Find the run folders that are, or lie in, ``paths``; each once, in the order of ``paths`` and of their names.
+    """Return the run folders at or below ``paths``, each once, in the order of ``paths`` and of their names.
 
-    A word that is no path may be the label of a run, alone or behind the folder that contains the run.
+    A path that does not exist may end with the label of a run, after the folder that contains the run.
 
     Raises:
-        ConfigError: there is none in one of them, or a label means several.
+        ConfigError: a path has no run, or a label means several runs.
     """
     found: dict[Path, RunFolder] = {}
     for path in paths:
@@ -233,8 +231,9 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
 
 
 def suggestion(path: Path) -> str:
-    """Propose what to type in place of a path without runs: the same below ``outputs``, one that is spelt like it, a
-    list of runs, or a run.
+    """Return what to type in place of a path without runs.
+
+    It is the same path below ``outputs``, a path with a similar name, the command that lists runs, or a new run.
     """
     if not path.is_absolute() and path.parts[:1] != OUTPUTS.parts and runs_inside(OUTPUTS.absolute() / path):
         return f"{OUTPUTS / path}, which is there"
@@ -269,7 +268,7 @@ def labels_of(runs: Sequence[Path]) -> dict[Path, str]:
 def labels_for(points: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
     """Return the labels of planned runs, from folder and overrides of each.
 
-    Several runs are labelled among each other, a single one among the existing runs of its folder.
+    Several runs are labelled among each other, a single run among the existing runs of its folder.
     """
     beside = (
         [] if len(points) > 1 else [run for run in runs_inside(points[0][0].parent, depth=1) if run != points[0][0]]
@@ -284,11 +283,10 @@ def labels_inside(groups: Iterable[Path]) -> dict[Path, str]:
 
 
 def runs_labelled(path: Path) -> list[Path]:
-    """The run that the end of ``path`` is the label of, among all of its folder or in its sweep; none if there is
-    none.
+    """Return the run whose label is the end of ``path``, among the runs of its folder or of its sweep; may be empty.
 
     Raises:
-        ConfigError: several runs are called so.
+        ConfigError: several runs have this label.
     """
     above = next(folder for folder in path.parents if folder.is_dir())
     label = str(path.relative_to(above))
@@ -309,8 +307,10 @@ def runs_labelled(path: Path) -> list[Path]:
 
 
 def command_with(word: str, folder: Path) -> str:
-    """The command that runs in this process, with a folder in place of a word that was typed; just the folder where it
-    was not started by ``python -m``."""
+    """Return the running command with ``folder`` in place of the argument ``word``.
+
+    It is just the folder if the command was not started by ``python -m``.
+    """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     short = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     if spec is None or word not in sys.argv[1:]:

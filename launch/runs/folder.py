@@ -125,7 +125,7 @@ FIXES = {
     "sweep.json": "rm {path}; sweeps/ beside it has every sweep, and without it a report takes all runs",
     "events.jsonl": "the file from a backup; without it, squeue --me and scancel JOB for a job that still runs",
 }
-"""Name of a file -> what to type where it is damaged."""
+"""Name of a file -> text of what to type if the file is damaged."""
 
 
 def damaged(path: Path, why: str) -> ConfigError:
@@ -138,16 +138,16 @@ def read_plan(folder: RunFolder) -> dict[str, Any]:
     """Return the content of ``plan.json``; empty if there is no such file, as in a run of ``gpt.train``.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: the file is damaged.
     """
-    return _mapping(folder.plan, read_strictly(folder.plan)) if folder.plan.exists() else {}
+    return read_mapping(folder.plan) if folder.plan.exists() else {}
 
 
 def read_strictly(path: Path) -> Any:
-    """Read the value in a JSON or YAML file.
+    """Return the content of a JSON or YAML file.
 
     Raises:
-        ConfigError: it cannot be read, or holds something else.
+        ConfigError: the file cannot be read or parsed.
     """
     try:
         data = path.read_bytes()
@@ -164,11 +164,8 @@ def read_strictly(path: Path) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read the mapping in a JSON or YAML file. Raises ConfigError if it holds none."""
-    return _mapping(path, read_strictly(path))
-
-
-def _mapping(path: Path, value: Any) -> dict[str, Any]:
+    """Return the mapping in a JSON or YAML file. Raises ConfigError if the file has no mapping."""
+    value = read_strictly(path)
     if not isinstance(value, dict) or not value:
         raise damaged(path, "it is empty" if not value else "it holds no keys")
     return value

@@ -1,7 +1,7 @@
 """Overrides: ``KEY=VALUE`` as typed, the check of each against a schema, and the name that they give a run.
 
-Everything that a schema can refuse is refused here, before Hydra composes a file: Hydra's own errors name neither the
-key nor what to type next.
+The check comes before Hydra composes a file, because Hydra's own errors do not name the key, nor the override to type
+next.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from launch.runs.folder import RunFolder, damaged, read_strictly
 from launch.schema import field_of, free_keys, list_elements, schema_keys
 
 if TYPE_CHECKING:
-    # A report reads overrides as text, and does not wait for Hydra: each function that parses imports it.
+    # Only functions that parse overrides import Hydra, so that a report, which reads text, does not wait for it.
     from hydra.core.override_parser.types import Override
 
 # Overrides as text.
@@ -89,14 +89,14 @@ def read_overrides(folder: RunFolder) -> tuple[str, ...]:
 
 
 PLACE_KEYS = ("output_dir", "name", "run_dir", "fresh", "resume_from", "require_same_code")
-"""Keys for the place of a run's files. They do not change what the run computes."""
+"""Keys for the place of a run's files. They do not change the results of the run."""
 LAUNCHER_KEYS = (
     *("workload", "nodes", "ranks_per_node", "spare_nodes", "dry_run", "copy_code"),
     *("launch", "cluster", "resilience", "budget", "objective", "objective_of"),
 )
-"""Keys that a config has only under the launcher."""
+"""Keys that exist only in configs of the launcher."""
 NOT_IN_POINT = (*PLACE_KEYS, *(key for key in LAUNCHER_KEYS if key not in ("nodes", "ranks_per_node")), "hydra")
-"""Keys for where and how a run is submitted. They do not enter the name of its folder."""
+"""Keys that are not part of the name of a run's folder: where and how the run is submitted."""
 RANK_VALUES = ("nodes", "ranks_per_node", "world_size", "run_dir", "checkpoint_dir", "attempt", "name")
 """Names that ``${...}`` in the arguments of a program can have. Their values are known when a rank starts."""
 NOTHING_TYPED = "default"
@@ -144,19 +144,19 @@ def config_groups() -> frozenset[str]:
 
 @cache
 def structured(schema: type) -> DictConfig:
-    """Return the schema as OmegaConf takes it. It is made once, because that takes as long as a composition."""
+    """Return the schema as a config of OmegaConf. Cached, because making it takes as long as a composition."""
     made: DictConfig = OmegaConf.structured(schema)
     return made
 
 
 @cache
 def _scratch(schema: type) -> DictConfig:
-    """Return a config in which values are set to check their types, and that nobody reads."""
+    """Return a config in which values are set only to check their types."""
     return copy.deepcopy(structured(schema))
 
 
 def searched_folders() -> list[Path]:
-    """Return the folders of config files that the running Hydra searches beside configs/; none if none is running."""
+    """Return the folders that the running Hydra searches in addition to configs/; empty if Hydra does not run."""
     from hydra.core.global_hydra import GlobalHydra
 
     running = GlobalHydra.instance()
@@ -288,7 +288,7 @@ def set_value(config: DictConfig, override: Override, schema: type, typed: str =
         raise refuse_value(error, schema, typed or str(override.input_line)) from error
 
 
-# Refusals, with what was probably meant.
+# Refusals, with a proposal of the override that was probably meant.
 
 
 def refuse_value(error: BaseException, schema: type, typed: str = "") -> ConfigError:
@@ -379,7 +379,7 @@ def _unreadable(typed: str, schema: type) -> ConfigError:
 
 
 def _completed(word: str, schema: type) -> str:
-    """Return what to type in place of an argument without a value: a command, a key, or the same without it."""
+    """Return the proposal for an argument without a value: a command, a key, or the command without the argument."""
     keys = schema_keys(schema)
     if word.isdecimal() and "nodes" in keys:
         return f"nodes={word}"

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..errors import ConfigError, closest
-from .files import append_lines, append_whole, open_to_append, read_json_lines, say
+from .files import append_lines, append_whole, open_to_append, parse_json_lines, read_json_lines, say
 from .folder import RunFolder
 
-# Step records: one line per step and rank in ``metrics/rank_*.jsonl``. They are the truth; every other view follows.
+# Step records: one line per step and rank in ``metrics/rank_*.jsonl``. All other views are derived from them.
 
 
 TAIL_BYTES = 16384
@@ -28,25 +28,25 @@ RECENT = 20
 
 @dataclass
 class StepRecord:
-    """Record of one rank about one optimizer step. What is not known is None and absent from the file, never zero."""
+    """Record of a rank about an optimizer step. An unknown value is None and absent from the file, never zero."""
 
     step: int
     """Steps are counted from 1: record s describes the update that made the weights of step s."""
     attempt: int
     loss: float | None
-    """Mean cross-entropy over the global batch, nats per token; the same on every rank. None if it is not finite,
-    and the step was skipped."""
+    """Mean cross-entropy over the global batch, nats per token; equal on all ranks. None if the loss is not finite and
+    the step was skipped."""
     lr: float
     grad_norm: float | None
-    """Global gradient norm before clipping; None where the gradients were not finite, and the step was skipped."""
+    """Global gradient norm before clipping; None if the gradients are not finite and the step was skipped."""
     tokens: int
-    """This rank's share of the tokens of this step: over all ranks each counts once, also where several work on it."""
+    """This rank's share of the tokens of this step. The sum over ranks counts each token once."""
     samples: tuple[int, int]
-    """First and last sample index this rank used in this step; ranks that work on the same ones each name them."""
+    """First and last sample index of this rank in this step. Ranks that work on the same samples have equal ones."""
     step_time_s: float
     """Wall time from the end of the previous step (or evaluation, or checkpoint) to the end of this one."""
     loss_variance: float | None = None
-    """Variance of the loss over the last 100 steps of the attempt; absent before there are as many."""
+    """Variance of the loss over the last 100 steps of the attempt; absent in the first 99 steps."""
     grad_mean: float | None = None
     """Mean over all elements of the gradient before clipping; with the next two only at logging.gradients_interval."""
     grad_std: float | None = None
@@ -55,18 +55,18 @@ class StepRecord:
     loss_scale: float | None = None
     """Factor of the loss in the backward pass of this step; in fp16 only."""
     skipped_steps: int | None = None
-    """Steps up to this one that changed no weights, since loss or gradients were not finite; with a loss scale always,
-    else from the first one on."""
+    """Number of steps so far that were skipped for a non-finite loss or gradient. Present with a loss scale, else
+    from the first skipped step."""
     data_wait_s: float | None = None
-    """Time the step waited for its samples."""
+    """Time in which the step waited for its samples."""
     forward_backward_s: float | None = None
-    """Time of the forward and backward passes, without ``comm_s`` where that is known. This and the next two are by
-    the clock of the device where it is a GPU."""
+    """Time of the forward and backward passes, without ``comm_s`` if that is known. A GPU measures this and the next
+    two by its own clock."""
     comm_s: float | None = None
-    """Time in which the rank waited for others and nothing was computed: exposed communication."""
+    """Exposed communication: time in which the rank waited for other ranks and computed nothing."""
     comm_dp_s: float | None = None
-    """Its part in the reduction of gradients over replicas, and the like for the next ones; absent for groups that the
-    run has not. What is in no group are the waits for all ranks."""
+    """Part of ``comm_s`` in the reduction of gradients over replicas. The next fields are for the other groups; a group
+    that the run does not have is absent. Waits for all ranks are in no group."""
     comm_fsdp_s: float | None = None
     """All-gathers and reduce-scatters of FSDP, with the copies into and out of their buffers."""
     comm_tp_s: float | None = None
@@ -75,40 +75,40 @@ class StepRecord:
     comm_cp_s: float | None = None
     comm_ep_s: float | None = None
     bubble_s: float | None = None
-    """Time in which no stage of this rank had anything to work on: waits for other stages of the pipeline."""
+    """Time in which all stages of this rank waited for other stages of the pipeline."""
     optimizer_s: float | None = None
     """Time of clipping and of the optimizer."""
     expert_imbalance: float | None = None
-    """Load of the busiest expert of any layer above an even share, in even shares; 0 is even; with experts only."""
+    """Load of the busiest expert of all layers over an even share, minus 1; with experts only."""
     breakdown_compute_s: float | None = None
     """Time of this step in which the device computed; this and the next four only at logging.breakdown_interval."""
     breakdown_comm_s: float | None = None
-    """Time in which the rank communicated, whether computing hides it or not."""
+    """Time in which the rank communicated, hidden by computing or not."""
     breakdown_exposed_s: float | None = None
-    """Its part while nothing was computed or copied."""
+    """Part of the communication while nothing was computed or copied."""
     breakdown_copies_s: float | None = None
-    """Copies of a GPU while nothing was computed."""
+    """Time of copies of a GPU while nothing was computed."""
     breakdown_idle_s: float | None = None
-    """Time in which the device did nothing. With compute, exposed communication and copies it makes the whole step."""
+    """Time in which the device was idle. Compute, exposed communication, copies and idle add up to the step time."""
     own_min_s: float | None = None
-    """Shortest own time of any rank in a step shortly before: its step time without its waits for others."""
+    """Shortest own time of all ranks in a recent step: step time without waits for other ranks."""
     own_max_s: float | None = None
     slowest_rank: int | None = None
     """Rank that took ``own_max_s``."""
     straggler: str | None = None
-    """Ranks that have become slow over some steps, or are so no longer, for people. The event log keeps it."""
+    """Text about ranks that became slow or are no longer slow. Only the event log keeps it."""
     compile_s: float | None = None
-    """Time in which torch compiled for this step, a part of its step time; absent where it compiled nothing."""
+    """Time in which torch compiled for this step, a part of its step time; absent if torch compiled nothing."""
     val_compile_s: float | None = None
     """Time in which torch compiled in the evaluation after this step."""
     restore_s: float | None = None
-    """Time that loading a checkpoint took before this step; only in the first step after it."""
+    """Time of loading a checkpoint before this step; only in the first step after the load."""
     checkpoint_s: float | None = None
-    """Time for which the checkpoint of this step blocked training; only if one was written."""
+    """Time for which the checkpoint of this step blocked training; absent without a checkpoint."""
     val_loss: float | None = None
-    """Mean cross-entropy on the validation sequences after this step; only where it was evaluated."""
+    """Mean cross-entropy on the validation sequences after this step; absent without an evaluation."""
     val_bits_per_byte: float | None = None
-    """Loss in bits per byte of text, which compares tokenizers; only where the text is known."""
+    """Validation loss in bits per byte of text, comparable between tokenizers; absent if the text is not known."""
     tokens_per_s: float | None = None
     """Throughput of the whole run: tokens of the global batch over step_time_s."""
     tflops_per_s: float | None = None
@@ -120,26 +120,26 @@ class StepRecord:
     mfu_causal: float | None = None
     hfu: float | None = None
     memory_allocated_gib: float | None = None
-    """In tensors on the GPU when the step was queued."""
+    """Memory of tensors on the GPU when the step was queued."""
     memory_peak_gib: float | None = None
     """Peak memory of this attempt: tensors on the GPU, or RAM of the process."""
     memory_reserved_gib: float | None = None
-    """Held by torch's allocator on the GPU."""
+    """Memory that torch's allocator has reserved on the GPU."""
     time: float = field(default_factory=time.time)
     """Unix time, seconds."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The known fields that are kept in files."""
-        # dataclasses.asdict copies each value in depth, and takes ten times as long, in every step for every view.
+        """Return the known fields that are kept in files."""
+        # dataclasses.asdict makes deep copies, which takes ten times as long, in every step and for every view.
         return {name: value for name, value in vars(self).items() if value is not None and name != TOLD_ONCE}
 
     def own(self) -> dict[str, Any]:
-        """The known fields that differ between ranks: the record of a rank above 0, half as long as that of rank 0."""
+        """Return the known fields that differ between ranks: the record of a rank above 0, half as long as rank 0's."""
         return {name: value for name, value in self.as_dict().items() if name not in OF_THE_RUN}
 
 
 TOLD_ONCE = "straggler"
-"""Field that is for those who watch the run, and in no file of records: these hold numbers."""
+"""Text field, for the terminal. Files of records contain numbers only."""
 OF_THE_RUN = frozenset(
     {
         *("loss", "loss_variance", "lr", "grad_norm", "grad_mean", "grad_std", "layer_grad_norms", "expert_imbalance"),
@@ -147,31 +147,31 @@ OF_THE_RUN = frozenset(
         *("memory_allocated_gib", "memory_reserved_gib", "own_min_s", "own_max_s", "slowest_rank"),
     }
 )
-"""Fields that only rank 0 writes: figures of the whole run, figures that follow from ``step_time_s``, and memory beside
-its peak. With a thousand ranks, every other byte of the records would repeat them."""
+"""Fields that only rank 0 writes: figures of the whole run, figures derived from ``step_time_s``, and memory apart from
+its peak. On all of a thousand ranks they would double the size of the records."""
 
 
 UNITS = ("tokens", "samples", "images")
-"""Units that throughput may count: a field of this name is a rank's own number in the step."""
+"""Units of throughput. A field with such a name is the number of this rank in the step."""
 FIRST_S = 0.25
-"""Until the first record is written; each wait is twice as long as the one before."""
+"""Seconds until the first record is written. Each wait is twice as long as the one before."""
 FOLLOWED_S = 5.0
-"""Longest wait on rank 0, whose records the launcher shows; so much of them a killed rank loses at most."""
+"""Longest wait on rank 0, seconds, whose records the launcher shows. A killed rank loses at most this time."""
 LONGEST_S = 8.0
-"""Longest wait on the other ranks, of which there may be thousands on one filesystem."""
+"""Longest wait on other ranks, seconds; thousands of them may share a filesystem."""
 KEPT_LINES = 10_000
-"""Records that wait for a filesystem that refuses them; older ones are dropped."""
+"""Records that are kept while they cannot be written; older records are dropped."""
 
 
 class RecordWriter:
-    """Appends the records of one rank to its file, in a thread of its own: a slow filesystem holds up no step.
+    """Writer of the records of a rank in a thread of its own, so that a slow filesystem delays no step.
 
-    The file is opened once. It is not locked: a rank is its only writer, and not every filesystem has locks.
+    The file is opened once. It is not locked: the rank is its only writer, and some filesystems have no locks.
 
     Args:
-        path: the rank's file.
-        longest_s: longest time for which records are gathered before they are written together; what a killed process
-            loses. The first records come sooner: a run that has just begun is looked at.
+        path: file of the rank.
+        longest_s: longest time for which records are collected before they are written together. A killed process
+            loses them. The first records are written sooner, because people watch the start of a run.
     """
 
     def __init__(self, path: Path, longest_s: float = FOLLOWED_S) -> None:
@@ -182,11 +182,11 @@ class RecordWriter:
         self._filled = threading.Event()
         self._writing = threading.Lock()
         self._file = -1
-        self._is_told = False
+        self._is_failing = False
         threading.Thread(target=self._write_on, name="step-records", daemon=True).start()
 
     def put(self, record: dict[str, Any]) -> None:
-        """Queue a record: plain values that belong to the writer from now on."""
+        """Queue a record of plain values. The caller must not change it later."""
         self._queue.append(record)
         if not self._filled.is_set():
             self._filled.set()
@@ -199,18 +199,20 @@ class RecordWriter:
             try:
                 self._write_lines()
             except OSError as error:
-                self._give_back()
-                if not self._is_told:
-                    self._is_told = True
+                if self._file >= 0:  # the next time the file is opened again, which ends a line that is partly written
+                    os.close(self._file)
+                    self._file = -1
+                if not self._is_failing:
+                    self._is_failing = True
                     say(f"step records of {self._path} are kept in memory, as they cannot be written: {error}")
 
     def _write_on(self) -> None:
         wait_s = FIRST_S
         while True:
             self._filled.wait()
-            time.sleep(min(wait_s, self._longest_s))  # what comes meanwhile goes along
+            time.sleep(min(wait_s, self._longest_s))  # collects more records
             wait_s = min(2 * wait_s, self._longest_s)
-            self._filled.clear()  # before the queue is emptied: a record that comes now wakes this thread again
+            self._filled.clear()  # before the flush: a record that comes now wakes this thread again
             self.flush()
 
     def _write_lines(self) -> None:
@@ -219,34 +221,28 @@ class RecordWriter:
         if self._file < 0:
             self._file = open_to_append(self._path)
         append_whole(self._file, b"".join(self._lines))
-        if self._is_told:
-            self._is_told = False
+        if self._is_failing:
+            self._is_failing = False
             say(f"step records of {self._path} are written again, {len(self._lines)} at once")
         self._lines.clear()
 
-    def _give_back(self) -> None:
-        """Open the file anew next time, which closes a line that was written in part."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
 
 def throughput(record: Mapping[str, Any]) -> tuple[float, str] | None:
-    """Units per second of the whole run that a step record tells, and which units; None if it tells none."""
+    """Return units per second of the whole run, and the unit, of a step record. None if the record has neither."""
     known = (unit for unit in UNITS if record.get(f"{unit}_per_s") is not None)
     unit = next(known, None)
     return None if unit is None else (float(record[f"{unit}_per_s"]), unit)
 
 
 def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Append records that hold ``step``, ``attempt``, ``time`` and what else is known to a rank's file, in one go."""
+    """Append records, each with ``step``, ``attempt`` and ``time`` at least, to a rank's file in one write."""
     append_lines(path, records)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of one rank in step order.
+    """Return the records of a rank in the order of steps.
 
-    A step that was lost with a crash and done again has two lines; the one of the later attempt counts.
+    A step that was lost in a crash and made again has two lines; the line of the later attempt counts.
     """
     latest: dict[int, dict[str, Any]] = {}
     for record in read_json_lines(path):
@@ -258,12 +254,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def is_record(value: Mapping[str, Any]) -> bool:
-    """Tell a step record from other lines: it names its step and its attempt."""
+    """Return whether a line is a step record: it has a step and an attempt."""
     return all(isinstance(value.get(name), int) for name in ("step", "attempt"))
 
 
 def recent_records(path: Path) -> list[dict[str, Any]]:
-    """Read the last step records of a rank, without reading the whole file."""
+    """Return the last step records of a rank, at most ``RECENT``, without reading the whole file."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -271,18 +267,11 @@ def recent_records(path: Path) -> list[dict[str, Any]]:
             lines = file.read().splitlines()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return []
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:  # the first line may be cut, the last one may be half written
-            continue
-        if isinstance(record, dict) and is_record(record):
-            records.append(record)
-    return records[-RECENT:]
+    # Skips a first line that is cut, and a last line that is half written.
+    return [record for record in parse_json_lines(lines) if is_record(record)][-RECENT:]
 
 
-# The objective of a run: one figure of its step records, by which a sweeper that searches chooses the next points.
+# Objective of a run: a figure of its step records, from which a sweeper that searches chooses the next points.
 
 
 class ObjectiveOf(Enum):
@@ -294,15 +283,15 @@ class ObjectiveOf(Enum):
 
 
 def objective_value(folder: RunFolder, name: str, of: ObjectiveOf) -> float | None:
-    """Return the objective of a run by the step records of its first rank that has them.
+    """Return the objective of a run by the step records of the first rank that has the figure.
 
     Args:
         folder: of the run.
         name: figure of the records, such as val_loss.
-        of: which of its values.
+        of: the value to choose.
 
     Returns:
-        The value; None where no record has the figure, or none that is finite.
+        The value; None if no record has a finite value.
     """
     for rank in folder.metric_ranks():
         found = [record[name] for record in read_records(folder.metrics(rank)) if is_number(record.get(name))]
@@ -313,7 +302,7 @@ def objective_value(folder: RunFolder, name: str, of: ObjectiveOf) -> float | No
 
 
 def step_figures() -> tuple[str, ...]:
-    """Names of the figures in the step records of a GPT that are one number each."""
+    """Return the names of the figures in a GPT's step records that are single numbers."""
     hints = get_type_hints(StepRecord)
     kinds = {name: set(get_args(hint)) or {hint} for name, hint in hints.items()}
     return tuple(
@@ -322,11 +311,11 @@ def step_figures() -> tuple[str, ...]:
 
 
 def refuse_unknown_figure(name: str | None, figures: Sequence[str] | None) -> None:
-    """Raise ConfigError for an objective that no step will record, before a run is trained for it.
+    """Raise ConfigError for an objective that no step will record, before the run is trained.
 
     Args:
-        name: figure that was requested; None for none.
-        figures: those that the program records; None where only the program knows.
+        name: requested figure; None without an objective.
+        figures: figures that the program records; None if only the program knows them.
     """
     if name is None or figures is None or name in figures:
         return
@@ -355,5 +344,5 @@ def refuse_absent(folder: RunFolder, name: str) -> ConfigError:
 
 
 def is_number(value: object) -> bool:
-    """Tell a finite number from what else a record may hold."""
+    """Return whether a value of a record is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,9 +1,8 @@
 """TensorBoard event files: the names of the curves, and a writer of scalars, texts, images and chart layouts.
 
-One table maps the fields of a step record to tags, so that every run shows the same curves under the same names. Files
-are written by tensorboard's own writer and messages. torch's SummaryWriter would load torch on the login node, and the
-functions of tensorboard that make texts, layouts and settings load TensorFlow. The step records are the data; event
-files are a view of them.
+A table maps the fields of a step record to tags, so that all runs show the same curves under the same names. The
+event files are a view of the step records. The writer and the messages are tensorboard's own: torch's SummaryWriter
+loads torch, and tensorboard's functions for texts, layouts and settings load TensorFlow.
 """
 
 from __future__ import annotations
@@ -62,19 +61,19 @@ TAGS = {
     "memory_peak_gib": "memory/peak_gib",
     "memory_reserved_gib": "memory/reserved_gib",
 }
-"""Field of a step record -> tag; the part before the slash is TensorBoard's group."""
+"""Field of a step record -> tag. The part before the slash is TensorBoard's group."""
 
 STRAGGLERS_TAG = "stragglers"
 """Tag of the texts that name slow ranks."""
 LAYER_TAG = "gradients/norm/"
-"""Before the name of a layer, in the tag of its gradient norm."""
+"""Prefix of the tag of a layer's gradient norm."""
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # colour type in the IHDR chunk -> channels (PNG specification, 11.2.1)
 
 
 class Curve(NamedTuple):
-    """Tags of one curve in a chart of the Custom Scalars tab, and of the band around it if there is one."""
+    """Tags of a curve in a chart of the Custom Scalars tab, and of the band around the curve if it has one."""
 
     value: str
     lower: str | None = None
@@ -82,13 +81,13 @@ class Curve(NamedTuple):
 
 
 OF_THE_STEP = frozenset({"step", "attempt", "time", *UNITS, "work"})
-"""Fields of a step record that are no curves: its number, its time and its amount of work."""
+"""Fields of a step record that are not curves: its number, its time and its amount of work."""
 
 
 def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """Name the curves of one step record: tag -> value. An unknown field has no tag.
+    """Return the curves of a step record: tag -> value.
 
-    Numbers of the program's own, such as ``accuracy``, are in the group ``train``, and rates in ``speed``.
+    The program's own numbers, such as ``accuracy``, are in the group ``train``, and its rates in ``speed``.
     """
     scalars = {tag: float(record[name]) for name, tag in TAGS.items() if record.get(name) is not None}
     for name in record.keys() - TAGS.keys() - OF_THE_STEP:
@@ -98,13 +97,13 @@ def record_scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class EventWriter:
-    """One event file in ``folder``; TensorBoard reads all files of a folder as one run, in the order of their start.
+    """Writer of an event file in ``folder``. TensorBoard reads all files of a folder as one run, in time order.
 
     Args:
         folder: the run of TensorBoard.
         purge_step: first step of a run that resumes. TensorBoard drops the points of earlier files from this step on,
-            because these steps were lost with the crash and are done again. None drops all points of earlier files.
-        flush_s: seconds after which an event reaches the disk at the latest.
+            because the steps were lost in a crash and are made again. None drops all points of earlier files.
+        flush_s: longest time until an event is on disk, seconds.
         suffix: end of the file's name.
     """
 
@@ -116,7 +115,7 @@ class EventWriter:
         suffix: str = "",
     ) -> None:
         self._writer = EventFileWriter(str(Path(folder)), flush_secs=flush_s, filename_suffix=suffix)
-        # In every file: TensorBoard takes the first such message of a run for its beginning and obeys the later ones.
+        # In every file: the first such message is the start of the run for TensorBoard, and later ones drop points.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._writer.add_event(event_pb2.Event(wall_time=clock.time(), step=purge_step or 0, session_log=start))
 
@@ -134,7 +133,7 @@ class EventWriter:
         """Add the curves of one step record."""
         scalars = record_scalars(record.as_dict()).items()
         values = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars]
-        # As one event: each wakes tensorboard's thread, which competes with the training for Python's lock.
+        # One event for all: each event wakes tensorboard's thread, which competes with the training for Python's lock.
         self._add(values, record.step, record.time)
         if record.straggler is not None:
             self.text(STRAGGLERS_TAG, record.straggler, record.step)
@@ -155,14 +154,14 @@ class EventWriter:
         self._add([summary_pb2.Summary.Value(tag=tag, image=image)], step)
 
     def layout(self, categories: Mapping[str, Mapping[str, Curve]]) -> None:
-        """Arrange the Custom Scalars tab: category -> title of a chart -> its curve, drawn for every run that has it.
+        """Arrange the Custom Scalars tab: category -> title of a chart -> curve.
 
-        All are margin charts: TensorBoard smooths its line charts by default, which falsifies curves of a few points.
-        One curve a chart: with two, TensorBoard complains of every run that has neither.
+        All are margin charts: TensorBoard smooths line charts by default, which falsifies curves of a few points. A
+        chart has one curve: with two, TensorBoard prints an error for every run without them.
         """
         layout = layout_pb2.Layout()
         for title, charts in categories.items():
-            # TensorBoard (2.21) puts each chart before the one it got earlier.
+            # TensorBoard (2.21) shows charts in reverse order.
             inverse = [_chart(title, curve) for title, curve in reversed(list(charts.items()))]
             layout.category.append(layout_pb2.Category(title=title, chart=inverse))
         metadata = custom_scalar_metadata.create_summary_metadata()
@@ -170,10 +169,10 @@ class EventWriter:
         self._add([_string_value(tag, layout.SerializeToString(), metadata)], step=0)
 
     def hparams(self, settings: Mapping[str, bool | float | str]) -> None:
-        """Make this a run of the HParams tab, with its settings; its scalars are the results.
+        """Add the run with its settings to the HParams tab. Its scalars are the results.
 
-        TensorBoard's "experiment", which names settings and results beforehand, is left out: TensorBoard uses the first
-        one below its folder for all sweeps of the folder. Without one it shows the settings of all sweeps.
+        Writes no "experiment", which declares settings and results: TensorBoard would use the first experiment below
+        its folder for all sweeps. Without an experiment it shows the settings of all sweeps.
         """
         start = plugin_data_pb2.SessionStartInfo(start_time_secs=clock.time())
         for name, value in settings.items():
@@ -193,7 +192,7 @@ class EventWriter:
         self._writer.flush()
 
     def close(self) -> None:
-        """Flush and close the file; more than once does no harm."""
+        """Flush and close the file. May be called several times."""
         self._writer.close()
 
     def _add(self, values: Sequence[summary_pb2.Summary.Value], step: int, time: float | None = None) -> None:
@@ -203,7 +202,7 @@ class EventWriter:
 
 
 def png_shape(png: bytes) -> tuple[int, int, int]:
-    """Width, height and channels from the header of a PNG file (PNG specification, 11.2.1).
+    """Return width, height and channels from the header of a PNG file (PNG specification, 11.2.1).
 
     Raises:
         ValueError: ``png`` is not a PNG file.
@@ -222,7 +221,7 @@ def _chart(title: str, curve: Curve) -> layout_pb2.Chart:
 
 
 def _string_value(tag: str, text: bytes, metadata: summary_pb2.SummaryMetadata) -> summary_pb2.Summary.Value:
-    """Make a summary with one string, the form that the plugins for texts and layouts read."""
+    """Return a summary with one string, the format that the plugins for texts and layouts read."""
     shape = tensor_shape_pb2.TensorShapeProto()
     tensor = tensor_pb2.TensorProto(dtype=types_pb2.DT_STRING, string_val=[text], tensor_shape=shape)
     return summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)
