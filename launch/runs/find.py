@@ -93,12 +93,10 @@ def generation(name: str) -> str:
 
 def sweep_overrides(points: Sequence[Sequence[str]]) -> list[str]:
     """Return the overrides of a sweep, made of those of its points: ``nodes=1,2,4``, ``optim.max_steps=60``."""
-    values: dict[str, list[str]] = {}
+    values: dict[str, dict[str, None]] = {}
     for override in (override for point in points for override in point if tells_apart(override)):
         key, _, value = override.partition("=")
-        values.setdefault(key, [])
-        if value not in values[key]:
-            values[key].append(value)
+        values.setdefault(key, {})[value] = None
     return [f"{key}={','.join(of_key)}" for key, of_key in values.items()]
 
 
