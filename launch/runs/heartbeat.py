@@ -89,6 +89,8 @@ class HeartbeatFile:
         # Items of a view are copied as a whole word, which struct.pack_into does not promise.
         self._times = view.cast("d")
         self._words = view.cast("q")
+        self._requests = [self._words[first : first + 4] for first in (REQUESTS, REQUESTS + 4)]
+        """CALLS, WANTS, HOLD and AT of each kind of request."""
         self._tired_of = 0
 
     # The rank's side.
@@ -110,7 +112,7 @@ class HeartbeatFile:
 
     def want(self, request: Request, value: int) -> None:
         """Request a stop because of signal ``value``, or the save number ``value``."""
-        self._words[REQUESTS + 4 * request + WANTS] = value
+        self._requests[request][WANTS] = value
 
     def ask(self, request: Request, limit_s: float) -> bool:
         """Count a poll; return true from the agreed stop on, and at the poll of the agreed save.
@@ -118,20 +120,19 @@ class HeartbeatFile:
         While the agents agree, this waits for them, at most ``limit_s``. After that a stop is obeyed, because one is
         certain and most ranks wait at the same poll; a save is not.
         """
-        words, first = self._words, REQUESTS + 4 * request
-        calls = words[first + CALLS] + 1
-        words[first + CALLS] = calls  # before it reads HOLD
-        if words[first + HOLD] > words[first + AT] and not self._wait(first, limit_s):
+        words = self._requests[request]
+        calls = words[CALLS] + 1
+        words[CALLS] = calls  # before it reads HOLD
+        if words[HOLD] > words[AT] and not self._wait(words, limit_s):
             return request is Request.stop
-        at = words[first + AT]
+        at = words[AT]
         return calls >= at > 0 if request is Request.stop else calls == at
 
-    def _wait(self, first: int, limit_s: float) -> bool:
-        words = self._words
+    def _wait(self, words: memoryview[int], limit_s: float) -> bool:
         deadline = time.monotonic() + limit_s
-        while words[first + HOLD] > words[first + AT]:
-            if words[first + HOLD] == self._tired_of or time.monotonic() > deadline:
-                self._tired_of = words[first + HOLD]  # a rank waits only once for a ticket
+        while words[HOLD] > words[AT]:
+            if words[HOLD] == self._tired_of or time.monotonic() > deadline:
+                self._tired_of = words[HOLD]  # a rank waits only once for a ticket
                 return False
             self._times[BEAT] = self._times[MOVED] = time.monotonic()
             time.sleep(WAIT_S)
@@ -151,21 +152,21 @@ class HeartbeatFile:
 
     def calls(self, request: Request) -> int:
         """Return the number of polls of the rank."""
-        return self._words[REQUESTS + 4 * request + CALLS]
+        return self._requests[request][CALLS]
 
     def wants(self, request: Request) -> int:
         """Return the last request of the rank; 0 if there was none."""
-        return self._words[REQUESTS + 4 * request + WANTS]
+        return self._requests[request][WANTS]
 
     def set_hold(self, request: Request, ticket: int) -> None:
         """Make the rank wait at its next poll."""
-        self._words[REQUESTS + 4 * request + HOLD] = ticket
+        self._requests[request][HOLD] = ticket
 
     def set_at(self, request: Request, call: int, cause: int = 0) -> None:
         """Set the poll at which the rank obeys the request."""
         if request is Request.stop:
             self._words[CAUSE] = cause
-        self._words[REQUESTS + 4 * request + AT] = call
+        self._requests[request][AT] = call
 
 
 def read(path: Path) -> RankHeartbeat | None:
