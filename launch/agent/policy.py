@@ -141,14 +141,12 @@ def decide_next(events: Events, cause: Cause, limits: ResilienceConfig, resumes:
     return Decision(action, f"{cause}, {seen} of {'any number' if limit is None else limit}{forgiven}")
 
 
-def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float | None) -> bool:
+def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float) -> bool:
     """Return whether the end of an attempt no longer counts: the run saved a newer checkpoint, some time ago.
 
     Both conditions are needed. With the checkpoint alone, a run could fail forever right after each save. With the time
     alone, waiting in the queue would be enough.
     """
-    if forgive_after_s is None:
-        return False
     place = next(number for number, event in enumerate(events) if event is end)
     steps = [(number, event["step"]) for number, event in enumerate(events) if event["event"] == "saved"]
     before = max((step for number, step in steps if number < place), default=-1)

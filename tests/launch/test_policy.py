@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -55,12 +57,11 @@ LIMITS = RestartLimits(crashed=2, hung=1, out_of_memory=0)
 
 def decide(
     events: Events, cause: Cause, limits: RestartLimits, without_progress: int, resumes: bool = True,
-    forgive_after_s: float | None = None,
+    forgive_after_s: float = math.inf,
 ) -> Decision:  # fmt: skip
-    config = ResilienceConfig(
-        max_restarts=limits, max_without_progress=without_progress, forgive_after_s=forgive_after_s
-    )
-    return decide_next(events, cause, config, resumes)
+    config = ResilienceConfig(max_restarts=limits, max_without_progress=without_progress)
+    with mock.patch.object(ResilienceConfig, "forgive_after_s", forgive_after_s):
+        return decide_next([{"time": 0.0, **event} for event in events], cause, config, resumes)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def timed(events: Events, hours: float) -> Events:
     ("causes", "hours", "forgive_after_s", "stops"),
     [
         ([Cause.crashed] * 100, 2, 3600, False),  # weeks, with a new checkpoint between any two
-        ([Cause.crashed] * 100, 2, None, True),
+        ([Cause.crashed] * 100, 2, math.inf, True),
         ([Cause.crashed] * 3, 2, 4 * 3600 + 1, True),
         ([Cause.crashed] * 3, 2, 4 * 3600, False),  # the first counts no longer
         ([Cause.crashed] * 3, 0.1, 3600, True),  # too many in an hour, although each has saved
@@ -138,7 +139,7 @@ def timed(events: Events, hours: float) -> Events:
     ],
 )
 def test_failures_are_forgiven_after_progress(
-    causes: list[Cause], hours: float, forgive_after_s: float | None, stops: bool
+    causes: list[Cause], hours: float, forgive_after_s: float, stops: bool
 ) -> None:
     events = timed(history(*causes), hours)
     decision = decide(events, causes[-1], LIMITS, 3, forgive_after_s=forgive_after_s)

@@ -142,6 +142,7 @@ def test_a_batch_script_without_gpus_is_refused_where_all_nodes_have_some(monkey
 
     def refuse(slurm: SlurmFacts, *words: str) -> None:
         monkeypatch.setattr(facts, "ask_slurm", lambda: slurm)  # in place of the commands of a cluster
+        monkeypatch.setattr(facts, "torch_version", lambda: slurm.torch)
         batch.refuse_idle_gpus(typed_config(compose_launch(["cluster=slurm", *TINY, *words])), job)
 
     with pytest.raises(ConfigError, match="a job without GPUs") as refusal:

@@ -56,7 +56,7 @@ def test_too_short_a_grace_falls_back_to_the_periodic_checkpoint(sandbox: Cluste
     assert saved == max(e["step"] for e in events if e["event"] == "saved" and e["attempt"] == 1)
     ended = next(e for e in events if e["event"] == "attempt_ended")
     assert (ended["attempt"], ended["cause"]) == (1, "preempted"), (events, (tmp_path / "log").read_text())
-    assert ended["reason"] == f"killed before it could save; goes on from step {saved}"
+    assert ended["reason"] == f"killed before it could save; continues from step {saved}"
     assert [from_step(here, attempt) for attempt in (1, 2)] == [0, saved]
     first, second = (e for e in events if e["event"] == "agent_started")
     assert (first["gpus"], first["limit_s"]) == (1, 3600) and first["allocated_at"] <= first["time"]
