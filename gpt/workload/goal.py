@@ -5,6 +5,7 @@ Imports no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -104,7 +105,7 @@ def as_set_up(config: TrainConfig, choice: LayoutChoice, world_size: int, machin
         *(f"recompute={config.recompute.name}", "parallel=auto"),
     ]
     return SetUp(
-        parallelism=describe(choice.parallel, choice.dims).replace(" dp_replicate=1", ""),
+        parallelism=re.sub(r" dp_replicate=1\b", "", describe(choice.parallel, choice.dims)),
         micro_batch=choice.batch.micro,
         step_s=found.step_s,
         work_per_step=found.tokens,
