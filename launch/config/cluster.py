@@ -9,7 +9,7 @@ import re
 from dataclasses import astuple, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Any, Optional
 
 from omegaconf import MISSING
 
@@ -65,7 +65,7 @@ class PlacementConfig:
 class LinkConfig:
     """One kind of link, in one direction."""
 
-    latency_us: ClassVar[float] = 2.0
+    latency_us: float = key(2.0, "Latency of a message.", unit="us", least=0)
     bandwidth_gb_per_s: Optional[float] = key(
         None,
         "Bandwidth, 10^9 bytes a second. null: of the vendor's own system with such GPUs, else PCIe or 100 Gbit/s.",
@@ -78,7 +78,7 @@ class LinkConfig:
 class NodeLinkConfig(LinkConfig):
     """A link between nodes."""
 
-    latency_us: ClassVar[float] = 5.0
+    latency_us: float = key(5.0, "Latency of a message.", unit="us", least=0)
 
 
 @dataclass
