@@ -336,7 +336,7 @@ LAST = "last"
 
 @dataclass(frozen=True)
 class Continuation:
-    """How a command continues the run of a folder."""
+    """Continuation of the run in a folder by a command."""
 
     back_to: int | None = None
     """Step of the checkpoint that the run goes back to; None if it continues from the newest one."""

@@ -100,7 +100,7 @@ class Progress:
         self._polled = 0.0
         self._cut = False
         self.matched = False
-        """Whether any line has matched so far."""
+        """True after a first line has matched."""
 
     def poll(self) -> None:
         """Read the new lines, at most once a second."""
