@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, BinaryIO
 
 from gpt.config import TokenFileFormat
-from gpt.data.tokenizers import CharTokenizer, Tokenizer
 from launch.errors import ConfigError, closest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Lengths = npt.NDArray[np.int64]
 
 # Readers of token files. They read headers only.
 #
@@ -198,8 +199,6 @@ LLMC_SHARD_TOKENS = 100_000_000  # as in llm.c's fineweb.py
 MEGATRON_SEQUENCE_LIMIT = 1 << 30  # lengths are int32
 UINT16_VOCAB = 1 << 16
 
-Lengths = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class WrittenFile:
@@ -245,14 +244,6 @@ def write_split(
         written.append(_write_file(folder / f"{split}.idx", _megatron_index(dtype, lengths), None))
     assert written[0].tokens == tokens, f"{split}: {written[0].tokens} tokens, expected {tokens}"
     return written
-
-
-def write_meta(folder: Path, vocab_size: int, tokenizer: Tokenizer | None) -> None:
-    """Write nanoGPT's ``meta.pkl``: its train.py reads the vocabulary size, its sample.py the characters."""
-    meta: dict[str, object] = {"vocab_size": vocab_size}
-    if isinstance(tokenizer, CharTokenizer):
-        meta |= {"stoi": dict(tokenizer.ids), "itos": dict(enumerate(tokenizer.characters))}
-    (folder / "meta.pkl").write_bytes(pickle.dumps(meta, protocol=4))  # readable by any Python since 3.4
 
 
 class _HashedFile:
@@ -315,6 +306,8 @@ class _Portions:
 
 def _megatron_index(dtype: str, lengths: Iterable[Lengths]) -> Iterator[bytes]:
     """Yield Megatron's index: every document is one sequence, or several if it is too long for the format."""
+    import numpy as np  # imported here, so that the look-up of a corpus stays quick
+
     sizes = np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
     counts = np.maximum(1, -(-sizes // MEGATRON_SEQUENCE_LIMIT))
     if (counts > 1).any():
@@ -328,6 +321,8 @@ def _megatron_index(dtype: str, lengths: Iterable[Lengths]) -> Iterator[bytes]:
 
 def _split_length(size: int, count: int) -> Lengths:
     """Split a length into ``count`` parts within the limit."""
+    import numpy as np
+
     parts = np.full(count, MEGATRON_SEQUENCE_LIMIT, dtype=np.int64)
     parts[-1] = size - MEGATRON_SEQUENCE_LIMIT * (count - 1)
     return parts

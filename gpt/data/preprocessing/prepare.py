@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,8 +30,8 @@ from gpt.data.preprocessing.worker import (
     tokenize_shards,
     vocab_size_for,
 )
-from gpt.data.token_file import ITEM_BYTES, WrittenFile, write_meta, write_split
-from gpt.data.tokenizers import ABOUT, Tokenizer
+from gpt.data.token_file import ITEM_BYTES, WrittenFile, write_split
+from gpt.data.tokenizers import ABOUT, CharTokenizer, Tokenizer
 from gpt.data.tokenizers.registry import describe_tokenizer, load_tokenizer, save_tokenizer
 from launch.errors import ConfigError
 from launch.runs.files import write_json
@@ -115,7 +116,7 @@ def merge_shards(spec: PreprocessingSpec, shards: list[Shard], parts: Path, toke
         for split in (TRAIN, VAL)
     ]
     if spec.config.layout is TokenFileFormat.nanogpt:
-        write_meta(whole, vocab_size_for(spec, tokenizer), tokenizer)
+        _write_meta(whole, vocab_size_for(spec, tokenizer), tokenizer)
     if tokenizer is not None:
         save_tokenizer(tokenizer, whole / TOKENIZER)
         sizes = tokenizer.token_bytes()
@@ -123,6 +124,14 @@ def merge_shards(spec: PreprocessingSpec, shards: list[Shard], parts: Path, toke
         if sizes is not None:
             (whole / TOKEN_BYTES).write_bytes(sizes.astype("<u4").tobytes())
     write_json(whole / MANIFEST, _manifest(spec, plan, written, dtype, tokenizer))
+
+
+def _write_meta(folder: Path, vocab_size: int, tokenizer: Tokenizer | None) -> None:
+    """Write nanoGPT's ``meta.pkl``: its train.py reads the vocabulary size, its sample.py the characters."""
+    meta: dict[str, object] = {"vocab_size": vocab_size}
+    if isinstance(tokenizer, CharTokenizer):
+        meta |= {"stoi": dict(tokenizer.ids), "itos": dict(enumerate(tokenizer.characters))}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta, protocol=4))  # readable by any Python since 3.4
 
 
 def _refuse_empty(spec: PreprocessingSpec, plan: _MergePlan) -> None:
