@@ -26,8 +26,7 @@ from gpt.topology.dims import split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed
-from tests.support.learning import TINY, start, step
-from tests.support.watching import held_bytes
+from tests.support.learning import TINY, held_bytes, start, step
 
 SIZE = ("model.n_layer=4", "model.n_embd=512", "model.n_head=8", "model.vocab_size=4096", "optim.max_micro_batch=2")
 """Wide enough that DeepSpeed's stage 3 shares the matrices: it leaves those of less than 100,000 elements whole. Each

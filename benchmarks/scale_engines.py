@@ -38,9 +38,8 @@ from tests.model.test_loss import computed, torchs, traffic
 from tests.parallel import test_fsdp_groups as fsdp_groups
 from tests.parallel import test_materialize as materialized
 from tests.support.distributed import run_distributed
-from tests.support.learning import compose, config_from, start, start_composed
+from tests.support.learning import Operations, compose, config_from, host_waits, start, start_composed
 from tests.support.small_models import LLAMA, small
-from tests.support.watching import Operations, host_waits
 from tests.training import test_host_waits as waits
 from tests.training import test_loop as loop
 

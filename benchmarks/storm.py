@@ -49,7 +49,7 @@ from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, ROOT, TINY, environment
 
 SPARE = ("spare_nodes=1", "resilience.node_timeout_s=5")
-PROGRAM = ROOT / "tests" / "support" / "checkpointing.py"
+PROGRAM = ROOT / "tests" / "support" / "programs" / "checkpointing.py"
 STEPS_PER_FAULT = 600
 """Steps of half a minute of sleeping, so that the run is not done before all faults have come."""
 STEP_S = 0.05

@@ -33,9 +33,9 @@ from benchmarks.storm import SPARE, slurm_version
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import heal, power_cut, preempt
 from slurm.sandbox.state import SandboxError
+from tests.support.checkpoints import differing, read_weights
 from tests.support.commands import TINY, run
-from tests.support.storm import StormyRun
-from tests.support.weights import differing, read_weights
+from tests.support.runs import StormyRun
 
 STEPS = 250
 WORDS = (f"optim.max_steps={STEPS}", "eval.interval=0", "checkpoint.interval=50", "model.dropout=0.1")

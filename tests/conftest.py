@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import cache
+from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from launch.process import lasting_imports
 from launch.runs import files as unwritten
+from tests.support import commands, distributed
 from tests.support.commands import SHARED, STARTED, end_servers, kill_all, shared_servers
-from tests.support.cost import is_quick, seconds
 
 # Where containers set this, every interpreter that a test starts would compile all of this project anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -86,8 +91,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | 
     """Have two workers wait while the others compute."""
     if config.getoption("dist") != "loadfile":
         return None
-    from tests.support.cost import WaitingBesideComputing
-
     return WaitingBesideComputing(config, log)
 
 
@@ -114,3 +117,146 @@ def nothing_is_left() -> Iterator[None]:
     for process in STARTED[before:]:
         if process.poll() is None:
             kill_all(process)
+
+
+# Cost of tests: seconds of files, as measured; which tests are quick; and which worker takes which file.
+
+STARTERS: tuple[object, ...] = (subprocess, commands.run, commands.start, distributed.run_distributed)
+SECONDS = {
+    "accounting/test_counts.py": 16,
+    "accounting/test_memory.py": 18,
+    "checkpoint/test_crashes.py": 18,
+    "checkpoint/test_in_memory.py": 18,
+    "components/test_custom_parts.py": 15,
+    "data/test_prepare.py": 34,
+    "data/test_synthetic.py": 20,
+    "examples/test_examples.py": 45,
+    "examples/test_programs.py": 21,
+    "examples/test_workloads.py": 25,
+    "launch/test_agent.py": 20,
+    "launch/test_auto.py": 20,
+    "launch/test_budget.py": 21,
+    "launch/test_code_changes.py": 25,
+    "launch/test_damaged_folders.py": 11,
+    "launch/test_doctor_requests.py": 14,
+    "launch/test_dry_run.py": 10,
+    "launch/test_failures.py": 60,
+    "launch/test_fewer_nodes.py": 19,
+    "launch/test_memory_restarts.py": 25,
+    "launch/test_optional_libraries.py": 10,
+    "launch/test_placement.py": 11,
+    "launch/test_refusals.py": 25,
+    "launch/test_policy.py": 25,
+    "launch/test_slurm_points.py": 28,
+    "launch/test_status.py": 12,
+    "launch/test_storm.py": 80,
+    "launch/test_strangers.py": 16,
+    "launch/test_sweep.py": 50,
+    "launch/test_watch.py": 15,
+    "launch/test_worker.py": 32,
+    "model/test_components.py": 15,
+    "model/test_moe.py": 20,
+    "parallel/test_context.py": 25,
+    "parallel/test_deepspeed.py": 35,
+    "parallel/test_deepspeed_pipeline.py": 18,
+    "parallel/test_equivalence.py": 18,
+    "parallel/test_expert.py": 22,
+    "parallel/test_materialize.py": 10,
+    "parallel/test_memory.py": 25,
+    "parallel/test_pipeline.py": 38,
+    "parallel/test_tensor.py": 40,
+    "planning/test_choice.py": 15,
+    "report/test_dashboard_in_browser.py": 10,
+    "report/test_projection.py": 13,
+    "report/test_report_files.py": 12,
+    "runs/test_full_disk.py": 18,
+    "slurm/test_batch_script.py": 59,
+    "slurm/test_doctor_on_slurm.py": 83,
+    "slurm/test_in_place_on_slurm.py": 68,
+    "slurm/test_launch_on_slurm.py": 74,
+    "slurm/test_lost_nodes_on_slurm.py": 121,
+    "slurm/test_placement_on_slurm.py": 40,
+    "slurm/test_requeue_on_slurm.py": 193,
+    "slurm/test_runs_on_slurm.py": 175,
+    "slurm/test_sandbox.py": 30,
+    "slurm/test_sandbox_faults.py": 33,
+    "test_docs.py": 47,
+    "test_gpu_script.py": 17,
+    "test_readme.py": 74,
+    "test_structure.py": 15,
+    "test_wheel.py": 21,
+    "tools/test_export.py": 19,
+    "training/test_divergence.py": 30,
+    "training/test_execution.py": 40,
+    "training/test_extend.py": 18,
+    "training/test_loss_scale.py": 20,
+    "training/test_metrics.py": 11,
+    "training/test_phases.py": 17,
+    "training/test_reference.py": 16,
+    "training/test_resume.py": 50,
+}
+"""Seconds of the files that take longest, on one of two cores; of what is not named, fewer than twelve."""
+WAITS = "slurm"
+"""The folder of tests that mostly wait: for Slurm to notice something, to schedule, to give up."""
+
+TESTS = Path(__file__).resolve().parent
+
+
+def seconds(path: Path) -> int:
+    """Seconds that a file of tests is known to take, 0 where that is not much."""
+    return SECONDS.get(path.relative_to(TESTS).as_posix(), 0)
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """A test that starts no process, as far as can be seen, in a file that is not known to take long."""
+    if not isinstance(item, pytest.Function) or seconds(item.path) or item.path.parent.name == WAITS:
+        return False
+    fixtures = [found.func for every in item._fixtureinfo.name2fixturedefs.values() for found in every]
+    return not any(_starts_anything(function) for function in (item.function, *fixtures))
+
+
+@cache
+def _starts_anything(function: Callable[..., Any]) -> bool:
+    return _starts(function, set())
+
+
+def _starts(function: Callable[..., Any], seen: set[object]) -> bool:
+    """Look in a function of the tests, and in those of the tests that it names, for something that starts processes."""
+    function = getattr(getattr(function, "hypothesis", None), "inner_test", function)
+    function = getattr(function, "__wrapped__", function)
+    if isinstance(function, type):
+        return any(_starts(member, seen) for member in vars(function).values() if isinstance(member, FunctionType))
+    if not isinstance(function, FunctionType) or function in seen or not function.__module__.startswith("tests"):
+        return False
+    seen.add(function)
+    for name in _names(function.__code__):
+        value = function.__globals__.get(name)
+        if any(value is starter for starter in STARTERS) or (callable(value) and _starts(value, seen)):
+            return True
+    return False
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+# Files on workers, in the order in which they are to be started: the last two workers take those that wait.
+
+
+def waiting(workers: int) -> int:
+    """Number of workers that begin with the files that wait: each starts a sandbox of its own."""
+    return 2 if workers > 3 else min(1, workers - 1)
+
+
+class WaitingBesideComputing(LoadFileScheduling):
+    """A worker takes the first file of its own kind that is left, and one of the other kind where there is none."""
+
+    def _assign_work_unit(self, node: Any) -> None:
+        for_waiting = any(node is one for one in self.nodes[len(self.nodes) - waiting(len(self.nodes)) :])
+        of_its_kind = [scope for scope in self.workqueue if (f"{WAITS}/" in scope) == for_waiting]
+        if of_its_kind:
+            self.workqueue.move_to_end(of_its_kind[0], last=False)
+        super()._assign_work_unit(node)

@@ -27,7 +27,7 @@ from tests.support.commands import (
 )
 from tests.support.distributed import RankFailedError, run_distributed
 from tests.support.forking import ForkedProcess, Job, Server
-from tests.support.scripts import LOCAL, write_script
+from tests.support.runs import LOCAL, write_script
 
 
 def asked(*words: str, env: dict[str, str], cwd: Path, **more: Any) -> Job | None:

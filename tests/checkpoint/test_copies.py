@@ -20,9 +20,9 @@ from gpt.config.optim import CheckpointConfig
 from launch.errors import ConfigError
 from launch.runs.events import uncopied_text
 from launch.runs.folder import RunFolder
+from tests.support.checkpoints import read_weights
 from tests.support.commands import TINY, run
 from tests.support.distributed import run_distributed
-from tests.support.weights import read_weights
 
 SMALL = (*(word for word in TINY if not word.startswith("data.")), "data=synthetic", "logging.tensorboard=false")
 

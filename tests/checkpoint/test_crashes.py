@@ -17,7 +17,7 @@ from gpt.checkpoint import CheckpointStore
 from gpt.checkpoint.saving import Saved
 from gpt.checkpoint.verify import saved_checkpoints
 from gpt.checkpoint.writer import ProcessWriter
-from tests.support.crashing import DiskCalls
+from tests.support.checkpoints import DiskCalls
 from tests.support.distributed import RankFailedError, run_distributed
 
 NEVER = 10**9

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from gpt.checkpoint import CheckpointError, CheckpointStore
 from launch.errors import ConfigError
+from tests.support.checkpoints import Trained
 from tests.support.distributed import run_distributed
-from tests.support.tiny import Trained
 
 NEWEST, BEFORE = "step_00000020", "step_00000010"
 OF_RANKS = (("__0_0.distcp", "__1_0.distcp"), ("rank_00000.pt", "rank_00001.pt"))

@@ -23,10 +23,10 @@ from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.worker.memory import CHUNK, Place, Store, StoreClient, StoreError, Upload, serve_ranks
 from launch.workload import PlanRequest
+from tests.support.checkpoints import Trained
 from tests.support.commands import TINY
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
-from tests.support.tiny import Trained
 
 SECRET = "a secret of this job"
 

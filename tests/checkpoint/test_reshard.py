@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gpt.checkpoint import CheckpointStore
+from tests.support.checkpoints import Trained
 from tests.support.distributed import run_distributed
-from tests.support.tiny import Trained
 
 STRATEGIES = ("ddp", "fsdp")
 WORLD_SIZES = (1, 2, 4)

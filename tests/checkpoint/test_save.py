@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from gpt.checkpoint import CheckpointError, CheckpointStore, OutdatedAttemptError
 from launch.errors import ConfigError
+from tests.support.checkpoints import Trained
 from tests.support.distributed import RankFailedError, run_distributed
-from tests.support.tiny import Trained
 
 
 def refuse_writes(*args: Any, **kwargs: Any) -> Any:

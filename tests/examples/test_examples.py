@@ -18,7 +18,7 @@ from launch.runs.records import read_records
 from tests.support.commands import STARTED, environment, fork_server, run, start_fork, wait_for
 from tests.support.distributed import run_distributed
 from tests.support.forking import Job
-from tests.support.scripts import (
+from tests.support.runs import (
     EXAMPLES,
     LOCAL,
     PROGRESS,

@@ -17,7 +17,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.script.arguments import Style, written_options
 from tests.support.commands import run
-from tests.support.scripts import LOCAL, causes, printed, write_script
+from tests.support.runs import LOCAL, causes, printed, write_script
 
 # Settings from a file of Python and then from arguments, and a line for each step, in the form that nanoGPT prints.
 PRINTING = """

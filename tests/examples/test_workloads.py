@@ -16,7 +16,7 @@ from launch.plan.preflight import plan_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import ROOT, run
-from tests.support.scripts import causes, write_script
+from tests.support.runs import causes, write_script
 
 SCRIPT = ("workload=script", "script.path=train.py")
 

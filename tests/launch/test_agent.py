@@ -16,7 +16,7 @@ from launch.errors import ConfigError
 from launch.plan.plan import make_plan
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run
-from tests.support.scripts import LOCAL, write_script
+from tests.support.runs import LOCAL, write_script
 
 WRITE = """
 import os, sys

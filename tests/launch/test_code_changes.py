@@ -24,7 +24,7 @@ from launch.runs.records import read_records
 from launch.slurm.jobs import sbatch_text
 from tests.launch.test_dry_run import plan
 from tests.support.commands import ROOT, TINY, descendants, ranks_of, run, start, start_fork, wait_for
-from tests.support.storm import paced
+from tests.support.runs import paced
 
 
 @pytest.fixture

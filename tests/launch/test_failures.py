@@ -90,7 +90,7 @@ def sabotaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, RunFolder]
 def run_sabotaged(folder: Path, *words: str, **environment: str) -> tuple[str, RunFolder]:
     """A run of two ranks with a mistake in its code; with SABOTAGED_LR rank 1 takes that for the learning rate."""
     (folder / "sitecustomize.py").write_text(SABOTAGE)
-    shutil.copy(ROOT / "tests" / "support" / "fake_pynvml.py", folder / "pynvml.py")
+    shutil.copy(ROOT / "tests" / "support" / "programs" / "fake_pynvml.py", folder / "pynvml.py")
     path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     words = ("nodes=2", *TINY, "optim.max_steps=9", UNDRAWN, f"run_dir={folder / 'run'}", *words)
     text = run("launch", *words, cwd=folder, status=1, PYTHONPATH=path, SABOTAGE="1", **environment)

@@ -27,8 +27,7 @@ from launch.slurm.jobs import sbatch_text
 from launch.slurm.status import find_run_status, poll
 from launch.storm.drill import Recovery, recoveries
 from tests.support.commands import agents_of, descendants, run, start_fork, wait_for
-from tests.support.counting import COUNTING, checkpoint, from_step, options
-from tests.support.scripts import LOCAL
+from tests.support.runs import COUNTING, LOCAL, checkpoint, from_step, options
 
 
 def plan(*words: str, kind: ClusterKind = ClusterKind.slurm) -> Plan:

@@ -19,7 +19,7 @@ from launch.config.compose import compose_launch, typed_config
 from launch.runs.environment import Gpu, visible_gpus
 from launch.runs.folder import RunFolder
 from tests.support.commands import ROOT, environment, is_alive, run, wait_for
-from tests.support.scripts import LOCAL, printed, write_script
+from tests.support.runs import LOCAL, printed, write_script
 
 PROGRAM = """
 import atexit, json, os, random, signal, sys, threading, time

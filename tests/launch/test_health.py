@@ -35,7 +35,7 @@ from launch.errors import ConfigError
 from launch.runs.environment import Gpu, GpuSample, append_samples, read_samples, telemetry_nodes
 from launch.runs.folder import RunFolder
 from tests.support.commands import run
-from tests.support.scripts import LOCAL, write_script
+from tests.support.runs import LOCAL, write_script
 
 A, B, C = "0000:3b:00.0", "0000:d8:00.0", "0000:e1:00.0"
 
@@ -198,7 +198,7 @@ def test_a_node_that_falls_sick_between_two_starts_is_named_and_refused(tmp_path
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """nvidia-ml-py with three GPUs, one of them another job's."""
-    fake = importlib.reload(importlib.import_module("tests.support.fake_pynvml"))
+    fake = importlib.reload(importlib.import_module("tests.support.programs.fake_pynvml"))
     monkeypatch.setattr(fake, "LISTED", 3)
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     yield fake

@@ -37,7 +37,7 @@ def test_a_killed_rank_and_a_lost_node_are_back_from_memory_with_the_same_weight
     where = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1", "SUBMITIT_LOCAL_NTASKS": str(AGENTS)}
     agents = [
         start_fork(
-            "tests.support.doomed_agent",
+            "tests.support.programs.doomed_agent",
             str(doomed.path),
             cwd=tmp_path,
             log=tmp_path / f"agent_{index}",

@@ -19,10 +19,10 @@ from launch.storm.__main__ import require_own
 from launch.storm.drill import Interruption, choose_kinds, first_save, make_schedule
 from launch.storm.injection import DISK, KINDS, SANDBOX, SLURM, SPARES, FaultError, Site
 from tests.support.commands import ROOT, run, start_fork
-from tests.support.scripts import LOCAL
+from tests.support.runs import LOCAL
 
 LOCAL_KINDS = [name for name, kind in KINDS.items() if not kind.needs]
-PROGRAM = ROOT / "tests" / "support" / "checkpointing.py"
+PROGRAM = ROOT / "tests" / "support" / "programs" / "checkpointing.py"
 
 
 def words(steps: int, step_s: float) -> list[str]:

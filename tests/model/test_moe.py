@@ -27,8 +27,8 @@ from gpt.model.gpt import GPT, initialize
 from tests.model.test_components import TINY, check_gradients
 from tests.model.test_transformers import assert_equal_logits, shaken
 from tests.support.distributed import run_distributed
+from tests.support.learning import Operations
 from tests.support.small_models import LLAMA, MOE, random_tokens, small
-from tests.support.watching import Operations
 
 KINDS = (Ffn.standard, Ffn.swiglu, Ffn.geglu)
 

@@ -16,8 +16,8 @@ from gpt.model.gpt import GPT
 from gpt.parallel.nd import apply_fsdp, prefetch_forward
 from gpt.topology.dims import fsdp_units
 from launch.errors import ConfigError
+from tests.support.learning import Operations
 from tests.support.small_models import LLAMA, random_tokens, small
-from tests.support.watching import Operations
 
 RANKS, BLOCKS = 8, 5
 UNTIED = small(**LLAMA, n_layer=BLOCKS)

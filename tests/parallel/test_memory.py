@@ -13,8 +13,7 @@ from gpt.topology.dims import split_batch
 from gpt.topology.pipeline import rank_stages
 from gpt.topology.rules import check_parallel_dims
 from tests.support.distributed import run_distributed
-from tests.support.learning import BATCH, DEEPSPEED, MODELS, compose, start_composed, step
-from tests.support.watching import held_bytes, living_bytes
+from tests.support.learning import BATCH, DEEPSPEED, MODELS, compose, held_bytes, living_bytes, start_composed, step
 
 WORDS = ["model.n_head=4"]
 LAYERS = "model.n_layer=4"

@@ -19,8 +19,7 @@ from gpt.parallel import ddp
 from gpt.parallel.ddp import GradientReducer, all_gather_rows, split_into_buckets, split_parameter
 from gpt.parallel.dtensor import local_tensor
 from tests.support.distributed import run_distributed
-from tests.support.learning import TINY, start, step
-from tests.support.watching import Operations
+from tests.support.learning import TINY, Operations, start, step
 
 PARAMETERS = 219
 SHAPES = [(7, 3), (1, 5), (8,), (2, 2, 2), (3,), (16, 4), (4, 0)]

@@ -23,7 +23,7 @@ from launch.runs.environment import (
 )
 from launch.runs.folder import RunFolder
 from tests.support.commands import ROOT, environment
-from tests.support.scripts import LOCAL, printed, write_script
+from tests.support.runs import LOCAL, printed, write_script
 
 RING = """
 import os, sys, threading

@@ -17,7 +17,7 @@ from launch.runs.records import read_records
 from launch.storm import injection
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ROOT, TIMEOUT_S, TINY, environment, run, wait_for
-from tests.support.counting import COUNTING, options
+from tests.support.runs import COUNTING, options
 
 STEPS = 12
 WORDS = [*TINY, f"optim.max_steps={STEPS}", "eval.interval=0"]

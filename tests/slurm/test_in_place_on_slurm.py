@@ -22,7 +22,7 @@ from launch.slurm.jobs import agent_logs, job_of
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import cut_link
 from tests.support.commands import ON_SLURM, run, start_fork, wait_for
-from tests.support.counting import COUNTING, PROGRAM, checkpoint, from_step, options
+from tests.support.runs import COUNTING, PROGRAM, checkpoint, from_step, options
 
 pytestmark = pytest.mark.slurm
 

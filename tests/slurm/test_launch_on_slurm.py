@@ -23,7 +23,7 @@ from launch.slurm.submit import submit_slurm
 from slurm.sandbox import state as sandbox_state
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, TINY, run, start, start_fork, wait_for
-from tests.support.counting import COUNTING, checkpoint, options
+from tests.support.runs import COUNTING, checkpoint, options
 
 pytestmark = pytest.mark.slurm
 

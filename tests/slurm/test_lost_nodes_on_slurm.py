@@ -13,7 +13,7 @@ from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import cut_link, freeze, power_cut
 from tests.support.commands import ON_SLURM, start_fork, wait_for
-from tests.support.counting import COUNTING, from_step, options
+from tests.support.runs import COUNTING, from_step, options
 
 pytestmark = pytest.mark.slurm
 

@@ -17,7 +17,7 @@ from launch.slurm.jobs import SlurmJob, ask_queue, job_of
 from launch.slurm.status import RunStatus, find_run_status
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, is_alive, run, wait_for
-from tests.support.counting import COUNTING, options
+from tests.support.runs import COUNTING, options
 
 pytestmark = pytest.mark.slurm
 

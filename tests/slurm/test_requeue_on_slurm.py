@@ -13,10 +13,9 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.faults import heal, power_cut, preempt
+from tests.support.checkpoints import differing, read_weights
 from tests.support.commands import TINY, start_fork
-from tests.support.counting import COUNTING, checkpoint, from_step, options
-from tests.support.storm import StormyRun, paced
-from tests.support.weights import differing, read_weights
+from tests.support.runs import COUNTING, StormyRun, checkpoint, from_step, options, paced
 
 pytestmark = pytest.mark.slurm
 

@@ -19,17 +19,20 @@ from tests.launch.test_own_names import gpt_launch, make_project, point
 from tests.slurm.test_batch_script import submit_batch_script, wait_for_end
 from tests.slurm.test_requeue_on_slurm import of
 from tests.support.commands import ON_SLURM, ROOT, TINY, run, start_fork, wait_for
-from tests.support.counting import COUNTING, checkpoint, from_step, options
-from tests.support.scripts import (
+from tests.support.runs import (
+    COUNTING,
     EXAMPLES,
     PROGRESS,
+    StormyRun,
     causes,
+    checkpoint,
     first_step,
+    from_step,
+    options,
     printed,
     printed_loss,
     write_script,
 )
-from tests.support.storm import StormyRun
 
 pytestmark = pytest.mark.slurm
 

@@ -1,16 +1,22 @@
-"""Run a function on several real processes joined by gloo, and get every rank's result. For tests of collective code.
+"""Run a function on several real processes joined by gloo, and get every rank's result.
 
-Owns the processes: however a test ends, none is left. Must not know what is tested.
+However a test ends, no process is left. ``python -m tests.support.distributed FOLDER TIMEOUT`` is one rank.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
+import random
 import signal
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -82,7 +88,7 @@ def _start(rank: int, world_size: int, folder: str, timeout_s: float, imports: S
         DATA_FOLDER: _data_folder().name,
     }
     # What some ranks import, they also start: DeepSpeed converts its checkpoints in a process of its own.
-    job = Job("tests.support.rank", (folder, str(timeout_s)), str(Path.cwd()), environment, alone=not imports)
+    job = Job("tests.support.distributed", (folder, str(timeout_s)), str(Path.cwd()), environment, alone=not imports)
     return fork_server(*imports).start(job)
 
 
@@ -119,3 +125,42 @@ def _raise_first_failure(ranks: list[ForkedProcess], answers: dict[int, _Answer]
     if errors:
         rank = min(errors, key=lambda r: errors[r].time)
         raise RankFailedError(rank, errors[rank].error or "")
+
+
+def main(folder: Path, timeout_s: float) -> None:
+    """Be a rank: join the group, call the function, and leave after all ranks have answered.
+
+    ``folder/work`` has the function; ``folder/answer_RANK`` gets the time, the result and the error.
+    """
+    import numpy
+    import torch
+    import torch.distributed as dist
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    faulthandler.dump_traceback_later(0.9 * timeout_s)
+    torch.set_num_threads(1)
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+        seed(0)
+    try:
+        # A file to meet at: no port that another process could take.
+        store = dist.FileStore(f"{folder}/store", world_size)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+        )
+        function, args = pickle.loads((folder / "work").read_bytes())
+        value, error = function(rank, world_size, *args), None
+    except BaseException:  # torch's CheckpointException is not an Exception
+        value, error = None, traceback.format_exc()
+    # Plain pickle copies tensors; that of multiprocessing would share them with a process that is about to end.
+    (folder / f"answer_{rank}.tmp").write_bytes(pickle.dumps((time.monotonic(), value, error)))
+    (folder / f"answer_{rank}.tmp").rename(folder / f"answer_{rank}")
+    faulthandler.cancel_dump_traceback_later()
+    if error is None and dist.is_initialized():
+        # Rank 0 closing the group early would fail a rank that still works; one that leaves this first fails nobody.
+        with suppress(RuntimeError):
+            dist.barrier()
+    os._exit(0)  # Python's end takes as long as some tests
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))

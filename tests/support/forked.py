@@ -35,6 +35,19 @@ from tests.support.forking import ROOT, Job
 MESSAGE_BYTES = 1 << 17
 OURS = ("gpt", "launch", "slurm", "hydra_plugins", "configs")
 """Packages that a command imports by itself, from where it is told, if it comes of a server of libraries."""
+LIBRARIES = (
+    *("filelock", "fsspec", "numpy", "packaging.requirements", "pytest", "safetensors.torch", "tqdm", "yaml"),
+    *("hydra", "hydra._internal.config_loader_impl", "hydra._internal.core_plugins.basic_sweeper"),
+    *("hydra.core.override_parser.overrides_parser", "matplotlib.backends.backend_agg", "matplotlib.figure"),
+    *("rich.console", "rich.progress", "rich.table", "submitit.core._submit", "submitit.local._local"),
+    *("tensorboard.compat.proto", "tensorboard.plugins.custom_scalar", "tensorboard.plugins.hparams"),
+    *("tensorboard.summary.writer.event_file_writer", "torch.distributed.checkpoint.state_dict"),
+    *("torch.distributed.elastic.agent.server.local_elastic_agent", "torch.distributed.fsdp"),
+    *("torch.distributed.pipelining", "torch.distributed.tensor.parallel", "torch.nn.attention.flex_attention"),
+    *("torch.profiler", "torch.utils.flop_counter", "torch.utils.serialization"),
+)
+"""Modules of the first server: none of this project. A fork may import the project from another checkout, or with
+something of a test's put before it."""
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 MADV_COLLAPSE = 25  # linux/mman.h; Linux 6.1
 HUGE = 1 << 21
@@ -49,8 +62,9 @@ def serve(listener: int, alive: int) -> None:
     """
     if select.select([listener, alive], [], [])[0] == [alive]:
         return
-    import tests.support.preload_libraries  # noqa: F401
-
+    with lasting_imports():
+        for library in LIBRARIES:
+            importlib.import_module(library)
     global _ONLY_LIBRARIES
     _ONLY_LIBRARIES = True
     os.environ.pop("ROOM")

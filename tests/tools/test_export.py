@@ -21,8 +21,8 @@ from launch.runs.compose import refuse_other_run, to_schema
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from tests.support.checkpoints import read_weights
 from tests.support.commands import TINY, run
-from tests.support.weights import read_weights
 
 
 def write(*words: str | Path) -> int:

@@ -13,7 +13,7 @@ from gpt.conversion.source import find_source
 from gpt.conversion.state_dict import load_model, open_run
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
-from tests.support.weights import read_weights
+from tests.support.checkpoints import read_weights
 
 
 @pytest.mark.parametrize(("asked", "step"), [(None, 12), (8, 8)])

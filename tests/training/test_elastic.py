@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from contextlib import suppress
 from functools import partial
@@ -32,7 +31,31 @@ WORDS = (
     "optim.max_micro_batch=3",
     f"optim.max_steps={ALL_STEPS}",
 )
-PROGRAM = Path(__file__).parents[1] / "support" / "programs" / "held.py"
+HELD = """
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+class HeldAdamW(torch.optim.AdamW):
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        number = 1 + max((int(state["step"]) for state in self.state.values()), default=0)
+        while (FOLDER / f"hold_{number}").exists():
+            (FOLDER / f"held_{number}").touch()
+            time.sleep(0.02)
+        return super().step(closure)
+"""
+"""AdamW whose step N waits while there is a file ``hold_N`` beside this module, and then makes a file ``held_N``.
+
+By then all ranks have their gradients of that step, and no rank has made it.
+"""
 STRATEGIES = ("ddp", "fsdp")
 Steps = list[tuple[float, float, int, int]]
 """Loss, gradient norm, and the first and the last sample of this rank, step by step."""
@@ -91,7 +114,7 @@ def test_a_job_that_loses_nodes_twice_learns_what_one_process_learns(
     strategy: str, sizes: tuple[int, ...], alone: Steps, tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path / "run")
-    shutil.copy(PROGRAM, tmp_path)
+    (tmp_path / "held.py").write_text(HELD)
     for step in (4, 6):  # each is in the middle between two checkpoints
         (tmp_path / f"hold_{step}").touch()
     words = ["cluster=local", "nodes=4", "ranks_per_node=1", f"parallel={strategy}", *TINY, *WORDS]

@@ -29,8 +29,8 @@ from launch.runs.events import (
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records, read_records
+from tests.support.checkpoints import differing, read_weights
 from tests.support.commands import TINY, run
-from tests.support.weights import differing, read_weights
 
 SMALL = tuple(word for word in TINY if not word.startswith("data."))
 EVEN = (*SMALL, "data=synthetic", "optim.lr=0.001", "optim.min_lr=0.001", "optim.warmup_steps=0")

@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from gpt.parallel import nd, optimizer
 from gpt.parallel.distributed import PendingSum, World
 from gpt.training.diagnostics import Gradients
+from tests.support.learning import host_waits
 from tests.support.small_models import small
-from tests.support.watching import host_waits
 
 SHARES = (0.5, 0.25, 1.0)
 

@@ -19,8 +19,7 @@ from gpt.train import train
 from launch.runs.records import read_records
 from launch.worker import Run as Rank
 from tests.support.distributed import run_distributed
-from tests.support.learning import start
-from tests.support.watching import Operations
+from tests.support.learning import Operations, start
 
 STEPS, INTERVAL = 200, 50
 SAVE_AT, STOP_AT = 120, 180

@@ -9,8 +9,8 @@ import pytest
 from gpt.checkpoint import folders
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from tests.support.checkpoints import differing, read_weights
 from tests.support.commands import TINY, descendants, kill_all, ranks_of, run, start_fork, wait_for
-from tests.support.weights import differing, read_weights
 
 MORE = 6
 """Steps after the checkpoint that a killed run goes on from: over the next checkpoint, to one at the end."""

@@ -1,7 +1,9 @@
-"""A run on the sandbox for tests with faults: faults that are no node's, and steps that take their time."""
+"""Runs that tests launch: scripts, examples, the program that counts, and a run on the sandbox with faults."""
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,91 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.storm import injection
 from slurm.sandbox.cluster import Cluster
-from tests.support.commands import ON_SLURM, start_fork, wait_for
+from tests.support.commands import ON_SLURM, ROOT, descendants, start_fork, wait_for
+
+EXAMPLES = ROOT / "examples"
+LOCAL = ("cluster=local", "ranks_per_node=1", "workload=script", "launch.poll_s=1", "launch.report_files=[md,csv]")
+"""Nodes are agents on this machine, of one rank each, and no pictures are drawn."""
+PROGRESS = r"script.progress=step (?P<step>\d+): loss (?P<loss>[\d.]+)"
+"""Finds what plain_ddp.py prints."""
+
+
+def write_script(folder: Path, text: str, name: str = "script.py") -> Path:
+    """Write a program that a test launches."""
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def printed(folder: RunFolder, attempt: int = 1, rank: int = 0) -> str:
+    """The log of a rank; nothing where there is none."""
+    log = folder.log(attempt, rank)
+    return log.read_text() if log.exists() else ""
+
+
+def last_loss(folder: RunFolder) -> tuple[int, float]:
+    """Step and loss of the last record of rank 0."""
+    record = read_records(folder.metrics(0))[-1]
+    return record["step"], record["loss"]
+
+
+def printed_loss(text: str, step: int) -> float:
+    """Loss that plain_ddp.py has printed for a step."""
+    (loss,) = re.findall(rf"^step {step}: loss ([\d.]+)$", text, re.MULTILINE)
+    return float(loss)
+
+
+def first_step(text: str) -> int:
+    """The first step that plain_ddp.py has printed; torch may print warnings before."""
+    found = re.search(r"^step (\d+):", text, re.MULTILINE)
+    assert found, text
+    return int(found[1])
+
+
+def rank_of_script(pid: int, script: str, rank: int) -> int | None:
+    """Process id of a rank that runs ``script`` below process ``pid``."""
+    for found in descendants(pid):
+        try:
+            args = Path(f"/proc/{found}/cmdline").read_bytes().split(b"\0")
+            variables = Path(f"/proc/{found}/environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        is_script = len(args) > 1 and args[1].endswith(script.encode())  # and not the shell that becomes it
+        if is_script and f"RANK={rank}".encode() in variables:
+            return found
+    return None
+
+
+def causes(folder: RunFolder) -> list[str]:
+    """Outcomes of the attempts of a run."""
+    return [str(e["cause"]) for e in folder.read_events() if e["event"] == "attempt_ended"]
+
+
+PROGRAM = Path(__file__).parent / "programs" / "counting.py"
+COUNTING = ("workload=script", f"script.path={PROGRAM}", "script.resumes=true")
+
+
+def options(**values: object) -> list[str]:
+    """Options of the program, as words of a command line."""
+    return [f"script.options.{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+
+def sum_of_squares(steps: int) -> int:
+    """What it has counted after so many steps, in closed form."""
+    return steps * (steps + 1) * (2 * steps + 1) // 6
+
+
+def checkpoint(folder: RunFolder) -> dict[str, int]:
+    """Its newest checkpoint: step, sum, and the attempt that wrote it."""
+    found = json.loads((folder.checkpoints / "newest.json").read_text())
+    assert isinstance(found, dict) and found["sum"] == sum_of_squares(found["step"]), "each step once"
+    return found
+
+
+def from_step(folder: RunFolder, attempt: int, rank: int = 0) -> int | None:
+    """Step that an attempt has gone on from; None where it did not come so far."""
+    found = re.search(r"^goes on from step (\d+)$", printed(folder, attempt, rank), re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 class StormyRun:

@@ -1,9 +1,9 @@
 """An agent whose ranks die: rank 1 of the first attempt, and the whole node of rank 1 in the second.
 
-``python -m tests.support.doomed_agent RUN_DIR``. Each dies once the event log of its attempt tells of two checkpoints
-in memory that are newer than the last one on the disk. The stores have heard of the agreement on the older of the two
-then: a rank tells them before it sends its part of the next. And no rank steps on while its part of a checkpoint is on
-its way, so that the steps that this takes do not depend on how busy the machine is.
+``python -m tests.support.programs.doomed_agent RUN_DIR``. Each dies once the event log of its attempt has two
+checkpoints in memory that are newer than the last one on the disk. The stores have heard of the agreement on the older
+of the two then: a rank tells them before it sends its part of the next. No rank steps on while its part of a checkpoint
+is on its way, so the steps that this takes do not depend on the load of the machine.
 """
 
 from __future__ import annotations
