@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from launch.agent.exchange import Heartbeat, Message, SignedStore, heartbeat_key, open_store
+from launch.agent.exchange import Heartbeat, Message, SignedStore, heartbeat_key, open_tcp_store
 from launch.errors import ConfigError
 from launch.plan.plan import refuse_exposed
 from launch.runs.files import deny_others_writing, make_folder, write_json
@@ -149,7 +149,7 @@ def test_strangers_change_nothing_in_a_run_and_cannot_write_into_its_folder(tmp_
 
 @pytest.fixture
 def served() -> Iterator[dist.TCPStore]:
-    yield open_store("127.0.0.1", TIMEOUT)
+    yield open_tcp_store("127.0.0.1", TIMEOUT)
 
 
 def test_a_store_listens_on_one_address_only(served: dist.TCPStore) -> None:
