@@ -279,7 +279,7 @@ def run_command(
     """Run the command for one event. Returns the reason if the command fails, None if it succeeds."""
     if timeout_s <= 0:
         return "was not run: the agent leaves, and the commands before it took too long"
-    env = {key: value for key, value in os.environ.items() if key != STORE_PREFIX} | variables
+    env = {**{key: value for key, value in os.environ.items() if key != STORE_PREFIX}, **variables}
     path = Path(folder.path) / ".launch" / "on_event.log"
     try:
         make_folder(path.parent)
