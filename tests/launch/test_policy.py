@@ -315,17 +315,3 @@ def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path)
     assert losses[0] == losses[1]
     (restored,) = [record for record in read_json_lines(killed.metrics(0)) if "restore_s" in record]
     assert restored["attempt"] == 2 and restored["restore_s"] > 0
-
-
-def test_an_attempt_that_was_replaced_can_commit_nothing(tmp_path: Path) -> None:
-    words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50"]
-    folder = RunFolder(tmp_path / "run")
-    process = start_fork("gpt.train", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
-    wait_for(lambda: read_records(folder.metrics(0)) or process.poll() is not None, "the first step")
-    process.send_signal(signal.SIGSTOP)  # cut off, as a node behind a dead link is
-    assert folder.create_attempt() == 2
-    there = sorted(p.name for p in folder.checkpoints.glob("step_*"))
-    process.send_signal(signal.SIGCONT)
-    assert process.wait(timeout=120) == 1
-    assert "OutdatedAttemptError" in (tmp_path / "log").read_text()
-    assert sorted(p.name for p in folder.checkpoints.glob("step_*")) == there
