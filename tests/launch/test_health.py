@@ -186,7 +186,6 @@ def test_gauges_are_in_units_of_people_and_what_a_gpu_does_not_tell_is_absent(dr
     found = nvml.read_gauges([A, B])
     counter = found[A].pop("energy_j")
     clocks = {"sm_clock_mhz": 1755, "memory_clock_mhz": 2619}
-    # By functions of an older driver than the package: the newer ones are not in it.
     assert found[A] == {"power_w": 250.0, **clocks, "temperature_c": 61, "throttle_reasons": 4}
     assert found[B] == {"power_w": 300.5, **clocks, "throttle_reasons": 1}
     assert nvml.read_gauges([A])[A]["energy_j"] >= counter and nvml.read_gauges([A]).keys() == {A}
