@@ -56,10 +56,10 @@ LIMITS = RestartLimits(crashed=2, hung=1, out_of_memory=0)
 
 
 def decide(
-    events: Events, cause: Cause, limits: RestartLimits, without_progress: int, resumes: bool = True,
-    forgive_after_s: float = math.inf,
+    events: Events, cause: Cause, limits: RestartLimits | None = None, without_progress: int = 3,
+    resumes: bool = True, forgive_after_s: float = math.inf,
 ) -> Decision:  # fmt: skip
-    config = ResilienceConfig(max_restarts=limits, max_without_progress=without_progress)
+    config = ResilienceConfig(max_restarts=limits or RestartLimits(), max_without_progress=without_progress)
     with mock.patch.object(ResilienceConfig, "forgive_after_s", forgive_after_s):
         return decide_next([{"time": 0.0, **event} for event in events], cause, config, resumes)
 
@@ -87,13 +87,13 @@ def decide(
     ids=lambda value: str(value) if isinstance(value, str) else f"{len(value)}x{value[-1]}",
 )
 def test_each_cause_has_a_limit_of_its_own(causes: list[Cause], action: Action) -> None:
-    assert decide(history(*causes), causes[-1], LIMITS, without_progress=3).action is action
+    assert decide(history(*causes), causes[-1], LIMITS).action is action
 
 
 def test_a_run_that_saves_nothing_new_stops_whatever_the_cause() -> None:
     events = [e for n in (1, 2, 3) for e in attempt(n, Cause.preempted, from_step=20)]
-    assert decide(events[:4], Cause.preempted, RestartLimits(), 3).action is Action.requeue
-    decision = decide(events, Cause.preempted, RestartLimits(), 3)
+    assert decide(events[:4], Cause.preempted).action is Action.requeue
+    decision = decide(events, Cause.preempted)
     assert decision.action is Action.stop and "3 attempts in a row saved nothing new" in decision.reason
 
 
@@ -114,7 +114,7 @@ def test_an_attempt_that_was_interrupted_before_its_first_step_counts_for_nothin
     events = [e for n in (1, 2, 3) for e in attempt(n, cause, from_step=20)]
     events = [{**e, "step": step} if e["event"] == "attempt_ended" else e for e in events]
     events.insert(0, {"event": "saved", "attempt": 0, "step": 20})
-    decision = decide(events, cause, RestartLimits(), 3)
+    decision = decide(events, cause)
     assert (decision.action is Action.stop) is stops
     # They forgive nothing either: two that were the run's own fault, with one of these between them, are two.
     mixed = [*attempt(1, Cause.crashed, 20), *events[3:5], *attempt(3, Cause.crashed, 20)]
@@ -142,7 +142,7 @@ def test_failures_are_forgiven_after_progress(
     causes: list[Cause], hours: float, forgive_after_s: float, stops: bool
 ) -> None:
     events = timed(history(*causes), hours)
-    decision = decide(events, causes[-1], LIMITS, 3, forgive_after_s=forgive_after_s)
+    decision = decide(events, causes[-1], LIMITS, forgive_after_s=forgive_after_s)
     assert (decision.action is Action.stop) is stops, decision
     assert ("are forgiven" in decision.reason) is (not stops)
 
@@ -223,7 +223,7 @@ def test_points_of_one_command_share_the_hosts_that_they_avoid(tmp_path: Path) -
 def test_two_ends_of_one_attempt_are_one() -> None:
     ends = history(*[Cause.node_failed] * 10)
     twice = [e for e in ends for _ in range(2 if e["event"] == "attempt_ended" else 1)]
-    assert decide(twice, Cause.node_failed, RestartLimits(node_failed=10), 3).action is Action.restart
+    assert decide(twice, Cause.node_failed, RestartLimits(node_failed=10)).action is Action.restart
     # The node that took over, then the one that was cut off and came back: the first holds.
     incident = [*attempt(1, Cause.node_failed), {"event": "attempt_ended", "attempt": 1, "cause": Cause.preempted}]
     assert [e["cause"] for e in attempt_ends(incident)] == [Cause.node_failed]
@@ -252,7 +252,7 @@ def test_typing_the_command_again_forgives() -> None:
 # What `scontrol show job` of Slurm 22.05 said when a task of the job got SIGTERM: JobState, PreemptTime, Restarts, and
 # seconds since the start of StartTime and EndTime.
 def test_a_program_without_checkpoints_is_told_why_it_is_not_started_again() -> None:
-    decision = decide(history(Cause.crashed), Cause.crashed, RestartLimits(), 3, resumes=False)
+    decision = decide(history(Cause.crashed), Cause.crashed, resumes=False)
     assert decision.action is Action.stop
     assert "would run again from its first step (script.resumes=true where it looks" in decision.reason
 
