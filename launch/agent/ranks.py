@@ -442,10 +442,12 @@ class RankAgent(LocalElasticAgent):
             departures, place = self._meeting.departures, self._attempt.place
             keys = [f"left/{place}" for place in range(len(self._attempt.rdzv.members))]
             departures.set(keys[place], "left")
-            while not self.is_given_up and departures.read(["left/all"]) != ["left"]:
+            while not self.is_given_up:
                 # One node reads all records and writes one for all nodes.
                 if place == 0 and None not in departures.read(keys):
                     departures.set("left/all", "left")
+                if departures.read(["left/all"]) == ["left"]:
+                    break
                 self._poll()
                 time.sleep(POLL_S)
 
