@@ -98,7 +98,7 @@ ROOMS = {
         (f"launch.{name}" for name in ("batch", "move", "status", "logs", "cancel", "keys")), ("launch.slurm",)
     ),
     "launch.verify": ("launch.slurm",),
-    "launch.doctor": ("launch.slurm",),
+    "launch.doctor": ("launch.bench_network",),
     "launch.__main__": ("launch.sweep", "launch.batch"),
     "hydra_plugins": ("launch.sweep",),
     "gpt.config": ("launch.worker",),
@@ -394,18 +394,18 @@ TOKENS = {
     "gpt_launch": 600,
     "hydra_plugins": 1_200,
     "launch/agent": 27_200,
-    "launch/bench_network": 3_200,
+    "launch/bench_network": 3_100,
     "launch/config": 4_300,
-    "launch/doctor": 11_600,
+    "launch/doctor": 9_900,
     "launch/plan": 10_100,
-    "launch/project": 9_100,
+    "launch/project": 8_550,
     "launch/report": 40_000,
     "launch/runs": 26_000,
     "launch/script": 4_450,
     "launch/slurm": 22_400,
-    "launch/storm": 8_700,
+    "launch/storm": 8_300,
     "launch/worker": 5_800,
-    "slurm": 8_800,
+    "slurm": 8_500,
 }
 """Folder -> the most code tokens that it may have: what Python's tokenizer yields, without comments and docstrings.
 

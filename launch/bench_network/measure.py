@@ -41,9 +41,9 @@ HOST_BYTES = 64
 
 
 class Bench:
-    """One rank of the measurement, with its device."""
+    """One rank of a measurement, with its device. The default process group exists, and is gloo's."""
 
-    def __init__(self, budget_s: float) -> None:
+    def __init__(self, budget_s: float = 0.0) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.local, self.each = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         self.budget_s = budget_s
@@ -69,15 +69,19 @@ class Bench:
                 group, _ = dist.new_subgroups_by_enumeration(lists, timeout=TIMEOUT, backend=self.backend)
                 yield tier, size, group
 
-    def seconds(self, work: Callable[[], object], count: int) -> float:
-        """Return the mean seconds of one run of ``work`` over ``count`` runs, on the slowest rank."""
-        dist.barrier()
+    def own_seconds(self, work: Callable[[], object], count: int = 1) -> float:
+        """Return the mean seconds of one run of ``work`` over ``count`` runs on this rank, with its GPU kernels."""
         self._finish()
         start = time.perf_counter()
         for _ in range(count):
             work()
         self._finish()
-        return self.largest((time.perf_counter() - start) / count)
+        return (time.perf_counter() - start) / count
+
+    def seconds(self, work: Callable[[], object], count: int) -> float:
+        """Return the mean seconds of one run of ``work`` over ``count`` runs, on the slowest rank."""
+        dist.barrier()
+        return self.largest(self.own_seconds(work, count))
 
     def typical_seconds(self, work: Callable[[], object]) -> float:
         """Return the median seconds of several timings. A first run, which connects the ranks, does not count."""

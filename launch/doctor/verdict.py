@@ -1,19 +1,18 @@
 """Findings about nodes and links, from the results of the doctor's job.
 
 Pure functions of ``results.json``. Each node is compared with the other nodes, so a cluster that is slow as a whole
-gives no finding. The command shows the measured figures above the findings.
+gets no complaint. The findings without complaint have the measured figures.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
 from launch.doctor.machine import FEW_FILES, SHARED_PATH
-from launch.slurm.facts import Finding, fail, fine, has_errors, warn
+from launch.slurm.facts import Finding, fail, fine, warn
 
 Results = dict[str, Any]
 Links = dict[tuple[int, int], float]
@@ -27,7 +26,6 @@ LATE = 10.0
 """Multiple of the usual latency above which a node is reported, if its latency also exceeds LATE_US."""
 LATE_US = 1000.0
 SKEW_S = 1.0
-EXCLUDES = re.compile(r"cluster\.exclude=([^\s,]+)")
 WAITS = "every collective of a run waits for it"
 
 
@@ -39,23 +37,7 @@ def check_results(results: Results) -> list[Finding]:
     found = list(check_job(results))
     for check in checks if results["nodes"] else ():
         found += check(results)
-    return keep_enough_nodes(results, found)
-
-
-def keep_enough_nodes(results: Results, found: Sequence[Finding]) -> list[Finding]:
-    """Return the findings, which propose to exclude at most the nodes that the run does not need."""
-    nodes, left = results["asked"]["nodes"], results["asked"].get("left_over")
-    hosts = [match[1] for one in found if (match := EXCLUDES.match(one.fix))]
-    spared = list(dict.fromkeys(hosts))[left:] if left is not None else []
-    fewer = rf"nodes={nodes - 1} cluster.exclude=\1 (no node is left over to take its place)"
-    kept = []
-    for finding in found:
-        match = EXCLUDES.match(finding.fix)
-        if match and match[1] in spared:
-            alone = f"ask the site about {match[1]}: there is no other node to take its place"
-            finding = replace(finding, fix=EXCLUDES.sub(fewer, finding.fix) if nodes > 1 else alone)
-        kept.append(finding)
-    return kept
+    return found
 
 
 def host(results: Results, index: int) -> str:
@@ -124,12 +106,6 @@ def check_folder(results: Results) -> Iterator[Finding]:
     if len(nodes) == asked and all(node.get("unseen") == [] for node in nodes):
         kinds = ", ".join(sorted({str(node["filesystem"]) for node in nodes}))
         yield fine("shared folder", f"measured: seen and written by every node ({kinds})")
-
-
-def is_shared(results: Results) -> bool:
-    """Return whether the job has shown that this machine and all nodes see the same folder."""
-    findings = list(check_folder(results))
-    return bool(findings) and not has_errors(findings)
 
 
 def check_ports(results: Results) -> Iterator[Finding]:
@@ -209,6 +185,17 @@ def check_gpus(results: Results) -> Iterator[Finding]:
         if speed < SLOW_GPU * usual:
             found = f"GPU of rank {rank['rank']} on {name}: {speed:.0f} TFLOP/s, usual {usual:.0f}"
             yield warn("gpus", found, "every step waits for the slowest rank", f"cluster.exclude={name}")
+    if speeds := [rank["matmul_tflops"] for rank in ranks]:
+        devices = ", ".join(sorted({rank["device"] for rank in ranks}))
+        yield fine("matmul", f"{min(speeds):.3g} to {max(speeds):.3g} TFLOP/s a rank on {devices}")
+    if groups := [rank["group"] for rank in ranks if "group" in rank]:
+        slowest, latency_us = (
+            min(groups, key=itemgetter("bandwidth_gbit")),
+            max(group["latency_us"] for group in groups),
+        )
+        rate = f"{slowest['bandwidth_gbit']:.3g} Gbit/s (bus {slowest['bus_gbit']:.3g})"
+        size = f"{latency_us:.0f} us for 4 bytes, {slowest['bytes'] / 2**20:g} MiB at {rate}"
+        yield fine("all-reduce", f"over {len(groups)} ranks ({ranks[0]['backend']}): {size}")
 
 
 def links(results: Results, key: str, worse: Callable[[float, float], float] = min) -> Links:
@@ -219,8 +206,7 @@ def links(results: Results, key: str, worse: Callable[[float, float], float] = m
         for link in rank.get("links", ()):
             other = int(link["node"]) * each + rank["rank"] % each
             pair = (min(rank["rank"], other), max(rank["rank"], other))
-            value = link.get(key, link["bandwidth_gbit"])  # Results of version 0 have one figure for each link.
-            found[pair] = worse(found.get(pair, value), value)
+            found[pair] = worse(found.get(pair, link[key]), link[key])
     return found
 
 
