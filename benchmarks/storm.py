@@ -206,7 +206,9 @@ def _row(folder: Path, told: dict[str, Any], found: dict[str, Any]) -> str:
     came = f"{len(found['faults'])} of {told['planned']}"
     cells = [version, told["seed"], came, kinds, found["attempts"], found["typed"]]
     cells.append("yes" if found["passed"] else "no")
-    cells += ["", ""] if measured is None else [f"{measured.after_start:.1%}", f"{measured.predicted.goodput:.1%}"]
+    cells += (
+        ["", ""] if measured is None else [f"{measured['after_start']:.1%}", f"{measured['predicted']['goodput']:.1%}"]
+    )
     cells += [f"{told['seconds'] / 60:.0f}", f"{told['load']:.0f}"]
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.table import Table
 
 import gpt_launch.own_names  # noqa: F401
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
+from launch.plan.preflight import print_table
 from launch.report.goodput import PARTS
 from launch.runs.events import is_finished
 from launch.runs.files import deny_others_writing, read_json_lines, write_json
@@ -220,10 +220,7 @@ def _judge(quiet: RunFolder, site: Site, drill: Drill, wrong: list[str]) -> dict
         "typed": drill.typed,
         "attempts": len(run.attempts()),
         "recoveries": [asdict(cost) for cost in recoveries(drill.faults, events, records)],
-        "goodput": measured and measured.goodput,
-        "after_start": measured and measured.after_start,
-        "seconds": measured and measured.seconds,
-        "predicted": measured and measured.predicted.as_dict(),
+        **(measured or dict.fromkeys(("goodput", "after_start", "seconds", "predicted"))),
         "quiet": str(quiet.path),
     }
 
@@ -246,16 +243,14 @@ def _show(verdict: dict[str, Any], console: Console) -> None:
     """Print the verdict, and the costs of the faults by kind."""
     parts = {"total_s": "seconds to a new step", "noticed_s": "noticed", "started_s": "started"}
     parts |= {"first_step_s": "first step", "again_s": "again"}
-    table = Table("kind", "road", box=None, pad_edge=False)
-    for title in ("faults", *parts.values()):
-        table.add_column(title, justify="right")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for cost in verdict["recoveries"]:
         groups[cost["kind"], cost["road"]].append(cost)
+    rows = []
     for (kind, road), costs in sorted(groups.items()):
         medians = [f"{statistics.median(cost[part] for cost in costs):.2f}" for part in parts]
-        table.add_row(kind, road, str(len(costs)), *medians)
-    console.print(table)
+        rows.append([kind, road, str(len(costs)), *medians])
+    print_table(console, ("kind", "road", "faults", *parts.values()), rows, left=("kind", "road"))
     if predicted := verdict["predicted"]:
         console.print(
             f"goodput {verdict['goodput']:.1%}, and {verdict['after_start']:.1%} without the first start; Young/Daly "

@@ -15,9 +15,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -115,26 +116,34 @@ def start_launcher(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         )
 
 
+@dataclass
 class Drill:
-    """A run with faults, from its first submission to its end."""
+    """A run with faults, from its first submission to its end.
 
-    def __init__(
-        self, words: Sequence[str], site: Site, out: Path, patience_s: float, say: Callable[[str], None]
-    ) -> None:
-        self._site = site
-        self._run = site.folder
-        self._out = out
-        self._patience_s = patience_s
-        self._say = say
-        typed = {word.lstrip("+~").partition("=")[0] for word in words}
+    Attributes:
+        words: overrides of the run.
+        site: the run and its surroundings.
+        out: folder of the drill.
+        patience_s: seconds without an event after which the run is stuck.
+        say: function that prints a line.
+        typed: number of times that the drill has started the command.
+        faults: faults so far, each with its time.
+    """
+
+    words: Sequence[str]
+    site: Site
+    out: Path
+    patience_s: float
+    say: Callable[[str], None]
+    typed: int = 0
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    _process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        typed = {word.lstrip("+~").partition("=")[0] for word in self.words}
         lifted = [f"{key}=null" for key in UNLIMITED if key not in typed]
-        self._words = [*words, *lifted, f"run_dir={self._run.path}"]
-        self._process: subprocess.Popen[bytes] | None = None
-        self.typed = 0
-        """Number of times that the drill has started the command."""
-        self.faults: list[dict[str, Any]] = []
-        """Faults so far, each with its time."""
-        site.is_over = lambda: self._process is None or self._process.poll() is not None
+        self.words = [*self.words, *lifted, f"run_dir={self.site.folder.path}"]
+        self.site.is_over = lambda: self._process is None or self._process.poll() is not None
 
     def run(self, schedule: Sequence[PlannedFault]) -> bool:
         """Take the run through the faults of a schedule to its end. Returns True if all faults were made.
@@ -147,7 +156,7 @@ class Drill:
             while left and self._wait_recovered(left[0], last):
                 fault = left[0]
                 try:
-                    done = inject(fault, self._site)
+                    done = inject(fault, self.site)
                 except FaultError as error:
                     tries += 1
                     if tries > TRIES:
@@ -156,10 +165,10 @@ class Drill:
                     left.insert(1, left.pop(0))  # A killed srun only returns with the next start of the job.
                     continue
                 tries, now = 0, time.time()
-                last = Interruption(self._site.struck or now, now, fault.kind not in MILD)
+                last = Interruption(self.site.struck or now, now, fault.kind not in MILD)
                 self.faults.append({"time": last.struck, "done": done, **asdict(fault)})
-                append_json_lines(self._out / "faults.jsonl", self.faults[-1:])
-                self._say(f"{fault.number}. {fault.kind}: {done}")
+                append_json_lines(self.out / "faults.jsonl", self.faults[-1:])
+                self.say(f"{fault.number}. {fault.kind}: {done}")
                 left.pop(0)
             self._wait(self._is_finished, "the end of the run")
             return not left
@@ -170,34 +179,34 @@ class Drill:
         """Wait until the run has saved after the last fault and made more steps; False if it has finished."""
 
         def has_recovered() -> bool:
-            saved = first_save(self._run.read_events(), last, time.time())
-            newest = recent_records(self._run.metrics(0))
+            saved = first_save(self.site.folder.read_events(), last, time.time())
+            newest = recent_records(self.site.folder.metrics(0))
             if saved is None or not newest or newest[-1]["step"] < saved + fault.after_steps:
                 return False
-            return fault.kind not in DAMAGING or len(checkpoints(self._run)) > 1
+            return fault.kind not in DAMAGING or len(checkpoints(self.site.folder)) > 1
 
         self._wait(lambda: has_recovered() or self._is_finished(), f"the recovery before fault {fault.number}")
         return not self._is_finished()
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for a condition, and repeat the command if it ends before the run."""
-        deadline, before = time.monotonic() + self._patience_s, -1
+        deadline, before = time.monotonic() + self.patience_s, -1
         while not condition():
-            if self._site.is_over() and not self._is_finished():
+            if self.site.is_over() and not self._is_finished():
                 self.typed += 1
-                log = self._out / "launch.log"
+                log = self.out / "launch.log"
                 if self.typed > 2 * len(self.faults) + 3:
                     raise StuckError(f"the command was typed {self.typed - 1} times; see {log}")
-                self._process = start_launcher(self._words, log)
-            count = len(self._run.read_events())
+                self._process = start_launcher(self.words, log)
+            count = len(self.site.folder.read_events())
             if count != before:
-                deadline, before = time.monotonic() + self._patience_s, count
+                deadline, before = time.monotonic() + self.patience_s, count
             if time.monotonic() > deadline:
-                raise StuckError(f"nothing happened for {self._patience_s:g} s while waiting for {what}")
+                raise StuckError(f"nothing happened for {self.patience_s:g} s while waiting for {what}")
             time.sleep(0.1)
 
     def _is_finished(self) -> bool:
-        return is_finished(self._run.read_events())
+        return is_finished(self.site.folder.read_events())
 
     def _end(self) -> None:
         """Wait for the launcher of a finished run; cancel an unfinished run."""
@@ -205,9 +214,9 @@ class Drill:
             return
         if self._is_finished():
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(self._patience_s)
+                self._process.wait(self.patience_s)
         if self._process.poll() is None:
-            command = [sys.executable, "-m", "gpt_launch", "cancel", "--now", str(self._run.path)]
+            command = [sys.executable, "-m", "gpt_launch", "cancel", "--now", str(self.site.folder.path)]
             subprocess.run(command, capture_output=True, check=False)
             try:
                 self._process.wait(60)
@@ -273,48 +282,12 @@ def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
         yield "no step records: the program does not record its steps (run.record of launch.worker)"
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Goodput by Young and Daly's first-order model. All times are in seconds."""
-
-    save_s: float
-    interval_s: float
-    """Computing time between two saves in seconds."""
-    restart_s: float
-    """Time from a fault to the next step in seconds."""
-    between_faults_s: float
-
-    @property
-    def goodput(self) -> float:
-        """Share of the time in steps that count."""
-        return expected_goodput(self.save_s, self.interval_s, self.restart_s, self.between_faults_s)
-
-    @property
-    def best_interval_s(self) -> float:
-        """Interval between saves in seconds with the best goodput (Young 1974)."""
-        return best_interval_s(self.save_s, self.between_faults_s)
-
-    def as_dict(self) -> dict[str, float]:
-        """Return all figures by name."""
-        return {**asdict(self), "goodput": self.goodput, "best_interval_s": self.best_interval_s}
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Goodput of a run with faults, and its prediction from the run's own figures."""
-
-    goodput: float
-    after_start: float
-    """Goodput without the first start, which the model does not cover."""
-    seconds: Mapping[str, float]
-    """Seconds by part of ``launch.report.goodput.PARTS``."""
-    predicted: Prediction
-
-
-def measure(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> Measurement | None:
+def measure(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Measure the goodput of a run with faults; None if it has too few figures.
 
-    The prediction uses saves and steps until the last fault: later the run may continue for long at another speed.
+    Returns ``goodput``; ``after_start``, which leaves out the first start; ``seconds`` by part of
+    ``launch.report.goodput.PARTS``; and ``predicted``, by Young and Daly's first-order model from the run's own
+    figures. These are saves and steps until the last fault: later the run may continue for long at another speed.
     """
     events = stormy.read_events()
     goodput = measure_goodput(stormy, events)
@@ -324,18 +297,30 @@ def measure(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> Measureme
     times = [record["step_time_s"] for record in records if "step_time_s" in record]
     if goodput is None or not times or len(saved) < 2 or not faults:
         return None
-    seconds = goodput.seconds
-    allocated = goodput.total_s - seconds.get("waiting", 0.0)
+    seconds = defaultdict(float, goodput.seconds)
+    allocated = goodput.total_s - seconds["waiting"]
     if allocated <= 0:
         return None
-    saves = [float(event.get("seconds", 0.0)) for event in saved]
+    save_s = statistics.mean(float(event.get("seconds", 0.0)) for event in saved)
     steps = sorted({int(event["step"]) for event in saved})
     apart = statistics.median([b - a for a, b in itertools.pairwise(steps)] or [steps[-1]])
-    restart_s = sum(seconds.get(part, 0.0) for part in ("restarts", "restore", "shutdown")) / len(faults)
-    interval_s = apart * statistics.median(times)
-    predicted = Prediction(statistics.mean(saves), interval_s, restart_s, allocated / len(faults))
-    steps_s, start_s = seconds.get("steps", 0.0), seconds.get("start", 0.0)
-    return Measurement(goodput.goodput, steps_s / (allocated - start_s), seconds, predicted)
+    interval_s, between_s = apart * statistics.median(times), allocated / len(faults)
+    restart_s = (seconds["restarts"] + seconds["restore"] + seconds["shutdown"]) / len(faults)
+    predicted = {
+        "save_s": save_s,
+        "interval_s": interval_s,
+        "restart_s": restart_s,
+        "between_faults_s": between_s,
+        "goodput": expected_goodput(save_s, interval_s, restart_s, between_s),
+        "best_interval_s": best_interval_s(save_s, between_s),
+    }
+    after_start = seconds["steps"] / (allocated - seconds["start"])
+    return {
+        "goodput": goodput.goodput,
+        "after_start": after_start,
+        "seconds": goodput.seconds,
+        "predicted": predicted,
+    }
 
 
 @dataclass(frozen=True)
