@@ -33,8 +33,7 @@ from launch.report.points import read_point
 from launch.report.selection import select
 from launch.report.series import label_points, split
 from launch.runs.folder import RunFolder
-from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import link
+from slurm.sandbox.cluster import Cluster, link
 from slurm.sandbox.state import Settings
 from tests.support.commands import run
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from launch.errors import CommandParser, ConfigError, refusing
-from slurm.sandbox import faults
-from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.cluster import Cluster, cut_link, freeze, heal, link, power_cut, preempt
 from slurm.sandbox.state import SandboxError, Settings, default_directory
 
 EXAMPLES = """examples:
@@ -26,25 +25,11 @@ two clusters that know each other:
   python -m slurm.sandbox up --dir /tmp/beta --cluster-name beta --join ~/.local/state/slurm-sandbox
   sinfo --clusters=sandbox,beta
 """
-UP: dict[str, dict[str, Any]] = {
-    "nodes": {"type": int, "help": "number of nodes"},
-    "cpus_per_node": {"type": int, "help": "CPUs that Slurm gives to jobs on each, whatever the machine has"},
-    "gpus_per_node": {"type": int, "help": "fake GPUs on each"},
-    "memory_gib_per_node": {"type": int, "help": "memory that Slurm checks --mem against, whatever the machine has"},
-    "partitions": {
-        "nargs": "+",
-        "metavar": "NAME[:KEY=VALUE,...]",
-        "help": "in the words of slurm.conf; the first is the default, later ones preempt earlier ones",
-    },
-    "cluster_name": {"metavar": "NAME", "help": "Slurm's name of the cluster"},
-    "join": {"metavar": "DIR", "help": "share the slurmdbd of the sandbox in DIR: sbatch --clusters"},
-}
-"""Field of ``Settings`` -> arguments of its option on the command line."""
 FAULTS = {
-    "power-cut": (faults.power_cut, "switch nodes off, without a message to anyone"),
-    "cut-link": (faults.cut_link, "cut the network cable of nodes; they run on"),
-    "freeze": (faults.freeze, "stop every process of nodes; their kernel still answers"),
-    "heal": (faults.heal, "undo power-cut, cut-link, freeze and link, and resume drained nodes"),
+    "power-cut": (power_cut, "switch nodes off, without a message to anyone"),
+    "cut-link": (cut_link, "cut the network cable of nodes; they run on"),
+    "freeze": (freeze, "stop every process of nodes; their kernel still answers"),
+    "heal": (heal, "undo power-cut, cut-link, freeze and link, and resume drained nodes"),
 }
 
 Command = Callable[[Cluster, argparse.Namespace], Iterator[str]]
@@ -89,11 +74,14 @@ def _parser() -> CommandParser:
         return sub
 
     up = add("up", _up, "start a sandbox and print how to use it")
-    for name, words in UP.items():
-        default = getattr(Settings, name)
-        shown = " ".join(default) if isinstance(default, tuple) else default or "none"
-        help = f"{words['help']} ({shown})"
-        up.add_argument(f"--{name.replace('_', '-')}", default=default, **{**words, "help": help})
+    for setting in fields(Settings):
+        if help := setting.metadata.get("help"):
+            default = setting.default
+            shown = " ".join(default) if isinstance(default, tuple) else default or "none"
+            kind = {"type": int} if isinstance(default, int) else {"metavar": setting.metadata["metavar"]}
+            many = {"nargs": "+"} if isinstance(default, tuple) else {}
+            option = f"--{setting.name.replace('_', '-')}"
+            up.add_argument(option, default=default, help=f"{help} ({shown})", **kind, **many)
     text = "a line of slurm.conf, in place of the sandbox's own (repeat for more), such as SlurmdTimeout=10"
     up.add_argument("--set", dest="slurm_conf", action="append", default=[], metavar="KEY=VALUE", help=text)
     text = "have the nodes share this host on purpose"
@@ -106,16 +94,16 @@ def _parser() -> CommandParser:
         sub = add(name, _node_fault, text)
         sub.set_defaults(fault=fault)
         sub.add_argument("node", nargs="*" if name == "heal" else "+", help="a node's name, such as n3; heal: (all)")
-    link = add("link", _link, "limit the network cable of nodes, each direction alike; without options, free it")
-    link.add_argument("node", nargs="+", help="a node's name, such as n3")
-    link.add_argument("--bandwidth-mbit", type=float, metavar="MBIT", help="megabits a second")
-    link.add_argument("--loss-percent", type=float, metavar="PERCENT", help="packets that get lost")
-    link.add_argument("--latency-ms", type=float, metavar="MS", help="delay of a packet; a round trip takes two")
+    cable = add("link", _link, "limit the network cable of nodes, each direction alike; without options, free it")
+    cable.add_argument("node", nargs="+", help="a node's name, such as n3")
+    cable.add_argument("--bandwidth-mbit", type=float, metavar="MBIT", help="megabits a second")
+    cable.add_argument("--loss-percent", type=float, metavar="PERCENT", help="packets that get lost")
+    cable.add_argument("--latency-ms", type=float, metavar="MS", help="delay of a packet; a round trip takes two")
     add("stop-controller", _stop_controller, "end slurmctld; nodes and jobs run on, and no command is answered")
     add("start-controller", _start_controller, "start slurmctld again, from its saved state")
-    preempt = add("preempt", _preempt, "submit a job that preempts a running one, and print its id")
-    preempt.add_argument("job", help="the id of a running job")
-    preempt.add_argument("--seconds", type=int, default=5, help="time that the new job takes (%(default)s)")
+    preempting = add("preempt", _preempt, "submit a job that preempts a running one, and print its id")
+    preempting.add_argument("job", help="the id of a running job")
+    preempting.add_argument("--seconds", type=int, default=5, help="time that the new job takes (%(default)s)")
     return parser
 
 
@@ -151,17 +139,17 @@ def _status(cluster: Cluster, options: argparse.Namespace) -> Iterator[str]:
 
 def _node_fault(cluster: Cluster, options: argparse.Namespace) -> Iterator[str]:
     yield from (options.fault(cluster, name) for name in options.node or cluster.nodes)
-    if options.fault is not faults.heal:
+    if options.fault is not heal:
         yield f"to undo it: python -m slurm.sandbox heal {' '.join(options.node)}{cluster.option}"
 
 
 def _link(cluster: Cluster, options: argparse.Namespace) -> Iterator[str]:
     limits = {name: getattr(options, name) for name in ("bandwidth_mbit", "loss_percent", "latency_ms")}
-    yield from (faults.link(cluster, name, **limits) for name in options.node)
+    yield from (link(cluster, name, **limits) for name in options.node)
 
 
 def _preempt(cluster: Cluster, options: argparse.Namespace) -> Iterator[str]:
-    yield faults.preempt(cluster, options.job, seconds=options.seconds)
+    yield preempt(cluster, options.job, seconds=options.seconds)
 
 
 def _stop_controller(cluster: Cluster, options: argparse.Namespace) -> Iterator[str]:

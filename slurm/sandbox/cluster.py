@@ -1,4 +1,4 @@
-"""A whole sandbox, for tests and the command line: up, status, down."""
+"""A whole sandbox, for tests and the command line: up, status, down, and faults of its nodes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import getpass
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,18 +151,16 @@ def clear(state: State) -> None:
         end(state.find(daemon), grace_s=5.0)
     if state.why_one_host:
         # Repeated, because jobs that still run may start other processes meanwhile.
-        wait_until(lambda: not _end_jobs(state), timeout_s=30.0, what="the processes of jobs to end")
+        def have_ended() -> bool:
+            found = [process for process in psutil.process_iter() if _is_of_job(state, process)]
+            for process in found:
+                end(process)
+            return not found
+
+        wait_until(have_ended, timeout_s=30.0, what="the processes of jobs to end")
     else:
         nodes.remove_network(state)
     shutil.rmtree(state.directory)
-
-
-def _end_jobs(state: State) -> bool:
-    """End processes of jobs that slurmds have left on this host. Returns whether there were any."""
-    found = [process for process in psutil.process_iter() if _is_of_job(state, process)]
-    for process in found:
-        end(process)
-    return bool(found)
 
 
 def _is_of_job(state: State, process: psutil.Process) -> bool:
@@ -178,12 +176,6 @@ def _is_of_job(state: State, process: psutil.Process) -> bool:
         in_job = variables.get("SLURM_CONF") == str(state.slurm_conf) and "SLURMD_NODENAME" in variables
         return in_job or variables.get(MARK) == str(state.directory)
     return False
-
-
-def log_tails(state: State) -> str:
-    """Return the end of every daemon's output with the daemon's name, for an error message."""
-    files = sorted((state.directory / "log").glob("*.out"))
-    return "".join(f"{file.name}: {file.read_text(errors='replace')[-500:]}\n" for file in files)
 
 
 @dataclass(frozen=True)
@@ -204,7 +196,7 @@ class SlurmState:
     @property
     def is_in_service(self) -> bool:
         """True if the node answers and may have jobs."""
-        return not self.word.startswith(("drain", "drng", "down", "fail", "inval", "unk")) and self.word[-1] != "*"
+        return not (self.is_drained or self.word.startswith(("down", "fail", "inval", "unk")) or self.word[-1] == "*")
 
 
 @dataclass(frozen=True)
@@ -230,7 +222,7 @@ class Cluster:
     with Cluster(Path("/tmp/mine")) as cluster:
         cluster.up(Settings(nodes=2))
         cluster.slurm("srun", "--nodes=2", "hostname")
-        power_cut(cluster, "n2")  # of slurm.sandbox.faults
+        power_cut(cluster, "n2")
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -285,7 +277,9 @@ class Cluster:
                 self._start(state, timeout_s)
             except BaseException as error:
                 if isinstance(error, SandboxError):
-                    error.args = (f"{error}\n{log_tails(state)}",)
+                    logs = sorted((self.directory / "log").glob("*.out"))
+                    tails = [f"{log.name}: {log.read_text(errors='replace')[-500:]}\n" for log in logs]
+                    error.args = (f"{error}\n{''.join(tails)}",)
                 clear(state)
                 raise
         return state
@@ -401,3 +395,98 @@ class Cluster:
         with opened(self.directory) as state:
             if not state.find("slurmctld"):
                 start_controller(state)
+
+
+# Deliberate faults of a node: power, cables, hangs. Each function returns a sentence about the fault.
+
+
+@contextlib.contextmanager
+def _node(cluster: Cluster, fault: str, name: str) -> Iterator[State]:
+    """Yield the record of a sandbox for a fault of a node. ConfigError if the node cannot have the fault."""
+    with opened(cluster.directory) as state:
+        if name not in state.nodes:
+            names = ", ".join(state.nodes)
+            fix = f"python -m slurm.sandbox {fault} NODE{cluster.option}, with one of {names}"
+            raise ConfigError(f"{fault} {name}, and there is no such node", f"one of {names}", fix)
+        if fault != "heal" and state.why_one_host:
+            raise ConfigError(
+                found=f"{fault} in a sandbox whose nodes share one host ({state.why_one_host})",
+                expected="nodes that are hosts of their own; on one host there are only `preempt` and `heal`",
+                fix="python -m slurm.sandbox down, then up as root where namespaces are allowed",
+            )
+        if fault != "heal" and not state.find(name):
+            fix = f"python -m slurm.sandbox heal {name}"
+            raise ConfigError(f"{fault} {name}, which is off", "a node that is on", fix)
+        yield state
+
+
+def power_cut(cluster: Cluster, name: str) -> str:
+    """Cut the power of a node: its cable is cut before its processes end, so no peer is notified."""
+    with _node(cluster, "power-cut", name) as state:
+        nodes.set_link(state, name, up=False)
+        nodes.switch_off(state, name)
+    return f"{name} has no power"
+
+
+def cut_link(cluster: Cluster, name: str) -> str:
+    """Cut the cable of a node. All its processes continue."""
+    with _node(cluster, "cut-link", name) as state:
+        nodes.set_link(state, name, up=False)
+    return f"{name} has no link, and its processes run on"
+
+
+def freeze(cluster: Cluster, name: str) -> str:
+    """Stop every process of a node; its kernel still acknowledges packets."""
+    with _node(cluster, "freeze", name) as state:
+        nodes.set_frozen(state, name, frozen=True)
+    return f"the processes of {name} are stopped, and its link is up"
+
+
+def link(cluster: Cluster, name: str, **limits: float | None) -> str:
+    """Limit the cable of a node in each direction. ``limits`` are fields of ``nodes.Limits``.
+
+    Without them, remove all limits.
+    """
+    given = nodes.Limits(**limits)
+    with _node(cluster, "link", name) as state:
+        nodes.limit(state, name, given)
+    return f"the link of {name}, each direction: {given}"
+
+
+def heal(cluster: Cluster, name: str) -> str:
+    """Undo all faults of a node: power, stopped processes, and cable. Then resume the node in Slurm.
+
+    Slurm itself also drains a node, for example after a step that it could not end, and leaves it to an operator.
+    """
+    done = []
+    with _node(cluster, "heal", name) as state:
+        if not state.find(name):
+            nodes.switch_on(state, name)
+            done.append("switched on")
+        elif not state.why_one_host:
+            done += [] if nodes.link_is_up(state, name) else ["link up again"]
+            done += ["processes go on"] if nodes.is_frozen(state, name) else []
+            nodes.set_link(state, name, up=True)
+            nodes.limit(state, name, nodes.Limits())
+            nodes.set_frozen(state, name, frozen=False)
+            nodes.announce(state, name)
+    if cluster.slurm_states().get(name, SlurmState()).is_drained:
+        cluster.slurm("scontrol", "update", f"NodeName={name}", "State=UNDRAIN")
+        done.append("drained no more")
+    return f"{name}: {', '.join(done) or 'nothing to heal; its link has no limits'}"
+
+
+def preempt(cluster: Cluster, job: str, *, seconds: int = 5) -> str:
+    """Preempt a running job with a new job in the last partition. The new job takes all nodes for ``seconds``.
+
+    Returns the new job's id. ConfigError if the job does not run, or runs in that partition already.
+    """
+    best = require(cluster.directory).settings.partitions[-1].partition(":")[0]
+    rows = [line.split() for line in cluster.slurm("squeue", "--noheader", "--format=%i %A %T %P %N").splitlines()]
+    found = [row for row in rows if job in row[:2] and row[2] == "RUNNING"]
+    if not found or found[0][3] == best:
+        where = f"runs in partition {best} already" if found else "does not run"
+        raise ConfigError(f"preempt {job}, which {where}", f"a job that runs in a partition before {best}", "squeue")
+    options = f"--parsable --partition {best} --nodelist {found[0][4]} --exclusive --output /dev/null --chdir /"
+    wrap = ["--job-name", f"preempt-{job}", "--wrap", f"exec sleep {seconds}"]
+    return cluster.slurm("sbatch", *options.split(), *wrap).strip()

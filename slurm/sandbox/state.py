@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,14 @@ MARK = "SLURM_SANDBOX"
 """Environment variable of all daemons, and so of their jobs, with the directory of their sandbox."""
 
 
+def _number(default: int, low: int, high: int, help: str) -> Any:
+    return field(default=default, metadata={"range": (low, high), "help": help})
+
+
+def _text(default: Any, metavar: str, help: str) -> Any:
+    return field(default=default, metadata={"metavar": metavar, "help": help})
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of a sandbox: number and size of its nodes, and its Slurm configuration.
@@ -181,9 +189,9 @@ class Settings:
 
     Attributes:
         nodes: number of nodes, called n1, n2, ...
-        cpus_per_node: CPUs that Slurm gives to jobs on each node, independent of the machine.
+        cpus_per_node: CPUs of each node. Slurm checks requests against these sizes, whatever the machine has.
         gpus_per_node: fake GPUs (links to /dev/null) on each node.
-        memory_gib_per_node: memory in GiB that Slurm checks --mem against, independent of the machine.
+        memory_gib_per_node: memory of each node in GiB.
         partitions: one text each, ``NAME`` or ``NAME:KEY=VALUE,...`` in the words of slurm.conf; the first is the
             default, and each preempts those before it.
         slurm_conf: ``KEY=VALUE`` lines that replace or add to those of slurm.conf.
@@ -194,29 +202,30 @@ class Settings:
             reach both clusters (``sbatch --clusters``, ``squeue -M``); empty for none.
     """
 
-    nodes: int = 4
-    cpus_per_node: int = 8
-    gpus_per_node: int = 2
-    memory_gib_per_node: int = 256
-    partitions: tuple[str, ...] = ("low", "high")
+    nodes: int = _number(4, 1, 200, "number of nodes")
+    cpus_per_node: int = _number(8, 1, 4096, "CPUs that Slurm gives to jobs on each, whatever the machine has")
+    gpus_per_node: int = _number(2, 0, 64, "fake GPUs on each")
+    memory_gib_per_node: int = _number(256, 1, 65536, "memory that Slurm checks --mem against, whatever it has")
+    partitions: tuple[str, ...] = _text(
+        ("low", "high"),
+        "NAME[:KEY=VALUE,...]",
+        "in the words of slurm.conf; the first is the default, later ones preempt earlier ones",
+    )
     slurm_conf: tuple[str, ...] = ()
     namespaces: bool = True
     accounting: bool = False
-    cluster_name: str = "sandbox"
-    join: str = ""
+    cluster_name: str = _text("sandbox", "NAME", "Slurm's name of the cluster")
+    join: str = _text("", "DIR", "share the slurmdbd of the sandbox in DIR: sbatch --clusters")
 
 
 def check(settings: Settings, directory: Path) -> None:
     """Raise ConfigError for numbers and names that cannot work."""
-    for option, low, high in (
-        ("nodes", 1, 200),
-        ("cpus_per_node", 1, 4096),
-        ("gpus_per_node", 0, 64),
-        ("memory_gib_per_node", 1, 65536),
-    ):
-        value, flag = getattr(settings, option), f"--{option.replace('_', '-')}"
-        if not low <= value <= high:
-            raise ConfigError(f"{flag} {value}", f"{low} to {high}", f"{flag} {min(max(value, low), high)}")
+    for setting in fields(settings):
+        if limits := setting.metadata.get("range"):
+            (low, high), value = limits, getattr(settings, setting.name)
+            flag = f"--{setting.name.replace('_', '-')}"
+            if not low <= value <= high:
+                raise ConfigError(f"{flag} {value}", f"{low} to {high}", f"{flag} {min(max(value, low), high)}")
     # The cluster's name becomes part of the names of database tables, which are in lower case.
     name, option = r"[A-Za-z][\w-]*", r"\w+=[^\s,=]+"
     texts = [

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from slurm.sandbox import state as packages
-from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import heal
+from slurm.sandbox.cluster import Cluster, heal
 from slurm.sandbox.state import Settings
 
 # A lost node is DOWN after about 15 s with these, against 30 s with the sandbox's own. Runs have 20 s to save and leave

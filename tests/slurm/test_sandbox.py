@@ -16,8 +16,7 @@ import psutil
 import pytest
 
 from launch.errors import ConfigError
-from slurm.sandbox import cluster as clusters
-from slurm.sandbox import faults
+from slurm.sandbox import cluster as faults
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.state import (
     MAX_DIRECTORY_LENGTH,
@@ -192,7 +191,7 @@ def test_the_users_lines_replace_those_of_the_sandbox() -> None:
         nodes=1, partitions=("short:maxtime=5,Default=NO", "long"), slurm_conf=("killwait=30", "Epilog=/x")
     )
     state = State(Path("/s"), asked, "", Endpoint("10.0.0.1", 7), {"n1": Endpoint("10.0.0.2", 8)})
-    lines = clusters.filled("slurm.conf", state).splitlines()
+    lines = faults.filled("slurm.conf", state).splitlines()
     assert [line for line in lines if line.lower().startswith("killwait")] == ["killwait=30"]
     assert [line for line in lines if line.startswith("Epilog")] == ["Epilog=/x"]
     words = [line.split() for line in lines if line.startswith("Partition")]

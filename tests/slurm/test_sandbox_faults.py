@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from launch.errors import ConfigError
-from slurm.sandbox import faults
+from slurm.sandbox import cluster as faults
 from slurm.sandbox.__main__ import main
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.state import WITH_LOSS, SandboxError, missing, require, wait_until
