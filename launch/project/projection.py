@@ -186,13 +186,11 @@ class SweepPoints:
         workload = workload_of(self.config)
 
         def costs(nodes: int, rate: float, links: float) -> StepTime:
-            config, request = self.ask(nodes, gpu, rate, links)
-            found = workload.step_time(config, request)
+            found = workload.step_time(*self.ask(nodes, gpu, rate, links))
             assert isinstance(found, StepTime)
             return found
 
-        is_known = workload.step_time(*self.ask(self.measured[0].nodes, gpu)) is not None
-        return costs if is_known else None
+        return costs if workload.step_time(*self.ask(self.measured[0].nodes, gpu)) is not None else None
 
     def ask(
         self, nodes: int, gpu: str | None = None, rate: float = 1.0, links: float = 1.0
@@ -297,18 +295,8 @@ class HeldOut:
     fitted_to: tuple[int, ...]
     """Numbers of nodes of the points to which the model was fitted."""
 
-    @property
-    def error(self) -> float:
-        """Predicted time over measured time, minus one."""
-        return self.predicted_s / self.point.step_s - 1
-
-    @property
-    def text(self) -> str:
-        """Sentence with the error, for people."""
-        return (
-            f"held out: {self.point.nodes} nodes, predicted from nodes={', '.join(map(str, self.fitted_to))}: "
-            f"{self.predicted_s:.4g} s a step, measured {self.point.step_s:.4g} s: {100 * self.error:+.1f} %"
-        )
+    error: float
+    """Predicted time over measured time, minus one."""
 
 
 @dataclass(frozen=True)
@@ -372,28 +360,31 @@ def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None,
     interval = max(abs(math.log(held_out.predicted_s / last.step_s)), spread)
     failures, notes = failures_of(sweep, mtbf_node_h)
     rates = [None if one.figures is None else one.figures.throughput for one in sweep.members]
-
-    def projected(nodes: int) -> ProjectedRow:
-        ranks = nodes * sweep.ranks_per_node
-        try:
-            config, request = sweep.ask(nodes, gpu)
-            planned, step = workload_of(config).plan(config, request), model.at(nodes)
-        except ConfigError as refusal:
-            return ProjectedRow(nodes, ranks, False, refused=refusal.found)
-        low_s, high_s = (step.step_s * math.exp(sign * interval) for sign in (-1, 1))
-        growth = nodes / first.nodes if sweep.is_weak else 1
-        rate = None if rates[0] is None else rates[0] * first.step_s * growth / step.step_s
-        row = ProjectedRow(nodes, ranks, False, step.step_s, low_s, high_s, rate, parts=step.by_cause)
-        memory, late_s = planned.facts.get("memory_bytes"), step.by_cause.get("stragglers")
-        row = replace(row, memory_bytes=memory.get("total") if isinstance(memory, dict) else None, stragglers_s=late_s)
-        return complete(row, sweep, failures)
-
     rows = []
     for one, rate in zip(sweep.measured, rates, strict=True):
         row = ProjectedRow(one.nodes, one.ranks, True, one.step_s, one.low_s, one.high_s, rate)
         rows.append(complete(replace(row, stragglers_s=sweep.stragglers_s(one)), sweep, failures))
     known = {row.nodes for row in rows} if gpu is None else set()
-    rows += [projected(nodes) for nodes in sizes if nodes not in known]
+    for nodes in (size for size in sizes if size not in known):
+        row = ProjectedRow(nodes, nodes * sweep.ranks_per_node, False)
+        try:
+            config, request = sweep.ask(nodes, gpu)
+            memory, step = workload_of(config).plan(config, request).facts.get("memory_bytes"), model.at(nodes)
+        except ConfigError as refusal:
+            rows.append(replace(row, refused=refusal.found))
+            continue
+        growth = nodes / first.nodes if sweep.is_weak else 1
+        projected = replace(
+            row,
+            step_s=step.step_s,
+            low_s=step.step_s * math.exp(-interval),
+            high_s=step.step_s * math.exp(interval),
+            throughput=None if rates[0] is None else rates[0] * first.step_s * growth / step.step_s,
+            parts=step.by_cause,
+            memory_bytes=memory.get("total") if isinstance(memory, dict) else None,
+            stragglers_s=step.by_cause.get("stragglers"),
+        )
+        rows.append(complete(projected, sweep, failures))
     if sweep.left_out:
         notes.append(f"left out: {', '.join(sweep.left_out)}, whose ranks shared cores or a GPU")
     beyond = max(sizes) / last.nodes
@@ -414,7 +405,8 @@ def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None,
 def hold_out(sweep: SweepPoints) -> HeldOut:
     """Predict the largest point with a model of the other points."""
     known, largest = sweep.measured[:-1], sweep.measured[-1]
-    return HeldOut(largest, sweep.fit(known).at(largest.nodes).step_s, tuple(point.nodes for point in known))
+    predicted_s, nodes = sweep.fit(known).at(largest.nodes).step_s, tuple(point.nodes for point in known)
+    return HeldOut(largest, predicted_s, nodes, predicted_s / largest.step_s - 1)
 
 
 def straggler_notes(sweep: SweepPoints, most: int) -> list[str]:
