@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found, results = diagnose(given, console)
     except KeyboardInterrupt:
         return 130
-    found = complete(found, given)
+    found = complete_commands(found, given)
     status = int(has_errors(found))
     if given.json:
         rest = ("check", "found", "why", "fix", "unless")
@@ -118,7 +118,7 @@ def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding]
     return [*of_machine, *of_request, *measured], results
 
 
-def complete(found: Sequence[Finding], given: argparse.Namespace) -> list[Finding]:
+def complete_commands(found: Sequence[Finding], given: argparse.Namespace) -> list[Finding]:
     """Replace three dots at the end of a command by this command's arguments, so that a user can paste it."""
     folder = [] if given.config_dir is None else ["--config-dir", given.config_dir]
     words = shlex.join([*(["-m"] if given.multirun else []), *given.overrides, *folder])
@@ -146,7 +146,7 @@ def examine(
     unplanned: list[Request] = []
     for overrides, config in zip(points, configs, strict=True):
         try:
-            of_request += choose_resources(config, seen)
+            of_request += choose_gpus_and_cpus(config, seen)
             sizes = [one.world_size for one in configs]
             plan = make_plan(config, list(overrides), seen.kind, sizes, gpu_type(config, seen))
             plans[plan.run_dir], planned[plan.run_dir] = plan, config
@@ -158,12 +158,12 @@ def examine(
     if seen.kind is ClusterKind.slurm:
         of_request += places.check_requests(seen, [*requests, *unplanned])
         if seen.limits is not None and not has_errors(of_request):
-            of_request += [finding for request in requests for finding in check_options(request)]
+            of_request += [finding for request in requests for finding in check_sbatch_options(request)]
     of_machine = machine.check_machine(seen, configs[0], requests)
     return of_machine, list(dict.fromkeys([*of_request, *refused])), requests, seen  # Each finding once.
 
 
-def choose_resources(config: Config, seen: Facts) -> list[Finding]:
+def choose_gpus_and_cpus(config: Config, seen: Facts) -> list[Finding]:
     """Set the GPUs and CPUs in ``config`` that the launcher would request, and return findings about them.
 
     Raises:
@@ -180,7 +180,7 @@ def choose_resources(config: Config, seen: Facts) -> list[Finding]:
     return found
 
 
-def check_options(request: Request) -> Iterator[Finding]:
+def check_sbatch_options(request: Request) -> Iterator[Finding]:
     """Check options in cluster.additional_parameters by ``sbatch --test-only``, which submits nothing."""
     given = request.config.cluster.additional_parameters
     if not given:
@@ -220,7 +220,7 @@ def run_on_cluster(
         console.print(line, highlight=False, markup=False)
 
     try:
-        results = job.measure(largest, Path(seen.output.path), wait_min, say)
+        results = job.measure_nodes(largest, Path(seen.output.path), wait_min, say)
     except (SlurmError, FailedJobError) as error:
         why = "a run with the same resources would be refused too"
         return [fail("job", refusal_text(SlurmError(str(error))), why, "python -m launch dry_run=true ...")], None

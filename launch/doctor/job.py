@@ -2,7 +2,7 @@
 
 The job has a folder, ``<output_dir>/.doctor/<time>-<random>/``. Each node writes ``nodes/00000.json`` and each rank
 ``ranks/00000.json``. The login node joins them in ``results.json``, which ``launch.doctor.verdict`` reads. A node uses
-the rendezvous, addresses and interfaces of the agents. The login node submits ``run`` by its name, so it does not
+the rendezvous, addresses and interfaces of the agents. The login node submits ``measure_node`` by name, and so does not
 import torch.
 """
 
@@ -67,7 +67,7 @@ Record = dict[str, Any]
 # On the login node.
 
 
-def measure(request: Request, output: Path, wait_min: float, say: Callable[[str], None]) -> Record:
+def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable[[str], None]) -> Record:
     """Submit the job for the nodes of ``request`` and wait until it ends. Writes and returns its results.
 
     Args:
@@ -92,10 +92,10 @@ def measure(request: Request, output: Path, wait_min: float, say: Callable[[str]
     write_json(root / REQUEST, {"uses_cpus": uses_cpus})
     limit = min(JOB_MIN, config.cluster.timeout_min)
     resources = {**plan.slurm, "job_name": "doctor", "time": limit, "signal_delay_s": 0}
-    (job,) = submit_calls(root / JOBS, resources, run, [str(root)])
+    (job,) = submit_calls(root / JOBS, resources, measure_node, [str(root)])
     say(f"job {job.name} on {config.nodes} nodes, folder {root}")
     try:
-        state, started = wait(job, wait_min, say)
+        state, started = wait_for_job(job, wait_min, say)
     except BaseException:
         job.kill()
         raise
@@ -127,7 +127,7 @@ def records(root: Path, kind: str) -> list[Record]:
     return [json.loads(file.read_text()) for file in sorted((root / kind).glob("*.json"))]
 
 
-def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
+def wait_for_job(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
     """Wait until a job ends. Returns its last state in Slurm, and whether it started.
 
     A job that is pending after ``wait_min`` minutes is cancelled.
@@ -152,7 +152,7 @@ def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[st
 # On each node of the job.
 
 
-def run(root: str) -> None:
+def measure_node(root: str) -> None:
     """Measure this node for the job with the folder ``root``. Errors are recorded, not raised."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)  # submitit would ignore the first signal, and requeue at the second.
@@ -221,7 +221,7 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
         record["skipped"] = "not every node reaches every other"
     else:
         ranks.prepare_environment(node, config, endpoint.address)
-        record["error"] = run_ranks(folder.path, node, config, endpoint)
+        record["error"] = run_link_ranks(folder.path, node, config, endpoint)
     # The head node runs the store, so it leaves last.
     share(endpoint, "done", node.index, "", others if node.index == 0 else ())
 
@@ -287,7 +287,7 @@ def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
     return "", min(offsets, key=lambda pair: pair[1])
 
 
-def run_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
+def run_link_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
     """Run this node's ranks until they end, with torchrun's variables. Returns their errors as text, empty if none."""
     each, problems, started = config.ranks_on_node, [], []
     shared: dict[str, object] = {"WORLD_SIZE": each * node.count, "LOCAL_WORLD_SIZE": each}
@@ -298,11 +298,9 @@ def run_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoi
         path = root / "ranks" / f"{rank:05d}.log"
         own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": local}.items()}
         command = [sys.executable, "-m", "gpt_launch", "launch.doctor.links", str(path.with_suffix(".json"))]
+        env, quiet = {**os.environ, **own}, subprocess.DEVNULL
         with path.open("wb") as log:
-            process = subprocess.Popen(
-                command, env={**os.environ, **own}, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-            )
-        started.append((rank, path, process))
+            started.append((rank, path, subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=quiet)))
     deadline = time.monotonic() + RANKS_S
     for rank, path, process in started:
         try:

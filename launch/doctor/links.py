@@ -114,7 +114,7 @@ class LinkBench(Bench):
             other = partner(node, turn, nodes)
             if other is not None:
                 measured.setdefault(other, []).append(self.exchange_with(other * self.each + self.local))
-        return [{"node": other, **merge(passes)} for other, passes in measured.items()]
+        return [{"node": other, **merge_passes(passes)} for other, passes in measured.items()]
 
 
 def partner(node: int, turn: int, count: int) -> int | None:
@@ -132,7 +132,7 @@ def partner(node: int, turn: int, count: int) -> int | None:
     return circle if circle < count else None
 
 
-def merge(passes: Sequence[dict[str, float]]) -> dict[str, float]:
+def merge_passes(passes: Sequence[dict[str, float]]) -> dict[str, float]:
     """Join the measurements of one link: the median bandwidth with its range, and the smallest latency."""
     rates = [one["bandwidth_gbit"] for one in passes]
     return {

@@ -31,7 +31,7 @@ WAITS = "every collective of a run waits for it"
 
 def check_results(results: Results) -> list[Finding]:
     """Return all findings of the job."""
-    checks = [check_nodes, check_folder, check_ports, check_names, check_clocks, check_cpus, check_gpus]
+    checks = [check_node_records, check_folder, check_ports, check_host_names, check_clocks, check_cpus, check_gpus]
     if any("links" in rank for rank in results["ranks"]):
         checks += [check_bandwidth, check_latency]
     found = list(check_job(results))
@@ -69,7 +69,7 @@ def check_job(results: Results) -> Iterator[Finding]:
         yield fine("job", f"job {job} ran on {hosts(results['nodes'])}")
 
 
-def check_nodes(results: Results) -> Iterator[Finding]:
+def check_node_records(results: Results) -> Iterator[Finding]:
     """Check errors of the nodes, faults that the agents of a run would find, and different software."""
     nodes = results["nodes"]
     for node in nodes:
@@ -122,7 +122,7 @@ def check_ports(results: Results) -> Iterator[Finding]:
         yield fine("ports", "every node reaches a free port on every other")
 
 
-def check_names(results: Results) -> Iterator[Finding]:
+def check_host_names(results: Results) -> Iterator[Finding]:
     """Check that the name of each node resolves to an address that other nodes reach."""
     bad = False
     for node in results["nodes"]:
@@ -198,7 +198,7 @@ def check_gpus(results: Results) -> Iterator[Finding]:
         yield fine("all-reduce", f"over {len(groups)} ranks ({ranks[0]['backend']}): {size}")
 
 
-def links(results: Results, key: str, worse: Callable[[float, float], float] = min) -> Links:
+def link_figures(results: Results, key: str, worse: Callable[[float, float], float] = min) -> Links:
     """Return pair of ranks -> one figure of their link: the worse of the two figures that its ends measured."""
     each = results["asked"]["ranks_per_node"]
     found: Links = {}
@@ -232,7 +232,7 @@ def check_bandwidth(results: Results) -> Iterator[Finding]:
     The check compares the median of several measurements. It ignores a link if one of its measurements was as fast as
     other links: then the machine was busy in the other measurements.
     """
-    pairs, low, high = (links(results, key) for key in ("bandwidth_gbit", "low_gbit", "high_gbit"))
+    pairs, low, high = (link_figures(results, key) for key in ("bandwidth_gbit", "low_gbit", "high_gbit"))
     best, best_low, best_high = (best_of_each(of_pairs, max) for of_pairs in (pairs, low, high))
     usual, usual_low = statistics.median(best.values()), statistics.median(best_low.values())
     slow = {rank for rank, value in best.items() if value < SLOW * usual and best_high[rank] < usual_low}
@@ -255,7 +255,7 @@ def check_bandwidth(results: Results) -> Iterator[Finding]:
 
 def check_latency(results: Results) -> Iterator[Finding]:
     """Find nodes whose links all have a high latency."""
-    best = best_of_each(links(results, "latency_us", max), min)
+    best = best_of_each(link_figures(results, "latency_us", max), min)
     usual = statistics.median(best.values())
     for rank, value in best.items():
         if value > max(LATE_US, LATE * usual):

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--matmul-rates", type=Path, metavar="FILE", help="rates that the workload has measured")
     add("--mtbf-hours", type=float, metavar="H", help="mean time between failures of one node")
     typed = parser.parse_intermixed_args(arguments)
-    words, sizes = typed.words, None if typed.nodes is None else parse_sizes(typed.nodes)
+    words, sizes = typed.words, None if typed.nodes is None else parse_node_counts(typed.nodes)
     if typed.fit is not None:
         options = {"--sweep": typed.sweep, "--mtbf-hours": typed.mtbf_hours, "--matmul-rates": typed.matmul_rates}
         wrong = [name for name, value in options.items() if value is not None] or [w for w in words if "=" not in w]
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         expected = "rates of the GPUs of the sweep, for a projection onto these"
         raise ConfigError(strange, expected, "--matmul-rates without --gpu")
     projection = project(read_sweep(selection, typed.network, typed.matmul_rates), sizes, typed.mtbf_hours, typed.gpu)
-    show(projection)
+    show_projection(projection)
     for ending, content in contents(projection).items():
         path = selection.folders[-1] / f"projection.{ending}"
         write_atomically(path, content)
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_sizes(text: str) -> list[int]:
+def parse_node_counts(text: str) -> list[int]:
     """Return numbers of nodes, ascending, each once, from ``8,16,32`` or with an ellipsis ``8,16,...,4096``.
 
     An ellipsis continues with the ratio of the two numbers before it if the ratio is whole, else with their difference.
@@ -145,7 +145,7 @@ def parse_sizes(text: str) -> list[int]:
 # A projection as text: terminal, Markdown, CSV, JSON.
 
 
-def columns(found: Projection) -> dict[str, list[str]]:
+def projection_columns(found: Projection) -> dict[str, list[str]]:
     """Return title of a column -> cells of all rows. A column without any figure is left out."""
 
     def cells(name: str, text: Callable[[Any], str]) -> list[str]:
@@ -171,7 +171,7 @@ def columns(found: Projection) -> dict[str, list[str]]:
     return {title: column for title, column in shown.items() if any(column)}
 
 
-def heading(found: Projection) -> str:
+def projection_heading(found: Projection) -> str:
     """Return the line above the table."""
     of = f" of {found.label}" if found.label else ""
     kind = "weak" if found.weak_scaling else "strong"
@@ -195,11 +195,11 @@ def sentences(found: Projection) -> list[str]:
     return [*said, *found.notes]
 
 
-def show(found: Projection) -> None:
+def show_projection(found: Projection) -> None:
     """Print the table and the sentences. A narrow terminal shows fewer columns."""
-    print(heading(found))
+    print(projection_heading(found))
     styles = ["bold" if row.is_measured else "dim" if row.refused else "" for row in found.rows]
-    shown = columns(found)
+    shown = projection_columns(found)
     rows = list(zip(*shown.values(), strict=True))
     print_table(Console(), list(shown), rows, left=("kind",), optional=DROPPED_FIRST, styles=styles)
     print(*sentences(found), sep="\n")
@@ -207,7 +207,7 @@ def show(found: Projection) -> None:
 
 def contents(found: Projection) -> dict[str, bytes]:
     """Return file extension -> content, for the files of a projection."""
-    shown = columns(found)
+    shown = projection_columns(found)
     cells = [list(shown), ["---"] * len(shown), *map(list, zip(*shown.values(), strict=True))]
     table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     below = "\n".join(f"- {line}" for line in sentences(found))
@@ -219,17 +219,17 @@ def contents(found: Projection) -> dict[str, bytes]:
     document = asdict(found)
     del document["label"]
     return {
-        "md": f"# {heading(found)}\n\n{table}\n\n{below}\n\n![projection](projection.png)\n".encode(),
+        "md": f"# {projection_heading(found)}\n\n{table}\n\n{below}\n\n![projection](projection.png)\n".encode(),
         "csv": file.getvalue().encode(),
         "json": f"{json.dumps(document, indent=2)}\n".encode(),
-        "png": draw(found),
+        "png": draw_projection(found),
     }
 
 
 # The picture of a projection: throughput compared with the ideal line, and efficiency.
 
 
-def draw(found: Projection) -> bytes:
+def draw_projection(found: Projection) -> bytes:
     """Draw throughput (or step time if the work is unknown) and efficiency over the number of nodes. Returns a PNG."""
     from launch.report.views.drawing import (
         Panel,
@@ -241,7 +241,7 @@ def draw(found: Projection) -> bytes:
     times = Panel("Step time", partial(plot, found=found, name="step_s", unit="seconds"))
     share = partial(plot, found=found, name="efficiency", unit="of the smallest point's throughput per rank")
     panels = [rates if is_known else times, Panel("Efficiency", share)]
-    return picture(panels, heading(found), "; ".join(sentences(found)[:3]))["png"]
+    return picture(panels, projection_heading(found), "; ".join(sentences(found)[:3]))["png"]
 
 
 def plot(axes: Axes, found: Projection, name: str, unit: str) -> None:

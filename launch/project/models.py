@@ -282,26 +282,24 @@ def fit_trend(points: Sequence[Measured], is_weak: bool) -> tuple[float, ...]:
     """
     rows = np.array([terms_of(point.ranks) for point in points]) / [[point.step_s] for point in points]
     columns = (1, 2) if is_weak else (0, 1, 2)
-    least, best = math.inf, (0.0, 0.0, 0.0)
+    least, best = math.inf, np.zeros(3)
     for count in range(1, min(len(points), len(columns)) + 1):
-        for chosen in itertools.combinations(columns, count):
-            solution, *_ = np.linalg.lstsq(rows[:, chosen], np.ones(len(points)), rcond=None)
-            error = float(((rows[:, chosen] @ solution - 1) ** 2).sum())
-            if (solution >= 0).all() and error < least - 1e-12:
-                weights = dict(zip(chosen, solution.tolist(), strict=True))
-                least, best = error, (weights.get(0, 0.0), weights.get(1, 0.0), weights.get(2, 0.0))
-    return best
+        for chosen in map(list, itertools.combinations(columns, count)):
+            weights = np.zeros(3)
+            weights[chosen], *_ = np.linalg.lstsq(rows[:, chosen], np.ones(len(points)), rcond=None)
+            error = float(((rows @ weights - 1) ** 2).sum())
+            if (weights >= 0).all() and error < least - 1e-12:
+                least, best = error, weights
+    return tuple(best.tolist())
 
 
 def trend_model(weights: Sequence[float], is_weak: bool, ranks_per_node: int) -> Model:
     """Return a model as a sum of ``TERMS``, for a program with known step times only."""
 
     def at(nodes: int) -> StepParts:
-        terms = terms_of(nodes * ranks_per_node)
-        divided, constant, doubling = (weight * term for weight, term in zip(weights, terms, strict=True))
-        causes = dict(zip(TERMS, (divided, constant, doubling), strict=True))
-        known = {cause: seconds for cause, seconds in causes.items() if seconds}
-        return StepParts(divided + constant + doubling, divided + constant, known)
+        terms = [weight * term for weight, term in zip(weights, terms_of(nodes * ranks_per_node), strict=True)]
+        causes = {cause: seconds for cause, seconds in zip(TERMS, terms, strict=True) if seconds}
+        return StepParts(sum(terms), terms[0] + terms[1], causes)
 
     text = "" if is_weak else f"{weights[0]:.3g} s divided among the ranks, "
     text += f"{weights[1]:.3g} s on each, and {weights[2]:.3g} s for each doubling"

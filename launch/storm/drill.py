@@ -5,7 +5,7 @@ The drill repeats the run's command whenever the command ends before the run. ``
 
 from __future__ import annotations
 
-import hashlib
+import filecmp
 import itertools
 import math
 import os
@@ -95,7 +95,7 @@ def make_schedule(seed: int, count: int, kinds: Sequence[str], ranks: int, most_
 
 
 @dataclass(frozen=True)
-class Interruption:
+class LastFault:
     """The last fault: Unix times of its start and its end, and whether it ends an attempt."""
 
     struck: float
@@ -152,7 +152,7 @@ class Drill:
             StuckError: the run makes no progress any more.
         """
         try:
-            last, tries, left = Interruption(0.0, 0.0), 0, list(schedule)
+            last, tries, left = LastFault(0.0, 0.0), 0, list(schedule)
             while left and self._wait_recovered(left[0], last):
                 fault = left[0]
                 try:
@@ -161,11 +161,11 @@ class Drill:
                     tries += 1
                     if tries > TRIES:
                         raise StuckError(f"{fault.kind}: {error}") from error
-                    last = Interruption(time.time(), time.time())
+                    last = LastFault(time.time(), time.time())
                     left.insert(1, left.pop(0))  # A killed srun only returns with the next start of the job.
                     continue
                 tries, now = 0, time.time()
-                last = Interruption(self.site.struck or now, now, fault.kind not in MILD)
+                last = LastFault(self.site.struck or now, now, fault.kind not in MILD)
                 self.faults.append({"time": last.struck, "done": done, **asdict(fault)})
                 append_json_lines(self.out / "faults.jsonl", self.faults[-1:])
                 self.say(f"{fault.number}. {fault.kind}: {done}")
@@ -175,7 +175,7 @@ class Drill:
         finally:
             self._end()
 
-    def _wait_recovered(self, fault: PlannedFault, last: Interruption) -> bool:
+    def _wait_recovered(self, fault: PlannedFault, last: LastFault) -> bool:
         """Wait until the run has saved after the last fault and made more steps; False if it has finished."""
 
         def has_recovered() -> bool:
@@ -225,7 +225,7 @@ class Drill:
                 self._process.wait()
 
 
-def first_save(events: Sequence[Mapping[str, Any]], last: Interruption, now: float) -> int | None:
+def first_save(events: Sequence[Mapping[str, Any]], last: LastFault, now: float) -> int | None:
     """Return the step of the first checkpoint after a fault by the resumed attempt; None if there is none yet.
 
     A checkpoint that an attempt saves while it stops does not count: the next fault would hit a run that is leaving. If
@@ -243,27 +243,23 @@ def first_save(events: Sequence[Mapping[str, Any]], last: Interruption, now: flo
 # The verdict: final state, samples, and goodput, compared with the prediction of Young and Daly.
 
 
-def sums_of(checkpoint: Path) -> dict[str, str]:
-    """Return the SHA-256 sum of each state file of a checkpoint: path -> sum."""
-    sums = {}
-    for path in files_of(checkpoint):
-        with path.open("rb") as file:
-            sums[str(path.relative_to(checkpoint.parent))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
-
-
 def differing_state(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
-    """Yield the differences between the final checkpoints of two runs."""
-    last = [next(iter(checkpoints(run)), None) for run in (quiet, stormy)]
-    if last[0] is None or last[1] is None:
-        yield "no final checkpoint"
-        return
-    one, other = sums_of(last[0]), sums_of(last[1])
+    """Yield the differences between the files of the final checkpoints of two runs."""
+    both = []
+    for run in (quiet, stormy):
+        last = next(iter(checkpoints(run)), None)
+        if last is None:
+            yield "no final checkpoint"
+            return
+        both.append({str(path.relative_to(last.parent)): path for path in files_of(last)})
+    one, other = both
     if not one:
-        yield f"{last[0]} has no file to compare"
+        yield "the final checkpoint has no file to compare"
     for name in sorted({*one, *other}):
-        if one.get(name) != other.get(name):
-            yield f"{name} differs" if name in one and name in other else f"{name} is not in both"
+        if name not in one or name not in other:
+            yield f"{name} is not in both"
+        elif not filecmp.cmp(one[name], other[name], shallow=False):
+            yield f"{name} differs"
 
 
 def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
@@ -282,7 +278,7 @@ def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
         yield "no step records: the program does not record its steps (run.record of launch.worker)"
 
 
-def measure(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def goodput_figures(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Measure the goodput of a run with faults; None if it has too few figures.
 
     Returns ``goodput``; ``after_start``, which leaves out the first start; ``seconds`` by part of
@@ -355,41 +351,36 @@ def recoveries(
         records: all step records of rank 0 with their ``time``, including repeated steps.
     """
     found = []
-    for number, fault in enumerate(faults):
+    for fault, until in zip(faults, [*(fault["time"] for fault in faults[1:]), math.inf], strict=True):
         at = fault["time"]
-        until = faults[number + 1]["time"] if number + 1 < len(faults) else math.inf
-        done = max((r["step"] for r in records if r["time"] <= at), default=0)
-        last = max((r["attempt"] for r in records if r["time"] <= at), default=0)
+        before = [record for record in records if record["time"] <= at]
+        done, last = (max((record[key] for record in before), default=0) for key in ("step", "attempt"))
         # If all agents were killed, no event shows the end of the attempt, but the repeated command does.
-        ends = [e for e in events if e["event"] in ("attempt_ended", "submitted") and at <= e["time"] < until]
-        ends = [e for e in ends if e.get("cause") != "finished"]
-        newer = [r for r in records if at < r["time"] < until and r["step"] > done]
-        if ends:
-            newer = [r for r in newer if r["attempt"] > last]
-        if not newer:
+        ends = [event for event in events if event["event"] in ("attempt_ended", "submitted")]
+        ends = [event["time"] for event in ends if at <= event["time"] < until and event.get("cause") != "finished"]
+        newer = [record for record in records if at < record["time"] < until and record["step"] > done]
+        times = sorted(record["time"] for record in newer if not ends or record["attempt"] > last)
+        if not times:
             continue
-        first_new = min(r["time"] for r in newer)
-        if not ends or ends[0]["time"] > first_new:
-            times = [at, *sorted(r["time"] for r in newer if not ends or r["time"] < ends[0]["time"])]
-            pause = max(later - earlier for earlier, later in itertools.pairwise(times))
+        if not ends or ends[0] > times[0]:
+            steps = [at, *(moment for moment in times if not ends or moment < ends[0])]
+            pause = max(later - earlier for earlier, later in itertools.pairwise(steps))
             found.append(Recovery(fault["kind"], "undisturbed", pause))
             continue
-        begun = [e["time"] for e in events if e["event"] == "started" and ends[0]["time"] <= e["time"] <= first_new]
-        first = min(r["time"] for r in records if r["time"] > ends[0]["time"] and r["attempt"] > last)
+        end, first_new = ends[0], times[0]
+        begun = [event["time"] for event in events if event["event"] == "started" and end <= event["time"] <= first_new]
+        first = min(record["time"] for record in records if record["time"] > end and record["attempt"] > last)
         start = begun[-1] if begun else first
-        parts = (ends[0]["time"] - at, start - ends[0]["time"], max(0.0, first - start), max(0.0, first_new - first))
-        found.append(Recovery(fault["kind"], _road(events, ends[0], first_new), first_new - at, *parts))
+        parts = (end - at, start - end, max(0.0, first - start), max(0.0, first_new - first))
+        found.append(Recovery(fault["kind"], _road(events, end, first_new), first_new - at, *parts))
     return found
 
 
-def _road(events: Sequence[Mapping[str, Any]], end: Mapping[str, Any], until: float) -> str:
+def _road(events: Sequence[Mapping[str, Any]], end: float, until: float) -> str:
     """Return how the run continued after the end of an attempt."""
-    after = [e for e in events if end["time"] <= e["time"] <= until]
-    if any(e["event"] == "submitted" for e in after):
-        return "typed again"
-    if any(e["event"] == "requeued" for e in after):
-        return "requeue"
-    if any(e["event"] == FEWER_NODES for e in after):
-        return "fewer nodes"
-    hosts = [e["hosts"] for e in events if e["event"] == "members" and e["time"] <= until][-2:]
+    names = {event["event"] for event in events if end <= event["time"] <= until}
+    for name, road in (("submitted", "typed again"), ("requeued", "requeue"), (FEWER_NODES, "fewer nodes")):
+        if name in names:
+            return road
+    hosts = [event["hosts"] for event in events if event["event"] == "members" and event["time"] <= until][-2:]
     return "spare" if len(hosts) == 2 and hosts[0] != hosts[1] else "in place"

@@ -30,7 +30,7 @@ def search_path() -> str:
     return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 
 
-def run(
+def run_program(
     command: Sequence[str], *, timeout_s: float = 30.0, env: Mapping[str, str] | None = None, stdin: str | None = None
 ) -> str:
     """Run a program until it ends, and return its output.
@@ -87,7 +87,7 @@ WITH_ACCOUNTING = {
 }
 
 
-def missing(needs: Mapping[str, str]) -> list[str]:
+def missing_packages(needs: Mapping[str, str]) -> list[str]:
     """Return the Debian packages with a missing program, in order."""
     path = search_path()
     return sorted(
@@ -97,7 +97,7 @@ def missing(needs: Mapping[str, str]) -> list[str]:
 
 def require_packages(needs: Mapping[str, str]) -> None:
     """Raise ConfigError with the command that installs the missing packages, if any."""
-    if packages := missing(needs):
+    if packages := missing_packages(needs):
         raise ConfigError(
             found=f"this machine lacks Debian's {', '.join(packages)}",
             expected="Slurm, MUNGE and the programs that build the nodes",
@@ -114,9 +114,9 @@ def why_no_namespaces(probe_interface: str) -> str:
     mounts = "mount -t tmpfs tmpfs /dev/shm && mount -t sysfs sysfs /sys && ip link set lo up"
     unshare = "unshare --net --uts --mount --ipc --pid --fork --mount-proc sh -c"
     try:
-        run([*unshare.split(), mounts])
-        run(["ip", "link", "add", probe_interface, "type", "bridge"])
-        run(["ip", "link", "del", probe_interface])
+        run_program([*unshare.split(), mounts])
+        run_program(["ip", "link", "add", probe_interface, "type", "bridge"])
+        run_program(["ip", "link", "del", probe_interface])
     except SandboxError as error:
         return str(error)
     return ""
@@ -218,7 +218,7 @@ class Settings:
     join: str = _text("", "DIR", "share the slurmdbd of the sandbox in DIR: sbatch --clusters")
 
 
-def check(settings: Settings, directory: Path) -> None:
+def check_settings(settings: Settings, directory: Path) -> None:
     """Raise ConfigError for numbers and names that cannot work."""
     for setting in fields(settings):
         if limits := setting.metadata.get("range"):
@@ -265,7 +265,7 @@ class Endpoint:
 
 
 @dataclass
-class State:
+class SandboxState:
     """A sandbox as recorded in its directory.
 
     Attributes:
@@ -378,18 +378,18 @@ class State:
         wait_until(is_there, timeout_s=120.0, what=f"{name} to answer")
 
 
-def load(directory: Path) -> State | None:
+def load_state(directory: Path) -> SandboxState | None:
     """Return the sandbox recorded in a directory; None if there is none."""
     try:
         record = (directory / RECORD).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return msgspec.json.decode(record, type=State, dec_hook=lambda kind, text: kind(text))
+    return msgspec.json.decode(record, type=SandboxState, dec_hook=lambda kind, text: kind(text))
 
 
-def require(directory: Path) -> State:
+def require_state(directory: Path) -> SandboxState:
     """Return the sandbox recorded in a directory. ConfigError if there is none."""
-    state = load(directory)
+    state = load_state(directory)
     if state is None:
         fix = f"python -m slurm.sandbox up --dir {directory}"
         raise ConfigError(f"no sandbox in {directory}", "one that was started", fix)
@@ -408,8 +408,8 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(directory: Path) -> Iterator[State]:
+def opened(directory: Path) -> Iterator[SandboxState]:
     """Yield the sandbox recorded in a directory, locked against other commands. ConfigError if there is none."""
-    require(directory)
+    require_state(directory)
     with locked(directory):
-        yield require(directory)
+        yield require_state(directory)

@@ -22,8 +22,8 @@ from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, sweep_points, typed_config
 from launch.doctor import __main__ as doctor
 from launch.doctor import machine, verdict
-from launch.doctor.__main__ import arguments, complete, configs_of, examine, main
-from launch.doctor.links import PASSES, merge, partner
+from launch.doctor.__main__ import arguments, complete_commands, configs_of, examine, main
+from launch.doctor.links import PASSES, merge_passes, partner
 from launch.slurm.facts import Finding, Level, fine, warn
 from tests.support.commands import ROOT, environment, run
 from tests.support.doctor_facts import FACTS, OUTPUT, request
@@ -150,10 +150,10 @@ def test_what_it_says_to_type_can_be_pasted(tmp_path: Path) -> None:
     measure = warn("links", "x", "y", "python -m launch.doctor --on-cluster ...")
     words = warn("links", "x", "y", "wait for it ...")
     typed = f"python -m launch.doctor --on-cluster -m nodes=1,2 'cluster.exclude=\"n[3-4]\"' --config-dir {tmp_path}"
-    assert [one.fix for one in complete([measure, words], given)] == [typed, "wait for it ..."]
+    assert [one.fix for one in complete_commands([measure, words], given)] == [typed, "wait for it ..."]
     again = arguments(shlex.split(typed)[3:])
     assert again.on_cluster and (again.overrides, again.config_dir) == (given.overrides, given.config_dir)
-    assert complete([measure], arguments([]))[0].fix == "python -m launch.doctor --on-cluster"
+    assert complete_commands([measure], arguments([]))[0].fix == "python -m launch.doctor --on-cluster"
 
 
 def test_what_the_nodes_have_measured_takes_the_place_of_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_what_the_nodes_have_measured_takes_the_place_of_guesses(monkeypatch: py
 
 def test_gpus_that_the_launcher_would_ask_for_are_in_the_request() -> None:
     config = typed_config(compose_launch(["cluster=slurm", "optim.global_batch=96"]))
-    (gpus, cpus) = doctor.choose_resources(config, replace(FACTS, torch="2.13.0"))
+    (gpus, cpus) = doctor.choose_gpus_and_cpus(config, replace(FACTS, torch="2.13.0"))
     assert config.cluster.gpus_per_node == 2 and gpus.level is Level.ok and "every node of low has 2" in gpus.found
     assert cpus.check == "cpus" and config.cluster.cpus_per_task == 8
 
@@ -334,7 +334,7 @@ def with_ranges(nodes: int, slow: dict[tuple[int, int], tuple[float, float, floa
 def test_a_link_is_measured_several_times_and_its_median_counts() -> None:
     passes = [{"latency_us": us, "bandwidth_gbit": rate, "bytes": 7.0} for us, rate in ((9, 90.0), (5, 4.0), (7, 96.0))]
     assert len(passes) == PASSES
-    assert merge(passes) == {
+    assert merge_passes(passes) == {
         **{"latency_us": 5, "bandwidth_gbit": 90.0, "low_gbit": 4.0, "high_gbit": 96.0, "bytes": 7.0}
     }
 

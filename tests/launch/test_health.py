@@ -148,7 +148,7 @@ def test_a_check_that_cannot_be_made_is_refused(words: dict[str, Any], expected:
 def test_the_doctor_names_nodes_that_a_start_would_leave_out() -> None:
     sound = {"python": "3.11.7", "torch": "2.13.0", "limits": {"nofile": -1}}
     nodes = [{"host": "n1", "faults": [], **sound}, {"host": "n2", "faults": ["the fan is dead"], **sound}]
-    (finding,) = verdict.check_nodes({"nodes": nodes})
+    (finding,) = verdict.check_node_records({"nodes": nodes})
     assert finding.found == "n2: the fan is dead" and finding.fix == "cluster.exclude=n2"
 
 

@@ -21,7 +21,7 @@ from launch.slurm.limits import lasting_reason
 from slurm.sandbox import cluster as faults
 from slurm.sandbox import state as packages
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.state import SandboxError, Settings, require
+from slurm.sandbox.state import SandboxError, Settings, require_state
 from tests.support.commands import run, wait_for
 
 pytestmark = pytest.mark.slurm
@@ -156,9 +156,9 @@ def test_a_folder_that_the_nodes_do_not_see(sandbox: Cluster, tmp_path: Path) ->
 
 
 def test_a_firewall_between_nodes_is_named(sandbox: Cluster, tmp_path: Path) -> None:
-    if packages.missing(packages.WITH_LOSS):
+    if packages.missing_packages(packages.WITH_LOSS):
         pytest.skip("needs nftables")
-    state = require(sandbox.directory)
+    state = require_state(sandbox.directory)
     inside = ["nsenter", f"--net=/proc/{state.processes['n2'].pid}/ns/net", "nft"]
     new = f"tcp flags syn / syn,ack tcp dport != {state.nodes['n2'].port} drop"
     chain = f"chain input {{ type filter hook input priority 0; iifname eth0 {new}; }}"
