@@ -189,8 +189,8 @@ class SweepPoints:
         """
         config = replace(self.config, nodes=nodes)
         if gpu is not None:
-            unknown = dict.fromkeys(("gpu_tflops", "gpu_memory_gib", "matmul_rates"))
-            config = replace(config, cluster=replace(config.cluster, gpu_name=gpu, **unknown))
+            other = replace(config.cluster, gpu_name=gpu, gpu_tflops=None, gpu_memory_gib=None, matmul_rates=None)
+            config = replace(config, cluster=other)
         return config, request_for(config, self.base.overrides, RunFolder(self.base.path), rate, links)
 
 

@@ -356,8 +356,8 @@ def recoveries(
         before = [record for record in records if record["time"] <= at]
         done, last = (max((record[key] for record in before), default=0) for key in ("step", "attempt"))
         # If all agents were killed, no event shows the end of the attempt, but the repeated command does.
-        ends = [event for event in events if event["event"] in ("attempt_ended", "submitted")]
-        ends = [event["time"] for event in ends if at <= event["time"] < until and event.get("cause") != "finished"]
+        ended = [event for event in events if event["event"] in ("attempt_ended", "submitted")]
+        ends = [event["time"] for event in ended if at <= event["time"] < until and event.get("cause") != "finished"]
         newer = [record for record in records if at < record["time"] < until and record["step"] > done]
         times = sorted(record["time"] for record in newer if not ends or record["attempt"] > last)
         if not times:
