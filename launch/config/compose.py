@@ -19,8 +19,8 @@ from launch.errors import ConfigError, closest
 from launch.runs import compose
 from launch.runs.compose import RunConfig
 from launch.runs.folder import RunFolder, damaged
-from launch.runs.overrides import check_overrides, meant, parse, searched_folders, typed_key, typed_value
-from launch.schema import free_keys, schema_keys
+from launch.runs.overrides import check_overrides, parse_override, searched_folders, typed_key, typed_value
+from launch.schema import schema_keys
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 
 CONFIGS = Path(configs.__file__).parent
@@ -57,8 +57,7 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
         args.append(f"workload={CUSTOM}")
     target = target_of(args, config_dir)
     workload = load_workload(target)
-    refuse_script_keys(args, workload)
-    refuse_foreign_keys(args, workload)
+    refuse_other_workload(args, workload)
     for index, arg in enumerate(args):
         key, _, value = arg.partition("=")
         if key in workload.raw_keys and value[:1] not in ("'", '"') and value != "null":
@@ -68,42 +67,28 @@ def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) 
     return check_overrides(args, schema_of(target), folders)
 
 
-def refuse_script_keys(overrides: Sequence[str], workload: Workload) -> None:
-    """Raise ConfigError if keys of a script are typed without ``workload=script``."""
-    typed = [arg for arg in overrides if typed_key(arg).partition(".")[0] == SCRIPT]
-    if not typed or SCRIPT in schema_keys(workload.schema):
-        return
-    schema: type = schema_of(target_of([f"workload={SCRIPT}"]))
-    known = (*schema_keys(schema), *(f"{key}." for key in free_keys(schema)))
-    fixed = [f"workload={SCRIPT}"]
-    for arg in typed:
-        key, _, value = arg.lstrip("+").partition("=")
-        likely = [] if key in known or f"{key.rpartition('.')[0]}." in known else meant(key, value, schema)
-        fixed.append(likely[0] if likely else shlex.quote(arg))
-    expected = "workload=script, which launches a program of your own"
-    raise ConfigError(f"{', '.join(typed)}, of another workload than {workload.name}", expected, " ".join(fixed))
+def refuse_other_workload(overrides: Sequence[str], workload: Workload) -> None:
+    """Raise ConfigError if keys of a script are typed without ``workload=script``, or keys of the GPT with another one.
 
-
-def refuse_foreign_keys(overrides: Sequence[str], workload: Workload) -> None:
-    """Raise ConfigError if keys or presets of the default workload are typed with another workload."""
-    if workload.name == default_workload():
-        return
+    Presets (``experiment``) of this project are for the default workload.
+    """
+    is_default = workload.name == default_workload()
+    other = SCRIPT if is_default else default_workload()
     own = {*schema_keys(workload.schema), *schema_keys(Config)}
-    known = {key for key in schema_keys(schema_of(target_of([]))) if "." not in key} - own
-    typed = [arg for arg in overrides if "=" in arg and typed_key(arg).partition(".")[0] in known]
-    presets = [arg for arg in overrides if (CONFIGS / f"{arg.lstrip('+').replace('=', '/')}.yaml").is_file()]
-    presets = [arg for arg in presets if typed_key(arg) == "experiment"]
-    if not typed and not presets:
+    foreign = {*schema_keys(schema_of(target_of([f"workload={other}"])))} - own
+    presets = {path.stem for path in (CONFIGS / "experiment").glob("*.yaml")} if not is_default else set()
+    typed = [
+        arg
+        for arg in overrides
+        if "=" in arg and (typed_key(arg).partition(".")[0] in foreign or typed_value([arg], "experiment") in presets)
+    ]
+    if not typed:
         return
-    fix = f"the same without {' '.join([*typed, *presets])}"
-    if SCRIPT in own and not presets:
-        named = [(typed_key(arg).rpartition(".")[2], arg.partition("=")[2]) for arg in typed]
-        options = shlex.join(f"{SCRIPT}.options.{name}={value}" for name, value in named)
-        fix = f"{options} in its place, or {fix}"
+    fix = f"the same without {' '.join(typed)}; options of your program are script.options.NAME=VALUE"
     raise ConfigError(
-        f"{', '.join([*typed, *presets])}, of the workload {default_workload()}, with workload={workload.name}",
-        "options of the program's own, or keys that every workload has",
-        fix,
+        f"{', '.join(typed)}, of the workload {other}, with workload={workload.name}",
+        "keys of the workload that is launched",
+        shlex.join([f"workload={other}", *typed]) if is_default else fix,
     )
 
 
@@ -130,7 +115,7 @@ def target_of(overrides: Sequence[str], config_dir: Path | None = None) -> str:
     for folder in folders:
         path = folder / "workload" / f"{name}.yaml"
         if path.is_file():
-            return str(yaml.safe_load(path.read_text())["workload"]["_target_"])
+            return _target_in_file(path)
     options = sorted(path.stem for folder in folders for path in (folder / "workload").glob("*.yaml"))
     fitting = [option for option in options if option != CUSTOM]
     likely = (closest(name, fitting) or fitting)[0]
@@ -139,6 +124,19 @@ def target_of(overrides: Sequence[str], config_dir: Path | None = None) -> str:
         f"one of {', '.join(fitting)}, or a class of yours",
         f"workload={likely}, or workload._target_=PACKAGE.MODULE.CLASS",
     )
+
+
+@cache
+def _target_in_file(path: Path) -> str:
+    """Return ``workload._target_`` of a config file. Raises ConfigError if the file does not have it."""
+    try:
+        with path.open() as file:
+            return str(yaml.safe_load(file)["workload"]["_target_"])
+    except yaml.YAMLError as error:
+        raise compose.refuse_file_of_config(error, Config) from error
+    except (KeyError, TypeError) as error:
+        fix = "workload: {_target_: PACKAGE.MODULE.CLASS} in that file"
+        raise ConfigError(f"{path} without workload._target_", "the dotted path of a class", fix) from error
 
 
 @cache
@@ -256,11 +254,11 @@ def sweep_points(overrides: Sequence[str], config_dir: Path | None = None) -> li
         ConfigError: an override cannot be read, or names no config.
     """
     prepared = prepare_overrides(overrides, config_dir)
-    typed = [parse(text, Config) for text in prepared]
+    typed = [parse_override(text, Config) for text in prepared]
     fixed = [text for text, override in zip(prepared, typed, strict=True) if not override.is_sweep_override()]
     params = compose_launch(fixed, config_dir, with_hydra=True).hydra.sweeper.get("params") or {}
     choices = []
-    for override in (*(parse(f"{key}={value}", Config) for key, value in params.items()), *typed):
+    for override in (*(parse_override(f"{key}={value}", Config) for key, value in params.items()), *typed):
         is_sweep = override.is_sweep_override()
         values = [*override.sweep_string_iterator()] if is_sweep else [override.get_value_element_as_str()]
         choices.append([f"{override.get_key_element()}={value}" for value in values])

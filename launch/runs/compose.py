@@ -32,7 +32,7 @@ from launch.runs.folder import RunFolder, damaged, unreadable, writing_into
 from launch.runs.overrides import (
     NOT_IN_POINT,
     is_within,
-    parse,
+    parse_override,
     point_keys,
     point_name,
     read_overrides,
@@ -81,7 +81,7 @@ def compose_typed(
     leaves = {*schema_keys(schema)} - {key.rpartition(".")[0] for key in schema_keys(schema)}
     free = tuple(f"{key}." for key in free_keys(schema))
     for text in overrides:
-        override = parse(text, schema)
+        override = parse_override(text, schema)
         if override.is_sweep_override() and not with_hydra:
             found = f"{text.lstrip('+')}, several values"
             raise ConfigError(
@@ -131,7 +131,7 @@ def refuse_file_of_config(error: BaseException, schema: type) -> ConfigError:
         mark = getattr(error, "problem_mark", None)
         where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
         found = f"{where}, which is no YAML: {getattr(error, 'problem', None) or error}"
-        return ConfigError(found, "KEY: VALUE on each line, with every bracket and quote closed", "the same command")
+        return ConfigError(found, "KEY: VALUE on each line, with every bracket and quote closed", "that line anew")
     first = str(error).strip().splitlines()[0]
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from launch.errors import ConfigError, closest
 from launch.runs.folder import RunFolder, damaged, read_strictly
@@ -188,16 +188,16 @@ def check_overrides(overrides: Iterable[str], schema: type, folders: Sequence[Pa
 @cache
 def _checked(typed: str, schema: type, folders: tuple[Path, ...]) -> str:
     key, equals, value = typed.partition("=")
-    name, free = typed_key(typed), free_keys(schema)
-    if equals and not name:
-        raise ConfigError(f"{typed}, a value without a key", "KEY=VALUE", f"the same without {typed}")
+    name, keys, free = typed_key(typed), schema_keys(schema), free_keys(schema)
+    if not name or not (equals or typed.startswith("~")):
+        raise _incomplete(typed, schema)
     if typed.startswith("~") and name in config_groups() - {"experiment", "workload"}:
         expected = f"one option of {name}, which every run has"
         raise ConfigError(f"{typed}, which takes it away", expected, f"the same without {typed}")
     is_group = name in config_groups() or any((folder / name).is_dir() for folder in folders)
     if is_group and name not in ("experiment", "workload", "hydra"):
         _check_option(typed, name, folders)
-    override = parse(typed, schema)
+    override = parse_override(typed, schema)
     if name.startswith(("hydra.", "hydra/")):
         return typed
     if override.package is not None:
@@ -205,11 +205,26 @@ def _checked(typed: str, schema: type, folders: tuple[Path, ...]) -> str:
         raise ConfigError(typed, expected, in_shell(name.partition("@")[0], value))
     if is_group or "/" in name:
         return f"+{typed}" if key == "experiment" else typed
-    _check_key(name, typed, schema)
+    if not is_within(name, free):
+        inner = [one for one in keys if one.startswith(f"{name}.")]
+        if inner and not value.startswith("{"):
+            raise ConfigError(typed.lstrip("+"), f"a value for one of {', '.join(inner)}", f"{inner[0]}=VALUE")
+        if name not in keys and name.rpartition("[")[0].rstrip(".") not in keys:
+            raise unknown_key(name, value, schema)
     if not override.is_delete():
         _check_value(override, typed, schema)
-    is_free = name.startswith(tuple(f"{one}." for one in free)) or (name in free and value.startswith("{"))
+    is_free = is_within(name, free) and (name not in free or value.startswith("{"))
     return f"++{typed}" if is_free and key == name else typed
+
+
+def _incomplete(typed: str, schema: type) -> ConfigError:
+    """Return the refusal of an argument without a key or a value."""
+    keys = schema_keys(schema)
+    likely = [typed] if is_within(typed, free_keys(schema)) else closest(typed, keys)
+    fix = f"{likely[0]}=VALUE" if likely else f"the same without {typed}"
+    if typed.endswith(".py") and "nodes" in keys:
+        fix = f"workload=script script.path={shlex.quote(typed)}"
+    return ConfigError(f"{typed}, which is no override", "KEY=VALUE", fix)
 
 
 def _check_option(typed: str, group: str, folders: Sequence[Path]) -> None:
@@ -217,9 +232,9 @@ def _check_option(typed: str, group: str, folders: Sequence[Path]) -> None:
     value = typed.partition("=")[2]
     words = [word for option in value.split(",") if (word := option.strip("[] '\""))]
     if value.startswith("["):
-        fix = f"{group}={','.join(words)}" if words else f"the same without {typed}"
         expected = f"one option of {group}; python -m launch -m sweeps over several"
-        raise ConfigError(f"{typed}, a list of options", expected, f"python -m launch -m {fix}" if words[1:] else fix)
+        fix = f"python -m launch -m {group}={','.join(words) or 'OPTION'}"
+        raise ConfigError(f"{typed}, a list of options", expected, fix)
     paths = [path for folder in folders for path in (folder / group).glob("*.yaml")]
     options = {path.stem for path in paths} | {
         entry.name.removesuffix(".yaml")
@@ -246,26 +261,16 @@ def _parsed(typed: str) -> Override:
     return OverridesParser.create().parse_override(typed)
 
 
-def parse(typed: str, schema: type) -> Override:
+def parse_override(typed: str, schema: type) -> Override:
     """Read one override by Hydra's grammar. Raises ConfigError if it cannot be read."""
     from hydra.errors import HydraException
 
     try:
         return _parsed(typed)
     except HydraException as error:
-        raise _unreadable(typed, schema) from error
-
-
-def _check_key(name: str, typed: str, schema: type) -> None:
-    """Raise ConfigError unless ``name`` is a key of the schema, or below a key that takes keys of the user's choice."""
-    keys = schema_keys(schema)
-    if is_within(name, free_keys(schema)):
-        return
-    inner = [key for key in keys if key.startswith(f"{name}.")]
-    if inner and not typed.partition("=")[2].startswith("{"):
-        raise ConfigError(typed.lstrip("+"), f"a value for one of {', '.join(inner)}", f"{inner[0]}=VALUE")
-    if name not in keys and name.rpartition("[")[0].rstrip(".") not in keys:
-        raise unknown_key(name, typed.partition("=")[2], schema)
+        fix = fitting_value(typed, schema)[1]
+        expected = "KEY=VALUE, quoted where it holds []{}:, or ="
+        raise ConfigError(f"{typed}, which cannot be read", expected, fix) from error
 
 
 def _check_value(override: Override, typed: str, schema: type) -> None:
@@ -273,7 +278,7 @@ def _check_value(override: Override, typed: str, schema: type) -> None:
     key, values = override.key_or_group, [override]
     if override.is_sweep_override():
         texts = override.sweep_string_iterator() if override.value_type and override.value_type.name in SWEEPS else ()
-        values = [parse(f"{key}={text}", schema) for text in texts]
+        values = [parse_override(f"{key}={text}", schema) for text in texts]
     for one in values:
         set_value(_scratch(schema), one, schema, typed)
 
@@ -288,7 +293,7 @@ def set_value(config: DictConfig, override: Override, schema: type, typed: str =
         raise refuse_value(error, schema, typed or str(override.input_line)) from error
 
 
-# Refusals, with a proposal of the override that was probably meant.
+# Refusals of a value and of a key.
 
 
 def refuse_value(error: BaseException, schema: type, typed: str = "") -> ConfigError:
@@ -302,178 +307,86 @@ def refuse_value(error: BaseException, schema: type, typed: str = "") -> ConfigE
     key, wrong = str(getattr(error, "full_key", None) or ""), getattr(error, "value", None)
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(f"no value for {key}", "a value", f"{key}=VALUE")
-    for path, element in list_elements(schema).items():
-        if isinstance(error, ConfigKeyError) and error.object_type is element:
-            names = [field.name for field in dataclasses.fields(element)]
-            fix = _example_of(path, closest(str(error.key), names) or names)
-            return ConfigError(f"unknown key {error.key} in {path}", f"one of {', '.join(names)}", fix)
     typed = (typed or f"{key}={'null' if wrong is None else wrong}").lstrip("+")
-    return wrong_value(typed, schema)
+    return ConfigError(typed, *fitting_value(typed, schema))
 
 
-def wrong_value(typed: str, schema: type) -> ConfigError:
-    """Return the refusal of an override whose value has the wrong type, with the values that its key takes."""
+def fitting_value(typed: str, schema: type) -> tuple[str, str]:
+    """Return the values that the key of an override takes, in words, and an override with such a value."""
     key, _, value = typed.partition("=")
-    kind = field_of(schema, key.partition("[")[0])[0]
+    key, value = key.strip(" '\""), value.lstrip("=")
+    path = key.partition("[")[0]
+    kind = field_of(schema, path)[0]
     is_list = get_origin(kind) is list
     inner = get_args(kind)[0] if is_list else kind
+    # A command is typed as in a shell; in other lists a blank is part of an element.
+    separator = None if is_list and path.endswith("command") and not value.startswith("[") else ","
+    words = [word.strip() for word in value.strip("[]").split(separator) if word.strip()]
+    if path in list_elements(schema):
+        names = [field.name for field in dataclasses.fields(list_elements(schema)[path])]
+        return f"a list of {{KEY: VALUE}} with keys among {', '.join(names)}", f"{path}='[{{{names[0]}: VALUE}}]'"
     if isinstance(inner, type) and issubclass(inner, Enum):
         options = [option.name for option in inner]
-        words = [word.strip() for word in value.strip("[]{}").split(",")]
-        alike = dict.fromkeys(next(iter(closest(word, options)), options[0]) for word in words)
-        fix = f"[{','.join(alike)}]" if is_list else next(iter(alike))
-        return ConfigError(typed, f"{'a list of' if is_list else 'one of'} {', '.join(options)}", in_shell(key, fix))
-    if kind is bool:
-        return ConfigError(typed, "true or false", f"{key}=true, or {key}=false")
-    if kind in (int, float):
-        expected = "a whole number" if kind is int else "a number"
-        if value == "null":
-            return ConfigError(typed, expected, f"{key}=NUMBER; python -m launch.keys {key} says what each number does")
-        sweep = f"python -m launch -m {key}={value.strip('[]')}"
-        return ConfigError(typed, expected, sweep if "," in value else f"{key}=NUMBER")
+        alike = list(dict.fromkeys((closest(word, options) or options)[0] for word in words)) or options[:1]
+        fix = f"[{','.join(alike)}]" if is_list else alike[0]
+        return f"{'a list of' if is_list else 'one of'} {', '.join(options)}", in_shell(key, fix)
     if is_list:
-        return ConfigError(typed, "a list", in_shell(key, _list_of(key, value)))
+        return "a list", in_shell(key, f"[{','.join(map(quoted, words))}]")
     if get_origin(kind) is dict:
-        return ConfigError(typed, f"keys of your own below {key}, each with its value", f"{key}.NAME=VALUE")
-    if kind is str and value != "null":
-        return ConfigError(typed, "one text", in_shell(key, quoted(value.strip("[]{}"))))
-    return ConfigError(typed, "a text" if kind is str else "a value that fits", f"the same without {typed}")
+        return f"keys of your own below {key}, each with its value", f"{key}.NAME=VALUE"
+    if kind in (bool, int, float):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        return expected, f"{key}={'true' if kind is bool else 'NUMBER'}"
+    text = value.strip("[]") if value.startswith("[") else value
+    return "one text", f"{key}=TEXT" if value == "null" else in_shell(key, quoted(text))
 
 
-def _list_of(key: str, value: str) -> str:
-    """Write a value, or the elements of a list that cannot be read, as a list in Hydra's grammar."""
-    is_command = key.rpartition(".")[2] == "command" and not value.startswith("[")
-    words = value.split() if is_command else [word.strip() for word in value.strip("[]").split(",")]
-    return f"[{','.join(quoted(word) for word in words if word)}]"
-
-
-def _example_of(path: str, keys: Sequence[str]) -> str:
-    return f"{path}='[{{{keys[0]}: VALUE}}]'"
-
-
-BRACES = re.compile(r"(?<![$%\\{])\{(" + "|".join(RANK_VALUES) + r")\}")
-"""A value of a run that was meant as ``${...}``."""
-
-
-def _unreadable(typed: str, schema: type) -> ConfigError:
-    """Return the refusal of an argument that Hydra's grammar of overrides cannot read."""
-    key, equals, value = typed.partition("=")
-    value = BRACES.sub(r"${\1}", value).lstrip("=")
-    found, expected = f"{typed}, which cannot be read", "KEY=VALUE, quoted where it holds []{}:, or ="
-    if not equals:
-        is_path = "/" in typed or typed.endswith(".py")
-        found = f"{typed}, a path without a key" if is_path else found
-        return ConfigError(found, "KEY=VALUE", _completed(typed, schema))
-    if key in free_keys(schema) and re.match(r"[\w.]+=", value):
-        expected = f"keys of your own below {key}, each with its value"
-        return ConfigError(found, expected, f"{key}.{value.replace(',', f' {key}.')}")
-    if any(value.count(left) != value.count(right) for left, right in ("[]", "{}", "()")):
-        return ConfigError(found, "one argument: the shell splits at blanks", f"'{key}=...', quoted as a whole")
-    element = list_elements(schema).get(key)
-    if element is not None:
-        names = [field.name for field in dataclasses.fields(element)]
-        expected = f"a list of {{KEY: VALUE}} with keys among {', '.join(names)}"
-        return ConfigError(found, expected, _example_of(key, names))
-    is_list = value.startswith("[") or get_origin(field_of(schema, key)[0]) is list
-    return ConfigError(found, expected, in_shell(key.strip(" '\""), _list_of(key, value) if is_list else quoted(value)))
-
-
-def _completed(word: str, schema: type) -> str:
-    """Return the proposal for an argument without a value: a command, a key, or the command without the argument."""
-    keys = schema_keys(schema)
-    if word.isdecimal() and "nodes" in keys:
-        return f"nodes={word}"
-    if word.endswith(".py") and "nodes" in keys:
-        return f"workload=script script.path={shlex.quote(word)}"
-    if "/" in word or word.endswith(".py"):
-        return f"python -m launch.status {shlex.quote(word)}, or output_dir={shlex.quote(word)}"
-    if word in keys or word.rpartition(".")[0] in free_keys(schema):
-        return f"{word}=VALUE"
-    groups = config_groups() & {*keys}
-    group = next((one for one in sorted(groups) if files("configs").joinpath(one, f"{word}.yaml").is_file()), None)
-    if group is not None:
-        return f"{group}={word}"
-    likely = closest(word, keys)
-    return f"{likely[0]}=VALUE" if likely else f"the same without {word}"
-
-
-MEANT = {
-    name: ours
-    for ours, names in {
-        # torchrun and Slurm
-        "nodes": "nnodes num_nodes",
-        "ranks_per_node": "nproc_per_node ntasks_per_node tasks_per_node devices num_processes",
-        "resilience.rendezvous_timeout_s": "rdzv_timeout join_timeout",
-        "cluster.timeout_min=MINUTES": "time time_limit timelimit timeout walltime",
-        "cluster.mem_gb=GB": "mem memory mem_per_node",
-        "cluster.partition": "queue",
-        "cluster.cpus_per_task": "cpus cpus_per_gpu",
-        "cluster.gpus_per_node": "gpus num_gpus",
-        "cluster.gpu_name": "gpu gpu_type",
-        "cluster.additional_parameters": "sbatch_args slurm_args",
-        "name": "job_name run_name",
-        # transformers' Trainer, Lightning, nanoGPT
-        "output_dir": "out_dir save_dir default_root_dir",
-        "resume_from": "resume resume_from_checkpoint ckpt_path",
-        "precision": "dtype mixed_precision torch_dtype",
-        "precision=bf16": "bf16",
-        "precision=fp16": "fp16",
-        "compile=default": "torch_compile",
-        "recompute": "activation_checkpointing",
-        "recompute=full": "gradient_checkpointing",
-        "optim.lr": "learning_rate",
-        "optim.max_steps": "steps num_steps max_iters train_iters",
-        "optim.max_steps=STEPS": "epochs max_epochs num_train_epochs",
-        "optim.global_batch": "batch_size global_batch_size train_batch_size",
-        "optim.max_micro_batch": "micro_batch_size per_device_train_batch_size",
-        "optim.max_micro_batch=VALUE": "gradient_accumulation_steps accumulate_grad_batches",
-        "optim.warmup_steps": "warmup warmup_iters num_warmup_steps",
-        "optim.grad_clip": "max_grad_norm gradient_clip_val",
-        "model.n_layer": "num_layers num_hidden_layers",
-        "model.n_head": "num_heads num_attention_heads",
-        "model.n_embd": "hidden_size d_model",
-        "model.block_size": "seq_len seq_length sequence_length max_seq_len context_length",
-        "parallel.tp": "tensor tensor_parallel_size tensor_model_parallel_size",
-        "parallel.pp": "pipeline pipeline_parallel_size pipeline_model_parallel_size",
-        "parallel.dp_shard": "fsdp_size",
-        "eval.interval": "eval_interval eval_steps val_check_interval",
-        "checkpoint.interval": "save_interval save_steps",
-        "checkpoint.keep_last": "save_total_limit save_top_k",
-        "logging.console_interval_s=VALUE": "log_interval logging_steps",
-        "data.path": "data_path train_file",
-        "data.dataset": "dataset_name",
-    }.items()
-    for name in names.split()
+ELSEWHERE = {
+    # torchrun and Slurm
+    **dict.fromkeys(("nnodes", "num_nodes"), "nodes"),
+    **dict.fromkeys(("nproc_per_node", "ntasks_per_node", "devices"), "ranks_per_node"),
+    "rdzv_timeout": "resilience.rendezvous_timeout_s",
+    "time": "cluster.timeout_min=MINUTES",
+    "mem": "cluster.mem_gb=GB",
+    "gpus": "cluster.gpus_per_node",
+    "gpu": "cluster.gpu_name",
+    "job_name": "name",
+    # transformers' Trainer
+    "resume_from_checkpoint": "resume_from",
+    "bf16": "precision=bf16",
+    "fp16": "precision=fp16",
+    "torch_compile": "compile=default",
+    "gradient_checkpointing": "recompute=full",
+    "learning_rate": "optim.lr",
+    "steps": "optim.max_steps",
+    "num_train_epochs": "optim.max_steps=STEPS",
+    "gradient_accumulation_steps": "optim.max_micro_batch=VALUE",
+    "batch_size": "optim.global_batch",
+    "per_device_train_batch_size": "optim.max_micro_batch",
+    "max_grad_norm": "optim.grad_clip",
+    "eval_steps": "eval.interval",
+    "save_steps": "checkpoint.interval",
+    "save_total_limit": "checkpoint.keep_last",
 }
-"""Name of a key elsewhere -> key of ours, or a whole override if its values mean something else."""
+"""Name of a setting in other tools -> key of ours, or a whole override if its values mean something else."""
+MOST_NAMES = 6
+"""Names of keys that a refusal lists."""
 
 
-def meant(name: str, value: str, schema: type, *, exactly: bool = False) -> list[str]:
-    """Return the overrides that a name of no key probably means, best first, as they are typed into a shell.
-
-    Args:
-        name: as typed, such as ``learning-rate``.
-        value: as typed.
-        schema: of the config.
-        exactly: leave out keys whose name is merely alike.
-    """
+def likely_overrides(name: str, value: str, schema: type) -> list[str]:
+    """Return the overrides that a name of no key probably means, best first, as they are typed into a shell."""
     keys, free = schema_keys(schema), free_keys(schema)
     name = name.replace("-", "_")
     parent, _, leaf = name.rpartition(".")
-    ours, _, other = MEANT.get(leaf.lower(), "").partition("=")
-    is_group = parent and any(key.rpartition(".")[0] == parent for key in keys)
-    if ours in (*keys, *LAUNCHER_KEYS) and (not is_group or ours.rpartition(".")[0] == parent):
+    ours, _, other = ELSEWHERE.get(leaf, "").partition("=")
+    if ours in keys:
         return [in_shell(ours, other or value)]
-    likely = [key for key in keys if key == name]
-    if not exactly and (is_group or not parent):
-        named = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == parent}
-        likely += [named[one] for one in difflib.get_close_matches(leaf, named)]
-    if not exactly and parent:
-        likely += [f"{one}.{leaf}" for one in difflib.get_close_matches(parent, free, cutoff=0.8)]
-    likely += sorted((key for key in keys if key.rpartition(".")[2] == leaf), key=lambda key: key.count("."))
-    if not likely and not exactly:
-        likely = [key for key in keys if f"_{leaf}_" in f"_{key.rpartition('.')[2]}_"]
-    if not likely and not exactly and not parent and "script.options" in free:
+    # A name without a group is compared with the last parts of keys; of equal parts the shortest key counts.
+    named = {key if parent else key.rpartition(".")[2]: key for key in sorted(keys, key=lambda key: -key.count("."))}
+    likely = [named[one] for one in difflib.get_close_matches(name, named, cutoff=0.75)]
+    likely = [f"{key}.{leaf}" if key in free and parent.count(".") == key.count(".") else key for key in likely]
+    likely += [key for key in keys if parent and key.rpartition(".")[2] == leaf]
+    if not likely and not parent and "script.options" in free:
         likely = [f"script.options.{name}"]
     return [in_shell(key, value) for key in dict.fromkeys(likely)]
 
@@ -482,31 +395,16 @@ def unknown_key(key: str, value: str, schema: type) -> ConfigError:
     """Return the refusal of a key that does not exist, with the keys that were probably meant."""
     keys, typed = schema_keys(schema), f"{key}={value}"
     if "nodes" not in keys and key.split(".")[0] in (*LAUNCHER_KEYS, "script"):
-        workload = "workload=script" if key.startswith("script") else ""
+        words = ["workload=script", typed] if key.startswith("script") else [typed]
         expected = "keys of gpt.train: torchrun and gpt.train know no nodes"
-        command = f"python -m launch {workload} {shlex.quote(typed)}".replace("  ", " ")
-        return ConfigError(f"{key}, a key of {workload or 'the launcher'}", expected, command)
-    parent = key.rpartition(".")[0]
-    if parent in keys and not any(one.startswith(f"{parent}.") for one in keys):
-        return ConfigError(typed, f"a value for {parent}, which has no keys below it", f"{parent}=VALUE")
-    likely = meant(key, value, schema)
-    siblings = [one for one in keys if one.rpartition(".")[0] == parent] or [one for one in keys if "." not in one]
-    alike = difflib.get_close_matches(key, siblings, n=MOST_NAMES, cutoff=0)
-    listed = dict.fromkeys([*(one.strip("'").partition("=")[0] for one in likely), *alike])
-    names = [name for name in listed if name in keys][:MOST_NAMES]
-    expected = f"a key such as {', '.join(names)} (python -m launch.keys lists all)"
-    fix = likely[0] if likely else f"the same without {typed}"
-    if likely and "nodes" not in keys and fix.partition("=")[0].strip("'") not in keys:
-        fix = f"python -m launch {fix}"
-    return ConfigError(f"unknown key {key}", expected, fix)
-
-
-MOST_NAMES = 12
-"""Names that a refusal lists."""
+        return ConfigError(f"{key}, a key of the launcher", expected, f"python -m launch {shlex.join(words)}")
+    names = difflib.get_close_matches(key, keys, n=MOST_NAMES, cutoff=0)
+    fix = next(iter(likely_overrides(key, value, schema)), f"the same without {typed}")
+    return ConfigError(f"unknown key {key}", f"a key such as {', '.join(names)} (python -m launch.keys lists all)", fix)
 
 
 def override_of_flag(flag: str, following: str, schema: type) -> str | None:
-    """Return the override for a flag, ``optim.max_steps=3`` for ``--max-steps 3``; None if no key has its name.
+    """Return the override for a flag, ``optim.max_steps=3`` for ``--max-steps 3``; None if no key has such a name.
 
     Args:
         flag: as typed.
@@ -514,4 +412,4 @@ def override_of_flag(flag: str, following: str, schema: type) -> str | None:
         schema: of the config.
     """
     value = following if following and not re.search("^-|=", following) else "VALUE"
-    return next(iter(meant(flag.lstrip("-"), value, schema, exactly=True)), None)
+    return next(iter(likely_overrides(flag.lstrip("-"), value, schema)), None)

@@ -106,12 +106,10 @@ def test_a_mistyped_key_has_its_likeness_first_and_a_dozen_names_at_most() -> No
     assert refusal.expected.endswith(" (python -m launch.keys lists all)")
 
 
-def test_a_key_of_a_script_is_mended_with_its_workload() -> None:
-    refusal = refusal_of("script.option.lr=3")
-    assert refusal.fix == "workload=script script.options.lr=3"
-    assert refusal_of("script.path=a.py", "script.step=2").fix.startswith("workload=script script.path=a.py script.")
-    config = compose_launch([*shlex.split(refusal.fix), "script.path=setup.cfg"])
-    assert config.script.options.lr == 3
+def test_a_key_of_a_script_is_sent_to_its_workload() -> None:
+    refusal = refusal_of("script.path=setup.cfg", "script.options.lr=3")
+    assert refusal.fix == "workload=script script.path=setup.cfg script.options.lr=3"
+    assert compose_launch(shlex.split(refusal.fix)).script.options.lr == 3
 
 
 @pytest.mark.parametrize(
@@ -124,11 +122,11 @@ def test_a_key_of_a_script_is_mended_with_its_workload() -> None:
         ("cluster.setup=module load x", "a list", """'cluster.setup=["module load x"]'"""),
         ("cluster.exclude=[a,b]", "one text", "'cluster.exclude=\"a,b\"'"),
         ("script.env=FOO", "keys of your own below script.env, each with its value", "script.env.NAME=VALUE"),
-        ("dry_run=nope", "true or false", "dry_run=true, or dry_run=false"),
-        ("name=null", "a text", "the same without name=null"),
+        ("dry_run=nope", "true or false", "dry_run=true"),
+        ("name=null", "one text", "name=TEXT"),
         ("name=ünï", "KEY=VALUE, quoted", "'name=\"ünï\"'"),
-        ("nodes =2", "KEY=VALUE, quoted", "nodes=2"),
-        ("nodes=[1,2]", "a whole number", "python -m launch -m nodes=1,2"),
+        ("nodes =2", "KEY=VALUE, quoted", "nodes=NUMBER"),
+        ("nodes=[1,2]", "a whole number", "nodes=NUMBER"),
         ("nodes=two", "a whole number", "nodes=NUMBER"),
         ("optim.max_steps=2.5", "a whole number", "optim.max_steps=NUMBER"),
         ("seed=1..4", "a whole number", "seed=NUMBER"),
@@ -138,18 +136,16 @@ def test_a_key_of_a_script_is_mended_with_its_workload() -> None:
         ("cluster.timeout_min=1:30:00", "a whole number", "cluster.timeout_min=NUMBER"),
         ("cluster.srun_args=--mpi=pmix", "KEY=VALUE, quoted", """'cluster.srun_args=["--mpi=pmix"]'"""),
         ("launch.report_files=[md,pngg]", "a list of md, csv, ", "'launch.report_files=[md,png]'"),
-        ("script.options=lr=3,seed=4", "keys of your own", "script.options.lr=3 script.options.seed=4"),
+        ("script.options=lr=3,seed=4", "KEY=VALUE, quoted", "script.options.NAME=VALUE"),
         ("script.env.FOO", "KEY=VALUE", "script.env.FOO=VALUE"),
     ],
 )
 def test_a_value_that_does_not_fit_is_answered_with_one_that_does(typed: str, expected: str, fix: str) -> None:
     workload = ["workload=script"] if typed.startswith("script.") else []
     refusal = refusal_of(*workload, typed)
-    assert refusal.found.removesuffix(", which cannot be read") == typed, "whole, not cut at a blank"
+    assert refusal.found.partition(", which ")[0] == typed, "whole, not cut at a blank"
     assert refusal.expected.startswith(expected) and refusal.fix == fix
-    if fix.startswith("python -m launch -m "):
-        assert len(sweep_points(shlex.split(fix)[4:])) == fix.count(",") + 1
-    elif not any(words in fix for words in ("VALUE", "NUMBER", ", or ", "nodes=1,2", "same")):
+    if not any(word in fix for word in ("VALUE", "NUMBER", "TEXT")):
         compose_launch([*workload, *shlex.split(fix)])
 
 
@@ -166,15 +162,15 @@ def test_a_mistyped_program_and_a_mistyped_folder_are_answered_with_the_one_that
         require_program(ScriptOptions(command=["./plain"], workdir=str(tmp_path)))
     assert refusal.value.fix == f"chmod +x {tmp_path / 'plain'}"
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError, match="folder is a folder"):
+    with pytest.raises(ConfigError, match=r"no program \./folder"):
         require_program(ScriptOptions(command=["./folder"], workdir=str(tmp_path)))
     (tmp_path / "folder" / "train.py").touch()
-    with pytest.raises(ConfigError, match="folder, which is a folder") as refusal:
+    with pytest.raises(ConfigError, match="folder, which is no file") as refusal:
         require_program(ScriptOptions(path=str(tmp_path / "folder")))
     assert refusal.value.fix == f"script.path={tmp_path / 'folder' / 'train.py'}"
     with pytest.raises(ConfigError, match="a file") as refusal:
         require_program(ScriptOptions(module="train.py", workdir=str(tmp_path / "folder")))
-    assert refusal.value.fix == "script.path=train.py, or script.module=train"
+    assert refusal.value.fix == "script.path=train.py"
     for name in ("nodes=1", "nodes=2"):
         RunFolder(tmp_path / "outputs" / "a sweep" / name).create_attempt()
     monkeypatch.chdir(tmp_path)

@@ -290,7 +290,7 @@ REFUSED = [
     (["cluster.placement=[{qos: a}, {}, {qos: a}]"], "cluster.placement[2] is the same as cluster.placement[0]"),
     (["cluster.placement=[{}, {price_per_gpu_hour: -1}]"], "cluster.placement[1].price_per_gpu_hour=-1"),
     (["cluster.placement=[{gpus_per_node: -1}]"], "cluster.placement[0].gpus_per_node=-1"),
-    (["cluster.placement=[{partitio: low}]"], "unknown key partitio in cluster.placement"),
+    (["cluster.placement=[{partitio: low}]"], "cluster.placement=[{partitio: low}]"),
     (["cluster.placement=[{cluster: 'a,b'}]"], "cluster.placement[0].cluster=a,b"),
     (["+cluster.additional_parameters.clusters=b"], "cluster.additional_parameters.clusters=b"),
     (["cluster.price_per_gpu_hour=-1"], "cluster.price_per_gpu_hour=-1"),

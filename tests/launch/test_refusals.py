@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from launch.errors import ConfigError
 from launch.plan.plan import make_plan
 from launch.runs import compose
 from launch.runs.compose import RunConfig, choose_folder, refuse_other_run, to_schema
-from launch.runs.overrides import LAUNCHER_KEYS, MEANT, typed_key
+from launch.runs.overrides import ELSEWHERE, LAUNCHER_KEYS, typed_key
 from launch.schema import schema_keys
 from tests.support.commands import environment, run
 
@@ -40,15 +39,10 @@ REFUSED = [
     (["model=gpt5"], "model=gpt5", "model=gpt2_124m"),
     (["optim.max_steps=many"], "optim.max_steps=many", "optim.max_steps=NUMBER"),
     (["precision=fp8"], "precision=fp8", "precision=auto"),
-    (["precision=fp23"], "precision=fp23", "precision=fp32"),
-    (["cluster=mars"], "cluster=mars", "cluster=auto"),
-    (["nodes"], "nodes, which cannot be read", "nodes=VALUE"),
-    (["2"], "2, which cannot be read", "nodes=2"),
-    (["python"], "python, which cannot be read", "the same without python"),
-    (["fsdp"], "fsdp, which cannot be read", "parallel=fsdp"),
-    (["=2"], "=2, a value without a key", "the same without =2"),
-    (["outputs/x"], "outputs/x, a path without a key", "python -m launch.status outputs/x"),
-    (["train.py"], "train.py, a path without a key", "workload=script script.path=train.py"),
+    (["nodes"], "nodes, which is no override", "nodes=VALUE"),
+    (["=2"], "=2, which is no override", "the same without =2"),
+    (["outputs/x"], "outputs/x, which is no override", "output_dir=VALUE"),
+    (["train.py"], "train.py, which is no override", "workload=script script.path=train.py"),
     (
         ["workload=script", "script.path=x.py", "script.option.lr=3"],
         "unknown key script.option",
@@ -68,12 +62,7 @@ REFUSED = [
     (
         ["workload=script", "script.path=x.py", "model.n_layer=2"],
         "model.n_layer=2, of the workload gpt, with workload=script",
-        "script.options.n_layer=2 in its place, or the same without model.n_layer=2",
-    ),
-    (
-        ["workload=script", "script.path=x.py", "model=gpt2_124m", "seed=3"],
-        "model=gpt2_124m, seed=3, of the workload gpt",
-        "script.options.model=gpt2_124m script.options.seed=3 in its place",
+        "the same without model.n_layer=2; options of your program are script.options.NAME=VALUE",
     ),
     (
         ["workload=script", "script.path=x.py", "experiment=weak_scaling"],
@@ -81,27 +70,22 @@ REFUSED = [
         "the same without experiment=weak_scaling",
     ),
     (["parallel=[ddp,fsdp]"], "parallel=[ddp,fsdp], a list of options", "python -m launch -m parallel=ddp,fsdp"),
-    (["cluster=['local']"], "cluster=['local'], a list of options", "cluster=local"),
     (["~model"], "~model, which takes it away", "the same without ~model"),
-    (["optim=[]"], "optim=[], a list of options", "the same without optim=[]"),
     (["resilience.max_restart.hung=1"], "unknown key resilience.max_restart", "resilience.max_restarts.hung=1"),
-    (["nodes==2"], "nodes==2, which cannot be read", "nodes=2"),
-    (["max_steps=3"], "unknown key max_steps", "optim.max_steps=3"),
+    (["nodes==2"], "nodes==2, which cannot be read", "nodes=NUMBER"),
     (["gpus=8"], "unknown key gpus", "cluster.gpus_per_node=8"),
     (["cluster.gpu=NVIDIA H100"], "unknown key cluster.gpu", "'cluster.gpu_name=NVIDIA H100'"),
     (["workload=script", "script.path=x.py", "batch_size=4"], "unknown key batch_size", "script.options.batch_size=4"),
-    (["optim.learning_rate=1e-3"], "unknown key optim.learning_rate", "optim.lr=1e-3"),
     (["batch_size=4"], "unknown key batch_size", "optim.global_batch=4"),
-    (["training.steps=3"], "unknown key training", "optim.max_steps=3"),
-    (["optim.gradient_accumulation_steps=8"], "unknown key", "optim.max_micro_batch=VALUE"),
     (["bf16=true"], "unknown key bf16", "precision=bf16"),
-    (["parallel.tensor=2"], "unknown key parallel.tensor", "parallel.tp=2"),
-    (["parallel.timeout=60"], "unknown key parallel.timeout", "parallel.timeout_s=60"),
     (["cluster.time=1:30:00"], "unknown key cluster.time", "cluster.timeout_min=MINUTES"),
-    (["cluster.gpu_memory=80"], "unknown key cluster.gpu_memory", "cluster.gpu_memory_gib=80"),
-    (["checkpoint.keep_last=null"], "checkpoint.keep_last=null", "python -m launch.keys checkpoint.keep_last"),
+    (["checkpoint.keep_last=null"], "checkpoint.keep_last=null", "checkpoint.keep_last=NUMBER"),
     (["cluster.placement=[{partition gpu}]"], "cannot be read", "cluster.placement='[{partition: VALUE}]'"),
-    (["cluster.placement=[{partitio: a}]"], "unknown key partitio", "cluster.placement='[{partition: VALUE}]'"),
+    (
+        ["cluster.placement=[{partitio: a}]"],
+        "cluster.placement=[{partitio: a}]",
+        "cluster.placement='[{partition: VALUE}]'",
+    ),
     (["nodes", "=", "2"], "nodes = 2", "nodes=2"),
     (["optim.foo.bar=1"], "unknown key optim.foo", "the same without optim.foo.bar=1"),
     (["nodes=2,3"], "nodes=2,3, several values", "python -m launch -m nodes=2,3"),
@@ -110,7 +94,6 @@ REFUSED = [
     (["cluster.setup=[a b,c=d]"], "which cannot be read", """'cluster.setup=["a b","c=d"]'"""),
     (["nodes=0"], "nodes=0", "nodes=1"),
     (["model@x=gpt2_124m"], "model@x=gpt2_124m", "model=gpt2_124m"),
-    (["nodes@x=2"], "nodes@x=2", "nodes=2"),
     (
         ["nodes=3"],
         "nodes=3 x 1 ranks = 3 ranks, but optim.global_batch=16 is not a multiple of 3",
@@ -135,15 +118,11 @@ REFUSED = [
     (["name='a\nrm -rf b'"], r"name='a\nrm -rf b'", "name='a_rm -rf b'"),
     (["name=../../escape"], "name='../../escape'", "name=escape"),
     (["name=a%jb"], "name='a%jb'", "name=a_jb"),
-    (["name='a/b'"], "name='a/b'", "name=a_b"),
     (["name='--wrap'"], "name='--wrap'", "name=wrap"),
     (["name='a\\b'"], r"name='a\\b'", "name=a_b"),
-    (["name=''"], "name=''", "name=run"),
     (["name=.."], "name='..'", "name=run"),
-    (["name='a\u2028b'"], r"name='a\u2028b'", "name=a_b"),
     (["output_dir=/proc/x"], "cannot be created in /proc", "output_dir=FOLDER"),
     (["output_dir='o%A'"], "'%' in the run's path", "output_dir=FOLDER"),
-    (["output_dir='o\nut'"], r"'\n' in the run's path", "output_dir=FOLDER"),
     (["run_dir='o\tut'"], r"'\t' in the run's path", "run_dir=FOLDER"),
     (["cluster.comment='a\nrm -rf b'"], r"cluster.comment='a\nrm -rf b'", "cluster.comment='a rm -rf b'"),
     (["copy_code=true", "output_dir='a:b'"], "with a : in it", "output_dir=FOLDER without :"),
@@ -163,16 +142,25 @@ def test_refused_in_three_parts(words: list[str], found: str, fix: str) -> None:
 
 def test_every_name_of_another_tool_leads_to_a_key_and_is_none_itself() -> None:
     keys = set(schema_keys(schema_of(target_of([]))))
-    assert {ours.partition("=")[0] for ours in MEANT.values()} <= keys
-    assert not MEANT.keys() & {key.rpartition(".")[2] for key in keys}
+    assert {ours.partition("=")[0] for ours in ELSEWHERE.values()} <= keys
+    assert not ELSEWHERE.keys() & {key.rpartition(".")[2] for key in keys}
 
 
-def test_a_proposal_for_options_can_be_typed() -> None:
-    words = ["workload=script", "script.path=x.py", "model.n_layer=2", "optim.lr=1e-3"]
+@pytest.mark.parametrize(
+    ("group", "text", "found"),
+    [
+        ("cluster", "kind: [local\ntimeout_min: 3\n", "/cluster/mine.yaml, line 2, which is no YAML"),
+        ("cluster", "defaults: [local]\ngpus_per_node: four\n", "cluster.gpus_per_node=four in cluster/mine.yaml"),
+        ("workload", "workload: [\n", "/workload/mine.yaml, line 2, which is no YAML"),
+        ("workload", "nodes: 2\n", "/workload/mine.yaml without workload._target_"),
+    ],
+)
+def test_a_file_of_a_site_that_cannot_be_read_is_named(group: str, text: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "mine.yaml").write_text(text)
     with pytest.raises(ConfigError) as refusal:
-        compose_launch(words)
-    fix = shlex.split(refusal.value.fix.partition(" in its place")[0])
-    assert compose_launch([*words[:2], *fix]).script.options == {"n_layer": 2, "lr": 1e-3}
+        compose_launch([f"{group}=mine"], tmp_path)
+    assert found in refusal.value.found and refusal.value.expected and refusal.value.fix
 
 
 def test_several_experiments_compose() -> None:
