@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -124,26 +125,14 @@ def without_sweep(flags: list[str], typed: list[str], config_dir: Path | None) -
 
 
 def unknown_flag(flag: str, following: str, argv: Sequence[str]) -> ConfigError:
-    """Return the refusal of a flag that Hydra does not have.
-
-    The refusal proposes the key of the config with this name.
-    """
-    meant = override_of_flag(flag, following, schema_named_in(argv))
-    flags = [known for known in (*ALONE, *WITH_VALUE) if known.startswith("--")]
-    likely = difflib.get_close_matches(flag.lstrip("-"), [known[2:] for known in flags], n=1, cutoff=0.7)
-    fix = meant or f"--{likely[0]}" if meant or likely else "python -m launch --help"
+    """Return the refusal of a flag that Hydra does not have, with the key of the config that has this name."""
+    schema: type[Config] = Config
+    with suppress(ConfigError):  # a workload of the user's own folder of configs, which is not known yet
+        schema = schema_of(target_of([word for word in argv if word.startswith("workload=")]))
+    meant = override_of_flag(flag, following, schema)
+    likely = difflib.get_close_matches(flag, [*ALONE, *WITH_VALUE], n=1, cutoff=0.7)
+    fix = meant or next(iter(likely), "python -m launch --help")
     return ConfigError(f"{flag}, which is no flag", "KEY=VALUE, -m for a sweep, or a flag of Hydra's", fix)
-
-
-def schema_named_in(argv: Sequence[str]) -> type[Config]:
-    """Return the schema of the workload in these arguments.
-
-    Returns the launcher's own schema if only a folder of configs is named.
-    """
-    try:
-        return schema_of(target_of([word for word in argv if word.startswith("workload=")]))
-    except ConfigError:
-        return Config
 
 
 COMMANDS = ("status", "logs", "cancel", "report", "project", "verify", "doctor", "move", "keys", "batch")
@@ -160,13 +149,6 @@ def refuse_command(argv: Sequence[str]) -> None:
         )
 
 
-def workload_to_complete(flags: Sequence[str]) -> list[str]:
-    """Return the workload in a line that a shell wants to complete. The last word of the line may be incomplete."""
-    if not set(flags) & set(COMPLETION):
-        return []
-    return [word for word in os.environ.get("COMP_LINE", "").rpartition(" ")[0].split() if word.startswith("workload")]
-
-
 def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
     """Register with Hydra the schema of the arguments, and the two functions that ``configs/config.yaml`` uses.
 
@@ -177,8 +159,11 @@ def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
     flags, typed = split_flags(argv)
     config_dir = next((require_folder(a, b) for a, b in pairwise(flags) if a in CONFIG_DIR), None)
     flags, typed = without_sweep(flags, typed, config_dir)
-    line = workload_to_complete(flags)
-    if not set(flags) & set(COMPLETION):  # The overrides come from the shell that requests a completion.
+    line: list[str] = []
+    if set(flags) & set(COMPLETION):  # The overrides come from the shell; their last word may be incomplete.
+        words = os.environ.get("COMP_LINE", "").rpartition(" ")[0].split()
+        line = [word for word in words if word.startswith("workload")]
+    else:
         typed = prepare_overrides(typed, config_dir)
     schema = register([*typed, *line], config_dir)
     excluded = not_in_point(load_workload(target_of(typed, config_dir)))

@@ -23,7 +23,7 @@ class Problem:
     """A problem with its remedy, in three lines. Refusals, warnings, findings and advice all have this form.
 
         problem = Problem("nodes=64 in partition gpu", "at most 32 nodes", "nodes=32")
-        raise problem.refusal()       # the command ends with exit status 2, and nothing is submitted
+        raise ConfigError(problem.found, problem.expected, problem.fix)  # exit status 2, and nothing is submitted
         print(problem.warning())      # the command continues
         print(problem)                # the three lines
 
@@ -42,10 +42,6 @@ class Problem:
     def __str__(self) -> str:
         return f"found: {self.found}\nexpected: {self.expected}\ntype next: {self.fix}"
 
-    def refusal(self) -> ConfigError:
-        """Return the exception that refuses a command because of this problem."""
-        return ConfigError(self.found, self.expected, self.fix)
-
     def warning(self) -> str:
         """Return one line for a problem that does not stop the command."""
         return f"warning: {self.found}; expected: {self.expected}; type {self.fix}"
@@ -57,24 +53,10 @@ class ConfigError(ValueError):
     def __init__(self, found: str, expected: str, fix: str) -> None:
         super().__init__(found, expected, fix)  # pickle calls the class with these three values again.
         self.problem = Problem(found, expected, fix)
+        self.found, self.expected, self.fix = found, expected, fix
 
     def __str__(self) -> str:
         return str(self.problem)
-
-    @property
-    def found(self) -> str:
-        """Values or state that are wrong."""
-        return self.problem.found
-
-    @property
-    def expected(self) -> str:
-        """Values or state that would be right."""
-        return self.problem.expected
-
-    @property
-    def fix(self) -> str:
-        """Command or override to type next."""
-        return self.problem.fix
 
 
 class RepeatedFailureError(RuntimeError):

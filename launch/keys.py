@@ -67,12 +67,6 @@ def values_of(kind: Any, metadata: Any) -> str:
     return text or ("number" if {int, float} & {*kinds} else "")
 
 
-def meaning_of_options(kind: Any) -> str:
-    """Return the docstring of the Enum of a key; empty if the key has no Enum."""
-    enums = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, Enum)]
-    return " ".join((inspect.getdoc(enums[0]) or "").split()) if enums else ""
-
-
 def written(value: Any) -> str:
     """Return a default as a user types it."""
     if isinstance(value, Enum):
@@ -93,9 +87,11 @@ def keys_of(schema: type, defaults: Any, prefix: str = "") -> Iterator[Key]:
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             groups.append((inner, field.name, name))
             continue
-        meaning = (
-            field.metadata.get("meaning") or docstrings(schema).get(field.name) or meaning_of_options(hints[field.name])
-        )
+        meaning = field.metadata.get("meaning") or docstrings(schema).get(field.name)
+        if not meaning:  # the docstring of the Enum of its options
+            kinds = (hints[field.name], *get_args(hints[field.name]))
+            enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
+            meaning = " ".join((inspect.getdoc(enums[0]) or "").split()) if enums else ""
         default = "" if OmegaConf.is_missing(defaults, field.name) else written(defaults[field.name])
         names = [inner.name for inner in dataclasses.fields(elements[field.name])] if field.name in elements else []
         is_own = {*names} <= {*hints}  # A list of places, which have keys of the same group.
@@ -120,7 +116,7 @@ def keys_of_workload(workload: str) -> list[Key]:
     return [key._replace(default="null") if key.name == "script.path" else key for key in found]
 
 
-def markdown() -> str:
+def keys_page() -> str:
     """Return docs/keys.md: a table for each group of keys."""
     launcher = list(keys_of(Config, compose_launch([])))
     own = {key.name for key in launcher}
@@ -157,7 +153,7 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="print docs/keys.md")
     args = parser.parse_args()
     if args.markdown:
-        print(markdown(), end="")
+        print(keys_page(), end="")
         return 0
     keys = keys_of_workload(args.workload)
     word = args.word.lower()

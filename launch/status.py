@@ -18,7 +18,7 @@ from rich.table import Table
 
 import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, refusing
-from launch.runs.events import damaged_text, skipped_text, slow_ranks, uncopied_text, unread_text, unsaved_text
+from launch.runs.events import damaged_text, skipped_text, straggling_ranks, uncopied_text, unread_text, unsaved_text
 from launch.runs.files import is_full
 from launch.runs.find import find_runs, natural
 from launch.runs.records import UNITS
@@ -77,7 +77,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "eta_s": point.eta_s,
         "quiet_s": point.quiet_s,
         "step_age_s": point.stale_s,
-        "slow_ranks": [{key: event.get(key) for key in SLOW} for event in slow_ranks(events)] or None,
+        "slow_ranks": [{key: event.get(key) for key in SLOW} for event in straggling_ranks(events)] or None,
         "sick_nodes": sick_nodes(point) or None,
         "not_restarted": why_not_restarted(events),
         "failure": failure and {key: failure.get(key) for key in ("attempt", "rank", "host", "step", "cause", "log")},

@@ -347,18 +347,15 @@ def code_files(root: Path, script: str | None = None) -> Iterator[tuple[str, Pat
         paths = (path for path in root.rglob("*") if path.name != ORIGIN and "__pycache__" not in path.parts)
         names = [str(path.relative_to(root)) for path in paths]
     else:
-        names = git_names(root) or folder_names(root) or ([Path(script).name] if script else [])
+        tracked, new = (
+            [name for name in (git(root, "ls-files", "-z", *options) or b"").decode().split("\0") if name]
+            for options in ((), ("--others", "--exclude-standard"))
+        )
+        names = [*tracked, *(name for name in new if name.endswith(CODE_SUFFIXES))]
+        names = names or folder_names(root) or ([Path(script).name] if script else [])
     for name in sorted(set(names)):
         if (root / name).is_file():
             yield name, root / name
-
-
-def git_names(root: Path) -> list[str]:
-    """Return the files that git tracks, and code that it neither tracks nor ignores."""
-    tracked = git(root, "ls-files", "-z")
-    untracked = git(root, "ls-files", "-z", "--others", "--exclude-standard")
-    new = [name for name in (untracked or b"").decode().split("\0") if name.endswith(CODE_SUFFIXES)]
-    return [name for name in [*(tracked or b"").decode().split("\0"), *new] if name]
 
 
 def folder_names(root: Path) -> list[str]:
@@ -383,26 +380,22 @@ def possible_sizes(request: PlanRequest, check: Callable[[PlanRequest], object])
         ConfigError: ``request.smaller`` is not empty, and ``check`` refuses all its numbers.
     """
 
-    def refusal(nodes: int) -> ConfigError | None:
+    possible: list[int] = []
+    refusals: list[ConfigError] = []
+    for nodes in request.smaller:
         try:
             check(replace(request, nodes=nodes, min_nodes=None))
+            possible.append(nodes)
         except ConfigError as error:
-            return error
-        return None
-
-    refusals = {nodes: refusal(nodes) for nodes in request.smaller}
-    possible = tuple(nodes for nodes, error in refusals.items() if error is None)
+            refusals.append(error)
     if refusals and not possible:
-        least = min(refusals)
-        below = next((nodes for nodes in range(least - 1, 0, -1) if refusal(nodes) is None), None)
-        first = next(error for error in refusals.values() if error is not None)
-        fixes = [f"resilience.min_nodes={below}"] if below else [first.fix.split(", or ")[0]]
+        most = request.smaller[0]
         raise ConfigError(
-            f"resilience.min_nodes={request.min_nodes}, and with nodes={max(refusals)}: {first.found}",
-            f"a number of nodes from {least} to {max(refusals)} with which the run can go on at the same global batch",
-            ", or ".join([*fixes, "resilience.min_nodes=null"]),
+            f"resilience.min_nodes={request.min_nodes}, and with nodes={most}: {refusals[0].found}",
+            f"a number of nodes up to {most} with which the run can go on at the same global batch",
+            f"{refusals[0].fix.split(', or ')[0]}, or resilience.min_nodes=null",
         )
-    return possible
+    return tuple(possible)
 
 
 @cache
@@ -412,17 +405,15 @@ def load_workload(target: str) -> Workload:
     Raises:
         ConfigError: the path cannot be imported, or is no workload.
     """
-    module_name, _, name = target.rpartition(".")
+    module, _, name = target.rpartition(".")
     expected = "the dotted path of a subclass of launch.workload.Workload that this Python can import"
     fix = "workload=script script.path=train.py, workload=gpt, or workload._target_=PACKAGE.MODULE.CLASS"
     try:
-        module = importlib.import_module(module_name) if module_name else None
-    except ImportError as error:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"workload._target_={target}: {error}", expected, fix) from error
-    kind = getattr(module, name, None)
-    if not isinstance(kind, type):
-        raise ConfigError(f"workload._target_={target}, and {module_name or target} has no class {name}", expected, fix)
-    if not issubclass(kind, Workload) or kind.command is Workload.command:
-        lacking = "is no launch.workload.Workload" if not issubclass(kind, Workload) else "has no method command"
-        raise ConfigError(f"workload._target_={target}, which {lacking}", expected, fix)
+    if not isinstance(kind, type) or not issubclass(kind, Workload):
+        raise ConfigError(f"workload._target_={target}, which is no launch.workload.Workload", expected, fix)
+    if kind.command is Workload.command:
+        raise ConfigError(f"workload._target_={target}, which has no method command", expected, fix)
     return kind()

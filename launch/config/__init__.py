@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Optional, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-def split_command(name: str, command: Any, example: str) -> list[str]:
+def split_command(name: str, command: Any) -> list[str]:
     """Return program and arguments of a command that was typed as a string or as a list; empty for null.
 
     Raises:
@@ -43,14 +43,12 @@ def split_command(name: str, command: Any, example: str) -> list[str]:
     """
     if command is None:
         return []
+    fix = f"'{name}=[PROGRAM,ARGUMENT]', or {name}=null"
     try:
         words = shlex.split(command) if isinstance(command, str) else [*map(str, command)]
-    except ValueError as error:
-        raise ConfigError(f"{name}={command}: {error}", "quotes that are closed", f"a list: '[{example}]'") from error
-    except TypeError:  # a number
-        words = []
+    except (ValueError, TypeError) as error:  # an open quote, or a number
+        raise ConfigError(f"{name}={command}: {error}", "a program and its arguments", fix) from error
     if not words:
-        fix = f"'{name}=[{example}]', or null for no command"
         raise ConfigError(f"{name}={command!r}", "a program and its arguments", fix)
     return words
 
@@ -95,7 +93,7 @@ class HealthCheckConfig:
     @property
     def command_words(self) -> list[str]:
         """Return program and arguments of the command; empty if there is no command."""
-        return split_command("resilience.health_check.command", self.command, "/opt/site/check_node,--quick")
+        return split_command("resilience.health_check.command", self.command)
 
 
 @dataclass
@@ -231,14 +229,10 @@ class LaunchConfig:
         " reads.",
     )
 
-    def validate(self) -> None:
-        """Raise ConfigError if the command cannot be read."""
-        split_command("launch.on_event", self.on_event, "/home/me/notify.sh,--quiet")
-
     @property
     def on_event_command(self) -> list[str]:
         """Return program and arguments of on_event; empty if there is no command."""
-        return split_command("launch.on_event", self.on_event, "/home/me/notify.sh,--quiet")
+        return split_command("launch.on_event", self.on_event)
 
 
 @dataclass
@@ -300,10 +294,6 @@ class Config(RunConfig):
         """True if the run continues with fewer nodes after a loss."""
         return self.resilience.min_nodes is not None and self.resilience.min_nodes < self.nodes
 
-    def with_nodes(self, nodes: int) -> Self:
-        """Return the config of a start with another number of nodes."""
-        return replace(self, nodes=nodes)
-
     @property
     def world_size(self) -> int:
         """Number of ranks."""
@@ -314,9 +304,7 @@ class Config(RunConfig):
         check_ranges(self)
         super().validate()
         self.cluster.validate()
-        split_command(
-            "resilience.health_check.command", self.resilience.health_check.command, "/opt/site/check_node,--quick"
-        )
+        _ = self.resilience.health_check.command_words, self.launch.on_event_command  # refuses what cannot be read
         least = self.resilience.min_nodes
         if least is not None and least > self.nodes:
             raise ConfigError(
@@ -325,7 +313,6 @@ class Config(RunConfig):
                 f"resilience.min_nodes={self.nodes}, or nodes={least}",
             )
         self.budget.validate(self.cluster)
-        self.launch.validate()
         if self.launch.sequential and self.cluster.placement:
             raise ConfigError(
                 "launch.sequential=true with cluster.placement",

@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def unread_text(folder: RunFolder) -> str | None:
     return f"{counted(unread, 'line')} of {folder.events} could not be read; what they told of the run is missing here"
 
 
-def slow_ranks(events: Events) -> list[dict[str, Any]]:
+def straggling_ranks(events: Events) -> list[dict[str, Any]]:
     """Return the events of the ranks that are slow in the newest attempt, by rank."""
     slow: dict[int, dict[str, Any]] = {}
     for event in events:
@@ -131,49 +131,33 @@ def slow_ranks(events: Events) -> list[dict[str, Any]]:
 
 def uncopied_text(events: Events) -> str | None:
     """Describe since when checkpoints cannot be copied, and why. None if the last copy succeeded."""
-    failed = _since(events, failure="copy_failed", success="copied")
-    if not failed:
-        return None
-    cause, tried = failed[-1]["cause"], how_often(len(failed))
-    return f"no checkpoint could be copied since {local_time(failed[0])} (tried {tried}): {cause}"
+    return _failing_text(events, "no checkpoint could be copied", failure="copy_failed", success="copied")
 
 
 def unsaved_text(events: Events) -> str | None:
     """Describe since when checkpoints cannot be written, and why. None if the last save succeeded."""
-    failed = _since(events, failure="save_failed", success="saved")
+    return _failing_text(events, "no checkpoint could be written", failure="save_failed", success="saved")
+
+
+def _failing_text(events: Events, what: str, *, failure: str, success: str) -> str | None:
+    last = max((number for number, event in enumerate(events) if event["event"] == success), default=-1)
+    failed = [event for event in events[last + 1 :] if event["event"] == failure]
     if not failed:
         return None
-    last, tried = failed[-1], how_often(len(failed))
-    since = local_time(failed[0])
-    return f"no checkpoint could be written since {since} (tried {tried}, last of step {last['step']}): {last['cause']}"
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(failed[0]["time"]))
+    return f"{what} since {since} (tried {how_often(len(failed))}): {failed[-1]['cause']}"
 
 
 def skipped_text(events: Events) -> str | None:
     """Describe the skipped steps and the rollbacks of the newest attempt. None if there are none."""
     began = max((number for number, event in enumerate(events) if event["event"] == "started"), default=0)
-    skipped = [event for event in events[began:] if event["event"] == "step_skipped"]
-    back = [event for event in events[began:] if event["event"] == "rolled_back"]
     told = []
-    if skipped:
-        last = skipped[-1]
-        told.append(
-            f"{counted(len(skipped), 'step')} skipped in this attempt, last step {last['step']}: {last['cause']}"
-        )
-    if back:
-        last = back[-1]
-        told.append(f"gone back {how_often(len(back))}, last to step {last['step']}: {last['cause']}")
+    for name, what, where in (("step_skipped", "steps skipped", "step"), ("rolled_back", "gone back", "to step")):
+        found = select_events(events[began:], name)
+        if found:
+            times, last = how_often(len(found)), found[-1]
+            told.append(f"{what} {times} in this attempt, last {where} {last['step']}: {last['cause']}")
     return "; ".join(told) or None
-
-
-def _since(events: Events, *, failure: str, success: str) -> list[dict[str, Any]]:
-    """Return the events ``failure`` after the last event ``success``, oldest first."""
-    last = max((number for number, event in enumerate(events) if event["event"] == success), default=-1)
-    return [event for event in events[last + 1 :] if event["event"] == failure]
-
-
-def local_time(event: Mapping[str, Any]) -> str:
-    """Return the local time of an event, to the minute."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(event["time"]))
 
 
 # Failures of ranks. One failure makes others: ranks that lose a peer fail as well, which is called an echo here.
@@ -361,9 +345,8 @@ def refuse_resume_from(value: Any, fresh: bool) -> None:
     if value is None:
         return
     if value != LAST and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        step = re.fullmatch(r"\D*0*([1-9]\d*)", str(value))  # as in step5, or step_00000005
-        fix = f"resume_from={step[1]}, or resume_from=last" if step else "resume_from=last"
-        raise ConfigError(f"resume_from={value}", "the step of a checkpoint, or last for the newest one", fix)
+        expected = "the step of a checkpoint, or last for the newest one"
+        raise ConfigError(f"resume_from={value}", expected, "resume_from=last")
     if fresh:
         raise ConfigError(
             f"resume_from={value} with fresh=true",
@@ -388,20 +371,18 @@ def plan_continuation(
     """
     events = folder.read_events()
     before = planned_steps(events)
-    finished = is_finished(events)
-    extends = before if finished and max_steps is not None and before is not None and max_steps > before else None
-    if resume_from is None:
-        if max_steps is not None:
-            refuse_shorter(folder, max_steps, last_step(folder, ()))
-        return Continuation(extends=extends)
-    checkpoints = list(saved)
-    back_to = find_step(folder, resume_from, checkpoints)
-    if max_steps is not None:
-        refuse_shorter(folder, max_steps, back_to)
+    is_longer = max_steps is not None and before is not None and max_steps > before
+    extends = before if is_longer and is_finished(events) else None
+    checkpoints = [] if resume_from is None else list(saved)
     last = last_step(folder, checkpoints)
-    if last <= back_to:
-        return Continuation(extends=extends)
-    return Continuation(back_to, last, extends)
+    back_to = last if resume_from is None else find_step(folder, resume_from, checkpoints)
+    if max_steps is not None and max_steps < back_to:
+        raise ConfigError(
+            f"{folder.path} has made {back_to} steps, and now it is to have {max_steps}",
+            f"at least {back_to} steps in all, or a checkpoint that is not beyond them to go back to",
+            f"optim.max_steps={back_to}, or resume_from=STEP with a step up to {max_steps}, or fresh=true",
+        )
+    return Continuation(back_to, last, extends) if back_to < last else Continuation(extends=extends)
 
 
 def find_step(folder: RunFolder, resume_from: Any, saved: Sequence[SavedCheckpoint]) -> int:
@@ -412,12 +393,9 @@ def find_step(folder: RunFolder, resume_from: Any, saved: Sequence[SavedCheckpoi
     """
     steps = sorted(one.step for one in saved if one.step is not None)
     if not steps:
-        there = f"{folder.path} has no checkpoint" if folder.path.is_dir() else f"there is no run in {folder.path}"
-        raise ConfigError(
-            f"resume_from={resume_from}, and {there}",
-            "the folder of a run that has saved",
-            "run_dir=FOLDER of such a run (python -m launch.status lists them), or the command without resume_from",
-        )
+        found = f"resume_from={resume_from}, and {folder.path} has no checkpoint"
+        expected = "the folder of a run that has saved; python -m launch.status lists the runs"
+        raise ConfigError(found, expected, "run_dir=FOLDER, or the same without resume_from")
     if resume_from == LAST:
         return steps[-1]
     if resume_from not in steps:
@@ -428,16 +406,6 @@ def find_step(folder: RunFolder, resume_from: Any, saved: Sequence[SavedCheckpoi
             f"resume_from={near}",
         )
     return int(resume_from)
-
-
-def refuse_shorter(folder: RunFolder, max_steps: int, done: int) -> None:
-    """Raise ConfigError if a run has made more steps than now requested."""
-    if max_steps < done:
-        raise ConfigError(
-            f"{folder.path} has made {done} steps, and now it is to have {max_steps}",
-            f"at least {done} steps in all, or a checkpoint that is not beyond them to go back to",
-            f"optim.max_steps={done}, or resume_from=STEP with a step up to {max_steps}, or fresh=true",
-        )
 
 
 def last_step(folder: RunFolder, saved: Iterable[SavedCheckpoint]) -> int:
@@ -499,7 +467,8 @@ def refuse_alive(folder: RunFolder) -> None:
     """
     attempt = max(folder.attempts(), default=0)
     events = folder.read_events()
-    if not attempt or has_ended(events, attempt):
+    ends = ("finished", "stopped", "rank_failed", "attempt_ended")
+    if not attempt or any(event["event"] in ends and event.get("attempt") == attempt for event in events):
         return
     known = read_json(folder.environment(attempt))
     here = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -511,12 +480,6 @@ def refuse_alive(folder: RunFolder) -> None:
                 "a run that nothing works on, before it goes back to an earlier checkpoint",
                 f"kill {pid}, which has it save and leave; then the same command",
             )
-
-
-def has_ended(events: Events, attempt: int) -> bool:
-    """Return whether the event log contains the end of an attempt."""
-    ends = ("finished", "stopped", "rank_failed", "attempt_ended")
-    return any(event["event"] in ends and event.get("attempt") == attempt for event in events)
 
 
 def began_before(pid: int, when: float) -> bool:

@@ -9,8 +9,7 @@ import time
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +135,8 @@ class Sweep:
 
 def read_sweeps(group: Path) -> list[Sweep]:
     """Return the recorded sweeps of a folder, in the order of their numbers. Skips damaged records."""
-    numbers = numbers_in(group / ARCHIVE)
-    found = [(number, read_json(group / ARCHIVE / f"{number:04d}" / CURRENT)) for number in numbers]
-    return [sweep_of(known, number) for number, known in found if known.get("points")]
+    found = (read_json(group / ARCHIVE / f"{number:04d}" / CURRENT) for number in numbers_in(group / ARCHIVE))
+    return [_sweep_of(known) for known in found if known.get("points")]
 
 
 def current_sweep(group: Path) -> Sweep | None:
@@ -153,44 +151,26 @@ def current_sweep(group: Path) -> Sweep | None:
     known = read_mapping(record)
     if not isinstance(known.get("points"), list) or not known["points"]:
         raise damaged(record, "it names no points")
-    return with_points(group, known["points"]) or sweep_of(known, None)
+    return _sweep_of(known)
 
 
-def with_points(group: Path, points: Sequence[str]) -> Sweep | None:
-    """Return the recorded sweep with exactly these points, in any order. None if there is no such sweep."""
-    return next((sweep for sweep in read_sweeps(group) if sorted(sweep.points) == sorted(points)), None)
-
-
-def sweep_of(known: dict[str, Any], number: int | None) -> Sweep:
-    """Return the sweep of a record."""
-    return Sweep(
-        number, tuple(map(str, known["points"])), tuple(map(str, known.get("typed", ()))), float(known.get("time", 0.0))
-    )
+def _sweep_of(known: dict[str, Any]) -> Sweep:
+    points, typed = (tuple(map(str, known.get(name, ()))) for name in ("points", "typed"))
+    return Sweep(known.get("sweep"), points, typed, float(known.get("time", 0.0)))
 
 
 def record_sweep(group: Path, points: Sequence[str], typed: Sequence[str]) -> Sweep:
-    """Record a sweep that was typed now. It becomes the current sweep of its folder."""
-    with suppress(ConfigError):  # a damaged record has no points to keep
-        before = current_sweep(group)
-        if before is not None and before.number is None:  # of an earlier version, or written by hand
-            write_record(group, before)
-    known = with_points(group, points)
-    sweep = write_record(group, Sweep(known.number if known else None, tuple(points), tuple(typed), time.time()))
-    write_json(group / CURRENT, record_of(sweep))
+    """Record a sweep that was typed now. It becomes the current sweep of its folder.
+
+    A sweep of the same points, in any order, keeps its number.
+    """
+    numbers = [sweep.number for sweep in read_sweeps(group) if sorted(sweep.points) == sorted(points)]
+    number = numbers[0] if numbers else int(make_numbered(group / ARCHIVE).name)
+    sweep = Sweep(number, tuple(points), tuple(typed), time.time())
+    record = {"sweep": number, "typed": list(typed), "time": sweep.time, "points": list(points)}
+    for path in (group / ARCHIVE / f"{number:04d}" / CURRENT, group / CURRENT):
+        write_json(path, record)
     return sweep
-
-
-def write_record(group: Path, sweep: Sweep) -> Sweep:
-    """Write the record of a sweep and return the sweep; a sweep without a number gets the next one."""
-    if sweep.number is None:
-        sweep = replace(sweep, number=int(make_numbered(group / ARCHIVE).name))
-    write_json(group / ARCHIVE / f"{sweep.number:04d}" / CURRENT, record_of(sweep))
-    return sweep
-
-
-def record_of(sweep: Sweep) -> dict[str, Any]:
-    """Return the record of a sweep, for JSON."""
-    return {"sweep": sweep.number, "typed": list(sweep.typed), "time": sweep.time, "points": list(sweep.points)}
 
 
 # Search of run folders, for all commands with paths: status, logs, cancel, move, report, compare.
@@ -229,14 +209,11 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
 
 
 def suggestion(path: Path) -> str:
-    """Return what to type in place of a path without runs.
-
-    It is the same path below ``outputs``, a path with a similar name, the command that lists runs, or a new run.
-    """
+    """Return what to type in place of a path without runs: a path with a similar name, or a command."""
     if not path.is_absolute() and path.parts[:1] != OUTPUTS.parts and runs_inside(OUTPUTS.absolute() / path):
         return f"{OUTPUTS / path}, which is there"
-    if not path.exists() and path.parent.is_dir():
-        above = path.parent.absolute()
+    above = path.parent.absolute()
+    if not path.exists() and above.is_dir():
         for name in closest(path.name, {run.relative_to(above).parts[0] for run in runs_inside(above)})[:1]:
             return f"{shlex.quote(str(path.parent / name))}, which is there"
     if runs_inside(OUTPUTS.absolute()):

@@ -169,7 +169,7 @@ class HeartbeatFile:
         self._requests[request][AT] = call
 
 
-def read(path: Path) -> RankHeartbeat | None:
+def read_heartbeat(path: Path) -> RankHeartbeat | None:
     """Return the last heartbeat in the file ``path``. None before the first one."""
     try:
         data = path.read_bytes()

@@ -22,9 +22,7 @@ from launch.errors import ConfigError
 Measured = TypeVar("Measured")
 
 
-def read_measured(
-    path: Path, key: str, parse: Callable[[Any], Measured], form: int, command: str, options: str = ""
-) -> Measured:
+def read_measured(path: Path, key: str, parse: Callable[[Any], Measured], form: int, command: str) -> Measured:
     """Return the content of a file of measurements. Reads the file again only if it changes.
 
     Args:
@@ -33,7 +31,6 @@ def read_measured(
         parse: makes values of the JSON document; raises ValueError, KeyError, TypeError or AttributeError.
         form: number of the document's format.
         command: writes such a file with ``--output``.
-        options: further options of the command.
 
     Raises:
         ConfigError: the file does not exist or has another content.
@@ -41,31 +38,12 @@ def read_measured(
     try:
         read: Measured = _read(path, path.stat().st_mtime_ns, parse, form)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        is_option = key.startswith("-")
         raise ConfigError(
-            f"{key}{' ' if is_option else '='}{path}: {_said(error)}",
+            f"{key}{' ' if key.startswith('-') else '='}{path}: {type(error).__name__}: {error}",
             f"a file that {command} has written",
-            f"{' '.join(filter(None, (command, options)))} --output {path}, or "
-            + (f"leave {key} out" if is_option else f"{key}=null"),
+            f"{command} --output {path}, or the same without {key}",
         ) from error
     return read
-
-
-def _said(error: Exception) -> str:
-    """Return a description of the error in a file."""
-    match error:
-        case OSError():
-            return error.strerror or type(error).__name__
-        case json.JSONDecodeError():
-            return f"no JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        case UnicodeDecodeError():
-            return "no text"
-        case KeyError():
-            return f"{error} is missing in it"
-        case TypeError() | AttributeError():
-            return "it holds other kinds of values than such a file"
-        case _:
-            return str(error)
 
 
 @lru_cache(maxsize=16)
@@ -296,7 +274,7 @@ def read_network(path: Path, key: str = "cluster.network") -> Network:
     Raises:
         ConfigError: the file does not exist or has another content.
     """
-    return read_measured(path, key, _parse_network, NETWORK_FORMAT, "python -m launch.bench_network", "nodes=2")
+    return read_measured(path, key, _parse_network, NETWORK_FORMAT, "python -m launch.bench_network nodes=2")
 
 
 def _parse_network(document: Any) -> Network:

@@ -55,23 +55,17 @@ def check_pattern(pattern: str) -> None:
     Raises:
         ConfigError: it is no regular expression, has no group ``step``, or names something else.
     """
-    fix = r"script.progress='step (?P<step>\d+).* loss (?P<loss>[\d.]+)'"
     try:
         names = set(re.compile(pattern).groupindex)
+        unknown = sorted(names - set(GROUPS))
+        wrong = f"with a group {', '.join(unknown)}" if unknown else "" if "step" in names else "without a group step"
     except re.error as error:
+        wrong = f"which is no regular expression: {error}"
+    if wrong:
         raise ConfigError(
-            f"script.progress={pattern!r}, which is no regular expression: {error}",
-            "a regular expression of Python's module re, quoted for the shell",
-            fix,
-        ) from error
-    known = ", ".join(GROUPS)
-    if unknown := sorted(names - set(GROUPS)):
-        raise ConfigError(f"script.progress with a group {', '.join(unknown)}", f"groups among {known}", fix)
-    if "step" not in names:
-        raise ConfigError(
-            f"script.progress={pattern!r}, which has no group named step",
-            rf"a group (?P<step>\d+), and any of {known.removeprefix('step, ')}",
-            fix,
+            f"script.progress={pattern!r}, {wrong}",
+            f"a regular expression of Python's module re with a group step and any of {', '.join(GROUPS[1:])}",
+            r"script.progress='step (?P<step>\d+).* loss (?P<loss>[\d.]+)'",
         )
 
 
@@ -98,7 +92,6 @@ class Progress:
         self._logs = [_RankLog(folder, attempt, rank, contract.unit, contract.work_per_step) for rank in read]
         self._curves = _Curves(folder, attempt) if contract.writes_curves and 0 in ranks else None
         self._polled = 0.0
-        self._cut = False
         self.matched = False
         """True after a first line has matched."""
 
@@ -137,10 +130,6 @@ class Progress:
         lines = log.new_lines()
         if self._pattern is None or lines is None:
             return False
-        if log.reader.has_cut and not self._cut:
-            self._cut = True
-            cause = f"of lines longer than {LINE_BYTES:,} bytes only the beginning is searched by script.progress"
-            self._folder.record_event("progress_cut", attempt=self._attempt, rank=log.rank, cause=cause)
         found: list[dict[str, str]] = []
         line = ""
         try:
@@ -281,7 +270,6 @@ class NewLines:
         self._longest = longest
         self._offset = path.stat().st_size if skip and path.exists() else 0
         self._begun = b""
-        self.has_cut = False
         self.changed_at = 0.0
         """Time of the last write to the file, Unix time."""
 
@@ -302,7 +290,6 @@ class NewLines:
         self.changed_at = status.st_mtime
         *whole, begun = self._end.split(self._begun + data)
         self._begun = begun[: self._longest]
-        self.has_cut |= any(len(line) > self._longest for line in (*whole, begun))
         return [line[: self._longest] for line in whole if line]
 
 

@@ -161,9 +161,10 @@ class EventWriter:
         """
         layout = layout_pb2.Layout()
         for title, charts in categories.items():
-            # TensorBoard (2.21) shows charts in reverse order.
-            inverse = [_chart(title, curve) for title, curve in reversed(list(charts.items()))]
-            layout.category.append(layout_pb2.Category(title=title, chart=inverse))
+            category = layout.category.add(title=title)
+            for name, curve in reversed(list(charts.items())):  # TensorBoard (2.21) shows charts in reverse order
+                series = category.chart.add(title=name).margin.series.add(value=curve.value)
+                series.lower, series.upper = curve.lower or curve.value, curve.upper or curve.value
         metadata = custom_scalar_metadata.create_summary_metadata()
         tag = custom_scalar_metadata.CONFIG_SUMMARY_TAG
         self._add([_string_value(tag, layout.SerializeToString(), metadata)], step=0)
@@ -211,13 +212,6 @@ def png_shape(png: bytes) -> tuple[int, int, int]:
         raise ValueError(f"not a PNG file: starts with {png[:8]!r}, expected {PNG_SIGNATURE!r}")
     width, height, _depth, color = struct.unpack(">IIBB", png[16:26])
     return width, height, PNG_CHANNELS[color]
-
-
-def _chart(title: str, curve: Curve) -> layout_pb2.Chart:
-    series = layout_pb2.MarginChartContent.Series(
-        value=curve.value, lower=curve.lower or curve.value, upper=curve.upper or curve.value
-    )
-    return layout_pb2.Chart(title=title, margin=layout_pb2.MarginChartContent(series=[series]))
 
 
 def _string_value(tag: str, text: bytes, metadata: summary_pb2.SummaryMetadata) -> summary_pb2.Summary.Value:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import importlib
 import os
 import pkgutil
@@ -10,11 +9,10 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -49,20 +47,7 @@ from launch.workload import (
 
 OWN_IMPORTS = re.compile(r"__path__|declare_namespace|meta_path|path_hooks|sys\.modules")
 """Pattern of code in a package that finds its modules in its own way."""
-USUAL = ("train", "main", "run", "cli")
-"""Names of modules to propose first if a package itself cannot be run."""
-EXPECTED = "a module that python -m finds from script.workdir"
-
-
-class Missing(NamedTuple):
-    """Point at which the search for a module failed."""
-
-    package: str
-    """Package in which the next part was searched; empty at the start of the name."""
-    part: str
-    """Part of the name that was not found."""
-    locations: tuple[str, ...] | None
-    """Folders of the package; None if it is a module, and no package."""
+EXPECTED = "a module that python -m finds from script.workdir, or a package with a __main__.py"
 
 
 def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *, elsewhere: bool = False) -> None:
@@ -74,54 +59,32 @@ def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *
         pythonpath: folders that are searched next, before the folders of this Python.
         elsewhere: True if ranks may have search paths or packages that this machine does not know.
     """
+    typed = f"script.module={module}"
     if module.endswith(".py") and (workdir / module).is_file():
-        dotted = module.removesuffix(".py").replace("/", ".")
-        raise ConfigError(
-            f"script.module={module}, which is a file",
-            "a module, as python -m takes it, without .py",
-            f"script.path={module}, or script.module={dotted}",
-        )
-    searched = [str(workdir), *(str(workdir / folder) for folder in pythonpath), *sys.path]
+        raise ConfigError(f"{typed}, which is a file", EXPECTED, f"script.path={module}")
     importlib.invalidate_caches()  # A folder that was searched before may have new files.
-    missing = search(module, searched)
-    if missing is None or (elsewhere and not missing.package):
-        return
-    if not missing.package:
-        raise ConfigError(
-            f"script.module={module}, and there is no {missing.part} in {workdir} nor among the installed packages",
-            EXPECTED,
-            "script.workdir=PATH of the folder it lies in, or script.path=FILE",
-        )
-    if missing.locations is None:
-        found = f"script.module={module}, and {missing.package} is a module, not a package"
-        raise ConfigError(found, EXPECTED, f"script.module={missing.package}")
-    names = [entry.name for entry in pkgutil.iter_modules(missing.locations)]
-    if missing.package == module:
-        found, likely = f"script.module={module}, a package without __main__.py", [*USUAL, *sorted(names)]
-    else:
-        found = f"script.module={module}, and there is no {missing.part} in {' nor '.join(missing.locations)}"
-        likely = closest(missing.part, names)
-    rest = module[len(f"{missing.package}.{missing.part}") :]
-    runnable = (f"{missing.package}.{name}{rest}" for name in likely if name in names)
-    fix = next((name for name in runnable if search(name, searched) is None), f"{missing.package}.MODULE")
-    raise ConfigError(found, f"{EXPECTED}, or a package with a __main__.py", f"script.module={fix}")
-
-
-def search(module: str, searched: Iterable[str]) -> Missing | None:
-    """Search for a module, and the ``__main__`` of a package; None if it exists or may exist."""
-    name, locations, spec = "", tuple(searched), None
-    for part in module.split("."):
-        package, name = name, f"{name}.{part}" if name else part
+    package, locations = "", [str(workdir), *(str(workdir / folder) for folder in pythonpath), *sys.path]
+    for part in [*module.split("."), "__main__"]:
+        name = f"{package}.{part}" if package else part
         spec = find_spec(name, locations) if part else None
         if spec is None:
-            return Missing(package, part, locations if package else ())
+            break
         if spec.submodule_search_locations is None:
-            left = module[len(name) + 1 :].partition(".")[0]
-            return Missing(name, left, None) if left else None
+            if name not in (module, f"{module}.__main__"):
+                raise ConfigError(f"{typed}, and {name} is a module, not a package", EXPECTED, f"script.module={name}")
+            return
         if finds_by_itself(spec):
-            return None
-        locations = tuple(spec.submodule_search_locations)
-    return None if find_spec(f"{name}.__main__", locations) else Missing(name, "__main__", locations)
+            return
+        package, locations = name, list(spec.submodule_search_locations)
+    if not package:
+        if elsewhere:
+            return
+        found = f"{typed}, and there is no {part} in {workdir} nor among the installed packages"
+        raise ConfigError(found, EXPECTED, "script.workdir=PATH of the folder it lies in, or script.path=FILE")
+    modules = [entry.name for entry in pkgutil.iter_modules(locations) if not entry.ispkg or part != "__main__"]
+    likely = next(iter(sorted(modules) if part == "__main__" else closest(part, modules)), "MODULE")
+    lacking = f"there is no {part} in {' nor '.join(locations)}"
+    raise ConfigError(f"{typed}, and {lacking}", EXPECTED, f"script.module={package}.{likely}")
 
 
 def find_spec(name: str, locations: Sequence[str]) -> ModuleSpec | None:
@@ -165,15 +128,10 @@ def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
             f"script.python={script.python}, which cannot be run", "an interpreter", f"script.python={sys.executable}"
         )
     if script.path is not None and not Path(script.path).is_file():
-        is_folder = Path(script.path).is_dir()
-        folder = Path(script.path) if is_folder else Path(script.path).parent
-        there = [path.name for path in folder.glob("*.py")] if folder.is_dir() else []
-        likely = closest(Path(script.path).name, there) or sorted(there)[:3]
-        raise ConfigError(
-            f"script.path={script.path}, which is {'a folder' if is_folder else 'no file'}",
-            f"a script{', such as ' + ', '.join(likely) if likely else ''}",
-            f"script.path={folder / likely[0] if likely else 'train.py'}",
-        )
+        folder = Path(script.path) if Path(script.path).is_dir() else Path(script.path).parent
+        there = sorted(path.name for path in folder.glob("*.py"))
+        likely = (closest(Path(script.path).name, there) or there or ["train.py"])[0]
+        raise ConfigError(f"script.path={script.path}, which is no file", "a script", f"script.path={folder / likely}")
     if script.module is not None and script.python is None:
         pythonpath = (script.env.get("PYTHONPATH") or "").split(os.pathsep)
         unsettled = any(PLACEHOLDER.search(folder) for folder in pythonpath)
@@ -191,28 +149,14 @@ def require_command(command: Sequence[str], workdir: Path) -> None:
     if local.is_file() and os.access(local, os.X_OK):
         return
     typed = f"script.command={shlex.join(command)}"
-    if local.is_dir():
-        raise ConfigError(f"{typed}, and {program} is a folder", "a program", command_like(command, workdir))
     if local.is_file():
         expected = "a program that its owner may execute, or an interpreter before it"
         raise ConfigError(f"{typed}, and {program} is not executable", expected, f"chmod +x {shlex.quote(str(local))}")
-    expected = "a program on the PATH, or in script.workdir"
-    raise ConfigError(f"{typed}, and no program {program}", expected, command_like(command, workdir))
-
-
-def command_like(command: Sequence[str], workdir: Path) -> str:
-    """Return the command with the existing program of the most similar name in place of a missing one.
-
-    Returns an example if no name is similar.
-    """
-    program = command[0]
-    folders = [Path(folder) for folder in os.environ.get("PATH", "").split(os.pathsep) if Path(folder).is_dir()]
-    there = {entry.name for folder in folders for entry in folder.glob(f"{glob.escape(program[:1])}*")}
-    local = {f"./{path.name}" for path in workdir.iterdir() if path.is_file() and os.access(path, os.X_OK)}
-    likely = closest(program, there | local)
-    if not likely:
-        return "'script.command=[./train,--fast]'"
-    return in_shell("script.command", f"[{','.join(map(quoted, [likely[0], *command[1:]]))}]")
+    there = (entry.name for folder in os.environ.get("PATH", "").split(os.pathsep) for entry in Path(folder).glob("*"))
+    local_programs = (f"./{path.name}" for path in workdir.glob("*") if path.is_file() and os.access(path, os.X_OK))
+    likely = (closest(program, {*there, *local_programs}) or ["PROGRAM"])[0]
+    fix = in_shell("script.command", f"[{','.join(map(quoted, [likely, *command[1:]]))}]")
+    raise ConfigError(f"{typed}, and no program {program}", "a program on the PATH, or in script.workdir", fix)
 
 
 def script_name(path: str | None, module: str | None, command: Sequence[str] | None) -> str:
@@ -237,17 +181,7 @@ class ScriptWorkload(Workload):
     not_in_point = tuple(
         f"script.{key}"
         for key in (
-            *(
-                "path",
-                "module",
-                "python",
-                "workdir",
-                "env",
-                "resumes",
-                "elastic",
-                "resume_args",
-                "stop_signal",
-            ),
+            *("path", "module", "python", "workdir", "env", "resumes", "elastic", "resume_args", "stop_signal"),
             *("silence_timeout_s", "progress", "work_per_step", "unit", "max_steps"),
         )
     )

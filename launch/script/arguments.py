@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from launch.errors import ConfigError, closest
 from launch.runs.compose import RunConfig
-from launch.runs.overrides import RANK_VALUES, in_shell, quoted
+from launch.runs.overrides import RANK_VALUES, quoted
 from launch.runs.progress import check_pattern
 from launch.schema import check_ranges, key
 
@@ -45,7 +45,7 @@ def split_args(key: str, args: Any) -> list[str]:
     if args is None:
         return []
     if isinstance(args, list):
-        refuse_nested(key, args, "a text, or a flat list of texts and numbers", [*flat(args)])
+        refuse_nested(key, args, "a text, or a flat list of texts and numbers")
         return [str(arg) for arg in args]
     if isinstance(args, dict):
         raise ConfigError(f"{key}={args}", "a string as a shell would split it, or a list", f"{key}='\"--lr 3e-4\"'")
@@ -59,34 +59,24 @@ def split_args(key: str, args: Any) -> list[str]:
         ) from error
 
 
-def flat(values: Sequence[Any]) -> Iterator[Any]:
-    """Yield the elements of nested lists one after another. A mapping becomes JSON, and null is left out."""
-    for value in values:
-        if isinstance(value, list):
-            yield from flat(value)
-        elif value is not None:
-            yield json.dumps(value) if isinstance(value, Mapping) else value
-
-
-def refuse_nested(key: str, values: Sequence[Any], expected: str, meant: Sequence[Any] | str) -> None:
-    """Raise ConfigError if the elements of a list are not texts or numbers. ``meant`` is the text to type instead."""
+def refuse_nested(key: str, values: Sequence[Any], expected: str) -> None:
+    """Raise ConfigError if the elements of a list are not texts or numbers."""
     for value in values:
         if value is None or isinstance(value, list | Mapping):
             what = "null" if value is None else "a list" if isinstance(value, list) else "a mapping"
             typed = json.dumps(list(values), separators=(",", ":"), default=str)
-            text = quoted(meant) if isinstance(meant, str) else f"[{','.join(quoted(str(one)) for one in meant)}]"
-            raise ConfigError(f"{key}={typed}, with {what} in the list", expected, in_shell(key, text))
+            raise ConfigError(f"{key}={typed}, with {what} in the list", expected, f"{key}=[A,B]")
 
 
-def check_options(options: Mapping[str, Any], style: Style, prefix: str = "script.options.") -> None:
+def check_script_options(options: Mapping[str, Any], style: Style, prefix: str = "script.options.") -> None:
     """Raise ConfigError if an option has a list that arguments of this style cannot express."""
     for name, value in options.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            check_options(value, style, f"{key}.")
+            check_script_options(value, style, f"{key}.")
         elif isinstance(value, list) and style is Style.argparse:
             expected = "a flat list, which is written with commas; a text, or script.style=hydra, for what has more"
-            refuse_nested(key, value, expected, json.dumps(value, separators=(",", ":"), default=str))
+            refuse_nested(key, value, expected)
 
 
 HYDRA_SYNTAX = frozenset("=,()[]{}'\"")
@@ -246,15 +236,11 @@ class ScriptOptions:
             raise ConfigError("script.command=[]", "a program and its arguments", "'script.command=[./train,--fast]'")
         split_args("script.args", self.args)
         split_args("script.resume_args", self.resume_args)
-        check_options(self.options, self.style)
+        check_script_options(self.options, self.style)
         if self.stop_signal not in STOP_SIGNALS:
-            uncatchable = ", which cannot be caught" if self.stop_signal in ("SIGKILL", "SIGSTOP") else ""
-            likely = [] if uncatchable else closest(self.stop_signal, STOP_SIGNALS)
-            raise ConfigError(
-                f"script.stop_signal={self.stop_signal}{uncatchable}",
-                f"one of {', '.join(STOP_SIGNALS)}",
-                f"script.stop_signal={(likely or STOP_SIGNALS)[0]}",
-            )
+            likely = (closest(self.stop_signal, STOP_SIGNALS) or STOP_SIGNALS)[0]
+            expected = f"one of {', '.join(STOP_SIGNALS)}, which a program can catch"
+            raise ConfigError(f"script.stop_signal={self.stop_signal}", expected, f"script.stop_signal={likely}")
         if self.progress is not None:
             check_pattern(self.progress)
         for name in self.env:

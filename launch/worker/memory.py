@@ -19,6 +19,7 @@ import hmac
 import json
 import os
 import secrets
+import signal
 import socket
 import struct
 import sys
@@ -27,7 +28,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..process import become_helper
+from ..process import die_with_parent
 
 STORE = "LAUNCH_MEMORY_STORE"
 """Variable of an agent's ranks: ``address:port`` of the memory store of their node."""
@@ -207,8 +208,7 @@ class StoreClient:
 
     def read(self, save: str, rank: int, name: str, offset: int, size: int) -> bytearray:
         """Read ``size`` bytes of a file from ``offset`` on, at most ``CHUNK`` bytes."""
-        where = {"save": save, "rank": rank, "name": name}
-        self._channel.send({"op": "read", **where, "offset": offset, "size": size})
+        self._channel.send({"op": "read", "save": save, "rank": rank, "name": name, "offset": offset, "size": size})
         return self._answer()[1]
 
     def read_all(self, save: str, rank: int, name: str, size: int) -> bytes:
@@ -290,6 +290,8 @@ class Upload:
 NICENESS = 10
 """Niceness of the store's process: the store gets CPU time that the ranks do not use."""
 BACKLOG = 4096
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that request a job to save and leave. The store ignores them and ends with its agent."""
 REQUESTS = ("begin", "end", "finish", "commit", "keep", "inventory", "verify")
 
 
@@ -322,6 +324,13 @@ class StoredFile:
 
     def read(self, offset: int, size: int) -> bytes:
         return os.pread(self._descriptor, min(size, CHUNK), offset)
+
+    def is_damaged(self) -> bool:
+        """Return whether the content of the file differs from its sum."""
+        sums = hashlib.sha256()
+        for offset in range(0, self.size, CHUNK):
+            sums.update(hashlib.sha256(self.read(offset, CHUNK)).digest())
+        return sums.hexdigest() != self.sum
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -409,13 +418,7 @@ class Store:
         """Read the part of a rank, and return the files whose content differs from their sum."""
         with self._lock:
             files = dict(self._part(save, rank))
-        damaged = []
-        for name, file in sorted(files.items()):
-            sums = hashlib.sha256()
-            for offset in range(0, file.size, CHUNK):
-                sums.update(hashlib.sha256(file.read(offset, CHUNK)).digest())
-            damaged += [name] if sums.hexdigest() != file.sum else []
-        return {"damaged": damaged}
+        return {"damaged": sorted(name for name, file in files.items() if file.is_damaged())}
 
     def read(self, save: str, rank: int, name: str, offset: int, size: int) -> bytes:
         with self._lock:
@@ -436,7 +439,7 @@ class Store:
                     file.close()
 
 
-def answer_rank(store: Store, channel: Channel) -> None:
+def answer(store: Store, channel: Channel) -> None:
     """Answer one rank until it closes the connection or a request fails."""
     while True:
         message, content = channel.receive()
@@ -464,7 +467,7 @@ def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
             channel = Channel(connection, secret, is_store=True)
             connection.settimeout(None)  # A rank is silent while it computes; the kernel reports a rank that has died.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            answer_rank(store, channel)
+            answer(store, channel)
 
     while True:
         connection, _ = listener.accept()
@@ -473,7 +476,9 @@ def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
 
 def main() -> None:
     """Serve until the agent closes standard input or dies."""
-    become_helper(int(sys.argv[1]))
+    die_with_parent(int(sys.argv[1]))
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
     address, secret = json.loads(sys.stdin.readline())  # Not in the command line, which every user can read.
     with socket.create_server((address, 0), backlog=BACKLOG) as listener:

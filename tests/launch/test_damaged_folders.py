@@ -176,15 +176,6 @@ def test_a_config_that_was_cut_off_is_no_key_to_type(folder: RunFolder) -> None:
     assert "=VALUE" not in refusal.value.fix
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_started(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for place in (tmp_path / "file" / "out", Path("/proc/out")):
-        words = [*TINY, "cluster=local", f"output_dir={place}"]
-        with pytest.raises(ConfigError) as refusal:
-            run_sweep([(compose_launch(words), words)])
-        assert f"{place}" in refusal.value.found and "output_dir=FOLDER" in refusal.value.fix
-
-
 def test_a_job_whose_nodes_do_not_see_the_folder_says_so(folder: RunFolder) -> None:
     folder.events.write_text("")
     folder.record_event("submitted", cluster="slurm", job_id="7", nodes=2)

@@ -18,7 +18,9 @@ from tests.support.commands import ROOT, run
 
 
 def test_the_page_of_keys_is_the_list_of_the_schema() -> None:
-    assert (ROOT / "docs" / "keys.md").read_text() == keys.markdown(), "python -m launch.keys --markdown > docs/keys.md"
+    assert (ROOT / "docs" / "keys.md").read_text() == keys.keys_page(), (
+        "python -m launch.keys --markdown > docs/keys.md"
+    )
 
 
 @pytest.mark.parametrize("workload", ["gpt", "script"])

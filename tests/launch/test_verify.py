@@ -114,11 +114,6 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_no_damage(copied: Path) -> No
     assert newest.find_damage(lambda size: None) is None
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    text = run("launch.verify", str(tmp_path), cwd=tmp_path, status=2)
-    assert text.startswith(f"found: no run in {tmp_path}") and "type next: " in text
-
-
 def test_a_program_of_its_own_is_not_judged(tmp_path: Path) -> None:
     words = ["workload=script", "script.command=[echo,done]", "launch.report_files=[md]"]
     run("launch", *words, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)

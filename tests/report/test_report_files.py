@@ -280,12 +280,6 @@ def test_a_number_where_no_sweep_was_recorded_is_refused_with_what_works(sweep: 
         select(tmp_path / "empty", 3)
 
 
-def test_a_sweep_file_of_an_earlier_version_becomes_a_sweep_before_it_is_replaced(sweep: Path) -> None:
-    (sweep / "sweep.json").write_text('{"points": ["nodes=4", "nodes=1"]}')
-    assert record_sweep(sweep, ["nodes=1", "nodes=2"], ["nodes=1,2"]).number == 2
-    assert select(sweep, 1).runs == (sweep / "nodes=4", sweep / "nodes=1")
-
-
 def test_the_command_shows_writes_and_loads_no_torch(sweep: Path) -> None:
     code = (
         "import sys; from launch.report.__main__ import main\n"

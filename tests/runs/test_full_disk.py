@@ -134,7 +134,7 @@ def test_a_view_that_is_made_again_has_each_record_once(tmp_path: Path) -> None:
 def heartbeat_step(pid: int) -> int:
     """The step that a rank shows its agent."""
     variables = dict(v.split(b"=", 1) for v in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if b"=" in v)
-    found = heartbeat.read(Path(os.fsdecode(variables[heartbeat.ENVIRONMENT.encode()])) / "0")
+    found = heartbeat.read_heartbeat(Path(os.fsdecode(variables[heartbeat.ENVIRONMENT.encode()])) / "0")
     assert found is not None
     return found.step
 

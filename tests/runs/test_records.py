@@ -1,9 +1,10 @@
-"""Step records cost a run nothing, however poor the filesystem, and little of it however many ranks there are."""
+"""Step records cost a run nothing, however poor the filesystem; a sweep returns an objective of them to its sweeper."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.util
 import json
 import os
 import threading
@@ -12,10 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hydra.core.utils import JobStatus
+from omegaconf import OmegaConf
 
+from hydra_plugins.launch_plugin.launcher import job_return, refuse_other_tasks, refuse_without_values, tasks_of
+from launch.errors import ConfigError
 from launch.runs import records
 from launch.runs.files import append_json_lines, append_whole
-from launch.runs.records import FIRST_S, FOLLOWED_S, LONGEST_S, OF_THE_RUN, RecordWriter, StepRecord, read_records
+from launch.runs.folder import RunFolder
+from launch.runs.records import (
+    FIRST_S,
+    FOLLOWED_S,
+    LONGEST_S,
+    OF_THE_RUN,
+    ObjectiveOf,
+    RecordWriter,
+    StepRecord,
+    append_records,
+    objective_value,
+    read_records,
+    refuse_absent,
+    refuse_unknown_figure,
+    step_figures,
+)
+from launch.sweep import PointResult, SweepFailedError
+from tests.support.commands import TINY, run
 
 STEPS = 1000
 
@@ -130,3 +153,98 @@ def test_a_rank_above_0_writes_what_is_its_own() -> None:
     assert own.keys() | OF_THE_RUN >= record.as_dict().keys() and not own.keys() & OF_THE_RUN
     assert {"step", "attempt", "time", "tokens", "samples", "step_time_s", "data_wait_s", "mfu_palm"} <= own.keys()
     assert FOLLOWED_S <= LONGEST_S and len(json.dumps(own)) < len(json.dumps(record.as_dict())) / 3
+
+
+# The objective of a run.
+
+
+OPTUNA = "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper.OptunaSweeper"
+SUBMITIT = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
+
+
+def test_the_objective_is_a_figure_of_the_records_that_count(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lines = [(1, 1, 3.0), (2, 1, 0.5), (2, 2, 2.0), (3, 2, float("nan")), (4, 2, 2.5), (5, 2, None)]
+    lines_of = [{"step": s, "attempt": a, **({} if v is None else {"val_loss": v})} for s, a, v in lines]
+    append_records(folder.metrics(0), lines_of)
+    found = {of.name: objective_value(folder, "val_loss", of) for of in ObjectiveOf}
+    assert found == {"minimum": 2.0, "maximum": 3.0, "last": 2.5}, "step 2 of attempt 1 was done again"
+    assert objective_value(folder, "accuracy", ObjectiveOf.last) is None
+
+
+def test_an_objective_that_no_step_records_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    text = run("launch", "objective=val_los", "cluster=local", cwd=tmp_path, status=2)
+    assert "found: objective=val_los, which no step record has" in text and "type next: objective=val_loss" in text
+    assert list(tmp_path.iterdir()) == []
+    for name in (None, *step_figures()):
+        refuse_unknown_figure(name, step_figures())
+    assert {"loss", "val_loss", "tokens_per_s", "step_time_s"} < set(step_figures())
+    assert not {"layer_grad_norms", "samples"} & set(step_figures())
+    refuse_unknown_figure("accuracy", None)  # a script's own
+
+
+def test_a_figure_that_a_script_did_not_record_is_answered_with_those_that_it_did(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    append_records(folder.metrics(0), [{"step": 1, "attempt": 1, "accuracy": 0.5, "loss": float("nan")}])
+    refusal = refuse_absent(folder, "acuracy")
+    assert refusal.expected.endswith("recorded: accuracy") and refusal.fix == "objective=accuracy"
+    assert refuse_absent(RunFolder(tmp_path / "empty"), "loss").fix == "the same without objective"
+
+
+def test_a_point_without_a_value_is_a_job_that_failed() -> None:
+    good = job_return(["nodes=1"], PointResult("run", "val_loss", 1.5))
+    assert (good.status, good.return_value) == (JobStatus.COMPLETED, 1.5)
+    crashed = job_return(["nodes=1"], PointResult("run", "val_loss", None, "out of memory"))
+    with pytest.raises(SweepFailedError, match="out of memory"):
+        _ = crashed.return_value
+    with pytest.raises(ValueError, match="finite val_loss"):
+        _ = job_return(["nodes=1"], PointResult("run", "val_loss", None)).return_value
+    assert job_return(["nodes=1"], PointResult("run", None, None)).return_value is None
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, "objective=null"),
+        ({"objective": "val_loss", "dry_run": True}, "dry_run=true"),
+        ({"objective": "val_loss", "launch": {"detach": True}}, "launch.detach=true"),
+    ],
+)
+def test_a_search_that_would_get_no_value_is_refused(given: dict[str, object], found: str) -> None:
+    known = {"objective": None, "dry_run": False, "launch": {"detach": False}}
+    with pytest.raises(ConfigError, match=found):
+        refuse_without_values(OmegaConf.create({**known, **given}), OPTUNA)
+    refuse_without_values(OmegaConf.create({**known, **given}), "hydra_plugins.launch_plugin.launcher.PerPointSweeper")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "tasks"),
+    [
+        ({"_target_": f"{SUBMITIT}.SlurmLauncher", "nodes": 2, "tasks_per_node": 3}, 6),
+        ({"_target_": f"{SUBMITIT}.LocalLauncher", "nodes": 1, "tasks_per_node": 4}, 4),
+        ({"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}, 1),
+        ({"_target_": "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"}, None),
+    ],
+)
+def test_a_stock_launcher_has_to_start_an_agent_for_each_node(launcher: dict[str, object], tasks: int | None) -> None:
+    assert tasks_of(OmegaConf.create(launcher)) == tasks
+    points = [OmegaConf.create({"nodes": n, "spare_nodes": 1, "hydra": {"launcher": launcher}}) for n in (3, 5)]
+    if tasks is None:
+        refuse_other_tasks(points, "ray")
+        return
+    refused = 4 if tasks != 4 else 6
+    with pytest.raises(ConfigError, match=f"a point with nodes={refused} .*starts {tasks} task"):
+        refuse_other_tasks(points, "joblib")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="hydra-optuna-sweeper is not installed")
+def test_optuna_searches_by_the_validation_loss(tmp_path: Path) -> None:
+    """Of two learning rates, one of which changes nothing, Optuna names the one that learns."""
+    small = [*(word for word in TINY if not word.startswith("data.")), "data=synthetic", "logging.tensorboard=false"]
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
+    grid = ["hydra/sweeper/sampler=grid", "optim.lr=choice(1e-9,3e-3)"]
+    small += ["optim.min_lr=0", "optim.warmup_steps=0", "optim.max_steps=6"]
+    words = [*search, *grid, "objective=val_loss", "eval.interval=6", "launch.report_files=[csv]", "name=n", *small]
+    run("launch", "-m", *words, cwd=tmp_path)
+    (file,) = (tmp_path / "outputs").rglob("optimization_results.yaml")
+    assert yaml.safe_load(file.read_text())["best_params"] == {"optim.lr": 3e-3}

@@ -19,7 +19,8 @@ from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEATS
 from launch.runs.records import read_records
 from launch.slurm.jobs import agent_logs, job_of
-from slurm.sandbox.cluster import Cluster, cut_link
+from slurm.sandbox.cluster import Cluster
+from slurm.sandbox.faults import cut_link
 from tests.support.commands import ON_SLURM, run, start_fork, wait_for
 from tests.support.runs import COUNTING, PROGRAM, checkpoint, from_step, options
 
@@ -64,7 +65,7 @@ def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox
     saved_at = time.monotonic()
     pid = ranks_in(folder)[1]
     beats = Path(psutil.Process(pid).environ()[HEARTBEATS]) / "1"
-    wait_for(lambda: (last := heartbeat.read(beats)) is not None and last.ran_at > saved_at, "a heartbeat after it")
+    wait_for(lambda: (last := heartbeat.read_heartbeat(beats)) is not None and last.ran_at > saved_at, "a heartbeat")
     os.kill(pid, signal.SIGSTOP)
     wait_for(lambda: goes_on(3), "the comeback from a frozen rank")
     (folder.path / "STOP").touch()

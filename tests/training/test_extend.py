@@ -133,7 +133,7 @@ def test_a_checkpoint_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="4, 8, 12") as refusal:
         plan_continuation(folder, 9, 12, saved)
     assert refusal.value.fix == "resume_from=8"
-    with pytest.raises(ConfigError, match="there is no run"):
+    with pytest.raises(ConfigError, match="none has no checkpoint"):
         plan_continuation(RunFolder(tmp_path / "none"), "last", 12, [])
 
 

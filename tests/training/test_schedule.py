@@ -95,7 +95,7 @@ def test_status_and_plan_say_that_nothing_can_be_saved() -> None:
     saved = {"event": "saved", "time": 0.0, "step": 3}
     assert unsaved_text([saved]) is None and unsaved_text([failed, saved]) is None
     told = unsaved_text([saved, failed, failed | {"step": 9}])
-    assert told is not None and "tried 2 times, last of step 9" in told and told.endswith("No space left")
+    assert told is not None and "(tried 2 times)" in told and told.endswith("No space left")
 
 
 def test_status_says_that_steps_change_no_weights_or_were_taken_back() -> None:
@@ -104,11 +104,11 @@ def test_status_says_that_steps_change_no_weights_or_were_taken_back() -> None:
 
     started = {"event": "started", "attempt": 1}
     assert skipped_text([]) is None and skipped_text([started, skipped(2), started]) is None
-    assert skipped_text([started, skipped(2)]) == "1 step skipped in this attempt, last step 2: loss not finite"
+    assert skipped_text([started, skipped(2)]) == "steps skipped once in this attempt, last step 2: loss not finite"
     back = {"event": "rolled_back", "step": 4, "first": 6, "last": 7, "cause": "2 steps in a row"}
     told = skipped_text([started, skipped(6), skipped(7), back])
     assert told is not None and notes({"label": "run", "state": "running", "skipped": told}) == [f"run: {told}"]
-    assert told.startswith("2 steps skipped") and told.endswith("gone back once, last to step 4: 2 steps in a row")
+    assert told.startswith("steps skipped 2 times") and told.endswith("last to step 4: 2 steps in a row")
 
 
 def test_the_plan_counts_the_memory_that_checkpoints_are_staged_in() -> None:

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gpt.train import train
 from gpt.training.stragglers import StragglerJudge
 from launch.errors import ConfigError
-from launch.runs.events import slow_ranks
+from launch.runs.events import straggling_ranks
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.status import find_run_status
@@ -104,7 +104,7 @@ def test_status_names_the_slow_ranks_of_the_attempt_that_runs(tmp_path: Path) ->
     expected = "rank 17 on node-3 is slow: 130.0 ms of its own a step, and the median 100.0 ms (over 20 steps up to 40)"
     assert any(line.endswith(expected) for line in lines) and not any("rank 2" in line for line in lines)
     folder.record_event("started", attempt=2)
-    assert slow_ranks(folder.read_events()) == []
+    assert straggling_ranks(folder.read_events()) == []
 
 
 def test_a_factor_that_names_everybody_is_refused() -> None:
