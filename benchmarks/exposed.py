@@ -27,8 +27,7 @@ from typing import Any
 from benchmarks.page import cores, keep, stamp
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import link
+from slurm.sandbox.cluster import Cluster, link
 from slurm.sandbox.state import Settings
 from tests.support.commands import run
 

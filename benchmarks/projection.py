@@ -28,13 +28,12 @@ from typing import Any
 
 from benchmarks.page import chosen, commit, cores, keep, merged, stamp
 from launch.config.compose import read_point as read_config
-from launch.project.projection import HeldOut, SweepPoints, hold_out, read_links
+from launch.project.projection import HeldOut, SweepPoints, as_measured, hold_out, read_links, with_devices
 from launch.report.points import read_point
 from launch.report.selection import select
 from launch.report.series import label_points, split
 from launch.runs.folder import RunFolder
-from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import link
+from slurm.sandbox.cluster import Cluster, link
 from slurm.sandbox.state import Settings
 from tests.support.commands import run
 
@@ -187,8 +186,9 @@ def predict(
     members = tuple(one for one in series.members if one.figures is not None)
     config = read_config(RunFolder(members[-1].path))
     links = {} if network is None else read_links(network)
-    config = replace(config, cluster=replace(config.cluster, **links))
-    sweep = SweepPoints(series, members, config, "interconnect" in links)
+    config = with_devices(replace(config, cluster=replace(config.cluster, **links)), members[-1])
+    measured = tuple(map(as_measured, members))
+    sweep = SweepPoints(series, members[-1], config, measured, links_are_given="interconnect" in links)
     found = hold_out(sweep)
     parts = sweep.fit(sweep.measured[:-1]).at(found.point.nodes).by_cause
     waits = sum(seconds for cause, seconds in parts.items() if cause.startswith("communication"))

@@ -44,7 +44,7 @@ from benchmarks.page import cores, keep, stamp
 from launch.runs.files import read_json, read_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.slurm.limits import read as read_limits
-from launch.storm.drill import measure
+from launch.storm.drill import goodput_figures
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, ROOT, TINY, environment
 
@@ -201,12 +201,14 @@ def _roads(kind: str, costs: Sequence[dict[str, Any]]) -> str:
 
 def _row(folder: Path, told: dict[str, Any], found: dict[str, Any]) -> str:
     kinds = len({fault["kind"] for fault in found["faults"]})
-    measured = measure(RunFolder(folder / "drill" / "stormy"), found["faults"])
+    measured = goodput_figures(RunFolder(folder / "drill" / "stormy"), found["faults"])
     version = re.findall(r"Slurm ([\d.]+)", told["stamp"])[-1]
     came = f"{len(found['faults'])} of {told['planned']}"
     cells = [version, told["seed"], came, kinds, found["attempts"], found["typed"]]
     cells.append("yes" if found["passed"] else "no")
-    cells += ["", ""] if measured is None else [f"{measured.after_start:.1%}", f"{measured.predicted.goodput:.1%}"]
+    cells += (
+        ["", ""] if measured is None else [f"{measured['after_start']:.1%}", f"{measured['predicted']['goodput']:.1%}"]
+    )
     cells += [f"{told['seconds'] / 60:.0f}", f"{told['load']:.0f}"]
     return f"| {' | '.join(map(str, cells))} |"
 

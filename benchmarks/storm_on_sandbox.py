@@ -30,8 +30,7 @@ import torch
 
 from benchmarks.page import chosen, cores, keep, stamp
 from benchmarks.storm import SPARE, slurm_version
-from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import heal, power_cut, preempt
+from slurm.sandbox.cluster import Cluster, heal, power_cut, preempt
 from slurm.sandbox.state import SandboxError
 from tests.support.checkpoints import differing, read_weights
 from tests.support.commands import TINY, run

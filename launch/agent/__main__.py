@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -53,7 +54,7 @@ from launch.runs.progress import NewLines
 from launch.worker import STORE_PREFIX
 
 
-def run(run_dir: str) -> None:
+def run_agent(run_dir: str) -> None:
     """Start and watch this node's ranks until the run of ``run_dir`` ends, over as many attempts as its limits allow.
 
     Raises:
@@ -104,13 +105,13 @@ def work_in_group(context: AgentContext) -> None:
     """Start the ranks as long as enough nodes are left. The head node publishes the end of the run, and a failure.
 
     Raises:
-        RunFailedError, ConfigError: as ``run``.
+        RunFailedError, ConfigError: as ``run_agent``.
     """
     node, group, stop = context.node, context.group, context.stop
     failure: str | None = None
     try:
         if node.is_head:
-            why = context.meter.poll_now()
+            why = context.meter.poll()
             if why is not None:  # the ranks would be stopped as soon as they have started
                 raise RunFailedError(f"not started: {why}")
             close_lost_attempts(context)
@@ -147,7 +148,7 @@ def start_repeatedly(context: AgentContext) -> None:
             continue
         stop.interruptible = False  # From here on all nodes leave together.
         # The nodes of this round count the ranks of this attempt.
-        problem = ranks.run_ranks(replace(context, config=replace(context.config, nodes=len(rdzv.members))), rdzv)
+        problem = ranks.run_attempt(replace(context, config=replace(context.config, nodes=len(rdzv.members))), rdzv)
         ended = observed_end(folder, rdzv.attempt, problem, stop)
         if node.is_head:
             if handle_attempt_end(context, rdzv, ended).action is not Action.restart:
@@ -218,88 +219,83 @@ def event_variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> d
 def on_event(context: RunContext, is_active: bool = True) -> Iterator[None]:
     """Run the user's command, if there is one, for each event that is recorded in a ``with`` block.
 
-    At the end, wait for the commands of the last events, for ``COMMAND_TIMEOUT_S`` in all. ``is_active`` is False on
-    nodes that leave the events to the head node.
+    ``is_active`` is False on nodes that leave the events to the head node.
     """
     command = context.config.launch.on_event_command
-    if not (is_active and command):
+    with run_at_events(context.folder, command) if is_active and command else contextlib.nullcontext():
         yield
-        return
-    runner = EventCommand(context.folder, command, COMMAND_TIMEOUT_S)
-    try:
-        yield
-    finally:
-        runner.close()
 
 
-class EventCommand:
-    """Thread that follows the event log of a run and runs a command for each event that has a name.
+@contextlib.contextmanager
+def run_at_events(folder: RunFolder, command: Sequence[str], timeout_s: float = COMMAND_TIMEOUT_S) -> Iterator[None]:
+    """Run a command in a thread for each event with a name that is recorded in a ``with`` block.
+
+    At the end, wait for the commands of the last events, for ``timeout_s`` in all.
 
     Args:
         folder: of the run.
         command: program and arguments.
         timeout_s: seconds after which a command is killed.
     """
+    lines = NewLines(folder.events, re.compile(rb"\n"), LONGEST_LINE, skip=True)
+    closing = threading.Event()
 
-    def __init__(self, folder: RunFolder, command: Sequence[str], timeout_s: float) -> None:
-        self._folder = folder
-        self._command = list(command)
-        self._timeout_s = timeout_s
-        self._lines = NewLines(folder.events, re.compile(rb"\n"), LONGEST_LINE, skip=True)
-        self._closing = threading.Event()
-        self._deadline = float("inf")
-        self._thread = threading.Thread(target=self._follow, name="on-event", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Run the command for all events so far, within the time limit."""
-        self._deadline = time.monotonic() + self._timeout_s
-        self._closing.set()
-        self._thread.join(self._timeout_s + 2 * POLL_S)
-
-    def _follow(self) -> None:
-        is_last = False
+    def follow() -> None:
+        is_last, deadline = False, math.inf
         while not is_last:
-            is_last = self._closing.wait(POLL_S)  # before the log is read, so that no event is missed
+            is_last = closing.wait(POLL_S)  # before the log is read, so that no event is missed
+            if is_last:
+                deadline = time.monotonic() + timeout_s
             with contextlib.suppress(OSError):  # The filesystem does not answer; the next poll finds the same lines.
-                while (lines := self._lines.read()) is not None:
-                    for line in lines:
-                        self._handle(line)
+                while (found := lines.read()) is not None:
+                    for line in found:
+                        handle_line(folder, command, line, min(timeout_s, deadline - time.monotonic()))
 
-    def _handle(self, line: bytes) -> None:
-        try:
-            event = json.loads(line)
-        except ValueError:  # A crash has cut this line off.
-            return
-        name = event_name(event) if isinstance(event, dict) and is_event(event) else None
-        problem = None if name is None else self._run(name, event)
-        if problem:  # neither the command nor its output: both may hold secrets
-            with contextlib.suppress(OSError):
-                self._folder.record_event("on_event_failed", of=name, cause=f"launch.on_event {problem}")
+    thread = threading.Thread(target=follow, name="on-event", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        thread.join(timeout_s + 2 * POLL_S)
 
-    def _run(self, name: str, event: Mapping[str, Any]) -> str | None:
-        """Run the command for one event. Returns the reason if the command fails, None if it succeeds."""
-        left = min(self._timeout_s, self._deadline - time.monotonic())
-        if left <= 0:
-            return "was not run: the agent leaves, and the commands before it took too long"
-        env = {key: value for key, value in os.environ.items() if key != STORE_PREFIX}
-        env |= event_variables(self._folder, name, event)
-        path = Path(self._folder.path) / ".launch" / "on_event.log"
-        try:
-            make_folder(path.parent)
-            with open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
-                process = subprocess.Popen(
-                    self._command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-                )
-            status = process.wait(left)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return f"was killed, after at most {self._timeout_s:g} s"
-        except (OSError, ValueError) as error:
-            return f"cannot be run: {type(error).__name__}"
-        return f"left with {status}, and its output in .launch/on_event.log" if status else None
+
+def handle_line(folder: RunFolder, command: Sequence[str], line: bytes, timeout_s: float) -> None:
+    """Run the command if a line of the event log has an event with a name, and record its failure."""
+    try:
+        event = json.loads(line)
+    except ValueError:  # A crash has cut this line off.
+        return
+    name = event_name(event) if isinstance(event, dict) and is_event(event) else None
+    problem = None if name is None else run_command(folder, command, event_variables(folder, name, event), timeout_s)
+    if problem:  # neither the command nor its output: both may hold secrets
+        with contextlib.suppress(OSError):
+            folder.record_event("on_event_failed", of=name, cause=f"launch.on_event {problem}")
+
+
+def run_command(
+    folder: RunFolder, command: Sequence[str], variables: Mapping[str, str], timeout_s: float
+) -> str | None:
+    """Run the command for one event. Returns the reason if the command fails, None if it succeeds."""
+    if timeout_s <= 0:
+        return "was not run: the agent leaves, and the commands before it took too long"
+    env = {**{key: value for key, value in os.environ.items() if key != STORE_PREFIX}, **variables}
+    path = Path(folder.path) / ".launch" / "on_event.log"
+    try:
+        make_folder(path.parent)
+        with open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
+            process = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        status = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return f"was killed, after at most {timeout_s:.0f} s"
+    except (OSError, ValueError) as error:
+        return f"cannot be run: {type(error).__name__}"
+    return f"left with {status}, and its output in .launch/on_event.log" if status else None
 
 
 @refusing
@@ -308,7 +304,7 @@ def main() -> int:
     parser = CommandParser(prog="python -m launch.agent", description="Run this node's ranks of a run.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of the run, on a filesystem all nodes share")
     try:
-        run(str(Path(parser.parse_args().run_dir).absolute()))
+        run_agent(str(Path(parser.parse_args().run_dir).absolute()))
     except RunFailedError as error:
         print(error, file=sys.stderr)
         return 1

@@ -59,7 +59,7 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
         requeue_job(context, Cause(decided["cause"]), hosts_to_avoid(events, points_beside(folder)))
         return status
     attempt, cause = cut_short(context, events)
-    apply_decision(context, attempt, cause, f"srun ended with exit status {status}", in_step=False)
+    apply_decision(context, attempt, cause, f"srun ended with exit status {status}", step_has_ended=True)
     return 0 if cause in WANTED else status
 
 

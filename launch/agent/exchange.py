@@ -40,7 +40,7 @@ def derive(token: str, purpose: str) -> str:
     return hmac.new(token.encode(), purpose.encode(), hashlib.sha256).hexdigest()[:32]
 
 
-def open_store(address: str, timeout: timedelta) -> dist.TCPStore:
+def open_tcp_store(address: str, timeout: timedelta) -> dist.TCPStore:
     """Open a store on a free port of ``address`` alone. Torch alone would listen on every address of the machine."""
     server = socket.create_server((address, 0), backlog=BACKLOG)
     port = server.getsockname()[1]
@@ -129,7 +129,7 @@ def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: flo
     timeout, deadline = timedelta(seconds=answer_s), time.monotonic() + timeout_s
     if node.is_head:
         address, token = node.own_address(), secrets.token_hex(32)
-        store = open_store(address, timeout)
+        store = open_tcp_store(address, timeout)
         while not write_endpoint(folder, node, address=address, port=store.port, token=token):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no room for {endpoint_file(folder, node)} in {timeout_s:.0f} s")
@@ -174,7 +174,7 @@ def read_endpoint(folder: RunFolder, node: Node) -> dict[str, Any]:
 # message of the head node.
 
 
-class Report(msgspec.Struct, frozen=True):
+class RequestState(msgspec.Struct, frozen=True):
     """State of one kind of request, to stop or to save, on one node. A poll is one question of a rank for a request."""
 
     wants: int = 0
@@ -197,7 +197,7 @@ class Ticket(msgspec.Struct, frozen=True):
     at: int = 0
     """Number of the poll at which a rank obeys; smaller than ``number`` until the agents have agreed."""
     cause: int = 0
-    """Value of ``Report.wants`` for which the head node made the ticket."""
+    """Value of ``RequestState.wants`` for which the head node made the ticket."""
     since: float = 0.0
     """Time when the ticket was made, seconds by the monotonic clock of the head node."""
 
@@ -217,7 +217,7 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """True once the agent leaves."""
     agreement: int = -1
     """Round of ``reports`` and ``tickets``; -1 if none."""
-    reports: tuple[Report, ...] = ()
+    reports: tuple[RequestState, ...] = ()
     """One report for each kind of ``Request``."""
     tickets: tuple[Ticket, ...] = ()
     round: RendezvousRound | None = None
@@ -420,18 +420,18 @@ class Agreement:
         tickets = tuple(self._tickets.values()) if self._index == 0 else ()
         return {"agreement": self._number, "reports": tuple(reports.values()), "tickets": tickets}
 
-    def _report(self, request: Request) -> Report:
+    def _report(self, request: Request) -> RequestState:
         ticket, since = self._held[request]
         # Set ``hold`` before the counts are read.
         held = ticket if ticket and time.monotonic() >= since + BARRIER_S else 0
         calls = [file.calls(request) for file in self._ranks]
-        return Report(self._wants(request), held, max(calls, default=0), min(calls, default=0))
+        return RequestState(self._wants(request), held, max(calls, default=0), min(calls, default=0))
 
     def _wants(self, request: Request) -> int:
         own = self._stop_signal if request is Request.stop else 0
         return max([own, *(file.wants(request) for file in self._ranks)])
 
-    def _decide(self, request: Request, reports: Sequence[Report]) -> Ticket:
+    def _decide(self, request: Request, reports: Sequence[RequestState]) -> Ticket:
         """Return the ticket after the next step of its agreement. Only the head node calls this method."""
         ticket, now = self._tickets[request], time.monotonic()
         if ticket.number > ticket.at:

@@ -1,8 +1,8 @@
 """Fork server of a node: a process that imports the libraries of the ranks once, and forks the ranks.
 
-The file follows the life of a rank. The agent requests a fork (``ForkServer``), the server forks (``serve``), the rank
-runs (``run_rank``). A forked rank behaves as if ``python -m MODULE`` had been executed. The last part binds ranks to
-CPUs.
+The file follows the life of a rank. The agent requests a fork (``ForkServer``), the server forks (``serve_forks``), the
+rank runs (``run_rank``). A forked rank behaves as if ``python -m MODULE`` had been executed. The last part binds ranks
+to CPUs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launch.process import die_with_parent, lasting_imports
+from launch.process import become_helper, die_with_parent, lasting_imports
 from launch.runs.environment import Gpu
 
 # The agent's side.
@@ -122,7 +122,7 @@ class ForkServer:
         self.pid: int | None = os.fork()
         """Process id of the server; None if the server is gone."""
         if self.pid == 0:
-            serve(server_end, preload, agent)
+            serve_forks(server_end, preload, agent)
         server_end.close()
 
     def __enter__(self) -> ForkServer:
@@ -204,17 +204,11 @@ def adopting() -> Iterator[None]:
 # The server's side.
 
 
-OUTLIVED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that reach a whole job or terminal. The server ignores them and ends with its agent."""
-
-
-def serve(requests: Connection, preload: Sequence[str], agent: int) -> NoReturn:
+def serve_forks(requests: Connection, preload: Sequence[str], agent: int) -> NoReturn:
     """Import the modules, send the result, then fork the requested ranks until the agent is gone."""
     try:
-        die_with_parent(agent)
         ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
-        for number in OUTLIVED:
-            signal.signal(number, signal.SIG_IGN)
+        become_helper(agent)
         release_files(keep=requests.fileno())
         show_in_proc([Path(sys.executable).name, "-m", __name__])
         problem = import_all(preload)
@@ -349,27 +343,24 @@ def open_streams(log: str) -> None:
 
 
 def take_streams(sources: Sequence[int]) -> None:
-    """Make open files the three standard streams, unbuffered as with PYTHONUNBUFFERED, and close the originals."""
+    """Make open files the three standard streams, unbuffered as with PYTHONUNBUFFERED, and close the originals.
+
+    The objects of the streams are made as Python makes them at its start (create_stdio in Python/pylifecycle.c).
+    """
     for fd, source in enumerate(sources):
         os.dup2(source, fd)
     for source in {*sources} - {0, 1, 2}:
         os.close(source)
-    sys.stdin = sys.__stdin__ = text_stream(0, "stdin")  # type: ignore[misc]
-    sys.stdout = sys.__stdout__ = text_stream(1, "stdout")  # type: ignore[misc]
-    sys.stderr = sys.__stderr__ = text_stream(2, "stderr")  # type: ignore[misc]
-
-
-def text_stream(fd: int, name: str) -> io.TextIOWrapper:
-    """Open a standard stream as Python does at its start (create_stdio in Python/pylifecycle.c)."""
-    before = getattr(sys, name)
-    mode = "w" if fd else "r"
-    raw = io.FileIO(fd, mode, closefd=False)
-    raw.name = f"<{name}>"
-    binary: Any = raw if fd else io.BufferedReader(raw)
-    encoding, errors = getattr(before, "encoding", "utf-8"), getattr(before, "errors", "backslashreplace")
-    text = io.TextIOWrapper(binary, encoding, errors, newline="\n" if fd else None, write_through=bool(fd))
-    text.mode = mode  # type: ignore[misc]
-    return text
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        before, mode = getattr(sys, name), "w" if fd else "r"
+        raw = io.FileIO(fd, mode, closefd=False)
+        raw.name = f"<{name}>"
+        binary: Any = raw if fd else io.BufferedReader(raw)
+        encoding, errors = getattr(before, "encoding", "utf-8"), getattr(before, "errors", "backslashreplace")
+        text = io.TextIOWrapper(binary, encoding, errors, newline="\n" if fd else None, write_through=bool(fd))
+        text.mode = mode  # type: ignore[misc]
+        setattr(sys, name, text)
+        setattr(sys, f"__{name}__", text)
 
 
 def run_main(module: str) -> int:
@@ -454,17 +445,14 @@ def cpus_of_ranks(
     near. Returns None also if some GPUs have fewer near CPUs than ranks: a job on a shared node may have CPUs of
     another socket.
     """
-    if len(gpus) < ranks or ranks == 0:
-        return None
     near = []
     for gpu in gpus[:ranks]:
-        text = ""
         with contextlib.suppress(OSError):
-            text = (devices / gpu.bus / "local_cpulist").read_text() if gpu.bus is not None else ""
-        near.append(frozenset(parse_cpus(text)) & frozenset(allowed))
-    if any(len(cpus) < count for cpus, count in Counter(near).items()) or set(near) == {frozenset(allowed)}:
+            text = (devices / str(gpu.bus) / "local_cpulist").read_text()
+            near.append(frozenset(allowed).intersection(parse_cpus(text)))
+    if not near or len(near) < ranks or set(near) == {frozenset(allowed)}:
         return None
-    return near
+    return None if any(len(cpus) < count for cpus, count in Counter(near).items()) else near
 
 
 def parse_cpus(text: str) -> Iterator[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -27,25 +26,23 @@ from launch.config.compose import workload_of
 from launch.runs.environment import DRIVER, THROTTLE_REASONS, Gpu, GpuSample, append_samples, visible_gpus
 from launch.runs.files import say
 
-# NVIDIA GPUs of this machine, through NVIDIA's management library (NVML, in nvidia-ml-py), or through nvidia-smi.
+# NVIDIA GPUs of this machine, through NVIDIA's management library (NVML, in the package nvidia-ml-py).
 
 
 OF_APPLICATIONS = frozenset({13, 31, 43, 45, 68, 109})
 """Xid errors that a faulty or killed program causes. NVIDIA's own device plugin ignores them too."""
-REASONS = ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
-"""Functions of NVML that read why clocks are lowered: the new name, and the name until driver 535."""
-GAUGES: Mapping[str, tuple[Sequence[str], Sequence[str], float]] = {
-    "power_w": (["nvmlDeviceGetPowerUsage"], [], 1e3),  # milliwatts
-    # Counts since the driver was loaded; available from Volta on.
-    "energy_j": (["nvmlDeviceGetTotalEnergyConsumption"], [], 1e3),
-    "sm_clock_mhz": (["nvmlDeviceGetClockInfo"], ["NVML_CLOCK_SM"], 1),
-    "memory_clock_mhz": (["nvmlDeviceGetClockInfo"], ["NVML_CLOCK_MEM"], 1),
-    "temperature_c": (["nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperature"], ["NVML_TEMPERATURE_GPU"], 1),
-    "throttle_reasons": (REASONS, [], 1),
+GAUGES: Mapping[str, tuple[str, float, Sequence[str]]] = {
+    "power_w": ("nvmlDeviceGetPowerUsage", 1e3, []),  # milliwatts
+    "energy_j": ("nvmlDeviceGetTotalEnergyConsumption", 1e3, []),  # since the driver was loaded; from Volta on
+    "sm_clock_mhz": ("nvmlDeviceGetClockInfo", 1, ["NVML_CLOCK_SM"]),
+    "memory_clock_mhz": ("nvmlDeviceGetClockInfo", 1, ["NVML_CLOCK_MEM"]),
+    "temperature_c": ("nvmlDeviceGetTemperature", 1, ["NVML_TEMPERATURE_GPU"]),
+    "throttle_reasons": ("nvmlDeviceGetCurrentClocksThrottleReasons", 1, []),
 }
-"""Gauge of ``launch.runs.environment`` -> functions of NVML (newest first), their constants, and the divisor."""
-SMI = ("pci.bus_id", "ecc.errors.uncorrected.volatile.total", "clocks_throttle_reasons.active")
-"""Fields to request from nvidia-smi. Newer drivers still accept the former name of the last field."""
+"""Gauge of ``launch.runs.environment`` -> function of NVML, divisor, and names of the function's constants.
+
+The functions are those that drivers from 535 on have, by the names that newer drivers keep.
+"""
 
 
 class GpuError(RuntimeError):
@@ -66,12 +63,6 @@ class GpuReading:
     """Xid errors since the first reading, without the errors in ``OF_APPLICATIONS``."""
     problem: str = ""
     """Error that the GPU returned instead of its state; empty if there was none."""
-
-
-def short_bus(text: str) -> str:
-    """Return an address on the PCI bus in Linux's form: NVML writes the domain with eight digits."""
-    domain, _, rest = text.lower().partition(":")
-    return f"{domain[-4:]}:{rest}"
 
 
 class Nvml:
@@ -108,10 +99,11 @@ class Nvml:
         with self._answering() as gpus:
             for bus in [bus for bus in gpus if bus in buses]:
                 found[bus] = {}
-                for gauge, (functions, constants, divisor) in GAUGES.items():
+                for gauge, (function, divisor, constants) in GAUGES.items():
                     with contextlib.suppress(self._nvml.NVMLError):
-                        value = self._call(functions, gpus[bus], *(getattr(self._nvml, name) for name in constants))
-                        found[bus] |= {} if value is None else {gauge: value / divisor}
+                        value = self._call(function, gpus[bus], *constants)
+                        if value is not None:
+                            found[bus][gauge] = value / divisor
         return found
 
     @contextlib.contextmanager
@@ -135,8 +127,10 @@ class Nvml:
             raise GpuError(f"the NVIDIA driver does not answer: {error}") from error
 
     def _bus(self, handle: Any) -> str:
+        """Return an address on the PCI bus in Linux's form: NVML writes the domain with eight digits."""
         bus = self._nvml.nvmlDeviceGetPciInfo(handle).busId
-        return short_bus(bus.decode() if isinstance(bus, bytes) else bus)
+        domain, _, rest = (bus.decode() if isinstance(bus, bytes) else bus).lower().partition(":")
+        return f"{domain[-4:]}:{rest}"
 
     def _collect_xids(self, gpus: Mapping[str, Any]) -> None:
         """Collect the Xid errors that the driver has kept for this process since the first call."""
@@ -153,47 +147,23 @@ class Nvml:
                     self._xids[self._bus(event.device)].append(int(event.eventData))
 
     def _read(self, bus: str, handle: Any) -> GpuReading:
-        nvml, xids = self._nvml, tuple(self._xids[bus])
-        kinds = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+        xids = tuple(self._xids[bus])
+        kind = "NVML_MEMORY_ERROR_TYPE_UNCORRECTED", "NVML_VOLATILE_ECC"
         try:
-            errors = self._call(["nvmlDeviceGetTotalEccErrors"], handle, *kinds)  # None: a GPU without ECC memory
-            return GpuReading(bus, errors, self._call(REASONS, handle) or 0, xids)
-        except nvml.NVMLError as error:
+            # None: a GPU without ECC memory.
+            errors = self._call("nvmlDeviceGetTotalEccErrors", handle, *kind)
+            throttled = self._call(GAUGES["throttle_reasons"][0], handle)
+        except self._nvml.NVMLError as error:
             return GpuReading(bus, xids=xids, problem=f"does not answer: {error}")
+        return GpuReading(bus, errors, throttled or 0, xids)
 
-    def _call(self, names: Sequence[str], *args: Any) -> int | None:
-        """Call the first function of ``names`` that both package and driver know. None if the GPU lacks the value."""
-        for function in filter(None, (getattr(self._nvml, name, None) for name in names)):
-            try:
-                return int(function(*args))
-            except self._nvml.NVMLError_FunctionNotFound:  # Only a newer driver has this function.
-                continue
-            except self._nvml.NVMLError_NotSupported:
-                break
-        return None
-
-
-def read_by_smi(timeout_s: float) -> list[GpuReading]:
-    """Read the GPUs through nvidia-smi; empty if it is not installed.
-
-    Raises:
-        GpuError: nvidia-smi fails, or gives no answer in time.
-    """
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    output, fault = run_program([program, f"--query-gpu={','.join(SMI)}", "--format=csv,noheader"], timeout_s)
-    if fault:
-        raise GpuError(fault)
-    found = []
-    for fields in [line.split(",") for line in output.splitlines() if line.count(",") == 2]:
-        bus, errors, reasons = (field.strip() for field in fields)
-        lost = [field for field in (errors, reasons) if "lost" in field.lower() or "error" in field.lower()]
-        uncorrected = int(errors) if errors.isdigit() else None  # [N/A]: a GPU without ECC memory
-        throttled = int(reasons, 16) if reasons.startswith("0x") else 0
-        problem = f"does not answer: {lost[0]}" if lost else ""
-        found.append(GpuReading(short_bus(bus), uncorrected, throttled, problem=problem))
-    return found
+    def _call(self, function: str, handle: Any, *constants: str) -> int | None:
+        """Call a function of NVML. Returns None if the GPU or the driver does not have the value."""
+        nvml = self._nvml
+        try:
+            return int(getattr(nvml, function)(handle, *(getattr(nvml, name) for name in constants)))
+        except (nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NotSupported):
+            return None
 
 
 THROTTLED = {bit: THROTTLE_REASONS[bit] for bit in (0x08, 0x40, 0x80)}
@@ -267,7 +237,7 @@ class HealthCheck:
         self._gpus = gpus
         self._nvml: Nvml | None = None
         self._first: list[GpuReading] | None = None
-        self._were_up: frozenset[str] | None = None
+        self._first_up: set[str] | None = None
         own = [path for path in (Path(tempfile.gettempdir()), Path("/dev/shm")) if path.is_dir()]
         self._checks: Mapping[str, Callable[[], Iterator[str]]] = {
             RUN_FOLDER: lambda: full_disks([run_dir]),
@@ -298,17 +268,16 @@ class HealthCheck:
         if thread.is_alive():
             found.append(Fault(at, f"{at}: no answer in {CHECK_TIMEOUT_S:g} s"))
         if self._limits.command_words:
-            _, fault = run_program(self._limits.command_words, CHECK_TIMEOUT_S)
+            fault = fault_of_program(self._limits.command_words, CHECK_TIMEOUT_S)
             found += [Fault("command", fault)] if fault else []
         return found
 
     def _links_down(self) -> Iterator[str]:
-        up = links_up()
-        if self._were_up is None:
-            self._were_up = frozenset(name for name, is_up in up.items() if is_up)
-        for name in sorted(self._were_up):
-            if not up.get(name, False):
-                yield f"link {name} is down, and was up at the first start"
+        now = links_up()
+        if self._first_up is None:
+            self._first_up = now
+        for name in sorted(self._first_up - now):
+            yield f"link {name} is down, and was up at the first start"
         for name in self._limits.links:
             if not is_link_up(name):
                 yield f"link {name} is down, and resilience.health_check.links names it"
@@ -316,14 +285,16 @@ class HealthCheck:
     def _gpu_faults(self) -> Iterator[str]:
         """Yield faults of this job's GPUs, compared with their state at the first start.
 
-        Yields nothing without an NVIDIA driver.
+        Yields nothing without an NVIDIA driver, or without nvidia-ml-py.
         """
         if not DRIVER.is_dir():
             return
-        with contextlib.suppress(ImportError):
+        try:
             # Stays open: the driver keeps Xid errors only for a process that has registered.
             self._nvml = self._nvml or Nvml()
-        readings = read_by_smi(CHECK_TIMEOUT_S) if self._nvml is None else self._nvml.read_health()
+        except ImportError:
+            return
+        readings = self._nvml.read_health()
         own = [gpu.bus for gpu in visible_gpus()]
         readings = [reading for reading in readings if not own or None in own or reading.bus in own]
         if self._first is None:
@@ -349,14 +320,14 @@ def full_disks(folders: Iterable[Path]) -> Iterator[str]:
             yield f"{folder} has no free inode"
 
 
-def links_up(root: Path = SYS) -> dict[str, bool]:
-    """Return whether each physical network interface and InfiniBand port of this machine is up, by name.
+def links_up(root: Path = SYS) -> set[str]:
+    """Return the physical network interfaces and InfiniBand ports of this machine that are up, by name.
 
     Interfaces without a device, such as bridges and container interfaces, are left out: they appear and disappear.
     """
     names = [path.name for path in (root / "net").glob("*") if (path / "device").exists()]
     ports = [f"{path.parts[-3]}/{path.name}" for path in (root / "infiniband").glob("*/ports/*")]
-    return {name: is_link_up(name, root) for name in (*names, *ports)}
+    return {name for name in (*names, *ports) if is_link_up(name, root)}
 
 
 def is_link_up(name: str, root: Path = SYS) -> bool:
@@ -370,28 +341,28 @@ def is_link_up(name: str, root: Path = SYS) -> bool:
     return False
 
 
-def run_program(words: Sequence[str], timeout_s: float) -> tuple[str, str]:
-    """Run a check of this node. Returns its output and a fault; the fault is empty if the program exits with 0."""
+def fault_of_program(words: Sequence[str], timeout_s: float) -> str:
+    """Run a check of this node. Returns its fault; empty if the program exits with 0."""
     name = words[0]
     try:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         )
     except OSError as error:
-        return "", f"{name} cannot be run: {error.strerror or error}"
+        return f"{name} cannot be run: {error.strerror or error}"
     try:
         output = process.communicate(timeout=timeout_s)[0].decode(errors="replace")
     except subprocess.TimeoutExpired:
-        return "", f"{name} gave no answer in {timeout_s:g} s"
+        return f"{name} gave no answer in {timeout_s:g} s"
     finally:
         if process.poll() is None:  # The program took too long, or this agent was requested to stop meanwhile.
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     if process.returncode == 0:
-        return output, ""
+        return ""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     how = f"status {process.returncode}" if process.returncode > 0 else f"signal {-process.returncode}"
-    return output, f"{name} left with {how}{f': {lines[-1][:LONGEST]}' if lines else ''}"
+    return f"{name} left with {how}{f': {lines[-1][:LONGEST]}' if lines else ''}"
 
 
 # GPU telemetry of a node: a thread of its agent samples the GPUs of the run while the ranks run.
@@ -401,6 +372,10 @@ WRITE_S = 30.0
 """Seconds for which samples stay in memory. A killed agent loses them; rare writes spare a shared filesystem."""
 LAST_SAMPLE_S = 10.0
 """Longest wait in seconds for the last sample at the end of an attempt."""
+GPU_SAMPLE_S = 5.0
+"""Seconds between two samples of power, energy, clocks and temperature."""
+Sample: TypeAlias = tuple[float, Mapping[str, Mapping[str, float]]]
+"""Unix time in seconds, and the gauges: address of a GPU -> gauge -> value."""
 
 
 def gpus_of_run(there: Sequence[str], visible: Sequence[Gpu], ranks: int, is_slurm: bool) -> list[str]:
@@ -425,61 +400,51 @@ def gpus_of_run(there: Sequence[str], visible: Sequence[Gpu], ranks: int, is_slu
     return list(there) if len(there) == len(own) else []
 
 
-class Sampler:
-    """Thread that samples GPUs every ``interval_s`` seconds, at its start and at its end.
+@contextlib.contextmanager
+def sampling(
+    nvml: Nvml, choose: Callable[[Sequence[str]], Sequence[str]], write: Callable[[list[Sample]], None]
+) -> Iterator[None]:
+    """Sample GPUs in a thread during a ``with`` block: at its start, every ``GPU_SAMPLE_S`` seconds, and at its end.
+
+    The thread is left behind if the driver does not answer.
 
     Args:
         nvml: connection that reads the gauges.
         choose: function that selects the GPUs to sample from the addresses of those that can be opened.
         write: function that writes samples.
-        attempt: number of the attempt that runs.
-        interval_s: seconds between two samples.
     """
+    over = threading.Event()
 
-    def __init__(
-        self, nvml: Nvml, choose: Callable[[Sequence[str]], Sequence[str]],
-        write: Callable[[list[GpuSample]], None], attempt: int, interval_s: float,
-    ) -> None:  # fmt: skip
-        self._nvml = nvml
-        self._choose = choose
-        self._write = write
-        self._attempt = attempt
-        self._interval_s = interval_s
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
-        self._thread.start()
+    def sample() -> None:
+        buses = choose(nvml.buses())
+        waiting: list[Sample] = []
+        written, is_last = time.monotonic(), not buses
+        while not is_last:
+            is_last = over.is_set()
+            gauges = nvml.read_gauges(buses)
+            if any(gauges.values()):
+                waiting.append((time.time(), gauges))
+            if waiting and (is_last or time.monotonic() - written >= WRITE_S):
+                write(waiting)
+                waiting, written = [], time.monotonic()
+            over.wait(GPU_SAMPLE_S)
 
-    def close(self) -> None:
-        """Take the last sample, write all samples, and end the thread.
-
-        The thread remains if the driver does not answer.
-        """
-        self._over.set()
-        self._thread.join(LAST_SAMPLE_S)
-
-    def _run(self) -> None:
+    def sample_and_report() -> None:
         try:
-            buses = self._choose(self._nvml.buses())
-            waiting: list[GpuSample] = []
-            written, is_last = time.monotonic(), not buses
-            while not is_last:
-                is_last = self._over.is_set()
-                gauges = self._nvml.read_gauges(buses)
-                if any(gauges.values()):
-                    waiting.append(GpuSample(time.time(), self._attempt, socket.gethostname(), gauges))
-                if waiting and (is_last or time.monotonic() - written >= WRITE_S):
-                    self._write(waiting)
-                    waiting, written = [], time.monotonic()
-                self._over.wait(self._interval_s)
+            sample()
         except GpuError as error:
             if DRIVER.is_dir():  # Without a name there is no GPU.
                 say(f"launch: no GPU telemetry: {error}")
         except OSError as error:
             say(f"launch: GPU telemetry cannot be written: {error}")
 
-
-GPU_SAMPLE_S = 5.0
-"""Seconds between two samples of power, energy, clocks and temperature."""
+    thread = threading.Thread(target=sample_and_report, name="telemetry", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(LAST_SAMPLE_S)
 
 
 @contextlib.contextmanager
@@ -496,19 +461,19 @@ def gpu_telemetry(context: RunContext, attempt: int) -> Iterator[None]:
             nvml = Nvml()
         except ImportError:
             if DRIVER.is_dir():
-                print("launch: no GPU telemetry: nvidia-ml-py is not installed; pip install '.[gpu]'", file=sys.stderr)
+                print(
+                    "launch: GPUs are not checked or sampled: nvidia-ml-py is not installed; pip install '.[gpu]'",
+                    file=sys.stderr,
+                )
     if nvml is None:
         yield
         return
-    visible = visible_gpus(environ=dict(os.environ))
-    sampler = Sampler(
+    visible, host = visible_gpus(environ=dict(os.environ)), socket.gethostname()
+    with sampling(
         nvml,
         lambda there: gpus_of_run(there, visible, config.ranks_on_node, node.is_slurm),
-        lambda samples: append_samples(context.folder, node.index, samples),
-        attempt,
-        GPU_SAMPLE_S,
-    )
-    try:
+        lambda samples: append_samples(
+            context.folder, node.index, [GpuSample(when, attempt, host, gauges) for when, gauges in samples]
+        ),
+    ):
         yield
-    finally:
-        sampler.close()

@@ -62,16 +62,15 @@ class RunningClock:
             last = now
 
 
+def process_state(pid: int) -> str:
+    """Return the state of a process, a letter of /proc/PID/stat: T if it is stopped, X if it is gone."""
+    fields = _stat_fields(pid)
+    return "X" if fields is None else fields[0]
+
+
 def is_gone(pid: int) -> bool:
     """Return whether a process has ended. A process whose parent has not read its exit status counts as ended."""
-    fields = _stat_fields(pid)
-    return fields is None or fields[0] in "ZX"
-
-
-def is_stopped(pid: int) -> bool:
-    """Return whether a process was stopped by a signal (SIGSTOP), or by a debugger."""
-    fields = _stat_fields(pid)
-    return fields is not None and fields[0] in "Tt"
+    return process_state(pid) in "ZX"
 
 
 def start_time(pid: int) -> str | None:
@@ -140,11 +139,11 @@ class StopRequest:
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.ask(signal.Signals(number).name)
+        self.request(signal.Signals(number).name)
         if self.interruptible:
             raise InterruptedError(f"{self.name} before the ranks had started")
 
-    def ask(self, name: str) -> None:
+    def request(self, name: str) -> None:
         """Record that the run should stop, and why."""
         self.count += 1
         if self.count == 1:
@@ -178,11 +177,6 @@ class Node:
     """Number of times that Slurm has requeued this job."""
     hosts: tuple[str, ...] = ()
     """Names of the job's nodes in Slurm's order; empty outside of Slurm."""
-
-    @property
-    def slurm_names(self) -> tuple[str, ...]:
-        """Return all ids of this job in Slurm: an element of an array has two."""
-        return (self.slurm_job, self.job.split("-")[1]) if self.is_slurm else ()
 
     @property
     def is_head(self) -> bool:
@@ -326,10 +320,6 @@ class RunContext:
         """Append ``node_lost`` or ``node_sick`` for each node."""
         for one in nodes:
             self.record(event, attempt=attempt, node=one.index, host=one.host, cause=one.why)
-
-    def alone(self) -> RunContext:
-        """Return the context without the other agents, for a decision that must not restart the ranks in place."""
-        return RunContext(self.folder, self.node, self.config)
 
 
 @dataclass(frozen=True)

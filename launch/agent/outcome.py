@@ -190,7 +190,7 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
         is_lost = any(i in group.lost for i in rdzv.members)
         cause = Cause.node_failed if is_lost else cause_of_failure(failure)
         text = problems_text("lost", group.lost.values()) if is_lost else text
-    return apply_decision(context, attempt, cause, text, signal=stop.name or None)
+    return apply_decision(context, attempt, cause, text, left=group.next_size)
 
 
 def stop_details(stop: StopRequest) -> dict[str, str | None]:
@@ -199,36 +199,36 @@ def stop_details(stop: StopRequest) -> dict[str, str | None]:
 
 
 def apply_decision(
-    context: RunContext, attempt: int | None, cause: Cause, text: str, *, signal: str | None = None,
-    in_step: bool = True,
+    context: RunContext, attempt: int | None, cause: Cause, text: str, *,
+    left: int | None = None, step_has_ended: bool = False,
 ) -> Decision:  # fmt: skip
     """Record the end of an attempt, decide what follows, and carry the decision out.
 
     Args:
-        context: an AgentContext if the agents can start the ranks again in place.
+        context: run and node.
         attempt: number of the attempt; None if the ranks had not started.
         cause: cause of the end.
         text: failure of the attempt, for people.
-        signal: name of the signal that stopped the ranks; None if there was none.
-        in_step: False after Slurm's step has ended, when nothing can start in place.
+        left: number of nodes on which the agents can start the ranks again in place; None if they cannot.
+        step_has_ended: True if Slurm's step with the agents has ended.
 
     Raises:
         RunFailedError: the run ends unfinished without a request, or another agent has decided.
     """
     refuse_decided(context, attempt)
-    record_attempt_end(context, context.node.job, attempt, cause, signal=signal, reason=None if in_step else text)
+    signal = (context.stop.name or None) if isinstance(context, AgentContext) else None
+    reason = text if step_has_ended else None
+    record_attempt_end(context, context.node.job, attempt, cause, signal=signal, reason=reason)
     events = context.events()
     decision = decide_for(context, cause)
     action, reason = decision.action, decision.reason
     if action is Action.requeue and cause is Cause.requested and not context.node.is_slurm:
         action, reason = Action.restart, f"{reason}; there is no queue here"
-    if action is Action.restart:
-        left, wanted = context.group.next_size if isinstance(context, AgentContext) else None, context.config.nodes
-        if left is None:
-            why = "too few nodes are left to start again here" if in_step else "its step has ended"
-            action, reason = Action.requeue, f"{reason}; {why}"
-        elif left < wanted:
-            reason = f"{reason}; the run continues on {left} of {wanted} nodes"
+    if action is Action.restart and left is None:
+        why = "its step has ended" if step_has_ended else "too few nodes are left to start again here"
+        action, reason = Action.requeue, f"{reason}; {why}"
+    elif action is Action.restart and left is not None and left < context.config.nodes:
+        reason = f"{reason}; the run continues on {left} of {context.config.nodes} nodes"
     decision = Decision(action, reason)
     record_decision(context, attempt, cause, decision)
     if action is Action.requeue:
@@ -340,7 +340,7 @@ def handle_too_few_nodes(context: AgentContext, error: TooFewNodesError) -> None
     context.record("start_refused", cause=str(refusal))
     # A fault of every node comes from the check itself or a shared filesystem: other nodes would have it too.
     is_everywhere = is_shared or len(error.sick) == context.node.count > 1
-    apply_decision(context.alone(), None, Cause.refused if is_everywhere else Cause.node_failed, str(refusal))
+    apply_decision(context, None, Cause.refused if is_everywhere else Cause.node_failed, str(refusal))
 
 
 def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
@@ -392,7 +392,7 @@ def take_over_as_leader(context: RunContext, why: str, known: int | None) -> Non
     problem = NodeProblem(0, head, why)
     context.record_problems("node_lost", attempt, [problem])
     try:
-        apply_decision(context.alone(), attempt, Cause.node_failed, problems_text("lost", [problem]))
+        apply_decision(context, attempt, Cause.node_failed, problems_text("lost", [problem]))
     except AlreadyDecidedError:
         raise
     except RunFailedError:

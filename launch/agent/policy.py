@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from typing import Any
 
 from launch.agent import node as processes
 from launch.agent.node import RunContext
-from launch.config import Config, ResilienceConfig
+from launch.config import ResilienceConfig
 from launch.errors import ConfigError, RepeatedFailureError
 from launch.plan.budget import (
     caps,
@@ -29,16 +30,13 @@ from launch.plan.budget import (
 from launch.plan.plan import is_recorded, record_found
 from launch.plan.preflight import measure
 from launch.runs.events import (
-    ALL_NODES,
-    FEWER_NODES,
     Events,
     events_since_submission,
-    fewer_nodes,
     first_failure,
     select_events,
 )
 from launch.runs.files import write_unwritten
-from launch.runs.folder import RunFolder, read_plan
+from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
 from launch.slurm.client import JobDetails
 
@@ -289,9 +287,9 @@ def unreliable_hosts(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -
         events: event log of the run.
         beside: event logs of the other points of its command, by their names.
     """
-    logs = (events_since_submission(events), *beside.values())
-    certain = {host for log in logs for event in select_events(log, DRIFT, certain=True) for host in event["hosts"]}
-    failures = sorted(failures_of_hosts(events, beside).items())
+    logs = named_logs(events, beside)
+    certain = {host for log in logs.values() for e in select_events(log, DRIFT, certain=True) for host in e["hosts"]}
+    failures = sorted(failures_of_hosts(logs).items())
     return {host: "; ".join(each) for host, each in failures if len(each) >= UNRELIABLE or host in certain}
 
 
@@ -300,40 +298,40 @@ def hosts_to_avoid(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -> 
 
     The arguments are those of ``unreliable_hosts``.
     """
-    logs = {"": events_since_submission(events), **{f"{name}: ": log for name, log in beside.items()}}
-    lost = {str(e["host"]) for log in logs.values() for e in select_events(log, "node_lost")}
-    failures = failures_of_hosts(events, beside)
+    logs = named_logs(events, beside)
+    lost = {e["host"] for log in logs.values() for e in select_events(log, "node_lost")}
+    failures = failures_of_hosts(logs)
     avoid = {host: "; ".join(failures[host]) for host in sorted(lost | {*unreliable_hosts(events, beside)})}
     for name, log in logs.items():
-        sick = {str(e["host"]): f"{name}sick: {e['cause']}" for e in select_events(log, "node_sick")}
+        sick = {e["host"]: f"{name}sick: {e['cause']}" for e in select_events(log, "node_sick")}
         avoid |= {host: "; ".join(filter(None, (avoid.get(host), why))) for host, why in sick.items()}
     return avoid
 
 
-def failures_of_hosts(events: Events, beside: Mapping[str, Events]) -> dict[str, list[str]]:
-    """Return the failures of each host since the command was typed, in the order of the attempts.
+def named_logs(events: Events, beside: Mapping[str, Events]) -> dict[str, Events]:
+    """Return the events since the command was typed, by the prefix of the point in a text; no prefix for this run."""
+    return {"": events_since_submission(events), **{f"{name}: ": log for name, log in beside.items()}}
 
-    Each host has at most one failure per attempt. Failures of the points ``beside`` this run have the point's name. A
-    host has failed if it was lost, or if the first failed rank of an attempt ran there. A host whose rank only reports
-    a lost peer did not fail. If replicas of the parameters differ, all ranks fail, and the hosts of the wrong replicas
-    count.
+
+def failures_of_hosts(logs: Mapping[str, Events]) -> dict[str, list[str]]:
+    """Return the failures of each host in the order of the attempts, from the logs of ``named_logs``.
+
+    Each host has at most one failure per attempt. A host has failed if it was lost, or if the first failed rank of an
+    attempt ran there. A host whose rank only reports a lost peer did not fail. If replicas of the parameters differ,
+    all ranks fail, and the hosts of the wrong replicas count.
     """
     found: dict[str, list[str]] = defaultdict(list)
-    for name, log in {
-        "": events_since_submission(events),
-        **{f"{name}: ": log for name, log in beside.items()},
-    }.items():
+    for name, log in logs.items():
         failures: dict[str, dict[object, str]] = defaultdict(dict)
-        for number, event in enumerate(log):
-            if event["event"] == "node_lost":
-                attempt = event.get("attempt")
-                when = "before the ranks started" if attempt is None else f"in attempt {attempt}"
-                failures[event["host"]].setdefault(number if attempt is None else attempt, f"lost {when}")
-        drifts = select_events(log, DRIFT)
-        for event in drifts:
+        for event in select_events(log, "node_lost"):
+            attempt = event.get("attempt")
+            when = "before the ranks started" if attempt is None else f"in attempt {attempt}"
+            failures[event["host"]].setdefault(id(event) if attempt is None else attempt, f"lost {when}")
+        drifted = set()
+        for event in select_events(log, DRIFT):
+            drifted.add(event["attempt"])
             for host in event["hosts"]:
                 failures[host].setdefault(event["attempt"], f"in attempt {event['attempt']}: {event['cause']}")
-        drifted = {event["attempt"] for event in drifts}
         for end in attempt_ends(log):
             is_of_host = end["cause"] in OF_A_HOST and end["attempt"] not in drifted
             first = first_failure(log, end["attempt"]) if is_of_host else None
@@ -348,43 +346,6 @@ def failures_of_hosts(events: Events, beside: Mapping[str, Events]) -> dict[str,
 def reasons(hosts: Mapping[str, str]) -> str:
     """Return the hosts with their reasons as one text for the event log."""
     return " | ".join(f"{host}: {why}" for host, why in sorted(hosts.items()))
-
-
-# Number of nodes of a start: all nodes that the run requests, or fewer if some are lost.
-
-
-def sizes_of_run(folder: RunFolder, config: Config) -> tuple[int, ...]:
-    """Return the numbers of nodes with which a run can start, by its plan, largest first.
-
-    Raises:
-        ConfigError: the plan is damaged.
-    """
-    promised = (read_plan(folder).get("promised") or {}) if config.may_shrink else {}
-    return (config.nodes, *(promised.get("fewer_nodes") or ()))
-
-
-def largest_size(sizes: Sequence[int], available: int) -> int | None:
-    """Return the largest of ``sizes`` (sorted, largest first) that ``available`` nodes allow; None if there is none."""
-    return next((size for size in sizes if size <= available), None)
-
-
-def record_size(folder: RunFolder, attempt: int, full: int, hosts: Sequence[str], missing: Mapping[str, str]) -> None:
-    """Record that an attempt runs on fewer nodes than the run requests, or again on all nodes.
-
-    Args:
-        folder: folder of the run.
-        attempt: number of the attempt that starts.
-        full: number of nodes that the run requests.
-        hosts: nodes of the attempt.
-        missing: the other nodes of the job, each with the reason.
-    """
-    if len(hosts) < full:
-        cause = "; ".join(f"{host}: {why}" for host, why in missing.items())
-        folder.record_event(FEWER_NODES, attempt=attempt, nodes=len(hosts), asked=full, hosts=list(hosts), cause=cause)
-        return
-    before = max((number for number in folder.attempts() if number < attempt), default=0)
-    if before in fewer_nodes(folder.read_events()):
-        folder.record_event(ALL_NODES, attempt=attempt, nodes=full, hosts=list(hosts))
 
 
 # The meter of an allocation: when it began and ended, and whether its budget lasts.
@@ -402,55 +363,51 @@ class Meter:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._folder = context.folder
-        self._node = context.node
-        self._config = context.config
-        self._polled = 0.0
+        self._polled = -math.inf
         self._together = command_folders(context.folder) if caps(context.config.budget) else [context.folder]
 
     def __enter__(self) -> Meter:
-        if self._node.is_head:
+        node = self._context.node
+        if node.is_head:
             self._close_killed_allocation()
-            if self._node.is_slurm and not is_recorded(self._folder.read_events(), self._node.slurm_names):
+            if node.is_slurm:
+                # An element of a job array has two ids in Slurm.
+                ids = (node.slurm_job, node.job.split("-")[1])
                 # The launcher ended before it recorded its submission, or is slower than this agent.
-                record_found(self._folder, self._node.slurm_job, self._node.count, by="agent")
+                if not is_recorded(self._folder.read_events(), ids):
+                    record_found(self._folder, node.slurm_job, node.count, by="agent")
             # The batch script identifies the agent's process by its number and start time.
             pid = os.getpid()
             process = {"pid": pid, "pid_started": processes.start_time(pid)}
             self._context.record("agent_started", **self._allocation(), **process)
-            self._give_heartbeat()
+            self._write_heartbeat()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._node.is_head:
-            self._context.record("agent_ended", job=self._node.job, ended_at=time.time())
+        if self._context.node.is_head:
+            self._context.record("agent_ended", job=self._context.node.job, ended_at=time.time())
 
-    def poll(self, *, is_leaving: bool) -> str | None:
-        """Write a heartbeat every ``budget_poll_s`` and return the text of a reached cap; else None.
+    def poll(self, *, is_leaving: bool = False) -> str | None:
+        """Write a heartbeat every ``budget_poll_s`` and return the text of a reached cap, which is recorded; else None.
 
         Returns None also for a run that is already leaving.
         """
-        if not self._node.is_head or time.monotonic() - self._polled < self._config.budget_poll_s:
-            return None
-        return self.poll_now(is_leaving=is_leaving)
-
-    def poll_now(self, *, is_leaving: bool = False) -> str | None:
-        """Poll at once, without regard to the last poll. Records a cap that is reached."""
-        if not self._node.is_head:
+        config, now = self._context.config, time.time()
+        if not self._context.node.is_head or time.monotonic() - self._polled < config.budget_poll_s:
             return None
         self._polled = time.monotonic()
-        self._give_heartbeat()
-        budget, now = self._config.budget, time.time()
-        if is_leaving or not caps(budget):
+        self._write_heartbeat()
+        if is_leaving or not caps(config.budget):
             return None
         # A run that is requested to stop at the next poll would be gone after this many seconds. Ranks are killed after
         # the grace period: without a measured save, a stop takes that long.
-        grace, measured = float(self._config.resilience.grace_period_s), measure(self._folder)
-        lead_s = self._config.budget_poll_s + LEAVE_S + (grace if measured is None else min(grace, measured.stop_s))
-        event_logs, rates = read_event_logs(self._together), rates_of(self._config)
-        why = spent(budget, used(event_logs, now, rates), used(event_logs, now + lead_s, rates))
+        grace, measured = float(config.resilience.grace_period_s), measure(self._folder)
+        lead_s = config.budget_poll_s + LEAVE_S + (grace if measured is None else min(grace, measured.stop_s))
+        event_logs, rates = read_event_logs(self._together), rates_of(config)
+        why = spent(config.budget, used(event_logs, now, rates), used(event_logs, now + lead_s, rates))
         if why is not None:
             attempt = max(self._folder.attempts(), default=None)
-            self._context.record("budget_reached", attempt=attempt, job=self._node.job, cause=why)
+            self._context.record("budget_reached", attempt=attempt, job=self._context.node.job, cause=why)
         return why
 
     def _close_killed_allocation(self) -> None:
@@ -460,13 +417,13 @@ class Meter:
         lost = [start for start in select_events(events, "agent_started") if start["job"] not in ended]
         if lost:
             # The allocation may have continued until just before its next heartbeat.
-            seen = max(last_heartbeat(self._folder) or 0.0, lost[-1]["time"]) + self._config.budget_poll_s
+            seen = max(last_heartbeat(self._folder) or 0.0, lost[-1]["time"]) + self._context.config.budget_poll_s
             ended_at = min(seen, time.time())
             self._context.record("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 
     def _allocation(self) -> dict[str, Any]:
         """Return nodes, GPUs and price of the allocation, and the time from which its use counts."""
-        config, node = self._config, self._node
+        config, node = self._context.config, self._context.node
         begun, limit_s = time.time(), 60.0 * config.cluster.timeout_min
         if node.is_slurm:
             with contextlib.suppress(scheduler.SlurmError):  # The agent started a moment after its job.
@@ -480,7 +437,7 @@ class Meter:
         where = {"job": node.job, "nodes": node.count, "gpus": gpus, "price_per_gpu_hour": price}
         return {**where, "allocated_at": begun, "limit_s": limit_s}
 
-    def _give_heartbeat(self) -> None:
+    def _write_heartbeat(self) -> None:
         write_unwritten()
         file = heartbeat_file(self._folder)
         # The disk is full. Without heartbeats, the events decide how much an allocation has used.

@@ -63,12 +63,14 @@ def fork_server(context: RunContext) -> Iterator[ForkServer | None]:
     """
     folder, config = context.folder, context.config
     workload = workload_of(config)
-    preload = workload.command(config, folder, max(folder.attempts(), default=0) + 1).preload
+    preload: Sequence[str] = ()
+    if config.resilience.fork_ranks:
+        preload = workload.command(config, folder, max(folder.attempts(), default=0) + 1).preload
     # A site's additions to Python, such as sitecustomize, have started a thread.
-    has_threads = threading.active_count() > 1
-    if config.resilience.fork_ranks and preload and has_threads:
+    if preload and threading.active_count() > 1:
         print("launch: ranks are executed, not forked: this agent has threads already", file=sys.stderr)
-    if not (config.resilience.fork_ranks and preload) or has_threads:
+        preload = ()
+    if not preload:
         yield None
         return
     with ForkServer(preload, state_of(code_of_ranks(folder, workload.code(config)))) as server:
@@ -107,7 +109,7 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.split(",")[node.index * each : (node.index + 1) * each])
 
 
-def describe_run(attempt: Attempt) -> None:
+def set_run_variables(attempt: Attempt) -> None:
     """Set the environment variables of the run for the ranks, and the variables of the workload."""
     folder, group, command, number = attempt.folder, attempt.group, attempt.command, attempt.number
     set_defaults(typed=command.env)
@@ -178,7 +180,7 @@ class MemoryStore:
             self.__exit__()
 
 
-def run_ranks(context: AgentContext, rdzv: RendezvousRound) -> str | None:
+def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
     """Start this node's ranks and watch them until all have ended.
 
     The function also records the end of ranks that could not record it: ranks that were killed, hung, died before their
@@ -207,7 +209,7 @@ def run_ranks(context: AgentContext, rdzv: RendezvousRound) -> str | None:
             heartbeats=Path(scratch),
         )
         prepare_environment(context.node, config, group.address)
-        describe_run(attempt)
+        set_run_variables(attempt)
         watch, records = Watch(attempt), RankRecords(attempt)
         rank_agent = RankAgent(attempt, watch, records)
         try:
@@ -257,7 +259,8 @@ class FixedRendezvous(RendezvousHandler):
         self._timeout_s = attempt.config.resilience.rendezvous_timeout_s
         rdzv, timeout = attempt.rdzv, timedelta(seconds=self._timeout_s)
         self._store = dist.TCPStore(rdzv.address, rdzv.port, is_master=False, wait_for_workers=False, timeout=timeout)
-        self._departures = SignedStore(self._store, attempt.group.token, "departures")
+        self.departures = SignedStore(self._store, attempt.group.token, "departures")
+        """Records of the nodes whose ranks have left in order."""
 
     def next_rendezvous(self) -> RendezvousInfo:
         """Return the place of this node among the members, and the store for the ranks.
@@ -298,17 +301,6 @@ class FixedRendezvous(RendezvousHandler):
             raise InterruptedError("a stop was requested before the ranks had started")
         if verdict == AGAIN:
             raise dist.DistStoreError("a node was lost before the ranks had started")
-
-    def report_left(self) -> None:
-        """Record in the store that the ranks of this node have left in order."""
-        self._departures.set(f"left/{self._attempt.place}", "left")
-
-    def have_all_left(self) -> bool:
-        """Return whether the ranks of all nodes have left. One node reads all records and writes one for all nodes."""
-        keys = [f"left/{place}" for place in range(len(self._attempt.rdzv.members))]
-        if self._attempt.place == 0 and None not in self._departures.read(keys):
-            self._departures.set("left/all", "left")
-        return self._departures.read(["left/all"]) == ["left"]
 
     # Elastic requires these methods. The object serves one round, and the store belongs to the head node's agent group.
 
@@ -447,8 +439,15 @@ class RankAgent(LocalElasticAgent):
         """
         # The head node knows how the attempt ended, and has closed its store.
         with contextlib.suppress(dist.DistError):
-            self._meeting.report_left()
-            while not self.is_given_up and not self._meeting.have_all_left():
+            departures, place = self._meeting.departures, self._attempt.place
+            keys = [f"left/{place}" for place in range(len(self._attempt.rdzv.members))]
+            departures.set(keys[place], "left")
+            while not self.is_given_up:
+                # One node reads all records and writes one for all nodes.
+                if place == 0 and None not in departures.read(keys):
+                    departures.set("left/all", "left")
+                if departures.read(["left/all"]) == ["left"]:
+                    break
                 self._poll()
                 time.sleep(POLL_S)
 

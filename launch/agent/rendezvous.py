@@ -20,7 +20,7 @@ from launch.agent.exchange import (
     RendezvousEndpoint,
     SignedStore,
     open_endpoint,
-    open_store,
+    open_tcp_store,
     read_endpoint,
     write_endpoint,
 )
@@ -33,8 +33,9 @@ from launch.agent.node import (
     TooFewNodesError,
     problems_text,
 )
-from launch.agent.policy import NO_HOSTS, RunFailedError, largest_size, reasons, record_size, sizes_of_run
-from launch.runs.folder import writing_into
+from launch.agent.policy import NO_HOSTS, RunFailedError, reasons
+from launch.runs.events import ALL_NODES, FEWER_NODES, fewer_nodes
+from launch.runs.folder import read_plan, writing_into
 
 SPARE_WAIT_S = 10.0
 """Seconds for which a round with enough nodes waits for further nodes."""
@@ -57,7 +58,9 @@ class AgentGroup:
         self._context = context
         self._node = node
         self._limits = config.resilience
-        self._sizes = sizes_of_run(context.folder, config) if node.is_head else (config.nodes,)
+        promised = (read_plan(context.folder).get("promised") or {}) if node.is_head and config.may_shrink else {}
+        self._sizes: Sequence[int] = (config.nodes, *(promised.get("fewer_nodes") or ()))
+        """Numbers of nodes with which the run can start, by its plan, largest first."""
         self.address = endpoint.address
         """Address at which the other nodes reach this node."""
         self.token = endpoint.token
@@ -162,14 +165,17 @@ class AgentGroup:
     @property
     def next_size(self) -> int | None:
         """Return the number of nodes of the next round, if the nodes are healthy; None if too few nodes are left."""
-        return largest_size(self._sizes, self._node.count - len(self.lost))
+        return self._largest_size(self._node.count - len(self.lost))
+
+    def _largest_size(self, available: int) -> int | None:
+        return next((size for size in self._sizes if size <= available), None)
 
     def _open_round(self, number: int, avoid: Mapping[str, str]) -> RendezvousRound:
         healthy, sick = self._gather(number)
         full, folder = self._sizes[0], self._context.folder
         order = sorted(healthy, key=lambda i: (i != 0, self._host(i) in avoid, i))
-        members = tuple(sorted(order[: largest_size(self._sizes, len(healthy))]))
-        store = open_store(self.address, timedelta(seconds=self._limits.rendezvous_timeout_s))
+        members = tuple(sorted(order[: self._largest_size(len(healthy))]))
+        store = open_tcp_store(self.address, timedelta(seconds=self._limits.rendezvous_timeout_s))
         self._stores.append(store)
         with writing_into(folder.path):
             attempt = folder.create_attempt()
@@ -181,7 +187,11 @@ class AgentGroup:
             self._context.record("members", attempt=attempt, hosts=hosts, spares=spares)
         missing = {one.host: f"lost, {one.why}" for one in self.lost.values()}
         missing |= {one.host: f"sick, {one.why}" for one in sick}
-        record_size(folder, attempt, full, hosts, missing)
+        if len(hosts) < full:
+            cause = "; ".join(f"{host}: {why}" for host, why in missing.items())
+            self._context.record(FEWER_NODES, attempt=attempt, nodes=len(hosts), asked=full, hosts=hosts, cause=cause)
+        elif max((n for n in folder.attempts() if n < attempt), default=0) in fewer_nodes(folder.read_events()):
+            self._context.record(ALL_NODES, attempt=attempt, nodes=full, hosts=hosts)
         self._context.record_problems("node_sick", attempt, sick)
         for event, present in (("avoided", spares), ("not_avoided", hosts)):
             named = {host: why for host, why in avoid.items() if host in present}
@@ -197,7 +207,10 @@ class AgentGroup:
             present = {i: m for i, m in self._present().items() if self._silence(i) <= self._limits.node_timeout_s}
             present[0] = self.heartbeat.of(0)
             ready = {index: message for index, message in present.items() if message.ready >= number}
-            sick = [self._sick(index, message.faults) for index, message in sorted(ready.items()) if message.faults]
+            sick = []
+            for index, faults in sorted((i, message.faults) for i, message in ready.items() if message.faults):
+                why, is_shared = "; ".join(f.found for f in faults), all(f.part == RUN_FOLDER for f in faults)
+                sick.append(NodeProblem(index, self._host(index), why, is_shared))
             absent = [i for i in range(1, self._node.count) if i not in ready and i not in self.lost]
             waited = time.monotonic() - began
             healthy = sorted(ready.keys() - {one.index for one in sick})
@@ -220,10 +233,6 @@ class AgentGroup:
                         self._lose(index, "Slurm has taken it from the job, as one that does not answer")
             time.sleep(self.heartbeat.poll_s)
         raise TooFewNodesError(f"{self._node.count - len(self.lost)} nodes left, and {self._sizes[-1]} are needed")
-
-    def _sick(self, index: int, faults: Sequence[Fault]) -> NodeProblem:
-        why = "; ".join(fault.found for fault in faults)
-        return NodeProblem(index, self._host(index), why, all(fault.part == RUN_FOLDER for fault in faults))
 
     def _present(self) -> dict[int, Message]:
         """Return the messages of the other nodes that have sent one and are not lost."""

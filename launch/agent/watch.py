@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,12 +66,12 @@ class StuckRank:
     rank: int
     pid: int
     step: int | None
-    """Number of steps done; None without a heartbeat."""
+    """Number of steps done; None without a heartbeat. Then the rank writes no stacks at ``STACK_SIGNAL``: the signal
+    ends any other process, with a core file.
+    """
     why: str
     since: float
     """Time of the rank's last progress, Unix seconds."""
-    has_stacks: bool
-    """True if the rank writes its stacks at ``STACK_SIGNAL``. The signal ends any other process, with a core file."""
 
 
 class Watchdog:
@@ -119,40 +119,33 @@ class Watchdog:
         found = []
         for rank, pid in ranks.items():
             last = heartbeat.read_heartbeat(self._folder / str(rank))
-            silence = self._check_without(rank, now, share) if last is None else self._check(last, now, share)
-            if silence is not None:
+            late = [(s, text) for s, limit, text in self._silences(rank, last, now) if s > limit * share]
+            if late:
+                silent_s, text = late[0]
                 # The rank itself writes the heartbeat, even if a wrapper runs between the rank and the agent.
                 pid, step = (pid, None) if last is None else (last.pid, last.step)
-                found.append(StuckRank(rank, pid, step, silence[1], time.time() - silence[0], last is not None))
+                found.append(StuckRank(rank, pid, step, text.format(f"{silent_s:.0f} s"), time.time() - silent_s))
         return sorted(found, key=lambda stuck: stuck.since)
 
-    def _check(self, last: RankHeartbeat, now: float, share: float) -> tuple[float, str] | None:
-        """Return the seconds of silence and their description; None below the limit."""
-        limits = self._limits
-        frozen_s = now - max(last.ran_at, self._started)
-        if frozen_s > limits.heartbeat_timeout_s * share:
-            state = "stopped" if processes.is_stopped(last.pid) else "frozen"
-            return frozen_s, f"{state}: the process has not run for {frozen_s:.0f} s"
-        silent_s = now - max(last.moved_at, self._started)
-        limit = limits.startup_and_save_timeout_s if last.phase in SLOW else limits.hang_timeout_s
-        if last.moved_at and silent_s > limit * share:
-            return silent_s, f"hung: no progress for {silent_s:.0f} s while {last.phase.name}"
-        return None
-
-    def _check_without(self, rank: int, now: float, share: float) -> tuple[float, str] | None:
-        """Return the same as ``_check`` for a rank without a heartbeat."""
-        silent_s = now - self._started
-        if self._must_attach and silent_s > self._limits.startup_and_save_timeout_s * share:
-            return silent_s, f"not started after {silent_s:.0f} s"
-        if self._silence_timeout_s is None or rank not in self._logs:
-            return None
-        size, known = _size(self._logs[rank]), self._printed.get(rank)
-        if known is None or size != known[0]:
-            self._printed[rank] = (size, now)
-            return None
-        silent_s = now - max(known[1], self._started)
-        text = f"hung: nothing printed for {silent_s:.0f} s"
-        return (silent_s, text) if silent_s > self._silence_timeout_s * share else None
+    def _silences(self, rank: int, last: RankHeartbeat | None, now: float) -> Iterator[tuple[float, float, str]]:
+        """Yield the silences of a rank: seconds, longest allowed seconds, and a description."""
+        limits, started = self._limits, self._started
+        if last is not None:
+            state = "stopped" if processes.process_state(last.pid) in "Tt" else "frozen"
+            text = f"{state}: the process has not run for {{}}"
+            yield now - max(last.ran_at, started), limits.heartbeat_timeout_s, text
+            if last.moved_at:
+                limit = limits.startup_and_save_timeout_s if last.phase in SLOW else limits.hang_timeout_s
+                text = f"hung: no progress for {{}} while {last.phase.name}"
+                yield now - max(last.moved_at, started), limit, text
+            return
+        if self._must_attach:
+            yield now - started, limits.startup_and_save_timeout_s, "not started after {}"
+        if self._silence_timeout_s is not None and rank in self._logs:
+            size = _size(self._logs[rank])
+            if size != self._printed.get(rank, (-1, now))[0]:
+                self._printed[rank] = (size, now)
+            yield now - max(self._printed[rank][1], started), self._silence_timeout_s, "hung: nothing printed for {}"
 
 
 def stack_of(pid: int, log: Path) -> str:
@@ -195,20 +188,16 @@ class Watch:
     """Conditions that an agent polls several times a second, in addition to the exit of its ranks."""
 
     def __init__(self, attempt: Attempt) -> None:
-        config, contract, group = attempt.config, attempt.contract, attempt.group
+        config, contract, rdzv = attempt.config, attempt.contract, attempt.rdzv
         self._attempt = attempt
-        self._group = group
-        self._stop = attempt.stop
-        self._round = attempt.rdzv
         logs = {rank: attempt.log(rank) for rank in attempt.ranks}
         # Ranks that record their end have a heartbeat too, so a rank without a heartbeat is late.
         self._watchdog = Watchdog(
             attempt.heartbeats, config.resilience, logs, contract.records_events, contract.silence_timeout_s
         )
-        self._heartbeats = [attempt.heartbeats / str(rank) for rank in attempt.ranks]
-        files = [HeartbeatFile(path) for path in self._heartbeats]
-        self._agreement = Agreement(self._round.number, attempt.node.index, self._round.members, files)
-        group.heartbeat.agreement = self._agreement
+        files = [HeartbeatFile(attempt.heartbeats / str(rank)) for rank in attempt.ranks]
+        self._agreement = Agreement(rdzv.number, attempt.node.index, rdzv.members, files)
+        attempt.group.heartbeat.agreement = self._agreement
         self._looked_for_file = 0.0
         self._stop_signal = signal.Signals[contract.stop_signal]
         self._has_signalled = False
@@ -217,15 +206,15 @@ class Watch:
 
     def poll(self, agent: RankAgent) -> None:
         """Stop the ranks on request. End ranks that outlast the grace period, hang, or have lost their peers."""
-        stop, group, number = self._stop, self._group, self._round.number
+        stop, group, number = self._attempt.stop, self._attempt.group, self._attempt.rdzv.number
         stop.interruptible = False
         owner = os.environ.get(OWNER)
         if owner and not stop.count and processes.is_gone(int(owner)):
-            stop.ask("the launcher is gone")
+            stop.request("the launcher is gone")
         if self._attempt.meter.poll(is_leaving=bool(stop.count)):
-            stop.ask(BUDGET)
-        if self._finds_stop_file():
-            stop.ask(STOP_FILE)
+            stop.request(BUDGET)
+        if not stop.count and self._finds_stop_file():
+            stop.request(STOP_FILE)
         if stop.count:
             self._stop_ranks(agent)
         elif self.kill_reason is None:
@@ -243,15 +232,17 @@ class Watch:
 
         Every agent looks: a program that does not know the launcher learns of the file only from its own agent.
         """
-        now = time.monotonic()
-        if self._stop.count or now - self._looked_for_file < STOP_FILE_S:
+        attempt, now = self._attempt, time.monotonic()
+        if now - self._looked_for_file < STOP_FILE_S:
             return False
         self._looked_for_file = now
-        look_themselves = any(heartbeat.read_heartbeat(path) is not None for path in self._heartbeats)
-        return not look_themselves and (self._attempt.folder.path / STOP_FILE).exists()
+        look_themselves = any(
+            heartbeat.read_heartbeat(attempt.heartbeats / str(rank)) is not None for rank in attempt.ranks
+        )
+        return not look_themselves and (attempt.folder.path / STOP_FILE).exists()
 
     def _stop_ranks(self, agent: RankAgent) -> None:
-        attempt, stop = self._attempt, self._stop
+        attempt, stop = self._attempt, self._attempt.stop
         if not self._has_signalled:
             self._has_signalled = True
             attempt.record("signalled", attempt=attempt.number, host=attempt.node.host, signal=stop.name)
@@ -259,7 +250,7 @@ class Watch:
             # one more request for the stop on which the agents agree.
             agent.send(self._stop_signal)
             self._agreement.request_stop(self._stop_signal)
-            self._group.heartbeat.publish()  # The second request ends the ranks at once.
+            attempt.group.heartbeat.publish()  # The second request ends the ranks at once.
         at_once = stop.count > 1 and not attempt.node.is_slurm
         if at_once or time.monotonic() > stop.since + attempt.config.resilience.grace_period_s:
             agent.send(signal.SIGKILL)
@@ -271,7 +262,7 @@ class Watch:
         """
         stuck = self._watchdog.poll(agent.ranks(), share)
         for one in stuck:
-            stacks = stack_of(one.pid, self._attempt.log(one.rank)) if one.has_stacks else ""
+            stacks = stack_of(one.pid, self._attempt.log(one.rank)) if one.step is not None else ""
             enter_failure(
                 self._attempt.folder, self._attempt.number, one.rank,
                 cause=one.why, trace=stacks, step=one.step, hung=True, since=one.since,
@@ -280,10 +271,11 @@ class Watch:
 
     def find_lost(self) -> str | None:
         """Return a text that a node is lost: on the head node a silent member, elsewhere the head node. Else None."""
-        if not self._attempt.node.is_head:
-            return "the head node is lost" if self._group.head_is_lost() else None
-        lost = self._group.find_silent(self._round)
-        self._attempt.record_problems("node_lost", self._attempt.number, lost)
+        attempt = self._attempt
+        if not attempt.node.is_head:
+            return "the head node is lost" if attempt.group.head_is_lost() else None
+        lost = attempt.group.find_silent(attempt.rdzv)
+        attempt.record_problems("node_lost", attempt.number, lost)
         return f"node {lost[0].host} is lost" if lost else None
 
 
@@ -308,7 +300,7 @@ class RankRecords:
         self._contract = attempt.contract
         self._progress = Progress(attempt.folder, attempt.number, attempt.ranks, attempt.contract)
         self._unwritten_part: dict[str, Any] | None = None
-        self._environment: dict[str, Any] = {}
+        self._environment: dict[str, Any] | None = None
         self._is_environment_written = False
 
     def begin(self, cpus: Sequence[Collection[int]] | None = None) -> None:
@@ -345,20 +337,20 @@ class RankRecords:
         The first node also writes ``environment.json`` once all parts exist.
         """
         attempt, folder = self._attempt, self._attempt.folder
-        is_done = self._contract.records_events or self._is_environment_written or attempt.place > 0
-        if is_done and self._unwritten_part is None:
+        if self._contract.records_events:
             return
         nodes = range(len(attempt.rdzv.members))
         parts = [folder.attempt(attempt.number) / "nodes" / f"{place:05d}.json" for place in nodes]
         if self._unwritten_part is not None and has_written(parts[attempt.place], self._unwritten_part):
             self._unwritten_part = None
-        if is_done:
+        if attempt.place > 0 or self._is_environment_written:
             return
-        found = [read_json(part).get("ranks") for part in parts] if not self._environment else []
-        if found and None not in found:
+        if self._environment is None:
+            found = [read_json(part).get("ranks") for part in parts]
+            if None in found:
+                return
             self._environment = self._describe([entry for ranks in found for entry in ranks or ()])
-        path = folder.environment(attempt.number)
-        self._is_environment_written = bool(self._environment) and has_written(path, self._environment)
+        self._is_environment_written = has_written(folder.environment(attempt.number), self._environment)
 
     def _describe(self, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the environment of the attempt, with one entry for each rank."""

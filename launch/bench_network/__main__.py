@@ -30,6 +30,7 @@ from launch.errors import CommandParser, ConfigError, counted, refusing
 from launch.plan.preflight import print_table
 from launch.runs.environment import ROOT
 from launch.runs.files import deny_others_writing, read_json, write_json
+from launch.runs.folder import RunFolder
 from launch.runs.measured import COLLECTIVES, FASTEST, TIERS, LinkFit, Network, network_document, terms
 from launch.sweep import SweepFailedError, fail, run_sweep
 
@@ -62,13 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config_dir = None if typed.config_dir is None else require_folder("--config-dir", typed.config_dir)
     options = {"budget-s": f"{typed.budget_s:g}", **({"max-mib": typed.max_mib} if typed.max_mib else {})}
     try:
-        measured = run_ranks(typed.overrides, config_dir, options)
+        measured = run_measurement(typed.overrides, config_dir, options)
     except SweepFailedError as error:
         return fail(error)
     if measured:
         samples = [Sample(**sample) for sample in measured["samples"]]
         network = fit_network(samples, measured["ranks_per_node"])
-        show(network, samples, measured)
+        show_network(network, samples, measured)
         write_json(output, network_document(network, measured))
         print(f"wrote {output}; to use it:")
         print(f"  python -m launch.project SWEEP --nodes 8,...,64 --network {output}")
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_ranks(overrides: Sequence[str], config_dir: Path | None, options: Mapping[str, object]) -> dict[str, Any]:
+def run_measurement(overrides: Sequence[str], config_dir: Path | None, options: Mapping[str, object]) -> dict[str, Any]:
     """Run the ranks until they end, and return the measurements; empty after a dry run.
 
     Raises:
@@ -101,7 +102,11 @@ def run_ranks(overrides: Sequence[str], config_dir: Path | None, options: Mappin
     composed = compose_launch([*ours, *overrides, *words], config_dir)
     OmegaConf.resolve(composed.script.options)
     run_sweep([(composed, [*overrides, *words])], with_report=False)
-    return read_json(folder / "samples.json")
+    measured, run = read_json(folder / "samples.json"), RunFolder(folder)
+    if measured:
+        ranks = read_json(run.environment(run.attempts()[-1])).get("ranks", ())
+        measured["hosts"] = sorted({rank["host"] for rank in ranks})
+    return measured
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,7 @@ def fit_link(collective: str, samples: Sequence[Sample]) -> LinkFit:
     )
 
 
-def show(network: Network, samples: Sequence[Sample], measured: Mapping[str, Any]) -> None:
+def show_network(network: Network, samples: Sequence[Sample], measured: Mapping[str, Any]) -> None:
     """Print one line for each collective of each tier: the fit with its standard errors, and its error."""
     size = f"{counted(measured['nodes'], 'node')} x {counted(measured['ranks_per_node'], 'rank')}"
     print(f"{size}, {measured['device']}, {measured['backend']}, torch {measured['software']['torch']}")

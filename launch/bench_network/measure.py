@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -37,13 +36,12 @@ SLOW_S = 0.5
 PASSES = 5
 """Number of timings of each size. Their median is the sample."""
 TIMEOUT = timedelta(minutes=3)
-HOST_BYTES = 64
 
 
 class Bench:
-    """One rank of the measurement, with its device."""
+    """One rank of a measurement, with its device. The default process group exists, and is gloo's."""
 
-    def __init__(self, budget_s: float) -> None:
+    def __init__(self, budget_s: float = 0.0) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.local, self.each = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         self.budget_s = budget_s
@@ -64,20 +62,24 @@ class Bench:
         """Yield each tier, size of a group in ranks, and process group of that size."""
         nodes = self.world // self.each
         for tier, most in (("intra_node", self.each), ("inter_node", nodes)):
-            for size in group_sizes(most):
+            for size in tier_group_sizes(most):
                 lists = group_ranks(tier, size, nodes, self.each)
                 group, _ = dist.new_subgroups_by_enumeration(lists, timeout=TIMEOUT, backend=self.backend)
                 yield tier, size, group
 
-    def seconds(self, work: Callable[[], object], count: int) -> float:
-        """Return the mean seconds of one run of ``work`` over ``count`` runs, on the slowest rank."""
-        dist.barrier()
+    def own_seconds(self, work: Callable[[], object], count: int = 1) -> float:
+        """Return the mean seconds of one run of ``work`` over ``count`` runs on this rank, with its GPU kernels."""
         self._finish()
         start = time.perf_counter()
         for _ in range(count):
             work()
         self._finish()
-        return self.largest((time.perf_counter() - start) / count)
+        return (time.perf_counter() - start) / count
+
+    def seconds(self, work: Callable[[], object], count: int) -> float:
+        """Return the mean seconds of one run of ``work`` over ``count`` runs, on the slowest rank."""
+        dist.barrier()
+        return self.largest(self.own_seconds(work, count))
 
     def typical_seconds(self, work: Callable[[], object]) -> float:
         """Return the median seconds of several timings. A first run, which connects the ranks, does not count."""
@@ -91,7 +93,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
 
-def group_sizes(most: int) -> list[int]:
+def tier_group_sizes(most: int) -> list[int]:
     """Return the group sizes of a tier with ``most`` ranks: each power of two that divides ``most``, and ``most``."""
     powers = [2**exponent for exponent in range(1, most.bit_length()) if most % 2**exponent == 0]
     return sorted({*powers, most} - {1})
@@ -154,15 +156,6 @@ def time_collectives(bench: Bench, largest: int, tell: Callable[[], None]) -> li
     return samples
 
 
-def hosts() -> list[str]:
-    """Return the host names of all ranks, each once. Names travel as bytes, so that no rank unpickles a message."""
-    name = socket.gethostname().encode()[:HOST_BYTES]
-    own = torch.tensor([*name, *bytes(HOST_BYTES - len(name))], dtype=torch.uint8)
-    every = torch.zeros(dist.get_world_size() * HOST_BYTES, dtype=torch.uint8)
-    dist.all_gather_into_tensor(every, own)
-    return sorted({bytes(row.tolist()).rstrip(b"\0").decode() for row in every.view(-1, HOST_BYTES)})
-
-
 def main() -> None:
     """Measure. Rank 0 writes the samples with the software and hardware of the measurement."""
     parser = argparse.ArgumentParser(description="One rank of python -m launch.bench_network.")
@@ -182,7 +175,6 @@ def main() -> None:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "nodes": bench.world // bench.each,
         "ranks_per_node": bench.each,
-        "hosts": hosts(),
         "backend": bench.backend,
         "device": torch.cuda.get_device_name(bench.device) if on_gpus else f"CPU ({platform.machine()})",
         "software": {"python": platform.python_version(), "torch": torch.__version__}

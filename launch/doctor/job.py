@@ -2,7 +2,7 @@
 
 The job has a folder, ``<output_dir>/.doctor/<time>-<random>/``. Each node writes ``nodes/00000.json`` and each rank
 ``ranks/00000.json``. The login node joins them in ``results.json``, which ``launch.doctor.verdict`` reads. A node uses
-the rendezvous, addresses and interfaces of the agents. The login node submits ``run`` by its name, so it does not
+the rendezvous, addresses and interfaces of the agents. The login node submits ``measure_node`` by name, and so does not
 import torch.
 """
 
@@ -43,7 +43,6 @@ from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
 from launch.slurm.facts import Request
 from launch.slurm.jobs import SlurmJob, ask_queue
-from launch.slurm.limits import Limits
 from launch.slurm.submit import submit_calls
 
 if TYPE_CHECKING:
@@ -54,8 +53,6 @@ JOB_MIN = 5
 POLL_S = 1.0
 LATE_S = 5.0
 """Seconds for which the login node waits for new files of the nodes, which NFS may show late."""
-KEPT_S = 30 * 24 * 3600.0
-"""Age in seconds up to which results describe a cluster."""
 ARRIVAL_S = 60
 """Seconds in which all nodes of the job must meet."""
 RANKS_S = 180
@@ -70,18 +67,11 @@ Record = dict[str, Any]
 # On the login node.
 
 
-def name_of(limits: Limits) -> str:
-    """Return the name of a cluster and of its controller, which together identify the cluster."""
-    controllers = (value for key, value in sorted(limits.config.items()) if key.startswith("SlurmctldHost"))
-    return " ".join([limits.config.get("ClusterName", ""), *controllers]).strip()
-
-
-def measure(request: Request, about: Record, output: Path, wait_min: float, say: Callable[[str], None]) -> Record:
+def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable[[str], None]) -> Record:
     """Submit the job for the nodes of ``request`` and wait until it ends. Writes and returns its results.
 
     Args:
         request: request with a plan.
-        about: fields of the results that are known before: the cluster's name, and the number of spare nodes.
         output: output_dir of the run.
         wait_min: minutes after which a pending job is cancelled.
         say: function that prints a line of progress.
@@ -102,10 +92,10 @@ def measure(request: Request, about: Record, output: Path, wait_min: float, say:
     write_json(root / REQUEST, {"uses_cpus": uses_cpus})
     limit = min(JOB_MIN, config.cluster.timeout_min)
     resources = {**plan.slurm, "job_name": "doctor", "time": limit, "signal_delay_s": 0}
-    (job,) = submit_calls(root / JOBS, resources, run, [str(root)])
+    (job,) = submit_calls(root / JOBS, resources, measure_node, [str(root)])
     say(f"job {job.name} on {config.nodes} nodes, folder {root}")
     try:
-        state, started = wait(job, wait_min, say)
+        state, started = wait_for_job(job, wait_min, say)
     except BaseException:
         job.kill()
         raise
@@ -116,13 +106,17 @@ def measure(request: Request, about: Record, output: Path, wait_min: float, say:
         "nodes": config.nodes,
         "ranks_per_node": config.ranks_on_node,
         "cpus_per_task": config.cluster.cpus_per_task,
-        "left_over": about["left_over"],
         "gpus_per_node": None if uses_cpus else config.cluster.gpus_per_node,
     }
     results = {
-        **{"job_id": job.job_id, "state": state, "started": started, "folder": str(root), "logs": str(root / JOBS)},
-        **{"asked": asked, "nodes": records(root, "nodes"), "ranks": records(root, "ranks")},
-        **{"cluster": about["cluster"], "time_s": time.time()},
+        "job_id": job.job_id,
+        "state": state,
+        "started": started,
+        "folder": str(root),
+        "logs": str(root / JOBS),
+        "asked": asked,
+        "nodes": records(root, "nodes"),
+        "ranks": records(root, "ranks"),
     }
     write_json(root / "results.json", results)
     return results
@@ -133,7 +127,7 @@ def records(root: Path, kind: str) -> list[Record]:
     return [json.loads(file.read_text()) for file in sorted((root / kind).glob("*.json"))]
 
 
-def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
+def wait_for_job(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[str, bool]:
     """Wait until a job ends. Returns its last state in Slurm, and whether it started.
 
     A job that is pending after ``wait_min`` minutes is cancelled.
@@ -155,23 +149,10 @@ def wait(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> tuple[st
     return last or "unknown", started
 
 
-def earlier_results(output: Path, cluster: str) -> Record | None:
-    """Return the newest results with the same ``output_dir`` and cluster from the last 30 days; None if there are none.
-
-    ``cluster`` is the result of ``name_of``.
-    """
-    for path in sorted(output.glob(".doctor/*/results.json"), reverse=True):
-        results = read_json(path)
-        is_recent = time.time() - results.get("time_s", 0.0) < KEPT_S
-        if results.get("nodes") and results.get("cluster") == cluster and is_recent:
-            return results
-    return None
-
-
 # On each node of the job.
 
 
-def run(root: str) -> None:
+def measure_node(root: str) -> None:
     """Measure this node for the job with the folder ``root``. Errors are recorded, not raised."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)  # submitit would ignore the first signal, and requeue at the second.
@@ -225,10 +206,12 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
         others = share(endpoint, "at", node.index, address, range(node.count))
         record["missing"] = [index for index in range(node.count) if index not in others]
         record["unseen"] = unseen(seen, set(others))
-        record["ports"] = {str(index): call(address) for index, address in others.items() if index != node.index}
-        if node.index and 0 in others:
-            with suppress(OSError):
-                record["clock_offset_s"], record["clock_error_s"] = clock_offset(others[0])
+        record["ports"] = {}
+        for index, address in others.items():
+            if index != node.index:
+                record["ports"][str(index)], offset = read_clock(address)
+                if index == 0 and offset:
+                    record["clock_offset_s"], record["clock_error_s"] = offset
         closed = sum(1 for problem in record["ports"].values() if problem)
         counts = share(endpoint, "closed", node.index, str(closed), others)
         server.shutdown()
@@ -238,7 +221,7 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
         record["skipped"] = "not every node reaches every other"
     else:
         ranks.prepare_environment(node, config, endpoint.address)
-        record["error"] = run_ranks(folder.path, node, config, endpoint)
+        record["error"] = run_link_ranks(folder.path, node, config, endpoint)
     # The head node runs the store, so it leaves last.
     share(endpoint, "done", node.index, "", others if node.index == 0 else ())
 
@@ -280,47 +263,31 @@ class ClockHandler(socketserver.BaseRequestHandler):
                 self.request.sendall(CLOCK.pack(time.time()))
 
 
-def ask_clock(address: str, times: int) -> list[tuple[float, float, float]]:
-    """Read the clock at ``host:port`` several times. Returns own time before, the clock's time, own time after, in
-    seconds.
+def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
+    """Connect to the clock at ``host:port`` and compare it with this node's clock.
 
-    Raises:
-        OSError: the port does not answer.
+    Returns the error of a port that does not answer, empty if the port answers; and by how many seconds this clock is
+    ahead, with the error. Half the shortest round trip bounds that error (Cristian 1989).
     """
     host, _, port = address.rpartition(":")
-    found = []
-    with socket.create_connection((host, int(port)), timeout=CONNECT_S) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for _ in range(times):
-            start = time.time()
-            connection.sendall(b"?")
-            answer = connection.recv(CLOCK.size, socket.MSG_WAITALL)
-            if len(answer) < CLOCK.size:
-                raise ConnectionError("closed the connection")
-            found.append((start, *CLOCK.unpack(answer), time.time()))
-    return found
-
-
-def call(address: str) -> str:
-    """Return the error of a port that does not answer; empty if the port answers."""
+    offsets = []
     try:
-        ask_clock(address, 1)
+        with socket.create_connection((host, int(port)), timeout=CONNECT_S) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(PINGS):
+                start = time.time()
+                connection.sendall(b"?")
+                answer = connection.recv(CLOCK.size, socket.MSG_WAITALL)
+                end = time.time()
+                if len(answer) < CLOCK.size:
+                    raise ConnectionError("closed the connection")
+                offsets.append(((start + end) / 2 - CLOCK.unpack(answer)[0], (end - start) / 2))
     except OSError as error:
-        return str(error)
-    return ""
+        return str(error), None
+    return "", min(offsets, key=lambda pair: pair[1])
 
 
-def clock_offset(address: str) -> tuple[float, float]:
-    """Measure by how many seconds this clock is ahead of the clock at ``address``, and the error.
-
-    Half the shortest round trip bounds the error (Cristian 1989).
-    """
-    answers = ask_clock(address, PINGS)
-    offsets = [((start + end) / 2 - there, (end - start) / 2) for start, there, end in answers]
-    return min(offsets, key=lambda pair: pair[1])
-
-
-def run_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
+def run_link_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
     """Run this node's ranks until they end, with torchrun's variables. Returns their errors as text, empty if none."""
     each, problems, started = config.ranks_on_node, [], []
     shared: dict[str, object] = {"WORLD_SIZE": each * node.count, "LOCAL_WORLD_SIZE": each}
@@ -331,11 +298,9 @@ def run_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoi
         path = root / "ranks" / f"{rank:05d}.log"
         own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": local}.items()}
         command = [sys.executable, "-m", "gpt_launch", "launch.doctor.links", str(path.with_suffix(".json"))]
+        env, quiet = {**os.environ, **own}, subprocess.DEVNULL
         with path.open("wb") as log:
-            process = subprocess.Popen(
-                command, env={**os.environ, **own}, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-            )
-        started.append((rank, path, process))
+            started.append((rank, path, subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=quiet)))
     deadline = time.monotonic() + RANKS_S
     for rank, path, process in started:
         try:

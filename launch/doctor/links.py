@@ -11,12 +11,12 @@ import os
 import socket
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from launch.bench_network.measure import MIB, Bench
 from launch.process import lasting_imports
 from launch.runs.files import write_json
 
@@ -24,7 +24,6 @@ with lasting_imports():
     import torch
     import torch.distributed as dist
 
-MIB = 2**20
 LARGE = 16 * MIB
 SMALL = MIB
 PINGS = 20
@@ -37,43 +36,22 @@ SLOW_S = 0.05
 TIMEOUT = timedelta(seconds=150)
 
 
-class LinkBench:
-    """One rank of the measurement, with its device and process group.
+class LinkBench(Bench):
+    """One rank of the measurement, with its device and a process group of all ranks for that device."""
 
-    Args:
-        rank: number of the rank; ``local`` is its number on its node.
-        world: number of all ranks; ``each`` is the number of ranks on each node.
-    """
-
-    def __init__(self, rank: int, world: int, local: int, each: int) -> None:
-        self.rank, self.world, self.local, self.each = rank, world, local, each
+    def __init__(self) -> None:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.PrefixStore("doctor/ranks", dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT))
-        has_gpu = torch.cuda.is_available() and torch.cuda.device_count() > local
-        store.set(f"gpu/{rank}", "yes" if has_gpu else "no")
-        on_gpus = all(store.get(f"gpu/{other}") == b"yes" for other in range(world))
-        self.device = torch.device("cuda", local) if on_gpus else torch.device("cpu")
-        self.backend = "nccl" if on_gpus else "gloo"
-        if on_gpus:
-            torch.cuda.set_device(local)
-        if world > 1:
-            dist.init_process_group(self.backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
-
-    def seconds(self, work: Callable[[], object]) -> float:
-        """Return the seconds of ``work``, including its GPU kernels."""
-        if self.backend == "nccl":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if self.backend == "nccl":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+        super().__init__()
+        self.group = dist.new_group(backend=self.backend, timeout=TIMEOUT)
 
     def matmul_tflops(self) -> float:
         """Return the best speed of five matrix products in TFLOP/s: bf16 on a GPU, fp32 on the CPU."""
         size, kind = (8192, torch.bfloat16) if self.backend == "nccl" else (384, torch.float32)
         a = torch.ones(size, size, device=self.device, dtype=kind)
-        times = [self.seconds(lambda: a @ a) for _ in range(6)][1:]
+        times = [self.own_seconds(lambda: a @ a) for _ in range(6)][1:]
         return 2 * size**3 / min(times) / 1e12
 
     def group_all_reduce(self) -> dict[str, float]:
@@ -85,16 +63,13 @@ class LinkBench:
         """
         scalar, block = (torch.ones(count, device=self.device) for count in (1, LARGE // 4))
         for tensor in (scalar, block[: SMALL // 4]):
-            dist.all_reduce(tensor)  # The first all-reduces open the connections.
-        pings = [self.seconds(lambda: dist.all_reduce(scalar)) for _ in range(PINGS)]
+            dist.all_reduce(tensor, group=self.group)  # The first all-reduces open the connections.
+        pings = [self.own_seconds(lambda: dist.all_reduce(scalar, group=self.group)) for _ in range(PINGS)]
         times: list[float] = []
-        spent = torch.zeros(1, device=self.device)
-        while not times or (spent.item() < 1.0 and len(times) < 10):
+        while not times or (self.largest(sum(times)) < 1.0 and len(times) < 10):  # The same number on all ranks.
             block.fill_(1.0)
-            times.append(self.seconds(lambda: dist.all_reduce(block)))
+            times.append(self.own_seconds(lambda: dist.all_reduce(block, group=self.group)))
             assert block[0].item() == self.world, "the sum over all ranks is wrong"
-            spent = torch.tensor([sum(times)], device=self.device)
-            dist.all_reduce(spent, dist.ReduceOp.MAX)  # All ranks must stop after the same number.
         rate = 8 * LARGE / statistics.median(times) / 1e9
         return {
             "bytes": LARGE,
@@ -110,40 +85,36 @@ class LinkBench:
 
         def swap(size: int) -> None:
             sent, received = block[: size // 4], space[: size // 4]
-            both = [dist.P2POp(dist.isend, sent, peer), dist.P2POp(dist.irecv, received, peer)]
-            for work in dist.batch_isend_irecv(both):
+            pairs = ((dist.isend, sent), (dist.irecv, received))
+            for work in dist.batch_isend_irecv([dist.P2POp(do, part, peer, self.group) for do, part in pairs]):
                 work.wait()
 
         def agreed_s(size: int) -> float:
             """Return the seconds of one exchange: the larger of both ranks' times, so that both make the same
             decision.
             """
-            block[0] = self.seconds(lambda: swap(size))
+            block[0] = self.own_seconds(lambda: swap(size))
             swap(4)
             return max(block[0].item(), space[0].item(), 1e-9)
 
         for _ in range(2):
             swap(4)
-        pings = [self.seconds(lambda: swap(4)) for _ in range(PINGS)]
+        pings = [self.own_seconds(lambda: swap(4)) for _ in range(PINGS)]
         size, took = SMALL, agreed_s(SMALL)
         if took < SLOW_S:
             size, took = LARGE, min(agreed_s(LARGE) for _ in range(2))
         return {"latency_us": 1e6 * statistics.median(pings), "bandwidth_gbit": 8 * size / took / 1e9, "bytes": size}
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        dist.barrier(device_ids=[self.local] if self.backend == "nccl" else None)
 
     def exchanges(self) -> list[dict[str, float]]:
         """Measure this rank with the rank of the same local number on the other nodes, in turns, PASSES times."""
         node, nodes = self.rank // self.each, self.world // self.each
         measured: dict[int, list[dict[str, float]]] = {}
         for turn in list(range(nodes - 1 + nodes % 2))[:MOST_ROUNDS] * PASSES:
-            self.barrier()
+            dist.barrier()
             other = partner(node, turn, nodes)
             if other is not None:
                 measured.setdefault(other, []).append(self.exchange_with(other * self.each + self.local))
-        return [{"node": other, **merge(passes)} for other, passes in measured.items()]
+        return [{"node": other, **merge_passes(passes)} for other, passes in measured.items()]
 
 
 def partner(node: int, turn: int, count: int) -> int | None:
@@ -161,7 +132,7 @@ def partner(node: int, turn: int, count: int) -> int | None:
     return circle if circle < count else None
 
 
-def merge(passes: Sequence[dict[str, float]]) -> dict[str, float]:
+def merge_passes(passes: Sequence[dict[str, float]]) -> dict[str, float]:
     """Join the measurements of one link: the median bandwidth with its range, and the smallest latency."""
     rates = [one["bandwidth_gbit"] for one in passes]
     return {
@@ -175,9 +146,8 @@ def merge(passes: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def measure_rank(path: Path) -> None:
     """Take part in all measurements, and write this rank's figures into ``path``."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     torch.set_num_threads(1)
-    bench = LinkBench(*(int(os.environ[name]) for name in names))
+    bench = LinkBench()
     on_gpus = bench.backend == "nccl"
     record: dict[str, Any] = {
         "rank": bench.rank,
@@ -190,8 +160,8 @@ def measure_rank(path: Path) -> None:
     }
     if bench.world > 1:
         record |= {"group": bench.group_all_reduce(), "links": bench.exchanges()}
-        bench.barrier()
-        dist.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()
     write_json(path, record)
 
 

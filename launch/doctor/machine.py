@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
-import shlex
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +16,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 from packaging.requirements import Requirement
 
 import launch
@@ -40,15 +39,6 @@ SHARED = {
 }
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
 """Types of filesystems that each machine has for itself."""
-SBATCH_KEYS = {
-    "SBATCH_PARTITION": "partition",
-    "SBATCH_ACCOUNT": "account",
-    "SBATCH_QOS": "qos",
-    "SBATCH_CONSTRAINT": "constraint",
-    "SBATCH_EXCLUDE": "exclude",
-    "SBATCH_GRES": "gres",
-    "SBATCH_TIMELIMIT": "timeout_min",
-}
 MEASURE = "python -m launch.doctor --on-cluster ..."
 SHARED_PATH = "output_dir=PATH on a filesystem that all nodes mount"
 
@@ -83,9 +73,6 @@ class Facts(SlurmFacts):
     """Folders of the job's Python and of the launcher's code, without folders of the system."""
     container_problem: str = ""
     """Problem with cluster.container; empty if there is none."""
-    host: str
-    addresses: tuple[str, ...]
-    """Addresses to which the host name resolves."""
     environment: dict[str, str]
     soft: dict[str, int]
     """Limits of this shell: nofile, core in bytes, memlock in bytes. -1 means unlimited."""
@@ -111,9 +98,6 @@ def gather(config: Config, clusters: Iterable[str] = ()) -> Facts:
             versions[name.lower()] = metadata.version(name)
     places = {Path(launch.__file__).resolve().parents[1]}
     places |= {Path(sys.prefix)} if sys.prefix != sys.base_prefix else set()
-    host, addresses = os.uname().nodename, set[str]()
-    with suppress(OSError):
-        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     return Facts(
         **vars(slurm),
         kind=ClusterKind.slurm if kind is ClusterKind.slurm or slurm.limits is not None else ClusterKind.local,
@@ -122,8 +106,6 @@ def gather(config: Config, clusters: Iterable[str] = ()) -> Facts:
         output=look_at_folder(Path(config.output_dir)),
         programs=tuple(Folder(str(place), str(place), filesystem_of(place)) for place in sorted(places)),
         container_problem=container_problem(config.cluster),
-        host=host,
-        addresses=tuple(sorted(addresses)),
         environment=dict(os.environ),
         soft={name: resource.getrlimit(number)[0] for name, number in RLIMITS.items()},
         hard={name: resource.getrlimit(number)[1] for name, number in RLIMITS.items()},
@@ -135,26 +117,15 @@ def gather(config: Config, clusters: Iterable[str] = ()) -> Facts:
 
 
 def filesystem_of(path: Path) -> str:
-    """Return the type of a path's filesystem from /proc/self/mountinfo.
+    """Return the kernel's name of a path's filesystem, such as nfs4 or fuse.juicefs; ``unknown`` without a mount.
 
-    The kernel's name distinguishes FUSE filesystems (fuse.juicefs, fuse.sshfs), which share one number of statfs.
+    The name distinguishes FUSE filesystems, which share one number of statfs. The deepest mount counts; of several
+    mounts at the same path, the last.
     """
     path.exists()  # Lets an automounter mount the filesystem first.
-    return filesystem_in(Path("/proc/self/mountinfo").read_text(), os.path.realpath(path))
-
-
-def filesystem_in(mounts: str, path: str) -> str:
-    """Return the type of the deepest mount above ``path``; of several at the same path, the last.
-
-    ``mounts`` is a mountinfo file.
-    """
-    best, kind = -1, "unknown"
-    for line in mounts.splitlines():
-        left, _, right = line.partition(" - ")
-        point = left.split()[4].encode().decode("unicode_escape")
-        if (path == point or path.startswith(point.rstrip("/") + "/")) and len(point) >= best:
-            best, kind = len(point), right.split()[0]
-    return kind
+    real = Path(os.path.realpath(path))
+    above = [mount for mount in psutil.disk_partitions(all=True) if real.is_relative_to(mount.mountpoint)]
+    return max(reversed(above), key=lambda mount: len(mount.mountpoint)).fstype if above else "unknown"
 
 
 def look_at_folder(path: Path) -> Folder:
@@ -201,10 +172,9 @@ def check_machine(facts: Facts, config: Config, requests: Sequence[Request]) -> 
         *check_container(facts, config),
         *check_output_folder(facts),
         *check_space(facts, requests),
-        *check_environment(facts, config),
+        *check_environment(facts),
         *check_threads(facts, config),
         *check_limits(facts, config),
-        *check_host_name(facts),
     ]
 
 
@@ -319,11 +289,10 @@ def check_space(facts: Facts, requests: Sequence[Request]) -> Iterator[Finding]:
         yield fine("disk", f"{found}, checkpoints take about {need / GIB:.1f} GiB")
 
 
-def check_environment(facts: Facts, config: Config) -> Iterator[Finding]:
-    """Check for variables of an enclosing job or launcher, and the user's own SBATCH_*."""
-    known = (*KEPT, *SBATCH_KEYS)
+def check_environment(facts: Facts) -> Iterator[Finding]:
+    """Check for variables of an enclosing job or launcher."""
     inherited = [name for name in facts.environment if name.startswith(INHERITED) or name in INHERITED_NAMES]
-    some = [name for name in inherited if name not in known]
+    some = [name for name in inherited if name not in KEPT]
     some.sort(key=lambda name: (not name.startswith(("SLURM_CPU_BIND", "RANK", "MASTER")), name))
     if some:
         shown = ", ".join(some[:6]) + (f" and {len(some) - 6} more" if len(some) > 6 else "")
@@ -337,12 +306,6 @@ def check_environment(facts: Facts, config: Config) -> Iterator[Finding]:
         )
     else:
         yield fine("environment", "nothing inherited from a job or a launcher")
-    for name, key in SBATCH_KEYS.items() if facts.kind is ClusterKind.slurm else ():
-        value = facts.environment.get(name)
-        if value is not None and str(getattr(config.cluster, key)) != value:
-            typed = "MINUTES" if key == "timeout_min" else shlex.quote(value)
-            why = f"sbatch by hand takes it; python -m launch hides SBATCH_* and requests cluster.{key}"
-            yield warn("environment", f"{name}={value} set", why, f"cluster.{key}={typed}")
 
 
 def check_threads(facts: Facts, config: Config) -> Iterator[Finding]:
@@ -387,16 +350,3 @@ def check_limits(facts: Facts, config: Config) -> Iterator[Finding]:
     if 0 <= size < GIB and ("ALL" in passed or "MEMLOCK" in passed) and "MEMLOCK" not in kept:
         why = "Slurm passes it to the nodes, and InfiniBand registers its buffers as locked memory (ibv_reg_mr fails)"
         yield warn("locked memory", f"ulimit -l is {size // 1024} KiB", why, "ulimit -l unlimited")
-
-
-def check_host_name(facts: Facts) -> Iterator[Finding]:
-    """Check the addresses of this machine's host name."""
-    found = f"{facts.host} resolves to {', '.join(facts.addresses)}"
-    if not facts.addresses:
-        why = "srun typed here, and torchrun, give the nodes this name to call back"
-        yield warn("host name", f"{facts.host} does not resolve", why, f"getent hosts {facts.host}")
-    elif facts.kind is ClusterKind.slurm and all(address.startswith("127.") for address in facts.addresses):
-        why = "a process that announces itself by name, as torchrun does, is then unreachable from other nodes"
-        yield warn("host name", found, why, MEASURE)
-    else:
-        yield fine("host name", found)

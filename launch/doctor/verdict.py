@@ -1,19 +1,18 @@
 """Findings about nodes and links, from the results of the doctor's job.
 
 Pure functions of ``results.json``. Each node is compared with the other nodes, so a cluster that is slow as a whole
-gives no finding. The command shows the measured figures above the findings.
+gets no complaint. The findings without complaint have the measured figures.
 """
 
 from __future__ import annotations
 
-import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
 from launch.doctor.machine import FEW_FILES, SHARED_PATH
-from launch.slurm.facts import Finding, fail, fine, has_errors, warn
+from launch.slurm.facts import Finding, fail, fine, warn
 
 Results = dict[str, Any]
 Links = dict[tuple[int, int], float]
@@ -27,35 +26,18 @@ LATE = 10.0
 """Multiple of the usual latency above which a node is reported, if its latency also exceeds LATE_US."""
 LATE_US = 1000.0
 SKEW_S = 1.0
-EXCLUDES = re.compile(r"cluster\.exclude=([^\s,]+)")
 WAITS = "every collective of a run waits for it"
 
 
 def check_results(results: Results) -> list[Finding]:
     """Return all findings of the job."""
-    checks = [check_nodes, check_folder, check_ports, check_names, check_clocks, check_cpus, check_gpus]
+    checks = [check_node_records, check_folder, check_ports, check_host_names, check_clocks, check_cpus, check_gpus]
     if any("links" in rank for rank in results["ranks"]):
         checks += [check_bandwidth, check_latency]
     found = list(check_job(results))
     for check in checks if results["nodes"] else ():
         found += check(results)
-    return keep_enough_nodes(results, found)
-
-
-def keep_enough_nodes(results: Results, found: Sequence[Finding]) -> list[Finding]:
-    """Return the findings, which propose to exclude at most the nodes that the run does not need."""
-    nodes, left = results["asked"]["nodes"], results["asked"].get("left_over")
-    hosts = [match[1] for one in found if (match := EXCLUDES.match(one.fix))]
-    spared = list(dict.fromkeys(hosts))[left:] if left is not None else []
-    fewer = rf"nodes={nodes - 1} cluster.exclude=\1 (no node is left over to take its place)"
-    kept = []
-    for finding in found:
-        match = EXCLUDES.match(finding.fix)
-        if match and match[1] in spared:
-            alone = f"ask the site about {match[1]}: there is no other node to take its place"
-            finding = replace(finding, fix=EXCLUDES.sub(fewer, finding.fix) if nodes > 1 else alone)
-        kept.append(finding)
-    return kept
+    return found
 
 
 def host(results: Results, index: int) -> str:
@@ -87,7 +69,7 @@ def check_job(results: Results) -> Iterator[Finding]:
         yield fine("job", f"job {job} ran on {hosts(results['nodes'])}")
 
 
-def check_nodes(results: Results) -> Iterator[Finding]:
+def check_node_records(results: Results) -> Iterator[Finding]:
     """Check errors of the nodes, faults that the agents of a run would find, and different software."""
     nodes = results["nodes"]
     for node in nodes:
@@ -126,12 +108,6 @@ def check_folder(results: Results) -> Iterator[Finding]:
         yield fine("shared folder", f"measured: seen and written by every node ({kinds})")
 
 
-def is_shared(results: Results) -> bool:
-    """Return whether the job has shown that this machine and all nodes see the same folder."""
-    findings = list(check_folder(results))
-    return bool(findings) and not has_errors(findings)
-
-
 def check_ports(results: Results) -> Iterator[Finding]:
     """Check that each node can connect to a free port of each other node."""
     closed = False
@@ -146,7 +122,7 @@ def check_ports(results: Results) -> Iterator[Finding]:
         yield fine("ports", "every node reaches a free port on every other")
 
 
-def check_names(results: Results) -> Iterator[Finding]:
+def check_host_names(results: Results) -> Iterator[Finding]:
     """Check that the name of each node resolves to an address that other nodes reach."""
     bad = False
     for node in results["nodes"]:
@@ -209,9 +185,20 @@ def check_gpus(results: Results) -> Iterator[Finding]:
         if speed < SLOW_GPU * usual:
             found = f"GPU of rank {rank['rank']} on {name}: {speed:.0f} TFLOP/s, usual {usual:.0f}"
             yield warn("gpus", found, "every step waits for the slowest rank", f"cluster.exclude={name}")
+    if speeds := [rank["matmul_tflops"] for rank in ranks]:
+        devices = ", ".join(sorted({rank["device"] for rank in ranks}))
+        yield fine("matmul", f"{min(speeds):.3g} to {max(speeds):.3g} TFLOP/s a rank on {devices}")
+    if groups := [rank["group"] for rank in ranks if "group" in rank]:
+        slowest, latency_us = (
+            min(groups, key=itemgetter("bandwidth_gbit")),
+            max(group["latency_us"] for group in groups),
+        )
+        rate = f"{slowest['bandwidth_gbit']:.3g} Gbit/s (bus {slowest['bus_gbit']:.3g})"
+        size = f"{latency_us:.0f} us for 4 bytes, {slowest['bytes'] / 2**20:g} MiB at {rate}"
+        yield fine("all-reduce", f"over {len(groups)} ranks ({ranks[0]['backend']}): {size}")
 
 
-def links(results: Results, key: str, worse: Callable[[float, float], float] = min) -> Links:
+def link_figures(results: Results, key: str, worse: Callable[[float, float], float] = min) -> Links:
     """Return pair of ranks -> one figure of their link: the worse of the two figures that its ends measured."""
     each = results["asked"]["ranks_per_node"]
     found: Links = {}
@@ -219,8 +206,7 @@ def links(results: Results, key: str, worse: Callable[[float, float], float] = m
         for link in rank.get("links", ()):
             other = int(link["node"]) * each + rank["rank"] % each
             pair = (min(rank["rank"], other), max(rank["rank"], other))
-            value = link.get(key, link["bandwidth_gbit"])  # Results of version 0 have one figure for each link.
-            found[pair] = worse(found.get(pair, value), value)
+            found[pair] = worse(found.get(pair, link[key]), link[key])
     return found
 
 
@@ -246,7 +232,7 @@ def check_bandwidth(results: Results) -> Iterator[Finding]:
     The check compares the median of several measurements. It ignores a link if one of its measurements was as fast as
     other links: then the machine was busy in the other measurements.
     """
-    pairs, low, high = (links(results, key) for key in ("bandwidth_gbit", "low_gbit", "high_gbit"))
+    pairs, low, high = (link_figures(results, key) for key in ("bandwidth_gbit", "low_gbit", "high_gbit"))
     best, best_low, best_high = (best_of_each(of_pairs, max) for of_pairs in (pairs, low, high))
     usual, usual_low = statistics.median(best.values()), statistics.median(best_low.values())
     slow = {rank for rank, value in best.items() if value < SLOW * usual and best_high[rank] < usual_low}
@@ -269,7 +255,7 @@ def check_bandwidth(results: Results) -> Iterator[Finding]:
 
 def check_latency(results: Results) -> Iterator[Finding]:
     """Find nodes whose links all have a high latency."""
-    best = best_of_each(links(results, "latency_us", max), min)
+    best = best_of_each(link_figures(results, "latency_us", max), min)
     usual = statistics.median(best.values())
     for rank, value in best.items():
         if value > max(LATE_US, LATE * usual):

@@ -12,24 +12,31 @@ import csv
 import io
 import json
 import math
+import re
+import shlex
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
-from launch.errors import CommandParser, ConfigError, refusing
+from launch.config import Config
+from launch.config.compose import compose_launch, typed_config, workload_of
+from launch.errors import CommandParser, ConfigError, counted, refusing
 from launch.plan.preflight import print_table
-from launch.project.fit import EXAMPLE, fit
-from launch.project.projection import ProjectedRow, Projection, project, read_sweep
+from launch.project.projection import Projection, project, read_links, read_sweep, request_for
 from launch.report.notes import percent, rate, seconds
 from launch.report.selection import select
 from launch.runs.files import deny_others_writing, write_atomically
 from launch.runs.find import runs_labelled
+from launch.runs.folder import RunFolder
+from launch.runs.overrides import typed_key
+from launch.schema import check_ranges
+from launch.workload import SetUp, TrainingGoal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +44,15 @@ if TYPE_CHECKING:
 GIB = 2**30
 MOST_SIZES = 64
 """Largest number of sizes of one projection. More sizes are probably a typing mistake."""
+DAYS = {"hour": 1 / 24, "day": 1.0, "week": 7.0, "month": 30.0}
+SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kmbt]?)"
+WORDS = {"params": r"param(?:eter)?s?", "tokens": r"tokens?|samples?|images?", "days": r"(hour|day|week|month)s?"}
+EXAMPLE = '--fit "7e9 params, 1e12 tokens, 30 days" --gpu h100'
+NODES = sorted(2**a * 3**b for a in range(13) for b in (0, 1) if 2**a * 3**b <= 4096)
+"""Numbers of nodes to try by default: powers of two, and three times powers of two."""
+CLUSTER = ("cluster=slurm", "cluster.gpus_per_node=8")
+"""Overrides for the default nodes: DGX and HGX systems."""
 DROPPED_FIRST = ("memory a rank", "ranks", "interval", "goodput", "stragglers")
 """Columns that a narrow terminal does not show, in this order. The files have all columns."""
 
@@ -60,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--matmul-rates", type=Path, metavar="FILE", help="rates that the workload has measured")
     add("--mtbf-hours", type=float, metavar="H", help="mean time between failures of one node")
     typed = parser.parse_intermixed_args(arguments)
-    words, sizes = typed.words, None if typed.nodes is None else parse_sizes(typed.nodes)
+    words, sizes = typed.words, None if typed.nodes is None else parse_node_counts(typed.nodes)
     if typed.fit is not None:
         options = {"--sweep": typed.sweep, "--mtbf-hours": typed.mtbf_hours, "--matmul-rates": typed.matmul_rates}
         wrong = [name for name, value in options.items() if value is not None] or [w for w in words if "=" not in w]
@@ -85,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         expected = "rates of the GPUs of the sweep, for a projection onto these"
         raise ConfigError(strange, expected, "--matmul-rates without --gpu")
     projection = project(read_sweep(selection, typed.network, typed.matmul_rates), sizes, typed.mtbf_hours, typed.gpu)
-    show(projection)
+    show_projection(projection)
     for ending, content in contents(projection).items():
         path = selection.folders[-1] / f"projection.{ending}"
         write_atomically(path, content)
@@ -93,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_sizes(text: str) -> list[int]:
+def parse_node_counts(text: str) -> list[int]:
     """Return numbers of nodes, ascending, each once, from ``8,16,32`` or with an ellipsis ``8,16,...,4096``.
 
     An ellipsis continues with the ratio of the two numbers before it if the ratio is whole, else with their difference.
@@ -129,7 +145,7 @@ def parse_sizes(text: str) -> list[int]:
 # A projection as text: terminal, Markdown, CSV, JSON.
 
 
-def columns(found: Projection) -> dict[str, list[str]]:
+def projection_columns(found: Projection) -> dict[str, list[str]]:
     """Return title of a column -> cells of all rows. A column without any figure is left out."""
 
     def cells(name: str, text: Callable[[Any], str]) -> list[str]:
@@ -155,7 +171,7 @@ def columns(found: Projection) -> dict[str, list[str]]:
     return {title: column for title, column in shown.items() if any(column)}
 
 
-def heading(found: Projection) -> str:
+def projection_heading(found: Projection) -> str:
     """Return the line above the table."""
     of = f" of {found.label}" if found.label else ""
     kind = "weak" if found.weak_scaling else "strong"
@@ -165,7 +181,12 @@ def heading(found: Projection) -> str:
 def sentences(found: Projection) -> list[str]:
     """Return the sentences below the table: first the held-out point, the model, and the interval."""
     wide = f"a factor of {math.exp(found.interval):.3g} to either side"
-    said = [found.held_out.text, f"model: {found.model}"]
+    held, fitted_to = found.held_out, ", ".join(map(str, found.held_out.fitted_to))
+    said = [
+        f"held out: {held.point.nodes} nodes, predicted from nodes={fitted_to}: {held.predicted_s:.4g} s a step, "
+        f"measured {held.point.step_s:.4g} s: {100 * held.error:+.1f} %",
+        f"model: {found.model}",
+    ]
     said.append(f"interval: {wide}, by the error of the held-out point or its spread")
     refused = [row for row in found.rows if row.refused]
     if refused:
@@ -174,11 +195,11 @@ def sentences(found: Projection) -> list[str]:
     return [*said, *found.notes]
 
 
-def show(found: Projection) -> None:
+def show_projection(found: Projection) -> None:
     """Print the table and the sentences. A narrow terminal shows fewer columns."""
-    print(heading(found))
+    print(projection_heading(found))
     styles = ["bold" if row.is_measured else "dim" if row.refused else "" for row in found.rows]
-    shown = columns(found)
+    shown = projection_columns(found)
     rows = list(zip(*shown.values(), strict=True))
     print_table(Console(), list(shown), rows, left=("kind",), optional=DROPPED_FIRST, styles=styles)
     print(*sentences(found), sep="\n")
@@ -186,7 +207,7 @@ def show(found: Projection) -> None:
 
 def contents(found: Projection) -> dict[str, bytes]:
     """Return file extension -> content, for the files of a projection."""
-    shown = columns(found)
+    shown = projection_columns(found)
     cells = [list(shown), ["---"] * len(shown), *map(list, zip(*shown.values(), strict=True))]
     table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
     below = "\n".join(f"- {line}" for line in sentences(found))
@@ -196,79 +217,211 @@ def contents(found: Projection) -> dict[str, bytes]:
     writer.writeheader()
     writer.writerows(rows)
     document = asdict(found)
-    document["held_out"]["error"] = found.held_out.error
     del document["label"]
     return {
-        "md": f"# {heading(found)}\n\n{table}\n\n{below}\n\n![projection](projection.png)\n".encode(),
+        "md": f"# {projection_heading(found)}\n\n{table}\n\n{below}\n\n![projection](projection.png)\n".encode(),
         "csv": file.getvalue().encode(),
         "json": f"{json.dumps(document, indent=2)}\n".encode(),
-        "png": draw(found),
+        "png": draw_projection(found),
     }
 
 
 # The picture of a projection: throughput compared with the ideal line, and efficiency.
 
 
-def draw(found: Projection) -> bytes:
-    """Draw efficiency, and throughput (or step time if the work is unknown), over the number of nodes.
+def draw_projection(found: Projection) -> bytes:
+    """Draw throughput (or step time if the work is unknown) and efficiency over the number of nodes. Returns a PNG."""
+    from launch.report.views.drawing import (
+        Panel,
+        picture,
+    )  # matplotlib takes a second, which a refusal should not need.
 
-    Returns a PNG.
-    """
-    from matplotlib.figure import Figure  # This import takes a second, which a refusal should not need.
-
-    from launch.report.views.figures import COLORS, GREY
-
-    figure = Figure(figsize=(11.0, 5.4), dpi=150, layout="constrained")
-    figure.suptitle(heading(found), fontsize=13, fontweight="bold", x=0.01, ha="left")
-    below = "\n".join(line for text in sentences(found)[:3] for line in textwrap.wrap(text, 170))
-    figure.supxlabel(below, fontsize=8, color=GREY, x=0.01, ha="left")
-    left, right = figure.subplots(1, 2)
-    shown = [row for row in found.rows if not row.refused]
-    projected = [row for row in shown if not row.is_measured]
-    first = next(row for row in shown if row.is_measured)
-    if first.throughput is None:
-        plot(left, shown, "step_s")
-        left.set(title="Step time", ylabel="seconds")
-    else:
-        ends = [min(row.nodes for row in shown), max(row.nodes for row in shown)]
-        ideal = [first.throughput / first.nodes * nodes for nodes in ends]
-        left.plot(ends, ideal, linestyle="--", color=GREY, label="ideal")
-        wide = math.exp(found.interval)
-        middle = [row.throughput or math.nan for row in projected]
-        low, high = [value / wide for value in middle], [value * wide for value in middle]
-        left.fill_between([row.nodes for row in projected], low, high, color=COLORS[1], alpha=0.15, linewidth=0)
-        plot(left, shown, "throughput")
-        left.set(title="Throughput", ylabel=f"{found.unit} per second", yscale="log")
-    plot(right, shown, "efficiency")
-    lost = [row.efficiency * row.goodput for row in projected if row.efficiency and row.goodput]
-    if lost:
-        right.plot([row.nodes for row in projected], lost, color=COLORS[2], linestyle=":", label="with failures")
-    right.set(title="Efficiency", ylabel="of the smallest point's throughput per rank")
-    right.set_ylim(0, max(1.05, right.get_ylim()[1]))
-    right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    for axes in (left, right):
-        axes.legend(framealpha=0.9, edgecolor="none", fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return file.getvalue()
+    is_known = all(row.throughput is not None for row in found.rows if row.is_measured)
+    rates = Panel("Throughput", partial(plot, found=found, name="throughput", unit=f"{found.unit} per second"))
+    times = Panel("Step time", partial(plot, found=found, name="step_s", unit="seconds"))
+    share = partial(plot, found=found, name="efficiency", unit="of the smallest point's throughput per rank")
+    panels = [rates if is_known else times, Panel("Efficiency", share)]
+    return picture(panels, projection_heading(found), "; ".join(sentences(found)[:3]))["png"]
 
 
-def plot(axes: Axes, rows: Sequence[ProjectedRow], name: str) -> None:
+def plot(axes: Axes, found: Projection, name: str, unit: str) -> None:
     """Plot one figure over the number of nodes: measured points filled, projected points hollow with a dashed line."""
-    from launch.report.views.figures import COLORS
+    from launch.report.views.drawing import COLORS, GREY, IDEAL, scale_sizes, scale_values
 
+    shown = [row for row in found.rows if not row.refused]
     for label, color, inside, line in (("projected", COLORS[1], "white", "--"), ("measured", COLORS[0], None, "-")):
-        kind = [row for row in rows if row.is_measured is (label == "measured")]
-        values = [getattr(row, name) for row in kind]
-        axes.plot([row.nodes for row in kind], values, line, marker="o", color=color, mfc=inside, label=label)
-    sizes = sorted({row.nodes for row in rows}, reverse=True)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes[:: -(-len(sizes) // 9)])  # Labels of more sizes would overlap.
-    axes.set_xticks([], minor=True)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("nodes")
-    axes.grid(True, axis="y", color="#E3E3E3", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+        rows = [row for row in shown if row.is_measured is (label == "measured")]
+        nodes, values = [row.nodes for row in rows], [getattr(row, name) for row in rows]
+        axes.plot(nodes, values, line, marker="o", color=color, mfc=inside, label=label)
+        if label == "projected" and name == "throughput":
+            low, high = ([value * math.exp(sign * found.interval) for value in values] for sign in (-1, 1))
+            axes.fill_between(nodes, low, high, color=color, alpha=0.15, linewidth=0)
+    sizes = sorted({row.nodes for row in shown})
+    if name == "throughput":
+        first = next(row for row in shown if row.is_measured)
+        ideal = [(first.throughput or math.nan) / first.nodes * nodes for nodes in sizes]
+        axes.plot(sizes, ideal, color=GREY, label="ideal", **IDEAL)
+    lost = [(row.nodes, row.efficiency * row.goodput) for row in shown if row.efficiency and row.goodput]
+    if name == "efficiency" and lost:
+        axes.plot(*zip(*lost, strict=True), ":", color=COLORS[2], label="with failures")
+    scale_sizes(axes, sizes, "nodes")
+    scale_values(axes, unit, log=name == "throughput")
+    axes.legend()
+
+
+# ``--fit``: the cheapest nodes and parallelism that train a model within a given time. The workload estimates costs.
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A model, its training data, and the days for the training."""
+
+    training: TrainingGoal
+    days: float
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A set-up on a number of nodes, with time and cost of the whole training."""
+
+    nodes: int
+    gpus: int
+    set_up: SetUp
+    days: float
+    gpu_hours: float
+    cost: float | None
+    """Cost in the currency of ``cluster.price_per_gpu_hour``; None without a price."""
+
+
+def parse_goal(text: str) -> Goal:
+    """Read a goal such as ``7e9 params, 1e12 tokens, 30 days``.
+
+    Raises ConfigError if one of the three is missing or no number.
+    """
+    expected, found = "params, tokens and days, by commas", dict[str, float]()
+    for part in filter(None, (part.strip().lower() for part in text.split(","))):
+        matches = {name: re.fullmatch(rf"{NUMBER}\s*(?:{word})", part) for name, word in WORDS.items()}
+        name, matched = next(((name, match) for name, match in matches.items() if match), ("", None))
+        if matched is None or name in found:
+            wrong = "in it" if matched is None else "beside another number of the same"
+            raise ConfigError(f'--fit "{text}", with {part!r} {wrong}', expected, EXAMPLE)
+        found[name] = float(matched[1]) * SCALES[matched[2]] * (DAYS[matched[3]] if name == "days" else 1.0)
+    lacking = [name for name in WORDS if not 0 < found.get(name, 0) < math.inf]
+    if lacking:
+        raise ConfigError(f'--fit "{text}", without {", ".join(lacking)} above 0', expected, EXAMPLE)
+    return Goal(TrainingGoal(found["params"], found["tokens"]), found["days"])
+
+
+def compose_goal(typed: Sequence[str], gpu: str | None, network: Path | None) -> tuple[Config, list[str]]:
+    """Compose the config of nodes and model. Returns the config and its overrides.
+
+    Args:
+        typed: overrides as typed.
+        gpu: name of the GPUs; None to read it from the config.
+        network: file of measured links; None if there is none.
+
+    Raises:
+        ConfigError: the workload cannot size a model, or the GPUs have no name.
+    """
+    given = [*typed, *([] if gpu is None else [f"cluster.gpu_name={gpu}"])]
+    for key, value in ({} if network is None else read_links(network)).items():
+        if key == "network" and value is not None:
+            given.append(f"cluster.network={value}")
+        for tier, link in asdict(value).items() if key == "interconnect" else ():
+            given += [f"cluster.{key}.{tier}.{name}={number}" for name, number in link.items() if number is not None]
+    keys = {typed_key(word) for word in given}
+    cluster = [word for word in CLUSTER if typed_key(word) not in keys]
+    first = typed_config(compose_launch([*cluster, *given]))
+    workload = workload_of(first)
+    if not workload.goal_words:
+        expected = "a workload that can size a model, such as gpt"
+        raise ConfigError(f"--fit with workload={workload.name}", expected, "workload=gpt")
+    if first.cluster.gpu_name is None:
+        raise ConfigError("--fit without the name of the GPUs", "GPUs whose peaks are known", EXAMPLE)
+    words = [*cluster, *(word for word in workload.goal_words if typed_key(word) not in keys), *given]
+    config = typed_config(compose_launch(words))
+    check_ranges(config)
+    config.cluster.validate()
+    return config, words
+
+
+def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int]) -> list[Offer]:
+    """Return the set-ups that reach a goal, cheapest first. Prints a line about each size on standard error.
+
+    Few nodes are most efficient, so sizes are tried upwards until four of them reach the goal. Each size takes a
+    second, and more with many ranks.
+
+    Args:
+        goal: goal of all set-ups.
+        config: config of the nodes and the model.
+        words: overrides of the config.
+        sizes: numbers of nodes, ascending.
+
+    Raises:
+        ConfigError: no set-up reaches the goal; the error names the nearest.
+    """
+    every: list[Offer] = []
+    refusal: ConfigError | None = None
+    for nodes in sizes:
+        there = replace(config, nodes=nodes)
+        request = request_for(there, words, RunFolder(Path(config.output_dir) / "fit"))
+        try:
+            found = [as_offer(goal, there, one) for one in workload_of(there).set_ups(there, request, goal.training)]
+            said = f"{min(one.days for one in found):.3g} days" if found else ""
+        except ConfigError as error:
+            found = []
+            said = error.found if refusal is None or error.found != refusal.found else ""  # Printed once for all sizes.
+            refusal = error
+        every += found
+        if said:
+            print(f"{counted(nodes, 'node')}: {said}", file=sys.stderr, flush=True)
+        in_time = [one for one in every if one.days <= goal.days]
+        if len({one.nodes for one in in_time}) == 4:
+            break
+    if in_time:
+        return sorted(in_time, key=lambda one: (one.gpu_hours, one.nodes))[:8]
+    if not every:
+        assert refusal is not None
+        raise refusal
+    nearest, training = min(every, key=lambda one: one.days), goal.training
+    size, work = f"{training.parameters:.3g} params", f"{training.work:.3g} tokens"
+    raise ConfigError(
+        f"nothing trains {size} on {work} in {goal.days:g} days; the nearest is {counted(nearest.nodes, 'node')} with "
+        f"{nearest.set_up.parallelism}, in {nearest.days:.3g} days",
+        "a goal that the nodes make",
+        f'--fit "{size}, {work}, {nearest.days * 1.01:.3g} days", faster GPUs with --gpu, or more nodes with --nodes',
+    )
+
+
+def as_offer(goal: Goal, config: Config, set_up: SetUp) -> Offer:
+    """Return time and cost of a set-up on the nodes of a config."""
+    gpus = config.nodes * config.ranks_on_node
+    hours = goal.training.work / set_up.work_per_step * set_up.step_s / 3600
+    price, spent = config.cluster.price_per_gpu_hour, gpus * hours
+    return Offer(config.nodes, gpus, set_up, hours / 24, spent, None if price is None else price * spent)
+
+
+def fit(typed: Sequence[str], text: str, gpu: str | None, network: Path | None, sizes: Sequence[int] | None) -> None:
+    """Print the cheapest set-ups that reach a goal, and the command for the first one. ConfigError if none does."""
+    goal = parse_goal(text)
+    config, words = compose_goal(typed, gpu, network)
+    found = offers(goal, config, words, sizes or NODES)
+    of = f"{goal.training.parameters:.3g} params on {goal.training.work:.3g} tokens in {goal.days:.3g} days"
+    print(f"{of}, on {config.cluster.gpu_name}; estimated figures, none was measured")
+    rows = [
+        [
+            *(str(one.nodes), str(one.gpus), one.set_up.parallelism, str(one.set_up.micro_batch)),
+            f"{one.set_up.memory_bytes / 2**30:.1f} GiB",
+            "" if one.set_up.mfu is None else percent(one.set_up.mfu),
+            *(f"{one.days:.3g}", f"{one.gpu_hours:,.0f}", "" if one.cost is None else f"{one.cost:,.0f}"),
+        ]
+        for one in found
+    ]
+    titles = ("nodes", "GPUs", "parallelism", "micro", "memory", "MFU", "days", "GPU-hours", "cost")
+    print_table(Console(), titles, rows, left=("parallelism",))
+    print("no failures, slow ranks or evaluations in it; links as assumed, or as measured with --network")
+    cluster = shlex.join(word for word in words if typed_key(word).partition(".")[0] == "cluster")
+    print(f"the cheapest: python -m launch nodes={found[0].nodes} {cluster} {found[0].set_up.command} dry_run=true")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -103,58 +103,30 @@ MOST_STEPS = 2000
 """Largest number of a run's last steps that are read. More steps add no information and need memory for all ranks."""
 
 
-@dataclass(frozen=True, eq=False)
 class RankSpread:
     """Spread of the own times of a point's ranks. An own time is the time of a step without waits.
 
     All figures are shares of the mean own time: a rank with half of the work also has half of the excess.
+
+    Args:
+        own: own times in seconds, [steps, ranks]; two steps and two ranks or more.
+        has_stages: True for a pipeline. Its stages differ by design, so each rank is only compared with itself.
     """
 
-    own: Floats
-    """Own times in seconds, [steps, ranks]; two steps and two ranks or more."""
-    has_stages: bool = False
-    """True for a pipeline. Its stages differ by design, so each rank is only compared with itself."""
-
-    @property
-    def ranks(self) -> int:
-        """Number of ranks."""
-        return int(self.own.shape[1])
-
-    @cached_property
-    def own_s(self) -> float:
+    def __init__(self, own: Floats, has_stages: bool = False) -> None:
+        steps, self.ranks = own.shape
+        self.has_stages = has_stages
+        self.own_s = float(own.mean())
         """Mean own time of a step over ranks and steps, seconds."""
-        return float(self.own.mean())
-
-    @cached_property
-    def _deviations(self) -> Floats:
-        found: Floats = (self.own - self.own.mean(axis=1, keepdims=True)) / self.own_s
-        return found
-
-    @cached_property
-    def _rank_means(self) -> Floats:
-        found: Floats = self._deviations.mean(axis=0)
-        return found
-
-    @cached_property
-    def _in_step(self) -> Floats:
-        return np.sort(self._deviations - self._rank_means * self.has_stages, axis=1)
-
-    @cached_property
-    def noise(self) -> Floats:
-        """Noise from step to step over all ranks, in ascending order.
-
-        The divisor corrects for the two subtracted means.
-        """
-        steps, ranks = self.own.shape
-        left = (1 - 1 / ranks) * (1 - 1 / steps)
-        found: Floats = np.sort((self._deviations - self._rank_means).ravel()) / math.sqrt(left)
-        return found
-
-    @cached_property
-    def lasting(self) -> float:
+        deviations = (own - own.mean(axis=1, keepdims=True)) / self.own_s
+        means = deviations.mean(axis=0)
+        self._in_step = np.sort(deviations - means * has_stages, axis=1)
+        left = (1 - 1 / self.ranks) * (1 - 1 / steps)  # Corrects for the two subtracted means.
+        self.noise = np.sort((deviations - means).ravel()) / math.sqrt(left)
+        """Noise from step to step over all ranks, in ascending order."""
+        variance = float(means.var(ddof=1)) - float(self.noise.var()) / steps
+        self.lasting = 0.0 if has_stages else math.sqrt(max(0.0, variance))
         """Standard deviation of the ranks' lasting slowness, without the noise of their means; 0 for a pipeline."""
-        noise = float(self.noise.var()) / len(self.own)
-        return 0.0 if self.has_stages else math.sqrt(max(0.0, float(self._rank_means.var(ddof=1)) - noise))
 
     def share(self, ranks: int) -> float:
         """Return the expected excess of the slowest of ``ranks`` ranks over their mean, as a share of that mean.
@@ -310,26 +282,24 @@ def fit_trend(points: Sequence[Measured], is_weak: bool) -> tuple[float, ...]:
     """
     rows = np.array([terms_of(point.ranks) for point in points]) / [[point.step_s] for point in points]
     columns = (1, 2) if is_weak else (0, 1, 2)
-    least, best = math.inf, (0.0, 0.0, 0.0)
+    least, best = math.inf, np.zeros(3)
     for count in range(1, min(len(points), len(columns)) + 1):
-        for chosen in itertools.combinations(columns, count):
-            solution, *_ = np.linalg.lstsq(rows[:, chosen], np.ones(len(points)), rcond=None)
-            error = float(((rows[:, chosen] @ solution - 1) ** 2).sum())
-            if (solution >= 0).all() and error < least - 1e-12:
-                weights = dict(zip(chosen, solution.tolist(), strict=True))
-                least, best = error, (weights.get(0, 0.0), weights.get(1, 0.0), weights.get(2, 0.0))
-    return best
+        for chosen in map(list, itertools.combinations(columns, count)):
+            weights = np.zeros(3)
+            weights[chosen], *_ = np.linalg.lstsq(rows[:, chosen], np.ones(len(points)), rcond=None)
+            error = float(((rows @ weights - 1) ** 2).sum())
+            if (weights >= 0).all() and error < least - 1e-12:
+                least, best = error, weights
+    return tuple(best.tolist())
 
 
 def trend_model(weights: Sequence[float], is_weak: bool, ranks_per_node: int) -> Model:
     """Return a model as a sum of ``TERMS``, for a program with known step times only."""
 
     def at(nodes: int) -> StepParts:
-        terms = terms_of(nodes * ranks_per_node)
-        divided, constant, doubling = (weight * term for weight, term in zip(weights, terms, strict=True))
-        causes = dict(zip(TERMS, (divided, constant, doubling), strict=True))
-        known = {cause: seconds for cause, seconds in causes.items() if seconds}
-        return StepParts(divided + constant + doubling, divided + constant, known)
+        terms = [weight * term for weight, term in zip(weights, terms_of(nodes * ranks_per_node), strict=True)]
+        causes = {cause: seconds for cause, seconds in zip(TERMS, terms, strict=True) if seconds}
+        return StepParts(sum(terms), terms[0] + terms[1], causes)
 
     text = "" if is_weak else f"{weights[0]:.3g} s divided among the ranks, "
     text += f"{weights[1]:.3g} s on each, and {weights[2]:.3g} s for each doubling"

@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch.config import Config
-from launch.config.cluster import ClusterConfig, InterconnectConfig
+from launch.config.cluster import InterconnectConfig
 from launch.config.compose import read_point as read_config
 from launch.config.compose import workload_of
 from launch.errors import ConfigError
@@ -102,8 +101,14 @@ class SweepPoints:
     """Points of one series with step times, smallest first, and the config of the largest point."""
 
     series: Series
-    members: tuple[Point, ...]
+    base: Point
+    """Largest point. Its config is used at other sizes."""
     config: Config
+    """Config of the largest point, with the devices that its ranks recorded."""
+    measured: tuple[Measured, ...]
+    """Figures of the points to which a model is fitted."""
+    rates: tuple[float | None, ...] = ()
+    """Work per second of each point, in the unit of the sweep."""
     links_are_given: bool = False
     """True if no factor on the links is fitted.
 
@@ -116,16 +121,6 @@ class SweepPoints:
     """Nodes -> spread of the ranks' own times, for each point with several ranks; empty if one point lacks it."""
     untold: str = ""
     """Reason why ``spreads`` is empty, for people; empty text if no point has several ranks."""
-
-    @cached_property
-    def measured(self) -> tuple[Measured, ...]:
-        """Figures of the points to which a model is fitted."""
-        return tuple(map(as_measured, self.members))
-
-    @property
-    def base(self) -> Point:
-        """Largest point. Its config is used at other sizes."""
-        return self.members[-1]
 
     @property
     def is_weak(self) -> bool:
@@ -151,7 +146,7 @@ class SweepPoints:
             ConfigError: the sweep ran on CPUs, or the peak of one of the GPUs is not known.
         """
         costs, others = self.costs(), None if gpu is None else self.costs(gpu)
-        if gpu is not None and (costs is None or others is None or not self.has_gpus):
+        if gpu is not None and (costs is None or others is None or not has_gpus(self.base)):
             seen = None if self.base.environment is None else self.base.environment.device_names
             raise ConfigError(
                 f"--gpu {gpu} for a sweep on {seen or 'devices that were not recorded'}",
@@ -175,24 +170,16 @@ class SweepPoints:
         spread = self.spreads.get(point.nodes)
         return None if spread is None else spread.own_s * spread.share(point.ranks)
 
-    @property
-    def has_gpus(self) -> bool:
-        """Return whether the ranks of the sweep computed on GPUs."""
-        environment = self.base.environment
-        return environment is not None and not environment.ranks[0].device.startswith("cpu")
-
     def costs(self, gpu: str | None = None) -> Costs | None:
         """Return the workload's cost model for the nodes of the sweep, or for other GPUs; None if there is none."""
         workload = workload_of(self.config)
 
         def costs(nodes: int, rate: float, links: float) -> StepTime:
-            config, request = self.ask(nodes, gpu, rate, links)
-            found = workload.step_time(config, request)
+            found = workload.step_time(*self.ask(nodes, gpu, rate, links))
             assert isinstance(found, StepTime)
             return found
 
-        is_known = workload.step_time(*self.ask(self.measured[0].nodes, gpu)) is not None
-        return costs if is_known else None
+        return costs if workload.step_time(*self.ask(self.measured[0].nodes, gpu)) is not None else None
 
     def ask(
         self, nodes: int, gpu: str | None = None, rate: float = 1.0, links: float = 1.0
@@ -200,21 +187,28 @@ class SweepPoints:
         """Return the config of the largest point on other nodes, and the request of the workload's plan or cost
         model.
         """
-        config = replace(self.config, nodes=nodes, cluster=self.cluster(gpu))
+        config = replace(self.config, nodes=nodes)
+        if gpu is not None:
+            other = replace(config.cluster, gpu_name=gpu, gpu_tflops=None, gpu_memory_gib=None, matmul_rates=None)
+            config = replace(config, cluster=other)
         return config, request_for(config, self.base.overrides, RunFolder(self.base.path), rate, links)
 
-    def cluster(self, gpu: str | None = None) -> ClusterConfig:
-        """Return the config of the nodes, with the devices that the ranks of the sweep recorded."""
-        known = self.config.cluster
-        if self.has_gpus:
-            assert self.base.environment is not None
-            name = known.gpu_name or self.base.environment.ranks[0].device_name
-            known = replace(known, gpu_name=name, gpus_per_node=self.config.ranks_on_node)
-        elif known.mem_gb is None:
-            known = replace(known, mem_gb=UNLIMITED_GB)
-        if gpu is not None:
-            known = replace(known, gpu_name=gpu, gpu_tflops=None, gpu_memory_gib=None, matmul_rates=None)
-        return known
+
+def has_gpus(point: Point) -> bool:
+    """Return whether the ranks of a point computed on GPUs."""
+    return point.environment is not None and not point.environment.ranks[0].device.startswith("cpu")
+
+
+def with_devices(config: Config, base: Point) -> Config:
+    """Return the config of a point with the devices that its ranks recorded."""
+    known = config.cluster
+    if has_gpus(base):
+        assert base.environment is not None
+        name = known.gpu_name or base.environment.ranks[0].device_name
+        known = replace(known, gpu_name=name, gpus_per_node=config.ranks_on_node)
+    elif known.mem_gb is None:
+        known = replace(known, mem_gb=UNLIMITED_GB)
+    return replace(config, cluster=known)
 
 
 def read_sweep(selection: Selection, network: Path | None = None, matmul_rates: Path | None = None) -> SweepPoints:
@@ -255,28 +249,24 @@ def read_sweep(selection: Selection, network: Path | None = None, matmul_rates: 
             "script.work_per_step=N, beside script.weak_scaling where it grows",
         )
     config = read_config(RunFolder(members[-1].path))
-    config = replace(config, cluster=replace(config.cluster, **given))
-    spreads, untold = read_spreads(members)
-    return SweepPoints(several[0], members, config, "interconnect" in given, left_out, spreads, untold)
-
-
-def read_spreads(members: Sequence[Point]) -> tuple[dict[int, RankSpread], str]:
-    """Return number of nodes -> spread of the ranks' own times; or no spreads, and the reason.
-
-    If one point with several ranks has no own times, its stragglers are unknown. Then no point's stragglers are used.
-    """
-    spreads = {}
-    for member in members:
-        point, title = as_measured(member), member.title
-        if point.ranks == 1:
-            continue
-        spread = read_spread(member)
-        if spread is None:
-            return {}, f"{title} does not tell each rank's waits, comm_s, in every step"
-        if spread.own_s * spread.share(point.ranks) >= point.low_s:
-            return {}, f"{title} had pauses on average as long as most of its steps"
-        spreads[point.nodes] = spread
-    return spreads, ""
+    config = with_devices(replace(config, cluster=replace(config.cluster, **given)), members[-1])
+    measured = tuple(map(as_measured, members))
+    rates = tuple(None if one.figures is None else one.figures.throughput for one in members)
+    spreads: dict[int, RankSpread] = {}
+    untold = ""
+    for point, member in zip(measured, members, strict=True):
+        spread = read_spread(member) if point.ranks > 1 else None
+        if point.ranks > 1 and spread is None:
+            untold = f"{member.title} does not tell each rank's waits, comm_s, in every step"
+        elif spread is not None and spread.own_s * spread.share(point.ranks) >= point.low_s:
+            untold = f"{member.title} had pauses on average as long as most of its steps"
+        elif spread is not None:
+            spreads[point.nodes] = spread
+        if untold:  # If the stragglers of one point are unknown, no point's stragglers are used.
+            spreads = {}
+            break
+    given_links = "interconnect" in given
+    return SweepPoints(several[0], members[-1], config, measured, rates, given_links, left_out, spreads, untold)
 
 
 def as_measured(member: Point) -> Measured:
@@ -297,18 +287,8 @@ class HeldOut:
     fitted_to: tuple[int, ...]
     """Numbers of nodes of the points to which the model was fitted."""
 
-    @property
-    def error(self) -> float:
-        """Predicted time over measured time, minus one."""
-        return self.predicted_s / self.point.step_s - 1
-
-    @property
-    def text(self) -> str:
-        """Sentence with the error, for people."""
-        return (
-            f"held out: {self.point.nodes} nodes, predicted from nodes={', '.join(map(str, self.fitted_to))}: "
-            f"{self.predicted_s:.4g} s a step, measured {self.point.step_s:.4g} s: {100 * self.error:+.1f} %"
-        )
+    error: float
+    """Predicted time over measured time, minus one."""
 
 
 @dataclass(frozen=True)
@@ -371,29 +351,31 @@ def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None,
     spread = (last.high_s - last.low_s) / 2 / last.step_s
     interval = max(abs(math.log(held_out.predicted_s / last.step_s)), spread)
     failures, notes = failures_of(sweep, mtbf_node_h)
-    rates = [None if one.figures is None else one.figures.throughput for one in sweep.members]
-
-    def projected(nodes: int) -> ProjectedRow:
-        ranks = nodes * sweep.ranks_per_node
+    rows = []
+    for one, rate in zip(sweep.measured, sweep.rates, strict=True):
+        row = ProjectedRow(one.nodes, one.ranks, True, one.step_s, one.low_s, one.high_s, rate)
+        rows.append(with_derived(replace(row, stragglers_s=sweep.stragglers_s(one)), sweep, failures))
+    known = {row.nodes for row in rows} if gpu is None else set()
+    for nodes in (size for size in sizes if size not in known):
+        row = ProjectedRow(nodes, nodes * sweep.ranks_per_node, False)
         try:
             config, request = sweep.ask(nodes, gpu)
-            planned, step = workload_of(config).plan(config, request), model.at(nodes)
+            memory, step = workload_of(config).plan(config, request).facts.get("memory_bytes"), model.at(nodes)
         except ConfigError as refusal:
-            return ProjectedRow(nodes, ranks, False, refused=refusal.found)
-        low_s, high_s = (step.step_s * math.exp(sign * interval) for sign in (-1, 1))
+            rows.append(replace(row, refused=refusal.found))
+            continue
         growth = nodes / first.nodes if sweep.is_weak else 1
-        rate = None if rates[0] is None else rates[0] * first.step_s * growth / step.step_s
-        row = ProjectedRow(nodes, ranks, False, step.step_s, low_s, high_s, rate, parts=step.by_cause)
-        memory, late_s = planned.facts.get("memory_bytes"), step.by_cause.get("stragglers")
-        row = replace(row, memory_bytes=memory.get("total") if isinstance(memory, dict) else None, stragglers_s=late_s)
-        return complete(row, sweep, failures)
-
-    rows = []
-    for one, rate in zip(sweep.measured, rates, strict=True):
-        row = ProjectedRow(one.nodes, one.ranks, True, one.step_s, one.low_s, one.high_s, rate)
-        rows.append(complete(replace(row, stragglers_s=sweep.stragglers_s(one)), sweep, failures))
-    known = {row.nodes for row in rows} if gpu is None else set()
-    rows += [projected(nodes) for nodes in sizes if nodes not in known]
+        projected = replace(
+            row,
+            step_s=step.step_s,
+            low_s=step.step_s * math.exp(-interval),
+            high_s=step.step_s * math.exp(interval),
+            throughput=None if sweep.rates[0] is None else sweep.rates[0] * first.step_s * growth / step.step_s,
+            parts=step.by_cause,
+            memory_bytes=memory.get("total") if isinstance(memory, dict) else None,
+            stragglers_s=step.by_cause.get("stragglers"),
+        )
+        rows.append(with_derived(projected, sweep, failures))
     if sweep.left_out:
         notes.append(f"left out: {', '.join(sweep.left_out)}, whose ranks shared cores or a GPU")
     beyond = max(sizes) / last.nodes
@@ -414,7 +396,8 @@ def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None,
 def hold_out(sweep: SweepPoints) -> HeldOut:
     """Predict the largest point with a model of the other points."""
     known, largest = sweep.measured[:-1], sweep.measured[-1]
-    return HeldOut(largest, sweep.fit(known).at(largest.nodes).step_s, tuple(point.nodes for point in known))
+    predicted_s, nodes = sweep.fit(known).at(largest.nodes).step_s, tuple(point.nodes for point in known)
+    return HeldOut(largest, predicted_s, nodes, predicted_s / largest.step_s - 1)
 
 
 def straggler_notes(sweep: SweepPoints, most: int) -> list[str]:
@@ -453,10 +436,10 @@ def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures
     return Failures(mtbf_node_h, save_s, start_s), [f"goodput: {told}; saves at Young's interval"]
 
 
-def complete(row: ProjectedRow, sweep: SweepPoints, failures: Failures | None) -> ProjectedRow:
+def with_derived(row: ProjectedRow, sweep: SweepPoints, failures: Failures | None) -> ProjectedRow:
     """Return the row with figures derived from the time of a step: efficiency, goodput, GPU-hours, cost."""
     assert row.step_s is not None
-    first, gpus, price = sweep.measured[0], sweep.cluster().gpus_per_node, sweep.config.cluster.price_per_gpu_hour
+    first, gpus, price = sweep.measured[0], sweep.config.cluster.gpus_per_node, sweep.config.cluster.price_per_gpu_hour
     shrink = first.step_s / row.step_s
     goodput = None if failures is None else failures.goodput(row.nodes)
     hours = None

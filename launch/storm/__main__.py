@@ -21,12 +21,12 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.table import Table
 
 import gpt_launch.own_names  # noqa: F401
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
+from launch.plan.preflight import print_table
 from launch.report.goodput import PARTS
 from launch.runs.events import is_finished
 from launch.runs.files import deny_others_writing, read_json_lines, write_json
@@ -42,8 +42,8 @@ from launch.storm.drill import (
     choose_kinds,
     differing_state,
     differing_steps,
+    goodput_figures,
     make_schedule,
-    measure,
     recoveries,
     start_launcher,
 )
@@ -70,17 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kind = config.cluster.kind
     is_slurm = kind is ClusterKind.slurm or (kind is ClusterKind.auto and scheduler.controller_problem() is None)
     on_sandbox = is_slurm and args.sandbox is not None
-    has = [SLURM] * is_slurm + [SANDBOX] * on_sandbox + [SPARES] * (on_sandbox and config.spare_nodes > 0)
-    has += [DISK] * bool(args.disk or args.disk_mib)
+    fulfilled = {SLURM: is_slurm, SANDBOX: on_sandbox, DISK: args.disk or args.disk_mib}
+    fulfilled[SPARES] = on_sandbox and config.spare_nodes > 0
     refuse_disk(args.disk, args.disk_mib, is_slurm=is_slurm)
-    kinds = choose_kinds(args.kinds, has)
+    kinds = choose_kinds(args.kinds, [need for need, is_met in fulfilled.items() if is_met])
     schedule = make_schedule(args.seed, args.faults, kinds, config.world_size, args.most_steps)
     if args.dry_run:
         for fault in schedule:
             steps = f"{fault.after_steps} steps after the run has saved again"
             console.print(f"{fault.number}. {fault.kind}: {fault.text}; {steps}")
         return 0
-    out = _new_folder(args.output)
+    out = (args.output or Path("outputs") / "storm" / time.strftime("%Y-%m-%d_%H-%M-%S")).absolute()
+    if out.exists() and any(out.iterdir()):
+        expected = "a new folder, as a drill changes no other run"
+        raise ConfigError(f"{out}, which holds files", expected, "--output FOLDER")
+    out.mkdir(parents=True, exist_ok=True)
     with _disk(out, args.disk, args.disk_mib) as disk:
         run = RunFolder((disk or out) / "stormy")
         site = Site(run, is_slurm, args.sandbox and args.sandbox.absolute(), disk)
@@ -147,15 +151,6 @@ def _words_and_quiet(words: Sequence[str], quiet: Path | None) -> tuple[list[str
     return words, folder
 
 
-def _new_folder(output: Path | None) -> Path:
-    out = (output or Path("outputs") / "storm" / time.strftime("%Y-%m-%d_%H-%M-%S")).absolute()
-    if out.exists() and any(out.iterdir()):
-        expected = "a new folder, as a drill changes no other run"
-        raise ConfigError(f"{out}, which holds files", expected, "--output FOLDER")
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
 def require_own(path: Path, what: str) -> Path:
     """Return a path that this user owns. ConfigError if the path does not exist or has another owner."""
     if not path.exists() or path.stat().st_uid != os.getuid():
@@ -212,7 +207,7 @@ def _judge(quiet: RunFolder, site: Site, drill: Drill, wrong: list[str]) -> dict
     wrong = [*wrong, *(differing_state(quiet, run) if is_finished(events) else ["the run has not finished"])]
     wrong += [*differing_steps(quiet, run), *_remains(site)]
     records = [record for record in read_json_lines(run.metrics(0)) if is_record(record) and "time" in record]
-    measured = measure(run, drill.faults)
+    measured = goodput_figures(run, drill.faults)
     return {
         "passed": not wrong,
         "wrong": wrong,
@@ -220,10 +215,7 @@ def _judge(quiet: RunFolder, site: Site, drill: Drill, wrong: list[str]) -> dict
         "typed": drill.typed,
         "attempts": len(run.attempts()),
         "recoveries": [asdict(cost) for cost in recoveries(drill.faults, events, records)],
-        "goodput": measured and measured.goodput,
-        "after_start": measured and measured.after_start,
-        "seconds": measured and measured.seconds,
-        "predicted": measured and measured.predicted.as_dict(),
+        **(measured or dict.fromkeys(("goodput", "after_start", "seconds", "predicted"))),
         "quiet": str(quiet.path),
     }
 
@@ -246,16 +238,14 @@ def _show(verdict: dict[str, Any], console: Console) -> None:
     """Print the verdict, and the costs of the faults by kind."""
     parts = {"total_s": "seconds to a new step", "noticed_s": "noticed", "started_s": "started"}
     parts |= {"first_step_s": "first step", "again_s": "again"}
-    table = Table("kind", "road", box=None, pad_edge=False)
-    for title in ("faults", *parts.values()):
-        table.add_column(title, justify="right")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for cost in verdict["recoveries"]:
         groups[cost["kind"], cost["road"]].append(cost)
+    rows = []
     for (kind, road), costs in sorted(groups.items()):
         medians = [f"{statistics.median(cost[part] for cost in costs):.2f}" for part in parts]
-        table.add_row(kind, road, str(len(costs)), *medians)
-    console.print(table)
+        rows.append([kind, road, str(len(costs)), *medians])
+    print_table(console, ("kind", "road", "faults", *parts.values()), rows, left=("kind", "road"))
     if predicted := verdict["predicted"]:
         console.print(
             f"goodput {verdict['goodput']:.1%}, and {verdict['after_start']:.1%} without the first start; Young/Daly "

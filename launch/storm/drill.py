@@ -5,7 +5,7 @@ The drill repeats the run's command whenever the command ends before the run. ``
 
 from __future__ import annotations
 
-import hashlib
+import filecmp
 import itertools
 import math
 import os
@@ -15,9 +15,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def make_schedule(seed: int, count: int, kinds: Sequence[str], ranks: int, most_
 
 
 @dataclass(frozen=True)
-class Interruption:
+class LastFault:
     """The last fault: Unix times of its start and its end, and whether it ends an attempt."""
 
     struck: float
@@ -115,26 +116,34 @@ def start_launcher(words: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         )
 
 
+@dataclass
 class Drill:
-    """A run with faults, from its first submission to its end."""
+    """A run with faults, from its first submission to its end.
 
-    def __init__(
-        self, words: Sequence[str], site: Site, out: Path, patience_s: float, say: Callable[[str], None]
-    ) -> None:
-        self._site = site
-        self._run = site.folder
-        self._out = out
-        self._patience_s = patience_s
-        self._say = say
-        typed = {word.lstrip("+~").partition("=")[0] for word in words}
+    Attributes:
+        words: overrides of the run.
+        site: the run and its surroundings.
+        out: folder of the drill.
+        patience_s: seconds without an event after which the run is stuck.
+        say: function that prints a line.
+        typed: number of times that the drill has started the command.
+        faults: faults so far, each with its time.
+    """
+
+    words: Sequence[str]
+    site: Site
+    out: Path
+    patience_s: float
+    say: Callable[[str], None]
+    typed: int = 0
+    faults: list[dict[str, Any]] = field(default_factory=list)
+    _process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        typed = {word.lstrip("+~").partition("=")[0] for word in self.words}
         lifted = [f"{key}=null" for key in UNLIMITED if key not in typed]
-        self._words = [*words, *lifted, f"run_dir={self._run.path}"]
-        self._process: subprocess.Popen[bytes] | None = None
-        self.typed = 0
-        """Number of times that the drill has started the command."""
-        self.faults: list[dict[str, Any]] = []
-        """Faults so far, each with its time."""
-        site.is_over = lambda: self._process is None or self._process.poll() is not None
+        self.words = [*self.words, *lifted, f"run_dir={self.site.folder.path}"]
+        self.site.is_over = lambda: self._process is None or self._process.poll() is not None
 
     def run(self, schedule: Sequence[PlannedFault]) -> bool:
         """Take the run through the faults of a schedule to its end. Returns True if all faults were made.
@@ -143,61 +152,61 @@ class Drill:
             StuckError: the run makes no progress any more.
         """
         try:
-            last, tries, left = Interruption(0.0, 0.0), 0, list(schedule)
+            last, tries, left = LastFault(0.0, 0.0), 0, list(schedule)
             while left and self._wait_recovered(left[0], last):
                 fault = left[0]
                 try:
-                    done = inject(fault, self._site)
+                    done = inject(fault, self.site)
                 except FaultError as error:
                     tries += 1
                     if tries > TRIES:
                         raise StuckError(f"{fault.kind}: {error}") from error
-                    last = Interruption(time.time(), time.time())
+                    last = LastFault(time.time(), time.time())
                     left.insert(1, left.pop(0))  # A killed srun only returns with the next start of the job.
                     continue
                 tries, now = 0, time.time()
-                last = Interruption(self._site.struck or now, now, fault.kind not in MILD)
+                last = LastFault(self.site.struck or now, now, fault.kind not in MILD)
                 self.faults.append({"time": last.struck, "done": done, **asdict(fault)})
-                append_json_lines(self._out / "faults.jsonl", self.faults[-1:])
-                self._say(f"{fault.number}. {fault.kind}: {done}")
+                append_json_lines(self.out / "faults.jsonl", self.faults[-1:])
+                self.say(f"{fault.number}. {fault.kind}: {done}")
                 left.pop(0)
             self._wait(self._is_finished, "the end of the run")
             return not left
         finally:
             self._end()
 
-    def _wait_recovered(self, fault: PlannedFault, last: Interruption) -> bool:
+    def _wait_recovered(self, fault: PlannedFault, last: LastFault) -> bool:
         """Wait until the run has saved after the last fault and made more steps; False if it has finished."""
 
         def has_recovered() -> bool:
-            saved = first_save(self._run.read_events(), last, time.time())
-            newest = recent_records(self._run.metrics(0))
+            saved = first_save(self.site.folder.read_events(), last, time.time())
+            newest = recent_records(self.site.folder.metrics(0))
             if saved is None or not newest or newest[-1]["step"] < saved + fault.after_steps:
                 return False
-            return fault.kind not in DAMAGING or len(checkpoints(self._run)) > 1
+            return fault.kind not in DAMAGING or len(checkpoints(self.site.folder)) > 1
 
         self._wait(lambda: has_recovered() or self._is_finished(), f"the recovery before fault {fault.number}")
         return not self._is_finished()
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for a condition, and repeat the command if it ends before the run."""
-        deadline, before = time.monotonic() + self._patience_s, -1
+        deadline, before = time.monotonic() + self.patience_s, -1
         while not condition():
-            if self._site.is_over() and not self._is_finished():
+            if self.site.is_over() and not self._is_finished():
                 self.typed += 1
-                log = self._out / "launch.log"
+                log = self.out / "launch.log"
                 if self.typed > 2 * len(self.faults) + 3:
                     raise StuckError(f"the command was typed {self.typed - 1} times; see {log}")
-                self._process = start_launcher(self._words, log)
-            count = len(self._run.read_events())
+                self._process = start_launcher(self.words, log)
+            count = len(self.site.folder.read_events())
             if count != before:
-                deadline, before = time.monotonic() + self._patience_s, count
+                deadline, before = time.monotonic() + self.patience_s, count
             if time.monotonic() > deadline:
-                raise StuckError(f"nothing happened for {self._patience_s:g} s while waiting for {what}")
+                raise StuckError(f"nothing happened for {self.patience_s:g} s while waiting for {what}")
             time.sleep(0.1)
 
     def _is_finished(self) -> bool:
-        return is_finished(self._run.read_events())
+        return is_finished(self.site.folder.read_events())
 
     def _end(self) -> None:
         """Wait for the launcher of a finished run; cancel an unfinished run."""
@@ -205,9 +214,9 @@ class Drill:
             return
         if self._is_finished():
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(self._patience_s)
+                self._process.wait(self.patience_s)
         if self._process.poll() is None:
-            command = [sys.executable, "-m", "gpt_launch", "cancel", "--now", str(self._run.path)]
+            command = [sys.executable, "-m", "gpt_launch", "cancel", "--now", str(self.site.folder.path)]
             subprocess.run(command, capture_output=True, check=False)
             try:
                 self._process.wait(60)
@@ -216,7 +225,7 @@ class Drill:
                 self._process.wait()
 
 
-def first_save(events: Sequence[Mapping[str, Any]], last: Interruption, now: float) -> int | None:
+def first_save(events: Sequence[Mapping[str, Any]], last: LastFault, now: float) -> int | None:
     """Return the step of the first checkpoint after a fault by the resumed attempt; None if there is none yet.
 
     A checkpoint that an attempt saves while it stops does not count: the next fault would hit a run that is leaving. If
@@ -234,27 +243,23 @@ def first_save(events: Sequence[Mapping[str, Any]], last: Interruption, now: flo
 # The verdict: final state, samples, and goodput, compared with the prediction of Young and Daly.
 
 
-def sums_of(checkpoint: Path) -> dict[str, str]:
-    """Return the SHA-256 sum of each state file of a checkpoint: path -> sum."""
-    sums = {}
-    for path in files_of(checkpoint):
-        with path.open("rb") as file:
-            sums[str(path.relative_to(checkpoint.parent))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
-
-
 def differing_state(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
-    """Yield the differences between the final checkpoints of two runs."""
-    last = [next(iter(checkpoints(run)), None) for run in (quiet, stormy)]
-    if last[0] is None or last[1] is None:
-        yield "no final checkpoint"
-        return
-    one, other = sums_of(last[0]), sums_of(last[1])
+    """Yield the differences between the files of the final checkpoints of two runs."""
+    both = []
+    for run in (quiet, stormy):
+        last = next(iter(checkpoints(run)), None)
+        if last is None:
+            yield "no final checkpoint"
+            return
+        both.append({str(path.relative_to(last.parent)): path for path in files_of(last)})
+    one, other = both
     if not one:
-        yield f"{last[0]} has no file to compare"
+        yield "the final checkpoint has no file to compare"
     for name in sorted({*one, *other}):
-        if one.get(name) != other.get(name):
-            yield f"{name} differs" if name in one and name in other else f"{name} is not in both"
+        if name not in one or name not in other:
+            yield f"{name} is not in both"
+        elif not filecmp.cmp(one[name], other[name], shallow=False):
+            yield f"{name} differs"
 
 
 def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
@@ -273,48 +278,12 @@ def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
         yield "no step records: the program does not record its steps (run.record of launch.worker)"
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Goodput by Young and Daly's first-order model. All times are in seconds."""
-
-    save_s: float
-    interval_s: float
-    """Computing time between two saves in seconds."""
-    restart_s: float
-    """Time from a fault to the next step in seconds."""
-    between_faults_s: float
-
-    @property
-    def goodput(self) -> float:
-        """Share of the time in steps that count."""
-        return expected_goodput(self.save_s, self.interval_s, self.restart_s, self.between_faults_s)
-
-    @property
-    def best_interval_s(self) -> float:
-        """Interval between saves in seconds with the best goodput (Young 1974)."""
-        return best_interval_s(self.save_s, self.between_faults_s)
-
-    def as_dict(self) -> dict[str, float]:
-        """Return all figures by name."""
-        return {**asdict(self), "goodput": self.goodput, "best_interval_s": self.best_interval_s}
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Goodput of a run with faults, and its prediction from the run's own figures."""
-
-    goodput: float
-    after_start: float
-    """Goodput without the first start, which the model does not cover."""
-    seconds: Mapping[str, float]
-    """Seconds by part of ``launch.report.goodput.PARTS``."""
-    predicted: Prediction
-
-
-def measure(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> Measurement | None:
+def goodput_figures(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Measure the goodput of a run with faults; None if it has too few figures.
 
-    The prediction uses saves and steps until the last fault: later the run may continue for long at another speed.
+    Returns ``goodput``; ``after_start``, which leaves out the first start; ``seconds`` by part of
+    ``launch.report.goodput.PARTS``; and ``predicted``, by Young and Daly's first-order model from the run's own
+    figures. These are saves and steps until the last fault: later the run may continue for long at another speed.
     """
     events = stormy.read_events()
     goodput = measure_goodput(stormy, events)
@@ -324,18 +293,30 @@ def measure(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> Measureme
     times = [record["step_time_s"] for record in records if "step_time_s" in record]
     if goodput is None or not times or len(saved) < 2 or not faults:
         return None
-    seconds = goodput.seconds
-    allocated = goodput.total_s - seconds.get("waiting", 0.0)
+    seconds = defaultdict(float, goodput.seconds)
+    allocated = goodput.total_s - seconds["waiting"]
     if allocated <= 0:
         return None
-    saves = [float(event.get("seconds", 0.0)) for event in saved]
+    save_s = statistics.mean(float(event.get("seconds", 0.0)) for event in saved)
     steps = sorted({int(event["step"]) for event in saved})
     apart = statistics.median([b - a for a, b in itertools.pairwise(steps)] or [steps[-1]])
-    restart_s = sum(seconds.get(part, 0.0) for part in ("restarts", "restore", "shutdown")) / len(faults)
-    interval_s = apart * statistics.median(times)
-    predicted = Prediction(statistics.mean(saves), interval_s, restart_s, allocated / len(faults))
-    steps_s, start_s = seconds.get("steps", 0.0), seconds.get("start", 0.0)
-    return Measurement(goodput.goodput, steps_s / (allocated - start_s), seconds, predicted)
+    interval_s, between_s = apart * statistics.median(times), allocated / len(faults)
+    restart_s = (seconds["restarts"] + seconds["restore"] + seconds["shutdown"]) / len(faults)
+    predicted = {
+        "save_s": save_s,
+        "interval_s": interval_s,
+        "restart_s": restart_s,
+        "between_faults_s": between_s,
+        "goodput": expected_goodput(save_s, interval_s, restart_s, between_s),
+        "best_interval_s": best_interval_s(save_s, between_s),
+    }
+    after_start = seconds["steps"] / (allocated - seconds["start"])
+    return {
+        "goodput": goodput.goodput,
+        "after_start": after_start,
+        "seconds": goodput.seconds,
+        "predicted": predicted,
+    }
 
 
 @dataclass(frozen=True)
@@ -370,41 +351,36 @@ def recoveries(
         records: all step records of rank 0 with their ``time``, including repeated steps.
     """
     found = []
-    for number, fault in enumerate(faults):
+    for fault, until in zip(faults, [*(fault["time"] for fault in faults[1:]), math.inf], strict=True):
         at = fault["time"]
-        until = faults[number + 1]["time"] if number + 1 < len(faults) else math.inf
-        done = max((r["step"] for r in records if r["time"] <= at), default=0)
-        last = max((r["attempt"] for r in records if r["time"] <= at), default=0)
+        before = [record for record in records if record["time"] <= at]
+        done, last = (max((record[key] for record in before), default=0) for key in ("step", "attempt"))
         # If all agents were killed, no event shows the end of the attempt, but the repeated command does.
-        ends = [e for e in events if e["event"] in ("attempt_ended", "submitted") and at <= e["time"] < until]
-        ends = [e for e in ends if e.get("cause") != "finished"]
-        newer = [r for r in records if at < r["time"] < until and r["step"] > done]
-        if ends:
-            newer = [r for r in newer if r["attempt"] > last]
-        if not newer:
+        ended = [event for event in events if event["event"] in ("attempt_ended", "submitted")]
+        ends = [event["time"] for event in ended if at <= event["time"] < until and event.get("cause") != "finished"]
+        newer = [record for record in records if at < record["time"] < until and record["step"] > done]
+        times = sorted(record["time"] for record in newer if not ends or record["attempt"] > last)
+        if not times:
             continue
-        first_new = min(r["time"] for r in newer)
-        if not ends or ends[0]["time"] > first_new:
-            times = [at, *sorted(r["time"] for r in newer if not ends or r["time"] < ends[0]["time"])]
-            pause = max(later - earlier for earlier, later in itertools.pairwise(times))
+        if not ends or ends[0] > times[0]:
+            steps = [at, *(moment for moment in times if not ends or moment < ends[0])]
+            pause = max(later - earlier for earlier, later in itertools.pairwise(steps))
             found.append(Recovery(fault["kind"], "undisturbed", pause))
             continue
-        begun = [e["time"] for e in events if e["event"] == "started" and ends[0]["time"] <= e["time"] <= first_new]
-        first = min(r["time"] for r in records if r["time"] > ends[0]["time"] and r["attempt"] > last)
+        end, first_new = ends[0], times[0]
+        begun = [event["time"] for event in events if event["event"] == "started" and end <= event["time"] <= first_new]
+        first = min(record["time"] for record in records if record["time"] > end and record["attempt"] > last)
         start = begun[-1] if begun else first
-        parts = (ends[0]["time"] - at, start - ends[0]["time"], max(0.0, first - start), max(0.0, first_new - first))
-        found.append(Recovery(fault["kind"], _road(events, ends[0], first_new), first_new - at, *parts))
+        parts = (end - at, start - end, max(0.0, first - start), max(0.0, first_new - first))
+        found.append(Recovery(fault["kind"], _road(events, end, first_new), first_new - at, *parts))
     return found
 
 
-def _road(events: Sequence[Mapping[str, Any]], end: Mapping[str, Any], until: float) -> str:
+def _road(events: Sequence[Mapping[str, Any]], end: float, until: float) -> str:
     """Return how the run continued after the end of an attempt."""
-    after = [e for e in events if end["time"] <= e["time"] <= until]
-    if any(e["event"] == "submitted" for e in after):
-        return "typed again"
-    if any(e["event"] == "requeued" for e in after):
-        return "requeue"
-    if any(e["event"] == FEWER_NODES for e in after):
-        return "fewer nodes"
-    hosts = [e["hosts"] for e in events if e["event"] == "members" and e["time"] <= until][-2:]
+    names = {event["event"] for event in events if end <= event["time"] <= until}
+    for name, road in (("submitted", "typed again"), ("requeued", "requeue"), (FEWER_NODES, "fewer nodes")):
+        if name in names:
+            return road
+    hosts = [event["hosts"] for event in events if event["event"] == "members" and event["time"] <= until][-2:]
     return "spare" if len(hosts) == 2 and hosts[0] != hosts[1] else "in place"

@@ -6,7 +6,6 @@ command by srun on nodes whose processes it cannot see. It signals only processe
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -17,12 +16,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
 from launch.config.compose import workload_of_run
 from launch.errors import CommandParser, ConfigError, refusing
+from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.slurm.jobs import SUBMISSION
 
@@ -42,7 +42,7 @@ class FaultError(RuntimeError):
     """Raised if a fault cannot be made."""
 
 
-def wait(
+def wait_or_fail(
     condition: Callable[[], T],
     what: str,
     timeout_s: float,
@@ -73,14 +73,15 @@ def own_processes() -> list[psutil.Process]:
 
 def of_run(run_dir: Path) -> list[psutil.Process]:
     """Return the ranks of a run, and the processes that ranks have started."""
+    run, found = str(run_dir), []
+    for process in own_processes():
+        words, variables = process.info["cmdline"], process.info["environ"]
+        if variables.get("LAUNCH_RUN_DIR") == run or ("RANK" in variables and run in words):
+            found.append(process)
+    return found
 
-    def is_one(words: list[str], variables: dict[str, str]) -> bool:
-        return variables.get("LAUNCH_RUN_DIR") == str(run_dir) or ("RANK" in variables and str(run_dir) in words)
 
-    return [process for process in own_processes() if is_one(process.info["cmdline"], process.info["environ"])]
-
-
-def ranks_of(run_dir: Path) -> dict[int, psutil.Process]:
+def rank_processes(run_dir: Path) -> dict[int, psutil.Process]:
     """Return the process of each rank of a run, by rank, without child processes of the rank."""
     found = of_run(run_dir)
     ranks = {process.pid: process.info["environ"].get("RANK", "") for process in found}
@@ -123,7 +124,7 @@ def processes_to_signal(run_dir: Path, what: str, which: str) -> list[psutil.Pro
         which: number of the rank or job.
     """
     if what in ("rank", "agent"):
-        rank = ranks_of(run_dir).get(int(which))
+        rank = rank_processes(run_dir).get(int(which))
         with suppress(psutil.NoSuchProcess):
             line = [rank, *rank.parents()] if rank else []
             return [p for p in line if what == "rank" or is_agent(p.cmdline())][:1]
@@ -141,11 +142,11 @@ def wait_for_processes(
     def found() -> list[psutil.Process]:
         return processes_to_signal(run_dir, what, which)
 
-    processes = wait(found, f"{what} {which}", patience_s, is_over)
+    processes = wait_or_fail(found, f"{what} {which}", patience_s, is_over)
     if in_save:
         folder = RunFolder(run_dir).checkpoints
         before = entries(folder)
-        wait(lambda: entries(folder) - before, "a save", PATIENCE_S, is_over, poll_s=0.001)
+        wait_or_fail(lambda: entries(folder) - before, "a save", PATIENCE_S, is_over, poll_s=0.001)
         processes = found()  # The rank may be another process by now.
     return processes
 
@@ -223,41 +224,45 @@ class Site:
     struck: float | None = None
     """Unix time at which the current fault began to act; None before."""
 
+    def events(self, *names: str) -> list[dict[str, Any]]:
+        """Return the events of the run with these names, oldest first."""
+        return [event for event in self.folder.read_events() if event["event"] in names]
+
     @property
     def job(self) -> str:
         """Slurm's id of the run's job."""
-        return str([e for e in self.folder.read_events() if e["event"] == "submitted"][-1]["job_id"])
+        return str(self.events("submitted")[-1]["job_id"])
 
     def host_of(self, rank: int) -> str:
         """Return the node of a rank in the newest attempt that has recorded its ranks."""
         for attempt in reversed(self.folder.attempts()):
-            with suppress(OSError, ValueError):
-                ranks = json.loads(self.folder.environment(attempt).read_text())["ranks"]
-                return str(next(entry["host"] for entry in ranks if entry["rank"] == rank))
+            ranks = read_json(self.folder.environment(attempt)).get("ranks", ())
+            if hosts := [str(entry["host"]) for entry in ranks if entry["rank"] == rank]:
+                return hosts[0]
         raise FaultError("no attempt has recorded the nodes of its ranks")
 
     def running_rank(self, rank: int) -> int:
         """Return ``rank``, or another rank if the run has resumed with too few nodes for it."""
-        sizes = [e["world_size"] for e in self.folder.read_events() if e["event"] == "started" and e.get("world_size")]
+        sizes = [event["world_size"] for event in self.events("started") if event.get("world_size")]
         return rank % sizes[-1] if sizes else rank
 
     def spares(self) -> list[str]:
         """Return the idle spare nodes of the job; empty after the job has lost a node."""
-        told = [e for e in self.folder.read_events() if e["event"] in ("agent_started", "members")][-1]
-        return [str(name) for name in told.get("spares") or []]
-
-    def starts(self) -> int:
-        """Return the number of starts of the job in which its agents have begun."""
-        return sum(event["event"] == "agent_started" for event in self.folder.read_events())
+        return list(self.events("agent_started", "members")[-1].get("spares") or [])
 
     def restart(self, by: Callable[[], str]) -> str:
         """Call ``by``, which restarts the job, and wait until the agents have begun.
 
         Returns a text about the action.
         """
-        count = self.starts()
+        count = len(self.events("agent_started"))
         done = by()
-        wait(lambda: self.starts() > count, f"another start of job {self.job}", RESTART_S, self.is_over)
+        wait_or_fail(
+            lambda: len(self.events("agent_started")) > count,
+            f"another start of job {self.job}",
+            RESTART_S,
+            self.is_over,
+        )
         return done
 
     def command(self, *words: str) -> str:
@@ -288,18 +293,18 @@ class Site:
         return f"{number.name} to {what} {which} by srun"
 
     def signal(
-        self, number: signal.Signals, what: str, which: str, rank: int, *, seconds: float = 0.0, in_save: bool = False
+        self, number: signal.Signals, what: str, rank: int = 0, *, seconds: float = 0.0, in_save: bool = False
     ) -> str:
         """Signal processes of a run on any node. Returns a text about the action; FaultError if there are no processes.
 
         Args:
             number: number of the signal.
             what: kind of processes, as for ``processes_to_signal``.
-            which: number of a rank or of a job.
             rank: rank whose node has the processes.
             seconds: seconds after which SIGSTOP is undone; 0 for never.
             in_save: True to wait until a save begins.
         """
+        which = str(rank) if what in ("rank", "agent") else self.job
         if self.is_slurm and self.sandbox is None:
             host, job = self.host_of(rank), self.job
             done = self.by_srun(host, number, what, which, *(["--in-save"] if in_save else []))
@@ -323,9 +328,7 @@ class Site:
 
 
 def _signal_rank(number: signal.Signals, what: str = "rank", *, in_save: bool = False) -> Inject:
-    return lambda fault, site: site.signal(
-        number, what, str(fault.rank), fault.rank, seconds=fault.seconds, in_save=in_save
-    )
+    return lambda fault, site: site.signal(number, what, fault.rank, seconds=fault.seconds, in_save=in_save)
 
 
 def _damage(fault: PlannedFault, site: Site) -> str:
@@ -343,13 +346,11 @@ def _damage(fault: PlannedFault, site: Site) -> str:
     else:
         path = draw.choice(files)
         bit = draw.randrange(8 * path.stat().st_size)
-        with path.open("r+b") as file:
-            file.seek(bit // 8)
-            byte = file.read(1)[0] ^ (1 << bit % 8)
-            file.seek(bit // 8)
-            file.write(bytes([byte]))
+        content = bytearray(path.read_bytes())
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
         done = f"bit {bit} of {newest.name}/{path.name} flipped"
-    return f"{done}; {site.signal(signal.SIGKILL, 'rank', str(fault.rank), fault.rank)}"
+    return f"{done}; {site.signal(signal.SIGKILL, 'rank', fault.rank)}"
 
 
 def _full_disk(fault: PlannedFault, site: Site) -> str:
@@ -374,7 +375,7 @@ def _kill_srun(fault: PlannedFault, site: Site) -> str:
     """
 
     def kill() -> str:
-        return site.signal(signal.SIGKILL, fault.kind.removeprefix("kill_"), site.job, 0)
+        return site.signal(signal.SIGKILL, fault.kind.removeprefix("kill_"))
 
     try:
         return kill()
@@ -397,7 +398,7 @@ def _node_fault(fault: PlannedFault, site: Site) -> str:
     if fault.kind == "power_cut_spare":
         if not site.spares():
             site.restart(site.requeue)
-        host = wait(site.spares, "a spare node", RESTART_S, site.is_over)[0]
+        host = wait_or_fail(site.spares, "a spare node", RESTART_S, site.is_over)[0]
     else:
         host = site.host_of(fault.rank)
     try:
@@ -413,7 +414,7 @@ def _stop_controller(fault: PlannedFault, site: Site) -> str:
     try:
         with suppress(FaultError):
             # Slurm then queries the sender of the request, and gets no answer.
-            site.signal(signal.SIGTERM, "agent", "0", 0)
+            site.signal(signal.SIGTERM, "agent")
         time.sleep(fault.seconds)
     finally:
         site.in_sandbox("start-controller")

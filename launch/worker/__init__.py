@@ -15,6 +15,6 @@ The same script runs without the launcher: ``attach`` then returns a stand-in th
 only. docs/scripts.md is the guide; ``gpt.train`` is the first user.
 """
 
-from .run import STORE_PREFIX, OutdatedAttemptError, Run, attach, is_child, make_run
+from .run import STORE_PREFIX, OutdatedAttemptError, Run, attach, is_child, run_of_environment
 
-__all__ = ["STORE_PREFIX", "OutdatedAttemptError", "Run", "attach", "is_child", "make_run"]
+__all__ = ["STORE_PREFIX", "OutdatedAttemptError", "Run", "attach", "is_child", "run_of_environment"]

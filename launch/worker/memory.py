@@ -19,7 +19,6 @@ import hmac
 import json
 import os
 import secrets
-import signal
 import socket
 import struct
 import sys
@@ -28,7 +27,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..process import die_with_parent
+from ..process import become_helper
 
 STORE = "LAUNCH_MEMORY_STORE"
 """Variable of an agent's ranks: ``address:port`` of the memory store of their node."""
@@ -208,7 +207,8 @@ class StoreClient:
 
     def read(self, save: str, rank: int, name: str, offset: int, size: int) -> bytearray:
         """Read ``size`` bytes of a file from ``offset`` on, at most ``CHUNK`` bytes."""
-        self._channel.send({"op": "read", "save": save, "rank": rank, "name": name, "offset": offset, "size": size})
+        where = {"save": save, "rank": rank, "name": name}
+        self._channel.send({"op": "read", **where, "offset": offset, "size": size})
         return self._answer()[1]
 
     def read_all(self, save: str, rank: int, name: str, size: int) -> bytes:
@@ -290,8 +290,6 @@ class Upload:
 NICENESS = 10
 """Niceness of the store's process: the store gets CPU time that the ranks do not use."""
 BACKLOG = 4096
-IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that request a job to save and leave. The store ignores them and ends with its agent."""
 REQUESTS = ("begin", "end", "finish", "commit", "keep", "inventory", "verify")
 
 
@@ -324,13 +322,6 @@ class StoredFile:
 
     def read(self, offset: int, size: int) -> bytes:
         return os.pread(self._descriptor, min(size, CHUNK), offset)
-
-    def is_damaged(self) -> bool:
-        """Return whether the content of the file differs from its sum."""
-        sums = hashlib.sha256()
-        for offset in range(0, self.size, CHUNK):
-            sums.update(hashlib.sha256(self.read(offset, CHUNK)).digest())
-        return sums.hexdigest() != self.sum
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -418,7 +409,13 @@ class Store:
         """Read the part of a rank, and return the files whose content differs from their sum."""
         with self._lock:
             files = dict(self._part(save, rank))
-        return {"damaged": sorted(name for name, file in files.items() if file.is_damaged())}
+        damaged = []
+        for name, file in sorted(files.items()):
+            sums = hashlib.sha256()
+            for offset in range(0, file.size, CHUNK):
+                sums.update(hashlib.sha256(file.read(offset, CHUNK)).digest())
+            damaged += [name] if sums.hexdigest() != file.sum else []
+        return {"damaged": damaged}
 
     def read(self, save: str, rank: int, name: str, offset: int, size: int) -> bytes:
         with self._lock:
@@ -439,7 +436,7 @@ class Store:
                     file.close()
 
 
-def answer(store: Store, channel: Channel) -> None:
+def answer_rank(store: Store, channel: Channel) -> None:
     """Answer one rank until it closes the connection or a request fails."""
     while True:
         message, content = channel.receive()
@@ -467,7 +464,7 @@ def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
             channel = Channel(connection, secret, is_store=True)
             connection.settimeout(None)  # A rank is silent while it computes; the kernel reports a rank that has died.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            answer(store, channel)
+            answer_rank(store, channel)
 
     while True:
         connection, _ = listener.accept()
@@ -476,9 +473,7 @@ def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
 
 def main() -> None:
     """Serve until the agent closes standard input or dies."""
-    die_with_parent(int(sys.argv[1]))
-    for number in IGNORED:
-        signal.signal(number, signal.SIG_IGN)
+    become_helper(int(sys.argv[1]))
     os.nice(NICENESS)
     address, secret = json.loads(sys.stdin.readline())  # Not in the command line, which every user can read.
     with socket.create_server((address, 0), backlog=BACKLOG) as listener:

@@ -57,7 +57,7 @@ def attach(handle_signals: bool = True) -> Run:
     """
     global _attached
     if _attached is None:
-        _attached = make_run(os.environ)
+        _attached = run_of_environment(os.environ)
         if handle_signals and not is_child():
             _attached.install_handlers()
         atexit.register(_attached._leave)
@@ -71,7 +71,7 @@ def is_child() -> bool:
     return module is not None and module.parent_process() is not None
 
 
-def make_run(environment: Mapping[str, str]) -> Run:
+def run_of_environment(environment: Mapping[str, str]) -> Run:
     """Make the Run of the rank that ``environment`` names, with its heartbeat if an agent watches it."""
     defaults = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))  # torchrun sets these too
     rank, local_rank, size = (int(environment.get(name, default)) for name, default in defaults)

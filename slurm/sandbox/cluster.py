@@ -1,4 +1,4 @@
-"""A whole sandbox, for tests and the command line: up, status, down."""
+"""A whole sandbox, for tests and the command line: up, status, down, and faults of its nodes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import getpass
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,17 @@ from slurm.sandbox.state import (
     WITH_NAMESPACES,
     Endpoint,
     SandboxError,
+    SandboxState,
     Settings,
-    State,
-    check,
+    check_settings,
     default_directory,
     end,
-    load,
+    load_state,
     locked,
     opened,
-    require,
     require_packages,
-    run,
+    require_state,
+    run_program,
     wait_until,
     why_no_namespaces,
 )
@@ -53,7 +53,7 @@ def replaced(ours: list[str], theirs: Sequence[str], separator: str = " ") -> st
     return separator.join({text.partition("=")[0].lower(): text for text in (*ours, *theirs)}.values())
 
 
-def write_files(state: State) -> None:
+def write_files(state: SandboxState) -> None:
     """Create the folders and files of a sandbox: configuration, key, device files, and folders for the daemons."""
     for name in ("etc", "munge", "log", "run", "controller", "spool", "gpu"):
         (state.directory / name).mkdir(mode=0o755)
@@ -70,7 +70,7 @@ def write_files(state: State) -> None:
     key.write_bytes(os.urandom(1024))
 
 
-def filled(name: str, state: State, **known: Any) -> str:
+def filled(name: str, state: SandboxState, **known: Any) -> str:
     """Return the text of a file from the template of this name."""
     # Without namespaces, the controller has the host name of this machine, without the domain.
     host = socket.gethostname().partition(".")[0] if state.why_one_host else "ctl"
@@ -89,7 +89,7 @@ def _answers(address: str | tuple[str, int]) -> bool:
         return probe.connect_ex(address) == 0
 
 
-def start_munged(state: State) -> None:
+def start_munged(state: SandboxState) -> None:
     """Start munged and wait until it answers."""
     place, log = state.munge_socket.parent, state.directory / "log" / "munged.log"
     # --force, because other users may be able to write to a sandbox's directory, as in /tmp.
@@ -99,7 +99,7 @@ def start_munged(state: State) -> None:
     state.wait_ready("munged", lambda: _answers(str(state.munge_socket)))
 
 
-def start_controller(state: State) -> None:
+def start_controller(state: SandboxState) -> None:
     """Start slurmctld. It gets its own host name if the nodes have namespaces."""
     if state.why_one_host:
         state.start("slurmctld", ["slurmctld", "-D"])
@@ -109,7 +109,7 @@ def start_controller(state: State) -> None:
     state.start("slurmctld", ["sh", "-c", script, "sh", hosts], inside="unshare --uts --mount")
 
 
-def start_accounting(state: State) -> None:
+def start_accounting(state: SandboxState) -> None:
     """Start a database and slurmdbd, and wait until they answer."""
     assert state.accounting is not None
     folder, user = state.directory / "database", getpass.getuser()
@@ -117,7 +117,7 @@ def start_accounting(state: State) -> None:
     # Without grant tables, everyone who reaches the socket is admitted. Only the owner can open the folder around it.
     common = f"--no-defaults --datadir={folder}/data --user={user}"
     make = f"mariadb-install-db {common} --skip-test-db --skip-name-resolve --auth-root-authentication-method=normal"
-    run(make.split(), timeout_s=120.0)
+    run_program(make.split(), timeout_s=120.0)
     command = (
         f"mariadbd {common} --socket={folder}/socket --skip-networking --skip-grant-tables --pid-file={folder}/pid"
     )
@@ -132,7 +132,7 @@ def start_accounting(state: State) -> None:
 
 def accounting_to_join(settings: Settings) -> Endpoint:
     """Return the address of the slurmdbd of the sandbox to join; ConfigError if there is none."""
-    other = load(Path(settings.join))
+    other = load_state(Path(settings.join))
     if other is None or not other.started or other.settings.join or other.accounting is None:
         found, fix = f"--join {settings.join}, and no sandbox with accounting is up there", "python -m slurm.sandbox up"
         expected = "the directory of one that was started with --accounting"
@@ -143,7 +143,7 @@ def accounting_to_join(settings: Settings) -> Endpoint:
     return other.accounting
 
 
-def clear(state: State) -> None:
+def clear(state: SandboxState) -> None:
     """End all processes of a sandbox, also of a half built or crashed one. Removes its bridge and directory."""
     for name in state.nodes:
         nodes.switch_off(state, name)
@@ -151,21 +151,22 @@ def clear(state: State) -> None:
         end(state.find(daemon), grace_s=5.0)
     if state.why_one_host:
         # Repeated, because jobs that still run may start other processes meanwhile.
-        wait_until(lambda: not _end_jobs(state), timeout_s=30.0, what="the processes of jobs to end")
+        def have_ended() -> bool:
+            found = [process for process in psutil.process_iter() if _is_of_job(state, process)]
+            for process in found:
+                end(process)
+            return not found
+
+        wait_until(have_ended, timeout_s=30.0, what="the processes of jobs to end")
     else:
-        nodes.remove_network(state)
+        for name in state.nodes:
+            nodes.delete(nodes.cable(state, name))
+            nodes.delete(nodes.delay_ends(state, name)[1])
+        nodes.delete(state.bridge)
     shutil.rmtree(state.directory)
 
 
-def _end_jobs(state: State) -> bool:
-    """End processes of jobs that slurmds have left on this host. Returns whether there were any."""
-    found = [process for process in psutil.process_iter() if _is_of_job(state, process)]
-    for process in found:
-        end(process)
-    return bool(found)
-
-
-def _is_of_job(state: State, process: psutil.Process) -> bool:
+def _is_of_job(state: SandboxState, process: psutil.Process) -> bool:
     """Return True if a slurmd of this sandbox started a process: by the sandbox's mark, or by the variables of a job.
 
     A shell under salloc has SLURM_CONF and SLURM_JOB_ID too, but is on no node. slurmstepd writes its title over its
@@ -178,12 +179,6 @@ def _is_of_job(state: State, process: psutil.Process) -> bool:
         in_job = variables.get("SLURM_CONF") == str(state.slurm_conf) and "SLURMD_NODENAME" in variables
         return in_job or variables.get(MARK) == str(state.directory)
     return False
-
-
-def log_tails(state: State) -> str:
-    """Return the end of every daemon's output with the daemon's name, for an error message."""
-    files = sorted((state.directory / "log").glob("*.out"))
-    return "".join(f"{file.name}: {file.read_text(errors='replace')[-500:]}\n" for file in files)
 
 
 @dataclass(frozen=True)
@@ -204,7 +199,7 @@ class SlurmState:
     @property
     def is_in_service(self) -> bool:
         """True if the node answers and may have jobs."""
-        return not self.word.startswith(("drain", "drng", "down", "fail", "inval", "unk")) and self.word[-1] != "*"
+        return not (self.is_drained or self.word.startswith(("down", "fail", "inval", "unk")) or self.word[-1] == "*")
 
 
 @dataclass(frozen=True)
@@ -230,7 +225,7 @@ class Cluster:
     with Cluster(Path("/tmp/mine")) as cluster:
         cluster.up(Settings(nodes=2))
         cluster.slurm("srun", "--nodes=2", "hostname")
-        power_cut(cluster, "n2")  # of slurm.sandbox.faults
+        power_cut(cluster, "n2")
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -255,14 +250,14 @@ class Cluster:
     @property
     def nodes(self) -> list[str]:
         """Names of the nodes in order. ConfigError if the sandbox is not up."""
-        return list(require(self.directory).nodes)
+        return list(require_state(self.directory).nodes)
 
     def slurm(self, *args: str, timeout_s: float = 30.0) -> str:
         """Run a Slurm command on this sandbox as a user, and return its output. SandboxError if the command fails."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "SRUN"))}
-        return run(args, timeout_s=timeout_s, env={**clean, **self.env})
+        return run_program(args, timeout_s=timeout_s, env={**clean, **self.env})
 
-    def up(self, settings: Settings | None = None, *, timeout_s: float = 60.0) -> State:
+    def up(self, settings: Settings | None = None, *, timeout_s: float = 60.0) -> SandboxState:
         """Start the sandbox and wait until every node is idle.
 
         Remains of a crashed sandbox in this directory are removed first.
@@ -272,12 +267,12 @@ class Cluster:
             SandboxError: the start failed. The message has the end of the daemons' logs, and nothing is left behind.
         """
         settings = settings or Settings()
-        check(settings, self.directory)
+        check_settings(settings, self.directory)
         require_packages(EVERYWHERE | (WITH_ACCOUNTING if settings.accounting else {}))
         self.directory.mkdir(parents=True, exist_ok=True)
         with locked(self.directory):
             self._clear_remains()
-            state = State(self.directory, settings, "asked for with --no-namespaces")
+            state = SandboxState(self.directory, settings, "asked for with --no-namespaces")
             if settings.namespaces:
                 require_packages(WITH_NAMESPACES)
                 state.why_one_host = why_no_namespaces(state.bridge)
@@ -285,13 +280,15 @@ class Cluster:
                 self._start(state, timeout_s)
             except BaseException as error:
                 if isinstance(error, SandboxError):
-                    error.args = (f"{error}\n{log_tails(state)}",)
+                    logs = sorted((self.directory / "log").glob("*.out"))
+                    tails = [f"{log.name}: {log.read_text(errors='replace')[-500:]}\n" for log in logs]
+                    error.args = (f"{error}\n{''.join(tails)}",)
                 clear(state)
                 raise
         return state
 
     def _clear_remains(self) -> None:
-        old = load(self.directory)
+        old = load_state(self.directory)
         if old is None:
             if any(self.directory.iterdir()):
                 raise ConfigError(
@@ -310,10 +307,10 @@ class Cluster:
         clear(old)
         self.directory.mkdir(parents=True)
 
-    def _start(self, state: State, timeout_s: float) -> None:
+    def _start(self, state: SandboxState, timeout_s: float) -> None:
         settings = state.settings
         state.save()
-        nodes.place(state)
+        nodes.assign_addresses(state)
         if settings.join:
             state.accounting = accounting_to_join(settings)
         elif settings.accounting:
@@ -368,7 +365,7 @@ class Cluster:
 
     def status(self) -> list[NodeStatus]:
         """Return the state of every node; ConfigError if the sandbox is not up."""
-        state, known = require(self.directory), self.slurm_states()
+        state, known = require_state(self.directory), self.slurm_states()
         return [
             NodeStatus(
                 name=name,
@@ -386,7 +383,7 @@ class Cluster:
         if not self.directory.is_dir():
             return False
         with locked(self.directory):
-            state = load(self.directory)
+            state = load_state(self.directory)
             if state is not None:
                 clear(state)
             return state is not None
@@ -401,3 +398,98 @@ class Cluster:
         with opened(self.directory) as state:
             if not state.find("slurmctld"):
                 start_controller(state)
+
+
+# Deliberate faults of a node: power, cables, hangs. Each function returns a sentence about the fault.
+
+
+@contextlib.contextmanager
+def _node(cluster: Cluster, fault: str, name: str) -> Iterator[SandboxState]:
+    """Yield the record of a sandbox for a fault of a node. ConfigError if the node cannot have the fault."""
+    with opened(cluster.directory) as state:
+        if name not in state.nodes:
+            names = ", ".join(state.nodes)
+            fix = f"python -m slurm.sandbox {fault} NODE{cluster.option}, with one of {names}"
+            raise ConfigError(f"{fault} {name}, and there is no such node", f"one of {names}", fix)
+        if fault != "heal" and state.why_one_host:
+            raise ConfigError(
+                found=f"{fault} in a sandbox whose nodes share one host ({state.why_one_host})",
+                expected="nodes that are hosts of their own; on one host there are only `preempt` and `heal`",
+                fix="python -m slurm.sandbox down, then up as root where namespaces are allowed",
+            )
+        if fault != "heal" and not state.find(name):
+            fix = f"python -m slurm.sandbox heal {name}"
+            raise ConfigError(f"{fault} {name}, which is off", "a node that is on", fix)
+        yield state
+
+
+def power_cut(cluster: Cluster, name: str) -> str:
+    """Cut the power of a node: its cable is cut before its processes end, so no peer is notified."""
+    with _node(cluster, "power-cut", name) as state:
+        nodes.set_link(state, name, up=False)
+        nodes.switch_off(state, name)
+    return f"{name} has no power"
+
+
+def cut_link(cluster: Cluster, name: str) -> str:
+    """Cut the cable of a node. All its processes continue."""
+    with _node(cluster, "cut-link", name) as state:
+        nodes.set_link(state, name, up=False)
+    return f"{name} has no link, and its processes run on"
+
+
+def freeze(cluster: Cluster, name: str) -> str:
+    """Stop every process of a node; its kernel still acknowledges packets."""
+    with _node(cluster, "freeze", name) as state:
+        nodes.set_frozen(state, name, frozen=True)
+    return f"the processes of {name} are stopped, and its link is up"
+
+
+def link(cluster: Cluster, name: str, **limits: float | None) -> str:
+    """Limit the cable of a node in each direction. ``limits`` are fields of ``nodes.CableLimits``.
+
+    Without them, remove all limits.
+    """
+    given = nodes.CableLimits(**limits)
+    with _node(cluster, "link", name) as state:
+        nodes.limit(state, name, given)
+    return f"the link of {name}, each direction: {given}"
+
+
+def heal(cluster: Cluster, name: str) -> str:
+    """Undo all faults of a node: power, stopped processes, and cable. Then resume the node in Slurm.
+
+    Slurm itself also drains a node, for example after a step that it could not end, and leaves it to an operator.
+    """
+    done = []
+    with _node(cluster, "heal", name) as state:
+        if not state.find(name):
+            nodes.switch_on(state, name)
+            done.append("switched on")
+        elif not state.why_one_host:
+            done += [] if nodes.link_is_up(state, name) else ["link up again"]
+            done += ["processes go on"] if nodes.is_frozen(state, name) else []
+            nodes.set_link(state, name, up=True)
+            nodes.limit(state, name, nodes.CableLimits())
+            nodes.set_frozen(state, name, frozen=False)
+            nodes.register_again(state, name)
+    if cluster.slurm_states().get(name, SlurmState()).is_drained:
+        cluster.slurm("scontrol", "update", f"NodeName={name}", "State=UNDRAIN")
+        done.append("drained no more")
+    return f"{name}: {', '.join(done) or 'nothing to heal; its link has no limits'}"
+
+
+def preempt(cluster: Cluster, job: str, *, seconds: int = 5) -> str:
+    """Preempt a running job with a new job in the last partition. The new job takes all nodes for ``seconds``.
+
+    Returns the new job's id. ConfigError if the job does not run, or runs in that partition already.
+    """
+    best = require_state(cluster.directory).settings.partitions[-1].partition(":")[0]
+    rows = [line.split() for line in cluster.slurm("squeue", "--noheader", "--format=%i %A %T %P %N").splitlines()]
+    found = [row for row in rows if job in row[:2] and row[2] == "RUNNING"]
+    if not found or found[0][3] == best:
+        where = f"runs in partition {best} already" if found else "does not run"
+        raise ConfigError(f"preempt {job}, which {where}", f"a job that runs in a partition before {best}", "squeue")
+    options = f"--parsable --partition {best} --nodelist {found[0][4]} --exclusive --output /dev/null --chdir /"
+    wrap = ["--job-name", f"preempt-{job}", "--wrap", f"exec sleep {seconds}"]
+    return cluster.slurm("sbatch", *options.split(), *wrap).strip()

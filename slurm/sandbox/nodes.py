@@ -29,10 +29,10 @@ from slurm.sandbox.state import (
     WITH_LOSS,
     Endpoint,
     SandboxError,
-    State,
+    SandboxState,
     end,
     require_packages,
-    run,
+    run_program,
     search_path,
     wait_until,
 )
@@ -45,7 +45,7 @@ INIT = Path(__file__).with_name("node_init.sh")
 
 def ip(words: str) -> str:
     """Run ``ip`` with these arguments and return its output."""
-    return run(["ip", *words.split()])
+    return run_program(["ip", *words.split()])
 
 
 def free_port(address: str) -> int:
@@ -68,7 +68,7 @@ def _free_network() -> ipaddress.IPv4Network:
     raise SandboxError(f"no free network in {RANGE}: this machine has routes to all of it")
 
 
-def place(state: State) -> None:
+def assign_addresses(state: SandboxState) -> None:
     """Assign addresses on a new bridge to the controller and all nodes, or ports of this host."""
     names = [f"n{index}" for index in range(1, state.settings.nodes + 1)]
     if state.why_one_host:
@@ -94,14 +94,6 @@ def _mac(address: str) -> str:
     return ":".join(f"{byte:02x}" for byte in (2, 0, *ipaddress.IPv4Address(address).packed))
 
 
-def remove_network(state: State) -> None:
-    """Remove the bridge and all cables."""
-    for name in state.nodes:
-        delete(cable(state, name))
-        delete(delay_ends(state, name)[1])
-    delete(state.bridge)
-
-
 def delete(interface: str) -> None:
     """Delete an interface. It may vanish by itself when the namespace of its other end ends."""
 
@@ -119,12 +111,12 @@ def _exists(interface: str) -> bool:
     return Path("/sys/class/net", interface).exists()
 
 
-def cable(state: State, name: str) -> str:
+def cable(state: SandboxState, name: str) -> str:
     """Return the interface at the host's end of a node's cable."""
     return f"{state.bridge}{name}"
 
 
-def delay_ends(state: State, name: str) -> tuple[str, str]:
+def delay_ends(state: SandboxState, name: str) -> tuple[str, str]:
     """Return the two interfaces of the program that delays frames, between a node's cable and the bridge.
 
     The interface at the bridge is second. Names of interfaces have at most 15 letters, and a cable's name may be as
@@ -134,19 +126,19 @@ def delay_ends(state: State, name: str) -> tuple[str, str]:
     return f"ssp{rest}", f"ssd{rest}"
 
 
-def set_link(state: State, name: str, *, up: bool) -> None:
+def set_link(state: SandboxState, name: str, *, up: bool) -> None:
     """Connect or cut a node's cable at the bridge; the node loses its carrier."""
     ip(f"link set {cable(state, name)} {'up' if up else 'down'}")
 
 
-def link_is_up(state: State, name: str) -> bool:
+def link_is_up(state: SandboxState, name: str) -> bool:
     """Return True if a node's cable exists and is connected."""
     with contextlib.suppress(OSError):
         return bool(int(Path("/sys/class/net", cable(state, name), "flags").read_text(), 16) & 1)
     return False
 
 
-def switch_on(state: State, name: str) -> None:
+def switch_on(state: SandboxState, name: str) -> None:
     """Start a node and record it. Its slurmd registers with the controller."""
     (state.directory / "spool" / name).mkdir(parents=True, exist_ok=True)
     if state.why_one_host:
@@ -163,7 +155,7 @@ def switch_on(state: State, name: str) -> None:
     state.start(name, inner, inside="unshare --net --uts --mount --ipc", before=plug_in)
 
 
-def process_one(state: State, name: str) -> psutil.Process | None:
+def process_one(state: SandboxState, name: str) -> psutil.Process | None:
     """Return process 1 of a node with namespaces of its own; None if the node has no power."""
     owner = None if state.why_one_host else state.find(name)
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -171,7 +163,7 @@ def process_one(state: State, name: str) -> psutil.Process | None:
     return None
 
 
-def switch_off(state: State, name: str) -> None:
+def switch_off(state: SandboxState, name: str) -> None:
     """Kill a node and all its processes at once."""
     # The kernel ends process 1 only after all processes of its namespace. A slurmd that is still registering ignores
     # SIGTERM.
@@ -181,23 +173,23 @@ def switch_off(state: State, name: str) -> None:
     state.forget(name)
 
 
-def set_frozen(state: State, name: str, *, frozen: bool) -> None:
+def set_frozen(state: SandboxState, name: str, *, frozen: bool) -> None:
     """Stop or continue every process of a node. Its network still answers, as on a machine that hangs."""
     first = process_one(state, name)
     assert first is not None
     # The kernel signals all processes of the namespace together, except process 1, and none can fork meanwhile.
     number = "STOP" if frozen else "CONT"
-    run(["nsenter", f"--pid=/proc/{first.pid}/ns/pid", "sh", "-c", f"kill -s {number} -- -1 || true"])
+    run_program(["nsenter", f"--pid=/proc/{first.pid}/ns/pid", "sh", "-c", f"kill -s {number} -- -1 || true"])
     first.suspend() if frozen else first.resume()
 
 
-def is_frozen(state: State, name: str) -> bool:
+def is_frozen(state: SandboxState, name: str) -> bool:
     """Return True if process 1 of a node is stopped."""
     first = process_one(state, name)
     return first is not None and first.status() == psutil.STATUS_STOPPED
 
 
-def announce(state: State, name: str) -> None:
+def register_again(state: SandboxState, name: str) -> None:
     """Have a node's slurmd register again. Otherwise the controller polls a lost node only after about a minute."""
     first = process_one(state, name)
     for child in first.children() if first else []:
@@ -213,34 +205,40 @@ RESOLUTION = 100_000
 
 
 @dataclass(frozen=True)
-class Limits:
+class CableLimits:
     """Limits of a cable, equal in both directions. None means unlimited."""
 
     bandwidth_mbit: float | None = None
     loss_percent: float | None = None
     latency_ms: float | None = None
 
-    def check(self) -> None:
-        """Raise ConfigError for values out of range, or if the program that drops packets is not installed."""
-        for option, value, low, high, example in (
-            ("--bandwidth-mbit", self.bandwidth_mbit, 0.1, 100_000, 100),
-            ("--loss-percent", self.loss_percent, 0, 100, 1),
-            ("--latency-ms", self.latency_ms, 0, 10_000, 1),
-        ):
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"{option} {value:g}", f"{low:g} to {high:g}", f"{option} {example}")
-        if self.loss_percent:
-            require_packages(WITH_LOSS)
-
     def __str__(self) -> str:
         values = ((self.bandwidth_mbit, "Mbit/s"), (self.loss_percent, "% lost"), (self.latency_ms, "ms of delay"))
         return ", ".join(f"{value:g} {unit}" for value, unit in values if value is not None) or "no limits"
 
 
-def limit(state: State, name: str, limits: Limits) -> None:
-    """Replace the limits of a node's cable."""
-    limits.check()
-    _free(state, name)
+def limit(state: SandboxState, name: str, limits: CableLimits) -> None:
+    """Replace the limits of a node's cable.
+
+    Raises:
+        ConfigError: a value is out of its range, or the program that drops packets is not installed.
+    """
+    for option, value, low, high, example in (
+        ("--bandwidth-mbit", limits.bandwidth_mbit, 0.1, 100_000, 100),
+        ("--loss-percent", limits.loss_percent, 0, 100, 1),
+        ("--latency-ms", limits.latency_ms, 0, 10_000, 1),
+    ):
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"{option} {value:g}", f"{low:g} to {high:g}", f"{option} {example}")
+    if limits.loss_percent:
+        require_packages(WITH_LOSS)
+    _remove_delay(state, name)
+    for inside, device in _ends(state, name):
+        queues = json.loads(_tc(inside, f"-json qdisc show dev {device} root"))
+        if any(queue["kind"] == "tbf" for queue in queues):
+            _tc(inside, f"qdisc del dev {device} root")
+    if shutil.which("nft", path=search_path()):
+        _nft(state, name, EMPTY_TABLE)
     if limits.latency_ms:
         _insert_delay(state, name, limits.latency_ms)
     if limits.bandwidth_mbit is not None:
@@ -257,35 +255,25 @@ def limit(state: State, name: str, limits: Limits) -> None:
         _nft(state, name, f"{EMPTY_TABLE}table netdev sandbox {{\n{''.join(chains)}}}\n")
 
 
-def _inside(state: State, name: str) -> list[str]:
+def _inside(state: SandboxState, name: str) -> list[str]:
     return ["nsenter", f"--net=/proc/{state.processes[name].pid}/ns/net"]
 
 
-def _ends(state: State, name: str) -> Iterator[tuple[list[str], str]]:
+def _ends(state: SandboxState, name: str) -> Iterator[tuple[list[str], str]]:
     """Yield both ends of a cable: the command that enters the end's namespace, and the interface."""
     yield [], cable(state, name)
     yield _inside(state, name), "eth0"
 
 
 def _tc(inside: list[str], words: str) -> str:
-    return run([*inside, "tc", *words.split()])
+    return run_program([*inside, "tc", *words.split()])
 
 
-def _nft(state: State, name: str, rules: str) -> None:
-    run([*_inside(state, name), "nft", "-f", "-"], stdin=rules)
+def _nft(state: SandboxState, name: str, rules: str) -> None:
+    run_program([*_inside(state, name), "nft", "-f", "-"], stdin=rules)
 
 
-def _free(state: State, name: str) -> None:
-    _remove_delay(state, name)
-    for inside, device in _ends(state, name):
-        queues = json.loads(_tc(inside, f"-json qdisc show dev {device} root"))
-        if any(queue["kind"] == "tbf" for queue in queues):
-            _tc(inside, f"qdisc del dev {device} root")
-    if shutil.which("nft", path=search_path()):
-        _nft(state, name, EMPTY_TABLE)
-
-
-def _insert_delay(state: State, name: str, latency_ms: float) -> None:
+def _insert_delay(state: SandboxState, name: str, latency_ms: float) -> None:
     """Insert the program that delays frames between a node's cable and the bridge."""
     here, (ours, bridged), log = cable(state, name), delay_ends(state, name), state.log(f"delay-{name}")
     ip(f"link add {bridged} type veth peer name {ours}")
@@ -301,7 +289,7 @@ def _insert_delay(state: State, name: str, latency_ms: float) -> None:
     state.wait_ready(f"delay-{name}", lambda: "ready" in log.read_text())
 
 
-def _remove_delay(state: State, name: str) -> None:
+def _remove_delay(state: SandboxState, name: str) -> None:
     if f"delay-{name}" not in state.processes:
         return
     end(state.find(f"delay-{name}"))

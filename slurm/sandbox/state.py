@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def search_path() -> str:
     return os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 
 
-def run(
+def run_program(
     command: Sequence[str], *, timeout_s: float = 30.0, env: Mapping[str, str] | None = None, stdin: str | None = None
 ) -> str:
     """Run a program until it ends, and return its output.
@@ -87,7 +87,7 @@ WITH_ACCOUNTING = {
 }
 
 
-def missing(needs: Mapping[str, str]) -> list[str]:
+def missing_packages(needs: Mapping[str, str]) -> list[str]:
     """Return the Debian packages with a missing program, in order."""
     path = search_path()
     return sorted(
@@ -97,7 +97,7 @@ def missing(needs: Mapping[str, str]) -> list[str]:
 
 def require_packages(needs: Mapping[str, str]) -> None:
     """Raise ConfigError with the command that installs the missing packages, if any."""
-    if packages := missing(needs):
+    if packages := missing_packages(needs):
         raise ConfigError(
             found=f"this machine lacks Debian's {', '.join(packages)}",
             expected="Slurm, MUNGE and the programs that build the nodes",
@@ -114,9 +114,9 @@ def why_no_namespaces(probe_interface: str) -> str:
     mounts = "mount -t tmpfs tmpfs /dev/shm && mount -t sysfs sysfs /sys && ip link set lo up"
     unshare = "unshare --net --uts --mount --ipc --pid --fork --mount-proc sh -c"
     try:
-        run([*unshare.split(), mounts])
-        run(["ip", "link", "add", probe_interface, "type", "bridge"])
-        run(["ip", "link", "del", probe_interface])
+        run_program([*unshare.split(), mounts])
+        run_program(["ip", "link", "add", probe_interface, "type", "bridge"])
+        run_program(["ip", "link", "del", probe_interface])
     except SandboxError as error:
         return str(error)
     return ""
@@ -173,6 +173,14 @@ MARK = "SLURM_SANDBOX"
 """Environment variable of all daemons, and so of their jobs, with the directory of their sandbox."""
 
 
+def _number(default: int, low: int, high: int, help: str) -> Any:
+    return field(default=default, metadata={"range": (low, high), "help": help})
+
+
+def _text(default: Any, metavar: str, help: str) -> Any:
+    return field(default=default, metadata={"metavar": metavar, "help": help})
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of a sandbox: number and size of its nodes, and its Slurm configuration.
@@ -181,9 +189,9 @@ class Settings:
 
     Attributes:
         nodes: number of nodes, called n1, n2, ...
-        cpus_per_node: CPUs that Slurm gives to jobs on each node, independent of the machine.
+        cpus_per_node: CPUs of each node. Slurm checks requests against these sizes, whatever the machine has.
         gpus_per_node: fake GPUs (links to /dev/null) on each node.
-        memory_gib_per_node: memory in GiB that Slurm checks --mem against, independent of the machine.
+        memory_gib_per_node: memory of each node in GiB.
         partitions: one text each, ``NAME`` or ``NAME:KEY=VALUE,...`` in the words of slurm.conf; the first is the
             default, and each preempts those before it.
         slurm_conf: ``KEY=VALUE`` lines that replace or add to those of slurm.conf.
@@ -194,29 +202,30 @@ class Settings:
             reach both clusters (``sbatch --clusters``, ``squeue -M``); empty for none.
     """
 
-    nodes: int = 4
-    cpus_per_node: int = 8
-    gpus_per_node: int = 2
-    memory_gib_per_node: int = 256
-    partitions: tuple[str, ...] = ("low", "high")
+    nodes: int = _number(4, 1, 200, "number of nodes")
+    cpus_per_node: int = _number(8, 1, 4096, "CPUs that Slurm gives to jobs on each, whatever the machine has")
+    gpus_per_node: int = _number(2, 0, 64, "fake GPUs on each")
+    memory_gib_per_node: int = _number(256, 1, 65536, "memory that Slurm checks --mem against, whatever it has")
+    partitions: tuple[str, ...] = _text(
+        ("low", "high"),
+        "NAME[:KEY=VALUE,...]",
+        "in the words of slurm.conf; the first is the default, later ones preempt earlier ones",
+    )
     slurm_conf: tuple[str, ...] = ()
     namespaces: bool = True
     accounting: bool = False
-    cluster_name: str = "sandbox"
-    join: str = ""
+    cluster_name: str = _text("sandbox", "NAME", "Slurm's name of the cluster")
+    join: str = _text("", "DIR", "share the slurmdbd of the sandbox in DIR: sbatch --clusters")
 
 
-def check(settings: Settings, directory: Path) -> None:
+def check_settings(settings: Settings, directory: Path) -> None:
     """Raise ConfigError for numbers and names that cannot work."""
-    for option, low, high in (
-        ("nodes", 1, 200),
-        ("cpus_per_node", 1, 4096),
-        ("gpus_per_node", 0, 64),
-        ("memory_gib_per_node", 1, 65536),
-    ):
-        value, flag = getattr(settings, option), f"--{option.replace('_', '-')}"
-        if not low <= value <= high:
-            raise ConfigError(f"{flag} {value}", f"{low} to {high}", f"{flag} {min(max(value, low), high)}")
+    for setting in fields(settings):
+        if limits := setting.metadata.get("range"):
+            (low, high), value = limits, getattr(settings, setting.name)
+            flag = f"--{setting.name.replace('_', '-')}"
+            if not low <= value <= high:
+                raise ConfigError(f"{flag} {value}", f"{low} to {high}", f"{flag} {min(max(value, low), high)}")
     # The cluster's name becomes part of the names of database tables, which are in lower case.
     name, option = r"[A-Za-z][\w-]*", r"\w+=[^\s,=]+"
     texts = [
@@ -256,7 +265,7 @@ class Endpoint:
 
 
 @dataclass
-class State:
+class SandboxState:
     """A sandbox as recorded in its directory.
 
     Attributes:
@@ -369,18 +378,18 @@ class State:
         wait_until(is_there, timeout_s=120.0, what=f"{name} to answer")
 
 
-def load(directory: Path) -> State | None:
+def load_state(directory: Path) -> SandboxState | None:
     """Return the sandbox recorded in a directory; None if there is none."""
     try:
         record = (directory / RECORD).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return msgspec.json.decode(record, type=State, dec_hook=lambda kind, text: kind(text))
+    return msgspec.json.decode(record, type=SandboxState, dec_hook=lambda kind, text: kind(text))
 
 
-def require(directory: Path) -> State:
+def require_state(directory: Path) -> SandboxState:
     """Return the sandbox recorded in a directory. ConfigError if there is none."""
-    state = load(directory)
+    state = load_state(directory)
     if state is None:
         fix = f"python -m slurm.sandbox up --dir {directory}"
         raise ConfigError(f"no sandbox in {directory}", "one that was started", fix)
@@ -399,8 +408,8 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(directory: Path) -> Iterator[State]:
+def opened(directory: Path) -> Iterator[SandboxState]:
     """Yield the sandbox recorded in a directory, locked against other commands. ConfigError if there is none."""
-    require(directory)
+    require_state(directory)
     with locked(directory):
-        yield require(directory)
+        yield require_state(directory)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.__main__ import EventCommand, event_name, event_variables
+from launch.agent.__main__ import event_name, event_variables, run_at_events
 from launch.config import ClusterKind, LaunchConfig
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
+from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run
 from tests.support.runs import LOCAL, write_script
@@ -65,10 +66,9 @@ def test_a_command_that_fails_or_hangs_is_an_event_without_its_text(
 ) -> None:
     folder = RunFolder(tmp_path)
     folder.record_event("started", attempt=1)
-    runner = EventCommand(folder, [sys.executable, "-c", code, "a secret"], timeout_s)
-    folder.record_event("node_lost", host="n3")
-    runner.close()
-    failed = [event for event in folder.read_events() if event["event"] == "on_event_failed"]
+    with run_at_events(folder, [sys.executable, "-c", code, "a secret"], timeout_s):
+        folder.record_event("node_lost", host="n3")
+    failed = select_events(folder.read_events(), "on_event_failed")
     assert [event["of"] for event in failed] == ["node_lost"], "what came before is history"
     text = folder.events.read_text()
     assert said in text and "secret" not in text and "token" not in text

@@ -11,7 +11,7 @@ import pytest
 
 from gpt.planning.hardware import Group, Link, Machine, strided_group, with_network
 from launch.bench_network.__main__ import Sample, fit_link, fit_network, main
-from launch.bench_network.measure import group_ranks, group_sizes
+from launch.bench_network.measure import group_ranks, tier_group_sizes
 from launch.errors import ConfigError
 from launch.runs.measured import COLLECTIVES, LinkFit, Network, network_document, read_network, terms
 from tests.support.commands import run
@@ -76,7 +76,7 @@ def test_what_cannot_be_told_is_not_negative() -> None:
 
 
 def test_groups_of_a_tier_are_all_ranks_once() -> None:
-    assert group_sizes(1) == [] and group_sizes(8) == [2, 4, 8] and group_sizes(6) == [2, 6] and group_sizes(3) == [3]
+    assert [tier_group_sizes(most) for most in (1, 3, 6, 8)] == [[], [3], [2, 6], [2, 4, 8]]
     assert group_ranks("intra_node", 2, nodes=2, each=4) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert group_ranks("inter_node", 2, nodes=2, each=3) == [[0, 3], [1, 4], [2, 5]]
     for tier, size in (("intra_node", 4), ("inter_node", 2), ("inter_node", 4)):

@@ -1,4 +1,4 @@
-"""The doctor as a command, and what it says of a login node: environment, limits, versions, folders."""
+"""The doctor as a command, and its findings about a login node, measured nodes, and links."""
 
 from __future__ import annotations
 
@@ -7,50 +7,39 @@ import re
 import shlex
 import subprocess
 import sys
-import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, sweep_points, typed_config
 from launch.doctor import __main__ as doctor
-from launch.doctor import job, machine
-from launch.doctor.__main__ import arguments, complete, configs_of, examine, main, settle_sharing
-from launch.runs import compose
-from launch.slurm.facts import Finding, Level, warn
-from tests.launch.test_doctor_verdict import all_rates, results
+from launch.doctor import machine, verdict
+from launch.doctor.__main__ import arguments, complete_commands, configs_of, examine, main
+from launch.doctor.links import PASSES, merge_passes, partner
+from launch.slurm.facts import Finding, Level, fine, warn
 from tests.support.commands import ROOT, environment, run
-from tests.support.doctor_facts import FACTS, LIMITS, OUTPUT, request
+from tests.support.doctor_facts import FACTS, OUTPUT, request
 
-MOUNTS = """22 1 254:0 / / rw - ext4 /dev/vda rw
-23 22 0:21 / /home rw - autofs systemd-1 rw
-24 23 0:22 / /home/ada\\040l rw shared:1 - nfs4 server:/ada rw
-25 22 0:23 / /scratch rw - lustre mgs:/scratch rw
-26 25 0:24 / /scratch/tmp rw - tmpfs tmpfs rw
-27 22 0:25 / /scratch/tmp rw - gpfs gpfs rw
-"""
+MOUNTS = {"/": "ext4", "/home": "autofs", "/home/ada l": "nfs4", "/scratch": "lustre", "/scratch/tmp": "tmpfs"}
 
 
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [
-        ("/home/ada l/outputs", "nfs4"),
-        ("/home/adam", "autofs"),
-        ("/scratch/x", "lustre"),
-        ("/scratch/tmp/x", "gpfs"),
-        ("/scratchy", "ext4"),
-    ],
-)
-def test_the_deepest_and_last_mount_decides(path: str, kind: str) -> None:
-    assert machine.filesystem_in(MOUNTS, path) == kind
-
-
-def test_the_type_of_a_real_filesystem_is_the_one_that_stat_knows() -> None:
+def test_the_deepest_and_last_mount_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.filesystem_of(Path("/dev/shm/not/there/yet")) == "tmpfs"
     assert machine.filesystem_of(Path("/proc/self")) == "proc"
+    mounts = [
+        SimpleNamespace(mountpoint=path, fstype=kind) for path, kind in (*MOUNTS.items(), ("/scratch/tmp", "gpfs"))
+    ]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    paths = ("/home/ada l/outputs", "/home/adam", "/scratch/x", "/scratch/tmp/x", "/scratchy")
+    assert [machine.filesystem_of(Path(path)) for path in paths] == ["nfs4", "autofs", "lustre", "gpfs", "ext4"]
 
 
 @pytest.mark.parametrize(
@@ -71,92 +60,47 @@ def test_a_folder_that_nodes_do_not_share_is_named(path: str, kind: str, level: 
     assert [f.level for f in machine.check_output_folder(here)] == [Level.ok]
 
 
-def test_the_nodes_word_on_a_folder_counts_more_than_its_filesystem(tmp_path: Path) -> None:
-    guessed = list(machine.check_output_folder(replace(FACTS, output=replace(OUTPUT, filesystem="tmpfs"))))
-    whole = {**results(all_rates(2), 2), "cluster": "sandbox ctl", "time_s": time.time()}
-    for number, written in enumerate((whole, {**whole, "nodes": []})):
-        folder = tmp_path / ".doctor" / f"2026010{number}-000000-a"
-        folder.mkdir(parents=True)
-        (folder / "results.json").write_text(json.dumps(written))
-    earlier = job.earlier_results(tmp_path, "sandbox ctl")
-    assert job.earlier_results(tmp_path, "another ctl") is None  # of a cluster that is gone
-    assert [f.level for f in settle_sharing(guessed, earlier)] == [Level.ok]
-    assert earlier is not None
-    earlier["nodes"][0]["unseen"] = [1]
-    assert settle_sharing(guessed, earlier) == guessed == settle_sharing(guessed, None)
+LOW = {"nofile": 1024, "core": -1, "memlock": 65536}
+TWO_WITH_GPUS = ("nodes=2", "cluster.gpus_per_node=2")
+INHERITED = {"SLURM_CPU_BIND": "quiet", "RANK": "0", "SLURM_JOB_ID": "7", "SBATCH_ACCOUNT": "phys", "SLURM_CONF": "/x"}
+NEED = request().plan.facts["parameters"] * 12 * (request().config.checkpoint.keep_last + 1)
+MORE_OPEN_FILES = "ask the site for a higher hard limit: agents raise the soft one to it by themselves"
 
 
-def test_space_is_compared_with_the_checkpoints() -> None:
-    asking = request()
-    need = asking.plan.facts["parameters"] * 12 * (asking.config.checkpoint.keep_last + 1)
-    for free, level in ((need - 1, Level.error), (need, Level.ok)):
-        assert [
-            f.level for f in machine.check_space(replace(FACTS, output=replace(OUTPUT, free_bytes=free)), [asking])
-        ] == [level]
-    unwritable = replace(FACTS, output=replace(OUTPUT, problem="Permission denied"))
-    assert "Permission denied" in next(iter(machine.check_space(unwritable, [asking]))).found
-
-
-def on_machine(*words: str, **different: Any) -> dict[str, Finding]:
-    """Warnings and errors about a login node that differs from the recorded one, by check."""
+@pytest.mark.parametrize(
+    ("words", "different", "fixes"),
+    [
+        ((), {}, {}),
+        ((), {"environment": INHERITED}, {"environment": "unset RANK SLURM_CPU_BIND SBATCH_ACCOUNT SLURM_JOB_ID"}),
+        ((), {"environment": {"OMP_NUM_THREADS": "64"}}, {"threads": "export OMP_NUM_THREADS=4"}),
+        ((), {"environment": {"OMP_NUM_THREADS": "many"}}, {"threads": "export OMP_NUM_THREADS=1"}),
+        ((), {"environment": {"OMP_NUM_THREADS": "4"}}, {}),
+        ((), {"soft": LOW}, {"core dumps": "ulimit -c 0"}),
+        ((), {"hard": LOW}, {"open files": MORE_OPEN_FILES}),
+        (TWO_WITH_GPUS, {"soft": LOW | {"core": 0}}, {"locked memory": "ulimit -l unlimited"}),
+        ((), {"versions": {"torch": "2.11.0"}}, {}),
+        ((), {"versions": {"torch": "2.14.0"}}, {"libraries": "pip install 'torch<2.14,>=2.11'"}),
+        ((), {"versions": {"torch": "2.9.1"}}, {"libraries": "pip install 'torch<2.14,>=2.11'"}),
+        ((), {"versions": {}}, {"libraries": "pip install 'torch<2.14,>=2.11'"}),
+        ((), {"python": (3, 10)}, {"python": "python3.13 -m venv .venv && .venv/bin/pip install -e ."}),
+        ((), {"output": replace(OUTPUT, free_bytes=NEED)}, {}),
+        (
+            (),
+            {"output": replace(OUTPUT, free_bytes=NEED - 1)},
+            {"disk": "output_dir=PATH with more room, or checkpoint.keep_last=1"},
+        ),
+        ((), {"output": replace(OUTPUT, problem="Permission denied")}, {"disk": "output_dir=PATH that is yours"}),
+        ((), {"limits": None}, {"slurm": "scontrol ping; then ask the site"}),
+        ((), {"limits": None, "kind": ClusterKind.local, "was_auto": True}, {"slurm": "cluster=slurm"}),
+        ((), {"limits": None, "kind": ClusterKind.local, "client": False}, {}),
+    ],
+)
+def test_what_differs_from_a_sound_login_node_is_named_with_what_to_type(
+    words: tuple[str, ...], different: dict[str, Any], fixes: dict[str, str]
+) -> None:
     asking = request(*words)
     found = machine.check_machine(replace(FACTS, **different), asking.config, [asking])
-    return {f.check: f for f in found if f.level is not Level.ok}
-
-
-def test_a_sound_login_node_has_no_complaint() -> None:
-    assert on_machine() == {}
-
-
-def test_inherited_variables_are_named_and_unset() -> None:
-    inherited = {"SLURM_CPU_BIND": "quiet", "RANK": "0", "PMIX_RANK": "0", "SLURM_JOB_ID": "7", "SLURM_CONF": "/etc/x"}
-    found = on_machine(environment=inherited)["environment"]
-    assert set(found.fix.split()) == {"unset", "SLURM_CPU_BIND", "RANK", "PMIX_RANK", "SLURM_JOB_ID"}
-    assert "inside a Slurm job" in found.found
-
-
-def test_sbatch_variables_that_would_be_ignored_are_turned_into_keys() -> None:
-    found = on_machine(environment={"SBATCH_ACCOUNT": "phys"})["environment"]
-    assert found.fix == "cluster.account=phys"
-    assert "environment" not in on_machine(found.fix, environment={"SBATCH_ACCOUNT": "phys"})
-
-
-@pytest.mark.parametrize(
-    ("threads", "fix"), [("64", "export OMP_NUM_THREADS=4"), ("many", "export OMP_NUM_THREADS=1"), ("4", None)]
-)
-def test_threads_are_compared_with_the_cpus(threads: str, fix: str | None) -> None:
-    found = on_machine(environment={"OMP_NUM_THREADS": threads})
-    assert (found["threads"].fix if "threads" in found else None) == fix
-
-
-def test_limits_of_the_shell() -> None:
-    low = on_machine(soft={"nofile": 1024, "core": -1, "memlock": 65536})
-    assert "open files" not in low and low["core dumps"].fix == "ulimit -c 0"  # agents raise it to the hard limit
-    few = on_machine(soft={"nofile": 256, "core": 0, "memlock": -1}, hard={"nofile": 1024, "core": 0, "memlock": -1})
-    assert few["open files"].found == "ulimit -Hn is 1024" and "hard limit" in str(few["open files"].fix)
-    assert "locked memory" not in low
-    words = ("nodes=2", "cluster.gpus_per_node=2")
-    assert (
-        on_machine(*words, soft={"nofile": -1, "core": 0, "memlock": 65536})["locked memory"].fix
-        == "ulimit -l unlimited"
-    )
-
-
-@pytest.mark.parametrize(
-    ("version", "fits"), [("2.13.0+cpu", True), ("2.11.0", True), ("2.14.0", False), ("2.9.1", False)]
-)
-def test_versions_are_compared_without_importing(version: str, fits: bool) -> None:
-    assert ("libraries" not in on_machine(versions={"torch": version})) is fits
-    assert on_machine(versions={})["libraries"].fix.startswith("pip install 'torch")
-    assert "python" in on_machine(python=(3, 10))
-
-
-def test_a_controller_that_does_not_answer() -> None:
-    gone = replace(FACTS, limits=None, slurm_problem="no answer")
-    assert [f.level for f in machine.check_slurm(gone)] == [Level.error]
-    local = replace(gone, kind=ClusterKind.local, was_auto=True)
-    assert [f.level for f in machine.check_slurm(local)] == [Level.warning]
-    assert [f.level for f in machine.check_slurm(replace(local, client=False))] == [Level.ok]
+    assert {one.check: one.fix for one in found if one.level is not Level.ok} == fixes
 
 
 def test_sweeps_are_split_as_python_m_launch_splits_them() -> None:
@@ -206,60 +150,26 @@ def test_what_it_says_to_type_can_be_pasted(tmp_path: Path) -> None:
     measure = warn("links", "x", "y", "python -m launch.doctor --on-cluster ...")
     words = warn("links", "x", "y", "wait for it ...")
     typed = f"python -m launch.doctor --on-cluster -m nodes=1,2 'cluster.exclude=\"n[3-4]\"' --config-dir {tmp_path}"
-    assert [one.fix for one in complete([measure, words], given)] == [typed, "wait for it ..."]
+    assert [one.fix for one in complete_commands([measure, words], given)] == [typed, "wait for it ..."]
     again = arguments(shlex.split(typed)[3:])
     assert again.on_cluster and (again.overrides, again.config_dir) == (given.overrides, given.config_dir)
-    assert complete([measure], arguments([]))[0].fix == "python -m launch.doctor --on-cluster"
+    assert complete_commands([measure], arguments([]))[0].fix == "python -m launch.doctor --on-cluster"
 
 
-def test_its_requests_are_called_by_the_labels_of_their_points() -> None:
-    _, _, requests, _ = examine([["nodes=1", "seed=7", "cluster=slurm"], ["nodes=2", "seed=7", "cluster=slurm"]])
-    assert sorted(point for request in requests for point in request.points) == ["nodes=1", "nodes=2"]
-
-
-def test_what_the_doctor_composes_is_what_a_run_composes() -> None:
-    (config,) = configs_of([["cluster=slurm", "nodes=2"]])
-    assert config.nodes == 2 and compose.plain(config.cluster.kind) == "slurm" and Path(config.output_dir).is_absolute()
-
-
-def test_nodes_left_over_are_those_that_work_and_fit() -> None:
-    # n1 and n3 work, n2 is drained; n3 lacks the feature.
-    for words, left in (((), 1), (("nodes=2",), 0), (("cluster.constraint=fast",), 0), (("nodes=3",), 0)):
-        assert doctor.left_over(FACTS, request(*words)) == left
-    assert doctor.left_over(replace(FACTS, limits=None, slurm_problem="away"), request()) is None
-
-
-def test_the_results_of_a_cluster_that_is_gone_tell_nothing(tmp_path: Path) -> None:
-    here = job.name_of(replace(LIMITS, config={**LIMITS.config, "SlurmctldHost[0]": "ctl(10.0.0.9)"}))
-    assert here == "sandbox ctl(10.0.0.9)"
-    folder = tmp_path / ".doctor" / "20261122-000000-a"
-    folder.mkdir(parents=True)
-    for known, is_told in (
-        ({"cluster": here, "time_s": 1e12}, True),
-        ({"cluster": here, "time_s": 0.0}, False),
-        ({"cluster": "sandbox ctl(10.9.9.9)", "time_s": 1e12}, False),
-        ({}, False),
-    ):
-        (folder / "results.json").write_text(json.dumps({**results(all_rates(2), 2), **known}))
-        assert (job.earlier_results(tmp_path, here) is not None) is is_told
-
-
-def test_advice_that_only_repeats_the_command_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    again = warn("host name", "login resolves to 127.0.1.1", "why", "python -m launch.doctor --on-cluster ...")
-    other = warn("disk", "full", "why", "output_dir=PATH")
-    examined: tuple[list[Any], list[Any], list[Any], machine.Facts] = ([again, other], [], [], FACTS)
-    measured = results(all_rates(2), 2) | {"folder": "/none"}
-    measured["nodes"][0]["unseen"] = [1]
+def test_what_the_nodes_have_measured_takes_the_place_of_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = warn("shared folder", "ext4 is this machine's own", "why", "python -m launch.doctor --on-cluster ...")
+    guess, other = warn("program", "/x", "why", "srun ls /x"), warn("disk", "full", "why", "output_dir=PATH")
+    examined: tuple[list[Any], list[Any], list[Any], machine.Facts] = ([again, guess, other], [], [], FACTS)
+    measured = [fine("shared folder", "measured")]
     monkeypatch.setattr(doctor, "examine", lambda *_: examined)
-    monkeypatch.setattr(doctor, "run_on_cluster", lambda *_: ([], measured))
-    found, _ = doctor.diagnose(doctor.arguments(["--on-cluster"]), doctor.Console())
-    assert found == [other]
-    assert doctor.diagnose(doctor.arguments([]), doctor.Console())[0] == [again, other]
+    monkeypatch.setattr(doctor, "run_on_cluster", lambda *_: (measured, results(all_rates(2), 2)))
+    assert doctor.diagnose(arguments(["--on-cluster"]), doctor.Console())[0] == [other, *measured]
+    assert doctor.diagnose(arguments([]), doctor.Console())[0] == [again, guess, other]
 
 
 def test_gpus_that_the_launcher_would_ask_for_are_in_the_request() -> None:
     config = typed_config(compose_launch(["cluster=slurm", "optim.global_batch=96"]))
-    (gpus, cpus) = doctor.choose_resources(config, replace(FACTS, torch="2.13.0"))
+    (gpus, cpus) = doctor.choose_gpus_and_cpus(config, replace(FACTS, torch="2.13.0"))
     assert config.cluster.gpus_per_node == 2 and gpus.level is Level.ok and "every node of low has 2" in gpus.found
     assert cpus.check == "cpus" and config.cluster.cpus_per_task == 8
 
@@ -287,3 +197,164 @@ def test_a_point_that_the_launcher_refuses_is_compared_with_the_partitions_all_t
     errors = {one.check.split()[0]: one for one in found if one.level is Level.error}
     assert list(errors) == ["nodes", "plan"] and not requests, "the partition first"
     assert "nodes=4 in partition low" in errors["nodes"].found and "optim.global_batch=7" in errors["plan"].found
+
+
+# Findings about measured nodes and links: who is slow or broken is named, and nobody else.
+
+
+def results(rates: dict[tuple[int, int], float], nodes: int) -> dict[str, Any]:
+    """Results of a job on ``nodes`` sound nodes, with these Gbit/s from node to node."""
+    limit = {"nofile": 65536, "core": 0, "memlock": -1}
+    sound = {"cpus": 8, "cpus_of_machine": 64, "limits": limit, "python": "3.11.7", "torch": "2.13.0", "error": ""}
+    sound |= {"filesystem": "nfs4", "names": {f"n{j + 1}": f"10.0.0.{j + 1}" for j in range(nodes)}}
+    clock = {"clock_offset_s": 0.01, "clock_error_s": 0.001}
+    each = [
+        {"index": i, "host": f"n{i + 1}", "unseen": [], "ports": {str(j): "" for j in range(nodes) if j != i}}
+        | deepcopy(sound)
+        | (clock if i else {})
+        for i in range(nodes)
+    ]
+    gpu = {"backend": "nccl", "device": "H200", "gpus_seen": 1, "matmul_tflops": 700.0}
+    ranks: list[dict[str, Any]] = [
+        {"rank": i, "node": i, "host": f"n{i + 1}", "links": [], **gpu} for i in range(nodes)
+    ]
+    for (a, b), rate in rates.items():
+        for one, other in ((a, b), (b, a)):
+            range_of = dict.fromkeys(("bandwidth_gbit", "low_gbit", "high_gbit"), rate)
+            ranks[one]["links"].append({"node": other, "latency_us": 20.0, **range_of})
+    asked_for = {"nodes": nodes, "ranks_per_node": 1, "cpus_per_task": 8, "gpus_per_node": 1}
+    about = {"job_id": "7", "state": "COMPLETED", "started": True, "folder": "/home/ada/.doctor/x", "logs": "/x/7"}
+    return {**about, "asked": asked_for, "nodes": each, "ranks": ranks}
+
+
+def all_rates(nodes: int, rate: float = 100.0) -> dict[tuple[int, int], float]:
+    """The same rate between all nodes."""
+    return {(a, b): rate for a in range(nodes) for b in range(a + 1, nodes)}
+
+
+def bad(measured: dict[str, Any]) -> list[Finding]:
+    """Warnings and errors about what was measured."""
+    return [f for f in verdict.check_results(measured) if f.level is not Level.ok]
+
+
+def test_sound_nodes_are_sound() -> None:
+    measured = results(all_rates(4), 4)
+    assert bad(measured) == []
+    for index, rank in enumerate(measured["ranks"]):
+        rank["group"] = {"bytes": 2**24, "latency_us": 30.0 + index, "bandwidth_gbit": 80.0 - index, "bus_gbit": 120.0}
+    found = {finding.check: finding.found for finding in verdict.check_results(measured)}
+    assert found["shared folder"] == "measured: seen and written by every node (nfs4)"
+    assert found["matmul"] == "700 to 700 TFLOP/s a rank on H200"
+    assert found["all-reduce"].startswith("over 4 ranks (nccl): 33 us for 4 bytes, 16 MiB at 77 Gbit/s")
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(3, 12))
+def test_one_slow_node_is_the_only_one_named(data: st.DataObject, nodes: int) -> None:
+    slow = data.draw(st.integers(0, nodes - 1))
+    share = data.draw(st.floats(0.001, 0.38))
+    rates = {
+        pair: 100 * (data.draw(st.floats(0.1, 1.0)) * share if slow in pair else data.draw(st.floats(0.8, 1.0)))
+        for pair in all_rates(nodes)
+    }
+    (found,) = bad(results(rates, nodes))
+    assert found.found.startswith(f"every link of n{slow + 1} is slow") and found.fix == f"cluster.exclude=n{slow + 1}"
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(4, 12))
+def test_one_slow_link_is_the_only_one_named(data: st.DataObject, nodes: int) -> None:
+    a, b = data.draw(st.sampled_from(sorted(all_rates(nodes))))
+    (found,) = bad(results({**all_rates(nodes), (a, b): 5.0}, nodes))
+    assert f"the link n{a + 1} - n{b + 1}" in found.found and found.level is Level.error
+
+
+@pytest.mark.parametrize("count", range(1, 41))
+def test_each_node_meets_each_other_once_and_one_at_a_time(count: int) -> None:
+    pairs = []
+    for turn in range(count - 1 + count % 2):
+        partners = {node: partner(node, turn, count) for node in range(count)}
+        assert all(other is None or partners[other] == node != other for node, other in partners.items())
+        pairs += [(node, other) for node, other in partners.items() if other is not None and node < other]
+    assert sorted(pairs) == [(a, b) for a in range(count) for b in range(a + 1, count)]
+
+
+def test_every_other_thing_that_a_node_can_have_is_named() -> None:
+    measured = results(all_rates(3), 3)
+    first, second, third = measured["nodes"]
+    first["unseen"] = [2]
+    second["ports"]["0"] = "timed out"
+    second["names"]["n1"] = "127.0.1.1"
+    third["names"]["n2"] = "!Name or service not known"
+    third |= {"clock_offset_s": -30.0, "cpus": 1, "torch": "2.12.0"}
+    measured["ranks"][2] |= {"matmul_tflops": 300.0}
+    measured["ranks"][1] |= {"gpus_seen": 0}
+    told = {(f.check, f.level.value): f.found for f in bad(measured)}
+    assert set(told) == {
+        *(("shared folder", "error"), ("ports", "error"), ("host names", "warning"), ("clocks", "warning")),
+        *(("cpus", "error"), ("software", "error"), ("gpus", "error"), ("gpus", "warning")),
+    }
+    assert "n1 does not see what n3 wrote" in told["shared folder", "error"]
+    assert "n2 does not reach n1: timed out" in told["ports", "error"]
+    assert "clock of n3 is -30.0 s off" in told["clocks", "warning"]
+    assert "rank 2 on n3: 300 TFLOP/s" in told["gpus", "warning"] and told["gpus", "error"].startswith("n2")
+    third |= {"cpus": 4, "cpus_of_machine": 4}
+    assert [f.fix for f in bad(measured) if f.check == "cpus"] == ["cluster.cpus_per_task=4"]
+
+
+def test_links_that_were_not_measured_are_said_to_be_so_once() -> None:
+    measured = results({}, 3)
+    for node in measured["nodes"]:
+        node["skipped"] = "not every node reaches every other"
+    for rank in measured["ranks"]:
+        del rank["links"]
+    assert [(f.check, f.level) for f in bad(measured)] == [("links", Level.warning)]
+
+
+def test_a_job_that_never_ran_or_left_nothing() -> None:
+    nothing = results({}, 0) | {"asked": {"nodes": 2, "ranks_per_node": 1, "cpus_per_task": 1, "gpus_per_node": None}}
+    assert [f.level for f in verdict.check_results(nothing)] == [Level.error]
+    assert [f.level for f in verdict.check_results(nothing | {"started": False, "state": "PENDING"})] == [Level.warning]
+    partly = results(all_rates(2), 2)
+    partly["asked"]["nodes"] = 3
+    assert "2 of 3 nodes wrote their record: n1, n2" in bad(partly)[0].found
+
+
+def with_ranges(nodes: int, slow: dict[tuple[int, int], tuple[float, float, float]]) -> dict[str, Any]:
+    """Results of links that do 90 to 110 Gbit/s, but for those that are given as low, median and high."""
+    measured = results(all_rates(nodes), nodes)
+    for rank in measured["ranks"]:
+        for link in rank["links"]:
+            pair = (min(rank["rank"], link["node"]), max(rank["rank"], link["node"]))
+            low, middle, high = slow.get(pair, (90.0, 100.0, 110.0))
+            link |= {"low_gbit": low, "bandwidth_gbit": middle, "high_gbit": high}
+    return measured
+
+
+def test_a_link_is_measured_several_times_and_its_median_counts() -> None:
+    passes = [{"latency_us": us, "bandwidth_gbit": rate, "bytes": 7.0} for us, rate in ((9, 90.0), (5, 4.0), (7, 96.0))]
+    assert len(passes) == PASSES
+    assert merge_passes(passes) == {
+        **{"latency_us": 5, "bandwidth_gbit": 90.0, "low_gbit": 4.0, "high_gbit": 96.0, "bytes": 7.0}
+    }
+
+
+def test_what_was_once_as_fast_as_the_others_is_not_called_slow() -> None:
+    assert bad(with_ranges(4, {(1, 2): (4.0, 40.0, 95.0)})) == []
+    (link,) = bad(with_ranges(4, {(1, 2): (4.0, 40.0, 60.0)}))
+    assert link.found.startswith("the link n2 - n3: 40 Gbit/s")
+    of_one = {(0, 3): (10.0, 30.0, 96.0), (1, 3): (10.0, 30.0, 60.0), (2, 3): (10.0, 30.0, 60.0)}
+    assert not [found for found in bad(with_ranges(4, of_one)) if "every link" in found.found]
+    (node,) = bad(with_ranges(4, {**of_one, (0, 3): (10.0, 30.0, 60.0)}))
+    assert node.found.startswith("every link of n4 is slow")
+    (well,) = [found for found in verdict.check_results(with_ranges(4, {})) if found.check == "bandwidth"]
+    assert well.found.endswith("; single measurements 90 to 110")
+
+
+def test_nodes_with_too_few_cpus_are_named_together() -> None:
+    measured = results(all_rates(4), 4)
+    for index, cpus in ((0, 2), (2, 2), (3, 4)):
+        measured["nodes"][index] |= {"cpus": cpus, "cpus_of_machine": 2}
+    few, fewer = bad(measured)
+    assert few.found.startswith("each of the agents on n1, n3 may use 2 CPUs") and few.level is Level.warning
+    assert fewer.found.startswith("the agent on n4 may use 4 CPUs") and fewer.level is Level.error

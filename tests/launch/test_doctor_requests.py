@@ -28,22 +28,18 @@ from tests.support.doctor_facts import (
 
 
 def test_scontrol_is_read_field_by_field() -> None:
-    low, short, physics, _closed, small = LIMITS.partitions
-    assert LIMITS.version == (22, 5) and LIMITS.number("KillWait") == 5 and LIMITS.number("DefMemPerNode") is None
-    assert (low.is_default, low.max_time_min, low.grace_s, low.max_nodes) == (True, 1440, 10, None)
-    assert (short.max_time_min, short.max_nodes) == (30, 2)
+    low, short, physics, _closed, _small = LIMITS.partitions
+    assert LIMITS.number("DefMemPerNode") is None and low.is_default
+    assert (low.max_time_min, low.grace_s, low.max_nodes, short.max_nodes) == (1440, 10, None, 2)
     assert physics.allow_accounts == ("phys", "chem") and low.allow_accounts is None
-    assert small.memory_per_cpu_mb == 1000
     first, second, third = LIMITS.nodes
     assert first.gres == (limits.Gres("gpu", "a100", 4),) and first.count("gpu") == first.count("gpu", "a100") == 4
     assert third.count("gpu") == 2 and third.count("gpu", "a100") == 0 and third.features == frozenset()
     assert not second.is_usable and second.reason == "bad fan [root@2026-11-20T10:00:00]"
-    assert (first.cpus, first.memory_mb, first.features) == (8, 262144, {"fast", "new"})
-
-
-def test_a_node_that_does_not_answer_is_not_usable() -> None:
-    (node,) = limits.parse("", "", NODE.format(name="n", features="", gres="(null)", state="IDLE*", reason="")).nodes
-    assert not node.is_usable and node.gres == ()
+    (silent,) = limits.parse("", "", NODE.format(name="n", features="", gres="(null)", state="IDLE*", reason="")).nodes
+    assert not silent.is_usable and silent.gres == ()
+    units = limits.gres("lustre:no_consume:4G,gpu:a100:2(S:0)")
+    assert units == (limits.Gres("lustre", "", 4 * 1024**3), limits.Gres("gpu", "a100", 2))
 
 
 @given(st.integers(0, 400), st.integers(0, 23), st.integers(0, 59))
@@ -91,17 +87,11 @@ def test_what_cannot_run_is_an_error_and_what_it_says_to_type_repairs_it(
     assert found[0].check not in {f.check for f in repaired}, repaired
 
 
-def test_nodes_that_each_lack_something_else_are_no_nodes() -> None:
+def test_nodes_count_if_they_have_everything_and_are_neither_drained_nor_excluded() -> None:
     (error,) = [f for f in complaints(FACTS, "nodes=3", "cluster.gpus_per_node=4") if f.level is Level.error]
     assert "2 of low have all that is asked of each" in error.found and error.fix == "nodes=2"
-
-
-def test_drained_nodes_are_named_with_their_reason() -> None:
     found = [f for f in complaints(FACTS, "nodes=3") if f.check == "nodes"]
     assert found[0].level is Level.warning and "n2 DRAIN+MIXED bad fan" in found[0].found
-
-
-def test_excluded_nodes_do_not_count() -> None:
     asking = replace(request("nodes=2"), excluded=frozenset({"n1", "n2"}))
     assert any(f.check == "nodes" and f.level is Level.error for f in asked.check_request(LIMITS, asking, None))
 
@@ -188,10 +178,3 @@ def test_what_the_checks_cannot_see_puts_their_errors_in_doubt() -> None:
     account = ("cluster.partition=physics", "cluster.account=sub")
     assert unless(replace(FACTS, groups=None), *account) == [""]
     assert unless(replace(with_limits(version=(24, 5)), groups=None), *account) == ["it is a subaccount of one of them"]
-
-
-def test_counts_of_generic_resources_may_have_units() -> None:
-    assert limits.gres("lustre:no_consume:4G,gpu:a100:2(S:0)") == (
-        limits.Gres("lustre", "", 4 * 1024**3),
-        limits.Gres("gpu", "a100", 2),
-    )

@@ -16,6 +16,7 @@ from launch.agent.watch import failure_message
 from launch.config.compose import default_grace_period_s
 from launch.report import build
 from launch.runs.environment import GAUGES, read_samples, telemetry_nodes
+from launch.runs.events import select_events
 from launch.runs.files import read_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -33,6 +34,7 @@ from tests.support.commands import (
     start_fork,
     wait_for,
 )
+from tests.support.runs import causes, start_training
 
 UNDRAWN = "launch.report_files=[md]"
 LONG = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50", UNDRAWN]
@@ -99,7 +101,7 @@ def run_sabotaged(folder: Path, *words: str, **environment: str) -> tuple[str, R
 
 def test_an_exception_on_the_first_rank_is_named_with_its_traceback(sabotaged: tuple[str, RunFolder]) -> None:
     folder = sabotaged[1]
-    failed = next(e for e in folder.read_events() if e["event"] == "rank_failed" and not e.get("echo"))
+    failed = next(e for e in select_events(folder.read_events(), "rank_failed") if not e.get("echo"))
     assert (failed["attempt"], failed["rank"], failed["step"]) == (1, 0, 2)
     assert failed["cause"] == "ZeroDivisionError: the data of step 3 has no tokens"
     log = folder.log(1, 0).read_text()
@@ -107,23 +109,17 @@ def test_an_exception_on_the_first_rank_is_named_with_its_traceback(sabotaged: t
 
 
 def test_an_exception_on_another_rank_fails_the_run_with_its_traceback(sabotaged: tuple[str, RunFolder]) -> None:
-    assert_named(*sabotaged, rank=1, attempt=2)
-
-
-def assert_named(text: str, folder: RunFolder, rank: int, attempt: int) -> None:
-    """Check that the launcher told which rank failed, after which step, of what, and where its log is."""
-    assert f"rank {rank} on" in text
+    text, folder = sabotaged
+    log = folder.log(2, 1)
+    assert "rank 1 on" in text and f"log: {log}" in text
     assert "failed first after step 2: ZeroDivisionError: the data of step 3 has no tokens" in text
     assert "Traceback (most recent call last)" in text and "queue_step" in text
-    log = folder.log(attempt, rank)
-    assert f"log: {log}" in text
     assert "ZeroDivisionError" in log.read_text()
 
 
 def test_a_crash_that_comes_back_stops_the_run(sabotaged: tuple[str, RunFolder]) -> None:
-    events = sabotaged[1].read_events()
-    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["crashed", "crashed"]
-    assert "saved nothing new" in [e for e in events if e["event"] == "decided"][-1]["reason"]
+    assert causes(sabotaged[1]) == ["crashed", "crashed"]
+    assert "saved nothing new" in select_events(sabotaged[1].read_events(), "decided")[-1]["reason"]
 
 
 def test_a_crash_costs_what_lies_between_the_two_attempts(sabotaged: tuple[str, RunFolder]) -> None:
@@ -159,7 +155,7 @@ def test_gpus_are_sampled_from_the_start_of_each_attempt_to_its_end(sabotaged: t
     folder = sabotaged[1]
     by_node = [list(read_samples(folder, node)) for node in telemetry_nodes(folder)]
     assert [[sample.attempt for sample in samples] for samples in by_node] == [[1, 1, 2, 2]] * 2
-    attempts = {e["attempt"]: e["time"] for e in folder.read_events() if e["event"] == "attempt_ended"}
+    attempts = {e["attempt"]: e["time"] for e in select_events(folder.read_events(), "attempt_ended")}
     for first, last in zip(by_node[0][::2], by_node[0][1::2], strict=True):
         assert first.time < last.time < attempts[first.attempt]
         assert first.gauges["0000:3b:00.0"].keys() == set(GAUGES)
@@ -183,10 +179,7 @@ def start_long_run(
     """
     folder = RunFolder(tmp_path / "run")
     shape = [] if set(ONE_NODE) & set(words) else ["nodes=2"]
-    words = (*shape, *LONG, f"run_dir={folder.path}", *words)
-    process = begin("launch", *words, cwd=tmp_path, log=tmp_path / "log")
-    wait_for(lambda: len(read_records(folder.metrics(1))) > 2 or process.poll() is not None, "the third step")
-    assert process.poll() is None, (tmp_path / "log").read_text()
+    process = start_training(folder, *shape, *LONG, *words, begin=begin)
     return process, folder, descendants(process.pid)
 
 
@@ -209,8 +202,8 @@ def test_a_second_command_is_refused_and_ctrl_c_saves_and_leaves_nothing_behind(
     wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
     events = folder.read_events()
     assert [e["event"] for e in events][-5:] == ["saved", "stopped", "attempt_ended", "decided", "agent_ended"]
-    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["cancelled"]
-    saved = [e["step"] for e in events if e["event"] == "saved"][-1]
+    assert causes(folder) == ["cancelled"]
+    saved = [e["step"] for e in select_events(events, "saved")][-1]
     assert read_records(folder.metrics(0))[-1]["step"] == saved
     assert "the same command resumes from the last checkpoint" in (tmp_path / "log").read_text()
 
@@ -278,8 +271,8 @@ def test_a_loss_that_diverges_again_after_one_restart_stops_the_run(tmp_path: Pa
     folder = RunFolder(tmp_path / "run")
     text = run("launch", *words, f"run_dir={folder.path}", cwd=tmp_path, status=1)
     events = folder.read_events()
-    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["diverged", "diverged"]
-    assert len({e["step"] for e in events if e["event"] == "rank_failed"}) == 1, "the same step"
+    assert causes(folder) == ["diverged", "diverged"]
+    assert len({e["step"] for e in select_events(events, "rank_failed")}) == 1, "the same step"
     assert "FloatingPointError: found: steps 2 to 9: a loss or gradients that are not finite" in text
     assert "no checkpoint to go back to" in text and "type next: optim.lr=3.3e+29" in text
     assert "diverged 2 times, and resilience.max_restarts.diverged=1" in text
@@ -290,8 +283,8 @@ def test_a_run_that_goes_back_in_vain_is_not_started_again(tmp_path: Path) -> No
     words = ("checkpoint.interval=1", "checkpoint.keep_last=3", "divergence.max_skipped_steps=2", "eval.interval=0")
     text, folder = run_sabotaged(tmp_path, *words, SABOTAGED_LR="nan")
     events = folder.read_events()
-    assert [(e["step"], e["first"]) for e in events if e["event"] == "rolled_back"] == [(2, 4)] * 2
-    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["repeated"] and folder.attempts() == [1]
+    assert [(e["step"], e["first"]) for e in select_events(events, "rolled_back")] == [(2, 4)] * 2
+    assert causes(folder) == ["repeated"] and folder.attempts() == [1]
     assert "RepeatedFailureError: found: steps 4 to 5: 2 steps in a row" in text
     assert "batches 8 to 9 (samples 56 to 71)" in text and "gone back 2 times" in text
     assert "not started again: the ranks have tried again by themselves" in text

@@ -1,32 +1,33 @@
-"""Fewer nodes: which sizes are allowed, who is in a start after losses, and a run that goes on without a node."""
+"""Lost nodes: sizes that are allowed, a run that goes on without a node, and one that restarts from memory."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from gpt.checkpoint import folders
 from launch.agent.node import Node, RunContext
 from launch.agent.outcome import take_over_as_leader
-from launch.agent.policy import RunFailedError, largest_size
+from launch.agent.policy import RunFailedError
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, make_plan
 from launch.plan.preflight import plan_text
+from launch.runs.events import select_events
 from launch.runs.files import read_json, read_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.jobs import sbatch_text
 from launch.slurm.status import find_run_status, poll
 from launch.storm.drill import Recovery, recoveries
-from tests.support.commands import agents_of, descendants, run, start_fork, wait_for
+from tests.support.commands import TINY, agents_of, descendants, run, start_fork, wait_for
 from tests.support.runs import COUNTING, LOCAL, checkpoint, from_step, options
 
 
@@ -88,12 +89,6 @@ def test_what_could_not_go_on_is_refused_before_the_queue(words: list[str], foun
     assert found in refusal.value.found and refusal.value.expected and fix in refusal.value.fix
 
 
-@given(st.integers(1, 9), st.sets(st.integers(1, 9)), st.integers(0, 12))
-def test_a_start_takes_the_largest_size_that_is_left(full: int, others: set[int], left: int) -> None:
-    sizes = sorted({full, *(n for n in others if n < full)}, reverse=True)
-    assert largest_size(sizes, left) == max((n for n in sizes if n <= left), default=None)
-
-
 def test_a_node_that_was_given_up_does_not_put_the_job_back_into_the_queue(tmp_path: Path) -> None:
     """Cut off and alive: the head node it hears nothing of goes on without it."""
     folder = RunFolder(tmp_path)
@@ -121,7 +116,7 @@ def test_a_run_that_loses_a_node_goes_on_with_the_other_and_has_both_again_when_
         return [r for r in read_records(folder.metrics(0)) if r["attempt"] == attempt]
 
     def of(name: str) -> list[dict[str, Any]]:
-        return [e for e in folder.read_events() if e["event"] == name]
+        return select_events(folder.read_events(), name)
 
     def wait(condition: Any, what: str) -> None:
         wait_for(lambda: condition() or process.poll() is not None, what)
@@ -167,3 +162,55 @@ def test_the_drill_tells_a_restart_with_fewer_nodes_from_the_others() -> None:
     records = [{"step": 1, "attempt": 1, "time": 1.0}, {"step": 2, "attempt": 2, "time": 5.0}]
     (found,) = recoveries([{"kind": "power_cut", "time": 1.5}], events, records)
     assert found == Recovery("power_cut", "fewer nodes", 3.5, 0.5, 2.0, 1.0, 0.0)
+
+
+STEPS, DISK = 60, 20
+IN_MEMORY = (
+    *TINY,
+    *(f"optim.max_steps={STEPS}", "eval.interval=0", f"checkpoint.interval={DISK}", "nodes=2", "cluster=local"),
+    *("model.n_layer=1", "optim.max_micro_batch=4", "checkpoint.in_memory_interval=1", "parallel=fsdp"),
+    *("logging.tensorboard=false", "logging.csv=false", "logging.json=false", "resilience.health_check.enabled=false"),
+)
+AGENTS = 3
+"""Of two nodes and a spare."""
+
+
+def state_files(folder: RunFolder) -> dict[str, bytes]:
+    """The files of the last checkpoint, but for the manifest, which has the time."""
+    last = folders.final_for(folder.checkpoints, STEPS)
+    return {path.name: path.read_bytes() for path in last.iterdir() if path.name.startswith(("__", "rank"))}
+
+
+def test_a_killed_rank_and_a_lost_node_are_back_from_memory_with_the_same_weights(tmp_path: Path) -> None:
+    quiet, doomed = RunFolder(tmp_path / "quiet"), RunFolder(tmp_path / "doomed")
+    run("launch", *IN_MEMORY, f"run_dir={quiet.path}", cwd=tmp_path)
+    doomed.config.parent.mkdir(parents=True)
+    shutil.copy(quiet.plan, doomed.plan)
+    config = quiet.config.read_text().replace(str(quiet.path), str(doomed.path))
+    doomed.config.write_text(config.replace("in_memory: false", "in_memory: true"))
+
+    where = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1", "SUBMITIT_LOCAL_NTASKS": str(AGENTS)}
+    agents = [
+        start_fork(
+            "tests.support.programs.doomed_agent",
+            str(doomed.path),
+            cwd=tmp_path,
+            log=tmp_path / f"agent_{index}",
+            **where,
+            SUBMITIT_LOCAL_GLOBALID=str(index),
+            LAUNCH_TOKEN="drill",
+        )
+        for index in range(AGENTS)
+    ]
+    ended = [agent.wait(timeout=280) for agent in agents]
+    events = doomed.read_events()
+    told = [(e["event"], e.get("attempt"), e.get("cause")) for e in events]
+    assert ended == [0, -9, 0], ((tmp_path / "agent_0").read_text(), told)
+    assert [cause for event, _, cause in told if event == "attempt_ended"] == ["crashed", "node_failed", "finished"]
+    for attempt in (2, 3):
+        on_disk = max(e["step"] for e in select_events(events, "saved") if e["attempt"] < attempt)
+        (loaded,) = select_events(events, "loaded_from_memory", attempt=attempt)
+        (started,) = select_events(events, "started", attempt=attempt)
+        assert started["from_step"] == loaded["step"] > on_disk
+    assert "memory_passed_over" not in {event for event, _, _ in told}
+    assert state_files(doomed) == state_files(quiet) and len(state_files(quiet)) == 4

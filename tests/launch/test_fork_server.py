@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launch.agent.fork_server import cpus_in, cpus_of_ranks, parse_cpus
+from launch.agent.fork_server import cpus_of_ranks, parse_cpus
 from launch.agent.node import Node, RunContext
 from launch.config.compose import compose_launch, typed_config
 from launch.runs.environment import Gpu, visible_gpus
@@ -274,11 +274,6 @@ def test_each_rank_has_the_cpus_near_its_gpu(
 ) -> None:
     found = cpus_of_ranks(ranks, gpus(*buses), allowed, devices)
     assert (None if found is None else [sorted(cpus) for cpus in found]) == expected
-
-
-def test_lists_of_cpus_are_read_as_linux_writes_them() -> None:
-    assert list(parse_cpus("0-2,5,7-8\n")) == [0, 1, 2, 5, 7, 8] and list(parse_cpus("\n")) == []
-    assert cpus_in({}) == frozenset() and cpus_in({"LAUNCH_CPUS": "3,1"}) == {1, 3}
 
 
 def test_the_driver_tells_where_a_gpu_is(tmp_path: Path) -> None:

@@ -19,23 +19,22 @@ from launch.agent.health import (
     GpuReading,
     HealthCheck,
     Nvml,
-    Sampler,
     describe_faults,
+    fault_of_program,
     full_disks,
     gpus_of_run,
     is_link_up,
     links_up,
-    read_by_smi,
-    run_program,
-    short_bus,
+    sampling,
 )
 from launch.config import Config, HealthCheckConfig, ResilienceConfig
 from launch.doctor import verdict
 from launch.errors import ConfigError
-from launch.runs.environment import Gpu, GpuSample, append_samples, read_samples, telemetry_nodes
+from launch.runs.environment import Gpu, GpuSample, append_samples, read_samples
+from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
 from tests.support.commands import run
-from tests.support.runs import LOCAL, write_script
+from tests.support.runs import LOCAL, causes, write_script
 
 A, B, C = "0000:3b:00.0", "0000:d8:00.0", "0000:e1:00.0"
 
@@ -60,22 +59,6 @@ def test_gpus_are_compared_with_themselves_at_the_first_start(
     assert list(describe_faults(now, [GpuReading(A, 5), GpuReading(B, 0)], expected)) == found
 
 
-def test_nvidia_smi_is_read_where_its_library_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "nvidia-smi"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert read_by_smi(5) == [], "not installed"
-    lines = ["00000000:3B:00.0, 3, 0x0000000000000004", "00000000:D8:00.0, [N/A], Not Active"]
-    for text, status in (("\n".join(lines), 0), ("Unable to determine the device handle: GPU is lost.", 15)):
-        program.write_text(f"#!/bin/sh\necho '{text}'\nexit {status}\n")
-        program.chmod(0o755)
-        if status == 0:
-            assert read_by_smi(5) == [GpuReading(A, 3, 4), GpuReading(B)]
-        else:
-            with pytest.raises(GpuError, match=r"status 15: Unable .* GPU is lost"):
-                read_by_smi(5)
-    assert short_bus("00000000:3B:00.0") == A
-
-
 def test_links_are_physical_interfaces_and_active_ports(tmp_path: Path) -> None:
     for name, carrier, physical in (("eth0", "1", True), ("ib0", "0", True), ("docker0", "1", False)):
         (tmp_path / "net" / name).mkdir(parents=True)
@@ -85,7 +68,7 @@ def test_links_are_physical_interfaces_and_active_ports(tmp_path: Path) -> None:
     for port, state in (("1", "4: ACTIVE"), ("2", "1: DOWN")):
         (tmp_path / "infiniband" / "mlx5_0" / "ports" / port).mkdir(parents=True)
         (tmp_path / "infiniband" / "mlx5_0" / "ports" / port / "state").write_text(f"{state}\n")
-    assert links_up(tmp_path) == {"eth0": True, "ib0": False, "mlx5_0/1": True, "mlx5_0/2": False}
+    assert links_up(tmp_path) == {"eth0", "mlx5_0/1"}
     up = [name for name in ("eth0", "ib0", "docker0", "mlx5_0", "mlx5_0/2", "eth9") if is_link_up(name, tmp_path)]
     assert up == ["eth0", "docker0", "mlx5_0"]
     assert is_link_up("lo") == (Path("/sys/class/net/lo/carrier").read_text() == "1\n")
@@ -94,7 +77,7 @@ def test_links_are_physical_interfaces_and_active_ports(tmp_path: Path) -> None:
 def test_a_link_that_was_up_at_the_first_start_has_to_stay_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one that is named; one that was down all the time, and is not named, is none of the run's."""
     now = {"eth0": True, "ib0": True, "ib1": False}
-    monkeypatch.setattr("launch.agent.health.links_up", lambda: now)
+    monkeypatch.setattr("launch.agent.health.links_up", lambda: {name for name, is_up in now.items() if is_up})
     monkeypatch.setattr("launch.agent.health.is_link_up", now.__getitem__)
     check = HealthCheck(tmp_path, HealthCheckConfig(links=["eth0"]), None)
     assert check.examine() == []
@@ -116,17 +99,10 @@ def test_a_link_that_was_up_at_the_first_start_has_to_stay_up(tmp_path: Path, mo
     ],
 )
 def test_the_command_of_the_site(script: str, found: str) -> None:
-    assert run_program(["sh", "-c", script], 0.5 if "sleep" in script else 60)[1] == found
+    assert fault_of_program(["sh", "-c", script], 0.5 if "sleep" in script else 60) == found
 
 
-def test_what_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize / 2**20
-    monkeypatch.setattr(health, "MIN_FREE_MIB", free / 2)
-    assert list(full_disks([tmp_path])) == []
-    monkeypatch.setattr(health, "MIN_FREE_MIB", 2 * free)
-    (found,) = full_disks([tmp_path])
-    monkeypatch.undo()
-    assert found.startswith(f"{tmp_path} has {free:.0f}"[: len(str(tmp_path)) + 6])
+def test_each_part_that_fails_is_a_fault_unless_the_check_is_off(tmp_path: Path) -> None:
     (fault,) = HealthCheck(tmp_path / "gone", HealthCheckConfig(), None).examine()
     assert fault.part == "run folder" and "No such file" in fault.found
     limits = HealthCheckConfig(command="no-such-program-here --quick", links=["no_such_link"])
@@ -172,7 +148,7 @@ def test_a_check_that_cannot_be_made_is_refused(words: dict[str, Any], expected:
 def test_the_doctor_names_nodes_that_a_start_would_leave_out() -> None:
     sound = {"python": "3.11.7", "torch": "2.13.0", "limits": {"nofile": -1}}
     nodes = [{"host": "n1", "faults": [], **sound}, {"host": "n2", "faults": ["the fan is dead"], **sound}]
-    (finding,) = verdict.check_nodes({"nodes": nodes})
+    (finding,) = verdict.check_node_records({"nodes": nodes})
     assert finding.found == "n2: the fan is dead" and finding.fix == "cluster.exclude=n2"
 
 
@@ -185,9 +161,9 @@ def test_a_node_that_falls_sick_between_two_starts_is_named_and_refused(tmp_path
     words = [*LOCAL, "nodes=1", f"script.path={script}", "script.resumes=true", f"run_dir={tmp_path / 'run'}"]
     command = f"resilience.health_check.command=[{sys.executable},{check}]"
     text = run("launch", *words, command, cwd=tmp_path, status=1)
-    events = RunFolder(tmp_path / "run").read_events()
-    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["crashed", "node_failed"]
-    (told,) = [e for e in events if e["event"] == "node_sick"]
+    folder = RunFolder(tmp_path / "run")
+    assert causes(folder) == ["crashed", "node_failed"]
+    (told,) = select_events(folder.read_events(), "node_sick")
     assert told["cause"] == f"{sys.executable} left with status 1: the fan is dead"
     for part in ("is sick: ", "expected: 1 healthy nodes", "type next: resilience.health_check.enabled=false"):
         assert part in text
@@ -210,7 +186,6 @@ def test_gauges_are_in_units_of_people_and_what_a_gpu_does_not_tell_is_absent(dr
     found = nvml.read_gauges([A, B])
     counter = found[A].pop("energy_j")
     clocks = {"sm_clock_mhz": 1755, "memory_clock_mhz": 2619}
-    # By functions of an older driver than the package: the newer ones are not in it.
     assert found[A] == {"power_w": 250.0, **clocks, "temperature_c": 61, "throttle_reasons": 4}
     assert found[B] == {"power_w": 300.5, **clocks, "throttle_reasons": 1}
     assert nvml.read_gauges([A])[A]["energy_j"] >= counter and nvml.read_gauges([A]).keys() == {A}
@@ -272,26 +247,23 @@ class Reader(Nvml):
         return {A: {"power_w": 100.0 * self.asked}} if self.asked != 2 else {A: {}}
 
 
-def test_samples_are_taken_at_the_start_every_interval_and_at_the_end(tmp_path: Path) -> None:
-    folder, reader = RunFolder(tmp_path), Reader(wanted=3)
-    sampler = Sampler(reader, lambda there: there, lambda samples: append_samples(folder, 7, samples), 2, 0.001)
-    assert reader.enough.wait(240)
-    sampler.close()
-    found = list(read_samples(folder, 7))
-    assert telemetry_nodes(folder) == [7] and {sample.attempt for sample in found} == {2}
-    powers = [sample.gauges[A]["power_w"] for sample in found]
+def test_samples_are_taken_at_the_start_every_interval_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "GPU_SAMPLE_S", 0.001)
+    reader, found = Reader(wanted=3), list[health.Sample]()
+    with sampling(reader, lambda there: there, found.extend):
+        assert reader.enough.wait(240)
+    powers = [gauges[A]["power_w"] for _, gauges in found]
     assert powers[:2] == [100.0, 300.0], "at the second time it did not answer, and nothing is made up"
     assert powers[-1] == 100.0 * reader.asked, "the last one is at the end"
 
 
 def test_a_driver_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "LAST_SAMPLE_S", 0.01)
-    release, written = threading.Event(), list[GpuSample]()
-    sampler = Sampler(Reader(block=release), lambda there: there, written.extend, 1, 3600)
-    sampler.close()
+    release, written = threading.Event(), list[health.Sample]()
+    with sampling(Reader(block=release), lambda there: there, written.extend):
+        pass
     assert not written
     release.set()
-    sampler._thread.join(240)
 
 
 def test_a_sample_is_read_as_it_was_written_and_other_lines_are_passed_over(tmp_path: Path) -> None:

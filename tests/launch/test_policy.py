@@ -27,14 +27,14 @@ from launch.agent.policy import (
     unreliable_hosts,
 )
 from launch.config import ResilienceConfig, RestartLimits
-from launch.report.goodput import measure_goodput
-from launch.runs.events import events_since_submission
+from launch.runs.events import events_since_submission, select_events
 from launch.runs.files import read_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.client import JobDetails
 from launch.slurm.jobs import agent_logs, job_of
 from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
+from tests.support.runs import causes
 
 Events = list[dict[str, Any]]
 
@@ -56,10 +56,10 @@ LIMITS = RestartLimits(crashed=2, hung=1, out_of_memory=0)
 
 
 def decide(
-    events: Events, cause: Cause, limits: RestartLimits, without_progress: int, resumes: bool = True,
-    forgive_after_s: float = math.inf,
+    events: Events, cause: Cause, limits: RestartLimits | None = None, without_progress: int = 3,
+    resumes: bool = True, forgive_after_s: float = math.inf,
 ) -> Decision:  # fmt: skip
-    config = ResilienceConfig(max_restarts=limits, max_without_progress=without_progress)
+    config = ResilienceConfig(max_restarts=limits or RestartLimits(), max_without_progress=without_progress)
     with mock.patch.object(ResilienceConfig, "forgive_after_s", forgive_after_s):
         return decide_next([{"time": 0.0, **event} for event in events], cause, config, resumes)
 
@@ -87,13 +87,13 @@ def decide(
     ids=lambda value: str(value) if isinstance(value, str) else f"{len(value)}x{value[-1]}",
 )
 def test_each_cause_has_a_limit_of_its_own(causes: list[Cause], action: Action) -> None:
-    assert decide(history(*causes), causes[-1], LIMITS, without_progress=3).action is action
+    assert decide(history(*causes), causes[-1], LIMITS).action is action
 
 
 def test_a_run_that_saves_nothing_new_stops_whatever_the_cause() -> None:
     events = [e for n in (1, 2, 3) for e in attempt(n, Cause.preempted, from_step=20)]
-    assert decide(events[:4], Cause.preempted, RestartLimits(), 3).action is Action.requeue
-    decision = decide(events, Cause.preempted, RestartLimits(), 3)
+    assert decide(events[:4], Cause.preempted).action is Action.requeue
+    decision = decide(events, Cause.preempted)
     assert decision.action is Action.stop and "3 attempts in a row saved nothing new" in decision.reason
 
 
@@ -114,7 +114,7 @@ def test_an_attempt_that_was_interrupted_before_its_first_step_counts_for_nothin
     events = [e for n in (1, 2, 3) for e in attempt(n, cause, from_step=20)]
     events = [{**e, "step": step} if e["event"] == "attempt_ended" else e for e in events]
     events.insert(0, {"event": "saved", "attempt": 0, "step": 20})
-    decision = decide(events, cause, RestartLimits(), 3)
+    decision = decide(events, cause)
     assert (decision.action is Action.stop) is stops
     # They forgive nothing either: two that were the run's own fault, with one of these between them, are two.
     mixed = [*attempt(1, Cause.crashed, 20), *events[3:5], *attempt(3, Cause.crashed, 20)]
@@ -142,7 +142,7 @@ def test_failures_are_forgiven_after_progress(
     causes: list[Cause], hours: float, forgive_after_s: float, stops: bool
 ) -> None:
     events = timed(history(*causes), hours)
-    decision = decide(events, causes[-1], LIMITS, 3, forgive_after_s=forgive_after_s)
+    decision = decide(events, causes[-1], LIMITS, forgive_after_s=forgive_after_s)
     assert (decision.action is Action.stop) is stops, decision
     assert ("are forgiven" in decision.reason) is (not stops)
 
@@ -223,7 +223,7 @@ def test_points_of_one_command_share_the_hosts_that_they_avoid(tmp_path: Path) -
 def test_two_ends_of_one_attempt_are_one() -> None:
     ends = history(*[Cause.node_failed] * 10)
     twice = [e for e in ends for _ in range(2 if e["event"] == "attempt_ended" else 1)]
-    assert decide(twice, Cause.node_failed, RestartLimits(node_failed=10), 3).action is Action.restart
+    assert decide(twice, Cause.node_failed, RestartLimits(node_failed=10)).action is Action.restart
     # The node that took over, then the one that was cut off and came back: the first holds.
     incident = [*attempt(1, Cause.node_failed), {"event": "attempt_ended", "attempt": 1, "cause": Cause.preempted}]
     assert [e["cause"] for e in attempt_ends(incident)] == [Cause.node_failed]
@@ -252,7 +252,7 @@ def test_typing_the_command_again_forgives() -> None:
 # What `scontrol show job` of Slurm 22.05 said when a task of the job got SIGTERM: JobState, PreemptTime, Restarts, and
 # seconds since the start of StartTime and EndTime.
 def test_a_program_without_checkpoints_is_told_why_it_is_not_started_again() -> None:
-    decision = decide(history(Cause.crashed), Cause.crashed, RestartLimits(), 3, resumes=False)
+    decision = decide(history(Cause.crashed), Cause.crashed, resumes=False)
     assert decision.action is Action.stop
     assert "would run again from its first step (script.resumes=true where it looks" in decision.reason
 
@@ -302,39 +302,16 @@ def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path)
     wait_for(
         lambda: any(e["event"] == "saved" for e in killed.read_events()) or process.poll() is not None, "a checkpoint"
     )
-    submitted = [e for e in killed.read_events() if e["event"] == "submitted"]
+    submitted = select_events(killed.read_events(), "submitted")
     os.kill(ranks_of(descendants(process.pid))[1], signal.SIGKILL)
     assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()
     events = killed.read_events()
-    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["crashed", "finished"]
-    assert [e for e in events if e["event"] == "submitted"] == submitted, "the same job went on"
+    assert causes(killed) == ["crashed", "finished"]
+    assert select_events(events, "submitted") == submitted, "the same job went on"
     assert [e["event"] for e in events].count("recovered") == 1
     for node in range(2):
         assert all("executed" not in log.read_text() for log in agent_logs(killed.path, job_of(submitted[0]), node))
     losses = [[r["loss"] for r in read_records(folder.metrics(0))] for folder in (whole, killed)]
     assert losses[0] == losses[1]
-    # Its second attempt loaded a checkpoint and says how long that took; parts and losses follow from the files.
-    goodput, records = measure_goodput(killed, events), [*read_json_lines(killed.metrics(0))]
-    assert goodput is not None
-    (restored,) = [record for record in records if "restore_s" in record]
-    assert restored["attempt"] == 2 and restored["step"] == next(r["step"] for r in records if r["attempt"] == 2)
-    assert goodput.seconds["restore"] == restored["restore_s"] > 0 and "compile" not in goodput.seconds
-    began, ended = (next(e[name] for e in events if name in e) for name in ("allocated_at", "ended_at"))
-    allocated_s = goodput.total_s - goodput.seconds.get("waiting", 0.0)
-    assert allocated_s == pytest.approx(ended - began, abs=1e-3)
-    parts = sum(goodput.seconds.get(part, 0.0) for part in ("restarts", "restore", "lost"))
-    assert goodput.losses.seconds == {"crashed": pytest.approx(parts, abs=1e-3)}
-
-
-def test_an_attempt_that_was_replaced_can_commit_nothing(tmp_path: Path) -> None:
-    words = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=50"]
-    folder = RunFolder(tmp_path / "run")
-    process = start_fork("gpt.train", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
-    wait_for(lambda: read_records(folder.metrics(0)) or process.poll() is not None, "the first step")
-    process.send_signal(signal.SIGSTOP)  # cut off, as a node behind a dead link is
-    assert folder.create_attempt() == 2
-    there = sorted(p.name for p in folder.checkpoints.glob("step_*"))
-    process.send_signal(signal.SIGCONT)
-    assert process.wait(timeout=120) == 1
-    assert "OutdatedAttemptError" in (tmp_path / "log").read_text()
-    assert sorted(p.name for p in folder.checkpoints.glob("step_*")) == there
+    (restored,) = [record for record in read_json_lines(killed.metrics(0)) if "restore_s" in record]
+    assert restored["attempt"] == 2 and restored["restore_s"] > 0

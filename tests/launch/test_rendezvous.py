@@ -55,51 +55,41 @@ def run_agents(folder: RunFolder, config: Config, count: int, agent: Callable[[A
 
 
 @pytest.mark.parametrize(
-    ("avoid", "members", "recorded"),
+    ("avoid", "sick", "members", "recorded"),
     [
-        ({}, (0, 1), None),
-        ({"n1": "lost in attempt 2"}, (0, 2), ("avoided", ["n1"], "n1: lost in attempt 2")),
+        ({}, {}, (0, 1), []),
+        ({"n1": "lost in attempt 2"}, {}, (0, 2), [("avoided", ["n1"], "n1: lost in attempt 2")]),
         # The head node decides, and cannot be left out; nor can more than there are spares.
-        ({"n0": "hung twice"}, (0, 1), ("not_avoided", ["n0"], "n0: hung twice")),
-        ({"n2": "why", "n1": "because"}, (0, 1), ("avoided", ["n2"], "n2: why")),
+        ({"n0": "hung twice"}, {}, (0, 1), [("not_avoided", ["n0"], "n0: hung twice")]),
+        ({"n2": "why", "n1": "because"}, {}, (0, 1), [("avoided", ["n2"], "n2: why")]),
+        ({}, {1: "fan"}, (0, 2), []),
+        ({}, {2: "fan"}, (0, 1), []),
+        ({}, {1: "fan", 2: "heat"}, None, []),
+        ({}, {0: "fan"}, None, []),
     ],
 )
-def test_a_spare_takes_the_place_of_a_host_to_avoid(
-    tmp_path: Path, avoid: Mapping[str, str], members: tuple[int, ...], recorded: tuple[str, list[str], str] | None
-) -> None:
-    folder = RunFolder(tmp_path)
-    rounds = run_agents(folder, config_of(2, 1), 3, lambda group, index: group.next_round(0, avoid))
-    assert {rdzv.members for rdzv in rounds if rdzv is not None} == {members}
-    found = [
-        (e["event"], e["hosts"], e["cause"]) for e in select_events(folder.read_events(), "avoided", "not_avoided")
-    ]
-    assert recorded == (found[0] if found else None)
-
-
-@pytest.mark.parametrize(
-    ("sick", "members"),
-    [({}, (0, 1)), ({1: "fan"}, (0, 2)), ({2: "fan"}, (0, 1)), ({1: "fan", 2: "heat"}, None), ({0: "fan"}, None)],
-)
-def test_a_spare_takes_the_place_of_a_sick_node(
-    tmp_path: Path, sick: Mapping[int, str], members: tuple[int, ...] | None
+def test_a_spare_takes_the_place_of_a_host_to_avoid_and_of_a_sick_node(
+    tmp_path: Path, avoid: Mapping[str, str], sick: Mapping[int, str], members: tuple[int, ...] | None, recorded: object
 ) -> None:
     folder = RunFolder(tmp_path)
 
     def agent(group: AgentGroup, index: int) -> RendezvousRound | TooFewNodesError | None:
         make_sick(group, sick.get(index))
         try:
-            return group.next_round(0)
+            return group.next_round(0, avoid)
         except TooFewNodesError as error:
             return error
 
-    rounds = run_agents(folder, config_of(2, 1), 3, agent)
-    recorded = {(e["node"], e["host"], e["cause"]) for e in select_events(folder.read_events(), "node_sick")}
+    rounds, events = run_agents(folder, config_of(2, 1), 3, agent), folder.read_events()
     if members is None:
         (error,) = [found for found in rounds if isinstance(found, TooFewNodesError)]
         assert error is rounds[0] and {one.index: one.why for one in error.sick} == sick
-    else:
-        assert {found.members for found in rounds if isinstance(found, RendezvousRound)} == {members}
-        assert recorded == {(index, HOSTS[index], why) for index, why in sick.items()}
+        return
+    assert {found.members for found in rounds if isinstance(found, RendezvousRound)} == {members}
+    found = [(e["event"], e["hosts"], e["cause"]) for e in select_events(events, "avoided", "not_avoided")]
+    assert found[:1] == recorded
+    named = {(e["node"], e["host"], e["cause"]) for e in select_events(events, "node_sick")}
+    assert named == {(index, HOSTS[index], why) for index, why in sick.items()}
 
 
 def make_sick(group: AgentGroup, why: str | None) -> None:
@@ -157,13 +147,6 @@ def test_a_start_has_fewer_nodes_while_some_are_sick_and_all_of_them_afterwards(
     assert smaller[2]["cause"] == "n1: sick, fan", "the fourth cannot be used, and waits"
     assert [(e["attempt"], e["spares"]) for e in select_events(events, "members")] == [(2, ["n3"])]
     assert [e["attempt"] for e in select_events(events, "all_nodes")] == [4]
-
-
-@pytest.mark.parametrize("sick", [{1: "fan", 2: "fan", 3: "fan"}, {0: "fan"}])
-def test_too_few_for_the_smallest_size_and_a_sick_head_node_are_refused(tmp_path: Path, sick: dict[int, str]) -> None:
-    folder = RunFolder(tmp_path)
-    with pytest.raises(TooFewNodesError):
-        rounds_of_sick(folder, elastic(folder, (3, 2)), [sick])
 
 
 def test_a_node_that_came_early_and_is_silent_since_takes_no_part(tmp_path: Path) -> None:

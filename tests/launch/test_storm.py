@@ -16,7 +16,7 @@ from launch.runs.files import append_json_lines
 from launch.runs.folder import RunFolder
 from launch.storm import drill, injection
 from launch.storm.__main__ import require_own
-from launch.storm.drill import Interruption, choose_kinds, first_save, make_schedule
+from launch.storm.drill import LastFault, choose_kinds, first_save, make_schedule
 from launch.storm.injection import DISK, KINDS, SANDBOX, SLURM, SPARES, FaultError, Site
 from tests.support.commands import ROOT, run, start_fork
 from tests.support.runs import LOCAL
@@ -122,7 +122,7 @@ def test_processes_of_other_users_and_of_other_runs_are_not_found(tmp_path: Path
     with pytest.raises(ConfigError, match="another user's"):
         require_own(theirs, "a sandbox")
     try:
-        assert {rank: process.pid for rank, process in injection.ranks_of(tmp_path).items()} == {1: own.pid}
+        assert {rank: process.pid for rank, process in injection.rank_processes(tmp_path).items()} == {1: own.pid}
         command = [sys.executable, "-m", "launch.storm.injection", str(tmp_path), "SIGKILL", "rank", "1"]
         assert subprocess.run(command, cwd=ROOT, check=True, capture_output=True).returncode == 0
         assert own.wait(60) == -signal.SIGKILL
@@ -133,24 +133,15 @@ def test_processes_of_other_users_and_of_other_runs_are_not_found(tmp_path: Path
             process.wait()
 
 
-def test_goodput_by_young_and_daly() -> None:
-    """Against a sum over one interval between faults, step by step, and against the interval that it calls the best."""
-    told = drill.Prediction(save_s=2.0, interval_s=60.0, restart_s=10.0, between_faults_s=3600.0)
-    cycles = (3600 - 10 - 31) / 62
-    assert told.goodput == pytest.approx(cycles * 60 / 3600) and told.best_interval_s == pytest.approx(120.0)
-    nearby = [drill.Prediction(2.0, seconds, 10.0, 3600.0).goodput for seconds in (60.0, 119.0, 240.0)]
-    assert max(nearby) == nearby[1]
-
-
 def test_the_next_fault_waits_for_a_start_that_goes_on_after_the_last() -> None:
     def event(name: str, at: float, **fields: int) -> dict[str, float | int | str]:
         return {"event": name, "time": at, **fields}
 
-    struck = Interruption(struck=10.0, over=12.0, ends_attempt=True)
+    struck = LastFault(struck=10.0, over=12.0, ends_attempt=True)
     undisturbed = [event("saved", 9, step=20), event("saved", 11, step=40), event("saved", 13, step=60)]
     assert first_save(undisturbed, struck, 14.0) is None  # the blow has not been felt yet
     assert first_save(undisturbed, struck, 1000.0) == 60  # nor will it ever
-    assert first_save(undisturbed, Interruption(10.0, 12.0), 14.0) == 60
+    assert first_save(undisturbed, LastFault(10.0, 12.0), 14.0) == 60
     leaving = [event("signalled", 10.5), event("saved", 11, step=33), event("attempt_ended", 13)]
     assert first_save(leaving, struck, 14.0) is None  # what it saved on its way out
     assert first_save([*leaving, event("agent_ended", 14), event("saved", 20, step=40)], struck, 21.0) == 40
@@ -169,7 +160,7 @@ def test_a_spare_is_hit_only_where_one_stands_by(tmp_path: Path) -> None:
     folder.record_event("members", hosts=["n1", "n3"], spares=[])
     assert site.spares() == []
     with pytest.raises(FaultError, match="a spare node did not come"):
-        injection.wait(site.spares, "a spare node", 0)
+        injection.wait_or_fail(site.spares, "a spare node", 0)
 
 
 def test_a_fault_of_a_rank_meets_one_that_there_is_with_fewer_nodes(tmp_path: Path) -> None:
@@ -213,5 +204,5 @@ def test_the_prediction_is_for_the_time_of_the_faults(tmp_path: Path) -> None:
     events.append({"event": "agent_ended", "time": start + 12, "job": "local-1", "ended_at": start + 12})
     append_json_lines(folder.events, events)
     append_json_lines(folder.metrics(0), records)
-    told = drill.measure(folder, [{"kind": "sigkill_rank", "time": start + 10}])
-    assert told is not None and told.predicted.interval_s == pytest.approx(5.0)
+    told = drill.goodput_figures(folder, [{"kind": "sigkill_rank", "time": start + 10}])
+    assert told is not None and told["predicted"]["interval_s"] == pytest.approx(5.0)

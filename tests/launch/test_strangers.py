@@ -13,10 +13,11 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
-from launch.agent.exchange import Heartbeat, Message, SignedStore, heartbeat_key, open_store
+from launch.agent.exchange import Heartbeat, Message, SignedStore, heartbeat_key, open_tcp_store
 from launch.errors import ConfigError
 from launch.plan.plan import refuse_exposed
 from launch.runs.files import deny_others_writing, make_folder, write_json
@@ -26,8 +27,7 @@ from launch.slurm.jobs import run_dir_of
 from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
 
 TIMEOUT = timedelta(seconds=30)
-LOOPBACK = "0100007F"
-"""127.0.0.1 as /proc/net/tcp writes it."""
+LOOPBACK = "127.0.0.1"
 VALIDATE, PING = 0, 13
 """Requests of torch's store, by which a port that serves one is told from others (TCPStoreBackend.hpp)."""
 MAGIC = 0x3C85F7CE
@@ -35,21 +35,13 @@ NAME = """it's $(touch pwned) `touch pwned` "a=b,c"; é *"""
 """A run of this name is started, and must neither stumble over it nor have a shell run it."""
 
 
-def listening(pids: list[int]) -> list[tuple[str, int]]:
-    """Address, as /proc/net/tcp writes it, and port of every listening socket of some processes."""
-    inodes = set()
+def listening(pids: list[int]) -> set[tuple[str, int]]:
+    """Address and port of every listening socket of some processes."""
+    found = set()
     for pid in pids:
-        with suppress(OSError):
-            for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-                with suppress(OSError):
-                    inodes.add(str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]"))
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                address, port = fields[1].split(":")
-                found.append((address, int(port, 16)))
+        with suppress(psutil.NoSuchProcess):
+            sockets = psutil.Process(pid).net_connections("tcp")
+            found |= {(each.laddr.ip, each.laddr.port) for each in sockets if each.status == psutil.CONN_LISTEN}
     return found
 
 
@@ -149,7 +141,7 @@ def test_strangers_change_nothing_in_a_run_and_cannot_write_into_its_folder(tmp_
 
 @pytest.fixture
 def served() -> Iterator[dist.TCPStore]:
-    yield open_store("127.0.0.1", TIMEOUT)
+    yield open_tcp_store("127.0.0.1", TIMEOUT)
 
 
 def test_a_store_listens_on_one_address_only(served: dist.TCPStore) -> None:

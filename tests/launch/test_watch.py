@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,8 @@ import pytest
 from launch.agent.watch import Watchdog, stack_of
 from launch.config import ResilienceConfig
 from launch.runs import heartbeat
-from launch.runs.events import first_failure
-from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import HeartbeatFile, Phase
-from launch.runs.records import read_records
-from tests.support.commands import ROOT, TINY, descendants, environment, ranks_of, start_fork, wait_for
+from tests.support.commands import ROOT, environment, wait_for
 
 LIMITS = ResilienceConfig(heartbeat_timeout_s=10**6, hang_timeout_s=20, startup_and_save_timeout_s=40)
 STEPPING = """
@@ -41,24 +40,28 @@ class Clock:
         monkeypatch.setattr("launch.agent.watch.time.monotonic", lambda: self._real() + self.ahead)
 
 
-def rank(folder: Path, phase: str, program: str = STEPPING) -> subprocess.Popen[bytes]:
+@contextmanager
+def rank(folder: Path, phase: str, program: str = STEPPING) -> Iterator[subprocess.Popen[bytes]]:
     """A process that says where it is, once, and then only beats."""
     with (folder / "log").open("wb") as log:
         command = [sys.executable, "-c", program, phase]
         told = {"RANK": "3", "LAUNCH_RUN_DIR": str(folder), "LAUNCH_HEARTBEAT_DIR": str(folder)}
         process = subprocess.Popen(command, cwd=ROOT, env=environment(**told), stdout=log, stderr=log)
-    wait_for(
-        lambda: (sign := heartbeat.read_heartbeat(folder / "3")) is not None and sign.step == 7, "its sign of life"
-    )
-    return process
+    try:
+        wait_for(
+            lambda: (sign := heartbeat.read_heartbeat(folder / "3")) is not None and sign.step == 7, "its sign of life"
+        )
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize(("phase", "limit"), [("training", 20), ("evaluating", 20), ("saving", 40), ("starting", 40)])
 def test_a_rank_without_progress_is_stuck_after_the_limit_of_its_phase(
     phase: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = rank(tmp_path, phase)
-    try:
+    with rank(tmp_path, phase) as process:
         clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
         ranks = {3: process.pid}
         assert dog.poll(ranks) == []
@@ -70,11 +73,7 @@ def test_a_rank_without_progress_is_stuck_after_the_limit_of_its_phase(
             found = dog.poll(ranks)
         assert [(one.rank, one.step) for one in found] == [(3, 7)]
         assert found[0].why.startswith("hung: no progress for ") and found[0].why.endswith(phase)
-        stack = stack_of(process.pid, tmp_path / "log")
-        assert "where_it_waits" in stack
-    finally:
-        process.kill()
-        process.wait()
+        assert "where_it_waits" in stack_of(process.pid, tmp_path / "log")
 
 
 MANY_THREADS = """
@@ -104,9 +103,8 @@ def interrupt(process: subprocess.Popen[bytes], log: Path, heard: threading.Even
 
 
 def test_a_rank_that_is_interrupted_as_it_writes_its_stacks_is_heard_out(tmp_path: Path) -> None:
-    process, log = rank(tmp_path, "training", MANY_THREADS), tmp_path / "log"
-    amid = 0
-    try:
+    log, amid = tmp_path / "log", 0
+    with rank(tmp_path, "training", MANY_THREADS) as process:
         for _ in range(20):  # whoever interrupts may itself come too late
             heard, sizes = threading.Event(), list[int]()
             thread = threading.Thread(target=interrupt, args=(process, log, heard, sizes))
@@ -120,22 +118,15 @@ def test_a_rank_that_is_interrupted_as_it_writes_its_stacks_is_heard_out(tmp_pat
             amid += bool(sizes) and sizes[0] < log.stat().st_size
             if amid == 2:
                 break
-        assert amid == 2, "twice it was interrupted before the end"
-    finally:
-        process.kill()
-        process.wait()
+    assert amid == 2, "twice it was interrupted before the end"
 
 
 def test_a_pause_of_the_agent_itself_is_held_against_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    process = rank(tmp_path, "training")
-    try:
+    with rank(tmp_path, "training") as process:
         clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
         assert dog.poll({3: process.pid}) == []
         clock.ahead = 1000  # scontrol suspend
         assert dog.poll({3: process.pid}) == []
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_a_rank_that_never_starts_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,27 +168,3 @@ def test_a_rank_that_only_attached_is_not_late(tmp_path: Path, monkeypatch: pyte
         found = dog.poll({0: os.getpid()})
     sign = heartbeat.read_heartbeat(tmp_path / "0")
     assert found and sign is not None and (sign.step, sign.phase) == (1, Phase.training)
-
-
-def test_a_frozen_rank_is_named_with_its_stack_and_the_run_goes_on(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    words = [
-        *TINY,
-        "optim.max_steps=60",
-        "eval.interval=0",
-        "checkpoint.interval=10",
-        "resilience.heartbeat_timeout_s=6",
-        "launch.report_files=[md]",
-    ]
-    process = start_fork("launch", "nodes=2", *words, f"run_dir={folder.path}", cwd=tmp_path, log=tmp_path / "log")
-    wait_for(lambda: len(read_records(folder.metrics(1))) > 7 or process.poll() is not None, "the eighth step")
-    os.kill(ranks_of(descendants(process.pid))[1], signal.SIGSTOP)
-    assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()
-    events = folder.read_events()
-    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["hung", "finished"]
-    failure = first_failure(events, 1)
-    assert failure is not None, events
-    assert (failure["rank"], failure.get("hung")) == (1, True) and failure["step"] >= 7 and failure["host"]
-    assert "stopped: the process has not run for" in failure["cause"]
-    assert "gpt/train.py" in failure["traceback"], "the stack of the frozen rank"
-    assert [e["event"] for e in events].count("recovered") == 1

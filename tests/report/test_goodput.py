@@ -21,7 +21,7 @@ from launch.runs.files import ReportFile
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records, read_records
 from launch.runs.tensorboard import png_shape
-from launch.worker import make_run
+from launch.worker import run_of_environment
 from tests.support.distributed import run_distributed
 from tests.support.learning import start
 
@@ -449,7 +449,7 @@ def train_compiled(rank: int, size: int, folder: Path) -> tuple[float, float, in
     with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
         steps = (f"optim.max_steps={STEPS}", f"eval.interval={EVALUATED_AT}", "checkpoint.interval=0")
         run = start(rank, size, folder, "compile=default", "optim.max_micro_batch=16", *steps)
-        run.worker = make_run({**os.environ, "LAUNCH_RUN_DIR": str(folder)})
+        run.worker = run_of_environment({**os.environ, "LAUNCH_RUN_DIR": str(folder)})
         assert train(run) == "finished"
     return begun, time.time(), counters["stats"]["unique_graphs"]
 

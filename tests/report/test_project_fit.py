@@ -15,8 +15,7 @@ from gpt.config import ModelConfig, TrainConfig
 from gpt.workload.goal import ASPECT, sized_model
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
-from launch.project.__main__ import main
-from launch.project.fit import Goal, Offer, as_offer, compose_goal, offers, parse_goal
+from launch.project.__main__ import Goal, Offer, as_offer, compose_goal, main, offers, parse_goal
 from launch.runs.measured import LinkFit, Network, network_document
 from launch.workload import SetUp, TrainingGoal
 

@@ -7,8 +7,9 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,20 +20,8 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan, write_run
-from launch.project.__main__ import main, parse_sizes
-from launch.project.models import (
-    Measured,
-    RankSpread,
-    cost_model,
-    expected_maximum,
-    fit_costs,
-    fit_trend,
-    maximum_weights,
-    minimum,
-    normal_maximum,
-    reach,
-    root,
-)
+from launch.project.__main__ import main, parse_node_counts
+from launch.project.models import Measured, RankSpread, cost_model, fit_costs, fit_trend, maximum_weights, minimum
 from launch.project.projection import project, read_sweep
 from launch.report.goodput import Failures
 from launch.report.read import Floats
@@ -59,7 +48,7 @@ MODEL = ("data=synthetic", "name=project", "eval.interval=0", "optim.max_steps=4
     ],
 )
 def test_sizes_are_a_list_or_go_on(text: str, sizes: list[int]) -> None:
-    assert parse_sizes(text) == sizes
+    assert parse_node_counts(text) == sizes
 
 
 @pytest.mark.parametrize(
@@ -67,14 +56,7 @@ def test_sizes_are_a_list_or_go_on(text: str, sizes: list[int]) -> None:
 )
 def test_what_is_no_list_of_sizes_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="type next: --nodes 8,16"):
-        parse_sizes(text)
-
-
-def test_searches_find_roots_and_minima_known_in_closed_form() -> None:
-    assert root(lambda x: 2 - x * x, 1e-3, 1e3) == pytest.approx(math.sqrt(2), rel=1e-12)
-    assert root(lambda x: 2 - x, 3.0, 9.0) == 3.0  # falls below zero before the interval begins
-    assert root(lambda x: 2 - x, 1e-3, 1.0) == 1.0
-    assert minimum(lambda x: 3 * x + 12 / x, 1e-3, 1e3) == pytest.approx(2.0, rel=1e-4)
+        parse_node_counts(text)
 
 
 def test_the_interval_between_saves_loses_least() -> None:
@@ -135,12 +117,13 @@ def test_a_trend_is_found_again_and_has_no_negative_term() -> None:
     assert min(better_than_ideal) >= 0.0
 
 
-def ddp_step_s(config_tokens: int, ranks: int, flops: float, elements: int, rate: float, links: float) -> float:
+def ddp_step_s(facts: Mapping[str, Any], ranks: int, rate: float = 0.1, links: float = 0.01) -> float:
     """A step of DDP by hand: compute, and of the ring what the last backward pass does not hide, a bucket at least.
 
     Loopback or 10 Gbit/s, 5 us a message; buckets of 25 MiB; a model smaller than one is a bucket by itself.
     """
-    compute = config_tokens / ranks * flops / (CPU_FLOPS_PER_S * rate)
+    elements = facts["parameters"]
+    compute = facts["tokens_per_step"] / ranks * facts["flops_per_token"] / (CPU_FLOPS_PER_S * rate)
     steps = 2 * (ranks - 1)
     ring = steps * (5e-6 / links + 4 * elements / ranks / (1e9 * links))
     bucket = steps * (5e-6 / links + min(4 * elements, 25 * 2**20) / ranks / (1e9 * links))
@@ -156,10 +139,7 @@ def gpt_sweep(tmp_path: Path, make_run: type[RunBuilder]) -> Path:
         composed = compose_launch(words)
         plan = make_plan(typed_config(composed), words, ClusterKind.local)
         write_run(plan, composed, words)
-        facts = plan.promised.facts
-        seconds = ddp_step_s(
-            facts["tokens_per_step"], nodes, facts["flops_per_token"], facts["parameters"], rate=0.1, links=0.01
-        )
+        seconds = ddp_step_s(plan.promised.facts, nodes)
         builder = make_run(folder / f"n{nodes}", nodes, nodes, (f"nodes={nodes}", *MODEL), machines=nodes)
         builder.attempt().steps(1, [seconds] * 12).event("finished", attempt=1)
     return folder
@@ -181,9 +161,7 @@ def test_a_sweep_of_the_gpt_is_projected(gpt_sweep: Path, capsys: pytest.Capture
     assert [row["is_measured"] for row in rows.values()] == ["True"] * 3 + ["False"] * 3
     known = json.loads((gpt_sweep / "n4" / "plan.json").read_text())
     for nodes in (8, 16):
-        expected = ddp_step_s(
-            known["tokens_per_step"], nodes, known["flops_per_token"], known["parameters"], rate=0.1, links=0.01
-        )
+        expected = ddp_step_s(known, nodes)
         row = rows[nodes]
         # The cost model counts attention by what the kernel computes, a little less than the FLOPs of the plan.
         assert float(row["step_s"]) == pytest.approx(expected, rel=0.02)
@@ -221,8 +199,7 @@ def test_a_slow_rank_of_the_gpt_is_told_apart(gpt_sweep: Path) -> None:
     assert eight["stragglers_s"] == pytest.approx((four["stragglers_s"] + grown) / 2, rel=1e-4)  # half of the work
     assert eight["parts"]["stragglers"] == eight["stragglers_s"]
     known = json.loads((gpt_sweep / "n4" / "plan.json").read_text())
-    even = ddp_step_s(known["tokens_per_step"], 8, known["flops_per_token"], known["parameters"], rate=0.1, links=0.01)
-    assert eight["step_s"] - eight["stragglers_s"] == pytest.approx(even, rel=0.02)
+    assert eight["step_s"] - eight["stragglers_s"] == pytest.approx(ddp_step_s(known, 8), rel=0.02)
 
 
 def test_the_command_is_found_by_its_name(gpt_sweep: Path) -> None:
@@ -277,18 +254,22 @@ def test_measured_rates_of_products_are_used(gpt_sweep: Path, tmp_path: Path) ->
     assert times[0] == pytest.approx(2 * times[1])
 
 
+def script_run(path: Path, make_run: type[RunBuilder], nodes: int, **known: Any) -> RunBuilder:
+    """A planned run of a script on some nodes, which records what it knows of its work."""
+    script = path.parent.parent / "train.py"
+    script.write_text("")
+    words = ["workload=script", f"script.path={script}", f"nodes={nodes}", f"run_dir={path}"]
+    composed = compose_launch(words)
+    write_run(make_plan(typed_config(composed), words, ClusterKind.local), composed, words)
+    known = {"unit": "samples", **known}
+    return make_run(path, nodes, nodes, (f"nodes={nodes}",), script=known, machines=nodes).attempt()
+
+
 def test_the_times_of_a_script_make_a_trend(tmp_path: Path, make_run: type[RunBuilder]) -> None:
     folder = tmp_path / "mine"
-    script = tmp_path / "train.py"
-    script.write_text("")
     for nodes in (1, 2, 4):
-        path = folder / f"n{nodes}"
-        words = ["workload=script", f"script.path={script}", f"nodes={nodes}", f"run_dir={path}"]
-        composed = compose_launch(words)
-        write_run(make_plan(typed_config(composed), words, ClusterKind.local), composed, words)
-        known = {"unit": "samples", "work_per_step": 64}
-        builder = make_run(path, nodes, nodes, (f"nodes={nodes}",), script=known, machines=nodes)
-        builder.attempt().records([0.3 + 1.2 / nodes] * 12, step_time_s=0.3 + 1.2 / nodes).ran(20)
+        builder = script_run(folder / f"n{nodes}", make_run, nodes, work_per_step=64)
+        builder.records([0.3 + 1.2 / nodes] * 12, step_time_s=0.3 + 1.2 / nodes).ran(20)
     assert main([str(folder), "--nodes", "8,...,64"]) == 0
     rows = rows_of(folder)
     for nodes in (8, 16, 32, 64):
@@ -339,33 +320,6 @@ def test_weights_are_those_of_every_choice() -> None:
     assert maximum_weights(10**6, 700) @ places == pytest.approx(700 * (10**6 + 1) / 701, rel=1e-9)
 
 
-def test_maxima_of_exponential_and_uniform_samples_are_those_in_closed_form() -> None:
-    """Harmonic numbers, and N / (N + 1); means over samples, held against their standard errors."""
-    generator = np.random.default_rng(2)
-    exponential = [np.sort(generator.exponential(size=2500)) for _ in range(60)]
-    uniform = [np.sort(generator.random(2500)) for _ in range(60)]
-    assert reach(2500) == 50
-    for draws in (1, 2, 10, 50, 5000):
-        harmonic = sum(1 / k for k in range(1, draws + 1))
-        of_exponential = [expected_maximum(sample, draws) for sample in exponential]
-        error = np.std(of_exponential, ddof=1) / math.sqrt(60)
-        assert np.mean(of_exponential) == pytest.approx(harmonic, abs=4 * error + 0.02)  # H(N) is ln N + 0.58 + 1 / 2N
-        if draws <= 50:
-            assert np.mean([expected_maximum(s, draws) for s in uniform]) == pytest.approx(
-                draws / (draws + 1), abs=0.01
-            )
-    beyond = np.mean([expected_maximum(sample, 500) for sample in uniform])
-    assert 500 / 501 < beyond < 1.05  # an upper estimate where values are bounded
-
-
-def test_maxima_of_normal_draws() -> None:
-    assert normal_maximum(1) == pytest.approx(0, abs=1e-6)
-    assert normal_maximum(2) == pytest.approx(1 / math.sqrt(math.pi), rel=1e-5)
-    assert normal_maximum(3) == pytest.approx(1.5 / math.sqrt(math.pi), rel=1e-5)
-    maxima = np.random.default_rng(3).normal(size=(4000, 256)).max(axis=1)
-    assert normal_maximum(256) == pytest.approx(maxima.mean(), abs=4 * maxima.std() / math.sqrt(4000))
-
-
 def own_times(seed: int, ranks: int, lasting: float, noise: float, steps: int = 120) -> Floats:
     """Own times of some ranks around 1 s: what a rank is slower throughout, its noise, and what all have in common."""
     generator = np.random.default_rng(seed)
@@ -400,16 +354,10 @@ def test_stages_of_a_pipeline_are_no_slow_ranks() -> None:
 
 def sweep_of(folder: Path, make_run: type[RunBuilder], *, steps: int, with_waits: bool = True) -> None:
     """A script's steps in weak scaling on 1 to 8 nodes: the slowest of exponential own times, and an exchange."""
-    script = folder.parent / "train.py"
-    script.write_text("")
     generator = np.random.default_rng(5)
     for nodes in (1, 2, 4, 8):
         path = folder / f"n{nodes}"
-        words = ["workload=script", f"script.path={script}", f"nodes={nodes}", f"run_dir={path}"]
-        composed = compose_launch(words)
-        write_run(make_plan(typed_config(composed), words, ClusterKind.local), composed, words)
-        known = {"unit": "samples", "work_per_step": 64 * nodes, "weak_scaling": True}
-        builder = make_run(path, nodes, nodes, (f"nodes={nodes}",), script=known, machines=nodes).attempt()
+        builder = script_run(path, make_run, nodes, work_per_step=64 * nodes, weak_scaling=True)
         own = 1 + generator.exponential(0.1, size=(steps, nodes))
         times = own.max(axis=1) + 0.02 * math.log2(nodes)
         for rank in range(nodes):

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from slurm.sandbox import state as packages
-from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import heal
+from slurm.sandbox.cluster import Cluster, heal
 from slurm.sandbox.state import Settings
 
 # A lost node is DOWN after about 15 s with these, against 30 s with the sandbox's own. Runs have 20 s to save and leave
@@ -21,7 +20,7 @@ QUICK = ("SlurmdTimeout=10", "MessageTimeout=5", "TCPTimeout=1", "KillWait=20")
 @pytest.fixture(scope="session")
 def slurm_installed() -> None:
     """Skip where Slurm's packages are not installed."""
-    lacking = packages.missing(packages.EVERYWHERE)
+    lacking = packages.missing_packages(packages.EVERYWHERE)
     if lacking:
         pytest.skip(f"needs apt-get install --no-install-recommends {' '.join(lacking)}")
 
@@ -29,7 +28,7 @@ def slurm_installed() -> None:
 @pytest.fixture(scope="session")
 def namespaces(slurm_installed: None) -> None:
     """Skip where nodes cannot be hosts of their own."""
-    lacking = packages.missing(packages.WITH_NAMESPACES)
+    lacking = packages.missing_packages(packages.WITH_NAMESPACES)
     if lacking:
         pytest.skip(f"needs apt-get install --no-install-recommends {' '.join(lacking)}")
     # The name is this process's own, so that two test runs on one machine do not meet.
@@ -61,7 +60,7 @@ def sandbox(shared_sandbox: Cluster) -> Iterator[Cluster]:
 @pytest.fixture
 def two_clusters(namespaces: None) -> Iterator[tuple[Cluster, Cluster]]:
     """Clusters of one node each, ``sandbox`` and ``beta``, that know each other through one slurmdbd."""
-    lacking = packages.missing(packages.WITH_ACCOUNTING)
+    lacking = packages.missing_packages(packages.WITH_ACCOUNTING)
     if lacking:
         pytest.skip(f"needs apt-get install --no-install-recommends {' '.join(lacking)}")
     places = [Path(tempfile.mkdtemp(prefix="sandbox-")) for _ in range(2)]

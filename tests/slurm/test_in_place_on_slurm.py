@@ -19,8 +19,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEATS
 from launch.runs.records import read_records
 from launch.slurm.jobs import agent_logs, job_of
-from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import cut_link
+from slurm.sandbox.cluster import Cluster, cut_link
 from tests.support.commands import ON_SLURM, run, start_fork, wait_for
 from tests.support.runs import COUNTING, PROGRAM, checkpoint, from_step, options
 

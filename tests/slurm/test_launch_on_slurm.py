@@ -236,7 +236,7 @@ def test_watching_outlives_a_controller_that_does_not_answer_and_ctrl_c_saves(sa
     log, folder = tmp_path / "log", RunFolder(tmp_path / "run")
     process = start("launch", *words, cwd=tmp_path, log=log, SLURM_CONF=sandbox.env["SLURM_CONF"])
     wait_for(lambda: steps(folder) > 2, "a few steps")
-    controller = sandbox_state.require(sandbox.directory).processes["slurmctld"].pid
+    controller = sandbox_state.require_state(sandbox.directory).processes["slurmctld"].pid
     os.kill(controller, signal.SIGSTOP)
     try:
         wait_for(lambda: "the jobs continue" in log.read_text(), "the launcher to notice")

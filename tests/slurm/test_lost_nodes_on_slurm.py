@@ -10,8 +10,7 @@ import pytest
 
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import cut_link, freeze, power_cut
+from slurm.sandbox.cluster import Cluster, cut_link, freeze, power_cut
 from tests.support.commands import ON_SLURM, start_fork, wait_for
 from tests.support.runs import COUNTING, from_step, options
 

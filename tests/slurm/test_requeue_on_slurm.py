@@ -11,8 +11,7 @@ import pytest
 
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import heal, power_cut, preempt
+from slurm.sandbox.cluster import Cluster, heal, power_cut, preempt
 from tests.support.checkpoints import differing, read_weights
 from tests.support.commands import TINY, start_fork
 from tests.support.runs import COUNTING, StormyRun, checkpoint, from_step, options, paced

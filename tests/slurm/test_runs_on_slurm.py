@@ -13,8 +13,7 @@ import pytest
 
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.faults import power_cut, preempt
+from slurm.sandbox.cluster import Cluster, power_cut, preempt
 from tests.launch.test_own_names import gpt_launch, make_project, point
 from tests.slurm.test_batch_script import submit_batch_script, wait_for_end
 from tests.slurm.test_requeue_on_slurm import of

@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from launch.errors import ConfigError
-from slurm.sandbox import faults
+from slurm.sandbox import cluster as faults
 from slurm.sandbox.__main__ import main
 from slurm.sandbox.cluster import Cluster
-from slurm.sandbox.state import WITH_LOSS, SandboxError, missing, require, wait_until
+from slurm.sandbox.state import WITH_LOSS, SandboxError, missing_packages, require_state, wait_until
 
 # Waits for one connection, then says how many bytes arrived in how many seconds.
 RECEIVE = """
@@ -82,14 +82,14 @@ def free_links(sandbox: Cluster) -> Iterator[None]:
 
 def on_node(sandbox: Cluster, node: str, script: str, *args: str) -> subprocess.Popen[str]:
     """Start a Python script in a node's network, without Slurm in between."""
-    inside = f"--net=/proc/{require(sandbox.directory).processes[node].pid}/ns/net"
+    inside = f"--net=/proc/{require_state(sandbox.directory).processes[node].pid}/ns/net"
     command = ["nsenter", inside, sys.executable, "-c", script, *args]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def transfer(sandbox: Cluster, server: str, client: str, count: int) -> str:
     """Let ``client`` run against ``server`` between n1 and n2; the server's last words."""
-    address = require(sandbox.directory).nodes["n1"].address
+    address = require_state(sandbox.directory).nodes["n1"].address
     with on_node(sandbox, "n1", server, address) as receiver:
         assert receiver.stdout is not None
         port = receiver.stdout.readline().strip()
@@ -100,7 +100,7 @@ def transfer(sandbox: Cluster, server: str, client: str, count: int) -> str:
 
 def round_trip_ms(sandbox: Cluster, source: str, target: str) -> float:
     """Seconds that a refused connection takes between two nodes, the second time (the first asks for the address)."""
-    address = require(sandbox.directory).nodes[target].address
+    address = require_state(sandbox.directory).nodes[target].address
     for _ in range(2):
         with on_node(sandbox, source, CONNECT, address) as attempt:
             words = attempt.communicate(timeout=30)[0]
@@ -140,7 +140,7 @@ def test_a_node_without_power_and_one_without_a_link_are_called_down(sandbox: Cl
     dead, alone = tmp_path / "dead", tmp_path / "alone"
     start_ticking(sandbox, "n3", dead)
     job = start_ticking(sandbox, "n2", alone)
-    owner = require(sandbox.directory).processes["n3"]
+    owner = require_state(sandbox.directory).processes["n3"]
     inside = psutil.Process(owner.pid).children()
     faults.power_cut(sandbox, "n3")
     faults.cut_link(sandbox, "n2")
@@ -217,7 +217,7 @@ def test_bandwidth_is_what_was_asked_for(sandbox: Cluster) -> None:
 
 
 def test_packets_are_lost_as_often_as_was_asked_for(sandbox: Cluster) -> None:
-    missing(WITH_LOSS) and pytest.skip("needs apt-get install nftables")
+    missing_packages(WITH_LOSS) and pytest.skip("needs apt-get install nftables")
     assert int(transfer(sandbox, COUNT, SCATTER, 2000)) == 2000
     faults.link(sandbox, "n1", loss_percent=30)
     # Five standard deviations of a binomial with n=2000 and p=0.7 are 102.

@@ -15,7 +15,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.storm import injection
 from slurm.sandbox.cluster import Cluster
-from tests.support.commands import ON_SLURM, ROOT, descendants, start_fork, wait_for
+from tests.support.commands import ON_SLURM, ROOT, Process, descendants, start_fork, wait_for
 
 EXAMPLES = ROOT / "examples"
 LOCAL = ("cluster=local", "ranks_per_node=1", "workload=script", "launch.poll_s=1", "launch.report_files=[md,csv]")
@@ -73,6 +73,17 @@ def rank_of_script(pid: int, script: str, rank: int) -> int | None:
 def causes(folder: RunFolder) -> list[str]:
     """Outcomes of the attempts of a run."""
     return [str(e["cause"]) for e in folder.read_events() if e["event"] == "attempt_ended"]
+
+
+def start_training(
+    folder: RunFolder, *words: str, steps: int = 3, begin: Callable[..., Process] = start_fork
+) -> Process:
+    """A launched run of which rank 1 has made ``steps`` steps; what it prints is in ``log`` beside its folder."""
+    log = folder.path.parent / "log"
+    process = begin("launch", *words, f"run_dir={folder.path}", cwd=log.parent, log=log)
+    wait_for(lambda: len(read_records(folder.metrics(1))) >= steps or process.poll() is not None, f"step {steps}")
+    assert process.poll() is None, log.read_text()
+    return process
 
 
 PROGRAM = Path(__file__).parent / "programs" / "counting.py"

@@ -1,8 +1,7 @@
 """Stand-in for nvidia-ml-py on a machine without a driver: the functions that the agent calls, with their signatures.
 
 It is copied as ``pynvml.py`` to where a run finds it, and imports nothing of this project. GPU 0 tells everything, and
-uses 250 W by its counter and by its gauge; GPU 1 is of an older kind; GPU 2 belongs to another job. The driver is older
-than the package: it has neither the functions for events nor the one for temperatures that the package calls first.
+uses 250 W by its counter and by its gauge; GPU 1 is of an older kind; GPU 2 belongs to another job.
 """
 
 # ruff: noqa: N801, N816, N818  (names of the library)
@@ -69,18 +68,10 @@ def nvmlDeviceGetClockInfo(handle: int, type: int) -> int:
     return {NVML_CLOCK_SM: 1755, NVML_CLOCK_MEM: 2619}[type]
 
 
-def nvmlDeviceGetTemperatureV(handle: int, sensor: int, version: int = 0x1000010) -> int:
-    raise NVMLError_FunctionNotFound
-
-
 def nvmlDeviceGetTemperature(handle: int, sensor: int) -> int:
     if handle == 1:
         raise NVMLError_GpuIsLost
     return 61
-
-
-def nvmlDeviceGetCurrentClocksEventReasons(handle: int) -> int:
-    raise NVMLError_FunctionNotFound
 
 
 def nvmlDeviceGetCurrentClocksThrottleReasons(handle: int) -> int:

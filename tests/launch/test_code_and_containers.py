@@ -1,30 +1,41 @@
-"""The code of a run: a change between attempts is warned about, refused when asked to, and kept out by a snapshot."""
+"""What ranks run: code that changes between attempts or is copied, and containers by pyxis or Apptainer."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.config import Config
+from launch.config import ClusterKind, Config
+from launch.config.cluster import ContainerRuntime
 from launch.config.compose import compose_launch, typed_config, workload_of
+from launch.doctor.machine import check_container, container_problem
 from launch.errors import ConfigError
-from launch.plan.placement import copy_code
+from launch.plan import placement as container
+from launch.plan.placement import agent_words, copy_code
+from launch.plan.plan import make_plan
 from launch.plan.preflight import add_warnings, plan_text
 from launch.runs.compose import write_config
 from launch.runs.environment import PACKAGES, changes, code_state, describe_code
+from launch.runs.events import select_events
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from launch.slurm.facts import Level
 from launch.slurm.jobs import sbatch_text
 from tests.launch.test_dry_run import plan
 from tests.support.commands import ROOT, TINY, descendants, ranks_of, run, start, start_fork, wait_for
-from tests.support.runs import paced
+from tests.support.doctor_facts import FACTS
+from tests.support.runs import causes, paced
 
 
 @pytest.fixture
@@ -109,7 +120,7 @@ def test_changed_code_is_warned_about_then_refused(checkout: Path, tmp_path: Pat
     text = run("launch", *words, "launch.report_files=[md]", **there)
     assert text.count("changed since attempt 1: gpt/parallel/optimizer.py changed") == 1, text
     assert "changed since attempt 1: gpt/parallel/optimizer.py changed" in folder.log(2, 0).read_text()
-    changed = [e for e in folder.read_events() if e["event"] == "code_changed"]
+    changed = select_events(folder.read_events(), "code_changed")
     assert [(e["attempt"], e["since"], e["cause"]) for e in changed] == [(2, 1, "gpt/parallel/optimizer.py changed")]
     edit(checkout, "# and again\n")
     text = run("launch", *words, "require_same_code=true", status=2, **there)
@@ -134,14 +145,13 @@ def test_code_that_changes_under_a_run(words: list[str], checkout: Path, tmp_pat
     hurry.touch()
     status = process.wait(timeout=200)
     text = (tmp_path / "log").read_text()
-    causes = [e["cause"] for e in folder.read_events() if e["event"] == "attempt_ended"]
     if words:
-        assert status == 0 and causes == ["crashed", "finished"], text
+        assert status == 0 and causes(folder) == ["crashed", "finished"], text
         copy = environment(folder, 2)["code"]
         assert copy["is_snapshot"] and Path(copy["root"]).parent == tmp_path / "outputs" / ".code"
         assert copy == environment(folder, 1)["code"]
     else:
-        assert status == 1 and causes == ["crashed", "refused"], text
+        assert status == 1 and causes(folder) == ["crashed", "refused"], text
         assert "as require_same_code=true demands" in text and "Traceback" not in text
         assert "changed" in folder.log(2, 0).read_text().split("\n"), "ranks run what they are said to run"
 
@@ -155,3 +165,106 @@ def test_the_batch_script_names_the_copy_after_the_setup_of_the_site() -> None:
         f"export PYTHONPATH='{copied.code}'${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1",
     ]
+
+
+MOUNTS = 'cluster.container_mounts=["/data","/scratch/me:/scratch:ro"]'
+
+
+@pytest.fixture(autouse=True)
+def without_slurm_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What lies on this machine decides on no text of a test."""
+    monkeypatch.setattr(container, "SLURM_PATHS", ())
+    monkeypatch.chdir(tmp_path)
+
+
+def in_container(runtime: str, *words: str) -> list[str]:
+    return [f"cluster.container_runtime={runtime}", "cluster.container=/images/gpt.sif", "name=n", MOUNTS, *words]
+
+
+def command_of(text: str) -> list[str]:
+    """Words of the line of a batch script that starts the agents."""
+    (line,) = (line for line in text.splitlines() if line.startswith("srun "))
+    return shlex.split(line)
+
+
+def test_pyxis_is_told_by_options_of_srun(tmp_path: Path) -> None:
+    text = sbatch_text([plan(*in_container("pyxis"))])
+    words = command_of(text)
+    runs = tmp_path / "outputs" / "n"
+    assert words[words.index("--container-image=/images/gpt.sif") :] == [
+        "--container-image=/images/gpt.sif",
+        f"--container-mounts=/data:/data,/scratch/me:/scratch:ro,{tmp_path}:{tmp_path},{runs}:{runs}",
+        f"--container-workdir={tmp_path}",
+        *("python3", "-u", "-m", "submitit.core._submit", str(runs / ".submitit" / "slurm")),
+    ]
+    assert f"{shlex.quote(sys.executable)} -m gpt_launch launch.agent.after_step" in text, "outside, where Slurm is"
+
+
+@pytest.mark.parametrize(("gpus", "nv"), [(8, ["--nv"]), (0, [])])
+def test_apptainer_is_started_by_srun(gpus: int, nv: list[str], tmp_path: Path) -> None:
+    words = command_of(sbatch_text([plan(*in_container("apptainer", f"cluster.gpus_per_node={gpus}"))]))
+    runs = tmp_path / "outputs" / "n"
+    assert words[words.index("apptainer") :] == [
+        *("apptainer", "exec", *nv, "--pwd", str(tmp_path)),
+        *("--bind", "/data:/data", "--bind", "/scratch/me:/scratch:ro"),
+        *("--bind", f"{tmp_path}:{tmp_path}", "--bind", f"{runs}:{runs}"),
+        *("/images/gpt.sif", "python3", "-u", "-m", "submitit.core._submit", str(runs / ".submitit" / "slurm")),
+    ]
+
+
+def test_a_batch_script_starts_its_agents_by_the_same_words(tmp_path: Path) -> None:
+    cluster = typed_config(compose_launch(["cluster=slurm", *in_container("apptainer")])).cluster
+    words = agent_words(cluster, tmp_path, tmp_path / "outputs" / "n" / "p")
+    assert words[:2] == ["apptainer", "exec"]
+    assert words[-5:] == ["python3", "-m", "gpt_launch", "agent", str(tmp_path / "outputs" / "n" / "p")]
+    plain = replace(cluster, container=None, container_runtime=None)
+    assert agent_words(plain, tmp_path, tmp_path / "p") == ["python", "-m", "gpt_launch", "agent", str(tmp_path / "p")]
+
+
+def test_the_words_of_apptainer_end_in_the_agent(tmp_path: Path) -> None:
+    """With a program in the place of Apptainer that runs what stands behind the image."""
+    program = tmp_path / "bin" / "apptainer"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nwhile [ "$1" != /images/gpt.sif ]; do shift; done\nshift\nexec "$@"\n')
+    program.chmod(0o755)
+    cluster = typed_config(compose_launch(["cluster=slurm", *in_container("apptainer")])).cluster
+    words = agent_words(replace(cluster, container_python=sys.executable), tmp_path, tmp_path / "none")
+    env = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and f"found: no {tmp_path / 'none'}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["cluster.container=x.sif"], "container_runtime=null"),
+        (["cluster.container_runtime=pyxis"], "container=null"),
+        (in_container("pyxis", 'cluster.container_mounts=["data"]'), "'data'"),
+        (in_container("pyxis", 'cluster.container_mounts=["/a,b"]'), "'/a,b'"),
+        (in_container("pyxis", 'cluster.container_mounts=["/a:/b:exec"]'), "'/a:/b:exec'"),
+    ],
+)
+def test_what_makes_no_container_is_refused(words: list[str], found: str) -> None:
+    with pytest.raises(ConfigError, match=found):
+        plan(*words)
+
+
+def test_a_container_of_agents_on_this_machine_is_refused() -> None:
+    words = ["cluster=local", *in_container("apptainer")]
+    with pytest.raises(ConfigError, match="with agents on this machine"):
+        make_plan(typed_config(compose_launch(words)), words, ClusterKind.local)
+
+
+def test_the_doctor_looks_for_the_image_and_its_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = typed_config(compose_launch(["cluster=slurm", *in_container("apptainer")]))
+    assert container_problem(config.cluster) == "there is no image /images/gpt.sif"
+    image = tmp_path / "gpt.sif"
+    image.touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cluster = replace(config.cluster, container=str(image))
+    assert container_problem(cluster) == "apptainer is not on the PATH"
+    assert "srun" in container_problem(replace(cluster, container_runtime=ContainerRuntime.pyxis))
+    (bad,) = check_container(replace(FACTS, container_problem="there is no image"), config)
+    (good,) = check_container(FACTS, config)
+    assert (bad.level, good.level) == (Level.warning, Level.ok)
+    assert list(check_container(FACTS, typed_config(compose_launch(["cluster=slurm"])))) == []

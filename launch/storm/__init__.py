@@ -1,4 +1,0 @@
-"""The chaos drill: one run with seeded faults, compared with an undisturbed run.
-
-Imports neither the sandbox nor torch.
-"""
