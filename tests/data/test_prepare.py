@@ -260,7 +260,7 @@ def kill_and_go_on(words: list[str], tmp_path: Path) -> Path:
 
 
 def test_kill_9_of_a_preparation_and_the_same_command_end_in_the_same_files(tmp_path: Path) -> None:
-    kill_and_go_on(["data=synthetic", "data.synthetic.tokens=8000000", "--workers", "2"], tmp_path)
+    kill_and_go_on(["data=synthetic", "data.synthetic.tokens=5000000", "--workers", "2"], tmp_path)
 
 
 def test_finished_shards_are_kept_and_damaged_ones_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,6 @@ CASES = {
     2: [
         *(Case(TP, model, count) for model, count in zip(MODELS, (2, 1, 1, 1, 2, 1, 2), strict=True)),
         *(Case(f"{TP} {WHOLE}", model, 1) for model in ("tied", "experts")),
-        Case(f"{TP} recompute=full", "experts", 1),
         Case(f"{TP} recompute=full compile=default", "grouped queries", 1),
     ],
     4: [
