@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.agent.__main__ import event_name, event_variables, run_at_events
-from launch.config import ClusterKind, LaunchConfig
+from launch.config import ClusterKind, Config, LaunchConfig
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
@@ -77,8 +77,8 @@ def test_a_command_that_fails_or_hangs_is_an_event_without_its_text(
 
 def test_a_command_that_is_none_is_refused() -> None:
     for bad in ("", "'open", 0):
-        with pytest.raises(ConfigError):
-            LaunchConfig(poll_s=5.0, on_event=bad).validate()
+        with pytest.raises(ConfigError, match=r"launch\.on_event="):
+            Config(launch=LaunchConfig(poll_s=5.0, on_event=bad)).validate()
 
 
 def test_a_program_that_is_not_there_is_refused_before_anything_is_submitted(
