@@ -8,12 +8,15 @@ import errno
 import functools
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, ParamSpec
+from typing import TYPE_CHECKING, NoReturn, ParamSpec
 
 from gpt_launch import as_typed
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 P = ParamSpec("P")
 
@@ -147,7 +150,7 @@ def closest(name: str, choices: Iterable[str]) -> list[str]:
     return alike or [choice for choice in known if choice[:3].lower() == name[:3].lower()][:3]
 
 
-# Numbers in the words of a message. Does not import torch.
+# Numbers, times and tables for people.
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:
@@ -167,7 +170,58 @@ def how_often(times: int) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Write a time for people: 90 s, 12.5 min, 2.4 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{round(seconds / 60, 1):g} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    """Write a time for people: 350 ms, 12.3 s, 4 min 05 s, 2 h 10 min."""
+    if seconds < 99.95:
+        return f"{1000 * seconds:.3g} ms" if 0 < seconds < 0.9995 else f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def print_table(
+    console: Console,
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: Collection[str] = (),
+    optional: Sequence[str] = (),
+    styles: Sequence[str] = (),
+) -> list[str]:
+    """Print a table without its empty columns. A file gets lines of any length.
+
+    Args:
+        console: console that prints.
+        titles: titles of the columns, of one or two lines.
+        rows: cells of each row.
+        left: titles of columns that are aligned left, and whose cells a terminal may wrap. A wrapped number is
+            unreadable, so the other columns are aligned right and stay whole.
+        optional: ends of titles of columns that a narrow terminal does not show, first to be hidden first.
+        styles: style of each row.
+
+    Returns:
+        The titles of the hidden columns.
+    """
+    from rich import box  # The agents on the nodes, which print no table, need not load rich.
+    from rich.measure import Measurement
+    from rich.segment import Segments
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = [index for index in range(len(titles)) if any(row[index] for row in rows)]
+    hidden: list[str] = []
+    for ending in (*optional, None):
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+        for title in (titles[index] for index in shown):
+            is_left = title in left
+            table.add_column(title, justify="left" if is_left else "right", no_wrap=not is_left, overflow="fold")
+        for number, row in enumerate(rows):
+            table.add_row(*(Text(row[index]) for index in shown), style=styles[number] if styles else None)
+        width = Measurement.get(console, console.options.update(width=10_000), table)
+        if ending is None or not console.is_terminal or width.maximum <= console.width:
+            break
+        hidden += [titles[index] for index in shown if titles[index].endswith(ending)]
+        shown = [index for index in shown if not titles[index].endswith(ending)]
+    # A terminal wraps a line that is too long; a cell that is cut off cannot be read.
+    fits = console.is_terminal and width.minimum <= console.width
+    options = console.options.update(width=console.width if fits else width.maximum)
+    console.print(Segments(console.render(table, options)), soft_wrap=True, end="")
+    return hidden

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gpt_launch.own_names  # noqa: F401
-from launch.errors import CommandParser, refusing
+from launch.errors import CommandParser, duration_text, refusing
 from launch.runs.events import damaged_text, skipped_text, straggling_ranks, uncopied_text, unread_text, unsaved_text
 from launch.runs.files import is_full
 from launch.runs.find import find_runs, natural
@@ -33,7 +33,7 @@ from launch.slurm.status import (
     update_from_event_log,
     why_not_restarted,
 )
-from launch.slurm.watch import duration, quiet_text, speed_text
+from launch.slurm.watch import quiet_text, speed_text
 
 COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "loss", "ETA")
 NUMBERS = COLUMNS[3:]
@@ -106,7 +106,7 @@ def cells(known: dict[str, Any]) -> list[str]:
         step,
         speed_text(known, known.get("step_age_s")),
         f"{known['loss']:.4f}" if "loss" in known else "",
-        duration(known["eta_s"]) if "eta_s" in known else "",
+        duration_text(known["eta_s"]) if "eta_s" in known else "",
     ]
 
 
@@ -122,7 +122,7 @@ def notes(known: dict[str, Any]) -> list[str]:
     """
     where = f" in partition {known['partition']}" if "partition" in known else ""
     where += f" of {known['slurm_cluster']}" if where and "slurm_cluster" in known else ""
-    where += f" for {duration(known['waiting_s'])}" if "waiting_s" in known else ""
+    where += f" for {duration_text(known['waiting_s'])}" if "waiting_s" in known else ""
     why = f", {known['detail']}" if "detail" in known else ""
     lines = [f"{known['state']}{where}{why}"] if where or why else []
     lines += [f"finished early: {known['early']}"] if "early" in known else []

@@ -142,11 +142,6 @@ def waits_for_room(reason: str) -> bool:
     return reason not in OWN_WISH
 
 
-def minutes(seconds: float) -> str:
-    """Write the time in seconds that a job was pending, for people."""
-    return f"{round(seconds / 60, 1):g} min"
-
-
 def placement_lines(placement: Placement) -> list[str]:
     """List the candidates for people, one on each line; empty for a single candidate without a time limit."""
     lines = []

@@ -11,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from rich import box
 from rich.console import Console
-from rich.segment import Segments
-from rich.table import Table
 
 from launch.config import ClusterKind, Config
 from launch.config.compose import workload_of
@@ -444,36 +441,3 @@ def _ran_elsewhere(plan: Plan) -> str:
     submitted = [event["cluster"] for event in RunFolder(plan.run_dir).read_events() if event["event"] == "submitted"]
     ran = submitted[-1] if submitted else plan.cluster
     return "" if ran == plan.cluster else f" (on {ran}, and so not compared with points on {plan.cluster})"
-
-
-def print_table(
-    console: Console,
-    titles: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    left: Sequence[str] = (),
-    optional: Sequence[str] = (),
-    styles: Sequence[str] = (),
-) -> None:
-    """Print a table with lines of any length. A column without any text is left out.
-
-    Args:
-        console: console that prints.
-        titles: titles of the columns.
-        rows: cells of each row.
-        left: titles of columns that are aligned left; the other columns are aligned right.
-        optional: titles of columns that a narrow terminal does not show, first to be hidden first.
-        styles: style of each row.
-    """
-    columns = {title: [row[index] for row in rows] for index, title in enumerate(titles)}
-    shown = {title: cells for title, cells in columns.items() if any(cells)}
-    for title in optional:
-        if sum(3 + max(map(len, (name, *cells))) for name, cells in shown.items()) > console.width:
-            shown.pop(title, None)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in shown:
-        table.add_column(title, justify="left" if title in left else "right", no_wrap=True)
-    for index in range(len(rows)):
-        table.add_row(*(cells[index] for cells in shown.values()), style=styles[index] if styles else "")
-    # A terminal wraps a long line, but a cell that is cut off cannot be read.
-    console.print(Segments(console.render(table, console.options.update(width=1000))), soft_wrap=True, end="")

@@ -26,10 +26,9 @@ from rich.console import Console
 import gpt_launch.own_names  # noqa: F401
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config, workload_of
-from launch.errors import CommandParser, ConfigError, counted, refusing
-from launch.plan.preflight import print_table
+from launch.errors import CommandParser, ConfigError, counted, print_table, refusing
 from launch.project.projection import Projection, project, read_links, read_sweep, request_for
-from launch.report.notes import percent, rate, seconds
+from launch.report.notes import percent, rate, time_text
 from launch.report.selection import select
 from launch.runs.files import deny_others_writing, write_atomically
 from launch.runs.find import runs_labelled
@@ -155,13 +154,13 @@ def projection_columns(found: Projection) -> dict[str, list[str]]:
     shown = {
         "nodes": cells("nodes", "{:,}".format),
         "ranks": cells("ranks", "{:,}".format),
-        "step time": cells("step_s", seconds),
+        "step time": cells("step_s", time_text),
         "interval": [
-            "" if row.low_s is None else f"{seconds(row.low_s)} to {seconds(row.high_s)}" for row in found.rows
+            "" if row.low_s is None else f"{time_text(row.low_s)} to {time_text(row.high_s)}" for row in found.rows
         ],
         f"{found.unit}/s": cells("throughput", rate),
         "efficiency": cells("efficiency", percent),
-        "stragglers": cells("stragglers_s", seconds),
+        "stragglers": cells("stragglers_s", time_text),
         "memory a rank": cells("memory_bytes", lambda value: f"{value / GIB:.2f} GiB"),
         "goodput": cells("goodput", percent),
         f"GPU-hours / 10^9 {found.unit}": cells("gpu_hours_per_giga", "{:,.3g}".format),
@@ -231,7 +230,7 @@ def contents(found: Projection) -> dict[str, bytes]:
 
 def draw_projection(found: Projection) -> bytes:
     """Draw throughput (or step time if the work is unknown) and efficiency over the number of nodes. Returns a PNG."""
-    from launch.report.views.drawing import (
+    from launch.report.figures import (
         Panel,
         picture,
     )  # matplotlib takes a second, which a refusal should not need.
@@ -246,7 +245,7 @@ def draw_projection(found: Projection) -> bytes:
 
 def plot(axes: Axes, found: Projection, name: str, unit: str) -> None:
     """Plot one figure over the number of nodes: measured points filled, projected points hollow with a dashed line."""
-    from launch.report.views.drawing import COLORS, GREY, IDEAL, scale_sizes, scale_values
+    from launch.report.figures import COLORS, GREY, IDEAL, scale_sizes, scale_values
 
     shown = [row for row in found.rows if not row.refused]
     for label, color, inside, line in (("projected", COLORS[1], "white", "--"), ("measured", COLORS[0], None, "-")):

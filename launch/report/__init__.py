@@ -5,15 +5,15 @@ Example: ``write(build(Path("outputs/quick_test")))``.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from pathlib import Path
 
 from rich.console import Console
 
 from launch.report.selection import Selection, select
 from launch.report.table import Row, ScalingTable, build, tabulate_selection
-from launch.report.views.text import show
-from launch.report.views.write import ALL_FILES, write
-from launch.runs.files import ReportFile
+from launch.report.text import csv_text, json_text, markdown_text, parts_csv_text, show
+from launch.runs.files import ReportFile, write_atomically
 
 __all__ = [
     "Row",
@@ -26,6 +26,58 @@ __all__ = [
     "tabulate_selection",
     "write",
 ]
+
+ALL_FILES = frozenset(ReportFile)
+
+
+def write(table: ScalingTable, reload_s: float | None = None, files: Collection[ReportFile] = ALL_FILES) -> list[Path]:
+    """Write the files of a report and return their paths. Files of an earlier report are replaced.
+
+    A sweep's report is ``scaling.*``: next to its points until the next sweep, and permanently in the folder of its
+    record. The report of one run is ``summary.*`` in its folder. The report of all runs of a folder is ``all_runs.*``.
+
+    Args:
+        table: the report.
+        reload_s: seconds after which a browser reloads the page; None for never.
+        files: kinds of files to write. Files of other kinds stay unchanged.
+    """
+    selection = table.selection
+    pictures: dict[str, bytes] = {}
+    # Importing matplotlib and jinja2 takes a second, which --help and refusals should not need.
+    if not {ReportFile.png, ReportFile.svg, ReportFile.tensorboard}.isdisjoint(files):
+        from launch.report.figures import draw_report
+
+        pictures = draw_report(table)
+
+    def html() -> str:
+        from launch.report.page import page
+
+        return page(table, reload_s)
+
+    figure = f"\n![{table.title}]({selection.stem}.png)\n" if ReportFile.png in files else "\n"
+    makers: dict[str, Callable[[], str | bytes]] = {
+        ".md": lambda: markdown_text(table) + figure,
+        ".csv": lambda: csv_text(table),
+        ".png": lambda: pictures["png"],
+        ".svg": lambda: pictures["svg"],
+        ".json": lambda: json_text(table),
+        ".html": html,
+        "_parts.csv": lambda: parts_csv_text(table),
+    }
+    contents = {
+        selection.stem + end: content.encode() if isinstance(content := make(), str) else content
+        for end, make in makers.items()
+        if ReportFile(end.rpartition(".")[2]) in files
+    }
+    for folder in selection.folders:
+        for name, content in contents.items():
+            write_atomically(folder / name, content)
+    written = [selection.folders[0] / name for name in contents] + selection.folders[1:]
+    if ReportFile.tensorboard in files and selection.dashboard is not None:
+        from launch.report.tensorboard import write_dashboard
+
+        written.append(write_dashboard(table, pictures["png"], selection.dashboard))
+    return written
 
 
 def show_and_write(table: ScalingTable, console: Console, files: Collection[ReportFile] = ALL_FILES) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
@@ -13,11 +14,16 @@ from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, ConfigError, refusing
-from launch.report import ScalingTable, select, show_and_write, tabulate_selection
-from launch.report.selection import compare, writing_to
-from launch.report.views.write import ALL_FILES, WATCH_S, watch
+from launch.report import ALL_FILES, ScalingTable, select, show, show_and_write, tabulate_selection, write
+from launch.report.points import PointState
+from launch.report.selection import compare_selections, writing_to
 from launch.runs.files import ReportFile, deny_others_writing
 from launch.runs.find import ARCHIVE, runs_labelled
+
+WATCH_S = 30.0
+ENDED = frozenset(
+    (PointState.FINISHED, PointState.FAILED, PointState.STOPPED, PointState.CANCELLED, PointState.BUDGET_EXCEEDED)
+)
 
 
 @refusing
@@ -70,13 +76,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def make() -> ScalingTable:
         chosen = [select(folder, typed.sweep, every=typed.all) for folder in folders]
-        selection = compare(chosen) if len(chosen) > 1 else chosen[0]
+        selection = compare_selections(chosen) if len(chosen) > 1 else chosen[0]
         return tabulate_selection(selection if typed.out is None else writing_to(selection, typed.out))
 
-    if typed.watch is not None:
-        watch(make, typed.watch, console, typed.files)
-    else:
+    if typed.watch is None:
         show_and_write(make(), console, typed.files)
+        return 0
+    try:
+        while True:
+            table = make()
+            # A run that was killed without an event counts as running.
+            is_over = all(row.state in ENDED for row in table.rows)
+            if console.is_terminal:
+                console.clear()
+            show(table, console)
+            # A browser reloads the page at the same interval.
+            written = write(table, reload_s=None if is_over else typed.watch, files=typed.files)
+            names = f"wrote {', '.join(path.name for path in written)} in {table.selection.folders[0]}"
+            console.print(names, highlight=False, markup=False)  # Brackets in a path are not markup.
+            if is_over:
+                break
+            console.print(f"again in {typed.watch:g} s; Ctrl-C ends this, and the runs continue")
+            time.sleep(typed.watch)
+    except KeyboardInterrupt:
+        write(make(), files=typed.files)
     return 0
 
 

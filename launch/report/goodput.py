@@ -225,7 +225,7 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
 
 
 @dataclass(frozen=True)
-class Interruption:
+class RunInterruption:
     """An interruption: end of an attempt after which the run continued, of a start without an attempt, or a
     roll-back.
     """
@@ -260,11 +260,11 @@ class _Record:
     restore_s: float
     """Seconds of loading a checkpoint before the step."""
     evaluated: bool
-    lost_to: Interruption | None = None
+    lost_to: RunInterruption | None = None
     """Interruption to which the step was lost; None if the step counts."""
 
 
-UNKNOWN = Interruption(0.0, "unknown")
+UNKNOWN = RunInterruption(0.0, "unknown")
 
 
 class _Division:
@@ -283,7 +283,7 @@ class _Division:
         self._allocation = self._size = 0
         self._waited_s = 0.0
         self._has_stepped = False
-        self._rollbacks: list[Interruption] = []
+        self._rollbacks: list[RunInterruption] = []
         self._save_s = defaultdict[tuple[int, int], float](float)
         self._fewer: set[int] = set()
         self._read_interruptions(run, events)
@@ -292,7 +292,7 @@ class _Division:
         ended: dict[int, dict[str, Any]] = {}
         started: dict[int, float] = {}
         failed: dict[int, str] = {}
-        without_attempt: list[Interruption] = []
+        without_attempt: list[RunInterruption] = []
         is_sick = is_entered = False
         for event in events:
             name, attempt = event["event"], event.get("attempt")
@@ -305,7 +305,7 @@ class _Division:
                     is_entered = name == "attempt_ended"  # The decision that follows is not another interruption.
                     is_of_node = is_sick and event.get("cause") == "node_failed"
                     cause = "node_sick" if is_of_node else _cause(event)
-                    without_attempt.append(Interruption(event["time"], cause, event["time"]))
+                    without_attempt.append(RunInterruption(event["time"], cause, event["time"]))
             elif name == "started":
                 started.setdefault(attempt, event["time"])
             elif name == "attempt_ended":
@@ -314,7 +314,7 @@ class _Division:
                 failed[attempt] = "hung" if event.get("hung") else failed.get(attempt, "crashed")
             elif name == "rolled_back":
                 time = event["time"]
-                self._rollbacks.append(Interruption(time, "diverged", time, attempt, event["step"]))
+                self._rollbacks.append(RunInterruption(time, "diverged", time, attempt, event["step"]))
             elif name == "saved" and isinstance(event.get("seconds"), int | float):
                 self._save_s[attempt, event["step"]] += float(event["seconds"])
             elif name == FEWER_NODES:
@@ -323,14 +323,14 @@ class _Division:
         begun: dict[int, float] = {}
         for record in sorted([*records, *aside], key=_end):  # The first of several records with the same time counts.
             begun.setdefault(record.attempt, record.begun)
-        ends: dict[int, Interruption] = {}
+        ends: dict[int, RunInterruption] = {}
         for attempt in sorted({*ended, *started, *begun}):
             end = ended.get(attempt)
             noticed = None if end is None else end["time"]
             cause = failed.get(attempt, "unknown") if end is None else _cause(end)
             since = begun.get(attempt, started.get(attempt, noticed))
             assert since is not None, "the attempt is in one of them"
-            ends[attempt] = Interruption(since, cause, noticed)
+            ends[attempt] = RunInterruption(since, cause, noticed)
         self._final = ends[max(ends)] if ends else None
         self._ends = sorted([*ends.values(), *without_attempt], key=_since)
         self._before = {
@@ -368,7 +368,7 @@ class _Division:
             last[key] = record
         return [record for record in last.values() if not math.isnan(record.ended)]
 
-    def _mark_lost(self, records: list[_Record], aside: list[_Record], ends: Mapping[int, Interruption]) -> None:
+    def _mark_lost(self, records: list[_Record], aside: list[_Record], ends: Mapping[int, RunInterruption]) -> None:
         """Set the interruption of each lost step."""
         first: dict[int, int] = {}
         for record in records:
@@ -383,9 +383,9 @@ class _Division:
         for record in aside:
             end = ends[record.attempt]
             if record.lost_to in (None, end):
-                record.lost_to = end if end.cause == "continued" else Interruption(end.since, "continued")
+                record.lost_to = end if end.cause == "continued" else RunInterruption(end.since, "continued")
 
-    def _spend(self, part: str, seconds: float, lost_to: Interruption | None = None) -> None:
+    def _spend(self, part: str, seconds: float, lost_to: RunInterruption | None = None) -> None:
         """Add seconds of the allocation to a part, and to the interruption that they are lost to."""
         self.seconds[part] += seconds
         if lost_to is not None and seconds > 0:
@@ -486,7 +486,7 @@ class _Division:
                 lost_to = None  # A program without step records ran until then: nothing followed that could cost time.
             self._spend("start" if lost_to is None else "restarts", end - since, lost_to)
 
-    def _slices(self, at: float, until: float) -> Iterator[tuple[float, float, Interruption | None]]:
+    def _slices(self, at: float, until: float) -> Iterator[tuple[float, float, RunInterruption | None]]:
         """Cut a time without steps at the start of each interruption. The interruption is None before the first one."""
         current = max((end for end in self._ends if end.since <= at), key=_since, default=None)
         if current is None and self._has_stepped:

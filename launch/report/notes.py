@@ -1,4 +1,4 @@
-"""Sentences below a scaling table, the format of figures, and the tables of the cost of interruptions."""
+"""Figures of a report as texts, and the sentences below its tables, which explain the figures and their limits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from launch.errors import counted, how_often
+from launch.errors import counted, duration_text
 from launch.report.goodput import CAUSES, DEFINITION, SAVED_DEFINITION
-from launch.report.points import GpuUse, Point, State
+from launch.report.points import Point, PointState
 from launch.report.read import Environment
-from launch.report.series import COMPARED, Series, SeriesFindings, clusters_of, made_with, work_text
+from launch.report.series import COMPARED, Series, SeriesFindings, made_with, work_text
 from launch.report.steps import LOSSES, MIN_STEPS, NOISY, REST, WARMUP_STEPS
 from launch.runs.events import unread_text
 from launch.runs.folder import RunFolder
@@ -29,31 +29,24 @@ UNAVAILABLE = "unavailable"
 """Text in place of a figure that is not known."""
 
 
-def count(value: float | None) -> str:
-    """Write a whole number with commas between the thousands."""
-    return UNAVAILABLE if value is None else f"{value:,.0f}"
+def figure(value: float | None, form: str = "{:,.0f}") -> str:
+    """Write a figure, by default a whole number with commas between the thousands."""
+    return UNAVAILABLE if value is None else form.format(value)
 
 
 def rate(value: float | None) -> str:
     """Write a throughput with at least three digits: 9.87, 98.7, 987, 98,765."""
-    if value is None or value >= 100:
-        return count(value)
-    return f"{value:.3g}"
+    return figure(value, "{:,.0f}" if value is not None and value >= 100 else "{:.3g}")
 
 
-def seconds(value: float | None) -> str:
-    """Write a duration in ms or s with three digits."""
-    if value is None:
-        return UNAVAILABLE
-    number, unit = (value * 1000, "ms") if value < 0.9995 else (value, "s")
-    return f"{number:#.3g}".rstrip(".") + f" {unit}"
+def time_text(value: float | None) -> str:
+    """Write a duration in seconds: 350 ms, 12.3 s, 4 min 05 s."""
+    return UNAVAILABLE if value is None else duration_text(value)
 
 
 def percent(value: float | None) -> str:
     """Write a share in percent. Small shares, such as the MFU of a small model, keep a decimal."""
-    if value is None:
-        return UNAVAILABLE
-    return f"{value * 100:.1f} %"
+    return UNAVAILABLE if value is None else f"{value * 100:.1f} %"
 
 
 def percentages(shares: Sequence[float]) -> list[str]:
@@ -69,95 +62,39 @@ def percentages(shares: Sequence[float]) -> list[str]:
     return [f"{value / 10:.1f}" for value in below]
 
 
-def run_time(value: float | None) -> str:
-    """Write a long duration: 12.3 s, 4 min 05 s, 2 h 10 min."""
-    if value is None or value < 99.95:
-        return seconds(value)
-    minutes, rest = divmod(round(value), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def amount(value: float | None) -> str:
-    """Write money or hours with two decimals."""
-    return UNAVAILABLE if value is None else f"{value:,.2f}"
-
-
-def told(value: float | None, unit: str) -> str:
+def with_unit(value: float | None, unit: str) -> str:
     """Write a figure with four digits, and its unit."""
-    if value is None:
-        return UNAVAILABLE
-    return f"{value:,.0f} {unit}" if abs(value) >= 1000 else f"{value:.4g} {unit}"
+    return figure(value, f"{{:,.0f}} {unit}" if value is not None and abs(value) >= 1000 else f"{{:.4g}} {unit}")
 
 
-def hours(value: float | None, unit: str) -> str:
+def hours(value: float, unit: str) -> str:
     """Write hours of GPUs or nodes with three digits and at most four decimals, and their unit."""
-    return told(value if value is None or value >= 1000 else float(f"{round(value, 4):.3g}"), unit)
-
-
-# The cost of interruptions as a table, for Markdown and the HTML page.
+    return with_unit(value if value >= 1000 else float(f"{round(value, 4):.3g}"), unit)
 
 
 def hours_by_cause(rows: Sequence[Row]) -> dict[str, float]:
     """Return the lost hours of several points by cause, in the order of ``CAUSES``."""
-    found = {cause: [lost for row in rows if (lost := row.causes_h.get(cause))] for cause in CAUSES}
-    return {cause: sum(lost) for cause, lost in found.items() if lost}
+    found = {cause: sum(row.causes_h.get(cause, 0.0) for row in rows) for cause in CAUSES}
+    return {cause: lost for cause, lost in found.items() if lost}
 
 
-def units(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+def interrupted(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """Group the rows with interruptions by the unit of their hours. Hours of GPUs and of nodes are never added."""
     found = {unit: [row for row in rows if row.hours_of == unit and row.interruptions] for unit in ("GPU", "node")}
     return [(unit, of_unit) for unit, of_unit in found.items() if of_unit]
 
 
-def loss_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the table of the cost of interruptions for each point and for all points, with a head.
-
-    Args:
-        rows: rows whose hours have the same unit.
-    """
-    unit, causes = f"{rows[0].hours_of}-h", hours_by_cause(rows)
-    has_saving = any(row.saved_in_place_h is not None for row in rows)
-    titles = [*(CAUSES[cause] for cause in causes), "in all", "interruptions", "of them in place"]
-    cells = [["point", *titles, *(["saved in place", "wait saved", "against"] if has_saving else [])]]
-
-    def add(name: str, of: Sequence[Row], against: str) -> None:
-        by_cause = hours_by_cause(of)
-        saved = [row for row in of if row.saved_in_place_h is not None]
-        line = [name, *(hours(by_cause.get(cause, 0.0), unit) for cause in causes)]
-        line += [hours(sum(row.interrupted_h or 0.0 for row in of), unit)]
-        line += [str(sum(row.interruptions or 0 for row in of)), str(sum(row.restarts_in_place or 0 for row in of))]
-        if has_saving:
-            saved_h, wait_s = _saved(saved)
-            line += [hours(saved_h, unit), _time(wait_s), against] if saved else [UNAVAILABLE] * 3
-        cells.append(line)
-
-    for row in rows:
-        add(row.label or row.point, [row], row.saved_against or UNAVAILABLE)
-    if len(rows) > 1:
-        add("all", rows, "")
-    return cells
-
-
-def _saved(rows: Sequence[Row]) -> tuple[float, float]:
-    """Return the hours, and the seconds of waiting, that restarts in place saved in several points."""
-    return sum(row.saved_in_place_h or 0.0 for row in rows), sum(row.saved_in_place_wait_s or 0.0 for row in rows)
-
-
-def _time(value: float | None) -> str:
-    return "0 s" if value == 0 else run_time(value)
-
-
-# The sentences below a scaling table, which explain the figures and their limits.
+# The sentences below a scaling table.
 
 
 STATE_TEXTS = {
-    State.FAILED: "failed",
-    State.STOPPED: "was stopped before its last step",
-    State.RUNNING: "has not ended: it runs still, or was killed",
-    State.CANCELLED: "was cancelled",
-    State.BUDGET_EXCEEDED: "was stopped at the cap of its budget",
-    State.NO_RECORDS: "has no records",
-    State.NOT_STARTED: "has not started",
+    PointState.FAILED: "failed",
+    PointState.STOPPED: "was stopped before its last step",
+    PointState.RUNNING: "has not ended: it runs still, or was killed",
+    PointState.CANCELLED: "was cancelled",
+    PointState.BUDGET_EXCEEDED: "was stopped at the cap of its budget",
+    PointState.NO_RECORDS: "has no records",
+    PointState.NOT_STARTED: "has not started",
 }
 
 NAMED = 3
@@ -168,7 +105,7 @@ LEAST_THROTTLED = 0.01
 """Share of the samples below which no host counts as throttled."""
 
 
-def notes(
+def report_notes(
     points: Sequence[Point], found: Sequence[tuple[Series, SeriesFindings]], rows: Sequence[Row]
 ) -> Iterator[str]:
     """Yield the notes below the table of these series and rows."""
@@ -178,27 +115,24 @@ def notes(
     yield from chain(*map(_unread, shown))
     yield from _steps_used(shown)
     yield from _apart(every)
-    yield from chain(*map(_smallest, every), *map(_unknown_work, every), *map(_changing_work, every))
-    yield from chain(*map(_fewer_nodes, shown))
-    yield from _whole(shown)
-    for series in every:
-        base = series.smallest
-        if base is not None and base.crowded and series.compares:
-            yield (
-                f"The point to compare with{series.of}, {base.title}, is one of these: no efficiency is claimed for "
-                "any point."
-            )
+    yield from chain(*map(_comparison, every))
+    yield from _records(shown)
     yield from chain(*(_noise(series, rows) for series in every))
-    yield from chain(*map(_resolution, shown), *map(_stragglers, shown), *map(_gpus, shown))
+    yield from chain(*map(_times, shown), *map(_gpus, shown))
     yield from _interruptions(rows)
     yield from _ends(shown)
-    yield from chain(*map(_low_mfu, shown))
-    for point in shown:
-        if (profiled := point.breakdown) is not None:
-            ranks = counted(profiled.ranks, "rank") if profiled.ranks > 1 else "one rank"
-            yield f"Of {profiled.steps} steps of {point.title} that were profiled on {ranks}: {profiled.text()}."
+    yield from chain(*map(_parts_of_steps, shown))
     for series, finding in found:
         yield from _findings(series, finding)
+
+
+def _named(texts: Sequence[str]) -> str:
+    """List the first ``NAMED`` texts and count the others."""
+    return "; ".join([*texts[:NAMED], *([f"and {len(texts) - NAMED} more"] if len(texts) > NAMED else [])])
+
+
+def _range(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
 def _sources(points: Sequence[Point]) -> Iterator[str]:
@@ -224,17 +158,11 @@ def _sources(points: Sequence[Point]) -> Iterator[str]:
 
 def _unread(point: Point) -> Iterator[str]:
     """Count the lines that are no step records, and the lines of the event log that are unreadable."""
-    found = sorted(point.unread, key=lambda one: -one.lines)
-    if found:
-        named = [
-            f"{one.lines} of rank {one.rank} in {f'attempt {one.attempt}' if one.attempt else 'an unknown attempt'}"
-            for one in found[:NAMED]
-        ]
-        left = sum(one.lines for one in found[NAMED:])
-        named += [f"{left} of other ranks or attempts (the JSON file has all)"] if left else []
+    if found := sorted(point.unread, key=lambda one: -one.lines):
+        files = [f"{one.lines} of rank {one.rank} in attempt {one.attempt or 'unknown'}" for one in found]
         yield (
             f"{counted(sum(one.lines for one in found), 'line')} among the step records of {point.title} could not be "
-            f"read, as a crash, a full disk or a power cut leaves them: {', '.join(named)}. Unless their steps were "
+            f"read, as a crash, a full disk or a power cut leaves them: {_named(files)}. Unless their steps were "
             "made again, the figures lack them, and the comparison of ranks may lack these ranks; see "
             f"{RunFolder(point.path).metrics(found[0].rank)}."
         )
@@ -257,14 +185,7 @@ def _steps_used(points: Sequence[Point]) -> Iterator[str]:
 
 def _apart(every: Sequence[Series]) -> Iterator[str]:
     """Explain why points of different clusters, software or code are not compared, and how to make them comparable."""
-    points = [point for series in every for point in series.members]
-    if len(clusters := clusters_of(points)) > 1:
-        where = "; ".join(f"{', '.join(titles)} on {cluster}" for cluster, titles in clusters.items())
-        yield (
-            f"The points ran on different clusters ({where}) and are compared only within a cluster. The same command "
-            "with name=NAME, or fresh=true, runs them all on one."
-        )
-    for name, values in made_with(points).items():
+    for name, values in made_with([point for series in every for point in series.members]).items():
         if len(values) > 1 and any(set(values) & set(series.label.split(",")) for series in every):
             where = "; ".join(f"{', '.join(titles)} with {value}" for value, titles in values.items())
             yield (
@@ -273,60 +194,52 @@ def _apart(every: Sequence[Series]) -> Iterator[str]:
             )
 
 
-def _smallest(series: Series) -> Iterator[str]:
-    """Name the point that is the baseline of the others, and why a smaller point is not."""
-    base = series.smallest
+def _comparison(series: Series) -> Iterator[str]:
+    """Name the baseline of a series. Explain a speedup between steps with unknown work, and steps whose work does not
+    fit the kind of scaling.
+    """
+    base, is_weak = series.smallest, series.scaling == "weak"
+    measured = [point for point in series.members if point.figures is not None]
     if base is not None and series.compares:
         passed_over = [point.title for point in series.members[: series.members.index(base)]]
         instead = f", because {' and '.join(passed_over)} gave no figures" if passed_over else ""
         are = f"Speedup and efficiency{series.of} are" if series.has_rates else f"Speedup{series.of} is"
         yield f"{are} against {base.title} ({counted(base.ranks or 0, 'rank')}){instead}."
-
-
-def _unknown_work(series: Series) -> Iterator[str]:
-    """Explain a speedup between steps with unknown work."""
-    if sum(point.figures is not None for point in series.members) > 1 and not series.has_rates:
-        is_weak = series.scaling == "weak"
+        if base.crowded:
+            yield f"Ranks of {base.title} shared cores or a GPU: no efficiency is claimed for any point{series.of}."
+    if len(measured) > 1 and not series.has_rates:
         ideal = "1.00 would be ideal in weak scaling" if is_weak else "more ranks do the same work sooner"
         yield (
             f"Speedup{series.of} is the ratio of step times ({ideal}), and no efficiency is claimed: the work of a "
             "step is not known at every point. script.work_per_step=N with script.unit=samples states it, and so do "
             "records of tokens or samples."
         )
-
-
-def _changing_work(series: Series) -> Iterator[str]:
-    """Report steps whose work does not fit the kind of scaling. Scripts state that work by hand."""
-    works = {
-        point: point.figures.throughput * point.figures.step_time_s
-        for point in series.members
-        if point.figures is not None and point.figures.throughput is not None and not point.is_gpt
-    }
-    if len(works) < 2 or series.scaling is None or not series.has_rates:
-        return
-    is_weak = series.scaling == "weak"
-    stated = {point: work / (point.ranks or 1) if is_weak else work for point, work in works.items()}
-    if max(stated.values()) > SAME_WORK * min(stated.values()):
+    works: dict[Point, float] = {}
+    # A script states its work by hand.
+    for point in measured if series.scaling is not None and series.has_rates else ():
+        if point.figures is not None and point.figures.throughput is not None and not point.is_gpt:
+            works[point] = point.figures.throughput * point.figures.step_time_s / (point.ranks or 1 if is_weak else 1)
+    if works and max(works.values()) > SAME_WORK * min(works.values()):
         each, other = (" per rank", "false") if is_weak else ("", "true")
-        did = ", ".join(f"{work_text(work, point.unit)}{each} at {point.title}" for point, work in stated.items())
+        did = ", ".join(f"{work_text(work, point.unit)}{each} at {point.title}" for point, work in works.items())
         yield (
             f"The points were started as {series.scaling} scaling, but a step did {did}. Throughput is compared all "
             f"the same; script.weak_scaling={other} corrects the kind of scaling."
         )
 
 
-def _fewer_nodes(point: Point) -> Iterator[str]:
-    """Count the steps on fewer nodes than requested after a loss of nodes: they do not measure the point."""
-    if point.fewer_nodes:
-        made = ", ".join(f"{counted(n, 'step')} on {counted(nodes, 'node')}" for nodes, n in point.fewer_nodes.items())
-        all_of_them = sum(point.fewer_nodes.values()) == point.last_step
-        then = "its figures are of these steps, and its size is that of these nodes"
-        then = then if all_of_them else "step time, throughput and efficiency are without these steps"
-        yield f"At {point.title} nodes were lost, and the run continued on the remaining nodes: {made}; {then}."
-
-
-def _whole(points: Sequence[Point]) -> Iterator[str]:
-    """Report ranks without records, run times in place of steps, and ranks that shared cores or a GPU."""
+def _records(points: Sequence[Point]) -> Iterator[str]:
+    """Report steps on fewer nodes than requested, ranks without records, run times in place of steps, and ranks that
+    shared cores or a GPU.
+    """
+    for point in points:
+        if point.fewer_nodes:
+            made = ", ".join(
+                f"{counted(n, 'step')} on {counted(nodes, 'node')}" for nodes, n in point.fewer_nodes.items()
+            )
+            all_of_them = sum(point.fewer_nodes.values()) == point.last_step
+            then = "figures and size are those of these steps" if all_of_them else "its figures are without these steps"
+            yield f"At {point.title} nodes were lost, and the run continued on the remaining nodes: {made}; {then}."
     partly = []
     for point in points:
         environment, steps = point.environment, point.steps.after_warmup()
@@ -377,87 +290,74 @@ def _noise(series: Series, rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _range(low: float, high: float) -> str:
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
-
-
-def _resolution(point: Point) -> Iterator[str]:
-    """Report step times that are means over lines of a log that were read together."""
+def _times(point: Point) -> Iterator[str]:
+    """Report step times that are means over lines of a log, slow ranks, and ranks that wait for data."""
     figures = point.figures
-    if figures is None or not figures.resolution_s:
+    if figures is None:
         return
-    together = round(figures.resolution_s / figures.step_time_s) if figures.step_time_s else 0
-    claim = f"an efficiency is exact to about {100 / figures.intervals:.0f} %"
-    if point.is_coarse:
-        claim = f"no efficiency is claimed: they took less than {MIN_STEPS} such readings"
-    yield (
-        f"At {point.title} a step time is a mean over about {counted(together, 'step')}, whose lines were read "
-        f"together ({figures.resolution_s:.2g} s): their spread is not known, and {claim}. A step time in the line "
-        "(script.progress with a group step_time_s), or launch.worker, gives the time of each step."
-    )
+    if figures.resolution_s:
+        together = round(figures.resolution_s / figures.step_time_s) if figures.step_time_s else 0
+        claim = f"an efficiency is exact to about {100 / figures.intervals:.0f} %"
+        if point.is_coarse:
+            claim = f"no efficiency is claimed: they took less than {MIN_STEPS} such readings"
+        yield (
+            f"At {point.title} a step time is a mean over about {counted(together, 'step')}, whose lines were read "
+            f"together ({figures.resolution_s:.2g} s): their spread is not known, and {claim}. A step time in the "
+            "line (script.progress with a group step_time_s), or launch.worker, gives the time of each step."
+        )
 
-
-def _stragglers(point: Point) -> Iterator[str]:
-    """Name slow ranks and ranks that wait for data; none if their excess is within the spread."""
-    figures = point.figures
-    if figures is None or point.rank_times is None:
-        return
-
-    def named(excesses: Mapping[int, float]) -> str:
-        found = []
-        for rank, excess_s in sorted(excesses.items(), key=lambda item: -item[1])[:NAMED]:
+    def by_excess(excesses: Mapping[int, float]) -> str:
+        texts = []
+        for rank, excess_s in sorted(excesses.items(), key=lambda item: -item[1]):
             on = "" if (host := point.host(rank)) is None else f" on {host}"
             share = f"{100 * excess_s / figures.step_time_s:.1f} % of the step time"
-            found.append(f"rank {rank}{on} by {1000 * excess_s:.3g} ms, {share}")
-        more = f"; and {len(excesses) - NAMED} more" if len(excesses) > NAMED else ""
-        return "; ".join(found) + more
+            texts.append(f"rank {rank}{on} by {1000 * excess_s:.3g} ms, {share}")
+        return _named(texts)
 
-    ranks = point.rank_times.ranks
+    ranks = point.rank_times.ranks if point.rank_times else ()
     if slow := {rank.rank: rank.excess_s for rank in ranks if rank.is_slow}:
         yield (
-            f"At {point.title}, slower than the other ranks throughout the run: {named(slow)}. In each step all ranks "
-            "wait for the slowest."
+            f"At {point.title}, slower than the other ranks throughout the run: {by_excess(slow)}. In each step all "
+            "ranks wait for the slowest."
         )
     if waiting := {rank.rank: rank.wait_excess_s or 0.0 for rank in ranks if rank.waits_long}:
-        yield f"At {point.title}, longer waits for data than on the other ranks: {named(waiting)}."
+        yield f"At {point.title}, longer waits for data than on the other ranks: {by_excess(waiting)}."
 
 
 def _gpus(point: Point) -> Iterator[str]:
     """Name throttled hosts, and explain why the energy is unknown."""
-    use = point.gpu_use or GpuUse((), None, None, None)
-    throttled = [host for host in use.hosts if (host.throttled or 0.0) >= LEAST_THROTTLED]
+    if (use := point.gpu_use) is None:
+        return
+    shares = {host.host: (host.throttled or 0.0, host.reasons) for host in use.hosts}
+    throttled = [
+        f"host {host} {100 * share:.0f} % of samples ({', '.join(reasons)})"
+        for host, (share, reasons) in sorted(shares.items(), key=lambda item: -item[1][0])
+        if share >= LEAST_THROTTLED
+    ]
     if throttled:
-        throttled.sort(key=lambda host: -(host.throttled or 0.0))
-        named = "; ".join(
-            f"host {host.host} {100 * (host.throttled or 0.0):.0f} % of samples ({', '.join(host.reasons)})"
-            for host in throttled[:NAMED]
-        )
-        more = f"; and {len(throttled) - NAMED} more of {len(use.hosts)}" if len(throttled) > NAMED else ""
-        yield f"At {point.title}, throttled: {named}{more}. Clocks lower than requested make steps longer."
+        yield f"At {point.title}, throttled: {_named(throttled)}. Clocks lower than requested make steps longer."
     if use.unsampled:
-        named = ", ".join(use.unsampled[:NAMED]) + (" and others" if len(use.unsampled) > NAMED else "")
         yield (
-            f"The energy of {point.title} is not known: GPUs of {named} were not sampled in every attempt "
-            "(nvidia-ml-py has to be installed: pip install '.[gpu]')."
+            f"The energy of {point.title} is not known: GPUs of {_named(use.unsampled)} were not sampled in every "
+            "attempt (nvidia-ml-py has to be installed: pip install '.[gpu]')."
         )
 
 
 def _interruptions(rows: Sequence[Row]) -> Iterator[str]:
     """Write the cost of interruptions by cause, and the time that restarts in place saved."""
-    for unit, of_unit in units(rows):
+    for unit, of_unit in interrupted(rows):
         lost_h, used = sum(row.interrupted_h or 0.0 for row in of_unit), [row.gpu_hours for row in of_unit]
         causes = ", ".join(f"{CAUSES[c]} {hours(lost, f'{unit}-h')}" for c, lost in hours_by_cause(of_unit).items())
         is_known = unit == "GPU" and None not in used
         share = f", {percent(lost_h / sum(filter(None, used)))} of the use of these runs" if is_known else ""
         number = counted(sum(row.interruptions or 0 for row in of_unit), "interruption")
         yield f"{number} cost {hours(lost_h, f'{unit}-hours')}{share} ({causes}): {DEFINITION}."
-        spared = [row for row in of_unit if row.saved_in_place_h is not None]
-        if spared:
-            saved_h, wait_s = _saved(spared)
-            amounts = f"about {hours(saved_h, f'{unit}-hours')} and {_time(wait_s)} of waiting for nodes"
+        if spared := [row for row in of_unit if row.saved_in_place_h is not None]:
+            saved = hours(sum(row.saved_in_place_h or 0.0 for row in spared), f"{unit}-hours")
+            wait = time_text(sum(row.saved_in_place_wait_s or 0.0 for row in spared))
             yield (
-                f"Ranks were started again in place {how_often(sum(row.restarts_in_place or 0 for row in spared))}, "
-                f"which saved {amounts if saved_h or wait_s else 'nothing'}, against "
+                f"{counted(sum(row.restarts_in_place or 0 for row in spared), 'restart')} in place saved about "
+                f"{saved} and {wait} of waiting for nodes, against "
                 f"{' and '.join(dict.fromkeys(row.saved_against or '' for row in spared))}: {SAVED_DEFINITION}."
             )
 
@@ -496,17 +396,21 @@ ADVICE = {
 }
 
 
-def _low_mfu(point: Point) -> Iterator[str]:
-    """Advise on a point of the GPT library with a low MFU, by the phase that loses most time."""
+def _parts_of_steps(point: Point) -> Iterator[str]:
+    """Advise on a point of the GPT library with a low MFU, by the phase that loses most time, and divide the profiled
+    steps.
+    """
     mfu = None if point.figures is None else point.figures.mfu_palm
-    if mfu is None or mfu >= LOW_MFU or not point.is_gpt:
-        return
-    shares = point.steps.after_warmup().shares()
-    known = {phase: share for phase, share in shares.items() if phase != REST and share >= WORTH_NAMING}
-    most = max(known, key=lambda phase: known[phase], default=REST)
-    made_of = ", ".join(f"{LOSSES[phase]} {100 * share:.1f} %" for phase, share in shares.items())
-    steps = f" Its steps are {made_of}." if len(shares) > 1 else ""
-    yield f"MFU at {point.title} is {100 * mfu:.1f} %, below {100 * LOW_MFU:.0f} %.{steps} {ADVICE[most]}"
+    if mfu is not None and mfu < LOW_MFU and point.is_gpt:
+        shares = point.steps.after_warmup().shares()
+        known = {phase: share for phase, share in shares.items() if phase != REST and share >= WORTH_NAMING}
+        most = max(known, key=lambda phase: known[phase], default=REST)
+        made_of = ", ".join(f"{LOSSES[phase]} {100 * share:.1f} %" for phase, share in shares.items())
+        steps = f" Its steps are {made_of}." if len(shares) > 1 else ""
+        yield f"MFU at {point.title} is {100 * mfu:.1f} %, below {100 * LOW_MFU:.0f} %.{steps} {ADVICE[most]}"
+    if (profiled := point.breakdown) is not None:
+        ranks = counted(profiled.ranks, "rank")
+        yield f"Of {profiled.steps} steps of {point.title} that were profiled on {ranks}: {profiled.text()}."
 
 
 def _findings(series: Series, found: SeriesFindings) -> Iterator[str]:

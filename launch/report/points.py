@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from launch.report.goodput import Goodput, measure_goodput
 from launch.report.read import Environment, read_columns, read_environment
-from launch.report.steps import MIN_STEPS, Measurement, StepReading, measure, read_steps
+from launch.report.steps import MIN_STEPS, StepFigures, StepReading, measure_steps, read_run_steps
 from launch.runs.environment import THROTTLE_REASONS, GpuSample, read_samples, telemetry_nodes
 from launch.runs.events import fewer_nodes, last_command
 from launch.runs.find import natural
@@ -222,7 +223,7 @@ SHOWN = {"compute": "computing", "exposed": "exposed communication", "copies": "
 
 
 @dataclass(frozen=True)
-class StepBreakdown:
+class ProfiledSteps:
     """Mean parts of the steps that a profiler measured, over all ranks."""
 
     steps: int
@@ -239,32 +240,28 @@ class StepBreakdown:
         return f"{', '.join(named)}; communication, hidden or not, takes {shares['comm']:.1f} %"
 
 
-def read_breakdown(run: RunFolder) -> StepBreakdown | None:
-    """Return the mean parts of the profiled steps; None if the first rank has none.
-
-    In that case no other file is read.
-    """
+def read_breakdown(run: RunFolder) -> ProfiledSteps | None:
+    """Return the mean parts of the profiled steps; None if the first rank has none: no other file is read then."""
     fields = {part: f"breakdown_{part}_s" for part in (*SHOWN, "comm")}
-    sums, counts = dict.fromkeys(fields, 0.0), dict.fromkeys(fields, 0)
+    found: dict[str, list[float]] = {part: [] for part in fields}
     steps = ranks = 0
     for rank in run.metric_ranks():
-        columns = read_columns(run.metrics(rank), tuple(fields.values()))
-        known = {part: (values := columns.values[name])[~np.isnan(values)] for part, name in fields.items()}
-        profiled = len(known["idle"])
+        values = read_columns(run.metrics(rank), tuple(fields.values())).values
+        profiled = int(np.count_nonzero(~np.isnan(values[fields["idle"]])))
         if not profiled and not ranks:
             return None
         steps, ranks = steps or profiled, ranks + bool(profiled)
-        for part, values in known.items() if profiled else ():
-            sums[part] += float(values.sum())
-            counts[part] += len(values)
-    means = {part: sums[part] / counts[part] for part in fields if counts[part]}
-    return StepBreakdown(steps, ranks, means) if ranks else None
+        for part, name in fields.items():
+            found[part] += values[name][~np.isnan(values[name])].tolist()
+    return (
+        ProfiledSteps(steps, ranks, {part: fmean(known) for part, known in found.items() if known}) if ranks else None
+    )
 
 
 # The point.
 
 
-class State(StrEnum):
+class PointState(StrEnum):
     """State of a point."""
 
     FINISHED = "finished"
@@ -277,9 +274,9 @@ class State(StrEnum):
     NOT_STARTED = "not started"
 
 
-ENDS = {"finished": State.FINISHED, "rank_failed": State.FAILED, "stopped": State.STOPPED}
+ENDS = {"finished": PointState.FINISHED, "rank_failed": PointState.FAILED, "stopped": PointState.STOPPED}
 """Event -> state of the point after it."""
-REASONS = {"cancelled": State.CANCELLED, "budget_reached": State.BUDGET_EXCEEDED}
+REASONS = {"cancelled": PointState.CANCELLED, "budget_reached": PointState.BUDGET_EXCEEDED}
 """Event that requests a stop -> state of the stopped point, as in ``launch.status``."""
 
 
@@ -293,7 +290,7 @@ class Point(StepReading):
 
     path: Path
     overrides: tuple[str, ...]
-    state: State
+    state: PointState
     environment: Environment | None
     presence: tuple[float, float] | None = None
     """Unix times of the start and end of the run's processes; includes ``span``. None if unknown."""
@@ -306,7 +303,7 @@ class Point(StepReading):
     """Time of the run by part; None if no agent recorded its allocations."""
     gpu_use: GpuUse | None = None
     """Energy, power and throttling of the GPUs; None if no GPU was sampled."""
-    breakdown: StepBreakdown | None = None
+    breakdown: ProfiledSteps | None = None
     """Parts of the profiled steps; None if no step was profiled."""
     fewer_nodes: Mapping[int, int] = field(default_factory=dict)
     """Smaller number of nodes -> number of steps on them after a loss of nodes.
@@ -339,9 +336,9 @@ class Point(StepReading):
         return self.label or self.name
 
     @cached_property
-    def figures(self) -> Measurement | None:
+    def figures(self) -> StepFigures | None:
         """Figures of the steps; None if too few steps are left after warm-up."""
-        return measure(self.steps)
+        return measure_steps(self.steps)
 
     @property
     def ranks(self) -> int | None:
@@ -366,7 +363,7 @@ class Point(StepReading):
         environment = self.environment
         if environment is None or environment.work_per_step is None or environment.max_steps is None:
             return None
-        if self.state is not State.FINISHED or self.attempts != 1 or not self.run_time_s:
+        if self.state is not PointState.FINISHED or self.attempts != 1 or not self.run_time_s:
             return None
         return environment.work_per_step * environment.max_steps / self.run_time_s
 
@@ -407,14 +404,14 @@ def read_point(path: Path) -> Point:
     times = _attempt_times(events)
     ended = [until - since for since, until in times.values() if until is not None]
     end, fewer = _end(events, last_attempt), fewer_nodes(events)
-    reading = read_steps(run, known, fewer, has_ended=end is not None)
+    reading = read_run_steps(run, known, fewer, has_ended=end is not None)
     environment = known[reading.attempt or max(known)] if known else None
     span = reading.span
     if span is None and (until := times.get(last_attempt, (0.0, None))[1]) is not None:
         span = (times[last_attempt][0], until)
     # A program other than gpt may record no steps.
     needs_none = environment is not None and environment.workload != "gpt" and bool(times)
-    without_end = State.RUNNING if reading.last_step is not None or needs_none else None
+    without_end = PointState.RUNNING if reading.last_step is not None or needs_none else None
     on_fewer = Counter[int]()
     for attempt, event in fewer.items():
         on_fewer[int(event["nodes"])] += reading.attempt_steps.get(attempt, 0)
@@ -425,7 +422,7 @@ def read_point(path: Path) -> Point:
         **{**vars(reading), "span": span, "unit": unit},
         path=path,
         overrides=read_overrides(run),
-        state=end or without_end or (State.NO_RECORDS if last_attempt else State.NOT_STARTED),
+        state=end or without_end or (PointState.NO_RECORDS if last_attempt else PointState.NOT_STARTED),
         environment=environment,
         presence=span and _presence(events, span),
         run_time_s=sum(ended) if ended and len(ended) == len(times) else None,
@@ -460,7 +457,7 @@ def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tu
     return before.get("agent_started", before.get("started", span[0])), ends[0] if ends else span[1]
 
 
-def _end(event_log: Sequence[dict[str, Any]], last: int) -> State | None:
+def _end(event_log: Sequence[dict[str, Any]], last: int) -> PointState | None:
     """Return the state after the last attempt; None if the attempt runs.
 
     An end without attempt counts for any attempt.
@@ -475,7 +472,7 @@ def _end(event_log: Sequence[dict[str, Any]], last: int) -> State | None:
         return REASONS[reason["event"]]
     # A failed rank fails the attempt, even if other ranks record more afterwards.
     if any(event["event"] == "rank_failed" and event.get("attempt") is not None for event in ends):
-        return State.FAILED
+        return PointState.FAILED
     return ENDS[ends[-1]["event"]] if ends else None
 
 

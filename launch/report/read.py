@@ -13,7 +13,7 @@ import signal
 import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -218,8 +218,8 @@ MUCH = 128 << 20
 """Number of bytes above which reading processes, one per core, are worth their start."""
 
 
-def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], size: int) -> Iterator[tuple[Item, Result]]:
-    """Yield each item with the result of ``read``, in order; processes read a few more ahead if there is much to read.
+def read_ahead(read: Callable[[Item], Result], items: Sequence[Item], size: int) -> Iterator[Result]:
+    """Yield the results of ``read`` in order; forked processes read a few items more ahead if there is much to read.
 
     Args:
         read: pure function that reads a file and returns a value that can be pickled.
@@ -228,21 +228,17 @@ def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], size: int)
     """
     readers = processes_for(size)
     if not readers:
-        yield from ((item, read(item)) for item in items)
+        yield from map(read, items)
         return
-    left = iter(items)
-    ahead: deque[tuple[tuple[Item, ...], Future[list[Result]]]] = deque()
-    with executor(readers) as pool:
-        while (group := tuple(islice(left, TOGETHER))) or ahead:
-            if group:
-                ahead.append((group, pool.submit(_read_all, read, group)))
-            if not group or len(ahead) > readers:
-                first, found = ahead.popleft()
-                yield from zip(first, found.result(), strict=True)
-
-
-def _read_all(read: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    return [read(item) for item in items]
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(readers, mp_context=fork, initializer=_start_reader, initargs=(os.getpid(),)) as pool:
+        ahead: deque[Iterator[Result]] = deque()
+        for start in range(0, len(items), TOGETHER):
+            ahead.append(pool.map(read, items[start : start + TOGETHER], chunksize=TOGETHER))
+            if len(ahead) > readers:
+                yield from ahead.popleft()
+        for results in ahead:
+            yield from results
 
 
 def processes_for(size: int) -> int:
@@ -254,12 +250,6 @@ def processes_for(size: int) -> int:
     if size < MUCH or cores < 2 or threading.active_count() > 1:
         return 0
     return min(cores, MOST_PROCESSES)
-
-
-def executor(processes: int) -> Executor:
-    """Return a pool of forked processes that end with this process."""
-    fork = multiprocessing.get_context("fork")
-    return ProcessPoolExecutor(processes, mp_context=fork, initializer=_start_reader, initargs=(os.getpid(),))
 
 
 def _start_reader(parent: int) -> None:
@@ -369,11 +359,8 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
         """Kinds of devices as text for people."""
         return " and ".join(sorted({place.device_name for place in self.ranks}))
 
-    def same_setup(self, other: Environment) -> bool:
-        """Return True if the step times of both attempts belong together: all but host names and code are equal."""
-        return self._setup() == other._setup()
-
-    def _setup(self) -> tuple[Any, ...]:
+    def setup(self) -> tuple[Any, ...]:
+        """Return all but host names and code. The step times of attempts with equal setups belong together."""
         machines: dict[str, Counter[tuple[Any, ...]]] = defaultdict(Counter)
         for place in self.ranks:
             machines[place.machine][(place.device_name, place.cores, place.threads)] += 1
@@ -387,26 +374,18 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
         machines: dict[str, list[RankPlace]] = defaultdict(list)
         for place in self.ranks:
             machines[place.machine].append(place)
-        where: dict[str, list[list[RankPlace]]] = defaultdict(list)
+        where: dict[str, list[str]] = defaultdict(list)
         for places in machines.values():
+            hosts = [place.host for place in places]
             gpus = Counter(place.gpu or place.device for place in places if place.device != "cpu")
             for ranks in dict.fromkeys(gpus.values()):
                 if ranks > 1:
-                    where[f"{ranks} ranks on one GPU"].append(places)
+                    where[f"{ranks} ranks on one GPU"] += hosts
             on_cpu = [place for place in places if place.device == "cpu"]
             threads, cores = sum(place.threads for place in on_cpu), max((place.cores for place in on_cpu), default=0)
             if threads > cores:
-                where[f"{counted(threads, 'thread')} on {counted(cores, 'core')}"].append(places)
-        return [f"{what} {_location(crowded)}" for what, crowded in where.items()]
-
-
-def _location(machines: list[list[RankPlace]]) -> str:
-    if len(machines) > 1:
-        return f"on each of {len(machines)} machines"
-    hosts = list(dict.fromkeys(place.host for place in machines[0]))
-    if len(hosts) == 1:
-        return f"of {hosts[0]}"
-    return f"of one machine ({', '.join(hosts) if len(hosts) <= 4 else f'{hosts[0]} to {hosts[-1]}'})"
+                where[f"{counted(threads, 'thread')} on {counted(cores, 'core')}"] += hosts
+        return [f"{what} of {' to '.join(dict.fromkeys((hosts[0], hosts[-1])))}" for what, hosts in where.items()]
 
 
 def read_environment(run: RunFolder, attempt: int) -> Environment | None:

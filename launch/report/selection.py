@@ -185,7 +185,7 @@ def writing_to(selection: Selection, out: Path) -> Selection:
 # Comparison of several sweeps and runs.
 
 
-def compare(parts: Sequence[Selection]) -> Selection:
+def compare_selections(parts: Sequence[Selection]) -> Selection:
     """Join selections into one report. Its files are ``comparison.*``, next to the runs of the first selection.
 
     Raises:

@@ -71,6 +71,13 @@ COMPARED: Conditions = {**CONDITIONS, **MADE_WITH}
 """Properties that may differ between two folders of a comparison."""
 
 
+def _made_with(point: Point, name: str) -> str | None:
+    """Return a property of ``MADE_WITH``, or the cluster; None if the point does not record it."""
+    if name == "cluster":
+        return point.cluster and f"cluster={point.cluster}"
+    return None if point.environment is None else MADE_WITH[name](point.environment)
+
+
 @dataclass(frozen=True)
 class Series:
     """Points that differ only in size, smallest first.
@@ -123,19 +130,19 @@ def split(points: Sequence[Point]) -> list[Series]:
     Raises:
         ConfigError: points of one series were measured under different conditions.
     """
-    mixed: dict[tuple[str, frozenset[str]], list[Point]] = {}
-    several = len(clusters_of(points)) > 1
-    for point in points:
-        where = {f"cluster={point.cluster}"} if several and point.cluster else set()
-        mixed.setdefault((point.source, identity(point) | where), []).append(point)
     groups: dict[tuple[str, frozenset[str]], list[Point]] = {}
-    for (source, alike), group in mixed.items():
-        # Software and code separate groups. A point that does not record them belongs to the first group.
-        found = {name: list(values) for name, values in made_with(group).items() if len(values) > 1}
-        for point in group:
-            own = {name: point.environment and MADE_WITH[name](point.environment) for name in found}
-            apart = frozenset(own[name] or values[0] for name, values in found.items())
-            groups.setdefault((source, alike | apart), []).append(point)
+    several = len(made_with(points)["cluster"]) > 1
+    for point in points:
+        where = {_made_with(point, "cluster") or ""} - {""} if several else set()
+        groups.setdefault((point.source, identity(point) | where), []).append(point)
+    for name in MADE_WITH:
+        whole, groups = groups, {}
+        for (source, alike), group in whole.items():
+            values = list(made_with(group)[name])
+            for point in group:
+                # A point that does not record the property belongs to the first group.
+                own = {_made_with(point, name) or values[0]} if len(values) > 1 else set()
+                groups.setdefault((source, alike | own), []).append(point)
     common = frozenset.intersection(*(alike for _, alike in groups)) if groups else frozenset()
     every = []
     for (source, alike), group in groups.items():
@@ -148,23 +155,17 @@ def split(points: Sequence[Point]) -> list[Series]:
 
 
 def made_with(points: Sequence[Point]) -> dict[str, dict[str, list[str]]]:
-    """Return property of ``MADE_WITH`` -> its values among measured points -> titles of the points."""
-    found: dict[str, dict[str, list[str]]] = {name: {} for name in MADE_WITH}
-    for point in points:
-        if point.environment is None or (point.figures is None and point.run_rate is None):
-            continue
-        for name, property_of in MADE_WITH.items():
-            if (value := property_of(point.environment)) is not None:
+    """Return cluster, software and code -> their values among the points -> titles of the points.
+
+    A point without figures counts for the cluster alone.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for name in ("cluster", *MADE_WITH):
+        found[name] = {}
+        for point in points:
+            counts = name == "cluster" or point.figures is not None or point.run_rate is not None
+            if counts and (value := _made_with(point, name)) is not None:
                 found[name].setdefault(value, []).append(point.title)
-    return found
-
-
-def clusters_of(points: Sequence[Point]) -> dict[str, list[str]]:
-    """Return cluster -> titles of the points that ran on it, if known."""
-    found: dict[str, list[str]] = {}
-    for point in points:
-        if point.cluster is not None:
-            found.setdefault(point.cluster, []).append(point.title)
     return found
 
 
@@ -294,7 +295,7 @@ class SeriesFindings:
     law: Law | None = None
 
 
-def find(series: Series) -> SeriesFindings:
+def find_statistics(series: Series) -> SeriesFindings:
     """Return the findings on a series; empty if no efficiency is stated, or steps were not timed one by one."""
     base = series.smallest
     runs = [point for point in series.members if point.has_efficiency]
@@ -347,34 +348,27 @@ def _fit_law(series: Series, sizes: Mapping[int, Sequence[Point]], base: str) ->
     of_base = drawn[smallest]
     strays = [of_base.replicates / of_base.value * drawn[n].value / drawn[n].replicates for n in above]
     is_weak = series.scaling == "weak"
-    fit = gustafson if is_weak else amdahl
-    share = float(fit(relative, speedups))
-    replicates = fit(relative, speedups * np.stack(strays, axis=-1))
+    share = float(serial_share(relative, speedups, is_weak))
+    replicates = serial_share(relative, speedups * np.stack(strays, axis=-1), is_weak)
     low, high = interval(share, replicates, max(one.widening for one in drawn.values()))
     by_law = relative - share * (relative - 1) if is_weak else 1 / (share + (1 - share) / relative)
     error = float(np.max(np.abs(speedups / by_law - 1)))
     return Law(series.label, "Gustafson" if is_weak else "Amdahl", share, low, high, error, base)
 
 
-def amdahl(sizes: Floats, speedups: Floats) -> Floats:
-    """Fit the serial share s of ``1 / speedup = s + (1 - s) / size`` by least squares (Amdahl, 1967).
+def serial_share(sizes: Floats, speedups: Floats, is_weak: bool) -> Floats:
+    """Fit the serial share s of a law by least squares.
+
+    In strong scaling ``1 / speedup = s + (1 - s) / size`` (Amdahl, 1967), in weak scaling
+    ``speedup = size - s (size - 1)`` (Gustafson, 1988).
 
     Args:
         sizes: numbers of ranks, relative to the smallest point, [points].
         speedups: speedups relative to the smallest point, [..., points].
+        is_weak: True for weak scaling.
     """
-    weight = 1 - 1 / sizes
-    found: Floats = ((1 / speedups - 1 / sizes) * weight).sum(axis=-1) / (weight * weight).sum()
-    return found
-
-
-def gustafson(sizes: Floats, speedups: Floats) -> Floats:
-    """Fit the serial share s of ``speedup = size - s (size - 1)`` by least squares (Gustafson, 1988).
-
-    Shapes as for ``amdahl``.
-    """
-    weight = sizes - 1
-    found: Floats = ((sizes - speedups) * weight).sum(axis=-1) / (weight * weight).sum()
+    weight, lost = (sizes - 1, sizes - speedups) if is_weak else (1 - 1 / sizes, 1 / speedups - 1 / sizes)
+    found: Floats = (lost * weight).sum(axis=-1) / (weight * weight).sum()
     return found
 
 

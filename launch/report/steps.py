@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -120,7 +121,7 @@ def past_warmup(steps: Integers, attempts: Integers) -> Flags:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class StepFigures:
     """Figures of one point from ``steps`` optimizer steps. Times are in seconds; low and high are the quartiles."""
 
     steps: int
@@ -146,7 +147,7 @@ class Measurement:
         return self.spread_share > NOISY or NOISY * self.intervals < 1
 
 
-def measure(steps: Steps) -> Measurement | None:
+def measure_steps(steps: Steps) -> StepFigures | None:
     """Measure a point. None if fewer than ``MIN_STEPS`` steps are left after warm-up."""
     used = steps.after_warmup()
     if len(used) < MIN_STEPS:
@@ -156,7 +157,7 @@ def measure(steps: Steps) -> Measurement | None:
     resolution_s = float(np.median(used.resolution_s))
     length_s = median * int(used.step[-1] - used.step[0] + 1)  # Some programs print every tenth step.
     has_work = not np.isnan(used.work).any() and median > 0
-    return Measurement(
+    return StepFigures(
         steps=len(used),
         step_time_s=median,
         low_s=low,
@@ -235,63 +236,6 @@ class RankTimes:
     """True if waiting in collectives was recorded and is subtracted."""
 
 
-class _OwnTimes:
-    """Mean times of the ranks in windows of the run. The first rank decides the steps of each window."""
-
-    def __init__(self, first: RecordColumns, counts: Flags) -> None:
-        chosen = counts & past_warmup(first.steps, first.attempts)
-        self._keys, self._steps = first.keys[chosen], first.steps[chosen]
-        self._parts = np.array_split(np.arange(len(self._keys)), min(WINDOWS, len(self._keys)) or 1)
-        self._window = np.repeat(np.arange(len(self._parts)), [len(part) for part in self._parts])
-        self._sizes = np.bincount(self._window)
-        self._ranks: list[int] = []
-        self._own: list[Floats] = []
-        self._waits: list[Floats] = []
-        self._is_net = True
-
-    def add(self, rank: int, columns: RecordColumns, times: Floats) -> None:
-        """Add one rank with its step times. A rank that did not record all the steps is left out."""
-        at = np.searchsorted(columns.keys, self._keys).clip(0, len(columns) - 1)
-        own = times[at]
-        if not len(at) or (columns.keys[at] != self._keys).any() or np.isnan(own).any():
-            return
-        for name in WAITS:
-            waits = columns.values[name][at]
-            own = own if np.isnan(waits).any() else own - waits
-        self._is_net = self._is_net and not np.isnan(columns.values["comm_s"][at]).any()
-        self._ranks.append(rank)
-        for means, values in ((self._own, own), (self._waits, columns.values["data_wait_s"][at])):
-            means.append(np.bincount(self._window, weights=values) / self._sizes)
-
-    def result(self) -> RankTimes | None:
-        """Compare the ranks. None if fewer than two ranks have recorded the same steps."""
-        if len(self._ranks) < 2 or len(self._parts) < LEAST_WINDOWS:
-            return None
-        own, waits, sizes = np.array(self._own), np.array(self._waits), self._sizes
-        step_s = float(own.mean())
-        excess, slow = _compare(own, sizes, step_s)
-        has_waits = not np.isnan(waits).any()
-        wait_excess, long = _compare(waits, sizes, step_s) if has_waits else (excess, slow & False)
-        mean, mean_wait = (values @ sizes / sizes.sum() for values in (own, waits))
-        return RankTimes(
-            ranks=tuple(
-                RankTime(
-                    rank=rank,
-                    own_s=float(mean[index]),
-                    excess_s=float(excess[index]),
-                    data_wait_s=float(mean_wait[index]) if has_waits else None,
-                    wait_excess_s=float(wait_excess[index]) if has_waits else None,
-                    is_slow=bool(slow[index]),
-                    waits_long=bool(long[index]),
-                )
-                for index, rank in enumerate(self._ranks)
-            ),
-            windows=tuple((int(self._steps[part[0]]), int(self._steps[part[-1]])) for part in self._parts),
-            excess_s=tuple(map(tuple, (own - np.median(own, axis=0)).tolist())),
-            is_net=self._is_net,
-        )
-
-
 def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Flags]:
     """Return the excess of each rank over the median of the other ranks, and which ranks are clearly slow.
 
@@ -361,7 +305,7 @@ class StepReading:
     """Lines that are no records, by rank and by attempt in file order. A line that is being written does not count."""
 
 
-def read_steps(
+def read_run_steps(
     run: RunFolder, setups: Mapping[int, Environment], fewer: Collection[int] = frozenset(), *, has_ended: bool = True
 ) -> StepReading:
     """Read and reduce the step records of a run.
@@ -380,8 +324,7 @@ def read_steps(
         if len(columns):
             reduction = reduction or _Reduction(run.metrics(rank), columns, setups, fewer)
             reduction.add(rank, columns)
-    reading = StepReading() if reduction is None else reduction.reading()
-    return replace(reading, unread=tuple(unread))
+    return StepReading(unread=tuple(unread), **({} if reduction is None else reduction.fields()))
 
 
 def _read_ranks(run: RunFolder, setups: Mapping[int, Environment]) -> Iterator[tuple[int, RecordColumns]]:
@@ -399,12 +342,9 @@ def _read_ranks(run: RunFolder, setups: Mapping[int, Environment]) -> Iterator[t
         if len(first):
             names += ["time"] if not is_gpt or np.isnan(first.values[TIME]).any() else []
             others = list(ranks)
-            size = sum(path.stat().st_size for path in map(run.metrics, others) if path.exists())
-            yield from read_ahead(partial(_read_rank, run, names), others, size)
-
-
-def _read_rank(run: RunFolder, names: Sequence[str], rank: int) -> RecordColumns:
-    return read_columns(run.metrics(rank), names)
+            paths = [run.metrics(other) for other in others]
+            size = sum(path.stat().st_size for path in paths if path.exists())
+            yield from zip(others, read_ahead(partial(read_columns, fields=names), paths, size), strict=True)
 
 
 def step_times(columns: RecordColumns) -> Floats:
@@ -444,7 +384,7 @@ class _Reduction:
         self._counting = [
             attempt
             for attempt, other in setups.items()
-            if setup is not None and other.same_setup(setup) and (attempt in fewer) == (self._attempt in fewer)
+            if setup is not None and other.setup() == setup.setup() and (attempt in fewer) == (self._attempt in fewer)
         ]
         self._unit = None if setup is None else setup.unit
         if setup is None or setup.work_per_step is None:
@@ -454,62 +394,111 @@ class _Reduction:
                     self._unit = unit
         self._recording: Counter[int] = Counter()
         """Attempt -> number of ranks that recorded steps in it."""
-        self._own_times = _OwnTimes(first, np.isin(first.attempts, self._counting))
-        size, phases = len(first), [(f"{phase} count", f"{phase} on critical") for phase in RECORDED]
-        sums = ("records", "timed", "resolution", "computing", "mfu", "mfu count", "work", "work count")
-        self._of = {name: np.zeros(size) for name in (*sums, *(count for count, _ in phases))}
-        """Figure -> array over the steps of the first rank."""
-        self._of |= {name: np.full(size, -np.inf) for name in ("time", "own")}
-        self._of |= {name: np.full(size, np.nan) for name in ("computing on critical", *(name for _, name in phases))}
+        # Arrays of figures have the shape [steps of the first rank].
+        size = len(first)
+        self._records, self._resolution, self._computing = np.zeros((3, size))
+        self._sums = {name: np.zeros(size) for name in ("time", "mfu", "work")}
+        self._counts = {name: np.zeros(size) for name in self._sums}
+        """Figure -> number of ranks that recorded the figure."""
+        self._time, self._own = np.full((2, size), -np.inf)
+        """Longest step time and longest own time of any rank."""
+        self._phase_counts = np.zeros((len(RECORDED), size))
+        self._critical = np.full((len(RECORDED) + 1, size), np.nan)
+        """Phases, and computing, of the critical rank."""
+        # Means of each rank over windows of the run, which begin after the warm-up.
+        chosen = np.isin(first.attempts, self._counting) & past_warmup(first.steps, first.attempts)
+        self._keys, self._steps = first.keys[chosen], first.steps[chosen]
+        self._windows = np.array_split(np.arange(len(self._keys)), min(WINDOWS, len(self._keys)) or 1)
+        self._sizes = np.array([len(window) for window in self._windows])
+        self._ranks: list[int] = []
+        self._means: list[list[Floats]] = []
+        """Own time and wait for data of each rank, seconds, each of shape [windows]."""
+        self._is_net = True
 
     def add(self, rank: int, columns: RecordColumns) -> None:
         """Add the records of the next rank."""
         self._recording.update(set(columns.attempts.tolist()))
         times, work = step_times(columns), _own_work(columns, self._unit)
-        self._own_times.add(rank, columns, times)
+        self._add_windows(rank, columns, times)
         values, at = columns.values, np.arange(len(self._first))
         if not np.array_equal(columns.keys, self._first.keys):  # Otherwise nothing is copied: there may be many ranks.
             _, at, found = np.intersect1d(self._first.keys, columns.keys, assume_unique=True, return_indices=True)
             values = {name: column[found] for name, column in values.items()}
             times, work = times[found], work[found]
-        of = self._of
-        of["records"][at] += 1
-        of["timed"][at] += ~np.isnan(times)
-        of["time"][at] = np.fmax(of["time"][at], times)
+        self._records[at] += 1
+        self._time[at] = np.fmax(self._time[at], times)
         if RESOLUTION in values:
-            of["resolution"][at] = np.fmax(of["resolution"][at], values[RESOLUTION])
-        for name, numbers in (("mfu", values["mfu_palm"]), ("work", work)):
-            of[name][at] += np.nan_to_num(numbers)
-            of[f"{name} count"][at] += ~np.isnan(numbers)
-        own = computing = times
-        for phase, name in RECORDED.items():
-            is_known = ~np.isnan(values[name])
-            if is_known.any():
-                of[f"{phase} count"][at] += is_known
-                computing = computing - np.where(is_known, values[name], 0.0)
-                own = computing if phase == "communication" else own
-        of["computing"][at] += computing
-        longest = own > of["own"][at]
-        to = at[longest]
-        of["own"][to], of["computing on critical"][to] = own[longest], computing[longest]
-        for phase, name in RECORDED.items():
-            of[f"{phase} on critical"][to] = values[name][longest]
+            self._resolution[at] = np.fmax(self._resolution[at], values[RESOLUTION])
+        for name, numbers in (("time", times), ("mfu", values["mfu_palm"]), ("work", work)):
+            self._sums[name][at] += np.nan_to_num(numbers)
+            self._counts[name][at] += ~np.isnan(numbers)
+        phases = np.array([values[name] for name in RECORDED.values()])
+        is_known = ~np.isnan(phases)
+        self._phase_counts[:, at] += is_known
+        waits, *others = np.where(is_known, phases, 0.0)
+        computing = own = times - waits
+        for seconds in others:
+            computing = computing - seconds
+        self._computing[at] += computing
+        longest = own > self._own[at]
+        self._own[at[longest]] = own[longest]
+        self._critical[:, at[longest]] = np.vstack([phases, computing])[:, longest]
 
-    def reading(self) -> StepReading:
-        """Return the figures of all added ranks."""
+    def _add_windows(self, rank: int, columns: RecordColumns, times: Floats) -> None:
+        """Add the means of one rank. A rank that did not record all the steps is left out."""
+        at = np.searchsorted(columns.keys, self._keys).clip(0, len(columns) - 1)
+        own = times[at]
+        if not len(at) or (columns.keys[at] != self._keys).any() or np.isnan(own).any():
+            return
+        for name in WAITS:
+            waits = columns.values[name][at]
+            own = own if np.isnan(waits).any() else own - waits
+        self._is_net = self._is_net and not np.isnan(columns.values["comm_s"][at]).any()
+        self._ranks.append(rank)
+        window = np.repeat(np.arange(len(self._sizes)), self._sizes)
+        every = (own, columns.values["data_wait_s"][at])
+        self._means.append([np.bincount(window, weights=of) / self._sizes for of in every])
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of ``StepReading`` over all added ranks."""
         first, last = self._first, self._last
         times = first.values["time"][first.attempts == max(self._stepped, default=-1)]
         of_bf16, of_precision = last.get("mfu_bf16"), last.get("mfu_palm")
-        return StepReading(
-            steps=self._whole_steps(),
-            rank_times=self._own_times.result(),
-            unit=self._unit,
-            last_step=int(first.steps[-1]),
-            loss=last.get("loss"),
-            bf16_ratio=of_bf16 / of_precision if of_bf16 and of_precision else None,
-            span=(float(times.min()), float(times.max())) if len(times) else None,
-            attempt=self._attempt,
-            attempt_steps=Counter(first.attempts.tolist()),
+        return {
+            "steps": self._whole_steps(),
+            "rank_times": self._rank_times(),
+            "unit": self._unit,
+            "last_step": int(first.steps[-1]),
+            "loss": last.get("loss"),
+            "bf16_ratio": of_bf16 / of_precision if of_bf16 and of_precision else None,
+            "span": (float(times.min()), float(times.max())) if len(times) else None,
+            "attempt": self._attempt,
+            "attempt_steps": Counter(first.attempts.tolist()),
+        }
+
+    def _rank_times(self) -> RankTimes | None:
+        """Compare the ranks. None if fewer than two ranks have recorded the same steps."""
+        if len(self._ranks) < 2 or len(self._windows) < LEAST_WINDOWS:
+            return None
+        own, waits = np.moveaxis(np.array(self._means), 1, 0)
+        step_s = float(own.mean())
+
+        def compared(times: Floats) -> list[list[Any]]:
+            """Return mean, excess, and whether the excess is clear, of each rank."""
+            mean = times @ self._sizes / self._sizes.sum()
+            return [of.tolist() for of in (mean, *_compare(times, self._sizes, step_s))]
+
+        unknown = [[None] * len(own), [None] * len(own), [False] * len(own)]
+        by_waits = unknown if np.isnan(waits).any() else compared(waits)
+        of_ranks = zip(self._ranks, *compared(own), *by_waits, strict=True)
+        return RankTimes(
+            ranks=tuple(
+                RankTime(rank, own_s, excess_s, wait_s, wait_excess_s, is_slow, is_long)
+                for rank, own_s, excess_s, is_slow, wait_s, wait_excess_s, is_long in of_ranks
+            ),
+            windows=tuple((int(self._steps[part[0]]), int(self._steps[part[-1]])) for part in self._windows),
+            excess_s=tuple(map(tuple, (own - np.median(own, axis=0)).tolist())),
+            is_net=self._is_net,
         )
 
     def _whole_steps(self) -> Steps:
@@ -519,44 +508,41 @@ class _Reduction:
         rank 0. The work of a step is the sum over all ranks, or the stated work. If only some ranks record, the stated
         work has precedence, because the other ranks worked too. The last choice is the rate of the whole run.
         """
-        of, first = self._of, self._first
+        first, counts = self._first, self._counts
         expected = np.full(len(first), -1)
-        work = first.values.get(f"{self._unit}_per_s", np.nan) * of["time"]
+        work = first.values.get(f"{self._unit}_per_s", np.nan) * self._time
         for number in self._counting:
             setup, here = self._setups[number], first.attempts == number
             recorded = setup.world_size if setup.workload == "gpt" else self._recording[number]
             expected[here] = recorded
-            by_all = here & np.isin(of["work count"], (recorded or -1, setup.world_size or -1))
-            work[by_all] = of["work"][by_all]
+            by_all = here & np.isin(counts["work"], (recorded or -1, setup.world_size or -1))
+            work[by_all] = self._sums["work"][by_all]
             if setup.work_per_step is not None:
-                work[here & (of["work count"] != setup.world_size)] = setup.work_per_step
-        whole = np.flatnonzero((of["records"] == expected) & (of["timed"] == expected))
-        of = {name: values[whole] for name, values in of.items()}
+                work[here & (counts["work"] != setup.world_size)] = setup.work_per_step
+        whole = np.flatnonzero((self._records == expected) & (counts["time"] == expected))
         with np.errstate(invalid="ignore"):
-            mfu = of["mfu"] / of["mfu count"]  # Ranks above the first may leave out the MFU.
+            mfu = self._sums["mfu"] / counts["mfu"]  # Ranks above the first may leave out the MFU.
         return Steps(
             step=first.steps[whole],
             attempt=first.attempts[whole],
-            time_s=of["time"],
+            time_s=self._time[whole],
             work=work[whole],
-            mfu_palm=mfu,
+            mfu_palm=mfu[whole],
             recorded_by=expected[whole],
-            resolution_s=of["resolution"],
-            phases=_phases(of, expected[whole]),
+            resolution_s=self._resolution[whole],
+            phases=self._phases(whole, expected[whole]),
         )
 
-
-def _phases(of: Mapping[str, Floats], ranks: Integers) -> dict[str, Floats]:
-    """Divide the times of steps into phases. ``rest`` is NaN if only some of the ranks recorded a phase."""
-    counts = {phase: of[f"{phase} count"] for phase in RECORDED}
-    found = {phase: np.where(count > 0, of[f"{phase} on critical"], np.nan) for phase, count in counts.items()}
-    # The critical rank waits for the other ranks outside of its own time.
-    has_waits = counts["communication"] > 0
-    found["communication"] = np.where(has_waits, of["time"] - of["own"], np.nan)
-    known_s = sum(map(np.nan_to_num, found.values()), np.zeros(len(ranks)))
-    # Ranks that wait for each other end a step together: only their waits show a difference.
-    late = of["computing on critical"] - of["computing"] / ranks
-    found[STRAGGLERS] = np.where(has_waits & (ranks > 1), late, np.nan)
-    is_divided = np.all([(count == 0) | (count == ranks) for count in counts.values()], axis=0)
-    found[REST] = np.where(is_divided, of["time"] - known_s - np.nan_to_num(found[STRAGGLERS]), np.nan)
-    return {phase: values for phase, values in found.items() if not np.isnan(values).all()}
+    def _phases(self, whole: Integers, ranks: Integers) -> dict[str, Floats]:
+        """Divide the times of steps into phases. ``rest`` is NaN if only some of the ranks recorded a phase."""
+        time_s, counts, critical = self._time[whole], self._phase_counts[:, whole], self._critical[:, whole]
+        found = dict(zip(RECORDED, np.where(counts > 0, critical[:-1], np.nan), strict=True))
+        # The critical rank waits for the other ranks outside of its own time.
+        found["communication"] = np.where(counts[0] > 0, time_s - self._own[whole], np.nan)
+        known_s = sum(map(np.nan_to_num, found.values()), np.zeros(len(ranks)))
+        # Ranks that wait for each other end a step together: only their waits show a difference.
+        late = critical[-1] - self._computing[whole] / ranks
+        found[STRAGGLERS] = np.where((counts[0] > 0) & (ranks > 1), late, np.nan)
+        is_divided = ((counts == 0) | (counts == ranks)).all(axis=0)
+        found[REST] = np.where(is_divided, time_s - known_s - np.nan_to_num(found[STRAGGLERS]), np.nan)
+        return {phase: values for phase, values in found.items() if not np.isnan(values).all()}

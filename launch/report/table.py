@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.report.goodput import saved_in_place
-from launch.report.notes import notes
+from launch.report.notes import report_notes
 from launch.report.points import GpuUse, Point, read_point
 from launch.report.selection import Selection, select
 from launch.report.series import (
@@ -21,12 +21,12 @@ from launch.report.series import (
     Series,
     SeriesFindings,
     batch_text,
-    find,
+    find_statistics,
     label_selected,
     ratios_to_first,
     split,
 )
-from launch.report.steps import Measurement, RankTime, RankTimes, UnreadLines, lost
+from launch.report.steps import RankTime, RankTimes, StepFigures, UnreadLines, lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +270,7 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         ConfigError: points that belong together are not comparable.
     """
     points = label_selected(selection, points)
-    found = [(series, find(series)) for series in split(points)]
+    found = [(series, find_statistics(series)) for series in split(points)]
     ratios = ratios_to_first(points) if selection.parts else {}
     rows = tuple(
         replace(_row(series, point, finding, points), ratio_to_first=ratios.get(point.title))
@@ -283,7 +283,7 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         rows=rows,
         batches=_batches([series for series, _ in found]),
         conditions=_conditions(shown),
-        notes=tuple(notes(points, found, rows)),
+        notes=tuple(report_notes(points, found, rows)),
         details=tuple(detail(point, point.figures) for point in shown if point.figures is not None),
         laws=tuple(finding.law for _, finding in found if finding.law is not None),
         repeats=tuple(size for _, finding in found for size in finding.repeats),
@@ -294,7 +294,7 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
     )
 
 
-def detail(point: Point, figures: Measurement) -> RunDetail:
+def detail(point: Point, figures: StepFigures) -> RunDetail:
     """Return the step times and the slowest ranks of a point."""
     step_time_s, of_ranks = figures.step_time_s, point.rank_times
     times = point.steps.after_warmup().time_s.tolist()
@@ -374,7 +374,7 @@ def _time_and_energy(point: Point, points: Sequence[Point]) -> dict[str, Any]:
     }
 
 
-def _figures(series: Series, point: Point, figures: Measurement, finding: SeriesFindings) -> dict[str, Any]:
+def _figures(series: Series, point: Point, figures: StepFigures, finding: SeriesFindings) -> dict[str, Any]:
     """Return the fields of a row that need measured steps."""
     ratio = point.bf16_ratio
     fields: dict[str, Any] = {
@@ -401,7 +401,7 @@ def _figures(series: Series, point: Point, figures: Measurement, finding: Series
     return fields | _against_smallest(series, point, figures, finding)
 
 
-def _against_smallest(series: Series, point: Point, figures: Measurement, finding: SeriesFindings) -> dict[str, Any]:
+def _against_smallest(series: Series, point: Point, figures: StepFigures, finding: SeriesFindings) -> dict[str, Any]:
     """Return speedup and efficiency relative to the smallest point.
 
     A single point has neither; without the work of a step, there is no efficiency.

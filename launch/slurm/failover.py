@@ -19,7 +19,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.plan.placement import Step, decide, minutes, waiting_since, waits_for_room
+from launch.errors import duration_text
+from launch.plan.placement import Step, decide, waiting_since, waits_for_room
 from launch.plan.plan import Plan, record_submitted
 from launch.runs.folder import RunFolder, read_plan
 from launch.slurm.client import SlurmBusyError, SlurmError
@@ -104,7 +105,8 @@ class PlacementFailover:
         if step == Step():
             return None
         place = plan.placement.candidates[at].name
-        waited = f"{minutes(now - here)} in {place or 'the queue'}" + (f" ({status.reason})" if status.reason else "")
+        reason = f" ({status.reason})" if status.reason else ""
+        waited = f"{duration_text(now - here)} in {place or 'the queue'}{reason}"
         return Move(point, job, plan, step.move_to, since, place, waited)
 
     def _take_out(self, moves: Sequence[Move], now: float) -> None:
@@ -116,7 +118,7 @@ class PlacementFailover:
             known = {"job_id": move.job.job_id, "from": move.place, "waiting_since": move.since}
             last = last_placed(move.point.events())
             if move.to is None:
-                cause = f"{minutes(now - move.since)} in the queue, at last {move.waited}"
+                cause = f"{duration_text(now - move.since)} in the queue, at last {move.waited}"
                 move.point.folder.record_event("gave_up", **known, cause=cause)
             # Otherwise the move is already recorded.
             elif last is None or last["event"] != "moved" or last["candidate"] != move.to:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from launch.config import Config
 from launch.config.compose import default_grace_period_s
-from launch.errors import ConfigError
+from launch.errors import ConfigError, duration_text
 from launch.plan.plan import record_submitted
 from launch.runs.compose import read_config
 from launch.runs.events import damaged_text
@@ -36,13 +36,6 @@ LAST_WAIT_S = 120.0  # Slurm kills KillWait (30 s by default) after scancel, and
 # Progress on the terminal.
 
 
-def duration(seconds: float) -> str:
-    """Write seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def speed_text(record: dict[str, object], age_s: float | None) -> str:
     """Write the throughput of a step record with its unit, and its age if the next step is late.
 
@@ -51,7 +44,7 @@ def speed_text(record: dict[str, object], age_s: float | None) -> str:
     speed = throughput(record)
     if speed is None:
         return ""
-    age = "" if age_s is None else f" {duration(age_s)} ago"
+    age = "" if age_s is None else f" {duration_text(age_s)} ago"
     return f"{speed[0]:,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s{age}"
 
 
@@ -77,7 +70,7 @@ def progress_text(point: RunStatus) -> str:
     if point.quiet_s is not None:
         known.append(quiet_text(point.quiet_s))
     elif point.eta_s and not point.is_over:
-        known.append(f"ETA {duration(point.eta_s)}")
+        known.append(f"ETA {duration_text(point.eta_s)}")
     return "  ".join(known)
 
 

@@ -25,8 +25,7 @@ from rich.console import Console
 import gpt_launch.own_names  # noqa: F401
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
-from launch.errors import CommandParser, ConfigError, refusing
-from launch.plan.preflight import print_table
+from launch.errors import CommandParser, ConfigError, print_table, refusing
 from launch.report.goodput import PARTS
 from launch.runs.events import is_finished
 from launch.runs.files import deny_others_writing, read_json_lines, write_json

@@ -16,7 +16,7 @@ import torch
 from gpt.training.loop import train
 from launch.report import build, write
 from launch.report.goodput import CAUSES, Goodput, measure_goodput
-from launch.report.views.text import markdown, parts_csv_text
+from launch.report.text import markdown_text, parts_csv_text
 from launch.runs.files import ReportFile
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records, read_records
@@ -38,25 +38,28 @@ class Clock:
         self.job = 0
         self.gpus = gpus
 
-    def event(self, event: str, **details: Any) -> None:
+    def event(self, event: str, **details: Any) -> Clock:
         self.builder.event(event, time=self.now, **details)
+        return self
 
-    def spend(self, seconds: float) -> None:
+    def spend(self, seconds: float) -> Clock:
         self.now += seconds
+        return self
 
-    def allocation(self) -> None:
+    def allocation(self) -> Clock:
         self.job += 1
         begun = {"job": f"slurm-{self.job}", "nodes": 2, "limit_s": 36000.0, "price_per_gpu_hour": PRICE}
-        self.event("agent_started", **begun, **({"gpus": self.gpus} if self.gpus else {}), allocated_at=self.now)
+        gpus = {"gpus": self.gpus} if self.gpus else {}
+        return self.event("agent_started", **begun, **gpus, allocated_at=self.now)
 
-    def released(self) -> None:
-        self.event("agent_ended", job=f"slurm-{self.job}", ended_at=self.now)
+    def released(self) -> Clock:
+        return self.event("agent_ended", job=f"slurm-{self.job}", ended_at=self.now)
 
-    def started(self, attempt: int) -> None:
+    def started(self, attempt: int) -> Clock:
         self.builder.attempt(attempt)
-        self.event("started", attempt=attempt, world_size=2)
+        return self.event("started", attempt=attempt, world_size=2)
 
-    def steps(self, attempt: int, first: int, last: int, **first_one: float) -> None:
+    def steps(self, attempt: int, first: int, last: int, **first_one: float) -> Clock:
         """Steps of a second each; the first one of them takes as much longer as it tells to have compiled."""
         records = []
         for step in range(first, last + 1):
@@ -67,57 +70,35 @@ class Clock:
             records.append({**record, **known, "time": self.now})
         for rank in (0, 1):
             append_records(self.builder.run.metrics(rank), records)
+        return self
 
-    def saved(self, attempt: int, step: int, seconds: float) -> None:
-        self.spend(seconds)
-        self.event("saved", attempt=attempt, step=step, seconds=seconds)
+    def saved(self, attempt: int, step: int, seconds: float) -> Clock:
+        return self.spend(seconds).event("saved", attempt=attempt, step=step, seconds=seconds)
 
-    def up_to_a_checkpoint(self) -> None:
+    def up_to_a_checkpoint(self) -> Clock:
         """An allocation, 16 s of start, four steps of the first attempt, and 2 s of saving them."""
-        self.allocation()
-        self.spend(16)
-        self.started(1)
-        self.steps(1, 1, 4)
-        self.saved(1, 4, 2.0)
+        return self.allocation().spend(16).started(1).steps(1, 1, 4).saved(1, 4, 2.0)
 
-    def ended(self, attempt: int | None, cause: str, action: str) -> None:
+    def ended(self, attempt: int | None, cause: str, action: str = "restart") -> Clock:
         self.event("attempt_ended", attempt=attempt, cause=cause, step=None, job=f"slurm-{self.job}")
-        self.event("decided", attempt=attempt, action=action, cause=cause, reason="")
+        return self.event("decided", attempt=attempt, action=action, cause=cause, reason="")
+
+    def rolled_back(self, attempt: int, to: int, last: int) -> Clock:
+        return self.event("rolled_back", attempt=attempt, step=to, first=last, last=last, cause="loss not finite")
 
 
 def stormy(path: Path, make_run: Any, gpus: int | None = GPUS) -> Clock:
     """Crash, in place; preemption, through the queue; a roll-back."""
-    run = Clock(path, make_run, gpus)
-    run.event("submitted", cluster="slurm", job_id="1", nodes=2, candidate=0)
-    run.spend(256)
-    run.allocation()
-    run.spend(64)
-    run.started(1)
-    run.steps(1, 1, 8, compile_s=4.0)
-    run.saved(1, 8, 2.0)
+    run = Clock(path, make_run, gpus).event("submitted", cluster="slurm", job_id="1", nodes=2, candidate=0)
+    run.spend(256).allocation().spend(64).started(1).steps(1, 1, 8, compile_s=4.0).saved(1, 8, 2.0)
     run.steps(1, 9, 10)  # lost
-    run.spend(3)
-    run.ended(1, "crashed", "restart")
-    run.spend(5 + 2)
-    run.started(2)
-    run.steps(2, 9, 12, compile_s=2.0, restore_s=2.0)
-    run.saved(2, 12, 2.0)
-    run.spend(1)
-    run.ended(2, "preempted", "requeue")
-    run.spend(4)
-    run.released()
-    run.spend(128)
-    run.allocation()
-    run.spend(40 + 8)
-    run.started(3)
-    run.steps(3, 13, 16, compile_s=2.0, restore_s=8.0)
-    run.event("rolled_back", attempt=3, step=14, first=16, last=16, cause="loss not finite")  # 15 and 16 are lost
-    run.spend(6 + 3)
-    run.steps(3, 15, 20, restore_s=3.0)
-    run.spend(1)
-    run.event("attempt_ended", attempt=3, cause="finished", step=20, job="slurm-2")
-    run.released()
-    return run
+    run.spend(3).ended(1, "crashed").spend(5 + 2).started(2)
+    run.steps(2, 9, 12, compile_s=2.0, restore_s=2.0).saved(2, 12, 2.0)
+    run.spend(1).ended(2, "preempted", "requeue").spend(4).released()
+    run.spend(128).allocation().spend(40 + 8).started(3).steps(3, 13, 16, compile_s=2.0, restore_s=8.0)
+    run.rolled_back(3, 14, 16)  # 15 and 16 are lost
+    run.spend(6 + 3).steps(3, 15, 20, restore_s=3.0).spend(1)
+    return run.event("attempt_ended", attempt=3, cause="finished", step=20, job="slurm-2").released()
 
 
 PARTS = {
@@ -165,7 +146,7 @@ def test_parts_and_losses_of_a_stormy_run_are_those_worked_out_by_hand(tmp_path:
     assert row.goodput == pytest.approx(20.0 / (3600 * allocated_h))
     assert (row.gpu_hours, row.cost) == pytest.approx((allocated_h * GPUS, allocated_h * GPUS * PRICE))
     assert row.cost_per_billion == pytest.approx(allocated_h * GPUS * PRICE / (20 * 2 * 1024 / 1e9)), "of two ranks"
-    text = markdown(table)
+    text = markdown_text(table)
     cells = text[text.index("## Where the time went") :].splitlines()[4]
     shares = [float(cell.rpartition("(")[2].partition(" %")[0]) for cell in cells.split("|") if "(" in cell]
     assert len(shares) == len(PARTS) and sum(shares) == pytest.approx(100.0, abs=1e-9), "rounded to 100.0 % together"
@@ -199,131 +180,109 @@ def test_a_folder_that_does_not_tell_restore_and_compilation_has_them_where_they
     assert not {"compile", "restore"} & row.parts_s.keys()
 
 
-def test_a_script_that_does_not_time_its_first_step_tells_what_lies_before_it(tmp_path: Path, make_run: Any) -> None:
-    run = Clock(tmp_path / "run", make_run)
-    run.allocation()
-    run.spend(32 + 8 + 4)
-    run.started(1)
+def untimed(run: Clock) -> None:
+    """A script that does not time its first step records what was before it."""
+    run.allocation().spend(32 + 8 + 4).started(1)
     told = {"step": 1, "attempt": 1, "restore_s": 8.0, "compile_s": 4.0, "time": run.now}
     append_records(run.builder.run.metrics(0), [told])
     run.steps(1, 2, 5)
-    run.released()
-    assert goodput_of(run).seconds == {"start": 32.0, "restore": 8.0, "compile": 4.0, "steps": 4.0}
 
 
-def test_compilation_in_an_evaluation_is_no_part_of_it(tmp_path: Path, make_run: Any) -> None:
-    run = Clock(tmp_path / "run", make_run)
-    run.allocation()
-    run.steps(1, 1, 3)
-    run.steps(1, 4, 4, val_loss=1.0, val_compile_s=3.0)
-    run.spend(5)
-    run.steps(1, 5, 5, val_loss=1.0, val_compile_s=1.0)
-    run.spend(2)
-    run.released()
-    assert goodput_of(run).seconds == {"steps": 5.0, "compile": 3.0 + 1.0, "evaluations": 2.0, "shutdown": 1.0}
+def evaluated(run: Clock) -> None:
+    run.allocation().steps(1, 1, 3).steps(1, 4, 4, val_loss=1.0, val_compile_s=3.0).spend(5)
+    run.steps(1, 5, 5, val_loss=1.0, val_compile_s=1.0).spend(2)
 
 
-def test_a_start_that_fails_costs_what_comes_after_it(tmp_path: Path, make_run: Any) -> None:
+def failed_start(run: Clock) -> None:
     """A start is needed anyway; the second one, and what the first took from its begin, were lost to the hang."""
+    run.allocation().spend(16).started(1).spend(100).ended(1, "hung").spend(12).started(2).steps(2, 1, 4)
+
+
+def interrupted_twice(run: Clock) -> None:
+    run.up_to_a_checkpoint().spend(1).ended(1, "crashed").spend(10).started(2)
+    run.spend(50).ended(2, "hung").spend(10).started(3).steps(3, 5, 8)
+
+
+def ends_before_steps_are_done_again(run: Clock) -> None:
+    run.up_to_a_checkpoint().steps(1, 5, 100).spend(1).ended(1, "hung").spend(10).started(2).steps(2, 5, 12)
+    run.rolled_back(2, 6, 12).spend(3).steps(2, 7, 8)
+
+
+def sick_node(run: Clock) -> None:
+    """A node is sick before the first attempt."""
+    run.allocation().spend(8).event("node_sick", attempt=None, node=1, host="n2", cause="an ECC error")
+    run.ended(None, "node_failed", "requeue").spend(2).released()
+    run.spend(64).allocation().spend(30).started(1).steps(1, 1, 4)
+
+
+def without_records(run: Clock) -> None:
+    """A program that records no steps is interrupted only by what it came back from."""
+    run.allocation().spend(4).started(1).spend(60).ended(1, "finished", "stop")
+
+
+def without_records_again(run: Clock) -> None:
+    run.allocation().spend(4).started(1).spend(30).ended(1, "crashed").spend(2).started(2)
+    run.spend(60).ended(2, "finished", "stop")
+
+
+def on_this_machine(run: Clock) -> None:
+    run.event("submitted", cluster="local", job_id="1", nodes=2, candidate=0)
+    run.spend(300).up_to_a_checkpoint()  # Another point of the sweep runs before: that is no wait for nodes.
+
+
+@pytest.mark.parametrize(
+    ("scenario", "seconds", "lost_s"),
+    [
+        (untimed, {"start": 32.0, "restore": 8.0, "compile": 4.0, "steps": 4.0}, {}),
+        (evaluated, {"steps": 5.0, "compile": 3.0 + 1.0, "evaluations": 2.0, "shutdown": 1.0}, {}),
+        (failed_start, {"start": 16.0, "restarts": 112.0, "steps": 4.0}, {"hung": 112.0}),
+        (
+            interrupted_twice,
+            {"start": 16.0, "steps": 8.0, "saves": 2.0, "restarts": 71.0},
+            {"crashed": 11.0, "hung": 60.0},
+        ),
+        (
+            ends_before_steps_are_done_again,
+            {"start": 16.0, "steps": 4.0 + 2.0 + 2.0, "saves": 2.0, "lost": 96.0 + 6.0, "restarts": 11.0 + 3.0},
+            {"hung": 96.0 + 11.0, "diverged": 6.0 + 3.0},
+        ),
+        (sick_node, {"waiting": 64.0, "start": 8.0, "restarts": 32.0, "steps": 4.0}, {"node_sick": 32.0}),
+        (without_records, {"start": 64.0}, {}),
+        (without_records_again, {"start": 4.0 + 60.0, "restarts": 32.0}, {"crashed": 32.0}),
+        (on_this_machine, {"start": 16.0, "steps": 4.0, "saves": 2.0}, {}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_time_and_losses_are_those_worked_out_by_hand(
+    tmp_path: Path, make_run: Any, scenario: Any, seconds: dict[str, float], lost_s: dict[str, float]
+) -> None:
     run = Clock(tmp_path / "run", make_run)
-    run.allocation()
-    run.spend(16)
-    run.started(1)
-    run.spend(100)
-    run.ended(1, "hung", "restart")
-    run.spend(12)
-    run.started(2)
-    run.steps(2, 1, 4)
-    run.released()
-    found = goodput_of(run)
-    assert found.seconds == {"start": 16.0, "restarts": 112.0, "steps": 4.0} and found.losses.seconds == {"hung": 112.0}
-    assert build(run.builder.path).rows[0].saved_in_place_h is None, "no other road is known"
-
-
-def test_two_interruptions_without_a_step_between_them_are_told_apart(tmp_path: Path, make_run: Any) -> None:
-    run = Clock(tmp_path / "run", make_run)
-    run.up_to_a_checkpoint()
-    run.spend(1)
-    run.ended(1, "crashed", "restart")
-    run.spend(10)
-    run.started(2)
-    run.spend(50)
-    run.ended(2, "hung", "restart")
-    run.spend(10)
-    run.started(3)
-    run.steps(3, 5, 8)
-    run.released()
-    assert goodput_of(run).losses.seconds == {"crashed": 11.0, "hung": 60.0}
-
-
-def test_lost_steps_do_not_count_where_the_run_ends_before_they_are_done_again(tmp_path: Path, make_run: Any) -> None:
-    run = Clock(tmp_path / "run", make_run)
-    run.up_to_a_checkpoint()
-    run.steps(1, 5, 100)
-    run.spend(1)
-    run.ended(1, "hung", "restart")
-    run.spend(10)
-    run.started(2)
-    run.steps(2, 5, 12)
-    run.event("rolled_back", attempt=2, step=6, first=12, last=12, cause="loss not finite")
-    run.spend(3)
-    run.steps(2, 7, 8)
-    run.released()
-    found = goodput_of(run)
-    assert found.seconds == {
-        **{"start": 16.0, "steps": 4.0 + 2.0 + 2.0, "saves": 2.0},
-        **{"lost": 96.0 + 6.0, "restarts": 11.0 + 3.0},
-    }
-    assert found.losses.seconds == {"hung": 96.0 + 11.0, "diverged": 6.0 + 3.0}
-
-
-def test_a_sick_node_before_the_first_attempt_has_its_own_cause(tmp_path: Path, make_run: Any) -> None:
-    run = Clock(tmp_path / "run", make_run)
-    run.allocation()
-    run.spend(8)
-    run.event("node_sick", attempt=None, node=1, host="n2", cause="an ECC error")
-    run.ended(None, "node_failed", "requeue")
-    run.spend(2)
-    run.released()
-    run.spend(64)
-    run.allocation()
-    run.spend(30)
-    run.started(1)
-    run.steps(1, 1, 4)
-    run.released()
-    found = goodput_of(run)
-    assert found.seconds == {"waiting": 64.0, "start": 8.0, "restarts": 32.0, "steps": 4.0}
-    assert found.losses.seconds == {"node_sick": 32.0} and found.losses.counts == {"node_sick": 1}
+    scenario(run)
+    found = goodput_of(run.released())
+    assert found.seconds == seconds and found.losses.seconds == lost_s
+    assert found.losses.counts == dict.fromkeys(lost_s, 1)
+    if scenario is failed_start:
+        assert build(run.builder.path).rows[0].saved_in_place_h is None, "no other road is known"
 
 
 def test_a_sweep_adds_its_points_up_and_says_against_what_restarts_in_place_saved(
     tmp_path: Path, make_run: Any
 ) -> None:
     stormy(tmp_path / "nodes=2", make_run)
-    other = Clock(tmp_path / "nodes=4", make_run)
-    other.spend(32)
-    other.allocation()
-    other.spend(20)
-    other.started(1)
-    other.steps(1, 1, 4)
-    other.spend(4)
-    other.ended(1, "crashed", "restart")
-    other.spend(10)
-    other.started(2)
-    other.steps(2, 1, 8)
-    other.released()
+    other = Clock(tmp_path / "nodes=4", make_run).spend(32).allocation().spend(20).started(1).steps(1, 1, 4).spend(4)
+    other.ended(1, "crashed").spend(10).started(2).steps(2, 1, 8).released()
     table = build(tmp_path)
     rows = {row.label: row for row in table.rows}
     assert rows["nodes=4"].saved_against == "requeues of other points"
     assert rows["nodes=4"].saved_in_place_h == pytest.approx((REQUEUED_S - 10.0) * GPUS / 3600, rel=1e-12)
     seconds = {**LOST, "crashed": LOST["crashed"] + 4.0 + 14.0}
-    text = markdown(table)
+    text = markdown_text(table)
     cells = [cell.strip() for cell in next(line for line in text.splitlines() if line.startswith("| all |")).split("|")]
     found = [float(cell.removesuffix(" GPU-h")) for cell in cells[2:5]]
     assert found == pytest.approx([seconds[c] * GPUS / 3600 for c in ("crashed", "diverged", "preempted")], rel=5e-3)
     (cost,) = [note for note in table.notes if "4 interruptions cost" in note]
     assert f"{sum(seconds.values()) * GPUS / 3600:.3g} GPU-hours" in cost
-    (saved,) = [note for note in table.notes if "in place 2 times" in note]
+    (saved,) = [note for note in table.notes if "2 restarts in place saved" in note]
     assert "against requeues of this run and requeues of other points" in saved
     assert "4 min 16 s of waiting" in saved, "128 s each"
     assert ",interruptions,preempted," in parts_csv_text(table)
@@ -337,72 +296,23 @@ def test_every_cause_of_the_restart_limits_has_a_name() -> None:
     assert {str(cause) for cause in Cause} - {"finished"} < CAUSES.keys()
 
 
-def test_a_program_that_tells_no_steps_is_interrupted_by_what_it_came_back_from_alone(
-    tmp_path: Path, make_run: Any
-) -> None:
-    quiet = Clock(tmp_path / "quiet", make_run, gpus=None)
-    quiet.allocation()
-    quiet.spend(4)
-    quiet.started(1)
-    quiet.spend(60)
-    quiet.ended(1, "finished", "stop")
-    quiet.released()
-    found = goodput_of(quiet)
-    assert found.losses.counts == {} and found.seconds == {"start": 64.0}
-    again = Clock(tmp_path / "again", make_run, gpus=None)
-    again.allocation()
-    again.spend(4)
-    again.started(1)
-    again.spend(30)
-    again.ended(1, "crashed", "restart")
-    again.spend(2)
-    again.started(2)
-    again.spend(60)
-    again.ended(2, "finished", "stop")
-    again.released()
-    found = goodput_of(again)
-    assert found.losses.counts == {"crashed": 1} and found.losses.seconds == {"crashed": 32.0}
-    assert found.seconds == {"start": 4.0 + 60.0, "restarts": 32.0}
-
-
-def test_points_on_this_machine_do_not_wait_for_nodes(tmp_path: Path, make_run: Any) -> None:
-    run = Clock(tmp_path / "run", make_run)
-    run.event("submitted", cluster="local", job_id="1", nodes=2, candidate=0)
-    run.spend(300)  # in which another point of the sweep runs
-    run.up_to_a_checkpoint()
-    run.released()
-    assert goodput_of(run).seconds == {"start": 16.0, "steps": 4.0, "saves": 2.0}
-
-
 def test_a_restart_that_takes_longer_than_the_first_start_saves_nothing(tmp_path: Path, make_run: Any) -> None:
-    run = Clock(tmp_path / "run", make_run)
-    run.up_to_a_checkpoint()
-    run.ended(1, "crashed", "restart")
-    run.spend(160)
-    run.started(2)
-    run.steps(2, 5, 8)
-    run.released()
+    run = Clock(tmp_path / "run", make_run).up_to_a_checkpoint()
+    run.ended(1, "crashed").spend(160).started(2).steps(2, 5, 8).released()
     (row,) = build(run.builder.path).rows
     assert (row.restarts_in_place, row.saved_in_place_h, row.saved_against) == (1, 0.0, "the first start of this run")
 
 
 def test_a_cancelled_run_that_a_command_takes_back_was_interrupted_once(tmp_path: Path, make_run: Any) -> None:
-    run = Clock(tmp_path / "run", make_run)
-    run.up_to_a_checkpoint()
-    run.steps(1, 5, 8)
-    run.ended(1, "cancelled", "stop")
-    run.released()
+    run = Clock(tmp_path / "run", make_run).up_to_a_checkpoint()
+    run.steps(1, 5, 8).ended(1, "cancelled", "stop").released()
     folder = run.builder.run
     lines = folder.metrics(0).read_text().splitlines(keepends=True)
     aside = folder.aside / "0001" / "metrics" / folder.metrics(0).name
     aside.parent.mkdir(parents=True)
     aside.write_text("".join(lines[4:]))
     folder.metrics(0).write_text("".join(lines[:4]))
-    run.allocation()
-    run.spend(16)
-    run.started(2)
-    run.steps(2, 5, 8)
-    run.released()
+    run.allocation().spend(16).started(2).steps(2, 5, 8).released()
     losses = goodput_of(run).losses
     assert losses.counts == {"cancelled": 1} and losses.seconds == {"continued": 4.0, "cancelled": 16.0}
 
@@ -415,7 +325,7 @@ def test_without_an_agent_nothing_is_said_of_time_and_cost(tmp_path: Path, make_
     table = build(tmp_path)
     assert table.rows[0].goodput is None
     assert table.rows[0].cost is None
-    assert "Where the time went" not in markdown(table)
+    assert "Where the time went" not in markdown_text(table)
 
 
 def test_a_step_that_is_recorded_before_and_after_its_save_is_one_step(tmp_path: Path, make_run: Any) -> None:

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 
 from launch.report import ScalingTable, build
+from launch.report.page import page
 from launch.report.points import MOST_WINDOWS, GpuUse, energy_between, read_gpu_use
-from launch.report.views.page import page
-from launch.report.views.text import columns, csv_text, markdown
-from launch.report.views.write import json_text
+from launch.report.text import csv_text, json_text, markdown_text, point_columns
 from launch.runs.environment import GpuSample, append_samples
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
@@ -102,10 +101,10 @@ def test_throttled_hosts_are_named_with_reason_and_share(tmp_path: Path, make_ru
     assert note.startswith(f"At {title}, throttled: host n3 12 % of samples (power cap, driver's thermal limit).")
     assert use_of(table).hosts[2].reasons == {"power cap": 6 / 50, "driver's thermal limit": 1 / 50}
     assert table.rows[0].throttled == 6 / 150
-    text = markdown(table)
+    text = markdown_text(table)
     # 6 GPUs at 300 W for 120 s, and 11 steps of 768 tokens.
     assert f"| {title} | 6 | 0.06 kWh | 25.57 J | 300 W | 4.0 % |" in text
-    assert "| n3 | 2 | 0.02 kWh | 300 W | unavailable | unavailable | 12.0 % | power cap 12.0 %, driver's" in text
+    assert "| n3 | 2 | 0.02 kWh | 300 W | 12.0 % | power cap 12.0 %, driver's" in text
     assert "GPUs by host" in page(table) and "power cap 12.0 %" in page(table)
     told = json.loads(json_text(table))["gpus"][0]
     assert told["hosts"][2]["throttled"] == 0.12 and "windows" not in told
@@ -124,7 +123,7 @@ def test_energy_is_not_claimed_where_gpus_of_the_run_were_not_sampled(tmp_path: 
 def test_a_run_without_samples_says_nothing_of_gpus(tmp_path: Path, make_run: Any) -> None:
     table = build(run_of(tmp_path / "a", make_run).path)
     assert table.gpus == (None,) and not any("of samples" in note or "energy" in note for note in table.notes)
-    assert "## GPUs" not in markdown(table)
+    assert "## GPUs" not in markdown_text(table)
     text = page(table)
     sample(run_of(tmp_path / "b", make_run).run, 0, [1e9, 1e9 + 1], power_w=[[1.0] * 2] * 2)
     assert "GPUs sampled" not in text and "GPUs sampled" in page(build(tmp_path / "b"))
@@ -202,7 +201,7 @@ def test_a_point_is_measured_by_its_steps_on_all_nodes(tmp_path: Path, make_run:
     assert (row.step_time_s, row.speedup, row.efficiency) == (0.5, pytest.approx(2.0), pytest.approx(1.0))
     assert row.steps_measured == (10 + 5 if grows_back else 10), "of 15 and of 10, without five to warm up in each"
     (note,) = [note for note in table.notes if "nodes were lost" in note]
-    assert "10 steps on 1 node; step time, throughput and efficiency are without these steps" in note
+    assert "10 steps on 1 node; its figures are without these steps" in note
 
 
 def test_a_run_of_which_only_steps_on_fewer_nodes_are_known_has_their_size(tmp_path: Path, make_run: Any) -> None:
@@ -210,7 +209,7 @@ def test_a_run_of_which_only_steps_on_fewer_nodes_are_known_has_their_size(tmp_p
     run.event("fewer_nodes", attempt=1, **FEWER).event("finished", attempt=1, step=20)
     (row,) = (table := build(tmp_path)).rows
     assert (row.nodes, row.step_time_s) == (1, 1.0)
-    assert any("20 steps on 1 node; its figures are of these steps" in note for note in table.notes)
+    assert any("20 steps on 1 node; figures and size are those of these steps" in note for note in table.notes)
 
 
 def test_the_time_of_steps_on_fewer_nodes_is_a_part_of_its_own(tmp_path: Path, make_run: Any) -> None:
@@ -227,7 +226,7 @@ def test_the_time_of_steps_on_fewer_nodes_is_a_part_of_its_own(tmp_path: Path, m
     (row,) = (table := build(tmp_path / "run")).rows
     assert [row.parts_s[part] for part in ("steps", "fewer", "lost")] == pytest.approx([8.0, 24.0, 2.0])
     assert row.goodput == pytest.approx(32 / 60), "they count"
-    assert "on fewer nodes" in markdown(table)
+    assert "on fewer nodes" in markdown_text(table)
 
 
 def test_the_time_that_is_left_is_reckoned_by_steps_on_as_many_nodes(tmp_path: Path) -> None:
@@ -311,8 +310,8 @@ def test_mfu_of_the_bf16_peak_is_a_column_where_it_differs(tmp_path: Path, make_
         run.steps(1, [0.5] * 10, mfu_palm=known[0], mfu_bf16=known[1]).event("finished", attempt=1)
     table = build(tmp_path / "both")
     assert [row.mfu_bf16 for row in table.rows] == [pytest.approx(0.05), pytest.approx(0.3)]
-    assert "MFU of bf16" in markdown(table) and "| 40.0 % | 5.0 % |" in markdown(table)
+    assert "MFU of bf16" in markdown_text(table) and "| 40.0 % | 5.0 % |" in markdown_text(table)
     run = make_run(tmp_path / "one" / "nodes=1").attempt()
     run.steps(1, [0.5] * 10, mfu_palm=0.3, mfu_bf16=0.3).event("finished", attempt=1)
-    titles = [column.title for column in columns(build(tmp_path / "one"))]
+    titles = point_columns(build(tmp_path / "one"))
     assert "MFU" in titles and "MFU\nof bf16" not in titles

@@ -21,16 +21,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from selenium import webdriver
 
 import launch.report.read as read_ahead
 from launch.report import build, show, write
 from launch.report import read as columns
+from launch.report.page import tiles
 from launch.report.points import read_point
 from launch.report.read import read_columns, read_environment, read_last
-from launch.report.steps import RECORDED, Steps, UnreadLines, read_steps, step_times
-from launch.report.views.text import csv_text, markdown
-from launch.report.views.write import json_text
+from launch.report.steps import RECORDED, Steps, UnreadLines, read_run_steps, step_times
+from launch.report.text import csv_text, json_text, markdown_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 
@@ -107,13 +106,14 @@ def reference_steps(run: RunFolder, unit: str | None) -> list[Step]:
             recording[record["attempt"]].add(rank)
     steps = []
     wanted = setups[max(record["attempt"] for record in by_rank[min(by_rank)].values())]
+    assert wanted is not None
     for number in sorted({step for records in by_rank.values() for step in records}):
         records = [of_rank[number] for of_rank in by_rank.values() if number in of_rank]
         attempt = max(record["attempt"] for record in records)
         records = [record for record in records if record["attempt"] == attempt]
         setup = setups[attempt]
         assert setup is not None
-        if not setup.same_setup(wanted):
+        if setup.setup() != wanted.setup():
             continue
         expected = setup.world_size if setup.workload == "gpt" else len(recording[attempt])
         if len(records) != expected or not all("step_time_s" in record for record in records):
@@ -283,7 +283,7 @@ def restarted_run(folder: Path, make_run: Any, seed: int, ranks: int = 5) -> Run
 def test_steps_of_a_restarted_run_are_those_of_plain_loops(tmp_path: Path, make_run: Any, seed: int) -> None:
     run = restarted_run(tmp_path, make_run, seed)
     setups = {number: setup for number in run.attempts() if (setup := read_environment(run, number)) is not None}
-    reading, expected = read_steps(run, setups), reference_steps(run, "tokens")
+    reading, expected = read_run_steps(run, setups), reference_steps(run, "tokens")
     assert len(expected) > 10
     assert {step.attempt for step in expected} == {1, 2, 3}
     assert_same_steps(reading.steps, expected)
@@ -297,7 +297,7 @@ def test_steps_of_a_script_are_those_of_plain_loops(tmp_path: Path, make_run: An
     builder.records([0.5, 0.25, 1.0, 0.75, 0.125, 2.0], ranks=2, **fields)
     setup = read_environment(builder.run, 1)
     assert setup is not None
-    reading = read_steps(builder.run, {1: setup})
+    reading = read_run_steps(builder.run, {1: setup})
     assert reading.unit == next((unit for unit in ("samples", "images") if unit in str(fields)), None)
     assert_same_steps(reading.steps, reference_steps(builder.run, reading.unit))
     assert len(reading.steps) == 5  # the first has no step before it
@@ -313,7 +313,7 @@ def test_memory_does_not_grow_with_the_number_of_ranks(tmp_path: Path, make_run:
         assert setup is not None
         gc.collect()  # what earlier tests left is not freed, nor counted, in between
         tracemalloc.start()
-        reading = read_steps(builder.run, {1: setup})
+        reading = read_run_steps(builder.run, {1: setup})
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert len(reading.steps) == 2000
@@ -448,7 +448,7 @@ def texts(folder: Path) -> dict[str, str]:
     page = next(path for path in write(table) if path.suffix == ".html")
     return {
         "console": shown.getvalue(),
-        "markdown": markdown(table),
+        "markdown": markdown_text(table),
         "csv": csv_text(table),
         "json": json_text(table),
         "page": page.read_text(),
@@ -468,7 +468,7 @@ def test_every_form_of_the_report_tells_the_lines_and_a_clean_one_none(tmp_path:
     told = texts(tmp_path)
     note = (
         "3 lines among the step records of nodes=2 could not be read, as a crash, a full disk or a power cut "
-        "leaves them: 2 of rank 1 in attempt 1, 1 of rank 0 in attempt 1. Unless their steps were made again, the "
+        "leaves them: 2 of rank 1 in attempt 1; 1 of rank 0 in attempt 1. Unless their steps were made again, the "
         f"figures lack them, and the comparison of ranks may lack these ranks; see {run.metrics(1)}."
     )
     for form in ("console", "markdown", "page"):
@@ -478,8 +478,11 @@ def test_every_form_of_the_report_tells_the_lines_and_a_clean_one_none(tmp_path:
     assert content["unread"] == [[], expected] and note == content["notes"][0]
     assert [row["unread_lines"] for row in content["rows"]] == [0, sum(counted(run).values())]
     assert [row["unread_lines"] for row in csv.DictReader(io.StringIO(told["csv"]))] == ["0", "3"]
-    (row,) = [row for row in build(tmp_path).rows if row.ranks == 2]
+    table = build(tmp_path)
+    (row,) = [row for row in table.rows if row.ranks == 2]
     assert row.steps_measured == 30 - 5 - 3
+    warning = tiles(table)[0]
+    assert (warning.name, warning.value) == ("Could not be read", "3 lines") and "nodes=2" in warning.text
 
 
 def test_of_many_ranks_the_note_names_those_with_most_lines(tmp_path: Path, make_run: Any) -> None:
@@ -488,24 +491,8 @@ def test_of_many_ranks_the_note_names_those_with_most_lines(tmp_path: Path, make
         for at in range(rank + 1):
             garble(run.metrics(rank), 2 * at + 1, GARBLE["cut"])
     first = build(tmp_path).notes[0]
-    told = "6 of rank 5 in attempt 1, 5 of rank 4 in attempt 1, 4 of rank 3 in attempt 1, 6 of other ranks or attempts"
+    told = "6 of rank 5 in attempt 1; 5 of rank 4 in attempt 1; 4 of rank 3 in attempt 1; and 3 more"
     assert first.startswith("21 lines") and told in first and str(run.metrics(5)) in first
-
-
-@pytest.mark.parametrize("width", [1240, 390])
-def test_the_page_warns_before_any_figure(tmp_path: Path, make_run: Any, browser: webdriver.Chrome, width: int) -> None:
-    builder = make_run(tmp_path / "nodes=2", 2, 2).attempt().steps(1, [1.0] * 30).event("finished", attempt=1)
-    garble(builder.run.metrics(1), 7, GARBLE["zeros"])
-    page = next(path for path in write(build(tmp_path / "nodes=2")) if path.suffix == ".html")
-    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    browser.get(page.as_uri())
-    script = """const tile = document.querySelector('.tile'), box = tile.getBoundingClientRect();
-    return [tile.innerText, box.bottom, tile.scrollWidth > tile.clientWidth, document.documentElement.scrollWidth]"""
-    text, bottom, runs_over, wide = browser.execute_script(script)
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-    assert " ".join(text.split()).startswith("Could not be read 1 line of step records at")
-    assert bottom < 900 and not runs_over and wide <= width
 
 
 # Files read ahead by forked processes: in order, with the same figures as without them, and where they are taken.
@@ -516,15 +503,15 @@ import sys
 from pathlib import Path
 import launch.report.read as read_ahead
 from launch.report import build
-from launch.report.views.write import json_text
+from launch.report.text import json_text
 
 found = []
 for read_ahead.MUCH in (0, 1 << 60):
     pools = []
-    of = read_ahead.executor
-    read_ahead.executor = lambda count: pools.append(count) or of(count)
+    of = read_ahead.ProcessPoolExecutor
+    read_ahead.ProcessPoolExecutor = lambda count, **known: pools.append(count) or of(count, **known)
     found.append(build(Path(sys.argv[1])))
-    read_ahead.executor = of
+    read_ahead.ProcessPoolExecutor = of
     print("processes" if pools else "one process")
 assert json_text(found[0]) == json_text(found[1])
 (detail,), ((unread,),) = found[0].details, found[0].unread

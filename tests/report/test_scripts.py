@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launch.errors import ConfigError
 from launch.report import Row, build, show, write
 from launch.report.table import ScalingTable
-from launch.report.views.text import columns
+from launch.report.text import point_columns
 from launch.runs import progress
 from launch.runs.files import ReportFile
 from launch.runs.tensorboard import png_shape
@@ -41,7 +41,7 @@ def points(
 
 
 def titles(table: ScalingTable) -> list[str]:
-    return [column.title.replace("\n", " ") for column in columns(table)]
+    return [title.replace("\n", " ") for title in point_columns(table)]
 
 
 def figures(rows: tuple[Row, ...], *names: str) -> list[tuple[Any, ...]]:
@@ -155,7 +155,7 @@ def test_a_program_that_records_nothing_has_a_run_time(tmp_path: Path, make_run:
         builder.attempt().ran(seconds)
     builder.event("started", attempt=2, time=2e9).attempt(2).event("finished", attempt=2, time=2e9 + 30)
     table = build(tmp_path)
-    assert titles(table) == ["point", "state", "nodes", "ranks", "run time", "attempts"]
+    assert titles(table) == ["point", "nodes", "ranks", "run time", "attempts", "state"]
     assert figures(table.rows, "run_time_s", "attempts", "speedup", "efficiency", "state") == [
         (100, 1, None, None, "finished"),
         (90, 2, None, None, "finished"),

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.report import ScalingTable, build
-from launch.report.series import Medians, amdahl, block_length, gustafson, ratio, student
-from launch.report.views.page import tiles
+from launch.report.page import tiles
+from launch.report.series import Medians, block_length, ratio, serial_share, student
 from launch.runs.files import write_json
 from launch.runs.find import point_labels
 from launch.runs.overrides import point_name
@@ -72,13 +72,13 @@ def test_quantiles_are_those_of_students_distribution() -> None:
 def test_each_law_finds_the_serial_share_that_was_put_in(share: float) -> None:
     sizes = np.array([2.0, 4, 8, 32])
     strong, weak = 1 / (share + (1 - share) / sizes), sizes - share * (sizes - 1)
-    assert amdahl(sizes, strong) == pytest.approx(share, abs=1e-15)
-    assert gustafson(sizes, weak) == pytest.approx(share, abs=1e-15)
+    assert serial_share(sizes, strong, is_weak=False) == pytest.approx(share, abs=1e-15)
+    assert serial_share(sizes, weak, is_weak=True) == pytest.approx(share, abs=1e-15)
     # By the normal equations of a linear fit.
     uneven = strong * np.array([1.0, 0.98, 1.02, 0.99])
     solved = np.linalg.lstsq((1 - 1 / sizes)[:, None], 1 / uneven - 1 / sizes, rcond=None)[0][0]
-    assert amdahl(sizes, uneven) == pytest.approx(solved)
-    assert amdahl(sizes, np.stack([uneven, strong])) == pytest.approx([solved, share])
+    assert serial_share(sizes, uneven, is_weak=False) == pytest.approx(solved)
+    assert serial_share(sizes, np.stack([uneven, strong]), is_weak=False) == pytest.approx([solved, share])
 
 
 def sweep_of(folder: Path, make_run: Any, weak: bool, share: float, sizes: tuple[int, ...] = (1, 2, 4, 8)) -> list[str]:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from launch.report import ScalingTable, build, write
+from launch.report.figures import draw_ranks
 from launch.report.steps import LOSSES, RankTime, RankTimes, lost
 from launch.report.table import Row, RunDetail
-from launch.report.views.figures import draw_ranks
-from launch.report.views.text import markdown
+from launch.report.text import markdown_text
 from launch.runs.records import append_records
 from launch.runs.tensorboard import png_shape
 
@@ -61,7 +61,7 @@ def test_a_slow_rank_is_named_with_its_host_and_what_it_costs(tmp_path: Path, ma
     # Of the 23 others the median is 0.2 ms above the base, as is rank 17 without its delay.
     assert slowest.time.excess_s == pytest.approx(0.03, abs=1e-12)
     assert slowest.share == pytest.approx(0.03 / float(np.median([known_times(s, 17) + 0.03 for s in range(6, 48)])))
-    assert "| 17 | n3 | 533 ms | 30 ms | 5.6 % |" in markdown(table)
+    assert "| 17 | n3 | 533 ms | 30 ms | 5.6 % |" in markdown_text(table)
 
 
 def test_times_of_the_ranks_are_those_of_plain_numpy(tmp_path: Path, make_run: Any) -> None:
@@ -123,7 +123,7 @@ def test_one_of_two_ranks_can_be_slow(tmp_path: Path, make_run: Any) -> None:
 def test_a_rank_alone_has_no_table_and_no_heat_map(tmp_path: Path, make_run: Any) -> None:
     table = run_of(tmp_path, make_run, lambda s, r: {"step_time_s": known_times(s, r)}, ranks=1)
     assert table.details[0].rank_times is None
-    text = markdown(table)
+    text = markdown_text(table)
     assert "Slowest ranks" not in text
     assert "## Distribution of step times" in text
     picture = next(path for path in write(table) if path.suffix == ".png")
@@ -203,36 +203,6 @@ def test_each_phase_loses_what_was_put_into_it(tmp_path: Path, make_run: Any) ->
     }
     assert row.losses == pytest.approx({phase: s / step_s for phase, s in expected.items()}, abs=1e-12)
     assert sum(row.losses.values()) == pytest.approx(1 - (row.efficiency or 0), abs=1e-15)
-
-
-def test_the_parts_add_up_whatever_the_records_say(tmp_path: Path, make_run: Any) -> None:
-    chance = np.random.default_rng(3)
-    times = {size: chance.uniform(0.001, 0.1, (STEPS + 1, size, 3)) for size in (2, 4, 8)}
-
-    def phases(size: int) -> Any:
-        names = ("compute", "comm_s", "data_wait_s")
-        return lambda step, rank: dict(zip(names, times[size][step, rank].tolist(), strict=True))
-
-    for size in times:
-        recorded(tmp_path, make_run, size, phases(size))
-    rows = rows_of(tmp_path)
-    for size in (4, 8):
-        parts = rows[size].losses
-        assert set(parts) == {"communication", "stragglers", "data", "computation"}
-        assert sum(parts.values()) == pytest.approx(1 - (rows[size].efficiency or 0), abs=1e-14)
-    # By hand: the critical rank of each step, and what the others do less.
-    shares = {}
-    for size, every in times.items():
-        compute, _, data = np.moveaxis(every[6:], -1, 0)
-        total = every[6:].sum(-1).max(-1)
-        critical = (compute + data).argmax(1)
-        at = np.arange(len(critical)), critical
-        parts = [total - (compute + data)[at], compute[at] - compute.mean(1), data[at]]
-        shares[size] = [float(part.sum() / total.sum()) for part in parts]
-    efficiency = rows[8].efficiency or 0
-    expected = [here - efficiency * there for here, there in zip(shares[8], shares[2], strict=True)]
-    parts = rows[8].losses
-    assert [parts["communication"], parts["stragglers"], parts["data"]] == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_phase_that_one_point_lacks_lies_in_the_rest() -> None:

@@ -192,7 +192,7 @@ FROM_THE_RECORDS = {
 }
 """Columns of the test before."""
 ELSEWHERE = {"efficiency_low", "efficiency_high", "ratio_to_first", "unread_lines", "step_time_resolution_s"}
-"""Columns that come of random draws (test_series.py), of two folders (test_report_main.py), of lines that are no
+"""Columns that come of random draws (test_series.py), of two folders (test_report_files.py), of lines that are no
 records (test_read.py), or of lines that were read together (test_scripts.py)."""
 
 

@@ -10,13 +10,20 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from launch.errors import counted
+from launch.report.figures import (
+    PALETTE,
+    inline_svg,
+    interruption_panels,
+    loss_panels,
+    run_panels,
+    scaling_panels,
+    times_panels,
+)
 from launch.report.goodput import PARTS
-from launch.report.notes import amount, percent, rate, seconds
+from launch.report.notes import figure, percent, rate, time_text
 from launch.report.steps import LOSSES
 from launch.report.table import RankRow, Row, RunDetail, ScalingTable
-from launch.report.views.drawing import PALETTE, inline_svg
-from launch.report.views.figures import interruption_panels, loss_panels, run_panels, scaling_panels, times_panels
-from launch.report.views.text import efficiency, part_tables, point_tables, slowest_table
+from launch.report.text import LEFT, efficiency, part_tables, point_tables, slowest_table
 
 MAX_FALLS = 6
 """Largest number of waterfalls, for the largest points. The table of lost efficiency has all points."""
@@ -40,6 +47,7 @@ def page(table: ScalingTable, reload_s: float | None = None) -> str:
         headings=headings,
         title=headings[0] if len(headings) == 1 else table.title,
         palette=PALETTE,
+        left=LEFT,
         tiles=tiles(table),
         scaling=scaling_panels(table),
         bars=[*loss_panels(table)[:MAX_FALLS], *times_panels(table), *interruption_panels(table)],
@@ -52,14 +60,14 @@ def page(table: ScalingTable, reload_s: float | None = None) -> str:
     )
 
 
-def slow_ranks(found: RunDetail) -> list[RankRow]:
+def slow_rank_rows(found: RunDetail) -> list[RankRow]:
     """Return the ranks of a run that are slower than the others throughout, or wait longer for data."""
     return [row for row in found.slowest if row.time.is_slow or row.time.waits_long]
 
 
 def chosen(details: Sequence[RunDetail]) -> RunDetail:
     """Choose the run to show first: the run whose slow rank costs most, else the last run with ranks."""
-    slow = [(row.share, found) for found in details for row in slow_ranks(found)]
+    slow = [(row.share, found) for found in details for row in slow_rank_rows(found)]
     with_ranks = [found for found in details if found.rank_times is not None] or details
     return max(slow, key=lambda pair: pair[0])[1] if slow else with_ranks[-1]
 
@@ -67,10 +75,10 @@ def chosen(details: Sequence[RunDetail]) -> RunDetail:
 def shown_runs(details: Sequence[RunDetail]) -> list[RunDetail]:
     """Choose the runs to draw, in their order: those with slow ranks first, then those with most ranks."""
 
-    def rank_count(found: RunDetail) -> int:
-        return len(found.rank_times.ranks) if found.rank_times else 1
+    def worth(found: RunDetail) -> tuple[bool, int]:
+        return not slow_rank_rows(found), -len(found.rank_times.ranks if found.rank_times else ())
 
-    by_worth = sorted(details, key=lambda found: (not slow_ranks(found), -rank_count(found)))[:MAX_RUNS]
+    by_worth = sorted(details, key=worth)[:MAX_RUNS]
     return [found for found in details if any(found is one for one in by_worth)]
 
 
@@ -155,7 +163,7 @@ def _pace(table: ScalingTable) -> list[Tile]:
     row = table.rows[0]
     if len(table.rows) > 1 or row.step_time_s is None:
         return []
-    found = [Tile("Step time", seconds(row.step_time_s), f"spread {seconds(row.step_time_s_spread)}")]
+    found = [Tile("Step time", time_text(row.step_time_s), f"spread {time_text(row.step_time_s_spread)}")]
     if row.throughput is not None:
         used = "" if row.mfu_palm is None else f"; MFU {percent(row.mfu_palm)}"
         per_rank = f"{rate(row.throughput_per_rank)} per rank{used}"
@@ -167,7 +175,7 @@ def _slow_rank(table: ScalingTable) -> list[Tile]:
     if not any(found.rank_times is not None for found in table.details):
         return []
     found = chosen(table.details)
-    slow = slow_ranks(found)
+    slow = slow_rank_rows(found)
     if not slow:
         net = found.rank_times is not None and found.rank_times.is_net
         how = "own times agree within their spread" if net else "as far as step times and waits for data show it"
@@ -196,9 +204,9 @@ def _money(table: ScalingTable) -> list[Tile]:
     hours = [row.gpu_hours for row in rows if row.gpu_hours is not None]
     costs = [row.cost for row in rows if row.cost is not None]
     if costs:
-        found.append(Tile("Cost", amount(sum(costs)), f"{amount(sum(hours))} GPU-hours"))
+        found.append(Tile("Cost", figure(sum(costs), "{:,.2f}"), f"{sum(hours):,.2f} GPU-hours"))
     elif hours:
-        found.append(Tile("GPU-hours", amount(sum(hours)), ""))
+        found.append(Tile("GPU-hours", figure(sum(hours), "{:,.2f}"), ""))
     return found
 
 

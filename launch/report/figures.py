@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,38 +12,81 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
 from launch.report.goodput import CAUSES, DEFINITION, PARTS
-from launch.report.notes import hours as hours_text
-from launch.report.notes import hours_by_cause, percentages, rate, run_time, seconds, units
+from launch.report.notes import figure, hours, hours_by_cause, interrupted, percentages, rate, time_text
 from launch.report.steps import LEAST_SHARE, LOSSES, RankTimes
 from launch.report.table import Row, RunDetail, ScalingTable
-from launch.report.views.drawing import (
-    BELOW,
-    COLORS,
-    GREY,
-    HOLLOW,
-    IDEAL,
-    INK,
-    LIGHT,
-    LINE,
-    MARKERS,
-    PAPER,
-    STYLE,
-    Panel,
-    picture,
-    scale_sizes,
-    scale_values,
-    to_png,
-)
-from launch.report.views.text import efficiency
+from launch.report.text import efficiency
 
-LONGEST_LABEL = 26
+# Colors and style of every drawing of the project.
 
 
-def draw(table: ScalingTable) -> dict[str, bytes]:
+PALETTE = {
+    "paper": ("#ffffff", "#0f1318"),
+    "ink": ("#1b1f24", "#e6e9ed"),
+    "quiet": ("#57606a", "#9aa4af"),
+    "line": ("#d5dae0", "#333b45"),
+    "c0": ("#0072b2", "#4aa8e0"),
+    "c1": ("#d55e00", "#f0803c"),
+    "c2": ("#009e73", "#2cc295"),
+    "c3": ("#b4578d", "#dd8fbd"),
+    "c4": ("#b87a00", "#e8b13c"),
+    "c5": ("#3a94c9", "#86c8ee"),
+    "c6": ("#444c56", "#c3cad2"),
+    "waiting": ("#b9c0c8", "#6a737d"),
+    "fewer": ("#7fc8b0", "#2f7d68"),
+    "shutdown": ("#8b949e", "#7d8691"),
+    "compile": ("#8a6fb0", "#b59add"),
+    "restore": ("#a0522d", "#d08a62"),
+}
+"""Name -> color on light and on dark paper. Files use the light colors; the page has both, as variables of CSS.
+
+``c0`` to ``c6`` follow Okabe and Ito (Color Universal Design, 2008): color-blind readers can distinguish them.
+"""
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+PAPER, INK, GREY, LINE = (LIGHT[name] for name in ("paper", "ink", "quiet", "line"))
+COLORS = [LIGHT[f"c{index}"] for index in range(7)]
+MARKERS = "os^DvPX*"
+STYLE: Any = {
+    **{"font.size": 9, "axes.titlesize": 11, "figure.titlesize": 13, "figure.titleweight": "bold"},
+    **{"text.color": INK, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.edgecolor": GREY},
+    **{"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 8, "legend.frameon": False},
+    **{"axes.facecolor": "none", "axes.axisbelow": True, "grid.color": LINE, "grid.linewidth": 0.8},
+    # Text stays text, so that a reader can search it.
+    "svg.fonttype": "none",
+}
+HOLLOW: dict[str, Any] = {"c": PAPER, "s": 42, "linewidths": 1.6, "zorder": 3}
+BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.2}
+"""Position of a legend below the axes and their name."""
+IDEAL: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 1}
+
+
+# Panels, alone for the page or together in a file.
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing with its title. ``draw`` fills the axes that it receives."""
+
+    title: str
+    draw: Callable[[Axes], None]
+    inches: float = 3.1
+    lead: str = ""
+    """Sentence that the page shows under the title."""
+
+
+WIDE = 5.4
+"""Width of one panel in inches."""
+
+
+def draw_report(table: ScalingTable) -> dict[str, bytes]:
     """Draw the picture of a report and return it as ``png`` and as ``svg``. Equal tables give equal bytes."""
     one_run = len(table.rows) == 1 and table.details
     panels = run_panels(table.details[0]) if one_run else scaling_panels(table)
@@ -50,13 +95,91 @@ def draw(table: ScalingTable) -> dict[str, bytes]:
 
 
 @rc_context(STYLE)
+def picture(panels: Sequence[Panel], heading: str, conditions: str) -> dict[str, bytes]:
+    """Draw panels in rows of two below a heading. Returns the picture as ``png`` and as ``svg``."""
+    panels = panels or [Panel("", _draw_nothing)]
+    rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]
+    inches = [max(panel.inches for panel in row) for row in rows]
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+    whole = Figure(figsize=(2 * WIDE + 0.2, sum(inches) + 1.0), dpi=150, layout=layout)
+    whole.suptitle(heading, x=0.01, ha="left")
+    whole.supxlabel("\n".join(textwrap.wrap(conditions, 160)), fontsize=8, color=GREY, x=0.01, ha="left")
+    for below, row in zip(whole.subfigures(len(rows), 1, height_ratios=inches, squeeze=False)[:, 0], rows):
+        for axes, panel in zip(below.subplots(1, len(row), squeeze=False)[0], row):
+            axes.set_title(panel.title)
+            panel.draw(axes)
+    png = _png(whole)
+    whole.set_layout_engine("none")  # The PNG file has computed the layout, which takes a third of the time.
+    return {"png": png, "svg": _svg(whole, "report").encode()}
+
+
+@rc_context(STYLE)
 def draw_ranks(found: RunDetail) -> bytes | None:
     """Draw the heat map of one run (ranks by time) as PNG; None if fewer than two ranks are compared."""
     if found.rank_times is None:
         return None
-    figure = Figure(figsize=(7.0, 4.0), dpi=120, layout="constrained")
-    _draw_heat_map(figure.subplots(), found, found.rank_times)
-    return to_png(figure)
+    whole = Figure(figsize=(7.0, 4.0), dpi=120, layout="constrained")
+    _draw_heat_map(whole.subplots(), found, found.rank_times)
+    return _png(whole)
+
+
+@rc_context(STYLE)
+def inline_svg(panel: Panel, salt: str) -> str:
+    """Draw one panel for the page, in colors that are variables of CSS. ``salt`` differs for each panel of a page."""
+    whole = Figure(figsize=(WIDE, panel.inches), layout="constrained", facecolor="none")
+    panel.draw(whole.subplots())
+    text = _svg(whole, salt)
+    for name, color in LIGHT.items():
+        text = text.replace(color, f"var(--{name})")
+    return text[text.index("<svg") :]
+
+
+def _png(whole: Figure) -> bytes:
+    file = io.BytesIO()
+    FigureCanvasAgg(whole).print_png(file, metadata={"Software": None})
+    return file.getvalue()
+
+
+def _svg(whole: Figure, salt: str) -> str:
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": salt}):  # Without a salt, identifiers inside the SVG are random.
+        FigureCanvasSVG(whole).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return file.getvalue()
+
+
+def _draw_nothing(axes: Axes) -> None:
+    axes.axis("off")
+    axes.text(0.5, 0.5, "no point has enough steps for a figure yet", ha="center", fontsize=12, color=GREY)
+
+
+def scale_values(axes: Axes, name: str, log: bool = False) -> None:
+    """Set up the axis of the values. It begins at 0, or is logarithmic if the values span a factor of 4 or more."""
+    axes.set_ylabel(name)
+    axes.grid(True, axis="y")
+    if not log:
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.15)
+        return
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    # With a factor below 4, noise between two points would look like a cliff. The room above is for the legend.
+    margin = max(1.1, (4 * low / high) ** 0.5)
+    axes.set_ylim(low / margin, high * margin * 1.25)
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def scale_sizes(axes: Axes, sizes: Sequence[int], name: str) -> None:
+    """Space numbers of ranks or nodes by factors of two, and label those with enough room, always the largest."""
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(name)
+    axes.set_xlim(sizes[0] / 2**0.4, sizes[-1] * 2**0.4)
+    axes.xaxis.set_major_locator(FixedLocator(sizes[:: -math.ceil(len(sizes) / 9)]))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+LONGEST_LABEL = 26
 
 
 def _short(label: str) -> str:
@@ -77,47 +200,28 @@ SeriesRows = Mapping[tuple[str | None, str], Sequence[Row]]
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A figure of a row to draw over the number of ranks."""
+class DrawnFigure:
+    """A figure of a row to draw over the number of ranks, in an interval if the row has its lower and upper end."""
 
     title: str
     axis: str
-    fields: tuple[str, str, str]
-    """Fields of the row with the lower end, the value and the upper end."""
+    field: str
     text: Callable[[Row], str]
     factor: float = 1.0
-    log: bool = False
 
     def band(self, row: Row) -> list[float] | None:
         """Return lower end, value and upper end; None if the row has no such figure."""
-        low, middle, high = (getattr(row, name) for name in self.fields)
-        if middle is None:
-            return None
-        return [self.factor * (middle if value is None else value) for value in (low, middle, high)]
+        middle = getattr(row, self.field)
+        ends = (getattr(row, f"{self.field}_{end}", None) for end in ("low", "high"))
+        low, high = (middle if end is None else end for end in ends)
+        return None if middle is None else [self.factor * value for value in (low, middle, high)]
 
 
-RATE = Measure(
-    "Throughput",
-    "{unit} per second",
-    ("throughput_low", "throughput", "throughput_high"),
-    lambda row: rate(row.throughput),
-    log=True,
-)
-EFFICIENCY = Measure(
-    "Efficiency against the smallest point",
-    "%",
-    ("efficiency_low", "efficiency", "efficiency_high"),
-    efficiency,
-    factor=100,
-)
-STEP_TIME = Measure(
-    "Step time",
-    "seconds",
-    ("step_time_s_low", "step_time_s", "step_time_s_high"),
-    lambda row: seconds(row.step_time_s),
-)
-RUN_TIME = Measure("Run time, start-up included", "seconds", ("run_time_s",) * 3, lambda row: run_time(row.run_time_s))
-SPEEDUP = Measure("Speedup", "ratio to the smallest point", ("speedup",) * 3, lambda row: f"{row.speedup:.2f}")
+RATE = DrawnFigure("Throughput", "{unit} per second", "throughput", lambda row: rate(row.throughput))
+EFFICIENCY = DrawnFigure("Efficiency against the smallest point", "%", "efficiency", efficiency, factor=100)
+STEP_TIME = DrawnFigure("Step time", "seconds", "step_time_s", lambda row: time_text(row.step_time_s))
+RUN_TIME = DrawnFigure("Run time, start-up included", "seconds", "run_time_s", lambda row: time_text(row.run_time_s))
+SPEEDUP = DrawnFigure("Speedup", "ratio to the smallest point", "speedup", lambda row: figure(row.speedup, "{:.2f}"))
 
 
 def scaling_panels(table: ScalingTable) -> list[Panel]:
@@ -138,67 +242,53 @@ def scaling_panels(table: ScalingTable) -> list[Panel]:
         SPEEDUP: larger and not has_rates,
         STEP_TIME: not table.compares_run_times,
     }
-    chosen = [measure for measure, is_wanted in wanted.items() if is_wanted and rows][:2]
+    chosen = [drawn for drawn, is_wanted in wanted.items() if is_wanted and rows][:2]
     lead = "No efficiency is claimed: see the notes." if larger and not claimed else ""
     lines = len(series) + 2
     inches = 3.1 if lines <= MAX_INSIDE else 3.1 + 0.17 * math.ceil(lines / 2)
     return [
-        Panel(one.title, partial(_draw_measure, series=series, measure=one, unit=table.unit), inches, lead * at)
+        Panel(one.title, partial(_draw_figure, series=series, drawn=one, unit=table.unit), inches, lead * at)
         for at, one in enumerate(chosen)
     ]
 
 
-def _draw_measure(axes: Axes, series: SeriesRows, measure: Measure, unit: str) -> None:
-    """Draw a line for each series with its intervals."""
+def _draw_figure(axes: Axes, series: SeriesRows, drawn: DrawnFigure, unit: str) -> None:
+    """Draw a line for each series with its intervals; a marker is hollow if ranks shared cores or a GPU."""
     rows = [row for of_series in series.values() for row in of_series]
-    kinds = {kind for kind, _ in series}
+    kinds, is_rate = {kind for kind, _ in series}, drawn is RATE
     for index, ((kind, name), of_series) in enumerate(series.items()):
         label = ", ".join(filter(None, (_short(name), kind if len(kinds) > 1 else ""))) or "measured"
-        _draw_series(axes, of_series, measure, index, label)
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
+        known = [(row, band) for row in of_series if (band := drawn.band(row))]
+        sizes = [row.ranks or 0 for row, _ in known]
+        low, middle, high = ([band[at] for _, band in known] for at in range(3))
+        ends = [[m - end for m, end in zip(middle, low)], [end - m for m, end in zip(middle, high)]]
+        axes.errorbar(sizes, middle, yerr=ends, fmt="none", ecolor=color, elinewidth=1.2, capsize=3)
+        axes.plot(sizes, middle, color=color, linewidth=1.8, marker=marker, markersize=6.5, label=label)
+        if hollow := [(row.ranks, band[1]) for row, band in known if row.oversubscribed]:
+            axes.scatter(*zip(*hollow), marker=marker, edgecolors=color, **HOLLOW)
+        ideal = [(row.ranks, row.throughput_ideal) for row in of_series if row.throughput_ideal is not None]
+        if is_rate and len(ideal) > 1:
+            axes.plot(*zip(*ideal), color=color, alpha=0.8, **IDEAL)
+        for row, band in known if len(rows) <= MAX_LABELS else ():
+            # The text is where the line does not cover it.
+            at, side = ((7, -12), "left") if is_rate else ((-7, -12), "right")
+            at, side = ((7, 6), "left") if row is of_series[0] and not is_rate else (at, side)
+            place: Any = {"textcoords": "offset points", "ha": side, "fontsize": 8}
+            axes.annotate(drawn.text(row), (row.ranks, band[1]), at, **place)
     scale_sizes(axes, sorted({row.ranks or 0 for row in rows}), "ranks")
-    scale_values(axes, measure.axis.format(unit=unit), measure.log)
-    if len(rows) <= MAX_LABELS:
-        _name_points(axes, series, measure)
-    if measure is EFFICIENCY:
+    scale_values(axes, drawn.axis.format(unit=unit), is_rate)
+    if drawn is EFFICIENCY:
         axes.axhline(100, color=GREY, **IDEAL)
         axes.set_ylim(0, max(115, axes.get_ylim()[1]))
-        for ranks in {row.ranks for row in rows if row.efficiency is None}:
-            axes.annotate("not claimed", (ranks, 4), rotation=90, ha="center", va="bottom", fontsize=8, color=GREY)
+        for size in {row.ranks for row in rows if row.efficiency is None}:
+            axes.annotate("not claimed", (size, 4), rotation=90, ha="center", va="bottom", fontsize=8, color=GREY)
         return
-    if measure is RATE and any(row.speedup != 1 and row.throughput_ideal is not None for row in rows):
+    if is_rate and any(row.speedup != 1 and row.throughput_ideal is not None for row in rows):
         axes.plot([], [], color=GREY, label="ideal, from the smallest point", **IDEAL)
     if any(row.oversubscribed for row in rows):
         axes.scatter([], [], edgecolors=GREY, label="ranks shared cores or a GPU", **HOLLOW)
     axes.legend(**({"loc": "upper left"} if len(series) + 2 <= MAX_INSIDE else BELOW | {"ncols": 2}))
-
-
-def _draw_series(axes: Axes, rows: Sequence[Row], measure: Measure, index: int, label: str) -> None:
-    """Draw one line with its intervals; a marker is hollow if ranks shared cores or a GPU."""
-    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-    known = [(row, band) for row in rows if (band := measure.band(row))]
-    sizes = [row.ranks or 0 for row, _ in known]
-    low, middle, high = ([band[at] for _, band in known] for at in range(3))
-    ends = [[m - end for m, end in zip(middle, low)], [end - m for m, end in zip(middle, high)]]
-    axes.errorbar(sizes, middle, yerr=ends, fmt="none", ecolor=color, elinewidth=1.2, capsize=3)
-    axes.plot(sizes, middle, color=color, linewidth=1.8, marker=marker, markersize=6.5, label=label)
-    hollow = [(row.ranks, band[1]) for row, band in known if row.oversubscribed]
-    if hollow:
-        axes.scatter(*zip(*hollow), marker=marker, edgecolors=color, **HOLLOW)
-    ideal = [(row.ranks, row.throughput_ideal) for row in rows if row.throughput_ideal is not None]
-    if measure is RATE and len(ideal) > 1:
-        axes.plot(*zip(*ideal), color=color, alpha=0.8, **IDEAL)
-
-
-def _name_points(axes: Axes, series: SeriesRows, measure: Measure) -> None:
-    """Write the figure of each point next to its marker, where the line does not cover the text."""
-    for rows in series.values():
-        for row in rows:
-            x, y, side = (7, -12, "left") if measure.log else (-7, -12, "right")
-            if row is rows[0] and not measure.log:
-                x, y, side = 7, 6, "left"
-            place: Any = {"textcoords": "offset points", "ha": side, "fontsize": 8}
-            if band := measure.band(row):
-                axes.annotate(measure.text(row), (row.ranks, band[1]), (x, y), **place)
 
 
 # Bars of lost efficiency and time.
@@ -239,12 +329,10 @@ def loss_panels(table: ScalingTable) -> list[Panel]:
     # All axes end at the longest bar, so that a reader can compare bars of two points.
     most = max((100 * (1 + sum(-share for share in row.losses.values() if share < 0)) for row in rows), default=0.0)
     lead = "Time that each phase of a step takes beyond its part of the ideal step. The parts add up; + is a gain."
-    panels = []
-    for row in rows:
-        bars = waterfall(row)
-        name = f"What was lost to what at {_short(row.label)}"
-        panels.append(Panel(name, partial(_draw_bars, bars=bars, most=most, ideal=100), _tall(bars), lead))
-    return panels
+    return [
+        _bar_panel(f"What was lost to what at {_short(row.label)}", waterfall(row), most, lead, ideal=100)
+        for row in rows
+    ]
 
 
 def waterfall(row: Row) -> list[Bar]:
@@ -263,25 +351,21 @@ def waterfall(row: Row) -> list[Bar]:
 def interruption_panels(table: ScalingTable) -> list[Panel]:
     """Make a panel for each unit of hours: the cost of each cause of interruptions in all runs of the report."""
     panels = []
-    for unit, rows in units(table.rows):
+    for unit, rows in interrupted(table.rows):
         causes = sorted(hours_by_cause(rows).items(), key=lambda cause: -cause[1])
-        bars = [Bar(CAUSES[cause], 0, lost, LIGHT["c1"], hours_text(lost, f"{unit}-h")) for cause, lost in causes]
+        bars = [Bar(CAUSES[cause], 0, lost, LIGHT["c1"], hours(lost, f"{unit}-h")) for cause, lost in causes]
         whole = sum(row.interrupted_h or 0.0 for row in rows)
-        bars.append(Bar("in all", 0, 0, LINE, hours_text(whole, f"{unit}-h"), bold=True))
+        bars.append(Bar("in all", 0, 0, LINE, hours(whole, f"{unit}-h"), bold=True))
         if any(row.saved_in_place_h is not None for row in rows):
             saved = sum(row.saved_in_place_h or 0.0 for row in rows)
-            bars.append(
-                Bar("saved in place, estimate", 0, max(saved, 0.0), LIGHT["c2"], hours_text(saved, f"{unit}-h"))
-            )
-        most = max(bar.high for bar in bars)
+            bars.append(Bar("saved in place, estimate", 0, saved, LIGHT["c2"], hours(saved, f"{unit}-h")))
         lead = f"Lost to each cause, over all runs of this report: {DEFINITION}."
-        draw_them = partial(_draw_bars, bars=bars, most=most)
-        panels.append(Panel("What interruptions cost", draw_them, _tall(bars), lead))
+        panels.append(_bar_panel("What interruptions cost", bars, max(bar.high for bar in bars), lead))
     return panels
 
 
-def _tall(bars: Sequence[Bar]) -> float:
-    return 0.35 + 0.27 * len(bars)
+def _bar_panel(title: str, bars: Sequence[Bar], most: float, lead: str, ideal: float | None = None) -> Panel:
+    return Panel(title, partial(_draw_bars, bars=bars, most=most, ideal=ideal), 0.35 + 0.27 * len(bars), lead)
 
 
 def _draw_bars(axes: Axes, bars: Sequence[Bar], most: float, ideal: float | None = None) -> None:
@@ -369,7 +453,7 @@ def _draw_distribution(axes: Axes, found: RunDetail) -> None:
     axes.hist(found.step_times_s, bins=min(BINS, max(5, len(found.step_times_s) // 5)), color=COLORS[0], alpha=0.85)
     marks = dict(found.percentiles_s)
     for name, color, style in (("50 %", COLORS[1], "-"), ("95 %", COLORS[2], "--"), ("99 %", COLORS[3], ":")):
-        label = f"{name}: {seconds(marks[name])}"
+        label = f"{name}: {time_text(marks[name])}"
         axes.axvline(marks[name], color=color, linestyle=style, linewidth=1.6, label=label)
     axes.set_xlabel("seconds")
     scale_values(axes, "steps")

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from launch.report.figures import draw_ranks
 from launch.report.points import GpuUse
 from launch.report.table import Row, ScalingTable
-from launch.report.views.figures import draw_ranks
-from launch.report.views.text import host_table, markdown
+from launch.report.text import host_table, markdown_text
 from launch.runs.files import write_atomically
 from launch.runs.overrides import NOT_IN_POINT, point_keys, point_name, typed_key
 from launch.runs.tensorboard import Curve, EventWriter
@@ -54,7 +54,7 @@ def _writer(folder: Path) -> EventWriter:
 def _write_summary(table: ScalingTable, png: bytes, root: Path) -> None:
     """Write the report of one run. Its picture includes the heat map of its ranks."""
     with _writer(root) as writer:
-        writer.text("summary/table", markdown(table))
+        writer.text("summary/table", markdown_text(table))
         writer.image("summary/figure", png)
         for use in filter(None, table.gpus):
             write_gpus(writer, use)
@@ -67,7 +67,7 @@ def _write_sweep(table: ScalingTable, png: bytes, root: Path) -> None:
     names = dict.fromkeys([*(tag.removeprefix("scaling/") for tag in tags), "loss"])
     with _writer(root) as whole:
         whole.layout({"Scaling: measured and ideal over the number of ranks": measured})
-        whole.text("scaling/table", markdown(table))
+        whole.text("scaling/table", markdown_text(table))
         whole.image("scaling/figure", png)
         for series in dict.fromkeys(row.series for row in table.rows):
             rows = [row for row in table.rows if row.series == series and row.ranks is not None]

@@ -1,0 +1,361 @@
+"""The tables of a report as texts, once for the terminal, Markdown and the page; and its figures as CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from operator import attrgetter
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.text import Text
+
+from launch.errors import print_table
+from launch.report.goodput import CAUSES, PARTS
+from launch.report.notes import (
+    UNAVAILABLE,
+    figure,
+    hours,
+    hours_by_cause,
+    interrupted,
+    percent,
+    percentages,
+    rate,
+    time_text,
+    with_unit,
+)
+from launch.report.points import GpuUse
+from launch.report.steps import LOSSES
+from launch.report.table import Row, RunDetail, ScalingTable
+
+# One table of texts, and its form in Markdown.
+
+
+TextColumns = Mapping[str, Callable[[Any], str]]
+"""Title of a column -> text of an item in the column. A title may have two lines."""
+LEFT = frozenset({"point", "host", "topology", "state", "against", "reasons"})
+"""Titles of columns of names. Other columns have numbers, which are aligned right."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A table of texts with a heading."""
+
+    heading: str
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    @staticmethod
+    def of(heading: str, columns: TextColumns, items: Sequence[Any]) -> Cells:
+        """Make a table with a row for each item. A column without any figure is left out."""
+        shown = known_columns(columns, items)
+        return Cells(heading, [*shown], [[text(item) for text in shown.values()] for item in items])
+
+    def markdown(self) -> str:
+        """Return the table in Markdown, without its heading."""
+        titles = [title.replace("\n", " ") for title in self.titles]
+        lines = [titles, [":---" if title in LEFT else "---:" for title in self.titles], *self.rows]
+        return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def known_columns(columns: TextColumns, items: Sequence[Any]) -> TextColumns:
+    """Return the columns with a figure for any item. The notes explain why a column is absent."""
+    return {title: text for title, text in columns.items() if any(text(item) != UNAVAILABLE for item in items)}
+
+
+def _of(name: str, write: Callable[[Any], str] = figure) -> Callable[[Any], str]:
+    """Return the function that writes one field of an item."""
+    return lambda item: write(getattr(item, name))
+
+
+# The tables of a report.
+
+
+NOT_CLAIMED = "not claimed"
+FROM_RECORDS = ("compile", "restore")
+"""Parts of the time that are known only if the step records contain them."""
+MAX_HOSTS = 16
+"""Largest number of hosts in the table of one run, most throttled first. The JSON file has all hosts."""
+
+
+def efficiency(row: Row) -> str:
+    """Write the efficiency in percent. An inexact efficiency is marked and has no decimals."""
+    if row.noisy and row.efficiency is not None:
+        return f"~{100 * row.efficiency:.0f} %"
+    return NOT_CLAIMED if row.efficiency is None and row.speedup is not None else percent(row.efficiency)
+
+
+def point_columns(table: ScalingTable) -> TextColumns:
+    """Choose the columns of the table of points: those with a figure for any point."""
+    per_s = f"{table.unit}/s"
+
+    def throughput(row: Row) -> str:
+        """Write the throughput, with its unit if a table has points of several units."""
+        several = table.unit == "work" and row.unit is not None and row.throughput is not None
+        return f"{rate(row.throughput)} {row.unit}/s" if several else rate(row.throughput)
+
+    def ratio(value: float | None) -> str:
+        return figure(value, "{:.2f}")
+
+    of_bf16 = any(percent(row.mfu_bf16) not in (percent(row.mfu_palm), UNAVAILABLE) for row in table.rows)
+    columns: TextColumns = {
+        "point": attrgetter("label"),
+        "nodes": _of("nodes"),
+        "ranks": _of("ranks"),
+        "topology": lambda row: row.topology or UNAVAILABLE,
+        per_s: throughput,
+        f"{per_s}\nper rank": _of("throughput_per_rank", rate),
+        **({"run time": _of("run_time_s", time_text), "attempts": _of("attempts")} if table.compares_run_times else {}),
+        "step time": _of("step_time_s", time_text),
+        "spread": _of("step_time_s_spread", time_text),
+        "speedup": _of("speedup", ratio),
+        "efficiency": efficiency,
+        f"times\n{table.rows[0].source}": _of("ratio_to_first", ratio),
+        "MFU": _of("mfu_palm", percent),
+        **({"MFU\nof bf16": _of("mfu_bf16", percent)} if of_bf16 else {}),
+        "loss": _of("loss", lambda value: figure(value, "{:.4f}")),
+        "state": attrgetter("state"),
+    }
+    return known_columns(columns, table.rows)
+
+
+def point_tables(table: ScalingTable) -> list[Cells]:
+    """Make the table of the points of each kind of scaling."""
+    shown = point_columns(table)
+    return [
+        Cells(heading, [*shown], [[text(row) for text in shown.values()] for row in rows])
+        for heading, rows in table.sections()
+    ]
+
+
+def part_tables(table: ScalingTable) -> list[Cells]:
+    """Make the tables of the parts of efficiency and time, of interruptions, and of GPUs, if known."""
+    found = [_losses(table), _parts_of_time(table), *(_interruptions(unit, of) for unit, of in interrupted(table.rows))]
+    one = "unit of work" if table.unit == "work" else table.unit.removesuffix("s")
+    found.append(
+        Cells.of(
+            "GPUs",
+            {
+                "point": lambda pair: pair[0].label,
+                "GPUs sampled": lambda pair: str(sum(host.gpus for host in pair[1].hosts)),
+                "energy": lambda pair: with_unit(pair[0].energy_kwh, "kWh"),
+                f"energy of a {one}": lambda pair: with_unit(pair[0].joules_per_work, "J"),
+                "mean power of a GPU": lambda pair: with_unit(pair[1].mean_power_w, "W"),
+                "throttled": lambda pair: percent(pair[1].throttled),
+            },
+            [pair for pair in zip(table.rows, table.gpus, strict=False) if pair[1] is not None],
+        )
+    )
+    if len(table.gpus) == 1 and table.gpus[0] is not None:
+        found.append(host_table(table.gpus[0]))
+    return [cells for cells in found if cells.rows]
+
+
+def _losses(table: ScalingTable) -> Cells:
+    lost: dict[str, dict[str, str]] = {}
+    for row in table.rows:
+        *shares, left = percentages([*row.losses.values(), row.efficiency or 0.0])
+        lost[row.label] = {**dict(zip(row.losses, shares, strict=True)), "efficiency": left}
+
+    def share(phase: str) -> Callable[[Row], str]:
+        return lambda row: f"{lost[row.label][phase]} %" if phase in lost[row.label] else UNAVAILABLE
+
+    columns = {name: share(phase) for phase, name in (LOSSES | {"efficiency": "efficiency"}).items()}
+    rows = [row for row in table.rows if row.losses]
+    return Cells.of("What efficiency was lost to", {"point": attrgetter("label"), **columns}, rows)
+
+
+def _parts_of_time(table: ScalingTable) -> Cells:
+    rows = [row for row in table.rows if row.goodput is not None]
+    parts = [part for part in PARTS if any(row.parts_s.get(part) for row in rows)]
+
+    def share(at: int) -> Callable[[Row], str]:
+        def text(row: Row) -> str:
+            spent = [row.parts_s.get(part, 0.0) for part in parts]
+            # A run without records of compilation or restore may still have both, inside its starts and steps.
+            if not spent[at] and parts[at] in FROM_RECORDS:
+                return UNAVAILABLE
+            return f"{time_text(spent[at])} ({percentages([value / sum(spent) for value in spent])[at]} %)"
+
+        return text
+
+    columns: TextColumns = {
+        "point": attrgetter("label"),
+        **{PARTS[part]: share(at) for at, part in enumerate(parts)},
+        "in all": lambda row: time_text(sum(row.parts_s.values())),
+        "goodput": _of("goodput", percent),
+        "GPU-hours": _of("gpu_hours", _amount),
+        "cost": _of("cost", _amount),
+        f"cost of a billion {table.unit}": _of("cost_per_billion", _amount),
+    }
+    return Cells.of("Where the time went", columns, rows)
+
+
+def _amount(value: float | None) -> str:
+    return figure(value, "{:,.2f}")
+
+
+def _interruptions(unit: str, rows: Sequence[Row]) -> Cells:
+    """Make the table of the cost of interruptions for each point and for all points, whose hours are of one unit."""
+
+    def total(name: str, of: Sequence[Row]) -> Any:
+        known = [value for row in of if (value := getattr(row, name)) is not None]
+        return sum(known) if known else None
+
+    def lost_to(cause: str) -> Callable[[Sequence[Row]], str]:
+        return lambda of: hours_of(hours_by_cause(of).get(cause, 0.0))
+
+    def hours_of(value: float | None) -> str:
+        return UNAVAILABLE if value is None else hours(value, f"{unit}-h")
+
+    columns: TextColumns = {
+        "point": lambda of: of[0].label if len(of) == 1 else "all",
+        **{CAUSES[cause]: lost_to(cause) for cause in hours_by_cause(rows)},
+        "in all": lambda of: hours_of(total("interrupted_h", of) or 0.0),
+        "interruptions": lambda of: str(total("interruptions", of)),
+        "of them in place": lambda of: str(total("restarts_in_place", of)),
+        "saved in place": lambda of: hours_of(total("saved_in_place_h", of)),
+        "wait saved": lambda of: time_text(total("saved_in_place_wait_s", of)),
+        "against": lambda of: (
+            " and ".join(dict.fromkeys(row.saved_against for row in of if row.saved_against)) or UNAVAILABLE
+        ),
+    }
+    every = [[row] for row in rows] + ([[*rows]] if len(rows) > 1 else [])
+    return Cells.of(f"What interruptions cost, in {unit}-hours", columns, every)
+
+
+def host_table(use: GpuUse) -> Cells:
+    """Make the table of the GPUs of each host."""
+    columns: TextColumns = {
+        "host": attrgetter("host"),
+        "GPUs": _of("gpus"),
+        "energy": lambda host: with_unit(None if host.energy_j is None else host.energy_j / 3.6e6, "kWh"),
+        "mean power of a GPU": lambda host: with_unit(host.mean_power_w, "W"),
+        "SM clock": lambda host: with_unit(host.sm_clock_mhz, "MHz"),
+        "hottest": lambda host: with_unit(host.hottest_c, "°C"),
+        "throttled": _of("throttled", percent),
+        "reasons": lambda host: ", ".join(f"{reason} {percent(of)}" for reason, of in host.reasons.items()),
+    }
+    return Cells.of("GPUs by host", columns, sorted(use.hosts, key=lambda host: -(host.throttled or 0.0))[:MAX_HOSTS])
+
+
+def slowest_table(found: RunDetail) -> Cells:
+    """Make the table of the slowest ranks of a run."""
+    columns: TextColumns = {
+        "rank": lambda row: str(row.time.rank),
+        "host": lambda row: row.host or UNAVAILABLE,
+        "own time": lambda row: time_text(row.time.own_s),
+        "above the median of the others": lambda row: f"{1000 * row.time.excess_s:.3g} ms",
+        "of the step time": _of("share", percent),
+        "data wait": lambda row: time_text(row.time.data_wait_s),
+    }
+    return Cells.of("Slowest ranks", columns, found.slowest)
+
+
+# A whole report on the terminal and in Markdown.
+
+
+DROPPED_FIRST = ("topology", "per rank", "spread", "nodes", "speedup", "loss")
+"""Ends of the titles of columns that a narrow terminal does not show, in this order."""
+
+
+def show(table: ScalingTable, console: Console) -> None:
+    """Print the tables of the points and the notes.
+
+    On a narrow terminal, a line names the columns that are left out.
+    """
+    for cells in point_tables(table):
+        console.print(Text(f"\n{cells.heading}\n", style="bold"), soft_wrap=True)
+        hidden = print_table(console, cells.titles, cells.rows, left=LEFT, optional=DROPPED_FIRST)
+        if hidden:
+            names = ", ".join(hidden).replace("\n", " ")
+            console.print(Text(f"(too narrow for {names}: see {table.selection.stem}.md)"))
+    console.print()
+    for line in filter(None, (table.conditions, table.selection.text, *table.notes)):
+        console.print(Text(line), soft_wrap=not console.is_terminal)
+
+
+def markdown_text(table: ScalingTable) -> str:
+    """Return the tables, conditions and notes in Markdown, with the kind of scaling as headings."""
+    blocks = [f"# {cells.heading}\n\n{cells.markdown()}" for cells in point_tables(table)]
+    blocks += filter(None, (table.conditions, table.selection.text, "\n".join(f"- {note}" for note in table.notes)))
+    parts = part_tables(table)
+    for found in table.details if len(table.rows) == 1 else ():
+        times = [time_text(value) for _, value in found.percentiles_s]
+        parts.append(Cells("Distribution of step times", [name for name, _ in found.percentiles_s], [times]))
+        parts += [slowest_table(found)] if found.slowest else []
+    blocks += [f"## {cells.heading}\n\n{cells.markdown()}" for cells in parts]
+    return "\n\n".join(blocks) + "\n"
+
+
+# Figures with all digits.
+
+
+CSV_COLUMNS = (
+    *("point", "nodes", "ranks", "topology", "throughput", "throughput_per_rank", "step_time_s", "step_time_s_spread"),
+    *("speedup", "efficiency", "mfu_palm", "oversubscribed", "state", "series", "scaling", "loss", "last_step"),
+    *("steps_measured", "run_time_s", "attempts", "label", "efficiency_low", "efficiency_high", "noisy", "goodput"),
+    *("gpu_hours", "cost", "energy_kwh", "ratio_to_first", "unread_lines"),
+)
+"""Fields of a row in the CSV file, in this order. The JSON file has all fields."""
+
+
+def csv_text(table: ScalingTable) -> str:
+    """Return the rows as CSV with all digits. A figure that is not known or not stated is an empty cell.
+
+    The throughput column has the name of its unit, such as tokens_per_s, or work_per_s if units differ.
+    """
+    names = [name.replace("throughput", f"{table.unit}_per_s") for name in CSV_COLUMNS]
+    return _csv([names, *([getattr(row, name) for name in CSV_COLUMNS] for row in table.rows)])
+
+
+def parts_csv_text(table: ScalingTable) -> str:
+    """Return the parts of the rows as CSV, one on each line: time, interruptions by cause, lost efficiency, GPUs."""
+    lines: list[Sequence[Any]] = [("point", "label", "of", "part", "value", "unit")]
+    for row in table.rows:
+        of_hours, one = f"{row.hours_of}-hours", table.unit.removesuffix("s")
+        parts = [
+            *(("time", part, value, "s") for part, value in row.parts_s.items()),
+            *(("interruptions", cause, value, of_hours) for cause, value in row.causes_h.items()),
+            *(("lost efficiency", phase, value, "share") for phase, value in row.losses.items()),
+            ("interruptions", "number", row.interruptions, ""),
+            ("interruptions", "restarts in place", row.restarts_in_place, ""),
+            ("interruptions", "saved in place", row.saved_in_place_h, of_hours),
+            ("interruptions", "wait saved in place", row.saved_in_place_wait_s, "s"),
+            ("cost", f"a billion {table.unit}", row.cost_per_billion, ""),
+            ("energy", f"a {one}", row.joules_per_work, "J"),
+            ("energy", "mean power of a GPU", row.gpu_power_w, "W"),
+            ("energy", "throttled", row.throttled, "share"),
+        ]
+        lines += [(row.point, row.label, *part) for part in parts if part[2] is not None]
+    return _csv(lines)
+
+
+def _csv(lines: Sequence[Sequence[Any]]) -> str:
+    file = io.StringIO()
+    texts = [[str(value).lower() if isinstance(value, bool) else value for value in line] for line in lines]
+    csv.writer(file, lineterminator="\n").writerows(texts)
+    return file.getvalue()
+
+
+GPU_FIELDS = [one.name for one in fields(GpuUse) if one.name != "windows"]
+"""Fields of GPU use in the JSON file, which has no curves over the run."""
+
+
+def json_text(table: ScalingTable) -> str:
+    """Return the whole report as JSON with all digits: rows, notes, step times and ranks of each measured point.
+
+    ``gpus`` and ``unread`` (damaged lines by rank and attempt) are in the order of the rows. A figure is null if it is
+    not known or not stated, or not finite, such as the loss of a diverged run.
+    """
+    names = ("title", "conditions", "unit", "notes", "rows", "laws", "repeats", "unread", "details")
+    content = {
+        "headings": [heading for heading, _ in table.sections()],
+        "gpus": [use and {name: getattr(use, name) for name in GPU_FIELDS} for use in table.gpus],
+        **{name: getattr(table, name) for name in names},
+    }
+    # A thousand ranks give two megabytes, for which dataclasses.asdict and json.dumps take a second.
+    return msgspec.json.format(msgspec.json.encode(content), indent=1).decode() + "\n"

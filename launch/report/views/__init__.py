@@ -1,1 +1,0 @@
-"""Outputs of a report: text, figures, page, TensorBoard."""
