@@ -106,7 +106,7 @@ def cells(known: dict[str, Any]) -> list[str]:
         step,
         speed_text(known, known.get("step_age_s")),
         f"{known['loss']:.4f}" if "loss" in known else "",
-        duration_text(known["eta_s"]) if "eta_s" in known else "",
+        duration_text(round(known["eta_s"])) if "eta_s" in known else "",
     ]
 
 
@@ -122,7 +122,7 @@ def notes(known: dict[str, Any]) -> list[str]:
     """
     where = f" in partition {known['partition']}" if "partition" in known else ""
     where += f" of {known['slurm_cluster']}" if where and "slurm_cluster" in known else ""
-    where += f" for {duration_text(known['waiting_s'])}" if "waiting_s" in known else ""
+    where += f" for {duration_text(round(known['waiting_s']))}" if "waiting_s" in known else ""
     why = f", {known['detail']}" if "detail" in known else ""
     lines = [f"{known['state']}{where}{why}"] if where or why else []
     lines += [f"finished early: {known['early']}"] if "early" in known else []

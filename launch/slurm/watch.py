@@ -44,7 +44,7 @@ def speed_text(record: dict[str, object], age_s: float | None) -> str:
     speed = throughput(record)
     if speed is None:
         return ""
-    age = "" if age_s is None else f" {duration_text(age_s)} ago"
+    age = "" if age_s is None else f" {duration_text(round(age_s))} ago"
     return f"{speed[0]:,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s{age}"
 
 
@@ -70,7 +70,7 @@ def progress_text(point: RunStatus) -> str:
     if point.quiet_s is not None:
         known.append(quiet_text(point.quiet_s))
     elif point.eta_s and not point.is_over:
-        known.append(f"ETA {duration_text(point.eta_s)}")
+        known.append(f"ETA {duration_text(round(point.eta_s))}")
     return "  ".join(known)
 
 

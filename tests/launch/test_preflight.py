@@ -54,8 +54,8 @@ def test_an_earlier_run_of_the_same_kind_tells_the_time(monkeypatch: pytest.Monk
     ran(long_plan("nodes=2", "optim.lr=0.01", write=True), 100)
     told = add_expected(made)
     assert told.expected_s == pytest.approx(15 + 6 + 100 * 2 + 3)
-    assert "expected    3.7 min on this machine, by the 2 s a step of nodes=2,optim.lr=0.01" in plan_text(told)
-    assert "; expected: 3.7 min on this machine, by" in worst_case_text(
+    assert "expected    3 min 44 s on this machine, by the 2 s a step of nodes=2,optim.lr=0.01" in plan_text(told)
+    assert "; expected: 3 min 44 s on this machine, by" in worst_case_text(
         [told], [typed_config(compose_launch(["nodes=2"]))]
     )
 
@@ -64,7 +64,7 @@ def test_an_earlier_run_of_the_same_kind_tells_the_time(monkeypatch: pytest.Monk
     again = add_expected(long_plan("nodes=2"))
     assert again.expected_s == pytest.approx(15 + 6 + 40 * 2 + 3) and again.expected_by == "the 2 s a step of this run"
     some = total_text([replace(again, label="nodes=2"), replace(long_plan("nodes=4"), label="nodes=4")])
-    assert some.startswith("expected of nodes=2: 1.7 min on this machine, 1.7 min for the longest point")
+    assert some.startswith("expected of nodes=2: 1 min 44 s on this machine, 1 min 44 s for the longest point")
     assert total_text([replace(again, finished=True)]) == ""
 
 

@@ -174,7 +174,7 @@ def test_run_times_compare_where_the_work_was_stated(tmp_path: Path, make_run: A
         builder.attempt().ran(seconds, since=1e9 * ranks)
     table = build(tmp_path)
     assert figures(table.rows, "speedup", "efficiency") == [(1, 1), pytest.approx((1.6, 0.8))]
-    assert titles(table)[-2:] == ["speedup", "efficiency"]
+    assert titles(table)[-3:] == ["speedup", "efficiency", "state"]
 
 
 def test_a_run_that_goes_on_has_no_run_time_yet(tmp_path: Path, make_run: Any) -> None:

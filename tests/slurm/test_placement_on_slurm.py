@@ -76,7 +76,7 @@ def test_a_point_is_given_up_and_one_that_has_started_is_left_alone(
     assert "run placement_timeout (" in text and "the same command submits it again" in text
     assert [event["event"] for event in folder.read_events()][-1] == "gave_up" and of(folder, "moved")
     (seen,) = json.loads(run("launch.status", "--json", "run", cwd=tmp_path, SLURM_CONF=conf))
-    assert seen["state"] == "placement_timeout" and "min in the queue" in seen["detail"]
+    assert seen["state"] == "placement_timeout" and " s in the queue" in seen["detail"]
     assert sandbox.slurm("squeue", "-h", "-o", "%i").split() == [no_gpus]
 
     # The moment in which a job starts: it was seen waiting, and runs when it is to be moved.
