@@ -227,24 +227,6 @@ def test_a_line_among_others_is_read_as_json_reads_it(tmp_path: Path, line: str)
     assert_same_as_json(write_lines(tmp_path / "rank_00000.jsonl", lines))
 
 
-def test_lines_of_json_are_decoded_together_and_others_one_by_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def judge(block: bytes, names: tuple[str, ...]) -> Any:
-        judged.append(block)
-        return read_lines(block, names)
-
-    judged: list[bytes] = []
-    read_lines = columns._decode_lines
-    monkeypatch.setattr(columns, "_decode_lines", judge)
-    spaced, null = LINE.replace("{", "{ "), LINE.replace("0.5", "null")
-    assert_same_as_json(write_lines(tmp_path / "plain.jsonl", [LINE, spaced, null]))
-    assert not judged
-    no_text = LINE.replace("layers", "caf?").replace('"step": 2', '"step": 3').encode().replace(b"?", b"\xe9") + b"\n"
-    assert_same_as_json(write_lines(tmp_path / "latin.jsonl", [LINE, no_text]))
-    assert len(judged) == 1
-
-
 def test_blocks_end_between_lines_wherever_they_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [LINE.replace('"step": 2', f'"step": {step}') for step in range(1, 40)]
     path = write_lines(tmp_path / "rank_00000.jsonl", [*lines, lines[0].replace('"attempt": 1', '"attempt": 2')])
