@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +273,21 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
     found = [(series, find_statistics(series)) for series in split(points)]
     ratios = ratios_to_first(points) if selection.parts else {}
     rows = tuple(
-        replace(_row(series, point, finding, points), ratio_to_first=ratios.get(point.title))
+        Row(
+            point=point.name,
+            label=point.title,
+            topology=None if point.environment is None else point.environment.topology,
+            oversubscribed=point.crowded,
+            state=str(point.state),
+            series=series.label,
+            scaling=series.scaling,
+            unread_lines=sum(one.lines for one in point.unread),
+            ratio_to_first=ratios.get(point.title),
+            **{name: getattr(point, name) for name in AS_RECORDED},
+            **_time_and_energy(point, points),
+            **_figures(point),
+            **_against_smallest(series, point, finding),
+        )
         for series, finding in found
         for point in series.members
     )
@@ -284,7 +298,7 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         batches=_batches([series for series, _ in found]),
         conditions=_conditions(shown),
         notes=tuple(report_notes(points, found, rows)),
-        details=tuple(detail(point, point.figures) for point in shown if point.figures is not None),
+        details=tuple(_detail(point, point.figures) for point in shown if point.figures is not None),
         laws=tuple(finding.law for _, finding in found if finding.law is not None),
         repeats=tuple(size for _, finding in found for size in finding.repeats),
         gpus=tuple(point.gpu_use for point in shown),
@@ -294,7 +308,7 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
     )
 
 
-def detail(point: Point, figures: StepFigures) -> RunDetail:
+def _detail(point: Point, figures: StepFigures) -> RunDetail:
     """Return the step times and the slowest ranks of a point."""
     step_time_s, of_ranks = figures.step_time_s, point.rank_times
     times = point.steps.after_warmup().time_s.tolist()
@@ -314,28 +328,8 @@ def detail(point: Point, figures: StepFigures) -> RunDetail:
     )
 
 
-def _row(series: Series, point: Point, finding: SeriesFindings, points: Sequence[Point]) -> Row:
-    figures = point.figures
-    return Row(
-        point=point.name,
-        nodes=point.nodes,
-        ranks=point.ranks,
-        topology=None if point.environment is None else point.environment.topology,
-        oversubscribed=point.crowded,
-        state=str(point.state),
-        series=series.label,
-        scaling=series.scaling,
-        loss=point.loss,
-        last_step=point.last_step,
-        unit=point.unit,
-        run_time_s=point.run_time_s,
-        attempts=point.attempts,
-        label=point.title,
-        source=point.source,
-        unread_lines=sum(one.lines for one in point.unread),
-        **_time_and_energy(point, points),
-        **(_against_run_time(series, point) if figures is None else _figures(series, point, figures, finding)),
-    )
+AS_RECORDED = ("nodes", "ranks", "loss", "last_step", "unit", "run_time_s", "attempts", "source")
+"""Fields of a row with the values of the point."""
 
 
 def _time_and_energy(point: Point, points: Sequence[Point]) -> dict[str, Any]:
@@ -374,9 +368,11 @@ def _time_and_energy(point: Point, points: Sequence[Point]) -> dict[str, Any]:
     }
 
 
-def _figures(series: Series, point: Point, figures: StepFigures, finding: SeriesFindings) -> dict[str, Any]:
-    """Return the fields of a row that need measured steps."""
-    ratio = point.bf16_ratio
+def _figures(point: Point) -> dict[str, Any]:
+    """Return the fields of a row that need measured steps; empty if the point has too few steps."""
+    if (figures := point.figures) is None:
+        return {}
+    ratio, rate = point.bf16_ratio, figures.throughput
     fields: dict[str, Any] = {
         "step_time_s": figures.step_time_s,
         "mfu_palm": figures.mfu_palm,
@@ -384,35 +380,36 @@ def _figures(series: Series, point: Point, figures: StepFigures, finding: Series
         "steps_measured": figures.steps,
         "step_time_resolution_s": figures.resolution_s or None,
     }
-    rate = figures.throughput
     if rate is not None:
         assert point.ranks
         fields |= {"throughput": rate, "throughput_per_rank": rate / point.ranks}
     if not figures.resolution_s:  # Quartiles of means over several steps do not describe single steps.
-        spread_s = figures.high_s - figures.low_s
-        fields |= {
-            "step_time_s_low": figures.low_s,
-            "step_time_s_high": figures.high_s,
-            "step_time_s_spread": spread_s,
-        }
+        low_s, high_s = figures.low_s, figures.high_s
+        fields |= {"step_time_s_low": low_s, "step_time_s_high": high_s, "step_time_s_spread": high_s - low_s}
         if rate is not None:
             work = rate * figures.step_time_s  # Work of one step.
-            fields |= {"throughput_low": work / figures.high_s, "throughput_high": work / figures.low_s}
-    return fields | _against_smallest(series, point, figures, finding)
+            fields |= {"throughput_low": work / high_s, "throughput_high": work / low_s}
+    return fields
 
 
-def _against_smallest(series: Series, point: Point, figures: StepFigures, finding: SeriesFindings) -> dict[str, Any]:
-    """Return speedup and efficiency relative to the smallest point.
+def _against_smallest(series: Series, point: Point, finding: SeriesFindings) -> dict[str, Any]:
+    """Return speedup and efficiency relative to the smallest point, by steps, or by the stated work per run time.
 
     A single point has neither; without the work of a step, there is no efficiency.
     """
-    base = series.smallest
-    assert base is not None and base.figures is not None and base.ranks and point.ranks
-    if not series.compares:
+    base, figures = series.smallest, point.figures
+    if base is None or not series.compares:
         return {}
+    if figures is None or base.figures is None:
+        if base.figures is not None or base.run_rate is None or point.run_rate is None:
+            return {}
+        assert base.ranks and point.ranks
+        speedup = point.run_rate / base.run_rate
+        is_stated = not base.crowded and not point.crowded
+        return {"speedup": speedup, "efficiency": speedup * base.ranks / point.ranks if is_stated else None}
     if not series.has_rates:
         return {"speedup": base.figures.step_time_s / figures.step_time_s}
-    assert figures.throughput is not None and base.figures.throughput is not None
+    assert figures.throughput is not None and base.figures.throughput is not None and base.ranks and point.ranks
     ideal = base.figures.throughput * (point.ranks / base.ranks)
     fields: dict[str, Any] = {
         "throughput_ideal": None if base.crowded else ideal,
@@ -428,19 +425,6 @@ def _against_smallest(series: Series, point: Point, figures: StepFigures, findin
     here, there = (one.steps.after_warmup().shares() for one in (point, base))
     losses = lost(here, there, efficiency, alone=base.ranks == 1)
     return fields | {"noisy": figures.is_noisy or base.figures.is_noisy, "losses": losses}
-
-
-def _against_run_time(series: Series, point: Point) -> dict[str, Any]:
-    """Return speedup and efficiency of a program without step records, if the work of each point was stated."""
-    base = series.smallest
-    if base is None or base.figures is not None or not series.compares:
-        return {}
-    if base.run_rate is None or point.run_rate is None:
-        return {}
-    assert base.ranks and point.ranks
-    speedup = point.run_rate / base.run_rate
-    is_stated = not base.crowded and not point.crowded
-    return {"speedup": speedup, "efficiency": speedup * base.ranks / point.ranks if is_stated else None}
 
 
 def _batches(found: Sequence[Series]) -> dict[str, str]:
