@@ -27,7 +27,7 @@ from benchmarks.loops import FOR_EVER, open_run, our_turn
 from benchmarks.peer_models import Shape
 from benchmarks.peers import serve_peer
 from benchmarks.turns import ROOT, Served, serve
-from gpt.accounting.counts import training_flops_per_token
+from gpt.accounting import training_flops_per_token
 from gpt.accounting.hardware import peak_flops
 from gpt.data.loader import StepBatch, train_indices
 from gpt.metrics.startup_summary import describe_rank, software

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 from benchmarks.peer_models import Shape
 from gpt.config import TrainConfig
-from gpt.config.checks import is_importable
-from gpt.config.compose import compose_train
+from gpt.config.rules import is_importable
+from gpt.config.train import compose_train
 from gpt.planning import memory
-from gpt.planning.execution import assume_precision
-from gpt.topology.dims import split_batch
+from gpt.planning.auto import assume_precision
+from gpt.topology import split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema

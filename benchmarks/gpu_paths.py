@@ -33,8 +33,8 @@ import torch
 import yaml
 
 from gpt.config import TrainConfig
-from gpt.config.checks import is_importable
-from gpt.config.compose import compose_train
+from gpt.config.rules import is_importable
+from gpt.config.train import compose_train
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.page import chosen, stamp
 from gpt.config import TrainConfig
-from gpt.config.compose import compose_train
+from gpt.config.train import compose_train
 from gpt.planning.memory import Memory, per_rank
-from gpt.topology.dims import split_batch
+from gpt.topology import split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed

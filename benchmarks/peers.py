@@ -94,13 +94,13 @@ def serve_peer(
 ) -> Served:
     """Build a peer; its step takes the next of a few batches that lie ready, read from ``data`` as ours are."""
     from gpt.config import TrainConfig
-    from gpt.config.compose import compose_train
-    from gpt.data.corpus import prepare
+    from gpt.config.train import compose_train
+    from gpt.data.corpus import ensure_tokens
     from gpt.data.loader import Samples
     from launch.runs.compose import to_schema
 
     config = to_schema(compose_train([*shape.words(), *data]), TrainConfig)
-    samples = Samples(prepare(config.data, config.data_cache), shape.block, config.seed)
+    samples = Samples(ensure_tokens(config.data, config.data_cache), shape.block, config.seed)
     places = np.arange(16 * shape.batch).reshape(16, shape.batch)
     batches = [[x.to(device) for x in samples.batch("train", indices)] for indices in places]
     one = build_step(name, shape, checkout, compiled, fused, device)

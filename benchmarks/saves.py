@@ -27,7 +27,7 @@ from unittest import mock
 import torch
 
 from benchmarks.page import commit, cores, keep, merged, stamp
-from gpt.accounting.counts import count
+from gpt.accounting import count
 from gpt.checkpoint import part
 from gpt.checkpoint.writer import InlineWriter, ProcessWriter, Writer
 from gpt.config import TrainConfig

@@ -19,8 +19,7 @@ import torch
 from gpt.checkpoint.folders import step_of
 from gpt.config import Device, TrainConfig
 from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
-from gpt.data.tokenizers import Tokenizer
-from gpt.data.tokenizers.registry import load_run_tokenizer
+from gpt.data.tokenizers import Tokenizer, load_run_tokenizer
 from gpt.model.gpt import GPT
 from gpt.model.loss import autocast
 from gpt.model.sampling import Sampling, generate, make_generators

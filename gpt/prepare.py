@@ -16,16 +16,16 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt.config import DataConfig, Source, TrainConfig
-from gpt.config.compose import compose_train
+from gpt.config.train import compose_train
+from gpt.data import preparation
 from gpt.data.corpus import unwritable_folder_error
 from gpt.data.prepared import MANIFEST, TokenSource, open_folder, read_manifest
-from gpt.data.preprocessing import prepare as preparation
-from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec, download_shakespeare, usable_cores
+from gpt.data.spec import PreprocessingSpec, build_spec, download_shakespeare, usable_cores
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs import compose
 
 
-def prepare(config: DataConfig, cache: Path, output: Path | None, workers: int) -> TokenSource:
+def prepare_corpus(config: DataConfig, cache: Path, output: Path | None, workers: int) -> TokenSource:
     """Prepare a corpus, or verify an existing one.
 
     Raises:
@@ -44,7 +44,7 @@ def prepare(config: DataConfig, cache: Path, output: Path | None, workers: int) 
         assert spec is not None, "it was just downloaded"
     folder = output or cache / spec.key
     _refuse_damage(spec, folder)
-    return preparation.prepare(spec, folder, workers, progress=True, replace=output is None)
+    return preparation.prepare_folder(spec, folder, workers, progress=True, replace=output is None)
 
 
 def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
@@ -58,7 +58,7 @@ def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
         def advance(size: int) -> None:
             bar.update(size)
 
-        bad = preparation.verify(folder, advance)
+        bad = preparation.verify_folder(folder, advance)
     if bad:
         raise ConfigError(
             f"{', '.join(bad)} in {folder} is not what was written there (its checksum differs)",
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--workers {args.workers}", "at least one process", f"--workers {usable_cores()}")
     cache = config.data_cache
     try:
-        source = prepare(config.data, cache, output, args.workers or usable_cores())
+        source = prepare_corpus(config.data, cache, output, args.workers or usable_cores())
     except (OSError, NotImplementedError) as error:
         raise unwritable_folder_error(output or cache, error) from error
     print(report(source, config.data, output))

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt.accounting.counts import count
+from gpt.accounting import count
 from gpt.checkpoint import folders
 from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
 from gpt.model.gpt import GPT

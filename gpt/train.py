@@ -38,7 +38,7 @@ with lasting_imports():
     from gpt.parallel.compile import convert_linears, prepare_blocks
     from gpt.parallel.distributed import World, open_world
     from gpt.parallel.engine import Engine
-    from gpt.topology.dims import Batch, ParallelDims, settle_steps, split_batch
+    from gpt.topology import Batch, ParallelDims, settle_steps, split_batch
     from gpt.topology.rules import check_parallel_dims
     from gpt.training.divergence import DivergenceGuard, EarlyStop, refuse_unknown_text
     from gpt.training.execution import (

@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from gpt.config import TrainConfig
-from gpt.config.compose import compose_train
+from gpt.config.train import compose_train
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, prepare_overrides, typed_config
 from launch.errors import ConfigError

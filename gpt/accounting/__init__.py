@@ -1,0 +1,329 @@
+"""Parameters, floating-point operations and utilization of a model, from its config alone. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+
+from gpt.accounting.hardware import TERA
+from gpt.components import NOTHING
+from gpt.components.facts import part_counts
+from gpt.config import AttentionBackend, Ffn, ModelConfig, Norm, NormPosition, Position, Recompute
+from gpt.config.rules import cached_by_model
+
+# Bytes of one element of each dtype, and of a GiB.
+
+
+FP32, BF16, INT64 = 4, 2, 8
+GIB = 2**30
+
+
+# Number and shapes of a model's parameters.
+#
+# The planner counts a model before any machine builds it. Tests compare the names and shapes with those of
+# ``gpt.model.gpt.GPT``; nothing here imports it.
+#
+# D width, H heads, K key-value heads, C head width, F inner width of the ffn, V vocabulary, T block size, E experts.
+
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Number of parameters by component. A tied output matrix counts once, as embedding."""
+
+    embedding: int
+    """Token embedding, with the padding of the vocabulary."""
+    position: int
+    attention: int
+    """Attention, with the norms of queries and keys."""
+    ffn: int
+    """Feed-forward layers. Of a mixture: the router, all experts, and the shared experts."""
+    norm: int
+    head: int
+    idle: int = 0
+    """Part of ``ffn``: the experts that a token is not routed to."""
+
+    @property
+    def total(self) -> int:
+        """Number of all parameters."""
+        return sum(getattr(self, component.name) for component in fields(self) if component.name != "idle")
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token uses: all except the experts that it is not routed to."""
+        return self.total - self.idle
+
+    @property
+    def non_embedding(self) -> int:
+        """Parameters without token, position and output embeddings: N of the scaling laws (arXiv 2001.08361, section
+        2.1)."""
+        return self.total - self.embedding - self.position - self.head
+
+    @property
+    def active_non_embedding(self) -> int:
+        """Parameters that one token uses, without the embeddings."""
+        return self.non_embedding - self.idle
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the components and their sums."""
+        sums = ("total", "active", "non_embedding", "active_non_embedding")
+        return {**asdict(self), **{name: getattr(self, name) for name in sums}}
+
+
+def count(model: ModelConfig) -> Parameters:
+    """Count the parameters of ``model`` by component."""
+    block, around = block_shapes(model), outer_shapes(model)
+    experts = model.n_layer * size(block, "ffn.experts.")
+    idle_experts = model.n_expert - model.n_expert_per_token
+    return Parameters(
+        embedding=size(around, "token_embedding."),
+        position=size(around, "position."),
+        attention=model.n_layer * size(block, "attention."),
+        ffn=model.n_layer * size(block, "ffn."),
+        norm=model.n_layer * (size(block, "attention_norm.") + size(block, "ffn_norm.")) + size(around, "norm."),
+        head=size(around, "head."),
+        idle=experts // model.n_expert * idle_experts if experts else 0,
+    )
+
+
+def size(shapes: Shapes, prefix: str = "") -> int:
+    """Return the number of elements of the tensors whose name starts with ``prefix``."""
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))
+
+
+def block_shapes(model: ModelConfig) -> Shapes:
+    """Return name and shape of every parameter of one block."""
+    width, queries, keys = model.n_embd, model.n_head * model.head_dim, model.kv_heads * model.head_dim
+    shapes = norm_shapes(model, "attention_norm", width)
+    if isinstance(model.attention, str):
+        shapes |= part_shapes(model, "attention", "attention")
+    else:
+        shapes |= linear_shapes(model, "attention.query", queries, width)
+        shapes |= linear_shapes(model, "attention.key", keys, width)
+        shapes |= linear_shapes(model, "attention.value", keys, width)
+        shapes |= linear_shapes(model, "attention.output", width, queries)
+        if model.qk_norm:
+            shapes |= norm_shapes(model, "attention.query_norm", model.head_dim)
+            shapes |= norm_shapes(model, "attention.key_norm", model.head_dim)
+        if isinstance(model.position, str) and part_counts(model)["position"].on_heads:
+            shapes |= part_shapes(model, "position", "attention.rope")
+    shapes |= norm_shapes(model, "ffn_norm", width)
+    if isinstance(model.ffn, str):
+        return shapes | part_shapes(model, "ffn", "ffn")
+    return shapes | (mixture_shapes(model) if model.ffn is Ffn.moe else dense_shapes(model, "ffn", model.ffn_width))
+
+
+def part_shapes(model: ModelConfig, part: str, name: str) -> Shapes:
+    """Return the parameters of a part of the user, whose names in the model begin with ``name``."""
+    return {f"{name}.{local}": shape for local, shape in part_counts(model)[part].shapes.items()}
+
+
+def dense_shapes(model: ModelConfig, name: str, inner: int) -> Shapes:
+    """Return the shapes of a feed-forward layer: two matrices, or three if it is gated."""
+    shapes: Shapes = {}
+    for matrix in ("gate", "up") if model.gated else ("up",):
+        shapes |= linear_shapes(model, f"{name}.{matrix}", inner, model.n_embd)
+    return shapes | linear_shapes(model, f"{name}.down", model.n_embd, inner)
+
+
+def mixture_shapes(model: ModelConfig) -> Shapes:
+    """Return the shapes of the router, the stacked matrices of the experts, and the shared experts as one layer."""
+    width, inner, experts = model.n_embd, model.ffn_width, model.n_expert
+    shapes: Shapes = {"ffn.router.weight": (experts, width)}
+    for matrix in ("gate", "up") if model.gated else ("up",):
+        shapes[f"ffn.experts.{matrix}"] = (experts, inner, width)
+    shapes["ffn.experts.down"] = (experts, width, inner)
+    return shapes | (dense_shapes(model, "ffn.shared", model.n_shared_expert * inner) if model.n_shared_expert else {})
+
+
+def outer_shapes(model: ModelConfig) -> Shapes:
+    """Return name and shape of every parameter outside the blocks."""
+    shapes: Shapes = {"token_embedding.weight": (model.padded_vocab, model.n_embd)}
+    if model.position is Position.learned:
+        shapes["position.weight"] = (model.block_size, model.n_embd)
+    elif isinstance(model.position, str) and not part_counts(model)["position"].on_heads:
+        shapes |= part_shapes(model, "position", "position")
+    if model.norm_position is NormPosition.pre:
+        shapes |= norm_shapes(model, "norm", model.n_embd)
+    if not model.tie_embeddings:
+        shapes["head.weight"] = (model.padded_vocab, model.n_embd)
+    return shapes
+
+
+def linear_shapes(model: ModelConfig, name: str, outputs: int, inputs: int) -> Shapes:
+    """Return the shape of a matrix, and of its bias if the model has biases."""
+    matrix: Shapes = {f"{name}.weight": (outputs, inputs)}
+    return matrix | {f"{name}.bias": (outputs,)} if model.bias else matrix
+
+
+def norm_shapes(model: ModelConfig, name: str, width: int) -> Shapes:
+    """Return the shape of a gain, and of a shift if the layer has one."""
+    if isinstance(model.norm, str):
+        return part_shapes(model, "norm" if width == model.n_embd else "head_norm", name)
+    gain: Shapes = {f"{name}.weight": (width,)}
+    return gain | {f"{name}.bias": (width,)} if model.norm is Norm.layernorm else gain
+
+
+# Floating-point operations (FLOPs) of the model's matrix products.
+#
+# A product of (m, k) and (k, n) matrices counts 2 m k n. Everything else (norms, softmax, activations, the embedding's
+# look-up) is left out, as usual: it is under one percent.
+#
+# Training is exactly three times the forward pass. The backward pass of a product Y = X W is two products of the same
+# cost: one for the gradient of X and one for that of W. Both operands of every product here need a gradient, even in
+# the first block, since the embedding before it is trained.
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs by component."""
+
+    projections: int
+    """Query, key, value and output projections of attention."""
+    attention: int
+    """Scores Q K^T and the weighted sum of V, over all T x T pairs without a mask."""
+    ffn: int
+    """Feed-forward layers. Of a mixture: the routed and the shared experts of each token."""
+    logits: int
+    """Output matrix, with the padding of the vocabulary."""
+    router: int = 0
+    custom: int = 0
+    """Measured FLOPs of the user's attention, norms and positions. Causal attention is not halved."""
+
+    @property
+    def palm(self) -> int:
+        """Sum of all components. For one token of training: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
+
+        L layers, H heads, Q head width, T sequence length; causal attention is not halved. N counts every matrix that a
+        token is multiplied with: the output matrix, but not the input embedding, the position table, gains and biases.
+        PaLM counts all its parameters. It has one matrix for input and output and no bias, so it differs by its gains.
+        Of experts, only those of the token count.
+        """
+        return sum(getattr(self, component.name) for component in fields(self))
+
+    @property
+    def causal(self) -> int:
+        """Sum with attention halved, since a causal kernel skips the masked half (as Megatron-LM counts)."""
+        return self.palm - self.attention // 2
+
+
+@cached_by_model
+def forward_flops(model: ModelConfig, sequences: int) -> Flops:
+    """Return the FLOPs of one forward pass over ``sequences`` sequences of ``block_size`` tokens."""
+    tokens = sequences * model.block_size
+    queries, keys = model.n_head * model.head_dim, model.kv_heads * model.head_dim
+    of_experts = model.ffn is Ffn.moe
+    rows = sequences * expert_rows(model) + tokens * model.n_shared_expert if of_experts else tokens
+    dense = 2 * rows * model.n_layer * (3 if model.gated else 2) * model.n_embd * model.ffn_width
+    ours = not isinstance(model.attention, str)
+    return Flops(
+        projections=ours * 2 * tokens * model.n_layer * model.n_embd * (2 * queries + 2 * keys),
+        attention=ours * 2 * tokens * model.n_layer * 2 * queries * model.block_size,
+        ffn=sequences * model.n_layer * part_counts(model)["ffn"].flops if isinstance(model.ffn, str) else dense,
+        logits=2 * tokens * model.n_embd * model.padded_vocab,
+        router=2 * tokens * model.n_layer * model.n_embd * model.n_expert if of_experts else 0,
+        custom=sequences * custom_flops(model),
+    )
+
+
+def custom_flops(model: ModelConfig) -> int:
+    """Return the FLOPs of the user's attention, norms and positions in a forward pass over one sequence."""
+    parts = part_counts(model)
+    norm, head_norm, position, attention = (
+        parts.get(key, NOTHING) for key in ("norm", "head_norm", "position", "attention")
+    )
+    norms = 2 * model.n_layer + (model.norm_position is NormPosition.pre)
+    in_blocks = position.on_heads and not isinstance(model.attention, str)
+    positions = model.n_layer if in_blocks else not position.on_heads
+    return norms * norm.flops + positions * position.flops + model.n_layer * (head_norm.flops + attention.flops)
+
+
+def expert_rows(model: ModelConfig) -> int:
+    """Return the rows that the experts of one layer compute in training for one sequence of ``block_size`` tokens.
+
+    Each token counts once for each of its experts. With a capacity, all places of all experts count, including empty
+    ones.
+    """
+    time, chosen = model.block_size, model.n_expert_per_token
+    if model.capacity_factor is None:
+        return time * chosen
+    return model.n_expert * min(time, math.ceil(model.capacity_factor * time * chosen / model.n_expert))
+
+
+def training_flops(model: ModelConfig, sequences: int) -> Flops:
+    """Return the FLOPs of one forward and backward pass over ``sequences`` sequences, without recomputation.
+
+    Equal to the count of ``torch.utils.flop_counter.FlopCounterMode`` with ``attention=manual``. A fused kernel
+    computes the scores once more in the backward pass. This is a cost of the kernel, not of the model, and is not
+    counted.
+    """
+    once = forward_flops(model, sequences)
+    return Flops(**{part.name: 3 * getattr(once, part.name) for part in fields(once)})
+
+
+@cached_by_model
+def training_flops_per_token(model: ModelConfig) -> Flops:
+    """Return the FLOPs of training on one token, in sequences of ``block_size``.
+
+    The numbers are whole, since every term is linear in T. Only the places of a capacity may be fractional; they are
+    rounded down.
+    """
+    sequence = training_flops(model, sequences=1)
+    return Flops(**{part.name: getattr(sequence, part.name) // model.block_size for part in fields(sequence)})
+
+
+def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:
+    """Return the FLOPs per token that the backward pass spends on recomputing the blocks.
+
+    ``full`` repeats all products of a block except the last. torch stops once nothing is missing, and the last result
+    is needed only if a later operation keeps its input (dropout, a norm, the weighting of experts). ``selective``
+    repeats only attention, if a fused kernel draws dropout. Compiled code may repeat less.
+    """
+    once = forward_flops(model, sequences=1)
+    if recompute is Recompute.none:
+        return 0
+    if recompute is Recompute.selective:
+        fused = model.attention is not AttentionBackend.manual
+        return once.attention // model.block_size if model.dropout and fused else 0
+    unknown = isinstance(model.ffn, str)  # the last product of a user's layer is unknown
+    last_is_kept = unknown or model.dropout or model.ffn is Ffn.moe or model.norm_position is not NormPosition.pre
+    spared = 0 if last_is_kept else once.ffn // (3 if model.gated else 2)
+    return (once.palm - once.logits - spared) // model.block_size
+
+
+# Utilization of a device's peak: MFU and HFU by the usual conventions.
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """Rate of one rank, and its share of the peak; None if the peak is unknown."""
+
+    tflops_per_s: float
+    """Model TFLOP/s by the PaLM convention."""
+    mfu_palm: float | None
+    """Model FLOPs utilization by the PaLM convention (arXiv 2204.02311, appendix B), 0 to 1."""
+    mfu_causal: float | None
+    """MFU with causal attention halved."""
+    hfu: float | None
+    """Hardware FLOPs utilization, 0 to 1: includes recomputation (PaLM, as above)."""
+
+
+def utilization(
+    flops_per_token: Flops, tokens_per_s: float, peak_flops_per_s: float | None, recomputed_per_token: int = 0
+) -> Utilization:
+    """Compute the utilization of one rank.
+
+    Args:
+        flops_per_token: FLOPs of training, from ``training_flops_per_token``.
+        tokens_per_s: rate of this rank, not of the whole run.
+        peak_flops_per_s: peak of this rank's device, from ``peak_flops``; None if unknown.
+        recomputed_per_token: FLOPs recomputed in the backward pass, from ``recomputed_flops_per_token``.
+    """
+    rate = flops_per_token.palm * tokens_per_s
+    if peak_flops_per_s is None:
+        return Utilization(rate / TERA, None, None, None)
+    palm = rate / peak_flops_per_s
+    causal = flops_per_token.causal * tokens_per_s / peak_flops_per_s
+    return Utilization(rate / TERA, palm, causal, hfu=palm + recomputed_per_token * tokens_per_s / peak_flops_per_s)

@@ -29,7 +29,7 @@ from torch import Tensor
 from gpt.checkpoint import folders
 from gpt.checkpoint.folders import DEEPSPEED, TENSORS, Manifest
 from gpt.checkpoint.messages import run_on_all_ranks, run_on_first_rank
-from gpt.config.checks import is_importable
+from gpt.config.rules import is_importable
 from launch.errors import ConfigError
 
 MODEL_FILE = "model.pt"

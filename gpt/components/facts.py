@@ -16,7 +16,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
-from gpt.components.parts import PartCounts, StateBytes
+from gpt.components import PartCounts, StateBytes
 from gpt.config.model import ModelConfig
 from gpt.config.optim import ADAMW, OptimConfig
 from launch.errors import ConfigError

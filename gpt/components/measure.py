@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from gpt.components.parts import KINDS_OF_PARALLELISM, PartCounts, StateBytes, build_optimizer, load_part
+from gpt.components import KINDS_OF_PARALLELISM, PartCounts, StateBytes, build_optimizer, load_part
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
 from launch.errors import ConfigError

@@ -3,7 +3,6 @@
 The schema imports no torch, so that the login node can use it.
 """
 
-from gpt.config.checks import nearest_divisor
 from gpt.config.data import (
     BYTE_VOCAB,
     DataConfig,
@@ -28,7 +27,7 @@ from gpt.config.model import (
 )
 from gpt.config.optim import DivergenceConfig, OptimConfig
 from gpt.config.parallel import CpMethod, EngineKind, ParallelConfig, Schedule, Strategy
-from gpt.config.rules import Float8
+from gpt.config.rules import Float8, nearest_divisor
 from gpt.config.train import (
     LOSS_CHUNK,
     CheckpointConfig,

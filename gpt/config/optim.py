@@ -10,7 +10,7 @@ from typing import Any, Optional, Union
 
 from omegaconf import MISSING
 
-from gpt.config.checks import check_custom_name
+from gpt.config.rules import check_custom_name
 from launch.errors import ConfigError, require_positive, require_range
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.

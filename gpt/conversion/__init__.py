@@ -1,8 +1,538 @@
-"""Conversion of weights between this project and other formats: folders of the transformers library, and one torch
-file.
+"""State-dict adapters of GPT-2, Llama and Mixtral in transformers: their models, config keys and tensor names.
 
-``adapter`` defines the state-dict adapter of an architecture; ``gpt2``, ``llama`` and ``mixtral`` are adapters, and
-``registry`` chooses one. ``source`` inspects files without torch, for the login node. ``state_dict`` converts tensors
-and loads trained models. ``hf_folder`` writes folders. The package never imports transformers: it reads and writes its
-files, and does not use its code.
+Imports no torch. ``source`` inspects files without torch, for the login node. ``state_dict`` converts tensors and loads
+trained models. The package never imports transformers: it reads and writes its files, and does not use its code.
+
+Names and shapes are those of GPT2LMHeadModel, LlamaForCausalLM and MixtralForCausalLM (models/*/modeling_*.py of
+transformers). Rotary channels are paired as here, c with c + C/2.
 """
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gpt.config import Activation, ExpertBalance, Ffn, ModelConfig, Norm, Position, RopeScaling
+from launch.errors import ConfigError
+
+NOT_LEARNED = frozenset(
+    [
+        *("name", "options", "init_std", "embedding_init_std", "residual_init_scaled", "dropout", "capacity_factor"),
+        *("balance_coefficient", "balance_bias_rate", "z_coefficient"),
+        *("attention", "force_flash", "expert_matmul", "vocab_multiple"),
+    ]
+)
+"""Fields of ModelConfig that a trained model does not depend on: initial values, training and kernels."""
+LLAMA3 = {
+    "rope_original_block_size": "original_max_position_embeddings",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+}
+"""Field of ModelConfig -> key of config.json, for rope_scaling=llama3 only."""
+EXPERT_FIELDS = (
+    *("n_expert", "n_expert_per_token", "n_shared_expert", "expert_ffn", "router_normalize", "expert_balance"),
+)
+
+
+def architecture_fields(config: ModelConfig) -> dict[str, Any]:
+    """Return the fields of ModelConfig that affect a trained model's output: defaults resolved, idle ones left out."""
+    idle = set(NOT_LEARNED)
+    if config.position is not Position.rope:
+        idle |= {"rope_base", "rope_scaling"}
+    if config.rope_scaling is RopeScaling.none:
+        idle |= {"rope_factor"}
+    if config.rope_scaling is not RopeScaling.llama3:
+        idle |= LLAMA3.keys()
+    if config.ffn is not Ffn.moe:
+        idle |= {*EXPERT_FIELDS}
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
+    fields |= {"n_kv_head": config.kv_heads, "ffn_hidden": config.ffn_width, "activation": config.ffn_activation}
+    fields |= {"router_normalize": config.normalizes_experts}
+    if config.expert_balance is not ExpertBalance.bias:
+        fields["expert_balance"] = ExpertBalance.loss  # no part of a trained model
+    return {key: value for key, value in fields.items() if key not in idle}
+
+
+def format_value(value: Any) -> str:
+    """Return ``value`` as typed in an override."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(getattr(value, "name", value))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Parameters of this project and tensors of transformers with the same numbers. One of the two sides is one tensor.
+
+    Several parameters here may be one tensor of transformers, stacked by rows. Several tensors of transformers may be
+    the slices of one parameter along its first dimension.
+    """
+
+    names: tuple[str, ...]
+    """Names of the parameters in this project."""
+    hf_names: tuple[str, ...]
+    """Names of the tensors in files of transformers."""
+    transposed: bool = False
+    """True if transformers stores a matrix as (in, out); here it is (out, in)."""
+
+
+@dataclass(frozen=True)
+class StateDictAdapter:
+    """Adapter between a state dict of this project and one architecture of the transformers library."""
+
+    name: str
+    """``model_type`` in its config.json."""
+    architecture: str
+    """Class of transformers that loads the model."""
+    prefix: str
+    """Prefix of the names of all tensors except lm_head. Files of the bare model omit it."""
+    parts: dict[str, tuple[Any, ...]]
+    """Field of ModelConfig that chooses a part -> choices of the architecture, the usual one first."""
+    numbers: frozenset[str]
+    """Fields of ModelConfig for which the architecture accepts any value."""
+    write_config: Callable[[ModelConfig], dict[str, Any]]
+    """Function that returns a model as keys of config.json."""
+    read_config: Callable[[dict[str, Any]], ModelConfig]
+    """Function that returns the model of a config.json. It raises ConfigError for an unsupported part."""
+    tables: dict[str, str]
+    """Embedding of this project -> its name in transformers."""
+    layers: str
+    """Prefix of the names of a block's tensors in transformers, before the number of the block."""
+    block_rules: Callable[[ModelConfig, str, str], list[Rule]]
+    """Function that returns the rules of a block, from the model and the two prefixes of the block's names."""
+    last_norm: str
+    """Name in transformers of the norm after the blocks."""
+    buffers: re.Pattern[str]
+    """Pattern of the names of redundant tensors that old versions saved. They follow from the config."""
+    grouped_queries: bool = True
+    """True if a model may have fewer key-value heads than query heads."""
+    requires_bias: bool = False
+    """True if every layer needs a bias. Layers without one are then written with a bias of zeros."""
+
+    def canonical(self, name: str) -> str:
+        """Return a tensor's name with the prefix that files of the bare model omit."""
+        return name if name.startswith((self.prefix, "lm_head.")) else self.prefix + name
+
+    def rules(self, config: ModelConfig) -> list[Rule]:
+        """Return the rules of a model's tensors, in the order of the forward pass. They include a bias in every
+        possible layer if the architecture requires it."""
+        found = renamed(self.tables)
+        for layer in range(config.n_layer):
+            found += self.block_rules(config, f"blocks.{layer}.", f"{self.layers}.{layer}.")
+        found += renamed({"norm": self.last_norm}, kinds=KINDS if self.requires_bias else ("weight",))
+        return found if config.tie_embeddings else found + renamed({"head": "lm_head"})
+
+    def list_misfits(self, config: ModelConfig) -> list[str]:
+        """Return the settings that the architecture does not support, as ``key=value``.
+
+        A field of ModelConfig that is in neither ``parts`` nor ``numbers`` must have its default.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+        wrong = []
+        for key, value in architecture_fields(config).items():
+            if key == "n_kv_head":
+                fits = self.grouped_queries or value == config.n_head
+            elif key in self.parts:
+                fits = value in self.parts[key]
+            else:
+                fits = key in self.numbers or value == defaults[key]
+            if not fits:
+                wrong.append(f"model.{key}={format_value(value)}")
+        return wrong
+
+    def describe_parts(self) -> str:
+        """Return the parts of the architecture, as settings of ModelConfig."""
+        choices = [f"{key}={'|'.join(format_value(v) for v in values)}" for key, values in self.parts.items()]
+        choices += [] if self.grouped_queries else ["n_kv_head=n_head"]
+        return f"{self.name} ({', '.join(choices)})"
+
+
+KINDS = ("weight", "bias")
+
+
+def renamed(
+    names: Mapping[str, str],
+    here: str = "",
+    there: str = "",
+    kinds: tuple[str, ...] = ("weight",),
+    turned: bool = False,
+) -> list[Rule]:
+    """Return rules for tensors that differ only in their names, and with ``turned`` in the order of their dimensions.
+
+    Args:
+        names: name of a module here -> its name in transformers.
+        here: prefix of the names here.
+        there: prefix of the names in transformers.
+        kinds: the parameters of each module.
+        turned: True if transformers stores the matrices as (in, out).
+    """
+    return [
+        Rule((f"{here}{name}.{kind}",), (f"{there}{hf_name}.{kind}",), turned)
+        for name, hf_name in names.items()
+        for kind in kinds
+    ]
+
+
+def require_key(hf: dict[str, Any], key: str) -> Any:
+    """Read a key that every config.json of an architecture has.
+
+    Raises:
+        ConfigError: the key is missing.
+    """
+    if hf.get(key) is None:
+        raise ConfigError(
+            f"a config.json of model_type={hf.get('model_type')} without {key}",
+            "the config.json that transformers writes",
+            "save_pretrained() of the model once more",
+        )
+    return hf[key]
+
+
+def unsupported_part_error(hf: dict[str, Any], key: str, expected: str, value: object = None) -> ConfigError:
+    """Return the error for a config.json with a part that the model here does not have."""
+    return ConfigError(
+        f"{key}={value or repr(hf.get(key))} in a config.json of model_type={hf['model_type']}",
+        f"{expected}, since there is no such part here",
+        "another model to start from",
+    )
+
+
+OTHER_NAMES = {
+    "gelu_new": Activation.gelu_tanh,
+    "gelu_pytorch_tanh": Activation.gelu_tanh,
+    "swish": Activation.silu,
+}
+"""Further names in config.json of activations that both architectures have."""
+
+
+def read_activation(hf: dict[str, Any], key: str, usual: str, names: dict[Activation, str]) -> Activation:
+    """Read the activation under ``key``; ``usual`` replaces a missing key, ``names`` are those of the architecture.
+
+    Raises:
+        ConfigError: the architecture here has no such activation.
+    """
+    known = {hf_name: activation for activation, hf_name in names.items()} | OTHER_NAMES
+    if hf.get(key, usual) not in known:
+        raise unsupported_part_error(hf, key, f"one of {', '.join(known)}")
+    return known[hf.get(key, usual)]
+
+
+# GPT-2: transposed matrices, and queries, keys and values in one. Every layer has a bias. A model without biases is
+# written with biases of zeros, which compute the same.
+
+
+GPT2_SIZES = {
+    "vocab_size": "vocab_size",
+    "block_size": "n_positions",
+    "n_embd": "n_embd",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+}
+"""Field of ModelConfig -> its key in config.json, which every config has."""
+GPT2_ACTIVATIONS = {
+    Activation.gelu_tanh: "gelu_new",
+    Activation.gelu: "gelu",
+    Activation.relu: "relu",
+    Activation.silu: "silu",
+    Activation.leaky_relu: "leaky_relu",
+}
+
+
+def write_gpt2(config: ModelConfig) -> dict[str, Any]:
+    """Return a GPT-2 as keys of config.json."""
+    return {
+        **{key: getattr(config, field) for field, key in GPT2_SIZES.items()},
+        "n_inner": config.ffn_width,
+        "activation_function": GPT2_ACTIVATIONS[config.ffn_activation],
+        "layer_norm_epsilon": config.norm_eps,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def read_gpt2(hf: dict[str, Any]) -> ModelConfig:
+    """Return the model of a GPT-2's config.json. Raise ConfigError for a part that is not supported."""
+    # With other values of these keys, the same tensors compute something else.
+    plain = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    for key, value in plain.items():
+        if hf.get(key, value) is not value:
+            raise unsupported_part_error(hf, key, f"{key}={format_value(value)}")
+    return ModelConfig(
+        name="gpt2",
+        **{field: require_key(hf, key) for field, key in GPT2_SIZES.items()},
+        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        ffn_hidden=hf.get("n_inner"),
+        activation=read_activation(hf, "activation_function", "gelu_new", GPT2_ACTIVATIONS),
+        tie_embeddings=hf.get("tie_word_embeddings", True),
+    )
+
+
+def gpt2_block(config: ModelConfig, here: str, there: str) -> list[Rule]:
+    """Return the rules of a block of GPT-2."""
+    found = []
+    for kind in KINDS:
+        turned = kind == "weight"  # GPT-2's Conv1D stores its matrix as (in, out)
+        q_k_v = tuple(f"{here}attention.{name}.{kind}" for name in ("query", "key", "value"))
+        found.append(Rule(q_k_v, (f"{there}attn.c_attn.{kind}",), turned))
+        matrices = {"attention.output": "attn.c_proj", "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"}
+        found += renamed(matrices, here, there, (kind,), turned)
+        found += renamed({"attention_norm": "ln_1", "ffn_norm": "ln_2"}, here, there, (kind,))
+    return found
+
+
+GPT2 = StateDictAdapter(
+    name="gpt2",
+    architecture="GPT2LMHeadModel",
+    prefix="transformer.",
+    parts={
+        "norm": (Norm.layernorm, Norm.layernorm_nobias),
+        "position": (Position.learned,),
+        "ffn": (Ffn.standard,),
+        "activation": tuple(GPT2_ACTIVATIONS),
+    },
+    numbers=frozenset([*GPT2_SIZES, "norm_eps", "ffn_hidden", "bias", "tie_embeddings"]),
+    write_config=write_gpt2,
+    read_config=read_gpt2,
+    tables={"token_embedding": "transformer.wte", "position": "transformer.wpe"},
+    layers="transformer.h",
+    block_rules=gpt2_block,
+    last_norm="transformer.ln_f",
+    buffers=re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
+    grouped_queries=False,
+    requires_bias=True,
+)
+
+
+# Llama, and Mixtral, which has Llama's attention. config.json is written with ``rope_theta`` and ``rope_scaling``,
+# which versions 4 and 5 of transformers understand. Both spellings are read.
+
+
+LLAMA_SIZES = {
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
+    "n_embd": "hidden_size",
+    "ffn_hidden": "intermediate_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+}
+"""Field of ModelConfig -> its key in config.json, which every config has."""
+LLAMA_ACTIVATIONS = {Activation.silu: "silu", Activation.gelu: "gelu", Activation.gelu_tanh: "gelu_pytorch_tanh"}
+"""Activation of the gate -> its name in config.json. SiLU makes the layer SwiGLU, the other two GEGLU."""
+LLAMA_ATTENTION = {f"attention.{name}": f"self_attn.{name[0]}_proj" for name in ("query", "key", "value", "output")}
+LLAMA_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+
+
+def write_llama(config: ModelConfig) -> dict[str, Any]:
+    """Return a Llama as keys of config.json."""
+    return write_llama_keys(config) | {"attention_bias": config.bias, "mlp_bias": config.bias}
+
+
+def write_llama_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return the keys of config.json that Llama and Mixtral share."""
+    fields = architecture_fields(config)
+    return {
+        **{key: fields[field] for field, key in LLAMA_SIZES.items()},
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": LLAMA_ACTIVATIONS[config.ffn_activation],
+        "rms_norm_eps": config.norm_eps,
+        **write_rope(config),
+        "attention_dropout": config.dropout,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def write_rope(config: ModelConfig) -> dict[str, Any]:
+    """Return rotary embeddings as keys of config.json.
+
+    NTK-aware scaling only changes the base, so the base is written. transformers' rope_type=dynamic is different: it
+    depends on the length of the text.
+    """
+    base, scaling = config.rope_base, config.rope_scaling
+    if scaling is RopeScaling.ntk:
+        base *= config.rope_factor ** (config.head_dim / (config.head_dim - 2))
+    if scaling in (RopeScaling.none, RopeScaling.ntk):
+        return {"rope_theta": base, "rope_scaling": None}
+    described: dict[str, Any] = {"rope_type": scaling.name, "factor": config.rope_factor}
+    if scaling is RopeScaling.llama3:
+        described |= {key: getattr(config, field) for field, key in LLAMA3.items()}
+    return {"rope_theta": base, "rope_scaling": described}
+
+
+def read_llama(hf: dict[str, Any]) -> ModelConfig:
+    """Return the model of a Llama's config.json. Raise ConfigError for a part that is not supported."""
+    bias = bool(hf.get("attention_bias", False))
+    if bool(hf.get("mlp_bias", False)) is not bias:
+        raise unsupported_part_error(hf, "mlp_bias", f"mlp_bias={bias}, as attention_bias is")
+    return dataclasses.replace(read_llama_keys(hf, rope_base=10000.0, norm_eps=1e-6), bias=bias)
+
+
+def read_llama_keys(hf: dict[str, Any], rope_base: float, norm_eps: float) -> ModelConfig:
+    """Read the keys that Llama and Mixtral share. The two numbers replace missing keys."""
+    activation = read_activation(hf, "hidden_act", "silu", LLAMA_ACTIVATIONS)
+    sizes = {field: require_key(hf, key) for field, key in LLAMA_SIZES.items()}
+    head_dim = (
+        sizes["n_embd"] // sizes["n_head"]
+    )  # here, heads share the width evenly; other models may have wider ones
+    if hf.get("head_dim") not in (None, head_dim):
+        raise unsupported_part_error(hf, "head_dim", f"hidden_size / num_attention_heads = {head_dim}")
+    return ModelConfig(
+        name=hf["model_type"],
+        **sizes,
+        n_kv_head=hf.get("num_key_value_heads"),
+        norm=Norm.rmsnorm,
+        norm_eps=hf.get("rms_norm_eps", norm_eps),
+        position=Position.rope,
+        ffn=Ffn.swiglu if activation is Activation.silu else Ffn.geglu,
+        activation=activation,
+        bias=False,
+        tie_embeddings=hf.get("tie_word_embeddings", False),
+        **read_rope(hf, rope_base),
+    )
+
+
+def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
+    """Return the fields of ModelConfig about rotary embeddings, from the spelling of version 4 or 5."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
+    if kind not in ("default", "linear", "llama3"):
+        raise unsupported_part_error(hf, "rope_type", "rope_type=default, linear or llama3", kind)
+    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise unsupported_part_error(hf, "partial_rotary_factor", "rotary embeddings of whole heads")
+    fields: dict[str, Any] = {"rope_base": float(rope.get("rope_theta") or hf.get("rope_theta") or base)}
+    if kind != "default":
+        fields |= {"rope_scaling": RopeScaling[kind], "rope_factor": float(rope["factor"])}
+    if kind == "llama3":
+        fields |= {field: rope[key] for field, key in LLAMA3.items()}
+    return fields
+
+
+def llama_block(config: ModelConfig, here: str, there: str) -> list[Rule]:
+    """Return the rules of a block of Llama."""
+    matrices = LLAMA_ATTENTION | {f"ffn.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    kinds = KINDS if config.bias else KINDS[:1]
+    return renamed(LLAMA_NORMS, here, there) + renamed(matrices, here, there, kinds)
+
+
+LLAMA = StateDictAdapter(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    prefix="model.",
+    parts={
+        "norm": (Norm.rmsnorm,),
+        "position": (Position.rope,),
+        "ffn": (Ffn.swiglu, Ffn.geglu),
+        "activation": tuple(LLAMA_ACTIVATIONS),
+    },
+    numbers=frozenset(
+        [*LLAMA_SIZES, "norm_eps", "rope_base", "rope_scaling", "rope_factor", *LLAMA3, "tie_embeddings", "bias"]
+    ),
+    write_config=write_llama,
+    read_config=read_llama,
+    tables={"token_embedding": "model.embed_tokens"},
+    layers="model.layers",
+    block_rules=llama_block,
+    last_norm="model.norm",
+    buffers=re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
+)
+
+
+# Mixtral: one tensor per matrix of an expert (w1 is the gate, w3 up, w2 down). Version 5 stacks them in memory, but not
+# on disk. Its router scales the weights of a token's experts to a sum of 1.
+
+
+def write_mixtral(config: ModelConfig) -> dict[str, Any]:
+    """Return a Mixtral as keys of config.json."""
+    return {
+        **write_llama_keys(config),
+        "num_local_experts": config.n_expert,
+        "num_experts_per_tok": config.n_expert_per_token,
+        "router_aux_loss_coef": config.balance_weight,
+        "output_router_logits": False,
+        "sliding_window": None,
+    }
+
+
+def read_mixtral(hf: dict[str, Any]) -> ModelConfig:
+    """Return the model of a Mixtral's config.json. Raise ConfigError for a part that is not supported."""
+    window = hf.get("sliding_window")
+    # A window as long as the longest sequence excludes nothing.
+    if window is not None and window < require_key(hf, "max_position_embeddings"):
+        raise unsupported_part_error(hf, "sliding_window", "sliding_window=null")
+    config = read_llama_keys(hf, rope_base=1e6, norm_eps=1e-5)
+    return dataclasses.replace(
+        config,
+        ffn=Ffn.moe,
+        expert_ffn=config.dense_ffn,
+        n_expert=require_key(hf, "num_local_experts"),
+        n_expert_per_token=require_key(hf, "num_experts_per_tok"),
+        router_normalize=True,
+    )
+
+
+def mixtral_block(config: ModelConfig, here: str, there: str) -> list[Rule]:
+    """Return the rules of a block of Mixtral."""
+    names = LLAMA_NORMS | LLAMA_ATTENTION | {"ffn.router": "block_sparse_moe.gate"}
+    found = renamed(names, here, there)
+    for name, hf_name in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+        # Here, one tensor has the matrices of all experts, along its first dimension.
+        each = (f"{there}block_sparse_moe.experts.{expert}.{hf_name}.weight" for expert in range(config.n_expert))
+        found.append(Rule((f"{here}ffn.experts.{name}",), tuple(each)))
+    return found
+
+
+MIXTRAL = dataclasses.replace(
+    LLAMA,
+    name="mixtral",
+    architecture="MixtralForCausalLM",
+    parts={
+        **LLAMA.parts,
+        "ffn": (Ffn.moe,),
+        "expert_ffn": (Ffn.swiglu, Ffn.geglu),
+        "router_normalize": (True,),
+        "expert_balance": (ExpertBalance.loss,),
+        "bias": (False,),
+    },
+    numbers=LLAMA.numbers | {"n_expert", "n_expert_per_token"},
+    write_config=write_mixtral,
+    read_config=read_mixtral,
+    block_rules=mixtral_block,
+)
+
+ADAPTERS = (GPT2, LLAMA, MIXTRAL)
+
+
+def choose_adapter(config: ModelConfig) -> StateDictAdapter:
+    """Return the adapter whose architecture has all parts of a model.
+
+    Raises:
+        ConfigError: no adapter has all parts. The message names the parts that the nearest one lacks.
+    """
+    misfits = {adapter.name: adapter.list_misfits(config) for adapter in ADAPTERS}
+    nearest = min(ADAPTERS, key=lambda adapter: len(misfits[adapter.name]))
+    if not misfits[nearest.name]:
+        return nearest
+    raise ConfigError(
+        f"{', '.join(misfits[nearest.name])}, which {nearest.architecture} of transformers has no part for",
+        f"a model that is one of {'; '.join(adapter.describe_parts() for adapter in ADAPTERS)}",
+        "--format torch, which takes every model",
+    )
+
+
+def find_adapter(hf: dict[str, Any]) -> StateDictAdapter:
+    """Return the adapter of the ``model_type`` in a config.json.
+
+    Raises:
+        ConfigError: no adapter has this type.
+    """
+    for adapter in ADAPTERS:
+        if adapter.name == hf.get("model_type"):
+            return adapter
+    raise ConfigError(
+        f"a config.json of model_type={hf.get('model_type')}",
+        f"one of {', '.join(adapter.name for adapter in ADAPTERS)}",
+        "another model to start from",
+    )

@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from gpt.checkpoint import folders
 from gpt.config import ModelConfig, Position, TrainConfig, rules
-from gpt.conversion.adapter import StateDictAdapter, architecture, format_value
-from gpt.conversion.registry import find_adapter
+from gpt.conversion import StateDictAdapter, architecture_fields, find_adapter, format_value
 from launch.errors import ConfigError
 from launch.runs import compose
 from launch.runs.folder import RunFolder
@@ -305,7 +304,7 @@ def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
     The embedding may have more rows than the source. Training may use shorter sequences than the source, and longer
     ones if no table of positions limits them.
     """
-    there = architecture(found)
+    there = architecture_fields(found)
     if asked.vocab_size >= found.vocab_size:
         del there["vocab_size"]
     if asked.block_size <= found.block_size or found.position is not Position.learned:
@@ -313,7 +312,7 @@ def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:
     changes: dict[str, Any] = {}
     # A part decides which other keys matter and their defaults, so parts come first.
     for keys in (PART_KEYS, there.keys()):
-        here = architecture(dataclasses.replace(asked, **changes))
+        here = architecture_fields(dataclasses.replace(asked, **changes))
         changes |= {key: there[key] for key in there if key in keys and key in here and here[key] != there[key]}
     return [f"model.{key}={format_value(value)}" for key, value in changes.items()]
 

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from gpt.checkpoint import deepspeed_files, folders
 from gpt.checkpoint.folders import DEEPSPEED, DamagedError, Manifest, find_damage, read_manifest
 from gpt.config import ModelConfig, TrainConfig
-from gpt.conversion.adapter import Rule, StateDictAdapter
+from gpt.conversion import Rule, StateDictAdapter
 from gpt.conversion.source import (
     SourceKind,
     WeightSource,

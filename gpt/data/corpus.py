@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpt.config import DataConfig, ModelConfig, Source
 from gpt.data.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_manifest
-from gpt.data.preprocessing.spec import PreprocessingSpec, build_spec, known_vocab_size, prepare_command
+from gpt.data.spec import PreprocessingSpec, build_spec, known_vocab_size, prepare_command
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 
@@ -59,7 +59,7 @@ class Corpus:
         return f"{self.name}: {self.tokens:,} {self.tokenizer} tokens{floor}"
 
 
-def describe(config: DataConfig, cache: Path) -> Corpus:
+def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
     """Describe the corpus of a config, from its manifest or from the text to tokenize.
 
     Raises:
@@ -82,7 +82,7 @@ def describe(config: DataConfig, cache: Path) -> Corpus:
     tokenizer = "byte" if config.source is not Source.synthetic else "synthetic"
     entropy = None
     if config.source is Source.synthetic:
-        from gpt.data.preprocessing.synthetic import chain_of
+        from gpt.data.shards import chain_of
 
         entropy = chain_of(config.synthetic).entropy()
     source = SourceSize(config.title, (known[0],), (known[1],))
@@ -164,21 +164,21 @@ def _check_size(corpus: Corpus, source: SourceSize, block_size: int) -> None:
         )
 
 
-def prepare(config: DataConfig, cache: Path) -> Tokens:
+def ensure_tokens(config: DataConfig, cache: Path) -> Tokens:
     """Open the tokens of the corpus. If training may prepare them, the first caller does so in ``cache``.
 
     Raises:
-        ConfigError: as ``describe`` does; the folder is not writable; the text changed during reading.
+        ConfigError: as ``describe_corpus`` does; the folder is not writable; the text changed during reading.
     """
     if config.source is Source.tokens:
         return open_tokens(config)
-    describe(config, cache)  # raises for a corpus that must be prepared beforehand
+    describe_corpus(config, cache)  # raises for a corpus that must be prepared beforehand
     spec = build_spec(config, cache)
-    assert spec is not None, "describe refuses what has to be downloaded"
-    from gpt.data.preprocessing import prepare as preparation
+    assert spec is not None, "describe_corpus refuses what has to be downloaded"
+    from gpt.data import preparation
 
     try:
-        return Tokens((_open_prepared(spec, cache) or preparation.prepare(spec, cache / spec.key),))
+        return Tokens((_open_prepared(spec, cache) or preparation.prepare_folder(spec, cache / spec.key),))
     except (OSError, NotImplementedError) as error:  # filelock raises NotImplementedError on filesystems without locks
         raise unwritable_folder_error(cache, error) from error
 
@@ -194,8 +194,7 @@ def unwritable_folder_error(folder: Path, error: Exception) -> ConfigError:
 
 def keep_tokenizer(tokens: Tokens, folder: RunFolder) -> None:
     """Copy the tokenizer, if known, into the run's folder, so that tokens can be decoded without the corpus."""
-    from gpt.data.tokenizers import CharTokenizer
-    from gpt.data.tokenizers.registry import save_tokenizer
+    from gpt.data.tokenizers import CharTokenizer, save_tokenizer
 
     source = tokens.tokenizer_folder
     characters = next((s.characters for s in tokens.sources if s.characters is not None), None)

@@ -22,7 +22,7 @@ from gpt.data.order import PassedOver, max_samples, sample_position, sample_sour
 from gpt.data.prepared import TOKEN_BYTES, Tokens, TokenSource
 from gpt.data.prepared import Split as SplitFiles
 from gpt.data.token_file import Segment
-from gpt.topology.dims import Batch
+from gpt.topology import Batch
 from launch.errors import ConfigError
 
 # Samples of a rank in a step, and their tensors, read from token files.

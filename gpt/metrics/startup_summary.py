@@ -14,7 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from gpt.accounting.counts import Flops, training_flops_per_token
+from gpt.accounting import Flops, training_flops_per_token
 from gpt.config import Ffn, Float8, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
 from gpt.config.optim import ADAMW
 from gpt.config.rules import float8_words

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from gpt.accounting.counts import recomputed_flops_per_token, training_flops_per_token, utilization
+from gpt.accounting import recomputed_flops_per_token, training_flops_per_token, utilization
 from gpt.accounting.hardware import peak_flops
 from gpt.config import Precision, TrainConfig
 from gpt.metrics.run_json import RunJson

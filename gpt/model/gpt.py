@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt.components import build_part, load_part
 from gpt.components.facts import owner_of
-from gpt.components.parts import build_part, load_part
 from gpt.config import Ffn, ModelConfig, NormPosition
 from gpt.model.attention import Attention, Cache, LayerCache
 from gpt.model.ffn import build_dense

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gpt.components.parts import build_part
+from gpt.components import build_part
 from gpt.config import ModelConfig, Norm
 
 

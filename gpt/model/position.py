@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gpt.components.parts import build_part
+from gpt.components import build_part
 from gpt.config import ModelConfig, Position, RopeScaling
 
 

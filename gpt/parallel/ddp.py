@@ -24,7 +24,7 @@ from gpt.parallel.dtensor import inverse_replicas, local_tensor, set_tensor
 from gpt.parallel.engine import TorchEngine
 from gpt.parallel.optimizer import Clipped, clip_shards
 from gpt.parallel.timeline import Moment, current, waiting
-from gpt.topology.dims import BUCKET_BYTES, BUCKETS_IN_FLIGHT, Batch, ParallelDims
+from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, Batch, ParallelDims
 
 # Row shards of replicated parameters: gradients reduce-scattered and parameters all-gathered in flat buckets.
 #

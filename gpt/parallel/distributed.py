@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from gpt.checkpoint import messages
 from gpt.config import Device
 from gpt.parallel.timeline import WORLD, waiting
-from gpt.topology.dims import ParallelDims
+from gpt.topology import ParallelDims
 from launch.errors import ConfigError
 from launch.worker import STORE_PREFIX
 

@@ -19,7 +19,7 @@ from gpt.parallel.compile import compile_loss
 from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.optimizer import Clipped, DynamicLossScale, LossScale, build_optimizer, clip_replica, skipping
-from gpt.topology.dims import Batch, ParallelDims
+from gpt.topology import Batch, ParallelDims
 
 # The Engine protocol: a parallelized model with its optimizer, as the training loop sees it.
 #

@@ -29,7 +29,7 @@ from gpt.parallel.engine import TorchEngine
 from gpt.parallel.optimizer import Clipped, clip_shards
 from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients, vocabulary_loss
 from gpt.parallel.timeline import waiting
-from gpt.topology.dims import Batch, ParallelDims, fsdp_units, shard_dimension
+from gpt.topology import Batch, ParallelDims, fsdp_units, shard_dimension
 
 # FSDP2 (``fully_shard``): parameters, gradients and optimizer state sharded over the ranks (arXiv 2304.11277).
 #

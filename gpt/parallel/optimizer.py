@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from gpt.components.parts import build_optimizer as build_custom
+from gpt.components import build_optimizer as build_custom
 from gpt.config import OptimConfig
 from gpt.config.optim import ADAMW
 from gpt.parallel.distributed import World

@@ -36,7 +36,7 @@ from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.nd import NDEngine, reshard
 from gpt.parallel.optimizer import Clipped, clip_shards
 from gpt.parallel.timeline import BUBBLE, receiving, scheduling, waiting, working
-from gpt.topology.dims import Batch, ParallelDims
+from gpt.topology import Batch, ParallelDims
 from gpt.topology.pipeline import local_stages, rank_stages, stage_indices
 
 SCHEDULES = {

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from gpt.accounting.counts import (
+from gpt.accounting import (
+    BF16,
+    FP32,
     Flops,
     expert_rows,
     forward_flops,
@@ -16,8 +18,8 @@ from gpt.accounting.counts import (
 )
 from gpt.config import AttentionBackend, CpMethod, Ffn, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
 from gpt.planning.hardware import Group, Host, Machine, group, strided_group
-from gpt.planning.memory import BF16, FP32, ParameterShards, elements, parameter_shards
-from gpt.topology.dims import BUCKET_BYTES, Batch, ParallelDims, fsdp_units
+from gpt.planning.shards import ParameterShards, elements, parameter_shards
+from gpt.topology import BUCKET_BYTES, Batch, ParallelDims, fsdp_units
 from gpt.topology.pipeline import StageLayers, bubble_fraction, local_stages, rank_stages
 from launch.runs.measured import MatmulRates
 

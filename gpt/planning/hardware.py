@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gpt.accounting.counts import GIB
+from gpt.accounting import GIB
 from gpt.accounting.hardware import GIGA, KNOWN, TERA, expand, find, memory_bytes, peak_flops, words_of
 from gpt.config import Precision
-from gpt.topology.dims import ParallelDims
+from gpt.topology import ParallelDims
 from launch.errors import ConfigError, closest
 from launch.runs.measured import COLLECTIVES, TIERS, Curve, LinkFit, MatmulRates, Network
 

@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from gpt.accounting import GIB
 from gpt.config import EngineKind, Ffn, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
-from gpt.config.checks import divisors
+from gpt.config.rules import divisors
 from gpt.planning.hardware import Machine
-from gpt.planning.memory import GIB, Memory, per_rank
-from gpt.topology.dims import Batch, ParallelDims, split_batch
+from gpt.planning.memory import Memory, per_rank
+from gpt.topology import Batch, ParallelDims, split_batch
 from gpt.topology.pipeline import V_SHAPED
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
@@ -379,7 +380,7 @@ def out_of_memory_error(
         there = f" and {machine.host.room / GIB:.2f} GiB of host memory" if machine.host and machine.host.room else ""
     return ConfigError(
         f"parallel.strategy=auto on {world_size} rank{'s' if world_size > 1 else ''}: the layout that needs least, "
-        f"{describe(least.parallel, least.dims)} with micro-batches of {least.batch.micro}, needs "
+        f"{layout_text(least.parallel, least.dims)} with micro-batches of {least.batch.micro}, needs "
         f"{least.memory.total_gib:.2f} GiB on each{host}",
         f"at most {machine.room / GIB:.2f} GiB{there}, the part of {machine.device} that tensors may take",
         fix or "a smaller model, or a smaller model.block_size",
@@ -420,7 +421,7 @@ def sufficient_recompute(
     return None
 
 
-def describe(parallel: ParallelConfig, dims: ParallelDims) -> str:
+def layout_text(parallel: ParallelConfig, dims: ParallelDims) -> str:
     """Describe a layout: its dimensions, schedule, resharding and offload."""
     text = [str(dims)]
     if dims.pp > 1:
@@ -437,7 +438,7 @@ def requirement_text(one: Candidate, machine: Machine) -> str:
         room = "" if machine.host.room is None else f" of {machine.host.room / GIB:.3g}"
         host = f", and {one.memory.host / GIB:.3g}{room} GiB of host memory"
     return (
-        f"{describe(one.parallel, one.dims)} with micro-batches of {one.batch.micro}, "
+        f"{layout_text(one.parallel, one.dims)} with micro-batches of {one.batch.micro}, "
         f"{one.memory.total_gib:.3g} of {machine.room / GIB:.3g} GiB{host}"
     )
 

@@ -1,2 +1,276 @@
-"""Parallel dimensions, micro-batches, pipeline stages and their rules, from config and number of ranks. Imports no
+"""Parallel dimensions of a run, the split of its batch, and the units in which weights are sharded. Imports no
 torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from gpt.accounting import block_shapes
+from gpt.config import Ffn, ModelConfig, OptimConfig, ParallelConfig, Recompute, Strategy, TrainConfig, nearest_divisor
+from gpt.config.rules import divisors
+from launch.errors import ConfigError
+
+# Parallel dimensions: the number of ranks along each axis of the device mesh.
+#
+# The planner and the training process derive them from the same config, so the plan and the run agree.
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Degree of each kind of parallelism: the sizes of the mesh axes. Their product without ``ep`` is the world size.
+
+    ``pp`` is the outermost axis and ``tp`` the innermost, so that ranks with the most communication are neighbors.
+    """
+
+    strategy: str
+    dp_replicate: int
+    """Number of model replicas."""
+    dp_shard: int
+    """Number of ranks over which each replica is sharded."""
+    pp: int = 1
+    """Number of pipeline-parallel ranks."""
+    cp: int = 1
+    """Number of context-parallel ranks, over which each sequence is sharded."""
+    tp: int = 1
+    """Number of tensor-parallel ranks, over which each matrix is sharded."""
+    ep: int = 1
+    """Number of expert-parallel ranks, over which experts are sharded. They are part of the data-parallel ranks."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axes of the device mesh with their sizes, outermost first."""
+        names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def data_ranks(self) -> int:
+        """Number of data-parallel ranks: groups of ranks with different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def model_ranks(self) -> int:
+        """Number of model-parallel ranks: ranks that compute the same samples."""
+        return self.pp * self.cp * self.tp
+
+    @property
+    def is_sharded(self) -> bool:
+        """True if the data-parallel ranks of a replica shard its parameters (FSDP)."""
+        return self.strategy in ("fsdp", "hsdp")
+
+    def data_rank(self, rank: int) -> int:
+        """Return the data-parallel rank of a rank: the index of its part of the global batch."""
+        return rank // (self.cp * self.tp) % self.data_ranks
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields in the form of records."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        sizes = {**self.sizes, "ep": self.ep}
+        always = ("dp_replicate", "dp_shard")
+        return " ".join([self.strategy, *(f"{n}={s}" for n, s in sizes.items() if s > 1 or n in always)])
+
+
+def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
+    """Return the mesh of ``world_size`` ranks for ``parallel``.
+
+    Raises:
+        ConfigError: the degrees do not divide the number of ranks.
+    """
+    assert parallel.strategy is not Strategy.auto, "resolved by gpt.planning.auto before"
+    model_ranks = 1
+    for name in ("tp", "cp", "pp"):
+        size = getattr(parallel, name)
+        left = world_size // model_ranks
+        if left % size:
+            taken = f", {left} of them left by the other dimensions" if model_ranks > 1 else ""
+            raise ConfigError(
+                f"parallel.{name}={size} with {world_size} ranks{taken}",
+                f"a divisor of {left}",
+                f"parallel.{name}={nearest_divisor(left, size)}, or {model_ranks * size} ranks in all: nodes={size}",
+            )
+        model_ranks *= size
+    data_ranks = world_size // model_ranks
+    shard = 1
+    if parallel.strategy is Strategy.fsdp:
+        shard = data_ranks if parallel.dp_shard is None else parallel.dp_shard
+    elif parallel.strategy is Strategy.deepspeed and parallel.zero_stage == 3:
+        shard = data_ranks
+    if data_ranks % shard:
+        raise ConfigError(
+            f"parallel.dp_shard={shard} does not divide {data_ranks} ranks",
+            "replicas of the model that are sharded over equally many ranks",
+            f"parallel.dp_shard={nearest_divisor(data_ranks, shard)}",
+        )
+    # Under fsdp, experts are inside one replica: FSDP shards them further over the remaining ranks.
+    experts_among = shard if parallel.strategy is Strategy.fsdp else data_ranks
+    if experts_among % parallel.ep:
+        where = " in one replica of the model" if experts_among < data_ranks else ""
+        raise ConfigError(
+            f"parallel.ep={parallel.ep} with {experts_among} ranks that see different samples{where}",
+            f"a divisor of {experts_among}",
+            f"parallel.ep={nearest_divisor(experts_among, parallel.ep)}",
+        )
+    sizes = {name: getattr(parallel, name) for name in ("pp", "cp", "tp", "ep")}
+    return ParallelDims(strategy_name(parallel, shard < data_ranks), data_ranks // shard, shard, **sizes)
+
+
+def strategy_name(parallel: ParallelConfig, replicas: bool) -> str:
+    """Return the name of the strategy in records. ``replicas`` is True if the model has several replicas."""
+    if parallel.strategy is Strategy.deepspeed:
+        return f"ds_zero{parallel.zero_stage}"
+    return "hsdp" if parallel.strategy is Strategy.fsdp and replicas else parallel.strategy.name
+
+
+# Split of the global batch: sequences per data-parallel rank, and micro-batches per step (gradient accumulation).
+#
+# The planner and the training loop call the same function, so the plan and the run agree.
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of a step: ``global_batch == per_rank * ranks`` and ``per_rank == micro * accumulation``."""
+
+    global_batch: int
+    ranks: int
+    """Number of data-parallel ranks."""
+    per_rank: int
+    micro: int
+    """Number of sequences of a micro-batch."""
+    accumulation: int
+    """Number of micro-batches of each rank in a step."""
+
+
+def split_batch(optim: OptimConfig, data_ranks: int) -> Batch:
+    """Split the global batch over ``data_ranks`` data-parallel ranks.
+
+    The micro-batch is the largest divisor of the per-rank batch up to ``optim.max_micro_batch``. So for any number of
+    ranks all micro-batches have one size, and the global batch stays the same.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of the number of ranks.
+    """
+    total = optim.global_batch * (data_ranks if optim.weak_scaling else 1)
+    if total % data_ranks:
+        wish = -(-total // data_ranks) * data_ranks
+        raise ConfigError(
+            f"optim.global_batch={total} sequences over {data_ranks} ranks",
+            f"a multiple of {data_ranks}",
+            f"optim.global_batch={wish} (or {nearest_divisor(total, data_ranks)} ranks)",
+        )
+    per_rank = total // data_ranks
+    micro = max(d for d in range(1, min(optim.max_micro_batch, per_rank) + 1) if per_rank % d == 0)
+    return Batch(total, data_ranks, per_rank, micro, per_rank // micro)
+
+
+def settle_steps(config: TrainConfig, batch: Batch) -> TrainConfig:
+    """Return the config with the number of steps that ``optim.max_tokens`` needs, if it is set."""
+    optim = config.optim
+    if optim.max_tokens is None:
+        return config
+    steps = math.ceil(optim.max_tokens / (batch.global_batch * config.model.block_size))
+    return replace(config, optim=replace(optim, max_steps=steps))
+
+
+# Sharding of experts: the dimension that FSDP shards, and checks of expert parallelism.
+#
+# Called on the login node by gpt/topology/rules.py, and by the ranks that shard the experts (gpt/parallel/nd.py).
+
+
+def expert_fsdp_ranks(dims: ParallelDims) -> int:
+    """Return the number of ranks of one replica with the same experts. FSDP shards these experts over them."""
+    return dims.dp_shard // dims.ep * dims.cp
+
+
+def shard_dimension(model: ModelConfig, dims: ParallelDims) -> int:
+    """Return the dimension of (experts, outputs, inputs) along which FSDP shards a rank's experts.
+
+    It is the first dimension if it divides evenly: a rank then has whole experts, contiguous in memory. Otherwise it is
+    the second.
+    """
+    return 0 if model.n_expert // dims.ep % expert_fsdp_ranks(dims) == 0 else 1
+
+
+def can_shard(model: ModelConfig, dims: ParallelDims) -> bool:
+    """True if FSDP can shard the experts: evenly, as torch requires for every dimension except the first."""
+    if not dims.is_sharded or shard_dimension(model, dims) == 0:
+        return True
+    return model.n_embd % expert_fsdp_ranks(dims) == 0 and model.ffn_width % (expert_fsdp_ranks(dims) * dims.tp) == 0
+
+
+def check_expert(config: TrainConfig, dims: ParallelDims) -> None:
+    """Raise ConfigError if the experts cannot be sharded over ``ep`` ranks."""
+    model, ep = config.model, dims.ep
+    if ep == 1:
+        return
+    if model.ffn is not Ffn.moe:
+        raise ConfigError(
+            f"parallel.ep={ep} with model.ffn={getattr(model.ffn, 'name', model.ffn)}",
+            "a mixture of experts, whose experts can be sharded",
+            "parallel.ep=1, or model=moe_200m",
+        )
+    if config.recompute is Recompute.selective and config.compiles:
+        raise ConfigError(
+            f"parallel.ep={ep} with recompute=selective and compile={config.compile.name}",
+            "one of the two, or recompute=full: selective recomputation does not see into compiled code",
+            "recompute=full",
+        )
+    if model.n_expert % ep:
+        raise ConfigError(
+            f"parallel.ep={ep} with model.n_expert={model.n_expert}",
+            "equally many experts on every rank",
+            f"parallel.ep={nearest_ep(model, dims)}",
+        )
+    if not can_shard(model, dims):
+        ranks = expert_fsdp_ranks(dims)
+        raise ConfigError(
+            f"parallel.ep={ep}: fsdp shards {model.n_expert // ep} experts of {model.n_embd} x {model.ffn_width} over "
+            f"{ranks} ranks",
+            f"equally many experts on every rank, or model.n_embd and model.ffn_hidden that are multiples of {ranks}",
+            f"parallel.ep={nearest_ep(model, dims)}",
+        )
+
+
+def nearest_ep(model: ModelConfig, dims: ParallelDims) -> int:
+    """Return the valid ``ep`` nearest to that of ``dims``. 1 is always valid."""
+    ranks = dims.dp_shard if dims.is_sharded else dims.data_ranks
+    possible = [d for d in divisors(math.gcd(model.n_expert, ranks)) if d == 1 or can_shard(model, replace(dims, ep=d))]
+    return min(possible, key=lambda d: (abs(d - dims.ep), d))
+
+
+# Blocks that FSDP shards and gathers together. The engine builds these units, and the plan counts with them.
+
+
+def fsdp_units(config: TrainConfig, layers: int) -> list[int]:
+    """Return the number of blocks of each unit, in the order of the forward pass.
+
+    A unit is one block, or as many neighbors as needed for ``parallel.fsdp_min_num_params`` parameters. Remaining
+    blocks at the end join the last unit, so every unit has enough parameters.
+
+    Args:
+        config: config of the run.
+        layers: number of blocks of the model, or of a pipeline stage. A stage with too few parameters is one unit.
+    """
+    least = config.parallel.fsdp_min_num_params
+    if least is None:
+        return [1] * layers
+    of_a_block = sum(math.prod(shape) for shape in block_shapes(config.model).values())
+    together = min(-(-least // of_a_block), layers)
+    if not together:
+        return []
+    units = [together] * (layers // together)
+    units[-1] += layers % together
+    return units
+
+
+# Size of the flat buckets in which ZeRO-1 reduce-scatters gradients. The engine uses it, and the plan counts with it.
+
+
+BUCKET_BYTES = 32 * 2**20
+"""Largest size of a bucket of several gradients, in bytes. Larger buckets hide more latency, but less of the last
+bucket."""
+
+BUCKETS_IN_FLIGHT = 2
+"""Number of buckets in flight: one is reduced while the backward pass fills the next."""

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt.accounting.counts import count
+from gpt.accounting import count
 from gpt.config import Precision, TrainConfig
-from gpt.topology.dims import Batch
+from gpt.topology import Batch
 from launch.errors import ConfigError
 
 AUTO = "auto"

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 
-from gpt.accounting.counts import recomputed_flops_per_token, training_flops
+from gpt.accounting import recomputed_flops_per_token, training_flops
 from gpt.config import ModelConfig, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
-from gpt.config.checks import cached_by_model
-from gpt.topology.dims import Batch, ParallelDims, split_batch
+from gpt.config.rules import cached_by_model
+from gpt.topology import Batch, ParallelDims, split_batch
 from launch.errors import ConfigError
 
 

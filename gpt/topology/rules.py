@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import sys
 
+from gpt.components import KINDS_OF_PARALLELISM
 from gpt.components.facts import optimizer_state, part_counts
-from gpt.components.parts import KINDS_OF_PARALLELISM
 from gpt.config import (
     CpMethod,
     ExpertMatmul,
@@ -22,12 +22,11 @@ from gpt.config import (
     Strategy,
     TrainConfig,
 )
-from gpt.config.checks import divisors, is_importable
 from gpt.config.model import PARTS
 from gpt.config.optim import ADAMW
-from gpt.config.rules import GROUPED_MULTIPLE
+from gpt.config.rules import GROUPED_MULTIPLE, divisors, is_importable
+from gpt.topology import ParallelDims, check_expert, parallel_dims, split_batch
 from gpt.topology.deepspeed_config import ds_config
-from gpt.topology.dims import ParallelDims, check_expert, parallel_dims, split_batch
 from gpt.topology.pipeline import check_pipeline, split_layers
 from launch.errors import ConfigError
 

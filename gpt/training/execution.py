@@ -18,8 +18,8 @@ from gpt.model.gpt import GPT, Weights
 from gpt.parallel.distributed import World, set_timeouts
 from gpt.parallel.dtensor import materialize
 from gpt.parallel.engine import Engine
-from gpt.planning.execution import choose_compile, choose_tf32, float8_refusal, refuse_float8, refuse_tf32, tf32_refusal
-from gpt.topology.dims import Batch, ParallelDims
+from gpt.planning.auto import choose_compile, choose_tf32, float8_refusal, refuse_float8, refuse_tf32, tf32_refusal
+from gpt.topology import Batch, ParallelDims
 from launch.errors import ConfigError
 from launch.process import hash_seed
 from launch.runs.environment import COMPILE_CACHE
@@ -28,7 +28,7 @@ from launch.runs.folder import RunFolder
 
 # Precision, TF32 and compilation of the ranks, if the config leaves them to the devices.
 #
-# The rule itself is in gpt/planning/execution.py.
+# The rule itself is in gpt/planning/auto.py.
 
 
 def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> TrainConfig:

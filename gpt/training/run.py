@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from gpt.accounting.counts import count, training_flops_per_token
+from gpt.accounting import count, training_flops_per_token
 from gpt.accounting.hardware import peak_flops
 from gpt.checkpoint import CheckpointStore
 from gpt.checkpoint.copies import Copies
 from gpt.checkpoint.target import check_target
 from gpt.checkpoint.verify import saved_checkpoints
 from gpt.config import AttentionBackend, ParallelConfig, Precision, Strategy, TrainConfig
-from gpt.config.compose import LENGTH, NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
-from gpt.data.corpus import check_fit, describe, describe_tokens, prepare
+from gpt.config.train import LENGTH, NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
+from gpt.data.corpus import check_fit, describe_corpus, describe_tokens, ensure_tokens
 from gpt.data.loader import BatchPrefetcher, Samples
 from gpt.data.prepared import Tokens
 from gpt.metrics.startup_summary import describe_rank, render_summary, software
@@ -30,12 +30,11 @@ from gpt.model.loss import COMPUTE_DTYPES
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
 from gpt.planning import memory
-from gpt.planning.auto import ParallelChoice, choose_parallelism, execution_warnings
-from gpt.planning.execution import choose_precision, choose_tf32
+from gpt.planning.auto import ParallelChoice, choose_parallelism, choose_precision, choose_tf32, execution_warnings
 from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus
 from gpt.planning.search import table
+from gpt.topology import Batch, ParallelDims, settle_steps, split_batch
 from gpt.topology.deepspeed_config import ds_config
-from gpt.topology.dims import Batch, ParallelDims, settle_steps, split_batch
 from gpt.topology.rules import check_parallel_dims, require_deepspeed
 from gpt.training import execution as reproducibility
 from gpt.training.divergence import DivergenceGuard, EarlyStop
@@ -205,7 +204,7 @@ def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:
     """
     require_deepspeed(config)
     split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
-    check_fit(describe(config.data, config.data_cache), config.model, config.eval.sequences)
+    check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
 
 
 # A run in the making: all objects that the loop works with.
@@ -260,8 +259,8 @@ class Run:
 
 def prepare_tokens(config: TrainConfig) -> Tokens:
     """Return the tokens of the corpus, or raise if they do not fit the model or are too few."""
-    check_fit(describe(config.data, config.data_cache), config.model, config.eval.sequences)
-    return prepare(config.data, config.data_cache)
+    check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
+    return ensure_tokens(config.data, config.data_cache)
 
 
 def open_attempt(folder: RunFolder, world: World, launched: worker.Run) -> int:

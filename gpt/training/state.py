@@ -14,7 +14,7 @@ from gpt.checkpoint.folders import VALIDATION_LOSS
 from gpt.checkpoint.memory import MemorySaves
 from gpt.checkpoint.saving import FailedWrite
 from gpt.config import TrainConfig
-from gpt.config.compose import RESUMABLE
+from gpt.config.train import RESUMABLE
 from gpt.conversion.source import find_source, refuse_other_model
 from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify_source
 from gpt.data.order import PassedOver

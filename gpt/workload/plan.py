@@ -9,19 +9,25 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from gpt.accounting import counts
+from gpt.accounting import GIB, count, training_flops_per_token
 from gpt.accounting.hardware import KNOWN, expand, find, memory_bytes
 from gpt.config import Device, Float8, ParallelConfig, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
 from gpt.config.optim import describe_extended_schedule
 from gpt.config.rules import float8_words
 from gpt.data.corpus import Corpus
-from gpt.planning.auto import ParallelChoice, execution_warnings, many_epochs, many_time_limits
+from gpt.planning.auto import (
+    ParallelChoice,
+    choose_compile,
+    choose_tf32,
+    execution_warnings,
+    many_epochs,
+    many_time_limits,
+)
 from gpt.planning.cost import estimate
-from gpt.planning.execution import choose_compile, choose_tf32
 from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu, with_network
-from gpt.planning.memory import GIB, Memory, in_memory_bytes, per_rank, staging_bytes
+from gpt.planning.memory import Memory, in_memory_bytes, per_rank, staging_bytes
 from gpt.planning.search import table
-from gpt.topology.dims import Batch, ParallelDims, split_batch
+from gpt.topology import Batch, ParallelDims, split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError, closest, counted
 from launch.runs.events import Events, is_finished, planned_steps
@@ -192,9 +198,9 @@ def plain_values(parallel: ParallelConfig) -> dict[str, Any]:
 
 def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str) -> dict[str, str]:
     """Return the lines of the plan for people."""
-    counted, steps = counts.count(config.model), config.optim.max_steps
+    counted, steps = count(config.model), config.optim.max_steps
     active = f", {counted.active:,} active for a token" if counted.active != counted.total else ""
-    gflop = counts.training_flops_per_token(config.model).palm / 1e9
+    gflop = training_flops_per_token(config.model).palm / 1e9
     tokens = batch.global_batch * config.model.block_size
     shares = {key: value for key, value in asdict(needed).items() if key != "host" and value}
     parts = ", ".join(f"{key} {value / GIB:.3f}" for key, value in shares.items())
@@ -279,7 +285,7 @@ def plan_facts(
     config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str, choice: ParallelChoice
 ) -> dict[str, Any]:
     """Return the plan for programs."""
-    counted = counts.count(config.model)
+    counted = count(config.model)
     tokens = batch.global_batch * config.model.block_size
     return {
         "topology": dims.as_dict(),
@@ -293,7 +299,7 @@ def plan_facts(
         "parameters": counted.total,
         "parameters_non_embedding": counted.non_embedding,
         "parameters_active": counted.active,  # parameters that one token uses; of experts only those of the token
-        "flops_per_token": counts.training_flops_per_token(config.model).palm,
+        "flops_per_token": training_flops_per_token(config.model).palm,
         "memory_bytes": {**asdict(needed), "total": needed.total},
         "parallel": plain_values(config.parallel),
         "micro_batch_limit": choice.micro_batch,
@@ -306,7 +312,7 @@ def plan_facts(
 
 def step_kind(config: TrainConfig, dims: ParallelDims, batch: Batch) -> str:
     """Return the settings that, besides the data, determine the time of a step on given nodes."""
-    counted = counts.count(config.model)
+    counted = count(config.model)
     size = f"{config.model.name} {counted.total} {batch.global_batch}x{config.model.block_size} micro {batch.micro}"
     how = (config.device, config.precision, config.compile, config.recompute)
     return " ".join([size, str(dims), *(choice.name for choice in how)])

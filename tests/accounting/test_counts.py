@@ -15,14 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt.accounting.counts import (
-    block_shapes,
-    count,
-    forward_flops,
-    outer_shapes,
-    training_flops,
-    training_flops_per_token,
-)
+from gpt.accounting import block_shapes, count, forward_flops, outer_shapes, training_flops, training_flops_per_token
 from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig, TrainConfig, rules
 from gpt.metrics.startup_summary import architecture, performance
 from gpt.model.gpt import GPT

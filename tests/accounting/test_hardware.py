@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpt.accounting.counts import Flops, utilization
+from gpt.accounting import Flops, utilization
 from gpt.accounting.hardware import expand, peak_flops
 from gpt.config import Precision
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gpt.accounting.counts import forward_flops
+from gpt.accounting import forward_flops
 from gpt.config import ModelConfig
-from gpt.config.checks import cached_by_model
+from gpt.config.rules import cached_by_model
 
 MODEL = ModelConfig(name="m", n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=128)
 

@@ -18,6 +18,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from gpt.accounting import GIB
 from gpt.config import (
     AttentionBackend,
     ModelConfig,
@@ -30,8 +31,10 @@ from gpt.config import (
 from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
 from gpt.parallel.nd import apply_fsdp
-from gpt.planning.memory import GIB, Memory, activation_bytes, cast_elements, parameter_shards, per_rank, rank
-from gpt.topology.dims import ParallelDims, parallel_dims, split_batch
+from gpt.planning import memory as rank
+from gpt.planning.memory import Memory, per_rank
+from gpt.planning.shards import activation_bytes, cast_elements, parameter_shards
+from gpt.topology import ParallelDims, parallel_dims, split_batch
 from tests.support.distributed import run_distributed
 from tests.support.small_models import LLAMA, MOE, configs, label, random_tokens, small, variants
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.accounting.counts import count
+from gpt.accounting import FP32, count
 from gpt.config import (
     CpMethod,
     ModelConfig,
@@ -21,9 +21,9 @@ from gpt.config import (
     Strategy,
     TrainConfig,
 )
-from gpt.planning.memory import FP32, Memory, parameter_shards, per_rank
-from gpt.planning.memory.rank import micro_batches_in_flight
-from gpt.topology.dims import ParallelDims, parallel_dims, split_batch
+from gpt.planning.memory import Memory, micro_batches_in_flight, per_rank
+from gpt.planning.shards import parameter_shards
+from gpt.topology import ParallelDims, parallel_dims, split_batch
 from gpt.topology.pipeline import rank_stages
 from tests.support.small_models import LLAMA, MOE, configs, small
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt.accounting import counts
+from gpt.accounting import block_shapes, count, forward_flops, outer_shapes, training_flops
+from gpt.components import source_digest
 from gpt.components.facts import measured, optimizer_state, owner_of, part_counts
-from gpt.components.parts import source_digest
 from gpt.config import DataConfig, ModelConfig, Norm, OptimConfig, Precision, Recompute
-from gpt.conversion.registry import choose_adapter
-from gpt.data.preprocessing.spec import build_spec
+from gpt.conversion import choose_adapter
+from gpt.data.spec import build_spec
 from gpt.model.gpt import GPT, initialize
 from gpt.model.sampling import Sampling, generate, make_generators
-from gpt.planning.memory import activation_bytes, parameter_shards
-from gpt.topology.dims import ParallelDims
+from gpt.planning.shards import activation_bytes, parameter_shards
+from gpt.topology import ParallelDims
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from tests.support.commands import ROOT, environment
@@ -55,10 +55,10 @@ def test_counts_are_those_of_the_model_that_is_built(keys: list[str], qk_norm: b
     config = small(**{key: NAMES[key] for key in keys}, qk_norm=qk_norm, n_kv_head=2)
     model = GPT(config)
     initialize(model, seed=1)
-    counted = {f"blocks.{i}.{k}": v for i in range(config.n_layer) for k, v in counts.block_shapes(config).items()}
-    counted |= counts.outer_shapes(config)
+    counted = {f"blocks.{i}.{k}": v for i in range(config.n_layer) for k, v in block_shapes(config).items()}
+    counted |= outer_shapes(config)
     assert counted == {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert counts.count(config).total == sum(p.numel() for p in model.parameters())
+    assert count(config).total == sum(p.numel() for p in model.parameters())
     with FlopCounterMode(display=False) as counter:
         model(random_tokens(config, 3)).sum().backward()
     # A kernel of ours computes the scores once more in its backward pass, which is not counted; nor is that of a mask.
@@ -66,11 +66,11 @@ def test_counts_are_those_of_the_model_that_is_built(keys: list[str], qk_norm: b
         config.attention = type(config.attention)["manual"]  # type: ignore[index]
         with FlopCounterMode(display=False) as counter:
             GPT(config)(random_tokens(config, 3)).sum().backward()
-        assert counts.training_flops(config, 3).palm == counter.get_total_flops()
+        assert training_flops(config, 3).palm == counter.get_total_flops()
     else:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(random_tokens(config, 3))
-        assert counts.forward_flops(config, 3).palm == counter.get_total_flops()
+        assert forward_flops(config, 3).palm == counter.get_total_flops()
 
 
 def saved_by_blocks(config: ModelConfig, sequences: int) -> int:
@@ -191,7 +191,7 @@ def test_a_login_node_hears_the_same_without_loading_torch(tmp_path: Path) -> No
     """In one process after another: counts, and a refusal, by a process that ends before torch is there."""
     code = """
 import json, sys
-from gpt.accounting.counts import count
+from gpt.accounting import count
 from gpt.components.facts import optimizer_state
 from gpt.config import ModelConfig, OptimConfig
 from launch.errors import ConfigError

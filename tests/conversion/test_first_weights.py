@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import TrainConfig
-from gpt.config.compose import compose_train
-from gpt.conversion.hf_folder import write_torch_file
+from gpt.config.train import compose_train
 from gpt.conversion.state_dict import State, VerifiedSource, read_source
+from gpt.export import write_torch_file
 from gpt.model.gpt import GPT, Weights, initialize
 from gpt.parallel.distributed import World
 from gpt.training import state as initial

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from gpt.config import ExpertBalance, ExpertMatmul, Ffn, ModelConfig, Norm, NormPosition, Position, TrainConfig, rules
-from gpt.config.compose import compose_train
-from gpt.conversion.adapter import StateDictAdapter, architecture
-from gpt.conversion.hf_folder import write_configs, write_sums, write_torch_file, write_weights
-from gpt.conversion.registry import ADAPTERS, choose_adapter, find_adapter
+from gpt.config.train import compose_train
+from gpt.conversion import ADAPTERS, StateDictAdapter, architecture_fields, choose_adapter, find_adapter
 from gpt.conversion.source import differences, find_source
 from gpt.conversion.state_dict import VOCABULARY, from_hf, read_source, to_hf, verify_source
+from gpt.export import write_configs, write_sums, write_torch_file, write_weights
 from gpt.model.gpt import GPT
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
@@ -79,7 +78,7 @@ def test_every_model_is_refused_or_comes_back_as_it_was(config: ModelConfig, wan
     hf = json.loads(json.dumps({"model_type": adapter.name, **adapter.write_config(config)}))
     back = find_adapter(hf).read_config(hf)
     bias = {"bias": True, "norm": Norm.layernorm} if adapter.requires_bias else {}
-    assert architecture(back) == architecture(config) | bias
+    assert architecture_fields(back) == architecture_fields(config) | bias
     state = GPT(config).state_dict()
     theirs = dict(to_hf(state, adapter, config))
     assert set(theirs) == {name for rule in adapter.rules(config) for name in rule.hf_names}

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import TokenizerKind
-from gpt.conversion.hf_folder import byte_level_tokenizer, character_tokenizer, write_tokenizer
-from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
-from gpt.data.tokenizers.registry import from_payload, save_tokenizer
+from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, from_payload, save_tokenizer
+from gpt.export import byte_level_tokenizer, character_tokenizer, write_tokenizer
 from launch.runs.folder import RunFolder
 
 

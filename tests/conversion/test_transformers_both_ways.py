@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from gpt.config import Activation, Ffn, ModelConfig, Norm, RopeScaling
-from gpt.conversion.hf_folder import write_configs, write_weights
-from gpt.conversion.registry import choose_adapter
+from gpt.conversion import choose_adapter
 from gpt.conversion.source import find_source
 from gpt.conversion.state_dict import read_source, to_hf, verify_source
+from gpt.export import write_configs, write_weights
 from gpt.model.gpt import GPT
 from tests.support.small_models import LLAMA, MOE, random_tokens, small
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from gpt.config import DataConfig, ModelConfig, Source, TokenizerKind, TrainConfig
-from gpt.config.compose import compose_train
-from gpt.data.corpus import check_fit, describe, num_windows, prepare
+from gpt.config.train import compose_train
+from gpt.data.corpus import check_fit, describe_corpus, ensure_tokens, num_windows
 from gpt.data.prepared import TokenSource
-from gpt.data.preprocessing.spec import build_spec, prepare_command, split_tokens, stdlib_files
+from gpt.data.spec import build_spec, prepare_command, split_tokens, stdlib_files
 from gpt.prepare import main
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
@@ -42,7 +42,7 @@ def text_of(source: TokenSource) -> bytes:
 
 
 def prepared(config: DataConfig, cache: Path) -> TokenSource:
-    (source,) = prepare(config, cache).sources
+    (source,) = ensure_tokens(config, cache).sources
     return source
 
 
@@ -58,14 +58,14 @@ def test_stdlib_is_this_pythons_own_source() -> None:
     assert names == sorted(names)
     folders = {part for name in names for part in name.split("/")[:-1]}
     assert not folders & {"site-packages", "dist-packages", "test", "tests", "__pycache__", "idlelib"}
-    corpus = describe(DataConfig(source=Source.stdlib), NOWHERE)
+    corpus = describe_corpus(DataConfig(source=Source.stdlib), NOWHERE)
     assert corpus.tokens == sum(path.stat().st_size for path in paths) > 5_000_000
 
 
 def test_stdlib_is_cut_at_max_bytes(tmp_path: Path) -> None:
     config = DataConfig(source=Source.stdlib, max_bytes=100_000)
     text = text_of(prepared(config, tmp_path))
-    assert len(text) == 100_000 == describe(config, NOWHERE).tokens
+    assert len(text) == 100_000 == describe_corpus(config, NOWHERE).tokens
     whole = b"".join(f.path.read_bytes() for f in stdlib_files()[:20])
     assert text == whole[:100_000]
     ast.parse(stdlib_files()[0].path.read_bytes())
@@ -81,11 +81,11 @@ def test_text_file_becomes_tokens_with_a_manifest(tmp_path: Path, monkeypatch: p
     manifest = json.loads((source.folder / "manifest.json").read_text())
     assert manifest["tokenizer"]["kind"] == "byte" and manifest["sha256"] == source.sha256
     assert manifest["splits"]["val"]["tokens"] == manifest["splits"]["val"]["bytes"] == 2560
-    corpus = describe(text_config("text.bin", val_fraction=0.25), NOWHERE)
+    corpus = describe_corpus(text_config("text.bin", val_fraction=0.25), NOWHERE)
     assert (corpus.train_tokens, corpus.val_tokens) == (7680, 2560)
-    assert describe(text_config("text.bin", val_fraction=0.25), tmp_path / "cache") == corpus, "before and after"
+    assert describe_corpus(text_config("text.bin", val_fraction=0.25), tmp_path / "cache") == corpus, "before and after"
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert describe(text_config("~/text.bin", val_fraction=0.25), NOWHERE).sources[0].val == (2560,)
+    assert describe_corpus(text_config("~/text.bin", val_fraction=0.25), NOWHERE).sources[0].val == (2560,)
 
 
 def test_tokens_are_made_once_until_the_text_changes(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_preparing_holds_only_a_piece_in_memory(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_bytes(bytes(30_000_000))
     tracemalloc.start()
-    prepare(text_config(text), tmp_path / "cache")
+    ensure_tokens(text_config(text), tmp_path / "cache")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8_000_000
@@ -165,7 +165,7 @@ def test_paths_that_lead_to_no_text_are_refused_with_what_to_type(tmp_path: Path
         ("~no such user/file", "cannot be read", "chmod"),
     ):
         with pytest.raises(ConfigError) as refusal:
-            describe(text_config(path), NOWHERE)
+            describe_corpus(text_config(path), NOWHERE)
         assert found in refusal.value.found and refusal.value.fix.startswith(fix), refusal.value
 
 
@@ -175,10 +175,10 @@ def test_a_text_without_read_permission_is_refused(tmp_path: Path) -> None:
     secret.chmod(0)
     # Root may read everything, so ask as another user where that is who runs the tests.
     code = (
-        "import os, sys; from gpt.config import DataConfig, Source; from gpt.data.corpus import describe\n"
+        "import os, sys; from gpt.config import DataConfig, Source; from gpt.data.corpus import describe_corpus\n"
         "from pathlib import Path\n"
         "os.geteuid() == 0 and os.seteuid(65534)\n"
-        "describe(DataConfig(source=Source.text, path=sys.argv[1]), Path('.'))"
+        "describe_corpus(DataConfig(source=Source.text, path=sys.argv[1]), Path('.'))"
     )
     result = subprocess.run([sys.executable, "-c", code, secret], capture_output=True, text=True)
     assert result.returncode == 1 and "cannot be read (" in result.stderr and "Permission denied" in result.stderr
@@ -193,14 +193,14 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
     text.write_bytes(b"abc")
     monkeypatch.setattr(corpus, "build_spec", lambda config, cache: spec)
     with pytest.raises(ConfigError, match="changed while it was read"):
-        prepare(text_config(text), tmp_path / "cache")
+        ensure_tokens(text_config(text), tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("text-*"))
 
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("text")
     with pytest.raises(ConfigError) as refusal:
-        prepare(text_config(tmp_path / "text"), tmp_path / "text" / "cache")
+        ensure_tokens(text_config(tmp_path / "text"), tmp_path / "text" / "cache")
     assert refusal.value.fix == "data.cache_dir=FOLDER"
 
 
@@ -215,7 +215,7 @@ def test_what_check_fit_accepts_has_the_samples_and_what_it_proposes_is_accepted
 ) -> None:
     text = tmp_path_factory.getbasetemp() / f"{size}"
     text.write_bytes(bytes(size))
-    corpus = describe(text_config(text, val_fraction=val_fraction), NOWHERE)
+    corpus = describe_corpus(text_config(text, val_fraction=val_fraction), NOWHERE)
     assert corpus.train_tokens + corpus.val_tokens == size and corpus.val_tokens >= 1
     try:
         check_fit(corpus, model_of(block_size), eval_sequences)
@@ -256,7 +256,7 @@ def test_configs_fit_the_schema(name: str) -> None:
     else:
         config.validate()
     if name in ("stdlib", "synthetic"):
-        check_fit(describe(config, NOWHERE), model_of(4096), eval_sequences=50)
+        check_fit(describe_corpus(config, NOWHERE), model_of(4096), eval_sequences=50)
 
 
 @pytest.mark.parametrize("name", ["tinystories", "openwebtext", "slimpajama", "shakespeare"])
@@ -264,7 +264,7 @@ def test_what_has_to_be_prepared_is_refused_with_the_command(name: str, tmp_path
     words = [f"data={name}", "data.max_bytes=1000", f"data.cache_dir={tmp_path}"]
     config = to_schema(compose_train(words), TrainConfig)
     with pytest.raises(ConfigError) as refusal:
-        describe(config.data, config.data_cache)
+        describe_corpus(config.data, config.data_cache)
     assert refusal.value.fix == f"python -m gpt.prepare {words[0]} {words[1]} {words[2]}"
 
 
@@ -277,11 +277,11 @@ def test_the_command_that_is_proposed_prepares_what_was_asked_for(
     words = ["data=files", "data.path='a *.txt'", "data.tokenizer=char", "data.val_fraction=0.2"]
     config = to_schema(compose_train(words), TrainConfig)
     with pytest.raises(ConfigError) as refusal:
-        describe(config.data, config.data_cache)
+        describe_corpus(config.data, config.data_cache)
     command = refusal.value.fix
     assert command == prepare_command(config.data, config.data_cache)
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True, capture_output=True)
-    corpus = describe(config.data, config.data_cache)
+    corpus = describe_corpus(config.data, config.data_cache)
     assert (corpus.tokenizer, corpus.vocab_size, corpus.tokens) == ("char", len(set(text)), 4300)
     check_fit(corpus, model_of(64, vocab_size=18))
     with pytest.raises(ConfigError, match=r"type next: model\.vocab_size=18"):
@@ -292,8 +292,8 @@ def test_large_texts_are_not_prepared_while_ranks_wait(tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as file:
         file.truncate((1 << 30) + 1)
     with pytest.raises(ConfigError, match=r"gpt\.prepare data=text data\.path="):
-        describe(text_config(tmp_path / "large"), tmp_path)
-    assert describe(text_config(tmp_path / "large", max_bytes=1000), tmp_path).tokens == 1000
+        describe_corpus(text_config(tmp_path / "large"), tmp_path)
+    assert describe_corpus(text_config(tmp_path / "large", max_bytes=1000), tmp_path).tokens == 1000
 
 
 def test_keys_that_do_not_go_together_are_refused(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import DataConfig, OptimConfig, Source, TokenizerKind
-from gpt.data.corpus import prepare
+from gpt.data.corpus import ensure_tokens
 from gpt.data.loader import MOST_OPEN, Samples, train_indices
+from gpt.data.preparation import prepare_folder
 from gpt.data.prepared import Tokens, open_tokens
-from gpt.data.preprocessing.prepare import prepare as prepare_folder
-from gpt.data.preprocessing.spec import build_spec
-from gpt.topology.dims import Batch, split_batch
+from gpt.data.spec import build_spec
+from gpt.topology import Batch, split_batch
 from launch.errors import ConfigError
 
 
@@ -48,7 +48,7 @@ def text(tmp_path: Path) -> tuple[bytes, Tokens]:
     content = np.random.default_rng(0).integers(0, 256, 5000, dtype=np.uint8).tobytes()
     (tmp_path / "text").write_bytes(content)
     config = DataConfig(source=Source.text, path=str(tmp_path / "text"), val_fraction=0.2)
-    return content, prepare(config, tmp_path / "cache")
+    return content, ensure_tokens(config, tmp_path / "cache")
 
 
 def test_an_epoch_of_training_is_every_window_of_the_training_text_once(text: tuple[bytes, Tokens]) -> None:

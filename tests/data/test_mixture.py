@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import DataConfig, ModelConfig, Source, WeightedPath
-from gpt.data.corpus import check_fit, describe
+from gpt.data.corpus import check_fit, describe_corpus
 from gpt.data.loader import Samples
 from gpt.data.order import max_samples, sample_source, samples_per_source
 from gpt.data.prepared import open_tokens, whole_weights
@@ -91,7 +91,7 @@ def test_validation_has_the_proportions_too(two: DataConfig) -> None:
     assert samples.num_val == max_samples([12, 10], [3, 1]) == 17
     drawn = samples.batch("val", np.arange(17))[0][:, 0].tolist()
     assert sorted(drawn) == [*range(80, 92), *range(1030, 1035)]
-    corpus = describe(two, Path("nowhere"))
+    corpus = describe_corpus(two, Path("nowhere"))
     model = ModelConfig(block_size=4, vocab_size=2000)
     check_fit(corpus, model, eval_sequences=17)
     with pytest.raises(ConfigError, match=r"eval\.sequences=18"):

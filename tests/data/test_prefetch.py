@@ -15,7 +15,7 @@ import torch
 from gpt.data import loader
 from gpt.data.loader import BatchPrefetcher, Samples, train_indices
 from gpt.data.order import PassedOver
-from gpt.topology.dims import Batch
+from gpt.topology import Batch
 from launch.errors import ConfigError
 from tests.data.test_loader import text  # noqa: F401
 

@@ -16,15 +16,14 @@ import numpy as np
 import pytest
 
 from gpt.config import DataConfig, Source, SyntheticConfig, TokenFileFormat, TokenizerKind
-from gpt.data.corpus import describe
+from gpt.data import shards, spec
+from gpt.data.corpus import describe_corpus
+from gpt.data.preparation import prepare_folder
 from gpt.data.prepared import TokenSource, open_folder, open_tokens, read_manifest
-from gpt.data.preprocessing import shards, spec
-from gpt.data.preprocessing.prepare import prepare
-from gpt.data.preprocessing.shards import is_validation, list_shards, read_shard
-from gpt.data.preprocessing.spec import SHAKESPEARE_SHA256, PreprocessingSpec, build_spec
-from gpt.data.preprocessing.worker import tokenize_shards
-from gpt.data.tokenizers import Tokenizer
-from gpt.data.tokenizers.registry import load_tokenizer
+from gpt.data.shards import is_validation, list_shards, read_shard
+from gpt.data.spec import SHAKESPEARE_SHA256, PreprocessingSpec, build_spec
+from gpt.data.tokenizers import Tokenizer, load_tokenizer
+from gpt.data.worker import tokenize_shards
 from gpt.prepare import main
 from launch.errors import ConfigError
 from tests.support.commands import kill_all, run, start, wait_for
@@ -37,7 +36,7 @@ def made(config: DataConfig, folder: Path, workers: int = 1) -> TokenSource:
     config.validate()
     spec = build_spec(config, folder.parent)
     assert spec is not None
-    return prepare(spec, folder, workers)
+    return prepare_folder(spec, folder, workers)
 
 
 def ids_of(source: TokenSource, split: str) -> list[int]:
@@ -264,8 +263,7 @@ def test_kill_9_of_a_preparation_and_the_same_command_end_in_the_same_files(tmp_
 
 
 def test_finished_shards_are_kept_and_damaged_ones_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpt.data.preprocessing import prepare as preparation
-    from gpt.data.preprocessing import worker as worker
+    from gpt.data import preparation, worker
 
     monkeypatch.setattr(shards, "SHARD_BYTES", 3000)
     config = DataConfig(source=Source.files, path=write_jsonl(tmp_path / "in"))
@@ -487,7 +485,7 @@ def test_validation_files_that_cannot_be_are_refused(
     config.path = None if path is None else f"{tmp_path}/{path}"
     with pytest.raises(ConfigError, match=found):
         config.validate()
-        describe(config, tmp_path)
+        describe_corpus(config, tmp_path)
 
 
 def test_a_dataset_is_read_at_its_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gpt.config import DataConfig, Source, SyntheticConfig
-from gpt.data.corpus import describe, prepare
-from gpt.data.preprocessing import synthetic
-from gpt.data.preprocessing.synthetic import Chain, chain_of, num_walks, walk
+from gpt.data import shards as synthetic
+from gpt.data.corpus import describe_corpus, ensure_tokens
+from gpt.data.shards import Chain, chain_of, num_walks, walk
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import run
@@ -80,9 +80,9 @@ def test_the_corpus_never_changes_between_releases() -> None:
 
 def test_it_is_prepared_and_described(tmp_path: Path) -> None:
     config = DataConfig(source=Source.synthetic, val_fraction=0.25, synthetic=SyntheticConfig(tokens=4000))
-    before = describe(config, tmp_path)
-    (source,) = prepare(config, tmp_path).sources
-    assert describe(config, tmp_path) == before
+    before = describe_corpus(config, tmp_path)
+    (source,) = ensure_tokens(config, tmp_path).sources
+    assert describe_corpus(config, tmp_path) == before
     assert (before.train_tokens, before.val_tokens, before.vocab_size) == (3000, 1000, 64)
     assert source.entropy == before.entropy == chain_of(config.synthetic).entropy()
     ids = [np.fromfile(s.path, dtype="<u2") for s in (*source.train.segments, *source.val.segments)]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gpt.config import DataConfig, Source, TokenDtype, TokenFileFormat, TrainConfig, WeightedPath
-from gpt.config.compose import compose_train
-from gpt.data.corpus import check_fit, describe, prepare
+from gpt.config.train import compose_train
+from gpt.data.corpus import check_fit, describe_corpus, ensure_tokens
 from gpt.data.loader import Samples
 from gpt.data.prepared import open_tokens
 from gpt.data.token_file import open_token_files, read_token_file, split_end, token_dtype, write_split
@@ -209,10 +209,10 @@ def test_files_that_make_no_sense_are_refused(tmp_path: Path) -> None:
 def test_ids_that_the_model_has_no_room_for_are_refused(tmp_path: Path) -> None:
     folder = nanogpt(tmp_path / "owt")
     config = to_schema(compose_train(["data=tokens", f"data.path={folder}", "model.vocab_size=256"]), TrainConfig)
-    corpus = describe(config.data, tmp_path)
+    corpus = describe_corpus(config.data, tmp_path)
     with pytest.raises(ConfigError, match=f"type next: model.vocab_size={IDS.max() + 1}"):
         check_fit(corpus, config.model)
-    samples = Samples(prepare(config.data, tmp_path), 16, 0, vocab_size=256)
+    samples = Samples(ensure_tokens(config.data, tmp_path), 16, 0, vocab_size=256)
     with pytest.raises(ConfigError, match=r"model\.vocab_size=256"):
         samples.batch("train", np.arange(8))
 

@@ -13,13 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import TokenizerKind
-from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, checksum
-from gpt.data.tokenizers.registry import load_run_tokenizer, load_tokenizer, save_tokenizer
-from gpt.data.tokenizers.subword import (
+from gpt.data.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
     HfTokenizer,
     SentencePieceTokenizer,
     TiktokenTokenizer,
+    Tokenizer,
+    checksum,
+    load_run_tokenizer,
+    load_tokenizer,
     read_tokenizer,
+    save_tokenizer,
     tiktoken_payload,
     train_sentencepiece,
 )

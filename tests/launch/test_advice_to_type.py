@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.config.compose import compose_train
+from gpt.config.train import compose_train
 from gpt.training.run import parse_arguments
 from launch.__main__ import COMMANDS, refuse_command
 from launch.config import ClusterKind

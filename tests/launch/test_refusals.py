@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import OptimConfig, TrainConfig
-from gpt.config.compose import NOT_IN_POINT, RESUMABLE, compose_train
-from gpt.topology.dims import split_batch
+from gpt.config.train import NOT_IN_POINT, RESUMABLE, compose_train
+from gpt.topology import split_batch
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, schema_of, target_of, typed_config
 from launch.errors import ConfigError

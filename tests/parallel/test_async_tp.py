@@ -27,7 +27,7 @@ from gpt.config import ParallelConfig, Strategy
 from gpt.model.gpt import GPT
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.tensor import apply_tensor_parallel
-from gpt.planning.execution import choose_compile
+from gpt.planning.auto import choose_compile
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from tests.support.composing import config_from

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import CheckpointError
-from gpt.config.compose import compose_train
+from gpt.config.train import compose_train
 from gpt.conversion.state_dict import load_model
 from gpt.training.run import Run
 from gpt.training.state import save

@@ -64,8 +64,8 @@ def test_timers_that_the_pipeline_cannot_run_are_refused_there_alone(tmp_path: P
 
 
 def test_a_file_that_agrees_is_added(tmp_path: Path) -> None:
+    from gpt.topology import split_batch
     from gpt.topology.deepspeed_config import ds_config
-    from gpt.topology.dims import split_batch
 
     path = tmp_path / "ds.json"
     theirs = {
@@ -92,8 +92,8 @@ def test_micro_batches_are_not_timed_unless_the_file_asks_for_it(tmp_path: Path)
     """DeepSpeed would wait for the device twice in each of them."""
     from deepspeed.utils.config import get_timers_config
 
+    from gpt.topology import split_batch
     from gpt.topology.deepspeed_config import ds_config
-    from gpt.topology.dims import split_batch
 
     path = tmp_path / "ds.json"
     for words in (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt.topology.dims import ParallelDims
+from gpt.topology import ParallelDims
 from gpt.topology.rules import check_parallel_dims
 from gpt.training.state import save
 from launch.errors import ConfigError

@@ -16,7 +16,7 @@ from gpt.config import Float8, Precision, Recompute, TrainConfig, rules
 from gpt.model.gpt import GPT
 from gpt.parallel.compile import convert_linears, prepare_blocks
 from gpt.parallel.distributed import World
-from gpt.planning.execution import refuse_float8
+from gpt.planning.auto import refuse_float8
 from gpt.training.execution import has_float8, settle_execution
 from gpt.training.state import load, save
 from launch.errors import ConfigError

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from gpt.config import ModelConfig, ParallelConfig, Precision, Strategy, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.nd import apply_fsdp, prefetch_forward
-from gpt.topology.dims import fsdp_units
+from gpt.topology import fsdp_units
 from launch.errors import ConfigError
 from tests.support.learning import Operations
 from tests.support.small_models import LLAMA, random_tokens, small

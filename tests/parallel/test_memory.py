@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from gpt.accounting import BF16, FP32
 from gpt.config import Precision, TrainConfig
-from gpt.planning.memory import BF16, FP32, activation_bytes, cast_elements, parameter_shards, states
-from gpt.planning.memory.rank import parallel_factors
-from gpt.topology.dims import split_batch
+from gpt.planning.memory import parallel_factors, states
+from gpt.planning.shards import activation_bytes, cast_elements, parameter_shards
+from gpt.topology import split_batch
 from gpt.topology.pipeline import rank_stages
 from gpt.topology.rules import check_parallel_dims
 from tests.support.distributed import run_distributed

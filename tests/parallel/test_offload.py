@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from gpt.config import TrainConfig
 from gpt.planning.memory import per_rank
-from gpt.topology.dims import split_batch
+from gpt.topology import split_batch
 from gpt.topology.rules import check_parallel_dims
 from gpt.training.state import save
 from launch.errors import ConfigError

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torch_schedules
 
-from gpt.accounting.counts import training_flops
+from gpt.accounting import training_flops
 from gpt.config import ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
 from gpt.topology.pipeline import bubble_fraction, local_stages, partition, split_layers, stage_indices
 from gpt.topology.rules import check_parallel_dims

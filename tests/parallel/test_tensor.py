@@ -18,7 +18,7 @@ from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
 from gpt.parallel.distributed import World, build_mesh
 from gpt.parallel.tensor import apply_tensor_parallel, vocabulary_loss
-from gpt.topology.dims import ParallelDims
+from gpt.topology import ParallelDims
 from gpt.topology.rules import check_parallel_dims
 from gpt.training.state import save
 from launch.errors import ConfigError

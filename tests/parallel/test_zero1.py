@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from gpt.accounting.counts import count
+from gpt.accounting import count
 from gpt.parallel import ddp
 from gpt.parallel.ddp import GradientReducer, all_gather_rows, split_into_buckets, split_parameter
 from gpt.parallel.dtensor import local_tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpt.config import Precision
-from gpt.config.compose import compose_train
+from gpt.config.train import compose_train
 from gpt.planning.auto import execution_warnings, many_time_limits, slow_precision
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config

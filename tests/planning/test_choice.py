@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from gpt.accounting import GIB
 from gpt.config import ParallelConfig, Strategy, TrainConfig
-from gpt.config.compose import compose_train, settle_parallel
+from gpt.config.train import compose_train, settle_parallel
 from gpt.planning.auto import NO_DIFFERENCE, choose_parallelism, rank_layouts, typed_keys
 from gpt.planning.hardware import Machine, MachineOverrides, gpus
-from gpt.planning.memory import GIB, per_rank
+from gpt.planning.memory import per_rank
 from gpt.planning.search import candidates, table
-from gpt.topology.dims import split_batch
+from gpt.topology import split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema, write_config

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt.accounting.counts import count, recomputed_flops_per_token, training_flops
+from gpt.accounting import count, recomputed_flops_per_token, training_flops
 from gpt.config import (
     AttentionBackend,
     CpMethod,
@@ -24,7 +24,7 @@ from gpt.config import (
 )
 from gpt.planning.cost import Estimate, estimate
 from gpt.planning.hardware import Group, Host, Link, Machine, MachineOverrides, cpus, gpus, group, strided_group
-from gpt.topology.dims import ParallelDims, parallel_dims, split_batch
+from gpt.topology import ParallelDims, parallel_dims, split_batch
 from tests.support.small_models import LLAMA, MOE, small
 
 FAST, SLOW = Link(0.0, 8e9), Link(0.0, 1e9)

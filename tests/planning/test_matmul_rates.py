@@ -13,7 +13,7 @@ import pytest
 from gpt.bench_matmul import main
 from gpt.config import Device, Precision
 from gpt.planning.cost import micro_batch_s
-from gpt.topology.dims import parallel_dims, split_batch
+from gpt.topology import parallel_dims, split_batch
 from gpt.topology.pipeline import rank_stages
 from gpt.workload.plan import estimated_step, machine_of
 from launch.config.cluster import ClusterConfig, ClusterKind

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.accounting.counts import count
+from gpt.accounting import count
 from gpt.config import AttentionBackend, Precision, Recompute, TrainConfig
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config

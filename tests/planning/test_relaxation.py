@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from gpt.accounting import GIB
 from gpt.config import ParallelConfig, Strategy, TrainConfig
-from gpt.config.compose import compose_train, settle_parallel
+from gpt.config.train import compose_train, settle_parallel
 from gpt.planning.auto import LayoutChoice, ParallelChoice, choose_parallelism, rank_layouts, typed_keys
 from gpt.planning.hardware import MachineOverrides, cpus
-from gpt.planning.memory import GIB, per_rank
+from gpt.planning.memory import per_rank
 from gpt.planning.search import candidates, table
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema, write_config

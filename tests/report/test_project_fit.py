@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt.accounting import counts
-from gpt.accounting.counts import training_flops_per_token
+from gpt.accounting import count, training_flops_per_token
 from gpt.config import ModelConfig, TrainConfig
-from gpt.workload.goal import ASPECT, sized_model
+from gpt.workload import ASPECT, sized_model
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.project.__main__ import Goal, Offer, as_offer, compose_goal, main, offers, parse_goal
@@ -56,7 +55,7 @@ def family(request: pytest.FixtureRequest) -> ModelConfig:
 @pytest.mark.parametrize("wanted", [3e8, 7e9, 400e9])
 def test_a_model_of_a_size_has_a_usual_shape(family: ModelConfig, wanted: float) -> None:
     model = sized_model(family, wanted)
-    assert counts.count(model).total == pytest.approx(wanted, rel=0.03)
+    assert count(model).total == pytest.approx(wanted, rel=0.03)
     assert model.n_embd == 128 * model.n_head
     assert 0.4 < model.n_embd / model.n_layer / ASPECT < 2.5
     assert model.n_embd % model.n_head == 0 and model.n_head % model.kv_heads == 0

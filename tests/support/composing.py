@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gpt.config import TrainConfig
-from gpt.config.compose import compose_train
+from gpt.config.train import compose_train
 from launch.runs.compose import to_schema
 
 VALUES = ("model.", "optim.", "parallel.", "eval.")

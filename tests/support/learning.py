@@ -31,7 +31,7 @@ from gpt.config import Strategy, TrainConfig
 from gpt.model.loss import autocast
 from gpt.parallel.distributed import World
 from gpt.parallel.optimizer import Clipped, sum_of_squares
-from gpt.topology.dims import parallel_dims
+from gpt.topology import parallel_dims
 from gpt.train import build
 from gpt.training.diagnostics import Gradients
 from gpt.training.loop import mean_loss

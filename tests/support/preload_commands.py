@@ -11,7 +11,7 @@ from importlib import import_module
 
 import gpt
 import launch
-from gpt.config.compose import compose_train
+from gpt.config.train import compose_train
 from gpt.workload import PRELOAD
 from launch.process import lasting_imports
 

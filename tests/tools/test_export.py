@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt import export
 from gpt.config import TrainConfig
-from gpt.config.compose import RESUMABLE, compose_train
+from gpt.config.train import RESUMABLE, compose_train
 from gpt.conversion.state_dict import load_model
-from gpt.data.corpus import prepare
+from gpt.data.corpus import ensure_tokens
 from gpt.data.loader import Samples
 from launch.errors import ConfigError
 from launch.runs.compose import refuse_other_run, to_schema
@@ -95,7 +95,7 @@ def test_a_run_starts_from_there_and_then_goes_on_without_it(trained: Path, tmp_
     assert "type next: model.n_layer=2 model.n_kv_head=2" in refusal and not new.exists()
     run("launch", "nodes=2", "parallel=fsdp", *words, "launch.report_files=[]", cwd=tmp_path)
     config = to_schema(compose_train(words), TrainConfig)
-    samples = Samples(prepare(config.data, tmp_path), 32, config.seed)
+    samples = Samples(ensure_tokens(config.data, tmp_path), 32, config.seed)
     tokens_BT, targets_BT = samples.batch("train", torch.arange(8).numpy())
     theirs = AutoModelForCausalLM.from_pretrained(source).eval()
     with torch.no_grad():

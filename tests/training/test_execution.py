@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpt.train
-from gpt.accounting.counts import forward_flops, recomputed_flops_per_token, training_flops_per_token, utilization
+from gpt.accounting import forward_flops, recomputed_flops_per_token, training_flops_per_token, utilization
 from gpt.config import (
     AttentionBackend,
     CompileMode,
@@ -41,7 +41,7 @@ from gpt.model.loss import cross_entropy
 from gpt.parallel.compile import compile_block, compile_loss, prepare_blocks
 from gpt.parallel.distributed import World
 from gpt.planning.memory import per_rank
-from gpt.topology.dims import parallel_dims, split_batch
+from gpt.topology import parallel_dims, split_batch
 from gpt.training.diagnostics import CompileTime
 from gpt.training.execution import open_compile_cache, set_matmul_precision, state
 from gpt.training.run import Request

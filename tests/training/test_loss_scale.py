@@ -13,7 +13,7 @@ import torch
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from gpt.data.corpus import prepare
+from gpt.data.corpus import ensure_tokens
 from gpt.data.loader import Samples
 from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.gpt import GPT, initialize
@@ -58,7 +58,7 @@ needs_fp16 = pytest.mark.skipif(
 def plain_loop(folder: Path, factor: int, casts: bool) -> dict[str, Any]:
     """Records and weights of a loop of torch's own parts, whose loss is ``factor`` times as large."""
     config = compose(*WORDS)
-    samples = Samples(prepare(config.data, folder.parent / "cache"), config.model.block_size, config.seed)
+    samples = Samples(ensure_tokens(config.data, folder.parent / "cache"), config.model.block_size, config.seed)
     model = GPT(config.model)
     initialize(model, config.seed)
     optim = config.optim

@@ -11,7 +11,7 @@ import pytest
 
 from gpt.config.train import CompileMode
 from gpt.parallel.nd import find_timed_groups
-from gpt.topology.dims import ParallelDims
+from gpt.topology import ParallelDims
 from gpt.training.step import queue_step
 from launch.runs.heartbeat import Phase
 from tests.support.composing import config_from

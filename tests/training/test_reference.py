@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from gpt.config import OptimConfig, TrainConfig
-from gpt.config.compose import compose_train
-from gpt.data.corpus import prepare
+from gpt.config.train import compose_train
+from gpt.data.corpus import ensure_tokens
 from gpt.data.loader import Samples
 from gpt.model.gpt import GPT, initialize
 from gpt.training.step import lr_at
@@ -35,7 +35,7 @@ WORDS = [
 def plain_losses(folder: Path) -> list[tuple[float, float]]:
     """Loss and gradient norm of every step, of the whole batch in one pass."""
     config = to_schema(compose_train(WORDS), TrainConfig)
-    samples = Samples(prepare(config.data, folder), config.model.block_size, config.seed)
+    samples = Samples(ensure_tokens(config.data, folder), config.model.block_size, config.seed)
     model = GPT(config.model)
     initialize(model, config.seed)
     matrices = [p for p in model.parameters() if p.dim() > 1]

@@ -37,8 +37,8 @@ from gpt.parallel.optimizer import (
     skipping,
     sum_figures,
 )
+from gpt.topology import Batch, ParallelDims
 from gpt.topology.deepspeed_config import casts_weights, checkpoint_settings, ds_config
-from gpt.topology.dims import Batch, ParallelDims
 
 # A rank's shards under ZeRO: gradients read from them, fp32 master weights and moments written into them.
 #

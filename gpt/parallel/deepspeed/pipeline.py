@@ -26,7 +26,7 @@ from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
 from gpt.parallel.deepspeed.engine import ZeroEngine
 from gpt.parallel.distributed import World
-from gpt.topology.dims import Batch, ParallelDims
+from gpt.topology import Batch, ParallelDims
 from gpt.topology.pipeline import split_layers
 
 BEFORE, AFTER = 2, 2

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from gpt.accounting.counts import BF16, FP32, INT64, block_shapes, expert_rows, outer_shapes
+from gpt.accounting import BF16, FP32, INT64, block_shapes, expert_rows, outer_shapes
 from gpt.components.facts import owner_of, part_counts
 from gpt.config import (
     Activation,
@@ -20,8 +20,8 @@ from gpt.config import (
     Precision,
     Recompute,
 )
-from gpt.config.checks import cached_by_model
-from gpt.topology.dims import ParallelDims, expert_fsdp_ranks, shard_dimension
+from gpt.config.rules import cached_by_model
+from gpt.topology import ParallelDims, expert_fsdp_ranks, shard_dimension
 from gpt.topology.pipeline import StageLayers
 
 # Shard of each parameter: by pipeline stage, tensor and expert parallelism, then FSDP.

@@ -20,13 +20,18 @@ from tqdm import tqdm
 
 from gpt.config import TokenizerKind
 from gpt.data.prepared import SPLITS, TOKENIZER
-from gpt.data.preprocessing.shards import TRAIN, VAL, Shard, decode, list_shards, read_shard
-from gpt.data.preprocessing.spec import PreprocessingSpec
-from gpt.data.preprocessing.synthetic import WALK_TOKENS, walk
+from gpt.data.shards import TRAIN, VAL, WALK_TOKENS, Shard, decode, list_shards, read_shard, walk
+from gpt.data.spec import PreprocessingSpec
 from gpt.data.token_file import token_dtype
-from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer
-from gpt.data.tokenizers.registry import load_tokenizer
-from gpt.data.tokenizers.subword import load_gpt2, read_tokenizer, train_sentencepiece
+from gpt.data.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_gpt2,
+    load_tokenizer,
+    read_tokenizer,
+    train_sentencepiece,
+)
 from launch.process import die_with_parent
 from launch.runs.files import write_json
 

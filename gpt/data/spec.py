@@ -23,7 +23,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from gpt.components.parts import source_digest
+from gpt.components import source_digest
 from gpt.config import BYTE_VOCAB, DataConfig, Source, TokenizerKind
 from gpt.data.prepared import FORMAT
 from gpt.data.token_file import glob_files

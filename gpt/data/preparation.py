@@ -19,20 +19,11 @@ from filelock import FileLock
 
 from gpt.config import TokenFileFormat
 from gpt.data.prepared import FORMAT, MANIFEST, SPLITS, TOKEN_BYTES, TOKENIZER, TokenSource, open_folder, read_manifest
-from gpt.data.preprocessing.shards import TRAIN, VAL, Shard, list_shards
-from gpt.data.preprocessing.spec import PreprocessingSpec
-from gpt.data.preprocessing.synthetic import chain_of
-from gpt.data.preprocessing.worker import (
-    ROW_DTYPE,
-    Rows,
-    make_tokenizer,
-    token_dtype_for,
-    tokenize_shards,
-    vocab_size_for,
-)
+from gpt.data.shards import TRAIN, VAL, Shard, chain_of, list_shards
+from gpt.data.spec import PreprocessingSpec
 from gpt.data.token_file import ITEM_BYTES, WrittenFile, write_split
-from gpt.data.tokenizers import ABOUT, CharTokenizer, Tokenizer
-from gpt.data.tokenizers.registry import describe_tokenizer, load_tokenizer, save_tokenizer
+from gpt.data.tokenizers import ABOUT, CharTokenizer, Tokenizer, describe_tokenizer, load_tokenizer, save_tokenizer
+from gpt.data.worker import ROW_DTYPE, Rows, make_tokenizer, token_dtype_for, tokenize_shards, vocab_size_for
 from launch.errors import ConfigError
 from launch.runs.files import write_json
 
@@ -233,7 +224,7 @@ def _versions() -> dict[str, str]:
 READ_BYTES = 1 << 22
 
 
-def prepare(
+def prepare_folder(
     spec: PreprocessingSpec, folder: Path, workers: int = 1, progress: bool = False, replace: bool = True
 ) -> TokenSource:
     """Prepare a corpus in ``folder``, or return the existing one. Of several simultaneous callers, one prepares it.
@@ -326,7 +317,7 @@ def _move_into_place(parts: Path, folder: Path) -> None:
     shutil.rmtree(parts)
 
 
-def verify(folder: Path, advance: Callable[[int], None] = lambda size: None) -> list[str]:
+def verify_folder(folder: Path, advance: Callable[[int], None] = lambda size: None) -> list[str]:
     """Return the files of a prepared folder whose checksum differs from the manifest. ``advance`` receives the bytes
     read."""
     manifest = read_manifest(folder)

@@ -1,14 +1,18 @@
-"""Memory of one rank, part by part: states, gathered weights, activations in flight, logits, staging."""
+"""Memory that one rank needs for training, from the configs alone. Imports no torch.
+
+Only tensors are counted, without the CUDA context and the reserves of the caching allocator and NCCL. So a plan should
+leave some tenths of a device free. Parameters, gradients and optimizer state are exact.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
 
-from gpt.accounting.counts import BF16, FP32, GIB, count
+from gpt.accounting import BF16, FP32, GIB, count
 from gpt.components.facts import optimizer_state
 from gpt.config import LOSS_CHUNK, CpMethod, ParallelConfig, Precision, Schedule, Strategy, TrainConfig
-from gpt.planning.memory.shards import (
+from gpt.planning.shards import (
     ParallelFactors,
     ParameterShards,
     activation_bytes,
@@ -16,8 +20,8 @@ from gpt.planning.memory.shards import (
     elements,
     parameter_shards,
 )
+from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, Batch, ParallelDims, fsdp_units
 from gpt.topology.deepspeed_config import BUCKET
-from gpt.topology.dims import BUCKET_BYTES, BUCKETS_IN_FLIGHT, Batch, ParallelDims, fsdp_units
 from gpt.topology.pipeline import StageLayers, local_stages, rank_stages
 
 # Parameters, gradients and optimizer state of one rank, in bytes: exact, for AdamW over fp32 weights.

@@ -1,26 +1,149 @@
-"""Subword tokenizers of other libraries: SentencePiece, Hugging Face ``tokenizers`` and tiktoken (the extra ``data``).
-
-Imports no torch.
-"""
+"""Tokenizers, from text to ids and back: their interface, and the two that need no library. Imports no torch."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from gpt.config.data import TokenizerKind
-from gpt.data.tokenizers import Ids, Tokenizer
+from gpt.config.data import BYTE_VOCAB, TokenizerKind
 from launch.errors import ConfigError
 from launch.runs.environment import install_command
+from launch.runs.files import write_atomically, write_json
+from launch.runs.folder import RunFolder
+
+# Interface of a tokenizer, and the tokenizers of bytes and characters. ``subword`` has those of other libraries.
+
+
+Ids = npt.NDArray[np.uint32]
+ABOUT = "about.json"
+
+
+class Tokenizer(Protocol):
+    """Interface of all tokenizers. Two tokenizers of the same kind with the same ``payload`` are equal."""
+
+    @property
+    def kind(self) -> TokenizerKind:
+        """Kind of the tokenizer."""
+
+    @property
+    def payload(self) -> bytes:
+        """Content of the tokenizer's file; empty if the tokenizer has no file."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids; they run from 0 to ``vocab_size - 1``."""
+
+    @property
+    def eot(self) -> int | None:
+        """Id that ends a document; None if the tokenizer has none, and documents end with a newline."""
+
+    def encode(self, text: str) -> Ids:
+        """Encode ``text`` as ids, (N,). Special tokens are never added, and their names in the text are plain text."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decode ids to text. Bytes that are no UTF-8, as in a truncated character, become U+FFFD."""
+
+    def token_bytes(self) -> npt.NDArray[np.int64] | None:
+        """Return the UTF-8 bytes of each id, (vocab_size,); None if the number depends on neighboring ids."""
+
+
+class ByteTokenizer:
+    """Tokenizer whose tokens are the bytes of UTF-8."""
+
+    kind = TokenizerKind.byte
+    payload = b""
+    vocab_size = BYTE_VOCAB
+    eot = None
+
+    def encode(self, text: str) -> Ids:
+        """Encode ``text`` as its bytes, (N,)."""
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decode bytes. Bytes that are no UTF-8 become U+FFFD."""
+        return bytes(int(i) for i in ids).decode(errors="replace")
+
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """Return the bytes of each id, (256,): always one."""
+        return np.ones(self.vocab_size, dtype=np.int64)
+
+
+class CharTokenizer:
+    """Tokenizer of characters (Unicode code points), numbered in their order, as in nanoGPT's shakespeare_char."""
+
+    kind = TokenizerKind.char
+    eot = None
+
+    def __init__(self, characters: Iterable[str]) -> None:
+        self.characters = "".join(characters)
+        assert len(set(self.characters)) == len(self.characters), "every character once"
+
+    @property
+    def payload(self) -> bytes:
+        """Characters as a JSON string, in the order of their ids."""
+        return json.dumps(self.characters).encode()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different characters."""
+        return len(self.characters)
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Mapping of a character to its id."""
+        return {character: i for i, character in enumerate(self.characters)}
+
+    def encode(self, text: str) -> Ids:
+        """Encode ``text`` as the numbers of its characters, (N,).
+
+        Raises:
+            ConfigError: ``text`` has a character that the corpus lacks.
+        """
+        try:
+            return np.fromiter(map(self.ids.__getitem__, text), dtype=np.uint32, count=len(text))
+        except KeyError as error:
+            raise ConfigError(
+                f"the character {error.args[0]!r}, which the corpus of this tokenizer does not have",
+                f"one of its {self.vocab_size} characters",
+                "a text without it, or another data.tokenizer",
+            ) from error
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decode numbers of characters."""
+        return "".join(self.characters[int(i)] for i in ids)
+
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """Return the bytes of each character, (vocab_size,). A lone surrogate counts three, although UTF-8 cannot
+        encode it."""
+        return np.array([len(c.encode("utf-8", "surrogatepass")) for c in self.characters], dtype=np.int64)
+
+
+FILES = {
+    TokenizerKind.byte: None,
+    TokenizerKind.char: "characters.json",
+    TokenizerKind.sentencepiece: "sentencepiece.model",
+    TokenizerKind.hf: "tokenizer.json",
+    TokenizerKind.tiktoken: "ranks.json",
+}
+"""Kind of a tokenizer -> name of the file with its payload; None if it has no payload."""
+
+
+def checksum(tokenizer: Tokenizer) -> str:
+    """Return the sha256 of kind and payload. It is equal for tokenizers that give every text the same ids."""
+    # The zero byte separates the name from the payload.
+    return hashlib.sha256(tokenizer.kind.name.encode() + b"\0" + tokenizer.payload).hexdigest()
+
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 """Possible names of the token that ends a document, in the order in which they are tried."""
@@ -170,16 +293,6 @@ class TiktokenTokenizer:
         return sizes
 
 
-def from_payload(kind: TokenizerKind, payload: bytes) -> Tokenizer:
-    """Build the subword tokenizer of ``kind`` from ``payload``, the content of its file."""
-    if kind is TokenizerKind.sentencepiece:
-        return SentencePieceTokenizer(payload)
-    if kind is TokenizerKind.hf:
-        return HfTokenizer(payload)
-    assert kind is TokenizerKind.tiktoken, kind
-    return TiktokenTokenizer(payload)
-
-
 def tiktoken_payload(encoding: Any) -> bytes:
     """Serialize a ``tiktoken.Encoding``, so that it is needed, and downloaded, only once."""
     ranks = sorted((rank, base64.b64encode(token).decode()) for token, rank in encoding._mergeable_ranks.items())
@@ -277,3 +390,67 @@ def _vocabulary_error(vocab_size: int, message: str) -> ConfigError:
         expected = f"at most {most[1]}, the pieces that the text has, or more text"
         return ConfigError(found, expected, f"data.tokenizer_vocab_size={most[1]}")
     return ConfigError(f"{found} ({message})", "a text that it can learn from", "another data.path")
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str | int | None]:
+    """Return the description of a tokenizer in manifests and ``about.json``: kind, vocab_size, eot and checksum."""
+    return {
+        "kind": tokenizer.kind.name,
+        "vocab_size": tokenizer.vocab_size,
+        "eot": tokenizer.eot,
+        "checksum": checksum(tokenizer),
+    }
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the tokenizer into ``folder``. ``about.json`` comes last, so a folder with it is complete."""
+    name = FILES[tokenizer.kind]
+    if name is not None:
+        write_atomically(folder / name, tokenizer.payload)
+    write_json(folder / ABOUT, describe_tokenizer(tokenizer))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer saved in ``folder``.
+
+    Raises:
+        ConfigError: the tokenizer is missing or damaged, or its library is not installed.
+    """
+    try:
+        saved = json.loads((folder / ABOUT).read_bytes())
+        kind = TokenizerKind[saved["kind"]]
+        name = FILES[kind]
+        payload = b"" if name is None else (folder / name).read_bytes()
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"no tokenizer in {folder} ({type(error).__name__}: {error})",
+            "a folder that a preparation or a run has saved its tokenizer in",
+            "python -m gpt.prepare data=NAME, or the folder of another run",
+        ) from error
+    tokenizer = from_payload(kind, payload)
+    if checksum(tokenizer) != saved["checksum"]:
+        raise ConfigError(
+            f"the tokenizer in {folder} is not the one that was saved there (its checksum differs)",
+            f"sha256 {saved['checksum']}",
+            "the file from a backup, or python -m gpt.prepare data=NAME again",
+        )
+    return tokenizer
+
+
+def from_payload(kind: TokenizerKind, payload: bytes) -> Tokenizer:
+    """Build the tokenizer of ``kind`` from ``payload``, the content of its file."""
+    if kind is TokenizerKind.byte:
+        return ByteTokenizer()
+    if kind is TokenizerKind.char:
+        return CharTokenizer(json.loads(payload))
+    kinds = (SentencePieceTokenizer, HfTokenizer, TiktokenTokenizer)
+    return next(each for each in kinds if each.kind is kind)(payload)
+
+
+def load_run_tokenizer(folder: RunFolder) -> Tokenizer:
+    """Load the tokenizer of a run, which every run keeps in its folder.
+
+    Raises:
+        ConfigError: the run has none, as with token files made by another program.
+    """
+    return load_tokenizer(folder.tokenizer)

@@ -1,1 +1,0 @@
-"""File formats of tokens: prepared folders, and the token files of nanoGPT, llm.c and Megatron."""
