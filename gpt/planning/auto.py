@@ -16,13 +16,10 @@ from gpt.planning.hardware import Machine
 from gpt.planning.search import (
     MICRO_BATCH,
     Candidate,
+    LayoutSearch,
     Relaxation,
     SearchResult,
-    explain_search,
     layout_text,
-    no_layout_error,
-    out_of_memory_error,
-    search_layouts,
     with_micro_batch,
 )
 from gpt.topology import Batch, parallel_dims, split_batch
@@ -108,23 +105,22 @@ def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: 
     Raises:
         ConfigError: no layout is valid, or none fits.
     """
-    tried: list[SearchResult] = []
-    for found in search_layouts(config, world_size, machine, fixed):
+    search, tried = LayoutSearch(config, world_size, machine, fixed), list[SearchResult]()
+    for found in search.results():
         tried.append(found)
         if found.fitting:
-            ranked = sort_layouts([evaluate(config, found.relaxation, one, machine) for one in found.fitting])
+            ranked = sort_layouts([estimated(config, found.relaxation, one, machine) for one in found.fitting])
             first, number = ranked[0], len(ranked)
             why = f"1 of {number} layouts that fit, by an estimate that ranks them on {machine}"
             if first.micro_batch != config.optim.max_micro_batch:
                 why = f"optim.max_micro_batch={first.micro_batch} instead of {config.optim.max_micro_batch}, and {why}"
-            left_out = tuple(explain_search(config, world_size, machine, fixed, tried))
-            return ParallelChoice(first.parallel, first.micro_batch, ranked, why, left_out)
+            return ParallelChoice(first.parallel, first.micro_batch, ranked, why, tuple(search.explain(tried)))
     if all(not found.too_large for found in tried):
-        raise no_layout_error(config, world_size, fixed)
-    raise out_of_memory_error(config, world_size, machine, fixed, tried)
+        raise search.no_layout_error()
+    raise search.out_of_memory_error(tried)
 
 
-def evaluate(config: TrainConfig, relaxation: Relaxation, one: Candidate, machine: Machine) -> LayoutChoice:
+def estimated(config: TrainConfig, relaxation: Relaxation, one: Candidate, machine: Machine) -> LayoutChoice:
     """Estimate the step time of a candidate that fits under a relaxation."""
     micro_batch = one.batch.micro if relaxation.smaller_micro_batch else config.optim.max_micro_batch
     chosen = replace(with_micro_batch(config, micro_batch), parallel=one.parallel)

@@ -147,8 +147,13 @@ def zero_configs(base: ParallelConfig, fixed: Collection[str], offload: bool) ->
                 yield replace(found, offload_optimizer=True, offload_parameters=True)
 
 
-Config = TypeVar("Config", bound=TrainConfig)
 MICRO_BATCH = "optim.max_micro_batch"
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+def with_micro_batch(config: Config, micro_batch: int) -> Config:
+    """Return the config with micro-batches of at most ``micro_batch`` sequences."""
+    return replace(config, optim=replace(config.optim, max_micro_batch=micro_batch))
 
 
 @dataclass(frozen=True)
@@ -184,139 +189,195 @@ class SearchResult:
         return min(self.too_large, key=lambda one: one.memory.total, default=None)
 
 
-def search_layouts(
-    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]
-) -> Iterator[SearchResult]:
-    """Yield the valid layouts: first as typed, then with smaller micro-batches, then with CPU offload, then with both.
-
-    The user typed the keys in ``fixed``; they never change. Unless ``optim.max_micro_batch`` is typed, the first search
-    already tries all sizes of micro-batches, because they only cost speed.
-    """
-    least = config.optim.max_micro_batch == 1
-    for relaxation in RELAXATIONS:
-        if relaxation.offload and not may_offload(machine, fixed):
-            continue
-        if least if relaxation.smaller_micro_batch else not least and MICRO_BATCH not in fixed:
-            continue
-        yield search_once(config, world_size, machine, fixed, relaxation)
-
-
-def can_fit(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]) -> bool:
-    """True if any layout fits under any relaxation, with micro-batches as typed or of one sequence."""
-    return any(
-        fits_memory(one.memory, machine)
-        for offload in (False, *([True] if may_offload(machine, fixed) else []))
-        for changed in (config, with_micro_batch(config, 1))
-        for one in relaxed_candidates(changed, world_size, machine, fixed, Relaxation(offload=offload), [])
-    )
-
-
-def may_offload(machine: Machine, fixed: Collection[str]) -> bool:
-    """True if the machine has host memory apart from its devices', and no offload key was typed."""
-    return machine.host is not None and set(OFFLOADS).isdisjoint(fixed)
-
-
-def search_once(
-    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], relaxation: Relaxation
-) -> SearchResult:
-    """Search the layouts under one relaxation."""
-    refused: list[ConfigError] = []
-    found = list(relaxed_candidates(config, world_size, machine, fixed, relaxation, refused))
-    fitting = tuple(one for one in found if fits_memory(one.memory, machine))
-    too_large = tuple(one for one in found if not fits_memory(one.memory, machine))
-    return SearchResult(relaxation, fitting, too_large, tuple(refused))
-
-
-def relaxed_candidates(
-    config: TrainConfig,
-    world_size: int,
-    machine: Machine,
-    fixed: Collection[str],
-    relaxation: Relaxation,
-    refused: list[ConfigError],
-) -> Iterator[Candidate]:
-    """Yield every valid layout under a relaxation, with every micro-batch that the relaxation allows.
-
-    Errors for the typed micro-batch are appended to ``refused``.
-    """
-    known = set()
-    for changed in [
-        config,
-        *(with_micro_batch(config, size) for size in smaller_micro_batches(config.optim.max_micro_batch, relaxation)),
-    ]:
-        refusals = refused if changed is config else None
-        for one in candidates(changed, world_size, machine.ranks_per_node, fixed, relaxation.offload, refusals):
-            key = f"{one.parallel} {one.batch.micro}"
-            if key not in known:  # split_batch rounds down to a divisor, so sizes repeat
-                known.add(key)
-                yield one
-
-
-def with_micro_batch(config: Config, micro_batch: int) -> Config:
-    """Return the config with micro-batches of at most ``micro_batch`` sequences."""
-    return replace(config, optim=replace(config.optim, max_micro_batch=micro_batch))
-
-
-def smaller_micro_batches(micro_batch: int, relaxation: Relaxation) -> Iterator[int]:
-    """Yield smaller micro-batches to try, halving down to one sequence."""
-    while relaxation.smaller_micro_batch and micro_batch > 1:
-        micro_batch //= 2
-        yield micro_batch
-
-
-def fits_memory(memory: Memory, machine: Machine) -> bool:
-    """True if the layout fits into a rank's device memory and, as far as known, into host memory."""
-    if machine.host is None:  # device and host memory are the same
-        return memory.total + memory.host <= machine.room
-    return memory.total <= machine.room and (machine.host.room is None or memory.host <= machine.host.room)
-
-
-# Texts of ``parallel=auto``: the ranked layouts, relaxations, excluded layouts, and errors if nothing fits.
-#
-# The plan reports every change and every exclusion of the search.
-
-
 REASONS = 3
 """Number of shown reasons for invalid layouts, the most frequent first."""
 
 
-def explain_search(
-    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], tried: Sequence[SearchResult]
-) -> Iterator[str]:
-    """Yield lines on relaxations and excluded layouts. The last search in ``tried`` found a layout."""
-    last = tried[-1]
-    yield from relaxation_lines(config, machine, tried)
-    if len(tried) > 1 and (text := sufficient_recompute(config, world_size, machine, fixed, last.relaxation)):
-        yield f"{text} would fit without that"
-    if last.too_large:
-        yield f"left out: {len(last.too_large)} that do not fit ({nearest_text(last, machine)})"
-    yield from refusal_lines(last)
-    yield f"not considered: {'; '.join(unexplored_lines(config, fixed, last.relaxation, machine))}"
+@dataclass(frozen=True)
+class LayoutSearch:
+    """Search of the layouts that fit, and texts about the search: the plan reports every change and exclusion."""
 
+    config: TrainConfig
+    world_size: int
+    machine: Machine
+    fixed: Collection[str] = ()
+    """Keys of ``parallel`` that the user typed, and ``optim.max_micro_batch`` if typed. They never change."""
 
-def relaxation_lines(config: TrainConfig, machine: Machine, tried: Sequence[SearchResult]) -> Iterator[str]:
-    """Yield a line for each needed relaxation, with the result without it."""
-    known, last = {found.relaxation: found for found in tried}, tried[-1].relaxation
-    without = known.get(replace(last, smaller_micro_batch=False))
-    if last.smaller_micro_batch and without:
-        yield (
-            f"smaller micro-batches, and more of them for the same global batch: with optim.max_micro_batch="
-            f"{config.optim.max_micro_batch} {failure_text(without, machine)}"
+    def results(self) -> Iterator[SearchResult]:
+        """Yield the valid layouts: first as typed, then with smaller micro-batches, with CPU offload, and with both.
+
+        Unless ``optim.max_micro_batch`` is typed, the first search already tries all sizes of micro-batches, because
+        they only cost speed.
+        """
+        least = self.config.optim.max_micro_batch == 1
+        for relaxation in RELAXATIONS:
+            if relaxation.offload and not self.may_offload:
+                continue
+            if least if relaxation.smaller_micro_batch else not least and MICRO_BATCH not in self.fixed:
+                continue
+            refused: list[ConfigError] = []
+            found = list(self.layouts(relaxation, refused))
+            fitting = tuple(one for one in found if self.fits(one))
+            too_large = tuple(one for one in found if not self.fits(one))
+            yield SearchResult(relaxation, fitting, too_large, tuple(refused))
+
+    def layouts(self, relaxation: Relaxation, refused: list[ConfigError]) -> Iterator[Candidate]:
+        """Yield every valid layout under a relaxation, with every micro-batch that the relaxation allows.
+
+        Errors for the typed micro-batch are appended to ``refused``.
+        """
+        known, micro_batch = set(), self.config.optim.max_micro_batch
+        changed, refusals = self.config, refused
+        while True:
+            ranks = self.world_size, self.machine.ranks_per_node
+            for one in candidates(changed, *ranks, self.fixed, relaxation.offload, refusals):
+                key = f"{one.parallel} {one.batch.micro}"
+                if key not in known:  # split_batch rounds down to a divisor, so sizes repeat
+                    known.add(key)
+                    yield one
+            micro_batch //= 2
+            if not relaxation.smaller_micro_batch or not micro_batch:
+                return
+            changed, refusals = with_micro_batch(self.config, micro_batch), []
+
+    def fits(self, one: Candidate) -> bool:
+        """True if the layout fits into a rank's device memory and, as far as known, into host memory."""
+        memory, machine = one.memory, self.machine
+        if machine.host is None:  # device and host memory are the same
+            return memory.total + memory.host <= machine.room
+        return memory.total <= machine.room and (machine.host.room is None or memory.host <= machine.host.room)
+
+    @property
+    def may_offload(self) -> bool:
+        """True if the machine has host memory apart from its devices', and no offload key was typed."""
+        return self.machine.host is not None and set(OFFLOADS).isdisjoint(self.fixed)
+
+    @property
+    def can_fit(self) -> bool:
+        """True if any layout fits under any relaxation, with micro-batches as typed or of one sequence."""
+        return any(
+            self.fits(one)
+            for offload in (False, *([True] if self.may_offload else []))
+            for changed in (self, replace(self, config=with_micro_batch(self.config, 1)))
+            for one in changed.layouts(Relaxation(offload=offload), [])
         )
-    if last.offload:
-        without = known.get(Relaxation(smaller_micro_batch=True)) or known[Relaxation()]
-        yield f"CPU offload, which is slow: on the devices alone {failure_text(without, machine)}"
 
+    def with_more_recompute(self) -> Iterator[tuple[str, LayoutSearch]]:
+        """Yield the searches for the run with more recomputation, each with its override."""
+        order = [Recompute.none, Recompute.selective, Recompute.full]
+        for more in order[order.index(self.config.recompute) + 1 :]:
+            yield f"recompute={more.name}", replace(self, config=replace(self.config, recompute=more))
 
-def failure_text(found: SearchResult, machine: Machine) -> str:
-    """Return the reason why a search found no layout that fits."""
-    return f"nothing fits ({nearest_text(found, machine)})" if found.too_large else "no layout is valid"
+    def explain(self, tried: Sequence[SearchResult]) -> Iterator[str]:
+        """Yield lines on relaxations and excluded layouts. The last search in ``tried`` found a layout."""
+        last, known = tried[-1], {found.relaxation: found for found in tried}
+        without = known.get(replace(last.relaxation, smaller_micro_batch=False))
+        if last.relaxation.smaller_micro_batch and without:
+            yield (
+                f"smaller micro-batches, and more of them for the same global batch: with optim.max_micro_batch="
+                f"{self.config.optim.max_micro_batch} {self.failure(without)}"
+            )
+        if last.relaxation.offload:
+            without = known.get(Relaxation(smaller_micro_batch=True)) or known[Relaxation()]
+            yield f"CPU offload, which is slow: on the devices alone {self.failure(without)}"
+        if len(tried) > 1 and (text := self.sufficient_recompute(last.relaxation)):
+            yield f"{text} would fit without that"
+        if last.too_large:
+            yield f"left out: {len(last.too_large)} that do not fit ({self.nearest(last)})"
+        yield from refusal_lines(last)
+        yield f"not considered: {'; '.join(self.unexplored(last.relaxation))}"
 
+    def sufficient_recompute(self, relaxation: Relaxation) -> str | None:
+        """Return the recompute override with which a layout fits under less relaxation; None if recomputation does not
+        suffice."""
+        for text, changed in self.with_more_recompute():
+            for found in changed.results():
+                if RELAXATIONS.index(found.relaxation) >= RELAXATIONS.index(relaxation):
+                    break
+                if found.fitting:
+                    return text
+        return None
 
-def nearest_text(found: SearchResult, machine: Machine) -> str:
-    """Describe the layout that comes nearest to fitting."""
-    assert found.least is not None
-    return f"nearest: {requirement_text(found.least, machine)}"
+    def failure(self, found: SearchResult) -> str:
+        """Return the reason why a search found no layout that fits."""
+        return f"nothing fits ({self.nearest(found)})" if found.too_large else "no layout is valid"
+
+    def nearest(self, found: SearchResult) -> str:
+        """Describe the layout that comes nearest to fitting, with its required and the available memory."""
+        one, host, machine = found.least, "", self.machine
+        assert one is not None
+        if one.memory.host and machine.host is not None:
+            room = "" if machine.host.room is None else f" of {machine.host.room / GIB:.3g}"
+            host = f", and {one.memory.host / GIB:.3g}{room} GiB of host memory"
+        return (
+            f"nearest: {layout_text(one.parallel, one.dims)} with micro-batches of {one.batch.micro}, "
+            f"{one.memory.total_gib:.3g} of {machine.room / GIB:.3g} GiB{host}"
+        )
+
+    def unexplored(self, relaxation: Relaxation) -> Iterator[str]:
+        """Yield the layouts that the search excluded, with the keys that include them."""
+        if self.config.parallel.engine is EngineKind.deepspeed:
+            yield "torch's strategies (parallel.engine=native)"
+            if "pp" not in self.fixed:
+                yield "DeepSpeed's pipeline (parallel.pp=2)"
+        else:
+            yield "DeepSpeed's ZeRO stages (parallel.engine=deepspeed)"
+        smaller = self.config.optim.max_micro_batch > 1 and not relaxation.smaller_micro_batch
+        ways = ["smaller micro-batches"] if smaller and not relaxation.offload else []
+        ways += ["CPU offload"] if self.may_offload and not relaxation.offload else []
+        if ways:
+            yield f"{' and '.join(ways)}, only where nothing fits otherwise"
+
+    def no_layout_error(self) -> ConfigError:
+        """Return the error if no layout is valid: that of the plainest one."""
+        given = self.config.parallel
+        plainest = replace(given, strategy=Strategy.ddp)
+        if given.engine is EngineKind.deepspeed:
+            plainest = replace(given, strategy=Strategy.deepspeed, zero_stage=given.zero_stage or 0)
+        try:
+            plainest.validate()
+            dims = check_parallel_dims(replace(self.config, parallel=plainest), self.world_size)
+            split_batch(self.config.optim, dims.data_ranks)
+        except ConfigError as error:
+            return error
+        keys = sorted({*self.fixed} - {MICRO_BATCH})
+        kept = " ".join(f"parallel.{key}={plain(getattr(given, key))}" for key in keys)
+        return ConfigError(
+            f"parallel.strategy=auto {kept} on {self.world_size} ranks: no layout is valid",
+            "fewer keys of parallel that are given",
+            "parallel=auto",
+        )
+
+    def out_of_memory_error(self, tried: Sequence[SearchResult]) -> ConfigError:
+        """Return the error if nothing fits, with the least change that would help."""
+        least = min((found.least for found in tried if found.least), key=lambda one: one.memory.total)
+        machine, host, there = self.machine, "", ""
+        if least.memory.host:
+            host = f", and {least.memory.host / GIB:.2f} GiB of host memory"
+            there = (
+                f" and {machine.host.room / GIB:.2f} GiB of host memory" if machine.host and machine.host.room else ""
+            )
+        return ConfigError(
+            f"parallel.strategy=auto on {self.world_size} rank{'s' if self.world_size > 1 else ''}: the layout that "
+            f"needs least, {layout_text(least.parallel, least.dims)} with micro-batches of {least.batch.micro}, needs "
+            f"{least.memory.total_gib:.2f} GiB on each{host}",
+            f"at most {machine.room / GIB:.2f} GiB{there}, the part of {machine.device} that tensors may take",
+            self.remedy() or "a smaller model, or a smaller model.block_size",
+        )
+
+    def remedy(self) -> str | None:
+        """Return overrides that make the run fit, with the least change; None if none of these do."""
+        nodes = -(-self.world_size // self.machine.ranks_per_node)
+        options = [("", self), *self.with_more_recompute()]
+        for times in (1, 2, 4, 8, 16, 32, 64):
+            larger = [(text, replace(one, world_size=times * self.world_size)) for text, one in options]
+            if not larger[-1][1].can_fit:  # no layout needs less memory
+                continue
+            more = f"nodes={times * nodes}" if times > 1 else ""
+            for text, one in larger:
+                if (text or more) and one.can_fit:
+                    return " ".join(filter(None, (more, text)))
+        return None
 
 
 def refusal_lines(found: SearchResult) -> Iterator[str]:
@@ -332,95 +393,6 @@ def refusal_lines(found: SearchResult) -> Iterator[str]:
         yield f"  {number} like {examples[reason]}; expected: {reason}"
 
 
-def unexplored_lines(
-    config: TrainConfig, fixed: Collection[str], relaxation: Relaxation, machine: Machine
-) -> Iterator[str]:
-    """Yield the layouts that the search excluded, with the keys that include them."""
-    if config.parallel.engine is EngineKind.deepspeed:
-        yield "torch's strategies (parallel.engine=native)"
-        if "pp" not in fixed:
-            yield "DeepSpeed's pipeline (parallel.pp=2)"
-    else:
-        yield "DeepSpeed's ZeRO stages (parallel.engine=deepspeed)"
-    smaller = config.optim.max_micro_batch > 1 and not relaxation.smaller_micro_batch
-    ways = ["smaller micro-batches"] if smaller and not relaxation.offload else []
-    ways += ["CPU offload"] if may_offload(machine, fixed) and not relaxation.offload else []
-    if ways:
-        yield f"{' and '.join(ways)}, only where nothing fits otherwise"
-
-
-def no_layout_error(config: TrainConfig, world_size: int, fixed: Collection[str]) -> ConfigError:
-    """Return the error if no layout is valid: that of the plainest one."""
-    given = config.parallel
-    kept = " ".join(f"parallel.{key}={plain(getattr(given, key))}" for key in sorted({*fixed} - {MICRO_BATCH}))
-    plainest = replace(given, strategy=Strategy.ddp)
-    if given.engine is EngineKind.deepspeed:
-        plainest = replace(given, strategy=Strategy.deepspeed, zero_stage=given.zero_stage or 0)
-    try:
-        plainest.validate()
-        split_batch(config.optim, check_parallel_dims(replace(config, parallel=plainest), world_size).data_ranks)
-    except ConfigError as error:
-        return error
-    return ConfigError(
-        f"parallel.strategy=auto {kept} on {world_size} ranks: no layout is valid",
-        "fewer keys of parallel that are given",
-        "parallel=auto",
-    )
-
-
-def out_of_memory_error(
-    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], tried: Sequence[SearchResult]
-) -> ConfigError:
-    """Return the error if nothing fits, with the least change that would help."""
-    least = min((found.least for found in tried if found.least), key=lambda one: one.memory.total)
-    fix = next(remedies(config, world_size, machine, fixed), None)
-    host, there = "", ""
-    if least.memory.host:
-        host = f", and {least.memory.host / GIB:.2f} GiB of host memory"
-        there = f" and {machine.host.room / GIB:.2f} GiB of host memory" if machine.host and machine.host.room else ""
-    return ConfigError(
-        f"parallel.strategy=auto on {world_size} rank{'s' if world_size > 1 else ''}: the layout that needs least, "
-        f"{layout_text(least.parallel, least.dims)} with micro-batches of {least.batch.micro}, needs "
-        f"{least.memory.total_gib:.2f} GiB on each{host}",
-        f"at most {machine.room / GIB:.2f} GiB{there}, the part of {machine.device} that tensors may take",
-        fix or "a smaller model, or a smaller model.block_size",
-    )
-
-
-def remedies(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str]) -> Iterator[str]:
-    """Yield overrides that make the run fit, the least change first."""
-    nodes = -(-world_size // machine.ranks_per_node)
-    options = [("", config), *more_recompute(config)]
-    for times in (1, 2, 4, 8, 16, 32, 64):
-        ranks, more = times * world_size, [f"nodes={times * nodes}"] if times > 1 else []
-        if not can_fit(options[-1][1], ranks, machine, fixed):  # no layout needs less memory
-            continue
-        for text, changed in options:
-            if (text or more) and can_fit(changed, ranks, machine, fixed):
-                yield " ".join([*more, *([text] if text else [])])
-
-
-def more_recompute(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
-    """Yield the run with more recomputation: the override and the changed config."""
-    order = [Recompute.none, Recompute.selective, Recompute.full]
-    for more in order[order.index(config.recompute) + 1 :]:
-        yield f"recompute={more.name}", replace(config, recompute=more)
-
-
-def sufficient_recompute(
-    config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str], relaxation: Relaxation
-) -> str | None:
-    """Return the recompute override with which a layout fits under less relaxation; None if recomputation does not
-    suffice."""
-    for text, changed in more_recompute(config):
-        for found in search_layouts(changed, world_size, machine, fixed):
-            if RELAXATIONS.index(found.relaxation) >= RELAXATIONS.index(relaxation):
-                break
-            if found.fitting:
-                return text
-    return None
-
-
 def layout_text(parallel: ParallelConfig, dims: ParallelDims) -> str:
     """Describe a layout: its dimensions, schedule, resharding and offload."""
     text = [str(dims)]
@@ -431,41 +403,22 @@ def layout_text(parallel: ParallelConfig, dims: ParallelDims) -> str:
     return " ".join([*text, *(f"{key}=true" for key in OFFLOADS if getattr(parallel, key))])
 
 
-def requirement_text(one: Candidate, machine: Machine) -> str:
-    """Describe a layout with its required and the available memory."""
-    host = ""
-    if one.memory.host and machine.host is not None:
-        room = "" if machine.host.room is None else f" of {machine.host.room / GIB:.3g}"
-        host = f", and {one.memory.host / GIB:.3g}{room} GiB of host memory"
-    return (
-        f"{layout_text(one.parallel, one.dims)} with micro-batches of {one.batch.micro}, "
-        f"{one.memory.total_gib:.3g} of {machine.room / GIB:.3g} GiB{host}"
-    )
-
-
 def table(choices: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield a line for each layout, best first. ``choices`` are results of ``LayoutChoice.as_dict``."""
+    batches = [
+        f"{n} micro-batch{'es' if n > 1 else ''} of {c['micro_batch']}" for c in choices for n in [c["accumulation"]]
+    ]
     width = max((len(choice["layout"]) for choice in choices), default=0)
-    num_width = max((len(micro_batches_text(choice)) for choice in choices), default=0)
-    for number, choice in enumerate(choices, start=1):
+    num_width = max(map(len, batches), default=0)
+    for number, (choice, batch) in enumerate(zip(choices, batches, strict=True), start=1):
         step_s = choice["step_s"]
         sent = {name: s for name, s in choice["communication_s"].items() if s >= 0.001 * step_s}
         shares = "".join(f", {name} {s / step_s:.1%}" for name, s in sent.items())
         host = f" and {choice['host_bytes'] / GIB:.3g} GiB of host memory" if choice["host_bytes"] else ""
         yield (
-            f"{number}. {choice['layout']:<{width}}  {micro_batches_text(choice):>{num_width}}, "
-            f"{choice['memory_bytes'] / GIB:.3g} GiB{host}, {format_seconds(step_s)} a step, "
+            f"{number}. {choice['layout']:<{width}}  {batch:>{num_width}}, "
+            f"{choice['memory_bytes'] / GIB:.3g} GiB{host}, "
+            f"{f'{step_s * 1e3:.3g} ms' if step_s < 1 else f'{step_s:.3g} s'} a step, "
             f"{choice['tokens_per_s']:,.0f} tokens/s; bubble {choice['idle_s'] / step_s:.1%}, "
             f"communication {sum(sent.values()) / step_s:.1%}{shares and f' ({shares[2:]})'}"
         )
-
-
-def micro_batches_text(choice: Mapping[str, Any]) -> str:
-    """Describe the micro-batches of a rank in a step."""
-    count = choice["accumulation"]
-    return f"{count} micro-batch{'es' if count > 1 else ''} of {choice['micro_batch']}"
-
-
-def format_seconds(value: float) -> str:
-    """Format a duration in ms or s."""
-    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"

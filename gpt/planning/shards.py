@@ -111,23 +111,21 @@ def parameter_shards(
 
 @cached_by_model
 def _parameter_shards(model: ModelConfig, dims: ParallelDims, parts: tuple[StageLayers, ...] | None) -> ParameterShards:
-    block, around = block_shapes(model), outer_shapes(model)
-    if parts is not None:
-        around = {
-            name: shape for name, shape in around.items() if any(has_parameter(part, name, model) for part in parts)
-        }
+    whole = (StageLayers(range(model.n_layer), first=True, last=True),)
+    stages = whole if parts is None else parts
+    # A tied embedding is in the first and the last stage.
+    at_end = ("norm.", "head.", *(("token_embedding.",) if model.tie_embeddings else ()))
+    first, last = any(stage.first for stage in stages), any(stage.last for stage in stages)
+    around = {
+        name: shape
+        for name, shape in outer_shapes(model).items()
+        if (last and name.startswith(at_end)) or (first and not name.startswith(("norm.", "head.")))
+    }
     return ParameterShards(
-        tuple(parameter_shard(name, shape, model, dims) for name, shape in block.items()),
+        tuple(parameter_shard(name, shape, model, dims) for name, shape in block_shapes(model).items()),
         tuple(parameter_shard(name, shape, model, dims) for name, shape in around.items()),
-        model.n_layer if parts is None else sum(len(part.blocks) for part in parts),
+        sum(len(stage.blocks) for stage in stages),
     )
-
-
-def has_parameter(part: StageLayers, name: str, model: ModelConfig) -> bool:
-    """True if a stage has a parameter outside the blocks. A tied embedding is in the first and the last stage."""
-    if name.startswith(("norm.", "head.")):
-        return part.last
-    return part.first or (part.last and name.startswith("token_embedding.") and model.tie_embeddings)
 
 
 def parameter_shard(name: str, shape: tuple[int, ...], model: ModelConfig, dims: ParallelDims) -> ParameterShard:
@@ -234,181 +232,163 @@ def activation_bytes(
 
     A recomputed block saves its input, and with ``selective`` the results of its matrix products.
     """
-    tokens = factors.tokens(model, sequences)
     width = BF16 if precision.is_half else FP32
-    embedding = INT64 + dropout_bytes(model, FP32, factors)
+    layer = LayerBytes(model, sequences, width, factors)
+    embedding = INT64 + layer.dropout(FP32)
     if isinstance(model.position, str) and not part_counts(model)["position"].on_heads:
-        embedding += custom_bytes(model, "position", width)
-    norm = norm_bytes(model, factors=factors, kept=width) if model.norm_position is NormPosition.pre else 0
-    block = block_bytes(model, sequences, width, factors)
-    hidden = -(-tokens * FP32 * model.n_embd // factors.hidden)
+        embedding += layer.custom("position")
+    norm = layer.norm() if model.norm_position is NormPosition.pre else 0
+    block = layer.block()
+    hidden = -(-layer.tokens * FP32 * model.n_embd // factors.hidden)
     left = {
         Recompute.none: block,
-        Recompute.selective: hidden + product_bytes(model, sequences, width, factors),
+        Recompute.selective: hidden + layer.products(),
         Recompute.full: hidden,
     }
-    return ActivationBytes(tokens * embedding, tokens * (norm + width * model.n_embd), block, left[recompute])
-
-
-def block_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
-    """Return the bytes that one block saves for its backward pass."""
-    tokens = factors.tokens(model, sequences)
-    bytes_ = tokens * (attention_bytes(model, width, factors) + ffn_bytes(model, width, factors))
-    if model.ffn is Ffn.moe:
-        bytes_ += expert_bytes(model, sequences, width, factors)
-    if model.parallel_residual:
-        bytes_ -= tokens * FP32 * model.n_embd // factors.hidden  # both norms keep the same input
-    bytes_ += sum(part_counts(model)[part].fixed for part in ("attention", "ffn") if part in model.custom_parts)
-    if model.attention is AttentionBackend.manual:
-        bytes_ += model.block_size**2 // factors.cp  # the mask, one byte for each pair
-    if factors.cp > 1 and model.position is Position.rope:
-        # Sines and cosines of the rank's own positions, copied for the queries and again for the keys.
-        bytes_ += 2 * FP32 * model.head_dim * factors.tokens(model, 1)
-    return bytes_
-
-
-def product_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
-    """Return the bytes of the results of a block's matrix products, with attention, as gpt/parallel/compile.py saves
-    them."""
-    tokens, up = factors.tokens(model, sequences), 2 if model.gated else 1
-    if model.custom_parts.keys() & {"attention", "ffn"}:
-        return tokens * custom_products(model, width, factors)
-    queries, keys, heads = head_widths(model, factors)
-    written_out = model.attention is AttentionBackend.manual or bool(model.dropout)
-    attention = width * (2 * queries + 2 * keys + model.n_embd)
-    attention += width * heads * model.block_size if written_out else FP32 * heads
-    if factors.cp > 1 and not factors.gathers_keys:  # the last rank of a ring merges one result for each block of keys
-        attention += (factors.cp - 1) * (width * queries + (0 if written_out else FP32 * heads))
-    inner = -(-model.ffn_width // factors.tp)
-    if model.ffn is not Ffn.moe:
-        return tokens * (attention + width * (up * inner + model.n_embd))
-    shared = model.n_shared_expert * inner
-    mixture = FP32 * model.n_expert + (width * (up * shared + model.n_embd) if shared else 0)
-    rows = sequences * expert_rows(model) // factors.cp
-    results = up * inner + (3 if factors.sends_rows else 1) * model.n_embd  # plus the rows received in both all-to-alls
-    return tokens * (attention + mixture) + rows * width * results
-
-
-def custom_products(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
-    """Return the bytes per token of matrix products of a layer whose attention or feed-forward layer is the user's.
-
-    A built-in part of the layer counts with all its saved tensors, as an upper bound.
-    """
-    bytes_ = 0
-    for part, ours in (("attention", attention_bytes), ("ffn", ffn_bytes)):
-        if part in model.custom_parts:
-            bytes_ += custom_bytes(model, part, width, products=True)
-        else:
-            bytes_ += ours(model, width, factors)
-    return bytes_
-
-
-def custom_bytes(model: ModelConfig, part: str, width: int, products: bool = False) -> int:
-    """Return the bytes per token that a part of the user saves, or those of its matrix products, rounded up."""
-    counts = part_counts(model)[part]
-    measured = (counts.products if products else counts.saved)["half" if width == BF16 else "fp32"]
-    return -(-measured // model.block_size)
-
-
-def head_widths(model: ModelConfig, factors: ParallelFactors) -> tuple[int, int, int]:
-    """Return the width of queries and of keys of one token, and the number of query heads, of one rank."""
-    heads, kv_heads = -(-model.n_head // factors.tp), -(-model.kv_heads // factors.tp)
-    return heads * model.head_dim, kv_heads * model.head_dim, heads
-
-
-def norm_bytes(
-    model: ModelConfig,
-    norms: int = 1,
-    width: int | None = None,
-    factors: ParallelFactors = SINGLE_RANK,
-    kept: int = FP32,
-) -> int:
-    """Return the bytes per token of ``norms`` norms over ``width`` (D): input and statistics, fp32. ``kept`` is the
-    bytes of a number in matrix products, for the measured norms of the user."""
-    if isinstance(model.norm, str):
-        return -(-custom_bytes(model, "norm" if width is None else "head_norm", kept) // factors.hidden)
-    width = model.n_embd if width is None else width
-    return -(-FP32 * norms * (2 * width + 1 if model.norm is Norm.rmsnorm else width + 2) // factors.hidden)
-
-
-def read_bytes(model: ModelConfig, width: int, readers: int) -> int:
-    """Return the bytes per token that matrices keep of a tensor that ``readers`` of them read: one tensor, or in bf16
-    one cast each. They read the whole tensor, even if the hidden states before are sharded."""
-    return (readers if width == BF16 else 1) * width * model.n_embd
-
-
-def attention_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
-    """Return the bytes per token of one layer: norm, queries, keys, values, saved values of T x T pairs, and the
-    result."""
-    around = norm_bytes(model, factors=factors, kept=width) + dropout_bytes(model, width, factors)
-    if isinstance(model.attention, str):
-        return around + custom_bytes(model, "attention", width)
-    queries, keys, heads = head_widths(model, factors)
-    of_others = factors.cp if factors.gathers_keys else 1
-    if model.attention is AttentionBackend.manual:
-        pairs = 3 if model.dropout else 1  # softmax, and with dropout also its noise and its result
-        bytes_ = width * (2 * queries + 2 * queries * of_others + pairs * heads * model.block_size)
-    else:
-        bytes_ = width * (2 * queries + 2 * keys * of_others) + FP32 * heads  # plus the log-sum-exp of every row
-    if factors.gathers_keys:
-        bytes_ += width * queries  # the result, once in chunks from the kernel and once merged
-    if model.qk_norm:
-        bytes_ += norm_bytes(model, heads + keys // model.head_dim, model.head_dim, kept=width)
-        if isinstance(model.norm, Norm) and model.norm is not Norm.rmsnorm:
-            bytes_ -= (FP32 - width) * (queries + keys)  # LayerNorm keeps its input in the dtype it receives
-    if isinstance(model.position, str) and part_counts(model)["position"].on_heads:
-        bytes_ += custom_bytes(model, "position", width)
-    return around + read_bytes(model, width, 3) + bytes_
-
-
-def ffn_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
-    """Return the bytes per token of one layer: norm and feed-forward layer."""
-    around, inner = (
-        norm_bytes(model, factors=factors, kept=width) + dropout_bytes(model, width, factors),
-        -(-model.ffn_width // factors.tp),
+    return ActivationBytes(
+        layer.tokens * embedding, layer.tokens * (norm + width * model.n_embd), block, left[recompute]
     )
-    if isinstance(model.ffn, str):  # each tp rank computes its own tokens in a layer of the user
-        return around - (-custom_bytes(model, "ffn", width) // factors.hidden)
-    if model.ffn is not Ffn.moe:
-        return around + dense_bytes(model, width, inner)
-    bytes_ = around + mixture_bytes(model, width)
-    if model.n_shared_expert:
-        bytes_ += dense_bytes(model, width, model.n_shared_expert * inner)
-        bytes_ -= 0 if width == BF16 else width * model.n_embd  # the router keeps the same input
-    return bytes_
 
 
-def dense_bytes(model: ModelConfig, width: int, inner: int) -> int:
-    """Return the bytes per token: the input, once for each matrix that reads it, and the inner tensors."""
-    return read_bytes(model, width, readers=2 if model.gated else 1) + width * inner_tensors(model) * inner
+class LayerBytes:
+    """Bytes that one layer of a rank saves: of a whole micro-batch in ``block`` and ``products``, otherwise of a token.
 
-
-def inner_tensors(model: ModelConfig) -> int:
-    """Return the number of tensors of the inner width that the activation and the last matrix save."""
-    if model.gated:
-        return 4  # gate, activation of the gate, up, and their product
-    return 1 if model.ffn_activation is Activation.relu else 2  # ReLU only needs its result
-
-
-def mixture_bytes(model: ModelConfig, width: int) -> int:
-    """Return the bytes per token: the router in fp32, the results of its experts, and their places."""
-    chosen, indices = model.n_expert_per_token, 2 if model.capacity_factor else 3
-    router = FP32 * (model.n_embd + 2 * model.n_expert + 2) + chosen * (2 * FP32 + indices * INT64)
-    return router + chosen * width * model.n_embd
-
-
-def expert_bytes(model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> int:
-    """Return the bytes of the rows of one layer's experts, and of their inner tensors.
-
-    With expert parallelism a rank is assumed to receive as many rows as it sends: balanced routing.
+    Args:
+        model: the model.
+        sequences: sequences of the micro-batch.
+        width: bytes of a number in matrix products.
+        factors: degrees by which the layer is divided over ranks.
     """
-    rows = sequences * expert_rows(model) // factors.cp
-    orders = 2 * INT64 if factors.sends_rows else 0  # the order by expert on the receiving rank, and its inverse
-    inner = inner_tensors(model) * -(-model.ffn_width // factors.tp)
-    left_over = width * model.n_embd if model.capacity_factor else 0  # one row for tokens without an expert
-    return rows * (orders + width * (model.n_embd + inner)) + left_over
 
+    def __init__(self, model: ModelConfig, sequences: int, width: int, factors: ParallelFactors) -> None:
+        self.model, self.width, self.factors = model, width, factors
+        self.tokens = factors.tokens(model, sequences)
+        self.rows = sequences * expert_rows(model) // factors.cp if model.ffn is Ffn.moe else 0
+        self.heads, kv_heads = -(-model.n_head // factors.tp), -(-model.kv_heads // factors.tp)
+        self.queries, self.keys = self.heads * model.head_dim, kv_heads * model.head_dim
+        self.inner = -(-model.ffn_width // factors.tp)
+        self.inner_tensors = 1 if model.ffn_activation is Activation.relu else 2  # ReLU only needs its result
+        if model.gated:
+            self.inner_tensors = 4  # gate, activation of the gate, up, and their product
 
-def dropout_bytes(model: ModelConfig, width: int, factors: ParallelFactors) -> int:
-    """Return the bytes per token of the noise of one dropout over the residual width."""
-    return -(-width * model.n_embd // factors.hidden) if model.dropout else 0
+    def block(self) -> int:
+        """Return the bytes that a block saves for its backward pass."""
+        model, factors = self.model, self.factors
+        bytes_ = self.tokens * (self.attention() + self.ffn()) + self.experts()
+        if model.parallel_residual:
+            bytes_ -= self.tokens * FP32 * model.n_embd // factors.hidden  # both norms keep the same input
+        bytes_ += sum(part_counts(model)[part].fixed for part in ("attention", "ffn") if part in model.custom_parts)
+        if model.attention is AttentionBackend.manual:
+            bytes_ += model.block_size**2 // factors.cp  # the mask, one byte for each pair
+        if factors.cp > 1 and model.position is Position.rope:
+            # Sines and cosines of the rank's own positions, copied for the queries and again for the keys.
+            bytes_ += 2 * FP32 * model.head_dim * factors.tokens(model, 1)
+        return bytes_
+
+    def products(self) -> int:
+        """Return the bytes of the results of a block's matrix products, with attention, as gpt/parallel/compile.py
+        saves them.
+
+        A built-in part beside one of the user counts with all its saved tensors, as an upper bound.
+        """
+        model, width, factors = self.model, self.width, self.factors
+        custom = model.custom_parts
+        if custom.keys() & {"attention", "ffn"}:
+            attention = self.custom("attention", products=True) if "attention" in custom else self.attention()
+            return self.tokens * (attention + (self.custom("ffn", products=True) if "ffn" in custom else self.ffn()))
+        written_out = model.attention is AttentionBackend.manual or bool(model.dropout)
+        attention = width * (2 * self.queries + 2 * self.keys + model.n_embd)
+        attention += width * self.heads * model.block_size if written_out else FP32 * self.heads
+        if factors.cp > 1 and not factors.gathers_keys:  # a ring's last rank merges one result for each block of keys
+            attention += (factors.cp - 1) * (width * self.queries + (0 if written_out else FP32 * self.heads))
+        up = 2 if model.gated else 1
+        if model.ffn is not Ffn.moe:
+            return self.tokens * (attention + width * (up * self.inner + model.n_embd))
+        shared = model.n_shared_expert * self.inner
+        mixture = FP32 * model.n_expert + (width * (up * shared + model.n_embd) if shared else 0)
+        # Plus the rows received in both all-to-alls.
+        results = up * self.inner + (3 if factors.sends_rows else 1) * model.n_embd
+        return self.tokens * (attention + mixture) + self.rows * width * results
+
+    def custom(self, part: str, products: bool = False) -> int:
+        """Return what a part of the user saves, or the results of its matrix products, rounded up."""
+        counts = part_counts(self.model)[part]
+        measured = (counts.products if products else counts.saved)["half" if self.width == BF16 else "fp32"]
+        return -(-measured // self.model.block_size)
+
+    def norm(self) -> int:
+        """Return the input and the statistics of a norm over D, fp32."""
+        is_custom = isinstance(self.model.norm, str)
+        return -(-(self.custom("norm") if is_custom else self.norm_over(self.model.n_embd)) // self.factors.hidden)
+
+    def norm_over(self, width: int) -> int:
+        """Return the input and the statistics of a built-in norm over ``width``, fp32."""
+        return FP32 * (2 * width + 1 if self.model.norm is Norm.rmsnorm else width + 2)
+
+    def dropout(self, width: int) -> int:
+        """Return the noise of one dropout over the residual stream, whose numbers have ``width`` bytes."""
+        return -(-width * self.model.n_embd // self.factors.hidden) if self.model.dropout else 0
+
+    def read(self, readers: int) -> int:
+        """Return what matrices keep of a tensor that ``readers`` of them read: one tensor, or in bf16 one cast each.
+
+        They read the whole tensor, even if the hidden states before are sharded.
+        """
+        return (readers if self.width == BF16 else 1) * self.width * self.model.n_embd
+
+    def attention(self) -> int:
+        """Return the bytes of norm, queries, keys, values, saved values of T x T pairs, and the result."""
+        model, width, factors = self.model, self.width, self.factors
+        around = self.norm() + self.dropout(width)
+        if isinstance(model.attention, str):
+            return around + self.custom("attention")
+        of_others = factors.cp if factors.gathers_keys else 1
+        if model.attention is AttentionBackend.manual:
+            pairs = 3 if model.dropout else 1  # softmax, and with dropout also its noise and its result
+            bytes_ = width * (2 * self.queries + 2 * self.queries * of_others + pairs * self.heads * model.block_size)
+        else:  # plus the log-sum-exp of every row
+            bytes_ = width * (2 * self.queries + 2 * self.keys * of_others) + FP32 * self.heads
+        if factors.gathers_keys:
+            bytes_ += width * self.queries  # the result, once in chunks from the kernel and once merged
+        if model.qk_norm and isinstance(model.norm, str):
+            bytes_ += self.custom("head_norm")
+        elif model.qk_norm:
+            bytes_ += (self.heads + self.keys // model.head_dim) * self.norm_over(model.head_dim)
+            if model.norm is not Norm.rmsnorm:  # LayerNorm keeps its input in the dtype it receives
+                bytes_ -= (FP32 - width) * (self.queries + self.keys)
+        if isinstance(model.position, str) and part_counts(model)["position"].on_heads:
+            bytes_ += self.custom("position")
+        return around + self.read(3) + bytes_
+
+    def ffn(self) -> int:
+        """Return the bytes of norm and feed-forward layer. Of a mixture: of the router in fp32, the results of the
+        experts and their places, and the shared experts."""
+        model, width = self.model, self.width
+        around = self.norm() + self.dropout(width)
+        if isinstance(model.ffn, str):  # each tp rank computes its own tokens in a layer of the user
+            return around - (-self.custom("ffn") // self.factors.hidden)
+        if model.ffn is not Ffn.moe:
+            return around + self.dense(self.inner)
+        chosen, indices = model.n_expert_per_token, 2 if model.capacity_factor else 3
+        router = FP32 * (model.n_embd + 2 * model.n_expert + 2) + chosen * (2 * FP32 + indices * INT64)
+        bytes_ = around + router + chosen * width * model.n_embd
+        if model.n_shared_expert:
+            bytes_ += self.dense(model.n_shared_expert * self.inner)
+            bytes_ -= 0 if width == BF16 else width * model.n_embd  # the router keeps the same input
+        return bytes_
+
+    def dense(self, inner: int) -> int:
+        """Return the bytes of the input, once for each matrix that reads it, and of the inner tensors."""
+        return self.read(2 if self.model.gated else 1) + self.width * self.inner_tensors * inner
+
+    def experts(self) -> int:
+        """Return the bytes of the rows of the experts, and of their inner tensors.
+
+        With expert parallelism a rank is assumed to receive as many rows as it sends: balanced routing.
+        """
+        if self.model.ffn is not Ffn.moe:
+            return 0
+        # The order by expert on the receiving rank, and its inverse; and one row for tokens without an expert.
+        orders = 2 * INT64 if self.factors.sends_rows else 0
+        left_over = self.width * self.model.n_embd if self.model.capacity_factor else 0
+        return self.rows * (orders + self.width * (self.model.n_embd + self.inner_tensors * self.inner)) + left_over

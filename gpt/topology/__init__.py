@@ -73,8 +73,8 @@ class ParallelDims:
         return " ".join([self.strategy, *(f"{n}={s}" for n, s in sizes.items() if s > 1 or n in always)])
 
 
-def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
-    """Return the mesh of ``world_size`` ranks for ``parallel``.
+def parallel_dims(parallel: ParallelConfig, world_size: int, ranks_per_node: int = 1) -> ParallelDims:
+    """Return the mesh of ``world_size`` ranks for ``parallel``. The error proposes nodes of ``ranks_per_node`` ranks.
 
     Raises:
         ConfigError: the degrees do not divide the number of ranks.
@@ -86,10 +86,12 @@ def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
         left = world_size // model_ranks
         if left % size:
             taken = f", {left} of them left by the other dimensions" if model_ranks > 1 else ""
+            enough = math.lcm(model_ranks * size, ranks_per_node)
             raise ConfigError(
                 f"parallel.{name}={size} with {world_size} ranks{taken}",
                 f"a divisor of {left}",
-                f"parallel.{name}={nearest_divisor(left, size)}, or {model_ranks * size} ranks in all: nodes={size}",
+                f"parallel.{name}={nearest_divisor(left, size)}, or {enough} ranks in all: "
+                f"nodes={enough // ranks_per_node}",
             )
         model_ranks *= size
     data_ranks = world_size // model_ranks

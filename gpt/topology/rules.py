@@ -31,13 +31,15 @@ from gpt.topology.pipeline import check_pipeline, split_layers
 from launch.errors import ConfigError
 
 
-def check_parallel_dims(config: TrainConfig, world_size: int) -> ParallelDims:
+def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: int = 1) -> ParallelDims:
     """Return the parallel dimensions of a run on ``world_size`` ranks, checked against all of its config.
+
+    An error proposes nodes of ``ranks_per_node`` ranks.
 
     Raises:
         ConfigError: the degrees do not divide the ranks, or do not suit the model.
     """
-    dims = parallel_dims(config.parallel, world_size)
+    dims = parallel_dims(config.parallel, world_size, ranks_per_node)
     for check in (
         *(check_custom_parts, check_zero1, check_tensor, check_pipeline, check_context, check_expert, check_deepspeed),
         check_loss_scale,

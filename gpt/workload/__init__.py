@@ -216,7 +216,7 @@ class GptWorkload(Workload):
             require_deepspeed(config)
         if config.checkpoint.copy_to is not None:
             check_target(config.checkpoint.copy_to, request.folder.path)
-        dims = check_parallel_dims(config, request.world_size)
+        dims = check_parallel_dims(config, request.world_size, request.ranks_per_node)
         batch = split_batch_over_nodes(config, dims, request)
         config = settle_steps(config, batch)
         corpus = describe_corpus(config.data, config.data_cache)

@@ -12,9 +12,8 @@ import pytest
 
 from gpt.bench_matmul import main
 from gpt.config import Device, Precision
-from gpt.planning.cost import micro_batch_s
+from gpt.planning.cost import RankStep
 from gpt.topology import parallel_dims, split_batch
-from gpt.topology.pipeline import rank_stages
 from gpt.workload.plan import estimated_step, machine_of
 from launch.config.cluster import ClusterConfig, ClusterKind
 from launch.errors import ConfigError
@@ -45,19 +44,20 @@ def test_the_estimate_follows_the_rates() -> None:
     """With one rate everywhere it is as without a file; small products alone slow it down by what they take."""
     config = config_of()
     dims = parallel_dims(config.parallel, 1)
-    batch, stages = split_batch(config.optim, 1), rank_stages(config, 0)
+    batch = split_batch(config.optim, 1)
     even = MatmulRates(((1,),) * 3, {(1, 1, 1): MACHINE.flops_per_s})
-    plain = micro_batch_s(config, dims, batch, stages, MACHINE)
-    assert micro_batch_s(config, dims, batch, stages, replace(MACHINE, matmul=even)) == pytest.approx(plain)
+    plain = RankStep(config, dims, batch, MACHINE).compute_s
+    assert RankStep(config, dims, batch, replace(MACHINE, matmul=even)).compute_s == pytest.approx(plain)
     # A quarter of the rate where a size is 16 or less: keys and values have so many columns, and no other product.
     slow = {(m, n, k): 1e9 / (4 if 16 in (m, n, k) else 1) for m in (16, 17) for n in (16, 17) for k in (16, 17)}
-    found = micro_batch_s(config, dims, batch, stages, replace(MACHINE, matmul=MatmulRates(((16, 17),) * 3, slow)))
+    slower = replace(MACHINE, matmul=MatmulRates(((16, 17),) * 3, slow))
+    found = RankStep(config, dims, batch, slower).compute_s
     of_keys = 3 * 2 * T * 4 * 2 * D * 16  # FLOPs forward and backward, of two such products in four blocks
     assert BLOCK == 9280 and found - plain == pytest.approx(3 * of_keys / 1e9)
     tensor = config_of(tp=2)
     steeper = replace(MACHINE, matmul=RATES)
     halves = [
-        micro_batch_s(one, parallel_dims(one.parallel, one.parallel.tp), batch, stages, steeper)
+        RankStep(one, parallel_dims(one.parallel, one.parallel.tp), batch, steeper).compute_s
         for one in (config, tensor)
     ]
     assert halves[1] > halves[0] / 2  # half of each product, and each is slower than a whole one
