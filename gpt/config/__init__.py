@@ -27,13 +27,14 @@ from gpt.config.model import (
 )
 from gpt.config.optim import DivergenceConfig, OptimConfig
 from gpt.config.parallel import CpMethod, EngineKind, ParallelConfig, Schedule, Strategy
-from gpt.config.rules import Float8, nearest_divisor
+from gpt.config.rules import nearest_divisor
 from gpt.config.train import (
     LOSS_CHUNK,
     CheckpointConfig,
     CompileMode,
     Device,
     EvalConfig,
+    Float8,
     LoggingConfig,
     Precision,
     Recompute,

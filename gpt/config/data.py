@@ -9,8 +9,8 @@ from typing import Any, Optional, Union
 
 from omegaconf import MISSING
 
-from gpt.config.rules import check_custom_name
-from launch.errors import ConfigError, require_positive, require_range
+from gpt.config.rules import check_custom_name, check_numbers
+from launch.errors import ConfigError
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
 # ruff: noqa: UP007, UP045
@@ -91,10 +91,10 @@ class SyntheticConfig:
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""
-        require_range("data.synthetic.vocab_size", self.vocab_size, 2, 4096)
-        require_range("data.synthetic.successors", self.successors, 1, self.vocab_size)
-        require_positive("data.synthetic.tokens", self.tokens)
-        require_range("data.synthetic.seed", self.seed, 0, 2**63 - 1)
+        most = self.vocab_size
+        check_numbers(
+            "data.synthetic.", self, ("tokens",), vocab_size=(2, 4096), successors=(1, most), seed=(0, 2**63 - 1)
+        )
 
 
 @dataclass
@@ -190,11 +190,8 @@ class DataConfig:
                 "a dataset of the hub, which alone has revisions",
                 "data.revision=null",
             )
-        require_range("data.val_fraction", self.val_fraction, 0.0001, 0.5)
-        require_range("data.tokenizer_vocab_size", self.tokenizer_vocab_size, 260, 1_000_000)
-        require_positive("data.tokenizer_train_bytes", self.tokenizer_train_bytes)
-        if self.max_bytes is not None:
-            require_positive("data.max_bytes", self.max_bytes)
+        positive, sizes = ("tokenizer_train_bytes", "max_bytes"), (260, 1_000_000)
+        check_numbers("data.", self, positive, val_fraction=(0.0001, 0.5), tokenizer_vocab_size=sizes)
         self.synthetic.validate()
         self._validate_tokenizer()
         self._validate_tokens()

@@ -10,8 +10,8 @@ from typing import Any, Optional, Union
 
 from omegaconf import MISSING
 
-from gpt.config.rules import check_custom_name
-from launch.errors import ConfigError, require_positive, require_range
+from gpt.config.rules import check_custom_name, check_numbers
+from launch.errors import ConfigError, require_range
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
 # ruff: noqa: UP007, UP045
@@ -80,20 +80,16 @@ class OptimConfig:
                 "arguments for an optimizer of your own only",
                 "optim.options={}, or optim.optimizer=PACKAGE.MODULE:CLASS",
             )
-        for key in ("max_steps", "global_batch", "max_micro_batch", "lr"):
-            require_positive(f"optim.{key}", getattr(self, key))
-        if self.max_tokens is not None:
-            require_range("optim.max_tokens", self.max_tokens, 1.0, 1e18)
-        for key in ("min_lr", "warmup_steps", "weight_decay", "grad_clip"):
-            require_range(f"optim.{key}", getattr(self, key), 0.0, float("inf"))
-        require_range("optim.beta1", self.beta1, 0.0, 0.9999999)
-        require_range("optim.beta2", self.beta2, 0.0, 0.9999999)
-        if self.target_val_loss is not None:
-            require_positive("optim.target_val_loss", self.target_val_loss)
-        if self.target_val_nats_per_byte is not None:
-            require_positive("optim.target_val_nats_per_byte", self.target_val_nats_per_byte)
-        if self.patience is not None:
-            require_positive("optim.patience", self.patience)
+        check_numbers(
+            "optim.",
+            self,
+            positive=(
+                *("max_steps", "global_batch", "max_micro_batch", "lr"),
+                *("target_val_loss", "target_val_nats_per_byte", "patience"),
+            ),
+            at_least_0=("min_lr", "warmup_steps", "weight_decay", "grad_clip"),
+            **{"max_tokens": (1.0, 1e18), "beta1": (0.0, 0.9999999), "beta2": (0.0, 0.9999999)},
+        )
         if self.min_lr > self.lr:
             raise ConfigError(
                 f"optim.min_lr={self.min_lr} above optim.lr={self.lr}",
@@ -147,16 +143,14 @@ class DivergenceConfig:
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""
-        require_positive("divergence.max_skipped_steps", self.max_skipped_steps)
-        require_range("divergence.max_rollbacks", self.max_rollbacks, 0, float("inf"))
+        steps = ("max_rollbacks", "replica_check_interval")
+        check_numbers("divergence.", self, ("max_skipped_steps",), steps, spike_window=(2, 1e6))
         if self.spike_sigmas is not None and not self.spike_sigmas > 0:
             raise ConfigError(
                 f"divergence.spike_sigmas={self.spike_sigmas}",
                 "a number above 0, such as 6, or null for no look at spikes",
                 "divergence.spike_sigmas=6",
             )
-        require_range("divergence.spike_window", self.spike_window, 2, 1e6)
-        require_range("divergence.replica_check_interval", self.replica_check_interval, 0, float("inf"))
 
 
 # Checkpoints: their intervals, writers and deletion.
@@ -236,11 +230,8 @@ class CheckpointConfig:
         """Raise ConfigError if a number is out of its range, or ``copy_to`` is no URL."""
         self.every()
         self._validate_copies()
-        require_positive("checkpoint.keep_last", self.keep_last)
-        require_range("checkpoint.keep_every", self.keep_every, 0, float("inf"))
-        require_range("checkpoint.keep_best", self.keep_best, 0, float("inf"))
-        require_range("checkpoint.give_up_after_min", self.give_up_after_min, 0, float("inf"))
-        require_positive("checkpoint.in_memory_interval", self.in_memory_interval)
+        at_least_0 = ("keep_every", "keep_best", "give_up_after_min")
+        check_numbers("checkpoint.", self, ("keep_last", "in_memory_interval", "copy_keep"), at_least_0)
         if self.scrub_every_s() is not None and not self.asynchronous:
             raise ConfigError(
                 f"checkpoint.scrub={str(self.scrub).lower()} with checkpoint.asynchronous=false",
@@ -263,8 +254,6 @@ class CheckpointConfig:
                     "checkpoint.copy_to=s3://BUCKET/FOLDER, or checkpoint.copy_keep=null",
                 )
             return
-        if self.copy_keep is not None:
-            require_positive("checkpoint.copy_keep", self.copy_keep)
         found = URL.fullmatch(self.copy_to)
         example = "checkpoint.copy_to=s3://BUCKET/FOLDER, or checkpoint.copy_to=file:///FOLDER"
         if found is None:

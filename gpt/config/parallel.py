@@ -8,7 +8,8 @@ from typing import Optional
 
 from omegaconf import MISSING
 
-from launch.errors import ConfigError, require_positive, require_range
+from gpt.config.rules import check_numbers
+from launch.errors import ConfigError
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
@@ -128,10 +129,8 @@ class ParallelConfig:
         """Raise ConfigError if a number is out of its range, or belongs to another strategy."""
         check_engine(self)
         check_zero(self)
-        for key in ("tp", "pp", "cp", "ep", "timeout_s"):
-            require_positive(f"parallel.{key}", getattr(self, key))
-        if self.step_timeout_s is not None:
-            require_range("parallel.step_timeout_s", self.step_timeout_s, 1, self.timeout_s)
+        positive = ("tp", "pp", "cp", "ep", "timeout_s", "dp_shard", "fsdp_min_num_params")
+        check_numbers("parallel.", self, positive, step_timeout_s=(1, self.timeout_s))
         self._check_stages()
         if self.cpu_offload:
             self._require_fsdp(
@@ -143,7 +142,6 @@ class ParallelConfig:
         self._check_units()
         if self.dp_shard is None:
             return
-        require_positive("parallel.dp_shard", self.dp_shard)
         self._require_fsdp(
             f"parallel.dp_shard={self.dp_shard}",
             "a strategy that shards the model",
@@ -173,7 +171,6 @@ class ParallelConfig:
     def _check_units(self) -> None:
         if self.fsdp_min_num_params is None:
             return
-        require_positive("parallel.fsdp_min_num_params", self.fsdp_min_num_params)
         self._require_fsdp(
             f"parallel.fsdp_min_num_params={self.fsdp_min_num_params}",
             "a strategy that gathers the model unit by unit",

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from enum import Enum
 from functools import wraps
 from importlib.metadata import entry_points
 from operator import attrgetter
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
+from typing import Concatenate, ParamSpec, TypeVar, cast
 
 from gpt.config.model import (
     PARTS,
@@ -23,9 +22,7 @@ from gpt.config.model import (
     Position,
     RopeScaling,
 )
-from gpt.config.parallel import Strategy
 from launch.errors import ConfigError, closest, require_positive, require_range
-from launch.runs.environment import install_command
 
 # Checks of the parts of the schema, and numbers for their messages.
 
@@ -39,6 +36,33 @@ def nearest_divisor(number: int, wish: int) -> int:
 def divisors(number: int) -> list[int]:
     """List the divisors of a number, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def check_numbers(
+    group: str,
+    config: object,
+    positive: Iterable[str] = (),
+    at_least_0: Iterable[str] = (),
+    **between: tuple[float, float],
+) -> None:
+    """Raise ConfigError for the first number that is out of its range.
+
+    Args:
+        group: prefix of the keys in messages, such as ``optim.``.
+        config: config with the numbers; None is no number, and passes.
+        positive: fields that are finite and above 0.
+        at_least_0: fields from 0 on.
+        between: field -> its least and its largest value.
+    """
+    for key in positive:
+        if (value := getattr(config, key)) is not None:
+            require_positive(group + key, value)
+    for key, (low, high) in {**dict.fromkeys(at_least_0, (0, INF)), **between}.items():
+        if (value := getattr(config, key)) is not None:
+            require_range(group + key, value, low, high)
+
+
+INF = float("inf")
 
 
 def check_custom_name(key: str, name: str, ours: Iterable[str]) -> None:
@@ -114,27 +138,18 @@ def cached_by_model(
     return cached
 
 
-if TYPE_CHECKING:
-    from gpt.config.train import TrainConfig
-
-
 # Rules that several fields of ModelConfig must satisfy together.
 
 
-INF = float("inf")
 GROUPED_MULTIPLE = 8
 """Multiple of the rows of torch's grouped product: it reads 16 bytes at a time, which are 8 numbers in bf16."""
 
 
 def check(model: ModelConfig) -> None:
     """Raise ConfigError for the first rule that a model violates."""
-    for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "kv_heads", "ffn_width"):
-        require_positive(f"model.{key}", getattr(model, key))
-    for key in ("norm_eps", "rope_base", "init_std"):
-        require_positive(f"model.{key}", getattr(model, key))
-    if model.embedding_init_std is not None:
-        require_positive("model.embedding_init_std", model.embedding_init_std)
-    require_range("model.dropout", model.dropout, 0.0, 0.99)
+    sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "kv_heads", "ffn_width")
+    positive = (*sizes, "norm_eps", "rope_base", "init_std", "embedding_init_std")
+    check_numbers("model.", model, positive, dropout=(0.0, 0.99))
     check_custom_parts(model)
     check_heads(model)
     check_rope(model)
@@ -205,7 +220,7 @@ def check_rope(model: ModelConfig) -> None:
             "rotary positions, whose frequencies it scales",
             "model.position=rope",
         )
-    require_range("model.rope_factor", model.rope_factor, 1.0, INF)
+    check_numbers("model.", model, rope_factor=(1.0, INF))
     if scaling is RopeScaling.ntk and model.head_dim == 2:
         raise ConfigError(
             "model.rope_scaling=ntk with heads 2 wide, which have one frequency",
@@ -224,8 +239,7 @@ def check_llama3(model: ModelConfig) -> None:
             "the sequence length before the scaling, from which slow and fast are told apart",
             "model.rope_original_block_size=8192",
         )
-    require_positive("model.rope_original_block_size", model.rope_original_block_size)
-    require_positive("model.rope_low_freq_factor", model.rope_low_freq_factor)
+    check_numbers("model.", model, ("rope_original_block_size", "rope_low_freq_factor"))
     if model.rope_low_freq_factor >= model.rope_high_freq_factor:
         raise ConfigError(
             f"model.rope_low_freq_factor={model.rope_low_freq_factor:g} and "
@@ -296,17 +310,12 @@ def check_experts(model: ModelConfig) -> None:
             f"multiples of {GROUPED_MULTIPLE}, since torch's grouped product takes rows of whole 16 bytes",
             "model.expert_matmul=loop, or other widths",
         )
-    check_balance(model)
-
-
-def check_balance(model: ModelConfig) -> None:
-    """Raise ConfigError unless the numbers of routing and balancing are in range."""
-    require_range("model.n_shared_expert", model.n_shared_expert, 0, INF)
-    if model.capacity_factor is not None:
-        require_positive("model.capacity_factor", model.capacity_factor)
-    require_range("model.balance_coefficient", model.balance_weight, 0.0, INF)
-    require_range("model.z_coefficient", model.z_coefficient, 0.0, INF)
-    require_positive("model.balance_bias_rate", model.balance_bias_rate)
+    check_numbers(
+        "model.",
+        model,
+        ("capacity_factor", "balance_bias_rate"),
+        ("n_shared_expert", "balance_weight", "z_coefficient"),
+    )
     if model.expert_balance is ExpertBalance.none and model.balance_weight > 0:
         raise ConfigError(
             f"model.balance_coefficient={model.balance_weight:g} with model.expert_balance=none",
@@ -326,79 +335,3 @@ def refuse_expert_keys(model: ModelConfig) -> None:
                 "experts only where the feed-forward layer is made of them",
                 f"model.ffn=moe model.bias=false model.{key}={value}{more}",
             )
-
-
-# Rules for ``float8``: the settings that it works with.
-
-
-MULTIPLE = 16
-"""Divisor of both sides of a matrix in 8 bits: matrix units read 16 bytes at a time (torch's ``_scaled_mm``)."""
-
-
-class Float8(Enum):
-    """Matrix products of the blocks in 8 bits (arXiv 2209.05433). ``tensorwise`` scales each factor by its largest
-    magnitude; ``rowwise`` scales each row of a factor, which is slower and more exact."""
-
-    none = "none"
-    tensorwise = "tensorwise"
-    rowwise = "rowwise"
-
-
-def check_float8(config: TrainConfig) -> None:
-    """Raise ConfigError for the first setting that does not work with ``float8``, on any device."""
-    if config.float8 is Float8.none:
-        if config.float8_emulate:
-            raise ConfigError(
-                "float8_emulate=true with float8=none", "a float8 to emulate", "float8=rowwise, or float8_emulate=false"
-            )
-        return
-    found = f"float8={config.float8.name}"
-    own = next((key for key in ("attention", "ffn") if key in config.model.custom_parts), None)
-    if own is not None:
-        raise ConfigError(
-            f"{found} with model.{own}={config.model.custom_parts[own]}",
-            "attention and feed-forward layers of ours, whose matrices are known to fit 8 bits",
-            "float8=none, or a part of ours",
-        )
-    if not is_importable("torchao"):
-        raise ConfigError(
-            f"{found}, and the package torchao is not installed",
-            "the extra float8",
-            f"{install_command('float8')}, or float8=none",
-        )
-    if config.precision.name == "fp16":
-        raise ConfigError(
-            f"{found} with precision=fp16", "bf16 or fp32 around the products in 8 bits", "precision=bf16"
-        )
-    parallel = config.parallel
-    if parallel.tp > 1:
-        raise ConfigError(
-            f"{found} with parallel.tp={parallel.tp}",
-            "matrices that are whole where they are multiplied",
-            "parallel.tp=1 parallel=fsdp, or float8=none",
-        )
-    if parallel.strategy is Strategy.deepspeed:
-        raise ConfigError(f"{found} with DeepSpeed", "an engine of torch", "parallel=fsdp, or float8=none")
-    odd = {name: size for name, size in widths(config.model).items() if size % MULTIPLE}
-    if odd:
-        key, size = next(iter(odd.items()))
-        raise ConfigError(
-            f"{found} with {key} of {size}",
-            f"multiples of {MULTIPLE} on both sides of every matrix",
-            f"a model whose {key} is {-(-size // MULTIPLE) * MULTIPLE}, or float8=none",
-        )
-
-
-def widths(model: ModelConfig) -> dict[str, int]:
-    """Return the sizes of the sides of a block's matrices: name of a side -> size."""
-    return {
-        "model.n_embd": model.n_embd,
-        "width of all heads": model.n_head * model.head_dim,
-        "width of the key-value heads": model.kv_heads * model.head_dim,
-        "feed-forward width": model.ffn_width,
-    }
-
-
-def float8_words(config: TrainConfig) -> str:
-    """Return the name of a run's 8-bit products, for plans and summaries. ``float8`` must be switched on."""
-    return f"float8 {config.float8.name}{' (emulated)' if config.float8_emulate else ''}"

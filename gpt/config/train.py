@@ -17,8 +17,8 @@ from gpt.config.data import DataConfig
 from gpt.config.model import ModelConfig
 from gpt.config.optim import CheckpointConfig, DivergenceConfig, OptimConfig
 from gpt.config.parallel import ParallelConfig, Strategy
-from gpt.config.rules import Float8, check_float8
-from launch.errors import ConfigError, require_positive, require_range
+from gpt.config.rules import check_numbers, is_importable
+from launch.errors import ConfigError
 from launch.runs.compose import RunConfig, compose_typed, make_absolute, register_schema
 from launch.runs.environment import install_command
 from launch.runs.overrides import (
@@ -39,8 +39,7 @@ class EvalConfig:
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""
-        require_range("eval.interval", self.interval, 0, float("inf"))
-        require_positive("eval.sequences", self.sequences)
+        check_numbers("eval.", self, ("sequences",), ("interval",))
 
 
 @dataclass
@@ -72,16 +71,14 @@ class LoggingConfig:
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range, or a required extra is not installed."""
-        require_range("logging.console_interval_s", self.console_interval_s, 0, float("inf"))
-        require_range("logging.gradients_interval", self.gradients_interval, 0, float("inf"))
-        require_range("logging.breakdown_interval", self.breakdown_interval, 0, float("inf"))
+        intervals = ("console_interval_s", "gradients_interval", "breakdown_interval")
+        check_numbers("logging.", self, ("straggler_window",), intervals)
         if self.straggler_factor and not 1 < self.straggler_factor < float("inf"):
             raise ConfigError(
                 f"logging.straggler_factor={self.straggler_factor:g}",
                 "a number above 1, or 0 to name no slow rank",
                 "logging.straggler_factor=1.2",
             )
-        require_positive("logging.straggler_window", self.straggler_window)
         if self.wandb and not is_installed("wandb"):
             raise ConfigError(
                 "logging.wandb=true, and the package wandb is not installed",
@@ -111,6 +108,15 @@ class Precision(Enum):
     def is_half(self) -> bool:
         """True if matrix products are computed in 16 bits."""
         return self in (Precision.bf16, Precision.fp16)
+
+
+class Float8(Enum):
+    """Matrix products of the blocks in 8 bits (arXiv 2209.05433). ``tensorwise`` scales each factor by its largest
+    magnitude; ``rowwise`` scales each row of a factor, which is slower and more exact."""
+
+    none = "none"
+    tensorwise = "tensorwise"
+    rowwise = "rowwise"
 
 
 class Device(Enum):
@@ -224,7 +230,7 @@ class TrainConfig(RunConfig):
         parts = (self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.divergence, self.logging)
         for part in parts:
             part.validate()
-        require_range("seed", self.seed, 0, 2**63 - 1)
+        check_numbers("", self, ("profile_from",), ("gc_interval",), seed=(0, 2**63 - 1))
         check_tf32(self)
         check_float8(self)
         if self.checkpoint.in_memory and self.parallel.strategy is Strategy.deepspeed:
@@ -241,8 +247,6 @@ class TrainConfig(RunConfig):
                 "evaluations during training, after which it may be over",
                 f"{asked} eval.interval={max(1, self.optim.max_steps // 10)}",
             )
-        require_range("gc_interval", self.gc_interval, 0, float("inf"))
-        require_positive("profile_from", self.profile_from)
         last = self.optim.max_steps if self.optim.max_tokens is None else self.profile_to
         if self.profile and self.logging.breakdown_interval:
             raise ConfigError(
@@ -256,6 +260,67 @@ class TrainConfig(RunConfig):
                 "profile_from <= profile_to <= optim.max_steps",
                 f"profile_from={min(self.profile_from, last)} profile_to={min(self.profile_from + 2, last)}",
             )
+
+
+FLOAT8_MULTIPLE = 16
+"""Divisor of both sides of a matrix in 8 bits: matrix units read 16 bytes at a time (torch's ``_scaled_mm``)."""
+
+
+def check_float8(config: TrainConfig) -> None:
+    """Raise ConfigError for the first setting that does not work with ``float8``, on any device."""
+    if config.float8 is Float8.none:
+        if config.float8_emulate:
+            raise ConfigError(
+                "float8_emulate=true with float8=none", "a float8 to emulate", "float8=rowwise, or float8_emulate=false"
+            )
+        return
+    found = f"float8={config.float8.name}"
+    own = next((key for key in ("attention", "ffn") if key in config.model.custom_parts), None)
+    if own is not None:
+        raise ConfigError(
+            f"{found} with model.{own}={config.model.custom_parts[own]}",
+            "attention and feed-forward layers of ours, whose matrices are known to fit 8 bits",
+            "float8=none, or a part of ours",
+        )
+    if not is_importable("torchao"):
+        raise ConfigError(
+            f"{found}, and the package torchao is not installed",
+            "the extra float8",
+            f"{install_command('float8')}, or float8=none",
+        )
+    if config.precision.name == "fp16":
+        raise ConfigError(
+            f"{found} with precision=fp16", "bf16 or fp32 around the products in 8 bits", "precision=bf16"
+        )
+    parallel = config.parallel
+    if parallel.tp > 1:
+        raise ConfigError(
+            f"{found} with parallel.tp={parallel.tp}",
+            "matrices that are whole where they are multiplied",
+            "parallel.tp=1 parallel=fsdp, or float8=none",
+        )
+    if parallel.strategy is Strategy.deepspeed:
+        raise ConfigError(f"{found} with DeepSpeed", "an engine of torch", "parallel=fsdp, or float8=none")
+    model = config.model
+    widths = {
+        "model.n_embd": model.n_embd,
+        "width of all heads": model.n_head * model.head_dim,
+        "width of the key-value heads": model.kv_heads * model.head_dim,
+        "feed-forward width": model.ffn_width,
+    }
+    odd = {name: size for name, size in widths.items() if size % FLOAT8_MULTIPLE}
+    if odd:
+        key, size = next(iter(odd.items()))
+        raise ConfigError(
+            f"{found} with {key} of {size}",
+            f"multiples of {FLOAT8_MULTIPLE} on both sides of every matrix",
+            f"a model whose {key} is {-(-size // FLOAT8_MULTIPLE) * FLOAT8_MULTIPLE}, or float8=none",
+        )
+
+
+def float8_words(config: TrainConfig) -> str:
+    """Return the name of a run's 8-bit products, for plans and summaries. ``float8`` must be switched on."""
+    return f"float8 {config.float8.name}{' (emulated)' if config.float8_emulate else ''}"
 
 
 def check_tf32(config: TrainConfig) -> None:

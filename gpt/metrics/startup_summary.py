@@ -17,7 +17,7 @@ from rich.text import Text
 from gpt.accounting import Flops, training_flops_per_token
 from gpt.config import Ffn, Float8, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
 from gpt.config.optim import ADAMW
-from gpt.config.rules import float8_words
+from gpt.config.train import float8_words
 from gpt.parallel.distributed import World
 from launch.errors import counted
 from launch.runs.environment import cpu_name, describe_place, driver_version, library_versions

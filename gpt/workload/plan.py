@@ -13,7 +13,7 @@ from gpt.accounting import GIB, count, training_flops_per_token
 from gpt.accounting.hardware import KNOWN, expand, find, memory_bytes
 from gpt.config import Device, Float8, ParallelConfig, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
 from gpt.config.optim import describe_extended_schedule
-from gpt.config.rules import float8_words
+from gpt.config.train import float8_words
 from gpt.data.corpus import Corpus
 from gpt.planning.auto import (
     ParallelChoice,
