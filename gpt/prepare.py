@@ -9,6 +9,7 @@ Writes the folder that training with the same data.* keys reads. The same comman
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,14 @@ from tqdm import tqdm
 
 from gpt.config import DataConfig, Source, TrainConfig
 from gpt.config.train import compose_train
-from gpt.data import preparation
 from gpt.data.corpus import unwritable_folder_error
+from gpt.data.preparation import prepare_folder
 from gpt.data.prepared import MANIFEST, TokenSource, open_folder, read_manifest
 from gpt.data.spec import PreprocessingSpec, build_spec, download_shakespeare, usable_cores
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs import compose
+
+READ_BYTES = 1 << 22
 
 
 def prepare_corpus(config: DataConfig, cache: Path, output: Path | None, workers: int) -> TokenSource:
@@ -44,7 +47,7 @@ def prepare_corpus(config: DataConfig, cache: Path, output: Path | None, workers
         assert spec is not None, "it was just downloaded"
     folder = output or cache / spec.key
     _refuse_damage(spec, folder)
-    return preparation.prepare_folder(spec, folder, workers, progress=True, replace=output is None)
+    return prepare_folder(spec, folder, workers, progress=True, replace=output is None)
 
 
 def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
@@ -53,12 +56,16 @@ def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
     if manifest is None or manifest["spec"] != spec.identity or open_folder(folder) is None:
         return
     files = [file for split in manifest["splits"].values() for file in split["files"]]
+    bad = []
     with tqdm(desc="verify", total=sum(file["size"] for file in files), unit="B", unit_scale=True) as bar:
-
-        def advance(size: int) -> None:
-            bar.update(size)
-
-        bad = preparation.verify_folder(folder, advance)
+        for file in files:
+            digest = hashlib.sha256()
+            with (folder / file["name"]).open("rb") as stream:
+                while chunk := stream.read(READ_BYTES):
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+            if digest.hexdigest() != file["sha256"]:
+                bad.append(file["name"])
     if bad:
         raise ConfigError(
             f"{', '.join(bad)} in {folder} is not what was written there (its checksum differs)",
@@ -67,16 +74,15 @@ def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
         )
 
 
-def report(source: TokenSource, config: DataConfig, output: Path | None) -> str:
+def report_prepared(source: TokenSource, config: DataConfig, output: Path | None) -> str:
     """Describe the prepared corpus, with the command that trains with it."""
     assert source.folder is not None and source.vocab_size is not None
     name = "synthetic" if source.tokenizer is None else source.tokenizer["kind"]
-    lines = [
-        f"{source.folder}",
-        f"train: {_counts(source.train.tokens, source.train.num_bytes, source.train.documents)}",
-        f"val: {_counts(source.val.tokens, source.val.num_bytes, source.val.documents)}",
-        f"tokenizer: {name}, {source.vocab_size:,} ids; sha256 of the tokens {source.sha256[:12]}",
-    ]
+    lines = [str(source.folder)]
+    for split, there in (("train", source.train), ("val", source.val)):
+        counts = {"tokens": there.tokens, "bytes": there.num_bytes, "documents": there.documents}
+        lines.append(f"{split}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if n is not None))
+    lines.append(f"tokenizer: {name}, {source.vocab_size:,} ids; sha256 of the tokens {source.sha256[:12]}")
     if source.entropy is not None:
         lines.append(f"entropy: {source.entropy:.4f} nats per token, which no loss goes below")
     keys = f"data=tokens data.path={source.folder}" if output else "the same data.* keys"
@@ -84,29 +90,17 @@ def report(source: TokenSource, config: DataConfig, output: Path | None) -> str:
     return "\n".join(lines)
 
 
-def _counts(tokens: int, num_bytes: int | None, documents: int | None) -> str:
-    parts = [f"{tokens:,} tokens"]
-    parts += [f"{num_bytes:,} bytes"] if num_bytes is not None else []
-    parts += [f"{documents:,} documents"] if documents is not None else []
-    return ", ".join(parts)
-
-
-def parser() -> CommandParser:
-    """Build the parser of the command line."""
-    made = CommandParser(
-        prog="python -m gpt.prepare",
-        description="Turn a corpus into tokens, once, before training. Goes on where it was killed.",
-    )
-    made.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="data=NAME and data.* keys, as for training")
-    made.add_argument("--output", type=Path, metavar="FOLDER", help="write here, for data=tokens data.path=FOLDER")
-    made.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores there are")
-    return made
-
-
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, or 2 if the command was refused."""
-    args = parser().parse_args(argv)
+    parser = CommandParser(
+        prog="python -m gpt.prepare",
+        description="Turn a corpus into tokens, once, before training. Goes on where it was killed.",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="data=NAME and data.* keys, as for training")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write here, for data=tokens data.path=FOLDER")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores there are")
+    args = parser.parse_args(argv)
     output = args.output.expanduser().absolute() if args.output else None
     config = compose.to_schema(compose_train(args.overrides), TrainConfig)
     config.data.validate()
@@ -117,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         source = prepare_corpus(config.data, cache, output, args.workers or usable_cores())
     except (OSError, NotImplementedError) as error:
         raise unwritable_folder_error(output or cache, error) from error
-    print(report(source, config.data, output))
+    print(report_prepared(source, config.data, output))
     return 0
 
 

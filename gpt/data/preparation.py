@@ -7,7 +7,7 @@ import json
 import pickle
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from gpt.config import TokenFileFormat
+from gpt.config.train import is_installed
 from gpt.data.prepared import FORMAT, MANIFEST, SPLITS, TOKEN_BYTES, TOKENIZER, TokenSource, open_folder, read_manifest
 from gpt.data.shards import TRAIN, VAL, Shard, chain_of, list_shards
 from gpt.data.spec import PreprocessingSpec
@@ -91,23 +92,19 @@ def merge_shards(spec: PreprocessingSpec, shards: list[Shard], parts: Path, toke
     """
     plan = _plan(spec, shards, parts)
     _refuse_empty(spec, plan)
-    whole, dtype = parts / "whole", token_dtype_for(spec, tokenizer)
+    whole, dtype, layout = parts / "whole", token_dtype_for(spec, tokenizer), spec.config.layout
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
-    written = [
-        write_split(
-            spec.config.layout,
-            whole,
-            SPLITS[split],
-            dtype,
-            plan.tokens[split],
-            _chunks(parts, plan, split, dtype),
-            _lengths(parts, plan, split),
-        )
-        for split in (TRAIN, VAL)
-    ]
-    if spec.config.layout is TokenFileFormat.nanogpt:
-        _write_meta(whole, vocab_size_for(spec, tokenizer), tokenizer)
+    written = []
+    for split, name in enumerate(SPLITS):
+        chunks, lengths = _chunks(parts, plan, split, dtype), _lengths(parts, plan, split)
+        written.append(write_split(layout, whole / name, dtype, plan.tokens[split], chunks, lengths))
+    if layout is TokenFileFormat.nanogpt:
+        # nanoGPT's train.py reads the vocabulary size, its sample.py the characters.
+        meta: dict[str, object] = {"vocab_size": vocab_size_for(spec, tokenizer)}
+        if isinstance(tokenizer, CharTokenizer):
+            meta |= {"stoi": dict(tokenizer.ids), "itos": dict(enumerate(tokenizer.characters))}
+        (whole / "meta.pkl").write_bytes(pickle.dumps(meta, protocol=4))  # readable by any Python since 3.4
     if tokenizer is not None:
         save_tokenizer(tokenizer, whole / TOKENIZER)
         sizes = tokenizer.token_bytes()
@@ -117,30 +114,18 @@ def merge_shards(spec: PreprocessingSpec, shards: list[Shard], parts: Path, toke
     write_json(whole / MANIFEST, _manifest(spec, plan, written, dtype, tokenizer))
 
 
-def _write_meta(folder: Path, vocab_size: int, tokenizer: Tokenizer | None) -> None:
-    """Write nanoGPT's ``meta.pkl``: its train.py reads the vocabulary size, its sample.py the characters."""
-    meta: dict[str, object] = {"vocab_size": vocab_size}
-    if isinstance(tokenizer, CharTokenizer):
-        meta |= {"stoi": dict(tokenizer.ids), "itos": dict(enumerate(tokenizer.characters))}
-    (folder / "meta.pkl").write_bytes(pickle.dumps(meta, protocol=4))  # readable by any Python since 3.4
-
-
 def _refuse_empty(spec: PreprocessingSpec, plan: _MergePlan) -> None:
     for split in (TRAIN, VAL):
-        if not plan.tokens[split] and spec.val_files:
-            path = (spec.config.path, spec.config.val_path)[split]
-            raise ConfigError(
-                f"no text in {plan.documents[split]} documents of data.{('path', 'val_path')[split]}={path}",
-                "text in both splits",
-                f"another data.{('path', 'val_path')[split]}",
-            )
-        if not plan.tokens[split]:
-            raise ConfigError(
-                f"no text for {('training', 'validation')[split]}: {sum(plan.documents)} documents, "
-                f"data.val_fraction={spec.config.val_fraction}",
-                "text in both splits",
-                "more text, or data.val_fraction=0.5",
-            )
+        if plan.tokens[split]:
+            continue
+        found = f"no text for {('training', 'validation')[split]}: {sum(plan.documents)} documents, "
+        found += f"data.val_fraction={spec.config.val_fraction}"
+        fix = "more text, or data.val_fraction=0.5"
+        if spec.val_files:
+            key = ("path", "val_path")[split]
+            found = f"no text in {plan.documents[split]} documents of data.{key}={getattr(spec.config, key)}"
+            fix = f"another data.{key}"
+        raise ConfigError(found, "text in both splits", fix)
 
 
 def _chunks(parts: Path, plan: _MergePlan, split: int, dtype: str) -> Iterator[bytes]:
@@ -184,6 +169,7 @@ def _manifest(
             "files": [asdict(file) for file in files],
         }
     content = [[file.sha256 for file in files] for files in written]
+    versions = {name: metadata.version(name) for name in LIBRARIES if is_installed(name)}
     return {
         "format": FORMAT,
         "name": spec.config.title,
@@ -195,18 +181,8 @@ def _manifest(
         "entropy": chain_of(spec.config.synthetic).entropy() if spec.kind == "synthetic" else None,
         "splits": splits,
         "sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **versions},
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 # Preparation: several processes tokenize shards of text, which are then merged into a folder with a manifest.
@@ -219,9 +195,6 @@ def _versions() -> dict[str, str]:
 #     .NAME.parts/tokenizer/    made first, trained on the text if needed
 #     .NAME.parts/000012.json   a finished shard: checksums of 000012.train, 000012.val and 000012.rows
 #     .NAME.parts/whole/        the unfinished folder, renamed to NAME at the end
-
-
-READ_BYTES = 1 << 22
 
 
 def prepare_folder(
@@ -249,7 +222,11 @@ def prepare_folder(
             shutil.rmtree(parts, ignore_errors=True)  # a former process was killed before this deletion
             return found
         _open_parts(spec, parts)
-        tokenizer = None if spec.kind == "synthetic" else _keep_tokenizer(spec, parts)
+        tokenizer = None
+        if spec.kind != "synthetic":
+            if not (parts / TOKENIZER / ABOUT).is_file():
+                save_tokenizer(make_tokenizer(spec), parts / TOKENIZER)
+            tokenizer = load_tokenizer(parts / TOKENIZER)  # from its file, as the processes and a later command do
         shards = list_shards(spec)
         _refuse_other_shards(parts, len(shards))
         used = tokenize_shards(spec, shards, parts, tokenizer, workers, progress)
@@ -300,14 +277,6 @@ def _refuse_other_shards(parts: Path, count: int) -> None:
         )
 
 
-def _keep_tokenizer(spec: PreprocessingSpec, parts: Path) -> Tokenizer:
-    """Make the tokenizer once, and load it from its file, as the processes and a later command do."""
-    folder = parts / TOKENIZER
-    if not (folder / ABOUT).is_file():
-        save_tokenizer(make_tokenizer(spec), folder)
-    return load_tokenizer(folder)
-
-
 def _move_into_place(parts: Path, folder: Path) -> None:
     """Give the finished folder its name. An earlier folder, damaged or of an older version, is deleted."""
     old = parts / "old"
@@ -315,25 +284,3 @@ def _move_into_place(parts: Path, folder: Path) -> None:
         folder.rename(old)
     (parts / "whole").rename(folder)
     shutil.rmtree(parts)
-
-
-def verify_folder(folder: Path, advance: Callable[[int], None] = lambda size: None) -> list[str]:
-    """Return the files of a prepared folder whose checksum differs from the manifest. ``advance`` receives the bytes
-    read."""
-    manifest = read_manifest(folder)
-    assert manifest is not None, f"{folder} was opened before"
-    bad = []
-    for split in manifest["splits"].values():
-        for file in split["files"]:
-            if _checksum(folder / file["name"], advance) != file["sha256"]:
-                bad.append(file["name"])
-    return bad
-
-
-def _checksum(path: Path, advance: Callable[[int], None]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-            advance(len(chunk))
-    return digest.hexdigest()

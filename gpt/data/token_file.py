@@ -117,16 +117,14 @@ def read_token_file(path: Path, dtype: str | None = None) -> Segment:
         for kind, (known, its_version) in LLMC_KINDS.items():
             if magic == known:
                 return _read_llmc(path, size, kind, version == its_version, tokens)
-    return _read_headerless(path, size, dtype or HEADERLESS_DTYPE)
+    dtype = dtype or HEADERLESS_DTYPE
+    expected = f"a file of {dtype} without a header (or with that of llm.c, or an .idx beside it)"
+    return _whole_file(path, size, dtype, expected, "data.token_dtype=uint8 (or uint16, uint32), or another file")
 
 
-def _read_headerless(path: Path, size: int, dtype: str) -> Segment:
+def _whole_file(path: Path, size: int, dtype: str, expected: str, fix: str) -> Segment:
     if size % ITEM_BYTES[dtype] or not size:
-        raise ConfigError(
-            f"{path} has {size} bytes, which are not whole {dtype} tokens",
-            f"a file of {dtype} without a header (or with that of llm.c, or an .idx beside it)",
-            "data.token_dtype=uint8 (or uint16, uint32), or another file",
-        )
+        raise ConfigError(f"{path} has {size} bytes, which are not whole {dtype} tokens", expected, fix)
     return Segment(path, dtype, 0, size // ITEM_BYTES[dtype], size)
 
 
@@ -160,13 +158,7 @@ def _read_megatron(path: Path, index: Path, size: int) -> Segment:
             f"version 1, a dtype code among {sorted(MEGATRON_CODES.values())}, {expected} bytes",
             "the two files copied again, or preprocessed again",
         )
-    if size % ITEM_BYTES[dtype] or not size:
-        raise ConfigError(
-            f"{path} has {size} bytes, which are not whole {dtype} tokens",
-            "the file that its index describes",
-            "the two files copied again",
-        )
-    return Segment(path, dtype, 0, size // ITEM_BYTES[dtype], size)
+    return _whole_file(path, size, dtype, "the file that its index describes", "the two files copied again")
 
 
 def split_end(segments: tuple[Segment, ...], tokens: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
@@ -219,47 +211,44 @@ def token_dtype(layout: TokenFileFormat, vocab_size: int) -> str:
 
 
 def write_split(
-    layout: TokenFileFormat,
-    folder: Path,
-    split: str,
-    dtype: str,
-    tokens: int,
-    chunks: Iterable[bytes],
-    lengths: Iterable[Lengths],
+    layout: TokenFileFormat, stem: Path, dtype: str, tokens: int, chunks: Iterable[bytes], lengths: Iterable[Lengths]
 ) -> list[WrittenFile]:
-    """Write the files of ``split`` into ``folder``.
+    """Write the files of one split.
 
     Args:
         layout: the format of the files.
-        split: ``train`` or ``val``, the beginning of the file names.
+        stem: folder and beginning of the file names, such as ``FOLDER/train``.
         dtype: numpy name of a token's integer.
         tokens: number of tokens in ``chunks``; llm.c writes it into a header.
         chunks: the tokens, as little-endian ``dtype``.
         lengths: tokens of each document, in order; used by Megatron's index only.
     """
     if layout is TokenFileFormat.llmc:
-        return list(_write_llmc(folder, split, dtype, tokens, chunks))
-    written = [_write_file(folder / f"{split}.bin", chunks, dtype)]
+        return list(_write_llmc(stem, dtype, tokens, chunks))
+    written = [_write_file(stem.with_suffix(".bin"), chunks, dtype)]
     if layout is TokenFileFormat.megatron:
-        written.append(_write_file(folder / f"{split}.idx", _megatron_index(dtype, lengths), None))
-    assert written[0].tokens == tokens, f"{split}: {written[0].tokens} tokens, expected {tokens}"
+        written.append(_write_file(stem.with_suffix(".idx"), _megatron_index(dtype, lengths), None))
+    assert written[0].tokens == tokens, f"{stem}: {written[0].tokens} tokens, expected {tokens}"
     return written
 
 
-class _HashedFile:
+class HashedFile:
     """File whose sha256 is computed while it is written."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
         self._file: BinaryIO = path.open("wb")
         self._digest = hashlib.sha256()
-        self.size = 0
 
     def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``."""
         self._file.write(data)
         self._digest.update(data)
         self.size += len(data)
 
     def close(self) -> str:
+        """Sync the file to disk. Return its sha256."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -267,41 +256,25 @@ class _HashedFile:
 
 
 def _write_file(path: Path, chunks: Iterable[bytes], dtype: str | None) -> WrittenFile:
-    file = _HashedFile(path)
+    file = HashedFile(path)
     for chunk in chunks:
         file.write(chunk)
     return WrittenFile(path.name, file.size // ITEM_BYTES[dtype] if dtype else 0, file.size, file.close())
 
 
-def _write_llmc(folder: Path, split: str, dtype: str, tokens: int, chunks: Iterable[bytes]) -> Iterator[WrittenFile]:
-    magic, version = LLMC_KINDS[dtype]
-    portions, left, number = _Portions(chunks), tokens, 0
-    while left or not number:
-        count = min(left, LLMC_SHARD_TOKENS)
-        path = folder / f"{split}_{number:06d}.bin"
-        file = _HashedFile(path)
-        file.write(struct.pack("<iii", magic, version, count).ljust(LLMC_HEADER_BYTES, b"\0"))
-        for piece in portions.take(count * ITEM_BYTES[dtype]):
+def _write_llmc(stem: Path, dtype: str, tokens: int, chunks: Iterable[bytes]) -> Iterator[WrittenFile]:
+    more, rest = iter(chunks), memoryview(b"")
+    for number, first in enumerate(range(0, max(1, tokens), LLMC_SHARD_TOKENS)):
+        count = min(tokens - first, LLMC_SHARD_TOKENS)
+        file = HashedFile(stem.with_name(f"{stem.name}_{number:06d}.bin"))
+        file.write(struct.pack("<iii", *LLMC_KINDS[dtype], count).ljust(LLMC_HEADER_BYTES, b"\0"))
+        left = count * ITEM_BYTES[dtype]
+        while left:
+            rest = rest or memoryview(next(more))
+            piece, rest = rest[:left], rest[left:]
+            left -= len(piece)
             file.write(piece)
-        yield WrittenFile(path.name, count, file.size, file.close())
-        left, number = left - count, number + 1
-
-
-class _Portions:
-    """Bytes of ``chunks``, read in portions of any size without joining them in memory."""
-
-    def __init__(self, chunks: Iterable[bytes]) -> None:
-        self._chunks = iter(chunks)
-        self._rest = memoryview(b"")
-
-    def take(self, size: int) -> Iterator[memoryview]:
-        """Yield exactly ``size`` bytes, in pieces."""
-        while size:
-            if not self._rest:
-                self._rest = memoryview(next(self._chunks))
-            piece, self._rest = self._rest[:size], self._rest[size:]
-            size -= len(piece)
-            yield piece
+        yield WrittenFile(file.path.name, count, file.size, file.close())
 
 
 def _megatron_index(dtype: str, lengths: Iterable[Lengths]) -> Iterator[bytes]:
@@ -311,18 +284,13 @@ def _megatron_index(dtype: str, lengths: Iterable[Lengths]) -> Iterator[bytes]:
     sizes = np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
     counts = np.maximum(1, -(-sizes // MEGATRON_SEQUENCE_LIMIT))
     if (counts > 1).any():
-        sizes = np.concatenate([_split_length(size, count) for size, count in zip(sizes, counts, strict=True)])
+        # All parts of a document have the largest length except the last.
+        last = np.cumsum(counts) - 1
+        rests = sizes - MEGATRON_SEQUENCE_LIMIT * (counts - 1)
+        sizes = np.full(last[-1] + 1, MEGATRON_SEQUENCE_LIMIT, dtype=np.int64)
+        sizes[last] = rests
     yield MEGATRON_HEADER.pack(MEGATRON_MAGIC, 1, MEGATRON_CODES[dtype], len(sizes), len(counts) + 1)
     yield sizes.astype("<i4").tobytes()
     starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)[:-1]]) if len(sizes) else sizes
     yield (starts * ITEM_BYTES[dtype]).astype("<i8").tobytes()
     yield np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)]).astype("<i8").tobytes()
-
-
-def _split_length(size: int, count: int) -> Lengths:
-    """Split a length into ``count`` parts within the limit."""
-    import numpy as np
-
-    parts = np.full(count, MEGATRON_SEQUENCE_LIMIT, dtype=np.int64)
-    parts[-1] = size - MEGATRON_SEQUENCE_LIMIT * (count - 1)
-    return parts

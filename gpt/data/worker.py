@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from multiprocessing import get_context
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from gpt.config import TokenizerKind
 from gpt.data.prepared import SPLITS, TOKENIZER
 from gpt.data.shards import TRAIN, VAL, WALK_TOKENS, Shard, decode, list_shards, read_shard, walk
 from gpt.data.spec import PreprocessingSpec
-from gpt.data.token_file import token_dtype
+from gpt.data.token_file import HashedFile, token_dtype
 from gpt.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
@@ -40,9 +39,6 @@ from launch.runs.files import write_json
 # A process keeps one piece of text and its tokens in memory, and ends together with its parent.
 
 
-PROGRESS_S = 0.5
-
-ROW = struct.Struct("<4q")
 ROW_DTYPE = np.dtype([("split", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("ends", "<i8")])
 """Record of a tokenized piece: its split, number of tokens, bytes of text, and 1 if a document ends with it."""
 Rows = npt.NDArray[np.void]
@@ -55,22 +51,28 @@ class _ShardTokenizer:
     spec: PreprocessingSpec
     parts: Path
     tokenizer: Tokenizer | None
-    dtype: str
-    advance: Callable[[int], None]
+    advance: Callable[[int], object]
+    """Function that is called with the bytes of text of each piece."""
 
-    def tokenize(self, shard: Shard) -> None:
-        """Tokenize one shard, and write its tokens, its rows and their checksums."""
-        stem = self.parts / f"{shard.number:06d}"
-        files = {name: _ShardFile(stem.with_suffix(f".{name}")) for name in (*SPLITS, "rows")}
+    def tokenize(self, shard: Shard) -> int:
+        """Tokenize one shard, and write its tokens, its rows and their checksums. Return its bytes of text."""
+        # The names are unique to this process, so a process left from a killed command never writes into the same
+        # files. A file gets its final name when it is complete.
+        stem, dtype = self.parts / f"{shard.number:06d}", np.dtype(token_dtype_for(self.spec, self.tokenizer))
+        names = (*SPLITS, "rows")
+        files = {name: HashedFile(stem.with_suffix(f".{name}.{os.getpid()}.tmp")) for name in names}
         num_bytes = 0
         for split, ids, size, ends in self._tokens(shard):
-            files[SPLITS[split]].write(ids.astype(np.dtype(self.dtype).newbyteorder("<")).tobytes())
-            files["rows"].write(ROW.pack(split, len(ids), size, ends))
+            files[SPLITS[split]].write(ids.astype(dtype.newbyteorder("<")).tobytes())
+            files["rows"].write(np.array((split, len(ids), size, ends), ROW_DTYPE).tobytes())
             num_bytes += size
             self.advance(size)
         sums = {name: file.close() for name, file in files.items()}
+        for name, file in files.items():
+            file.path.replace(stem.with_suffix(f".{name}"))
         # Written last, so a shard with this file is complete.
         write_json(stem.with_suffix(".json"), {"sha256": sums, "bytes": num_bytes})
+        return num_bytes
 
     def _tokens(self, shard: Shard) -> Iterator[tuple[int, npt.NDArray[Any], int, bool]]:
         """Yield for each piece: split, ids, bytes of text, and True if a document ends with it."""
@@ -100,54 +102,26 @@ class _ShardTokenizer:
                 yield split, part, len(part), False
 
 
-class _ShardFile:
-    """File of a tokenized shard, hashed while written. It gets its final name only when it is complete."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        # The name is unique to this process, so a process left from a killed command never writes into the same file.
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        self._file = self._temporary.open("wb")
-        self._digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-
-    def close(self) -> str:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.replace(self._path)
-        return self._digest.hexdigest()
-
-
 _work: _ShardTokenizer | None = None
 
 
-def _start_worker(spec: PreprocessingSpec, parts: Path, dtype: str, parent: int, counter: Synchronized[int]) -> None:
+def _start_worker(spec: PreprocessingSpec, parts: Path, parent: int) -> None:
     """Initialize a process of the pool. It ends with its parent, and has its own tokenizer."""
     global _work
     die_with_parent(parent)
-
-    def advance(size: int) -> None:
-        with counter.get_lock():
-            counter.value += size
-
     tokenizer = None if spec.kind == "synthetic" else load_tokenizer(parts / TOKENIZER)
-    _work = _ShardTokenizer(spec, parts, tokenizer, dtype, advance)
+    _work = _ShardTokenizer(spec, parts, tokenizer, lambda size: None)
 
 
-def _tokenize_in_worker(shard: Shard) -> None:
+def _tokenize_in_worker(shard: Shard) -> int:
     assert _work is not None
-    _work.tokenize(shard)
+    return _work.tokenize(shard)
 
 
 def tokenize_shards(
     spec: PreprocessingSpec, shards: list[Shard], parts: Path, tokenizer: Tokenizer | None, workers: int, progress: bool
 ) -> int:
     """Tokenize the unfinished shards. Return the number of used shards; ``data.max_bytes`` may leave some unused."""
-    dtype = token_dtype_for(spec, tokenizer)
     with tqdm(
         desc=spec.config.title,
         total=spec.num_bytes if spec.kind in ("text", "jsonl") else None,
@@ -159,53 +133,28 @@ def tokenize_shards(
         done = {number: size for number, size in sizes.items() if size is not None}
         bar.update(sum(done.values()))
         left = [shard for shard in shards if shard.number not in done]
+        needed = takewhile(lambda shard: not _has_enough_text(spec, done, shard), left)
         if workers > 1 and len(left) > 2:  # starting a process takes longer than tokenizing a shard or two
-            _tokenize_in_pool(spec, left, done, parts, dtype, workers, bar)
+            started = dict[Future[int], int]()
+            context = get_context("spawn")  # forked processes would share the locks of the libraries' threads
+            with ProcessPoolExecutor(
+                min(workers, len(left)), context, _start_worker, (spec, parts, os.getpid())
+            ) as pool:
+                # The queue is short, because with data.max_bytes the shards after the limit are not needed.
+                while True:
+                    for shard in islice(needed, 2 * workers - len(started)):
+                        started[pool.submit(_tokenize_in_worker, shard)] = shard.number
+                    if not started:
+                        break
+                    for future in wait(started, return_when=FIRST_COMPLETED).done:
+                        number = started.pop(future)
+                        done[number] = future.result()  # raises the error of the process here
+                        bar.update(done[number])
         else:
-
-            def advance(size: int) -> None:
-                bar.update(size)
-
-            work = _ShardTokenizer(spec, parts, tokenizer, dtype, advance)
-            for shard in left:
-                if _has_enough_text(spec, done, shard):
-                    break
-                work.tokenize(shard)
-                done[shard.number] = _size(parts, shard.number)
+            work = _ShardTokenizer(spec, parts, tokenizer, bar.update)
+            for shard in needed:
+                done[shard.number] = work.tokenize(shard)
     return next((n for n in range(len(shards)) if n not in done), len(shards))
-
-
-def _tokenize_in_pool(
-    spec: PreprocessingSpec,
-    left: list[Shard],
-    done: dict[int, int],
-    parts: Path,
-    dtype: str,
-    workers: int,
-    bar: tqdm[Any],
-) -> None:
-    """Tokenize shards in several processes, started in order. Adds the bytes of each shard to ``done``."""
-    context = get_context("spawn")  # forked processes would share the locks of the libraries' threads
-    counter: Synchronized[int] = context.Value("q", 0)
-    shown, waiting, started = 0, iter(left), dict[Future[None], Shard]()
-    with ProcessPoolExecutor(
-        min(workers, len(left)), context, _start_worker, (spec, parts, dtype, os.getpid(), counter)
-    ) as pool:
-        more = True
-        while more or started:
-            # The queue is short, because with data.max_bytes the shards after the limit are not needed.
-            while more and len(started) < 2 * workers:
-                shard = next(waiting, None)
-                more = shard is not None and not _has_enough_text(spec, done, shard)
-                if more and shard is not None:
-                    started[pool.submit(_tokenize_in_worker, shard)] = shard
-            finished, _ = wait(started, timeout=PROGRESS_S, return_when=FIRST_COMPLETED)
-            for future in finished:
-                future.result()  # raises the error of the process here
-                number = started.pop(future).number
-                done[number] = _size(parts, number)
-            bar.update(counter.value - shown)
-            shown = counter.value
 
 
 def _has_enough_text(spec: PreprocessingSpec, done: dict[int, int], shard: Shard) -> bool:
@@ -231,10 +180,6 @@ def _read_finished_size(parts: Path, number: int) -> int | None:
         return int(saved["bytes"])
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _size(parts: Path, number: int) -> int:
-    return int(json.loads((parts / f"{number:06d}.json").read_bytes())["bytes"])
 
 
 def vocab_size_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> int:

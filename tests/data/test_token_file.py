@@ -118,7 +118,7 @@ def test_what_is_written_is_what_the_formats_say(tmp_path: Path) -> None:
     chunks = [IDS[:13].astype("<u2").tobytes(), IDS[13:].astype("<u2").tobytes()]
     for layout in TokenFileFormat:
         (tmp_path / layout.name).mkdir()
-        write_split(layout, tmp_path / layout.name, "train", "uint16", 3000, chunks, lengths)
+        write_split(layout, tmp_path / layout.name / "train", "uint16", 3000, chunks, lengths)
     (nanogpt_file,) = (tmp_path / "nanogpt").iterdir()
     assert np.fromfile(nanogpt_file, dtype=np.uint16).tolist() == IDS.tolist()
     llmc(tmp_path / "expected", IDS)
@@ -136,12 +136,12 @@ def test_long_splits_are_cut_where_a_format_has_a_limit(tmp_path: Path, monkeypa
     monkeypatch.setattr(layouts, "LLMC_SHARD_TOKENS", 1200)
     monkeypatch.setattr(layouts, "MEGATRON_SEQUENCE_LIMIT", 900)
     chunks = [IDS[i : i + 77].astype("<u2").tobytes() for i in range(0, 3000, 77)]
-    write_split(TokenFileFormat.llmc, tmp_path, "train", "uint16", 3000, chunks, [])
+    write_split(TokenFileFormat.llmc, tmp_path / "train", "uint16", 3000, chunks, [])
     shards = [open_token_files(str(tmp_path / f"train_{i:06d}.bin"))[0] for i in range(3)]
     assert [shard.tokens for shard in shards] == [1200, 1200, 600]
     read = [np.fromfile(s.path, dtype="<u2", offset=1024) for s in shards]
     assert np.concatenate(read).tolist() == IDS.tolist()
-    write_split(TokenFileFormat.megatron, tmp_path, "val", "uint16", 3000, chunks, [np.array([2000, 1000])])
+    write_split(TokenFileFormat.megatron, tmp_path / "val", "uint16", 3000, chunks, [np.array([2000, 1000])])
     index = (tmp_path / "val.idx").read_bytes()
     assert struct.unpack_from("<QQ", index, 18) == (5, 3)
     assert struct.unpack_from("<5i", index, 34) == (900, 900, 200, 900, 100)
