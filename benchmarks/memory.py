@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks.page import chosen, stamp
 from gpt.config import TrainConfig
 from gpt.config.train import compose_train
-from gpt.planning.memory import Memory, per_rank
+from gpt.planning.memory import RankMemory, per_rank
 from gpt.topology import split_batch
 from gpt.topology.rules import check_parallel_dims
 from launch.runs.compose import to_schema
@@ -55,7 +55,7 @@ def hold(rank: int, size: int, folder: Path, strategies: list[str]) -> dict[str,
     return found
 
 
-def planned(strategy: str, size: int) -> Memory:
+def planned(strategy: str, size: int) -> RankMemory:
     """Planned memory of a rank under a strategy."""
     config = to_schema(compose_train([*TINY, *words_of(strategy)]), TrainConfig)
     dims = check_parallel_dims(config, size)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gpt.metrics.comparison import Comparison, RunMetrics, compare, read_metrics
+from gpt.metrics.comparison import Comparison, RunMetrics, compare, draw, read_metrics
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.find import find_runs, labels_inside, labels_of
 from launch.runs.folder import RunFolder
@@ -54,18 +54,6 @@ COLUMNS = (
 )
 
 
-def runs_to_compare(paths: Sequence[Path]) -> list[Path]:
-    """Find the run folders at or below ``paths``, each once, in the order given.
-
-    Raises:
-        ConfigError: a path has no run folder, or all paths together have fewer than two.
-    """
-    found = [run.path for run in find_runs(paths)]
-    if len(found) < 2:
-        raise ConfigError(f"one run, {found[0]}", "two or more", f"python -m gpt.compare {found[0]} ANOTHER")
-    return found
-
-
 def label_runs(runs: Sequence[Path]) -> list[str]:
     """Label each run by its typed overrides, as every other command does, after the folder that tells it apart."""
     common = Path(os.path.commonpath([run.parent for run in runs]))
@@ -78,7 +66,7 @@ def label_runs(runs: Sequence[Path]) -> list[str]:
     return [str(run.parent.relative_to(common) / labels[run]) for run in runs]
 
 
-def show(compared: Comparison, console: Console) -> None:
+def print_table(compared: Comparison, console: Console) -> None:
     """Print a table with a column for each run, and notes on the metrics below it."""
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     grid.add_column("", no_wrap=True)
@@ -86,7 +74,9 @@ def show(compared: Comparison, console: Console) -> None:
         grid.add_column(Text(run.label), justify="right", overflow="fold")
     for column in COLUMNS:
         if any(column.value(run) is not None for run in compared.runs):
-            grid.add_row(column.title, *(cell(column, run) for run in compared.runs))
+            values = (column.value(run) for run in compared.runs)
+            cells = ("-" if value is None else column.text.format(value) for value in values)
+            grid.add_row(column.title, *map(Text, cells))
     for heading, differences in compared.differences.items():
         grid.add_section()
         grid.add_row(Text(heading if differences else f"{heading}: the same", style="bold"))
@@ -96,12 +86,6 @@ def show(compared: Comparison, console: Console) -> None:
     console.print()
     for note in compared.notes:
         console.print(Text(note), soft_wrap=True)
-
-
-def cell(column: Column, run: RunMetrics) -> Text:
-    """Format one metric for people; a dash if the metric is unknown."""
-    value = column.value(run)
-    return Text("-" if value is None else column.text.format(value))
 
 
 def write_csv(compared: Comparison, path: Path) -> None:
@@ -115,33 +99,28 @@ def write_csv(compared: Comparison, path: Path) -> None:
             writer.writerow([run.label, *metrics, *(values[i] for values in differing.values())])
 
 
-def parser() -> CommandParser:
-    """Build the parser of the command line."""
-    made = CommandParser(prog="python -m gpt.compare", description="A table and a plot of runs side by side.")
-    made.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of such")
-    made.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="for compare.csv and compare.png; default: above all runs"
-    )
-    return made
-
-
 WIDE = 1000
 
 
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, or 2 if there is nothing to compare."""
-    args = parser().parse_intermixed_args(argv)
-    runs = runs_to_compare(args.runs)
+    parser = CommandParser(prog="python -m gpt.compare", description="A table and a plot of runs side by side.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of such")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="for compare.csv and compare.png; default: above all runs"
+    )
+    args = parser.parse_intermixed_args(argv)
+    runs = [run.path for run in find_runs(args.runs)]
+    if len(runs) < 2:
+        raise ConfigError(f"one run, {runs[0]}", "two or more", f"python -m gpt.compare {runs[0]} ANOTHER")
     named = zip(runs, label_runs(runs), strict=True)
     compared = compare([read_metrics(RunFolder(path), label) for path, label in named])
     output = args.output or Path(os.path.commonpath([run.parent for run in runs]))
     output.mkdir(parents=True, exist_ok=True)
     # A file or a pipe has no width, so no line is folded there.
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDE)
-    show(compared, console)
-    from gpt.metrics.comparison import draw
-
+    print_table(compared, console)
     write_csv(compared, output / "compare.csv")
     (output / "compare.png").write_bytes(draw(compared))
     console.print(Text(f"wrote {output / 'compare.csv'} and {output / 'compare.png'}"), soft_wrap=True)

@@ -23,7 +23,6 @@ from gpt.checkpoint.folders import read_manifest, step_of
 from gpt.config import Device, TrainConfig
 from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
 from gpt.data.loader import Samples
-from gpt.model.gpt import GPT
 from gpt.model.loss import summed_loss
 from gpt.parallel.distributed import World, open_world
 from gpt.training.loop import mean_loss
@@ -51,7 +50,7 @@ class Evaluation:
     """Loss in bits per byte of text, comparable between tokenizers (The Pile, arXiv 2101.00027, section 3.1)."""
 
 
-def evaluate(
+def evaluate_run(
     path: Path,
     world: World,
     step: int | None,
@@ -77,8 +76,20 @@ def evaluate(
     checkpoint = world.on_first(lambda: find_checkpoint(folder, step))
     samples, wanted = open_validation(config, checkpoint, world, sequences)
     model = read_weights(config, checkpoint, world.device)
+    batch = batch or config.optim.max_micro_batch
+    rounds = math.ceil(math.ceil(wanted / world.size) / batch)
     shown = shows_progress and world.is_first
-    loss = loss_over(model, config, samples, world, wanted, batch or config.optim.max_micro_batch, shown)
+    # Print a line for each slow batch, or every half second. The remaining time is known after the first batch.
+    with tqdm(desc="evaluate", total=rounds, unit="batch", miniters=1, mininterval=0.5, disable=not shown) as bar:
+
+        def counted_loss(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+            summed = summed_loss(model, config, tokens_BT, targets_BT, device=world.device)
+            if shown:
+                summed.item()  # waits for a GPU, so that counted sequences are finished
+                bar.update()
+            return summed
+
+        loss = mean_loss(model, counted_loss, samples, world, wanted, batch, world.rank, world.size)
     num_tokens = wanted * config.model.block_size
     num_bytes = samples.val_bytes(wanted)
     return Evaluation(
@@ -121,26 +132,7 @@ def open_validation(config: TrainConfig, checkpoint: Path, world: World, sequenc
     return samples, wanted
 
 
-def loss_over(
-    model: GPT, config: TrainConfig, samples: Samples, world: World, wanted: int, batch: int, shown: bool
-) -> float:
-    """Return the mean loss over the first ``wanted`` validation sequences, in nats per token, with a bar if
-    ``shown``."""
-    rounds = math.ceil(math.ceil(wanted / world.size) / batch)
-    # Print a line for each slow batch, or every half second. The remaining time is known after the first batch.
-    with tqdm(desc="evaluate", total=rounds, unit="batch", miniters=1, mininterval=0.5, disable=not shown) as bar:
-
-        def counted_loss(tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-            summed = summed_loss(model, config, tokens_BT, targets_BT, device=world.device)
-            if shown:
-                summed.item()  # waits for a GPU, so that counted sequences are finished
-                bar.update()
-            return summed
-
-        return mean_loss(model, counted_loss, samples, world, wanted, batch, world.rank, world.size)
-
-
-def report(found: Evaluation) -> str:
+def format_evaluation(found: Evaluation) -> str:
     """Format the metrics for people."""
     size = "" if found.num_bytes is None else f", {found.num_bytes:,.0f} bytes"
     bits = "unknown" if found.bits_per_byte is None else f"{found.bits_per_byte:.4f}"
@@ -154,31 +146,26 @@ def report(found: Evaluation) -> str:
     )
 
 
-def parser() -> CommandParser:
-    """Build the parser of the command line."""
-    made = CommandParser(
-        prog="python -m gpt.evaluate",
-        description="Loss, perplexity and bits per byte of a run on its validation split.",
-    )
-    made.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    made.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default: the newest")
-    made.add_argument("--sequences", type=int, metavar="N", help="the first N sequences; default: the whole split")
-    made.add_argument(
-        "--batch", type=int, metavar="N", help="sequences of a forward pass; default: optim.max_micro_batch"
-    )
-    made.add_argument("--device", choices=[d.name for d in Device], default="auto")
-    made.add_argument("--json", action="store_true", help="print one JSON object")
-    return made
-
-
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, or 2 if the command was refused."""
-    args = parser().parse_args(argv)
+    parser = CommandParser(
+        prog="python -m gpt.evaluate",
+        description="Loss, perplexity and bits per byte of a run on its validation split.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default: the newest")
+    parser.add_argument("--sequences", type=int, metavar="N", help="the first N sequences; default: the whole split")
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="sequences of a forward pass; default: optim.max_micro_batch"
+    )
+    parser.add_argument("--device", choices=[d.name for d in Device], default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
     with open_world(Device[args.device], timeout_s=600) as world:
-        found = evaluate(args.run, world, args.step, args.sequences, args.batch, shows_progress=not args.json)
+        found = evaluate_run(args.run, world, args.step, args.sequences, args.batch, shows_progress=not args.json)
         if world.is_first:
-            print(json.dumps(asdict(found)) if args.json else report(found))
+            print(json.dumps(asdict(found)) if args.json else format_evaluation(found))
     return 0
 
 

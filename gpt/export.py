@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gpt.checkpoint import folders
 from gpt.checkpoint.folders import Manifest, read_manifest, sum_file, sync_folder
-from gpt.config import ModelConfig, TokenizerKind, TrainConfig
+from gpt.config import ModelConfig, TokenizerKind
 from gpt.conversion import StateDictAdapter, choose_adapter
 from gpt.conversion.source import INDEX, SINGLE, plain_model
 from gpt.conversion.state_dict import SUMS, find_checkpoint, open_run, read_weights, sum_files, to_hf
@@ -47,12 +47,7 @@ def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_si
         # Only the library of such a tokenizer reads its file.
         shutil.copytree(run.tokenizer, folder / "tokenizer")
         return f"{tokenizer.kind.name}, in `tokenizer/`, for the library of that name; `AutoTokenizer` does not read it"
-    if tokenizer.kind is TokenizerKind.byte:
-        content = byte_level_tokenizer()
-    elif isinstance(tokenizer, CharTokenizer):
-        content = character_tokenizer(tokenizer.characters)
-    else:
-        content = json.loads(tokenizer.payload)
+    content = tokenizer_content(tokenizer)
     write_json(folder / "tokenizer.json", content)
     about: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -66,17 +61,26 @@ def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_si
     return f"{tokenizer.kind.name}, {tokenizer.vocab_size} ids; `AutoTokenizer` reads it"
 
 
+def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the tokenizer.json of a tokenizer of bytes or characters, or of the tokenizers library."""
+    if tokenizer.kind is TokenizerKind.byte:
+        # A byte-pair encoding without any pair, whose ids are bytes.
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        vocab = {letter: byte for byte, letter in enumerate(byte_letters())}
+        pairs = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocab, "merges": []}
+        return tokenizer_json(pairs, level, level)
+    if isinstance(tokenizer, CharTokenizer):
+        # A tokenizer whose words are the characters. Any other character is an error.
+        words = {"type": "WordLevel", "vocab": dict(tokenizer.ids), "unk_token": "<unk>"}
+        each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        return tokenizer_json(words, each, {"type": "Fuse"})
+    content: dict[str, Any] = json.loads(tokenizer.payload)
+    return content
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write ``value`` as indented JSON, with readable non-Latin characters."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def byte_level_tokenizer() -> dict[str, Any]:
-    """Return a byte-pair encoding without any pair, whose ids are bytes."""
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    vocab = {letter: byte for byte, letter in enumerate(byte_letters())}
-    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocab, "merges": []}
-    return tokenizer_json(model, level, level)
 
 
 def byte_letters() -> list[str]:
@@ -90,13 +94,6 @@ def byte_letters() -> list[str]:
         letters.append(chr(byte if byte in printable else 0x100 + others))
         others += byte not in printable
     return letters
-
-
-def character_tokenizer(known: str) -> dict[str, Any]:
-    """Return a tokenizer whose words are the characters of ``known``. Any other character is an error."""
-    model: dict[str, Any] = {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(known)}, "unk_token": "<unk>"}
-    each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-    return tokenizer_json(model, each, {"type": "Fuse"})
 
 
 def tokenizer_json(model: dict[str, Any], before: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +146,8 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
         pending[name] = tensor
         size, total, parameters = size + tensor.nbytes, total + tensor.nbytes, parameters + tensor.numel()
     close()
-    names = [shard_name(i, len(shards)) for i in range(len(shards))]
+    count = len(shards)  # the names are those of transformers
+    names = [SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for i, name in enumerate(names):
         # The library creates files that only the owner can read. Use the permissions of the folder instead.
         (folder / f"{i}.part").chmod(folder.stat().st_mode & 0o666)
@@ -159,11 +157,6 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
         metadata = {"total_parameters": parameters, "total_size": total}
         write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
     return total
-
-
-def shard_name(index: int, count: int) -> str:
-    """Return the name of a file of weights, as in transformers."""
-    return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def write_configs(
@@ -250,10 +243,13 @@ def export(args: argparse.Namespace) -> str:
         if adapter is None:
             write_torch_file(temporary, model.state_dict(), config.model, DTYPES[args.dtype], origin)
         else:
-            write_hf(temporary, adapter, model, folder, config, origin, args)
+            write_hf(temporary, adapter, model, folder, origin, args)
         replace(out, temporary)
     except BaseException:
-        remove(temporary)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
         raise
     kind = "torch" if adapter is None else adapter.architecture
     numbers = sum(p.numel() for p in model.parameters())
@@ -265,21 +261,21 @@ def write_hf(
     adapter: StateDictAdapter,
     model: GPT,
     folder: RunFolder,
-    config: TrainConfig,
     origin: dict[str, Any],
     args: argparse.Namespace,
 ) -> None:
     """Write a complete folder of transformers, synced to disk."""
     temporary.mkdir()
-    dtype = DTYPES[args.dtype]
-    write_weights(temporary, to_hf(model.state_dict(), adapter, config.model), dtype, int(args.max_shard_gb * GB))
+    config, dtype = model.config, DTYPES[args.dtype]
+    write_weights(temporary, to_hf(model.state_dict(), adapter, config), dtype, int(args.max_shard_gb * GB))
     tokenizer: Tokenizer | None = load_run_tokenizer(folder) if (folder.tokenizer / ABOUT).is_file() else None
-    about = "not known" if tokenizer is None else write_tokenizer(tokenizer, folder, temporary, config.model.block_size)
-    write_configs(temporary, adapter, config.model, dtype, None if tokenizer is None else tokenizer.eot, origin)
+    about = "not known" if tokenizer is None else write_tokenizer(tokenizer, folder, temporary, config.block_size)
+    write_configs(temporary, adapter, config, dtype, None if tokenizer is None else tokenizer.eot, origin)
     (temporary / "README.md").write_text(card(config, origin, about))
     write_sums(temporary)
-    for path in temporary.rglob("*"):
-        sync(path)
+    for path in filter(Path.is_file, temporary.rglob("*")):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     sync_folder(temporary)
 
 
@@ -297,22 +293,22 @@ def origin_of(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def card(config: TrainConfig, origin: dict[str, Any], tokenizer: str) -> str:
+def card(config: ModelConfig, origin: dict[str, Any], tokenizer: str) -> str:
     """Write the README.md of an export: a model card in the format of the Hugging Face hub."""
-    tokens = origin["samples"] * config.model.block_size
+    tokens = origin["samples"] * config.block_size
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 
-# {config.model.name}
+# {config.name}
 
 Exported from `{origin["run"]}`, step {origin["step"]}: {tokens:,} tokens of training data.
 
 - training data: sha256 `{origin["data_sha256"]}`
 - trained with commit: {origin["commit"] or "not known"}
 - checkpoint: sha256 `{origin["checkpoint_sha256"]}` of its manifest
-- sequence length: {config.model.block_size} tokens
+- sequence length: {config.block_size} tokens
 - tokenizer: {tokenizer}
 - `sha256sum -c SHA256SUMS` checks the files
 """
@@ -343,21 +339,6 @@ def replace(out: Path, temporary: Path) -> None:
     else:
         temporary.replace(out)
     sync_folder(out.parent)
-
-
-def remove(temporary: Path) -> None:
-    """Delete the files of a failed export."""
-    if temporary.is_dir():
-        shutil.rmtree(temporary, ignore_errors=True)
-    else:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Flush the content of a file to disk."""
-    if path.is_file():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 @refusing

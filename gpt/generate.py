@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ UNFINISHED = "\ufffd"
 class Text:
     """Text of one sequence, decoded token by token, and printed as soon as it is readable."""
 
-    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], object]) -> None:
         self._tokenizer = tokenizer
         self._on_text = on_text
         self._ids: list[int] = []
@@ -67,7 +68,7 @@ class Text:
             self._shown = len(text)
 
 
-def encode(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[int]:
     """Encode a prompt; an empty one begins a document.
 
     Raises:
@@ -97,14 +98,16 @@ def write(
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     sampling.validate()
     device = next(model.parameters()).device
-    ids = [encode(tokenizer, prompt, config.model.block_size) for prompt in prompts]
+    ids = [encode_prompt(tokenizer, prompt, config.model.block_size) for prompt in prompts]
     generators = make_generators(args.seed, len(prompts))
     pieces: list[list[str]] = [[] for _ in prompts]
     made, started = 0, time.perf_counter()
     for batch in batches(ids, args.stream):
         if args.stream:
             print(heading(batch[0], prompts) + prompts[batch[0]], end="", flush=True)
-        texts = [Text(tokenizer, show if args.stream else pieces[i].append) for i in batch]
+        texts = [
+            Text(tokenizer, partial(print, end="", flush=True) if args.stream else pieces[i].append) for i in batch
+        ]
         prompt_BT = torch.tensor([ids[i] for i in batch], device=device)
         size = min(tokenizer.vocab_size, config.model.vocab_size)  # ids beyond those of the tokenizer have no text
         with autocast(config, device):
@@ -127,40 +130,30 @@ def write(
     print(f"{made} tokens in {seconds:.2f} s: {made / seconds:.1f} tokens/s on {device}", file=sys.stderr)
 
 
-def show(text: str) -> None:
-    """Print a piece of text at once."""
-    print(text, end="", flush=True)
-
-
 def heading(index: int, prompts: Sequence[str]) -> str:
     """Return the line above a text if there are several prompts, otherwise an empty line."""
     return f"--- {index + 1} of {len(prompts)}\n" if len(prompts) > 1 else ""
 
 
-def parser() -> CommandParser:
-    """Build the parser of the command line."""
-    made = CommandParser(prog="python -m gpt.generate", description="Let a trained model continue a text.")
-    made.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    made.add_argument(
-        "-p", "--prompt", action="append", required=True, help="the beginning; several of them run as batches"
-    )
-    made.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to add (default 100)")
-    made.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default 1)")
-    made.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token (default 1)")
-    made.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    made.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of P together")
-    made.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
-    made.add_argument("--stream", action="store_true", help="print tokens as they come, one text after another")
-    made.add_argument("--no-cache", action="store_true", help="compute every token again at each step, to compare")
-    made.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default: the newest")
-    made.add_argument("--device", choices=[d.name for d in Device], default="auto")
-    return made
-
-
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, 2 if the command was refused, 130 after Ctrl-C."""
-    args = parser().parse_args(argv)
+    parser = CommandParser(prog="python -m gpt.generate", description="Let a trained model continue a text.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "-p", "--prompt", action="append", required=True, help="the beginning; several of them run as batches"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to add (default 100)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default 1)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token (default 1)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of P together")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
+    parser.add_argument("--stream", action="store_true", help="print tokens as they come, one text after another")
+    parser.add_argument("--no-cache", action="store_true", help="compute every token again at each step, to compare")
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default: the newest")
+    parser.add_argument("--device", choices=[d.name for d in Device], default="auto")
+    args = parser.parse_args(argv)
     try:
         for option, number in (("--max-new-tokens", args.max_new_tokens), ("--samples", args.samples)):
             if number < 1:

@@ -20,7 +20,7 @@ from gpt.config import DataConfig, Source, TrainConfig
 from gpt.config.train import compose_train
 from gpt.data.corpus import unwritable_folder_error
 from gpt.data.preparation import prepare_folder
-from gpt.data.prepared import MANIFEST, TokenSource, open_folder, read_manifest
+from gpt.data.prepared import MANIFEST, TokenSource, open_folder, read_corpus_manifest
 from gpt.data.spec import PreprocessingSpec, build_spec, download_shakespeare, usable_cores
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs import compose
@@ -52,7 +52,7 @@ def prepare_corpus(config: DataConfig, cache: Path, output: Path | None, workers
 
 def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
     """Raise ConfigError if a file of an existing corpus does not match its checksum."""
-    manifest = read_manifest(folder)
+    manifest = read_corpus_manifest(folder)
     if manifest is None or manifest["spec"] != spec.identity or open_folder(folder) is None:
         return
     files = [file for split in manifest["splits"].values() for file in split["files"]]

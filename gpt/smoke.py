@@ -22,8 +22,7 @@ from torch import Tensor
 
 from gpt.accounting import count
 from gpt.checkpoint import folders
-from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
-from gpt.model.gpt import GPT
+from gpt.conversion.state_dict import find_checkpoint, load_model
 from gpt.model.sampling import Sampling, generate, make_generators
 from gpt.train import run_ranks
 from gpt.training.run import parse_arguments, parse_request
@@ -53,14 +52,14 @@ def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, Callab
     state: dict[str, Tensor] = {}
 
     def training() -> str:
-        train(words)
+        train_here(words)
         losses = [record["loss"] for record in read_records(RunFolder(folder / "run").metrics(0))]
         require(len(losses) == STEPS, f"{len(losses)} of {STEPS} steps")
         require(losses[0] - losses[-1] > FALL, f"loss {losses[0]:.4f} to {losses[-1]:.4f}")
         return f"loss {losses[0]:.4f} to {losses[-1]:.4f} in {STEPS} steps"
 
     def saving() -> str:
-        model = load(folder / "run", STEPS)
+        model = load_model(folder / "run", STEPS)[1]
         state.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
         built = sum(parameter.numel() for parameter in model.parameters())
         require(built == count(model.config).total, f"{built:,} parameters, and {count(model.config).total:,} planned")
@@ -68,16 +67,16 @@ def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, Callab
 
     def resuming() -> str:
         folders.remove(find_checkpoint(RunFolder(folder / "run"), STEPS))
-        train(words)
+        train_here(words)
         starts = [e["from_step"] for e in RunFolder(folder / "run").read_events() if e["event"] == "started"]
         require(starts == [0, HALF], f"starts from steps {starts}")
-        again = load(folder / "run", STEPS).state_dict()
+        again = load_model(folder / "run", STEPS)[1].state_dict()
         differ = [name for name, tensor in state.items() if not torch.equal(tensor, again[name])]
         require(not differ, f"{', '.join(differ)} differ")
         return f"from step {HALF} to {STEPS} again: the same weights, bit for bit"
 
     def writing() -> str:
-        model = load(folder / "run", STEPS).eval()
+        model = load_model(folder / "run", STEPS)[1]
         prompt_BT = torch.tensor([list(b"def ")])
         texts = [
             bytes(
@@ -94,16 +93,10 @@ def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, Callab
     yield "writing", writing
 
 
-def train(words: Sequence[str]) -> None:
+def train_here(words: Sequence[str]) -> None:
     """Run ``gpt.train`` in this process."""
     outcome = run_ranks(parse_request(parse_arguments(words)), worker.attach())
     require(outcome == "finished", f"the run {outcome}")
-
-
-def load(run: Path, step: int) -> GPT:
-    """Load the model of a run after a step."""
-    folder, config = open_run(str(run))
-    return read_weights(config, find_checkpoint(folder, step))
 
 
 def require(holds: bool, seen: str) -> None:

@@ -103,7 +103,7 @@ def load_part(key: str, name: str) -> Any:
     contract = CONTRACTS[key]
     if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
         raise ConfigError(
-            f"{key}={name}, which is {describe(found)}", "a subclass of torch.nn.Module", f"{key}=MODULE:CLASS"
+            f"{key}={name}, which is {kind_text(found)}", "a subclass of torch.nn.Module", f"{key}=MODULE:CLASS"
         )
     check_call(key, name, found.__name__, inspect.signature(found), contract.make)
     forward = inspect.signature(found.forward)
@@ -145,7 +145,7 @@ def split_name(key: str, name: str) -> tuple[str, str]:
         ConfigError: the name has no colon, and no installed package has an entry point of this name.
     """
     if ":" not in name:
-        group = entry_group(key)
+        group = f"gpt.{key.rpartition('.')[2]}"
         there = entry_points(group=group)
         if name not in there.names:
             raise ConfigError(
@@ -157,11 +157,6 @@ def split_name(key: str, name: str) -> tuple[str, str]:
         name = there[name].value
     module, _, attribute = name.partition(":")
     return module, attribute
-
-
-def entry_group(key: str) -> str:
-    """Return the group of entry points for a key of the config."""
-    return f"gpt.{key.rpartition('.')[2]}"
 
 
 def import_module(key: str, name: str, module: str) -> ModuleType:
@@ -205,7 +200,7 @@ def check_call(key: str, name: str, called: str, signature: inspect.Signature, a
         ) from error
 
 
-def describe(found: Any) -> str:
+def kind_text(found: Any) -> str:
     """Return the name of an object and its kind."""
     return f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
 
@@ -218,7 +213,7 @@ def load_source(key: str, name: str) -> Any:
     """
     found = load_object(key, name)
     if not callable(found):
-        raise ConfigError(f"{key}={name}, which is {describe(found)}", "a function", f"{key}=MODULE:FUNCTION")
+        raise ConfigError(f"{key}={name}, which is {kind_text(found)}", "a function", f"{key}=MODULE:FUNCTION")
     check_call(key, name, found.__name__, inspect.signature(found), ("config",))
     return lambda config: iter(found(config))
 
@@ -239,7 +234,7 @@ def source_digest(key: str, name: str) -> str:
     return hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
 
 
-def build_optimizer(config: OptimConfig, groups: Any) -> Any:
+def build_custom_optimizer(config: OptimConfig, groups: Any) -> Any:
     """Construct the user's optimizer that ``config`` names, over parameter groups with their weight decay.
 
     The constructor receives ``optim.options``, and lr, betas and eps of the config if it accepts them. A step that the
@@ -254,7 +249,7 @@ def build_optimizer(config: OptimConfig, groups: Any) -> Any:
     found = load_object(key, name)
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise ConfigError(
-            f"{key}={name}, which is {describe(found)}", "a subclass of torch.optim.Optimizer", f"{key}=MODULE:CLASS"
+            f"{key}={name}, which is {kind_text(found)}", "a subclass of torch.optim.Optimizer", f"{key}=MODULE:CLASS"
         )
     takes = inspect.signature(found).parameters
     ours = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}

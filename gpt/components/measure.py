@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from gpt.components import KINDS_OF_PARALLELISM, PartCounts, StateBytes, build_optimizer, load_part
+from gpt.components import KINDS_OF_PARALLELISM, PartCounts, StateBytes, build_custom_optimizer, load_part
 from gpt.config.model import ModelConfig
 from gpt.config.optim import OptimConfig
 from launch.errors import ConfigError
@@ -66,7 +66,7 @@ def count_optimizer(optim: OptimConfig) -> StateBytes:
     matrices = [nn.Parameter(torch.zeros(64 * rows, 64)) for rows in (1, 2)]
     for matrix in matrices:
         matrix.grad = torch.full_like(matrix, 1e-3)
-    optimizer = build_optimizer(optim, [{"params": matrices, "weight_decay": optim.weight_decay}])
+    optimizer = build_custom_optimizer(optim, [{"params": matrices, "weight_decay": optim.weight_decay}])
     try:
         optimizer.step()
     except Exception as error:  # raised by the user's class

@@ -145,7 +145,7 @@ GROUPED_MULTIPLE = 8
 """Multiple of the rows of torch's grouped product: it reads 16 bytes at a time, which are 8 numbers in bf16."""
 
 
-def check(model: ModelConfig) -> None:
+def check_model(model: ModelConfig) -> None:
     """Raise ConfigError for the first rule that a model violates."""
     sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "kv_heads", "ffn_width")
     positive = (*sizes, "norm_eps", "rope_base", "init_std", "embedding_init_std")

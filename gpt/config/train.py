@@ -226,7 +226,7 @@ class TrainConfig(RunConfig):
     def validate(self) -> None:
         """Raise ConfigError for the first setting that cannot work. Reads only the config."""
         super().validate()
-        rules.check(self.model)
+        rules.check_model(self.model)
         parts = (self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.divergence, self.logging)
         for part in parts:
             part.validate()

@@ -252,7 +252,7 @@ def inspect_hf_folder(folder: Path) -> tuple[StateDictAdapter, ModelConfig]:
         raise damaged_file_error(folder / HF_CONFIG, str(error)) from error
     adapter = find_adapter(hf)
     config = adapter.read_config(hf)
-    rules.check(config)
+    rules.check_model(config)
     check_names(folder, adapter, config, set(tensors_in_folder(folder)))
     return adapter, config
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.config import DataConfig, ModelConfig, Source
-from gpt.data.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_manifest
+from gpt.data.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_corpus_manifest
 from gpt.data.spec import PreprocessingSpec, build_spec, known_vocab_size, prepare_command
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
@@ -91,7 +91,7 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
 
 def _open_prepared(spec: PreprocessingSpec, cache: Path) -> TokenSource | None:
     folder = cache / spec.key
-    manifest = read_manifest(folder)
+    manifest = read_corpus_manifest(folder)
     return open_folder(folder) if manifest is not None and manifest["spec"] == spec.identity else None
 
 

@@ -19,7 +19,16 @@ from filelock import FileLock
 
 from gpt.config import TokenFileFormat
 from gpt.config.train import is_installed
-from gpt.data.prepared import FORMAT, MANIFEST, SPLITS, TOKEN_BYTES, TOKENIZER, TokenSource, open_folder, read_manifest
+from gpt.data.prepared import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    TOKEN_BYTES,
+    TOKENIZER,
+    TokenSource,
+    open_folder,
+    read_corpus_manifest,
+)
 from gpt.data.shards import TRAIN, VAL, Shard, chain_of, list_shards
 from gpt.data.spec import PreprocessingSpec
 from gpt.data.token_file import ITEM_BYTES, WrittenFile, write_split
@@ -238,7 +247,7 @@ def prepare_folder(
 
 
 def _find_prepared(spec: PreprocessingSpec, folder: Path, replace: bool) -> TokenSource | None:
-    manifest = read_manifest(folder)
+    manifest = read_corpus_manifest(folder)
     if manifest is not None and manifest["spec"] == spec.identity:
         return open_folder(folder)
     if not replace and folder.is_dir() and any(folder.iterdir()):

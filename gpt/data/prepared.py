@@ -104,7 +104,7 @@ class Tokens:
         ]
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_corpus_manifest(folder: Path) -> dict[str, Any] | None:
     """Read the manifest of a prepared folder; None if it is missing, or has another version."""
     try:
         value = json.loads((folder / MANIFEST).read_bytes())
@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def open_folder(folder: Path) -> TokenSource | None:
     """Open a prepared corpus; None if it does not exist, or one of its files is missing or truncated."""
-    manifest = read_manifest(folder)
+    manifest = read_corpus_manifest(folder)
     if manifest is None:
         return None
     splits = {}

@@ -124,8 +124,8 @@ LINE_SEARCH_BYTES = 1 << 16
 TRAIN, VAL = 0, 1
 
 
-class Part(NamedTuple):
-    """Part of a source: bytes of a text or jsonl file, row groups of parquet, a file of a dataset, or a walk."""
+class TextPart(NamedTuple):
+    """TextPart of a source: bytes of a text or jsonl file, row groups of parquet, a file of a dataset, or a walk."""
 
     path: str
     start: int
@@ -142,7 +142,7 @@ class Shard:
     number: int
     split: int | None
     """TRAIN or VAL; None if the split is decided document by document."""
-    parts: tuple[Part, ...]
+    parts: tuple[TextPart, ...]
     first: int = 0
     """Number of the first shard of the same files. Separate validation files come first, so that with
     ``data.max_bytes`` the unneeded shards are the last."""
@@ -152,9 +152,9 @@ def list_shards(spec: PreprocessingSpec) -> list[Shard]:
     """Return the shards of a corpus, in the order of its tokens."""
     if spec.kind == "synthetic":
         walks = range(num_walks(spec.config.synthetic.tokens))
-        return [Shard(i, None, (Part("", i, i + 1, False, 0),)) for i in walks]
+        return [Shard(i, None, (TextPart("", i, i + 1, False, 0),)) for i in walks]
     if spec.kind == "custom":  # only the user's function knows where its documents are
-        return [Shard(0, None, (Part(str(spec.config.source), 0, 0, True, 0),))]
+        return [Shard(0, None, (TextPart(str(spec.config.source), 0, 0, True, 0),))]
     if spec.kind == "dataset":
         return _dataset_shards(spec.config)
     if not spec.val_files:
@@ -166,7 +166,7 @@ def list_shards(spec: PreprocessingSpec) -> list[Shard]:
 
 def _split_files(
     spec: PreprocessingSpec, files: Iterable[CorpusFile], split: int | None, val_start: int
-) -> Iterator[tuple[int | None, Part, int]]:
+) -> Iterator[tuple[int | None, TextPart, int]]:
     """Yield the parts of files: split, place and size of each.
 
     Args:
@@ -185,11 +185,11 @@ def _split_files(
         yield from ((split, part, part.stop - part.start) for part in parts)
 
 
-def _group(parts: Iterable[tuple[int | None, Part, int]], before: Iterable[Shard] = ()) -> list[Shard]:
+def _group(parts: Iterable[tuple[int | None, TextPart, int]], before: Iterable[Shard] = ()) -> list[Shard]:
     """Join neighboring parts of the same split, up to the size of a shard, and append the shards to ``before``."""
     shards = list(before)
     first = len(shards)
-    waiting: list[Part] = []
+    waiting: list[TextPart] = []
     size, split = 0, None
     for its_split, part, its_size in parts:
         if waiting and (its_split != split or size + its_size > SHARD_BYTES):
@@ -204,7 +204,7 @@ def _group(parts: Iterable[tuple[int | None, Part, int]], before: Iterable[Shard
 
 def _split_texts(
     spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start: int
-) -> Iterator[tuple[int, Part, int]]:
+) -> Iterator[tuple[int, TextPart, int]]:
     """Yield the pieces of texts: split, place, and size in bytes of each. Validation begins with a new piece."""
     exact = spec.config.tokenizer is TokenizerKind.byte
     passed = 0
@@ -219,7 +219,7 @@ def _split_texts(
         places = sorted({0, end, *(place for place in (border, *cuts) if 0 < place < end)})
         for start, stop in pairwise(places):
             split = TRAIN if start < border else VAL
-            yield split, Part(str(file.path), start, stop, stop == end, file.mtime_ns), stop - start
+            yield split, TextPart(str(file.path), start, stop, stop == end, file.mtime_ns), stop - start
         passed += file.size
 
 
@@ -257,19 +257,19 @@ def _whole_characters(file: CorpusFile) -> int:
     return file.size
 
 
-def _split_jsonl(file: CorpusFile, whole: bool) -> Iterator[Part]:
+def _split_jsonl(file: CorpusFile, whole: bool) -> Iterator[TextPart]:
     step = file.size if whole else SHARD_BYTES
     for start in range(0, file.size, step):
-        yield Part(str(file.path), start, min(start + step, file.size), True, file.mtime_ns)
+        yield TextPart(str(file.path), start, min(start + step, file.size), True, file.mtime_ns)
 
 
-def _list_row_groups(file: CorpusFile) -> Iterator[tuple[Part, int]]:
+def _list_row_groups(file: CorpusFile) -> Iterator[tuple[TextPart, int]]:
     parquet = import_library("pyarrow.parquet")
     try:
         with parquet.ParquetFile(file.path) as opened:
             metadata = opened.metadata
             for i in range(metadata.num_row_groups):
-                part = Part(str(file.path), i, i + 1, True, file.mtime_ns)
+                part = TextPart(str(file.path), i, i + 1, True, file.mtime_ns)
                 yield part, metadata.row_group(i).total_byte_size
     except (OSError, ValueError) as error:  # base classes of pyarrow's errors
         raise unreadable_file_error(file.path, error) from error
@@ -282,7 +282,7 @@ def _dataset_shards(config: DataConfig) -> list[Shard]:
     for name, split in splits:
         count = open_dataset(config, name).num_shards  # number of files: the library can start to read at each file
         found += [(name, split, i, count) for i in range(count)]
-    return [Shard(n, split, (Part(name, i, count, True, 0),)) for n, (name, split, i, count) in enumerate(found)]
+    return [Shard(n, split, (TextPart(name, i, count, True, 0),)) for n, (name, split, i, count) in enumerate(found)]
 
 
 @lru_cache(maxsize=4)
@@ -353,7 +353,7 @@ def read_shard(spec: PreprocessingSpec, shard: Shard) -> Iterator[Piece]:
             yield Piece(split, text.encode("utf-8", "replace"), True)
 
 
-def decode(data: bytes, shard: Shard) -> str:
+def decode_text(data: bytes, shard: Shard) -> str:
     """Decode the text of a piece.
 
     Raises:
@@ -375,7 +375,7 @@ def is_validation(shard: int, document: int, fraction: float) -> bool:
     return int.from_bytes(digest, "little") < fraction * 2.0**64
 
 
-def _documents(spec: PreprocessingSpec, part: Part) -> Iterator[str]:
+def _documents(spec: PreprocessingSpec, part: TextPart) -> Iterator[str]:
     if spec.kind == "custom":
         yield from _read_custom(spec.config)
     elif spec.kind == "dataset":
@@ -408,7 +408,7 @@ def _read_custom(config: DataConfig) -> Iterator[str]:
         yield text
 
 
-def _read_range(part: Part) -> bytes:
+def _read_range(part: TextPart) -> bytes:
     path = Path(part.path)
     try:
         with path.open("rb") as stream:
@@ -420,12 +420,12 @@ def _read_range(part: Part) -> bytes:
     return data
 
 
-def _refuse_change(path: Path, part: Part, complete: bool = True) -> None:
+def _refuse_change(path: Path, part: TextPart, complete: bool = True) -> None:
     if not complete or path.stat().st_mtime_ns != part.mtime_ns:
         raise ConfigError(f"{path} changed while it was read", "a text that holds still", "the same command again")
 
 
-def _read_jsonl(part: Part, key: str, packed: bool) -> Iterator[str]:
+def _read_jsonl(part: TextPart, key: str, packed: bool) -> Iterator[str]:
     """Yield the texts of the lines that begin in the part. A line that began earlier belongs to the part before."""
     path = Path(part.path)
     try:
@@ -465,7 +465,7 @@ def _text_of(line: bytes, key: str, path: Path, place: int) -> str:
     return str(value[key])
 
 
-def _read_parquet(part: Part, key: str) -> Iterator[str]:
+def _read_parquet(part: TextPart, key: str) -> Iterator[str]:
     path = Path(part.path)
     parquet = import_library("pyarrow.parquet")
     try:
@@ -492,7 +492,7 @@ def missing_column_error(where: object, key: str, names: Iterable[str]) -> Confi
     )
 
 
-def _read_dataset(config: DataConfig, part: Part) -> Iterator[str]:
+def _read_dataset(config: DataConfig, part: TextPart) -> Iterator[str]:
     """Yield the texts of file ``start`` of ``stop`` of the dataset's split that ``path`` names."""
     stream = iter(open_dataset(config, part.path).shard(num_shards=part.stop, index=part.start))
     while True:

@@ -139,7 +139,7 @@ FILES = {
 """Kind of a tokenizer -> name of the file with its payload; None if it has no payload."""
 
 
-def checksum(tokenizer: Tokenizer) -> str:
+def tokenizer_checksum(tokenizer: Tokenizer) -> str:
     """Return the sha256 of kind and payload. It is equal for tokenizers that give every text the same ids."""
     # The zero byte separates the name from the payload.
     return hashlib.sha256(tokenizer.kind.name.encode() + b"\0" + tokenizer.payload).hexdigest()
@@ -398,7 +398,7 @@ def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str | int | None]:
         "kind": tokenizer.kind.name,
         "vocab_size": tokenizer.vocab_size,
         "eot": tokenizer.eot,
-        "checksum": checksum(tokenizer),
+        "checksum": tokenizer_checksum(tokenizer),
     }
 
 
@@ -428,7 +428,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             "python -m gpt.prepare data=NAME, or the folder of another run",
         ) from error
     tokenizer = from_payload(kind, payload)
-    if checksum(tokenizer) != saved["checksum"]:
+    if tokenizer_checksum(tokenizer) != saved["checksum"]:
         raise ConfigError(
             f"the tokenizer in {folder} is not the one that was saved there (its checksum differs)",
             f"sha256 {saved['checksum']}",

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gpt.config import TokenizerKind
 from gpt.data.prepared import SPLITS, TOKENIZER
-from gpt.data.shards import TRAIN, VAL, WALK_TOKENS, Shard, decode, list_shards, read_shard, walk
+from gpt.data.shards import TRAIN, VAL, WALK_TOKENS, Shard, decode_text, list_shards, read_shard, walk
 from gpt.data.spec import PreprocessingSpec
 from gpt.data.token_file import HashedFile, token_dtype
 from gpt.data.tokenizers import (
@@ -86,7 +86,7 @@ class _ShardTokenizer:
             if piece.ends and self.tokenizer.eot is None and self.spec.splits_documents:
                 data += b"\n"
             ids: npt.NDArray[Any] = (
-                np.frombuffer(data, np.uint8) if exact else self.tokenizer.encode(decode(data, shard))
+                np.frombuffer(data, np.uint8) if exact else self.tokenizer.encode(decode_text(data, shard))
             )
             if piece.ends and self.tokenizer.eot is not None and self.spec.has_documents:
                 ids = np.append(ids, np.uint32(self.tokenizer.eot))
@@ -223,7 +223,7 @@ def _characters(spec: PreprocessingSpec) -> set[str]:
     found = {"\n"} if spec.splits_documents else set()  # a newline ends a document
     for shard in list_shards(spec):
         for piece in read_shard(spec, shard):
-            found.update(decode(piece.data, shard))
+            found.update(decode_text(piece.data, shard))
     return found
 
 
@@ -237,7 +237,7 @@ def _sample_lines(spec: PreprocessingSpec) -> Iterator[str]:
         for piece in read_shard(spec, shard):
             if piece.split != TRAIN:
                 continue
-            text = decode(piece.data, shard)[:left]
+            text = decode_text(piece.data, shard)[:left]
             left -= len(piece.data)
             for line in text.splitlines(keepends=True):
                 yield from (line[i : i + LINE_CHARACTERS] for i in range(0, len(line), LINE_CHARACTERS))

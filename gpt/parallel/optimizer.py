@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from gpt.components import build_optimizer as build_custom
+from gpt.components import build_custom_optimizer
 from gpt.config import OptimConfig
 from gpt.config.optim import ADAMW
 from gpt.parallel.distributed import World
@@ -196,7 +196,7 @@ def build_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer != ADAMW:
-        own: torch.optim.Optimizer = build_custom(config, groups)
+        own: torch.optim.Optimizer = build_custom_optimizer(config, groups)
         return own
     fused = fused or all(p.device.type in ("cuda", "cpu") for p in parameters)
     return kind(

@@ -166,7 +166,7 @@ LIVE = 10**9
 
 
 @dataclass(frozen=True)
-class Memory:
+class RankMemory:
     """Bytes of one rank around the start of the backward pass, when training needs the most memory.
 
     Within 4 % of measurements with ddp on small models, including experts and recomputation. The estimate is up to a
@@ -200,7 +200,7 @@ class Memory:
         return self.total / GIB
 
 
-def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> Memory:
+def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> RankMemory:
     """Return the memory of the rank that needs most, for AdamW over fp32 master weights.
 
     ddp keeps 4 bytes a parameter for the weights, 4 for the gradients (views of the communication buckets) and 8 for
@@ -216,13 +216,13 @@ def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> Memory:
     return max((rank_memory(config, dims, batch, rank) for rank in range(dims.pp)), key=lambda memory: memory.total)
 
 
-def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int) -> Memory:
+def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int) -> RankMemory:
     """Return the memory of the ranks at one position of their pipelines."""
     stages = rank_stages(config, pp_rank)
     shards = parameter_shards(config.model, dims, stages)
     stored = states(config, dims, shards)
     in_flight = micro_batches_in_flight(config.parallel, pp_rank, batch.accumulation)
-    return Memory(
+    return RankMemory(
         parameters=stored.parameters,
         gradients=stored.gradients,
         optimizer=stored.optimizer,

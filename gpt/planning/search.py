@@ -12,7 +12,7 @@ from gpt.accounting import GIB
 from gpt.config import EngineKind, Ffn, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
 from gpt.config.rules import divisors
 from gpt.planning.hardware import Machine
-from gpt.planning.memory import Memory, per_rank
+from gpt.planning.memory import RankMemory, per_rank
 from gpt.topology import Batch, ParallelDims, split_batch
 from gpt.topology.pipeline import V_SHAPED
 from gpt.topology.rules import check_parallel_dims
@@ -39,7 +39,7 @@ class Candidate:
     parallel: ParallelConfig
     dims: ParallelDims
     batch: Batch
-    memory: Memory
+    memory: RankMemory
 
     @property
     def plainness(self) -> tuple[int, ...]:

@@ -27,16 +27,16 @@ def ds_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
         ConfigError: the user's file contradicts the run, or cannot be read.
     """
     path = config.parallel.deepspeed_config
-    ours = generate(config, batch)
+    ours = generated_config(config, batch)
     if path is None:
         return ours
     theirs = read_file(Path(path))
     refuse_owned_sections(theirs, path)
     accepted = extra_settings(theirs, run_values(config, batch), path)
-    return merge(ours, accepted)
+    return merged_settings(ours, accepted)
 
 
-def generate(config: TrainConfig, batch: Batch) -> dict[str, Any]:
+def generated_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
     """Return DeepSpeed's config, generated from that of the run.
 
     It has no optimizer and no learning-rate schedule: DeepSpeed receives torch's AdamW, whose rate is set at each step.
@@ -245,12 +245,12 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-def merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+def merged_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     """Merge two nested dictionaries. If both have a value, the second one wins."""
     merged = dict(ours)
     for key, value in theirs.items():
         inner = ours.get(key)
-        merged[key] = merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        merged[key] = merged_settings(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return merged
 
 

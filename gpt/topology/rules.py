@@ -41,14 +41,22 @@ def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: in
     """
     dims = parallel_dims(config.parallel, world_size, ranks_per_node)
     for check in (
-        *(check_custom_parts, check_zero1, check_tensor, check_pipeline, check_context, check_expert, check_deepspeed),
+        *(
+            check_parallel_parts,
+            check_zero1,
+            check_tensor,
+            check_pipeline,
+            check_context,
+            check_expert,
+            check_deepspeed,
+        ),
         check_loss_scale,
     ):
         check(config, dims)
     return dims
 
 
-def require_deepspeed(config: TrainConfig) -> None:
+def refuse_without_deepspeed(config: TrainConfig) -> None:
     """Raise ConfigError if a run on this machine needs DeepSpeed and this Python lacks it. Imports nothing.
 
     Not for a login node, because the nodes may have DeepSpeed.
@@ -61,7 +69,7 @@ def require_deepspeed(config: TrainConfig) -> None:
         )
 
 
-def check_custom_parts(config: TrainConfig, dims: ParallelDims) -> None:
+def check_parallel_parts(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError if a part of the user is unusable, or does not state that it supports the used tp, cp or pp."""
     model = config.model
     optimizer_state(config.optim)

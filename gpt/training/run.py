@@ -35,7 +35,7 @@ from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, 
 from gpt.planning.search import table
 from gpt.topology import Batch, ParallelDims, settle_steps, split_batch
 from gpt.topology.deepspeed_config import ds_config
-from gpt.topology.rules import check_parallel_dims, require_deepspeed
+from gpt.topology.rules import check_parallel_dims, refuse_without_deepspeed
 from gpt.training import execution as reproducibility
 from gpt.training.divergence import DivergenceGuard, EarlyStop
 from gpt.training.execution import best_precision
@@ -202,7 +202,7 @@ def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:
 
     The check comes before there is a folder.
     """
-    require_deepspeed(config)
+    refuse_without_deepspeed(config)
     split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
     check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
 

@@ -36,13 +36,12 @@ from gpt.planning.auto import (
 from gpt.planning.hardware import Machine
 from gpt.planning.search import layout_text
 from gpt.topology import settle_steps, split_batch
-from gpt.topology.rules import check_parallel_dims, require_deepspeed
+from gpt.topology.rules import check_parallel_dims, refuse_without_deepspeed
 from gpt.workload.plan import (
     checkpoint_text,
     estimated_step,
     execution_rows,
     gpu_name,
-    machine_of,
     on_cpus,
     plain_values,
     plan_facts,
@@ -51,6 +50,7 @@ from gpt.workload.plan import (
     plan_warnings,
     refuse_size,
     refuse_what_does_not_fit,
+    requested_machine,
     schedule_rows,
     split_batch_over_nodes,
     step_kind,
@@ -209,11 +209,11 @@ class GptWorkload(Workload):
         refuse_float8(config, on_cpus(config, request), gpu)
         refuse_tf32(config, gpu)
         choice = choose_parallelism(
-            config, request.overrides, request.folder, request.world_size, lambda: machine_of(config, request)
+            config, request.overrides, request.folder, request.world_size, lambda: requested_machine(config, request)
         )
         config = choice.apply(config)
         if request.is_local:
-            require_deepspeed(config)
+            refuse_without_deepspeed(config)
         if config.checkpoint.copy_to is not None:
             check_target(config.checkpoint.copy_to, request.folder.path)
         dims = check_parallel_dims(config, request.world_size, request.ranks_per_node)
@@ -274,7 +274,7 @@ class GptWorkload(Workload):
         has_batch = any(typed_key(word) == "optim.global_batch" for word in request.overrides)
         config = sized_config(config, goal, has_batch)
         config = assume_precision(config, choose_precision(config, request.folder, False, gpu_name(request)))
-        machine, fixed = machine_of(config, request), typed_keys(request.overrides)
+        machine, fixed = requested_machine(config, request), typed_keys(request.overrides)
         return rank_set_ups(config, request.world_size, machine, fixed)
 
     def command(self, config: TrainConfig, folder: RunFolder, attempt: int) -> RankCommand:

@@ -25,7 +25,7 @@ from gpt.planning.auto import (
 )
 from gpt.planning.cost import estimate
 from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu, with_network
-from gpt.planning.memory import Memory, in_memory_bytes, per_rank, staging_bytes
+from gpt.planning.memory import RankMemory, in_memory_bytes, per_rank, staging_bytes
 from gpt.planning.search import table
 from gpt.topology import Batch, ParallelDims, split_batch
 from gpt.topology.rules import check_parallel_dims
@@ -66,15 +66,7 @@ def gpu_name(request: PlanRequest) -> str | None:
     return said or min(told, key=lambda name: memory_bytes(name) or 0, default=None)
 
 
-def gpu_words(request: PlanRequest) -> str:
-    """Return the source of the known memory of a GPU, as text."""
-    cluster = request.cluster
-    if cluster.gpu_memory_gib is not None:
-        return "cluster.gpu_memory_gib"
-    return f"cluster.gpu_name: {known_gpu(cluster.gpu_name, None)}"
-
-
-def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
+def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
     """Return the hardware that the estimates assume of the nodes of a cluster.
 
     Raises:
@@ -93,7 +85,7 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
         host_memory=host_memory(request),
     )
     if on_cpus(config, request):
-        return calibrate(measured(cpus(cpu_memory(request), request.ranks_per_node, overrides), rates), request)
+        return calibrate(cpus(cpu_memory(request), request.ranks_per_node, overrides), rates, request)
     name = gpu_name(request)
     tf32 = choose_tf32(config, on_cpus=False)
     found = gpus(name or "", config.precision, request.ranks_per_node, overrides, tf32)
@@ -104,20 +96,17 @@ def machine_of(config: TrainConfig, request: PlanRequest) -> Machine:
             "cluster.gpu_name, as nvidia-smi -L prints it; or cluster.gpu_tflops and cluster.gpu_memory_gib",
             f"""'cluster.gpu_name="{(closest(name or "", KNOWN) or ["NVIDIA H100 80GB HBM3"])[0]}"'""",
         )
-    return calibrate(measured(found if name else replace(found, device="a GPU"), rates), request)
+    return calibrate(found if name else replace(found, device="a GPU"), rates, request)
 
 
-def measured(machine: Machine, rates: MatmulRates | None) -> Machine:
-    """Return a machine with the measured rates of matrix products, if any."""
-    return machine if rates is None else replace(machine, flops_per_s=rates.best, matmul=rates)
-
-
-def calibrate(machine: Machine, request: PlanRequest) -> Machine:
-    """Return a machine with measured links, and with the request's factors for its computing and communication rates.
+def calibrate(machine: Machine, rates: MatmulRates | None, request: PlanRequest) -> Machine:
+    """Return a machine with measured rates and links, and with the request's factors for computing and communication.
 
     Raises:
         ConfigError: ``cluster.network`` is no such measurement.
     """
+    if rates is not None:
+        machine = replace(machine, flops_per_s=rates.best, matmul=rates)
     if request.cluster.network is not None:
         machine = with_network(machine, read_network(Path(request.cluster.network)))
     if request.rate_factor == request.link_factor == 1:
@@ -181,7 +170,7 @@ def estimated_step(config: TrainConfig, dims: ParallelDims, batch: Batch, reques
         return None
     matmul_rates(config, request)  # refuses a file of another device; an incomplete description is no error here
     try:
-        machine = machine_of(config, request)
+        machine = requested_machine(config, request)
     except ConfigError:  # an incomplete description of the nodes matters only to parallel=auto
         return None
     found = estimate(config, dims, batch, machine)
@@ -196,7 +185,7 @@ def plain_values(parallel: ParallelConfig) -> dict[str, Any]:
     return {key: value.name if isinstance(value, Enum) else value for key, value in asdict(parallel).items()}
 
 
-def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str) -> dict[str, str]:
+def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: RankMemory, corpus: str) -> dict[str, str]:
     """Return the lines of the plan for people."""
     counted, steps = count(config.model), config.optim.max_steps
     active = f", {counted.active:,} active for a token" if counted.active != counted.total else ""
@@ -282,7 +271,7 @@ def plan_warnings(
 
 
 def plan_facts(
-    config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Memory, corpus: str, choice: ParallelChoice
+    config: TrainConfig, dims: ParallelDims, batch: Batch, needed: RankMemory, corpus: str, choice: ParallelChoice
 ) -> dict[str, Any]:
     """Return the plan for programs."""
     counted = count(config.model)
@@ -359,7 +348,7 @@ def refuse_size(config: TrainConfig, request: PlanRequest) -> None:
     refuse_what_does_not_fit(config, per_rank(config, dims, batch), request)
 
 
-def refuse_what_does_not_fit(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
+def refuse_what_does_not_fit(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> None:
     """Raise ConfigError if ranks that need ``needed`` each exceed the nodes, as far as these are known."""
     if request.is_local:
         refuse_too_few_gpus(config, request)
@@ -381,14 +370,17 @@ def refuse_too_few_gpus(config: TrainConfig, request: PlanRequest) -> None:
         )
 
 
-def refuse_too_little_memory(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
+def refuse_too_little_memory(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> None:
     """Raise ConfigError if the run exceeds the known memory."""
     if on_cpus(config, request) and request.is_local:
         have, ranks, where = free_memory(), request.world_size, "free on this machine"
         wanted = needed.total + needed.host + staging_bytes(config, request.world_size)
         wanted += in_memory_bytes(config, request.world_size, request.nodes)
     elif (memory := gpu_memory(request)) is not None:
-        have, ranks, where, wanted = memory, 1, f"on a GPU ({gpu_words(request)})", needed.total
+        source = f"cluster.gpu_name: {known_gpu(request.cluster.gpu_name, None)}"
+        if request.cluster.gpu_memory_gib is not None:
+            source = "cluster.gpu_memory_gib"
+        have, ranks, where, wanted = memory, 1, f"on a GPU ({source})", needed.total
     else:
         return
     if ranks * wanted > have:
@@ -418,7 +410,7 @@ def smaller(config: TrainConfig, request: PlanRequest) -> Iterator[str]:
         yield "parallel=fsdp"
 
 
-def refuse_too_little_host(config: TrainConfig, needed: Memory, request: PlanRequest) -> None:
+def refuse_too_little_host(config: TrainConfig, needed: RankMemory, request: PlanRequest) -> None:
     """Raise ConfigError if the data that GPUs offload exceeds the memory of their node, as far as it is known."""
     have, staging = host_memory(request), staging_bytes(config, request.world_size)
     held = in_memory_bytes(config, request.world_size, request.nodes)

@@ -33,7 +33,7 @@ DRAWN = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 def read(preset: Path) -> ModelConfig:
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(preset)))
     assert isinstance(config, ModelConfig)
-    rules.check(config)
+    rules.check_model(config)
     return config
 
 

@@ -32,7 +32,7 @@ from gpt.model.gpt import GPT
 from gpt.model.loss import cross_entropy
 from gpt.parallel.nd import apply_fsdp
 from gpt.planning import memory as rank
-from gpt.planning.memory import Memory, per_rank
+from gpt.planning.memory import RankMemory, per_rank
 from gpt.planning.shards import activation_bytes, cast_elements, parameter_shards
 from gpt.topology import ParallelDims, parallel_dims, split_batch
 from tests.support.distributed import run_distributed
@@ -51,7 +51,7 @@ def memory(
     reshard: bool = True,
     reduce_each: bool = False,
     min_num_params: int | None = None,
-) -> Memory:
+) -> RankMemory:
     optim = OptimConfig(
         max_steps=1,
         global_batch=ranks * MICRO * accumulation,

@@ -21,7 +21,7 @@ from gpt.config import (
     Strategy,
     TrainConfig,
 )
-from gpt.planning.memory import Memory, micro_batches_in_flight, per_rank
+from gpt.planning.memory import RankMemory, micro_batches_in_flight, per_rank
 from gpt.planning.shards import parameter_shards
 from gpt.topology import ParallelDims, parallel_dims, split_batch
 from gpt.topology.pipeline import rank_stages
@@ -37,7 +37,7 @@ def run(model: ModelConfig, **parallel: Any) -> TrainConfig:
     return TrainConfig(model=model, optim=OPTIM, parallel=ParallelConfig(**{"strategy": Strategy.ddp, **parallel}))
 
 
-def memory(config: TrainConfig, ranks: int) -> Memory:
+def memory(config: TrainConfig, ranks: int) -> RankMemory:
     dims = parallel_dims(config.parallel, ranks)
     return per_rank(config, dims, split_batch(config.optim, dims.data_ranks))
 

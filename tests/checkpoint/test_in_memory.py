@@ -16,7 +16,7 @@ import torch
 from gpt.checkpoint import CheckpointStore
 from gpt.checkpoint.memory import FailedInMemory, MemorySaves, SavedInMemory, neighbors
 from gpt.checkpoint.writer import InlineWriter, ProcessWriter
-from gpt.planning.memory import Memory, in_memory_bytes, staging_bytes
+from gpt.planning.memory import RankMemory, in_memory_bytes, staging_bytes
 from gpt.workload.plan import checkpoint_text, refuse_too_little_host
 from launch.config import ClusterConfig
 from launch.errors import ConfigError
@@ -214,7 +214,7 @@ def test_nodes_without_that_memory_are_refused(device: str, tmp_path: Path) -> N
     words = [*TINY, f"device={device}", "checkpoint.asynchronous=true"]
     asked = config_from([*words, "checkpoint.in_memory=true"])
     held = in_memory_bytes(asked, 4, 2)
-    needed = Memory(0, 0, 0, 0, 0, 0)
+    needed = RankMemory(0, 0, 0, 0, 0, 0)
     for room, is_refused in ((held // 2, True), (2 * (held + staging_bytes(asked, 4)), False)):
         cluster = ClusterConfig(mem_gb=2 * room / 2**30)
         request = PlanRequest((), RunFolder(tmp_path), False, 2, 2, cluster, 0)

@@ -62,7 +62,7 @@ def bent(config: ModelConfig, adapter: StateDictAdapter) -> ModelConfig:
     if not adapter.grouped_queries:
         changes["n_kv_head"] = None
     made = dataclasses.replace(config, **plain, **changes)
-    rules.check(made)
+    rules.check_model(made)
     return made
 
 

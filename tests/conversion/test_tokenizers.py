@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpt.config import TokenizerKind
 from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, from_payload, save_tokenizer
-from gpt.export import byte_level_tokenizer, character_tokenizer, write_tokenizer
+from gpt.export import tokenizer_content, write_tokenizer
 from launch.runs.folder import RunFolder
 
 
@@ -19,7 +19,7 @@ def library(content: dict[str, object]) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
-BYTES = library(byte_level_tokenizer())
+BYTES = library(tokenizer_content(ByteTokenizer()))
 
 
 @given(st.text())
@@ -32,7 +32,7 @@ def test_bytes(text: str) -> None:
 @given(st.text(min_size=1))
 def test_characters(text: str) -> None:
     ours = CharTokenizer(sorted(set(text)))
-    theirs = library(character_tokenizer(ours.characters))
+    theirs = library(tokenizer_content(ours))
     ids = theirs.encode(text).ids
     assert ids == ours.encode(text).tolist()
     assert theirs.decode(ids) == text

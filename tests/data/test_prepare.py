@@ -19,7 +19,7 @@ from gpt.config import DataConfig, Source, SyntheticConfig, TokenFileFormat, Tok
 from gpt.data import shards, spec
 from gpt.data.corpus import describe_corpus
 from gpt.data.preparation import prepare_folder
-from gpt.data.prepared import TokenSource, open_folder, open_tokens, read_manifest
+from gpt.data.prepared import TokenSource, open_folder, open_tokens, read_corpus_manifest
 from gpt.data.shards import is_validation, list_shards, read_shard
 from gpt.data.spec import SHAKESPEARE_SHA256, PreprocessingSpec, build_spec
 from gpt.data.tokenizers import Tokenizer, load_tokenizer
@@ -402,7 +402,9 @@ def test_a_killed_stream_of_a_dataset_goes_on(tmp_path: Path) -> None:
         lines = (json.dumps({"text": f"{shard}.{n} " + TEXTS[n % 300]}) + "\n" for n in range(1000))
         (tmp_path / "in" / f"train-{shard:02d}.jsonl").write_text("".join(lines))
     words = ["data=tinystories", f"data.dataset={tmp_path / 'in'}", "data.val_split=null", "data.val_fraction=0.1"]
-    manifest = read_manifest(kill_and_go_on([*words, "data.tokenizer_vocab_size=300", "--workers", "2"], tmp_path))
+    manifest = read_corpus_manifest(
+        kill_and_go_on([*words, "data.tokenizer_vocab_size=300", "--workers", "2"], tmp_path)
+    )
     assert manifest is not None and manifest["tokenizer"]["kind"] == "sentencepiece"
     assert sum(manifest["splits"][s]["documents"] for s in ("train", "val")) == 6000
 

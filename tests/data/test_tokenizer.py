@@ -20,12 +20,12 @@ from gpt.data.tokenizers import (
     SentencePieceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
-    checksum,
     load_run_tokenizer,
     load_tokenizer,
     read_tokenizer,
     save_tokenizer,
     tiktoken_payload,
+    tokenizer_checksum,
     train_sentencepiece,
 )
 from launch.errors import ConfigError
@@ -135,9 +135,9 @@ def test_a_saved_tokenizer_is_the_same_one(kind: TokenizerKind, tmp_path: Path) 
     save_tokenizer(made(kind), folder.tokenizer)
     loaded = load_run_tokenizer(folder)
     assert (loaded.kind, loaded.vocab_size, loaded.eot) == (kind, made(kind).vocab_size, made(kind).eot)
-    assert checksum(loaded) == checksum(made(kind))
+    assert tokenizer_checksum(loaded) == tokenizer_checksum(made(kind))
     assert loaded.encode(TEXT).tolist() == made(kind).encode(TEXT).tolist()
-    assert len({checksum(made(k)) for k in KINDS}) == len(KINDS)
+    assert len({tokenizer_checksum(made(k)) for k in KINDS}) == len(KINDS)
 
 
 def test_a_tokenizer_that_is_missing_or_damaged_is_refused(tmp_path: Path) -> None:

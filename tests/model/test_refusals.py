@@ -53,7 +53,7 @@ REFUSED = [
 
 def model(words: list[str]) -> ModelConfig:
     config = config_from(words).model
-    rules.check(config)
+    rules.check_model(config)
     return config
 
 

@@ -14,7 +14,7 @@ from gpt.bench_matmul import main
 from gpt.config import Device, Precision
 from gpt.planning.cost import RankStep
 from gpt.topology import parallel_dims, split_batch
-from gpt.workload.plan import estimated_step, machine_of
+from gpt.workload.plan import estimated_step, requested_machine
 from launch.config.cluster import ClusterConfig, ClusterKind
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
@@ -77,7 +77,7 @@ def request(path: Path, **cluster: Any) -> PlanRequest:
 def test_a_plan_takes_the_rates_of_the_file(tmp_path: Path) -> None:
     config = replace(config_of(), device=Device.cpu, precision=Precision.fp32)
     asked = request(write(tmp_path / "rates.json"))
-    assert machine_of(config, asked).flops_per_s == pytest.approx(1e9)
+    assert requested_machine(config, asked).flops_per_s == pytest.approx(1e9)
     dims, batch = parallel_dims(config.parallel, 1), split_batch(config.optim, 1)
     usual, faster = (estimated_step(config, dims, batch, one) for one in (asked, replace(asked, rate_factor=2.0)))
     assert usual is not None and faster is not None

@@ -36,7 +36,7 @@ def small(**overrides: Any) -> ModelConfig:
     """A model of a few thousand parameters: GPT-2's parts, unless overridden."""
     values = {"name": "small", "n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 12, "vocab_size": 50}
     config = ModelConfig(**{**values, **overrides})
-    rules.check(config)
+    rules.check_model(config)
     return config
 
 
@@ -111,5 +111,5 @@ def configs(draw: st.DrawFn, ffns: tuple[Ffn, ...] = tuple(Ffn)) -> ModelConfig:
         config.expert_balance = draw(st.sampled_from(ExpertBalance))
         config.expert_matmul = ExpertMatmul.loop  # takes any width, and torch counts its products
         config.capacity_factor = draw(st.none() | st.sampled_from([0.5, 1.0, 1.25, 9.0]))
-    rules.check(config)
+    rules.check_model(config)
     return config
