@@ -51,8 +51,8 @@ ON_RUNS = (
     *(f"gpt.{name}" for name in ("generate", "evaluate", "compare", "export")),
 )
 ELSEWHERE = {
-    "gpt.smoke": "tools/test_smoke.py",
-    "gpt.bench_matmul": "planning/test_matmul_rates.py",
+    "gpt.smoke": "tools/test_compare.py",
+    "gpt.bench_matmul": "planning/test_cost.py",
     "launch.bench_network": "launch/test_bench_network.py",
     "launch.doctor": "launch/test_doctor.py",
     "launch.storm": "launch/test_storm.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.accounting import block_shapes, count, forward_flops, outer_shapes, training_flops, training_flops_per_token
 from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig, TrainConfig, rules
+from gpt.config.rules import cached_by_model
 from gpt.metrics.startup_summary import architecture, performance
 from gpt.model.gpt import GPT
 from launch.config import ClusterKind
@@ -210,3 +212,23 @@ def test_the_summary_compares_attention_with_the_feed_forward_and_tells_the_spee
     told = performance(record, TrainConfig(model=config))
     assert told["where"].endswith(f"attention to feed-forward {ratio:.2f}")
     assert f"at an MFU of 50 % {0.5 * 2e15 / flops.palm:,.0f} tokens/s" in told["upper bound"]
+
+
+MODEL = ModelConfig(name="m", n_layer=2, n_head=2, n_embd=64, block_size=32, vocab_size=128)
+
+
+def test_equal_configs_share_a_result_and_a_changed_one_has_its_own() -> None:
+    asked: list[tuple[int, int]] = []
+
+    @cached_by_model
+    def width(model: ModelConfig, times: int) -> int:
+        asked.append((model.n_embd, times))
+        return model.n_embd * times
+
+    other = replace(MODEL)
+    assert [width(MODEL, 2), width(other, 2), width(MODEL, times=2)] == [128, 128, 128]
+    assert asked == [(64, 2)] * 2, "once for each way to call it"
+    other.n_embd = 32  # configs can be changed
+    assert [width(other, 2), width(MODEL, 3), width(MODEL, 2)] == [64, 192, 128]
+    other.options = {"ffn": {"a": [1]}}
+    assert width(other, 2) == 64 and len(asked) == 5

@@ -20,7 +20,7 @@ from gpt.config import DataConfig, ModelConfig, Source, TokenizerKind, TrainConf
 from gpt.config.train import compose_train
 from gpt.data.corpus import check_fit, describe_corpus, ensure_tokens, num_windows
 from gpt.data.prepared import TokenSource
-from gpt.data.spec import build_spec, prepare_command, split_tokens, stdlib_files
+from gpt.data.spec import build_spec, prepare_command, stdlib_files
 from gpt.prepare import main
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
@@ -231,12 +231,6 @@ def test_what_check_fit_accepts_has_the_samples_and_what_it_proposes_is_accepted
     else:
         assert corpus.train_tokens > block_size
         assert num_windows(corpus.val_tokens, block_size) >= eval_sequences
-
-
-@given(tokens=st.integers(1, 10**13), val_fraction=st.floats(0.001, 0.5))
-def test_the_split_is_near_the_fraction_asked_for(tokens: int, val_fraction: float) -> None:
-    train, val = split_tokens(tokens, val_fraction)
-    assert train + val == tokens and abs(val - tokens * val_fraction) <= 1
 
 
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

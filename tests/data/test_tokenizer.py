@@ -7,8 +7,8 @@ import json
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +20,7 @@ from gpt.data.tokenizers import (
     SentencePieceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
+    from_payload,
     load_run_tokenizer,
     load_tokenizer,
     read_tokenizer,
@@ -28,6 +29,7 @@ from gpt.data.tokenizers import (
     tokenizer_checksum,
     train_sentencepiece,
 )
+from gpt.export import tokenizer_content, write_tokenizer
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 
@@ -178,12 +180,6 @@ def test_a_model_that_adds_a_space_does_not_know_its_bytes() -> None:
     assert SentencePieceTokenizer(model.getvalue()).token_bytes() is None
 
 
-def test_ids_wider_than_a_byte() -> None:
-    tokenizer = CharTokenizer(chr(0x10000 + i) for i in range(70000))
-    ids = tokenizer.encode(chr(0x10000 + 69999))
-    assert ids.tolist() == [69999] and ids.dtype == np.uint32
-
-
 @pytest.mark.parametrize(("asked", "beyond"), [(300, "at least"), (10**6, "at most")])
 def test_the_size_that_sentencepiece_is_told_to_take_is_one_that_it_takes(asked: int, beyond: str) -> None:
     lines = (TEXT + "".join(map(chr, range(0x370, 0x400)))).splitlines(keepends=True)
@@ -192,3 +188,48 @@ def test_the_size_that_sentencepiece_is_told_to_take_is_one_that_it_takes(asked:
     key, size = refusal.value.fix.split("=")
     assert key == "data.tokenizer_vocab_size" and f"{beyond} {size}" in refusal.value.expected
     assert train_sentencepiece(iter(lines), int(size)).vocab_size == int(size)
+
+
+def library(content: dict[str, object]) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(json.dumps(content))
+
+
+BYTES = library(tokenizer_content(ByteTokenizer()))
+
+
+@given(st.text())
+def test_bytes(text: str) -> None:
+    ids = BYTES.encode(text).ids
+    assert ids == ByteTokenizer().encode(text).tolist()
+    assert BYTES.decode(ids) == text
+
+
+@given(st.text(min_size=1))
+def test_characters(text: str) -> None:
+    ours = CharTokenizer(sorted(set(text)))
+    theirs = library(tokenizer_content(ours))
+    ids = theirs.encode(text).ids
+    assert ids == ours.encode(text).tolist()
+    assert theirs.decode(ids) == text
+
+
+def write(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    run, out = RunFolder(tmp_path / "run"), tmp_path / "out"
+    run.tokenizer.mkdir(parents=True)
+    out.mkdir()
+    save_tokenizer(tokenizer, run.tokenizer)
+    write_tokenizer(tokenizer, run, out, 32)
+    return out
+
+
+def test_a_trained_one_is_copied_with_its_end_of_text(tmp_path: Path) -> None:
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    trained.train_from_iterator(["to be or not to be, that is the question"] * 5, trainer)
+    ours = from_payload(TokenizerKind.hf, trained.to_str().encode())
+    out = write(ours, tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    assert theirs.encode("to be that").ids == ours.encode("to be that").tolist()
+    told = json.loads((out / "tokenizer_config.json").read_text())
+    assert told["eos_token"] == "<|endoftext|>" and theirs.token_to_id(told["eos_token"]) == ours.eot

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+from gpt import smoke
 from gpt.compare import main
 from gpt.metrics.comparison import interpolate
 from launch.runs.files import append_json_lines, write_json
 from launch.runs.folder import RunFolder
-from tests.support.commands import environment
+from tests.support.commands import environment, run
 
 
 def a_run(path: Path, *, steps: int, batch: int, first: float, data: str = "d1", **model: Any) -> None:
@@ -89,3 +90,30 @@ def test_interpolation_stays_within_the_curve() -> None:
 def test_no_torch_is_loaded(tmp_path: Path) -> None:
     code = "import sys, gpt.compare, gpt.metrics.comparison; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+
+
+def test_all_holds_here(tmp_path: Path) -> None:
+    lines = run("gpt.smoke", cwd=tmp_path).splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("ok")] == [
+        "ok  training", "ok  saving", "ok  resuming", "ok  writing",
+    ]  # fmt: skip
+    assert "all holds" in lines[-1] and not any(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_its_help_is_shown_and_nothing_is_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        smoke.main(["--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0 and "KEY=VALUE" in text and "ok  " not in text
+
+
+def test_what_does_not_hold_is_said_and_is_the_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> str:
+        smoke.require(False, "loss 5.5000 to 5.5000")
+        return ""
+
+    monkeypatch.setattr(smoke, "checks", lambda overrides, folder: iter([("training", broken), ("saving", broken)]))
+    assert smoke.main([]) == 1
+    assert capsys.readouterr().out == "FAILED  training: loss 5.5000 to 5.5000\n"
