@@ -125,14 +125,18 @@ TRAIN, VAL = 0, 1
 
 
 class TextPart(NamedTuple):
-    """TextPart of a source: bytes of a text or jsonl file, row groups of parquet, a file of a dataset, or a walk."""
+    """Part of a source: bytes of a text or jsonl file, row groups of parquet, a file of a dataset, or a walk."""
 
     path: str
     start: int
     stop: int
-    ends: bool
+    split: int | None = None
+    """TRAIN or VAL; None if the split is decided document by document."""
+    size: int = SHARD_BYTES
+    """Bytes by which parts are joined to shards. A part of unknown size is a shard of its own."""
+    ends: bool = True
     """True if a document ends with the part (text only)."""
-    mtime_ns: int
+    mtime_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,34 +144,56 @@ class Shard:
     """Text that one process tokenizes at once."""
 
     number: int
-    split: int | None
-    """TRAIN or VAL; None if the split is decided document by document."""
     parts: tuple[TextPart, ...]
     first: int = 0
     """Number of the first shard of the same files. Separate validation files come first, so that with
     ``data.max_bytes`` the unneeded shards are the last."""
 
+    @property
+    def split(self) -> int | None:
+        """TRAIN or VAL; None if the split is decided document by document."""
+        return self.parts[0].split
+
 
 def list_shards(spec: PreprocessingSpec) -> list[Shard]:
     """Return the shards of a corpus, in the order of its tokens."""
+    config = spec.config
     if spec.kind == "synthetic":
-        walks = range(num_walks(spec.config.synthetic.tokens))
-        return [Shard(i, None, (TextPart("", i, i + 1, False, 0),)) for i in walks]
+        return _group(TextPart("", i, i + 1) for i in range(num_walks(config.synthetic.tokens)))
     if spec.kind == "custom":  # only the user's function knows where its documents are
-        return [Shard(0, None, (TextPart(str(spec.config.source), 0, 0, True, 0),))]
+        return _group([TextPart(str(config.source), 0, 0)])
     if spec.kind == "dataset":
-        return _dataset_shards(spec.config)
+        splits = [(config.train_split, TRAIN if config.val_split else None)]
+        splits += [(config.val_split, VAL)] if config.val_split else []
+        counts = [open_dataset(config, name).num_shards for name, _ in splits]
+        # The library can start to read at each file.
+        places = zip(splits, counts, strict=True)
+        return _group(TextPart(name, i, count, split) for (name, split), count in places for i in range(count))
     if not spec.val_files:
-        border = spec.num_bytes - min(spec.num_bytes, max(1, int(spec.num_bytes * spec.config.val_fraction)))
+        border = spec.num_bytes - min(spec.num_bytes, max(1, int(spec.num_bytes * config.val_fraction)))
         return _group(_split_files(spec, spec.files, None, border))
     val = _group(_split_files(spec, spec.val_files, VAL, 0))
     return _group(_split_files(spec, spec.files, TRAIN, spec.num_bytes), val)
 
 
+def _group(parts: Iterable[TextPart], before: Iterable[Shard] = ()) -> list[Shard]:
+    """Join neighboring parts of the same split, up to the size of a shard, and append the shards to ``before``."""
+    groups: list[list[TextPart]] = []
+    size = 0
+    for part in parts:
+        if not groups or groups[-1][0].split != part.split or size + part.size > SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(part)
+        size += part.size
+    first = len(shards := list(before))
+    return shards + [Shard(first + i, tuple(group), first) for i, group in enumerate(groups)]
+
+
 def _split_files(
     spec: PreprocessingSpec, files: Iterable[CorpusFile], split: int | None, val_start: int
-) -> Iterator[tuple[int | None, TextPart, int]]:
-    """Yield the parts of files: split, place and size of each.
+) -> Iterator[TextPart]:
+    """Yield the parts of files.
 
     Args:
         spec: spec of the corpus.
@@ -177,35 +203,31 @@ def _split_files(
     """
     if spec.kind == "text":
         yield from _split_texts(spec, files, val_start)
-    elif spec.kind == "parquet":
-        yield from ((split, part, size) for file in files for part, size in _list_row_groups(file))
-    else:
-        whole = spec.kind == "jsonl.gz"  # gzip can be read only from its beginning
-        parts = (part for file in files for part in _split_jsonl(file, whole))
-        yield from ((split, part, part.stop - part.start) for part in parts)
+        return
+    for file in files:
+        path, mtime_ns = str(file.path), file.mtime_ns
+        if spec.kind == "parquet":
+            for i, size in enumerate(_row_group_sizes(file.path)):
+                yield TextPart(path, i, i + 1, split, size, mtime_ns=mtime_ns)
+            continue
+        step = file.size if spec.kind == "jsonl.gz" else SHARD_BYTES  # gzip can be read only from its beginning
+        for start in range(0, file.size, step):
+            stop = min(start + step, file.size)
+            yield TextPart(path, start, stop, split, stop - start, mtime_ns=mtime_ns)
 
 
-def _group(parts: Iterable[tuple[int | None, TextPart, int]], before: Iterable[Shard] = ()) -> list[Shard]:
-    """Join neighboring parts of the same split, up to the size of a shard, and append the shards to ``before``."""
-    shards = list(before)
-    first = len(shards)
-    waiting: list[TextPart] = []
-    size, split = 0, None
-    for its_split, part, its_size in parts:
-        if waiting and (its_split != split or size + its_size > SHARD_BYTES):
-            shards.append(Shard(len(shards), split, tuple(waiting), first))
-            waiting, size = [], 0
-        waiting.append(part)
-        size, split = size + its_size, its_split
-    if waiting:
-        shards.append(Shard(len(shards), split, tuple(waiting), first))
-    return shards
+def _row_group_sizes(path: Path) -> list[int]:
+    parquet = import_library("pyarrow.parquet")
+    try:
+        with parquet.ParquetFile(path) as opened:
+            metadata = opened.metadata
+            return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    except (OSError, ValueError) as error:  # base classes of pyarrow's errors
+        raise unreadable_file_error(path, error) from error
 
 
-def _split_texts(
-    spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start: int
-) -> Iterator[tuple[int, TextPart, int]]:
-    """Yield the pieces of texts: split, place, and size in bytes of each. Validation begins with a new piece."""
+def _split_texts(spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start: int) -> Iterator[TextPart]:
+    """Yield the pieces of texts. Validation begins with a new piece."""
     exact = spec.config.tokenizer is TokenizerKind.byte
     passed = 0
     for file in files:
@@ -219,7 +241,7 @@ def _split_texts(
         places = sorted({0, end, *(place for place in (border, *cuts) if 0 < place < end)})
         for start, stop in pairwise(places):
             split = TRAIN if start < border else VAL
-            yield split, TextPart(str(file.path), start, stop, stop == end, file.mtime_ns), stop - start
+            yield TextPart(str(file.path), start, stop, split, stop - start, stop == end, file.mtime_ns)
         passed += file.size
 
 
@@ -257,34 +279,6 @@ def _whole_characters(file: CorpusFile) -> int:
     return file.size
 
 
-def _split_jsonl(file: CorpusFile, whole: bool) -> Iterator[TextPart]:
-    step = file.size if whole else SHARD_BYTES
-    for start in range(0, file.size, step):
-        yield TextPart(str(file.path), start, min(start + step, file.size), True, file.mtime_ns)
-
-
-def _list_row_groups(file: CorpusFile) -> Iterator[tuple[TextPart, int]]:
-    parquet = import_library("pyarrow.parquet")
-    try:
-        with parquet.ParquetFile(file.path) as opened:
-            metadata = opened.metadata
-            for i in range(metadata.num_row_groups):
-                part = TextPart(str(file.path), i, i + 1, True, file.mtime_ns)
-                yield part, metadata.row_group(i).total_byte_size
-    except (OSError, ValueError) as error:  # base classes of pyarrow's errors
-        raise unreadable_file_error(file.path, error) from error
-
-
-def _dataset_shards(config: DataConfig) -> list[Shard]:
-    splits = [(config.train_split, TRAIN if config.val_split else None)]
-    splits += [(config.val_split, VAL)] if config.val_split else []
-    found: list[tuple[str, int | None, int, int]] = []
-    for name, split in splits:
-        count = open_dataset(config, name).num_shards  # number of files: the library can start to read at each file
-        found += [(name, split, i, count) for i in range(count)]
-    return [Shard(n, split, (TextPart(name, i, count, True, 0),)) for n, (name, split, i, count) in enumerate(found)]
-
-
 @lru_cache(maxsize=4)
 def _open_stream(dataset: str, revision: str | None, subset: str | None, split: str) -> Any:
     """Open a dataset as a stream, once. The stream is only a description, which reading does not change."""
@@ -293,27 +287,24 @@ def _open_stream(dataset: str, revision: str | None, subset: str | None, split: 
     return datasets.load_dataset(dataset, name=subset, revision=revision, split=split, streaming=True)
 
 
-def _at(revision: str | None) -> str:
-    return "" if revision is None else f" at {revision}"
-
-
 def open_dataset(config: DataConfig, split: str) -> Any:
     """Open a split of a dataset as a stream.
 
     Raises:
         ConfigError: the dataset is unreachable, or has no such split.
     """
+    revision = revision_of(config)
     try:
-        return _open_stream(str(config.dataset), revision_of(config), config.subset, split)
+        return _open_stream(str(config.dataset), revision, config.subset, split)
     except ConfigError:
         raise
     except Exception as error:  # the library's errors have no common class
         raise ConfigError(
-            f"the split {split} of the dataset {config.dataset}{_at(revision_of(config))} cannot be opened "
-            f"({type(error).__name__}: {error})",
+            f"the split {split} of the dataset {config.dataset}{f' at {revision}' if revision else ''} cannot be "
+            f"opened ({type(error).__name__}: {error})",
             "a network, a dataset of this name, and a revision and a split that it has",
             "data.dataset=FOLDER of files downloaded elsewhere, or another data.train_split or data.val_split"
-            + ("" if revision_of(config) is None else ", or data.revision=null, where it is of another dataset"),
+            + (", or data.revision=null, where it is of another dataset" if revision else ""),
         ) from error
 
 
@@ -376,19 +367,14 @@ def is_validation(shard: int, document: int, fraction: float) -> bool:
 
 
 def _documents(spec: PreprocessingSpec, part: TextPart) -> Iterator[str]:
-    if spec.kind == "custom":
-        yield from _read_custom(spec.config)
-    elif spec.kind == "dataset":
-        yield from _read_dataset(spec.config, part)
-    elif spec.kind == "parquet":
-        yield from _read_parquet(part, spec.config.text_key)
-    else:
-        yield from _read_jsonl(part, spec.config.text_key, packed=spec.kind == "jsonl.gz")
+    if spec.kind in ("custom", "dataset"):
+        return (_read_custom if spec.kind == "custom" else _read_dataset)(spec.config, part)
+    return (_read_parquet if spec.kind == "parquet" else _read_jsonl)(part, spec.config.text_key)
 
 
-def _read_custom(config: DataConfig) -> Iterator[str]:
-    """Yield the texts of a function of the user."""
-    name = str(config.source)
+def _read_custom(config: DataConfig, part: TextPart) -> Iterator[str]:
+    """Yield the texts of a function of the user, which ``path`` names."""
+    name = part.path
     documents = load_source("data.source", name)(config)
     while True:
         try:
@@ -425,9 +411,9 @@ def _refuse_change(path: Path, part: TextPart, complete: bool = True) -> None:
         raise ConfigError(f"{path} changed while it was read", "a text that holds still", "the same command again")
 
 
-def _read_jsonl(part: TextPart, key: str, packed: bool) -> Iterator[str]:
+def _read_jsonl(part: TextPart, key: str) -> Iterator[str]:
     """Yield the texts of the lines that begin in the part. A line that began earlier belongs to the part before."""
-    path = Path(part.path)
+    path, packed = Path(part.path), part.path.endswith(".gz")
     try:
         with gzip.open(path, "rb") if packed else path.open("rb") as stream:
             place = part.start

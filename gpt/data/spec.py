@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import urllib.request
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -177,13 +177,11 @@ def _in_stdlib_corpus(name: str) -> bool:
 
 def take_bytes(files: Iterable[CorpusFile], limit: int | None) -> tuple[CorpusFile, ...]:
     """Return the first ``limit`` bytes of ``files``. The ``size`` of the last file is reduced; None returns all."""
-    taken, left = [], limit
+    taken, left = [], sys.maxsize if limit is None else limit
     for file in files:
-        if left is not None and left <= 0:
-            break
-        size = file.size if left is None else min(file.size, left)
-        taken.append(CorpusFile(file.path, size, file.mtime_ns))
-        left = None if left is None else left - size
+        if left > 0:
+            taken.append(replace(file, size=min(file.size, left)))
+        left -= file.size
     return tuple(taken)
 
 
