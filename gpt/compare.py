@@ -74,8 +74,8 @@ def print_table(compared: Comparison, console: Console) -> None:
         grid.add_column(Text(run.label), justify="right", overflow="fold")
     for column in COLUMNS:
         if any(column.value(run) is not None for run in compared.runs):
-            values = (column.value(run) for run in compared.runs)
-            cells = ("-" if value is None else column.text.format(value) for value in values)
+            metrics = (column.value(run) for run in compared.runs)
+            cells = ("-" if metric is None else column.text.format(metric) for metric in metrics)
             grid.add_row(column.title, *map(Text, cells))
     for heading, differences in compared.differences.items():
         grid.add_section()

@@ -67,7 +67,7 @@ def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:
         # A byte-pair encoding without any pair, whose ids are bytes.
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         vocab = {letter: byte for byte, letter in enumerate(byte_letters())}
-        pairs = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocab, "merges": []}
+        pairs: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "vocab": vocab, "merges": []}
         return tokenizer_json(pairs, level, level)
     if isinstance(tokenizer, CharTokenizer):
         # A tokenizer whose words are the characters. Any other character is an error.

@@ -49,7 +49,11 @@ def to_hf(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Itera
     # Padding rows of the vocabulary are left out, because transformers would use them as tokens.
     state = {name: tensor[: config.vocab_size] if name in VOCABULARY else tensor for name, tensor in state.items()}
     if adapter.requires_bias:
-        state = zero_biases(state) | state
+        tables = ("token_embedding.weight", "position.weight", "head.weight")
+        layers = (name.removesuffix("weight") for name in state if name.endswith(".weight") and name not in tables)
+        state = {
+            f"{name}bias": state[f"{name}weight"].new_zeros(len(state[f"{name}weight"])) for name in layers
+        } | state
     for rule in adapter.rules(config):
         if len(rule.hf_names) == 1:
             parts = [torch.cat([state[name] for name in rule.names])]
@@ -57,13 +61,6 @@ def to_hf(state: State, adapter: StateDictAdapter, config: ModelConfig) -> Itera
             parts = list(state[rule.names[0]].unbind())
         for name, part in zip(rule.hf_names, parts, strict=True):
             yield name, (part.mT if rule.transposed else part).contiguous()
-
-
-def zero_biases(state: State) -> State:
-    """Return a bias of zeros for every layer that can have one."""
-    tables = ("token_embedding.weight", "position.weight", "head.weight")
-    layers = [name for name in state if name.endswith(".weight") and name not in tables]
-    return {name.removesuffix("weight") + "bias": state[name].new_zeros(state[name].size(0)) for name in layers}
 
 
 def from_hf(read: Callable[[str], Tensor], rules: list[Rule], shapes: dict[str, torch.Size]) -> State:

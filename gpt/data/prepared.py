@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gpt.config import DataConfig, WeightedPath
 from gpt.data.token_file import ITEM_BYTES, Segment, missing_tokens_error, open_token_files, read_token_file, split_end
@@ -253,23 +253,14 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} in a file of plain values")
 
 
-def read_meta(file: IO[bytes]) -> dict[str, Any]:
-    """Read nanoGPT's meta.pkl.
-
-    Raises:
-        pickle.UnpicklingError: the file contains more than plain values.
-    """
-    value = _PlainUnpickler(file).load()
-    return value if isinstance(value, dict) else {}
-
-
 def _nanogpt_meta(meta: Path) -> tuple[int | None, str | None]:
     """Return vocabulary size and characters from nanoGPT's ``meta.pkl``; None for each missing value."""
     if not meta.is_file():
         return None, None
     try:
         with meta.open("rb") as file:
-            values = read_meta(file)
+            values = _PlainUnpickler(file).load()
+        values = values if isinstance(values, dict) else {}
         size, names = values.get("vocab_size"), values.get("itos")
         if size is not None and isinstance(names, dict) and set(names) == set(range(size)):
             return int(size), "".join(names[i] for i in range(size))

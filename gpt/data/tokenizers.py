@@ -196,19 +196,15 @@ class SentencePieceTokenizer:
     def token_bytes(self) -> npt.NDArray[np.int64] | None:
         """Return the bytes of each piece, (vocab_size,); None for a model that changes the text, as Llama's adds a
         space."""
-        if not self._is_lossless():
-            return None
-        return np.array([self._piece_bytes(i) for i in range(self.vocab_size)], dtype=np.int64)
-
-    def _piece_bytes(self, i: int) -> int:
-        if self._model.is_control(i) or self._model.is_unknown(i):
-            return 0
-        return 1 if self._model.is_byte(i) else len(self._model.id_to_piece(i).replace(SPACE, " ").encode())
-
-    def _is_lossless(self) -> bool:
-        """Return True if the model adds, folds and drops nothing in a test text."""
         probe = " a  b\n\n\tﬁ c "  # spaces that could be dropped, and a ligature that Unicode normalization splits
-        return bool(self._model.decode(self._model.encode(probe)) == probe)
+        model = self._model
+        if model.decode(model.encode(probe)) != probe:
+            return None
+        sizes = np.zeros(self.vocab_size, dtype=np.int64)
+        for i in range(self.vocab_size):
+            if not (model.is_control(i) or model.is_unknown(i)):
+                sizes[i] = 1 if model.is_byte(i) else len(model.id_to_piece(i).replace(SPACE, " ").encode())
+        return sizes
 
 
 class HfTokenizer:

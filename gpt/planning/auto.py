@@ -233,15 +233,6 @@ def slow_precision(
     yield f"{name} on {device_name}, whose peak is {times} times higher in {best.name}: precision={best.name}"
 
 
-def eager_tensor_parallel(config: TrainConfig) -> Iterator[str]:
-    """Warn of tensor parallelism on GPUs without compiled blocks. ``compile`` is already resolved."""
-    if config.parallel.tp > 1 and not config.compiles:
-        yield (
-            f"parallel.tp={config.parallel.tp} with compile={config.compile.name}: without the compiler each operation "
-            "on a sharded matrix goes through Python, which takes longer than the GPU computes: compile=default"
-        )
-
-
 def execution_warnings(config: TrainConfig, device_name: str | None, best: Precision | None = None) -> Iterator[str]:
     """Warn of an execution that leaves GPUs idle. Precision, TF32 and compilation of ``config`` are already resolved.
 
@@ -249,7 +240,11 @@ def execution_warnings(config: TrainConfig, device_name: str | None, best: Preci
     """
     if device_name is not None:
         yield from slow_precision(device_name, config.precision, bool(config.tf32), best)
-    yield from eager_tensor_parallel(config)
+    if config.parallel.tp > 1 and not config.compiles:
+        yield (
+            f"parallel.tp={config.parallel.tp} with compile={config.compile.name}: without the compiler each operation "
+            "on a sharded matrix goes through Python, which takes longer than the GPU computes: compile=default"
+        )
 
 
 def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterator[str]:
@@ -274,8 +269,12 @@ def many_time_limits(run_s: float, timeout_min: int) -> Iterator[str]:
     if limits < 2:
         return
     enough = 10 * math.ceil(1.1 * run_s / 600)
+    takes = f"{run_s / 60:.0f} min"
+    for unit, name in ((3600, "h"), (86400, "days")):
+        if run_s >= 2 * unit:
+            takes = f"{run_s / unit:.3g} {name}"
     yield (
-        f"about {hours_text(run_s)} by the estimate of the planner, and cluster.timeout_min={timeout_min}: {limits} "
+        f"about {takes} by the estimate of the planner, and cluster.timeout_min={timeout_min}: {limits} "
         f"time limits, with a requeue after each; or cluster.timeout_min={enough} where the partition allows it"
     )
 
@@ -286,14 +285,6 @@ def count_text(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.3g}{name}"
     return str(number)
-
-
-def hours_text(seconds: float) -> str:
-    """Format a duration in minutes, hours or days."""
-    for unit, name in ((86400, "days"), (3600, "h")):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds / 60:.0f} min"
 
 
 WITH_CUDA_GRAPHS = (CompileMode["reduce-overhead"], CompileMode["max-autotune"])

@@ -14,6 +14,7 @@ from gpt.components.facts import optimizer_state
 from gpt.config import LOSS_CHUNK, CpMethod, ParallelConfig, Precision, Schedule, Strategy, TrainConfig
 from gpt.planning.shards import (
     ParallelFactors,
+    ParameterShard,
     ParameterShards,
     activation_bytes,
     cast_elements,
@@ -66,7 +67,8 @@ def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> 
 def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> States:
     """Return the state under ZeRO-1 and 2: sharded masters and moments, and in ZeRO-2 sharded gradients."""
     parallel, bf16 = config.parallel, config.precision.is_half
-    groups = [rounded_up(size, ALIGNMENT * ranks) for size in group_sizes(shards)]
+    multiple = ALIGNMENT * ranks
+    groups = [-(-size // multiple) * multiple for size in group_sizes(shards)]
     flat, counts = sum(groups), FP32 * len(groups)
     masters_and_moments = 3 * FP32 * flat // ranks
     # ZeRO-1 leaves gradients in the unpadded parameters, and in bf16 also accumulates them in fp32.
@@ -96,20 +98,20 @@ def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> S
 
 def sizes(shards: ParameterShards) -> list[tuple[int, int]]:
     """Return the elements of each parameter, with the number of equal parameters."""
-    return [(p.elements, shards.layers) for p in shards.block] + [(p.elements, 1) for p in shards.around]
+    return [(p.elements, count) for p, count in pieces(shards)]
+
+
+def pieces(shards: ParameterShards) -> list[tuple[ParameterShard, int]]:
+    """Return each different parameter of a rank, with the number of equal parameters."""
+    return [(p, shards.layers) for p in shards.block] + [(p, 1) for p in shards.around]
 
 
 def group_sizes(shards: ParameterShards) -> list[int]:
     """Return the elements of the optimizer's groups: matrices, which decay, and the rest."""
-    pieces = [(p, shards.layers) for p in shards.block] + [(p, 1) for p in shards.around]
-    matrices = sum(n * p.elements for p, n in pieces if len(p.shape) > 1)
-    others = sum(n * p.elements for p, n in pieces if len(p.shape) == 1)
-    return [size for size in (matrices, others) if size]
-
-
-def rounded_up(number: int, multiple: int) -> int:
-    """Return the next multiple of ``multiple``."""
-    return -(-number // multiple) * multiple
+    groups = (
+        sum(n * p.elements for p, n in pieces(shards) if (len(p.shape) > 1) is decays) for decays in (True, False)
+    )
+    return [size for size in groups if size]
 
 
 # Host memory in which a rank stages its part of a checkpoint, while another process writes that to the disk.

@@ -6,7 +6,6 @@ The login node checks it, too.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,7 @@ def ds_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
         return ours
     theirs = read_file(Path(path))
     refuse_owned_sections(theirs, path)
-    accepted = extra_settings(theirs, run_values(config, batch), path)
-    return merged_settings(ours, accepted)
+    return merged_settings(ours, theirs, run_values(config, batch), path)
 
 
 def generated_config(config: TrainConfig, batch: Batch) -> dict[str, Any]:
@@ -196,23 +194,41 @@ def refuse_owned_sections(theirs: dict[str, Any], path: str) -> None:
             )
 
 
-def extra_settings(theirs: dict[str, Any], known: dict[str, tuple[Any, str]], path: str) -> dict[str, Any]:
-    """Return the settings of the file that the run does not determine.
+def merged_settings(
+    ours: dict[str, Any], theirs: dict[str, Any], known: dict[str, tuple[Any, str]], path: str, prefix: str = ""
+) -> dict[str, Any]:
+    """Return the settings of the run, and those of the file that the run does not determine.
+
+    Args:
+        ours: settings of the run.
+        theirs: settings of the file, or of a section of the file.
+        known: result of ``run_values``.
+        path: the file, for messages.
+        prefix: dotted key of the section.
 
     Raises:
         ConfigError: the file contradicts a value of the run.
     """
-    for key, value in flatten(theirs):
-        if key not in known or value == AUTO or same_value(value, known[key][0]):
+    merged = dict(ours)
+    for key, value in theirs.items():
+        name, inner = prefix + key, ours.get(key)
+        if isinstance(value, dict):
+            section = merged_settings(inner if isinstance(inner, dict) else {}, value, known, path, f"{name}.")
+            if section or not value:
+                merged[key] = section
+        elif value == AUTO:
             continue
-        ours, fix = known[key]
-        raise ConfigError(
-            f"{key}={json.dumps(value)} in {path}, but this run has {json.dumps(ours)}",
-            "one value, given by this run's own configuration",
-            f"{fix.format(value)}, or no {key.rpartition('.')[2]} in {Path(path).name}",
-        )
-    kept = {key: value for key, value in flatten(theirs) if key not in known and value != AUTO}
-    return unflatten({key: value for key, value in kept.items() if not key.startswith("optimizer.")})
+        elif name not in known:
+            if not name.startswith("optimizer."):
+                merged[key] = value
+        elif not same_value(value, known[name][0]):
+            mine, fix = known[name]
+            raise ConfigError(
+                f"{name}={json.dumps(value)} in {path}, but this run has {json.dumps(mine)}",
+                "one value, given by this run's own configuration",
+                f"{fix.format(value)}, or no {key} in {Path(path).name}",
+            )
+    return merged
 
 
 def same_value(theirs: Any, ours: Any) -> bool:
@@ -222,36 +238,6 @@ def same_value(theirs: Any, ours: Any) -> bool:
     if isinstance(theirs, str) and isinstance(ours, str):
         return theirs.lower() == ours.lower() or (theirs.lower(), ours) == ("adam", "AdamW")
     return bool(theirs == ours)
-
-
-def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values of nested dictionaries. An empty dictionary counts as a value."""
-    for key, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            yield from flatten(inner, f"{prefix}{key}.")
-        else:
-            yield prefix + key, inner
-
-
-def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
-    """Rebuild the nested dictionaries that ``flatten`` flattened."""
-    made: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, last = key.split(".")
-        inner = made
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[last] = value
-    return made
-
-
-def merged_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Merge two nested dictionaries. If both have a value, the second one wins."""
-    merged = dict(ours)
-    for key, value in theirs.items():
-        inner = ours.get(key)
-        merged[key] = merged_settings(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return merged
 
 
 LOSS_SCALE = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}
