@@ -1,4 +1,7 @@
-"""Checks that parts of the schema share, and a cache for pure functions of a model config. Imports no torch."""
+"""Checks that parts of the schema share, the rules of a model, and a cache of functions of a model config.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 

@@ -342,6 +342,9 @@ def is_installed(package: str) -> bool:
         return False
 
 
+# Composition of ``configs/train.yaml``: keys that name a run, and keys that may change.
+
+
 WATCHING = ("logging", "profile", "profile_from", "profile_to")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
 """Keys of the folders and of the monitoring of a run. They do not change any result of the run."""

@@ -171,19 +171,11 @@ class Samples:
         Raises:
             ConfigError: an id is not below ``vocab_size``, or a file is missing or truncated on this machine.
         """
-        ids_BT1 = self.read(split, indices)
+        ids_BT1 = self.read_at(self.locate(split, indices))
         return ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
 
-    def read(self, split: Split, indices: Indices) -> torch.Tensor:
-        """Read the ids of samples, (B, T + 1) int64 on the CPU: the tokens, followed by the last target.
-
-        Raises:
-            ConfigError: as ``batch``.
-        """
-        return self.read_at(self.locate(split, indices))
-
     def read_at(self, places: Iterable[Place]) -> torch.Tensor:
-        """Read the ids of samples at places that ``locate`` found, as ``read`` does.
+        """Read the ids of samples at places that ``locate`` found, (B, T + 1) int64 on the CPU: tokens and last target.
 
         Raises:
             ConfigError: as ``batch``.
@@ -238,10 +230,9 @@ class Samples:
 
         The number is exact if every id has a known number of bytes. Otherwise it is based on the average of the split.
         """
-        if sequences in self._val_bytes:
-            return self._val_bytes[sequences]
-        found = self._val_bytes[sequences] = self._count_bytes(sequences)
-        return found
+        if sequences not in self._val_bytes:
+            self._val_bytes[sequences] = self._count_bytes(sequences)
+        return self._val_bytes[sequences]
 
     def _count_bytes(self, sequences: int) -> float | None:
         tables = self._byte_tables
@@ -343,11 +334,16 @@ class BatchPrefetcher:
         started = time.perf_counter()
         number = self.passed_over.batch_of(step)
         if not self._ahead or self._ahead[0][0] != number:
-            self._drop_ahead()
+            while self._ahead:  # batches that were read ahead for other steps
+                self._ahead.pop()[1].cancel()
             self._ahead.append(self._submit(step))
         ids_BT1 = self._ahead.popleft()[1].result()
         waited_s = time.perf_counter() - started
-        self._read_ahead(step, ids_BT1.nbytes)
+        # Read the batches of the next steps, once half of the batches read ahead are used.
+        most = max(1, min(TOGETHER // self._batch.per_rank, AHEAD_BYTES // ids_BT1.nbytes))
+        if len(self._ahead) <= most // 2:
+            first, last = step + 1 + len(self._ahead), min(step + most, self._last_step)
+            self._ahead.extend(self._submit(later) for later in range(first, last + 1))
         # torch reuses pinned memory only after the copy out of it is done.
         ids_BT1 = ids_BT1.to(self._device, non_blocking=True)
         indices = train_indices(number, self._data_rank, self._batch)
@@ -357,18 +353,6 @@ class BatchPrefetcher:
     def close(self) -> None:
         """End the thread, without waiting for its current read."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _read_ahead(self, step: int, batch_bytes: int) -> None:
-        """Start reading the batches of the steps after ``step``, once half of the batches read ahead are used."""
-        most = max(1, min(TOGETHER // self._batch.per_rank, AHEAD_BYTES // batch_bytes))
-        if len(self._ahead) <= most // 2:
-            first, last = step + 1 + len(self._ahead), min(step + most, self._last_step)
-            self._ahead.extend(self._submit(later) for later in range(first, last + 1))
-
-    def _drop_ahead(self) -> None:
-        """Drop the batches that were read ahead for other steps."""
-        while self._ahead:
-            self._ahead.pop()[1].cancel()
 
     def _submit(self, step: int) -> tuple[int, Future[Tensor]]:
         number = self.passed_over.batch_of(step)

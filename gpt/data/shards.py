@@ -1,9 +1,6 @@
-"""Corpus of known entropy: a seeded Markov chain, whose entropy is a floor for the loss. Imports no torch.
+"""Shards of a corpus, each some megabytes of text: their borders, the readers of their text, and Markov chains.
 
-The next token depends only on the last one. So one token of context suffices, and the cross-entropy of the best model
-is the chain's entropy rate (Shannon 1948, "A Mathematical Theory of Communication", section 7):
-
-    H = sum_i pi_i sum_j -p_ij ln p_ij        with pi P = pi
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,6 +25,14 @@ from gpt.config.data import SyntheticConfig
 from gpt.data.spec import CorpusFile, PreprocessingSpec, revision_of, unreadable_file_error
 from gpt.data.tokenizers import import_library
 from launch.errors import ConfigError
+
+# Corpus of known entropy: a seeded Markov chain, whose entropy is a floor for the loss.
+#
+# The next token depends only on the last one. So one token of context suffices, and the cross-entropy of the best model
+# is the chain's entropy rate (Shannon 1948, "A Mathematical Theory of Communication", section 7):
+#
+#     H = sum_i pi_i sum_j -p_ij ln p_ij        with pi P = pi
+
 
 WALK_TOKENS = 1 << 20
 """Number of tokens of one walk through the chain. The corpus consists of independent walks, so that processes can share

@@ -1,4 +1,8 @@
-"""Tokenizers, from text to ids and back: their interface, and the two that need no library. Imports no torch."""
+"""Tokenizers, from text to ids and back: bytes, characters, and those of three libraries (the extra ``data``).
+
+Imports no torch, and a tokenizer's library only for that tokenizer. A tokenizer is saved next to its corpus and in the
+run folder. So the tokens of a run can be decoded after its corpus is gone.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,6 @@ from launch.errors import ConfigError
 from launch.runs.environment import install_command
 from launch.runs.files import write_atomically, write_json
 from launch.runs.folder import RunFolder
-
-# Interface of a tokenizer, and the tokenizers of bytes and characters. ``subword`` has those of other libraries.
-
 
 Ids = npt.NDArray[np.uint32]
 ABOUT = "about.json"

@@ -1,5 +1,7 @@
-"""``parallel=auto``: the layout with the shortest estimated step that fits; and warnings of a plan. Imports no
-torch."""
+"""What a config leaves open: the layout of ``parallel=auto``, precision and compilation; and warnings of a plan.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -285,6 +287,10 @@ def count_text(number: int) -> str:
         if number >= unit:
             return f"{number / unit:.3g}{name}"
     return str(number)
+
+
+# Resolution of ``precision=auto``, ``tf32=null`` and ``compile=auto`` for the devices of a run. A run keeps its first
+# precision.
 
 
 WITH_CUDA_GRAPHS = (CompileMode["reduce-overhead"], CompileMode["max-autotune"])

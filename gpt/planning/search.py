@@ -22,7 +22,7 @@ from launch.runs.compose import plain
 # Search of the valid parallel layouts, and of those that fit in memory.
 #
 # ``candidates`` enumerates every degree of every dimension that gpt/topology/rules.py accepts, for the strategies of
-# one engine. ``search_layouts`` keeps those that fit. It relaxes the config step by step: smaller micro-batches, CPU
+# one engine. ``LayoutSearch`` keeps those that fit. It relaxes the config step by step: smaller micro-batches, CPU
 # offload.
 
 

@@ -1,4 +1,4 @@
-"""Layouts that train a model of a given size: a model with that many parameters, and the fastest layouts for it.
+"""The GPT as a workload of the launcher: its keys, the plan of a point, the command of a rank, and models by size.
 
 Imports no torch.
 """
@@ -75,6 +75,9 @@ from launch.workload import (
     WorkloadPlan,
     possible_sizes,
 )
+
+# Layouts that train a model of a given size: a model with that many parameters, and the fastest layouts for it.
+
 
 GOAL_WORDS = ("model=llama_1p36b", "parallel=auto", "precision=bf16", "recompute=selective", "optim=gpt2")
 """Overrides of the family of models, and the usual settings of large ones."""
@@ -170,6 +173,9 @@ def as_set_up(config: TrainConfig, choice: LayoutChoice, world_size: int, machin
         mfu=None if peak is None else rate / peak,
         command=" ".join(words),
     )
+
+
+# The workload.
 
 
 PRELOAD = ("gpt.train", "gpt.parallel.ddp", "gpt.parallel.nd", "gpt.parallel.pipeline")

@@ -106,16 +106,6 @@ def test_a_device_that_is_not_in_the_table_has_no_short_name(name: str) -> None:
     assert expand(name) == []
 
 
-@pytest.mark.parametrize(("name", "tflops"), KNOWN_BF16.items())
-def test_known_bf16(name: str, tflops: float) -> None:
-    assert peak_flops(name, Precision.bf16) == tflops * 1e12
-
-
-@pytest.mark.parametrize(("name", "tflops"), KNOWN_FP32.items())
-def test_known_fp32(name: str, tflops: float) -> None:
-    assert peak_flops(name, Precision.fp32) == tflops * 1e12
-
-
 @pytest.mark.parametrize("precision", Precision)
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_devices_borrow_no_peak(name: str, precision: Precision) -> None:
@@ -139,10 +129,26 @@ KNOWN_FP16 = {
 }
 
 
-@pytest.mark.parametrize(("name", "tflops"), KNOWN_TF32.items())
-def test_known_tf32(name: str, tflops: float) -> None:
-    assert peak_flops(name, Precision.fp32, tf32=True) == tflops * 1e12
-    assert peak_flops(name, Precision.bf16, tf32=True) == peak_flops(name, Precision.bf16)
+KNOWN = {
+    (Precision.bf16, False): KNOWN_BF16,
+    (Precision.fp32, False): KNOWN_FP32,
+    (Precision.fp32, True): KNOWN_TF32,
+    (Precision.fp16, False): KNOWN_FP16,
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "tflops"), [(asked, *row) for asked, known in KNOWN.items() for row in known.items()]
+)
+def test_known_peaks(asked: tuple[Precision, bool], name: str, tflops: float) -> None:
+    assert peak_flops(name, *asked) == tflops * 1e12
+
+
+def test_tf32_changes_only_the_peak_of_fp32_where_the_device_has_it() -> None:
+    for name in KNOWN_TF32:
+        assert peak_flops(name, Precision.bf16, tf32=True) == peak_flops(name, Precision.bf16)
+    for name in (name for name in KNOWN_FP16 if name.startswith("Tesla")):
+        assert peak_flops(name, Precision.fp32, tf32=True) == peak_flops(name, Precision.fp32)
 
 
 CORES_AND_BOOST_MHZ = {
@@ -175,12 +181,6 @@ def test_the_peaks_of_cards_follow_from_their_cores_and_clocks(card: str) -> Non
     assert bf16 == pytest.approx(4 * cores * boost_mhz * 1e6, rel=5e-3)
     if card in ADVERTISED:
         assert bf16 == pytest.approx(ADVERTISED[card] * 1e12 / (4 if card.startswith("3") else 8), rel=1e-2)
-
-
-@pytest.mark.parametrize(("name", "tflops"), KNOWN_FP16.items())
-def test_known_fp16(name: str, tflops: float) -> None:
-    assert peak_flops(name, Precision.fp16) == tflops * 1e12
-    assert name.startswith("NVIDIA") or peak_flops(name, Precision.fp32, tf32=True) == peak_flops(name, Precision.fp32)
 
 
 def test_no_peak_where_the_device_or_the_vendor_has_none() -> None:
