@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gpt.accounting import block_shapes
-from gpt.config import Ffn, ModelConfig, OptimConfig, ParallelConfig, Recompute, Strategy, TrainConfig, nearest_divisor
+from gpt.config import Ffn, ModelConfig, OptimConfig, ParallelConfig, Strategy, TrainConfig, nearest_divisor
 from gpt.config.rules import divisors
 from launch.errors import ConfigError
 
@@ -212,12 +212,6 @@ def check_expert(config: TrainConfig, dims: ParallelDims) -> None:
             f"parallel.ep={ep} with model.ffn={getattr(model.ffn, 'name', model.ffn)}",
             "a mixture of experts, whose experts can be sharded",
             "parallel.ep=1, or model=moe_200m",
-        )
-    if config.recompute is Recompute.selective and config.compiles:
-        raise ConfigError(
-            f"parallel.ep={ep} with recompute=selective and compile={config.compile.name}",
-            "one of the two, or recompute=full: selective recomputation does not see into compiled code",
-            "recompute=full",
         )
     if model.n_expert % ep:
         raise ConfigError(

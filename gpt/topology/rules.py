@@ -40,18 +40,8 @@ def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: in
         ConfigError: the degrees do not divide the ranks, or do not suit the model.
     """
     dims = parallel_dims(config.parallel, world_size, ranks_per_node)
-    for check in (
-        *(
-            check_parallel_parts,
-            check_zero1,
-            check_tensor,
-            check_pipeline,
-            check_context,
-            check_expert,
-            check_deepspeed,
-        ),
-        check_loss_scale,
-    ):
+    checks = (check_parallel_parts, check_zero1, check_tensor, check_pipeline, check_context, check_expert)
+    for check in (*checks, check_selective, check_deepspeed, check_loss_scale):
         check(config, dims)
     return dims
 
@@ -134,9 +124,14 @@ def check_context(config: TrainConfig, dims: ParallelDims) -> None:
             "no dropout: the noise of each block of keys would have to be drawn again in the backward pass",
             "parallel.cp_method=allgather, or model.dropout=0",
         )
-    if config.compiles and config.recompute is Recompute.selective:
+
+
+def check_selective(config: TrainConfig, dims: ParallelDims) -> None:
+    """Raise ConfigError if compiled blocks exchange data of which selective recomputation would have to keep parts."""
+    name = next((name for name in ("cp", "ep") if getattr(dims, name) > 1), None)
+    if name and config.compiles and config.recompute is Recompute.selective:
         raise ConfigError(
-            f"parallel.cp={cp} with recompute=selective and compile={config.compile.name}",
+            f"parallel.{name}={getattr(dims, name)} with recompute=selective and compile={config.compile.name}",
             "one of the two, or recompute=full: selective recomputation does not see into compiled code",
             "recompute=full, or compile=none",
         )
