@@ -16,6 +16,8 @@ from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
+import msgspec
+
 from gpt.components import PartCounts, StateBytes
 from gpt.config.model import ModelConfig
 from gpt.config.optim import ADAMW, OptimConfig
@@ -35,7 +37,8 @@ def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
     if not model.custom_parts:
         return {}
     plain = {key: getattr(value, "name", value) for key, value in asdict(model).items()}
-    return _measured(json.dumps({"model": plain}, sort_keys=True))
+    found: Mapping[str, PartCounts] = _measured(json.dumps({"model": plain}, sort_keys=True), dict[str, PartCounts])
+    return found
 
 
 def optimizer_state(optim: OptimConfig) -> StateBytes:
@@ -47,19 +50,13 @@ def optimizer_state(optim: OptimConfig) -> StateBytes:
     """
     if optim.optimizer == ADAMW:
         return StateBytes(8, 4)
-    request = {"optim": asdict(optim)}
-    return _optimizer_state(json.dumps(request, sort_keys=True))
+    found: StateBytes = _measured(json.dumps({"optim": asdict(optim)}, sort_keys=True), StateBytes)
+    return found
 
 
 @lru_cache(maxsize=64)
-def _optimizer_state(request: str) -> StateBytes:
-    return StateBytes(**measured(request))
-
-
-@lru_cache(maxsize=64)
-def _measured(request: str) -> Mapping[str, PartCounts]:
-    answer = measured(request)
-    return {name: read_counts(counts) for name, counts in answer.items()}
+def _measured(request: str, kind: Any) -> Any:
+    return msgspec.convert(measured(request), kind)
 
 
 def measured(request: str) -> dict[str, Any]:
@@ -89,12 +86,6 @@ def measured(request: str) -> dict[str, Any]:
     if "refused" in told:
         raise ConfigError(*told["refused"])
     return told
-
-
-def read_counts(plain: dict[str, Any]) -> PartCounts:
-    """Read counts from JSON."""
-    shapes = {name: tuple(shape) for name, shape in plain["shapes"].items()}
-    return PartCounts(**{**plain, "shapes": shapes, "parallel": tuple(plain["parallel"])})
 
 
 OWNERS = (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gpt.config import DataConfig, ModelConfig, Source
 from gpt.data.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_corpus_manifest
-from gpt.data.spec import PreprocessingSpec, build_spec, known_vocab_size, prepare_command
+from gpt.data.spec import FIRST_USE_BYTES, PreprocessingSpec, build_spec, known_vocab_size, prepare_command
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 
@@ -71,7 +71,8 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
     prepared = None if spec is None else _open_prepared(spec, cache)
     if prepared is not None:
         return describe_tokens(str(config.path or config.title), Tokens((prepared,)))
-    known = spec.known_tokens() if spec is not None and spec.is_prepared_on_first_use() else None
+    # Training prepares what is quick, and cannot be refused any more.
+    known = spec.known_tokens() if spec is not None and spec.num_bytes <= FIRST_USE_BYTES else None
     if known is None:
         raise ConfigError(
             f"data={config.title} with data.tokenizer={config.tokenizer.name} is not prepared in {cache}",

@@ -284,10 +284,6 @@ class PreprocessingSpec:
             return split_tokens(self.num_bytes, self.config.val_fraction)
         return None
 
-    def is_prepared_on_first_use(self) -> bool:
-        """Return True if training prepares the corpus by itself: it is quick, and cannot be refused any more."""
-        return self.known_tokens() is not None and self.num_bytes <= FIRST_USE_BYTES
-
 
 def split_tokens(tokens: int, val_fraction: float) -> tuple[int, int]:
     """Split a number of tokens into training and validation tokens. The training tokens come first in the text."""

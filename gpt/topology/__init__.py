@@ -116,14 +116,12 @@ def parallel_dims(parallel: ParallelConfig, world_size: int, ranks_per_node: int
             f"parallel.ep={nearest_divisor(experts_among, parallel.ep)}",
         )
     sizes = {name: getattr(parallel, name) for name in ("pp", "cp", "tp", "ep")}
-    return ParallelDims(strategy_name(parallel, shard < data_ranks), data_ranks // shard, shard, **sizes)
-
-
-def strategy_name(parallel: ParallelConfig, replicas: bool) -> str:
-    """Return the name of the strategy in records. ``replicas`` is True if the model has several replicas."""
+    name = parallel.strategy.name
     if parallel.strategy is Strategy.deepspeed:
-        return f"ds_zero{parallel.zero_stage}"
-    return "hsdp" if parallel.strategy is Strategy.fsdp and replicas else parallel.strategy.name
+        name = f"ds_zero{parallel.zero_stage}"
+    elif parallel.strategy is Strategy.fsdp and shard < data_ranks:
+        name = "hsdp"
+    return ParallelDims(name, data_ranks // shard, shard, **sizes)
 
 
 # Split of the global batch: sequences per data-parallel rank, and micro-batches per step (gradient accumulation).

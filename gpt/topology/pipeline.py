@@ -147,8 +147,11 @@ def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompu
     The output matrix counts like a layer: with a large vocabulary the last stage has few blocks, or none. The look-up
     in the embedding costs no FLOPs, and belongs to the first stage.
     """
+    flops = training_flops(model, sequences=1)
+    again = recomputed_flops_per_token(model, recompute) * model.block_size
+    costs = [(flops.palm - flops.logits + again) // model.n_layer] * model.n_layer + [flops.logits]
     parts = []
-    for layers in partition(tuple(layer_costs(model, recompute)), stages):
+    for layers in partition(tuple(costs), stages):
         last = layers.stop > model.n_layer
         parts.append(StageLayers(range(layers.start, layers.stop - last), first=layers.start == 0, last=last))
     return tuple(parts)
@@ -161,14 +164,6 @@ def rank_stages(config: TrainConfig, pp_rank: int) -> list[StageLayers]:
         return [StageLayers(range(config.model.n_layer), first=True, last=True)]
     parts = split_layers(config.model, parallel.pp * local_stages(parallel), config.recompute)
     return [parts[stage] for stage in stage_indices(parallel, pp_rank)]
-
-
-def layer_costs(model: ModelConfig, recompute: Recompute) -> list[int]:
-    """Return the FLOPs of each block, followed by those of the output matrix, forward and backward, for one
-    sequence."""
-    flops = training_flops(model, sequences=1)
-    again = recomputed_flops_per_token(model, recompute) * model.block_size
-    return [(flops.palm - flops.logits + again) // model.n_layer] * model.n_layer + [flops.logits]
 
 
 @cache

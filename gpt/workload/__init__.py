@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -140,17 +140,6 @@ def sized_config(config: TrainConfig, goal: TrainingGoal, has_batch: bool) -> Tr
     return replace(config, model=model, optim=replace(optim, weak_scaling=False))
 
 
-def rank_set_ups(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> list[SetUp]:
-    """Return the fastest layouts that fit, by the estimate of ``parallel=auto``. Typed keys, in ``fixed``, stay
-    unchanged.
-
-    Raises:
-        ConfigError: no layout is valid, or none fits.
-    """
-    ranked = rank_layouts(config, world_size, machine, fixed).choices
-    return [as_set_up(config, choice, world_size, machine) for choice in ranked[:SHOWN]]
-
-
 def as_set_up(config: TrainConfig, choice: LayoutChoice, world_size: int, machine: Machine) -> SetUp:
     """Return the figures of a layout that ``launch.project`` shows."""
     model, found = config.model, choice.estimate
@@ -281,7 +270,8 @@ class GptWorkload(Workload):
         config = sized_config(config, goal, has_batch)
         config = assume_precision(config, choose_precision(config, request.folder, False, gpu_name(request)))
         machine, fixed = requested_machine(config, request), typed_keys(request.overrides)
-        return rank_set_ups(config, request.world_size, machine, fixed)
+        ranked = rank_layouts(config, request.world_size, machine, fixed).choices
+        return [as_set_up(config, choice, request.world_size, machine) for choice in ranked[:SHOWN]]
 
     def command(self, config: TrainConfig, folder: RunFolder, attempt: int) -> RankCommand:
         """Return the command of the training script, which reads everything else from the run folder."""
