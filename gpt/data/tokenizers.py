@@ -33,21 +33,13 @@ ABOUT = "about.json"
 class Tokenizer(Protocol):
     """Interface of all tokenizers. Two tokenizers of the same kind with the same ``payload`` are equal."""
 
-    @property
-    def kind(self) -> TokenizerKind:
-        """Kind of the tokenizer."""
-
-    @property
-    def payload(self) -> bytes:
-        """Content of the tokenizer's file; empty if the tokenizer has no file."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids; they run from 0 to ``vocab_size - 1``."""
-
-    @property
-    def eot(self) -> int | None:
-        """Id that ends a document; None if the tokenizer has none, and documents end with a newline."""
+    kind: TokenizerKind
+    payload: bytes
+    """Content of the tokenizer's file; empty if the tokenizer has no file."""
+    vocab_size: int
+    """Number of ids; they run from 0 to ``vocab_size - 1``."""
+    eot: int | None
+    """Id that ends a document; None if the tokenizer has none, and documents end with a newline."""
 
     def encode(self, text: str) -> Ids:
         """Encode ``text`` as ids, (N,). Special tokens are never added, and their names in the text are plain text."""
@@ -65,7 +57,7 @@ class ByteTokenizer:
     kind = TokenizerKind.byte
     payload = b""
     vocab_size = BYTE_VOCAB
-    eot = None
+    eot: int | None = None
 
     def encode(self, text: str) -> Ids:
         """Encode ``text`` as its bytes, (N,)."""
@@ -84,21 +76,13 @@ class CharTokenizer:
     """Tokenizer of characters (Unicode code points), numbered in their order, as in nanoGPT's shakespeare_char."""
 
     kind = TokenizerKind.char
-    eot = None
+    eot: int | None = None
 
     def __init__(self, characters: Iterable[str]) -> None:
         self.characters = "".join(characters)
+        self.payload = json.dumps(self.characters).encode()  # in the order of their ids
+        self.vocab_size = len(self.characters)
         assert len(set(self.characters)) == len(self.characters), "every character once"
-
-    @property
-    def payload(self) -> bytes:
-        """Characters as a JSON string, in the order of their ids."""
-        return json.dumps(self.characters).encode()
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of different characters."""
-        return len(self.characters)
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -174,17 +158,9 @@ class SentencePieceTokenizer:
     def __init__(self, payload: bytes) -> None:
         self.payload = payload
         self._model = import_library("sentencepiece").SentencePieceProcessor(model_proto=payload)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of pieces of the model."""
-        return int(self._model.get_piece_size())
-
-    @property
-    def eot(self) -> int | None:
-        """Id of the model's end of sentence; None if it has none."""
+        self.vocab_size = int(self._model.get_piece_size())
         end = int(self._model.eos_id())
-        return end if end >= 0 else None
+        self.eot = end if end >= 0 else None
 
     def encode(self, text: str) -> Ids:
         """Encode ``text`` as ids of pieces, (N,)."""
@@ -225,17 +201,9 @@ class HfTokenizer:
                 "a file that the tokenizers library has written",
                 "data.tokenizer_path=FOLDER/tokenizer.json",
             ) from error
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids: one more than the largest, including added tokens."""
-        return max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-
-    @property
-    def eot(self) -> int | None:
-        """Id of the first name in ``END_NAMES`` that the vocabulary has; None if it has none."""
-        found = (self._model.token_to_id(name) for name in END_NAMES)
-        return next((i for i in found if i is not None), None)
+        self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        ends = (self._model.token_to_id(name) for name in END_NAMES)
+        self.eot: int | None = next((i for i in ends if i is not None), None)
 
     def encode(self, text: str) -> Ids:
         """Encode ``text``, (N,). Unlike other tokenizers, names of added tokens in the text become these tokens."""
@@ -261,17 +229,8 @@ class TiktokenTokenizer:
         self._model = import_library("tiktoken").Encoding(
             saved["name"], pat_str=saved["pattern"], mergeable_ranks=ranks, special_tokens=saved["special_tokens"]
         )
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, one more than the largest."""
-        return int(self._model.n_vocab)
-
-    @property
-    def eot(self) -> int | None:
-        """Id of ``<|endoftext|>``; None if the encoding lacks it."""
-        end = self._model._special_tokens.get("<|endoftext|>")
-        return None if end is None else int(end)
+        self.vocab_size = int(self._model.n_vocab)
+        self.eot: int | None = saved["special_tokens"].get("<|endoftext|>")
 
     def encode(self, text: str) -> Ids:
         """Encode ``text``, (N,)."""
