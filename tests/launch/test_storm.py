@@ -150,22 +150,15 @@ def test_the_next_fault_waits_for_a_start_that_goes_on_after_the_last() -> None:
     )  # it still lasts
 
 
-def test_a_spare_is_hit_only_where_one_stands_by(tmp_path: Path) -> None:
-    site = Site(RunFolder(tmp_path))
-    folder = RunFolder(tmp_path)
-    folder.record_event("agent_started")
-    assert site.spares() == []
-    folder.record_event("members", hosts=["n1", "n2"], spares=["n3"])
-    assert site.spares() == ["n3"]
-    folder.record_event("members", hosts=["n1", "n3"], spares=[])
-    assert site.spares() == []
-    with pytest.raises(FaultError, match="a spare node did not come"):
-        injection.wait_or_fail(site.spares, "a spare node", 0)
-
-
-def test_a_fault_of_a_rank_meets_one_that_there_is_with_fewer_nodes(tmp_path: Path) -> None:
+def test_a_fault_meets_a_spare_that_stands_by_and_a_rank_that_there_is(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     site = Site(folder)
+    folder.record_event("agent_started")
+    for spares in ([], ["n3"], []):
+        folder.record_event("members", hosts=["n1", "n2"], spares=spares)
+        assert site.spares() == spares
+    with pytest.raises(FaultError, match="a spare node did not come"):
+        injection.wait_or_fail(site.spares, "a spare node", 0)
     assert site.running_rank(3) == 3
     for size, rank in ((4, 3), (2, 1), (4, 3)):
         folder.record_event("started", world_size=size)
