@@ -47,7 +47,7 @@ def test_each_event_has_a_name_or_none() -> None:
     assert event_name({**failed, "failures": 2}) is None, "once for each time that a store is away"
 
 
-def test_what_is_not_known_of_an_event_is_empty(tmp_path: Path) -> None:
+def test_an_unknown_field_of_an_event_is_an_empty_variable(tmp_path: Path) -> None:
     event = {"event": "node_lost", "time": 5.0, "host": "n3", "cause": "silent", "attempt": 2}
     known = event_variables(RunFolder(tmp_path), "node_lost", event)
     assert (known["LAUNCH_EVENT_HOST"], known["LAUNCH_ATTEMPT"], known["LAUNCH_EVENT_STEP"]) == ("n3", "2", "")
@@ -61,7 +61,7 @@ def test_what_is_not_known_of_an_event_is_empty(tmp_path: Path) -> None:
         ("import time; time.sleep(600)", 1.0, "was killed, after at most 1 s"),
     ],
 )
-def test_a_command_that_fails_or_hangs_is_an_event_without_its_text(
+def test_a_failed_or_hung_command_is_recorded_without_its_output(
     code: str, timeout_s: float, said: str, tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path)
@@ -75,15 +75,13 @@ def test_a_command_that_fails_or_hangs_is_an_event_without_its_text(
     assert stat.S_IMODE((folder.path / ".launch" / "on_event.log").stat().st_mode) == 0o600
 
 
-def test_a_command_that_is_none_is_refused() -> None:
+def test_an_empty_or_malformed_command_is_refused() -> None:
     for bad in ("", "'open", 0):
         with pytest.raises(ConfigError, match=r"launch\.on_event="):
             Config(launch=LaunchConfig(poll_s=5.0, on_event=bad)).validate()
 
 
-def test_a_program_that_is_not_there_is_refused_before_anything_is_submitted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_program_is_refused_before_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain.sh").write_text("#!/bin/sh\n")
     (tmp_path / "notify.sh").write_text("#!/bin/sh\n")
@@ -111,7 +109,7 @@ def test_a_program_that_is_not_there_is_refused_before_anything_is_submitted(
     assert not (tmp_path / "outputs").exists()
 
 
-def test_agents_tell_the_command_of_a_failure_and_of_the_end(tmp_path: Path) -> None:
+def test_agents_run_the_command_after_a_failure_and_at_the_end(tmp_path: Path) -> None:
     """Ranks that crash once, on two agents of this machine."""
     (tmp_path / "train.py").write_text(
         "import os, sys\n"
@@ -140,7 +138,7 @@ FAILING = "from launch import worker\nrun = worker.attach()\nrun.record(1, loss=
 
 
 @pytest.mark.parametrize("workload", ["gpt", "script"])
-def test_no_secret_of_the_environment_is_written(workload: str, tmp_path: Path) -> None:
+def test_no_secret_of_the_environment_is_written_to_a_file(workload: str, tmp_path: Path) -> None:
     """A run that finishes, with checkpoints, and one that fails, with a traceback in its event log."""
     secrets = {name: f"{SECRET}-{name}" for name in NAMES}
     words = [*TINY, "cluster=local", "nodes=1", "optim.max_steps=2", "eval.interval=0", "logging.tensorboard=true"]

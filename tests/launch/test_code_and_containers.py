@@ -60,7 +60,7 @@ def environment(folder: RunFolder, attempt: int) -> Any:
     return json.loads(folder.environment(attempt).read_text())
 
 
-def test_files_are_told_apart_one_by_one(checkout: Path) -> None:
+def test_each_changed_file_is_named(checkout: Path) -> None:
     before = {"code": describe_code(checkout), "git": {"commit": "a" * 40}}
     edit(checkout, "# changed\n")
     (checkout / "gpt" / "new.py").write_text("")
@@ -74,13 +74,13 @@ def test_files_are_told_apart_one_by_one(checkout: Path) -> None:
     assert changes(now, {**now, "git": {"commit": "c" * 40}}) == [], "a commit that touches none of the files"
 
 
-def test_libraries_count_and_what_the_login_node_cannot_know_does_not() -> None:
+def test_changed_libraries_are_named_and_unknown_ones_are_not() -> None:
     before = {"software": {"python": "3.11.2", "torch": "2.12.0", "cuda": "12.8", "deepspeed": "0.19.8"}}
     now = {"software": {"python": "3.11.2", "torch": "2.13.0"}, "code": {"files": {}}}
     assert changes(before, now) == ["deepspeed 0.19.8 -> not installed", "torch 2.12.0 -> 2.13.0"]
 
 
-def test_a_copy_is_the_code_and_knows_its_commit(tmp_path: Path) -> None:
+def test_a_copy_has_the_same_files_and_commit(tmp_path: Path) -> None:
     target, config = tmp_path / "copy", config_of(*TINY)
     tree = workload_of(config).code(config)
     copy_code(target, tree)
@@ -92,7 +92,7 @@ def test_a_copy_is_the_code_and_knows_its_commit(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["copy"], "nothing half-made is left"
 
 
-def test_the_plan_warns_and_strict_refuses_it(tmp_path: Path) -> None:
+def test_the_plan_warns_about_changed_code_or_refuses_it(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     code = describe_code()
     old = {
@@ -109,7 +109,7 @@ def test_the_plan_warns_and_strict_refuses_it(tmp_path: Path) -> None:
         add_warnings(plan(*words), config_of(*words, "require_same_code=true"))
 
 
-def test_changed_code_is_warned_about_then_refused(checkout: Path, tmp_path: Path) -> None:
+def test_changed_code_gives_a_warning_or_a_refusal(checkout: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     words = [*TINY, "optim.max_steps=2", "eval.interval=0", f"run_dir={folder.path}"]
     there = {"cwd": tmp_path, "PYTHONPATH": str(checkout)}
@@ -131,7 +131,7 @@ def test_changed_code_is_warned_about_then_refused(checkout: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("words", [["copy_code=true"], []], ids=["snapshot", "checkout"])
-def test_code_that_changes_under_a_run(words: list[str], checkout: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_copy_of_its_code_survives_an_edit(words: list[str], checkout: Path, tmp_path: Path) -> None:
     folder, (_, hurry) = RunFolder(tmp_path / "outputs" / "run"), paced(tmp_path)
     every = [*TINY, "optim.max_steps=20", "eval.interval=0", "checkpoint.interval=5", "require_same_code=true", *words]
     every.append("launch.report_files=[md]")
@@ -156,7 +156,7 @@ def test_code_that_changes_under_a_run(words: list[str], checkout: Path, tmp_pat
         assert "changed" in folder.log(2, 0).read_text().split("\n"), "ranks run what they are said to run"
 
 
-def test_the_batch_script_names_the_copy_after_the_setup_of_the_site() -> None:
+def test_the_batch_script_sets_the_copy_after_the_setup_lines() -> None:
     copied = plan("copy_code=true", 'cluster.setup=["export PYTHONPATH=/site"]', "name=a name")
     lines = sbatch_text([copied]).split("# setup\n")[1].splitlines()
     assert copied.code is not None and copied.code.endswith(f"/a name/.code/{describe_code()['sha256'][:16]}")
@@ -187,7 +187,7 @@ def command_of(text: str) -> list[str]:
     return shlex.split(line)
 
 
-def test_pyxis_is_told_by_options_of_srun(tmp_path: Path) -> None:
+def test_pyxis_gets_options_of_srun(tmp_path: Path) -> None:
     text = sbatch_text([plan(*in_container("pyxis"))])
     words = command_of(text)
     runs = tmp_path / "outputs" / "n"
@@ -212,7 +212,7 @@ def test_apptainer_is_started_by_srun(gpus: int, nv: list[str], tmp_path: Path) 
     ]
 
 
-def test_a_batch_script_starts_its_agents_by_the_same_words(tmp_path: Path) -> None:
+def test_a_batch_script_starts_its_agents_with_the_same_words(tmp_path: Path) -> None:
     cluster = typed_config(compose_launch(["cluster=slurm", *in_container("apptainer")])).cluster
     words = agent_words(cluster, tmp_path, tmp_path / "outputs" / "n" / "p")
     assert words[:2] == ["apptainer", "exec"]
@@ -221,7 +221,7 @@ def test_a_batch_script_starts_its_agents_by_the_same_words(tmp_path: Path) -> N
     assert agent_words(plain, tmp_path, tmp_path / "p") == ["python", "-m", "gpt_launch", "agent", str(tmp_path / "p")]
 
 
-def test_the_words_of_apptainer_end_in_the_agent(tmp_path: Path) -> None:
+def test_apptainer_runs_the_agent(tmp_path: Path) -> None:
     """With a program in the place of Apptainer that runs what stands behind the image."""
     program = tmp_path / "bin" / "apptainer"
     program.parent.mkdir()
@@ -244,7 +244,7 @@ def test_the_words_of_apptainer_end_in_the_agent(tmp_path: Path) -> None:
         (in_container("pyxis", 'cluster.container_mounts=["/a:/b:exec"]'), "'/a:/b:exec'"),
     ],
 )
-def test_what_makes_no_container_is_refused(words: list[str], found: str) -> None:
+def test_incomplete_container_settings_are_refused(words: list[str], found: str) -> None:
     with pytest.raises(ConfigError, match=found):
         plan(*words)
 

@@ -99,7 +99,7 @@ def run_sabotaged(folder: Path, *words: str, **environment: str) -> tuple[str, R
     return text, RunFolder(folder / "run")
 
 
-def test_an_exception_on_the_first_rank_is_named_with_its_traceback(sabotaged: tuple[str, RunFolder]) -> None:
+def test_an_exception_on_rank_0_is_recorded_with_its_traceback(sabotaged: tuple[str, RunFolder]) -> None:
     folder = sabotaged[1]
     failed = next(e for e in select_events(folder.read_events(), "rank_failed") if not e.get("echo"))
     assert (failed["attempt"], failed["rank"], failed["step"]) == (1, 0, 2)
@@ -117,12 +117,12 @@ def test_an_exception_on_another_rank_fails_the_run_with_its_traceback(sabotaged
     assert "ZeroDivisionError" in log.read_text()
 
 
-def test_a_crash_that_comes_back_stops_the_run(sabotaged: tuple[str, RunFolder]) -> None:
+def test_a_crash_that_repeats_stops_the_run(sabotaged: tuple[str, RunFolder]) -> None:
     assert causes(sabotaged[1]) == ["crashed", "crashed"]
     assert "saved nothing new" in select_events(sabotaged[1].read_events(), "decided")[-1]["reason"]
 
 
-def test_a_crash_costs_what_lies_between_the_two_attempts(sabotaged: tuple[str, RunFolder]) -> None:
+def test_the_report_counts_the_time_that_a_crash_cost(sabotaged: tuple[str, RunFolder]) -> None:
     folder = sabotaged[1]
     (row,) = build(folder.path).rows
     first, again = ([r for r in read_json_lines(folder.metrics(0)) if r["attempt"] == attempt] for attempt in (1, 2))
@@ -133,7 +133,7 @@ def test_a_crash_costs_what_lies_between_the_two_attempts(sabotaged: tuple[str, 
     assert row.saved_against == "the first start of this run" and row.saved_in_place_h is not None
 
 
-def test_the_rank_that_failed_is_shown_first(sabotaged: tuple[str, RunFolder]) -> None:
+def test_status_and_logs_show_the_failed_rank_first(sabotaged: tuple[str, RunFolder]) -> None:
     folder = sabotaged[1]
     there, name = folder.path.parent, folder.path.name
     (seen,) = json.loads(run("launch.status", "--json", name, cwd=there))
@@ -183,7 +183,7 @@ def start_long_run(
     return process, folder, descendants(process.pid)
 
 
-def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path: Path) -> None:
+def test_a_killed_rank_is_reported_and_ends_the_other_ranks(tmp_path: Path) -> None:
     process, folder, family = start_long_run(tmp_path, *ONE_NODE, "resilience.max_restarts.crashed=0", begin=start_fork)
     os.kill(ranks_of(family)[1], signal.SIGKILL)
     assert process.wait(timeout=120) == 1
@@ -193,7 +193,7 @@ def test_a_killed_rank_is_named_and_takes_the_others_with_it(tmp_path: Path) -> 
     wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
 
 
-def test_a_second_command_is_refused_and_ctrl_c_saves_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_second_command_is_refused_and_ctrl_c_saves_and_ends_all_processes(tmp_path: Path) -> None:
     process, folder, family = start_long_run(tmp_path, *ONE_NODE, begin=start_fork)
     text = run("launch", *LONG, *ONE_NODE, f"run_dir={folder.path}", cwd=tmp_path, status=2)
     assert "is being worked on by process" in text
@@ -209,7 +209,7 @@ def test_a_second_command_is_refused_and_ctrl_c_saves_and_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_launcher_promises_a_script_no_checkpoint_that_it_does_not_have(number: int, tmp_path: Path) -> None:
+def test_a_stopped_launcher_promises_no_checkpoint_to_a_script_without_one(number: int, tmp_path: Path) -> None:
     (tmp_path / "wait.py").write_text("import signal\nopen('began', 'w').close()\nsignal.pause()\n")
     words = ["workload=script", "script.path=wait.py", "cluster=local"]
     process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
@@ -227,7 +227,7 @@ def test_a_stopped_launcher_promises_a_script_no_checkpoint_that_it_does_not_hav
     assert "save a checkpoint" not in text and "last checkpoint" not in text
 
 
-def test_what_is_told_of_a_stop_names_the_runs_that_have_no_checkpoint() -> None:
+def test_the_message_of_a_stop_names_the_runs_without_a_checkpoint() -> None:
     saves = RunStatus(RunFolder("a"), label="nodes=1")
     loses = RunStatus(RunFolder("b"), label="nodes=2", resumes=False)
     within = f"within {default_grace_period_s() + AGENT_S:g} s"  # the wait that follows is not without a bound
@@ -238,7 +238,7 @@ def test_what_is_told_of_a_stop_names_the_runs_that_have_no_checkpoint() -> None
     assert next_start_text([saves, loses]).startswith("the same command runs nodes=2 from the beginning")
 
 
-def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path) -> None:
     process, _, family = start_long_run(tmp_path, *ONE_NODE, begin=start_fork)
     for pid in ranks_of(family).values():
         os.kill(pid, signal.SIGSTOP)  # ranks that cannot save
@@ -249,13 +249,13 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
     wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes")
 
 
-def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path: Path) -> None:
+def test_ranks_end_with_a_killed_launcher(tmp_path: Path) -> None:
     process, _, family = start_long_run(tmp_path, *ONE_NODE)
     os.kill(process.pid, signal.SIGKILL)  # and nobody asks after it: it stays in the table of processes
     wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of all processes", 120)
 
 
-def test_ranks_do_not_outlive_their_agent(tmp_path: Path) -> None:
+def test_ranks_end_with_their_agent(tmp_path: Path) -> None:
     process, _, family = start_long_run(tmp_path, "resilience.rendezvous_timeout_s=10", begin=start_fork)
     agents = [pid for pid in family if b"submitit.core._submit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(agents) == 2
@@ -278,7 +278,7 @@ def test_a_loss_that_diverges_again_after_one_restart_stops_the_run(tmp_path: Pa
     assert "diverged 2 times, and resilience.max_restarts.diverged=1" in text
 
 
-def test_a_run_that_goes_back_in_vain_is_not_started_again(tmp_path: Path) -> None:
+def test_a_run_that_rolls_back_without_success_is_not_restarted(tmp_path: Path) -> None:
     """The weights of one rank become worthless in step 3, right before they are saved, and do so each time."""
     words = ("checkpoint.interval=1", "checkpoint.keep_last=3", "divergence.max_skipped_steps=2", "eval.interval=0")
     text, folder = run_sabotaged(tmp_path, *words, SABOTAGED_LR="nan")
@@ -290,7 +290,7 @@ def test_a_run_that_goes_back_in_vain_is_not_started_again(tmp_path: Path) -> No
     assert "not started again: the ranks have tried again by themselves" in text
 
 
-def test_a_process_that_aborts_as_python_ends_is_told_what_to_do(tmp_path: Path) -> None:
+def test_an_abort_at_the_end_of_python_is_explained(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("step 60: loss 0.5\nterminate called without an active exception\n")
     aborted = ProcessFailure(0, 1, -signal.SIGABRT, "/dev/null")

@@ -50,7 +50,7 @@ SCRIPT = ("workload=script", "script.command=[sleep]")
         ([*SCRIPT, "nodes=4", "script.resumes=true", "script.elastic=true", "resilience.min_nodes=2"], (3, 2)),
     ],
 )
-def test_the_plan_says_with_how_many_nodes_the_run_goes_on(words: list[str], fewer: tuple[int, ...]) -> None:
+def test_the_plan_shows_with_how_many_nodes_a_run_can_continue(words: list[str], fewer: tuple[int, ...]) -> None:
     planned = plan(*words)
     assert planned.promised.fewer_nodes == fewer
     assert Plan.from_dict(planned.as_dict()).promised.fewer_nodes == fewer
@@ -83,13 +83,13 @@ NO_SIZE = "resilience.min_nodes=3, and with nodes=3: nodes=3 x 1 ranks = 3 ranks
         ([*SCRIPT, "nodes=2", "script.elastic=true"], "without script.resumes=true", "script.resumes=true"),
     ],
 )
-def test_what_could_not_go_on_is_refused_before_the_queue(words: list[str], found: str, fix: str) -> None:
+def test_impossible_fewer_nodes_are_refused_before_the_queue(words: list[str], found: str, fix: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         make_plan(typed_config(compose_launch(["cluster=slurm", *words])), words, ClusterKind.slurm)
     assert found in refusal.value.found and refusal.value.expected and fix in refusal.value.fix
 
 
-def test_a_node_that_was_given_up_does_not_put_the_job_back_into_the_queue(tmp_path: Path) -> None:
+def test_a_node_that_counts_as_lost_does_not_requeue_the_job(tmp_path: Path) -> None:
     """Cut off and alive: the head node it hears nothing of goes on without it."""
     folder = RunFolder(tmp_path)
     for event in ("submitted", "agent_started"):
@@ -104,7 +104,7 @@ def test_a_node_that_was_given_up_does_not_put_the_job_back_into_the_queue(tmp_p
     assert folder.read_events() == before
 
 
-def test_a_run_that_loses_a_node_goes_on_with_the_other_and_has_both_again_when_it_is_started_anew(
+def test_a_run_continues_without_a_lost_node_and_uses_all_nodes_when_the_command_is_typed_again(
     tmp_path: Path,
 ) -> None:
     folder, hurry = RunFolder(tmp_path / "run"), tmp_path / "hurry"
@@ -153,7 +153,7 @@ def test_a_run_that_loses_a_node_goes_on_with_the_other_and_has_both_again_when_
     assert made[0] == saved + 1 and sorted(set(made)) == list(range(saved + 1, left_at + 1))
 
 
-def test_the_drill_tells_a_restart_with_fewer_nodes_from_the_others() -> None:
+def test_the_drill_recognizes_a_restart_on_fewer_nodes() -> None:
     events = [
         {"event": "attempt_ended", "time": 2.0, "attempt": 1, "cause": "node_failed"},
         {"event": "fewer_nodes", "time": 3.0, "attempt": 2, "nodes": 1, "asked": 2, "hosts": ["n1"], "cause": "lost"},
@@ -181,7 +181,7 @@ def state_files(folder: RunFolder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in last.iterdir() if path.name.startswith(("__", "rank"))}
 
 
-def test_a_killed_rank_and_a_lost_node_are_back_from_memory_with_the_same_weights(tmp_path: Path) -> None:
+def test_restarts_from_memory_after_a_killed_rank_and_a_lost_node_give_the_same_weights(tmp_path: Path) -> None:
     quiet, doomed = RunFolder(tmp_path / "quiet"), RunFolder(tmp_path / "doomed")
     run("launch", *IN_MEMORY, f"run_dir={quiet.path}", cwd=tmp_path)
     doomed.config.parent.mkdir(parents=True)

@@ -176,20 +176,20 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("what", SAME)
-def test_a_forked_rank_does_what_an_executed_one_does(what: str, told: dict[str, Any]) -> None:
+def test_a_forked_rank_behaves_like_an_executed_rank(what: str, told: dict[str, Any]) -> None:
     forked, executed = told["forked"][what], told["executed"][what]
     assert executed[0] or executed[1], "nothing to compare"
     assert forked == executed
 
 
-def test_a_forked_rank_is_a_child_of_the_agent_in_a_session_of_its_own(told: dict[str, Any]) -> None:
+def test_a_forked_rank_is_a_child_of_the_agent_in_its_own_session(told: dict[str, Any]) -> None:
     facts = json.loads(told["forked"]["facts"][1])
     assert (facts["parent"], facts["leads"], facts["umask"], facts["files"]) == (told["agent"], True, 0o027, [])
     assert "GONE" not in facts["env"]
     assert told["chances differ"]
 
 
-def test_what_a_fork_cannot_be_is_left_to_be_executed(told: dict[str, Any]) -> None:
+def test_a_rank_that_cannot_be_forked_is_executed(told: dict[str, Any]) -> None:
     assert told["other start"] == [None] * 3
     for reason in ("OMP_NUM_THREADS", "not python -m", "in /"):
         assert f"is executed, not forked: {reason}\n" in told["printed"]
@@ -197,13 +197,13 @@ def test_what_a_fork_cannot_be_is_left_to_be_executed(told: dict[str, Any]) -> N
     assert told["missing"][0] == told["missing"][1] and told["missing"][0][0] == 1
 
 
-def test_a_rank_outlives_the_server_and_the_next_is_executed(told: dict[str, Any]) -> None:
+def test_a_rank_outlives_the_server_and_the_next_rank_is_executed(told: dict[str, Any]) -> None:
     assert told["after the server"] == [None, None]
     assert told["survivor"][0] == -signal.SIGUSR2
     assert "ranks are executed, not forked; the fork server: it is gone" in told["printed"]
 
 
-def test_a_server_that_cannot_start_ranks_says_why(told: dict[str, Any]) -> None:
+def test_a_server_that_cannot_fork_ranks_gives_the_reason(told: dict[str, Any]) -> None:
     assert told["before the log"] is told["absent"] is told["threaded"] is None
     for reason in ("FileNotFoundError", "No module named 'absent'", "an import has started threads (Thread-1"):
         assert reason in told["printed"]
@@ -222,7 +222,9 @@ def test_server_and_ranks_die_with_the_agent(told: dict[str, Any]) -> None:
     ],
     ids=["gpt", "switched off", "script"],
 )
-def test_who_has_a_server(words: list[str], is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_runs_with_modules_to_preload_have_a_server(
+    words: list[str], is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from launch.agent import ranks as workers
 
     monkeypatch.setattr(workers.threading, "active_count", lambda: 1)  # pytest's own threads are no agent's
@@ -269,14 +271,14 @@ FIRST, SECOND = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
         ((), 1, range(16), None),
     ],
 )
-def test_each_rank_has_the_cpus_near_its_gpu(
+def test_each_rank_is_bound_to_the_cpus_near_its_gpu(
     devices: Path, buses: tuple[str | None, ...], ranks: int, allowed: list[int], expected: list[list[int]] | None
 ) -> None:
     found = cpus_of_ranks(ranks, gpus(*buses), allowed, devices)
     assert (None if found is None else [sorted(cpus) for cpus in found]) == expected
 
 
-def test_the_driver_tells_where_a_gpu_is(tmp_path: Path) -> None:
+def test_the_driver_gives_the_pci_address_of_a_gpu(tmp_path: Path) -> None:
     for bus in ("0000:01:00.0", "0000:C1:00.0"):
         (tmp_path / bus).mkdir()
         (tmp_path / bus / "information").write_text("Model: \t NVIDIA H100\nGPU UUID: \t GPU-??\n")
@@ -303,7 +305,7 @@ WHERE = "import os\nprint(sorted(os.sched_getaffinity(0)))\n"
 
 
 @pytest.mark.parametrize("binds", [True, False])
-def test_executed_ranks_run_where_they_are_bound(tmp_path: Path, binds: bool) -> None:
+def test_executed_ranks_run_on_their_cpus(tmp_path: Path, binds: bool) -> None:
     """The agent of a machine whose GPUs are all near its last CPU."""
     write_script(tmp_path, WHERE)
     write_script(tmp_path, LAST_CPU, "sitecustomize.py")
@@ -318,7 +320,7 @@ def test_executed_ranks_run_where_they_are_bound(tmp_path: Path, binds: bool) ->
     assert told["cores"] == len(expected) and [*parse_cpus(told["cpus"])] == expected
 
 
-def test_forked_ranks_run_where_they_are_bound(tmp_path: Path) -> None:
+def test_forked_ranks_run_on_their_cpus(tmp_path: Path) -> None:
     write_script(tmp_path, WHERE, "where.py")
     last = max(os.sched_getaffinity(0))
     done = subprocess.run(

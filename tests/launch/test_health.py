@@ -53,7 +53,7 @@ FEW = "1 GPUs answer, and cluster.gpus_per_node=2"
         ([GpuReading(A, problem="lost"), GpuReading(B)], 2, [f"GPU {A}: lost", FEW]),
     ],
 )
-def test_gpus_are_compared_with_themselves_at_the_first_start(
+def test_gpus_are_compared_with_their_state_at_the_first_start(
     now: list[GpuReading], expected: int | None, found: list[str]
 ) -> None:
     assert list(describe_faults(now, [GpuReading(A, 5), GpuReading(B, 0)], expected)) == found
@@ -98,7 +98,7 @@ def test_a_link_that_was_up_at_the_first_start_has_to_stay_up(tmp_path: Path, mo
         ("sleep 1000 & wait", "sh gave no answer in 0.5 s"),
     ],
 )
-def test_the_command_of_the_site(script: str, found: str) -> None:
+def test_the_command_of_the_site_reports_a_fault_with_its_last_line(script: str, found: str) -> None:
     assert fault_of_program(["sh", "-c", script], 0.5 if "sleep" in script else 60) == found
 
 
@@ -122,7 +122,7 @@ def test_each_part_that_fails_is_a_fault_unless_the_check_is_off(tmp_path: Path)
         ({}, None),
     ],
 )
-def test_a_filesystem_takes_files_or_is_named(
+def test_a_full_or_read_only_filesystem_is_a_fault(
     told: dict[str, int], found: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sound = {"f_bavail": 9, "f_frsize": 2**20, "f_flag": 0, "f_files": 9, "f_favail": 9}
@@ -138,21 +138,21 @@ def test_a_filesystem_takes_files_or_is_named(
         ({"command": ""}, "a program"),
     ],
 )
-def test_a_check_that_cannot_be_made_is_refused(words: dict[str, Any], expected: str) -> None:
+def test_a_malformed_check_command_is_refused(words: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as refusal:
         Config(resilience=ResilienceConfig(health_check=HealthCheckConfig(**words))).validate()
     assert expected in refusal.value.expected and refusal.value.found.startswith("resilience.health_check.")
     assert HealthCheckConfig(command="a 'b c'").command_words == ["a", "b c"]
 
 
-def test_the_doctor_names_nodes_that_a_start_would_leave_out() -> None:
+def test_the_doctor_names_sick_nodes() -> None:
     sound = {"python": "3.11.7", "torch": "2.13.0", "limits": {"nofile": -1}}
     nodes = [{"host": "n1", "faults": [], **sound}, {"host": "n2", "faults": ["the fan is dead"], **sound}]
     (finding,) = verdict.check_node_records({"nodes": nodes})
     assert finding.found == "n2: the fan is dead" and finding.fix == "cluster.exclude=n2"
 
 
-def test_a_node_that_falls_sick_between_two_starts_is_named_and_refused(tmp_path: Path) -> None:
+def test_a_node_that_becomes_sick_between_two_starts_is_named_and_refused(tmp_path: Path) -> None:
     """The rank breaks its node and dies; there is neither a spare nor a queue here."""
     mark = tmp_path / "fan is dead"
     script = write_script(tmp_path, f"import os, pathlib\npathlib.Path({str(mark)!r}).touch()\nos._exit(1)\n")
@@ -180,7 +180,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     yield fake
 
 
-def test_gauges_are_in_units_of_people_and_what_a_gpu_does_not_tell_is_absent(driver: ModuleType) -> None:
+def test_gauges_have_si_units_and_unknown_gauges_are_absent(driver: ModuleType) -> None:
     nvml = Nvml()
     assert nvml.buses() == [A, B], "the third is another job's"
     found = nvml.read_gauges([A, B])
@@ -191,13 +191,13 @@ def test_gauges_are_in_units_of_people_and_what_a_gpu_does_not_tell_is_absent(dr
     assert nvml.read_gauges([A])[A]["energy_j"] >= counter and nvml.read_gauges([A]).keys() == {A}
 
 
-def test_health_by_the_library(driver: ModuleType) -> None:
+def test_nvml_gives_memory_errors_throttling_and_xid_errors(driver: ModuleType) -> None:
     nvml = Nvml()
     expected = [GpuReading(A, 7, 4, xids=(79,)), GpuReading(B, None, 1)]
     assert nvml.read_health() == expected and nvml.read_health() == expected, "Xid 43 is an application's"
 
 
-def test_a_driver_that_does_not_answer_is_told(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_does_not_answer_is_an_error(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise driver.NVMLError("Driver Not Loaded")
 
@@ -223,7 +223,7 @@ def visible(*buses: str | None, uuid: str | None = None) -> list[Gpu]:
         ([A, B], [], 1, False, []),
     ],
 )
-def test_only_gpus_that_are_surely_the_runs_are_sampled(
+def test_only_gpus_that_certainly_belong_to_the_run_are_sampled(
     there: list[str], seen: list[Gpu], ranks: int, is_slurm: bool, chosen: list[str]
 ) -> None:
     assert gpus_of_run(there, seen, ranks, is_slurm) == chosen
@@ -257,7 +257,7 @@ def test_samples_are_taken_at_the_start_every_interval_and_at_the_end(monkeypatc
     assert powers[-1] == 100.0 * reader.asked, "the last one is at the end"
 
 
-def test_a_driver_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_driver_does_not_delay_the_end_of_an_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "LAST_SAMPLE_S", 0.01)
     release, written = threading.Event(), list[health.Sample]()
     with sampling(Reader(block=release), lambda there: there, written.extend):
@@ -266,7 +266,7 @@ def test_a_driver_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -
     release.set()
 
 
-def test_a_sample_is_read_as_it_was_written_and_other_lines_are_passed_over(tmp_path: Path) -> None:
+def test_samples_are_read_as_written_and_other_lines_are_skipped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     gauges = {A: {"power_w": 412.3, "energy_j": 3000.125, "throttle_reasons": 4}, B: {"power_w": 71.0}}
     sample = GpuSample(1e9, 1, "n3", gauges)

@@ -63,13 +63,13 @@ def decided(action: Action, cause: str) -> dict[str, Any]:
         ([AGENT, ended("crashed"), decided(Action.restart, "crashed"), STARTED], 137, Action.restart),
     ],
 )
-def test_only_what_the_agents_left_undone_is_done_after_the_step(
+def test_after_the_step_only_undecided_or_unfinished_actions_are_done(
     events: Events, status: int, expected: Action | None
 ) -> None:
     assert pending_action(events, status) is expected
 
 
-def test_the_events_of_this_start_of_the_job_are_told_from_those_of_others(tmp_path: Path) -> None:
+def test_only_events_of_this_start_of_the_job_count(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for job in ("slurm-7-0-0", "slurm-71-1-0", "slurm-7-1-0"):
         folder.record_event("agent_started", job=job)
@@ -78,7 +78,7 @@ def test_the_events_of_this_start_of_the_job_are_told_from_those_of_others(tmp_p
     assert events_of(folder, Node(0, 2, "slurm-7-2-0", is_slurm=True)) == []
 
 
-def test_a_run_that_is_not_started_again_has_failed_and_says_why(tmp_path: Path) -> None:
+def test_a_run_that_is_not_restarted_has_failed_and_gives_the_reason(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     for event in ({"event": "submitted", "cluster": "slurm", "job_id": "7"}, STARTED, {"event": "stopped"}):
         folder.record_event(**event)
@@ -120,18 +120,18 @@ def meet(members: int, leaving: list[bool], lost: str | None = None) -> list[str
         return list(pool.map(come, range(len(leaving))))
 
 
-def test_nodes_that_are_told_to_leave_before_the_ranks_start_leave_together_or_not_at_all() -> None:
+def test_a_stop_before_the_ranks_start_holds_for_all_nodes_or_for_none() -> None:
     assert meet(2, [False, False]) == ["went on"] * 2
     assert meet(3, [True, False]) == ["left"] * 2, "the third has not come, and nobody waits for it"
     assert len(set(meet(2, [True, True]))) == 1, "whoever decides, decides for both"
 
 
-def test_nodes_that_wait_for_one_that_is_lost_meet_again_without_it() -> None:
+def test_nodes_that_wait_for_a_lost_node_meet_again_without_it() -> None:
     assert meet(3, [False, False], lost="node n2 is lost") == ["meets again"] * 2
     assert meet(2, [False, False], lost="node n2 is lost") in (["went on"] * 2, ["meets again"] * 2)
 
 
-def test_the_clock_of_silence_runs_while_nobody_asks_it_and_stands_while_the_process_is_stopped(
+def test_the_running_clock_skips_the_time_in_which_the_process_was_stopped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A stopped process sees the time jump between two ticks."""
@@ -201,15 +201,13 @@ def names(folder: RunFolder) -> list[str]:
     return [event["event"] for event in folder.read_events()]
 
 
-def test_why_a_run_was_told_to_stop_is_learned_from_a_controller_that_comes_back(
-    folder: RunFolder, tmp_path: Path
-) -> None:
+def test_the_cause_of_a_stop_is_read_once_the_controller_answers_again(folder: RunFolder, tmp_path: Path) -> None:
     Controller(tmp_path, BUSY)
     assert cause_of_stop(RunContext(folder, NODE, config()), 1) is Cause.preempted
     assert names(folder) == ["controller_away", "controller_back"]
 
 
-def test_a_job_is_requeued_once_by_a_controller_that_comes_back_and_kept_away_from_hosts(
+def test_a_job_is_requeued_once_and_without_bad_hosts_when_the_controller_answers_again(
     folder: RunFolder, tmp_path: Path
 ) -> None:
     slurm = Controller(tmp_path, BUSY)
@@ -219,9 +217,7 @@ def test_a_job_is_requeued_once_by_a_controller_that_comes_back_and_kept_away_fr
     assert slurm.asked("scontrol update") == ["scontrol update JobId=7 ExcNodeList=n2"]
 
 
-def test_a_decision_that_cannot_be_carried_out_is_in_the_event_log(
-    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_requeue_that_fails_is_recorded(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Controller(tmp_path, 1000)
     monkeypatch.setattr(requeue, "CONTROLLER_WAIT_S", 0.0)
     with pytest.raises(RunFailedError, match="not started again: Slurm did not requeue it: scontrol show job"):
@@ -246,7 +242,7 @@ def killed_in_the_middle(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("status", [1, 137], ids=["srun gave up for a node that rebooted", "srun killed"])
-def test_a_batch_script_whose_agents_were_killed_puts_its_job_back(
+def test_a_batch_script_requeues_its_job_if_its_agents_were_killed(
     status: int, folder: RunFolder, tmp_path: Path
 ) -> None:
     slurm = Controller(tmp_path, BUSY)
@@ -258,7 +254,7 @@ def test_a_batch_script_whose_agents_were_killed_puts_its_job_back(
 
 
 @pytest.mark.parametrize(("of_step", "after"), [(0, None), (1, 1), (137, 0)])
-def test_multi_node_sh_looks_at_its_run_where_srun_has_failed_and_ends_as_that_says(
+def test_multi_node_sh_runs_after_step_if_srun_fails_and_returns_its_status(
     of_step: int, after: int | None, tmp_path: Path
 ) -> None:
     """With programs in place of srun and python, which tell what they were asked."""
@@ -278,7 +274,7 @@ def test_multi_node_sh_looks_at_its_run_where_srun_has_failed_and_ends_as_that_s
     assert done.returncode == (after or 0) and lines[-1] == f"python -m gpt_launch report {tmp_path}/run"
 
 
-def test_it_does_so_within_the_limits_of_the_run(folder: RunFolder, tmp_path: Path) -> None:
+def test_a_batch_script_obeys_the_restart_limits(folder: RunFolder, tmp_path: Path) -> None:
     slurm = Controller(tmp_path, BUSY)
     killed_in_the_middle(folder)
     with pytest.raises(RunFailedError, match="srun ended with exit status 137\nnot started again: "):
@@ -314,14 +310,14 @@ ENDED = [*BEGUN, {"event": "attempt_ended", "attempt": 4}]
         ([*ENDED, {"event": "decided", "action": "requeue"}], 4, "has decided"),
     ],
 )
-def test_what_a_lost_head_node_leaves_is_taken_over_unless_the_others_go_on(
+def test_the_attempt_of_a_lost_head_node_is_taken_over_unless_other_nodes_continue(
     events: Events, known: int | None, left: int | str | None
 ) -> None:
     with pytest.raises(RunFailedError, match=left) if isinstance(left, str) else nullcontext():
         assert orphaned_attempt(events, SECOND_NODE, known) == left
 
 
-def test_agents_that_were_lost_are_ended_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_agents_are_ended_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a ``scancel`` that writes down what it was given: only a cluster would have an agent that hangs."""
     scancel = tmp_path / "scancel"
     scancel.write_text(f"#!/bin/sh\necho $@ >> {tmp_path / 'ended'}\n")

@@ -91,6 +91,6 @@ def test_the_gpt_is_the_project_s_own(project: Path) -> None:
     assert "whole" in gpt_launch(project, "verify", "outputs")
 
 
-def test_the_worker_is_launch_worker_where_nothing_hides_it(tmp_path: Path) -> None:
+def test_gpt_launch_worker_is_launch_worker_without_a_launch_py(tmp_path: Path) -> None:
     code = "from gpt_launch import worker; import launch.worker; assert worker is launch.worker"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)

@@ -86,7 +86,7 @@ def decide(
     ],
     ids=lambda value: str(value) if isinstance(value, str) else f"{len(value)}x{value[-1]}",
 )
-def test_each_cause_has_a_limit_of_its_own(causes: list[Cause], action: Action) -> None:
+def test_each_cause_has_its_own_limit(causes: list[Cause], action: Action) -> None:
     assert decide(history(*causes), causes[-1], LIMITS).action is action
 
 
@@ -108,7 +108,7 @@ def test_a_run_that_saves_nothing_new_stops_whatever_the_cause() -> None:
         (Cause.crashed, None, True),
     ],
 )
-def test_an_attempt_that_was_interrupted_before_its_first_step_counts_for_nothing(
+def test_an_attempt_interrupted_before_its_first_step_does_not_count(
     cause: Cause, step: int | None, stops: bool
 ) -> None:
     events = [e for n in (1, 2, 3) for e in attempt(n, cause, from_step=20)]
@@ -147,7 +147,7 @@ def test_failures_are_forgiven_after_progress(
     assert ("are forgiven" in decision.reason) is (not stops)
 
 
-def test_time_alone_forgives_nothing() -> None:
+def test_time_without_progress_forgives_no_failure() -> None:
     """A job that waits for a day in the queue, or does old steps again, has not progressed."""
     first = [*attempt(1, Cause.crashed, 0, 20), *attempt(2, Cause.crashed, 20), *attempt(3, Cause.crashed, 10, 20)]
     assert decide(timed(first, 24), Cause.crashed, LIMITS, 9, forgive_after_s=60).action is Action.stop
@@ -220,7 +220,7 @@ def test_points_of_one_command_share_the_hosts_that_they_avoid(tmp_path: Path) -
     assert points_beside(own) == {}
 
 
-def test_two_ends_of_one_attempt_are_one() -> None:
+def test_two_ends_of_one_attempt_count_once() -> None:
     ends = history(*[Cause.node_failed] * 10)
     twice = [e for e in ends for _ in range(2 if e["event"] == "attempt_ended" else 1)]
     assert decide(twice, Cause.node_failed, RestartLimits(node_failed=10)).action is Action.restart
@@ -244,14 +244,14 @@ def test_progress_counts_the_attempts_since_the_last_one_that_saved(gains: list[
     assert attempts_without_progress(events) == expected
 
 
-def test_typing_the_command_again_forgives() -> None:
+def test_typing_the_command_again_resets_the_limits() -> None:
     events = [{"event": "submitted"}, *history(Cause.crashed), {"event": "submitted"}, {"event": "started"}]
     assert events_since_submission(events) == events[-2:]
 
 
 # What `scontrol show job` of Slurm 22.05 said when a task of the job got SIGTERM: JobState, PreemptTime, Restarts, and
 # seconds since the start of StartTime and EndTime.
-def test_a_program_without_checkpoints_is_told_why_it_is_not_started_again() -> None:
+def test_a_program_without_checkpoints_is_not_restarted() -> None:
     decision = decide(history(Cause.crashed), Cause.crashed, resumes=False)
     assert decision.action is Action.stop
     assert "would run again from its first step (script.resumes=true where it looks" in decision.reason
@@ -277,12 +277,12 @@ def test_a_cancel_is_never_taken_for_a_preemption(
 
 
 @pytest.mark.parametrize("reason", ["NonZeroExitCode", "JobLaunchFailure"])  # as Slurm 22.05 calls it
-def test_a_batch_script_that_was_killed_is_no_cancel(reason: str) -> None:
+def test_a_killed_batch_script_is_not_a_cancel(reason: str) -> None:
     job = JobDetails("COMPLETING", False, 0, 1000.0, 1002.0, 7200.0, reason)
     assert cause_of_signal(job, restarts=0, signal_delay_s=30, now=1060.0) is Cause.node_failed
 
 
-def test_memory_and_divergence_are_told_from_other_crashes() -> None:
+def test_out_of_memory_and_divergence_differ_from_other_crashes() -> None:
     assert cause_of_failure({"cause": "OutOfMemoryError: CUDA out of memory"}) is Cause.out_of_memory
     assert cause_of_failure({"cause": "FloatingPointError: the loss of step 7 is nan"}) is Cause.diverged
     assert cause_of_failure({"cause": "RepeatedFailureError: found: the loss of step 7"}) is Cause.repeated

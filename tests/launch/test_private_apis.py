@@ -65,7 +65,7 @@ def test_submitit_keeps_the_run_folder_where_the_batch_script_looks_for_it(tmp_p
     )
 
 
-def test_elastic_is_polled_and_keeps_its_ranks_as_before() -> None:
+def test_torch_elastic_has_the_private_parts_that_the_agent_uses() -> None:
     import torch
     from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, Worker, WorkerGroup
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -105,7 +105,7 @@ def test_elastic_is_polled_and_keeps_its_ranks_as_before() -> None:
     assert "workers" in dir(WorkerGroup) or "workers" in WorkerGroup.__slots__, message("WorkerGroup.workers")
 
 
-def test_ddp_measures_steps_as_rarely_as_it_is_told() -> None:
+def test_ddp_has_the_setting_for_its_step_measurements() -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     name = "_set_ddp_runtime_logging_sample_rate"

@@ -97,7 +97,7 @@ def make_sick(group: AgentGroup, why: str | None) -> None:
     group._health.examine = lambda: found  # type: ignore[method-assign]
 
 
-def test_a_full_filesystem_of_all_nodes_is_waited_for_except_at_the_first_start(
+def test_a_restart_waits_for_room_in_the_run_folder_and_the_first_start_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = iter([[Fault("run folder", "full")], [Fault("run folder", "full")], [Fault("run folder", "full")], []])
@@ -133,7 +133,7 @@ def rounds_of_sick(folder: RunFolder, config: Config, rounds: Sequence[Mapping[i
     return run_agents(folder, config, 4, agent)[0]
 
 
-def test_a_start_has_fewer_nodes_while_some_are_sick_and_all_of_them_afterwards(tmp_path: Path) -> None:
+def test_a_start_uses_fewer_nodes_while_some_are_sick_and_all_nodes_afterwards(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     sick: list[dict[int, str]] = [{}, {1: "fan"}, {1: "fan", 2: "heat", 3: "dust"}, {}]
     members = rounds_of_sick(folder, elastic(folder, (2, 1)), sick)
@@ -149,7 +149,7 @@ def test_a_start_has_fewer_nodes_while_some_are_sick_and_all_of_them_afterwards(
     assert [e["attempt"] for e in select_events(events, "all_nodes")] == [4]
 
 
-def test_a_node_that_came_early_and_is_silent_since_takes_no_part(tmp_path: Path) -> None:
+def test_a_ready_node_that_became_silent_takes_no_part(tmp_path: Path) -> None:
     gone, is_lost = Event(), Event()
 
     def agent(group: AgentGroup, index: int) -> None:
@@ -174,7 +174,7 @@ def test_a_node_that_came_early_and_is_silent_since_takes_no_part(tmp_path: Path
     run_agents(RunFolder(tmp_path), config_of(2), 2, agent)
 
 
-def test_a_head_node_whose_connection_ended_is_not_one_that_was_silent_for_no_time(
+def test_a_lost_connection_to_the_head_node_is_not_described_as_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rendezvous, "OVER_S", 0.0)  # the message that the run is over will not come
@@ -194,9 +194,7 @@ def test_a_head_node_whose_connection_ended_is_not_one_that_was_silent_for_no_ti
     assert "silent for 0 s" not in str(lost.value)
 
 
-def test_after_a_failure_no_message_waits_for_the_next_heartbeat(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_failure_messages_are_exchanged_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an hour between two heartbeats three agents, one of them a spare, agree on the start after a failure."""
     everybody = Barrier(3, timeout=WAIT_S)
 
@@ -218,12 +216,12 @@ def test_after_a_failure_no_message_waits_for_the_next_heartbeat(
     assert run_agents(RunFolder(tmp_path), config_of(2, 1), 3, agent) == [[0, 1]] * 3
 
 
-def test_agents_in_a_hurry_ask_the_head_node_the_less_often_the_more_they_are() -> None:
+def test_many_agents_exchange_less_often() -> None:
     rates = [count / exchange.quick_s(count) for count in (2, 16, 100, 400, 4000)]
     assert rates[:4] == pytest.approx([100, 800, 800, 800]) and rates[4] == 4000 / exchange.INTERVAL_S
 
 
-def test_nodes_that_slurm_takes_before_they_come_are_not_waited_for(
+def test_a_start_does_not_wait_for_nodes_that_slurm_has_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where they went down, or did not answer, in the moment in which the job started on them."""
@@ -243,7 +241,7 @@ def test_nodes_that_slurm_takes_before_they_come_are_not_waited_for(
         group.end()
 
 
-def test_a_lost_member_that_comes_back_stays_out_and_its_spare_stays_in(
+def test_a_lost_node_that_returns_takes_no_part_and_its_spare_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a node whose cable was out for longer than ``resilience.node_timeout_s``."""
@@ -265,7 +263,7 @@ def test_a_lost_member_that_comes_back_stays_out_and_its_spare_stays_in(
     assert run_agents(RunFolder(tmp_path), config_of(2, 1), 3, agent) == [[(0, 1), (0, 2), (0, 2)]] * 3
 
 
-def test_a_spare_that_reboots_disturbs_nobody_and_is_missed_at_the_next_start_only(tmp_path: Path) -> None:
+def test_a_lost_spare_matters_only_at_the_next_start(tmp_path: Path) -> None:
     met, both, gone = Barrier(3, timeout=WAIT_S), Barrier(2, timeout=WAIT_S), Event()
 
     def agent(group: AgentGroup, index: int) -> list[tuple[int, ...]]:

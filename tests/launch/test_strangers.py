@@ -149,7 +149,7 @@ def test_a_store_listens_on_one_address_only(served: dist.TCPStore) -> None:
     assert [address for address, port in listening([os.getpid()]) if port == served.port] == [LOOPBACK]
 
 
-def test_only_what_is_signed_with_the_token_for_its_key_is_read(served: dist.TCPStore) -> None:
+def test_only_messages_signed_for_their_key_are_read(served: dist.TCPStore) -> None:
     ours = SignedStore(served, "token", "heartbeats")
     stranger = connect(served.port)
     ours.open_keys(["a", "b"])
@@ -171,7 +171,7 @@ def test_only_what_is_signed_with_the_token_for_its_key_is_read(served: dist.TCP
     assert len(stranger.list_keys()) >= 2
 
 
-def test_a_message_that_is_put_back_counts_for_nothing(served: dist.TCPStore) -> None:
+def test_an_earlier_message_that_is_written_again_is_ignored(served: dist.TCPStore) -> None:
     head = Heartbeat(0, 2, SignedStore(served, "token", "heartbeats"))
     node = SignedStore(connect(served.port), "token", "heartbeats")
     try:
@@ -244,7 +244,7 @@ class Trap:
     ("mode", "owner", "runs"),
     [(0o600, None, True), (0o644, None, True), (0o620, None, False), (0o602, None, False), (0o644, 65534, False)],
 )
-def test_a_pickle_that_others_could_have_written_is_not_opened(
+def test_a_pickle_that_other_users_could_write_is_not_opened(
     mode: int, owner: int | None, runs: bool, tmp_path: Path
 ) -> None:
     """As launch.status finds them in the folder of somebody else's runs; one's own would run, which shows the trap."""

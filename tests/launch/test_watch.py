@@ -102,7 +102,7 @@ def interrupt(process: subprocess.Popen[bytes], log: Path, heard: threading.Even
             os.kill(process.pid, signal.SIGCONT)
 
 
-def test_a_rank_that_is_interrupted_as_it_writes_its_stacks_is_heard_out(tmp_path: Path) -> None:
+def test_stacks_are_complete_although_the_rank_is_interrupted(tmp_path: Path) -> None:
     log, amid = tmp_path / "log", 0
     with rank(tmp_path, "training", MANY_THREADS) as process:
         for _ in range(20):  # whoever interrupts may itself come too late
@@ -121,7 +121,7 @@ def test_a_rank_that_is_interrupted_as_it_writes_its_stacks_is_heard_out(tmp_pat
     assert amid == 2, "twice it was interrupted before the end"
 
 
-def test_a_pause_of_the_agent_itself_is_held_against_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pause_of_the_agent_does_not_count_as_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with rank(tmp_path, "training") as process:
         clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
         assert dog.poll({3: process.pid}) == []
@@ -138,7 +138,7 @@ def test_a_rank_that_never_starts_is_found(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("silence", [None, 60])
-def test_a_rank_without_a_heartbeat_is_judged_by_its_log_alone(
+def test_a_rank_without_a_heartbeat_is_watched_by_its_log(
     silence: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, log = Clock(monkeypatch), tmp_path / "log"
@@ -155,7 +155,7 @@ def test_a_rank_without_a_heartbeat_is_judged_by_its_log_alone(
     assert [one.why.startswith("hung: nothing printed for ") for one in found] == ([] if silence is None else [True])
 
 
-def test_a_rank_that_only_attached_is_not_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_has_only_attached_is_not_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = HeartbeatFile(tmp_path / "0")
     file.open_for_rank()
     clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)

@@ -45,7 +45,7 @@ class Scalar:
         return self._value
 
 
-def test_a_record_keeps_the_real_numbers_and_drops_the_rest_with_one_warning(
+def test_a_record_keeps_real_numbers_and_drops_other_values_with_one_warning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = in_folder(tmp_path)
@@ -79,7 +79,7 @@ def test_the_time_of_a_step_leaves_out_evaluations_and_saves(tmp_path: Path) -> 
     assert (saved["event"], saved["step"], saved["seconds"]) == ("saved", 1, 0.5)
 
 
-def test_a_line_torn_by_a_crash_spoils_itself_only(tmp_path: Path) -> None:
+def test_a_line_cut_off_by_a_crash_damages_no_other_line(tmp_path: Path) -> None:
     path = RunFolder(tmp_path).metrics(0)
     path.parent.mkdir()
     path.write_text('{"step": 1, "attempt": 1}\n{"step": 2, "att')
@@ -88,7 +88,7 @@ def test_a_line_torn_by_a_crash_spoils_itself_only(tmp_path: Path) -> None:
     wait_for(lambda: [r["step"] for r in read_records(path)] == [1, 3], "the record, without being asked for", 10)
 
 
-def test_a_filesystem_that_fails_is_told_of_once_and_loses_nothing(
+def test_a_failing_filesystem_is_reported_once_and_no_record_is_lost(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "metrics").write_text("in the way")
@@ -137,7 +137,7 @@ assert not {{"torch", "numpy", "yaml", "hydra", "omegaconf", "gpt"}} & set(sys.m
     assert (record["step"], record["attempt"]) == (1, 3)
 
 
-def test_a_helper_that_is_forked_off_is_no_rank(tmp_path: Path) -> None:
+def test_a_forked_helper_is_not_a_rank(tmp_path: Path) -> None:
     script = """
 import multiprocessing, os, signal, sys, time
 from launch import worker
@@ -190,7 +190,7 @@ def test_a_later_attempt_stops_this_one(tmp_path: Path) -> None:
     wait_for(is_outdated, "the look into the run folder", 10)
 
 
-def test_multiprocessing_is_told_from_a_rank() -> None:
+def test_a_process_of_multiprocessing_is_not_a_rank() -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(worker.is_child) and not worker.is_child()
 
@@ -207,7 +207,7 @@ def example(path: Path, steps: int) -> Path:
     return path
 
 
-def test_the_example_of_the_docs_stops_at_one_step_and_goes_on_from_there(tmp_path: Path) -> None:
+def test_the_example_of_the_docs_stops_at_one_step_and_resumes_there(tmp_path: Path) -> None:
     script = example(tmp_path / "train.py", 1_000_000)
     folder = RunFolder(tmp_path / "run")
     words = ["workload=script", f"script.path={script}", "script.resumes=true", "nodes=2", "ranks_per_node=1"]
@@ -340,7 +340,7 @@ def test_a_rank_that_starts_after_the_agreement_stops_at_the_same_call(agents: A
     assert {(one["calls"], one["stopped"]) for one in found} == {(found[0]["calls"], True)}, found
 
 
-def test_ranks_that_have_ended_hold_up_nobody(agents: Agents, tmp_path: Path) -> None:
+def test_ended_ranks_do_not_delay_an_agreement(agents: Agents, tmp_path: Path) -> None:
     agents.start()
     found = answers(ranks(tmp_path, limit=5))
     assert {(one["calls"], one["stopped"]) for one in found} == {(5, False)}
@@ -348,7 +348,7 @@ def test_ranks_that_have_ended_hold_up_nobody(agents: Agents, tmp_path: Path) ->
     wait_for(lambda: agents.messages[0].tickets[Request.stop].at == 6, "the agreement", 10)
 
 
-def test_saves_are_agreed_on_again_and_again_and_the_file_goes(agents: Agents, tmp_path: Path) -> None:
+def test_saves_are_repeated_at_the_same_call_and_the_file_is_removed(agents: Agents, tmp_path: Path) -> None:
     agents.start()
     processes = ranks(tmp_path)
     for _ in range(2):
@@ -366,7 +366,7 @@ def test_saves_are_agreed_on_again_and_again_and_the_file_goes(agents: Agents, t
     assert [e["step"] for e in events[:2]] == found[0]["saves"]
 
 
-def test_a_node_that_answers_nothing_does_not_hold_the_others_for_ever(
+def test_a_silent_node_does_not_block_an_agreement(
     agents: Agents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launch.agent.exchange.ANSWER_S", 0.2)
@@ -390,7 +390,7 @@ def test_a_rank_does_not_wait_for_an_agent_that_is_gone(tmp_path: Path) -> None:
     assert file.ask(Request.stop, 60)
 
 
-def test_messages_about_another_start_are_passed_over(tmp_path: Path) -> None:
+def test_messages_about_another_start_are_ignored(tmp_path: Path) -> None:
     before, now = (Agreement(n, 1, (0, 1), [HeartbeatFile(tmp_path / str(n))]) for n in range(2))
     head = {0: Message(agreement=0, tickets=(Ticket(1, 7, 15), Ticket()))}
     before.turn(head)
