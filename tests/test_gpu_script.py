@@ -118,7 +118,7 @@ def test_a_ratio_is_of_turns_of_the_same_round() -> None:
 
 
 def test_the_lists_are_rehearsed_on_the_cpu(tmp_path: Path) -> None:
-    words = ("--device=cpu", "--only=models,peers", "--ranks=2", "--rounds=2", "--budget-s=600", f"--to={tmp_path}")
+    words = ("--device=cpu", "--only=models,peers", "--ranks=2", "--rounds=1", "--budget-s=600", f"--to={tmp_path}")
     told = run("benchmarks.gpu", *words, cwd=ROOT)
     found = json.loads((tmp_path / "gpu.json").read_text())
     names = ["gpt2_124m", "llama_1p36b", "moe_200m", "ours", "transformers"]

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -27,44 +26,29 @@ from gpt.model.attention import (
 from gpt.model.gpt import GPT, Block, build_ffn
 from gpt.model.norm import build_norm
 from gpt.model.position import LearnedPosition, Rope, rotation_rates
-from tests.support.small_models import LLAMA, small
-
-TINY = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 5, "ffn_hidden": 6}
+from tests.support.small_models import LLAMA, MINIMAL, check_gradients, small
 
 
 def components() -> dict[str, nn.Module]:
-    made: dict[str, nn.Module] = {norm.name: build_norm(small(**TINY, norm=norm)) for norm in Norm}
+    made: dict[str, nn.Module] = {norm.name: build_norm(small(**MINIMAL, norm=norm)) for norm in Norm}
     for backend in AttentionBackend:
         for kv_heads in (2, 1):
             parts = {"attention": backend, "n_kv_head": kv_heads}
-            made[f"attention-{backend.name}-kv={kv_heads}"] = Attention(small(**TINY, **parts))
-            made[f"attention-{backend.name}-kv={kv_heads}-llama"] = Attention(small(**TINY, **LLAMA, **parts))
+            made[f"attention-{backend.name}-kv={kv_heads}"] = Attention(small(**MINIMAL, **parts))
+            made[f"attention-{backend.name}-kv={kv_heads}-llama"] = Attention(small(**MINIMAL, **LLAMA, **parts))
     for norm in Norm:
-        made[f"attention-qk-{norm.name}"] = Attention(small(**TINY, **{**LLAMA, "norm": norm}, qk_norm=True))
+        made[f"attention-qk-{norm.name}"] = Attention(small(**MINIMAL, **{**LLAMA, "norm": norm}, qk_norm=True))
     for activation in Activation:
-        made[f"ffn-{activation.name}"] = build_ffn(small(**TINY, activation=activation))
-    made["ffn-swiglu"] = build_ffn(small(**TINY, ffn=Ffn.swiglu))
-    made["ffn-geglu"] = build_ffn(small(**TINY, ffn=Ffn.geglu))
-    made["ffn-geglu-tanh"] = build_ffn(small(**TINY, ffn=Ffn.geglu, activation=Activation.gelu_tanh))
+        made[f"ffn-{activation.name}"] = build_ffn(small(**MINIMAL, activation=activation))
+    made["ffn-swiglu"] = build_ffn(small(**MINIMAL, ffn=Ffn.swiglu))
+    made["ffn-geglu"] = build_ffn(small(**MINIMAL, ffn=Ffn.geglu))
+    made["ffn-geglu-tanh"] = build_ffn(small(**MINIMAL, ffn=Ffn.geglu, activation=Activation.gelu_tanh))
     made["learned position"] = LearnedPosition(4, 8)
-    made["block-gpt2"] = Block(small(**TINY))
-    made["block-llama"] = Block(small(**TINY, **LLAMA))
-    made["block-post"] = Block(small(**TINY, norm_position=NormPosition.post))
-    made["block-parallel"] = Block(small(**TINY, parallel_residual=True))
+    made["block-gpt2"] = Block(small(**MINIMAL))
+    made["block-llama"] = Block(small(**MINIMAL, **LLAMA))
+    made["block-post"] = Block(small(**MINIMAL, norm_position=NormPosition.post))
+    made["block-parallel"] = Block(small(**MINIMAL, parallel_residual=True))
     return made
-
-
-def check_gradients(module: nn.Module, *inputs: Tensor) -> None:
-    """Compare the gradients of all parameters and floating-point inputs with finite differences."""
-    module = module.double()
-    names = [name for name, _ in module.named_parameters()]
-    values = [(p.detach() + 0.3 * torch.randn_like(p)).requires_grad_() for p in module.parameters()]
-
-    def call(*arguments: Tensor) -> Tensor:
-        parameters = dict(zip(names, arguments[len(inputs) :]))
-        return functional_call(module, parameters, arguments[: len(inputs)])
-
-    assert gradcheck(call, (*inputs, *values))
 
 
 @pytest.mark.parametrize("name", components())
@@ -79,7 +63,7 @@ def test_gradient_and_shape(name: str) -> None:
 @pytest.mark.parametrize("parts", [{}, LLAMA], ids=["gpt2", "llama"])
 def test_gradient_of_the_whole_model(parts: dict) -> None:
     torch.manual_seed(1)
-    check_gradients(GPT(small(**TINY, **parts)), torch.tensor([[1, 4, 2]]))
+    check_gradients(GPT(small(**MINIMAL, **parts)), torch.tensor([[1, 4, 2]]))
 
 
 def rope(positions: int, head_dim: int, base: float = 10000.0, **scaling: object) -> Rope:

@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
-from gpt.config import Activation, AttentionBackend
+from gpt.config import Activation, AttentionBackend, ExpertMatmul
 from gpt.model.gpt import GPT
-from tests.support.small_models import LLAMA, random_tokens, small
+from tests.support.small_models import LLAMA, MOE, random_tokens, small
 
 Weights = dict[str, Tensor]
 
@@ -107,4 +114,46 @@ def test_llama(backend: AttentionBackend, tied: bool, kv_heads: int) -> None:
     parts = {**LLAMA, "tie_embeddings": tied}
     ours = GPT(small(**parts, attention=backend, n_kv_head=kv_heads, ffn_hidden=40))
     ours.load_state_dict(from_llama(shaken(theirs), 2, tied))
+    assert_equal_logits(ours, theirs)
+
+
+def from_mixtral(theirs: dict[str, Tensor], n_layer: int) -> dict[str, Tensor]:
+    """Mixtral's names; gate and up of each expert are stored as one matrix."""
+    ours = {"token_embedding.weight": theirs["model.embed_tokens.weight"], "norm.weight": theirs["model.norm.weight"]}
+    ours["head.weight"] = theirs["lm_head.weight"]
+    for layer in range(n_layer):
+        there, here = f"model.layers.{layer}", f"blocks.{layer}"
+        for name, other in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):
+            ours[f"{here}.attention.{name}.weight"] = theirs[f"{there}.self_attn.{other}_proj.weight"]
+        ours[f"{here}.attention_norm.weight"] = theirs[f"{there}.input_layernorm.weight"]
+        ours[f"{here}.ffn_norm.weight"] = theirs[f"{there}.post_attention_layernorm.weight"]
+        ours[f"{here}.ffn.router.weight"] = theirs[f"{there}.mlp.gate.weight"]
+        gate, up = theirs[f"{there}.mlp.experts.gate_up_proj"].chunk(2, dim=1)
+        ours[f"{here}.ffn.experts.gate"], ours[f"{here}.ffn.experts.up"] = gate, up
+        ours[f"{here}.ffn.experts.down"] = theirs[f"{there}.mlp.experts.down_proj"]
+    return ours
+
+
+@pytest.mark.parametrize("matmul", ExpertMatmul)
+@pytest.mark.parametrize("chosen", [2, 3])
+def test_mixtral(matmul: ExpertMatmul, chosen: int) -> None:
+    theirs: nn.Module = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=chosen,
+            max_position_embeddings=12,
+            rope_theta=10000.0,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+        )
+    )
+    parts = {**LLAMA, **MOE, "n_expert_per_token": chosen, "expert_matmul": matmul}
+    ours = GPT(small(**parts, n_kv_head=2))
+    ours.load_state_dict(from_mixtral(shaken(theirs), 2))
     assert_equal_logits(ours, theirs)

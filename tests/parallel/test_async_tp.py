@@ -1,6 +1,7 @@
 """``parallel.async_tp``: torch's compiler splits the collectives of a block, and what could not work is refused.
 
-There is no GPU here: Inductor rewrites the graphs of a block, and the operations that it puts in are not run.
+There is no GPU here: Inductor rewrites the graphs of a block, and the operations that it puts in are not run. Inductor
+takes seconds to import, so each function imports what it uses.
 """
 
 from __future__ import annotations
@@ -14,12 +15,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from functorch.compile import make_boxed_func
-from torch._guards import detect_fake_mode
-from torch._inductor import config as inductor
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
-from torch._inductor.virtualized import V
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -39,6 +34,10 @@ PLAIN = ("_c10d_functional.all_gather_into_tensor.default", "_c10d_functional.re
 
 def operations(module: torch.fx.GraphModule, is_inference: bool) -> Counter[str]:
     """Operations of a graph after those rewrites of the compiler that know no device, counted by name."""
+    from torch._guards import detect_fake_mode
+    from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
+    from torch._inductor.virtualized import V
+
     graph = deepcopy(module)
     view_to_reshape(graph)
     # The pass leaves graphs alone where torch has no NCCL.
@@ -50,6 +49,10 @@ def operations(module: torch.fx.GraphModule, is_inference: bool) -> Counter[str]
 
 def graphs_of_a_block() -> list[tuple[Counter[str], Counter[str]]]:
     """Operations of a block's forward and backward graph on the first of two ranks, with the setting and without."""
+    from functorch.compile import make_boxed_func
+    from torch._inductor import config as inductor
+    from torch._inductor.compile_fx import compile_fx
+
     found: list[tuple[Counter[str], Counter[str]]] = []
     torch._dynamo.reset()  # another test of this process may have compiled the same code for other shapes
 
@@ -74,6 +77,8 @@ def graphs_of_a_block() -> list[tuple[Counter[str], Counter[str]]]:
 
 
 def test_collectives_of_a_block_go_in_pieces_with_the_products_beside_them() -> None:
+    from torch._inductor import config as inductor
+
     with inductor.patch(_micro_pipeline_tp=False):  # puts back what the engine sets for the process
         (forward, plain_forward), (backward, plain_backward) = graphs_of_a_block()
     for plain in (plain_forward, plain_backward):

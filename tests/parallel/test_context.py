@@ -37,7 +37,8 @@ GQA = "untied, grouped queries"
 ROUTED = "losses of routing"
 CASES = {
     2: [
-        *(Case(f"parallel=cp{method}", model) for model in ALL for method in ("", RING)),
+        *(Case("parallel=cp", model) for model in ALL),
+        *(Case(f"parallel=cp{RING}", model) for model in ALL if model not in ("tied", ROUTED)),
         *(Case(f"parallel=fsdp_cp{method}", GQA, 1) for method in ("", RING)),
     ],
     4: [

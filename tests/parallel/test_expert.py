@@ -88,7 +88,7 @@ def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[lis
         ("fsdp, ep=2", ["fsdp, ep=2", "ddp"]),
         ("ep=2, 2 copies", ["ep=2, 2 copies", "fsdp"]),
         ("ddp", ["fsdp, ep=2, tp=2"]),
-        ("fsdp, ep=2, tp=2", ["fsdp, ep=2, tp=2", "hsdp, ep=2"]),
+        ("fsdp, ep=2, tp=2", ["hsdp, ep=2"]),
     ):
         run = start(rank, size, folder / saved, *CROSSED[saved], *words)
         step(run)
@@ -103,7 +103,7 @@ def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[lis
 
 def test_a_checkpoint_goes_on_however_its_experts_lie(tmp_path: Path) -> None:
     found = run_distributed(cross, 4, tmp_path / "runs", timeout_s=300)[0]
-    assert len(found) == 7 and {resumed for _, resumed in found} == set(CROSSED)
+    assert len(found) == 6 and {resumed for _, resumed in found} == set(CROSSED)
     for pair, (losses, to_come) in found.items():
         assert losses == pytest.approx(to_come, rel=1e-6), pair
         if pair[0] == pair[1]:

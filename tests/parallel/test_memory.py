@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -127,15 +128,20 @@ WAYS = {
     "cp": "parallel=cp",
     "ring": "parallel=cp parallel.cp_method=ring",
 }
+PRECISIONS = {
+    "tp": ("bf16", "fp32"),
+    "whole stream": ("fp32", "bf16"),
+    "cp": ("bf16", "fp32"),
+    "ring": ("fp32", "bf16"),
+}
+"""Of the dense model and of the one with experts: each way and each model in both."""
 COPIES = {"ddp": "parallel=ddp", "ep": "parallel=ep parallel.ep=2 model.capacity_factor=1"}
 """With as many rows for every expert: else how many are sent to a rank depends on the tokens."""
 ACTIVATIONS = {
     **{
-        (way, model, precision): [f"precision={precision}", *words.split(), *MODELS[model]]
-        for way, words in WAYS.items()
-        for model in MODELS
-        for precision in ("fp32", "bf16")
-        if (model, precision) != ("tied", "bf16")
+        (way, model, precision): [f"precision={precision}", *WAYS[way].split(), *MODELS[model]]
+        for (way, (dense, mixture)), model in itertools.product(PRECISIONS.items(), MODELS)
+        for precision in ({"tied": "fp32", DENSE: dense, "experts": mixture}[model],)
     },
     **{
         (way, "experts", "selective"): ["recompute=selective", *words.split(), *MODELS["experts"], *LONG]

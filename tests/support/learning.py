@@ -134,8 +134,9 @@ def step_with_figures(run: Run) -> tuple[float, float, dict[str, float]]:
     return record.loss, record.grad_norm, {**figures, **record.layer_grad_norms}
 
 
-def evaluated(run: Run, sequences: int = 7, batch: int = 2) -> float:
+def evaluated(run: Run, sequences: int = 7, batch: int | None = None) -> float:
     """Loss of the first validation sequences, as many as neither ranks nor passes divide."""
+    batch = batch or min(4, run.batch.micro)
     place, ranks = run.dims.data_rank(run.world.rank), run.dims.data_ranks
     return mean_loss(run.engine.module, run.engine.loss, run.samples, run.world, sequences, batch, place, ranks)
 

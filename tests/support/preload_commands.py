@@ -25,7 +25,7 @@ with lasting_imports():
     import torch.profiler
     import torch.utils.serialization  # noqa: F401
 
-    for name in (*PRELOAD, "tests.support.learning", "tests.support.checkpoints"):
+    for name in (*PRELOAD, "tests.support.learning", "tests.support.checkpoints", "tests.support.small_models"):
         import_module(name)
 
     from tests.support import learning

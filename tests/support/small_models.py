@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.func import functional_call
 
 from gpt.config import (
     Activation,
@@ -30,6 +33,10 @@ LLAMA: dict[str, Any] = {
 }
 
 MOE: dict[str, Any] = {"ffn": Ffn.moe, "n_expert": 4, "n_expert_per_token": 2, "ffn_hidden": 24, "bias": False}
+
+
+MINIMAL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 5, "ffn_hidden": 6}
+"""Small enough for finite differences of every parameter."""
 
 
 def small(**overrides: Any) -> ModelConfig:
@@ -113,3 +120,16 @@ def configs(draw: st.DrawFn, ffns: tuple[Ffn, ...] = tuple(Ffn)) -> ModelConfig:
         config.capacity_factor = draw(st.none() | st.sampled_from([0.5, 1.0, 1.25, 9.0]))
     rules.check_model(config)
     return config
+
+
+def check_gradients(module: nn.Module, *inputs: Tensor) -> None:
+    """Compare the gradients of all parameters and floating-point inputs with finite differences."""
+    module = module.double()
+    names = [name for name, _ in module.named_parameters()]
+    values = [(p.detach() + 0.3 * torch.randn_like(p)).requires_grad_() for p in module.parameters()]
+
+    def call(*arguments: Tensor) -> Tensor:
+        parameters = dict(zip(names, arguments[len(inputs) :]))
+        return functional_call(module, parameters, arguments[: len(inputs)])
+
+    assert gradcheck(call, (*inputs, *values))

@@ -25,7 +25,7 @@ ENGINES = {
 
 
 def learn(rank: int, size: int, folder: Path, engines: list[str]) -> dict[str, list[list[tuple[float, float]]]]:
-    """Loss and gradient norm of four steps, by themselves, and with an evaluation after each of them."""
+    """Loss and gradient norm of three steps, by themselves, and with an evaluation after each of them."""
     found: dict[str, list[list[tuple[float, float]]]] = {}
     for number, engine in enumerate(engines):
         found[engine] = []
@@ -34,10 +34,10 @@ def learn(rank: int, size: int, folder: Path, engines: list[str]) -> dict[str, l
             run = start(rank, size, folder / f"{number}-{evaluates}", *words)
             found[engine].append([])
             held = [*run.engine.module.parameters()]
-            for _ in range(4):
+            for _ in range(3):
                 found[engine][-1].append(step(run))
                 if evaluates:
-                    evaluated(run, batch=run.batch.micro)
+                    evaluated(run)
                     now = run.engine.module.parameters()
                     assert all(a is b for a, b in zip(held, now, strict=True)), f"{engine}: nothing stays gathered"
     return found

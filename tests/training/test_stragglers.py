@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt.train import train
 from gpt.training.stragglers import StragglerJudge
@@ -76,6 +75,8 @@ def run_with_a_slow_rank(rank: int, size: int, folder: Path) -> None:
 
 
 def test_a_rank_that_sleeps_is_named_while_the_run_goes_on(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # the ranks need none
+
     run_distributed(run_with_a_slow_rank, 2, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     events = folder.read_events()
