@@ -1,4 +1,4 @@
-"""Common parts of the pages of benchmarks: when, with what and from which commit, and where they are kept."""
+"""Common parts of the pages of benchmarks: date, versions, machine and commit, the table, and the file."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def keep(script: Path, title: str, document: str | None, text: str, words: str =
     What it shows is the paragraph of its docstring (``document``) after the commands.
     """
     about = (document or "").split("\n\n")[2].strip()
-    page = f"# {title}\n\n`python benchmarks/{script.name} {words}`.\n\n{about}\n\n{text}"
+    page = f"# {title}\n\n`python -m benchmarks.{script.parent.name}.{script.stem} {words}`.\n\n{about}\n\n{text}"
     script.with_suffix(".md").write_text(page.rstrip() + "\n")
 
 

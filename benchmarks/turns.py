@@ -1,7 +1,7 @@
-"""Contestants that step in turn: each in a process of its own, told by a referee when to step.
+"""Contestants that step in turn: each has its own process, and a referee starts each turn.
 
-Owns the conversation between the two: a line of JSON from the contestant when it is warm, then an answer to each line
-it gets. So a comparison has both sides in one run on one machine, and what else the machine does meets both.
+A contestant prints a line of JSON when it is warm, then answers each line that it gets. So a comparison has both
+sides in one run on one machine, and other load of the machine affects both.
 """
 
 from __future__ import annotations

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import same_results, scale
+from benchmarks.equivalence import same_results
+from benchmarks.equivalence.cases import REFUSALS
 from benchmarks.page import keep, merged
-from benchmarks.peers import Setting, Shape, contestants, parse, ratio
-from benchmarks.same_results_cases import REFUSALS
-from benchmarks.scale_launcher import GPUS
+from benchmarks.scale import growth
+from benchmarks.scale.launcher import GPUS
+from benchmarks.speed.peers import Setting, Shape, contestants, parse, ratio
 from tests.support.commands import ROOT, run
 
 TITLES = ("way", "seconds")
@@ -38,12 +39,12 @@ ELSEWHERE = {10, 16, 17}
 
 
 def test_every_measure_has_a_row() -> None:
-    numbers = {int(name.split()[0].removeprefix("A")) for name in scale.ROWS}
+    numbers = {int(name.split()[0].removeprefix("A")) for name in growth.ROWS}
     assert numbers == set(range(1, 20)) - ELSEWHERE
 
 
 def test_a_row_that_fails_is_not_reached() -> None:
-    found, reached = scale.measured("no such row")
+    found, reached = growth.measured("no such row")
     assert found.startswith("not measured: KeyError") and not reached
 
 
@@ -54,12 +55,12 @@ def test_the_command_for_gpus_stands_in_the_readme() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_in_one_line() -> None:
-    assert run("benchmarks.gpu_paths", cwd=ROOT, status=2).count("\n") == 1
+    assert run("benchmarks.gpu.paths", cwd=ROOT, status=2).count("\n") == 1
 
 
 def test_the_list_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     told = run(
-        "benchmarks.gpu_paths",
+        "benchmarks.gpu.paths",
         "--device",
         "cpu",
         "--only",
@@ -103,7 +104,7 @@ def test_a_ratio_is_of_turns_of_the_same_round() -> None:
 
 def test_contestants_take_turns_and_the_table_says_who_was_missing() -> None:
     words = ("--shapes=llama", "--modes=eager", "--threads=1", "--rounds=2", *TINY)
-    told = run("benchmarks.peers", *words, cwd=ROOT)
+    told = run("benchmarks.speed.peers", *words, cwd=ROOT)
     rows = [line.split(" | ") for line in told.splitlines() if line.startswith("| llama")]
     assert [row[3] for row in rows] == ["ours", "transformers, fused AdamW"]
     assert all(float(cell) > 0 for row in rows for cell in row[4:7])

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py without a GPU: says so, rehearses its lists on the CPU, and keeps to its time and its memory."""
+"""benchmarks.gpu without a GPU: says so, rehearses its lists on the CPU, and keeps to its time and its memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_contestant
-from benchmarks.gpu_groups import Entry, Group, Machine, changes, engines, groups, models, packs, planned
+from benchmarks.gpu import contestant
+from benchmarks.gpu.groups import Entry, Group, Machine, changes, engines, groups, models, packs, planned
 from benchmarks.turns import Contestant, opened, ratio, take_turns
 from launch.errors import ConfigError
 from tests.support.commands import ROOT, run
@@ -99,16 +99,16 @@ def test_waits_are_told_by_place_and_looked_for_in_the_strict_mode_where_there_a
 
     def waiting() -> None:
         if modes[-1] == "error":
-            raise RuntimeError(gpu_contestant.WAITS)
-        warnings.warn(gpu_contestant.WAITS, stacklevel=1)
+            raise RuntimeError(contestant.WAITS)
+        warnings.warn(contestant.WAITS, stacklevel=1)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     at = f"tests/test_gpu_script.py:{waiting.__code__.co_firstlineno + 3}"
-    assert gpu_contestant.waits(waiting) == {"waits": {at: gpu_contestant.WATCHED}} and modes == ["warn", "default"]
-    assert gpu_contestant.waits(lambda: None) == {"waits": {}} and modes[2:] == ["warn", "error", "default"]
-    told = gpu_contestant.waits(lambda: waiting() if modes[-1] == "error" else None)["waits"]
-    assert list(told) == [f"tests/test_gpu_script.py:{waiting.__code__.co_firstlineno + 2}: {gpu_contestant.WAITS}"]
+    assert contestant.waits(waiting) == {"waits": {at: contestant.WATCHED}} and modes == ["warn", "default"]
+    assert contestant.waits(lambda: None) == {"waits": {}} and modes[2:] == ["warn", "error", "default"]
+    told = contestant.waits(lambda: waiting() if modes[-1] == "error" else None)["waits"]
+    assert list(told) == [f"tests/test_gpu_script.py:{waiting.__code__.co_firstlineno + 2}: {contestant.WAITS}"]
     assert modes[-1] == "default"
 
 

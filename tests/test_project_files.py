@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from benchmarks import matrix
+from benchmarks.equivalence import matrix
 from tests.support.commands import ROOT
 
 LOCKS = ("requirements.lock", "requirements-cuda.lock")
@@ -95,7 +95,7 @@ def test_the_matrix_is_told_which_pairs_to_try() -> None:
 
 
 def test_no_version_that_is_accepted_has_failed(setup: ConfigParser) -> None:
-    table = (ROOT / "benchmarks" / "matrix.md").read_text()
+    table = (ROOT / "benchmarks" / "equivalence" / "matrix.md").read_text()
     rows = re.findall(r"^\| (3\.\d+) \| (\S+) \| (.*?) \|", table, re.MULTILINE)
     accepted = SpecifierSet(setup["options"]["python_requires"])
     assert rows
@@ -104,7 +104,7 @@ def test_no_version_that_is_accepted_has_failed(setup: ConfigParser) -> None:
 
 def test_ranks_of_a_benchmark_can_import_what_they_run() -> None:
     """Functions and classes of a script's own ``__main__`` cannot be unpickled by the processes that it starts."""
-    scripts = [path for path in (ROOT / "benchmarks").glob("*.py") if "run_distributed(" in path.read_text()]
+    scripts = [path for path in (ROOT / "benchmarks").rglob("*.py") if "run_distributed(" in path.read_text()]
     started = [path for path in scripts if '__name__ == "__main__"' in path.read_text()]
     assert started
     for path in started:

@@ -34,7 +34,7 @@ PCIE_GB_PER_S = 32.0
 HOST_GB_PER_S = 100.0
 """Host memory bandwidth of a node in GB/s: half of the 205 GB/s of eight channels of DDR4-3200."""
 CPU_FLOPS_PER_S, CPU_LINK_GB_PER_S = 60e9, 1.0
-"""Rate of one thread in fp32 (see benchmarks/README.md), and bandwidth of gloo through the loopback device or 10
+"""Rate of one thread in fp32 (see benchmarks/speed/README.md), and bandwidth of gloo through the loopback device or 10
 Gbit/s."""
 
 

@@ -45,7 +45,7 @@ CASES = {
     2: [(0, "experts"), (1, "tied"), (2, "untied, grouped queries"), (3, "experts")],
     4: [(1, "experts"), (3, "tied")],
 }
-"""By the number of ranks: stages and models. benchmarks/equivalence.py tries all of them."""
+"""By the number of ranks: stages and models. benchmarks/equivalence/parallelisms.py tries all of them."""
 
 
 def words_of(stage: int) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.projection import TITLES, predict
+from benchmarks.scale.projection import TITLES, predict
 from gpt.planning.hardware import CPU_FLOPS_PER_S
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
@@ -227,7 +227,7 @@ def test_measured_links_are_used(gpt_sweep: Path, tmp_path: Path, capsys: pytest
     assert main([str(gpt_sweep), "--nodes", "8", "--network", str(links)]) == 0
     assert "its links at 1 times that" in capsys.readouterr().out
     assert abs(json.loads((gpt_sweep / "projection.json").read_text())["held_out"]["error"]) < 0.02
-    result = predict("ddp", gpt_sweep, links)  # as benchmarks/projection.py does for its runs
+    result = predict("ddp", gpt_sweep, links)  # as benchmarks/scale/projection.py does for its runs
     assert abs(result.held_out.error) < 0.02 and result.held_out.fitted_to == (1, 2)
     assert 0 < result.link_share < 1 and len(result.cells) == len(TITLES)
     links.write_text('{"tiers": {}}')

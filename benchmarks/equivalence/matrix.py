@@ -1,0 +1,234 @@
+"""Versions of Python and torch that this project works with, found by trying them.
+
+    python -m benchmarks.equivalence.matrix                                # all that this machine has
+    python -m benchmarks.equivalence.matrix --python 3.12 --torch 2.12.0   # one of them
+    PIP_EXTRA_INDEX_URL=... python -m benchmarks.equivalence.matrix        # with a package index that has more builds
+    python -m benchmarks.equivalence.matrix --any-build 3.11=2.11.0        # CUDA builds too
+
+Each combination gets its own virtual environment, with the constraints except the one of torch. There the script runs
+the commands of the login node, the quick tests, and then the tests of ``SUITE``, which start ranks and launches. It
+installs CPU builds of torch. It skips a combination that has no CPU build, and the page says so. With ``--any-build``
+it installs CUDA builds there, gigabytes in size; they run on CPUs as well. ``none`` in place of a version of torch
+tries the commands of the login node alone, which load no torch. The result is a dated table. The script deletes the
+environments at its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHONS = ("3.11", "3.12", "3.13")
+TORCHES = ("none", "2.11.0", "2.12.0", "2.13.0")
+NEED_TORCH = ("torch", "deepspeed", "accelerate")
+SIZE = ("model=gpt2_124m", "optim=gpt2", "nodes=2")
+CLUSTER = ("cluster=slurm", "cluster.gpus_per_node=8", "cluster.gpu_name=H100", "launch.check_limits=false")
+ON_THE_LOGIN_NODE = (
+    ("launch", "--version"),
+    ("launch", "-m", "nodes=1,2,4", "dry_run=true"),
+    ("launch", *SIZE, "parallel=auto", *CLUSTER, "dry_run=true"),
+    ("launch", "workload=script", "script.path=examples/plain_ddp.py", "dry_run=true"),
+    ("launch.status", "--help"),
+    ("launch.report", "--help"),
+    ("slurm.sandbox", "--help"),
+)
+A_LAUNCH = ("launch", "nodes=2", "optim.max_steps=20")
+"""A run of two nodes on this machine: agents, their rendezvous, ranks, checkpoints and the report."""
+SUITE = (
+    "tests/model/test_gpt.py",
+    "tests/model/test_moe.py",
+    "tests/parallel/test_equivalence.py",
+    "tests/parallel/test_zero1.py",
+    "tests/parallel/test_pipeline.py",
+    "tests/parallel/test_tensor.py",
+    "tests/parallel/test_async_tp.py",
+    "tests/training/test_execution.py",
+    "tests/training/test_resume.py",
+    "tests/checkpoint/test_reshard.py",
+    "tests/launch/test_sweep.py",
+)
+"""Tests beside the quick ones: what changes between versions of torch (FSDP2, DTensor, pipelines, stages of the
+compiler, sharded checkpoints, elastic agents), run by ranks over gloo, and a launch of the README's sweep."""
+LIMIT_S = 4 * 3600
+CLEAN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+"""Variables by which another environment would get in."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Result of one combination."""
+
+    python: str
+    torch: str
+    result: str
+    versions: str = ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Try the combinations and print the table; 1 where a test or a command failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="*", type=pair, metavar="PYTHON=TORCH", help="in place of --python and --torch")
+    parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="VERSION")
+    parser.add_argument("--torch", nargs="+", default=TORCHES, metavar="VERSION")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there, too")
+    parser.add_argument("--any-build", action="store_true", help="take CUDA where there is no build for CPUs")
+    parser.add_argument(
+        "--tests", metavar="WORDS", help="arguments of pytest in place of both runs: --tests='-m quick'"
+    )
+    options = parser.parse_args(arguments)
+    runs = [["-m", "quick"], list(SUITE)] if options.tests is None else [shlex.split(options.tests)]
+    rows = []
+    for python, torch in options.pairs or itertools.product(options.python, options.torch):
+        rows.append(attempt(python, torch, options.any_build, runs))
+        print(line(rows[-1]), flush=True)
+    text = table(rows)
+    if options.output:
+        options.output.write_text(text)
+    print(f"\n{text}")
+    return int(any("failed" in row.result for row in rows))
+
+
+def pair(words: str) -> tuple[str, str]:
+    """Split a combination such as 3.12=2.13.0."""
+    python, _, torch = words.partition("=")
+    return python, torch or "none"
+
+
+def attempt(python: str, torch: str, any_build: bool, runs: Sequence[Sequence[str]]) -> Row:
+    """Try one combination in an environment that is deleted afterwards."""
+    interpreter = find_interpreter(python)
+    if interpreter is None:
+        return Row(python, torch, "not tried: no such interpreter on this machine")
+    with tempfile.TemporaryDirectory(prefix="matrix-") as folder:
+        venv = Path(folder) / "venv"
+        run(str(interpreter), "-m", "venv", str(venv))
+        run_python = str(venv / "bin" / "python")
+        problem = install(run_python, torch, any_build, Path(folder))
+        if problem:
+            return Row(python, torch, problem)
+        results = [type_commands(run_python, ON_THE_LOGIN_NODE, "of the login node")]
+        if torch != "none":
+            results.append(type_commands(run_python, [(*A_LAUNCH, f"run_dir={folder}/run")], "that launches"))
+            results += [run_tests(run_python, words) for words in runs]
+        return Row(python, torch, "; ".join(results), versions(run_python))
+
+
+def find_interpreter(version: str) -> Path | None:
+    """The newest interpreter of a version such as 3.12: this one, of pyenv's, or on the PATH."""
+    if platform.python_version().startswith(f"{version}."):
+        return Path(sys.executable)
+    places = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(f"versions/{version}.*/bin/python")
+    number = re.compile(r"versions/\d+\.\d+\.(\d+)/")
+    pyenv = sorted((p for p in places if number.search(str(p))), key=lambda p: int(number.findall(str(p))[0]))
+    found = shutil.which(f"python{version}")
+    return pyenv[-1] if pyenv else Path(found) if found else None
+
+
+def install(python: str, torch: str, any_build: bool, folder: Path) -> str:
+    """Install torch and what the project needs; what stood against it, or an empty string."""
+    # Of torch's modules a tenth is ever imported, and Python compiles those as it imports them.
+    pip = (python, "-m", "pip", "install", "-q", "--prefer-binary", "--no-compile")
+    builds = [f"torch=={torch}+cpu"] + [f"torch=={torch}"] * any_build
+    if torch != "none" and all(run(*pip, "--only-binary=torch", one, check=False).returncode for one in builds):
+        return f"not tried: no build {'' if any_build else 'for CPUs '}in the package index"
+    needed, constraints = folder / "needed.txt", folder / "constraints.txt"
+    needed.write_text("\n".join(requirements(torch != "none")) + "\n")
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    constraints.write_text("\n".join(text for text in lines if not text.startswith("torch==")) + "\n")
+    done = run(*pip, "-c", str(constraints), "-r", str(needed), check=False)
+    if done.returncode:
+        return f"failed: {last_line(done)}"
+    return ""
+
+
+def requirements(with_torch: bool) -> Iterator[str]:
+    """Requirements of setup.cfg: with the tests, or without all that needs torch."""
+    text = (ROOT / "setup.cfg").read_text()
+    keys = ("install_requires", "test") if with_torch else ("install_requires",)
+    for key in keys:
+        (block,) = re.findall(rf"^{key} =\n((?:    .*\n|#.*\n)+)", text, re.MULTILINE)
+        for word in (found.strip() for found in block.splitlines()):
+            name = re.split(r"[<>=\[]", word)[0]
+            if not word.startswith("#") and name != "torch" and (with_torch or name not in NEED_TORCH):
+                yield word
+
+
+def type_commands(python: str, commands: Sequence[Sequence[str]], kind: str) -> str:
+    """Type commands one after another until one fails."""
+    for command in commands:
+        done = run(python, "-m", *command, check=False)
+        if done.returncode:
+            return f"failed: python -m {' '.join(command)}: {last_line(done)}"
+    return f"{len(commands)} command{'s' if len(commands) > 1 else ''} {kind} passed"
+
+
+def run_tests(python: str, words: Sequence[str]) -> str:
+    """Run tests of the checkout; pytest's last line, and to standard error what failed."""
+    done = run(python, "-m", "pytest", "-q", "-n", "2", *words, check=False)
+    if done.returncode:
+        print(done.stdout, file=sys.stderr, flush=True)
+    return last_line(done).strip("= ")
+
+
+def run(*command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command in the checkout, with the packages of its own environment only."""
+    environment = {key: value for key, value in os.environ.items() if key not in CLEAN}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, check=check, timeout=LIMIT_S, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line with text that a command has printed."""
+    return next((text.strip() for text in reversed(done.stdout.splitlines()) if text.strip()), "")
+
+
+def versions(python: str) -> str:
+    """Versions as they were installed."""
+    names = "('torch', 'numpy', 'hydra-core', 'deepspeed')"
+    code = f"""
+import platform
+from importlib import metadata
+found = [f"{{name}} {{metadata.version(name)}}" for name in {names} if any(metadata.distributions(name=name))]
+print(", ".join([f"Python {{platform.python_version()}}", *found]))
+"""
+    return last_line(run(python, "-c", code, check=False))
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    return f"| {row.python} | {row.torch} | {row.result} | {row.versions} |"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The table, with what it was made of."""
+    commit = run("git", "describe", "--always", "--dirty", check=False).stdout.strip()
+    head = [
+        "# Versions that were tried",
+        "",
+        f"`python -m benchmarks.equivalence.matrix`, commit {commit}, {datetime.date.today()}, {platform.platform()}.",
+        "`none` is a login node, whose commands load no torch. A build for CPUs says so (`+cpu`); the others are those",
+        "with CUDA, run on CPUs over gloo. With torch: the commands, a launch of two nodes, and tests.",
+        "",
+        "| Python | torch | result | versions |",
+        "|---|---|---|---|",
+    ]  # fmt: skip
+    return "\n".join([*head, *map(line, rows)]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""Difference of a training run under each parallelism from a run on one process.
+
+    python -m benchmarks.equivalence.parallelisms                    # all rows, about an hour on two cores
+    python -m benchmarks.equivalence.parallelisms --only tp,fsdp_tp  # some rows
+    python -m benchmarks.equivalence.parallelisms --write            # and keep the page
+
+Every cell trains five steps on real processes (gloo) and compares with one process that takes the same global batch
+in one fp32 pass. It compares losses and gradient norms of all steps, every gradient of the first step, and every
+parameter after the last step. DeepSpeed shows gradients before clipping; there the script applies the norm by which
+DeepSpeed clips. The figure is the largest relative error; tests demand 1e-5. AdamW's eps is 1e-6, because with a
+smaller eps AdamW makes a whole step of a gradient that is nothing but rounding. A second table shows the same for
+blocks that are compiled, or recomputed in the backward pass. The exit status is 1 if a cell fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.page import chosen, keep, stamp
+from launch.errors import ConfigError
+from tests.support.distributed import RankFailedError, run_distributed
+from tests.support.learning import MODELS, Case, learn, learn_alone, start_case
+
+TOLERANCE = 1e-5
+STEPS = 5
+FAILED = "failed"
+SIZE = ("model.n_layer=4", "model.n_head=8", "model.n_embd=64")
+PROPERTIES = {
+    "tied": MODELS["tied"],
+    "untied, GQA": ["model.tie_embeddings=false", "model.n_kv_head=4"],
+    "experts": MODELS["experts"],
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A model and a way to train it."""
+
+    name: str
+    model: str
+    accumulation: int = 4
+    words: str = ""
+
+
+COLUMNS = [
+    Column(f"{model}, {count} {'pass' if count == 1 else 'passes'}", model, count)
+    for model in PROPERTIES
+    for count in (1, 4)
+]
+EXECUTIONS = ("recompute=selective", "recompute=full", "compile=default", "compile=default recompute=full")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A topology, and on how many ranks it is tried."""
+
+    name: str
+    words: str
+    ranks: tuple[int, ...] = (2, 4)
+    executed: bool = False
+    """Whether it is in the second table too, on the least of its numbers of ranks."""
+
+
+Line = tuple[Row, int, list[Column]]
+"""Of a table: a topology, its ranks, and what is tried."""
+Cell = dict[str, Any] | str
+"""Result of a run, or why there is none."""
+
+
+ROWS = (
+    Row("ddp", "parallel=ddp", executed=True),
+    Row("zero1", "parallel=zero1", executed=True),
+    Row("fsdp", "parallel=fsdp", executed=True),
+    Row("fsdp kept whole", "parallel=fsdp parallel.reshard_after_forward=false"),
+    Row("hsdp 2 x 2", "parallel=hsdp parallel.dp_shard=2", (4,), executed=True),
+    Row("pp 1f1b", "parallel=pp", executed=True),
+    Row("pp gpipe", "parallel=pp parallel.schedule=gpipe", (2,)),
+    Row("pp interleaved", "parallel=pp parallel.schedule=interleaved", executed=True),
+    Row("pp zbv", "parallel=pp parallel.schedule=zbv", executed=True),
+    Row("pp dualpipev", "parallel=pp parallel.schedule=dualpipev", (2,)),
+    Row("pp 4", "parallel=pp parallel.pp=4", (4,)),
+    Row("pp 1f1b x fsdp", "parallel=pp_fsdp", (4,), executed=True),
+    Row("pp zbv x fsdp", "parallel=pp_fsdp parallel.schedule=zbv", (4,)),
+    Row("pp 1f1b x tp", "parallel=pp parallel.tp=2", (4,)),
+    Row("pp zbv x tp", "parallel=pp parallel.schedule=zbv parallel.tp=2", (4,)),
+    Row("3d: fsdp 2 x pp 2 x tp 2", "parallel=3d", (8,), executed=True),
+    Row("3d zbv", "parallel=3d parallel.schedule=zbv", (8,)),
+    Row("hsdp 2 x 2 x pp 2", "parallel=pp_fsdp parallel.dp_shard=2", (8,)),
+    Row("ep", "parallel=ep parallel.ep=2", executed=True),
+    Row("ep 4", "parallel=ep parallel.ep=4", (4,)),
+    Row("fsdp x ep", "parallel=fsdp_ep parallel.ep=2", executed=True),
+    Row("fsdp x ep 4", "parallel=fsdp_ep parallel.ep=4", (4,)),
+    Row("hsdp 2 x 2 x ep", "parallel=hsdp parallel.dp_shard=2 parallel.ep=2", (4,)),
+    Row("cp", "parallel=cp", executed=True),
+    Row("cp ring", "parallel=cp parallel.cp_method=ring", executed=True),
+    Row("cp 4", "parallel=cp parallel.cp=4", (4,)),
+    Row("cp 4 ring", "parallel=cp parallel.cp=4 parallel.cp_method=ring", (4,)),
+    Row("fsdp x cp", "parallel=fsdp_cp", executed=True),
+    Row("hsdp 2 x cp", "parallel=fsdp_cp parallel.dp_shard=1", (4,)),
+    Row("tp x cp", "parallel=tp parallel.tp=2 parallel.cp=2", (4,)),
+    Row("pp x cp", "parallel=pp parallel.cp=2", (4,)),
+    Row("fsdp x ep x cp", "parallel=fsdp_cp parallel.ep=2", (4,)),
+    Row("tp", "parallel=tp", executed=True),
+    Row("tp 4", "parallel=tp parallel.tp=4", (4,)),
+    Row("tp without slices", "parallel=tp parallel.sequence_parallel=false parallel.loss_parallel=false"),
+    Row("fsdp x tp", "parallel=fsdp_tp", (4,), executed=True),
+    Row("hsdp x tp", "parallel=fsdp_tp parallel.dp_shard=1", (4,)),
+    Row("ep x tp", "parallel=ep parallel.ep=2 parallel.tp=2", (4,)),
+    Row("fsdp x ep x tp", "parallel=fsdp_ep parallel.ep=2 parallel.tp=2", (4,)),
+    Row("pp x ep x tp", "parallel=pp parallel.ep=2 parallel.tp=2", (8,)),
+    Row("pp x cp x tp", "parallel=pp parallel.cp=2 parallel.tp=2", (8,)),
+    Row("fsdp x cp x tp", "parallel=fsdp_cp parallel.tp=2", (8,)),
+    *(
+        Row(f"DeepSpeed zero{stage}", f"parallel=ds_zero0 parallel.zero_stage={stage}", executed=True)
+        for stage in range(4)
+    ),
+    Row("DeepSpeed pp", "parallel=ds_pp", executed=True),
+    Row("DeepSpeed pp x zero1", "parallel=ds_pp_zero1"),
+    Row("DeepSpeed pp 4", "parallel=ds_pp parallel.pp=4", (4,)),
+    Row("DeepSpeed pp 4 x zero1", "parallel=ds_pp_zero1 parallel.pp=4", (4,)),
+)
+
+
+def cell(rank: int, size: int, folder: Path, words: str, column: Column) -> Cell:
+    """Result of one run on rank 0, or why there is none."""
+    case = Case(f"{words} {column.words}", column.model, column.accumulation)
+    try:
+        learned = learn(start_case(rank, size, folder, case, [*SIZE, *PROPERTIES[case.model]]), STEPS)
+    except ConfigError as error:
+        return f"{error.found}; expected {error.expected}"
+    return learned if rank == 0 else {}
+
+
+def cells(rank: int, size: int, folder: Path, words: str, columns: Sequence[Column]) -> list[Cell]:
+    """The cells of a topology, on this rank."""
+    return [cell(rank, size, folder / str(place), words, column) for place, column in enumerate(columns)]
+
+
+def error_of(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The largest relative error of losses, norms, gradients and weights."""
+    errors = [
+        abs(a - b) / abs(b) for what in ("losses", "norms") for a, b in zip(found[what], expected[what], strict=True)
+    ]
+    for what in ("gradients", "weights"):
+        assert found[what].keys() == expected[what].keys(), what
+        errors += [float((found[what][n] - t).norm() / t.norm()) for n, t in expected[what].items()]
+    return max(errors)
+
+
+def table(lines: Sequence[Line], heads: Sequence[str], alone: dict[str, dict[str, Any]]) -> tuple[list[str], bool]:
+    """The lines of a table and its footnotes, and whether every cell holds or says why not."""
+    text = [f"| topology | ranks | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    notes: dict[str, int] = {}
+    good = True
+    with tempfile.TemporaryDirectory() as place:
+        for number, (row, size, columns) in enumerate(lines):
+            began = time.monotonic()
+            shown = []
+            found = measured(row, size, Path(place) / str(number) / "runs", columns)
+            for result, column in zip(found, columns, strict=True):
+                if isinstance(result, str):
+                    good = good and not result.startswith(FAILED)
+                    shown.append(f"[{notes.setdefault(result, len(notes) + 1)}]")
+                else:
+                    error = error_of(result, alone[column.model])
+                    good = good and error < TOLERANCE
+                    shown.append(f"{error:.0e}" if error < TOLERANCE else f"**{error:.0e}**")
+            text.append(f"| {row.name} | {size} | {' | '.join(shown)} |")
+            print(f"{text[-1]}  {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return [*text, "", *(f"[{number}] {note}\n" for note, number in notes.items())], good
+
+
+def measured(row: Row, size: int, folder: Path, columns: Sequence[Column]) -> list[Cell]:
+    """The cells of a row on ``size`` ranks; all of them failed where one rank did."""
+    try:
+        found: list[Cell] = run_distributed(cells, size, folder, row.words, columns, timeout_s=1800)[0]
+    except RankFailedError as failure:
+        print(failure, file=sys.stderr)
+        return [f"{FAILED}: {str(failure).strip().splitlines()[-1]}"] * len(columns)
+    return found
+
+
+def tables(rows: Sequence[Row]) -> tuple[str, bool]:
+    """Both tables of some rows, and whether they hold."""
+    with tempfile.TemporaryDirectory() as place:
+        models = {name: [*SIZE, *words] for name, words in PROPERTIES.items()}
+        alone = run_distributed(learn_alone, 1, Path(place) / "alone" / "runs", models, STEPS)[0]
+    spread: list[Line] = [(row, size, COLUMNS) for row in rows for size in row.ranks]
+    executed: list[Line] = [
+        (row, row.ranks[0], [Column(words, model_of(row), 4, words) for words in EXECUTIONS])
+        for row in rows
+        if row.executed
+    ]
+    data, holds = table(spread, [column.name for column in COLUMNS], alone)
+    execution, too = table(executed, EXECUTIONS, alone)
+    return "\n".join([*data, "", *execution]), holds and too
+
+
+def model_of(row: Row) -> str:
+    """The model that is compiled or computed again: of experts where the row deals them out."""
+    return "experts" if "parallel.ep=" in row.words else "untied, GQA"
+
+
+def main() -> int:
+    """Exit status: 0, or 1 where a cell does not hold."""
+    parser = argparse.ArgumentParser(description="The equivalence matrix.")
+    parser.add_argument("--only", default="", metavar="ROW,ROW", help="names of topologies; default: all")
+    parser.add_argument("--write", action="store_true", help="keep the page, parallelisms.md")
+    words = parser.parse_args()
+    names = chosen(words.only, [row.name for row in ROWS])
+    text, good = tables([row for row in ROWS if row.name in names])
+    text = f"{stamp('gloo, one thread a rank')}\n\n{text}"
+    print(text)
+    if words.write:
+        keep(Path(__file__), "The equivalence matrix", __doc__, text)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    from benchmarks.equivalence import (
+        parallelisms,  # ranks import what they run, and find nothing of a script in their own __main__
+    )
+
+    sys.exit(parallelisms.main())

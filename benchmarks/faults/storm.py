@@ -1,0 +1,249 @@
+"""Drills in which one run survives many faults of all kinds: `launch.storm` on a Slurm sandbox or on your own cluster.
+
+    python -m benchmarks.faults.storm --faults 50 --seeds 4         # one drill of 50 faults: most of an hour
+    python -m benchmarks.faults.storm --faults 10 --seeds 11,12,13  # one drill for each seed, one after another
+    python -m benchmarks.faults.storm --here SHARED --seeds 1,2,3   # on the Slurm of this machine; needs no root
+    python -m benchmarks.faults.storm --write FOLDER...             # make the page from those folders
+
+A drill is one run of two nodes and one spare node. The seed decides the order of the faults, their ranks, steps and
+seconds; each kind occurs equally often. The sandbox has four nodes and no accounting (SlurmdTimeout=20, KillWait=5),
+and gets every kind except a full disk. On a cluster, the drill does not cut power and does not stop the controller.
+It makes `full_disk` faults if `--disks` names small filesystems that all nodes mount, one for each concurrent drill.
+The cluster needs one shared folder, on which the nodes can read the checkout and its Python. The program is a chain
+of hashes. Each rank saves it every 25 steps, in files of a few hundred bytes, and sleeps in its steps until all
+faults have occurred. The final files of both ranks must equal those of an undisturbed run of the same command, byte
+by byte. The records must hold every step of both ranks once, with the same loss and samples. Nothing of the run may
+remain on the host or in the queue. Goodput is the share of the allocated time in steps that count, without the first
+start. The predicted goodput is Young and Daly's, from the run's own save time, interval and cost of a restart. Load
+is the highest one-minute load average. The exit status is 1 if a drill fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import itertools
+import os
+import queue
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.page import cores, keep, stamp
+from launch.runs.files import read_json, read_json_lines, write_json
+from launch.runs.folder import RunFolder
+from launch.slurm.limits import read as read_limits
+from launch.storm.drill import goodput_figures
+from slurm.sandbox.cluster import Cluster
+from tests.support.commands import ON_SLURM, ROOT, TINY, environment
+
+SPARE = ("spare_nodes=1", "resilience.node_timeout_s=5")
+PROGRAM = ROOT / "tests" / "support" / "programs" / "checkpointing.py"
+STEPS_PER_FAULT = 600
+"""Steps of half a minute of sleeping, so that the run is not done before all faults have come."""
+STEP_S = 0.05
+SAVE_EVERY = 25
+
+
+def gpt_words(faults: int) -> tuple[str, ...]:
+    """A run of the GPT on one core a rank that is long enough for so many faults."""
+    words = (*TINY, "ranks_per_node=1", f"optim.max_steps={200 * faults}", "eval.interval=0", "model.dropout=0.1")
+    return (*words, "checkpoint.interval=25", "checkpoint.keep_last=4")
+
+
+def chain_words(faults: int, calm: Path) -> tuple[str, ...]:
+    """A run of the chain of hashes, which does not sleep any more once the file ``calm`` is there."""
+    arguments = f"{STEPS_PER_FAULT * faults} {SAVE_EVERY} {STEP_S} {calm}"
+    script = ("workload=script", "ranks_per_node=1", f"script.path={PROGRAM}", f"script.args='{arguments}'")
+    return (*script, "script.resumes=true", f"script.env.PYTHONPATH={ROOT}")
+
+
+def drill(
+    scratch: Path, words: Sequence[str], faults: int, seed: int, kinds: str = "", quiet: Path | None = None
+) -> int:
+    """Make one drill on a sandbox of its own; ``scratch`` gets its folder and the logs of Slurm's daemons.
+
+    Returns:
+        Exit status of ``launch.storm``.
+    """
+    with Cluster(scratch / "sandbox") as sandbox:
+        sandbox.up(timeout_s=300.0)
+        options = ["--sandbox", str(sandbox.directory), *(["--kinds", kinds] if kinds else [])]
+        status = storm(scratch, options, words, faults, seed, quiet)
+        shutil.copytree(sandbox.directory / "log", scratch / "slurm_logs")  # the sandbox takes its own along
+    return status
+
+
+def drill_here(scratch: Path, words: Sequence[str], faults: int, seed: int, quiet: Path, disk: Path | None) -> int:
+    """Make one drill on the Slurm that this machine belongs to; ``disk`` is filled where there is one.
+
+    Returns:
+        Exit status of ``launch.storm``.
+    """
+    return storm(scratch, ["--disk", str(disk)] if disk else [], words, faults, seed, quiet)
+
+
+def storm(
+    scratch: Path, options: Sequence[str], words: Sequence[str], faults: int, seed: int, quiet: Path | None
+) -> int:
+    """Run ``launch.storm`` into ``scratch/drill``; returns its exit status."""
+    words = [*ON_SLURM, "nodes=2", "resilience.heartbeat_timeout_s=10", *words]
+    compared = ["--quiet", str(quiet)] if quiet else []
+    options = ["--faults", str(faults), "--seed", str(seed), "--output", str(scratch / "drill"), *options, *compared]
+    kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    command = [sys.executable, "-m", "launch.storm", *options, *words]
+    env = environment(PYTHONPATH=str(ROOT), **kept)
+    return subprocess.run(command, env=env, cwd=scratch, check=False).returncode
+
+
+def chain_drill(scratch: Path, faults: int, seed: int, *, here: bool = False, disk: Path | None = None) -> bool:
+    """Make one drill of the chain of hashes, and what the page tells of it; whether it passed."""
+    calm, quiet = scratch / "calm", scratch / "quiet"
+    words = chain_words(faults, calm)
+    calm.touch()
+    place = ["cluster=local", "nodes=2", f"run_dir={quiet}"]
+    command = [sys.executable, "-m", "launch", *words, *place]
+    subprocess.run(command, env=environment(PYTHONPATH=str(ROOT)), cwd=scratch, check=True, capture_output=True)
+    calm.unlink()
+    site = cluster_in_words() if here else f"Slurm {slurm_version()} in network namespaces"
+    machine = f"{cores()}, {site}"
+    told: dict[str, Any] = {"seed": seed, "planned": faults, "stamp": stamp(machine), "load": [os.getloadavg()[0]]}
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(1.0):
+            told["load"].append(os.getloadavg()[0])
+            if sum(1 for _ in read_json_lines(scratch / "drill" / "faults.jsonl")) == faults:
+                calm.touch()
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    began = time.monotonic()
+    try:
+        words = (*SPARE, *words)
+        if here:
+            status = drill_here(scratch, words, faults, seed, quiet, disk)
+        else:
+            status = drill(scratch, words, faults, seed, quiet=quiet)
+    finally:
+        done.set()
+        watch.join()
+    told |= {"seconds": time.monotonic() - began, "load": max(told["load"]), "status": status}
+    write_json(scratch / "told.json", told)
+    return status == 0
+
+
+def slurm_version() -> str:
+    """Version of the Slurm that is installed."""
+    return subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
+
+
+def cluster_in_words() -> str:
+    """Version of the cluster of this machine, and what of its configuration a drill meets."""
+    limits = read_limits()
+    names = ("SelectType", "SelectTypeParameters", "ProctrackType", "SlurmdTimeout", "KillWait", "MinJobAge")
+    told = [limits.config.get(name, "unknown").rpartition("/")[2] for name in names]
+    accounts = "with" if limits.has_accounting else "without"
+    return (
+        f"Slurm {limits.config.get('SLURM_VERSION', 'unknown')}, no sandbox: {len(limits.nodes)} nodes, {told[0]} "
+        f"({told[1]}), {told[2]}, SlurmdTimeout {told[3]}, KillWait {told[4]}, MinJobAge {told[5]}, "
+        f"{accounts} accounting, user {getpass.getuser()}"
+    )
+
+
+def page(folders: Sequence[Path]) -> str:
+    """The result of some drills: one line each, and their faults by kind."""
+    drills = [(read_json(folder / "told.json"), read_json(folder / "drill" / "verdict.json")) for folder in folders]
+    passed = sum(found["passed"] for _, found in drills)
+    count = sum(len(found["faults"]) for _, found in drills)
+    lines = [f"Drills: {len(drills)}, of which {passed} passed, with {count} faults in all.", ""]
+    for text, group in itertools.groupby(drills, key=lambda one: one[0]["stamp"]):
+        seeds = ", ".join(str(told["seed"]) for told, _ in group)
+        lines += [f"Seed {seeds}: {text}", ""]
+    titles = ("Slurm", "seed", "faults", "kinds", "attempts", "typed", "identical", "goodput", "Young/Daly", "minutes")
+    lines += [f"| {' | '.join(titles)} | load |", "|---" * len(titles) + "|---|"]
+    lines += [_row(folder, *drill) for folder, drill in zip(folders, drills, strict=True)]
+    # Of a drill that somebody has looked into, the line ``note`` of its told.json says what was found.
+    said = [(told["seed"], [*found["wrong"], *filter(None, [told.get("note")])]) for told, found in drills]
+    wrong = [f"- Seed {seed}: {'; '.join(words)}." for seed, words in said if words]
+    kinds = Counter(fault["kind"] for _, found in drills for fault in found["faults"])
+    lines += [
+        "",
+        *wrong,
+        *[""] * bool(wrong),
+        "| fault | times | seconds to a new step, median (slowest), by the road |",
+    ]
+    lines += ["|---|---|---|"]
+    costs = [cost for _, found in drills for cost in found["recoveries"]]
+    lines += [f"| {kind} | {number} | {_roads(kind, costs)} |" for kind, number in sorted(kinds.items())]
+    return "\n".join(lines)
+
+
+def _roads(kind: str, costs: Sequence[dict[str, Any]]) -> str:
+    """Seconds that the faults of a kind cost, by the road on which the run went on."""
+    roads: dict[str, list[float]] = {}
+    for cost in costs:
+        if cost["kind"] == kind:
+            roads.setdefault(cost["road"], []).append(cost["total_s"])
+    return "; ".join(f"{road} {statistics.median(took):.1f} ({max(took):.1f})" for road, took in sorted(roads.items()))
+
+
+def _row(folder: Path, told: dict[str, Any], found: dict[str, Any]) -> str:
+    kinds = len({fault["kind"] for fault in found["faults"]})
+    measured = goodput_figures(RunFolder(folder / "drill" / "stormy"), found["faults"])
+    version = re.findall(r"Slurm ([\d.]+)", told["stamp"])[-1]
+    came = f"{len(found['faults'])} of {told['planned']}"
+    cells = [version, told["seed"], came, kinds, found["attempts"], found["typed"]]
+    cells.append("yes" if found["passed"] else "no")
+    cells += (
+        ["", ""] if measured is None else [f"{measured['after_start']:.1%}", f"{measured['predicted']['goodput']:.1%}"]
+    )
+    cells += [f"{told['seconds'] / 60:.0f}", f"{told['load']:.0f}"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> int:
+    """Exit status 1 where a drill does not pass."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--faults", type=int, default=50, metavar="N", help="of each drill (%(default)s)")
+    parser.add_argument("--seeds", default="1", metavar="N,...", help="one drill for each (%(default)s)")
+    parser.add_argument("--write", nargs="+", type=Path, metavar="FOLDER", help="write the page of finished drills")
+    parser.add_argument("--here", type=Path, metavar="SHARED", help="folder on the nodes of this machine's own cluster")
+    parser.add_argument("--disks", default="", metavar="FOLDER,...", help="small filesystems of those nodes, to fill")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="drills that go on at once (%(default)s)")
+    args = parser.parse_args()
+    if args.write:
+        keep(Path(__file__), "A storm of faults of all kinds in one run", __doc__, page(args.write))
+        return 0
+    disks: queue.Queue[Path] = queue.Queue()
+    for name in filter(None, args.disks.split(",")):
+        disks.put(Path(name))
+    needs_disk = not disks.empty()
+
+    def one(seed: int) -> bool:
+        scratch = Path(tempfile.mkdtemp(dir=args.here))
+        disk = disks.get() if needs_disk else None
+        try:
+            good = chain_drill(scratch, args.faults, seed, here=args.here is not None, disk=disk)
+        finally:
+            if disk is not None:
+                disks.put(disk)
+        print(f"seed {seed}: verdict, event logs, and what Slurm's daemons logged are in {scratch}", flush=True)
+        return good
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        return 0 if all(list(pool.map(one, map(int, args.seeds.split(","))))) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""Rows of benchmarks/scale/growth.py about the engines: device waits, collectives, memory, data and checkpoints.
+
+Each function measures one row and returns the finding in words, and whether it meets the demand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from gpt.data.loader import Windows
+from gpt.model import loss
+from gpt.model.gpt import GPT
+from gpt.parallel import nd
+from gpt.parallel.ddp import all_gather_rows
+from gpt.train import train
+from gpt.training.run import Run
+from tests.model.test_loss import computed, torchs, traffic
+from tests.parallel import test_fsdp_groups as fsdp_groups
+from tests.parallel import test_materialize as materialized
+from tests.support.distributed import run_distributed
+from tests.support.learning import Operations, compose, config_from, host_waits, start, start_composed
+from tests.support.small_models import LLAMA, small
+from tests.training import test_host_waits as waits
+from tests.training import test_loop as loop
+
+GIB = 2**30
+BUILT = ["model=llama_124m", "parallel=fsdp", "optim.global_batch=8", "optim.max_micro_batch=1", "model.block_size=64"]
+READ_S, COMPUTE_S = 0.005, 0.1
+
+
+@contextmanager
+def fake_ranks(ranks: int) -> Iterator[DeviceMesh]:
+    """The mesh of ``ranks`` of which only the first is there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    yield init_device_mesh("cpu", (ranks,))
+    dist.destroy_process_group()
+
+
+def host_waits_of_a_step() -> tuple[str, bool]:
+    """A1: clipping of shards and of a replica, gradient statistics, and the plan of a dispatch to experts."""
+    clip = len(host_waits(waits.clip_shards)) + len(host_waits(waits.clip_replica))
+    sums = len(host_waits(lambda device: waits.Gradients(small(n_layer=24), device).sums(waits.sharded(device))))
+    reads = []
+
+    def read(tensor: Tensor) -> list[list[int]]:
+        reads.append(tensor)
+        return [[16] * 4, [16] * 4]
+
+    def plan(device: torch.device) -> None:
+        group: Any = SimpleNamespace(size=lambda: 4)
+        nd.plan_dispatch(64, torch.empty(8, dtype=torch.int32, device=device), group, False)
+
+    exchanged = mock.patch.object(nd, "all_to_all", lambda x, *_: x.clone())
+    with mock.patch.object(FakeTensor, "tolist", read), exchanged:
+        dispatch = len(host_waits(plan))
+    dispatch += len(reads)
+    return f"{clip}, {sums}, {dispatch}", (clip, sums, dispatch) <= (0, 0, 1)
+
+
+def fsdp_gathers() -> tuple[str, bool]:
+    """A2, of an untied Llama of five blocks."""
+    model = small(**LLAMA, n_layer=fsdp_groups.BLOCKS)
+    with fake_ranks(fsdp_groups.RANKS) as mesh:
+        forward, backward = fsdp_groups.gathers(fsdp_groups.sharded(model, mesh))
+    alone = forward[0] == fsdp_groups.elements(GPT(model).token_embedding)
+    first = "the embedding" if alone else f"{forward[0]} elements"
+    return f"n - {model.n_layer - len(backward)}; {first}", alone and len(backward) <= model.n_layer - 1
+
+
+def loss_traffic() -> tuple[str, bool]:
+    """A3, of the loss in chunks and eager; the compiled one is a kernel of Inductor, and no operation is seen."""
+    logits = torch.randn(2, 24, 700) * 5
+    (found, grad), (expected, expected_grad) = (computed(f, logits, 0.003) for f in (loss.cross_entropy, torchs))
+    off = max(float((found / expected - 1).abs()), float((grad - expected_grad).norm() / expected_grad.norm()))
+    with mock.patch.object(loss, "LOSS_CHUNK", 4 * 700):
+        seen = traffic(loss.cross_entropy)
+    moved, made, share = seen.moved / seen.logits, seen.made / seen.logits, seen.largest_fp32 / seen.logits
+    return f"{moved:.0f}, {made:.0f}; {share:.0%} of them; {off:.0e}", (
+        moved <= 20 and made <= 8 and share < 1 and off < 1e-6
+    )
+
+
+def watched_loop() -> dict[str, Any]:
+    """Findings of a run of 200 steps of two ranks, of which one is asked to save and to stop."""
+    with tempfile.TemporaryDirectory() as folder:
+        return dict(run_distributed(loop.watch, 2, Path(folder) / "run")[0])
+
+
+def messages_of_steps() -> tuple[str, bool]:
+    """A4: messages through the control group in the first 100 steps; steps until the stop was obeyed."""
+    found = watched_loop()
+    messages = len([step for step in found["messages"] if step <= 100])
+    steps = found["step"] - loop.STOP_AT
+    return f"{messages}; {steps}", messages == 0 and steps <= 2
+
+
+def collections() -> tuple[str, bool]:
+    """A14: collections during the steps, by the step before them."""
+    during = [step for step, _ in watched_loop()["collected"] if 0 < step < loop.SAVE_AT]
+    others = [step for step in during if step % loop.INTERVAL]
+    return f"{len(others)}, others after steps {', '.join(map(str, during))}", not others and bool(during)
+
+
+def sharded_state(mesh: DeviceMesh, layers: int = 24, width: int = 2048) -> dict[str, Any]:
+    """Model and optimizer of 1.3 billion parameters, sharded over ``mesh``; shapes alone."""
+
+    def shard(*shape: int) -> DTensor:
+        local = torch.empty(-(-shape[0] // mesh.size()), *shape[1:], device="meta")
+        strides = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=strides)
+
+    with torch.device("meta"):
+        whole = GPT(compose("model=llama_1p36b", f"model.n_layer={layers}", f"model.n_embd={width}").model)
+    shapes = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+    moments = {n: {"exp_avg": shard(*s), "exp_avg_sq": shard(*s), "step": torch.zeros(())} for n, s in shapes.items()}
+    groups = [{"lr": 1e-3}]
+    return {
+        "model": {n: shard(*s) for n, s in shapes.items()},
+        "optimizer": {"state": moments, "param_groups": groups},
+    }
+
+
+def plan_of_rank(plan: SavePlan, rank: int) -> SavePlan:
+    """The plan of another rank: the same with its shards further down."""
+    items = []
+    for item in plan.items:
+        data = item.tensor_data
+        if data is not None and data.chunk.sizes and item.index.offset is not None and "step" not in item.index.fqn:
+            offsets = torch.Size([rank * data.chunk.sizes[0], *data.chunk.offsets[1:]])
+            index = dataclasses.replace(item.index, offset=offsets)
+            chunk = dataclasses.replace(data.chunk, offsets=offsets)
+            item = dataclasses.replace(item, index=index, tensor_data=dataclasses.replace(data, chunk=chunk))
+        items.append(item)
+    return dataclasses.replace(plan, items=items)
+
+
+def checkpoint_plans(ranks: int = 256) -> tuple[str, bool]:
+    """A9: what rank 0 does before anything is written, of a state that is saved twice."""
+    with fake_ranks(ranks) as mesh:
+        state = sharded_state(mesh)
+
+        def local_plan() -> tuple[SavePlan, DefaultSavePlanner, float]:
+            started = time.process_time()
+            planner = DefaultSavePlanner()
+            planner.set_up_planner(state, None, is_coordinator=True)
+            return planner.create_local_plan(), planner, time.process_time() - started
+
+        own, planner, first_s = local_plan()
+        others = [pickle.dumps(plan_of_rank(own, rank)) for rank in range(ranks)]  # as they arrive
+        started = time.process_time()
+        planner.create_global_plan([pickle.loads(each) for each in others])
+        first_s += time.process_time() - started
+        again, _, second_s = local_plan()
+        started = time.process_time()
+        assert again == own, "so no plan is sent"
+        second_s += time.process_time() - started
+    return f"{first_s:.1f} s; {second_s:.2f} s ({sum(map(len, others)) / 1e6:.0f} and 0 MB of plans)", second_s <= 0.2
+
+
+def memory_gib(name: str) -> float:
+    """A figure of this process's memory, as the kernel counts it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")) / GIB
+
+
+def build_and_look(rank: int, size: int, folder: Path) -> float:
+    """Growth of the peak from before the model is constructed until it is sharded and drawn, GiB."""
+    from gpt import train as module
+
+    config = config_from([*BUILT, "data.max_bytes=60000"])
+    config.validate()
+    before: list[float] = []
+    seed_all, parallelize = module.seed_all, module.parallelize
+
+    def begin(*args: Any) -> None:
+        seed_all(*args)
+        before.append(memory_gib("VmRSS"))
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+
+    def end(*args: Any) -> Any:
+        engine = parallelize(*args)
+        before.append(memory_gib("VmHWM"))
+        return engine
+
+    with mock.patch.object(module, "seed_all", begin), mock.patch.object(module, "parallelize", end):
+        start_composed(rank, size, folder, config)
+    return before[1] - before[0]
+
+
+def memory_of_a_start() -> tuple[str, bool]:
+    """A11: four real ranks; and the bits of every layout of the test, against a model that is drawn whole."""
+    with tempfile.TemporaryDirectory() as folder:
+        grown = max(run_distributed(build_and_look, 4, Path(folder) / "built" / "run", timeout_s=600)) * GIB / 1e9
+        try:
+            materialized.test_every_engine_begins_with_the_bits_of_one_that_draws_the_model_whole(Path(folder))
+            same = "the same bits"
+        except AssertionError as error:
+            same = str(error).splitlines()[0]
+    return f"{grown:.2f} GB; {same}", grown <= 0.3 and same == "the same bits"
+
+
+def slow_steps(rank: int, size: int, folder: Path) -> list[float]:
+    """Waits for the data of the steps of a run whose reading and computing take as long as is said."""
+    run: Run = start(rank, size, folder, "parallel=ddp", "optim.max_steps=40", "eval.interval=0")
+    read = Windows.read
+    waited = []
+
+    def slowly(windows: Windows, position: int) -> Any:
+        time.sleep(READ_S)
+        return read(windows, position)
+
+    backward = run.engine.backward
+
+    def compute(*args: Any) -> Tensor:
+        time.sleep(COMPUTE_S)
+        return backward(*args)
+
+    def record(step: int, **figures: Any) -> None:
+        waited.append(figures["data_wait_s"])
+
+    computing = mock.patch.object(run.engine, "backward", compute)
+    with computing, mock.patch.object(run.worker, "record", record), mock.patch.object(Windows, "read", slowly):
+        train(run)
+    return waited
+
+
+def data_wait() -> tuple[str, bool]:
+    """A12, of the loop itself, one rank with 16 windows a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        waited = run_distributed(slow_steps, 1, Path(folder) / "runs" / "run")[0]
+    median = statistics.median(waited)
+    return f"{median * 1e3:.2f} ms", median < 1e-3
+
+
+def zero1_gathers() -> tuple[str, bool]:
+    """A18: of a Llama of 24 layers over eight ranks."""
+    with torch.device("meta"):
+        shapes = [p.shape for p in GPT(small(**LLAMA, n_layer=24)).parameters()]
+
+    def is_gather(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        return "all_gather" in name or "allgather" in name
+
+    with fake_ranks(8) as mesh, Operations(is_gather) as seen:
+        all_gather_rows([torch.zeros(shape) for shape in shapes], mesh.get_group())
+    return f"{len(seen.found)} ({len(shapes)} parameters)", len(seen.found) <= 10

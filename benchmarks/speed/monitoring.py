@@ -1,0 +1,156 @@
+"""Cost of watching a run: steps with every record and view compared with steps with none, in turn, in one process.
+
+    python -m benchmarks.speed.monitoring  # the README's model
+    python -m benchmarks.speed.monitoring model=gpt2_124m device=cuda
+
+Blocks of ten steps alternate. In one block, every record is completed, appended to its file and sent to TensorBoard,
+CSV, JSON and console, and one of the ten steps measures the gradients by layer. In the other block, only the loss is
+read. Prints two Markdown tables. The first has wall time and the CPU time of the whole process, which other users of
+the machine disturb less. The second has the CPU time of each part alone, with their sum as a share of a step of 200
+ms. It includes two parts that a single process does not have: as many waits for other ranks as a step of fsdp over 30
+blocks has, and the search for slow ranks among a thousand, which only rank 0 does.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gpt.metrics.startup_summary import memory_gib
+from gpt.metrics.writers import MetricWriters
+from gpt.parallel.distributed import open_world
+from gpt.parallel.timeline import waiting
+from gpt.train import build
+from gpt.training.diagnostics import Gradients
+from gpt.training.run import Run, agree_on_folder, open_attempt, parse_arguments, parse_request
+from gpt.training.step import Phases, QueuedStep, queue_step
+from gpt.training.stragglers import StragglerJudge
+from launch import worker
+from launch.runs.heartbeat import Phase
+from launch.runs.records import StepRecord
+
+STEPS = 10
+ROUNDS = 12
+ALONE = 300
+WAITS = 100
+"""Waits for other ranks in a step; fsdp over 30 blocks has about as many."""
+RANKS = 1024
+STEP_S = 0.2
+"""Step that the parts are compared with."""
+
+
+def block(run: Run, writers: MetricWriters | None, gradients: Gradients) -> tuple[float, float]:
+    """Wall and CPU seconds of ``STEPS`` steps, with or without being watched."""
+    started, used = time.perf_counter(), time.process_time()
+    queued: list[QueuedStep] = []
+    since = started
+
+    def finish_former(evaluated: bool = False) -> None:
+        nonlocal since
+        if queued:
+            since = finish(queued.pop(), since, writers, evaluated)
+
+    for i in range(STEPS):
+        measured = gradients if writers is not None and i == 0 else None
+        queued.append(queue_step(run, measured, Phase.training, meanwhile=finish_former))
+    finish_former(evaluated=True)
+    return time.perf_counter() - started, time.process_time() - used
+
+
+def finish(queued: QueuedStep, since: float, writers: MetricWriters | None, evaluated: bool) -> float:
+    """Read the figures of a step and show them, if somebody watches."""
+    record, ended = queued.finish(since)
+    if writers is not None:
+        record.val_loss = record.loss if evaluated else None  # so that run.json is written, as it would be
+        writers.write(record)
+    return ended
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*sys.argv[1:], f"run_dir={folder}/run", f"optim.max_steps={2 * STEPS * (ROUNDS + 1)}"]
+        request = parse_request(parse_arguments(words))
+        with open_world(request.config.device, request.config.parallel.timeout_s) as world:
+            there = agree_on_folder(request, world)
+            rank = worker.Run(world.rank, world.local_rank, world.size)
+            run = build(request.config, there, world, open_attempt(there, world, rank), rank)
+            gradients = Gradients(request.config.model, world.device)
+            writers = MetricWriters(there, world, rank, request.config, run.step, gradients.names, run.tokens_per_step)
+            sides: dict[str, list[tuple[float, float]]] = {"none": [], "all": []}
+            for turn in range(ROUNDS + 1):
+                for side in ("none", "all") if turn % 2 else ("all", "none"):
+                    measured = block(run, writers if side == "all" else None, gradients)
+                    if turn:  # the first round warms up
+                        sides[side].append(measured)
+            alone = parts(run, writers, gradients)
+            writers.close()
+        print(f"\n{request.config.model.name}, files of {size_mb(Path(folder)):.1f} MB\n")
+    print(f"| a step, median of {ROUNDS} blocks | none | all | difference |\n|---|---|---|---|")
+    for name, index in (("wall time", 0), ("CPU time", 1)):
+        none, every = (statistics.median(pair[index] for pair in sides[side]) / STEPS for side in ("none", "all"))
+        pairs = zip(sides["none"], sides["all"], strict=True)
+        extra = statistics.median((with_all[index] - with_none[index]) / STEPS for with_none, with_all in pairs)
+        print(f"| {name} | {none * 1e3:.2f} ms | {every * 1e3:.2f} ms | {extra * 1e3:+.2f} ms, {extra / none:+.2%} |")
+    print("\n| part | CPU time a step |\n|---|---|")
+    for name, seconds in alone.items():
+        print(f"| {name} | {seconds * 1e6:,.0f} us |")
+    whole = sum(alone.values())
+    print(f"| all of them | {whole * 1e6:,.0f} us, {whole / STEP_S:.2%} of {STEP_S * 1e3:g} ms |")
+
+
+def parts(run: Run, writers: MetricWriters, gradients: Gradients) -> dict[str, float]:
+    """CPU seconds that each part takes for one step, by itself, many times over."""
+    record, _ = queue_step(run, None, Phase.training).finish(0.0)
+    logging = run.config.logging
+    judge = StragglerJudge(logging.straggler_factor, logging.straggler_window)
+    own_times = [0.1 + 1e-5 * (rank % 7) for rank in range(RANKS)]
+    actions: dict[str, Callable[[], object]] = {
+        "gradients by layer, every tenth step": lambda: gradients.sums(run.engine.gradients()),
+        "memory": lambda: memory_gib(run.world.device),
+        f"phases, {WAITS} waits among them": lambda: time_phases(run),
+        f"slow ranks, among {RANKS:,}": lambda: judge.add(own_times),
+        "rank_00000.jsonl": lambda: run.worker.record(**record.as_dict()),
+    }
+
+    def write_views() -> None:
+        for writer in writers.writers:
+            writer.write(record)
+
+    actions["views, handed to their thread"] = write_views
+    costs = {}
+    for name, action in actions.items():
+        started = time.process_time()
+        for _ in range(ALONE):
+            action()
+        costs[name] = (time.process_time() - started) / ALONE / (STEPS if name.startswith("gradients") else 1)
+    return costs
+
+
+def time_phases(run: Run) -> None:
+    """Mark the phases of a step, and read them, as often as a step does."""
+    phases = Phases(run.world.device, run.engine)
+    with phases.recorded():
+        for _ in range(WAITS):
+            with waiting("fsdp"):
+                pass
+        for name in ("reduced", "updated"):
+            phases.mark(name)
+    if run.world.device.type == "cuda":
+        torch.cuda.synchronize()  # a step's figures are read when it is done
+    phases.fill_in(StepRecord(1, 1, 0.0, 0.0, 0.0, 0, (0, 0), 1.0))
+
+
+def size_mb(folder: Path) -> float:
+    """Megabytes of all files but the corpus."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+if __name__ == "__main__":
+    main()
