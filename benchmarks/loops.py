@@ -30,8 +30,7 @@ def our_turn(run: Run) -> Callable[[], None]:
     """Return one turn of the loop of ``gpt.train``: it queues a step, and reads and records the one before."""
     run.engine.module.train()
     gradients = Gradients(run.config.model, run.world.device)
-    args = (run.world, run.worker, run.config, 0, gradients.names, run.tokens_per_step)
-    writers = MetricWriters(run.folder, *args)
+    writers = MetricWriters(run.folder, run.world, run.worker, run.config, 0, gradients.names)
     interval = run.config.logging.gradients_interval
     queued: list[QueuedStep] = []
     clock = time.perf_counter()

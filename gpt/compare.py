@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gpt.metrics.comparison import Comparison, RunMetrics, compare, draw, read_metrics
+from gpt.metrics.runs import Comparison, RunMetrics, compare, draw, read_metrics
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.find import find_runs, labels_inside, labels_of
 from launch.runs.folder import RunFolder

@@ -23,9 +23,9 @@ from gpt.checkpoint.folders import read_manifest, step_of
 from gpt.config import Device, TrainConfig
 from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
 from gpt.data.loader import Samples
-from gpt.model.loss import summed_loss
+from gpt.model.layers import summed_loss
 from gpt.parallel.distributed import World, open_world
-from gpt.training.loop import mean_loss
+from gpt.training.loop import EvaluationShare, mean_loss
 from gpt.training.run import prepare_tokens
 from launch.errors import CommandParser, ConfigError, refusing
 
@@ -76,8 +76,8 @@ def evaluate_run(
     checkpoint = world.on_first(lambda: find_checkpoint(folder, step))
     samples, wanted = open_validation(config, checkpoint, world, sequences)
     model = read_weights(config, checkpoint, world.device)
-    batch = batch or config.optim.max_micro_batch
-    rounds = math.ceil(math.ceil(wanted / world.size) / batch)
+    share = EvaluationShare(wanted, batch or config.optim.max_micro_batch, world.rank, world.size)
+    rounds = math.ceil(math.ceil(share.sequences / share.parts) / share.batch)
     shown = shows_progress and world.is_first
     # Print a line for each slow batch, or every half second. The remaining time is known after the first batch.
     with tqdm(desc="evaluate", total=rounds, unit="batch", miniters=1, mininterval=0.5, disable=not shown) as bar:
@@ -89,7 +89,7 @@ def evaluate_run(
                 bar.update()
             return summed
 
-        loss = mean_loss(model, counted_loss, samples, world, wanted, batch, world.rank, world.size)
+        loss = mean_loss(model, counted_loss, samples, world, share)
     num_tokens = wanted * config.model.block_size
     num_bytes = samples.val_bytes(wanted)
     return Evaluation(

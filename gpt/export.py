@@ -335,7 +335,7 @@ def replace(out: Path, temporary: Path) -> None:
         old = out.with_name(f".{out.name}.deleting_{secrets.token_hex(4)}")
         out.rename(old)
         temporary.rename(out)
-        folders.remove(old)
+        folders.remove_folder(old)
     else:
         temporary.replace(out)
     sync_folder(out.parent)

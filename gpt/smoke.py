@@ -15,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from gpt.accounting import count
 from gpt.checkpoint import folders
 from gpt.conversion.state_dict import find_checkpoint, load_model
-from gpt.model.sampling import Sampling, generate, make_generators
+from gpt.generate import Sampling, generate_tokens, make_generators
 from gpt.train import run_ranks
 from gpt.training.run import parse_arguments, parse_request
 from launch import worker
@@ -66,7 +67,7 @@ def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, Callab
         return f"the checkpoint of step {STEPS} is whole: {built:,} parameters, as planned"
 
     def resuming() -> str:
-        folders.remove(find_checkpoint(RunFolder(folder / "run"), STEPS))
+        folders.remove_folder(find_checkpoint(RunFolder(folder / "run"), STEPS))
         train_here(words)
         starts = [e["from_step"] for e in RunFolder(folder / "run").read_events() if e["event"] == "started"]
         require(starts == [0, HALF], f"starts from steps {starts}")
@@ -80,7 +81,10 @@ def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, Callab
         prompt_BT = torch.tensor([list(b"def ")])
         texts = [
             bytes(
-                int(token) for token in generate(model, prompt_BT, 32, 256, Sampling(), make_generators(1, 1), cached)
+                int(token)
+                for token in islice(
+                    generate_tokens(model, prompt_BT, 256, Sampling(), make_generators(1, 1), cached), 32
+                )
             )
             for cached in (True, False)
         ]

@@ -18,7 +18,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from launch.process import lasting_imports
 
@@ -27,29 +26,31 @@ with lasting_imports():
 
     from gpt.checkpoint import CheckpointStore
     from gpt.checkpoint.copies import STOPPED_S, Copies, open_copies
+    from gpt.checkpoint.folders import Retention
     from gpt.checkpoint.memory import open_memory
     from gpt.checkpoint.target import target_of
     from gpt.checkpoint.writer import Writer, open_writer
-    from gpt.config import CheckpointConfig, TrainConfig
+    from gpt.config import CheckpointConfig, Strategy, TrainConfig
     from gpt.data.corpus import keep_tokenizer
     from gpt.data.loader import BatchPrefetcher, Samples
     from gpt.model.attention import prefer_fast_kernels
-    from gpt.model.gpt import GPT
+    from gpt.model.gpt import GPT, Weights
     from gpt.parallel.compile import convert_linears, prepare_blocks
     from gpt.parallel.distributed import World, open_world
-    from gpt.parallel.engine import Engine
-    from gpt.topology import Batch, ParallelDims, settle_steps, split_batch
+    from gpt.parallel.dtensor import materialize
+    from gpt.parallel.engine import Engine, RunLayout
+    from gpt.topology import settle_steps, split_batch
     from gpt.topology.rules import check_parallel_dims
-    from gpt.training.divergence import DivergenceGuard, EarlyStop, refuse_unknown_text
+    from gpt.training.checkpoints import first_weights, load, start_copies, tell_damage
     from gpt.training.execution import (
         fix_hash_seed,
         keep_compiled,
-        parallelize,
         seed_all,
         set_determinism,
         set_matmul_precision,
         settle_execution,
     )
+    from gpt.training.health import DivergenceGuard, EarlyStop, refuse_unknown_text
     from gpt.training.loop import train
     from gpt.training.run import (
         Request,
@@ -63,8 +64,6 @@ with lasting_imports():
         parse_request,
         prepare_tokens,
     )
-    from gpt.training.saving import start_copies, tell_damage
-    from gpt.training.state import first_weights, load
     from gpt.training.step import keep_freed_memory
     from launch import worker
     from launch.errors import ConfigError, refusing
@@ -83,7 +82,6 @@ def build(
     attempt: int,
     rank: worker.Run,
     writer: Writer | None = None,
-    copies: Copies | None = None,
 ) -> Run:
     """Prepare the data, build the model, parallelize it over the ranks, and load the newest checkpoint."""
     config = settle_execution(config, folder, world)
@@ -94,12 +92,21 @@ def build(
     dims = check_parallel_dims(config, world.size)
     batch = split_batch(config.optim, dims.data_ranks)
     config = settle_steps(config, batch)
+
     tokens = world.on_first(lambda: prepare_tokens(config))
     world.on_first(lambda: keep_tokenizer(tokens, folder))
     seed_all(config.seed, world.rank)
-    engine, initialised_from = build_engine(config, folder, world, dims, batch)
     samples = Samples(tokens, config.model.block_size, config.seed, config.model.vocab_size)
+
+    with torch.device("meta"):
+        model = GPT(config.model)
+    weights, initialised_from = first_weights(model, config, folder, world)
+    without_flash = check_flash(config, world)
+    if without_flash and world.is_first:
+        print(f"attention=flash, but {without_flash}; torch takes another kernel", flush=True)
+    engine = parallelize(model, weights, RunLayout(config, world, dims, batch))
     refuse_unknown_text(config, samples.val_bytes(config.eval.sequences))
+
     run = Run(
         config=config,
         folder=folder,
@@ -114,7 +121,7 @@ def build(
         guard=DivergenceGuard(config.divergence),
         store=open_store(config.checkpoint, folder, world, engine, rank, writer),
         worker=rank,
-        copies=copies or Copies(),
+        copies=Copies(),
         early_stop=EarlyStop(config.optim),
         initialised_from=initialised_from,
     )
@@ -122,47 +129,58 @@ def build(
         run.store.saves.tell_damage = partial(tell_damage, folder, attempt)
         run.store.saves.scrub_every_s = scrub_every_s
     load(run)
-    start_copies(run)
     return run
 
 
-def build_engine(
-    config: TrainConfig, folder: RunFolder, world: World, dims: ParallelDims, batch: Batch
-) -> tuple[Engine, dict[str, Any] | None]:
-    """Build the model with its first weights and parallelize it over the ranks.
+def parallelize(model: GPT, weights: Weights, layout: RunLayout) -> Engine:
+    """Apply float8, recomputation, compilation and the parallelism of ``config.parallel`` to a model, in this order.
+
+    Args:
+        model: on the meta device.
+        weights: the values of the model; engines that shard the model keep only this rank's shards.
+        layout: of the run.
 
     Returns:
-        The engine, and the source of its first weights; None if the weights are random, or a checkpoint
-        follows.
+        The engine, with this rank's part of the model on ``world.device``.
     """
-    with torch.device("meta"):
-        model = GPT(config.model)
-    weights, initialised_from = first_weights(model, config, folder, world)
-    without_flash = check_flash(config, world)
-    if without_flash and world.is_first:
-        print(f"attention=flash, but {without_flash}; torch takes another kernel", flush=True)
+    config, world, dims = layout.config, layout.world, layout.dims
+    strategy = config.parallel.strategy
     convert_linears(model, config)
-    prepare_blocks(model, config)
-    return parallelize(model, weights, config, world, dims, batch), initialised_from
+    prepare_blocks(model, config)  # recomputation and compilation of each block, inside the hooks of the next
+    if strategy is Strategy.deepspeed:
+        from gpt.parallel.zero import ZeroEngine, load_deepspeed
+
+        load_deepspeed(world)  # before the modules that import it at their top
+        materialize([model], weights, torch.device("cpu") if dims.pp > 1 else world.device)
+        if dims.pp > 1:
+            from gpt.parallel.zero_pipeline import ZeroPipelineEngine
+
+            return ZeroPipelineEngine(model, layout)
+        return ZeroEngine(model, layout)
+    if dims.pp > 1 or strategy is Strategy.fsdp or dims.model_ranks * dims.ep > 1:
+        from gpt.parallel.nd import NDEngine  # context, pipeline, expert and tensor parallelism, then FSDP or replicas
+        from gpt.parallel.pipeline import PipelineEngine
+
+        return (PipelineEngine if dims.pp > 1 else NDEngine)(model, weights, layout)
+    from gpt.parallel.ddp import DDPEngine, Zero1Engine
+
+    materialize([model], weights, world.device)
+    return (Zero1Engine if strategy is Strategy.zero1 else DDPEngine)(model, layout)
 
 
 def open_store(
     kept: CheckpointConfig, folder: RunFolder, world: World, engine: Engine, rank: worker.Run, writer: Writer | None
 ) -> CheckpointStore:
     """Open the checkpoints of a run, with those in memory and the remote copies if the config requests them."""
-    return CheckpointStore(
-        folder.checkpoints,
-        kept.keep_last,
-        kept.keep_every,
-        world.control,
-        engine.files,
-        keep_best=kept.keep_best,
-        writer=writer,
-        give_up_after_s=60 * kept.give_up_after_min,
-        memory=open_memory(world.control, engine.files, writer) if kept.in_memory else None,
-        connect=None if kept.copy_to is None else partial(target_of, kept.copy_to, folder.path),
-        beat=partial(rank.phase, Phase.starting),
-    )
+    keeps = Retention(kept.keep_last, kept.keep_every, kept.keep_best)
+    give_up_after_s = 60 * kept.give_up_after_min
+    store = CheckpointStore(folder.checkpoints, keeps, world.control, engine.files, writer, give_up_after_s)
+    store.beat = partial(rank.phase, Phase.starting)
+    if kept.in_memory:
+        store.memory = open_memory(world.control, engine.files, writer)
+    if kept.copy_to is not None:
+        store.connect = partial(target_of, kept.copy_to, folder.path)
+    return store
 
 
 def run_ranks(request: Request, rank: worker.Run) -> str:
@@ -183,7 +201,8 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
         run: Run | None = None
         try:
             world.on_first(lambda: look_for_changes(folder, attempt, config.require_same_code))
-            run = build(config, folder, world, attempt, rank, writer, copies)
+            run = build(config, folder, world, attempt, rank, writer)
+            start_copies(run, copies)
             describe_attempt(run)
             early = run.early_stop.reason()
             if run.step >= run.config.optim.max_steps or early is not None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.page import chosen, keep, stamp
-from gpt.training.state import save
+from gpt.training.checkpoints import save
 from tests.support.distributed import RankFailedError, run_distributed
 from tests.support.learning import MODELS, start, step
 

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gpt.data.loader import Windows
-from gpt.model import loss
+from gpt.model import layers
 from gpt.model.gpt import GPT
 from gpt.parallel import nd
 from gpt.parallel.ddp import all_gather_rows
@@ -90,10 +90,10 @@ def fsdp_gathers() -> tuple[str, bool]:
 def loss_traffic() -> tuple[str, bool]:
     """A3, of the loss in chunks and eager; the compiled one is a kernel of Inductor, and no operation is seen."""
     logits = torch.randn(2, 24, 700) * 5
-    (found, grad), (expected, expected_grad) = (computed(f, logits, 0.003) for f in (loss.cross_entropy, torchs))
+    (found, grad), (expected, expected_grad) = (computed(f, logits, 0.003) for f in (layers.cross_entropy, torchs))
     off = max(float((found / expected - 1).abs()), float((grad - expected_grad).norm() / expected_grad.norm()))
-    with mock.patch.object(loss, "LOSS_CHUNK", 4 * 700):
-        seen = traffic(loss.cross_entropy)
+    with mock.patch.object(layers, "LOSS_CHUNK", 4 * 700):
+        seen = traffic(layers.cross_entropy)
     moved, made, share = seen.moved / seen.logits, seen.made / seen.logits, seen.largest_fp32 / seen.logits
     return f"{moved:.0f}, {made:.0f}; {share:.0%} of them; {off:.0e}", (
         moved <= 20 and made <= 8 and share < 1 and off < 1e-6

@@ -28,9 +28,9 @@ from gpt.parallel.distributed import open_world
 from gpt.parallel.timeline import waiting
 from gpt.train import build
 from gpt.training.diagnostics import Gradients
+from gpt.training.health import StragglerJudge
 from gpt.training.run import Run, agree_on_folder, open_attempt, parse_arguments, parse_request
 from gpt.training.step import Phases, QueuedStep, queue_step
-from gpt.training.stragglers import StragglerJudge
 from launch import worker
 from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord
@@ -82,7 +82,7 @@ def main() -> None:
             rank = worker.Run(world.rank, world.local_rank, world.size)
             run = build(request.config, there, world, open_attempt(there, world, rank), rank)
             gradients = Gradients(request.config.model, world.device)
-            writers = MetricWriters(there, world, rank, request.config, run.step, gradients.names, run.tokens_per_step)
+            writers = MetricWriters(there, world, rank, request.config, run.step, gradients.names)
             sides: dict[str, list[tuple[float, float]]] = {"none": [], "all": []}
             for turn in range(ROUNDS + 1):
                 for side in ("none", "all") if turn % 2 else ("all", "none"):

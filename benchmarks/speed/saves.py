@@ -30,12 +30,12 @@ import torch
 from benchmarks.page import commit, cores, keep, merged, stamp
 from gpt.accounting import count
 from gpt.checkpoint import part
-from gpt.checkpoint.writer import InlineWriter, ProcessWriter, Writer
+from gpt.checkpoint.writer import ProcessWriter, Writer
 from gpt.config import TrainConfig
 from gpt.parallel.distributed import World
 from gpt.train import build
+from gpt.training.checkpoints import Saving
 from gpt.training.run import Run
-from gpt.training.saving import Saving
 from gpt.training.step import queue_step
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
@@ -75,7 +75,7 @@ def write_late(content: part.Part, folder: Path) -> None:
 def writer_of(way: str) -> Writer:
     """Make the writer of one way to save."""
     if way == WAYS[0]:
-        return InlineWriter()
+        return Writer()
     with mock.patch("gpt.checkpoint.writer.write_part", write_late if way == WAYS[2] else part.write_part):
         return ProcessWriter()
 
@@ -83,9 +83,9 @@ def writer_of(way: str) -> Writer:
 def step(run: Run, saving: Saving) -> float:
     """Take one step; returns its seconds."""
     started = time.perf_counter()
-    queued = queue_step(run, None, Phase.training, saving.ballot())
+    queued = queue_step(run, None, Phase.training, saving.votes())
     queued.finish(started)
-    saving.hear(queued.ballot, queued.ballots_of_all())
+    saving.count(queued.votes.phase, queued.votes_of_all())
     return time.perf_counter() - started
 
 

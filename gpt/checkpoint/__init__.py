@@ -1,7 +1,7 @@
 """Checkpoints: saved whole or not at all, verified before they are loaded, loadable on any number of ranks.
 
 ``folders`` names, commits and deletes the folder of a checkpoint, and keeps its manifest of files. ``messages`` has all
-ranks succeed or fail together. ``formats`` and ``deepspeed_files`` define the files. ``saving`` has each rank's
+ranks succeed or fail together. ``formats`` defines the files. ``saving`` has each rank's
 ``writer`` do the jobs of a save. ``store`` joins these.
 """
 

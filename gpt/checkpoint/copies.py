@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from gpt.checkpoint import folders
 from gpt.checkpoint.folders import DamagedError, Retention
-from gpt.checkpoint.target import Target, describe, target_of
+from gpt.checkpoint.target import Target, describe_error, target_of
 from launch.process import die_with_parent
 from launch.runs.files import keep_unwritten, say
 from launch.runs.folder import RunFolder, is_newest_attempt
@@ -145,7 +145,7 @@ class Fetch:
         self._thread.join(BEAT_S)
         if self._failure is not None:
             raise OSError(
-                f"found: no checkpoint on this disk, and the copies cannot be read ({describe(self._failure)})\n"
+                f"found: no checkpoint on this disk, and the copies cannot be read ({describe_error(self._failure)})\n"
                 f"expected: copies to go on from, or to know that there are none\n"
                 f"type next: the same command again, or with checkpoint.copy_to=null to begin without them"
             ) from self._failure
@@ -168,11 +168,11 @@ def fetch_newest(folder: Path, target: Target) -> Fetched:
     """Fetch the newest copy that is whole, and put it among the checkpoints of ``folder``."""
     damaged: list[str] = []
     for step in reversed(target.steps()):
-        temporary = folders.begin_fetch(folder, step)
+        temporary = folders.begin_temporary(folder, "fetching", step)
         try:
             target.fetch(step, temporary)
         except DamagedError as damage:
-            folders.remove(temporary)
+            folders.remove_folder(temporary)
             damaged.append(f"the copy of step {step}: {damage}")
         else:
             return Fetched(folders.commit(temporary, step), tuple(damaged))
@@ -306,7 +306,7 @@ class Copier:
             return True
         except Exception as error:  # each library behind a target has errors of its own
             self._failures += 1
-            self._tell("copy_failed", step=step, cause=describe(error), failures=self._failures)
+            self._tell("copy_failed", step=step, cause=describe_error(error), failures=self._failures)
             return False
 
     def _copy(self, target: Target, step: int) -> None:

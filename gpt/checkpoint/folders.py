@@ -137,10 +137,10 @@ def find_damage(path: Path, expected: FileSum) -> str | None:
         found = sum_file(path)
     except OSError as error:
         return damage_or_raise(error, path.name)
-    return compare(path.name, found, expected)
+    return find_difference(path.name, found, expected)
 
 
-def compare(name: str, found: FileSum, expected: FileSum) -> str | None:
+def find_difference(name: str, found: FileSum, expected: FileSum) -> str | None:
     """Return the fault of a file that has the sum ``found``; None if it is the saved file."""
     if found.size != expected.size:
         return f"{name} has {found.size} bytes instead of {expected.size}"
@@ -258,15 +258,12 @@ def is_committed(folder: Path, step: int) -> bool:
     return (final_for(folder, step) / NAME).is_file()
 
 
-def begin_conversion(path: Path) -> Path:
-    """Create an empty folder next to a checkpoint, for a copy of it in another form."""
-    return _temporary(path.parent, "converting", path.name)
-
-
-def begin_fetch(folder: Path, step: int) -> Path:
-    """Create an empty folder for a checkpoint that is fetched from elsewhere; ``commit`` gives it its name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return _temporary(folder, "fetching", final_for(folder, step).name)
+def begin_temporary(folder: Path, what: str, step: int) -> Path:
+    """Create an empty folder for ``what`` is done with a checkpoint: ``converting`` or ``fetching`` it."""
+    # A token of its own: a process of an earlier attempt never writes into the same folder.
+    temporary = folder / f".{what}_{final_for(folder, step).name}_{secrets.token_hex(4)}"
+    temporary.mkdir(parents=True)
+    return temporary
 
 
 def commit(temporary: Path, step: int) -> Path:
@@ -310,25 +307,25 @@ def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> No
     saved = steps(folder)
     kept = spared | kept_steps(saved, keeps, lambda step: read_manifest(final_for(folder, step)))
     for step in saved:
-        if step in kept:
-            continue
-        final = final_for(folder, step)
-        doomed = folder / f".deleting_{final.name}_{secrets.token_hex(4)}"
-        try:
-            final.rename(doomed)  # the name is removed first: a half-deleted folder is never taken for a checkpoint
-        except OSError as error:
-            log.warning("%s cannot be deleted yet: %s", final, error)
-        else:
-            remove(doomed)
+        if step not in kept:
+            try:
+                _delete(final_for(folder, step))
+            except OSError as error:
+                log.warning("%s cannot be deleted yet: %s", final_for(folder, step), error)
 
 
 def discard_after(folder: Path, step: int) -> None:
     """Delete the checkpoints of later steps: the run goes back, and will save those steps again."""
     for path in list_committed(folder):
         if step_of(path) > step:
-            doomed = folder / f".deleting_{path.name}_{secrets.token_hex(4)}"
-            path.rename(doomed)
-            remove(doomed)
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    # The name is removed first: a half-deleted folder is never taken for a checkpoint.
+    doomed = path.with_name(f".deleting_{path.name}_{secrets.token_hex(4)}")
+    path.rename(doomed)
+    remove_folder(doomed)
 
 
 def _best(saved: list[int], number: int, read: Callable[[int], Manifest]) -> list[int]:
@@ -348,10 +345,10 @@ def sweep(folder: Path, keep: Path | None = None) -> None:
     """Remove the temporary folders of killed saves, deletions and conversions, except ``keep``."""
     for path in _entries(folder):
         if LEFT_OVER.fullmatch(path.name) and path != keep:
-            remove(path)
+            remove_folder(path)
 
 
-def remove(path: Path) -> None:
+def remove_folder(path: Path) -> None:
     """Delete a folder; files that cannot be deleted now remain for the next sweep."""
     try:
         shutil.rmtree(path)
@@ -359,13 +356,6 @@ def remove(path: Path) -> None:
         pass
     except OSError as error:
         log.warning("%s cannot be removed yet: %s", path, error)
-
-
-def _temporary(folder: Path, what: str, name: str) -> Path:
-    # A token of its own: a process of an earlier attempt never writes into the same folder.
-    temporary = folder / f".{what}_{name}_{secrets.token_hex(4)}"
-    temporary.mkdir()
-    return temporary
 
 
 def final_for(folder: Path, step: int) -> Path:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +28,122 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 
-from gpt.checkpoint import messages
-from gpt.checkpoint.deepspeed_files import open_as_tensors
-from gpt.checkpoint.folders import TENSORS, Manifest
+from gpt.checkpoint import folders, messages
+from gpt.checkpoint.folders import DEEPSPEED, TENSORS, Manifest
+from gpt.checkpoint.messages import run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.part import Part, SavePlans
+from gpt.config.rules import is_importable
+from launch.errors import ConfigError
+
+MODEL_FILE = "model.pt"
+LOOSE_FILES = ("latest", "zero_to_fp32.py", "zero_to_torch.py")
+"""Files that DeepSpeed writes next to its folder."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+
+
+def deepspeed_tag(step: int) -> str:
+    """Return the name of the folder that DeepSpeed writes a step into, its tag."""
+    return f"global_step{step}"
+
+
+@contextlib.contextmanager
+def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | None) -> Iterator[Path]:
+    """Open a checkpoint for torch.distributed.checkpoint: yield ``folder``, or a conversion that is deleted after use.
+
+    Collective. Conversions that a killed process leaves are swept with the other temporary folders.
+    """
+    if saved.contents["kind"] == TENSORS["kind"]:
+        yield folder
+        return
+    assert saved.contents["kind"] == DEEPSPEED, saved.contents
+    require_reader(folder)
+    scratch = run_on_first_rank(lambda: folders.begin_temporary(folder.parent, "converting", saved.step), group)
+    yield run_on_first_rank(lambda: convert(folder, saved, scratch), group)
+    run_on_all_ranks(lambda: None, group)  # after a failure the sweep removes the folder
+    run_on_first_rank(lambda: folders.remove_folder(scratch), group)
+
+
+def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
+    """Convert a checkpoint of DeepSpeed to whole tensors in a folder inside ``scratch``, and return it. On one rank."""
+    universal = to_universal(folder / deepspeed_tag(saved.step), scratch / "universal")
+    about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
+    model: dict[str, Tensor] = dict(about["buffers"])
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, shape in about["shapes"].items():
+        model[name] = read_whole(universal, name, "fp32", shape)
+        moments[name] = {key: read_whole(universal, name, key, shape) for key in MOMENTS}
+        moments[name]["step"] = torch.tensor(float(saved.step))
+    tensors = scratch / "tensors"
+    state = {"model": model, "optimizer": {"state": moments}}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tensors), no_dist=True)
+    return tensors
+
+
+def require_reader(folder: Path) -> None:
+    """Raise ConfigError if this Python has no DeepSpeed, which alone reads the files in ``folder``."""
+    if not is_importable("deepspeed"):
+        raise ConfigError(
+            f"{folder}, a checkpoint in files of DeepSpeed's own, and no package deepspeed in {sys.executable}",
+            "DeepSpeed, which is needed to read what it has saved",
+            "pip install -c constraints.txt deepspeed, and the same command again",
+        )
+
+
+def to_universal(original: Path, out: Path) -> Path:
+    """Have DeepSpeed join its shards to a universal checkpoint in ``out``, and return it.
+
+    It runs in a process of its own: DeepSpeed starts workers, and must not find the ranks of this process.
+
+    Raises:
+        RuntimeError: DeepSpeed failed; the message has the end of its output.
+    """
+    args = ["--input_folder", str(original), "--output_folder", str(out), "--inject_missing_state"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(RANK_VARIABLES)}
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *args],
+        env=environment | {"DS_ACCELERATOR": "cpu"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"DeepSpeed cannot convert {original}:\n{done.stdout[-2000:]}")
+    return out
+
+
+def read_whole(universal: Path, name: str, key: str, shape: Sequence[int]) -> Tensor:
+    """Read one tensor of a universal checkpoint: weights (``fp32``) or a moment; the disk keeps its data until used."""
+    path = universal / "zero" / name / f"{key}.pt"
+    found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    whole: Tensor = found["param"] if isinstance(found, dict) else found
+    return whole.view(shape)
+
+
+def read_deepspeed_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint of DeepSpeed by name, fp32 and whole, in one process that only reads there.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed.
+    """
+    require_reader(folder)
+    about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
+    if saved.contents.get("pp", 1) > 1:  # zero_to_fp32 does not join stages
+        with tempfile.TemporaryDirectory() as scratch:
+            universal = to_universal(folder / deepspeed_tag(saved.step), Path(scratch) / "universal")
+            # Cloned, since the files that they are mapped from are deleted with the scratch folder.
+            found = {
+                name: read_whole(universal, name, "fp32", shape).clone() for name, shape in about["shapes"].items()
+            }
+    else:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints its progress
+            whole = get_fp32_state_dict_from_zero_checkpoint(str(folder), deepspeed_tag(saved.step))
+        found = {name: whole[name] for name in about["shapes"]}
+    return found | about["buffers"]
+
 
 # The index of a state's tensors as JSON: their names, their shapes, and their chunks.
 #
@@ -144,12 +261,9 @@ class _ExactPlanner(DefaultLoadPlanner):
 
 def select_tensors(state: dict[str, Any]) -> dict[str, Any]:
     """Copy nested dicts without values that are no tensors; the tensors are the same objects."""
-    return dict(_tensors_in(state))
-
-
-def _tensors_in(state: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    found = {}
     for key, value in state.items():
-        if isinstance(value, Tensor):
-            yield key, value
-        elif isinstance(value, dict) and (inner := select_tensors(value)):
-            yield key, inner
+        inner = select_tensors(value) if isinstance(value, dict) else value
+        if isinstance(inner, Tensor) or (isinstance(inner, dict) and inner):
+            found[key] = inner
+    return found

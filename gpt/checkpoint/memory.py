@@ -1,12 +1,14 @@
 """Checkpoints in the memory of the nodes: each rank's part goes to the store of its node and of the next node.
 
 The nodes form a ring, so that any one of them may be lost. A checkpoint that fails is given up, since the next one is
-due soon. ``memory_load`` loads checkpoints.
+due soon. A load takes the newest checkpoint of which every part is whole, on any nodes. A damaged copy of a part is
+replaced by the other copy; if no copy is left, the disk has to serve.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import secrets
 import time
@@ -18,16 +20,18 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from gpt.checkpoint import messages
-from gpt.checkpoint.formats import Format, encode_index
-from gpt.checkpoint.messages import explain
-from gpt.checkpoint.part import Part, Report, StagedPart, write_items
-from gpt.checkpoint.saving import InFlight, Vote, take_over
-from gpt.checkpoint.writer import Memory, Result, Writer
+from gpt.checkpoint.folders import LoadedCheckpoint
+from gpt.checkpoint.formats import Format, decode_index, encode_index, read_tensors
+from gpt.checkpoint.messages import CheckpointError, explain, run_on_all_ranks, run_on_first_rank
+from gpt.checkpoint.part import Part, Report, StagedPart, rank_file, write_items
+from gpt.checkpoint.saving import InFlight, Vote, stage_state
+from gpt.checkpoint.writer import Result, Writer, WriterState
 from launch.errors import ConfigError
-from launch.worker.memory import Place, StoreClient, Upload, own_store
+from launch.worker.memory import CHUNK, Place, StoreClient, Upload, own_store
 
 ABOUT = "about.json"
 """File of rank 0's part: the caller's ``meta`` and the index of the tensors.
@@ -36,6 +40,10 @@ The stores themselves know the rest of a manifest: step, number of ranks, files 
 """
 REPORT = "report.json"
 """File of each part: the places of its tensors in its files."""
+BUFFER = 1 << 20
+
+
+# Saving: the jobs of a rank's writer, and the agreement of the ranks.
 
 
 @dataclass(frozen=True)
@@ -67,12 +75,9 @@ class Send:
     places: tuple[Place, ...]
     secret: str
 
-    def run(self, memory: Memory) -> None:
+    def run(self, state: WriterState) -> None:
         """Send all files of the part."""
-        part = self.part
-        if isinstance(part, StagedPart):
-            assert memory.staged is not None
-            part = part.load(memory.staged, memory.plan)
+        part = state.whole(self.part)
         where = {"save": self.save, "rank": part.rank}
         with ExitStack() as stack:
             stores = [stack.enter_context(StoreClient(place, self.secret)) for place in self.places]
@@ -80,12 +85,16 @@ class Send:
                 store.ask("begin", **where, step=self.step, world_size=self.world_size)
             files = SentFiles(stores, self.save, part.rank)
             items = [] if part.plan is None else write_items(part, part.plan, Path(), files, syncs=False)
-            for name, content in part.files.items():
-                files.send(name, content)
-            files.send(REPORT, Report({}, items).encode())
+            contents = part.files | {REPORT: Report({}, items).encode()}
             if part.plan is not None and part.plan.metadata is not None:
-                index = encode_index(part.plan.metadata)
-                files.send(ABOUT, json.dumps({"meta": self.meta, "index": index}).encode())
+                about = {"meta": self.meta, "index": encode_index(part.plan.metadata)}
+                contents[ABOUT] = json.dumps(about).encode()
+            for name, content in contents.items():
+                with files.create_stream(name, "wb") as stream:
+                    if isinstance(content, bytes):
+                        stream.write(content)
+                    else:
+                        torch.save(content, stream)
             for store in stores:
                 store.ask("finish", **where)
 
@@ -98,20 +107,11 @@ class Confirm:
     places: tuple[Place, ...]
     secret: str
 
-    def run(self, memory: Memory) -> None:
+    def run(self, state: WriterState) -> None:
         """Report to each store, before the next part is sent there."""
         for place in self.places:
             with StoreClient(place, self.secret) as store:
                 store.ask("commit", save=self.save)
-
-
-@dataclass(frozen=True)
-class _Sending:
-    """The save in flight, as one rank knows it."""
-
-    save: str
-    step: int
-    started: float
 
 
 class SentFiles(FileSystem):
@@ -127,13 +127,14 @@ class SentFiles(FileSystem):
         yield upload
         upload.end()
 
-    def send(self, name: str, content: Any) -> None:
-        """Send one file: bytes as they are, other content as ``torch.save`` encodes it."""
-        with self.create_stream(name, "wb") as stream:
-            if isinstance(content, bytes):
-                stream.write(content)
-            else:
-                torch.save(content, stream)
+
+@dataclass(frozen=True)
+class _Sending:
+    """The save in flight, as one rank knows it."""
+
+    save: str
+    step: int
+    started: float
 
 
 class MemorySaves:
@@ -176,7 +177,7 @@ class MemorySaves:
         started = time.monotonic()
         part, failure = None, None
         try:
-            part = take_over(step, state, rank_state, self.format, self.writer, self.group)
+            part = stage_state(step, state, rank_state, self.format, self.writer, self.group)
         except Exception as error:  # the other ranks learn of it by the votes
             failure = explain(error)
         self._begin(step, meta, started, part, failure)
@@ -231,9 +232,136 @@ class MemorySaves:
         if not has_failed:
             self.writer.submit(Confirm(pending.save, self.places, self.secret))
             return SavedInMemory(pending.step, result.ended - pending.started)
-        told = messages.all_gather(result.failure, self.group)
-        rank, cause = next((rank, text) for rank, text in enumerate(told) if text is not None)
-        return FailedInMemory(pending.step, f"rank {rank}: {cause.splitlines()[0]}")
+        return FailedInMemory(pending.step, messages.first_failure(result.failure, self.group).splitlines()[0])
+
+    # Loading.
+
+    def load(self, state: Any, at_least: int) -> tuple[LoadedCheckpoint | None, str | None]:
+        """Fill ``state`` from the newest checkpoint in memory, and free the memory of all others.
+
+        Returns:
+            The checkpoint, or None and the reason why memory has none of step ``at_least`` or later.
+        """
+        try:
+            held = self._find()
+            if held.step < at_least:
+                return None, f"memory holds step {held.step}, and the disk step {at_least}"
+            loaded = self._read(held, self._verify(held), state)
+        except (_NotInMemoryError, CheckpointError) as error:
+            return None, str(error).splitlines()[0]
+        self.keep(held.save)
+        return loaded, None
+
+    def keep(self, save: str) -> None:
+        """Have the stores free the memory of all saves but ``save``; of all, if none has that name."""
+
+        def keep() -> None:
+            with StoreClient(self.own, self.secret) as store:
+                store.ask("keep", save=save)
+
+        run_on_all_ranks(keep, self.group)
+
+    def discard_after(self, step: int) -> None:
+        """Have the stores forget a checkpoint of a later step than ``step``, to which the run goes back."""
+        try:
+            held = self._find()
+        except _NotInMemoryError:
+            return
+        self.keep(held.save if held.step <= step else "")
+
+    def _find(self) -> _HeldSave:
+        """Find the newest checkpoint of which the stores have every part.
+
+        Raises:
+            _NotInMemoryError: there is none; on every rank.
+        """
+
+        def list_own() -> list[dict[str, Any]]:
+            if self.of_ranks.index(self.own) != dist.get_rank(self.group):
+                return []  # the first rank of a node reads its store
+            with StoreClient(self.own, self.secret) as store:
+                return list(store.ask("inventory")["saves"])
+
+        found: dict[str, _HeldSave] = {}
+        for place, saves in zip(self.of_ranks, run_on_all_ranks(list_own, self.group), strict=True):
+            for entry in saves:
+                held = found.setdefault(entry["save"], _HeldSave(entry["save"], entry["step"], entry["world_size"], {}))
+                for rank, files in entry["parts"]:
+                    held.parts.setdefault(rank, {})[place] = files
+        why = "the memory of these nodes holds none"
+        for held in sorted(found.values(), key=lambda held: -held.step):
+            missing = held.missing()
+            if not missing:
+                return held
+            why = f"of step {held.step} the parts of ranks {', '.join(map(str, missing))} are on no node"
+        raise _NotInMemoryError(why)
+
+    def _verify(self, held: _HeldSave) -> list[str]:
+        """Verify the copies that will be read, and take damaged ones out of ``held``; return a line for each.
+
+        Raises:
+            _NotInMemoryError: some part has no sound copy; on every rank.
+        """
+        ranks, own = dist.get_world_size(self.group), dist.get_rank(self.group)
+        verified: set[tuple[int, Place]] = set()
+        damaged: list[str] = []
+        while to_verify := sorted(held.sources(self.of_ranks).items() - verified):
+
+            def verify(copies: Sequence[tuple[int, Place]] = to_verify) -> list[tuple[int, str]]:
+                found = ((rank, self._damage(held, rank, place)) for rank, place in copies if rank % ranks == own)
+                return [(rank, damage) for rank, damage in found if damage]
+
+            found = dict(pair for of_rank in run_on_all_ranks(verify, self.group) for pair in of_rank)
+            for rank, place in to_verify:
+                verified.add((rank, place))
+                if rank in found:
+                    damaged.append(f"the part of rank {rank} at {place}: {found[rank]}")
+                    del held.parts[rank][place]
+            if held.missing():
+                raise _NotInMemoryError(f"step {held.step} is damaged: {'; '.join(damaged)}")
+        return damaged
+
+    def _damage(self, held: _HeldSave, rank: int, place: Place) -> str:
+        try:
+            with StoreClient(place, self.secret) as store:
+                wrong = store.ask("verify", save=held.save, rank=rank)["damaged"]
+        except OSError as error:
+            return str(error)
+        return f"{', '.join(wrong)} with a wrong checksum" if wrong else ""
+
+    def _read(self, held: _HeldSave, damaged: list[str], state: Any) -> LoadedCheckpoint:
+        """Fill ``state`` from verified copies.
+
+        Raises:
+            CheckpointError: they do not fit the state, or a store has died in the meantime; on every rank.
+        """
+        rank_states: list[dict[str, Any]] = []
+        with HeldFiles(held, held.sources(self.of_ranks), self.secret) as stores:
+
+            def describe() -> list[str]:
+                return [stores.read(rank, REPORT).decode() for rank in range(held.world_size)] + [
+                    stores.read(0, ABOUT).decode()
+                ]
+
+            *reports, text = run_on_first_rank(describe, self.group)
+            about = json.loads(text)
+            metadata = decode_index(about["index"])
+            items = [item for report in reports for item in Report.decode(report.encode()).items]
+            metadata.storage_data = {item.index: item.storage_data for item in items}
+
+            def read() -> None:
+                read_tensors(HeldReader(metadata, stores), state, self.group)
+                if held.world_size == dist.get_world_size(self.group):
+                    rank = dist.get_rank(self.group)
+                    content = io.BytesIO(stores.read(rank, rank_file(rank)))
+                    rank_states.append(torch.load(content, map_location="cpu", weights_only=True))
+
+            run_on_all_ranks(read, self.group)
+        own = rank_states[0] if rank_states else None
+        damage = f"other copies were taken than {'; '.join(damaged)}" if damaged else None
+        return LoadedCheckpoint(
+            held.step, about["meta"], held.world_size, own, is_from_memory=True, memory_damage=damage
+        )
 
 
 def neighbors(own: Place, of_ranks: Sequence[Place]) -> tuple[Place, ...]:
@@ -266,3 +394,114 @@ def open_memory(group: dist.ProcessGroup | None, fmt: Format, writer: Writer | N
         return None
     assert own is not None
     return MemorySaves(group, fmt, writer, *own)
+
+
+# Reading the parts that the stores hold.
+
+
+class _NotInMemoryError(Exception):
+    """There is no checkpoint in memory that could be loaded; the message says why."""
+
+
+@dataclass
+class _HeldSave:
+    """A checkpoint in memory, as far as the nodes of this start have it."""
+
+    save: str
+    step: int
+    world_size: int
+    parts: dict[int, dict[Place, dict[str, int]]]
+    """Rank -> store that has its part -> name of a file -> its bytes."""
+
+    def missing(self) -> list[int]:
+        """List the ranks whose part is on no node."""
+        return [rank for rank in range(self.world_size) if not self.parts.get(rank)]
+
+    def sources(self, of_ranks: Sequence[Place]) -> dict[int, Place]:
+        """Choose the store that each part is read from: that of the node where its rank is now, if possible."""
+        near = dict(enumerate(of_ranks))
+        return {rank: near[rank] if near.get(rank) in held else min(held, key=str) for rank, held in self.parts.items()}
+
+
+class HeldFiles(FileSystem):
+    """torch's file system over the parts of a checkpoint in memory, each read from its verified copy.
+
+    Args:
+        held: the checkpoint.
+        sources: store of each rank's part.
+        secret: of the stores.
+    """
+
+    def __init__(self, held: _HeldSave, sources: dict[int, Place], secret: str) -> None:
+        self._save, self._sources, self._secret = held.save, sources, secret
+        self._sizes = {rank: held.parts[rank][place] for rank, place in sources.items()}
+        self._ranks = {name: rank for rank, sizes in self._sizes.items() for name in sizes}
+        self._clients: dict[Place, StoreClient] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> HeldFiles:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._stack.close()
+
+    def read(self, rank: int, name: str) -> bytes:
+        """Read a whole file of a rank's part."""
+        return self._store(rank).read_all(self._save, rank, name, self._sizes[rank][name])
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        """Open a file to read."""
+        name = Path(path).as_posix()
+        rank = self._ranks[name]
+        stream = _HeldStream(self._store(rank), (self._save, rank, name), self._sizes[rank][name])
+        yield io.BufferedReader(stream, BUFFER)
+
+    def _store(self, rank: int) -> StoreClient:
+        place = self._sources[rank]
+        if place not in self._clients:
+            self._clients[place] = self._stack.enter_context(StoreClient(place, self._secret))
+        return self._clients[place]
+
+
+class _HeldStream(io.RawIOBase):
+    """A file in a memory store, whose bytes are fetched when they are read."""
+
+    def __init__(self, store: StoreClient, file: tuple[str, int, str], size: int) -> None:
+        self._store, self._file, self._size = store, file, size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        wanted = max(0, min(view.nbytes, self._size - self._at, CHUNK))
+        if wanted:
+            view[:wanted] = self._store.read(*self._file, self._at, wanted)
+            self._at += wanted
+        return wanted
+
+
+class HeldReader(FileSystemReader):
+    """torch's reader, which gets the index as an argument instead of reading it from a file."""
+
+    def __init__(self, metadata: Metadata, files: FileSystem) -> None:
+        super().__init__(".")
+        self.fs = files
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index."""
+        self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return self._metadata

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gpt.checkpoint import messages
 from launch.errors import ConfigError
 
 # Values that ranks send each other, as JSON in tensors: reading a value from the network runs no code.
@@ -131,12 +130,6 @@ def read_tensor(content: list[Any]) -> torch.Tensor:
     return flat.reshape(shape)
 
 
-def read_dataclass(content: list[Any]) -> Any:
-    """Make a dataclass of this project."""
-    name, fields = content
-    return find_class(name, dataclasses.is_dataclass)(**{key: from_plain(value) for key, value in fields.items()})
-
-
 READERS: dict[str, Callable[[Any], Any]] = {
     "tuple": lambda content: tuple(map(from_plain, content)),
     "set": lambda content: set(map(from_plain, content)),
@@ -144,8 +137,10 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "path": Path,
     "tensor": read_tensor,
     "refusal": lambda content: ConfigError(*content),
-    "enum": lambda content: find_class(content[0], is_enum)[content[1]],
-    "dataclass": read_dataclass,
+    "enum": lambda content: find_class(content[0], "enum")[content[1]],
+    "dataclass": lambda content: find_class(content[0], "dataclass")(
+        **{key: from_plain(value) for key, value in content[1].items()}
+    ),
 }
 
 
@@ -154,18 +149,13 @@ def is_ours(cls: type) -> bool:
     return cls.__module__.split(".")[0] in PACKAGES
 
 
-def is_enum(cls: Any) -> bool:
-    """Tell whether this is a class of enum members."""
-    return isinstance(cls, enum.EnumMeta)
-
-
 def name_of(cls: type) -> str:
     """Return the name by which ``find_class`` finds a class."""
     return f"{cls.__module__}:{cls.__name__}"
 
 
-def find_class(name: str, is_right: Callable[[Any], bool]) -> Any:
-    """Find a dataclass or enum of this project by its name.
+def find_class(name: str, kind: str) -> Any:
+    """Find a ``dataclass`` or ``enum`` of this project by its name.
 
     Raises:
         ValueError: there is none of that name.
@@ -173,7 +163,8 @@ def find_class(name: str, is_right: Callable[[Any], bool]) -> Any:
     module, _, own = name.partition(":")
     if module.split(".")[0] in PACKAGES:
         found = getattr(importlib.import_module(module), own, None)
-        if isinstance(found, type) and is_right(found):
+        is_right = dataclasses.is_dataclass(found) if kind == "dataclass" else isinstance(found, enum.EnumMeta)
+        if isinstance(found, type) and is_right:
             return found
     raise ValueError(f"{name!r} is no dataclass or enum of {' or '.join(PACKAGES)}")
 
@@ -200,10 +191,10 @@ def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -
     """
     cause: BaseException | None = None
     try:
-        outcome = messages.encode((action(), None))
+        outcome = encode((action(), None))
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is a BaseException
-        outcome, cause = messages.encode((None, explain(error))), error
-    outcomes = [messages.decode(message) for message in messages.gather_bytes(outcome, group)]
+        outcome, cause = encode((None, explain(error))), error
+    outcomes = [decode(message) for message in gather_bytes(outcome, group)]
     for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:
             raise CheckpointError(f"rank {rank}: {failure}") from cause
@@ -215,6 +206,16 @@ def run_on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) 
     first = dist.get_rank(group) == 0
     results: list[T | None] = run_on_all_ranks(lambda: action() if first else None, group)
     return results[0]  # type: ignore[return-value]
+
+
+def first_failure(own: str | None, group: dist.ProcessGroup | None) -> str:
+    """Return the failure of the lowest rank that has one, after the name of that rank. Collective.
+
+    Args:
+        own: failure of this rank; None if it has none.
+        group: gloo group of the ranks, some of which have failed.
+    """
+    return next(f"rank {rank}: {text}" for rank, text in enumerate(all_gather(own, group)) if text is not None)
 
 
 def explain(error: BaseException) -> str:

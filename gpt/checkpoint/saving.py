@@ -15,11 +15,11 @@ from typing import Any
 import torch.distributed as dist
 
 from gpt.checkpoint import folders, messages
-from gpt.checkpoint.folders import DamagedError, FileSum, Retention, compare, damage_or_raise, read_manifest
+from gpt.checkpoint.folders import DamagedError, FileSum, Retention, damage_or_raise, find_difference, read_manifest
 from gpt.checkpoint.formats import Format
 from gpt.checkpoint.messages import CheckpointError, explain
 from gpt.checkpoint.part import Part, StagedPart, encode_rank_state, rank_file
-from gpt.checkpoint.writer import Commit, Memory, Remove, Result, Retire, Write, Writer
+from gpt.checkpoint.writer import Commit, Remove, Result, Retire, Write, Writer, WriterState
 from launch.errors import ConfigError
 from launch.runs.files import NO_ROOM
 
@@ -80,7 +80,7 @@ class InFlight:
     result: Result | None = None
 
 
-def take_over(
+def stage_state(
     step: int,
     state: Any,
     rank_state: dict[str, Any],
@@ -122,46 +122,45 @@ class Scrub:
     every_s: float = 0.0
     """Seconds after which it is read again while it is the newest; 0 reads it once."""
 
-    def run(self, memory: Memory) -> None:
+    def run(self, state: WriterState) -> None:
         """Leave the reading to the time between jobs; a rank has no such time, so there this only deletes."""
-        if memory.has_idle_time:
-            is_behind = memory.rest_s() == 0
-            memory.idle_work, memory.idle_at = scrub(self, memory), 0.0
+        if state.has_idle_time:
+            is_behind = state.rest_s() == 0
+            state.idle_work, state.idle_at = scrub(self, state), 0.0
             if is_behind:  # otherwise checkpoints that are never read to their end would fill the disk
-                retire(self.folder, self.keeps, memory.sound, more=1)
+                self.retire(state, more=1)
         else:
-            retire(self.folder, self.keeps, memory.sound)
+            self.retire(state)
+
+    def retire(self, state: WriterState, more: int = 0) -> None:
+        """Delete the checkpoints that are no longer kept, but never the newest that was found whole."""
+        keeps = replace(self.keeps, last=self.keeps.last + more)
+        folders.retire(self.folder, keeps, frozenset() if state.sound is None else {state.sound})
 
 
-def scrub(job: Scrub, memory: Memory) -> Generator[float]:
+def scrub(job: Scrub, state: WriterState) -> Generator[float]:
     """Verify a checkpoint slice by slice, then delete or set aside; begin again after ``every_s`` while it is whole."""
     path = folders.final_for(job.folder, job.step)
     while True:
         try:
             damage = yield from find_damage_in(path)
         except OSError:
-            retire(job.folder, job.keeps, memory.sound, more=1)  # the result is unknown, and the disk must not fill up
+            job.retire(state, more=1)  # the result is unknown, and the disk must not fill up
             raise
         if not path.exists():  # the run has gone back
             return
         if damage:
             folders.set_aside(path, damage)
-            was_whole = memory.sound == job.step
+            was_whole = state.sound == job.step
             job.tell(job.step, f"{path.name}: {damage}", was_whole)
             if was_whole:
-                memory.sound = None
+                state.sound = None
         else:
-            memory.sound = job.step
-        retire(job.folder, job.keeps, memory.sound)
+            state.sound = job.step
+        job.retire(state)
         if damage or not job.every_s:
             return
         yield job.every_s
-
-
-def retire(folder: Path, keeps: Retention, sound: int | None, more: int = 0) -> None:
-    """Delete the checkpoints that are no longer kept, but never ``sound``, the newest that was found whole."""
-    kept = replace(keeps, last=keeps.last + more)
-    folders.retire(folder, kept, frozenset() if sound is None else {sound})
 
 
 def find_damage_in(path: Path) -> Generator[float, None, str]:
@@ -181,7 +180,7 @@ def find_damage_in(path: Path) -> Generator[float, None, str]:
         except OSError as error:
             wrong.append(damage_or_raise(error, name))
             continue
-        difference = compare(name, found, expected)
+        difference = find_difference(name, found, expected)
         if difference is not None:
             wrong.append(difference)
     return "; ".join(wrong)
@@ -299,7 +298,7 @@ class Saves:
         part: Part | StagedPart | None = None
         failure: str | None = None
         try:
-            part = take_over(step, state, rank_state, self.format, self.writer, self.group)
+            part = stage_state(step, state, rank_state, self.format, self.writer, self.group)
         except CheckpointError:
             raise
         except Exception as error:  # the other ranks must learn of it by the votes, as of failed writes
@@ -395,12 +394,11 @@ class Saves:
             self._failing_since = now
         self.failures += 1
         own = self._failure(pending)
-        told = messages.all_gather((own, now - self._failing_since), self.group)
-        rank, cause = next((rank, text) for rank, (text, _) in enumerate(told) if text is not None)
-        cause = f"rank {rank}: {cause}"
+        cause = messages.first_failure(own, self.group)
+        failing_s = messages.all_gather(now - self._failing_since, self.group)[0]  # rank 0's clock decides
         has_room = room_error(cause) is None
         is_outdated = OUTDATED in cause
-        is_over = is_outdated or told[0][1] >= self.give_up_after_s  # rank 0's clock decides
+        is_over = is_outdated or failing_s >= self.give_up_after_s
         if dist.get_rank(self.group) == 0:
             self.writer.submit(Remove(pending.temporary, self.keeps, frees=not has_room and not is_over))
         if is_over:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ from gpt.checkpoint.copies import Fetch, Fetched
 from gpt.checkpoint.folders import NAME, DamagedError, LoadedCheckpoint, Manifest, Retention, find_damage, read_manifest
 from gpt.checkpoint.formats import Format, TensorFiles
 from gpt.checkpoint.memory import MemorySaves
-from gpt.checkpoint.memory_load import NotInMemoryError, discard_held_after, find_held, forget_others, load_held
 from gpt.checkpoint.messages import CheckpointError, run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.part import rank_file
 from gpt.checkpoint.saving import OutdatedAttemptError, Saved, Saves
 from gpt.checkpoint.target import Target
-from gpt.checkpoint.writer import InlineWriter, Writer
+from gpt.checkpoint.writer import Writer
 from launch.errors import ConfigError
 
 __all__ = ["CheckpointError", "CheckpointStore", "LoadedCheckpoint", "OutdatedAttemptError"]
@@ -34,50 +34,38 @@ def always() -> bool:
     return True
 
 
-def idle() -> None:
-    """Do nothing."""
-
-
 class CheckpointStore:
     """Store of the checkpoints of one run. Every method but ``steps`` is collective.
 
     Args:
         folder: the folder of ``step_00000100`` and the like; every rank sees it.
-        keep_last: number of the newest checkpoints to keep, at least one.
-        keep_every: steps that are multiples of this are kept for good; 0 keeps none.
+        keeps: checkpoints that are kept, at least the newest one.
         group: gloo group of all ranks, for the control messages. None means the default group, which must then be gloo.
         fmt: format of the state on disk; by default whole tensors.
-        keep_best: number of checkpoints to keep whose validation loss is the lowest.
         writer: writes this rank's part; by default this process, at once.
         give_up_after_s: seconds from the first failed write after which another failure is raised; 0 raises the first.
-        memory: further checkpoints in the memory of the nodes; a load prefers them if they are not older.
-        connect: opens the copies, which a load uses if no checkpoint in ``folder`` is whole; None if there are none.
-        beat: called about once a second while a copy is fetched.
     """
 
     def __init__(
         self,
         folder: Path,
-        keep_last: int,
-        keep_every: int,
+        keeps: Retention,
         group: dist.ProcessGroup | None = None,
         fmt: Format | None = None,
-        *,
-        keep_best: int = 0,
         writer: Writer | None = None,
         give_up_after_s: float = 0.0,
-        memory: MemorySaves | None = None,
-        connect: Callable[[], Target] | None = None,
-        beat: Callable[[], None] = idle,
     ) -> None:
-        assert keep_last >= 1 and keep_every >= 0 and keep_best >= 0, (keep_last, keep_every, keep_best)
+        assert keeps.last >= 1 and keeps.every >= 0 and keeps.best >= 0, keeps
         self.format: Format = fmt or TensorFiles()
         self.folder = folder
         self.group = group
-        self.memory = memory
-        self._connect, self._beat = connect, beat
-        keeps = Retention(keep_last, keep_every, keep_best)
-        self.saves = Saves(folder, keeps, group, self.format, writer or InlineWriter(), give_up_after_s)
+        self.saves = Saves(folder, keeps, group, self.format, writer or Writer(), give_up_after_s)
+        self.memory: MemorySaves | None = None
+        """Further checkpoints in the memory of the nodes; a load prefers them if they are not older."""
+        self.connect: Callable[[], Target] | None = None
+        """Opens the copies, which a load uses if no checkpoint in ``folder`` is whole; None if there are none."""
+        self.beat: Callable[[], None] = lambda: None
+        """Called about once a second while a copy is fetched."""
 
     def steps(self) -> list[int]:
         """List the steps that have a checkpoint, ascending."""
@@ -85,7 +73,7 @@ class CheckpointStore:
 
     def is_new(self) -> bool:
         """Tell whether a load would find no checkpoint: the folder is empty, and there is no memory and no copies."""
-        if self.memory is not None or self._connect is not None:
+        if self.memory is not None or self.connect is not None:
             return False
         return run_on_first_rank(lambda: folders.is_empty(self.folder), self.group)
 
@@ -122,7 +110,7 @@ class CheckpointStore:
         """Delete the checkpoints of steps after ``step``, to which the run goes back."""
         run_on_first_rank(lambda: folders.discard_after(self.folder, step), self.group)
         if self.memory is not None:
-            discard_held_after(self.memory, step)
+            self.memory.discard_after(step)
 
     def load(self, state: Any) -> LoadedCheckpoint | None:
         """Fill ``state`` from the newest checkpoint that is whole; None if there never was a checkpoint.
@@ -136,28 +124,15 @@ class CheckpointStore:
         """
         run_on_first_rank(lambda: folders.sweep(self.folder), self.group)
         paths = run_on_first_rank(lambda: folders.list_committed(self.folder), self.group)
-        loaded, why_not = self._load_from_memory(state, max(map(folders.step_of, paths), default=0))
+        newest = max(map(folders.step_of, paths), default=0)
+        loaded, why_not = (None, None) if self.memory is None else self.memory.load(state, newest)
         if loaded is None:
             loaded = self._load_from_disk(paths, state)
             if loaded is not None:
                 loaded = replace(loaded, memory_damage=why_not)
             if self.memory is not None:  # the steps in memory are made again
-                forget_others(self.memory, "")
+                self.memory.keep("")
         return loaded
-
-    def _load_from_memory(self, state: Any, at_least: int) -> tuple[LoadedCheckpoint | None, str | None]:
-        """Fill ``state`` from memory. (None, reason) if memory has no checkpoint of step ``at_least`` or later."""
-        if self.memory is None:
-            return None, None
-        try:
-            held = find_held(self.memory)
-            if held.step < at_least:
-                return None, f"memory holds step {held.step}, and the disk step {at_least}"
-            found = load_held(self.memory, held, state)
-        except (NotInMemoryError, CheckpointError) as error:
-            return None, str(error).splitlines()[0]
-        forget_others(self.memory, held.save)
-        return found, None
 
     def _load_from_disk(self, paths: list[Path], state: Any) -> LoadedCheckpoint | None:
         damaged: list[str] = []
@@ -165,7 +140,9 @@ class CheckpointStore:
             try:
                 manifest = self._verify(path)
             except DamagedError as damage:
-                damaged.append(self._set_aside(path, str(damage)))
+                why = str(damage)
+                run_on_first_rank(partial(folders.set_aside, path, why), self.group)
+                damaged.append(f"{path.name}: {why}")
             else:
                 return self._fill(path, manifest, state, damaged)
         bad = run_on_first_rank(lambda: folders.list_set_aside(self.folder), self.group)
@@ -177,19 +154,16 @@ class CheckpointStore:
             why = f"{len(bad)} on the disk, all damaged" if bad else "none on the disk"
             return replace(self._fill(path, fetched_manifest, state, [*damaged, *fetched.damaged]), fetched_for=why)
         if fetched.damaged:
-            raise ConfigError(
-                f"no copy of a checkpoint is whole, nor one in {self.folder}: {'; '.join(fetched.damaged)}",
-                "at least one that is as it was saved, to go on from",
-                "fresh=true to start over in a new folder, or restore a checkpoint there from a backup",
-            )
-        if bad:
-            # This counts earlier damage, too: a restart after this refusal must not begin from nothing either.
-            raise ConfigError(
-                f"no checkpoint in {self.folder} is whole; damaged: {', '.join(path.name for path in bad)}",
-                "at least one that is as it was saved, to go on from",
-                "fresh=true to start over in a new folder, or restore a checkpoint there from a backup",
-            )
-        return None
+            found = f"no copy of a checkpoint is whole, nor one in {self.folder}: {'; '.join(fetched.damaged)}"
+        elif bad:  # also damage of earlier: a restart after this refusal must not begin from nothing either
+            found = f"no checkpoint in {self.folder} is whole; damaged: {', '.join(path.name for path in bad)}"
+        else:
+            return None
+        raise ConfigError(
+            found,
+            "at least one that is as it was saved, to go on from",
+            "fresh=true to start over in a new folder, or restore a checkpoint there from a backup",
+        )
 
     def _fetch(self) -> Fetched:
         """Fetch the newest copy that is whole, on rank 0; the ranks meet each second, so that none waits too long.
@@ -197,20 +171,28 @@ class CheckpointStore:
         Raises:
             CheckpointError: the target cannot be read.
         """
-        if self._connect is None:
+        if self.connect is None:
             return Fetched(None)
-        fetch = Fetch(self.folder, self._connect) if dist.get_rank(self.group) == 0 else None
+        fetch = Fetch(self.folder, self.connect) if dist.get_rank(self.group) == 0 else None
         while True:
             found = run_on_first_rank(lambda: None if fetch is None else fetch.look(), self.group)
             if found is not None:
                 return found
-            self._beat()
+            self.beat()
 
     def _verify(self, path: Path) -> Manifest:
         """Check every file of a checkpoint, split over the ranks; raise DamagedError on all ranks or on none."""
-        manifest, damage = run_on_first_rank(lambda: _manifest_or_damage(path), self.group)
-        if manifest is None:
-            raise DamagedError(damage)
+
+        def read() -> Manifest | str:
+            try:
+                manifest = read_manifest(path)
+            except DamagedError as damage:
+                return str(damage)
+            return manifest if manifest.step == folders.step_of(path) else f"{NAME} is that of step {manifest.step}"
+
+        manifest = run_on_first_rank(read, self.group)
+        if isinstance(manifest, str):
+            raise DamagedError(manifest)
         # Largest first, one for each rank in turn, so that the ranks read about equally much.
         names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
         mine = names[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
@@ -219,10 +201,6 @@ class CheckpointStore:
         if damages:
             raise DamagedError("; ".join(damages))
         return manifest
-
-    def _set_aside(self, path: Path, why: str) -> str:
-        run_on_first_rank(lambda: folders.set_aside(path, why), self.group)
-        return f"{path.name}: {why}"
 
     def _fill(self, path: Path, manifest: Manifest, state: Any, damaged: list[str]) -> LoadedCheckpoint:
         """Read a verified checkpoint into ``state``.
@@ -248,14 +226,3 @@ class CheckpointStore:
         return LoadedCheckpoint(
             manifest.step, manifest.meta, manifest.world_size, rank_state[0] if rank_state else None, tuple(damaged)
         )
-
-
-def _manifest_or_damage(path: Path) -> tuple[Manifest | None, str]:
-    """Read a manifest. (None, damage) if it is damaged."""
-    try:
-        manifest = read_manifest(path)
-    except DamagedError as damage:
-        return None, str(damage)
-    if manifest.step != folders.step_of(path):
-        return None, f"{NAME} is that of step {manifest.step}"
-    return manifest, ""

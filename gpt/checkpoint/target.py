@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,13 +23,16 @@ from gpt.checkpoint.folders import (
     FileSum,
     Manifest,
     Retention,
-    compare,
     decode_manifest,
+    find_damage,
+    find_difference,
     kept_steps,
+    read_manifest,
     sync_folder,
 )
 from gpt.config.optim import INSTALLS
 from launch.errors import ConfigError
+from launch.runs.events import SavedCheckpoint
 
 SLICE = 1 << 22
 BLOCK = 32 << 20
@@ -125,7 +129,7 @@ class Target:
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
-                damage = compare(name, self._sum(step, name, file.write), expected)
+                damage = find_difference(name, self._sum(step, name, file.write), expected)
                 file.flush()
                 os.fsync(file.fileno())
             if damage is not None:
@@ -142,7 +146,9 @@ class Target:
         """
         try:
             manifest = self.manifest(step)
-            found = [compare(n, self._sum(step, n, lambda data: told(len(data))), e) for n, e in manifest.files.items()]
+            found = []
+            for name, expected in manifest.files.items():
+                found.append(find_difference(name, self._sum(step, name, lambda data: told(len(data))), expected))
         except (DamagedError, FileNotFoundError) as error:
             return (str(error),) if self.fs.exists(self._file(step, NAME)) else None
         return tuple(damage for damage in found if damage is not None)
@@ -227,7 +233,7 @@ class Target:
                 stream.write(content)
                 digest.update(content)
                 size += len(content)
-        damage = compare(place.rsplit("/", 1)[-1], FileSum(size, digest.hexdigest()), expected)
+        damage = find_difference(place.rsplit("/", 1)[-1], FileSum(size, digest.hexdigest()), expected)
         if damage is not None:
             raise DamagedError(damage)
 
@@ -279,12 +285,81 @@ def check_target(url: str, run_folder: Path) -> None:
             "checkpoint.copy_to=s3://BUCKET/FOLDER, or checkpoint.copy_to=file:///FOLDER",
         ) from failure[0]
     raise ConfigError(
-        f"checkpoint.copy_to={url} cannot be written ({describe(failure[0])})",
+        f"checkpoint.copy_to={url} cannot be written ({describe_error(failure[0])})",
         "a place that can be reached from here, and credentials in the environment that may write there",
         "the address, network and credentials put right, or checkpoint.copy_to=null",
     ) from failure[0]
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe an error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def saved_checkpoints(folder: Path) -> Iterator[SavedCheckpoint]:
+    """Yield the checkpoints in a run's folder of checkpoints, newest first, then those that a load has set aside."""
+    for path in reversed(folders.list_committed(folder)):
+        yield checkpoint_at(path)
+    for path in folders.list_set_aside(folder):
+        yield SavedCheckpoint(path, None, 0, lambda told: ("set aside: a load found it damaged",))
+
+
+def saved_copies(url: str | None, run_folder: Path) -> Iterator[SavedCheckpoint]:
+    """Yield the copies of a run's checkpoints, newest first.
+
+    Raises:
+        ConfigError: there is no ``url``, or it cannot be reached.
+    """
+    if url is None:
+        raise ConfigError(
+            f"--copies of {run_folder}, which makes none",
+            "a run with checkpoint.copy_to",
+            f"python -m launch.verify {run_folder}",
+        )
+    check_target(url, run_folder)
+    target = target_of(url, run_folder)
+    for step in reversed(target.steps()):
+        try:
+            size = sum(entry.size for entry in target.manifest(step).files.values())
+        except DamagedError:
+            size = 0
+        path = folders.final_for(Path(target.url), step)  # for its name
+        yield SavedCheckpoint(path, step, size, partial(target.find_damage, step))
+
+
+def checkpoint_at(path: Path) -> SavedCheckpoint:
+    """Describe the checkpoint in ``path``; only its manifest is read before it is checked."""
+    step = folders.step_of(path)
+    try:
+        manifest = read_manifest(path)
+    except (DamagedError, RuntimeError) as error:
+        damage = str(error)
+        return SavedCheckpoint(path, step, 0, lambda told: damage_now(path, damage))
+    size = sum(entry.size for entry in manifest.files.values())
+    return SavedCheckpoint(path, step, size, lambda told: verify_folder(path, step, manifest, told))
+
+
+def verify_folder(path: Path, step: int, manifest: Manifest, told: Callable[[int], None]) -> tuple[str, ...] | None:
+    """Compare every file with the manifest.
+
+    Args:
+        path: folder of the checkpoint.
+        step: step in the folder's name.
+        manifest: content of the folder as it was saved.
+        told: called with the bytes that were read since the last call.
+
+    Returns:
+        The damage, empty if all files are whole; None if the run has deleted the checkpoint in the meantime.
+    """
+    wrong = [] if manifest.step == step else [f"{NAME} is that of step {manifest.step}"]
+    for name, entry in sorted(manifest.files.items()):
+        damage = find_damage(path / name, entry)
+        if damage is not None:
+            wrong.append(damage)
+        told(entry.size)
+    return damage_now(path, *wrong) if wrong else ()
+
+
+def damage_now(path: Path, *damage: str) -> tuple[str, ...] | None:
+    """Return ``damage``; None if the checkpoint no longer exists, and so was being deleted."""
+    return damage if path.exists() else None

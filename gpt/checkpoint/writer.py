@@ -41,7 +41,7 @@ from launch.process import die_with_parent
 
 
 @dataclass
-class Memory:
+class WriterState:
     """State of a writer between jobs: the memory that parts are staged in, and the newest plan."""
 
     staged: SharedMemory | None = None
@@ -55,6 +55,13 @@ class Memory:
     sound: int | None = None
     """Step of the newest checkpoint that was read again and found whole."""
 
+    def whole(self, part: Part | StagedPart) -> Part:
+        """Return a part with its tensors, which may be in the memory that this writer has staged them in."""
+        if isinstance(part, Part):
+            return part
+        assert self.staged is not None
+        return part.load(self.staged, self.plan)
+
     def rest_s(self) -> float | None:
         """Return the seconds until the next slice of idle work is due, 0 if it is due now; None if no work is left."""
         return None if self.idle_work is None else max(0.0, self.idle_at - time.monotonic())
@@ -63,7 +70,7 @@ class Memory:
 class Job(Protocol):
     """Interface of a job; picklable if another process does it."""
 
-    def run(self, memory: Memory) -> Any:
+    def run(self, state: WriterState) -> Any:
         """Do the job."""
         ...
 
@@ -77,17 +84,13 @@ class Write:
     part: Part | StagedPart
     is_first: bool
 
-    def run(self, memory: Memory) -> None:
+    def run(self, state: WriterState) -> None:
         """Write the part, in a folder created after the rests of killed saves are removed."""
         if self.is_first:
             folders.begin(self.temporary, self.step)
         else:
             self.temporary.mkdir(parents=True, exist_ok=True)
-        part = self.part
-        if isinstance(part, StagedPart):
-            assert memory.staged is not None
-            part = part.load(memory.staged, memory.plan)
-        write_part(part, self.temporary)
+        write_part(state.whole(self.part), self.temporary)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Commit:
     contents: dict[str, Any]
     may_commit: Callable[[], bool]
 
-    def run(self, memory: Memory) -> Path | None:
+    def run(self, state: WriterState) -> Path | None:
         """Return the committed folder; None if the attempt is outdated."""
         reports = [Report.decode((self.temporary / report_name(rank)).read_bytes()) for rank in range(self.world_size)]
         files = {name: entry for report in reports for name, entry in sorted(report.files.items())}
@@ -111,8 +114,8 @@ class Commit:
                 raise FileNotFoundError(
                     f"{path}, written by another rank, is not seen by rank 0: is the folder shared?"
                 )
-        if memory.plan is not None and memory.plan.metadata is not None and any(report.items for report in reports):
-            files |= write_index(memory.plan.metadata, [report.items for report in reports], self.temporary)
+        if state.plan is not None and state.plan.metadata is not None and any(report.items for report in reports):
+            files |= write_index(state.plan.metadata, [report.items for report in reports], self.temporary)
         for rank in range(self.world_size):
             (self.temporary / report_name(rank)).unlink()
         manifest = Manifest(self.step, self.world_size, time.time(), self.meta, files, self.contents)
@@ -129,9 +132,9 @@ class Remove:
     frees: bool
     """Since the disk is full, also delete the checkpoint that the failed one was to replace, unless it is the last."""
 
-    def run(self, memory: Memory) -> None:
+    def run(self, state: WriterState) -> None:
         """Remove the folder, and free the space that retention allows."""
-        folders.remove(self.temporary)
+        folders.remove_folder(self.temporary)
         if self.frees:
             folders.retire(self.temporary.parent, replace(self.keeps, last=max(1, self.keeps.last - 1)))
 
@@ -143,7 +146,7 @@ class Retire:
     folder: Path
     keeps: Retention
 
-    def run(self, memory: Memory) -> None:
+    def run(self, state: WriterState) -> None:
         """Delete these checkpoints."""
         folders.retire(self.folder, self.keeps)
 
@@ -172,71 +175,53 @@ class Result:
     """Time of the end of the job, by the clock that all processes of a machine share."""
 
 
-class Writer(Protocol):
-    """Interface of a writer. Results are read for one job at a time; other jobs may follow, in their order."""
-
-    is_background: bool
-    """True if jobs are done while this process continues; the same on all ranks."""
-
-    def stage(self, part: Part) -> Part | StagedPart:
-        """Take a part over; when this returns, the state may change."""
-        ...
-
-    def submit(self, job: Job, delay_s: float = 0.0) -> None:
-        """Have a job done, ``delay_s`` seconds from now; ``poll`` and ``wait`` return its result."""
-        ...
-
-    def poll(self) -> Result | None:
-        """Return the result of the last submitted job, once; None while there is none."""
-        ...
-
-    def wait(self) -> Result:
-        """Wait for the result of the last submitted job, and return it."""
-        ...
-
-    def close(self, patience_s: float = CLOSING_S) -> None:
-        """Finish the submitted jobs, for at most ``patience_s`` seconds, and end."""
-        ...
-
-
-def do(job: Job, memory: Memory) -> Result:
+def do(job: Job, state: WriterState) -> Result:
     """Do a job; a failure is a result as well."""
     try:
-        return Result(job.run(memory))
+        return Result(job.run(state))
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is a BaseException
         return Result(failure=explain(error))
 
 
-class InlineWriter:
-    """Writer that does every job at once, in this process, from the state itself."""
+class Writer:
+    """Writer that does every job at once, in this process, from the training state itself.
+
+    Results are read for one job at a time; other jobs may follow, in their order.
+    """
 
     is_background = False
+    """True if jobs are done while this process continues; the same on all ranks."""
 
     def __init__(self) -> None:
-        self._memory = Memory()
+        self._state = WriterState()
         self._result: Result | None = None
 
-    def stage(self, part: Part) -> Part:
-        self._memory.plan = part.plan
+    def stage(self, part: Part) -> Part | StagedPart:
+        """Take a part over; when this returns, the training state may change."""
+        self._state.plan = part.plan
         return part
 
     def submit(self, job: Job, delay_s: float = 0.0) -> None:
-        self._result = do(job, self._memory)
+        """Have a job done, ``delay_s`` seconds from now; ``poll`` and ``wait`` return its result."""
+        self._result = do(job, self._state)
 
     def poll(self) -> Result | None:
+        """Return the result of the last submitted job, once; None while there is none."""
         result, self._result = self._result, None
         return result
 
     def wait(self) -> Result:
+        """Wait for the result of the last submitted job, and return it."""
         result = self.poll()
         assert result is not None, "no job was submitted"
         return result
 
     def close(self, patience_s: float = CLOSING_S) -> None:
-        self._memory = Memory()
+        """Finish the submitted jobs, for at most ``patience_s`` seconds, and end."""
+        self._state = WriterState()
 
 
-class ProcessWriter:
+class ProcessWriter(Writer):
     """Writer in a process of its own, forked in the constructor; best before there are threads or devices.
 
     If that process dies, its last job has failed, and all later jobs are done at once in this process.
@@ -245,11 +230,9 @@ class ProcessWriter:
     is_background = True
 
     def __init__(self) -> None:
-        self._memory = Memory()
+        super().__init__()
         self._connection, theirs = Pipe()
         self._ticket = 0
-        self._has_result = True
-        self._result: Result | None = None
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -259,13 +242,13 @@ class ProcessWriter:
         theirs.close()
 
     def stage(self, part: Part) -> Part | StagedPart:
-        memory, plan = self._memory.staged, self._memory.plan
-        staged, self._memory.staged = stage(part, memory)
-        self._memory.plan = part.plan
+        memory, plan = self._state.staged, self._state.plan
+        staged, self._state.staged = stage(part, memory)
+        self._state.plan = part.plan
         if part.plan is not None and (plan is None or plan.key != part.plan.key):
             self._send(("plan", part.plan))
-        if self._memory.staged is not memory:
-            self._send(("memory", self._memory.staged.size), self._memory.staged.descriptor)
+        if self._state.staged is not memory:
+            self._send(("memory", self._state.staged.size), self._state.staged.descriptor)
         return staged
 
     def submit(self, job: Job, delay_s: float = 0.0) -> None:
@@ -274,19 +257,17 @@ class ProcessWriter:
         if self.pid:
             self._send(("job", self._ticket, delay_s, job))
         else:
-            self._result = do(job, self._memory)
+            super().submit(job)
 
     def poll(self) -> Result | None:
         while self.pid and self._result is None and self._connection.poll():
             self._receive()
-        result, self._result = self._result, None
-        return result
+        return super().poll()
 
     def wait(self) -> Result:
         while self._result is None:
             self._receive()
-        result, self._result = self._result, None
-        return result
+        return super().wait()
 
     def close(self, patience_s: float = CLOSING_S) -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -296,9 +277,9 @@ class ProcessWriter:
         if self.pid:
             self._end()
         self._connection.close()
-        if self._memory.staged is not None:
-            self._memory.staged.close()
-        self._memory = Memory()
+        if self._state.staged is not None:
+            self._state.staged.close()
+        super().close()
 
     def _send(self, message: tuple[Any, ...], descriptor: int | None = None) -> None:
         try:
@@ -338,7 +319,7 @@ class ProcessWriter:
 @contextlib.contextmanager
 def open_writer(asynchronous: bool) -> Iterator[Writer]:
     """Create the writer of this rank, and end it after use; on Linux a process of its own if ``asynchronous``."""
-    writer: Writer = ProcessWriter() if asynchronous and hasattr(os, "memfd_create") else InlineWriter()
+    writer: Writer = ProcessWriter() if asynchronous and hasattr(os, "memfd_create") else Writer()
     try:
         yield writer
     except BaseException:
@@ -366,26 +347,26 @@ def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None
         os._exit(0)
 
 
-def work_on(memory: Memory) -> None:
+def work_on(state: WriterState) -> None:
     """Do a slice of the work between jobs; a failure ends the work, and is printed in the log of the rank."""
-    assert memory.idle_work is not None
+    assert state.idle_work is not None
     try:
-        memory.idle_at = time.monotonic() + next(memory.idle_work)
+        state.idle_at = time.monotonic() + next(state.idle_work)
     except StopIteration:
-        memory.idle_work = None
+        state.idle_work = None
     except Exception as error:
-        memory.idle_work = None
+        state.idle_work = None
         sys.stderr.write(explain(error) + "\n")
         sys.stderr.flush()
 
 
 def serve(connection: Connection) -> None:
     """Do jobs from the connection, one after another, until the other end is closed."""
-    memory = Memory(has_idle_time=True)
+    state = WriterState(has_idle_time=True)
     waiting: tuple[Any, ...] | None = None
     while True:
-        while waiting is None and (rest_s := memory.rest_s()) is not None and not connection.poll(rest_s):
-            work_on(memory)
+        while waiting is None and (rest_s := state.rest_s()) is not None and not connection.poll(rest_s):
+            work_on(state)
         # A job that waits for its time is given up when another one comes.
         if waiting is None or connection.poll(waiting[2]):
             try:
@@ -396,18 +377,18 @@ def serve(connection: Connection) -> None:
             message, waiting = (*waiting[:2], 0.0, waiting[3]), None
         kind = message[0]
         if kind == "plan":
-            memory.plan = message[1]
+            state.plan = message[1]
         elif kind == "memory":
-            if memory.staged is not None:
-                memory.staged.close()
-            memory.staged = SharedMemory(message[1], recv_handle(connection))
+            if state.staged is not None:
+                state.staged.close()
+            state.staged = SharedMemory(message[1], recv_handle(connection))
         elif kind == "end":
-            while memory.rest_s() == 0:  # as long as the closing rank has patience
-                work_on(memory)
+            while state.rest_s() == 0:  # as long as the closing rank has patience
+                work_on(state)
             connection.send(("ended",))
             return
         elif message[2] > 0:
             waiting = message
         else:
             waiting = None
-            connection.send(("done", message[1], do(message[3], memory)))
+            connection.send(("done", message[1], do(message[3], state)))

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gpt.checkpoint import deepspeed_files, folders
+from gpt.checkpoint import folders, formats
 from gpt.checkpoint.folders import DEEPSPEED, DamagedError, Manifest, find_damage, read_manifest
 from gpt.config import ModelConfig, TrainConfig
 from gpt.conversion import Rule, StateDictAdapter
@@ -325,7 +325,7 @@ def read_weights(config: TrainConfig, checkpoint: Path, device: torch.device | s
     manifest = read_manifest(checkpoint)
     try:
         if manifest.contents["kind"] == DEEPSPEED:
-            model.load_state_dict(deepspeed_files.read_weights(checkpoint, manifest))
+            model.load_state_dict(formats.read_deepspeed_weights(checkpoint, manifest))
             return model.to(device).eval()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch warns that a single process loads, which is intended

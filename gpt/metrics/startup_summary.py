@@ -105,7 +105,7 @@ def render_summary(record: dict[str, Any], config: TrainConfig, title: str) -> s
 def build_sections(record: dict[str, Any], config: TrainConfig) -> RenderableType:
     """Build the four sections of the summary, one below another."""
     sections = {
-        "Architecture": architecture(config.model, record["counts"]),
+        "Architecture": architecture_rows(config.model, record["counts"]),
         "Configuration": configuration(record, config),
         "Hardware": hardware(record),
         "Theoretical performance": performance(record, config),
@@ -122,7 +122,7 @@ def build_sections(record: dict[str, Any], config: TrainConfig) -> RenderableTyp
     return Group(*blocks)
 
 
-def architecture(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
+def architecture_rows(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
     """Return the parts and the size of the model, label -> text."""
     heads = f"{model.n_head} heads of {model.head_dim}"
     if model.kv_heads != model.n_head:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TextIO
 from gpt.accounting import recomputed_flops_per_token, training_flops_per_token, utilization
 from gpt.accounting.hardware import peak_flops
 from gpt.config import Precision, TrainConfig
-from gpt.metrics.run_json import RunJson
+from gpt.metrics.runs import RunJson
 from gpt.metrics.startup_summary import describe_rank
 from gpt.parallel.distributed import World
 from launch import worker
@@ -323,7 +323,6 @@ class MetricWriters:
         config: the config of the run.
         step: step after which the attempt resumes, 0 at the beginning.
         layers: names of the layers whose gradient norms are recorded.
-        tokens_per_step: tokens of the global batch.
     """
 
     def __init__(
@@ -334,10 +333,8 @@ class MetricWriters:
         config: TrainConfig,
         step: int,
         layers: Sequence[str],
-        tokens_per_step: int,
     ) -> None:
         self._rank = rank
-        self._tokens = tokens_per_step
         self._world = world
         self._flops = training_flops_per_token(config.model)
         self._recomputed = recomputed_flops_per_token(config.model, config.recompute)
@@ -364,10 +361,14 @@ class MetricWriters:
         self._rank.flush()
 
     def write(self, record: StepRecord) -> None:
-        """Complete ``record`` with throughput and utilization, and write it. Views of short steps follow soon."""
+        """Complete ``record`` with utilization, and write it. Views of short steps follow soon."""
         self._record(record)
         if self._lost is not None and record.step > self._lost["step"]:
-            self._recovered(record, self._lost)
+            down = record.time - self._lost["time"]  # from the last step before an interruption to the first new one
+            self._folder.record_event(
+                "recovered", attempt=record.attempt, step=record.step, seconds_since_last_step=down
+            )
+            self._lost = None
         # run.json is made from the records on disk after an evaluation. A step in a checkpoint is not repeated after a
         # crash, so its record must not be lost.
         if record.checkpoint_s is not None or (record.val_loss is not None and self._world.is_first):
@@ -399,22 +400,13 @@ class MetricWriters:
             writer.close()
 
     def _record(self, record: StepRecord) -> None:
-        self._complete(record)
-        self._rank.record(**(record.as_dict() if self._world.is_first else record.own()))
-
-    def _complete(self, record: StepRecord) -> None:
-        record.tokens_per_s = self._tokens / record.step_time_s
+        assert record.tokens_per_s is not None
         tokens_per_s = record.tokens_per_s / self._world.size
         used = utilization(self._flops, tokens_per_s, self._peak, self._recomputed)
         record.tflops_per_s = used.tflops_per_s
         record.mfu_palm, record.mfu_causal, record.hfu = used.mfu_palm, used.mfu_causal, used.hfu
         record.mfu_bf16 = utilization(self._flops, tokens_per_s, self._bf16_peak).mfu_palm
-
-    def _recovered(self, record: StepRecord, lost: dict[str, Any]) -> None:
-        """Record in the event log the length of an interruption, from the last step before it to the first new one."""
-        down = record.time - lost["time"]
-        self._folder.record_event("recovered", attempt=record.attempt, step=record.step, seconds_since_last_step=down)
-        self._lost = None
+        self._rank.record(**(record.as_dict() if self._world.is_first else record.own()))
 
 
 def open_writers(
@@ -422,15 +414,17 @@ def open_writers(
 ) -> list[MetricWriter]:
     """Open the views of ``config.logging``, for a run that resumes after ``step``."""
     logging = config.logging
-    views: dict[str, Callable[[int, Records], MetricWriter]] = {
-        "console": lambda step, done: Console(config.optim.max_steps, logging.console_interval_s)
+    views: dict[str, tuple[bool, Callable[[int, Records], MetricWriter]]] = {
+        "console": (True, lambda step, done: Console(config.optim.max_steps, logging.console_interval_s)),
+        "tensorboard": (
+            logging.tensorboard,
+            lambda step, done: EventWriter(folder.tensorboard, purge_step=step + 1 if step else None),
+        ),
+        "steps.csv": (logging.csv, lambda step, done: StepsCsv(folder.steps_csv, layers, done)),
+        "run.json": (logging.json, lambda step, done: RunJson(folder)),
+        "wandb": (
+            logging.wandb,
+            lambda step, done: WeightsAndBiases(folder, logging.wandb_project, plain_config(config)),
+        ),
     }
-    if logging.tensorboard:
-        views["tensorboard"] = lambda step, done: EventWriter(folder.tensorboard, purge_step=step + 1 if step else None)
-    if logging.csv:
-        views["steps.csv"] = lambda step, done: StepsCsv(folder.steps_csv, layers, done)
-    if logging.json:
-        views["run.json"] = lambda step, done: RunJson(folder)
-    if logging.wandb:
-        views["wandb"] = lambda step, done: WeightsAndBiases(folder, logging.wandb_project, plain_config(config))
-    return [View(folder, name, opens, step, done) for name, opens in views.items()]
+    return [View(folder, name, opens, step, done) for name, (is_on, opens) in views.items() if is_on]

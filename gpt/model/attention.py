@@ -6,6 +6,7 @@ import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from gpt.config import AttentionBackend, ModelConfig
-from gpt.model.norm import build_norm
-from gpt.model.position import build_rotation
+from gpt.model.layers import build_norm, build_rotation
 
 # Key-value cache of attention: generation computes the keys and values of each token once.
 #
@@ -121,69 +121,56 @@ def attend_block(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, causal: bool, f
     return y_BHTC, lse_BHT
 
 
+class Attended(NamedTuple):
+    """Queries, and what they attended to in all blocks: the input of the backward pass of each block."""
+
+    queries: Tensor
+    result: Tensor
+    """Of all blocks, (B, H, T, C)."""
+    lse: Tensor
+    """Log-sum-exp of the scores over all blocks, (B, H, T)."""
+
+
 def attend_block_backward(
-    grad_BHTC: Tensor,
-    q_BHTC: Tensor,
-    k_BKSC: Tensor,
-    v_BKSC: Tensor,
-    y_BHTC: Tensor,
-    lse_BHT: Tensor,
-    causal: bool,
-    fused: bool,
+    grad_BHTC: Tensor, attended: Attended, k_BKSC: Tensor, v_BKSC: Tensor, causal: bool, fused: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return one block's addend to the gradient of the queries (B, H, T, C), and the gradients of its keys and values.
 
     Args:
         grad_BHTC: gradient of the result of all blocks.
-        q_BHTC: queries.
+        attended: queries, and the result of all blocks.
         k_BKSC: keys of the block.
         v_BKSC: values of the block.
-        y_BHTC: result of all blocks.
-        lse_BHT: log-sum-exp over all blocks.
         causal: as in ``attend_block``.
         fused: as in ``attend_block``.
     """
+    q_BHTC, y_BHTC, lse_BHT = attended
     k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
+    scale = 1 / math.sqrt(q_BHTC.size(-1))
     if not (fused and has_kernel(q_BHTC)):
-        dq, dk, dv = formula_backward(grad_BHTC, q_BHTC, k_BHSC, v_BHSC, y_BHTC, lse_BHT, causal)
+        weights_BHTS = (scores(q_BHTC, k_BHSC, causal) - lse_BHT.unsqueeze(-1)).exp()
+        drift_BHT1 = (grad_BHTC.type_as(lse_BHT) * y_BHTC.type_as(lse_BHT)).sum(-1, keepdim=True)
+        pull_BHTS = weights_BHTS * ((grad_BHTC @ v_BHSC.mT).type_as(lse_BHT) - drift_BHT1)
+        pull_BHTS = (pull_BHTS / math.sqrt(q_BHTC.size(-1))).type_as(q_BHTC)
+        dq, dk = pull_BHTS @ k_BHSC, pull_BHTS.mT @ q_BHTC
+        dv = weights_BHTS.type_as(grad_BHTC).mT @ grad_BHTC
     elif q_BHTC.is_cuda:
-        dq, dk, dv = cuda_backward(grad_BHTC, q_BHTC, k_BHSC, v_BHSC, y_BHTC, lse_BHT, causal)
+        width = q_BHTC.size(-1)
+        grad, q, k, v, y = (pad_heads(x) for x in (grad_BHTC, q_BHTC, k_BHSC, v_BHSC, y_BHTC))
+        # The kernel requires the state of dropout's random numbers, even without dropout.
+        unused = torch.empty(2, dtype=torch.uint64, device=q.device)
+        found = aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, y, lse_BHT, None, None, q.size(2), k.size(2), 0.0, causal, unused, unused, scale=width**-0.5
+        )
+        dq, dk, dv = (x[..., :width] for x in found)
     else:
-        scale = 1 / math.sqrt(q_BHTC.size(-1))
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_BHTC, q_BHTC, k_BHSC, v_BHSC, y_BHTC, lse_BHT, 0.0, causal, scale=scale
         )
     return dq, sum_over_queries(dk, k_BKSC), sum_over_queries(dv, v_BKSC)
 
 
-def formula_backward(
-    grad_BHTC: Tensor, q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, y_BHTC: Tensor, lse_BHT: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients by the formulas of softmax and matrix products."""
-    weights_BHTS = (scores(q_BHTC, k_BHSC, causal) - lse_BHT.unsqueeze(-1)).exp()
-    drift_BHT1 = (grad_BHTC.type_as(lse_BHT) * y_BHTC.type_as(lse_BHT)).sum(-1, keepdim=True)
-    pull_BHTS = weights_BHTS * ((grad_BHTC @ v_BHSC.mT).type_as(lse_BHT) - drift_BHT1)
-    pull_BHTS = (pull_BHTS / math.sqrt(q_BHTC.size(-1))).type_as(q_BHTC)
-    return pull_BHTS @ k_BHSC, pull_BHTS.mT @ q_BHTC, weights_BHTS.type_as(grad_BHTC).mT @ grad_BHTC
-
-
-def cuda_backward(
-    grad_BHTC: Tensor, q_BHTC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, y_BHTC: Tensor, lse_BHT: Tensor, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients by CUDA's flash kernel."""
-    width = q_BHTC.size(-1)
-    grad, q, k, v, y = (pad_heads(x) for x in (grad_BHTC, q_BHTC, k_BHSC, v_BHSC, y_BHTC))
-    unused = torch.empty(
-        2, dtype=torch.uint64, device=q.device
-    )  # the kernel requires the state of dropout's random numbers, even without dropout
-    found = aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, y, lse_BHT, None, None, q.size(2), k.size(2), 0.0, causal, unused, unused, scale=width**-0.5
-    )
-    dq, dk, dv = (x[..., :width] for x in found)
-    return dq, dk, dv
-
-
-def merge(y_BHTC: Tensor, lse_BHT: Tensor, other_BHTC: Tensor, other_lse_BHT: Tensor) -> tuple[Tensor, Tensor]:
+def merge_blocks(y_BHTC: Tensor, lse_BHT: Tensor, other_BHTC: Tensor, other_lse_BHT: Tensor) -> tuple[Tensor, Tensor]:
     """Merge the results of two sets of keys into the result of both sets: (B, H, T, C) and its log-sum-exp (B, H,
     T)."""
     both_BHT = torch.logaddexp(lse_BHT, other_lse_BHT)

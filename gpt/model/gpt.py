@@ -16,8 +16,7 @@ from gpt.components.facts import owner_of
 from gpt.config import Ffn, ModelConfig, NormPosition
 from gpt.model.attention import Attention, Cache, LayerCache
 from gpt.model.ffn import build_dense
-from gpt.model.norm import build_norm
-from gpt.model.position import build_position
+from gpt.model.layers import build_norm, build_position
 
 # Transformer block: the unit that is repeated, and the unit that a strategy shards.
 #

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from gpt.config import Float8, Recompute, TrainConfig
 from gpt.model.gpt import GPT
-from gpt.model.loss import cross_entropy
+from gpt.model.layers import cross_entropy
 
 # Matrix products of the blocks in 8-bit floating point (arXiv 2209.05433), by torchao.
 #

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gpt.config import AttentionBackend, CpMethod, TrainConfig
-from gpt.model.attention import Attention, attend_block, attend_block_backward, causal_bias, merge
+from gpt.model.attention import Attended, Attention, attend_block, attend_block_backward, causal_bias, merge_blocks
 from gpt.model.ffn import set_sequence_mean
-from gpt.model.position import set_positions
+from gpt.model.layers import set_positions
 from gpt.parallel.timeline import waiting
 
 # Ring attention: keys and values circulate among the context-parallel ranks and meet every query (arXiv 2310.01889).
@@ -57,7 +57,7 @@ class RingAttention(torch.autograd.Function):
             first, keys = visible_keys(owner, ring.rank, q_BHTC.size(2))
             k, v = block[..., :keys, :]
             part, part_lse = attend_block(q_BHTC[:, :, first:], k, v, False, fused)
-            part, part_lse = merge(y_BHTC[:, :, first:], lse_BHT[:, :, first:], part, part_lse)
+            part, part_lse = merge_blocks(y_BHTC[:, :, first:], lse_BHT[:, :, first:], part, part_lse)
             y_BHTC = torch.cat((y_BHTC[:, :, :first], part), dim=2)
             lse_BHT = torch.cat((lse_BHT[:, :, :first], part_lse), dim=2)
         # Token-major in memory, as the kernels return it, so that the output matrix saves this tensor and no copy.
@@ -70,17 +70,17 @@ class RingAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BHTC: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q_BHTC, block, y_BHTC, lse_BHT = ctx.saved_tensors
-        given = (grad_BHTC.contiguous(), q_BHTC, y_BHTC, lse_BHT)
+        given = grad_BHTC.contiguous(), Attended(q_BHTC, y_BHTC, lse_BHT)
         ring = Ring(ctx.group)
         transfer = ring.send_to_next(block, KEYS)
-        dq_BHTC, dblock = block_gradients(*given, block, 0, q_BHTC.size(2), True, ctx.fused)
+        dq_BHTC, dblock = block_gradients(*given, block, (0, q_BHTC.size(2)), True, ctx.fused)
         collecting = ring.send_to_next(dblock, GRADIENTS)
         for owner in ring.others():
             block = transfer.wait()
             if owner != ring.next:
                 transfer = ring.send_to_next(block, KEYS)
             first, keys = visible_keys(owner, ring.rank, q_BHTC.size(2))
-            dq, mine = block_gradients(*given, block, first, keys, False, ctx.fused)
+            dq, mine = block_gradients(*given, block, (first, keys), False, ctx.fused)
             dq_BHTC[:, :, first:] += dq
             dblock = collecting.wait()
             dblock[..., :keys, :] += mine
@@ -90,25 +90,18 @@ class RingAttention(torch.autograd.Function):
 
 
 def block_gradients(
-    grad_BHTC: Tensor,
-    q_BHTC: Tensor,
-    y_BHTC: Tensor,
-    lse_BHT: Tensor,
-    block: Tensor,
-    first: int,
-    keys: int,
-    causal: bool,
-    fused: bool,
+    grad_BHTC: Tensor, attended: Attended, block: Tensor, visible: tuple[int, int], causal: bool, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients between the first ``keys`` of a block and the queries from ``first`` on.
+    """Compute the gradients between a block and the queries that see it; ``visible`` is from ``visible_keys``.
 
     Returns the gradient of the queries, and the gradient of keys and values as one tensor, in the precision of
     accumulation.
     """
-    grad, q, y, lse = (x[:, :, first:].contiguous() for x in (grad_BHTC, q_BHTC, y_BHTC, lse_BHT))
+    first, keys = visible
+    grad, *seeing = (x[:, :, first:].contiguous() for x in (grad_BHTC, *attended))
     k, v = block[..., :keys, :]
-    dq, dk, dv = attend_block_backward(grad, q, k, v, y, lse, causal, fused)
-    return dq.type_as(lse), torch.stack((dk, dv)).type_as(lse)
+    dq, dk, dv = attend_block_backward(grad, Attended(*seeing), k, v, causal, fused)
+    return dq.type_as(attended.lse), torch.stack((dk, dv)).type_as(attended.lse)
 
 
 def visible_keys(owner: int, rank: int, tokens: int) -> tuple[int, int]:

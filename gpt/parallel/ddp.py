@@ -16,15 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
-from gpt.model.loss import autocast
-from gpt.parallel.distributed import World, build_mesh
-from gpt.parallel.dtensor import inverse_replicas, local_tensor, set_tensor
-from gpt.parallel.engine import TorchEngine
-from gpt.parallel.optimizer import Clipped, clip_shards
+from gpt.model.layers import autocast
+from gpt.parallel.distributed import build_mesh
+from gpt.parallel.dtensor import set_tensor
+from gpt.parallel.engine import Clipped, RunLayout, TorchEngine, clip_replica
 from gpt.parallel.timeline import Moment, current, waiting
-from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, Batch, ParallelDims
+from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, ParallelDims
 
 # Row shards of replicated parameters: gradients reduce-scattered and parameters all-gathered in flat buckets.
 #
@@ -225,9 +223,10 @@ NEVER = 2**31 - 1
 class DDPEngine(TorchEngine):
     """DistributedDataParallel: a replica on every rank. A single rank calls the model itself."""
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
+    def __init__(self, model: GPT, layout: RunLayout) -> None:
+        world = layout.world
         if world.size == 1:  # there is no rank to average with, so nothing to copy into buckets
-            super().__init__(model, model, config, world, dims, batch, averaged=1)
+            super().__init__(model, model, layout, averaged=1)
             return
         devices = [world.device] if world.device.type == "cuda" else None
         with warnings.catch_warnings():
@@ -238,9 +237,12 @@ class DDPEngine(TorchEngine):
             )
         # DDP would wait for the device in each hundredth step, for statistics that no code reads.
         self._ddp._set_ddp_runtime_logging_sample_rate(NEVER)
-        super().__init__(self._ddp, self._ddp, config, world, dims, batch, world.size, sync_context=self._sync_last)
+        super().__init__(self._ddp, self._ddp, layout, averaged=world.size)
         self.timed_groups = ("dp",)
         self._warm_up_buckets()
+
+    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
+        return clip_replica(self._parameters, self.config.optim.grad_clip, self.world, figures_N, meanwhile)
 
     def _run_backward(self, loss: Tensor, last: bool) -> None:
         """Record DDP's wait at the end of the last backward pass, when all gradients are computed.
@@ -274,14 +276,15 @@ class DDPEngine(TorchEngine):
                 logits_BTV.float().square().mean().backward()
         self.module.zero_grad()
 
-    def _sync_last(self, last: bool) -> AbstractContextManager[object]:
-        return nullcontext() if last else self._ddp.no_sync()
+    def sync_context(self, last: bool) -> AbstractContextManager[object]:
+        return nullcontext() if last or self.world.size == 1 else self._ddp.no_sync()
 
 
 class Zero1Engine(TorchEngine):
     """ZeRO-1: a replica on every rank, which reduces, clips and steps its own rows of every parameter."""
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
+    def __init__(self, model: GPT, layout: RunLayout) -> None:
+        config, world = layout.config, layout.world
         self._mesh = build_mesh(ParallelDims("zero1", 1, world.size), world, config.parallel.timeout_s)
         with torch.device("meta"):
             shards = GPT(config.model)
@@ -293,35 +296,19 @@ class Zero1Engine(TorchEngine):
             set_tensor(shards, name, buffer)  # replicated, and stored whole
         self._wholes = [whole.detach() for whole, _ in pairs]
         self._reducer = GradientReducer(pairs, self._mesh)
-        super().__init__(
-            model,
-            shards,
-            config,
-            world,
-            dims,
-            batch,
-            averaged=1,
-            sync_context=self._sync_last,
-            reduce_gradients=self._reducer.finish,
-        )
+        super().__init__(model, shards, layout, averaged=1)
         self.timed_groups = ("dp",)
         self.optimizer.register_step_post_hook(self._all_gather_parameters)
-
-    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
-        limit = self.config.optim.grad_clip
-        return clip_shards(self.gradients(), limit, self.world, figures_N, meanwhile)
-
-    def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
-        for name, shard in self.trained.named_parameters():
-            if shard.grad is not None:
-                yield name, local_tensor(shard.grad), inverse_replicas(shard.grad, self.world.size)
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
         self._all_gather_parameters()
 
-    def _sync_last(self, last: bool) -> AbstractContextManager[object]:
+    def sync_context(self, last: bool) -> AbstractContextManager[object]:
         return self._reducer.last_micro_batch() if last else nullcontext()
+
+    def reduce_gradients(self) -> None:
+        self._reducer.finish()
 
     def _all_gather_parameters(self, *_: Any) -> None:
         """All-gather the parameters, after each rank has stepped its shard in place."""

@@ -1,51 +1,301 @@
-"""The Engine protocol of the training loop, and the base of the torch engines."""
+"""The engine: a parallelized model with AdamW, clipping of gradients, the loss scale of fp16, and its checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gpt.checkpoint.formats import Format, TensorFiles
-from gpt.config import Precision, TrainConfig
+from gpt.components import build_custom_optimizer
+from gpt.config import OptimConfig, Precision, TrainConfig
+from gpt.config.optim import ADAMW
 from gpt.model.ffn import set_auxiliary_scale
-from gpt.model.loss import cross_entropy, summed_loss
+from gpt.model.layers import cross_entropy, summed_loss
 from gpt.parallel.compile import compile_loss
 from gpt.parallel.distributed import World
-from gpt.parallel.dtensor import local_tensor
-from gpt.parallel.optimizer import Clipped, DynamicLossScale, LossScale, build_optimizer, clip_replica, skipping
+from gpt.parallel.dtensor import inverse_replicas, local_tensor
+from gpt.parallel.timeline import WORLD
 from gpt.topology import Batch, ParallelDims
 
-# The Engine protocol: a parallelized model with its optimizer, as the training loop sees it.
+# Clipping of gradients to a global norm, in one all-reduce with the figures of the step.
+#
+# The sums for the update and the sums for the records wait for the same ranks at the same place, so they travel
+# together. Meanwhile the host has other work to do.
+
+
+class Clipped(NamedTuple):
+    """Gradient norm and figures of a step, as all ranks know them before its update."""
+
+    norm: Tensor | None
+    """Global norm of the gradients before they were clipped, (); None if the optimizer clips in its step."""
+    sums: Tensor
+    """Figures of the step, (N,), summed over all ranks."""
+    flaw: Tensor
+    """0, or not a number if a rank has found gradients that are not finite; (), the same on all ranks."""
+
+
+def clip_replica(
+    parameters: Iterable[nn.Parameter], limit: float, world: World, figures_N: Tensor, meanwhile: Callable[[], None]
+) -> Clipped:
+    """Clip gradients that every rank holds whole, as ``Engine.clip``; a ``limit`` of 0 leaves them. Collective."""
+    parameters = [p for p in parameters if p.grad is not None]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # Replicas have the same gradients. A replica with other numbers must not be alone in skipping the step.
+    pending = world.start_all_reduce(torch.cat([flaw_of(norm).unsqueeze(0), figures_N]))
+    if limit > 0:
+        clip_grads_with_norm_(parameters, limit, norm)
+    meanwhile()
+    flaw, sums = pending.wait().tensor_split([1])
+    return Clipped(norm, sums, flaw.squeeze(0))
+
+
+def clip_shards(
+    gradients: Iterable[tuple[str, Tensor, float]],
+    limit: float,
+    world: World,
+    figures_N: Tensor,
+    meanwhile: Callable[[], None],
+    waits_as: str = WORLD,
+) -> Clipped:
+    """Clip sharded gradients, as ``Engine.clip``; a ``limit`` of 0 leaves them. Collective.
+
+    Each gradient comes with 1 over the number of its replicas, so that over the world every element counts once. The
+    timeline of a step records the wait for the other ranks under the name ``waits_as``.
+    """
+    parts = [(part, share) for _, part, share in gradients]
+    # Gradients may be offloaded to the host; collectives run on the device. The squares come first, since the number of
+    # figures differs between steps. The place of an element may decide the order of its sum over the ranks.
+    squares = sum_of_squares(parts).to(world.device)
+    pending = world.start_all_reduce(torch.cat([squares.unsqueeze(0), figures_N]))
+    meanwhile()
+    squares, sums = pending.wait(waits_as).tensor_split([1])
+    norm = squares.squeeze(0).sqrt()
+    if limit > 0:
+        scale_to(limit, norm, [part for part, _ in parts])
+    return Clipped(norm, sums, flaw_of(norm))
+
+
+def sum_figures(world: World, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
+    """Sum the figures alone, for an engine whose optimizer clips in its step. Collective."""
+    pending = world.start_all_reduce(figures_N)
+    meanwhile()
+    return Clipped(None, pending.wait(), figures_N.new_zeros(()))
+
+
+def flaw_of(norm: Tensor) -> Tensor:
+    """Return 0 for a norm that is finite, else not a number; () float64."""
+    return norm.double() * 0.0
+
+
+def scale_to(limit: float, norm: Tensor, parts: Sequence[Tensor]) -> None:
+    """Scale shards of gradients of global norm ``norm`` (), in place, to a norm of at most ``limit``."""
+    torch._foreach_mul_(list(parts), (limit / (norm + 1e-6)).clamp(max=1.0).to(parts[0]))
+
+
+# Dynamic loss scale of fp16 (arXiv 1710.03740, section 3.2): small gradients survive, and overflowing steps are
+# skipped.
+#
+# A step overflows if the ranks have agreed to skip it, as they do in any precision (gpt/training/step.py). All of this
+# stays on the device, so that no rank waits. The arithmetic is that of torch.amp.GradScaler, which looks at the
+# gradients of one rank only.
+
+
+INITIAL = 2.0**16
+GROWTH, BACKOFF = 2.0, 0.5
+"""Factors of the scale, powers of two: scaling and unscaling round nothing."""
+GROWTH_INTERVAL = 2000
+"""Steps in a row without overflow after which the scale grows. These four are torch's defaults."""
+MINIMUM = 1.0
+"""Least scale. An overflow of gradients that are not scaled up has another cause: the run has diverged."""
+
+
+class LossScale:
+    """Loss scale that doubles after 2,000 steps without overflow, and halves if a step overflows."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), INITIAL, device=device)
+        """Factor of the loss, () fp32; always the same tensor."""
+        self._used = self.scale.clone()
+        self._steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def unscale(self, gradients: Iterable[Tensor]) -> None:
+        """Divide gradients, this rank's shards of them, by the scale, in place."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for gradient in gradients:
+            by_device.setdefault(gradient.device, []).append(gradient)
+        inverse = self.scale.reciprocal()
+        for device, shards in by_device.items():
+            torch._foreach_mul_(shards, inverse.to(device))
+
+    def update(self, overflows: Tensor) -> None:
+        """Adapt the scale after a step; ``overflows``, a bool (), is true if the step was skipped."""
+        self._used.copy_(self.scale)
+        torch._amp_update_scale_(self.scale, self._steps, overflows.to(self.scale), GROWTH, BACKOFF, GROWTH_INTERVAL)
+        self.scale.clamp_(min=MINIMUM)
+
+    def used(self) -> Tensor:
+        """Return the scale of the step just queued, () float64 on the device."""
+        return self._used.double()
+
+    def state(self) -> dict[str, float]:
+        """Return the state for a checkpoint, in numbers that JSON holds exactly. Waits for the device."""
+        return {"scale": self.scale.item(), "steps": self._steps.item()}
+
+    def load(self, state: dict[str, float]) -> None:
+        """Take over a state."""
+        self.scale.fill_(state["scale"])
+        self._steps.fill_(int(state["steps"]))
+
+
+# AdamW (arXiv 1711.05101) and its skipped steps; norms of sharded gradients.
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, which steps this rank's shards of DTensors. Its state stays DTensors, as checkpoints take it.
+
+    The step is elementwise, on gradients that are sharded like their parameters. Through DTensor torch would look for a
+    sharding of each parameter: 2 to 3 ms of the host apiece in the first step. It would also hash all of them in each
+    step, and refuse a list with plain tensors among them.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
+        has_complex = super()._init_group(group, *lists)  # fills the lists: parameters, gradients, state
+        for index, (p, grad) in enumerate(zip(*lists[:2], strict=True)):
+            if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
+                lists[1][index] = grad.redistribute(placements=p.placements)  # completes a partial sum
+        for tensors in lists:
+            tensors[:] = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        return has_complex
+
+
+def build_optimizer(
+    module: nn.Module, config: OptimConfig, kind: type[torch.optim.AdamW] = AdamW, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Build AdamW, or the user's optimizer, over the parameters of ``module``; weight decay is for matrices only.
+
+    Biases and norms have no weight decay. ``fused`` chooses the fused step also on devices for which it is not the
+    default.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer != ADAMW:
+        own: torch.optim.Optimizer = build_custom_optimizer(config, groups)
+        return own
+    fused = fused or all(p.device.type in ("cuda", "cpu") for p in parameters)
+    return kind(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=fused,
+    )
+
+
+@contextmanager
+def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
+    """Have a step of the fused ``optimizer`` change nothing, and not count, if ``skip``, a bool (), is true.
+
+    The fused kernel reads ``skip`` on the device; for a user's optimizer the host reads it before the step. Offloaded
+    parameters are stepped by the host, which waits here: torch would read the flag while it is still being copied.
+    """
+    optimizer.found_inf = skip.float().to(optimizer.param_groups[0]["params"][0].device)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def sum_of_squares(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Return this rank's part of the sum of squares of sharded gradients, () float64.
+
+    Args:
+        parts: shards, each with 1 over the number of its replicas. At least one.
+    """
+    return torch.stack(shared_squares(parts)).sum()
+
+
+def shared_squares(parts: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, ...]:
+    """Return the sum of squares of each shard, times 1 over the number of its replicas; each () float64."""
+    # float64 on the device: the squares of a whole model do not fit the digits of a float32.
+    norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()
+    return times(norms.square(), [share for _, share in parts])
+
+
+def sum_of_elements(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Return this rank's part of the sum of the elements of sharded gradients, () float64."""
+    sums = torch.stack([part.sum() for part, _ in parts]).double()
+    return torch.stack(times(sums, [share for _, share in parts])).sum()
+
+
+def times(values_N: Tensor, factors: Sequence[float]) -> tuple[Tensor, ...]:
+    """Multiply each of N values on a device by a number of the host; each product is ().
+
+    The factors are arguments of the kernel: a tensor of them would be copied to the device, and the host would wait.
+    """
+    return tuple(torch._foreach_mul(values_N.unbind(), list(factors)))
+
+
+# The engine: a parallelized model with its optimizer, as the training loop sees it.
 #
 # An engine is applied to a finished model from outside; the model knows nothing of parallelism. The engines are DDP and
-# ZeRO-1 (ddp.py), ND parallelism (nd.py), pipelines (pipeline.py) and DeepSpeed's (deepspeed/).
-# gpt/training/execution.py chooses one.
+# ZeRO-1 (ddp.py), ND parallelism (nd.py), pipelines (pipeline.py) and DeepSpeed's (zero.py). gpt/train.py chooses one.
 #
 # Shapes: B sequences, T tokens of each.
 
 
-class Engine(Protocol):
-    """A model parallelized over the ranks, and its optimizer. Every method is collective."""
+@dataclass(frozen=True)
+class RunLayout:
+    """Config of a run, its ranks, and how these share the model and the batch."""
+
+    config: TrainConfig
+    world: World
+    dims: ParallelDims
+    batch: Batch
+
+
+class Engine:
+    """A model parallelized over the ranks, and its optimizer. Every method is collective.
+
+    Args:
+        layout: of the run.
+        averaged: number of ranks over which the strategy averages gradients; 1 if it sums them.
+    """
 
     module: nn.Module
     """This rank's part of the model, with the parameter names of the whole model (maybe after ``module.``)."""
-    layer_group: dist.ProcessGroup | None
-    """The ranks that hold the same layers (the same pipeline stage); None means all ranks."""
+    trained: nn.Module
+    """The module that the optimizer steps and checkpoints store: ``module``, or this rank's shard of it."""
     files: Format
     """The checkpoint format of the state that ``state()`` returns."""
-    timed_groups: tuple[str, ...] | None
+    layer_group: dist.ProcessGroup | None = None
+    """The ranks that hold the same layers (the same pipeline stage); None means all ranks."""
+    timed_groups: tuple[str, ...] | None = None
     """Groups whose waits ``gpt.parallel.timeline`` records; None if there are none, or some waits cannot be seen."""
+    loss_scale: LossScale | None = None
+    """The loss scale of fp16; None in other precisions."""
+    own_scale: LossScale | None = None
+    """``loss_scale``, unless another library applies it."""
+    loss_weight: float = 1.0
+    """1, or 0 if another rank computes and reports the loss of the same tokens."""
+    waits_as: str = WORLD
+    """Name under which the timeline of a step records the wait of ``clip``."""
 
-    @property
-    def loss_scale(self) -> LossScale | None:
-        """The loss scale of fp16; None in other precisions."""
-        ...
+    def __init__(self, layout: RunLayout, averaged: int) -> None:
+        self.config, self.world, self.dims, self.batch = layout.config, layout.world, layout.dims, layout.batch
+        self.scale = averaged / (self.batch.global_batch * self.config.model.block_size)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         """Run forward and backward over all micro-batches; leave the gradients of the mean loss over the global batch.
@@ -58,7 +308,35 @@ class Engine(Protocol):
         Returns:
             This rank's part of the summed loss, () float64: over all ranks each token counts once.
         """
-        ...
+        self.begin_backward()
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for i in range(self.batch.accumulation):
+            on_micro_batch()
+            part = slice(i * self.batch.micro, (i + 1) * self.batch.micro)
+            loss_sum += self.run_micro_batch(tokens_BT[part], targets_BT[part], i == self.batch.accumulation - 1)
+        self.reduce_gradients()
+        self.unscale_gradients()
+        return loss_sum * self.loss_weight
+
+    def begin_backward(self) -> None:
+        """Prepare for the first micro-batch of a step."""
+
+    def run_micro_batch(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
+        """Run forward and backward of a micro-batch, the ``last`` of a step or not; return the summed loss, ()."""
+        raise NotImplementedError
+
+    def reduce_gradients(self) -> None:
+        """Reduce gradients that backward passes did not reduce, after the last micro-batch."""
+
+    @property
+    def gradient_factor(self) -> float | Tensor:
+        """Factor of the summed loss of a micro-batch in its backward pass: ``scale`` times the loss scale."""
+        return self.scale if self.own_scale is None else self.scale * self.own_scale.scale
+
+    def unscale_gradients(self) -> None:
+        """Undo the loss scale in the gradients of all micro-batches."""
+        if self.own_scale is not None:
+            self.own_scale.unscale(local_tensor(p.grad) for p in self.trained.parameters() if p.grad is not None)
 
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
         """Clip the gradients to ``optim.grad_clip``, and sum figures of the step over all ranks, without a device sync.
@@ -68,7 +346,8 @@ class Engine(Protocol):
                 collective.
             meanwhile: called once, while the ranks communicate.
         """
-        ...
+        limit = self.config.optim.grad_clip
+        return clip_shards(self.gradients(), limit, self.world, figures_N, meanwhile, self.waits_as)
 
     def update(self, lr: float, skip: Tensor) -> Tensor | None:
         """Step the optimizer; change nothing if ``skip`` is true, a bool () that is the same on all ranks.
@@ -77,127 +356,70 @@ class Engine(Protocol):
             The global gradient norm, (), if ``clip`` returned none: not finite if the optimizer itself has skipped the
                 step, on all ranks. None if ``clip`` returned a norm.
         """
-        ...
+        raise NotImplementedError
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return this rank's part of the summed loss of at most a micro-batch, (); for evaluation."""
-        ...
+        raise NotImplementedError
 
     def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
         """Yield each gradient as (name, shard, share), by the parameter's name in the whole model.
 
         The shard is this rank's; the share is 1 over the number of replicas of that shard.
         """
-        ...
+        for name, parameter in self.trained.named_parameters():
+            if parameter.grad is not None:
+                share = inverse_replicas(parameter.grad, self.owners(name))
+                yield name.removeprefix("module."), local_tensor(parameter.grad), share
+
+    def owners(self, name: str) -> int:
+        """Count the ranks that hold a parameter, or a shard of it."""
+        return self.world.size
 
     def state(self) -> Any:
         """Return the state of model and optimizer in the form of ``files``, independent of the parallelism."""
-        ...
+        raise NotImplementedError
 
     def load(self, state: Any) -> None:
         """Take over a state that was loaded into the result of ``state()``."""
-        ...
 
     def begin(self) -> None:
         """Reset an optimizer that has not stepped yet, whose state ``state()`` initialized."""
-        ...
 
 
-# Base of the torch engines: gradient accumulation over micro-batches, AdamW, clipping, and checkpoint state.
-#
-# Shapes: B sequences, T tokens of each.
-
-
-ForwardBackward = Callable[[Tensor, Tensor, bool], Tensor]
-"""Runs forward and backward of a micro-batch: tokens and targets, (B, T), and whether it is the step's last.
-
-Returns the summed loss, ().
-"""
-
-
-def accumulate(
-    batch: Batch,
-    device: torch.device,
-    tokens_BT: Tensor,
-    targets_BT: Tensor,
-    on_micro_batch: Callable[[], None],
-    forward_backward: ForwardBackward,
-) -> Tensor:
-    """Run all micro-batches of a step in turn (gradient accumulation); return the summed loss, () float64."""
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    for i in range(batch.accumulation):
-        on_micro_batch()
-        part = slice(i * batch.micro, (i + 1) * batch.micro)
-        loss_sum += forward_backward(tokens_BT[part], targets_BT[part], i == batch.accumulation - 1)
-    return loss_sum
-
-
-def no_context(last: bool) -> AbstractContextManager[object]:
-    """Do nothing around a micro-batch: the strategy reduces no gradients in backward passes."""
-    return nullcontext()
-
-
-class TorchEngine:
-    """A model parallelized by torch; each strategy overrides the methods in which it differs.
+class TorchEngine(Engine):
+    """A model parallelized by torch, with AdamW; each strategy overrides the methods in which it differs.
 
     Args:
         module: the module that is called.
-        trained: the module that the optimizer steps and checkpoints store: ``module``, or this rank's shard of it.
-        config: of the run.
-        world: all ranks.
-        dims: the parallel dimensions.
-        batch: the split of the global batch.
+        trained: the module that the optimizer steps and checkpoints store.
+        layout: of the run.
         averaged: number of ranks over which the strategy averages gradients; 1 if it sums them.
-        sync_context: returns the context of a micro-batch, given whether it is the last of a step. A strategy that
-            reduces gradients in backward passes does so only in the last one.
-        reduce_gradients: called after the last micro-batch, to reduce gradients that backward passes did not reduce.
     """
 
-    layer_group: dist.ProcessGroup | None = None
     criterion: Callable[[Tensor, Tensor], Tensor] = staticmethod(cross_entropy)
     """Summed loss of logits and targets."""
-    timed_groups: tuple[str, ...] | None = None
-    loss_weight: float = 1.0
-    """1, or 0 if another rank computes and reports the loss of the same tokens."""
-    files: Format
 
-    def __init__(
-        self,
-        module: nn.Module,
-        trained: nn.Module,
-        config: TrainConfig,
-        world: World,
-        dims: ParallelDims,
-        batch: Batch,
-        averaged: int,
-        sync_context: Callable[[bool], AbstractContextManager[object]] = no_context,
-        reduce_gradients: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, module: nn.Module, trained: nn.Module, layout: RunLayout, averaged: int) -> None:
+        super().__init__(layout, averaged)
         self.module, self.trained = module, trained
-        self.config, self.world, self.dims, self.batch = config, world, dims, batch
-        self._sync_context, self._reduce_gradients = sync_context, reduce_gradients
         if self.criterion is cross_entropy:
-            self.criterion = compile_loss(config)
+            self.criterion = compile_loss(self.config)
         self.files = TensorFiles()
-        self.loss_scale = DynamicLossScale(world.device) if config.precision is Precision.fp16 else None
-        self.optimizer = build_optimizer(trained, config.optim, fused=self.loss_scale is not None)
+        if self.config.precision is Precision.fp16:
+            self.loss_scale = self.own_scale = LossScale(self.world.device)
+        self.optimizer = build_optimizer(trained, self.config.optim, fused=self.loss_scale is not None)
         self._parameters = tuple(module.parameters())
-        self.scale = averaged / (batch.global_batch * config.model.block_size)
         # Tensor-parallel ranks route the same tokens, and their gradients are summed. Each context-parallel rank has
         # the mean over its own tokens.
-        per_sequence = averaged / (batch.global_batch * dims.tp * dims.cp)
+        per_sequence = averaged / (self.batch.global_batch * self.dims.tp * self.dims.cp)
         set_auxiliary_scale(module, per_sequence, None if self.loss_scale is None else self.loss_scale.scale)
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        self.zero_grad()
-        loss_sum = accumulate(
-            self.batch, self.world.device, tokens_BT, targets_BT, on_micro_batch, self._forward_backward
-        )
-        self._reduce_gradients()
-        self.unscale_gradients()
-        return loss_sum * self.loss_weight
+    def sync_context(self, last: bool) -> AbstractContextManager[object]:
+        """Return the context of a micro-batch; ``last`` of a step reduces gradients, if backward passes do that."""
+        return nullcontext()
 
-    def zero_grad(self) -> None:
+    def begin_backward(self) -> None:
         """Drop the gradients of the last step.
 
         The list is of the parameters at the beginning. A walk over the modules costs a small model's step a third of a
@@ -206,18 +428,8 @@ class TorchEngine:
         for parameter in self._parameters:
             parameter.grad = None
 
-    @property
-    def gradient_factor(self) -> float | Tensor:
-        """Factor of the summed loss of a micro-batch in its backward pass: ``scale`` times the loss scale."""
-        return self.scale if self.loss_scale is None else self.scale * self.loss_scale.scale
-
-    def unscale_gradients(self) -> None:
-        """Undo the loss scale in the gradients of all micro-batches."""
-        if self.loss_scale is not None:
-            self.loss_scale.unscale(local_tensor(p.grad) for p in self.trained.parameters() if p.grad is not None)
-
-    def _forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
-        with self._sync_context(last):
+    def run_micro_batch(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
+        with self.sync_context(last):
             loss = self._micro_batch_loss(tokens_BT, targets_BT)
             self._run_backward(loss * self.gradient_factor, last)
         return loss.detach()
@@ -238,9 +450,6 @@ class TorchEngine:
         """Return this rank's tokens, or targets, of each sequence, (B, T); all of them without context parallelism."""
         return x_BT
 
-    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
-        return clip_replica(self._parameters, self.config.optim.grad_clip, self.world, figures_N, meanwhile)
-
     def update(self, lr: float, skip: Tensor) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -248,11 +457,6 @@ class TorchEngine:
             self.optimizer.step()
         if self.loss_scale is not None:
             self.loss_scale.update(skip)
-
-    def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
-        for name, parameter in self.module.named_parameters():
-            if parameter.grad is not None:
-                yield name.removeprefix("module."), parameter.grad, 1 / self.world.size
 
     def state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.trained, self.optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,16 +20,15 @@ from torch.distributed.tensor import DTensor, Shard
 from gpt.config import Strategy, TrainConfig
 from gpt.model.ffn import MixtureOfExperts, autocast_rows, find_mixtures, invert_order
 from gpt.model.gpt import GPT, Weights
-from gpt.model.loss import COMPUTE_DTYPES
+from gpt.model.layers import COMPUTE_DTYPES
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.context import SequenceShard, shard_sequences
-from gpt.parallel.distributed import World, build_mesh, expert_mesh, replica_mesh, shard_mesh
-from gpt.parallel.dtensor import all_reduce_in_buckets, inverse_replicas, local_tensor, materialize
-from gpt.parallel.engine import TorchEngine
-from gpt.parallel.optimizer import Clipped, clip_shards
+from gpt.parallel.distributed import build_mesh, expert_mesh, replica_mesh, shard_mesh
+from gpt.parallel.dtensor import all_reduce_in_buckets, local_tensor, materialize
+from gpt.parallel.engine import RunLayout, TorchEngine
 from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients, vocabulary_loss
 from gpt.parallel.timeline import waiting
-from gpt.topology import Batch, ParallelDims, fsdp_units, shard_dimension
+from gpt.topology import ParallelDims, fsdp_units, shard_dimension
 
 # FSDP2 (``fully_shard``): parameters, gradients and optimizer state sharded over the ranks (arXiv 2304.11277).
 #
@@ -86,7 +85,7 @@ def fsdp_shard_modules(
         reshard_after_forward=reshard,
         shard_placement_fn=lambda _: Shard(dimension),
     )
-    record_waits(modules[0])
+    record_fsdp_waits(modules[0])
 
 
 def reshard(module: nn.Module) -> None:
@@ -104,7 +103,7 @@ COLLECTIVE = ("unshard", "wait_for_unshard", "post_backward", "finalize_backward
 """Methods of FSDP's groups of parameters that start a collective, or wait for one."""
 
 
-def record_waits(module: nn.Module) -> None:
+def record_fsdp_waits(module: nn.Module) -> None:
     """Have the timeline of a step see FSDP's communication, with the copies into and out of its buffers.
 
     A CPU waits in the collectives themselves. On a GPU they run at the same time as kernels, and only the waits take
@@ -180,11 +179,6 @@ def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: 
 def call_module(module: nn.Module, *inputs: Any) -> Any:
     """Call a module with its hooks; a function, since a module as an attribute would become a submodule."""
     return module(*inputs)
-
-
-def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """List the parameters of a model that are sharded over expert-parallel ranks."""
-    return [parameter for mixture in find_mixtures(model) for parameter in mixture.experts.parameters()]
 
 
 def build_dispatch(
@@ -283,9 +277,8 @@ class NDEngine(TorchEngine):
     The model comes on the meta device, and gets its values after it was sharded.
     """
 
-    def __init__(
-        self, model: GPT, weights: Weights, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch
-    ) -> None:
+    def __init__(self, model: GPT, weights: Weights, layout: RunLayout) -> None:
+        config, world, dims = layout.config, layout.world, layout.dims
         timeout_s = config.parallel.timeout_s
         self.mesh = build_mesh(dims, world, timeout_s)
         self._sequence: SequenceShard | None = None
@@ -294,7 +287,7 @@ class NDEngine(TorchEngine):
         self._sharded = config.parallel.strategy is Strategy.fsdp
         self._all_reduced: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
         """Parameters whose gradients are all-reduced here, with the ranks to reduce over."""
-        module, parts = self.split_model(model, config, world, batch)
+        module, parts = self.split_model(model, layout)
         data = self.mesh
         if dims.ep > 1:
             data = expert_mesh(self.mesh, dims, world, timeout_s)
@@ -318,25 +311,15 @@ class NDEngine(TorchEngine):
             # Replicas all-reduce their gradients after the last micro-batch, without DistributedDataParallel. That
             # class wants every parameter on one kind of mesh. A pipeline schedule would also end it for one stage while
             # another stage still computes.
-            experts = expert_parameters(module) if dims.ep > 1 else []
+            mixtures = find_mixtures(module) if dims.ep > 1 else []
+            experts = [parameter for mixture in mixtures for parameter in mixture.experts.parameters()]
             rest = [p for p in module.parameters() if not any(p is other for other in experts)]
             for chosen, mesh in ((rest, self.mesh), (experts, data)):
                 self._all_reduced.append((chosen, replica_mesh(mesh, world, timeout_s).get_group()))
-        averaged = dims.data_ranks * dims.cp if self._sharded else 1
-        super().__init__(
-            module,
-            module,
-            config,
-            world,
-            dims,
-            batch,
-            averaged,
-            sync_context=self._sync_last,
-            reduce_gradients=self._reduce_after,
-        )
+        super().__init__(module, module, layout, averaged=dims.data_ranks * dims.cp if self._sharded else 1)
         self.timed_groups = find_timed_groups(config, dims)
 
-    def split_model(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
+    def split_model(self, model: GPT, layout: RunLayout) -> tuple[GPT, list[GPT]]:
         """Return this rank's part of the model as one module, and the parts of it that are called by themselves."""
         return model, [model]
 
@@ -348,7 +331,7 @@ class NDEngine(TorchEngine):
             columns = config.model.padded_vocab // mesh.size()
             self.criterion = vocabulary_loss(mesh, columns, config.model.vocab_size)
 
-    def _reduce_after(self) -> None:
+    def reduce_gradients(self) -> None:
         """All-reduce the gradients that FSDP did not reduce in the last backward pass."""
         if self.dims.tp > 1 and not self._sharded:
             with waiting("tp"):
@@ -365,25 +348,12 @@ class NDEngine(TorchEngine):
     def local_tokens(self, x_BT: Tensor) -> Tensor:
         return x_BT if self._sequence is None else self._sequence.part(x_BT)
 
-    def _sync_last(self, last: bool) -> AbstractContextManager[object]:
+    def sync_context(self, last: bool) -> AbstractContextManager[object]:
         if isinstance(self.module, FSDPModule):
             each = self.config.parallel.reduce_each_micro_batch
             self.module.set_requires_gradient_sync(last or each)
             self.module.set_requires_all_reduce(last)  # between replicas once, whatever happens inside a replica
         return nullcontext()
-
-    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
-        limit = self.config.optim.grad_clip
-        return clip_shards(self.gradients(), limit, self.world, figures_N, meanwhile)
-
-    def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
-        for name, parameter in self.module.named_parameters():
-            if parameter.grad is not None:
-                yield name, local_tensor(parameter.grad), inverse_replicas(parameter.grad, self.owners(name))
-
-    def owners(self, name: str) -> int:
-        """Count the ranks that hold a parameter, or a shard of it."""
-        return self.world.size
 
 
 def find_timed_groups(config: TrainConfig, dims: ParallelDims) -> tuple[str, ...] | None:

@@ -27,16 +27,15 @@ from torch.distributed.pipelining import (
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
-from gpt.config import Schedule, Strategy, TrainConfig
+from gpt.config import Schedule, Strategy
 from gpt.model.gpt import GPT, Stage, Weights
-from gpt.model.loss import COMPUTE_DTYPES, autocast, cross_entropy
+from gpt.model.layers import COMPUTE_DTYPES, autocast, cross_entropy
 from gpt.parallel.compile import replace_forward
-from gpt.parallel.distributed import World, layer_mesh
+from gpt.parallel.distributed import layer_mesh
 from gpt.parallel.dtensor import local_tensor
+from gpt.parallel.engine import RunLayout
 from gpt.parallel.nd import NDEngine, reshard
-from gpt.parallel.optimizer import Clipped, clip_shards
 from gpt.parallel.timeline import BUBBLE, receiving, scheduling, waiting, working
-from gpt.topology import Batch, ParallelDims
 from gpt.topology.pipeline import local_stages, rank_stages, stage_indices
 
 SCHEDULES = {
@@ -55,15 +54,14 @@ class Pipeline:
 
     Args:
         model: the whole model, whose layers the stages take over.
-        config: of the run.
-        world: all ranks.
-        batch: the split of the global batch.
+        layout: of the run.
         group: the ranks of this pipeline, in order.
     """
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, batch: Batch, group: dist.ProcessGroup) -> None:
+    def __init__(self, model: GPT, layout: RunLayout, group: dist.ProcessGroup) -> None:
+        config = layout.config
         self.group = group
-        self._config, self._device, self._batch = config, world.device, batch
+        self._config, self._device, self._batch = config, layout.world.device, layout.batch
         self._time = config.model.block_size // config.parallel.cp
         """Tokens of each sequence on this rank."""
         self.sharded = config.parallel.strategy is Strategy.fsdp
@@ -293,23 +291,24 @@ def merge_stages(model: GPT, stages: Sequence[Stage]) -> Stage:
 class PipelineEngine(NDEngine):
     """A model split into pipeline stages; the other kinds of parallelism are applied to each stage."""
 
-    def __init__(
-        self, model: GPT, weights: Weights, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch
-    ) -> None:
-        super().__init__(model, weights, config, world, dims, batch)
-        self.layer_group = layer_mesh(self.mesh, world, config.parallel.timeout_s).get_group()
+    waits_as = BUBBLE
+    """``clip`` is the first collective of all stages: ranks that ended early wait there for the others."""
+
+    def __init__(self, model: GPT, weights: Weights, layout: RunLayout) -> None:
+        super().__init__(model, weights, layout)
+        self.layer_group = layer_mesh(self.mesh, self.world, self.config.parallel.timeout_s).get_group()
         self.optimizer.register_step_post_hook(lambda *_: self._pipeline.tied.copy_to_second())
 
-    def split_model(self, model: GPT, config: TrainConfig, world: World, batch: Batch) -> tuple[GPT, list[GPT]]:
-        self._pipeline = Pipeline(model, config, world, batch, self.mesh["pp"].get_group())
+    def split_model(self, model: GPT, layout: RunLayout) -> tuple[GPT, list[GPT]]:
+        self._pipeline = Pipeline(model, layout, self.mesh["pp"].get_group())
         return self._pipeline.module, list(self._pipeline.stages.values())
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         # The schedule runs all micro-batches, in an order of its own.
-        self.zero_grad()
+        self.begin_backward()
         own = self.local_tokens(tokens_BT), self.local_tokens(targets_BT)
         loss_sum = self._pipeline.step(*own, self.gradient_factor, self.criterion, on_micro_batch)
-        self._reduce_gradients()
+        self.reduce_gradients()
         self._pipeline.tied.sum_gradients()
         self.unscale_gradients()
         return loss_sum * self.loss_weight
@@ -319,11 +318,6 @@ class PipelineEngine(NDEngine):
             self._pipeline.loss(self.local_tokens(tokens_BT), self.local_tokens(targets_BT), self.criterion)
             * self.loss_weight
         )
-
-    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
-        # This is the first collective of all stages: ranks that ended early wait here for the rest of the pipeline.
-        limit = self.config.optim.grad_clip
-        return clip_shards(self.gradients(), limit, self.world, figures_N, meanwhile, waits_as=BUBBLE)
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
 from gpt.config import ParallelConfig
 from gpt.model.ffn import GatedFfn, MixtureOfExperts, StandardFfn
 from gpt.model.gpt import GPT
-from gpt.model.loss import exponentials, write_softmax
+from gpt.model.layers import exponentials, write_softmax
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.dtensor import all_reduce_in_buckets, compute_on_shards, distribute, local_tensor, reduce_partial
 from gpt.parallel.timeline import waiting
@@ -91,7 +91,7 @@ class ShardedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy, which all-reduces three numbers for each token instead of gathering the logits.
 
     torch's ``loss_parallel`` reduces four numbers, and is a process-wide context. It must be open around the backward
-    pass, too, which a pipeline calls from other code. As in ``gpt.model.loss``, no fp32 logits are kept.
+    pass, too, which a pipeline calls from other code. As in ``gpt.model.layers``, no fp32 logits are kept.
     """
 
     @staticmethod
@@ -165,7 +165,7 @@ def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) 
     The model takes tokens as before. It returns this rank's columns of the logits (``loss_parallel``) or all of them;
     padding of the vocabulary may be among any rank's columns.
     """
-    record_waits()
+    record_tensor_waits()
     if config.async_tp:
         overlap_collectives(mesh)
     hidden = SEQUENCE if config.sequence_parallel else REPLICATED
@@ -191,7 +191,7 @@ def overlap_collectives(mesh: DeviceMesh) -> None:
         enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
-def record_waits() -> None:
+def record_tensor_waits() -> None:
     """Have the timeline of a step see DTensors' waits for the results of tensor-parallel collectives.
 
     torch's functional collectives start and wait in one function of their module, which this call replaces once for the

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -57,9 +57,12 @@ class Timeline:
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._waits: list[tuple[str, Moment, Moment]] = []
-        self._works: list[tuple[Moment, Moment, bool]] = []
-        self._schedules: list[tuple[Moment, Moment, bool]] = []
-        self._is_waiting = self._receives = False
+        self.works: list[tuple[Moment, Moment, bool]] = []
+        self.schedules: list[tuple[Moment, Moment, bool]] = []
+        self.is_waiting = False
+        """True inside of a wait: a wait inside another one belongs to the outer one."""
+        self.receives = False
+        """True if the rank has begun to receive data from another rank, before its next piece of work."""
         self.start = self.now()
 
     def now(self) -> Moment:
@@ -78,48 +81,15 @@ class Timeline:
         assert isinstance(since, float) and isinstance(moment, float)
         return moment - since
 
-    @contextmanager
-    def wait(self, name: str) -> Iterator[None]:
-        """Record a wait; a wait inside another one belongs to the outer one."""
-        if self._is_waiting:
-            yield
-            return
-        self._is_waiting, begin = True, self.now()
-        try:
-            yield
-        finally:
-            self._is_waiting = False
-            self.add_wait(name, begin)
-
     def add_wait(self, name: str, begin: Moment) -> None:
         """Record a wait from ``begin`` until now."""
         self._waits.append((name, begin, self.now()))
 
-    @contextmanager
-    def work(self, is_fed: bool) -> Iterator[None]:
-        """Record a piece of a stage's work."""
-        begin, is_fed = self.now(), is_fed or self._receives
-        self._receives = False
-        yield
-        self._works.append((begin, self.now(), is_fed))
-
-    def receive(self) -> None:
-        """Note that the rank begins to receive data from another rank, before the next piece of work."""
-        self._receives = True
-
-    @contextmanager
-    def schedule(self) -> Iterator[None]:
-        """Record the time in which a pipeline's schedule ran."""
-        begin = self.now()
-        yield
-        self._schedules.append((begin, self.now(), self._receives))
-        self._receives = False
-
     def spans(self) -> list[Span]:
         """Return the waits, including those of a pipeline's schedule; the device has passed them all."""
         waits = [Span(name, self.seconds(begin), self.seconds(end)) for name, begin, end in self._waits]
-        works = [Work(self.seconds(begin), self.seconds(end), is_fed) for begin, end, is_fed in self._works]
-        for begin, end, receives in self._schedules:
+        works = [Work(self.seconds(begin), self.seconds(end), is_fed) for begin, end, is_fed in self.works]
+        for begin, end, receives in self.schedules:
             ends = Work(self.seconds(end), self.seconds(end), receives)
             waits += schedule_waits(self.seconds(begin), [*works, ends], waits)
         return waits
@@ -179,40 +149,44 @@ def current() -> Timeline | None:
 @contextmanager
 def waiting(name: str) -> Iterator[None]:
     """Mark a wait for other ranks of a group, around the collective or the wait for it."""
-    if _current is None:
+    timeline = _current
+    if timeline is None or timeline.is_waiting:
         yield
         return
-    with _current.wait(name):
+    timeline.is_waiting, begin = True, timeline.now()
+    try:
         yield
-
-
-def do_aside(action: Callable[[], None]) -> None:
-    """Do work that is no part of a step in the middle of it, while its ranks communicate, apart from its phases."""
-    with waiting(HOST):
-        action()
+    finally:
+        timeline.is_waiting = False
+        timeline.add_wait(name, begin)
 
 
 @contextmanager
 def working(is_fed: bool = False) -> Iterator[None]:
     """Mark a piece of work of a pipeline stage; ``is_fed`` if it begins with data that another rank has sent."""
-    if _current is None:
+    timeline = _current
+    if timeline is None:
         yield
         return
-    with _current.work(is_fed):
-        yield
+    begin, is_fed, timeline.receives = timeline.now(), is_fed or timeline.receives, False
+    yield
+    timeline.works.append((begin, timeline.now(), is_fed))
 
 
 def receiving() -> None:
     """Mark that a pipeline stage begins to receive data from another rank."""
     if _current is not None:
-        _current.receive()
+        _current.receives = True
 
 
 @contextmanager
 def scheduling() -> Iterator[None]:
     """Mark a pipeline's schedule as it runs."""
-    if _current is None:
+    timeline = _current
+    if timeline is None:
         yield
         return
-    with _current.schedule():
-        yield
+    begin = timeline.now()
+    yield
+    timeline.schedules.append((begin, timeline.now(), timeline.receives))
+    timeline.receives = False

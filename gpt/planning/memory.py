@@ -271,7 +271,7 @@ def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int
     """Return the bytes of logits: those of each micro-batch in flight, and the copies of the loss for one of them.
 
     The gradient is as large as the logits. It is computed from one chunk in fp32 at a time, unless the logits are fp32
-    (gpt/model/loss.py).
+    (gpt/model/layers.py).
     """
     tokens = parallel_factors(config, dims).tokens(config.model, batch.micro)
     columns = config.model.padded_vocab // (dims.tp if config.parallel.loss_parallel else 1)

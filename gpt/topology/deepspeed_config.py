@@ -241,7 +241,7 @@ def same_value(theirs: Any, ours: Any) -> bool:
 
 
 LOSS_SCALE = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}
-"""DeepSpeed's dynamic loss scale (``"loss_scale": 0``), changed as in the other engines (gpt/parallel/optimizer.py). By
+"""DeepSpeed's dynamic loss scale (``"loss_scale": 0``), changed as in the other engines (gpt/parallel/engine.py). By
 default DeepSpeed would ignore the first overflow."""
 
 BUCKET = 500_000_000

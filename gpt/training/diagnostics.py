@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from gpt.config import ModelConfig, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.distributed import World
-from gpt.parallel.optimizer import shared_squares, sum_of_elements
+from gpt.parallel.engine import shared_squares, sum_of_elements
 from launch.runs.records import StepRecord
 
 # Breakdown of one step in every ``logging.breakdown_interval``: the time that the device computed, communicated and
@@ -53,11 +53,11 @@ def break_down(
 ) -> Breakdown:
     """Divide a step into parts by the intervals of its activities, which may overlap and reach beyond the step."""
     computing, communicating, copying = (
-        merge((max(a, begin), min(b, end)) for a, b in intervals) for intervals in (compute, communication, copies)
+        union((max(a, begin), min(b, end)) for a, b in intervals) for intervals in (compute, communication, copies)
     )
     busy = length(computing)
-    with_copies = merge([*computing, *copying])
-    with_all = merge([*with_copies, *communicating])
+    with_copies = union([*computing, *copying])
+    with_all = union([*with_copies, *communicating])
     return Breakdown(
         compute=busy,
         communication=length(communicating),
@@ -67,7 +67,7 @@ def break_down(
     )
 
 
-def merge(intervals: Iterable[Interval]) -> list[Interval]:
+def union(intervals: Iterable[Interval]) -> list[Interval]:
     """Return the union of intervals as separate ones in ascending order."""
     found: list[Interval] = []
     for begin, end in sorted(interval for interval in intervals if interval[1] > interval[0]):

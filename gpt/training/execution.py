@@ -13,13 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt.config import CompileMode, Float8, ParallelConfig, Precision, Strategy, TrainConfig
-from gpt.model.gpt import GPT, Weights
+from gpt.config import CompileMode, Float8, ParallelConfig, Precision, TrainConfig
 from gpt.parallel.distributed import World, set_timeouts
-from gpt.parallel.dtensor import materialize
-from gpt.parallel.engine import Engine
 from gpt.planning.auto import choose_compile, choose_tf32, float8_refusal, refuse_float8, refuse_tf32, tf32_refusal
-from gpt.topology import Batch, ParallelDims
 from launch.errors import ConfigError
 from launch.process import hash_seed
 from launch.runs.environment import COMPILE_CACHE
@@ -250,53 +246,3 @@ def step_timeout(config: ParallelConfig, step_time_s: float) -> float:
     if config.step_timeout_s is not None:
         return config.step_timeout_s
     return min(config.timeout_s, max(LEAST_S, FACTOR * step_time_s))
-
-
-# Choice of the engine, which applies the parallelism of a config to a model.
-
-
-def parallelize(
-    model: GPT, weights: Weights, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch
-) -> Engine:
-    """Parallelize a model as ``config.parallel`` says, with this rank's part of it on ``world.device``.
-
-    Args:
-        model: on the meta device.
-        weights: the values of the model; engines that shard the model keep only this rank's shards.
-        config: of the run.
-        world: all ranks.
-        dims: the parallel dimensions.
-        batch: the split of the global batch.
-    """
-    from gpt.parallel.ddp import DDPEngine, Zero1Engine
-    from gpt.parallel.nd import NDEngine
-    from gpt.parallel.pipeline import PipelineEngine
-
-    if config.parallel.strategy is Strategy.deepspeed:
-        return parallelize_with_deepspeed(model, weights, config, world, dims, batch)
-    if dims.pp > 1:
-        return PipelineEngine(model, weights, config, world, dims, batch)
-    if config.parallel.strategy is Strategy.fsdp or dims.model_ranks * dims.ep > 1:
-        return NDEngine(model, weights, config, world, dims, batch)
-    materialize([model], weights, world.device)
-    if config.parallel.strategy is Strategy.zero1:
-        return Zero1Engine(model, config, world, dims, batch)
-    return DDPEngine(model, config, world, dims, batch)
-
-
-def parallelize_with_deepspeed(
-    model: GPT, weights: Weights, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch
-) -> Engine:
-    """Parallelize a model with DeepSpeed, which is imported only here, and takes whole models."""
-    from gpt.parallel.deepspeed.engine import load_deepspeed
-
-    load_deepspeed(world)  # before the modules that import it at their top
-    if dims.pp > 1:
-        from gpt.parallel.deepspeed.pipeline import ZeroPipelineEngine
-
-        materialize([model], weights, torch.device("cpu"))
-        return ZeroPipelineEngine(model, config, world, dims, batch)
-    from gpt.parallel.deepspeed.engine import ZeroEngine
-
-    materialize([model], weights, world.device)
-    return ZeroEngine(model, config, world, dims, batch)

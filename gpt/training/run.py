@@ -17,8 +17,7 @@ from gpt.accounting import count, training_flops_per_token
 from gpt.accounting.hardware import peak_flops
 from gpt.checkpoint import CheckpointStore
 from gpt.checkpoint.copies import Copies
-from gpt.checkpoint.target import check_target
-from gpt.checkpoint.verify import saved_checkpoints
+from gpt.checkpoint.target import check_target, saved_checkpoints
 from gpt.config import AttentionBackend, ParallelConfig, Precision, Strategy, TrainConfig
 from gpt.config.train import LENGTH, NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
 from gpt.data.corpus import check_fit, describe_corpus, describe_tokens, ensure_tokens
@@ -26,19 +25,19 @@ from gpt.data.loader import BatchPrefetcher, Samples
 from gpt.data.prepared import Tokens
 from gpt.metrics.startup_summary import describe_rank, render_summary, software
 from gpt.model.attention import find_flash_obstacle
-from gpt.model.loss import COMPUTE_DTYPES
+from gpt.model.layers import COMPUTE_DTYPES
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
 from gpt.planning import memory
-from gpt.planning.auto import ParallelChoice, choose_parallelism, choose_precision, choose_tf32, execution_warnings
+from gpt.planning.auto import choose_parallelism, choose_precision, choose_tf32, execution_warnings
 from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus
 from gpt.planning.search import table
 from gpt.topology import Batch, ParallelDims, settle_steps, split_batch
 from gpt.topology.deepspeed_config import ds_config
 from gpt.topology.rules import check_parallel_dims, refuse_without_deepspeed
 from gpt.training import execution as reproducibility
-from gpt.training.divergence import DivergenceGuard, EarlyStop
 from gpt.training.execution import best_precision
+from gpt.training.health import DivergenceGuard, EarlyStop
 from launch import worker
 from launch.errors import CommandParser, ConfigError
 from launch.runs import compose
@@ -47,7 +46,6 @@ from launch.runs.environment import changed_since, code_state, describe_code, de
 from launch.runs.events import apply_continuation, plan_continuation, refuse_alive
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
-from launch.runs.heartbeat import Phase
 from launch.runs.overrides import override_of_flag, without_key
 
 # The request of a command line: config, run folder, and ``parallel=auto`` for ranks without a plan.
@@ -55,26 +53,7 @@ from launch.runs.overrides import override_of_flag, without_key
 # Rank 0 looks at its device and chooses with gpt/planning.
 
 
-def choose_on_device(config: TrainConfig, overrides: Sequence[str], folder: RunFolder, world: World) -> ParallelChoice:
-    """Choose the parallelism for the device of this rank if the command says ``parallel=auto``; print the reason."""
-    choice = choose_parallelism(config, overrides, folder, world.size, lambda: machine_of(config, world))
-    if choice.why:
-        lines = [*table([choice.as_dict() for choice in choice.best]), *choice.left_out]
-        print("\n".join([f"parallel.strategy=auto: {choice.why}", *(f"  {line}" for line in lines)]), flush=True)
-    return choice
-
-
-def precision_on_device(config: TrainConfig, folder: RunFolder, world: World) -> Precision:
-    """Choose the precision for the device of this rank if the config leaves it open."""
-    on_gpu = world.device.type == "cuda"
-    name = torch.cuda.get_device_name(world.device) if on_gpu else None
-    chosen = choose_precision(config, folder, not on_gpu, name)
-    if chosen is not Precision.auto:
-        return chosen
-    return best_precision(world.device)
-
-
-def machine_of(config: TrainConfig, world: World) -> Machine:
+def machine_of_rank(config: TrainConfig, world: World) -> Machine:
     """Return the hardware that the estimates assume: nodes like this one.
 
     Raises:
@@ -161,12 +140,24 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
         assert request.composed is not None
         folder = choose_folder(request.config, request.overrides, NOT_IN_POINT, LENGTH)
         refuse_other_run(folder, request.config, TrainConfig, RESUMABLE)
-        config = replace(request.config, precision=precision_on_device(request.config, folder, world))
-        choice = choose_on_device(config, request.overrides, folder, world)
+        gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
+        precision = choose_precision(request.config, folder, gpu is None, gpu)
+        if precision is Precision.auto:
+            precision = best_precision(world.device)
+        config = replace(request.config, precision=precision)
+        choice = choose_parallelism(
+            config, request.overrides, folder, world.size, lambda: machine_of_rank(config, world)
+        )
+        if choice.why:
+            lines = [*table([choice.as_dict() for choice in choice.best]), *choice.left_out]
+            print("\n".join([f"parallel.strategy=auto: {choice.why}", *(f"  {line}" for line in lines)]), flush=True)
         config = choice.apply(config)
         if config.checkpoint.copy_to is not None:
             check_target(config.checkpoint.copy_to, folder.path)
-        refuse_what_cannot_run(config, world.size)
+        # Ranks, batch and corpus fit together, and no library is missing, before there is a folder.
+        refuse_without_deepspeed(config)
+        split_batch(config.optim, check_parallel_dims(config, world.size).data_ranks)
+        check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
         go_on_as_asked(folder, config, world.size)
         request.composed.resume_from = None
         settle_parallel(request.composed, vars(choice.parallel), choice.micro_batch)
@@ -195,16 +186,6 @@ def go_on_as_asked(folder: RunFolder, config: TrainConfig, world_size: int) -> N
     if text := goes_on.text(max_steps):
         print(f"{folder.path}: {text}", flush=True)
     apply_continuation(folder, goes_on, max_steps, saved_checkpoints(folder.checkpoints))
-
-
-def refuse_what_cannot_run(config: TrainConfig, world_size: int) -> None:
-    """Raise ConfigError if ranks, batch and corpus do not fit together, or a library is missing.
-
-    The check comes before there is a folder.
-    """
-    refuse_without_deepspeed(config)
-    split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
-    check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
 
 
 # A run in the making: all objects that the loop works with.
@@ -246,15 +227,6 @@ class Run:
     def tokens_per_step(self) -> int:
         """Tokens of the global batch."""
         return self.batch.global_batch * self.config.model.block_size
-
-    def take_restore_s(self) -> float | None:
-        """Return the seconds of a load that no step record holds yet; None if there is none."""
-        seconds, self.restore_s = self.restore_s, None
-        return seconds
-
-    def evaluating(self) -> None:
-        """Show that an evaluation is under way."""
-        self.worker.phase(Phase.evaluating, self.step)
 
 
 def prepare_tokens(config: TrainConfig) -> Tokens:

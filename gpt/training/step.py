@@ -8,10 +8,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -23,30 +22,30 @@ from gpt.metrics.startup_summary import memory_gib
 from gpt.model.ffn import expert_counts, move_balance_bias, reset_counts
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
-from gpt.parallel.timeline import BUBBLE, HOST, Moment, Timeline, do_aside, recorded, total
+from gpt.parallel.timeline import BUBBLE, HOST, Moment, Timeline, recorded, total, waiting
 from gpt.training.diagnostics import Gradients
+from gpt.training.health import StragglerWatch
 from gpt.training.run import Run
-from gpt.training.stragglers import StragglerWatch
 from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord
 
-# Ballots: figures by which ranks tell each other of saves; they travel with the figures of a step.
+# Figures of one rank about saves; they travel with the figures of a step.
 
 
 @dataclass(frozen=True)
-class Ballot:
+class SaveVotes:
     """Figures of one rank about saves, summed over the ranks with those of a step."""
 
     phase: int = 0
-    """Phase of the save in flight that the figures are about."""
-    figures: tuple[float, ...] = ()
-    """Numbers of writers that are done and that have failed; whether a save is due by rank 0's clock.
+    """Phase of the save in flight that the votes are about; 0 if there is none."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """``done`` and ``failed``: votes of the writers, while a save is in flight. ``is_due``: by rank 0's clock.
 
-    The first two are sent while a save is in flight, the last one if time decides. All ranks send equally many.
+    All ranks send the same names.
     """
 
 
-NO_BALLOT = Ballot()
+NO_VOTES = SaveVotes()
 
 
 # Phases of one step, timed without waiting: by events in the queue of a GPU, by the host's clock on other devices.
@@ -115,18 +114,19 @@ def collect_together(interval: int) -> Iterator[Callable[[int], None]]:
     if interval == 0:
         yield lambda step: None
         return
+
+    def collect(step: int) -> None:
+        if step % interval == 0:
+            gc.collect(YOUNG)
+
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        yield lambda step: None if step % interval else _collect_young()
+        yield collect
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _collect_young() -> None:
-    gc.collect(YOUNG)
 
 
 # Memory of the host that a training process has freed: kept for its next step.
@@ -164,23 +164,31 @@ def keep_freed_memory() -> bool:
 # Shapes: N figures of a step.
 
 
-class AsyncMetrics:
-    """Numbers that the device may still compute. ``read`` waits for them."""
+class StepFigures:
+    """Figures of a step by name, which the device may still compute. ``read`` waits for them.
 
-    def __init__(self, values: Tensor) -> None:
-        self._values = values.to("cpu", non_blocking=True)
+    Args:
+        sizes: name -> numbers of that name, in the order of ``values_N``.
+        values_N: the numbers, float64.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], values_N: Tensor) -> None:
+        self._sizes = sizes
+        self._values_N = values_N.to("cpu", non_blocking=True)
         self._event: torch.cuda.Event | None = None
-        if values.is_cuda:
+        if values_N.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
         self._queued = time.perf_counter()
 
-    def read(self) -> tuple[list[float], float]:
-        """Return the numbers, and the time at which they were ready (time.perf_counter, seconds)."""
-        if self._event is None:
-            return self._values.tolist(), self._queued
-        self._event.synchronize()
-        return self._values.tolist(), time.perf_counter()
+    def read(self) -> tuple[dict[str, list[float]], float]:
+        """Return the numbers by name, and the time at which they were ready (time.perf_counter, seconds)."""
+        ended = self._queued
+        if self._event is not None:
+            self._event.synchronize()
+            ended = time.perf_counter()
+        parts = self._values_N.split([*self._sizes.values()])
+        return {name: part.tolist() for name, part in zip(self._sizes, parts, strict=True)}, ended
 
 
 @dataclass(frozen=True)
@@ -207,19 +215,11 @@ class QueuedStep:
     """Requests to this rank. Under an agent all ranks have the same; else see ``requests_of_all``."""
     gradients: Gradients | None
     """Statistics of the gradients, in a step that measures them."""
-    figures: AsyncMetrics
+    figures: StepFigures
     tokens: int
     """Tokens of the global batch."""
-    with_requests: bool
-    """True if the figures hold the requests as well, summed over the ranks."""
-    ballot: Ballot
-    """This rank's figures about saves; the figures hold their sums over the ranks, after the requests."""
-    own_times: int
-    """Figures after those of the ballot: own time of each rank in an earlier step (``gpt.training.stragglers``)."""
-    with_experts: bool
-    """True if the figures hold the experts' imbalance."""
-    with_loss_scale: bool
-    """True if the last figure is the loss scale."""
+    votes: SaveVotes
+    """This rank's votes about saves; the figures hold their sums over the ranks."""
     phases: Phases
 
     def finish(self, since: float) -> tuple[StepRecord, float]:
@@ -227,78 +227,83 @@ class QueuedStep:
 
         If loss or gradients were not finite on some rank, all ranks skipped the step, and both are None.
         """
-        (grad_norm, flaw, loss_sum, *sums), ended = self.figures.read()
-        sums = sums[2 * self.with_requests + len(self.ballot.figures) + self.own_times :]
+        figures, ended = self.figures.read()
+        (grad_norm,), (flaw,), (loss_sum,) = figures["grad_norm"], figures["flaw"], figures["loss_sum"]
         record = self.record
         self.phases.fill_in(record)
-        if self.with_loss_scale:
-            *sums, record.loss_scale = sums
-        if self.with_experts:
-            record.expert_imbalance = sums.pop()
+        for name in ("expert_imbalance", "loss_scale"):
+            if name in figures:
+                setattr(record, name, figures[name][0])
         is_sound = math.isfinite(grad_norm) and math.isfinite(flaw)
         record.loss = loss_sum / self.tokens if math.isfinite(loss_sum) else None
         record.grad_norm = grad_norm if is_sound else None
         record.step_time_s, record.time = ended - since, time.time()
+        record.tokens_per_s = self.tokens / record.step_time_s
         if is_sound and self.gradients is not None:
-            found = self.gradients.figures(sums)
+            found = self.gradients.figures(figures["gradients"])
             record.grad_mean, record.grad_std = found.mean, found.std
             record.layer_grad_norms = found.layer_norms
         return record, ended
 
     def requests_of_all(self) -> Requests:
         """Wait for the step; return the requests to any rank before its end."""
-        if not self.with_requests:
-            return self.requests
-        (_, _, _, stop, save, *_), _ = self.figures.read()
-        return Requests(stop > 0, save > 0)
+        figures, _ = self.figures.read()
+        return Requests(figures["stop"][0] > 0, figures["save"][0] > 0) if "stop" in figures else self.requests
 
-    def ballots_of_all(self) -> list[float]:
-        """Wait for the step; return the ballots of all ranks, summed."""
-        if not self.ballot.figures:
-            return []
-        (_, _, _, *sums), _ = self.figures.read()
-        first = 2 * self.with_requests
-        return sums[first : first + len(self.ballot.figures)]
+    def votes_of_all(self) -> dict[str, float]:
+        """Wait for the step; return the votes of all ranks about saves, summed, by name."""
+        figures, _ = self.figures.read()
+        return {name: figures[name][0] for name in self.votes.figures}
 
     def own_times_of_all(self) -> list[float]:
-        """Wait for the step; return the own times of the ranks in it, seconds, by rank."""
-        (_, _, _, *sums), _ = self.figures.read()
-        first = 2 * self.with_requests + len(self.ballot.figures)
-        return sums[first : first + self.own_times]
+        """Wait for the step; return the ranks' own times in an earlier step, seconds by rank; empty if not summed."""
+        return self.figures.read()[0].get("own_times", [])
 
 
 def queue_step(
     run: Run,
     gradients: Gradients | None,
     phase: Phase,
-    ballot: Ballot = NO_BALLOT,
+    votes: SaveVotes = NO_VOTES,
     stragglers: StragglerWatch | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> QueuedStep:
     """Queue one optimizer step over the global batch on the device; measure ``gradients`` if given.
 
     ``meanwhile`` is called while the ranks sum the figures of the step; a CPU waits for this sum.
+
+        host    | queue step n | read step n - 1, write its record | queue step n + 1 | read step n, ...
+        device  ... step n - 1 | step n                                               | step n + 1 ...
     """
     config, world, engine = run.config, run.world, run.engine
     step = run.step + 1
     lr = lr_at(config.optim, step)
     data = run.batches.take(step)
     phases = Phases(world.device, engine)
-    if is_mixture(run):
+    has_experts = config.model.ffn is Ffn.moe
+    if has_experts:
         reset_counts(engine.module)
     with phases.recorded():
         loss_sum = engine.backward(data.tokens, data.targets, lambda: run.worker.phase(phase, step - 1))
         phases.mark("reduced")
-    measured = [] if gradients is None else [gradients.sums(engine.gradients())]
     requests = Requests(run.worker.stop_requested(), run.worker.save_requested())
     run.worker.phase(phase, step - 1)  # the poll looked like training, which may be silent for less time than a start
-    # Under torchrun alone only the ranks can agree. As fills: the host would wait for a copy of its own tensor.
-    told = [] if run.worker.agrees else [loss_sum.new_full((1,), flag) for flag in (requests.stop, requests.save)]
-    votes = [loss_sum.new_full((1,), figure) for figure in ballot.figures]
-    own_times = [] if stragglers is None else stragglers.own_times(loss_sum)
-    figures_N = torch.cat([loss_sum[None], *told, *votes, *own_times, *measured])
+    # Figures of this rank that are summed over all ranks. As fills: the host would wait for a copy of its own tensor.
+    told: dict[str, float] = dict(votes.figures)
+    if not run.worker.agrees:  # under torchrun alone only the ranks can agree
+        told = {"stop": requests.stop, "save": requests.save} | told
+    own = {"loss_sum": loss_sum[None]} | {name: loss_sum.new_full((1,), figure) for name, figure in told.items()}
+    if stragglers is not None and stragglers.size:
+        own["own_times"] = stragglers.own_times(loss_sum)
+    if gradients is not None:
+        own["gradients"] = gradients.sums(engine.gradients())
+
+    def do_aside() -> None:
+        with waiting(HOST):
+            meanwhile()
+
     with phases.recorded():
-        norm, sums_N, flaw = engine.clip(figures_N, partial(do_aside, meanwhile))
+        norm, sums_N, flaw = engine.clip(torch.cat([*own.values()]), do_aside)
         # Before the update, so that all ranks skip it or none, even if one replica alone computed other numbers. On the
         # device, so that no rank waits for the decision.
         skip = (sums_N[0] + flaw).isfinite().logical_not()
@@ -306,9 +311,12 @@ def queue_step(
         phases.mark("updated")
     grad_norm = norm if own_norm is None else own_norm
     assert grad_norm is not None
-    imbalance = balance_experts(engine, world, skip | grad_norm.isfinite().logical_not()) if is_mixture(run) else None
+    after = {"grad_norm": grad_norm.double(), "flaw": flaw}
+    if has_experts:
+        after["expert_imbalance"] = balance_experts(engine, world, skip | grad_norm.isfinite().logical_not())
+    if engine.loss_scale is not None:
+        after["loss_scale"] = engine.loss_scale.used()
     run.step = step
-    scale = [] if engine.loss_scale is None else [engine.loss_scale.used()[None]]
     tokens = run.tokens_per_step
     record = StepRecord(
         step=step,
@@ -322,15 +330,9 @@ def queue_step(
         data_wait_s=data.waited_s,
     )
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
-    uneven = [] if imbalance is None else [imbalance[None]]
-    numbers = AsyncMetrics(torch.cat([grad_norm.double()[None], flaw[None], sums_N, *uneven, *scale]))
-    parts = bool(told), ballot, sum(map(len, own_times)), bool(uneven), bool(scale)
-    return QueuedStep(record, requests, gradients, numbers, tokens, *parts, phases)
-
-
-def is_mixture(run: Run) -> bool:
-    """True for a model with a mixture of experts."""
-    return run.config.model.ffn is Ffn.moe
+    sizes = {name: len(figures) for name, figures in own.items()} | dict.fromkeys(after, 1)
+    figures = StepFigures(sizes, torch.cat([sums_N, *(figure[None] for figure in after.values())]))
+    return QueuedStep(record, requests, gradients, figures, tokens, votes, phases)
 
 
 def balance_experts(engine: Engine, world: World, skip: Tensor) -> Tensor:

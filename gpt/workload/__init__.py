@@ -15,8 +15,7 @@ from omegaconf import DictConfig
 
 from gpt.accounting import FP32, count, training_flops_per_token
 from gpt.accounting.hardware import peak_flops
-from gpt.checkpoint.target import check_target
-from gpt.checkpoint.verify import saved_checkpoints, saved_copies
+from gpt.checkpoint.target import check_target, saved_checkpoints, saved_copies
 from gpt.components.facts import optimizer_state
 from gpt.config import Device, ModelConfig, TrainConfig
 from gpt.config.train import LENGTH, NOT_IN_POINT, RESUMABLE, make_paths_absolute, refuse_two_lengths

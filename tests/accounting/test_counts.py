@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpt.accounting import block_shapes, count, forward_flops, outer_shapes, training_flops, training_flops_per_token
 from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig, TrainConfig, rules
 from gpt.config.rules import cached_by_model
-from gpt.metrics.startup_summary import architecture, performance
+from gpt.metrics.startup_summary import architecture_rows, performance
 from gpt.model.gpt import GPT
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
@@ -148,7 +148,7 @@ def test_plan_and_panel_tell_the_total_the_active_and_those_without_embeddings()
     words = ["model=moe_200m", "cluster=slurm"]
     plan = make_plan(typed_config(compose_launch(words)), words, ClusterKind.slurm)
     config = read(next(preset for preset in PRESETS if preset.stem == "moe_200m"))
-    for text in (plan_text(plan), architecture(config, count(config).as_dict())["parameters"]):
+    for text in (plan_text(plan), architecture_rows(config, count(config).as_dict())["parameters"]):
         for figure in ("549,219,072", "209,480,448 active", "471,952,128 without embeddings"):
             assert figure in text
     words = ["model=gpt2_124m", "cluster=slurm"]

@@ -29,7 +29,7 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.model.gpt import GPT
-from gpt.model.loss import cross_entropy
+from gpt.model.layers import cross_entropy
 from gpt.parallel.nd import apply_fsdp
 from gpt.planning import memory as rank
 from gpt.planning.memory import RankMemory, per_rank

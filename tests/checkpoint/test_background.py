@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gpt.checkpoint import CheckpointStore, folders, part
+from gpt.checkpoint.folders import Retention
 from gpt.checkpoint.part import SharedMemory, copy_into
 from gpt.checkpoint.saving import FailedWrite, Saved
 from gpt.checkpoint.writer import ProcessWriter
@@ -135,7 +136,7 @@ def fail_on_one(rank: int, size: int, root: Path, number: int) -> tuple[list[Any
 
     with mock.patch("gpt.checkpoint.writer.write_part", write_part), mock.patch("gpt.checkpoint.saving.RETRY_S", 0.0):
         writer = ProcessWriter()
-        store = CheckpointStore(root / "run", 2, 0, writer=writer, give_up_after_s=NEVER)
+        store = CheckpointStore(root / "run", Retention(2, 0), writer=writer, give_up_after_s=NEVER)
         saves = store.saves
         for step in (1, 2):
             store.save(step, state(step), {}, {})
@@ -176,7 +177,7 @@ def test_a_disk_that_fails_is_told_counted_and_tried_again(number: int, tmp_path
 
 
 def keep_the_best(rank: int, size: int, root: Path) -> list[int]:
-    store = CheckpointStore(root, 1, 5, keep_best=2)
+    store = CheckpointStore(root, Retention(1, 5, 2))
     for step, loss in enumerate([3.0, 1.5, None, 2.5, 2.0, float("nan"), 2.0, None], start=1):
         store.save(step, state(step), {}, {} if loss is None else {folders.VALIDATION_LOSS: loss})
     return store.steps()

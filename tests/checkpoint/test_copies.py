@@ -226,7 +226,8 @@ def fill(value: float) -> dict[str, Any]:
 def load_from_copies(rank: int, size: int, root: Path) -> list[Any]:
     folder, url = root / "run" / "checkpoints", f"file://{root}/far"
     target = Target(url, "n/p")
-    store = CheckpointStore(folder, 9, 0, connect=lambda: Target(url, "n/p"))
+    store = CheckpointStore(folder, Retention(9, 0))
+    store.connect = lambda: Target(url, "n/p")
     found: list[Any] = [store.load(fill(0))]
     for step in (1, 2):
         path = store.save(step, fill(step), {}, {})
@@ -256,14 +257,17 @@ def load_without_a_good_copy(rank: int, size: int, root: Path) -> list[str]:
         raise ConnectionError("no route")
 
     said = []
+    store = CheckpointStore(root / "run", Retention(1))
+    store.connect = never
     with mock.patch.object(copies, "RETRY_S", 0.0), pytest.raises(CheckpointError) as unreachable:
-        CheckpointStore(root / "run", 1, 0, connect=never).load(fill(0))
+        store.load(fill(0))
     said.append(str(unreachable.value))
     target = Target(f"file://{root}/far", "n/p")
     target.put(make_checkpoint(root / "near", 4), yes)
     target.fs.pipe_file(f"{target.root}/step_00000004/empty", b"x")
+    store.connect = lambda: target
     with pytest.raises(ConfigError) as damaged:
-        CheckpointStore(root / "run", 1, 0, connect=lambda: target).load(fill(0))
+        store.load(fill(0))
     return [*said, str(damaged.value)]
 
 

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import CheckpointStore
+from gpt.checkpoint.folders import Retention
 from gpt.checkpoint.saving import Saved
-from gpt.checkpoint.verify import saved_checkpoints
+from gpt.checkpoint.target import saved_checkpoints
 from gpt.checkpoint.writer import ProcessWriter
 from tests.support.checkpoints import DiskCalls
 from tests.support.distributed import RankFailedError, run_distributed
@@ -60,7 +61,7 @@ def loaded_step(store: CheckpointStore) -> int:
 
 def cut_the_power(rank: int, size: int, root: Path) -> list[int]:
     """Save step 2 as often as that makes calls, and cut the power at each; the newest checkpoint after each."""
-    CheckpointStore(root / "sound", 1, 0).save(1, state(1), {}, {})
+    CheckpointStore(root / "sound", Retention(1, 0)).save(1, state(1), {}, {})
     found: list[int] = []
     while True:
         folder = root / str(len(found))
@@ -68,10 +69,10 @@ def cut_the_power(rank: int, size: int, root: Path) -> list[int]:
         calls = DiskCalls(cut, len(found))
         try:
             with calls.watch():
-                CheckpointStore(folder, 1, 0).save(2, state(2), {}, {})
+                CheckpointStore(folder, Retention(1, 0)).save(2, state(2), {}, {})
         except PowerCutError:
             at = newest(folder)
-            assert at == loaded_step(CheckpointStore(folder, 1, 0))
+            assert at == loaded_step(CheckpointStore(folder, Retention(1, 0)))
             found.append(at)
             shutil.rmtree(folder)
         else:
@@ -87,14 +88,14 @@ def test_a_power_cut_at_any_call_of_a_save_leaves_a_checkpoint(tmp_path: Path) -
 
 def kill_the_writer(rank: int, size: int, root: Path) -> list[tuple[int, int]]:
     """As above, with the writer's process killed at each call; the newest at that moment, and after the next try."""
-    CheckpointStore(root / "sound", 1, 0).save(1, state(1), {}, {})
+    CheckpointStore(root / "sound", Retention(1, 0)).save(1, state(1), {}, {})
     found: list[tuple[int, int]] = []
     while True:
         folder = root / str(len(found))
         shutil.copytree(root / "sound", folder)
         with DiskCalls(kill, len(found)).watch():
             writer = ProcessWriter()
-        store = CheckpointStore(folder, 1, 0, writer=writer, give_up_after_s=NEVER)
+        store = CheckpointStore(folder, Retention(1, 0), writer=writer, give_up_after_s=NEVER)
         saves = store.saves
         now = state(2)
         saves.start(2, now, {}, {}, os.getpid)  # a process id allows it
@@ -126,7 +127,7 @@ def test_a_writer_killed_at_any_call_is_made_up_for(tmp_path: Path) -> None:
 def die_between_writing_and_figures(rank: int, size: int, root: Path, victim: int, is_counted: bool) -> None:
     """Save step 1; of step 2 all parts are written when a rank dies, before or after the ranks have learned that."""
     writer = ProcessWriter()
-    store = CheckpointStore(root, 1, 0, writer=writer, give_up_after_s=NEVER)
+    store = CheckpointStore(root, Retention(1, 0), writer=writer, give_up_after_s=NEVER)
     store.save(1, state(1), {"rank": rank}, {})
     store.saves.start(2, state(2), {"rank": rank}, {}, os.getpid)
     while not (vote := store.saves.vote()).done:
@@ -140,7 +141,7 @@ def die_between_writing_and_figures(rank: int, size: int, root: Path, victim: in
 
 
 def load_after_death(rank: int, size: int, root: Path) -> tuple[int, list[str]]:
-    store = CheckpointStore(root, 1, 0)
+    store = CheckpointStore(root, Retention(1, 0))
     step = loaded_step(store)
     left = [path.name for path in root.iterdir()]
     dist.barrier()

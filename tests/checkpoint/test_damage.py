@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import CheckpointError, CheckpointStore
+from gpt.checkpoint.folders import Retention
 from launch.errors import ConfigError
 from tests.support.checkpoints import Trained
 from tests.support.distributed import run_distributed
@@ -75,7 +76,7 @@ def own_parts(run: Trained) -> list[torch.Tensor]:
 def damage_and_load(rank: int, world_size: int, root: Path) -> list[dict[str, Any]]:
     """Save two checkpoints, then load after each kind of damage to each file of the newer one."""
     run = Trained("fsdp", seed=1)
-    saved = CheckpointStore(root / "sound", keep_last=2, keep_every=0)
+    saved = CheckpointStore(root / "sound", Retention(2, 0))
     weights = []
     for step in (10, 20):
         run.step(step)
@@ -97,9 +98,9 @@ def damage_and_load(rank: int, world_size: int, root: Path) -> list[dict[str, An
         warnings.clear()
         for part, newest in zip(own_parts(run), weights[1], strict=True):
             part.copy_(newest)
-        loaded = CheckpointStore(folder, keep_last=2, keep_every=0).load(state)
+        loaded = CheckpointStore(folder, Retention(2, 0)).load(state)
         is_before = all(map(torch.equal, own_parts(run), weights[0]))
-        again = CheckpointStore(folder, keep_last=2, keep_every=0).load(state)
+        again = CheckpointStore(folder, Retention(2, 0)).load(state)
         found = {"name": name, "loaded": loaded, "is_before": is_before, "again": again, "warnings": list(warnings)}
         results.append(found)
         dist.barrier()
@@ -132,9 +133,9 @@ def test_any_damage_to_any_file_falls_back_to_the_checkpoint_before(tmp_path: Pa
 def meet_hopeless_cases(rank: int, world_size: int, root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     run = Trained("ddp", seed=1)
-    found["never saved"] = CheckpointStore(root / "empty", 1, 0).load(run.state())
+    found["never saved"] = CheckpointStore(root / "empty", Retention(1, 0)).load(run.state())
 
-    store = CheckpointStore(root / "all_bad", keep_last=2, keep_every=0)
+    store = CheckpointStore(root / "all_bad", Retention(2, 0))
     for step in (1, 2):
         store.save(step, run.state(), {}, {})
     if rank == 0:
@@ -154,7 +155,7 @@ def meet_hopeless_cases(rank: int, world_size: int, root: Path) -> dict[str, Any
         with pytest.raises(ConfigError):
             store.load(run.state())
 
-    store = CheckpointStore(root / "other_model", 1, 0)
+    store = CheckpointStore(root / "other_model", Retention(1, 0))
     store.save(1, run.state(), {}, {})
     small = {"model": {"0.weight": torch.zeros(7, 10)}}
     reshaped = {"model": {**run.state()["model"], "0.weight": torch.zeros(5, 10)}, "optim": run.state()["optim"]}

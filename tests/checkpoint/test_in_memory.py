@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from gpt.checkpoint import CheckpointStore
+from gpt.checkpoint.folders import Retention
 from gpt.checkpoint.memory import FailedInMemory, MemorySaves, SavedInMemory, neighbors
-from gpt.checkpoint.writer import InlineWriter, ProcessWriter
+from gpt.checkpoint.writer import ProcessWriter, Writer
 from gpt.planning.memory import RankMemory, in_memory_bytes, staging_bytes
 from gpt.workload.plan import checkpoint_text, refuse_too_little_host
 from launch.config import ClusterConfig
@@ -61,7 +62,7 @@ def nodes() -> Iterator[list[Served]]:
 def open_saves(rank: int, size: int, places: list[Place], writer: Any) -> tuple[CheckpointStore, MemorySaves]:
     """The checkpoints of a rank, in memory where ``places`` has its node, and on a disk."""
     own = places[rank * len(places) // size]
-    store = CheckpointStore(Path(os.environ["DISK"]), 1, 0, writer=writer)
+    store = CheckpointStore(Path(os.environ["DISK"]), Retention(1, 0), writer=writer)
     store.memory = MemorySaves(None, store.format, writer, own, SECRET)
     return store, store.memory
 
@@ -91,7 +92,7 @@ def save_four(rank: int, size: int, places: list[Place], strategy: str) -> tuple
 def load(rank: int, size: int, places: list[Place], strategy: str) -> tuple[Any, dict[str, str]]:
     trained = Trained(strategy, 2)
     trained.step(9)  # so that the optimizer has its states
-    store, _ = open_saves(rank, size, places, InlineWriter())
+    store, _ = open_saves(rank, size, places, Writer())
     state = trained.state()
     loaded = store.load(state)
     trained.take(state)

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from gpt.checkpoint import CheckpointStore
+from gpt.checkpoint.folders import Retention
 from launch.errors import ConfigError
 from tests.support.distributed import run_distributed
 
@@ -48,7 +49,7 @@ def save_again_and_again(rank: int, size: int, root: Path) -> tuple[list[tuple[i
             sent.append(len(obj.items))
         return gather(obj, **kwargs)
 
-    first, second = (CheckpointStore(root / name, keep_last=9, keep_every=0) for name in "xy")
+    first, second = (CheckpointStore(root / name, Retention(9, 0)) for name in "xy")
 
     def save(store: CheckpointStore, step: int, *names: str) -> None:
         planned.clear()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gpt.checkpoint import CheckpointStore
+from gpt.checkpoint.folders import Retention
 from tests.support.checkpoints import Trained
 from tests.support.distributed import run_distributed
 
@@ -24,7 +25,7 @@ def train_and_save(rank: int, world_size: int, root: Path) -> dict[str, dict[str
         for number in range(3):
             run.step(number)
         own = {"rng": torch.get_rng_state(), "python": (3, (1, 2), None), "rank": rank}
-        store = CheckpointStore(root / f"{strategy}{world_size}", keep_last=1, keep_every=0)
+        store = CheckpointStore(root / f"{strategy}{world_size}", Retention(1, 0))
         store.save(3, run.state(), own, {"step": 3, "position": 12, "saved_by": strategy})
         digests[f"{strategy}{world_size}"] = run.digests()
     return digests
@@ -36,7 +37,7 @@ def load_everything(rank: int, world_size: int, root: Path) -> dict[tuple[str, s
         run = Trained(strategy, seed=2)
         before = run.digests()
         state = run.state()
-        loaded = CheckpointStore(root / saved, keep_last=1, keep_every=0).load(state)
+        loaded = CheckpointStore(root / saved, Retention(1, 0)).load(state)
         run.take(state)
         found[saved, strategy] = (before, run.digests(), loaded)
     return found
@@ -78,10 +79,10 @@ def resume_and_train(rank: int, world_size: int, folder: Path) -> tuple[dict[str
     for number in range(4):
         straight.step(number)
         if number == 1:
-            CheckpointStore(folder, 1, 0).save(2, straight.state(), {}, {})
+            CheckpointStore(folder, Retention(1, 0)).save(2, straight.state(), {}, {})
     resumed = Trained("fsdp", seed=2)
     state = resumed.state()
-    assert CheckpointStore(folder, 1, 0).load(state) is not None
+    assert CheckpointStore(folder, Retention(1, 0)).load(state) is not None
     resumed.take(state)
     for number in (2, 3):
         resumed.step(number)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from gpt.checkpoint import CheckpointError, CheckpointStore, OutdatedAttemptError
+from gpt.checkpoint.folders import Retention
 from launch.errors import ConfigError
 from tests.support.checkpoints import Trained
 from tests.support.distributed import RankFailedError, run_distributed
@@ -27,7 +28,7 @@ def refuse_writes(*args: Any, **kwargs: Any) -> Any:
 
 def fail_in_many_ways(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     run = Trained("fsdp", seed=1)
-    store = CheckpointStore(folder, keep_last=2, keep_every=0)
+    store = CheckpointStore(folder, Retention(2, 0))
     store.save(1, run.state(), {}, {})
     found: dict[str, Any] = {}
 
@@ -85,7 +86,7 @@ def save_many(rank: int, world_size: int, root: Path) -> dict[str, list[int]]:
     found = {}
     for keep_last, keep_every in ((1, 0), (3, 0), (2, 4)):
         folder = root / f"{keep_last}_{keep_every}"
-        store = CheckpointStore(folder, keep_last, keep_every, dist.new_group(backend="gloo"))
+        store = CheckpointStore(folder, Retention(keep_last, keep_every), dist.new_group(backend="gloo"))
         for step in range(1, 11):
             store.save(step, state, {}, {})
         assert {path.name for path in folder.iterdir()} == {f"step_{step:08d}" for step in store.steps()}
@@ -133,7 +134,7 @@ def die_in_the_middle_of_deleting() -> Any:
 def save_two(rank: int, world_size: int, folder: Path, killing: Callable[[], Any]) -> None:
     """Save steps 1 and 2; rank 0, the one that commits, is killed by itself in the middle of the second."""
     run = Trained("fsdp", seed=1)
-    store = CheckpointStore(folder, keep_last=1, keep_every=0)
+    store = CheckpointStore(folder, Retention(1, 0))
     assert store.is_new()
     store.save(1, run.state(), {}, {"step": 1})
     assert not store.is_new()
@@ -148,7 +149,7 @@ def load_and_save(rank: int, world_size: int, folders: list[Path]) -> list[tuple
     for folder in folders:
         run = Trained("fsdp", seed=2)
         state = run.state()
-        store = CheckpointStore(folder, keep_last=1, keep_every=0)
+        store = CheckpointStore(folder, Retention(1, 0))
         loaded = store.load(state)
         assert loaded is not None and loaded.set_aside == ()
         dist.barrier()

@@ -14,8 +14,8 @@ import torch
 from gpt.checkpoint import CheckpointStore, folders, saving
 from gpt.checkpoint.folders import FileSum, Manifest, Retention, sum_file, write_manifest
 from gpt.checkpoint.saving import Scrub
-from gpt.checkpoint.writer import Memory, ProcessWriter, work_on
-from gpt.training.saving import tell_damage
+from gpt.checkpoint.writer import ProcessWriter, WriterState, work_on
+from gpt.training.checkpoints import tell_damage
 from launch.errors import ConfigError
 from launch.runs.events import damaged_text
 from launch.runs.folder import RunFolder
@@ -43,7 +43,7 @@ def save_on_a_disk_that_rots(rank: int, size: int, root: Path) -> tuple[list[int
     folder = RunFolder(root)
     with mock.patch("gpt.checkpoint.saving.sum_slowly", rot):
         writer = ProcessWriter()
-    store = CheckpointStore(folder.checkpoints, 1, 0, writer=writer)
+    store = CheckpointStore(folder.checkpoints, Retention(1, 0), writer=writer)
     store.saves.tell_damage = partial(tell_damage, folder, 7)
     for step in (1, 2, 3):
         store.save(step, state(step), {}, {})
@@ -77,7 +77,7 @@ def write_checkpoint(folder: Path, step: int, is_whole: bool) -> None:
 
 def test_others_are_deleted_when_the_newest_is_whole_and_never_the_last_that_was(tmp_path: Path) -> None:
     make = partial(write_checkpoint, tmp_path)
-    memory = Memory(has_idle_time=True)
+    memory = WriterState(has_idle_time=True)
     told: list[tuple[int, bool]] = []
 
     def job(step: int) -> None:
@@ -112,7 +112,7 @@ def test_the_newest_is_read_again_and_again_where_that_is_asked_for(tmp_path: Pa
     folder.checkpoints.mkdir()
     for step in (1, 2):
         write_checkpoint(folder.checkpoints, step, is_whole=True)
-    memory = Memory(has_idle_time=True)
+    memory = WriterState(has_idle_time=True)
     Scrub(folder.checkpoints, 2, Retention(1), partial(tell_damage, folder, 7), every_s=3600.0).run(memory)
     readings = 0
     while memory.idle_work is not None:

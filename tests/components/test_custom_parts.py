@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from gpt.components.facts import measured, optimizer_state, owner_of, part_count
 from gpt.config import DataConfig, ModelConfig, Norm, OptimConfig, Precision, Recompute
 from gpt.conversion import choose_adapter
 from gpt.data.spec import build_spec
+from gpt.generate import Sampling, generate_tokens, make_generators
 from gpt.model.gpt import GPT, initialize
-from gpt.model.sampling import Sampling, generate, make_generators
 from gpt.planning.shards import activation_bytes, parameter_shards
 from gpt.topology import ParallelDims
 from gpt.topology.rules import check_parallel_dims
@@ -122,7 +123,7 @@ def test_the_cache_of_an_attention_of_ones_own_changes_nothing() -> None:
     initialize(model, seed=3)
     prompt = random_tokens(config, 2)[:, :6]
     made = [
-        torch.stack(list(generate(model, prompt, 9, 50, Sampling(0.8), make_generators(5, 2), cached)))
+        torch.stack(list(islice(generate_tokens(model, prompt, 50, Sampling(0.8), make_generators(5, 2), cached), 9)))
         for cached in (True, False)
     ]
     assert torch.equal(*made)

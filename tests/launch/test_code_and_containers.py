@@ -48,7 +48,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def edit(checkout: Path, text: str) -> None:
-    path = checkout / "gpt" / "parallel" / "optimizer.py"
+    path = checkout / "gpt" / "parallel" / "engine.py"
     path.write_text(path.read_text() + text)
 
 
@@ -68,7 +68,7 @@ def test_each_changed_file_is_named(checkout: Path) -> None:
     (checkout / "gpt" / "notes.txt").write_text("no code")
     now = {"code": describe_code(checkout), "git": {"commit": "b" * 40}}
     assert changes(before, now) == [
-        "configs/optim/quick.yaml removed, gpt/new.py added, gpt/parallel/optimizer.py changed "
+        "configs/optim/quick.yaml removed, gpt/new.py added, gpt/parallel/engine.py changed "
         "(commit aaaaaaaaaaaa -> bbbbbbbbbbbb)"
     ]
     assert changes(now, {**now, "git": {"commit": "c" * 40}}) == [], "a commit that touches none of the files"
@@ -96,7 +96,7 @@ def test_the_plan_warns_about_changed_code_or_refuses_it(tmp_path: Path) -> None
     folder = RunFolder(tmp_path / "run")
     code = describe_code()
     old = {
-        "code": {**code, "files": {**code["files"], "gpt/parallel/optimizer.py": "other"}},
+        "code": {**code, "files": {**code["files"], "gpt/parallel/engine.py": "other"}},
         "git": {"commit": "a" * 40},
     }
     words = [f"run_dir={folder.path}", *TINY]
@@ -104,7 +104,7 @@ def test_the_plan_warns_about_changed_code_or_refuses_it(tmp_path: Path) -> None
     folder.create_attempt()
     write_json(folder.environment(1), old)
     text = plan_text(add_warnings(plan(*words), config_of(*words)))
-    assert "warning     changed since attempt 1: gpt/parallel/optimizer.py changed (commit aaaaaaaaaaaa -> " in text
+    assert "warning     changed since attempt 1: gpt/parallel/engine.py changed (commit aaaaaaaaaaaa -> " in text
     with pytest.raises(ConfigError, match=r"git checkout aaaaaaaaaaaa, require_same_code=false"):
         add_warnings(plan(*words), config_of(*words, "require_same_code=true"))
 
@@ -118,16 +118,16 @@ def test_changed_code_gives_a_warning_or_a_refusal(checkout: Path, tmp_path: Pat
     folder.record_event("attempt_ended", attempt=1, cause="node_failed")  # so that there is something to go on with
     edit(checkout, "# changed\n")
     text = run("launch", *words, "launch.report_files=[md]", **there)
-    assert text.count("changed since attempt 1: gpt/parallel/optimizer.py changed") == 1, text
-    assert "changed since attempt 1: gpt/parallel/optimizer.py changed" in folder.log(2, 0).read_text()
+    assert text.count("changed since attempt 1: gpt/parallel/engine.py changed") == 1, text
+    assert "changed since attempt 1: gpt/parallel/engine.py changed" in folder.log(2, 0).read_text()
     changed = select_events(folder.read_events(), "code_changed")
-    assert [(e["attempt"], e["since"], e["cause"]) for e in changed] == [(2, 1, "gpt/parallel/optimizer.py changed")]
+    assert [(e["attempt"], e["since"], e["cause"]) for e in changed] == [(2, 1, "gpt/parallel/engine.py changed")]
     edit(checkout, "# and again\n")
     text = run("launch", *words, "require_same_code=true", status=2, **there)
     assert "since attempt 2 of" in text and "require_same_code=false to go on with what has changed" in text
     assert folder.attempts() == [1, 2]
     text = run("gpt.train", *words, "require_same_code=true", status=2, **there)  # torchrun's road has no login node
-    assert "gpt/parallel/optimizer.py changed" in text
+    assert "gpt/parallel/engine.py changed" in text
 
 
 @pytest.mark.parametrize("words", [["copy_code=true"], []], ids=["snapshot", "checkout"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt.checkpoint.verify import checkpoint_at
+from gpt.checkpoint.target import checkpoint_at
 from tests.support.commands import TINY, run
 
 STEPS = (2, 4)

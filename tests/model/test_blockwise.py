@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gpt.model.attention import attend_block, attend_block_backward, merge
+from gpt.model.attention import Attended, attend_block, attend_block_backward, merge_blocks
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -49,11 +49,11 @@ def test_blocks_put_together_are_one_softmax(
     causal = [False] * len(earlier) + [True]
     y, lse = attend_block(q.detach(), *blocks[-1], True, fused)
     for block in blocks[:-1]:
-        y, lse = merge(y, lse, *attend_block(q.detach(), *block, False, fused))
+        y, lse = merge_blocks(y, lse, *attend_block(q.detach(), *block, False, fused))
     torch.testing.assert_close(y, expected.detach())
 
     parts = [
-        attend_block_backward(grad, q.detach(), *block, y, lse, c, fused)
+        attend_block_backward(grad, Attended(q.detach(), y, lse), *block, c, fused)
         for block, c in zip(blocks, causal, strict=True)
     ]
     dqs, dks, dvs = zip(*parts, strict=True)
@@ -75,11 +75,11 @@ def test_half_precision_stays_close_and_sums_in_fp32(device: str, fused: bool, w
     expected.backward(grad.float())
 
     blocks = [(k[:, :, :32], v[:, :, :32], False), (k[:, :, 32:], v[:, :, 32:], True)]
-    y, lse = merge(*attend_block(q, *blocks[0], fused), *attend_block(q, *blocks[1], fused))
+    y, lse = merge_blocks(*attend_block(q, *blocks[0], fused), *attend_block(q, *blocks[1], fused))
     y = y.to(q.dtype)
     assert lse.dtype is torch.float32
     torch.testing.assert_close(y.float(), expected.detach(), rtol=0.05, atol=0.05)
-    parts = [attend_block_backward(grad, q, k_, v_, y, lse, causal, fused) for k_, v_, causal in blocks]
+    parts = [attend_block_backward(grad, Attended(q, y, lse), k_, v_, causal, fused) for k_, v_, causal in blocks]
     (dq, _, _), (dq_own, _, _) = parts
     found = (dq + dq_own, *(torch.cat(pair, dim=2) for pair in zip(parts[0][1:], parts[1][1:], strict=True)))
     for x, y_ in zip(found, wide, strict=True):

@@ -24,8 +24,7 @@ from gpt.model.attention import (
     sdpa_attention,
 )
 from gpt.model.gpt import GPT, Block, build_ffn
-from gpt.model.norm import build_norm
-from gpt.model.position import LearnedPosition, Rope, rotation_rates
+from gpt.model.layers import LearnedPosition, Rope, build_norm, rotation_rates
 from tests.support.small_models import LLAMA, MINIMAL, check_gradients, small
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt.model.norm import RmsNorm, RmsNormOnCpu
-from gpt.model.position import Rotation
+from gpt.model.layers import RmsNorm, RmsNormOnCpu, Rotation
 
 WIDTH = 12
 

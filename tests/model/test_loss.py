@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpt.model import loss
-from gpt.model.loss import cross_entropy
+from gpt.model import layers
+from gpt.model.layers import cross_entropy
 
 B, T, V, D = 2, 24, 700, 2
 
@@ -38,7 +38,7 @@ def computed(criterion: Callable[[Tensor, Tensor], Tensor], logits_BTV: Tensor, 
 def test_loss_and_gradient_are_those_of_torch(
     dtype: torch.dtype, padding: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "LOSS_CHUNK", chunk)
+    monkeypatch.setattr(layers, "LOSS_CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     logits_BTV = (5 * torch.randn(B, T, V + padding, generator=generator)).to(dtype)
     logits_BTV[0, 0, 3] = 60.0  # a token that is all but certain
@@ -60,10 +60,10 @@ def test_the_loss_may_be_multiplied_by_any_number() -> None:
 
 def test_on_a_cpu_a_chunk_stays_in_the_caches_of_its_cores() -> None:
     # Beside the logits and their gradient, nothing is larger than a chunk.
-    whole = torch.zeros(1, 2 * loss.CACHED_LOGITS * torch.get_num_threads() // V, V, requires_grad=True)
+    whole = torch.zeros(1, 2 * layers.CACHED_LOGITS * torch.get_num_threads() // V, V, requires_grad=True)
     with Traffic(whole.numel()) as seen:
         cross_entropy(whole, torch.zeros(whole.shape[:2], dtype=torch.long)).backward()
-    assert seen.made == whole.nbytes and 0 < seen.largest_but_whole <= loss.chunk_elements(whole.device)
+    assert seen.made == whole.nbytes and 0 < seen.largest_but_whole <= layers.chunk_elements(whole.device)
 
 
 class Traffic(TorchDispatchMode):
@@ -101,7 +101,7 @@ def traffic(criterion: Callable[[Tensor, Tensor], Tensor], padding: int = 0) -> 
 
 @pytest.mark.parametrize("padding", [0, 4])
 def test_logits_are_moved_seldom_and_never_whole_in_fp32(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "LOSS_CHUNK", 4 * V)
+    monkeypatch.setattr(layers, "LOSS_CHUNK", 4 * V)
     seen, plain = (traffic(criterion, padding) for criterion in (cross_entropy, torchs))
     logits = B * T * V
     assert (seen.moved / logits, seen.made / logits) <= (20, 8)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from gpt.config import TrainConfig
 from gpt.parallel.context import SequenceShard
 from gpt.topology.rules import check_parallel_dims
-from gpt.training.state import save
+from gpt.training.checkpoints import save
 from launch.errors import ConfigError
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from gpt.checkpoint import CheckpointError
 from gpt.config.train import compose_train
 from gpt.conversion.state_dict import load_model
+from gpt.training.checkpoints import save
 from gpt.training.run import Run
-from gpt.training.state import save
 from launch.errors import ConfigError
 from tests.support.commands import TINY as COMMAND
 from tests.support.commands import run as run_command
@@ -279,7 +279,7 @@ def damage_and_fail(rank: int, size: int, folder: Path) -> dict[str, Any]:
         start(rank, size, folder, *words)
     copies = start(rank, size, folder.parent / "copies", *MIXTURE, *words_of(0))
     save(copies)
-    reader = "gpt.parallel.deepspeed.checkpoint.TensorReader.moment"
+    reader = "gpt.parallel.zero.TensorReader.moment"
     with broken(rank, reader, "Input/output error"), pytest.raises(ConfigError, match=r"rank 1: .*Input/output"):
         start(rank, size, folder.parent / "copies", *words)
     return found

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gpt.conversion.state_dict import load_model
+from gpt.training.checkpoints import save
 from gpt.training.run import Run
-from gpt.training.state import save
 from launch.errors import ConfigError
 from tests.parallel.test_deepspeed import as_composed, broken
 from tests.support.distributed import run_distributed

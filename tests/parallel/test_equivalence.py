@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gpt.training.state import save
+from gpt.training.checkpoints import save
 from tests.support.distributed import run_distributed
 from tests.support.learning import MODELS, Case, assert_all_same, learn_alone, learn_cases, start, step
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.topology import ParallelDims
 from gpt.topology.rules import check_parallel_dims
-from gpt.training.state import save
+from gpt.training.checkpoints import save
 from launch.errors import ConfigError
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed

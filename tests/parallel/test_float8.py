@@ -17,8 +17,8 @@ from gpt.model.gpt import GPT
 from gpt.parallel.compile import convert_linears, prepare_blocks
 from gpt.parallel.distributed import World
 from gpt.planning.auto import refuse_float8
+from gpt.training.checkpoints import load, save
 from gpt.training.execution import has_float8, settle_execution
-from gpt.training.state import load, save
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from tests.support.distributed import run_distributed

@@ -13,8 +13,8 @@ from torch import Tensor
 from gpt.model import gpt
 from gpt.model.gpt import GPT
 from gpt.parallel.dtensor import local_tensor, materialize
-from gpt.training import state
-from gpt.training.state import save
+from gpt.training import checkpoints
+from gpt.training.checkpoints import save
 from tests.support.distributed import run_distributed
 from tests.support.learning import DEEPSPEED, MODELS, compose, start, start_composed, whole
 
@@ -114,9 +114,9 @@ def test_a_rank_holds_its_shards_and_one_whole_tensor_and_draws_nothing_where_it
 
 def test_what_a_checkpoint_is_about_to_fill_takes_no_memory() -> None:
     shape = torch.Size((1 << 30, 1 << 10))
-    assert state.zeros("head.weight", shape).shape == shape
+    assert checkpoints.zeros("head.weight", shape).shape == shape
     config = compose("parallel=ddp", *UNTIED).model
     with torch.device("meta"):
         model = GPT(config)
-    materialize([model], state.zeros, torch.device("cpu"))
+    materialize([model], checkpoints.zeros, torch.device("cpu"))
     assert not any(parameter.any() for parameter in model.parameters())

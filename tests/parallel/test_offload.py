@@ -13,7 +13,7 @@ from gpt.config import TrainConfig
 from gpt.planning.memory import per_rank
 from gpt.topology import split_batch
 from gpt.topology.rules import check_parallel_dims
-from gpt.training.state import save
+from gpt.training.checkpoints import save
 from launch.errors import ConfigError
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed

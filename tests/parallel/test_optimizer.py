@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpt.parallel.optimizer import AdamW
+from gpt.parallel.engine import AdamW
 from tests.support.distributed import run_distributed
 
 SHAPES = {"rows": (6, 5), "uneven rows": (5, 3), "replica": (4,)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gpt.training.state import save
+from gpt.training.checkpoints import save
 from tests.support.distributed import run_distributed
 from tests.support.learning import MODELS, assert_same, evaluated, learn, start, step
 

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt.config import ParallelConfig
 from gpt.conversion.state_dict import find_checkpoint, read_weights
 from gpt.model.gpt import GPT
-from gpt.model.loss import cross_entropy
+from gpt.model.layers import cross_entropy
 from gpt.parallel.distributed import World, build_mesh
 from gpt.parallel.tensor import apply_tensor_parallel, vocabulary_loss
 from gpt.topology import ParallelDims
 from gpt.topology.rules import check_parallel_dims
-from gpt.training.state import save
+from gpt.training.checkpoints import save
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from tests.support.composing import config_from

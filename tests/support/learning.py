@@ -28,13 +28,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gpt.config import Strategy, TrainConfig
-from gpt.model.loss import autocast
+from gpt.model.layers import autocast
 from gpt.parallel.distributed import World
-from gpt.parallel.optimizer import Clipped, sum_of_squares
+from gpt.parallel.engine import Clipped, sum_of_squares
 from gpt.topology import parallel_dims
 from gpt.train import build
 from gpt.training.diagnostics import Gradients
-from gpt.training.loop import mean_loss
+from gpt.training.loop import EvaluationShare, mean_loss
 from gpt.training.run import Run
 from gpt.training.step import queue_step
 from launch.runs.folder import RunFolder
@@ -59,8 +59,8 @@ MODELS = {
 }
 ACCUMULATIONS = (1, 4)
 DEEPSPEED = (
-    "gpt.parallel.deepspeed.pipeline",
-    "gpt.parallel.deepspeed.checkpoint",
+    "gpt.parallel.zero_pipeline",
+    "gpt.parallel.zero",
     "deepspeed.checkpoint.ds_to_universal",
 )
 """What ranks that use DeepSpeed import for a second or two, unless what they are forked from has done so."""
@@ -137,8 +137,8 @@ def step_with_figures(run: Run) -> tuple[float, float, dict[str, float]]:
 def evaluated(run: Run, sequences: int = 7, batch: int | None = None) -> float:
     """Loss of the first validation sequences, as many as neither ranks nor passes divide."""
     batch = batch or min(4, run.batch.micro)
-    place, ranks = run.dims.data_rank(run.world.rank), run.dims.data_ranks
-    return mean_loss(run.engine.module, run.engine.loss, run.samples, run.world, sequences, batch, place, ranks)
+    share = EvaluationShare(sequences, batch, run.dims.data_rank(run.world.rank), run.dims.data_ranks)
+    return mean_loss(run.engine.module, run.engine.loss, run.samples, run.world, share)
 
 
 def whole(run: Run, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import yaml
 
 from gpt import smoke
 from gpt.compare import main
-from gpt.metrics.comparison import interpolate
+from gpt.metrics.runs import interpolate
 from launch.runs.files import append_json_lines, write_json
 from launch.runs.folder import RunFolder
 from tests.support.commands import environment, run
@@ -88,7 +88,7 @@ def test_interpolation_stays_within_the_curve() -> None:
 
 
 def test_no_torch_is_loaded(tmp_path: Path) -> None:
-    code = "import sys, gpt.compare, gpt.metrics.comparison; sys.exit('torch' in sys.modules)"
+    code = "import sys, gpt.compare, gpt.metrics.runs; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,8 @@ from hypothesis import strategies as st
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from gpt.data.tokenizers import ByteTokenizer
-from gpt.generate import Text, batches
+from gpt.generate import Sampling, Text, batches, generate_tokens, make_generators, probabilities
 from gpt.model.gpt import GPT
-from gpt.model.sampling import Sampling, generate, make_generators, probabilities
 from tests.model.test_cache import lively
 from tests.support.commands import run
 from tests.support.small_models import LLAMA, random_tokens, small
@@ -40,7 +40,9 @@ def test_sampling_is_that_of_transformers(
 
 def written(model: GPT, prompt_BT: torch.Tensor, tokens: int, seed: int, use_cache: bool) -> torch.Tensor:
     generators = make_generators(seed, len(prompt_BT))
-    return torch.stack(list(generate(model, prompt_BT, tokens, 50, Sampling(0.8), generators, use_cache)), 1)
+    return torch.stack(
+        list(islice(generate_tokens(model, prompt_BT, 50, Sampling(0.8), generators, use_cache), tokens)), 1
+    )
 
 
 @pytest.mark.parametrize("prompt", [1, 7, 12, 30], ids=lambda n: f"prompt of {n}")
@@ -59,7 +61,7 @@ def test_the_cache_changes_nothing_also_where_the_window_slides(parts: dict, pro
 def test_greedy_takes_the_likeliest_of_the_last_block() -> None:
     model = lively(small(vocab_size=60))
     prompt_BT = random_tokens(small(block_size=30), 2)
-    (first,) = generate(model, prompt_BT, 1, 50, Sampling(0), make_generators(0, 2))
+    first = next(generate_tokens(model, prompt_BT, 50, Sampling(0), make_generators(0, 2)))
     assert torch.equal(first, model(prompt_BT[:, -12:])[:, -1, :50].argmax(1)), "ids above the tokenizer's never come"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpt.config import OptimConfig
-from gpt.training.divergence import EarlyStop, refuse_unknown_text
+from gpt.training.health import EarlyStop, refuse_unknown_text
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run
@@ -22,7 +22,7 @@ def judge(**changes: float) -> EarlyStop:
 
 def over_at(stop: EarlyStop, losses: list[float]) -> int | None:
     for step, loss in enumerate(losses, 1):
-        stop.hear(10 * step, loss)
+        stop.add(10 * step, loss)
         if stop.reason() is not None:
             return 10 * step
     return None
@@ -40,9 +40,9 @@ def test_the_losses_that_end_a_run() -> None:
 
 def test_a_target_per_byte_of_text() -> None:
     stop = judge(target_val_nats_per_byte=0.5)
-    stop.hear(10, 3.0, 1.0)
+    stop.add(10, 3.0, 1.0)
     assert stop.reason() is None, "a bit is 0.69 nats"
-    stop.hear(20, 2.0, 0.72)
+    stop.add(20, 2.0, 0.72)
     reason = stop.reason()
     assert reason == "val_loss 2.0000 at step 20 (0.4991 nats per byte) reached optim.target_val_nats_per_byte=0.5"
     resumed = judge(target_val_nats_per_byte=0.5)
@@ -62,7 +62,7 @@ def test_a_resumed_run_counts_on(break_at: int) -> None:
     then.load(json.loads(json.dumps(first.state())))
     for step, loss in enumerate(waiting, 1):
         if over is None and step > break_at:
-            then.hear(10 * step, loss)
+            then.add(10 * step, loss)
             over = 10 * step if then.reason() else None
     assert over == 60
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpt.config import TrainConfig
-from gpt.training.state import save
+from gpt.training.checkpoints import save
 from gpt.training.step import queue_step
 from launch.runs.files import read_json_lines
 from launch.runs.folder import RunFolder

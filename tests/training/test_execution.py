@@ -37,7 +37,7 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.model.gpt import GPT
-from gpt.model.loss import cross_entropy
+from gpt.model.layers import cross_entropy
 from gpt.parallel.compile import compile_block, compile_loss, prepare_blocks
 from gpt.parallel.distributed import World
 from gpt.planning.memory import per_rank

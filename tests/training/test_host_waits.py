@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from gpt.parallel import nd, optimizer
+from gpt.parallel import engine, nd
 from gpt.parallel.distributed import PendingSum, World
 from gpt.training.diagnostics import Gradients
 from tests.support.learning import host_waits
@@ -34,14 +34,14 @@ def world_on(device: torch.device) -> World:
 
 def clip_shards(device: torch.device) -> None:
     figures_N = torch.empty(3, dtype=torch.float64, device=device)
-    optimizer.clip_shards(sharded(device), 1.0, world_on(device), figures_N, lambda: None)
+    engine.clip_shards(sharded(device), 1.0, world_on(device), figures_N, lambda: None)
 
 
 def clip_replica(device: torch.device) -> None:
     weight = nn.Parameter(torch.empty(4, 4, device=device))
     weight.grad = torch.empty(4, 4, device=device)
     figures_N = torch.empty(3, dtype=torch.float64, device=device)
-    optimizer.clip_replica([weight], 1.0, world_on(device), figures_N, lambda: None)
+    engine.clip_replica([weight], 1.0, world_on(device), figures_N, lambda: None)
 
 
 def sum_gradients(device: torch.device) -> None:

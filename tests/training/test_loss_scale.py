@@ -17,11 +17,11 @@ from gpt.data.corpus import ensure_tokens
 from gpt.data.loader import Samples
 from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.gpt import GPT, initialize
-from gpt.parallel import optimizer as module
-from gpt.parallel.optimizer import DynamicLossScale, skipping
-from gpt.training.divergence import may_overflow
+from gpt.parallel import engine as module
+from gpt.parallel.engine import LossScale, skipping
+from gpt.training.checkpoints import save
+from gpt.training.health import is_bad
 from gpt.training.run import Run
-from gpt.training.state import save
 from gpt.training.step import lr_at, queue_step
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
@@ -212,8 +212,9 @@ def test_a_resumed_run_has_the_same_scale_and_goes_on_bit_for_bit(tmp_path: Path
 
 
 def test_gradients_that_overflow_without_a_scale_end_the_run(tmp_path: Path) -> None:
-    assert not may_overflow(None) and not may_overflow(1.0) and may_overflow(2.0)
-    scale = DynamicLossScale(torch.device("cpu"))
+    overflowing = [StepRecord(1, 1, 2.0, 1e-3, None, 8, (0, 1), 0.1, loss_scale=scale) for scale in (None, 1.0, 2.0)]
+    assert [is_bad(record) for record in overflowing] == [True, True, False]
+    scale = LossScale(torch.device("cpu"))
     scale.load({"scale": 2.0, "steps": 0})
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([parameter], fused=True)

@@ -179,11 +179,12 @@ def test_views_of_short_steps_are_written_together_and_an_evaluation_at_once(
     monkeypatch.setattr(writers, "time", SimpleNamespace(monotonic=lambda: now[0]))
     folder, world = RunFolder(tmp_path), World(0, 1, 0, 1, 0, torch.device("cpu"), None)
     config = config_from(["logging.csv=true", "logging.json=false", "logging.tensorboard=false"])
-    told = writers.MetricWriters(folder, world, Rank(), config, 0, [], 10**6)
+    told = writers.MetricWriters(folder, world, Rank(), config, 0, [])
     rows = []
     for step, (seconds, val_loss) in enumerate([(0.2, None), (0.4, None), (0.6, None), (0.7, 2.0), (0.8, None)], 1):
         now[0] = seconds
-        told.write(StepRecord(step, 1, 2.0, 1e-3, 1.0, 10, (0, 1), step_time_s=0.2, val_loss=val_loss))
+        known = {"step_time_s": 0.2, "tokens_per_s": 5e6, "val_loss": val_loss}
+        told.write(StepRecord(step, 1, 2.0, 1e-3, 1.0, 10, (0, 1), **known))
         rows.append(len(folder.steps_csv.read_text().splitlines()) - 1)
     assert rows == [0, 0, 3, 4, 4]
     told.show()
@@ -198,8 +199,8 @@ def test_the_share_of_the_bf16_peak_stands_beside_that_of_the_precision(
     world = World(1, 2, 1, 2, 0, torch.device("cpu"), None)
     lines = {}
     for words in (["precision=fp32"], ["precision=fp32", "tf32=true"], ["precision=bf16"]):
-        told = writers.MetricWriters(RunFolder(tmp_path), world, Rank(), config_from(words), 0, [], 10**6)
-        record = StepRecord(1, 1, 2.0, 1e-3, 1.0, 10, (0, 1), step_time_s=0.5)
+        told = writers.MetricWriters(RunFolder(tmp_path), world, Rank(), config_from(words), 0, [])
+        record = StepRecord(1, 1, 2.0, 1e-3, 1.0, 10, (0, 1), step_time_s=0.5, tokens_per_s=2e6)
         told.write(record)
         assert record.mfu_palm is not None and record.mfu_bf16 is not None
         lines[record.mfu_bf16 / record.mfu_palm] = console_line(record, 1, 0.5)

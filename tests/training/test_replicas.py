@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt.parallel.dtensor import local_tensor
-from gpt.parallel.replicas import ReplicaCheck, find_odd
+from gpt.parallel.dtensor import ReplicaCheck, find_odd, local_tensor
 from gpt.train import train
 from gpt.training.run import Run
 from gpt.training.step import queue_step

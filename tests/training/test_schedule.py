@@ -11,7 +11,7 @@ import pytest
 
 from gpt.config.optim import CheckpointConfig, Interval
 from gpt.planning.memory import staging_bytes
-from gpt.training.saving import FIRST_S, LEAST_S, PRIOR_S, auto_interval_s, between_failures_s
+from gpt.training.checkpoints import FIRST_S, LEAST_S, PRIOR_S, auto_interval_s, between_failures_s
 from gpt.workload.plan import checkpoint_text
 from launch.errors import ConfigError
 from launch.runs.events import best_interval_s, skipped_text, unsaved_text

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from gpt.training.divergence import WINDOW, LossWindow
+from gpt.training.health import WINDOW, LossWindow
 from launch.runs.records import StepRecord
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from gpt.config import OptimConfig
 from gpt.model.gpt import GPT
-from gpt.parallel.optimizer import AdamW, build_optimizer
+from gpt.parallel.engine import AdamW, build_optimizer
 from gpt.training.step import keep_freed_memory
 from tests.support.distributed import run_distributed
 from tests.support.learning import MODELS, start

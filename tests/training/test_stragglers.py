@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gpt.train import train
-from gpt.training.stragglers import StragglerJudge
+from gpt.training.health import StragglerJudge
 from launch.errors import ConfigError
 from launch.runs.events import straggling_ranks
 from launch.runs.folder import RunFolder

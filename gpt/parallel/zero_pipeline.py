@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from gpt.config import TrainConfig
 from gpt.model.gpt import GPT
-from gpt.model.loss import cross_entropy
-from gpt.parallel.deepspeed.engine import ZeroEngine
-from gpt.parallel.distributed import World
-from gpt.topology import Batch, ParallelDims
+from gpt.model.layers import cross_entropy
+from gpt.parallel.engine import RunLayout
+from gpt.parallel.zero import ZeroEngine
 from gpt.topology.pipeline import split_layers
 
 BEFORE, AFTER = 2, 2
@@ -37,11 +36,11 @@ TIED = "token_embedding"
 class ZeroPipelineEngine(ZeroEngine):
     """A model split into pipeline stages, run and stepped by DeepSpeed's pipeline engine."""
 
-    def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
-        self._rows = batch.micro
+    def __init__(self, model: GPT, layout: RunLayout) -> None:
+        self._rows = layout.batch.micro
         self._on_micro_batch: Callable[[], None] = lambda: None
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-        super().__init__(model, config, world, dims, batch)
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=layout.world.device)
+        super().__init__(model, layout)
         self.layer_group = self.ds.grid.get_data_parallel_group()
         self.ds._copy_recovery_script = lambda _: None  # zero_to_fp32.py does not join stages
         steps = {ForwardPass: self._forward_pass, OptimizerStep: lambda _: None}  # ``update`` does the step
@@ -58,7 +57,7 @@ class ZeroPipelineEngine(ZeroEngine):
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         self._on_micro_batch, self._rows = on_micro_batch, self.batch.micro
         self._loss_sum.zero_()
-        self.read_loss_scale()
+        self.begin_backward()
         self.ds.train_batch(zip(tokens_BT.split(self.batch.micro), targets_BT.split(self.batch.micro), strict=True))
         self.unscale_gradients()
         return self._loss_sum.clone()

@@ -1,22 +1,139 @@
-"""Comparison of runs: loss at equal tokens, speed, differing settings, and their plot. Imports no torch."""
+"""The file ``run.json``: a whole run in one value, with config, startup, steps, evaluations, checkpoints and summary.
+
+It depends only on the run folder, so interruptions do not change it, and all tools read a run alike. Imports no torch.
+"""
 
 from __future__ import annotations
 
 import io
-from bisect import bisect_left
+import statistics
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+import numpy as np
 
-from gpt.metrics.run_json import describe_run
+from gpt.checkpoint import folders
 from launch.errors import ConfigError
 from launch.runs.compose import flatten, plain
-from launch.runs.folder import RunFolder
+from launch.runs.events import saves_that_count
+from launch.runs.files import read_json, write_json
+from launch.runs.folder import RunFolder, read_mapping
+from launch.runs.records import StepRecord, read_records
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FORMAT = 1
+WARM_UP_STEPS = 5
+"""Number of first steps of an attempt that its speed excludes: caches fill, kernels are chosen, the compiler works."""
+SHARE = 0.002
+"""Largest share of the wall time for rewriting the file during the run."""
+
+
+class RunJson:
+    """Writer of ``run.json``, which is rewritten at the start, at evaluations and at the end."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._not_before = 0.0
+        self._write()
+
+    def write(self, record: StepRecord) -> None:
+        """Write the file after an evaluation. For a long run, whose file takes long to write, some evaluations are
+        skipped."""
+        if record.val_loss is not None and time.monotonic() >= self._not_before:
+            self._write()
+
+    def close(self) -> None:
+        """Write the file for the last time."""
+        self._write()
+
+    def _write(self) -> None:
+        started = time.monotonic()
+        write_json(self._folder.run_json, describe_run(self._folder))
+        # The longer the file takes, the later the next write is, so writing takes at most SHARE of the time.
+        self._not_before = time.monotonic() + (time.monotonic() - started) / SHARE
+
+
+def describe_run(folder: RunFolder) -> dict[str, Any]:
+    """Return everything that a run folder records about its run, as plain values."""
+    records = read_records(folder.metrics(0))
+    events = folder.read_events()
+    return {
+        "format": FORMAT,
+        "run": {"name": folder.path.parent.name, "point": folder.point, "path": str(folder.path)},
+        "config": read_mapping(folder.config) if folder.config.exists() else None,
+        "startup": read_startup(folder),
+        "steps": records,
+        "evaluations": [select_evaluation(record) for record in records if "val_loss" in record],
+        "checkpoints": list_checkpoints(folder, events),
+        "summary": summarize(folder, records, events),
+    }
+
+
+def read_startup(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the environment that the newest attempt recorded at its start; None if no attempt did."""
+    for attempt in reversed(folder.attempts()):
+        known = read_json(folder.environment(attempt))
+        if known:
+            return known
+    return None
+
+
+def select_evaluation(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record that belong to its evaluation."""
+    names = ("step", "attempt", "time", "val_loss", "val_bits_per_byte")
+    return {name: record[name] for name in names if name in record}
+
+
+def list_checkpoints(folder: RunFolder, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the last save of each step, with a flag that its files still exist."""
+    kept = set(folders.steps(folder.checkpoints))
+    saved = {e["step"]: e for e in saves_that_count(events)}  # a step repeated after a crash is saved again
+    names = ("step", "attempt", "time", "seconds")
+    return [{name: saved[step][name] for name in names} | {"kept": step in kept} for step in sorted(saved)]
+
+
+def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return a summary of a run in a few numbers. Unknown values are absent. Speeds are medians without the warm-up
+    steps."""
+    ends = [e["event"] for e in events if e["event"] in ("started", "finished", "stopped", "rank_failed")]
+    found: dict[str, Any] = {
+        "state": {"started": "running", "rank_failed": "failed"}.get(ends[-1], ends[-1]) if ends else "not started",
+        "attempts": len(folder.attempts()),
+        "steps": records[-1]["step"] if records else 0,
+    }
+    if not records:
+        return found
+    if "loss" in records[-1]:
+        found["loss"] = records[-1]["loss"]
+    if "skipped_steps" in records[-1]:
+        found["skipped_steps"] = records[-1]["skipped_steps"]
+    evaluated = [record for record in records if "val_loss" in record]
+    if evaluated:
+        best = min(evaluated, key=lambda record: record["val_loss"])
+        found |= {"val_loss": evaluated[-1]["val_loss"]}
+        found |= {"best_val_loss": best["val_loss"], "best_val_step": best["step"]}
+    shares = ("mfu_palm", "mfu_bf16", "mfu_causal", "hfu")
+    for name in ("step_time_s", "tokens_per_s", "tflops_per_s", *shares, "data_wait_s"):
+        values = [record[name] for record in select_steady(records) if name in record]
+        if values:
+            found[name] = statistics.median(values)
+    peaks = [record["memory_peak_gib"] for record in records if "memory_peak_gib" in record]
+    if peaks:
+        found["memory_peak_gib"] = max(peaks)
+    return found | {"training_s": sum(record["step_time_s"] for record in records)}
+
+
+def select_steady(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the records after the warm-up steps of each attempt; all records if none would remain."""
+    first: dict[int, int] = {}
+    for record in records:
+        first.setdefault(record["attempt"], record["step"])
+    return [r for r in records if r["step"] >= first[r["attempt"]] + WARM_UP_STEPS] or list(records)
+
 
 # Metrics of several runs: the loss at equal tokens, speed, and the settings in which they differ.
 
@@ -103,7 +220,12 @@ def compare(runs: Sequence[RunMetrics]) -> Comparison:
     # The checksum covers the tokens: losses per token of another tokenizer are not comparable either.
     same_text = len({run.data_sha256 for run in begun}) <= 1
     equal = min(run.tokens for run in begun) if len(begun) > 1 and same_text else None
-    compared = [with_losses_at(run, equal) if equal and run.tokens else run for run in runs]
+    compared = [
+        replace(run, loss_then=mean_loss_at(run.losses, equal), val_loss_then=interpolate(run.val_losses, equal))
+        if equal and run.tokens
+        else run
+        for run in runs
+    ]
     differences = {
         "architecture": find_differences(runs, ("model",), ignored=("model.name",)),
         "settings": find_differences(runs, SETTINGS),
@@ -111,26 +233,17 @@ def compare(runs: Sequence[RunMetrics]) -> Comparison:
     return Comparison(compared, equal, differences, write_notes(compared, equal, same_text))
 
 
-def with_losses_at(run: RunMetrics, tokens: int) -> RunMetrics:
-    """Fill in the losses of ``run`` at ``tokens``."""
-    window = [loss for seen, loss in run.losses if (1 - WINDOW) * tokens < seen <= tokens]
-    loss = sum(window) / len(window) if window else interpolate(run.losses, tokens)
-    changed = {"loss_then": loss, "val_loss_then": interpolate(run.val_losses, tokens)}
-    return RunMetrics(**{**run.__dict__, **changed})
+def mean_loss_at(curve: Curve, tokens: int) -> float | None:
+    """Return the mean of a training loss over the last ``WINDOW`` of ``tokens``; interpolated if no step is there."""
+    window = [loss for seen, loss in curve if (1 - WINDOW) * tokens < seen <= tokens]
+    return sum(window) / len(window) if window else interpolate(curve, tokens)
 
 
 def interpolate(curve: Curve, tokens: int) -> float | None:
     """Interpolate a curve linearly at ``tokens``; None outside of its points."""
-    after = bisect_left(curve, (tokens, float("-inf")))
-    if after == len(curve):
+    if not curve or not curve[0][0] <= tokens <= curve[-1][0]:
         return None
-    x1, y1 = curve[after]
-    if x1 == tokens:
-        return y1
-    if after == 0:
-        return None
-    x0, y0 = curve[after - 1]
-    return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+    return float(np.interp(tokens, *points(curve)))
 
 
 def find_differences(
@@ -181,11 +294,20 @@ LABEL_LIMIT = 44
 
 def draw(compared: Comparison) -> bytes:
     """Draw the plot. Return the bytes of a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed by this alone
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
     figure = Figure(figsize=(12.0, 4.2 + 0.25 * len(compared.runs)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     losses, speeds = figure.subplots(1, 2, width_ratios=[3, 2])
     draw_losses(losses, compared)
     draw_speeds(speeds, compared)
+    for axes in (losses, speeds):
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
     handles, names = losses.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
     file = io.BytesIO()
@@ -197,18 +319,16 @@ def draw_losses(axes: Axes, compared: Comparison) -> None:
     """Draw training loss as lines, validation loss as points, and the number of tokens of the comparison."""
     for index, run in enumerate(compared.runs):
         color = COLORS[index % len(COLORS)]
-        smooth = running_mean(run.losses)
-        axes.plot([x for x, _ in run.losses], [y for _, y in run.losses], color=color, alpha=0.25, linewidth=0.8)
-        axes.plot([x for x, _ in smooth], [y for _, y in smooth], color=color, linewidth=1.6, label=shorten(run.label))
-        axes.plot([x for x, _ in run.val_losses], [y for _, y in run.val_losses], "o", color=color, markersize=4)
+        label = run.label if len(run.label) <= LABEL_LIMIT else f"{run.label[: LABEL_LIMIT - 3]}..."
+        axes.plot(*points(run.losses), color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(*points(running_mean(run.losses)), color=color, linewidth=1.6, label=label)
+        axes.plot(*points(run.val_losses), "o", color=color, markersize=4)
     if compared.equal_tokens is not None:
         axes.axvline(compared.equal_tokens, color="#595959", linestyle=(0, (4, 3)), linewidth=1.0)
     title = "Loss over tokens: training (line), validation (points)"
     axes.set_title(title if compared.equal_tokens is not None else f"{title}\nnot comparable", fontsize=11, loc="left")
     axes.set_xlabel("tokens")
     axes.set_ylabel("nats per token")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    tidy(axes)
 
 
 def draw_speeds(axes: Axes, compared: Comparison) -> None:
@@ -224,15 +344,11 @@ def draw_speeds(axes: Axes, compared: Comparison) -> None:
     axes.set_yticks([])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * max([*values, 1.0]))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    tidy(axes)
 
 
-def tidy(axes: Axes) -> None:
-    """Add grid lines, and remove the frame at the top and on the right."""
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+def points(curve: Curve) -> tuple[list[int], list[float]]:
+    """Return the abscissas and the ordinates of a curve."""
+    return [x for x, _ in curve], [y for _, y in curve]
 
 
 def running_mean(curve: Curve) -> Curve:
@@ -242,8 +358,3 @@ def running_mean(curve: Curve) -> Curve:
         (curve[i][0], sum(y for _, y in curve[max(0, i - width + 1) : i + 1]) / min(width, i + 1))
         for i in range(len(curve))
     ]
-
-
-def shorten(label: str) -> str:
-    """Shorten a label to fit into a legend."""
-    return label if len(label) <= LABEL_LIMIT else f"{label[: LABEL_LIMIT - 3]}..."

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO (arXiv 1910.02054): the engine, and gradients, weights and moments of a rank's shards."""
+"""DeepSpeed's ZeRO (arXiv 1910.02054): checkpoints, the state of a rank's shards, and the engine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import io
 import logging
 import math
 import os
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import partial
@@ -16,29 +17,141 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.utils._pytree import tree_map_only
 
-from gpt.checkpoint.formats import Format, TensorFiles
+from gpt.checkpoint.folders import DEEPSPEED, Manifest
+from gpt.checkpoint.formats import LOOSE_FILES, MODEL_FILE, TensorFiles, deepspeed_tag, open_as_tensors
+from gpt.checkpoint.messages import run_on_all_ranks
+from gpt.checkpoint.part import Part
 from gpt.config import Precision, Recompute, TrainConfig
 from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.gpt import GPT, Block
-from gpt.model.loss import autocast, cross_entropy
+from gpt.model.layers import autocast, cross_entropy
 from gpt.parallel.compile import replace_forward
-from gpt.parallel.deepspeed.checkpoint import TensorReader, ZeroFiles
 from gpt.parallel.distributed import World, set_timeouts
-from gpt.parallel.engine import accumulate
-from gpt.parallel.optimizer import (
+from gpt.parallel.engine import (
     Clipped,
-    DynamicLossScale,
+    Engine,
     LossScale,
+    RunLayout,
     build_optimizer,
-    clip_shards,
     skipping,
     sum_figures,
 )
-from gpt.topology import Batch, ParallelDims
 from gpt.topology.deepspeed_config import casts_weights, checkpoint_settings, ds_config
+
+
+class ZeroFiles:
+    """The checkpoint format of a ZeRO run, whose state is the engine itself.
+
+    Args:
+        settings: the settings that decide the sharding, apart from the number of ranks; plain JSON.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": DEEPSPEED, **self.settings}
+
+    def collect(self, step: int, state: ZeroEngine, group: dist.ProcessGroup | None) -> Part:
+        # DeepSpeed saves its files in an order with barriers. The collector takes their content instead of writing them
+        # to the run folder. Files that DeepSpeed writes by itself go to a folder of this node.
+        with tempfile.TemporaryDirectory(prefix="deepspeed_") as scratch:
+            collector = Collector(Path(scratch))
+            state.ds.checkpoint_engine.save = collector.save
+            state.ds.save_checkpoint(scratch, deepspeed_tag(step))
+            tensor_info = state.tensor_info()
+            if dist.get_rank(group) == 0:
+                collector.files[MODEL_FILE] = tensor_info
+                for name in LOOSE_FILES:
+                    if (path := Path(scratch) / name).exists():
+                        collector.files[name] = path.read_bytes()
+        return Part(dist.get_rank(group), files=collector.files)
+
+    def read(self, folder: Path, saved: Manifest, state: ZeroEngine, group: dist.ProcessGroup | None) -> None:
+        if saved.contents == self.describe() and saved.world_size == dist.get_world_size(group):
+            reader = Reader()
+            run_on_all_ranks(lambda: reader.read(state.rank_files(folder, deepspeed_tag(saved.step))), group)
+            state.ds.checkpoint_engine.load = reader.load
+            state.ds.load_checkpoint(str(folder), deepspeed_tag(saved.step))
+            del state.ds.checkpoint_engine.load  # and frees the content that was read
+            return
+        with open_as_tensors(folder, saved, group) as tensors:
+            names = state.tensor_names()
+            run_on_all_ranks(lambda: state.load_tensors(TensorReader(tensors), names, saved.step), group)
+            state.shards.update_from_masters()
+
+
+class Collector:
+    """Collector of the files that DeepSpeed would write under ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, Any] = {}
+        self._folder = folder
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Take the content of one file, in place of DeepSpeed's checkpoint engine, which would write it."""
+        # Tensors become objects of their own: DeepSpeed may free the memory of its parameters before they are copied. A
+        # torch.Size stays one: the map would make a plain tuple of it, which DeepSpeed's own tools cannot read.
+        taken = tree_map_only(Tensor, Tensor.detach, state_dict, is_leaf=lambda value: isinstance(value, torch.Size))
+        self.files[Path(path).relative_to(self._folder).as_posix()] = taken
+
+
+class Reader:
+    """Reader of a rank's files, ahead of DeepSpeed.
+
+    DeepSpeed's ranks wait for each other between their files, so a failure has to be known before they begin.
+    """
+
+    def __init__(self) -> None:
+        self._contents: dict[str, Any] = {}
+
+    def read(self, paths: Sequence[str]) -> None:
+        """Read all of ``paths``."""
+        for path in paths:
+            self.load(path)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read one file, in place of DeepSpeed's checkpoint engine, which reads some files twice."""
+        if path not in self._contents:
+            self._contents[path] = torch.load(path, map_location="cpu", weights_only=False)
+        return self._contents[path]
+
+
+class TensorReader:
+    """Reader of whole tensors from a torch.distributed.checkpoint folder, one at a time, in one process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = dcp.FileSystemReader(folder)
+        self._known = self._reader.read_metadata().state_dict_metadata
+
+    def weight(self, name: str) -> Tensor:
+        """Read a parameter or buffer."""
+        return self._read(f"model.{name}")
+
+    def moment(self, name: str, key: str) -> Tensor:
+        """Read one of AdamW's moments of a parameter."""
+        return self._read(f"optimizer.state.{name}.{key}")
+
+    def _read(self, key: str) -> Tensor:
+        entry = self._known.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"the checkpoint holds no {key}")
+        found = torch.empty(entry.size)
+        dcp.load({key: found}, storage_reader=self._reader, no_dist=True)
+        return found
+
+    def refuse_others(self, names: set[str]) -> None:
+        """Raise ValueError unless the checkpoint holds exactly the weights of ``names``, that is, the same model."""
+        there = {key.removeprefix("model.") for key in self._known if key.startswith("model.")}
+        if there != names:
+            raise ValueError(f"the checkpoint differs in {', '.join(sorted(there ^ names)[:3])}")
+
 
 # A rank's shards under ZeRO: gradients read from them, fp32 master weights and moments written into them.
 #
@@ -152,26 +265,23 @@ def local_gradient(parameter: Any) -> Tensor | None:
 # Shapes: B sequences, T tokens of each.
 
 
-class ZeroEngine:
+class ZeroEngine(Engine):
     """A model whose training state DeepSpeed shards over the data ranks."""
 
-    layer_group: dist.ProcessGroup | None = None
-    timed_groups: tuple[str, ...] | None = None  # DeepSpeed communicates by itself
-
-    def __init__(self, model: GPT, config: TrainConfig, world: World, dims: ParallelDims, batch: Batch) -> None:
+    def __init__(self, model: GPT, layout: RunLayout) -> None:
         import deepspeed
 
-        self.config, self.world, self.dims, self.batch = config, world, dims, batch
+        config, world, dims, batch = layout.config, layout.world, layout.dims, layout.batch
+        super().__init__(layout, averaged=dims.data_ranks)
         self.stage = config.parallel.zero_stage or 0
-        self.scale = dims.data_ranks / (batch.global_batch * config.model.block_size)
         fp16, casts = config.precision is Precision.fp16, casts_weights(config)
         # In ZeRO-0 the weights are fp32, and DeepSpeed uses no loss scale.
-        self._dynamic = DynamicLossScale(world.device) if fp16 and not casts else None
+        self.own_scale = LossScale(world.device) if fp16 and not casts else None
         self._auxiliary = torch.ones((), device=world.device) if fp16 and casts else None
         """Copy of DeepSpeed's loss scale for the losses of routing, which enter the gradient by themselves."""
-        factor = self._auxiliary if self._dynamic is None else self._dynamic.scale
+        factor = self._auxiliary if self.own_scale is None else self.own_scale.scale
         set_auxiliary_scale(model, dims.data_ranks / batch.global_batch, factor)
-        module = self.module = self.prepare_module(model)
+        module = self.module = self.trained = self.prepare_module(model)
         first = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()} if casts else {}
         # Inside the model, since on GPUs DeepSpeed disables an autocast that is enabled around the model.
         replace_forward(module, partial(autocast_forward, module.forward, config, world.device))
@@ -183,48 +293,29 @@ class ZeroEngine:
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints the free memory again and again
             self.ds, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=build_optimizer(module, config.optim, torch.optim.AdamW, fused=self._dynamic is not None),
+                optimizer=build_optimizer(module, config.optim, torch.optim.AdamW, fused=self.own_scale is not None),
                 config=deepcopy(settings),  # DeepSpeed adds keys to the settings that it gets
                 dist_init_required=False,
             )
         set_timeouts(config.parallel.timeout_s)
-        self.files: Format = ZeroFiles(checkpoint_settings(settings) | {"pp": dims.pp}) if self.stage else TensorFiles()
+        self.files = ZeroFiles(checkpoint_settings(settings) | {"pp": dims.pp}) if self.stage else TensorFiles()
         self.shards = Shards(self.ds, dict(module.named_parameters()))
         if casts:
             # DeepSpeed made the fp32 masters from weights that it had rounded to bf16 already.
             self.shards.set_masters(first.__getitem__)
             self.shards.update_from_masters()
-        self.loss_scale: LossScale | None = self._dynamic
-        if self._auxiliary is not None:
-            self.loss_scale = ZeroLossScale(self.ds, self._auxiliary)
+        self.loss_scale = self.own_scale if self._auxiliary is None else ZeroLossScale(self.ds, self._auxiliary)
 
     def prepare_module(self, model: GPT) -> nn.Module:
         """Return the module that DeepSpeed gets."""
         return model
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        self.read_loss_scale()
-        micro_batches = tokens_BT, targets_BT, on_micro_batch, self._forward_backward
-        loss_sum = accumulate(self.batch, self.world.device, *micro_batches)
-        self.unscale_gradients()
-        return loss_sum
-
-    @property
-    def gradient_factor(self) -> float | Tensor:
-        """Factor of the summed loss of a micro-batch in its backward pass, without DeepSpeed's own loss scale."""
-        return self.scale if self._dynamic is None else self.scale * self._dynamic.scale
-
-    def read_loss_scale(self) -> None:
+    def begin_backward(self) -> None:
         """Take over DeepSpeed's loss scale for the losses of routing."""
         if self._auxiliary is not None:
             self._auxiliary.fill_(self.ds.optimizer.loss_scale)
 
-    def unscale_gradients(self) -> None:
-        """Undo our loss scale in the gradients of all micro-batches; DeepSpeed's is undone in its step."""
-        if self._dynamic is not None:
-            self._dynamic.unscale(p.grad for p in self.module.parameters() if p.grad is not None)
-
-    def _forward_backward(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
+    def run_micro_batch(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
         loss = self.loss(tokens_BT, targets_BT)
         self.ds.backward(loss * self.gradient_factor, scale_wrt_gas=False)
         if not last:
@@ -237,10 +328,7 @@ class ZeroEngine:
         return cross_entropy(logits_BTV, targets_BT.to(device, non_blocking=True))
 
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
-        if self.stage:
-            return sum_figures(self.world, figures_N, meanwhile)
-        limit = self.config.optim.grad_clip
-        return clip_shards(self.gradients(), limit, self.world, figures_N, meanwhile)
+        return sum_figures(self.world, figures_N, meanwhile) if self.stage else super().clip(figures_N, meanwhile)
 
     def update(self, lr: float, skip: Tensor) -> Tensor | None:
         for group in self.ds.optimizer.param_groups:
@@ -248,8 +336,8 @@ class ZeroEngine:
         if self.stage == 0:
             with skipping(self.ds.basic_optimizer, skip):
                 self.step_optimizer()
-            if self._dynamic is not None:
-                self._dynamic.update(skip)
+            if self.own_scale is not None:
+                self.own_scale.update(skip)
             return None
         # From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on some rank. A loss that is not
         # finite makes them so. DeepSpeed waits for the device to learn that, in every step.
@@ -285,9 +373,6 @@ class ZeroEngine:
             "model": model | self.buffers(),
             "optimizer": {"state": moments, "param_groups": groups},
         }
-
-    def load(self, state: Any) -> None:
-        """Do nothing: the state was loaded in place."""
 
     def begin(self) -> None:
         if not self.stage:
@@ -337,7 +422,7 @@ class ZeroEngine:
         return name
 
 
-class ZeroLossScale:
+class ZeroLossScale(LossScale):
     """The loss scale that DeepSpeed keeps on the host, where it waits for the overflow of each step.
 
     ``used``, (), holds the scale of the last step.

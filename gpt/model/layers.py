@@ -1,0 +1,313 @@
+"""Normalization layers, over the last dimension.
+
+Shapes: D is the normalized dimension, N the product of all other dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gpt.components import build_part
+from gpt.config import LOSS_CHUNK, ModelConfig, Norm, Position, Precision, RopeScaling, TrainConfig
+
+
+def build_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
+    """Build the normalization layer that ``config.norm`` names, (..., width) -> (..., width), by default over D.
+
+    ``layernorm`` has a gain and a shift (arXiv 1607.06450), ``layernorm_nobias`` and ``rmsnorm`` (arXiv 1910.07467) a
+    gain only; a class of the user is constructed with the config and the width.
+    """
+    width = config.n_embd if width is None else width
+    if isinstance(config.norm, str):
+        made: nn.Module = build_part("model.norm", config.norm, config, width)
+        return made
+    if config.norm is Norm.rmsnorm:
+        return RmsNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.norm is Norm.layernorm)
+
+
+class RmsNorm(nn.RMSNorm):
+    """RMSNorm of torch. On CPUs one function replaces torch's composition of a dozen operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Compilers fuse these operations; DTensors and other kinds of tensors support only torch's own operations.
+        plain = type(x) is Tensor and type(self.weight) is nn.Parameter and not torch.compiler.is_compiling()
+        if plain and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32:
+            normalized: Tensor = RmsNormOnCpu.apply(x, self.weight, self.eps)
+            return normalized
+        return super().forward(x)
+
+
+class RmsNormOnCpu(torch.autograd.Function):
+    """x times a gain over its root mean square (arXiv 1910.07467, equation 4), in few passes over memory; fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        normalized = x * scale
+        # Keeps two tensors of the size of x, like torch's own operations; the memory plan counts two for every
+        # precision.
+        ctx.save_for_backward(x, gain_D, scale, normalized)
+        return normalized * gain_D
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, gain_D, scale, normalized = ctx.saved_tensors
+        product_ND = (gradient * x).flatten(0, -2)
+        gain_gradient_D = product_ND.mT @ scale.flatten()
+        # The derivative of the root: along x, by the mean of gradient x gain x.
+        along = (product_ND @ gain_D).view_as(scale).mul_(scale.square()).div_(-x.size(-1))
+        x_gradient = torch.mul(normalized, along, out=product_ND.view_as(x))
+        return x_gradient.addcmul_(gradient * gain_D, scale), gain_gradient_D, None
+
+
+class LearnedPosition(nn.Module):
+    """Table with one trained vector for each position, added to that of the token (GPT-2)."""
+
+    def __init__(self, block_size: int, n_embd: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(block_size, n_embd))
+        nn.init.normal_(self.weight, std=0.02)
+        self.positions_T: Tensor | None = None
+
+    def forward(self, x_BTD: Tensor, start: int = 0) -> Tensor:
+        tokens = slice(start, start + x_BTD.size(1))
+        if self.positions_T is not None:
+            return x_BTD + F.embedding(self.positions_T[tokens], self.weight)
+        return x_BTD + self.weight[tokens]
+
+
+class Rope(nn.Module):
+    """Rotary embeddings (RoFormer, arXiv 2104.09864): queries and keys are turned by an angle that grows with position.
+
+    Channel c is paired with channel c + C/2, as in the Llama weights. The paper pairs c with c + 1; the two differ by a
+    permutation of the rows of the query and key matrices.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        shape = (config.block_size, config.head_dim // 2)
+        self.register_buffer("cos", torch.empty(shape), persistent=False)
+        self.register_buffer("sin", torch.empty(shape), persistent=False)
+        self.positions_T: Tensor | None = None
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Fill the tables in place, on their device.
+
+        They are computed on the CPU in float64: the same bits for every device, and exact phases at large positions.
+        """
+        positions = torch.arange(self.config.block_size, dtype=torch.float64, device="cpu")
+        angles = torch.outer(positions, rotation_rates(self.config))
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
+
+    def forward(self, x_BTHC: Tensor, start: int = 0) -> Tensor:
+        tokens = slice(start, start + x_BTHC.size(1))
+        rows = tokens if self.positions_T is None else self.positions_T[tokens]
+        # fp32 tables promote bf16 queries and keys, while the values stay bf16.
+        turned: Tensor = Rotation.apply(x_BTHC, self.cos[rows, None], self.sin[rows, None])
+        return turned.type_as(x_BTHC)
+
+
+class Rotation(torch.autograd.Function):
+    """Rotation of each pair of channels. The backward pass turns the gradient back by the same angles.
+
+    Torch's own derivative has twice the operations, and each uncompiled operation is a pass over memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTHC: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+        ctx.dtype = x_BTHC.dtype
+        ctx.save_for_backward(cos_T1P, sin_T1P)
+        return rotate(x_BTHC, cos_T1P, sin_T1P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BTHC: Tensor) -> tuple[Tensor, None, None]:
+        cos_T1P, sin_T1P = ctx.saved_tensors
+        return rotate(gradient_BTHC, cos_T1P, -sin_T1P).to(ctx.dtype), None, None
+
+
+def rotate(x_BTHC: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+    """Turn channels c and c + C/2 by the angle of pair c, (B, T, H, C); P = C/2 pairs."""
+    first, second = x_BTHC.chunk(2, dim=-1)
+    cos_T1C, sin_T1C = torch.cat((cos_T1P, cos_T1P), -1), torch.cat((-sin_T1P, sin_T1P), -1)
+    return torch.addcmul(torch.cat((second, first), -1) * sin_T1C, x_BTHC, cos_T1C)
+
+
+def build_position(config: ModelConfig) -> nn.Module | None:
+    """Build the module that adds positions to the embedding; None if nothing is added.
+
+    The module maps (B, T, D) and the first position to (B, T, D).
+    """
+    if isinstance(config.position, str):
+        made: nn.Module = build_part("model.position", config.position, config)
+        return None if getattr(made, "on_heads", False) else made
+    return LearnedPosition(config.block_size, config.n_embd) if config.position is Position.learned else None
+
+
+def build_rotation(config: ModelConfig) -> nn.Module | None:
+    """Build the module that rotates queries and keys; None if nothing is rotated.
+
+    The module maps (B, T, H, C) and the first position to (B, T, H, C).
+    """
+    if isinstance(config.position, str):
+        made: nn.Module = build_part("model.position", config.position, config)
+        return made if getattr(made, "on_heads", False) else None
+    return Rope(config) if config.position is Position.rope else None
+
+
+def set_positions(module: nn.Module, positions_T: Tensor) -> None:
+    """Set the positions of the input tokens of a model, or of a part of one: (T,) integers.
+
+    For a rank with a part of each sequence. ``start`` then is an index into these positions.
+    """
+    for part in module.modules():
+        if isinstance(part, LearnedPosition | Rope):
+            part.positions_T = positions_T
+
+
+def rotation_rates(config: ModelConfig) -> Tensor:
+    """Compute the angle per position of each pair of channels, (C/2,) in float64 on the CPU, fastest first.
+
+    Pair i of a head turns by base^(-2i/C); ``rope_scaling`` reduces these rates, see ``gpt.config.RopeScaling``.
+    """
+    width, base, factor = config.head_dim, config.rope_base, config.rope_factor
+    if config.rope_scaling is RopeScaling.ntk:
+        base *= factor ** (width / (width - 2))  # so that the slowest pair is divided by exactly the factor
+    rates = base ** -(torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+    if config.rope_scaling is RopeScaling.linear:
+        return rates / factor
+    return llama3_rates(rates, config) if config.rope_scaling is RopeScaling.llama3 else rates
+
+
+def llama3_rates(rates: Tensor, config: ModelConfig) -> Tensor:
+    """Scale rotation rates as Llama 3.1 does, (C/2,).
+
+    Rates with fewer than ``low`` turns in the original length are divided by the factor. Rates with more than ``high``
+    turns stay unchanged. Rates between are blended linearly in the number of turns.
+    """
+    assert config.rope_original_block_size is not None
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_block_size * rates / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return rates * (kept + (1 - kept) / config.rope_factor)
+
+
+COMPUTE_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+"""Dtype of matrix products, and of the values between them."""
+
+CACHED_LOGITS = 2**17
+"""Number of logits of a chunk for each thread of a CPU: half a megabyte, for second-level caches of one or two."""
+
+
+def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context of the forward pass: matrix products in 16 bits over fp32 weights for a 16-bit
+    ``config.precision``.
+
+    Under fsdp the gathered weights already have 16 bits. autocast then only affects the loss and the norms.
+    """
+    half = config.precision.is_half
+    return torch.autocast(device.type, COMPUTE_DTYPES[config.precision] if half else None, enabled=half)
+
+
+def cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Compute the cross-entropy of logits in nats, summed over the tokens, () in fp32."""
+    summed_loss: Tensor = CrossEntropy.apply(logits_BTV.flatten(0, 1), targets_BT.flatten())
+    return summed_loss
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy that keeps only the logits, and has one chunk of them in fp32 at a time.
+
+    torch's composition keeps the log-softmax of all logits in fp32, and makes two gradients of that size. Recomputing
+    the softmax per chunk costs exponentials, but saves time on memory traffic.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        chunks = zip(in_chunks(logits_NV), in_chunks(targets_N, logits_NV), strict=True)
+        ctx.save_for_backward(logits_NV, targets_N)
+        found = [
+            logits_RV.log_softmax(-1, dtype=torch.float32).gather(-1, targets_R.unsqueeze(-1))
+            for logits_RV, targets_R in chunks
+        ]
+        return -torch.cat(found).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits_NV, targets_N = ctx.saved_tensors
+        grad_NV = torch.empty_like(logits_NV)
+        columns_N1 = targets_N.unsqueeze(-1)
+        minus_N1 = gradient.neg().expand(columns_N1.shape)
+        parts = [in_chunks(x, logits_NV) for x in (grad_NV, logits_NV, columns_N1, minus_N1)]
+        for grad_RV, logits_RV, column_R1, minus_R1 in zip(*parts, strict=True):
+            own = grad_RV.dtype == torch.float32
+            softmax_RV = torch.softmax(logits_RV, -1, dtype=torch.float32, out=grad_RV if own else None)
+            softmax_RV.mul_(gradient).scatter_add_(-1, column_R1, minus_R1)
+            if not own:
+                grad_RV.copy_(softmax_RV)
+        return grad_NV, None
+
+
+def exponentials(logits_NV: Tensor, columns_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the parts of a softmax, each (N,) in fp32: the largest logit of each row; the sum of exp(logit - largest);
+    and for one column of each row, logit - largest."""
+    found = []
+    for logits_RV, columns_R in zip(in_chunks(logits_NV), in_chunks(columns_N, logits_NV), strict=True):
+        peak_R1 = logits_RV.amax(-1, keepdim=True).float()
+        shifted_RV = logits_RV - peak_R1
+        column_R = shifted_RV.gather(-1, columns_R.unsqueeze(-1)).squeeze(-1)
+        found.append((peak_R1.squeeze(-1), shifted_RV.exp_().sum(-1), column_R))
+    peak, total, column = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return peak, total, column
+
+
+def write_softmax(out_NV: Tensor, logits_NV: Tensor, peak_N: Tensor, rest_N: Tensor) -> None:
+    """Write exp(logits - peak - rest), computed in fp32, into ``out_NV``."""
+    rows = in_chunks(peak_N.unsqueeze(-1), logits_NV), in_chunks(rest_N.unsqueeze(-1), logits_NV)
+    for out_RV, logits_RV, peak_R1, rest_R1 in zip(in_chunks(out_NV), in_chunks(logits_NV), *rows, strict=True):
+        if out_RV.dtype == peak_R1.dtype:
+            torch.sub(logits_RV, peak_R1, out=out_RV).sub_(rest_R1).exp_()
+        else:  # saves one pass, at the cost of digits that half precision does not have
+            torch.exp(logits_RV - (peak_R1 + rest_R1), out=out_RV)
+
+
+def in_chunks(x: Tensor, logits_NV: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Split the rows of ``x``, by default of ``logits_NV``, into chunks for ``chunk_elements`` logits each."""
+    logits_NV = x if logits_NV is None else logits_NV
+    return x.split(max(1, chunk_elements(logits_NV.device) // max(1, logits_NV.size(1))))
+
+
+def chunk_elements(device: torch.device) -> int:
+    """Return the number of logits in fp32 at a time. On a CPU this number fits into the caches of its cores."""
+    return LOSS_CHUNK if device.type != "cpu" else min(LOSS_CHUNK, CACHED_LOGITS * torch.get_num_threads())
+
+
+def summed_loss(
+    module: nn.Module,
+    config: TrainConfig,
+    tokens_BT: Tensor,
+    targets_BT: Tensor,
+    device: torch.device,
+    criterion: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+) -> Tensor:
+    """Compute the loss of one forward pass in nats, summed over the tokens, by ``criterion(logits, targets)``, ()."""
+    with autocast(config, device):
+        logits_BTV = module(tokens_BT.to(device, non_blocking=True))
+    return criterion(logits_BTV, targets_BT.to(device, non_blocking=True))

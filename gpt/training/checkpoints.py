@@ -1,0 +1,557 @@
+"""Checkpoints during training: their schedule, the save in flight, and its events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt.checkpoint import CheckpointError, LoadedCheckpoint, folders
+from gpt.checkpoint.copies import Copies
+from gpt.checkpoint.folders import VALIDATION_LOSS, Retention
+from gpt.checkpoint.memory import FailedInMemory, MemorySaves, SavedInMemory
+from gpt.checkpoint.saving import FailedWrite, Saved
+from gpt.config import TrainConfig
+from gpt.config.train import RESUMABLE
+from gpt.conversion.source import find_source, refuse_other_model
+from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify_source
+from gpt.data.order import PassedOver
+from gpt.metrics.writers import MetricWriters
+from gpt.model.gpt import GPT, Weights, initial_weights
+from gpt.parallel.distributed import World
+from gpt.training.health import BadSteps, checkpoint_before, is_bad, last_rollback, remedy
+from gpt.training.run import Run
+from gpt.training.step import SaveVotes
+from launch.errors import ConfigError, RepeatedFailureError
+from launch.runs import compose
+from launch.runs.events import best_interval_s
+from launch.runs.files import say
+from launch.runs.folder import RunFolder, is_newest_attempt
+from launch.runs.heartbeat import Phase
+from launch.runs.overrides import is_within
+from launch.runs.records import StepRecord
+
+# The first weights of a run: drawn, or read from elsewhere (``init_from``).
+#
+# One rank reads a source through and chooses. Then each rank reads for itself, since all see the same files.
+
+
+def first_weights(
+    model: GPT, config: TrainConfig, folder: RunFolder, world: World
+) -> tuple[Weights, dict[str, Any] | None]:
+    """Choose the weights that a run begins with; collective.
+
+    Args:
+        model: whole, maybe on the meta device.
+        config: of the run.
+        folder: of the run; if it holds a checkpoint, no weights are drawn or read, since the checkpoint replaces them.
+        world: all ranks.
+
+    Returns:
+        The weights, and the description of their source for the records; None if they were not read from a source.
+
+    Raises:
+        ConfigError: on every rank, if any of them cannot use the source.
+    """
+    if world.on_first(lambda: bool(folders.steps(folder.checkpoints))):
+        return zeros, None
+    if config.init_from is None:
+        return initial_weights(config.model, config.seed), None
+    init_from = config.init_from
+
+    def look() -> VerifiedSource:
+        source = find_source(init_from)
+        refuse_other_model(config.model, source)
+        return verify_source(source)
+
+    verified = world.on_first(look)
+    own: State | ConfigError  # a refusal is gathered: an exception would leave all other ranks waiting
+    shared = ("one folder that all nodes share", "init_from=FOLDER on a shared filesystem")
+    try:
+        own = read_source(verified, model)
+    except ConfigError as error:
+        own = error
+    except OSError as error:
+        own = ConfigError(f"{verified.source.path} cannot be read on some node ({error})", *shared)
+    answers = world.gather(own if isinstance(own, ConfigError) else fingerprint(own))
+    for answer in answers:
+        if isinstance(answer, ConfigError):
+            raise answer
+    if isinstance(own, ConfigError) or len(set(answers)) > 1:
+        raise ConfigError(f"init_from={init_from} holds other weights on some rank than on the first", *shared)
+    state, source = own, verified.source
+    chosen = None if verified.checkpoint is None else folders.step_of(verified.checkpoint)
+    about = {"path": str(source.path), "kind": source.kind.name, "step": chosen, "sha256": verified.files}
+    return lambda name, shape: state[name], about
+
+
+def zeros(name: str, shape: torch.Size) -> Tensor:
+    """Return zeros for a tensor that a checkpoint is about to fill, without the memory of all its elements."""
+    return torch.zeros(()).expand(shape)
+
+
+def fingerprint(state: State) -> int:
+    """Return a checksum, equal for equal bits: the weights are summed as integers, in any order."""
+    return sum(int(tensor.contiguous().view(torch.int32).sum(dtype=torch.int64)) for tensor in state.values())
+
+
+# The state of a run in a checkpoint, and resuming from it. The files themselves are in ``gpt.checkpoint``.
+
+
+def save(run: Run) -> float:
+    """Write a checkpoint of the step just done, and wait for it. Returns the seconds that took."""
+    started = time.perf_counter()
+    begin_save(run, None)
+    found = run.store.saves.finish()
+    if isinstance(found, FailedWrite):
+        run.store.saves.give_up()
+        raise CheckpointError(found.cause)
+    seconds = time.perf_counter() - started
+    run.worker.saved(run.step, seconds)
+    return seconds
+
+
+def begin_save(run: Run, val_loss: float | None) -> None:
+    """Take over the state after the step just done, and begin to write it.
+
+    Args:
+        run: the run; none of its saves is in flight, unless that save is failing.
+        val_loss: validation loss of the step, nats per token; None if it was not evaluated.
+    """
+    run.worker.phase(Phase.saving, run.step)
+    # The fence is sent to the writer's process, so it must not hold the run.
+    may_commit = partial(is_newest_attempt, run.folder, run.attempt)
+    run.store.saves.start(
+        run.step, run.engine.state(), rng_state(run.world), checkpoint_meta(run, val_loss), may_commit
+    )
+
+
+def begin_save_in_memory(run: Run, memory: MemorySaves) -> None:
+    """Take over the state after the step just done, and begin to send it into the memory of the nodes."""
+    run.worker.phase(Phase.saving, run.step)
+    memory.start(run.step, run.engine.state(), rng_state(run.world), checkpoint_meta(run, None))
+
+
+def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
+    """Return the description of the run for a checkpoint, as plain JSON."""
+    meta = {
+        "attempt": run.attempt,
+        "samples": run.step * run.batch.global_batch,
+        "data_sha256": run.tokens.sha256,
+        "topology": run.dims.as_dict(),
+        "world_size": run.world.size,
+        "config": compose.plain_config(run.config),
+        "divergence": run.guard.state(run.step),
+        "passed_over": [list(batches) for batches in run.batches.passed_over.ranges],
+        "early_stop": run.early_stop.state(),
+    }
+    if run.engine.loss_scale is not None:
+        meta["loss_scale"] = run.engine.loss_scale.state()
+    if val_loss is not None:
+        meta[VALIDATION_LOSS] = val_loss
+    return meta
+
+
+def load(run: Run) -> None:
+    """Continue from the newest checkpoint that is whole, if there is one."""
+    if run.store.is_new():  # the optimizer's state need not be made yet, which would cost a step of torch's optimizer
+        run.engine.begin()
+        return
+    began = time.perf_counter()
+    state = run.engine.state()
+    if run.config.checkpoint.in_memory and run.store.memory is None and run.world.is_first:
+        run.folder.record_event("memory_passed_over", attempt=run.attempt, cause="a node has no memory store")
+    loaded = run.store.load(state)
+    if loaded is None:
+        run.engine.begin()
+        return
+    for line in loaded.set_aside:
+        if run.world.is_first:
+            run.folder.record_event("checkpoint_set_aside", attempt=run.attempt, cause=line)
+    if run.world.is_first and (loaded.is_from_memory or loaded.memory_damage is not None):
+        name = "loaded_from_memory" if loaded.is_from_memory else "memory_passed_over"
+        run.folder.record_event(name, attempt=run.attempt, step=loaded.step, cause=loaded.memory_damage)
+    if loaded.fetched_for is not None:
+        refuse_other_config(run, loaded)
+        if run.world.is_first:
+            run.folder.record_event("loaded_from_copy", attempt=run.attempt, step=loaded.step, cause=loaded.fetched_for)
+    if loaded.meta["samples"] != loaded.step * run.batch.global_batch:
+        raise ConfigError(
+            f"{loaded.meta['samples']} samples in the {loaded.step} steps of the checkpoint, but now "
+            f"{run.batch.global_batch} sequences a step",
+            "the batch of the first attempt: with optim.weak_scaling=true it follows from the number of ranks",
+            f"{loaded.meta['world_size']} ranks, or fresh=true for a new folder",
+        )
+    if loaded.meta["data_sha256"] != run.tokens.sha256:
+        raise ConfigError(
+            f"a checkpoint at step {loaded.step} made with other data (sha256 {loaded.meta['data_sha256'][:12]}...)",
+            f"the corpus it was made with, now it is {run.tokens.sha256[:12]}...",
+            "fresh=true, to start over with this corpus in a new folder",
+        )
+    run.engine.load(state)
+    if run.engine.loss_scale is not None:
+        run.engine.loss_scale.load(loaded.meta["loss_scale"])
+    if loaded.rank_state is not None:
+        set_rng_state(run.world, loaded.rank_state)
+    run.step = loaded.step
+    load_divergence(run, loaded)
+    run.early_stop.load(loaded.meta.get("early_stop", {}))
+    run.restore_s = time.perf_counter() - began
+
+
+def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
+    """Raise ConfigError if a fetched copy is of a run with other settings, whose folder had the same name."""
+    there, here = loaded.meta["config"], compose.plain_config(run.config)
+    changed = [key for key in here if key in there and here[key] != there[key] and not is_within(key, RESUMABLE)]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"copies in {run.config.checkpoint.copy_to} of a run with {key}={there[key]}, and now {key}={here[key]}",
+            "the same settings, to go on with that run, or copies of each in a place of its own",
+            f"{key}={there[key]}, or another checkpoint.copy_to, and fresh=true for a new folder",
+        )
+
+
+def load_divergence(run: Run, loaded: LoadedCheckpoint) -> None:
+    """Take over skipped steps and left-out batches, and later roll-backs to this checkpoint from the event log."""
+    meta = loaded.meta
+    former = {"skipped_steps": meta.get("loss_scale", {}).get("skipped", 0)}
+    run.guard.load(former | meta.get("divergence", {}))
+    event = run.world.on_first(lambda: last_rollback(run.folder.read_events(), loaded.step))
+    run.batches.passed_over = PassedOver.of(meta.get("passed_over", []) if event is None else event["passed_over"])
+    if event is not None:
+        run.guard.gone_back(event["last"], event["rollbacks"])
+
+
+def rng_state(world: World) -> dict[str, Any]:
+    """Return the state of the random generators of this rank."""
+    state = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(world.device)
+    return state
+
+
+def set_rng_state(world: World, state: dict[str, Any]) -> None:
+    """Restore the random generators of this rank."""
+    torch.set_rng_state(state["cpu"])
+    if world.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], world.device)
+
+
+# Going back: from steps whose numbers went wrong to the last good checkpoint, and on without their batches.
+#
+# gpt/training/health.py decides when a run has to go back.
+
+
+def judge_step(run: Run, record: StepRecord) -> BadSteps | None:
+    """Judge a finished step, and enter it in the event log if it was skipped."""
+    bad = run.guard.judge(record)
+    if run.world.is_first and is_bad(record):
+        what = "loss" if record.loss is None else "gradients"
+        where = locate(run, record.step, record.step)
+        run.folder.record_event(
+            "step_skipped", attempt=run.attempt, step=record.step, cause=f"{what} not finite", **where
+        )
+    return bad
+
+
+def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
+    """Load the last good checkpoint before the ``bad`` steps; from there on their batches are left out. Collective.
+
+    Raises:
+        RepeatedFailureError: the run has gone back as often as it may, and has saved no newer checkpoint.
+        FloatingPointError: there is no checkpoint to go back to.
+    """
+    run.worker.phase(Phase.starting, run.step)  # loading takes as long as at the start
+    target = run.world.on_first(lambda: checkpoint_before(run.store.steps(), bad.first))
+    where = locate(run, bad.first, bad.last)
+    if target is None or run.guard.rollbacks >= run.config.divergence.max_rollbacks:
+        raise failure(run, bad, target, where)
+    rollbacks = run.guard.rollbacks + 1
+    passed_over = run.batches.passed_over.including(batches_of(run, bad))
+    if run.world.is_first:
+        # Before the load, which reads these batches from the event log.
+        run.folder.record_event(
+            "rolled_back", attempt=run.attempt, step=target, first=bad.first, last=bad.last, cause=bad.cause,
+            rollbacks=rollbacks, passed_over=passed_over.ranges, **where,
+        )  # fmt: skip
+        print(
+            f"step {bad.last}: {bad.cause}; back to step {target}, and on without {place_text(where)}",
+            flush=True,
+        )
+    run.store.discard_after(target)
+    run.copies.discard_after(target)
+    load(run)
+    writers.go_back(run.step)
+
+
+def batches_of(run: Run, bad: BadSteps) -> list[int]:
+    """List the numbers of the batches of bad steps."""
+    return [run.batches.passed_over.batch_of(step) for step in range(bad.first, bad.last + 1)]
+
+
+def locate(run: Run, first: int, last: int) -> dict[str, list[tuple[int, int]]]:
+    """Return the batches of steps ``first`` to ``last``, and their samples, as ranges with their last number."""
+    batches = PassedOver().including(batches_of(run, BadSteps(first, last, ""))).ranges
+    each = run.batch.global_batch
+    return {"batches": list(batches), "samples": [((a - 1) * each, b * each - 1) for a, b in batches]}
+
+
+def place_text(where: dict[str, list[tuple[int, int]]]) -> str:
+    """Name batches and their samples, for people."""
+    parts = (
+        f"{what} {', '.join(str(a) if a == b else f'{a} to {b}' for a, b in where[what])}"
+        for what in ("batches", "samples")
+    )
+    return "{} ({})".format(*parts)
+
+
+def failure(
+    run: Run, bad: BadSteps, target: int | None, where: dict[str, list[tuple[int, int]]]
+) -> RepeatedFailureError | FloatingPointError:
+    """Return the failure of a run that cannot go back for ``bad`` steps, with what to change."""
+    steps = f"step {bad.first}" if bad.first == bad.last else f"steps {bad.first} to {bad.last}"
+    found = f"found: {steps}: {bad.cause}; {place_text(where)}"
+    if target is None:
+        return FloatingPointError(
+            f"{found}; no checkpoint to go back to\nexpected: finite numbers, or a checkpoint before them "
+            f"(checkpoint.interval={run.config.checkpoint.interval})\n{remedy(run.config)}"
+        )
+    limit = run.config.divergence.max_rollbacks
+    return RepeatedFailureError(
+        f"{found}; gone back {run.guard.rollbacks} times since the last checkpoint (divergence.max_rollbacks={limit}), "
+        f"and other batches end alike\nexpected: steps that a checkpoint and other batches mend; another start would "
+        f"compute the same\n{remedy(run.config)}"
+    )
+
+
+# Schedule of the periodic checkpoints: by steps, by minutes, or by the cost of failures and saves.
+#
+# These are pure functions of the event log and of times.
+
+
+PRIOR_S = 24 * 3600.0
+"""Prior of the estimate, seconds: every run starts with this running time, and one failure at its end."""
+FIRST_S = 600.0
+"""Seconds to the first checkpoint, before any save was measured."""
+LEAST_S = 60.0
+FAILURES = ("crashed", "hung", "node_failed", "out_of_memory")
+"""Causes of an attempt's end that lose the steps since the last checkpoint."""
+
+
+def between_failures_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
+    """Estimate the mean time between failures of a run, in seconds, from its event log.
+
+    Args:
+        events: the event log.
+        now: present time, by the clock of the events.
+
+    Returns:
+        Running time plus ``PRIOR_S``, divided by failures plus one: one day until the first failure.
+    """
+    began: dict[int, float] = {}
+    ended: dict[int, float] = {}
+    failed = set()
+    for event in events:
+        attempt = event.get("attempt")
+        if attempt is None:
+            continue
+        ended[attempt] = event["time"]
+        if event["event"] == "started":
+            began.setdefault(attempt, event["time"])
+        elif event["event"] == "rank_failed" or (event["event"] == "attempt_ended" and event.get("cause") in FAILURES):
+            failed.add(attempt)
+    newest = max(began, default=None)
+    ran = sum((now if attempt == newest else ended[attempt]) - since for attempt, since in began.items())
+    return (max(0.0, ran) + PRIOR_S) / (len(failed) + 1)
+
+
+def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
+    """Return the interval of ``checkpoint.interval=auto``, in seconds, from the last save and the failures so far.
+
+    The interval is never shorter than the last save took to reach the disk, since one save at a time is in flight. Nor
+    is it shorter than ``LEAST_S``.
+    """
+    known = list(events)
+    saves = [event for event in known if event["event"] == "saved" and "seconds" in event]
+    if not saves:
+        return FIRST_S
+    last = saves[-1]
+    found = best_interval_s(last["seconds"], between_failures_s(known, now))
+    return max(LEAST_S, last.get("write_s", last["seconds"]), found)
+
+
+# Checkpoints during training: when they are due, the votes about the save in flight, and its events.
+#
+# Ranks agree through the figures that every step sums over them, so that no step waits for a message. The state is in
+# ``gpt.training.checkpoints``, the writing in ``gpt.checkpoint``.
+
+
+TRIES = 2
+"""Failed writes after which training no longer waits for a save: it continues, or leaves with the checkpoint before."""
+
+
+class Saving:
+    """The checkpoints of one attempt. All methods but ``votes`` and ``is_due`` are collective."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._saves = run.store.saves
+        self._every = run.config.checkpoint.every()
+        self._is_asynchronous = run.config.checkpoint.asynchronous and self._saves.writer.is_background
+        self._memory = run.store.memory
+        self._held_s = 0.0
+        self._is_time = False
+        self._next_at = time.monotonic() + self._interval_s()
+
+    def votes(self) -> SaveVotes:
+        """Return this rank's votes for this step."""
+        figures: dict[str, float] = {}
+        vote = self._saves.vote()
+        if not vote.phase and self._memory is not None:
+            vote = self._memory.vote()
+        if vote.phase:
+            figures = {"done": vote.done, "failed": vote.failed}
+        if self._every.steps is None:
+            is_due = self._run.world.is_first and not self._is_time and time.monotonic() >= self._next_at
+            figures["is_due"] = is_due
+        return SaveVotes(vote.phase, figures)
+
+    def count(self, phase: int, sums: Mapping[str, float]) -> None:
+        """Take in the votes of all ranks of one step, summed, about the save in its ``phase``.
+
+        Raises:
+            ConfigError: the disk was full, or failed, for longer than ``checkpoint.give_up_after_min``.
+            CheckpointError: checkpoints could not be written for as long, for another reason.
+        """
+        if phase > 0:
+            self._record(self._saves.count(phase, sums["done"], sums["failed"]))
+            if self._memory is not None and not self._memory.is_pending and self._saves.has_copy:
+                # The copy that was taken for the disk is sent only now, so that the disk's checkpoint waits for
+                # nothing.
+                self._memory.start_again(self._saves.take_committed())
+        elif phase and self._memory is not None:
+            self._record_in_memory(self._memory.count(phase, sums["done"], sums["failed"]))
+        self._is_time = self._is_time or sums.get("is_due", 0) > 0
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether the periodic checkpoint is due after ``step``; the same on all ranks."""
+        if self._every.steps is None:
+            return self._is_time
+        return self._every.steps > 0 and step % self._every.steps == 0
+
+    def is_due_in_memory(self, step: int) -> bool:
+        """Tell whether a checkpoint in memory is due after ``step``; never while another save is in flight."""
+        if self._memory is None or self._saves.is_pending or self._memory.is_pending:
+            return False
+        return step % self._run.config.checkpoint.in_memory_interval == 0
+
+    def save_in_memory(self) -> float:
+        """Begin to send the step just done into the memory of the nodes; return the seconds that training waited."""
+        started = time.perf_counter()
+        if self._memory is not None and not (self._saves.is_pending or self._memory.is_pending):
+            begin_save_in_memory(self._run, self._memory)
+        return time.perf_counter() - started
+
+    def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
+        """Save the step just done; return the seconds that training waited.
+
+        Waits for the save before. Waits for this save too if it is the last, or if saves are synchronous.
+
+        Args:
+            val_loss: validation loss of the step, nats per token; None if it was not evaluated.
+            is_last: no step follows, so that no other save would hold these steps.
+            is_stop: the run must leave, and has little time.
+        """
+        started = time.perf_counter()
+        run = self._run
+        run.worker.phase(Phase.saving, run.step)
+        if not self._saves.is_failing:  # if it is failing, this newer state takes its place
+            self._finish()
+        begin_save(run, val_loss)
+        self._held_s = time.perf_counter() - started
+        if is_last or is_stop or not self._is_asynchronous:
+            self._finish(gives_up=not is_last, since=started)
+        self._is_time, self._next_at = False, time.monotonic() + self._interval_s()
+        return time.perf_counter() - started
+
+    def settle(self) -> None:
+        """Wait for the save in flight, before the run goes back or leaves; give the save up if it fails again."""
+        self._finish()
+
+    def _finish(self, gives_up: bool = True, since: float | None = None) -> None:
+        """Wait for the save in flight; give it up if it fails again and training can continue, or has to leave."""
+        if self._memory is not None:
+            self._record_in_memory(self._memory.finish())
+        tries = 0
+        while self._saves.is_pending:
+            found = self._saves.finish(hurries=gives_up)
+            if since is not None:
+                self._held_s = time.perf_counter() - since
+            self._record(found)
+            tries += isinstance(found, FailedWrite)
+            if tries >= TRIES and gives_up:
+                self._saves.give_up()
+
+    def _record(self, found: Saved | FailedWrite | None) -> None:
+        run = self._run
+        if isinstance(found, Saved):
+            run.worker.saved(found.step, self._held_s, write_s=found.write_s)
+            run.copies.copy(found.step)
+        elif found is not None and run.world.is_first:
+            cause = found.cause.splitlines()[0]
+            run.folder.record_event(
+                "save_failed", attempt=run.attempt, step=found.step, cause=cause, failures=found.failures
+            )
+            say(f"the checkpoint of step {found.step} could not be written, and is tried again: {found.cause}")
+
+    def _record_in_memory(self, found: SavedInMemory | FailedInMemory | None) -> None:
+        run = self._run
+        if found is None or not run.world.is_first:
+            return
+        told = {"attempt": run.attempt, "step": found.step}
+        if isinstance(found, SavedInMemory):
+            run.folder.record_event("saved_in_memory", **told, write_s=found.write_s)
+        else:
+            run.folder.record_event("save_in_memory_failed", **told, cause=found.cause)
+            say(f"the checkpoint of step {found.step} in memory was given up: {found.cause}")
+
+    def _interval_s(self) -> float:
+        """Return the seconds to the next periodic checkpoint, if time decides, by rank 0's clock."""
+        if self._every.minutes is not None:
+            return 60 * self._every.minutes
+        if self._every.steps is not None or not self._run.world.is_first:
+            return 0.0
+        return auto_interval_s(self._run.folder.read_events(), time.time())
+
+
+def start_copies(run: Run, copies: Copies) -> None:
+    """Begin to copy checkpoints elsewhere, if the config says so: first the loaded one, if it has no copy.
+
+    Copies of later steps are discarded, since the run makes those steps again.
+    """
+    kept, run.copies = run.config.checkpoint, copies
+    if kept.copy_to is None or not run.world.is_first:
+        return
+    keeps = run.store.saves.keeps if kept.copy_keep is None else Retention(kept.copy_keep)
+    run.copies.start(run.folder.path, run.attempt, kept.copy_to, keeps)
+    run.copies.discard_after(run.step)
+    if run.step:
+        run.copies.copy(run.step)
+
+
+def tell_damage(folder: RunFolder, attempt: int, step: int, damage: str, was_whole: bool) -> None:
+    """Enter in the event log that the checkpoint of a step was read again, found damaged, and set aside.
+
+    A checkpoint that ``was_whole`` at an earlier reading is replaced: older ones were deleted for it, and the next save
+    may be far. A checkpoint that was written damaged is not replaced, since a disk that spoils every file would be
+    written to without end.
+    """
+    folder.record_event("checkpoint_set_aside", attempt=attempt, step=step, cause=damage)
+    say(f"the checkpoint of step {step} is damaged: {damage}")
+    if was_whole:
+        (folder.path / "SAVE").touch()  # like a user's request for a save: all ranks see it after the same step
