@@ -34,7 +34,7 @@ from gpt.parallel import nd
 from gpt.parallel.ddp import all_gather_rows
 from gpt.train import train
 from gpt.training.run import Run
-from tests.model.test_loss import computed, torchs, traffic
+from tests.model.test_functions import computed, torchs, traffic
 from tests.parallel import test_fsdp_groups as fsdp_groups
 from tests.parallel import test_materialize as materialized
 from tests.support.distributed import run_distributed

@@ -1,23 +1,36 @@
-"""Damaged checkpoints are noticed, set aside and passed over; a run never begins again from nothing because of them."""
+"""Damaged checkpoints: bits that flip, writers that are killed, and readings after a save."""
 
 from __future__ import annotations
 
 import logging
+import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from gpt.checkpoint import CheckpointError, CheckpointStore
-from gpt.checkpoint.folders import Retention
+from gpt.checkpoint import CheckpointError, CheckpointStore, folders, saving
+from gpt.checkpoint.folders import FileSum, Manifest, Retention, sum_file, write_manifest
+from gpt.checkpoint.saving import Saved, Scrub
+from gpt.checkpoint.target import saved_checkpoints
+from gpt.checkpoint.writer import ProcessWriter, WriterState, work_on
+from gpt.training.checkpoints import tell_damage
 from launch.errors import ConfigError
-from tests.support.checkpoints import Trained
-from tests.support.distributed import run_distributed
+from launch.runs.events import damaged_text
+from launch.runs.folder import RunFolder
+from tests.support.checkpoints import DiskCalls, Trained
+from tests.support.commands import TINY
+from tests.support.composing import config_from
+from tests.support.distributed import RankFailedError, run_distributed
 
 NEWEST, BEFORE = "step_00000020", "step_00000010"
 OF_RANKS = (("__0_0.distcp", "__1_0.distcp"), ("rank_00000.pt", "rank_00001.pt"))
@@ -180,3 +193,278 @@ def test_refusals(tmp_path: Path) -> None:
         assert found["steps"] == [1], "a checkpoint that fits another model is not damaged"
     names = {path.name for path in (tmp_path / "all_bad").iterdir()}
     assert names == {f"step_0000000{s}.corrupt" for s in "12"} | {f"step_00000002.corrupt.{n}" for n in "23"}
+
+
+# A save that dies at any of its writes, fsyncs and renames leaves a checkpoint at least as new as the one before.
+
+
+NEVER = 10**9
+LEAST = 25
+"""Calls that a save makes at the very least: fewer would mean that the harness misses some."""
+
+
+class PowerCutError(BaseException):
+    """The end of a process, which no code of a save may handle."""
+
+
+def cut() -> None:
+    raise PowerCutError
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"model": {"w": torch.full((5,), float(step))}, "optimizer": {"lr": 0.5}}
+
+
+def newest(folder: Path) -> int | None:
+    """The newest checkpoint that is whole, byte for byte; all others are whole as well."""
+    found = []
+    for checkpoint in saved_checkpoints(folder):
+        assert checkpoint.step is not None and checkpoint.find_damage(lambda told: None) == (), checkpoint
+        found.append(checkpoint.step)
+    return max(found, default=None)
+
+
+def loaded_step(store: CheckpointStore) -> int:
+    blank = state(0)
+    loaded = store.load(blank)
+    assert loaded is not None and not loaded.set_aside
+    assert blank["model"]["w"].unique().tolist() == [float(loaded.step)]
+    return loaded.step
+
+
+def cut_the_power(rank: int, size: int, root: Path) -> list[int]:
+    """Save step 2 as often as that makes calls, and cut the power at each; the newest checkpoint after each."""
+    CheckpointStore(root / "sound", Retention(1, 0)).save(1, state(1), {}, {})
+    found: list[int] = []
+    while True:
+        folder = root / str(len(found))
+        shutil.copytree(root / "sound", folder)
+        calls = DiskCalls(cut, len(found))
+        try:
+            with calls.watch():
+                CheckpointStore(folder, Retention(1, 0)).save(2, state(2), {}, {})
+        except PowerCutError:
+            at = newest(folder)
+            assert at == loaded_step(CheckpointStore(folder, Retention(1, 0)))
+            found.append(at)
+            shutil.rmtree(folder)
+        else:
+            assert calls.made == len(found) and newest(folder) == 2
+            return found
+
+
+def test_a_power_cut_at_any_call_of_a_save_leaves_a_checkpoint(tmp_path: Path) -> None:
+    (found,) = run_distributed(cut_the_power, 1, tmp_path)
+    assert len(found) > LEAST and set(found) == {1, 2}
+    assert found == sorted(found), "from the commit on it is the new one"
+
+
+def kill_the_writer(rank: int, size: int, root: Path) -> list[tuple[int, int]]:
+    """As above, with the writer's process killed at each call; the newest at that moment, and after the next try."""
+    CheckpointStore(root / "sound", Retention(1, 0)).save(1, state(1), {}, {})
+    found: list[tuple[int, int]] = []
+    while True:
+        folder = root / str(len(found))
+        shutil.copytree(root / "sound", folder)
+        with DiskCalls(kill, len(found)).watch():
+            writer = ProcessWriter()
+        store = CheckpointStore(folder, Retention(1, 0), writer=writer, give_up_after_s=NEVER)
+        saves = store.saves
+        now = state(2)
+        saves.start(2, now, {}, {}, os.getpid)  # a process id allows it
+        now["model"]["w"].fill_(3.0)  # training goes on
+        deaths = []
+        while saves.is_pending:
+            vote = saves.vote()
+            if vote.failed:
+                deaths.append(newest(folder))
+            if not (vote.done or vote.failed):
+                wait([writer._connection])
+            after = saves.count(vote.phase, vote.done, vote.failed)
+        assert isinstance(after, Saved) and loaded_step(store) == 2
+        was_alive = writer.pid != 0
+        writer.close()
+        shutil.rmtree(folder)
+        if was_alive and not deaths:
+            return found  # it lived to delete the old one, or died while it did
+        # Nothing kills this process, which then writes itself. And whoever dies after the rename has committed.
+        assert len(deaths) <= 1
+        found.append((deaths[0] or 0, after.step) if deaths else (2, after.step))
+
+
+def test_a_writer_killed_at_any_call_is_made_up_for(tmp_path: Path) -> None:
+    (found,) = run_distributed(kill_the_writer, 1, tmp_path)
+    assert len(found) > LEAST and set(found) <= {(1, 2), (2, 2)}
+
+
+def die_between_writing_and_figures(rank: int, size: int, root: Path, victim: int, is_counted: bool) -> None:
+    """Save step 1; of step 2 all parts are written when a rank dies, before or after the ranks have learned that."""
+    writer = ProcessWriter()
+    store = CheckpointStore(root, Retention(1, 0), writer=writer, give_up_after_s=NEVER)
+    store.save(1, state(1), {"rank": rank}, {})
+    store.saves.start(2, state(2), {"rank": rank}, {}, os.getpid)
+    while not (vote := store.saves.vote()).done:
+        wait([writer._connection])
+    dist.barrier()
+    if is_counted:
+        store.saves.count(vote.phase, size, 0)
+    if rank == victim:
+        kill()
+    dist.barrier()  # in vain
+
+
+def load_after_death(rank: int, size: int, root: Path) -> tuple[int, list[str]]:
+    store = CheckpointStore(root, Retention(1, 0))
+    step = loaded_step(store)
+    left = [path.name for path in root.iterdir()]
+    dist.barrier()
+    store.save(step + 1, state(step + 1), {}, {})
+    assert loaded_step(store) == step + 1
+    return step, left
+
+
+@pytest.mark.parametrize(("victim", "is_counted"), [(0, False), (1, False), (0, True), (1, True)])
+def test_a_rank_that_dies_between_its_writing_and_the_figures_commits_nothing_by_half(
+    victim: int, is_counted: bool, tmp_path: Path
+) -> None:
+    with pytest.raises(RankFailedError):
+        run_distributed(die_between_writing_and_figures, 2, tmp_path, victim, is_counted)
+    committed = newest(tmp_path) or 0
+    assert committed in ((1, 2) if is_counted else (1,)), "only what all ranks know to be written"
+    for step, left in run_distributed(load_after_death, 2, tmp_path):
+        # A writer that was under way to the commit may live a moment longer than its rank.
+        assert committed <= step <= (2 if is_counted else 1)
+        assert not [name for name in left if name.startswith(".saving")]
+
+
+# Checkpoints are read again after they were written: a damaged one is told of, set aside, and costs no other one.
+
+
+sum_slowly = saving.sum_slowly
+
+
+def state_of_scrub(step: int) -> dict[str, Any]:
+    return {"model": {"w": torch.full((5,), float(step))}}
+
+
+def rot(path: Path) -> Generator[float, None, FileSum]:
+    """Flip a bit on the disk in a tensor of step 3, just before it is read again."""
+    if path.parent.name == "step_00000003" and path.name.startswith("__"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    return (yield from sum_slowly(path))
+
+
+def save_on_a_disk_that_rots(rank: int, size: int, root: Path) -> tuple[list[int], int]:
+    folder = RunFolder(root)
+    with mock.patch("gpt.checkpoint.saving.sum_slowly", rot):
+        writer = ProcessWriter()
+    store = CheckpointStore(folder.checkpoints, Retention(1, 0), writer=writer)
+    store.saves.tell_damage = partial(tell_damage, folder, 7)
+    for step in (1, 2, 3):
+        store.save(step, state_of_scrub(step), {}, {})
+    writer.close(patience_s=100)  # what is under way is read to its end
+    left = store.steps()
+    loaded = store.load(state_of_scrub(0))
+    assert loaded is not None
+    return left, loaded.step
+
+
+def test_a_checkpoint_that_rots_is_set_aside_and_the_last_good_one_stays(tmp_path: Path) -> None:
+    ((left, loaded),) = run_distributed(save_on_a_disk_that_rots, 1, tmp_path)
+    events = RunFolder(tmp_path).read_events()
+    told = {event["step"]: event for event in events if event["event"] == "checkpoint_set_aside"}
+    assert list(told) == [3] and told[3]["attempt"] == 7
+    assert told[3]["cause"] == "step_00000003: __0_0.distcp has a wrong checksum"
+    assert not (tmp_path / "SAVE").exists(), "written damaged: one more would be, and more after it"
+    assert "__0_0.distcp has a wrong checksum" in (damaged_text(events) or "")
+    assert damaged_text([]) is None
+    assert left[-1] == loaded == 2, "keep_last=1 has not deleted it for one that is damaged"
+
+
+def write_checkpoint(folder: Path, step: int, is_whole: bool) -> None:
+    path = folders.final_for(folder, step)
+    path.mkdir()
+    (path / "tensors").write_bytes(bytes([step] * 100))
+    write_manifest(path, Manifest(step, 1, 0.0, {}, {"tensors": sum_file(path / "tensors")}))
+    if not is_whole:
+        (path / "tensors").write_bytes(bytes(100))
+
+
+def test_others_are_deleted_when_the_newest_is_whole_and_never_the_last_that_was(tmp_path: Path) -> None:
+    make = partial(write_checkpoint, tmp_path)
+    memory = WriterState(has_idle_time=True)
+    told: list[tuple[int, bool]] = []
+
+    def job(step: int) -> None:
+        Scrub(tmp_path, step, Retention(1), lambda step, damage, was_whole: told.append((step, was_whole))).run(memory)
+
+    def read_on() -> None:
+        assert memory.idle_work is not None
+        for _ in memory.idle_work:
+            assert folders.steps(tmp_path)
+        memory.idle_work = None
+
+    make(1, True)
+    make(2, True)
+    job(2)
+    assert folders.steps(tmp_path) == [1, 2], "nothing is deleted before it was read"
+    read_on()
+    assert folders.steps(tmp_path) == [2] and memory.sound == 2
+    make(3, False)
+    job(3)
+    read_on()
+    assert told == [(3, False)] and folders.steps(tmp_path) == [2]
+    for step in (4, 5, 6):  # those of steps 4 and 5 are given up
+        make(step, True)
+        job(step)
+    assert folders.steps(tmp_path) == [2, 5, 6], "what is behind does not fill the disk"
+    read_on()
+    assert folders.steps(tmp_path) == [6]
+
+
+def test_the_newest_is_read_again_and_again_where_that_is_asked_for(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    for step in (1, 2):
+        write_checkpoint(folder.checkpoints, step, is_whole=True)
+    memory = WriterState(has_idle_time=True)
+    Scrub(folder.checkpoints, 2, Retention(1), partial(tell_damage, folder, 7), every_s=3600.0).run(memory)
+    readings = 0
+    while memory.idle_work is not None:
+        assert memory.rest_s() == 0
+        work_on(memory)
+        if memory.rest_s():  # until an hour later, which is now
+            readings, memory.idle_at = readings + 1, 0.0
+            assert memory.sound == 2 and folders.steps(folder.checkpoints) == [2] and not folder.events.exists()
+            if readings == 2:
+                write_checkpoint(tmp_path, 3, is_whole=False)
+                folders.final_for(tmp_path, 3).joinpath("tensors").replace(
+                    folders.final_for(folder.checkpoints, 2) / "tensors"
+                )
+    assert readings == 2 and memory.rest_s() is None
+    assert [(e["event"], e["step"]) for e in folder.read_events()] == [("checkpoint_set_aside", 2)]
+    # None is left, and the next one may be far.
+    assert (tmp_path / "SAVE").exists() and folders.steps(folder.checkpoints) == []
+
+
+@pytest.mark.parametrize(("typed", "every_s"), [("true", 0.0), ("false", None), ("30min", 1800.0), ("0.5 min", 30.0)])
+def test_a_scrub_is_asked_for_by_one_key(typed: str, every_s: float | None) -> None:
+    assert config_from([*TINY, f"checkpoint.scrub={typed}"]).checkpoint.scrub_every_s() == every_s
+
+
+@pytest.mark.parametrize("typed", ["0min", "daily", "-1min"])
+def test_another_scrub_is_refused(typed: str) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.scrub=30min") as refusal:
+        config_from([*TINY, f"checkpoint.scrub={typed}"]).validate()
+    assert refusal.value.found == f"checkpoint.scrub={typed}"
+
+
+def test_scrubbing_needs_a_process_for_it() -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.scrub=true with checkpoint\.asynchronous=false"):
+        config_from([*TINY, "checkpoint.scrub=true", "checkpoint.asynchronous=false"]).validate()

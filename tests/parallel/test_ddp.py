@@ -1,14 +1,114 @@
-"""What DistributedDataParallel does beside averaging gradients."""
+"""Data parallelism: DDP and ZeRO-1, and the same losses on any number of ranks."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from gpt.parallel.ddp import DDPEngine
+from gpt.accounting import count
+from gpt.parallel import ddp
+from gpt.parallel.ddp import DDPEngine, GradientReducer, all_gather_rows, split_into_buckets, split_parameter
+from gpt.parallel.dtensor import local_tensor
+from gpt.training.checkpoints import save
 from tests.support.distributed import run_distributed
-from tests.support.learning import start
+from tests.support.learning import (
+    MODELS,
+    TINY,
+    Case,
+    Operations,
+    assert_all_same,
+    learn_alone,
+    learn_cases,
+    start,
+    step,
+)
+
+STRATEGIES = {
+    "ddp": "parallel=ddp",
+    "zero1": "parallel=zero1",
+    "fsdp": "parallel=fsdp",
+    "hsdp": "parallel=hsdp parallel.dp_shard=2",
+}
+PASSES = dict(zip(MODELS, (1, 4, 4), strict=True))
+EACH = "parallel.reduce_each_micro_batch=true"
+CASES = {
+    2: [
+        Case(words, model, 5 - PASSES[model])
+        for name, words in STRATEGIES.items()
+        if name != "hsdp"
+        for model in MODELS
+    ],
+    4: [
+        *(Case(STRATEGIES["hsdp"], model, PASSES[model]) for model in ("tied", "experts")),
+        Case(f"{STRATEGIES['hsdp']} {EACH}", "untied, grouped queries", 4),
+        Case(f"{STRATEGIES['fsdp']} {EACH}", "tied", 4),
+        # Both blocks in one unit, which a recomputed block must not take for its own.
+        Case(f"{STRATEGIES['fsdp']} parallel.fsdp_min_num_params=1000000 recompute=full", "untied, grouped queries", 4),
+        Case(STRATEGIES["ddp"], "tied", PASSES["tied"]),
+        Case(STRATEGIES["zero1"], "untied, grouped queries", PASSES["untied, grouped queries"]),
+    ],
+}
+"""Every strategy and model; one micro-batch a step on two ranks is four on four ranks, and vice versa."""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run_distributed(learn_alone, 1, tmp_path_factory.mktemp("alone") / "runs", MODELS)[0]
+
+
+@pytest.mark.parametrize("ranks", CASES)
+def test_losses_gradients_and_weights_are_those_of_one_process(
+    ranks: int, alone: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    found = run_distributed(learn_cases, ranks, tmp_path / "spread" / "runs", CASES[ranks], MODELS, timeout_s=400)[0]
+    assert_all_same(CASES[ranks], found, alone)
+
+
+CROSSED = {"ddp": "fsdp", "fsdp": "zero1", "zero1": "hsdp", "hsdp": "ddp"}
+"""Each strategy, and the other one under which its checkpoint goes on: a ring, so that each is saved and resumed."""
+EXACT = ("zero1", "hsdp")
+"""Go on under themselves too, bit for bit; as ddp and fsdp do after ``kill -9`` (tests/training/test_resume.py)."""
+BIASED = (*MODELS["experts"], "model.expert_balance=bias", "model.balance_bias_rate=0.05")
+"""Its biases are buffers: no gradient moves them, and a checkpoint holds them."""
+
+
+def cross(rank: int, size: int, folder: Path) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
+    """Save under each strategy, go on under another, some under the same: the losses after that, and those to come."""
+    found = {}
+    words = [*MODELS["untied, grouped queries"], *BIASED, "model.n_layer=1", "optim.max_micro_batch=4"]
+    for saved, other in CROSSED.items():
+        there = folder / saved
+        run = start(rank, size, there, *STRATEGIES[saved].split(), *words)
+        step(run)
+        save(run)
+        to_come = [step(run)[0] for _ in range(2)]
+        for resumed in (saved, other) if saved in EXACT else (other,):
+            again = start(rank, size, there, *STRATEGIES[resumed].split(), *words)
+            assert again.step == 1
+            found[saved, resumed] = ([step(again)[0] for _ in range(2)], to_come)
+    return found
+
+
+def test_a_checkpoint_of_each_strategy_goes_on_under_another(tmp_path: Path) -> None:
+    found = run_distributed(cross, 4, tmp_path / "runs", timeout_s=300)[0]
+    assert found.keys() == {*CROSSED.items(), *((name, name) for name in EXACT)}
+    for pair, (losses, to_come) in found.items():
+        assert losses == pytest.approx(to_come, rel=1e-6), pair
+        if pair[0] == pair[1]:
+            assert losses == to_come, f"{pair[0]}: bit for bit"
+
+
+# What DistributedDataParallel does beside averaging gradients.
 
 
 def last_measured(rank: int, size: int, folder: Path) -> int:
@@ -25,3 +125,132 @@ def last_measured(rank: int, size: int, folder: Path) -> int:
 def test_it_measures_no_step_after_its_first_ten(tmp_path: Path) -> None:
     """By default it does in each hundredth, and waits for the device there."""
     assert run_distributed(last_measured, 2, tmp_path / "run") == [10, 10]
+
+
+# zero1 reduces gradients to the rows that a rank steps, and brings the stepped rows together, in few collectives.
+
+
+PARAMETERS = 219
+SHAPES = [(7, 3), (1, 5), (8,), (2, 2, 2), (3,), (16, 4), (4, 0)]
+SMALL = 512
+"""Bytes of a bucket that holds some of these."""
+UNUSED, FROZEN = 5, 8
+"""A parameter that no rank but the first uses, and one that is not trained."""
+
+
+class Collectives(Operations):
+    """Counts collectives, and the bytes that each kind sends, those of a whole tensor or of a rank's part of it."""
+
+    def __init__(self) -> None:
+        super().__init__(self._count)
+        self.bytes: Counter[str] = Counter()
+
+    def _count(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        if "c10d" not in name or "wait" in name:
+            return False
+        tensors = args[0] if isinstance(args[0], list) else [args[0]]
+        self.bytes[name.split(".")[1]] += sum(tensor.nbytes for tensor in tensors)
+        return True
+
+
+def parameters_of_all() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(SHAPES[i % len(SHAPES)], generator=generator) for i in range(PARAMETERS)]
+
+
+def gather(rank: int, size: int) -> tuple[int, int]:
+    """Tensors of which each rank has its rows only, brought together; the collectives, at once and in small buckets."""
+    whole = parameters_of_all()
+    held = [torch.full_like(tensor, -1.0) for tensor in whole]
+    for tensor, mine in zip(whole, held, strict=True):
+        for theirs, own in list(zip(tensor.chunk(size), mine.chunk(size), strict=True))[rank : rank + 1]:
+            own.copy_(theirs)
+    made: list[int] = []
+    for bucket in (ddp.GATHER_BYTES, SMALL):
+        tensors = [tensor.clone() for tensor in held]
+        with mock.patch.object(ddp, "GATHER_BYTES", bucket), Collectives() as seen:
+            all_gather_rows(tensors, dist.group.WORLD)
+        made.append(len(seen.found))
+        assert all(map(torch.equal, tensors, whole))
+    return made[0], made[1]
+
+
+def reduce(rank: int, size: int) -> None:
+    """Gradients of three micro-batches, against the chunks of what torch's all-reduce makes of all of them."""
+    mesh = init_device_mesh("cpu", (size,))
+    tensors = [nn.Parameter(tensor) for tensor in parameters_of_all()]
+    tensors[FROZEN].requires_grad_(False)
+    pairs = [split_parameter(tensor, mesh) for tensor in tensors]
+    with mock.patch.object(ddp, "BUCKET_BYTES", SMALL):
+        reducer = GradientReducer(pairs, mesh)
+    expected = [torch.zeros_like(tensor) for tensor in tensors]
+    used = [i for i in range(PARAMETERS) if i != FROZEN and (i != UNUSED or rank == 0)]
+
+    def run_backward(factor: float) -> None:
+        # The last parameters get their gradients last, so that the first bucket is the last to be filled.
+        total = torch.zeros(())
+        for i in used:
+            total = total + (factor * (i + 1) * tensors[i] ** 2).sum()
+            expected[i] += 2 * factor * (i + 1) * tensors[i].detach()
+        total.backward()
+
+    with Collectives() as seen:
+        run_backward(rank + 0.5)
+        run_backward(rank + 1.0)
+        assert not seen.found, "nothing is sent before the last micro-batch"
+        with reducer.last_micro_batch():
+            run_backward(rank + 2.0)
+        reducer.finish()
+    assert 10 < len(seen.found) < PARAMETERS and set(seen.bytes) == {"reduce_scatter_tensor"}
+    assert all(tensor.grad is None for tensor in tensors if tensor.numel()), "whole gradients are given up"
+    for i, (tensor, shard) in enumerate(pairs):
+        dist.all_reduce(expected[i])
+        if i == FROZEN or not tensor.numel():
+            assert shard.grad is None and shard.requires_grad == (i != FROZEN)
+            continue
+        own = dict(enumerate(expected[i].chunk(size))).get(rank, expected[i][:0])
+        torch.testing.assert_close(local_tensor(shard.grad), own)
+
+
+def reduce_and_gather(rank: int, size: int) -> tuple[int, int]:
+    reduce(rank, size)
+    return gather(rank, size)
+
+
+def test_every_row_is_reduced_to_one_rank_and_every_parameter_comes_together_in_one_collective() -> None:
+    for at_once, in_buckets in run_distributed(reduce_and_gather, 3):
+        assert at_once == 1
+        assert 10 < in_buckets < PARAMETERS
+
+
+def test_a_bucket_holds_one_dtype_and_no_more_than_its_size_unless_a_tensor_is_larger() -> None:
+    sizes = [(3, torch.float32), (2, torch.float32), (9, torch.float32), (1, torch.float32), (2, torch.bfloat16)]
+    tensors = [torch.empty(length, dtype=dtype) for length, dtype in sizes]
+    assert split_into_buckets(tensors, 20) == [[0, 1], [2], [3], [4]]
+    assert split_into_buckets([], 20) == []
+
+
+def count_bytes(rank: int, size: int, folder: Path) -> dict[str, Counter[str]]:
+    """Bytes of the collectives of a step, by strategy; the first step has made what is made once."""
+    found = {}
+    for strategy in ("ddp", "zero1"):
+        run = start(rank, size, folder / strategy, *TINY, f"parallel={strategy}", "optim.max_micro_batch=4")
+        assert run.batch.accumulation > 1
+        step(run)
+        with Collectives() as seen:
+            step(run)
+        found[strategy] = seen.bytes | {"parameters": 4 * count(run.config.model).total}
+    return found
+
+
+def test_a_step_reduces_each_gradient_once_and_gathers_each_parameter_once(tmp_path: Path) -> None:
+    """As many bytes as the all-reduce of ddp, which is a reduce-scatter and an all-gather; no more of it is left."""
+    found = run_distributed(count_bytes, 2, tmp_path / "runs")[0]
+    size = found["zero1"].pop("parameters")
+    figures = 64  # bytes of squares, loss, and what ranks tell each other
+    assert found["zero1"].keys() == {"reduce_scatter_tensor", "all_gather_into_tensor", "allreduce_"}
+    assert size <= found["zero1"]["reduce_scatter_tensor"] <= math.ceil(1.01 * size)
+    # Of a gather a rank sends its part.
+    assert found["zero1"]["all_gather_into_tensor"] * 2 == found["zero1"]["reduce_scatter_tensor"]
+    assert found["zero1"]["allreduce_"] <= figures
+    assert found["ddp"].keys() == {"allreduce_", "parameters"} and found["ddp"]["allreduce_"] >= size

@@ -14,7 +14,7 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from gpt.data.tokenizers import ByteTokenizer
 from gpt.generate import Sampling, Text, batches, generate_tokens, make_generators, probabilities
 from gpt.model.gpt import GPT
-from tests.model.test_cache import lively
+from tests.model.test_functions import lively
 from tests.support.commands import run
 from tests.support.small_models import LLAMA, random_tokens, small
 

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch._dynamo.utils import compilation_time_metrics
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -27,6 +29,7 @@ from gpt.accounting import forward_flops, recomputed_flops_per_token, training_f
 from gpt.config import (
     AttentionBackend,
     CompileMode,
+    Device,
     Ffn,
     ModelConfig,
     OptimConfig,
@@ -39,11 +42,19 @@ from gpt.config import (
 from gpt.model.gpt import GPT
 from gpt.model.layers import cross_entropy
 from gpt.parallel.compile import compile_block, compile_loss, prepare_blocks
-from gpt.parallel.distributed import World
+from gpt.parallel.distributed import World, open_world
 from gpt.planning.memory import per_rank
 from gpt.topology import parallel_dims, split_batch
 from gpt.training.diagnostics import CompileTime
-from gpt.training.execution import open_compile_cache, set_matmul_precision, state
+from gpt.training.execution import (
+    FIRST,
+    MEASURED,
+    StepTimeouts,
+    open_compile_cache,
+    set_matmul_precision,
+    state,
+    step_timeout,
+)
 from gpt.training.run import Request
 from launch.runs.environment import COMPILE_CACHE, describe_environment
 from launch.runs.folder import RunFolder
@@ -334,3 +345,57 @@ def test_a_run_on_hopper_asks_cudnn_for_attention_first(monkeypatch: pytest.Monk
     assert orders[0] == before and orders[1] != before
     assert SDPBackend(orders[1][0]) == SDPBackend.CUDNN_ATTENTION
     assert torch._C._get_sdp_priority_order() == before
+
+
+# Timeouts of collectives: cut once the first steps have shown how long one takes.
+
+
+@pytest.mark.parametrize(
+    ("slowest", "typed", "expected"),
+    [(0.1, None, 100), (5.0, None, 100), (10.0, None, 200), (60.0, None, 600), (60.0, 30, 30)],
+)
+def test_the_timeout_follows_the_step_time(slowest: float, typed: int | None, expected: float) -> None:
+    assert step_timeout(ParallelConfig(timeout_s=600, step_timeout_s=typed), slowest) == expected
+
+
+def timeouts_of(world_size: int) -> list[timedelta]:
+    """Timeouts of the default group, of one made later, and of the control group, after the first steps."""
+    with open_world(Device.cpu, timeout_s=500) as world:
+        other = dist.new_group(backend="gloo", timeout=timedelta(seconds=500))
+        timeouts = StepTimeouts(world, ParallelConfig(timeout_s=500))
+        cpu, found = torch.device("cpu"), []
+        for step in range(FIRST + MEASURED):
+            timeouts.after(1000.0 if step < FIRST else 6.0 + step)
+            groups = (dist.distributed_c10d._get_default_group(), other, world.control)
+            found.append([group._get_backend(cpu).options._timeout for group in groups])
+        assert found[:-1] == [[timedelta(seconds=500)] * 3] * (FIRST + MEASURED - 1)
+        return found[-1]
+
+
+def test_groups_of_training_are_cut_after_the_first_steps_and_the_control_group_is_not() -> None:
+    assert "RANK" not in os.environ
+    most = 20 * (6.0 + FIRST + MEASURED - 1)
+    assert timeouts_of(1) == [timedelta(seconds=most)] * 2 + [timedelta(seconds=500)]
+
+
+def lose_a_peer(rank: int, world_size: int) -> str:
+    """Rank 0 waits for rank 1, which sends nothing, under a cut timeout."""
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=600))
+    world = type("World", (), {"control": control})()
+    timeouts = StepTimeouts(world, ParallelConfig(timeout_s=600, step_timeout_s=1))
+    for _ in range(FIRST + MEASURED):
+        timeouts.after(0.01)
+    message = ""
+    if rank == 0:
+        try:
+            dist.all_reduce(torch.ones(1))
+        except RuntimeError as error:
+            message = str(error)
+    dist.barrier(control)  # until then the other rank is there
+    return message
+
+
+def test_a_collective_that_is_stuck_fails_after_the_cut_timeout() -> None:
+    """Under the 600 s of before this test would run into the limit of its processes."""
+    message, _ = run_distributed(lose_a_peer, 2)
+    assert "imed out" in message and "1000" in message, message

@@ -1,10 +1,14 @@
-"""The loop over the steps: what it leaves out of them, and how ranks without an agent agree to save and to stop."""
+"""The training loop: against a plain one, with evaluations, and with signals."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import gc
+import math
+import signal
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,13 +17,24 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
 
-from gpt.parallel import engine
+from gpt.config import OptimConfig, TrainConfig
+from gpt.config.train import compose_train
+from gpt.data.corpus import ensure_tokens
+from gpt.data.loader import Samples
+from gpt.model.gpt import GPT, initialize
+from gpt.parallel import engine as base
 from gpt.train import train
+from gpt.training.step import lr_at
+from launch.runs.compose import to_schema
+from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.worker import Run as Rank
+from tests.support.commands import ROOT, TINY, environment, run
 from tests.support.distributed import run_distributed
-from tests.support.learning import Operations, start
+from tests.support.learning import DEEPSPEED, MODELS, Operations, evaluated, start
+from tests.support.learning import step as take_step
 
 STEPS, INTERVAL = 200, 50
 SAVE_AT, STOP_AT = 120, 180
@@ -64,7 +79,7 @@ def timeout_of(group: Any) -> float:
 
 def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Train until it is stopped, on a filesystem without locks; collections and messages between processes by step."""
-    with mock.patch.object(engine, "get_state_dict", wraps=engine.get_state_dict) as states:
+    with mock.patch.object(base, "get_state_dict", wraps=base.get_state_dict) as states:
         run = start(rank, size, folder, *WORDS)
     run.worker = Asked(rank, rank, size)
     run.worker.open_folder(run.folder.path, run.attempt)
@@ -138,3 +153,164 @@ def test_ranks_without_an_agent_obey_what_one_of_them_is_asked(ranks: list[dict[
         assert found["saved"] == [SAVE_AT + 1, found["step"]]
         assert found["recorded"] == list(range(1, found["step"] + 1))
         assert found["events"][-1] == "stopped" and found["events"].count("saved") == 2
+
+
+# A signal that comes while a process ends, after all was saved, does not make a failure of it.
+
+
+ENDING = """
+import os, signal
+from launch.worker import Run
+
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.Signals({number})):
+        kill(pid, number)  # by now Python has given the signals their default back
+
+run = Run()
+run.install_handlers()
+kept = Last()
+{close}
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize(("close", "status"), [("run.close()", 0), ("", -1)])
+def test_the_end_of_a_process_cannot_be_interrupted(number: signal.Signals, close: str, status: int) -> None:
+    script = ENDING.format(number=number.value, close=close)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment(), timeout=60, check=False)
+    assert done.returncode == status * number.value
+
+
+# Evaluations beside the steps of a run: they leave nothing behind, under any engine.
+
+
+ENGINES = {
+    "ddp": [],
+    "zero1": [],
+    "fsdp": MODELS["untied, grouped queries"],
+    "fsdp parallel.cpu_offload=true": MODELS["tied"],
+    "tp parallel.tp=2": [],
+    "ep parallel.ep=2 parallel.strategy=fsdp": MODELS["experts"],
+    "cp parallel.cp=2 parallel.strategy=fsdp": [],
+    "pp parallel.pp=2": MODELS["tied"],
+    "pp parallel.pp=2 parallel.strategy=fsdp": [],
+    "ds_zero0": [],
+    "zero2": [],
+    "zero3": [],
+    "ds_pp_zero1": [],
+}
+
+
+def learn(rank: int, size: int, folder: Path, engines: list[str]) -> dict[str, list[list[tuple[float, float]]]]:
+    """Loss and gradient norm of three steps, by themselves, and with an evaluation after each of them."""
+    found: dict[str, list[list[tuple[float, float]]]] = {}
+    for number, engine in enumerate(engines):
+        found[engine] = []
+        for evaluates in (False, True):
+            words = [*f"parallel={engine}".split(), "optim.max_micro_batch=4", *ENGINES[engine]]
+            run = start(rank, size, folder / f"{number}-{evaluates}", *words)
+            found[engine].append([])
+            held = [*run.engine.module.parameters()]
+            for _ in range(3):
+                found[engine][-1].append(take_step(run))
+                if evaluates:
+                    evaluated(run)
+                    now = run.engine.module.parameters()
+                    assert all(a is b for a, b in zip(held, now, strict=True)), f"{engine}: nothing stays gathered"
+    return found
+
+
+def test_an_evaluation_changes_no_step_after_it_under_any_engine(tmp_path: Path) -> None:
+    for told in run_distributed(learn, 2, tmp_path / "runs", list(ENGINES), timeout_s=500, imports=DEEPSPEED):
+        for engine, (alone, evaluated_too) in told.items():
+            assert alone == evaluated_too, engine
+
+
+# The training loop against a plain one: no engines, no micro-batches, torch's own clipping and schedulers.
+
+
+STEPS_OF_REFERENCE = 6
+WORDS_OF_REFERENCE = [
+    *TINY,
+    f"optim.max_steps={STEPS_OF_REFERENCE}",
+    "eval.interval=0",
+    "optim.warmup_steps=3",
+    "optim.lr=3e-3",
+    "optim.min_lr=3e-4",
+    "optim.grad_clip=0.5",
+]
+
+
+def plain_losses(folder: Path) -> list[tuple[float, float]]:
+    """Loss and gradient norm of every step, of the whole batch in one pass."""
+    config = to_schema(compose_train(WORDS_OF_REFERENCE), TrainConfig)
+    samples = Samples(ensure_tokens(config.data, folder), config.model.block_size, config.seed)
+    model = GPT(config.model)
+    initialize(model, config.seed)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
+    seen = []
+    for step in range(STEPS_OF_REFERENCE):
+        indices = torch.arange(step * 8, (step + 1) * 8).numpy()
+        tokens_BT, targets_BT = samples.batch("train", indices)
+        loss = F.cross_entropy(model(tokens_BT).flatten(0, 1), targets_BT.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = (
+                3e-3 * (step + 1) / 3 if step < 3 else 3e-4 + 1.35e-3 * (1 + math.cos(math.pi * (step - 2) / 3))
+            )
+        optimizer.step()
+        seen.append((loss.item(), norm.item()))
+    return seen
+
+
+@pytest.mark.parametrize(
+    "starter",
+    [("gpt.train",), ("launch", "nodes=2", "parallel=fsdp", "launch.report_files=[]")],
+    ids=["alone", "fsdp on 2"],
+)
+def test_losses_and_gradient_norms_are_those_of_a_plain_loop(starter: tuple[str, ...], tmp_path: Path) -> None:
+    run(starter[0], *starter[1:], *WORDS_OF_REFERENCE, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+    records = read_records(RunFolder(tmp_path / "run").metrics(0))
+    reference = plain_losses(tmp_path)
+    assert [r["loss"] for r in records] == pytest.approx([loss for loss, _ in reference], rel=1e-5)
+    assert [r["grad_norm"] for r in records] == pytest.approx([norm for _, norm in reference], rel=1e-4)
+
+
+def test_the_schedule_is_torchs_warm_up_and_cosine() -> None:
+    config = OptimConfig(max_steps=50, lr=1e-3, min_lr=1e-4, warmup_steps=10)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=9)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=1e-4)
+    expected = []
+    for step in range(1, 51):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        (warm_up if step < 10 else cosine).step()
+    assert [lr_at(config, step) for step in range(1, 51)] == pytest.approx([*expected[:10], *expected[10:]], rel=1e-6)
+
+
+def test_bf16_trains_close_to_fp32(tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / precision
+        run("gpt.train", *WORDS_OF_REFERENCE, f"precision={precision}", f"run_dir={folder}", cwd=tmp_path)
+        losses[precision] = [r["loss"] for r in read_records(RunFolder(folder).metrics(0))]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=2e-2)
+    assert losses["bf16"] != losses["fp32"]
+
+
+def test_a_budget_of_tokens_ends_the_run_and_its_schedule(tmp_path: Path) -> None:
+    given = [word for word in WORDS_OF_REFERENCE if not word.startswith("optim.max_steps")]
+    tokens = to_schema(compose_train(given), TrainConfig)
+    a_step = tokens.optim.global_batch * tokens.model.block_size
+    words = (*given, f"optim.max_tokens={3.5 * a_step:g}", f"run_dir={tmp_path / 'run'}")
+    for _ in range(2):  # the second time it is there already
+        run("gpt.train", *words, cwd=tmp_path)
+    records = read_records(RunFolder(tmp_path / "run").metrics(0))
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert records[-1]["lr"] == pytest.approx(3e-4), "the cosine has come to its end"

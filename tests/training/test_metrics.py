@@ -1,11 +1,16 @@
-"""Records of a run, and every view of them: against sums over the whole gradient, and across a crash and a resume."""
+"""Records of steps, their files and views, and what an attempt prints at its start."""
 
 from __future__ import annotations
 
 import csv
+import gc
 import json
+import math
+import os
 import resource
+import statistics
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +28,8 @@ from gpt.model.gpt import GPT
 from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import inverse_replicas, local_tensor
 from gpt.training.diagnostics import Gradients
+from gpt.training.health import WINDOW, LossWindow
+from launch.process import lasting_imports
 from launch.runs.environment import reachable_files
 from launch.runs.folder import RunFolder
 from launch.runs.records import StepRecord, read_records
@@ -207,3 +214,69 @@ def test_the_share_of_the_bf16_peak_stands_beside_that_of_the_precision(
     ratios = sorted(lines)
     assert ratios == pytest.approx([67 / 989, 494.5 / 989, 1.0])
     assert ["of the bf16 peak" in lines[ratio] for ratio in ratios] == [True, True, False]
+
+
+# The variance of the loss over the last steps, against the standard library's.
+
+
+def record(step: int, loss: float | None) -> StepRecord:
+    return StepRecord(step=step, attempt=1, loss=loss, lr=0.1, grad_norm=1.0, tokens=1, samples=(0, 0), step_time_s=1.0)
+
+
+def test_the_variance_of_the_last_losses() -> None:
+    window, losses = LossWindow(), [5 / (1 + n / 50) + 0.1 * math.sin(7 * n) for n in range(2 * WINDOW)]
+    told = []
+    for step, loss in enumerate(losses, 1):
+        made = record(step, loss)
+        window.into(made)
+        told.append(made.loss_variance)
+        if step == WINDOW:
+            window.into(record(step, None))  # a skipped step has no loss
+    assert told[: WINDOW - 1] == [None] * (WINDOW - 1)
+    for step in (WINDOW, WINDOW + 1, 2 * WINDOW):
+        assert told[step - 1] == pytest.approx(statistics.pvariance(losses[step - WINDOW : step]), rel=1e-9)
+    window.clear()
+    made = record(1, 1.0)
+    window.into(made)
+    assert made.loss_variance is None, "a run that went back begins anew"
+
+
+# Training on a text of one's own. Set GPT_TEST_TEXT to a text file to try a real one.
+
+
+def test_a_text_file_is_learned(tmp_path: Path) -> None:
+    text = os.environ.get("GPT_TEST_TEXT")
+    if not text:
+        pytest.skip("GPT_TEST_TEXT names no text file")
+    words = [*TINY, "data=text", f"data.path={text}", "optim.max_steps=40", "eval.interval=40"]
+    run("launch", "nodes=2", *words, "launch.report_files=[]", f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+    records = read_records(RunFolder(tmp_path / "run").metrics(0))
+    assert records[-1]["val_loss"] < 0.75 * records[0]["loss"]
+
+
+# The collector of reference cycles rests while imports that stay are made, and is as before afterwards.
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    yield
+    gc.enable()
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_what_was_imported_is_never_looked_at_again(was_on: bool) -> None:
+    if not was_on:
+        gc.disable()
+    with lasting_imports():
+        assert not gc.isenabled()
+        stays: list[object] = []
+        stays.append(stays)  # a cycle, as modules have with their functions
+    assert gc.isenabled() is was_on
+    assert all(tracked is not stays for tracked in gc.get_objects())
+
+
+def test_an_import_that_fails_leaves_the_collector_on() -> None:
+    with pytest.raises(ModuleNotFoundError), lasting_imports():
+        import gpt.there_is_no_such_module  # type: ignore[import-not-found]  # noqa: F401
+    assert gc.isenabled()

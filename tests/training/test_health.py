@@ -1,0 +1,295 @@
+"""Health of a run: early stop, slow ranks, and replicas that have drifted apart."""
+
+from __future__ import annotations
+
+import json
+import socket
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gpt.config import OptimConfig
+from gpt.parallel.dtensor import ReplicaCheck, find_odd, local_tensor
+from gpt.train import train
+from gpt.training.health import EarlyStop, StragglerJudge, refuse_unknown_text
+from gpt.training.run import Run
+from gpt.training.step import queue_step
+from launch.errors import ConfigError
+from launch.runs.events import straggling_ranks
+from launch.runs.folder import RunFolder
+from launch.runs.heartbeat import Phase
+from launch.runs.records import read_records
+from launch.slurm.status import find_run_status
+from launch.status import as_dict, notes
+from launch.worker import Run as Rank
+from tests.support.commands import TINY, run
+from tests.support.composing import config_from
+from tests.support.distributed import run_distributed
+from tests.support.learning import DEEPSPEED, start
+from tests.support.learning import TINY as LEARNING
+
+
+def judge(**changes: float) -> EarlyStop:
+    sizes = {"max_steps": 9, "global_batch": 1, "max_micro_batch": 1, "lr": 1e-3, "min_lr": 0.0, "warmup_steps": 0}
+    return EarlyStop(OptimConfig(**{**sizes, **changes}))  # type: ignore[arg-type]
+
+
+def over_at(stop: EarlyStop, losses: list[float]) -> int | None:
+    for step, loss in enumerate(losses, 1):
+        stop.add(10 * step, loss)
+        if stop.reason() is not None:
+            return 10 * step
+    return None
+
+
+def test_the_losses_that_end_a_run() -> None:
+    falling = [3.0, 2.0, 1.6, 1.55, 1.5]
+    assert over_at(judge(), falling) is None
+    assert over_at(judge(target_val_loss=1.55), falling) == 40, "at most, not below"
+    assert over_at(judge(patience=1), falling) is None
+    waiting = [3.0, 3.1, 2.9, 2.9, 3.0, 2.95, 2.8]
+    assert over_at(judge(patience=3), waiting) == 60, "an equal loss is none that is lower"
+    assert over_at(judge(patience=4), waiting) is None
+
+
+def test_a_target_per_byte_of_text() -> None:
+    stop = judge(target_val_nats_per_byte=0.5)
+    stop.add(10, 3.0, 1.0)
+    assert stop.reason() is None, "a bit is 0.69 nats"
+    stop.add(20, 2.0, 0.72)
+    reason = stop.reason()
+    assert reason == "val_loss 2.0000 at step 20 (0.4991 nats per byte) reached optim.target_val_nats_per_byte=0.5"
+    resumed = judge(target_val_nats_per_byte=0.5)
+    resumed.load(json.loads(json.dumps(stop.state())))
+    assert resumed.reason() == reason
+    config = config_from(["data=synthetic", "optim.target_val_nats_per_byte=0.5"])
+    refuse_unknown_text(config, 100.0)
+    with pytest.raises(ConfigError, match="whose bytes of text are unknown"):
+        refuse_unknown_text(config, None)
+
+
+@pytest.mark.parametrize("break_at", range(7))
+def test_a_resumed_run_counts_on(break_at: int) -> None:
+    waiting = [3.0, 3.1, 2.9, 2.9, 3.0, 2.95, 2.8]
+    first, then = judge(patience=3), judge(patience=3)
+    over = over_at(first, waiting[:break_at])
+    then.load(json.loads(json.dumps(first.state())))
+    for step, loss in enumerate(waiting, 1):
+        if over is None and step > break_at:
+            then.add(10 * step, loss)
+            over = 10 * step if then.reason() else None
+    assert over == 60
+
+
+def test_it_takes_evaluations_during_training() -> None:
+    with pytest.raises(ConfigError, match=r"optim\.patience=2 with eval\.interval=0"):
+        config_from(["optim.patience=2", "eval.interval=0"]).validate()
+    with pytest.raises(ConfigError, match=r"optim\.target_val_loss"):
+        config_from(["optim.target_val_loss=0"]).validate()
+
+
+def test_a_run_ends_at_its_target_stays_ended_and_goes_on_for_a_lower_one(tmp_path: Path) -> None:
+    words = [*TINY, "device=cpu", "optim.max_steps=6", "eval.interval=2", "checkpoint.interval=0", "run_dir=run"]
+    words += ["logging.tensorboard=false"]
+    text = run("gpt.train", *words, "optim.target_val_loss=100", cwd=tmp_path)
+    folder = RunFolder(tmp_path / "run")
+    assert "finished early: val_loss" in text and "reached optim.target_val_loss=100" in text
+    (end,) = (event for event in folder.read_events() if event["event"] == "finished")
+    assert end["step"] == 2 and "at step 2 (" in end["early"] and " nats per byte) reached" in end["early"]
+    assert [path.name for path in folder.checkpoints.glob("step_*")] == ["step_00000002"], "saved as a last step is"
+    assert "finished early: val_loss" in run("launch.status", "run", cwd=tmp_path)
+    assert "is over at step 2" in run("gpt.train", *words, "optim.target_val_loss=100", cwd=tmp_path)
+    text = run("gpt.train", *words, "optim.target_val_loss=0.1", cwd=tmp_path)
+    assert "from step 2 of 6" in text and (folder.checkpoints / "step_00000006").is_dir()
+
+
+# Slow ranks that are named while a run goes on: the judgement, and a real run whose last rank sleeps.
+
+
+LATE_S = 0.4
+"""Far above what a step of this model takes on a busy machine."""
+WINDOW = 3
+
+
+def test_a_rank_is_slow_against_the_median_of_the_others_over_the_window() -> None:
+    """Of random times, against the definition; a rank that is slow is told once, and once when it is no more."""
+    chance = np.random.default_rng(7)
+    times = chance.uniform(0.8, 1.2, (300, 5))
+    times[60:160, 3] *= 1.5
+    times[200:, 0] *= 1.7
+    judge, slow, told = StragglerJudge(1.3, 10), set(), []
+    for step, of_step in enumerate(times):
+        found = judge.add(of_step.tolist())
+        told += [(one.rank, one.is_slow) for one in found]
+        slow = slow | {one.rank for one in found if one.is_slow} - {one.rank for one in found if not one.is_slow}
+        slow -= {one.rank for one in found if not one.is_slow}
+        if step < 9:
+            assert not found
+            continue
+        means = times[step - 9 : step + 1].mean(0).tolist()
+        for rank, mean in enumerate(means):
+            ratio = mean / statistics.median(means[:rank] + means[rank + 1 :])
+            assert rank in slow if ratio > 1.3 else True
+            assert rank not in slow if ratio < 1.15 else True
+    assert told == [(3, True), (3, False), (0, True)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 1024])
+def test_one_slow_rank_of_any_number_is_found(ranks: int) -> None:
+    judge = StragglerJudge(1.2, 3)
+    times = [1.0] * ranks
+    times[ranks // 2] = 1.21
+    found = [judge.add(times) for _ in range(5)]
+    assert [[one.rank for one in of_step] for of_step in found] == [[], [], [ranks // 2], [], []]
+    assert found[2][0].own_s == pytest.approx(1.21) and found[2][0].median_s == 1.0
+
+
+def run_with_a_slow_rank(rank: int, size: int, folder: Path) -> None:
+    words = [*LEARNING, "parallel=ddp", "optim.max_micro_batch=8", "optim.max_steps=14", "checkpoint.interval=0"]
+    run = start(rank, size, folder, *words, f"logging.straggler_window={WINDOW}", "logging.tensorboard=true")
+    run.worker = Rank(rank, rank, size)
+    run.worker.open_folder(run.folder.path, run.attempt)
+    run.hosts = ("first-host", socket.gethostname())
+    if rank == size - 1:
+        run.engine.module.register_forward_pre_hook(lambda *_: time.sleep(LATE_S))
+    train(run)
+    run.world.gather(None)
+
+
+def test_a_rank_that_sleeps_is_named_while_the_run_goes_on(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # the ranks need none
+
+    run_distributed(run_with_a_slow_rank, 2, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    events = folder.read_events()
+    event = next(e for e in events if e["event"] == "straggler" and e["rank"] == 1)
+    assert (event["rank"], event["host"], event["steps"]) == (1, socket.gethostname(), WINDOW)
+    assert event["own_s"] >= LATE_S and event["own_s"] > 1.2 * event["median_s"]
+    assert events.index(event) < [e["event"] for e in events].index("finished")
+    records = read_records(folder.metrics(0))
+    assert any(r["slowest_rank"] == 1 for r in records if "slowest_rank" in r)
+    assert all(r["own_max_s"] >= LATE_S and r["own_min_s"] <= r["own_max_s"] for r in records if "own_max_s" in r)
+    assert "own_max_s" in records[-1] and not any("own_max_s" in r for r in read_records(folder.metrics(1)))
+    board = EventAccumulator(str(folder.tensorboard), size_guidance={"tensors": 0}).Reload()
+    told = {text.step: str(text.tensor_proto.string_val[0]) for text in board.Tensors("stragglers")}
+    assert f"rank 1 on {socket.gethostname()} is slow" in told[event["step"]]
+
+
+def test_status_names_the_slow_ranks_of_the_attempt_that_runs(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "sweep" / "nodes=2")
+    folder.create_attempt()
+    told: dict[str, Any] = {"attempt": 1, "step": 40, "own_s": 0.13, "median_s": 0.1, "steps": 20}
+    folder.record_event("started", attempt=1)
+    folder.record_event("straggler", rank=17, host="node-3", **told)
+    folder.record_event("straggler", rank=2, host="node-1", **told)
+    folder.record_event("straggler_ended", rank=2, host="node-1", **told)
+    lines = notes(as_dict(find_run_status(folder)))
+    expected = "rank 17 on node-3 is slow: 130.0 ms of its own a step, and the median 100.0 ms (over 20 steps up to 40)"
+    assert any(line.endswith(expected) for line in lines) and not any("rank 2" in line for line in lines)
+    folder.record_event("started", attempt=2)
+    assert straggling_ranks(folder.read_events()) == []
+
+
+def test_a_factor_that_names_everybody_is_refused() -> None:
+    for factor in ("1", "0.5", "-2"):
+        with pytest.raises(ConfigError, match=r"logging\.straggler_factor=1\.2"):
+            config_from([f"logging.straggler_factor={factor}"]).validate()
+    config_from(["logging.straggler_factor=0"]).validate()
+
+
+# Replicas of parameters that differ: found whatever the parallelism, with the odd one named where a majority tells.
+
+
+ONE_LAYER = "model.n_layer=1"
+"""Of engines that have no pipeline, whose stages want a layer each."""
+
+
+def test_the_majority_tells_which_replica_is_odd() -> None:
+    groups = [(0, 2, 4), (1, 3, 5)]
+    same = [[7, 0], [0, 9], [7, 0], [0, 9], [7, 0], [0, 9]]
+    assert find_odd(groups, same) is None
+    odd = [[7, 0], [0, 9], [8, 0], [0, 9], [7, 0], [0, 9]]
+    assert find_odd(groups, odd) == (find := find_odd(groups, odd)) and find is not None
+    assert (find.ranks, find.is_certain) == ((2,), True)
+    two = find_odd([(0, 1)], [[1], [2]])
+    assert two is not None and (two.ranks, two.is_certain) == ((0, 1), False)
+
+
+def flip(run: Run, name: str) -> None:
+    """Flip the lowest bit of one element of a parameter that this rank holds."""
+    parameter = next(p for n, p in run.engine.module.named_parameters() if n.endswith(name))
+    bits = local_tensor(parameter.detach()).view(torch.int32)
+    bits.view(-1)[3:4] ^= 1
+
+
+def compare_replicas(rank: int, size: int, folder: Path) -> dict[str, list[Any]]:
+    found = {}
+    for number, (words, odd) in enumerate(REPLICAS.items()):
+        layers = [] if "pp" in words else [ONE_LAYER]
+        run = start(rank, size, folder / str(number), *f"parallel={words}".split(), "optim.max_micro_batch=4", *layers)
+        queue_step(run, None, Phase.training)
+        check = ReplicaCheck(run.engine.module, run.world)
+        quiet = check.find_drift()
+        if rank == odd:
+            flip(run, "norm.weight")
+        drift = check.find_drift()
+        found[words] = [check.compares, quiet, None if drift is None else (drift.ranks, drift.is_certain)]
+    return found
+
+
+REPLICAS = {
+    "ddp": 2,
+    "hsdp parallel.dp_shard=2": 3,
+    "tp parallel.tp=2": 1,
+    "pp parallel.pp=2": 1,
+    "zero2": 2,
+}
+EXPECTED = {
+    "ddp": ((2,), True),
+    "hsdp parallel.dp_shard=2": ((1, 3), False),
+    "tp parallel.tp=2": ((1,), True),
+    "pp parallel.pp=2": ((0, 1), False),
+    "zero2": ((2,), True),
+}
+
+
+def test_a_flipped_bit_in_one_replica_is_found_whatever_the_parallelism(tmp_path: Path) -> None:
+    for rank, told in enumerate(
+        run_distributed(compare_replicas, 4, tmp_path / "runs", timeout_s=300, imports=DEEPSPEED)
+    ):
+        for words, (compares, quiet, drift) in told.items():
+            assert compares and quiet is None, f"{words}, rank {rank}: {quiet}"
+            assert drift == EXPECTED[words], f"{words}, rank {rank}"
+
+
+def drift_apart(rank: int, size: int, folder: Path) -> tuple[str, list[dict[str, Any]], list[int]]:
+    """Train, and flip a bit of one rank after step 4."""
+    words = ["parallel=ddp", "divergence.replica_check_interval=1", "checkpoint.interval=2", ONE_LAYER]
+    run = start(rank, size, folder, *words, "optim.max_steps=9", "optim.global_batch=18", "eval.interval=0")
+    run.worker.rank = rank
+    run.worker.open_folder(run.folder.path, 1)
+    backward = run.engine.backward
+
+    def spoiled(*args: Any) -> Tensor:
+        if run.step == 4 and rank == 1:
+            flip(run, "norm.weight")
+        return backward(*args)
+
+    run.engine.backward = spoiled  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError) as caught:
+        train(run)
+    return str(caught.value), run.folder.read_events(), run.store.steps()
+
+
+def test_replicas_that_drift_apart_end_the_attempt_with_rank_and_host_named(tmp_path: Path) -> None:
+    for text, events, saved in run_distributed(drift_apart, 3, tmp_path / "run"):
+        (event,) = [e for e in events if e["event"] == "replicas_differ"]
+        assert (event["ranks"], event["certain"], event["step"]) == ([1], True, 5)
+        assert f"after step 5 the parameters of rank 1 on {event['hosts'][0]} differ" in text
+        assert saved == [2, 4], "the last good checkpoint"
