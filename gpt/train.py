@@ -41,7 +41,7 @@ with lasting_imports():
     from gpt.parallel.engine import Engine, RunLayout
     from gpt.topology import settle_steps, split_batch
     from gpt.topology.rules import check_parallel_dims
-    from gpt.training.checkpoints import first_weights, load, start_copies, tell_damage
+    from gpt.training.checkpoints import load, start_copies, tell_damage
     from gpt.training.execution import (
         fix_hash_seed,
         keep_compiled,
@@ -58,6 +58,7 @@ with lasting_imports():
         agree_on_folder,
         check_flash,
         describe_attempt,
+        first_weights,
         look_for_changes,
         open_attempt,
         parse_arguments,

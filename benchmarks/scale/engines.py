@@ -35,13 +35,12 @@ from gpt.parallel.ddp import all_gather_rows
 from gpt.train import train
 from gpt.training.run import Run
 from tests.model.test_functions import computed, torchs, traffic
-from tests.parallel import test_fsdp_groups as fsdp_groups
-from tests.parallel import test_materialize as materialized
+from tests.parallel import test_fsdp as fsdp
 from tests.support.distributed import run_distributed
 from tests.support.learning import Operations, compose, config_from, host_waits, start, start_composed
 from tests.support.small_models import LLAMA, small
-from tests.training import test_host_waits as waits
 from tests.training import test_loop as loop
+from tests.training import test_step as waits
 
 GIB = 2**30
 BUILT = ["model=llama_124m", "parallel=fsdp", "optim.global_batch=8", "optim.max_micro_batch=1", "model.block_size=64"]
@@ -79,10 +78,10 @@ def host_waits_of_a_step() -> tuple[str, bool]:
 
 def fsdp_gathers() -> tuple[str, bool]:
     """A2, of an untied Llama of five blocks."""
-    model = small(**LLAMA, n_layer=fsdp_groups.BLOCKS)
-    with fake_ranks(fsdp_groups.RANKS) as mesh:
-        forward, backward = fsdp_groups.gathers(fsdp_groups.sharded(model, mesh))
-    alone = forward[0] == fsdp_groups.elements(GPT(model).token_embedding)
+    model = small(**LLAMA, n_layer=fsdp.BLOCKS)
+    with fake_ranks(fsdp.RANKS) as mesh:
+        forward, backward = fsdp.gathers(fsdp.sharded(model, mesh))
+    alone = forward[0] == fsdp.elements(GPT(model).token_embedding)
     first = "the embedding" if alone else f"{forward[0]} elements"
     return f"n - {model.n_layer - len(backward)}; {first}", alone and len(backward) <= model.n_layer - 1
 
@@ -212,7 +211,7 @@ def memory_of_a_start() -> tuple[str, bool]:
     with tempfile.TemporaryDirectory() as folder:
         grown = max(run_distributed(build_and_look, 4, Path(folder) / "built" / "run", timeout_s=600)) * GIB / 1e9
         try:
-            materialized.test_every_engine_begins_with_the_bits_of_one_that_draws_the_model_whole(Path(folder))
+            fsdp.test_every_engine_begins_with_the_bits_of_one_that_draws_the_model_whole(Path(folder))
             same = "the same bits"
         except AssertionError as error:
             same = str(error).splitlines()[0]

@@ -66,7 +66,7 @@ class Stall:
     quiet_s: float
 
 
-def write_late(content: part.Part, folder: Path) -> None:
+def write_late(content: part.RankPart, folder: Path) -> None:
     """Write as always, ten seconds later."""
     time.sleep(LATE_S)
     part.write_part(content, folder)

@@ -249,39 +249,30 @@ class Copier:
 
     def serve(self) -> None:
         """Serve requests, until they end and no work is left."""
-        while not (self._is_ending and not self._has_work()):
-            if not self._has_work():
-                self._hear(None)
+        while True:
+            if self._step is None and self._back_to is None:
+                if self._is_ending:
+                    return
+                self._take(self._wait(None))
                 continue
-            while self._hear(0.0):  # of several checkpoints the newest is copied
-                pass
-            if not self._work() and not self._may_go_on():
-                return
+            while not self._is_ending and (request := self._wait(0.0)) is not None:  # only the newest is copied
+                self._take(request)
+            if not self._work():
+                if self._is_ending and self._failures >= LAST_TRIES:
+                    return
+                self._take(self._wait(min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** (self._failures - 1))))
 
-    def _has_work(self) -> bool:
-        return self._step is not None or self._back_to is not None
-
-    def _may_go_on(self) -> bool:
-        """Wait after a failure, until a new request arrives or the time is over; False if it was the last try."""
-        if self._is_ending and self._failures >= LAST_TRIES:
-            return False
-        self._hear(min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** (self._failures - 1)))
-        return True
-
-    def _hear(self, seconds: float | None) -> bool:
-        """Take in a request, waiting for it; False if none came."""
-        asked = None if self._is_ending and seconds == 0.0 else self._wait(seconds)
-        if asked is None:
-            return False
-        if "copy" in asked:
-            self._step = asked["copy"]
-        elif "discard_after" in asked:
-            self._back_to = asked["discard_after"]
-            if self._step is not None and self._step > asked["discard_after"]:
+    def _take(self, request: dict[str, Any] | None) -> None:
+        if request is None:
+            return
+        if "copy" in request:
+            self._step = request["copy"]
+        elif "discard_after" in request:
+            self._back_to = request["discard_after"]
+            if self._step is not None and self._step > request["discard_after"]:
                 self._step = None
         else:
             self._is_ending = True
-        return True
 
     def _work(self) -> bool:
         """Do the work that is due; False if it failed, and must be tried again."""

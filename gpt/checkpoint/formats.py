@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from gpt.checkpoint import folders, messages
 from gpt.checkpoint.folders import DEEPSPEED, TENSORS, Manifest
 from gpt.checkpoint.messages import run_on_all_ranks, run_on_first_rank
-from gpt.checkpoint.part import Part, SavePlans
+from gpt.checkpoint.part import RankPart, SavePlans
 from gpt.config.rules import is_importable
 from launch.errors import ConfigError
 
@@ -195,7 +195,7 @@ class Format(Protocol):
         """Describe the files for the manifest, as plain JSON; ``kind`` names the format."""
         ...
 
-    def collect(self, step: int, state: Any, group: dist.ProcessGroup | None) -> Part:
+    def collect(self, step: int, state: Any, group: dist.ProcessGroup | None) -> RankPart:
         """Collect this rank's files of ``state`` after ``step``; the tensors in it may be the state's own memory.
 
         A failure is raised on every rank. If no other rank waits, it may be raised on this rank alone.
@@ -216,9 +216,9 @@ class TensorFiles:
     def describe(self) -> dict[str, Any]:
         return dict(TENSORS)
 
-    def collect(self, step: int, state: dict[str, Any], group: dist.ProcessGroup | None) -> Part:
+    def collect(self, step: int, state: dict[str, Any], group: dist.ProcessGroup | None) -> RankPart:
         plan, data = self._plans.plan(state, group)
-        return Part(dist.get_rank(group), plan, data)
+        return RankPart(dist.get_rank(group), plan, data)
 
     def read(self, folder: Path, saved: Manifest, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
         with open_as_tensors(folder, saved, group) as tensors:

@@ -27,7 +27,7 @@ from gpt.checkpoint import messages
 from gpt.checkpoint.folders import LoadedCheckpoint
 from gpt.checkpoint.formats import Format, decode_index, encode_index, read_tensors
 from gpt.checkpoint.messages import CheckpointError, explain, run_on_all_ranks, run_on_first_rank
-from gpt.checkpoint.part import Part, Report, StagedPart, rank_file, write_items
+from gpt.checkpoint.part import RankPart, Report, StagedPart, rank_file, write_content, write_items
 from gpt.checkpoint.saving import InFlight, Vote, stage_state
 from gpt.checkpoint.writer import Result, Writer, WriterState
 from launch.errors import ConfigError
@@ -71,7 +71,7 @@ class Send:
     step: int
     world_size: int
     meta: dict[str, Any]
-    part: Part | StagedPart
+    part: RankPart | StagedPart
     places: tuple[Place, ...]
     secret: str
 
@@ -91,10 +91,7 @@ class Send:
                 contents[ABOUT] = json.dumps(about).encode()
             for name, content in contents.items():
                 with files.create_stream(name, "wb") as stream:
-                    if isinstance(content, bytes):
-                        stream.write(content)
-                    else:
-                        torch.save(content, stream)
+                    write_content(content, stream)
             for store in stores:
                 store.ask("finish", **where)
 
@@ -216,7 +213,7 @@ class MemorySaves:
         return self._end(any(messages.all_gather(self._result.failure is not None, self.group)))
 
     def _begin(
-        self, step: int, meta: dict[str, Any], started: float, part: Part | StagedPart | None, failure: str | None
+        self, step: int, meta: dict[str, Any], started: float, part: RankPart | StagedPart | None, failure: str | None
     ) -> None:
         self._phases += 1
         save = hashlib.sha256(f"{self._token} {self._phases}".encode()).hexdigest()[:16]

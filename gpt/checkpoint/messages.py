@@ -34,7 +34,7 @@ def all_gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     Raises:
         TypeError: the value is of a kind that cannot be sent; raised before any message.
     """
-    return [decode(message) for message in gather_bytes(encode(value), group)]
+    return [decode_value(message) for message in gather_bytes(encode_value(value), group)]
 
 
 def broadcast(message: bytes, group: dist.ProcessGroup | None) -> bytes:
@@ -62,8 +62,8 @@ def as_tensor(message: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(message), dtype=torch.uint8)
 
 
-def encode(value: Any) -> bytes:
-    """Encode a value for ``decode``.
+def encode_value(value: Any) -> bytes:
+    """Encode a value for ``decode_value``.
 
     Raises:
         TypeError: it is, or holds, a value that cannot be sent.
@@ -71,11 +71,11 @@ def encode(value: Any) -> bytes:
     return json.dumps(to_plain(value)).encode()
 
 
-def decode(message: bytes) -> Any:
-    """Return the value that ``encode`` received: equal, and of the same types.
+def decode_value(message: bytes) -> Any:
+    """Return the value that ``encode_value`` received: equal, and of the same types.
 
     Raises:
-        ValueError: this is no message of ``encode``.
+        ValueError: this is no message of ``encode_value``.
     """
     return from_plain(json.loads(message))
 
@@ -191,10 +191,10 @@ def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -
     """
     cause: BaseException | None = None
     try:
-        outcome = encode((action(), None))
+        outcome = encode_value((action(), None))
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is a BaseException
-        outcome, cause = encode((None, explain(error))), error
-    outcomes = [decode(message) for message in gather_bytes(outcome, group)]
+        outcome, cause = encode_value((None, explain(error))), error
+    outcomes = [decode_value(message) for message in gather_bytes(outcome, group)]
     for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:
             raise CheckpointError(f"rank {rank}: {failure}") from cause

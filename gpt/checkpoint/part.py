@@ -11,11 +11,12 @@ import logging
 import mmap
 import os
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
@@ -111,7 +112,7 @@ PROBE_BYTES = 1 << 16
 
 
 @dataclass
-class Part:
+class RankPart:
     """Files of one rank: its share of a planned state, and files of its own."""
 
     rank: int
@@ -156,7 +157,7 @@ def report_name(rank: int) -> str:
     return f".report_{rank:05d}.json"
 
 
-def write_part(part: Part, folder: Path) -> None:
+def write_part(part: RankPart, folder: Path) -> None:
     """Write the files of a part and its report into ``folder``, synced to disk.
 
     Raises:
@@ -179,7 +180,9 @@ def write_part(part: Part, folder: Path) -> None:
         raise
 
 
-def write_items(part: Part, plan: WritePlan, folder: Path, files: FileSystem, syncs: bool = True) -> list[WriteResult]:
+def write_items(
+    part: RankPart, plan: WritePlan, folder: Path, files: FileSystem, syncs: bool = True
+) -> list[WriteResult]:
     """Write the planned items as torch.distributed.checkpoint does; return their places.
 
     Args:
@@ -193,7 +196,8 @@ def write_items(part: Part, plan: WritePlan, folder: Path, files: FileSystem, sy
     ahead = COPY_AHEAD if torch.cuda.is_initialized() else 0
     writer = FileSystemWriter(folder, sync_files=syncs, per_thread_copy_ahead=ahead)
     writer.fs = files
-    planner = cast(SavePlanner, _Resolved(plan.items.items, part.data))
+    data = {item.index: entry for item, entry in zip(plan.items.items, part.data, strict=True)}
+    planner = cast(SavePlanner, SimpleNamespace(resolve_data=lambda item: data[item.index]))  # data is resolved already
     return writer.write_data(plan.items, planner).wait()
 
 
@@ -211,12 +215,17 @@ def write_file(path: Path, content: Any, files: SummingFiles) -> None:
     """Write one file, synced to disk; content that could not be read back later fails now."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.create_stream(path, "wb") as stream:
-        if isinstance(content, bytes):
-            stream.write(content)
-        else:
-            torch.save(content, stream)
+        write_content(content, stream)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def write_content(content: Any, stream: Any) -> None:
+    """Write bytes as they are, other content as ``torch.save`` encodes it."""
+    if isinstance(content, bytes):
+        stream.write(content)
+    else:
+        torch.save(content, stream)
 
 
 def rank_file(rank: int) -> str:
@@ -235,17 +244,6 @@ def encode_rank_state(rank_state: dict[str, Any]) -> bytes:
     stream.seek(0)
     torch.load(stream, weights_only=True)
     return stream.getvalue()
-
-
-class _Resolved:
-    """Planner whose items are resolved already."""
-
-    def __init__(self, items: Sequence[WriteItem], data: Sequence[Any]) -> None:
-        self._data: Mapping[MetadataIndex, Any] = {item.index: entry for item, entry in zip(items, data, strict=True)}
-
-    def resolve_data(self, item: WriteItem) -> Any:
-        """Return the tensor or the bytes of an item."""
-        return self._data[item.index]
 
 
 class SummingFiles(FileSystem):
@@ -379,15 +377,15 @@ class StagedPart:
     """Place, after the tensors, of the pickled text that names them."""
     length: int
 
-    def load(self, memory: SharedMemory, plan: WritePlan | None) -> Part:
+    def load(self, memory: SharedMemory, plan: WritePlan | None) -> RankPart:
         """Return the part; its tensors are views of ``memory``."""
         text = memory.view(self.offset, torch.uint8, (self.length,)).numpy().tobytes()
         part = _Unpickler(text, memory, plan).load()
-        assert isinstance(part, Part)
+        assert isinstance(part, RankPart)
         return part
 
 
-def stage(part: Part, memory: SharedMemory | None) -> tuple[StagedPart, SharedMemory]:
+def stage(part: RankPart, memory: SharedMemory | None) -> tuple[StagedPart, SharedMemory]:
     """Copy the tensors of a part into shared memory; return the part and the memory, a larger one if necessary.
 
     Waits only for copies from a GPU.

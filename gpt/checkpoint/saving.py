@@ -18,7 +18,7 @@ from gpt.checkpoint import folders, messages
 from gpt.checkpoint.folders import DamagedError, FileSum, Retention, damage_or_raise, find_difference, read_manifest
 from gpt.checkpoint.formats import Format
 from gpt.checkpoint.messages import CheckpointError, explain
-from gpt.checkpoint.part import Part, StagedPart, encode_rank_state, rank_file
+from gpt.checkpoint.part import RankPart, StagedPart, encode_rank_state, rank_file
 from gpt.checkpoint.writer import Commit, Remove, Result, Retire, Write, Writer, WriterState
 from launch.errors import ConfigError
 from launch.runs.files import NO_ROOM
@@ -73,7 +73,7 @@ class InFlight:
     meta: dict[str, Any]
     may_commit: Callable[[], bool]
     started: float
-    part: Part | StagedPart | None
+    part: RankPart | StagedPart | None
     """None if it could not be collected on this rank, so that each try fails."""
     temporary: Path
     phase: Phase = Phase.write
@@ -87,7 +87,7 @@ def stage_state(
     fmt: Format,
     writer: Writer,
     group: dist.ProcessGroup | None,
-) -> Part | StagedPart:
+) -> RankPart | StagedPart:
     """Take this rank's part of a state over; when this returns, the state may change. Collective.
 
     Raises:
@@ -259,7 +259,11 @@ class Saves:
         self._names = 0
         self._token: str | None = None
         self._pending: InFlight | None = None
-        self._committed: InFlight | None = None
+        self.committed: InFlight | None = None
+        """The last save that was committed, until its copy is taken; the same on all ranks.
+
+        The copy stays until another state is taken over.
+        """
 
     @property
     def is_pending(self) -> bool:
@@ -270,17 +274,6 @@ class Saves:
     def is_failing(self) -> bool:
         """True while the save in flight has failed before, and a newer state may replace it; the same on all ranks."""
         return self._pending is not None and self.failures > 0 and self._pending.phase is Phase.write
-
-    @property
-    def has_copy(self) -> bool:
-        """True if the copy for the last checkpoint exists, and was not taken yet; the same on all ranks."""
-        return self._committed is not None
-
-    def take_committed(self) -> InFlight:
-        """Return the last save that was committed, once; its copy stays until another state is taken over."""
-        committed, self._committed = self._committed, None
-        assert committed is not None
-        return committed
 
     def start(
         self, step: int, state: Any, rank_state: dict[str, Any], meta: dict[str, Any], may_commit: Callable[[], bool]
@@ -294,8 +287,8 @@ class Saves:
         if self._token is None:
             self._token = str(messages.all_gather(secrets.token_hex(8), self.group)[0])
         started = time.monotonic()
-        self._committed = None
-        part: Part | StagedPart | None = None
+        self.committed = None
+        part: RankPart | StagedPart | None = None
         failure: str | None = None
         try:
             part = stage_state(step, state, rank_state, self.format, self.writer, self.group)
@@ -375,7 +368,7 @@ class Saves:
                 commit = Commit(pending.temporary, pending.step, ranks, pending.meta, contents, pending.may_commit)
                 self.writer.submit(commit)
             return None
-        self._pending, self._committed = None, pending
+        self._pending, self.committed = None, pending
         self.failures, self._retry_at = 0, 0.0
         ended = time.monotonic() if pending.result is None else pending.result.ended
         if is_first:

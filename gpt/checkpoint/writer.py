@@ -23,7 +23,7 @@ from gpt.checkpoint import folders
 from gpt.checkpoint.folders import Manifest, Retention, write_manifest
 from gpt.checkpoint.messages import explain
 from gpt.checkpoint.part import (
-    Part,
+    RankPart,
     Report,
     SharedMemory,
     StagedPart,
@@ -55,9 +55,9 @@ class WriterState:
     sound: int | None = None
     """Step of the newest checkpoint that was read again and found whole."""
 
-    def whole(self, part: Part | StagedPart) -> Part:
+    def whole(self, part: RankPart | StagedPart) -> RankPart:
         """Return a part with its tensors, which may be in the memory that this writer has staged them in."""
-        if isinstance(part, Part):
+        if isinstance(part, RankPart):
             return part
         assert self.staged is not None
         return part.load(self.staged, self.plan)
@@ -81,7 +81,7 @@ class Write:
 
     temporary: Path
     step: int
-    part: Part | StagedPart
+    part: RankPart | StagedPart
     is_first: bool
 
     def run(self, state: WriterState) -> None:
@@ -196,7 +196,7 @@ class Writer:
         self._state = WriterState()
         self._result: Result | None = None
 
-    def stage(self, part: Part) -> Part | StagedPart:
+    def stage(self, part: RankPart) -> RankPart | StagedPart:
         """Take a part over; when this returns, the training state may change."""
         self._state.plan = part.plan
         return part
@@ -241,7 +241,7 @@ class ProcessWriter(Writer):
             _run_forked(theirs, self._connection, parent)
         theirs.close()
 
-    def stage(self, part: Part) -> Part | StagedPart:
+    def stage(self, part: RankPart) -> RankPart | StagedPart:
         memory, plan = self._state.staged, self._state.plan
         staged, self._state.staged = stage(part, memory)
         self._state.plan = part.plan

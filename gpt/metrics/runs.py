@@ -61,14 +61,22 @@ def describe_run(folder: RunFolder) -> dict[str, Any]:
     """Return everything that a run folder records about its run, as plain values."""
     records = read_records(folder.metrics(0))
     events = folder.read_events()
+    evaluation = ("step", "attempt", "time", "val_loss", "val_bits_per_byte")
+    kept = set(folders.steps(folder.checkpoints))
+    saved = {event["step"]: event for event in saves_that_count(events)}  # a step repeated after a crash counts once
     return {
         "format": FORMAT,
         "run": {"name": folder.path.parent.name, "point": folder.point, "path": str(folder.path)},
         "config": read_mapping(folder.config) if folder.config.exists() else None,
         "startup": read_startup(folder),
         "steps": records,
-        "evaluations": [select_evaluation(record) for record in records if "val_loss" in record],
-        "checkpoints": list_checkpoints(folder, events),
+        "evaluations": [
+            {name: record[name] for name in evaluation if name in record} for record in records if "val_loss" in record
+        ],
+        "checkpoints": [
+            {name: saved[step][name] for name in ("step", "attempt", "time", "seconds")} | {"kept": step in kept}
+            for step in sorted(saved)
+        ],
         "summary": summarize(folder, records, events),
     }
 
@@ -80,20 +88,6 @@ def read_startup(folder: RunFolder) -> dict[str, Any] | None:
         if known:
             return known
     return None
-
-
-def select_evaluation(record: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a record that belong to its evaluation."""
-    names = ("step", "attempt", "time", "val_loss", "val_bits_per_byte")
-    return {name: record[name] for name in names if name in record}
-
-
-def list_checkpoints(folder: RunFolder, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the last save of each step, with a flag that its files still exist."""
-    kept = set(folders.steps(folder.checkpoints))
-    saved = {e["step"]: e for e in saves_that_count(events)}  # a step repeated after a crash is saved again
-    names = ("step", "attempt", "time", "seconds")
-    return [{name: saved[step][name] for name in names} | {"kept": step in kept} for step in sorted(saved)]
 
 
 def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -267,18 +267,12 @@ class Attention(nn.Module):
 
 def manual_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float) -> Tensor:
     """Compute softmax(Q K^T / sqrt(C)) V with the future masked, (B, H, T, C). This reference needs T x S in memory."""
-    sharers = q_BHTC.size(1) // k_BKSC.size(1)
-    if sharers > 1:
-        k_BKSC, v_BKSC = k_BKSC.repeat_interleave(sharers, dim=1), v_BKSC.repeat_interleave(sharers, dim=1)
-    future_TS = ~causal_mask(q_BHTC.size(2), k_BKSC.size(2), q_BHTC.device)
-    scores_BHTS = (q_BHTC @ k_BKSC.mT) / math.sqrt(q_BHTC.size(3))
+    k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
+    new, seen = q_BHTC.size(2), k_BHSC.size(2)
+    future_TS = torch.ones(new, seen, dtype=torch.bool, device=q_BHTC.device).triu(seen - new + 1)
+    scores_BHTS = (q_BHTC @ k_BHSC.mT) / math.sqrt(q_BHTC.size(3))
     weights_BHTS = scores_BHTS.masked_fill(future_TS, -math.inf).softmax(-1)
-    return F.dropout(weights_BHTS, dropout) @ v_BKSC
-
-
-def causal_mask(new: int, seen: int, device: torch.device) -> Tensor:
-    """Build the causal mask of the last ``new`` queries over ``seen`` keys, (T, S): True if a query sees a key."""
-    return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
+    return F.dropout(weights_BHTS, dropout) @ v_BHSC
 
 
 FLASH_FIRST = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -47,17 +47,9 @@ class SplitParameter(NamedTuple):
 
 def split_parameter(whole: nn.Parameter, mesh: DeviceMesh) -> SplitParameter:
     """Return a parameter with this rank's shard of it, which an optimizer steps in place."""
-    chunk = own_chunk(whole.detach(), mesh.size(), mesh.get_local_rank())
+    chunks, rank = whole.detach().chunk(mesh.size(), dim=0), mesh.get_local_rank()
+    chunk = chunks[rank] if rank < len(chunks) else whole.detach()[:0]  # there may be fewer rows than ranks
     return SplitParameter(whole, nn.Parameter(as_row_shard(chunk, whole, mesh), requires_grad=whole.requires_grad))
-
-
-def own_chunk(tensor: Tensor, ranks: int, rank: int) -> Tensor:
-    """Return a rank's chunk of the rows of a tensor, over the same memory.
-
-    Some chunks are empty if there are fewer rows than ranks.
-    """
-    chunks = tensor.chunk(ranks, dim=0)
-    return chunks[rank] if rank < len(chunks) else tensor[:0]
 
 
 def as_row_shard(local: Tensor, whole: Tensor, mesh: DeviceMesh) -> DTensor:

@@ -164,12 +164,14 @@ class World:
         failure: BaseException | None = None
         if self.is_first:
             try:
-                message = messages.encode((action(), None, None))
+                message = messages.encode_value((action(), None, None))
             except BaseException as error:  # torch's CheckpointException and SystemExit are no Exception
                 failure = error
                 refusal = error if isinstance(error, ConfigError) else None
-                message = messages.encode((None, refusal, explain_failure(error)))
-        result, refusal, explanation = messages.decode(messages.broadcast(message, self.control))
+                # ``rank 0 failed`` marks the text as an echo of that failure.
+                text = f"rank 0 failed: {type(error).__name__}: {error}"
+                message = messages.encode_value((None, refusal, text))
+        result, refusal, explanation = messages.decode_value(messages.broadcast(message, self.control))
         if failure is not None:
             raise failure
         if explanation is not None:
@@ -179,11 +181,6 @@ class World:
 
 class FirstRankError(RuntimeError):
     """Failure of rank 0 in a step that it does for all ranks; raised on all other ranks."""
-
-
-def explain_failure(error: BaseException) -> str:
-    """Describe rank 0's failure on the other ranks. ``rank 0 failed`` marks the text as an echo of that failure."""
-    return f"rank 0 failed: {type(error).__name__}: {error}"
 
 
 def ranks_from_env() -> tuple[int, int, int, int, int]:

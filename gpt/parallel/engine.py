@@ -80,7 +80,8 @@ def clip_shards(
     squares, sums = pending.wait(waits_as).tensor_split([1])
     norm = squares.squeeze(0).sqrt()
     if limit > 0:
-        scale_to(limit, norm, [part for part, _ in parts])
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([part for part, _ in parts], factor.to(parts[0][0]))
     return Clipped(norm, sums, flaw_of(norm))
 
 
@@ -94,11 +95,6 @@ def sum_figures(world: World, figures_N: Tensor, meanwhile: Callable[[], None]) 
 def flaw_of(norm: Tensor) -> Tensor:
     """Return 0 for a norm that is finite, else not a number; () float64."""
     return norm.double() * 0.0
-
-
-def scale_to(limit: float, norm: Tensor, parts: Sequence[Tensor]) -> None:
-    """Scale shards of gradients of global norm ``norm`` (), in place, to a norm of at most ``limit``."""
-    torch._foreach_mul_(list(parts), (limit / (norm + 1e-6)).clamp(max=1.0).to(parts[0]))
 
 
 # Dynamic loss scale of fp16 (arXiv 1710.03740, section 3.2): small gradients survive, and overflowing steps are

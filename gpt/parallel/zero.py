@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import partial
@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map_only
 from gpt.checkpoint.folders import DEEPSPEED, Manifest
 from gpt.checkpoint.formats import LOOSE_FILES, MODEL_FILE, TensorFiles, deepspeed_tag, open_as_tensors
 from gpt.checkpoint.messages import run_on_all_ranks
-from gpt.checkpoint.part import Part
+from gpt.checkpoint.part import RankPart
 from gpt.config import Precision, Recompute, TrainConfig
 from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.gpt import GPT, Block
@@ -58,69 +58,50 @@ class ZeroFiles:
     def describe(self) -> dict[str, Any]:
         return {"kind": DEEPSPEED, **self.settings}
 
-    def collect(self, step: int, state: ZeroEngine, group: dist.ProcessGroup | None) -> Part:
+    def collect(self, step: int, state: ZeroEngine, group: dist.ProcessGroup | None) -> RankPart:
         # DeepSpeed saves its files in an order with barriers. The collector takes their content instead of writing them
         # to the run folder. Files that DeepSpeed writes by itself go to a folder of this node.
+        files: dict[str, Any] = {}
         with tempfile.TemporaryDirectory(prefix="deepspeed_") as scratch:
-            collector = Collector(Path(scratch))
-            state.ds.checkpoint_engine.save = collector.save
+
+            def keep(state_dict: Any, path: str) -> None:
+                # Tensors become objects of their own: DeepSpeed may free the memory of its parameters before they are
+                # copied. A torch.Size stays one: the map would make a plain tuple of it, which DeepSpeed's own tools
+                # cannot read.
+                taken = tree_map_only(Tensor, Tensor.detach, state_dict, is_leaf=lambda v: isinstance(v, torch.Size))
+                files[Path(path).relative_to(scratch).as_posix()] = taken
+
+            state.ds.checkpoint_engine.save = keep
             state.ds.save_checkpoint(scratch, deepspeed_tag(step))
             tensor_info = state.tensor_info()
             if dist.get_rank(group) == 0:
-                collector.files[MODEL_FILE] = tensor_info
+                files[MODEL_FILE] = tensor_info
                 for name in LOOSE_FILES:
                     if (path := Path(scratch) / name).exists():
-                        collector.files[name] = path.read_bytes()
-        return Part(dist.get_rank(group), files=collector.files)
+                        files[name] = path.read_bytes()
+        return RankPart(dist.get_rank(group), files=files)
 
     def read(self, folder: Path, saved: Manifest, state: ZeroEngine, group: dist.ProcessGroup | None) -> None:
+        tag = deepspeed_tag(saved.step)
         if saved.contents == self.describe() and saved.world_size == dist.get_world_size(group):
-            reader = Reader()
-            run_on_all_ranks(lambda: reader.read(state.rank_files(folder, deepspeed_tag(saved.step))), group)
-            state.ds.checkpoint_engine.load = reader.load
-            state.ds.load_checkpoint(str(folder), deepspeed_tag(saved.step))
+            # Read ahead of DeepSpeed, which reads some files twice: its ranks wait for each other between their files,
+            # so a failure has to be known before they begin.
+            contents: dict[str, Any] = {}
+
+            def read_all() -> None:
+                for path in state.rank_files(folder, tag):
+                    contents[path] = torch.load(path, map_location="cpu", weights_only=False)
+
+            run_on_all_ranks(read_all, group)
+            state.ds.checkpoint_engine.load = lambda path, map_location=None: contents[path]
+            state.ds.load_checkpoint(str(folder), tag)
             del state.ds.checkpoint_engine.load  # and frees the content that was read
             return
         with open_as_tensors(folder, saved, group) as tensors:
-            names = state.tensor_names()
+            mine = [*state.shards.parameters, *state.buffers()]
+            names = {name for of_rank in state.world.gather(mine) for name in of_rank}
             run_on_all_ranks(lambda: state.load_tensors(TensorReader(tensors), names, saved.step), group)
             state.shards.update_from_masters()
-
-
-class Collector:
-    """Collector of the files that DeepSpeed would write under ``folder``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.files: dict[str, Any] = {}
-        self._folder = folder
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Take the content of one file, in place of DeepSpeed's checkpoint engine, which would write it."""
-        # Tensors become objects of their own: DeepSpeed may free the memory of its parameters before they are copied. A
-        # torch.Size stays one: the map would make a plain tuple of it, which DeepSpeed's own tools cannot read.
-        taken = tree_map_only(Tensor, Tensor.detach, state_dict, is_leaf=lambda value: isinstance(value, torch.Size))
-        self.files[Path(path).relative_to(self._folder).as_posix()] = taken
-
-
-class Reader:
-    """Reader of a rank's files, ahead of DeepSpeed.
-
-    DeepSpeed's ranks wait for each other between their files, so a failure has to be known before they begin.
-    """
-
-    def __init__(self) -> None:
-        self._contents: dict[str, Any] = {}
-
-    def read(self, paths: Sequence[str]) -> None:
-        """Read all of ``paths``."""
-        for path in paths:
-            self.load(path)
-
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file, in place of DeepSpeed's checkpoint engine, which reads some files twice."""
-        if path not in self._contents:
-            self._contents[path] = torch.load(path, map_location="cpu", weights_only=False)
-        return self._contents[path]
 
 
 class TensorReader:
@@ -129,6 +110,8 @@ class TensorReader:
     def __init__(self, folder: Path) -> None:
         self._reader = dcp.FileSystemReader(folder)
         self._known = self._reader.read_metadata().state_dict_metadata
+        self.names = {key.removeprefix("model.") for key in self._known if key.startswith("model.")}
+        """Names of the model's parameters and buffers."""
 
     def weight(self, name: str) -> Tensor:
         """Read a parameter or buffer."""
@@ -145,12 +128,6 @@ class TensorReader:
         found = torch.empty(entry.size)
         dcp.load({key: found}, storage_reader=self._reader, no_dist=True)
         return found
-
-    def refuse_others(self, names: set[str]) -> None:
-        """Raise ValueError unless the checkpoint holds exactly the weights of ``names``, that is, the same model."""
-        there = {key.removeprefix("model.") for key in self._known if key.startswith("model.")}
-        if there != names:
-            raise ValueError(f"the checkpoint differs in {', '.join(sorted(there ^ names)[:3])}")
 
 
 # A rank's shards under ZeRO: gradients read from them, fp32 master weights and moments written into them.
@@ -387,16 +364,12 @@ class ZeroEngine(Engine):
 
         Not collective; call ``update_from_masters`` of ``shards`` afterwards.
         """
-        tensors.refuse_others(names)
+        if tensors.names != names:
+            raise ValueError(f"the checkpoint differs in {', '.join(sorted(tensors.names ^ names)[:3])}")
         self.shards.set_masters(tensors.weight)
         self.shards.set_moments(tensors.moment, steps)
         for name, buffer in self.buffers().items():
             buffer.copy_(tensors.weight(name))
-
-    def tensor_names(self) -> set[str]:
-        """Collect the names of all parameters and buffers of the whole model. Collective."""
-        mine = [*self.shards.parameters, *self.buffers()]
-        return {name for theirs in self.world.gather(mine) for name in theirs}
 
     def tensor_info(self) -> dict[str, Any]:
         """Collect the shapes of the parameters, and the buffers, by name, of all pipeline stages. Collective."""

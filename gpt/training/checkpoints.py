@@ -1,4 +1,4 @@
-"""Checkpoints during training: their schedule, the save in flight, and its events."""
+"""Checkpoints of a run: their schedule, the save in flight, the state in a checkpoint, resume, and roll-back."""
 
 from __future__ import annotations
 
@@ -8,20 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gpt.checkpoint import CheckpointError, LoadedCheckpoint, folders
+from gpt.checkpoint import CheckpointError, LoadedCheckpoint
 from gpt.checkpoint.copies import Copies
 from gpt.checkpoint.folders import VALIDATION_LOSS, Retention
-from gpt.checkpoint.memory import FailedInMemory, MemorySaves, SavedInMemory
+from gpt.checkpoint.memory import FailedInMemory, SavedInMemory
 from gpt.checkpoint.saving import FailedWrite, Saved
-from gpt.config import TrainConfig
 from gpt.config.train import RESUMABLE
-from gpt.conversion.source import find_source, refuse_other_model
-from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify_source
 from gpt.data.order import PassedOver
 from gpt.metrics.writers import MetricWriters
-from gpt.model.gpt import GPT, Weights, initial_weights
 from gpt.parallel.distributed import World
 from gpt.training.health import BadSteps, checkpoint_before, is_bad, last_rollback, remedy
 from gpt.training.run import Run
@@ -34,70 +29,6 @@ from launch.runs.folder import RunFolder, is_newest_attempt
 from launch.runs.heartbeat import Phase
 from launch.runs.overrides import is_within
 from launch.runs.records import StepRecord
-
-# The first weights of a run: drawn, or read from elsewhere (``init_from``).
-#
-# One rank reads a source through and chooses. Then each rank reads for itself, since all see the same files.
-
-
-def first_weights(
-    model: GPT, config: TrainConfig, folder: RunFolder, world: World
-) -> tuple[Weights, dict[str, Any] | None]:
-    """Choose the weights that a run begins with; collective.
-
-    Args:
-        model: whole, maybe on the meta device.
-        config: of the run.
-        folder: of the run; if it holds a checkpoint, no weights are drawn or read, since the checkpoint replaces them.
-        world: all ranks.
-
-    Returns:
-        The weights, and the description of their source for the records; None if they were not read from a source.
-
-    Raises:
-        ConfigError: on every rank, if any of them cannot use the source.
-    """
-    if world.on_first(lambda: bool(folders.steps(folder.checkpoints))):
-        return zeros, None
-    if config.init_from is None:
-        return initial_weights(config.model, config.seed), None
-    init_from = config.init_from
-
-    def look() -> VerifiedSource:
-        source = find_source(init_from)
-        refuse_other_model(config.model, source)
-        return verify_source(source)
-
-    verified = world.on_first(look)
-    own: State | ConfigError  # a refusal is gathered: an exception would leave all other ranks waiting
-    shared = ("one folder that all nodes share", "init_from=FOLDER on a shared filesystem")
-    try:
-        own = read_source(verified, model)
-    except ConfigError as error:
-        own = error
-    except OSError as error:
-        own = ConfigError(f"{verified.source.path} cannot be read on some node ({error})", *shared)
-    answers = world.gather(own if isinstance(own, ConfigError) else fingerprint(own))
-    for answer in answers:
-        if isinstance(answer, ConfigError):
-            raise answer
-    if isinstance(own, ConfigError) or len(set(answers)) > 1:
-        raise ConfigError(f"init_from={init_from} holds other weights on some rank than on the first", *shared)
-    state, source = own, verified.source
-    chosen = None if verified.checkpoint is None else folders.step_of(verified.checkpoint)
-    about = {"path": str(source.path), "kind": source.kind.name, "step": chosen, "sha256": verified.files}
-    return lambda name, shape: state[name], about
-
-
-def zeros(name: str, shape: torch.Size) -> Tensor:
-    """Return zeros for a tensor that a checkpoint is about to fill, without the memory of all its elements."""
-    return torch.zeros(()).expand(shape)
-
-
-def fingerprint(state: State) -> int:
-    """Return a checksum, equal for equal bits: the weights are summed as integers, in any order."""
-    return sum(int(tensor.contiguous().view(torch.int32).sum(dtype=torch.int64)) for tensor in state.values())
-
 
 # The state of a run in a checkpoint, and resuming from it. The files themselves are in ``gpt.checkpoint``.
 
@@ -128,12 +59,6 @@ def begin_save(run: Run, val_loss: float | None) -> None:
     run.store.saves.start(
         run.step, run.engine.state(), rng_state(run.world), checkpoint_meta(run, val_loss), may_commit
     )
-
-
-def begin_save_in_memory(run: Run, memory: MemorySaves) -> None:
-    """Take over the state after the step just done, and begin to send it into the memory of the nodes."""
-    run.worker.phase(Phase.saving, run.step)
-    memory.start(run.step, run.engine.state(), rng_state(run.world), checkpoint_meta(run, None))
 
 
 def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
@@ -387,8 +312,8 @@ def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
 
 # Checkpoints during training: when they are due, the votes about the save in flight, and its events.
 #
-# Ranks agree through the figures that every step sums over them, so that no step waits for a message. The state is in
-# ``gpt.training.checkpoints``, the writing in ``gpt.checkpoint``.
+# Ranks agree through the figures that every step sums over them, so that no step waits for a message.
+# ``gpt.checkpoint`` writes the files.
 
 
 TRIES = 2
@@ -430,10 +355,11 @@ class Saving:
         """
         if phase > 0:
             self._record(self._saves.count(phase, sums["done"], sums["failed"]))
-            if self._memory is not None and not self._memory.is_pending and self._saves.has_copy:
+            if self._memory is not None and not self._memory.is_pending and self._saves.committed is not None:
                 # The copy that was taken for the disk is sent only now, so that the disk's checkpoint waits for
                 # nothing.
-                self._memory.start_again(self._saves.take_committed())
+                self._memory.start_again(self._saves.committed)
+                self._saves.committed = None
         elif phase and self._memory is not None:
             self._record_in_memory(self._memory.count(phase, sums["done"], sums["failed"]))
         self._is_time = self._is_time or sums.get("is_due", 0) > 0
@@ -454,7 +380,9 @@ class Saving:
         """Begin to send the step just done into the memory of the nodes; return the seconds that training waited."""
         started = time.perf_counter()
         if self._memory is not None and not (self._saves.is_pending or self._memory.is_pending):
-            begin_save_in_memory(self._run, self._memory)
+            run = self._run
+            run.worker.phase(Phase.saving, run.step)
+            self._memory.start(run.step, run.engine.state(), rng_state(run.world), checkpoint_meta(run, None))
         return time.perf_counter() - started
 
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:

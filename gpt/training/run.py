@@ -1,4 +1,4 @@
-"""Set-up of a run: the request of a command line, and all objects that the loop works with."""
+"""Set-up of a run: the request of a command line, all objects that the loop works with, and the first weights."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from gpt.accounting import count, training_flops_per_token
 from gpt.accounting.hardware import peak_flops
-from gpt.checkpoint import CheckpointStore
+from gpt.checkpoint import CheckpointStore, folders
 from gpt.checkpoint.copies import Copies
 from gpt.checkpoint.target import check_target, saved_checkpoints
 from gpt.config import AttentionBackend, ParallelConfig, Precision, Strategy, TrainConfig
 from gpt.config.train import LENGTH, NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
+from gpt.conversion.source import find_source, refuse_other_model
+from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify_source
 from gpt.data.corpus import check_fit, describe_corpus, describe_tokens, ensure_tokens
 from gpt.data.loader import BatchPrefetcher, Samples
 from gpt.data.prepared import Tokens
 from gpt.metrics.startup_summary import describe_rank, render_summary, software
 from gpt.model.attention import find_flash_obstacle
+from gpt.model.gpt import GPT, Weights, initial_weights
 from gpt.model.layers import COMPUTE_DTYPES
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
@@ -344,3 +348,67 @@ def check_flash(config: TrainConfig, world: World) -> str | None:
             "precision=bf16 on a GPU of compute capability 8.0 or more, or model.force_flash=false for another kernel",
         )
     return reason
+
+
+# The first weights of a run: drawn, or read from elsewhere (``init_from``).
+#
+# One rank reads a source through and chooses. Then each rank reads for itself, since all see the same files.
+
+
+def first_weights(
+    model: GPT, config: TrainConfig, folder: RunFolder, world: World
+) -> tuple[Weights, dict[str, Any] | None]:
+    """Choose the weights that a run begins with; collective.
+
+    Args:
+        model: whole, maybe on the meta device.
+        config: of the run.
+        folder: of the run; if it holds a checkpoint, no weights are drawn or read, since the checkpoint replaces them.
+        world: all ranks.
+
+    Returns:
+        The weights, and the description of their source for the records; None if they were not read from a source.
+
+    Raises:
+        ConfigError: on every rank, if any of them cannot use the source.
+    """
+    if world.on_first(lambda: bool(folders.steps(folder.checkpoints))):
+        return zeros, None
+    if config.init_from is None:
+        return initial_weights(config.model, config.seed), None
+    init_from = config.init_from
+
+    def look() -> VerifiedSource:
+        source = find_source(init_from)
+        refuse_other_model(config.model, source)
+        return verify_source(source)
+
+    verified = world.on_first(look)
+    own: State | ConfigError  # a refusal is gathered: an exception would leave all other ranks waiting
+    shared = ("one folder that all nodes share", "init_from=FOLDER on a shared filesystem")
+    try:
+        own = read_source(verified, model)
+    except ConfigError as error:
+        own = error
+    except OSError as error:
+        own = ConfigError(f"{verified.source.path} cannot be read on some node ({error})", *shared)
+    answers = world.gather(
+        own
+        if isinstance(own, ConfigError)
+        # A checksum, equal for equal bits: the weights are summed as integers, in any order.
+        else sum(int(t.contiguous().view(torch.int32).sum(dtype=torch.int64)) for t in own.values())
+    )
+    for answer in answers:
+        if isinstance(answer, ConfigError):
+            raise answer
+    if isinstance(own, ConfigError) or len(set(answers)) > 1:
+        raise ConfigError(f"init_from={init_from} holds other weights on some rank than on the first", *shared)
+    state, source = own, verified.source
+    chosen = None if verified.checkpoint is None else folders.step_of(verified.checkpoint)
+    about = {"path": str(source.path), "kind": source.kind.name, "step": chosen, "sha256": verified.files}
+    return lambda name, shape: state[name], about
+
+
+def zeros(name: str, shape: torch.Size) -> Tensor:
+    """Return zeros for a tensor that a checkpoint is about to fill, without the memory of all its elements."""
+    return torch.zeros(()).expand(shape)

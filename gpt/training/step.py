@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -179,16 +180,18 @@ class StepFigures:
         if values_N.is_cuda:
             self._event = torch.cuda.Event()
             self._event.record()
-        self._queued = time.perf_counter()
+        self._ended = time.perf_counter()
+        self._read: dict[str, list[float]] | None = None
 
     def read(self) -> tuple[dict[str, list[float]], float]:
         """Return the numbers by name, and the time at which they were ready (time.perf_counter, seconds)."""
-        ended = self._queued
-        if self._event is not None:
-            self._event.synchronize()
-            ended = time.perf_counter()
-        parts = self._values_N.split([*self._sizes.values()])
-        return {name: part.tolist() for name, part in zip(self._sizes, parts, strict=True)}, ended
+        if self._read is None:
+            if self._event is not None:
+                self._event.synchronize()
+                self._ended = time.perf_counter()
+            numbers = iter(self._values_N.tolist())
+            self._read = {name: list(islice(numbers, size)) for name, size in self._sizes.items()}
+        return self._read, self._ended
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from gpt.checkpoint import CheckpointStore
 from gpt.checkpoint.folders import FileSum, Manifest, Retention
 from gpt.checkpoint.memory import FailedInMemory, MemorySaves, SavedInMemory, neighbors
-from gpt.checkpoint.messages import decode, encode
+from gpt.checkpoint.messages import decode_value, encode_value
 from gpt.checkpoint.writer import ProcessWriter, Writer
 from gpt.config import ParallelConfig, Strategy
 from gpt.planning.memory import RankMemory, in_memory_bytes, staging_bytes
@@ -264,14 +264,14 @@ SENT = [
 
 @pytest.mark.parametrize("value", SENT, ids=lambda value: type(value).__name__)
 def test_a_value_comes_back_equal_and_of_the_same_types(value: Any) -> None:
-    found = decode(encode(value))
+    found = decode_value(encode_value(value))
     assert found == value
     assert repr(found) == repr(value) or isinstance(value, set)
 
 
 def test_numbers_tensors_and_refusals_come_back() -> None:
     tensors = [torch.arange(6.0).view(2, 3).bfloat16().T, torch.tensor(True), torch.empty(0, 3, dtype=torch.int32)]
-    found = decode(encode({"nan": math.nan, "tensors": tensors, "no": ConfigError("a", "b", "c")}))
+    found = decode_value(encode_value({"nan": math.nan, "tensors": tensors, "no": ConfigError("a", "b", "c")}))
     assert math.isnan(found["nan"])
     for sent, received in zip(tensors, found["tensors"], strict=True):
         assert received.dtype == sent.dtype and torch.equal(received, sent)
@@ -281,7 +281,7 @@ def test_numbers_tensors_and_refusals_come_back() -> None:
 @pytest.mark.parametrize("value", [object(), lambda: None, b"bytes", ValueError("x"), [{"a": object()}]])
 def test_what_cannot_be_sent_is_refused_by_the_sender(value: Any) -> None:
     with pytest.raises(TypeError, match="cannot be sent to other ranks"):
-        encode(value)
+        encode_value(value)
 
 
 class Harmful:
@@ -312,5 +312,5 @@ FORGED = [
 def test_a_forged_message_runs_nothing(message: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError):
-        decode(message)
+        decode_value(message)
     assert list(tmp_path.iterdir()) == []

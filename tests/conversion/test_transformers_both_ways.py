@@ -28,8 +28,8 @@ from gpt.conversion.state_dict import State, VerifiedSource, read_source, to_hf,
 from gpt.export import write_configs, write_torch_file, write_weights
 from gpt.model.gpt import GPT, Weights, initialize
 from gpt.parallel.distributed import World
-from gpt.training import checkpoints as initial
-from gpt.training.checkpoints import first_weights, zeros
+from gpt.training import run as initial
+from gpt.training.run import first_weights, zeros
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder

@@ -29,7 +29,7 @@ from gpt.planning.shards import activation_bytes, cast_elements, parameter_shard
 from gpt.topology import fsdp_units, split_batch
 from gpt.topology.pipeline import rank_stages
 from gpt.topology.rules import check_parallel_dims
-from gpt.training import checkpoints
+from gpt.training import run as run_module
 from gpt.training.checkpoints import save
 from launch.errors import ConfigError
 from tests.support.composing import config_from
@@ -355,11 +355,11 @@ def test_a_rank_holds_its_shards_and_one_whole_tensor_and_draws_nothing_where_it
 
 def test_what_a_checkpoint_is_about_to_fill_takes_no_memory() -> None:
     shape = torch.Size((1 << 30, 1 << 10))
-    assert checkpoints.zeros("head.weight", shape).shape == shape
+    assert run_module.zeros("head.weight", shape).shape == shape
     config = compose("parallel=ddp", *UNTIED_OF_MATERIALIZE).model
     with torch.device("meta"):
         model = GPT(config)
-    materialize([model], checkpoints.zeros, torch.device("cpu"))
+    materialize([model], run_module.zeros, torch.device("cpu"))
     assert not any(parameter.any() for parameter in model.parameters())
 
 
