@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 from gpt_launch import as_typed
 
@@ -108,6 +108,10 @@ def refuse_file(error: OSError) -> ConfigError:
 
 class CommandParser(argparse.ArgumentParser):
     """Parser of a command's arguments whose refusals have three parts. ``--help`` prints and exits with status 0."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.prog = as_typed(self.prog)
 
     def error(self, message: str) -> NoReturn:
         """Raise ConfigError with ``message``, the usage in one line, and the option that the user probably meant."""

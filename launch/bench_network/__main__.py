@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
+from gpt_launch import as_typed
 from launch.config.compose import compose_launch, require_folder, typed_config
 from launch.errors import CommandParser, ConfigError, counted, print_table, refusing
 from launch.runs.environment import ROOT
@@ -71,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_network(network, samples, measured)
         write_json(output, network_document(network, measured))
         print(f"wrote {output}; to use it:")
-        print(f"  python -m launch.project SWEEP --nodes 8,...,64 --network {output}")
-        print(f"  python -m launch parallel=auto cluster.network={output} ...")
+        print(as_typed(f"  python -m launch.project SWEEP --nodes 8,...,64 --network {output}"))
+        print(as_typed(f"  python -m launch parallel=auto cluster.network={output} ..."))
     return 0
 
 

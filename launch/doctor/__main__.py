@@ -26,6 +26,7 @@ from rich.text import Text
 from submitit.core.utils import FailedJobError
 
 import gpt_launch.own_names  # noqa: F401
+from gpt_launch import as_typed
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, require_folder, sweep_points, typed_config
 from launch.doctor import job, machine, verdict
@@ -87,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({"status": status, "findings": findings, "on_cluster": results}, indent=2))
         return status
     for one in found:
-        console.print(Text(f"{one.level.value:<8}", STYLES[one.level]) + Text(f"{one.check}: {one.found}"))
+        console.print(Text(f"{one.level.value:<8}", STYLES[one.level]) + Text(f"{one.check}: {as_typed(one.found)}"))
         if one.why:
             unless = f", unless {one.unless}" if one.unless else ""
-            console.print(Text(f"{'':8}why   {one.why}{unless}", "dim"))
-            console.print(Text(f"{'':8}type  {one.fix}"))
+            console.print(Text(f"{'':8}why   {as_typed(one.why)}{unless}", "dim"))
+            console.print(Text(f"{'':8}type  {as_typed(one.fix)}"))
     count = Counter(one.level for one in found)
     console.print(
         f"{count[Level.error]} errors, {count[Level.warning]} warnings, {count[Level.ok]} ok", highlight=False

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
+from gpt_launch import as_typed
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config, workload_of
 from launch.errors import CommandParser, ConfigError, counted, print_table, refusing
@@ -420,7 +421,8 @@ def fit(typed: Sequence[str], text: str, gpu: str | None, network: Path | None, 
     print_table(Console(), titles, rows, left=("parallelism",))
     print("no failures, slow ranks or evaluations in it; links as assumed, or as measured with --network")
     cluster = shlex.join(word for word in words if typed_key(word).partition(".")[0] == "cluster")
-    print(f"the cheapest: python -m launch nodes={found[0].nodes} {cluster} {found[0].set_up.command} dry_run=true")
+    cheapest = f"python -m launch nodes={found[0].nodes} {cluster} {found[0].set_up.command} dry_run=true"
+    print(as_typed(f"the cheapest: {cheapest}"))
 
 
 if __name__ == "__main__":
