@@ -38,8 +38,10 @@ def read_measured(path: Path, key: str, parse: Callable[[Any], Measured], form: 
     try:
         read: Measured = _read(path, path.stat().st_mtime_ns, parse, form)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # An error of the system says enough by itself; KeyError and the like need their names to be understood.
+        problem = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"{key}{' ' if key.startswith('-') else '='}{path}: {type(error).__name__}: {error}",
+            f"{key}{' ' if key.startswith('-') else '='}{path}: {problem}",
             f"a file that {command} has written",
             f"{command} --output {path}, or the same without {key}",
         ) from error

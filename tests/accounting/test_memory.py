@@ -190,7 +190,7 @@ def peak_bytes(config: ModelConfig, precision: Precision) -> int:
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-@pytest.mark.parametrize(("vocab_size", "precision"), zip([64, 2000], PRECISIONS, strict=True))
+@pytest.mark.parametrize(("vocab_size", "precision"), list(zip([64, 2000], PRECISIONS, strict=True)))
 @pytest.mark.parametrize(
     "parts", [{}, LLAMA, {"attention": AttentionBackend.manual}, MOE], ids=["gpt2", "llama", "manual", "moe"]
 )

@@ -13,7 +13,7 @@ from gpt.planning.hardware import Group, Link, Machine, strided_group, with_netw
 from launch.bench_network.__main__ import Sample, fit_link, fit_network, main
 from launch.bench_network.measure import group_ranks, tier_group_sizes
 from launch.errors import ConfigError
-from launch.runs.measured import COLLECTIVES, LinkFit, Network, network_document, read_network
+from launch.runs.measured import COLLECTIVES, LinkFit, Network, network_document, read_network, terms
 from tests.support.commands import run
 
 SIZES = [4096 * 8**power for power in range(5)]
@@ -79,10 +79,11 @@ def test_groups_of_a_tier_are_all_ranks_once() -> None:
     assert [tier_group_sizes(most) for most in (1, 3, 6, 8)] == [[], [3], [2, 6], [2, 4, 8]]
     assert group_ranks("intra_node", 2, nodes=2, each=4) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert group_ranks("inter_node", 2, nodes=2, each=3) == [[0, 3], [1, 4], [2, 5]]
-    for tier, size, nodes in (("intra_node", 4, 1), ("inter_node", 2, 2), ("inter_node", 4, 4)):
+    for tier, size in (("intra_node", 4), ("inter_node", 2), ("inter_node", 4)):
         groups = group_ranks(tier, size, nodes=4, each=4)
         assert sorted(rank for group in groups for rank in group) == list(range(16))
-        assert {len({rank // 4 for rank in group}) for group in groups} == {nodes}
+        nodes = {tuple(len({rank // 4 for rank in group}) for group in groups)}
+        assert nodes == {(1,) * 4} if tier == "intra_node" else nodes == {(size,) * (16 // size)}
 
 
 def fits(latency_s: float, rate: float) -> dict[str, LinkFit]:
@@ -138,6 +139,18 @@ def test_samples_correct_the_line_by_the_bytes_of_a_message(tmp_path: Path) -> N
     assert between == pytest.approx(2 * message_s(1.5 * 2**18), rel=0.05)
     twice = link.changed(lambda latency_s, rate: (latency_s / 2, rate * 2))
     assert Group(3, twice).all_gather(3 * 2**16) == pytest.approx(message_s(2**16))
+
+
+def test_the_file_holds_what_was_fitted(tmp_path: Path) -> None:
+    path = tmp_path / "network.json"
+    path.write_text(json.dumps(network_document(NETWORK, {"nodes": 2})))
+    found = read_network(path)
+    assert found.ranks_per_node == 4
+    for tier, of_tier in NETWORK.tiers.items():
+        for name, fit in of_tier.items():
+            again = found.tiers[tier][name]
+            assert (again.latency_s, again.bytes_per_s) == pytest.approx((fit.latency_s, fit.bytes_per_s))
+    assert terms("all_reduce", 1) == (0, 0) and terms("broadcast", 1) == (0, 0)
 
 
 def damaged(**changes: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import statistics
@@ -20,7 +21,7 @@ from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan, write_run
 from launch.project.__main__ import main, parse_node_counts
-from launch.project.models import Measured, RankSpread, cost_model, fit_costs, fit_trend, minimum
+from launch.project.models import Measured, RankSpread, cost_model, fit_costs, fit_trend, maximum_weights, minimum
 from launch.project.projection import project, read_sweep
 from launch.report.goodput import Failures
 from launch.report.read import Floats
@@ -30,6 +31,7 @@ from launch.runs.measured import LinkFit, Network, network_document, rates_docum
 from launch.runs.records import append_records
 from launch.workload import StepTime
 from tests.report.conftest import RunBuilder
+from tests.support.commands import run
 
 MODEL = ("data=synthetic", "name=project", "eval.interval=0", "optim.max_steps=40")
 
@@ -200,6 +202,11 @@ def test_a_slow_rank_of_the_gpt_is_told_apart(gpt_sweep: Path) -> None:
     assert eight["step_s"] - eight["stragglers_s"] == pytest.approx(ddp_step_s(known, 8), rel=0.02)
 
 
+def test_the_command_is_found_by_its_name(gpt_sweep: Path) -> None:
+    text = run("launch.project", str(gpt_sweep), "--nodes", "8", cwd=gpt_sweep)
+    assert "projected figures were not measured" in text
+
+
 def test_goodput_falls_with_the_nodes(gpt_sweep: Path, make_run: type[RunBuilder]) -> None:
     run = make_run(gpt_sweep / "n4")
     run.event("agent_started", job="j", nodes=4, gpus=None, price_per_gpu_hour=None, allocated_at=1e9, limit_s=1e4)
@@ -302,6 +309,15 @@ def test_what_cannot_be_projected_is_refused(
 
 
 # Stragglers: expected maxima by closed forms and simulations, and a sweep that records own times.
+
+
+def test_weights_are_those_of_every_choice() -> None:
+    values = np.sort(np.random.default_rng(1).gumbel(size=9))
+    for draws in range(1, 10):
+        choices = [max(choice) for choice in itertools.combinations(values.tolist(), draws)]
+        assert maximum_weights(9, draws) @ values == pytest.approx(np.mean(choices), rel=1e-12)
+    places = np.arange(1, 10**6 + 1)  # of M numbers the largest of N is N (M + 1) / (N + 1) on average
+    assert maximum_weights(10**6, 700) @ places == pytest.approx(700 * (10**6 + 1) / 701, rel=1e-9)
 
 
 def own_times(seed: int, ranks: int, lasting: float, noise: float, steps: int = 120) -> Floats:
