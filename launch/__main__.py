@@ -41,7 +41,7 @@ from launch.errors import ConfigError, refusing
 from launch.runs.compose import CONFIG_ERRORS, refuse_file_of_config
 from launch.runs.files import deny_others_writing
 from launch.runs.overrides import override_of_flag, point_name
-from launch.sweep import SweepFailedError, fail
+from launch.sweep import SweepFailedError, print_failure
 from launch.workload import load_workload
 
 
@@ -196,7 +196,7 @@ def main() -> int:
         print(as_typed(str(refuse_file_of_config(error, schema))), file=sys.stderr)
         return 2
     except SweepFailedError as error:
-        return fail(error)
+        return print_failure(error)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -34,7 +34,7 @@ from launch.runs.files import deny_others_writing
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import typed_value, without_key
 from launch.slurm import client as scheduler
-from launch.slurm import facts
+from launch.slurm import limits
 from launch.slurm.jobs import refuse_running
 from launch.slurm.points import choose_gpus, says_gpus
 
@@ -78,7 +78,7 @@ def job_overrides(overrides: Sequence[str], job: Mapping[str, str]) -> list[str]
     return args
 
 
-def make_run(
+def make_run_in_job(
     overrides: Sequence[str],
     config_dir: Path | None = None,
     job: Mapping[str, str] = os.environ,
@@ -120,11 +120,11 @@ def make_run(
 def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:
     """Raise ConfigError if the job requests no GPUs, and every node of its partition has some."""
     is_open = config.launch.check_limits and not says_gpus(config)
-    if not is_open or facts.torch_version().endswith("+cpu"):
+    if not is_open or limits.torch_version().endswith("+cpu"):
         return
     partition = job.get("SLURM_JOB_PARTITION") or job.get("SBATCH_PARTITION")
     cluster = replace(config.cluster, partition=partition, cluster=None, constraint=None)
-    number, _ = choose_gpus(replace(config, cluster=cluster), facts.ask_slurm())
+    number, _ = choose_gpus(replace(config, cluster=cluster), limits.ask_slurm())
     if number is not None:
         raise ConfigError(
             f"a job without GPUs, on nodes that all have {number} or more",
@@ -225,9 +225,9 @@ def main() -> int:
     if words.nodes is not None:
         job = {"SLURM_JOB_NUM_NODES": words.nodes, "SLURM_GPUS_ON_NODE": words.gpus_per_node or ""}
         job |= {name: os.environ[name] for name in ("SBATCH_PARTITION",) if name in os.environ}
-        plan = make_run(words.overrides, folder, job, ahead=True)
+        plan = make_run_in_job(words.overrides, folder, job, ahead=True)
     else:
-        plan = make_run(words.overrides, folder)
+        plan = make_run_in_job(words.overrides, folder)
         print(plan_text(plan), file=sys.stderr)
     print(plan.run_dir)
     return 0

@@ -14,6 +14,7 @@ from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, refusing
+from launch.plan.preflight import plain_console
 from launch.runs.files import deny_others_writing
 from launch.runs.find import add_paths, find_runs
 from launch.slurm.client import SlurmError
@@ -33,14 +34,14 @@ def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
     for point in points:
         if point not in ours:
             why = f", {point.detail}" if point.detail else ""
-            console.print(f"{point.name}: nothing to cancel, {point.state}{why}", highlight=False, markup=False)
+            console.print(f"{point.name}: nothing to cancel, {point.state}{why}")
     if ours and not now:
         names = ", ".join(point.name for point in ours)
         text = f"{names}: {leaving_text(ours)}; --now would not wait for that"
-        console.print(text, highlight=False, markup=False)
+        console.print(text)
     stops = stop_points(ours, console, now=now)
     for stop in stops:
-        console.print(outcome_text(stop), highlight=False, markup=False)
+        console.print(outcome_text(stop))
     return all(stop.error is None for stop in stops) and all(point.state != "unknown" for point in points)
 
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     deny_others_writing()
     try:
-        return 0 if cancel(args.paths, Console(soft_wrap=True), now=args.now) else 1
+        return 0 if cancel(args.paths, plain_console(), now=args.now) else 1
     except SlurmError as error:
         print(error, file=sys.stderr)
         return 1

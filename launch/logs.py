@@ -66,7 +66,7 @@ def find_run(path: Path) -> RunStatus:
     return point
 
 
-def ranks_of(point: RunStatus, attempt: int) -> list[dict[str, Any]] | None:
+def ranks_of_attempt(point: RunStatus, attempt: int) -> list[dict[str, Any]] | None:
     """Return the ranks of an attempt from its environment file; None without that file."""
     ranks = read_json(point.folder.environment(attempt)).get("ranks")
     return ranks if isinstance(ranks, list) else None
@@ -74,17 +74,14 @@ def ranks_of(point: RunStatus, attempt: int) -> list[dict[str, Any]] | None:
 
 def refuse_absent_rank(point: RunStatus, rank: int, attempt: int | None) -> None:
     """Raise ConfigError if neither the plan nor an attempt has the rank, or if a given attempt lacks it."""
-    sizes = {n: len(ranks) for n in point.folder.attempts() if (ranks := ranks_of(point, n)) is not None}
-    if attempt in sizes:
-        size, of, named = sizes[attempt], f"attempt {attempt}", f" --attempt {attempt}"
-    else:
-        planned = read_json(point.folder.plan).get("world_size")
-        known = [*sizes.values(), *([planned] if isinstance(planned, int) else [])]
-        size, of, named = max(known, default=abs(rank) + 1), "a run", ""
-    if not 0 <= rank < size:
+    sizes = {n: len(ranks) for n in point.folder.attempts() if (ranks := ranks_of_attempt(point, n)) is not None}
+    planned = read_json(point.folder.plan).get("world_size")
+    of, named = (f"attempt {attempt}", f" --attempt {attempt}") if attempt in sizes else ("a run", "")
+    size = sizes[attempt] if attempt in sizes else max([*sizes.values(), planned if isinstance(planned, int) else 0])
+    if size and not 0 <= rank < size:
         raise ConfigError(
             f"--rank {rank} of {of} with {counted(size, 'rank')}",
-            "0" if size == 1 else f"0 to {size - 1}",
+            f"0 to {size - 1}",
             f"python -m launch.logs {quote(str(point.folder.path))} --rank {min(max(rank, 0), size - 1)}{named}",
         )
 
@@ -93,7 +90,8 @@ def agent_of(point: RunStatus, rank: int) -> list[Log]:
     """Return the logs of a rank's agent. All attempts of one job share them."""
     if point.job is None:
         return []
-    known = next((ranks for n in reversed(point.folder.attempts()) if (ranks := ranks_of(point, n)) is not None), [])
+    ranks = [ranks_of_attempt(point, number) for number in reversed(point.folder.attempts())]
+    known: list[dict[str, Any]] = next((found for found in ranks if found is not None), [])
     # The order of ranks may differ from the order of nodes.
     node = next((int(each["node"]) for each in known if each.get("rank") == rank and "node" in each), 0)
     paths = agent_logs(point.folder.path, point.job, node)
@@ -113,7 +111,7 @@ def newest(point: RunStatus, rank: int, wanted: int | None = None) -> int | None
     return max(there, default=None)
 
 
-def missing(point: RunStatus, rank: int, *, of_agent: bool) -> ConfigError:
+def absent_log(point: RunStatus, rank: int, *, of_agent: bool) -> ConfigError:
     """Return the refusal of a log that does not exist yet, or of a run that is over and has no such log."""
     poll([point], trust_log=True)
     what, path = f"{'the agent of ' if of_agent else ''}rank {rank}", quote(str(point.folder.path))
@@ -172,7 +170,7 @@ def print_logs(args: argparse.Namespace) -> None:
 
     logs = follow(point, find, only=args.attempt) if args.follow else find()
     if not any(log.path.is_file() for log in logs):
-        raise missing(point, rank, of_agent=args.agent)
+        raise absent_log(point, rank, of_agent=args.agent)
     if not args.follow:
         for log in logs:
             log.copy()

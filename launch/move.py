@@ -15,6 +15,7 @@ from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
 from launch.errors import CommandParser, refusing
+from launch.plan.preflight import plain_console
 from launch.runs.files import deny_others_writing
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
@@ -38,11 +39,11 @@ def move(folders: Sequence[RunFolder], console: Console) -> None:
         problem = poll(points, retries=1)
         points = [point for point in points if not point.is_over]
         if not points:
-            console.print("nothing waits any more", highlight=False)
+            console.print("nothing waits any more")
             return
         problem = problem or failover.step(points)
         if problem is not None and not said:
-            console.print(f"{problem}\nasking again until Slurm answers", highlight=False, markup=False)
+            console.print(f"{problem}\nasking again until Slurm answers")
         said = problem is not None
         # A tenth of the shortest time between two moves.
         shortest = min(plan.placement.retry_interval_min for point in points if (plan := plans[point.folder.path][1]))
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(arguments)
     deny_others_writing()
     try:
-        move(find_runs(args.paths), Console(soft_wrap=True))
+        move(find_runs(args.paths), plain_console())
     except KeyboardInterrupt:
         return 130
     return 0

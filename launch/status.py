@@ -10,14 +10,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 import gpt_launch.own_names  # noqa: F401
-from launch.errors import CommandParser, duration_text, refusing
+from launch.errors import CommandParser, duration_text, print_table, refusing
+from launch.plan.preflight import plain_console
 from launch.runs.events import damaged_text, skipped_text, straggling_ranks, uncopied_text, unread_text, unsaved_text
 from launch.runs.files import is_full
 from launch.runs.find import find_runs, natural
@@ -36,8 +35,6 @@ from launch.slurm.status import (
 from launch.slurm.watch import quiet_text, speed_text
 
 COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "loss", "ETA")
-NUMBERS = COLUMNS[3:]
-WIDE = 1000
 SLOW = ("rank", "host", "step", "own_s", "median_s", "steps")
 """Fields of a slow rank: its own time per step over some steps, and the median of the other ranks."""
 
@@ -116,7 +113,7 @@ def nodes_text(known: dict[str, Any]) -> str:
     return str(known.get("nodes", "")) if fewer is None else f"{fewer['nodes']} of {fewer['asked']}"
 
 
-def notes(known: dict[str, Any]) -> list[str]:
+def status_notes(known: dict[str, Any]) -> list[str]:
     """Return lines below the table: why a point waits and what would start it, its damage, its end, and first
     failure.
     """
@@ -146,23 +143,17 @@ def notes(known: dict[str, Any]) -> list[str]:
     return [f"{known['label']}: {line}" for line in lines]
 
 
-def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
+def show_statuses(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Print a table and notes for each sweep, under the folder of the sweep."""
     sweeps: dict[Path, list[dict[str, Any]]] = {}
     for row in rows:
         sweeps.setdefault(Path(row["run_dir"]).parent, []).append(row)
     for folder, inside in sweeps.items():
-        console.print(str(folder), highlight=False, markup=False, soft_wrap=True)
+        console.print(str(folder))
         inside = sorted(inside, key=lambda row: natural(row["label"]))
-        table = Table(box=box.SIMPLE_HEAD)
-        for title in COLUMNS:
-            side: Literal["left", "right"] = "right" if title in NUMBERS else "left"
-            table.add_column(title, justify=side, no_wrap=title != "point", overflow="fold")
-        for row in inside:
-            table.add_row(*cells(row))
-        console.print(table, highlight=False)
-        for line in (line for row in inside for line in notes(row)):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_table(console, COLUMNS, [cells(row) for row in inside], left=COLUMNS[:3])
+        for line in (line for row in inside for line in status_notes(row)):
+            console.print(line)
 
 
 @refusing
@@ -187,8 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(rows, indent=2))
     else:
-        # A file or a pipe has no width, so no cell is wrapped.
-        show(rows, Console() if sys.stdout.isatty() else Console(width=WIDE))
+        show_statuses(rows, plain_console())
     if problem is not None:
         print(f"{problem}\nstates of Slurm jobs are what their event logs say", file=sys.stderr)
     return 0 if problem is None else 1

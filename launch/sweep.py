@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -16,17 +15,26 @@ from rich.console import Console
 from launch.config import LaunchConfig, ReportFile
 from launch.config.compose import workload_of
 from launch.plan.placement import copy_code
-from launch.plan.plan import Plan, unfinished, write_run
-from launch.plan.preflight import announce
+from launch.plan.plan import Plan, record_submitted, unfinished, write_run
+from launch.plan.preflight import announce_plans, plain_console
 from launch.runs.find import Sweep, record_sweep, sweep_overrides
 from launch.runs.folder import RunFolder
 from launch.runs.records import objective_value
 from launch.slurm.client import SlurmError
+from launch.slurm.failover import start_in_background
+from launch.slurm.jobs import LocalQueueEntry, SlurmJob, refuse_running
 from launch.slurm.points import plan_sweep
-
-if TYPE_CHECKING:
-    from launch.slurm.jobs import SlurmJob
-    from launch.slurm.status import RunStatus
+from launch.slurm.status import RunStatus, explain_end, new_run_status
+from launch.slurm.submit import (
+    explain_refusal,
+    in_line,
+    may_have_taken,
+    remove_unused,
+    shapes,
+    show_plans,
+    submit_somewhere,
+)
+from launch.slurm.watch import next_start_text, stop_on_ctrl_c, watch_points
 
 
 @dataclass(frozen=True)
@@ -74,19 +82,15 @@ def run_sweep(
         ConfigError: a point cannot work; nothing was written or submitted.
         SweepFailedError: a point failed or was stopped.
     """
-    console = Console(soft_wrap=True)
+    console = plain_console()
     documents, typed = [composed for composed, _ in points], [overrides for _, overrides in points]
     plans, configs = plan_sweep(documents, typed, console)
     if configs[0].dry_run:
-        from launch.slurm.submit import show_plans
-
         show_plans(plans, configs, console)
         return []
-    from launch.slurm.jobs import refuse_running
-
     for plan in unfinished(plans):
         refuse_running(plan)
-    announce(plans, configs, console)
+    announce_plans(plans, configs, console)
     new_folders = [plan.run_dir for plan in plans if not Path(plan.run_dir).exists()]
     for plan, config, (composed, overrides) in zip(plans, configs, points, strict=True):
         if not plan.finished:
@@ -97,8 +101,6 @@ def run_sweep(
         words = sweep_overrides(typed)
         failures = submit_and_watch(plans, console, configs[0].launch, words, with_report=with_report)
     except NothingSubmittedError:
-        from launch.slurm.submit import remove_unused
-
         remove_unused(new_folders)
         raise
     if failures and not tolerates_failures:
@@ -123,28 +125,27 @@ def submit_and_watch(
     Returns:
         Run folder -> reason, for each point that did not finish.
     """
-    from launch.slurm.status import explain, new_run_status
-    from launch.slurm.watch import next_start_text, stop_on_ctrl_c, watch
-
     points = [new_run_status(plan) for plan in unfinished(plans)]
     submit(points, console, sequential=after.sequential)
-    sweep = record_sweep(group_folder(plans), [plan.point for plan in plans], typed) if len(plans) > 1 else None
+    sweep = (
+        record_sweep(Path(plans[0].run_dir).parent, [plan.point for plan in plans], typed) if len(plans) > 1 else None
+    )
     if after.detach and points:
-        console.print(follow_up(plans, sweep), highlight=False, markup=False)
+        console.print(follow_up(plans, sweep))
         leave_failover(unfinished(plans), console)
         return {}
     try:
-        watch(points, console, after.poll_s)
+        watch_points(points, console, after.poll_s)
     except KeyboardInterrupt:
         stop_on_ctrl_c(points, console)
         raise SweepFailedError(f"stopped; {next_start_text(points)}", 130) from None
     if with_report:
-        report(plans, sweep, console, after.report_files)
+        report_sweep(plans, sweep, console, after.report_files)
         for point in points:
             causes = [event["cause"] for event in point.events() if event["event"].startswith("progress_")]
             for cause in dict.fromkeys(causes):
-                console.print(f"warning: {point.name}: {cause}", highlight=False, markup=False)
-    return {str(point.folder.path): explain(point) for point in points if point.state != "finished"}
+                console.print(f"warning: {point.name}: {cause}")
+    return {str(point.folder.path): explain_end(point) for point in points if point.state != "finished"}
 
 
 def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -> None:
@@ -154,10 +155,6 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
         NothingSubmittedError: sbatch refused. Jobs that sbatch accepted before continue.
         SweepFailedError: sbatch did not answer in time, and may have accepted the job.
     """
-    from launch.plan.plan import record_submitted
-    from launch.slurm.jobs import LocalQueueEntry
-    from launch.slurm.submit import explain_refusal, in_line, may_have_taken, shapes, submit_somewhere
-
     by_folder = {str(point.folder.path): point for point in points}
     before: list[SlurmJob] = []
     for group in shapes([point.plan for point in points if point.plan and point.plan.cluster == "slurm"]):
@@ -179,64 +176,52 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
             for refused, why in done.refused.items():
                 point.folder.record_event("refused", candidate=refused, cause=why)
                 text = f"{point.name}: {plan.placement.candidates[refused].name} is skipped: {why}"
-                console.print(text, highlight=False, markup=False)
+                console.print(text)
             place = plan.placement.candidates[done.candidate].name
             at = f" at {place}" if place else ""
-            console.print(f"{point.name}: job {job.name}{at}", highlight=False, markup=False)
+            console.print(f"{point.name}: job {job.name}{at}")
     for point in points:
         if point.job is None:
             LocalQueueEntry(point.folder).enter(point.events_before)
 
 
-def group_folder(plans: Sequence[Plan]) -> Path:
-    """Return the folder that contains all points of a sweep."""
-    return Path(plans[0].run_dir).parent
-
-
 def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
     """Return the commands with which a user follows a sweep after its launcher has ended."""
-    one, whole = unfinished(plans)[0].run_dir, plans[0].run_dir if sweep is None else str(group_folder(plans))
-    number = "" if sweep is None else f" --sweep {sweep.number}"
-    commands = [
-        *(f"status {quote(whole)}", f"logs -f {quote(one)}", f"cancel {quote(whole)}"),
-        f"report {quote(whole)}{number}",
-    ]
+    one, number = quote(unfinished(plans)[0].run_dir), "" if sweep is None else f" --sweep {sweep.number}"
+    whole = quote(plans[0].run_dir if sweep is None else str(Path(plans[0].run_dir).parent))
+    commands = (f"status {whole}", f"logs -f {one}", f"cancel {whole}", f"report {whole}{number}")
     lines = [f"  python -m launch.{command}" for command in commands]
     return "\n".join(["the jobs continue without this command; to follow them:", *lines])
 
 
 def leave_failover(plans: Sequence[Plan], console: Console) -> None:
     """Start a background process that moves waiting points, if their placement has other candidates."""
-    from launch.slurm.failover import start_in_background
-
     watched = [Path(plan.run_dir) for plan in plans if plan.placement.is_watched]
-    if not watched:
-        return
-    log = group_folder(plans) / ".launch" / "move.log"
-    process = start_in_background(watched, log)
-    whole = plans[0].run_dir if len(plans) == 1 else str(group_folder(plans))
-    text = (
-        f"process {process.pid} on {os.uname().nodename} stays in the background and moves what waits to its next "
-        f"place (log: {log}).\nWithout it, say after a reboot, jobs keep their places; to have them moved again:\n"
-        f"  nohup python -m launch.move {quote(whole)} &"
-    )
-    console.print(text, highlight=False, markup=False)
+    if watched:
+        log = watched[0].parent / ".launch" / "move.log"
+        process = start_in_background(watched, log)
+        whole = watched[0].parent if len(plans) > 1 else watched[0]
+        console.print(
+            f"process {process.pid} on {os.uname().nodename} stays in the background and moves what waits to its next "
+            f"place (log: {log}).\nWithout it, say after a reboot, jobs keep their places; to have them moved again:\n"
+            f"  nohup python -m launch.move {quote(str(whole))} &"
+        )
 
 
-def report(plans: Sequence[Plan], sweep: Sweep | None, console: Console, files: Sequence[ReportFile]) -> None:
+def report_sweep(plans: Sequence[Plan], sweep: Sweep | None, console: Console, files: Sequence[ReportFile]) -> None:
     """Write and show the scaling table of these points, or the summary of a single run."""
     from launch.report import select, show_and_write, tabulate_selection
 
-    folder = Path(plans[0].run_dir) if sweep is None else group_folder(plans)
-    selection = select(folder) if sweep is None else select(folder, sweep.number)
+    folder = Path(plans[0].run_dir)
+    selection = select(folder) if sweep is None else select(folder := folder.parent, sweep.number)
     try:
         show_and_write(tabulate_selection(selection), console, files)
     except OSError as error:  # The display has failed; the results are still printed.
         later = f"python -m launch.report {quote(str(folder))}"
-        console.print(f"the report is not written: {error}; later: {later}", highlight=False, markup=False)
+        console.print(f"the report is not written: {error}; later: {later}")
 
 
-def fail(error: SweepFailedError) -> int:
+def print_failure(error: SweepFailedError) -> int:
     """Print the reason of an error, and return the exit status."""
     print(f"\n{error}", file=sys.stderr)
     return error.status

@@ -42,7 +42,7 @@ from typing import Any
 from benchmarks.page import cores, keep, stamp
 from launch.runs.files import read_json, read_json_lines, write_json
 from launch.runs.folder import RunFolder
-from launch.slurm.limits import read as read_limits
+from launch.slurm.limits import read_limits
 from launch.storm.drill import goodput_figures
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, ROOT, TINY, environment

@@ -12,7 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
-    from launch.sweep import Composed, PointResult
+    from launch.sweep import PointResult
 
 
 # Launchers of Hydra's other plugins: the tasks that they start for a point, and the refusal of points that need more.
@@ -90,8 +90,9 @@ class PerPointLauncher(Launcher):
         In a search, a point that cannot run or does not finish is a failed job. The sweeper decides what follows, such
         as Optuna's ``max_failure_rate``. In any other sweep, the point raises an error.
         """
-        from launch.config.compose import compose_launch
+        from launch.config.compose import compose_launch, typed_form
         from launch.runs.compose import CONFIG_ERRORS
+        from launch.sweep import run_sweep
 
         assert self.context is not None and self.config is not None
         setup_globals()
@@ -101,31 +102,16 @@ class PerPointLauncher(Launcher):
         points = [[str(text) for text in overrides] for overrides in job_overrides]
         try:
             composed = [compose_launch(point, primary=self.config.hydra.job.config_name) for point in points]
-            return run(list(zip(composed, map(typed_by_hand, points), strict=True)), points, searches)
+            typed = [[typed_form(text) for text in filter_overrides(point)] for point in points]  # As a person types.
+            results = run_sweep(list(zip(composed, typed, strict=True)), tolerates_failures=searches)
+            return [job_return(*pair) for pair in zip(points, results or [None] * len(points), strict=True)]
         except CONFIG_ERRORS as error:
             if not searches:
                 raise
             if len(points) == 1:
-                return [failed(points[0], error)]
+                return [job_return(points[0], error)]
         # One point of the batch cannot work, and nothing was submitted. If each point runs alone, only this one fails.
         return [result for point in points for result in self.launch([point], initial_job_idx)]
-
-
-def typed_by_hand(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of a point as a person would type them."""
-    from launch.config.compose import typed_form
-
-    return [typed_form(text) for text in filter_overrides(list(overrides))]
-
-
-def run(points: list[Composed], overrides: Sequence[Sequence[str]], searches: bool) -> list[JobReturn]:
-    """Run points, and return a result for Hydra's sweeper for each of them."""
-    from launch.sweep import run_sweep
-
-    results = run_sweep(points, tolerates_failures=searches)
-    if not results:  # This is a dry run.
-        return [completed(of_point, None) for of_point in overrides]
-    return [job_return(of_point, result) for of_point, result in zip(overrides, results, strict=True)]
 
 
 def refuse_without_values(config: DictConfig, target: str) -> None:
@@ -142,44 +128,33 @@ def refuse_without_values(config: DictConfig, target: str) -> None:
             "the figure of the step records that it is to go by",
             "objective=val_loss",
         )
-    for key in ("dry_run", "launch.detach"):
-        if config.dry_run if key == "dry_run" else config.launch.detach:
-            raise ConfigError(
-                f"{sweeper} with {key}=true",
-                "points that are run to their end before the sweeper chooses the next ones",
-                f"{key}=false" + (", or the same without hydra/sweeper for the plans" if key == "dry_run" else ""),
-            )
+    for key in [key for key in ("dry_run", "launch.detach") if OmegaConf.select(config, key)]:
+        raise ConfigError(
+            f"{sweeper} with {key}=true",
+            "points that are run to their end before the sweeper chooses the next ones",
+            f"{key}=false, or the same without hydra/sweeper",
+        )
 
 
-def job_return(overrides: Sequence[str], result: PointResult) -> JobReturn:
-    """Return the result of a point for Hydra's sweeper. A finished point without its objective counts as failed."""
+def job_return(overrides: Sequence[str], result: PointResult | Exception | None) -> JobReturn:
+    """Return the result of a point for Hydra's sweeper; None is the result of a dry run.
+
+    A finished point without its objective counts as failed. The sweeper raises the error of a failed point when it
+    reads the value, or counts the failure.
+    """
+    from launch.runs.folder import RunFolder
+    from launch.runs.records import refuse_absent
     from launch.sweep import SweepFailedError
 
-    if result.error is not None:
-        return failed(overrides, SweepFailedError(result.error, 1))
-    if result.objective is not None and result.value is None:
-        from launch.runs.folder import RunFolder
-        from launch.runs.records import refuse_absent
-
-        return failed(overrides, refuse_absent(RunFolder(result.run_dir), result.objective))
-    return completed(overrides, result.value)
-
-
-def completed(overrides: Sequence[str], value: float | None) -> JobReturn:
-    """Return the result of a point that finished."""
-    result = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
-    result.return_value = value
-    return result
-
-
-def failed(overrides: Sequence[str], error: Exception) -> JobReturn:
-    """Return the result of a point that failed.
-
-    The sweeper raises ``error`` when it reads the value, or counts the failure.
-    """
-    result = JobReturn(overrides=list(overrides), status=JobStatus.FAILED)
-    result.return_value = error
-    return result
+    value: object = result
+    if result is not None and not isinstance(result, Exception):
+        value = result.value if result.error is None else SweepFailedError(result.error, 1)
+        if value is None and result.objective is not None:
+            value = refuse_absent(RunFolder(result.run_dir), result.objective)
+    status = JobStatus.FAILED if isinstance(value, Exception) else JobStatus.COMPLETED
+    found = JobReturn(overrides=list(overrides), status=status)
+    found.return_value = value
+    return found
 
 
 # Hydra's basic sweeper for the launcher of this project, which composes and checks all points before it submits.
@@ -199,8 +174,6 @@ class PerPointSweeper(BasicSweeper):
         """
         if isinstance(self.launcher, PerPointLauncher):
             return
-        pass
-
         assert self.hydra_context is not None and self.config is not None
         loader = self.hydra_context.config_loader
         points = [loader.load_sweep_config(self.config, [str(word) for word in overrides]) for overrides in batch]

@@ -356,7 +356,7 @@ def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
     details = {"job": node.job, "hosts": [one.host for one in lost]}
     context.record("step_ended", **details, cause=problems_text("lost", lost))  # This agent ends with the step.
     try:
-        scheduler.cancel(f"{node.slurm_job}.{node.job.rpartition('-')[2]}")
+        scheduler.scancel(f"{node.slurm_job}.{node.job.rpartition('-')[2]}")
     except scheduler.SlurmError as error:
         context.record("step_not_ended", **details, cause=str(error))
 
@@ -397,7 +397,7 @@ def take_over_as_leader(context: RunContext, why: str, known: int | None) -> Non
         raise
     except RunFailedError:
         # No other process ends the rest of the job.
-        wait_for_controller(context.folder, lambda: scheduler.cancel(node.slurm_job))
+        wait_for_controller(context.folder, lambda: scheduler.scancel(node.slurm_job))
         raise
 
 

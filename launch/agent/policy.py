@@ -28,7 +28,7 @@ from launch.plan.budget import (
     used,
 )
 from launch.plan.plan import is_recorded, record_found
-from launch.plan.preflight import measure
+from launch.plan.preflight import measure_stop
 from launch.runs.events import (
     Events,
     events_since_submission,
@@ -401,8 +401,8 @@ class Meter:
             return None
         # A run that is requested to stop at the next poll would be gone after this many seconds. Ranks are killed after
         # the grace period: without a measured save, a stop takes that long.
-        grace, measured = float(config.resilience.grace_period_s), measure(self._folder)
-        lead_s = config.budget_poll_s + LEAVE_S + (grace if measured is None else min(grace, measured.stop_s))
+        grace, measured = float(config.resilience.grace_period_s), measure_stop(self._folder)
+        lead_s = config.budget_poll_s + LEAVE_S + (grace if measured is None else min(grace, sum(measured)))
         event_logs, rates = read_event_logs(self._together), rates_of(config)
         why = spent(config.budget, used(event_logs, now, rates), used(event_logs, now + lead_s, rates))
         if why is not None:

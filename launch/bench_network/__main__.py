@@ -32,7 +32,7 @@ from launch.runs.environment import ROOT
 from launch.runs.files import deny_others_writing, read_json, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.measured import COLLECTIVES, FASTEST, TIERS, LinkFit, Network, network_document, terms
-from launch.sweep import SweepFailedError, fail, run_sweep
+from launch.sweep import SweepFailedError, print_failure, run_sweep
 
 SCALE = np.array([1e-6, 1e-9])
 """Units of the fitted figures: a microsecond, and a nanosecond per byte. The unknowns are then near one."""
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         measured = run_measurement(typed.overrides, config_dir, options)
     except SweepFailedError as error:
-        return fail(error)
+        return print_failure(error)
     if measured:
         samples = [Sample(**sample) for sample in measured["samples"]]
         network = fit_network(samples, measured["ranks_per_node"])

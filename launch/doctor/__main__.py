@@ -36,20 +36,10 @@ from launch.plan.plan import Plan, make_plan
 from launch.runs.files import deny_others_writing
 from launch.slurm import client as scheduler
 from launch.slurm import places
+from launch.slurm.checks import Finding, Level, Request, excluded, fail, has_errors, warn
 from launch.slurm.client import SlurmError
-from launch.slurm.facts import (
-    Finding,
-    Level,
-    Request,
-    clusters_named,
-    excluded,
-    fail,
-    has_errors,
-    requests_of,
-    warn,
-)
-from launch.slurm.points import CHOICES, gpu_type
-from launch.slurm.submit import refusal_text, shapes
+from launch.slurm.points import choose_on_slurm, gpu_type
+from launch.slurm.submit import refusal_text
 
 COMMAND = re.compile(r"(python -m launch\b.* )\.\.\.$")
 """Pattern of a command in a finding whose three dots stand for this command's arguments."""
@@ -139,7 +129,7 @@ def examine(
 ) -> tuple[list[Finding], list[Finding], list[Request], Facts]:
     """Run the checks that need no job. Returns findings of the machine and of the requests, requests, and facts."""
     configs = configs_of(points, config_dir)
-    seen = machine.gather(configs[0], clusters_named(configs))
+    seen = machine.gather(configs)
     plans: dict[str, Plan] = {}
     planned: dict[str, Config] = {}
     of_request: list[Finding] = []
@@ -147,7 +137,7 @@ def examine(
     unplanned: list[Request] = []
     for overrides, config in zip(points, configs, strict=True):
         try:
-            of_request += choose_gpus_and_cpus(config, seen)
+            of_request += choose_on_slurm(config, seen) if seen.kind is ClusterKind.slurm else []
             sizes = [one.world_size for one in configs]
             plan = make_plan(config, list(overrides), seen.kind, sizes, gpu_type(config, seen))
             plans[plan.run_dir], planned[plan.run_dir] = plan, config
@@ -155,30 +145,13 @@ def examine(
             title, why = " ".join(overrides), f"python -m launch refuses it; expected: {error.expected}"
             refused.append(fail(f"plan {title}".rstrip(), error.found, why, error.fix))
             unplanned.append(Request(config, None, (title,), "", excluded(config, seen)))
-    requests = requests_of(shapes([*plans.values()]), planned, seen)
+    requests = [request for _, request in places.requests_of([*plans.values()], planned, seen)]
     if seen.kind is ClusterKind.slurm:
         of_request += places.check_requests(seen, [*requests, *unplanned])
         if seen.limits is not None and not has_errors(of_request):
             of_request += [finding for request in requests for finding in check_sbatch_options(request)]
     of_machine = machine.check_machine(seen, configs[0], requests)
     return of_machine, list(dict.fromkeys([*of_request, *refused])), requests, seen  # Each finding once.
-
-
-def choose_gpus_and_cpus(config: Config, seen: Facts) -> list[Finding]:
-    """Set the GPUs and CPUs in ``config`` that the launcher would request, and return findings about them.
-
-    Raises:
-        ConfigError: the launcher would refuse to choose.
-    """
-    if seen.kind is not ClusterKind.slurm:
-        return []
-    found = []
-    for key, choose in CHOICES.items():
-        number, finding = choose(config, seen)
-        if number is not None:
-            setattr(config.cluster, key, number)
-        found += [] if finding is None else [finding]
-    return found
 
 
 def check_sbatch_options(request: Request) -> Iterator[Finding]:
@@ -213,7 +186,7 @@ def run_on_cluster(
         expected = "a Slurm cluster that answers, and a run that can be planned"
         raise ConfigError("--on-cluster without a cluster", expected, "python -m launch.doctor, without --on-cluster")
     largest = max(requests, key=lambda request: (request.config.nodes, request.config.world_size))
-    placed = places.possible_places(seen, largest)
+    placed, _ = places.possible_places(seen, largest)
     if placed.possible and largest.plan is not None:
         largest = replace(largest, plan=largest.plan.replace_placement(placed))
 

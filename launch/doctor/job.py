@@ -41,7 +41,7 @@ from launch.runs.environment import reachable_files
 from launch.runs.files import read_json, write_json
 from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
-from launch.slurm.facts import Request
+from launch.slurm.checks import Request
 from launch.slurm.jobs import SlurmJob, ask_queue
 from launch.slurm.submit import submit_calls
 

@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,7 +24,8 @@ from launch.config import ClusterConfig, ClusterKind, Config
 from launch.config.cluster import ContainerRuntime
 from launch.runs.environment import reachable_files
 from launch.slurm import client as scheduler
-from launch.slurm.facts import Finding, Request, SlurmFacts, ask_slurm, fail, fine, last_line, warn
+from launch.slurm.checks import Finding, Request, fail, fine, warn
+from launch.slurm.limits import SlurmFacts, ask_slurm, last_line
 from launch.slurm.submit import INHERITED, INHERITED_NAMES, KEPT
 
 DISTRIBUTION = "gpt-launch"
@@ -85,10 +86,11 @@ class Facts(SlurmFacts):
     """Requirements of the launcher's distribution; empty if it is not installed."""
 
 
-def gather(config: Config, clusters: Iterable[str] = ()) -> Facts:
-    """Read all facts. ``clusters`` are other clusters than the local one."""
+def gather(configs: Sequence[Config]) -> Facts:
+    """Read all facts about the points of a command."""
+    config = configs[0]
     kind = config.cluster.kind
-    slurm = SlurmFacts(limits=None) if kind is ClusterKind.local else ask_slurm(clusters)
+    slurm = SlurmFacts(limits=None) if kind is ClusterKind.local else ask_slurm(configs)
     requirements: tuple[str, ...] = ()
     with suppress(metadata.PackageNotFoundError):
         requirements = tuple(metadata.distribution(DISTRIBUTION).requires or ())

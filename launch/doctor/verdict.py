@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Any
 
 from launch.doctor.machine import FEW_FILES, SHARED_PATH
-from launch.slurm.facts import Finding, fail, fine, warn
+from launch.slurm.checks import Finding, fail, fine, warn
 
 Results = dict[str, Any]
 Links = dict[tuple[int, int], float]

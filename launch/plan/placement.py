@@ -6,23 +6,21 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from launch.config import ClusterConfig, ClusterKind, Config
+from launch.config import ClusterConfig, Config
 from launch.config.cluster import ContainerRuntime
 from launch.errors import ConfigError
 from launch.plan.budget import Use, use_of
 from launch.runs.environment import ORIGIN, ROOT, code_state, describe_code
 from launch.runs.files import write_json
 from launch.runs.folder import writing_into
-from launch.slurm.limits import OWN_WISH, gres
+from launch.slurm.limits import gres
 from launch.workload import CodeTree
 
 # Candidates of a point, and when a pending job moves to the next one.
@@ -86,8 +84,8 @@ class Placement:
         """Return this placement without the hosts that failed in this run."""
         changed = []
         for one in self.candidates:
-            excluded = ",".join(names for names in (one.slurm.get("exclude"), *hosts) if names)
-            changed.append(replace(one, slurm={**one.slurm, "exclude": excluded}))
+            names = ",".join(filter(None, (one.slurm.get("exclude"), *hosts)))
+            changed.append(replace(one, slurm={**one.slurm, "exclude": names}))
         return replace(self, candidates=tuple(changed))
 
     def rule_out(self, index: int, why: str) -> Placement:
@@ -96,16 +94,8 @@ class Placement:
         return replace(self, candidates=tuple(changed))
 
 
-@dataclass(frozen=True)
-class Step:
-    """Decision about a pending point: stay (no field is set), move to a candidate, or give up."""
-
-    move_to: int | None = None
-    give_up: bool = False
-
-
-def decide(placement: Placement, at: int, here_s: float, all_s: float) -> Step:
-    """Decide about a point that is pending at candidate ``at``.
+def decide(placement: Placement, at: int, here_s: float, all_s: float) -> tuple[bool, int | None]:
+    """Return whether a pending point leaves candidate ``at``, and its next candidate; None if the point is given up.
 
     Args:
         placement: placement of the plan.
@@ -114,8 +104,9 @@ def decide(placement: Placement, at: int, here_s: float, all_s: float) -> Step:
         all_s: seconds since the point last ran, or was first submitted.
     """
     if placement.give_up_after_min is not None and all_s >= 60 * placement.give_up_after_min:
-        return Step(give_up=True)
-    return Step(move_to=next_candidate(placement, at) if here_s >= 60 * placement.retry_interval_min else None)
+        return True, None
+    to = next_candidate(placement, at) if here_s >= 60 * placement.retry_interval_min else None
+    return to is not None, to
 
 
 def next_candidate(placement: Placement, at: int) -> int | None:
@@ -135,11 +126,6 @@ def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> flo
     ran = any(e["event"] not in OF_A_MOVE for e in events[last + 1 :])  # The job ran and was requeued.
     moves = [e for e in events[:last] if e["event"] == "moved"]
     return since_here if ran or not moves or not events[last].get("moved") else float(moves[-1]["waiting_since"])
-
-
-def waits_for_room(reason: str) -> bool:
-    """Return whether a job that is pending for this reason could start at another candidate."""
-    return reason not in OWN_WISH
 
 
 def placement_lines(placement: Placement) -> list[str]:
@@ -167,36 +153,6 @@ MAIL_TYPE = "BEGIN,END,FAIL,REQUEUE"
 """Events of a job that send mail, as sbatch --mail-type takes them."""
 
 
-def settle_key(
-    key: str,
-    choose: Callable[[Config], tuple[Any, str]],
-    documents: Sequence[DictConfig],
-    configs: Sequence[Config],
-    kinds: Sequence[ClusterKind],
-) -> list[str]:
-    """Set a key of ``cluster`` in each point on Slurm.
-
-    Args:
-        key: its name in ``cluster``.
-        choose: returns the value for a config, None to keep the present one, and a remark for people or "".
-        documents: composed config of each point, for its run folder.
-        configs: the same, typed; both are changed.
-        kinds: cluster of each point.
-
-    Returns:
-        The remarks, each once.
-    """
-    remarks: list[str] = []
-    for document, config, kind in zip(documents, configs, kinds, strict=True):
-        if kind is ClusterKind.slurm:
-            value, remark = choose(config)
-            remarks += [remark] if remark else []
-            if value is not None:
-                setattr(config.cluster, key, value)
-                OmegaConf.update(document, f"cluster.{key}", value)
-    return list(dict.fromkeys(remarks))
-
-
 def configs(config: Config) -> list[tuple[str, Config]]:
     """Return name and config of each candidate of ``cluster.placement``.
 
@@ -214,7 +170,7 @@ def configs(config: Config) -> list[tuple[str, Config]]:
     return found or [("", config)]
 
 
-def place(config: Config, run_dir: Path, code: Path | None = None, resumes: bool = True) -> Placement:
+def place_point(config: Config, run_dir: Path, code: Path | None = None, resumes: bool = True) -> Placement:
     """Return the candidates of a point with their resources.
 
     Args:

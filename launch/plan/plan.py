@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.config import ClusterKind, Config
 from launch.config.compose import not_in_point, workload_of
 from launch.errors import ConfigError
-from launch.plan.placement import Placement, copy_path, place, worst_case
+from launch.plan.placement import Placement, copy_path, place_point, worst_case
 from launch.runs import compose
 from launch.runs.compose import choose_folder, refuse_other_run
 from launch.runs.environment import visible_gpus
@@ -172,7 +172,7 @@ def make_plan(
     goes_on = plan_continuation(folder, config.resume_from, max_steps, workload.checkpoints(folder) or ())
     tree = workload.code(config)
     code = copy_path(folder.path, tree) if config.copy_code else None
-    placed = place(config, folder.path, code if tree.has_launcher else None, promised.resumes)
+    placed = place_point(config, folder.path, code if tree.has_launcher else None, promised.resumes)
     worst = worst_case(placed, config.nodes_asked, config.cluster.timeout_min)
     return Plan(
         point=folder.point,

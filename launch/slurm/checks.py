@@ -1,4 +1,4 @@
-"""Checks of one request against Slurm's limits: partition, nodes, time, CPUs, GPUs, memory, preemption.
+"""Findings, and the checks of one request against Slurm's limits: partition, nodes, time, CPUs, GPUs, memory.
 
 Pure functions. Each check yields findings: the fact, its consequence, and the remedy to type.
 """
@@ -6,15 +6,76 @@ Pure functions. Each check yields findings: the fact, its consequence, and the r
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from enum import Enum
+from functools import cached_property, partial
 
 from launch.config import ClusterConfig, Config
-from launch.errors import closest, counted
-from launch.slurm.facts import PENDS, Finding, Level, Request, doubt, fail, fine, has_errors, warn
-from launch.slurm.limits import NOTHING, Gres, Limits, NodeLimits, Partition, gres, how_preempted
+from launch.errors import Problem, closest, counted
+from launch.plan.plan import Plan
+from launch.slurm import client as scheduler
+from launch.slurm.limits import NOTHING, Gres, Limits, NodeLimits, Partition, SlurmFacts, gres, how_preempted
 
+
+class Level(Enum):
+    """Severity of a finding: an ``error`` breaks the run, a ``warning`` may cost time or work, ``ok`` is in order."""
+
+    ok = "ok"
+    warning = "warning"
+    error = "error"
+
+
+@dataclass(frozen=True)
+class Finding(Problem):
+    """Result of one check. ``expected`` and ``fix`` are empty if all is well.
+
+    Attributes:
+        level: severity.
+        check: short name of the check.
+        unless: condition, unknown here, under which the error does not occur; empty if the error is certain.
+    """
+
+    level: Level
+    check: str
+    unless: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.level is Level.ok or (self.why and self.fix), "a complaint says why, and what to type"
+
+    @property
+    def why(self) -> str:
+        """Consequence of the finding, or the doubt about it."""
+        return self.expected
+
+
+def fine(check: str, found: str) -> Finding:
+    """Return a finding without complaint."""
+    return Finding(found, "", "", Level.ok, check)
+
+
+def warn(check: str, found: str, why: str, fix: str) -> Finding:
+    """Return a finding about a state that may cost time or work."""
+    return Finding(found, why, fix, Level.warning, check)
+
+
+def fail(check: str, found: str, why: str, fix: str) -> Finding:
+    """Return a finding about a state that breaks the run."""
+    return Finding(found, why, fix, Level.error, check)
+
+
+def doubt(finding: Finding, unless: str) -> Finding:
+    """Return the finding. A certain error gets the condition ``unless`` under which it does not occur."""
+    return replace(finding, unless=unless) if finding.level is Level.error and not finding.unless else finding
+
+
+def has_errors(findings: Iterable[Finding]) -> bool:
+    """Return whether any finding is an error."""
+    return any(finding.level is Level.error for finding in findings)
+
+
+PENDS = "Slurm would leave the job pending for good, or refuse it"
+"""Consequence of a request that Slurm cannot meet. With EnforcePartLimits=NO, Slurm still accepts the request."""
 REFUSES = "sbatch refuses the job"
 MB_IN_GB = 1024
 """Slurm's MB, which are MiB, in one GB of cluster.mem_gb."""
@@ -25,6 +86,25 @@ OPTIONS = {
     "overcommit", "use_min_nodes", "reservation",
 }  # fmt: skip
 """Options of sbatch in cluster.additional_parameters that change the facts that the checks compare."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Request to Slurm for points with equal resources: a job, or an array of ``len(points)`` elements."""
+
+    config: Config
+    plan: Plan | None
+    """Plan of the points; None if the launcher refuses to plan. Its request to Slurm is checked anyway."""
+    points: tuple[str, ...]
+    batch_text: str
+    excluded: frozenset[str] = frozenset()
+    """Names of the nodes in cluster.exclude."""
+
+
+def excluded(config: Config, facts: SlurmFacts) -> frozenset[str]:
+    """Return the node names in cluster.exclude, a host list such as ``n[1-3],n7``. Raises SlurmError if Slurm fails."""
+    known = config.cluster.exclude and facts.limits is not None
+    return frozenset(scheduler.host_names(config.cluster.exclude or "") if known else ())
 
 
 @dataclass(frozen=True)
@@ -46,12 +126,12 @@ class Case:
     def nodes(self) -> list[NodeLimits]:
         """Nodes of the partition that are not excluded and have the requested features, also unusable ones."""
         nodes = self.limits.nodes_of(self.partition)
-        return [n for n in nodes if n.name not in self.request.excluded and has_features(n, self.config)]
+        return [n for n in nodes if n.name not in self.request.excluded and features(self.config) <= n.features]
 
-    def unless_lifted(self, finding: Finding, flag: str) -> Finding:
-        """Return an error about a limit of the partition as a doubt if a QOS of the job may lift that limit."""
-        lifted = self.limits.may_be_lifted(flag, self.partition, self.config.cluster.qos)
-        return doubt(finding, f"its QOS has the flag {flag}") if lifted else finding
+    def exceeds(self, check: str, found: str, fix: str, flag: str) -> Finding:
+        """Return the error of a limit of the partition; a doubt if a QOS with ``flag`` may lift that limit."""
+        lifted = self.limits.may_be_lifted(self.partition, self.config.cluster.qos)
+        return Finding(found, PENDS, fix, Level.error, check, f"its QOS has the flag {flag}" if lifted else "")
 
 
 # Facts about a config and a partition that several checks use.
@@ -71,11 +151,6 @@ def partitions_of(limits: Limits, config: Config) -> list[Partition]:
 def partition_names(config: Config) -> list[str]:
     """Return the names in cluster.partition."""
     return [name.strip() for name in (config.cluster.partition or "").split(",") if name.strip()]
-
-
-def has_features(node: NodeLimits, config: Config) -> bool:
-    """Return whether a node has the requested features."""
-    return features(config) <= node.features
 
 
 def features(config: Config) -> frozenset[str]:
@@ -109,7 +184,7 @@ def gives_whole_nodes(partition: Partition, cluster: ClusterConfig) -> bool:
     return bool(partition.is_exclusive or cluster.exclusive or "exclusive" in typed_options(cluster))
 
 
-def fewer_nodes(config: Config, most: int) -> str:
+def request_fewer_nodes(config: Config, most: int) -> str:
     """Return the overrides for at most ``most`` nodes: fewer spares if that is enough, else fewer nodes."""
     if config.spare_nodes and config.nodes <= most:
         return f"spare_nodes={most - config.nodes}"
@@ -124,7 +199,7 @@ def gres_text(part: Gres) -> str:
 # The checks of one request at one partition.
 
 
-def check_state(case: Case) -> Iterator[Finding]:
+def check_partition_state(case: Case) -> Iterator[Finding]:
     """Check that the partition accepts and starts jobs."""
     name, state = case.partition.name, case.partition.state
     if state == "UP":
@@ -171,8 +246,7 @@ def check_time(case: Case) -> Iterator[Finding]:
     asked, most = case.config.cluster.timeout_min, case.partition.max_time_min
     if most is not None and asked > most:
         found = f"cluster.timeout_min={asked}, and MaxTime of {case.partition.name} is {most:g} min"
-        above = fail("time limit", found, PENDS, f"cluster.timeout_min={int(most)}")
-        yield case.unless_lifted(above, "PartitionTimeLimit")
+        yield case.exceeds("time limit", found, f"cluster.timeout_min={int(most)}", "PartitionTimeLimit")
     lead, grace = case.config.cluster.signal_delay_s, case.config.resilience.grace_period_s
     if grace > lead:
         found = f"resilience.grace_period_s={grace} and cluster.signal_delay_s={lead}"
@@ -180,7 +254,7 @@ def check_time(case: Case) -> Iterator[Finding]:
         yield warn("time limit", found, why, f"cluster.signal_delay_s={grace + 20}")
 
 
-def check_nodes(case: Case) -> Iterator[Finding]:
+def check_node_count(case: Case) -> Iterator[Finding]:
     """Check the number of nodes: limits of the partition, nodes that exist, and nodes that work."""
     config, partition, there = case.config, case.partition, case.limits.nodes_of(case.partition)
     spares = f" and spare_nodes={config.spare_nodes}" if config.spare_nodes else ""
@@ -193,55 +267,44 @@ def check_nodes(case: Case) -> Iterator[Finding]:
     if missing:
         return
     exist = len(case.nodes)
-    most = min(exist, exist if partition.max_nodes is None else partition.max_nodes)
-    if asked > most:
-        limit = f"MaxNodes is {most}" if most < exist else f"it has {most} that fit cluster.exclude and constraint"
-        above = fail("nodes", f"{head} in partition {partition.name}: {limit}", PENDS, fewer_nodes(config, most))
-        yield case.unless_lifted(above, "PartitionMaxNodes") if asked <= exist else above
+    if asked > exist:
+        found = f"{head} in partition {partition.name}: it has {exist} that fit cluster.exclude and constraint"
+        yield fail("nodes", found, PENDS, request_fewer_nodes(config, exist))
+        return
+    if partition.max_nodes is not None and asked > partition.max_nodes:
+        found, fix = f"{head} in partition {partition.name}: MaxNodes is {partition.max_nodes}", partition.max_nodes
+        yield case.exceeds("nodes", found, request_fewer_nodes(config, fix), "PartitionMaxNodes")
         return
     if asked < partition.min_nodes:
         found = f"{head}, and MinNodes of {partition.name} is {partition.min_nodes}"
-        below = fail("nodes", found, PENDS, f"nodes={partition.min_nodes - config.spare_nodes}")
-        yield case.unless_lifted(below, "PartitionMinNodes")
+        yield case.exceeds("nodes", found, f"nodes={partition.min_nodes - config.spare_nodes}", "PartitionMinNodes")
     broken = [node for node in case.nodes if not node.is_usable]
     working = exist - len(broken)
     if asked > working:
         shown = ", ".join(f"{node.name} {'+'.join(sorted(node.states))} {node.reason}".strip() for node in broken[:4])
         found = f"{head}, and {working} of {exist} in {partition.name} work: {shown}"
-        yield warn("nodes", found, "the job waits until they are back", fewer_nodes(config, max(1, working)))
+        yield warn("nodes", found, "the job waits until they are back", request_fewer_nodes(config, max(1, working)))
 
 
-@dataclass(frozen=True)
-class Want:
-    """One resource that a job requests on each node."""
+def wants(case: Case) -> Iterator[tuple[str, str, float, str, Callable[[NodeLimits], float]]]:
+    """Yield the resources that a job requests on each node.
 
-    key: str
-    amount: float
-    unit: str
-    have: Callable[[NodeLimits], float]
-    """Function that returns the amount that a node can give to a job."""
-    kind: str = ""
-    """Name and type before the number, as in ``cluster.gres=gpu:a100:4``; empty if there is none."""
-
-
-def wants(case: Case) -> Iterator[Want]:
-    """Yield the resources that a job requests on each node."""
+    Each has its key, the beginning of its value (as in ``cluster.gres=gpu:a100:4``), its amount, its unit, and a
+    function that returns the amount that a node can give to a job.
+    """
     cluster, partition = case.config.cluster, case.partition
     if cluster.gpus_per_node:
-        yield Want("cluster.gpus_per_node", cluster.gpus_per_node, "GPUs", lambda node: node.count("gpu"))
+        yield "cluster.gpus_per_node", "", cluster.gpus_per_node, "GPUs", lambda node: node.count("gpu")
     for part in gres(cluster.gres or ""):
-
-        def have(node: NodeLimits, part: Gres = part) -> float:
-            return node.count(part.name, part.type)
-
         kind = gres_text(part).removesuffix(str(part.count))
-        yield Want("cluster.gres", part.count, f"of {part.name}", have, kind)
+        have = partial(NodeLimits.count, name=part.name, kind=part.type)
+        yield "cluster.gres", kind, part.count, f"of {part.name}", have
     if cluster.cpus_per_task:
         most = partition.max_cpus_per_node or NO_LIMIT
-        yield Want("cluster.cpus_per_task", cluster.cpus_per_task, "CPUs", lambda node: min(node.cpus, most))
+        yield "cluster.cpus_per_task", "", cluster.cpus_per_task, "CPUs", lambda node: min(node.cpus, most)
     if cluster.mem_gb:
         room = partition.max_memory_mb or case.limits.number("MaxMemPerNode") or NO_LIMIT
-        yield Want("cluster.mem_gb", cluster.mem_gb, "GiB", lambda node: min(node.memory_mb, room) / MB_IN_GB)
+        yield "cluster.mem_gb", "", cluster.mem_gb, "GiB", lambda node: min(node.memory_mb, room) / MB_IN_GB
 
 
 def check_resources(case: Case) -> Iterator[Finding]:
@@ -249,16 +312,15 @@ def check_resources(case: Case) -> Iterator[Finding]:
     config, name, enough = case.config, case.partition.name, case.nodes
     if len(enough) < config.nodes_asked:
         return  # check_nodes reports this.
-    for want in wants(case):
-        most = max(want.have(node) for node in case.nodes)
-        if want.amount > most:
-            kinds = sorted({gres_text(g) for node in case.nodes for g in node.gres}) or ["no generic resources"]
-            there = f" (nodes have {', '.join(kinds)})" if most == 0 else ""
-            found = f"{want.key}={want.kind}{want.amount:.12g}, and the best node of {name} has"
-            fix = f"{want.kind}{int(most)}" if most else "null"
-            yield fail("resources", f"{found} {most:.4g} {want.unit}{there}", PENDS, f"{want.key}={fix}")
-        else:
-            enough = [node for node in enough if want.have(node) >= want.amount]
+    for key, kind, amount, unit, have in wants(case):
+        most = max(have(node) for node in case.nodes)
+        if amount <= most:
+            enough = [node for node in enough if have(node) >= amount]
+            continue
+        kinds = sorted({gres_text(g) for node in case.nodes for g in node.gres}) or ["no generic resources"]
+        there = f" (nodes have {', '.join(kinds)})" if most == 0 else ""
+        found = f"{key}={kind}{amount:.12g}, and the best node of {name} has {most:.4g} {unit}{there}"
+        yield fail("resources", found, PENDS, f"{key}={f'{kind}{int(most)}' if most else 'null'}")
     if len(enough) < config.nodes_asked:
         found = f"nodes={config.nodes}, and {len(enough)} of {name} have all that is asked of each"
         yield fail("resources", found, PENDS, f"nodes={max(1, len(enough) - config.spare_nodes)}")
@@ -295,23 +357,21 @@ def check_preemption(case: Case) -> Iterator[Finding]:
     if mode == "OFF":
         yield fine("preemption", f"nothing preempts jobs in {name}")
         return
-    calm = [p for p in limits.partitions if p != partition and p.state == "UP" and how_preempted(limits, p) == "OFF"]
-    safe = [p.name for p in calm if len(limits.nodes_of(p)) >= config.nodes]
     plan = case.request.plan
     instead = (plan and plan.promised.saves_more_often) or "more frequent checkpoints"
-    instead += f", or cluster.partition={safe[0]}" if safe else ""
     options = {str(key).replace("-", "_"): value for key, value in config.cluster.additional_parameters.items()}
-    ended = f"jobs in {name} may be preempted, and this one would be ended instead of requeued"
+    no_requeue = limits.number("JobRequeue") == 0 and not options.get("requeue")
     if mode != "REQUEUE":
         done = "suspended, and its collectives time out" if "SUSPEND" in mode else "ended and not requeued"
         why = f"a preempted run is {done}; the same command resumes from its last checkpoint"
         yield warn("preemption", f"PreemptMode of {name} is {mode}", why, instead)
-    elif options.get("no_requeue"):
-        set_key = "cluster.additional_parameters.no_requeue"
-        yield warn("preemption", f"{set_key} is set", ended, f"~{set_key}")
-    elif limits.number("JobRequeue") == 0 and not options.get("requeue"):
-        found = "JobRequeue=0 on this cluster, and no --requeue"
-        yield warn("preemption", found, ended, "+cluster.additional_parameters.requeue=true")
+    elif options.get("no_requeue") or no_requeue:
+        found = (
+            "JobRequeue=0 on this cluster, and no --requeue" if no_requeue else "no_requeue in additional_parameters"
+        )
+        ended = f"jobs in {name} may be preempted, and this one would be ended instead of requeued"
+        fix = "~cluster.additional_parameters.no_requeue +cluster.additional_parameters.requeue=true"
+        yield warn("preemption", found, ended, fix if options.get("no_requeue") else fix.split()[1])
     else:
         yield fine("preemption", f"jobs in {name} may be preempted, and are requeued")
     wait = limits.number("KillWait") or 0
@@ -323,19 +383,14 @@ def check_preemption(case: Case) -> Iterator[Finding]:
         yield warn("preemption", found, why, instead)
 
 
-CHECKS = (check_state, check_access, check_time, check_defaults)
-"""Checks of a partition that work without facts about its nodes. ``check_nodes`` and ``check_resources`` need
-these facts.
-"""
-
-
 def check_partition(case: Case) -> Iterator[Finding]:
     """Yield the findings of all checks at a partition; one finding without complaint if no check fails."""
-    of_nodes = [*check_nodes(case), *check_resources(case)]
+    complaints = [*check_node_count(case), *check_resources(case)]
     hidden = case.partition.total_nodes - len(case.limits.nodes_of(case.partition))
     if hidden > 0:
-        of_nodes = [doubt(finding, f"{hidden} nodes that Slurm does not show have it") for finding in of_nodes]
-    complaints = [*of_nodes, *(finding for check in CHECKS for finding in check(case))]
+        complaints = [doubt(finding, f"{hidden} nodes that Slurm does not show have it") for finding in complaints]
+    for check in (check_partition_state, check_access, check_time, check_defaults):
+        complaints += check(case)
     if not has_errors(complaints):
         room = f"{case.config.nodes_asked} of {len(case.nodes)} nodes for {case.config.cluster.timeout_min} min"
         yield fine("partition", f"{case.partition.name}: {room}")
@@ -350,12 +405,12 @@ def check_request(limits: Limits, request: Request, groups: Sequence[str] | None
     """Run all checks of one job or array. ``groups`` are the Unix groups of the user; None for root."""
     cases = [Case(limits, partition, request, groups) for partition in partitions_of(limits, request.config)]
     found = [
-        *check_names(limits, request.config),
+        *check_partition_names(limits, request.config),
         *soften_some([[*check_partition(case)] for case in cases]),  # Slurm uses the first partition that fits.
         *check_array(limits, request),
     ]
     why = why_unsure(limits, request.config)
-    return [*(doubt(finding, why) if why else finding for finding in found), check_accounting(limits)]
+    return [doubt(finding, why) if why else finding for finding in found]
 
 
 def soften_some(each: Sequence[Sequence[Finding]]) -> Iterator[Finding]:
@@ -366,7 +421,7 @@ def soften_some(each: Sequence[Sequence[Finding]]) -> Iterator[Finding]:
         yield replace(finding, level=Level.warning) if is_mild else finding
 
 
-def check_names(limits: Limits, config: Config) -> Iterator[Finding]:
+def check_partition_names(limits: Limits, config: Config) -> Iterator[Finding]:
     """Check that the named partitions exist, or that there is a default."""
     there, names = [partition.name for partition in limits.partitions], partition_names(config)
     listed = ", ".join(there) or "none"
@@ -386,11 +441,3 @@ def check_array(limits: Limits, request: Request) -> Iterator[Finding]:
         found = f"an array of {size} points of one shape, and MaxArraySize={most} allows indices up to {most - 1}"
         fix = f"sweeps of at most {most} points of one shape for each command"
         yield fail("array", found, "sbatch refuses the array", fix if most > 1 else "one command for each point")
-
-
-def check_accounting(limits: Limits) -> Finding:
-    """Report whether sacct works. The launcher does not need it."""
-    kind = limits.config.get("AccountingStorageType", "")
-    if kind.endswith("/none") or not kind:
-        kind = "none here, so no sacct: states are read from squeue and the run folder, and that is enough"
-    return fine("accounting", kind)

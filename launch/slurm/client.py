@@ -230,26 +230,18 @@ def output_file(job_id: str, cluster: str | None = None) -> Path | None:
     return Path(found) if found else None
 
 
-def signal_job(job_id: str, name: str, cluster: str | None = None) -> None:
-    """Send a signal to all processes of one job, or of one array element, if it still runs.
-
-    The command is not repeated: a second signal would end ranks that are saving.
-    """
-    unless_gone("scancel", *cluster_option(cluster), f"--signal={name}", job_id, retries=1)
-
-
-def cancel(job_id: str, cluster: str | None = None, *, only_waiting: bool = False) -> None:
-    """Cancel one job, or one element of an array. With ``only_waiting``, cancel only a job that has not started."""
-    unless_gone("scancel", *cluster_option(cluster), *(["--state=PENDING"] if only_waiting else []), job_id)
-
-
-def unless_gone(*command: str, retries: int = RETRIES) -> None:
-    """Run a command about a job. No error if the job is over or forgotten."""
+def scancel(job_id: str, *options: str, cluster: str | None = None, retries: int = RETRIES) -> None:
+    """Cancel one job, or one element of an array, or send it a signal. No error if the job is over or forgotten."""
     try:
-        run(*command, retries=retries)
+        run("scancel", *cluster_option(cluster), *options, job_id, retries=retries)
     except SlurmError as error:
         if not any(text in str(error).lower() for text in (GONE, "already completing or completed")):
             raise
+
+
+def host_names(hosts: str, retries: int = RETRIES) -> set[str]:
+    """Return the names in a host list of Slurm, such as ``n[1-3],n7``; empty for ``(null)``. Raises SlurmError."""
+    return set() if hosts == "(null)" else set(run("scontrol", "show", "hostnames", hosts, retries=retries).split())
 
 
 @dataclass(frozen=True)
@@ -316,8 +308,7 @@ def nodes_left(job_id: str, retries: int = RETRIES) -> set[str]:
     Raises:
         SlurmError: the controller does not answer, or has forgotten the job.
     """
-    names = job_fields(job_id, retries).get("NodeList", "(null)")
-    return set() if names == "(null)" else set(run("scontrol", "show", "hostnames", names, retries=retries).split())
+    return host_names(job_fields(job_id, retries).get("NodeList", "(null)"), retries)
 
 
 def usable_nodes(job_id: str) -> set[str]:
@@ -330,8 +321,7 @@ def usable_nodes(job_id: str) -> set[str]:
 
 def exclude(job_id: str, hosts: Iterable[str]) -> None:
     """Exclude more hosts for a job that waits. Raises SlurmError."""
-    before = job_fields(job_id).get("ExcNodeList", "(null)")
-    names = [] if before == "(null)" else run("scontrol", "show", "hostnames", before).split()
+    names = host_names(job_fields(job_id).get("ExcNodeList", "(null)"))
     run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted({*names, *hosts}))}")
 
 

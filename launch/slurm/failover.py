@@ -20,11 +20,12 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.errors import duration_text
-from launch.plan.placement import Step, decide, waiting_since, waits_for_room
+from launch.plan.placement import decide, waiting_since
 from launch.plan.plan import Plan, record_submitted
 from launch.runs.folder import RunFolder, read_plan
 from launch.slurm.client import SlurmBusyError, SlurmError
 from launch.slurm.jobs import ACTIVE, SlurmJob, ask_queue, job_of
+from launch.slurm.limits import OWN_WISH
 from launch.slurm.status import RunStatus, last_placed
 from launch.slurm.submit import submit_somewhere
 
@@ -95,19 +96,19 @@ class PlacementFailover:
             return Move(point, job, plan, last["candidate"], last["waiting_since"], is_out=True)
         if status.since is None:
             return None
-        if not waits_for_room(status.reason):
+        if status.reason in OWN_WISH:
             self._excused[job.name] = now
             return None
         excused = self._excused.get(job.name, 0.0)
         at = next(e["candidate"] for e in reversed(events) if e["event"] == "submitted")
         here, since = max(status.since, excused), max(waiting_since(events, status.since), excused)
-        step = decide(plan.placement, at, now - here, now - since)
-        if step == Step():
+        leaves, to = decide(plan.placement, at, now - here, now - since)
+        if not leaves:
             return None
         place = plan.placement.candidates[at].name
         reason = f" ({status.reason})" if status.reason else ""
         waited = f"{duration_text(now - here)} in {place or 'the queue'}{reason}"
-        return Move(point, job, plan, step.move_to, since, place, waited)
+        return Move(point, job, plan, to, since, place, waited)
 
     def _take_out(self, moves: Sequence[Move], now: float) -> None:
         """Record the moves, then cancel the jobs.
@@ -124,19 +125,21 @@ class PlacementFailover:
             elif last is None or last["event"] != "moved" or last["candidate"] != move.to:
                 to = move.plan.placement.candidates[move.to].name
                 move.point.folder.record_event("moved", **known, to=to, candidate=move.to, cause=move.waited)
-                self._say(f"{move.point.name}: waited {move.waited}, moves to {to}")
+                self._console.print(f"{move.point.name}: waited {move.waited}, moves to {to}")
         for move in moves:
             move.job.take_out()
         deadline = time.monotonic() + LEAVE_S
-        while moves:
-            queue = ask_queue(move.job for move in moves)
-            states = [move.job.status(queue) for move in moves]
-            leaving = any(state.phase == "pending" or state.state == "COMPLETING" for state in states)
-            if not leaving or time.monotonic() > deadline:
+        left = list(moves)
+        while left:
+            queue = ask_queue(move.job for move in left)
+            states = [(move, move.job.status(queue)) for move in left]
+            for move, state in states:
+                move.is_out = state.state in ("GONE", "CANCELLED")
+            left = [move for move, state in states if state.phase == "pending" or state.state == "COMPLETING"]
+            if not left or time.monotonic() > deadline:
                 break
             time.sleep(LEAVE_POLL_S)
-        for move, state in zip(moves, states if moves else [], strict=True):
-            move.is_out = state.state in ("GONE", "CANCELLED")
+        for move in moves:
             if not move.is_out:
                 record_stay(move.point)
 
@@ -153,16 +156,13 @@ class PlacementFailover:
             return
         for refused, why in done.refused.items():
             point.folder.record_event("refused", candidate=refused, cause=why)
-            self._say(f"{point.name}: {candidates[refused].name} is skipped from now on: {why}")
+            self._console.print(f"{point.name}: {candidates[refused].name} is skipped from now on: {why}")
         (job,) = done.jobs
         record_submitted(move.plan, job.job_id, done.candidate, moved=True)
         point.job = job
-        self._say(f"{point.name}: job {job.name} at {candidates[done.candidate].name}")
+        self._console.print(f"{point.name}: job {job.name} at {candidates[done.candidate].name}")
         if any(e["event"] == "cancelled" for e in point.events()):  # The job started at the moment of its move.
             job.kill()
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False)
 
 
 def promised(point: RunStatus) -> Plan | None:

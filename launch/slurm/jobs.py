@@ -70,15 +70,16 @@ class SlurmJob:
         if phase == "pending":
             self.take_out()
         else:
-            scheduler.signal_job(self.job_id, "TERM", self.cluster)
+            # Not repeated: a second signal would end ranks that are saving.
+            scheduler.scancel(self.job_id, "--signal=TERM", cluster=self.cluster, retries=1)
 
     def take_out(self) -> None:
         """Cancel the job, unless it has started."""
-        scheduler.cancel(self.job_id, self.cluster, only_waiting=True)
+        scheduler.scancel(self.job_id, "--state=PENDING", cluster=self.cluster)
 
     def kill(self) -> None:
         """Cancel the job: Slurm sends SIGTERM, and SIGKILL after its KillWait."""
-        scheduler.cancel(self.job_id, self.cluster)
+        scheduler.scancel(self.job_id, cluster=self.cluster)
 
 
 class LocalJob:
@@ -223,7 +224,7 @@ def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
     return [Path(paths.stdout), Path(paths.stderr)]
 
 
-# Batch scripts. submitit's private names are used here and in ``controller_process`` only.
+# Batch scripts. submitit's private names are used here, and in ``submit.start_local``, which needs the process.
 
 
 SUBMISSION = "submitit.core._submit"
@@ -254,13 +255,6 @@ def sbatch_text(plans: Sequence[Plan]) -> str:
     text = _make_sbatch_string(command=command, folder=folder, map_count=count, **parameters)
     assert isinstance(text, str)
     return text
-
-
-def controller_process(job: Any) -> subprocess.Popen[bytes]:
-    """Return the controller process of submitit's local job, which its parent must wait for."""
-    process = job._process
-    assert isinstance(process, subprocess.Popen)
-    return process
 
 
 # Jobs that still work on a run folder, including jobs that no event log names.

@@ -1,15 +1,22 @@
-"""Limits of a Slurm cluster as scontrol reports them, and the reasons for which a job is pending."""
+"""Limits of Slurm clusters as scontrol reports them, and the reasons for which a job is pending."""
 
 from __future__ import annotations
 
 import dataclasses
+import grp
+import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from launch.errors import Problem
 from launch.slurm import client as scheduler
 from launch.slurm.client import parse_fields
+
+if TYPE_CHECKING:
+    from launch.config import Config
 
 NOTHING = ("", "(null)", "N/A", "NONE", "none")
 TIMEOUT_S = 10.0
@@ -47,13 +54,9 @@ def gres(text: str) -> tuple[Gres, ...]:
     return tuple(found)
 
 
-def count(text: str) -> int | None:
+def whole_number(text: str) -> int | None:
     """Read a whole number; None for UNLIMITED and for other words."""
     return int(text) if text.isdigit() and text not in UNLIMITED else None
-
-
-def count_or_0(text: str) -> int:
-    return count(text) or 0
 
 
 def names(text: str) -> tuple[str, ...] | None:
@@ -61,13 +64,13 @@ def names(text: str) -> tuple[str, ...] | None:
     return None if text in (*NOTHING, "ALL") else tuple(text.split(","))
 
 
-def minutes(text: str) -> float | None:
+def minutes_of(text: str) -> float | None:
     """Read ``[days-]hours:minutes:seconds`` as minutes; None if unlimited."""
     seconds = scheduler.seconds(text)
     return None if seconds is None else seconds / 60
 
 
-def states(text: str) -> frozenset[str]:
+def node_states(text: str) -> frozenset[str]:
     """Read the states of a node. A * means that the node does not answer.
 
     Other marks (powered off, rebooting) are ignored.
@@ -98,25 +101,25 @@ class Partition:
     name: str = from_slurm("PartitionName")
     is_default: bool = from_slurm("Default", lambda text: text == "YES")
     state: str = from_slurm("State")
-    max_time_min: float | None = from_slurm("MaxTime", minutes)
-    min_nodes: int = from_slurm("MinNodes", count_or_0)
-    max_nodes: int | None = from_slurm("MaxNodes", count)
-    grace_s: int = from_slurm("GraceTime", count_or_0)
+    max_time_min: float | None = from_slurm("MaxTime", minutes_of)
+    min_nodes: int = from_slurm("MinNodes", lambda text: whole_number(text) or 0)
+    max_nodes: int | None = from_slurm("MaxNodes", whole_number)
+    grace_s: int = from_slurm("GraceTime", lambda text: whole_number(text) or 0)
     preempt_mode: str = from_slurm("PreemptMode", lambda text: text or "OFF")
-    priority_tier: int = from_slurm("PriorityTier", count_or_0)
+    priority_tier: int = from_slurm("PriorityTier", lambda text: whole_number(text) or 0)
     allow_accounts: tuple[str, ...] | None = from_slurm("AllowAccounts", names)
     deny_accounts: tuple[str, ...] | None = from_slurm("DenyAccounts", names)
     allow_qos: tuple[str, ...] | None = from_slurm("AllowQos", names)
     deny_qos: tuple[str, ...] | None = from_slurm("DenyQos", names)
     allow_groups: tuple[str, ...] | None = from_slurm("AllowGroups", names)
-    max_cpus_per_node: int | None = from_slurm("MaxCPUsPerNode", count)
-    max_memory_mb: int | None = from_slurm("MaxMemPerNode", count)
-    memory_per_cpu_mb: int | None = from_slurm("DefMemPerCPU", count)
+    max_cpus_per_node: int | None = from_slurm("MaxCPUsPerNode", whole_number)
+    max_memory_mb: int | None = from_slurm("MaxMemPerNode", whole_number)
+    memory_per_cpu_mb: int | None = from_slurm("DefMemPerCPU", whole_number)
     """Default memory in MB for each CPU of a job."""
-    memory_per_node_mb: int | None = from_slurm("DefMemPerNode", count)
+    memory_per_node_mb: int | None = from_slurm("DefMemPerNode", whole_number)
     is_exclusive: bool = from_slurm("OverSubscribe", lambda text: text.startswith("EXCLUSIVE"))
     """True if every job gets whole nodes."""
-    total_nodes: int = from_slurm("TotalNodes", count_or_0)
+    total_nodes: int = from_slurm("TotalNodes", lambda text: whole_number(text) or 0)
     """Number of the partition's nodes, including nodes that Slurm does not show (PrivateData without ``cloud``)."""
     qos: str | None = from_slurm("QoS", lambda text: None if text in NOTHING else text)
     """QOS of the partition, whose limits and flags apply to every job in the partition; None if there is none."""
@@ -128,10 +131,10 @@ class NodeLimits:
 
     name: str = from_slurm("NodeName")
     partitions: tuple[str, ...] = from_slurm("Partitions", lambda text: names(text) or ())
-    states: frozenset[str] = from_slurm("State", states)
+    states: frozenset[str] = from_slurm("State", node_states)
     reason: str = from_slurm("Reason")
-    cpus: int = from_slurm("CPUEfctv CPUTot", count_or_0)
-    memory_mb: int = from_slurm("RealMemory", count_or_0)
+    cpus: int = from_slurm("CPUEfctv CPUTot", lambda text: whole_number(text) or 0)
+    memory_mb: int = from_slurm("RealMemory", lambda text: whole_number(text) or 0)
     gres: tuple[Gres, ...] = from_slurm("Gres", gres)
     features: frozenset[str] = from_slurm("AvailableFeatures", lambda text: frozenset(names(text) or ()))
 
@@ -154,12 +157,10 @@ class Limits:
     """Configuration by scontrol: name -> value; names without a value are absent."""
     partitions: tuple[Partition, ...]
     nodes: tuple[NodeLimits, ...]
-    qos_flags: Mapping[str, frozenset[str]] | None = field(default_factory=dict)
-    """Flags of each QOS by its name; None if slurmdbd does not answer."""
 
     def number(self, key: str) -> int | None:
         """Return a number of slurm.conf without its unit; None if it is unlimited or absent."""
-        return count(self.config.get(key, "").split(" ")[0])
+        return whole_number(self.config.get(key, "").split(" ")[0])
 
     def nodes_of(self, partition: Partition) -> list[NodeLimits]:
         """Return the nodes of a partition."""
@@ -170,24 +171,20 @@ class Limits:
         """Return whether the cluster has a slurmdbd, and with it accounts, associations and QOSes."""
         return self.config.get("AccountingStorageType", "").endswith("/slurmdbd")
 
-    def may_be_lifted(self, flag: str, partition: Partition, qos: str | None) -> bool:
-        """Return whether a QOS with this flag may lift a limit of the partition for a job.
+    def may_be_lifted(self, partition: Partition, qos: str | None) -> bool:
+        """Return whether a QOS that the job or the partition names may lift a limit of the partition.
 
-        A job without ``qos`` has a default QOS, which may be any. With EnforcePartLimits no QOS lifts limits.
+        With EnforcePartLimits no QOS lifts limits.
         """
-        if not self.has_accounting or self.config.get("EnforcePartLimits", "NO") not in ("NO", "0"):
-            return False
-        if self.qos_flags is None:
-            return True
-        names = [qos, partition.qos or ""] if qos else list(self.qos_flags)
-        return any(flag in self.qos_flags.get(name, ()) for name in names)
+        enforces = self.config.get("EnforcePartLimits", "NO") not in ("NO", "0")
+        return self.has_accounting and not enforces and (qos or partition.qos) is not None
 
 
 class NoControllerError(scheduler.SlurmError):
     """Raised if no controller answers, so that nothing can be submitted."""
 
 
-def read(cluster: str | None = None) -> Limits:
+def read_limits(cluster: str | None = None) -> Limits:
     """Read the limits of this cluster, or of another one. Raises SlurmError if no controller answers.
 
     Each command runs once, for TIMEOUT_S seconds at most: a submission waits for the answers, but works without them.
@@ -201,24 +198,11 @@ def read(cluster: str | None = None) -> Limits:
         ask("ping")  # Fails at once if no process listens.
     except scheduler.SlurmError as error:
         raise NoControllerError(str(error)) from error
-    config = ask("show", "config")
-    partitions = ask("show", "partition", "--all", "--oneliner")
-    found = parse(config, partitions, ask("show", "node", "--all", "--oneliner"))
-    return replace(found, qos_flags=read_qos_flags()) if found.has_accounting else found
+    partitions, nodes = (ask("show", kind, "--all", "--oneliner") for kind in ("partition", "node"))
+    return parse_limits(ask("show", "config"), partitions, nodes)
 
 
-def read_qos_flags() -> dict[str, frozenset[str]] | None:
-    """Return the flags of every QOS from slurmdbd; None if slurmdbd does not answer."""
-    words = ("--noheader", "--parsable2", "show", "qos", "format=Name,Flags")
-    try:
-        text = scheduler.run("sacctmgr", *words, timeout_s=TIMEOUT_S, retries=1)
-    except scheduler.SlurmError:
-        return None
-    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 1]
-    return {name: frozenset(flags.split(",")) for name, flags in rows}
-
-
-def parse(config_text: str, partition_text: str, node_text: str) -> Limits:
+def parse_limits(config_text: str, partition_text: str, node_text: str) -> Limits:
     """Parse the three answers of scontrol."""
     said = re.findall(r"^(\S+)\s+=[ ]?(.*?)\s*$", config_text, re.MULTILINE)
     # A plugin that a site does not use is (null) in 24.11, and none in 22.05.
@@ -240,6 +224,73 @@ def how_preempted(limits: Limits, partition: Partition) -> str:
         if not any(own & {node.name for node in limits.nodes_of(p)} for p in above):
             return "OFF"
     return mode
+
+
+# Everything that the checks of a request compare it with.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmFacts:
+    """Slurm's limits and the user's groups: enough to check a request."""
+
+    limits: Limits | None
+    """Limits of the local cluster; None if no controller answers."""
+    slurm_problem: str = ""
+    is_away: bool = False
+    """True if the cluster's controller does not answer, so that nothing can be submitted."""
+    others: dict[str, Limits | str] = field(default_factory=dict)
+    """Name of another requested cluster -> its limits, or the reason why they are not known."""
+    groups: tuple[str, ...] | None = None
+    """Unix groups of the user; None for root, whom every partition accepts."""
+    torch: str = ""
+    """Version and build of torch in the job; empty if torch is not installed."""
+
+    def at(self, cluster: str | None) -> Limits | str:
+        """Return the limits of a cluster (None: the local cluster); if they are not known, the reason."""
+        if cluster is not None:
+            return self.others[cluster]
+        return self.slurm_problem if self.limits is None else self.limits
+
+
+def last_line(error: Exception) -> str:
+    """Return the last line of an error message."""
+    return str(error).strip().splitlines()[-1]
+
+
+def ask_slurm(configs: Iterable[Config] = ()) -> SlurmFacts:
+    """Read the limits of this cluster and of the clusters that configs name, one query for each controller."""
+    groups = tuple(map(group_name, os.getgroups())) if os.getuid() else None
+    named: set[str | None] = set()
+    for config in configs:
+        named |= {config.cluster.cluster, *(candidate.cluster for candidate in config.cluster.placement)}
+    try:
+        found = read_limits()
+    except scheduler.SlurmError as error:
+        is_away = isinstance(error, NoControllerError)
+        return SlurmFacts(limits=None, slurm_problem=last_line(error), is_away=is_away, groups=groups)
+    others: dict[str, Limits | str] = {}
+    for name in sorted(name for name in named if name is not None):
+        try:
+            others[name] = read_limits(name)
+        except scheduler.SlurmError as error:
+            others[name] = last_line(error)
+    return SlurmFacts(limits=found, others=others, groups=groups, torch=torch_version())
+
+
+def group_name(number: int) -> str:
+    """Return the name of a Unix group; its number if it has no name."""
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
+
+
+def torch_version() -> str:
+    """Return the version of the installed torch without importing it; empty if torch is not installed."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 # Reasons for which a job is pending, as squeue prints them: reasons that waiting does not change, and the remedy to
@@ -284,15 +335,8 @@ cluster.
 """
 
 
-def lasting_reason(reason: str) -> tuple[str, str] | None:
-    """Return the meaning of a reason that waiting does not remove, and the text to type; None for other reasons."""
-    said = reason.replace("_", " ")
-    known = ((meaning, fix) for fix, rows in LASTING.items() for key, meaning in rows.items() if re.match(key, said))
-    return next(known, None)
-
-
-def advice(reason: str, job: str, run: str, cluster: str | None = None) -> str:
-    """Return why a pending job waits and what to type, if waiting is not enough; otherwise empty.
+def advice(reason: str, job: str = "JOB", run: str = "RUN", cluster: str | None = None) -> Problem | None:
+    """Return why a pending job never starts by itself, and what to type; None if waiting is enough.
 
     Args:
         reason: reason as squeue prints it.
@@ -300,9 +344,10 @@ def advice(reason: str, job: str, run: str, cluster: str | None = None) -> str:
         run: argument of ``launch.cancel``.
         cluster: name of the job's cluster; None for the local cluster.
     """
-    known = lasting_reason(reason)
-    if known is None:
-        return ""
-    option = f"--clusters={cluster} " if cluster else ""
-    fix = known[1].format(job=job, run=run, cluster=option)
-    return f"waiting does not change {reason.split(',')[0]}: {known[0]}; type {fix}"
+    said, option = reason.replace("_", " "), f"--clusters={cluster} " if cluster else ""
+    for fix, meanings in LASTING.items():
+        for pattern, meaning in meanings.items():
+            if re.match(pattern, said):
+                found = f"waiting does not change {reason.split(',')[0]}: {meaning}"
+                return Problem(found, "a job that can start", fix.format(job=job, run=run, cluster=option))
+    return None

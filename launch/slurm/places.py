@@ -18,32 +18,39 @@ from launch.plan.plan import Plan
 from launch.slurm.checks import (
     MB_IN_GB,
     NO_LIMIT,
+    Finding,
+    Level,
+    Request,
     check_request,
-    fewer_nodes,
+    excluded,
+    fail,
     gres_text,
     partitions_of,
     soften_some,
-    why_unsure,
 )
-from launch.slurm.facts import Finding, Level, Request, SlurmFacts, fail, requests_of
-from launch.slurm.limits import Limits, Partition
+from launch.slurm.jobs import sbatch_text
+from launch.slurm.limits import Limits, Partition, SlurmFacts
 from launch.slurm.submit import shapes
 
+WITHOUT_CHECK = "launch.check_limits=false submits without this check"
 
-def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Finding]:
-    """Return the findings of all checks of all requests at every candidate, each finding once.
 
-    A candidate that cannot run a point is skipped.
-    """
-    found: list[Finding] = []
-    for request in requests:
-        each = []
-        for name, config in placement.configs(request.config):
-            findings = check_at(facts, replace(request, config=config))
-            at = f"at {name}: " if name else ""
-            each.append([f if f.level is Level.ok else replace(f, found=f"{at}{f.found}") for f in findings])
-        found += soften_some(each)
-    return list(dict.fromkeys(found))
+def requests_of(
+    plans: Sequence[Plan], configs: dict[str, Config], facts: SlurmFacts
+) -> list[tuple[list[Plan], Request]]:
+    """Return the plans with equal resources, and their request. ``configs`` has each plan's config, by run folder."""
+    found = []
+    for group in shapes(plans):
+        config, points = configs[group[0].run_dir], tuple(plan.title for plan in group)
+        found.append((group, Request(config, group[0], points, sbatch_text(group), excluded(config, facts))))
+    return found
+
+
+def check_candidates(facts: SlurmFacts, request: Request) -> list[tuple[str, list[Finding]]]:
+    """Return the name of each candidate of a request, and the findings of all checks there."""
+    return [
+        (name, check_at(facts, replace(request, config=config))) for name, config in placement.configs(request.config)
+    ]
 
 
 def check_at(facts: SlurmFacts, request: Request) -> list[Finding]:
@@ -62,57 +69,44 @@ def check_at(facts: SlurmFacts, request: Request) -> list[Finding]:
     return check_request(there, request, facts.groups)
 
 
-def errors_at(facts: SlurmFacts, request: Request) -> list[list[Finding]]:
-    """Return the errors of a request, one list for each candidate."""
-    each = (check_at(facts, replace(request, config=config)) for _, config in placement.configs(request.config))
-    return [[finding for finding in findings if finding.level is Level.error] for findings in each]
+def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Finding]:
+    """Return the findings of all checks of all requests at every candidate, each finding once.
+
+    A candidate that cannot run a point is skipped.
+    """
+    found: list[Finding] = []
+    for request in requests:
+        each = []
+        for name, findings in check_candidates(facts, request):
+            at = f"at {name}: " if name else ""
+            each.append([f if f.level is Level.ok else replace(f, found=f"{at}{f.found}") for f in findings])
+        found += soften_some(each)
+    return list(dict.fromkeys(found))
 
 
-def possible_places(facts: SlurmFacts, request: Request) -> Placement:
-    """Return the placement of a request, with the reason at each candidate where the job can never run.
+def possible_places(facts: SlurmFacts, request: Request) -> tuple[Placement, list[list[Finding]]]:
+    """Return the placement of a request, with the reason at each candidate where the job can never run, and all errors.
 
     If no candidate is left, candidates with only uncertain errors remain: Slurm then decides.
     """
-    errors = errors_at(facts, request)
+    errors = [[f for f in findings if f.level is Level.error] for _, findings in check_candidates(facts, request)]
     some_fit = any(not found for found in errors)
     assert request.plan is not None
     places = request.plan.placement
     for index, found in enumerate(errors):
         if found and (some_fit or not all(error.unless for error in found)):
             places = places.rule_out(index, "; ".join(error.found for error in found))
-    return places
+    return places, errors
 
 
 # Refusals and warnings of a command before it submits.
 
 
-def refuse_missing_nodes(facts: SlurmFacts, configs: Sequence[Config]) -> None:
-    """Raise ConfigError if a point requests more nodes than any partition has that the job could use.
-
-    Unlike the other checks, this check needs no plan. It does nothing if an option or a site plugin chooses the place.
-    """
-    for config in sorted(configs, key=lambda config: -config.nodes_asked):
-        sizes: list[float] = []
-        for _, candidate in placement.configs(config):
-            there = facts.at(candidate.cluster.cluster) if facts.limits is not None else ""
-            if isinstance(there, str) or why_unsure(there, candidate):
-                return
-            named = partitions_of(there, candidate)
-            sizes += [max(len(there.nodes_of(p)), p.total_nodes) for p in named] or [float("inf")]
-        if config.nodes_asked > (most := max(sizes)):
-            spares = f" and spare_nodes={config.spare_nodes}" if config.spare_nodes else ""
-            raise ConfigError(
-                f"nodes={config.nodes}{spares}, and {int(most)} nodes at most in a partition that the job could use",
-                what_fits(facts, config),
-                f"{fewer_nodes(config, int(most))}; launch.check_limits=false submits without this check",
-            )
-
-
-def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement) -> None:
-    """Raise ConfigError if a job could start at no candidate."""
+def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement, errors: Sequence[Finding]) -> None:
+    """Raise ConfigError if a job could start at no candidate. ``errors`` are those of the first candidate."""
     if places.possible:
         return
-    points = f"point{'s' if len(request.points) > 1 else ''} {', '.join(request.points)}"
+    points = f"the job for {', '.join(request.points)}"
     if request.config.cluster.placement:
         reasons = "".join(f"\n  {candidate.name}: {candidate.never}" for candidate in places.candidates)
         raise ConfigError(
@@ -120,12 +114,11 @@ def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement) ->
             "a candidate whose partition can run it",
             "python -m launch.doctor, with the same arguments: for each candidate it says what to request instead",
         )
-    (errors,) = errors_at(facts, request)
     fixes = " ".join(dict.fromkeys(error.fix for error in errors))
     raise ConfigError(
-        f"{points}, which Slurm would never start: {'; '.join(error.found for error in errors)}",
+        f"{points}, which Slurm would never start: {places.candidates[0].never}",
         what_fits(facts, request.config),
-        f"{fixes}; launch.check_limits=false submits without this check",
+        f"{fixes}; {WITHOUT_CHECK}",
     )
 
 
@@ -147,19 +140,9 @@ def room_in(limits: Limits, partition: Partition) -> str:
     least = f"{partition.min_nodes} to " if partition.min_nodes > 1 else "at most "
     cpus = min(max(node.cpus for node in nodes), partition.max_cpus_per_node or NO_LIMIT)
     memory = min(max(node.memory_mb for node in nodes), partition.max_memory_mb or NO_LIMIT) / MB_IN_GB
-    kinds = sorted({gres_text(part) for node in nodes for part in node.gres}) or ["no generic resources"]
-    each = ", ".join([f"up to {cpus} CPUs", f"{memory:.4g} GiB of memory", *kinds])
+    kinds = ", ".join(sorted({gres_text(part) for node in nodes for part in node.gres})) or "no generic resources"
+    each = f"up to {cpus} CPUs, {memory:.4g} GiB of memory, {kinds}"
     return f"partition {partition.name}: {least}{most} nodes {time}, each of {each}"
-
-
-def refuse_without_controller(facts: SlurmFacts) -> None:
-    """Raise ConfigError if no controller answers that could accept a job."""
-    if facts.is_away:
-        raise ConfigError(
-            f"cluster=slurm, and {facts.slurm_problem}",
-            "a Slurm controller that answers: nothing was submitted, and nothing written",
-            "the same command when scontrol ping says UP; cluster=local to run here; dry_run=true only plans",
-        )
 
 
 def check_before_submitting(
@@ -175,26 +158,26 @@ def check_before_submitting(
     """
     if facts.limits is None:
         said = f"warning: {facts.slurm_problem}: what is asked of Slurm was not compared with what it has"
-        console.print(said, highlight=False, markup=False)
+        console.print(said)
         return list(plans)
     by_folder = {plan.run_dir: config for plan, config in zip(plans, configs, strict=True)}
-    groups = shapes([plan for plan in plans if plan.cluster == "slurm"])
     checked: dict[str, Placement] = {}
     lines: list[str] = []
-    requests = zip(groups, requests_of(groups, by_folder, facts), strict=True)
+    requests = requests_of([plan for plan in plans if plan.cluster == "slurm"], by_folder, facts)
     # The largest request first: advice for it also suits the smaller ones.
     for group, request in sorted(requests, key=lambda one: -one[1].config.nodes_asked):
-        places, points = possible_places(facts, request), ", ".join(request.points)
-        refuse_impossible(facts, request, places)
+        (places, errors), points = possible_places(facts, request), ", ".join(request.points)
+        refuse_impossible(facts, request, places, errors[0])
         checked |= {plan.run_dir: places for plan in group}
-        for candidate, errors in zip(places.candidates, errors_at(facts, request), strict=True):
+        for candidate, found in zip(places.candidates, errors, strict=True):
             if candidate.never:
                 lines.append(f"cluster.placement: {candidate.name} is skipped: {candidate.never} (for {points})")
                 continue
             at = f"at {candidate.name}: " if candidate.name else ""
-            for error in errors:
-                unless = f"{error.why}, unless {error.unless}; or type {error.fix}"
-                lines.append(f"warning: {at}{error.found}: {unless} (for {points})")
+            lines += [
+                f"warning: {at}{error.found}: {error.why}, unless {error.unless}; or type {error.fix} (for {points})"
+                for error in found
+            ]
     for line in dict.fromkeys(lines):
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
     return [plan.replace_placement(checked[plan.run_dir]) if plan.run_dir in checked else plan for plan in plans]

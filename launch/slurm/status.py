@@ -12,7 +12,7 @@ from typing import Any
 from launch.agent.policy import WANTED, Action
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, record_found
-from launch.runs.events import failure_text, fewer_nodes, first_failure, last_command, saves_that_count
+from launch.runs.events import failure_text, fewer_nodes, first_failure, last_command
 from launch.runs.files import is_full
 from launch.runs.find import labels_inside
 from launch.runs.folder import RunFolder, read_plan
@@ -61,7 +61,7 @@ def outcome(events: Log) -> str:
     return "stopped" if why_not_restarted(events) is None and names & {"stopped", "agent_stopped"} else "failed"
 
 
-def has_ended(events: Log) -> bool:
+def agent_has_left(events: Log) -> bool:
     """Return whether the agent has recorded that the run ends, and has left."""
     last = last_of(events, DECISIVE)
     if last is None or last["event"] != "agent_ended" or last.get("cause") == "killed":
@@ -104,11 +104,6 @@ def last_of(events: Log, names: Sequence[str]) -> dict[str, Any] | None:
 def events_since_start(events: Log) -> Log:
     """Return the events from the last ``started`` on."""
     return events[max((i for i, e in enumerate(events) if e["event"] == "started"), default=0) :]
-
-
-def saved_step(events: Log) -> int | None:
-    """Return the step of the newest checkpoint in the event log; None if there is none."""
-    return max((save["step"] for save in saves_that_count(events)), default=None)
 
 
 # State of a run as last seen.
@@ -174,7 +169,8 @@ class RunStatus:
         """Return why the run waits and what to type, if waiting would not start the run; otherwise empty."""
         if self.state != "pending" or not isinstance(self.job, SlurmJob):
             return ""
-        return advice(self.job_status.reason, self.job.job_id, quote(str(self.folder.path)), self.job.cluster)
+        problem = advice(self.job_status.reason, self.job.job_id, quote(str(self.folder.path)), self.job.cluster)
+        return "" if problem is None else problem.warning().removeprefix("warning: ")
 
     def fewer_nodes(self) -> dict[str, Any] | None:
         """Return ``nodes``, ``asked`` and ``cause`` if the newest attempt runs on fewer nodes than requested.
@@ -259,7 +255,7 @@ def poll(points: Sequence[RunStatus], retries: int = RETRIES, *, trust_log: bool
     """
     for point in points:
         adopt_job(point)
-    known = {id(point) for point in points if trust_log and has_ended(point.events())}
+    known = {id(point) for point in points if trust_log and agent_has_left(point.events())}
     try:
         queue, problem = ask_queue((point.job for point in points if id(point) not in known), retries), None
     except SlurmError as error:
@@ -267,7 +263,7 @@ def poll(points: Sequence[RunStatus], retries: int = RETRIES, *, trust_log: bool
     for point in points:
         if problem is None or not isinstance(point.job, SlurmJob) or id(point) in known:
             update(point, queue)
-        read_steps(point)  # After the outcome: a run that is over has made its last step.
+        update_steps(point)  # After the outcome: a run that is over has made its last step.
     return problem
 
 
@@ -357,7 +353,7 @@ def update_from_event_log(points: Sequence[RunStatus]) -> None:
     """Set the states of Slurm's points from their event logs, without a query to Slurm."""
     for point in points:
         events = point.events()
-        if isinstance(point.job, SlurmJob) and not has_ended(events):
+        if isinstance(point.job, SlurmJob) and not agent_has_left(events):
             ended = last_of(events_since_start(events), ("finished", "stopped", "cancelled", "budget_reached"))
             given_up = state_between_places(events, is_out=False)
             point.state = given_up[0] if given_up else outcome(events) if ended or point.failure() else "unknown"
@@ -365,7 +361,7 @@ def update_from_event_log(points: Sequence[RunStatus]) -> None:
             point.eta_s = None
 
 
-def read_steps(point: RunStatus) -> None:
+def update_steps(point: RunStatus) -> None:
     """Read the newest steps of a point; for a running point also the ETA, or the seconds since a late step."""
     point.eta_s = point.quiet_s = point.stale_s = None
     new = [r for r in recent_records(point.folder.metrics(0)) if r["attempt"] > point.attempts_before]
@@ -392,7 +388,7 @@ def read_steps(point: RunStatus) -> None:
 # Explanations of ends for people.
 
 
-def explain(point: RunStatus) -> str:
+def explain_end(point: RunStatus) -> str:
     """Explain why a point did not finish, and name the log with more details."""
     head = f"{point.name} {point.state}" + (f" ({point.detail})" if point.detail else "")
     failed = point.state == "failed"

@@ -11,7 +11,7 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from launch.config.compose import read_point, workload_of
 from launch.errors import ConfigError
 from launch.plan.placement import RUNS_FROM, cluster_of, next_candidate, running_from
 from launch.plan.plan import JOBS, Plan
-from launch.plan.preflight import plan_text, wait_for, worst_case_text
+from launch.plan.preflight import plan_text, worst_case_text
 from launch.runs.environment import visible_gpus
 from launch.runs.files import make_folder
 from launch.runs.folder import RunFolder
@@ -35,7 +35,6 @@ from launch.slurm.jobs import (
     LocalJob,
     SlurmJob,
     batch_parameters,
-    controller_process,
     jobs_folder,
     sbatch_text,
     submitit_folder,
@@ -81,10 +80,22 @@ def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
 def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
     """Return plans with equal resources as a sequence: one after another, after the jobs ``before``.
 
-    Slurm has no dependency on jobs of another cluster: there, groups of points run at the same time.
+    The points also start after the user's own dependencies. Slurm has no dependency on jobs of another cluster: there,
+    groups of points run at the same time.
     """
-    here = cluster_of(plans[0].slurm)
-    return [wait_for(plan, [job.array_id for job in before if job.cluster == here]) for plan in plans]
+    jobs = dict.fromkeys(job.array_id for job in before if job.cluster == cluster_of(plans[0].slurm))
+    found = []
+    for plan in plans:
+        candidates = []
+        for candidate in plan.placement.candidates:
+            own = dict(candidate.slurm["additional_parameters"])
+            asked: dict[str, Any] = {"array_parallelism": 1}
+            if jobs:
+                after = [own.pop("dependency", None), f"afterany:{':'.join(jobs)}"]
+                asked |= {"dependency": ",".join(filter(None, after)), "additional_parameters": own}
+            candidates.append(replace(candidate, slurm=candidate.slurm | asked))
+        found.append(plan.replace_placement(replace(plan.placement, candidates=tuple(candidates))))
+    return found
 
 
 def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
@@ -203,13 +214,11 @@ def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
             "the same command when scontrol ping says UP; python -m launch.status first, which finds a job that was "
             "taken although the answer was late; cluster=local runs it here",
         )
-    found = f"point {plan.title}, and sbatch refuses its job: {said}"
-    typed = [key for key in plan.slurm.get("additional_parameters", {}) if f"--{key.replace('_', '-')}" in str(error)]
-    if typed:  # Only sbatch knows its options.
-        without = ", ".join(f"cluster.additional_parameters.{key}" for key in typed)
-        return ConfigError(found, "options of sbatch --help", f"the same command without {without}")
-    doctor = "python -m launch.doctor, with the same arguments: it compares them with what the cluster has"
-    return ConfigError(found, "resources that this cluster gives to you", doctor)
+    return ConfigError(
+        f"point {plan.title}, and sbatch refuses its job: {said}",
+        "resources that this cluster gives to you, and options of sbatch --help",
+        "python -m launch.doctor, with the same arguments: it compares them with what the cluster has",
+    )
 
 
 def start_local(plan: Plan) -> LocalJob:
@@ -235,7 +244,7 @@ def start_local(plan: Plan) -> LocalJob:
             job.paths.submitted_pickle.chmod(0o600)
     finally:
         signal.signal(signal.SIGINT, handler)
-    return LocalJob(job.job_id, os.uname().nodename, controller_process(job))
+    return LocalJob(job.job_id, os.uname().nodename, job._process)
 
 
 # The dry run.
@@ -244,22 +253,22 @@ def start_local(plan: Plan) -> LocalJob:
 def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
     """Print the plan of every point and the batch script of every shape."""
     for plan in plans:
-        console.print(plan_text(plan), highlight=False, markup=False)
-    console.print(worst_case_text(plans, configs), highlight=False, markup=False)
+        console.print(plan_text(plan))
+    console.print(worst_case_text(plans, configs))
     for number, group in enumerate(shapes([plan for plan in plans if not plan.finished])):
         if configs[0].launch.sequential:
             group = in_line(group, [SlurmJob("JOBID", cluster_of(group[0].slurm))] if number else [])
         names = ", ".join(plan.title for plan in group)
         kind = f"job array of {len(group)}" if len(group) > 1 else "job"
         here = "" if group[0].cluster == "slurm" else ", as cluster=slurm would submit it"
-        console.print(f"\nsbatch text of the {kind}{here}: {names}", highlight=False, markup=False)
-        console.print(sbatch_text(group), highlight=False, markup=False)
-        for text in differences(group):
-            console.print(text, highlight=False, markup=False)
-    console.print("dry_run=true: nothing was submitted or written", highlight=False)
+        console.print(f"\nsbatch text of the {kind}{here}: {names}")
+        console.print(sbatch_text(group))
+        for text in script_differences(group):
+            console.print(text)
+    console.print("dry_run=true: nothing was submitted or written")
 
 
-def differences(group: Sequence[Plan]) -> Iterator[str]:
+def script_differences(group: Sequence[Plan]) -> Iterator[str]:
     """Yield the lines of the batch script that differ at each other candidate of a placement."""
     placement, first = group[0].placement, sbatch_text(group).splitlines()
     for index in placement.possible[1:]:

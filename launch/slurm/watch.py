@@ -18,12 +18,12 @@ from launch.config.compose import default_grace_period_s
 from launch.errors import ConfigError, duration_text
 from launch.plan.plan import record_submitted
 from launch.runs.compose import read_config
-from launch.runs.events import damaged_text
+from launch.runs.events import damaged_text, saves_that_count
 from launch.runs.records import throughput
 from launch.slurm.client import SlurmBusyError, SlurmError
 from launch.slurm.failover import PlacementFailover
 from launch.slurm.jobs import Job, LocalJob, LocalQueueEntry, SlurmJob
-from launch.slurm.status import RunStatus, poll, saved_step
+from launch.slurm.status import RunStatus, poll
 from launch.slurm.submit import start_local
 
 POLL_S = 0.5
@@ -148,7 +148,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line above the bars."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, soft_wrap=True)
 
     def close(self) -> None:
         """Restore the terminal."""
@@ -159,7 +159,7 @@ class Display:
 # From the submission to the end.
 
 
-def watch(points: Sequence[RunStatus], console: Console, slurm_poll_s: float) -> None:
+def watch_points(points: Sequence[RunStatus], console: Console, slurm_poll_s: float) -> None:
     """Follow the points until they end, and start local points one after another.
 
     Args:
@@ -169,7 +169,7 @@ def watch(points: Sequence[RunStatus], console: Console, slurm_poll_s: float) ->
     """
     display, failover = Display(console, points), PlacementFailover(console)
     try:
-        with explain_sigterm(points, display):
+        with explain_sigterm(display):
             while watched := [point for point in points if not point.is_over]:
                 start_next_local(watched)
                 display.show_problem(poll(watched, retries=1) or failover.step(watched))
@@ -182,14 +182,12 @@ def watch(points: Sequence[RunStatus], console: Console, slurm_poll_s: float) ->
 
 
 @contextmanager
-def explain_sigterm(points: Sequence[RunStatus], display: Display) -> Iterator[None]:
+def explain_sigterm(display: Display) -> Iterator[None]:
     """Print a line about the future of the runs if SIGTERM ends this process during a ``with`` block."""
 
     def leave(number: int, frame: object) -> None:
-        is_local = any(isinstance(point.job, LocalJob) for point in points if not point.is_over)
-        local = "; runs on this machine save a checkpoint if they can, and end" if is_local else ""
-        on_slurm = "; Slurm jobs continue: python -m launch.status" if not is_local else ""
-        display.say(f"terminated by SIGTERM{local}{on_slurm}")
+        on_slurm = "Slurm jobs continue (python -m launch.status)"
+        display.say(f"terminated by SIGTERM: {on_slurm}; runs on this machine save a checkpoint if they can, and end")
         display.close()
         sys.exit(128 + number)
 
@@ -298,7 +296,7 @@ def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = Fa
     for stop in stops:
         stop.mark()
         if stop.unmarked:
-            console.print(stop.unmarked, highlight=False, markup=False)
+            console.print(stop.unmarked)
     said = False
     while left := [stop for stop in stops if not stop.is_done]:
         busy: SlurmError | None = None
@@ -311,7 +309,7 @@ def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = Fa
                 stop.error = error
         busy = busy or poll([stop.point for stop in left], retries=1)
         if busy is not None and not said:
-            console.print(f"{busy}\nasking again until Slurm answers", highlight=False, markup=False)
+            console.print(f"{busy}\nasking again until Slurm answers")
             said = True
         for stop in left:
             if not stop.is_done and time.monotonic() > stop.kill_at + LAST_WAIT_S:
@@ -324,35 +322,27 @@ def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = Fa
 def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
     """Stop the points in order at the first Ctrl-C. A second Ctrl-C ends the runs at once."""
     text = leaving_text([point for point in points if not point.is_over])
-    console.print(f"stopping: {text}; Ctrl-C again ends them now", highlight=False, markup=False)
+    console.print(f"stopping: {text}; Ctrl-C again ends them now")
     try:
         stops = stop_points(points, console)
     except KeyboardInterrupt:
         stops = stop_points(points, console, now=True)
     for stop in stops:
-        console.print(outcome_text(stop), highlight=False, markup=False)
+        console.print(outcome_text(stop))
 
 
 def leaving_text(points: Sequence[RunStatus]) -> str:
-    """Describe what running programs do before they leave, and which of them save a checkpoint."""
-    resuming = [point.name for point in points if point.resumes]
-    others = [point.name for point in points if not point.resumes]
+    """Describe what running programs do before they leave, and which of them save no checkpoint."""
     within = f"within {max((grace_period_s(point) for point in points), default=0.0) + AGENT_S:g} s"
-    saves = f"save a checkpoint and leave, {within}"
-    lose = "are told to leave, without a checkpoint: only what they write themselves is kept (script.resumes=false)"
-    if not others or not resuming:
-        return f"the runs {saves if not others else lose}"
-    return f"{', '.join(resuming)} {saves}; {', '.join(others)} {lose}"
+    lose = ", ".join(point.name for point in points if not point.resumes)
+    without = f"; without a checkpoint: {lose} (script.resumes=false)" if lose else ""
+    return f"the runs save a checkpoint and leave, {within}{without}"
 
 
 def next_start_text(points: Sequence[RunStatus]) -> str:
     """Describe the effect of the same command on stopped runs."""
-    fresh = [point.name for point in points if not point.resumes]
-    if not fresh:
-        return "the same command resumes from the last checkpoint"
-    if len(fresh) == len(points):
-        return "the same command runs the program from its beginning"
-    return f"the same command runs {', '.join(fresh)} from the beginning, and resumes the other runs"
+    fresh = ", ".join(point.name for point in points if not point.resumes)
+    return "the same command resumes from the last checkpoint" + (f"; from the beginning: {fresh}" if fresh else "")
 
 
 def outcome_text(stop: Stop) -> str:
@@ -362,7 +352,7 @@ def outcome_text(stop: Stop) -> str:
         return f"{point.name}: could not be ended: {stop.error}"
     step = point.latest.get("step")
     head = f"{point.name}: {point.state}" + (f" after step {step}" if step else "")
-    saved = saved_step(point.folder.read_events())
+    saved = max((save["step"] for save in saves_that_count(point.folder.read_events())), default=None)
     if point.state == "finished" or not point.resumes or (saved is None and not step):
         return head
     return f"{head}; {'nothing was saved' if saved is None else f'the last checkpoint is of step {saved}'}"

@@ -1,7 +1,9 @@
-"""What a refusal or a plan proposes is short, can be typed as it stands, and is not what was typed already."""
+"""What is typed: flags, keys, and the names of points; and what a refusal proposes to type in their place."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import shlex
 import subprocess
@@ -10,14 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
+from hypothesis import given
+from hypothesis import strategies as st
 
+from gpt.config import TrainConfig
 from gpt.config.train import compose_train
 from gpt.training.run import parse_arguments
-from launch.__main__ import COMMANDS, refuse_command
+from gpt.workload import GptWorkload
+from launch.__main__ import ALONE, COMMANDS, INFO, WITH_VALUE, prepare, refuse_command, split_flags
 from launch.config import ClusterKind
-from launch.config.compose import compose_launch, sweep_points, typed_config
+from launch.config.compose import compose_launch, not_in_point, sweep_points, typed_config
 from launch.errors import ConfigError
-from launch.plan.budget import Use, use_text
 from launch.plan.plan import make_plan
 from launch.plan.preflight import worst_case_text
 from launch.runs.compose import RunConfig, choose_folder
@@ -116,7 +122,6 @@ def test_a_key_of_a_script_is_sent_to_its_workload() -> None:
     ("typed", "expected", "fix"),
     [
         ("model=7", "one of baseline_23m, ", "model=baseline_23m"),
-        ("optim=null", "one of baseline, ", "optim=baseline"),
         ("script.command=hostname -f", "a list", "'script.command=[hostname,-f]'"),
         ("script.command=./train --fast=3", "KEY=VALUE, quoted", """'script.command=[./train,"--fast=3"]'"""),
         ("cluster.setup=module load x", "a list", """'cluster.setup=["module load x"]'"""),
@@ -128,11 +133,8 @@ def test_a_key_of_a_script_is_sent_to_its_workload() -> None:
         ("nodes =2", "KEY=VALUE, quoted", "nodes=NUMBER"),
         ("nodes=[1,2]", "a whole number", "nodes=NUMBER"),
         ("nodes=two", "a whole number", "nodes=NUMBER"),
-        ("optim.max_steps=2.5", "a whole number", "optim.max_steps=NUMBER"),
-        ("seed=1..4", "a whole number", "seed=NUMBER"),
         ("optim.lr=high", "a number", "optim.lr=NUMBER"),
         ("precision=BF16", "one of auto, ", "precision=bf16"),
-        ("cluster.mem_gb=64G", "a number", "cluster.mem_gb=NUMBER"),
         ("cluster.timeout_min=1:30:00", "a whole number", "cluster.timeout_min=NUMBER"),
         ("cluster.srun_args=--mpi=pmix", "KEY=VALUE, quoted", """'cluster.srun_args=["--mpi=pmix"]'"""),
         ("launch.report_files=[md,pngg]", "a list of md, csv, ", "'launch.report_files=[md,png]'"),
@@ -195,11 +197,6 @@ def test_a_plus_before_a_key_is_not_in_the_name_of_a_run(tmp_path: Path) -> None
     assert choose_folder(config, words[:1], NOT_IN_POINT).path == tmp_path / "sweep" / "experiment=weak_scaling"
 
 
-def test_one_hour_is_one() -> None:
-    assert use_text(Use(1.0, 1.0, 2.5)) == "1 node-hour, 1 GPU-hour, cost 2.5"
-    assert use_text(Use(1.5, 0, None)) == "1.5 node-hours"
-
-
 def test_a_label_of_several_runs_is_answered_by_a_command_that_can_be_pasted(tmp_path: Path) -> None:
     for experiment in ("one", "two"):
         for point in ("nodes=1", "nodes=2"):
@@ -232,10 +229,9 @@ def test_a_comma_that_makes_points_of_one_text_is_answered_with_the_text(tmp_pat
     (tmp_path / "t.py").touch()
     words = ["workload=script", "script.path=t.py", "cluster=local", "dry_run=true"]
     said = run("launch", *words, "script.env.CUDA_VISIBLE_DEVICES=0,1", cwd=tmp_path, status=2)
-    fix = said.rpartition("type next: ")[2].partition(", or ")[0]
     assert "which differ in script.env.CUDA_VISIBLE_DEVICES" in said
-    assert shlex.split(fix) == ['script.env.CUDA_VISIBLE_DEVICES="0,1"']
-    run("launch", *words, *shlex.split(fix), cwd=tmp_path)
+    assert """type next: 'script.env.CUDA_VISIBLE_DEVICES="A,B"' for one text with a comma;""" in said
+    run("launch", *words, 'script.env.CUDA_VISIBLE_DEVICES="0,1"', cwd=tmp_path)
 
 
 @pytest.mark.parametrize("key", ["partition", "account", "exclude"])
@@ -268,3 +264,136 @@ def test_options_may_stand_between_folders(tmp_path: Path) -> None:
         RunFolder(tmp_path / name).create_attempt()
     said = run("launch.status", "a", "--json", "b", cwd=tmp_path)
     assert [Path(row["run_dir"]).name for row in json.loads(said)] == ["a", "b"]
+
+
+# Flags of the commands: those of Hydra that ``python -m launch`` takes, and what it says of others.
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["-m", "nodes=2,4", "seed=3", "--cfg", "job"], ["nodes=2", "seed=3", "--cfg", "job"]),
+        (["--info", "defaults", "-m", "nodes=2,4"], ["nodes=2", "--info", "defaults"]),
+    ],
+)
+def test_hydra_shows_one_run_and_no_sweep(words: list[str], fix: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        prepare(words)
+    typed = shlex.split(refused.value.fix)
+    assert typed == ["python", "-m", "launch", *fix]
+    assert sorted(prepare(typed[3:])[0]) == sorted(fix)
+
+
+def test_help_is_shown_of_a_sweep_too() -> None:
+    assert prepare(["-m", "nodes=2,4", "--help"])[0] == ["--help", "nodes=2"]
+
+
+MODULES = ("gpt.train", "gpt.prepare", "gpt.generate", "gpt.evaluate", "gpt.export", "gpt.compare")
+MODULES += ("launch.status", "launch.logs", "launch.cancel", "launch.move", "launch.batch", "launch.agent.__main__")
+MODULES += ("launch.__main__", "launch.doctor.__main__", "launch.report.__main__", "slurm.sandbox.__main__")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_command_helps_and_refuses_a_flag_that_it_does_not_have(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = importlib.import_module(module)
+    needed = {"gpt.generate": ["x", "-p", "y"], "slurm.sandbox.__main__": ["status"]}.get(module, ["x"])
+    monkeypatch.setattr(sys, "argv", [module, *needed, "--xyz"])
+    assert command.main() == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[0] for line in said] == ["found", "expected", "type next"]
+    assert "--xyz" in said[0] and "python -m" in said[2]
+    if module != "launch.__main__":  # which Hydra helps
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit, match=r"^0$"):
+            command.main()
+        assert "usage: python -m" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (["--nodes=4"], "nodes=4"),
+        (["--nodes", "4"], "nodes=4"),
+        (["--gpus-per-node", "nodes=2"], "cluster.gpus_per_node=VALUE"),
+        (["--max-steps", "3"], "optim.max_steps=3"),
+        (["workload=script", "--max-steps=3"], "script.max_steps=3"),
+        (["workload=of_a_folder", "--nodes=3"], "nodes=3"),
+        (["--multrun", "nodes=1"], "--multirun"),
+        (["nodes=1", "--config-dir"], "python -m launch --help"),
+    ],
+    ids=str,
+)
+def test_a_flag_is_refused_with_the_key_that_was_meant(words: list[str], fix: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        split_flags(words)
+    assert refusal.value.fix == fix
+
+
+def test_the_flags_are_those_of_hydra() -> None:
+    actions = [action for action in get_args_parser()._actions if action.option_strings]
+    assert {flag for action in actions for flag in action.option_strings} == {*ALONE, *WITH_VALUE}
+    taken = {flag for action in actions if action.nargs is None for flag in action.option_strings}
+    assert taken == {*WITH_VALUE}
+    assert {choice for action in actions if action.dest == "info" for choice in action.choices or ()} == {*INFO}
+    words = ["nodes=1", "-m", "--config-dir=x", "seed=2", "-i", "defaults", "all"]
+    assert split_flags(words) == (["-m", "--config-dir", "x", "-i", "defaults"], ["nodes=1", "seed=2", "all"])
+
+
+def test_a_shell_completes_the_keys_of_the_workload_in_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMP_LINE", "gpt-launch workload=script script.st")
+    assert "script" in {field.name for field in dataclasses.fields(prepare(["-sc", "query=bash"])[1])}
+    monkeypatch.setenv("COMP_LINE", "gpt-launch workload=script")
+    assert "model" in {field.name for field in dataclasses.fields(prepare(["-sc", "query=bash"])[1])}
+    assert "model" in {field.name for field in dataclasses.fields(prepare(["nodes=1"])[1])}, "no line is completed"
+
+
+# The folder of a point follows from what was typed, and from nothing else.
+
+
+NOT_IN_NAME = not_in_point(GptWorkload())
+WORDS = st.lists(
+    st.tuples(st.sampled_from(["nodes", "model", "optim.lr", "data.path", "seed"]), st.text(min_size=1, max_size=300)),
+    max_size=5,
+    unique_by=lambda pair: pair[0],
+).map(lambda pairs: [f"{key}={value}" for key, value in pairs])
+
+
+@given(words=WORDS, data=st.data())
+def test_order_does_not_matter_and_the_name_is_a_folder(words: list[str], data: st.DataObject) -> None:
+    name = point_name(words, NOT_IN_NAME)
+    assert point_name(data.draw(st.permutations(words)), NOT_IN_NAME) == name
+    assert "/" not in name and "\0" not in name and name not in (".", "..")
+    assert len(name.encode()) <= 255
+
+
+@given(one=WORDS, other=WORDS)
+def test_other_words_give_another_name(one: list[str], other: list[str]) -> None:
+    same = sorted(one) == sorted(other)
+    assert (point_name(one, NOT_IN_NAME) == point_name(other, NOT_IN_NAME)) == same
+
+
+def test_where_and_how_a_run_is_submitted_does_not_name_it() -> None:
+    words = ["cluster=slurm", "cluster.partition=gpu", "name=x", "output_dir=/y", "fresh=true", "nodes=2"]
+    assert point_name(words, NOT_IN_NAME) == "nodes=2"
+    assert point_name([], NOT_IN_NAME) == "default"
+
+
+def test_fresh_makes_a_new_folder_and_the_same_command_then_goes_on_in_it(tmp_path: Path) -> None:
+    config = TrainConfig(name="n", output_dir=str(tmp_path))
+
+    def choose(fresh: bool) -> str:
+        config.fresh = fresh
+        folder = choose_folder(config, ["nodes=2"], NOT_IN_NAME)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        return folder.point
+
+    assert [choose(f) for f in (False, False, True, False, True, False)] == [
+        "nodes=2",
+        "nodes=2",
+        "nodes=2~2",
+        "nodes=2~2",
+        "nodes=2~3",
+        "nodes=2~3",
+    ]

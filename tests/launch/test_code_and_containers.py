@@ -30,7 +30,7 @@ from launch.runs.events import select_events
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from launch.slurm.facts import Level
+from launch.slurm.checks import Level
 from launch.slurm.jobs import sbatch_text
 from tests.launch.test_dry_run import plan
 from tests.support.commands import ROOT, TINY, descendants, ranks_of, run, start, start_fork, wait_for

@@ -27,7 +27,7 @@ from launch.runs.records import append_records
 from launch.slurm import watch
 from launch.slurm.client import JobState
 from launch.slurm.jobs import CONTROLLER, SlurmJob
-from launch.slurm.status import explain, find_run_status, update
+from launch.slurm.status import explain_end, find_run_status, update
 from launch.sweep import run_sweep
 from tests.support.commands import TINY
 
@@ -182,7 +182,7 @@ def test_a_job_whose_nodes_do_not_see_the_folder_says_so(folder: RunFolder) -> N
     point = find_run_status(folder)
     update(point, {SlurmJob("7").name: JobState("FAILED", "None")})
     assert point.state == "failed"
-    text = explain(point)
+    text = explain_end(point)
     assert f"run failed (its agents wrote nothing: the nodes may not see {folder.path}" in text
     assert f"srun --nodes=1 ls -ld {quote(str(folder.path))} shows it" in text
     folder.record_event("agent_started", job="slurm-7-0-0", nodes=2, allocated_at=0.0)
@@ -201,4 +201,4 @@ def test_a_run_whose_ranks_did_not_fail_says_why_it_does_not_start_again(folder:
         folder.record_event(**event)
     point = find_run_status(folder)
     update(point, {SlurmJob("7").name: JobState("FAILED", "None")})
-    assert explain(point).endswith("\nnot started again: the limit is reached")
+    assert explain_end(point).endswith("\nnot started again: the limit is reached")

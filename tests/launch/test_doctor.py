@@ -24,7 +24,8 @@ from launch.doctor import __main__ as doctor
 from launch.doctor import machine, verdict
 from launch.doctor.__main__ import arguments, complete_commands, configs_of, examine, main
 from launch.doctor.links import PASSES, merge_passes, partner
-from launch.slurm.facts import Finding, Level, fine, warn
+from launch.slurm.checks import Finding, Level, fine, warn
+from launch.slurm.points import choose_on_slurm
 from tests.support.commands import ROOT, environment, run
 from tests.support.doctor_facts import FACTS, OUTPUT, request
 
@@ -169,7 +170,7 @@ def test_what_the_nodes_have_measured_takes_the_place_of_guesses(monkeypatch: py
 
 def test_gpus_that_the_launcher_would_ask_for_are_in_the_request() -> None:
     config = typed_config(compose_launch(["cluster=slurm", "optim.global_batch=96"]))
-    (gpus, cpus) = doctor.choose_gpus_and_cpus(config, replace(FACTS, torch="2.13.0"))
+    (gpus, cpus) = choose_on_slurm(config, replace(FACTS, torch="2.13.0"))
     assert config.cluster.gpus_per_node == 2 and gpus.level is Level.ok and "every node of low has 2" in gpus.found
     assert cpus.check == "cpus" and config.cluster.cpus_per_task == 8
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from launch.doctor.machine import Facts
 from launch.slurm import checks as asked
-from launch.slurm import facts as findings
 from launch.slurm import limits
-from launch.slurm.facts import Level
+from launch.slurm.checks import Level
 from tests.support.doctor_facts import (
     CONFIG,
     FACTS,
@@ -36,7 +35,8 @@ def test_scontrol_is_read_field_by_field() -> None:
     assert first.gres == (limits.Gres("gpu", "a100", 4),) and first.count("gpu") == first.count("gpu", "a100") == 4
     assert third.count("gpu") == 2 and third.count("gpu", "a100") == 0 and third.features == frozenset()
     assert not second.is_usable and second.reason == "bad fan [root@2026-11-20T10:00:00]"
-    (silent,) = limits.parse("", "", NODE.format(name="n", features="", gres="(null)", state="IDLE*", reason="")).nodes
+    text = NODE.format(name="n", features="", gres="(null)", state="IDLE*", reason="")
+    (silent,) = limits.parse_limits("", "", text).nodes
     assert not silent.is_usable and silent.gres == ()
     units = limits.gres("lustre:no_consume:4G,gpu:a100:2(S:0)")
     assert units == (limits.Gres("lustre", "", 4 * 1024**3), limits.Gres("gpu", "a100", 2))
@@ -45,14 +45,14 @@ def test_scontrol_is_read_field_by_field() -> None:
 @given(st.integers(0, 400), st.integers(0, 23), st.integers(0, 59))
 def test_times_are_read_as_slurm_prints_them(days: int, hours: int, mins: int) -> None:
     text = f"{days}-{hours:02}:{mins:02}:00" if days else f"{hours:02}:{mins:02}:00"
-    assert limits.minutes(text) == (days * 24 + hours) * 60 + mins
-    assert limits.minutes("UNLIMITED") is None
+    assert limits.minutes_of(text) == (days * 24 + hours) * 60 + mins
+    assert limits.minutes_of("UNLIMITED") is None
 
 
 def test_a_request_that_fits_has_no_complaint_but_the_known_ones() -> None:
     # The default partition preempts after 10 s.
     assert {f.check for f in complaints(FACTS)} <= {"preemption"}
-    assert not findings.has_errors(complaints(FACTS))
+    assert not asked.has_errors(complaints(FACTS))
     assert complaints(FACTS, "cluster.partition=short", "cluster.timeout_min=30") == []
 
 
@@ -98,19 +98,19 @@ def test_nodes_count_if_they_have_everything_and_are_neither_drained_nor_exclude
 
 def test_of_several_partitions_one_that_fits_is_enough() -> None:
     both = complaints(FACTS, "cluster.partition='closed,short'", "cluster.timeout_min=30")
-    assert not findings.has_errors(both) and any("closed is DOWN" in f.found for f in both)
-    assert findings.has_errors(complaints(FACTS, "cluster.partition='closed,short'"))
+    assert not asked.has_errors(both) and any("closed is DOWN" in f.found for f in both)
+    assert asked.has_errors(complaints(FACTS, "cluster.partition='closed,short'"))
 
 
 def test_the_users_groups_are_looked_at_but_root_passes() -> None:
     words = ("cluster.partition=physics", "cluster.account=phys")
     assert [f.check for f in complaints(FACTS, *words) if f.level is Level.error] == ["group"]
-    assert not findings.has_errors(complaints(replace(FACTS, groups=None), *words))
+    assert not asked.has_errors(complaints(replace(FACTS, groups=None), *words))
 
 
 def test_an_array_may_have_as_many_elements_as_max_array_size() -> None:
     assert [f.check for f in complaints(FACTS, count=6) if f.level is Level.error] == ["array"]
-    assert not findings.has_errors(complaints(FACTS, count=5))
+    assert not asked.has_errors(complaints(FACTS, count=5))
 
 
 def test_preemption_that_does_not_requeue_or_leaves_no_time_is_said() -> None:
@@ -123,7 +123,7 @@ def test_preemption_that_does_not_requeue_or_leaves_no_time_is_said() -> None:
     repaired = told(with_config(JobRequeue="0"), "+cluster.additional_parameters.requeue=true")
     assert "JobRequeue" not in repaired
     assert told(with_config(PreemptType="preempt/none")) == ""
-    cancels = limits.parse(CONFIG, PARTITIONS.replace("PreemptMode=REQUEUE", "PreemptMode=CANCEL"), NODES)
+    cancels = limits.parse_limits(CONFIG, PARTITIONS.replace("PreemptMode=REQUEUE", "PreemptMode=CANCEL"), NODES)
     assert "PreemptMode of low is CANCEL" in told(replace(FACTS, limits=cancels))
 
 
@@ -153,23 +153,21 @@ MANY = ("cluster.partition=short", "cluster.timeout_min=30", "nodes=3")
 
 
 def test_limits_of_a_partition_are_certain_unless_a_qos_may_lift_them() -> None:
-    lifts = {"normal": frozenset({""}), "long": frozenset({"PartitionTimeLimit", "PartitionMaxNodes"})}
-    assert unless(FACTS, *LONG) == unless(FACTS, *MANY) == [""]
+    assert unless(FACTS, *LONG, "cluster.qos=long") == unless(FACTS, *MANY) == [""]
+    partitions = tuple(replace(partition, qos="part") for partition in LIMITS.partitions)
     for words, flag in ((LONG, "PartitionTimeLimit"), (MANY, "PartitionMaxNodes")):
-        assert unless(with_limits(qos_flags={"normal": frozenset({""})}), *words) == [""]
-        assert unless(with_limits(qos_flags=lifts), *words) == [f"its QOS has the flag {flag}"], "by its default"
-        assert unless(with_limits(qos_flags=lifts), *words, "cluster.qos=normal") == [""]
-        assert unless(with_limits(qos_flags=lifts), *words, "cluster.qos=long") != [""]
-        assert unless(with_limits(qos_flags=None), *words) != [""], "slurmdbd does not say"
-    assert unless(with_limits(qos_flags=None), "nodes=4") == [""], "no QOS makes nodes"
+        assert unless(with_limits(), *words) == [""], "neither the job nor the partition names a QOS"
+        assert unless(with_limits(), *words, "cluster.qos=long") == [f"its QOS has the flag {flag}"]
+        assert unless(with_limits(partitions=partitions), *words) == [f"its QOS has the flag {flag}"]
+    assert unless(with_limits(), "nodes=4", "cluster.qos=long") == [""], "no QOS makes nodes"
     config = {**with_limits().limits.config, "EnforcePartLimits": "ALL"}  # type: ignore[union-attr]
-    assert unless(with_limits(qos_flags=lifts, config=config), *LONG) == [""]
+    assert unless(with_limits(config=config), *LONG, "cluster.qos=long") == [""]
 
 
 def test_what_the_checks_cannot_see_puts_their_errors_in_doubt() -> None:
     assert unless(FACTS, "nodes=8") == [""]
     assert unless(FACTS, "cluster.partition=closed") == ["somebody does"]
-    hidden = limits.parse(CONFIG, PARTITIONS.replace("TotalNodes=3", "TotalNodes=64"), NODES)
+    hidden = limits.parse_limits(CONFIG, PARTITIONS.replace("TotalNodes=3", "TotalNodes=64"), NODES)
     for words in ("nodes=8", "cluster.cpus_per_task=99"):
         assert unless(replace(FACTS, limits=hidden), words) == ["61 nodes that Slurm does not show have it"]
     assert unless(with_config(JobSubmitPlugins="lua"), "nodes=8") != [""]

@@ -12,8 +12,8 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, make_plan
-from launch.plan.preflight import settle_exclusive
 from launch.slurm.jobs import SlurmJob, sbatch_text
+from launch.slurm.points import OpenPoint, choose_exclusive
 from launch.slurm.submit import in_line, shapes
 from tests.support.commands import run
 
@@ -94,7 +94,7 @@ def test_the_command_shows_plans_and_scripts_and_writes_nothing(tmp_path: Path) 
     assert "1 x 8 = 8 ranks on slurm" in text
     assert "2 x 8 = 16 ranks on slurm" in text
     assert "918,656 parameters" in text
-    assert "worst case of all 2 points: 3 node-hours, 24 GPU-hours" in text
+    assert "worst case of 2 of 2 points: 3 node-hours, 24 GPU-hours" in text
     assert text.count("#!/bin/bash") == 2
     assert text.count("#SBATCH --gpus-per-node=8") == 2
     assert text.count("#SBATCH --exclusive") == 2 and "cluster.exclusive=false shares them" in text
@@ -104,10 +104,11 @@ def test_the_command_shows_plans_and_scripts_and_writes_nothing(tmp_path: Path) 
 def settled(*commands: str) -> tuple[list[bool | None], str]:
     """Return whether each point of a sweep asks Slurm for whole nodes, and what is said about it."""
     documents = [compose_launch(command.split()) for command in commands]
-    configs = [typed_config(document) for document in documents]
-    said = settle_exclusive(documents, configs, [config.cluster.kind for config in configs])
-    assert [document.cluster.get("exclusive") for document in documents] == [c.cluster.exclusive for c in configs]
-    return [config.cluster.exclusive for config in configs], said
+    points = [OpenPoint(document, document.cluster.kind) for document in documents]
+    said = choose_exclusive([point for point in points if point.kind is ClusterKind.slurm])
+    found = [point.config.cluster.exclusive for point in points]
+    assert [document.cluster.get("exclusive") for document in documents] == found
+    return found, "".join(said)
 
 
 def test_points_of_a_scaling_sweep_ask_for_whole_nodes_unless_the_command_says_otherwise() -> None:

@@ -219,11 +219,11 @@ def test_a_stopped_launcher_promises_no_checkpoint_to_a_script_without_one(numbe
     assert process.wait(timeout=120) == 128 + number
     text = (tmp_path / "log").read_text()
     if number == signal.SIGTERM:
-        assert "terminated by SIGTERM; runs on this machine save a checkpoint if they can, and end" in text
+        assert "runs on this machine save a checkpoint if they can, and end" in text
         wait_for(lambda: not any(map(is_alive, family)), "the end of all processes")
         return
-    assert "stopping: the runs are told to leave, without a checkpoint" in text
-    assert "stopped; the same command runs the program from its beginning" in text
+    assert "without a checkpoint: " in text
+    assert "; from the beginning: " in text
     assert "save a checkpoint" not in text and "last checkpoint" not in text
 
 
@@ -232,10 +232,10 @@ def test_the_message_of_a_stop_names_the_runs_without_a_checkpoint() -> None:
     loses = RunStatus(RunFolder("b"), label="nodes=2", resumes=False)
     within = f"within {default_grace_period_s() + AGENT_S:g} s"  # the wait that follows is not without a bound
     assert leaving_text([saves]) == f"the runs save a checkpoint and leave, {within}"
-    expected = f"nodes=1 save a checkpoint and leave, {within}; nodes=2 are told to leave"
+    expected = f"the runs save a checkpoint and leave, {within}; without a checkpoint: nodes=2 ("
     assert leaving_text([saves, loses]).startswith(expected)
     assert next_start_text([saves]) == "the same command resumes from the last checkpoint"
-    assert next_start_text([saves, loses]).startswith("the same command runs nodes=2 from the beginning")
+    assert next_start_text([saves, loses]).endswith("; from the beginning: nodes=2")
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path) -> None:

@@ -1,16 +1,26 @@
-"""Answers of Slurm 22.05 and 24.11: jobs, partitions, nodes, reasons of pending jobs; and repeated commands."""
+"""Answers of Slurm 22.05 and 24.11, repeated commands, and refusals of jobs that Slurm would never start."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from launch.config import Config
+from launch.config.compose import compose_launch, typed_config
+from launch.errors import ConfigError
+from launch.plan.plan import Plan
 from launch.slurm import client, limits
-from launch.slurm.checks import Case, check_access, check_accounting
+from launch.slurm.checks import Case, check_access
 from launch.slurm.client import parse_fields
-from tests.support.doctor_facts import request
+from launch.slurm.limits import SlurmFacts
+from launch.slurm.places import check_before_submitting
+from tests.launch.test_dry_run import plan
+from tests.support.commands import TINY, run
+from tests.support.doctor_facts import LIMITS, request
 
 # As Slurm 22.05 prints it, shortened.
 JOB = (
@@ -72,22 +82,15 @@ PASSES = [
 
 
 def test_reasons_that_no_waiting_removes_come_with_what_to_type() -> None:
-    assert [reason for reason in STAYS if limits.lasting_reason(reason) is None] == []
-    assert [reason for reason in PASSES if limits.lasting_reason(reason) is not None] == []
-    text = limits.advice("JobHeldUser", "12_3", "run", cluster="beta")
-    assert text.startswith("waiting does not change JobHeldUser: ") and "scontrol --clusters=beta release 12_3" in text
-    assert "python -m launch.cancel 'my run'" in limits.advice("PartitionNodeLimit", "7", "'my run'")
-    assert limits.advice("Resources", "7", "run") == ""
+    assert [reason for reason in STAYS if limits.advice(reason) is None] == []
+    assert [reason for reason in PASSES if limits.advice(reason) is not None] == []
+    held, large = limits.advice("JobHeldUser", "12_3", "run", "beta"), limits.advice("PartitionNodeLimit", "7", "'a b'")
+    assert held is not None and held.found.startswith("waiting does not change JobHeldUser: ")
+    assert held.fix == "scontrol --clusters=beta release 12_3"
+    assert large is not None and "python -m launch.cancel 'a b'" in large.fix
     for fix in limits.LASTING:
         filled = fix.format(job="7", run="run", cluster="")
         assert "7" in filled or "run" in filled, fix
-
-
-def test_the_flags_of_every_qos_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "run", lambda *command, **options: "normal|\nlong|DenyOnLimit,PartitionTimeLimit\n")
-    known = limits.read_qos_flags()
-    assert known is not None and set(known) == {"normal", "long"}
-    assert "PartitionTimeLimit" in known["long"] and "PartitionTimeLimit" not in known["normal"]
 
 
 @pytest.mark.parametrize(
@@ -95,35 +98,22 @@ def test_the_flags_of_every_qos_are_read(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         "slurm_load_jobs error: Unable to contact slurm controller (receive failure)",
         "slurm_load_jobs error: Connection reset by peer",
-        "slurm_load_jobs error: Message receive failure",
         "scontrol: error: Slurm backup controller in standby mode",
+        "",  # As squeue of 24.11 ends, which says nothing where the controller hangs up.
     ],
 )
-def test_a_controller_that_has_only_just_started_is_asked_again(
+def test_a_controller_that_does_not_answer_at_once_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
-    command = tmp_path / "scontrol"
-    command.write_text(
-        f'#!/bin/sh\nif [ -e "{tmp_path}/asked" ]; then echo answer; else\n'
-        f'touch "{tmp_path}/asked"; echo "{line}" >&2; exit 1; fi\n'
-    )
+    command, asked = tmp_path / "scontrol", tmp_path / "asked"
+    fail = f'echo "{line}" >&2; exit 1' if line else "kill -PIPE $$"
+    command.write_text(f"#!/bin/sh\nif [ -e {asked} ]; then echo answer; else touch {asked}; {fail}; fi\n")
     command.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    with pytest.raises(client.SlurmBusyError, match=line.split(": ")[-1].split(" (")[0] or "SIGPIPE"):
+        client.run("scontrol", "show", "job", "7", retries=1)
     assert client.run("scontrol", "show", "job", "7").strip() == "answer"
-
-
-def test_a_command_that_the_controller_hangs_up_on_is_asked_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As squeue of 24.11 ends, which says nothing then."""
-    command = tmp_path / "squeue"
-    command.write_text("#!/bin/sh\nkill -PIPE $$\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
-    with pytest.raises(client.SlurmBusyError, match="SIGPIPE"):
-        client.run("squeue")
 
 
 # Slurm 24.11, on a cluster without accounting.
@@ -159,7 +149,7 @@ State=ALLOCATED ThreadsPerCore=2 TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A Part
 BootTime=2026-11-22T16:33:31 SlurmdStartTime=2026-11-23T06:15:56 LastBusyTime=2026-11-23T06:15:56 \
 ResumeAfterTime=None CfgTRES=cpu=32,mem=62.50G,billing=32 AllocTRES=cpu=32,mem=32000M CurrentWatts=0 AveWatts=0
 """
-KELP = limits.parse(CONFIG, PARTITION, NODE)
+KELP = limits.parse_limits(CONFIG, PARTITION, NODE)
 
 
 def test_partitions_and_nodes_are_read() -> None:
@@ -169,21 +159,85 @@ def test_partitions_and_nodes_are_read() -> None:
     assert partition.total_nodes == 4 and not partition.is_default and partition.qos is None
     assert (node.name, node.cpus, node.memory_mb, node.is_usable) == ("kelp01", 32, 64000, True)
     assert node.partitions == ("long", "express") and not node.gres
-
-
-def test_a_cluster_without_accounting_is_known_as_one() -> None:
     assert not KELP.has_accounting
-    assert check_accounting(KELP).found.startswith("none here")
-
-
-def test_a_plugin_that_is_null_preempts_nothing() -> None:
-    (partition,) = KELP.partitions
-    assert limits.how_preempted(KELP, replace(partition, preempt_mode="REQUEUE")) == "OFF"
+    assert limits.how_preempted(KELP, replace(partition, preempt_mode="REQUEUE")) == "OFF", "a plugin that is null"
 
 
 @pytest.mark.parametrize("kind", ["(null)", "accounting_storage/none"])
 def test_without_accounting_no_account_is_a_default(kind: str) -> None:
-    seen = limits.parse(CONFIG.replace("Type   = (null)", f"Type   = {kind}"), PARTITION, NODE)
+    seen = limits.parse_limits(CONFIG.replace("Type   = (null)", f"Type   = {kind}"), PARTITION, NODE)
     partition = replace(seen.partitions[0], allow_accounts=("physics",))
     (finding,) = check_access(Case(seen, partition, request("nodes=1")))
     assert finding.level.name == "error" and finding.fix == "cluster.account=physics"
+
+
+# Checks of a command before it submits.
+
+
+SEEN = SlurmFacts(limits=LIMITS, groups=("users",))
+
+
+def look(*points: tuple[str, ...], seen: SlurmFacts = SEEN) -> tuple[list[Plan], str]:
+    """The plans that are left of these points, and what was printed."""
+    configs: list[Config] = [typed_config(compose_launch(["cluster=slurm", *TINY, *words])) for words in points]
+    console = Console(file=StringIO(), width=1000)
+    plans = check_before_submitting(seen, [plan(*TINY, *words) for words in points], configs, console)
+    assert isinstance(console.file, StringIO)
+    return plans, console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "fix"),
+    [
+        (["nodes=8"], "which Slurm would never start: nodes=8 in partition low: it has 3", "nodes=3;"),
+        (["cluster.partition=lwo"], "cluster.partition=lwo, and there are low, short", "cluster.partition=low;"),
+        (["cluster.partition=short"], "MaxTime of short is 30 min", "cluster.timeout_min=30;"),
+    ],
+)
+def test_what_could_never_start_is_refused_with_what_fits(words: list[str], found: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        look(("nodes=1", "seed=3"), tuple(words))
+    assert found in refused.value.found and fix in refused.value.fix
+    assert "launch.check_limits=false" in refused.value.fix
+    low = "partition low: at most 3 nodes for 1440 min, each of up to 8 CPUs, 256 GiB of memory, gpu:2, gpu:a100:4"
+    short = "partition short: at most 2 nodes for 30 min, each of up to 8 CPUs"
+    assert (short if words == ["cluster.partition=short"] else low) in refused.value.expected
+
+
+def test_spares_are_given_up_before_nodes_and_the_advice_suits_the_largest_point() -> None:
+    for points, fix in (
+        ((("nodes=2", "spare_nodes=3"),), "spare_nodes=1;"),
+        ((("nodes=1", "spare_nodes=3"), ("nodes=3", "spare_nodes=3", "optim.global_batch=12")), "spare_nodes=0;"),
+        ((("nodes=8", "spare_nodes=1"),), "nodes=2;"),
+        ((("nodes=1",), ("nodes=8",)), "nodes=3;"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            look(*points)
+        assert refused.value.fix.startswith(fix), (points, refused.value.fix)
+
+
+def test_an_array_that_is_too_large_is_refused_before_it_is_made() -> None:
+    seeds = [(f"seed={seed}",) for seed in range(6)]
+    assert len(look(*seeds[:5])[0]) == 5
+    with pytest.raises(ConfigError, match="MaxArraySize=5"):
+        look(*seeds)
+
+
+def test_what_is_in_doubt_is_submitted_with_a_warning() -> None:
+    assert look(("nodes=1",), ("nodes=2", "cluster.mem_gb=200"))[1] == "", "what fits passes without a word"
+    plans, text = look(("cluster.partition=closed",))
+    assert plans[0].slurm["partition"] == "closed"
+    assert text.startswith("warning: partition closed is DOWN: jobs wait there until somebody brings it up, unless")
+    listed = "cluster.placement=[{partition: closed}, {partition: low}]"
+    plans, text = look((listed,))
+    assert plans[0].slurm["partition"] == "low" and "partition=closed is skipped" in text
+    plans, text = look(("cluster.placement=[{partition: closed}, {partition: nowhere}]",))
+    assert plans[0].slurm["partition"] == "closed" and "partition=nowhere is skipped" in text
+
+
+def test_a_controller_that_does_not_answer_refuses_nothing(tmp_path: Path) -> None:
+    plans, text = look(("nodes=8",), seen=replace(SEEN, limits=None, slurm_problem="scontrol ping: no answer in 10 s"))
+    assert len(plans) == 1
+    assert "warning: scontrol ping: no answer in 10 s: what is asked of Slurm was not compared" in text
+    text = run("launch", "cluster=slurm", "nodes=8", "dry_run=true", "launch.check_limits=false", cwd=tmp_path, PATH="")
+    assert "#SBATCH --nodes=8" in text and "was not compared" not in text

@@ -15,14 +15,14 @@ from launch import batch
 from launch.config import ClusterKind, Config
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
-from launch.plan.placement import place
+from launch.plan.placement import place_point
 from launch.plan.plan import Plan
-from launch.slurm import client, facts, limits
-from launch.slurm.facts import SlurmFacts
+from launch.slurm import client, limits
+from launch.slurm.limits import SlurmFacts
 from launch.slurm.points import (
+    OpenPoint,
     choose_clusters,
     choose_local_ranks,
-    choose_on_slurm,
     choose_resources,
     gpu_type,
     plan_points,
@@ -45,12 +45,14 @@ def with_n3(gres: str = "gpu:a100:4", torch: str = "2.13.0") -> SlurmFacts:
 def chosen(slurm: SlurmFacts, *words: str) -> tuple[Config, str]:
     """The config of a point after the choice, which its run folder has as well, and what is printed."""
     document = compose_launch(["cluster=slurm", *(words if "workload=script" in words else (*TINY, *words))])
-    config = typed_config(document)
-    kinds = [ClusterKind.slurm, ClusterKind.local]
-    text = choose_on_slurm([document] * 2, [config, typed_config(document)], kinds, slurm)
-    assert document.cluster.gpus_per_node == config.cluster.gpus_per_node
-    assert document.cluster.cpus_per_task == config.cluster.cpus_per_task
-    return config, "\n".join(text)
+    point, console = OpenPoint(document, ClusterKind.slurm), Console(file=io.StringIO(), width=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "ask_slurm", lambda configs: slurm)  # in place of the commands of a cluster
+        assert choose_resources([point], console) is slurm
+    assert document.cluster.gpus_per_node == point.config.cluster.gpus_per_node
+    assert document.cluster.cpus_per_task == point.config.cluster.cpus_per_task
+    assert isinstance(console.file, io.StringIO)
+    return point.config, console.file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_a_point_requests_the_gpus_that_every_node_has(
     config, printed = chosen(with_n3(n3), *words)
     assert (config.cluster.gpus_per_node, config.ranks_on_node) == (gpus, ranks)
     assert printed.startswith(f"cluster.gpus_per_node={gpus}: {text}")
-    assert {candidate.slurm["gpus_per_node"] for candidate in place(config, "run").candidates} == {gpus}
+    assert {candidate.slurm["gpus_per_node"] for candidate in place_point(config, "run").candidates} == {gpus}
 
 
 @pytest.mark.parametrize(
@@ -89,11 +91,8 @@ def test_gpus_that_the_config_names_stay(words: tuple[str, ...]) -> None:
     before = typed_config(compose_launch(["cluster=slurm", *TINY, *words])).cluster.gpus_per_node
     config, printed = chosen(with_n3(), *words)
     assert config.cluster.gpus_per_node == before and "gpus_per_node" not in printed
-
-
-def test_no_gpus_at_all_is_no_option_of_sbatch() -> None:
-    config, _ = chosen(with_n3(), "cluster.gpus_per_node=0")
-    assert "gpus_per_node" not in place(config, "run").candidates[0].slurm and config.ranks_on_node == 1
+    asked = place_point(config, "run").candidates[0].slurm
+    assert before != 0 or ("gpus_per_node" not in asked and config.ranks_on_node == 1), "no option of sbatch"
 
 
 def test_gpus_that_cannot_be_chosen_are_reported() -> None:
@@ -112,8 +111,9 @@ def test_gpus_that_cannot_be_chosen_are_reported() -> None:
 
 def plan_of(slurm: SlurmFacts, *words: str) -> Plan:
     typed = ["cluster=slurm", "optim.global_batch=16", *words]
-    config, _ = chosen(slurm, *typed[1:])
-    return plan_points([config], [[*TINY, *typed]], [ClusterKind.slurm], slurm)[0]
+    point = OpenPoint(compose_launch([*TINY, *typed]), ClusterKind.slurm, [*TINY, *typed])
+    point.config, _ = chosen(slurm, *typed[1:])
+    return plan_points([point], slurm)[0]
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_a_batch_script_without_gpus_is_refused_where_all_nodes_have_some(monkey
     job = {"SLURM_JOB_PARTITION": "short"}
 
     def refuse(slurm: SlurmFacts, *words: str) -> None:
-        monkeypatch.setattr(facts, "ask_slurm", lambda: slurm)  # in place of the commands of a cluster
-        monkeypatch.setattr(facts, "torch_version", lambda: slurm.torch)
+        monkeypatch.setattr(limits, "ask_slurm", lambda: slurm)  # in place of the commands of a cluster
+        monkeypatch.setattr(limits, "torch_version", lambda: slurm.torch)
         batch.refuse_idle_gpus(typed_config(compose_launch(["cluster=slurm", *TINY, *words])), job)
 
     with pytest.raises(ConfigError, match="a job without GPUs") as refusal:
@@ -175,7 +175,7 @@ def test_a_node_has_the_cpus_that_its_ranks_need(words: tuple[str, ...], cpus: i
     assert bool(lines) is bool(text)
     if text:
         assert lines[0].startswith(f"cluster.cpus_per_task={cpus}: {text}")
-        asked = place(config, "run").candidates[0].slurm
+        asked = place_point(config, "run").candidates[0].slurm
         assert asked["cpus_per_task"] == cpus and f"--cpus-per-task={cpus}" in asked["srun_args"]
 
 
@@ -188,12 +188,14 @@ def test_cpus_are_not_chosen_if_the_site_gives_them_or_does_not_answer(line: dic
 def test_a_launch_asks_slurm_once_and_fills_in_what_its_nodes_need(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     # In place of the commands of a cluster.
-    monkeypatch.setattr(facts, "ask_slurm", lambda clusters: asked.append(clusters) or SEEN)
+    monkeypatch.setattr(limits, "ask_slurm", lambda clusters: asked.append(clusters) or SEEN)
     points = [("nodes=1",), ("nodes=2", "ranks_per_node=1"), ("nodes=2", "launch.check_limits=false")]
     for several in (points[:2], points[2:]):
         documents = [compose_launch(["cluster=slurm", "cluster.exclusive=false", *TINY, *words]) for words in several]
-        configs, console = [typed_config(document) for document in documents], Console(file=io.StringIO(), width=1000)
-        seen = choose_resources(documents, configs, [ClusterKind.slurm] * len(several), console)
+        points_of = [OpenPoint(document, ClusterKind.slurm) for document in documents]
+        console = Console(file=io.StringIO(), width=1000)
+        seen = choose_resources(points_of, console)
+        configs = [point.config for point in points_of]
         found = [(document.cluster.gpus_per_node, document.cluster.cpus_per_task) for document in documents]
         assert [(config.cluster.gpus_per_node, config.cluster.cpus_per_task) for config in configs] == found
         assert isinstance(console.file, io.StringIO)
@@ -222,11 +224,12 @@ LOCAL: list[tuple[Any, list[int]]] = [
 def test_a_local_point_starts_a_rank_on_each_gpu(
     points: list[tuple[str, ...]], ranks: list[int], torch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(facts, "torch_version", lambda: torch)
+    monkeypatch.setattr(limits, "torch_version", lambda: torch)
     words = [point if point is SCRIPT else (*TINY, *point) for point in points]
     documents = [compose_launch(["cluster=local", *point]) for point in words]
-    configs = [typed_config(document) for document in documents]
-    text = choose_local_ranks(documents, configs, [ClusterKind.local] * len(points), 4)
+    made = [OpenPoint(document, ClusterKind.local) for document in documents]
+    configs = [point.config for point in made]
+    text = choose_local_ranks(made, 4)
     assert [document.ranks_per_node for document in documents] == [config.ranks_per_node for config in configs]
     if torch.endswith("+cpu"):
         assert text == []
@@ -243,7 +246,7 @@ def test_the_plan_of_a_local_command_has_a_rank_for_each_visible_gpu(
 ) -> None:
     (tmp_path / "train.py").touch()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    monkeypatch.setattr(facts, "torch_version", lambda: "2.13.0")
+    monkeypatch.setattr(limits, "torch_version", lambda: "2.13.0")
     words = ["cluster=local", "workload=script", f"script.path={tmp_path / 'train.py'}"]
     words += [f"launch.check_limits={check_limits}", f"output_dir={tmp_path}"]
     console = Console(file=io.StringIO(), width=200)

@@ -19,6 +19,7 @@ from launch.runs.records import OF_THE_RUN, read_records
 from tests.support.commands import TINY, run
 
 STEPS = 8
+WORDS = [*TINY, f"optim.max_steps={STEPS}", "checkpoint.interval=4", "eval.interval=4"]
 UNDRAWN = ["launch.report_files=[md,csv]"]
 
 
@@ -26,9 +27,8 @@ UNDRAWN = ["launch.report_files=[md,csv]"]
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One sweep of five points, and what it printed."""
     folder = tmp_path_factory.mktemp("sweep")
-    words = [*TINY, f"optim.max_steps={STEPS}", "name=s", "checkpoint.interval=4", "eval.interval=4"]
-    text = run("launch", "-m", "nodes=1,2,4", *words, cwd=folder)
-    text += run("launch", "-m", "nodes=1,2", "parallel=fsdp", *words, "name=f", *UNDRAWN, cwd=folder)
+    text = run("launch", "-m", "nodes=1,2,4", *WORDS, "name=s", cwd=folder)
+    text += run("launch", "-m", "nodes=1,2", "parallel=fsdp", *WORDS, "name=f", *UNDRAWN, cwd=folder)
     return folder / "outputs", text
 
 
@@ -102,15 +102,11 @@ def test_the_table_has_a_row_for_each_point(sweep: tuple[Path, str]) -> None:
     for name in ("scaling.md", "scaling.png"):
         assert (outputs / "s" / name).stat().st_size > 0
     assert list((outputs / "s" / "Scaling").glob("events.out.tfevents.*"))
-    assert list((point(outputs, "s", 1).tensorboard).glob("events.out.tfevents.*"))
-
-
-def test_the_report_can_be_made_again(sweep: tuple[Path, str]) -> None:
-    outputs, _ = sweep
     before = (outputs / "s" / "scaling.csv").read_text()
     (outputs / "s" / "scaling.csv").unlink()
     run("launch.report", str(outputs / "s"), "--files", "csv", cwd=outputs)
-    assert (outputs / "s" / "scaling.csv").read_text() == before
+    assert (outputs / "s" / "scaling.csv").read_text() == before, "made again"
+    assert list((point(outputs, "s", 1).tensorboard).glob("events.out.tfevents.*"))
 
 
 def test_people_read_the_labels_of_points_whose_folders_differ_in_hashes(sweep: tuple[Path, str]) -> None:
@@ -132,7 +128,7 @@ def test_the_same_command_again_submits_only_what_is_not_finished(sweep: tuple[P
     """A finished point starts no rank and logs no attempt; the table is shown again, the earlier sweep's as well."""
     outputs, _ = sweep
     shutil.copytree(outputs / "f", tmp_path / "outputs" / "f")
-    words = ["parallel=fsdp", *TINY, f"optim.max_steps={STEPS}", "name=f", "checkpoint.interval=4", "eval.interval=4"]
+    words = ["parallel=fsdp", *WORDS, "name=f"]
     before = {path.name: path.read_bytes() for path in point(tmp_path / "outputs", "f", 2).path.glob("[a-z]*.*")}
     again = run("launch", "-m", "nodes=1,2", *words, *UNDRAWN, cwd=tmp_path)
     assert "finished already, and not submitted: nodes=1, nodes=2" in again and "Strong scaling of f" in again
@@ -141,7 +137,7 @@ def test_the_same_command_again_submits_only_what_is_not_finished(sweep: tuple[P
         assert "finished    already" in run("launch", *dry, *words, "dry_run=true", cwd=tmp_path)
     more = run("launch", "-m", "nodes=2,4", *words, *UNDRAWN, cwd=tmp_path)
     assert "finished already, and not submitted: nodes=2" in more
-    assert "worst case of the 1 other point: 60 min on this machine (each point to its time limit" in more
+    assert "worst case of 1 of 2 points: 60 min on this machine (each to its time limit" in more
     assert re.search(r"^nodes=4 +finished", more, re.MULTILINE) and "sweep 1: nodes=1,2" in more
     one = run("launch", "nodes=2", *words, cwd=tmp_path)
     assert "Summary of " in one and "Scaling" not in one
@@ -160,13 +156,7 @@ def test_the_same_command_again_submits_only_what_is_not_finished(sweep: tuple[P
 @pytest.mark.parametrize("starter", ["python", "torchrun"])
 def test_the_worker_runs_without_the_launcher(starter: str, sweep: tuple[Path, str], tmp_path: Path) -> None:
     outputs, _ = sweep
-    words = [
-        *TINY,
-        f"optim.max_steps={STEPS}",
-        f"run_dir={tmp_path / 'run'}",
-        "checkpoint.interval=4",
-        "eval.interval=4",
-    ]
+    words = [*WORDS, f"run_dir={tmp_path / 'run'}"]
     if starter == "python":
         run("gpt.train", *words, cwd=tmp_path)
     else:
@@ -182,18 +172,9 @@ def test_the_worker_runs_without_the_launcher(starter: str, sweep: tuple[Path, s
 @pytest.mark.parametrize("launcher", ["submitit_local", "basic"])
 def test_stock_launchers_keep_working(launcher: str, sweep: tuple[Path, str], tmp_path: Path) -> None:
     outputs, _ = sweep
-    words = [
-        *TINY,
-        f"optim.max_steps={STEPS}",
-        "checkpoint.interval=4",
-        "eval.interval=4",
-        f"hydra/launcher={launcher}",
-        *UNDRAWN,
-    ]
-    nodes = 1
+    words, nodes = [*WORDS, f"hydra/launcher={launcher}", *UNDRAWN], 1
     if launcher == "submitit_local":
-        nodes = 2
-        words += ["hydra.launcher.tasks_per_node=2"]
+        words, nodes = [*words, "hydra.launcher.tasks_per_node=2"], 2
     run("launch", f"nodes={nodes}", *words, cwd=tmp_path)
     same = final(point(outputs, "s", 1), "loss")
     made = point(tmp_path / "outputs", "quick_test", nodes)

@@ -20,7 +20,7 @@ from launch.report.text import csv_text, json_text, markdown_text, point_columns
 from launch.runs.environment import GpuSample, append_samples
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
-from launch.slurm.status import RunStatus, read_steps
+from launch.slurm.status import RunStatus, update_steps
 
 A, B = "0000:3b:00.0", "0000:d8:00.0"
 CAPPED = 0x04 | 0x01
@@ -238,10 +238,10 @@ def test_the_time_that_is_left_is_reckoned_by_steps_on_as_many_nodes(tmp_path: P
     for attempt, first, steps, took in ((1, 1, 10, 50.0), (2, 11, 3, 100.0)):
         known = {"attempt": attempt, "step_time_s": took, "time": now}
         append_records(folder.metrics(0), [{"step": first + n, **known} for n in range(steps)])
-    read_steps(point)
+    update_steps(point)
     assert point.eta_s == pytest.approx((100 - 13) * 50.0)
     folder.record_event("fewer_nodes", attempt=2, **FEWER)
-    read_steps(point)
+    update_steps(point)
     assert point.eta_s == pytest.approx((100 - 13) * 100.0)
     assert point.fewer_nodes() == {"nodes": 1, "asked": 2, "cause": FEWER["cause"]}
 

@@ -11,7 +11,7 @@ from launch.doctor.machine import Facts, Folder
 from launch.plan.plan import make_plan
 from launch.slurm import checks as asked
 from launch.slurm import limits
-from launch.slurm.facts import Finding, Level, Request
+from launch.slurm.checks import Finding, Level, Request
 from launch.slurm.jobs import sbatch_text
 
 # Printed by scontrol 22.05.8 of the sandbox, unimportant fields left out.
@@ -66,7 +66,7 @@ NODES = "".join(
         ("n3", "(null)", "gpu:2", "IDLE", ""),
     )
 )
-LIMITS = limits.parse(CONFIG, PARTITIONS, NODES)
+LIMITS = limits.parse_limits(CONFIG, PARTITIONS, NODES)
 OUTPUT = Folder("/home/ada/outputs", "/home/ada", "nfs4", free_bytes=2**40, free_inodes=10**9)
 FACTS = Facts(
     kind=ClusterKind.slurm,

@@ -26,7 +26,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
 from launch.runs.records import read_records
 from launch.slurm.status import find_run_status
-from launch.status import as_dict, notes
+from launch.status import as_dict, status_notes
 from launch.worker import Run as Rank
 from tests.support.commands import TINY, run
 from tests.support.composing import config_from
@@ -189,7 +189,7 @@ def test_status_names_the_slow_ranks_of_the_attempt_that_runs(tmp_path: Path) ->
     folder.record_event("straggler", rank=17, host="node-3", **told)
     folder.record_event("straggler", rank=2, host="node-1", **told)
     folder.record_event("straggler_ended", rank=2, host="node-1", **told)
-    lines = notes(as_dict(find_run_status(folder)))
+    lines = status_notes(as_dict(find_run_status(folder)))
     expected = "rank 17 on node-3 is slow: 130.0 ms of its own a step, and the median 100.0 ms (over 20 steps up to 40)"
     assert any(line.endswith(expected) for line in lines) and not any("rank 2" in line for line in lines)
     folder.record_event("started", attempt=2)

@@ -15,7 +15,7 @@ from gpt.training.checkpoints import FIRST_S, LEAST_S, PRIOR_S, auto_interval_s,
 from gpt.workload.plan import checkpoint_text
 from launch.errors import ConfigError
 from launch.runs.events import best_interval_s, skipped_text, unsaved_text
-from launch.status import notes
+from launch.status import status_notes
 from tests.support.commands import TINY
 from tests.support.composing import config_from
 
@@ -107,7 +107,7 @@ def test_status_says_that_steps_change_no_weights_or_were_taken_back() -> None:
     assert skipped_text([started, skipped(2)]) == "steps skipped once in this attempt, last step 2: loss not finite"
     back = {"event": "rolled_back", "step": 4, "first": 6, "last": 7, "cause": "2 steps in a row"}
     told = skipped_text([started, skipped(6), skipped(7), back])
-    assert told is not None and notes({"label": "run", "state": "running", "skipped": told}) == [f"run: {told}"]
+    assert told is not None and status_notes({"label": "run", "state": "running", "skipped": told}) == [f"run: {told}"]
     assert told.startswith("steps skipped 2 times") and told.endswith("last to step 4: 2 steps in a row")
 
 
