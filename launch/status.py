@@ -123,8 +123,7 @@ def status_notes(known: dict[str, Any]) -> list[str]:
     why = f", {known['detail']}" if "detail" in known else ""
     lines = [f"{known['state']}{where}{why}"] if where or why else []
     lines += [f"finished early: {known['early']}"] if "early" in known else []
-    lines += [known["advice"]] if "advice" in known else []
-    lines += [known[name] for name in ("damage", "unsaved", "uncopied", "skipped") if name in known]
+    lines += [known[name] for name in ("advice", "damage", "unsaved", "uncopied", "skipped") if name in known]
     lines += [quiet_text(known["quiet_s"])] if "quiet_s" in known else []
     for one in known.get("slow_ranks", ()):
         host = f" on {one['host']}" if one["host"] else ""

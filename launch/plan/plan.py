@@ -320,25 +320,22 @@ def refuse_unknown_checkpoints(config: Config, workload: Workload, folder: RunFo
 # The ``submitted`` event of a run: its job, and the place of the job.
 
 
-def record_submitted(
-    plan: Plan, job_id: str, candidate: int = 0, *, moved: bool = False, pid_started: str | None = None
-) -> None:
+def record_submitted(plan: Plan, job_id: str, candidate: int = 0, **more: Any) -> None:
     """Record a submission in the event log, unless the agent of the job has already done so (``record_found``).
 
     Args:
         plan: plan of the run.
         job_id: number of the Slurm job, or of the process.
         candidate: index of the candidate that accepted the job.
-        moved: True if the run was pending at another candidate before.
-        pid_started: start time of a local process, which distinguishes it from later ones of the same number.
+        more: ``moved=True`` if the run was pending at another candidate before, ``by`` the command that found the job,
+            ``pid_started`` the start time of a local process, which distinguishes it from later ones of its number.
     """
     folder = RunFolder(plan.run_dir)
     if plan.cluster == "slurm" and is_recorded([e for e in folder.read_events() if "by" in e], [job_id]):
         return
     where = {"cluster": plan.cluster, "job_id": job_id, "host": os.uname().nodename, "nodes": plan.nodes}
-    place = {"candidate": candidate, **plan.placement.candidates[candidate].as_event()}
-    rest = ({"moved": True} if moved else {}) | ({} if pid_started is None else {"pid_started": pid_started})
-    folder.record_event("submitted", **where, **place, **rest)
+    place = plan.placement.candidates[candidate].as_event()
+    folder.record_event("submitted", **where, candidate=candidate, **place, **more)
 
 
 def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
@@ -347,16 +344,15 @@ def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
     The candidate is the target of the run's last move, or the first possible one: refusals of sbatch are not known.
     """
     ends = [event for event in folder.read_events() if event["event"] in ("submitted", "moved")]
-    last: dict[str, Any] = ends[-1] if ends else {}
-    is_moving = last.get("event") == "moved"
-    found = {"cluster": "slurm", "job_id": job_id, "host": os.uname().nodename, "nodes": nodes, "candidate": 0}
+    last = ends[-1] if ends and ends[-1]["event"] == "moved" else None
+    more = {"by": by, **({"moved": True} if last else {})}
     try:
         plan = Plan.from_dict(read_plan(folder))
-        candidate = last["candidate"] if is_moving else (plan.placement.possible or [0])[0]
-        found |= {"nodes": plan.nodes, "candidate": candidate, **plan.placement.candidates[candidate].as_event()}
+        candidate = last["candidate"] if last else (plan.placement.possible or [0])[0]
+        record_submitted(replace(plan, run_dir=str(folder.path), cluster="slurm"), job_id, candidate, **more)
     except (ConfigError, msgspec.ValidationError, IndexError):  # Without a plan, the job can still be cancelled.
-        pass
-    folder.record_event("submitted", **found, by=by, **({"moved": True} if is_moving else {}))
+        found = {"cluster": "slurm", "job_id": job_id, "host": os.uname().nodename, "nodes": nodes, "candidate": 0}
+        folder.record_event("submitted", **found, **more)
 
 
 def is_recorded(events: Events, names: Collection[str]) -> bool:

@@ -161,7 +161,7 @@ class PlacementFailover:
         record_submitted(move.plan, job.job_id, done.candidate, moved=True)
         point.job = job
         self._console.print(f"{point.name}: job {job.name} at {candidates[done.candidate].name}")
-        if any(e["event"] == "cancelled" for e in point.events()):  # The job started at the moment of its move.
+        if point.is_cancelled:  # The job started at the moment of its move.
             job.kill()
 
 
@@ -195,10 +195,8 @@ def record_stay(point: RunStatus) -> None:
 
 def is_current(point: RunStatus) -> bool:
     """Return whether no other process has moved or cancelled the point since the last poll."""
-    events = point.events()
-    submitted = [job_of(e).name for e in events if e["event"] == "submitted"]
-    cancelled = any(e["event"] == "cancelled" for e in events)
-    return not cancelled and point.job is not None and submitted[-1] == point.job.name
+    submitted = [job_of(event).name for event in point.events() if event["event"] == "submitted"]
+    return not point.is_cancelled and point.job is not None and submitted[-1] == point.job.name
 
 
 @contextmanager

@@ -160,6 +160,11 @@ class RunStatus:
         return [number for number in self.folder.attempts() if number > self.attempts_before]
 
     @property
+    def is_cancelled(self) -> bool:
+        """Return whether the run was cancelled since this submission."""
+        return any(event["event"] == "cancelled" for event in self.events())
+
+    @property
     def is_over(self) -> bool:
         """Return whether the run has ended and will not start again."""
         return self.state in OVER
@@ -341,10 +346,10 @@ def state_without_job(point: RunStatus) -> tuple[str, str]:
     (``gpt.train``).
     """
     events = point.events()
-    cancelled = any(e["event"] == "cancelled" for e in events)
     if LocalQueueEntry(point.folder).events_before() is not None:
-        return ("cancelled", "") if cancelled else ("pending", "after the points before it")
-    if cancelled or point.failure() or {"finished", "stopped"} & {e["event"] for e in events_since_start(events)}:
+        return ("cancelled", "") if point.is_cancelled else ("pending", "after the points before it")
+    ended = last_of(events_since_start(events), ("finished", "stopped"))
+    if point.is_cancelled or point.failure() or ended:
         return outcome(events), ""
     return ("unknown", "not submitted by the launcher") if point.attempts() else ("not started", "")
 

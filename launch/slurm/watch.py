@@ -104,7 +104,7 @@ class Display:
     """Bars on a terminal. Elsewhere, a line whenever a state changes, and every few seconds while steps are made."""
 
     def __init__(self, console: Console, points: Sequence[RunStatus]) -> None:
-        self._console = console
+        self.console = console
         self._tasks: dict[int, TaskID] = {}
         self._shown: dict[int, tuple[str, int, float]] = {}
         self._printed: set[tuple[int, str]] = set()
@@ -125,7 +125,7 @@ class Display:
         for text in news(point):
             if (id(point), text) not in self._printed:
                 self._printed.add((id(point), text))
-                self.say(f"warning: {point.name}: {text}")
+                self.console.print(f"warning: {point.name}: {text}")
         step = int(point.latest.get("step", 0))
         if self._bars is not None:
             task, progress = self._tasks[id(point)], progress_text(point)
@@ -136,19 +136,15 @@ class Display:
         seen = f"{state_text(point)}{' without steps' if point.quiet_s is not None else ''}"
         if seen != state or moved:
             self._shown[id(point)] = (seen, step, time.monotonic())
-            self.say(plain_line(point))
+            self.console.print(plain_line(point))
 
     def show_problem(self, problem: SlurmError | None) -> None:
         """Print once that Slurm does not answer, and once that it answers again."""
         if problem is not None and not self._has_problem:
-            self.say(f"{problem}\nthe jobs continue; asking again until Slurm answers")
+            self.console.print(f"{problem}\nthe jobs continue; asking again until Slurm answers")
         elif problem is None and self._has_problem:
-            self.say("Slurm answers again")
+            self.console.print("Slurm answers again")
         self._has_problem = problem is not None
-
-    def say(self, text: str) -> None:
-        """Print a line above the bars."""
-        self._console.print(text, soft_wrap=True)
 
     def close(self) -> None:
         """Restore the terminal."""
@@ -186,8 +182,10 @@ def explain_sigterm(display: Display) -> Iterator[None]:
     """Print a line about the future of the runs if SIGTERM ends this process during a ``with`` block."""
 
     def leave(number: int, frame: object) -> None:
-        on_slurm = "Slurm jobs continue (python -m launch.status)"
-        display.say(f"terminated by SIGTERM: {on_slurm}; runs on this machine save a checkpoint if they can, and end")
+        text = (
+            "Slurm jobs continue (python -m launch.status); runs on this machine save a checkpoint if they can, and end"
+        )
+        display.console.print(f"terminated by SIGTERM: {text}")
         display.close()
         sys.exit(128 + number)
 
@@ -205,21 +203,16 @@ def start_next_local(points: Sequence[RunStatus]) -> None:
         return
     for point in local:
         LocalQueueEntry(point.folder).leave()
-        if is_cancelled(point):
+        if point.is_cancelled:
             point.state = "cancelled"
             continue
         assert point.plan is not None
         point.job = start_local(point.plan)
         point.state = "running"
         record_submitted(point.plan, point.job.job_id, pid_started=point.job.started)
-        if is_cancelled(point):  # The point was cancelled at the moment of its start.
+        if point.is_cancelled:  # The point was cancelled at the moment of its start.
             Stop(point).push()
         return
-
-
-def is_cancelled(point: RunStatus) -> bool:
-    """Return whether the point was cancelled since it was planned."""
-    return any(e["event"] == "cancelled" for e in point.events())
 
 
 # The stop of submitted runs. The cancel is in the event log before any signal is sent, so that the end never looks like

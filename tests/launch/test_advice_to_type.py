@@ -123,8 +123,6 @@ def test_a_key_of_a_script_is_sent_to_its_workload() -> None:
     [
         ("model=7", "one of baseline_23m, ", "model=baseline_23m"),
         ("script.command=hostname -f", "a list", "'script.command=[hostname,-f]'"),
-        ("script.command=./train --fast=3", "KEY=VALUE, quoted", """'script.command=[./train,"--fast=3"]'"""),
-        ("cluster.setup=module load x", "a list", """'cluster.setup=["module load x"]'"""),
         ("cluster.exclude=[a,b]", "one text", "'cluster.exclude=\"a,b\"'"),
         ("script.env=FOO", "keys of your own below script.env, each with its value", "script.env.NAME=VALUE"),
         ("dry_run=nope", "true or false", "dry_run=true"),

@@ -185,26 +185,19 @@ def test_cpus_are_not_chosen_if_the_site_gives_them_or_does_not_answer(line: dic
     assert chosen(replace(SEEN, limits=other))[0].cluster.cpus_per_task is None
 
 
-def test_a_launch_asks_slurm_once_and_fills_in_what_its_nodes_need(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("checks", "found"), [("true", (2, 8)), ("false", (None, None))])
+def test_a_launch_asks_slurm_once_or_not_at_all(
+    checks: str, found: tuple[int | None, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[object] = []
     # In place of the commands of a cluster.
-    monkeypatch.setattr(limits, "ask_slurm", lambda clusters: asked.append(clusters) or SEEN)
-    points = [("nodes=1",), ("nodes=2", "ranks_per_node=1"), ("nodes=2", "launch.check_limits=false")]
-    for several in (points[:2], points[2:]):
-        documents = [compose_launch(["cluster=slurm", "cluster.exclusive=false", *TINY, *words]) for words in several]
-        points_of = [OpenPoint(document, ClusterKind.slurm) for document in documents]
-        console = Console(file=io.StringIO(), width=1000)
-        seen = choose_resources(points_of, console)
-        configs = [point.config for point in points_of]
-        found = [(document.cluster.gpus_per_node, document.cluster.cpus_per_task) for document in documents]
-        assert [(config.cluster.gpus_per_node, config.cluster.cpus_per_task) for config in configs] == found
-        assert isinstance(console.file, io.StringIO)
-        if several == points[:2]:
-            assert seen is SEEN and found == [(2, 8), (1, 4)]
-            assert "4 for each of 2 ranks on a node" in console.file.getvalue()
-        else:
-            assert seen is None and found == [(None, None)] and console.file.getvalue() == ""
-    assert len(asked) == 1
+    monkeypatch.setattr(limits, "ask_slurm", lambda configs: asked.append(configs) or SEEN)
+    words = ("cluster=slurm", f"launch.check_limits={checks}", "cluster.exclusive=false", *TINY)
+    points = [OpenPoint(compose_launch([*words, f"nodes={nodes}"]), ClusterKind.slurm) for nodes in (1, 2)]
+    assert choose_resources(points, Console(file=io.StringIO())) is (SEEN if asked else None)
+    clusters = [point.config.cluster for point in points]
+    assert [(cluster.gpus_per_node, cluster.cpus_per_task) for cluster in clusters] == [found] * 2
+    assert len(asked) == (checks == "true")
 
 
 # Ranks on this machine.
@@ -212,9 +205,8 @@ def test_a_launch_asks_slurm_once_and_fills_in_what_its_nodes_need(monkeypatch: 
 
 LOCAL: list[tuple[Any, list[int]]] = [
     ([()], [4]),
-    ([SCRIPT], [4]),
     ([("seed=1",), ("seed=2", "ranks_per_node=2"), ("device=cpu",)], [4, 2, 1]),
-    *(([(word,)], [1]) for word in ("ranks_per_node=1", "cluster.gpus_per_node=0", "device=cpu", "nodes=2")),
+    *(([(word,)], [1]) for word in ("cluster.gpus_per_node=0", "nodes=2")),
     ([("nodes=1",), ("nodes=2",), ("nodes=4",)], [1, 1, 1]),
 ]
 
@@ -225,8 +217,7 @@ def test_a_local_point_starts_a_rank_on_each_gpu(
     points: list[tuple[str, ...]], ranks: list[int], torch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "torch_version", lambda: torch)
-    words = [point if point is SCRIPT else (*TINY, *point) for point in points]
-    documents = [compose_launch(["cluster=local", *point]) for point in words]
+    documents = [compose_launch(["cluster=local", *TINY, *point]) for point in points]
     made = [OpenPoint(document, ClusterKind.local) for document in documents]
     configs = [point.config for point in made]
     text = choose_local_ranks(made, 4)
