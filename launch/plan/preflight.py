@@ -234,8 +234,9 @@ def expected_text(plans: Sequence[Plan]) -> str:
     if not known:
         return ""
     longest = max(known, key=lambda plan: plan.expected_s or 0.0)
-    most = f"{duration_text(longest.expected_s or 0.0)} for {longest.title}, by {longest.expected_by}"
-    return f"{_sum_text(known, uses)}, {most}"
+    most = f", {duration_text(longest.expected_s or 0.0)} for {longest.title}"
+    is_told = len(known) == 1 and longest.cluster == "local"
+    return f"{_sum_text(known, uses)}{'' if is_told else most}, by {longest.expected_by}"
 
 
 def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
