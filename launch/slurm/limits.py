@@ -171,14 +171,6 @@ class Limits:
         """Return whether the cluster has a slurmdbd, and with it accounts, associations and QOSes."""
         return self.config.get("AccountingStorageType", "").endswith("/slurmdbd")
 
-    def may_be_lifted(self, partition: Partition, qos: str | None) -> bool:
-        """Return whether a QOS that the job or the partition names may lift a limit of the partition.
-
-        With EnforcePartLimits no QOS lifts limits.
-        """
-        enforces = self.config.get("EnforcePartLimits", "NO") not in ("NO", "0")
-        return self.has_accounting and not enforces and (qos or partition.qos) is not None
-
 
 class NoControllerError(scheduler.SlurmError):
     """Raised if no controller answers, so that nothing can be submitted."""

@@ -114,20 +114,13 @@ def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement, er
             "a candidate whose partition can run it",
             "python -m launch.doctor, with the same arguments: for each candidate it says what to request instead",
         )
-    fixes = " ".join(dict.fromkeys(error.fix for error in errors))
+    fixes, there = " ".join(dict.fromkeys(error.fix for error in errors)), facts.at(request.config.cluster.cluster)
+    parts = partitions_of(there, request.config) or there.partitions if isinstance(there, Limits) else ()
     raise ConfigError(
         f"{points}, which Slurm would never start: {places.candidates[0].never}",
-        what_fits(facts, request.config),
+        "; ".join(room_in(there, part) for part in parts) or "a cluster that answers",
         f"{fixes}; {WITHOUT_CHECK}",
     )
-
-
-def what_fits(facts: SlurmFacts, config: Config) -> str:
-    """Return the largest request of one job in each partition that it could use, or else in all partitions."""
-    there = facts.at(config.cluster.cluster)
-    if not isinstance(there, Limits):
-        return "a cluster that answers"
-    return "; ".join(room_in(there, partition) for partition in partitions_of(there, config) or there.partitions)
 
 
 def room_in(limits: Limits, partition: Partition) -> str:
