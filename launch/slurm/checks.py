@@ -272,13 +272,12 @@ def check_node_count(case: Case) -> Iterator[Finding]:
     if missing:
         return
     exist = len(case.nodes)
-    if asked > exist:
-        found = f"{head} in partition {partition.name}: it has {exist} that fit cluster.exclude and constraint"
-        yield fail("nodes", found, PENDS, request_fewer_nodes(config, exist))
-        return
-    if partition.max_nodes is not None and asked > partition.max_nodes:
-        found, fix = f"{head} in partition {partition.name}: MaxNodes is {partition.max_nodes}", partition.max_nodes
-        yield case.exceeds("nodes", found, request_fewer_nodes(config, fix), "PartitionMaxNodes")
+    most = exist if partition.max_nodes is None else min(exist, partition.max_nodes)
+    if asked > most:
+        limit = f"MaxNodes is {most}" if most < exist else f"it has {most} that fit cluster.exclude and constraint"
+        found, fix = f"{head} in partition {partition.name}: {limit}", request_fewer_nodes(config, most)
+        above = case.exceeds("nodes", found, fix, "PartitionMaxNodes")
+        yield above if asked <= exist else fail("nodes", found, PENDS, fix)
         return
     if asked < partition.min_nodes:
         found = f"{head}, and MinNodes of {partition.name} is {partition.min_nodes}"

@@ -71,7 +71,7 @@ def test_the_model_of_known_gpus_tells_it_where_no_run_does(monkeypatch: pytest.
     assert step_s is not None and add_expected(made).expected_s == pytest.approx(100 * step_s)
     text = plan_text(add_expected(made))
     assert f"by an estimate of {step_s:.3g} s a step, without start-up, evaluation and saving" in text
-    assert "GPU-hours, by" in text
+    assert any(line.startswith("  expected") and "GPU-hours, " in line for line in text.splitlines())
     assert long_plan("nodes=2", *GPUS[:3]).promised.step_s is None, "of GPUs that nobody names"
 
 
