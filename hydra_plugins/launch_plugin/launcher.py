@@ -102,8 +102,10 @@ class PerPointLauncher(Launcher):
         points = [[str(text) for text in overrides] for overrides in job_overrides]
         try:
             composed = [compose_launch(point, primary=self.config.hydra.job.config_name) for point in points]
-            typed = [[typed_form(text) for text in filter_overrides(point)] for point in points]  # As a person types.
-            results = run_sweep(list(zip(composed, typed, strict=True)), tolerates_failures=searches)
+            typed = [list(map(typed_form, filter_overrides(point))) for point in points]  # As a person types.
+            results: Sequence[PointResult | None] = run_sweep(
+                list(zip(composed, typed, strict=True)), tolerates_failures=searches
+            )
             return [job_return(*pair) for pair in zip(points, results or [None] * len(points), strict=True)]
         except CONFIG_ERRORS as error:
             if not searches:

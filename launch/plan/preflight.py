@@ -113,9 +113,13 @@ def measure_stop(folder: RunFolder) -> tuple[float, float] | None:
 def _preemption_graces(plan: Plan, slurm: SlurmFacts | None) -> dict[str, int]:
     """Return the partitions of the plan in which jobs are preempted -> seconds that a preempted job has left."""
     found: dict[str, int] = {}
-    for candidate in plan.placement.candidates if slurm is not None and plan.cluster == "slurm" else ():
+    if slurm is None or plan.cluster != "slurm":
+        return found
+    for candidate in plan.placement.candidates:
         there, named = slurm.at(cluster_of(candidate.slurm)), candidate.slurm.get("partition")
-        for partition in there.partitions if isinstance(there, Limits) else ():
+        if not isinstance(there, Limits):
+            continue
+        for partition in there.partitions:
             mode = how_preempted(there, partition)
             is_used = partition.name in named.split(",") if named else partition.is_default
             if is_used and mode != "OFF" and "SUSPEND" not in mode:
@@ -298,7 +302,7 @@ def plan_text(plan: Plan) -> str:
 def announce_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
     """Print the finished points, how the others continue, their worst case, and the warnings."""
     lines = []
-    if finished := [plan.title for plan in plans if plan.finished]:
+    if finished := [plan.title + _ran_elsewhere(plan) for plan in plans if plan.finished]:
         lines.append(f"finished already, and not submitted: {', '.join(finished)} (fresh=true uses a new folder)")
     lines += [f"{plan.title}: {text}" for plan in plans if (text := plan.goes_on.text(plan.max_steps))]
     lines += [worst_case_text(plans, configs)] if unfinished(plans) else []
@@ -308,6 +312,13 @@ def announce_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Co
         lines.append(f"warning: {where}{warning}")
     for line in lines:
         console.print(line)
+
+
+def _ran_elsewhere(plan: Plan) -> str:
+    """Return the name of the cluster where a finished point ran; empty if it is the cluster of this command."""
+    submitted = [event["cluster"] for event in RunFolder(plan.run_dir).read_events() if event["event"] == "submitted"]
+    ran = submitted[-1] if submitted else plan.cluster
+    return "" if ran == plan.cluster else f" (on {ran}, and so not compared with points on {plan.cluster})"
 
 
 def plain_console(**options: Any) -> Console:

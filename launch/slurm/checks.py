@@ -129,14 +129,9 @@ class Case:
         return [n for n in nodes if n.name not in self.request.excluded and features(self.config) <= n.features]
 
     def exceeds(self, check: str, found: str, fix: str, flag: str) -> Finding:
-        """Return the error of a limit of the partition.
-
-        The error is a doubt if the job or the partition names a QOS, which may lift the limit by ``flag``. With
-        EnforcePartLimits no QOS lifts limits.
-        """
-        enforces = self.limits.config.get("EnforcePartLimits", "NO") not in ("NO", "0")
-        qos = None if enforces or not self.limits.has_accounting else self.config.cluster.qos or self.partition.qos
-        return Finding(found, PENDS, fix, Level.error, check, f"its QOS has the flag {flag}" if qos else "")
+        """Return the error of a limit of the partition; a doubt if a QOS of the job may lift the limit by ``flag``."""
+        lifted = self.limits.may_be_lifted(flag, self.partition, self.config.cluster.qos)
+        return Finding(found, PENDS, fix, Level.error, check, f"its QOS has the flag {flag}" if lifted else "")
 
 
 # Facts about a config and a partition that several checks use.

@@ -6,8 +6,8 @@ import dataclasses
 import grp
 import os
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -157,6 +157,8 @@ class Limits:
     """Configuration by scontrol: name -> value; names without a value are absent."""
     partitions: tuple[Partition, ...]
     nodes: tuple[NodeLimits, ...]
+    qos_flags: Mapping[str, frozenset[str]] | None = field(default_factory=dict)
+    """Flags of each QOS by its name; None if slurmdbd does not answer."""
 
     def number(self, key: str) -> int | None:
         """Return a number of slurm.conf without its unit; None if it is unlimited or absent."""
@@ -170,6 +172,18 @@ class Limits:
     def has_accounting(self) -> bool:
         """Return whether the cluster has a slurmdbd, and with it accounts, associations and QOSes."""
         return self.config.get("AccountingStorageType", "").endswith("/slurmdbd")
+
+    def may_be_lifted(self, flag: str, partition: Partition, qos: str | None) -> bool:
+        """Return whether a QOS with this flag may lift a limit of the partition for a job.
+
+        A job without ``qos`` has a default QOS, which may be any. With EnforcePartLimits no QOS lifts limits.
+        """
+        if not self.has_accounting or self.config.get("EnforcePartLimits", "NO") not in ("NO", "0"):
+            return False
+        if self.qos_flags is None:
+            return True
+        names = [qos, partition.qos or ""] if qos else list(self.qos_flags)
+        return any(flag in self.qos_flags.get(name, ()) for name in names)
 
 
 class NoControllerError(scheduler.SlurmError):
@@ -191,7 +205,19 @@ def read_limits(cluster: str | None = None) -> Limits:
     except scheduler.SlurmError as error:
         raise NoControllerError(str(error)) from error
     partitions, nodes = (ask("show", kind, "--all", "--oneliner") for kind in ("partition", "node"))
-    return parse_limits(ask("show", "config"), partitions, nodes)
+    found = parse_limits(ask("show", "config"), partitions, nodes)
+    return replace(found, qos_flags=read_qos_flags()) if found.has_accounting else found
+
+
+def read_qos_flags() -> dict[str, frozenset[str]] | None:
+    """Return the flags of every QOS from slurmdbd; None if slurmdbd does not answer."""
+    words = ("--noheader", "--parsable2", "show", "qos", "format=Name,Flags")
+    try:
+        text = scheduler.run("sacctmgr", *words, timeout_s=TIMEOUT_S, retries=1)
+    except scheduler.SlurmError:
+        return None
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 1]
+    return {name: frozenset(flags.split(",")) for name, flags in rows}
 
 
 def parse_limits(config_text: str, partition_text: str, node_text: str) -> Limits:

@@ -115,10 +115,12 @@ def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement, er
             "python -m launch.doctor, with the same arguments: for each candidate it says what to request instead",
         )
     fixes, there = " ".join(dict.fromkeys(error.fix for error in errors)), facts.at(request.config.cluster.cluster)
-    parts = partitions_of(there, request.config) or there.partitions if isinstance(there, Limits) else ()
+    rooms = []
+    if isinstance(there, Limits):
+        rooms = [room_in(there, part) for part in partitions_of(there, request.config) or there.partitions]
     raise ConfigError(
         f"{points}, which Slurm would never start: {places.candidates[0].never}",
-        "; ".join(room_in(there, part) for part in parts) or "a cluster that answers",
+        "; ".join(rooms) or "a cluster that answers",
         f"{fixes}; {WITHOUT_CHECK}",
     )
 

@@ -214,11 +214,13 @@ def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
             "the same command when scontrol ping says UP; python -m launch.status first, which finds a job that was "
             "taken although the answer was late; cluster=local runs it here",
         )
-    return ConfigError(
-        f"point {plan.title}, and sbatch refuses its job: {said}",
-        "resources that this cluster gives to you, and options of sbatch --help",
-        "python -m launch.doctor, with the same arguments: it compares them with what the cluster has",
-    )
+    found = f"point {plan.title}, and sbatch refuses its job: {said}"
+    typed = [key for key in plan.slurm.get("additional_parameters", {}) if f"--{key.replace('_', '-')}" in str(error)]
+    if typed:  # Only sbatch knows its options.
+        without = ", ".join(f"cluster.additional_parameters.{key}" for key in typed)
+        return ConfigError(found, "options of sbatch --help", f"the same command without {without}")
+    doctor = "python -m launch.doctor, with the same arguments: it compares them with what the cluster has"
+    return ConfigError(found, "resources that this cluster gives to you", doctor)
 
 
 def start_local(plan: Plan) -> LocalJob:

@@ -153,15 +153,20 @@ MANY = ("cluster.partition=short", "cluster.timeout_min=30", "nodes=3")
 
 
 def test_limits_of_a_partition_are_certain_unless_a_qos_may_lift_them() -> None:
-    assert unless(FACTS, *LONG, "cluster.qos=long") == unless(FACTS, *MANY) == [""]
-    partitions = tuple(replace(partition, qos="part") for partition in LIMITS.partitions)
+    lifts = {"normal": frozenset({""}), "long": frozenset({"PartitionTimeLimit", "PartitionMaxNodes"})}
+    assert unless(FACTS, *LONG) == unless(FACTS, *MANY) == [""]
+    partitions = tuple(replace(partition, qos="long") for partition in LIMITS.partitions)
     for words, flag in ((LONG, "PartitionTimeLimit"), (MANY, "PartitionMaxNodes")):
-        assert unless(with_limits(), *words) == [""], "neither the job nor the partition names a QOS"
-        assert unless(with_limits(), *words, "cluster.qos=long") == [f"its QOS has the flag {flag}"]
-        assert unless(with_limits(partitions=partitions), *words) == [f"its QOS has the flag {flag}"]
-    assert unless(with_limits(), "nodes=4", "cluster.qos=long") == [""], "no QOS makes nodes"
+        in_doubt = [f"its QOS has the flag {flag}"]
+        assert unless(with_limits(qos_flags={"normal": frozenset({""})}), *words) == [""]
+        assert unless(with_limits(qos_flags=lifts), *words) == in_doubt, "the default QOS of the user may be any"
+        assert unless(with_limits(qos_flags=lifts), *words, "cluster.qos=normal") == [""]
+        assert unless(with_limits(qos_flags=lifts), *words, "cluster.qos=long") == in_doubt
+        assert unless(with_limits(qos_flags=lifts, partitions=partitions), *words, "cluster.qos=normal") == in_doubt
+        assert unless(with_limits(qos_flags=None), *words) == in_doubt, "slurmdbd does not say"
+    assert unless(with_limits(qos_flags=None), "nodes=4") == [""], "no QOS makes nodes"
     config = {**with_limits().limits.config, "EnforcePartLimits": "ALL"}  # type: ignore[union-attr]
-    assert unless(with_limits(config=config), *LONG, "cluster.qos=long") == [""]
+    assert unless(with_limits(qos_flags=lifts, config=config), *LONG) == [""]
 
 
 def test_what_the_checks_cannot_see_puts_their_errors_in_doubt() -> None:

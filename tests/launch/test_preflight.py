@@ -1,8 +1,9 @@
-"""Expected times of a plan, and its warnings of saves that take longer than the grace period."""
+"""Expected times of a plan, its warnings of saves that take longer than the grace period, and its announcement."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,15 @@ import pytest
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.plan.plan import Plan, make_plan, write_run
-from launch.plan.preflight import add_expected, add_warnings, expected_text, plan_text, worst_case_text
+from launch.plan.preflight import (
+    add_expected,
+    add_warnings,
+    announce_plans,
+    expected_text,
+    plain_console,
+    plan_text,
+    worst_case_text,
+)
 from launch.runs.files import append_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
@@ -73,6 +82,19 @@ def test_the_model_of_known_gpus_tells_it_where_no_run_does(monkeypatch: pytest.
     assert f"by an estimate of {step_s:.3g} s a step, without start-up, evaluation and saving" in text
     assert any(line.startswith("  expected") and "GPU-hours, " in line for line in text.splitlines())
     assert long_plan("nodes=2", *GPUS[:3]).promised.step_s is None, "of GPUs that nobody names"
+
+
+@pytest.mark.parametrize(("ran_on", "said"), [("local", ""), ("slurm", " (on slurm, and so not compared with")])
+def test_a_finished_point_of_another_cluster_is_announced_with_its_cluster(
+    ran_on: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = replace(long_plan("nodes=2", write=True), finished=True)
+    RunFolder(made.run_dir).record_event("submitted", cluster=ran_on, job_id="7")
+    text = StringIO()
+    announce_plans([made], [typed_config(compose_launch(["nodes=2"]))], plain_console(file=text))
+    assert f"finished already, and not submitted: {made.title}{said or ' (fresh=true'}" in text.getvalue()
+    assert ("points on local" in text.getvalue()) is bool(said)
 
 
 # The doctor's recorded cluster: partition low, the default, has GraceTime=10, and KillWait is 5.

@@ -93,6 +93,13 @@ def test_reasons_that_no_waiting_removes_come_with_what_to_type() -> None:
         assert "7" in filled or "run" in filled, fix
 
 
+def test_the_flags_of_every_qos_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "run", lambda *command, **options: "normal|\nlong|DenyOnLimit,PartitionTimeLimit\n")
+    known = limits.read_qos_flags()
+    assert known is not None and set(known) == {"normal", "long"}
+    assert "PartitionTimeLimit" in known["long"] and "PartitionTimeLimit" not in known["normal"]
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -233,6 +240,18 @@ def test_what_is_in_doubt_is_submitted_with_a_warning() -> None:
     assert plans[0].slurm["partition"] == "low" and "partition=closed is skipped" in text
     plans, text = look(("cluster.placement=[{partition: closed}, {partition: nowhere}]",))
     assert plans[0].slurm["partition"] == "closed" and "partition=nowhere is skipped" in text
+
+
+def test_a_limit_that_a_qos_may_lift_is_a_warning_before_the_submission() -> None:
+    """The job names no QOS. The user's default QOS may lift the limit, and Slurm without EnforcePartLimits decides."""
+    words = ("cluster.partition=short", "cluster.timeout_min=60")
+    config = {**LIMITS.config, "AccountingStorageType": "accounting_storage/slurmdbd"}
+    for flags in ({"long": frozenset({"PartitionTimeLimit"})}, None):
+        plans, text = look(words, seen=replace(SEEN, limits=replace(LIMITS, config=config, qos_flags=flags)))
+        assert plans[0].slurm["partition"] == "short" and text.startswith("warning: cluster.timeout_min=60")
+        assert "unless its QOS has the flag PartitionTimeLimit" in text
+    with pytest.raises(ConfigError, match="MaxTime of short is 30 min"):
+        look(words, seen=replace(SEEN, limits=replace(LIMITS, config=config, qos_flags={"normal": frozenset()})))
 
 
 def test_a_controller_that_does_not_answer_refuses_nothing(tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def test_only_what_was_made_for_nothing_is_removed(tmp_path: Path) -> None:
 def test_a_job_that_may_have_been_taken_keeps_its_folder(said: str, kind: type[SlurmError], taken: bool) -> None:
     error = kind(f"sbatch: error: Batch job submission failed: {said}")
     assert may_have_taken(error) is taken
-    refusal = explain_refusal(plan("nodes=1"), error)
+    refusal = explain_refusal(plan("nodes=1", "+cluster.additional_parameters.gresz=gpu:1"), error)
+    assert ("without cluster.additional_parameters.gresz" in refusal.fix) is ("gresz" in said)
     assert said in refusal.found and ("no Slurm controller takes its job" in refusal.found) is (kind is SlurmBusyError)
     assert ("python -m launch.status first" in refusal.fix) is (kind is SlurmBusyError)

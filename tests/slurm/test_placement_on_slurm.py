@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from launch.runs.folder import RunFolder
+from launch.slurm import limits
 from launch.slurm.client import JobState, output_file
 from launch.slurm.failover import PlacementFailover
 from launch.slurm.jobs import SlurmJob, ask_queue, job_of
@@ -114,6 +115,9 @@ def test_a_point_that_waits_moves_to_another_cluster(
     assert beta.slurm("squeue", "-h", "--states=all", "-j", "2", "-o", "%T").strip() == "COMPLETED"
 
     monkeypatch.setenv("SLURM_CONF", conf)
+    here.slurm("sacctmgr", "--immediate", "add", "qos", "long", "flags=PartitionTimeLimit")
+    flags = limits.read_limits().qos_flags
+    assert flags is not None and flags["long"] == {"PartitionTimeLimit"} and "PartitionTimeLimit" not in flags["normal"]
 
     # What status, logs and cancel ask and do, by the identity in the event log, of a job that runs there.
     number = beta.slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap", "exec sleep 600").split(";")[0].strip()
