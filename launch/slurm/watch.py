@@ -329,13 +329,15 @@ def leaving_text(points: Sequence[RunStatus]) -> str:
     within = f"within {max((grace_period_s(point) for point in points), default=0.0) + AGENT_S:g} s"
     lose = ", ".join(point.name for point in points if not point.resumes)
     without = f"; without a checkpoint: {lose} (script.resumes=false)" if lose else ""
-    return f"the runs save a checkpoint and leave, {within}{without}"
+    saves = "save a checkpoint and " if any(point.resumes for point in points) else ""
+    return f"the runs {saves}leave, {within}{without}"
 
 
 def next_start_text(points: Sequence[RunStatus]) -> str:
     """Describe the effect of the same command on stopped runs."""
     fresh = ", ".join(point.name for point in points if not point.resumes)
-    return "the same command resumes from the last checkpoint" + (f"; from the beginning: {fresh}" if fresh else "")
+    resumes = "resumes from the last checkpoint" if any(point.resumes for point in points) else "runs them again"
+    return f"the same command {resumes}" + (f"; from the beginning: {fresh}" if fresh else "")
 
 
 def outcome_text(stop: Stop) -> str:
