@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
+from gpt_launch import as_typed
 from launch.errors import CommandParser, duration_text, print_table, refusing
 from launch.plan.preflight import plain_console
 from launch.runs.events import damaged_text, skipped_text, straggling_ranks, uncopied_text, unread_text, unsaved_text
@@ -152,7 +153,7 @@ def show_statuses(rows: Sequence[dict[str, Any]], console: Console) -> None:
         inside = sorted(inside, key=lambda row: natural(row["label"]))
         print_table(console, COLUMNS, [cells(row) for row in inside], left=COLUMNS[:3])
         for line in (line for row in inside for line in status_notes(row)):
-            console.print(line)
+            console.print(as_typed(line))
 
 
 @refusing

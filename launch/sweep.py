@@ -12,6 +12,7 @@ from shlex import quote
 from omegaconf import DictConfig
 from rich.console import Console
 
+from gpt_launch import as_typed
 from launch.config import LaunchConfig, ReportFile
 from launch.config.compose import workload_of
 from launch.plan.placement import copy_code
@@ -190,7 +191,7 @@ def follow_up(plans: Sequence[Plan], sweep: Sweep | None) -> str:
     one, number = quote(unfinished(plans)[0].run_dir), "" if sweep is None else f" --sweep {sweep.number}"
     whole = quote(plans[0].run_dir if sweep is None else str(Path(plans[0].run_dir).parent))
     commands = (f"status {whole}", f"logs -f {one}", f"cancel {whole}", f"report {whole}{number}")
-    lines = [f"  python -m launch.{command}" for command in commands]
+    lines = [as_typed(f"  python -m launch.{command}") for command in commands]
     return "\n".join(["the jobs continue without this command; to follow them:", *lines])
 
 
@@ -218,7 +219,7 @@ def report_sweep(plans: Sequence[Plan], sweep: Sweep | None, console: Console, f
         show_and_write(tabulate_selection(selection), console, files)
     except OSError as error:  # The display has failed; the results are still printed.
         later = f"python -m launch.report {quote(str(folder))}"
-        console.print(f"the report is not written: {error}; later: {later}")
+        console.print(f"the report is not written: {error}; later: {as_typed(later)}")
 
 
 def print_failure(error: SweepFailedError) -> int:

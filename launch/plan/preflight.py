@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from gpt_launch import as_typed
 from launch.config import Config
 from launch.config.compose import workload_of
 from launch.errors import ConfigError, Problem, counted, duration_text
@@ -311,7 +312,7 @@ def announce_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Co
         where = "" if len(names) == len(plans) else f"{', '.join(names)}: "
         lines.append(f"warning: {where}{warning}")
     for line in lines:
-        console.print(line)
+        console.print(as_typed(line))
 
 
 def _ran_elsewhere(plan: Plan) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
+from gpt_launch import as_typed
 from launch.config import Config
 from launch.config.compose import default_grace_period_s
 from launch.errors import ConfigError, duration_text
@@ -185,7 +186,7 @@ def explain_sigterm(display: Display) -> Iterator[None]:
         text = (
             "Slurm jobs continue (python -m launch.status); runs on this machine save a checkpoint if they can, and end"
         )
-        display.console.print(f"terminated by SIGTERM: {text}")
+        display.console.print(as_typed(f"terminated by SIGTERM: {text}"))
         display.close()
         sys.exit(128 + number)
 

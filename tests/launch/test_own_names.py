@@ -81,6 +81,7 @@ def test_a_sweep_of_a_script_status_and_report(project: Path) -> None:
     refused = gpt_launch(project, "status", "nowhere", status=2)
     assert "type next: gpt-launch status outputs" in refused, "python -m launch would run the project's launch.py"
     assert "nodes=2" in gpt_launch(project, "report", "outputs/mine")
+    assert gpt_launch(project, "cancel", "--help").startswith("usage: gpt-launch cancel")
 
 
 def test_the_gpt_is_the_project_s_own(project: Path) -> None:
