@@ -238,7 +238,7 @@ def temporary_for(folder: Path, step: int, token: str) -> Path:
 
 
 def begin(temporary: Path, step: int) -> None:
-    """Create the folder to write a checkpoint into, after removing the rests of killed saves.
+    """Create the folder to write a checkpoint into, after removing what killed saves have left.
 
     Raises:
         FileExistsError: the step has its checkpoint already.
@@ -259,7 +259,10 @@ def is_committed(folder: Path, step: int) -> bool:
 
 
 def begin_temporary(folder: Path, what: str, step: int) -> Path:
-    """Create an empty folder for ``what`` is done with a checkpoint: ``converting`` or ``fetching`` it."""
+    """Create an empty folder for work on a checkpoint, and return its path.
+
+    ``what`` names the work: ``converting`` or ``fetching``.
+    """
     # A token of its own: a process of an earlier attempt never writes into the same folder.
     temporary = folder / f".{what}_{final_for(folder, step).name}_{secrets.token_hex(4)}"
     temporary.mkdir(parents=True)

@@ -140,9 +140,9 @@ class MemorySaves:
     Args:
         group: gloo group of all ranks, for the control messages.
         fmt: format of the state; its parts are tensors by name.
-        writer: sends this rank's part, while no other of its jobs is waited for.
+        writer: sends this rank's part; it must have no other job when a save starts.
         own: memory store of this rank's node.
-        secret: of all stores.
+        secret: secret that all memory stores require.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, fmt: Format, writer: Writer, own: Place, secret: str) -> None:
@@ -195,10 +195,15 @@ class MemorySaves:
         return Vote(-self._phases, done=int(not has_failed), failed=int(has_failed))
 
     def count(self, phase: int, done: float, failed: float) -> SavedInMemory | FailedInMemory | None:
-        """Add the votes of all ranks, summed, in the same order on all of them.
+        """Take the votes of all ranks, as sums. Every rank has to take the same sums in the same order.
+
+        Args:
+            phase: ``Vote.phase`` of the votes.
+            done: sum of ``Vote.done`` over all ranks.
+            failed: sum of ``Vote.failed`` over all ranks.
 
         Returns:
-            The outcome of the save, once; None while it is open.
+            The outcome of the save, once, when all ranks have voted; None before.
         """
         if self._pending is None or phase != -self._phases or done + failed < dist.get_world_size(self.group):
             return None

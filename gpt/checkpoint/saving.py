@@ -350,7 +350,7 @@ class Saves:
         return None
 
     def give_up(self) -> None:
-        """Forget the save in flight; the checkpoint before it stays the newest. On every rank."""
+        """Forget the save in flight; the checkpoint before it stays the newest. Every rank has to call this."""
         if self._pending is not None and dist.get_rank(self.group) == 0:
             # A rank that still writes may create the folder anew: then the next save removes it.
             self.writer.submit(Remove(self._pending.temporary, self.keeps, frees=False))
@@ -381,7 +381,17 @@ class Saves:
         return Saved(pending.step, path, ended - pending.started)
 
     def _fail(self, pending: InFlight, hurries: bool) -> FailedWrite:
-        """Gather the failures, and try again or raise them. Collective, once all ranks know of a failure."""
+        """Start a failed save again, and return the failure. Collective, once all ranks know of a failure.
+
+        Args:
+            pending: the save in flight.
+            hurries: True if the next try starts after ``HURRIED_RETRY_S``; False if each try waits longer.
+
+        Raises:
+            OutdatedAttemptError: a later attempt owns the run.
+            CheckpointError: saves have failed for ``give_up_after_s`` seconds.
+            ConfigError: the same, because the disk has no room.
+        """
         now = time.monotonic()
         if not self.failures:
             self._failing_since = now
@@ -444,7 +454,7 @@ class Saves:
         return None if folders.is_committed(self.folder, pending.step) else result.failure
 
     def _takes_part(self) -> bool:
-        """True if this rank has work in the phase."""
+        """True if this rank has work in the current phase: every rank writes, and only rank 0 commits."""
         assert self._pending is not None
         return self._pending.phase is Phase.write or dist.get_rank(self.group) == 0
 

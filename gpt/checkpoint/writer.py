@@ -85,7 +85,7 @@ class Write:
     is_first: bool
 
     def run(self, state: WriterState) -> None:
-        """Write the part, in a folder created after the rests of killed saves are removed."""
+        """Create the folder and write the part into it. The first rank removes what killed saves have left."""
         if self.is_first:
             folders.begin(self.temporary, self.step)
         else:

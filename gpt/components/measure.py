@@ -229,7 +229,10 @@ def stated_parallelism(use: Use, kind: Any) -> tuple[str, ...]:
 
 
 def main() -> int:
-    """Print the answer to the request on standard input, as the last line of standard output."""
+    """Read the request of ``answer`` from standard input. Print its result as the last line of standard output.
+
+    Prints the refusal instead if a part cannot be used. Returns 0 in both cases.
+    """
     try:
         told = answer(sys.stdin.read())
     except ConfigError as error:

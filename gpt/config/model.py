@@ -241,7 +241,7 @@ class ModelConfig:
 
     @property
     def dense_ffn(self) -> Ffn:
-        """Kind of the feed-forward layer, or of one expert; standard for a layer of the user."""
+        """Kind of the feed-forward layer, or of one expert; ``Ffn.standard`` for a class of the user's own."""
         if isinstance(self.ffn, str):
             return Ffn.standard
         return self.expert_ffn if self.ffn is Ffn.moe else self.ffn

@@ -271,7 +271,13 @@ def read_gpt2(hf: dict[str, Any]) -> ModelConfig:
 
 
 def gpt2_block(config: ModelConfig, here: str, there: str) -> list[Rule]:
-    """Return the rules of a block of GPT-2."""
+    """Return the rules of one block of GPT-2.
+
+    Args:
+        config: config of the model.
+        here: prefix of the block's names in this project.
+        there: prefix of the block's names in transformers.
+    """
     found = []
     for kind in KINDS:
         turned = kind == "weight"  # GPT-2's Conv1D stores its matrix as (in, out)

@@ -138,7 +138,7 @@ class PassedOver:
     """Batches that a run skips: ranges of their numbers, counted from 1, ascending and with a gap between ranges."""
 
     ranges: tuple[tuple[int, int], ...] = ()
-    """First and last number of each range."""
+    """Numbers of the first and the last batch of each range, both skipped."""
 
     @classmethod
     def of(cls, ranges: Iterable[Sequence[int]]) -> PassedOver:

@@ -56,8 +56,10 @@ class TokenSource:
     tokenizer: dict[str, Any] | None
     """Description of its tokenizer, as ``gpt.data.tokenizers.describe_tokenizer`` returns it."""
     sha256: str
-    """Checksum of the data, independent of the place of preparation. Other token files count by their ends and
-    sizes."""
+    """Checksum of the data. For a prepared folder, it does not depend on where the folder was prepared.
+
+    For token files made by another program, it covers each file's name, size, beginning and end.
+    """
     entropy: float | None = None
     """Lowest possible loss of any model, in nats per token; None if unknown."""
     weight: int = 1

@@ -158,7 +158,10 @@ def tokenize_shards(
 
 
 def _has_enough_text(spec: PreprocessingSpec, done: dict[int, int], shard: Shard) -> bool:
-    """Return True if the shards before this one contain ``data.max_bytes``. Texts were already cut earlier."""
+    """Return True if the shards before this one already contain ``data.max_bytes`` of text.
+
+    Always False for a source without documents, because ``build_spec`` has already cut its text.
+    """
     limit = spec.config.max_bytes
     if limit is None or not spec.splits_documents or shard.split is VAL:
         return False

@@ -310,7 +310,10 @@ def draw(compared: Comparison) -> bytes:
 
 
 def draw_losses(axes: Axes, compared: Comparison) -> None:
-    """Draw training loss as lines, validation loss as points, and the number of tokens of the comparison."""
+    """Draw training losses as lines, validation losses as points, both in nats per token over tokens.
+
+    A dashed line marks the number of tokens at which losses are compared, if they are comparable.
+    """
     for index, run in enumerate(compared.runs):
         color = COLORS[index % len(COLORS)]
         label = run.label if len(run.label) <= LABEL_LIMIT else f"{run.label[: LABEL_LIMIT - 3]}..."

@@ -361,7 +361,10 @@ class MetricWriters:
         self._rank.flush()
 
     def write(self, record: StepRecord) -> None:
-        """Complete ``record`` with utilization, and write it. Views of short steps follow soon."""
+        """Complete ``record`` with utilization, and write it to the file.
+
+        The views get it too: at once after an evaluation, else at most every ``SHOWN_S`` seconds.
+        """
         self._record(record)
         if self._lost is not None and record.step > self._lost["step"]:
             down = record.time - self._lost["time"]  # from the last step before an interruption to the first new one

@@ -110,7 +110,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
     """Draw one whole parameter, or the value of a buffer, fp32 on the CPU.
 
     Each expert is drawn by itself, so its values do not depend on the number of experts. Padding rows of the vocabulary
-    are 0, and the other rows are the same as without padding. A part of the user may provide its own values.
+    are 0, and the other rows are the same as without padding. A user's own class may provide other values.
     """
     own = part_value(name, shape, config, seed)
     if own is not None:

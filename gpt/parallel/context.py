@@ -92,10 +92,18 @@ class RingAttention(torch.autograd.Function):
 def block_gradients(
     grad_BHTC: Tensor, attended: Attended, block: Tensor, visible: tuple[int, int], causal: bool, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients between a block and the queries that see it; ``visible`` is from ``visible_keys``.
+    """Return the gradients of the queries that see a block, and of the keys and values that they see.
 
-    Returns the gradient of the queries, and the gradient of keys and values as one tensor, in the precision of
-    accumulation.
+    The gradient of the queries has shape (B, H, T - first, C). The gradient of keys and values has shape
+    (2, B, K, keys, C). Both have the dtype of ``attended.lse``.
+
+    Args:
+        grad_BHTC: gradient of the result of all blocks.
+        attended: queries, and the result of all blocks.
+        block: keys and values of the block, (2, B, K, T, C).
+        visible: ``first`` and ``keys``, as from ``visible_keys``.
+        causal: as in ``attend_block``.
+        fused: as in ``attend_block``.
     """
     first, keys = visible
     grad, *seeing = (x[:, :, first:].contiguous() for x in (grad_BHTC, *attended))

@@ -58,7 +58,7 @@ def as_row_shard(local: Tensor, whole: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 def padded_chunk(tensor: Tensor, ranks: int) -> int:
-    """Return the elements of the first rank's chunk of a tensor, the largest one."""
+    """Return the number of elements in the first rank's chunk of a tensor, which is the largest chunk."""
     return -(-len(tensor) // ranks) * (tensor.numel() // max(1, len(tensor)))
 
 

@@ -33,7 +33,7 @@ from gpt.topology import Batch, ParallelDims
 
 
 class Clipped(NamedTuple):
-    """Gradient norm and figures of a step, as all ranks know them before its update."""
+    """Gradient norm of a step, and the sums of its figures over all ranks. All ranks know them before the update."""
 
     norm: Tensor | None
     """Global norm of the gradients before they were clipped, (); None if the optimizer clips in its step."""

@@ -143,13 +143,16 @@ def prefetch_forward(groups: Sequence[Sequence[nn.Module]]) -> None:
 
 
 def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
-    """Apply expert parallelism over ``mesh`` to every mixture of ``model``: keep this rank's experts, dispatch rows.
+    """Apply expert parallelism over ``mesh`` to every mixture of experts in ``model``.
+
+    Each rank keeps its own experts. The forward pass sends each row to the ranks of its experts.
 
     Args:
-        model: with all experts, equal on every rank.
+        model: the model with all experts, equal on every rank.
         mesh: the expert-parallel ranks.
-        averaged: True if FSDP averages gradients over the ranks that hold the same experts. Other gradients are
-            averaged over all data ranks. Gradients of experts are summed over ``mesh`` already, and so divided here.
+        averaged: True if FSDP averages the gradients of experts over the ranks that hold the same experts. These
+            gradients are already sums over ``mesh``, so they are divided by its size. The result is a mean over all
+            data ranks, as for the other gradients.
     """
     share = 1 / mesh.size() if averaged else 1.0
     for mixture in find_mixtures(model):

@@ -131,9 +131,10 @@ def estimated(config: TrainConfig, relaxation: Relaxation, one: Candidate, machi
 
 
 def sort_layouts(found: Sequence[LayoutChoice]) -> tuple[LayoutChoice, ...]:
-    """Sort layouts by step time, but those within ``NO_DIFFERENCE`` of the fastest by plainness.
+    """Sort layouts by estimated step time, the fastest first.
 
-    Each layout appears once, with its best micro-batch.
+    Layouts within the ratio ``NO_DIFFERENCE`` of the fastest come first, sorted by ``Candidate.plainness``. Each
+    layout appears once, with its best micro-batch.
     """
     limit = NO_DIFFERENCE * min(choice.estimate.step_s for choice in found)
 

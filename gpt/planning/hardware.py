@@ -45,7 +45,7 @@ class Link:
     latency_s: float
     bytes_per_s: float
     measured: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
-    """Collective -> its measured latency and bandwidth (``launch.runs.measured``)."""
+    """Collective -> its measured latency in seconds, and bandwidth in bytes a second (``launch.runs.measured``)."""
 
     curves: Mapping[str, Curve] = field(default_factory=dict, hash=False)
     """Collective -> measured deviation from that line, by the bytes of a message."""

@@ -43,7 +43,11 @@ class Candidate:
 
     @property
     def plainness(self) -> tuple[int, ...]:
-        """Sort key: the plainest layout has the smallest key, and the largest micro-batches."""
+        """Sort key: the plainest layout has the smallest key.
+
+        Plain means few parallel dimensions, little sharding and no offload. Of equally plain layouts, the one with
+        the largest micro-batches has the smallest key.
+        """
         dimensions = [getattr(self.dims, name) for name in ("pp", "cp", "ep", "tp")]
         strategies = [Strategy.ddp, Strategy.zero1, Strategy.fsdp]
         stage, replicas = self.parallel.zero_stage, self.dims.strategy == "hsdp"
@@ -366,7 +370,7 @@ class LayoutSearch:
         )
 
     def remedy(self) -> str | None:
-        """Return overrides that make the run fit, with the least change; None if none of these do."""
+        """Return the overrides that make the run fit with the least change; None if no tried change is enough."""
         nodes = -(-self.world_size // self.machine.ranks_per_node)
         options = [("", self), *self.with_more_recompute()]
         for times in (1, 2, 4, 8, 16, 32, 64):

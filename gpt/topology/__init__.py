@@ -64,7 +64,7 @@ class ParallelDims:
         return rank // (self.cp * self.tp) % self.data_ranks
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields in the form of records."""
+        """Return the fields as a dictionary, which the records of a run contain."""
         return asdict(self)
 
     def __str__(self) -> str:

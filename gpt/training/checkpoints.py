@@ -317,7 +317,10 @@ def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
 
 
 TRIES = 2
-"""Failed writes after which training no longer waits for a save: it continues, or leaves with the checkpoint before."""
+"""Number of failed writes after which training no longer waits for a save.
+
+Training then continues, or ends with the previous checkpoint as the newest.
+"""
 
 
 class Saving:

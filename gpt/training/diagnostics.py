@@ -101,7 +101,10 @@ def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
 
 
 class StepBreakdown:
-    """Watcher of some steps. The loop calls ``due`` after each step: the other methods need a device at rest."""
+    """Profiler of every ``interval``-th step: times of computing, communication and copies.
+
+    The loop calls ``due`` after each step. It calls the other methods only while the device is idle.
+    """
 
     def __init__(self, interval: int, world: World, since: int) -> None:
         self._interval, self._first = interval, since + WARMUP_STEPS + 1

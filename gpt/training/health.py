@@ -72,7 +72,7 @@ class BadSteps:
 
 
 class DivergenceGuard:
-    """Judge of the steps of a run, in their order; each step is counted once."""
+    """Check of each step for divergence, by its loss and its gradients. It takes each step once, in order."""
 
     def __init__(self, config: DivergenceConfig) -> None:
         self._config = config
@@ -177,8 +177,7 @@ def checkpoint_before(steps: Sequence[int], first_bad: int) -> int | None:
 def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
     """Return the newest ``rolled_back`` event to ``step`` since its checkpoint was saved; None if there is none.
 
-    The batches that this event passes over stay passed over from that step on. This also holds for a new attempt that
-    begins there because this attempt was killed.
+    The event has the batches that the run skips after ``step``. An attempt that resumes from ``step`` skips them too.
     """
     found = None
     for event in events:
@@ -399,9 +398,10 @@ class StragglerWatch:
         self._own_s = 0.0
 
     def own_times(self, like: Tensor) -> Tensor:
-        """Return this rank's own time of the last step that was read, at its place in (size,); 0 before there is one.
+        """Return this rank's own time of the last step that was read, in seconds, at its index in (size,).
 
-        The tensor is a fill on the device of ``like``, so the host does not wait.
+        The other elements are 0, and so is this rank's before a step was read. The tensor is filled on the device of
+        ``like``, so the host does not wait.
         """
         times = like.new_zeros(self.size)
         times[self._run.world.rank].fill_(self._own_s)

@@ -145,7 +145,10 @@ class Loop:
         self._divergence: BadSteps | None = None
         """Steps to go back for, found in the former step while another one was queued."""
         self._pending_requests: QueuedStep | None = None
-        """The step whose requests were not read yet. Differs from the one above, read at once for a profile."""
+        """The step whose requests were not read yet. None if there is none.
+
+        The figures of a profiled step are read at once, and its requests later. ``_pending_metrics`` is then None.
+        """
         self._carried_requests = Requests()
         """Requests that arrived in steps that the run went back from."""
         self._clock = time.perf_counter()
@@ -180,7 +183,10 @@ class Loop:
             self.writers.write(record)
 
     def _go_back_from_former(self, step: QueuedStep, bad: BadSteps) -> None:
-        """Go back for the step before ``step``. ``step`` was queued before the figures of that one were known."""
+        """Roll back because of the bad steps ``bad``, which end with the step before ``step``.
+
+        ``step`` was queued before the figures of the bad steps were known. Its requests are kept.
+        """
         requests = step.requests_of_all()
         if self._pending_requests is not None:
             requests |= self._pending_requests.requests_of_all()

@@ -44,7 +44,7 @@ FORK_S = 60.0
 EARLY = ("PYTHON", "LD_", "GLIBC_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_")
 """Prefixes of variables that Python and its libraries read at their start. A forked process is too late to set them."""
 LATE = ("PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_NCCL_", "TORCH_FR_")
-"""Prefixes of variables that are read later, or that a forked rank obeys anyway."""
+"""Prefixes of exceptions from ``EARLY``. A forked rank reads these variables later, or acts on them anyway."""
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37  # linux/prctl.h
 
 

@@ -90,7 +90,9 @@ class Nvml:
             return list(gpus)
 
     def read_gauges(self, buses: Collection[str]) -> dict[str, dict[str, float]]:
-        """Return the current gauges of GPUs: address -> gauge -> value. A gauge without a value is absent.
+        """Return the current gauges of GPUs: PCI address -> gauge -> value. A gauge without a value is absent.
+
+        The name of a gauge ends with its unit, such as ``power_w`` in watts. ``throttle_reasons`` is a bit mask.
 
         Raises:
             GpuError: the driver does not answer.
@@ -127,7 +129,10 @@ class Nvml:
             raise GpuError(f"the NVIDIA driver does not answer: {error}") from error
 
     def _bus(self, handle: Any) -> str:
-        """Return an address on the PCI bus in Linux's form: NVML writes the domain with eight digits."""
+        """Return the PCI address of a GPU as Linux writes it, such as ``0000:3b:00.0``.
+
+        NVML writes the domain with eight digits, Linux with four.
+        """
         bus = self._nvml.nvmlDeviceGetPciInfo(handle).busId
         domain, _, rest = (bus.decode() if isinstance(bus, bytes) else bus).lower().partition(":")
         return f"{domain[-4:]}:{rest}"

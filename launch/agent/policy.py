@@ -245,7 +245,7 @@ class RunFailedError(RuntimeError):
 
 
 class AlreadyDecidedError(RunFailedError):
-    """Raised if another agent has already recorded the end of the attempt, and decides."""
+    """Raised if another agent has already recorded the end of the attempt. That agent decides what follows."""
 
 
 # Hosts that a run avoids, and why: a pure function of its event log and the logs of the command's other points.

@@ -95,7 +95,9 @@ class Placement:
 
 
 def decide(placement: Placement, at: int, here_s: float, all_s: float) -> tuple[bool, int | None]:
-    """Return whether a pending point leaves candidate ``at``, and its next candidate; None if the point is given up.
+    """Return True and the index of the next candidate if a pending point leaves candidate ``at``.
+
+    Returns False and None if the point stays, and True and None if the point is given up.
 
     Args:
         placement: placement of the plan.
@@ -294,7 +296,10 @@ RUNS_FROM = "LAUNCH_CODE"
 
 @cache
 def code_of(tree: CodeTree) -> dict[str, Any]:
-    """Return the digests of a code tree. They are computed once for all points of a command."""
+    """Return the folder of a code tree, a digest of all files, and a digest of each file, as ``describe_code`` does.
+
+    The digests are computed once for all points of a command.
+    """
     return describe_code(tree.root, tree.files)
 
 

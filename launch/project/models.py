@@ -106,7 +106,7 @@ MOST_STEPS = 2000
 class RankSpread:
     """Spread of the own times of a point's ranks. An own time is the time of a step without waits.
 
-    All figures are shares of the mean own time: a rank with half of the work also has half of the excess.
+    All figures are shares of the mean own time, so they also hold for a rank with more or less work.
 
     Args:
         own: own times in seconds, [steps, ranks]; two steps and two ranks or more.

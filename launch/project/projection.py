@@ -74,14 +74,14 @@ def read_links(path: Path) -> dict[str, Any]:
 def request_for(
     config: Config, overrides: Sequence[str], folder: RunFolder, rate: float = 1.0, links: float = 1.0
 ) -> PlanRequest:
-    """Return the request of a workload's plan or cost model for a run on cluster nodes.
+    """Return the request with which a workload plans a run on cluster nodes, or estimates its step time.
 
     Args:
         config: config of the run, with its number of nodes.
         overrides: overrides as typed.
         folder: folder of the run.
-        rate: factor on the compute rate of the cost model.
-        links: factor on the bandwidth of all links.
+        rate: factor by which the cost model multiplies the compute rate.
+        links: factor by which the cost model multiplies the bandwidth of all links.
     """
     return PlanRequest(
         overrides=tuple(overrides),

@@ -147,7 +147,7 @@ class Goodput:
 
     @property
     def goodput(self) -> float:
-        """Share of the allocated time in steps that count, including steps on fewer nodes."""
+        """Share of the allocated time, 0 to 1, in steps that were not lost, including steps on fewer nodes."""
         allocated = self.total_s - self.seconds.get("waiting", 0.0)
         steps_s = self.seconds.get("steps", 0.0) + self.seconds.get("fewer", 0.0)
         return steps_s / allocated if allocated else 0.0
@@ -396,7 +396,7 @@ class _Division:
                 self.causes[lost_to.since] = lost_to.cause
 
     def add(self, begun: float, ended: float, size: int, waited_s: float, *, is_last: bool) -> None:
-        """Divide the next allocation.
+        """Divide the time of the next allocation among the parts of ``PARTS``, and add it to ``seconds``.
 
         Args:
             begun: start of the allocation, Unix seconds.

@@ -397,8 +397,9 @@ ADVICE = {
 
 
 def _parts_of_steps(point: Point) -> Iterator[str]:
-    """Advise on a point of the GPT library with a low MFU, by the phase that loses most time, and divide the profiled
-    steps.
+    """Yield advice for a point of the GPT library with a low MFU, by the phase that loses most time.
+
+    Then yield the parts of the profiled steps, if the point has any.
     """
     mfu = None if point.figures is None else point.figures.mfu_palm
     if mfu is not None and mfu < LOW_MFU and point.is_gpt:

@@ -211,7 +211,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MOST_PROCESSES = 8
-"""Largest number of reading processes. More processes read faster than one process reduces."""
+"""Largest number of reading processes. More processes would wait for the single process that uses their results."""
 TOGETHER = 4
 """Number of files that a process reads before it sends them. One by one took a tenth more processor time."""
 MUCH = 128 << 20
@@ -370,7 +370,7 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
         return (self.topology, batch, work, self.precision, self.model, self.parameters, kinds)
 
     def crowding(self) -> list[str]:
-        """Return one phrase, with the place, for each way in which ranks shared cores or a GPU; empty if none did."""
+        """Return one phrase, with the hosts, for each way in which ranks shared cores or a GPU; empty if none did."""
         machines: dict[str, list[RankPlace]] = defaultdict(list)
         for place in self.ranks:
             machines[place.machine].append(place)

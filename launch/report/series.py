@@ -199,7 +199,10 @@ def _require_comparable(series: Series) -> None:
 
 
 def label_points(points: Sequence[Point]) -> list[Point]:
-    """Return the points with their labels. A single point gets its label among the runs of its folder."""
+    """Return the points with labels that distinguish them.
+
+    The label of a single point distinguishes it from the other runs in its parent folder.
+    """
     if len(points) == 1:
         path = points[0].path.absolute()
         return [replace(points[0], label=labels_inside([path.parent]).get(path, ""))]

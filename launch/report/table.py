@@ -96,7 +96,7 @@ class Row:
     label: str = ""
     """Name that distinguishes the point in this table: the overrides that not all points share."""
     goodput: float | None = None
-    """Share of the allocated time in steps that count."""
+    """Share of the allocated time, 0 to 1, in steps that were not lost, also on fewer nodes; None if unknown."""
     gpu_hours: float | None = None
     """GPU-hours of all allocations, each from its start to its end."""
     cost: float | None = None

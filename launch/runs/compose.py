@@ -64,15 +64,15 @@ def compose_typed(
 ) -> DictConfig:
     """Compose a file of configs/ with overrides that ``check_overrides`` returned.
 
-    Hydra chooses the files, once for equal choices: the 100 points of a sweep mostly differ in values. The values are
-    set in a copy, which is 10 times faster.
+    Hydra composes the chosen files, and the result is cached. The other overrides set values in a copy of this
+    result. The points of a sweep mostly differ in values, and setting values is 10 times faster than composing.
 
     Args:
         primary: name of the file; its schema is registered.
-        schema: of the config.
-        overrides: without sweeps.
-        config_dir: folder of the user's own config files.
-        with_hydra: with Hydra's own keys, under ``hydra``.
+        schema: dataclass of the config.
+        overrides: overrides with one value each; sweeps are allowed only if ``with_hydra``.
+        config_dir: folder of the user's own config files; None if there is none.
+        with_hydra: True if the result also has Hydra's own keys, under ``hydra``.
 
     Raises:
         ConfigError: a config file is missing, cannot be read, or has a value of the wrong type.

@@ -363,7 +363,7 @@ def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = 
 
 
 def refuse_change(folder: RunFolder, since: int, what: str) -> None:
-    """Raise ConfigError: ``require_same_code=true`` forbids the changes ``what`` since attempt ``since``."""
+    """Always raise ConfigError: ``require_same_code=true`` forbids the changes ``what`` since attempt ``since``."""
     commit = (read_json(folder.environment(since)).get("git") or {}).get("commit")
     back = f"git checkout {commit[:12]}, " if commit else ""
     raise ConfigError(
@@ -399,7 +399,7 @@ by an administrator (0x02, 0x10, 0x100) are not reasons."""
 
 @dataclass(frozen=True)
 class GpuSample:
-    """Sample of all GPUs of a node that the run uses."""
+    """Values of ``GAUGES`` at one time, for all GPUs of a node that the run uses."""
 
     time: float
     """Unix time, seconds."""

@@ -51,10 +51,10 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
         runs: folder and overrides of each run.
 
     Returns:
-        Different labels. A single run, a run with a typed folder, and a run without an override of its own are named
-        after their folder. A single run without overrides, or with so many that the folder's name is cut, is named
-        after the folder above, its ``name``. A later generation keeps its number if an earlier one is labelled too:
-        ``nodes=2~3``.
+        Labels that all differ. The label is the name of the run's folder for a single run, for a run with ``run_dir``
+        among its overrides, and for a run whose label would not be unique. A single run without overrides, or with so
+        many that its folder's name is cut, has the name of the parent folder as its label. If two generations of a
+        run are labelled, the later one keeps its number: ``nodes=2~3``.
     """
     names = [path.name for path, _ in runs]
     typed = [list(filter(tells_apart, overrides)) for _, overrides in runs]

@@ -182,7 +182,7 @@ class Unit(Enum):
 
 @dataclass
 class ScriptOptions:
-    """A program, its arguments, and its abilities. Exactly one of path, module and command is set."""
+    """A program, its arguments, and how it resumes and stops. Exactly one of path, module and command is set."""
 
     path: Optional[str] = key(None, "Script that Python runs.")
     module: Optional[str] = key(None, "Module that Python runs, as with python -m.")

@@ -160,7 +160,7 @@ def features(config: Config) -> frozenset[str]:
 
 
 def why_unsure(limits: Limits, config: Config) -> str:
-    """Return the reason why the keys do not show what a job requests, or where the job runs; empty if they do."""
+    """Return why the config does not show what a job requests or where the job runs; empty if it shows both."""
     others = sorted(typed_options(config.cluster) & OPTIONS)
     if others:
         return f"cluster.additional_parameters ({', '.join(others)}) makes it fit"

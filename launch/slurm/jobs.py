@@ -172,7 +172,10 @@ class LocalQueueEntry:
         self._note = folder.path / ".launch" / "waiting"
 
     def enter(self, events_before: int) -> None:
-        """Record that this process will start the point, and the number of events before."""
+        """Record that this process will start the point.
+
+        ``events_before`` is the number of events before the point was submitted.
+        """
         self._note.parent.mkdir(parents=True, exist_ok=True)
         pid = os.getpid()
         self._note.write_text(f"{os.uname().nodename} {pid} {processes.start_time(pid)} {events_before}")

@@ -71,9 +71,10 @@ def minutes_of(text: str) -> float | None:
 
 
 def node_states(text: str) -> frozenset[str]:
-    """Read the states of a node. A * means that the node does not answer.
+    """Return the states of a node from Slurm's text, such as ``IDLE+DRAIN``.
 
-    Other marks (powered off, rebooting) are ignored.
+    A ``*`` after a state means that the node does not answer, and adds ``NOT_RESPONDING``. Other marks (powered off,
+    rebooting) are ignored.
     """
     return frozenset(item.strip("~#!%$@^-") for item in text.replace("*", "+NOT_RESPONDING").split("+"))
 

@@ -379,9 +379,10 @@ class Store:
             self._saves[save].whole.add(rank)
 
     def commit(self, save: str) -> None:
-        """Mark a save on which all ranks have agreed, and drop all other saves.
+        """Mark a save as committed, because all ranks have agreed on it, and drop all other saves.
 
-        Each rank sends this request, and only the first counts: other ranks may already send the next save.
+        Each rank sends this request, but only the first one has an effect. A later one must not drop the next save,
+        which other ranks may already send.
         """
         with self._lock:
             held = self._saves.get(save)

@@ -351,7 +351,10 @@ class Cluster:
         return f"{len(self.nodes)} idle nodes; Slurm says {said or 'nothing'}{fix}"
 
     def wait_idle(self, *, timeout_s: float = 60.0) -> None:
-        """Wait until every node is idle and answers. SandboxError with Slurm's view after ``timeout_s`` seconds."""
+        """Wait until every node is idle and answers.
+
+        Raises SandboxError after ``timeout_s`` seconds, with the node states that Slurm reports.
+        """
         wait_until(self._all_idle, timeout_s=timeout_s, what=self._nodes_in_words)
 
     def slurm_states(self) -> dict[str, SlurmState]:
