@@ -40,7 +40,7 @@ with lasting_imports():
     from gpt.parallel.dtensor import materialize
     from gpt.parallel.engine import Engine, RunLayout
     from gpt.topology import settle_steps, split_batch
-    from gpt.topology.rules import check_parallel_dims
+    from gpt.topology.check_dims import check_parallel_dims
     from gpt.training.checkpoints import load, start_copies, tell_damage
     from gpt.training.execution import (
         fix_hash_seed,
@@ -50,7 +50,7 @@ with lasting_imports():
         set_matmul_precision,
         settle_execution,
     )
-    from gpt.training.health import DivergenceGuard, EarlyStop, refuse_unknown_text
+    from gpt.training.guards import DivergenceGuard, EarlyStop, refuse_unknown_text
     from gpt.training.loop import train
     from gpt.training.run import (
         Request,

@@ -13,7 +13,7 @@ from gpt.config.train import compose_train
 from gpt.planning import memory
 from gpt.planning.auto import assume_precision
 from gpt.topology import split_batch
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 

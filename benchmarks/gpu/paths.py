@@ -36,7 +36,7 @@ import yaml
 from gpt.config import TrainConfig
 from gpt.config.rules import is_importable
 from gpt.config.train import compose_train
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 

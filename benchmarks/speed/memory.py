@@ -23,7 +23,7 @@ from gpt.config import TrainConfig
 from gpt.config.train import compose_train
 from gpt.planning.memory import RankMemory, per_rank
 from gpt.topology import split_batch
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
 from launch.runs.compose import to_schema
 from tests.support.distributed import run_distributed
 from tests.support.learning import TINY, held_bytes, start, step

@@ -28,7 +28,7 @@ from gpt.parallel.distributed import open_world
 from gpt.parallel.timeline import waiting
 from gpt.train import build
 from gpt.training.diagnostics import Gradients
-from gpt.training.health import StragglerJudge
+from gpt.training.guards import StragglerJudge
 from gpt.training.run import Run, agree_on_folder, open_attempt, parse_arguments, parse_request
 from gpt.training.step import Phases, QueuedStep, queue_step
 from launch import worker

@@ -66,12 +66,12 @@ def measured(request: str) -> dict[str, Any]:
         ConfigError: a part is refused.
     """
     if "torch" in sys.modules:
-        from gpt.components.measure import answer
+        from gpt.components.meta_costs import answer
 
         return answer(request)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
-        [sys.executable, "-m", "gpt_launch", "gpt.components.measure"],
+        [sys.executable, "-m", "gpt_launch", "gpt.components.meta_costs"],
         input=request, capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     lines = run.stdout.splitlines()

@@ -24,10 +24,10 @@ from gpt.metrics.startup_summary import describe_rank
 from gpt.parallel.distributed import World
 from launch import worker
 from launch.runs.compose import plain_config
+from launch.runs.event_files import EventWriter, record_scalars
 from launch.runs.files import say
 from launch.runs.folder import RunFolder
 from launch.runs.records import TOLD_ONCE, StepRecord, read_records
-from launch.runs.tensorboard import EventWriter, record_scalars
 
 # View of a run's step records. A filesystem failure may interrupt a view for a while, but never the training.
 

@@ -2,7 +2,7 @@
 
 ``Pipeline`` has the stages of this rank, the schedule that runs micro-batches through them, and the tied embedding of
 the first and the last stage. ``PipelineEngine`` applies the other kinds of parallelism to each stage, as ``NDEngine``
-does to a whole model. gpt/topology/pipeline.py splits the layers.
+does to a whole model. gpt/topology/schedules.py splits the layers.
 
 Shapes: B sequences of a micro-batch, T tokens of each, D width, V vocabulary.
 """
@@ -36,7 +36,7 @@ from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.engine import RunLayout
 from gpt.parallel.nd import NDEngine, reshard
 from gpt.parallel.timeline import BUBBLE, receiving, scheduling, waiting, working
-from gpt.topology.pipeline import local_stages, rank_stages, stage_indices
+from gpt.topology.schedules import local_stages, rank_stages, stage_indices
 
 SCHEDULES = {
     Schedule.gpipe: ScheduleGPipe,

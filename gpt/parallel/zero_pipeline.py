@@ -26,7 +26,7 @@ from gpt.model.gpt import GPT
 from gpt.model.layers import cross_entropy
 from gpt.parallel.engine import RunLayout
 from gpt.parallel.zero import ZeroEngine
-from gpt.topology.pipeline import split_layers
+from gpt.topology.schedules import split_layers
 
 BEFORE, AFTER = 2, 2
 """Number of DeepSpeed's layers before the first block, and after the last one."""

@@ -14,7 +14,7 @@ from gpt.accounting.hardware import find
 from gpt.config import CompileMode, Float8, ParallelConfig, Precision, Strategy, TrainConfig
 from gpt.config.train import check_tf32
 from gpt.planning.cost import Estimate, estimate
-from gpt.planning.hardware import Machine
+from gpt.planning.devices import Machine
 from gpt.planning.search import (
     MICRO_BATCH,
     Candidate,
@@ -25,8 +25,8 @@ from gpt.planning.search import (
     with_micro_batch,
 )
 from gpt.topology import Batch, parallel_dims, split_batch
+from gpt.topology.check_dims import check_parallel_dims
 from gpt.topology.deepspeed_config import casts_weights
-from gpt.topology.rules import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import read_config
 from launch.runs.folder import RunFolder

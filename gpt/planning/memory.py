@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from gpt.accounting import BF16, FP32, GIB, count
 from gpt.components.facts import optimizer_state
 from gpt.config import LOSS_CHUNK, CpMethod, ParallelConfig, Precision, Schedule, Strategy, TrainConfig
-from gpt.planning.shards import (
+from gpt.planning.rank_shards import (
     ParallelFactors,
     ParameterShard,
     ParameterShards,
@@ -23,7 +23,7 @@ from gpt.planning.shards import (
 )
 from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, Batch, ParallelDims, fsdp_units
 from gpt.topology.deepspeed_config import BUCKET
-from gpt.topology.pipeline import StageLayers, local_stages, rank_stages
+from gpt.topology.schedules import StageLayers, local_stages, rank_stages
 
 # Parameters, gradients and optimizer state of one rank, in bytes: exact, for AdamW over fp32 weights.
 #

@@ -11,18 +11,18 @@ from typing import Any, TypeVar
 from gpt.accounting import GIB
 from gpt.config import EngineKind, Ffn, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
 from gpt.config.rules import divisors
-from gpt.planning.hardware import Machine
+from gpt.planning.devices import Machine
 from gpt.planning.memory import RankMemory, per_rank
 from gpt.topology import Batch, ParallelDims, split_batch
-from gpt.topology.pipeline import V_SHAPED
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
+from gpt.topology.schedules import V_SHAPED
 from launch.errors import ConfigError
 from launch.runs.compose import plain
 
 # Search of the valid parallel layouts, and of those that fit in memory.
 #
-# ``candidates`` enumerates every degree of every dimension that gpt/topology/rules.py accepts, for the strategies of
-# one engine. ``LayoutSearch`` keeps those that fit. It relaxes the config step by step: smaller micro-batches, CPU
+# ``candidates`` enumerates every degree of every dimension that gpt/topology/check_dims.py accepts, for the strategies
+# of one engine. ``LayoutSearch`` keeps those that fit. It relaxes the config step by step: smaller micro-batches, CPU
 # offload.
 
 

@@ -176,7 +176,7 @@ def settle_steps(config: TrainConfig, batch: Batch) -> TrainConfig:
 
 # Sharding of experts: the dimension that FSDP shards, and checks of expert parallelism.
 #
-# Called on the login node by gpt/topology/rules.py, and by the ranks that shard the experts (gpt/parallel/nd.py).
+# Called on the login node by gpt/topology/check_dims.py, and by the ranks that shard the experts (gpt/parallel/nd.py).
 
 
 def expert_fsdp_ranks(dims: ParallelDims) -> int:

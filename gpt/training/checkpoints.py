@@ -18,7 +18,7 @@ from gpt.config.train import RESUMABLE
 from gpt.data.order import PassedOver
 from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import World
-from gpt.training.health import BadSteps, checkpoint_before, is_bad, last_rollback, remedy
+from gpt.training.guards import BadSteps, checkpoint_before, is_bad, last_rollback, remedy
 from gpt.training.run import Run
 from gpt.training.step import SaveVotes
 from launch.errors import ConfigError, RepeatedFailureError
@@ -169,7 +169,7 @@ def set_rng_state(world: World, state: dict[str, Any]) -> None:
 
 # Going back: from steps whose numbers went wrong to the last good checkpoint, and on without their batches.
 #
-# gpt/training/health.py decides when a run has to go back.
+# gpt/training/guards.py decides when a run has to go back.
 
 
 def judge_step(run: Run, record: StepRecord) -> BadSteps | None:

@@ -18,7 +18,7 @@ from gpt.parallel.distributed import World
 from gpt.training.checkpoints import Saving, go_back, judge_step
 from gpt.training.diagnostics import CompileTime, Gradients, StepBreakdown, StepProfile
 from gpt.training.execution import StepTimeouts
-from gpt.training.health import BadSteps, LossWindow, ReplicaGuard, StragglerWatch
+from gpt.training.guards import BadSteps, LossWindow, ReplicaGuard, StragglerWatch
 from gpt.training.run import Run
 from gpt.training.step import QueuedStep, Requests, collect_together, queue_step
 from launch.runs.heartbeat import Phase

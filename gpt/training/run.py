@@ -34,14 +34,14 @@ from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
 from gpt.planning import memory
 from gpt.planning.auto import choose_parallelism, choose_precision, choose_tf32, execution_warnings
-from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus
+from gpt.planning.devices import Machine, MachineOverrides, cpus, free_memory, gpus
 from gpt.planning.search import table
 from gpt.topology import Batch, ParallelDims, settle_steps, split_batch
+from gpt.topology.check_dims import check_parallel_dims, refuse_without_deepspeed
 from gpt.topology.deepspeed_config import ds_config
-from gpt.topology.rules import check_parallel_dims, refuse_without_deepspeed
 from gpt.training import execution as reproducibility
 from gpt.training.execution import best_precision
-from gpt.training.health import DivergenceGuard, EarlyStop
+from gpt.training.guards import DivergenceGuard, EarlyStop
 from launch import worker
 from launch.errors import CommandParser, ConfigError
 from launch.runs import compose

@@ -25,7 +25,7 @@ from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
 from gpt.parallel.timeline import BUBBLE, HOST, Moment, Timeline, recorded, total, waiting
 from gpt.training.diagnostics import Gradients
-from gpt.training.health import StragglerWatch
+from gpt.training.guards import StragglerWatch
 from gpt.training.run import Run
 from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord

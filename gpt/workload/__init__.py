@@ -32,10 +32,10 @@ from gpt.planning.auto import (
     refuse_tf32,
     typed_keys,
 )
-from gpt.planning.hardware import Machine
+from gpt.planning.devices import Machine
 from gpt.planning.search import layout_text
 from gpt.topology import settle_steps, split_batch
-from gpt.topology.rules import check_parallel_dims, refuse_without_deepspeed
+from gpt.topology.check_dims import check_parallel_dims, refuse_without_deepspeed
 from gpt.workload.plan import (
     checkpoint_text,
     estimated_step,

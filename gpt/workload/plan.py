@@ -24,11 +24,11 @@ from gpt.planning.auto import (
     many_time_limits,
 )
 from gpt.planning.cost import estimate
-from gpt.planning.hardware import Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu, with_network
+from gpt.planning.devices import Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu, with_network
 from gpt.planning.memory import RankMemory, in_memory_bytes, per_rank, staging_bytes
 from gpt.planning.search import table
 from gpt.topology import Batch, ParallelDims, split_batch
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
 from launch.errors import ConfigError, closest, counted
 from launch.runs.events import Events, is_finished, planned_steps
 from launch.runs.measured import MatmulRates, read_matmul_rates, read_network

@@ -11,9 +11,9 @@ from launch.report.figures import draw_ranks
 from launch.report.points import GpuUse
 from launch.report.table import Row, ScalingTable
 from launch.report.text import host_table, markdown_text
+from launch.runs.event_files import Curve, EventWriter
 from launch.runs.files import write_atomically
 from launch.runs.overrides import NOT_IN_POINT, point_keys, point_name, typed_key
-from launch.runs.tensorboard import Curve, EventWriter
 
 RUN, RUN_OF_ONE = "Scaling", "Summary"
 IDEAL, POINTS, GPUS = "ideal", "points", "gpus"

@@ -24,7 +24,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import append_records, is_record, recent_records
 
 if TYPE_CHECKING:
-    from launch.runs.tensorboard import EventWriter
+    from launch.runs.event_files import EventWriter
     from launch.workload import RankContract
 
 
@@ -217,7 +217,7 @@ class _Curves:
 
     def __init__(self, folder: RunFolder, attempt: int) -> None:
         # The import takes a second, better before the ranks start than between two polls.
-        from launch.runs.tensorboard import EventWriter, record_scalars
+        from launch.runs.event_files import EventWriter, record_scalars
 
         self._open, self._scalars = EventWriter, record_scalars
         self._folder = folder

@@ -33,7 +33,7 @@ from gpt.model.layers import cross_entropy
 from gpt.parallel.nd import apply_fsdp
 from gpt.planning import memory as rank
 from gpt.planning.memory import RankMemory, per_rank
-from gpt.planning.shards import activation_bytes, cast_elements, parameter_shards
+from gpt.planning.rank_shards import activation_bytes, cast_elements, parameter_shards
 from gpt.topology import ParallelDims, parallel_dims, split_batch
 from tests.support.distributed import run_distributed
 from tests.support.small_models import LLAMA, MOE, configs, label, random_tokens, small, variants

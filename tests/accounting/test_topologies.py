@@ -22,9 +22,9 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.planning.memory import RankMemory, micro_batches_in_flight, per_rank
-from gpt.planning.shards import parameter_shards
+from gpt.planning.rank_shards import parameter_shards
 from gpt.topology import ParallelDims, parallel_dims, split_batch
-from gpt.topology.pipeline import rank_stages
+from gpt.topology.schedules import rank_stages
 from tests.support.small_models import LLAMA, MOE, configs, small
 
 OPTIM = OptimConfig(max_steps=1, global_batch=64, max_micro_batch=2, lr=1e-3, min_lr=0.0, warmup_steps=0)

@@ -22,9 +22,9 @@ from gpt.conversion import choose_adapter
 from gpt.data.spec import build_spec
 from gpt.generate import Sampling, generate_tokens, make_generators
 from gpt.model.gpt import GPT, initialize
-from gpt.planning.shards import activation_bytes, parameter_shards
+from gpt.planning.rank_shards import activation_bytes, parameter_shards
 from gpt.topology import ParallelDims
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
 from launch.errors import ConfigError
 from tests.support.commands import ROOT, environment
 from tests.support.composing import config_from

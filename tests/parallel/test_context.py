@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from gpt.config import TrainConfig
 from gpt.parallel.context import SequenceShard
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
 from gpt.training.checkpoints import save
 from launch.errors import ConfigError
 from tests.support.composing import config_from

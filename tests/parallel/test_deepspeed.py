@@ -21,7 +21,7 @@ from gpt.checkpoint import CheckpointError
 from gpt.config import TrainConfig
 from gpt.config.train import compose_train
 from gpt.conversion.state_dict import load_model
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
 from gpt.training.checkpoints import save
 from gpt.training.run import Run
 from launch.errors import ConfigError

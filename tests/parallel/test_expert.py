@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.topology import ParallelDims
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
 from gpt.training.checkpoints import save
 from launch.errors import ConfigError
 from tests.support.composing import config_from

@@ -25,10 +25,10 @@ from gpt.model.gpt import GPT
 from gpt.parallel.dtensor import local_tensor, materialize
 from gpt.parallel.nd import apply_fsdp, prefetch_forward
 from gpt.planning.memory import parallel_factors, per_rank, states
-from gpt.planning.shards import activation_bytes, cast_elements, parameter_shards
+from gpt.planning.rank_shards import activation_bytes, cast_elements, parameter_shards
 from gpt.topology import fsdp_units, split_batch
-from gpt.topology.pipeline import rank_stages
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
+from gpt.topology.schedules import rank_stages
 from gpt.training import run as run_module
 from gpt.training.checkpoints import save
 from launch.errors import ConfigError

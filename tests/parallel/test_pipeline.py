@@ -14,8 +14,8 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from gpt.accounting import training_flops
 from gpt.config import ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
-from gpt.topology.pipeline import bubble_fraction, local_stages, partition, split_layers, stage_indices
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
+from gpt.topology.schedules import bubble_fraction, local_stages, partition, split_layers, stage_indices
 from gpt.training.checkpoints import save
 from launch.errors import ConfigError
 from tests.support.commands import ROOT
@@ -319,7 +319,7 @@ BUBBLES = [
 
 @pytest.mark.parametrize(("schedule", "pp", "micro_batches", "held"), BUBBLES)
 def test_the_bubble_is_that_of_torchs_schedule(schedule: Schedule, pp: int, micro_batches: int, held: int) -> None:
-    from gpt.topology.pipeline import accepts_micro_batches
+    from gpt.topology.schedules import accepts_micro_batches
 
     parallel = ParallelConfig(strategy=Strategy.ddp, pp=pp, schedule=schedule, stages_per_rank=held)
     if not accepts_micro_batches(parallel, micro_batches):

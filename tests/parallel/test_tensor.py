@@ -25,7 +25,7 @@ from gpt.parallel.distributed import World, build_mesh
 from gpt.parallel.tensor import apply_tensor_parallel, vocabulary_loss
 from gpt.planning.auto import choose_compile
 from gpt.topology import ParallelDims
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
 from gpt.training.checkpoints import save
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder

@@ -14,11 +14,11 @@ from gpt.accounting import GIB
 from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.config.train import compose_train, settle_parallel
 from gpt.planning.auto import NO_DIFFERENCE, LayoutChoice, ParallelChoice, choose_parallelism, rank_layouts, typed_keys
-from gpt.planning.hardware import Machine, MachineOverrides, cpus, gpus
+from gpt.planning.devices import Machine, MachineOverrides, cpus, gpus
 from gpt.planning.memory import per_rank
 from gpt.planning.search import candidates, table
 from gpt.topology import split_batch
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema, write_config
 from launch.runs.folder import RunFolder

@@ -28,7 +28,7 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.planning.cost import Estimate, RankStep, estimate
-from gpt.planning.hardware import Group, Host, Link, Machine, MachineOverrides, cpus, gpus, group, strided_group
+from gpt.planning.devices import Group, Host, Link, Machine, MachineOverrides, cpus, gpus, group, strided_group
 from gpt.topology import ParallelDims, parallel_dims, split_batch
 from gpt.workload.plan import estimated_step, requested_machine
 from launch.config.cluster import ClusterConfig, ClusterKind

@@ -8,7 +8,7 @@ import pytest
 
 from gpt.config import CompileMode, Precision
 from gpt.planning.auto import choose_compile, choose_precision, choose_tf32
-from gpt.topology.rules import check_parallel_dims
+from gpt.topology.check_dims import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import write_config
 from launch.runs.folder import RunFolder

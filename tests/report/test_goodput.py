@@ -17,10 +17,10 @@ from gpt.training.loop import train
 from launch.report import build, write
 from launch.report.goodput import CAUSES, Goodput, measure_goodput
 from launch.report.text import markdown_text, parts_csv_text
+from launch.runs.event_files import png_shape
 from launch.runs.files import ReportFile
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records, read_records
-from launch.runs.tensorboard import png_shape
 from launch.worker import run_of_environment
 from tests.support.distributed import run_distributed
 from tests.support.learning import start

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.scale.projection import TITLES, predict
-from gpt.planning.hardware import CPU_FLOPS_PER_S
+from gpt.planning.devices import CPU_FLOPS_PER_S
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError

@@ -24,9 +24,9 @@ from launch.report.selection import Selection, compare_selections, select, sourc
 from launch.report.table import ScalingTable, tabulate_selection
 from launch.report.tensorboard import charts
 from launch.report.text import markdown_text
+from launch.runs.event_files import EventWriter, png_shape
 from launch.runs.files import ReportFile
 from launch.runs.find import record_sweep
-from launch.runs.tensorboard import EventWriter, png_shape
 from tests.support import commands
 
 COLUMNS = (

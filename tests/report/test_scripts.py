@@ -20,8 +20,8 @@ from launch.report import Row, build, show, write
 from launch.report.table import ScalingTable
 from launch.report.text import point_columns
 from launch.runs import progress
+from launch.runs.event_files import png_shape
 from launch.runs.files import ReportFile
-from launch.runs.tensorboard import png_shape
 from launch.workload import RankContract
 
 SAMPLES = {"unit": "samples", "work_per_step": 512}

@@ -17,8 +17,8 @@ from launch.report.figures import draw_ranks
 from launch.report.steps import LOSSES, RankTime, RankTimes, lost
 from launch.report.table import Row, RunDetail
 from launch.report.text import markdown_text
+from launch.runs.event_files import png_shape
 from launch.runs.records import append_records
-from launch.runs.tensorboard import png_shape
 
 RANKS, STEPS = 24, 47
 BASE_S = 0.5

@@ -31,9 +31,9 @@ from tensorboard.util import tensor_util
 
 from launch.report import build, write
 from launch.runs.environment import GpuSample, append_samples
+from launch.runs.event_files import TAGS, Curve, EventWriter, png_shape, record_scalars
 from launch.runs.files import ReportFile
 from launch.runs.records import StepRecord
-from launch.runs.tensorboard import TAGS, Curve, EventWriter, png_shape, record_scalars
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -148,7 +148,7 @@ def test_a_file_starts_with_its_version_and_one_attempt_is_one_file(tmp_path: Pa
 
 def test_writing_loads_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
     code = (
-        "import sys; from launch.runs.tensorboard import EventWriter\n"
+        "import sys; from launch.runs.event_files import EventWriter\n"
         f"with EventWriter({str(tmp_path)!r}) as w: w.scalar('a', 1.0, 1)\n"
         "assert not {'torch', 'tensorflow'} & set(sys.modules)"
     )

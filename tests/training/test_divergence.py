@@ -19,7 +19,7 @@ from gpt.data.order import PassedOver
 from gpt.model.gpt import Block
 from gpt.parallel.dtensor import local_tensor
 from gpt.train import train
-from gpt.training.health import BadSteps, DivergenceGuard, checkpoint_before, last_rollback
+from gpt.training.guards import BadSteps, DivergenceGuard, checkpoint_before, last_rollback
 from gpt.training.run import Run
 from gpt.training.step import queue_step
 from launch.errors import RepeatedFailureError

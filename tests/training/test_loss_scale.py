@@ -20,7 +20,7 @@ from gpt.model.gpt import GPT, initialize
 from gpt.parallel import engine as module
 from gpt.parallel.engine import LossScale, skipping
 from gpt.training.checkpoints import save
-from gpt.training.health import is_bad
+from gpt.training.guards import is_bad
 from gpt.training.run import Run
 from gpt.training.step import lr_at, queue_step
 from launch.runs.folder import RunFolder

@@ -22,7 +22,7 @@ from gpt.config import (
 )
 from gpt.config.rules import cached_by_model
 from gpt.topology import ParallelDims, expert_fsdp_ranks, shard_dimension
-from gpt.topology.pipeline import StageLayers
+from gpt.topology.schedules import StageLayers
 
 # Shard of each parameter: by pipeline stage, tensor and expert parallelism, then FSDP.
 #

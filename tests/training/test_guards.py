@@ -17,7 +17,7 @@ from torch import Tensor
 from gpt.config import OptimConfig
 from gpt.parallel.dtensor import ReplicaCheck, find_odd, local_tensor
 from gpt.train import train
-from gpt.training.health import EarlyStop, StragglerJudge, refuse_unknown_text
+from gpt.training.guards import EarlyStop, StragglerJudge, refuse_unknown_text
 from gpt.training.run import Run
 from gpt.training.step import queue_step
 from launch.errors import ConfigError

@@ -27,7 +27,7 @@ from gpt.config.optim import ADAMW
 from gpt.config.rules import GROUPED_MULTIPLE, divisors, is_importable
 from gpt.topology import ParallelDims, check_expert, parallel_dims, split_batch
 from gpt.topology.deepspeed_config import ds_config
-from gpt.topology.pipeline import check_pipeline, split_layers
+from gpt.topology.schedules import check_pipeline, split_layers
 from launch.errors import ConfigError
 
 
