@@ -1,6 +1,6 @@
 """``python -m launch.storm KEY=VALUE...``: a chaos drill. A run with seeded faults must end like an undisturbed run.
 
-The arguments are those of ``python -m launch``, or the folder of a finished run, which is then the undisturbed one.
+The arguments are those of ``python -m launch``, or the folder of a finished run, which the drill repeats with faults.
 """
 
 from __future__ import annotations
@@ -160,7 +160,10 @@ def require_own(path: Path, what: str) -> Path:
 
 
 def refuse_disk(disk: Path | None, mib: int | None, *, is_slurm: bool) -> None:
-    """Raise ConfigError if not all nodes can use that filesystem for the run, or if it has files."""
+    """Raise ConfigError if ``disk`` is no empty filesystem of this user.
+
+    Also if a tmpfs of ``mib`` MiB is requested for a run on Slurm, or together with ``disk``.
+    """
     if mib and (is_slurm or disk):
         found = f"--disk-mib {mib} of a run on Slurm" if is_slurm else f"--disk-mib {mib} and --disk {disk}"
         expected = "a small filesystem that all nodes mount: a tmpfs that is mounted now is this machine's alone"
@@ -227,9 +230,9 @@ def _remains(site: Site) -> list[str]:
     wrong = [f"process {process.pid} is left: {' '.join(process.info['cmdline'])[:100]}" for process in left]
     if site.is_slurm:
         job = SlurmJob(site.job)
-        while (state := job.status(ask_queue([job])).state) != "over" and time.monotonic() < deadline:
+        while (status := job.status(ask_queue([job]))).phase != "over" and time.monotonic() < deadline:
             time.sleep(1.0)
-        wrong += [f"job {site.job} is {state}"] if state != "over" else []
+        wrong += [f"job {site.job} is {status.state}"] if status.phase != "over" else []
     return wrong
 
 

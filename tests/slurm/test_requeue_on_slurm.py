@@ -11,6 +11,8 @@ import pytest
 
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from launch.storm import __main__ as drill
+from launch.storm.injection import Site
 from slurm.sandbox.cluster import Cluster, heal, power_cut, preempt
 from tests.support.checkpoints import differing, read_weights
 from tests.support.commands import TINY, start_fork
@@ -109,3 +111,19 @@ def test_a_training_that_is_preempted_and_loses_a_node_ends_in_the_same_weights(
     done = {(rank, r["step"]): r["samples"] for rank in here.metric_ranks() for r in read_records(here.metrics(rank))}
     used = [sample for first, final in done.values() for sample in range(first, final + 1)]
     assert sorted(used) == list(range(8 * STEPS)), "no sample repeated, none skipped"
+
+
+def test_a_drill_waits_for_the_end_of_the_job_and_names_one_that_goes_on(
+    sandbox: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in sandbox.env.items():
+        monkeypatch.setenv(name, value)
+    folder = RunFolder(tmp_path)
+    job = sandbox.slurm("sbatch", "--parsable", "--hold", "--chdir=/tmp", "--output=/dev/null", "--wrap=true").strip()
+    folder.record_event("submitted", job_id=job)
+    site = Site(folder, is_slurm=True)
+    monkeypatch.setattr(drill, "GONE_S", 0.0)
+    assert drill._remains(site) == [f"job {job} is PENDING"]
+    sandbox.slurm("scancel", job)
+    monkeypatch.setattr(drill, "GONE_S", 60.0)
+    assert drill._remains(site) == []
