@@ -29,7 +29,7 @@ from launch.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class Column:
-    """Metric in the table: title for people, name in the CSV, value of a run (None if unknown), and format."""
+    """Metric in the table: column title, name in the CSV, value of a run (None if unknown), and format."""
 
     title: str
     name: str
@@ -55,7 +55,7 @@ COLUMNS = (
 
 
 def label_runs(runs: Sequence[Path]) -> list[str]:
-    """Label each run by its typed overrides, as every other command does, after the folder that tells it apart."""
+    """Return a label for each run: its folder below the common parent, and its typed overrides."""
     common = Path(os.path.commonpath([run.parent for run in runs]))
     groups: dict[Path, list[Path]] = {}
     for run in runs:

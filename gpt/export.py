@@ -97,7 +97,7 @@ def byte_letters() -> list[str]:
 
 
 def tokenizer_json(model: dict[str, Any], before: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
-    """Build a tokenizer.json from exactly these parts."""
+    """Return the content of a tokenizer.json with a model, the pre-tokenizer ``before`` and a decoder."""
     return {
         "version": "1.0",
         "truncation": None,

@@ -123,7 +123,7 @@ UNFINISHED = "\ufffd"
 
 
 class Text:
-    """Text of one sequence, decoded token by token, and printed as soon as it is readable."""
+    """Text of one sequence, decoded token by token. ``on_text`` receives each part as soon as it is readable."""
 
     def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], object]) -> None:
         self._tokenizer = tokenizer
@@ -134,7 +134,7 @@ class Text:
         """True once the model has ended the document."""
 
     def add(self, token: int) -> None:
-        """Add a token, and print the text that has become readable."""
+        """Add a token, and pass the text that has become readable to ``on_text``. Ignore tokens after the end."""
         if self.ended:
             return
         if token == self._tokenizer.eot:
@@ -145,7 +145,7 @@ class Text:
         self._pass_on(self._tokenizer.decode(self._ids).rstrip(UNFINISHED))
 
     def close(self) -> None:
-        """Print the rest, even if a character is incomplete."""
+        """Pass the remaining text to ``on_text``, even if its last character is incomplete."""
         self._pass_on(self._tokenizer.decode(self._ids))
 
     @property

@@ -98,7 +98,7 @@ def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, Callab
 
 
 def train_here(words: Sequence[str]) -> None:
-    """Run ``gpt.train`` in this process."""
+    """Run ``gpt.train`` with the overrides ``words`` in this process. Raise CheckFailedError unless it finishes."""
     outcome = run_ranks(parse_request(parse_arguments(words)), worker.attach())
     require(outcome == "finished", f"the run {outcome}")
 

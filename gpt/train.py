@@ -84,7 +84,7 @@ def build(
     rank: worker.Run,
     writer: Writer | None = None,
 ) -> Run:
-    """Prepare the data, build the model, parallelize it over the ranks, and load the newest checkpoint."""
+    """Return a run that is ready to train: data, parallelized model, and the newest checkpoint loaded."""
     config = settle_execution(config, folder, world)
     keep_compiled(config, world)
     set_matmul_precision(config)
@@ -222,7 +222,7 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
 
 
 def leave_for_agent(error: BaseException) -> None:
-    """Write the failure to torch elastic's file on the node itself, because the disk of the run folder may be full.
+    """Write a failure to torch elastic's error file on this node, because the disk of the run folder may be full.
 
     Torch elastic stores the traceback of the handled exception, and torchrun prints it. A refusal is raised again, so
     that Hydra's frames do not hide its three lines.

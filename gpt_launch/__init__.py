@@ -1,4 +1,4 @@
-"""The one name of this project that no other project has.
+"""Package with a name that no other project has, under which users can start and import this project.
 
     gpt-launch -m nodes=1,2,4             the launcher, as ``python -m launch`` in the checkout
     gpt-launch status outputs             ``python -m launch.status outputs``
@@ -7,8 +7,8 @@
 
 Many users have files with the names of this project's folders: launch, gpt, configs and slurm. Agents, ranks and batch
 scripts therefore start as ``python -m gpt_launch``, which imports ``gpt_launch.own_names`` first. A rank that runs the
-user's script must not import it, since the script may import its own ``launch.py``. So ``gpt_launch.worker`` is found
-in another way, through ``__path__`` below.
+user's script must not import ``own_names``, since the script may import its own ``launch.py``. So
+``gpt_launch.worker`` is found in another way, through ``__path__`` below.
 """
 
 import re
@@ -24,9 +24,10 @@ __path__.append(str(ROOT))
 
 
 def as_typed(text: str) -> str:
-    """Rewrite a message's commands as ``gpt-launch COMMAND`` if this process was started by that name.
+    """Return ``text`` with its commands as ``gpt-launch COMMAND`` if this process was started by that name.
 
-    In a project with a ``launch.py`` of its own, ``python -m launch`` would run that file.
+    Otherwise ``text`` stays as it is. In a project with a ``launch.py`` of its own, ``python -m launch`` would run
+    that file.
     """
     if Path(sys.orig_argv[0] if len(sys.orig_argv) < 2 else sys.orig_argv[1]).name != "gpt-launch" and (
         sys.orig_argv[1:3] != ["-m", "gpt_launch"]

@@ -23,9 +23,9 @@ PACKAGES = ("launch.", "gpt.", "slurm.")
 
 
 def module_of(word: str) -> str | None:
-    """Return the module that the first argument names.
+    """Return the full name of the module that ``word``, the first argument, names.
 
-    Returns None if the argument is an override or an option of the launcher.
+    Returns None if ``word`` is an override or an option of the launcher.
     """
     if "=" in word:
         return None

@@ -1,4 +1,4 @@
-"""Entry of the agent for submitit. Its pickle names this function, also for a project with its own ``launch.py``."""
+"""Entry point of the agent for submitit, whose pickle names ``run``; also beside a user's own ``launch.py``."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class OwnNames(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return where a package of the project is; None for every other module."""
+        """Return the import spec of one of the four packages; None for every other module."""
         return PathFinder.find_spec(fullname, [str(ROOT)]) if path is None and fullname in NAMES else None
 
 

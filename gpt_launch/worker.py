@@ -1,7 +1,7 @@
 """The project's ``launch.worker``, also if ``import launch`` finds a user's file: ``from gpt_launch import worker``.
 
 If ``launch`` is the project's package, the module is the same object as ``launch.worker``. If the user has a
-``launch.py``, it is a separate module.
+``launch.py``, this module is a second copy of ``launch/worker``.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ SWEEP = ("--multirun", "-m")
 HELP = ("--help", "-h", "--hydra-help")
 COMPLETION = ("--shell-completion", "-sc")
 SHOWING = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--run", "-r")
-"""Flags of Hydra of which it accepts only one, -m included."""
+"""Flags of Hydra that exclude each other and -m."""
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 """Values of ``--info``."""
 
@@ -106,9 +106,9 @@ def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def without_sweep(flags: list[str], typed: list[str], config_dir: Path | None) -> tuple[list[str], list[str]]:
-    """Remove -m from the flags, and take the first value of each swept override. Hydra shows help of one run only.
+    """Return the flags without -m, and the overrides of the first point: Hydra shows help of one run only.
 
-    Returns both unchanged if nothing is to be shown, or the command has no -m.
+    Without -m, or without a flag that shows something, both are returned unchanged.
 
     Raises:
         ConfigError: the flags request a config or other information of a sweep.
@@ -125,7 +125,7 @@ def without_sweep(flags: list[str], typed: list[str], config_dir: Path | None) -
 
 
 def unknown_flag(flag: str, following: str, argv: Sequence[str]) -> ConfigError:
-    """Return the refusal of a flag that Hydra does not have, with the key of the config that has this name."""
+    """Return a ConfigError for a flag that Hydra does not have, with the key or flag that was probably meant."""
     schema: type[Config] = Config
     with suppress(ConfigError):  # a workload of the user's own folder of configs, which is not known yet
         schema = schema_of(target_of([word for word in argv if word.startswith("workload=")]))
@@ -153,7 +153,7 @@ def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
     """Register with Hydra the schema of the arguments, and the two functions that ``configs/config.yaml`` uses.
 
     Returns:
-        The complete arguments, and the schema.
+        The arguments for Hydra, flags first, and the schema.
     """
     refuse_command(argv)
     flags, typed = split_flags(argv)

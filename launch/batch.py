@@ -39,7 +39,7 @@ from launch.slurm.jobs import refuse_running
 from launch.slurm.points import choose_gpus, says_gpus
 
 PLAN_TIMEOUT_S = 300.0
-"""Longest wait in seconds for the plan of the head node's task. Tasks of one job start within minutes."""
+"""Longest wait for the plan of the head node's task, seconds. Tasks of one job start within minutes."""
 PLAN_POLL_S = 0.2
 
 
@@ -48,7 +48,7 @@ def job_overrides(overrides: Sequence[str], job: Mapping[str, str]) -> list[str]
 
     Args:
         overrides: as typed.
-        job: Slurm's variables of the job, by name.
+        job: Slurm's environment variables of the job, by name.
 
     Raises:
         ConfigError: this is no Slurm job, or ``nodes`` contradicts the job.
@@ -89,9 +89,9 @@ def make_run_in_job(
 
     Args:
         overrides: overrides as typed.
-        config_dir: folder of configs, as for ``compose_launch``.
-        job: Slurm's variables of the job; None for the job of this process.
-        ahead: True before the job is submitted.
+        config_dir: folder of the user's own config files; None if there is none.
+        job: Slurm's environment variables of the job, by name; by default those of this process.
+        ahead: True if the job is not submitted yet.
 
     Raises:
         ConfigError: the run cannot work, or another job works on it.
@@ -174,8 +174,7 @@ def run_task(composed: DictConfig) -> None:
 
 
 def wait_for_plan(folder: RunFolder, timeout_s: float = PLAN_TIMEOUT_S) -> None:
-    """Wait at most ``timeout_s`` seconds until the head node's task has written the run folder. Its last file is the
-    plan.
+    """Wait until the head node's task has written ``plan.json``, which it writes last, at most ``timeout_s`` seconds.
 
     Raises:
         ConfigError: there is no plan in time: the task refused, or the nodes do not share the folder.

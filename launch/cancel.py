@@ -1,4 +1,4 @@
-"""``python -m launch.cancel PATH...``: request a save from runs, then end the rest of each run.
+"""``python -m launch.cancel PATH...``: request a save from runs, then end all jobs and processes that are left.
 
 Ctrl-C at the launcher does the same. The cancel is in the event log before any signal is sent, so that the end never
 looks like a preemption.
@@ -24,7 +24,10 @@ from launch.slurm.watch import leaving_text, outcome_text, stop_points
 
 
 def cancel(paths: Sequence[Path], console: Console, *, now: bool) -> bool:
-    """Cancel the runs of run folders and sweep folders, and print the end of each. Returns whether all are over."""
+    """Cancel the runs in ``paths``, print how each ended, and return whether all are over.
+
+    ``now`` ends the ranks at once; otherwise they have time to save.
+    """
     points = find_run_statuses(find_runs(paths))
     problem = poll(points, trust_log=True)
     if problem is not None:

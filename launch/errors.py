@@ -30,7 +30,7 @@ class Problem:
         print(problem.warning())      # the command continues
         print(problem)                # the three lines
 
-    A part that needs more fields, such as a level or the name of a check, has a subclass.
+    Code that needs more fields, such as a level or the name of a check, defines a subclass.
 
     Attributes:
         found: values that are wrong, or a state that costs time or work.
@@ -67,9 +67,9 @@ class RepeatedFailureError(RuntimeError):
 
 
 def refusing(main: Callable[P, int]) -> Callable[P, int]:
-    """Decorate the ``main`` of a command: print a ConfigError on standard error and return 2, the exit status.
+    """Decorate the ``main`` of a command: print a ConfigError on standard error, and return exit status 2.
 
-    A file that cannot be read or written is refused in the same way.
+    The same is done for a file that cannot be read or written.
     """
 
     @functools.wraps(main)
@@ -92,11 +92,11 @@ FILE_ERRORS = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
     *(errno.EISDIR, errno.ENOTDIR),
 )
-"""Error numbers of a file or filesystem, as opposed to a mistake in this code."""
+"""Error numbers that come from a file or filesystem, and not from a mistake in this code."""
 
 
 def refuse_file(error: OSError) -> ConfigError:
-    """Return the refusal of a file that a command needs but cannot read or write."""
+    """Return a ConfigError for a file that a command needs but cannot read or write."""
     path = Path(str(error.filename))
     seen = path if path.exists() else path.parent  # If a file could not be written, its folder shows why.
     return ConfigError(
@@ -107,7 +107,7 @@ def refuse_file(error: OSError) -> ConfigError:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser of a command's arguments whose refusals have three parts. ``--help`` prints and exits with status 0."""
+    """Parser of a command's arguments that raises ConfigError for invalid arguments."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -158,7 +158,7 @@ def closest(name: str, choices: Iterable[str]) -> list[str]:
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:
-    """Write a number of things for people: 1 rank, 2 ranks.
+    """Return a number of things as text for people: 1 rank, 2 ranks.
 
     Args:
         number: number of things.
@@ -169,12 +169,12 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
 
 
 def how_often(times: int) -> str:
-    """Write how often an event happened: once, 2 times."""
+    """Return how often an event happened, as text: once, 2 times."""
     return "once" if times == 1 else f"{times} times"
 
 
 def duration_text(seconds: float) -> str:
-    """Write a time for people: 350 ms, 12.3 s, 4 min 05 s, 2 h 10 min."""
+    """Return a time in seconds as text for people: 350 ms, 12.3 s, 4 min 05 s, 2 h 10 min."""
     if seconds < 99.95:
         return f"{1000 * seconds:.3g} ms" if 0 < seconds < 0.9995 else f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -190,7 +190,7 @@ def print_table(
     optional: Sequence[str] = (),
     styles: Sequence[str] = (),
 ) -> list[str]:
-    """Print a table without its empty columns. A file gets lines of any length.
+    """Print a table without its empty columns. Lines fit a terminal; in a file they may have any length.
 
     Args:
         console: console that prints.

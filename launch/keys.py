@@ -79,7 +79,7 @@ def written(value: Any) -> str:
 
 
 def keys_of(schema: type, defaults: Any, prefix: str = "") -> Iterator[Key]:
-    """Yield the keys of a schema with the defaults of a composed config. Keys of groups come after plain keys."""
+    """Yield the keys of a schema, with defaults from the composed config ``defaults``. Keys of groups come last."""
     hints, elements = get_type_hints(schema), list_elements(schema)
     groups: list[tuple[type, str, str]] = []
     for field in dataclasses.fields(schema):

@@ -27,7 +27,7 @@ CHUNK_BYTES = 1 << 20
 
 
 class Log:
-    """A file that is read while it grows, and that may not exist yet."""
+    """A log file that is read while other processes write it. The file may not exist yet."""
 
     def __init__(self, path: Path, title: str) -> None:
         self.path = path
@@ -35,7 +35,7 @@ class Log:
         self._read = 0
 
     def copy(self) -> None:
-        """Print new output, after a line with the name of the file."""
+        """Print what was written since the last call, the first time after a line with title and path."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._read)
@@ -50,7 +50,7 @@ class Log:
 
 
 def find_run(path: Path) -> RunStatus:
-    """Return the status of the one run in ``path``. Raises ConfigError if there are several, or none."""
+    """Return the status of the run in ``path``. Raises ConfigError if ``path`` has several runs, or none."""
     runs = find_runs([path])
     if len(runs) > 1:
         labels = labels_inside({run.path.parent for run in runs})
@@ -67,13 +67,13 @@ def find_run(path: Path) -> RunStatus:
 
 
 def ranks_of_attempt(point: RunStatus, attempt: int) -> list[dict[str, Any]] | None:
-    """Return the ranks of an attempt from its environment file; None without that file."""
+    """Return the entries of the ranks in ``environment.json`` of an attempt; None without that file."""
     ranks = read_json(point.folder.environment(attempt)).get("ranks")
     return ranks if isinstance(ranks, list) else None
 
 
 def refuse_absent_rank(point: RunStatus, rank: int, attempt: int | None) -> None:
-    """Raise ConfigError if neither the plan nor an attempt has the rank, or if a given attempt lacks it."""
+    """Raise ConfigError if neither plan nor any attempt has the rank; with ``attempt``, if this attempt lacks it."""
     sizes = {n: len(ranks) for n in point.folder.attempts() if (ranks := ranks_of_attempt(point, n)) is not None}
     planned = read_json(point.folder.plan).get("world_size")
     of, named = (f"attempt {attempt}", f" --attempt {attempt}") if attempt in sizes else ("a run", "")
@@ -87,7 +87,7 @@ def refuse_absent_rank(point: RunStatus, rank: int, attempt: int | None) -> None
 
 
 def agent_of(point: RunStatus, rank: int) -> list[Log]:
-    """Return the logs of a rank's agent. All attempts of one job share them."""
+    """Return the logs of a rank's agent, which all attempts of a job share. Empty without a job or a log."""
     if point.job is None:
         return []
     ranks = [ranks_of_attempt(point, number) for number in reversed(point.folder.attempts())]
@@ -103,16 +103,16 @@ def agent_of(point: RunStatus, rank: int) -> list[Log]:
 
 
 def newest(point: RunStatus, rank: int, wanted: int | None = None) -> int | None:
-    """Return the newest attempt in which the rank has printed output, or ``wanted`` if that has.
+    """Return the newest attempt in which the rank has a log; None if there is none.
 
-    Returns None if there is none.
+    With ``wanted``, consider only this attempt.
     """
     there = [n for n in point.folder.attempts() if point.folder.log(n, rank).is_file() and wanted in (None, n)]
     return max(there, default=None)
 
 
 def absent_log(point: RunStatus, rank: int, *, of_agent: bool) -> ConfigError:
-    """Return the refusal of a log that does not exist yet, or of a run that is over and has no such log."""
+    """Return a ConfigError for a log that does not exist, or not yet."""
     poll([point], trust_log=True)
     what, path = f"{'the agent of ' if of_agent else ''}rank {rank}", quote(str(point.folder.path))
     state = point.state + (f", {point.detail}" if point.detail else "")
@@ -128,7 +128,9 @@ def absent_log(point: RunStatus, rank: int, *, of_agent: bool) -> ConfigError:
 
 
 def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) -> list[Log]:
-    """Print the logs as they grow, until the run is over or an attempt after ``only`` has begun.
+    """Print the logs that ``find`` returns, as they grow, until the run is over or an attempt after ``only`` begins.
+
+    ``only`` is None to follow all attempts.
 
     Returns:
         The newest logs; an empty list if there were none.
@@ -155,7 +157,7 @@ def follow(point: RunStatus, find: Callable[[], list[Log]], only: int | None) ->
 
 
 def print_logs(args: argparse.Namespace) -> None:
-    """Print the log that the command line names."""
+    """Print the log that the command line names. Raises ConfigError if there is none."""
     point = find_run(args.path)
     failure = point.failure(args.attempt) if args.rank is None else None
     rank = args.rank or (0 if failure is None else int(failure["rank"]))

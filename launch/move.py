@@ -28,7 +28,7 @@ LONGEST_POLL_S = 60.0
 
 
 def move(folders: Sequence[RunFolder], console: Console) -> None:
-    """Move pending runs to their next candidates, and return when all runs are over."""
+    """Move pending runs to the next candidates of their placements, and return when all these runs are over."""
     plans = {point.folder.path: (point, promised(point)) for point in find_run_statuses(folders)}
     points = [point for point, plan in plans.values() if plan is not None and plan.placement.is_watched]
     with suppress(SlurmError):  # The first poll below reports the error.

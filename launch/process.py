@@ -17,7 +17,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def lasting_imports() -> Iterator[None]:
-    """Import large libraries in a ``with`` block: the garbage collector pauses, and later ignores their objects."""
+    """Pause the garbage collector in a ``with`` block that imports large libraries.
+
+    After the block, the collector never visits the objects that exist by then.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -29,12 +32,15 @@ def lasting_imports() -> Iterator[None]:
 
 
 def set_default_threads() -> None:
-    """Set OMP_NUM_THREADS to 1 for ranks if it is not set, as torchrun does. Libraries read it when they are loaded."""
+    """Set OMP_NUM_THREADS to 1 for ranks if it is not set, as torchrun does.
+
+    Call this function before the libraries are loaded, since they read the variable only then.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def hash_seed(seed: int) -> str:
-    """Return the value of PYTHONHASHSEED for a run's seed. Python accepts 32 bits."""
+    """Return the value of PYTHONHASHSEED for a run's seed: the seed modulo 2**32, which is what Python accepts."""
     return str(seed % 2**32)
 
 
@@ -42,10 +48,10 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when process ``parent``, its parent, is gone (Linux prctl).
+    """Have the kernel kill this process (SIGKILL) when its parent, process ``parent``, ends (Linux prctl).
 
-    Otherwise a rank whose agent was killed would continue without a watch, and write into a run that other processes
-    continue.
+    Otherwise a rank whose agent was killed would continue unwatched, and write into the folder of a run that other
+    processes continue.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # The parent died before the call.
@@ -53,7 +59,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def become_helper(parent: int) -> None:
-    """Have this process end with its ``parent``, and ignore the signals that reach a whole job or terminal."""
+    """End this process together with ``parent``, and ignore signals to a whole job or terminal, such as SIGTERM."""
     for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     die_with_parent(parent)

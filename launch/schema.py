@@ -29,7 +29,7 @@ def key(
 
     Args:
         default: value, MISSING if a file in configs/ has it, or a class that makes the value (list, dict, a dataclass).
-        meaning: description, for people.
+        meaning: description of the key, for users.
         unit: unit of a number; empty if it has none.
         least: smallest valid number.
         above: lower bound, which is itself not valid.
@@ -92,13 +92,13 @@ def _keys_below(schema: type, prefix: str) -> tuple[str, ...]:
 
 @cache
 def free_keys(schema: Any) -> tuple[str, ...]:
-    """Return the keys whose value is a mapping with keys of the user's choice."""
+    """Return the dotted keys whose value is a mapping with names that the user chooses."""
     return tuple(name for name in schema_keys(schema) if get_origin(field_of(schema, name)[0]) is dict)
 
 
 @cache
 def list_elements(schema: type) -> dict[str, type]:
-    """Return the keys whose value is a list of dataclasses, each with that dataclass."""
+    """Return dotted key -> dataclass of the elements, for the keys whose value is a list of dataclasses."""
     kinds = {name: field_of(schema, name)[0] for name in schema_keys(schema)}
     lists = {name: get_args(kind)[0] for name, kind in kinds.items() if get_origin(kind) is list}
     return {name: cast(type, element) for name, element in lists.items() if dataclasses.is_dataclass(element)}
@@ -106,7 +106,7 @@ def list_elements(schema: type) -> dict[str, type]:
 
 @cache
 def field_of(schema: type, name: str) -> tuple[Any, Any]:
-    """Return the type of a dotted key, without None, and its default; (None, None) if the schema has no such key."""
+    """Return type (X for Optional[X]) and default of a dotted key; (None, None) if the schema has no such key."""
     kind: Any = schema
     default: Any = None
     for part in name.split("."):

@@ -37,7 +37,7 @@ from launch.slurm.watch import quiet_text, speed_text
 
 COLUMNS = ("point", "state", "job", "nodes", "attempt", "step", "throughput", "loss", "ETA")
 SLOW = ("rank", "host", "step", "own_s", "median_s", "steps")
-"""Fields of a slow rank: its own time per step over some steps, and the median of the other ranks."""
+"""Fields of a slow rank in ``--json``: its own seconds per step over ``steps`` steps, and the other ranks' median."""
 
 
 def as_dict(point: RunStatus) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
 
 
 def sick_nodes(point: RunStatus) -> list[dict[str, Any]]:
-    """Return host and cause of each sick node that the newest start left out, or that prevented the newest start."""
+    """Return ``host`` and ``cause`` of each sick node that the newest start left out, or that prevented it."""
     newest = max(point.attempts(), default=0)
     found = [e for e in point.events() if e["event"] == "node_sick"]
     now = [e for e in events_since_start(point.events()) if e in found]  # The start did not begin.
@@ -92,7 +92,7 @@ def sick_nodes(point: RunStatus) -> list[dict[str, Any]]:
 
 
 def cells(known: dict[str, Any]) -> list[str]:
-    """Return one row of the table."""
+    """Return the row of a run in the table, one text for each of ``COLUMNS``. ``known`` comes from ``as_dict``."""
     total = f"/{known['max_steps']}" if "max_steps" in known else ""
     step = f"{known.get('step', 0)}{total}" if total or "step" in known else ""
     return [
@@ -115,9 +115,7 @@ def nodes_text(known: dict[str, Any]) -> str:
 
 
 def status_notes(known: dict[str, Any]) -> list[str]:
-    """Return lines below the table: why a point waits and what would start it, its damage, its end, and first
-    failure.
-    """
+    """Return the lines about a run below the table: why it waits, what helps, damage, end and first failure."""
     where = f" in partition {known['partition']}" if "partition" in known else ""
     where += f" of {known['slurm_cluster']}" if where and "slurm_cluster" in known else ""
     where += f" for {duration_text(round(known['waiting_s']))}" if "waiting_s" in known else ""

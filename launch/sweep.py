@@ -48,7 +48,7 @@ class PointResult:
     value: float | None
     """Value of the objective; None if none was requested, or no record has it."""
     error: str | None = None
-    """Reason for which the point did not finish; None if it finished."""
+    """Reason why the point did not finish; None if the point finished."""
 
 
 Composed = tuple[DictConfig, Sequence[str]]
@@ -63,7 +63,7 @@ class SweepFailedError(RuntimeError):
 
 
 class NothingSubmittedError(SweepFailedError):
-    """Raised if sbatch has refused a job, so that run folders without a submission are removed."""
+    """Raised if sbatch has refused a job. ``run_sweep`` then removes new run folders without a job."""
 
 
 def run_sweep(
@@ -119,12 +119,15 @@ def run_sweep(
 def submit_and_watch(
     plans: Sequence[Plan], console: Console, after: LaunchConfig, typed: Sequence[str], *, with_report: bool = True
 ) -> dict[str, str]:
-    """Submit the unfinished points, then follow them until they end and report.
+    """Submit the unfinished points, follow them until they end, and write the report.
 
-    If the command does not wait for the points, print the commands that show them.
+    With ``launch.detach``, only submit the points, and print the commands that follow them.
 
     Returns:
-        Run folder -> reason, for each point that did not finish.
+        Run folder -> reason, for each point that did not finish; empty with ``launch.detach``.
+
+    Raises:
+        SweepFailedError: a submission failed, or the user stopped the command by Ctrl-C.
     """
     points = [new_run_status(plan) for plan in unfinished(plans)]
     submit(points, console, sequential=after.sequential)
@@ -150,7 +153,7 @@ def submit_and_watch(
 
 
 def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -> None:
-    """Submit the points on Slurm, as one job for each set of resources. Local points wait for their turn.
+    """Submit points to Slurm, as one job array for each set of resources, and enter local points in the local queue.
 
     Raises:
         NothingSubmittedError: sbatch refused. Jobs that sbatch accepted before continue.
@@ -210,7 +213,7 @@ def leave_failover(plans: Sequence[Plan], console: Console) -> None:
 
 
 def report_sweep(plans: Sequence[Plan], sweep: Sweep | None, console: Console, files: Sequence[ReportFile]) -> None:
-    """Write and show the scaling table of these points, or the summary of a single run."""
+    """Print the scaling table of a sweep, or the summary of a single run, and write the report ``files``."""
     from launch.report import select, show_and_write, tabulate_selection
 
     folder = Path(plans[0].run_dir)

@@ -41,9 +41,10 @@ def verify(checkpoints: Sequence[SavedCheckpoint], console: Console, title: str)
 
 
 def verify_runs(folders: Iterable[RunFolder], console: Console, *, newest: bool, copies: bool = False) -> bool:
-    """Check the checkpoints of runs, and print the checkpoint from which each run would resume.
+    """Check the checkpoints of runs, and print the result for each run.
 
-    Returns True if no checkpoint is damaged.
+    ``newest`` checks only the newest checkpoint of each run; ``copies`` checks copies elsewhere instead. Returns True
+    if no checkpoint is damaged.
 
     Raises:
         ConfigError: the config of a run is damaged, or its copies cannot be reached.

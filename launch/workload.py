@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from launch.config import ClusterConfig
 
 BEFORE_WORKLOADS = "gpt.workload.GptWorkload"
-"""Workload of older run folders, whose config names none."""
+"""Workload of run folders of older versions, whose config names no workload."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PlanRequest:
     folder: RunFolder
     """Folder of the run, which may contain an earlier attempt."""
     is_local: bool
-    """True if the nodes are agents on this machine, and not nodes of Slurm."""
+    """True if agents on this machine take the place of nodes; False for nodes of Slurm."""
     nodes: int
     ranks_per_node: int
     cluster: ClusterConfig
@@ -53,13 +53,13 @@ class PlanRequest:
     gpu_type: str | None = None
     """Type of the nodes' GPUs in Slurm's Gres, such as ``a100``; None if not known. The type rarely says the memory."""
     sweep_sizes: tuple[int, ...] = ()
-    """Numbers of ranks of all points of the command, as far as known. Advice has to suit all of them."""
+    """Numbers of ranks of all points of the command, as far as known. Advice has to suit all points."""
     rate_factor: float = 1.0
     """Factor on the compute rate of a cost model, fitted to measured steps by ``launch.project``."""
     link_factor: float = 1.0
-    """Factor on the bandwidth of all links in a cost model; latencies are divided by it.
+    """Factor on the bandwidth of all links in a cost model. Latencies are divided by this factor.
 
-    Fitted by ``launch.project``.
+    ``launch.project`` fits it to measured steps.
     """
 
     min_nodes: int | None = None
@@ -78,7 +78,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class WorkloadPlan:
-    """Plan of a workload for a point. A figure that is not known is absent, never zero."""
+    """Plan of a workload for a point. A figure that is not known is None or empty, never zero."""
 
     rows: Mapping[str, str] = field(default_factory=dict)
     """Lines of the plan for people: title -> text."""
@@ -187,7 +187,7 @@ class RankCommand:
 
 @dataclass(frozen=True)
 class RankContract:
-    """Behavior of the ranks, with which the agent knows how ranks ended and whether they hang."""
+    """Behavior of the ranks. From it the agent derives how ranks ended and whether they hang."""
 
     records_events: bool = True
     """True if the ranks record their start and end in the event log through ``launch.worker``.
@@ -197,11 +197,11 @@ class RankContract:
     stop_signal: str = "SIGTERM"
     """Signal that requests the ranks to save and leave."""
     requeue_exit: int | None = None
-    """Exit status that means: the run is saved, requeue the job. None if there is no such status."""
+    """Exit status by which a rank requests a requeue after a save. None if there is no such status."""
     resumes: bool = True
-    """True if a new start resumes from a checkpoint of the workload. Otherwise there is no second start."""
+    """True if a new start resumes from a checkpoint of the workload. If False, the ranks are started only once."""
     silence_timeout_s: float | None = None
-    """Seconds without a line in its log after which a rank without a heartbeat counts as hung; None for no limit."""
+    """Seconds without a new line in the log after which a rank without a heartbeat counts as hung; None: no limit."""
     progress: str | None = None
     """Regular expression that finds step records in the log of a rank; None if there are none."""
     unit: str | None = None
@@ -287,7 +287,7 @@ class Workload:
         raise NotImplementedError(f"{type(self).__name__}.command")
 
     def contract(self, config: Any, world_size: int) -> RankContract:
-        """Return how the ranks report, stop and end."""
+        """Return how ``world_size`` ranks report, stop and end."""
         return RankContract(records_events=False, resumes=False)
 
     def code(self, config: Any) -> CodeTree:
@@ -307,7 +307,7 @@ class Workload:
         return None
 
     def copies(self, folder: RunFolder) -> Iterable[SavedCheckpoint] | None:
-        """Return the copies of checkpoints in other places, newest first; None if only the program knows them."""
+        """Return the copies of checkpoints at other paths, newest first; None if only the program knows them."""
         return None
 
     def step_time(self, config: Any, request: PlanRequest) -> StepTime | None:
@@ -333,7 +333,7 @@ class Workload:
 CODE_SUFFIXES = (".py", ".yaml", ".yml", ".json", ".toml", ".cfg", ".sh", ".txt", ".md", ".ini")
 SKIPPED_FOLDERS = ("__pycache__", "outputs", "node_modules", "wandb")
 MAX_FILES = 5000
-"""Largest number of code files in a folder without git. A larger folder does not belong to one program alone."""
+"""Largest number of code files in a folder without git. A larger folder probably holds several programs."""
 
 
 def code_files(root: Path, script: str | None = None) -> Iterator[tuple[str, Path]]:
@@ -359,7 +359,7 @@ def code_files(root: Path, script: str | None = None) -> Iterator[tuple[str, Pat
 
 
 def folder_names(root: Path) -> list[str]:
-    """Return the code files below a folder without git; none if there are more than MAX_FILES."""
+    """Return the code files below a folder without git, relative to ``root``; empty if more than MAX_FILES."""
     found: list[str] = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
@@ -400,7 +400,7 @@ def possible_sizes(request: PlanRequest, check: Callable[[PlanRequest], object])
 
 @cache
 def load_workload(target: str) -> Workload:
-    """Create the workload from its dotted path.
+    """Return an instance of the workload class with the dotted path ``target``.
 
     Raises:
         ConfigError: the path cannot be imported, or is no workload.

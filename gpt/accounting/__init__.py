@@ -116,7 +116,7 @@ def block_shapes(model: ModelConfig) -> Shapes:
 
 
 def part_shapes(model: ModelConfig, part: str, name: str) -> Shapes:
-    """Return the parameters of a part of the user, whose names in the model begin with ``name``."""
+    """Return name and shape of the parameters of a part of the user. The names in the model begin with ``name``."""
     return {f"{name}.{local}": shape for local, shape in part_counts(model)[part].shapes.items()}
 
 
@@ -243,7 +243,7 @@ def custom_flops(model: ModelConfig) -> int:
 def expert_rows(model: ModelConfig) -> int:
     """Return the rows that the experts of one layer compute in training for one sequence of ``block_size`` tokens.
 
-    Each token counts once for each of its experts. With a capacity, all places of all experts count, including empty
+    Each token counts once for each of its experts. With a capacity, all slots of all experts count, including empty
     ones.
     """
     time, chosen = model.block_size, model.n_expert_per_token
@@ -267,7 +267,7 @@ def training_flops(model: ModelConfig, sequences: int) -> Flops:
 def training_flops_per_token(model: ModelConfig) -> Flops:
     """Return the FLOPs of training on one token, in sequences of ``block_size``.
 
-    The numbers are whole, since every term is linear in T. Only the places of a capacity may be fractional; they are
+    The numbers are whole, since every term is linear in T. Only the slots of a capacity may be fractional; they are
     rounded down.
     """
     sequence = training_flops(model, sequences=1)

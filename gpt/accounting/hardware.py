@@ -126,11 +126,11 @@ SXM = "sxm"
 """Word for the SXM form of a module, as opposed to a PCIe card. The bare name of a chip with several forms means
 SXM."""
 IN_WORDS = {"NVIDIA H100 80GB HBM3": (SXM, "sxm5"), "NVIDIA H200": (SXM, "sxm5"), "NVIDIA B200": (SXM, "sxm6")}
-"""Device -> further words by which it is called, and which its name lacks."""
+"""Device -> words that short names use for it, but that its own name lacks."""
 
 
 def find(device_name: str) -> Accelerator | None:
-    """Return the device of this name; None if unknown."""
+    """Return the figures of the device whose driver reports this name; None for an unknown device."""
     for known in ACCELERATORS:
         if re.fullmatch(known.name, device_name.strip()):
             return known

@@ -2,7 +2,7 @@
 
 ``folders`` names, commits and deletes the folder of a checkpoint, and keeps its manifest of files. ``messages`` has all
 ranks succeed or fail together. ``formats`` defines the files. ``saving`` has each rank's
-``writer`` do the jobs of a save. ``store`` joins these.
+``writer`` do the jobs of a save. ``store`` saves and loads the checkpoints of a run with all of these.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["CheckpointError", "CheckpointStore", "LoadedCheckpoint", "OutdatedAt
 
 
 def __getattr__(name: str) -> Any:
-    """Load a name that needs torch on first use: the login node imports ``folders``, which does not."""
+    """Import a name of ``__all__`` on first use: it needs torch, and a login node imports only ``folders``."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from gpt.checkpoint import store

@@ -1,4 +1,4 @@
-"""Copies of checkpoints on another filesystem: their use by the first rank, and the process that copies. Torch-free."""
+"""Copies of checkpoints on another filesystem: the process that makes them, and their use by rank 0. Torch-free."""
 
 from __future__ import annotations
 
@@ -31,21 +31,24 @@ from launch.runs.folder import RunFolder, is_newest_attempt
 FINISHED_S = 600.0
 """Longest wait, in seconds, at the end of training for the copy of the last checkpoint."""
 STOPPED_S = 10.0
-"""Longest wait, in seconds, if the run has to leave; the next start makes a copy that is missing then."""
+"""Longest wait, in seconds, for that copy if the job has to stop; the next start of the run makes a missing copy."""
 BEAT_S = 1.0
 TRIES = 4
 RETRY_S = 2.0
 
 
 class Copies:
-    """Copier of one attempt, on its first rank; does nothing before ``start``, and on all other ranks."""
+    """The process that copies the checkpoints of one attempt, as rank 0 controls it.
+
+    All methods do nothing before ``start``, which only rank 0 calls.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
         self.patience_s = FINISHED_S
 
     def start(self, run_folder: Path, attempt: int, url: str, keeps: Retention) -> None:
-        """Start the process that copies."""
+        """Start the process that copies to ``url``; if that fails, print a warning, and nothing is copied."""
         job = CopyJob(str(run_folder), attempt, url, keeps, os.getpid())
         # Python is started anew: a fork of a rank has locks of threads that do not exist in the fork.
         try:
@@ -60,15 +63,18 @@ class Copies:
             say(f"the process that copies checkpoints cannot be started ({error}); nothing is copied")
 
     def copy(self, step: int) -> None:
-        """Have the checkpoint of a step copied; wait for nothing."""
+        """Request a copy of the checkpoint of ``step``; return before it is made."""
         self._ask({"copy": step})
 
     def discard_after(self, step: int) -> None:
-        """Have the copies of later steps deleted, since the run continues from this step."""
+        """Request the deletion of the copies of steps after ``step``, from which the run continues."""
         self._ask({"discard_after": step})
 
     def close(self, patience_s: float, beat: Callable[[], None]) -> None:
-        """Wait for the copier to finish, for at most ``patience_s`` seconds, and end it; call ``beat`` until then."""
+        """End the process: wait at most ``patience_s`` seconds for its last copy, then kill it.
+
+        ``beat`` is called about once a second during the wait.
+        """
         process, self._process = self._process, None
         if process is None:
             return
@@ -99,9 +105,9 @@ class Copies:
 
 @contextlib.contextmanager
 def open_copies(beat: Callable[[], None]) -> Iterator[Copies]:
-    """Create the copier of this rank, and end it after use; after a failure of training it ends at once.
+    """Yield this rank's ``Copies``, and close it at the end; after an exception do not wait for the last copy.
 
-    ``beat`` is called about once a second during the wait for its end.
+    ``beat`` is called about once a second while the last copy is made.
     """
     copies = Copies()
     try:
@@ -114,16 +120,16 @@ def open_copies(beat: Callable[[], None]) -> Iterator[Copies]:
 
 @dataclass(frozen=True)
 class Fetched:
-    """Outcome of looking for a copy."""
+    """Result of the search for the newest whole copy of a checkpoint."""
 
     path: Path | None
-    """The checkpoint, whole and in its place; None if there is no copy."""
+    """Folder of the fetched checkpoint, among the others of the run; None if no copy is whole."""
     damaged: tuple[str, ...] = ()
-    """Newer copies that were damaged, a line each."""
+    """Newer copies that are damaged: one line with step and damage for each."""
 
 
 class Fetch:
-    """Search for the newest copy that is whole, in a thread, so that the ranks can show that they live.
+    """Search for the newest whole copy in a thread, while the ranks go on to report that they are alive.
 
     Args:
         folder: folder of the checkpoints.
@@ -137,7 +143,7 @@ class Fetch:
         self._thread.start()
 
     def look(self) -> Fetched | None:
-        """Wait a moment for the outcome; None if the search is still under way.
+        """Wait at most ``BEAT_S`` seconds for the result; None if the search is not finished.
 
         Raises:
             OSError: the target cannot be read, or the disk cannot be written.
@@ -165,7 +171,7 @@ class Fetch:
 
 
 def fetch_newest(folder: Path, target: Target) -> Fetched:
-    """Fetch the newest copy that is whole, and put it among the checkpoints of ``folder``."""
+    """Fetch the newest whole copy into ``folder``, which holds the run's checkpoints."""
     damaged: list[str] = []
     for step in reversed(target.steps()):
         temporary = folders.begin_temporary(folder, "fetching", step)
@@ -191,23 +197,23 @@ FIRST_RETRY_S = 5.0
 """Seconds from the first failure to the next try; each later wait is twice as long."""
 LONGEST_RETRY_S = 300.0
 LAST_TRIES = 3
-"""Failures in a row after which a copy is given up, if no other request waits."""
+"""Failures in a row after which the last copy is given up, once training has ended."""
 NICENESS = 10
 
 
 @dataclass(frozen=True)
 class CopyJob:
-    """Job of a copier, given at its start: the run, the target and the copies to keep."""
+    """Argument of the process that copies: the run, the attempt, the target and the copies to keep."""
 
     run_folder: str
     attempt: int
     url: str
     keeps: Retention
     parent: int
-    """Process that the copier must not outlive."""
+    """Process id of rank 0; when that process ends, the process that copies is killed."""
 
     def encode(self) -> str:
-        """Encode as JSON, for a command line."""
+        """Encode the job as JSON, for a command line."""
         return json.dumps(asdict(self))
 
     @staticmethod
@@ -218,16 +224,18 @@ class CopyJob:
 
 
 class Copier:
-    """Copies the checkpoints that it gets requests for; a failure is reported, counted and tried again.
+    """Work of the process that copies: of the requested checkpoints it copies the newest.
+
+    A failure is recorded in the event log and tried again.
 
     Args:
         folder: folder of the checkpoints.
-        connect: opens the target; called until it succeeds.
-        keeps: copies that are kept.
+        connect: opens the target; called again after a failure.
+        keeps: copies that stay at the target.
         may_commit: returns False if a later attempt owns the run.
-        tell: enters an event, by its name and details, in the event log.
-        wait: waits for the next request, for at most so many seconds or without a limit; returns it, or None if there
-            is none.
+        tell: records an event, by its name and details, in the event log.
+        wait: waits for the next request, at most the given seconds (None: no limit); returns the request, or None
+            if none came.
     """
 
     def __init__(
@@ -248,7 +256,7 @@ class Copier:
         self._failures = 0
 
     def serve(self) -> None:
-        """Serve requests, until they end and no work is left."""
+        """Serve requests until their end, and until the last copy is made or given up."""
         while True:
             if self._step is None and self._back_to is None:
                 if self._is_ending:
@@ -275,7 +283,7 @@ class Copier:
             self._is_ending = True
 
     def _work(self) -> bool:
-        """Do the work that is due; False if it failed, and must be tried again."""
+        """Delete and copy as requested; return False if this failed and must be tried again."""
         step = self._step
         try:
             if not self._may_commit():  # a later attempt has a copier of its own
@@ -310,14 +318,14 @@ class Copier:
 
 
 def read_requests(stream: IO[str], into: queue.Queue[dict[str, Any]]) -> None:
-    """Pass the requests of a stream on, a line of JSON each, and report its end."""
+    """Put each request of ``stream``, a line of JSON, into the queue; put ``{"end": True}`` after the last one."""
     for line in stream:
         into.put(json.loads(line))
     into.put({"end": True})
 
 
 def main() -> int:
-    """Serve until the standard input is closed."""
+    """Serve requests until the standard input is closed and the last copy made; return the exit status 0."""
     job = CopyJob.decode(sys.argv[1])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the rank that has to leave decides when this process ends

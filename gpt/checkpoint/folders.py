@@ -34,9 +34,9 @@ class LoadedCheckpoint:
     is_from_memory: bool = False
     """True if it was loaded from the memory of the nodes."""
     fetched_for: str | None = None
-    """Reason why it was fetched from a copy elsewhere; None if it was not."""
+    """Reason why a copy on another filesystem was fetched; None if none was."""
     memory_damage: str | None = None
-    """Reason why memory gave no checkpoint, or another copy of a part; None if there is none, or no memory is used."""
+    """Reason why no checkpoint in memory was loaded, or the damaged copies of its parts; None if there is neither."""
 
 
 # The manifest of a checkpoint: the size and checksum of every file, and the run and step it belongs to.
@@ -45,9 +45,9 @@ class LoadedCheckpoint:
 NAME = "manifest.json"
 FORMAT = 1
 TENSORS = {"kind": "tensors"}
-"""Contents of a checkpoint of whole tensors by name; also those of a manifest without this key."""
+"""``Manifest.contents`` of whole tensors by name; also the default, if a manifest has no ``contents``."""
 DEEPSPEED = "deepspeed"
-"""Kind of the contents that DeepSpeed writes."""
+"""``kind`` in ``Manifest.contents`` of files that DeepSpeed has written."""
 
 
 class DamagedError(Exception):
@@ -64,7 +64,7 @@ class FileSum:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Content of a checkpoint. ``meta`` is the caller's plain JSON."""
+    """Manifest of a checkpoint: step, number of ranks and files. ``meta`` is the caller's plain JSON."""
 
     step: int
     world_size: int
@@ -84,7 +84,7 @@ def sum_file(path: Path) -> FileSum:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of ``folder``, and sync it and the names in the folder to disk."""
+    """Write ``manifest`` into ``folder``, and sync the file and the names in the folder to disk."""
     with (folder / NAME).open("wb") as file:
         file.write(_encode({"format": FORMAT, **dataclasses.asdict(manifest)}))
         file.flush()
@@ -93,7 +93,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest of ``folder``.
+    """Read and check the manifest of ``folder``, and return it.
 
     Raises:
         DamagedError: it is missing, or some byte differs from the saved one.
@@ -141,14 +141,14 @@ def find_damage(path: Path, expected: FileSum) -> str | None:
 
 
 def find_difference(name: str, found: FileSum, expected: FileSum) -> str | None:
-    """Return the fault of a file that has the sum ``found``; None if it is the saved file."""
+    """Describe how a file of size and checksum ``found`` differs from the saved one; None if it does not."""
     if found.size != expected.size:
         return f"{name} has {found.size} bytes instead of {expected.size}"
     return None if found == expected else f"{name} has a wrong checksum"
 
 
 def sync_folder(path: Path) -> None:
-    """Sync the names in a folder to disk; some network filesystems cannot, and need not."""
+    """Sync the names in a folder to disk; do nothing on network filesystems that do not offer this."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -160,13 +160,13 @@ def sync_folder(path: Path) -> None:
 
 
 def _encode(body: dict[str, Any]) -> bytes:
-    """Encode a manifest as JSON with a checksum of the rest, so that the file protects itself, too."""
+    """Encode a manifest as JSON, with a checksum of its other keys that shows damage of the manifest itself."""
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps(body | {"sha256": digest}, indent=1) + "\n").encode()
 
 
 def damage_or_raise(error: OSError, name: str) -> str:
-    """Name the damage behind an error; raise the error again if it may disappear (stale handle, memory, rights)."""
+    """Return the damage of file ``name`` that an error shows; raise an error that may pass, as for want of memory."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return f"{name} is missing"
     if error.errno == errno.EIO:  # the disk cannot return the bytes, now or later
@@ -180,7 +180,7 @@ def damage_or_raise(error: OSError, name: str) -> str:
 # - ``step_00000100``: complete; the rename that gives it this name is the commit.
 # - ``step_00000100.corrupt``: found damaged; never deleted and never read again.
 # - ``.deleting_step_00000100_<token>``: no longer kept, or the rest of a killed deletion.
-# - ``.converting_step_00000100_<token>``: a copy in another form, for the time of reading.
+# - ``.converting_step_00000100_<token>``: a conversion to whole tensors, deleted when it has been read.
 # - ``.fetching_step_00000100_<token>``: being fetched from a copy elsewhere.
 
 
@@ -189,59 +189,59 @@ log = logging.getLogger(__name__)
 COMMITTED = re.compile(r"step_(\d{8,})")
 SET_ASIDE = re.compile(r"step_\d{8,}\.corrupt(\.\d+)?")
 VALIDATION_LOSS = "val_loss"
-"""Key in a manifest's ``meta`` of the loss that was measured in the step of the save."""
+"""Key in ``Manifest.meta`` of the validation loss (nats per token), if it was measured in the step of the save."""
 LEFT_OVER = re.compile(r"\.(saving|deleting|converting|fetching)_step_\d{8,}_[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Checkpoints that are kept."""
+    """Rule for the checkpoints to keep: each that meets at least one of these conditions."""
 
     last: int
     """Number of the newest checkpoints."""
     every: int = 0
-    """Steps that are multiples of this are kept for good; 0 keeps none."""
+    """Checkpoints of steps that are multiples of this number are kept for good; 0 keeps none."""
     best: int = 0
     """Number of the checkpoints with the lowest validation loss, if it was measured in the step of the save."""
 
 
 def list_committed(folder: Path) -> list[Path]:
-    """List the folders that have a step's name, oldest first."""
+    """List the folders named like ``step_00000100``, by ascending step; empty if ``folder`` does not exist."""
     return sorted((path for path in _entries(folder) if COMMITTED.fullmatch(path.name)), key=step_of)
 
 
 def steps(folder: Path) -> list[int]:
-    """List the steps that have a checkpoint, ascending; without its manifest a checkpoint does not exist."""
+    """List the steps that have a checkpoint, ascending; a folder without a manifest does not count."""
     return [step_of(path) for path in list_committed(folder) if (path / NAME).is_file()]
 
 
 def is_empty(folder: Path) -> bool:
-    """Tell whether no checkpoint was ever begun in the folder, or none of its content is left."""
+    """Return True if the folder of the checkpoints does not exist or contains nothing."""
     return not _entries(folder)
 
 
 def list_set_aside(folder: Path) -> list[Path]:
-    """List the checkpoints that were found damaged and set aside, now or in an earlier attempt."""
+    """List the folders of damaged checkpoints, which were renamed to ``.corrupt`` in this or an earlier attempt."""
     return [path for path in _entries(folder) if SET_ASIDE.fullmatch(path.name)]
 
 
 def step_of(path: Path) -> int:
-    """Read the step in a committed folder's name."""
+    """Return the step in the name of a complete checkpoint's folder."""
     match = COMMITTED.fullmatch(path.name)
     assert match, path
     return int(match[1])
 
 
 def temporary_for(folder: Path, step: int, token: str) -> Path:
-    """Name the folder that a checkpoint is written into; all its writers know the ``token``, 8 hexadecimal digits."""
+    """Return the folder to write a checkpoint into; ``token``, 8 hexadecimal digits, is the same on all ranks."""
     return folder / f".saving_{final_for(folder, step).name}_{token}"
 
 
 def begin(temporary: Path, step: int) -> None:
-    """Create the folder to write a checkpoint into, after removing what killed saves have left.
+    """Create the folder to write a checkpoint into, and first remove the temporary folders of killed saves.
 
     Raises:
-        FileExistsError: the step has its checkpoint already.
+        FileExistsError: the step already has a checkpoint.
     """
     folder = temporary.parent
     sweep(folder, keep=temporary)
@@ -254,7 +254,7 @@ def begin(temporary: Path, step: int) -> None:
 
 
 def is_committed(folder: Path, step: int) -> bool:
-    """Tell whether a step has its checkpoint."""
+    """Return True if the step has a complete checkpoint."""
     return (final_for(folder, step) / NAME).is_file()
 
 
@@ -270,7 +270,7 @@ def begin_temporary(folder: Path, what: str, step: int) -> Path:
 
 
 def commit(temporary: Path, step: int) -> Path:
-    """Give a finished folder, manifest included, its final name; return its path."""
+    """Rename a finished folder, manifest included, to its final name, which is the commit; return the new path."""
     final = final_for(temporary.parent, step)
     temporary.rename(final)
     try:
@@ -281,7 +281,7 @@ def commit(temporary: Path, step: int) -> Path:
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Move a damaged checkpoint out of the way and warn about it."""
+    """Rename a damaged checkpoint to ``.corrupt``, which no load reads, and log a warning with the reason ``why``."""
     name, number = f"{path.name}.corrupt", 1
     while path.with_name(name).exists():
         number += 1
@@ -294,7 +294,7 @@ def set_aside(path: Path, why: str) -> None:
 
 
 def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifest]) -> set[int]:
-    """Choose the steps whose checkpoints are kept.
+    """Return the steps whose checkpoints are kept.
 
     Args:
         saved: steps that have a checkpoint, ascending.
@@ -306,7 +306,7 @@ def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifes
 
 
 def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> None:
-    """Delete all checkpoints but those that are kept, and those of ``spared`` steps."""
+    """Delete the checkpoints that ``keeps`` does not keep, except those of ``spared`` steps."""
     saved = steps(folder)
     kept = spared | kept_steps(saved, keeps, lambda step: read_manifest(final_for(folder, step)))
     for step in saved:
@@ -318,7 +318,7 @@ def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> No
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of later steps: the run goes back, and will save those steps again."""
+    """Delete the checkpoints of steps after ``step``, to which the run goes back."""
     for path in list_committed(folder):
         if step_of(path) > step:
             _delete(path)
@@ -332,7 +332,7 @@ def _delete(path: Path) -> None:
 
 
 def _best(saved: list[int], number: int, read: Callable[[int], Manifest]) -> list[int]:
-    """Return the steps with the lowest validation loss among those evaluated; of equal ones the newest."""
+    """Return the ``number`` steps with the lowest measured validation loss; of equal losses the newest step."""
     losses = []
     for step in saved:
         try:
@@ -345,14 +345,14 @@ def _best(saved: list[int], number: int, read: Callable[[int], Manifest]) -> lis
 
 
 def sweep(folder: Path, keep: Path | None = None) -> None:
-    """Remove the temporary folders of killed saves, deletions and conversions, except ``keep``."""
+    """Remove the temporary folders that killed processes have left, except ``keep``."""
     for path in _entries(folder):
         if LEFT_OVER.fullmatch(path.name) and path != keep:
             remove_folder(path)
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder; files that cannot be deleted now remain for the next sweep."""
+    """Delete a folder; log a warning if files remain, which the next ``sweep`` tries to delete."""
     try:
         shutil.rmtree(path)
     except FileNotFoundError:
@@ -362,7 +362,7 @@ def remove_folder(path: Path) -> None:
 
 
 def final_for(folder: Path, step: int) -> Path:
-    """Name the folder of a checkpoint that is complete."""
+    """Return the folder of the complete checkpoint of a step."""
     return folder / f"step_{step:08d}"
 
 

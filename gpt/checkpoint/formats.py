@@ -43,15 +43,15 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", 
 
 
 def deepspeed_tag(step: int) -> str:
-    """Return the name of the folder that DeepSpeed writes a step into, its tag."""
+    """Return DeepSpeed's tag of a step: the name of the folder that it writes the step into."""
     return f"global_step{step}"
 
 
 @contextlib.contextmanager
 def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | None) -> Iterator[Path]:
-    """Open a checkpoint for torch.distributed.checkpoint: yield ``folder``, or a conversion that is deleted after use.
+    """Yield a folder that torch.distributed.checkpoint can read: ``folder``, or a conversion, deleted after use.
 
-    Collective. Conversions that a killed process leaves are swept with the other temporary folders.
+    Collective. ``folders.sweep`` removes a conversion that a killed process has left.
     """
     if saved.contents["kind"] == TENSORS["kind"]:
         yield folder
@@ -65,7 +65,7 @@ def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | No
 
 
 def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
-    """Convert a checkpoint of DeepSpeed to whole tensors in a folder inside ``scratch``, and return it. On one rank."""
+    """Convert a checkpoint of DeepSpeed to whole tensors; return their folder, inside ``scratch``. On one rank."""
     universal = to_universal(folder / deepspeed_tag(saved.step), scratch / "universal")
     about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
     model: dict[str, Tensor] = dict(about["buffers"])
@@ -91,9 +91,9 @@ def require_reader(folder: Path) -> None:
 
 
 def to_universal(original: Path, out: Path) -> Path:
-    """Have DeepSpeed join its shards to a universal checkpoint in ``out``, and return it.
+    """Have DeepSpeed join its shards into a universal checkpoint, in the folder ``out``; return ``out``.
 
-    It runs in a process of its own: DeepSpeed starts workers, and must not find the ranks of this process.
+    DeepSpeed runs in a process of its own: it starts workers, and must not find the ranks of this process.
 
     Raises:
         RuntimeError: DeepSpeed failed; the message has the end of its output.
@@ -114,7 +114,10 @@ def to_universal(original: Path, out: Path) -> Path:
 
 
 def read_whole(universal: Path, name: str, key: str, shape: Sequence[int]) -> Tensor:
-    """Read one tensor of a universal checkpoint: weights (``fp32``) or a moment; the disk keeps its data until used."""
+    """Read one whole tensor of a universal checkpoint: weights (``fp32``) or a moment.
+
+    Its file is memory-mapped: the data is read from the disk only when it is used.
+    """
     path = universal / "zero" / name / f"{key}.pt"
     found = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
     whole: Tensor = found["param"] if isinstance(found, dict) else found
@@ -122,7 +125,7 @@ def read_whole(universal: Path, name: str, key: str, shape: Sequence[int]) -> Te
 
 
 def read_deepspeed_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint of DeepSpeed by name, fp32 and whole, in one process that only reads there.
+    """Read the weights (fp32, whole) and buffers of a checkpoint of DeepSpeed, by name, in a single process.
 
     Raises:
         ConfigError: DeepSpeed is not installed.
@@ -152,7 +155,7 @@ def read_deepspeed_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
 
 
 def encode_index(metadata: Metadata) -> dict[str, Any]:
-    """Turn an index into plain JSON; None marks an entry that is no tensor."""
+    """Turn an index into plain JSON: name -> [dtype, shape, [[offsets, sizes] of each chunk]]; None for no tensor."""
     return {
         name: None
         if isinstance(entry, BytesStorageMetadata)
@@ -166,10 +169,10 @@ def encode_index(metadata: Metadata) -> dict[str, Any]:
 
 
 def decode_index(plain: dict[str, Any]) -> Metadata:
-    """Decode the result of ``encode_index``, without the places of the bytes.
+    """Decode the result of ``encode_index``; the positions of the tensors in files are not part of it.
 
     Raises:
-        ValueError: it names an unknown type of tensors.
+        ValueError: the dtype of a tensor is unknown.
     """
     return Metadata({name: _decode_entry(entry) for name, entry in plain.items()})
 
@@ -196,14 +199,14 @@ class Format(Protocol):
         ...
 
     def collect(self, step: int, state: Any, group: dist.ProcessGroup | None) -> RankPart:
-        """Collect this rank's files of ``state`` after ``step``; the tensors in it may be the state's own memory.
+        """Collect this rank's files of ``state`` after ``step``; their tensors may share memory with ``state``.
 
-        A failure is raised on every rank. If no other rank waits, it may be raised on this rank alone.
+        A failure is raised on every rank, or on this rank alone if no other rank waits.
         """
         ...
 
     def read(self, folder: Path, saved: Manifest, state: Any, group: dist.ProcessGroup | None) -> None:
-        """Fill ``state`` from the files, which have this format or the one in ``saved.contents``."""
+        """Fill ``state`` from the files in ``folder``, which have this format or that of ``saved.contents``."""
         ...
 
 
@@ -254,13 +257,13 @@ class _ExactPlanner(DefaultLoadPlanner):
         return super().create_local_plan()
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Take over a setting of the optimizer: DCP's own reading of it would run any code that it names."""
+        """Load a setting of the optimizer without running code; DCP's own loading would run any code in the file."""
         setting = torch.load(value, weights_only=True)
         set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], setting)
 
 
 def select_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """Copy nested dicts without values that are no tensors; the tensors are the same objects."""
+    """Return a copy of nested dicts with only their tensors, which are the same objects; no empty dicts remain."""
     found = {}
     for key, value in state.items():
         inner = select_tensors(value) if isinstance(value, dict) else value

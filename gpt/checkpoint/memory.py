@@ -2,7 +2,7 @@
 
 The nodes form a ring, so that any one of them may be lost. A checkpoint that fails is given up, since the next one is
 due soon. A load takes the newest checkpoint of which every part is whole, on any nodes. A damaged copy of a part is
-replaced by the other copy; if no copy is left, the disk has to serve.
+replaced by the other copy; if no copy is left, the checkpoint is loaded from disk.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ABOUT = "about.json"
 The stores themselves know the rest of a manifest: step, number of ranks, files and checksums.
 """
 REPORT = "report.json"
-"""File of each part: the places of its tensors in its files."""
+"""File of each part: the positions of its tensors in its files."""
 BUFFER = 1 << 20
 
 
@@ -52,12 +52,12 @@ class SavedInMemory:
 
     step: int
     write_s: float
-    """Seconds from its beginning to the agreement; training waited only for the copy."""
+    """Seconds from the start of the save to the agreement; training waited only while the state was copied."""
 
 
 @dataclass(frozen=True)
 class FailedInMemory:
-    """A checkpoint in memory that was given up."""
+    """A checkpoint in memory that failed, and is not tried again."""
 
     step: int
     cause: str
@@ -65,7 +65,7 @@ class FailedInMemory:
 
 @dataclass(frozen=True)
 class Send:
-    """Send the part of one rank to the stores that must hold it."""
+    """Job of a rank's writer: send the part of this rank to the memory stores ``places``."""
 
     save: str
     step: int
@@ -76,7 +76,7 @@ class Send:
     secret: str
 
     def run(self, state: WriterState) -> None:
-        """Send all files of the part."""
+        """Send all files of the part to each memory store."""
         part = state.whole(self.part)
         where = {"save": self.save, "rank": part.rank}
         with ExitStack() as stack:
@@ -98,28 +98,28 @@ class Send:
 
 @dataclass(frozen=True)
 class Confirm:
-    """Report to the stores that hold a part that all ranks have agreed on its save. No rank waits for this."""
+    """Job of a rank's writer: report to the stores that all ranks have sent their parts. No rank waits for this."""
 
     save: str
     places: tuple[Place, ...]
     secret: str
 
     def run(self, state: WriterState) -> None:
-        """Report to each store, before the next part is sent there."""
+        """Report to each of ``places``, before the next part is sent there."""
         for place in self.places:
             with StoreClient(place, self.secret) as store:
                 store.ask("commit", save=self.save)
 
 
 class SentFiles(FileSystem):
-    """torch's file system, whose files are sent to memory stores."""
+    """torch's file system for writing, which sends each file to all given memory stores."""
 
     def __init__(self, stores: Sequence[StoreClient], save: str, rank: int) -> None:
         self._to = (stores, save, rank)
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        """Open a file to write; the file is whole when it is closed."""
+        """Yield a stream to write a file; the stores have the whole file when the context ends."""
         upload = Upload(*self._to, Path(path).as_posix())
         yield upload
         upload.end()
@@ -162,11 +162,11 @@ class MemorySaves:
 
     @property
     def is_pending(self) -> bool:
-        """True while a part is on its way; the same on all ranks."""
+        """True while a save is in flight; the same on all ranks."""
         return self._pending is not None
 
     def start(self, step: int, state: Any, rank_state: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Take a state over, and begin to send it. The writer must have no other job.
+        """Copy this rank's state, and begin to send the copy to the stores. The writer must have no other job.
 
         Raises:
             CheckpointError: the state cannot be planned; on every rank.
@@ -180,11 +180,11 @@ class MemorySaves:
         self._begin(step, meta, started, part, failure)
 
     def start_again(self, saved: InFlight) -> None:
-        """Begin to send the state that was written to the disk, from the copy that was taken for the disk."""
+        """Begin to send the state of a save that is on disk now, from the copy that was made for the disk."""
         self._begin(saved.step, saved.meta, time.monotonic(), saved.part, None)
 
     def vote(self) -> Vote:
-        """Return this rank's vote on the save in flight; its phases are negative. Waits for nothing."""
+        """Return this rank's vote on the save in flight, without waiting. Its phase is negative, on disk positive."""
         if self._pending is None:
             return Vote(0)
         if self._result is None:
@@ -195,7 +195,7 @@ class MemorySaves:
         return Vote(-self._phases, done=int(not has_failed), failed=int(has_failed))
 
     def count(self, phase: int, done: float, failed: float) -> SavedInMemory | FailedInMemory | None:
-        """Take the votes of all ranks, as sums. Every rank has to take the same sums in the same order.
+        """Evaluate the summed votes of all ranks. Every rank must call this with the same sums in the same order.
 
         Args:
             phase: ``Vote.phase`` of the votes.
@@ -210,7 +210,7 @@ class MemorySaves:
         return self._end(bool(failed))
 
     def finish(self) -> SavedInMemory | FailedInMemory | None:
-        """Wait for the save in flight; None if there is none."""
+        """Wait for the save in flight on all ranks, and return its outcome; None if no save is in flight."""
         if self._pending is None:
             return None
         if self._result is None:
@@ -242,7 +242,7 @@ class MemorySaves:
         """Fill ``state`` from the newest checkpoint in memory, and free the memory of all others.
 
         Returns:
-            The checkpoint, or None and the reason why memory has none of step ``at_least`` or later.
+            The checkpoint and None; or None and the reason why memory has none of step ``at_least`` or later.
         """
         try:
             held = self._find()
@@ -255,7 +255,7 @@ class MemorySaves:
         return loaded, None
 
     def keep(self, save: str) -> None:
-        """Have the stores free the memory of all saves but ``save``; of all, if none has that name."""
+        """Have the stores delete all saves except the one with the id ``save``; all, if none has that id."""
 
         def keep() -> None:
             with StoreClient(self.own, self.secret) as store:
@@ -264,7 +264,7 @@ class MemorySaves:
         run_on_all_ranks(keep, self.group)
 
     def discard_after(self, step: int) -> None:
-        """Have the stores forget a checkpoint of a later step than ``step``, to which the run goes back."""
+        """Have the stores delete all saves if the newest is of a step after ``step``, to which the run goes back."""
         try:
             held = self._find()
         except _NotInMemoryError:
@@ -272,10 +272,10 @@ class MemorySaves:
         self.keep(held.save if held.step <= step else "")
 
     def _find(self) -> _HeldSave:
-        """Find the newest checkpoint of which the stores have every part.
+        """Return the newest checkpoint of which the stores have every part.
 
         Raises:
-            _NotInMemoryError: there is none; on every rank.
+            _NotInMemoryError: there is no such checkpoint; on every rank.
         """
 
         def list_own() -> list[dict[str, Any]]:
@@ -299,7 +299,7 @@ class MemorySaves:
         raise _NotInMemoryError(why)
 
     def _verify(self, held: _HeldSave) -> list[str]:
-        """Verify the copies that will be read, and take damaged ones out of ``held``; return a line for each.
+        """Verify the copies to read, and remove damaged copies from ``held``; return a line for each damaged copy.
 
         Raises:
             _NotInMemoryError: some part has no sound copy; on every rank.
@@ -332,10 +332,10 @@ class MemorySaves:
         return f"{', '.join(wrong)} with a wrong checksum" if wrong else ""
 
     def _read(self, held: _HeldSave, damaged: list[str], state: Any) -> LoadedCheckpoint:
-        """Fill ``state`` from verified copies.
+        """Fill ``state`` from verified copies of the parts.
 
         Raises:
-            CheckpointError: they do not fit the state, or a store has died in the meantime; on every rank.
+            CheckpointError: the parts do not fit ``state``, or a store has died in the meantime; on every rank.
         """
         rank_states: list[dict[str, Any]] = []
         with HeldFiles(held, held.sources(self.of_ranks), self.secret) as stores:
@@ -379,10 +379,10 @@ def neighbors(own: Place, of_ranks: Sequence[Place]) -> tuple[Place, ...]:
 
 
 def open_memory(group: dist.ProcessGroup | None, fmt: Format, writer: Writer | None) -> MemorySaves | None:
-    """Find the memory stores of all nodes; None if one of them could not be started. Collective.
+    """Connect to the memory stores of all nodes; None if some node has no store. Collective.
 
     Raises:
-        ConfigError: there is no launcher that keeps memory stores.
+        ConfigError: no node has a memory store, or this rank's writer is not a process of its own.
     """
     own = own_store()
     found = messages.all_gather(own is not None, group)
@@ -407,20 +407,20 @@ class _NotInMemoryError(Exception):
 
 @dataclass
 class _HeldSave:
-    """A checkpoint in memory, as far as the nodes of this start have it."""
+    """A checkpoint in memory: the copies of its parts that the present nodes hold."""
 
     save: str
     step: int
     world_size: int
     parts: dict[int, dict[Place, dict[str, int]]]
-    """Rank -> store that has its part -> name of a file -> its bytes."""
+    """Rank -> store that has its part -> name of a file -> size in bytes."""
 
     def missing(self) -> list[int]:
         """List the ranks whose part is on no node."""
         return [rank for rank in range(self.world_size) if not self.parts.get(rank)]
 
     def sources(self, of_ranks: Sequence[Place]) -> dict[int, Place]:
-        """Choose the store that each part is read from: that of the node where its rank is now, if possible."""
+        """Return the store to read each rank's part from: that of the rank's present node, if it has the part."""
         near = dict(enumerate(of_ranks))
         return {rank: near[rank] if near.get(rank) in held else min(held, key=str) for rank, held in self.parts.items()}
 
@@ -431,7 +431,7 @@ class HeldFiles(FileSystem):
     Args:
         held: the checkpoint.
         sources: store of each rank's part.
-        secret: of the stores.
+        secret: secret that the stores require.
     """
 
     def __init__(self, held: _HeldSave, sources: dict[int, Place], secret: str) -> None:
@@ -448,12 +448,12 @@ class HeldFiles(FileSystem):
         self._stack.close()
 
     def read(self, rank: int, name: str) -> bytes:
-        """Read a whole file of a rank's part."""
+        """Return the whole content of one file of a rank's part."""
         return self._store(rank).read_all(self._save, rank, name, self._sizes[rank][name])
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        """Open a file to read."""
+        """Yield a stream that reads a file from its store."""
         name = Path(path).as_posix()
         rank = self._ranks[name]
         stream = _HeldStream(self._store(rank), (self._save, rank, name), self._sizes[rank][name])

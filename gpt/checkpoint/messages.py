@@ -47,7 +47,7 @@ def broadcast(message: bytes, group: dist.ProcessGroup | None) -> bytes:
 
 
 def gather_bytes(message: bytes, group: dist.ProcessGroup | None) -> list[bytes]:
-    """All-gather encoded messages, whose lengths may differ."""
+    """All-gather encoded messages of any length over a gloo group; return them by rank. Collective."""
     ranks = dist.get_world_size(group)
     sizes = [torch.zeros((), dtype=torch.int64) for _ in range(ranks)]
     dist.all_gather(sizes, torch.tensor(len(message)), group=group)
@@ -58,7 +58,7 @@ def gather_bytes(message: bytes, group: dist.ProcessGroup | None) -> list[bytes]
 
 
 def as_tensor(message: bytes) -> torch.Tensor:
-    """Copy bytes into a tensor."""
+    """Copy bytes into a uint8 tensor with one entry for each byte."""
     return torch.frombuffer(bytearray(message), dtype=torch.uint8)
 
 
@@ -66,7 +66,7 @@ def encode_value(value: Any) -> bytes:
     """Encode a value for ``decode_value``.
 
     Raises:
-        TypeError: it is, or holds, a value that cannot be sent.
+        TypeError: the value, or a value inside it, has a type that cannot be sent.
     """
     return json.dumps(to_plain(value)).encode()
 
@@ -81,7 +81,7 @@ def decode_value(message: bytes) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Turn a value into JSON types: lists as they are, other values that are not plain as ``{kind: content}``."""
+    """Turn a value into JSON types: numbers, texts and lists stay, other types become ``{kind: content}``."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
@@ -109,7 +109,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(plain: Any) -> Any:
-    """Turn the result of ``to_plain`` back."""
+    """Return the value that ``to_plain`` has turned into JSON types; ValueError if a kind is unknown."""
     if isinstance(plain, list):
         return [from_plain(entry) for entry in plain]
     if not isinstance(plain, dict):
@@ -121,7 +121,7 @@ def from_plain(plain: Any) -> Any:
 
 
 def read_tensor(content: list[Any]) -> torch.Tensor:
-    """Read a tensor to the CPU."""
+    """Decode ``[dtype, shape, base64 text]`` into a tensor on the CPU; ValueError if the dtype is unknown."""
     dtype, shape, data = content
     found = getattr(torch, dtype)
     if not isinstance(found, torch.dtype):
@@ -145,12 +145,12 @@ READERS: dict[str, Callable[[Any], Any]] = {
 
 
 def is_ours(cls: type) -> bool:
-    """Tell whether a class is of this project."""
+    """Return True if a class is defined in one of ``PACKAGES``."""
     return cls.__module__.split(".")[0] in PACKAGES
 
 
 def name_of(cls: type) -> str:
-    """Return the name by which ``find_class`` finds a class."""
+    """Return the name of a class for ``find_class``: ``module:class``."""
     return f"{cls.__module__}:{cls.__name__}"
 
 
@@ -158,7 +158,7 @@ def find_class(name: str, kind: str) -> Any:
     """Find a ``dataclass`` or ``enum`` of this project by its name.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: this project has no such class.
     """
     module, _, own = name.partition(":")
     if module.split(".")[0] in PACKAGES:
@@ -187,7 +187,7 @@ def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -
         group: gloo group of the ranks; None means the default group.
 
     Raises:
-        CheckpointError: it raised on some rank; raised on every rank.
+        CheckpointError: ``action`` failed on some rank; raised on every rank.
     """
     cause: BaseException | None = None
     try:
@@ -202,14 +202,14 @@ def run_on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -
 
 
 def run_on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """Run ``action`` on rank 0 only; every rank gets its result, or CheckpointError."""
+    """Run ``action`` on rank 0 only; return its result on every rank, or raise CheckpointError there. Collective."""
     first = dist.get_rank(group) == 0
     results: list[T | None] = run_on_all_ranks(lambda: action() if first else None, group)
     return results[0]  # type: ignore[return-value]
 
 
 def first_failure(own: str | None, group: dist.ProcessGroup | None) -> str:
-    """Return the failure of the lowest rank that has one, after the name of that rank. Collective.
+    """Return ``rank N: FAILURE`` of the lowest rank that has failed. Collective.
 
     Args:
         own: failure of this rank; None if it has none.
@@ -219,7 +219,7 @@ def first_failure(own: str | None, group: dist.ProcessGroup | None) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """Format an error as one line, with its traceback below."""
+    """Return an error as text: one line of type and message, a blank line, and the traceback."""
     cause = error
     # DCP wraps the errors of all ranks; the first error's own line says more than the wrapper's.
     if isinstance(error, CheckpointException) and error.failures:

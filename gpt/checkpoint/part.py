@@ -44,19 +44,19 @@ from gpt.checkpoint.messages import CheckpointError, explain
 
 @dataclass(frozen=True)
 class WritePlan:
-    """Share of one rank in the files of a state."""
+    """Plan of the tensors that one rank writes in a save."""
 
     key: int
-    """Number that names this plan in this process."""
+    """Number of this plan, unique in this process."""
     items: SavePlan
     metadata: Metadata | None
-    """Index of the tensors of all ranks, without their places in the files; only on rank 0."""
+    """Index of the tensors of all ranks, without positions in the files; None on all ranks but rank 0."""
 
 
 class SavePlans:
     """The plan of one format's saves: made at the first save, and again if names or shapes of some rank have changed.
 
-    Rank 0 plans for all ranks. This takes longer with more ranks, and all of them wait.
+    Rank 0 plans for all ranks, which wait; this takes longer with more ranks.
     """
 
     _keys = itertools.count()
@@ -68,7 +68,7 @@ class SavePlans:
     def plan(self, state: dict[str, Any], group: dist.ProcessGroup | None) -> tuple[WritePlan, list[Any]]:
         """Plan a save of ``state``; return this rank's share, and the data of its items, in their order. Collective.
 
-        A tensor among the data is the state's own memory, no copy.
+        Tensors in the data share memory with ``state``.
 
         Raises:
             CheckpointError: the state cannot be planned; on every rank.
@@ -86,7 +86,7 @@ class SavePlans:
         return self._plan, [planner.resolve_data(item) for item in self._plan.items.items]
 
     def _agree(self, planner: DefaultSavePlanner, local: SavePlan, group: dist.ProcessGroup | None) -> WritePlan:
-        """Have rank 0 make the plans of all ranks, as torch.distributed.checkpoint does for a save."""
+        """Have rank 0 plan for all ranks, as torch.distributed.checkpoint does; return this rank's plan."""
         found: list[Metadata] = []
 
         def plan_for_all(plans: list[SavePlan]) -> list[SavePlan]:
@@ -107,25 +107,25 @@ class SavePlans:
 
 
 COPY_AHEAD = 10_000_000
-"""Bytes that are copied from a GPU ahead of their writing, as torch's default is."""
+"""Most bytes that are copied from a GPU before they are written; torch's default."""
 PROBE_BYTES = 1 << 16
 
 
 @dataclass
 class RankPart:
-    """Files of one rank: its share of a planned state, and files of its own."""
+    """The part of a checkpoint that one rank writes: its planned tensors, and files of this rank alone."""
 
     rank: int
     plan: WritePlan | None = None
     data: list[Any] = field(default_factory=list)
     """Tensors and BytesIO of the plan's items, in their order."""
     files: dict[str, Any] = field(default_factory=dict)
-    """Path in the folder -> argument of torch.save; bytes are written as they are."""
+    """Path in the checkpoint's folder -> content: bytes are written unchanged, other values by ``torch.save``."""
 
 
 @dataclass
 class Report:
-    """Files that a rank has written, and the places of its items in them."""
+    """Files that a rank has written, and the positions of its planned tensors in them."""
 
     files: dict[str, FileSum]
     items: list[WriteResult] = field(default_factory=list)
@@ -161,7 +161,7 @@ def write_part(part: RankPart, folder: Path) -> None:
     """Write the files of a part and its report into ``folder``, synced to disk.
 
     Raises:
-        OSError: the filesystem did not take them.
+        OSError: the files could not be written, as on a full disk.
     """
     files = SummingFiles()
     try:
@@ -183,14 +183,14 @@ def write_part(part: RankPart, folder: Path) -> None:
 def write_items(
     part: RankPart, plan: WritePlan, folder: Path, files: FileSystem, syncs: bool = True
 ) -> list[WriteResult]:
-    """Write the planned items as torch.distributed.checkpoint does; return their places.
+    """Write the planned tensors as torch.distributed.checkpoint does; return the file, position and length of each.
 
     Args:
-        part: of one rank.
-        plan: of its items.
-        folder: that their files are named in.
-        files: opens the files.
-        syncs: sync each file to its disk.
+        part: part of one rank.
+        plan: plan of this part's tensors.
+        folder: folder of the files.
+        files: file system that opens the files.
+        syncs: True to sync each file to disk.
     """
     # Copies ahead are only for GPUs. In a process without a GPU they would start one.
     ahead = COPY_AHEAD if torch.cuda.is_initialized() else 0
@@ -202,7 +202,7 @@ def write_items(
 
 
 def write_index(metadata: Metadata, items: Sequence[Sequence[WriteResult]], folder: Path) -> dict[str, FileSum]:
-    """Write the index of all ranks' tensors; return the sum of its file."""
+    """Write the index of all ranks' tensors; return its file's name with size and checksum."""
     files = SummingFiles()
     writer = FileSystemWriter(folder, sync_files=True)
     writer.fs = files
@@ -212,7 +212,7 @@ def write_index(metadata: Metadata, items: Sequence[Sequence[WriteResult]], fold
 
 
 def write_file(path: Path, content: Any, files: SummingFiles) -> None:
-    """Write one file, synced to disk; content that could not be read back later fails now."""
+    """Write ``content`` as ``write_content`` does into one file, synced to disk; create missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.create_stream(path, "wb") as stream:
         write_content(content, stream)
@@ -237,7 +237,7 @@ def encode_rank_state(rank_state: dict[str, Any]) -> bytes:
     """Encode a rank's own state, tensors and plain values, for ``torch.load`` with ``weights_only``.
 
     Raises:
-        Exception: it could not be loaded later; torch's own error.
+        Exception: torch's own error, if the state could not be loaded later.
     """
     stream = io.BytesIO()
     torch.save(rank_state, stream)
@@ -247,14 +247,14 @@ def encode_rank_state(rank_state: dict[str, Any]) -> bytes:
 
 
 class SummingFiles(FileSystem):
-    """torch's file system, which computes size and sha256 of the written files, by path."""
+    """torch's file system, which puts size and sha256 of each written file into ``sums``, by path."""
 
     def __init__(self) -> None:
         self.sums: dict[Path, FileSum] = {}
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        """Open a file to write; its sum is known when it is closed."""
+        """Yield a stream to write a file; ``sums`` has its size and sha256 when the context ends."""
         with super().create_stream(path, mode) as stream:
             summing = _SummingStream(stream)
             yield summing
@@ -263,7 +263,7 @@ class SummingFiles(FileSystem):
 
 
 class _SummingStream:
-    """Stream that is written from its beginning to its end, and summed on the way."""
+    """Stream that is written from its beginning to its end, and counts and hashes its bytes."""
 
     def __init__(self, stream: io.IOBase) -> None:
         self._stream = stream
@@ -271,7 +271,7 @@ class _SummingStream:
         self.digest = hashlib.sha256()
 
     def write(self, data: Any) -> int:
-        """Write and sum ``data``."""
+        """Write and hash ``data``; return the number of its bytes."""
         length = memoryview(data).nbytes
         self._stream.write(data)  # type: ignore[attr-defined]
         self.digest.update(data)
@@ -279,7 +279,7 @@ class _SummingStream:
         return length
 
     def tell(self) -> int:
-        """Return the bytes written so far."""
+        """Return the number of bytes written so far."""
         return self.size
 
     def flush(self) -> None:
@@ -296,7 +296,7 @@ class _SummingStream:
 
 
 def probe(folder: Path, rank: int) -> None:
-    """Raise the OSError of a filesystem that does not take another block."""
+    """Write and delete a small file; OSError if the filesystem is full or broken."""
     path = folder / f".probe_{rank:05d}"
     with path.open("wb") as file:
         file.write(bytes(PROBE_BYTES))
@@ -314,11 +314,11 @@ log = logging.getLogger(__name__)
 
 ALIGNMENT = 64
 ROOM_FOR_TEXT = 1 << 16
-"""Bytes reserved for a text that grows, as numbers in it do, so that the memory need not grow."""
+"""Spare bytes, so that the memory need not grow when numbers in the pickled text become longer."""
 MOST_THREADS = 4
-"""Threads that copy at a time: more of them find no more bandwidth."""
+"""Most threads that copy at a time; more threads do not make the copy faster."""
 FEW_BYTES = 1 << 24
-"""Bytes that are copied before a thread has started."""
+"""Fewer bytes than this are copied without threads: the start of a thread takes as long as their copy."""
 TENSOR, PLAN = "tensor", "plan"
 
 
@@ -326,9 +326,9 @@ class SharedMemory:
     """Memory without a name in any file system, so that a killed process leaves none behind.
 
     Args:
-        descriptor: of memory that another process has made; None makes a new memory of ``size`` bytes.
-        size: bytes, at least one.
-        pin: lock its pages for copies from a GPU.
+        descriptor: file descriptor of memory that another process has made; None makes new memory of ``size`` bytes.
+        size: size in bytes, at least 1.
+        pin: True to lock the pages, for faster copies from a GPU.
     """
 
     def __init__(self, size: int, descriptor: int | None = None, pin: bool = False) -> None:
@@ -341,14 +341,14 @@ class SharedMemory:
         self.is_pinned = pin and self._pin()
 
     def view(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """Return the tensor at a place, over the same memory, with a storage of its own size."""
+        """Return a tensor over the memory from byte ``offset`` on, no copy; its storage holds no other bytes."""
         count = dtype.itemsize * torch.Size(shape).numel()
         if not count:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset).view(dtype).view(shape)
 
     def close(self) -> None:
-        """Free the memory, once its last view is gone."""
+        """Close the memory, which is freed when no tensor views it any more."""
         if self.is_pinned and int(torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())):
             take_cuda_error()
         os.close(self.descriptor)
@@ -374,7 +374,7 @@ class StagedPart:
     """Part whose tensors are in shared memory."""
 
     offset: int
-    """Place, after the tensors, of the pickled text that names them."""
+    """Position in bytes, after the tensors, of the pickled text that describes the part."""
     length: int
 
     def load(self, memory: SharedMemory, plan: WritePlan | None) -> RankPart:
@@ -386,9 +386,9 @@ class StagedPart:
 
 
 def stage(part: RankPart, memory: SharedMemory | None) -> tuple[StagedPart, SharedMemory]:
-    """Copy the tensors of a part into shared memory; return the part and the memory, a larger one if necessary.
+    """Copy the tensors of a part into shared memory; return the staged part, and ``memory`` or a new, larger memory.
 
-    Waits only for copies from a GPU.
+    When this returns, all copies are complete.
     """
     pickler = _Pickler()
     pickler.dump(part)
@@ -413,7 +413,7 @@ def stage(part: RankPart, memory: SharedMemory | None) -> tuple[StagedPart, Shar
 
 
 def copy_into(memory: SharedMemory, places: Sequence[tuple[Tensor, int]], threads: int | None = None) -> None:
-    """Copy tensors of the host to their places, with as many threads as this rank has cores, and at most four.
+    """Copy CPU tensors to their offsets in bytes in ``memory``, by default with a thread for each core, at most four.
 
     One core does not fill the memory's bandwidth. torch's own threads would outlive the copy, and a process that is
     forked off this one later could not use them.
@@ -435,7 +435,7 @@ def copy_into(memory: SharedMemory, places: Sequence[tuple[Tensor, int]], thread
 
 
 class _Pickler(pickle.Pickler):
-    """Pickling that leaves out tensors and the plan, and names them by their places."""
+    """Pickler that leaves out the plan and the bytes of tensors, and writes the offset of each tensor instead."""
 
     def __init__(self) -> None:
         self.stream = io.BytesIO()
@@ -445,7 +445,7 @@ class _Pickler(pickle.Pickler):
         self._known: dict[Any, int] = {}
 
     def persistent_id(self, value: Any) -> Any:
-        """Return the place of a tensor or plan; None for other values, which are pickled."""
+        """Return the description of a tensor or plan; None for other values, which are pickled."""
         if isinstance(value, WritePlan):
             return (PLAN,)
         if not isinstance(value, Tensor):
@@ -461,14 +461,14 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickling of ``_Pickler``'s text, in the process that this rank has forked."""
+    """Unpickler of ``_Pickler``'s text, in the process that this rank has forked."""
 
     def __init__(self, text: bytes, memory: SharedMemory, plan: WritePlan | None) -> None:
         super().__init__(io.BytesIO(text))
         self._memory, self._plan = memory, plan
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return the tensor or plan that a place names."""
+        """Return the tensor or plan that ``persistent_id`` has described."""
         if pid[0] == PLAN:
             return self._plan
         _, offset, dtype, shape = pid

@@ -1,4 +1,4 @@
-"""A save in flight: the state of each rank, the later reading of saved files, the votes and the commit."""
+"""Saves of a run: the copy of the state, the votes of the ranks, the commit, and the later reading of saved files."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class Saved:
     step: int
     path: Path
     write_s: float
-    """Seconds from the beginning of the save to its commit; training waited only for the first part."""
+    """Seconds from the start of the save to its commit; training waited only while the state was copied."""
 
 
 @dataclass(frozen=True)
 class FailedWrite:
-    """A write that failed, and is tried again."""
+    """A failed write of a checkpoint, which is tried again."""
 
     step: int
     cause: str
@@ -74,7 +74,7 @@ class InFlight:
     may_commit: Callable[[], bool]
     started: float
     part: RankPart | StagedPart | None
-    """None if it could not be collected on this rank, so that each try fails."""
+    """None if this rank's part could not be collected, so that each try fails."""
     temporary: Path
     phase: Phase = Phase.write
     result: Result | None = None
@@ -88,10 +88,10 @@ def stage_state(
     writer: Writer,
     group: dist.ProcessGroup | None,
 ) -> RankPart | StagedPart:
-    """Take this rank's part of a state over; when this returns, the state may change. Collective.
+    """Collect this rank's part of a state and pass it to the writer, which may copy it. Collective.
 
     Raises:
-        Exception: the format's, or the writer's.
+        Exception: an error of the format or of the writer.
     """
     collected = fmt.collect(step, state, group)
     collected.files[rank_file(dist.get_rank(group))] = encode_rank_state(rank_state)
@@ -109,7 +109,7 @@ SLICE = 1 << 22
 
 @dataclass(frozen=True)
 class Scrub:
-    """Begin to verify the checkpoint of a step, and delete others when it is whole; on rank 0, after a commit.
+    """Job of rank 0's writer after a commit: verify the new checkpoint, then delete those no longer kept.
 
     An unfinished scrub of an earlier step is given up, and so are its planned repetitions.
     """
@@ -118,12 +118,12 @@ class Scrub:
     step: int
     keeps: Retention
     tell: Callable[[int, str, bool], None]
-    """Called with the step and the damage of a checkpoint that was set aside, and whether it was whole before."""
+    """Called with step and damage of a checkpoint that was set aside, and True if it was found whole before."""
     every_s: float = 0.0
-    """Seconds after which it is read again while it is the newest; 0 reads it once."""
+    """Seconds after which the checkpoint is read again while it is the newest; 0 reads it once."""
 
     def run(self, state: WriterState) -> None:
-        """Leave the reading to the time between jobs; a rank has no such time, so there this only deletes."""
+        """Verify between later jobs; a writer without a process of its own only deletes."""
         if state.has_idle_time:
             is_behind = state.rest_s() == 0
             state.idle_work, state.idle_at = scrub(self, state), 0.0
@@ -133,13 +133,19 @@ class Scrub:
             self.retire(state)
 
     def retire(self, state: WriterState, more: int = 0) -> None:
-        """Delete the checkpoints that are no longer kept, but never the newest that was found whole."""
+        """Delete the checkpoints that are no longer kept, but never the newest that was found whole.
+
+        ``more``: number of newest checkpoints that are kept in addition.
+        """
         keeps = replace(self.keeps, last=self.keeps.last + more)
         folders.retire(self.folder, keeps, frozenset() if state.sound is None else {state.sound})
 
 
 def scrub(job: Scrub, state: WriterState) -> Generator[float]:
-    """Verify a checkpoint slice by slice, then delete or set aside; begin again after ``every_s`` while it is whole."""
+    """Verify a checkpoint slice by slice, set it aside if damaged, and delete those no longer kept.
+
+    Yields the seconds until the next slice. A whole checkpoint is verified again after ``every_s`` seconds.
+    """
     path = folders.final_for(job.folder, job.step)
     while True:
         try:
@@ -164,7 +170,7 @@ def scrub(job: Scrub, state: WriterState) -> Generator[float]:
 
 
 def find_damage_in(path: Path) -> Generator[float, None, str]:
-    """Compare all files of a checkpoint with its manifest, slice by slice; return the damage.
+    """Compare all files of a checkpoint with its manifest, slice by slice; return the damage, empty if there is none.
 
     Raises:
         OSError: the filesystem refused for a reason that says nothing about the files.
@@ -187,7 +193,7 @@ def find_damage_in(path: Path) -> Generator[float, None, str]:
 
 
 def sum_slowly(path: Path) -> Generator[float, None, FileSum]:
-    """Compute size and sha256 of a file, slice by slice, from the disk and not from this host's cache."""
+    """Compute size and sha256 of a file from the disk, not from this host's cache; yield 0.0 after each slice."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # it was synced, so all can go
@@ -215,11 +221,11 @@ HURRIED_RETRY_S = 1.0
 
 
 class OutdatedAttemptError(CheckpointError):
-    """Refusal of a save by an attempt that no longer owns the run; nothing was committed."""
+    """A save was refused since a later attempt owns the run; nothing was committed."""
 
 
 class Saves:
-    """The saves of one run.
+    """The saves of one run on disk, at most one in flight.
 
     Args:
         folder: the folder of the checkpoints; every rank sees it.
@@ -246,7 +252,7 @@ class Saves:
         self.writer = writer
         self.give_up_after_s = give_up_after_s
         self.tell_damage: Callable[[int, str, bool], None] | None = None
-        """Callback with step and damage of a checkpoint, and whether it was found whole before. Picklable.
+        """Called with step and damage of a checkpoint, and True if it was found whole before. Picklable.
 
         None if checkpoints are not read again.
         """
@@ -260,7 +266,7 @@ class Saves:
         self._token: str | None = None
         self._pending: InFlight | None = None
         self.committed: InFlight | None = None
-        """The last save that was committed, until its copy is taken; the same on all ranks.
+        """The last committed save, while it may be sent to the memory stores; else None. The same on all ranks.
 
         The copy stays until another state is taken over.
         """
@@ -272,13 +278,13 @@ class Saves:
 
     @property
     def is_failing(self) -> bool:
-        """True while the save in flight has failed before, and a newer state may replace it; the same on all ranks."""
+        """True if the save in flight has failed, and one of a newer state may replace it; the same on all ranks."""
         return self._pending is not None and self.failures > 0 and self._pending.phase is Phase.write
 
     def start(
         self, step: int, state: Any, rank_state: dict[str, Any], meta: dict[str, Any], may_commit: Callable[[], bool]
     ) -> None:
-        """Take a state over, and begin to write it. Collective. No save may be in flight, unless it is failing.
+        """Begin to write a state to disk. Collective. No other save may be in flight, unless it is failing.
 
         Raises:
             CheckpointError: the state cannot be planned; on every rank.
@@ -304,7 +310,7 @@ class Saves:
             self._write(max(0.0, self._retry_at - time.monotonic()))
 
     def vote(self) -> Vote:
-        """Return this rank's vote on the save in flight. Waits for nothing."""
+        """Return this rank's vote on the save in flight, without waiting."""
         pending = self._pending
         if pending is None:
             return Vote(0)
@@ -316,14 +322,14 @@ class Saves:
         return Vote(self._phases, done=int(not has_failed), failed=int(has_failed))
 
     def count(self, phase: int, done: float, failed: float) -> Saved | FailedWrite | None:
-        """Add the votes of all ranks, summed. On every rank with the same sums, in the same order.
+        """Evaluate the summed votes of all ranks. Every rank must call this with the same sums in the same order.
 
         Returns:
-            The outcome of the save, once; None while it is open.
+            The outcome of the save, once; None while it is not decided.
 
         Raises:
-            CheckpointError: it failed, and not for the first time, for too long; on every rank.
-            ConfigError: the same, for want of room or of a disk that works.
+            CheckpointError: saves have failed for ``give_up_after_s`` seconds; on every rank.
+            ConfigError: the same, because the disk is full or broken; on every rank.
             OutdatedAttemptError: ``may_commit`` returned False; on every rank.
         """
         pending = self._pending
@@ -335,10 +341,10 @@ class Saves:
         return self._end_phase(pending, bool(failed), hurries=False)
 
     def finish(self, hurries: bool = True) -> Saved | FailedWrite | None:
-        """Wait for the save in flight, as ``count`` does without waiting. Collective; call again after a failure.
+        """Wait for the outcome of the save in flight; None if there is none. Collective; call again after a failure.
 
         Args:
-            hurries: try again at once after a failure, not later each time.
+            hurries: True to try again ``HURRIED_RETRY_S`` after each failure; False to wait longer each time.
         """
         while (pending := self._pending) is not None:
             if pending.result is None and self._takes_part():
@@ -445,7 +451,7 @@ class Saves:
         self.writer.submit(Write(pending.temporary, pending.step, pending.part, is_first), delay_s)
 
     def _failure(self, pending: InFlight) -> str | None:
-        """Return the failure on this rank; the rename is the commit, so later failures do not count."""
+        """Return this rank's failure or None; after the rename, which is the commit, failures do not count."""
         result = pending.result
         if result is None or pending.phase is Phase.write:
             return None if result is None else result.failure
@@ -459,7 +465,7 @@ class Saves:
         return self._pending.phase is Phase.write or dist.get_rank(self.group) == 0
 
     def _name(self, step: int) -> Path:
-        """Name a folder that no process has written into, the same on all ranks."""
+        """Return a new temporary folder for a save, the same on all ranks."""
         self._names += 1
         token = hashlib.sha256(f"{self._token} {self._names}".encode()).hexdigest()[:8]
         return folders.temporary_for(self.folder, step, token)
@@ -469,6 +475,6 @@ OUTDATED = "a later attempt owns this run"
 
 
 def room_error(cause: str) -> str | None:
-    """Return the system's words for a filesystem that is full or broken; None if a save failed for another reason."""
+    """Return the system's message if a save failed since the filesystem is full or broken; else None."""
     line = cause.splitlines()[0]
     return next((os.strerror(number) for number in NO_ROOM if f"[Errno {number}]" in line), None)

@@ -30,7 +30,7 @@ __all__ = ["CheckpointError", "CheckpointStore", "LoadedCheckpoint", "OutdatedAt
 
 
 def always() -> bool:
-    """Allow every commit."""
+    """Return True, which allows every commit."""
     return True
 
 
@@ -63,7 +63,7 @@ class CheckpointStore:
         self.memory: MemorySaves | None = None
         """Further checkpoints in the memory of the nodes; a load prefers them if they are not older."""
         self.connect: Callable[[], Target] | None = None
-        """Opens the copies, which a load uses if no checkpoint in ``folder`` is whole; None if there are none."""
+        """Opens the copies on another filesystem, for a load that finds no whole checkpoint; None without copies."""
         self.beat: Callable[[], None] = lambda: None
         """Called about once a second while a copy is fetched."""
 
@@ -72,7 +72,7 @@ class CheckpointStore:
         return folders.steps(self.folder)
 
     def is_new(self) -> bool:
-        """Tell whether a load would find no checkpoint: the folder is empty, and there is no memory and no copies."""
+        """Return True if no load can find a checkpoint: the folder is empty, and memory and copies are not in use."""
         if self.memory is not None or self.connect is not None:
             return False
         return run_on_first_rank(lambda: folders.is_empty(self.folder), self.group)
@@ -91,7 +91,7 @@ class CheckpointStore:
             step: number of the step; it has no checkpoint yet.
             state: the format's type of state; by default tensors and DTensors in nested dicts, as get_state_dict of
                 torch.distributed.checkpoint returns them.
-            rank_state: this rank's own, tensors and plain Python values.
+            rank_state: state of this rank alone: tensors and plain Python values.
             meta: plain JSON; rank 0's is kept.
             may_commit: called on rank 0 just before the commit; False commits nothing. Picklable, for a writer process.
 
@@ -166,7 +166,7 @@ class CheckpointStore:
         )
 
     def _fetch(self) -> Fetched:
-        """Fetch the newest copy that is whole, on rank 0; the ranks meet each second, so that none waits too long.
+        """Fetch the newest whole copy on rank 0; the ranks communicate each second, so that no collective times out.
 
         Raises:
             CheckpointError: the target cannot be read.
@@ -181,7 +181,7 @@ class CheckpointStore:
             self.beat()
 
     def _verify(self, path: Path) -> Manifest:
-        """Check every file of a checkpoint, split over the ranks; raise DamagedError on all ranks or on none."""
+        """Verify a checkpoint's files, shared among the ranks; return its manifest, or raise DamagedError on all."""
 
         def read() -> Manifest | str:
             try:
@@ -206,7 +206,7 @@ class CheckpointStore:
         """Read a verified checkpoint into ``state``.
 
         Raises:
-            ConfigError: it does not fit: its files are sound, so it belongs to another model.
+            ConfigError: the checkpoint does not fit ``state``; its files are sound, so it belongs to another model.
         """
         try:
             run_on_all_ranks(lambda: self.format.read(path, manifest, state, self.group), self.group)

@@ -45,8 +45,8 @@ class Target:
     """The copies of one run.
 
     Args:
-        url: that of ``checkpoint.copy_to``.
-        name: of the run, a path below it.
+        url: value of ``checkpoint.copy_to``.
+        name: path below ``url`` for the copies of this run.
 
     Raises:
         ImportError: the package of the filesystem is not installed.
@@ -75,16 +75,16 @@ class Target:
         return self._decode(step, self.fs.cat_file(self._file(step, NAME)))
 
     def put(self, path: Path, may_commit: Callable[[], bool]) -> int | None:
-        """Copy a checkpoint.
+        """Copy a checkpoint to the target, its manifest last.
 
-        Each file is summed as it is sent, and compared with the manifest. The file at the target is compared by size.
+        Each file is hashed as it is sent and compared with the manifest; then the sizes at the target are compared.
 
         Args:
             path: folder of the checkpoint, which may be deleted in the meantime.
             may_commit: called just before the manifest is written; False leaves the manifest out.
 
         Returns:
-            The bytes sent, 0 if the target has them already; None if the checkpoint no longer exists.
+            The bytes sent, 0 if the target already has this copy; None if the checkpoint no longer exists.
 
         Raises:
             DamagedError: a file differs from the saved one.
@@ -138,10 +138,10 @@ class Target:
         sync_folder(temporary)
 
     def find_damage(self, step: int, told: Callable[[int], None]) -> tuple[str, ...] | None:
-        """Read a whole copy and compare it with its manifest; None if it was deleted in the meantime.
+        """Read a whole copy, and return a line for each fault; None if the copy was deleted in the meantime.
 
         Args:
-            step: of the copy.
+            step: step of the copy.
             told: called with the bytes that were read since the last call.
         """
         try:
@@ -167,20 +167,20 @@ class Target:
                 self._remove_folder(place)
 
     def retire(self, keeps: Retention) -> None:
-        """Delete the copies that are not kept."""
+        """Delete the copies that ``keeps`` does not keep, also unfinished ones."""
         kept = kept_steps(self.steps(), keeps, self.manifest)
         for step in self._begun():  # also copies that were never finished, since one is made at a time
             if step not in kept:
                 self.remove(step)
 
     def discard_after(self, step: int) -> None:
-        """Delete the copies of later steps, to which the run will come again."""
+        """Delete the copies of steps after ``step``, to which the run goes back."""
         for later in self._begun():
             if later > step:
                 self.remove(later)
 
     def probe(self) -> None:
-        """Write, read and delete a small file."""
+        """Write, read and delete a small file at the target; an error of the filesystem is raised."""
         place = f"{self.root}/.probe_{os.urandom(4).hex()}"
         self._make_folder(self.root)
         self.fs.pipe_file(place, b"probe")
@@ -249,12 +249,12 @@ class Target:
 
 
 def target_of(url: str, run_folder: Path) -> Target:
-    """Open the copies of a run, named by its folder and the one above, as in ``outputs/NAME/POINT``."""
+    """Return the target of a run's copies, named by the last two folders of its path: ``NAME/POINT``."""
     return Target(url, f"{run_folder.parent.name}/{run_folder.name}")
 
 
 def check_target(url: str, run_folder: Path) -> None:
-    """Raise ConfigError unless a small file can be written into the copies of a run, read and deleted again."""
+    """Raise ConfigError unless a small file can be written to the target, read and deleted within ``ANSWER_S``."""
     failure: list[BaseException] = []
 
     def probe() -> None:
@@ -292,7 +292,7 @@ def check_target(url: str, run_folder: Path) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Describe an error in one line."""
+    """Return type and message of an error in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -308,7 +308,7 @@ def saved_copies(url: str | None, run_folder: Path) -> Iterator[SavedCheckpoint]
     """Yield the copies of a run's checkpoints, newest first.
 
     Raises:
-        ConfigError: there is no ``url``, or it cannot be reached.
+        ConfigError: ``url`` is None, or the target cannot be reached.
     """
     if url is None:
         raise ConfigError(
@@ -328,7 +328,7 @@ def saved_copies(url: str | None, run_folder: Path) -> Iterator[SavedCheckpoint]
 
 
 def checkpoint_at(path: Path) -> SavedCheckpoint:
-    """Describe the checkpoint in ``path``; only its manifest is read before it is checked."""
+    """Describe the checkpoint in ``path`` from its manifest; the description's check reads the files later."""
     step = folders.step_of(path)
     try:
         manifest = read_manifest(path)
@@ -345,7 +345,7 @@ def verify_folder(path: Path, step: int, manifest: Manifest, told: Callable[[int
     Args:
         path: folder of the checkpoint.
         step: step in the folder's name.
-        manifest: content of the folder as it was saved.
+        manifest: sizes and checksums of the saved files.
         told: called with the bytes that were read since the last call.
 
     Returns:
@@ -361,5 +361,5 @@ def verify_folder(path: Path, step: int, manifest: Manifest, told: Callable[[int
 
 
 def damage_now(path: Path, *damage: str) -> tuple[str, ...] | None:
-    """Return ``damage``; None if the checkpoint no longer exists, and so was being deleted."""
+    """Return ``damage``; None if the checkpoint no longer exists, since then it was only being deleted."""
     return damage if path.exists() else None

@@ -49,14 +49,14 @@ class WriterState:
     has_idle_time: bool = False
     """True in a process that has no other work between jobs."""
     idle_work: Generator[float] | None = None
-    """Work for that time, in slices; each slice yields the seconds until the next one is due."""
+    """Work between jobs, in slices; each slice yields the seconds until the next one is due. None: no work."""
     idle_at: float = 0.0
     """Time, by time.monotonic, at which the next slice is due."""
     sound: int | None = None
     """Step of the newest checkpoint that was read again and found whole."""
 
     def whole(self, part: RankPart | StagedPart) -> RankPart:
-        """Return a part with its tensors, which may be in the memory that this writer has staged them in."""
+        """Return a part with its tensors; those of a staged part are views of this writer's shared memory."""
         if isinstance(part, RankPart):
             return part
         assert self.staged is not None
@@ -71,7 +71,7 @@ class Job(Protocol):
     """Interface of a job; picklable if another process does it."""
 
     def run(self, state: WriterState) -> Any:
-        """Do the job."""
+        """Do the job, and return its result."""
         ...
 
 
@@ -85,7 +85,7 @@ class Write:
     is_first: bool
 
     def run(self, state: WriterState) -> None:
-        """Create the folder and write the part into it. The first rank removes what killed saves have left."""
+        """Create the folder and write the part into it. The first rank also removes the folders of killed saves."""
         if self.is_first:
             folders.begin(self.temporary, self.step)
         else:
@@ -95,7 +95,7 @@ class Write:
 
 @dataclass(frozen=True)
 class Commit:
-    """Give a folder that all ranks have written its index, its manifest and its name; on rank 0."""
+    """Commit a folder that all ranks have written: write index and manifest, and rename it; on rank 0."""
 
     temporary: Path
     step: int
@@ -130,7 +130,7 @@ class Remove:
     temporary: Path
     keeps: Retention
     frees: bool
-    """Since the disk is full, also delete the checkpoint that the failed one was to replace, unless it is the last."""
+    """True if the disk is full: delete the checkpoint that the failed one was to replace, unless it is the last."""
 
     def run(self, state: WriterState) -> None:
         """Remove the folder, and free the space that retention allows."""
@@ -147,7 +147,7 @@ class Retire:
     keeps: Retention
 
     def run(self, state: WriterState) -> None:
-        """Delete these checkpoints."""
+        """Delete the checkpoints that ``keeps`` does not keep."""
         folders.retire(self.folder, self.keeps)
 
 
@@ -158,11 +158,11 @@ class Retire:
 
 
 NICENESS = 10
-"""The writer gets the CPU time that the ranks leave; while they wait for it, that is all of it."""
+"""Niceness of the writer process: it gets the CPU time that the ranks do not use."""
 CLOSING_S = 10.0
-"""Longest wait, in seconds, for the last deletions at the end; the next start does the rest."""
+"""Longest wait, in seconds, for the last deletions when training ends; the next start of the run does the others."""
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that ask a rank to save and leave, which it cannot do without its writer."""
+"""Signals that the writer process ignores: they ask a rank to save and stop, and the save needs the writer."""
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,11 @@ class Result:
     value: Any = None
     failure: str | None = None
     ended: float = field(default_factory=time.monotonic)
-    """Time of the end of the job, by the clock that all processes of a machine share."""
+    """End of the job in seconds of ``time.monotonic``, a clock that all processes of a machine share."""
 
 
 def do(job: Job, state: WriterState) -> Result:
-    """Do a job; a failure is a result as well."""
+    """Do a job, and return its result; if it raises an error, the result has the error as text."""
     try:
         return Result(job.run(state))
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is a BaseException
@@ -186,23 +186,23 @@ def do(job: Job, state: WriterState) -> Result:
 class Writer:
     """Writer that does every job at once, in this process, from the training state itself.
 
-    Results are read for one job at a time; other jobs may follow, in their order.
+    ``poll`` and ``wait`` return only the result of the last submitted job; jobs are done in their order.
     """
 
     is_background = False
-    """True if jobs are done while this process continues; the same on all ranks."""
+    """True if another process does the jobs while this process continues; the same on all ranks."""
 
     def __init__(self) -> None:
         self._state = WriterState()
         self._result: Result | None = None
 
     def stage(self, part: RankPart) -> RankPart | StagedPart:
-        """Take a part over; when this returns, the training state may change."""
+        """Take over a part, and return it as jobs need it: a background writer copies its tensors."""
         self._state.plan = part.plan
         return part
 
     def submit(self, job: Job, delay_s: float = 0.0) -> None:
-        """Have a job done, ``delay_s`` seconds from now; ``poll`` and ``wait`` return its result."""
+        """Have a job done, in the background after ``delay_s`` seconds; ``poll`` and ``wait`` return its result."""
         self._result = do(job, self._state)
 
     def poll(self) -> Result | None:
@@ -217,12 +217,12 @@ class Writer:
         return result
 
     def close(self, patience_s: float = CLOSING_S) -> None:
-        """Finish the submitted jobs, for at most ``patience_s`` seconds, and end."""
+        """Wait at most ``patience_s`` seconds for the submitted jobs, and end the writer."""
         self._state = WriterState()
 
 
 class ProcessWriter(Writer):
-    """Writer in a process of its own, forked in the constructor; best before there are threads or devices.
+    """Writer in a process of its own, forked in the constructor; create it before threads and devices are in use.
 
     If that process dies, its last job has failed, and all later jobs are done at once in this process.
     """
@@ -305,7 +305,7 @@ class ProcessWriter(Writer):
             self._result = Result(failure=f"the process that writes checkpoints died ({cause})")
 
     def _end(self) -> int:
-        """Kill the process, if it still runs, and return its status."""
+        """Kill the writer process, if it still runs; return its status as from ``os.waitpid``."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         try:
@@ -318,7 +318,7 @@ class ProcessWriter(Writer):
 
 @contextlib.contextmanager
 def open_writer(asynchronous: bool) -> Iterator[Writer]:
-    """Create the writer of this rank, and end it after use; on Linux a process of its own if ``asynchronous``."""
+    """Yield this rank's writer, and close it at the end; on Linux a process of its own if ``asynchronous``."""
     writer: Writer = ProcessWriter() if asynchronous and hasattr(os, "memfd_create") else Writer()
     try:
         yield writer
@@ -348,7 +348,7 @@ def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None
 
 
 def work_on(state: WriterState) -> None:
-    """Do a slice of the work between jobs; a failure ends the work, and is printed in the log of the rank."""
+    """Do the next slice of ``state.idle_work``; a failure ends that work, and is printed in the log of the rank."""
     assert state.idle_work is not None
     try:
         state.idle_at = time.monotonic() + next(state.idle_work)

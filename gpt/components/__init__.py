@@ -35,7 +35,10 @@ so each rank of tp and cp computes its own. Attention and positions would need t
 
 @dataclass(frozen=True)
 class PartCounts:
-    """Counts of one use of a part. Counts that grow with the tokens are for one sequence of ``block_size`` tokens."""
+    """Shapes, FLOPs and bytes of one use of a part.
+
+    Counts that grow with the tokens are for one sequence of ``block_size`` tokens.
+    """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Name, within the part, and shape of every parameter."""
@@ -88,7 +91,7 @@ CONTRACTS = {
     "model.attention": Contract(("config",), ("x_BTD", "cache"), "(B, T, D) -> (B, T, D)"),
     "model.ffn": Contract(("config",), ("x_BTD",), "(B, T, D) -> (B, T, D)"),
 }
-"""Key of the config -> its contract."""
+"""Key of the config -> arguments that the user's class must accept."""
 
 
 def load_part(key: str, name: str) -> Any:
@@ -112,7 +115,7 @@ def load_part(key: str, name: str) -> Any:
 
 
 def build_part(key: str, name: str, config: Any, *arguments: Any) -> Any:
-    """Construct the module of a part."""
+    """Import the class ``name`` of a part, and construct the module from ``config`` and the further arguments."""
     return load_part(key, name)(config, *arguments)
 
 
@@ -201,7 +204,7 @@ def check_call(key: str, name: str, called: str, signature: inspect.Signature, a
 
 
 def kind_text(found: Any) -> str:
-    """Return the name of an object and its kind."""
+    """Describe an object for a message: ``the class NAME``, or ``a TYPE``."""
     return f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
 
 
@@ -256,7 +259,7 @@ def build_custom_optimizer(config: OptimConfig, groups: Any) -> Any:
     given = {argument: value for argument, value in ours.items() if argument in takes} | dict(config.options)
 
     class Skippable(found):  # type: ignore[valid-type, misc]
-        """The user's optimizer, whose steps a flag on the device can skip, as with torch's fused optimizers."""
+        """The user's optimizer, which skips a step if ``found_inf`` is set, as torch's fused optimizers do."""
 
         def step(self, closure: Any = None) -> Any:
             skip = getattr(self, "found_inf", None)

@@ -42,8 +42,7 @@ def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
 
 
 def optimizer_state(optim: OptimConfig) -> StateBytes:
-    """Return the size of the optimizer's state: both moments and a count for AdamW, the measured size for one of the
-    user.
+    """Return the bytes of an optimizer's state: two moments and a count for AdamW, measured for one of the user.
 
     Raises:
         ConfigError: the user's optimizer cannot be imported, or fails.
@@ -60,10 +59,12 @@ def _measured(request: str, kind: Any) -> Any:
 
 
 def measured(request: str) -> dict[str, Any]:
-    """Return the answer to a request in JSON, from this process if it has torch, otherwise from another one.
+    """Return the counts that a request in JSON asks for (see ``meta_costs.answer``).
+
+    This process measures them if it has loaded torch, otherwise a new process does.
 
     Raises:
-        ConfigError: a part is refused.
+        ConfigError: a part or optimizer cannot be used.
     """
     if "torch" in sys.modules:
         from gpt.components.meta_costs import answer

@@ -29,14 +29,14 @@ from launch.errors import ConfigError
 
 @dataclass(frozen=True)
 class Use:
-    """A part as the model uses it."""
+    """Arguments and input shape with which the model uses a part."""
 
     key: str
     name: str
     arguments: tuple[int, ...]
     """Arguments of the constructor after the config."""
     shape: tuple[int, ...]
-    """Input of one sequence, without B."""
+    """Shape of the input of one sequence, without B."""
     extra: tuple[Any, ...] = ()
     """Arguments of ``forward`` after the input."""
 
@@ -83,7 +83,7 @@ def count_optimizer(optim: OptimConfig) -> StateBytes:
 
 
 def uses(model: ModelConfig) -> dict[str, Use]:
-    """Return the user's parts with their use in the model."""
+    """Return how the model uses each part of the user, by the keys of ``facts.part_counts``."""
     custom, hidden = model.custom_parts, (model.block_size, model.n_embd)
     heads = (model.block_size, model.n_head + model.kv_heads, model.head_dim)
     found: dict[str, Use] = {}
@@ -133,7 +133,9 @@ def count_part(model: ModelConfig, use: Use) -> PartCounts:
 
 
 def run(make: Callable[[], nn.Module], use: Use, sequences: int, half: bool) -> tuple[int, int, int]:
-    """Run a part forward on fake tensors. Return FLOPs, bytes saved for the backward pass, and bytes of products.
+    """Run a part forward on fake tensors of ``sequences`` sequences, with ``half`` in bf16.
+
+    Return FLOPs, bytes saved for the backward pass, and bytes of the results of matrix products.
 
     Raises:
         ValueError: the result has another shape than the input.
@@ -193,7 +195,7 @@ def explained(use: Use, when: str) -> Iterator[None]:
 
 
 def check_state(use: Use, module: nn.Module) -> None:
-    """Raise ConfigError if parameters cannot be sharded, or a table would stay without its values."""
+    """Raise ConfigError for parameters without dimension, and for unsaved buffers without ``reset_buffers``."""
     scalars = [name for name, parameter in module.named_parameters() if parameter.dim() == 0]
     if scalars:
         raise ConfigError(

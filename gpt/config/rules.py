@@ -86,7 +86,7 @@ def check_custom_name(key: str, name: str, ours: Iterable[str]) -> None:
 
 
 def is_importable(package: str) -> bool:
-    """Tell whether a package can be imported, without importing it."""
+    """Return True if Python finds a package. The package is not imported."""
     try:
         return importlib.util.find_spec(package) is not None
     except ImportError:
@@ -107,7 +107,7 @@ MODELS = 64
 """Number of models of which results are kept. When full, all of them are dropped together."""
 MISSING = object()
 VALUES = attrgetter(*(field.name for field in fields(ModelConfig) if field.name != "options"))
-"""Values of all hashable fields."""
+"""Function of a model config that returns the values of all its fields except ``options``, which is not hashable."""
 
 
 def cached_by_model(
@@ -149,7 +149,7 @@ GROUPED_MULTIPLE = 8
 
 
 def check_model(model: ModelConfig) -> None:
-    """Raise ConfigError for the first rule that a model violates."""
+    """Raise ConfigError for the first violated rule of a model config."""
     sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "kv_heads", "ffn_width")
     positive = (*sizes, "norm_eps", "rope_base", "init_std", "embedding_init_std")
     check_numbers("model.", model, positive, dropout=(0.0, 0.99))
@@ -253,7 +253,7 @@ def check_llama3(model: ModelConfig) -> None:
 
 
 def check_block(model: ModelConfig) -> None:
-    """Raise ConfigError unless norms and residual connections go together."""
+    """Raise ConfigError for ``parallel_residual`` with norms after attention and ffn."""
     if model.parallel_residual and model.norm_position is NormPosition.post:
         raise ConfigError(
             "model.parallel_residual=true with model.norm_position=post",

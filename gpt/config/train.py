@@ -390,7 +390,7 @@ def make_paths_absolute(config: DictConfig) -> None:
 
 
 def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: int) -> None:
-    """Set the keys of ``parallel`` and the size of a micro-batch in a composed config that may leave them open."""
+    """Set all keys of ``parallel`` to ``values``, and ``optim.max_micro_batch``, in a composed config."""
     config.parallel = OmegaConf.merge(OmegaConf.structured(ParallelConfig), values)
     config.optim.max_micro_batch = micro_batch
 

@@ -65,10 +65,10 @@ def format_value(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Rule:
-    """Parameters of this project and tensors of transformers with the same numbers. One of the two sides is one tensor.
+    """Parameters of this project and the tensors of transformers that contain the same numbers.
 
-    Several parameters here may be one tensor of transformers, stacked by rows. Several tensors of transformers may be
-    the slices of one parameter along its first dimension.
+    At least one of the two sides is a single tensor. Several parameters here may be one tensor of transformers,
+    stacked by rows. Several tensors of transformers may be the slices of one parameter along its first dimension.
     """
 
     names: tuple[str, ...]
@@ -242,7 +242,7 @@ GPT2_ACTIVATIONS = {
 
 
 def write_gpt2(config: ModelConfig) -> dict[str, Any]:
-    """Return a GPT-2 as keys of config.json."""
+    """Return the keys of config.json for a GPT-2 model."""
     return {
         **{key: getattr(config, field) for field, key in GPT2_SIZES.items()},
         "n_inner": config.ffn_width,
@@ -332,12 +332,12 @@ LLAMA_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_
 
 
 def write_llama(config: ModelConfig) -> dict[str, Any]:
-    """Return a Llama as keys of config.json."""
+    """Return the keys of config.json for a Llama model."""
     return write_llama_keys(config) | {"attention_bias": config.bias, "mlp_bias": config.bias}
 
 
 def write_llama_keys(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json that Llama and Mixtral share."""
+    """Return the keys of config.json that Llama and Mixtral share, for a model."""
     fields = architecture_fields(config)
     return {
         **{key: fields[field] for field, key in LLAMA_SIZES.items()},
@@ -352,7 +352,7 @@ def write_llama_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """Return rotary embeddings as keys of config.json.
+    """Return the keys of config.json for rotary embeddings.
 
     NTK-aware scaling only changes the base, so the base is written. transformers' rope_type=dynamic is different: it
     depends on the length of the text.
@@ -377,7 +377,7 @@ def read_llama(hf: dict[str, Any]) -> ModelConfig:
 
 
 def read_llama_keys(hf: dict[str, Any], rope_base: float, norm_eps: float) -> ModelConfig:
-    """Read the keys that Llama and Mixtral share. The two numbers replace missing keys."""
+    """Read the keys that Llama and Mixtral share. ``rope_base`` and ``norm_eps`` replace missing keys."""
     activation = read_activation(hf, "hidden_act", "silu", LLAMA_ACTIVATIONS)
     sizes = {field: require_key(hf, key) for field, key in LLAMA_SIZES.items()}
     head_dim = (
@@ -401,7 +401,7 @@ def read_llama_keys(hf: dict[str, Any], rope_base: float, norm_eps: float) -> Mo
 
 
 def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
-    """Return the fields of ModelConfig about rotary embeddings, from the spelling of version 4 or 5."""
+    """Return the fields of ModelConfig about rotary embeddings from a config.json of transformers 4 or 5."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
     if kind not in ("default", "linear", "llama3"):
@@ -451,7 +451,7 @@ LLAMA = StateDictAdapter(
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
-    """Return a Mixtral as keys of config.json."""
+    """Return the keys of config.json for a Mixtral model."""
     return {
         **write_llama_keys(config),
         "num_local_experts": config.n_expert,

@@ -274,7 +274,7 @@ def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, na
 
 
 def list_names(names: set[str]) -> str:
-    """Join names in order: up to ten names, and the number of the rest."""
+    """Return up to ten names, sorted and joined by commas, and the number of further names."""
     first = sorted(names)[:10]
     return ", ".join(first) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 

@@ -149,7 +149,7 @@ def verify_source(source: WeightSource) -> VerifiedSource:
 
 
 def sum_files(paths: list[Path]) -> dict[str, str]:
-    """Return the sha256 of each file, by name."""
+    """Return the sha256 of each file in hexadecimal digits, by the file's name without folder."""
     digests = {}
     for path in paths:
         with path.open("rb") as file:

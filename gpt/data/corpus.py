@@ -28,14 +28,14 @@ class SourceSize:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Description of a corpus before training."""
+    """Sizes, tokenizer and entropy of a corpus, as far as they are known before training."""
 
     name: str
     sources: tuple[SourceSize, ...]
     tokenizer: str
-    """Name of the kind of its tokenizer."""
+    """Kind of the tokenizer, such as ``byte`` or ``tiktoken``; ``synthetic`` or ``unknown`` without a tokenizer."""
     vocab_size: int | None
-    """Number of ids, or a bound of it; None if only the tokenizer determines it."""
+    """Number of token ids, or the largest id seen plus 1 if no file states it; None if only the tokenizer has it."""
     entropy: float | None
     """Lowest possible loss of any model, in nats per token; None if unknown."""
 
@@ -71,7 +71,7 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
     prepared = None if spec is None else _open_prepared(spec, cache)
     if prepared is not None:
         return describe_tokens(str(config.path or config.title), Tokens((prepared,)))
-    # Training prepares what is quick, and cannot be refused any more.
+    # Training itself prepares a small corpus whose size is known here. Later a refusal would stop a started job.
     known = spec.known_tokens() if spec is not None and spec.num_bytes <= FIRST_USE_BYTES else None
     if known is None:
         raise ConfigError(
@@ -97,7 +97,7 @@ def _open_prepared(spec: PreprocessingSpec, cache: Path) -> TokenSource | None:
 
 
 def describe_tokens(name: str, tokens: Tokens) -> Corpus:
-    """Describe existing tokens."""
+    """Describe opened token files as a corpus called ``name``: sizes, tokenizer and entropy."""
     sources, sizes = [], []
     for source in tokens.sources:
         train = tuple(segment.tokens for segment in source.train.segments)
@@ -113,13 +113,18 @@ def describe_tokens(name: str, tokens: Tokens) -> Corpus:
 
 
 def num_windows(tokens: int, block_size: int) -> int:
-    """Return the number of samples in a file of tokens: windows of ``block_size`` without overlap, each with a last
-    target."""
+    """Return the number of samples in a file of ``tokens`` tokens: windows of ``block_size`` tokens without overlap.
+
+    The last target needs one more token after its window.
+    """
     return max(0, (tokens - 1) // block_size)
 
 
 def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> None:
-    """Raise ConfigError unless the model has room for the ids, and the splits contain enough samples."""
+    """Raise ConfigError unless the model's vocabulary covers all ids and the splits have enough samples.
+
+    ``eval_sequences`` is the number of validation samples that an evaluation needs.
+    """
     _check_vocabulary(corpus, model.vocab_size)
     for source in corpus.sources:
         _check_size(corpus, source, model.block_size)
@@ -135,7 +140,7 @@ def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> No
 
 
 def _val_samples(corpus: Corpus, block_size: int) -> int:
-    """Return the number of validation samples without repetition, in the proportions of a mixture."""
+    """Return the number of validation samples without repetition. Several sources are mixed by their weights."""
     available = [sum(num_windows(tokens, block_size) for tokens in source.val) for source in corpus.sources]
     if len(available) == 1:
         return available[0]
@@ -166,10 +171,11 @@ def _check_size(corpus: Corpus, source: SourceSize, block_size: int) -> None:
 
 
 def ensure_tokens(config: DataConfig, cache: Path) -> Tokens:
-    """Open the tokens of the corpus. If training may prepare them, the first caller does so in ``cache``.
+    """Open the tokens of the corpus. The first caller prepares a small corpus in ``cache`` if it is not there yet.
 
     Raises:
-        ConfigError: as ``describe_corpus`` does; the folder is not writable; the text changed during reading.
+        ConfigError: the text is missing or changed during reading, the corpus must be prepared before training, or
+            ``cache`` is not writable.
     """
     if config.source is Source.tokens:
         return open_tokens(config)

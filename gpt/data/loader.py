@@ -57,7 +57,7 @@ class Windows:
     """Samples of one split of one source: windows of T tokens that do not overlap. Each window is inside one file.
 
     Tokens at the end of a file that fill no window are unused. A file is opened when a window of it is read, and the
-    most recently read files stay open. A corpus may have thousands of files, and each needs a descriptor in every rank.
+    ``MOST_OPEN`` most recently read files stay open, because a corpus may have thousands of files.
 
     Raises:
         ConfigError: the first file is missing or truncated on this machine.
@@ -99,7 +99,7 @@ class Windows:
 
 
 Place = tuple[Windows, int]
-"""Place of a sample: the windows of its source, and its position in them."""
+"""Location of a sample: the windows of its source, and the number of its window among them."""
 
 
 class TokenFile:
@@ -118,7 +118,7 @@ class TokenFile:
         self._offset, self._width = segment.offset, dtype.itemsize
 
     def announce(self, start: int, tokens: int) -> None:
-        """Ask the kernel to read these tokens from the disk, without waiting (MADV_WILLNEED)."""
+        """Ask the kernel to read ``tokens`` tokens from index ``start`` on, without waiting (MADV_WILLNEED)."""
         first = self._offset + start * self._width
         page = first - first % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_WILLNEED, page, first + tokens * self._width - page)
@@ -194,7 +194,7 @@ class Samples:
             windows.announce(position)
 
     def locate(self, split: Split, indices: Indices) -> list[Place]:
-        """Return the place of each sample."""
+        """Return for each sample of ``indices``, (B,), the windows of its source and the number of its window."""
         if split == "train":
             source, position = self._train_positions(indices)
             windows = self._train
@@ -228,7 +228,8 @@ class Samples:
     def val_bytes(self, sequences: int) -> float | None:
         """Count the bytes of text of the targets of the first ``sequences`` validation samples; None if unknown.
 
-        The number is exact if every id has a known number of bytes. Otherwise it is based on the average of the split.
+        The number is exact if every id has a known number of bytes. Otherwise it is an estimate from the split's
+        average bytes per token.
         """
         if sequences not in self._val_bytes:
             self._val_bytes[sequences] = self._count_bytes(sequences)
@@ -280,9 +281,9 @@ def _byte_table(source: TokenSource) -> npt.NDArray[np.int64] | None:
 
 
 TOGETHER = 64
-"""Number of samples whose places are computed together, and which are read ahead, if a rank's batches are smaller."""
+"""Number of samples of a rank that are located together and read ahead. A larger batch is located and read alone."""
 AHEAD_BYTES = 2**22
-"""Size limit of the batches that are read ahead, beyond the first, in bytes."""
+"""Largest size in bytes of the batches that are read ahead. One batch is read ahead even if it is larger."""
 
 
 @dataclass(frozen=True)
@@ -294,15 +295,15 @@ class StepBatch:
     targets: Tensor
     """Next token of each position, (B, T) int64, on the device."""
     first: int
-    """Index of the first sample."""
+    """Index of this rank's first sample of the step, counted through the whole run."""
     last: int
-    """Index of the last sample."""
+    """Index of this rank's last sample of the step."""
     waited_s: float
-    """Seconds that the training waited for the reading of the batch."""
+    """Seconds for which training waited until the batch was read."""
 
 
 class BatchPrefetcher:
-    """Batches of one rank. A thread builds each batch during an earlier step.
+    """Prefetcher of the training batches of one rank: a thread reads each batch during an earlier step.
 
     Small batches are read several at a time, because waking the thread takes longer than reading one of them.
 
@@ -319,11 +320,11 @@ class BatchPrefetcher:
         self._last_step, self._device = last_step, device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: deque[tuple[int, Future[Tensor]]] = deque()
-        """Numbers and ids of the batches that are read ahead, in the order of their steps."""
+        """Number and future token ids of each batch that is read ahead, in the order of their steps."""
         self._places: dict[int, list[Place]] = {}
-        """Number of a coming batch -> places of its samples. Only the thread uses it."""
+        """Number of a coming batch -> locations of its samples. Only the thread uses this mapping."""
         self.passed_over = PassedOver()
-        """Batches that no step uses. May be replaced between two steps."""
+        """Batches that no step uses. The attribute may be replaced between two steps."""
 
     def take(self, step: int) -> StepBatch:
         """Return the batch of a step, counted from 1, and start reading the next ones.
@@ -360,7 +361,7 @@ class BatchPrefetcher:
         return number, self._thread.submit(self._build, number, following)
 
     def _build(self, number: int, following: int | None) -> Tensor:
-        """Read the ids of a batch, (B, T + 1). Meanwhile the kernel fetches those of the ``following`` batch."""
+        """Read the ids of batch ``number``, (B, T + 1). Meanwhile the kernel reads batch ``following`` from disk."""
         places = self._locate(number)
         if following is not None:
             self._samples.announce(self._locate(following))
@@ -368,9 +369,9 @@ class BatchPrefetcher:
         return ids_BT1.pin_memory() if self._device.type == "cuda" else ids_BT1
 
     def _locate(self, number: int) -> list[Place]:
-        """Compute the places of a batch's samples, together with those of the batches after it."""
+        """Return the locations of the samples of batch ``number``; those of the next batches are computed, too."""
         if number not in self._places:
-            # Computing the order is most of the thread's work, and holds Python's lock meanwhile. For many samples it
+            # Computing the order is most of the thread's work, and holds Python's GIL meanwhile. For many samples it
             # takes hardly longer than for a few.
             numbers = range(number, number + max(1, TOGETHER // self._batch.per_rank))
             indices = [train_indices(each, self._data_rank, self._batch) for each in numbers]

@@ -3,11 +3,11 @@
 Imports no torch.
 
 Every epoch is a permutation of its own, computed one index at a time in constant memory: a Feistel network (Luby and
-Rackoff 1988, "How to construct pseudorandom permutations from pseudorandom functions") over the smallest even number of
-bits that covers all samples. The network is applied again until the result is one of them (Black and Rogaway 2002,
-"Ciphers with arbitrary finite domains"). The domain is less than four times the samples, or 64, so a walk evaluates the
-network under four times on average. Round function and keys use the finalizer of SplitMix64 (Steele, Lea and Flood
-2014, "Fast splittable pseudorandom number generators").
+Rackoff 1988, "How to construct pseudorandom permutations from pseudorandom functions") over the smallest even number
+of bits that covers all samples. The network is applied again until the result is the index of a sample (Black and
+Rogaway 2002, "Ciphers with arbitrary finite domains"). The domain is less than four times the samples, or 64. So an
+index needs under four evaluations on average. Round function and keys use the finalizer of SplitMix64 (Steele, Lea
+and Flood 2014, "Fast splittable pseudorandom number generators").
 
 Changing anything here changes the order of runs that are under way.
 """
@@ -142,7 +142,7 @@ class PassedOver:
 
     @classmethod
     def of(cls, ranges: Iterable[Sequence[int]]) -> PassedOver:
-        """Build the ranges from their JSON form."""
+        """Build from lists of two numbers, the first and the last skipped batch of a range, as JSON stores them."""
         return cls(tuple((first, last) for first, last in ranges))
 
     def batch_of(self, step: int) -> int:
@@ -155,7 +155,7 @@ class PassedOver:
         return number
 
     def including(self, batches: Iterable[int]) -> PassedOver:
-        """Return these ranges with further batches."""
+        """Return an object that skips these batches and the given ``batches``."""
         numbers = sorted({*batches, *(number for first, last in self.ranges for number in range(first, last + 1))})
         ranges: list[tuple[int, int]] = []
         for number in numbers:

@@ -49,7 +49,7 @@ LIBRARIES = ("numpy", "sentencepiece", "tokenizers", "tiktoken", "datasets", "py
 
 @dataclass
 class _MergePlan:
-    """Used part of each shard, and the totals of each split."""
+    """Used rows of each shard; numbers of tokens, bytes of text and documents of the two splits, (train, val)."""
 
     rows: dict[int, int]
     """Number of a shard -> number of its rows that are used, from the first."""
@@ -79,7 +79,10 @@ def _plan(spec: PreprocessingSpec, shards: list[Shard], parts: Path) -> _MergePl
 
 
 def _split_limits(spec: PreprocessingSpec) -> dict[int | None, int]:
-    """Return the limits of the bytes of text: in all (key None), or of each split with documents of its own."""
+    """Return the largest number of bytes of text by split; empty without a limit.
+
+    The key None limits shards whose documents are divided between both splits.
+    """
     limit = spec.config.max_bytes  # the spec already limits single texts
     if limit is None or not spec.splits_documents:
         return {}
@@ -151,7 +154,7 @@ def _chunks(parts: Path, plan: _MergePlan, split: int, dtype: str) -> Iterator[b
 
 
 def _lengths(parts: Path, plan: _MergePlan, split: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the number of tokens of each document of a split. Tokens after the last end also form a document."""
+    """Yield the number of tokens of each document of a split. Tokens after the last end form one more."""
     carried = 0
     for number, count in plan.rows.items():
         rows = _rows(parts, number, count)
@@ -261,7 +264,7 @@ def _find_prepared(spec: PreprocessingSpec, folder: Path, replace: bool) -> Toke
 
 
 def _open_parts(spec: PreprocessingSpec, parts: Path) -> None:
-    """Keep the finished shards of an equal spec, otherwise begin with an empty folder."""
+    """Keep the finished shards in ``parts`` if they have the same spec; otherwise empty the folder."""
     identity = parts / "recipe.json"  # file names stay the same, so that a killed preparation can resume
     try:
         same = json.loads(identity.read_bytes()) == spec.identity
@@ -274,7 +277,7 @@ def _open_parts(spec: PreprocessingSpec, parts: Path) -> None:
 
 
 def _refuse_other_shards(parts: Path, count: int) -> None:
-    """Raise ConfigError if a dataset now has other files than when the kept shards were made."""
+    """Raise ConfigError if the corpus now has another number of shards than when its preparation began."""
     earlier = parts / "units.json"
     if not earlier.is_file():
         write_json(earlier, count)
@@ -287,7 +290,7 @@ def _refuse_other_shards(parts: Path, count: int) -> None:
 
 
 def _move_into_place(parts: Path, folder: Path) -> None:
-    """Give the finished folder its name. An earlier folder, damaged or of an older version, is deleted."""
+    """Rename the finished ``parts/whole`` to ``folder``. An earlier, damaged or outdated ``folder`` is deleted."""
     old = parts / "old"
     if folder.exists():
         folder.rename(old)

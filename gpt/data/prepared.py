@@ -33,7 +33,7 @@ class Split:
 
     segments: tuple[Segment, ...]
     num_bytes: int | None = None
-    """Bytes of the text of the tokens; None if unknown."""
+    """Bytes of the text from which the tokens were made; None if unknown."""
     documents: int | None = None
 
     @property
@@ -52,7 +52,7 @@ class TokenSource:
     train: Split
     val: Split
     vocab_size: int | None
-    """Number of ids, or a bound of it; None if neither manifest nor meta.pkl states it."""
+    """Number of token ids; None if neither the manifest nor nanoGPT's meta.pkl states it."""
     tokenizer: dict[str, Any] | None
     """Description of its tokenizer, as ``gpt.data.tokenizers.describe_tokenizer`` returns it."""
     sha256: str
@@ -207,9 +207,9 @@ def _open_source(path: str, config: DataConfig, weight: int) -> TokenSource:
 def _foreign_splits(
     place: Path, path: str, config: DataConfig, dtype: str | None
 ) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-    """Return the training and validation files made by other programs.
+    """Return the training and the validation files of token files made by another program.
 
-    These are nanoGPT's pair in a folder, two paths, or one path that is split.
+    They are train.bin and val.bin of a folder, two paths, or one path whose last tokens become the validation split.
     """
     if place.is_dir():
         pair = [place / "train.bin", place / "val.bin"]
@@ -276,8 +276,7 @@ def _nanogpt_meta(meta: Path) -> tuple[int | None, str | None]:
 
 
 def largest_id_seen(source: TokenSource) -> int:
-    """Return the largest id in the first and last 65,536 bytes of every file. Quick, but other bytes may have larger
-    ids."""
+    """Return the largest token id in the first and last 65,536 bytes of every file. Other ids may be larger."""
     import numpy as np  # imported here, so that the look-up of a corpus of bytes stays quick
 
     largest = 0

@@ -138,7 +138,7 @@ class TextPart(NamedTuple):
     split: int | None = None
     """TRAIN or VAL; None if the split is decided document by document."""
     size: int = SHARD_BYTES
-    """Bytes by which parts are joined to shards. A part of unknown size is a shard of its own."""
+    """Size in bytes. Parts are joined to a shard up to SHARD_BYTES; a part of unknown size is a shard of its own."""
     ends: bool = True
     """True if a document ends with the part (text only)."""
     mtime_ns: int = 0
@@ -146,13 +146,13 @@ class TextPart(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """Text that one process tokenizes at once."""
+    """Parts of a corpus that one process tokenizes as one task, about SHARD_BYTES."""
 
     number: int
     parts: tuple[TextPart, ...]
     first: int = 0
-    """Number of the first shard of the same files. Separate validation files come first, so that with
-    ``data.max_bytes`` the unneeded shards are the last."""
+    """Number of the first shard of the same split's files. Separate validation files have the first shards, so that
+    with ``data.max_bytes`` the unneeded shards are the last."""
 
     @property
     def split(self) -> int | None:
@@ -198,7 +198,7 @@ def _group(parts: Iterable[TextPart], before: Iterable[Shard] = ()) -> list[Shar
 def _split_files(
     spec: PreprocessingSpec, files: Iterable[CorpusFile], split: int | None, val_start: int
 ) -> Iterator[TextPart]:
-    """Yield the parts of files.
+    """Yield the parts into which files are split, in order.
 
     Args:
         spec: spec of the corpus.
@@ -232,7 +232,7 @@ def _row_group_sizes(path: Path) -> list[int]:
 
 
 def _split_texts(spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start: int) -> Iterator[TextPart]:
-    """Yield the pieces of texts. Validation begins with a new piece."""
+    """Yield the parts of text files, about PIECE_BYTES each. Validation begins with a new part."""
     exact = spec.config.tokenizer is TokenizerKind.byte
     passed = 0
     for file in files:
@@ -251,7 +251,7 @@ def _split_texts(spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start
 
 
 def _line_start(file: CorpusFile, place: int) -> int:
-    """Return the first beginning of a line from ``place`` on, or of a character if no line ends nearby."""
+    """Return the first byte offset from ``place`` on that begins a line, or a character if no line ends nearby."""
     try:
         with file.path.open("rb") as stream:
             stream.seek(place - 1)
@@ -263,7 +263,7 @@ def _line_start(file: CorpusFile, place: int) -> int:
 
 
 def _character_start(file: CorpusFile, place: int) -> int:
-    """Return the first beginning of a character from ``place`` on. UTF-8's continuation bytes are 10xxxxxx."""
+    """Return the first byte offset from ``place`` on that begins a character: no continuation byte (10xxxxxx)."""
     with file.path.open("rb") as stream:
         stream.seek(place)
         near = stream.read(3)
@@ -272,7 +272,7 @@ def _character_start(file: CorpusFile, place: int) -> int:
 
 
 def _whole_characters(file: CorpusFile) -> int:
-    """Return the end of the last whole character of a text, because ``data.max_bytes`` may cut one in half."""
+    """Return the size of a text in bytes, without a last character that ``data.max_bytes`` cut in half."""
     with file.path.open("rb") as stream:
         stream.seek(max(0, file.size - 3))
         last = stream.read(min(3, file.size))
@@ -366,7 +366,7 @@ def decode_text(data: bytes, shard: Shard) -> str:
 
 
 def is_validation(shard: int, document: int, fraction: float) -> bool:
-    """Return True if validation takes a document, by a hash of its position. Every process decides alike."""
+    """Return True if a document belongs to the validation split, by a hash of its shard and its number there."""
     digest = hashlib.blake2b(f"{shard}:{document}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") < fraction * 2.0**64
 
@@ -378,7 +378,7 @@ def _documents(spec: PreprocessingSpec, part: TextPart) -> Iterator[str]:
 
 
 def _read_custom(config: DataConfig, part: TextPart) -> Iterator[str]:
-    """Yield the texts of a function of the user, which ``path`` names."""
+    """Yield the documents that the user's function returns. ``part.path`` is the name of the function."""
     name = part.path
     documents = load_source("data.source", name)(config)
     while True:
@@ -484,7 +484,7 @@ def missing_column_error(where: object, key: str, names: Iterable[str]) -> Confi
 
 
 def _read_dataset(config: DataConfig, part: TextPart) -> Iterator[str]:
-    """Yield the texts of file ``start`` of ``stop`` of the dataset's split that ``path`` names."""
+    """Yield the documents of file ``part.start`` (of ``part.stop``) of the split ``part.path`` of a dataset."""
     stream = iter(open_dataset(config, part.path).shard(num_shards=part.stop, index=part.start))
     while True:
         try:

@@ -54,7 +54,7 @@ PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".7z")
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One file of a corpus. Size and time of change distinguish its content from an older one."""
+    """One file of a corpus. Another size or time of change means another content."""
 
     path: Path
     size: int
@@ -87,7 +87,7 @@ def text_file(path: str, key: str = "data.path") -> CorpusFile:
 
 
 def _suggestion(key: str, folder: Path, name: str = "") -> str:
-    """Return the override to type instead of a path without text: a file next to it, if one looks right."""
+    """Return the override to propose for a path without text: with a similar file of ``folder``, if there is one."""
     try:
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name != name)
     except OSError:
@@ -249,7 +249,7 @@ class PreprocessingSpec:
     """``text``, ``jsonl``, ``jsonl.gz``, ``parquet``, ``dataset``, ``synthetic`` or ``custom``."""
     files: tuple[CorpusFile, ...]
     identity: dict[str, Any]
-    """Plain JSON, equal for equal tokens. The manifest records it under the key ``spec``."""
+    """The inputs as JSON values. Specs with equal identities have equal tokens. The manifest's key is ``spec``."""
     val_files: tuple[CorpusFile, ...] = ()
     """Files of ``data.val_path``. Without any, validation is a share of ``files``."""
 
@@ -360,8 +360,8 @@ def revision_of(config: DataConfig) -> str | None:
 
 
 def _identify_files(files: tuple[CorpusFile, ...]) -> dict[str, Any]:
-    """Return the identity of the files by path, size and time. Many files are hashed, so that manifests stay
-    readable."""
+    """Return path, size and time of change of each file; for more than ``LISTED_FILES`` files only their checksum,
+    number and size."""
     listed = [[str(f.path), f.size, f.mtime_ns] for f in files]
     if len(files) <= LISTED_FILES:
         return {"files": listed}
@@ -419,7 +419,7 @@ def _identify_tokenizer(config: DataConfig) -> dict[str, Any]:
 
 
 def known_vocab_size(config: DataConfig) -> int | None:
-    """Return the vocabulary size of an unprepared corpus; None if only the tokenizer determines it."""
+    """Return the number of ids of an unprepared corpus; None if only its tokenizer determines the number."""
     if config.source is Source.synthetic:
         return config.synthetic.vocab_size
     return BYTE_VOCAB if config.tokenizer is TokenizerKind.byte else None

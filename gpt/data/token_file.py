@@ -58,7 +58,7 @@ class Segment:
             return False
 
     def slice(self, start: int, stop: int) -> Segment:
-        """Select the tokens from ``start`` up to ``stop``."""
+        """Return the segment of the tokens from ``start`` up to, but not including, ``stop``."""
         return replace(self, offset=self.offset + start * ITEM_BYTES[self.dtype], tokens=stop - start)
 
 

@@ -250,7 +250,7 @@ class TiktokenTokenizer:
 
 
 def tiktoken_payload(encoding: Any) -> bytes:
-    """Serialize a ``tiktoken.Encoding``, so that it is needed, and downloaded, only once."""
+    """Return the payload of a ``tiktoken.Encoding``. With the payload, the encoding need not be downloaded again."""
     ranks = sorted((rank, base64.b64encode(token).decode()) for token, rank in encoding._mergeable_ranks.items())
     content = {
         "name": encoding.name,

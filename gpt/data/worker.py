@@ -55,7 +55,10 @@ class _ShardTokenizer:
     """Function that is called with the bytes of text of each piece."""
 
     def tokenize(self, shard: Shard) -> int:
-        """Tokenize one shard, and write its tokens, its rows and their checksums. Return its bytes of text."""
+        """Tokenize one shard; write its tokens, a ``ROW_DTYPE`` row for each piece, and checksums.
+
+        Return the bytes of text of the shard.
+        """
         # The names are unique to this process, so a process left from a killed command never writes into the same
         # files. A file gets its final name when it is complete.
         stem, dtype = self.parts / f"{shard.number:06d}", np.dtype(token_dtype_for(self.spec, self.tokenizer))
@@ -121,7 +124,7 @@ def _tokenize_in_worker(shard: Shard) -> int:
 def tokenize_shards(
     spec: PreprocessingSpec, shards: list[Shard], parts: Path, tokenizer: Tokenizer | None, workers: int, progress: bool
 ) -> int:
-    """Tokenize the unfinished shards. Return the number of used shards; ``data.max_bytes`` may leave some unused."""
+    """Tokenize the unfinished shards. Return the number of shards used: with ``data.max_bytes`` maybe not all."""
     with tqdm(
         desc=spec.config.title,
         total=spec.num_bytes if spec.kind in ("text", "jsonl") else None,
@@ -222,7 +225,7 @@ def make_tokenizer(spec: PreprocessingSpec) -> Tokenizer:
 
 
 def _characters(spec: PreprocessingSpec) -> set[str]:
-    """Return the characters of the corpus, including validation, so that each of its texts can be encoded."""
+    """Return the characters of the whole corpus, including validation, so that every text can be encoded."""
     found = {"\n"} if spec.splits_documents else set()  # a newline ends a document
     for shard in list_shards(spec):
         for piece in read_shard(spec, shard):

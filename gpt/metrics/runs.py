@@ -138,7 +138,7 @@ SETTINGS = ("data", "optim", "parallel", "precision", "seed", "compile", "recomp
 """Parts of the config, besides the model, whose differences are listed."""
 
 Curve = list[tuple[int, float]]
-"""Tokens seen -> loss, in order."""
+"""Pairs of tokens seen and loss in nats per token, by ascending tokens."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def compare(runs: Sequence[RunMetrics]) -> Comparison:
 
 
 def mean_loss_at(curve: Curve, tokens: int) -> float | None:
-    """Return the mean of a training loss over the last ``WINDOW`` of ``tokens``; interpolated if no step is there."""
+    """Return the mean training loss over the last ``WINDOW`` of ``tokens``; without a step there, interpolate."""
     window = [loss for seen, loss in curve if (1 - WINDOW) * tokens < seen <= tokens]
     return sum(window) / len(window) if window else interpolate(curve, tokens)
 
@@ -243,7 +243,7 @@ def interpolate(curve: Curve, tokens: int) -> float | None:
 def find_differences(
     runs: Sequence[RunMetrics], parts: Sequence[str], ignored: Sequence[str] = ()
 ) -> dict[str, list[str]]:
-    """Return the keys in these parts of the config whose values differ: key -> the value of each run."""
+    """Return the keys in these parts of the config whose values differ: key -> the value of each run as text."""
     keys = dict.fromkeys(key for run in runs for key in run.config if key.split(".")[0] in parts)
     found = {}
     for key in keys:
@@ -344,7 +344,7 @@ def draw_speeds(axes: Axes, compared: Comparison) -> None:
 
 
 def points(curve: Curve) -> tuple[list[int], list[float]]:
-    """Return the abscissas and the ordinates of a curve."""
+    """Return the x values and the y values of a curve."""
     return [x for x, _ in curve], [y for _, y in curve]
 
 

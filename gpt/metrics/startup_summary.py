@@ -29,7 +29,7 @@ from launch.runs.environment import cpu_name, describe_place, driver_version, li
 
 
 def describe_rank(world: World) -> dict[str, Any]:
-    """Return the host and the device of this rank."""
+    """Return host, process, threads, device and its memory (GiB) of this rank, by names of ``environment.json``."""
     device = world.device
     record = describe_place(world.rank, world.local_rank, world.node) | {
         "pid": os.getpid(),
@@ -220,7 +220,7 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
 
 
 def where_text(flops: Flops) -> str:
-    """Return the shares of attention, feed-forward layers and output matrix, and the ratio of attention to
+    """Return as text the shares of FLOPs in attention, feed-forward and output matrix, and the ratio of attention to
     feed-forward."""
     attention, ffn = flops.projections + flops.attention + flops.custom, flops.ffn + flops.router
     shares = {"attention": attention, "feed-forward": ffn, "output matrix": flops.logits}

@@ -51,7 +51,7 @@ class MetricWriter(Protocol):
 
 
 class View:
-    """Writer with a replaceable inner writer: closed at an OSError, and opened again later.
+    """Writer that passes records to an inner writer, which is closed at an OSError and opened again later.
 
     Args:
         folder: the run folder.
@@ -256,7 +256,7 @@ LAYERS = "layer_grad_norms"
 
 
 def row(record: dict[str, Any]) -> dict[str, Any]:
-    """Build the cells of a record, column -> value."""
+    """Return the cells of a record in ``steps.csv``, column -> value."""
     cells = {name: value for name, value in record.items() if name not in ("samples", LAYERS)}
     cells["first_sample"], cells["last_sample"] = record["samples"]
     return cells | {LAYER_NORM + name: norm for name, norm in record.get(LAYERS, {}).items()}
@@ -299,7 +299,7 @@ class WeightsAndBiases:
             self._run.log(record_scalars(record.as_dict()), step=record.step)
 
     def close(self) -> None:
-        """Send the rest and end the run in the service."""
+        """Send the remaining records, and end the run in the service."""
         if self._run is not None:
             self._run.finish()
 
@@ -348,7 +348,7 @@ class MetricWriters:
         self._open = lambda step, done: open_writers(folder, config, step, done, layers) if world.is_first else []
         self.writers: list[MetricWriter] = self._open(step, [r for r in earlier if r["step"] <= step])
         self._unshown: list[StepRecord] = []
-        """Records that are in the file, and that the views lack."""
+        """Records that are written to the file, and not yet to the views."""
         self._shown = time.monotonic()
 
     def keep(self, record: StepRecord) -> None:

@@ -126,7 +126,7 @@ class Attended(NamedTuple):
 
     queries: Tensor
     result: Tensor
-    """Of all blocks, (B, H, T, C)."""
+    """Result of attention to all blocks, (B, H, T, C)."""
     lse: Tensor
     """Log-sum-exp of the scores over all blocks, (B, H, T)."""
 
@@ -141,8 +141,8 @@ def attend_block_backward(
         attended: queries, and the result of all blocks.
         k_BKSC: keys of the block.
         v_BKSC: values of the block.
-        causal: as in ``attend_block``.
-        fused: as in ``attend_block``.
+        causal: True if each query attends to the keys up to its own position, see ``attend_block``.
+        fused: True to use the flash kernel, see ``attend_block``.
     """
     q_BHTC, y_BHTC, lse_BHT = attended
     k_BHSC, v_BHSC = (repeat_for_queries(x, q_BHTC) for x in (k_BKSC, v_BKSC))
@@ -179,7 +179,7 @@ def merge_blocks(y_BHTC: Tensor, lse_BHT: Tensor, other_BHTC: Tensor, other_lse_
 
 
 def has_kernel(q_BHTC: Tensor) -> bool:
-    """Return True if torch has a flash kernel for these queries that returns the log-sum-exp and accepts it again."""
+    """Return True if torch's flash kernel takes these queries, and returns the log-sum-exp for the backward pass."""
     return not q_BHTC.is_cuda or q_BHTC.dtype in (torch.bfloat16, torch.float16)
 
 

@@ -313,8 +313,9 @@ def find_mixtures(module: nn.Module) -> list[MixtureOfExperts]:
 def set_auxiliary_scale(module: nn.Module, per_sequence: float, loss_scale: Tensor | None = None) -> None:
     """Set the factor of the losses of routing, per sequence and layer.
 
-    For the mean over a step's sequences, as for the other loss, it is ``1 / sequences``, times the factor of that loss.
-    By default the losses are averaged over the sequences of each micro-batch. ``loss_scale``, (), is a further factor,
+    ``per_sequence`` is ``1 / sequences`` of a step, so that the losses are means, times the number of ranks over
+    which gradients are averaged, as for the other loss.
+    Without this call the losses are means over each micro-batch. ``loss_scale``, (), is a further factor that is
     read in each forward pass.
     """
     for mixture in find_mixtures(module):
@@ -328,9 +329,9 @@ def set_sequence_mean(module: nn.Module, mean_over_parts: Callable[[Tensor], Ten
 
 
 def expert_counts(module: nn.Module) -> Tensor | None:
-    """Count the tokens of each expert in the backward passes since the last reset, (L, E); None without experts.
+    """Return the number of tokens of each expert since the last reset, (layers, E); None without experts.
 
-    These are the counts of this rank. The caller sums them over the ranks with other tokens.
+    Only tokens of this rank's backward passes count. The caller sums over the ranks with other tokens.
     """
     found = find_mixtures(module)
     return torch.stack([mixture.counts for mixture in found]) if found else None

@@ -83,7 +83,7 @@ RESIDUAL_OUTPUTS = ("attention.output.weight", "ffn.down.weight", "ffn.experts.d
 
 
 def initialize(model: GPT, seed: int) -> None:
-    """Fill every parameter and buffer of ``model``, with any contents and on any device.
+    """Fill every parameter and buffer of ``model`` with its initial value, in place, on any device.
 
     Matrices are normal with standard deviation ``init_std``. Matrices that write into the residual stream are scaled by
     1 / sqrt(2 n_layer), since each block adds to it twice. Gains are 1 and biases 0. Source: Language Models are

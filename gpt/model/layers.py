@@ -1,6 +1,6 @@
-"""Normalization layers, over the last dimension.
+"""Normalization layers, positions of tokens, and the cross-entropy loss.
 
-Shapes: D is the normalized dimension, N the product of all other dimensions.
+Shapes as in gpt/model/gpt.py; in a norm D is the normalized dimension, and N the product of all other dimensions.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def convert_linears(model: GPT, config: TrainConfig) -> None:
 
 
 def is_converted(module: nn.Module, name: str) -> bool:
-    """Tell whether a module of the blocks computes in float8."""
+    """Return True if a module of the blocks computes in float8."""
     return isinstance(module, nn.Linear) and name.split(".")[-1] != "router"
 
 
@@ -61,7 +61,7 @@ MATRIX_PRODUCTS = frozenset(
     }
 )
 ALL_TO_ALLS = frozenset({torch.ops._c10d_functional.all_to_all_single.default})
-"""Dispatch of rows to experts on other ranks, and back: waiting for other ranks costs more than the memory."""
+"""All-to-alls of rows to experts on other ranks and back: their wait costs more than keeping their results."""
 ATTENTION_KERNELS = frozenset(
     {
         aten._scaled_dot_product_flash_attention.default,
@@ -121,12 +121,12 @@ def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
-    """Have ``block(...)`` call ``forward``, inside the hooks of the block."""
+    """Make ``block(...)`` call ``forward`` instead of its own; the hooks of the block still run around it."""
     block.forward = forward
 
 
 def checkpointed_forward(forward: Callable[..., Any], contexts: dict[str, Any], *args: Any) -> Any:
-    """Call ``forward``; keep its inputs and the results chosen by ``contexts``. Recomputing draws equal numbers."""
+    """Call ``forward``; keep its inputs and the results chosen by ``contexts``. Recomputed dropout is the same."""
     return checkpoint(forward, *args, use_reentrant=False, **contexts)
 
 
@@ -139,7 +139,7 @@ def checkpoint_context(config: TrainConfig) -> dict[str, Any]:
 
 
 def save_policy(kept: frozenset[Any], _context: Any, operation: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    """Save costly results: matrix products, all-to-alls, and attention unless it draws random numbers.
+    """Keep costly results for the backward pass: matrix products, all-to-alls, and attention without dropout.
 
     This reverses Korthikanti et al. (arXiv 2205.05198, section 5): there attention took much memory and little
     arithmetic, but a fused kernel takes little memory and much arithmetic. With dropout attention is recomputed: if it

@@ -27,7 +27,7 @@ from gpt.parallel.timeline import waiting
 
 
 KEYS, GRADIENTS = 0, 1
-"""Tags that tell apart concurrent transfers."""
+"""Tags of the transfers of keys and values, and of their gradients, which run at the same time."""
 
 
 def ring_attend(
@@ -92,7 +92,7 @@ class RingAttention(torch.autograd.Function):
 def block_gradients(
     grad_BHTC: Tensor, attended: Attended, block: Tensor, visible: tuple[int, int], causal: bool, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the queries that see a block, and of the keys and values that they see.
+    """Return the gradients, from one block, of the queries that attend to it, and of the keys and values they see.
 
     The gradient of the queries has shape (B, H, T - first, C). The gradient of keys and values has shape
     (2, B, K, keys, C). Both have the dtype of ``attended.lse``.
@@ -102,8 +102,8 @@ def block_gradients(
         attended: queries, and the result of all blocks.
         block: keys and values of the block, (2, B, K, T, C).
         visible: ``first`` and ``keys``, as from ``visible_keys``.
-        causal: as in ``attend_block``.
-        fused: as in ``attend_block``.
+        causal: True for this rank's own block, see ``attend_block``.
+        fused: True to use the flash kernel, see ``attend_block``.
     """
     first, keys = visible
     grad, *seeing = (x[:, :, first:].contiguous() for x in (grad_BHTC, *attended))
@@ -186,17 +186,17 @@ class SequenceShard:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def part(self, x_BS: Tensor) -> Tensor:
-        """Return this rank's tokens, (B, T)."""
+        """Return this rank's tokens of whole sequences, (B, S) -> (B, T)."""
         chunks = x_BS.chunk(2 * self.ranks, dim=-1)
         return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim=-1)
 
     def ends(self, length: int) -> tuple[int, int]:
-        """Return the ends of this rank's two chunks of a sequence of ``length`` tokens."""
+        """Return the end positions (exclusive) of this rank's two chunks of a sequence of ``length`` tokens."""
         chunk = length // (2 * self.ranks)
         return (self.rank + 1) * chunk, length - self.rank * chunk
 
     def mean(self, x: Tensor) -> Tensor:
-        """Average over the ranks, without a gradient."""
+        """Return the mean of ``x`` over the ranks, without a gradient."""
         mean = x.detach().clone()
         with waiting("cp"):
             dist.all_reduce(mean, group=self.group)
@@ -221,7 +221,7 @@ def shard_sequences(
 
 
 def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig) -> Attend:
-    """Build the replacement of ``attention.attend``."""
+    """Return the function that replaces ``attention.attend``: to keys in a ring, or to all-gathered keys."""
     if config.parallel.cp_method is CpMethod.ring:
         assert not isinstance(attention.backend, str), "an attention of the user's is no Attention"
         return partial(ring_attend, shard.group, attention.backend)

@@ -32,10 +32,10 @@ from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, ParallelDims
 
 
 GATHER_BYTES = 256 * 2**20
-"""Bytes of an all-gather bucket, which exists in addition to the model between two steps, when no activations exist."""
+"""Bytes of an all-gather bucket: further memory that is used between two steps, when there are no activations."""
 
 collectives = torch.ops._c10d_functional
-"""The functions of torch.distributed have new names in torch 2.13."""
+"""The functional collectives, since those of torch.distributed have new names in torch 2.13."""
 
 
 class SplitParameter(NamedTuple):
@@ -46,7 +46,7 @@ class SplitParameter(NamedTuple):
 
 
 def split_parameter(whole: nn.Parameter, mesh: DeviceMesh) -> SplitParameter:
-    """Return a parameter with this rank's shard of it, which an optimizer steps in place."""
+    """Pair a parameter with this rank's shard, which shares its memory and which an optimizer steps in place."""
     chunks, rank = whole.detach().chunk(mesh.size(), dim=0), mesh.get_local_rank()
     chunk = chunks[rank] if rank < len(chunks) else whole.detach()[:0]  # there may be fewer rows than ranks
     return SplitParameter(whole, nn.Parameter(as_row_shard(chunk, whole, mesh), requires_grad=whole.requires_grad))
@@ -81,7 +81,7 @@ def split_into_buckets(tensors: Sequence[Tensor], size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def all_gather_rows(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """All-gather tensors in place, ``GATHER_BYTES`` at a time; each rank holds its chunk of the rows."""
+    """All-gather tensors in place, ``GATHER_BYTES`` at a time; each rank contributes its chunk of the rows."""
     for bucket in split_into_buckets(tensors, GATHER_BYTES):
         _all_gather_bucket([tensors[index] for index in bucket], group)
 
@@ -116,11 +116,11 @@ class GradientBucket:
         """Parameters whose gradients the backward pass has yet to compute."""
 
     def expect_all(self) -> None:
-        """Expect the gradients of all parameters."""
+        """Mark the gradients of all parameters as not computed yet, before a backward pass."""
         self.missing = {whole for whole, _ in self._parameters}
 
     def fill(self) -> Tensor:
-        """Return the gradients flat, in the order of ranks; the parameters lose them.
+        """Return all gradients as one flat tensor, ordered by the rank that gets each chunk; set them to None.
 
         A parameter that took no part in the step counts as zeros, as another rank may have used it.
         """
@@ -132,13 +132,13 @@ class GradientBucket:
         return flat.view(-1)
 
     def hand_over(self) -> None:
-        """Give the shards of the parameters their gradients."""
+        """Set ``grad`` of this rank's shards to their summed gradients."""
         for (_, shard), gradient in zip(self._parameters, self._gradients, strict=True):
             shard.grad = gradient
 
 
 class GradientReducer:
-    """Reduce-scatter (sum) of gradients in flat buckets, each as soon as the backward pass has computed it.
+    """Reduce-scatter (sum) of gradients in flat buckets, each when the backward pass has computed all its gradients.
 
     Buckets are sent in one order, from the last parameters to the first, in whatever order gradients come. So all ranks
     send the same buckets, and every attempt of a run sums in the same order. Only a few buckets are on their way at a
@@ -162,7 +162,7 @@ class GradientReducer:
 
     @contextmanager
     def last_micro_batch(self) -> Iterator[None]:
-        """Send buckets while the backward pass inside, the last one of a step, computes the next ones."""
+        """Context of the last micro-batch of a step: its backward pass sends each bucket that is complete."""
         for bucket in self._buckets:
             bucket.expect_all()
         self._to_send.extend(self._buckets)
@@ -209,7 +209,7 @@ class GradientReducer:
 
 
 NEVER = 2**31 - 1
-"""Steps between two of DDP's statistics: the largest number that DDP accepts."""
+"""Steps between two statistics of DDP: the largest number that DDP accepts."""
 
 
 class DDPEngine(TorchEngine):
@@ -237,7 +237,7 @@ class DDPEngine(TorchEngine):
         return clip_replica(self._parameters, self.config.optim.grad_clip, self.world, figures_N, meanwhile)
 
     def _run_backward(self, loss: Tensor, last: bool) -> None:
-        """Record DDP's wait at the end of the last backward pass, when all gradients are computed.
+        """Run the last backward pass, and record the wait of DDP after all gradients are computed.
 
         The callbacks of a backward pass run in the order in which they were queued. This callback is queued at the
         begin, ahead of the one in which DDP waits.

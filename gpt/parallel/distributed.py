@@ -23,7 +23,7 @@ from launch.worker import STORE_PREFIX
 
 
 def build_mesh(dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
-    """Build the device mesh: the axes with more than one rank, and ``dp_shard`` always, from the outermost."""
+    """Return the device mesh of a run, outermost axis first: the axes with more than one rank, and ``dp_shard``."""
     used = {name: size for name, size in dims.sizes.items() if size > 1 or name == "dp_shard"}
     options: dict[int | str, Any] = {name: group_options(world, timeout_s) for name in used}
     return init_device_mesh(
@@ -43,7 +43,7 @@ def group_options(world: World, timeout_s: int) -> tuple[str, Any]:
 
 
 def flatten_mesh(mesh: DeviceMesh, names: Sequence[str], world: World, timeout_s: int) -> DeviceMesh:
-    """Flatten neighboring axes of a mesh into one, with a process group of its own."""
+    """Return a mesh of one axis that joins the neighboring axes ``names``, with a process group of its own."""
     if len(names) == 1:
         return mesh[names[0]]
     return mesh[tuple(names)]._flatten("_".join(names), backend_override=group_options(world, timeout_s))
@@ -80,7 +80,7 @@ def expert_mesh(mesh: DeviceMesh, dims: ParallelDims, world: World, timeout_s: i
 
 
 def layer_mesh(mesh: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
-    """Return the mesh of the ranks that hold the same layers: those at the same place of their pipelines."""
+    """Return the mesh of the ranks that hold the same layers: all axes but ``pp``, as one."""
     return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name != "pp"], world, timeout_s)
 
 
@@ -96,13 +96,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PendingSum:
-    """A sum over all ranks that is under way."""
+    """A sum over all ranks that is still being computed."""
 
     values: torch.Tensor
     work: dist.Work
 
     def wait(self, waits_as: str = WORLD) -> torch.Tensor:
-        """Return the sum. On a GPU the stream waits for it, and the host does not.
+        """Return the sum, when it is complete; on a GPU only the stream waits, not the host.
 
         The timeline of a step records the wait under the name ``waits_as``.
         """
@@ -113,7 +113,7 @@ class PendingSum:
 
 @dataclass(frozen=True)
 class World:
-    """This rank, one of ``size``, and the collectives, which all ranks must call."""
+    """This rank, one of ``size``, its device, and collectives, which all ranks must call."""
 
     rank: int
     size: int
@@ -142,7 +142,7 @@ class World:
         return values
 
     def start_all_reduce(self, values: torch.Tensor) -> PendingSum:
-        """Start an all-reduce (sum) of a tensor over all ranks, in place, and return while it is under way."""
+        """Start an all-reduce (sum) of a tensor over all ranks, in place; ``wait`` of the result returns the sum."""
         return PendingSum(values, dist.all_reduce(values, async_op=True))
 
     def gather(self, value: T) -> list[T]:
@@ -184,7 +184,7 @@ class FirstRankError(RuntimeError):
 
 
 def ranks_from_env() -> tuple[int, int, int, int, int]:
-    """Return (rank, world size, local rank, local world size, node) as torchrun sets them, or those of one process.
+    """Return (rank, world size, local rank, local world size, node) as torchrun sets them, else (0, 1, 0, 1, 0).
 
     Raises:
         ConfigError: only some of the variables are set, or they contradict each other.
@@ -211,7 +211,7 @@ def ranks_from_env() -> tuple[int, int, int, int, int]:
 
 
 def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.device:
-    """Choose the device of this rank: a GPU of its own, or the CPU.
+    """Return the device of this rank: a GPU of its own, or the CPU.
 
     Raises:
         ConfigError: the config demands cuda and there are fewer GPUs than ranks on this node.
@@ -229,7 +229,7 @@ def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.devic
 
 
 def choose_store(size: int, timeout: timedelta) -> dist.Store | None:
-    """Choose the store in which the ranks find each other; None leaves the choice to torch and its environment.
+    """Return the store in which the ranks find each other; None leaves the choice to torch and its environment.
 
     Under an agent the keys have a secret prefix: the store itself answers any process that reaches its port.
     """

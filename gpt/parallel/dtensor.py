@@ -24,7 +24,7 @@ from gpt.parallel.distributed import World
 
 
 BUCKET_BYTES = 32 * 2**20
-"""Bytes of an all-reduce bucket: a larger one hides the latency better, and takes as much additional memory."""
+"""Bytes of an all-reduce bucket. A larger bucket hides more latency, and needs as many more bytes of memory."""
 
 
 def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
@@ -56,9 +56,9 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def distribute(module: nn.Module, mesh: DeviceMesh, shardings: Mapping[str, Placement]) -> None:
-    """Make the parameters of a module DTensors over ``mesh``: sharded by ``shardings``, or replicated.
+    """Replace the parameters of a module by DTensors over ``mesh``: sharded by ``shardings``, or replicated.
 
-    The parameters are equal on all ranks before. A parameter that is sharded over another mesh already is sharded
+    All ranks must have equal parameters. A parameter that is sharded over another mesh already is sharded
     further.
     """
     for name, parameter in list(module.named_parameters()):
@@ -113,12 +113,12 @@ def reduce_partial(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tens
 
 @torch.no_grad()
 def materialize(parts: Sequence[GPT], weights: Weights, device: torch.device, home: torch.device | None = None) -> None:
-    """Give a model memory and values: make one parameter after another whole on the CPU, and keep this rank's shard.
+    """Allocate a model and fill it: make one whole parameter after another on the CPU, and keep this rank's shard.
 
     Args:
         parts: the model, or stages of one that may share modules, on the meta device.
         weights: the values by name, the same on all ranks; the call is not collective.
-        device: that computes.
+        device: device that computes.
         home: device that holds the shards between steps; None means ``device``.
     """
     for part in parts:
@@ -144,7 +144,7 @@ def copy_shard(tensor: Tensor, whole: Tensor) -> None:
 
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integer type by the bytes of an element."""
+"""Integer type by size of an element in bytes."""
 
 Ranks = tuple[int, ...]
 
@@ -173,7 +173,7 @@ class ReplicaCheck:
         return bool(self._groups)
 
     def find_drift(self) -> Drift | None:
-        """Compare the present parameters; None if all replicas agree. Waits for the device. Collective."""
+        """Compare the parameters of all replicas; None if they agree. Waits for the device. Collective."""
         place = {ranks: number for number, ranks in enumerate(self._groups)}
         sums_RG = torch.zeros(self._world.size, len(place), dtype=torch.int64, device=self._world.device)
         for name, parameter in self._module.named_parameters():
@@ -195,7 +195,7 @@ def sum_of_bits(tensor: Tensor) -> Tensor:
 
 
 def shard_key(name: str, parameter: Tensor) -> str:
-    """Name the shard of a parameter that this rank holds: ranks with the same name are replicas."""
+    """Return the name of this rank's shard of a parameter: ranks with the same name are replicas."""
     if not isinstance(parameter, DTensor):
         return name
     mesh, place = parameter.device_mesh, parameter.device_mesh.get_coordinate()
@@ -209,7 +209,7 @@ def shard_key(name: str, parameter: Tensor) -> str:
 
 
 def ranks_by_shard(keys: Sequence[Sequence[str]]) -> dict[str, Ranks]:
-    """Return the ranks that hold each shard, from the shards of each rank."""
+    """Return the ranks that hold each shard, by its name; ``keys`` has the names of each rank's shards."""
     found: dict[str, list[int]] = defaultdict(list)
     for rank, own in enumerate(keys):
         for key in own:
@@ -218,7 +218,9 @@ def ranks_by_shard(keys: Sequence[Sequence[str]]) -> dict[str, Ranks]:
 
 
 def find_odd(groups: Sequence[Ranks], sums_RG: Sequence[Sequence[int]]) -> Drift | None:
-    """Find the ranks that differ from a majority of their replicas, or all ranks of a group without a majority.
+    """Return the ranks that differ from their replicas; None if no rank does.
+
+    If a majority of the replicas agrees, these are the other ranks; else all ranks of the group.
 
     Args:
         groups: ranks that hold the same shards.

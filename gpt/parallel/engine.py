@@ -33,14 +33,14 @@ from gpt.topology import Batch, ParallelDims
 
 
 class Clipped(NamedTuple):
-    """Gradient norm of a step, and the sums of its figures over all ranks. All ranks know them before the update."""
+    """Result of ``Engine.clip``: gradient norm and summed figures of a step, known to all ranks before the update."""
 
     norm: Tensor | None
     """Global norm of the gradients before they were clipped, (); None if the optimizer clips in its step."""
     sums: Tensor
-    """Figures of the step, (N,), summed over all ranks."""
+    """Figures of the step, summed over all ranks, (N,) float64."""
     flaw: Tensor
-    """0, or not a number if a rank has found gradients that are not finite; (), the same on all ranks."""
+    """0, or NaN if gradients are not finite on some rank; () float64, the same on all ranks."""
 
 
 def clip_replica(
@@ -93,7 +93,7 @@ def sum_figures(world: World, figures_N: Tensor, meanwhile: Callable[[], None]) 
 
 
 def flaw_of(norm: Tensor) -> Tensor:
-    """Return 0 for a norm that is finite, else not a number; () float64."""
+    """Return 0 for a finite norm, else NaN; () float64."""
     return norm.double() * 0.0
 
 
@@ -109,7 +109,7 @@ INITIAL = 2.0**16
 GROWTH, BACKOFF = 2.0, 0.5
 """Factors of the scale, powers of two: scaling and unscaling round nothing."""
 GROWTH_INTERVAL = 2000
-"""Steps in a row without overflow after which the scale grows. These four are torch's defaults."""
+"""Steps in a row without overflow after which the scale grows. This and the three numbers above are torch's."""
 MINIMUM = 1.0
 """Least scale. An overflow of gradients that are not scaled up has another cause: the run has diverged."""
 
@@ -119,7 +119,7 @@ class LossScale:
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.full((), INITIAL, device=device)
-        """Factor of the loss, () fp32; always the same tensor."""
+        """Factor of the loss, () fp32; the tensor is changed in place only."""
         self._used = self.scale.clone()
         self._steps = torch.zeros((), dtype=torch.int32, device=device)
 
@@ -147,7 +147,7 @@ class LossScale:
         return {"scale": self.scale.item(), "steps": self._steps.item()}
 
     def load(self, state: dict[str, float]) -> None:
-        """Take over a state."""
+        """Restore what ``state`` has returned."""
         self.scale.fill_(state["scale"])
         self._steps.fill_(int(state["steps"]))
 
@@ -202,7 +202,7 @@ def build_optimizer(
 
 @contextmanager
 def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
-    """Have a step of the fused ``optimizer`` change nothing, and not count, if ``skip``, a bool (), is true.
+    """Context in which a step of the fused ``optimizer`` changes nothing, if ``skip``, a bool (), is true.
 
     The fused kernel reads ``skip`` on the device; for a user's optimizer the host reads it before the step. Offloaded
     parameters are stepped by the host, which waits here: torch would read the flag while it is still being copied.
@@ -266,7 +266,7 @@ class Engine:
     """A model parallelized over the ranks, and its optimizer. Every method is collective.
 
     Args:
-        layout: of the run.
+        layout: config, ranks and batch of the run.
         averaged: number of ranks over which the strategy averages gradients; 1 if it sums them.
     """
 
@@ -281,9 +281,9 @@ class Engine:
     timed_groups: tuple[str, ...] | None = None
     """Groups whose waits ``gpt.parallel.timeline`` records; None if there are none, or some waits cannot be seen."""
     loss_scale: LossScale | None = None
-    """The loss scale of fp16; None in other precisions."""
+    """Loss scale of fp16, for records and checkpoints; None in other precisions."""
     own_scale: LossScale | None = None
-    """``loss_scale``, unless another library applies it."""
+    """Loss scale that this engine itself applies; None if there is none, or if DeepSpeed applies it."""
     loss_weight: float = 1.0
     """1, or 0 if another rank computes and reports the loss of the same tokens."""
     waits_as: str = WORLD
@@ -315,14 +315,14 @@ class Engine:
         return loss_sum * self.loss_weight
 
     def begin_backward(self) -> None:
-        """Prepare for the first micro-batch of a step."""
+        """Prepare the backward passes of a step."""
 
     def run_micro_batch(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
         """Run forward and backward of a micro-batch, the ``last`` of a step or not; return the summed loss, ()."""
         raise NotImplementedError
 
     def reduce_gradients(self) -> None:
-        """Reduce gradients that backward passes did not reduce, after the last micro-batch."""
+        """Reduce over the ranks the gradients that backward passes did not reduce, after the last micro-batch."""
 
     @property
     def gradient_factor(self) -> float | Tensor:
@@ -330,7 +330,7 @@ class Engine:
         return self.scale if self.own_scale is None else self.scale * self.own_scale.scale
 
     def unscale_gradients(self) -> None:
-        """Undo the loss scale in the gradients of all micro-batches."""
+        """Divide the gradients of the step by the loss scale, in place."""
         if self.own_scale is not None:
             self.own_scale.unscale(local_tensor(p.grad) for p in self.trained.parameters() if p.grad is not None)
 
@@ -369,7 +369,7 @@ class Engine:
                 yield name.removeprefix("module."), local_tensor(parameter.grad), share
 
     def owners(self, name: str) -> int:
-        """Count the ranks that hold a parameter, or a shard of it."""
+        """Return the number of ranks that hold a parameter, or a shard of it."""
         return self.world.size
 
     def state(self) -> Any:
@@ -377,10 +377,10 @@ class Engine:
         raise NotImplementedError
 
     def load(self, state: Any) -> None:
-        """Take over a state that was loaded into the result of ``state()``."""
+        """Restore model and optimizer from ``state``, a result of ``state()`` that a checkpoint has filled."""
 
     def begin(self) -> None:
-        """Reset an optimizer that has not stepped yet, whose state ``state()`` initialized."""
+        """Prepare a run without checkpoint: reset the optimizer's state, which ``state()`` may have initialized."""
 
 
 class TorchEngine(Engine):
@@ -389,7 +389,7 @@ class TorchEngine(Engine):
     Args:
         module: the module that is called.
         trained: the module that the optimizer steps and checkpoints store.
-        layout: of the run.
+        layout: config, ranks and batch of the run.
         averaged: number of ranks over which the strategy averages gradients; 1 if it sums them.
     """
 
@@ -412,11 +412,11 @@ class TorchEngine(Engine):
         set_auxiliary_scale(module, per_sequence, None if self.loss_scale is None else self.loss_scale.scale)
 
     def sync_context(self, last: bool) -> AbstractContextManager[object]:
-        """Return the context of a micro-batch; ``last`` of a step reduces gradients, if backward passes do that."""
+        """Return the context of a micro-batch; in the ``last`` of a step the backward pass may reduce gradients."""
         return nullcontext()
 
     def begin_backward(self) -> None:
-        """Drop the gradients of the last step.
+        """Set the gradients of the last step to None.
 
         The list is of the parameters at the beginning. A walk over the modules costs a small model's step a third of a
         percent. It would also miss the parameters that FSDP has replaced by gathered ones.

@@ -36,7 +36,7 @@ from gpt.topology import ParallelDims, fsdp_units, shard_dimension
 
 
 def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
-    """Shard every parameter of ``model``, or a pipeline stage of one, over ``mesh``, in groups gathered together.
+    """Shard all parameters of ``model``, or of a pipeline stage, over ``mesh``; each group is all-gathered together.
 
     The groups follow torchtitan (torchtitan/distributed/fsdp.py): the embedding; each block, or several
     (``fsdp_units``); norm with output matrix. The last unit of blocks, and norm and output matrix, stay gathered after
@@ -66,11 +66,11 @@ def fsdp_shard_modules(
     """Shard the parameters of modules that are not sharded yet along a dimension; they are all-gathered together.
 
     Args:
-        modules: called one after another in a forward pass.
+        modules: modules that are called one after another in a forward pass.
         mesh: the ranks to shard over.
-        config: of the run.
-        reshard: free the whole parameters after the forward pass, and all-gather them again for the backward pass.
-        dimension: along which to shard.
+        config: config of the run.
+        reshard: True to free whole parameters after the forward pass, and gather them again for the backward pass.
+        dimension: dimension along which to shard.
     """
     half = config.precision.is_half
     # Only copies from pinned memory overlap with computing on the GPU.
@@ -104,7 +104,7 @@ COLLECTIVE = ("unshard", "wait_for_unshard", "post_backward", "finalize_backward
 
 
 def record_fsdp_waits(module: nn.Module) -> None:
-    """Have the timeline of a step see FSDP's communication, with the copies into and out of its buffers.
+    """Record FSDP's communication in the timeline of a step, with the copies into and out of its buffers.
 
     A CPU waits in the collectives themselves. On a GPU they run at the same time as kernels, and only the waits take
     time.
@@ -118,7 +118,7 @@ def record_fsdp_waits(module: nn.Module) -> None:
 
 
 def call_waiting(method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a method that waits for the ranks of FSDP."""
+    """Call a method of FSDP that communicates, and record the wait."""
     with waiting("fsdp"):
         return method(*args, **options)
 
@@ -165,7 +165,7 @@ def parallelize_experts(model: GPT, mesh: DeviceMesh, averaged: bool) -> None:
 
 
 def fsdp_shard_experts(model: GPT, mesh: DeviceMesh, config: TrainConfig, dims: ParallelDims) -> None:
-    """Shard a rank's experts over the ranks that hold the same ones (FSDP2).
+    """Shard a rank's experts over the ranks that hold the same experts (FSDP2).
 
     FSDP2 all-gathers parameters when their module is called. Inside a block, torch 2.13 refuses that within recomputed
     or compiled code. So the experts' module is called around the whole block.
@@ -187,7 +187,7 @@ def call_module(module: nn.Module, *inputs: Any) -> Any:
 def build_dispatch(
     mixture: MixtureOfExperts, group: dist.ProcessGroup, share: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build ``MixtureOfExperts.give_to_experts`` for sharded experts: dispatch, compute, combine."""
+    """Return ``MixtureOfExperts.give_to_experts`` for sharded experts: send rows, compute, send results back."""
 
     def forward(x_RD: Tensor, ends_E: Tensor) -> Tensor:
         experts = mixture.experts
@@ -227,9 +227,9 @@ class DispatchPlan:
 
 
 def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> DispatchPlan:
-    """Plan the dispatch of rows that end at ``ends_E`` for each expert.
+    """Plan the all-to-all of ``rows`` rows sorted by expert; the rows of each expert end at ``ends_E``.
 
-    With fixed places (a capacity) all ranks know the sizes, and no rank waits for the device. Otherwise ranks exchange
+    With ``fixed_places`` (a capacity) all ranks know the sizes, and no rank waits for the device. Else ranks exchange
     them.
     """
     ranks, device = group.size(), ends_E.device
@@ -289,7 +289,7 @@ class NDEngine(TorchEngine):
             self._sequence = shard_sequences(model, self.mesh["cp"].get_group(), config, world.device)
         self._sharded = config.parallel.strategy is Strategy.fsdp
         self._all_reduced: list[tuple[list[nn.Parameter], dist.ProcessGroup]] = []
-        """Parameters whose gradients are all-reduced here, with the ranks to reduce over."""
+        """Parameters whose gradients this engine all-reduces, with the process group to reduce over."""
         module, parts = self.split_model(model, layout)
         data = self.mesh
         if dims.ep > 1:
@@ -323,7 +323,7 @@ class NDEngine(TorchEngine):
         self.timed_groups = find_timed_groups(config, dims)
 
     def split_model(self, model: GPT, layout: RunLayout) -> tuple[GPT, list[GPT]]:
-        """Return this rank's part of the model as one module, and the parts of it that are called by themselves."""
+        """Return this rank's part of the model as one module, and a list of its pieces that are called one by one."""
         return model, [model]
 
     def _apply_tensor_parallel(self, parts: Sequence[GPT], config: TrainConfig, mesh: DeviceMesh) -> None:

@@ -54,7 +54,7 @@ class Pipeline:
 
     Args:
         model: the whole model, whose layers the stages take over.
-        layout: of the run.
+        layout: config, ranks and batch of the run.
         group: the ranks of this pipeline, in order.
     """
 
@@ -131,7 +131,7 @@ class Pipeline:
         return dist.get_global_rank(self.group, self._owner[stage])
 
     def owners(self, name: str) -> int:
-        """Count the ranks of this pipeline that hold a parameter."""
+        """Return the number of ranks of this pipeline that hold a parameter."""
         return 2 if self.tied.apart and name == "token_embedding.weight" else 1
 
     @property
@@ -146,7 +146,7 @@ class Pipeline:
         return y if last else y.to(self._hidden(0, torch.device("meta")).dtype)
 
     def _hidden(self, sequences: int, device: torch.device) -> Tensor:
-        """Return a tensor like those sent between stages: hidden states (B, T, D), or this rank's shard along T.
+        """Return an empty tensor like those sent between stages: (B, T, D), or this rank's shard along T.
 
         Residual stream and norms are fp32 under autocast. FSDP computes with weights of 16 bits, and casts inputs.
         """
@@ -172,7 +172,7 @@ class Pipeline:
         return kind(held, self._batch.accumulation, loss_fn=lambda *pair: self._objective(*pair), scale_grads=False)
 
     def _example(self, tokens: bool = False, logits: bool = False) -> Tensor:
-        """Return shape and type of a stage's input or output as a tensor; torch would infer them by a forward pass."""
+        """Return an empty meta tensor with shape and dtype of a stage's input or output, for torch's stages."""
         model, parallel, meta = self._config.model, self._config.parallel, torch.device("meta")
         shape = (self._batch.micro, self._time)
         if tokens:
@@ -196,7 +196,7 @@ class TimedStage(PipelineStage):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._received: set[tuple[str, int]] = set()
-        """Forward and backward passes of micro-batches that begin with data from another rank."""
+        """(pass, micro-batch) of the passes that begin with data from another rank."""
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         return self._note("forward", fwd_chunk_id, super().get_fwd_recv_ops(fwd_chunk_id))
@@ -267,7 +267,7 @@ class TiedEmbedding:
 
     @torch.no_grad()
     def copy_to_second(self) -> None:
-        """Copy the stepped first parameter to the second."""
+        """After a step, copy the first stage's parameter to the last stage, if one rank holds both under FSDP."""
         if self._pair is not None:
             first, second = (stage.token_embedding.weight for stage in self._pair)
             local_tensor(second).copy_(local_tensor(first))
@@ -281,7 +281,7 @@ def tied_gradient(stage: Stage) -> Tensor:
 
 
 def merge_stages(model: GPT, stages: Sequence[Stage]) -> Stage:
-    """Merge the stages of a rank into one module."""
+    """Return one module that has all layers of a rank's stages."""
     if len(stages) == 1:
         return stages[0]
     blocks = [int(number) for stage in stages for number, _ in stage.blocks.named_children()]

@@ -40,7 +40,7 @@ from gpt.parallel.timeline import waiting
 
 
 class ShardedEmbedding(ParallelStyle):
-    """Style of an embedding sharded by rows (tokens), whose output has the placement ``hidden``.
+    """Style of an embedding sharded by rows (one for each token of the vocabulary); output in placement ``hidden``.
 
     torch's RowwiseParallel takes embeddings too, but its gradient on each rank is as large as the whole matrix (torch
     2.13).
@@ -60,7 +60,7 @@ class ShardedEmbedding(ParallelStyle):
 
 
 def look_up(embedding: nn.Embedding, mesh: DeviceMesh, hidden: Placement, tokens_BT: Tensor) -> Tensor:
-    """Look up tokens in a row-sharded embedding: each rank returns its rows, and zeros for the rest, to be summed."""
+    """Look up tokens, (B, T) -> (B, T, D) in placement ``hidden``: each rank looks up its rows, and the ranks sum."""
     weight_VD = local_tensor(embedding.weight)
     row_BT = tokens_BT - mesh.get_local_rank() * len(weight_VD)
     elsewhere_BT = (row_BT < 0) | (row_BT >= len(weight_VD))
@@ -69,7 +69,8 @@ def look_up(embedding: nn.Embedding, mesh: DeviceMesh, hidden: Placement, tokens
 
 
 def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Build the summed cross-entropy, in nats and fp32, of column-sharded logits (B, T, V) and targets (B, T).
+    """Return a function that computes the summed cross-entropy, in nats and fp32, of column-sharded logits (B, T, V)
+    and targets (B, T).
 
     Args:
         mesh: the ranks over which the logits are sharded.
@@ -98,7 +99,10 @@ class ShardedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits_NV: Tensor, targets_N: Tensor, first: int, tokens: int, group: dist.ProcessGroup
     ) -> Tensor:
-        """Return the loss, (), on every rank, whose columns are ``tokens`` tokens from ``first`` on, then padding."""
+        """Return the loss, () fp32, on every rank.
+
+        This rank's first ``tokens`` columns are the tokens from ``first`` on; its other columns are padding.
+        """
         here_N = (targets_N >= first) & (targets_N < first + tokens)
         column_N = (targets_N - first).masked_fill(~here_N, 0)
         if tokens:
@@ -192,10 +196,10 @@ def overlap_collectives(mesh: DeviceMesh) -> None:
 
 
 def record_tensor_waits() -> None:
-    """Have the timeline of a step see DTensors' waits for the results of tensor-parallel collectives.
+    """Record DTensors' waits for tensor-parallel collectives in the timeline of a step.
 
     torch's functional collectives start and wait in one function of their module, which this call replaces once for the
-    process. Compiled code waits by itself, unseen.
+    process. Waits in compiled code are not recorded.
     """
     wait = functional_collectives.wait_tensor
     if getattr(wait, "is_recorded", False):
@@ -212,7 +216,7 @@ def record_tensor_waits() -> None:
 
 
 def apply_styles(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
-    """Apply parallel styles to those submodules of the plan that this variant of the model has."""
+    """Apply the styles of ``plan`` (name of a submodule -> style) to the submodules that this model has."""
     there = dict(module.named_modules())
     # No broadcast of values: every rank has them.
     parallelize_module(module, mesh, {name: plan[name] for name in plan if name in there}, src_data_rank=None)
@@ -283,7 +287,7 @@ class Replicated(ParallelStyle):
 
 
 def shift_positions(forward: Callable[[Tensor, int], Tensor], slices: int, x_BTD: Tensor, start: int = 0) -> Tensor:
-    """Call ``forward`` with positions shifted by a number of sequence shards."""
+    """Call ``forward`` with its first position moved by ``slices`` sequence shards of this length."""
     return forward(x_BTD, start + slices * x_BTD.size(1))
 
 
@@ -311,7 +315,7 @@ class ShardedMixture(ParallelStyle):
 
 
 def reduce_partial_gradients(module: nn.Module, mesh: DeviceMesh) -> None:
-    """All-reduce partial gradients over ``mesh`` after the last micro-batch. Under FSDP its reduce-scatter does so."""
+    """All-reduce partial gradients over ``mesh`` after the last micro-batch; FSDP does that in its reduce-scatter."""
     parts = []
     for parameter in module.parameters():
         grad = parameter.grad

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import torch
 
 Moment = float | torch.cuda.Event
-"""Host time in seconds, or a place in the queue of the GPU."""
+"""Time of the host in seconds (time.perf_counter), or an event in the queue of a GPU."""
 
 GROUPS = ("dp", "fsdp", "tp", "pp", "cp", "ep")
 """Groups of ranks whose exposed communication is reported separately."""
 WORLD, BUBBLE = "world", "bubble"
-"""Spans that wait for all ranks, and for another stage of the pipeline."""
+"""Names of spans that wait for all ranks, and for another stage of the pipeline."""
 HOST = "host"
-"""Spans in which the host does work outside of the step, while the ranks communicate."""
+"""Name of spans in which the host does work outside of the step, while the ranks communicate."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Work:
 
 
 class Timeline:
-    """Spans of one step on one rank, as they pass."""
+    """Waits and work of one step on one rank, recorded while the step runs."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
@@ -66,7 +66,7 @@ class Timeline:
         self.start = self.now()
 
     def now(self) -> Moment:
-        """Mark this moment."""
+        """Return the present moment: host time, or a new event in the GPU's queue."""
         if not self._is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -74,7 +74,7 @@ class Timeline:
         return event
 
     def seconds(self, moment: Moment) -> float:
-        """Seconds from the start of the step to a moment that the device has passed."""
+        """Return the seconds from the start of the step to a moment, which the device must have passed."""
         since = self.start
         if isinstance(since, torch.cuda.Event) and isinstance(moment, torch.cuda.Event):
             return float(since.elapsed_time(moment)) / 1000
@@ -86,7 +86,7 @@ class Timeline:
         self._waits.append((name, begin, self.now()))
 
     def spans(self) -> list[Span]:
-        """Return the waits, including those of a pipeline's schedule; the device has passed them all."""
+        """Return all waits, with those of a pipeline's schedule; the device must have passed them."""
         waits = [Span(name, self.seconds(begin), self.seconds(end)) for name, begin, end in self._waits]
         works = [Work(self.seconds(begin), self.seconds(end), is_fed) for begin, end, is_fed in self.works]
         for begin, end, receives in self.schedules:
@@ -96,13 +96,13 @@ class Timeline:
 
 
 def schedule_waits(begin: float, works: Sequence[Work], waits: Sequence[Span]) -> list[Span]:
-    """Name the time of a pipeline's schedule in which the stages of this rank did not work.
+    """Return spans for the time of a pipeline's schedule in which the stages of this rank did not work.
 
     Time before work that needs another rank's data is bubble: the transfer and the wait for the sender look the same.
     Time before other work is the rank's own communication, its sends.
 
     Args:
-        begin: of the schedule, seconds.
+        begin: start of the schedule, in seconds since the step began.
         works: pieces of work in the order of time; the last one, of no length, is the end of the schedule.
         waits: spans of other groups, which are left out if they are between two pieces of work.
 
@@ -123,7 +123,7 @@ def schedule_waits(begin: float, works: Sequence[Work], waits: Sequence[Span]) -
 
 
 def total(spans: Sequence[Span], begin: float, end: float, *names: str) -> float:
-    """Sum the seconds of the spans that begin in a part of the step; only spans of these names, if any is given."""
+    """Return the summed seconds of spans that begin in [``begin``, ``end``), only of ``names`` if any is given."""
     return sum(span.seconds for span in spans if begin <= span.begin < end and (not names or span.name in names))
 
 
@@ -148,7 +148,7 @@ def current() -> Timeline | None:
 
 @contextmanager
 def waiting(name: str) -> Iterator[None]:
-    """Mark a wait for other ranks of a group, around the collective or the wait for it."""
+    """Record a wait for other ranks under ``name``, around a collective or the wait for its result."""
     timeline = _current
     if timeline is None or timeline.is_waiting:
         yield
@@ -163,7 +163,7 @@ def waiting(name: str) -> Iterator[None]:
 
 @contextmanager
 def working(is_fed: bool = False) -> Iterator[None]:
-    """Mark a piece of work of a pipeline stage; ``is_fed`` if it begins with data that another rank has sent."""
+    """Record a piece of work of a pipeline stage; ``is_fed`` if it begins with data that another rank has sent."""
     timeline = _current
     if timeline is None:
         yield
@@ -174,14 +174,14 @@ def working(is_fed: bool = False) -> Iterator[None]:
 
 
 def receiving() -> None:
-    """Mark that a pipeline stage begins to receive data from another rank."""
+    """Record that a pipeline stage begins to receive data from another rank."""
     if _current is not None:
         _current.receives = True
 
 
 @contextmanager
 def scheduling() -> Iterator[None]:
-    """Mark a pipeline's schedule as it runs."""
+    """Record begin and end of a pipeline's schedule."""
     timeline = _current
     if timeline is None:
         yield

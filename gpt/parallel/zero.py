@@ -49,7 +49,7 @@ class ZeroFiles:
     """The checkpoint format of a ZeRO run, whose state is the engine itself.
 
     Args:
-        settings: the settings that decide the sharding, apart from the number of ranks; plain JSON.
+        settings: the settings that decide the sharding, except the number of ranks; plain JSON.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -114,11 +114,11 @@ class TensorReader:
         """Names of the model's parameters and buffers."""
 
     def weight(self, name: str) -> Tensor:
-        """Read a parameter or buffer."""
+        """Read a whole parameter or buffer by name, fp32 on the CPU."""
         return self._read(f"model.{name}")
 
     def moment(self, name: str, key: str) -> Tensor:
-        """Read one of AdamW's moments of a parameter."""
+        """Read a whole moment of AdamW (``key``) of a parameter, fp32 on the CPU."""
         return self._read(f"optimizer.state.{name}.{key}")
 
     def _read(self, key: str) -> Tensor:
@@ -168,7 +168,7 @@ class Shards:
 
     @torch.no_grad()
     def set_moments(self, whole: Callable[[str, str], Tensor], steps: int) -> None:
-        """Set AdamW's moments after ``steps`` from ``whole``, which returns one by parameter name and key."""
+        """Set AdamW's moments after ``steps`` steps; ``whole`` returns a whole moment by parameter name and key."""
         self.create_moments(steps)
         for name, parameter in self.parameters.items():
             if self.holds(name):
@@ -176,7 +176,7 @@ class Shards:
                     self._set(parameter, whole(name, key), key)
 
     def create_moments(self, steps: int) -> None:
-        """Create zero moments, as AdamW does in its first step."""
+        """Create moments that are zero, as AdamW's first step does, with ``steps`` as the count of steps."""
         base = self.ds.basic_optimizer
         flat = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else None
         for group in base.param_groups:
@@ -218,7 +218,7 @@ class Shards:
 
 
 def local_gradient(parameter: Any) -> Tensor | None:
-    """Return this rank's shard of a gradient, between backward pass and step; None if it has none."""
+    """Return this rank's shard of a gradient, after the backward pass and before the step; None if it has none."""
     if hasattr(parameter, "ds_id"):
         return parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
     if not hasattr(parameter, "_hp_mapping"):
@@ -284,11 +284,11 @@ class ZeroEngine(Engine):
         self.loss_scale = self.own_scale if self._auxiliary is None else ZeroLossScale(self.ds, self._auxiliary)
 
     def prepare_module(self, model: GPT) -> nn.Module:
-        """Return the module that DeepSpeed gets."""
+        """Return the module to pass to DeepSpeed: the model, or a pipeline of its layers."""
         return model
 
     def begin_backward(self) -> None:
-        """Take over DeepSpeed's loss scale for the losses of routing."""
+        """Copy DeepSpeed's loss scale for the losses of routing."""
         if self._auxiliary is not None:
             self._auxiliary.fill_(self.ds.optimizer.loss_scale)
 
@@ -356,11 +356,11 @@ class ZeroEngine(Engine):
             self.ds.basic_optimizer.state.clear()
 
     def rank_files(self, folder: Path, tag: str) -> list[str]:
-        """List the files that this rank reads of a DeepSpeed checkpoint written with the same parallelism."""
+        """Return the paths that this rank reads of a DeepSpeed checkpoint written with the same parallelism."""
         return [*self.ds._get_all_ckpt_names(str(folder), tag), self.ds._get_zero_ckpt_name(str(folder), tag)]
 
     def load_tensors(self, tensors: TensorReader, names: set[str], steps: int) -> None:
-        """Load the state after ``steps`` from whole tensors, which must be those of ``names``.
+        """Load the state after ``steps`` steps from whole tensors; ValueError if these differ in name from ``names``.
 
         Not collective; call ``update_from_masters`` of ``shards`` afterwards.
         """
@@ -372,7 +372,7 @@ class ZeroEngine(Engine):
             buffer.copy_(tensors.weight(name))
 
     def tensor_info(self) -> dict[str, Any]:
-        """Collect the shapes of the parameters, and the buffers, by name, of all pipeline stages. Collective."""
+        """Return ``shapes`` of the parameters and ``buffers``, each by name, of all pipeline stages. Collective."""
         shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in self.shards.parameters.items()}
         buffers = {name: buffer.cpu() for name, buffer in self.buffers().items()}
         found: dict[str, Any] = {"shapes": {}, "buffers": {}}
@@ -419,7 +419,7 @@ class ZeroLossScale(LossScale):
 
 
 def autocast_forward(forward: Callable[..., Any], config: TrainConfig, device: torch.device, *args: Any) -> Any:
-    """Call ``forward`` in the precision of the run."""
+    """Call ``forward`` under autocast in the precision of the run."""
     with autocast(config, device):
         return forward(*args)
 

@@ -101,7 +101,7 @@ class GPTPipelineModule(PipelineModule):
 
     Args:
         model: the whole model, on the CPU, whose layers are taken over.
-        config: of the run.
+        config: config of the run.
         stages: number of ranks of the pipeline.
         criterion: loss of logits and targets.
     """
@@ -130,7 +130,7 @@ class GPTPipelineModule(PipelineModule):
             yield self.whole_name(name), parameter
 
     def rank_files(self, folder: Path) -> list[str]:
-        """List the files that this rank reads: one for each of its layers that has a state."""
+        """Return the paths of the files that this rank reads: one for each of its layers that has a state."""
         layers = [i for i, layer in enumerate(self.forward_funcs) if hasattr(layer, "load_state_dict")]
         return [path for i in layers for path in self.ckpt_layer_path_list(str(folder), i)]
 
@@ -153,7 +153,7 @@ class Entry(nn.Module):
 
 
 def deepspeed_layers(model: GPT) -> list[Any]:
-    """List the layers of a GPT for DeepSpeed; each layer takes the output of the layer before."""
+    """Return the layers of a GPT for DeepSpeed; each layer takes the output of the layer before."""
     embedding: Any = model.token_embedding
     head: Any = model.head
     if model.config.tie_embeddings:
@@ -170,7 +170,7 @@ def tied_logits(embedding: nn.Embedding, x_BTD: Tensor) -> Tensor:
 
 
 def whole_names(n_layer: int) -> dict[str, str]:
-    """Map each of DeepSpeed's layer names to the prefix of its parameters in the whole model."""
+    """Return for each of DeepSpeed's layer names the prefix of its parameters in the whole model."""
     blocks = {str(BEFORE + number): f"blocks.{number}." for number in range(n_layer)}
     around = {"0": f"{TIED}.", TIED: f"{TIED}.", "1": ""}
     return around | blocks | {str(BEFORE + n_layer): "norm.", str(BEFORE + n_layer + 1): "head."}

@@ -73,7 +73,7 @@ class LayoutChoice(Candidate):
 
 @dataclass(frozen=True)
 class ParallelChoice:
-    """The parallelism of a run, and the reason for it."""
+    """The chosen parallelism of a run, its alternatives, and the reason for the choice."""
 
     parallel: ParallelConfig
     micro_batch: int
@@ -207,7 +207,7 @@ def earlier_choice(
 
 # Warnings of a plan about settings that work, but are hardly intended.
 #
-# Pure functions of figures. Each yields a line for people, or nothing.
+# Pure functions. Each yields lines of text, or nothing.
 
 
 MANY_EPOCHS = 100
@@ -217,8 +217,9 @@ MANY_EPOCHS = 100
 def slow_precision(
     device_name: str, precision: Precision, tf32: bool = False, best: Precision | None = None
 ) -> Iterator[str]:
-    """Warn of fp32 or TF32 on a device whose matrix units support bf16 or fp16, by the two peaks. Warn of bf16 on a
-    device that does not compute in it.
+    """Yield a warning if the precision is slow on a device.
+
+    It is slow for fp32 or TF32 on a device with 16-bit matrix units, and for bf16 on a device that lacks bf16.
 
     ``best`` is the fastest precision of a device with an unknown name; None if unknown.
     """
@@ -237,7 +238,7 @@ def slow_precision(
 
 
 def execution_warnings(config: TrainConfig, device_name: str | None, best: Precision | None = None) -> Iterator[str]:
-    """Warn of an execution that leaves GPUs idle. Precision, TF32 and compilation of ``config`` are already resolved.
+    """Yield warnings of settings that make GPUs slow. Precision, TF32 and compilation are already resolved.
 
     ``device_name`` is None if unknown; ``best`` is None if the fastest precision is unknown.
     """
@@ -251,7 +252,7 @@ def execution_warnings(config: TrainConfig, device_name: str | None, best: Preci
 
 
 def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterator[str]:
-    """Warn of a run with more than a hundred passes over its training tokens."""
+    """Yield a warning if a run makes more than ``MANY_EPOCHS`` passes over its training tokens."""
     a_step = batch.global_batch * config.model.block_size
     total = a_step * config.optim.max_steps
     if total <= MANY_EPOCHS * corpus_tokens:
@@ -267,7 +268,7 @@ def many_epochs(config: TrainConfig, batch: Batch, corpus_tokens: int) -> Iterat
 
 
 def many_time_limits(run_s: float, timeout_min: int) -> Iterator[str]:
-    """Warn of a run whose estimated time exceeds the time limit of its job."""
+    """Yield a warning if the estimated time of a run, in seconds, exceeds the time limit of its job, in minutes."""
     limits = math.ceil(run_s / (60 * timeout_min))
     if limits < 2:
         return
@@ -442,7 +443,7 @@ def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:
 
 def adds_in_place(config: TrainConfig) -> bool:
     """Return True if the gradients of a micro-batch stay in the memory of the backward pass until the next ones are
-    added. They do unless they are reduced or cast before."""
+    added. They stay unless they are reduced or cast before."""
     parallel = config.parallel
     if parallel.strategy is Strategy.deepspeed:
         return (parallel.zero_stage or 0) < 2 and not casts_weights(config)

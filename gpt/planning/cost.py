@@ -68,7 +68,7 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Machine) -> Estimate:
-    """Estimate a step on ``machine``. The slowest pipeline stage determines it."""
+    """Estimate the seconds of a step on ``machine``: those of the slowest pipeline rank, by cause."""
     different: dict[object, RankStep] = {}
     for rank in range(dims.pp):  # inner stages with equally many blocks take equally long
         step = RankStep(config, dims, batch, machine, rank)
@@ -78,7 +78,7 @@ def estimate(config: TrainConfig, dims: ParallelDims, batch: Batch, machine: Mac
 
 @dataclass(frozen=True)
 class RankStep:
-    """The step of one pipeline rank, as if it were the slowest. Methods return seconds, mostly of exposed waits."""
+    """The step of one pipeline rank, as if this rank were the slowest. Most methods return exposed seconds."""
 
     config: TrainConfig
     dims: ParallelDims
@@ -146,7 +146,7 @@ class RankStep:
 
     @cached_property
     def compute_s(self) -> float:
-        """Compute of one micro-batch, forward and backward, through the stages of the rank."""
+        """Seconds of compute of one micro-batch, forward and backward, through the stages of the rank."""
         model, flops = self.config.model, training_flops_per_token(self.config.model)
         of_blocks = (
             (flops.palm if model.attention is AttentionBackend.manual else flops.causal)
@@ -184,8 +184,10 @@ class RankStep:
     # Per step: gradients and parameters, over data ranks and with the host.
 
     def per_step(self) -> dict[str, float]:
-        """Return the exposed communication of gradients and parameters per step: over data ranks, all ranks and with
-        the host."""
+        """Return the exposed seconds per step of communication of gradients and parameters.
+
+        Keys: ``dp`` for the data ranks, ``world`` for all ranks and ``host`` for copies from and to host memory.
+        """
         parallel = self.config.parallel
         everyone = strided_group(self.machine, self.dims.data_ranks * self.dims.model_ranks, 1)
         is_whole = parallel.strategy is Strategy.ddp and self.dims.model_ranks * self.dims.ep == 1
@@ -200,8 +202,10 @@ class RankStep:
         return waits
 
     def groups(self, *names: str, shards: ParameterShards | None = None) -> list[tuple[int, Group]]:
-        """Return numbers of elements of ``shards`` with the group along ``names`` that reduces or shards them. With
-        expert parallelism, the group of experts is smaller."""
+        """Return pairs of a number of elements and the group of ranks that reduces or shards them, along ``names``.
+
+        With expert parallelism the experts are a pair of their own, because their group is smaller.
+        """
         found = self.shards if shards is None else shards
         dims, experts = self.dims, found.expert_elements if self.dims.ep > 1 else 0
         made = [(found.elements - experts, self.ring(*names))]
@@ -211,7 +215,7 @@ class RankStep:
         return made
 
     def data_parallel(self) -> float:
-        """Return the exposed communication per step of gradients and parameters with torch's strategies.
+        """Return the exposed seconds per step of communication of gradients and parameters with torch's strategies.
 
         ZeRO-1 (arXiv 1910.02054, section 7.2.1): gradients are reduce-scattered in the last backward pass; the last
         bucket overlaps with nothing. The parameters are all-gathered after the optimizer's step. Tensors whose rows do
@@ -232,7 +236,7 @@ class RankStep:
         return max(last, sums - BACKWARD * self.compute_s)
 
     def fsdp(self) -> float:
-        """Return the exposed communication per step of FSDP (arXiv 2304.11277, section 3).
+        """Return the exposed seconds per step of FSDP's communication (arXiv 2304.11277, section 3).
 
         Parameters are all-gathered for every forward pass. With resharding, all units of blocks except the last are
         gathered again for the backward pass. Gradients are reduce-scattered in the last backward pass, or in each, and
@@ -271,7 +275,7 @@ class RankStep:
         return count * forward + (count - 1) * backward + max(last, again + sums - hidden)
 
     def deepspeed(self) -> float:
-        """Return the exposed communication per step of gradients and parameters with ZeRO in DeepSpeed."""
+        """Return the exposed seconds per step of communication of gradients and parameters with DeepSpeed's ZeRO."""
         stage, shards, width, count = self.config.parallel.zero_stage, self.shards, self.width, self.batch.accumulation
         ring = self.ring("dp_replicate", "dp_shard", "cp")
         sums, gathers = ring.reduce_scatter(FP32 * shards.elements), ring.all_gather(width * shards.elements)
@@ -285,7 +289,7 @@ class RankStep:
         return count * (forward + max(last, gathers + sums - BACKWARD * self.compute_s))
 
     def offload(self, host: Host) -> float:
-        """Return the exposed waits per step of CPU offload.
+        """Return the exposed seconds per step of CPU offload.
 
         Weights are copied to the device for each forward pass, and with resharding again for the backward pass. Both
         copies overlap with compute. The rest is exposed: gradients are copied to the host and AdamW runs there.
@@ -319,7 +323,7 @@ class RankStep:
     # Per micro-batch: collectives inside the layers, and sends between stages.
 
     def per_micro_batch(self) -> dict[str, float]:
-        """Return the exposed communication per micro-batch, by mesh axis."""
+        """Return the exposed seconds per micro-batch of communication, by mesh axis."""
         found: dict[str, float] = {}
         if self.dims.tp > 1:
             found["tp"] = self.tensor_parallel()
@@ -397,23 +401,22 @@ class RankStep:
 
     @property
     def stage_group(self) -> Group:
-        """Group of two neighboring pipeline ranks: inside a node if it contains a whole pipeline."""
+        """Group of two neighboring pipeline ranks: inside a node if a node contains a whole pipeline."""
         machine, dims = self.machine, self.dims
         is_inside = dims.pp * dims.data_ranks * dims.cp * dims.tp <= machine.ranks_per_node
         return Group(2, machine.intra_node if is_inside else machine.inter_node)
 
 
 def in_pieces(collective: Callable[[float], float], size: float, parts: Sequence[int]) -> float:
-    """Return the seconds of consecutive collectives with ``size`` bytes in total, in proportion to ``parts``."""
+    """Return the seconds of one collective for each part: ``size`` bytes, divided in the proportions ``parts``."""
     whole = sum(parts)
     return sum(collective(size * part / whole if whole else 0.0) for part in parts)
 
 
 def seconds_per_flop(rates: MatmulRates, rows: float, sharded: float, width: float) -> float:
-    """Return the mean seconds per FLOP of Y = X W and of the two products of its backward pass, for X and for W.
+    """Return the mean seconds per FLOP of Y = X W and of the products for the gradients of X and W.
 
-    W has the sizes ``sharded`` and ``width``, sharded by columns or by rows. The two ways differ only in the dimension
-    that is summed over, and count alike.
+    X has ``rows`` rows, and W the sizes ``sharded`` and ``width``. Sharding by columns and by rows gives one mean.
     """
     shapes = [(rows, sharded, width), (rows, width, sharded), (width, sharded, rows)]
     return sum(1 / rates.rate(*shape) for shape in shapes) / len(shapes)

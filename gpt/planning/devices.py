@@ -40,7 +40,7 @@ Gbit/s."""
 
 @dataclass(frozen=True)
 class Link:
-    """Latency and bandwidth of a rank's link, in one direction."""
+    """Latency in seconds and bandwidth in bytes a second of a rank's link, in one direction."""
 
     latency_s: float
     bytes_per_s: float
@@ -48,14 +48,14 @@ class Link:
     """Collective -> its measured latency in seconds, and bandwidth in bytes a second (``launch.runs.measured``)."""
 
     curves: Mapping[str, Curve] = field(default_factory=dict, hash=False)
-    """Collective -> measured deviation from that line, by the bytes of a message."""
+    """Collective -> measured deviation from its latency and bandwidth, by the bytes of a message."""
 
     def rates(self, collective: str) -> tuple[float, float]:
         """Return latency in seconds, and bandwidth in bytes a second, of a collective."""
         return self.measured.get(collective, (self.latency_s, self.bytes_per_s))
 
     def changed(self, change: Callable[[float, float], tuple[float, float]]) -> Link:
-        """Return a link whose latencies and bandwidths are changed alike for all collectives."""
+        """Return a link with ``change`` applied to every pair of latency (seconds) and bandwidth (bytes a second)."""
         return Link(
             *change(self.latency_s, self.bytes_per_s),
             {name: change(*rates) for name, rates in self.measured.items()},
@@ -183,7 +183,7 @@ def cpus(memory: int, ranks_per_node: int, overrides: MachineOverrides) -> Machi
 
 
 def links(overrides: MachineOverrides, ranks_per_node: int, intra_node: float, inter_node: float) -> tuple[Link, Link]:
-    """Return the links within and between nodes, from the overrides or else from these rates of a rank, in GB/s."""
+    """Return the links within and between nodes. The defaults ``intra_node`` and ``inter_node`` are GB/s."""
     if overrides.between_gb_per_s is not None:
         inter_node = overrides.between_gb_per_s / ranks_per_node
     return (
@@ -207,7 +207,10 @@ def with_network(machine: Machine, network: Network) -> Machine:
 
 
 def measured_link(fits: Mapping[str, LinkFit], share: float) -> Link:
-    """Return a measured link. A collective without measurement uses that of a send, or else the first measured one."""
+    """Return a link with measured latencies, and bandwidths times ``share``.
+
+    A collective without measurement uses those of a send, or else those of the first measured collective.
+    """
     rates = {name: (fit.latency_s, fit.bytes_per_s * share) for name, fit in fits.items()}
     curves = {name: fit.curve for name, fit in fits.items() if fit.curve}
     return Link(*rates.get("send", next(iter(rates.values()))), rates, curves)

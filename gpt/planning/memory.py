@@ -40,7 +40,7 @@ PERSISTENT = 100_000
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of one rank. All except ``host`` are on its device."""
+    """Training state of one rank, in bytes. All except ``host`` is on its device."""
 
     parameters: int
     gradients: int
@@ -51,7 +51,7 @@ class States:
 
 
 def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> States:
-    """Return the training state of a rank with these parameter shards."""
+    """Return the bytes of training state of a rank with these parameter shards."""
     if config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage:
         found = zero_1_2_states if config.parallel.zero_stage < 3 else zero_3_states
         return found(config, dims.data_ranks, shards)
@@ -97,17 +97,17 @@ def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> S
 
 
 def sizes(shards: ParameterShards) -> list[tuple[int, int]]:
-    """Return the elements of each parameter, with the number of equal parameters."""
+    """Return a pair for each kind of parameter: its elements, and the number of such parameters on the rank."""
     return [(p.elements, count) for p, count in pieces(shards)]
 
 
 def pieces(shards: ParameterShards) -> list[tuple[ParameterShard, int]]:
-    """Return each different parameter of a rank, with the number of equal parameters."""
+    """Return a pair for each kind of parameter: its shard, and the number of such parameters on the rank."""
     return [(p, shards.layers) for p in shards.block] + [(p, 1) for p in shards.around]
 
 
 def group_sizes(shards: ParameterShards) -> list[int]:
-    """Return the elements of the optimizer's groups: matrices, which decay, and the rest."""
+    """Return the elements of the optimizer's groups that are not empty: matrices, which decay, then vectors."""
     groups = (
         sum(n * p.elements for p, n in pieces(shards) if (len(p.shape) > 1) is decays) for decays in (True, False)
     )
@@ -180,7 +180,7 @@ class RankMemory:
     """Weights in fp32; with DeepSpeed in bf16, the bf16 weights."""
     gradients: int
     optimizer: int
-    """Moments of AdamW in fp32, and its step counts; with DeepSpeed also the fp32 master weights."""
+    """AdamW's moments in fp32 and step counts; with DeepSpeed also the fp32 master weights."""
     compute_weights: int
     """Weights that were all-gathered or cast for computing, and unsharded gradients before their reduction."""
     activations: int
@@ -219,7 +219,7 @@ def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> RankMemor
 
 
 def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: int) -> RankMemory:
-    """Return the memory of the ranks at one position of their pipelines."""
+    """Return the bytes of memory of a rank at position ``pp_rank`` of its pipeline."""
     stages = rank_stages(config, pp_rank)
     shards = parameter_shards(config.model, dims, stages)
     stored = states(config, dims, shards)

@@ -88,12 +88,12 @@ class ParameterShards:
 
     @property
     def entry(self) -> tuple[ParameterShard, ...]:
-        """Shards before the blocks."""
+        """Shards of the parameters before the blocks: token embedding and position table."""
         return tuple(p for p in self.around if p.name.startswith(ENTRY))
 
     @property
     def tensors(self) -> int:
-        """Number of parameters."""
+        """Number of parameter tensors of the rank."""
         return self.layers * len(self.block) + len(self.around)
 
     def stored(self, ranks: int | None = None) -> int:
@@ -105,7 +105,7 @@ class ParameterShards:
 def parameter_shards(
     model: ModelConfig, dims: ParallelDims, parts: Sequence[StageLayers] | None = None
 ) -> ParameterShards:
-    """Return the parameter shards of a rank with these stages, by default the whole model."""
+    """Return the parameter shards of a rank with the pipeline stages ``parts``, by default the whole model."""
     return _parameter_shards(model, dims, None if parts is None else tuple(parts))
 
 
@@ -200,7 +200,7 @@ class ParallelFactors:
     """True if experts are sharded over ranks, so that rows are sent to them and back."""
 
     def tokens(self, model: ModelConfig, sequences: int) -> int:
-        """Return the tokens of one rank in ``sequences`` sequences."""
+        """Return the number of tokens that one rank has of ``sequences`` sequences."""
         return sequences * model.block_size // self.cp
 
 
@@ -217,7 +217,7 @@ class ActivationBytes:
     block: int
     """Bytes of one block."""
     recomputed: int
-    """Part of ``block`` that is saved until its backward pass begins, if the rest is recomputed then."""
+    """Bytes of ``block`` that are saved until the block's backward pass, which recomputes all others."""
 
 
 @cached_by_model
@@ -228,8 +228,9 @@ def activation_bytes(
     recompute: Recompute = Recompute.none,
     factors: ParallelFactors = SINGLE_RANK,
 ) -> ActivationBytes:
-    """Return the activations saved by a forward pass over ``sequences`` sequences, without logits and weights.
+    """Return the bytes of activations that a forward pass over ``sequences`` sequences saves.
 
+    Logits and weights are not counted.
     A recomputed block saves its input, and with ``selective`` the results of its matrix products.
     """
     width = BF16 if precision.is_half else FP32
@@ -251,7 +252,9 @@ def activation_bytes(
 
 
 class LayerBytes:
-    """Bytes that one layer of a rank saves: of a whole micro-batch in ``block`` and ``products``, otherwise of a token.
+    """Bytes that one layer of a rank saves.
+
+    ``block``, ``products`` and ``experts`` count a whole micro-batch, the other methods one token.
 
     Args:
         model: the model.
@@ -311,33 +314,33 @@ class LayerBytes:
         return self.tokens * (attention + mixture) + self.rows * width * results
 
     def custom(self, part: str, products: bool = False) -> int:
-        """Return what a part of the user saves, or the results of its matrix products, rounded up."""
+        """Return the bytes per token that a part of the user saves; with ``products``, only results of products."""
         counts = part_counts(self.model)[part]
         measured = (counts.products if products else counts.saved)["half" if self.width == BF16 else "fp32"]
         return -(-measured // self.model.block_size)
 
     def norm(self) -> int:
-        """Return the input and the statistics of a norm over D, fp32."""
+        """Return the bytes per token of the saved input and statistics of a norm over D, in fp32."""
         is_custom = isinstance(self.model.norm, str)
         return -(-(self.custom("norm") if is_custom else self.norm_over(self.model.n_embd)) // self.factors.hidden)
 
     def norm_over(self, width: int) -> int:
-        """Return the input and the statistics of a built-in norm over ``width``, fp32."""
+        """Return the bytes per token of the saved input and statistics of a built-in norm over ``width``, in fp32."""
         return FP32 * (2 * width + 1 if self.model.norm is Norm.rmsnorm else width + 2)
 
     def dropout(self, width: int) -> int:
-        """Return the noise of one dropout over the residual stream, whose numbers have ``width`` bytes."""
+        """Return the bytes per token of one dropout's noise over the residual stream: ``width`` bytes a number."""
         return -(-width * self.model.n_embd // self.factors.hidden) if self.model.dropout else 0
 
     def read(self, readers: int) -> int:
-        """Return what matrices keep of a tensor that ``readers`` of them read: one tensor, or in bf16 one cast each.
+        """Return the saved bytes per token of a hidden state that ``readers`` matrices read: in bf16 a copy for each.
 
-        They read the whole tensor, even if the hidden states before are sharded.
+        Every matrix needs the whole hidden state, even if it was sharded before.
         """
         return (readers if self.width == BF16 else 1) * self.width * self.model.n_embd
 
     def attention(self) -> int:
-        """Return the bytes of norm, queries, keys, values, saved values of T x T pairs, and the result."""
+        """Return the bytes per token of norm, queries, keys, values, saved values of T x T pairs, and the result."""
         model, width, factors = self.model, self.width, self.factors
         around = self.norm() + self.dropout(width)
         if isinstance(model.attention, str):
@@ -361,8 +364,10 @@ class LayerBytes:
         return around + self.read(3) + bytes_
 
     def ffn(self) -> int:
-        """Return the bytes of norm and feed-forward layer. Of a mixture: of the router in fp32, the results of the
-        experts and their places, and the shared experts."""
+        """Return the bytes per token of norm and feed-forward layer.
+
+        Of a mixture: the router in fp32, results and indices of the chosen experts, and the shared experts.
+        """
         model, width = self.model, self.width
         around = self.norm() + self.dropout(width)
         if isinstance(model.ffn, str):  # each tp rank computes its own tokens in a layer of the user
@@ -378,11 +383,11 @@ class LayerBytes:
         return bytes_
 
     def dense(self, inner: int) -> int:
-        """Return the bytes of the input, once for each matrix that reads it, and of the inner tensors."""
+        """Return the bytes per token of the input, once for each matrix that reads it, and of the inner tensors."""
         return self.read(2 if self.model.gated else 1) + self.width * self.inner_tensors * inner
 
     def experts(self) -> int:
-        """Return the bytes of the rows of the experts, and of their inner tensors.
+        """Return the bytes of the rows of the experts in a micro-batch, and of their inner tensors.
 
         With expert parallelism a rank is assumed to receive as many rows as it sends: balanced routing.
         """

@@ -27,7 +27,7 @@ from launch.runs.compose import plain
 
 
 SCHEDULES = (Schedule["1f1b"], Schedule.interleaved, Schedule.zbv)
-"""Schedules to consider. Of schedules with equal bubbles, only the one that keeps the fewest activations."""
+"""Schedules to consider. Of schedules with equal bubbles, only the one with the fewest activations is in the list."""
 OFFLOADS = ("cpu_offload", "offload_optimizer", "offload_parameters")
 """Keys of ``parallel`` that offload tensors to host memory."""
 
@@ -199,7 +199,7 @@ REASONS = 3
 
 @dataclass(frozen=True)
 class LayoutSearch:
-    """Search of the layouts that fit, and texts about the search: the plan reports every change and exclusion."""
+    """Search of the layouts that fit. Its texts report every change of the config and every excluded layout."""
 
     config: TrainConfig
     world_size: int
@@ -267,13 +267,13 @@ class LayoutSearch:
         )
 
     def with_more_recompute(self) -> Iterator[tuple[str, LayoutSearch]]:
-        """Yield the searches for the run with more recomputation, each with its override."""
+        """Yield for every stronger recomputation its override and the search for the run with it."""
         order = [Recompute.none, Recompute.selective, Recompute.full]
         for more in order[order.index(self.config.recompute) + 1 :]:
             yield f"recompute={more.name}", replace(self, config=replace(self.config, recompute=more))
 
     def explain(self, tried: Sequence[SearchResult]) -> Iterator[str]:
-        """Yield lines on relaxations and excluded layouts. The last search in ``tried`` found a layout."""
+        """Yield lines of text on relaxations and excluded layouts. The last search in ``tried`` found a layout."""
         last, known = tried[-1], {found.relaxation: found for found in tried}
         without = known.get(replace(last.relaxation, smaller_micro_batch=False))
         if last.relaxation.smaller_micro_batch and without:
@@ -292,8 +292,7 @@ class LayoutSearch:
         yield f"not considered: {'; '.join(self.unexplored(last.relaxation))}"
 
     def sufficient_recompute(self, relaxation: Relaxation) -> str | None:
-        """Return the recompute override with which a layout fits under less relaxation; None if recomputation does not
-        suffice."""
+        """Return the override of ``recompute`` with which a layout fits under less relaxation; None if none does."""
         for text, changed in self.with_more_recompute():
             for found in changed.results():
                 if RELAXATIONS.index(found.relaxation) >= RELAXATIONS.index(relaxation):
@@ -319,7 +318,7 @@ class LayoutSearch:
         )
 
     def unexplored(self, relaxation: Relaxation) -> Iterator[str]:
-        """Yield the layouts that the search excluded, with the keys that include them."""
+        """Yield texts on kinds of layouts that the search did not try, with the keys that would include them."""
         if self.config.parallel.engine is EngineKind.deepspeed:
             yield "torch's strategies (parallel.engine=native)"
             if "pp" not in self.fixed:
@@ -333,7 +332,7 @@ class LayoutSearch:
             yield f"{' and '.join(ways)}, only where nothing fits otherwise"
 
     def no_layout_error(self) -> ConfigError:
-        """Return the error if no layout is valid: that of the plainest one."""
+        """Return the error for a search without valid layouts: that of the plainest layout."""
         given = self.config.parallel
         plainest = replace(given, strategy=Strategy.ddp)
         if given.engine is EngineKind.deepspeed:
@@ -353,7 +352,7 @@ class LayoutSearch:
         )
 
     def out_of_memory_error(self, tried: Sequence[SearchResult]) -> ConfigError:
-        """Return the error if nothing fits, with the least change that would help."""
+        """Return the error for a search in which no layout fits, with the least change that would help."""
         least = min((found.least for found in tried if found.least), key=lambda one: one.memory.total)
         machine, host, there = self.machine, "", ""
         if least.memory.host:

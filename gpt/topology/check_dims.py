@@ -91,7 +91,7 @@ def check_zero1(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_loss_scale(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if DeepSpeed cannot skip a step of fp16."""
+    """Raise ConfigError for experts in fp16 under ZeRO-3: DeepSpeed fails after a step that overflows."""
     if config.precision is Precision.fp16 and config.parallel.zero_stage == 3 and config.model.ffn is Ffn.moe:
         raise ConfigError(
             "precision=fp16 with parallel.zero_stage=3 and model.ffn=moe",
@@ -127,7 +127,7 @@ def check_context(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_selective(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if compiled blocks exchange data of which selective recomputation would have to keep parts."""
+    """Raise ConfigError for selective recomputation of compiled blocks under ``cp`` or ``ep``."""
     name = next((name for name in ("cp", "ep") if getattr(dims, name) > 1), None)
     if name and config.compiles and config.recompute is Recompute.selective:
         raise ConfigError(
@@ -148,7 +148,7 @@ def check_tensor(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def check_async(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if no all-gather is next to a matrix product, so that ``async_tp`` has nothing to overlap."""
+    """Raise ConfigError if ``async_tp`` is requested without tensor parallelism, or without sequence parallelism."""
     if not config.parallel.async_tp:
         return
     if dims.tp == 1:

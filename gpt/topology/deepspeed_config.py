@@ -162,8 +162,10 @@ def run_values(config: TrainConfig, batch: Batch) -> dict[str, tuple[Any, str]]:
 
 
 def other_precision(ours: Precision, section: Precision) -> str:
-    """Return the override that agrees with the file: fp32 if the file turns off the section of ``ours``, otherwise the
-    precision of ``section``."""
+    """Return the override of ``precision`` that agrees with the user's file.
+
+    It is fp32 if the file turns off the section of ``ours``, otherwise the precision of ``section``.
+    """
     return f"precision={'fp32' if ours is section else section.name}"
 
 

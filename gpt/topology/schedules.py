@@ -71,7 +71,7 @@ def check_micro_batches(config: TrainConfig, dims: ParallelDims) -> None:
 
 
 def suggest_batch(config: TrainConfig, batch: Batch) -> str:
-    """Return overrides with a number of micro-batches that the schedule accepts: smaller ones, or else more of them."""
+    """Return overrides of the batch that the schedule accepts: smaller micro-batches, or else a larger batch."""
     sizes = [size for size in range(batch.micro, 0, -1) if batch.per_rank % size == 0]
     for size in sizes:
         if accepts_micro_batches(config.parallel, batch.per_rank // size):

@@ -47,7 +47,7 @@ def save(run: Run) -> float:
 
 
 def begin_save(run: Run, val_loss: float | None) -> None:
-    """Take over the state after the step just done, and begin to write it.
+    """Begin to write a checkpoint of the step just done. Collective.
 
     Args:
         run: the run; none of its saves is in flight, unless that save is failing.
@@ -82,7 +82,7 @@ def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
 
 
 def load(run: Run) -> None:
-    """Continue from the newest checkpoint that is whole, if there is one."""
+    """Continue from the newest whole checkpoint; without one, prepare the first step of a new run. Collective."""
     if run.store.is_new():  # the optimizer's state need not be made yet, which would cost a step of torch's optimizer
         run.engine.begin()
         return
@@ -129,7 +129,7 @@ def load(run: Run) -> None:
 
 
 def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
-    """Raise ConfigError if a fetched copy is of a run with other settings, whose folder had the same name."""
+    """Raise ConfigError if a fetched copy belongs to a run with other settings and the same name of its folder."""
     there, here = loaded.meta["config"], compose.plain_config(run.config)
     changed = [key for key in here if key in there and here[key] != there[key] and not is_within(key, RESUMABLE)]
     if changed:
@@ -142,7 +142,7 @@ def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
 
 
 def load_divergence(run: Run, loaded: LoadedCheckpoint) -> None:
-    """Take over skipped steps and left-out batches, and later roll-backs to this checkpoint from the event log."""
+    """Restore the counts of the guard and the batches to leave out, from checkpoint ``loaded`` and the event log."""
     meta = loaded.meta
     former = {"skipped_steps": meta.get("loss_scale", {}).get("skipped", 0)}
     run.guard.load(former | meta.get("divergence", {}))
@@ -173,7 +173,7 @@ def set_rng_state(world: World, state: dict[str, Any]) -> None:
 
 
 def judge_step(run: Run, record: StepRecord) -> BadSteps | None:
-    """Judge a finished step, and enter it in the event log if it was skipped."""
+    """Return the steps to go back for after a finished step, or None; record a bad step in the event log."""
     bad = run.guard.judge(record)
     if run.world.is_first and is_bad(record):
         what = "loss" if record.loss is None else "gradients"
@@ -220,14 +220,14 @@ def batches_of(run: Run, bad: BadSteps) -> list[int]:
 
 
 def locate(run: Run, first: int, last: int) -> dict[str, list[tuple[int, int]]]:
-    """Return the batches of steps ``first`` to ``last``, and their samples, as ranges with their last number."""
+    """Return ``batches`` and ``samples`` of steps ``first`` to ``last`` as ranges (first number, last number)."""
     batches = PassedOver().including(batches_of(run, BadSteps(first, last, ""))).ranges
     each = run.batch.global_batch
     return {"batches": list(batches), "samples": [((a - 1) * each, b * each - 1) for a, b in batches]}
 
 
 def place_text(where: dict[str, list[tuple[int, int]]]) -> str:
-    """Name batches and their samples, for people."""
+    """Return the result of ``locate`` as text."""
     parts = (
         f"{what} {', '.join(str(a) if a == b else f'{a} to {b}' for a, b in where[what])}"
         for what in ("batches", "samples")
@@ -238,7 +238,7 @@ def place_text(where: dict[str, list[tuple[int, int]]]) -> str:
 def failure(
     run: Run, bad: BadSteps, target: int | None, where: dict[str, list[tuple[int, int]]]
 ) -> RepeatedFailureError | FloatingPointError:
-    """Return the failure of a run that cannot go back for ``bad`` steps, with what to change."""
+    """Return the error of a run that cannot go back for ``bad`` steps; FloatingPointError if ``target`` is None."""
     steps = f"step {bad.first}" if bad.first == bad.last else f"steps {bad.first} to {bad.last}"
     found = f"found: {steps}: {bad.cause}; {place_text(where)}"
     if target is None:
@@ -260,7 +260,7 @@ def failure(
 
 
 PRIOR_S = 24 * 3600.0
-"""Prior of the estimate, seconds: every run starts with this running time, and one failure at its end."""
+"""Prior of the estimate: each run is given this running time in seconds, and one failure, in advance."""
 FIRST_S = 600.0
 """Seconds to the first checkpoint, before any save was measured."""
 LEAST_S = 60.0
@@ -273,7 +273,7 @@ def between_failures_s(events: Iterable[Mapping[str, Any]], now: float) -> float
 
     Args:
         events: the event log.
-        now: present time, by the clock of the events.
+        now: present Unix time, seconds.
 
     Returns:
         Running time plus ``PRIOR_S``, divided by failures plus one: one day until the first failure.
@@ -337,7 +337,7 @@ class Saving:
         self._next_at = time.monotonic() + self._interval_s()
 
     def votes(self) -> SaveVotes:
-        """Return this rank's votes for this step."""
+        """Return this rank's votes about saves, which the next step sums over all ranks."""
         figures: dict[str, float] = {}
         vote = self._saves.vote()
         if not vote.phase and self._memory is not None:
@@ -350,7 +350,7 @@ class Saving:
         return SaveVotes(vote.phase, figures)
 
     def count(self, phase: int, sums: Mapping[str, float]) -> None:
-        """Take in the votes of all ranks of one step, summed, about the save in its ``phase``.
+        """Evaluate the votes of one step, summed over all ranks, about the save in ``phase``; record its outcome.
 
         Raises:
             ConfigError: the disk was full, or failed, for longer than ``checkpoint.give_up_after_min``.
@@ -368,19 +368,19 @@ class Saving:
         self._is_time = self._is_time or sums.get("is_due", 0) > 0
 
     def is_due(self, step: int) -> bool:
-        """Tell whether the periodic checkpoint is due after ``step``; the same on all ranks."""
+        """Return True if the periodic checkpoint is due after ``step``; the same on all ranks."""
         if self._every.steps is None:
             return self._is_time
         return self._every.steps > 0 and step % self._every.steps == 0
 
     def is_due_in_memory(self, step: int) -> bool:
-        """Tell whether a checkpoint in memory is due after ``step``; never while another save is in flight."""
+        """Return True if a checkpoint in memory is due after ``step``; never while another save is in flight."""
         if self._memory is None or self._saves.is_pending or self._memory.is_pending:
             return False
         return step % self._run.config.checkpoint.in_memory_interval == 0
 
     def save_in_memory(self) -> float:
-        """Begin to send the step just done into the memory of the nodes; return the seconds that training waited."""
+        """Begin a checkpoint in memory of the step just done unless a save is in flight; return seconds waited."""
         started = time.perf_counter()
         if self._memory is not None and not (self._saves.is_pending or self._memory.is_pending):
             run = self._run
@@ -389,14 +389,14 @@ class Saving:
         return time.perf_counter() - started
 
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
-        """Save the step just done; return the seconds that training waited.
+        """Save a checkpoint of the step just done; return the seconds that training waited.
 
-        Waits for the save before. Waits for this save too if it is the last, or if saves are synchronous.
+        Waits for an earlier save, unless it is failing; and for this one if it is the last, or saves are synchronous.
 
         Args:
             val_loss: validation loss of the step, nats per token; None if it was not evaluated.
-            is_last: no step follows, so that no other save would hold these steps.
-            is_stop: the run must leave, and has little time.
+            is_last: True if no step follows, so that no later save can replace a failed one.
+            is_stop: True if the job must end soon.
         """
         started = time.perf_counter()
         run = self._run
@@ -411,11 +411,11 @@ class Saving:
         return time.perf_counter() - started
 
     def settle(self) -> None:
-        """Wait for the save in flight, before the run goes back or leaves; give the save up if it fails again."""
+        """Wait for the save in flight before a roll-back or a stop; give it up after ``TRIES`` failures."""
         self._finish()
 
     def _finish(self, gives_up: bool = True, since: float | None = None) -> None:
-        """Wait for the save in flight; give it up if it fails again and training can continue, or has to leave."""
+        """Wait for the saves in flight. With ``gives_up``, give a save up after ``TRIES`` failures."""
         if self._memory is not None:
             self._record_in_memory(self._memory.finish())
         tries = 0
@@ -452,7 +452,7 @@ class Saving:
             say(f"the checkpoint of step {found.step} in memory was given up: {found.cause}")
 
     def _interval_s(self) -> float:
-        """Return the seconds to the next periodic checkpoint, if time decides, by rank 0's clock."""
+        """Return the seconds to the next periodic checkpoint; 0 if steps decide, or rank 0 alone does (``auto``)."""
         if self._every.minutes is not None:
             return 60 * self._every.minutes
         if self._every.steps is not None or not self._run.world.is_first:
@@ -461,9 +461,9 @@ class Saving:
 
 
 def start_copies(run: Run, copies: Copies) -> None:
-    """Begin to copy checkpoints elsewhere, if the config says so: first the loaded one, if it has no copy.
+    """Start copying checkpoints to ``checkpoint.copy_to``, if set, on rank 0: first the loaded one if it has no copy.
 
-    Copies of later steps are discarded, since the run makes those steps again.
+    Copies of later steps are deleted, since the run makes those steps again.
     """
     kept, run.copies = run.config.checkpoint, copies
     if kept.copy_to is None or not run.world.is_first:
@@ -476,7 +476,7 @@ def start_copies(run: Run, copies: Copies) -> None:
 
 
 def tell_damage(folder: RunFolder, attempt: int, step: int, damage: str, was_whole: bool) -> None:
-    """Enter in the event log that the checkpoint of a step was read again, found damaged, and set aside.
+    """Record as an event that the checkpoint of a step was read again, found damaged, and set aside.
 
     A checkpoint that ``was_whole`` at an earlier reading is replaced: older ones were deleted for it, and the next save
     may be far. A checkpoint that was written damaged is not replaced, since a disk that spoils every file would be

@@ -27,20 +27,20 @@ from launch.runs.records import StepRecord
 
 
 Interval = tuple[float, float]
-"""Begin and end of one activity of a device, in one unit of time; empty if the end is not above the begin."""
+"""(begin, end) of one activity of a device, both in the same unit; empty if end <= begin."""
 
 MARK = "gpt.training.diagnostics: step"
 WARMUP_STEPS = 2
-"""First steps of an attempt that are not watched: they compile and connect."""
+"""First steps of an attempt that are not profiled: they compile and connect."""
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Parts of a step, in the unit of its intervals. ``compute``, ``copies``, ``exposed`` and ``idle`` add up to it."""
+    """Times of a step, in the unit of its intervals. ``compute + copies + exposed + idle`` is the whole step."""
 
     compute: float
     communication: float
-    """Time of collectives, hidden by computing or not."""
+    """Time in collectives, also while the device computes."""
     exposed: float
     """Communication while nothing is computed or copied."""
     copies: float
@@ -51,7 +51,7 @@ class Breakdown:
 def break_down(
     begin: float, end: float, compute: Iterable[Interval], communication: Iterable[Interval], copies: Iterable[Interval]
 ) -> Breakdown:
-    """Divide a step into parts by the intervals of its activities, which may overlap and reach beyond the step."""
+    """Divide the step from ``begin`` to ``end`` into parts; the intervals may overlap and reach beyond the step."""
     computing, communicating, copying = (
         union((max(a, begin), min(b, end)) for a, b in intervals) for intervals in (compute, communication, copies)
     )
@@ -68,7 +68,7 @@ def break_down(
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """Return the union of intervals as separate ones in ascending order."""
+    """Return the union of intervals as disjoint intervals, ascending."""
     found: list[Interval] = []
     for begin, end in sorted(interval for interval in intervals if interval[1] > interval[0]):
         if found and begin <= found[-1][1]:
@@ -79,7 +79,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def length(intervals: Sequence[Interval]) -> float:
-    """Return the length of separate intervals."""
+    """Return the summed length of disjoint intervals."""
     return sum(end - begin for begin, end in intervals)
 
 
@@ -114,14 +114,14 @@ class StepBreakdown:
         self._step = 0
 
     def due(self, step: int) -> bool:
-        """True if the step after ``step`` is to be watched, or ``step`` was watched."""
+        """True if the step after ``step`` is to be profiled, or a profile is running."""
         return self._profiler is not None or self._is_next(step)
 
     def _is_next(self, step: int) -> bool:
         return self._interval > 0 and step + 1 >= self._first and (step + 1) % self._interval == 0
 
     def before(self, step: int) -> None:
-        """Begin to watch the step after ``step`` if that step is due; the device is at rest."""
+        """Begin to profile the step after ``step``, if it is due. The device must be idle."""
         if not self._is_next(step):
             return
         self._step, self._profiler = step + 1, profile(activities=self._activities, acc_events=True)
@@ -130,7 +130,7 @@ class StepBreakdown:
         self._mark.__enter__()
 
     def into(self, record: StepRecord) -> None:
-        """End the watch, and complete the record of the watched step; the device is at rest."""
+        """End a running profile, and put its times into the record of the profiled step. The device must be idle."""
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
@@ -164,10 +164,10 @@ class StepBreakdown:
 
 
 class CompileTime:
-    """Clock of this process's compiler: of frames, of backward passes at their first use, and of CUDA graphs.
+    """Measures the wall time that this process compiles: frames, backward passes at first use, and CUDA graphs.
 
     Args:
-        compiles: whether the run compiles; if not, nothing is loaded and no time is ever known.
+        compiles: True if the run compiles; else nothing is loaded, and ``take`` returns None.
     """
 
     def __init__(self, compiles: bool) -> None:
@@ -221,7 +221,7 @@ class GradientFigures:
 
 
 class Gradients:
-    """The gradients of a model, by layer."""
+    """Statistics of the gradients by layer: this rank's sums, and the figures from the sums of all ranks."""
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
         with torch.device("meta"):
@@ -249,7 +249,7 @@ class Gradients:
         return torch.stack([*sums, sum_of_elements(held)]).to(self._device)
 
     def figures(self, sums: list[float]) -> GradientFigures:
-        """Compute the statistics from the sums of all ranks."""
+        """Compute the statistics from the sums of all ranks: the layers + 1 numbers that ``sums`` describes."""
         *squares, total = sums
         mean = total / self._elements
         variance = max(0.0, sum(squares) / self._elements - mean**2)
@@ -273,10 +273,12 @@ ROWS = 40
 
 
 class StepProfile:
-    """Profiler of some steps. The loop calls ``due`` after each step, since the device must be at rest for ``after``.
+    """Profiler of the steps ``profile_from`` to ``profile_to``.
 
-    All ranks are at rest then, not only the profiled one. Thus either all ranks know, before the next step, of a step
-    that the run goes back for, or none does.
+    The loop calls ``due`` after each step, since ``after`` needs an idle device.
+
+    All ranks wait for their devices then, also those without a profile. So before the next step all ranks know
+    the same about steps that the run has to go back for.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, world: World) -> None:
@@ -299,7 +301,7 @@ class StepProfile:
         return self._wanted and (starts or (self._is_on and step >= self._last))
 
     def after(self, step: int) -> None:
-        """Begin or end profiling, if that is due."""
+        """Begin or end profiling if ``due(step)``. The device must be idle."""
         if not self.due(step):
             return
         if self._is_on:
@@ -311,7 +313,7 @@ class StepProfile:
             self._profiler.start()
 
     def close(self) -> None:
-        """Write the files, if anything was profiled."""
+        """End a running profile, and write its trace and table on rank 0."""
         self._is_on = self._wanted = False
         if self._profiler is None:
             return

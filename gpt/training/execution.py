@@ -70,7 +70,7 @@ def settle_precision(folder: RunFolder, world: World) -> Precision:
 def keep_compiled(config: TrainConfig, world: World) -> None:
     """Have torch's compiler keep its results for later attempts and for runs of the same shapes. Collective.
 
-    The kept results serve on whatever nodes these run.
+    The results are kept on the shared filesystem, so later attempts may run on other nodes.
     """
     if config.compiles:
         folder = world.on_first(partial(open_compile_cache, Path(config.output_dir) / ".cache" / "compiled"))
@@ -79,7 +79,7 @@ def keep_compiled(config: TrainConfig, world: World) -> None:
 
 
 def names_compile_cache() -> bool:
-    """Tell whether the user has named a compile cache folder; torch names its own, in /tmp, when imported."""
+    """Return True if the user has set a compile cache folder; torch sets its own, in /tmp, when imported."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # slow to import
 
     return os.environ.get(COMPILE_CACHE, default_cache_dir()) != default_cache_dir()
@@ -104,9 +104,9 @@ def open_compile_cache(folder: Path) -> str | None:
 VOLTA = (7, 0)
 """Compute capability from which GPUs have matrix units, first for fp16 only (V100, T4)."""
 AMPERE = (8, 0)
-"""Compute capability from which GPUs know bf16 and TF32."""
+"""Compute capability from which GPUs compute in bf16 and TF32."""
 ADA = (8, 9)
-"""Compute capability from which GPUs know 8-bit floating point."""
+"""Compute capability from which GPUs multiply 8-bit floating point numbers."""
 GFX_OF_FLOAT8 = ("gfx94", "gfx95", "gfx12")
 """Prefixes of the names of AMD's GPUs with 8-bit floating point: MI300, MI350, Navi 4 (torchao, ``utils``)."""
 
@@ -121,13 +121,13 @@ def best_precision(device: torch.device) -> Precision:
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Tell whether a device computes in TF32 when torch allows that."""
+    """Return True if a device computes in TF32 when torch allows that."""
     on_cuda = device.type == "cuda" and torch.version.hip is None
     return on_cuda and torch.cuda.get_device_capability(device) >= AMPERE
 
 
 def has_float8(device: torch.device) -> bool:
-    """Tell whether the matrix units of a GPU multiply 8-bit floating point numbers."""
+    """Return True if the matrix units of a GPU multiply 8-bit floating point numbers."""
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.startswith(GFX_OF_FLOAT8)
     return torch.cuda.get_device_capability(device) >= ADA
@@ -197,7 +197,7 @@ def set_matmul_precision(config: TrainConfig) -> None:
 
 
 def state() -> dict[str, str | bool | None]:
-    """Return the settings in force in this process, for the record."""
+    """Return the settings of this process that decide whether its results are reproducible, by name."""
     return {
         "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED"),
         "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
@@ -217,7 +217,7 @@ FIRST = 2
 MEASURED = 3
 FACTOR = 20
 LEAST_S = 100.0
-"""Least timeout, as in torchtitan: all ranks may wait for one that writes a profile or waits for a filesystem."""
+"""Least timeout in seconds, as in torchtitan: all ranks may wait for one that writes a profile or waits for files."""
 
 
 class StepTimeouts:
@@ -232,7 +232,7 @@ class StepTimeouts:
         self._times: list[float] | None = []
 
     def after(self, step_time_s: float) -> None:
-        """Add the time of one more step, in seconds."""
+        """Add the time of one more step, in seconds; the last one needed sets the timeout."""
         if self._times is None:
             return
         self._times.append(step_time_s)

@@ -35,7 +35,7 @@ WINDOW = 100
 
 
 class LossWindow:
-    """Losses of the last steps of this attempt."""
+    """Losses of the last ``WINDOW`` steps of this attempt, for their variance."""
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=WINDOW)
@@ -68,18 +68,18 @@ class BadSteps:
     first: int
     last: int
     cause: str
-    """Fault of these steps, for people."""
+    """Fault of these steps, as text."""
 
 
 class DivergenceGuard:
-    """Check of each step for divergence, by its loss and its gradients. It takes each step once, in order."""
+    """Check of each step for divergence, by its loss and gradients. Every step must be judged once, in order."""
 
     def __init__(self, config: DivergenceConfig) -> None:
         self._config = config
         self.skipped = 0
-        """Steps so far that changed no weights."""
+        """Number of steps of the run that changed no weights."""
         self.rollbacks = 0
-        """Roll-backs since the run last saved a checkpoint beyond the steps that it failed at."""
+        """Number of roll-backs since the last checkpoint of a step after the failed steps."""
         self._failed_at = 0
         self._bad: list[int] = []
         """Consecutive steps, up to the last one, whose loss or gradients were not finite."""
@@ -108,7 +108,7 @@ class DivergenceGuard:
         return self._bad_steps(f"a validation loss of {val_loss} after step {step}")
 
     def judge_end(self) -> BadSteps | None:
-        """Return the steps to go back for if the run would end after skipped steps; None if no step was skipped."""
+        """Return the steps to go back for if the last steps of the run were not finite; else None."""
         return (
             self._bad_steps("a loss or gradients that are not finite, up to the end of the run") if self._bad else None
         )
@@ -119,11 +119,14 @@ class DivergenceGuard:
         return not self._bad
 
     def gone_back(self, failed_at: int, rollbacks: int) -> None:
-        """Note that the run has gone back from step ``failed_at``, for the ``rollbacks``-th time."""
+        """Record that the run has gone back from step ``failed_at``, for the ``rollbacks``-th time."""
         self._failed_at, self.rollbacks = failed_at, rollbacks
 
     def state(self, step: int) -> dict[str, Any]:
-        """Return the state for the checkpoint of a step, as plain JSON; after the failed step it drops the failure."""
+        """Return the state for the checkpoint of ``step``, as plain JSON.
+
+        If ``step`` is after the step that the run has gone back from, ``rollbacks`` becomes 0 first.
+        """
         if step > self._failed_at:
             self.rollbacks = 0
         losses = list(self._losses) if self._config.spike_sigmas is not None else []
@@ -135,7 +138,7 @@ class DivergenceGuard:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; a state that an older version wrote lacks some keys."""
+        """Restore what ``state`` has returned; a state of an older version of this program lacks some keys."""
         self.skipped, self.rollbacks = state["skipped_steps"], state.get("rollbacks", 0)
         self._failed_at = state.get("failed_at", 0)
         self._bad = []
@@ -158,7 +161,7 @@ class DivergenceGuard:
 
 
 def is_bad(record: StepRecord) -> bool:
-    """Tell whether the numbers of a step went wrong, apart from an overflow that the loss scale of fp16 handles."""
+    """Return True if loss or gradients are not finite, except for an overflow that the loss scale of fp16 handles."""
     if record.grad_norm is not None or record.loss is None:
         return record.loss is None
     return record.loss_scale is None or record.loss_scale <= MINIMUM  # at the least scale an overflow has another cause
@@ -189,7 +192,7 @@ def last_rollback(events: Events, step: int) -> dict[str, Any] | None:
 
 
 def remedy(config: TrainConfig) -> str:
-    """Say what to change in a run that diverges, and how to begin from its last checkpoint.
+    """Return a line that says what to change in a run that diverges, and how to begin from its last checkpoint.
 
     None of these keys may change between the attempts of one run, so each change means a new folder.
     """
@@ -210,7 +213,7 @@ def remedy(config: TrainConfig) -> str:
 
 @dataclass
 class EarlyStop:
-    """Judge of the validation losses of a run, in the order of its evaluations."""
+    """Decides whether a run ends early, by its validation losses in the order of its evaluations."""
 
     config: OptimConfig
     best: float = math.inf
@@ -235,7 +238,7 @@ class EarlyStop:
             self.waited += 1
 
     def reason(self) -> str | None:
-        """Say why the run is over; None if it is not."""
+        """Return the reason to end the run now, as text; None if it continues."""
         target, patience = self.config.target_val_loss, self.config.patience
         per_byte, per_byte_target = self.best_per_byte, self.config.target_val_nats_per_byte
         told = f"val_loss {self.best:.4f} at step {self.best_step}"
@@ -336,7 +339,10 @@ class ReplicaGuard:
 WARMUP_STEPS = 5
 """First steps of an attempt that are left out: they compile, connect, and fill caches."""
 ENDS_AT = 0.5
-"""Share of the excess below which a slow rank counts as recovered, so that no rank is named again and again."""
+"""A slow rank recovers when its excess over the median is below this share of ``factor - 1``.
+
+A share below 1 keeps a rank near the limit from being reported again and again.
+"""
 
 
 @dataclass(frozen=True)
@@ -352,7 +358,7 @@ class Finding:
 
 
 class StragglerJudge:
-    """Judge of the own times of all ranks, step by step.
+    """Finds slow ranks by the own times of all ranks: the seconds of a step without waits for other ranks.
 
     Args:
         factor: multiple of the median of all other ranks, above which a rank is slow.
@@ -365,7 +371,7 @@ class StragglerJudge:
         self._slow: set[int] = set()
 
     def add(self, times: Sequence[float]) -> list[Finding]:
-        """Take the own times of one step, seconds by rank; return the ranks whose state has changed."""
+        """Add the own times of one step, seconds by rank; return the ranks that have become slow or recovered."""
         self._times.append(np.asarray(times, dtype=np.float64))
         if len(self._times) < self._window:
             return []
@@ -384,7 +390,7 @@ class StragglerJudge:
 
 
 class StragglerWatch:
-    """The own times of the ranks of a run, passed from the steps that were read to the steps that are queued."""
+    """Own times of all ranks: each queued step sums the times of the last step whose figures were read."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -408,7 +414,7 @@ class StragglerWatch:
         return times
 
     def after(self, record: StepRecord, times: Sequence[float]) -> None:
-        """Take a step that was read, with its summed own times, seconds by rank; complete the record of rank 0."""
+        """Take the own times that a step summed, seconds by rank; on rank 0 put them and findings into its record."""
         if not self.size:
             return
         self._own_s = record.step_time_s - (record.comm_s or 0.0) - (record.bubble_s or 0.0)
@@ -420,7 +426,7 @@ class StragglerWatch:
         record.straggler = "; ".join(texts) or None
 
     def _tell(self, finding: Finding, record: StepRecord) -> str:
-        """Enter a finding into the event log; return it as a text."""
+        """Record a finding as an event; return it as text."""
         host = self._run.hosts[finding.rank] if self._run.hosts else None
         self._run.folder.record_event(
             "straggler" if finding.is_slow else "straggler_ended",

@@ -38,7 +38,7 @@ class EvaluationShare:
     batch: int
     """Most sequences in one pass."""
     part: int
-    """Part of the sequences, out of ``parts``, that this rank computes."""
+    """Number of the part that this rank computes, from 0 to ``parts`` - 1."""
     parts: int
 
 
@@ -87,7 +87,7 @@ def mean_loss(
 
 
 def train(run: Run) -> str:
-    """Do the steps that are left. Returns ``finished``, or ``stopped`` if a request ended the run first."""
+    """Do the remaining steps. Returns ``finished``, or ``stopped`` if a request ended the job first."""
     run.engine.module.train()
     loop = Loop(run)
     try:
@@ -112,19 +112,19 @@ def train(run: Run) -> str:
 
 @dataclass(frozen=True)
 class Pause:
-    """Reasons to read a step at once, the same on all ranks."""
+    """Work after a step, for which its figures are read at once; the same on all ranks."""
 
     last: bool
     evaluates: bool
     compares: bool
-    """The replicas' parameters are compared."""
+    """The parameters of replicas are compared."""
     saves: bool
     remembers: bool
-    """The step is saved in memory, and not on the disk."""
+    """The step is saved in the memory of the nodes, and not on disk."""
 
 
 class Loop:
-    """The steps of an attempt."""
+    """The training loop of one attempt."""
 
     def __init__(self, run: Run) -> None:
         config, world = run.config, run.world
@@ -141,20 +141,20 @@ class Loop:
         self._stability = LossWindow()
         self._breakdown = StepBreakdown(config.logging.breakdown_interval, world, run.step)
         self._pending_metrics: QueuedStep | None = None
-        """The step whose figures were not read yet."""
+        """The queued step whose figures are not read yet; None if there is none."""
         self._divergence: BadSteps | None = None
         """Steps to go back for, found in the former step while another one was queued."""
         self._pending_requests: QueuedStep | None = None
-        """The step whose requests were not read yet. None if there is none.
+        """The queued step whose requests are not read yet; None if there is none.
 
         The figures of a profiled step are read at once, and its requests later. ``_pending_metrics`` is then None.
         """
         self._carried_requests = Requests()
-        """Requests that arrived in steps that the run went back from."""
+        """Requests from steps that a roll-back has discarded; they are served after the next step."""
         self._clock = time.perf_counter()
 
     def do_steps(self, collect: Callable[[int], None]) -> str:
-        """Step, evaluate and save until no step is left, or a request ends the run.
+        """Step, evaluate and save; return ``finished`` when no step is left, ``stopped`` if a request ends the job.
 
         ``collect`` collects garbage; it is called with the number of each step that was begun.
         """
@@ -177,7 +177,7 @@ class Loop:
         return outcome or "finished"
 
     def _read_former(self) -> None:
-        """Read the step before the one that is being queued, if that was not done, and write its record."""
+        """Read the figures of the previous step, unless they are read already, and write its record."""
         if self._pending_metrics is not None:
             record, self._divergence = self._read(self._pending_metrics)
             self.writers.write(record)
@@ -206,12 +206,12 @@ class Loop:
         return requests
 
     def _read_votes(self, step: QueuedStep) -> Requests:
-        """Pass the votes of all ranks in a step to the checkpoints; return the requests of all ranks in that step."""
+        """Evaluate the votes about saves that a step has summed; return the requests of all ranks in that step."""
         self._saving.count(step.votes.phase, step.votes_of_all())
         return step.requests_of_all()
 
     def _pause_after(self, requests: Requests) -> Pause | None:
-        """Return the reasons to pause after the step just begun; None if there are none."""
+        """Return the work after the step just begun; None if there is none."""
         config, step = self._run.config, self._run.step
         last = step == config.optim.max_steps
         pause = Pause(
@@ -224,7 +224,7 @@ class Loop:
         return None if pause == NO_PAUSE else pause
 
     def _read(self, step: QueuedStep) -> tuple[StepRecord, BadSteps | None]:
-        """Read a step's figures; return its record, and the steps to go back for, None if there are none."""
+        """Read a step's figures; return its record, and the steps to go back for or None."""
         record, self._clock = step.finish(self._clock)
         self._pending_metrics = None
         self._timeouts.after(record.step_time_s)
@@ -234,7 +234,7 @@ class Loop:
         return record, judge_step(self._run, record)
 
     def _read_at_once(self, step: QueuedStep, pause: Pause | None, requests: Requests) -> str | None:
-        """Read the step just begun and do the work after it; return the outcome, None if the loop continues."""
+        """Read the step just begun and do its work; return ``finished``, ``stopped``, or None to go on."""
         run, guard = self._run, self._run.guard
         record, bad = self._read(step)
         if pause is None:

@@ -58,7 +58,7 @@ from launch.runs.overrides import override_of_flag, without_key
 
 
 def machine_of_rank(config: TrainConfig, world: World) -> Machine:
-    """Return the hardware that the estimates assume: nodes like this one.
+    """Return the hardware that ``parallel=auto`` plans for: all nodes are like this one.
 
     Raises:
         ConfigError: the device is not known.
@@ -109,7 +109,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def refuse_flag(parser: CommandParser, typed: str, argv: Sequence[str]) -> None:
-    """Raise ConfigError if a flag names a key of the config, or a sweep, which only the launcher makes."""
+    """Raise ConfigError if a flag names a key of the config, or asks for a sweep, which only the launcher makes."""
     flag, _, value = typed.partition("=")
     fix: str | None = None
     if flag in ("-m", "--multirun"):
@@ -212,16 +212,16 @@ class Run:
     """The training batches of this rank, read ahead."""
     store: CheckpointStore
     guard: DivergenceGuard
-    """The judge of the steps."""
+    """Check of each step for divergence."""
     worker: worker.Run
     copies: Copies
     """The copies of the checkpoints on another filesystem."""
     early_stop: EarlyStop
-    """The judge of the validation losses."""
+    """Decides whether the run ends early."""
     initialised_from: dict[str, Any] | None = None
     """Source of the first weights of this attempt; None if they were drawn, or came from a checkpoint."""
     step: int = 0
-    """Steps done."""
+    """Number of the last step that was done; 0 at first."""
     hosts: tuple[str, ...] = ()
     """Host of each rank; empty before the attempt is described."""
     restore_s: float | None = None
@@ -234,23 +234,23 @@ class Run:
 
 
 def prepare_tokens(config: TrainConfig) -> Tokens:
-    """Return the tokens of the corpus, or raise if they do not fit the model or are too few."""
+    """Return the tokens of the corpus; raise ConfigError if they do not fit the model or are too few."""
     check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
     return ensure_tokens(config.data, config.data_cache)
 
 
 def open_attempt(folder: RunFolder, world: World, launched: worker.Run) -> int:
-    """Number this attempt as the launcher did, else with the next free number; the rank may then write there."""
+    """Return the number of this attempt, the launcher's or the next free one; open the run folder for records."""
     attempt = launched.attempt if launched.folder is not None else world.on_first(folder.create_attempt)
     launched.open_folder(folder.path, attempt)
     return attempt
 
 
 def look_for_changes(folder: RunFolder, attempt: int, strict: bool) -> None:
-    """Warn if this attempt runs other code or libraries than the attempt before.
+    """Print a warning and record an event if this attempt runs other code or libraries than the attempt before.
 
     Raises:
-        ConfigError: it does, and ``strict`` forbids that.
+        ConfigError: there are such changes, and ``strict`` is True.
     """
     now = {"code": describe_code(), "git": code_state(), "software": software()}
     changed = changed_since(folder, now, attempt)
@@ -303,7 +303,7 @@ def describe_attempt(run: Run) -> None:
 
 
 def set_up(run: Run) -> dict[str, Any]:
-    """Describe model, batch and data, with the counts that follow from the config."""
+    """Return model, batch and data with their counts, by the names of ``environment.json``."""
     config, batch, ranks = run.config, run.batch, run.world.size
     model = config.model
     planned = memory.per_rank(config, run.dims, batch)
@@ -335,7 +335,7 @@ def check_flash(config: TrainConfig, world: World) -> str | None:
     Collective, so that all ranks end the same way.
 
     Raises:
-        ConfigError: it cannot, and ``model.force_flash`` is set.
+        ConfigError: the flash kernel cannot be used, and ``model.force_flash`` is set.
     """
     if config.model.attention is not AttentionBackend.flash:
         return None
@@ -361,9 +361,9 @@ def first_weights(
     """Choose the weights that a run begins with; collective.
 
     Args:
-        model: whole, maybe on the meta device.
-        config: of the run.
-        folder: of the run; if it holds a checkpoint, no weights are drawn or read, since the checkpoint replaces them.
+        model: the whole model, which may be on the meta device.
+        config: config of the run.
+        folder: folder of the run; if it holds a checkpoint, the weights are zeros, which the checkpoint replaces.
         world: all ranks.
 
     Returns:

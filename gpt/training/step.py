@@ -55,14 +55,14 @@ NO_VOTES = SaveVotes()
 
 
 PARTS = ("data", "reduced"), ("reduced", "updated")
-"""Moments between the phases of a step: computing gradients, then clipping and applying them."""
+"""First and last moment of each phase of a step: gradients are computed; then they are clipped and applied."""
 
 
 class Phases:
-    """Moments of one step: ``mark`` each in its order; ``fill_in`` the record once the device has passed them.
+    """Moments of one step: ``mark`` each in its order; ``fill_in`` the record when the device has passed all.
 
     Args:
-        device: that the step runs on.
+        device: device that the step runs on.
         engine: names the groups whose communication can be timed; if some cannot be timed, no group is reported.
     """
 
@@ -76,11 +76,11 @@ class Phases:
         return recorded(self._timeline)
 
     def mark(self, name: str) -> None:
-        """Mark the place that the step has reached; wait for nothing."""
+        """Record under ``name`` the moment when the device has done all work queued so far; wait for nothing."""
         self._moments[name] = self._timeline.now()
 
     def fill_in(self, record: StepRecord) -> None:
-        """Write the times of the phases into the record; the device has finished the step."""
+        """Put the times of the phases, in seconds, into the record. The device must have finished the step."""
         at = {name: self._timeline.seconds(moment) for name, moment in self._moments.items()}
         spans = self._timeline.spans()
         own = [span for span in spans if span.name == HOST] if self._groups is None else spans
@@ -103,7 +103,7 @@ class Phases:
 
 
 YOUNG = 1
-"""Highest generation that is collected: objects that survived a collection are not looked at again."""
+"""Highest generation that is collected: objects of the oldest generation are not examined again."""
 
 
 @contextmanager
@@ -196,7 +196,7 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class Requests:
-    """Requests to a run from outside, between two steps."""
+    """Requests from outside, read between two steps: to stop the run, or to save a checkpoint."""
 
     stop: bool = False
     save: bool = False
@@ -217,7 +217,7 @@ class QueuedStep:
     requests: Requests
     """Requests to this rank. Under an agent all ranks have the same; else see ``requests_of_all``."""
     gradients: Gradients | None
-    """Statistics of the gradients, in a step that measures them."""
+    """Statistics of the gradients in a step that measures them; else None."""
     figures: StepFigures
     tokens: int
     """Tokens of the global batch."""
@@ -226,9 +226,10 @@ class QueuedStep:
     phases: Phases
 
     def finish(self, since: float) -> tuple[StepRecord, float]:
-        """Wait for the step; return its record, with the time from ``since``, and its end (time.perf_counter, seconds).
+        """Wait for the step; return its record, and the step's end; ``since`` is the end of the step before.
 
-        If loss or gradients were not finite on some rank, all ranks skipped the step, and both are None.
+        Both times are of time.perf_counter, seconds. A loss or gradient norm that is not finite on some rank is None;
+        all ranks then have skipped the step.
         """
         figures, ended = self.figures.read()
         (grad_norm,), (flaw,), (loss_sum,) = figures["grad_norm"], figures["flaw"], figures["loss_sum"]
@@ -339,7 +340,7 @@ def queue_step(
 
 
 def balance_experts(engine: Engine, world: World, skip: Tensor) -> Tensor:
-    """Move the experts' biases by the tokens of this step, over all ranks; wait for no device. Collective.
+    """Adjust the experts' biases by the tokens of this step, over all ranks; do not wait for the device. Collective.
 
     If ``skip``, a bool (), is true the biases stay: even counts move none.
 

@@ -79,11 +79,11 @@ from launch.workload import (
 
 
 GOAL_WORDS = ("model=llama_1p36b", "parallel=auto", "precision=bf16", "recompute=selective", "optim=gpt2")
-"""Overrides of the family of models, and the usual settings of large ones."""
+"""Overrides for ``launch.project``: a family of models, and usual settings of large models."""
 ASPECT = 110
 """Width divided by layers of the sized models: 128 in Llama 2 7B, 102 in Llama 2 70B (arXiv 2307.09288)."""
 WITHIN = 0.03
-"""Relative difference from the requested size below which the aspect decides."""
+"""Relative difference from the requested size. Of the models within it, the one nearest to ``ASPECT`` is chosen."""
 TOKENS_PER_STEP = 4e6
 """Default global batch in tokens: that of Llama 2 (arXiv 2307.09288, section 2.2)."""
 BATCH_MULTIPLE = 384
@@ -130,7 +130,7 @@ def sized_model(family: ModelConfig, wanted: float) -> ModelConfig:
 
 
 def sized_config(config: TrainConfig, goal: TrainingGoal, has_batch: bool) -> TrainConfig:
-    """Return the config with a model of the goal's size, and without a typed batch also with a usual one."""
+    """Return the config with a model of the goal's size, and with the usual global batch unless ``has_batch``."""
     model = sized_model(config.model, goal.parameters)
     optim = config.optim
     if not has_batch:
@@ -171,7 +171,7 @@ PRELOAD = ("gpt.train", "gpt.parallel.ddp", "gpt.parallel.nd", "gpt.parallel.pip
 
 
 class GptWorkload(Workload):
-    """``python -m gpt.train`` on every rank."""
+    """Workload of the launcher that runs ``python -m gpt.train`` on every rank."""
 
     name = "gpt"
     schema = TrainConfig
@@ -280,14 +280,14 @@ class GptWorkload(Workload):
         return RankCommand(args, defaults=defaults, preload=PRELOAD, wants_memory_store=config.checkpoint.in_memory)
 
     def contract(self, config: TrainConfig, world_size: int) -> RankContract:
-        """Return the contract of ranks that report everything themselves, through ``launch.worker``."""
+        """Return what the agent expects of the ranks: throughput in tokens, and the number of the last step."""
         if config.optim.max_tokens is not None:
             batch = split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
             config = settle_steps(config, batch)
         return RankContract(unit="tokens", max_steps=config.optim.max_steps)
 
     def code(self, config: TrainConfig) -> CodeTree:
-        """Return the packages of this project."""
+        """Return the source files of this project, which the launcher is part of."""
         return CodeTree(ROOT, source_files, has_launcher=True)
 
     def checkpoints(self, folder: RunFolder) -> Iterator[SavedCheckpoint]:
@@ -304,7 +304,7 @@ class GptWorkload(Workload):
 
 
 def saves_more_often(config: TrainConfig) -> str:
-    """Return a ``checkpoint.interval`` of half the length, as an override."""
+    """Return a value for ``checkpoint.interval`` of half the length; without a length, a tenth of the run's steps."""
     every = config.checkpoint.every()
     if every.minutes is not None:
         return f"{every.minutes / 2:g}min"

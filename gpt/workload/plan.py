@@ -186,7 +186,7 @@ def plain_values(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: RankMemory, corpus: str) -> dict[str, str]:
-    """Return the lines of the plan for people."""
+    """Return the rows of the plan that the launcher prints: title -> text."""
     counted, steps = count(config.model), config.optim.max_steps
     active = f", {counted.active:,} active for a token" if counted.active != counted.total else ""
     gflop = training_flops_per_token(config.model).palm / 1e9
@@ -207,7 +207,7 @@ def plan_rows(config: TrainConfig, dims: ParallelDims, batch: Batch, needed: Ran
 
 
 def checkpoint_text(config: TrainConfig, world_size: int, nodes: int = 1) -> str:
-    """Describe the times of checkpoints, and how long they stop the training."""
+    """Describe when checkpoints are saved, whether training waits, and their host memory."""
     every, staging = str(config.checkpoint.every()), staging_bytes(config, world_size)
     copied = f"; copied to {config.checkpoint.copy_to}" if config.checkpoint.copy_to else ""
     if not staging:
@@ -219,7 +219,7 @@ def checkpoint_text(config: TrainConfig, world_size: int, nodes: int = 1) -> str
 
 
 def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:
-    """Describe how often the memory of the nodes receives the state, and its size there."""
+    """Describe checkpoints in memory: their interval, location and GiB for each rank; empty without them."""
     if not config.checkpoint.in_memory:
         return ""
     held = in_memory_bytes(config, world_size, nodes)
@@ -232,7 +232,7 @@ def in_memory_text(config: TrainConfig, world_size: int, nodes: int) -> str:
 
 
 def execution_rows(config: TrainConfig, precision: Precision, request: PlanRequest) -> dict[str, str]:
-    """Return the planned precision and compilation, with a note if only the ranks can decide."""
+    """Return the printed row on precision and compilation, with a note if only the ranks can decide the precision."""
     name = "bf16, where the GPUs compute in it" if precision is Precision.auto else precision.name
     compiled = choose_compile(config, request.world_size, on_cpus(config, request))
     known = find(gpu_name(request) or "")
@@ -243,7 +243,7 @@ def execution_rows(config: TrainConfig, precision: Precision, request: PlanReque
 
 
 def schedule_rows(config: TrainConfig, events: Events) -> dict[str, str]:
-    """Return the learning rate of a finished run that is extended."""
+    """Return the printed row on the learning rate of a finished run that is extended; empty for other runs."""
     before = planned_steps(events)
     if before is None or before >= config.optim.max_steps or not is_finished(events):
         return {}
@@ -251,7 +251,7 @@ def schedule_rows(config: TrainConfig, events: Events) -> dict[str, str]:
 
 
 def plan_notes(choice: ParallelChoice) -> dict[str, tuple[str, ...]]:
-    """Return the reason for the chosen parallelism, if the command left it open, and the alternatives."""
+    """Return the lines on the chosen parallelism and its alternatives; empty if the command sets the strategy."""
     if not choice.why:
         return {}
     return {"chosen": (choice.why, *table([layout.as_dict() for layout in choice.best]), *choice.left_out)}
@@ -273,7 +273,7 @@ def plan_warnings(
 def plan_facts(
     config: TrainConfig, dims: ParallelDims, batch: Batch, needed: RankMemory, corpus: str, choice: ParallelChoice
 ) -> dict[str, Any]:
-    """Return the plan for programs."""
+    """Return the plan as JSON values, for ``plan.json``; sizes are in tokens, sequences or bytes."""
     counted = count(config.model)
     tokens = batch.global_batch * config.model.block_size
     return {
@@ -300,7 +300,7 @@ def plan_facts(
 
 
 def step_kind(config: TrainConfig, dims: ParallelDims, batch: Batch) -> str:
-    """Return the settings that, besides the data, determine the time of a step on given nodes."""
+    """Return a text of the settings that determine the time of a step on given nodes, to find similar runs."""
     counted = count(config.model)
     size = f"{config.model.name} {counted.total} {batch.global_batch}x{config.model.block_size} micro {batch.micro}"
     how = (config.device, config.precision, config.compile, config.recompute)

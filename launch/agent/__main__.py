@@ -77,7 +77,7 @@ def run_agent(run_dir: str) -> None:
     set_default_threads()  # Set before the fork server loads libraries for the ranks.
     set_defaults()
     with lasting_imports():
-        from launch.agent import ranks, rendezvous  # All agents run this check at the same time, before the rendezvous.
+        from launch.agent import ranks, rendezvous  # All agents import torch now, before they meet.
 
     stop.interruptible = True
     lost: Mapping[int, NodeProblem] = {}
@@ -102,7 +102,9 @@ def run_agent(run_dir: str) -> None:
 
 
 def work_in_group(context: AgentContext) -> None:
-    """Start the ranks as long as enough nodes are left. The head node publishes the end of the run, and a failure.
+    """Start the ranks until the run ends or too few nodes are left.
+
+    At the end, the head node tells the other nodes that the run is over, and its failure if there is one.
 
     Raises:
         RunFailedError, ConfigError: as ``run_agent``.
@@ -132,7 +134,10 @@ def work_in_group(context: AgentContext) -> None:
 
 
 def start_repeatedly(context: AgentContext) -> None:
-    """Start the ranks again and again, as the head node decides. A spare node waits until a round needs it."""
+    """Start this node's ranks for one attempt after another, until the head node decides to stop or to requeue.
+
+    A spare node waits until a round, which is one start of the ranks, includes the node.
+    """
     from launch.agent import ranks
 
     folder, node, group, stop = context.folder, context.node, context.group, context.stop
@@ -160,8 +165,8 @@ def start_repeatedly(context: AgentContext) -> None:
 def observed_end(folder: RunFolder, attempt: int, problem: str | None, stop: StopRequest) -> Cause:
     """Return the cause of an attempt's end that every node can see: finished, cancelled, requested or crashed.
 
-    The function compares the events of the ranks with their exit statuses. ``problem`` is None if all exit statuses are
-    0. A requested stop gives ``cancelled``.
+    The cause follows from the events of the ranks and from ``problem``: the failure of this node's ranks, None if
+    they left in order. A requested stop gives ``cancelled``, unless the training is complete.
     """
     events = [e for e in folder.read_events() if e.get("attempt") == attempt]
     names = {e["event"] for e in events}
@@ -228,12 +233,12 @@ def on_event(context: RunContext, is_active: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def run_at_events(folder: RunFolder, command: Sequence[str], timeout_s: float = COMMAND_TIMEOUT_S) -> Iterator[None]:
-    """Run a command in a thread for each event with a name that is recorded in a ``with`` block.
+    """Run a command, in a thread, for each event with an ``event_name`` that is recorded during a ``with`` block.
 
-    At the end, wait for the commands of the last events, for ``timeout_s`` in all.
+    The end of the block waits for the commands of the last events, about ``timeout_s`` seconds in all.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         command: program and arguments.
         timeout_s: seconds after which a command is killed.
     """
@@ -261,7 +266,10 @@ def run_at_events(folder: RunFolder, command: Sequence[str], timeout_s: float = 
 
 
 def handle_line(folder: RunFolder, command: Sequence[str], line: bytes, timeout_s: float) -> None:
-    """Run the command if a line of the event log has an event with a name, and record its failure."""
+    """Run the command if ``line`` of the event log is an event with an ``event_name``.
+
+    If the command fails, record the event ``on_event_failed``.
+    """
     try:
         event = json.loads(line)
     except ValueError:  # A crash has cut this line off.
@@ -276,7 +284,10 @@ def handle_line(folder: RunFolder, command: Sequence[str], line: bytes, timeout_
 def run_command(
     folder: RunFolder, command: Sequence[str], variables: Mapping[str, str], timeout_s: float
 ) -> str | None:
-    """Run the command for one event. Returns the reason if the command fails, None if it succeeds."""
+    """Run the command for one event, and kill it after ``timeout_s`` seconds.
+
+    Returns None if the command succeeds, else the reason for its failure.
+    """
     if timeout_s <= 0:
         return "was not run: the agent leaves, and the commands before it took too long"
     env = {**{key: value for key, value in os.environ.items() if key != STORE_PREFIX}, **variables}
@@ -300,7 +311,7 @@ def run_command(
 
 @refusing
 def main() -> int:
-    """Run the agent of this node. Returns the exit status: 0 finished, 1 the run failed, 2 there is no run."""
+    """Run the agent of this node. Returns the exit status: 0, 1 if the run failed, 2 if the run cannot start."""
     parser = CommandParser(prog="python -m launch.agent", description="Run this node's ranks of a run.")
     parser.add_argument("run_dir", metavar="RUN_DIR", help="the folder of the run, on a filesystem all nodes share")
     try:

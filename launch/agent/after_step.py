@@ -1,11 +1,11 @@
 """Requeue from the batch script after srun has failed: a run that a fault interrupted is requeued.
 
-python -m launch.agent.after_step STATUS RUN_DIR                STATUS: the exit status of srun python -m
-launch.agent.after_step STATUS FOLDER --submitit      FOLDER: submitit's, with the job's pickle
+    python -m launch.agent.after_step STATUS RUN_DIR              STATUS: the exit status of srun
+    python -m launch.agent.after_step STATUS FOLDER --submitit    FOLDER: submitit's, with the job's pickle
 
 Slurm ends a step with its agents if a node reboots before Slurm has declared it DOWN ("io error and missing step").
-srun itself can also be killed; the agents then continue. This module tells both cases from a decision of the agents. It
-does not import torch.
+srun itself can also be killed; the agents then continue. This module distinguishes both cases from an end that
+the agents have decided. It does not import torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KILLED = 128
 
 
 def requeue_unless_ended(context: RunContext, status: int) -> int:
-    """Requeue the job if its agents were killed in the middle, and return the exit status of the batch script.
+    """Requeue the job if its agents were killed before the run ended. Returns the exit status of the batch script.
 
     Raises:
         RunFailedError: the run ends here, and the event log has the reason.
@@ -53,7 +53,7 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
     job = wait_for_controller(folder, lambda: scheduler.job_details(node.slurm_job))
     if job.state != "RUNNING" or job.restarts != node.restarts:  # cancelled, preempted or requeued meanwhile
         return status
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # The requeue records this event, after further steps.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's requeue sends it, and more events follow.
     if action is Action.requeue:  # An agent decided this, and was killed before Slurm received its request.
         decided = select_events(events, "decided")[-1]
         requeue_job(context, Cause(decided["cause"]), hosts_to_avoid(events, points_beside(folder)))
@@ -64,7 +64,7 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
 
 
 def wait_for_agents(folder: RunFolder, node: Node) -> None:
-    """Wait while the head node's agent runs on this host: Slurm's step continues without srun."""
+    """Wait until the head node's agent on this host has ended. Slurm's step can continue after srun was killed."""
     is_recorded = False
     while True:
         started = select_events(events_of(folder, node), "agent_started")
@@ -91,8 +91,9 @@ def events_of(folder: RunFolder, node: Node) -> list[dict[str, Any]]:
 
 
 def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | None:
-    """Return the action to do now: ``requeue`` if an agent decided it, ``restart`` in the middle of a run, else
-    None.
+    """Return the action that the agents left undone; None if there is none.
+
+    It is ``requeue`` if an agent decided so, ``restart`` if the agents were killed before they decided.
     """
     if not events:  # The job was killed before the agents began. A refusal by the agents would come again.
         return Action.restart if status > KILLED else None
@@ -105,7 +106,7 @@ def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | No
 
 
 def cut_short(context: RunContext, events: Sequence[dict[str, Any]]) -> tuple[int | None, Cause]:
-    """Return the killed attempt, None if no ranks had started, and the cause of its end."""
+    """Return the number of the killed attempt (None if no ranks had started) and the cause of its end."""
     attempt = ([None, *open_attempts(events)])[-1]
     if select_events(events, "budget_reached"):
         return attempt, Cause.budget

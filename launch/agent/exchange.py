@@ -33,7 +33,7 @@ BACKLOG = 4096
 
 
 def derive(token: str, purpose: str) -> str:
-    """Derive a name from the job's token.
+    """Derive a name of 32 hexadecimal digits from the job's token.
 
     Only this job can compute the name, and the name does not reveal the token.
     """
@@ -53,7 +53,7 @@ class SignedStore:
     """Messages of agents in a store, each under a key with one writer.
 
     Args:
-        store: keeps the messages.
+        store: torch's store that keeps the messages.
         token: secret of the job.
         name: name of this use of the store. A message that was signed for another name or key is ignored.
     """
@@ -65,7 +65,7 @@ class SignedStore:
         """Key of a value that was ignored because it is not signed; empty if there was none."""
 
     def set(self, key: str, message: str) -> None:
-        """Write the message of ``key``."""
+        """Sign ``message`` and write it under ``key``."""
         self._store.set(key, self._sign(key, message.encode()) + message)
 
     def read(self, keys: Sequence[str]) -> list[str | None]:
@@ -78,7 +78,7 @@ class SignedStore:
         return [self._verify(key, value) for key, value in zip(keys, self._store.multi_get(list(keys)), strict=True)]
 
     def open_keys(self, keys: Sequence[str]) -> None:
-        """Create missing keys without a message. Keys can be missing because a stranger can delete keys, too."""
+        """Create missing keys with an empty message, so that ``read`` works. A stranger could have deleted keys."""
         if not self._store.check(list(keys)):
             for key in keys:
                 # One operation of the store: a message that arrives meanwhile is not overwritten.
@@ -112,7 +112,7 @@ class RendezvousEndpoint:
 
 
 def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: float) -> RendezvousEndpoint:
-    """Open the store on the head node, and find it from the other nodes through the endpoint file in the run folder.
+    """Open the store on the head node; connect to it on other nodes, by the endpoint file in the run folder.
 
     The head node takes a free port and writes it into the file, so no port is fixed in advance. The file also holds the
     job's token, so only its owner can read it.
@@ -120,11 +120,11 @@ def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: flo
     Args:
         folder: folder of the run.
         node: this node.
-        timeout_s: longest wait for the head node's endpoint file, seconds.
-        answer_s: longest wait for an answer of the store, seconds.
+        timeout_s: longest wait in seconds until the endpoint file is written.
+        answer_s: longest wait in seconds for an answer of the store.
 
     Raises:
-        TimeoutError: the head node did not write its endpoint file in time.
+        TimeoutError: the head node did not, or could not, write the endpoint file in time.
     """
     timeout, deadline = timedelta(seconds=answer_s), time.monotonic() + timeout_s
     if node.is_head:
@@ -158,7 +158,7 @@ def write_endpoint(folder: RunFolder, node: Node, **fields: Any) -> bool:
 
 
 def read_endpoint(folder: RunFolder, node: Node) -> dict[str, Any]:
-    """Read the fields that the head node has written so far; empty if there are none."""
+    """Return the fields that the head node has written into the endpoint file; empty if there is no file."""
     path = endpoint_file(folder, node)
     try:
         fields = json.loads(path.read_text())
@@ -175,16 +175,16 @@ def read_endpoint(folder: RunFolder, node: Node) -> dict[str, Any]:
 
 
 class RequestState(msgspec.Struct, frozen=True):
-    """State of one kind of request, to stop or to save, on one node. A poll is one question of a rank for a request."""
+    """State of one kind of request, to stop or to save, on one node. A poll is one query of a rank for requests."""
 
     wants: int = 0
-    """Largest request of a rank or of the agent: a signal number, or the number of requested saves."""
+    """Largest request of a rank or of the agent: a signal number, or the number of requested saves; 0 if none."""
     held: int = 0
-    """Number of the ticket for which all ranks of the node wait at their next poll."""
+    """Number of the ticket for which all ranks of the node wait at their next poll; 0 if none."""
     most: int = 0
-    """Largest number of polls of any rank of the node."""
+    """Largest number of polls that a rank of the node has made."""
     least: int = 0
-    """Smallest number of polls of any rank; 0 while a rank has yet to start.
+    """Smallest number of polls that a rank has made; 0 while a rank has yet to start.
 
     A rank that starts later would miss a save on which the other ranks agree now.
     """
@@ -203,9 +203,10 @@ class Ticket(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """State of one agent. Only the head node sets the last five fields."""
+    """State of one agent. Only the head node sets ``tickets``, ``round``, ``over`` and ``failure``."""
 
     beat: int = -1
+    """Number of this message, from 0; -1 if none was sent."""
     host: str = ""
     ready: int = -1
     """Number of the round for which this node is ready; -1 if none."""
@@ -241,7 +242,7 @@ QUICK_S = 0.02
 HURRY_S = 10.0
 """Seconds after a failure in which the agents exchange quickly. The next rendezvous normally takes less time."""
 HURRYING = 16
-"""Number of agents up to which each exchanges at full speed.
+"""Number of agents up to which each can exchange every ``QUICK_S`` seconds.
 
 More agents exchange more slowly, to spare the head node.
 """
@@ -312,7 +313,7 @@ class Heartbeat:
     def flush(self, timeout_s: float) -> bool:
         """Wait at most ``timeout_s`` seconds until all published fields are sent.
 
-        Returns False if the store is gone.
+        Returns False if some were not sent, for example because the store is gone.
         """
         with self._sent:
             goal = self._rounds + 2  # The exchange that runs now may have begun before the last ``publish``.
@@ -369,7 +370,10 @@ class Heartbeat:
 
 
 BARRIER_S = 0.05
-"""Seconds between setting ``hold`` and reading the counts. A processor shows a write to others in microseconds."""
+"""Seconds between setting ``hold`` in a heartbeat file and reading the rank's polls.
+
+By then the rank sees ``hold``, since a write is visible to other processors after microseconds.
+"""
 ANSWER_S = 5.0
 """Seconds after which the head node decides without nodes that do not answer. The run is about to lose such nodes."""
 

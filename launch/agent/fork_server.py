@@ -42,9 +42,9 @@ LOOK_S = 0.2
 FORK_S = 60.0
 """Longest wait in seconds for the fork of one rank, which takes some milliseconds."""
 EARLY = ("PYTHON", "LD_", "GLIBC_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_")
-"""Prefixes of variables that Python and its libraries read at their start. A forked process is too late to set them."""
+"""Prefixes of variables that Python and its libraries read at their start. A forked process sets them too late."""
 LATE = ("PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_NCCL_", "TORCH_FR_")
-"""Prefixes of exceptions from ``EARLY``. A forked rank reads these variables later, or acts on them anyway."""
+"""Prefixes of exceptions from ``EARLY``: variables that take effect even if a forked rank sets them."""
 PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37  # linux/prctl.h
 
 
@@ -99,7 +99,7 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The fork server of this process, for the length of a ``with`` block. Create it while the process has one thread.
+    """Fork server of this agent, which ends with a ``with`` block. Create it while this process has only one thread.
 
     Args:
         preload: modules that the server imports.
@@ -139,7 +139,8 @@ class ForkServer:
     def wait_ready(self, is_called_off: Callable[[], bool] = lambda: False) -> None:
         """Wait until all modules are imported, or until ``is_called_off`` returns True.
 
-        If an import fails, the agent executes the ranks instead of forking them, and their logs show the reason.
+        If an import fails, or the imports take longer than ``PRELOAD_S`` seconds, the agent executes the ranks
+        instead of forking them.
         """
         deadline = time.monotonic() + PRELOAD_S
         while self.pid is not None and not self._is_ready and not is_called_off():
@@ -149,13 +150,14 @@ class ForkServer:
     def start(self, args: Sequence[str], env: Mapping[str, str], cwd: str, log: str) -> ForkedProcess | None:
         """Fork a rank. Returns None if the agent has to execute the rank instead.
 
-        A fork needs ``python -m``, a server that is ready, and the working directory and environment of the imports.
+        A fork needs a command ``python -m MODULE``, a server that has imported its modules, and the same working
+        directory and variables of ``EARLY`` as during the imports.
 
         Args:
             args: program and arguments.
-            env: the whole environment.
+            env: complete environment of the rank.
             cwd: working directory.
-            log: path of the file to which the output is appended.
+            log: path of the file to which the rank's output is appended.
         """
         if not self._is_ready or self.pid is None:
             return None
@@ -173,7 +175,10 @@ class ForkServer:
         return None if pid is None else ForkedProcess(args, pid)
 
     def _receive(self, timeout_s: float, start: Start | None = None) -> int | None:
-        """Receive the process id of the server, or of the rank ``start``; None if this agent stops using the server."""
+        """Return the process id of the server, or with ``start``, of the rank that the server forks.
+
+        If the server reports an error, or does not answer in ``timeout_s`` seconds, end the server and return None.
+        """
         try:
             if start is not None:
                 self._connection.send(start)
@@ -191,7 +196,7 @@ class ForkServer:
 
 @contextmanager
 def adopting() -> Iterator[None]:
-    """Adopt descendants whose parent ends during the ``with`` block."""
+    """Make this process the new parent of its descendants whose own parent ends during the ``with`` block."""
     libc, before = ctypes.CDLL(None), ctypes.c_int()
     libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -205,7 +210,10 @@ def adopting() -> Iterator[None]:
 
 
 def serve_forks(requests: Connection, preload: Sequence[str], agent: int) -> NoReturn:
-    """Import the modules, send the result, then fork the requested ranks until the agent is gone."""
+    """Run the server: import the modules, send the own process id or the error, then fork ranks on request.
+
+    The process ends when the agent is gone.
+    """
     try:
         ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
         become_helper(agent)
@@ -230,9 +238,10 @@ def serve_forks(requests: Connection, preload: Sequence[str], agent: int) -> NoR
 
 
 def release_files(keep: int) -> None:
-    """Close the files that the agent has open, such as its connections.
+    """Replace the inherited open files, such as the agent's connections, with /dev/null.
 
-    The numbers are reserved, since Python objects may close the same numbers later.
+    Descriptor ``keep`` and the standard streams stay. Other descriptors stay in use: inherited Python objects may
+    close the same numbers later.
     """
     nothing = os.open(os.devnull, os.O_RDWR)
     for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
@@ -243,7 +252,7 @@ def release_files(keep: int) -> None:
 
 
 def import_all(modules: Sequence[str]) -> str | None:
-    """Import modules. Returns None, or the reason why ranks cannot be forked: a failed import, or a started thread."""
+    """Import modules. Returns None if ranks can be forked, else the reason: a failed import, or a started thread."""
     cwd = str(Path.cwd())
     if not sys.flags.safe_path and cwd not in sys.path:
         sys.path.insert(0, cwd)  # as ``python -m`` does
@@ -288,7 +297,7 @@ def run_rank(start: Start, agent: int, ignored: Collection[int], requests: Conne
         start: program and environment.
         agent: process id of the agent, which must be the parent of this process.
         ignored: signals that an executed rank would have inherited as ignored.
-        requests: connection that receives the process id, or the reason why there is no rank.
+        requests: connection that receives the rank's process id, or the reason why the rank cannot start.
     """
     status = 1
     try:
@@ -306,7 +315,12 @@ def run_rank(start: Start, agent: int, ignored: Collection[int], requests: Conne
 
 
 def become_rank(start: Start, agent: int, ignored: Collection[int]) -> None:
-    """Give this forked process the state of an executed rank: environment, signals, streams and working directory."""
+    """Give this forked process the state of an executed rank: environment, signals, streams and working directory.
+
+    Raises:
+        ProcessLookupError: the parent of this process is not the agent.
+        RuntimeError: CUDA was initialized before the fork.
+    """
     if os.getppid() != agent:
         raise ProcessLookupError(f"the parent is process {os.getppid()}, and not the agent, process {agent}")
     torch = sys.modules.get("torch")
@@ -343,9 +357,10 @@ def open_streams(log: str) -> None:
 
 
 def take_streams(sources: Sequence[int]) -> None:
-    """Make open files the three standard streams, unbuffered as with PYTHONUNBUFFERED, and close the originals.
+    """Use three open files as standard input, output and error, unbuffered as with PYTHONUNBUFFERED.
 
-    The objects of the streams are made as Python makes them at its start (create_stdio in Python/pylifecycle.c).
+    ``sources`` are the descriptors of these files, which are closed afterwards. The stream objects are made as
+    Python makes them at its start (create_stdio in Python/pylifecycle.c).
     """
     for fd, source in enumerate(sources):
         os.dup2(source, fd)
@@ -389,7 +404,7 @@ def exit_status(program: Callable[..., object], *args: object) -> int:
 
 
 def leave() -> int:
-    """Do the work of Python's exit, except for the destruction of objects. Returns 120 if output is lost, else 0."""
+    """Do what Python does at its exit, except for destroying objects. Returns 120 if output is lost, else 0."""
     threading._shutdown()  # type: ignore[attr-defined]  # as multiprocessing does it in its own forks
     atexit._run_exitfuncs()
     status = 0
@@ -403,7 +418,7 @@ def leave() -> int:
 
 
 def end_with(status: int) -> NoReturn:
-    """End this process at once with an exit status. A negative status means a signal."""
+    """End this process at once with exit status ``status``; if negative, by signal ``-status``."""
     if status < 0:
         signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
@@ -411,10 +426,10 @@ def end_with(status: int) -> NoReturn:
 
 
 def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-    """Show a command line in /proc, for ps and people, and a new environment if one is given.
+    """Change the command line of this process in ps and /proc, and its environment in /proc if ``env`` is given.
 
     Linux shows the memory that held both when the process was executed (proc(5), /proc/PID/stat, fields 48 to 51).
-    Longer strings are cut off.
+    This memory is overwritten, and text that does not fit is cut off.
     """
     with contextlib.suppress(OSError, ValueError, IndexError):
         fields = [int(field) for field in Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[45:49]]
@@ -439,9 +454,9 @@ DEVICES = Path("/sys/bus/pci/devices")
 def cpus_of_ranks(
     ranks: int, gpus: Sequence[Gpu], allowed: Collection[int], devices: Path = DEVICES
 ) -> list[frozenset[int]] | None:
-    """Choose CPUs near its GPU for each rank of a node, by local rank. None to bind no rank.
+    """Return for each rank of a node, by local rank, the CPUs near its GPU; None if no rank is to be bound.
 
-    Only CPUs that this process may use count. Returns None if a GPU or its NUMA node is not known, or if all CPUs are
+    Only the CPUs in ``allowed`` count. Returns None if a GPU or its NUMA node is not known, or if all CPUs are
     near. Returns None also if some GPUs have fewer near CPUs than ranks: a job on a shared node may have CPUs of
     another socket.
     """

@@ -60,7 +60,7 @@ class GpuReading:
     throttled: int = 0
     """Bit mask of the reasons for which the GPU's clocks are lowered."""
     xids: tuple[int, ...] = ()
-    """Xid errors since the first reading, without the errors in ``OF_APPLICATIONS``."""
+    """Numbers of the Xid errors since the first reading, without the errors in ``OF_APPLICATIONS``."""
     problem: str = ""
     """Error that the GPU returned instead of its state; empty if there was none."""
 
@@ -85,7 +85,7 @@ class Nvml:
         return [self._read(bus, handle) for bus, handle in gpus.items()]
 
     def buses(self) -> list[str]:
-        """Addresses of the GPUs that this process may open. Raises GpuError as ``read_health``."""
+        """Return the PCI addresses of the GPUs that this process may open. Raises GpuError as ``read_health``."""
         with self._answering() as gpus:
             return list(gpus)
 
@@ -110,7 +110,7 @@ class Nvml:
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[Mapping[str, Any]]:
-        """Provide the GPUs that this process may open, address -> handle.
+        """Yield the GPUs that this process may open: PCI address -> handle of NVML.
 
         Turns an error of the driver into GpuError.
         """
@@ -163,7 +163,7 @@ class Nvml:
         return GpuReading(bus, errors, throttled or 0, xids)
 
     def _call(self, function: str, handle: Any, *constants: str) -> int | None:
-        """Call a function of NVML. Returns None if the GPU or the driver does not have the value."""
+        """Return the value of a function of NVML; None if the GPU or the driver does not have the value."""
         nvml = self._nvml
         try:
             return int(getattr(nvml, function)(handle, *(getattr(nvml, name) for name in constants)))
@@ -172,7 +172,7 @@ class Nvml:
 
 
 THROTTLED = {bit: THROTTLE_REASONS[bit] for bit in (0x08, 0x40, 0x80)}
-"""Bits of NVML's clocks event reasons that mean a fault.
+"""Bits of NVML's clocks event reasons that mean a fault -> text for people.
 
 Three reasons are normal after an attempt: idle clocks, a power cap, and the driver's protection of a warm GPU (0x01,
 0x04, 0x20).
@@ -217,7 +217,7 @@ CHECK_TIMEOUT_S = 60.0
 MIN_FREE_MIB = 4.0
 """Free space in MiB below which a filesystem counts as full."""
 RUN_FOLDER = "run folder"
-"""Name of the part that all nodes share: if it fails here, it fails on every node."""
+"""Name of the check of the run folder. All nodes share this folder, so all nodes have the same fault."""
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -252,7 +252,7 @@ class HealthCheck:
         }
 
     def examine(self) -> list[Fault]:
-        """Check this node and return its faults. The call takes at most twice ``CHECK_TIMEOUT_S``."""
+        """Return the faults of this node, within twice ``CHECK_TIMEOUT_S`` seconds; empty if checks are off."""
         if not self._limits.enabled:
             return []
         found: list[Fault] = []
@@ -336,7 +336,10 @@ def links_up(root: Path = SYS) -> set[str]:
 
 
 def is_link_up(name: str, root: Path = SYS) -> bool:
-    """Return whether an interface, a port (``mlx5_0/1``) or any port of an adapter (``mlx5_0``) is up."""
+    """Return whether an interface, a port (``mlx5_0/1``) or any port of an adapter (``mlx5_0``) is up.
+
+    False if there is no such interface or port.
+    """
     adapter, _, port = name.partition("/")
     with contextlib.suppress(OSError):  # EINVAL: the interface was switched off.
         if (root / "net" / adapter).exists():
@@ -347,7 +350,10 @@ def is_link_up(name: str, root: Path = SYS) -> bool:
 
 
 def fault_of_program(words: Sequence[str], timeout_s: float) -> str:
-    """Run a check of this node. Returns its fault; empty if the program exits with 0."""
+    """Run the site's check program for at most ``timeout_s`` seconds.
+
+    Returns the fault as a sentence; empty if the program exits with 0.
+    """
     name = words[0]
     try:
         process = subprocess.Popen(
@@ -438,7 +444,7 @@ def sampling(
         try:
             sample()
         except GpuError as error:
-            if DRIVER.is_dir():  # Without a name there is no GPU.
+            if DRIVER.is_dir():  # Without this folder there is no NVIDIA GPU.
                 say(f"launch: no GPU telemetry: {error}")
         except OSError as error:
             say(f"launch: GPU telemetry cannot be written: {error}")

@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 TICK_S = 0.5
 PAUSED_S = 5.0
-"""Delay of a tick in seconds that means: the process was stopped, and did not only wait for a processor."""
+"""Seconds between two ticks above which the process was stopped, and did not only wait for a processor."""
 
 
 class RunningClock:
-    """Clock with the seconds for which this process has run, without time in which it was stopped. A thread counts."""
+    """Clock that counts, in a thread, the seconds for which this process runs, without time while it is stopped."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -47,7 +47,7 @@ class RunningClock:
         threading.Thread(target=self._count, name="clock", daemon=True).start()
 
     def now(self) -> float:
-        """Return the seconds so far, at most ``TICK_S`` too few."""
+        """Return the seconds since the clock was made, at most ``TICK_S`` too few."""
         return self._seconds
 
     def close(self) -> None:
@@ -83,9 +83,10 @@ def start_time(pid: int) -> str | None:
 
 
 def threads_handling(pid: int, number: int) -> set[Path]:
-    """Return status files of a process's threads that block a signal: a thread blocks it while it handles it.
+    """Return the status files in /proc of the threads of process ``pid`` that handle signal ``number`` now.
 
-    The status file of the process is included while the signal waits for one of its threads.
+    A thread blocks the signal meanwhile. The status file of the process is included while the signal waits for one of
+    its threads.
     """
     bit = 1 << (number - 1)
     blocked = [(path, "SigBlk:") for path in Path(f"/proc/{pid}/task").glob("*/status")]
@@ -113,7 +114,7 @@ def _stat_fields(pid: int) -> list[str] | None:
 
 
 OWNER = "LAUNCH_OWNER_PID"
-"""Environment variable with the process id of the launcher that started a local run. The run stops with it."""
+"""Environment variable with the process id of a local run's launcher. The run stops when the launcher is gone."""
 STOP_FILE = "STOP"
 """Name of the file in a run folder that requests the ranks to save and leave; also the name of that request."""
 
@@ -130,10 +131,10 @@ class StopRequest:
         self.name = ""
         self.since = 0.0
         self.interruptible = False
-        """True while a signal interrupts a wait during which no ranks run."""
+        """True while a signal raises InterruptedError in the agent, because no ranks run that could save."""
 
     def install(self) -> None:
-        """Replace the signal handlers of submitit, which requeue inside the handler, and on rank 0 only."""
+        """Handle SIGTERM and SIGUSR2 here. Submitit's handlers would requeue by themselves, and on rank 0 only."""
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._handle)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
@@ -144,7 +145,7 @@ class StopRequest:
             raise InterruptedError(f"{self.name} before the ranks had started")
 
     def request(self, name: str) -> None:
-        """Record that the run should stop, and why."""
+        """Count a request to stop. The first one sets ``name``, its reason, and ``since``, monotonic seconds."""
         self.count += 1
         if self.count == 1:
             self.name, self.since = name, time.monotonic()
@@ -161,7 +162,7 @@ SIOCGIFADDR = 0x8915  # From linux/sockios.h: get the address of an interface.
 
 @dataclass(frozen=True)
 class Node:
-    """Place of one agent among the ``count`` agents of its job."""
+    """Identity of one agent and its node: ``index`` among the ``count`` agents of its job, from 0."""
 
     index: int
     count: int
@@ -169,7 +170,7 @@ class Node:
     """Name of this start of the job. Another start of the job, such as a requeue, has another name."""
     is_slurm: bool
     slurm_job: str = ""
-    """Slurm's id of this job.
+    """Slurm's id of this job; empty outside of Slurm.
 
     ``A_a`` for an element of an array, since Slurm reads the plain number as the whole array.
     """
@@ -182,7 +183,7 @@ class Node:
     def is_head(self) -> bool:
         """Return whether this is the head node, which decides for all nodes.
 
-        The batch script runs there: its loss ends the job.
+        The batch script runs on the head node: the loss of this node ends the job.
         """
         return self.index == 0
 
@@ -197,7 +198,10 @@ class Node:
 
     @classmethod
     def from_env(cls, token: str | None) -> Node:
-        """Read the place of this process in its job. ``token`` distinguishes local jobs with the same process id."""
+        """Read the identity of this process from the environment of Slurm or of submitit's local executor.
+
+        ``token`` distinguishes local jobs with the same process id.
+        """
         env = os.environ
         if env.get("SUBMITIT_EXECUTOR") == "local":
             index, count = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_NTASKS"])
@@ -220,7 +224,7 @@ class Node:
             left = scheduler.nodes_left(self.slurm_job, retries=1)
         except scheduler.SlurmError:
             return set()
-        # In any other state the whole job is being requeued.
+        # If Slurm has taken this host too, the whole job is being requeued.
         return {*self.hosts} - left if self.host in left else set()
 
     def own_address(self) -> str:
@@ -285,7 +289,7 @@ class TooFewNodesError(RuntimeError):
 
 
 class HeadNodeLostError(RuntimeError):
-    """Raised if the head node, which decides, does not answer. The message has the time since then."""
+    """Raised if the head node, which decides, does not answer. The message says why it counts as lost."""
 
 
 def problems_text(state: str, nodes: Iterable[NodeProblem]) -> str:
@@ -307,7 +311,7 @@ class RunContext:
     def events(self, *names: str, **fields: Any) -> list[dict[str, Any]]:
         """Return the events since the last submission.
 
-        If ``names`` are given, only events with these names and fields.
+        With ``names``, return only events that have one of these names and all of ``fields``.
         """
         events = events_since_submission(self.folder.read_events())
         return select_events(events, *names, **fields) if names else events

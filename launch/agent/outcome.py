@@ -51,7 +51,7 @@ from launch.slurm import client as scheduler
 Answer = TypeVar("Answer")
 
 CONTROLLER_WAIT_S = 12 * 3600.0
-"""Longest time in seconds that a decision waits for the controller.
+"""Longest time in seconds that a decision waits for Slurm's controller.
 
 A failover takes minutes, an upgrade or a restored database hours. By then the job's own time limit has mostly passed.
 """
@@ -59,7 +59,7 @@ ASK_AGAIN_S = 5.0
 
 
 def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
-    """Call ``ask`` until the controller answers, and return the answer.
+    """Call ``ask`` until Slurm's controller answers, and return the answer.
 
     The event log gets one event when the controller stops answering, and one when it answers again.
 
@@ -152,7 +152,7 @@ def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = 
 
 
 def failed_to_requeue(context: RunContext, text: str, why: str) -> RunFailedError:
-    """Record why a run cannot continue, and return the error with that reason."""
+    """Record why a run cannot continue, and return the error with that reason, for the caller to raise."""
     context.record("requeue_failed", job_id=context.node.slurm_job or None, cause=why)
     return RunFailedError(f"{text}\nnot started again: {why}")
 
@@ -209,7 +209,7 @@ def apply_decision(
         attempt: number of the attempt; None if the ranks had not started.
         cause: cause of the end.
         text: failure of the attempt, for people.
-        left: number of nodes on which the agents can start the ranks again in place; None if they cannot.
+        left: number of nodes on which the agents can start the ranks again without a requeue; None if they cannot.
         step_has_ended: True if Slurm's step with the agents has ended.
 
     Raises:
@@ -246,7 +246,7 @@ def record_attempt_end(context: RunContext, job: str, attempt: int | None, cause
 
 
 def decide_for(context: RunContext, cause: Cause) -> Decision:
-    """Decide what follows an attempt that ended for ``cause``. Its end is the last event of the log."""
+    """Decide what follows an attempt that ended for ``cause``. Record the end before this call."""
     config = context.config
     resumes = workload_of(config).contract(config, config.world_size).resumes
     return decide_next(context.events(), cause, config.resilience, resumes)
@@ -279,7 +279,10 @@ def refuse_decided(context: RunContext, attempt: int | None) -> None:
 
 
 def handle_early_stop(context: RunContext, why: str) -> None:
-    """Handle a stop that comes before any ranks run. Nothing needs a save, but a preempted job must be requeued."""
+    """Record a stop that came before any ranks ran, and requeue the job after a preemption or at its time limit.
+
+    Does nothing except on the head node.
+    """
     if context.node.is_head:
         context.record("agent_stopped", node=context.node.index, cause=why)
         cause = cause_of_stop(context, attempt=None)
@@ -289,10 +292,10 @@ def handle_early_stop(context: RunContext, why: str) -> None:
 
 
 def close_lost_attempts(context: RunContext) -> None:
-    """Record the end of each attempt that was killed with its job, before this start of the job continues.
+    """Record the end of the last attempt if it was killed with an earlier start of the job.
 
     Raises:
-        RunFailedError: the run has used up its limits.
+        RunFailedError: the limits of the run do not allow another attempt.
     """
     lost = open_attempts(context.events())
     # "moved": a preempted run that waited for long continues as another job.
@@ -311,7 +314,7 @@ def close_lost_attempts(context: RunContext) -> None:
 
 
 def handle_too_few_nodes(context: AgentContext, error: TooFewNodesError) -> None:
-    """Handle a start with too few healthy nodes, on the head node. A requeue may bring other nodes.
+    """Record, on the head node, that too few nodes are healthy, and requeue the job to get other nodes.
 
     Raises:
         RunFailedError: there is no queue, all nodes have the same fault, or the run has used up its limits.
@@ -365,7 +368,7 @@ def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
 
 
 TAKE_OVER_S = 3.0
-"""Seconds that each node waits for the node before it to take over."""
+"""Seconds that node i + 1 waits longer than node i before it takes over, so that the first remaining node does."""
 
 
 def take_over_as_leader(context: RunContext, why: str, known: int | None) -> None:
@@ -402,7 +405,7 @@ def take_over_as_leader(context: RunContext, why: str, known: int | None) -> Non
 
 
 def orphaned_attempt(events: Sequence[dict[str, Any]], node: Node, known: int | None) -> int | None:
-    """Return the running attempt of a lost head node; None if the node was lost between two attempts.
+    """Return the number of the attempt that ran when the head node was lost; None if no attempt ran.
 
     Args:
         events: the event log since the submission.

@@ -1,4 +1,4 @@
-"""Restart policy: restart in place, requeue or stop; hosts to avoid; number of nodes; budget of the allocation."""
+"""Restart policy: restart in place, requeue or stop; hosts to avoid; budget of the allocation."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Cause(StrEnum):
     node_failed = "node_failed"
     out_of_memory = "out_of_memory"
     diverged = "diverged"
-    """A loss is no finite number. The same data and weights give it again, unless a device has miscalculated."""
+    """A loss was not finite. A new start would get the same loss, unless a device has miscalculated."""
     crashed = "crashed"
     hung = "hung"
     requested = "requested"
@@ -140,9 +140,10 @@ def decide_next(events: Events, cause: Cause, limits: ResilienceConfig, resumes:
 
 
 def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float) -> bool:
-    """Return whether the end of an attempt no longer counts: the run saved a newer checkpoint, some time ago.
+    """Return whether an attempt's end no longer counts towards its limit.
 
-    Both conditions are needed. With the checkpoint alone, a run could fail forever right after each save. With the time
+    It does not count if the run has saved a newer checkpoint since, and ``forgive_after_s`` seconds have passed. Both
+    conditions are needed. With the checkpoint alone, a run could fail forever right after each save. With the time
     alone, waiting in the queue would be enough.
     """
     place = next(number for number, event in enumerate(events) if event is end)
@@ -155,8 +156,8 @@ def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float) -> 
 def attempt_ends(events: Events) -> list[dict[str, Any]]:
     """Return the first ``attempt_ended`` of each attempt, oldest first.
 
-    An attempt can have a second end: a node that had lost its connection records one after the node that took over. A
-    start of the job without an attempt also has one end.
+    A node that had lost its connection can record a second end of an attempt, after the node that took over. A start
+    of the job without an attempt also has one end.
     """
     ends: dict[object, dict[str, Any]] = {}
     for number, event in enumerate(events):
@@ -174,7 +175,7 @@ def open_attempts(events: Events) -> list[int]:
 
 
 def attempts_without_progress(events: Events) -> int:
-    """Count the last attempts in a row that ended without a checkpoint beyond their first step.
+    """Count the last attempts in a row that ended without a checkpoint beyond the step from which they started.
 
     Returns 0 if the run has never reported a checkpoint, since its progress is then unknown. Attempts that were
     interrupted from outside before their first step are skipped.
@@ -197,14 +198,15 @@ def attempts_without_progress(events: Events) -> int:
 
 
 def cause_of_signal(job: JobDetails, restarts: int, signal_delay_s: float, now: float) -> Cause:
-    """Return the cause of a signal: preemption, time limit or cancel. Slurm sends the same signals for all three.
+    """Return the cause of a signal: preemption, time limit, cancel, or a failed batch script (``node_failed``).
 
-    While the job runs, the signal announces the end. Once the job completes, Slurm 22.05 shows the cause: a requeue
-    raises the count of restarts, a time limit uses up the time, a failed batch script leaves a reason. Every other end
-    is a cancel: as a preemption, a cancelled job would start again.
+    Slurm sends the same signals for all causes. While the job runs, the signal announces the end. Once the job
+    completes, Slurm 22.05 shows the cause: a requeue raises the count of restarts, a time limit uses up the time, a
+    failed batch script leaves a reason. Every other end counts as a cancel, so that a cancelled job does not start
+    again.
 
     Args:
-        job: state of the job by the controller.
+        job: state of the job, as Slurm's controller reports it.
         restarts: number of requeues of this job before it started.
         signal_delay_s: seconds from the signal to the time limit; sbatch may send the signal a minute earlier.
         now: time when the signal came, Unix seconds.
@@ -230,7 +232,7 @@ CAUSES_BY_ERROR = {
 
 
 def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
-    """Return the cause of an attempt's end from its first recorded failure."""
+    """Return the cause of an attempt's end from its first recorded failure; ``crashed`` if there is none."""
     text = str(failure.get("cause", "")) if failure else ""
     named = CAUSES_BY_ERROR.get(text.partition(": ")[0])
     if named is not None:
@@ -241,7 +243,7 @@ def cause_of_failure(failure: dict[str, Any] | None) -> Cause:
 
 
 class RunFailedError(RuntimeError):
-    """Raised if the run ends and not all ranks have finished."""
+    """Raised if the run ends without being finished, and nobody requested its end."""
 
 
 class AlreadyDecidedError(RunFailedError):
@@ -256,7 +258,7 @@ NO_EVENTS: Mapping[str, Events] = MappingProxyType({})
 UNRELIABLE = 2
 """Number of failures after which a host is avoided. A single failure may be chance, or the fault of the run."""
 DRIFT = "replicas_differ"
-"""Name of the event that replicas of the parameters differ."""
+"""Name of the event that is recorded when data-parallel replicas of the parameters differ."""
 OF_A_HOST = (Cause.crashed, Cause.hung, Cause.node_failed)
 """Causes for which a host may be responsible.
 
@@ -265,9 +267,10 @@ A diverged loss, too little memory and a refusal come from the program, and woul
 
 
 def points_beside(folder: RunFolder) -> dict[str, Events]:
-    """Return the events of the command's other points since this point was submitted: name of the point -> events.
+    """Return the events of the other points (runs) of this run's command: name of the point -> events.
 
-    Empty if the plan cannot be read: the code that needs the plan reports this error.
+    Only events since the submission of this run count. Empty if the plan cannot be read: the code that needs the
+    plan reports this error.
     """
     try:
         others = [other for other in command_folders(folder) if other.path != folder.path]
@@ -279,13 +282,13 @@ def points_beside(folder: RunFolder) -> dict[str, Events]:
 
 
 def unreliable_hosts(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -> dict[str, str]:
-    """Return the hosts that failed in more than one attempt since the command was typed, with a text of their failures.
+    """Return the hosts that failed in more than one attempt since the command was typed: host -> failures.
 
-    A host that has changed parameters, by a majority of the replicas, counts after one failure: that is no chance.
+    A host whose parameters differ from those of most replicas counts after one failure: that cannot be chance.
 
     Args:
         events: event log of the run.
-        beside: event logs of the other points of its command, by their names.
+        beside: name -> event log of each other point of the same command.
     """
     logs = named_logs(events, beside)
     certain = {host for log in logs.values() for e in select_events(log, DRIFT, certain=True) for host in e["hosts"]}
@@ -294,7 +297,7 @@ def unreliable_hosts(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -
 
 
 def hosts_to_avoid(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -> dict[str, str]:
-    """Return the hosts that a requeued job must not get again: unreliable, lost or sick hosts, each with the reason.
+    """Return the unreliable, lost and sick hosts, which a requeued job must not get again: host -> reason.
 
     The arguments are those of ``unreliable_hosts``.
     """
@@ -309,7 +312,10 @@ def hosts_to_avoid(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -> 
 
 
 def named_logs(events: Events, beside: Mapping[str, Events]) -> dict[str, Events]:
-    """Return the events since the command was typed, by the prefix of the point in a text; no prefix for this run."""
+    """Return the events of each run since the command was typed: prefix -> events.
+
+    The prefix, for texts, is ``NAME: `` for another point of the command, and empty for this run.
+    """
     return {"": events_since_submission(events), **{f"{name}: ": log for name, log in beside.items()}}
 
 
@@ -318,7 +324,7 @@ def failures_of_hosts(logs: Mapping[str, Events]) -> dict[str, list[str]]:
 
     Each host has at most one failure per attempt. A host has failed if it was lost, or if the first failed rank of an
     attempt ran there. A host whose rank only reports a lost peer did not fail. If replicas of the parameters differ,
-    all ranks fail, and the hosts of the wrong replicas count.
+    all ranks fail, and only the hosts of the wrong replicas count.
     """
     found: dict[str, list[str]] = defaultdict(list)
     for name, log in logs.items():
@@ -358,7 +364,7 @@ LEAVE_S = 5.0
 
 
 class Meter:
-    """Meter of the allocation's use, for the length of a ``with`` block. Only the head node measures."""
+    """Measures how much of its budget the allocation uses, during a ``with`` block. Only the head node measures."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
@@ -388,9 +394,9 @@ class Meter:
             self._context.record("agent_ended", job=self._context.node.job, ended_at=time.time())
 
     def poll(self, *, is_leaving: bool = False) -> str | None:
-        """Write a heartbeat every ``budget_poll_s`` and return the text of a reached cap, which is recorded; else None.
+        """Write a heartbeat, and return the text of a reached cap of the budget, which is recorded; None otherwise.
 
-        Returns None also for a run that is already leaving.
+        Acts at most every ``budget_poll_s`` seconds. Returns None in between, and for a run that already leaves.
         """
         config, now = self._context.config, time.time()
         if not self._context.node.is_head or time.monotonic() - self._polled < config.budget_poll_s:
@@ -422,7 +428,7 @@ class Meter:
             self._context.record("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 
     def _allocation(self) -> dict[str, Any]:
-        """Return nodes, GPUs and price of the allocation, and the time from which its use counts."""
+        """Return the allocation's nodes, GPUs, price per GPU-hour, start (Unix seconds) and time limit (seconds)."""
         config, node = self._context.config, self._context.node
         begun, limit_s = time.time(), 60.0 * config.cluster.timeout_min
         if node.is_slurm:

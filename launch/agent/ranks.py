@@ -59,7 +59,8 @@ line.
 def fork_server(context: RunContext) -> Iterator[ForkServer | None]:
     """Run the fork server of this node during a ``with`` block; yields None if ranks are to be executed.
 
-    Open the block before there are threads. The server imports libraries while the agents meet, also on a spare node.
+    Enter the block before this process has other threads. The server imports libraries while the agents meet,
+    also on a spare node.
     """
     folder, config = context.folder, context.config
     workload = workload_of(config)
@@ -78,19 +79,19 @@ def fork_server(context: RunContext) -> Iterator[ForkServer | None]:
 
 
 def code_of_ranks(folder: RunFolder, tree: CodeTree) -> CodeTree:
-    """Return the code that ranks run: the copy that was made at submission, if the run has one."""
+    """Return the code that ranks run: the copy that was made at submission; without a copy, ``tree`` itself."""
     copied = read_plan(folder).get("code")
     return tree if copied is None or tree.has_launcher else replace(tree, root=Path(copied))
 
 
 def state_of(tree: CodeTree) -> dict[str, tuple[int, int]]:
-    """Return the modification time in ns and the size of every file of the code."""
+    """Return for each file of the code: its name -> modification time in nanoseconds, size in bytes."""
     stats = {name: path.stat() for name, path in tree.files(tree.root)}
     return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
 
 
 def prepare_environment(node: Node, config: Config, address: str) -> None:
-    """Set the environment variables that all ranks inherit."""
+    """Set the variables of this process that ranks inherit in every attempt."""
     set_default_threads()
     os.environ["PYTHONUNBUFFERED"] = "1"
     # All nodes have the same number of ranks, so elastic's agents need not write sizes into a store that strangers can
@@ -110,7 +111,7 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
 
 
 def set_run_variables(attempt: Attempt) -> None:
-    """Set the environment variables of the run for the ranks, and the variables of the workload."""
+    """Set the variables of this process that ranks inherit in one attempt, with those of the workload."""
     folder, group, command, number = attempt.folder, attempt.group, attempt.command, attempt.number
     set_defaults(typed=command.env)
     set_dump_file(folder.path, folder.attempt(number), typed=command.env)
@@ -135,7 +136,7 @@ CLOSING_S = 5.0
 
 
 class MemoryStore:
-    """The memory store of this agent, for the length of a ``with`` block. It starts at its first use."""
+    """The memory store of this agent, for the length of a ``with`` block. ``environment`` starts its process."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -155,7 +156,7 @@ class MemoryStore:
                 process.communicate()
 
     def environment(self, address: str, secret: str) -> Mapping[str, str]:
-        """Return the variables with which ranks find the store on ``address``. Replaces a dead store.
+        """Return the variables with which ranks find the store. Starts a store on ``address`` if none runs.
 
         If a store cannot be started, standard error has the reason, and the ranks run without a store.
         """
@@ -187,7 +188,7 @@ def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
     code ran, or belong to a workload without records.
 
     Args:
-        context: its config has the nodes of this start. A fork server with outdated code is not used.
+        context: context of the agent; its ``config.nodes`` counts only the nodes of this start.
         rdzv: members of this start and their store.
 
     Returns:
@@ -236,7 +237,7 @@ def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
 LAST_MESSAGES_S = 3.0
 """Seconds after the first failure in which other ranks can still record their own failures."""
 HERE = "here"
-"""Key in the store of an attempt: the number of nodes that are about to start their ranks."""
+"""Key in the store of an attempt: the number of nodes that are ready to start their ranks."""
 VERDICT = "verdict"
 """Key in the store of an attempt: ``GO``, ``LEAVE`` or ``AGAIN`` for all nodes. The first node that writes decides."""
 GO, LEAVE, AGAIN = "go", "leave", "again"
@@ -267,7 +268,7 @@ class FixedRendezvous(RendezvousHandler):
 
         Raises:
             InterruptedError: a node was requested to leave before all nodes had arrived here.
-            torch.distributed.DistStoreError: a node did not arrive, or was lost before it could.
+            torch.distributed.DistStoreError: a node did not arrive, or was lost before it arrived.
         """
         self._meet()
         rdzv, token = self._attempt.rdzv, self._attempt.group.token
@@ -361,14 +362,14 @@ class RankAgent(LocalElasticAgent):
         self.killed: set[int] = set()
         """Ranks that this agent killed. Their exit statuses do not show the cause of a failure."""
         self.is_given_up = False
-        """True if waiting has no use: another node has failed, or is lost."""
+        """True once waiting for other nodes is useless: a node has failed or is lost, or the grace period is over."""
         self.asks_for_requeue = False
         """True if ranks have left with the exit status that means: the run is saved, requeue the job."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         """Start the ranks, by forks if possible.
 
-        Elastic creates their handlers with a function that is replaced here.
+        During the call, this method replaces the function with which elastic creates a rank's process.
         """
         attempt, server, cpus, workdir = self._attempt, self._server, self._cpus, self._workdir
         original = elastic_processes.get_subprocess_handler
@@ -414,10 +415,11 @@ class RankAgent(LocalElasticAgent):
         return super()._monitor_workers(worker_group)
 
     def _wait_for_others(self, codes: Sequence[int | None]) -> bool:
-        """Return whether the other ranks still have a moment to record their ends after one rank failed or left.
+        """Return whether the other ranks still have time to record their failures after one rank has failed.
 
-        Elastic would end the other ranks at once. A lost peer's error often comes first and would hide the original
-        failure. Ranks that wait for the lost rank are killed here; elastic would wait half a minute.
+        They get ``LAST_MESSAGES_S`` seconds, or the grace period if the first rank requested a requeue. Then they are
+        killed. Elastic would end the other ranks at once. The error of a lost peer often comes first and would hide
+        the original failure.
         """
         if None not in codes or not any(codes):
             return False
@@ -460,7 +462,7 @@ class RankAgent(LocalElasticAgent):
                     self.killed.add(rank)
 
     def ranks(self) -> dict[int, int]:
-        """Return the process ids of this node's ranks that have not been reaped, by rank."""
+        """Return the process ids of this node's ranks that still run, by rank; empty before the start."""
         if not isinstance(self._pcontext, SubprocessContext):
             return {}
         workers = self._worker_group.workers

@@ -51,7 +51,7 @@ OVER_S = 5.0
 
 
 class AgentGroup:
-    """The agents of one job, from the point of view of this node's agent."""
+    """Membership of this node's agent in the group of all agents of the job."""
 
     def __init__(self, context: RunContext, endpoint: RendezvousEndpoint) -> None:
         node, config = context.node, context.config
@@ -70,18 +70,18 @@ class AgentGroup:
         self._failed = -1
         self._has_recorded_foreign = False
         self.lost: dict[int, NodeProblem] = {}
-        """Lost nodes, which take no further part in this job. Only the head node fills this."""
+        """Index -> lost node. Lost nodes take no further part in this job. Empty except on the head node."""
         self._stores: list[dist.TCPStore] = []  # Stores stay open for ranks that are still leaving the previous round.
 
     # On every node.
 
     def next_round(self, number: int, avoid: Mapping[str, str] = NO_HOSTS) -> RendezvousRound | None:
-        """Agree on round ``number``, counted from 0. Returns None if the run is over.
+        """Agree with the other agents on round ``number``, one start of the ranks. Returns None if the run is over.
 
         Every node checks its health first and publishes the result. A sick node takes no part.
 
         Args:
-            number: number of the round.
+            number: number of the round, from 0.
             avoid: on the head node, hosts that take part only if no others are left, each with the reason.
 
         Raises:
@@ -109,7 +109,7 @@ class AgentGroup:
             self.heartbeat.hurry()  # Every node waits for the next messages.
 
     def has_failed(self, number: int) -> bool:
-        """Return whether ranks of another node have failed in round ``number``."""
+        """Return whether ranks of another node failed in round ``number``. The head node tells all other nodes."""
         heartbeat = self.heartbeat
         if heartbeat.store.foreign and not self._has_recorded_foreign:
             self._has_recorded_foreign = True
@@ -124,7 +124,7 @@ class AgentGroup:
         return has_failed
 
     def close(self) -> None:
-        """Leave the group. The head node's store closes after the other agents have received its last message."""
+        """Leave the group. The head node waits up to ``GOODBYE_S`` seconds until the other agents have left."""
         self.heartbeat.publish(bye=True)
         if not self.head_is_lost():
             self.heartbeat.flush(OVER_S)
@@ -138,19 +138,19 @@ class AgentGroup:
     # On the head node.
 
     def end(self, failure: str | None = None) -> None:
-        """Publish that there are no further rounds, with the reason if the run failed."""
+        """Tell the other agents that there are no further rounds, and the reason ``failure`` if the run failed."""
         write_endpoint(self._context.folder, self._node, over=True, failure=failure)
         self.heartbeat.publish(over=True, failure=failure)
 
     def find_silent(self, rdzv: RendezvousRound) -> list[NodeProblem]:
-        """Mark the members of a round that were silent for ``resilience.node_timeout_s`` as lost, and return them."""
+        """Mark members of a round that were silent longer than ``resilience.node_timeout_s`` as lost; return them."""
         limit = self._limits.node_timeout_s
         return [self._lose(i, self._silence_text(i)) for i in rdzv.members if i and self._silence(i) > limit]
 
     def find_reason(self, rdzv: RendezvousRound) -> list[NodeProblem]:
-        """Wait for two heartbeats of every other member after a broken connection.
+        """After a broken connection, wait up to ``ECHO_S`` seconds for two heartbeats of every other member.
 
-        Returns the members without them, as lost.
+        Members that send fewer are marked as lost and returned.
         """
         heartbeat = self.heartbeat
         waiting = {index: heartbeat.of(index).beat for index in rdzv.members if index and index not in self.lost}
@@ -164,7 +164,7 @@ class AgentGroup:
 
     @property
     def next_size(self) -> int | None:
-        """Return the number of nodes of the next round, if the nodes are healthy; None if too few nodes are left."""
+        """Return the size of the next round in nodes if all remaining nodes are healthy; None if too few are left."""
         return self._largest_size(self._node.count - len(self.lost))
 
     def _largest_size(self, available: int) -> int | None:
@@ -200,7 +200,10 @@ class AgentGroup:
         return rdzv
 
     def _gather(self, number: int) -> tuple[list[int], list[NodeProblem]]:
-        """Wait for all remaining nodes, and then for spares. Returns healthy and sick nodes."""
+        """Wait until every node that is not lost is ready, or enough nodes are ready after ``SPARE_WAIT_S`` seconds.
+
+        Returns the indices of the healthy nodes, and the sick nodes. Raises TooFewNodesError as ``next_round``.
+        """
         began = asked = time.monotonic()
         while (size := self.next_size) is not None:
             # A spare can reach this round long before the other nodes, and may be gone by now.
@@ -280,7 +283,7 @@ class AgentGroup:
         return None if announced is None else announced.attempt
 
     def head_is_lost(self) -> bool:
-        """Return whether the head node is silent for too long."""
+        """Return whether the head node's store is gone, or the node was silent for ``resilience.node_timeout_s``."""
         silent = self.heartbeat.silence(0)
         is_silent = silent is not None and silent > self._limits.node_timeout_s
         return self.heartbeat.lost_connection is not None or is_silent
@@ -288,7 +291,10 @@ class AgentGroup:
     def _last_failure(self) -> str | None:
         """Return the failure with which the head node has ended the run, from the endpoint file.
 
-        None if the file has no failure: then the head node is lost.
+        None if the run ended without a failure.
+
+        Raises:
+            HeadNodeLostError: the file does not show the end of the run within ``OVER_S`` seconds.
         """
         why = self._silence_text(0)
         if self.heartbeat.lost_connection is not None:
@@ -306,10 +312,10 @@ class AgentGroup:
 
 @contextmanager
 def join(context: RunContext) -> Iterator[AgentGroup]:
-    """Find the other agents of this job, for the length of a ``with`` block.
+    """Join the other agents of this job for the length of a ``with`` block, which gets the group.
 
     Raises:
-        TimeoutError: the head node did not appear within ``resilience.rendezvous_timeout_s``.
+        TimeoutError: the head node did not open its store within ``resilience.rendezvous_timeout_s``.
     """
     limits = context.config.resilience
     endpoint = open_endpoint(context.folder, context.node, limits.rendezvous_timeout_s, limits.node_timeout_s)

@@ -1,5 +1,5 @@
-"""Watch of this node's running ranks: requests to stop, hung ranks, lost nodes, and records for ranks without
-their own.
+"""Watch of this node's running ranks: requests to stop, hung ranks, lost nodes, and records that ranks do
+not write themselves.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ STACK_WAIT_S = 3.0
 STACK_END_S = 20.0
 """Longest wait in seconds for the last line of the stacks, on a node whose cores are all busy."""
 NEARLY = 0.8
-"""Share of its limit after which a silent rank is also reported, if another rank has reached its limit."""
+"""Share of its limit after which a silent rank is reported as hung, once ranks of another node have failed."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ class StuckRank:
     rank: int
     pid: int
     step: int | None
-    """Number of steps done; None without a heartbeat. Then the rank writes no stacks at ``STACK_SIGNAL``: the signal
-    ends any other process, with a core file.
+    """Number of steps done; None if the rank has written no heartbeat.
+
+    Such a rank must not get ``STACK_SIGNAL``: without a handler, the signal ends the process with a core file.
     """
     why: str
     since: float
@@ -78,9 +79,9 @@ class Watchdog:
     """Finds silent ranks of this node by their heartbeats and logs.
 
     Args:
-        folder: folder with the heartbeat files of the ranks, all of this start.
+        folder: folder with the heartbeat files of the ranks, all of this attempt.
         limits: longest silence of each kind.
-        logs: log of each rank.
+        logs: rank -> path of its log.
         must_attach: True if a rank without a heartbeat is late after ``startup_and_save_timeout_s``. Otherwise such a
             rank does not know the launcher, and only its log shows progress.
         silence_timeout_s: longest time in seconds without growth of such a rank's log; None: no limit.
@@ -104,7 +105,7 @@ class Watchdog:
         """Rank -> size of its log, and time of the log's last growth."""
 
     def poll(self, ranks: Mapping[int, int], share: float = 1.0) -> list[StuckRank]:
-        """Return the ranks that were silent for ``share`` of their limit, longest silence first.
+        """Return the ranks that were silent for more than ``share`` of their limit, longest silence first.
 
         After a pause of this process itself, every limit begins anew (``scontrol suspend`` stops all processes alike).
 
@@ -149,9 +150,9 @@ class Watchdog:
 
 
 def stack_of(pid: int, log: Path) -> str:
-    """Return the stacks that a rank writes into its log at a signal; empty if the rank does not answer.
+    """Return the stacks that process ``pid`` writes into its log at STACK_SIGNAL; empty if it does not answer.
 
-    A stopped process answers only when it continues. This function continues the process; the caller must end it then.
+    A stopped process cannot answer, so this function also sends SIGCONT. The caller must end the process afterwards.
     """
     before, blocking = _size(log), processes.threads_handling(pid, STACK_SIGNAL)
     try:
@@ -162,7 +163,7 @@ def stack_of(pid: int, log: Path) -> str:
     asked = time.monotonic()
     while True:
         time.sleep(0.05)
-        # Ended before the log is read, so that the log contains all output so far.
+        # Checked before the log is read, so that the log of an ended process is complete.
         is_done = processes.is_gone(pid)
         is_writing = bool(processes.threads_handling(pid, STACK_SIGNAL) - blocking)
         with log.open("rb") as file:
@@ -228,9 +229,10 @@ class Watch:
             agent.send(signal.SIGKILL)
 
     def _finds_stop_file(self) -> bool:
-        """Return whether the agent has to obey a file STOP in the run folder, because the ranks do not look for it.
+        """Return whether there is a file STOP in the run folder that this node's ranks do not look for themselves.
 
-        Every agent looks: a program that does not know the launcher learns of the file only from its own agent.
+        Ranks with a heartbeat look for the file. The agent looks at most every ``STOP_FILE_S`` seconds, and the
+        method returns False in between.
         """
         attempt, now = self._attempt, time.monotonic()
         if now - self._looked_for_file < STOP_FILE_S:
@@ -256,9 +258,9 @@ class Watch:
             agent.send(signal.SIGKILL)
 
     def _find_stuck(self, agent: RankAgent, share: float = 1.0) -> str | None:
-        """Record ranks without progress, with their stacks.
+        """Record ranks without progress as failed, with their stacks.
 
-        Returns a text that blames the rank with the longest silence.
+        Returns a text that blames the rank with the longest silence; None if all ranks make progress.
         """
         stuck = self._watchdog.poll(agent.ranks(), share)
         for one in stuck:
@@ -270,7 +272,10 @@ class Watch:
         return f"rank {stuck[0].rank} {stuck[0].why}" if stuck else None
 
     def find_lost(self) -> str | None:
-        """Return a text that a node is lost: on the head node a silent member, elsewhere the head node. Else None."""
+        """Return a text that names a lost node; None if no node is lost.
+
+        The head node checks all members of the round and records lost ones. Other nodes check only the head node.
+        """
         attempt = self._attempt
         if not attempt.node.is_head:
             return "the head node is lost" if attempt.group.head_is_lost() else None
@@ -279,13 +284,13 @@ class Watch:
         return f"node {lost[0].host} is lost" if lost else None
 
 
-# Records for ranks that write none: environment, printed steps, and ends.
+# Records for ranks that write none themselves: environment, printed steps, and ends.
 
 
 LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
 """Pattern of the line in a Python traceback that names the exception."""
 TERMINATED = "terminate called without an active exception"
-"""Last line of a process whose C++ threads Python ends at its exit, although they still wait for Python."""
+"""Last log line of a process whose C++ threads still wait for Python's lock (GIL) when Python exits."""
 THREADS_LEFT = (
     "; where its work was done, threads of its process group were alive when Python ended: import torch.distributed.nn "
     "at the top of the script; del model, and torch.distributed.destroy_process_group(), at its end"
@@ -293,7 +298,7 @@ THREADS_LEFT = (
 
 
 class RankRecords:
-    """Records of this node's ranks in one attempt, from their start to their end."""
+    """Writer of the records of this node's ranks in one attempt that the ranks do not write themselves."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
@@ -322,17 +327,17 @@ class RankRecords:
             attempt.record("started", attempt=attempt.number, world_size=size, max_steps=steps)
 
     def poll(self) -> None:
-        """Read the output of the ranks since the last poll, and write the environment of the attempt."""
+        """Record the steps that ranks have printed since the last poll. Write the environment if not yet written."""
         self._progress.poll()
         self._write_environment()
 
     def close(self) -> None:
-        """Read the rest once the ranks have ended."""
+        """Record the remaining printed steps, after the ranks have ended."""
         self._progress.close()
         self._write_environment()  # A short program may end before the first poll.
 
     def _write_environment(self) -> None:
-        """Write this node's part of the environment.
+        """Write this node's part of the environment, if not yet written.
 
         The first node also writes ``environment.json`` once all parts exist.
         """
@@ -373,9 +378,10 @@ class RankRecords:
         }
 
     def record_end(self, asks_for_requeue: bool) -> None:
-        """Record the end of ranks that left in order, unless the ranks record it.
+        """Record ``stopped`` or ``finished`` for ranks that left in order, unless they record their end themselves.
 
-        Every node whose ranks request a requeue records that. The first node records that all ranks have finished.
+        After a request for a requeue, every node whose ranks made it records ``stopped``. Otherwise only the first
+        node records an event.
         """
         attempt, stop = self._attempt, self._attempt.stop
         if self._contract.records_events:
@@ -392,7 +398,7 @@ class RankRecords:
         """Record ranks that died without a record, with their traceback or the end of their log.
 
         Args:
-            result: exit of each rank of this node.
+            result: exit status of each rank of this node.
             killed: ranks that this agent has killed.
         """
         attempt, contract = self._attempt, self._contract
@@ -411,7 +417,7 @@ class RankRecords:
 
 
 def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
-    """Return cause and traceback of a rank's failure, from the error file of torch's @record or from its log."""
+    """Return cause and traceback of a rank's failure, from the error file of torch's @record or the rank's log."""
     try:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
     except FileNotFoundError:

@@ -35,13 +35,16 @@ from launch.runs.measured import COLLECTIVES, FASTEST, TIERS, LinkFit, Network, 
 from launch.sweep import SweepFailedError, print_failure, run_sweep
 
 SCALE = np.array([1e-6, 1e-9])
-"""Units of the fitted figures: a microsecond, and a nanosecond per byte. The unknowns are then near one."""
+"""Units of the fit: latency in microseconds and nanoseconds per byte, so that both unknowns are near one."""
 TIER_NAMES = {"intra_node": "within a node", "inter_node": "between nodes"}
 
 
 @refusing
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, fit, print and write. Returns the exit status: 0, 1 if the run failed, 2 if it was refused."""
+    """Measure the network, fit latency and bandwidth, print and write the fits.
+
+    Returns the exit status: 0, 1 if the run failed, 2 if it was refused.
+    """
     parser = CommandParser(
         prog="python -m launch.bench_network",
         description="Measure latency and bandwidth of each collective within a node and between nodes, in a short run.",
@@ -121,7 +124,7 @@ class Sample:
 
 
 def fit_network(samples: Sequence[Sample], ranks_per_node: int) -> Network:
-    """Fit every measured collective of every tier (within a node, between nodes)."""
+    """Return the fit of each measured collective in each tier (within a node, between nodes)."""
     tiers: dict[str, dict[str, LinkFit]] = {}
     for tier in TIERS:
         for name in COLLECTIVES:
@@ -132,7 +135,7 @@ def fit_network(samples: Sequence[Sample], ranks_per_node: int) -> Network:
 
 
 def fit_link(collective: str, samples: Sequence[Sample]) -> LinkFit:
-    """Fit latency and time per byte, neither negative, by least squares of relative errors.
+    """Fit latency (s) and time per byte (s), neither negative, by least squares of relative errors.
 
     With relative errors, a small message of microseconds counts as much as a large one.
     """
@@ -160,7 +163,7 @@ def fit_link(collective: str, samples: Sequence[Sample]) -> LinkFit:
 
 
 def show_network(network: Network, samples: Sequence[Sample], measured: Mapping[str, Any]) -> None:
-    """Print one line for each collective of each tier: the fit with its standard errors, and its error."""
+    """Print one line for each collective of each tier: the fit with its standard errors, and its misfit."""
     size = f"{counted(measured['nodes'], 'node')} x {counted(measured['ranks_per_node'], 'rank')}"
     print(f"{size}, {measured['device']}, {measured['backend']}, torch {measured['software']['torch']}")
     rows = []

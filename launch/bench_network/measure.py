@@ -30,7 +30,7 @@ with lasting_imports():
 MIB = 2**20
 SMALLEST, FACTOR = 4096, 8
 LARGEST_MIB = {"cpu": 16, "cuda": 256}
-"""Largest size in MiB by default, by device: enough to saturate its links."""
+"""Device type -> default size in MiB of the largest message, which is enough to saturate the links."""
 SLOW_S = 0.5
 """Seconds of a collective above which larger sizes are not measured."""
 PASSES = 5
@@ -39,7 +39,10 @@ TIMEOUT = timedelta(minutes=3)
 
 
 class Bench:
-    """One rank of a measurement, with its device. The default process group exists, and is gloo's."""
+    """One rank of a measurement, with its device. Needs a default process group that uses gloo.
+
+    ``budget_s`` is the time in seconds for all timings of one size.
+    """
 
     def __init__(self, budget_s: float = 0.0) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -82,7 +85,10 @@ class Bench:
         return self.largest(self.own_seconds(work, count))
 
     def typical_seconds(self, work: Callable[[], object]) -> float:
-        """Return the median seconds of several timings. A first run, which connects the ranks, does not count."""
+        """Return the median seconds of one run of ``work`` over PASSES timings, on the slowest rank.
+
+        A first run, which connects the ranks, does not count.
+        """
         work()
         once = self.seconds(work, 1)
         count = min(50, max(1, round(self.budget_s / PASSES / max(once, 1e-6))))
@@ -137,7 +143,10 @@ def work_of(collective: str, size: int, bench: Bench, group: dist.ProcessGroup) 
 
 
 def time_collectives(bench: Bench, largest: int, tell: Callable[[], None]) -> list[dict[str, Any]]:
-    """Time every collective in every tier. Returns the same samples on every rank; calls ``tell`` after each sample."""
+    """Time every collective in every tier, up to ``largest`` bytes. Calls ``tell`` after each sample.
+
+    Returns the same samples on every rank: tier, collective, ranks, bytes and seconds.
+    """
     samples: list[dict[str, Any]] = []
     for tier, ranks, group in bench.groups():
         sync = torch.zeros(1, device=bench.device)

@@ -36,7 +36,7 @@ __all__ = [
 
 
 def split_command(name: str, command: Any) -> list[str]:
-    """Return program and arguments of a command that was typed as a string or as a list; empty for null.
+    """Return program and arguments of a command that was typed as a string or as a list; empty for None.
 
     Raises:
         ConfigError: a quote is not closed, or the command is empty.
@@ -286,7 +286,7 @@ class Config(RunConfig):
 
     @property
     def nodes_asked(self) -> int:
-        """Number of nodes of the allocation, spares included."""
+        """Number of nodes that the job requests, spares included."""
         return self.nodes + self.spare_nodes
 
     @property

@@ -22,7 +22,7 @@ from launch.schema import key
 
 
 class ClusterKind(Enum):
-    """``auto`` is slurm if sbatch is found and a controller answers, else local."""
+    """Source of the nodes. ``auto`` is slurm if sbatch is found and a controller answers, else local."""
 
     auto = "auto"
     local = "local"
@@ -30,7 +30,7 @@ class ClusterKind(Enum):
 
 
 class ContainerRuntime(Enum):
-    """``pyxis`` is NVIDIA's plugin of Slurm over enroot; ``apptainer`` the program of that name, once Singularity."""
+    """Program that runs a container: NVIDIA's Slurm plugin pyxis (with enroot), or Apptainer, once Singularity."""
 
     pyxis = "pyxis"
     apptainer = "apptainer"
@@ -167,7 +167,7 @@ class ClusterConfig(PlacementConfig):
     additional_parameters: dict[str, Any] = key(dict, "Further options of sbatch: name without dashes, and value.")
 
     def validate(self) -> None:
-        """Raise ConfigError for keys that contradict each other; the range of a number is checked elsewhere."""
+        """Raise ConfigError for keys that contradict each other. ``check_ranges`` checks the range of numbers."""
         if self.signal_delay_s > 60 * self.timeout_min:
             raise ConfigError(
                 f"cluster.signal_delay_s={self.signal_delay_s} with cluster.timeout_min={self.timeout_min}",
@@ -208,7 +208,7 @@ class ClusterConfig(PlacementConfig):
                 )
 
     def validate_placement(self) -> None:
-        """Raise ConfigError if a cluster is not one cluster, or if the candidates or their times make no sense."""
+        """Raise ConfigError if a key names several clusters, or if ``placement`` or its times cannot work."""
         for name in ("clusters", "M"):
             if name in self.additional_parameters:
                 raise ConfigError(
@@ -237,7 +237,7 @@ class ClusterConfig(PlacementConfig):
 
 
 def require_cluster_name(name: str, value: str | None) -> None:
-    """Raise ConfigError unless the value is the name of one cluster, or null for the command's cluster."""
+    """Raise ConfigError unless ``value``, of the key ``name``, is the name of one cluster or None."""
     if value is not None and not re.fullmatch(r"[A-Za-z_][\w.-]*", value):
         expected = "the name of one cluster, as sacctmgr show clusters prints it"
         raise ConfigError(f"{name}={value}", expected, f"{name}=NAME, or null")

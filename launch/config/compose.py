@@ -46,8 +46,8 @@ def require_folder(flag: str, path: str) -> Path:
 def prepare_overrides(overrides: Sequence[str], config_dir: Path | None = None) -> list[str]:
     """Check each typed override, and return the overrides in Hydra's grammar.
 
-    ``workload._target_=X`` alone selects the option of the group that adds no other keys. A value that Hydra's grammar
-    would interpret, such as a regular expression, is quoted if its key is in ``Workload.raw_keys``.
+    ``workload._target_=X`` without ``workload`` adds ``workload=custom``. A value that Hydra's grammar would
+    interpret, such as a regular expression, is quoted if its key is in ``Workload.raw_keys``.
 
     Raises:
         ConfigError: an unknown key or option, or a value of the wrong type.
@@ -141,7 +141,7 @@ def _target_in_file(path: Path) -> str:
 
 @cache
 def default_workload() -> str:
-    """Return the option of the group ``workload`` in configs/config.yaml."""
+    """Return the name of the default workload, from configs/config.yaml."""
     defaults = yaml.safe_load((CONFIGS / "config.yaml").read_text())["defaults"]
     return next(entry["workload"] for entry in defaults if isinstance(entry, dict) and "workload" in entry)
 
@@ -166,7 +166,7 @@ def workload_of(config: Config | DictConfig) -> Workload:
 
 
 def register(overrides: Sequence[str], config_dir: Path | None = None) -> type[Config]:
-    """Register the schema for these arguments with Hydra, which composes ``configs/config.yaml`` over it."""
+    """Register the config schema of these arguments with Hydra, and return the schema."""
     schema = schema_of(target_of(overrides, config_dir))
     compose.register_schema("launch_schema", schema)
     return schema

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding], dict[str, Any] | None]:
-    """Run all checks, and with --on-cluster the job. Returns the findings and the results of the job."""
+    """Run all checks, and with --on-cluster the job. Returns the findings, and the job's results or None."""
     config_dir = None if given.config_dir is None else require_folder("--config-dir", given.config_dir)
     points = sweep_points(given.overrides, config_dir)
     of_machine, of_request, requests, seen = examine(points, config_dir)
@@ -110,7 +110,7 @@ def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding]
 
 
 def complete_commands(found: Sequence[Finding], given: argparse.Namespace) -> list[Finding]:
-    """Replace three dots at the end of a command by this command's arguments, so that a user can paste it."""
+    """Return the findings with this command's arguments in place of ``...`` at the end of a command to type."""
     folder = [] if given.config_dir is None else ["--config-dir", given.config_dir]
     words = shlex.join([*(["-m"] if given.multirun else []), *given.overrides, *folder])
     return [replace(one, fix=COMMAND.sub(lambda match: match[1] + words, one.fix).rstrip()) for one in found]

@@ -68,7 +68,7 @@ Record = dict[str, Any]
 
 
 def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable[[str], None]) -> Record:
-    """Submit the job for the nodes of ``request`` and wait until it ends. Writes and returns its results.
+    """Submit the job for the nodes of ``request`` and wait until the job ends. Writes and returns the results.
 
     Args:
         request: request with a plan.
@@ -184,7 +184,7 @@ def measure_node(root: str) -> None:
 
 
 def resolve(host: str) -> str:
-    """Return the address of a host name as this node resolves it; after a ``!``, the error."""
+    """Return the IPv4 address to which this node resolves a host name; if it fails, ``!`` and the error."""
     try:
         return socket.gethostbyname(host)
     except OSError as error:
@@ -192,7 +192,10 @@ def resolve(host: str) -> str:
 
 
 def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -> None:
-    """Meet the other nodes, look for their files, connect to their ports, and start this node's ranks."""
+    """Meet the other nodes, look for their files, connect to their ports, and run this node's ranks.
+
+    Adds the results to ``record``.
+    """
     with lasting_imports():
         from launch.agent import exchange, ranks
 
@@ -227,7 +230,10 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
 
 
 def share(endpoint: RendezvousEndpoint, name: str, own: int, value: str, nodes: Iterable[int]) -> dict[int, str]:
-    """Publish this node's value. Returns the values of ``nodes``, without nodes that are late."""
+    """Publish this node's value under ``name``, and wait for the other values, ARRIVAL_S seconds at most.
+
+    Returns node -> value for ``nodes``, without nodes that are late.
+    """
     endpoint.store.set(f"doctor/{name}/{own}", value)
     deadline, found = time.monotonic() + ARRIVAL_S, {}
     for index in nodes:
@@ -239,7 +245,7 @@ def share(endpoint: RendezvousEndpoint, name: str, own: int, value: str, nodes: 
 
 
 def unseen(folder: Path, wanted: set[int], timeout_s: float = 15.0) -> list[int]:
-    """Return the nodes whose written file this node does not see. NFS may show a file seconds late."""
+    """Return the nodes whose file this node does not see within ``timeout_s`` seconds. NFS may show a file late."""
     deadline = time.monotonic() + timeout_s
     while (left := wanted - {int(file.name) for file in folder.iterdir()}) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -266,8 +272,8 @@ class ClockHandler(socketserver.BaseRequestHandler):
 def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
     """Connect to the clock at ``host:port`` and compare it with this node's clock.
 
-    Returns the error of a port that does not answer, empty if the port answers; and by how many seconds this clock is
-    ahead, with the error. Half the shortest round trip bounds that error (Cristian 1989).
+    Returns a connection error, empty if the port answers; and a pair, None after an error: the seconds by which this
+    clock is ahead, and the bound of their error in seconds, half the shortest round trip (Cristian 1989).
     """
     host, _, port = address.rpartition(":")
     offsets = []
@@ -288,7 +294,7 @@ def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
 
 
 def run_link_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
-    """Run this node's ranks until they end, with torchrun's variables. Returns their errors as text, empty if none."""
+    """Run this node's ranks with torchrun's variables, at most RANKS_S s. Returns the errors; empty if none."""
     each, problems, started = config.ranks_on_node, [], []
     shared: dict[str, object] = {"WORLD_SIZE": each * node.count, "LOCAL_WORLD_SIZE": each}
     shared |= {"MASTER_ADDR": endpoint.store.host, "MASTER_PORT": endpoint.store.port}

@@ -79,7 +79,7 @@ class LinkBench(Bench):
         }
 
     def exchange_with(self, peer: int) -> dict[str, float]:
-        """Return latency and bandwidth of one direction between this rank and ``peer``."""
+        """Return ``latency_us`` and ``bandwidth_gbit`` of one direction to ``peer``, and the message's ``bytes``."""
         block = torch.ones(LARGE // 4, device=self.device)
         space = torch.empty_like(block)
 
@@ -106,7 +106,10 @@ class LinkBench(Bench):
         return {"latency_us": 1e6 * statistics.median(pings), "bandwidth_gbit": 8 * size / took / 1e9, "bytes": size}
 
     def exchanges(self) -> list[dict[str, float]]:
-        """Measure this rank with the rank of the same local number on the other nodes, in turns, PASSES times."""
+        """Measure PASSES times the link of this rank to the rank of the same local number on each other node.
+
+        Returns one record for each measured node: its index, latency and bandwidth (``merge_passes``).
+        """
         node, nodes = self.rank // self.each, self.world // self.each
         measured: dict[int, list[dict[str, float]]] = {}
         for turn in list(range(nodes - 1 + nodes % 2))[:MOST_ROUNDS] * PASSES:
@@ -118,9 +121,10 @@ class LinkBench(Bench):
 
 
 def partner(node: int, turn: int, count: int) -> int | None:
-    """Return the node that a node meets in a turn; None if it has a break.
+    """Return the node that is measured together with ``node`` in this turn; None if ``node`` pauses.
 
-    The number of turns is the number of nodes, less one if that is even. Each node meets each other node once.
+    ``count`` is the number of nodes. In ``count`` turns, or one less if ``count`` is even, each node meets each other
+    node once.
     """
     # The number of nodes is odd. With an even number, the last node is outside of the circle.
     circle = count - 1 + count % 2

@@ -39,7 +39,7 @@ SHARED = {
     "fuse.moosefs",
 }
 IN_MEMORY = {"tmpfs", "ramfs", "devtmpfs"}
-"""Types of filesystems that each machine has for itself."""
+"""Types of filesystems in memory, which each machine has for itself."""
 MEASURE = "python -m launch.doctor --on-cluster ..."
 SHARED_PATH = "output_dir=PATH on a filesystem that all nodes mount"
 
@@ -76,7 +76,7 @@ class Facts(SlurmFacts):
     """Problem with cluster.container; empty if there is none."""
     environment: dict[str, str]
     soft: dict[str, int]
-    """Limits of this shell: nofile, core in bytes, memlock in bytes. -1 means unlimited."""
+    """Soft limits of this shell: nofile, core in bytes, memlock in bytes. -1 means unlimited."""
     hard: dict[str, int]
     python: tuple[int, int]
     executable: str
@@ -131,7 +131,7 @@ def filesystem_of(path: Path) -> str:
 
 
 def look_at_folder(path: Path) -> Folder:
-    """Read the filesystem of a folder, and try to write a file, which is removed again."""
+    """Return filesystem and free space of a folder, and the error if a test file cannot be written."""
     there = next(folder for folder in (path, *path.parents) if folder.is_dir())
     space, problem = os.statvfs(there), ""
     try:
@@ -235,7 +235,8 @@ def check_programs(facts: Facts) -> Iterator[Finding]:
 def sharing(folder: Folder) -> str:
     """Return text on whether all nodes see a folder, by the type of its filesystem.
 
-    The path is not enough: /tmp may be shared, and /home local to each node. The job of ``--on-cluster`` measures it.
+    The path is not enough: /tmp may be shared, and /home local to each node. With ``--on-cluster``, a job measures
+    whether the nodes share the folder.
     """
     if folder.filesystem in SHARED:
         return f"{folder.filesystem} is shared"

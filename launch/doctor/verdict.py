@@ -41,7 +41,7 @@ def check_results(results: Results) -> list[Finding]:
 
 
 def host(results: Results, index: int) -> str:
-    """Return the host name of a node."""
+    """Return the host name of the node with this index; ``node INDEX`` if it has left no record."""
     return next((str(node["host"]) for node in results["nodes"] if node["index"] == index), f"node {index}")
 
 
@@ -136,7 +136,7 @@ def check_host_names(results: Results) -> Iterator[Finding]:
 
 
 def check_clocks(results: Results) -> Iterator[Finding]:
-    """Check for differences of the clocks beyond the error of their measurement."""
+    """Check that no clock is more than SKEW_S seconds off that of the first node, beyond the error of measurement."""
     measured = [node for node in results["nodes"] if "clock_offset_s" in node]
     for node in measured:
         offset, name = node["clock_offset_s"], node["host"]
@@ -219,7 +219,7 @@ def best_of_each(pairs: Links, best: Callable[[Iterable[float]], float]) -> dict
 def rank_name(results: Results, rank: int) -> tuple[str, str]:
     """Return the name of a rank for people, and the name of its node.
 
-    Includes the local rank if the node has several.
+    The first name includes the local rank if the node has several ranks.
     """
     node, local = divmod(rank, results["asked"]["ranks_per_node"])
     name = host(results, node)

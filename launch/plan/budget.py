@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # reports use this module, and do not load Hydra
     from launch.config import BudgetConfig, Config
 
 SILENT_S = 300.0
-"""Least seconds without a heartbeat after which an allocation counts as ended; ten polls if that is longer."""
+"""An allocation counts as ended after this many seconds without a heartbeat, or ten heartbeat intervals if longer."""
 UNITS = {"gpu_hours": "GPU-hours", "cost": "in cost"}
 
 
@@ -42,14 +42,14 @@ def _add(a: float | None, b: float | None) -> float | None:
 
 
 def use_of(hours: float, nodes: int, gpus: int | None, price: float | None) -> Use:
-    """Return the use of ``nodes`` nodes with ``gpus`` GPUs in total. ``price`` is the price of one GPU for one hour."""
+    """Return the use of ``hours`` hours on ``nodes`` nodes with ``gpus`` GPUs in total, at ``price`` per GPU-hour."""
     gpu_hours = hours * gpus if gpus else None
     return Use(hours * nodes, gpu_hours, None if gpu_hours is None or price is None else gpu_hours * price)
 
 
 @dataclass(frozen=True)
 class EventLog:
-    """Events of one run, and the time of its agent's last heartbeat in Unix seconds."""
+    """Events of one run, and the time of its agent's last heartbeat in Unix seconds, None if there was none."""
 
     events: Sequence[dict[str, Any]]
     alive: float | None = None
@@ -160,7 +160,7 @@ def use_text(use: Use, *, nodes: bool = True) -> str:
 
 
 def amount(value: float, *, up: bool = False) -> str:
-    """Write hours or money with four digits. With ``up``, the result is never rounded down."""
+    """Write hours or cost with four significant digits. With ``up``, the result is never rounded down."""
     if value <= 0:
         return "0"
     digits = max(0, 3 - math.floor(math.log10(value)))

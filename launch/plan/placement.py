@@ -41,7 +41,7 @@ class Candidate:
     """One place where a point may run, and the resources to request there."""
 
     name: str
-    """Name of the candidate as the user typed it; empty if there is no list."""
+    """Name of the candidate as the user typed it; empty if cluster.placement lists none."""
     slurm: dict[str, Any]
     """Resources, as parameters of submitit's Slurm executor."""
     gpus: int | None = None
@@ -64,7 +64,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Placement:
-    """Candidates of a point in order, and the longest pending times in minutes."""
+    """Candidates of a point in order. A pending point moves on after ``retry_interval_min`` minutes.
+
+    The point is given up after ``give_up_after_min`` minutes in all; None means never.
+    """
 
     candidates: tuple[Candidate, ...]
     retry_interval_min: float
@@ -81,7 +84,7 @@ class Placement:
         return len(self.possible) > 1 or self.give_up_after_min is not None
 
     def exclude_hosts(self, hosts: Sequence[str]) -> Placement:
-        """Return this placement without the hosts that failed in this run."""
+        """Return this placement with ``hosts`` excluded at every candidate."""
         changed = []
         for one in self.candidates:
             names = ",".join(filter(None, (one.slurm.get("exclude"), *hosts)))
@@ -131,7 +134,7 @@ def waiting_since(events: Sequence[Mapping[str, Any]], since_here: float) -> flo
 
 
 def placement_lines(placement: Placement) -> list[str]:
-    """List the candidates for people, one on each line; empty for a single candidate without a time limit."""
+    """List the candidates for people, one on each line; empty for a single one without ``give_up_after_min``."""
     lines = []
     for number, candidate in enumerate(placement.candidates, start=1):
         head = "  placement  " if number == 1 else " " * 13
@@ -291,7 +294,7 @@ def agent_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> list[st
 
 
 RUNS_FROM = "LAUNCH_CODE"
-"""Environment variable that names the copy to its job. The job must not run other code if the copy is deleted."""
+"""Environment variable of a job with the path of its code copy. Without the copy, the job must not run other code."""
 
 
 @cache
@@ -354,14 +357,14 @@ def _variables(copy: Path) -> dict[str, str]:
 
 
 def shell_lines(copy: Path) -> list[str]:
-    """Return the shell lines with which a batch script runs from a copy. The former PYTHONPATH follows the copy."""
+    """Return shell lines that make a batch script run the code in ``copy``. The old PYTHONPATH follows."""
     before = {"PYTHONPATH": "${PYTHONPATH:+:$PYTHONPATH}"}
     return [f"export {name}={shlex.quote(value)}{before.get(name, '')}" for name, value in _variables(copy).items()]
 
 
 @contextmanager
 def running_from(copy: Path | None) -> Iterator[None]:
-    """Start the processes of a ``with`` block from ``copy``; None changes nothing."""
+    """Make processes that start in a ``with`` block run the code in ``copy``; None changes nothing."""
     changed = {} if copy is None else _variables(copy)
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)

@@ -119,7 +119,7 @@ class Plan:
 
 
 def unfinished(plans: Sequence[Plan]) -> list[Plan]:
-    """Return the points that are not finished."""
+    """Return the plans of runs that are not finished."""
     return [plan for plan in plans if not plan.finished]
 
 
@@ -328,7 +328,7 @@ def record_submitted(plan: Plan, job_id: str, candidate: int = 0, **more: Any) -
         job_id: number of the Slurm job, or of the process.
         candidate: index of the candidate that accepted the job.
         more: ``moved=True`` if the run was pending at another candidate before, ``by`` the command that found the job,
-            ``pid_started`` the start time of a local process, which distinguishes it from later ones of its number.
+            ``pid_started`` the start time of a local process, which a later process with the same id does not have.
     """
     folder = RunFolder(plan.run_dir)
     if plan.cluster == "slurm" and is_recorded([e for e in folder.read_events() if "by" in e], [job_id]):

@@ -129,7 +129,7 @@ def _preemption_graces(plan: Plan, slurm: SlurmFacts | None) -> dict[str, int]:
 
 
 def _other_runs(plan: Plan) -> list[RunFolder]:
-    """Return the other runs in the folder of a point, newest first."""
+    """Return the other runs in the sweep folder of a point, newest first."""
     own = Path(plan.run_dir)
     dated = sorted(((path.stat().st_mtime, path.parent) for path in own.parent.glob("*/plan.json")), reverse=True)
     return [RunFolder(path) for _, path in dated if path != own]
@@ -145,7 +145,7 @@ MIN_STEPS = 5
 
 
 def add_expected(plan: Plan) -> Plan:
-    """Return the plan with the expected time of its steps, without start-up, if known."""
+    """Return the plan with the expected seconds of its remaining steps, without start-up; unchanged if unknown."""
     if plan.finished or plan.max_steps is None:
         return plan
     own = RunFolder(plan.run_dir)
@@ -210,7 +210,7 @@ def share_budget(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Plan]
 
 
 def _worst_of(plan: Plan) -> Use:
-    """Return the worst case of one start. A point without GPUs adds no GPU-hours."""
+    """Return the worst case of one start, with zero GPU-hours or cost where they are not known."""
     return Use(plan.node_hours, plan.gpu_hours or 0.0, plan.cost or 0.0)
 
 
@@ -221,7 +221,7 @@ def _used_before(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Use]:
 
 
 def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
-    """Write the sum of the uses of all points, in node-hours; in hours of this machine if all points are local."""
+    """Write the summed GPU-hours and cost, and node-hours, or hours of this machine if all points are local."""
     total = sum(uses, Use())
     if any(plan.cluster == "slurm" for plan in plans):
         return use_text(total)
@@ -230,7 +230,7 @@ def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
 
 
 def expected_text(plans: Sequence[Plan]) -> str:
-    """Write the expected use of the points together whose time is known, and the time of the longest; else empty."""
+    """Write the expected use of all points whose time is known, and the time of the longest; else empty."""
     known, uses = [plan for plan in plans if plan.expected_s is not None], []
     for plan in known:
         share = (plan.expected_s or 0.0) / (60 * plan.timeout_min)
@@ -275,7 +275,7 @@ def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
 
 
 def plan_text(plan: Plan) -> str:
-    """Write the plan for people."""
+    """Return the plan as text for people: one line for each fact, note, warning and candidate."""
     gpus = "" if plan.gpu_hours is not None else ", no GPUs requested"
     spares = f", and {plan.spares} spare" if plan.spares else ""
     worst = Use(plan.node_hours, plan.gpu_hours, plan.cost)
@@ -316,7 +316,7 @@ def announce_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Co
 
 
 def _ran_elsewhere(plan: Plan) -> str:
-    """Return the name of the cluster where a finished point ran; empty if it is the cluster of this command."""
+    """Return a remark that names the cluster where a finished point ran; empty if this command uses it too."""
     submitted = [event["cluster"] for event in RunFolder(plan.run_dir).read_events() if event["event"] == "submitted"]
     ran = submitted[-1] if submitted else plan.cluster
     return "" if ran == plan.cluster else f" (on {ran}, and so not compared with points on {plan.cluster})"

@@ -1,4 +1,4 @@
-"""``python -m launch.project``: estimate a measured sweep at sizes that were not run.
+"""``python -m launch.project``: estimate a measured sweep at sizes that were not run, or find set-ups for a goal.
 
     python -m launch.project outputs/scaling --nodes 8,16,...,4096 --mtbf-hours 20000
     python -m launch.project --fit "7e9 params, 1e12 tokens, 30 days" --gpu h100
@@ -50,9 +50,9 @@ NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kmbt]?)"
 WORDS = {"params": r"param(?:eter)?s?", "tokens": r"tokens?|samples?|images?", "days": r"(hour|day|week|month)s?"}
 EXAMPLE = '--fit "7e9 params, 1e12 tokens, 30 days" --gpu h100'
 NODES = sorted(2**a * 3**b for a in range(13) for b in (0, 1) if 2**a * 3**b <= 4096)
-"""Numbers of nodes to try by default: powers of two, and three times powers of two."""
+"""Numbers of nodes that ``--fit`` tries by default: powers of two, and three times powers of two."""
 CLUSTER = ("cluster=slurm", "cluster.gpus_per_node=8")
-"""Overrides for the default nodes: DGX and HGX systems."""
+"""Default overrides of ``--fit``: Slurm nodes of 8 GPUs, as DGX and HGX systems have."""
 DROPPED_FIRST = ("memory a rank", "ranks", "interval", "goodput", "stragglers")
 """Columns that a narrow terminal does not show, in this order. The files have all columns."""
 
@@ -172,14 +172,14 @@ def projection_columns(found: Projection) -> dict[str, list[str]]:
 
 
 def projection_heading(found: Projection) -> str:
-    """Return the line above the table."""
+    """Return the heading above the table of a projection."""
     of = f" of {found.label}" if found.label else ""
     kind = "weak" if found.weak_scaling else "strong"
     return f"Projection of {kind} scaling{of}; projected figures were not measured"
 
 
 def sentences(found: Projection) -> list[str]:
-    """Return the sentences below the table: first the held-out point, the model, and the interval."""
+    """Return the sentences below the table of a projection, first on held-out point, model and interval."""
     wide = f"a factor of {math.exp(found.interval):.3g} to either side"
     held, fitted_to = found.held_out, ", ".join(map(str, found.held_out.fitted_to))
     said = [
@@ -294,9 +294,10 @@ class Offer:
 
 
 def parse_goal(text: str) -> Goal:
-    """Read a goal such as ``7e9 params, 1e12 tokens, 30 days``.
+    """Return the goal that a text such as ``7e9 params, 1e12 tokens, 30 days`` states.
 
-    Raises ConfigError if one of the three is missing or no number.
+    Raises:
+        ConfigError: one of the three is missing, stated twice, or not a positive number.
     """
     expected, found = "params, tokens and days, by commas", dict[str, float]()
     for part in filter(None, (part.strip().lower() for part in text.split(","))):
@@ -313,7 +314,7 @@ def parse_goal(text: str) -> Goal:
 
 
 def compose_goal(typed: Sequence[str], gpu: str | None, network: Path | None) -> tuple[Config, list[str]]:
-    """Compose the config of nodes and model. Returns the config and its overrides.
+    """Compose the config of the nodes and the model of ``--fit``. Returns the config and its overrides.
 
     Args:
         typed: overrides as typed.
@@ -346,7 +347,7 @@ def compose_goal(typed: Sequence[str], gpu: str | None, network: Path | None) ->
 
 
 def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int]) -> list[Offer]:
-    """Return the set-ups that reach a goal, cheapest first. Prints a line about each size on standard error.
+    """Return up to eight set-ups that reach a goal, cheapest first. Prints a line about each size on standard error.
 
     Few nodes are most efficient, so sizes are tried upwards until four of them reach the goal. Each size takes a
     second, and more with many ranks.
@@ -358,7 +359,7 @@ def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int
         sizes: numbers of nodes, ascending.
 
     Raises:
-        ConfigError: no set-up reaches the goal; the error names the nearest.
+        ConfigError: no set-up reaches the goal; the error names the fastest set-up.
     """
     every: list[Offer] = []
     refusal: ConfigError | None = None
@@ -394,7 +395,7 @@ def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int
 
 
 def as_offer(goal: Goal, config: Config, set_up: SetUp) -> Offer:
-    """Return time and cost of a set-up on the nodes of a config."""
+    """Return a set-up on the nodes of a config, with time and cost of the whole training."""
     gpus = config.nodes * config.ranks_on_node
     hours = goal.training.work / set_up.work_per_step * set_up.step_s / 3600
     price, spent = config.cluster.price_per_gpu_hour, gpus * hours

@@ -35,9 +35,10 @@ def root(function: Callable[[float], float], low: float, high: float) -> float:
 
 
 def minimum(function: Callable[[float], float], low: float, high: float) -> float:
-    """Return where a function of a positive number is smallest, by golden sections of the logarithm (Kiefer, 1953).
+    """Return the argument at which a function of a positive number is smallest.
 
-    The function must have one minimum between ``low`` and ``high``.
+    The method is golden sections of the logarithm (Kiefer, 1953). The function must have one minimum between ``low``
+    and ``high``.
     """
     a, b = math.log(low), math.log(high)
     for _ in range(48):
@@ -53,7 +54,7 @@ def minimum(function: Callable[[float], float], low: float, high: float) -> floa
 
 
 def maximum_weights(size: int, draws: int) -> Floats:
-    """Return weights for ``size`` ascending values: the weighted sum is the mean maximum of ``draws`` of them.
+    """Return weights, [size], of ascending values. The weighted sum is the mean maximum of ``draws`` of these values.
 
     The mean over all choices without replacement is the U-statistic of the maximum (Hoeffding, 1948). Its expectation
     is the expected maximum of ``draws`` independent draws, for any distribution. ``draws`` is at most ``size``.
@@ -65,8 +66,9 @@ def maximum_weights(size: int, draws: int) -> Floats:
 
 
 def tail_size(size: int) -> int:
-    """Return how many of the largest values the exponential tail of a sample is fitted to: the square root, at
-    least 10.
+    """Return the number of largest values to which the exponential tail of a sample is fitted.
+
+    It is the square root of ``size``, at least 10, and at most half of ``size``.
     """
     return min(max(10, math.isqrt(size)), size // 2)
 
@@ -90,7 +92,7 @@ def expected_maximum(values: Floats, draws: int) -> float:
 
 @lru_cache(maxsize=256)
 def normal_maximum(draws: int) -> float:
-    """Return the expected maximum of independent standard normal draws, by numerical integration."""
+    """Return the expected maximum of ``draws`` independent standard normal draws, by numerical integration."""
     x = np.linspace(-10.0, 10.0, 4001)
     below = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x.tolist()])
     return float(((x > 0) + 0.5 * (x == 0) - below**draws).sum() * (x[1] - x[0]))
@@ -143,7 +145,10 @@ class RankSpread:
 
 
 def read_spread(point: Point) -> RankSpread | None:
-    """Read the own times of a point's ranks. None unless each rank records its waits in every step."""
+    """Read the own times of a point's ranks. None if a rank lacks its waits in a step.
+
+    Also None with fewer than two ranks or steps.
+    """
     run, used = RunFolder(point.path), point.steps.after_warmup()
     expected = 0 if point.environment is None else point.environment.world_size
     steps, attempts = used.step[-MOST_STEPS:], used.attempt[-MOST_STEPS:]
@@ -181,7 +186,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class StepParts:
-    """Time of a step in seconds."""
+    """Modelled time of a step in seconds."""
 
     step_s: float
     own_s: float
@@ -228,7 +233,7 @@ LINKS = (1e-4, 1e3)
 
 
 def fit_costs(points: Sequence[Measured], costs: Costs, *, links_are_given: bool = False) -> tuple[float, float]:
-    """Fit the rate factor to the smallest point and the link factor to the other points, in turns.
+    """Return the rate factor, fitted to the smallest point, and the link factor, fitted to the others, in turns.
 
     Args:
         points: measured points, smallest first.
@@ -271,14 +276,14 @@ TERMS = ("divided among the ranks", "on every rank", "grows with the ranks")
 
 
 def terms_of(ranks: int) -> tuple[float, float, float]:
-    """Return the values of ``TERMS`` at a number of ranks."""
+    """Return the factor of each of ``TERMS`` at a number of ranks, to multiply with the fitted seconds."""
     return 1 / ranks, 1.0, math.log2(ranks)
 
 
 def fit_trend(points: Sequence[Measured], is_weak: bool) -> tuple[float, ...]:
-    """Fit the seconds of each of ``TERMS`` by least squares of relative errors. No term is negative.
+    """Return seconds for each of ``TERMS``, fitted by least squares of relative errors. None of them is negative.
 
-    In weak scaling no work is divided among the ranks. Of equal fits, the one with fewer terms is returned.
+    In weak scaling the first term is 0. Of equal fits, the one with fewer terms is returned.
     """
     rows = np.array([terms_of(point.ranks) for point in points]) / [[point.step_s] for point in points]
     columns = (1, 2) if is_weak else (0, 1, 2)
@@ -294,7 +299,7 @@ def fit_trend(points: Sequence[Measured], is_weak: bool) -> tuple[float, ...]:
 
 
 def trend_model(weights: Sequence[float], is_weak: bool, ranks_per_node: int) -> Model:
-    """Return a model as a sum of ``TERMS``, for a program with known step times only."""
+    """Return a model that is a sum of ``TERMS``, for a program without cost model."""
 
     def at(nodes: int) -> StepParts:
         terms = [weight * term for weight, term in zip(weights, terms_of(nodes * ranks_per_node), strict=True)]

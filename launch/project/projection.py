@@ -41,11 +41,11 @@ from launch.schema import check_ranges
 from launch.workload import PlanRequest, StepTime
 
 UNLIMITED_GB = 1e6
-"""Memory in GB in place of an unknown size of a CPU node. The value has no effect on the time of a step."""
+"""Memory in GB of a CPU node whose memory is unknown. The value has no effect on the time of a step."""
 
 
 def read_links(path: Path) -> dict[str, Any]:
-    """Read measured links for ``--network``. Returns keys of ``cluster``.
+    """Read measured links for ``--network``. Returns key of ``cluster`` -> value.
 
     The file comes from ``launch.bench_network``, or has the keys of ``cluster.interconnect`` in YAML.
 
@@ -98,22 +98,22 @@ def request_for(
 
 @dataclass(frozen=True)
 class SweepPoints:
-    """Points of one series with step times, smallest first, and the config of the largest point."""
+    """Points of one series with step times, smallest first, to which a projection is fitted."""
 
     series: Series
     base: Point
-    """Largest point. Its config is used at other sizes."""
+    """Largest point, whose config is used at other sizes."""
     config: Config
     """Config of the largest point, with the devices that its ranks recorded."""
     measured: tuple[Measured, ...]
     """Figures of the points to which a model is fitted."""
     rates: tuple[float | None, ...] = ()
-    """Work per second of each point, in the unit of the sweep."""
+    """Work per second of each point, in the unit of the sweep; None if unknown."""
     links_are_given: bool = False
-    """True if no factor on the links is fitted.
+    """True if ``--network`` states the bandwidths of links, so that the link factor stays 1.
 
-    False for a file of ``launch.bench_network``: it compares the collectives with each other, and one factor on all of
-    them is fitted.
+    False without ``--network``. Also false for a file of ``launch.bench_network``: it compares collectives with each
+    other, so one factor for all of them is fitted.
     """
     left_out: tuple[str, ...] = ()
     """Names of points whose ranks shared cores or a GPU. They do not show how separate nodes behave."""
@@ -166,7 +166,7 @@ class SweepPoints:
         return projected.with_stragglers(self.spreads[widest], self.ranks_per_node, model.at(widest).own_s)
 
     def stragglers_s(self, point: Measured) -> float | None:
-        """Return the seconds by which a point's slowest rank exceeds the mean of its ranks; None if not known."""
+        """Return the seconds by which the slowest rank exceeds the mean rank in a step; None if not known."""
         spread = self.spreads.get(point.nodes)
         return None if spread is None else spread.own_s * spread.share(point.ranks)
 
@@ -184,9 +184,7 @@ class SweepPoints:
     def ask(
         self, nodes: int, gpu: str | None = None, rate: float = 1.0, links: float = 1.0
     ) -> tuple[Config, PlanRequest]:
-        """Return the config of the largest point on other nodes, and the request of the workload's plan or cost
-        model.
-        """
+        """Return the largest point's config with ``nodes`` nodes, and the request to plan or estimate this run."""
         config = replace(self.config, nodes=nodes)
         if gpu is not None:
             other = replace(config.cluster, gpu_name=gpu, gpu_tflops=None, gpu_memory_gib=None, matmul_rates=None)
@@ -200,7 +198,7 @@ def has_gpus(point: Point) -> bool:
 
 
 def with_devices(config: Config, base: Point) -> Config:
-    """Return the config of a point with the devices that its ranks recorded."""
+    """Return ``config`` with the devices that the ranks of ``base`` recorded."""
     known = config.cluster
     if has_gpus(base):
         assert base.environment is not None
@@ -270,7 +268,7 @@ def read_sweep(selection: Selection, network: Path | None = None, matmul_rates: 
 
 
 def as_measured(member: Point) -> Measured:
-    """Return the figures of a point to which a model is fitted."""
+    """Return the size and the step times of a point, to which a model is fitted."""
     assert member.figures is not None and member.nodes is not None and member.ranks is not None
     return Measured(member.nodes, member.ranks, member.figures.step_time_s, member.figures.low_s, member.figures.high_s)
 
@@ -288,7 +286,7 @@ class HeldOut:
     """Numbers of nodes of the points to which the model was fitted."""
 
     error: float
-    """Predicted time over measured time, minus one."""
+    """Predicted step time divided by measured step time, minus 1."""
 
 
 @dataclass(frozen=True)
@@ -308,14 +306,15 @@ class ProjectedRow:
     memory_bytes: int | None = None
     """Planned memory of one rank in bytes."""
     goodput: float | None = None
-    """Share of the time in steps that count, at the given failure rate of nodes; None without it."""
+    """Expected share (0 to 1) of the time in steps that are not lost to failures; None without ``--mtbf-hours``."""
     gpu_hours_per_giga: float | None = None
     """GPU-hours for 10^9 units of work, goodput included."""
     cost_per_giga: float | None = None
+    """Cost of 10^9 units of work in the currency of ``cluster.price_per_gpu_hour``, goodput included."""
     stragglers_s: float | None = None
     """Seconds by which the slowest rank exceeds the mean rank in a step: measured, or expected."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Cause -> seconds of a step, by the model."""
+    """Cause -> seconds of a step, by the model; empty for a measured size."""
     refused: str = ""
     """Reason why a run of this size cannot work; empty if it can."""
 
@@ -327,8 +326,9 @@ class Projection:
     rows: tuple[ProjectedRow, ...]
     held_out: HeldOut
     interval: float
-    """Half width of every interval, as a logarithm: the held-out error, or the spread of the held-out point if
-    larger.
+    """Half width of every interval, as natural logarithm of a factor on the step time.
+
+    It is the error of the held-out point, or the spread of that point's step times if that is larger.
     """
     model: str
     unit: str
@@ -401,7 +401,7 @@ def hold_out(sweep: SweepPoints) -> HeldOut:
 
 
 def straggler_notes(sweep: SweepPoints, most: int) -> list[str]:
-    """Explain how the stragglers are extrapolated to ``most`` nodes, and which effects no figure includes."""
+    """Return notes on how stragglers are extrapolated to ``most`` nodes, and on effects that no figure includes."""
     others = "congestion by other jobs, and links of more tiers than in and between nodes"
     if not sweep.spreads:
         lacking = f" ({sweep.untold})" if sweep.untold else ""
@@ -437,7 +437,7 @@ def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures
 
 
 def with_derived(row: ProjectedRow, sweep: SweepPoints, failures: Failures | None) -> ProjectedRow:
-    """Return the row with figures derived from the time of a step: efficiency, goodput, GPU-hours, cost."""
+    """Return the row with the figures that follow from its step time: efficiency, goodput, GPU-hours, cost."""
     assert row.step_s is not None
     first, gpus, price = sweep.measured[0], sweep.config.cluster.gpus_per_node, sweep.config.cluster.price_per_gpu_hour
     shrink = first.step_s / row.step_s

@@ -31,15 +31,18 @@ ALL_FILES = frozenset(ReportFile)
 
 
 def write(table: ScalingTable, reload_s: float | None = None, files: Collection[ReportFile] = ALL_FILES) -> list[Path]:
-    """Write the files of a report and return their paths. Files of an earlier report are replaced.
+    """Write the files of a report, in place of those of an earlier report.
 
-    A sweep's report is ``scaling.*``: next to its points until the next sweep, and permanently in the folder of its
-    record. The report of one run is ``summary.*`` in its folder. The report of all runs of a folder is ``all_runs.*``.
+    The files of a sweep's report are ``scaling.*``, in the folder of its points until the next sweep, and permanently
+    in the folder of its record. The report of one run is ``summary.*``, that of all runs of a folder ``all_runs.*``.
 
     Args:
         table: the report.
         reload_s: seconds after which a browser reloads the page; None for never.
         files: kinds of files to write. Files of other kinds stay unchanged.
+
+    Returns:
+        Paths of the files in the first folder, then the other folders, and the folder of the TensorBoard run.
     """
     selection = table.selection
     pictures: dict[str, bytes] = {}
@@ -81,8 +84,9 @@ def write(table: ScalingTable, reload_s: float | None = None, files: Collection[
 
 
 def show_and_write(table: ScalingTable, console: Console, files: Collection[ReportFile] = ALL_FILES) -> None:
-    """Show a report, write its files or some of them, and print the paths of the files and the folder's other
-    reports.
+    """Print a report, write its files of the kinds ``files``, and print their paths.
+
+    Also prints the commands for the other reports of the folder.
     """
     show(table, console)
     for path in write(table, files=files):

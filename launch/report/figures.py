@@ -64,22 +64,22 @@ STYLE: Any = {
 }
 HOLLOW: dict[str, Any] = {"c": PAPER, "s": 42, "linewidths": 1.6, "zorder": 3}
 BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.2}
-"""Position of a legend below the axes and their name."""
+"""Keyword arguments of ``Axes.legend`` for a legend below the axes and the label of the x axis."""
 IDEAL: dict[str, Any] = {"linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 1}
 
 
-# Panels, alone for the page or together in a file.
+# Panels: each alone for the page, or all together in one picture file.
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing with its title. ``draw`` fills the axes that it receives."""
+    """One drawing with its title. ``draw`` draws into the axes that it receives; ``inches`` is the height."""
 
     title: str
     draw: Callable[[Axes], None]
     inches: float = 3.1
     lead: str = ""
-    """Sentence that the page shows under the title."""
+    """Sentence that the page shows under the title; empty for none."""
 
 
 WIDE = 5.4
@@ -87,7 +87,10 @@ WIDE = 5.4
 
 
 def draw_report(table: ScalingTable) -> dict[str, bytes]:
-    """Draw the picture of a report and return it as ``png`` and as ``svg``. Equal tables give equal bytes."""
+    """Draw the picture of a report. Returns format -> file content, for ``png`` and ``svg``.
+
+    Equal tables give equal bytes.
+    """
     one_run = len(table.rows) == 1 and table.details
     panels = run_panels(table.details[0]) if one_run else scaling_panels(table)
     headings = "\n".join(heading for heading, _ in table.sections())
@@ -96,7 +99,7 @@ def draw_report(table: ScalingTable) -> dict[str, bytes]:
 
 @rc_context(STYLE)
 def picture(panels: Sequence[Panel], heading: str, conditions: str) -> dict[str, bytes]:
-    """Draw panels in rows of two below a heading. Returns the picture as ``png`` and as ``svg``."""
+    """Draw panels in rows of two below a heading. Returns format -> file content, for ``png`` and ``svg``."""
     panels = panels or [Panel("", _draw_nothing)]
     rows = [panels[start : start + 2] for start in range(0, len(panels), 2)]
     inches = [max(panel.inches for panel in row) for row in rows]
@@ -125,7 +128,7 @@ def draw_ranks(found: RunDetail) -> bytes | None:
 
 @rc_context(STYLE)
 def inline_svg(panel: Panel, salt: str) -> str:
-    """Draw one panel for the page, in colors that are variables of CSS. ``salt`` differs for each panel of a page."""
+    """Return one panel as an SVG element with CSS variables as colors. ``salt`` must differ for each panel."""
     whole = Figure(figsize=(WIDE, panel.inches), layout="constrained", facecolor="none")
     panel.draw(whole.subplots())
     text = _svg(whole, salt)
@@ -153,7 +156,7 @@ def _draw_nothing(axes: Axes) -> None:
 
 
 def scale_values(axes: Axes, name: str, log: bool = False) -> None:
-    """Set up the axis of the values. It begins at 0, or is logarithmic if the values span a factor of 4 or more."""
+    """Set up the y axis with the label ``name``. It begins at 0; with ``log`` it spans at least a factor of 4."""
     axes.set_ylabel(name)
     axes.grid(True, axis="y")
     if not log:
@@ -161,7 +164,7 @@ def scale_values(axes: Axes, name: str, log: bool = False) -> None:
         return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    # With a factor below 4, noise between two points would look like a cliff. The room above is for the legend.
+    # With a factor below 4, noise between two points would look like a cliff. The space above is for the legend.
     margin = max(1.1, (4 * low / high) ** 0.5)
     axes.set_ylim(low / margin, high * margin * 1.25)
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
@@ -170,7 +173,7 @@ def scale_values(axes: Axes, name: str, log: bool = False) -> None:
 
 
 def scale_sizes(axes: Axes, sizes: Sequence[int], name: str) -> None:
-    """Space numbers of ranks or nodes by factors of two, and label those with enough room, always the largest."""
+    """Set up a logarithmic x axis for ascending numbers of ranks or nodes. At most nine of them get labels."""
     axes.set_xscale("log", base=2)
     axes.set_xlabel(name)
     axes.set_xlim(sizes[0] / 2**0.4, sizes[-1] * 2**0.4)
@@ -183,7 +186,7 @@ LONGEST_LABEL = 26
 
 
 def _short(label: str) -> str:
-    """Remove the middle of a label that is too long for the drawing."""
+    """Return the label; of a label with more than ``LONGEST_LABEL`` characters, the middle is removed."""
     half = LONGEST_LABEL // 2
     return label if len(label) <= LONGEST_LABEL else f"{label[:half]}…{label[-half:]}"
 
@@ -193,15 +196,15 @@ def _short(label: str) -> str:
 
 
 MAX_LABELS = 6
-"""Largest number of points with their figure as text; more texts would overlap."""
+"""Largest number of points in a drawing with their figures as text; more texts would overlap."""
 MAX_INSIDE = 4
-"""Largest number of lines of a legend inside of the axes."""
+"""Largest number of lines of a legend inside the axes. A longer legend is below them."""
 SeriesRows = Mapping[tuple[str | None, str], Sequence[Row]]
 
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """A figure of a row to draw over the number of ranks, in an interval if the row has its lower and upper end."""
+    """A field of ``Row`` to draw over the number of ranks, with an interval if ``*_low`` and ``*_high`` are known."""
 
     title: str
     axis: str
@@ -210,7 +213,10 @@ class DrawnFigure:
     factor: float = 1.0
 
     def band(self, row: Row) -> list[float] | None:
-        """Return lower end, value and upper end; None if the row has no such figure."""
+        """Return lower end, value and upper end, times ``factor``; the value replaces an unknown end.
+
+        None if the row lacks the figure.
+        """
         middle = getattr(row, self.field)
         ends = (getattr(row, f"{self.field}_{end}", None) for end in ("low", "high"))
         low, high = (middle if end is None else end for end in ends)
@@ -225,7 +231,10 @@ SPEEDUP = DrawnFigure("Speedup", "ratio to the smallest point", "speedup", lambd
 
 
 def scaling_panels(table: ScalingTable) -> list[Panel]:
-    """Choose one or two panels: the measured figure, and the figure derived from it. Empty for one run."""
+    """Return at most two panels, the first known of throughput, run time, efficiency, speedup and step time.
+
+    Empty for one run.
+    """
     series: dict[tuple[str | None, str], list[Row]] = {}
     for row in table.rows if len(table.rows) > 1 else ():
         if row.ranks is not None and (row.run_time_s if table.compares_run_times else row.step_time_s) is not None:
@@ -306,9 +315,9 @@ PART_COLORS = {
 }
 """Part of the time -> name of its color in ``PALETTE``. Other parts have colors of their own names."""
 MAX_BARS = 16
-"""Largest number of runs with a bar. The table and scaling.csv have all runs."""
+"""Largest number of runs with a bar of their time. The table and scaling.csv have all runs."""
 LEAST_LABELLED = 0.09
-"""Smallest share of a bar in which its percentage fits."""
+"""Smallest share (0 to 1) of a bar that has enough space for its percentage as text."""
 
 
 @dataclass(frozen=True)
@@ -324,7 +333,7 @@ class Bar:
 
 
 def loss_panels(table: ScalingTable) -> list[Panel]:
-    """Make a waterfall of each point from the ideal to its efficiency, largest points first."""
+    """Return a panel for each point with known losses: a waterfall from ideal to efficiency. Most ranks first."""
     rows = sorted((row for row in table.rows if row.losses), key=lambda row: -(row.ranks or 0))
     # All axes end at the longest bar, so that a reader can compare bars of two points.
     most = max((100 * (1 + sum(-share for share in row.losses.values() if share < 0)) for row in rows), default=0.0)
@@ -349,7 +358,10 @@ def waterfall(row: Row) -> list[Bar]:
 
 
 def interruption_panels(table: ScalingTable) -> list[Panel]:
-    """Make a panel for each unit of hours: the cost of each cause of interruptions in all runs of the report."""
+    """Return a panel for each unit, GPU-hours or node-hours: the cost of interruptions in all runs, by cause.
+
+    Empty without interruptions.
+    """
     panels = []
     for unit, rows in interrupted(table.rows):
         causes = sorted(hours_by_cause(rows).items(), key=lambda cause: -cause[1])
@@ -389,7 +401,10 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar], most: float, ideal: float | None
 
 
 def times_panels(table: ScalingTable) -> list[Panel]:
-    """Make the panel of the time of each run by parts, from its submission to its end; empty if nothing is known."""
+    """Return one panel with the time of each run by part, in percent from its submission to its end.
+
+    Empty if no run has a goodput.
+    """
     rows = [row for row in table.rows if row.goodput is not None]
     lead = "Time of each run from its submission to its end, over all attempts. The parts add up to 100.0 %."
     if len(rows) > MAX_BARS:
@@ -430,7 +445,7 @@ def _style_bars(axes: Axes) -> None:
 
 BINS = 40
 NAMED_RANKS = 4
-"""Number of slow ranks whose rows get a label; more would overlap."""
+"""Largest number of slow ranks with a label in the heat map; more labels would overlap."""
 ALONE = "Fewer than two ranks recorded the same steps, so no rank is compared with others."
 # Orange above the median, blue below it, transparent in between.
 SLOW_AND_FAST = LinearSegmentedColormap.from_list(
@@ -439,7 +454,10 @@ SLOW_AND_FAST = LinearSegmentedColormap.from_list(
 
 
 def run_panels(found: RunDetail) -> list[Panel]:
-    """Make the panels of one run: its ranks over time, or its step times if it has one rank, and their distribution."""
+    """Return two panels of one run: the heat map of its ranks, and the distribution of its step times.
+
+    If fewer than two ranks are compared, step times over the run replace the heat map.
+    """
     times = found.rank_times
     first = Panel("Step time over the run", partial(_draw_over_steps, found=found), lead=ALONE)
     if times is not None:
@@ -467,7 +485,7 @@ def _draw_over_steps(axes: Axes, found: RunDetail) -> None:
 
 
 def _draw_heat_map(axes: Axes, found: RunDetail, times: RankTimes) -> None:
-    """Draw ranks from top to bottom and time from left to right, colored by the excess over the median of all ranks."""
+    """Draw ranks from top to bottom and steps from left to right, colored by ms of own time above the median rank."""
     in_ms = [[1000 * value for value in row] for row in times.excess_s]
     # The color scale has a minimum range. Otherwise the noise of a healthy run looks like a finding.
     limit = max(1000 * LEAST_SHARE * found.step_time_s, *(abs(value) for row in in_ms for value in row))
@@ -493,7 +511,7 @@ def _draw_heat_map(axes: Axes, found: RunDetail, times: RankTimes) -> None:
     axes.set_yticks(shown, [str(times.ranks[row].rank) for row in shown])
     for row in [row for row in found.slowest if row.time.is_slow or row.time.waits_long][:NAMED_RANKS]:
         at = places[row.time.rank]
-        # A row of a thousand is thinner than a pixel.
+        # With a thousand ranks, a row is thinner than a pixel, so a marker shows where it is.
         axes.plot(first, at, marker=">", color=COLORS[1], markersize=6, clip_on=False)
         axes.annotate(
             f"rank {row.time.rank}" + ("" if row.host is None else f", {row.host}"),

@@ -35,11 +35,12 @@ PARTS = {
 }
 """Part of the time -> its name for people, in the order in which they are shown.
 
-``waiting``: from the submission, or the end of the allocation before, to the allocation; 0 on this machine, where
-points of a sweep only wait for each other. ``start``: from the allocation to the first step. ``compile``, ``restore``:
-as far as records say; else they are part of steps and starts. ``lost``: steps that were lost with their attempt and
-done again. ``restarts``: from the last step of an attempt to the first of the next, and starts of later allocations.
-``shutdown``: from the last step, or its save, to the end of the allocation. ``other``: for a reason that no record has.
+``waiting``: from the submission, or the end of the previous allocation, to the allocation; 0 on the local machine,
+where points of a sweep only wait for each other. ``start``: from the allocation to the first step. ``compile``,
+``restore``: as far as step records have these times; otherwise they are part of steps and starts. ``lost``: steps
+that were lost with their attempt and done again. ``restarts``: from the last step of an attempt to the first of the
+next, and starts of later allocations. ``shutdown``: from the last step, or its save, to the end of the allocation.
+``other``: time between steps for which no record has a reason.
 """
 CAUSES = {
     "crashed": "crashed",
@@ -60,7 +61,7 @@ CAUSES = {
 }
 """Cause of an interruption -> its name for people, in the order of display.
 
-``continued`` is a command that extended a finished run, or took it back by ``resume_from``.
+``continued``: a command extended a finished run, or went back to an earlier checkpoint by ``resume_from``.
 """
 DEFINITION = (
     "allocated time from the last step that counts before an interruption to the next new one: its end, the start "
@@ -84,6 +85,7 @@ class Failures:
     save_s: float
     """Seconds for which each save stops the steps."""
     restart_s: float
+    """Seconds of a start after a failure."""
 
     def interval_s(self, nodes: int) -> float:
         """Return Young's interval between saves in seconds."""
@@ -94,19 +96,19 @@ class Failures:
         return 3600 * self.mtbf_node_h / nodes
 
     def goodput(self, nodes: int) -> float:
-        """Return the share (0 to 1) of the time that steps which count need, with saves at Young's interval."""
+        """Return the expected share (0 to 1) of time in steps that are not lost, with saves at Young's interval."""
         return expected_goodput(self.save_s, self.interval_s(nodes), self.restart_s, self.mtbf_s(nodes))
 
 
 @dataclass(frozen=True)
 class Restart:
-    """Start of the ranks after an interruption, until the first step, without restore and compilation."""
+    """One start of the ranks, until their first step: seconds without restore and compilation."""
 
     seconds: float
     size: int
     """Number of GPUs of the allocation; number of nodes if it has no GPUs."""
     wait_s: float = 0.0
-    """Seconds of waiting for the allocation."""
+    """Seconds that the run waited for the allocation."""
 
 
 @dataclass(frozen=True)
@@ -124,17 +126,17 @@ class Losses:
     in_place: Sequence[Restart] = ()
     """Restarts inside of an allocation after which the run made a step."""
     requeues: Sequence[Restart] = ()
-    """Starts of later allocations in which the run made a step."""
+    """Start of each allocation after the first, if its first start led to a step."""
     first: Restart | None = None
-    """Start of the first allocation; None if it made no step."""
+    """Start of the first allocation; None if its first start led to no step."""
 
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds of a run by part, and its allocations. A figure that is not known is None."""
+    """Time of a run by part, and the use and cost of its allocations. A figure that is not known is None."""
 
     seconds: Mapping[str, float]
-    """Part of ``PARTS`` -> seconds of wall time. Parts that are zero, except for rounding, are absent."""
+    """Part of ``PARTS`` -> seconds of wall time. Parts of at most ``CLOCK_S`` seconds are absent."""
     gpu_hours: float | None
     cost: float | None
     """Cost in the currency of cluster.price_per_gpu_hour; None if unknown."""
@@ -142,7 +144,7 @@ class Goodput:
 
     @property
     def total_s(self) -> float:
-        """Seconds from the submission to the end, or until now."""
+        """Seconds from the submission to the end of the run, or until now if it runs."""
         return sum(self.seconds.values())
 
     @property
@@ -163,9 +165,8 @@ def saved_in_place(losses: Losses, others: Sequence[Losses] = ()) -> tuple[float
         others: losses of the other runs of its sweep.
 
     Returns:
-        Hours of GPUs (of nodes without GPUs), seconds of waiting in the queue, and the starts for the comparison as
-        text
-        for people.
+        Saved GPU-hours (node-hours without GPUs), saved seconds of waiting in the queue, and a text that names the
+        starts of the comparison.
     """
     starts = {
         "requeues of this run": losses.requeues,
@@ -182,7 +183,7 @@ def saved_in_place(losses: Losses, others: Sequence[Losses] = ()) -> tuple[float
 
 
 def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput | None:
-    """Divide the time of a run into parts. None if its agents recorded no allocations."""
+    """Return the time of a run by part, and its cost. None if the event log does not describe all its allocations."""
     agents = [event for event in events if event["event"] == "agent_started"]
     if not all({"job", "nodes", "allocated_at"} <= event.keys() for event in agents):
         return None  # The log was written by hand, or cut off: the rest of the time would be missing.
@@ -198,7 +199,7 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
         begun = float(started["allocated_at"])
         before = [event for event in submitted if event["time"] <= begun]
         is_local = bool(before) and before[-1].get("cluster") == "local"
-        # Nothing waits between the end of an allocation and the command that requests the next one.
+        # The run does not wait between the end of an allocation and the command that requests the next one.
         requested = max([since, *(event["time"] for event in before if not event.get("moved"))])
         waited_s = 0.0 if is_local else max(0.0, begun - requested)
         since = max(ended, begun)
@@ -226,22 +227,24 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
 
 @dataclass(frozen=True)
 class RunInterruption:
-    """An interruption: end of an attempt after which the run continued, of a start without an attempt, or a
-    roll-back.
-    """
+    """An interruption: an attempt ended, a start ended without an attempt, or an attempt rolled back."""
 
     since: float
-    """Unix time of the last step; later time is lost to this interruption."""
+    """Unix time after which lost time belongs to this interruption.
+
+    It is the start of the attempt's first step, or of the attempt if it made none. Without attempt, and for a
+    roll-back, it is the time of the event.
+    """
     cause: str
     """Cause of the interruption, a key of ``CAUSES``."""
     noticed: float | None = None
-    """Unix time of the interruption in the event log; None if it is not there."""
+    """Unix time of the interruption's event; None if the event log has no such event."""
     attempt: int | None = None
-    """For a roll-back: attempt that went back by itself to the checkpoint of ``step``; else None."""
+    """Attempt that rolled back to the checkpoint of ``step``; None if this is no roll-back."""
     step: int = 0
 
     def takes(self, record: _Record) -> bool:
-        """Return True if this roll-back discarded a step."""
+        """Return True if this roll-back discarded the step of ``record``."""
         return record.attempt == self.attempt and record.step > self.step and record.ended <= self.since
 
 
@@ -268,7 +271,7 @@ UNKNOWN = RunInterruption(0.0, "unknown")
 
 
 class _Division:
-    """Divider for the time of a run, one allocation after another."""
+    """Totals of a run by part and by interruption. ``add`` divides one allocation after another."""
 
     def __init__(self, run: RunFolder, events: Sequence[dict[str, Any]]) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -276,10 +279,10 @@ class _Division:
         self.lost_s = defaultdict[str, float](float)
         self.lost_h = defaultdict[str, float](float)
         self.causes: dict[float, str] = {}
-        """Start of each interruption that cost time, Unix seconds -> its cause."""
+        """``since`` of each interruption that cost time, Unix seconds -> cause of the interruption."""
         self.in_place: list[Restart] = []
         self.starts: list[tuple[int, Restart]] = []
-        """Number of the allocation, from 1, and its first start, for each allocation."""
+        """Number (from 1) and first start of each allocation whose first start led to a step."""
         self._allocation = self._size = 0
         self._waited_s = 0.0
         self._has_stepped = False
@@ -342,14 +345,14 @@ class _Division:
         self._records = sorted([*records, *aside], key=_end)
 
     def _read_records(self, run: RunFolder) -> tuple[list[_Record], list[_Record]]:
-        """Return the records of the first rank that has any, and the records that a command has discarded."""
+        """Return the step records of the first rank with records, and its records that a command has discarded."""
         for rank in run.metric_ranks():
             if found := self._records_in(run.metrics(rank)):
                 return found, [record for path in aside_records(run, rank) for record in self._records_in(path)]
         return [], []
 
     def _records_in(self, path: Path) -> list[_Record]:
-        """Return the records of one file: for each step of an attempt, the last line between two roll-backs."""
+        """Return the last record of each step in one file. A step repeated after a roll-back has several records."""
         names = ("time", "step_time_s", "compile_s", "val_compile_s", "restore_s")
         columns = read_columns(path, (*names, "val_loss"), every=True)
         evaluated = ~np.isnan(columns.values["val_loss"])
@@ -369,14 +372,14 @@ class _Division:
         return [record for record in last.values() if not math.isnan(record.ended)]
 
     def _mark_lost(self, records: list[_Record], aside: list[_Record], ends: Mapping[int, RunInterruption]) -> None:
-        """Set the interruption of each lost step."""
+        """Set ``lost_to`` in the record of each lost step."""
         first: dict[int, int] = {}
         for record in records:
             first[record.attempt] = min(record.step, first.get(record.attempt, record.step))
         for record in (*records, *aside):
             back = next((back for back in self._rollbacks if back.takes(record)), None)
-            # A later attempt, or the same one after a roll-back, began before the lost steps. They are lost even if
-            # they were not repeated, because an attempt may end before.
+            # A step is lost if a roll-back discarded it, or if a later attempt began at or before it. It is lost even
+            # if it was not repeated, because the later attempt may have ended before it.
             again = min((step for attempt, step in first.items() if attempt > record.attempt), default=math.inf)
             if back is not None or record.step >= again:
                 record.lost_to = back or ends[record.attempt]
@@ -386,7 +389,7 @@ class _Division:
                 record.lost_to = end if end.cause == "continued" else RunInterruption(end.since, "continued")
 
     def _spend(self, part: str, seconds: float, lost_to: RunInterruption | None = None) -> None:
-        """Add seconds of the allocation to a part, and to the interruption that they are lost to."""
+        """Add seconds to a part of ``PARTS`` and, if they are lost to an interruption, to the losses of its cause."""
         self.seconds[part] += seconds
         if lost_to is not None and seconds > 0:
             self.lost_s[lost_to.cause] += seconds
@@ -431,19 +434,19 @@ class _Division:
             self._spend("shutdown", until - since, end)
 
     def _divide_save(self, before: _Record, at: float, until: float) -> float:
-        """Add the save after a step, and return the Unix time of its end."""
+        """Add the time of the save after a step, which begins at ``at``. Return the Unix time of its end."""
         saved_s = min(until - at, self._save_s.get((before.attempt, before.step), 0.0))
         self._spend("saves", saved_s)
         return at + saved_s
 
     def _divide_compile(self, before: _Record, gap_s: float) -> float:
-        """Add the compilation in the evaluation after a step, and return its seconds."""
+        """Add the compilation in the evaluation after a step, at most ``gap_s``. Return the added seconds."""
         compiled_s = min(before.val_compile_s, gap_s)
         self._spend("compile", compiled_s, self._before[before.attempt])
         return compiled_s
 
     def _divide_gap(self, before: _Record | None, record: _Record, at: float, until: float, compile_s: float) -> None:
-        """Divide the time before a step: the save after the previous step, then starts, restore and compilation."""
+        """Divide the time between two steps into save, evaluation, starts, restore and compilation."""
         if before is not None:
             at = self._divide_save(before, at, until)
         is_same = before is not None and before.attempt == record.attempt
@@ -464,7 +467,7 @@ class _Division:
             self._spend("evaluations" if before.evaluated else "other", until - at - compiled)
 
     def _divide_starts(self, at: float, until: float, is_in_place: bool | None, is_last: bool = False) -> None:
-        """Divide the time of starts from ``at`` to ``until``. The first start of a run is lost to no interruption.
+        """Divide a time in which ranks start into ``start`` and ``restarts``. The first start of a run is not lost.
 
         Args:
             at: start of the time, Unix seconds.
@@ -483,11 +486,14 @@ class _Division:
                 else:
                     self.starts.append((self._allocation, restart))
             if is_last and not self._records and lost_to is self._final:
-                lost_to = None  # A program without step records ran until then: nothing followed that could cost time.
+                lost_to = None  # A program without step records ran until its end: this time is not lost.
             self._spend("start" if lost_to is None else "restarts", end - since, lost_to)
 
     def _slices(self, at: float, until: float) -> Iterator[tuple[float, float, RunInterruption | None]]:
-        """Cut a time without steps at the start of each interruption. The interruption is None before the first one."""
+        """Yield begin and end, Unix seconds, and interruption of each section of a time without steps.
+
+        The interruption is None before the first one.
+        """
         current = max((end for end in self._ends if end.since <= at), key=_since, default=None)
         if current is None and self._has_stepped:
             current = UNKNOWN
@@ -502,6 +508,6 @@ _since, _end = attrgetter("since"), attrgetter("ended")
 
 
 def _cause(event: Mapping[str, Any]) -> str:
-    """Return the key of ``CAUSES`` for the cause of an attempt's end."""
+    """Return the key of ``CAUSES`` for the end of an attempt; ``continued`` if the attempt had finished."""
     cause = event.get("cause")
     return "continued" if cause == "finished" else cause if isinstance(cause, str) and cause in CAUSES else "unknown"

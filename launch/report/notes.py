@@ -30,27 +30,27 @@ UNAVAILABLE = "unavailable"
 
 
 def figure(value: float | None, form: str = "{:,.0f}") -> str:
-    """Write a figure, by default a whole number with commas between the thousands."""
+    """Write a figure, by default a whole number with commas between the thousands; ``UNAVAILABLE`` for None."""
     return UNAVAILABLE if value is None else form.format(value)
 
 
 def rate(value: float | None) -> str:
-    """Write a throughput with at least three digits: 9.87, 98.7, 987, 98,765."""
+    """Write a throughput with at least three digits: 9.87, 98.7, 987, 98,765. ``UNAVAILABLE`` for None."""
     return figure(value, "{:,.0f}" if value is not None and value >= 100 else "{:.3g}")
 
 
 def time_text(value: float | None) -> str:
-    """Write a duration in seconds: 350 ms, 12.3 s, 4 min 05 s."""
+    """Write a duration that is given in seconds: 350 ms, 12.3 s, 4 min 05 s. ``UNAVAILABLE`` for None."""
     return UNAVAILABLE if value is None else duration_text(value)
 
 
 def percent(value: float | None) -> str:
-    """Write a share in percent. Small shares, such as the MFU of a small model, keep a decimal."""
+    """Write a share (0 to 1) in percent with one decimal; ``UNAVAILABLE`` for None."""
     return UNAVAILABLE if value is None else f"{value * 100:.1f} %"
 
 
 def percentages(shares: Sequence[float]) -> list[str]:
-    """Round shares to tenths of a percent whose sum is the rounded sum: 100.0 if the shares add up to 1.
+    """Write shares in percent with one decimal, so that the texts add up to 100.0 if the shares add up to 1.
 
     The shares with the largest remainders are rounded up (largest remainder method).
     """
@@ -63,7 +63,7 @@ def percentages(shares: Sequence[float]) -> list[str]:
 
 
 def with_unit(value: float | None, unit: str) -> str:
-    """Write a figure with four digits, and its unit."""
+    """Write a figure with its unit, in four digits, or more from 1,000 on; ``UNAVAILABLE`` for None."""
     return figure(value, f"{{:,.0f}} {unit}" if value is not None and abs(value) >= 1000 else f"{{:.4g}} {unit}")
 
 
@@ -73,13 +73,16 @@ def hours(value: float, unit: str) -> str:
 
 
 def hours_by_cause(rows: Sequence[Row]) -> dict[str, float]:
-    """Return the lost hours of several points by cause, in the order of ``CAUSES``."""
+    """Return cause -> lost hours of all rows together, in the order of ``CAUSES``. Causes without loss are absent."""
     found = {cause: sum(row.causes_h.get(cause, 0.0) for row in rows) for cause in CAUSES}
     return {cause: lost for cause, lost in found.items() if lost}
 
 
 def interrupted(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Group the rows with interruptions by the unit of their hours. Hours of GPUs and of nodes are never added."""
+    """Return the unit of lost hours, GPU or node, and the rows with interruptions, for each unit in use.
+
+    Hours of GPUs and of nodes are never added.
+    """
     found = {unit: [row for row in rows if row.hours_of == unit and row.interruptions] for unit in ("GPU", "node")}
     return [(unit, of_unit) for unit, of_unit in found.items() if of_unit]
 
@@ -98,17 +101,17 @@ STATE_TEXTS = {
 }
 
 NAMED = 3
-"""Number of slow ranks, throttled hosts or unread files that a note names. It counts the rest."""
+"""Largest number of slow ranks, throttled hosts or damaged files that a note names. It counts the others."""
 SAME_WORK = 1.05
-"""Ratio of work below which steps count as equal work. The last batch of an epoch may be smaller."""
+"""Largest ratio of the work of two steps that counts as equal. The last batch of an epoch may be smaller."""
 LEAST_THROTTLED = 0.01
-"""Share of the samples below which no host counts as throttled."""
+"""Smallest share (0 to 1) of throttled samples with which a host counts as throttled."""
 
 
 def report_notes(
     points: Sequence[Point], found: Sequence[tuple[Series, SeriesFindings]], rows: Sequence[Row]
 ) -> Iterator[str]:
-    """Yield the notes below the table of these series and rows."""
+    """Yield the notes below the tables of a report, each of one or more sentences."""
     every = [series for series, _ in found]
     shown = [point for series in every for point in series.members]
     yield from _sources(points)
@@ -127,7 +130,7 @@ def report_notes(
 
 
 def _named(texts: Sequence[str]) -> str:
-    """List the first ``NAMED`` texts and count the others."""
+    """Return one text with the first ``NAMED`` texts and the number of the others."""
     return "; ".join([*texts[:NAMED], *([f"and {len(texts) - NAMED} more"] if len(texts) > NAMED else [])])
 
 
@@ -157,7 +160,7 @@ def _sources(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _unread(point: Point) -> Iterator[str]:
-    """Count the lines that are no step records, and the lines of the event log that are unreadable."""
+    """Report unreadable lines among the step records and in the event log, with their number."""
     if found := sorted(point.unread, key=lambda one: -one.lines):
         files = [f"{one.lines} of rank {one.rank} in attempt {one.attempt or 'unknown'}" for one in found]
         yield (
@@ -195,8 +198,8 @@ def _apart(every: Sequence[Series]) -> Iterator[str]:
 
 
 def _comparison(series: Series) -> Iterator[str]:
-    """Name the baseline of a series. Explain a speedup between steps with unknown work, and steps whose work does not
-    fit the kind of scaling.
+    """Name the baseline of a series. Explain a speedup without known work, and work that does not fit the kind of
+    scaling.
     """
     base, is_weak = series.smallest, series.scaling == "weak"
     measured = [point for point in series.members if point.figures is not None]
@@ -215,7 +218,7 @@ def _comparison(series: Series) -> Iterator[str]:
             "records of tokens or samples."
         )
     works: dict[Point, float] = {}
-    # A script states its work by hand.
+    # Only scripts are checked: their users state the work by hand.
     for point in measured if series.scaling is not None and series.has_rates else ():
         if point.figures is not None and point.figures.throughput is not None and not point.is_gpt:
             works[point] = point.figures.throughput * point.figures.step_time_s / (point.ranks or 1 if is_weak else 1)
@@ -268,7 +271,7 @@ def _records(points: Sequence[Point]) -> Iterator[str]:
 
 
 def _noise(series: Series, rows: Sequence[Row]) -> Iterator[str]:
-    """Explain why an efficiency is marked, and how large its error may be."""
+    """Explain why an efficiency is marked with ~, and give its 95 % interval."""
     titles = {point.title for point in series.members}
     marked = [row for row in rows if row.noisy and row.label in titles]
     noisy = [
@@ -291,7 +294,7 @@ def _noise(series: Series, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _times(point: Point) -> Iterator[str]:
-    """Report step times that are means over lines of a log, slow ranks, and ranks that wait for data."""
+    """Report step times that are means over lines of a log, slow ranks, and ranks that wait longer for data."""
     figures = point.figures
     if figures is None:
         return
@@ -383,7 +386,7 @@ def _ends(points: Sequence[Point]) -> Iterator[str]:
 
 LOW_MFU = 0.2
 WORTH_NAMING = 0.1
-"""Share of the step from which a note names a phase other than computation."""
+"""Smallest share (0 to 1) of the step with which a note names a phase other than computation."""
 ADVICE = {
     "communication": "More work between two reductions hides it: a larger optim.global_batch, or fewer nodes; "
     "python -m launch.doctor measures the links.",
@@ -415,7 +418,7 @@ def _parts_of_steps(point: Point) -> Iterator[str]:
 
 
 def _findings(series: Series, found: SeriesFindings) -> Iterator[str]:
-    """Write the intervals, repeats and law of a series."""
+    """Report the 95 % intervals, the repeated sizes and the fitted scaling law of a series."""
     titles = {point.name: point.title for point in series.members}
     if found.intervals:
         ends = ", ".join(f"{titles[name]} {_range(*pair)}" for name, pair in found.intervals.items())

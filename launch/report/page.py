@@ -1,4 +1,4 @@
-"""The report as one HTML page: its first line of figures, and the content of ``page.html.j2`` below."""
+"""The report as one HTML page: a first line of tiles with figures, and the content of ``page.html.j2`` below."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from launch.report.table import RankRow, Row, RunDetail, ScalingTable
 from launch.report.text import LEFT, efficiency, part_tables, point_tables, slowest_table
 
 MAX_FALLS = 6
-"""Largest number of waterfalls, for the largest points. The table of lost efficiency has all points."""
+"""Largest number of waterfall panels, one for each of the largest points. The table of losses has all points."""
 MAX_RUNS = 8
 """Largest number of runs whose ranks and step times are drawn: each drawing takes some 50 ms and 20 kB."""
 
 
 def page(table: ScalingTable, reload_s: float | None = None) -> str:
-    """Return the whole page of a report. With ``reload_s``, a browser reloads the page after this many seconds."""
+    """Return the HTML of a report's page. A browser reloads the page every ``reload_s`` seconds; never if None."""
     headings = [heading for heading, _ in table.sections()]
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -66,14 +66,20 @@ def slow_rank_rows(found: RunDetail) -> list[RankRow]:
 
 
 def chosen(details: Sequence[RunDetail]) -> RunDetail:
-    """Choose the run to show first: the run whose slow rank costs most, else the last run with ranks."""
+    """Choose the run to show first: the run whose slow rank has the largest excess, as a share of its step time.
+
+    Without slow ranks, it is the last run whose ranks are compared.
+    """
     slow = [(row.share, found) for found in details for row in slow_rank_rows(found)]
     with_ranks = [found for found in details if found.rank_times is not None] or details
     return max(slow, key=lambda pair: pair[0])[1] if slow else with_ranks[-1]
 
 
 def shown_runs(details: Sequence[RunDetail]) -> list[RunDetail]:
-    """Choose the runs to draw, in their order: those with slow ranks first, then those with most ranks."""
+    """Choose at most ``MAX_RUNS`` runs to draw, first runs with slow ranks, then runs with most ranks.
+
+    The result is in the order of ``details``.
+    """
 
     def worth(found: RunDetail) -> tuple[bool, int]:
         return not slow_rank_rows(found), -len(found.rank_times.ranks if found.rank_times else ())
@@ -88,12 +94,12 @@ def shown_runs(details: Sequence[RunDetail]) -> list[RunDetail]:
 MAX_SERIES = 3
 """Largest number of series whose largest point gets a tile."""
 GOOD, POOR = 0.9, 0.7
-"""Efficiency or goodput from which a tile is green, and below which a tile is red."""
+"""A tile is green if its efficiency or goodput is at least ``GOOD``, and red if it is below ``POOR``."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure with its name and a sentence about it."""
+    """A figure at the top of the page, with its name and a sentence. ``kind`` is ``good``, ``bad`` or empty."""
 
     name: str
     value: str
@@ -118,7 +124,7 @@ def _unread(table: ScalingTable) -> list[Tile]:
 
 
 def _largest(table: ScalingTable) -> list[Row]:
-    """Return the largest point of each series with an efficiency, or else with a speedup."""
+    """Return one row for each series: its largest point with an efficiency, or with a speedup if none has one."""
     found: dict[tuple[str | None, str], Row] = {}
     for row in table.rows:
         before = found.get((row.scaling, row.series))
@@ -159,7 +165,7 @@ def _losses(table: ScalingTable) -> list[Tile]:
 
 
 def _pace(table: ScalingTable) -> list[Tile]:
-    """Return the tile with the pace of one run."""
+    """Return the tiles with throughput and step time of one run; empty for several runs."""
     row = table.rows[0]
     if len(table.rows) > 1 or row.step_time_s is None:
         return []

@@ -28,7 +28,7 @@ from launch.runs.overrides import read_overrides, typed_value
 THROTTLING = sum(THROTTLE_REASONS)
 """All bits of ``THROTTLE_REASONS``."""
 MOST_WINDOWS = 400
-"""Largest number of points of a curve over the run. The width of a window doubles if there are more."""
+"""Largest number of time windows of a curve over the run. With more, the width of the windows doubles."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class HostGpus:
     mean_power_w: float | None
     """Mean power of one GPU in watts, over the sampled time; None if unknown."""
     sm_clock_mhz: float | None
-    """Mean clock in MHz; None if unknown."""
+    """Mean clock of the streaming multiprocessors in MHz; None if unknown."""
     hottest_c: float | None
+    """Highest temperature of a GPU in degrees Celsius; None if unknown."""
     throttled: float | None
     """Share of the samples with clocks lowered for a reason in ``THROTTLE_REASONS``; None if unknown."""
     reasons: Mapping[str, float]
@@ -78,6 +79,7 @@ class GpuUse:
     unsampled: tuple[str, ...] = ()
     """Hosts with ranks on GPUs that have no samples in some attempt."""
     windows: tuple[GpuWindow, ...] = field(default=(), repr=False)
+    """Curves over the run: figures over all GPUs in windows of equal length, in order of time."""
 
 
 @dataclass
@@ -145,7 +147,7 @@ class _Gauges(dict[str, tuple[float, int, float, float]]):
 
 
 def read_gpu_use(run: RunFolder, setups: Mapping[int, Environment]) -> GpuUse | None:
-    """Reduce the telemetry of a run to sums, by the environments of its attempts; None if no GPU was sampled.
+    """Read the GPU telemetry of a run, with the environments of its attempts; None if no GPU was sampled.
 
     Only sums are kept: the samples of a long run on many GPUs do not fit into memory.
     """
@@ -224,16 +226,17 @@ SHOWN = {"compute": "computing", "exposed": "exposed communication", "copies": "
 
 @dataclass(frozen=True)
 class ProfiledSteps:
-    """Mean parts of the steps that a profiler measured, over all ranks."""
+    """Mean seconds of each part of a step, over the profiled steps of all ranks."""
 
     steps: int
     """Number of profiled steps of the first rank."""
     ranks: int
+    """Number of ranks with profiled steps."""
     parts_s: dict[str, float]
     """Part -> seconds: the parts of ``SHOWN``, and ``comm`` for all communication."""
 
     def text(self) -> str:
-        """Write the shares of the parts for people."""
+        """Return the share of each part in the step, in percent, as text for people."""
         step_s = sum(seconds for part, seconds in self.parts_s.items() if part in SHOWN)
         shares = {part: 100 * seconds / step_s for part, seconds in self.parts_s.items()}
         named = [f"{name} {shares[part]:.1f} %" for part, name in SHOWN.items() if part in shares]
@@ -241,7 +244,7 @@ class ProfiledSteps:
 
 
 def read_breakdown(run: RunFolder) -> ProfiledSteps | None:
-    """Return the mean parts of the profiled steps; None if the first rank has none: no other file is read then."""
+    """Return the mean parts of the profiled steps. None if the first rank has none; other ranks are not read then."""
     fields = {part: f"breakdown_{part}_s" for part in (*SHOWN, "comm")}
     found: dict[str, list[float]] = {part: [] for part in fields}
     steps = ranks = 0
@@ -262,7 +265,7 @@ def read_breakdown(run: RunFolder) -> ProfiledSteps | None:
 
 
 class PointState(StrEnum):
-    """State of a point."""
+    """State of a point: how its run ended, or that it has not ended or started."""
 
     FINISHED = "finished"
     FAILED = "failed"
@@ -275,7 +278,7 @@ class PointState(StrEnum):
 
 
 ENDS = {"finished": PointState.FINISHED, "rank_failed": PointState.FAILED, "stopped": PointState.STOPPED}
-"""Event -> state of the point after it."""
+"""Event -> state of a point whose run ended with this event."""
 REASONS = {"cancelled": PointState.CANCELLED, "budget_reached": PointState.BUDGET_EXCEEDED}
 """Event that requests a stop -> state of the stopped point, as in ``launch.status``."""
 
@@ -284,8 +287,8 @@ REASONS = {"cancelled": PointState.CANCELLED, "budget_reached": PointState.BUDGE
 class Point(StepReading):
     """Point of a curve: the records of one run folder.
 
-    ``environment`` is the environment of the last attempt with steps on all nodes; ``steps`` are steps of such
-    attempts.
+    ``environment`` is the environment of the last attempt with steps on all nodes; ``steps`` are the steps of all
+    attempts with an equal environment.
     """
 
     path: Path
@@ -306,9 +309,9 @@ class Point(StepReading):
     breakdown: ProfiledSteps | None = None
     """Parts of the profiled steps; None if no step was profiled."""
     fewer_nodes: Mapping[int, int] = field(default_factory=dict)
-    """Smaller number of nodes -> number of steps on them after a loss of nodes.
+    """Number of nodes, fewer than requested -> number of steps on them after a loss of nodes.
 
-    These steps are in ``steps`` only if there are no others.
+    These steps are in ``steps`` only if the run has no others.
     """
     cluster: str | None = None
     """Cluster of the last submission: local, slurm, or slurm with the name of another cluster.
@@ -316,7 +319,7 @@ class Point(StepReading):
     None if the run was not submitted.
     """
     source: str = ""
-    """Folder of the comparison to which the point belongs; empty in a report of one folder."""
+    """Label of the folder that the point is from in a comparison; empty in a report of one folder."""
     neighbours: tuple[str, ...] = ()
     """Titles of the points that shared cores or a GPU with this point while it made steps."""
 
@@ -327,12 +330,12 @@ class Point(StepReading):
 
     @property
     def name(self) -> str:
-        """Name of the folder, shortened if it is too long."""
+        """Name of the run folder."""
         return self.path.name
 
     @property
     def title(self) -> str:
-        """Name of the point for people."""
+        """Label of the point; without a label, the name of its folder."""
         return self.label or self.name
 
     @cached_property
@@ -342,7 +345,7 @@ class Point(StepReading):
 
     @property
     def ranks(self) -> int | None:
-        """Number of ranks from the run, or else from the overrides; None if unknown."""
+        """Number of ranks that the run recorded, or else that its overrides request; None if unknown."""
         if self.environment is not None:
             return self.environment.world_size
         nodes, per_node = (self._typed(key) for key in ("nodes", "ranks_per_node"))
@@ -350,7 +353,7 @@ class Point(StepReading):
 
     @property
     def nodes(self) -> int | None:
-        """Number of nodes from the run, or else from the overrides; None if unknown."""
+        """Number of nodes that the run recorded, or else that its overrides request; None if unknown."""
         return self._typed("nodes") if self.environment is None else self.environment.nodes
 
     def _typed(self, key: str) -> int | None:
@@ -359,7 +362,7 @@ class Point(StepReading):
 
     @property
     def run_rate(self) -> float | None:
-        """Work per second of the run time, if the work was stated and done in one attempt; else None."""
+        """Stated work of the run per second of run time; None if not stated, or not finished in one attempt."""
         environment = self.environment
         if environment is None or environment.work_per_step is None or environment.max_steps is None:
             return None
@@ -373,14 +376,14 @@ class Point(StepReading):
         return None if self.environment is None else bool(self.crowding())
 
     def crowding(self) -> list[str]:
-        """Return one phrase for each way in which ranks of the point shared cores or a GPU."""
+        """Return one phrase for each way in which ranks of the point shared cores or a GPU; empty if none did."""
         own, names = [] if self.environment is None else self.environment.crowding(), self.neighbours
         few = " and ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} other points"
         return own + ([f"at the same time as {few}"] if names else [])
 
     @property
     def is_coarse(self) -> bool:
-        """True if the steps were timed in too few intervals for an efficiency."""
+        """True if step times are means over fewer than ``MIN_STEPS`` intervals, too few for an efficiency."""
         return self.figures is not None and self.figures.intervals < MIN_STEPS
 
     @property
@@ -436,9 +439,9 @@ def read_point(path: Path) -> Point:
 
 
 def _attempt_times(events: Sequence[dict[str, Any]]) -> dict[int, tuple[float, float | None]]:
-    """Return the Unix times at which the ranks of each attempt started and ended.
+    """Return attempt -> Unix times at which its ranks started and ended.
 
-    None for an end that is still open.
+    The end is None if no event records it.
     """
     times: dict[int, tuple[float, float | None]] = {}
     for event in events:
@@ -451,16 +454,19 @@ def _attempt_times(events: Sequence[dict[str, Any]]) -> dict[int, tuple[float, f
 
 
 def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tuple[float, float]:
-    """Return the Unix times from the start of the agent to its end; without agent, of the ranks. Includes ``span``."""
+    """Return the Unix times at which the agent started and ended.
+
+    Without such events, they are the start of the ranks, else of ``span``, and the end of ``span``.
+    """
     before = {event["event"]: event["time"] for event in events if event["time"] <= span[0]}
     ends = [event["time"] for event in events if event["event"] == "agent_ended" and event["time"] >= span[1]]
     return before.get("agent_started", before.get("started", span[0])), ends[0] if ends else span[1]
 
 
 def _end(event_log: Sequence[dict[str, Any]], last: int) -> PointState | None:
-    """Return the state after the last attempt; None if the attempt runs.
+    """Return the state of a point by the end of attempt ``last``; None if no event records an end.
 
-    An end without attempt counts for any attempt.
+    An event without attempt counts for every attempt.
     """
     ends = [event for event in event_log if event.get("event") in ENDS and event.get("attempt", last) >= last]
     reason = next((event for event in event_log[last_command(event_log) :] if event.get("event") in REASONS), None)
@@ -477,7 +483,7 @@ def _end(event_log: Sequence[dict[str, Any]], last: int) -> PointState | None:
 
 
 def disturbs(other: Point, point: Point) -> bool:
-    """Return True if another point shared cores or a GPU with this point while this one made steps.
+    """Return True if ``other`` shared cores or a GPU with ``point`` while ``point`` made steps.
 
     A point that starts loads a machine as much as one that makes steps: its ranks import libraries.
     """

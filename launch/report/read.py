@@ -65,7 +65,7 @@ class RecordColumns:
 
     @property
     def keys(self) -> Integers:
-        """Return one number for each step and attempt, which sorts by step, then by attempt."""
+        """One number for each record, [records], which sorts records by step, then by attempt."""
         return self.steps * MOST_ATTEMPTS + self.attempts
 
 
@@ -138,8 +138,9 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 def _attempts_of_unread(
     unread: Sequence[tuple[int, int | None]], lines: Integers, attempts: Floats
 ) -> tuple[int | None, ...]:
-    """Return the attempt of each unread line: its own, else the attempt of the record before it, else of the
-    first record.
+    """Return the attempt of each unread line: as stated, else of the record before it, else of the first record.
+
+    None if the line states no attempt and the file has no record.
     """
     if not len(lines):
         return tuple(stated for _, stated in unread)
@@ -177,7 +178,10 @@ def _decode(text: bytes, names: tuple[str, ...], size: int) -> Floats | None:
 
 
 def _decode_lines(text: bytes, names: tuple[str, ...]) -> tuple[list[int], Floats, list[tuple[int, int | None]]]:
-    """Return the line numbers of records, their numbers, and each other line with its attempt. Uses Python's JSON."""
+    """Return the records' line numbers and values, [fields, records], and line number and attempt of other lines.
+
+    Uses Python's JSON. Empty lines are skipped.
+    """
     lines, table, unread = list[int](), list[list[float]](), list[tuple[int, int | None]]()
     for number, line in enumerate(text.split(b"\n")):
         try:
@@ -195,7 +199,7 @@ def _decode_lines(text: bytes, names: tuple[str, ...]) -> tuple[list[int], Float
 
 
 def _number(value: object) -> float:
-    """Return a number of a record; NaN for anything else."""
+    """Return ``value`` as a float; NaN if it is no number or too large."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -213,13 +217,13 @@ Result = TypeVar("Result")
 MOST_PROCESSES = 8
 """Largest number of reading processes. More processes would wait for the single process that uses their results."""
 TOGETHER = 4
-"""Number of files that a process reads before it sends them. One by one took a tenth more processor time."""
+"""Number of files whose records a process sends together. One by one took a tenth more processor time."""
 MUCH = 128 << 20
 """Number of bytes above which reading processes, one per core, are worth their start."""
 
 
 def read_ahead(read: Callable[[Item], Result], items: Sequence[Item], size: int) -> Iterator[Result]:
-    """Yield the results of ``read`` in order; forked processes read a few items more ahead if there is much to read.
+    """Yield ``read(item)`` for each item in order. If ``size`` is large, forked processes read the next items ahead.
 
     Args:
         read: pure function that reads a file and returns a value that can be pickled.
@@ -265,7 +269,7 @@ NO_CHANGES = hashlib.sha256(b"").hexdigest()
 
 
 class RankPlace(msgspec.Struct, frozen=True):
-    """Place of one rank. ``machine`` is the physical machine, which may have several nodes."""
+    """Node, host and device of one rank. ``machine`` is the physical machine, which may have several nodes."""
 
     node: int
     host: str
@@ -308,12 +312,12 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def command(self) -> str | None:
-        """Command of a script, as a user types it."""
+        """Command of a script, as a user types it; None if not recorded."""
         return None if self.command_words is None else shlex.join(map(str, self.command_words))
 
     @property
     def topology(self) -> str | None:
-        """Strategy and every dimension larger than 1: ``fsdp dp_shard=4``, ``deepspeed_zero0 dp_replicate=2 pp=2``."""
+        """Strategy and each dimension above 1: ``deepspeed_zero0 dp_replicate=2 pp=2``. None if not recorded."""
         if self.mesh is None:
             return None
         strategy = str(self.mesh["strategy"])
@@ -328,17 +332,17 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def torch(self) -> str | None:
-        """Version of PyTorch."""
+        """Version of PyTorch; None if not recorded."""
         return (self.software or {}).get("torch")
 
     @property
     def commit(self) -> str | None:
-        """Commit of the code."""
+        """Commit of the code; None if not recorded."""
         return (self.git or {}).get("commit")
 
     @property
     def code(self) -> str | None:
-        """Commit of the code, and the digest of the changes since the commit."""
+        """First 12 digits of the commit, and the digest of the changes since it; None if not recorded."""
         changes = (self.git or {}).get("diff_sha256")
         if self.commit is None:
             return None
@@ -356,11 +360,14 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def device_names(self) -> str:
-        """Kinds of devices as text for people."""
+        """Names of all kinds of devices, joined by ``and``."""
         return " and ".join(sorted({place.device_name for place in self.ranks}))
 
     def setup(self) -> tuple[Any, ...]:
-        """Return all but host names and code. The step times of attempts with equal setups belong together."""
+        """Return the properties that affect step times: parallelism, batch, work, precision, model and devices.
+
+        The step times of attempts with equal setups belong together.
+        """
         machines: dict[str, Counter[tuple[Any, ...]]] = defaultdict(Counter)
         for place in self.ranks:
             machines[place.machine][(place.device_name, place.cores, place.threads)] += 1

@@ -43,7 +43,7 @@ class Selection:
 
     @property
     def folders(self) -> list[Path]:
-        """Folders into which the report is written. The report of the current sweep has two."""
+        """Folders into which the report is written. The current sweep has two: that of its points and its record."""
         if self.out is not None:
             return [self.out]
         if self.parts:
@@ -56,7 +56,7 @@ class Selection:
 
     @property
     def dashboard(self) -> Path | None:
-        """Folder whose Scaling or Summary run in TensorBoard shows this report; None if there is none."""
+        """Folder for the TensorBoard run (Scaling or Summary) of this report; None if the report writes none."""
         if self.out is not None or self.parts:
             return None
         if len(self.runs) == 1:
@@ -80,7 +80,7 @@ class Selection:
         return "" if self.is_current else f"All {len(self.runs)} runs of {self.folder}."
 
     def others(self) -> list[str]:
-        """Return lines for people on the other reports of the folder, with the commands to type."""
+        """Return lines with the commands for the other reports of the folder; empty if there are no others."""
         if is_run(self.folder) or self.parts:
             return []
         command = f"{REPORT} {quote(str(self.folder))}"
@@ -109,7 +109,7 @@ def select(
         folder: folder of runs, or of one run.
         number: number of an earlier sweep; None for the newest.
         every: True for all runs of the folder.
-        command: the user's command, for proposals in refusals.
+        command: command that error messages propose.
         options: options of this command after the folder.
 
     Raises:
@@ -149,7 +149,7 @@ def _sweep_numbered(folder: Path, number: int, command: str, options: str) -> Sw
 
 
 def _proposal(folder: Path, command: str, options: str) -> str:
-    """Return a command that works: for the newest folder with runs at or below ``folder``, or to make a run."""
+    """Return a command for an error message: for the newest folder with runs near ``folder``, else to make runs."""
     near = [folder, *folder.iterdir(), *(OUTPUTS.iterdir() if OUTPUTS.is_dir() else ())] if folder.is_dir() else []
     fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
     if not fitting:
@@ -204,10 +204,10 @@ def compare_selections(parts: Sequence[Selection]) -> Selection:
 
 
 def source_labels(parts: Sequence[Selection]) -> list[str]:
-    """Name the source of each part by as few last components of its folder as distinguish the folders.
+    """Return a label for the folder of each part: the last components of its path, as few as distinguish the folders.
 
-    Single runs of one folder share a source, as points of a sweep do. If two sources have the same folder, the name of
-    the sweep distinguishes them.
+    Single runs of one folder share a label, as points of a sweep do. If two parts have the same folder, the
+    number of the sweep, or ``all runs``, distinguishes them.
     """
     keys = []
     for part in parts:

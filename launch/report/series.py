@@ -61,7 +61,10 @@ CONDITIONS: Conditions = {
     "batch": batch_text,
     "unit": lambda e: e.unit,
 }
-"""Properties that must be equal for all measured points of a series. None if a point does not record one."""
+"""Property -> function of an environment that returns its value as text, or None if not recorded.
+
+These properties must be equal for all measured points of a series.
+"""
 MADE_WITH: Conditions = {
     "software": lambda e: None if e.torch is None else f"torch {e.torch}",
     "code": lambda e: e.code and f"commit {e.code}",
@@ -90,9 +93,9 @@ class Series:
 
     @property
     def smallest(self) -> Point | None:
-        """Smallest point with figures; without figures, the smallest point with a comparable run time.
+        """Smallest point with figures; if no point has figures, the smallest point with a comparable run time.
 
-        None if there is none.
+        None if no point has either.
         """
         measured = [point for point in self.members if point.figures is not None]
         timed = [point for point in self.members if point.run_rate is not None]
@@ -155,9 +158,9 @@ def split(points: Sequence[Point]) -> list[Series]:
 
 
 def made_with(points: Sequence[Point]) -> dict[str, dict[str, list[str]]]:
-    """Return cluster, software and code -> their values among the points -> titles of the points.
+    """Return property (cluster, software, code) -> value -> titles of the points with this value.
 
-    A point without figures counts for the cluster alone.
+    A point without figures or run rate is listed under the cluster only.
     """
     found: dict[str, dict[str, list[str]]] = {}
     for name in ("cluster", *MADE_WITH):
@@ -211,7 +214,7 @@ def label_points(points: Sequence[Point]) -> list[Point]:
 
 
 def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]:
-    """Return the points with labels and neighbours. In a comparison, the source begins the label."""
+    """Return the points with labels and neighbours. In a comparison, each label begins with the point's source."""
     if selection.parts:
         sources: dict[str, list[Point]] = defaultdict(list)
         left = iter(points)
@@ -229,10 +232,10 @@ def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]
 
 
 def ratios_to_first(points: Sequence[Point]) -> dict[str, float]:
-    """Return title -> ratio of throughput to the first source's point with as many ranks, in the same unit.
+    """Return title of a point -> its throughput divided by that of the first source's point with as many ranks.
 
-    If the first source has several points of this size, the point with the same overrides counts. If none has these
-    overrides, there is no ratio.
+    If the first source has several points of this size, the point with the same overrides counts. A point is absent
+    without such a counterpart, or if the units differ.
     """
     sources = list(dict.fromkeys(point.source for point in points))
     first = [point for point in points if point.source == sources[0] and point.figures is not None]
@@ -256,14 +259,17 @@ REPLICATES = 400
 NORMAL = 1.959964
 """Quantile of the normal distribution that leaves 2.5 % above it."""
 CHUNK = 2_000_000
-"""Largest number of step times that are drawn at once."""
+"""Largest number of resampled step times in memory at once."""
 LEAST_SIZES = 3
 """Smallest number of sizes for a fitted law with one parameter."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """A scaling law that was fitted to a series: Amdahl's for strong, Gustafson's for weak scaling."""
+    """A scaling law that was fitted to a series: Amdahl's for strong, Gustafson's for weak scaling.
+
+    Its parameter is ``serial_share``, a share of the work.
+    """
 
     series: str
     name: str
@@ -279,7 +285,10 @@ class Law:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Several runs of one size in a series, and the efficiency from the mean of their step times."""
+    """Several runs of one size in a series, and the efficiency from the mean of their step times.
+
+    ``low`` and ``high`` are the ends of its 95 % interval.
+    """
 
     ranks: int
     count: int
@@ -341,7 +350,7 @@ def _efficiency(runs: Sequence[Point], base: Sequence[Point]) -> float:
 
 
 def _fit_law(series: Series, sizes: Mapping[int, Sequence[Point]], base: str) -> Law | None:
-    """Fit the scaling law to all sizes above the smallest; None if there are too few sizes."""
+    """Fit the scaling law to all sizes above the smallest; None if sizes are too few or the kind is unknown."""
     if len(sizes) < LEAST_SIZES or series.scaling is None:
         return None
     smallest, *above = sizes
@@ -369,6 +378,9 @@ def serial_share(sizes: Floats, speedups: Floats, is_weak: bool) -> Floats:
         sizes: numbers of ranks, relative to the smallest point, [points].
         speedups: speedups relative to the smallest point, [..., points].
         is_weak: True for weak scaling.
+
+    Returns:
+        Serial shares, [...].
     """
     weight, lost = (sizes - 1, sizes - speedups) if is_weak else (1 - 1 / sizes, 1 / speedups - 1 / sizes)
     found: Floats = (lost * weight).sum(axis=-1) / (weight * weight).sum()
@@ -379,7 +391,7 @@ def serial_share(sizes: Floats, speedups: Floats, is_weak: bool) -> Floats:
 
 
 class Medians:
-    """Resampled medians of the step times of one size.
+    """Median step time of one size in seconds: measured as ``value``, resampled as ``replicates``.
 
     Args:
         runs: step times after warm-up of each run of this size, seconds, [steps].
@@ -400,7 +412,10 @@ class Medians:
 
 
 def correlation(times: Floats) -> float:
-    """Estimate the rank correlation of each step time with the previous one: a single long step must not dominate."""
+    """Return the rank correlation (0 to 0.97) of each step time with the previous one.
+
+    Ranks are used so that a single long step does not dominate.
+    """
     steps = len(times)
     if steps < 3 or np.ptp(times) == 0:
         return 0.0
@@ -411,7 +426,7 @@ def correlation(times: Floats) -> float:
 
 
 def block_length(times: Floats) -> int:
-    """Return the number of steps in a block that minimizes the error of the spread of the mean."""
+    """Return the number of steps in a bootstrap block. It minimizes the error of the spread of the mean."""
     steps, rho = len(times), correlation(times)
     best = (math.sqrt(6) * rho / (1 - rho * rho)) ** (2 / 3) * steps ** (1 / 3)
     return max(1, min(math.ceil(best), steps // 3))
@@ -428,7 +443,10 @@ def _widening(times: Floats) -> float:
 
 
 def student(freedom: float) -> float:
-    """Return the quantile of Student's distribution that leaves 2.5 % above it (Abramowitz and Stegun, 26.7.5)."""
+    """Return the quantile of Student's distribution that leaves 2.5 % above it, for ``freedom`` degrees of freedom.
+
+    The series is from Abramowitz and Stegun, 26.7.5.
+    """
     if freedom <= 2:
         return 12.706 if freedom <= 1 else 4.303
     z, v = NORMAL, freedom
@@ -437,7 +455,10 @@ def student(freedom: float) -> float:
 
 
 def _draw(times: Floats, chance: np.random.Generator) -> Floats:
-    """Return medians of as many steps, drawn in blocks that wrap around to the first step."""
+    """Return ``REPLICATES`` medians in seconds, each of ``len(times)`` steps drawn in blocks.
+
+    A block that reaches the last step continues with the first step.
+    """
     steps, length = len(times), block_length(times)
     blocks = math.ceil(steps / length)
     found = []
@@ -451,15 +472,15 @@ def _draw(times: Floats, chance: np.random.Generator) -> Floats:
 
 
 def interval(value: float, replicates: Floats, widening: float) -> tuple[float, float]:
-    """Return the middle 95 % of the replicates, widened around the value."""
+    """Return the 95 % interval of the replicates, with distances from ``value`` multiplied by ``widening``."""
     low, high = np.quantile(replicates, (0.025, 0.975))
     return value - widening * (value - float(low)), value + widening * (float(high) - value)
 
 
 def ratio(efficiency: float, point: Medians, base: Medians) -> tuple[float, float]:
-    """Return the interval of an efficiency from the intervals of two step times, of the point and its baseline.
+    """Return the 95 % interval of an efficiency, by the resampled step times of the point and its baseline.
 
-    An efficiency is not negative: a widened interval ends at zero.
+    The lower end is at least 0.
     """
     drawn = efficiency * (point.value / point.replicates) * (base.replicates / base.value)
     low, high = interval(efficiency, drawn, max(point.widening, base.widening))

@@ -34,7 +34,7 @@ WARMUP_STEPS = 5
 These steps also set up memory pools, caches, connections and DDP's second bucketing.
 """
 NOISY = 0.1
-"""Interquartile range, as a share of the median, above which an efficiency is marked.
+"""Interquartile range, as a share of the median, above which an efficiency is marked as inexact.
 
 The range does not shrink with the number of steps, as a standard error would. A disturbance lasts for many steps, which
 are therefore no independent samples.
@@ -77,13 +77,14 @@ class Steps:
     """Work of all ranks in a step, in the unit of the point."""
     mfu_palm: Floats
     recorded_by: Integers
-    """Number of ranks whose own work was added."""
+    """Number of ranks that recorded the step."""
     resolution_s: Floats
-    """Seconds over which the time is a mean, for lines of a log that were read together; 0 for a measured time."""
+    """Seconds between two readings of a log, over which ``time_s`` is a mean; 0 if the step itself was timed."""
     phases: Mapping[str, Floats]
     """Phase of ``LOSSES`` -> seconds of ``time_s`` on the rank with the longest own time.
 
-    The phases add up to ``time_s``. The phase ``rest`` is NaN in a step whose ranks recorded different phases.
+    The phases add up to ``time_s``. The phase ``computation`` is NaN in a step whose ranks recorded different
+    phases.
     """
 
     def __len__(self) -> int:
@@ -99,7 +100,7 @@ class Steps:
     def shares(self) -> dict[str, float]:
         """Return the share of each phase in the time of all steps; empty if a step has no phases.
 
-        The shares add up to 1. A phase that some steps lack counts as the rest in all steps.
+        The shares add up to 1. A phase that some steps lack is added to ``computation`` in all steps.
         """
         total = sum(self.time_s.tolist())
         rest = self.phases.get(REST)
@@ -114,7 +115,7 @@ NO_STEPS = Steps(*(np.empty(0, np.int64),) * 2, *(np.empty(0),) * 3, np.empty(0,
 
 
 def past_warmup(steps: Integers, attempts: Integers) -> Flags:
-    """Return which of these steps come after the first ``WARMUP_STEPS`` of their attempt."""
+    """Return a mask, [steps], of the steps after the first ``WARMUP_STEPS`` of their attempt."""
     _, first, of = np.unique(attempts, return_index=True, return_inverse=True)
     later: Flags = steps >= steps[first][of] + WARMUP_STEPS
     return later
@@ -122,7 +123,7 @@ def past_warmup(steps: Integers, attempts: Integers) -> Flags:
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Figures of one point from ``steps`` optimizer steps. Times are in seconds; low and high are the quartiles."""
+    """Figures of one point over ``steps`` optimizer steps: median step time and its quartiles, in seconds."""
 
     steps: int
     step_time_s: float
@@ -148,7 +149,7 @@ class StepFigures:
 
 
 def measure_steps(steps: Steps) -> StepFigures | None:
-    """Measure a point. None if fewer than ``MIN_STEPS`` steps are left after warm-up."""
+    """Return the figures of the steps after warm-up; None if fewer than ``MIN_STEPS`` are left."""
     used = steps.after_warmup()
     if len(used) < MIN_STEPS:
         return None
@@ -174,7 +175,7 @@ def lost(point: Mapping[str, float], base: Mapping[str, float], efficiency: floa
     shorter.
 
     The ideal step takes ``efficiency`` of the real step's time, divided as at the smallest point. The loss of a phase
-    is its time beyond its part of the ideal step.
+    is its time beyond its part of the ideal step. Empty if the two points have no known phase in common.
 
     Args:
         point: shares of the phases in its step time, from ``Steps.shares``.
@@ -200,9 +201,9 @@ WINDOWS = 60
 LEAST_WINDOWS = 4
 """Smallest number of windows that can show a persistent difference."""
 LEAST_SHARE = 0.02
-"""Share of the step time below which no rank counts as slow. The time of reading the clock varies as much."""
+"""Smallest excess of a slow rank, as a share of the step time. The time of reading the clock varies as much."""
 BEYOND_SPREAD = 3.0
-"""Distance of a slow rank from the median of the other ranks, in their interquartile ranges."""
+"""A slow rank's excess is above this multiple of the interquartile range of the other ranks."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class RankTime:
 
     rank: int
     own_s: float
-    """Step time without the rank's waits in collectives (``comm_s``), if these are recorded."""
+    """Step time without the rank's waits for other ranks (``WAITS``), as far as these are recorded."""
     excess_s: float
     """``own_s`` minus the median of the other ranks."""
     data_wait_s: float | None
@@ -231,16 +232,16 @@ class RankTimes:
     windows: tuple[tuple[int, int], ...]
     """First and last step of each window of the run."""
     excess_s: tuple[tuple[float, ...], ...]
-    """Mean own time of a rank minus the median of all ranks in the window, [ranks, windows]."""
+    """Mean own time of a rank minus the median of all ranks in the window, seconds, [ranks, windows]."""
     is_net: bool = False
     """True if waiting in collectives was recorded and is subtracted."""
 
 
 def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Flags]:
-    """Return the excess of each rank over the median of the other ranks, and which ranks are clearly slow.
+    """Return each rank's excess over the median of the other ranks in seconds, and a mask of the slow ranks.
 
-    A clear excess is a noticeable share of the step and exceeds the spread of the other ranks. It is also at least half
-    as large in three quarters of the windows.
+    The excess of a slow rank is a noticeable share of the step and exceeds the spread of the other ranks. It is also
+    at least half as large in three quarters of the windows.
 
     Args:
         times: means of shape [ranks, windows], seconds.
@@ -252,7 +253,7 @@ def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Fla
     own_place = np.searchsorted(ordered, means)
 
     def of_others(share: float) -> Floats:
-        """Return a quantile of the other ranks' means, for each rank."""
+        """Return for each rank the quantile ``share`` of the other ranks' means, seconds, [ranks]."""
         place = share * (len(means) - 2)
         below = int(place)
         low, high = (ordered[at + (own_place <= at)] for at in (below, min(below + 1, len(means) - 2)))
@@ -328,7 +329,7 @@ def read_run_steps(
 
 
 def _read_ranks(run: RunFolder, setups: Mapping[int, Environment]) -> Iterator[tuple[int, RecordColumns]]:
-    """Yield the records of each rank in order. After the first rank with records, files are read ahead."""
+    """Yield each rank and its records, in order. After the first rank with records, files are read ahead."""
     is_gpt = bool(setups) and all(setup.workload == "gpt" for setup in setups.values())
     stated = sorted({setup.unit for setup in setups.values() if setup.unit is not None})
     units = ("tokens",) if is_gpt else tuple(dict.fromkeys((*stated, *UNITS)))
@@ -348,7 +349,10 @@ def _read_ranks(run: RunFolder, setups: Mapping[int, Environment]) -> Iterator[t
 
 
 def step_times(columns: RecordColumns) -> Floats:
-    """Return the step times, NaN if unknown or not finite. The times of records complete missing step times."""
+    """Return the step time of each record in seconds, NaN if unknown or not finite.
+
+    A missing step time is computed from the times of the record and its predecessor in the attempt.
+    """
     values = columns.values[TIME]
     values = np.where(np.isfinite(values), values, np.nan)  # A script may have divided by zero.
     missing = np.flatnonzero(np.isnan(columns.values[TIME]) & np.append(False, np.diff(columns.attempts) == 0))
@@ -360,7 +364,7 @@ def step_times(columns: RecordColumns) -> Floats:
 
 
 def _own_work(columns: RecordColumns, unit: str | None) -> Floats:
-    """Return the number of ``unit`` that a rank itself did, for each record."""
+    """Return the work of the rank itself in each record, in ``unit``; NaN if unknown."""
     work = np.full(len(columns), np.nan)
     for name in (*{"images": ("images", "samples"), None: ()}.get(unit, (unit,)), "work"):
         work = np.where(np.isnan(work), columns.values.get(str(name), work), work)
@@ -368,7 +372,7 @@ def _own_work(columns: RecordColumns, unit: str | None) -> Floats:
 
 
 class _Reduction:
-    """Figures of each step over all added ranks. The first rank decides the steps and their unit.
+    """Figures of each step over all added ranks. Steps and unit are those of the first rank with records.
 
     The critical rank of a step has the longest own time: its step time without its waits in collectives.
     """
@@ -401,10 +405,10 @@ class _Reduction:
         self._counts = {name: np.zeros(size) for name in self._sums}
         """Figure -> number of ranks that recorded the figure."""
         self._time, self._own = np.full((2, size), -np.inf)
-        """Longest step time and longest own time of any rank."""
+        """Longest step time and longest own time of any rank in each step, seconds."""
         self._phase_counts = np.zeros((len(RECORDED), size))
         self._critical = np.full((len(RECORDED) + 1, size), np.nan)
-        """Phases, and computing, of the critical rank."""
+        """Seconds of each phase of ``RECORDED``, then of computing, on the critical rank, [phases, steps]."""
         # Means of each rank over windows of the run, which begin after the warm-up.
         chosen = np.isin(first.attempts, self._counting) & past_warmup(first.steps, first.attempts)
         self._keys, self._steps = first.keys[chosen], first.steps[chosen]
@@ -445,7 +449,7 @@ class _Reduction:
         self._critical[:, at[longest]] = np.vstack([phases, computing])[:, longest]
 
     def _add_windows(self, rank: int, columns: RecordColumns, times: Floats) -> None:
-        """Add the means of one rank. A rank that did not record all the steps is left out."""
+        """Add the mean times of one rank in each window. A rank that lacks a step is left out."""
         at = np.searchsorted(columns.keys, self._keys).clip(0, len(columns) - 1)
         own = times[at]
         if not len(at) or (columns.keys[at] != self._keys).any() or np.isnan(own).any():
@@ -460,7 +464,7 @@ class _Reduction:
         self._means.append([np.bincount(window, weights=of) / self._sizes for of in every])
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields of ``StepReading`` over all added ranks."""
+        """Return the fields of ``StepReading``, except ``unread``, over all added ranks."""
         first, last = self._first, self._last
         times = first.values["time"][first.attempts == max(self._stepped, default=-1)]
         of_bf16, of_precision = last.get("mfu_bf16"), last.get("mfu_palm")
@@ -477,14 +481,14 @@ class _Reduction:
         }
 
     def _rank_times(self) -> RankTimes | None:
-        """Compare the ranks. None if fewer than two ranks have recorded the same steps."""
+        """Compare the ranks. None if fewer than two recorded the same steps, or steps are too few for windows."""
         if len(self._ranks) < 2 or len(self._windows) < LEAST_WINDOWS:
             return None
         own, waits = np.moveaxis(np.array(self._means), 1, 0)
         step_s = float(own.mean())
 
         def compared(times: Floats) -> list[list[Any]]:
-            """Return mean, excess, and whether the excess is clear, of each rank."""
+            """Return three lists over the ranks: mean in seconds, excess in seconds, and True if the rank is slow."""
             mean = times @ self._sizes / self._sizes.sum()
             return [of.tolist() for of in (mean, *_compare(times, self._sizes, step_s))]
 
@@ -506,7 +510,8 @@ class _Reduction:
 
         In a GPT run every rank records. In a script, the ranks that recorded anything in the attempt count, often only
         rank 0. The work of a step is the sum over all ranks, or the stated work. If only some ranks record, the stated
-        work has precedence, because the other ranks worked too. The last choice is the rate of the whole run.
+        work has precedence, because the other ranks worked too. Without both, it is the
+        recorded rate of the whole run times the step time.
         """
         first, counts = self._first, self._counts
         expected = np.full(len(first), -1)
@@ -534,7 +539,7 @@ class _Reduction:
         )
 
     def _phases(self, whole: Integers, ranks: Integers) -> dict[str, Floats]:
-        """Divide the times of steps into phases. ``rest`` is NaN if only some of the ranks recorded a phase."""
+        """Return phase -> seconds of each step. ``computation`` is NaN if only some of the ranks recorded a phase."""
         time_s, counts, critical = self._time[whole], self._phase_counts[:, whole], self._critical[:, whole]
         found = dict(zip(RECORDED, np.where(counts > 0, critical[:-1], np.nan), strict=True))
         # The critical rank waits for the other ranks outside of its own time.

@@ -47,11 +47,11 @@ class Row:
     speedup: float | None = None
     """Throughput divided by the throughput of the smallest point of the series.
 
-    If the work of a step is not known, the ratio of step times. Without steps, the ratio of run times if the work was
-    stated.
+    If the work of a step is not known, it is the ratio of step times. Without steps, it is the ratio of the stated
+    work per second of run time.
     """
     efficiency: float | None = None
-    """Speedup divided by the ratio of ranks.
+    """Speedup divided by the ratio of the number of ranks to that of the smallest point.
 
     None if ranks of either point shared cores or a GPU, or if times are too coarse.
     """
@@ -87,7 +87,7 @@ class Row:
     throughput_high: float | None = None
     """Throughput at the first quartile of the step time."""
     throughput_ideal: float | None = None
-    """Throughput if every rank were as fast as in the smallest point; None if its ranks shared cores or a GPU."""
+    """Throughput if each rank were as fast as in the smallest point; None if ranks there shared cores or a GPU."""
     unit: str | None = None
     """Unit of the throughput: tokens, samples or images; None if unknown."""
     run_time_s: float | None = None
@@ -122,15 +122,15 @@ class Row:
     interrupted_h: float | None = None
     """Allocated hours that interruptions cost, in the unit ``hours_of``, for all causes together."""
     causes_h: Mapping[str, float] = field(default_factory=dict)
-    """Cause of ``goodput.CAUSES`` -> hours that its interruptions cost."""
+    """Cause of ``goodput.CAUSES`` -> hours that its interruptions cost, in the unit ``hours_of``."""
     restarts_in_place: int | None = None
     """Number of restarts inside of an allocation after which the run made a step."""
     saved_in_place_h: float | None = None
-    """Hours that restarts in place saved, an estimate: see ``goodput.SAVED_DEFINITION``."""
+    """Estimated hours of ``hours_of`` that restarts in place saved: see ``goodput.SAVED_DEFINITION``."""
     saved_in_place_wait_s: float | None = None
-    """Seconds of waiting in the queue that restarts in place saved, an estimate."""
+    """Estimated seconds of waiting in the queue that restarts in place saved."""
     saved_against: str | None = None
-    """Starts on which both estimates rest: requeues of this run, of other points, or its own first start."""
+    """Starts with which both estimates compare: requeues of this run, of other points, or its first start."""
     losses: Mapping[str, float] = field(default_factory=dict)
     """Phase of ``steps.LOSSES`` -> efficiency that is lost in it, as a share.
 
@@ -138,11 +138,11 @@ class Row:
     efficiency.
     """
     source: str = ""
-    """Folder of the comparison to which the point belongs; empty in a report of one folder."""
+    """Label of the folder that the point is from in a comparison; empty in a report of one folder."""
     ratio_to_first: float | None = None
     """Throughput divided by that of the point with as many ranks in the first folder of a comparison."""
     unread_lines: int = 0
-    """Number of lines in the step records of all ranks that are unreadable."""
+    """Number of unreadable lines in the step records of all ranks."""
 
 
 # Details of one run: the distribution of its step times, and its slowest ranks with their hosts.
@@ -155,7 +155,7 @@ PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 @dataclass(frozen=True)
 class RankRow:
-    """One of the slowest ranks of a run, and its loss as a share of the step time."""
+    """One of the slowest ranks of a run."""
 
     time: RankTime
     host: str | None
@@ -172,6 +172,7 @@ class RunDetail:
     step_times_s: tuple[float, ...]
     """Step times in seconds after warm-up, in the order of the steps."""
     percentiles_s: tuple[tuple[str, float], ...]
+    """Name of a percentile, such as ``95 %``, and its step time in seconds, ascending."""
     slowest: tuple[RankRow, ...]
     rank_times: RankTimes | None
 
@@ -195,13 +196,13 @@ class ScalingTable:
     gpus: tuple[GpuUse | None, ...] = ()
     """Use of the GPUs of each point, in the order of the rows; None if the GPUs were not sampled."""
     unread: tuple[tuple[UnreadLines, ...], ...] = ()
-    """Lines of the step records of each point that are no records, in the order of the rows."""
+    """Unreadable lines in the step records of each point, in the order of the rows."""
     typed: tuple[tuple[str, ...], ...] = ()
     """Overrides of each point, ``key=value``, in the order of the rows."""
 
     @property
     def name(self) -> str:
-        """Name of the reported runs."""
+        """Name of the reported runs: the sources of a comparison, the label of one run, or the name of the folder."""
         if self.selection.parts:
             return " and ".join(dict.fromkeys(row.source for row in self.rows))
         return self.rows[0].label if len(self.rows) == 1 else self.selection.folder.resolve().name
@@ -230,7 +231,7 @@ class ScalingTable:
         return (units.pop() if len(units) == 1 else None) or ("tokens" if self.is_gpt else "work")
 
     def sections(self) -> list[tuple[str, list[Row]]]:
-        """Return heading and rows for each kind of scaling."""
+        """Return heading and rows for each kind of scaling, in the order of the rows."""
         kinds = list(dict.fromkeys(row.scaling for row in self.rows))
         return [(self._heading(kind), [row for row in self.rows if row.scaling == kind]) for kind in kinds]
 
@@ -329,13 +330,13 @@ def _detail(point: Point, figures: StepFigures) -> RunDetail:
 
 
 AS_RECORDED = ("nodes", "ranks", "loss", "last_step", "unit", "run_time_s", "attempts", "source")
-"""Fields of a row with the values of the point."""
+"""Names of the fields that a row takes unchanged from its point."""
 
 
 def _time_and_energy(point: Point, points: Sequence[Point]) -> dict[str, Any]:
-    """Return the fields of a row on its allocations, interruptions and GPUs."""
+    """Return the fields of a row that describe allocations, interruptions and GPUs. ``points`` are all points."""
     fields: dict[str, Any] = {}
-    # Covers the work of the whole run: with half of the steps, a unit of work would seem twice as expensive.
+    # The work must be that of the whole run: with half of the steps, a unit of work would seem twice as expensive.
     works = [work for work in point.steps.work.tolist() if work == work]
     work = sum(works) if works and len(works) == point.last_step else None
     if (use := point.gpu_use) is not None:
@@ -428,7 +429,7 @@ def _against_smallest(series: Series, point: Point, finding: SeriesFindings) -> 
 
 
 def _batches(found: Sequence[Series]) -> dict[str, str]:
-    """Return kind of scaling -> batches of its series, as text for people."""
+    """Return kind of scaling -> text that names the batches of its points, joined by ``or``."""
     texts: dict[str, dict[str, None]] = {}
     for series in found:
         for point in series.members if series.scaling else ():

@@ -17,21 +17,21 @@ from launch.runs.overrides import NOT_IN_POINT, point_keys, point_name, typed_ke
 
 RUN, RUN_OF_ONE = "Scaling", "Summary"
 IDEAL, POINTS, GPUS = "ideal", "points", "gpus"
-"""Names of folders below the TensorBoard run of a sweep."""
+"""Names of subfolders in the folder of a sweep's TensorBoard run."""
 LEAST_DIFFERENCE = 0.02
-"""Smallest relative difference between losses for a chart."""
+"""Relative difference between the losses of points above which the dashboard has a chart of them."""
 SUFFIX = ".scaling"  # marks the event files that a report owns
 
 
 def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
-    """Write the Scaling run of several points, or the Summary run of one point, in place of an earlier one.
+    """Write the TensorBoard run of a report: Scaling for several points, Summary for one. Replaces an earlier one.
 
     New files are complete before the old files are removed, and each new file makes TensorBoard forget the earlier
     points. So a reader always sees a whole report, even after a crash. A TensorBoard with ``--load_fast=false`` has to
     be restarted: that reader waits forever at a removed file.
 
     Returns:
-        The folder of the run.
+        The folder of the TensorBoard run.
     """
     root = folder / (RUN if len(table.rows) > 1 else RUN_OF_ONE)
     old = list(root.rglob(f"events.out.tfevents.*{SUFFIX}"))
@@ -61,7 +61,7 @@ def _write_summary(table: ScalingTable, png: bytes, root: Path) -> None:
 
 
 def _write_sweep(table: ScalingTable, png: bytes, root: Path) -> None:
-    """Write the report of a sweep: curves over the number of ranks, its table and figure, and a run for each point."""
+    """Write the report of a sweep: curves over ranks, table, figure, and a TensorBoard run for each point."""
     measured = charts(table)
     tags = [tag for curve in measured.values() for tag in curve if tag is not None]
     names = dict.fromkeys([*(tag.removeprefix("scaling/") for tag in tags), "loss"])
@@ -107,9 +107,10 @@ def _write_point(writer: EventWriter, row: Row, values: Mapping[str, float | Non
 
 
 def charts(table: ScalingTable) -> dict[str, Curve]:
-    """Return title -> curve with its quartiles, for figures that any point has.
+    """Return chart title -> curve over the number of ranks. Throughput and step time have their quartiles.
 
-    TensorBoard's step axis has the number of ranks.
+    TensorBoard's step is the number of ranks. Without throughputs, or with nearly equal losses,
+    their chart is absent.
     """
     per_s = f"scaling/{table.unit}_per_s"
     found = {"Efficiency": Curve("scaling/efficiency")}
@@ -119,14 +120,14 @@ def charts(table: ScalingTable) -> dict[str, Curve]:
         found = {f"{table.unit.capitalize()} per second": Curve(per_s, f"{per_s}_low", f"{per_s}_high"), **found}
     found["Step time in seconds"] = Curve("scaling/step_time_s", "scaling/step_time_s_low", "scaling/step_time_s_high")
     losses = [row.loss for row in table.rows if row.loss is not None]
-    # TensorBoard's axes show three digits: equal at each mark if losses differ by less.
+    # TensorBoard's axes show three digits: with a smaller difference, all marks have the same number.
     if losses and max(losses) - min(losses) > LEAST_DIFFERENCE * max(map(abs, losses)):
         found["Loss of the last step"] = Curve("scaling/loss")
     return found
 
 
 def settings(row: Row, typed: Sequence[str]) -> Mapping[str, bool | float | str]:
-    """Return the settings of a point: its own overrides, and its number of ranks."""
+    """Return key -> value of the overrides of a point, and its number of ranks, as TensorBoard's hyperparameters."""
     named = [one for one in sorted(point_keys(typed, NOT_IN_POINT)) if "=" in one]
     found = {typed_key(one): _value(one.split("=", 1)[1]) for one in named}
     return found if row.ranks is None else {**found, "ranks": float(row.ranks)}
@@ -142,14 +143,14 @@ def _value(text: str) -> bool | float | str:
 
 
 def _figures(row: Row, unit: str) -> dict[str, float]:
-    """Return the figures that compare points. A figure that is not known or not stated is absent."""
+    """Return tag -> figure of a point, such as its efficiency. A figure that is not known or not stated is absent."""
     names = {f"{unit}_per_s": "throughput", "mfu": "mfu_palm"}
     names |= {name: name for name in ("efficiency", "loss", "step_time_s", "energy_kwh")}
     return {tag: value for tag, name in names.items() if (value := getattr(row, name)) is not None}
 
 
 def write_gpus(writer: EventWriter, use: GpuUse) -> None:
-    """Write the curves of the GPUs over the run, in seconds since the run's first sample, and the table of hosts."""
+    """Write the GPU curves of a run, in seconds since its first sample, and the table of its hosts."""
     for window in use.windows:
         step = int(window.begun - use.windows[0].begun)
         for name, value in window.values.items():

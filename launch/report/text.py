@@ -1,4 +1,4 @@
-"""The tables of a report as texts, once for the terminal, Markdown and the page; and its figures as CSV and JSON."""
+"""The tables of a report as texts, the same for terminal, Markdown and page, and its figures as CSV and JSON."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from launch.report.table import Row, RunDetail, ScalingTable
 TextColumns = Mapping[str, Callable[[Any], str]]
 """Title of a column -> text of an item in the column. A title may have two lines."""
 LEFT = frozenset({"point", "host", "topology", "state", "against", "reasons"})
-"""Titles of columns of names. Other columns have numbers, which are aligned right."""
+"""Titles of columns of names, which are aligned left. Columns of numbers are aligned right."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Cells:
 
     @staticmethod
     def of(heading: str, columns: TextColumns, items: Sequence[Any]) -> Cells:
-        """Make a table with a row for each item. A column without any figure is left out."""
+        """Make a table with a row for each item. A column without a known figure is left out."""
         shown = known_columns(columns, items)
         return Cells(heading, [*shown], [[text(item) for text in shown.values()] for item in items])
 
@@ -62,12 +62,12 @@ class Cells:
 
 
 def known_columns(columns: TextColumns, items: Sequence[Any]) -> TextColumns:
-    """Return the columns with a figure for any item. The notes explain why a column is absent."""
+    """Return the columns with a figure for at least one item. The notes explain why a column is absent."""
     return {title: text for title, text in columns.items() if any(text(item) != UNAVAILABLE for item in items)}
 
 
 def _of(name: str, write: Callable[[Any], str] = figure) -> Callable[[Any], str]:
-    """Return the function that writes one field of an item."""
+    """Return a function that writes the field ``name`` of an item."""
     return lambda item: write(getattr(item, name))
 
 
@@ -82,14 +82,17 @@ MAX_HOSTS = 16
 
 
 def efficiency(row: Row) -> str:
-    """Write the efficiency in percent. An inexact efficiency is marked and has no decimals."""
+    """Write the efficiency in percent; an inexact one with ~ and no decimals.
+
+    With a speedup but no efficiency, the text is ``NOT_CLAIMED``; without both, ``UNAVAILABLE``.
+    """
     if row.noisy and row.efficiency is not None:
         return f"~{100 * row.efficiency:.0f} %"
     return NOT_CLAIMED if row.efficiency is None and row.speedup is not None else percent(row.efficiency)
 
 
 def point_columns(table: ScalingTable) -> TextColumns:
-    """Choose the columns of the table of points: those with a figure for any point."""
+    """Return the columns of the table of points that have a figure for at least one point."""
     per_s = f"{table.unit}/s"
 
     def throughput(row: Row) -> str:
@@ -123,7 +126,7 @@ def point_columns(table: ScalingTable) -> TextColumns:
 
 
 def point_tables(table: ScalingTable) -> list[Cells]:
-    """Make the table of the points of each kind of scaling."""
+    """Return one table of points for each kind of scaling."""
     shown = point_columns(table)
     return [
         Cells(heading, [*shown], [[text(row) for text in shown.values()] for row in rows])
@@ -132,7 +135,7 @@ def point_tables(table: ScalingTable) -> list[Cells]:
 
 
 def part_tables(table: ScalingTable) -> list[Cells]:
-    """Make the tables of the parts of efficiency and time, of interruptions, and of GPUs, if known."""
+    """Return the tables of lost efficiency, time, interruptions and GPUs. A table without rows is left out."""
     found = [_losses(table), _parts_of_time(table), *(_interruptions(unit, of) for unit, of in interrupted(table.rows))]
     one = "unit of work" if table.unit == "work" else table.unit.removesuffix("s")
     found.append(
@@ -199,7 +202,7 @@ def _amount(value: float | None) -> str:
 
 
 def _interruptions(unit: str, rows: Sequence[Row]) -> Cells:
-    """Make the table of the cost of interruptions for each point and for all points, whose hours are of one unit."""
+    """Make the table of the cost of interruptions, in hours of ``unit``, with a row for each point and for all."""
 
     def total(name: str, of: Sequence[Row]) -> Any:
         known = [value for row in of if (value := getattr(row, name)) is not None]
@@ -313,7 +316,7 @@ def csv_text(table: ScalingTable) -> str:
 
 
 def parts_csv_text(table: ScalingTable) -> str:
-    """Return the parts of the rows as CSV, one on each line: time, interruptions by cause, lost efficiency, GPUs."""
+    """Return CSV with one part of a point on each line: time, interruptions, lost efficiency, cost or energy."""
     lines: list[Sequence[Any]] = [("point", "label", "of", "part", "value", "unit")]
     for row in table.rows:
         of_hours, one = f"{row.hours_of}-hours", table.unit.removesuffix("s")

@@ -1,1 +1,1 @@
-"""The contract on disk between launcher, ranks and reports: run folders and everything in them. Torch-free."""
+"""Files on disk that launcher, ranks and reports share: run folders and their content. Does not import torch."""

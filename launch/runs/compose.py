@@ -1,4 +1,4 @@
-"""Config of a run: its composition by Hydra, its files in the run folder, and the folder that belongs to it."""
+"""Config of a run: composition by Hydra, files in the run folder, and choice of the run folder."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _files(
     running: tuple[str, ...] | None,
     with_hydra: bool,
 ) -> DictConfig:
-    """Compose the files of a config, over the schema that is registered."""
+    """Return the config that Hydra composes from ``primary`` and the overrides ``choices``. Callers must copy it."""
     words = [*choices, *(f"hydra.searchpath=['file://{folder}']" for folder in searched)]
     outside = running is None
     with hydra.initialize_config_module("configs", version_base="1.3") if outside else nullcontext():
@@ -120,7 +120,7 @@ def _files(
 
 
 def refuse_file_of_config(error: BaseException, schema: type) -> ConfigError:
-    """Return the refusal for an error of Hydra in config files."""
+    """Return a ConfigError for an error that Hydra, OmegaConf or YAML raised about a config file."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         return unknown_option(group, choice, error.options)
@@ -149,14 +149,14 @@ def refuse_file_of_config(error: BaseException, schema: type) -> ConfigError:
 
 
 def make_absolute(nodes: Iterable[tuple[DictConfig, str]]) -> None:
-    """Make paths absolute, each given as a node of a document and a key in it."""
+    """Make paths in a config absolute, in place; null stays. Each path is given as a node and a key of that node."""
     for node, name in nodes:
         if not OmegaConf.is_missing(node, name) and node[name] is not None:
             node[name] = str(Path(node[name]).expanduser().absolute())
 
 
 def to_schema(config: DictConfig, schema: type[Schema]) -> Schema:
-    """Return a document as a plain dataclass. Keys at the root that ``schema`` does not have are left out.
+    """Return a composed config as an instance of ``schema``. Root keys that ``schema`` does not have are left out.
 
     Raises:
         ConfigError: a value is missing, or of the wrong type.
@@ -183,7 +183,7 @@ def read_config(folder: RunFolder, schema: type[Schema]) -> Schema:
 
 
 def read_document(folder: RunFolder) -> DictConfig:
-    """Return the document in ``.hydra/config.yaml`` without a schema.
+    """Return the content of ``.hydra/config.yaml``, without a check against a schema.
 
     Raises:
         ConfigError: the folder holds no run, or its config is damaged.
@@ -200,7 +200,7 @@ def read_document(folder: RunFolder) -> DictConfig:
 
 
 def stored_as(folder: RunFolder, document: DictConfig, schema: type[Schema]) -> Schema:
-    """Return the document of a run folder as ``schema``, without keys that an earlier version had.
+    """Return the config of a run folder as ``schema``. Keys that only an earlier version had are left out.
 
     Raises:
         ConfigError: a value is missing or wrong. The error names the file, not a key to type.
@@ -230,7 +230,7 @@ def write_config(folder: RunFolder, config: DictConfig, overrides: Sequence[str]
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dictionaries as one, with dotted keys."""
+    """Return nested dictionaries as one dictionary with dotted keys."""
     flat: dict[str, Any] = {}
     for name, inner in value.items():
         if isinstance(inner, dict):
@@ -241,12 +241,12 @@ def flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def plain(value: Any) -> str:
-    """Return a value as one types it in an override."""
+    """Return a value as text for an override: ``null`` for None, the name of an Enum."""
     return "null" if value is None else str(getattr(value, "name", value))
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """Return a config by dotted keys, with values that JSON can hold."""
+    """Return a config as a flat dictionary: dotted key -> value that JSON can hold."""
     flat = flatten(dataclasses.asdict(config))
     return {key: plain(value) if hasattr(value, "name") else value for key, value in flat.items()}
 
@@ -272,7 +272,7 @@ class RunConfig:
     )
 
     def validate(self) -> None:
-        """Raise ConfigError if ``name`` cannot be that of a folder and of a job, or ``resume_from`` a checkpoint."""
+        """Raise ConfigError if ``name`` cannot name a folder and a job, or ``resume_from`` names no checkpoint."""
         refuse_name(self.name)
         refuse_resume_from(self.resume_from, self.fresh)
 
@@ -283,7 +283,7 @@ a backslash as an escape; a line break would end a line of the batch script."""
 
 
 def refuse_name(name: str) -> None:
-    """Raise ConfigError unless ``name`` can be one folder under output_dir, and the name of a job."""
+    """Raise ConfigError unless ``name`` can name a single folder under output_dir, and a job."""
     usable = re.sub(r"^-+", "", UNUSABLE.sub("_", name).replace("/", "_"))
     if name != usable or name in ("", ".", ".."):
         raise ConfigError(
@@ -310,18 +310,19 @@ def choose_folder(
 ) -> RunFolder:
     """Return the folder of a run: ``run_dir``, or ``<output_dir>/<name>/<point>``.
 
-    ``fresh`` chooses a new generation: ``<point>~2``, ``<point>~3``, ... Otherwise it is the newest existing one, so
-    the same command continues where the last one stopped. ``resume_from`` chooses the existing run of any length.
+    ``fresh`` chooses a new folder: ``<point>~2``, ``<point>~3``, ... Otherwise the newest existing folder is chosen,
+    so the same command continues where the last one stopped. If no such run exists, ``resume_from`` chooses a run
+    that differs only in its number of steps.
 
     Args:
         config: keys of the run.
-        overrides: as typed.
+        overrides: overrides of the run, as typed.
         not_in_point: keys that do not distinguish runs.
         length: keys that set the number of steps.
 
     Raises:
-        ConfigError: a job cannot have such a path; or ``resume_from`` is typed, and several runs differ only in their
-            length.
+        ConfigError: Slurm cannot use the path; a file is in the way; or ``resume_from`` is typed, and several runs
+            differ only in their number of steps.
     """
     folder = newest_folder(config, overrides, not_in_point)
     if config.resume_from is None or config.run_dir is not None or folder.config.exists():
@@ -330,10 +331,10 @@ def choose_folder(
 
 
 def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude: Sequence[str]) -> RunFolder | None:
-    """Return the run next to ``folder`` with the same overrides apart from ``exclude``. None if no run has them.
+    """Return the run beside ``folder`` whose overrides differ only in the keys ``exclude``; None if there is none.
 
     Raises:
-        ConfigError: several runs have them.
+        ConfigError: there are several such runs.
     """
     exclude = (*exclude, *NOT_IN_POINT)  # a rank also searches, and its command has no keys of the launcher
     wanted = point_keys(overrides, exclude)
@@ -357,7 +358,7 @@ def generation_of(path: Path) -> int:
 
 
 def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Sequence[str]) -> RunFolder:
-    """Return the folder of a run by its name: its newest generation, or the next one if ``fresh`` is set."""
+    """Return the newest folder of a run, which may not exist yet; with ``fresh`` the next new one, ``<point>~2``."""
     above = Path(config.output_dir).expanduser() / config.name  # a ~ in the name is part of it
     own = above / point_name(overrides, not_in_point)
     base = (own if config.run_dir is None else Path(config.run_dir).expanduser()).absolute()
@@ -391,8 +392,8 @@ def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Se
     """Raise ConfigError if ``folder`` already holds a run with other settings.
 
     Args:
-        folder: of the run.
-        config: of this command.
+        folder: folder of the run.
+        config: config of this command.
         schema: dataclass whose fields are compared; ``config`` has them all.
         resumable: keys, or groups of keys, that may change between the attempts of one run.
     """
@@ -415,7 +416,7 @@ def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Se
 
 
 def refuse_lost_config(folder: RunFolder) -> None:
-    """Raise ConfigError if ``folder`` has checkpoints or attempts but no config: they may be of another run."""
+    """Raise ConfigError if ``folder``, without a config, has checkpoints or attempts, which may be of another run."""
     there = [path.name for path in (folder.path / "attempts", folder.checkpoints) if path.exists()]
     if there:
         raise ConfigError(

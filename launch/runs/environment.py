@@ -29,9 +29,10 @@ DRIVER = Path("/proc/driver/nvidia")
 
 
 def describe_rank(rank: int, local_rank: int, node: int, *, on_cpu: bool = False) -> dict[str, Any]:
-    """Return the entry of a rank of this node, for programs that do not describe themselves.
+    """Return the entry of a rank in ``environment.json``, if its program does not write one: host, CPUs and device.
 
-    The device is the visible GPU with index ``local_rank``; the CPU if no GPU is visible or ``on_cpu`` is set.
+    Call it on the node of the rank. The device is the visible GPU with index ``local_rank``; the CPU if no GPU is
+    visible or ``on_cpu`` is set.
     ``device_uuid`` is absent if the GPU is not certain.
     """
     entry = describe_place(rank, local_rank, node)
@@ -47,7 +48,7 @@ def describe_rank(rank: int, local_rank: int, node: int, *, on_cpu: bool = False
 
 
 def describe_place(rank: int, local_rank: int, node: int) -> dict[str, Any]:
-    """Return host, node and CPUs of a rank. ``machine`` names the booted kernel, which several hostnames may share."""
+    """Return host, node and CPUs of a rank. ``machine`` is the boot ID, equal for all hostnames of one machine."""
     return {
         "rank": rank,
         "local_rank": local_rank,
@@ -69,7 +70,7 @@ def describe_cpus(cpus: Iterable[int]) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """Return the name of the processor in /proc/cpuinfo."""
+    """Return the name of the processor in /proc/cpuinfo; the name of the architecture if the file has none."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -87,7 +88,7 @@ def driver_version(path: Path = DRIVER / "version") -> str | None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU. ``index`` is its number for CUDA in this job; ``uuid`` and ``bus`` are None if they are not certain."""
+    """A GPU. ``index`` is the number by which CUDA knows the GPU; ``uuid`` and ``bus`` are None if uncertain."""
 
     index: str
     name: str
@@ -97,7 +98,7 @@ class Gpu:
 
 
 def visible_gpus(folder: Path = DRIVER / "gpus", environ: Mapping[str, str] = os.environ) -> list[Gpu]:
-    """Return the GPUs that processes of this node may use, in CUDA's order."""
+    """Return the GPUs that this process may use (CUDA_VISIBLE_DEVICES), in CUDA's order."""
     there = [_read_gpu(str(index), path) for index, path in enumerate(sorted(folder.glob("*/information")))]
     named = environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
@@ -122,7 +123,7 @@ def _read_gpu(index: str, path: Path) -> Gpu:
 
 
 def _find_gpu(name: str, index: int, there: list[Gpu], as_listed: bool) -> Gpu:
-    """Return the GPU that CUDA_VISIBLE_DEVICES calls ``name``, a number or the beginning of a UUID, at ``index``."""
+    """Return the GPU of entry ``index`` of CUDA_VISIBLE_DEVICES. ``name`` is a number or the beginning of a UUID."""
     models = " or ".join(sorted({gpu.name for gpu in there})) or "GPU"
     if name.isdigit():
         return there[int(name)] if as_listed and int(name) < len(there) else Gpu(name, models, None)
@@ -136,7 +137,7 @@ def _find_gpu(name: str, index: int, there: list[Gpu], as_listed: bool) -> Gpu:
 
 @dataclass(frozen=True)
 class Default:
-    """A variable that is set unless the user has set it or one of its aliases."""
+    """An environment variable with a default, which is used unless the user has set the variable or an alias."""
 
     name: str
     value: str
@@ -157,29 +158,31 @@ DEFAULTS = (
     Default("TORCH_FR_BUFFER_SIZE", "20000", ("TORCH_NCCL_TRACE_BUFFER_SIZE",)),
     Default("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
 )
-"""Variables that are set before torch is imported: a forked rank inherits those of its parent."""
+"""Variables that are set before torch is imported, also in the process from which ranks are forked."""
 
 DUMP_FILE = Default("TORCH_FR_DUMP_TEMP_FILE", "nccl_trace_rank_", ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE",))
-"""Prefix of the files of the flight recorder, different for each attempt. torch appends the rank."""
+"""Variable for the path prefix of the files of NCCL's flight recorder. torch appends the rank to the prefix.
+
+The value here is below the folder of each attempt."""
 
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
-"""Folder of the cache of torch's compiler."""
+"""Variable for the cache folder of torch's compiler."""
 
 RECORDED = (
     *(name for entry in (*DEFAULTS, DUMP_FILE) for name in entry.names),
     *("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", COMPILE_CACHE, "TRITON_CACHE_DIR"),
 )
 MOST_FILES = 1 << 20
-"""Highest limit of open files: programs that close all possible descriptors take minutes with a billion of them."""
+"""Highest limit of open files that is set: a program that closes all possible descriptors is slow under a billion."""
 
 
 def set_defaults(environment: MutableMapping[str, str] = os.environ, typed: Collection[str] = ()) -> None:
     """Set the variables that are the same for all attempts, unless the user has set them.
 
     Args:
-        environment: of the ranks.
-        typed: names that the config sets for the ranks. A default under an alias of such a name is removed: torch
-            would read both.
+        environment: variables of the ranks, changed in place.
+        typed: names that the config sets for the ranks. A default for an alias of such a name is removed, because
+            torch would read both.
     """
     for entry in DEFAULTS:
         if not {*entry.names} & {*typed}:
@@ -195,9 +198,9 @@ def set_dump_file(
     """Make the flight recorders write into the folder of the attempt, unless the user has named a file.
 
     Args:
-        run: folder of the run. A file in this folder was set for an earlier attempt.
+        run: folder of the run. A path in this folder was set for an earlier attempt, and is replaced.
         attempt: folder of the attempt.
-        environment: of the ranks.
+        environment: variables of the ranks, changed in place.
         typed: names that the config sets for the ranks.
     """
     named = [environment[name] for name in DUMP_FILE.names if name in environment]
@@ -217,7 +220,7 @@ def describe_environment(environment: Mapping[str, str] = os.environ) -> dict[st
 
 
 def raise_open_files() -> int:
-    """Raise the soft limit of open files of this process and its children to the hard limit; return the limit.
+    """Raise the soft limit of open files of this process and its children to the hard limit; return the new limit.
 
     Each connection, data file and log of a rank is an open file, and the usual soft limit is 1,024.
     """
@@ -230,7 +233,7 @@ def raise_open_files() -> int:
 
 
 def reachable_files(hard: int) -> int:
-    """Return the soft limit of open files of agents and ranks under a hard limit; -1 is unlimited."""
+    """Return the number of open files that a process may reach under a hard limit (-1: unlimited)."""
     return MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
 
 
@@ -243,7 +246,7 @@ ROOT = Path(__file__).absolute().parents[2]
 PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs", "gpt_launch")
 SUFFIXES = (".py", ".yaml", ".sh")
 ORIGIN = "code.json"
-"""File in a copy of the code that names the original."""
+"""File in a copy of the code that records the folder and the git state of the original."""
 
 LIBRARIES = ("torch", "numpy", "hydra-core", "omegaconf", "submitit", "deepspeed")
 GIT_TIMEOUT_S = 10
@@ -261,11 +264,11 @@ def source_files(root: Path) -> Iterator[tuple[str, Path]]:
 def describe_code(
     root: Path = ROOT, files_of: Callable[[Path], Iterable[tuple[str, Path]]] = source_files
 ) -> dict[str, Any]:
-    """Return the folder of the code, a digest of all files, and a digest of each file.
+    """Return folder (``root``), digest of all files (``sha256``) and digest of each file (``files``) of the code.
 
     Args:
         root: folder of the code, or of a copy.
-        files_of: yields names relative to a root, and paths; by default of the source files of this project.
+        files_of: function that yields names relative to a root, and paths; by default ``source_files``.
     """
     files = {name: digest(path.read_bytes()) for name, path in files_of(root)}
     whole = digest("".join(f"{name} {files[name]}\n" for name in files).encode())
@@ -273,7 +276,7 @@ def describe_code(
 
 
 def digest(content: bytes) -> str:
-    """Return the first half of a SHA-256, in hexadecimal."""
+    """Return the first 32 hexadecimal digits of the SHA-256 of ``content``."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
@@ -281,7 +284,7 @@ def install_command(extra: str, root: Path = ROOT) -> str:
     """Return the command that installs an optional extra of this project.
 
     Args:
-        extra: its name in pyproject.toml.
+        extra: name of the extra in pyproject.toml.
         root: folder that contains the packages: a checkout, or site-packages.
     """
     if not (root / "pyproject.toml").is_file():
@@ -293,7 +296,7 @@ def install_command(extra: str, root: Path = ROOT) -> str:
 def code_state(root: Path = ROOT) -> dict[str, str]:
     """Return the commit of the checkout that contains ``root``, and a hash of its uncommitted changes.
 
-    Empty without git. A copy of the code has the state of its original.
+    Empty outside a git checkout. A copy of the code has the state of its original.
     """
     origin = root / ORIGIN
     if origin.is_file():
@@ -308,7 +311,7 @@ def code_state(root: Path = ROOT) -> dict[str, str]:
 
 
 def git(folder: Path, *args: str) -> bytes | None:
-    """Return the output of git. None if git fails, as outside a checkout."""
+    """Run git in ``folder`` and return its standard output. None if git fails, as outside a checkout."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, timeout=GIT_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -317,7 +320,7 @@ def git(folder: Path, *args: str) -> bytes | None:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the installed versions of Python and of the libraries that affect results."""
+    """Return name -> version for Python and for the installed libraries that affect results."""
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
@@ -328,10 +331,10 @@ def library_versions() -> dict[str, str]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return the differences between two ``environment.json``: files of the code, with the commits, and libraries.
+    """Return the differences between two ``environment.json`` as texts: changed code files, and changed libraries.
 
-    Compares the libraries that the launcher knows. Only nodes know CUDA and NCCL, so these are compared if both
-    records have them. Does not compare the driver: a requeued job may get other nodes.
+    Empty if nothing changed. CUDA and NCCL are compared only if both records have their versions, which only nodes
+    know. The driver is not compared: a requeued job may get other nodes.
     """
     found = []
     old, new = ((known.get("code") or {}).get("files") or {} for known in (before, now))
@@ -353,7 +356,10 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = None) -> tuple[int, str] | None:
-    """Return the last recorded attempt before ``attempt``, and the changes since. None if nothing changed."""
+    """Return the number of the last recorded attempt, and the changes of code and libraries from then to ``now``.
+
+    None if nothing changed, or no attempt is recorded. With ``attempt``, only earlier attempts count.
+    """
     earlier = {n: read_json(folder.environment(n)) for n in folder.attempts() if attempt is None or n < attempt}
     there = [number for number, known in earlier.items() if known]
     if not there:
@@ -399,7 +405,7 @@ by an administrator (0x02, 0x10, 0x100) are not reasons."""
 
 @dataclass(frozen=True)
 class GpuSample:
-    """Values of ``GAUGES`` at one time, for all GPUs of a node that the run uses."""
+    """Values of all ``GAUGES`` at one time, for the GPUs that the run uses on one node."""
 
     time: float
     """Unix time, seconds."""
@@ -409,7 +415,7 @@ class GpuSample:
     """Address of a GPU on the PCI bus -> gauge -> value; unknown values are absent."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the sample as a line of the file."""
+        """Return the sample as the JSON object of one line of ``telemetry/node_*.jsonl``."""
         line: dict[str, Any] = {"time": round(self.time, 3), "attempt": self.attempt, "host": self.host}
         line["bus"] = list(self.gauges)
         for name, decimals in GAUGES.items():
@@ -420,12 +426,12 @@ class GpuSample:
 
 
 def append_samples(folder: RunFolder, node: int, samples: Iterable[GpuSample]) -> None:
-    """Append samples to the file of a node."""
+    """Append samples to the telemetry file of node number ``node``."""
     append_lines(folder.telemetry(node), [sample.as_dict() for sample in samples])
 
 
 def telemetry_nodes(folder: RunFolder) -> list[int]:
-    """Return the nodes that have samples, in order."""
+    """Return the numbers of the nodes that have samples, ascending."""
     return numbers_in(folder.path / "telemetry", "node_", ".jsonl")
 
 

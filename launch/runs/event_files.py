@@ -100,7 +100,7 @@ class EventWriter:
     """Writer of an event file in ``folder``. TensorBoard reads all files of a folder as one run, in time order.
 
     Args:
-        folder: the run of TensorBoard.
+        folder: folder of the file, which TensorBoard shows as a run.
         purge_step: first step of a run that resumes. TensorBoard drops the points of earlier files from this step on,
             because the steps were lost in a crash and are made again. None drops all points of earlier files.
         flush_s: longest time until an event is on disk, seconds.
@@ -130,7 +130,7 @@ class EventWriter:
         self._add([summary_pb2.Summary.Value(tag=tag, simple_value=value)], step, time)
 
     def write(self, record: StepRecord) -> None:
-        """Add the curves of one step record."""
+        """Add one point to each curve of a step record, and its text about slow ranks."""
         scalars = record_scalars(record.as_dict()).items()
         values = [summary_pb2.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars]
         # One event for all: each event wakes tensorboard's thread, which competes with the training for Python's lock.
@@ -156,8 +156,8 @@ class EventWriter:
     def layout(self, categories: Mapping[str, Mapping[str, Curve]]) -> None:
         """Arrange the Custom Scalars tab: category -> title of a chart -> curve.
 
-        All are margin charts: TensorBoard smooths line charts by default, which falsifies curves of a few points. A
-        chart has one curve: with two, TensorBoard prints an error for every run without them.
+        All charts are margin charts: TensorBoard smooths line charts by default, which falsifies curves of a few
+        points. A chart has one curve: with two, TensorBoard prints an error for every run without them.
         """
         layout = layout_pb2.Layout()
         for title, charts in categories.items():
@@ -170,7 +170,7 @@ class EventWriter:
         self._add([_string_value(tag, layout.SerializeToString(), metadata)], step=0)
 
     def hparams(self, settings: Mapping[str, bool | float | str]) -> None:
-        """Add the run with its settings to the HParams tab. Its scalars are the results.
+        """Add the run with ``settings`` (name -> value) to the HParams tab. Its curves are the results.
 
         Writes no "experiment", which declares settings and results: TensorBoard would use the first experiment below
         its folder for all sweeps. Without an experiment it shows the settings of all sweeps.

@@ -22,29 +22,30 @@ from launch.runs.folder import RunFolder, writing_into
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEAT_DIR
 from launch.runs.records import is_record, recent_records
 
-# State of a run by its event log: submissions, saves, ends and problems. Torch-free.
+# State of a run by its event log: submissions, saves, ends and problems. Does not import torch.
 
 
 Events = Sequence[dict[str, Any]]
 FEWER_NODES, ALL_NODES = "fewer_nodes", "all_nodes"
-"""Events of an attempt on fewer nodes than requested, and of the first later attempt on all nodes."""
+"""Names of the events for an attempt on fewer nodes than requested, and for the next attempt on all nodes."""
 
 
 def select_events(events: Events, *names: str, **fields: Any) -> list[dict[str, Any]]:
-    """Return the events with one of ``names`` and with these values of fields, oldest first."""
+    """Return the events that have one of ``names`` and all values of ``fields``, oldest first."""
     wanted = [event for event in events if event["event"] in names]
     return [event for event in wanted if all(event.get(field) == value for field, value in fields.items())]
 
 
 def events_since_submission(events: Events) -> list[dict[str, Any]]:
-    """Return the events since the last typed submission. Typing the command again resets the limits of restarts."""
+    """Return the events since a user last typed the command of the run. Limits of restarts count from there."""
     return list(events[last_command(events) :])
 
 
 def last_command(events: Events) -> int:
-    """Return the index of the last typed submission. A move to another partition does not count.
+    """Return the index of the last submission that a user typed; 0 without one.
 
-    A second entry of the same job does not count either: its agent and its launcher may both write one.
+    A move to another partition does not count, nor a second entry of a job: its agent and its launcher may both
+    write one.
     """
     last, before = 0, None
     for index, event in enumerate(events):
@@ -57,11 +58,11 @@ def last_command(events: Events) -> int:
 
 
 CHANGED = ("resumed_from", "extended")
-"""Events of a command that takes a run back to a checkpoint, or extends the run."""
+"""Names of the events for a command that takes a run back to a checkpoint, or extends the run."""
 
 
 def planned_steps(events: Events) -> int | None:
-    """Return the planned steps of the run by its newest attempt. None if the event log does not have them."""
+    """Return the number of steps that the newest attempt planned for the whole run. None if it is not recorded."""
     told = [event["max_steps"] for event in events if event["event"] == "started" and event.get("max_steps")]
     return int(told[-1]) if told else None
 
@@ -95,9 +96,9 @@ def is_finished(events: Events) -> bool:
 
 
 def fewer_nodes(events: Events) -> dict[int, dict[str, Any]]:
-    """Return the attempts with fewer nodes than requested -> the event with ``nodes``, ``asked`` and ``cause``.
+    """Return attempt -> event (``nodes``, ``asked``, ``cause``) for the attempts with fewer nodes than requested.
 
-    Their steps take longer, and must not be mixed with steps of other attempts.
+    Steps of these attempts take longer, and must not be compared with steps of other attempts.
     """
     return {event["attempt"]: event for event in events if event["event"] == FEWER_NODES}
 
@@ -117,7 +118,7 @@ def unread_text(folder: RunFolder) -> str | None:
 
 
 def straggling_ranks(events: Events) -> list[dict[str, Any]]:
-    """Return the events of the ranks that are slow in the newest attempt, by rank."""
+    """Return the newest ``straggler`` event of each rank that is slow in the newest attempt, by ascending rank."""
     slow: dict[int, dict[str, Any]] = {}
     for event in events:
         if event["event"] in ("started", "attempt_ended", "finished", "stopped"):
@@ -172,7 +173,7 @@ ECHO = re.compile(
 
 
 def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseException, step: int | None) -> None:
-    """Record the failure of this rank in the event log, with its traceback if no rank of this node has recorded it.
+    """Record the failure of this rank in the event log. Omit a traceback that another rank of this node has recorded.
 
     Thousands of ranks can fail together with the same traceback, and every agent reads the whole log.
     """
@@ -189,12 +190,12 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
 
 
 def failure_kind(cause: str, places: str) -> str:
-    """Return a key that is equal for failures that need only one traceback: echoes, or the same source lines."""
+    """Return a text that is equal for failures that need one traceback: echoes, or equal type and source lines."""
     return "echo" if ECHO.search(cause) else f"{cause.partition(':')[0]}\n{places}"
 
 
 def same_failure(rank: int, kind: str) -> int | None:
-    """Return the rank of this node that failed first with ``kind`` in this attempt. None if it is ``rank``.
+    """Return the rank of this node that failed first with ``kind`` in this attempt. None if ``rank`` is the first.
 
     Uses a marker file in the agent's folder for the attempt; without an agent every rank counts as the first.
     """
@@ -254,7 +255,7 @@ def first_failure(events: Iterable[dict[str, Any]], attempt: int) -> dict[str, A
 
 
 def failure_text(failure: dict[str, Any]) -> str:
-    """Return the text of a failure: rank, host, cause, traceback and log."""
+    """Return a ``rank_failed`` event as text for people: rank, host, cause, traceback and path of the log."""
     step = f" after step {failure['step']}" if failure.get("step") is not None else ""
     head = f"rank {failure['rank']} on {failure['host']} failed first{step}: {failure['cause']}"
     trace = str(failure.get("traceback") or "").rstrip()
@@ -269,7 +270,7 @@ def failure_text(failure: dict[str, Any]) -> str:
 
 
 def best_interval_s(save_s: float, between_failures_s: float) -> float:
-    """Return the computing time between two saves that loses least, seconds: ``sqrt(2 C M)`` (Young 1974).
+    """Return the computing time between two saves, seconds, that loses least time: ``sqrt(2 C M)`` (Young 1974).
 
     Args:
         save_s: seconds for which a save holds the steps up.
@@ -306,9 +307,12 @@ class SavedCheckpoint:
     step: int | None
     """Step from which a run would resume; None if no run would load the checkpoint."""
     size: int
-    """Bytes that its verification reads."""
+    """Number of bytes that ``find_damage`` reads."""
     find_damage: Callable[[Callable[[int], None]], tuple[str, ...] | None]
-    """Reads the checkpoint and calls its argument with bytes read; returns a line for each damage, None if deleted."""
+    """Function that reads the checkpoint and returns a line for each damage; None if the checkpoint was deleted.
+
+    It calls its argument with the number of bytes of each read.
+    """
 
 
 # A run that continues from an earlier checkpoint, or beyond its end.
@@ -320,14 +324,14 @@ LAST = "last"
 
 @dataclass(frozen=True)
 class Continuation:
-    """Continuation of the run in a folder by a command."""
+    """How a command continues an existing run."""
 
     back_to: int | None = None
-    """Step of the checkpoint that the run goes back to; None if it continues from the newest one."""
+    """Step of the checkpoint that the run goes back to; None if the run continues from its newest checkpoint."""
     last: int | None = None
-    """Last step that is moved aside when the run goes back."""
+    """Last step whose records are moved aside when the run goes back; None if it does not go back."""
     extends: int | None = None
-    """Steps of the finished run, if it is extended now."""
+    """Number of steps at which the run was finished, if the command extends the run; otherwise None."""
 
     def text(self, max_steps: int | None) -> str:
         """Describe the continuation; empty if the run continues where it stopped."""
@@ -361,7 +365,7 @@ def plan_continuation(
     """Return how a command would continue the run of a folder. Changes nothing.
 
     Args:
-        folder: of the run; may be missing if ``resume_from`` is None.
+        folder: folder of the run; may be missing if ``resume_from`` is None.
         resume_from: step of a checkpoint, ``last``, or None.
         max_steps: requested steps of the whole run; None if they are not known.
         saved: checkpoints of the run; read only if needed.
@@ -389,7 +393,7 @@ def find_step(folder: RunFolder, resume_from: Any, saved: Sequence[SavedCheckpoi
     """Return the step of the checkpoint that ``resume_from`` names.
 
     Raises:
-        ConfigError: the run has none of that step.
+        ConfigError: the run has no checkpoint, or none of that step.
     """
     steps = sorted(one.step for one in saved if one.step is not None)
     if not steps:
@@ -440,7 +444,7 @@ def apply_continuation(
 
 
 def set_records_aside(folder: RunFolder, step: int, aside: Path) -> None:
-    """Move the step records after ``step`` of all ranks into ``aside``, and copy their views."""
+    """Move the step records after ``step`` of all ranks into ``aside``, and copy steps.csv and run.json there."""
     for view in (folder.steps_csv, folder.run_json):  # made again at the next start
         if view.exists():
             shutil.copy2(view, aside / view.name)
@@ -463,7 +467,7 @@ def aside_records(folder: RunFolder, rank: int) -> list[Path]:
 def refuse_alive(folder: RunFolder) -> None:
     """Raise ConfigError if ranks of the newest attempt run on this machine.
 
-    For ranks without a launcher, which are in no queue. Ranks on other machines are not found.
+    This finds ranks that no launcher started, which are in no queue. Ranks on other machines are not found.
     """
     attempt = max(folder.attempts(), default=0)
     events = folder.read_events()
@@ -483,7 +487,7 @@ def refuse_alive(folder: RunFolder) -> None:
 
 
 def began_before(pid: int, when: float) -> bool:
-    """Return whether process ``pid`` started before ``when``, Unix seconds: a new process may have the same number."""
+    """Return whether process ``pid`` runs and started before ``when``, Unix seconds: a PID may be used again."""
     try:
         ticks = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
         booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))

@@ -1,4 +1,4 @@
-"""Files of a run folder: JSON that is replaced as a whole, and JSON lines that survive a full disk."""
+"""Files of a run folder: JSON that is replaced as a whole, and JSON lines that are appended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 
 
 class ReportFile(Enum):
-    """File of a report; tensorboard is the run Scaling for a sweep, and the run Summary for a single run."""
+    """Format of a report. ``tensorboard`` is a run in TensorBoard: Scaling for a sweep, Summary for a single run."""
 
     md = "md"
     csv = "csv"
@@ -34,7 +34,7 @@ class ReportFile(Enum):
 
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-"""Errors of a filesystem, or of its server, that has no locks."""
+"""Error numbers of a filesystem, or of its server, without file locks."""
 
 
 def deny_others_writing() -> None:
@@ -54,13 +54,13 @@ def make_folder(path: Path) -> None:
 
 
 def numbers_in(folder: Path, prefix: str = "", suffix: str = "") -> list[int]:
-    """Return the numbers in the names of a folder's entries, ascending: 3 of ``rank_00003.jsonl``."""
+    """Return the numbers between ``prefix`` and ``suffix`` in the names of a folder's entries, ascending."""
     names = (path.name.removeprefix(prefix).removesuffix(suffix) for path in folder.glob(f"{prefix}*{suffix}"))
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def make_numbered(folder: Path) -> Path:
-    """Make the next of the numbered folders in ``folder``: 0001, 0002, ... Two processes never get the same one."""
+    """Make and return the next numbered folder in ``folder``: 0001, 0002, ... Each process gets another one."""
     number = max(numbers_in(folder), default=0)
     while True:
         number += 1
@@ -97,7 +97,10 @@ def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 def append_whole(descriptor: int, data: bytes) -> None:
     """Append all of ``data`` to a file with no other writer, or nothing if a full disk takes only a part.
 
-    Otherwise a line would count twice: left in the file, and written again later.
+    A part that stayed in the file would be written a second time later, and its lines would count twice.
+
+    Raises:
+        OSError: ``data`` cannot be written.
     """
     size = os.fstat(descriptor).st_size
     try:
@@ -141,10 +144,10 @@ def parse_json_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Write ``data`` so that a reader, or a crash, sees either the old file or the whole new one.
+    """Write a file so that its content is always either the old one or all of ``data``, even after a crash.
 
     Args:
-        path: of the file.
+        path: path of the file; missing folders are made.
         data: the whole content.
         mode: permissions of the file from its creation, minus the umask; 0o600 if only the owner may read the file.
     """
@@ -176,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""Errors of a filesystem that is full, over its quota, or failing: they do not depend on the data."""
+"""Error numbers of a filesystem that is full, over its quota, or failing: they do not depend on the data."""
 KEPT = 10_000
 """Maximum number of lines kept for a file; the oldest lines are dropped first."""
 
@@ -186,7 +189,7 @@ _keeps = False
 
 
 def keep_unwritten() -> None:
-    """Make this process, an agent or a rank, keep lines from now on if the filesystem is full."""
+    """From now on, keep lines of ``append_lines`` in memory while the filesystem is full. For agents and ranks."""
     global _keeps
     if not _keeps:
         _keeps = True
@@ -194,10 +197,10 @@ def keep_unwritten() -> None:
 
 
 def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
-    """Append ``values`` as JSON lines, after the lines that are still kept for the same file.
+    """Append ``values`` as JSON lines, after the lines for the same file that are kept in memory.
 
     Raises:
-        OSError: the lines cannot be written, and this process keeps none or the reason is not in ``NO_ROOM``.
+        OSError: the lines cannot be written. If ``keep_unwritten`` was called, only for reasons not in ``NO_ROOM``.
     """
     with _lock:
         waiting = _kept.get(path, deque(maxlen=KEPT))
@@ -216,7 +219,7 @@ def append_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
 
 
 def has_written(path: Path, value: Any, mode: int = 0o666) -> bool:
-    """Write a JSON file and return whether it was written: false if the filesystem is full.
+    """Write a JSON file; return True if written, False if the filesystem is full.
 
     Raises:
         OSError: the reason is not in ``NO_ROOM``.
@@ -231,13 +234,13 @@ def has_written(path: Path, value: Any, mode: int = 0o666) -> bool:
 
 
 def unwritten(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file that this process keeps, as a reader of the file will see them."""
+    """Return the lines for a file that this process keeps in memory, oldest first, as parsed from JSON."""
     with _lock:
         return [json.loads(json.dumps(value)) for value in _kept.get(path, ())]
 
 
 def write_unwritten() -> None:
-    """Try again to write the kept lines."""
+    """Try again to write the lines that are kept in memory."""
     for path in list(_kept):
         append_lines(path, [])
 
@@ -259,7 +262,7 @@ def say(text: str) -> None:
 
 
 def is_full(folder: Path) -> bool:
-    """Return whether the filesystem of a folder is full. Quotas are not known."""
+    """Return whether the filesystem of a folder is full; False if this cannot be read. Ignores quotas."""
     try:
         found = os.statvfs(folder)
     except OSError:
@@ -268,4 +271,4 @@ def is_full(folder: Path) -> bool:
 
 
 FULL_BYTES = 64 * 1024
-"""Free bytes below which a filesystem counts as full: the blocks of a small file need as much."""
+"""Number of free bytes below which a filesystem counts as full: the blocks of a small file need as much."""

@@ -36,7 +36,7 @@ MEASURING_KEYS = tuple(
         *("stop_signal", "resumes", "resume_args"),
     )
 )
-"""Keys for how a script is watched, or how large a point is. They do not change the program."""
+"""Keys for how a script is watched or measured. They do not change the program, and no label has them."""
 
 
 def tells_apart(override: str) -> bool:
@@ -75,7 +75,7 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
 
 def alone(path: Path, overrides: Sequence[str]) -> str:
-    """Return the label of a single run."""
+    """Return the label of a single run: the name of its folder, or of the parent folder if the former says little."""
     number = generation(path.name)
     of_folder = path.name.removesuffix(number)
     # A cut name is too long for a line of a terminal, and ends in a hash without a meaning for people.
@@ -91,7 +91,7 @@ def generation(name: str) -> str:
 
 
 def sweep_overrides(points: Sequence[Sequence[str]]) -> list[str]:
-    """Return the overrides of a sweep, made of those of its points: ``nodes=1,2,4``, ``optim.max_steps=60``."""
+    """Return each key of the points with all its values, as overrides: ``nodes=1,2,4``, ``optim.max_steps=60``."""
     values: dict[str, dict[str, None]] = {}
     for override in (override for point in points for override in point if tells_apart(override)):
         key, _, value = override.partition("=")
@@ -108,7 +108,7 @@ ARCHIVE = "sweeps"
 
 @dataclass(frozen=True)
 class Sweep:
-    """Points of one command. ``number`` is None if ``sweep.json`` was written by hand."""
+    """A sweep: the points of one command. ``number`` is None if ``sweep.json`` was written by hand."""
 
     number: int | None
     points: tuple[str, ...]
@@ -119,7 +119,10 @@ class Sweep:
     """Time when the sweep was typed last, Unix seconds."""
 
     def folder(self, group: Path) -> Path | None:
-        """Return the folder of the sweep's record and report. None if the sweep has no record."""
+        """Return the folder of the sweep's record and report, below ``group``, the folder of its points.
+
+        None if the sweep has no record.
+        """
         return None if self.number is None else group / ARCHIVE / f"{self.number:04d}"
 
     def summary(self, beside: Sequence[Sweep]) -> str:
@@ -160,7 +163,7 @@ def _sweep_of(known: dict[str, Any]) -> Sweep:
 
 
 def record_sweep(group: Path, points: Sequence[str], typed: Sequence[str]) -> Sweep:
-    """Record a sweep that was typed now. It becomes the current sweep of its folder.
+    """Record a sweep that was typed now as the current sweep of the folder ``group``, and return the sweep.
 
     A sweep of the same points, in any order, keeps its number.
     """
@@ -235,15 +238,16 @@ def typed_for(run: Path) -> Sequence[str]:
 
 
 def labels_of(runs: Sequence[Path]) -> dict[Path, str]:
-    """Return the labels of runs among each other: folder -> label."""
+    """Return folder -> label for runs that are listed together."""
     typed = [(run, typed_for(run)) for run in runs]
     return dict(zip(runs, point_labels(typed), strict=True))
 
 
 def labels_for(points: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
-    """Return the labels of planned runs, from folder and overrides of each.
+    """Return a label for each planned run, given as folder and overrides.
 
-    Several runs are labelled among each other, a single run among the existing runs of its folder.
+    The labels of several runs differ from each other. The label of a single run differs from the labels of existing
+    runs in its folder.
     """
     beside = (
         [] if len(points) > 1 else [run for run in runs_inside(points[0][0].parent, depth=1) if run != points[0][0]]
@@ -253,12 +257,14 @@ def labels_for(points: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
 
 def labels_inside(groups: Iterable[Path]) -> dict[Path, str]:
-    """Return the labels of all runs in ``groups``, each among the runs of its folder: folder -> label."""
+    """Return folder -> label for all runs in the folders ``groups``. Labels differ within a folder."""
     return {run: label for group in groups for run, label in labels_of(runs_inside(group, depth=1)).items()}
 
 
 def runs_labelled(path: Path) -> list[Path]:
-    """Return the run whose label is the end of ``path``, among the runs of its folder or of its sweep; may be empty.
+    """Return a list with the run whose label is the end of ``path``; empty if there is none.
+
+    A run has one label among the runs of its folder, and one for each of its sweeps. Both are found.
 
     Raises:
         ConfigError: several runs have this label.
@@ -282,9 +288,9 @@ def runs_labelled(path: Path) -> list[Path]:
 
 
 def command_with(word: str, folder: Path) -> str:
-    """Return the running command with ``folder`` in place of the argument ``word``.
+    """Return the command line of this process with ``folder`` in place of the argument ``word``.
 
-    It is just the folder if the command was not started by ``python -m``.
+    If ``python -m`` did not start this process, return only the folder.
     """
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     short = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
@@ -306,12 +312,12 @@ def _search(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder is a run folder."""
+    """Return whether a folder is a run folder: it has attempts, a plan or step records."""
     if any((folder / name).exists() for name in ("attempts", "plan.json")):
         return True
     return any((folder / "metrics").glob("rank_*.jsonl"))  # gpt/ has a folder of this name too
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts nodes=2 before nodes=16."""
+    """Return a sort key that compares numbers in names by value: nodes=2 comes before nodes=16."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]

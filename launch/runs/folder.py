@@ -16,7 +16,7 @@ from .files import append_lines, make_numbered, numbers_in, parse_json_lines, re
 
 
 class RunFolder:
-    """Paths inside ``<output_dir>/<name>/<point>``. Creates nothing by itself."""
+    """Paths of the files of a run, below ``<output_dir>/<name>/<point>``. The constructor creates nothing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -33,26 +33,26 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         """Event files of rank 0 for TensorBoard."""
         self.steps_csv = self.path / "steps.csv"
-        """Step records of rank 0 as a table."""
+        """Step records of rank 0 as a CSV table."""
         self.run_json = self.path / "run.json"
         """The whole run as one JSON document."""
         self.checkpoints = self.path / "checkpoints"
-        """One folder for each saved step."""
+        """Folder of the checkpoints, with a folder for each saved step."""
         self.tokenizer = self.path / "tokenizer"
         """Tokenizer of the run, if the data names one."""
         self.aside = self.path / "aside"
-        """Numbered folders, one for each time that ``resume_from`` took the run back: the steps after that step."""
+        """Numbered folders with records and checkpoints of later steps, one for each return by ``resume_from``."""
 
     def attempt(self, number: int) -> Path:
         """Return the folder of an attempt, one start of the ranks, counted from 1."""
         return self.path / "attempts" / f"{number:04d}"
 
     def environment(self, attempt: int) -> Path:
-        """Return the file of an attempt with its hosts, devices, software and commit."""
+        """Return the path of the JSON file with hosts, devices, software and commit of an attempt."""
         return self.attempt(attempt) / "environment.json"
 
     def ds_config(self, attempt: int) -> Path:
-        """Return the file of an attempt with its DeepSpeed config."""
+        """Return the path of the JSON file with the DeepSpeed config of an attempt."""
         return self.attempt(attempt) / "ds_config.json"
 
     def log(self, attempt: int, rank: int) -> Path:
@@ -89,7 +89,7 @@ class RunFolder:
         append_lines(self.events, [{"time": time.time(), "event": event, **details}])
 
     def read_events(self) -> list[dict[str, Any]]:
-        """Return all events, oldest first, with those that this process could not write yet. Skips other lines."""
+        """Return all events, oldest first, and those that this process could not write yet. Skips damaged lines."""
         return [event for event in (*read_json_lines(self.events), *unwritten(self.events)) if is_event(event)]
 
     def unread_events(self) -> int:
@@ -106,7 +106,7 @@ class RunFolder:
 
 
 def is_event(value: dict[str, Any]) -> bool:
-    """Return whether a line of the event log is an event."""
+    """Return whether a line of the event log is an event: it has a name and a time."""
     return isinstance(value.get("event"), str) and isinstance(value.get("time"), int | float)
 
 
@@ -129,7 +129,7 @@ FIXES = {
 
 
 def damaged(path: Path, why: str) -> ConfigError:
-    """Return the refusal of a damaged file."""
+    """Return a ConfigError for a damaged file. ``why`` describes the damage."""
     fix = FIXES.get(path.name, "the file from a backup").format(path=quote(str(path)))
     return ConfigError(f"{path}, which is damaged: {why}", "the file as it was written with the run", fix)
 
@@ -172,7 +172,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def unreadable(path: Path, error: BaseException) -> ConfigError:
-    """Return the refusal of a file that raised ``error`` when it was read."""
+    """Return a ConfigError for a file that raised ``error`` when it was read."""
     if isinstance(error, OSError):
         return damaged(path, str(error.strerror))
     if not path.read_bytes().strip():

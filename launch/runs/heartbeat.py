@@ -59,7 +59,7 @@ class Request(IntEnum):
 
 @dataclass(frozen=True)
 class RankHeartbeat:
-    """Last heartbeat of a rank, and its last progress. Times are of the monotonic clock."""
+    """Last heartbeat of a rank, and its last progress. Times are seconds of the monotonic clock."""
 
     ran_at: float
     """Time of the last heartbeat."""
@@ -67,7 +67,7 @@ class RankHeartbeat:
     """Time of the last progress; 0 if the loop never reported progress, so that its silence means nothing."""
     pid: int
     step: int
-    """Steps done."""
+    """Number of steps done."""
     phase: Phase
 
 
@@ -111,14 +111,14 @@ class HeartbeatFile:
         self._times[BEAT] = self._times[MOVED] = time.monotonic()
 
     def want(self, request: Request, value: int) -> None:
-        """Request a stop because of signal ``value``, or the save number ``value``."""
+        """Request a stop (``value`` is the signal number or FROM_FILE) or a save (``value`` counts saves)."""
         self._requests[request][WANTS] = value
 
     def ask(self, request: Request, limit_s: float) -> bool:
-        """Count a poll; return true from the agreed stop on, and at the poll of the agreed save.
+        """Count a poll of ``request``, and return whether the rank has to obey the request now.
 
-        While the agents agree, this waits for them, at most ``limit_s``. After that a stop is obeyed, because one is
-        certain and most ranks wait at the same poll; a save is not.
+        True from the agreed poll on for a stop, and only at the agreed poll for a save. While the agents still agree,
+        wait at most ``limit_s`` seconds; then return True for a stop, which is certain, and False for a save.
         """
         words = self._requests[request]
         calls = words[CALLS] + 1
@@ -140,7 +140,7 @@ class HeartbeatFile:
 
     @property
     def cause(self) -> int:
-        """Signal of the agreed stop, of any rank; FROM_FILE for a file, 0 if the cause is not known."""
+        """Number of the signal that caused the agreed stop; FROM_FILE for a file, 0 if the cause is not known."""
         return self._words[CAUSE]
 
     # The agent's side.
@@ -151,19 +151,19 @@ class HeartbeatFile:
         return self._words[PID] != 0
 
     def calls(self, request: Request) -> int:
-        """Return the number of polls of the rank."""
+        """Return how often the rank has polled for ``request``."""
         return self._requests[request][CALLS]
 
     def wants(self, request: Request) -> int:
-        """Return the last request of the rank; 0 if there was none."""
+        """Return the last value that the rank passed to ``want`` for ``request``; 0 if there was none."""
         return self._requests[request][WANTS]
 
     def set_hold(self, request: Request, ticket: int) -> None:
-        """Make the rank wait at its next poll."""
+        """Make the rank wait at its next poll for ``request``, until ``set_at`` sets ``ticket`` or more."""
         self._requests[request][HOLD] = ticket
 
     def set_at(self, request: Request, call: int, cause: int = 0) -> None:
-        """Set the poll at which the rank obeys the request."""
+        """Set the number of the poll at which the rank obeys ``request``, and the ``cause`` of a stop."""
         if request is Request.stop:
             self._words[CAUSE] = cause
         self._requests[request][AT] = call

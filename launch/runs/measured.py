@@ -26,11 +26,12 @@ def read_measured(path: Path, key: str, parse: Callable[[Any], Measured], form: 
     """Return the content of a file of measurements. Reads the file again only if it changes.
 
     Args:
-        path: of the file.
-        key: key or option that names it, for refusals.
-        parse: makes values of the JSON document; raises ValueError, KeyError, TypeError or AttributeError.
+        path: path of the file.
+        key: key or option that names the file, for error messages.
+        parse: function from the JSON document to the result; raises ValueError, KeyError, TypeError or
+            AttributeError for wrong content.
         form: number of the document's format.
-        command: writes such a file with ``--output``.
+        command: command that writes such a file with ``--output``, for error messages.
 
     Raises:
         ConfigError: the file does not exist or has another content.
@@ -70,17 +71,17 @@ class MatmulRates:
     axes: tuple[tuple[int, ...], ...]
     """Sizes of m, n and k, each ascending."""
     flops_per_s: Mapping[tuple[int, ...], float]
-    """(m, n, k) -> rate, for the whole grid."""
+    """(m, n, k) -> rate in FLOP/s, for the whole grid."""
 
     @property
     def best(self) -> float:
-        """Highest rate."""
+        """Highest rate, FLOP/s."""
         return max(self.flops_per_s.values())
 
     def rate(self, m: float, n: float, k: float) -> float:
-        """Return the rate of a product, interpolated linearly in the logarithms of sizes and rates.
+        """Return the rate of a product of size m, n, k in FLOP/s, interpolated in the logarithms of sizes and rates.
 
-        Outside the grid it is the rate at the nearest edge.
+        Outside the grid, return the rate at the nearest edge.
         """
         corners = [between(axis, size) for axis, size in zip(self.axes, (m, n, k), strict=True)]
         total = 0.0
@@ -96,7 +97,10 @@ class MatmulRates:
 
 
 def between(axis: Sequence[int], size: float) -> list[tuple[int, float]]:
-    """Return the two sizes of an axis around ``size``, each with its weight by the distance of logarithms."""
+    """Return the two sizes of an axis around ``size``, each with its weight by the distance of logarithms.
+
+    Outside the axis, return only the nearest size, with weight 1.
+    """
     above = bisect_right(axis, size)
     if above in (0, len(axis)):
         return [(axis[max(0, above - 1)], 1.0)]
@@ -116,12 +120,12 @@ class MatmulFile:
 
 
 def rates_document(device: str, samples: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of the file: samples of precision, m, n, k and seconds, and the conditions."""
+    """Return the file's content. ``samples`` have precision, m, n, k and seconds; ``measured`` has the conditions."""
     return {"format": RATES_FORMAT, "device": device, "measured": dict(measured), "samples": [*map(dict, samples)]}
 
 
 def read_matmul_rates(path: Path, key: str = "cluster.matmul_rates") -> MatmulFile:
-    """Read measured rates.
+    """Read a file of measured rates of matrix products. Error messages name the file by ``key``.
 
     Raises:
         ConfigError: the file does not exist or has another content.
@@ -154,10 +158,10 @@ def _on_grid(precision: str, rates: Mapping[tuple[int, ...], float]) -> MatmulRa
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 TIERS = ("intra_node", "inter_node")
-"""Links in a node, and links between ranks of equal local number on different nodes while all ranks send."""
+"""Kinds of links: in a node, and between nodes (ranks of equal local rank, while all ranks send)."""
 NETWORK_FORMAT = 1
 FASTEST = 1e13
-"""Bytes per second of a link whose measured time does not grow with the size: more than any real link has."""
+"""Bandwidth for a link whose measured time does not grow with the size, bytes/s: more than any real link has."""
 
 
 def terms(collective: str, ranks: int) -> tuple[float, float]:
@@ -183,7 +187,7 @@ Curve = tuple[tuple[float, float], ...]
 class LinkFit:
     """Latency and bandwidth of a rank's link in a collective, fitted to measured times, with their standard errors.
 
-    ``error`` is the root mean square of predicted over measured time, minus one. ``curve`` corrects the fitted line by
+    ``error`` is the root mean square of ``predicted time / measured time - 1``. ``curve`` corrects the fitted line by
     message size; empty without a correction.
     """
 
@@ -195,7 +199,7 @@ class LinkFit:
     curve: Curve = ()
 
     def seconds(self, collective: str, ranks: int, size: float) -> float:
-        """Return the time of a collective of ``size`` bytes over ``ranks`` ranks."""
+        """Return the predicted time of a collective of ``size`` bytes over ``ranks`` ranks, seconds."""
         messages, share = terms(collective, ranks)
         if not messages:
             return 0.0
@@ -204,9 +208,10 @@ class LinkFit:
 
 
 def factor_at(curve: Curve, size: float) -> float:
-    """Return measured over fitted time of a message, interpolated in logarithms; at the nearest size outside the curve.
+    """Return measured over fitted time of a message of ``size`` bytes, interpolated in logarithms; 1 without a curve.
 
-    A line alone misses bursts that a switch buffers, and libraries that change the algorithm for long messages.
+    Outside the curve, return its nearest value. A line alone misses bursts that a switch buffers, and libraries that
+    change the algorithm for long messages.
     """
     if not curve:
         return 1.0
@@ -224,7 +229,7 @@ def curve_of(fit: LinkFit, collective: str, samples: Iterable[tuple[int, float, 
     Args:
         fit: the fitted line.
         collective: name of the measured collective.
-        samples: ranks, bytes and seconds.
+        samples: number of ranks, bytes and seconds of each measurement.
     """
     found = defaultdict[float, list[float]](list)
     for ranks, size, seconds in samples:
@@ -235,16 +240,16 @@ def curve_of(fit: LinkFit, collective: str, samples: Iterable[tuple[int, float, 
 
 @dataclass(frozen=True)
 class Network:
-    """Measured links of nodes."""
+    """Measured links in and between nodes."""
 
     ranks_per_node: int
-    """Ranks of a node that send at the same time."""
+    """Number of ranks on each node, which all send at the same time."""
     tiers: Mapping[str, Mapping[str, LinkFit]]
     """Tier -> collective -> fit; a tier without links is absent."""
 
 
 def network_document(network: Network, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of the file: the fits in the units of ``cluster.interconnect``, and the conditions."""
+    """Return the file's content: the fits in units of ``cluster.interconnect``, and the conditions ``measured``."""
     tiers = {
         tier: {
             name: {
@@ -267,11 +272,11 @@ def network_document(network: Network, measured: Mapping[str, Any]) -> dict[str,
 
 
 def read_network(path: Path, key: str = "cluster.network") -> Network:
-    """Read measured links.
+    """Read a file of measured links.
 
     Args:
-        path: of the file.
-        key: key or option that names it, for refusals.
+        path: path of the file.
+        key: key or option that names the file, for error messages.
 
     Raises:
         ConfigError: the file does not exist or has another content.
@@ -310,7 +315,7 @@ def _with_curve(fit: LinkFit, tier: str, name: str, samples: Sequence[Mapping[st
 
 
 def _fit(name: str, document: Mapping[str, Any]) -> LinkFit:
-    """Return the fit of a collective. Raises ValueError for impossible numbers."""
+    """Return the fit of a collective from its entry in the file. Raises ValueError for impossible numbers."""
     latency, bandwidth = (float(document[key]) for key in ("latency_us", "bandwidth_gb_per_s"))
     if not (0 <= latency < math.inf and 0 < bandwidth < math.inf):
         raise ValueError(f"{name}: latency_us {latency:g} and bandwidth_gb_per_s {bandwidth:g}")

@@ -39,27 +39,27 @@ def typed_key(override: str) -> str:
 
 
 def typed_value(overrides: Iterable[str], key: str) -> str | None:
-    """Return the value typed for ``key``, of the last such override; None if there is none."""
+    """Return the value in the last override of ``key``; None if no override has this key."""
     values = [override.split("=", 1)[1] for override in overrides if "=" in override and typed_key(override) == key]
     return values[-1] if values else None
 
 
 def without_key(overrides: Iterable[str], key: str) -> list[str]:
-    """Return the overrides of other keys."""
+    """Return the overrides without those of ``key``."""
     return [override for override in overrides if typed_key(override) != key]
 
 
 def is_within(key: str, groups: Iterable[str]) -> bool:
-    """Return whether ``key``, or a group that it is in, is among ``groups``."""
+    """Return whether ``groups`` has ``key`` or a group that contains ``key``: ``cluster`` for ``cluster.network``."""
     return f"{key}.".startswith(tuple(f"{group}." for group in groups))
 
 
 PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
-"""Values that neither Hydra's grammar of overrides nor a shell reads as syntax."""
+"""Pattern of values in which neither Hydra's grammar of overrides nor a shell finds syntax."""
 
 
 def quoted(value: str) -> str:
-    """Quote a value for Hydra's grammar of overrides, if needed."""
+    """Return a value for Hydra's grammar of overrides, in quotes if it needs them."""
     if PLAIN.fullmatch(value):
         return value
     bare = value.strip("\"'").replace("\\", "\\\\").replace('"', '\\"')
@@ -67,7 +67,7 @@ def quoted(value: str) -> str:
 
 
 def in_shell(key: str, value: str) -> str:
-    """Write an override as it is typed into a shell."""
+    """Return an override as a user types it into a shell, in quotes if it needs them."""
     return f"{key}={value}" if PLAIN.fullmatch(value) else shlex.quote(f"{key}={value}")
 
 
@@ -105,7 +105,7 @@ NAME_LIMIT = 120  # a folder name holds 255 bytes on common filesystems; leaves 
 
 
 def point_keys(overrides: Iterable[str], exclude: Collection[str]) -> frozenset[str]:
-    """Return the overrides that name a point. Two points with the same ones are the same run.
+    """Return the overrides that name a point. Two points with equal results are the same run.
 
     Args:
         overrides: as typed.
@@ -138,13 +138,13 @@ SWEEPS = ("CHOICE_SWEEP", "SIMPLE_CHOICE_SWEEP", "RANGE_SWEEP")
 
 @cache
 def config_groups() -> frozenset[str]:
-    """Return the folders of configs/: groups of files, such as ``model``, of which one option is chosen by its name."""
+    """Return the names of the folders in configs/, such as ``model``. A run chooses one file of each by its name."""
     return frozenset(folder.name for folder in files("configs").iterdir() if folder.is_dir())
 
 
 @cache
 def structured(schema: type) -> DictConfig:
-    """Return the schema as a config of OmegaConf. Cached, because making it takes as long as a composition."""
+    """Return the schema as a config of OmegaConf. Cached, because this takes as long as a composition."""
     made: DictConfig = OmegaConf.structured(schema)
     return made
 
@@ -169,11 +169,12 @@ def searched_folders() -> list[Path]:
 def check_overrides(overrides: Iterable[str], schema: type, folders: Sequence[Path] = ()) -> list[str]:
     """Return typed overrides as Hydra takes them, after a check of each key and value.
 
-    ``experiment=X``, and keys of the user's choice, such as ``script.options.lr``, are typed without a plus.
+    Users type ``experiment=X``, and keys of their choice such as ``script.options.lr``, without the plus signs that
+    Hydra needs. The result has the plus signs.
 
     Args:
-        overrides: as typed.
-        schema: of the config.
+        overrides: overrides as typed.
+        schema: dataclass of the config.
         folders: the user's own folders of config files, laid out as configs/.
 
     Raises:
@@ -262,7 +263,7 @@ def _parsed(typed: str) -> Override:
 
 
 def parse_override(typed: str, schema: type) -> Override:
-    """Read one override by Hydra's grammar. Raises ConfigError if it cannot be read."""
+    """Parse an override by Hydra's grammar. Raises ConfigError if the grammar does not accept ``typed``."""
     from hydra.errors import HydraException
 
     try:
@@ -274,7 +275,7 @@ def parse_override(typed: str, schema: type) -> Override:
 
 
 def _check_value(override: Override, typed: str, schema: type) -> None:
-    """Raise ConfigError if a value, or one of those of a sweep, is not of the type of its key."""
+    """Raise ConfigError if the value of an override, or a value of a sweep, has not the type of the key."""
     key, values = override.key_or_group, [override]
     if override.is_sweep_override():
         texts = override.sweep_string_iterator() if override.value_type and override.value_type.name in SWEEPS else ()
@@ -300,8 +301,8 @@ def refuse_value(error: BaseException, schema: type, typed: str = "") -> ConfigE
     """Return the refusal of a value that OmegaConf rejects.
 
     Args:
-        error: as raised.
-        schema: of the config.
+        error: error of OmegaConf.
+        schema: dataclass of the config.
         typed: the override; empty for a value in a file.
     """
     key, wrong = str(getattr(error, "full_key", None) or ""), getattr(error, "value", None)
@@ -368,13 +369,13 @@ ELSEWHERE = {
     "save_steps": "checkpoint.interval",
     "save_total_limit": "checkpoint.keep_last",
 }
-"""Name of a setting in other tools -> key of ours, or a whole override if its values mean something else."""
+"""Name of a setting in other tools -> key of this project; a whole override if the values have another meaning."""
 MOST_NAMES = 6
 """Names of keys that a refusal lists."""
 
 
 def likely_overrides(name: str, value: str, schema: type) -> list[str]:
-    """Return the overrides that a name of no key probably means, best first, as they are typed into a shell."""
+    """Return the overrides that a user who typed an unknown key probably meant, best first, quoted for a shell."""
     keys, free = schema_keys(schema), free_keys(schema)
     name = name.replace("-", "_")
     parent, _, leaf = name.rpartition(".")
@@ -407,9 +408,9 @@ def override_of_flag(flag: str, following: str, schema: type) -> str | None:
     """Return the override for a flag, ``optim.max_steps=3`` for ``--max-steps 3``; None if no key has such a name.
 
     Args:
-        flag: as typed.
+        flag: flag as typed.
         following: the next argument, which may be another override or flag.
-        schema: of the config.
+        schema: dataclass of the config.
     """
     value = following if following and not re.search("^-|=", following) else "VALUE"
     return next(iter(likely_overrides(flag.lstrip("-"), value, schema)), None)

@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 
 
 RESOLUTION = "step_time_resolution_s"
-"""Field of a step record: seconds over which its step time is averaged, if several lines were read together."""
+"""Field of a step record: seconds over which ``step_time_s`` is a mean, if several lines were read together."""
 GROUPS = (
     *("step", "loss", "lr", "grad_norm", "step_time_s", "step_time_ms"),
     *("tokens", "samples", "images", "tokens_per_s", "samples_per_s", "images_per_s"),
 )
-"""Names of the groups of a pattern."""
+"""Names that groups of a pattern may have: fields of a step record."""
 POLL_S = 1.0
 """Shortest time between two polls, seconds; the monitor calls several times a second."""
 LOOK_BYTES = 256 * 1024
-"""Bytes of a log, or of the records, that a poll reads at most."""
+"""Largest number of bytes that a poll reads of a log, or of the step records."""
 CLOSE_S = 10.0
-"""Seconds at the end of an attempt for output that was printed faster than it was read."""
+"""Longest time at the end of an attempt for reading output that is still unread, seconds."""
 LINE_BYTES = 2_000
-"""Bytes of a line that are searched; the rest is ignored."""
+"""Number of bytes at the start of a line that are searched; later bytes are ignored."""
 MATCH_S = 0.5
-"""Seconds for the lines of a poll. A pattern with nested repetitions, (a+)+$, may take years for a line."""
+"""Longest search in the lines of one poll, seconds. A pattern such as (a+)+$ may need years for a line."""
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 """Escape sequences of terminals for colors and movements of the cursor."""
 
@@ -73,12 +73,12 @@ class Progress:
     """Reader of the logs of this node's ranks in an attempt. The agent's monitor calls it, from one thread.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         attempt: number of the attempt.
-        ranks: of this node.
-        contract: its ``progress`` is a regular expression with the named groups ``GROUPS``, None if the ranks record
-            steps themselves. ``work_per_step`` of all ranks, in ``unit``, adds throughput to the records of rank 0.
-            ``writes_curves`` draws the records of rank 0, on its node.
+        ranks: ranks of this node.
+        contract: contract of the ranks. ``progress`` is a pattern with named groups from ``GROUPS``; None if ranks
+            record steps themselves. ``unit`` and ``work_per_step`` add throughput to the records of rank 0.
+            ``writes_curves`` writes TensorBoard files from these records, on the node of rank 0.
     """
 
     def __init__(self, folder: RunFolder, attempt: int, ranks: Sequence[int], contract: RankContract) -> None:
@@ -96,7 +96,7 @@ class Progress:
         """True after a first line has matched."""
 
     def poll(self) -> None:
-        """Read the new lines, at most once a second."""
+        """Read new lines of the logs and append their step records. Does nothing within a second of the last poll."""
         if time.monotonic() - self._polled < POLL_S:
             return
         for log in self._logs:
@@ -106,7 +106,7 @@ class Progress:
         self._polled = time.monotonic()
 
     def close(self) -> None:
-        """Read the rest, and record an event if no line has matched."""
+        """Read the unread lines, at most ``CLOSE_S`` long. Record an event if no line of the attempt has matched."""
         deadline = time.monotonic() + CLOSE_S
         for log in self._logs:
             while self._take_in(log) and time.monotonic() < deadline:
@@ -126,7 +126,7 @@ class Progress:
             )
 
     def _take_in(self, log: _RankLog) -> bool:
-        """Read a part of a log; return whether it had new lines."""
+        """Read a part of a log and append its step records; return whether the log has grown."""
         lines = log.new_lines()
         if self._pattern is None or lines is None:
             return False
@@ -149,7 +149,7 @@ class Progress:
 
 
 class _RankLog:
-    """The log of a rank, with the last step and the time when it was printed."""
+    """The log of a rank, with the last step that the rank printed and the time of that line."""
 
     def __init__(
         self, folder: RunFolder, attempt: int, rank: int, unit: str | None, work_per_step: float | None
@@ -160,7 +160,7 @@ class _RankLog:
         self._attempt = attempt
         self._work = (f"{unit}_per_s", work_per_step) if unit and work_per_step and rank == 0 else None
         self._last: tuple[int, float] | None = None
-        """Step of the last match, and the time when it was printed."""
+        """Step of the last match, and the Unix time when its line was printed; None before the first match."""
         self._looked_at = self._printed_at = time.time()
 
     def new_lines(self) -> list[str] | None:
@@ -174,7 +174,7 @@ class _RankLog:
         return [ESCAPES.sub("", line.decode(errors="replace")) for line in lines]
 
     def record(self, found: Sequence[Mapping[str, str]]) -> bool:
-        """Append a step record for each match; return whether there was any."""
+        """Append a step record for each match in ``found`` that has a step; return whether any has."""
         known = [fields for match in found if (fields := numbers(match)) is not None]
         if not known:
             return False
@@ -226,7 +226,7 @@ class _Curves:
         self._writer: EventWriter | None = None
 
     def poll(self) -> bool:
-        """Write a part of the new records to TensorBoard; return whether there were any."""
+        """Write a part of the new records to TensorBoard; return whether the file of records has grown."""
         lines = self._reader.read()
         for line in lines or ():
             with contextlib.suppress(ValueError):
@@ -248,7 +248,7 @@ class _Curves:
             self._writer.scalar(tag, value, record["step"], record.get("time"))
 
     def close(self) -> None:
-        """Write the remaining records."""
+        """Close the event file, after its last records are written."""
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.close()
@@ -258,10 +258,10 @@ class NewLines:
     """Reader of the lines of a growing file. A line is returned when its end is written.
 
     Args:
-        path: of the file, which may not exist yet.
+        path: path of the file, which may not exist yet.
         end: pattern that ends a line.
-        longest: bytes of a line that are kept.
-        skip: skip the present content of the file.
+        longest: number of bytes at the start of a line that are returned.
+        skip: True to skip the present content of the file.
     """
 
     def __init__(self, path: Path, end: re.Pattern[bytes], longest: int, skip: bool = False) -> None:
@@ -295,7 +295,7 @@ class NewLines:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the ``with`` block after ``seconds``; only the main thread can.
+    """Raise TimeoutError in the ``with`` block after ``seconds``. Has no effect outside the main thread.
 
     Python's ``re`` looks for signals while it searches, and nothing else ends a search.
     """

@@ -28,7 +28,10 @@ RECENT = 20
 
 @dataclass
 class StepRecord:
-    """Record of a rank about an optimizer step. An unknown value is None and absent from the file, never zero."""
+    """Record of a rank about an optimizer step. An unknown value is None and absent from the file, never zero.
+
+    Fields that end in ``_s`` are times in seconds, unless they end in ``_per_s``.
+    """
 
     step: int
     """Steps are counted from 1: record s describes the update that made the weights of step s."""
@@ -42,13 +45,14 @@ class StepRecord:
     tokens: int
     """This rank's share of the tokens of this step. The sum over ranks counts each token once."""
     samples: tuple[int, int]
-    """First and last sample index of this rank in this step. Ranks that work on the same samples have equal ones."""
+    """First and last sample index of this rank in this step; equal for ranks that work on the same samples."""
     step_time_s: float
-    """Wall time from the end of the previous step (or evaluation, or checkpoint) to the end of this one."""
+    """Wall time from the end of the previous step (or evaluation, or checkpoint) to the end of this step."""
     loss_variance: float | None = None
     """Variance of the loss over the last 100 steps of the attempt; absent in the first 99 steps."""
     grad_mean: float | None = None
-    """Mean over all elements of the gradient before clipping; with the next two only at logging.gradients_interval."""
+    """Mean over all elements of the gradient before clipping. This field and the next two: only at
+    logging.gradients_interval."""
     grad_std: float | None = None
     layer_grad_norms: dict[str, float] | None = None
     """Gradient norm by layer: ``blocks.0`` and so on, and the parameters outside the blocks."""
@@ -60,8 +64,8 @@ class StepRecord:
     data_wait_s: float | None = None
     """Time in which the step waited for its samples."""
     forward_backward_s: float | None = None
-    """Time of the forward and backward passes, without ``comm_s`` if that is known. A GPU measures this and the next
-    two by its own clock."""
+    """Time of the forward and backward passes, without ``comm_s`` if ``comm_s`` is known. A GPU measures the times of
+    phases and communication by its own clock."""
     comm_s: float | None = None
     """Exposed communication: time in which the rank waited for other ranks and computed nothing."""
     comm_dp_s: float | None = None
@@ -81,7 +85,8 @@ class StepRecord:
     expert_imbalance: float | None = None
     """Load of the busiest expert of all layers over an even share, minus 1; with experts only."""
     breakdown_compute_s: float | None = None
-    """Time of this step in which the device computed; this and the next four only at logging.breakdown_interval."""
+    """Time of this step in which the device computed. This field and the next four: only at
+    logging.breakdown_interval."""
     breakdown_comm_s: float | None = None
     """Time in which the rank communicated, hidden by computing or not."""
     breakdown_exposed_s: float | None = None
@@ -129,7 +134,7 @@ class StepRecord:
     """Unix time, seconds."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the known fields that are kept in files."""
+        """Return field -> value for the known fields that files of records keep."""
         # dataclasses.asdict makes deep copies, which takes ten times as long, in every step and for every view.
         return {name: value for name, value in vars(self).items() if value is not None and name != TOLD_ONCE}
 
@@ -139,7 +144,7 @@ class StepRecord:
 
 
 TOLD_ONCE = "straggler"
-"""Text field, for the terminal. Files of records contain numbers only."""
+"""Name of the text field, which is for the terminal. Files of records contain numbers only."""
 OF_THE_RUN = frozenset(
     {
         *("loss", "loss_variance", "lr", "grad_norm", "grad_mean", "grad_std", "layer_grad_norms", "expert_imbalance"),
@@ -152,15 +157,15 @@ its peak. On all of a thousand ranks they would double the size of the records."
 
 
 UNITS = ("tokens", "samples", "images")
-"""Units of throughput. A field with such a name is the number of this rank in the step."""
+"""Units of throughput. A field with such a name counts the units that this rank processed in the step."""
 FIRST_S = 0.25
-"""Seconds until the first record is written. Each wait is twice as long as the one before."""
+"""Wait before the first write of records, seconds. Each later wait is twice as long as the wait before."""
 FOLLOWED_S = 5.0
-"""Longest wait on rank 0, seconds, whose records the launcher shows. A killed rank loses at most this time."""
+"""Longest wait on rank 0, seconds; the launcher shows its records. A killed rank loses the records of this time."""
 LONGEST_S = 8.0
 """Longest wait on other ranks, seconds; thousands of them may share a filesystem."""
 KEPT_LINES = 10_000
-"""Records that are kept while they cannot be written; older records are dropped."""
+"""Largest number of records that are kept while they cannot be written; older records are dropped."""
 
 
 class RecordWriter:
@@ -186,13 +191,13 @@ class RecordWriter:
         threading.Thread(target=self._write_on, name="step-records", daemon=True).start()
 
     def put(self, record: dict[str, Any]) -> None:
-        """Queue a record of plain values. The caller must not change it later."""
+        """Queue a record of values that JSON can hold. The caller must not change ``record`` later."""
         self._queue.append(record)
         if not self._filled.is_set():
             self._filled.set()
 
     def flush(self) -> None:
-        """Write the queued records before this returns."""
+        """Write the queued records now. If they cannot be written, keep them in memory for the next time."""
         with self._writing:
             while self._queue:
                 self._lines.append(json.dumps(self._queue.popleft()).encode() + b"\n")
@@ -275,7 +280,7 @@ def recent_records(path: Path) -> list[dict[str, Any]]:
 
 
 class ObjectiveOf(Enum):
-    """Value of a run that is its objective: the smallest, the largest or the last."""
+    """Choice of the objective among the values of all steps: the smallest, the largest or the last."""
 
     minimum = "minimum"
     maximum = "maximum"

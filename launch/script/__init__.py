@@ -46,7 +46,7 @@ from launch.workload import (
 
 
 OWN_IMPORTS = re.compile(r"__path__|declare_namespace|meta_path|path_hooks|sys\.modules")
-"""Pattern of code in a package that finds its modules in its own way."""
+"""Pattern for code of a package that changes how its modules are found."""
 EXPECTED = "a module that python -m finds from script.workdir, or a package with a __main__.py"
 
 
@@ -88,7 +88,7 @@ def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *
 
 
 def find_spec(name: str, locations: Sequence[str]) -> ModuleSpec | None:
-    """Find one module with the finders of this Python. ``importlib.util.find_spec`` would import its package."""
+    """Return the spec of a module without importing its package. None if no finder of this Python finds it."""
     for finder in sys.meta_path:
         # The other finders accept no search path for the first part of a name.
         path = locations if "." in name or finder is PathFinder else None
@@ -99,9 +99,7 @@ def find_spec(name: str, locations: Sequence[str]) -> ModuleSpec | None:
 
 
 def finds_by_itself(spec: ModuleSpec) -> bool:
-    """Return whether a package's code may find more modules than its folders contain, as far as the code is
-    readable.
-    """
+    """Return whether a package's code may find modules outside its folders; True if the code cannot be read."""
     if spec.origin is None:  # A namespace package has no code.
         return False
     try:
@@ -160,7 +158,7 @@ def require_command(command: Sequence[str], workdir: Path) -> None:
 
 
 def script_name(path: str | None, module: str | None, command: Sequence[str] | None) -> str:
-    """Return the name of a run from its program, if the user typed no name."""
+    """Return the default name of a run: file name of the script or command without suffix, or name of the module."""
     if path:
         return Path(path).stem
     if module:
@@ -191,8 +189,9 @@ class ScriptWorkload(Workload):
         OmegaConf.register_new_resolver("script_name", script_name, replace=True)
 
     def make_paths_absolute(self, document: DictConfig) -> None:
-        """Make paths absolute, relative to the folder of the command. ``${run_dir}`` and the like stay for the
-        ranks.
+        """Make paths absolute, relative to the folder of the command.
+
+        References such as ``${run_dir}`` become ``%{run_dir}``, which ``command`` replaces when the ranks start.
         """
         for key in ("args", "resume_args", "options", "env", "command"):
             raw = OmegaConf.to_container(document, resolve=False)
@@ -240,7 +239,7 @@ class ScriptWorkload(Workload):
         )
 
     def command(self, config: ScriptConfig, folder: RunFolder, attempt: int) -> RankCommand:
-        """Return the command of the program, from the copy of the code if the run has one."""
+        """Return the command of the program. If the run has a copy of the code, paths of code point into the copy."""
         script, copied = config.script, read_plan(folder).get("code")
         root = self.code(config).root
         values = {
@@ -269,7 +268,7 @@ class ScriptWorkload(Workload):
         return RankCommand(tuple(fill(word, values) for word in args), env=env, workdir=Path(place(script.workdir)))
 
     def contract(self, config: ScriptConfig, world_size: int) -> RankContract:
-        """Return the contract with ranks that may not know of their agent."""
+        """Return the contract of the ranks, which the agent watches only by their logs and exit status."""
         script = config.script
         return RankContract(
             records_events=False,
@@ -310,7 +309,7 @@ SAYS_NOTHING = (
     *("cluster.gpu_name", "cluster.gpu_memory_gib", "cluster.gpu_tflops"),
     *("cluster.matmul_rates", "cluster.network"),
 )
-"""Keys that only describe nodes to a workload with a cost model, and request nothing."""
+"""Keys that describe nodes to the cost model of a workload. They do not request nodes."""
 
 
 def unused_keys(request: PlanRequest) -> Iterator[str]:
@@ -335,7 +334,7 @@ def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:
 
 
 def total_work(script: ScriptOptions, world_size: int) -> float | None:
-    """Return the units of work of one step of all ranks together; None if not stated."""
+    """Return the work of one step of all ranks together, in ``script.unit``; None without script.work_per_step."""
     if script.work_per_step is None:
         return None
     return script.work_per_step * (world_size if script.weak_scaling else 1)

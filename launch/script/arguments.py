@@ -25,12 +25,12 @@ REFERENCE = re.compile(r"(?<!\\)\$\{(\w+)\}")
 BRACES = re.compile(r"(?<![$%\\])\{(\w+)\}")
 """Pattern of a name in braces without the sign ($ or %) that makes it a reference."""
 PATH = re.compile(r"([$%]\{\w+\}|[\w./=:@,+-])*")
-"""Pattern of the rest of a word that contains only a value of the run, or a path with one."""
+"""Pattern for a word without its names in braces: the rest of a path, or nothing."""
 ESCAPED = re.compile(r"\\(\{(?:" + "|".join(RANK_VALUES) + r")\})")
 
 
 class Style(Enum):
-    """Spelling of ``script.options``: ``--key=value`` for argparse and the like, or ``key=value`` for Hydra."""
+    """Spelling of ``script.options``: ``--key=value`` for parsers such as argparse, or ``key=value`` for Hydra."""
 
     argparse = "argparse"
     hydra = "hydra"
@@ -95,7 +95,10 @@ def hydra_text(value: Any) -> str:
 
 
 def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") -> Iterator[str]:
-    """Yield the options as arguments of the program. Nested mappings become dotted names."""
+    """Yield the options as arguments of the program. Nested mappings become dotted names.
+
+    None leaves an option out, and an empty string yields only its name.
+    """
     for name, value in options.items():
         key = f"{prefix}{name}"
         if value is None:
@@ -146,7 +149,7 @@ def require_known(key: str, value: Any, keys: Collection[str]) -> None:
 
 
 def keep_values(value: Any) -> Any:
-    """Replace ``${run_dir}`` and the like by ``%{run_dir}``: the value is only known when a rank starts."""
+    """Return ``value`` with ``${NAME}`` of ``RANK_VALUES`` as ``%{NAME}``, which ``fill`` replaces at a start."""
     if isinstance(value, str):
         return re.sub(r"\$\{(" + "|".join(RANK_VALUES) + r")\}", r"%{\1}", value)
     if isinstance(value, list):
@@ -157,7 +160,7 @@ def keep_values(value: Any) -> Any:
 
 
 def fill(text: str, values: Mapping[str, Any]) -> str:
-    """Replace ``%{run_dir}`` and the like in an argument by the values of the run."""
+    """Return an argument with each ``%{NAME}`` replaced by ``values[NAME]``. Unknown names stay."""
     filled = PLACEHOLDER.sub(lambda found: str(values.get(found.group(1), found.group(0))), text)
     return ESCAPED.sub(r"\1", filled)
 

@@ -45,7 +45,7 @@ class Finding(Problem):
 
     @property
     def why(self) -> str:
-        """Consequence of the finding, or the doubt about it."""
+        """Consequence of the finding; empty if all is well."""
         return self.expected
 
 
@@ -65,7 +65,7 @@ def fail(check: str, found: str, why: str, fix: str) -> Finding:
 
 
 def doubt(finding: Finding, unless: str) -> Finding:
-    """Return the finding. A certain error gets the condition ``unless`` under which it does not occur."""
+    """Return the finding. If it is a certain error, add the condition ``unless`` under which it does not occur."""
     return replace(finding, unless=unless) if finding.level is Level.error and not finding.unless else finding
 
 
@@ -78,7 +78,7 @@ PENDS = "Slurm would leave the job pending for good, or refuse it"
 """Consequence of a request that Slurm cannot meet. With EnforcePartLimits=NO, Slurm still accepts the request."""
 REFUSES = "sbatch refuses the job"
 MB_IN_GB = 1024
-"""Slurm's MB, which are MiB, in one GB of cluster.mem_gb."""
+"""Number of Slurm's MB (MiB) in one GB of cluster.mem_gb (GiB)."""
 NO_LIMIT = 2**62
 OPTIONS = {
     "partition", "time", "time_min", "nodes", "nodelist", "cpus_per_task", "cpus_per_gpu", "mem", "mem_per_cpu",
@@ -102,7 +102,10 @@ class Request:
 
 
 def excluded(config: Config, facts: SlurmFacts) -> frozenset[str]:
-    """Return the node names in cluster.exclude, a host list such as ``n[1-3],n7``. Raises SlurmError if Slurm fails."""
+    """Return the node names in cluster.exclude, a host list such as ``n[1-3],n7``. Raises SlurmError if Slurm fails.
+
+    Empty if no controller answers.
+    """
     known = config.cluster.exclude and facts.limits is not None
     return frozenset(scheduler.host_names(config.cluster.exclude or "") if known else ())
 
@@ -129,7 +132,10 @@ class Case:
         return [n for n in nodes if n.name not in self.request.excluded and features(self.config) <= n.features]
 
     def exceeds(self, check: str, found: str, fix: str, flag: str) -> Finding:
-        """Return the error of a limit of the partition; a doubt if a QOS of the job may lift the limit by ``flag``."""
+        """Return the error that the request exceeds a limit of the partition.
+
+        The error is uncertain if a QOS of the job may lift the limit by its flag ``flag``.
+        """
         lifted = self.limits.may_be_lifted(flag, self.partition, self.config.cluster.qos)
         return Finding(found, PENDS, fix, Level.error, check, f"its QOS has the flag {flag}" if lifted else "")
 
@@ -180,7 +186,7 @@ def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfi
 
 
 def gives_whole_nodes(partition: Partition, cluster: ClusterConfig) -> bool:
-    """Return whether a job has its nodes with all their CPUs alone."""
+    """Return whether a job gets whole nodes, with all their CPUs and no other job."""
     return bool(partition.is_exclusive or cluster.exclusive or "exclusive" in typed_options(cluster))
 
 
@@ -307,10 +313,10 @@ def wants(case: Case) -> Iterator[tuple[str, str, float, str, Callable[[NodeLimi
 
 
 def check_resources(case: Case) -> Iterator[Finding]:
-    """Check GPUs, CPUs and memory of each node: the best node has enough, and enough nodes have it."""
+    """Check that enough nodes of the partition have the requested GPUs, generic resources, CPUs and memory."""
     config, name, enough = case.config, case.partition.name, case.nodes
     if len(enough) < config.nodes_asked:
-        return  # check_nodes reports this.
+        return  # check_node_count reports this.
     for key, kind, amount, unit, have in wants(case):
         most = max(have(node) for node in case.nodes)
         if amount <= most:
@@ -326,7 +332,7 @@ def check_resources(case: Case) -> Iterator[Finding]:
 
 
 def check_defaults(case: Case) -> Iterator[Finding]:
-    """Check CPUs and memory that the job does not request, if the site's defaults suit jobs of one CPU."""
+    """Warn of too few CPUs for the ranks of a node, and of memory that the site's default would limit."""
     limits, partition, cluster = case.limits, case.partition, case.config.cluster
     ranks = case.config.ranks_on_node
     if gives_whole_nodes(partition, cluster):
@@ -383,7 +389,7 @@ def check_preemption(case: Case) -> Iterator[Finding]:
 
 
 def check_partition(case: Case) -> Iterator[Finding]:
-    """Yield the findings of all checks at a partition; one finding without complaint if no check fails."""
+    """Yield the findings of all checks at a partition, and a finding without complaint if there is no error."""
     complaints = [*check_node_count(case), *check_resources(case)]
     hidden = case.partition.total_nodes - len(case.limits.nodes_of(case.partition))
     if hidden > 0:
@@ -401,7 +407,7 @@ def check_partition(case: Case) -> Iterator[Finding]:
 
 
 def check_request(limits: Limits, request: Request, groups: Sequence[str] | None) -> list[Finding]:
-    """Run all checks of one job or array. ``groups`` are the Unix groups of the user; None for root."""
+    """Check one job or array, and return all findings. ``groups`` are the Unix groups of the user; None for root."""
     cases = [Case(limits, partition, request, groups) for partition in partitions_of(limits, request.config)]
     found = [
         *check_partition_names(limits, request.config),
@@ -413,7 +419,7 @@ def check_request(limits: Limits, request: Request, groups: Sequence[str] | None
 
 
 def soften_some(each: Sequence[Sequence[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of alternatives. Errors of one become warnings if another alternative has no error."""
+    """Yield the findings of alternative partitions or candidates. If one has no error, all errors become warnings."""
     some_fit = any(not has_errors(findings) for findings in each)
     for finding in (finding for findings in each for finding in findings):
         is_mild = some_fit and finding.level is Level.error
@@ -434,7 +440,7 @@ def check_partition_names(limits: Limits, config: Config) -> Iterator[Finding]:
 
 
 def check_array(limits: Limits, request: Request) -> Iterator[Finding]:
-    """Check the size of the job array. MaxArraySize is one more than the largest index."""
+    """Check the size of the job array against MaxArraySize, which is one more than the largest index."""
     size, most = len(request.points), limits.number("MaxArraySize")
     if size > 1 and most is not None and size > most:
         found = f"an array of {size} points of one shape, and MaxArraySize={most} allows indices up to {most - 1}"

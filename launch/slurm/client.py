@@ -23,7 +23,7 @@ JOB_NAME = re.compile(r"(?<=\s)JobName=(.*?)(?=\s+UserId=)")
 
 
 def parse_fields(line: str) -> dict[str, str]:
-    """Read the fields of one line.
+    """Return the fields of one line of ``scontrol show --oneliner``: key -> value.
 
     A value (OS, Reason, Command) ends where the next key begins. Names, comments and paths of users may look like keys.
     Therefore the job's name, which comes early, is removed first. The first of several equal keys counts, because
@@ -100,7 +100,7 @@ def run(*command: str, timeout_s: float = TIMEOUT_S, retries: int = RETRIES) -> 
 
 
 def missing_configuration() -> str:
-    """Report a SLURM_CONF that names no existing file; empty otherwise. Slurm would search for ten seconds."""
+    """Return a complaint if SLURM_CONF names no existing file; else empty. Slurm would search for ten seconds."""
     named = os.environ.get("SLURM_CONF")
     if not named or Path(named).is_file():
         return ""
@@ -108,7 +108,7 @@ def missing_configuration() -> str:
 
 
 def run_undisturbed(command: Sequence[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
-    """Run a command that neither Ctrl-C nor a SIGTERM can interrupt.
+    """Run a command that neither Ctrl-C nor a SIGTERM can interrupt, and return its exit status and output.
 
     Slurm sends SIGTERM to all processes of a job that is requeued or preempted, including the command that requeues it.
     """
@@ -178,19 +178,22 @@ class JobState:
 
     @property
     def detail(self) -> str:
-        """Return reason and expected start of a pending job; else Slurm's state, if it is unusual."""
+        """Return reason and expected start of a pending job; for other jobs, Slurm's state.
+
+        Empty for the states RUNNING, COMPLETED and GONE.
+        """
         if self.phase in ("pending", "unknown"):
             return ", ".join(part for part in (self.reason, f"starts {self.start}" if self.start else "") if part)
         return "" if self.state in ("RUNNING", "COMPLETED", "GONE") else self.state
 
     @property
     def since(self) -> float | None:
-        """Return when the job began to wait, Unix seconds; None if the job cannot be moved to another place."""
+        """Return when the job began to wait, Unix seconds; None if the job is in another state than PENDING."""
         return self.submitted if self.state == "PENDING" else None  # A job whose nodes boot, for example, cannot move.
 
 
 def cluster_option(cluster: str | None) -> tuple[str, ...]:
-    """Return the option of a Slurm command for another cluster, through slurmdbd; empty for the local cluster."""
+    """Return the option that sends a Slurm command to another cluster; empty for the local cluster (None)."""
     return () if cluster is None else (f"--clusters={cluster}",)
 
 
@@ -255,7 +258,7 @@ class JobDetails:
     """Number of requeues of the job, the latest included."""
     start_time: float | None
     end_time: float | None
-    """Time of the time limit, or the end of a job that is over, Unix seconds."""
+    """Time at which a running job reaches its time limit, or at which a job ended, Unix seconds."""
     time_limit_s: float | None
     reason: str = ""
     """Slurm's reason for the wait or the end; the text ``None`` for a cancelled job."""
@@ -280,7 +283,7 @@ def job_details(job_id: str, retries: int = RETRIES) -> JobDetails:
 
 
 def unix_time(text: str) -> float | None:
-    """Return the Unix time of a time that Slurm prints, in this machine's time zone; None for other words."""
+    """Return the Unix seconds of a time that Slurm prints in local time; None for ``Unknown`` and other words."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
@@ -298,7 +301,7 @@ def seconds(text: str) -> float | None:
 
 
 def requeue(job_id: str) -> None:
-    """Requeue a running job, or one element of an array."""
+    """Requeue a running job, or one element of an array. Raises SlurmError."""
     run("scontrol", "requeue", job_id)
 
 
@@ -320,7 +323,7 @@ def usable_nodes(job_id: str) -> set[str]:
 
 
 def exclude(job_id: str, hosts: Iterable[str]) -> None:
-    """Exclude more hosts for a job that waits. Raises SlurmError."""
+    """Add hosts to the nodes that a pending job must not use. Raises SlurmError."""
     names = host_names(job_fields(job_id).get("ExcNodeList", "(null)"))
     run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted({*names, *hosts}))}")
 

@@ -35,7 +35,7 @@ LEAVE_POLL_S = 0.5
 
 @dataclass
 class Move:
-    """Move of a pending point to another place, or its end."""
+    """Move of a pending point to another candidate, or the decision to give the point up."""
 
     point: RunStatus
     job: SlurmJob
@@ -58,10 +58,10 @@ class PlacementFailover:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._excused: dict[str, float] = {}
-        """Job name -> last time when the job was pending for a reason that no other place would change."""
+        """Job name -> last time (Unix seconds) when the job was pending for a reason in OWN_WISH."""
 
     def step(self, points: Sequence[RunStatus]) -> SlurmError | None:
-        """Make the moves that are due. Returns an error if Slurm does not answer; the next call then continues."""
+        """Make the moves that are due. Returns None, or Slurm's error; the next call then continues the moves."""
         now = time.time()
         due = [move for point in points if (move := self._due(point, now)) is not None]
         if not due:
@@ -111,9 +111,9 @@ class PlacementFailover:
         return Move(point, job, plan, to, since, place, waited)
 
     def _take_out(self, moves: Sequence[Move], now: float) -> None:
-        """Record the moves, then cancel the jobs.
+        """Record the moves, cancel the pending jobs, and wait at most LEAVE_S seconds until they have left the queue.
 
-        The record comes first, so that a process can continue after a crash.
+        The record comes first, so that another process can continue the moves after a crash. Sets ``Move.is_out``.
         """
         for move in moves:
             known = {"job_id": move.job.job_id, "from": move.place, "waiting_since": move.since}
@@ -144,7 +144,10 @@ class PlacementFailover:
                 record_stay(move.point)
 
     def _submit(self, move: Move, to: int) -> None:
-        """Submit a point at the first candidate from ``to`` on that sbatch does not refuse."""
+        """Submit a point at candidate ``to``, or at the next candidate that sbatch does not refuse.
+
+        If sbatch refuses the point at every candidate, the point is given up.
+        """
         point, candidates = move.point, move.plan.placement.candidates
         try:
             done = submit_somewhere([move.plan], to)
@@ -187,7 +190,7 @@ def promised(point: RunStatus) -> Plan | None:
 
 
 def record_stay(point: RunStatus) -> None:
-    """Record that a point keeps its place, because it started during its move."""
+    """Record that a point started during its move, and so keeps its place. Does nothing if no move was recorded."""
     last = last_placed(point.events())
     if last is not None and last["event"] in ("moved", "gave_up"):
         point.folder.record_event("stayed", cause="it has started meanwhile, or Slurm did not take it out of the queue")
@@ -201,7 +204,7 @@ def is_current(point: RunStatus) -> bool:
 
 @contextmanager
 def claim(folder: RunFolder) -> Iterator[bool]:
-    """Yield whether this process alone may move the point now."""
+    """Lock the run folder for a move. Yields True if this process has the lock, False if another process has it."""
     path = folder.path / ".launch" / "moving"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -215,7 +218,10 @@ def claim(folder: RunFolder) -> Iterator[bool]:
 
 @contextmanager
 def no_interrupt() -> Iterator[None]:
-    """Delay Ctrl-C, which could lose a job between sbatch and its record. The process of sbatch inherits the mask."""
+    """Delay Ctrl-C to the end of a ``with`` block, so that each job that sbatch accepts is recorded.
+
+    The process of sbatch inherits the signal mask.
+    """
     asked: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -229,7 +235,10 @@ def no_interrupt() -> Iterator[None]:
 
 
 def start_in_background(folders: Sequence[Path], log: Path) -> subprocess.Popen[bytes]:
-    """Start ``launch.move`` in the background for runs without a launcher. It survives the end of the terminal."""
+    """Start ``launch.move`` for runs without a launcher, in a process that survives the end of the terminal.
+
+    Its output is appended to ``log``.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         return subprocess.Popen(

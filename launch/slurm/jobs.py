@@ -40,9 +40,7 @@ ACTIVE = ("pending", "running")
 
 
 class SlurmJob:
-    """A Slurm job, or one element of a job array. ``cluster`` is the name of another cluster, empty for the
-    local one.
-    """
+    """A Slurm job, or one element of a job array. ``cluster`` is None for the local cluster."""
 
     def __init__(self, job_id: str, cluster: str | None = None) -> None:
         self.job_id = job_id
@@ -55,11 +53,11 @@ class SlurmJob:
 
     @property
     def array_id(self) -> str:
-        """Return the id of the whole array if the job is an element of one."""
+        """Return the id of the array that has the job as an element; the job's own id if there is no array."""
         return self.job_id.split("_")[0]
 
     def status(self, queue: Mapping[str, JobState]) -> JobState:
-        """Return the state of the job from ``queue``, squeue's answer by name.
+        """Return the state of the job from ``queue`` (job name -> state); GONE if the queue lacks the job.
 
         Slurm forgets jobs soon after they end.
         """
@@ -88,8 +86,8 @@ class LocalJob:
     Args:
         job_id: process id of the controller.
         host: machine of the controller.
-        process: the controller, for the launcher that started it: a parent must wait for its child.
-        started: start time of the controller. The kernel reuses process ids; no signal may reach another process.
+        process: process of the controller in the launcher that started it; None in other processes.
+        started: start time of the controller, since the kernel reuses process ids; None if not known.
     """
 
     def __init__(
@@ -111,13 +109,13 @@ class LocalJob:
         return is_local_job(int(self.job_id), self.started) if self._process is None else self._process.poll() is None
 
     def status(self, queue: Mapping[str, JobState]) -> JobState:
-        """Return the state of the job; unknown on other machines. ``queue`` is not used."""
+        """Return the state RUNNING or GONE; UNKNOWN if the controller is on another machine. Ignores ``queue``."""
         if self._host != os.uname().nodename:
             return JobState("UNKNOWN", f"local run on {self._host}; ask there")
         return JobState("RUNNING" if self.is_alive else "GONE")
 
     def stop(self, phase: str) -> None:
-        """Send SIGTERM to the controller, which forwards it to every agent."""
+        """Send SIGTERM to the controller, which forwards the signal to every agent. ``phase`` is not used."""
         self._asked = True
         if self._host == os.uname().nodename and self.is_alive:
             try:
@@ -126,7 +124,7 @@ class LocalJob:
                 return
 
     def kill(self) -> None:
-        """Send the second SIGTERM, after which the agents end their ranks at once."""
+        """Send a second SIGTERM, after the first if none was sent. Then the agents end their ranks at once."""
         if not self._asked:
             self.stop("running")
             time.sleep(SECOND_SIGNAL_S)
@@ -146,14 +144,17 @@ def is_local_job(pid: int, started: str | None = None) -> bool:
 
 
 def job_of(event: Mapping[str, Any]) -> Job:
-    """Create the job of a ``submitted`` event."""
+    """Return the handle of the job that a ``submitted`` event records."""
     if event["cluster"] == "local":
         return LocalJob(str(event["job_id"]), str(event.get("host")), started=event.get("pid_started"))
     return SlurmJob(str(event["job_id"]), event.get("slurm_cluster"))
 
 
 def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> dict[str, JobState]:
-    """Return the states of Slurm's jobs by name, with one squeue for each cluster. Raises SlurmError."""
+    """Return job name -> state, with one squeue for each cluster. Other jobs than Slurm's are skipped.
+
+    Raises SlurmError.
+    """
     by_cluster: dict[str | None, set[str]] = {}
     for job in jobs:
         if isinstance(job, SlurmJob):
@@ -166,7 +167,7 @@ def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> d
 
 
 class LocalQueueEntry:
-    """Entry for a local point that waits for earlier points, in its run folder while its launcher lives."""
+    """File in the run folder of a local point that waits for earlier points. It counts while its launcher lives."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._note = folder.path / ".launch" / "waiting"
@@ -187,7 +188,7 @@ class LocalQueueEntry:
     def events_before(self) -> int | None:
         """Return the number of events before the point was submitted.
 
-        Returns None if it does not wait, or its launcher is gone.
+        Returns None if the point does not wait, or if its launcher is gone.
         """
         try:
             host, pid, start, events_before = self._note.read_text().split()
@@ -201,13 +202,14 @@ class LocalQueueEntry:
 
 
 def submitit_folder(run_dir: str | Path) -> Path:
-    """Return the folder of submitit's pickles and the agents' logs."""
+    """Return the folder of submitit's pickles and the agents' logs of local jobs, with the folders of Slurm jobs."""
     return Path(run_dir).parent / JOBS
 
 
 def slurm_folder(run_dir: str | Path, cluster: str | None = None) -> Path:
-    """Return the folder of submitit's pickles and the agents' logs of Slurm jobs. ``cluster`` is None for the local
-    one.
+    """Return the folder of submitit's pickles and the agents' logs of Slurm jobs.
+
+    ``cluster`` is the name of another cluster; None for the local cluster.
 
     All jobs of a sweep share one folder. submitit would make a folder for each job only after sbatch has answered. By
     then the job may have started, and Slurm silently fails a job whose log it cannot open.
@@ -268,7 +270,7 @@ SUBMITTED = "_submitted.pkl"
 
 
 def refuse_running(plan: Plan, own: str | None = None) -> None:
-    """Raise ConfigError if another job works on the same folder, or is pending. ``own`` is this process's job.
+    """Raise ConfigError if a job with another id than ``own`` works on the run folder, or is pending for it.
 
     A run that resumes from an earlier step is also refused while ranks that were started by hand work on it.
 
@@ -294,7 +296,7 @@ def refuse_running(plan: Plan, own: str | None = None) -> None:
 
 
 def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
-    """Find the newest active Slurm job of a run that no event names. Raises SlurmError."""
+    """Return the newest active Slurm job of a run that no event names; None if there is none. Raises SlurmError."""
     known = {job_of(event).name for event in folder.read_events() if event["event"] == "submitted"}
     jobs = {job.name: (job, pickle) for job, pickle in submitted_jobs(folder.path) if job.name not in known}
     # The pickles name the run, so that squeue asks only for jobs of this run; mostly there are none.
@@ -305,7 +307,7 @@ def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
 
 
 def submitted_jobs(run_dir: Path) -> Iterator[tuple[SlurmJob, Path]]:
-    """Yield the Slurm jobs that submitit has submitted for the runs of a sweep, each with its pickle."""
+    """Yield the Slurm jobs that submitit has submitted for the runs of a sweep, each with the path of its pickle."""
     elsewhere = (path.name.removeprefix(ELSEWHERE) for path in submitit_folder(run_dir).glob(f"{ELSEWHERE}*"))
     for cluster in (None, *elsewhere):
         for pickle in slurm_folder(run_dir, cluster).glob(f"[0-9]*{SUBMITTED}"):

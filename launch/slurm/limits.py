@@ -80,12 +80,15 @@ def node_states(text: str) -> frozenset[str]:
 
 
 def from_slurm(key: str, parse: Callable[[str], Any] = str) -> Any:
-    """Declare a field that ``read_record`` parses from Slurm's ``key``; of several keys, the first that exists."""
+    """Declare a field that ``read_record`` parses from Slurm's field ``key``.
+
+    ``key`` may name several fields, separated by spaces: the first that Slurm prints counts.
+    """
     return field(metadata={"key": key, "parse": parse})
 
 
 def read_record(kind: type[Record], line: str) -> Record:
-    """Read one line of ``scontrol show ... --oneliner``."""
+    """Return the partition or node that one line of ``scontrol show ... --oneliner`` describes."""
     said = parse_fields(line)
     declared = {each.name: each.metadata for each in dataclasses.fields(kind)}
     values = {name: [said[key] for key in known["key"].split() if key in said] for name, known in declared.items()}
@@ -222,7 +225,7 @@ def read_qos_flags() -> dict[str, frozenset[str]] | None:
 
 
 def parse_limits(config_text: str, partition_text: str, node_text: str) -> Limits:
-    """Parse the three answers of scontrol."""
+    """Return the limits of a cluster from what scontrol shows of its config, partitions and nodes."""
     said = re.findall(r"^(\S+)\s+=[ ]?(.*?)\s*$", config_text, re.MULTILINE)
     # A plugin that a site does not use is (null) in 24.11, and none in 22.05.
     config = {key: value for key, value in said if value != "(null)"}
@@ -277,7 +280,10 @@ def last_line(error: Exception) -> str:
 
 
 def ask_slurm(configs: Iterable[Config] = ()) -> SlurmFacts:
-    """Read the limits of this cluster and of the clusters that configs name, one query for each controller."""
+    """Return the limits of this cluster and of the clusters that configs name, and the user's groups.
+
+    For a cluster that does not answer, return the reason in place of the limits.
+    """
     groups = tuple(map(group_name, os.getgroups())) if os.getuid() else None
     named: set[str | None] = set()
     for config in configs:

@@ -38,7 +38,7 @@ WITHOUT_CHECK = "launch.check_limits=false submits without this check"
 def requests_of(
     plans: Sequence[Plan], configs: dict[str, Config], facts: SlurmFacts
 ) -> list[tuple[list[Plan], Request]]:
-    """Return the plans with equal resources, and their request. ``configs`` has each plan's config, by run folder."""
+    """Return each group of plans with equal resources, and its request. ``configs`` is run folder -> config."""
     found = []
     for group in shapes(plans):
         config, points = configs[group[0].run_dir], tuple(plan.title for plan in group)
@@ -85,7 +85,7 @@ def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Findi
 
 
 def possible_places(facts: SlurmFacts, request: Request) -> tuple[Placement, list[list[Finding]]]:
-    """Return the placement of a request, with the reason at each candidate where the job can never run, and all errors.
+    """Return the placement of a request without impossible candidates, and the errors of each candidate.
 
     If no candidate is left, candidates with only uncertain errors remain: Slurm then decides.
     """
@@ -126,7 +126,7 @@ def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement, er
 
 
 def room_in(limits: Limits, partition: Partition) -> str:
-    """Return the largest request of one job in a partition: nodes, time, and the resources of the best node."""
+    """Describe the largest job that a partition takes: nodes, time, and the resources of the best node."""
     nodes = limits.nodes_of(partition)
     if not nodes:
         return f"partition {partition.name} has no nodes"

@@ -58,13 +58,13 @@ class OpenPoint:
     """Local or slurm, never auto."""
     overrides: Sequence[str] = ()
     config: Config = field(init=False)
-    """The same config, typed."""
+    """The same config as a Config object."""
 
     def __post_init__(self) -> None:
         self.config = typed_config(self.document)
 
     def set_cluster(self, key: str, value: Any) -> None:
-        """Set a key of ``cluster`` in both configs."""
+        """Set a key of ``cluster`` in the composed and in the typed config."""
         setattr(self.config.cluster, key, value)
         OmegaConf.update(self.document, f"cluster.{key}", value)
 
@@ -99,7 +99,7 @@ def plan_sweep(
 
 
 def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
-    """Return the cluster of each point. ``auto`` is decided once and printed.
+    """Return the kind of cluster of each point, local or slurm. ``auto`` is decided once and printed.
 
     Raises:
         ConfigError: ``auto`` on a machine of a cluster whose controller does not answer.
@@ -200,7 +200,7 @@ def choose_on_slurm(config: Config, slurm: SlurmFacts) -> list[Finding]:
 def partitions_there(config: Config, slurm: SlurmFacts) -> list[tuple[Limits, Partition, Config]]:
     """Return the partitions that a point may use, with their limits and the point's config there.
 
-    Empty if Slurm does not report one of the places.
+    Empty if the limits of one of the clusters are not known.
     """
     found = []
     for _, there in placement.configs(config):
@@ -212,7 +212,7 @@ def partitions_there(config: Config, slurm: SlurmFacts) -> list[tuple[Limits, Pa
 
 
 def nodes_there(config: Config, slurm: SlurmFacts) -> dict[str, list[NodeLimits]]:
-    """Return partition -> nodes that a point may use; empty if an option or a site plugin chooses the place."""
+    """Return partition -> nodes that a point may use; empty if an option or a site plugin may choose others."""
     found: dict[str, list[NodeLimits]] = {}
     for at, partition, there in partitions_there(config, slurm):
         if why_unsure(at, there):
@@ -231,7 +231,7 @@ def gpu_type(config: Config, slurm: SlurmFacts) -> str | None:
 def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
     """Return the number of GPUs to request on each node, and a finding to report.
 
-    The number is what every node has; None if the config stays as it is.
+    The number is ``ranks_per_node``, or what every node has. None if the config stays as it is.
 
     Raises:
         ConfigError: the config requests more ranks on a node than its GPUs.
@@ -265,8 +265,8 @@ def choose_gpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
 def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding | None]:
     """Return the number of CPUs to request on each node for its ranks, and a finding to report.
 
-    Every node with the requested GPUs has this many CPUs, at every place that the point may use. None if Slurm gives
-    more than one CPU by itself.
+    Every node with the requested GPUs has this many CPUs, in every partition that the point may use. None if Slurm
+    gives more than one CPU by itself, or if no such node is usable.
     """
     there = partitions_there(config, slurm)
     if not all(is_given_one_cpu(at, partition, place.cluster) for at, partition, place in there):

@@ -26,12 +26,12 @@ OVER = ("finished", "failed", "stopped", "cancelled", "budget_exceeded", "placem
 NO_MORE_STEPS = ("attempt_ended", "started", "finished", "stopped")
 """Events after which no further step of the attempt is expected."""
 QUIET_S, QUIET_STEPS = 15.0, 10
-"""Time without a step, in seconds and in steps, after which a status reports it.
+"""A status reports a run without a new step for QUIET_S seconds, or for the time of QUIET_STEPS steps if longer.
 
 The agents need longer to be sure that a node is lost (``resilience.node_timeout_s``).
 """
 STALE_S, STALE_STEPS = 5.0, 4
-"""Age of the newest step, in seconds and in steps, from which its throughput has its age and no ETA.
+"""A status shows the age of the newest step, and no ETA, after STALE_S seconds, or STALE_STEPS steps if longer.
 
 Steps are recorded at once, and a restart takes longer.
 """
@@ -46,7 +46,10 @@ PLACED = ("submitted", "moved", "gave_up", "stayed")
 
 
 def outcome(events: Log) -> str:
-    """Return the state of a run whose job is over. A run without a recorded end has failed."""
+    """Return the state of a run whose job is over: finished, failed, stopped, cancelled or budget_exceeded.
+
+    A run without a recorded end has failed.
+    """
     names = {e["event"] for e in events}
     ended = next((e for e in events if e["event"] in ("cancelled", "budget_reached")), None)
     attempts = [e["attempt"] for e in events if e.get("attempt") is not None]
@@ -81,7 +84,10 @@ def why_not_restarted(events: Log) -> str | None:
 
 
 def state_between_places(events: Log, is_out: bool) -> tuple[str, str] | None:
-    """Return state and detail of a point that was removed from the queue, for another place or for good; else None."""
+    """Return state and detail of a point that is moving to another candidate, or was given up; else None.
+
+    ``is_out`` is True if the last job of the point has left the queue.
+    """
     last = last_placed(events)
     if last is not None and last["event"] == "gave_up":
         return "placement_timeout", str(last["cause"])
@@ -91,7 +97,7 @@ def state_between_places(events: Log, is_out: bool) -> tuple[str, str] | None:
 
 
 def last_placed(events: Log) -> dict[str, Any] | None:
-    """Return the last event that names the place of a waiting point; None if the point ran afterwards."""
+    """Return the last event that names the place of a waiting point; None if none, or if the point ran afterwards."""
     last = last_of(events, (*PLACED, "agent_started", "started"))
     return last if last is not None and last["event"] in PLACED else None
 
@@ -102,7 +108,7 @@ def last_of(events: Log, names: Sequence[str]) -> dict[str, Any] | None:
 
 
 def events_since_start(events: Log) -> Log:
-    """Return the events from the last ``started`` on."""
+    """Return the events from the last ``started`` on; all events if there is none."""
     return events[max((i for i, e in enumerate(events) if e["event"] == "started"), default=0) :]
 
 
@@ -131,11 +137,11 @@ class RunStatus:
     detail: str = ""
     """Reason for which the run waits, or Slurm's state at its end."""
     damage: str = ""
-    """Damage of a file in the run folder that the status does not need."""
+    """Damage of a file in the run folder that the status can do without; empty if there is none."""
     job_status: JobState = NOT_ASKED
     """Last known state of the job."""
     latest: dict[str, Any] = field(default_factory=dict)
-    """Newest record of rank 0 since this submission."""
+    """Newest step record of rank 0 since this submission; empty if there is none."""
     eta_s: float | None = None
     quiet_s: float | None = None
     """Seconds since the newest step of a running attempt if that is much longer than a step; else None."""

@@ -46,7 +46,7 @@ INHERITED_NAMES = (
     RUNS_FROM,
 )
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
-"""Variables that stay: they name the cluster of Slurm's commands."""
+"""Variables that are not hidden, because they select the cluster for Slurm's commands."""
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
 
 
 def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
-    """Return plans with equal resources as a sequence: one after another, after the jobs ``before``.
+    """Return plans with equal resources, changed so that they run one after another, after the jobs ``before``.
 
     The points also start after the user's own dependencies. Slurm has no dependency on jobs of another cluster: there,
     groups of points run at the same time.
@@ -122,6 +122,8 @@ def submit_calls(
 ) -> list[SlurmJob]:
     """Submit calls of a function with one argument, to run on every node: a job array, or one plain job.
 
+    Returns the jobs in order of ``arguments``.
+
     Args:
         folder: folder for submitit's files; made before sbatch runs, since a job may start at once.
         resources: parameters of submitit's Slurm executor; ``python`` is the command line of the jobs' Python.
@@ -145,7 +147,7 @@ def submit_calls(
 
 @dataclass(frozen=True)
 class Submission:
-    """Jobs of plans with equal resources, and the candidate that accepted them."""
+    """Jobs of plans with equal resources, and the index of the candidate where sbatch accepted them."""
 
     candidate: int
     jobs: list[SlurmJob]
@@ -154,7 +156,7 @@ class Submission:
 
 
 def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submission:
-    """Submit plans with equal resources to a candidate, or to the next candidate that sbatch does not refuse.
+    """Submit plans with equal resources at the candidate with this index, or at the next that sbatch does not refuse.
 
     Raises:
         SlurmBusyError: the controller did not answer.
@@ -224,7 +226,7 @@ def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
 
 
 def start_local(plan: Plan) -> LocalJob:
-    """Start the agents of a point on this machine. They ignore Ctrl-C in the terminal, which the launcher handles."""
+    """Start the agents of a point on this machine. The agents ignore Ctrl-C, which the launcher handles."""
     code = None
     if plan.code is not None:
         config = read_point(RunFolder(plan.run_dir))
@@ -253,7 +255,7 @@ def start_local(plan: Plan) -> LocalJob:
 
 
 def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
-    """Print the plan of every point and the batch script of every shape."""
+    """Print the plan of every point, and one batch script for all points with equal resources."""
     for plan in plans:
         console.print(plan_text(plan))
     console.print(worst_case_text(plans, configs))
@@ -271,7 +273,7 @@ def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Consol
 
 
 def script_differences(group: Sequence[Plan]) -> Iterator[str]:
-    """Yield the lines of the batch script that differ at each other candidate of a placement."""
+    """Yield one text for each other possible candidate: the lines in which its batch script differs."""
     placement, first = group[0].placement, sbatch_text(group).splitlines()
     for index in placement.possible[1:]:
         there = sbatch_text([plan.choose_candidate(index) for plan in group]).splitlines()

@@ -102,7 +102,7 @@ def news(point: RunStatus) -> Iterator[str]:
 
 
 class Display:
-    """Bars on a terminal. Elsewhere, a line whenever a state changes, and every few seconds while steps are made."""
+    """Progress: bars on a terminal; elsewhere, a line for each new state, and for new steps every PLAIN_LINE_S."""
 
     def __init__(self, console: Console, points: Sequence[RunStatus]) -> None:
         self.console = console
@@ -221,7 +221,7 @@ def start_next_local(points: Sequence[RunStatus]) -> None:
 
 
 class Stop:
-    """State of a run that is being cancelled: request a save, and end the job if it does not leave in time."""
+    """Cancel of one run: request a save, and end the job if the run is not over in time."""
 
     def __init__(self, point: RunStatus, *, now: bool = False) -> None:
         self.point = point
@@ -285,7 +285,10 @@ def grace_period_s(point: RunStatus) -> float:
 
 
 def stop_points(points: Sequence[RunStatus], console: Console, *, now: bool = False) -> list[Stop]:
-    """Have the points save and leave, end the rest, and wait until all are over or cannot be ended."""
+    """Cancel the points, and wait until each is over or cannot be ended. Returns the cancel of each point.
+
+    Runs may save before they end; with ``now``, they end at once.
+    """
     stops = [Stop(point, now=now) for point in points if not point.is_over]
     for stop in stops:
         stop.mark()

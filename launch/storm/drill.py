@@ -79,7 +79,8 @@ def choose_kinds(asked: Sequence[str], has: Collection[str]) -> list[str]:
 def make_schedule(seed: int, count: int, kinds: Sequence[str], ranks: int, most_steps: int) -> list[PlannedFault]:
     """Draw a schedule of faults: all kinds equally often if possible, in an order that the seed decides.
 
-    The rank, steps and seconds of a fault depend only on its number. So a longer schedule begins like a shorter one.
+    The rank, steps and seconds of a fault depend only on the seed and the fault's number. So a longer
+    schedule begins like a shorter one.
     """
     shuffle = random.Random(seed)
     order: list[str] = []
@@ -189,7 +190,10 @@ class Drill:
         return not self._is_finished()
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait for a condition, and repeat the command if it ends before the run."""
+        """Wait for a condition, and repeat the command if it ends before the run.
+
+        Raises StuckError after ``patience_s`` seconds without a new event, or after too many repetitions.
+        """
         deadline, before = time.monotonic() + self.patience_s, -1
         while not condition():
             if self.site.is_over() and not self._is_finished():
@@ -263,7 +267,7 @@ def differing_state(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
 
 
 def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
-    """Yield a line for each step of a rank that is missing, surplus, or used other samples than the undisturbed run."""
+    """Yield a line for each rank whose steps are missing or surplus, or have another loss or other samples."""
     for rank in sorted({*quiet.metric_ranks(), *stormy.metric_ranks()}):
         one, other = ({r["step"]: r for r in read_records(run.metrics(rank))} for run in (quiet, stormy))
         missing, more = sorted(one.keys() - other), sorted(other.keys() - one)

@@ -34,7 +34,7 @@ RESTART_S = 300.0
 """Longest wait in seconds for the next start of a preempted job, and for an answer of a Slurm command."""
 EARLY_PREEMPTIONS = 3
 BOOKKEEPING = "manifest.json"
-"""File in a checkpoint with time and attempt of the save. All other files have the state."""
+"""File in a checkpoint with time and attempt of the save, which differ between runs. It is not compared."""
 T = TypeVar("T")
 
 
@@ -119,8 +119,7 @@ def processes_to_signal(run_dir: Path, what: str, which: str) -> list[psutil.Pro
     Args:
         run_dir: folder of the run.
         what: ``rank`` or ``agent`` for the rank ``which``; ``agents``, ``srun`` or ``srun_alone`` for the job
-            ``which``.
-            ``srun`` includes the helper process that would end srun's step, ``srun_alone`` does not.
+            ``which``. ``srun`` includes the helper process that would end srun's step, ``srun_alone`` does not.
         which: number of the rank or job.
     """
     if what in ("rank", "agent"):
@@ -136,7 +135,10 @@ def processes_to_signal(run_dir: Path, what: str, which: str) -> list[psutil.Pro
 def wait_for_processes(
     run_dir: Path, what: str, which: str, *, in_save: bool = False, is_over: Callable[[], bool] = lambda: False
 ) -> list[psutil.Process]:
-    """Wait for processes to signal, and with ``in_save`` for the start of a save. FaultError if they do not appear."""
+    """Wait for processes to signal, with ``in_save`` also for the start of a save, and return the processes.
+
+    Raises FaultError if no process appears, or no save starts.
+    """
     patience_s = 0.0 if what.startswith("srun") else PATIENCE_S
 
     def found() -> list[psutil.Process]:
@@ -152,7 +154,7 @@ def wait_for_processes(
 
 
 def entries(folder: Path) -> set[tuple[str, int]]:
-    """Return name and time of the last change of each file and folder in a folder of checkpoints."""
+    """Return name and modification time in nanoseconds of each entry in a folder of checkpoints."""
     found = set()
     for path in folder.glob("*"):
         with suppress(FileNotFoundError):

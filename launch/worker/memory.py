@@ -2,9 +2,10 @@
 
     python -m gpt_launch launch.worker.memory AGENT          a store, started by the agent; ends with it
 
-Ranks send their own part of a checkpoint to the store of their node and to that of another node. A store keeps one
-checkpoint that all ranks have agreed on, and the one that is being sent, while ranks restart. Its files are in
-anonymous memory, so nothing is left behind when the processes of a node are killed.
+Ranks send their own part of a checkpoint to the store of their node and to that of another node. While
+ranks restart, a store keeps the last checkpoint that all ranks have agreed on. It also holds the checkpoint that is
+being sent. The files are in anonymous memory, so nothing is left behind when the processes of a node are
+killed.
 
 Both ends first prove that they know the secret of the stores. Messages are JSON, signed and numbered; bytes after a
 message have a SHA-256 sum. Nothing is unpickled. A file is cut into chunks, and its sum is the SHA-256 of the
@@ -30,13 +31,13 @@ from typing import Any
 from ..process import become_helper
 
 STORE = "LAUNCH_MEMORY_STORE"
-"""Variable of an agent's ranks: ``address:port`` of the memory store of their node."""
+"""Environment variable of the ranks: ``address:port`` of the memory store of their node."""
 SECRET = "LAUNCH_MEMORY_SECRET"
-"""Variable of an agent's ranks: the secret of the memory stores of this job, derived from its token."""
+"""Environment variable of the ranks: the secret of this job's memory stores, derived from the job's token."""
 CHUNK = 1 << 22
 """Number of bytes that are sent, hashed and read at a time."""
 TIMEOUT_S = 60.0
-"""Longest silence of the other process in seconds. That process also hashes the files that it verifies."""
+"""Longest wait in seconds for bytes of the other process, which may hash whole files before it answers."""
 LONGEST_MESSAGE = 1 << 26
 NONCE = 32
 MAC = 32
@@ -98,9 +99,9 @@ class Channel:
         """Send a message, and bytes after it.
 
         Args:
-            message: plain JSON.
-            payload: the bytes.
-            digest: SHA-256 of the bytes if known; None to compute it.
+            message: object of plain JSON values.
+            payload: bytes to send after the message, at most ``CHUNK``.
+            digest: SHA-256 of ``payload`` in hexadecimal digits; empty to compute it here.
         """
         size = memoryview(payload).nbytes
         if size:
@@ -112,7 +113,7 @@ class Channel:
             self._connection.sendall(payload)
 
     def receive(self) -> tuple[dict[str, Any], bytearray]:
-        """Receive a message and the bytes after it.
+        """Receive a message and the bytes after it, whose SHA-256 is added to the message as ``sha256``.
 
         Raises:
             StoreError: the message or the bytes differ from what was sent.
@@ -198,7 +199,13 @@ class StoreClient:
         return self._answer()[0]
 
     def append(self, payload: bytes | memoryview, digest: str, **arguments: Any) -> None:
-        """Send a chunk of a file without waiting for an answer. The next request reports an error."""
+        """Send a chunk of a file without waiting for an answer. If the store refuses the chunk, a later call raises.
+
+        Args:
+            payload: the chunk, at most ``CHUNK`` bytes.
+            digest: SHA-256 of the chunk in hexadecimal digits.
+            arguments: ``save``, ``rank`` and ``name`` of the file.
+        """
         try:
             self._channel.send({"op": "append", **arguments}, payload, digest)
         except (BrokenPipeError, ConnectionResetError):
@@ -267,7 +274,7 @@ class Upload:
     def close(self) -> None: ...
 
     def end(self) -> None:
-        """Send the rest of the file, then its size and sum."""
+        """Send the last chunk of the file, its size and its sum, and wait until all stores have accepted the file."""
         self._flush()
         for store in self._stores:
             store.ask("end", **self._where, size=self.size, total=self._sums.hexdigest())
@@ -294,14 +301,14 @@ REQUESTS = ("begin", "end", "finish", "commit", "keep", "inventory", "verify")
 
 
 class StoredFile:
-    """A file in memory."""
+    """A file of a checkpoint in anonymous memory of the store, to which chunks are appended."""
 
     def __init__(self) -> None:
         self._descriptor = os.memfd_create("memory_checkpoint")
         self._sums = hashlib.sha256()
         self.size = 0
         self.sum = ""
-        """Sum of the file as the rank has computed it; empty until the file is complete."""
+        """Sum that the rank has computed, hexadecimal digits; empty until the file is complete."""
 
     def append(self, content: bytearray, digest: str) -> None:
         view = memoryview(content)
@@ -329,7 +336,7 @@ class StoredFile:
 
 @dataclass
 class StoredSave:
-    """The part of one checkpoint that this store has."""
+    """Parts of one checkpoint that the store has received."""
 
     step: int
     world_size: int
@@ -349,7 +356,7 @@ class Store:
         self._lock = threading.RLock()
 
     def begin(self, save: str, rank: int, step: int, world_size: int) -> None:
-        """Begin the part of a rank. The store keeps at most one save that is not committed, the newest."""
+        """Begin an empty part of a rank in checkpoint ``save``. Drop all other saves that are not committed."""
         with self._lock:
             self._drop([name for name, held in self._saves.items() if name != save and not held.is_committed])
             held = self._saves.setdefault(save, StoredSave(step, world_size))
@@ -367,12 +374,12 @@ class Store:
         files[name].append(content, digest)
 
     def end(self, save: str, rank: int, name: str, size: int, total: str) -> None:
-        """Mark a file as complete."""
+        """Mark a file as complete. Raises StoreError if size or sum differ from those of the rank's file."""
         with self._lock:
             self._part(save, rank).setdefault(name, StoredFile()).end(size, total)
 
     def finish(self, save: str, rank: int) -> None:
-        """Mark the part of a rank as complete."""
+        """Mark the part of a rank as complete. Raises StoreError if one of its files is not."""
         with self._lock:
             if not all(file.sum for file in self._part(save, rank).values()):
                 raise StoreError(f"the part of rank {rank} is not whole")
@@ -381,7 +388,7 @@ class Store:
     def commit(self, save: str) -> None:
         """Mark a save as committed, because all ranks have agreed on it, and drop all other saves.
 
-        Each rank sends this request, but only the first one has an effect. A later one must not drop the next save,
+        Each rank sends this request, but only the first one has an effect. A later request must not drop the next save,
         which other ranks may already send.
         """
         with self._lock:
@@ -391,12 +398,15 @@ class Store:
                 self.keep(save)
 
     def keep(self, save: str) -> None:
-        """Drop all saves except this one."""
+        """Drop all saves except ``save``."""
         with self._lock:
             self._drop(self._saves.keys() - {save})
 
     def inventory(self) -> dict[str, Any]:
-        """List the complete parts of committed saves."""
+        """Return under ``saves`` each committed save: name, step, world size, and its complete parts.
+
+        A part is a pair of a rank and the sizes of its files in bytes, by file name.
+        """
         with self._lock:
             saves = []
             for name, held in self._saves.items():
@@ -407,7 +417,7 @@ class Store:
             return {"saves": saves}
 
     def verify(self, save: str, rank: int) -> dict[str, Any]:
-        """Read the part of a rank, and return the files whose content differs from their sum."""
+        """Read the part of a rank. Returns under ``damaged`` the names of files that differ from their sum."""
         with self._lock:
             files = dict(self._part(save, rank))
         damaged = []
@@ -438,7 +448,7 @@ class Store:
 
 
 def answer_rank(store: Store, channel: Channel) -> None:
-    """Answer one rank until it closes the connection or a request fails."""
+    """Answer the requests of one rank until the rank closes the connection or a request fails."""
     while True:
         message, content = channel.receive()
         op, digest = message.pop("op"), message.pop("sha256", "")
@@ -457,7 +467,7 @@ def answer_rank(store: Store, channel: Channel) -> None:
 
 
 def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
-    """Answer all ranks that know the secret, each in its own thread."""
+    """Accept connections for ever, and answer each rank that knows the secret in its own thread."""
 
     def meet(connection: socket.socket) -> None:
         with contextlib.suppress(OSError, EOFError, ValueError), connection:
@@ -473,7 +483,10 @@ def serve_ranks(store: Store, listener: socket.socket, secret: str) -> None:
 
 
 def main() -> None:
-    """Serve until the agent closes standard input or dies."""
+    """Print the port of a new store, and serve ranks until the agent closes standard input or dies.
+
+    Standard input has one line of JSON: the address to listen on, and the secret.
+    """
     become_helper(int(sys.argv[1]))
     os.nice(NICENESS)
     address, secret = json.loads(sys.stdin.readline())  # Not in the command line, which every user can read.

@@ -35,7 +35,7 @@ AGREEMENT_S = 10.0
 SAVE_AGREEMENT_S = 60.0
 """Longest wait in seconds for the agents' agreement on a save. A rank that does not wait might miss the save."""
 LOOK_S = 1.0
-"""Seconds between two looks into the run folder, which may be on a shared filesystem."""
+"""Seconds between two searches of the run folder for the files STOP and SAVE."""
 
 
 # The way in which a process becomes a rank.
@@ -52,7 +52,7 @@ def attach(handle_signals: bool = True) -> Run:
     a request to stop no longer ends the process.
 
     Args:
-        handle_signals: take SIGTERM, SIGUSR2 and SIGINT as requests to stop. Without it the Run still receives the
+        handle_signals: take SIGTERM, SIGUSR2 and SIGINT as requests to stop. If False, the Run still receives the
             requests of the launcher, but the script has to handle the signal that the launcher sends with them.
     """
     global _attached
@@ -72,13 +72,16 @@ def is_child() -> bool:
 
 
 def run_of_environment(environment: Mapping[str, str]) -> Run:
-    """Make the Run of the rank that ``environment`` names, with its heartbeat if an agent watches it."""
+    """Return the Run of the rank that ``environment`` names, with a heartbeat if an agent watches the rank.
+
+    Without LAUNCH_RUN_DIR, and in a process that multiprocessing started, the Run is a stand-in that writes nothing.
+    """
     defaults = (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))  # torchrun sets these too
     rank, local_rank, size = (int(environment.get(name, default)) for name, default in defaults)
     folder = environment.get("LAUNCH_RUN_DIR")
     if folder is None or is_child():
         return Run(rank, local_rank, size)
-    parent = os.getppid()  # Set before the heartbeat shows this rank: from then on its parent may end.
+    parent = os.getppid()  # Read before the heartbeat shows this rank: from then on its parent may end.
     agent, grace = environment.get("LAUNCH_AGENT_PID"), environment.get("LAUNCH_GRACE_S")
     heartbeats, heartbeat = environment.get(ENVIRONMENT), None
     if heartbeats is not None:
@@ -106,7 +109,7 @@ def run_of_environment(environment: Mapping[str, str]) -> Run:
 
 
 def beat_on(heartbeat: HeartbeatFile, parent: int | None) -> None:
-    """Write heartbeats for as long as this process runs, and end the process if its ``parent`` is gone."""
+    """Write heartbeats as long as this process runs. Kill the process when ``parent`` is no longer its parent."""
     while True:
         if parent is not None and os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -174,7 +177,7 @@ class Run:
         self._step = 0
         self._phase = Phase.starting
         self._recorded: tuple[int, float] | None = None
-        """Step and time of the last step record; None before the first record."""
+        """Step and ``time.perf_counter()`` of the last step record; None before the first record."""
         self._pause_began: float | None = None
         self._paused_s = 0.0
         """Seconds of evaluations and saves since the last step record."""
@@ -267,8 +270,8 @@ class Run:
         """Return whether to save and leave now: because of a signal, a time limit, a budget, or the file STOP.
 
         Every rank calls this method once per step. If ``agrees`` is True, all ranks get True after the same number of
-        calls, without a collective. A call takes about a microsecond. While the launcher's agents agree, it waits for
-        them, mostly well below a second.
+        calls, without a collective. A call takes about a microsecond. If the agents are about to agree on a stop,
+        the call waits for them, mostly well below a second.
 
         Raises:
             OutdatedAttemptError: on rank 0, if a later attempt of the run has begun.
@@ -328,9 +331,9 @@ class Run:
         self._end("finished", step, details)
 
     def stopped(self, step: int, **details: Any) -> None:
-        """Record that this attempt left early because of a request, with the reason.
+        """Record that this attempt left early because of a request, with the signal or file that requested it.
 
-        The exit calls this automatically.
+        If the script does not call this method, the exit of the process does.
         """
         self._end("stopped", step, details)
 
@@ -338,7 +341,7 @@ class Run:
         """Write the queued records, and ignore signals from now on, because the process is about to end.
 
         Python restores the default handlers at its exit. A second signal could then kill a rank that has already saved,
-        and its agent would record a failure. The exit calls this method automatically.
+        and its agent would record a failure. The exit of the process calls this method.
         """
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:

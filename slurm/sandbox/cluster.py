@@ -49,7 +49,7 @@ A busy machine takes more than some seconds. If slurmctld is killed too early, i
 
 
 def replaced(ours: list[str], theirs: Sequence[str], separator: str = " ") -> str:
-    """Join KEY=VALUE texts. A text of ``theirs`` replaces the text of ``ours`` with the same key, in any case."""
+    """Join KEY=VALUE texts. A text of ``theirs`` replaces one of ``ours`` with the same key, in any letter case."""
     return separator.join({text.partition("=")[0].lower(): text for text in (*ours, *theirs)}.values())
 
 
@@ -204,7 +204,7 @@ class SlurmState:
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """State of a node: ``slurm`` is Slurm's view, the rest is the view of this machine."""
+    """State of a node: ``slurm`` as Slurm reports it, the other fields as this machine sees them."""
 
     name: str
     at: Endpoint
@@ -451,7 +451,7 @@ def freeze(cluster: Cluster, name: str) -> str:
 def link(cluster: Cluster, name: str, **limits: float | None) -> str:
     """Limit the cable of a node in each direction. ``limits`` are fields of ``nodes.CableLimits``.
 
-    Without them, remove all limits.
+    Without any limit given, remove all limits.
     """
     given = nodes.CableLimits(**limits)
     with _node(cluster, "link", name) as state:

@@ -69,7 +69,7 @@ def _free_network() -> ipaddress.IPv4Network:
 
 
 def assign_addresses(state: SandboxState) -> None:
-    """Assign addresses on a new bridge to the controller and all nodes, or ports of this host."""
+    """Assign addresses on a new bridge to the controller and all nodes; or ports, if the nodes share this host."""
     names = [f"n{index}" for index in range(1, state.settings.nodes + 1)]
     if state.why_one_host:
         first, *others = {free_port("127.0.0.1") for _ in range(2 * len(names) + 2)}  # A few numbers may be equal.
@@ -127,7 +127,7 @@ def delay_ends(state: SandboxState, name: str) -> tuple[str, str]:
 
 
 def set_link(state: SandboxState, name: str, *, up: bool) -> None:
-    """Connect or cut a node's cable at the bridge; the node loses its carrier."""
+    """Connect or cut a node's cable at the bridge. While it is cut, the node's interface has no carrier."""
     ip(f"link set {cable(state, name)} {'up' if up else 'down'}")
 
 

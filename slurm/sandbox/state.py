@@ -38,8 +38,8 @@ def run_program(
     Args:
         command: the program and its arguments.
         timeout_s: longest time in seconds that the program may take.
-        env: its whole environment; None for this process's, plus the directories of system programs.
-        stdin: text for its standard input.
+        env: complete environment of the program; None for that of this process, with ``search_path()`` as PATH.
+        stdin: text for the standard input of the program; None inherits that of this process.
 
     Raises:
         SandboxError: the program is missing, takes too long, or ends with another status than 0.
@@ -60,7 +60,7 @@ def run_program(
 def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str | Callable[[], str]) -> None:
     """Poll until the condition holds.
 
-    Raises SandboxError after ``timeout_s`` seconds, with ``what``: a text, or a function for it.
+    Raises SandboxError after ``timeout_s`` seconds. Its message has ``what``: a text, or what this function returns.
     """
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -140,7 +140,7 @@ class Process:
 
 
 def end(process: psutil.Process | None, *, grace_s: float = 0.0) -> None:
-    """End a process with SIGTERM, and with SIGKILL after ``grace_s`` seconds. With 0, send SIGKILL at once.
+    """End a process with SIGTERM, and SIGKILL after ``grace_s`` seconds; with 0, only SIGKILL. Ignore None.
 
     Raises:
         SandboxError: the process does not end.
@@ -219,7 +219,7 @@ class Settings:
 
 
 def check_settings(settings: Settings, directory: Path) -> None:
-    """Raise ConfigError for numbers and names that cannot work."""
+    """Raise ConfigError if a setting is out of range or malformed, or if the path of the directory is too long."""
     for setting in fields(settings):
         if limits := setting.metadata.get("range"):
             (low, high), value = limits, getattr(settings, setting.name)
@@ -338,8 +338,10 @@ class SandboxState:
             name: name of the daemon or node, in the record and for the log.
             command: the program and its arguments.
             inside: prefix of the command, such as ``unshare --net``.
-            before: function that gets the process id in those namespaces. If it raises, the program never runs.
-            variables: its environment. The caller's environment is not used, so a sandbox can start inside a job.
+            before: function that is called with the process id before the program runs. If it raises, the program
+                never runs.
+            variables: environment variables of the program. Others of this process are not inherited, except HOME,
+                locale and time zone, so a sandbox can start inside a job.
 
         Raises:
             SandboxError: the program does not start, or its log cannot be written.
@@ -365,7 +367,7 @@ class SandboxState:
             launcher.stdin.write("go\n")
 
     def wait_ready(self, name: str, is_ready: Callable[[], bool]) -> None:
-        """Wait until a daemon is ready. SandboxError if it ends."""
+        """Wait until a daemon is ready. SandboxError if the daemon ends, or is not ready after 120 s."""
 
         def is_there() -> bool:
             found = self.find(name)
