@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt.accounting.hardware import find
-from gpt.config import Float8, Precision, Recompute, TrainConfig, rules
+from gpt.config import Float8, Precision, Recompute, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.compile import convert_linears, prepare_blocks
 from gpt.parallel.distributed import World
@@ -136,7 +136,7 @@ def test_what_it_does_not_go_together_with_is_refused(words: list[str], found: s
 
 
 def test_without_the_package_its_extra_is_named() -> None:
-    with mock.patch.object(rules, "is_importable", return_value=False), pytest.raises(ConfigError) as refused:
+    with mock.patch("gpt.config.train.is_importable", return_value=False), pytest.raises(ConfigError) as refused:
         compose("float8=rowwise")
     assert "package torchao is not installed" in str(refused.value) and "[float8]" in str(refused.value)
 

@@ -142,9 +142,9 @@ def test_a_controller_that_is_not_there(tmp_path: Path, slurm_installed: None, m
     with pytest.raises(scheduler.SlurmError):
         scheduler.run("scontrol", "ping", timeout_s=10.0, retries=1)
     asked, automatic = (typed_config(compose_launch([f"cluster={kind}"])) for kind in ("slurm", "auto"))
-    gone = gather(asked)
+    gone = gather([asked])
     assert gone.limits is None and gone.client and gone.slurm_problem
-    assert gather(automatic).kind is ClusterKind.local
+    assert gather([automatic]).kind is ClusterKind.local
 
 
 def test_a_folder_that_the_nodes_do_not_see(sandbox: Cluster, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import signal
 import sys
 
 import gpt.training.step
-from gpt.checkpoint.writer import ProcessWriter
+from gpt.checkpoint.writer import ProcessWriter, Result
 from launch.agent.__main__ import main
 from launch.runs.folder import RunFolder
 
 lr_at = gpt.training.step.lr_at
+poll = ProcessWriter.poll
 
 
 def doomed(config: object, step: int) -> float:
@@ -31,7 +32,14 @@ def doomed(config: object, step: int) -> float:
     return lr_at(config, step)  # type: ignore[arg-type]
 
 
+def poll_after_waiting(writer: ProcessWriter) -> Result | None:
+    """The result of the last job, once there is one."""
+    while writer._result is None:
+        writer._receive()
+    return poll(writer)
+
+
 if __name__ == "__main__":
     gpt.training.step.lr_at = doomed
-    ProcessWriter.poll = ProcessWriter.wait  # type: ignore[assignment, method-assign]
+    ProcessWriter.poll = poll_after_waiting  # type: ignore[method-assign]
     sys.exit(main())
