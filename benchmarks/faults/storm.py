@@ -7,8 +7,7 @@
 
 A drill is one run of two nodes and one spare node. The seed decides the order of the faults, their ranks, steps and
 seconds; each kind occurs equally often. The sandbox has four nodes and no accounting (SlurmdTimeout=20, KillWait=5),
-and gets every kind except a full disk. On a cluster, the drill does not cut power and does not stop the controller.
-It makes `full_disk` faults if `--disks` names small filesystems that all nodes mount, one for each concurrent drill.
+and gets every kind. On a cluster, the drill does not cut power and does not stop the controller.
 The cluster needs one shared folder, on which the nodes can read the checkout and its Python. The program is a chain
 of hashes. Each rank saves it every 25 steps, in files of a few hundred bytes, and sleeps in its steps until all
 faults have occurred. The final files of both ranks must equal those of an undisturbed run of the same command, byte
@@ -23,8 +22,8 @@ from __future__ import annotations
 import argparse
 import getpass
 import itertools
+import math
 import os
-import queue
 import re
 import shutil
 import statistics
@@ -33,17 +32,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.page import cores, keep, stamp
+from launch.report.goodput import measure_goodput
+from launch.runs.events import expected_goodput
 from launch.runs.files import read_json, read_json_lines, write_json
 from launch.runs.folder import RunFolder
+from launch.runs.records import read_records
 from launch.slurm.limits import read_limits
-from launch.storm.drill import goodput_figures
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, ROOT, TINY, environment
 
@@ -84,15 +85,6 @@ def drill(
     return status
 
 
-def drill_here(scratch: Path, words: Sequence[str], faults: int, seed: int, quiet: Path, disk: Path | None) -> int:
-    """Make one drill on the Slurm that this machine belongs to; ``disk`` is filled where there is one.
-
-    Returns:
-        Exit status of ``launch.storm``.
-    """
-    return storm(scratch, ["--disk", str(disk)] if disk else [], words, faults, seed, quiet)
-
-
 def storm(
     scratch: Path, options: Sequence[str], words: Sequence[str], faults: int, seed: int, quiet: Path | None
 ) -> int:
@@ -106,7 +98,7 @@ def storm(
     return subprocess.run(command, env=env, cwd=scratch, check=False).returncode
 
 
-def chain_drill(scratch: Path, faults: int, seed: int, *, here: bool = False, disk: Path | None = None) -> bool:
+def chain_drill(scratch: Path, faults: int, seed: int, *, here: bool = False) -> bool:
     """Make one drill of the chain of hashes, and what the page tells of it; whether it passed."""
     calm, quiet = scratch / "calm", scratch / "quiet"
     words = chain_words(faults, calm)
@@ -132,7 +124,7 @@ def chain_drill(scratch: Path, faults: int, seed: int, *, here: bool = False, di
     try:
         words = (*SPARE, *words)
         if here:
-            status = drill_here(scratch, words, faults, seed, quiet, disk)
+            status = storm(scratch, [], words, faults, seed, quiet)
         else:
             status = drill(scratch, words, faults, seed, quiet=quiet)
     finally:
@@ -205,11 +197,33 @@ def _row(folder: Path, told: dict[str, Any], found: dict[str, Any]) -> str:
     came = f"{len(found['faults'])} of {told['planned']}"
     cells = [version, told["seed"], came, kinds, found["attempts"], found["typed"]]
     cells.append("yes" if found["passed"] else "no")
-    cells += (
-        ["", ""] if measured is None else [f"{measured['after_start']:.1%}", f"{measured['predicted']['goodput']:.1%}"]
-    )
+    cells += ["", ""] if measured is None else [f"{share:.1%}" for share in measured]
     cells += [f"{told['seconds'] / 60:.0f}", f"{told['load']:.0f}"]
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def goodput_figures(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Return the goodput without the first start, and that of Young and Daly's model; None with too few figures.
+
+    The model gets saves and steps until the last fault: later the run may go on for long at another speed.
+    """
+    events = stormy.read_events()
+    goodput = measure_goodput(stormy, events)
+    until = max((fault["time"] for fault in faults), default=0.0)
+    saved = [event for event in events if event["event"] == "saved" and event["time"] <= until]
+    records = [record for record in read_records(stormy.metrics(0)) if record.get("time", math.inf) <= until]
+    times = [record["step_time_s"] for record in records if "step_time_s" in record]
+    if goodput is None or not times or len(saved) < 2 or not faults:
+        return None
+    seconds = defaultdict(float, goodput.seconds)
+    allocated = goodput.total_s - seconds["waiting"]
+    save_s = statistics.mean(float(event.get("seconds", 0.0)) for event in saved)
+    steps = sorted({int(event["step"]) for event in saved})
+    apart = statistics.median([b - a for a, b in itertools.pairwise(steps)] or [steps[-1]])
+    interval_s, between_s = apart * statistics.median(times), allocated / len(faults)
+    restart_s = (seconds["restarts"] + seconds["restore"] + seconds["shutdown"]) / len(faults)
+    after_start = seconds["steps"] / (allocated - seconds["start"])
+    return after_start, expected_goodput(save_s, interval_s, restart_s, between_s)
 
 
 def main() -> int:
@@ -219,25 +233,15 @@ def main() -> int:
     parser.add_argument("--seeds", default="1", metavar="N,...", help="one drill for each (%(default)s)")
     parser.add_argument("--write", nargs="+", type=Path, metavar="FOLDER", help="write the page of finished drills")
     parser.add_argument("--here", type=Path, metavar="SHARED", help="folder on the nodes of this machine's own cluster")
-    parser.add_argument("--disks", default="", metavar="FOLDER,...", help="small filesystems of those nodes, to fill")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="drills that go on at once (%(default)s)")
     args = parser.parse_args()
     if args.write:
         keep(Path(__file__), "A storm of faults of all kinds in one run", __doc__, page(args.write))
         return 0
-    disks: queue.Queue[Path] = queue.Queue()
-    for name in filter(None, args.disks.split(",")):
-        disks.put(Path(name))
-    needs_disk = not disks.empty()
 
     def one(seed: int) -> bool:
         scratch = Path(tempfile.mkdtemp(dir=args.here))
-        disk = disks.get() if needs_disk else None
-        try:
-            good = chain_drill(scratch, args.faults, seed, here=args.here is not None, disk=disk)
-        finally:
-            if disk is not None:
-                disks.put(disk)
+        good = chain_drill(scratch, args.faults, seed, here=args.here is not None)
         print(f"seed {seed}: verdict, event logs, and what Slurm's daemons logged are in {scratch}", flush=True)
         return good
 

@@ -6,15 +6,12 @@ The arguments are those of ``python -m launch``, or the folder of a finished run
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,6 @@ import gpt_launch.own_names  # noqa: F401
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.errors import CommandParser, ConfigError, print_table, refusing
-from launch.report.goodput import PARTS
 from launch.runs.events import is_finished
 from launch.runs.files import deny_others_writing, read_json_lines, write_json
 from launch.runs.find import is_run
@@ -41,12 +37,11 @@ from launch.storm.drill import (
     choose_kinds,
     differing_state,
     differing_steps,
-    goodput_figures,
     make_schedule,
     recoveries,
     start_launcher,
 )
-from launch.storm.injection import DISK, SANDBOX, SLURM, SPARES, Site, of_run
+from launch.storm.injection import SANDBOX, SLURM, Site, of_run
 
 GONE_S = 60.0
 """Seconds that processes and jobs of a run have to end after its launcher has ended."""
@@ -57,21 +52,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make a drill. Returns the exit status: 0 the run survived, 1 it did not, 2 the drill was refused."""
     args = _parser().parse_args(arguments)
     deny_others_writing()
-    # Also ends the drill's run and removes its disk.
+    # Also ends the drill's run.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     console = Console(soft_wrap=True, highlight=False, markup=False)
     words, quiet = _words_and_quiet(args.words, args.quiet)
     if args.sandbox is not None:
-        conf = require_own(args.sandbox.absolute() / "etc" / "slurm.conf", "a sandbox")
+        conf = args.sandbox.absolute() / "etc" / "slurm.conf"
+        if not conf.exists() or conf.stat().st_uid != os.getuid():
+            why = "another user's" if conf.exists() else "not there"
+            found, expected = f"{conf}, which is {why}", "a sandbox of your own: a drill changes nothing else"
+            raise ConfigError(found, expected, f"ls -ld {args.sandbox}")
         os.environ["SLURM_CONF"] = str(conf)
     config = typed_config(compose_launch(words))
     config.validate()
     kind = config.cluster.kind
     is_slurm = kind is ClusterKind.slurm or (kind is ClusterKind.auto and scheduler.controller_problem() is None)
-    on_sandbox = is_slurm and args.sandbox is not None
-    fulfilled = {SLURM: is_slurm, SANDBOX: on_sandbox, DISK: args.disk or args.disk_mib}
-    fulfilled[SPARES] = on_sandbox and config.spare_nodes > 0
-    refuse_disk(args.disk, args.disk_mib, is_slurm=is_slurm)
+    fulfilled = {SLURM: is_slurm, SANDBOX: is_slurm and args.sandbox is not None}
     kinds = choose_kinds(args.kinds, [need for need, is_met in fulfilled.items() if is_met])
     schedule = make_schedule(args.seed, args.faults, kinds, config.world_size, args.most_steps)
     if args.dry_run:
@@ -84,28 +80,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         expected = "a new folder, as a drill changes no other run"
         raise ConfigError(f"{out}, which holds files", expected, "--output FOLDER")
     out.mkdir(parents=True, exist_ok=True)
-    with _disk(out, args.disk, args.disk_mib) as disk:
-        run = RunFolder((disk or out) / "stormy")
-        site = Site(run, is_slurm, args.sandbox and args.sandbox.absolute(), disk)
-        if quiet is None:
-            quiet, log = RunFolder(out / "quiet"), out / "quiet.log"
-            console.print(f"the quiet run: {quiet.path}")
-            start_launcher([*words, f"run_dir={quiet.path}"], log).wait()
-            if not is_finished(quiet.read_events()):
-                raise ConfigError("a quiet run that does not finish", "a run that works", f"cat {log}")
-        console.print(f"the stormy run: {run.path}, {len(schedule)} faults of {len(kinds)} kinds, seed {args.seed}")
-        drill = Drill(words, site, out, args.patience_s, console.print)
-        wrong = []
-        try:
-            if not drill.run(schedule):
-                count = f"{len(drill.faults)} of {len(schedule)} faults"
-                wrong.append(f"{count} came before the run was done: it needs more steps")
-        except StuckError as error:
-            wrong.append(str(error))
-        # The folder of a run on the drill's own disk is copied, and the copy stays.
-        verdict = {**_judge(quiet, site, drill, wrong), "run": str(out / "stormy")}
-        write_json(out / "verdict.json", verdict)
-        _show(verdict, console)
+    site = Site(RunFolder(out / "stormy"), is_slurm, args.sandbox and args.sandbox.absolute())
+    if quiet is None:
+        quiet, log = RunFolder(out / "quiet"), out / "quiet.log"
+        console.print(f"the quiet run: {quiet.path}")
+        start_launcher([*words, f"run_dir={quiet.path}"], log).wait()
+        if not is_finished(quiet.read_events()):
+            raise ConfigError("a quiet run that does not finish", "a run that works", f"cat {log}")
+    console.print(f"the stormy run: {site.folder.path}, {len(schedule)} faults of {len(kinds)} kinds, seed {args.seed}")
+    drill = Drill(words, site, out, args.patience_s, console.print)
+    wrong = []
+    try:
+        if not drill.run(schedule):
+            count = f"{len(drill.faults)} of {len(schedule)} faults"
+            wrong.append(f"{count} came before the run was done: it needs more steps")
+    except StuckError as error:
+        wrong.append(str(error))
+    verdict = _judge(quiet, site, drill, wrong)
+    write_json(out / "verdict.json", verdict)
+    _show(verdict, console)
     console.print(f"wrote {out / 'verdict.json'}")
     return 0 if verdict["passed"] else 1
 
@@ -124,8 +117,6 @@ def _parser() -> CommandParser:
     add("--quiet", type=Path, metavar="FOLDER", help="a finished run to compare with; else the drill makes one")
     add("--output", type=Path, metavar="FOLDER", help="a new folder (outputs/storm/TIME)")
     add("--sandbox", type=Path, metavar="DIR", help="the sandbox that the run is submitted to")
-    add("--disk-mib", type=int, metavar="N", help="run on a tmpfs of this size, to fill it (as root)")
-    add("--disk", type=Path, metavar="FOLDER", help="run on this small filesystem, to fill it")
     add(
         "--patience-s",
         type=float,
@@ -150,66 +141,12 @@ def _words_and_quiet(words: Sequence[str], quiet: Path | None) -> tuple[list[str
     return words, folder
 
 
-def require_own(path: Path, what: str) -> Path:
-    """Return a path that this user owns. ConfigError if the path does not exist or has another owner."""
-    if not path.exists() or path.stat().st_uid != os.getuid():
-        why = "another user's" if path.exists() else "not there"
-        expected = f"{what} of your own: a drill changes nothing else"
-        raise ConfigError(f"{path}, which is {why}", expected, f"ls -ld {path}")
-    return path
-
-
-def refuse_disk(disk: Path | None, mib: int | None, *, is_slurm: bool) -> None:
-    """Raise ConfigError if ``disk`` is no empty filesystem of this user.
-
-    Also if a tmpfs of ``mib`` MiB is requested for a run on Slurm, or together with ``disk``.
-    """
-    if mib and (is_slurm or disk):
-        found = f"--disk-mib {mib} of a run on Slurm" if is_slurm else f"--disk-mib {mib} and --disk {disk}"
-        expected = "a small filesystem that all nodes mount: a tmpfs that is mounted now is this machine's alone"
-        fix = "--disk FOLDER; on a sandbox: mount -t tmpfs -o size=64m tmpfs FOLDER, before slurm.sandbox up"
-        raise ConfigError(found, expected, fix)
-    if disk is None:
-        return
-    require_own(disk, "a filesystem")
-    if not disk.is_mount() or any(entry.name != "lost+found" for entry in disk.iterdir()):
-        why = "holds files" if disk.is_mount() else "is no filesystem of its own"
-        fix = f"mount -t tmpfs -o size=64m tmpfs {disk}, for a sandbox before it is started"
-        raise ConfigError(f"--disk {disk}, which {why}", "an empty filesystem, as a drill fills it", fix)
-
-
-@contextmanager
-def _disk(out: Path, disk: Path | None, mib: int | None) -> Iterator[Path | None]:
-    """Yield a small filesystem for the run with faults; None without one. Copies the run into ``out`` at the end."""
-    if not mib and disk is None:
-        yield None
-        return
-    place = out / "disk" if disk is None else disk.absolute()
-    if disk is None:
-        place.mkdir()
-        mount = f"mount -t tmpfs -o size={mib}m tmpfs".split()
-        done = subprocess.run([*mount, str(place)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise ConfigError(f"--disk-mib {mib}: {done.stderr.strip()}", "the right to mount a tmpfs", "no --disk-mib")
-    try:
-        yield place
-    finally:
-        if (place / "stormy").exists():
-            shutil.copytree(place / "stormy", out / "stormy", symlinks=True)
-        if disk is None:
-            subprocess.run(["umount", "--lazy", str(place)], check=False)
-        else:
-            for folder in (place / "stormy", place / ".submitit"):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
 def _judge(quiet: RunFolder, site: Site, drill: Drill, wrong: list[str]) -> dict[str, Any]:
     """Return the content of ``verdict.json``. ``wrong`` has errors of the drill itself."""
     run, events = site.folder, site.folder.read_events()
     wrong = [*wrong, *(differing_state(quiet, run) if is_finished(events) else ["the run has not finished"])]
     wrong += [*differing_steps(quiet, run), *_remains(site)]
     records = [record for record in read_json_lines(run.metrics(0)) if is_record(record) and "time" in record]
-    measured = goodput_figures(run, drill.faults)
     return {
         "passed": not wrong,
         "wrong": wrong,
@@ -217,8 +154,8 @@ def _judge(quiet: RunFolder, site: Site, drill: Drill, wrong: list[str]) -> dict
         "typed": drill.typed,
         "attempts": len(run.attempts()),
         "recoveries": [asdict(cost) for cost in recoveries(drill.faults, events, records)],
-        **(measured or dict.fromkeys(("goodput", "after_start", "seconds", "predicted"))),
         "quiet": str(quiet.path),
+        "run": str(run.path),
     }
 
 
@@ -237,26 +174,12 @@ def _remains(site: Site) -> list[str]:
 
 
 def _show(verdict: dict[str, Any], console: Console) -> None:
-    """Print the verdict, and the costs of the faults by kind."""
-    parts = {"total_s": "seconds to a new step", "noticed_s": "noticed", "started_s": "started"}
-    parts |= {"first_step_s": "first step", "again_s": "again"}
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    """Print the verdict, and the median cost of the faults by kind and road."""
+    groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     for cost in verdict["recoveries"]:
-        groups[cost["kind"], cost["road"]].append(cost)
-    rows = []
-    for (kind, road), costs in sorted(groups.items()):
-        medians = [f"{statistics.median(cost[part] for cost in costs):.2f}" for part in parts]
-        rows.append([kind, road, str(len(costs)), *medians])
-    print_table(console, ("kind", "road", "faults", *parts.values()), rows, left=("kind", "road"))
-    if predicted := verdict["predicted"]:
-        console.print(
-            f"goodput {verdict['goodput']:.1%}, and {verdict['after_start']:.1%} without the first start; Young/Daly "
-            f"{predicted['goodput']:.1%} for a save of {predicted['save_s']:.2f} s each {predicted['interval_s']:.1f} s"
-            f", a restart of {predicted['restart_s']:.1f} s and a fault each {predicted['between_faults_s']:.0f} s; "
-            f"best would be a save each {predicted['best_interval_s']:.1f} s"
-        )
-        longest = sorted(verdict["seconds"].items(), key=lambda part: -part[1])
-        console.print("seconds: " + ", ".join(f"{PARTS[part]} {seconds:.1f}" for part, seconds in longest))
+        groups[cost["kind"], cost["road"]].append(cost["total_s"])
+    rows = [[*of, str(len(took)), f"{statistics.median(took):.2f}"] for of, took in sorted(groups.items())]
+    print_table(console, ("kind", "road", "faults", "seconds to a new step"), rows, left=("kind", "road"))
     console.print(f"{len(verdict['faults'])} faults, {verdict['attempts']} attempts, typed {verdict['typed']} times")
     for line in verdict["wrong"]:
         console.print(f"wrong: {line}")

@@ -11,25 +11,20 @@ import math
 import os
 import random
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launch.errors import ConfigError, closest
-from launch.report.goodput import measure_goodput
-from launch.runs.events import FEWER_NODES, best_interval_s, expected_goodput, is_finished
+from launch.runs.events import FEWER_NODES, is_finished
 from launch.runs.files import append_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records, recent_records
 from launch.storm.injection import (
-    DAMAGING,
     KINDS,
     MILD,
     FaultError,
@@ -60,7 +55,7 @@ def choose_kinds(asked: Sequence[str], has: Collection[str]) -> list[str]:
 
     Args:
         asked: names that were typed.
-        has: needs that the drill fulfils, of ``SLURM``, ``SANDBOX``, ``SPARES`` and ``DISK``.
+        has: needs that the drill fulfils, of ``SLURM`` and ``SANDBOX``.
 
     Raises:
         ConfigError: there is no such kind, or the drill lacks a need of the kind.
@@ -158,19 +153,17 @@ class Drill:
                 fault = left[0]
                 try:
                     done = inject(fault, self.site)
-                except FaultError as error:
+                except FaultError as error:  # Its process may just have ended.
                     tries += 1
                     if tries > TRIES:
                         raise StuckError(f"{fault.kind}: {error}") from error
                     last = LastFault(time.time(), time.time())
-                    left.insert(1, left.pop(0))  # A killed srun only returns with the next start of the job.
                     continue
                 tries, now = 0, time.time()
                 last = LastFault(self.site.struck or now, now, fault.kind not in MILD)
-                self.faults.append({"time": last.struck, "done": done, **asdict(fault)})
+                self.faults.append({"time": last.struck, "done": done, **asdict(left.pop(0))})
                 append_json_lines(self.out / "faults.jsonl", self.faults[-1:])
                 self.say(f"{fault.number}. {fault.kind}: {done}")
-                left.pop(0)
             self._wait(self._is_finished, "the end of the run")
             return not left
         finally:
@@ -184,7 +177,8 @@ class Drill:
             newest = recent_records(self.site.folder.metrics(0))
             if saved is None or not newest or newest[-1]["step"] < saved + fault.after_steps:
                 return False
-            return fault.kind not in DAMAGING or len(checkpoints(self.site.folder)) > 1
+            # An older checkpoint has to take the place of a damaged one.
+            return fault.kind != "flip_bit" or len(checkpoints(self.site.folder)) > 1
 
         self._wait(lambda: has_recovered() or self._is_finished(), f"the recovery before fault {fault.number}")
         return not self._is_finished()
@@ -216,17 +210,14 @@ class Drill:
         """Wait for the launcher of a finished run; cancel an unfinished run."""
         if self._process is None:
             return
-        if self._is_finished():
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(self.patience_s)
-        if self._process.poll() is None:
+        if not self._is_finished():
             command = [sys.executable, "-m", "gpt_launch", "cancel", "--now", str(self.site.folder.path)]
             subprocess.run(command, capture_output=True, check=False)
-            try:
-                self._process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+        try:
+            self._process.wait(self.patience_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def first_save(events: Sequence[Mapping[str, Any]], last: LastFault, now: float) -> int | None:
@@ -244,7 +235,7 @@ def first_save(events: Sequence[Mapping[str, Any]], last: LastFault, now: float)
     return next((event["step"] for event in later if event["event"] == "saved" and event["time"] > since), None)
 
 
-# The verdict: final state, samples, and goodput, compared with the prediction of Young and Daly.
+# The verdict: final state and samples, and the cost of each fault.
 
 
 def differing_state(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
@@ -280,47 +271,6 @@ def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
             yield f"rank {rank}: {len(wrong)} steps with another loss or other samples, the first is {wrong[0]}"
     if not quiet.metric_ranks():
         yield "no step records: the program does not record its steps (run.record of launch.worker)"
-
-
-def goodput_figures(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Measure the goodput of a run with faults; None if it has too few figures.
-
-    Returns ``goodput``; ``after_start``, which leaves out the first start; ``seconds`` by part of
-    ``launch.report.goodput.PARTS``; and ``predicted``, by Young and Daly's first-order model from the run's own
-    figures. These are saves and steps until the last fault: later the run may continue for long at another speed.
-    """
-    events = stormy.read_events()
-    goodput = measure_goodput(stormy, events)
-    until = max((fault["time"] for fault in faults), default=0.0)
-    saved = [event for event in events if event["event"] == "saved" and event["time"] <= until]
-    records = [record for record in read_records(stormy.metrics(0)) if record.get("time", math.inf) <= until]
-    times = [record["step_time_s"] for record in records if "step_time_s" in record]
-    if goodput is None or not times or len(saved) < 2 or not faults:
-        return None
-    seconds = defaultdict(float, goodput.seconds)
-    allocated = goodput.total_s - seconds["waiting"]
-    if allocated <= 0:
-        return None
-    save_s = statistics.mean(float(event.get("seconds", 0.0)) for event in saved)
-    steps = sorted({int(event["step"]) for event in saved})
-    apart = statistics.median([b - a for a, b in itertools.pairwise(steps)] or [steps[-1]])
-    interval_s, between_s = apart * statistics.median(times), allocated / len(faults)
-    restart_s = (seconds["restarts"] + seconds["restore"] + seconds["shutdown"]) / len(faults)
-    predicted = {
-        "save_s": save_s,
-        "interval_s": interval_s,
-        "restart_s": restart_s,
-        "between_faults_s": between_s,
-        "goodput": expected_goodput(save_s, interval_s, restart_s, between_s),
-        "best_interval_s": best_interval_s(save_s, between_s),
-    }
-    after_start = seconds["steps"] / (allocated - seconds["start"])
-    return {
-        "goodput": goodput.goodput,
-        "after_start": after_start,
-        "seconds": goodput.seconds,
-        "predicted": predicted,
-    }
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import psutil
 
 from launch.config.compose import workload_of_run
-from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.slurm.jobs import SUBMISSION
@@ -31,8 +30,7 @@ AGENTS = ({SUBMISSION}, {"gpt_launch", "agent"})
 PATIENCE_S = 120.0
 """Longest wait in seconds for a process to signal, and for the begin of a save."""
 RESTART_S = 300.0
-"""Longest wait in seconds for the next start of a preempted job, and for an answer of a Slurm command."""
-EARLY_PREEMPTIONS = 3
+"""Longest wait in seconds for the next start of a requeued job, and for an answer of a Slurm command."""
 BOOKKEEPING = "manifest.json"
 """File in a checkpoint with time and attempt of the save, which differ between runs. It is not compared."""
 T = TypeVar("T")
@@ -118,8 +116,8 @@ def processes_to_signal(run_dir: Path, what: str, which: str) -> list[psutil.Pro
 
     Args:
         run_dir: folder of the run.
-        what: ``rank`` or ``agent`` for the rank ``which``; ``agents``, ``srun`` or ``srun_alone`` for the job
-            ``which``. ``srun`` includes the helper process that would end srun's step, ``srun_alone`` does not.
+        what: ``rank`` or ``agent`` for the rank ``which``; ``agents`` or ``srun`` for the job ``which``. ``srun``
+            includes the helper process that would end srun's step.
         which: number of the rank or job.
     """
     if what in ("rank", "agent"):
@@ -128,8 +126,7 @@ def processes_to_signal(run_dir: Path, what: str, which: str) -> list[psutil.Pro
             line = [rank, *rank.parents()] if rank else []
             return [p for p in line if what == "rank" or is_agent(p.cmdline())][:1]
         return []
-    found = of_job(which, "python" if what == "agents" else "srun", os.environ.get("SLURM_CONF"))
-    return found[-1:] if what == "srun_alone" else found
+    return of_job(which, "python" if what == "agents" else "srun", os.environ.get("SLURM_CONF"))
 
 
 def wait_for_processes(
@@ -139,7 +136,7 @@ def wait_for_processes(
 
     Raises FaultError if no process appears, or no save starts.
     """
-    patience_s = 0.0 if what.startswith("srun") else PATIENCE_S
+    patience_s = 0.0 if what == "srun" else PATIENCE_S
 
     def found() -> list[psutil.Process]:
         return processes_to_signal(run_dir, what, which)
@@ -147,19 +144,10 @@ def wait_for_processes(
     processes = wait_or_fail(found, f"{what} {which}", patience_s, is_over)
     if in_save:
         folder = RunFolder(run_dir).checkpoints
-        before = entries(folder)
-        wait_or_fail(lambda: entries(folder) - before, "a save", PATIENCE_S, is_over, poll_s=0.001)
+        before = set(folder.glob("*"))
+        wait_or_fail(lambda: set(folder.glob("*")) - before, "a save", PATIENCE_S, is_over, poll_s=0.001)
         processes = found()  # The rank may be another process by now.
     return processes
-
-
-def entries(folder: Path) -> set[tuple[str, int]]:
-    """Return name and modification time in nanoseconds of each entry in a folder of checkpoints."""
-    found = set()
-    for path in folder.glob("*"):
-        with suppress(FileNotFoundError):
-            found.add((path.name, path.stat().st_mtime_ns))
-    return found
 
 
 def send(processes: Sequence[psutil.Process], number: signal.Signals) -> list[int]:
@@ -172,23 +160,16 @@ def send(processes: Sequence[psutil.Process], number: signal.Signals) -> list[in
     return sent
 
 
-@refusing
-def main() -> int:
-    """Signal processes of a run on this host. Returns exit status 1 if there are none."""
-    parser = CommandParser(prog="python -m launch.storm.injection", description="Signal a process of a run here.")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("signal", choices=("SIGKILL", "SIGTERM", "SIGSTOP", "SIGCONT"))
-    parser.add_argument("what", choices=("rank", "agent", "agents", "srun", "srun_alone"))
-    parser.add_argument("which", help="number of the rank, or of the job of agents or an srun")
-    parser.add_argument("--in-save", action="store_true", help="as soon as a new entry is among the checkpoints")
-    args = parser.parse_args()
-    if not args.which.isdigit():
-        raise ConfigError(f"{args.what} {args.which}", "a number", f"{args.what} 0")
+def main(run_dir: str, number: str, what: str, which: str, in_save: str = "") -> int:
+    """Signal processes of a run on this host. Returns exit status 1 if there are none.
+
+    The arguments are words of the command line, as ``Site.by_srun`` writes them.
+    """
     try:
-        found = wait_for_processes(args.run_dir, args.what, args.which, in_save=args.in_save)
+        found = wait_for_processes(Path(run_dir), what, which, in_save=bool(in_save))
     except FaultError:
         return 1
-    return 0 if send(found, signal.Signals[args.signal]) else 1
+    return 0 if send(found, signal.Signals[number]) else 1
 
 
 # The run that faults are made for.
@@ -219,8 +200,6 @@ class Site:
     is_slurm: bool = False
     sandbox: Path | None = None
     """Directory of the run's sandbox, whose processes are on this machine; None without a sandbox."""
-    disk: Path | None = None
-    """Small filesystem of the drill for the run's folder; None without one."""
     is_over: Callable[[], bool] = lambda: False
     """Function that returns True once the run has ended."""
     struck: float | None = None
@@ -247,25 +226,6 @@ class Site:
         """Return ``rank``, or another rank if the run has resumed with too few nodes for it."""
         sizes = [event["world_size"] for event in self.events("started") if event.get("world_size")]
         return rank % sizes[-1] if sizes else rank
-
-    def spares(self) -> list[str]:
-        """Return the idle spare nodes of the job; empty after the job has lost a node."""
-        return list(self.events("agent_started", "members")[-1].get("spares") or [])
-
-    def restart(self, by: Callable[[], str]) -> str:
-        """Call ``by``, which restarts the job, and wait until the agents have begun.
-
-        Returns a text about the action.
-        """
-        count = len(self.events("agent_started"))
-        done = by()
-        wait_or_fail(
-            lambda: len(self.events("agent_started")) > count,
-            f"another start of job {self.job}",
-            RESTART_S,
-            self.is_over,
-        )
-        return done
 
     def command(self, *words: str) -> str:
         """Run a command that causes a fault, and return its first line of output. FaultError if the command fails."""
@@ -309,7 +269,7 @@ class Site:
         which = str(rank) if what in ("rank", "agent") else self.job
         if self.is_slurm and self.sandbox is None:
             host, job = self.host_of(rank), self.job
-            done = self.by_srun(host, number, what, which, *(["--in-save"] if in_save else []))
+            done = self.by_srun(host, number, what, which, *(["in_save"] if in_save else []))
             if seconds:
                 time.sleep(seconds)
                 with suppress(FaultError):  # The node may have been given up, and the job may run elsewhere.
@@ -333,41 +293,20 @@ def _signal_rank(number: signal.Signals, what: str = "rank", *, in_save: bool = 
     return lambda fault, site: site.signal(number, what, fault.rank, seconds=fault.seconds, in_save=in_save)
 
 
-def _damage(fault: PlannedFault, site: Site) -> str:
-    """Damage the newest checkpoint and kill a rank, so that the next start meets the damage."""
+def _flip_bit(fault: PlannedFault, site: Site) -> str:
+    """Flip a bit of the newest checkpoint and kill a rank, so that the next start meets the damage."""
     draw = random.Random(fault.salt)
     newest = checkpoints(site.folder)[0]
     files = [path for path in files_of(newest) if path.stat().st_size]
     if not files:
         raise FaultError(f"{newest} has no file to damage")
-    if fault.kind == "truncate":
-        path = max(files, key=lambda path: path.stat().st_size)
-        size = path.stat().st_size // 2
-        os.truncate(path, size)
-        done = f"{newest.name}/{path.name} cut to {size} bytes"
-    else:
-        path = draw.choice(files)
-        bit = draw.randrange(8 * path.stat().st_size)
-        content = bytearray(path.read_bytes())
-        content[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(content)
-        done = f"bit {bit} of {newest.name}/{path.name} flipped"
-    return f"{done}; {site.signal(signal.SIGKILL, 'rank', fault.rank)}"
-
-
-def _full_disk(fault: PlannedFault, site: Site) -> str:
-    assert site.disk is not None
-    filler = site.disk / "filler"
-    site.struck = time.time()
-    try:
-        with suppress(OSError), filler.open("ab", buffering=0) as file:
-            while file.write(bytes(4096)):
-                pass
-        size = filler.stat().st_size
-        time.sleep(fault.seconds)
-    finally:
-        filler.unlink(missing_ok=True)
-    return f"{size / 2**20:.1f} MiB taken for {fault.seconds:g} s"
+    path = draw.choice(files)
+    content = bytearray(path.read_bytes())
+    bit = draw.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    killed = site.signal(signal.SIGKILL, "rank", fault.rank)
+    return f"bit {bit} of {newest.name}/{path.name} flipped; {killed}"
 
 
 def _kill_srun(fault: PlannedFault, site: Site) -> str:
@@ -375,36 +314,20 @@ def _kill_srun(fault: PlannedFault, site: Site) -> str:
 
     If this start of the job has no srun any more, requeue the job and kill the srun of the next start.
     """
-
-    def kill() -> str:
-        return site.signal(signal.SIGKILL, fault.kind.removeprefix("kill_"))
-
-    try:
-        return kill()
-    except FaultError:
-        return f"{site.restart(site.requeue)}; {kill()}"
-
-
-def _preempt(fault: PlannedFault, site: Site) -> str:
-    """Preempt the job. The kind preempt_early preempts several starts, each as soon as its agents have begun."""
-
-    def preempt() -> str:
-        return site.in_sandbox("preempt", site.job, "--seconds", "1")
-
-    early = [site.restart(preempt) for _ in range(EARLY_PREEMPTIONS - 1)] if fault.kind == "preempt_early" else []
-    return f"jobs {', '.join([*early, preempt()])}"
+    with suppress(FaultError):
+        return site.signal(signal.SIGKILL, "srun")
+    count = len(site.events("agent_started"))
+    done = site.requeue()
+    what = f"another start of job {site.job}"
+    wait_or_fail(lambda: len(site.events("agent_started")) > count, what, RESTART_S, site.is_over)
+    return f"{done}; {site.signal(signal.SIGKILL, 'srun')}"
 
 
 def _node_fault(fault: PlannedFault, site: Site) -> str:
-    """Make the node fault of this kind, and heal the node. If no spare node is left, requeue the job to get one."""
-    if fault.kind == "power_cut_spare":
-        if not site.spares():
-            site.restart(site.requeue)
-        host = wait_or_fail(site.spares, "a spare node", RESTART_S, site.is_over)[0]
-    else:
-        host = site.host_of(fault.rank)
+    """Make the node fault of this kind on the node of the rank, and heal the node after its seconds."""
+    host = site.host_of(fault.rank)
     try:
-        done = site.in_sandbox(fault.kind.removesuffix("_spare").replace("_", "-"), host)
+        done = site.in_sandbox(fault.kind.replace("_", "-"), host)
         time.sleep(fault.seconds)
     finally:
         site.in_sandbox("heal", host)
@@ -424,8 +347,6 @@ def _stop_controller(fault: PlannedFault, site: Site) -> str:
 
 
 SLURM, SANDBOX = "Slurm", "a sandbox (--sandbox DIR)"
-DISK = "a filesystem of the drill's own (--disk FOLDER, or --disk-mib N without Slurm)"
-SPARES = "a sandbox and a spare node (--sandbox DIR, spare_nodes=1)"
 """Texts for the needs of a kind of fault."""
 REBOOTS = (2.0, 3.0, 8.0, 14.0)
 """Seconds without power.
@@ -436,10 +357,8 @@ OUTAGES = (2.0, 8.0, 40.0)
 """Seconds without a sign of life: a moment, less than ``resilience.node_timeout_s``, and more."""
 ABSENCES = (20.0, 75.0, 300.0)
 """Seconds without a controller."""
-MILD = {"sigstop_agent", "full_disk", "kill_srun", "power_cut_spare", "freeze", "cut_link"}
+MILD = {"sigstop_agent", "kill_srun", "freeze", "cut_link"}
 """Kinds that need not end an attempt."""
-DAMAGING = {"truncate", "flip_bit"}
-"""Kinds that damage the newest checkpoint, so an older checkpoint is required."""
 
 
 @dataclass(frozen=True)
@@ -484,18 +403,13 @@ KINDS = {
         "SIGKILL to rank {rank} as soon as a new entry is in the folder of checkpoints",
         _signal_rank(signal.SIGKILL, in_save=True),
     ),
-    "truncate": Kind("the newest checkpoint's largest file cut to half, and SIGKILL to rank {rank}", _damage),
-    "flip_bit": Kind("one bit of the newest checkpoint flipped, and SIGKILL to rank {rank}", _damage),
-    "full_disk": Kind("the disk of the run full for {seconds:g} s", _full_disk, DISK, (2.0, 5.0)),
+    "flip_bit": Kind("one bit of the newest checkpoint flipped, and SIGKILL to rank {rank}", _flip_bit),
     "requeue": Kind("scontrol requeue", lambda fault, site: site.requeue(), SLURM),
     "kill_srun": Kind("SIGKILL to the batch script's srun and its helper: the step runs on", _kill_srun, SLURM),
-    "kill_srun_alone": Kind("SIGKILL to the batch script's srun, whose helper then ends the step", _kill_srun, SLURM),
-    "preempt": Kind("a job that preempts this one", _preempt, SANDBOX),
-    "preempt_early": Kind(
-        f"{EARLY_PREEMPTIONS} preemptions, each before the start before has made a step", _preempt, SANDBOX
+    "preempt": Kind(
+        "a job that preempts this one", lambda fault, site: site.in_sandbox("preempt", site.job, "--seconds=1"), SANDBOX
     ),
     "power_cut": Kind("the node of rank {rank} without power for {seconds:g} s", _node_fault, SANDBOX, REBOOTS),
-    "power_cut_spare": Kind("the idle spare node without power for {seconds:g} s", _node_fault, SPARES, REBOOTS),
     "freeze": Kind("the node of rank {rank} frozen for {seconds:g} s", _node_fault, SANDBOX, OUTAGES),
     "cut_link": Kind("the node of rank {rank} without a link for {seconds:g} s", _node_fault, SANDBOX, OUTAGES),
     "stop_controller": Kind(
@@ -511,4 +425,4 @@ def inject(fault: PlannedFault, site: Site) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

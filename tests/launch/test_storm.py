@@ -12,12 +12,10 @@ from pathlib import Path
 import pytest
 
 from launch.errors import ConfigError
-from launch.runs.files import append_json_lines
 from launch.runs.folder import RunFolder
 from launch.storm import drill, injection
-from launch.storm.__main__ import require_own
 from launch.storm.drill import LastFault, choose_kinds, first_save, make_schedule
-from launch.storm.injection import DISK, KINDS, SANDBOX, SLURM, SPARES, FaultError, Site
+from launch.storm.injection import KINDS, SANDBOX, SLURM, Site
 from tests.support.commands import ROOT, run, start_fork
 from tests.support.runs import LOCAL
 
@@ -41,11 +39,7 @@ def test_a_run_under_a_storm_ends_as_a_quiet_one(tmp_path: Path) -> None:
     found = json.loads((out / "verdict.json").read_text())
     assert found["passed"] and found["wrong"] == [] and "passed: as the quiet run, bit for bit" in text
     assert sorted(fault["kind"] for fault in found["faults"]) == sorted(LOCAL_KINDS)
-    assert (
-        found["attempts"] > 5
-        and 0 < found["goodput"] < found["after_start"] < 1
-        and 0 <= found["predicted"]["goodput"] < 1
-    )
+    assert found["attempts"] > 5
     assert {cost["road"] for cost in found["recoveries"]} >= {"in place", "typed again"}
     for cost in found["recoveries"]:
         parts = [cost[part] for part in ("noticed_s", "started_s", "first_step_s", "again_s")]
@@ -63,7 +57,7 @@ def test_a_run_under_a_storm_ends_as_a_quiet_one(tmp_path: Path) -> None:
 
 def test_the_same_seed_plans_the_same_faults_and_all_kinds_equally_often() -> None:
     kinds = choose_kinds([], [])
-    assert kinds == LOCAL_KINDS and len(choose_kinds([], [SLURM, SANDBOX, DISK, SPARES])) == len(KINDS) >= 10
+    assert kinds == LOCAL_KINDS and len(choose_kinds([], [SLURM, SANDBOX])) == len(KINDS) >= 10
     plan = make_schedule(7, 2 * len(kinds) + 1, kinds, 4, 9)
     assert (
         plan == make_schedule(7, 2 * len(kinds) + 1, kinds, 4, 9) != make_schedule(8, 2 * len(kinds) + 1, kinds, 4, 9)
@@ -77,15 +71,14 @@ def test_the_same_seed_plans_the_same_faults_and_all_kinds_equally_often() -> No
     ("asked", "fix"),
     [
         ("power_cut", "a sandbox"),
-        ("power_cut_spare", "spare_nodes=1"),
         ("requeue", "Slurm"),
         ("sigkil", "--kinds sigkill"),
     ],
 )
 def test_a_kind_that_cannot_be_had_is_refused(asked: str, fix: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        choose_kinds([asked], [DISK])
-    assert fix in refusal.value.fix and "full_disk" in refusal.value.expected
+        choose_kinds([asked], [])
+    assert fix in refusal.value.fix and "sigkill_rank" in refusal.value.expected
 
 
 def test_a_drill_that_is_refused_touches_nothing(tmp_path: Path) -> None:
@@ -97,9 +90,6 @@ def test_a_drill_that_is_refused_touches_nothing(tmp_path: Path) -> None:
         (["--output", "full", *words(20, 0)], "which holds files"),
         (["--quiet", "run", *words(20, 0)], "which has not finished"),
         (["--sandbox", "nowhere", *words(20, 0)], "which is not there"),
-        (["--disk", "nowhere", *words(20, 0)], "which is not there"),
-        (["--disk", "run", *words(20, 0)], "which is no filesystem of its own"),
-        (["--disk", "run", "--disk-mib", "9", *words(20, 0)], "--disk-mib 9 and --disk run"),
     ):
         text = run("launch.storm", *options, cwd=tmp_path, status=2)
         assert found in text and "type next: " in text
@@ -116,15 +106,15 @@ def test_processes_of_other_users_and_of_other_runs_are_not_found(tmp_path: Path
     stranger = subprocess.Popen(sleep, env=env, user=65534, start_new_session=True)
     other = subprocess.Popen(sleep, env={**env, "LAUNCH_RUN_DIR": f"{tmp_path}2"}, start_new_session=True)
     own = subprocess.Popen(sleep, env={**env, "RANK": "1"}, start_new_session=True)
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
+    theirs = tmp_path / "theirs" / "etc" / "slurm.conf"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
     os.chown(theirs, 65534, -1)
-    with pytest.raises(ConfigError, match="another user's"):
-        require_own(theirs, "a sandbox")
+    assert "another user's" in run("launch.storm", "--sandbox", "theirs", *words(20, 0), cwd=tmp_path, status=2)
     try:
         assert {rank: process.pid for rank, process in injection.rank_processes(tmp_path).items()} == {1: own.pid}
         command = [sys.executable, "-m", "launch.storm.injection", str(tmp_path), "SIGKILL", "rank", "1"]
-        assert subprocess.run(command, cwd=ROOT, check=True, capture_output=True).returncode == 0
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         assert own.wait(60) == -signal.SIGKILL
         assert stranger.poll() is None and other.poll() is None and injection.of_run(tmp_path) == []
     finally:
@@ -150,15 +140,9 @@ def test_the_next_fault_waits_for_a_start_that_goes_on_after_the_last() -> None:
     )  # it still lasts
 
 
-def test_a_fault_meets_a_spare_that_stands_by_and_a_rank_that_there_is(tmp_path: Path) -> None:
+def test_a_fault_meets_a_rank_that_there_is(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     site = Site(folder)
-    folder.record_event("agent_started")
-    for spares in ([], ["n3"], []):
-        folder.record_event("members", hosts=["n1", "n2"], spares=spares)
-        assert site.spares() == spares
-    with pytest.raises(FaultError, match="a spare node did not come"):
-        injection.wait_or_fail(site.spares, "a spare node", 0)
     assert site.running_rank(3) == 3
     for size, rank in ((4, 3), (2, 1), (4, 3)):
         folder.record_event("started", world_size=size)
@@ -180,22 +164,3 @@ def test_what_a_fault_cost_is_made_of() -> None:
     first, second = drill.recoveries(faults, events, records)
     assert first == drill.Recovery("sigkill_rank", "in place", 6.5, 0.5, 3.0, 2.0, 1.0)
     assert second == drill.Recovery("sigstop_agent", "undisturbed", pytest.approx(7.9))  # its longest pause
-
-
-def test_the_prediction_is_for_the_time_of_the_faults(tmp_path: Path) -> None:
-    """After the last fault the run makes a hundred times more steps, in no time: they tell nothing of its intervals."""
-    folder, start = RunFolder(tmp_path), 1000.0
-    events = [{"event": "agent_started", "time": start, "job": "local-1", "allocated_at": start, "nodes": 1}]
-    events.append({"event": "started", "time": start, "attempt": 1})
-    records = []
-    for step in range(1, 1001):
-        at = start + (step if step <= 10 else 10 + step / 1000)
-        records.append({"time": at, "step": step, "attempt": 1, "step_time_s": 1.0 if step <= 10 else 0.001})
-        if step % 5 == 0:
-            events.append({"event": "saved", "time": at, "attempt": 1, "step": step, "seconds": 0.5})
-    events.append({"event": "attempt_ended", "time": start + 12, "attempt": 1, "cause": "finished", "job": "local-1"})
-    events.append({"event": "agent_ended", "time": start + 12, "job": "local-1", "ended_at": start + 12})
-    append_json_lines(folder.events, events)
-    append_json_lines(folder.metrics(0), records)
-    told = drill.goodput_figures(folder, [{"kind": "sigkill_rank", "time": start + 10}])
-    assert told is not None and told["predicted"]["interval_s"] == pytest.approx(5.0)
