@@ -19,11 +19,6 @@ EXAMPLES = """examples:
   python -m slurm.sandbox link n1 n2 --bandwidth-mbit 100 --loss-percent 0.5
   python -m slurm.sandbox preempt 12
   python -m slurm.sandbox down
-
-two clusters that know each other:
-  python -m slurm.sandbox up --accounting
-  python -m slurm.sandbox up --dir /tmp/beta --cluster-name beta --join ~/.local/state/slurm-sandbox
-  sinfo --clusters=sandbox,beta
 """
 COMMANDS = {
     "up": "start a sandbox and print how to use it",
@@ -92,9 +87,6 @@ def _parser() -> CommandParser:
             add["up"](f"--{setting.name.replace('_', '-')}", default=default, help=f"{help} ({shown})", **kind, **many)
     text = "a line of slurm.conf, in place of the sandbox's own (repeat for more), such as SlurmdTimeout=10"
     add["up"]("--set", dest="slurm_conf", action="append", default=[], metavar="KEY=VALUE", help=text)
-    text = "have the nodes share this host on purpose"
-    add["up"]("--no-namespaces", dest="namespaces", action="store_false", help=text)
-    add["up"]("--accounting", action="store_true", help="with a slurmdbd and a MariaDB of its own, for sacct")
     add["up"]("--timeout-s", type=float, default=60.0, help="time that the nodes have to start (%(default)s)")
     for name in (*FAULTS, "link"):
         add[name]("node", nargs="*" if name == "heal" else "+", help="a node's name, such as n3; heal: (all)")
@@ -112,28 +104,20 @@ def _run(cluster: Cluster, options: argparse.Namespace) -> Iterator[str]:
             given = {name: value for name, value in vars(options).items() if hasattr(Settings, name)}
             for name in ("partitions", "slurm_conf"):
                 given[name] = tuple(given[name])
-            given["join"] = given["join"] and str(Path(given["join"]).resolve())
             state = cluster.up(Settings(**given), timeout_s=options.timeout_s)
             names = list(state.nodes)
             yield f"{len(names)} nodes are idle: {names[0]} to {names[-1]}. To use them, from this machine:"
             yield f"  export SLURM_CONF={state.slurm_conf}\n  srun --nodes={min(2, len(names))} hostname"
             yield f"To take them away:\n  python -m slurm.sandbox down{cluster.option}"
-            if state.why_one_host:
-                yield f"The nodes share this host, because: {state.why_one_host}"
-                yield "So they have one address and one /dev/shm between them, and these are refused:"
-                yield "  power-cut, cut-link, freeze, link"
         case "down":
             yield f"took down {cluster.directory}" if cluster.down() else f"nothing is up in {cluster.directory}"
         case "status":
             nodes = cluster.status()
-            yield f"{'node':6} {'address':22} {'power':6} {'link':5} {'processes':10} slurm"
+            yield f"{'node':6} {'address':15} {'power':6} {'link':5} {'processes':10} slurm"
             for node in nodes:
-                address, power = f"{node.at.address}:{node.at.port}", "on" if node.power else "off"
-                cable, processes = (
-                    "up" if node.link else "cut",
-                    "frozen" if node.frozen else "run" if node.power else "gone",
-                )
-                yield f"{node.name:6} {address:22} {power:6} {cable:5} {processes:10} {node.slurm}"
+                power, cable = "on" if node.power else "off", "up" if node.link else "cut"
+                processes = "frozen" if node.frozen else "run" if node.power else "gone"
+                yield f"{node.name:6} {node.address:15} {power:6} {cable:5} {processes:10} {node.slurm}"
             yield f"export SLURM_CONF={cluster.env['SLURM_CONF']}"
         case "link":
             limits = {name: getattr(options, name) for name in LIMITS}

@@ -13,16 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import psutil
 
 from launch.errors import ConfigError
 from slurm.sandbox import nodes
 from slurm.sandbox.state import (
-    EVERYWHERE,
-    MARK,
-    WITH_ACCOUNTING,
-    WITH_NAMESPACES,
-    Endpoint,
+    PROGRAMS,
     SandboxError,
     SandboxState,
     Settings,
@@ -62,8 +57,7 @@ def write_files(state: SandboxState) -> None:
         gpu.symlink_to("/dev/null")
     for template in TEMPLATES.iterdir():
         file = state.slurm_conf.with_name(template.name)
-        # slurmdbd refuses a file that others can read, and Slurm runs the epilog.
-        file.touch(mode=0o600 if template.name == "slurmdbd.conf" else 0o755)
+        file.touch(mode=0o755)  # Slurm runs the epilog.
         file.write_text(filled(template.name, state, gpus=gpus))
     key = state.directory / "munge" / "key"
     key.touch(mode=0o600)
@@ -72,10 +66,8 @@ def write_files(state: SandboxState) -> None:
 
 def filled(name: str, state: SandboxState, **known: Any) -> str:
     """Return the text of a file from the template of this name."""
-    # Without namespaces, the controller has the host name of this machine, without the domain.
-    host = socket.gethostname().partition(".")[0] if state.why_one_host else "ctl"
     template = jinja2.Template((TEMPLATES / name).read_text(), trim_blocks=True, keep_trailing_newline=True)
-    known |= {"state": state, "settings": state.settings, "user": getpass.getuser(), "host": host}
+    known |= {"state": state, "settings": state.settings, "user": getpass.getuser()}
     text = template.render(known, replaced=replaced)
     if name != "slurm.conf":
         return text
@@ -84,101 +76,39 @@ def filled(name: str, state: SandboxState, **known: Any) -> str:
     return replaced(lines, state.settings.slurm_conf, "\n") + f"\n# Nodes{rest}"
 
 
-def _answers(address: str | tuple[str, int]) -> bool:
-    with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as probe:
-        return probe.connect_ex(address) == 0
-
-
 def start_munged(state: SandboxState) -> None:
     """Start munged and wait until it answers."""
     place, log = state.munge_socket.parent, state.directory / "log" / "munged.log"
+
+    def answers() -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(state.munge_socket)) == 0
+
     # --force, because other users may be able to write to a sandbox's directory, as in /tmp.
     command = f"munged --foreground --force --socket={state.munge_socket} --key-file={place}/key --log-file={log}"
     command += f" --pid-file={state.directory}/run/munged.pid --seed-file={place}/seed"
     state.start("munged", command.split())
-    state.wait_ready("munged", lambda: _answers(str(state.munge_socket)))
+    state.wait_ready("munged", answers)
 
 
 def start_controller(state: SandboxState) -> None:
-    """Start slurmctld. It gets its own host name if the nodes have namespaces."""
-    if state.why_one_host:
-        state.start("slurmctld", ["slurmctld", "-D"])
-        return
+    """Start slurmctld, with a host name of its own."""
     script = 'hostname ctl && mount --bind "$1" /etc/hosts && exec slurmctld -D'
     hosts = str(state.slurm_conf.with_name("hosts"))
     state.start("slurmctld", ["sh", "-c", script, "sh", hosts], inside="unshare --uts --mount")
-
-
-def start_accounting(state: SandboxState) -> None:
-    """Start a database and slurmdbd, and wait until they answer."""
-    assert state.accounting is not None
-    folder, user = state.directory / "database", getpass.getuser()
-    folder.mkdir(mode=0o700)
-    # Without grant tables, everyone who reaches the socket is admitted. Only the owner can open the folder around it.
-    common = f"--no-defaults --datadir={folder}/data --user={user}"
-    make = f"mariadb-install-db {common} --skip-test-db --skip-name-resolve --auth-root-authentication-method=normal"
-    run_program(make.split(), timeout_s=120.0)
-    command = (
-        f"mariadbd {common} --socket={folder}/socket --skip-networking --skip-grant-tables --pid-file={folder}/pid"
-    )
-    # slurmdbd complains about other values, and no data here has to survive a power cut.
-    command += f" --tmpdir={folder} --innodb-lock-wait-timeout=900 --innodb-flush-log-at-trx-commit=0"
-    state.start("mariadbd", command.split())
-    state.wait_ready("mariadbd", lambda: _answers(f"{folder}/socket"))
-    at = (state.accounting.address, state.accounting.port)
-    state.start("slurmdbd", ["slurmdbd", "-D"], MYSQL_UNIX_PORT=f"{folder}/socket")
-    state.wait_ready("slurmdbd", lambda: _answers(at))
-
-
-def accounting_to_join(settings: Settings) -> Endpoint:
-    """Return the address of the slurmdbd of the sandbox to join; ConfigError if there is none."""
-    other = load_state(Path(settings.join))
-    if other is None or not other.started or other.settings.join or other.accounting is None:
-        found, fix = f"--join {settings.join}, and no sandbox with accounting is up there", "python -m slurm.sandbox up"
-        expected = "the directory of one that was started with --accounting"
-        raise ConfigError(found, expected, f"{fix} --accounting --dir {settings.join}")
-    if other.settings.cluster_name == settings.cluster_name:
-        found = f"--join {settings.join}, whose cluster is called {settings.cluster_name} as well"
-        raise ConfigError(found, "a name of its own for each cluster", f"--cluster-name {settings.cluster_name}_2")
-    return other.accounting
 
 
 def clear(state: SandboxState) -> None:
     """End all processes of a sandbox, also of a half built or crashed one. Removes its bridge and directory."""
     for name in state.nodes:
         nodes.switch_off(state, name)
-    for daemon in ("slurmctld", "slurmdbd", "mariadbd", "munged"):
+    for daemon in ("slurmctld", "munged"):
         end(state.find(daemon), grace_s=5.0)
-    if state.why_one_host:
-        # Repeated, because jobs that still run may start other processes meanwhile.
-        def have_ended() -> bool:
-            found = [process for process in psutil.process_iter() if _is_of_job(state, process)]
-            for process in found:
-                end(process)
-            return not found
-
-        wait_until(have_ended, timeout_s=30.0, what="the processes of jobs to end")
-    else:
-        for name in state.nodes:
-            nodes.delete(nodes.cable(state, name))
-            nodes.delete(nodes.delay_ends(state, name)[1])
-        nodes.delete(state.bridge)
+    for name in state.nodes:
+        nodes.delete(nodes.cable(state, name))
+        nodes.delete(nodes.delay_ends(state, name)[1])
+    nodes.delete(state.bridge)
     shutil.rmtree(state.directory)
-
-
-def _is_of_job(state: SandboxState, process: psutil.Process) -> bool:
-    """Return True if a slurmd of this sandbox started a process: by the sandbox's mark, or by the variables of a job.
-
-    A shell under salloc has SLURM_CONF and SLURM_JOB_ID too, but is on no node. slurmstepd writes its title over its
-    environment, and is recognized by its log.
-    """
-    with contextlib.suppress(psutil.Error):
-        if process.name() == "slurmstepd":
-            return any(state.directory in Path(file.path).parents for file in process.open_files())
-        variables = process.environ()
-        in_job = variables.get("SLURM_CONF") == str(state.slurm_conf) and "SLURMD_NODENAME" in variables
-        return in_job or variables.get(MARK) == str(state.directory)
-    return False
 
 
 @dataclass(frozen=True)
@@ -207,7 +137,7 @@ class NodeStatus:
     """State of a node: ``slurm`` as Slurm reports it, the other fields as this machine sees them."""
 
     name: str
-    at: Endpoint
+    address: str
     power: bool
     link: bool
     frozen: bool
@@ -268,14 +198,14 @@ class Cluster:
         """
         settings = settings or Settings()
         check_settings(settings, self.directory)
-        require_packages(EVERYWHERE | (WITH_ACCOUNTING if settings.accounting else {}))
+        require_packages(PROGRAMS)
         self.directory.mkdir(parents=True, exist_ok=True)
         with locked(self.directory):
             self._clear_remains()
-            state = SandboxState(self.directory, settings, "asked for with --no-namespaces")
-            if settings.namespaces:
-                require_packages(WITH_NAMESPACES)
-                state.why_one_host = why_no_namespaces(state.bridge)
+            state = SandboxState(self.directory, settings)
+            if why := why_no_namespaces(state.bridge):
+                expected = "root, on a kernel that allows namespaces and bridges: each node is a host of its own"
+                raise ConfigError(f"no namespaces for the nodes: {why}", expected, "the same command as root")
             try:
                 self._start(state, timeout_s)
             except BaseException as error:
@@ -308,54 +238,39 @@ class Cluster:
         self.directory.mkdir(parents=True)
 
     def _start(self, state: SandboxState, timeout_s: float) -> None:
-        settings = state.settings
         state.save()
         nodes.assign_addresses(state)
-        if settings.join:
-            state.accounting = accounting_to_join(settings)
-        elif settings.accounting:
-            state.accounting = Endpoint(state.controller.address, nodes.free_port("0.0.0.0"))
         write_files(state)
         state.save()
-        if not settings.join:
-            start_munged(state)
-        if settings.accounting:
-            start_accounting(state)
-        name, shown = settings.cluster_name, ("sacctmgr", "--noheader", "--parsable2", "show", "clusters")
-        if state.accounting and name not in self.slurm(*shown, "format=cluster").split():
-            # slurmdbd has to know the cluster before the controller registers its address.
-            self.slurm("sacctmgr", "--immediate", "add", "cluster", name)
+        start_munged(state)
         start_controller(state)
         for node in state.nodes:
             nodes.switch_on(state, node)
-
-        def is_up() -> bool:
-            if ended := [daemon for daemon in state.processes if not state.find(daemon)]:
-                raise SandboxError(f"{', '.join(ended)} ended instead of running on")
-            if not self._all_idle():
-                return False
-            return not state.accounting or self.slurm(*shown, name, "format=controlport").strip() not in ("", "0")
-
-        wait_until(is_up, timeout_s=timeout_s, what=self._nodes_in_words)
+        self.wait_idle(timeout_s=timeout_s)
         state.started = True
         state.save()
-
-    def _all_idle(self) -> bool:
-        return {name for name, known in self.slurm_states().items() if known.word == "idle"} == {*self.nodes}
-
-    def _nodes_in_words(self) -> str:
-        states = self.slurm_states()
-        said = ", ".join(f"{name} {state}" for name, state in states.items())
-        drained = [name for name, state in states.items() if state.is_drained]
-        fix = f"; to resume: python -m slurm.sandbox heal{self.option} {' '.join(drained)}" if drained else ""
-        return f"{len(self.nodes)} idle nodes; Slurm says {said or 'nothing'}{fix}"
 
     def wait_idle(self, *, timeout_s: float = 60.0) -> None:
         """Wait until every node is idle and answers.
 
-        Raises SandboxError after ``timeout_s`` seconds, with the node states that Slurm reports.
+        Raises SandboxError if a daemon has ended, and after ``timeout_s`` seconds, with the node states of Slurm.
         """
-        wait_until(self._all_idle, timeout_s=timeout_s, what=self._nodes_in_words)
+        states: dict[str, SlurmState] = {}
+
+        def is_idle() -> bool:
+            state = require_state(self.directory)
+            if ended := [name for name in state.processes if not state.find(name)]:
+                raise SandboxError(f"{', '.join(ended)} ended instead of running on")
+            states.update(self.slurm_states())
+            return {name for name, known in states.items() if known.word == "idle"} == {*state.nodes}
+
+        def what() -> str:
+            said = ", ".join(f"{name} {state}" for name, state in states.items())
+            drained = [name for name, state in states.items() if state.is_drained]
+            fix = f"; to resume: python -m slurm.sandbox heal{self.option} {' '.join(drained)}" if drained else ""
+            return f"{len(self.nodes)} idle nodes; Slurm says {said or 'nothing'}{fix}"
+
+        wait_until(is_idle, timeout_s=timeout_s, what=what)
 
     def slurm_states(self) -> dict[str, SlurmState]:
         """Return the state of each node; empty if no controller answers."""
@@ -372,13 +287,13 @@ class Cluster:
         return [
             NodeStatus(
                 name=name,
-                at=at,
+                address=address,
                 power=state.find(name) is not None,
-                link=bool(state.why_one_host) or nodes.link_is_up(state, name),
+                link=nodes.link_is_up(state, name),
                 frozen=nodes.is_frozen(state, name),
                 slurm=known.get(name, SlurmState()),
             )
-            for name, at in state.nodes.items()
+            for name, address in state.nodes.items()
         ]
 
     def down(self) -> bool:
@@ -414,12 +329,6 @@ def _node(cluster: Cluster, fault: str, name: str) -> Iterator[SandboxState]:
             names = ", ".join(state.nodes)
             fix = f"python -m slurm.sandbox {fault} NODE{cluster.option}, with one of {names}"
             raise ConfigError(f"{fault} {name}, and there is no such node", f"one of {names}", fix)
-        if fault != "heal" and state.why_one_host:
-            raise ConfigError(
-                found=f"{fault} in a sandbox whose nodes share one host ({state.why_one_host})",
-                expected="nodes that are hosts of their own; on one host there are only `preempt` and `heal`",
-                fix="python -m slurm.sandbox down, then up as root where namespaces are allowed",
-            )
         if fault != "heal" and not state.find(name):
             fix = f"python -m slurm.sandbox heal {name}"
             raise ConfigError(f"{fault} {name}, which is off", "a node that is on", fix)
@@ -469,7 +378,7 @@ def heal(cluster: Cluster, name: str) -> str:
         if not state.find(name):
             nodes.switch_on(state, name)
             done.append("switched on")
-        elif not state.why_one_host:
+        else:
             done += [] if nodes.link_is_up(state, name) else ["link up again"]
             done += ["processes go on"] if nodes.is_frozen(state, name) else []
             nodes.set_link(state, name, up=True)

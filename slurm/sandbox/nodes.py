@@ -1,7 +1,7 @@
 """The nodes of a sandbox: their addresses, cables and power; limits on a cable; frozen processes.
 
 A bridge joins the controller and all nodes, each by one cable (a veth pair). A node is a process with its own
-namespaces around a slurmd. If nodes share one host, a node is a slurmd on its own port.
+namespaces around a slurmd.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from filelock import FileLock
 from launch.errors import ConfigError
 from slurm.sandbox.state import (
     WITH_LOSS,
-    Endpoint,
     SandboxError,
     SandboxState,
     end,
@@ -69,13 +68,8 @@ def _free_network() -> ipaddress.IPv4Network:
 
 
 def assign_addresses(state: SandboxState) -> None:
-    """Assign addresses on a new bridge to the controller and all nodes; or ports, if the nodes share this host."""
+    """Assign addresses on a new bridge to the controller and all nodes."""
     names = [f"n{index}" for index in range(1, state.settings.nodes + 1)]
-    if state.why_one_host:
-        first, *others = {free_port("127.0.0.1") for _ in range(2 * len(names) + 2)}  # A few numbers may be equal.
-        state.controller = Endpoint("127.0.0.1", first)
-        state.nodes = {name: Endpoint("127.0.0.1", port) for name, port in zip(names, others, strict=False)}
-        return
     # One sandbox at a time chooses its network.
     with FileLock("/run/lock/slurm-sandbox", timeout=60.0):
         network = _free_network()
@@ -83,10 +77,8 @@ def assign_addresses(state: SandboxState) -> None:
         ip(f"link add {state.bridge} address {_mac(str(network[1]))} type bridge")
         ip(f"address add {network[1]}/24 dev {state.bridge}")
         ip(f"link set {state.bridge} up")
-    # A controller that has joined another sandbox listens on every address.
-    port = free_port("0.0.0.0" if state.settings.join else str(network[1]))
-    state.controller = Endpoint(str(network[1]), port)
-    state.nodes = {name: Endpoint(str(network[FIRST_NODE + index]), port) for index, name in enumerate(names)}
+    state.controller, state.port = str(network[1]), free_port(str(network[1]))
+    state.nodes = {name: str(network[FIRST_NODE + index]) for index, name in enumerate(names)}
 
 
 def _mac(address: str) -> str:
@@ -141,10 +133,7 @@ def link_is_up(state: SandboxState, name: str) -> bool:
 def switch_on(state: SandboxState, name: str) -> None:
     """Start a node and record it. Its slurmd registers with the controller."""
     (state.directory / "spool" / name).mkdir(parents=True, exist_ok=True)
-    if state.why_one_host:
-        state.start(name, ["slurmd", "-D", "-N", name])
-        return
-    here, address = cable(state, name), state.nodes[name].address
+    here, address = cable(state, name), state.nodes[name]
 
     def plug_in(pid: int) -> None:
         delete(here)
@@ -156,8 +145,8 @@ def switch_on(state: SandboxState, name: str) -> None:
 
 
 def process_one(state: SandboxState, name: str) -> psutil.Process | None:
-    """Return process 1 of a node with namespaces of its own; None if the node has no power."""
-    owner = None if state.why_one_host else state.find(name)
+    """Return process 1 of a node; None if the node has no power."""
+    owner = state.find(name)
     with contextlib.suppress(psutil.NoSuchProcess):
         return next(iter(owner.children()), None) if owner else None
     return None

@@ -70,21 +70,17 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float, what: str | C
 
 
 # Requirements of the machine, checked before anything is started: Debian package -> programs.
-EVERYWHERE = {
+PROGRAMS = {
     "slurmctld": "slurmctld",
     "slurmd": "slurmd",
     "slurm-client": "sbatch srun sinfo squeue scontrol scancel",
     "munge": "munged",
-    "util-linux": "setsid",
+    "util-linux": "setsid unshare nsenter",
+    "mount": "mount",
+    "hostname": "hostname",
+    "iproute2": "ip tc",
 }
-WITH_NAMESPACES = {"util-linux": "unshare nsenter", "mount": "mount", "hostname": "hostname", "iproute2": "ip tc"}
 WITH_LOSS = {"nftables": "nft"}
-WITH_ACCOUNTING = {
-    "slurmdbd": "slurmdbd",
-    "mariadb-server-core": "mariadbd mariadb-install-db",
-    "mariadb-client-core": "my_print_defaults",
-    "slurm-client": "sacctmgr",
-}
 
 
 def missing_packages(needs: Mapping[str, str]) -> list[str]:
@@ -169,8 +165,6 @@ read -r go && [ "$go" = go ] && exec "$@" < /dev/null
 # A Unix socket's path can have 107 bytes, and slurmd appends `spool/n200_4294967295.4294967295` to the directory.
 MAX_DIRECTORY_LENGTH = 70
 RECORD = "sandbox.json"
-MARK = "SLURM_SANDBOX"
-"""Environment variable of all daemons, and so of their jobs, with the directory of their sandbox."""
 
 
 def _number(default: int, low: int, high: int, help: str) -> Any:
@@ -195,11 +189,6 @@ class Settings:
         partitions: one text each, ``NAME`` or ``NAME:KEY=VALUE,...`` in the words of slurm.conf; the first is the
             default, and each preempts those before it.
         slurm_conf: ``KEY=VALUE`` lines that replace or add to those of slurm.conf.
-        namespaces: true if nodes are hosts of their own where the machine allows it.
-        accounting: true for a slurmdbd with a database of its own: sacct, and clusters that know each other.
-        cluster_name: Slurm's name of the cluster.
-        join: directory of a sandbox with accounting, whose slurmdbd and MUNGE key this sandbox uses, so that commands
-            reach both clusters (``sbatch --clusters``, ``squeue -M``); empty for none.
     """
 
     nodes: int = _number(4, 1, 200, "number of nodes")
@@ -212,10 +201,6 @@ class Settings:
         "in the words of slurm.conf; the first is the default, later ones preempt earlier ones",
     )
     slurm_conf: tuple[str, ...] = ()
-    namespaces: bool = True
-    accounting: bool = False
-    cluster_name: str = _text("sandbox", "NAME", "Slurm's name of the cluster")
-    join: str = _text("", "DIR", "share the slurmdbd of the sandbox in DIR: sbatch --clusters")
 
 
 def check_settings(settings: Settings, directory: Path) -> None:
@@ -226,12 +211,10 @@ def check_settings(settings: Settings, directory: Path) -> None:
             flag = f"--{setting.name.replace('_', '-')}"
             if not low <= value <= high:
                 raise ConfigError(f"{flag} {value}", f"{low} to {high}", f"{flag} {min(max(value, low), high)}")
-    # The cluster's name becomes part of the names of database tables, which are in lower case.
     name, option = r"[A-Za-z][\w-]*", r"\w+=[^\s,=]+"
     texts = [
         ("--set", r"[A-Za-z]+=[^\n]+", settings.slurm_conf, "KillWait=5"),
         ("--partitions", rf"{name}(:{option}(,{option})*)?", settings.partitions or ("",), "low:GraceTime=10 high"),
-        ("--cluster-name", r"[a-z][a-z0-9_]{0,39}", (settings.cluster_name,), "beta"),
     ]
     for flag, pattern, values, example in texts:
         for value in values:
@@ -240,11 +223,6 @@ def check_settings(settings: Settings, directory: Path) -> None:
     names = [text.partition(":")[0] for text in settings.partitions]
     if len({*names}) < len(names):
         raise ConfigError(f"--partitions {' '.join(names)}", "each name once", "--partitions low high")
-    if settings.join and settings.accounting:
-        found = f"--accounting and --join {settings.join}"
-        raise ConfigError(
-            found, "one of them: a sandbox that joins uses the other's slurmdbd", f"--join {settings.join}"
-        )
     length = len(os.fsencode(directory))
     if length > MAX_DIRECTORY_LENGTH:
         expected = f"at most {MAX_DIRECTORY_LENGTH} bytes, because it holds Unix sockets"
@@ -256,14 +234,6 @@ def default_directory() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "slurm-sandbox"
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """Address on which a daemon listens."""
-
-    address: str
-    port: int
-
-
 @dataclass
 class SandboxState:
     """A sandbox as recorded in its directory.
@@ -271,22 +241,20 @@ class SandboxState:
     Attributes:
         directory: folder of all its files.
         settings: its settings.
-        why_one_host: reason for which the nodes share this host; empty if each is a host of its own.
         controller: address of slurmctld.
+        port: port of slurmctld and of every slurmd, each at its own address.
         nodes: address of each node's slurmd.
         processes: its daemons (munged, slurmctld, ...), and one process for each node that has power.
         started: true once every node was idle.
-        accounting: address of slurmdbd, its own or that of the sandbox that it has joined; None without accounting.
     """
 
     directory: Path
     settings: Settings
-    why_one_host: str = ""
-    controller: Endpoint = Endpoint("", 0)
-    nodes: dict[str, Endpoint] = field(default_factory=dict)
+    controller: str = ""
+    port: int = 0
+    nodes: dict[str, str] = field(default_factory=dict)
     processes: dict[str, Process] = field(default_factory=dict)
     started: bool = False
-    accounting: Endpoint | None = None
 
     @property
     def bridge(self) -> str:
@@ -300,8 +268,8 @@ class SandboxState:
 
     @property
     def munge_socket(self) -> Path:
-        """Path of munged's socket: this sandbox's own, or that of the joined sandbox, because both need one key."""
-        return Path(self.settings.join or self.directory) / "munge" / "socket"
+        """Path of munged's socket."""
+        return self.directory / "munge" / "socket"
 
     def log(self, daemon: str) -> Path:
         """Return the path of the log of a daemon or a node."""
@@ -351,7 +319,6 @@ class SandboxState:
             **kept,
             "PATH": search_path(),
             "SLURM_CONF": str(self.slurm_conf),
-            MARK: str(self.directory),
             **variables,
         }
         shell = ["setsid", "--fork", *inside.split(), "sh", "-c", WAIT_FOR_GO, "sh", str(self.log(name)), *command]

@@ -19,8 +19,8 @@ QUICK = ("SlurmdTimeout=10", "MessageTimeout=5", "TCPTimeout=1", "KillWait=20")
 
 @pytest.fixture(scope="session")
 def slurm_installed() -> None:
-    """Skip where Slurm's packages are not installed."""
-    lacking = packages.missing_packages(packages.EVERYWHERE)
+    """Skip where programs of the sandbox are not installed."""
+    lacking = packages.missing_packages(packages.PROGRAMS)
     if lacking:
         pytest.skip(f"needs apt-get install --no-install-recommends {' '.join(lacking)}")
 
@@ -28,9 +28,6 @@ def slurm_installed() -> None:
 @pytest.fixture(scope="session")
 def namespaces(slurm_installed: None) -> None:
     """Skip where nodes cannot be hosts of their own."""
-    lacking = packages.missing_packages(packages.WITH_NAMESPACES)
-    if lacking:
-        pytest.skip(f"needs apt-get install --no-install-recommends {' '.join(lacking)}")
     # The name is this process's own, so that two test runs on one machine do not meet.
     why = packages.why_no_namespaces(f"ssbt{Path('/proc/self').readlink()}")
     if why:
@@ -55,16 +52,3 @@ def sandbox(shared_sandbox: Cluster) -> Iterator[Cluster]:
         if not entry.is_sound:
             heal(shared_sandbox, entry.name)
     shared_sandbox.wait_idle(timeout_s=180)
-
-
-@pytest.fixture
-def two_clusters(namespaces: None) -> Iterator[tuple[Cluster, Cluster]]:
-    """Clusters of one node each, ``sandbox`` and ``beta``, that know each other through one slurmdbd."""
-    lacking = packages.missing_packages(packages.WITH_ACCOUNTING)
-    if lacking:
-        pytest.skip(f"needs apt-get install --no-install-recommends {' '.join(lacking)}")
-    places = [Path(tempfile.mkdtemp(prefix="sandbox-")) for _ in range(2)]
-    with Cluster(places[0]) as first, Cluster(places[1]) as second:
-        first.up(Settings(nodes=1, slurm_conf=QUICK, accounting=True), timeout_s=180.0)
-        second.up(Settings(nodes=1, slurm_conf=QUICK, cluster_name="beta", join=str(first.directory)), timeout_s=180.0)
-        yield first, second

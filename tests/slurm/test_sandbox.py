@@ -20,13 +20,11 @@ from slurm.sandbox import cluster as faults
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.state import (
     MAX_DIRECTORY_LENGTH,
-    Endpoint,
     Process,
     SandboxError,
     SandboxState,
     Settings,
     check_settings,
-    end,
     load_state,
     require_state,
     run_program,
@@ -44,20 +42,11 @@ def command_line(*args: str, path: str | None = None) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd="/", check=False)
 
 
-def test_every_node_is_idle_and_status_says_so(sandbox: Cluster) -> None:
-    assert [entry.name for entry in sandbox.status()] == ["n1", "n2", "n3", "n4"]
-    sandbox.wait_idle()
-    assert all(entry.is_sound for entry in sandbox.status())
-    printed = command_line("status", "--dir", str(sandbox.directory))
-    assert printed.returncode == 0, printed.stderr
-    assert printed.stdout.count("idle") == 4 and f"SLURM_CONF={sandbox.env['SLURM_CONF']}" in printed.stdout
-
-
 def test_nodes_have_names_addresses_and_shared_memory_of_their_own(sandbox: Cluster) -> None:
     script = "echo $(hostname) $(hostname -I) $(ls /sys/class/net) $(getent hosts n3 | cut -d' ' -f1); "
     script += "touch /dev/shm/$(hostname); echo shm $(ls /dev/shm)"
     lines = sandbox.slurm("srun", "--nodes=2", "--nodelist=n1,n2", "sh", "-c", script).splitlines()
-    address = {entry.name: entry.at.address for entry in sandbox.status()}
+    address = {entry.name: entry.address for entry in sandbox.status()}
     own = [f"{name} {address[name]} eth0 lo {address['n3']}" for name in ("n1", "n2")]
     assert sorted(lines) == sorted([*own, "shm n1", "shm n2"])
     assert not Path("/dev/shm/n1").exists()
@@ -68,9 +57,8 @@ def test_gpus_cpus_and_memory_are_those_asked_for_and_no_more(sandbox: Cluster) 
     sizes = ("--gpus-per-node=2", "--cpus-per-task=8", "--mem=256G")
     both = sandbox.slurm("srun", "--nodes=2", "--nodelist=n1,n2", *sizes, *show).splitlines()
     assert sorted(both) == ["n1 0,1 8", "n2 0,1 8"]
-    for too_much in ("--gpus-per-node=3", "--cpus-per-task=9", "--mem=257G"):
-        with pytest.raises(SandboxError, match=r"not available|can not be satisfied"):
-            sandbox.slurm("srun", too_much, "true")
+    with pytest.raises(SandboxError, match=r"not available|can not be satisfied"):
+        sandbox.slurm("srun", "--gpus-per-node=3", "true")
 
 
 def test_a_batch_job_finds_the_cluster_without_the_users_environment(sandbox: Cluster, tmp_path: Path) -> None:
@@ -128,6 +116,7 @@ def test_the_command_line_from_up_to_down(namespaces: None) -> None:
         assert f"export SLURM_CONF={cluster.directory}/etc/slurm.conf" in up.stdout
         assert cluster.slurm("sinfo", "--noheader", "--format=%P %l").splitlines() == ["short* 5:00", "long infinite"]
         assert "KillWait                = 7" in cluster.slurm("scontrol", "show", "config")
+        assert " idle" in command_line("status", where).stdout and all(node.is_sound for node in cluster.status())
         assert command_line("power-cut", where, "n1").returncode == 0
         assert " off " in command_line("status", where).stdout
         refused = command_line("freeze", where, "n1")
@@ -156,14 +145,9 @@ def test_missing_packages_are_named_with_the_command_and_nothing_is_started(tmp_
     [
         Settings(nodes=0),
         Settings(nodes=201),
-        Settings(cpus_per_node=0),
-        Settings(gpus_per_node=-1),
         Settings(partitions=()),
         Settings(partitions=("low", "low")),
-        Settings(partitions=("low:MaxTime",)),
         Settings(partitions=("low high",)),
-        Settings(cluster_name="Beta"),
-        Settings(accounting=True, join="/tmp"),
         Settings(slurm_conf=("KillWait",)),
         Settings(slurm_conf=("KillWait=5\nSlurmUser=root",)),
     ],
@@ -180,7 +164,7 @@ def test_the_users_lines_replace_those_of_the_sandbox() -> None:
     asked = Settings(
         nodes=1, partitions=("short:maxtime=5,Default=NO", "long"), slurm_conf=("killwait=30", "Epilog=/x")
     )
-    state = SandboxState(Path("/s"), asked, "", Endpoint("10.0.0.1", 7), {"n1": Endpoint("10.0.0.2", 8)})
+    state = SandboxState(Path("/s"), asked, "10.0.0.1", 7, {"n1": "10.0.0.2"})
     lines = faults.filled("slurm.conf", state).splitlines()
     assert [line for line in lines if line.lower().startswith("killwait")] == ["killwait=30"]
     assert [line for line in lines if line.startswith("Epilog")] == ["Epilog=/x"]
@@ -241,7 +225,7 @@ def test_down_leaves_nothing_and_two_sandboxes_share_nothing(sandbox: Cluster, p
     assert len(used) == 2 and used <= network_namespaces()
     bridge = require_state(place.directory).bridge
     assert sorted(interfaces(place)) == [bridge, f"{bridge}n1", f"{bridge}n2"]
-    addresses = {entry.at.address for cluster in (sandbox, place) for entry in cluster.status()}
+    addresses = {entry.address for cluster in (sandbox, place) for entry in cluster.status()}
     assert len(addresses) == 6
     here = place.slurm("srun", "--nodes=2", "hostname", "-I").split()
     there = sandbox.slurm("srun", "--nodes=2", "hostname", "-I").split()
@@ -265,15 +249,7 @@ def kill_all(cluster: Cluster) -> None:
     wait_until(lambda: not processes_of(cluster), timeout_s=20, what="the killed processes to be gone")
 
 
-def test_up_clears_the_remains_of_a_sandbox_that_was_killed(place: Cluster) -> None:
-    place.up(SMALL)
-    kill_all(place)
-    assert len(interfaces(place)) > 0 and place.directory.exists()
-    place.up(SMALL)
-    assert len(place.slurm("srun", "--nodes=2", "hostname").split()) == 2
-
-
-def test_up_clears_what_an_up_that_was_killed_had_built(place: Cluster) -> None:
+def test_up_clears_what_a_killed_up_had_built_and_the_remains_of_a_killed_sandbox(place: Cluster) -> None:
     command = [sys.executable, "-m", "slurm.sandbox", "up", "--nodes=2", f"--dir={place.directory}"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as half_way:
 
@@ -287,6 +263,9 @@ def test_up_clears_what_an_up_that_was_killed_had_built(place: Cluster) -> None:
     assert not old.started and old.find("slurmctld")
     place.up(SMALL)
     assert not any(map(old.find, old.processes))
+    kill_all(place)
+    assert len(interfaces(place)) > 0 and place.directory.exists()
+    place.up(SMALL)
     assert len(place.slurm("srun", "--nodes=2", "hostname").split()) == 2
 
 
@@ -310,23 +289,6 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(place: Cluster) -> None:
     assert_nothing_left(place, set())
 
 
-def test_nodes_on_one_host_run_jobs_and_refuse_what_they_cannot_show(slurm_installed: None) -> None:
-    with Cluster(Path(tempfile.mkdtemp(prefix="sandbox-"))) as cluster:
-        state = cluster.up(Settings(nodes=2, namespaces=False))
-        assert "--no-namespaces" in state.why_one_host
-        show = ["sh", "-c", "echo $SLURMD_NODENAME $CUDA_VISIBLE_DEVICES"]
-        names = cluster.slurm("srun", "--nodes=2", "--gpus-per-node=2", *show).splitlines()
-        assert sorted(names) == ["n1 0,1", "n2 0,1"]
-        with pytest.raises(ConfigError, match="hosts of their own"):
-            faults.power_cut(cluster, "n1")
-        cluster.slurm("scontrol", "update", "NodeName=n1", "State=DRAIN", "Reason=to be resumed")
-        faults.heal(cluster, "n1")
-        cluster.wait_idle()
-        cluster.slurm("sbatch", "--output=/dev/null", "--nodes=2", "--wrap", "setsid sleep 300 & srun sleep 300")
-        wait_until(lambda: "R" in cluster.slurm("squeue", "-h", "-o", "%t"), timeout_s=30, what="the job to run")
-    assert_nothing_left(cluster, set())
-
-
 def test_the_log_of_a_program_is_there_once_it_is_started(tmp_path: Path) -> None:
     state, found = SandboxState(tmp_path, Settings()), list[bool]()
 
@@ -340,11 +302,4 @@ def test_the_log_of_a_program_is_there_once_it_is_started(tmp_path: Path) -> Non
     state.start("daemon", ["true"], before=before)
     assert found == [True] and load_state(tmp_path) == state
     wait_until(lambda: state.find("daemon") is None, timeout_s=20, what="its end")
-
-
-def test_a_number_that_was_used_again_is_another_process() -> None:
-    started = psutil.Process().create_time()
-    assert Process(os.getpid(), started).find() == psutil.Process()
-    assert Process(os.getpid(), started - 60).find() is None
-    state = SandboxState(Path("/s"), Settings(), processes={"n1": Process(os.getpid(), started - 60)})
-    end(state.find("n1"))
+    assert Process(os.getpid(), psutil.Process().create_time() - 60).find() is None, "the number was used again"
