@@ -123,7 +123,7 @@ def refuse_idle_gpus(config: Config, job: Mapping[str, str]) -> None:
     if not is_open or limits.torch_version().endswith("+cpu"):
         return
     partition = job.get("SLURM_JOB_PARTITION") or job.get("SBATCH_PARTITION")
-    cluster = replace(config.cluster, partition=partition, cluster=None, constraint=None)
+    cluster = replace(config.cluster, partition=partition, constraint=None)
     number, _ = choose_gpus(replace(config, cluster=cluster), limits.ask_slurm())
     if number is not None:
         raise ConfigError(

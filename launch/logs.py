@@ -97,7 +97,7 @@ def agent_of(point: RunStatus, rank: int) -> list[Log]:
     paths = agent_logs(point.folder.path, point.job, node)
     if isinstance(point.job, SlurmJob) and not paths[0].parent.is_dir():
         # For a job of the user's own batch script, all agents print into the output of the script.
-        script = output_file(point.job.job_id, point.job.cluster)
+        script = output_file(point.job.job_id)
         return [] if script is None else [Log(script, "batch script and agents")]
     return [Log(path, f"agent of node {node}") for path in paths]
 

@@ -20,7 +20,7 @@ from launch.runs.files import deny_others_writing
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
 from launch.slurm.client import SlurmError
-from launch.slurm.failover import PlacementFailover, promised
+from launch.slurm.failover import fail_over, promised
 from launch.slurm.status import adopt_found, find_run_statuses, poll
 
 POLL_S = 1.0
@@ -34,14 +34,14 @@ def move(folders: Sequence[RunFolder], console: Console) -> None:
     with suppress(SlurmError):  # The first poll below reports the error.
         if poll(points, retries=1) is None:
             adopt_found(points, by="launch.move")
-    failover, said = PlacementFailover(console), False
+    said = False
     while True:
         problem = poll(points, retries=1)
         points = [point for point in points if not point.is_over]
         if not points:
             console.print("nothing waits any more")
             return
-        problem = problem or failover.step(points)
+        problem = problem or fail_over(points, console)
         if problem is not None and not said:
             console.print(f"{problem}\nasking again until Slurm answers")
         said = problem is not None

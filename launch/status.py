@@ -23,7 +23,6 @@ from launch.runs.files import is_full
 from launch.runs.find import find_runs, natural
 from launch.runs.records import UNITS
 from launch.slurm.client import SlurmError
-from launch.slurm.jobs import SlurmJob
 from launch.slurm.status import (
     RunStatus,
     adopt_found,
@@ -64,7 +63,6 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "partition": point.job_status.partition or None,
         "waiting_s": None if point.state != "pending" or since is None else max(0.0, time.time() - since),
         "job_id": None if point.job is None else point.job.job_id,
-        "slurm_cluster": point.job.cluster if isinstance(point.job, SlurmJob) else None,
         "nodes": point.nodes,
         "fewer_nodes": point.fewer_nodes() if point.state == "running" else None,
         "attempt": max(point.attempts(), default=None),
@@ -74,7 +72,6 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "loss": point.latest.get("loss"),
         "eta_s": point.eta_s,
         "quiet_s": point.quiet_s,
-        "step_age_s": point.stale_s,
         "slow_ranks": [{key: event.get(key) for key in SLOW} for event in straggling_ranks(events)] or None,
         "sick_nodes": sick_nodes(point) or None,
         "not_restarted": why_not_restarted(events),
@@ -98,11 +95,11 @@ def cells(known: dict[str, Any]) -> list[str]:
     return [
         known["label"],
         known["state"],
-        known.get("job_id", "") + (f" on {known['slurm_cluster']}" if "slurm_cluster" in known else ""),
+        known.get("job_id", ""),
         nodes_text(known),
         str(known.get("attempt", "")),
         step,
-        speed_text(known, known.get("step_age_s")),
+        speed_text(known),
         f"{known['loss']:.4f}" if "loss" in known else "",
         duration_text(round(known["eta_s"])) if "eta_s" in known else "",
     ]
@@ -117,7 +114,6 @@ def nodes_text(known: dict[str, Any]) -> str:
 def status_notes(known: dict[str, Any]) -> list[str]:
     """Return the lines about a run below the table: why it waits, what helps, damage, end and first failure."""
     where = f" in partition {known['partition']}" if "partition" in known else ""
-    where += f" of {known['slurm_cluster']}" if where and "slurm_cluster" in known else ""
     where += f" for {duration_text(round(known['waiting_s']))}" if "waiting_s" in known else ""
     why = f", {known['detail']}" if "detail" in known else ""
     lines = [f"{known['state']}{where}{why}"] if where or why else []

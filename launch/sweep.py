@@ -35,7 +35,7 @@ from launch.slurm.submit import (
     show_plans,
     submit_somewhere,
 )
-from launch.slurm.watch import next_start_text, stop_on_ctrl_c, watch_points
+from launch.slurm.watch import stop_on_ctrl_c, watch_points
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def submit_and_watch(
         watch_points(points, console, after.poll_s)
     except KeyboardInterrupt:
         stop_on_ctrl_c(points, console)
-        raise SweepFailedError(f"stopped; {next_start_text(points)}", 130) from None
+        text = "stopped; the same command resumes from the last checkpoint, or begins again without one"
+        raise SweepFailedError(text, 130) from None
     if with_report:
         report_sweep(plans, sweep, console, after.report_files)
         for point in points:
@@ -167,7 +168,7 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
         try:
             done = submit_somewhere(group, group[0].placement.possible[0])
         except SlurmError as error:
-            ids = ", ".join(point.job.name for point in points if point.job is not None)
+            ids = ", ".join(point.job.job_id for point in points if point.job is not None)
             rest = f"\nalready submitted, and continuing: {ids}" if ids else ""
             # A busy controller may have accepted the job, which then needs its folder.
             kind = SweepFailedError if may_have_taken(error) else NothingSubmittedError
@@ -183,7 +184,7 @@ def submit(points: Sequence[RunStatus], console: Console, *, sequential: bool) -
                 console.print(text)
             place = plan.placement.candidates[done.candidate].name
             at = f" at {place}" if place else ""
-            console.print(f"{point.name}: job {job.name}{at}")
+            console.print(f"{point.name}: job {job.job_id}{at}")
     for point in points:
         if point.job is None:
             LocalQueueEntry(point.folder).enter(point.events_before)

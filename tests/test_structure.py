@@ -89,7 +89,7 @@ ROOMS = {
     "launch.script": ("launch.slurm",),
     "launch.report": ("launch.slurm",),
     "launch.project": ("launch.report",),
-    "launch.storm": ("launch.report",),
+    "launch.storm": ("launch.slurm",),
     "launch.sweep": ("launch.report",),
     "launch.bench_network": ("launch.sweep",),
     **dict.fromkeys(
@@ -355,10 +355,10 @@ TOKENS = {
     "launch/report": 38_200,
     "launch/runs": 24_000,
     "launch/script": 4_000,
-    "launch/slurm": 21_500,
-    "launch/storm": 8_300,
+    "launch/slurm": 19_200,
+    "launch/storm": 6_700,
     "launch/worker": 5_800,
-    "slurm": 8_550,
+    "slurm": 7_500,
 }
 """Folder -> the most code tokens that it may have: what Python's tokenizer yields, without comments and docstrings.
 

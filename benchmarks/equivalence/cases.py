@@ -58,7 +58,7 @@ PLANS = {
     "one point after another": f"-m nodes=1,2 seed=1,2 launch.sequential=true {A100}",
     "spare nodes": f"nodes=4 spare_nodes=1 resilience.min_nodes=2 model=gpt2_124m optim=gpt2 parallel=fsdp {H100}",
     "placement": f"""nodes=2 {H100} cluster.retry_interval_min=10 cluster.give_up_after_min=120
-        cluster.placement='[{{partition: gpu, qos: high}},{{partition: low, gres: "gpu:a100:4"}},{{cluster: b}}]'""",
+        cluster.placement='[{{partition: gpu, qos: high}},{{partition: low, gres: "gpu:a100:4"}},{{account: b}}]'""",
     "container of pyxis": f"""nodes=2 {A100} cluster.container=/images/gpt.sqsh cluster.container_runtime=pyxis
         'cluster.container_mounts=["/data","/scratch/me:/scratch:ro"]'""",
     "container of Apptainer": f"""nodes=2 {A100} cluster.container=/images/gpt.sif

@@ -5,7 +5,6 @@ Keys with a counterpart in Slurm have its name, spelled as in hydra-submitit-lau
 
 from __future__ import annotations
 
-import re
 from dataclasses import astuple, dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -54,9 +53,6 @@ class PlacementConfig:
         "GPUs of each node; one rank is started on each unless ranks_per_node is set. null: as many as every node of"
         " the partition has; 0: none, and ranks on CPUs. In a placement the number of ranks stays the same.",
         least=0,
-    )
-    cluster: Optional[str] = key(
-        None, "Another cluster of the same slurmdbd (sbatch --clusters), with the same folders; null: this one."
     )
     price_per_gpu_hour: Optional[float] = key(None, "Price of a GPU-hour.", unit="currency of the site", least=0)
 
@@ -208,15 +204,14 @@ class ClusterConfig(PlacementConfig):
                 )
 
     def validate_placement(self) -> None:
-        """Raise ConfigError if a key names several clusters, or if ``placement`` or its times cannot work."""
+        """Raise ConfigError if an option names clusters, or if ``placement`` or its times cannot work."""
         for name in ("clusters", "M"):
             if name in self.additional_parameters:
                 raise ConfigError(
                     f"cluster.additional_parameters.{name}={self.additional_parameters[name]}",
-                    "one cluster, which the launcher queries for the job later",
-                    "cluster.cluster=NAME, or cluster.placement='[{cluster: A}, {cluster: B}]' for several",
+                    "the cluster of this machine, which the launcher queries for the job later",
+                    f"the same command without cluster.additional_parameters.{name}, on a machine of that cluster",
                 )
-        require_cluster_name("cluster.cluster", self.cluster)
         give_up, count = self.give_up_after_min, len(self.placement)
         if give_up is not None and count > 1 and give_up <= self.retry_interval_min:
             raise ConfigError(
@@ -226,7 +221,6 @@ class ClusterConfig(PlacementConfig):
             )
         seen = [astuple(candidate) for candidate in self.placement]
         for index, candidate in enumerate(self.placement):
-            require_cluster_name(f"cluster.placement[{index}].cluster", candidate.cluster)
             first = seen.index(astuple(candidate))
             if first < index:
                 raise ConfigError(
@@ -234,10 +228,3 @@ class ClusterConfig(PlacementConfig):
                     "candidates that differ: a move to the same place only loses the wait there",
                     "cluster.placement='[{partition: A}, {partition: B}]'",
                 )
-
-
-def require_cluster_name(name: str, value: str | None) -> None:
-    """Raise ConfigError unless ``value``, of the key ``name``, is the name of one cluster or None."""
-    if value is not None and not re.fullmatch(r"[A-Za-z_][\w.-]*", value):
-        expected = "the name of one cluster, as sacctmgr show clusters prints it"
-        raise ConfigError(f"{name}={value}", expected, f"{name}=NAME, or null")

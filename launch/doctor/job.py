@@ -93,7 +93,7 @@ def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable
     limit = min(JOB_MIN, config.cluster.timeout_min)
     resources = {**plan.slurm, "job_name": "doctor", "time": limit, "signal_delay_s": 0}
     (job,) = submit_calls(root / JOBS, resources, measure_node, [str(root)])
-    say(f"job {job.name} on {config.nodes} nodes, folder {root}")
+    say(f"job {job.job_id} on {config.nodes} nodes, folder {root}")
     try:
         state, started = wait_for_job(job, wait_min, say)
     except BaseException:
@@ -134,13 +134,13 @@ def wait_for_job(job: SlurmJob, wait_min: float, say: Callable[[str], None]) -> 
     """
     deadline = time.monotonic() + 60 * wait_min
     last, started = "", False
-    while (known := ask_queue([job]).get(job.name)) is not None:
+    while (known := ask_queue([job]).get(job.job_id)) is not None:
         started = started or known.state not in ("PENDING", "CONFIGURING")
         if known.phase == "over":
             return known.state, started
         state = known.state if known.reason in ("", "None") else f"{known.state} ({known.reason})"
         if state != last:
-            say(f"job {job.name}: {state}")
+            say(f"job {job.job_id}: {state}")
             last = state
         if not started and time.monotonic() > deadline:
             job.kill()

@@ -25,7 +25,7 @@ from launch.config.cluster import ContainerRuntime
 from launch.runs.environment import reachable_files
 from launch.slurm import client as scheduler
 from launch.slurm.checks import Finding, Request, fail, fine, warn
-from launch.slurm.limits import SlurmFacts, ask_slurm, last_line
+from launch.slurm.limits import SlurmFacts, ask_slurm
 from launch.slurm.submit import INHERITED, INHERITED_NAMES, KEPT
 
 DISTRIBUTION = "gpt-launch"
@@ -90,7 +90,7 @@ def gather(configs: Sequence[Config]) -> Facts:
     """Read all facts about the points of a command."""
     config = configs[0]
     kind = config.cluster.kind
-    slurm = SlurmFacts(limits=None) if kind is ClusterKind.local else ask_slurm(configs)
+    slurm = SlurmFacts(limits=None) if kind is ClusterKind.local else ask_slurm()
     requirements: tuple[str, ...] = ()
     with suppress(metadata.PackageNotFoundError):
         requirements = tuple(metadata.distribution(DISTRIBUTION).requires or ())
@@ -158,7 +158,7 @@ def container_problem(cluster: ClusterConfig) -> str:
     try:
         options = scheduler.run("srun", "--help")
     except scheduler.SlurmError as error:
-        return f"srun does not answer: {last_line(error)}"
+        return f"srun does not answer: {str(error).strip().splitlines()[-1]}"
     return "" if "--container-image" in options else "srun has no --container-image, which pyxis adds"
 
 

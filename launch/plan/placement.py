@@ -30,12 +30,6 @@ OF_A_MOVE = ("moved", "stayed", "gave_up", "refused", "cancelled")
 """Events that a point's event log may gain while its job is pending."""
 
 
-def cluster_of(slurm: Mapping[str, Any]) -> str | None:
-    """Return the other cluster that submitit's resources name; None for the local cluster."""
-    name: str | None = slurm.get("additional_parameters", {}).get("clusters")
-    return name
-
-
 @dataclass(frozen=True)
 class Candidate:
     """One place where a point may run, and the resources to request there."""
@@ -54,7 +48,6 @@ class Candidate:
         """Return the fields of a ``submitted`` event for this candidate; unknown ones are absent."""
         known = {
             "placement": self.name or None,
-            "slurm_cluster": cluster_of(self.slurm),
             "partition": self.slurm.get("partition"),
             "gpus": self.gpus,
             "price_per_gpu_hour": self.price_per_gpu_hour,
@@ -233,7 +226,6 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         "additional_parameters": {
             "requeue" if config.resilience.requeue and resumes else "no_requeue": True,
             **({"no_kill": True} if survives else {}),
-            **({"clusters": cluster.cluster} if cluster.cluster else {}),
             **({"mail_user": cluster.mail_user, "mail_type": MAIL_TYPE} if cluster.mail_user else {}),
             **cluster.additional_parameters,
         },

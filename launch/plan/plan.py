@@ -228,8 +228,6 @@ JOBS = ".submitit"
 """Name of the folder, next to the runs, with submitit's pickles and the agents' logs."""
 SLURM_JOBS = "slurm"
 """Name of the folder in JOBS for Slurm's jobs, whose numbers may equal process ids of local jobs."""
-ELSEWHERE = "on-"
-"""Prefix of the folder in JOBS for jobs of another cluster. The name of the cluster follows."""
 
 
 def refuse_slurm_only(config: Config) -> None:
@@ -274,7 +272,7 @@ def refuse_exposed(run_dir: Path) -> None:
     folder and the folder above; a sticky bit (as /tmp has it) protects existing files.
     """
     jobs = run_dir.parent / JOBS
-    for folder in (jobs, jobs / SLURM_JOBS, *jobs.glob(f"{ELSEWHERE}*")):
+    for folder in (jobs, jobs / SLURM_JOBS):
         refuse_writable(folder, stat.S_IWGRP | stat.S_IWOTH)
     refuse_writable(run_dir, stat.S_IWOTH)
     refuse_writable(run_dir.parent, stat.S_IWOTH, unless=stat.S_ISVTX)

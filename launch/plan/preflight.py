@@ -17,7 +17,7 @@ from launch.config import Config
 from launch.config.compose import workload_of
 from launch.errors import ConfigError, Problem, counted, duration_text
 from launch.plan.budget import Use, caps, rates_of, read_event_logs, refuse_above, use_text, used
-from launch.plan.placement import cluster_of, code_of, placement_lines
+from launch.plan.placement import code_of, placement_lines
 from launch.plan.plan import Plan, unfinished
 from launch.runs.environment import changed_since, code_state, library_versions, refuse_change
 from launch.runs.events import fewer_nodes, saves_that_count, unsaved_text
@@ -25,7 +25,7 @@ from launch.runs.files import read_json
 from launch.runs.find import labels_inside
 from launch.runs.folder import RunFolder
 from launch.runs.records import RECENT, recent_records
-from launch.slurm.limits import Limits, SlurmFacts, how_preempted
+from launch.slurm.limits import SlurmFacts, how_preempted
 from launch.workload import CodeTree
 
 # Warnings from earlier attempts.
@@ -114,17 +114,15 @@ def measure_stop(folder: RunFolder) -> tuple[float, float] | None:
 def _preemption_graces(plan: Plan, slurm: SlurmFacts | None) -> dict[str, int]:
     """Return the partitions of the plan in which jobs are preempted -> seconds that a preempted job has left."""
     found: dict[str, int] = {}
-    if slurm is None or plan.cluster != "slurm":
+    if slurm is None or slurm.limits is None or plan.cluster != "slurm":
         return found
     for candidate in plan.placement.candidates:
-        there, named = slurm.at(cluster_of(candidate.slurm)), candidate.slurm.get("partition")
-        if not isinstance(there, Limits):
-            continue
-        for partition in there.partitions:
-            mode = how_preempted(there, partition)
+        named = candidate.slurm.get("partition")
+        for partition in slurm.limits.partitions:
+            mode = how_preempted(slurm.limits, partition)
             is_used = partition.name in named.split(",") if named else partition.is_default
             if is_used and mode != "OFF" and "SUSPEND" not in mode:
-                found[partition.name] = partition.grace_s + (there.number("KillWait") or 0)
+                found[partition.name] = partition.grace_s + (slurm.limits.number("KillWait") or 0)
     return found
 
 

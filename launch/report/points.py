@@ -314,10 +314,7 @@ class Point(StepReading):
     These steps are in ``steps`` only if the run has no others.
     """
     cluster: str | None = None
-    """Cluster of the last submission: local, slurm, or slurm with the name of another cluster.
-
-    None if the run was not submitted.
-    """
+    """Cluster of the last submission, ``local`` or ``slurm``; None if the run was not submitted."""
     source: str = ""
     """Label of the folder that the point is from in a comparison; empty in a report of one folder."""
     neighbours: tuple[str, ...] = ()
@@ -419,7 +416,6 @@ def read_point(path: Path) -> Point:
     for attempt, event in fewer.items():
         on_fewer[int(event["nodes"])] += reading.attempt_steps.get(attempt, 0)
     submitted: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "submitted"), {})
-    cluster = (str(submitted[key]) for key in ("cluster", "slurm_cluster") if submitted.get(key))
     unit = reading.unit if reading.last_step is not None or environment is None else environment.unit
     return Point(
         **{**vars(reading), "span": span, "unit": unit},
@@ -431,7 +427,7 @@ def read_point(path: Path) -> Point:
         run_time_s=sum(ended) if ended and len(ended) == len(times) else None,
         attempts=len(setups),
         breakdown=read_breakdown(run) if len(reading.steps) else None,
-        cluster=" ".join(cluster) or None,
+        cluster=submitted.get("cluster"),
         fewer_nodes={nodes: on_fewer[nodes] for nodes in sorted(on_fewer, reverse=True) if on_fewer[nodes]},
         goodput=measure_goodput(run, events),
         gpu_use=read_gpu_use(run, known),

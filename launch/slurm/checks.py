@@ -117,8 +117,6 @@ class Case:
     limits: Limits
     partition: Partition
     request: Request
-    groups: Sequence[str] | None = None
-    """Unix groups of the user; None for root, whom every partition accepts."""
 
     @property
     def config(self) -> Config:
@@ -131,13 +129,14 @@ class Case:
         nodes = self.limits.nodes_of(self.partition)
         return [n for n in nodes if n.name not in self.request.excluded and features(self.config) <= n.features]
 
-    def exceeds(self, check: str, found: str, fix: str, flag: str) -> Finding:
+    def exceeds(self, check: str, found: str, fix: str) -> Finding:
         """Return the error that the request exceeds a limit of the partition.
 
-        The error is uncertain if a QOS of the job may lift the limit by its flag ``flag``.
+        The error is uncertain if the job names a QOS, or the partition has one: a flag of a QOS may lift the limit.
         """
-        lifted = self.limits.may_be_lifted(flag, self.partition, self.config.cluster.qos)
-        return Finding(found, PENDS, fix, Level.error, check, f"its QOS has the flag {flag}" if lifted else "")
+        qos = self.config.cluster.qos or self.partition.qos
+        is_strict = self.limits.config.get("EnforcePartLimits", "NO") not in ("NO", "0")
+        return Finding(found, PENDS, fix, Level.error, check, f"QOS {qos} lifts it" if qos and not is_strict else "")
 
 
 # Facts about a config and a partition that several checks use.
@@ -176,15 +175,6 @@ def why_unsure(limits: Limits, config: Config) -> str:
     return ""
 
 
-def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfig) -> bool:
-    """Return whether Slurm would give one CPU to the only task of a node, the agent with all ranks."""
-    unit = limits.config.get("SelectTypeParameters", "").upper()
-    by_core = "CR_CPU" in unit or "CR_CORE" in unit
-    for_gpus = "DefCpuPerGPU" in limits.config.get("JobDefaults", "")
-    is_open = cluster.cpus_per_task is None and not typed_options(cluster) & {"cpus_per_gpu", "ntasks_per_node"}
-    return is_open and by_core and not for_gpus and not gives_whole_nodes(partition, cluster)
-
-
 def gives_whole_nodes(partition: Partition, cluster: ClusterConfig) -> bool:
     """Return whether a job gets whole nodes, with all their CPUs and no other job."""
     return bool(partition.is_exclusive or cluster.exclusive or "exclusive" in typed_options(cluster))
@@ -218,33 +208,25 @@ def check_partition_state(case: Case) -> Iterator[Finding]:
 
 
 def check_access(case: Case) -> Iterator[Finding]:
-    """Check account, QOS and Unix group against the lists of the partition."""
+    """Check account and QOS against the lists of the partition. sbatch itself refuses a Unix group."""
     limits, partition, cluster = case.limits, case.partition, case.config.cluster
-    lists = (
-        ("account", cluster.account, partition.allow_accounts, partition.deny_accounts),
-        ("qos", cluster.qos, partition.allow_qos, partition.deny_qos),
-    )
-    for key, value, allowed, denied in lists:
-        if allowed is not None and value is None:
-            found = f"partition {partition.name} takes {key} {', '.join(allowed)} only, and cluster.{key} is not set"
-            # Without accounting, Slurm knows no default, and 22.05.8 says "Job's account not known" permanently.
-            if key == "account" and not limits.has_accounting:
-                yield fail(key, found, PENDS, f"cluster.{key}={allowed[0]}")
-            else:
-                yield warn(key, found, f"your default {key} must be among them", f"cluster.{key}={allowed[0]}")
-        elif allowed is not None and value not in allowed:
-            found = f"cluster.{key}={value}, and partition {partition.name} takes {', '.join(allowed)} only"
-            wrong = fail(key, found, PENDS, f"cluster.{key}={(closest(str(value), allowed) or allowed)[0]}")
-            # In newer releases, the list of a partition also covers subaccounts (slurm.conf, AllowAccounts).
-            has_parents = key == "account" and limits.has_accounting and limits.version >= (23, 2)
-            yield doubt(wrong, "it is a subaccount of one of them") if has_parents else wrong
-        elif allowed is None and value in (denied or ()):
-            found = f"cluster.{key}={value}, which partition {partition.name} refuses"
-            yield fail(key, found, PENDS, f"cluster.{key}=ANOTHER, or cluster.partition=ANOTHER")
-    groups, admitted = case.groups, partition.allow_groups
-    if groups is not None and admitted is not None and not set(groups) & set(admitted):
-        found = f"partition {partition.name} takes groups {', '.join(admitted)}, not {', '.join(groups)}"
-        yield fail("group", found, REFUSES, "cluster.partition=ANOTHER, or ask the site for membership")
+    for key, value, allowed in (
+        ("account", cluster.account, partition.allow_accounts),
+        ("qos", cluster.qos, partition.allow_qos),
+    ):
+        if allowed is None or value in allowed:
+            continue
+        said = f"cluster.{key} is not set" if value is None else f"cluster.{key}={value}"
+        found = f"partition {partition.name} takes {key} {', '.join(allowed)} only, and {said}"
+        fix = f"cluster.{key}={(closest(value or '', allowed) or allowed)[0]}"
+        # Without accounting, Slurm knows no default, and 22.05.8 says "Job's account not known" permanently.
+        if value is None and (key != "account" or limits.has_accounting):
+            yield warn(key, found, f"your default {key} must be among them", fix)
+            continue
+        # Since Slurm 23.02, the list of a partition also covers subaccounts (slurm.conf, AllowAccounts).
+        may_be_subaccount = key == "account" and limits.has_accounting
+        wrong = fail(key, found, PENDS, fix)
+        yield doubt(wrong, "it is a subaccount of one of them") if may_be_subaccount else wrong
 
 
 def check_time(case: Case) -> Iterator[Finding]:
@@ -252,7 +234,7 @@ def check_time(case: Case) -> Iterator[Finding]:
     asked, most = case.config.cluster.timeout_min, case.partition.max_time_min
     if most is not None and asked > most:
         found = f"cluster.timeout_min={asked}, and MaxTime of {case.partition.name} is {most:g} min"
-        yield case.exceeds("time limit", found, f"cluster.timeout_min={int(most)}", "PartitionTimeLimit")
+        yield case.exceeds("time limit", found, f"cluster.timeout_min={int(most)}")
     lead, grace = case.config.cluster.signal_delay_s, case.config.resilience.grace_period_s
     if grace > lead:
         found = f"resilience.grace_period_s={grace} and cluster.signal_delay_s={lead}"
@@ -277,12 +259,11 @@ def check_node_count(case: Case) -> Iterator[Finding]:
     if asked > most:
         limit = f"MaxNodes is {most}" if most < exist else f"it has {most} that fit cluster.exclude and constraint"
         found, fix = f"{head} in partition {partition.name}: {limit}", request_fewer_nodes(config, most)
-        above = case.exceeds("nodes", found, fix, "PartitionMaxNodes")
-        yield above if asked <= exist else fail("nodes", found, PENDS, fix)
+        yield case.exceeds("nodes", found, fix) if asked <= exist else fail("nodes", found, PENDS, fix)
         return
     if asked < partition.min_nodes:
         found = f"{head}, and MinNodes of {partition.name} is {partition.min_nodes}"
-        yield case.exceeds("nodes", found, f"nodes={partition.min_nodes - config.spare_nodes}", "PartitionMinNodes")
+        yield case.exceeds("nodes", found, f"nodes={partition.min_nodes - config.spare_nodes}")
     broken = [node for node in case.nodes if not node.is_usable]
     working = exist - len(broken)
     if asked > working:
@@ -337,15 +318,9 @@ def check_defaults(case: Case) -> Iterator[Finding]:
     ranks = case.config.ranks_on_node
     if gives_whole_nodes(partition, cluster):
         return
-    fix = f"cluster.cpus_per_task={4 * ranks}"
-    if is_given_one_cpu(limits, partition, cluster):
-        on_it = f"{counted(ranks, 'rank')} with their data and communication threads"
-        yield warn(
-            "cpus", "cluster.cpus_per_task is not set", f"Slurm gives the task of a node 1 CPU, for {on_it}", fix
-        )
-    elif cluster.cpus_per_task is not None and cluster.cpus_per_task < ranks:
+    if cluster.cpus_per_task is not None and cluster.cpus_per_task < ranks:
         found = f"cluster.cpus_per_task={cluster.cpus_per_task} for {counted(ranks, 'rank')} on a node"
-        yield warn("cpus", found, "the ranks of a node share these CPUs", fix)
+        yield warn("cpus", found, "the ranks of a node share these CPUs", f"cluster.cpus_per_task={4 * ranks}")
     per_cpu = partition.memory_per_cpu_mb or limits.number("DefMemPerCPU") or 0
     per_node = partition.memory_per_node_mb or limits.number("DefMemPerNode")
     share = per_node or per_cpu * (cluster.cpus_per_task or 1)
@@ -356,36 +331,24 @@ def check_defaults(case: Case) -> Iterator[Finding]:
 
 
 def check_preemption(case: Case) -> Iterator[Finding]:
-    """Check that a preempted job returns to the queue, and has enough time to save."""
+    """Check that a preempted job returns to the queue. The plan compares its time with measured saves."""
     limits, partition, config = case.limits, case.partition, case.config
     name, mode = partition.name, how_preempted(limits, partition)
     if mode == "OFF":
         yield fine("preemption", f"nothing preempts jobs in {name}")
         return
-    plan = case.request.plan
-    instead = (plan and plan.promised.saves_more_often) or "more frequent checkpoints"
-    options = {str(key).replace("-", "_"): value for key, value in config.cluster.additional_parameters.items()}
-    no_requeue = limits.number("JobRequeue") == 0 and not options.get("requeue")
     if mode != "REQUEUE":
         done = "suspended, and its collectives time out" if "SUSPEND" in mode else "ended and not requeued"
         why = f"a preempted run is {done}; the same command resumes from its last checkpoint"
-        yield warn("preemption", f"PreemptMode of {name} is {mode}", why, instead)
-    elif options.get("no_requeue") or no_requeue:
-        found = (
-            "JobRequeue=0 on this cluster, and no --requeue" if no_requeue else "no_requeue in additional_parameters"
-        )
+        plan = case.request.plan
+        fix = (plan and plan.promised.saves_more_often) or "more frequent checkpoints"
+        yield warn("preemption", f"PreemptMode of {name} is {mode}", why, fix)
+    elif limits.number("JobRequeue") == 0 and "requeue" not in typed_options(config.cluster):
+        found = "JobRequeue=0 on this cluster, and no --requeue"
         ended = f"jobs in {name} may be preempted, and this one would be ended instead of requeued"
-        fix = "~cluster.additional_parameters.no_requeue +cluster.additional_parameters.requeue=true"
-        yield warn("preemption", found, ended, fix if options.get("no_requeue") else fix.split()[1])
+        yield warn("preemption", found, ended, "+cluster.additional_parameters.requeue=true")
     else:
         yield fine("preemption", f"jobs in {name} may be preempted, and are requeued")
-    wait = limits.number("KillWait") or 0
-    # Slurm 22.05 ends a preempted job GraceTime plus KillWait after the first signal.
-    lead, left = config.cluster.signal_delay_s, partition.grace_s + wait
-    if lead > left and "SUSPEND" not in mode:
-        found = f"GraceTime of {name} is {partition.grace_s} s (KillWait {wait} s), and cluster.signal_delay_s={lead}"
-        why = f"a preempted run has about {left} s for a save, not {lead} s: a slower save is lost"
-        yield warn("preemption", found, why, instead)
 
 
 def check_partition(case: Case) -> Iterator[Finding]:
@@ -406,9 +369,9 @@ def check_partition(case: Case) -> Iterator[Finding]:
 # The checks of one request on one cluster.
 
 
-def check_request(limits: Limits, request: Request, groups: Sequence[str] | None) -> list[Finding]:
-    """Check one job or array, and return all findings. ``groups`` are the Unix groups of the user; None for root."""
-    cases = [Case(limits, partition, request, groups) for partition in partitions_of(limits, request.config)]
+def check_request(limits: Limits, request: Request) -> list[Finding]:
+    """Check one job or array, and return all findings."""
+    cases = [Case(limits, partition, request) for partition in partitions_of(limits, request.config)]
     found = [
         *check_partition_names(limits, request.config),
         *soften_some([[*check_partition(case)] for case in cases]),  # Slurm uses the first partition that fits.

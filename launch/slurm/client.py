@@ -192,13 +192,8 @@ class JobState:
         return self.submitted if self.state == "PENDING" else None  # A job whose nodes boot, for example, cannot move.
 
 
-def cluster_option(cluster: str | None) -> tuple[str, ...]:
-    """Return the option that sends a Slurm command to another cluster; empty for the local cluster (None)."""
-    return () if cluster is None else (f"--clusters={cluster}",)
-
-
-def job_states(job_ids: Iterable[str], retries: int = RETRIES, cluster: str | None = None) -> dict[str, JobState]:
-    """Return the states of jobs of one cluster by id, with one squeue for all jobs. Works without accounting.
+def job_states(job_ids: Iterable[str], retries: int = RETRIES) -> dict[str, JobState]:
+    """Return the states of jobs by id, with one squeue for all jobs. Works without accounting.
 
     The id of an array element is ``123_4``, or the number in SLURM_JOB_ID of its script. A job is absent if the
     controller has forgotten it (MinJobAge after its end). Raises SlurmError.
@@ -209,7 +204,7 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES, cluster: str | No
         return {}
     options = ("--noheader", "--array", "--states=all", "--format=%i|%A|%T|%r|%N|%S|%P|%V")
     try:
-        text = run("squeue", *cluster_option(cluster), *options, "--jobs", ",".join(roots), retries=retries)
+        text = run("squeue", *options, "--jobs", ",".join(roots), retries=retries)
     except SlurmError as error:
         if GONE in str(error).lower():
             return {}
@@ -222,10 +217,10 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES, cluster: str | No
     }
 
 
-def output_file(job_id: str, cluster: str | None = None) -> Path | None:
+def output_file(job_id: str) -> Path | None:
     """Return the path of the output of a job's batch script; None if Slurm has forgotten the job or names no file."""
     try:
-        found = job_fields(job_id, cluster=cluster).get("StdOut")
+        found = job_fields(job_id).get("StdOut")
     except SlurmError as error:
         if GONE in str(error).lower():
             return None
@@ -233,10 +228,10 @@ def output_file(job_id: str, cluster: str | None = None) -> Path | None:
     return Path(found) if found else None
 
 
-def scancel(job_id: str, *options: str, cluster: str | None = None, retries: int = RETRIES) -> None:
+def scancel(job_id: str, *options: str, retries: int = RETRIES) -> None:
     """Cancel one job, or one element of an array, or send it a signal. No error if the job is over or forgotten."""
     try:
-        run("scancel", *cluster_option(cluster), *options, job_id, retries=retries)
+        run("scancel", *options, job_id, retries=retries)
     except SlurmError as error:
         if not any(text in str(error).lower() for text in (GONE, "already completing or completed")):
             raise
@@ -328,7 +323,6 @@ def exclude(job_id: str, hosts: Iterable[str]) -> None:
     run("scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(sorted({*names, *hosts}))}")
 
 
-def job_fields(job_id: str, retries: int = RETRIES, cluster: str | None = None) -> dict[str, str]:
+def job_fields(job_id: str, retries: int = RETRIES) -> dict[str, str]:
     """Return the fields that ``scontrol show job`` prints, by name. Raises SlurmError."""
-    at = cluster_option(cluster)
-    return parse_fields(run("scontrol", *at, "show", "job", "--oneliner", job_id, retries=retries))
+    return parse_fields(run("scontrol", "show", "job", "--oneliner", job_id, retries=retries))

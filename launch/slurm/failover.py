@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from launch.plan.placement import decide, waiting_since
 from launch.plan.plan import Plan, record_submitted
 from launch.runs.folder import RunFolder, read_plan
 from launch.slurm.client import SlurmBusyError, SlurmError
-from launch.slurm.jobs import ACTIVE, SlurmJob, ask_queue, job_of
+from launch.slurm.jobs import ACTIVE, SlurmJob, ask_queue
 from launch.slurm.limits import OWN_WISH
 from launch.slurm.status import RunStatus, last_placed
 from launch.slurm.submit import submit_somewhere
@@ -33,12 +33,27 @@ LEAVE_S = 30.0
 LEAVE_POLL_S = 0.5
 
 
-@dataclass
+def fail_over(points: Sequence[RunStatus], console: Console) -> SlurmError | None:
+    """Move the points that have been pending too long at their place, or give them up.
+
+    Returns None, or Slurm's error; the next call then continues the moves.
+    """
+    try:
+        for point in points:
+            if (due := due_move(point, time.time())) is None:
+                continue
+            with no_interrupt(), claim(point.folder) as is_ours:
+                if is_ours and is_current(point):
+                    move_point(point, due, console)
+    except SlurmError as error:
+        return error
+    return None
+
+
+@dataclass(frozen=True)
 class Move:
     """Move of a pending point to another candidate, or the decision to give the point up."""
 
-    point: RunStatus
-    job: SlurmJob
     plan: Plan
     """Plan of the run. Its placement lacks the candidates that sbatch has refused."""
     to: int | None
@@ -47,125 +62,92 @@ class Move:
     """Time when the point began to wait, over all places, Unix seconds."""
     place: str = ""
     waited: str = ""
-    """Time and reason of the wait at the former place, for people."""
-    is_out: bool = False
-    """True once the job has left the queue."""
+    """Time and reason of the wait at the former place, for people; empty if the job has left the queue already."""
 
 
-class PlacementFailover:
-    """Moves points that have been pending too long at their place, or gives them up."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._excused: dict[str, float] = {}
-        """Job name -> last time (Unix seconds) when the job was pending for a reason in OWN_WISH."""
-
-    def step(self, points: Sequence[RunStatus]) -> SlurmError | None:
-        """Make the moves that are due. Returns None, or Slurm's error; the next call then continues the moves."""
-        now = time.time()
-        due = [move for point in points if (move := self._due(point, now)) is not None]
-        if not due:
-            return None
-        with ExitStack() as stack:
-            stack.enter_context(no_interrupt())
-            ours = [move for move in due if stack.enter_context(claim(move.point.folder)) and is_current(move.point)]
-            try:
-                self._take_out([move for move in ours if not move.is_out], now)
-                for move in ours:
-                    if move.is_out and move.to is not None:
-                        self._submit(move, move.to)
-            except SlurmError as error:
-                return error
+def due_move(point: RunStatus, now: float) -> Move | None:
+    """Return the move of a point that is due now, or that another process has begun; else None."""
+    status = point.job_status
+    plan = promised(point) if isinstance(point.job, SlurmJob) and point.state in ACTIVE else None
+    if plan is None or not plan.placement.is_watched:
         return None
-
-    def _due(self, point: RunStatus, now: float) -> Move | None:
-        """Return the move of a point that is due now, or that another process has begun; else None."""
-        job, status = point.job, point.job_status
-        plan = promised(point) if isinstance(job, SlurmJob) and point.state in ACTIVE else None
-        if plan is None or not plan.placement.is_watched:
+    if point.state == "running":
+        record_stay(point)
+        return None
+    events = point.events()
+    if status.phase == "over":
+        last = last_placed(events)
+        if last is None or last["event"] != "moved":  # Another process has just moved the point.
             return None
-        assert isinstance(job, SlurmJob)
-        if point.state == "running":
+        return Move(plan, last["candidate"], last["waiting_since"])
+    if status.since is None or status.reason in OWN_WISH:
+        return None
+    at = next(e["candidate"] for e in reversed(events) if e["event"] == "submitted")
+    since = waiting_since(events, status.since)
+    leaves, to = decide(plan.placement, at, now - status.since, now - since)
+    if not leaves:
+        return None
+    place = plan.placement.candidates[at].name
+    reason = f" ({status.reason})" if status.reason else ""
+    waited = f"{duration_text(now - status.since)} in {place or 'the queue'}{reason}"
+    return Move(plan, to, since, place, waited)
+
+
+def move_point(point: RunStatus, move: Move, console: Console) -> None:
+    """Record a move, take the pending job out of the queue, and submit the point elsewhere. Raises SlurmError.
+
+    The record comes first, so that another process can continue the move after a crash.
+    """
+    job, candidates, last = point.job, move.plan.placement.candidates, last_placed(point.events())
+    assert isinstance(job, SlurmJob)
+    if move.waited:
+        known = {"job_id": job.job_id, "from": move.place, "waiting_since": move.since}
+        if move.to is None:
+            cause = f"{duration_text(time.time() - move.since)} in the queue, at last {move.waited}"
+            point.folder.record_event("gave_up", **known, cause=cause)
+        # Otherwise the move is already recorded.
+        elif last is None or last["event"] != "moved" or last["candidate"] != move.to:
+            to = candidates[move.to].name
+            point.folder.record_event("moved", **known, to=to, candidate=move.to, cause=move.waited)
+            console.print(f"{point.name}: waited {move.waited}, moves to {to}")
+        if not has_left(job):
             record_stay(point)
-            return None
-        events = point.events()
-        if status.phase == "over":
-            last = last_placed(events)
-            if last is None or last["event"] != "moved":  # Another process has just moved the point.
-                return None
-            return Move(point, job, plan, last["candidate"], last["waiting_since"], is_out=True)
-        if status.since is None:
-            return None
-        if status.reason in OWN_WISH:
-            self._excused[job.name] = now
-            return None
-        excused = self._excused.get(job.name, 0.0)
-        at = next(e["candidate"] for e in reversed(events) if e["event"] == "submitted")
-        here, since = max(status.since, excused), max(waiting_since(events, status.since), excused)
-        leaves, to = decide(plan.placement, at, now - here, now - since)
-        if not leaves:
-            return None
-        place = plan.placement.candidates[at].name
-        reason = f" ({status.reason})" if status.reason else ""
-        waited = f"{duration_text(now - here)} in {place or 'the queue'}{reason}"
-        return Move(point, job, plan, to, since, place, waited)
-
-    def _take_out(self, moves: Sequence[Move], now: float) -> None:
-        """Record the moves, cancel the pending jobs, and wait at most LEAVE_S seconds until they have left the queue.
-
-        The record comes first, so that another process can continue the moves after a crash. Sets ``Move.is_out``.
-        """
-        for move in moves:
-            known = {"job_id": move.job.job_id, "from": move.place, "waiting_since": move.since}
-            last = last_placed(move.point.events())
-            if move.to is None:
-                cause = f"{duration_text(now - move.since)} in the queue, at last {move.waited}"
-                move.point.folder.record_event("gave_up", **known, cause=cause)
-            # Otherwise the move is already recorded.
-            elif last is None or last["event"] != "moved" or last["candidate"] != move.to:
-                to = move.plan.placement.candidates[move.to].name
-                move.point.folder.record_event("moved", **known, to=to, candidate=move.to, cause=move.waited)
-                self._console.print(f"{move.point.name}: waited {move.waited}, moves to {to}")
-        for move in moves:
-            move.job.take_out()
-        deadline = time.monotonic() + LEAVE_S
-        left = list(moves)
-        while left:
-            queue = ask_queue(move.job for move in left)
-            states = [(move, move.job.status(queue)) for move in left]
-            for move, state in states:
-                move.is_out = state.state in ("GONE", "CANCELLED")
-            left = [move for move, state in states if state.phase == "pending" or state.state == "COMPLETING"]
-            if not left or time.monotonic() > deadline:
-                break
-            time.sleep(LEAVE_POLL_S)
-        for move in moves:
-            if not move.is_out:
-                record_stay(move.point)
-
-    def _submit(self, move: Move, to: int) -> None:
-        """Submit a point at candidate ``to``, or at the next candidate that sbatch does not refuse.
-
-        If sbatch refuses the point at every candidate, the point is given up.
-        """
-        point, candidates = move.point, move.plan.placement.candidates
-        try:
-            done = submit_somewhere([move.plan], to)
-        except SlurmBusyError:
-            raise
-        except SlurmError as error:
-            cause = f"sbatch refuses it everywhere; at last: {error}"
-            point.folder.record_event("gave_up", waiting_since=move.since, cause=cause)
             return
-        for refused, why in done.refused.items():
-            point.folder.record_event("refused", candidate=refused, cause=why)
-            self._console.print(f"{point.name}: {candidates[refused].name} is skipped from now on: {why}")
-        (job,) = done.jobs
-        record_submitted(move.plan, job.job_id, done.candidate, moved=True)
-        point.job = job
-        self._console.print(f"{point.name}: job {job.name} at {candidates[done.candidate].name}")
-        if point.is_cancelled:  # The job started at the moment of its move.
-            job.kill()
+    if move.to is None:
+        return
+    try:
+        done = submit_somewhere([move.plan], move.to)
+    except SlurmBusyError:
+        raise
+    except SlurmError as error:
+        cause = f"sbatch refuses it everywhere; at last: {error}"
+        point.folder.record_event("gave_up", waiting_since=move.since, cause=cause)
+        return
+    for refused, why in done.refused.items():
+        point.folder.record_event("refused", candidate=refused, cause=why)
+        console.print(f"{point.name}: {candidates[refused].name} is skipped from now on: {why}")
+    (moved,) = done.jobs
+    record_submitted(move.plan, moved.job_id, done.candidate, moved=True)
+    point.job = moved
+    console.print(f"{point.name}: job {moved.job_id} at {candidates[done.candidate].name}")
+    if point.is_cancelled:  # The job started at the moment of its move.
+        moved.kill()
+
+
+def has_left(job: SlurmJob) -> bool:
+    """Cancel a pending job, and return whether the job has left the queue within LEAVE_S seconds.
+
+    False if the job has started meanwhile. Raises SlurmError.
+    """
+    job.take_out()
+    deadline = time.monotonic() + LEAVE_S
+    while True:
+        state = job.status(ask_queue([job]))
+        if state.phase != "pending" and state.state != "COMPLETING":
+            return state.state in ("GONE", "CANCELLED")
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LEAVE_POLL_S)
 
 
 def promised(point: RunStatus) -> Plan | None:
@@ -198,8 +180,8 @@ def record_stay(point: RunStatus) -> None:
 
 def is_current(point: RunStatus) -> bool:
     """Return whether no other process has moved or cancelled the point since the last poll."""
-    submitted = [job_of(event).name for event in point.events() if event["event"] == "submitted"]
-    return not point.is_cancelled and point.job is not None and submitted[-1] == point.job.name
+    submitted = [str(event["job_id"]) for event in point.events() if event["event"] == "submitted"]
+    return not point.is_cancelled and point.job is not None and submitted[-1] == point.job.job_id
 
 
 @contextmanager

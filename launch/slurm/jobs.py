@@ -13,7 +13,9 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from launch.agent import node as processes
 from launch.errors import ConfigError
-from launch.plan.placement import cluster_of
-from launch.plan.plan import ELSEWHERE, JOBS, SLURM_JOBS, Plan
+from launch.plan.plan import JOBS, SLURM_JOBS, Plan
 from launch.runs.events import refuse_alive
 from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
@@ -39,29 +40,18 @@ SECOND_SIGNAL_S = 0.5  # Two signals that are pending at the same time count as 
 ACTIVE = ("pending", "running")
 
 
+@dataclass(frozen=True)
 class SlurmJob:
-    """A Slurm job, or one element of a job array. ``cluster`` is None for the local cluster."""
+    """A Slurm job, or one element of a job array."""
 
-    def __init__(self, job_id: str, cluster: str | None = None) -> None:
-        self.job_id = job_id
-        self.cluster = cluster
-
-    @property
-    def name(self) -> str:
-        """Return a unique name: the job's id, and the cluster if it is not the local one."""
-        return self.job_id if self.cluster is None else f"{self.job_id} on cluster {self.cluster}"
-
-    @property
-    def array_id(self) -> str:
-        """Return the id of the array that has the job as an element; the job's own id if there is no array."""
-        return self.job_id.split("_")[0]
+    job_id: str
 
     def status(self, queue: Mapping[str, JobState]) -> JobState:
-        """Return the state of the job from ``queue`` (job name -> state); GONE if the queue lacks the job.
+        """Return the state of the job from ``queue`` (job id -> state); GONE if the queue lacks the job.
 
         Slurm forgets jobs soon after they end.
         """
-        return queue.get(self.name, JobState("GONE"))
+        return queue.get(self.job_id, JobState("GONE"))
 
     def stop(self, phase: str) -> None:
         """Cancel a pending job; have the agents of a running job save, by SIGTERM."""
@@ -69,63 +59,52 @@ class SlurmJob:
             self.take_out()
         else:
             # Not repeated: a second signal would end ranks that are saving.
-            scheduler.scancel(self.job_id, "--signal=TERM", cluster=self.cluster, retries=1)
+            scheduler.scancel(self.job_id, "--signal=TERM", retries=1)
 
     def take_out(self) -> None:
         """Cancel the job, unless it has started."""
-        scheduler.scancel(self.job_id, "--state=PENDING", cluster=self.cluster)
+        scheduler.scancel(self.job_id, "--state=PENDING")
 
     def kill(self) -> None:
         """Cancel the job: Slurm sends SIGTERM, and SIGKILL after its KillWait."""
-        scheduler.scancel(self.job_id, cluster=self.cluster)
+        scheduler.scancel(self.job_id)
 
 
+@dataclass
 class LocalJob:
-    """The agents of a point on one machine, under a controller process of submitit.
+    """The agents of a point on one machine, under a controller process of submitit."""
 
-    Args:
-        job_id: process id of the controller.
-        host: machine of the controller.
-        process: process of the controller in the launcher that started it; None in other processes.
-        started: start time of the controller, since the kernel reuses process ids; None if not known.
-    """
-
-    def __init__(
-        self, job_id: str, host: str, process: subprocess.Popen[bytes] | None = None, started: str | None = None
-    ) -> None:
-        self.job_id = job_id
-        self.started = processes.start_time(process.pid) if process is not None else started
-        self._host = host
-        self._process = process
-        self._asked = False
-
-    @property
-    def name(self) -> str:
-        return self.job_id
+    job_id: str
+    """Process id of the controller."""
+    host: str
+    """Machine of the controller."""
+    started: str | None = None
+    """Start time of the controller, since the kernel reuses process ids; None if not known."""
+    process: subprocess.Popen[bytes] | None = None
+    """Process of the controller in the launcher that started it; None in other processes."""
+    _is_asked: bool = False
 
     @property
     def is_alive(self) -> bool:
         """Return whether the controller runs."""
-        return is_local_job(int(self.job_id), self.started) if self._process is None else self._process.poll() is None
+        return is_local_job(int(self.job_id), self.started) if self.process is None else self.process.poll() is None
 
     def status(self, queue: Mapping[str, JobState]) -> JobState:
         """Return the state RUNNING or GONE; UNKNOWN if the controller is on another machine. Ignores ``queue``."""
-        if self._host != os.uname().nodename:
-            return JobState("UNKNOWN", f"local run on {self._host}; ask there")
+        if self.host != os.uname().nodename:
+            return JobState("UNKNOWN", f"local run on {self.host}; ask there")
         return JobState("RUNNING" if self.is_alive else "GONE")
 
     def stop(self, phase: str) -> None:
         """Send SIGTERM to the controller, which forwards the signal to every agent. ``phase`` is not used."""
-        self._asked = True
-        if self._host == os.uname().nodename and self.is_alive:
-            try:
+        self._is_asked = True
+        if self.host == os.uname().nodename and self.is_alive:
+            with suppress(ProcessLookupError):  # it has just ended
                 os.kill(int(self.job_id), signal.SIGTERM)
-            except ProcessLookupError:  # it has just ended
-                return
 
     def kill(self) -> None:
         """Send a second SIGTERM, after the first if none was sent. Then the agents end their ranks at once."""
-        if not self._asked:
+        if not self._is_asked:
             self.stop("running")
             time.sleep(SECOND_SIGNAL_S)
         self.stop("running")
@@ -147,23 +126,12 @@ def job_of(event: Mapping[str, Any]) -> Job:
     """Return the handle of the job that a ``submitted`` event records."""
     if event["cluster"] == "local":
         return LocalJob(str(event["job_id"]), str(event.get("host")), started=event.get("pid_started"))
-    return SlurmJob(str(event["job_id"]), event.get("slurm_cluster"))
+    return SlurmJob(str(event["job_id"]))
 
 
 def ask_queue(jobs: Iterable[Job | None], retries: int = scheduler.RETRIES) -> dict[str, JobState]:
-    """Return job name -> state, with one squeue for each cluster. Other jobs than Slurm's are skipped.
-
-    Raises SlurmError.
-    """
-    by_cluster: dict[str | None, set[str]] = {}
-    for job in jobs:
-        if isinstance(job, SlurmJob):
-            by_cluster.setdefault(job.cluster, set()).add(job.job_id)
-    return {
-        SlurmJob(number, cluster).name: state
-        for cluster, numbers in by_cluster.items()
-        for number, state in scheduler.job_states(numbers, retries, cluster).items()
-    }
+    """Return job id -> state, with one squeue. Other jobs than Slurm's are skipped. Raises SlurmError."""
+    return scheduler.job_states((job.job_id for job in jobs if isinstance(job, SlurmJob)), retries)
 
 
 class LocalQueueEntry:
@@ -206,25 +174,18 @@ def submitit_folder(run_dir: str | Path) -> Path:
     return Path(run_dir).parent / JOBS
 
 
-def slurm_folder(run_dir: str | Path, cluster: str | None = None) -> Path:
+def slurm_folder(run_dir: str | Path) -> Path:
     """Return the folder of submitit's pickles and the agents' logs of Slurm jobs.
-
-    ``cluster`` is the name of another cluster; None for the local cluster.
 
     All jobs of a sweep share one folder. submitit would make a folder for each job only after sbatch has answered. By
     then the job may have started, and Slurm silently fails a job whose log it cannot open.
     """
-    return submitit_folder(run_dir) / (f"{ELSEWHERE}{cluster}" if cluster else SLURM_JOBS)
-
-
-def jobs_folder(plan: Plan) -> Path:
-    """Return the folder of submitit's files for the jobs of a plan."""
-    return slurm_folder(plan.run_dir, cluster_of(plan.slurm))
+    return submitit_folder(run_dir) / SLURM_JOBS
 
 
 def agent_logs(run_dir: str | Path, job: Job, node: int) -> list[Path]:
     """Return the paths of the standard output and error of a node's agent. The files may not exist."""
-    folder = slurm_folder(run_dir, job.cluster) if isinstance(job, SlurmJob) else submitit_folder(run_dir)
+    folder = slurm_folder(run_dir) if isinstance(job, SlurmJob) else submitit_folder(run_dir)
     paths = JobPaths(folder, job.job_id, node)
     return [Path(paths.stdout), Path(paths.stderr)]
 
@@ -244,7 +205,7 @@ def batch_parameters(plan: Plan) -> dict[str, Any]:
     The shell option ``set +e`` keeps a user's ``set -e`` from skipping that command. A trap would replace a user's own
     trap.
     """
-    python, folder = shlex.quote(sys.executable), shlex.quote(str(jobs_folder(plan)))
+    python, folder = shlex.quote(sys.executable), shlex.quote(str(slurm_folder(plan.run_dir)))
     after = f'{python} -m {AFTER_STEP} "$status" {folder} --submitit'
     setup = [*plan.slurm.get("setup", []), "set +e"]
     return {**plan.slurm, "setup": setup, "teardown": ["status=$?", f'[ "$status" -eq 0 ] || exec {after}']}
@@ -252,7 +213,7 @@ def batch_parameters(plan: Plan) -> dict[str, Any]:
 
 def sbatch_text(plans: Sequence[Plan]) -> str:
     """Return the batch script that submitit writes for plans with equal resources. Needs no Slurm."""
-    folder = jobs_folder(plans[0])
+    folder = slurm_folder(plans[0].run_dir)
     parameters = batch_parameters(plans[0])
     python = parameters.pop("python", None) or shlex.quote(sys.executable)
     command = f"{python} -u -m {SUBMISSION} {shlex.quote(str(folder))}"
@@ -287,7 +248,7 @@ def refuse_running(plan: Plan, own: str | None = None) -> None:
         waits = phase == "pending" and plan.placement.is_watched
         move = f"; if its launcher is gone, python -m launch.move {shlex.quote(plan.run_dir)} moves it" if waits else ""
         raise ConfigError(
-            f"{plan.run_dir} is being worked on by {kind} {job.name}, {phase}",
+            f"{plan.run_dir} is being worked on by {kind} {job.job_id}, {phase}",
             "one job for a run folder",
             f"wait for it or cancel it; fresh=true makes a new folder{move}",
         )
@@ -297,21 +258,15 @@ def refuse_running(plan: Plan, own: str | None = None) -> None:
 
 def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
     """Return the newest active Slurm job of a run that no event names; None if there is none. Raises SlurmError."""
-    known = {job_of(event).name for event in folder.read_events() if event["event"] == "submitted"}
-    jobs = {job.name: (job, pickle) for job, pickle in submitted_jobs(folder.path) if job.name not in known}
+    known = {str(event["job_id"]) for event in folder.read_events() if event["event"] == "submitted"}
+    pickles = {
+        SlurmJob(p.name.removesuffix(SUBMITTED)): p for p in slurm_folder(folder.path).glob(f"[0-9]*{SUBMITTED}")
+    }
     # The pickles name the run, so that squeue asks only for jobs of this run; mostly there are none.
-    own = [job for job, pickle in jobs.values() if run_dir_of(pickle) == str(folder.path)]
+    own = [j for j, pickle in pickles.items() if j.job_id not in known and run_dir_of(pickle) == str(folder.path)]
     queue = ask_queue(own)
     ours = [job for job in own if job.status(queue).phase in ACTIVE]
     return max(ours, key=lambda job: [int(number) for number in job.job_id.split("_")], default=None)
-
-
-def submitted_jobs(run_dir: Path) -> Iterator[tuple[SlurmJob, Path]]:
-    """Yield the Slurm jobs that submitit has submitted for the runs of a sweep, each with the path of its pickle."""
-    elsewhere = (path.name.removeprefix(ELSEWHERE) for path in submitit_folder(run_dir).glob(f"{ELSEWHERE}*"))
-    for cluster in (None, *elsewhere):
-        for pickle in slurm_folder(run_dir, cluster).glob(f"[0-9]*{SUBMITTED}"):
-            yield SlurmJob(pickle.name.removesuffix(SUBMITTED), cluster), pickle
 
 
 @cache  # A pickle never changes, and every point of a sweep reads the pickles of all points.

@@ -1,22 +1,17 @@
-"""Limits of Slurm clusters as scontrol reports them, and the reasons for which a job is pending."""
+"""Limits of the Slurm cluster as scontrol reports them, and the reasons for which a job is pending."""
 
 from __future__ import annotations
 
 import dataclasses
-import grp
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from launch.errors import Problem
 from launch.slurm import client as scheduler
 from launch.slurm.client import parse_fields
-
-if TYPE_CHECKING:
-    from launch.config import Config
 
 NOTHING = ("", "(null)", "N/A", "NONE", "none")
 TIMEOUT_S = 10.0
@@ -112,10 +107,7 @@ class Partition:
     preempt_mode: str = from_slurm("PreemptMode", lambda text: text or "OFF")
     priority_tier: int = from_slurm("PriorityTier", lambda text: whole_number(text) or 0)
     allow_accounts: tuple[str, ...] | None = from_slurm("AllowAccounts", names)
-    deny_accounts: tuple[str, ...] | None = from_slurm("DenyAccounts", names)
     allow_qos: tuple[str, ...] | None = from_slurm("AllowQos", names)
-    deny_qos: tuple[str, ...] | None = from_slurm("DenyQos", names)
-    allow_groups: tuple[str, ...] | None = from_slurm("AllowGroups", names)
     max_cpus_per_node: int | None = from_slurm("MaxCPUsPerNode", whole_number)
     max_memory_mb: int | None = from_slurm("MaxMemPerNode", whole_number)
     memory_per_cpu_mb: int | None = from_slurm("DefMemPerCPU", whole_number)
@@ -126,7 +118,7 @@ class Partition:
     total_nodes: int = from_slurm("TotalNodes", lambda text: whole_number(text) or 0)
     """Number of the partition's nodes, including nodes that Slurm does not show (PrivateData without ``cloud``)."""
     qos: str | None = from_slurm("QoS", lambda text: None if text in NOTHING else text)
-    """QOS of the partition, whose limits and flags apply to every job in the partition; None if there is none."""
+    """QOS of the partition, which may lift limits of the partition for every job in it; None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +148,10 @@ class NodeLimits:
 class Limits:
     """Limits of a whole cluster: its partitions, nodes and configuration."""
 
-    version: tuple[int, ...]
     config: dict[str, str]
     """Configuration by scontrol: name -> value; names without a value are absent."""
     partitions: tuple[Partition, ...]
     nodes: tuple[NodeLimits, ...]
-    qos_flags: Mapping[str, frozenset[str]] | None = field(default_factory=dict)
-    """Flags of each QOS by its name; None if slurmdbd does not answer."""
 
     def number(self, key: str) -> int | None:
         """Return a number of slurm.conf without its unit; None if it is unlimited or absent."""
@@ -177,51 +166,26 @@ class Limits:
         """Return whether the cluster has a slurmdbd, and with it accounts, associations and QOSes."""
         return self.config.get("AccountingStorageType", "").endswith("/slurmdbd")
 
-    def may_be_lifted(self, flag: str, partition: Partition, qos: str | None) -> bool:
-        """Return whether a QOS with this flag may lift a limit of the partition for a job.
-
-        A job without ``qos`` has a default QOS, which may be any. With EnforcePartLimits no QOS lifts limits.
-        """
-        if not self.has_accounting or self.config.get("EnforcePartLimits", "NO") not in ("NO", "0"):
-            return False
-        if self.qos_flags is None:
-            return True
-        names = [qos, partition.qos or ""] if qos else list(self.qos_flags)
-        return any(flag in self.qos_flags.get(name, ()) for name in names)
-
 
 class NoControllerError(scheduler.SlurmError):
     """Raised if no controller answers, so that nothing can be submitted."""
 
 
-def read_limits(cluster: str | None = None) -> Limits:
-    """Read the limits of this cluster, or of another one. Raises SlurmError if no controller answers.
+def read_limits() -> Limits:
+    """Read the limits of the cluster. Raises SlurmError if no controller answers.
 
     Each command runs once, for TIMEOUT_S seconds at most: a submission waits for the answers, but works without them.
     """
-    at = scheduler.cluster_option(cluster)
 
     def ask(*words: str) -> str:
-        return scheduler.run("scontrol", *at, *words, timeout_s=TIMEOUT_S, retries=1)
+        return scheduler.run("scontrol", *words, timeout_s=TIMEOUT_S, retries=1)
 
     try:
         ask("ping")  # Fails at once if no process listens.
     except scheduler.SlurmError as error:
         raise NoControllerError(str(error)) from error
     partitions, nodes = (ask("show", kind, "--all", "--oneliner") for kind in ("partition", "node"))
-    found = parse_limits(ask("show", "config"), partitions, nodes)
-    return replace(found, qos_flags=read_qos_flags()) if found.has_accounting else found
-
-
-def read_qos_flags() -> dict[str, frozenset[str]] | None:
-    """Return the flags of every QOS from slurmdbd; None if slurmdbd does not answer."""
-    words = ("--noheader", "--parsable2", "show", "qos", "format=Name,Flags")
-    try:
-        text = scheduler.run("sacctmgr", *words, timeout_s=TIMEOUT_S, retries=1)
-    except scheduler.SlurmError:
-        return None
-    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 1]
-    return {name: frozenset(flags.split(",")) for name, flags in rows}
+    return parse_limits(ask("show", "config"), partitions, nodes)
 
 
 def parse_limits(config_text: str, partition_text: str, node_text: str) -> Limits:
@@ -229,10 +193,9 @@ def parse_limits(config_text: str, partition_text: str, node_text: str) -> Limit
     said = re.findall(r"^(\S+)\s+=[ ]?(.*?)\s*$", config_text, re.MULTILINE)
     # A plugin that a site does not use is (null) in 24.11, and none in 22.05.
     config = {key: value for key, value in said if value != "(null)"}
-    version = tuple(int(item) for item in re.findall(r"\d+", config.get("SLURM_VERSION", ""))[:2])
     partitions = [read_record(Partition, s) for s in partition_text.splitlines() if s.startswith("PartitionName=")]
     nodes = [read_record(NodeLimits, s) for s in node_text.splitlines() if s.startswith("NodeName=")]
-    return Limits(version, config, tuple(partitions), tuple(nodes))
+    return Limits(config, tuple(partitions), tuple(nodes))
 
 
 def how_preempted(limits: Limits, partition: Partition) -> str:
@@ -248,66 +211,27 @@ def how_preempted(limits: Limits, partition: Partition) -> str:
     return mode
 
 
-# Everything that the checks of a request compare it with.
-
-
 @dataclass(frozen=True, kw_only=True)
 class SlurmFacts:
-    """Slurm's limits and the user's groups: enough to check a request."""
+    """Facts that the checks of a request use: Slurm's limits, and the torch of the job."""
 
     limits: Limits | None
-    """Limits of the local cluster; None if no controller answers."""
+    """Limits of the cluster; None if no controller answers."""
     slurm_problem: str = ""
+    """Reason for which the limits are not known; empty if they are."""
     is_away: bool = False
     """True if the cluster's controller does not answer, so that nothing can be submitted."""
-    others: dict[str, Limits | str] = field(default_factory=dict)
-    """Name of another requested cluster -> its limits, or the reason why they are not known."""
-    groups: tuple[str, ...] | None = None
-    """Unix groups of the user; None for root, whom every partition accepts."""
     torch: str = ""
     """Version and build of torch in the job; empty if torch is not installed."""
 
-    def at(self, cluster: str | None) -> Limits | str:
-        """Return the limits of a cluster (None: the local cluster); if they are not known, the reason."""
-        if cluster is not None:
-            return self.others[cluster]
-        return self.slurm_problem if self.limits is None else self.limits
 
-
-def last_line(error: Exception) -> str:
-    """Return the last line of an error message."""
-    return str(error).strip().splitlines()[-1]
-
-
-def ask_slurm(configs: Iterable[Config] = ()) -> SlurmFacts:
-    """Return the limits of this cluster and of the clusters that configs name, and the user's groups.
-
-    For a cluster that does not answer, return the reason in place of the limits.
-    """
-    groups = tuple(map(group_name, os.getgroups())) if os.getuid() else None
-    named: set[str | None] = set()
-    for config in configs:
-        named |= {config.cluster.cluster, *(candidate.cluster for candidate in config.cluster.placement)}
+def ask_slurm() -> SlurmFacts:
+    """Return the limits of the cluster, or the reason for which they are not known."""
     try:
-        found = read_limits()
+        return SlurmFacts(limits=read_limits(), torch=torch_version())
     except scheduler.SlurmError as error:
-        is_away = isinstance(error, NoControllerError)
-        return SlurmFacts(limits=None, slurm_problem=last_line(error), is_away=is_away, groups=groups)
-    others: dict[str, Limits | str] = {}
-    for name in sorted(name for name in named if name is not None):
-        try:
-            others[name] = read_limits(name)
-        except scheduler.SlurmError as error:
-            others[name] = last_line(error)
-    return SlurmFacts(limits=found, others=others, groups=groups, torch=torch_version())
-
-
-def group_name(number: int) -> str:
-    """Return the name of a Unix group; its number if it has no name."""
-    try:
-        return grp.getgrgid(number).gr_name
-    except KeyError:
-        return str(number)
+        problem = str(error).strip().splitlines()[-1]
+        return SlurmFacts(limits=None, slurm_problem=problem, is_away=isinstance(error, NoControllerError))
 
 
 def torch_version() -> str:
@@ -325,54 +249,50 @@ def torch_version() -> str:
 OWN_WISH = ("JobHeldUser", "Dependency", "BeginTime", "JobArrayTaskLimit")
 """Reasons that the user chose, such as a dependency. A move to another place would only evade them."""
 
-LASTING = {
-    "python -m launch.cancel {run}; python -m launch.doctor, with the same arguments, says what fits": {
-        "PartitionNodeLimit": "its partition takes fewer or more nodes, or the nodes it needs are down",
-        "PartitionTimeLimit": "its time limit is above the limit of its partition",
-        "PartitionConfig": "it exceeds a limit of its partition, or what the nodes there have",
-        "BadConstraints": "no nodes have what it requests, so Slurm holds it",
-        "MaxMemPerLimit": "it requests more memory of each CPU or node than is allowed",
-        r"(Assoc|QOS)Max\w*(PerJob|PerNode)": "it exceeds what its account or QOS lets a job request",
-        r"QOSMin\w+": "it requests less than a job of its QOS has to",
-        "AccountNotAllowed|QOSNotAllowed": "its partition does not take its account or QOS",
-        r"(Job's|User's) .*use this partition": "its partition does not take its account or QOS",
-        "InvalidAccount|InvalidQOS": "its account or QOS does not exist, or is not yours",
-        "ReservationDeleted": "its reservation is gone",
-        "DeadLine": "it cannot end before its deadline",
-        "DependencyNeverSatisfied": "the job it depends on has ended in another way",
-    },
-    "scontrol {cluster}release {job}": {
-        "JobHeldUser": "you, or a coordinator of your account, hold it",
-        "JobHoldMaxRequeue": "it was requeued as often as the site allows, and is held",
-        "launch failed requeued held": "it could not be launched on its nodes, and is held",
-        "job requeued in held state": "it was requeued with a hold",
-    },
-    "ask the site to release {job}": {"JobHeldAdmin": "an administrator holds it, or its priority is 0"},
-    "sinfo -R names nodes with their reasons; ask the site, or python -m launch.cancel {run} and request other nodes": {
-        "PartitionDown|PartitionInactive": "its partition is switched off",
-        "NodeDown|ReqNodeNotAvail, *UnavailableNodes": "nodes it needs are down, drained or silent",
-        "Nodes required for job are DOWN": "too few nodes are left: others are down, drained, or reserved for a "
-        "partition of higher priority",
-    },
-}
-"""Text to type -> regular expression for the beginning of a reason -> meaning. ``{cluster}`` is the option for another
-cluster.
-"""
+FITS = "python -m launch.cancel {run}; python -m launch.doctor, with the same arguments, says what fits"
+"""Text to type for a job that has to request something else."""
+LASTING = (
+    (
+        r"Partition(NodeLimit|TimeLimit|Config)|BadConstraints|MaxMemPerLimit|(Assoc|QOS)Max\w*(PerJob|PerNode)|QOSMin\w+",
+        "its request is outside of the limits of its partition, nodes, account or QOS",
+        FITS,
+    ),
+    (
+        r"(Account|QOS)NotAllowed|Invalid(Account|QOS)|(Job's|User's) .*use this partition",
+        "its partition does not take its account or QOS",
+        FITS,
+    ),
+    (
+        "ReservationDeleted|DeadLine|DependencyNeverSatisfied",
+        "its reservation, deadline or dependency is past",
+        "python -m launch.cancel {run}",
+    ),
+    (
+        "JobHeldUser|JobHoldMaxRequeue|launch failed requeued held|job requeued in held state",
+        "you hold it, or Slurm holds it after requeues",
+        "scontrol release {job}",
+    ),
+    ("JobHeldAdmin", "an administrator holds it, or its priority is 0", "ask the site to release {job}"),
+    (
+        "PartitionDown|PartitionInactive|NodeDown|ReqNodeNotAvail, *UnavailableNodes|Nodes required for job are DOWN",
+        "its partition is switched off, or nodes that it needs are down, drained or reserved",
+        "sinfo -R names nodes with their reasons; ask the site, or python -m launch.cancel {run}",
+    ),
+)
+"""Regular expression for the beginning of a reason, its meaning, and the text to type."""
 
 
-def advice(reason: str, job: str = "JOB", run: str = "RUN", cluster: str | None = None) -> Problem | None:
+def advice(reason: str, job: str = "JOB", run: str = "RUN") -> Problem | None:
     """Return why a pending job never starts by itself, and what to type; None if waiting is enough.
 
     Args:
         reason: reason as squeue prints it.
         job: id of the job.
         run: argument of ``launch.cancel``.
-        cluster: name of the job's cluster; None for the local cluster.
     """
-    said, option = reason.replace("_", " "), f"--clusters={cluster} " if cluster else ""
-    for fix, meanings in LASTING.items():
-        for pattern, meaning in meanings.items():
-            if re.match(pattern, said):
-                found = f"waiting does not change {reason.split(',')[0]}: {meaning}"
-                return Problem(found, "a job that can start", fix.format(job=job, run=run, cluster=option))
+    said = reason.replace("_", " ")
+    for pattern, meaning, fix in LASTING:
+        if re.match(pattern, said):
+            found = f"waiting does not change {reason.split(',')[0]}: {meaning}"
+            return Problem(found, "a job that can start", fix.format(job=job, run=run))
     return None

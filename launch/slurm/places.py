@@ -54,19 +54,12 @@ def check_candidates(facts: SlurmFacts, request: Request) -> list[tuple[str, lis
 
 
 def check_at(facts: SlurmFacts, request: Request) -> list[Finding]:
-    """Return the findings of all checks of a request on its cluster; empty if no controller answers here."""
+    """Return the findings of all checks of a request; empty if no controller answers."""
     try:
         request.config.validate()
     except ConfigError as error:
         return [fail("resources", error.found, f"expected: {error.expected}", error.fix)]
-    if facts.limits is None:
-        return []
-    name = request.config.cluster.cluster
-    there = facts.at(name)
-    if isinstance(there, str):
-        fix = "sacctmgr show clusters lists the clusters of this slurmdbd; cluster.cluster=null is this one"
-        return [fail("cluster", f"cluster.cluster={name}, and {there}", "nothing can be submitted there", fix)]
-    return check_request(there, request, facts.groups)
+    return [] if facts.limits is None else check_request(facts.limits, request)
 
 
 def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Finding]:
@@ -114,13 +107,12 @@ def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement, er
             "a candidate whose partition can run it",
             "python -m launch.doctor, with the same arguments: for each candidate it says what to request instead",
         )
-    fixes, there = " ".join(dict.fromkeys(error.fix for error in errors)), facts.at(request.config.cluster.cluster)
-    rooms = []
-    if isinstance(there, Limits):
-        rooms = [room_in(there, part) for part in partitions_of(there, request.config) or there.partitions]
+    assert facts.limits is not None
+    fixes, limits = " ".join(dict.fromkeys(error.fix for error in errors)), facts.limits
+    rooms = [room_in(limits, part) for part in partitions_of(limits, request.config) or limits.partitions]
     raise ConfigError(
         f"{points}, which Slurm would never start: {places.candidates[0].never}",
-        "; ".join(rooms) or "a cluster that answers",
+        "; ".join(rooms),
         f"{fixes}; {WITHOUT_CHECK}",
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from launch.config import ClusterKind, Config
+from launch.config import ClusterConfig, ClusterKind, Config
 from launch.config.compose import typed_config, workload_of
 from launch.errors import ConfigError, counted
 from launch.plan import placement
@@ -29,7 +29,7 @@ from launch.slurm.checks import (
     Level,
     features,
     fine,
-    is_given_one_cpu,
+    gives_whole_nodes,
     partitions_of,
     typed_options,
     warn,
@@ -139,7 +139,7 @@ def choose_resources(points: Sequence[OpenPoint], console: Console) -> SlurmFact
         lines += choose_local_ranks([point for point in points if point.kind is ClusterKind.local], local_gpus())
     slurm = None
     if on_slurm and points[0].config.launch.check_limits:
-        slurm = limits.ask_slurm(point.config for point in on_slurm)
+        slurm = limits.ask_slurm()
         for point in on_slurm:
             for finding in choose_on_slurm(point.config, slurm):
                 says = f"warning: {finding.found}: {finding.why}; type {finding.fix}"
@@ -197,27 +197,23 @@ def choose_on_slurm(config: Config, slurm: SlurmFacts) -> list[Finding]:
     return found
 
 
-def partitions_there(config: Config, slurm: SlurmFacts) -> list[tuple[Limits, Partition, Config]]:
-    """Return the partitions that a point may use, with their limits and the point's config there.
-
-    Empty if the limits of one of the clusters are not known.
-    """
-    found = []
-    for _, there in placement.configs(config):
-        at = slurm.at(there.cluster.cluster)
-        if not isinstance(at, Limits):
-            return []
-        found += [(at, partition, there) for partition in partitions_of(at, there)]
-    return found
+def partitions_there(config: Config, slurm: SlurmFacts) -> list[tuple[Partition, Config]]:
+    """Return the partitions that a point may use, with the point's config there; empty if no controller answers."""
+    if slurm.limits is None:
+        return []
+    every = placement.configs(config)
+    return [(partition, there) for _, there in every for partition in partitions_of(slurm.limits, there)]
 
 
 def nodes_there(config: Config, slurm: SlurmFacts) -> dict[str, list[NodeLimits]]:
     """Return partition -> nodes that a point may use; empty if an option or a site plugin may choose others."""
     found: dict[str, list[NodeLimits]] = {}
-    for at, partition, there in partitions_there(config, slurm):
-        if why_unsure(at, there):
+    for partition, there in partitions_there(config, slurm):
+        assert slurm.limits is not None
+        if why_unsure(slurm.limits, there):
             return {}
-        found.setdefault(partition.name, []).extend(n for n in at.nodes_of(partition) if features(there) <= n.features)
+        nodes = slurm.limits.nodes_of(partition)
+        found.setdefault(partition.name, []).extend(node for node in nodes if features(there) <= node.features)
     return found
 
 
@@ -268,13 +264,13 @@ def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
     Every node with the requested GPUs has this many CPUs, in every partition that the point may use. None if Slurm
     gives more than one CPU by itself, or if no such node is usable.
     """
-    there = partitions_there(config, slurm)
-    if not all(is_given_one_cpu(at, partition, place.cluster) for at, partition, place in there):
+    there, known = partitions_there(config, slurm), slurm.limits
+    if known is None or not all(is_given_one_cpu(known, partition, place.cluster) for partition, place in there):
         return None, None
     rooms = [
         (min(node.cpus, partition.max_cpus_per_node or node.cpus), f"{node.name} in {partition.name}")
-        for at, partition, place in there
-        for node in at.nodes_of(partition)
+        for partition, place in there
+        for node in known.nodes_of(partition)
         if node.is_usable and node.count("gpu") >= (place.cluster.gpus_per_node or 0)
     ]
     if not rooms:
@@ -284,6 +280,15 @@ def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
     why = f"{CPUS_PER_RANK} for each of {ranks} on a node" if wanted <= smallest else f"all of {name}, for {ranks}"
     number = min(wanted, smallest)
     return number, fine("cpus", f"cluster.cpus_per_task={number}: {why}")
+
+
+def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfig) -> bool:
+    """Return whether Slurm would give one CPU to the only task of a node, the agent with all ranks."""
+    unit = limits.config.get("SelectTypeParameters", "").upper()
+    by_core = "CR_CPU" in unit or "CR_CORE" in unit
+    for_gpus = "DefCpuPerGPU" in limits.config.get("JobDefaults", "")
+    is_open = cluster.cpus_per_task is None and not typed_options(cluster) & {"cpus_per_gpu", "ntasks_per_node"}
+    return is_open and by_core and not for_gpus and not gives_whole_nodes(partition, cluster)
 
 
 CHOICES = {"gpus_per_node": choose_gpus, "cpus_per_task": choose_cpus}

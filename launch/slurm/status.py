@@ -30,11 +30,6 @@ QUIET_S, QUIET_STEPS = 15.0, 10
 
 The agents need longer to be sure that a node is lost (``resilience.node_timeout_s``).
 """
-STALE_S, STALE_STEPS = 5.0, 4
-"""A status shows the age of the newest step, and no ETA, after STALE_S seconds, or STALE_STEPS steps if longer.
-
-Steps are recorded at once, and a restart takes longer.
-"""
 
 # Outcome of a run by its event log alone.
 
@@ -145,12 +140,8 @@ class RunStatus:
     eta_s: float | None = None
     quiet_s: float | None = None
     """Seconds since the newest step of a running attempt if that is much longer than a step; else None."""
-    stale_s: float | None = None
-    """Seconds since the newest step of a running point if the next step is late; else None."""
     label: str = ""
     """Name of the point among the points of its sweep; empty to use the name of its folder."""
-    resumes: bool = True
-    """True if the program can resume from a checkpoint."""
 
     @property
     def name(self) -> str:
@@ -180,7 +171,7 @@ class RunStatus:
         """Return why the run waits and what to type, if waiting would not start the run; otherwise empty."""
         if self.state != "pending" or not isinstance(self.job, SlurmJob):
             return ""
-        problem = advice(self.job_status.reason, self.job.job_id, quote(str(self.folder.path)), self.job.cluster)
+        problem = advice(self.job_status.reason, self.job.job_id, quote(str(self.folder.path)))
         return "" if problem is None else problem.warning().removeprefix("warning: ")
 
     def fewer_nodes(self) -> dict[str, Any] | None:
@@ -208,7 +199,6 @@ def new_run_status(plan: Plan) -> RunStatus:
         attempts_before=max(folder.attempts(), default=0),
         events_before=len(folder.read_events()),
         label=plan.label,
-        resumes=plan.promised.resumes,
     )
 
 
@@ -243,7 +233,6 @@ def find_run_status(folder: RunFolder) -> RunStatus:
         attempts_before=max((e["attempt"] for e in events[:start] if e.get("attempt") is not None), default=0),
         events_before=start,
         damage=damage,
-        resumes=(plan.get("promised") or {}).get("resumes", True),
     )
     adopt_job(point)
     return point
@@ -285,7 +274,7 @@ def adopt_job(point: RunStatus) -> None:
         point.job = point.found or point.job
         return
     newest = job_of(submitted[-1])
-    if point.job is None or (isinstance(point.job, SlurmJob) and newest.name != point.job.name):
+    if point.job is None or (isinstance(point.job, SlurmJob) and newest.job_id != point.job.job_id):
         point.job = newest
 
 
@@ -374,7 +363,7 @@ def update_from_event_log(points: Sequence[RunStatus]) -> None:
 
 def update_steps(point: RunStatus) -> None:
     """Read the newest steps of a point; for a running point also the ETA, or the seconds since a late step."""
-    point.eta_s = point.quiet_s = point.stale_s = None
+    point.eta_s = point.quiet_s = None
     new = [r for r in recent_records(point.folder.metrics(0)) if r["attempt"] > point.attempts_before]
     if not new:
         return
@@ -387,12 +376,9 @@ def update_steps(point: RunStatus) -> None:
         return
     usual, last = statistics.median(times), point.latest["time"]
     age = time.time() - last
-    if age > max(STALE_S, STALE_STEPS * usual):
-        point.stale_s = age
-    elif point.max_steps is not None:
-        point.eta_s = (point.max_steps - point.latest["step"]) * usual
-    is_expected = not any(e["event"] in NO_MORE_STEPS and e["time"] > last for e in point.events())
-    if age >= max(QUIET_S, QUIET_STEPS * usual) and is_expected:
+    if age < max(QUIET_S, QUIET_STEPS * usual):
+        point.eta_s = None if point.max_steps is None else (point.max_steps - point.latest["step"]) * usual
+    elif not any(e["event"] in NO_MORE_STEPS and e["time"] > last for e in point.events()):
         point.quiet_s = age
 
 

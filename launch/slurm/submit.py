@@ -20,11 +20,11 @@ from rich.console import Console
 from submitit.core.utils import FailedJobError
 
 from gpt_launch.agent import run as run_agent
-from launch.agent.node import OWNER, TOKEN
+from launch.agent.node import OWNER, TOKEN, start_time
 from launch.config import Config
 from launch.config.compose import read_point, workload_of
 from launch.errors import ConfigError
-from launch.plan.placement import RUNS_FROM, cluster_of, next_candidate, running_from
+from launch.plan.placement import RUNS_FROM, next_candidate, running_from
 from launch.plan.plan import JOBS, Plan
 from launch.plan.preflight import plan_text, worst_case_text
 from launch.runs.environment import visible_gpus
@@ -35,8 +35,8 @@ from launch.slurm.jobs import (
     LocalJob,
     SlurmJob,
     batch_parameters,
-    jobs_folder,
     sbatch_text,
+    slurm_folder,
     submitit_folder,
 )
 
@@ -46,7 +46,7 @@ INHERITED_NAMES = (
     RUNS_FROM,
 )
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
-"""Variables that are not hidden, because they select the cluster for Slurm's commands."""
+"""Variables that are not hidden, because they select the cluster for all commands of Slurm."""
 
 
 @contextmanager
@@ -80,10 +80,9 @@ def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
 def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
     """Return plans with equal resources, changed so that they run one after another, after the jobs ``before``.
 
-    The points also start after the user's own dependencies. Slurm has no dependency on jobs of another cluster: there,
-    groups of points run at the same time.
+    The points also start after the user's own dependencies.
     """
-    jobs = dict.fromkeys(job.array_id for job in before if job.cluster == cluster_of(plans[0].slurm))
+    jobs = dict.fromkeys(job.job_id.split("_")[0] for job in before)  # An array as a whole.
     found = []
     for plan in plans:
         candidates = []
@@ -110,7 +109,7 @@ def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
         raise SlurmError(gone)
     try:
         return submit_calls(
-            jobs_folder(plans[0]), batch_parameters(plans[0]), run_agent, [plan.run_dir for plan in plans]
+            slurm_folder(plans[0].run_dir), batch_parameters(plans[0]), run_agent, [plan.run_dir for plan in plans]
         )
     except FailedJobError as error:
         busy = any(text in str(error).lower() for text in BUSY)
@@ -142,7 +141,7 @@ def submit_calls(
         jobs = [executor.submit(function, argument) for argument in arguments]
     for job in jobs:
         job.paths.submitted_pickle.chmod(0o600)  # Readable by this user only.
-    return [SlurmJob(job.job_id, cluster_of(resources)) for job in jobs]
+    return [SlurmJob(job.job_id) for job in jobs]
 
 
 @dataclass(frozen=True)
@@ -217,10 +216,6 @@ def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
             "taken although the answer was late; cluster=local runs it here",
         )
     found = f"point {plan.title}, and sbatch refuses its job: {said}"
-    typed = [key for key in plan.slurm.get("additional_parameters", {}) if f"--{key.replace('_', '-')}" in str(error)]
-    if typed:  # Only sbatch knows its options.
-        without = ", ".join(f"cluster.additional_parameters.{key}" for key in typed)
-        return ConfigError(found, "options of sbatch --help", f"the same command without {without}")
     doctor = "python -m launch.doctor, with the same arguments: it compares them with what the cluster has"
     return ConfigError(found, "resources that this cluster gives to you", doctor)
 
@@ -248,7 +243,7 @@ def start_local(plan: Plan) -> LocalJob:
             job.paths.submitted_pickle.chmod(0o600)
     finally:
         signal.signal(signal.SIGINT, handler)
-    return LocalJob(job.job_id, os.uname().nodename, job._process)
+    return LocalJob(job.job_id, os.uname().nodename, start_time(job._process.pid), job._process)
 
 
 # The dry run.
@@ -261,22 +256,10 @@ def show_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Consol
     console.print(worst_case_text(plans, configs))
     for number, group in enumerate(shapes([plan for plan in plans if not plan.finished])):
         if configs[0].launch.sequential:
-            group = in_line(group, [SlurmJob("JOBID", cluster_of(group[0].slurm))] if number else [])
+            group = in_line(group, [SlurmJob("JOBID")] if number else [])
         names = ", ".join(plan.title for plan in group)
         kind = f"job array of {len(group)}" if len(group) > 1 else "job"
         here = "" if group[0].cluster == "slurm" else ", as cluster=slurm would submit it"
         console.print(f"\nsbatch text of the {kind}{here}: {names}")
         console.print(sbatch_text(group))
-        for text in script_differences(group):
-            console.print(text)
     console.print("dry_run=true: nothing was submitted or written")
-
-
-def script_differences(group: Sequence[Plan]) -> Iterator[str]:
-    """Yield one text for each other possible candidate: the lines in which its batch script differs."""
-    placement, first = group[0].placement, sbatch_text(group).splitlines()
-    for index in placement.possible[1:]:
-        there = sbatch_text([plan.choose_candidate(index) for plan in group]).splitlines()
-        gone = [f"- {line}" for line in first if line not in there]
-        new = [f"+ {line}" for line in there if line not in first]
-        yield "\n".join([f"at {placement.candidates[index].name} it differs in:", *gone, *new])

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from gpt_launch import as_typed
 from launch.config import Config
@@ -22,7 +21,7 @@ from launch.runs.compose import read_config
 from launch.runs.events import damaged_text, saves_that_count
 from launch.runs.records import throughput
 from launch.slurm.client import SlurmBusyError, SlurmError
-from launch.slurm.failover import PlacementFailover
+from launch.slurm.failover import fail_over
 from launch.slurm.jobs import Job, LocalJob, LocalQueueEntry, SlurmJob
 from launch.slurm.status import RunStatus, poll
 from launch.slurm.submit import start_local
@@ -37,16 +36,10 @@ LAST_WAIT_S = 120.0  # Slurm kills KillWait (30 s by default) after scancel, and
 # Progress on the terminal.
 
 
-def speed_text(record: dict[str, object], age_s: float | None) -> str:
-    """Write the throughput of a step record with its unit, and its age if the next step is late.
-
-    Returns an empty text if no throughput was recorded.
-    """
+def speed_text(record: dict[str, object]) -> str:
+    """Write the throughput of a step record with its unit; empty if no throughput was recorded."""
     speed = throughput(record)
-    if speed is None:
-        return ""
-    age = "" if age_s is None else f" {duration_text(round(age_s))} ago"
-    return f"{speed[0]:,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s{age}"
+    return "" if speed is None else f"{speed[0]:,.{0 if speed[0] >= 100 else 1}f} {speed[1]}/s"
 
 
 def quiet_text(seconds: float) -> str:
@@ -62,24 +55,21 @@ def state_text(point: RunStatus) -> str:
     return f"{point.state} ({details})" if details else point.state
 
 
-def progress_text(point: RunStatus) -> str:
-    """Write the known throughput, loss and ETA of a point."""
-    speed = speed_text(point.latest, point.stale_s)
-    known = [f"{speed:>18}"] if speed else []
-    if point.latest.get("loss") is not None:
-        known.append(f"loss {point.latest['loss']:.4f}")
-    if point.quiet_s is not None:
-        known.append(quiet_text(point.quiet_s))
-    elif point.eta_s and not point.is_over:
-        known.append(f"ETA {duration_text(round(point.eta_s))}")
-    return "  ".join(known)
-
-
 def plain_line(point: RunStatus) -> str:
-    """Write one point as a line of text. The line has no step if the program reports none."""
+    """Write one point as a line of text: name, state, step, throughput, loss and ETA, as far as they are known."""
     step, total = point.latest.get("step"), point.max_steps
-    steps = "" if step is None and total is None else f" step {step or 0}" + ("" if total is None else f"/{total}")
-    return f"{point.name:<24} {state_text(point):<9}{steps}  {progress_text(point)}".rstrip()
+    known = []
+    if step is not None or total is not None:
+        known.append(f"step {step or 0}" + ("" if total is None else f"/{total}"))
+    if speed := speed_text(point.latest):
+        known.append(f" {speed:>18}")
+    if point.latest.get("loss") is not None:
+        known.append(f" loss {point.latest['loss']:.4f}")
+    if point.quiet_s is not None:
+        known.append(f" {quiet_text(point.quiet_s)}")
+    elif point.eta_s and not point.is_over:
+        known.append(f" ETA {duration_text(round(point.eta_s))}")
+    return f"{point.name:<24} {state_text(point):<9} {' '.join(known)}".rstrip()
 
 
 def news(point: RunStatus) -> Iterator[str]:
@@ -102,36 +92,21 @@ def news(point: RunStatus) -> Iterator[str]:
 
 
 class Display:
-    """Progress: bars on a terminal; elsewhere, a line for each new state, and for new steps every PLAIN_LINE_S."""
+    """Progress of points: a line for each new state, for news, and for new steps every PLAIN_LINE_S seconds."""
 
-    def __init__(self, console: Console, points: Sequence[RunStatus]) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self._tasks: dict[int, TaskID] = {}
         self._shown: dict[int, tuple[str, int, float]] = {}
         self._printed: set[tuple[int, str]] = set()
         self._has_problem = False
-        self._bars: Progress | None = None
-        if console.is_terminal:
-            columns = (TextColumn("{task.description}"), TextColumn("{task.fields[state]:<9}"), BarColumn(bar_width=24))
-            self._bars = Progress(
-                *columns, MofNCompleteColumn(), TextColumn("{task.fields[progress]}"), console=console
-            )
-            for point in points:
-                total = point.max_steps
-                self._tasks[id(point)] = self._bars.add_task(point.name, total=total, state="pending", progress="")
-            self._bars.start()
 
     def show(self, point: RunStatus) -> None:
-        """Show the state of a point, and print each of its news once."""
+        """Print the state of a point if something is new, and each of its news once."""
         for text in news(point):
             if (id(point), text) not in self._printed:
                 self._printed.add((id(point), text))
                 self.console.print(f"warning: {point.name}: {text}")
         step = int(point.latest.get("step", 0))
-        if self._bars is not None:
-            task, progress = self._tasks[id(point)], progress_text(point)
-            self._bars.update(task, completed=step, state=state_text(point), progress=progress)
-            return
         state, last_step, at = self._shown.get(id(point), ("", -1, 0.0))
         moved = step != last_step and time.monotonic() - at >= PLAIN_LINE_S
         seen = f"{state_text(point)}{' without steps' if point.quiet_s is not None else ''}"
@@ -147,11 +122,6 @@ class Display:
             self.console.print("Slurm answers again")
         self._has_problem = problem is not None
 
-    def close(self) -> None:
-        """Restore the terminal."""
-        if self._bars is not None:
-            self._bars.stop()
-
 
 # From the submission to the end.
 
@@ -164,30 +134,24 @@ def watch_points(points: Sequence[RunStatus], console: Console, slurm_poll_s: fl
         console: console for progress and news.
         slurm_poll_s: seconds between two polls of Slurm. A poll that fails is repeated: the jobs continue.
     """
-    display, failover = Display(console, points), PlacementFailover(console)
-    try:
-        with explain_sigterm(display):
-            while watched := [point for point in points if not point.is_over]:
-                start_next_local(watched)
-                display.show_problem(poll(watched, retries=1) or failover.step(watched))
-                for point in watched:
-                    display.show(point)
-                # Many users share the controller, so it is polled less often than this machine.
-                time.sleep(slurm_poll_s if all(isinstance(point.job, SlurmJob) for point in watched) else POLL_S)
-    finally:
-        display.close()
+    display = Display(console)
+    with explain_sigterm(console):
+        while watched := [point for point in points if not point.is_over]:
+            start_next_local(watched)
+            display.show_problem(poll(watched, retries=1) or fail_over(watched, console))
+            for point in watched:
+                display.show(point)
+            # Many users share the controller, so it is polled less often than this machine.
+            time.sleep(slurm_poll_s if all(isinstance(point.job, SlurmJob) for point in watched) else POLL_S)
 
 
 @contextmanager
-def explain_sigterm(display: Display) -> Iterator[None]:
+def explain_sigterm(console: Console) -> Iterator[None]:
     """Print a line about the future of the runs if SIGTERM ends this process during a ``with`` block."""
 
     def leave(number: int, frame: object) -> None:
-        text = (
-            "Slurm jobs continue (python -m launch.status); runs on this machine save a checkpoint if they can, and end"
-        )
-        display.console.print(as_typed(f"terminated by SIGTERM: {text}"))
-        display.close()
+        ends = "runs on this machine save a checkpoint if they can, and end"
+        console.print(as_typed(f"terminated by SIGTERM: Slurm jobs continue (python -m launch.status); {ends}"))
         sys.exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, leave)
@@ -329,19 +293,9 @@ def stop_on_ctrl_c(points: Sequence[RunStatus], console: Console) -> None:
 
 
 def leaving_text(points: Sequence[RunStatus]) -> str:
-    """Describe what running programs do before they leave, and which of them save no checkpoint."""
-    within = f"within {max((grace_period_s(point) for point in points), default=0.0) + AGENT_S:g} s"
-    lose = ", ".join(point.name for point in points if not point.resumes)
-    without = f"; without a checkpoint: {lose} (script.resumes=false)" if lose else ""
-    saves = "save a checkpoint and " if any(point.resumes for point in points) else ""
-    return f"the runs {saves}leave, {within}{without}"
-
-
-def next_start_text(points: Sequence[RunStatus]) -> str:
-    """Describe the effect of the same command on stopped runs."""
-    fresh = ", ".join(point.name for point in points if not point.resumes)
-    resumes = "resumes from the last checkpoint" if any(point.resumes for point in points) else "runs them again"
-    return f"the same command {resumes}" + (f"; from the beginning: {fresh}" if fresh else "")
+    """Describe what running programs do before they leave."""
+    longest = max((grace_period_s(point) for point in points), default=0.0) + AGENT_S
+    return f"the runs leave within {longest:g} s, and those that can resume save a checkpoint before"
 
 
 def outcome_text(stop: Stop) -> str:
@@ -352,6 +306,6 @@ def outcome_text(stop: Stop) -> str:
     step = point.latest.get("step")
     head = f"{point.name}: {point.state}" + (f" after step {step}" if step else "")
     saved = max((save["step"] for save in saves_that_count(point.folder.read_events())), default=None)
-    if point.state == "finished" or not point.resumes or (saved is None and not step):
+    if point.state == "finished" or (saved is None and not step):
         return head
     return f"{head}; {'nothing was saved' if saved is None else f'the last checkpoint is of step {saved}'}"

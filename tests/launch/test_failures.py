@@ -13,15 +13,12 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from launch.agent.watch import failure_message
-from launch.config.compose import default_grace_period_s
 from launch.report import build
 from launch.runs.environment import GAUGES, read_samples, telemetry_nodes
 from launch.runs.events import select_events
 from launch.runs.files import read_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from launch.slurm.status import RunStatus
-from launch.slurm.watch import AGENT_S, leaving_text, next_start_text
 from tests.support.commands import (
     ROOT,
     TINY,
@@ -222,20 +219,8 @@ def test_a_stopped_launcher_promises_no_checkpoint_to_a_script_without_one(numbe
         assert "runs on this machine save a checkpoint if they can, and end" in text
         wait_for(lambda: not any(map(is_alive, family)), "the end of all processes")
         return
-    assert "without a checkpoint: " in text
-    assert "; from the beginning: " in text
-    assert "save a checkpoint" not in text and "last checkpoint" not in text
-
-
-def test_the_message_of_a_stop_names_the_runs_without_a_checkpoint() -> None:
-    saves = RunStatus(RunFolder("a"), label="nodes=1")
-    loses = RunStatus(RunFolder("b"), label="nodes=2", resumes=False)
-    within = f"within {default_grace_period_s() + AGENT_S:g} s"  # the wait that follows is not without a bound
-    assert leaving_text([saves]) == f"the runs save a checkpoint and leave, {within}"
-    expected = f"the runs save a checkpoint and leave, {within}; without a checkpoint: nodes=2 ("
-    assert leaving_text([saves, loses]).startswith(expected)
-    assert next_start_text([saves]) == "the same command resumes from the last checkpoint"
-    assert next_start_text([saves, loses]).endswith("; from the beginning: nodes=2")
+    assert "the runs leave within " in text and "begins again without one" in text
+    assert "the last checkpoint is of step" not in text
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path) -> None:

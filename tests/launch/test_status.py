@@ -20,7 +20,7 @@ from launch.runs.find import find_runs, suggestion
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.client import JobState
-from launch.slurm.jobs import CONTROLLER, LocalJob, LocalQueueEntry, SlurmJob, is_local_job, job_of
+from launch.slurm.jobs import CONTROLLER, LocalQueueEntry, SlurmJob, is_local_job, job_of
 from launch.slurm.status import RunStatus, find_run_status, outcome, update_steps
 from launch.slurm.watch import news, plain_line, speed_text
 from launch.status import as_dict, status_notes
@@ -62,17 +62,16 @@ def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("ago", "step_s", "told", "is_quiet", "age"),
+    ("ago", "step_s", "told", "is_quiet", "has_eta"),
     [
-        (40.0, 0.2, None, True, 40),
-        (8.0, 0.2, None, False, 8),  # too soon to say why, and not too soon to say that a rate is old
-        (1.0, 0.2, None, False, None),
-        (40.0, 20.0, None, False, None),  # steps take long
-        (40.0, 0.2, "attempt_ended", False, 40),  # the agents know more
+        (40.0, 0.2, None, True, False),
+        (8.0, 0.2, None, False, True),  # too soon
+        (40.0, 20.0, None, False, True),  # steps take long
+        (40.0, 0.2, "attempt_ended", False, False),  # the agents know more
     ],
 )
 def test_a_run_that_makes_no_steps_is_said_to_before_its_agents_are_sure(
-    ago: float, step_s: float, told: str | None, is_quiet: bool, age: int | None, tmp_path: Path
+    ago: float, step_s: float, told: str | None, is_quiet: bool, has_eta: bool, tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path)
     last = time.time() - ago
@@ -86,15 +85,11 @@ def test_a_run_that_makes_no_steps_is_said_to_before_its_agents_are_sure(
     update_steps(point)
     text = "no step for 4"
     assert (point.quiet_s is not None) is is_quiet
-    assert (text in plain_line(point)) is is_quiet and ("ETA" in plain_line(point)) is (age is None)
-    # A rate that no step has followed says how old it is: of a node without power nobody knows for half a minute.
+    assert (text in plain_line(point)) is is_quiet and ("ETA" in plain_line(point)) is has_eta
     known = as_dict(point)
-    assert ("eta_s" in known) is (age is None)
-    shown = speed_text(known, known.get("step_age_s"))
-    old = f"{shown} {plain_line(point)}"
-    assert old.count("1,234 tokens/s") == 2 and old.count(" ago") == (0 if age is None else 2)
-    assert age is None or any(f" {age + late} s ago" in shown for late in range(10))
-    assert any(text in note for note in status_notes(as_dict(point))) is is_quiet
+    assert ("eta_s" in known) is has_eta
+    assert speed_text(known) == "1,234 tokens/s" and "1,234 tokens/s" in plain_line(point)
+    assert any(text in note for note in status_notes(known)) is is_quiet
 
 
 def test_the_waiting_command_has_news_of_restarts_failed_saves_and_damage(tmp_path: Path) -> None:
@@ -288,7 +283,6 @@ def test_another_process_with_the_id_of_a_local_job_is_neither_its_agents_nor_en
             event = {"cluster": "local", "job_id": str(controller.pid), "host": os.uname().nodename}
             wait_for(lambda: is_local_job(controller.pid), "the name of the controller")
             born = str(start_time(controller.pid))
-            assert LocalJob(event["job_id"], event["host"], controller).started == born
             job = job_of(event | {"pid_started": str(int(born) - 1)})
             assert job.status({}).phase == "over"
             job.kill()

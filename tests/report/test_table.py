@@ -186,10 +186,10 @@ def test_points_of_different_clusters_are_not_measured_against_each_other(tmp_pa
 
 
 def test_another_cluster_is_another_one_and_unknown_places_separate_nothing(tmp_path: Path, make_run: Any) -> None:
-    for nodes, other in ((1, {}), (2, {"slurm_cluster": "far"})):
+    for nodes, cluster in ((1, "slurm"), (2, "local")):
         builder = make_run(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), machines=nodes)
-        builder.attempt().steps(1, STEADY).event("submitted", cluster="slurm", job_id="7", **other)
-    assert [row.series for row in build(tmp_path).rows] == ["cluster=slurm", "cluster=slurm far"]
+        builder.attempt().steps(1, STEADY).event("submitted", cluster=cluster, job_id="7")
+    assert [row.series for row in build(tmp_path).rows] == ["cluster=slurm", "cluster=local"]
     (tmp_path / "nodes=2" / "events.jsonl").unlink()
     assert [row.series for row in build(tmp_path).rows] == ["", ""]
 

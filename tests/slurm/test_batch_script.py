@@ -17,7 +17,7 @@ from launch.runs.records import read_records
 from launch.storm import injection
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ROOT, TIMEOUT_S, TINY, environment, run, wait_for
-from tests.support.runs import COUNTING, options
+from tests.support.runs import COUNTING, options, rank_hosts
 
 STEPS = 12
 WORDS = [*TINY, f"optim.max_steps={STEPS}", "eval.interval=0"]
@@ -88,8 +88,8 @@ def test_a_sweep_of_batch_scripts_takes_the_same_road_and_ends_in_a_table(sandbo
     assert "2 nodes for 17 min)" in run, "the worst case is that of the job, not of the config"
     folder = of_two_nodes()
     assert folder is not None
-    ranks = json.loads(folder.environment(1).read_text())["ranks"]
-    assert len(ranks) == 4 and len({r["host"] for r in ranks}) == 2
+    hosts = rank_hosts(folder)
+    assert len(hosts) == 4 and len({*hosts}) == 2
     assert read_records(folder.metrics(3))[-1]["step"] == STEPS
     events = [e["event"] for e in folder.read_events()]
     assert events[0] == "submitted" and "srun_lost" in events and events.count("attempt_ended") == 1
@@ -144,6 +144,5 @@ def test_the_stock_slurm_launcher_keeps_working(sandbox: Cluster, tmp_path: Path
     run("launch", "nodes=2", *stock, *WORDS, cwd=tmp_path, **sandbox.env)
     (plan,) = (tmp_path / "outputs" / "quick_test").glob("*/plan.json")
     folder = RunFolder(plan.parent)
-    ranks = json.loads(folder.environment(1).read_text())["ranks"]
-    assert len({r["host"] for r in ranks}) == 2
+    assert len({*rank_hosts(folder)}) == 2
     assert read_records(folder.metrics(1))[-1]["step"] == STEPS

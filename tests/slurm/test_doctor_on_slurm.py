@@ -84,18 +84,15 @@ def is_stuck(row: str) -> bool:
     ("words", "check"),
     [
         ("cluster.timeout_min=60 cluster.gpus_per_node=2 cluster.cpus_per_task=8 cluster.mem_gb=200", None),
-        ("cluster.partition=high nodes=2 cluster.timeout_min=90", None),
-        ("seed=1,2,3 cluster.partition=high", None),
+        ("seed=1,2,3 cluster.partition=high nodes=2 cluster.timeout_min=90", None),
         ("cluster.timeout_min=61", "time limit"),
         ("nodes=2", "nodes"),
         ("nodes=3 optim.global_batch=12 cluster.partition=high", "nodes"),
         ("cluster.partition=high nodes=2 cluster.exclude=n[2-3]", "nodes"),
         ("cluster.partition=phys", "account"),
         ("cluster.partition=closed", "partition"),
-        ("cluster.partition=nope", "partition"),
         ("cluster.gpus_per_node=3 ranks_per_node=1", "resources"),
         ("cluster.gres=gpu:a100:1", "resources"),
-        ("cluster.cpus_per_task=9", "resources"),
         ("cluster.mem_gb=300", "resources"),
         ("cluster.constraint=fast", "constraint"),
         ("seed=1,2,3,4 cluster.partition=high", "array"),
@@ -160,7 +157,7 @@ def test_a_firewall_between_nodes_is_named(sandbox: Cluster, tmp_path: Path) -> 
         pytest.skip("needs nftables")
     state = require_state(sandbox.directory)
     inside = ["nsenter", f"--net=/proc/{state.processes['n2'].pid}/ns/net", "nft"]
-    new = f"tcp flags syn / syn,ack tcp dport != {state.nodes['n2'].port} drop"
+    new = f"tcp flags syn / syn,ack tcp dport != {state.port} drop"
     chain = f"chain input {{ type filter hook input priority 0; iifname eth0 {new}; }}"
     subprocess.run([*inside, "-f", "-"], input=f"table ip doctor {{\n{chain}\n}}\n", text=True, check=True)
     try:

@@ -17,11 +17,10 @@ from launch.runs import heartbeat
 from launch.runs.events import first_failure
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEATS
-from launch.runs.records import read_records
 from launch.slurm.jobs import agent_logs, job_of
 from slurm.sandbox.cluster import Cluster, cut_link
-from tests.support.commands import ON_SLURM, run, start_fork, wait_for
-from tests.support.runs import COUNTING, PROGRAM, checkpoint, from_step, options
+from tests.support.commands import wait_for
+from tests.support.runs import COUNTING, PROGRAM, StormyRun, checkpoint, from_step, options
 
 pytestmark = pytest.mark.slurm
 
@@ -40,35 +39,24 @@ def ranks_in(folder: RunFolder) -> dict[int, int]:
 
 
 def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox: Cluster, tmp_path: Path) -> None:
-    folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
-    limit = f"resilience.heartbeat_timeout_s={HEARTBEAT_TIMEOUT_S}"
-    words = [*ON_SLURM, *COUNTING, "nodes=2", limit, f"run_dir={folder.path}"]
-    process = start_fork("launch", *words, cwd=tmp_path, log=log, **sandbox.env)
-
-    def count(name: str) -> int:
-        assert process.poll() is None, (folder.read_events(), log.read_text())
-        return [e["event"] for e in folder.read_events()].count(name)
-
-    def goes_on(attempt: int) -> bool:
-        assert process.poll() is None, (folder.read_events(), log.read_text())
-        return any(record["attempt"] == attempt for record in read_records(folder.metrics(0)))
-
-    wait_for(lambda: read_records(folder.metrics(0)) or process.poll() is not None, "the first step")
+    storm = StormyRun(sandbox, tmp_path, *COUNTING, f"resilience.heartbeat_timeout_s={HEARTBEAT_TIMEOUT_S}")
+    folder = storm.folder
+    storm.wait_for_steps(attempt=1, count=1)
     (folder.path / "SAVE").touch()
-    wait_for(lambda: count("saved") == 1, "the checkpoint that was asked for")
+    storm.wait(lambda: storm.of("saved"), "the checkpoint that was asked for")
     saved = next(e["step"] for e in folder.read_events() if e["event"] == "saved")
     os.kill(ranks_in(folder)[1], signal.SIGKILL)
-    wait_for(lambda: goes_on(2), "the comeback from a killed rank")
+    storm.wait_for_steps(attempt=2, count=1)
     (folder.path / "SAVE").touch()
-    wait_for(lambda: count("saved") == 2, "a checkpoint of the second attempt")
+    storm.wait(lambda: len(storm.of("saved")) == 2, "a checkpoint of the second attempt")
     saved_at = time.monotonic()
     pid = ranks_in(folder)[1]
     beats = Path(psutil.Process(pid).environ()[HEARTBEATS]) / "1"
     wait_for(lambda: (last := heartbeat.read_heartbeat(beats)) is not None and last.ran_at > saved_at, "a heartbeat")
     os.kill(pid, signal.SIGSTOP)
-    wait_for(lambda: goes_on(3), "the comeback from a frozen rank")
+    storm.wait_for_steps(attempt=3, count=1)
     (folder.path / "STOP").touch()
-    assert process.wait(timeout=120) == 1, "a run that was stopped has not finished"
+    assert storm.process.wait(timeout=120) == 1, "a run that was stopped has not finished"
 
     events = folder.read_events()
     assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["crashed", "hung", "cancelled"]
@@ -97,32 +85,18 @@ def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox
     assert abs(allocated - begin.timestamp()) <= 1 and ended <= end.timestamp() + 1
 
 
-def test_a_bug_in_the_data_of_a_step_stops_the_job_and_does_not_loop(sandbox: Cluster, tmp_path: Path) -> None:
-    words = [*ON_SLURM, *COUNTING, *options(save_every=2, fail_at=3), "nodes=2", f"run_dir={tmp_path / 'run'}"]
-    text = run("launch", *words, "resilience.max_without_progress=1", cwd=tmp_path, status=1, **sandbox.env)
-    assert "ZeroDivisionError: the data of step 3 has no tokens" in text and "saved nothing new" in text
-    events = RunFolder(tmp_path / "run").read_events()
-    assert [e["cause"] for e in events if e["event"] == "attempt_ended"] == ["crashed", "crashed"]
-
-
 def test_a_rank_behind_a_cut_link_commits_nothing_once_the_job_runs_elsewhere(sandbox: Cluster, tmp_path: Path) -> None:
-    folder, log = RunFolder(tmp_path / "run"), tmp_path / "log"
-    words = [*ON_SLURM, *COUNTING, *options(save_every=10), "nodes=1", f"run_dir={folder.path}"]
-    process = start_fork("launch", *words, cwd=tmp_path, log=log, **sandbox.env)
-
-    def of(name: str) -> list[dict[str, object]]:
-        assert process.poll() is None, (folder.read_events(), log.read_text())
-        return [e for e in folder.read_events() if e["event"] == name]
-
-    wait_for(lambda: of("saved"), "a checkpoint")
+    storm = StormyRun(sandbox, tmp_path, *COUNTING, *options(save_every=10), nodes=1)
+    folder = storm.folder
+    storm.wait(lambda: storm.of("saved"), "a checkpoint")
     (left_over,) = ranks_in(folder).values()
-    host = str(of("agent_started")[0].get("host") or sandbox.slurm("squeue", "--noheader", "--format=%N").strip())
+    host = str(storm.of("agent_started")[0].get("host") or sandbox.slurm("squeue", "--noheader", "--format=%N").strip())
     cut_link(sandbox, host)
     try:
         # It trains on, all by itself, until it finds that it was replaced.
-        wait_for(lambda: any(e["attempt"] == 2 for e in of("saved")), "a checkpoint of the run elsewhere")
+        storm.wait(lambda: any(e["attempt"] == 2 for e in storm.of("saved")), "a checkpoint of the run elsewhere")
         wait_for(lambda: not Path(f"/proc/{left_over}").exists(), "the end of the rank that was left over")
-        agent = agent_logs(folder.path, job_of(of("submitted")[0]), 0)[1]
+        agent = agent_logs(folder.path, job_of(storm.of("submitted")[0]), 0)[1]
         wait_for(lambda: "was left over" in agent.read_text(), "the end of its agent", 60)
         events = folder.read_events()
         begun = next(i for i, e in enumerate(events) if e["event"] == "started" and e["attempt"] == 2)
@@ -130,5 +104,4 @@ def test_a_rank_behind_a_cut_link_commits_nothing_once_the_job_runs_elsewhere(sa
         assert folder.attempts() == [1, 2], "the left-over agent started nothing"
         assert "OutdatedAttemptError" in folder.log(1, 0).read_text() and checkpoint(folder)["attempt"] == 2
     finally:
-        sandbox.slurm("scancel", str(folder.read_events()[0]["job_id"]))
-        process.wait(timeout=300)
+        storm.end()

@@ -23,7 +23,7 @@ from launch.slurm.submit import submit_slurm
 from slurm.sandbox import state as sandbox_state
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, TINY, run, start, start_fork, wait_for
-from tests.support.runs import COUNTING, checkpoint, options
+from tests.support.runs import COUNTING, checkpoint, options, rank_hosts
 
 pytestmark = pytest.mark.slurm
 
@@ -83,7 +83,7 @@ def test_a_sweep_over_nodes_runs_on_as_many_hosts_and_ends_in_one_table(sandbox:
         assert re.search(rf"^\s*NumNodes={nodes} ", sandbox.slurm("scontrol", "show", "job", job), re.MULTILINE)
         assert sandbox.slurm("scontrol", "write", "batch_script", job, "-").strip() == script.strip()
         assert "OverSubscribe=NO" in sandbox.slurm("scontrol", "show", "job", job), "whole nodes"
-        hosts = {rank["host"] for rank in json.loads(folder.environment(1).read_text())["ranks"]}
+        hosts = {*rank_hosts(folder)}
         assert len(hosts) == nodes and hosts <= set(sandbox.nodes)
         assert "finished" in names(folder) and steps(folder) == 12
         assert queue(sandbox, job) == "COMPLETED"
@@ -136,24 +136,6 @@ def test_a_detached_array_is_looked_after_by_element(sandbox: Cluster, tmp_path:
     assert "finished" in ask("report", "outputs/a")
 
 
-def test_a_job_that_waits_says_why_and_leaves_the_queue(sandbox: Cluster, tmp_path: Path) -> None:
-    conf = sandbox.env["SLURM_CONF"]
-    words = ["nodes=1", "cluster=slurm", "run_dir=run", "launch.detach=true", *COUNTING]
-    held = "++cluster.additional_parameters={hold: true}"
-    run("launch", *words, held, cwd=tmp_path, SLURM_CONF=conf)
-    folder = RunFolder(tmp_path / "run")
-    (known,) = json.loads(run("launch.status", "--json", "run", cwd=tmp_path, SLURM_CONF=conf))
-    assert (known["state"], known["detail"]) == ("pending", "JobHeldUser")
-    assert f"scontrol release {submitted(folder)['job_id']}" in known["advice"]
-    refused = run("launch.logs", "run", cwd=tmp_path, status=2, SLURM_CONF=conf)
-    assert "pending, JobHeldUser" in refused
-    again = run("launch", *words, cwd=tmp_path, status=2, SLURM_CONF=conf)
-    assert f"is being worked on by job {submitted(folder)['job_id']}, pending" in again
-    assert "run: cancelled" in run("launch.cancel", "run", cwd=tmp_path, SLURM_CONF=conf)
-    assert queue(sandbox, submitted(folder)["job_id"]) == "CANCELLED"
-    assert names(folder) == ["submitted", "cancelled"]
-
-
 def test_what_could_never_start_is_refused_or_said_to_wait_for_ever(sandbox: Cluster, tmp_path: Path) -> None:
     conf = sandbox.env["SLURM_CONF"]
     many = ["-m", "name=many", *ON_SLURM, *TINY]
@@ -187,7 +169,7 @@ def test_what_could_never_start_is_refused_or_said_to_wait_for_ever(sandbox: Clu
 def test_a_job_whose_launcher_died_after_sbatch_is_the_runs_job(
     sandbox: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Waiting it is found by submitit's folder of it, running by what its agent has entered."""
+    """A waiting job is found by its pickle, a running job by the entry of its agent."""
     conf = sandbox.env["SLURM_CONF"]
 
     def ask(command: str, *more: str, status: int = 0) -> str:
@@ -210,7 +192,10 @@ def test_a_job_whose_launcher_died_after_sbatch_is_the_runs_job(
         return submit_slurm([plan])[0].job_id
 
     waiting = submit_and_die("++cluster.additional_parameters={hold: true}")
-    assert known() == [(waiting, "pending")] and not folder.events.exists()
+    (seen,) = json.loads(ask("status", "--json", "run"))
+    assert (seen["job_id"], seen["state"], seen["detail"]) == (waiting, "pending", "JobHeldUser")
+    assert f"scontrol release {waiting}" in seen["advice"] and not folder.events.exists()
+    assert "pending, JobHeldUser" in ask("logs", "run", status=2)
     assert f"is being worked on by job {waiting}, pending" in run(
         "launch", *words, cwd=tmp_path, status=2, SLURM_CONF=conf
     )

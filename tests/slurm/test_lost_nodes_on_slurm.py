@@ -2,79 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from launch.runs.folder import RunFolder
-from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster, cut_link, freeze, power_cut
-from tests.support.commands import ON_SLURM, start_fork, wait_for
-from tests.support.runs import COUNTING, from_step, options
+from tests.support.commands import wait_for
+from tests.support.runs import COUNTING, StormyRun, from_step, options
 
 pytestmark = pytest.mark.slurm
 
 # Slurm itself calls a lost node down after 13 s or so and requeues the job: the agents have to be well ahead of it.
-WORDS = [*ON_SLURM, *COUNTING, *options(save_every=20), "nodes=2", "resilience.node_timeout_s=5"]
+WORDS = [*COUNTING, *options(save_every=20), "resilience.node_timeout_s=5"]
 
 
-class Running:
-    """A run on the sandbox that has saved at least once."""
-
-    def __init__(self, sandbox: Cluster, folder: Path, *words: str) -> None:
-        self.sandbox = sandbox
-        self.log = folder / "log"
-        self.folder = RunFolder(folder / "run")
-        words = (*WORDS, f"run_dir={self.folder.path}", *words)
-        self.process = start_fork("launch", *words, cwd=folder, log=self.log, **sandbox.env)
-        self.wait(lambda: self.of("saved"), "a checkpoint")
-
-    def wait(self, condition: Any, what: str) -> None:
-        wait_for(lambda: condition() or self.process.poll() is not None, what)
-        assert self.process.poll() is None, (self.folder.read_events(), self.log.read_text())
-
-    def of(self, name: str) -> list[dict[str, Any]]:
-        return [e for e in self.folder.read_events() if e["event"] == name]
-
-    def wait_for_steps(self, attempt: int) -> None:
-        self.wait(
-            lambda: any(r["attempt"] == attempt for r in read_records(self.folder.metrics(0))),
-            f"steps of attempt {attempt}",
-        )
-
-    @property
-    def job(self) -> str:
-        return str(self.of("submitted")[0]["job_id"])
-
-    def hosts(self, attempt: int) -> list[str]:
-        """Hosts of the ranks, in the order of the ranks."""
-        # The agent writes it beside the first steps, and a busy machine may do those first.
-        self.wait(self.folder.environment(attempt).exists, f"what the agent tells of attempt {attempt}")
-        return [rank["host"] for rank in json.loads(self.folder.environment(attempt).read_text())["ranks"]]
-
-    def kill(self) -> None:
-        """End it without a save, where its end is not what is tested."""
-        self.sandbox.slurm("scancel", "--full", "--signal=KILL", self.job)
-        self.process.wait(timeout=300)
-
-    def end(self) -> int:
-        self.sandbox.slurm("scancel", self.job)
-        return self.process.wait(timeout=300)
+KILL = ("--full", "--signal=KILL")
+"""End a job without a save, where its end is not what is tested."""
 
 
 def test_a_spare_takes_the_place_of_a_node_that_loses_power_and_a_cancel_stays_a_cancel(
     sandbox: Cluster, tmp_path: Path
 ) -> None:
-    run = Running(sandbox, tmp_path, "spare_nodes=1")
+    run = StormyRun(sandbox, tmp_path, *WORDS, "spare_nodes=1")
     try:
+        run.wait(lambda: run.of("saved"), "a checkpoint")
         (members,) = run.of("members")
-        assert run.hosts(1) == members["hosts"] and len(members["spares"]) == 1
+        assert run.rank_hosts(1) == members["hosts"] and len(members["spares"]) == 1
         dead = members["hosts"][1]
         power_cut(sandbox, dead)
-        run.wait_for_steps(attempt=2)
-        assert run.hosts(2) == [members["hosts"][0], *members["spares"]]
+        run.wait_for_steps(attempt=2, count=1)
+        assert run.rank_hosts(2) == [members["hosts"][0], *members["spares"]]
         assert [(e["host"], e["attempt"]) for e in run.of("node_lost")] == [(dead, 1)]
         assert run.of("attempt_ended")[0]["cause"] == "node_failed"
         assert run.of("requeued") == [], "inside the same job"
@@ -91,12 +48,13 @@ def test_a_spare_takes_the_place_of_a_node_that_loses_power_and_a_cancel_stays_a
 def test_a_run_without_a_spare_goes_on_with_the_node_that_is_left_and_has_both_again_after_a_requeue(
     sandbox: Cluster, tmp_path: Path
 ) -> None:
-    run = Running(sandbox, tmp_path, "script.elastic=true", "resilience.min_nodes=1")
+    run = StormyRun(sandbox, tmp_path, *WORDS, "script.elastic=true", "resilience.min_nodes=1")
     try:
-        stays, dead = run.hosts(1)
+        run.wait(lambda: run.of("saved"), "a checkpoint")
+        stays, dead = run.rank_hosts(1)
         power_cut(sandbox, dead)
-        run.wait_for_steps(attempt=2)
-        assert run.hosts(2) == [stays] and run.of("requeued") == [], "inside the same job"
+        run.wait_for_steps(attempt=2, count=1)
+        assert run.rank_hosts(2) == [stays] and run.of("requeued") == [], "inside the same job"
         assert [(e["host"], e["attempt"]) for e in run.of("node_lost")] == [(dead, 1)]
         (fewer,) = run.of("fewer_nodes")
         assert (fewer["nodes"], fewer["asked"], fewer["hosts"]) == (1, 2, [stays])
@@ -108,37 +66,38 @@ def test_a_run_without_a_spare_goes_on_with_the_node_that_is_left_and_has_both_a
         assert len(run.of("attempt_ended")) == 1
 
         sandbox.slurm("scontrol", "requeue", run.job)
-        run.wait_for_steps(attempt=3)
-        assert len(run.hosts(3)) == 2 and dead not in run.hosts(3)
+        run.wait_for_steps(attempt=3, count=1)
+        assert len(run.rank_hosts(3)) == 2 and dead not in run.rank_hosts(3)
         assert [e["attempt"] for e in run.of("all_nodes")] == [3]
         assert [e["cause"] for e in run.of("attempt_ended")] == ["node_failed", "preempted"]
     finally:
-        run.kill()
+        run.end(*KILL)
 
 
 def test_a_cut_link_and_a_frozen_head_node_are_noticed_and_named_and_the_job_comes_back_without_them(
     sandbox: Cluster, tmp_path: Path
 ) -> None:
-    run = Running(sandbox, tmp_path)
-    cut = run.hosts(1)[1]
+    run = StormyRun(sandbox, tmp_path, *WORDS)
     try:
+        run.wait(lambda: run.of("saved"), "a checkpoint")
+        cut = run.rank_hosts(1)[1]
         cut_link(sandbox, cut)
-        run.wait_for_steps(attempt=2)
+        run.wait_for_steps(attempt=2, count=1)
         (lost,) = run.of("node_lost")
         assert lost["host"] == cut and "silent for" in lost["cause"]
         assert f"ExcNodeList={cut}" in sandbox.slurm("scontrol", "show", "job", run.job)
-        frozen = run.hosts(2)[0]
-        assert cut not in run.hosts(2)
+        frozen = run.rank_hosts(2)[0]
+        assert cut not in run.rank_hosts(2)
 
         freeze(sandbox, frozen)
         run.wait(lambda: len(run.of("requeued")) == 2, "the others to notice that their head node is frozen")
         # Slurm's step on the other node reports its end to the srun there, whose kernel takes the message: it waits six
         # times MessageTimeout for the answer. Nobody answers at all where an operator pulls the plug.
         power_cut(sandbox, frozen)
-        run.wait_for_steps(attempt=3)
+        run.wait_for_steps(attempt=3, count=1)
         assert [e["host"] for e in run.of("node_lost")] == [cut, frozen]
         assert [e["cause"] for e in run.of("attempt_ended")] == ["node_failed", "node_failed"]
         assert [e["hosts"] for e in run.of("excluded")] == [[cut], sorted([cut, frozen])], "with those before"
-        assert set(run.hosts(3)) == set(sandbox.nodes) - {cut, frozen}
+        assert set(run.rank_hosts(3)) == set(sandbox.nodes) - {cut, frozen}
     finally:
-        run.kill()
+        run.end(*KILL)

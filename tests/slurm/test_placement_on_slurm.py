@@ -10,10 +10,9 @@ import pytest
 from rich.console import Console
 
 from launch.runs.folder import RunFolder
-from launch.slurm import limits
-from launch.slurm.client import JobState, output_file
-from launch.slurm.failover import PlacementFailover
-from launch.slurm.jobs import SlurmJob, ask_queue, job_of
+from launch.slurm.client import JobState
+from launch.slurm.failover import fail_over
+from launch.slurm.jobs import SlurmJob
 from launch.slurm.status import RunStatus, find_run_status
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, is_alive, run, wait_for
@@ -86,46 +85,6 @@ def test_a_point_is_given_up_and_one_that_has_started_is_left_alone(
     assert isinstance(point.job, SlurmJob) and point.job.job_id == no_gpus
     point.state, point.job_status = "pending", JobState("PENDING", partition="low", submitted=1.0)
     point.plan = None
-    assert PlacementFailover(Console()).step([point]) is None
+    assert fail_over([point], Console()) is None
     assert [event["event"] for event in folder.read_events()][-2:] == ["gave_up", "stayed"]
     assert sandbox.slurm("squeue", "-h", "-j", no_gpus, "-o", "%T").strip() == "RUNNING"
-
-
-def test_a_point_that_waits_moves_to_another_cluster(
-    two_clusters: tuple[Cluster, Cluster], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both jobs of the point are number 2, each on its cluster."""
-    here, beta = two_clusters
-    conf = here.env["SLURM_CONF"]
-    for cluster, command in ((here, "exec sleep 600"), (beta, "true")):
-        cluster.slurm("sbatch", "--exclusive", "--chdir=/", "--output=/dev/null", "--wrap", command)
-    wait_for(lambda: here.slurm("squeue", "-h", "-o", "%T").strip() == "RUNNING", "the node to be taken")
-    places = "{partition: low}, {cluster: gamma}, {cluster: beta}"
-    words = [f"cluster.placement=[{places}]", "run_dir=run", "cluster.retry_interval_min=0.05"]
-    text = run("launch", *words, *WORDS, cwd=tmp_path, SLURM_CONF=conf)
-    assert "cluster=gamma is skipped: cluster.cluster=gamma, and scontrol: error: 'gamma' can't be reached now" in text
-    folder = RunFolder(tmp_path / "run")
-    first, moved, second = of(folder, "submitted", "moved", "stayed", "cancelled", "gave_up")
-    assert "slurm_cluster" not in first and moved["to"] == "cluster=beta"
-    assert (first["job_id"], second["job_id"], second["slurm_cluster"]) == ("2", "2", "beta")
-    assert of(folder, "finished")
-    (seen,) = json.loads(run("launch.status", "--json", "run", cwd=tmp_path, SLURM_CONF=conf))
-    assert (seen["state"], seen["job_id"], seen["slurm_cluster"]) == ("finished", "2", "beta")
-    assert here.slurm("squeue", "-h", "--states=all", "-j", "2", "-o", "%T").strip() == "CANCELLED"
-    assert beta.slurm("squeue", "-h", "--states=all", "-j", "2", "-o", "%T").strip() == "COMPLETED"
-
-    monkeypatch.setenv("SLURM_CONF", conf)
-    here.slurm("sacctmgr", "--immediate", "add", "qos", "long", "flags=PartitionTimeLimit")
-    flags = limits.read_limits().qos_flags
-    assert flags is not None and flags["long"] == {"PartitionTimeLimit"} and "PartitionTimeLimit" not in flags["normal"]
-
-    # What status, logs and cancel ask and do, by the identity in the event log, of a job that runs there.
-    number = beta.slurm("sbatch", "--parsable", "--output=/dev/null", "--wrap", "exec sleep 600").split(";")[0].strip()
-    job = job_of({"cluster": "slurm", "job_id": number, "slurm_cluster": "beta"})
-    assert isinstance(job, SlurmJob)
-    wait_for(lambda: job.status(ask_queue([job])).phase == "running", "the job to run")
-    assert output_file(number, "beta") == Path("/dev/null") and output_file("999", "beta") is None
-    job.take_out()
-    assert job.status(ask_queue([job])).phase == "running"
-    job.kill()
-    wait_for(lambda: job.status(ask_queue([job])).phase == "over", "the job to end")

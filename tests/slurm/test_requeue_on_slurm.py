@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from launch.storm.injection import Site
 from slurm.sandbox.cluster import Cluster, heal, power_cut, preempt
 from tests.support.checkpoints import differing, read_weights
 from tests.support.commands import TINY, start_fork
-from tests.support.runs import COUNTING, StormyRun, checkpoint, from_step, options, paced
+from tests.support.runs import COUNTING, StormyRun, checkpoint, from_step, options, paced, rank_hosts
 
 pytestmark = pytest.mark.slurm
 
@@ -89,9 +88,7 @@ def test_a_training_that_is_preempted_and_loses_a_node_ends_in_the_same_weights(
     storm.wait_for_steps(attempt=1)
     preempt(sandbox, storm.job, seconds=1)
     storm.wait(lambda: any(e["attempt"] == 2 for e in storm.of("saved")), "a checkpoint of the second attempt")
-    storm.wait(here.environment(2).exists, "what the agent tells of it")
-    ranks = json.loads(here.environment(2).read_text())["ranks"]
-    dead = ranks[-1]["host"]
+    dead = storm.rank_hosts(2)[-1]
     power_cut(sandbox, dead)
     storm.wait(lambda: len(storm.of("agent_started")) == 3, "the comeback without it")
     hurry.touch()
@@ -100,7 +97,7 @@ def test_a_training_that_is_preempted_and_loses_a_node_ends_in_the_same_weights(
     # Slurm puts the job back when it misses the node, unless the agents did before.
     first, second, last = of(events, "attempt_ended", "cause")
     assert (first, last) == ("preempted", "finished") and second in ("preempted", "node_failed")
-    assert dead not in {rank["host"] for rank in json.loads(here.environment(3).read_text())["ranks"]}
+    assert dead not in rank_hosts(here, 3)
     (stopped,) = of(events, "stopped", "step")
     before = max(e["step"] for e in events if e["event"] == "saved" and e["attempt"] == 2)
     assert of(events, "started", "from_step") == [0, stopped, before], "from the steps at which it saved"

@@ -82,7 +82,6 @@ FACTS = Facts(
     versions={"torch": "2.13.0+cpu"},
     requirements=("torch<2.14,>=2.11",),
     limits=LIMITS,
-    groups=("users",),
 )
 CALM = ("cluster=slurm", "cluster.cpus_per_task=4", "cluster.mem_gb=16", "optim.global_batch=96")
 
@@ -99,7 +98,7 @@ def request(*words: str, count: int = 1) -> Request:
 def complaints(seen: Facts, *words: str, count: int = 1) -> list[Finding]:
     """All warnings and errors about a request."""
     assert seen.limits is not None
-    found = asked.check_request(seen.limits, request(*words, count=count), seen.groups)
+    found = asked.check_request(seen.limits, request(*words, count=count))
     return [f for f in found if f.level is not Level.ok]
 
 

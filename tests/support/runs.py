@@ -90,6 +90,11 @@ PROGRAM = Path(__file__).parent / "programs" / "counting.py"
 COUNTING = ("workload=script", f"script.path={PROGRAM}", "script.resumes=true")
 
 
+def rank_hosts(folder: RunFolder, attempt: int = 1) -> list[str]:
+    """Hosts of the ranks of an attempt, in the order of the ranks."""
+    return [rank["host"] for rank in json.loads(folder.environment(attempt).read_text())["ranks"]]
+
+
 def options(**values: object) -> list[str]:
     """Options of the program, as words of a command line."""
     return [f"script.options.{name.replace('_', '-')}={value}" for name, value in values.items()]
@@ -114,14 +119,14 @@ def from_step(folder: RunFolder, attempt: int, rank: int = 0) -> int | None:
 
 
 class StormyRun:
-    """A run of two nodes on the sandbox, followed by its launcher, which writes ``log``."""
+    """A run on the sandbox, followed by its launcher, which writes ``log``."""
 
-    def __init__(self, sandbox: Cluster, folder: Path, *words: str, **extra: str) -> None:
+    def __init__(self, sandbox: Cluster, folder: Path, *words: str, nodes: int = 2) -> None:
         self.sandbox = sandbox
         self.log = folder / "log"
         self.folder = RunFolder(folder / "run")
-        words = (*ON_SLURM, "nodes=2", f"run_dir={self.folder.path}", *words)
-        self.process = start_fork("launch", *words, cwd=folder, log=self.log, **sandbox.env, **extra)
+        words = (*ON_SLURM, f"nodes={nodes}", f"run_dir={self.folder.path}", *words)
+        self.process = start_fork("launch", *words, cwd=folder, log=self.log, **sandbox.env)
         self.wait(lambda: self.of("submitted"), "the submission")
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
@@ -149,6 +154,16 @@ class StormyRun:
             return sum(record["attempt"] == attempt for record in read_records(self.folder.metrics(0)))
 
         self.wait(lambda: steps() >= count, f"step {count} of attempt {attempt}")
+
+    def rank_hosts(self, attempt: int) -> list[str]:
+        """Hosts of the ranks of an attempt. The agent records them beside the first steps."""
+        self.wait(self.folder.environment(attempt).exists, f"the ranks that the agent records of attempt {attempt}")
+        return rank_hosts(self.folder, attempt)
+
+    def end(self, *options: str) -> int:
+        """Cancel the job, and return the exit status of the launcher."""
+        self.sandbox.slurm("scancel", *options, self.job)
+        return self.process.wait(timeout=300)
 
     def hosts(self) -> list[str]:
         """Nodes of the job, in order: the batch host is the first."""

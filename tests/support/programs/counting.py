@@ -18,7 +18,6 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=1_000_000)
 parser.add_argument("--save-every", type=int, default=0, help="steps; 0 for never, beside the end")
 parser.add_argument("--step-s", type=float, default=0.05)
-parser.add_argument("--fail-at", type=int, help="step in which rank 1 fails")
 parser.add_argument("--begin", type=Path, help="file without which nothing begins")
 parser.add_argument("--hurry", type=Path, help="file with which steps take no time")
 parser.add_argument("--hang", type=Path, help="file with which a save takes for ever")
@@ -81,8 +80,6 @@ while step < args.steps:
     if not is_there(args.hurry):
         time.sleep(args.step_s)
     step += 1
-    if step == args.fail_at and run.rank == 1:
-        raise ZeroDivisionError(f"the data of step {step} has no tokens")
     total += step * step
     run.record(step, loss=1 / step, samples=4)
     stop, save_now = run.stop_requested(), run.save_requested()
