@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from launch.errors import CommandParser, ConfigError, refusing
 from slurm.sandbox.cluster import Cluster, cut_link, freeze, heal, link, power_cut, preempt
@@ -81,10 +82,10 @@ def _parser() -> CommandParser:
     for setting in fields(Settings):
         if help := setting.metadata.get("help"):
             default = setting.default
-            shown = " ".join(default) if isinstance(default, tuple) else default or "none"
-            kind = {"type": int} if isinstance(default, int) else {"metavar": setting.metadata["metavar"]}
-            many = {"nargs": "+"} if isinstance(default, tuple) else {}
-            add["up"](f"--{setting.name.replace('_', '-')}", default=default, help=f"{help} ({shown})", **kind, **many)
+            shown = " ".join(default) if isinstance(default, tuple) else default
+            kind: dict[str, Any] = {"nargs": "+"} if isinstance(default, tuple) else {"type": int}
+            flag, metavar = f"--{setting.name.replace('_', '-')}", setting.metadata["metavar"]
+            add["up"](flag, default=default, metavar=metavar, help=f"{help} ({shown})", **kind)
     text = "a line of slurm.conf, in place of the sandbox's own (repeat for more), such as SlurmdTimeout=10"
     add["up"]("--set", dest="slurm_conf", action="append", default=[], metavar="KEY=VALUE", help=text)
     add["up"]("--timeout-s", type=float, default=60.0, help="time that the nodes have to start (%(default)s)")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +12,8 @@ import pytest
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster, power_cut, preempt
-from tests.launch.test_own_names import gpt_launch, make_project, point
 from tests.slurm.test_batch_script import submit_batch_script, wait_for_end
-from tests.support.commands import ON_SLURM, ROOT, TINY, run, wait_for
+from tests.support.commands import ON_SLURM, TINY, run
 from tests.support.runs import (
     COUNTING,
     EXAMPLES,
@@ -130,37 +127,6 @@ def test_a_plain_script_is_requeued_after_preemption_and_goes_on_with_a_spare_af
     assert printed_loss(printed(here, attempt=3), STEPS) == printed_loss(printed(whole), STEPS)
     assert "samples/s" in storm.log.read_text()
     assert {r["attempt"] for r in read_records(here.metrics(0))} == {1, 2, 3}
-
-
-def test_a_sweep_is_preempted_requeued_and_finished(
-    sandbox: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    project = make_project(tmp_path / "project")
-    for name, value in sandbox.env.items():
-        monkeypatch.setenv(name, value)
-    hurry = tmp_path / "hurry"
-    words = [
-        *ON_SLURM, "workload=script", "script.path=train.py", f"script.args=[300,'{hurry}']", "script.resumes=true",
-        "ranks_per_node=1", "name=mine", "launch.report_files=[md]",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    log = (tmp_path / "log").open("w")
-    command = [sys.executable, "-m", "gpt_launch", "-m", "nodes=1,2", *words]
-    sweep = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    steps = "outputs/mine/nodes=2*/metrics/rank_00000.jsonl"
-    wait_for(lambda: [*project.glob(steps)] or sweep.poll() is not None, "the first step on two nodes")
-    assert sweep.poll() is None, (tmp_path / "log").read_text()
-    two = point(project, 2)
-    assert "running" in gpt_launch(project, "status", "outputs")
-    [submitted] = [e for e in two.read_events() if e["event"] == "submitted"]
-    preempt(sandbox, str(submitted["job_id"]))
-    wait_for(lambda: any(e["event"] == "requeued" for e in two.read_events()), "the requeue")
-    hurry.touch()
-    assert sweep.wait(timeout=300) == 0, (tmp_path / "log").read_text()
-    assert causes(two) == ["preempted", "finished"]
-    made = [record["step"] for record in read_records(two.metrics(0))]
-    assert made == list(range(1, 301)), "each step once"
-    assert gpt_launch(project, "status", "outputs").count("finished") == 2
 
 
 TOPOLOGIES = ("fsdp", "pp", "zero2")

@@ -78,34 +78,9 @@ def test_what_a_job_leaves_behind_ends_with_it(sandbox: Cluster, tmp_path: Path)
     orphan = f"setsid sh -c 'touch {there}; exec sleep 300' & while [ ! -e {there} ]; do sleep 0.1; done"
     options = ["--parsable", f"--export=ALL,LEFT_BY={tmp_path}", "--output=/dev/null", "--chdir=/"]
     job = sandbox.slurm("sbatch", *options, "--wrap", orphan).strip()
-    wait_until(lambda: dict(sandbox_job_states(sandbox))[job] == "COMPLETED", timeout_s=30, what="the end of the job")
+    show = ("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
+    wait_until(lambda: sandbox.slurm(*show).strip() == "COMPLETED", timeout_s=30, what="the end of the job")
     assert there.exists() and left() == []
-
-
-def test_a_job_in_high_requeues_one_in_low(sandbox: Cluster, tmp_path: Path) -> None:
-    sandbox.slurm("scontrol", "update", "PartitionName=low", "GraceTime=0")
-    output = tmp_path / "out"
-    options = ["--parsable", "--requeue", "--open-mode=append", f"--output={output}", "--nodelist=n1"]
-    script = "echo start ${SLURM_RESTART_COUNT:-0}; [ ${SLURM_RESTART_COUNT:-0} -gt 0 ] || sleep 300"
-    job = sandbox.slurm("sbatch", *options, "--wrap", script).strip()
-    try:
-        wait_until(lambda: output.exists() and "start 0" in output.read_text(), timeout_s=30, what="the job to start")
-        high = faults.preempt(sandbox, job, seconds=0)
-        wait_until(lambda: "start 1" in output.read_text(), timeout_s=60, what="the job to start again")
-        states = dict(sandbox_job_states(sandbox))
-        assert states[high] == "COMPLETED"
-        with pytest.raises(ConfigError, match="does not run"):
-            wait_until(lambda: dict(sandbox_job_states(sandbox))[job] == "COMPLETED", timeout_s=30, what="its end")
-            faults.preempt(sandbox, job)
-    finally:
-        sandbox.slurm("scontrol", "update", "PartitionName=low", "GraceTime=10")
-        sandbox.slurm("scancel", job)
-
-
-def sandbox_job_states(sandbox: Cluster) -> list[tuple[str, str]]:
-    """The id and the state of every job that Slurm remembers."""
-    lines = sandbox.slurm("squeue", "--noheader", "--states=all", "--format=%i %T").splitlines()
-    return [(line.split()[0], line.split()[1]) for line in lines]
 
 
 def test_the_command_line_from_up_to_down(namespaces: None) -> None:
@@ -289,17 +264,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(place: Cluster) -> None:
     assert_nothing_left(place, set())
 
 
-def test_the_log_of_a_program_is_there_once_it_is_started(tmp_path: Path) -> None:
-    state, found = SandboxState(tmp_path, Settings()), list[bool]()
-
-    def before(pid: int) -> None:
-        found.append(state.log("daemon").exists())
-
-    with pytest.raises(SandboxError, match=r"did not start: .*log/daemon"):
-        state.start("daemon", ["true"], before=before)
-    assert found == [], "a program that cannot write its log does not run"
-    (tmp_path / "log").mkdir()
-    state.start("daemon", ["true"], before=before)
-    assert found == [True] and load_state(tmp_path) == state
-    wait_until(lambda: state.find("daemon") is None, timeout_s=20, what="its end")
-    assert Process(os.getpid(), psutil.Process().create_time() - 60).find() is None, "the number was used again"
+def test_a_number_that_was_used_again_is_another_process() -> None:
+    started = psutil.Process().create_time()
+    assert Process(os.getpid(), started).find() == psutil.Process()
+    assert Process(os.getpid(), started - 60).find() is None
