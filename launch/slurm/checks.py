@@ -331,24 +331,17 @@ def check_defaults(case: Case) -> Iterator[Finding]:
 
 
 def check_preemption(case: Case) -> Iterator[Finding]:
-    """Check that a preempted job returns to the queue. The plan compares its time with measured saves."""
-    limits, partition, config = case.limits, case.partition, case.config
-    name, mode = partition.name, how_preempted(limits, partition)
-    if mode == "OFF":
-        yield fine("preemption", f"nothing preempts jobs in {name}")
-        return
-    if mode != "REQUEUE":
+    """Warn of a partition whose preempted jobs do not return to the queue.
+
+    The plan compares the time of a preempted job with measured saves.
+    """
+    name, mode = case.partition.name, how_preempted(case.limits, case.partition)
+    if mode not in ("OFF", "REQUEUE"):
         done = "suspended, and its collectives time out" if "SUSPEND" in mode else "ended and not requeued"
         why = f"a preempted run is {done}; the same command resumes from its last checkpoint"
         plan = case.request.plan
         fix = (plan and plan.promised.saves_more_often) or "more frequent checkpoints"
         yield warn("preemption", f"PreemptMode of {name} is {mode}", why, fix)
-    elif limits.number("JobRequeue") == 0 and "requeue" not in typed_options(config.cluster):
-        found = "JobRequeue=0 on this cluster, and no --requeue"
-        ended = f"jobs in {name} may be preempted, and this one would be ended instead of requeued"
-        yield warn("preemption", found, ended, "+cluster.additional_parameters.requeue=true")
-    else:
-        yield fine("preemption", f"jobs in {name} may be preempted, and are requeued")
 
 
 def check_partition(case: Case) -> Iterator[Finding]:
@@ -375,7 +368,6 @@ def check_request(limits: Limits, request: Request) -> list[Finding]:
     found = [
         *check_partition_names(limits, request.config),
         *soften_some([[*check_partition(case)] for case in cases]),  # Slurm uses the first partition that fits.
-        *check_array(limits, request),
     ]
     why = why_unsure(limits, request.config)
     return [doubt(finding, why) if why else finding for finding in found]
@@ -400,12 +392,3 @@ def check_partition_names(limits: Limits, config: Config) -> Iterator[Finding]:
     if not names and not any(partition.is_default for partition in limits.partitions):
         found = f"no cluster.partition, and none of {listed} is the default"
         yield fail("partition", found, REFUSES, f"cluster.partition={(there or ['NAME'])[0]}")
-
-
-def check_array(limits: Limits, request: Request) -> Iterator[Finding]:
-    """Check the size of the job array against MaxArraySize, which is one more than the largest index."""
-    size, most = len(request.points), limits.number("MaxArraySize")
-    if size > 1 and most is not None and size > most:
-        found = f"an array of {size} points of one shape, and MaxArraySize={most} allows indices up to {most - 1}"
-        fix = f"sweeps of at most {most} points of one shape for each command"
-        yield fail("array", found, "sbatch refuses the array", fix if most > 1 else "one command for each point")

@@ -99,22 +99,11 @@ def test_of_several_partitions_one_that_fits_is_enough() -> None:
     assert asked.has_errors(complaints(FACTS, "cluster.partition='closed,short'"))
 
 
-def test_an_array_may_have_as_many_elements_as_max_array_size() -> None:
-    assert [f.check for f in complaints(FACTS, count=6) if f.level is Level.error] == ["array"]
-    assert not asked.has_errors(complaints(FACTS, count=5))
-
-
 def test_preemption_that_does_not_requeue_is_said() -> None:
-    def told(seen: Facts, *words: str) -> str:
-        return "\n".join(f.found for f in complaints(seen, *words) if f.check == "preemption")
-
-    assert told(FACTS) == ""
-    assert "JobRequeue=0" in told(with_config(JobRequeue="0"))
-    repaired = told(with_config(JobRequeue="0"), "+cluster.additional_parameters.requeue=true")
-    assert "JobRequeue" not in repaired
-    assert told(with_config(PreemptType="preempt/none")) == ""
+    assert complaints(FACTS) == complaints(with_config(PreemptType="preempt/none")) == []
     cancels = limits.parse_limits(CONFIG, PARTITIONS.replace("PreemptMode=REQUEUE", "PreemptMode=CANCEL"), NODES)
-    assert "PreemptMode of low is CANCEL" in told(replace(FACTS, limits=cancels))
+    (found,) = complaints(replace(FACTS, limits=cancels))
+    assert found.check == "preemption" and "PreemptMode of low is CANCEL" in found.found
 
 
 def test_what_a_site_gives_by_default_is_compared_with_the_ranks() -> None:

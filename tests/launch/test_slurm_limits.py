@@ -197,13 +197,6 @@ def test_spares_are_given_up_before_nodes_and_the_advice_suits_the_largest_point
         assert refused.value.fix.startswith(fix), (points, refused.value.fix)
 
 
-def test_an_array_that_is_too_large_is_refused_before_it_is_made() -> None:
-    seeds = [(f"seed={seed}",) for seed in range(6)]
-    assert len(look(*seeds[:5])[0]) == 5
-    with pytest.raises(ConfigError, match="MaxArraySize=5"):
-        look(*seeds)
-
-
 def test_what_is_in_doubt_is_submitted_with_a_warning() -> None:
     assert look(("nodes=1",), ("nodes=2", "cluster.mem_gb=200"))[1] == "", "what fits passes without a word"
     plans, text = look(("cluster.partition=closed",))

@@ -22,7 +22,6 @@ DefMemPerNode           = UNLIMITED
 JobDefaults             = (null)
 JobRequeue              = 1
 KillWait                = 5 sec
-MaxArraySize            = 5
 MaxMemPerNode           = UNLIMITED
 PreemptMode             = REQUEUE
 PreemptType             = preempt/partition_prio
@@ -87,18 +86,17 @@ CALM = ("cluster=slurm", "cluster.cpus_per_task=4", "cluster.mem_gb=16", "optim.
 
 
 @cache
-def request(*words: str, count: int = 1) -> Request:
-    """Request of ``count`` points with these words."""
+def request(*words: str) -> Request:
+    """Request of a point with these words."""
     (config,) = configs_of([[*CALM, *words]])
     plan = make_plan(config, list(words), ClusterKind.slurm)
-    points = tuple(f"{plan.point}-{index}" for index in range(count))
-    return Request(config, plan, points, sbatch_text([plan] * count))
+    return Request(config, plan, (plan.point,), sbatch_text([plan]))
 
 
-def complaints(seen: Facts, *words: str, count: int = 1) -> list[Finding]:
+def complaints(seen: Facts, *words: str) -> list[Finding]:
     """All warnings and errors about a request."""
     assert seen.limits is not None
-    found = asked.check_request(seen.limits, request(*words, count=count))
+    found = asked.check_request(seen.limits, request(*words))
     return [f for f in found if f.level is not Level.ok]
 
 
