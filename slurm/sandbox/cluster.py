@@ -126,11 +126,6 @@ class SlurmState:
         """True if the node gets no more jobs until an operator resumes it."""
         return self.word.startswith(("drain", "drng"))
 
-    @property
-    def is_in_service(self) -> bool:
-        """True if the node answers and may have jobs."""
-        return not (self.is_drained or self.word.startswith(("down", "fail", "inval", "unk")) or self.word[-1] == "*")
-
 
 @dataclass(frozen=True)
 class NodeStatus:
@@ -142,11 +137,6 @@ class NodeStatus:
     link: bool
     frozen: bool
     slurm: SlurmState
-
-    @property
-    def is_sound(self) -> bool:
-        """True if no fault of the node needs healing. Limits on its cable do not count."""
-        return self.power and self.link and not self.frozen and self.slurm.is_in_service
 
 
 class Cluster:

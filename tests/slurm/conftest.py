@@ -49,6 +49,7 @@ def sandbox(shared_sandbox: Cluster) -> Iterator[Cluster]:
     yield shared_sandbox
     shared_sandbox.slurm("scancel", "--me")
     for entry in shared_sandbox.status():
-        if not entry.is_sound:
+        in_service = entry.slurm.word in ("idle", "alloc", "mix", "comp")
+        if not (entry.power and entry.link and not entry.frozen and in_service):
             heal(shared_sandbox, entry.name)
     shared_sandbox.wait_idle(timeout_s=180)

@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.report.goodput import measure_goodput
 from launch.runs import heartbeat
 from launch.runs.events import first_failure
 from launch.runs.folder import RunFolder
@@ -70,18 +69,10 @@ def test_one_job_survives_a_killed_and_a_frozen_rank_and_obeys_the_files(sandbox
     shown = sandbox.slurm("scontrol", "show", "job", str(events[0]["job_id"]))
     assert "Restarts=0" in shown
     assert not ranks_in(folder)
-    # The parts of its time are its allocation, whose second of begin and end Slurm tells.
+    # What test_goodput.py measures is the allocation, whose second of begin and end Slurm tells.
     begin, end = (datetime.fromisoformat(shown.split(f" {name}=")[1].split()[0]) for name in ("StartTime", "EndTime"))
     allocated = next(e["allocated_at"] for e in events if e["event"] == "agent_started")
     ended = max(e["ended_at"] for e in events if e["event"] == "agent_ended")
-    goodput = measure_goodput(folder, events)
-    assert goodput is not None and goodput.seconds["lost"] > 0 < goodput.seconds["restarts"]
-    parts = {part: seconds for part, seconds in goodput.seconds.items() if part != "waiting"}
-    assert sum(parts.values()) == pytest.approx(ended - allocated, abs=1e-3)
-    assert goodput.losses.counts == {"crashed": 1, "hung": 1} and len(goodput.losses.in_place) == 2
-    assert sum(goodput.losses.seconds.values()) == pytest.approx(parts["lost"] + parts["restarts"], abs=1e-3)
-    # The silence began after the last step that counts, and was found when it was longer than the time it may last.
-    assert goodput.losses.seconds["hung"] > HEARTBEAT_TIMEOUT_S
     assert abs(allocated - begin.timestamp()) <= 1 and ended <= end.timestamp() + 1
 
 

@@ -91,7 +91,7 @@ def test_the_command_line_from_up_to_down(namespaces: None) -> None:
         assert f"export SLURM_CONF={cluster.directory}/etc/slurm.conf" in up.stdout
         assert cluster.slurm("sinfo", "--noheader", "--format=%P %l").splitlines() == ["short* 5:00", "long infinite"]
         assert "KillWait                = 7" in cluster.slurm("scontrol", "show", "config")
-        assert " idle" in command_line("status", where).stdout and all(node.is_sound for node in cluster.status())
+        assert " idle" in command_line("status", where).stdout
         assert command_line("power-cut", where, "n1").returncode == 0
         assert " off " in command_line("status", where).stdout
         refused = command_line("freeze", where, "n1")

@@ -76,7 +76,7 @@ def free_links(sandbox: Cluster) -> Iterator[None]:
     """Take the limits off the cables after every test; the rest the sandbox's fixture mends."""
     yield
     for entry in sandbox.status():
-        if entry.is_sound:
+        if entry.power:
             faults.link(sandbox, entry.name)
 
 
@@ -198,7 +198,7 @@ def test_a_drained_node_is_named_with_the_reason_and_resumed(sandbox: Cluster) -
     fix = f"heal --dir {sandbox.directory} n2"
     with pytest.raises(SandboxError, match=rf"n1 idle, n2 drain \(Kill task failed\), .* to resume: .* {fix}"):
         sandbox.wait_idle(timeout_s=0)
-    assert [entry.name for entry in sandbox.status() if not entry.is_sound] == ["n2"]
+    assert [entry.name for entry in sandbox.status() if entry.slurm.is_drained] == ["n2"]
     faults.power_cut(sandbox, "n2")
     faults.heal(sandbox, "n2")
     sandbox.wait_idle(timeout_s=30)
