@@ -4,7 +4,7 @@
     python -m launch nodes=2 model=gpt2_124m        # one run
     python -m launch -m nodes=1,2 dry_run=true      # the plan and the sbatch text; submits nothing
 
-Hydra composes the points and calls ``hydra_plugins.launch_plugin``, which calls ``launch.sweep.run_sweep``.
+Hydra composes the points and calls ``hydra_plugins.launch_plugin``, which calls ``launch.runner.run_sweep``.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from launch.config.compose import (
     typed_form,
 )
 from launch.errors import ConfigError, refusing
+from launch.runner import SweepFailedError, print_failure
 from launch.runs.compose import CONFIG_ERRORS, refuse_file_of_config
 from launch.runs.files import deny_others_writing
 from launch.runs.overrides import override_of_flag, point_name
-from launch.sweep import SweepFailedError, print_failure
 from launch.workload import load_workload
 
 

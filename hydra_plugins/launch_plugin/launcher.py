@@ -12,7 +12,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
-    from launch.sweep import PointResult
+    from launch.runner import PointResult
 
 
 # Launchers of Hydra's other plugins: the tasks that they start for a point, and the refusal of points that need more.
@@ -91,8 +91,8 @@ class PerPointLauncher(Launcher):
         as Optuna's ``max_failure_rate``. In any other sweep, the point raises an error.
         """
         from launch.config.compose import compose_launch, typed_form
+        from launch.runner import run_sweep
         from launch.runs.compose import CONFIG_ERRORS
-        from launch.sweep import run_sweep
 
         assert self.context is not None and self.config is not None
         setup_globals()
@@ -144,9 +144,9 @@ def job_return(overrides: Sequence[str], result: PointResult | Exception | None)
     A finished point without its objective counts as failed. The sweeper raises the error of a failed point when it
     reads the value, or counts the failure.
     """
+    from launch.runner import SweepFailedError
     from launch.runs.folder import RunFolder
     from launch.runs.records import refuse_absent
-    from launch.sweep import SweepFailedError
 
     value: object = result
     if result is not None and not isinstance(result, Exception):

@@ -28,11 +28,11 @@ import gpt_launch.own_names  # noqa: F401
 from gpt_launch import as_typed
 from launch.config.compose import compose_launch, require_folder, typed_config
 from launch.errors import CommandParser, ConfigError, counted, print_table, refusing
+from launch.runner import SweepFailedError, print_failure, run_sweep
 from launch.runs.environment import ROOT
 from launch.runs.files import deny_others_writing, read_json, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.measured import COLLECTIVES, FASTEST, TIERS, LinkFit, Network, network_document, terms
-from launch.sweep import SweepFailedError, print_failure, run_sweep
 
 SCALE = np.array([1e-6, 1e-9])
 """Units of the fit: latency in microseconds and nanoseconds per byte, so that both unknowns are near one."""

@@ -31,6 +31,7 @@ from launch.script.arguments import (
     split_args,
     written_options,
 )
+from launch.worker.call import REQUEUE_EXIT
 from launch.workload import (
     CodeTree,
     PlanRequest,
@@ -166,10 +167,6 @@ def script_name(path: str | None, module: str | None, command: Sequence[str] | N
     return Path(command[0]).stem if command else "script"
 
 
-REQUEUE_EXIT = 75
-"""Exit status with which a script requests a requeue after it has saved (EX_TEMPFAIL of sysexits.h)."""
-
-
 class ScriptWorkload(Workload):
     """Any program that torchrun could start; see docs/scripts.md."""
 
@@ -221,7 +218,7 @@ class ScriptWorkload(Workload):
             if script.resumes
             else "none: an interrupted script is not started again (script.resumes=true where it has checkpoints)"
         )
-        rows = {"workload": "script", "command": PLACEHOLDER.sub(r"${\1}", command), "restarts": again}
+        rows = {"workload": self.name, "command": PLACEHOLDER.sub(r"${\1}", command), "restarts": again}
         if work is not None:
             rows["work"] = f"{work:,.12g} {script.unit.name} a step"
         if script.max_steps is not None:

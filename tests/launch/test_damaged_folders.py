@@ -21,6 +21,7 @@ from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError, refusing
 from launch.plan.plan import make_plan, write_run
 from launch.report import build
+from launch.runner import run_sweep
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
@@ -28,7 +29,6 @@ from launch.slurm import watch
 from launch.slurm.client import JobState
 from launch.slurm.jobs import CONTROLLER, SlurmJob
 from launch.slurm.status import explain_end, find_run_status, update
-from launch.sweep import run_sweep
 from tests.support.commands import TINY
 
 WORDS = [*TINY, "cluster=local", "optim.max_steps=9", "seed=3"]

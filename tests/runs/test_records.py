@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.launch_plugin.launcher import job_return, refuse_other_tasks, refuse_without_values, tasks_of
 from launch.errors import ConfigError
+from launch.runner import PointResult, SweepFailedError
 from launch.runs import records
 from launch.runs.files import append_json_lines, append_whole
 from launch.runs.folder import RunFolder
@@ -37,7 +38,6 @@ from launch.runs.records import (
     refuse_unknown_figure,
     step_figures,
 )
-from launch.sweep import PointResult, SweepFailedError
 from tests.support.commands import TINY, run
 
 STEPS = 1000

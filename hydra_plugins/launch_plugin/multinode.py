@@ -1,0 +1,167 @@
+"""Hydra launcher for any ``@hydra.main`` app: the task function runs in every rank of a multi-node job.
+
+    python app.py -m lr=1e-3,3e-4 hydra/launcher=multinode hydra.launcher.nodes=2
+    python app.py -m hydra/launcher=multinode hydra.launcher.nodes=1,2,4        # own resources for each point
+    python app.py -m lr=1e-3,3e-4 hydra/launcher=multinode_local                # processes of this machine
+
+Keys of hydra-submitit-launcher mean the same. Hydra imports this module in every app of the environment, also in a
+project with its own ``launch.py``; so the launcher itself is imported only when a job is launched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hydra_plugins.launch_plugin import _multinode_config  # noqa: F401  # registers the keys
+
+OF_CLUSTER = (
+    *(
+        "timeout_min",
+        "cpus_per_task",
+        "gpus_per_node",
+        "mem_gb",
+        "partition",
+        "qos",
+        "account",
+        "constraint",
+        "exclude",
+    ),
+    *("gres", "signal_delay_s", "array_parallelism", "setup", "comment", "placement"),
+)
+"""Keys of this launcher that are keys of the group ``cluster``, with the same names."""
+OF_SBATCH = ("cpus_per_gpu", "mem_per_gpu", "mem_per_cpu")
+"""Keys of this launcher that are options of sbatch."""
+GROUPS = ("cluster", "resilience", "budget", "launch")
+"""Keys of this launcher that are whole groups of keys: ``+hydra.launcher.resilience.requeue=false``."""
+
+
+def run_task(
+    context: HydraContext, task_function: TaskFunction, config: DictConfig, state: dict[Any, Any]
+) -> JobReturn:
+    """Run the task function of one point in one rank, as Hydra does in a plain sweep. Raises what the function raises.
+
+    All ranks have the same output folder. Only rank 0 writes Hydra's own files into it.
+    """
+    Singleton.set_state(state)
+    setup_globals()
+    if os.environ.get("RANK", "0") != "0":
+        with open_dict(config):
+            config.hydra.output_subdir = None
+    result = run_job(
+        hydra_context=context,
+        task_function=task_function,
+        config=config,
+        job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir",
+    )
+    if result.status is JobStatus.FAILED:
+        raise result._return_value
+    return result
+
+
+class MultinodeLauncher(Launcher):
+    """Hydra launcher that runs each point of a sweep as a run of this project's launcher."""
+
+    def __init__(self, **keys: Any) -> None:
+        self.keys = keys
+        self.config: DictConfig | None = None
+        self.context: HydraContext | None = None
+        self.task_function: TaskFunction | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Store what ``launch`` needs."""
+        self.context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the points of one batch, and return what the task function returned on rank 0 of each.
+
+        A point that fails has its exception as its result, which Hydra raises when the sweeper reads the value.
+        """
+        import gpt_launch.own_names  # noqa: F401
+        from launch.api import Job, Point, overrides_of, start_and_wait
+        from launch.worker.call import Call
+
+        assert self.context is not None and self.config is not None and self.task_function is not None
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        folder = Path(str(self.config.hydra.sweep.dir)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        state = Singleton.get_state()
+        points, composed = [], []
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
+            config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id, config.hydra.job.num = str(number), number
+            words = overrides_of_point(config, filter_overrides(overrides))
+            shown = re.sub(r"[^\w=.,+~-]", "_", ",".join(filter_overrides(overrides)))[:80]
+            words += overrides_of("run_dir", folder / "launch" / f"{number},{shown}".rstrip(","))
+            words += [*overrides_of("output_dir", folder), "fresh=true"]  # Hydra runs a task again in the same folder.
+            call = Call(run_task, (self.context, self.task_function, config, state))
+            points.append(Point(words, call))
+            composed.append(config)
+        GlobalHydra.instance().clear()  # The launcher composes its own config.
+        try:
+            jobs: Sequence[Job] = start_and_wait(points)
+        finally:
+            Singleton.set_state(state)
+        return [job_return(*parts) for parts in zip(jobs, composed, job_overrides, strict=True)]
+
+
+def overrides_of_point(config: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Return the launcher's overrides for one point: its resources, from ``hydra.launcher``, and its arguments.
+
+    Overrides that only choose resources, such as ``n=2`` with ``hydra.launcher.nodes=${n}``, are no arguments: the
+    scaling table compares points with the same arguments.
+
+    Raises:
+        ConfigError: a key of submitit that has no counterpart.
+    """
+    from launch.api import overrides_of
+    from launch.errors import ConfigError
+
+    keys = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+    chosen = re.findall(r"\$\{([\w.]+)\}", str(OmegaConf.to_container(config.hydra.launcher, resolve=False)))
+    arguments = [text for text in overrides if text.partition("=")[0].lstrip("+") not in chosen]
+    assert isinstance(keys, dict)
+    if keys["gpus_per_task"] is not None:
+        raise ConfigError(
+            f"hydra.launcher.gpus_per_task={keys['gpus_per_task']}",
+            "GPUs of a whole node: one agent starts all of its ranks",
+            "hydra.launcher.gpus_per_node=N, and hydra.launcher.tasks_per_node=N for one rank on each",
+        )
+    values = {f"cluster.{name}": keys[name] for name in OF_CLUSTER}
+    values |= {f"cluster.additional_parameters.{name}": keys[name] for name in OF_SBATCH}
+    values |= {"ranks_per_node": keys["tasks_per_node"]}
+    if keys["max_num_timeout"] == 0:
+        values["resilience.requeue"] = False
+    words = ["workload=function", f"cluster={keys['kind']}", f"nodes={keys['nodes']}"]
+    words += [f"spare_nodes={keys['spare_nodes']}", *overrides_of("name", keys["name"] or config.hydra.job.name)]
+    words += overrides_of("script.resumes", keys["resumes"])
+    words += overrides_of("call.args.overrides", ",".join(arguments)) if arguments else []
+    for key, value in values.items():
+        words += [] if value is None else overrides_of(key, value)
+    words += overrides_of("cluster.additional_parameters", keys["additional_parameters"])
+    return words + [word for group in GROUPS for word in overrides_of(group, keys[group])]
+
+
+def job_return(job: Any, config: DictConfig, overrides: Sequence[str]) -> JobReturn:
+    """Return the result of a point for Hydra's sweeper."""
+    error = job.exception()
+    if error is None:
+        found = job.result()
+        assert isinstance(found, JobReturn)
+        return found
+    found = JobReturn(overrides=list(overrides), cfg=config, status=JobStatus.FAILED)
+    found.return_value = error
+    return found

@@ -1,0 +1,538 @@
+"""The launcher from Python: submit programs and functions, follow their runs, and read results and tables.
+
+    import launch
+
+    job = launch.submit("train.py", args=["--lr", "3e-4"], nodes=2)     # any program
+    job = launch.submit(train, lr=3e-4, nodes=2, gpus_per_node=8)       # any function: every rank calls it
+    job.wait(); job.result(); job.status; job.logs(rank=3); job.cancel()
+    sweep = launch.sweep("train.py", nodes=[1, 2, 4], lr=[1e-3, 3e-4])
+    sweep.table()
+    for job in launch.jobs("outputs"): ...
+
+Plans, refusals and run folders are those of ``python -m launch``.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import csv
+import inspect
+import io
+import itertools
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launch.config import Config
+from launch.config.compose import compose_launch, schema_of, target_of
+from launch.errors import CommandParser, ConfigError, closest, refusing
+from launch.plan.plan import Plan, unfinished
+from launch.plan.preflight import plain_console
+from launch.runs.compose import flatten
+from launch.runs.files import deny_others_writing, make_folder
+from launch.runs.find import current_sweep, find_runs
+from launch.runs.folder import RunFolder
+from launch.schema import schema_keys
+from launch.script.arguments import hydra_text
+from launch.slurm.jobs import LocalQueueEntry
+from launch.slurm.points import plan_sweep
+from launch.slurm.status import OVER, RunStatus, explain_end, find_run_status, poll
+from launch.slurm.submit import show_plans
+from launch.worker import call as calls
+from launch.workload import load_workload
+
+POLL_S = 0.5
+GROUPS = ("cluster", "script", "resilience", "launch")
+"""Groups whose keys can be given without the name of the group: ``partition`` for ``cluster.partition``."""
+SHORT_TEXT = 40
+"""Longest argument of a function that stands in the name of the run as it is."""
+
+
+class JobFailedError(RuntimeError):
+    """A run that did not finish. The message has its first failure, and the log with more."""
+
+
+# From keyword arguments to overrides.
+
+
+def key_of(name: str, schema: type[Config]) -> str | None:
+    """Return the key that a keyword argument names; None if the launcher has no such key."""
+    keys = schema_keys(schema)
+    return next((key for key in (name, *(f"{group}.{name}" for group in GROUPS)) if key in keys), None)
+
+
+def overrides_of(key: str, value: Any, raw_keys: Sequence[str] = ()) -> list[str]:
+    """Return the overrides that set ``key`` to a Python value; a mapping sets the keys of a group."""
+    if isinstance(value, Mapping):
+        return [text for name, inner in flatten({key: dict(value)}).items() for text in overrides_of(name, inner)]
+    if key in raw_keys and isinstance(value, str):
+        return [f"{key}={value}"]
+    if isinstance(value, tuple):
+        value = list(value)
+    return [f"{key}={hydra_text(str(value) if isinstance(value, Path) else value)}"]
+
+
+def workload_of_program(program: Any) -> list[str]:
+    """Return the overrides that choose the workload for a program: a script, module, command, function, or None."""
+    if program is None:
+        return []
+    if callable(program):
+        return ["workload=function", f"name={calls.name_of(program)}"]
+    if isinstance(program, list | tuple):
+        return ["workload=script", *overrides_of("script.command", [str(word) for word in program])]
+    text = str(program)
+    is_module = not isinstance(program, Path) and "/" not in text and not text.endswith(".py")
+    return ["workload=script", *overrides_of("script.module" if is_module else "script.path", text)]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run that is about to be submitted: its overrides, and the call for a function."""
+
+    words: list[str]
+    call: calls.Call | None = None
+
+    def with_call(self) -> tuple[list[str], Path | None, bytes]:
+        """Return all overrides, and the file of the call with its content; None and empty for a program."""
+        if self.call is None:
+            return self.words, None, b""
+        content = calls.dumped(self.call)
+        path = calls.file_of(content, Path(compose_launch([*self.words, "call.file=x"]).output_dir).absolute())
+        return [*self.words, *overrides_of("call.file", str(path))], path, content
+
+
+def point_of(program: Any, args: Sequence[Any], keys: Mapping[str, Any]) -> Point:
+    """Return the run that the arguments of ``submit`` describe.
+
+    A keyword is a key of the launcher if the launcher has this key, also without the name of its group. Otherwise it is
+    an argument of the function, or an option of the program.
+
+    Raises:
+        ConfigError: a keyword is a key of the launcher and an argument of the function, or the call cannot work.
+    """
+    words = workload_of_program(program)
+    schema_words = [*words, *(f"workload={keys['workload']}" for name in ("workload",) if name in keys)]
+    target = target_of(schema_words)
+    schema, raw_keys = schema_of(target), load_workload(target).raw_keys
+    own = arguments_of(program) if callable(program) else ()
+    given: dict[str, Any] = {}
+    for name, value in keys.items():
+        key = key_of(name, schema)
+        if key is not None and name in own:
+            raise ConfigError(
+                f"{name}, an argument of {calls.name_of(program)} and the key {key} of the launcher",
+                "a name with one meaning",
+                f"functools.partial({calls.name_of(program)}, {name}=...), or **{{'{key}': ...}} for the launcher",
+            )
+        if key is not None:
+            words += overrides_of(key, value, raw_keys)
+        elif callable(program):
+            given[name] = value
+        else:
+            words += overrides_of(name if program is None else f"script.options.{name}", value)
+    if callable(program):
+        refuse_wrong_arguments(program, args, given, schema)
+        named = {**{f"arg{index}": value for index, value in enumerate(args)}, **given}
+        words += [f"call.args.{name}={text_of_argument(value)}" for name, value in named.items()]
+        words += ["script.resumes=true"] * hasattr(program, "checkpoint")
+        return Point(words, calls.Call(program, tuple(args), given))
+    if args:
+        words += overrides_of("script.args", [str(arg) for arg in args])
+    return Point(words)
+
+
+def arguments_of(function: Callable[..., Any]) -> Sequence[str]:
+    """Return the names of a function's arguments; empty if Python does not know them, as for some built-in ones."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def refuse_wrong_arguments(
+    function: Callable[..., Any], args: Sequence[Any], given: Mapping[str, Any], schema: type
+) -> None:
+    """Raise ConfigError if a function cannot be called with these arguments."""
+    try:
+        inspect.signature(function).bind(*args, **given)
+    except TypeError as error:
+        known = arguments_of(function)
+        unknown = [name for name in given if name not in known]
+        meant = closest(unknown[0], [*known, *schema_keys(schema)]) if unknown else []
+        raise ConfigError(
+            f"a call of {calls.name_of(function)} that fails: {error}",
+            f"the arguments {', '.join(known) or 'none'}, and keys of the launcher",
+            f"{(meant or known or ['no argument'])[0]}" + ("=VALUE" if meant or known else ""),
+        ) from error
+    except ValueError:  # Python does not know the arguments of some built-in functions.
+        return
+
+
+def text_of_argument(value: Any) -> str:
+    """Return an argument for the name of the run: as it is if it is short, else its type and a hash of its pickle."""
+    if (
+        value is None
+        or isinstance(value, bool | int | float)
+        or (isinstance(value, str) and len(value) <= SHORT_TEXT and "$" not in value)
+    ):
+        return hydra_text(value)
+    digest = calls.file_of(calls.dumped(calls.Call(type(value), (value,))), Path()).stem
+    return f"{type(value).__name__}-{digest[:8]}"
+
+
+# Runs.
+
+
+class Job:
+    """A run: state, result, logs and events, read from its folder. The process that submitted it may have ended.
+
+    Args:
+        run_dir: the run folder.
+        launcher: process that runs the local points of a command; None for other runs.
+        known_events: number of events before the submission by this process. Earlier ends do not count.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, launcher: subprocess.Popen[bytes] | None = None, known_events: int = 0
+    ) -> None:
+        self.run_dir = Path(run_dir).absolute()
+        self._folder = RunFolder(self.run_dir)
+        self._launcher = launcher
+        self._known_events = known_events
+
+    def __repr__(self) -> str:
+        return f"Job({str(self.run_dir)!r})"
+
+    def _status(self) -> RunStatus:
+        point = find_run_status(self._folder)
+        problem = poll([point], trust_log=True)
+        if problem is not None:
+            raise problem
+        return point
+
+    def _has_started(self, point: RunStatus) -> bool:
+        """Return whether the events of this submission have begun, or will never begin."""
+        is_new = len(self._folder.read_events()) > self._known_events
+        return self._launcher is None or is_new or self._launcher.poll() is not None
+
+    @property
+    def status(self) -> str:
+        """State of the run: pending, running, finished, failed, stopped, cancelled, and others of ``launch.status``.
+
+        Raises:
+            SlurmError: Slurm does not answer.
+        """
+        point = self._status()
+        return point.state if self._has_started(point) else "pending"
+
+    def done(self) -> bool:
+        """Return whether the run has ended and will not start again."""
+        return self.status in OVER
+
+    def running(self) -> bool:
+        """Return whether the ranks run."""
+        return self.status == "running"
+
+    def cancelled(self) -> bool:
+        """Return whether the run was cancelled."""
+        return self.status == "cancelled"
+
+    def wait(self, timeout: float | None = None) -> str:
+        """Wait until the run ends, at most ``timeout`` seconds, and return its state.
+
+        Raises:
+            TimeoutError: the run has not ended in time.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (state := self.status) not in OVER:
+            if self._launcher is not None and self._launcher.poll() is not None and state in ("not started", "unknown"):
+                raise JobFailedError(
+                    f"{self.run_dir}: the launcher ended before the run; its output: {log_of(self.run_dir)}"
+                )
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"{self.run_dir} is {state} after {timeout:g} s")
+            time.sleep(POLL_S)
+        return state
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait until the run ends; return the exception of the rank that failed first, or None for a finished run.
+
+        The exception of a function has the traceback of the rank as a note. A run that was cancelled gives
+        concurrent.futures.CancelledError, any other end a JobFailedError.
+        """
+        state = self.wait(timeout)
+        if state == "finished":
+            return None
+        point = self._status()
+        why = explain_end(point)
+        if state == "cancelled":
+            return concurrent.futures.CancelledError(why)
+        failure = point.failure() or {}
+        result = None if failure.get("rank") is None else calls.read_result(self.run_dir, int(failure["rank"]))
+        if result is None or result.error is None or result.attempt != failure.get("attempt"):
+            return JobFailedError(why)
+        result.error.add_note(f"on rank {failure['rank']} of {self.run_dir}:\n{result.trace}")
+        return result.error
+
+    def result(self, timeout: float | None = None, *, ranks: bool = False) -> Any:
+        """Wait until the run ends, and return the value that the function returned on rank 0; None for a program.
+
+        Args:
+            timeout: seconds to wait; None for no limit.
+            ranks: True for a list with the values of all ranks.
+
+        Raises:
+            TimeoutError: the run has not ended in time.
+            Exception: the exception of the function, or another one that ``exception`` returns.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        values = [
+            found.value for rank in calls.result_ranks(self.run_dir) if (found := calls.read_result(self.run_dir, rank))
+        ]
+        return values if ranks else values[0] if values else None
+
+    def add_done_callback(self, callback: Callable[[Job], Any]) -> None:
+        """Call ``callback`` with this job in a thread when the run has ended."""
+
+        def follow() -> None:
+            self.wait()
+            callback(self)
+
+        threading.Thread(target=follow, name="job-callback", daemon=True).start()
+
+    def cancel(self, *, now: bool = False) -> bool:
+        """Have the run save a checkpoint and leave, and wait; return whether it is over. ``now`` waits for no save."""
+        from launch.cancel import cancel
+
+        return cancel([self.run_dir], plain_console(), now=now)
+
+    def logs(self, rank: int = 0) -> str:
+        """Return the output of a rank in the newest attempt; empty if there is none yet."""
+        attempts = self._folder.attempts()
+        path = self._folder.log(attempts[-1], rank) if attempts else None
+        return path.read_text(errors="replace") if path is not None and path.exists() else ""
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the event log, oldest first: dictionaries with ``event``, ``time`` (Unix seconds) and details."""
+        return self._folder.read_events()
+
+
+class Sweep(Sequence[Job]):
+    """The runs of one sweep, in the order of its points, and their scaling table."""
+
+    def __init__(self, found: Sequence[Job]) -> None:
+        self._jobs = list(found)
+        self.folder = self._jobs[0].run_dir.parent
+        """Folder with the run folders and the report."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._jobs[index]
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def wait(self, timeout: float | None = None) -> list[str]:
+        """Wait until all runs have ended, at most ``timeout`` seconds, and return their states."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return [job.wait(None if deadline is None else max(0.0, deadline - time.monotonic())) for job in self]
+
+    def table(self) -> list[dict[str, str]]:
+        """Return the scaling table: for each point a dictionary with the columns of ``scaling.csv``, all as text."""
+        from launch.report import csv_text
+
+        return list(csv.DictReader(io.StringIO(csv_text(self._tabulated()))))
+
+    def report(self) -> Path:
+        """Write the report, and return the path of its page."""
+        from launch.report import write
+
+        return next(path for path in write(self._tabulated()) if path.suffix == ".html")
+
+    def _tabulated(self) -> Any:
+        from launch.report import select, tabulate_selection
+
+        if len(self) == 1:
+            return tabulate_selection(select(self[0].run_dir))
+        sweep = current_sweep(self.folder)
+        return tabulate_selection(select(self.folder, None if sweep is None else sweep.number))
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Plans of a command that submits nothing."""
+
+    run_dirs: list[str]
+    text: str
+    """The plans, and the batch scripts for Slurm."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def submit(program: Any, *, args: Sequence[Any] = (), dry_run: bool = False, **keys: Any) -> Any:
+    """Plan and submit one run. Returns a Job, or a DryRun that has submitted nothing.
+
+        job = launch.submit(train, lr=3e-4, nodes=2, gpus_per_node=8)
+        job.result()
+
+    On a machine without Slurm, a process in the background starts the ranks; it goes on when this process ends.
+
+    Args:
+        program: a script (``train.py``), a module (``package.train``), a command (a list), a function that every rank
+            calls, or None for the GPT of this project.
+        args: arguments of the program or the function, without names.
+        dry_run: True to plan only.
+        keys: keys of the launcher (``nodes``, ``partition``, ``cluster={...}``, ``**{"resilience.requeue": False}``),
+            arguments of the function, and options of the program (``lr=3e-4`` for ``--lr=0.0003``).
+
+    Raises:
+        ConfigError: the run cannot work. It has ``found``, ``expected`` and ``fix``; nothing was submitted.
+    """
+    found = start([point_of(program, args, keys)], dry_run)
+    return found if isinstance(found, DryRun) else found[0]
+
+
+def sweep(program: Any, *, args: Sequence[Any] = (), dry_run: bool = False, **keys: Any) -> Any:
+    """Plan and submit a run for each combination of the values in lists. Returns a Sweep, or a DryRun.
+
+        launch.sweep("train.py", nodes=[1, 2, 4], lr=[1e-3, 3e-4]).table()
+
+    The arguments are those of ``submit``. A value that is a list itself is written ``[[1, 2]]``.
+    """
+    values = [value if isinstance(value, list) else [value] for value in keys.values()]
+    points = [point_of(program, args, dict(zip(keys, one, strict=True))) for one in itertools.product(*values)]
+    found = start(points, dry_run)
+    return found if isinstance(found, DryRun) else Sweep(found)
+
+
+def jobs(path: str | Path = "outputs") -> list[Job]:
+    """Return the runs in a folder, also those that other processes have submitted.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    return [Job(folder.path) for folder in find_runs([Path(path)])]
+
+
+# The start of runs, and the process in the background that follows local ones.
+
+
+def start(points: Sequence[Point], dry_run: bool) -> list[Job] | DryRun:
+    """Plan runs, and submit them to Slurm or to a process in the background."""
+    deny_others_writing()
+    prepared = [point.with_call() for point in points]
+    typed = [words for words, _, _ in prepared]
+    console = quiet_console()
+    documents = [compose_launch([*words, f"dry_run={str(dry_run).lower()}"]) for words in typed]
+    plans, configs = plan_sweep(documents, typed, console)
+    if dry_run:
+        show_plans(plans, configs, console)
+        assert isinstance(console.file, io.StringIO)
+        return DryRun([plan.run_dir for plan in plans], console.file.getvalue())
+    write_calls(prepared)
+    known = [len(RunFolder(plan.run_dir).read_events()) for plan in plans]
+    launcher = None
+    if unfinished(plans):
+        if all(plan.cluster == "slurm" for plan in plans):
+            from launch.runner import run_sweep
+
+            with redirect_stdout(sys.stderr):
+                run_sweep([(compose_launch([*words, "launch.detach=true"]), words) for words in typed])
+        else:
+            launcher = start_in_background(plans, typed)
+    return [Job(plan.run_dir, launcher, count) for plan, count in zip(plans, known, strict=True)]
+
+
+def start_and_wait(points: Sequence[Point]) -> list[Job]:
+    """Plan and submit runs, follow them on the terminal until they end, and report their scaling. Returns the runs.
+
+    A run that fails raises nothing; its Job has the error.
+    """
+    from launch.runner import run_sweep
+
+    deny_others_writing()
+    prepared = [point.with_call() for point in points]
+    documents = [(compose_launch(words), words) for words, _, _ in prepared]
+    plan_sweep([compose_launch(words) for _, words in documents], [words for _, words in documents], quiet_console())
+    write_calls(prepared)
+    results = run_sweep(documents, tolerates_failures=True, with_report=len(points) > 1)
+    return [Job(result.run_dir) for result in results]
+
+
+def quiet_console() -> Console:
+    """Return a console that prints into memory."""
+    return plain_console(file=io.StringIO())
+
+
+def write_calls(prepared: Sequence[tuple[list[str], Path | None, bytes]]) -> None:
+    """Write the files of calls that ``Point.with_call`` returned."""
+    for _, path, content in prepared:
+        if path is not None and not path.exists():
+            calls.write_call(path, content)
+
+
+def log_of(run_dir: Path) -> Path:
+    """Return the path of the output of the process that follows the runs beside ``run_dir``."""
+    return run_dir.parent / ".launch" / "launcher.log"
+
+
+def start_in_background(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -> subprocess.Popen[bytes]:
+    """Start a process that runs the points, and wait until each of them waits for its start or has begun.
+
+    Raises:
+        JobFailedError: the process ended first. The message has what it printed.
+    """
+    log = log_of(Path(plans[0].run_dir))
+    make_folder(log.parent)
+    points = log.with_name("points.json")
+    points.write_text(json.dumps([list(words) for words in typed]))
+    known = {plan.run_dir: len(RunFolder(plan.run_dir).read_events()) for plan in unfinished(plans)}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gpt_launch", "launch.api", str(points)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    while not all(is_submitted(RunFolder(run_dir), count) for run_dir, count in known.items()):
+        if process.poll() is not None:
+            raise JobFailedError(f"the launcher ended with {process.returncode}:\n{log.read_text(errors='replace')}")
+        time.sleep(POLL_S / 10)
+    return process
+
+
+def is_submitted(folder: RunFolder, known_events: int) -> bool:
+    """Return whether a local run waits for its start, or has begun after its first ``known_events`` events."""
+    return LocalQueueEntry(folder).events_before() is not None or len(folder.read_events()) > known_events
+
+
+@refusing
+def main() -> int:
+    """Run the points of a file that ``start_in_background`` has written. Returns the exit status of the command."""
+    from launch.runner import SweepFailedError, print_failure, run_sweep
+
+    parser = CommandParser(prog="python -m launch.api", description="Run the points that launch.submit has planned.")
+    parser.add_argument("points", type=Path, metavar="FILE", help="JSON list with the overrides of each point")
+    typed = json.loads(parser.parse_args().points.read_text())
+    deny_others_writing()
+    try:
+        run_sweep([(compose_launch(words), words) for words in typed])
+    except SweepFailedError as error:
+        return print_failure(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""A function call that every rank of a run makes: its file, the rank's side, and the results in the run folder.
+
+    python -m gpt_launch.launch.worker.call FILE      run by each rank: call the function of FILE, store the result
+
+The login node writes FILE by cloudpickle, as submitit does. So functions of a notebook and lambdas work as well.
+Does not import torch.
+"""
+
+# Relative imports: a rank loads this module as gpt_launch.launch.worker.call, because the user may have a launch.py.
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import signal
+import stat
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import cloudpickle
+
+from ..errors import ConfigError
+from ..runs.files import make_folder, write_atomically
+
+REQUEUE_EXIT = 75
+"""Exit status with which a rank requests a requeue after it has saved (EX_TEMPFAIL of sysexits.h)."""
+RESULTS = "results"
+"""Folder in the run folder for the results of the ranks, and for the call that a requeued run makes."""
+NEXT_CALL = "next_call.pkl"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function with its arguments."""
+
+    function: Callable[..., Any]
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    path: Sequence[str] = ()
+    """Folders in which the submitting process searched for modules. A rank searches them last."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a call returned or raised on one rank."""
+
+    attempt: int
+    value: Any = None
+    error: BaseException | None = None
+    trace: str = ""
+    """Traceback of ``error`` as text."""
+
+
+def dumped(call: Call) -> bytes:
+    """Return a call as bytes. They name no class of this module, which has another name in a rank.
+
+    Raises:
+        ConfigError: the function or an argument cannot be pickled.
+    """
+    try:
+        content: bytes = cloudpickle.dumps({**vars(call), "path": [folder for folder in sys.path if folder]})
+    except Exception as error:  # A user's class can raise any exception.
+        raise ConfigError(
+            f"a call of {name_of(call.function)} that cannot be pickled: {error}",
+            "a function and arguments that pickle or cloudpickle can write",
+            "open files, locks, sockets and generators inside the function",
+        ) from error
+    return content
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the name of a function or of the class of a callable object, with characters of identifiers only."""
+    name = getattr(function, "__name__", type(function).__name__)
+    return "".join(letter for letter in name if letter.isalnum() or letter in "_-") or "function"
+
+
+def file_of(content: bytes, output_dir: Path) -> Path:
+    """Return the path of the file for a call: equal calls have the same file."""
+    return output_dir / ".calls" / f"{hashlib.sha256(content).hexdigest()[:20]}.pkl"
+
+
+def write_call(path: Path, content: bytes) -> None:
+    """Write the file of a call. Only this user can read it."""
+    make_folder(path.parent)
+    write_atomically(path, content)
+    path.chmod(0o600)
+
+
+def load(path: Path) -> Any:
+    """Return the content of a pickle that this user has written.
+
+    Raises:
+        ConfigError: another user owns the file or may write into it; a pickle is code.
+    """
+    with path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ConfigError(
+                f"{path}, which others can change or own", "a file of this user alone", f"chmod go-w {path}"
+            )
+        return pickle.load(file)
+
+
+def read_result(run_dir: Path, rank: int) -> Result | None:
+    """Return the result of a rank; None if the rank has none."""
+    path = run_dir / RESULTS / f"rank_{rank:05d}.pkl"
+    return Result(**load(path)) if path.exists() else None
+
+
+def result_ranks(run_dir: Path) -> list[int]:
+    """Return the ranks that have a result, in order."""
+    return sorted(int(path.stem.removeprefix("rank_")) for path in (run_dir / RESULTS).glob("rank_*.pkl"))
+
+
+def store_result(run_dir: Path, rank: int, result: Result) -> None:
+    """Write the result of a rank. An exception that cannot be pickled is replaced by a RuntimeError with its text."""
+    try:
+        content = cloudpickle.dumps(vars(result))
+        pickle.loads(content)  # Some exceptions can be written, and not read.
+    except Exception as error:
+        if result.error is None:
+            raise TypeError(f"the return value of rank {rank} cannot be pickled: {error}") from error
+        text = f"{type(result.error).__name__}: {result.error}"
+        content = cloudpickle.dumps({**vars(result), "error": RuntimeError(text)})
+    folder = run_dir / RESULTS
+    make_folder(folder)
+    write_atomically(folder / f"rank_{rank:05d}.pkl", content)
+
+
+def requeue_by_checkpoint(call: Call, run_dir: Path, rank: int) -> None:
+    """On SIGTERM or SIGUSR2, leave with the call that ``call.function.checkpoint`` returns, for a requeue.
+
+    This is submitit's protocol: an object with ``__call__`` and ``checkpoint``. The latter has the same arguments, and
+    returns a ``DelayedSubmission``, or None for no requeue.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        following = call.function.checkpoint(*call.args, **call.kwargs)  # type: ignore[attr-defined]
+        if following is None:
+            raise SystemExit(128 + number)
+        if rank == 0:
+            later = Call(following.function, following.args, following.kwargs)
+            write_call(run_dir / RESULTS / NEXT_CALL, dumped(later))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(REQUEUE_EXIT)  # An exception could end in an ``except`` of the function.
+
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, leave)
+
+
+def main() -> int:
+    """Make the call as one rank, and store its result. An exception of the function ends the process."""
+    run_dir, rank = Path(os.environ["LAUNCH_RUN_DIR"]), int(os.environ["RANK"])
+    attempt = int(os.environ["LAUNCH_ATTEMPT"])
+    requeued = run_dir / RESULTS / NEXT_CALL
+    call = Call(**load(requeued if requeued.exists() else Path(sys.argv[1])))
+    sys.path.extend(folder for folder in call.path if folder not in sys.path)
+    if hasattr(call.function, "checkpoint"):
+        requeue_by_checkpoint(call, run_dir, rank)
+    try:
+        value = call.function(*call.args, **call.kwargs)
+    except Exception as error:
+        store_result(run_dir, rank, Result(attempt, error=error, trace=traceback.format_exc()))
+        raise
+    store_result(run_dir, rank, Result(attempt, value))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

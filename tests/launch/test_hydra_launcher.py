@@ -1,0 +1,26 @@
+"""``hydra/launcher=multinode`` for any Hydra app: Hydra's own suites for launchers, and an app of a user."""
+
+from __future__ import annotations
+
+import pytest
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
+
+from hydra_plugins.launch_plugin.multinode import MultinodeLauncher
+
+LOCAL = [("multinode_local", []), ("multinode", [])]
+
+
+def test_hydra_discovers_the_launcher() -> None:
+    assert MultinodeLauncher.__name__ in [found.__name__ for found in Plugins.instance().discover(Launcher)]
+
+
+@pytest.mark.parametrize(("launcher_name", "overrides"), LOCAL[:1])
+class TestLauncher(LauncherTestSuite):
+    """Hydra's suite for launchers, unchanged."""
+
+
+@pytest.mark.parametrize(("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=multinode_local"])])
+class TestIntegration(IntegrationTestSuite):
+    """Hydra's suite for apps, unchanged."""
