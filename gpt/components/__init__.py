@@ -1,10 +1,9 @@
-"""Parts written by the user: classes that the config names. They are imported, checked and measured.
+"""Parts written by the user: classes that the config names. They are imported, checked and counted.
 
     model.norm=mypkg.norms:MyNorm         a class of a module that Python finds: installed, or in the current folder
     model.norm=dyt                        an entry point of the group gpt.norm
 
-Imports no torch by itself. Importing a class imports torch. In a process without torch, ``facts`` lets another
-process do this.
+Imports no torch by itself. Importing a class of the user imports torch.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import inspect
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from gpt.config.optim import OptimConfig
@@ -43,11 +41,9 @@ class PartCounts:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Name, within the part, and shape of every parameter."""
     flops: int = 0
-    """FLOPs of the matrix products of a forward pass."""
+    """FLOPs of a forward pass."""
     saved: dict[str, int] = field(default_factory=dict)
     """``fp32`` or ``half`` -> bytes of activations that the backward pass needs, including the part's input."""
-    fixed: int = 0
-    """Bytes kept for any number of sequences, such as a mask."""
     products: dict[str, int] = field(default_factory=dict)
     """``fp32`` or ``half`` -> bytes of the results of matrix products."""
     parallel: tuple[str, ...] = ()
@@ -126,14 +122,21 @@ def load_object(key: str, name: str) -> Any:
         ConfigError: the entry point, module or attribute is missing, or the module fails.
     """
     module_name, attribute = split_name(key, name)
-    module = import_module(key, name, module_name)
-    found: Any = module
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # the user's module may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            raise missing_module(key, name, module_name, error.name) from error
+        raise ConfigError(
+            f"{key}={name}, and {module_name} fails: {type(error).__name__}: {error}",
+            "a module that can be imported",
+            f'the module repaired: python -c "import {module_name}"',
+        ) from error
     for word in attribute.split("."):
         if not hasattr(found, word):
-            public = [known for known in vars(found) if not known.startswith("_")]
-            likely = (closest(word, public) or ["CLASS"])[0]
+            likely = (closest(word, [known for known in vars(found) if not known.startswith("_")]) or ["CLASS"])[0]
             raise ConfigError(
-                f"{key}={name}, and {module_name} ({getattr(module, '__file__', None)}) has no {attribute}",
+                f"{key}={name}, and {module_name} has no {attribute}",
                 "a name that the module has",
                 f"{key}={module_name}:{likely}",
             )
@@ -160,24 +163,6 @@ def split_name(key: str, name: str) -> tuple[str, str]:
         name = there[name].value
     module, _, attribute = name.partition(":")
     return module, attribute
-
-
-def import_module(key: str, name: str, module: str) -> ModuleType:
-    """Import a module of the user.
-
-    Raises:
-        ConfigError: Python does not find the module, or running it fails.
-    """
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # the user's module may raise anything
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            raise missing_module(key, name, module, error.name) from error
-        raise ConfigError(
-            f"{key}={name}, and {module} fails: {type(error).__name__}: {error}",
-            "a module that can be imported",
-            f'the module repaired: python -c "import {module}"',
-        ) from error
 
 
 def missing_module(key: str, name: str, module: str, missing: str) -> ConfigError:

@@ -1,29 +1,28 @@
-"""Counts of the user's parts of a model, measured once for each config. Imports no torch.
+"""Counts of the user's parts of a model and of the user's optimizer: what a class states, and what its parameters give.
 
-If torch is loaded, this process measures the parts. Otherwise, as on a login node, another process does. So the
-launcher neither waits for torch at every command nor runs the user's module.
+Counting imports the user's module, and torch with it. A model of built-in parts needs neither.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
-import msgspec
-
-from gpt.components import PartCounts, StateBytes
+from gpt.components import KINDS_OF_PARALLELISM, PartCounts, StateBytes, build_custom_optimizer, load_part
 from gpt.config.model import ModelConfig
 from gpt.config.optim import ADAMW, OptimConfig
+from gpt.config.rules import cached_by_model
 from launch.errors import ConfigError
 
+# Counts of the parts. B batch, T time, D width, H heads, C head width.
 
+
+@cached_by_model
 def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
     """Return the counts of the user's parts of a model: ``norm``, ``head_norm``, ``position``, ``attention`` and
     ``ffn``.
@@ -34,59 +33,105 @@ def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
     Raises:
         ConfigError: a part cannot be imported, takes other arguments, or fails.
     """
-    if not model.custom_parts:
-        return {}
-    plain = {key: getattr(value, "name", value) for key, value in asdict(model).items()}
-    found: Mapping[str, PartCounts] = _measured(json.dumps({"model": plain}, sort_keys=True), dict[str, PartCounts])
-    return found
+    custom, hidden = model.custom_parts, (model.block_size, model.n_embd)
+    heads = (model.block_size, model.n_head + model.kv_heads, model.head_dim)
+    found: dict[str, PartCounts] = {}
+    if "norm" in custom:
+        found["norm"] = count_part(model, "norm", hidden, model.n_embd)
+        if model.qk_norm and "attention" not in custom:
+            found["head_norm"] = count_part(model, "norm", heads, model.head_dim)
+    if name := custom.get("position"):
+        on_heads = getattr(load_part("model.position", name), "on_heads", False)
+        found["position"] = count_part(model, "position", heads if on_heads else hidden)
+    return found | {key: count_part(model, key, hidden) for key in ("attention", "ffn") if key in custom}
 
 
-def optimizer_state(optim: OptimConfig) -> StateBytes:
-    """Return the bytes of an optimizer's state: two moments and a count for AdamW, measured for one of the user.
+def count_part(model: ModelConfig, key: str, shape: tuple[int, ...], *arguments: int) -> PartCounts:
+    """Build one part without memory, check that it can be used, and count it.
 
-    Raises:
-        ConfigError: the user's optimizer cannot be imported, or fails.
-    """
-    if optim.optimizer == ADAMW:
-        return StateBytes(8, 4)
-    found: StateBytes = _measured(json.dumps({"optim": asdict(optim)}, sort_keys=True), StateBytes)
-    return found
+    A class may state ``forward_flops(config)`` and ``saved_bytes(config, width)``. Without them, each element of a
+    matrix counts two FLOPs a token, and the backward pass keeps the input and twice the results of the matrices.
 
-
-@lru_cache(maxsize=64)
-def _measured(request: str, kind: Any) -> Any:
-    return msgspec.convert(measured(request), kind)
-
-
-def measured(request: str) -> dict[str, Any]:
-    """Return the counts that a request in JSON asks for (see ``meta_costs.answer``).
-
-    This process measures them if it has loaded torch, otherwise a new process does.
+    Args:
+        model: the config of the model.
+        key: field of the config that names the part.
+        shape: shape of the input of one sequence, without B.
+        arguments: arguments of the constructor after the config.
 
     Raises:
-        ConfigError: a part or optimizer cannot be used.
+        ConfigError: the part cannot be built, changes the shape of its input, or cannot be sharded.
     """
-    if "torch" in sys.modules:
-        from gpt.components.meta_costs import answer
+    import torch
 
-        return answer(request)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [sys.executable, "-m", "gpt_launch", "gpt.components.meta_costs"],
-        input=request, capture_output=True, text=True, env=environment, check=False,
-    )  # fmt: skip
-    lines = run.stdout.splitlines()
-    if run.returncode or not lines:
-        last = (run.stderr.strip() or "no output").splitlines()[-1]
+    name = model.custom_parts[key]
+    kind = load_part(f"model.{key}", name)
+    after = {"position": (0,), "attention": (None,)}.get(key, ())
+    try:
+        with torch.device("meta"), torch.no_grad():
+            module = kind(model, *arguments)
+            x = torch.empty(1, *shape)
+            y = module(x, *after)
+            if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+                raise ValueError(f"it gives {tuple(y.shape) if isinstance(y, torch.Tensor) else type(y).__name__}")
+    except Exception as error:  # raised by the user's class
         raise ConfigError(
-            f"measuring the parts of this model failed: {last}",
-            "parts that torch can build on its meta device",
-            "the parts repaired, or parts of ours",
+            f"model.{key}={name} fails on a tensor of {('B', *shape)}: {type(error).__name__}: {error}",
+            "a part that keeps the shape of its input, and whose operations do not look at values (.item(), .tolist())",
+            "the class repaired; docs/components.md has one of each kind",
+        ) from error
+    check_state(f"model.{key}={name}", module)
+    matrices = [parameter.shape for parameter in module.parameters() if parameter.dim() > 1]
+    tokens, widths = model.block_size, {"fp32": 4, "half": 2}
+    # The kernel of an attention has a result as wide as the model.
+    results = tokens * (sum(rows for rows, *_ in matrices) + model.n_embd * (key == "attention"))
+    saved = {word: 4 * math.prod(shape) + 2 * width * results for word, width in widths.items()}
+    if hasattr(kind, "saved_bytes"):
+        share = math.prod(shape) / (tokens * model.n_embd) if key == "norm" else 1  # of heads, a norm has another width
+        saved = {word: math.ceil(share * kind.saved_bytes(model, width)) for word, width in widths.items()}
+    stated = hasattr(kind, "forward_flops")
+    return PartCounts(
+        shapes={name: tuple(parameter.shape) for name, parameter in module.named_parameters()},
+        flops=int(kind.forward_flops(model)) if stated else 2 * tokens * sum(map(math.prod, matrices)),
+        saved=saved,
+        products={word: width * results for word, width in widths.items()},
+        parallel=stated_parallelism(key, name, kind),
+        on_heads=key == "position" and len(shape) == 3,
+    )
+
+
+def check_state(part: str, module: Any) -> None:
+    """Raise ConfigError for parameters without dimension, and for unsaved buffers without ``reset_buffers``."""
+    scalars = [name for name, parameter in module.named_parameters() if parameter.dim() == 0]
+    if scalars:
+        raise ConfigError(
+            f"{part} has the parameter {scalars[0]} without a dimension",
+            "parameters of at least one dimension, which FSDP can shard",
+            f"self.{scalars[0]} = nn.Parameter(torch.empty(1))",
         )
-    told: dict[str, Any] = json.loads(lines[-1])  # a module may print lines before the answer
-    if "refused" in told:
-        raise ConfigError(*told["refused"])
-    return told
+    persistent = module.state_dict().keys()
+    tables = [name for name, _ in module.named_buffers() if name not in persistent]
+    if tables and not hasattr(module, "reset_buffers"):
+        raise ConfigError(
+            f"{part} has the buffer {tables[0]}, which no checkpoint holds, and no reset_buffers()",
+            "a method that fills such buffers in place: models are built without memory first",
+            "def reset_buffers(self), which computes them",
+        )
+
+
+def stated_parallelism(key: str, name: str, kind: Any) -> tuple[str, ...]:
+    """Return the class attribute ``parallel``: the kinds of parallelism that a part supports.
+
+    Raises:
+        ConfigError: the attribute has a value that parts of its kind cannot have.
+    """
+    stated, able = tuple(getattr(kind, "parallel", ())), KINDS_OF_PARALLELISM[key]
+    if not set(stated) <= set(able):
+        raise ConfigError(
+            f"model.{key}={name} says parallel = {stated!r}",
+            f"of {', '.join(able)} those that it can be computed under",
+            f"parallel = {tuple(word for word in stated if word in able)!r}",
+        )
+    return stated
 
 
 OWNERS = (
@@ -107,3 +152,38 @@ def owner_of(name: str, model: ModelConfig) -> tuple[str, str] | None:
         if key in custom and (found := re.fullmatch(pattern, name)):
             return key, found.group(1)
     return None
+
+
+# State of an optimizer.
+
+
+def optimizer_state(optim: OptimConfig) -> StateBytes:
+    """Return the bytes of an optimizer's state: two moments and a count for AdamW, those of a step for one of the user.
+
+    Raises:
+        ConfigError: the user's optimizer cannot be imported, refuses its arguments, or fails.
+    """
+    if optim.optimizer == ADAMW:
+        return StateBytes(8, 4)
+    return _state_after_step(json.dumps(asdict(optim), sort_keys=True))
+
+
+@lru_cache(maxsize=16)
+def _state_after_step(optim_json: str) -> StateBytes:
+    import torch
+
+    optim = OptimConfig(**json.loads(optim_json))
+    matrix = torch.nn.Parameter(torch.zeros(64, 64))
+    matrix.grad = torch.full_like(matrix, 1e-3)
+    optimizer = build_custom_optimizer(optim, [{"params": [matrix], "weight_decay": optim.weight_decay}])
+    try:
+        optimizer.step()
+    except Exception as error:  # raised by the user's class
+        raise ConfigError(
+            f"optim.optimizer={optim.optimizer} fails in a step over a matrix: {type(error).__name__}: {error}",
+            "an optimizer that steps any parameters with gradients",
+            "the class repaired; docs/components.md has an example",
+        ) from error
+    tensors = [value for value in optimizer.state[matrix].values() if torch.is_tensor(value)]
+    whole = [tensor.nbytes for tensor in tensors if tensor.numel() >= matrix.numel()]
+    return StateBytes(sum(whole) / matrix.numel(), sum(tensor.nbytes for tensor in tensors) - sum(whole))

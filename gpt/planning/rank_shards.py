@@ -280,7 +280,6 @@ class LayerBytes:
         bytes_ = self.tokens * (self.attention() + self.ffn()) + self.experts()
         if model.parallel_residual:
             bytes_ -= self.tokens * FP32 * model.n_embd // factors.hidden  # both norms keep the same input
-        bytes_ += sum(part_counts(model)[part].fixed for part in ("attention", "ffn") if part in model.custom_parts)
         if model.attention is AttentionBackend.manual:
             bytes_ += model.block_size**2 // factors.cp  # the mask, one byte for each pair
         if factors.cp > 1 and model.position is Position.rope:
@@ -316,8 +315,8 @@ class LayerBytes:
     def custom(self, part: str, products: bool = False) -> int:
         """Return the bytes per token that a part of the user saves; with ``products``, only results of products."""
         counts = part_counts(self.model)[part]
-        measured = (counts.products if products else counts.saved)["half" if self.width == BF16 else "fp32"]
-        return -(-measured // self.model.block_size)
+        counted = (counts.products if products else counts.saved)["half" if self.width == BF16 else "fp32"]
+        return -(-counted // self.model.block_size)
 
     def norm(self) -> int:
         """Return the bytes per token of the saved input and statistics of a norm over D, in fp32."""

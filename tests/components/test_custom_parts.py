@@ -1,10 +1,7 @@
-"""Parts of the user's own: counted as torch counts them, refused in words where they cannot be used, and parallelized
-where they say that they can be."""
+"""Parts of the user: counted as torch and autograd count them, refused in words, and parallelized as they state."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
@@ -12,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.accounting import block_shapes, count, forward_flops, outer_shapes, training_flops
 from gpt.components import source_digest
-from gpt.components.facts import measured, optimizer_state, owner_of, part_counts
+from gpt.components.facts import optimizer_state, owner_of
 from gpt.config import DataConfig, ModelConfig, Norm, OptimConfig, Precision, Recompute
 from gpt.conversion import choose_adapter
 from gpt.data.spec import build_spec
@@ -26,7 +24,7 @@ from gpt.planning.rank_shards import activation_bytes, parameter_shards
 from gpt.topology import ParallelDims
 from gpt.topology.check_dims import check_parallel_dims
 from launch.errors import ConfigError
-from tests.support.commands import ROOT, environment
+from tests.support.commands import ROOT
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 from tests.support.learning import Case, assert_all_same, learn_alone, learn_cases
@@ -50,8 +48,9 @@ def custom(**changes: Any) -> ModelConfig:
     return small(**{**NAMES, "options": {"window": 4}, **changes})
 
 
-@pytest.mark.parametrize("keys", [*([key] for key in NAMES), [*NAMES], ["norm", "ffn"]], ids="-".join)
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(
+    ("keys", "qk_norm"), [(["norm", "ffn"], True), (["position"], False), (["attention"], True), ([*NAMES], False)]
+)
 def test_counts_are_those_of_the_model_that_is_built(keys: list[str], qk_norm: bool) -> None:
     config = small(**{key: NAMES[key] for key in keys}, qk_norm=qk_norm, n_kv_head=2)
     model = GPT(config)
@@ -69,7 +68,8 @@ def test_counts_are_those_of_the_model_that_is_built(keys: list[str], qk_norm: b
             GPT(config)(random_tokens(config, 3)).sum().backward()
         assert training_flops(config, 3).palm == counter.get_total_flops()
     else:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        # torch's counter does not see the CPU's kernel with a mask, but the products of the plain one.
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             model(random_tokens(config, 3))
         assert forward_flops(config, 3).palm == counter.get_total_flops()
 
@@ -98,7 +98,7 @@ def test_planned_activations_are_what_autograd_keeps(key: str) -> None:
     config = small(**{key: NAMES[key]}, n_layer=1)
     planned = activation_bytes(config, 3, Precision.fp32, Recompute.none).block
     measured_bytes = saved_by_blocks(config, 3)
-    assert measured_bytes <= planned <= 1.2 * measured_bytes + 4096, (planned, measured_bytes)
+    assert measured_bytes <= planned <= 1.2 * measured_bytes, (planned, measured_bytes)
     half = activation_bytes(config, 3, Precision.bf16, Recompute.none).block
     selective = activation_bytes(config, 3, Precision.fp32, Recompute.selective)
     assert half < 1.5 * planned and selective.recomputed < planned
@@ -166,8 +166,8 @@ class Plain: pass
         ("{module}:Plain", {}, "the class Plain", "MODULE:CLASS"),
         ("{module}:NoWidth", {}, "too many positional arguments", "def __init__(self, config, width)"),
         ("{module}:NoInput", {}, "too many positional arguments", "def forward(self, x)"),
-        ("{module}:Linear", {"result": "x.sum()"}, "it gives () instead", "docs/components.md"),
-        ("{module}:Linear", {"result": "x * x.max().item()"}, "fails when it", "docs/components.md"),
+        ("{module}:Linear", {"result": "x.sum()"}, "it gives ()", "docs/components.md"),
+        ("{module}:Linear", {"result": "x * x.max().item()"}, "fails on a tensor", "docs/components.md"),
         ("{module}:Linear", {"value": "nn.Parameter(torch.ones(()))"}, "without a dimension", "torch.empty(1)"),
         ("{module}:Linear", {"value": "nn.Buffer(torch.ones(3), persistent=False)"}, "no checkpoint holds", "reset_"),
         ("{module}:Greedy", {}, "parallel = ('tp', 'ep')", "parallel = ('tp',)"),
@@ -188,38 +188,11 @@ def test_a_part_that_cannot_be_used_is_refused_in_three_parts(
     assert found in refused.value.found and fix.format(module=module) in refused.value.fix, refused.value
 
 
-def test_a_login_node_hears_the_same_without_loading_torch(tmp_path: Path) -> None:
-    """In one process after another: counts, and a refusal, by a process that ends before torch is there."""
-    code = """
-import json, sys
-from gpt.accounting import count
-from gpt.components.facts import optimizer_state
-from gpt.config import ModelConfig, OptimConfig
-from launch.errors import ConfigError
-sizes = dict(name="m", n_layer=2, n_head=4, n_embd=64, block_size=32, vocab_size=256)
-print(count(ModelConfig(**sizes, norm="gpt_parts.norms:DynamicTanh")).total)
-try:
-    count(ModelConfig(**sizes, ffn="gpt_parts.ffn:SquaredRelu"))
-except ConfigError as error:
-    print(error.fix)
-assert "torch" not in sys.modules and "gpt_parts" not in sys.modules
-"""
-    paths = f"{EXAMPLE}:{ROOT}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(PYTHONPATH=paths), cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    sizes = {"name": "m", "n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "vocab_size": 256}
-    built = sum(p.numel() for p in GPT(ModelConfig(**sizes, norm=NAMES["norm"])).parameters())  # type: ignore[arg-type]
-    assert done.stdout.split("\n")[:2] == [str(built), "model.ffn=gpt_parts.ffn:SquaredReluFfn"]
-
-
 @pytest.mark.parametrize(
     ("words", "parallel", "part"),
     [
         ([f"model.attention={NAMES['attention']}"], "parallel=tp", "which of attention only ours can"),
         ([f"model.position={NAMES['position']}"], "parallel=pp", 'parallel = ("pp",) in the class'),
-        ([f"model.attention={NAMES['attention']}"], "parallel=cp", "which of attention only ours can"),
     ],
 )
 def test_parallelism_that_a_part_says_nothing_of_is_refused(words: list[str], parallel: str, part: str) -> None:
@@ -240,7 +213,7 @@ def test_deepspeed_float8_and_transformers_refuse_in_words() -> None:
     assert "--format torch" in refused.value.fix
 
 
-def test_state_of_an_optimizer_is_measured_and_its_arguments_are_checked() -> None:
+def test_state_of_an_optimizer_is_that_of_a_step_and_its_arguments_are_checked() -> None:
     def optim(**changes: Any) -> OptimConfig:
         sizes = {"max_steps": 1, "global_batch": 1, "max_micro_batch": 1, "lr": 1e-3, "min_lr": 0.0, "warmup_steps": 0}
         return OptimConfig(**{**sizes, **changes})
@@ -332,10 +305,3 @@ def test_two_ranks_learn_with_them_what_one_learns(tmp_path: Path) -> None:
     alone = run_distributed(learn_alone_with_parts, 1, tmp_path / "alone" / "runs", PARALLEL)[0]
     found = run_distributed(learn_cases_with_parts, 2, tmp_path / "spread" / "runs", CASES, PARALLEL, timeout_s=400)[0]
     assert_all_same(CASES, found, alone)
-
-
-def test_a_model_without_parts_of_ones_own_is_not_measured() -> None:
-    here = part_counts(custom())
-    assert part_counts(small()) == {}
-    plain = {key: getattr(value, "name", value) for key, value in vars(custom()).items()}
-    assert set(measured(json.dumps({"model": plain}))) == set(here) == {"norm", "position", "attention", "ffn"}

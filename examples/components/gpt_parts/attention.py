@@ -36,3 +36,16 @@ class WindowAttention(nn.Module):
         near = (distance >= 0) & (distance < self.window)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=near)
         return self.output(y.transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def forward_flops(config: ModelConfig) -> int:
+        """State the FLOPs for one sequence: of the four projections, and of the scores and the sums over all pairs."""
+        return 2 * config.block_size * config.n_embd * (4 * config.n_embd + 2 * config.block_size)
+
+    @staticmethod
+    def saved_bytes(config: ModelConfig, width: int) -> int:
+        """State the bytes kept for the backward pass of one sequence; numbers in matrix products have ``width``
+        bytes."""
+        tensors = 6 * config.n_embd * width  # the input; queries, keys and values; the result, and a copy of it
+        mask = config.block_size * (1 + width)  # as truth values, and as numbers that are added to the scores
+        return config.block_size * (tensors + mask + 4 * config.n_head)

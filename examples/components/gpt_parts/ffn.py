@@ -22,3 +22,8 @@ class SquaredReluFfn(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down(F.relu(self.up(x_BTD)).square())
+
+    @staticmethod
+    def saved_bytes(config: ModelConfig, width: int) -> int:
+        """State the bytes kept for the backward pass of one sequence: the input, the ReLU and its square."""
+        return config.block_size * width * (config.n_embd + 2 * config.ffn_width)

@@ -28,3 +28,8 @@ class DynamicTanh(nn.Module):
     def initial_value(config: ModelConfig, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor | None:
         """Start alpha at 0.5, the paper's value, or ``model.options.alpha``; leave the rest to the model's rule."""
         return torch.full(shape, float(config.options.get("alpha", 0.5)), device="cpu") if name == "alpha" else None
+
+    @staticmethod
+    def saved_bytes(config: ModelConfig, width: int) -> int:
+        """State the bytes kept for the backward pass of one sequence: the input and its tanh, in fp32."""
+        return config.block_size * 4 * 2 * config.n_embd
