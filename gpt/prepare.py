@@ -10,22 +10,19 @@ Writes the folder that training with the same data.* keys reads. The same comman
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 from gpt.config import DataConfig, Source, TrainConfig
 from gpt.config.train import compose_train
 from gpt.data.corpus import unwritable_folder_error
 from gpt.data.preparation import prepare_folder
 from gpt.data.prepared import MANIFEST, TokenSource, open_folder, read_corpus_manifest
-from gpt.data.spec import PreprocessingSpec, build_spec, download_shakespeare, usable_cores
-from launch.errors import CommandParser, ConfigError, refusing
+from gpt.data.spec import PreprocessingSpec, build_spec, download_shakespeare
+from launch.errors import CommandParser, ConfigError, refusing, require_positive
 from launch.runs import compose
-
-READ_BYTES = 1 << 22
 
 
 def prepare_corpus(config: DataConfig, cache: Path, output: Path | None, workers: int) -> TokenSource:
@@ -55,26 +52,18 @@ def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
     manifest = read_corpus_manifest(folder)
     if manifest is None or manifest["spec"] != spec.identity or open_folder(folder) is None:
         return
-    files = [file for split in manifest["splits"].values() for file in split["files"]]
-    bad = []
-    with tqdm(desc="verify", total=sum(file["size"] for file in files), unit="B", unit_scale=True) as bar:
-        for file in files:
-            digest = hashlib.sha256()
-            with (folder / file["name"]).open("rb") as stream:
-                while chunk := stream.read(READ_BYTES):
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-            if digest.hexdigest() != file["sha256"]:
-                bad.append(file["name"])
-    if bad:
-        raise ConfigError(
-            f"{', '.join(bad)} in {folder} is not what was written there (its checksum differs)",
-            "the file as it was prepared",
-            f"rm {folder / MANIFEST}, and the same command again",
-        )
+    for file in (file for split in manifest["splits"].values() for file in split["files"]):
+        with (folder / file["name"]).open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != file["sha256"]:
+            raise ConfigError(
+                f"{file['name']} in {folder} is not what was written there (its checksum differs)",
+                "the file as it was prepared",
+                f"rm {folder / MANIFEST}, and the same command again",
+            )
 
 
-def report_prepared(source: TokenSource, config: DataConfig, output: Path | None) -> str:
+def report_prepared(source: TokenSource, output: Path | None) -> str:
     """Describe the prepared corpus, with the command that trains with it."""
     assert source.folder is not None and source.vocab_size is not None
     name = "synthetic" if source.tokenizer is None else source.tokenizer["kind"]
@@ -104,14 +93,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = args.output.expanduser().absolute() if args.output else None
     config = compose.to_schema(compose_train(args.overrides), TrainConfig)
     config.data.validate()
-    if args.workers is not None and args.workers < 1:
-        raise ConfigError(f"--workers {args.workers}", "at least one process", f"--workers {usable_cores()}")
+    cores = len(os.sched_getaffinity(0))  # not cpu_count: Slurm gives a job only some of a node's cores
+    workers = cores if args.workers is None else args.workers
+    require_positive("--workers", workers)
     cache = config.data_cache
     try:
-        source = prepare_corpus(config.data, cache, output, args.workers or usable_cores())
+        source = prepare_corpus(config.data, cache, output, workers)
     except (OSError, NotImplementedError) as error:
         raise unwritable_folder_error(output or cache, error) from error
-    print(report_prepared(source, config.data, output))
+    print(report_prepared(source, output))
     return 0
 
 

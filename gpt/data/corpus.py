@@ -9,9 +9,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt.config import DataConfig, ModelConfig, Source
+from gpt.config import BYTE_VOCAB, DataConfig, ModelConfig, Source
 from gpt.data.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_corpus_manifest
-from gpt.data.spec import FIRST_USE_BYTES, PreprocessingSpec, build_spec, known_vocab_size, prepare_command
+from gpt.data.spec import FIRST_USE_BYTES, PreprocessingSpec, build_spec, prepare_command
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 
@@ -79,15 +79,14 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
             "a corpus of this size, or with this tokenizer, that was prepared before training",
             prepare_command(config, cache),
         )
-    name = str(config.path or config.title)
-    tokenizer = "byte" if config.source is not Source.synthetic else "synthetic"
-    entropy = None
+    tokenizer, vocab_size, entropy = "byte", BYTE_VOCAB, None
     if config.source is Source.synthetic:
         from gpt.data.shards import chain_of
 
+        tokenizer, vocab_size = "synthetic", config.synthetic.vocab_size
         entropy = chain_of(config.synthetic).entropy()
     source = SourceSize(config.title, (known[0],), (known[1],))
-    return Corpus(name, (source,), tokenizer, known_vocab_size(config), entropy)
+    return Corpus(str(config.path or config.title), (source,), tokenizer, vocab_size, entropy)
 
 
 def _open_prepared(spec: PreprocessingSpec, cache: Path) -> TokenSource | None:
@@ -106,8 +105,6 @@ def describe_tokens(name: str, tokens: Tokens) -> Corpus:
         sizes.append(source.vocab_size if source.vocab_size is not None else largest_id_seen(source) + 1)
     first = tokens.sources[0]  # all sources of a mixture have one tokenizer
     kind = first.tokenizer["kind"] if first.tokenizer is not None else "synthetic" if first.entropy else "unknown"
-    if first.characters is not None:
-        kind = "char"
     entropy = first.entropy if len(tokens.sources) == 1 else None  # the entropy of a mixture is no mean of its sources
     return Corpus(name, tuple(sources), str(kind), max(sizes), entropy)
 
@@ -201,11 +198,5 @@ def unwritable_folder_error(folder: Path, error: Exception) -> ConfigError:
 
 def keep_tokenizer(tokens: Tokens, folder: RunFolder) -> None:
     """Copy the tokenizer, if known, into the run's folder, so that tokens can be decoded without the corpus."""
-    from gpt.data.tokenizers import CharTokenizer, save_tokenizer
-
-    source = tokens.tokenizer_folder
-    characters = next((s.characters for s in tokens.sources if s.characters is not None), None)
-    if source is not None:
-        shutil.copytree(source, folder.tokenizer, dirs_exist_ok=True)
-    elif characters is not None:
-        save_tokenizer(CharTokenizer(characters), folder.tokenizer)
+    if tokens.tokenizer_folder is not None:
+        shutil.copytree(tokens.tokenizer_folder, folder.tokenizer, dirs_exist_ok=True)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import mmap
 import time
-from collections import deque
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from functools import lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gpt.data.corpus import num_windows
-from gpt.data.order import PassedOver, max_samples, sample_position, sample_source
-from gpt.data.prepared import TOKEN_BYTES, Tokens, TokenSource
+from gpt.data.order import PassedOver, max_samples, sample_position, sample_source, samples_per_source
 from gpt.data.prepared import Split as SplitFiles
+from gpt.data.prepared import Tokens
 from gpt.data.token_file import Segment
 from gpt.topology import Batch
 from launch.errors import ConfigError
@@ -56,8 +54,9 @@ def train_indices(number: int, rank: int, batch: Batch) -> Indices:
 class Windows:
     """Samples of one split of one source: windows of T tokens that do not overlap. Each window is inside one file.
 
-    Tokens at the end of a file that fill no window are unused. A file is opened when a window of it is read, and the
-    ``MOST_OPEN`` most recently read files stay open, because a corpus may have thousands of files.
+    Tokens at the end of a file that fill no window are unused. A file is mapped into memory when a window of it is
+    read, and the ``MOST_OPEN`` most recently read files stay mapped, because a corpus may have thousands of files. The
+    kernel keeps the used pages once for all ranks of a node.
 
     Raises:
         ConfigError: the first file is missing or truncated on this machine.
@@ -66,8 +65,8 @@ class Windows:
     def __init__(self, split: SplitFiles, block_size: int) -> None:
         self.block_size = block_size
         self._segments = split.segments
-        self._files: dict[int, TokenFile] = {}
         self._first = np.cumsum([0, *(num_windows(segment.tokens, block_size) for segment in split.segments)])
+        self._open = lru_cache(maxsize=MOST_OPEN)(map_segment)
         for segment in split.segments[:1]:  # refuse at the start a folder that this node cannot see
             refuse_cut_file(segment)
 
@@ -80,48 +79,34 @@ class Windows:
         Raises:
             ConfigError: its file is missing or truncated on this machine.
         """
-        file, start = self._find(position)
-        return np.asarray(file.tokens[start : start + self.block_size + 1], dtype=np.int64)
+        segment, start = self._find(position)
+        return np.asarray(self._open(segment)[1][start : start + self.block_size + 1], dtype=np.int64)
 
     def announce(self, position: int) -> None:
-        """Ask the kernel to read the window at ``position`` from the disk, without waiting."""
-        file, start = self._find(position)
-        file.announce(start, self.block_size + 1)
+        """Ask the kernel to read the window at ``position`` from the disk, without waiting (MADV_WILLNEED)."""
+        segment, start = self._find(position)
+        mapped, tokens = self._open(segment)
+        first = segment.offset + start * tokens.itemsize
+        page = first - first % mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, page, first + (self.block_size + 1) * tokens.itemsize - page)
 
-    def _find(self, position: int) -> tuple[TokenFile, int]:
-        """Return the file of a window, and the index of the window's first token in it."""
+    def _find(self, position: int) -> tuple[Segment, int]:
+        """Return the segment of a window, and the index of the window's first token in it."""
         number = int(np.searchsorted(self._first, position, side="right")) - 1
-        file = self._files.pop(number, None) or TokenFile(self._segments[number])
-        self._files[number] = file  # the most recently read file is the last entry
-        if len(self._files) > MOST_OPEN:
-            del self._files[next(iter(self._files))]
-        return file, (position - int(self._first[number])) * self.block_size
+        return self._segments[number], (position - int(self._first[number])) * self.block_size
 
 
-Place = tuple[Windows, int]
-"""Location of a sample: the windows of its source, and the number of its window among them."""
-
-
-class TokenFile:
-    """Part of a token file, mapped into memory. The kernel keeps the used pages once for all ranks of a node.
+def map_segment(segment: Segment) -> tuple[mmap.mmap, npt.NDArray[np.integer[Any]]]:
+    """Map the file of a segment into memory. Return the mapping and the segment's tokens in it, (tokens,).
 
     Raises:
         ConfigError: the file is missing or truncated on this machine.
     """
-
-    def __init__(self, segment: Segment) -> None:
-        refuse_cut_file(segment)
-        dtype = np.dtype(segment.dtype).newbyteorder("<")
-        with segment.path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.tokens = np.frombuffer(self._map, dtype, segment.tokens, segment.offset)
-        self._offset, self._width = segment.offset, dtype.itemsize
-
-    def announce(self, start: int, tokens: int) -> None:
-        """Ask the kernel to read ``tokens`` tokens from index ``start`` on, without waiting (MADV_WILLNEED)."""
-        first = self._offset + start * self._width
-        page = first - first % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, page, first + tokens * self._width - page)
+    refuse_cut_file(segment)
+    with segment.path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    dtype = np.dtype(segment.dtype).newbyteorder("<")
+    return mapped, np.frombuffer(mapped, dtype, segment.tokens, segment.offset)
 
 
 def refuse_cut_file(segment: Segment) -> None:
@@ -154,7 +139,6 @@ class Samples:
         self.block_size = block_size
         self.seed = seed
         self._vocab_size = vocab_size
-        self._val_bytes: dict[int, float | None] = {}
         self._sources = tokens.sources
         self._weights = tuple(source.weight for source in tokens.sources)
         self._train = [Windows(source.train, block_size) for source in tokens.sources]
@@ -166,88 +150,54 @@ class Samples:
     def batch(self, split: Split, indices: Indices) -> tuple[torch.Tensor, torch.Tensor]:
         """Read tokens and targets, both (B, T) int64 on the CPU, of the samples with these indices (B,).
 
+        Raises:
+            ConfigError: as ``read``.
+        """
+        ids_BT1 = self.read(split, indices)
+        return ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
+
+    def read(self, split: Split, indices: Indices) -> torch.Tensor:
+        """Read the ids of the samples with these indices (B,): tokens and last target, (B, T + 1) int64 on the CPU.
+
         Training indices continue through the epochs. Validation indices are below ``num_val``.
 
         Raises:
             ConfigError: an id is not below ``vocab_size``, or a file is missing or truncated on this machine.
         """
-        ids_BT1 = self.read_at(self.locate(split, indices))
-        return ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
-
-    def read_at(self, places: Iterable[Place]) -> torch.Tensor:
-        """Read the ids of samples at places that ``locate`` found, (B, T + 1) int64 on the CPU: tokens and last target.
-
-        Raises:
-            ConfigError: as ``batch``.
-        """
-        ids = np.stack([windows.read(position) for windows, position in places])
-        self._check_ids(ids)
-        return torch.from_numpy(ids)
-
-    def announce(self, places: Iterable[Place]) -> None:
-        """Ask the kernel to read the samples at these places from the disk, without waiting.
-
-        Raises:
-            ConfigError: a file is missing or truncated on this machine.
-        """
-        for windows, position in places:
-            windows.announce(position)
-
-    def locate(self, split: Split, indices: Indices) -> list[Place]:
-        """Return for each sample of ``indices``, (B,), the windows of its source and the number of its window."""
+        source, running = sample_source(indices, self._weights)
+        windows = self._train if split == "train" else self._val
         if split == "train":
-            source, position = self._train_positions(indices)
-            windows = self._train
+            for number, mine in enumerate(self._train):
+                seed = (self.seed + number * SOURCE_SEED_STEP) % 2**63
+                own = source == number
+                running[own] = sample_position(running[own], len(mine), seed)[1]
         else:
             assert indices.min() >= 0 and indices.max() < self.num_val, "validation repeats no sample"
-            source, position = sample_source(indices, self._weights)
-            windows = self._val
-        return list(zip((windows[number] for number in source.tolist()), position.tolist(), strict=True))
-
-    def _train_positions(self, indices: Indices) -> tuple[Indices, Indices]:
-        """Return the source of each sample and the position of its window there, both (B,)."""
-        source, running = sample_source(indices, self._weights)
-        position = np.empty_like(running)
-        for number, windows in enumerate(self._train):
-            mine = source == number
-            seed = (self.seed + number * SOURCE_SEED_STEP) % 2**63
-            position[mine] = sample_position(running[mine], len(windows), seed)[1]
-        return source, position
-
-    def _check_ids(self, ids: Indices) -> None:
+        places = [(windows[number], place) for number, place in zip(source.tolist(), running.tolist(), strict=True)]
+        for found, position in places:  # the disk reads all of them at the same time
+            found.announce(position)
+        ids = np.stack([found.read(position) for found, position in places])
+        largest = int(ids.max())
         # Token files made by other programs may not state their vocabulary, and on a GPU a wrong id fails a device
         # assertion.
-        largest = int(ids.max())
         if self._vocab_size is not None and largest >= self._vocab_size:
             raise ConfigError(
                 f"the token id {largest} in {self._sources[0].name}, with model.vocab_size={self._vocab_size}",
                 "ids that the model has room for",
                 f"model.vocab_size={largest + 1}, or the vocabulary of the tokenizer these files were made with",
             )
+        return torch.from_numpy(ids)
 
     def val_bytes(self, sequences: int) -> float | None:
-        """Count the bytes of text of the targets of the first ``sequences`` validation samples; None if unknown.
+        """Estimate the bytes of text of the targets of the first ``sequences`` validation samples; None if unknown.
 
-        The number is exact if every id has a known number of bytes. Otherwise it is an estimate from the split's
-        average bytes per token.
+        The estimate takes the average bytes per token of each source's validation split.
         """
-        if sequences not in self._val_bytes:
-            self._val_bytes[sequences] = self._count_bytes(sequences)
-        return self._val_bytes[sequences]
-
-    def _count_bytes(self, sequences: int) -> float | None:
-        tables = self._byte_tables
         total = 0.0
-        source, position = sample_source(np.arange(sequences), self._weights)
-        for number, windows in enumerate(self._val):
-            places, table = position[source == number].tolist(), tables[number]
-            split = self._sources[number].val
-            if table is not None:
-                total += sum(int(table[windows.read(place)[1:]].sum()) for place in places)
-            elif split.num_bytes is not None:
-                total += len(places) * self.block_size * split.num_bytes / split.tokens
-            elif places:
+        for count, source in zip(samples_per_source(sequences, self._weights), self._sources, strict=True):
+            if count and source.val.num_bytes is None:
                 return None
+            total += count * self.block_size * (source.val.num_bytes or 0) / source.val.tokens
         return total
 
     def val_bits_per_byte(self, loss: float, sequences: int) -> float | None:
@@ -259,19 +209,6 @@ class Samples:
         num_bytes = self.val_bytes(sequences)
         return loss / math.log(2) * sequences * self.block_size / num_bytes if num_bytes else None
 
-    @cached_property
-    def _byte_tables(self) -> list[npt.NDArray[np.int64] | None]:
-        return [_byte_table(source) for source in self._sources]
-
-
-def _byte_table(source: TokenSource) -> npt.NDArray[np.int64] | None:
-    """Return the bytes of text of each id of a source, (vocab_size,); None if unknown."""
-    if source.characters is not None:
-        return np.array([len(c.encode("utf-8", "surrogatepass")) for c in source.characters], dtype=np.int64)
-    if source.folder is None or not (source.folder / TOKEN_BYTES).is_file():
-        return None
-    return np.fromfile(source.folder / TOKEN_BYTES, dtype="<u4").astype(np.int64)
-
 
 # Prefetching of training batches: while the device computes a step, a thread reads the next batches.
 #
@@ -281,9 +218,9 @@ def _byte_table(source: TokenSource) -> npt.NDArray[np.int64] | None:
 
 
 TOGETHER = 64
-"""Number of samples of a rank that are located together and read ahead. A larger batch is located and read alone."""
+"""Number of samples of a rank that are read together. A larger batch is read alone."""
 AHEAD_BYTES = 2**22
-"""Largest size in bytes of the batches that are read ahead. One batch is read ahead even if it is larger."""
+"""Largest size in bytes of the batches that are read together. One batch is read ahead even if it is larger."""
 
 
 @dataclass(frozen=True)
@@ -303,9 +240,10 @@ class StepBatch:
 
 
 class BatchPrefetcher:
-    """Prefetcher of the training batches of one rank: a thread reads each batch during an earlier step.
+    """Prefetcher of the training batches of one rank: a thread reads batches during earlier steps.
 
-    Small batches are read several at a time, because waking the thread takes longer than reading one of them.
+    Small batches are read in groups, because waking the thread and computing the order take longer than reading one of
+    them. While one group is used, the next one is read.
 
     Args:
         samples: source of the batches.
@@ -318,11 +256,13 @@ class BatchPrefetcher:
     def __init__(self, samples: Samples, batch: Batch, data_rank: int, last_step: int, device: torch.device) -> None:
         self._samples, self._batch, self._data_rank = samples, batch, data_rank
         self._last_step, self._device = last_step, device
+        batch_bytes = batch.per_rank * (samples.block_size + 1) * 8
+        self._group = max(1, min(TOGETHER // batch.per_rank, AHEAD_BYTES // batch_bytes))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: deque[tuple[int, Future[Tensor]]] = deque()
-        """Number and future token ids of each batch that is read ahead, in the order of their steps."""
-        self._places: dict[int, list[Place]] = {}
-        """Number of a coming batch -> locations of its samples. Only the thread uses this mapping."""
+        self._read: dict[int, Tensor] = {}
+        """Number of a batch -> its ids, (B, T + 1), of the batches that are read and not yet taken."""
+        self._ahead: tuple[int, Future[dict[int, Tensor]]] | None = None
+        """Number of the first batch of the next group, and the group."""
         self.passed_over = PassedOver()
         """Batches that no step uses. The attribute may be replaced between two steps."""
 
@@ -334,18 +274,14 @@ class BatchPrefetcher:
         """
         started = time.perf_counter()
         number = self.passed_over.batch_of(step)
-        if not self._ahead or self._ahead[0][0] != number:
-            while self._ahead:  # batches that were read ahead for other steps
-                self._ahead.pop()[1].cancel()
-            self._ahead.append(self._submit(step))
-        ids_BT1 = self._ahead.popleft()[1].result()
-        waited_s = time.perf_counter() - started
-        # Read the batches of the next steps, once half of the batches read ahead are used.
-        most = max(1, min(TOGETHER // self._batch.per_rank, AHEAD_BYTES // ids_BT1.nbytes))
-        if len(self._ahead) <= most // 2:
-            first, last = step + 1 + len(self._ahead), min(step + most, self._last_step)
-            self._ahead.extend(self._submit(later) for later in range(first, last + 1))
+        if number not in self._read:
+            if self._ahead is None or self._ahead[0] != number:  # another step than the one that was expected
+                self._ahead = self._submit(step)
+            self._read, following = self._ahead[1].result(), step + self._group
+            self._ahead = self._submit(following) if following <= self._last_step else None
         # torch reuses pinned memory only after the copy out of it is done.
+        ids_BT1 = self._read.pop(number)
+        waited_s = time.perf_counter() - started
         ids_BT1 = ids_BT1.to(self._device, non_blocking=True)
         indices = train_indices(number, self._data_rank, self._batch)
         tokens_BT, targets_BT = ids_BT1[:, :-1].contiguous(), ids_BT1[:, 1:].contiguous()
@@ -355,27 +291,16 @@ class BatchPrefetcher:
         """End the thread, without waiting for its current read."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _submit(self, step: int) -> tuple[int, Future[Tensor]]:
-        number = self.passed_over.batch_of(step)
-        following = self.passed_over.batch_of(step + 1) if step < self._last_step else None
-        return number, self._thread.submit(self._build, number, following)
+    def _submit(self, step: int) -> tuple[int, Future[dict[int, Tensor]]]:
+        last = max(step, min(step + self._group - 1, self._last_step))
+        numbers = [self.passed_over.batch_of(each) for each in range(step, last + 1)]
+        if self._ahead is not None:
+            self._ahead[1].cancel()
+        return numbers[0], self._thread.submit(self._read_group, numbers)
 
-    def _build(self, number: int, following: int | None) -> Tensor:
-        """Read the ids of batch ``number``, (B, T + 1). Meanwhile the kernel reads batch ``following`` from disk."""
-        places = self._locate(number)
-        if following is not None:
-            self._samples.announce(self._locate(following))
-        ids_BT1 = self._samples.read_at(places)
-        return ids_BT1.pin_memory() if self._device.type == "cuda" else ids_BT1
-
-    def _locate(self, number: int) -> list[Place]:
-        """Return the locations of the samples of batch ``number``; those of the next batches are computed, too."""
-        if number not in self._places:
-            # Computing the order is most of the thread's work, and holds Python's GIL meanwhile. For many samples it
-            # takes hardly longer than for a few.
-            numbers = range(number, number + max(1, TOGETHER // self._batch.per_rank))
-            indices = [train_indices(each, self._data_rank, self._batch) for each in numbers]
-            places = self._samples.locate("train", np.concatenate(indices))
-            starts = range(0, len(places), self._batch.per_rank)
-            self._places = {n: places[i : i + self._batch.per_rank] for n, i in zip(numbers, starts, strict=True)}
-        return self._places[number]
+    def _read_group(self, numbers: list[int]) -> dict[int, Tensor]:
+        indices = [train_indices(number, self._data_rank, self._batch) for number in numbers]
+        ids = self._samples.read("train", np.concatenate(indices))
+        if self._device.type == "cuda":
+            ids = ids.pin_memory()
+        return dict(zip(numbers, ids.split(self._batch.per_rank), strict=True))

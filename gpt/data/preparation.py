@@ -1,212 +1,70 @@
-"""Preparation of a corpus: shards are tokenized and merged into a folder with a manifest. Imports no torch."""
+"""Preparation of a corpus: processes tokenize shards of text, which are merged into a folder with a manifest.
+
+Imports no torch. Meanwhile the shards are in ``.NAME.parts`` next to the folder NAME:
+
+    .NAME.parts/recipe.json   the identity of the preprocessing spec, and the number of shards
+    .NAME.parts/tokenizer/    made first, trained on the text if needed
+    .NAME.parts/000012.train  tokens of a shard; 000012.val those for validation
+    .NAME.parts/000012.rows   its pieces; written last, so a shard with this file is complete
+    .NAME.parts/whole/        the unfinished folder, renamed to NAME at the end
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import platform
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from dataclasses import replace as with_values
+from functools import lru_cache, partial
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
+from tqdm import tqdm
 
-from gpt.config import TokenFileFormat
+from gpt.config import TokenFileFormat, TokenizerKind
 from gpt.config.train import is_installed
-from gpt.data.prepared import (
-    FORMAT,
-    MANIFEST,
-    SPLITS,
-    TOKEN_BYTES,
-    TOKENIZER,
-    TokenSource,
-    open_folder,
-    read_corpus_manifest,
+from gpt.data.prepared import FORMAT, MANIFEST, SPLITS, TOKENIZER, TokenSource, open_folder, read_corpus_manifest
+from gpt.data.shards import (
+    TRAIN,
+    VAL,
+    WALK_TOKENS,
+    Shard,
+    chain_of,
+    decode_text,
+    list_shards,
+    read_shard,
+    walk,
 )
-from gpt.data.shards import TRAIN, VAL, Shard, chain_of, list_shards
 from gpt.data.spec import PreprocessingSpec
-from gpt.data.token_file import ITEM_BYTES, WrittenFile, write_split
-from gpt.data.tokenizers import ABOUT, CharTokenizer, Tokenizer, describe_tokenizer, load_tokenizer, save_tokenizer
-from gpt.data.worker import ROW_DTYPE, Rows, make_tokenizer, token_dtype_for, tokenize_shards, vocab_size_for
+from gpt.data.token_file import ITEM_BYTES, WrittenFile, token_dtype, write_split
+from gpt.data.tokenizers import (
+    ABOUT,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    describe_tokenizer,
+    load_gpt2,
+    load_tokenizer,
+    read_tokenizer,
+    save_tokenizer,
+    train_sentencepiece,
+)
 from launch.errors import ConfigError
-from launch.runs.files import write_json
-
-# Merge of tokenized shards into a prepared folder: the used rows, the files of each split, and the manifest.
-#
-# The merge keeps the rows of one shard in memory at a time.
-
-
-COPY_BYTES = 1 << 20
-# The manifest records their versions, because another release may tokenize a text differently.
-LIBRARIES = ("numpy", "sentencepiece", "tokenizers", "tiktoken", "datasets", "pyarrow")
-
-
-@dataclass
-class _MergePlan:
-    """Used rows of each shard; numbers of tokens, bytes of text and documents of the two splits, (train, val)."""
-
-    rows: dict[int, int]
-    """Number of a shard -> number of its rows that are used, from the first."""
-    tokens: list[int]
-    bytes: list[int]
-    documents: list[int]
-
-
-def _plan(spec: PreprocessingSpec, shards: list[Shard], parts: Path) -> _MergePlan:
-    plan = _MergePlan({}, [0, 0], [0, 0], [0, 0])
-    limits = _split_limits(spec)
-    used: dict[int | None, int] = {None: 0, TRAIN: 0, VAL: 0}
-    for shard in shards:
-        rows = _rows(parts, shard.number)
-        limit = limits.get(shard.split)
-        if limit is not None:
-            before = used[shard.split] + np.cumsum(rows["bytes"]) - rows["bytes"]
-            rows = rows[before < limit]
-        used[shard.split] += int(rows["bytes"].sum())
-        plan.rows[shard.number] = len(rows)
-        for split in (TRAIN, VAL):
-            mine = rows[rows["split"] == split]
-            plan.tokens[split] += int(mine["tokens"].sum())
-            plan.bytes[split] += int(mine["bytes"].sum())
-            plan.documents[split] += int(mine["ends"].sum())
-    return plan
-
-
-def _split_limits(spec: PreprocessingSpec) -> dict[int | None, int]:
-    """Return the largest number of bytes of text by split; empty without a limit.
-
-    The key None limits shards whose documents are divided between both splits.
-    """
-    limit = spec.config.max_bytes  # the spec already limits single texts
-    if limit is None or not spec.splits_documents:
-        return {}
-    if spec.val_files:
-        return {TRAIN: limit}
-    val = max(1, int(limit * spec.config.val_fraction))
-    return {None: limit, TRAIN: limit - val, VAL: val}
-
-
-def _rows(parts: Path, number: int, count: int | None = None) -> Rows:
-    return np.fromfile(parts / f"{number:06d}.rows", dtype=ROW_DTYPE)[:count]
-
-
-def merge_shards(spec: PreprocessingSpec, shards: list[Shard], parts: Path, tokenizer: Tokenizer | None) -> None:
-    """Merge tokenized shards into a complete prepared folder, ``parts/whole``.
-
-    Raises:
-        ConfigError: a split has no text.
-    """
-    plan = _plan(spec, shards, parts)
-    _refuse_empty(spec, plan)
-    whole, dtype, layout = parts / "whole", token_dtype_for(spec, tokenizer), spec.config.layout
-    shutil.rmtree(whole, ignore_errors=True)
-    whole.mkdir()
-    written = []
-    for split, name in enumerate(SPLITS):
-        chunks, lengths = _chunks(parts, plan, split, dtype), _lengths(parts, plan, split)
-        written.append(write_split(layout, whole / name, dtype, plan.tokens[split], chunks, lengths))
-    if layout is TokenFileFormat.nanogpt:
-        # nanoGPT's train.py reads the vocabulary size, its sample.py the characters.
-        meta: dict[str, object] = {"vocab_size": vocab_size_for(spec, tokenizer)}
-        if isinstance(tokenizer, CharTokenizer):
-            meta |= {"stoi": dict(tokenizer.ids), "itos": dict(enumerate(tokenizer.characters))}
-        (whole / "meta.pkl").write_bytes(pickle.dumps(meta, protocol=4))  # readable by any Python since 3.4
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, whole / TOKENIZER)
-        sizes = tokenizer.token_bytes()
-        # Written next to the tokens, so that bits per byte can be computed without the tokenizer's library.
-        if sizes is not None:
-            (whole / TOKEN_BYTES).write_bytes(sizes.astype("<u4").tobytes())
-    write_json(whole / MANIFEST, _manifest(spec, plan, written, dtype, tokenizer))
-
-
-def _refuse_empty(spec: PreprocessingSpec, plan: _MergePlan) -> None:
-    for split in (TRAIN, VAL):
-        if plan.tokens[split]:
-            continue
-        found = f"no text for {('training', 'validation')[split]}: {sum(plan.documents)} documents, "
-        found += f"data.val_fraction={spec.config.val_fraction}"
-        fix = "more text, or data.val_fraction=0.5"
-        if spec.val_files:
-            key = ("path", "val_path")[split]
-            found = f"no text in {plan.documents[split]} documents of data.{key}={getattr(spec.config, key)}"
-            fix = f"another data.{key}"
-        raise ConfigError(found, "text in both splits", fix)
-
-
-def _chunks(parts: Path, plan: _MergePlan, split: int, dtype: str) -> Iterator[bytes]:
-    """Yield the tokens of a split in order, as little-endian bytes of ``dtype``."""
-    for number, count in plan.rows.items():
-        rows = _rows(parts, number, count)
-        left = int(rows["tokens"][rows["split"] == split].sum()) * ITEM_BYTES[dtype]
-        with (parts / f"{number:06d}.{SPLITS[split]}").open("rb") as file:
-            while left:
-                chunk = file.read(min(COPY_BYTES, left))
-                assert chunk, f"shard {number} is shorter than its rows say"
-                left -= len(chunk)
-                yield chunk
-
-
-def _lengths(parts: Path, plan: _MergePlan, split: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the number of tokens of each document of a split. Tokens after the last end form one more."""
-    carried = 0
-    for number, count in plan.rows.items():
-        rows = _rows(parts, number, count)
-        rows = rows[rows["split"] == split]
-        if not len(rows):
-            continue
-        total = carried + np.cumsum(rows["tokens"])
-        ends = total[rows["ends"] == 1]
-        yield np.diff(ends, prepend=0).astype(np.int64)
-        carried = int(total[-1] - (ends[-1] if len(ends) else 0))
-    if carried:
-        yield np.array([carried], dtype=np.int64)
-
-
-def _manifest(
-    spec: PreprocessingSpec, plan: _MergePlan, written: list[list[WrittenFile]], dtype: str, tokenizer: Tokenizer | None
-) -> dict[str, Any]:
-    splits = {}
-    for split, files in enumerate(written):
-        splits[SPLITS[split]] = {
-            "documents": plan.documents[split] if spec.has_documents else None,
-            "tokens": plan.tokens[split],
-            "bytes": None if spec.kind == "synthetic" else plan.bytes[split],
-            "files": [asdict(file) for file in files],
-        }
-    content = [[file.sha256 for file in files] for files in written]
-    versions = {name: metadata.version(name) for name in LIBRARIES if is_installed(name)}
-    return {
-        "format": FORMAT,
-        "name": spec.config.title,
-        "spec": spec.identity,
-        "layout": spec.config.layout.name,  # named after the key of the config, as in earlier manifests
-        "dtype": dtype,
-        "vocab_size": vocab_size_for(spec, tokenizer),
-        "tokenizer": None if tokenizer is None else describe_tokenizer(tokenizer),
-        "entropy": chain_of(spec.config.synthetic).entropy() if spec.kind == "synthetic" else None,
-        "splits": splits,
-        "sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-        "versions": {"python": platform.python_version(), **versions},
-    }
-
-
-# Preparation: several processes tokenize shards of text, which are then merged into a folder with a manifest.
-#
-# Meanwhile the shards are in ``.NAME.parts`` next to the folder. Each has checksums, and is verified before it is
-# reused.
-#
-#     .NAME.parts/recipe.json   the identity of the preprocessing spec
-#     .NAME.parts/units.json    the number of shards
-#     .NAME.parts/tokenizer/    made first, trained on the text if needed
-#     .NAME.parts/000012.json   a finished shard: checksums of 000012.train, 000012.val and 000012.rows
-#     .NAME.parts/whole/        the unfinished folder, renamed to NAME at the end
+from launch.process import die_with_parent
+from launch.runs.files import read_json, write_atomically, write_json
 
 
 def prepare_folder(
@@ -228,71 +86,328 @@ def prepare_folder(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        found = _find_prepared(spec, folder, replace)
+        manifest = read_corpus_manifest(folder)
+        found = open_folder(folder) if manifest is not None and manifest["spec"] == spec.identity else None
         parts = folder.with_name(f".{folder.name}.parts")
         if found is not None:
             shutil.rmtree(parts, ignore_errors=True)  # a former process was killed before this deletion
             return found
-        _open_parts(spec, parts)
-        tokenizer = None
-        if spec.kind != "synthetic":
-            if not (parts / TOKENIZER / ABOUT).is_file():
-                save_tokenizer(make_tokenizer(spec), parts / TOKENIZER)
-            tokenizer = load_tokenizer(parts / TOKENIZER)  # from its file, as the processes and a later command do
+        if not replace and (manifest is None or manifest["spec"] != spec.identity) and any(folder.glob("*")):
+            content = "something that is no prepared corpus" if manifest is None else "a corpus of other data.* keys"
+            raise ConfigError(
+                f"{folder} holds {content}", "an empty or a new folder", "--output FOLDER with another name"
+            )
         shards = list_shards(spec)
-        _refuse_other_shards(parts, len(shards))
-        used = tokenize_shards(spec, shards, parts, tokenizer, workers, progress)
-        merge_shards(spec, shards[:used], parts, tokenizer)
-        _move_into_place(parts, folder)
+        recipe = {"spec": spec.identity, "shards": len(shards)}
+        if read_json(parts / "recipe.json") != recipe:
+            shutil.rmtree(parts, ignore_errors=True)  # remains of an older version of the text
+            parts.mkdir()
+            write_json(parts / "recipe.json", recipe)
+        if spec.kind != "synthetic" and not (parts / TOKENIZER / ABOUT).is_file():
+            save_tokenizer(make_tokenizer(spec), parts / TOKENIZER)
+        used = tokenize_shards(spec, shards, parts, workers, progress)
+        merge_shards(spec, shards[:used], parts)
+        if folder.exists():
+            folder.rename(parts / "old")
+        (parts / "whole").rename(folder)
+        shutil.rmtree(parts)
         made = open_folder(folder)
         assert made is not None, f"{folder} was just written"
         return made
 
 
-def _find_prepared(spec: PreprocessingSpec, folder: Path, replace: bool) -> TokenSource | None:
-    manifest = read_corpus_manifest(folder)
-    if manifest is not None and manifest["spec"] == spec.identity:
-        return open_folder(folder)
-    if not replace and folder.is_dir() and any(folder.iterdir()):
-        content = "something that is no prepared corpus"
-        if manifest is not None:
-            there, asked = manifest["spec"], spec.identity
-            key = next(k for k in {**there, **asked} if there.get(k) != asked.get(k))
-            content = f"a corpus prepared with {key}={there.get(key)}, and now {key}={asked.get(key)}"
-        raise ConfigError(f"{folder} holds {content}", "an empty or a new folder", "--output FOLDER with another name")
-    return None
+# Tokenizer of a corpus: built in, read from a file, or trained on the text. Texts are streamed.
 
 
-def _open_parts(spec: PreprocessingSpec, parts: Path) -> None:
-    """Keep the finished shards in ``parts`` if they have the same spec; otherwise empty the folder."""
-    identity = parts / "recipe.json"  # file names stay the same, so that a killed preparation can resume
-    try:
-        same = json.loads(identity.read_bytes()) == spec.identity
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        shutil.rmtree(parts, ignore_errors=True)  # remains of an older version of the text
-        parts.mkdir()
-        write_json(identity, spec.identity)
+SAMPLED_SHARDS = 16  # spread over the corpus, since its beginning may have one language or one source
+LINE_CHARACTERS = 1000  # SentencePiece ignores lines of more than 4192 bytes
 
 
-def _refuse_other_shards(parts: Path, count: int) -> None:
-    """Raise ConfigError if the corpus now has another number of shards than when its preparation began."""
-    earlier = parts / "units.json"
-    if not earlier.is_file():
-        write_json(earlier, count)
-    elif json.loads(earlier.read_bytes()) != count:
-        raise ConfigError(
-            f"{parts} was begun with {earlier.read_text().strip()} shards, and now there are {count}",
-            "the same source as when the preparation was begun",
-            f"rm -r {parts}, to begin again",
+def make_tokenizer(spec: PreprocessingSpec) -> Tokenizer:
+    """Make the tokenizer of a spec.
+
+    Raises:
+        ConfigError: its file or its library is missing, or the text is not UTF-8.
+    """
+    config = spec.config
+    if config.tokenizer is TokenizerKind.byte:
+        return ByteTokenizer()
+    if config.tokenizer is TokenizerKind.char:
+        # The characters of the whole corpus, including validation. A newline ends a document.
+        found = {"\n"} if spec.splits_documents else set()
+        for shard in list_shards(spec):
+            found.update(*(decode_text(piece.data, shard) for piece in read_shard(spec, shard)))
+        return CharTokenizer(sorted(found))
+    if config.tokenizer_path is not None:
+        return read_tokenizer(config.tokenizer, Path(config.tokenizer_path).expanduser())
+    if config.tokenizer is TokenizerKind.tiktoken:
+        return load_gpt2()
+    assert config.tokenizer is TokenizerKind.sentencepiece, "DataConfig.validate asks for a path"
+    return train_sentencepiece(_sample_lines(spec), config.tokenizer_vocab_size)
+
+
+def _sample_lines(spec: PreprocessingSpec) -> Iterator[str]:
+    """Yield lines of the training text, sampled over the whole corpus, up to ``data.tokenizer_train_bytes``."""
+    shards = [shard for shard in list_shards(spec) if shard.split in (None, TRAIN)]
+    chosen = shards[:: max(1, len(shards) // SAMPLED_SHARDS)][:SAMPLED_SHARDS]
+    for shard in chosen:
+        left = spec.config.tokenizer_train_bytes // len(chosen)
+        for piece in read_shard(spec, shard):
+            if piece.split != TRAIN:
+                continue
+            text = decode_text(piece.data, shard)[:left]
+            left -= len(piece.data)
+            for line in text.splitlines(keepends=True):
+                yield from (line[i : i + LINE_CHARACTERS] for i in range(0, len(line), LINE_CHARACTERS))
+            if left <= 0:
+                break
+
+
+# Tokenization of shards, in this process or in several. A process keeps one piece of text and its tokens in memory.
+
+
+ROW_DTYPE = np.dtype([("split", "<i8"), ("tokens", "<i8"), ("bytes", "<i8"), ("ends", "<i8")])
+"""Record of a tokenized piece: its split, number of tokens, bytes of text, and 1 if a document ends with it."""
+Rows = npt.NDArray[np.void]
+
+
+def tokenize_shards(spec: PreprocessingSpec, shards: Sequence[Shard], parts: Path, workers: int, progress: bool) -> int:
+    """Tokenize the unfinished shards. Return the number of shards used: with ``data.max_bytes`` maybe not all."""
+    # Every task carries the spec. Shards name their files, and one of several files has documents.
+    light = with_values(spec, files=spec.files[:2], val_files=spec.val_files[:2])
+    tokenize, sizes = partial(_tokenize_shard, light, parts), list[int]()
+    with ExitStack() as stack:
+        total = spec.num_bytes if spec.kind in ("text", "jsonl") else None
+        bar = stack.enter_context(
+            tqdm(desc=spec.config.title, total=total, unit="B", unit_scale=True, disable=not progress)
         )
+        made: Iterator[int] = map(tokenize, shards)
+        if workers > 1 and len(shards) > 2:  # starting a process takes longer than tokenizing a shard or two
+            # Forked processes would share the locks of the libraries' threads.
+            pool = ProcessPoolExecutor(min(workers, len(shards)), get_context("spawn"), die_with_parent, (os.getpid(),))
+            stack.callback(pool.shutdown, cancel_futures=True)  # after an error, or when the text suffices
+            made = (future.result() for future in [pool.submit(tokenize, shard) for shard in shards])
+        for shard in shards:
+            if _has_enough_text(spec, shard, sum(sizes[shard.first :])):
+                break
+            sizes.append(next(made))
+            bar.update(sizes[-1])
+    return len(sizes)
 
 
-def _move_into_place(parts: Path, folder: Path) -> None:
-    """Rename the finished ``parts/whole`` to ``folder``. An earlier, damaged or outdated ``folder`` is deleted."""
-    old = parts / "old"
-    if folder.exists():
-        folder.rename(old)
-    (parts / "whole").rename(folder)
-    shutil.rmtree(parts)
+def _has_enough_text(spec: PreprocessingSpec, shard: Shard, before: int) -> bool:
+    """Return True if the shards before this one have ``data.max_bytes`` of text: ``before`` bytes of the same files.
+
+    Always False for a source without documents, because ``build_spec`` has already cut its text.
+    """
+    if spec.config.max_bytes is None or not spec.splits_documents or shard.split is VAL:
+        return False
+    if shard.split is TRAIN and not spec.val_files:  # validation shards of a dataset come after its training shards
+        return False
+    return before >= spec.config.max_bytes
+
+
+def _tokenize_shard(spec: PreprocessingSpec, parts: Path, shard: Shard) -> int:
+    """Tokenize one shard, unless it is finished. Return its bytes of text."""
+    stem = parts / f"{shard.number:06d}"
+    if not stem.with_suffix(".rows").is_file():
+        tokenizer = open_tokenizer(spec, parts)
+        dtype, rows = np.dtype(token_dtype_for(spec, tokenizer)).newbyteorder("<"), []
+        with ExitStack() as stack:
+            files = [stack.enter_context(stem.with_suffix(f".{name}").open("wb")) for name in SPLITS]
+            for split, ids, size, ends in _tokens(spec, shard, tokenizer):
+                files[split].write(ids.astype(dtype).tobytes())
+                rows.append((split, len(ids), size, ends))
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        write_atomically(stem.with_suffix(".rows"), np.array(rows, ROW_DTYPE).tobytes())
+    return int(_read_rows(parts, shard)["bytes"].sum())
+
+
+def _read_rows(parts: Path, shard: Shard) -> Rows:
+    return np.fromfile(parts / f"{shard.number:06d}.rows", dtype=ROW_DTYPE)
+
+
+def open_tokenizer(spec: PreprocessingSpec, parts: Path) -> Tokenizer | None:
+    """Load the tokenizer of a preparation from its file, as every process does; None for a Markov chain."""
+    return None if spec.kind == "synthetic" else _load_once(parts / TOKENIZER, (parts / TOKENIZER / ABOUT).read_bytes())
+
+
+@lru_cache(maxsize=1)
+def _load_once(folder: Path, about: bytes) -> Tokenizer:
+    return load_tokenizer(folder)  # ``about`` has its checksum: another preparation may have the same folder
+
+
+def _tokens(
+    spec: PreprocessingSpec, shard: Shard, tokenizer: Tokenizer | None
+) -> Iterator[tuple[int, npt.NDArray[Any], int, bool]]:
+    """Yield for each piece: split, ids, bytes of text, and True if a document ends with it."""
+    if tokenizer is None:
+        ids, known = walk(spec.config.synthetic, shard.number), spec.known_tokens()
+        assert known is not None
+        cut = min(max(known[0] - shard.number * WALK_TOKENS, 0), len(ids))
+        yield from ((split, part, len(part), False) for split, part in ((TRAIN, ids[:cut]), (VAL, ids[cut:])))
+        return
+    exact = tokenizer.kind is TokenizerKind.byte  # also accepts bytes that are no UTF-8
+    for piece in read_shard(spec, shard):
+        data = piece.data
+        if piece.ends and tokenizer.eot is None and spec.splits_documents:
+            data += b"\n"
+        tokens: npt.NDArray[Any] = (
+            np.frombuffer(data, np.uint8) if exact else tokenizer.encode(decode_text(data, shard))
+        )
+        if piece.ends and tokenizer.eot is not None and spec.has_documents:
+            tokens = np.append(tokens, np.uint32(tokenizer.eot))
+        yield piece.split, tokens, len(data), piece.ends
+
+
+def vocab_size_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> int:
+    """Return the vocabulary size of a corpus: that of the tokenizer, or the states of a Markov chain without one."""
+    return spec.config.synthetic.vocab_size if tokenizer is None else tokenizer.vocab_size
+
+
+def token_dtype_for(spec: PreprocessingSpec, tokenizer: Tokenizer | None) -> str:
+    """Return the numpy name of the integer type of a corpus's tokens."""
+    return token_dtype(spec.config.layout, vocab_size_for(spec, tokenizer))
+
+
+# Merge of tokenized shards into a prepared folder: the used rows, the files of each split, and the manifest.
+
+
+COPY_BYTES = 1 << 20
+# The manifest records their versions, because another release may tokenize a text differently.
+LIBRARIES = ("numpy", "sentencepiece", "tokenizers", "tiktoken", "datasets", "pyarrow")
+
+
+@dataclass(frozen=True)
+class _SplitRows:
+    """Pieces of one split that the corpus uses."""
+
+    shards: list[tuple[Shard, int]]
+    """Shards in order, each with its number of used tokens of the split."""
+    rows: Rows
+
+    @property
+    def tokens(self) -> int:
+        return int(self.rows["tokens"].sum())
+
+    @property
+    def documents(self) -> int:
+        return int(self.rows["ends"].sum())
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Number of tokens of each document. Tokens after the last end form one more."""
+        after = np.cumsum(self.rows["tokens"])
+        ends = after[(self.rows["ends"] == 1) | (np.arange(len(after)) == len(after) - 1)]
+        return np.diff(ends, prepend=0)
+
+
+def _used_rows(spec: PreprocessingSpec, shards: Iterable[Shard], parts: Path) -> list[_SplitRows]:
+    """Return the rows of both splits, (train, val), up to ``data.max_bytes`` of text."""
+    limits, used = _split_limits(spec), Counter[int | None]()
+    found: list[list[tuple[Shard, Rows]]] = [[], []]
+    for shard in shards:
+        rows = _read_rows(parts, shard)
+        if shard.split in limits:
+            before = used[shard.split] + np.cumsum(rows["bytes"]) - rows["bytes"]
+            rows = rows[before < limits[shard.split]]
+        used[shard.split] += int(rows["bytes"].sum())
+        for split in (TRAIN, VAL):
+            found[split].append((shard, rows[rows["split"] == split]))
+    return [
+        _SplitRows(
+            [(shard, int(rows["tokens"].sum())) for shard, rows in mine], np.concatenate([rows for _, rows in mine])
+        )
+        for mine in found
+    ]
+
+
+def _split_limits(spec: PreprocessingSpec) -> dict[int | None, int]:
+    """Return the largest number of bytes of text by split; empty without a limit.
+
+    The key None limits shards whose documents are divided between both splits.
+    """
+    limit = spec.config.max_bytes  # the spec already limits single texts
+    if limit is None or not spec.splits_documents:
+        return {}
+    if spec.val_files:
+        return {TRAIN: limit}
+    val = max(1, int(limit * spec.config.val_fraction))
+    return {None: limit, TRAIN: limit - val, VAL: val}
+
+
+def merge_shards(spec: PreprocessingSpec, shards: Sequence[Shard], parts: Path) -> None:
+    """Merge tokenized shards into a complete prepared folder, ``parts/whole``.
+
+    Raises:
+        ConfigError: a split has no text.
+    """
+    splits, tokenizer, layout = _used_rows(spec, shards, parts), open_tokenizer(spec, parts), spec.config.layout
+    for name, split in zip(("train", "validate"), splits, strict=True):
+        if not split.tokens:
+            raise ConfigError(
+                f"no text to {name} on: {split.documents} documents, data.val_fraction={spec.config.val_fraction}",
+                "text in both splits",
+                "more text, or data.val_fraction=0.5, or data.val_path=FILE",
+            )
+    whole, dtype = parts / "whole", token_dtype_for(spec, tokenizer)
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    written = [
+        write_split(layout, whole / name, dtype, split.tokens, _chunks(parts, name, split, dtype), split.lengths)
+        for name, split in zip(SPLITS, splits, strict=True)
+    ]
+    if layout is TokenFileFormat.nanogpt:
+        # nanoGPT's train.py reads the vocabulary size, its sample.py the characters.
+        meta: dict[str, object] = {"vocab_size": vocab_size_for(spec, tokenizer)}
+        if isinstance(tokenizer, CharTokenizer):
+            meta |= {"stoi": dict(tokenizer.ids), "itos": dict(enumerate(tokenizer.characters))}
+        (whole / "meta.pkl").write_bytes(pickle.dumps(meta, protocol=4))  # readable by any Python since 3.4
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, whole / TOKENIZER)
+    write_json(whole / MANIFEST, _manifest(spec, splits, written, tokenizer))
+
+
+def _chunks(parts: Path, name: str, split: _SplitRows, dtype: str) -> Iterator[bytes]:
+    """Yield the tokens of a split in order, as little-endian bytes of ``dtype``."""
+    for shard, tokens in split.shards:
+        left = tokens * ITEM_BYTES[dtype]
+        with (parts / f"{shard.number:06d}.{name}").open("rb") as file:
+            while left:
+                chunk = file.read(min(COPY_BYTES, left))
+                assert chunk, f"shard {shard.number} is shorter than its rows say"
+                left -= len(chunk)
+                yield chunk
+
+
+def _manifest(
+    spec: PreprocessingSpec,
+    splits: Sequence[_SplitRows],
+    written: Sequence[Sequence[WrittenFile]],
+    tokenizer: Tokenizer | None,
+) -> dict[str, Any]:
+    versions = {name: metadata.version(name) for name in LIBRARIES if is_installed(name)}
+    sums = json.dumps([[file.sha256 for file in files] for files in written])
+    return {
+        "format": FORMAT,
+        "name": spec.config.title,
+        "spec": spec.identity,
+        "layout": spec.config.layout.name,
+        "dtype": token_dtype_for(spec, tokenizer),
+        "vocab_size": vocab_size_for(spec, tokenizer),
+        "tokenizer": None if tokenizer is None else describe_tokenizer(tokenizer),
+        "entropy": chain_of(spec.config.synthetic).entropy() if tokenizer is None else None,
+        "splits": {
+            name: {
+                "documents": split.documents if spec.has_documents else None,
+                "tokens": split.tokens,
+                "bytes": None if tokenizer is None else int(split.rows["bytes"].sum()),
+                "files": [asdict(file) for file in files],
+            }
+            for name, split, files in zip(SPLITS, splits, written, strict=True)
+        },
+        "sha256": hashlib.sha256(sums.encode()).hexdigest(),
+        "versions": {"python": platform.python_version(), **versions},
+    }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -22,7 +21,6 @@ from launch.errors import ConfigError
 FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
-TOKEN_BYTES = "token_bytes.bin"
 SPLITS = ("train", "val")
 FINGERPRINT_BYTES = 1 << 16
 
@@ -52,7 +50,7 @@ class TokenSource:
     train: Split
     val: Split
     vocab_size: int | None
-    """Number of token ids; None if neither the manifest nor nanoGPT's meta.pkl states it."""
+    """Number of token ids; None for token files made by another program."""
     tokenizer: dict[str, Any] | None
     """Description of its tokenizer, as ``gpt.data.tokenizers.describe_tokenizer`` returns it."""
     sha256: str
@@ -63,8 +61,6 @@ class TokenSource:
     entropy: float | None = None
     """Lowest possible loss of any model, in nats per token; None if unknown."""
     weight: int = 1
-    characters: str | None = None
-    """Characters in the order of their ids, if nanoGPT's meta.pkl lists them."""
 
     @property
     def tokenizer_folder(self) -> Path | None:
@@ -190,17 +186,15 @@ def _open_source(path: str, config: DataConfig, weight: int) -> TokenSource:
         return replace(prepared, weight=weight)
     dtype = config.token_dtype.name if config.token_dtype else None
     train, val = _foreign_splits(place, path, config, dtype)
-    vocab_size, characters = _nanogpt_meta(train[0].path.with_name("meta.pkl"))
     return TokenSource(
         name=place.name,
         folder=None,
         train=Split(train),
         val=Split(val),
-        vocab_size=vocab_size,
+        vocab_size=None,
         tokenizer=None,
         sha256=_digest([[s.path.name, s.offset, s.tokens, _fingerprint(s.path)] for s in (*train, *val)]),
         weight=weight,
-        characters=characters,
     )
 
 
@@ -235,44 +229,14 @@ def _foreign_splits(
 
 
 def _refuse_other_tokenizers(sources: Sequence[TokenSource]) -> None:
-    known = [source for source in sources if source.tokenizer is not None]
-    for source in known[1:]:
-        assert source.tokenizer is not None and known[0].tokenizer is not None
-        if source.tokenizer["checksum"] != known[0].tokenizer["checksum"]:
-            raise ConfigError(
-                f"{source.name} has the tokenizer {source.tokenizer['kind']} ({source.tokenizer['checksum'][:12]}...), "
-                f"{known[0].name} {known[0].tokenizer['kind']} ({known[0].tokenizer['checksum'][:12]}...)",
-                "one tokenizer for all sources of a mixture",
-                f"python -m gpt.prepare ... data.tokenizer={known[0].tokenizer['kind']} "
-                f"data.tokenizer_path={known[0].folder}/{TOKENIZER}/FILE",
-            )
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler of containers, strings and numbers. Refuses everything that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"{module}.{name} in a file of plain values")
-
-
-def _nanogpt_meta(meta: Path) -> tuple[int | None, str | None]:
-    """Return vocabulary size and characters from nanoGPT's ``meta.pkl``; None for each missing value."""
-    if not meta.is_file():
-        return None, None
-    try:
-        with meta.open("rb") as file:
-            values = _PlainUnpickler(file).load()
-        values = values if isinstance(values, dict) else {}
-        size, names = values.get("vocab_size"), values.get("itos")
-        if size is not None and isinstance(names, dict) and set(names) == set(range(size)):
-            return int(size), "".join(names[i] for i in range(size))
-        return (None if size is None else int(size)), None
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError) as error:
+    known = [(source.name, source.tokenizer) for source in sources if source.tokenizer is not None]
+    if len({tokenizer["checksum"] for _, tokenizer in known}) > 1:
         raise ConfigError(
-            f"{meta} cannot be read ({error})",
-            "nanoGPT's meta.pkl: a dictionary with vocab_size",
-            f"mv {meta} {meta}.old",
-        ) from error
+            "a mixture with several tokenizers: "
+            + ", ".join(f"{name} {found['kind']} ({found['checksum'][:12]})" for name, found in known),
+            "one tokenizer for all sources of a mixture",
+            "python -m gpt.prepare ... data.tokenizer_path=FILE, the tokenizer of one of the sources",
+        )
 
 
 def largest_id_seen(source: TokenSource) -> int:

@@ -5,11 +5,13 @@ Imports no torch.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -22,7 +24,7 @@ import numpy.typing as npt
 from gpt.components import load_source
 from gpt.config import DataConfig, TokenizerKind
 from gpt.config.data import SyntheticConfig
-from gpt.data.spec import CorpusFile, PreprocessingSpec, revision_of, unreadable_file_error
+from gpt.data.spec import CorpusFile, PreprocessingSpec, revision_of
 from gpt.data.tokenizers import import_library
 from launch.errors import ConfigError
 
@@ -223,12 +225,25 @@ def _split_files(
 
 def _row_group_sizes(path: Path) -> list[int]:
     parquet = import_library("pyarrow.parquet")
+    with readable(path), parquet.ParquetFile(path) as opened:
+        metadata = opened.metadata
+        return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+
+
+@contextmanager
+def readable(where: object) -> Iterator[None]:
+    """Turn every failure to read ``where`` into a ConfigError: of a file, a library, the network or the user's
+    function."""
     try:
-        with parquet.ParquetFile(path) as opened:
-            metadata = opened.metadata
-            return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    except (OSError, ValueError) as error:  # base classes of pyarrow's errors
-        raise unreadable_file_error(path, error) from error
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{where} cannot be read ({type(error).__name__}: {error})",
+            "a file that this user may read, or a dataset on the hub and a network, to the end",
+            "the same command again, which goes on where it stopped; or another data.path or data.dataset",
+        ) from error
 
 
 def _split_texts(spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start: int) -> Iterator[TextPart]:
@@ -252,12 +267,9 @@ def _split_texts(spec: PreprocessingSpec, files: Iterable[CorpusFile], val_start
 
 def _line_start(file: CorpusFile, place: int) -> int:
     """Return the first byte offset from ``place`` on that begins a line, or a character if no line ends nearby."""
-    try:
-        with file.path.open("rb") as stream:
-            stream.seek(place - 1)
-            near = stream.read(LINE_SEARCH_BYTES)
-    except OSError as error:
-        raise unreadable_file_error(file.path, error) from error
+    with readable(file.path), file.path.open("rb") as stream:
+        stream.seek(place - 1)
+        near = stream.read(LINE_SEARCH_BYTES)
     line = place + near.find(b"\n")
     return line if near.find(b"\n") >= 0 and line < file.size else _character_start(file, place)
 
@@ -276,12 +288,9 @@ def _whole_characters(file: CorpusFile) -> int:
     with file.path.open("rb") as stream:
         stream.seek(max(0, file.size - 3))
         last = stream.read(min(3, file.size))
-    for back in range(1, len(last) + 1):
-        byte = last[-back]
-        if byte & 0xC0 != 0x80:  # the first byte of a character; its high bits give the number of bytes
-            needed = 1 if byte < 0x80 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return file.size - back if needed > back else file.size
-    return file.size
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(last)
+    return file.size - len(decoder.getstate()[0])  # the bytes that wait for the rest of a character
 
 
 @lru_cache(maxsize=4)
@@ -299,18 +308,8 @@ def open_dataset(config: DataConfig, split: str) -> Any:
         ConfigError: the dataset is unreachable, or has no such split.
     """
     revision = revision_of(config)
-    try:
+    with readable(f"the split {split} of the dataset {config.dataset}{f' at {revision}' if revision else ''}"):
         return _open_stream(str(config.dataset), revision, config.subset, split)
-    except ConfigError:
-        raise
-    except Exception as error:  # the library's errors have no common class
-        raise ConfigError(
-            f"the split {split} of the dataset {config.dataset}{f' at {revision}' if revision else ''} cannot be "
-            f"opened ({type(error).__name__}: {error})",
-            "a network, a dataset of this name, and a revision and a split that it has",
-            "data.dataset=FOLDER of files downloaded elsewhere, or another data.train_split or data.val_split"
-            + (", or data.revision=null, where it is of another dataset" if revision else ""),
-        ) from error
 
 
 # Readers of a shard's text: texts, jsonl and parquet files, and datasets streamed by Hugging Face's library.
@@ -333,20 +332,20 @@ def read_shard(spec: PreprocessingSpec, shard: Shard) -> Iterator[Piece]:
     Raises:
         ConfigError: a file is unreadable, has the wrong format, or has changed since its look-up.
     """
-    if spec.kind == "text":
-        for part in shard.parts:
-            assert shard.split is not None
-            yield Piece(shard.split, _read_range(part), part.ends)
-        return
     count = 0
     for part in shard.parts:
-        for text in _documents(spec, part):
-            split = shard.split
-            if split is None:
-                split = VAL if is_validation(shard.number, count, spec.config.val_fraction) else TRAIN
-            count += 1
-            # JSON may contain lone surrogates, which UTF-8 cannot encode.
-            yield Piece(split, text.encode("utf-8", "replace"), True)
+        with readable(f"{part.path}, from {part.start} to {part.stop},"):
+            if spec.kind == "text":
+                assert shard.split is not None
+                yield Piece(shard.split, _read_range(part), part.ends)
+                continue
+            for text in _documents(spec, part):
+                split = shard.split
+                if split is None:
+                    split = VAL if is_validation(shard.number, count, spec.config.val_fraction) else TRAIN
+                count += 1
+                # JSON may contain lone surrogates, which UTF-8 cannot encode.
+                yield Piece(split, text.encode("utf-8", "replace"), True)
 
 
 def decode_text(data: bytes, shard: Shard) -> str:
@@ -372,42 +371,34 @@ def is_validation(shard: int, document: int, fraction: float) -> bool:
 
 
 def _documents(spec: PreprocessingSpec, part: TextPart) -> Iterator[str]:
-    if spec.kind in ("custom", "dataset"):
-        return (_read_custom if spec.kind == "custom" else _read_dataset)(spec.config, part)
-    return (_read_parquet if spec.kind == "parquet" else _read_jsonl)(part, spec.config.text_key)
-
-
-def _read_custom(config: DataConfig, part: TextPart) -> Iterator[str]:
-    """Yield the documents that the user's function returns. ``part.path`` is the name of the function."""
-    name = part.path
-    documents = load_source("data.source", name)(config)
-    while True:
-        try:
-            text = next(documents, None)
-        except Exception as error:  # raised by the user's function
-            raise ConfigError(
-                f"data.source={name} fails: {type(error).__name__}: {error}",
-                "a generator of documents, which ends where they do",
-                "the function repaired, and the same command again",
-            ) from error
-        if text is None:
-            return
-        if not isinstance(text, str):
-            raise ConfigError(
-                f"data.source={name} yields a {type(text).__name__}", "a document at a time, a str", "yield text"
-            )
-        yield text
+    """Yield the documents of a part of a source."""
+    path, key = Path(part.path), spec.config.text_key
+    if spec.kind == "custom":
+        for text in load_source("data.source", part.path)(spec.config):
+            if not isinstance(text, str):
+                raise TypeError(f"it yields a {type(text).__name__} instead of a document, a str")
+            yield text
+    elif spec.kind == "dataset":  # file ``part.start`` (of ``part.stop``) of the split ``part.path``
+        for row in open_dataset(spec.config, part.path).shard(num_shards=part.stop, index=part.start):
+            yield _text_of(row, key, f"the dataset {spec.config.dataset}")
+    elif spec.kind == "parquet":
+        with import_library("pyarrow.parquet").ParquetFile(path) as opened:
+            if key not in opened.schema_arrow.names:
+                raise missing_column_error(path, key, opened.schema_arrow.names)
+            for batch in opened.iter_batches(batch_size=256, row_groups=range(part.start, part.stop), columns=[key]):
+                # A null is a row without text.
+                yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        _refuse_change(path, part)
+    else:
+        yield from _read_jsonl(path, part, key)
 
 
 def _read_range(part: TextPart) -> bytes:
     path = Path(part.path)
-    try:
-        with path.open("rb") as stream:
-            stream.seek(part.start)
-            data = stream.read(part.stop - part.start)
-            _refuse_change(path, part, len(data) == part.stop - part.start)
-    except OSError as error:
-        raise unreadable_file_error(path, error) from error
+    with path.open("rb") as stream:
+        stream.seek(part.start)
+        data = stream.read(part.stop - part.start)
+    _refuse_change(path, part, len(data) == part.stop - part.start)
     return data
 
 
@@ -416,91 +407,39 @@ def _refuse_change(path: Path, part: TextPart, complete: bool = True) -> None:
         raise ConfigError(f"{path} changed while it was read", "a text that holds still", "the same command again")
 
 
-def _read_jsonl(part: TextPart, key: str) -> Iterator[str]:
+def _read_jsonl(path: Path, part: TextPart, key: str) -> Iterator[str]:
     """Yield the texts of the lines that begin in the part. A line that began earlier belongs to the part before."""
-    path, packed = Path(part.path), part.path.endswith(".gz")
-    try:
-        with gzip.open(path, "rb") if packed else path.open("rb") as stream:
-            place = part.start
-            if place:
-                stream.seek(place - 1)
-                place += len(stream.readline()) - 1
-            while packed or place < part.stop:
-                line = stream.readline()
-                if not line:
-                    break
-                if line.strip():
-                    yield _text_of(line, key, path, place)
-                place += len(line)
-        _refuse_change(path, part)
-    except (OSError, EOFError) as error:
-        raise unreadable_file_error(path, error) from error
+    packed = part.path.endswith(".gz")
+    with gzip.open(path, "rb") if packed else path.open("rb") as stream:
+        place = part.start
+        if place:
+            stream.seek(place - 1)
+            place += len(stream.readline()) - 1
+        while packed or place < part.stop:
+            line = stream.readline()
+            if not line:
+                break
+            if line.strip():
+                try:
+                    value = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"no JSON in the line at byte {place}: {error}") from error
+                yield _text_of(value, key, f"{path}, at byte {place},")
+            place += len(line)
+    _refuse_change(path, part)
 
 
-def _text_of(line: bytes, key: str, path: Path, place: int) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(
-            f"{path}, at byte {place}: {error}",
-            "a JSON object in every line",
-            "the file repaired, or another data.path",
-        ) from error
-    if not isinstance(value, dict) or not isinstance(value.get(key), str):
-        has = ", ".join(k for k, v in value.items() if isinstance(v, str)) if isinstance(value, dict) else "none"
-        raise ConfigError(
-            f"{path}, at byte {place}: no text under data.text_key={key}",
-            f"one of the fields of text that the line has ({has})",
-            f"data.text_key={has.split(', ')[0] or 'NAME'}",
-        )
-    return str(value[key])
-
-
-def _read_parquet(part: TextPart, key: str) -> Iterator[str]:
-    path = Path(part.path)
-    parquet = import_library("pyarrow.parquet")
-    try:
-        with parquet.ParquetFile(path) as opened:
-            names = opened.schema_arrow.names
-            if key not in names:
-                raise missing_column_error(path, key, names)
-            for batch in opened.iter_batches(batch_size=256, row_groups=range(part.start, part.stop), columns=[key]):
-                # A null is a row without text.
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
-        _refuse_change(path, part)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):  # ConfigError is a ValueError, too
-            raise
-        raise unreadable_file_error(path, error) from error
+def _text_of(row: Any, key: str, where: str) -> str:
+    text = row.get(key) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise missing_column_error(where, key, row if isinstance(row, dict) else ())
+    return text
 
 
 def missing_column_error(where: object, key: str, names: Iterable[str]) -> ConfigError:
-    names = list(names)
+    """Return the error for a row without a text under ``key``; ``names`` are its columns or fields."""
     return ConfigError(
-        f"{where} has no column data.text_key={key}",
-        f"one of {', '.join(names)}",
-        f"data.text_key={names[0] if names else 'NAME'}",
+        f"{where} has no text under data.text_key={key}",
+        f"a name among {', '.join(names) or 'fields of a JSON object'} that has one",
+        "data.text_key=NAME",
     )
-
-
-def _read_dataset(config: DataConfig, part: TextPart) -> Iterator[str]:
-    """Yield the documents of file ``part.start`` (of ``part.stop``) of the split ``part.path`` of a dataset."""
-    stream = iter(open_dataset(config, part.path).shard(num_shards=part.stop, index=part.start))
-    while True:
-        try:
-            row = next(stream, None)
-        except Exception as error:  # from the library, the network or the format of the file
-            raise ConfigError(
-                f"the dataset {config.dataset} broke off in shard {part.start} of {part.stop} "
-                f"({type(error).__name__}: {error})",
-                "a stream that can be read to its end",
-                "the same command again, which goes on where it stopped",
-            ) from error
-        if row is None:
-            return
-        text = row.get(config.text_key)
-        if not isinstance(text, str):
-            raise missing_column_error(
-                config.dataset, config.text_key, (k for k, v in row.items() if isinstance(v, str))
-            )
-        yield text

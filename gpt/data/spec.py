@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 import stat
 import sys
 import sysconfig
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -24,10 +23,11 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from gpt.components import source_digest
-from gpt.config import BYTE_VOCAB, DataConfig, Source, TokenizerKind
+from gpt.config import DataConfig, Source, TokenizerKind
 from gpt.data.prepared import FORMAT
 from gpt.data.token_file import glob_files
-from launch.errors import ConfigError, closest
+from launch.errors import ConfigError
+from launch.runs.compose import flatten
 from launch.runs.files import write_atomically
 
 # Look-up of the files of a corpus: the running Python's library, a text, tinyshakespeare, or files that match a
@@ -67,42 +67,19 @@ def text_file(path: str, key: str = "data.path") -> CorpusFile:
     Raises:
         ConfigError: the file is missing, unreadable or empty.
     """
+    text = Path(path)
     try:
-        text = Path(path).expanduser().absolute()
+        text = text.expanduser().absolute()
         status = text.stat()
-        if not stat.S_ISREG(status.st_mode):
-            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-            raise ConfigError(f"{key}={path} is {kind}", "a text file", _suggestion(key, text))
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+            raise ConfigError(f"{key}={path}, which is no file with text in it", "a text file", f"{key}=FILE")
         with text.open("rb"):
             pass  # only the filesystem itself knows the permissions
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{key}={path}, but there is no {text}", "a text file", _suggestion(key, text.parent, text.name)
-        ) from error
     except (OSError, RuntimeError) as error:  # expanduser raises RuntimeError for an unknown ~user
-        raise unreadable_file_error(Path(path), error) from error
-    if not status.st_size:
-        raise ConfigError(f"{text} is empty", "a file with text in it", _suggestion(key, text.parent, text.name))
+        raise ConfigError(
+            f"{text} cannot be read ({error})", "a text file this user may read", f"{key}=FILE"
+        ) from error
     return CorpusFile(text, status.st_size, status.st_mtime_ns)
-
-
-def _suggestion(key: str, folder: Path, name: str = "") -> str:
-    """Return the override to propose for a path without text: with a similar file of ``folder``, if there is one."""
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name != name)
-    except OSError:
-        names = []
-    likely = closest(name, names) if name else [n for n in names if n.endswith(".txt")]
-    if likely:
-        return f"{key}={shlex.quote(str(folder / likely[0]))}"
-    there = next((above for above in (folder, *folder.parents) if above.is_dir()), folder)
-    without = "data=stdlib, which needs none" if key == "data.path" else f"{key}=null"
-    return f"ls {shlex.quote(str(there))}, and {key}= with a text that is there; or {without}"
-
-
-def unreadable_file_error(path: Path, error: Exception) -> ConfigError:
-    """Return the error for an existing file that cannot be read."""
-    return ConfigError(f"{path} cannot be read ({error})", "a text file this user may read", f"chmod u+r {path}")
 
 
 def pattern_files(pattern: str, key: str = "data.path") -> tuple[CorpusFile, ...]:
@@ -185,20 +162,6 @@ def take_bytes(files: Iterable[CorpusFile], limit: int | None) -> tuple[CorpusFi
     return tuple(taken)
 
 
-def shakespeare_file(path: str | None, cache: Path) -> CorpusFile | None:
-    """Look up tinyshakespeare at ``path`` or in the cache; None if it must be downloaded first.
-
-    Raises:
-        ConfigError: the local file is another text.
-    """
-    if path is None:
-        cached = cache / SHAKESPEARE_FILE
-        return text_file(str(cached)) if cached.is_file() else None
-    file = text_file(path)
-    refuse_other_shakespeare(file.path.read_bytes(), path)
-    return file
-
-
 def refuse_other_shakespeare(content: bytes, where: str) -> None:
     """Raise ConfigError unless ``content`` is the text on which published losses are measured."""
     found = hashlib.sha256(content).hexdigest()
@@ -210,7 +173,7 @@ def refuse_other_shakespeare(content: bytes, where: str) -> None:
         )
 
 
-def download_shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> CorpusFile:
+def download_shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> None:
     """Download tinyshakespeare (1.1 MB) into ``cache``.
 
     Raises:
@@ -227,7 +190,6 @@ def download_shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> CorpusFile:
         ) from error
     refuse_other_shakespeare(content, url)
     write_atomically(cache / SHAKESPEARE_FILE, content)
-    return text_file(str(cache / SHAKESPEARE_FILE))
 
 
 # Preprocessing spec: files or dataset, tokenizer, split and file format.
@@ -370,13 +332,19 @@ def _identify_files(files: tuple[CorpusFile, ...]) -> dict[str, Any]:
 
 
 def _find_files(config: DataConfig, cache: Path) -> tuple[CorpusFile, ...] | None:
+    """Look up the files of a source; None if tinyshakespeare must be downloaded first."""
     if config.source is Source.stdlib:
         return stdlib_files()
-    if config.source is Source.shakespeare:
-        found = shakespeare_file(config.path, cache)
-        return None if found is None else (found,)
+    if config.source is Source.shakespeare and config.path is None:
+        cached = cache / SHAKESPEARE_FILE
+        return (text_file(str(cached)),) if cached.is_file() else None
     assert config.path is not None, "DataConfig.validate asks for a path"
-    return (text_file(config.path),) if config.source is Source.text else pattern_files(config.path)
+    if config.source is Source.files:
+        return pattern_files(config.path)
+    found = text_file(config.path)
+    if config.source is Source.shakespeare:
+        refuse_other_shakespeare(found.path.read_bytes(), config.path)
+    return (found,)
 
 
 def _make_spec(
@@ -418,28 +386,17 @@ def _identify_tokenizer(config: DataConfig) -> dict[str, Any]:
     return identity
 
 
-def known_vocab_size(config: DataConfig) -> int | None:
-    """Return the number of ids of an unprepared corpus; None if only its tokenizer determines the number."""
-    if config.source is Source.synthetic:
-        return config.synthetic.vocab_size
-    return BYTE_VOCAB if config.tokenizer is TokenizerKind.byte else None
-
-
 def prepare_command(config: DataConfig, cache: Path) -> str:
     """Return the gpt.prepare command for a corpus: its preset, and every key that differs from it."""
     folder = resources.files("configs").joinpath("data")
-    preset = folder.joinpath(f"{config.title}.yaml")
-    base: Any = OmegaConf.structured(DataConfig)
     kind = "custom" if isinstance(config.source, str) else config.source.name
-    name = config.title if preset.is_file() else kind
-    text = folder.joinpath(f"{name}.yaml")
-    if text.is_file():
-        base = OmegaConf.merge(base, OmegaConf.create(text.read_text()))
-    default, here = _plain(base), _plain(OmegaConf.structured(config))
-    args = [f"data={name}"]
+    name = config.title if folder.joinpath(f"{config.title}.yaml").is_file() else kind
+    preset = OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text())
     # The preset sets the name. The folder is added below only if it is not the default.
-    default["name"], default["cache_dir"] = here["name"], here["cache_dir"]
-    args += [f"{key}={value}" for key, value in _changed(default, here, "data.")]
+    same = {"name": config.name, "cache_dir": config.cache_dir}
+    default = flatten(_plain(OmegaConf.merge(OmegaConf.structured(DataConfig), preset, same)))
+    changed = {key: value for key, value in flatten(_plain(config)).items() if value != default.get(key)}
+    args = [f"data={name}", *(f"data.{key}={'null' if value is None else value}" for key, value in changed.items())]
     if cache != Path("outputs/.cache").absolute():
         args.append(f"data.cache_dir={cache}")
     # Quote everything that a shell or Hydra's grammar would split.
@@ -452,16 +409,3 @@ def _plain(config: Any) -> dict[str, Any]:
     value = OmegaConf.to_container(node, enum_to_str=True)
     assert isinstance(value, dict)
     return {str(key): inner for key, inner in value.items()}
-
-
-def _changed(default: dict[str, Any], here: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in here.items():
-        if isinstance(value, dict):
-            yield from _changed(default[key], value, f"{prefix}{key}.")
-        elif value != default.get(key):
-            yield prefix + key, "null" if value is None else value
-
-
-def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))  # not cpu_count: Slurm gives a job only some of a node's cores

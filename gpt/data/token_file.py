@@ -8,10 +8,10 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from gpt.config import TokenFileFormat
-from launch.errors import ConfigError, closest
+from launch.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,15 +81,10 @@ def open_token_files(path: str, dtype: str | None = None, key: str = "data.path"
 
 def missing_tokens_error(path: str, place: Path, key: str = "data.path") -> ConfigError:
     """Return the error for a path, set by ``key``, without token files."""
-    try:
-        names = sorted(p.name for p in place.parent.iterdir() if p.suffix == ".bin" or p.is_dir())
-    except OSError:
-        names = []
-    likely = closest(place.name, names)
     return ConfigError(
-        f"{key}={path}, but there are no tokens",
+        f"{key}={path}, but there are no tokens in {place}",
         "a folder of gpt.prepare, a .bin file, a Megatron prefix, or a pattern of shards",
-        f"{key}={place.parent / likely[0]}" if likely else f"{key}=FOLDER",
+        f"{key}=FOLDER",
     )
 
 
@@ -117,14 +112,16 @@ def read_token_file(path: Path, dtype: str | None = None) -> Segment:
         for kind, (known, its_version) in LLMC_KINDS.items():
             if magic == known:
                 return _read_llmc(path, size, kind, version == its_version, tokens)
-    dtype = dtype or HEADERLESS_DTYPE
-    expected = f"a file of {dtype} without a header (or with that of llm.c, or an .idx beside it)"
-    return _whole_file(path, size, dtype, expected, "data.token_dtype=uint8 (or uint16, uint32), or another file")
+    return _whole_file(path, size, dtype or HEADERLESS_DTYPE)
 
 
-def _whole_file(path: Path, size: int, dtype: str, expected: str, fix: str) -> Segment:
+def _whole_file(path: Path, size: int, dtype: str) -> Segment:
     if size % ITEM_BYTES[dtype] or not size:
-        raise ConfigError(f"{path} has {size} bytes, which are not whole {dtype} tokens", expected, fix)
+        raise ConfigError(
+            f"{path} has {size} bytes, which are not whole {dtype} tokens",
+            f"a file of {dtype} without a header (or with that of llm.c, or an .idx beside it)",
+            "data.token_dtype=uint8 (or uint16, uint32), or another file",
+        )
     return Segment(path, dtype, 0, size // ITEM_BYTES[dtype], size)
 
 
@@ -142,23 +139,18 @@ def _read_llmc(path: Path, size: int, dtype: str, known_version: bool, tokens: i
 def _read_megatron(path: Path, index: Path, size: int) -> Segment:
     with index.open("rb") as file:
         head = file.read(MEGATRON_HEADER.size)
-    if len(head) < MEGATRON_HEADER.size or not head.startswith(MEGATRON_MAGIC):
-        raise ConfigError(
-            f"{index} does not begin as an index of Megatron does",
-            f"{MEGATRON_MAGIC!r}, as Megatron's mmap format has it",
-            f"{path} moved to a folder of its own, where it has no index",
-        )
-    _, version, code, sequences, documents = MEGATRON_HEADER.unpack(head)
+    magic, version, code, sequences, documents = MEGATRON_HEADER.unpack(head.ljust(MEGATRON_HEADER.size, b"\0"))
     dtype = next((name for name, its_code in MEGATRON_CODES.items() if its_code == code), None)
     expected = MEGATRON_HEADER.size + 12 * sequences + 8 * documents
     # Multimodal indices have one more byte for each sequence.
-    if version != 1 or dtype is None or index.stat().st_size not in (expected, expected + sequences):
+    whole = index.stat().st_size in (expected, expected + sequences)
+    if magic != MEGATRON_MAGIC or version != 1 or dtype is None or not whole:
         raise ConfigError(
-            f"{index} of version {version}, dtype code {code}, {sequences} sequences and {index.stat().st_size} bytes",
-            f"version 1, a dtype code among {sorted(MEGATRON_CODES.values())}, {expected} bytes",
-            "the two files copied again, or preprocessed again",
+            f"{index} is no whole index of Megatron: version {version}, dtype code {code}, {sequences} sequences",
+            f"{MEGATRON_MAGIC!r}, version 1, a dtype code among {sorted(MEGATRON_CODES.values())}, {expected} bytes",
+            f"the two files copied again, or {path} moved to a folder of its own, where it has no index",
         )
-    return _whole_file(path, size, dtype, "the file that its index describes", "the two files copied again")
+    return _whole_file(path, size, dtype)
 
 
 def split_end(segments: tuple[Segment, ...], tokens: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
@@ -188,7 +180,7 @@ def glob_files(pattern: str) -> list[Path]:
 
 
 LLMC_SHARD_TOKENS = 100_000_000  # as in llm.c's fineweb.py
-MEGATRON_SEQUENCE_LIMIT = 1 << 30  # lengths are int32
+MEGATRON_SEQUENCE_LIMIT = 1 << 31  # lengths are int32
 UINT16_VOCAB = 1 << 16
 
 
@@ -211,7 +203,7 @@ def token_dtype(layout: TokenFileFormat, vocab_size: int) -> str:
 
 
 def write_split(
-    layout: TokenFileFormat, stem: Path, dtype: str, tokens: int, chunks: Iterable[bytes], lengths: Iterable[Lengths]
+    layout: TokenFileFormat, stem: Path, dtype: str, tokens: int, chunks: Iterable[bytes], lengths: Lengths
 ) -> list[WrittenFile]:
     """Write the files of one split.
 
@@ -221,76 +213,59 @@ def write_split(
         dtype: numpy name of a token's integer.
         tokens: number of tokens in ``chunks``; llm.c writes it into a header.
         chunks: the tokens, as little-endian ``dtype``.
-        lengths: tokens of each document, in order; used by Megatron's index only.
+        lengths: tokens of each document, in order, (documents,); used by Megatron's index only.
     """
     if layout is TokenFileFormat.llmc:
         return list(_write_llmc(stem, dtype, tokens, chunks))
-    written = [_write_file(stem.with_suffix(".bin"), chunks, dtype)]
+    written = [_write_file(stem.with_suffix(".bin"), chunks, tokens)]
+    assert written[0].size == tokens * ITEM_BYTES[dtype], f"{stem}: {written[0].size} bytes for {tokens} tokens"
     if layout is TokenFileFormat.megatron:
-        written.append(_write_file(stem.with_suffix(".idx"), _megatron_index(dtype, lengths), None))
-    assert written[0].tokens == tokens, f"{stem}: {written[0].tokens} tokens, expected {tokens}"
+        written.append(_write_file(stem.with_suffix(".idx"), _megatron_index(dtype, lengths), 0))
     return written
 
 
-class HashedFile:
-    """File whose sha256 is computed while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.size = 0
-        self._file: BinaryIO = path.open("wb")
-        self._digest = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append ``data``."""
-        self._file.write(data)
-        self._digest.update(data)
-        self.size += len(data)
-
-    def close(self) -> str:
-        """Sync the file to disk. Return its sha256."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._digest.hexdigest()
-
-
-def _write_file(path: Path, chunks: Iterable[bytes], dtype: str | None) -> WrittenFile:
-    file = HashedFile(path)
-    for chunk in chunks:
-        file.write(chunk)
-    return WrittenFile(path.name, file.size // ITEM_BYTES[dtype] if dtype else 0, file.size, file.close())
+def _write_file(path: Path, chunks: Iterable[bytes | memoryview], tokens: int) -> WrittenFile:
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return WrittenFile(path.name, tokens, size, digest.hexdigest())
 
 
 def _write_llmc(stem: Path, dtype: str, tokens: int, chunks: Iterable[bytes]) -> Iterator[WrittenFile]:
     more, rest = iter(chunks), memoryview(b"")
-    for number, first in enumerate(range(0, max(1, tokens), LLMC_SHARD_TOKENS)):
-        count = min(tokens - first, LLMC_SHARD_TOKENS)
-        file = HashedFile(stem.with_name(f"{stem.name}_{number:06d}.bin"))
-        file.write(struct.pack("<iii", *LLMC_KINDS[dtype], count).ljust(LLMC_HEADER_BYTES, b"\0"))
+
+    def shard(count: int) -> Iterator[bytes | memoryview]:
+        nonlocal rest
+        yield struct.pack("<iii", *LLMC_KINDS[dtype], count).ljust(LLMC_HEADER_BYTES, b"\0")
         left = count * ITEM_BYTES[dtype]
         while left:
             rest = rest or memoryview(next(more))
             piece, rest = rest[:left], rest[left:]
             left -= len(piece)
-            file.write(piece)
-        yield WrittenFile(file.path.name, count, file.size, file.close())
+            yield piece
+
+    for number, first in enumerate(range(0, max(1, tokens), LLMC_SHARD_TOKENS)):
+        count = min(tokens - first, LLMC_SHARD_TOKENS)
+        yield _write_file(stem.with_name(f"{stem.name}_{number:06d}.bin"), shard(count), count)
 
 
-def _megatron_index(dtype: str, lengths: Iterable[Lengths]) -> Iterator[bytes]:
-    """Yield Megatron's index: every document is one sequence, or several if it is too long for the format."""
+def _megatron_index(dtype: str, lengths: Lengths) -> Iterator[bytes]:
+    """Yield Megatron's index, in which every document is one sequence."""
     import numpy as np  # imported here, so that the look-up of a corpus stays quick
 
-    sizes = np.concatenate([np.zeros(0, dtype=np.int64), *lengths])
-    counts = np.maximum(1, -(-sizes // MEGATRON_SEQUENCE_LIMIT))
-    if (counts > 1).any():
-        # All parts of a document have the largest length except the last.
-        last = np.cumsum(counts) - 1
-        rests = sizes - MEGATRON_SEQUENCE_LIMIT * (counts - 1)
-        sizes = np.full(last[-1] + 1, MEGATRON_SEQUENCE_LIMIT, dtype=np.int64)
-        sizes[last] = rests
-    yield MEGATRON_HEADER.pack(MEGATRON_MAGIC, 1, MEGATRON_CODES[dtype], len(sizes), len(counts) + 1)
-    yield sizes.astype("<i4").tobytes()
-    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)[:-1]]) if len(sizes) else sizes
-    yield (starts * ITEM_BYTES[dtype]).astype("<i8").tobytes()
-    yield np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)]).astype("<i8").tobytes()
+    if lengths.max(initial=0) >= MEGATRON_SEQUENCE_LIMIT:
+        raise ConfigError(
+            f"data.layout=megatron with a document of {lengths.max():,} tokens",
+            f"documents of less than {MEGATRON_SEQUENCE_LIMIT:,} tokens, which the format has room for",
+            "data.layout=llmc",
+        )
+    after = np.cumsum(lengths)
+    yield MEGATRON_HEADER.pack(MEGATRON_MAGIC, 1, MEGATRON_CODES[dtype], len(lengths), len(lengths) + 1)
+    yield lengths.astype("<i4").tobytes()
+    yield ((after - lengths) * ITEM_BYTES[dtype]).astype("<i8").tobytes()
+    yield np.arange(len(lengths) + 1).astype("<i8").tobytes()

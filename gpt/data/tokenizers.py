@@ -10,7 +10,6 @@ import base64
 import hashlib
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib import import_module
@@ -47,9 +46,6 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids to text. Bytes that are no UTF-8, as in a truncated character, become U+FFFD."""
 
-    def token_bytes(self) -> npt.NDArray[np.int64] | None:
-        """Return the UTF-8 bytes of each id, (vocab_size,); None if the number depends on neighboring ids."""
-
 
 class ByteTokenizer:
     """Tokenizer whose tokens are the bytes of UTF-8."""
@@ -66,10 +62,6 @@ class ByteTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Decode bytes. Bytes that are no UTF-8 become U+FFFD."""
         return bytes(int(i) for i in ids).decode(errors="replace")
-
-    def token_bytes(self) -> npt.NDArray[np.int64]:
-        """Return the bytes of each id, (256,): always one."""
-        return np.ones(self.vocab_size, dtype=np.int64)
 
 
 class CharTokenizer:
@@ -108,11 +100,6 @@ class CharTokenizer:
         """Decode numbers of characters."""
         return "".join(self.characters[int(i)] for i in ids)
 
-    def token_bytes(self) -> npt.NDArray[np.int64]:
-        """Return the bytes of each character, (vocab_size,). A lone surrogate counts three, although UTF-8 cannot
-        encode it."""
-        return np.array([len(c.encode("utf-8", "surrogatepass")) for c in self.characters], dtype=np.int64)
-
 
 FILES = {
     TokenizerKind.byte: None,
@@ -132,7 +119,6 @@ def tokenizer_checksum(tokenizer: Tokenizer) -> str:
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 """Possible names of the token that ends a document, in the order in which they are tried."""
-SPACE = "\u2581"  # SentencePiece's sign for a space
 GPT2_ENCODING = "gpt2"
 
 
@@ -170,19 +156,6 @@ class SentencePieceTokenizer:
         """Decode ids of pieces. Control pieces have no text."""
         return str(self._model.decode([int(i) for i in ids]))
 
-    def token_bytes(self) -> npt.NDArray[np.int64] | None:
-        """Return the bytes of each piece, (vocab_size,); None for a model that changes the text, as Llama's adds a
-        space."""
-        probe = " a  b\n\n\tﬁ c "  # spaces that could be dropped, and a ligature that Unicode normalization splits
-        model = self._model
-        if model.decode(model.encode(probe)) != probe:
-            return None
-        sizes = np.zeros(self.vocab_size, dtype=np.int64)
-        for i in range(self.vocab_size):
-            if not (model.is_control(i) or model.is_unknown(i)):
-                sizes[i] = 1 if model.is_byte(i) else len(model.id_to_piece(i).replace(SPACE, " ").encode())
-        return sizes
-
 
 class HfTokenizer:
     """Tokenizer from a ``tokenizer.json`` of Hugging Face's tokenizers library."""
@@ -202,8 +175,9 @@ class HfTokenizer:
                 "data.tokenizer_path=FOLDER/tokenizer.json",
             ) from error
         self.vocab_size = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-        ends = (self._model.token_to_id(name) for name in END_NAMES)
-        self.eot: int | None = next((i for i in ends if i is not None), None)
+        ends = (name for name in END_NAMES if self._model.token_to_id(name) is not None)
+        self.end_name: str | None = next(ends, None)
+        self.eot: int | None = None if self.end_name is None else self._model.token_to_id(self.end_name)
 
     def encode(self, text: str) -> Ids:
         """Encode ``text``, (N,). Unlike other tokenizers, names of added tokens in the text become these tokens."""
@@ -212,9 +186,6 @@ class HfTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids, without special tokens."""
         return str(self._model.decode([int(i) for i in ids]))
-
-    def token_bytes(self) -> None:
-        """None, because the file's decoder determines the text of a token."""
 
 
 class TiktokenTokenizer:
@@ -240,13 +211,6 @@ class TiktokenTokenizer:
         """Decode ids. Special tokens such as ``<|endoftext|>`` have no text."""
         special = set(self._model._special_tokens.values())
         return str(self._model.decode([i for i in map(int, ids) if i not in special], errors="replace"))
-
-    def token_bytes(self) -> npt.NDArray[np.int64]:
-        """Return the bytes of each id, (vocab_size,). Special tokens and unused ids have none."""
-        sizes = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, i in self._model._mergeable_ranks.items():
-            sizes[i] = len(token)
-        return sizes
 
 
 def tiktoken_payload(encoding: Any) -> bytes:
@@ -331,21 +295,12 @@ def train_sentencepiece(lines: Iterator[str], vocab_size: int) -> SentencePieceT
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise _vocabulary_error(vocab_size, str(error)) from error
+        raise ConfigError(
+            f"data.tokenizer_vocab_size={vocab_size}, which SentencePiece cannot learn from this text",
+            f"a size within the limits that it names ({error})",
+            "data.tokenizer_vocab_size=SIZE, or another data.path",
+        ) from error
     return SentencePieceTokenizer(model.getvalue())
-
-
-def _vocabulary_error(vocab_size: int, message: str) -> ConfigError:
-    """Return the error for a vocabulary that SentencePiece cannot learn, with the limit from its message."""
-    most, least = re.search(r"value <= (\d+)", message), re.search(r"required_chars\. \d+ vs (\d+)", message)
-    found = f"data.tokenizer_vocab_size={vocab_size}, which SentencePiece cannot learn from this text"
-    if least:
-        expected = f"at least {least[1]}: 256 bytes, control pieces, and the characters of the text; pieces come on top"
-        return ConfigError(found, expected, f"data.tokenizer_vocab_size={least[1]}")
-    if most:
-        expected = f"at most {most[1]}, the pieces that the text has, or more text"
-        return ConfigError(found, expected, f"data.tokenizer_vocab_size={most[1]}")
-    return ConfigError(f"{found} ({message})", "a text that it can learn from", "another data.path")
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, str | int | None]:

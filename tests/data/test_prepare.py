@@ -17,15 +17,13 @@ import numpy as np
 import pytest
 
 from gpt.config import DataConfig, Source, SyntheticConfig, TokenFileFormat, TokenizerKind
-from gpt.data import shards, spec
-from gpt.data import shards as synthetic
+from gpt.data import preparation, shards, spec
 from gpt.data.corpus import describe_corpus, ensure_tokens
 from gpt.data.preparation import prepare_folder
 from gpt.data.prepared import TokenSource, open_folder, open_tokens, read_corpus_manifest
 from gpt.data.shards import Chain, chain_of, is_validation, list_shards, num_walks, read_shard, walk
 from gpt.data.spec import SHAKESPEARE_SHA256, PreprocessingSpec, build_spec
-from gpt.data.tokenizers import Tokenizer, load_tokenizer
-from gpt.data.worker import tokenize_shards
+from gpt.data.tokenizers import load_tokenizer
 from gpt.prepare import main
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
@@ -63,10 +61,6 @@ def write_jsonl(folder: Path) -> str:
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of a prepared folder."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def same_but_for_place(first: Path, second: Path) -> bool:
-    return content(first) == content(second)
 
 
 def write_parquet(folder: Path) -> str:
@@ -148,26 +142,23 @@ def test_text_files_follow_one_another_and_validation_is_the_end(tmp_path: Path)
     assert len(ids_of(source, "val")) == len(whole) // 4
 
 
-@pytest.mark.parametrize("layout", list(TokenFileFormat), ids=lambda layout: layout.name)
-def test_every_layout_holds_the_same_tokens_and_is_read_as_token_files(tmp_path: Path, layout: TokenFileFormat) -> None:
-    config = DataConfig(source=Source.files, path=write_jsonl(tmp_path / "in"), layout=layout)
-    source = made(config, tmp_path / "out")
-    reference = made(DataConfig(source=Source.files, path=config.path), tmp_path / "reference")
-    for split in ("train", "val"):
-        assert ids_of(source, split) == ids_of(reference, split)
-    again = open_tokens(DataConfig(source=Source.tokens, path=str(tmp_path / "out")))
-    assert again.sources == (source,) and again.sha256 == source.sha256
-    if layout is TokenFileFormat.megatron:
-        index = (tmp_path / "out" / "train.idx").read_bytes()
-        sizes = np.frombuffer(index, dtype="<i4", count=source.train.documents or 0, offset=34)
-        train = [len(t.encode()) + 1 for n, t in enumerate(TEXTS[:200]) if not is_validation(0, n, 0.1)]
-        assert sizes.tolist() == train
-    if layout is TokenFileFormat.nanogpt:
-        assert (tmp_path / "out" / "meta.pkl").is_file()
-    told = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    for part in told["splits"].values():
-        for file in part["files"]:
-            assert hashlib.sha256((tmp_path / "out" / file["name"]).read_bytes()).hexdigest() == file["sha256"]
+def test_every_layout_holds_the_same_tokens_and_is_read_as_token_files(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in")
+    found = {}
+    for layout in TokenFileFormat:
+        out = tmp_path / layout.name
+        source = made(DataConfig(source=Source.files, path=path, layout=layout), out)
+        found[layout] = [ids_of(source, split) for split in ("train", "val")]
+        again = open_tokens(DataConfig(source=Source.tokens, path=str(out)))
+        assert again.sources == (source,) and again.sha256 == source.sha256
+        for part in json.loads((out / "manifest.json").read_text())["splits"].values():
+            for file in part["files"]:
+                assert hashlib.sha256((out / file["name"]).read_bytes()).hexdigest() == file["sha256"]
+    assert found[TokenFileFormat.nanogpt] == found[TokenFileFormat.llmc] == found[TokenFileFormat.megatron]
+    assert (tmp_path / "nanogpt" / "meta.pkl").is_file()
+    train = [len(t.encode()) + 1 for n, t in enumerate(TEXTS[:200]) if not is_validation(0, n, 0.1)]
+    index = (tmp_path / "megatron" / "train.idx").read_bytes()
+    assert np.frombuffer(index, dtype="<i4", count=len(train), offset=34).tolist() == train
 
 
 def test_any_cut_reads_every_line_and_character_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +183,7 @@ def test_any_cut_reads_every_line_and_character_once(tmp_path: Path, monkeypatch
                 assert "".join(piece.data.decode() for piece in pieces)  # no piece cuts a character
 
 
-@pytest.mark.parametrize("limit", [1, 1000, 5000, 10**9])
+@pytest.mark.parametrize("limit", [1, 5000])
 def test_max_bytes_takes_whole_documents_from_the_front(
     tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +198,7 @@ def test_max_bytes_takes_whole_documents_from_the_front(
                 texts.append((piece.split, piece.data + b"\n"))
                 total += len(piece.data) + 1
     if {split for split, _ in texts} != {0, 1}:
-        with pytest.raises(ConfigError, match="no text for validation"):
+        with pytest.raises(ConfigError, match="no text to validate on"):
             made(config, tmp_path / "out")
         return
     source = made(config, tmp_path / "out")
@@ -222,23 +213,11 @@ def test_a_text_cut_at_max_bytes_ends_with_a_whole_character(tmp_path: Path) -> 
     assert source.train.tokens + source.val.tokens == 25
 
 
-def test_any_number_of_processes_gives_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = DataConfig(source=Source.synthetic, synthetic=SyntheticConfig(tokens=4_000_000), val_fraction=0.3)
-    made(config, tmp_path / "one")
-    made(config, tmp_path / "two", workers=2)
-    assert same_but_for_place(tmp_path / "one", tmp_path / "two")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".one.lock", ".two.lock", "one", "two"]
-
-
-def finished_shards(parts: Path) -> list[Path]:
-    return sorted(parts.glob("[0-9]*.json"))
-
-
 def kill_in_time(words: list[str], folder: Path) -> Path | None:
     """Kill a preparation after its first shards; its parts, or None where it was done before it could be killed."""
     process = start("gpt.prepare", *words, "--output", str(folder), cwd=folder.parent, log=folder.with_suffix(".log"))
     parts = folder.with_name(f".{folder.name}.parts")
-    wait_for(lambda: len(finished_shards(parts)) >= 2 or process.poll() is not None, "two shards")
+    wait_for(lambda: len([*parts.glob("0*.rows")]) >= 2 or process.poll() is not None, "two shards")
     family = kill_all(process)
     if folder.exists() or not parts.is_dir():
         return None
@@ -246,55 +225,56 @@ def kill_in_time(words: list[str], folder: Path) -> Path | None:
     return parts
 
 
-def kill_and_go_on(words: list[str], tmp_path: Path) -> Path:
-    """Kill a preparation, damage a shard, go on, and compare with one that was left alone; the finished folder."""
-    run("gpt.prepare", *words, "--output", "whole", cwd=tmp_path)
+def test_kill_9_of_two_processes_and_the_same_command_end_in_the_files_of_one(tmp_path: Path) -> None:
+    """Of a dataset with a trained tokenizer, streamed from files in place of the hub."""
+    pytest.importorskip("datasets", reason="Hugging Face's datasets (the extra 'data') is not installed")
+    (tmp_path / "in").mkdir()
+    for shard in range(6):
+        lines = (json.dumps({"text": f"{shard}.{n} " + TEXTS[n % 300]}) + "\n" for n in range(1000))
+        (tmp_path / "in" / f"train-{shard:02d}.jsonl").write_text("".join(lines))
+    words = ["data=tinystories", f"data.dataset={tmp_path / 'in'}", "data.val_split=null", "data.val_fraction=0.1"]
+    words += ["data.tokenizer_vocab_size=300", "--workers"]
+    assert main([*words, "1", "--output", str(tmp_path / "whole")]) == 0
     for folder in (tmp_path / f"killed{i}" for i in range(5)):
-        parts = kill_in_time(words, folder)
+        parts = kill_in_time([*words, "2"], folder)
         if parts is not None:
             break
     assert parts is not None, "the kill must fall into the preparation"
-    damaged = finished_shards(parts)[0].with_suffix(".train")
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
-    told = run("gpt.prepare", *words, "--output", str(folder), cwd=tmp_path)
+    told = run("gpt.prepare", *words, "2", "--output", str(folder), cwd=tmp_path)
     assert "train: " in told and not parts.exists()
-    assert same_but_for_place(tmp_path / "whole", folder)
-    return folder
+    assert content(tmp_path / "whole") == content(folder)
+    manifest = read_corpus_manifest(folder)
+    assert manifest is not None and manifest["tokenizer"]["kind"] == "sentencepiece"
+    assert sum(manifest["splits"][s]["documents"] for s in ("train", "val")) == 6000
 
 
-def test_kill_9_of_a_preparation_and_the_same_command_end_in_the_same_files(tmp_path: Path) -> None:
-    kill_and_go_on(["data=synthetic", "data.synthetic.tokens=5000000", "--workers", "2"], tmp_path)
-
-
-def test_finished_shards_are_kept_and_damaged_ones_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpt.data import preparation, worker
-
+def test_finished_shards_are_kept_and_only_those_that_max_bytes_needs_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shards, "SHARD_BYTES", 3000)
     config = DataConfig(source=Source.files, path=write_jsonl(tmp_path / "in"))
     made(config, tmp_path / "whole")
-
-    def crash(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(preparation, "merge_shards", crash)
-        with pytest.raises(KeyboardInterrupt):
-            made(config, tmp_path / "again")
-    parts = tmp_path / ".again.parts"
-    assert len(finished_shards(parts)) > 5 and not (tmp_path / "again").exists()
-    (parts / "000001.train").write_bytes(b"damaged")
-    (parts / "000003.json").unlink()
     done: list[int] = []
     real = shards.read_shard
 
     def watched(spec: PreprocessingSpec, shard: shards.Shard) -> object:
         done.append(shard.number)
+        if len(done) == 4:
+            raise KeyboardInterrupt
         return real(spec, shard)
 
-    monkeypatch.setattr(worker, "read_shard", watched)
+    monkeypatch.setattr(preparation, "read_shard", watched)
+    with pytest.raises(KeyboardInterrupt):
+        made(config, tmp_path / "again")
+    parts = tmp_path / ".again.parts"
+    (parts / "000001.rows").unlink()
     made(config, tmp_path / "again")
-    assert done == [1, 3]
-    assert same_but_for_place(tmp_path / "whole", tmp_path / "again") and not parts.exists()
+    assert done[:7] == [0, 1, 2, 3, 1, 3, 4]
+    assert content(tmp_path / "whole") == content(tmp_path / "again") and not parts.exists()
+    del done[:]
+    config.max_bytes, config.val_fraction = 3000, 0.5
+    made(config, tmp_path / "cut")
+    assert done == [0, 1]
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,7 +287,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path, capsys
     assert main([*words, "--output", str(tmp_path / "out")]) == 0
     before = content(tmp_path / "out")
     assert main([*words, "data.val_fraction=0.2", "--output", str(tmp_path / "out")]) == 2
-    assert "prepared with val_fraction=0.1, and now val_fraction=0.2" in capsys.readouterr().err
+    assert "a corpus of other data.* keys" in capsys.readouterr().err
     assert main([*words, "--output", str(tmp_path / "out")]) == 0
     assert content(tmp_path / "out") == before
     (tmp_path / "out" / "train.bin").write_bytes(bytes(len(before["train.bin"])))
@@ -332,8 +312,8 @@ def test_shakespeare_is_the_pinned_text(tmp_path: Path, monkeypatch: pytest.Monk
     ids = {c: i for i, c in enumerate(sorted(set(content.decode())))}
     assert ids_of(source, "val") == [ids[c] for c in content.decode()[-len(ids_of(source, "val")) :]]
     # A download, without a network: urllib reads files, too.
-    file = spec.download_shakespeare(tmp_path / "cache", Path(text).as_uri())
-    assert file.path.read_bytes() == content
+    spec.download_shakespeare(tmp_path / "cache", Path(text).as_uri())
+    assert (tmp_path / "cache" / spec.SHAKESPEARE_FILE).read_bytes() == content
     assert build_spec(DataConfig(source=Source.shakespeare), tmp_path / "cache") is not None
     assert build_spec(DataConfig(source=Source.shakespeare), tmp_path / "empty") is None
 
@@ -358,7 +338,7 @@ def test_patterns_and_files_that_cannot_be_read_are_refused(tmp_path: Path) -> N
         return caught.value
 
     assert "matches no file" in refusal(path=f"{tmp_path}/*.json").found
-    assert refusal(text_key="body").fix == "data.text_key=text"
+    assert "id, text" in refusal(text_key="body").expected
     (tmp_path / "in" / "a.txt").write_text("text")
     assert "several kinds (jsonl, text)" in refusal(path=f"{tmp_path}/in/*").found
     (tmp_path / "in" / "2.jsonl.zst").write_text("text")
@@ -385,7 +365,7 @@ def test_a_dataset_is_streamed_by_shards(tmp_path: Path) -> None:
             expected[is_validation(shard, n, 0.2)] += text.encode() + b"\n"
     assert bytes(ids_of(source, "train")) == expected[0] and bytes(ids_of(source, "val")) == expected[1]
     (tmp_path / "in" / "train-1.parquet").rename(tmp_path / "in" / "validation-0.parquet")
-    with pytest.raises(ConfigError, match="broke off in shard 1 of 2"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         made(config, tmp_path / "broken")
     (tmp_path / "in").rename(tmp_path / "pair")
     config = DataConfig(source=Source.dataset, dataset=str(tmp_path / "pair"), val_split="validation")
@@ -395,22 +375,8 @@ def test_a_dataset_is_streamed_by_shards(tmp_path: Path) -> None:
     config.max_bytes = 4000
     source = made(config, tmp_path / "limited")
     assert 3600 <= (source.train.num_bytes or 0) < 3600 + 300 and 400 <= (source.val.num_bytes or 0) < 400 + 300
-    with pytest.raises(ConfigError, match="cannot be opened"):
+    with pytest.raises(ConfigError, match=r"the split train of the dataset .* cannot be read"):
         made(DataConfig(source=Source.dataset, dataset=str(tmp_path / "nothing")), tmp_path / "refused")
-
-
-def test_a_killed_stream_of_a_dataset_goes_on(tmp_path: Path) -> None:
-    pytest.importorskip("datasets", reason="Hugging Face's datasets (the extra 'data') is not installed")
-    (tmp_path / "in").mkdir()
-    for shard in range(6):
-        lines = (json.dumps({"text": f"{shard}.{n} " + TEXTS[n % 300]}) + "\n" for n in range(1000))
-        (tmp_path / "in" / f"train-{shard:02d}.jsonl").write_text("".join(lines))
-    words = ["data=tinystories", f"data.dataset={tmp_path / 'in'}", "data.val_split=null", "data.val_fraction=0.1"]
-    manifest = read_corpus_manifest(
-        kill_and_go_on([*words, "data.tokenizer_vocab_size=300", "--workers", "2"], tmp_path)
-    )
-    assert manifest is not None and manifest["tokenizer"]["kind"] == "sentencepiece"
-    assert sum(manifest["splits"][s]["documents"] for s in ("train", "val")) == 6000
 
 
 def test_preparing_loads_no_torch() -> None:
@@ -446,28 +412,13 @@ def test_files_validate_on_files_of_their_own(tmp_path: Path, monkeypatch: pytes
     config.max_bytes = 3000
     cut = made(config, tmp_path / "cut")
     assert cut.val.documents == 100 and 0 < (cut.train.num_bytes or 0) < 3000 + 300
-    spec = build_spec(config, tmp_path)
-    assert spec is not None
-    done = tokenize_shards(spec, list_shards(spec), parts_of(spec, tmp_path), load_tokenizer_of(source), 1, False)
-    assert done < len(list_shards(spec)), "the rest of the text is not tokenized"
-
-
-def load_tokenizer_of(source: TokenSource) -> Tokenizer:
-    assert source.tokenizer_folder is not None
-    return load_tokenizer(source.tokenizer_folder)
-
-
-def parts_of(spec: PreprocessingSpec, folder: Path) -> Path:
-    parts = folder / f".{spec.key}.parts"
-    parts.mkdir()
-    return parts
 
 
 @pytest.mark.parametrize(
     ("source", "path", "val_path", "found"),
     [
-        (Source.text, "a.txt", "b.txt", "data.val_path=.*b.txt, but there is no"),
-        (Source.text, "a.txt", "empty.txt", "empty.txt is empty"),
+        (Source.text, "a.txt", "b.txt", "b.txt cannot be read"),
+        (Source.text, "a.txt", "empty.txt", "data.val_path=.*empty.txt, which is no file with text"),
         (Source.text, "a.txt", "../{0}/a.txt", "a.txt is in data.path=.* and in data.val_path="),
         (Source.files, "*.txt", "a.t*", "a.txt is in data.path=.* and in data.val_path="),
         (Source.files, "*.txt", "*.jsonl", "with files of jsonl, and data.path=.* of text"),
@@ -535,14 +486,7 @@ def test_two_states_have_the_entropy_of_the_textbook() -> None:
     assert chain.entropy() == pytest.approx(expected)
 
 
-def test_a_uniform_chain_has_the_logarithm_of_its_successors() -> None:
-    chain = chain_of(SyntheticConfig(vocab_size=10, successors=1))
-    assert chain.entropy() == pytest.approx(0)
-    successors = np.stack([np.arange(4), (np.arange(4) + 1) % 4], axis=1)
-    assert Chain(successors, np.full((4, 2), 0.5)).entropy() == pytest.approx(math.log(2))
-
-
-@pytest.mark.parametrize(("vocab_size", "successors", "seed"), [(64, 8, 0), (7, 7, 3), (300, 2, 5)])
+@pytest.mark.parametrize(("vocab_size", "successors", "seed"), [(64, 8, 0), (7, 7, 3)])
 def test_the_entropy_is_that_of_the_walk(vocab_size: int, successors: int, seed: int) -> None:
     config = SyntheticConfig(vocab_size=vocab_size, successors=successors, tokens=400_000, seed=seed)
     chain, states = chain_of(config), walk(config, 0)
@@ -565,7 +509,7 @@ def test_the_entropy_is_that_of_the_walk(vocab_size: int, successors: int, seed:
 
 
 def test_walks_are_of_the_seed_and_of_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(synthetic, "WALK_TOKENS", 1000)
+    monkeypatch.setattr(shards, "WALK_TOKENS", 1000)
     config = SyntheticConfig(tokens=2500)
     walks = [walk(config, i) for i in range(num_walks(2500))]
     assert [len(w) for w in walks] == [1000, 1000, 500]
