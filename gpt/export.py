@@ -10,6 +10,7 @@ its final name only when it is complete.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import secrets
@@ -23,15 +24,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt.checkpoint import folders
 from gpt.checkpoint.folders import Manifest, read_manifest, sum_file, sync_folder
 from gpt.config import ModelConfig, TokenizerKind
 from gpt.conversion import StateDictAdapter, choose_adapter
-from gpt.conversion.source import INDEX, SINGLE, plain_model
-from gpt.conversion.state_dict import SUMS, find_checkpoint, open_run, read_weights, sum_files, to_hf
-from gpt.data.tokenizers import ABOUT, CharTokenizer, Tokenizer, load_run_tokenizer
+from gpt.conversion.source import SINGLE
+from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights, to_hf
+from gpt.data.tokenizers import ABOUT, CharTokenizer, HfTokenizer, Tokenizer, load_run_tokenizer
 from gpt.model.gpt import GPT
-from launch.errors import CommandParser, ConfigError, refusing, require_positive
+from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 
@@ -41,24 +41,22 @@ from launch.runs.folder import RunFolder
 # their own library; this file is copied unchanged. These functions import no torch.
 
 
-def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_size: int) -> str:
-    """Write the tokenizer of ``run`` into ``folder``. Return a line about it for the model card."""
+def write_tokenizer(tokenizer: Tokenizer, run: RunFolder, folder: Path, block_size: int) -> None:
+    """Write the tokenizer of ``run`` into ``folder``."""
     if tokenizer.kind in (TokenizerKind.sentencepiece, TokenizerKind.tiktoken):
         # Only the library of such a tokenizer reads its file.
         shutil.copytree(run.tokenizer, folder / "tokenizer")
-        return f"{tokenizer.kind.name}, in `tokenizer/`, for the library of that name; `AutoTokenizer` does not read it"
-    content = tokenizer_content(tokenizer)
-    write_json(folder / "tokenizer.json", content)
+        return
+    write_json(folder / "tokenizer.json", tokenizer_content(tokenizer))
     about: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,  # true would drop spaces before punctuation when decoding
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    if tokenizer.eot is not None:
-        about["eos_token"] = find_token_text(content, tokenizer.eot)
+    if isinstance(tokenizer, HfTokenizer) and tokenizer.end_name is not None:
+        about["eos_token"] = tokenizer.end_name
     write_json(folder / "tokenizer_config.json", about)
-    return f"{tokenizer.kind.name}, {tokenizer.vocab_size} ids; `AutoTokenizer` reads it"
 
 
 def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -111,52 +109,15 @@ def tokenizer_json(model: dict[str, Any], before: dict[str, Any], decoder: dict[
     }
 
 
-def find_token_text(content: dict[str, Any], number: int) -> str | None:
-    """Return the text of the token ``number`` of a tokenizer.json; None if no token has this id."""
-    for token in content.get("added_tokens", []):
-        if token["id"] == number:
-            return str(token["content"])
-    vocab = content["model"]["vocab"]
-    pairs = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
-    return next((text for text, i in pairs if i == number), None)
+# Weights in one file, config.json, and the tokenizer.
 
 
-# Weights in shards, their index, config.json, and checksums.
-
-
-def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: int) -> int:
-    """Write ``tensors`` into one safetensors file, or several with an index. Return the bytes of the tensors.
-
-    A shard is closed before the tensor that would exceed ``max_shard_bytes``. A larger tensor has its own shard.
-    """
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    size = total = parameters = 0
-
-    def close() -> None:
-        nonlocal pending, size
-        save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending, size = {}, 0
-
-    for name, tensor in tensors:
-        tensor = tensor.to(dtype)
-        if pending and size + tensor.nbytes > max_shard_bytes:
-            close()
-        pending[name] = tensor
-        size, total, parameters = size + tensor.nbytes, total + tensor.nbytes, parameters + tensor.numel()
-    close()
-    count = len(shards)  # the names are those of transformers
-    names = [SINGLE if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    for i, name in enumerate(names):
-        # The library creates files that only the owner can read. Use the permissions of the folder instead.
-        (folder / f"{i}.part").chmod(folder.stat().st_mode & 0o666)
-        (folder / f"{i}.part").rename(folder / name)
-    if len(shards) > 1:
-        where = {tensor: names[i] for i, shard in enumerate(shards) for tensor in shard}
-        metadata = {"total_parameters": parameters, "total_size": total}
-        write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
-    return total
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+    """Write ``tensors`` into one safetensors file."""
+    path = folder / SINGLE
+    save_file({name: tensor.to(dtype) for name, tensor in tensors}, path, metadata={"format": "pt"})
+    # The library creates files that only the owner can read. Use the permissions of the folder instead.
+    path.chmod(folder.stat().st_mode & 0o666)
 
 
 def write_configs(
@@ -177,18 +138,12 @@ def write_configs(
     write_json(folder / "generation_config.json", special)
 
 
-def write_sums(folder: Path) -> None:
-    """Write the sha256 of every file into SHA256SUMS, which ``sha256sum -c`` and ``init_from`` check."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sum_files(files).items()))
-
-
 def write_torch_file(
     path: Path, state: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype, origin: dict[str, Any]
 ) -> None:
     """Write a model and its config into one file of ``torch.save``, synced to disk."""
     contents = {
-        "model_config": plain_model(config),
+        "model_config": {key: getattr(value, "name", value) for key, value in dataclasses.asdict(config).items()},
         "exported_from": origin,
         "model": {name: tensor.to(dtype) for name, tensor in state.items()},
     }
@@ -198,7 +153,6 @@ def write_torch_file(
         os.fsync(file.fileno())
 
 
-GB = 10**9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -215,8 +169,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights written (default: fp32)")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="most GB in a file of weights (default: 5)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args(argv)
     if args.output is None:  # checked after the options, because argparse would name an unknown option last
         parser.error("the following arguments are required: --output")
@@ -229,9 +181,9 @@ def export(args: argparse.Namespace) -> str:
     Raises:
         ConfigError: the checkpoint is missing, the format lacks a part of the model, or the output exists.
     """
-    require_positive("--max-shard-gb", args.max_shard_gb)
     out = args.output.expanduser().absolute()
-    refuse_existing(out, args.format, args.overwrite)
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} is there already", "a path where nothing is", f"--output {out}-export")
     folder, config = open_run(args.run)
     adapter = choose_adapter(config.model) if args.format == "hf" else None
     checkpoint = find_checkpoint(folder, args.step)
@@ -244,7 +196,8 @@ def export(args: argparse.Namespace) -> str:
             write_torch_file(temporary, model.state_dict(), config.model, DTYPES[args.dtype], origin)
         else:
             write_hf(temporary, adapter, model, folder, origin, args)
-        replace(out, temporary)
+        temporary.replace(out)
+        sync_folder(out.parent)
     except BaseException:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -267,12 +220,11 @@ def write_hf(
     """Write a complete folder of transformers, synced to disk."""
     temporary.mkdir()
     config, dtype = model.config, DTYPES[args.dtype]
-    write_weights(temporary, to_hf(model.state_dict(), adapter, config), dtype, int(args.max_shard_gb * GB))
+    write_weights(temporary, to_hf(model.state_dict(), adapter, config), dtype)
     tokenizer: Tokenizer | None = load_run_tokenizer(folder) if (folder.tokenizer / ABOUT).is_file() else None
-    about = "not known" if tokenizer is None else write_tokenizer(tokenizer, folder, temporary, config.block_size)
+    if tokenizer is not None:
+        write_tokenizer(tokenizer, folder, temporary, config.block_size)
     write_configs(temporary, adapter, config, dtype, None if tokenizer is None else tokenizer.eot, origin)
-    (temporary / "README.md").write_text(card(config, origin, about))
-    write_sums(temporary)
     for path in filter(Path.is_file, temporary.rglob("*")):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -291,54 +243,6 @@ def origin_of(folder: RunFolder, checkpoint: Path) -> dict[str, Any]:
         "checkpoint_sha256": sum_file(checkpoint / "manifest.json").sha256,
         "commit": git.get("commit"),
     }
-
-
-def card(config: ModelConfig, origin: dict[str, Any], tokenizer: str) -> str:
-    """Write the README.md of an export: a model card in the format of the Hugging Face hub."""
-    tokens = origin["samples"] * config.block_size
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# {config.name}
-
-Exported from `{origin["run"]}`, step {origin["step"]}: {tokens:,} tokens of training data.
-
-- training data: sha256 `{origin["data_sha256"]}`
-- trained with commit: {origin["commit"] or "not known"}
-- checkpoint: sha256 `{origin["checkpoint_sha256"]}` of its manifest
-- sequence length: {config.block_size} tokens
-- tokenizer: {tokenizer}
-- `sha256sum -c SHA256SUMS` checks the files
-"""
-
-
-def refuse_existing(out: Path, kind: str, overwrite: bool) -> None:
-    """Raise ConfigError if ``out`` exists, unless it is an earlier export that may be replaced."""
-    if not os.path.lexists(out):
-        return
-    if kind == "torch":
-        replaceable = out.is_file() and out.suffix in (".pt", ".pth")
-    else:
-        replaceable = out.is_dir() and "exported_from" in read_json(out / "config.json")
-    if not replaceable:
-        earlier = "a .pt file" if kind == "torch" else "a folder of gpt.export"
-        raise ConfigError(f"{out} is there already, and is not {earlier}", "a path where nothing is", f"{out}-export")
-    if not overwrite:
-        raise ConfigError(f"{out} is there already", "a path where nothing is", "--overwrite, or another path")
-
-
-def replace(out: Path, temporary: Path) -> None:
-    """Give the finished export its name. An earlier export is renamed first and deleted last."""
-    if temporary.is_dir() and out.is_dir():
-        old = out.with_name(f".{out.name}.deleting_{secrets.token_hex(4)}")
-        out.rename(old)
-        temporary.rename(out)
-        folders.remove_folder(old)
-    else:
-        temporary.replace(out)
-    sync_folder(out.parent)
 
 
 @refusing

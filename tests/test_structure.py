@@ -242,10 +242,6 @@ UNPICKLING = {
 RUNS_CODE = {
     ("gpt.checkpoint.part", "pickle.Unpickler"): "its class",
     ("gpt.checkpoint.part", "_Unpickler"): "memory without a name, shared with the process that the rank has forked",
-    ("gpt.conversion.source", "pickle.Unpickler"): "its class",
-    ("gpt.conversion.source", "ShapeUnpickler"): "refuses every class and function but torch's of tensors",
-    ("gpt.data.prepared", "pickle.Unpickler"): "its class",
-    ("gpt.data.prepared", "_PlainUnpickler"): "refuses every class and function",
     ("gpt.checkpoint.formats", "torch.load"): "optimizer states in a folder that only the user writes",
     ("gpt.parallel.zero", "torch.load"): "the same, each checked against the manifest's sums before",
     ("launch.slurm.jobs", "DelayedSubmission.load"): "submitit's pickle, where it is this user's and nobody else's",

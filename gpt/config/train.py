@@ -51,7 +51,7 @@ class LoggingConfig:
     csv: bool = True
     """Write ``steps.csv``: rank 0's records, one row a step."""
     json: bool = True
-    """Write ``run.json``: the whole run in one file, rewritten at the start, at evaluations and at the end."""
+    """Write ``run.json``: the whole run in one file, written at the start and at the end of an attempt."""
     wandb: bool = False
     """Send rank 0's records to Weights & Biases; needs the extra ``wandb``, and obeys WANDB_MODE=offline."""
     wandb_project: str = "gpt"
@@ -166,9 +166,9 @@ class TrainConfig(RunConfig):
     name: str = "${model.name}"
     """Folder under output_dir for the points of one sweep."""
     init_from: Optional[str] = None
-    """Source of the first weights instead of random ones: a folder of the transformers library (safetensors), a file of
-    ``python -m gpt.export --format torch``, or the folder of another run. The newest checkpoint of
-    a run is loaded. The model must be the same. Without effect once the run has a checkpoint of its own."""
+    """Source of the first weights instead of random ones: a folder of the transformers library (safetensors), or the
+    folder of another run. The newest checkpoint of a run is loaded. The model must be the same. Without effect once the
+    run has a checkpoint of its own."""
     seed: int = 1337
     """Seed of the initial weights, of dropout and of the order of the data."""
     device: Device = Device.auto

@@ -32,9 +32,9 @@ LLAMA3 = {
     "rope_high_freq_factor": "high_freq_factor",
 }
 """Field of ModelConfig -> key of config.json, for rope_scaling=llama3 only."""
-EXPERT_FIELDS = (
+EXPERT_FIELDS = {
     *("n_expert", "n_expert_per_token", "n_shared_expert", "expert_ffn", "router_normalize", "expert_balance"),
-)
+}
 
 
 def architecture_fields(config: ModelConfig) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def architecture_fields(config: ModelConfig) -> dict[str, Any]:
     if config.rope_scaling is not RopeScaling.llama3:
         idle |= LLAMA3.keys()
     if config.ffn is not Ffn.moe:
-        idle |= {*EXPERT_FIELDS}
+        idle |= EXPERT_FIELDS
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
     fields |= {"n_kv_head": config.kv_heads, "ffn_hidden": config.ffn_width, "activation": config.ffn_activation}
     fields |= {"router_normalize": config.normalizes_experts}
@@ -91,12 +91,18 @@ class StateDictAdapter:
     """Prefix of the names of all tensors except lm_head. Files of the bare model omit it."""
     parts: dict[str, tuple[Any, ...]]
     """Field of ModelConfig that chooses a part -> choices of the architecture, the usual one first."""
-    numbers: frozenset[str]
-    """Fields of ModelConfig for which the architecture accepts any value."""
-    write_config: Callable[[ModelConfig], dict[str, Any]]
-    """Function that returns a model as keys of config.json."""
-    read_config: Callable[[dict[str, Any]], ModelConfig]
-    """Function that returns the model of a config.json. It raises ConfigError for an unsupported part."""
+    keys: dict[str, tuple[str, Any]]
+    """Field of ModelConfig with any value -> its key in config.json, and what a missing key means; REQUIRED if the key
+    may not be missing."""
+    others: frozenset[str]
+    """Further fields of ModelConfig for which the architecture accepts any value."""
+    activations: dict[str, Activation]
+    """Name in config.json -> activation. A model is written with the first name of its activation."""
+    write_parts: Callable[[ModelConfig], dict[str, Any]]
+    """Function that returns the parts of a model as further keys of config.json."""
+    read_parts: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+    """Function that returns further fields of ModelConfig, from a config.json and the fields that ``keys`` gave. It
+    raises ConfigError for an unsupported part."""
     tables: dict[str, str]
     """Embedding of this project -> its name in transformers."""
     layers: str
@@ -116,6 +122,28 @@ class StateDictAdapter:
         """Return a tensor's name with the prefix that files of the bare model omit."""
         return name if name.startswith((self.prefix, "lm_head.")) else self.prefix + name
 
+    def write_config(self, config: ModelConfig) -> dict[str, Any]:
+        """Return a model as keys of config.json."""
+        fields = architecture_fields(config)
+        written = {key: fields[field] for field, (key, _) in self.keys.items() if field in fields}
+        usual = next(name for name, found in self.activations.items() if found is config.ffn_activation)
+        return written | {self.keys["activation"][0]: usual, **self.write_parts(config)}
+
+    def read_config(self, hf: dict[str, Any]) -> ModelConfig:
+        """Return the model of a config.json. Raise ConfigError for a missing key, or a part that is not supported."""
+        fields: dict[str, Any] = {"name": hf["model_type"]}
+        for field, (key, missing) in self.keys.items():
+            fields[field] = missing if hf.get(key) is None else hf[key]
+            if fields[field] is REQUIRED:
+                raise ConfigError(
+                    f"a config.json of model_type={self.name} without {key}",
+                    "the config.json that transformers writes",
+                    "save_pretrained() of the model once more",
+                )
+        refuse_others(hf, {self.keys["activation"][0]: tuple(self.activations)})
+        fields["activation"] = self.activations[fields["activation"]]
+        return ModelConfig(**(fields | self.read_parts(hf, fields)))
+
     def rules(self, config: ModelConfig) -> list[Rule]:
         """Return the rules of a model's tensors, in the order of the forward pass. They include a bias in every
         possible layer if the architecture requires it."""
@@ -128,7 +156,7 @@ class StateDictAdapter:
     def list_misfits(self, config: ModelConfig) -> list[str]:
         """Return the settings that the architecture does not support, as ``key=value``.
 
-        A field of ModelConfig that is in neither ``parts`` nor ``numbers`` must have its default.
+        A field of ModelConfig that is in neither ``parts``, ``keys`` nor ``others`` must have its default.
         """
         defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
         wrong = []
@@ -138,7 +166,7 @@ class StateDictAdapter:
             elif key in self.parts:
                 fits = value in self.parts[key]
             else:
-                fits = key in self.numbers or value == defaults[key]
+                fits = key in self.keys or key in self.others or value == defaults[key]
             if not fits:
                 wrong.append(f"model.{key}={format_value(value)}")
         return wrong
@@ -151,6 +179,8 @@ class StateDictAdapter:
 
 
 KINDS = ("weight", "bias")
+REQUIRED = object()
+"""What a missing key means if every config.json of the architecture has the key."""
 
 
 def renamed(
@@ -176,98 +206,36 @@ def renamed(
     ]
 
 
-def require_key(hf: dict[str, Any], key: str) -> Any:
-    """Read a key that every config.json of an architecture has.
-
-    Raises:
-        ConfigError: the key is missing.
-    """
-    if hf.get(key) is None:
-        raise ConfigError(
-            f"a config.json of model_type={hf.get('model_type')} without {key}",
-            "the config.json that transformers writes",
-            "save_pretrained() of the model once more",
-        )
-    return hf[key]
-
-
-def unsupported_part_error(hf: dict[str, Any], key: str, expected: str, value: object = None) -> ConfigError:
-    """Return the error for a config.json with a part that the model here does not have."""
-    return ConfigError(
-        f"{key}={value or repr(hf.get(key))} in a config.json of model_type={hf['model_type']}",
-        f"{expected}, since there is no such part here",
-        "another model to start from",
-    )
-
-
-OTHER_NAMES = {
-    "gelu_new": Activation.gelu_tanh,
-    "gelu_pytorch_tanh": Activation.gelu_tanh,
-    "swish": Activation.silu,
-}
-"""Further names in config.json of activations that both architectures have."""
-
-
-def read_activation(hf: dict[str, Any], key: str, usual: str, names: dict[Activation, str]) -> Activation:
-    """Read the activation under ``key``; ``usual`` replaces a missing key, ``names`` are those of the architecture.
-
-    Raises:
-        ConfigError: the architecture here has no such activation.
-    """
-    known = {hf_name: activation for activation, hf_name in names.items()} | OTHER_NAMES
-    if hf.get(key, usual) not in known:
-        raise unsupported_part_error(hf, key, f"one of {', '.join(known)}")
-    return known[hf.get(key, usual)]
+def refuse_others(hf: dict[str, Any], choices: dict[str, tuple[Any, ...]]) -> None:
+    """Raise ConfigError if a key of config.json has none of the values in ``choices``: the same tensors would compute
+    something else."""
+    for key, values in choices.items():
+        if hf.get(key) is not None and hf[key] not in values:
+            raise ConfigError(
+                f"{key}={hf[key]} in a config.json of model_type={hf['model_type']}",
+                f"{key} of {', '.join(map(str, values))}, since there is no such part here",
+                "another model to start from",
+            )
 
 
 # GPT-2: transposed matrices, and queries, keys and values in one. Every layer has a bias. A model without biases is
 # written with biases of zeros, which compute the same.
 
 
-GPT2_SIZES = {
-    "vocab_size": "vocab_size",
-    "block_size": "n_positions",
-    "n_embd": "n_embd",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-}
-"""Field of ModelConfig -> its key in config.json, which every config has."""
-GPT2_ACTIVATIONS = {
-    Activation.gelu_tanh: "gelu_new",
-    Activation.gelu: "gelu",
-    Activation.relu: "relu",
-    Activation.silu: "silu",
-    Activation.leaky_relu: "leaky_relu",
-}
-
-
 def write_gpt2(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json for a GPT-2 model."""
-    return {
-        **{key: getattr(config, field) for field, key in GPT2_SIZES.items()},
-        "n_inner": config.ffn_width,
-        "activation_function": GPT2_ACTIVATIONS[config.ffn_activation],
-        "layer_norm_epsilon": config.norm_eps,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
-        "tie_word_embeddings": config.tie_embeddings,
+    """Return the further keys of config.json for a GPT-2 model."""
+    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+
+
+def read_gpt2(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Raise ConfigError if a GPT-2's config.json has a part that is not supported."""
+    plain = {
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
     }
-
-
-def read_gpt2(hf: dict[str, Any]) -> ModelConfig:
-    """Return the model of a GPT-2's config.json. Raise ConfigError for a part that is not supported."""
-    # With other values of these keys, the same tensors compute something else.
-    plain = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
-    for key, value in plain.items():
-        if hf.get(key, value) is not value:
-            raise unsupported_part_error(hf, key, f"{key}={format_value(value)}")
-    return ModelConfig(
-        name="gpt2",
-        **{field: require_key(hf, key) for field, key in GPT2_SIZES.items()},
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        ffn_hidden=hf.get("n_inner"),
-        activation=read_activation(hf, "activation_function", "gelu_new", GPT2_ACTIVATIONS),
-        tie_embeddings=hf.get("tie_word_embeddings", True),
-    )
+    refuse_others(hf, plain)
+    return {}
 
 
 def gpt2_block(config: ModelConfig, here: str, there: str) -> list[Rule]:
@@ -289,6 +257,15 @@ def gpt2_block(config: ModelConfig, here: str, there: str) -> list[Rule]:
     return found
 
 
+GPT2_ACTIVATIONS = {
+    "gelu_new": Activation.gelu_tanh,
+    "gelu": Activation.gelu,
+    "relu": Activation.relu,
+    "silu": Activation.silu,
+    "leaky_relu": Activation.leaky_relu,
+    "gelu_pytorch_tanh": Activation.gelu_tanh,
+    "swish": Activation.silu,
+}
 GPT2 = StateDictAdapter(
     name="gpt2",
     architecture="GPT2LMHeadModel",
@@ -297,11 +274,23 @@ GPT2 = StateDictAdapter(
         "norm": (Norm.layernorm, Norm.layernorm_nobias),
         "position": (Position.learned,),
         "ffn": (Ffn.standard,),
-        "activation": tuple(GPT2_ACTIVATIONS),
+        "activation": tuple(dict.fromkeys(GPT2_ACTIVATIONS.values())),
     },
-    numbers=frozenset([*GPT2_SIZES, "norm_eps", "ffn_hidden", "bias", "tie_embeddings"]),
-    write_config=write_gpt2,
-    read_config=read_gpt2,
+    keys={
+        "vocab_size": ("vocab_size", REQUIRED),
+        "block_size": ("n_positions", REQUIRED),
+        "n_embd": ("n_embd", REQUIRED),
+        "n_layer": ("n_layer", REQUIRED),
+        "n_head": ("n_head", REQUIRED),
+        "ffn_hidden": ("n_inner", None),
+        "norm_eps": ("layer_norm_epsilon", 1e-5),
+        "tie_embeddings": ("tie_word_embeddings", True),
+        "activation": ("activation_function", "gelu_new"),
+    },
+    others=frozenset({"bias"}),
+    activations=GPT2_ACTIVATIONS,
+    write_parts=write_gpt2,
+    read_parts=read_gpt2,
     tables={"token_embedding": "transformer.wte", "position": "transformer.wpe"},
     layers="transformer.h",
     block_rules=gpt2_block,
@@ -316,39 +305,10 @@ GPT2 = StateDictAdapter(
 # which versions 4 and 5 of transformers understand. Both spellings are read.
 
 
-LLAMA_SIZES = {
-    "vocab_size": "vocab_size",
-    "block_size": "max_position_embeddings",
-    "n_embd": "hidden_size",
-    "ffn_hidden": "intermediate_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-}
-"""Field of ModelConfig -> its key in config.json, which every config has."""
-LLAMA_ACTIVATIONS = {Activation.silu: "silu", Activation.gelu: "gelu", Activation.gelu_tanh: "gelu_pytorch_tanh"}
-"""Activation of the gate -> its name in config.json. SiLU makes the layer SwiGLU, the other two GEGLU."""
-LLAMA_ATTENTION = {f"attention.{name}": f"self_attn.{name[0]}_proj" for name in ("query", "key", "value", "output")}
-LLAMA_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-
-
 def write_llama(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json for a Llama model."""
-    return write_llama_keys(config) | {"attention_bias": config.bias, "mlp_bias": config.bias}
-
-
-def write_llama_keys(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json that Llama and Mixtral share, for a model."""
-    fields = architecture_fields(config)
-    return {
-        **{key: fields[field] for field, key in LLAMA_SIZES.items()},
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": LLAMA_ACTIVATIONS[config.ffn_activation],
-        "rms_norm_eps": config.norm_eps,
-        **write_rope(config),
-        "attention_dropout": config.dropout,
-        "tie_word_embeddings": config.tie_embeddings,
-    }
+    """Return the further keys of config.json for a Llama model."""
+    biases = {"attention_bias": config.bias, "mlp_bias": config.bias}
+    return {"head_dim": config.head_dim, **write_rope(config), "attention_dropout": config.dropout, **biases}
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
@@ -368,52 +328,46 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     return {"rope_theta": base, "rope_scaling": described}
 
 
-def read_llama(hf: dict[str, Any]) -> ModelConfig:
-    """Return the model of a Llama's config.json. Raise ConfigError for a part that is not supported."""
+def read_llama(hf: dict[str, Any], fields: dict[str, Any], rope_base: float = 10000.0) -> dict[str, Any]:
+    """Return the parts of a Llama's config.json; ``rope_base`` replaces a missing key. Raise ConfigError for a part
+    that is not supported."""
     bias = bool(hf.get("attention_bias", False))
-    if bool(hf.get("mlp_bias", False)) is not bias:
-        raise unsupported_part_error(hf, "mlp_bias", f"mlp_bias={bias}, as attention_bias is")
-    return dataclasses.replace(read_llama_keys(hf, rope_base=10000.0, norm_eps=1e-6), bias=bias)
-
-
-def read_llama_keys(hf: dict[str, Any], rope_base: float, norm_eps: float) -> ModelConfig:
-    """Read the keys that Llama and Mixtral share. ``rope_base`` and ``norm_eps`` replace missing keys."""
-    activation = read_activation(hf, "hidden_act", "silu", LLAMA_ACTIVATIONS)
-    sizes = {field: require_key(hf, key) for field, key in LLAMA_SIZES.items()}
-    head_dim = (
-        sizes["n_embd"] // sizes["n_head"]
-    )  # here, heads share the width evenly; other models may have wider ones
-    if hf.get("head_dim") not in (None, head_dim):
-        raise unsupported_part_error(hf, "head_dim", f"hidden_size / num_attention_heads = {head_dim}")
-    return ModelConfig(
-        name=hf["model_type"],
-        **sizes,
-        n_kv_head=hf.get("num_key_value_heads"),
-        norm=Norm.rmsnorm,
-        norm_eps=hf.get("rms_norm_eps", norm_eps),
-        position=Position.rope,
-        ffn=Ffn.swiglu if activation is Activation.silu else Ffn.geglu,
-        activation=activation,
-        bias=False,
-        tie_embeddings=hf.get("tie_word_embeddings", False),
+    # Heads share the width evenly here; other models may have wider ones.
+    refuse_others(hf, {"head_dim": (fields["n_embd"] // fields["n_head"],), "mlp_bias": (bias,)})
+    is_swiglu = fields["activation"] is Activation.silu
+    return {
+        "norm": Norm.rmsnorm,
+        "position": Position.rope,
+        "ffn": Ffn.swiglu if is_swiglu else Ffn.geglu,
+        "bias": bias,
         **read_rope(hf, rope_base),
-    )
+    }
 
 
 def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
     """Return the fields of ModelConfig about rotary embeddings from a config.json of transformers 4 or 5."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
-    if kind not in ("default", "linear", "llama3"):
-        raise unsupported_part_error(hf, "rope_type", "rope_type=default, linear or llama3", kind)
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise unsupported_part_error(hf, "partial_rotary_factor", "rotary embeddings of whole heads")
+    choices = {"rope_type": ("default", "linear", "llama3"), "partial_rotary_factor": (1.0,)}
+    refuse_others({**hf, **rope, "rope_type": kind}, choices)
     fields: dict[str, Any] = {"rope_base": float(rope.get("rope_theta") or hf.get("rope_theta") or base)}
     if kind != "default":
         fields |= {"rope_scaling": RopeScaling[kind], "rope_factor": float(rope["factor"])}
     if kind == "llama3":
         fields |= {field: rope[key] for field, key in LLAMA3.items()}
     return fields
+
+
+LLAMA_ATTENTION = {f"attention.{name}": f"self_attn.{name[0]}_proj" for name in ("query", "key", "value", "output")}
+LLAMA_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+LLAMA_ACTIVATIONS = {
+    "silu": Activation.silu,
+    "gelu": Activation.gelu,
+    "gelu_pytorch_tanh": Activation.gelu_tanh,
+    "gelu_new": Activation.gelu_tanh,
+    "swish": Activation.silu,
+}
+"""Name in config.json -> activation of the gate. SiLU makes the layer SwiGLU, the other two GEGLU."""
 
 
 def llama_block(config: ModelConfig, here: str, there: str) -> list[Rule]:
@@ -431,13 +385,24 @@ LLAMA = StateDictAdapter(
         "norm": (Norm.rmsnorm,),
         "position": (Position.rope,),
         "ffn": (Ffn.swiglu, Ffn.geglu),
-        "activation": tuple(LLAMA_ACTIVATIONS),
+        "activation": tuple(dict.fromkeys(LLAMA_ACTIVATIONS.values())),
     },
-    numbers=frozenset(
-        [*LLAMA_SIZES, "norm_eps", "rope_base", "rope_scaling", "rope_factor", *LLAMA3, "tie_embeddings", "bias"]
-    ),
-    write_config=write_llama,
-    read_config=read_llama,
+    keys={
+        "vocab_size": ("vocab_size", REQUIRED),
+        "block_size": ("max_position_embeddings", REQUIRED),
+        "n_embd": ("hidden_size", REQUIRED),
+        "ffn_hidden": ("intermediate_size", REQUIRED),
+        "n_layer": ("num_hidden_layers", REQUIRED),
+        "n_head": ("num_attention_heads", REQUIRED),
+        "n_kv_head": ("num_key_value_heads", None),
+        "norm_eps": ("rms_norm_eps", 1e-6),
+        "tie_embeddings": ("tie_word_embeddings", False),
+        "activation": ("hidden_act", "silu"),
+    },
+    others=frozenset(["bias", "rope_base", "rope_scaling", "rope_factor", *LLAMA3]),
+    activations=LLAMA_ACTIVATIONS,
+    write_parts=write_llama,
+    read_parts=read_llama,
     tables={"token_embedding": "model.embed_tokens"},
     layers="model.layers",
     block_rules=llama_block,
@@ -451,32 +416,19 @@ LLAMA = StateDictAdapter(
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json for a Mixtral model."""
-    return {
-        **write_llama_keys(config),
-        "num_local_experts": config.n_expert,
-        "num_experts_per_tok": config.n_expert_per_token,
-        "router_aux_loss_coef": config.balance_weight,
-        "output_router_logits": False,
-        "sliding_window": None,
-    }
+    """Return the further keys of config.json for a Mixtral model."""
+    described = {key: value for key, value in write_llama(config).items() if not key.endswith("_bias")}
+    experts = {"router_aux_loss_coef": config.balance_weight, "output_router_logits": False, "sliding_window": None}
+    return described | experts
 
 
-def read_mixtral(hf: dict[str, Any]) -> ModelConfig:
-    """Return the model of a Mixtral's config.json. Raise ConfigError for a part that is not supported."""
-    window = hf.get("sliding_window")
+def read_mixtral(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the parts of a Mixtral's config.json. Raise ConfigError for a part that is not supported."""
     # A window as long as the longest sequence excludes nothing.
-    if window is not None and window < require_key(hf, "max_position_embeddings"):
-        raise unsupported_part_error(hf, "sliding_window", "sliding_window=null")
-    config = read_llama_keys(hf, rope_base=1e6, norm_eps=1e-5)
-    return dataclasses.replace(
-        config,
-        ffn=Ffn.moe,
-        expert_ffn=config.dense_ffn,
-        n_expert=require_key(hf, "num_local_experts"),
-        n_expert_per_token=require_key(hf, "num_experts_per_tok"),
-        router_normalize=True,
-    )
+    if hf.get("sliding_window") != fields["block_size"]:
+        refuse_others(hf, {"sliding_window": (None,)})
+    parts = read_llama(hf, fields, rope_base=1e6)
+    return parts | {"ffn": Ffn.moe, "expert_ffn": parts["ffn"], "router_normalize": True}
 
 
 def mixtral_block(config: ModelConfig, here: str, there: str) -> list[Rule]:
@@ -502,9 +454,14 @@ MIXTRAL = dataclasses.replace(
         "expert_balance": (ExpertBalance.loss,),
         "bias": (False,),
     },
-    numbers=LLAMA.numbers | {"n_expert", "n_expert_per_token"},
-    write_config=write_mixtral,
-    read_config=read_mixtral,
+    keys={
+        **LLAMA.keys,
+        "norm_eps": ("rms_norm_eps", 1e-5),
+        "n_expert": ("num_local_experts", REQUIRED),
+        "n_expert_per_token": ("num_experts_per_tok", REQUIRED),
+    },
+    write_parts=write_mixtral,
+    read_parts=read_mixtral,
     block_rules=mixtral_block,
 )
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import pickle
-import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 
 from gpt.checkpoint import folders
@@ -32,8 +26,6 @@ from launch.runs.folder import RunFolder
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError)
 
 Shape = tuple[int, ...]
 
@@ -97,55 +89,6 @@ def damaged_file_error(path: Path, why: str) -> ConfigError:
     return ConfigError(f"{path} cannot be used ({why})", "the file as it was written", "another copy of it")
 
 
-def torch_file_contents(path: Path) -> dict[str, Any]:
-    """Return the object in a file of ``torch.save``, with shapes in place of tensors.
-
-    Raises:
-        ConfigError: the file is missing, or contains anything but plain values and tensors.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            value = ShapeUnpickler(io.BytesIO(archive.read(name))).load()
-    except (OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, *UNREADABLE) as error:
-        raise damaged_file_error(path, str(error)) from error
-    if not isinstance(value, dict):
-        raise damaged_file_error(path, f"a {type(value).__name__} instead of a dictionary")
-    return value
-
-
-def verify_torch_file(path: Path) -> None:
-    """Read a whole file of ``torch.save`` and compare its checksums, which torch itself does not do.
-
-    Raises:
-        ConfigError: a checksum differs.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        raise damaged_file_error(path, str(error)) from error
-    if bad is not None:
-        raise damaged_file_error(path, f"{bad} has a wrong checksum")
-
-
-class ShapeUnpickler(pickle.Unpickler):
-    """Unpickler for torch's files without torch. It keeps the shapes of tensors, and refuses other classes and
-    functions."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, *rest: tuple(size)
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict  # not dict: a state_dict also has attributes
-        if module == "torch" and name.endswith("Storage"):
-            return name
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        return None
-
-
 # Kind, model and checks of a source of first weights.
 
 
@@ -155,21 +98,14 @@ OUR_WORKLOAD = "gpt.workload.GptWorkload"
 PART_KEYS = ("position", "rope_scaling", "ffn", "expert_ffn")
 
 
-class SourceKind(Enum):
-    """Kind of source: a folder of transformers, a file of ``gpt.export --format torch``, or a run or its checkpoint."""
-
-    hf = "hf"
-    torch = "torch"
-    run = "run"
-
-
 @dataclass(frozen=True)
 class WeightSource:
     """Weights to start from, and their model."""
 
     path: Path
-    """Folder or file of the weights; for a checkpoint, the folder of its run."""
-    kind: SourceKind
+    """Folder of the weights; for a checkpoint, the folder of its run."""
+    is_run: bool
+    """True for a run of this project, False for a folder of transformers."""
     model: ModelConfig
     step: int | None = None
     """Step of the checkpoint of a run; None for the newest."""
@@ -183,23 +119,15 @@ def find_source(init_from: str) -> WeightSource:
     """
     path = Path(init_from).expanduser().absolute()
     if (path / HF_CONFIG).is_file():
-        return WeightSource(path, SourceKind.hf, inspect_hf_folder(path)[1])
+        return WeightSource(path, False, inspect_hf_folder(path)[1])
     if RunFolder(path).config.is_file():
         return inspect_run(path, None)
     if folders.COMMITTED.fullmatch(path.name) and RunFolder(path.parents[1]).config.is_file():
         return inspect_run(path.parents[1], folders.step_of(path))
-    # Single files of other libraries have no config next to them that describes the model.
-    if path.is_file() and path.suffix not in (".safetensors", ".json", ".bin"):
-        return WeightSource(path, SourceKind.torch, torch_file_model(path, torch_file_contents(path)))
-    if path.exists():
-        inside = "a file" if path.is_file() else f"a folder without {HF_CONFIG} and without .hydra/config.yaml"
-        parent = path.parent if path.is_file() else path
-        found, fix = f"init_from={path}, {inside}", f"init_from={parent} if {HF_CONFIG} is there"
-    else:
-        found = f"init_from={init_from}, and there is no {path}"
-        fix = "hf download NAME --local-dir FOLDER, then init_from=FOLDER"
     raise ConfigError(
-        found, "a folder of transformers, a file of gpt.export --format torch, or the folder of a run", fix
+        f"init_from={init_from}, which is no folder with {HF_CONFIG} or .hydra/config.yaml",
+        "a folder of transformers, or the folder of a run or of its checkpoint",
+        "init_from=FOLDER; for a model of the hub, first: hf download NAME --local-dir FOLDER",
     )
 
 
@@ -237,7 +165,7 @@ def inspect_run(path: Path, step: int | None) -> WeightSource:
             "a run that has saved one",
             f"touch {path}/SAVE while it runs, or init_from=another",
         )
-    return WeightSource(path, SourceKind.run, config.model, step)
+    return WeightSource(path, True, config.model, step)
 
 
 def inspect_hf_folder(folder: Path) -> tuple[StateDictAdapter, ModelConfig]:
@@ -263,39 +191,14 @@ def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, na
     found = {name for name in map(adapter.canonical, names) if not adapter.buffers.fullmatch(name)}
     if config.tie_embeddings:
         found.discard("lm_head.weight")  # some writers repeat this matrix; it is compared when it is read
-    problems = [f"no {list_names(wanted - found)}"] if wanted - found else []
-    problems += [f"unknown {list_names(found - wanted)}"] if found - wanted else []
-    if problems:
+    if wanted != found:
+        named = {"no": sorted(wanted - found), "unknown": sorted(found - wanted)}
+        problems = (f"{word} {', '.join(some[:10])}, {len(some)} in all" for word, some in named.items() if some)
         raise ConfigError(
             f"the tensors in {folder} are not those of its {HF_CONFIG}: {'; '.join(problems)}",
             f"the {len(wanted)} tensors of a {adapter.architecture} with {config.n_layer} layers",
             "save_pretrained() of the model once more, with its head",
         )
-
-
-def list_names(names: set[str]) -> str:
-    """Return up to ten names, sorted and joined by commas, and the number of further names."""
-    first = sorted(names)[:10]
-    return ", ".join(first) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def torch_file_model(path: Path, contents: dict[str, Any]) -> ModelConfig:
-    """Return the model of a file that ``gpt.export --format torch`` wrote."""
-    if not isinstance(contents.get("model_config"), dict) or not isinstance(contents.get("model"), dict):
-        raise damaged_file_error(
-            path, "it has no model_config and model, which python -m gpt.export --format torch writes"
-        )
-    try:
-        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), contents["model_config"]))
-    except OmegaConfBaseException as error:
-        raise damaged_file_error(path, str(error).splitlines()[0]) from error
-    assert isinstance(model, ModelConfig)
-    return model
-
-
-def plain_model(model: ModelConfig) -> dict[str, Any]:
-    """Convert a model's config to plain values, which ``torch_file_model`` reads back."""
-    return {key: getattr(value, "name", value) for key, value in dataclasses.asdict(model).items()}
 
 
 def differences(asked: ModelConfig, found: ModelConfig) -> list[str]:

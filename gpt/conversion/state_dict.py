@@ -23,13 +23,11 @@ from gpt.checkpoint.folders import DEEPSPEED, DamagedError, Manifest, find_damag
 from gpt.config import ModelConfig, TrainConfig
 from gpt.conversion import Rule, StateDictAdapter
 from gpt.conversion.source import (
-    SourceKind,
     WeightSource,
     damaged_file_error,
     inspect_hf_folder,
     read_run,
     tensors_in_folder,
-    verify_torch_file,
 )
 from gpt.model.gpt import GPT
 from launch.errors import ConfigError
@@ -40,7 +38,6 @@ from launch.runs.folder import RunFolder
 
 
 State = dict[str, Tensor]
-SUMS = "SHA256SUMS"
 VOCABULARY = ("token_embedding.weight", "head.weight")
 
 
@@ -136,16 +133,11 @@ def verify_source(source: WeightSource) -> VerifiedSource:
     Raises:
         ConfigError: the source is damaged.
     """
-    if source.kind is SourceKind.run:
+    if source.is_run:
         checkpoint = find_checkpoint(open_run(source.path)[0], source.step)
         return VerifiedSource(source, sum_files([checkpoint / "manifest.json"]), checkpoint)
-    if source.kind is SourceKind.torch:
-        verify_torch_file(source.path)
-        return VerifiedSource(source, sum_files([source.path]), None)
     held = {path for path, _ in tensors_in_folder(source.path).values()}
-    files = sum_files([source.path / "config.json", *sorted(held)])
-    refuse_wrong_sums(source.path / SUMS, files)
-    return VerifiedSource(source, files, None)
+    return VerifiedSource(source, sum_files([source.path / "config.json", *sorted(held)]), None)
 
 
 def sum_files(paths: list[Path]) -> dict[str, str]:
@@ -157,17 +149,6 @@ def sum_files(paths: list[Path]) -> dict[str, str]:
     return digests
 
 
-def refuse_wrong_sums(path: Path, files: dict[str, str]) -> None:
-    """Raise ConfigError if a file differs from the list of checksums next to it, in the format of ``sha256sum``."""
-    if not path.is_file():
-        return
-    lines = (line.split(maxsplit=1) for line in path.read_text().splitlines())
-    listed = {columns[1]: columns[0] for columns in lines if len(columns) == 2}
-    for name, digest in files.items():
-        if listed.get(name, digest) != digest:
-            raise damaged_file_error(path.with_name(name), f"its sha256 is not the one in {SUMS}")
-
-
 def read_source(verified: VerifiedSource, model: GPT) -> State:
     """Read the state of ``model`` from a source, fp32, with every tensor in the shape of its parameter.
 
@@ -175,12 +156,9 @@ def read_source(verified: VerifiedSource, model: GPT) -> State:
         ConfigError: tensors are missing, unknown or of another shape.
     """
     source, shapes = verified.source, {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if source.kind is SourceKind.hf:
+    if verified.checkpoint is None:
         state = read_hf_folder(source.path, shapes)
-    elif source.kind is SourceKind.torch:
-        state = torch.load(source.path, map_location="cpu", mmap=True, weights_only=True)["model"]
     else:
-        assert verified.checkpoint is not None
         state = read_weights(open_run(source.path)[1], verified.checkpoint).state_dict()
     if state.keys() != shapes.keys():
         differing = sorted(state.keys() ^ shapes.keys())
@@ -252,13 +230,8 @@ def open_run(path: str | os.PathLike[str]) -> tuple[RunFolder, TrainConfig]:
     folder = RunFolder(given.absolute())
     if not folder.config.is_file():
         inside = [run for run in runs_inside(folder.path) if run != folder.path]
-        found = (
-            f"{folder.path} is the folder of a sweep, with {len(inside)} runs in it"
-            if inside
-            else f"no run in {folder.path}"
-        )
         raise ConfigError(
-            found,
+            f"{folder.path}, the folder of a sweep" if inside else f"no run in {folder.path}",
             "the folder of one run, which has .hydra/config.yaml",
             str(inside[-1]) if inside else "python -m gpt.train, to make one (it prints its folder first)",
         )
@@ -271,20 +244,13 @@ def find_checkpoint(folder: RunFolder, step: int | None = None) -> Path:
     Raises:
         ConfigError: no such checkpoint exists.
     """
-    there = folders.list_committed(folder.checkpoints)
-    wanted = [path for path in there if step is None or folders.step_of(path) == step]
-    if not there:
-        raise ConfigError(
-            f"no checkpoint in {folder.checkpoints}",
-            "a run that has saved one",
-            f"touch {folder.path}/SAVE while it runs",
-        )
+    there = {folders.step_of(path): path for path in folders.list_committed(folder.checkpoints)}
+    wanted = [path for each, path in there.items() if step in (None, each)]
     if not wanted:
-        steps = ", ".join(str(folders.step_of(path)) for path in there)
         raise ConfigError(
-            f"no checkpoint of step {step} in {folder.checkpoints}",
-            f"one of {steps}",
-            f"--step {folders.step_of(there[-1])}",
+            f"no checkpoint{'' if step is None else f' of step {step}'} in {folder.checkpoints}",
+            f"one of {', '.join(map(str, there))}" if there else "a run that has saved one",
+            f"--step {max(there)}" if there else f"touch {folder.path}/SAVE while it runs",
         )
     damaged = []
     for path in reversed(wanted):

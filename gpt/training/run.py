@@ -405,7 +405,8 @@ def first_weights(
         raise ConfigError(f"init_from={init_from} holds other weights on some rank than on the first", *shared)
     state, source = own, verified.source
     chosen = None if verified.checkpoint is None else folders.step_of(verified.checkpoint)
-    about = {"path": str(source.path), "kind": source.kind.name, "step": chosen, "sha256": verified.files}
+    kind = "run" if source.is_run else "hf"
+    about = {"path": str(source.path), "kind": kind, "step": chosen, "sha256": verified.files}
     return lambda name, shape: state[name], about
 
 

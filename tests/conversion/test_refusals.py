@@ -20,25 +20,19 @@ from gpt.config.train import compose_train
 from gpt.conversion import ADAPTERS, StateDictAdapter, architecture_fields, choose_adapter, find_adapter
 from gpt.conversion.source import differences, find_source
 from gpt.conversion.state_dict import VOCABULARY, from_hf, read_source, to_hf, verify_source
-from gpt.export import write_configs, write_sums, write_torch_file, write_weights
 from gpt.model.gpt import GPT
 from launch.errors import ConfigError
 from launch.runs.compose import to_schema
+from tests.conversion.test_transformers_both_ways import llama
 from tests.support.commands import ROOT, environment
 from tests.support.small_models import LLAMA, MOE, configs, small
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A Llama in the files of transformers, three to the model."""
-    model = GPT(small(**LLAMA))
-    out = tmp_path / "llama"
-    out.mkdir()
-    adapter = choose_adapter(model.config)
-    write_weights(out, to_hf(model.state_dict(), adapter, model.config), torch.float32, 15000)
-    write_configs(out, adapter, model.config, torch.float32, None, {})
-    write_sums(out)
-    return out
+    """A Llama in the files of transformers, several to the model."""
+    llama().save_pretrained(tmp_path / "llama", max_shard_size="20KB")
+    return tmp_path / "llama"
 
 
 def change_config(folder: Path, **values: Any) -> None:
@@ -97,9 +91,7 @@ def test_every_model_is_refused_or_comes_back_as_it_was(config: ModelConfig, wan
         ({"n_kv_head": 2}, "model.n_kv_head=2"),
         ({**LLAMA, "ffn": Ffn.standard}, "model.ffn=standard"),
         ({**LLAMA, "qk_norm": True}, "model.qk_norm=true"),
-        ({"parallel_residual": True}, "model.parallel_residual=true"),
         ({**LLAMA, **MOE, "n_shared_expert": 1}, "model.n_shared_expert=1"),
-        ({**LLAMA, **MOE, "expert_balance": ExpertBalance.bias}, "model.expert_balance=bias"),
         ({**LLAMA, **MOE, "router_normalize": False}, "model.router_normalize=false"),
     ],
 )
@@ -114,10 +106,10 @@ def test_a_part_without_a_place_is_named(parts: dict[str, Any], found: str) -> N
     ("values", "found"),
     [
         ({"model_type": "bert"}, "model_type=bert"),
-        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"hidden_act": "relu"}, "hidden_act=relu"),
         ({"head_dim": 16}, "head_dim=16"),
         ({"mlp_bias": True}, "mlp_bias=True"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type=longrope"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type=longrope"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"hidden_size": None}, "without hidden_size"),
         ({"num_hidden_layers": 3}, "no model.layers.2.input_layernorm.weight"),
@@ -132,13 +124,9 @@ def test_a_folder_that_is_no_model_of_ours_is_refused(folder: Path, values: dict
     assert found in refusal.value.found and refusal.value.fix
 
 
-def test_a_missing_shard_a_cut_one_and_a_flipped_bit_are_found(folder: Path) -> None:
+def test_a_missing_shard_and_a_cut_one_are_found(folder: Path) -> None:
     shard = sorted(folder.glob("*.safetensors"))[1]
-    content = shard.read_bytes()
-    shard.write_bytes(content[:-4] + bytes(byte ^ 1 for byte in content[-4:]))
-    with pytest.raises(ConfigError, match="sha256 is not the one in SHA256SUMS"):
-        verify_source(find_source(str(folder)))
-    shard.write_bytes(content[:-4])
+    shard.write_bytes(shard.read_bytes()[:-4])
     with pytest.raises(ConfigError, match=f"{shard.name} cannot be used"):
         find_source(str(folder))
     shard.unlink()
@@ -147,7 +135,6 @@ def test_a_missing_shard_a_cut_one_and_a_flipped_bit_are_found(folder: Path) -> 
 
 
 def test_a_wrong_shape_is_named(folder: Path) -> None:
-    (folder / "SHA256SUMS").unlink()
     shard = sorted(folder.glob("*.safetensors"))[-1]
     tensors = load_file(shard)
     save_file({**tensors, "model.norm.weight": torch.ones(31)}, shard)
@@ -157,10 +144,9 @@ def test_a_wrong_shape_is_named(folder: Path) -> None:
 
 
 def test_what_is_no_source_is_refused(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(ConfigError, match="hf download NAME"):
-        find_source(str(tmp_path / "gpt2"))
-    with pytest.raises(ConfigError, match=f"init_from={folder} if config.json is there"):
-        find_source(str(folder / "generation_config.json"))
+    for path in (tmp_path / "gpt2", folder / "generation_config.json"):
+        with pytest.raises(ConfigError, match="hf download NAME"):
+            find_source(str(path))
     for file in folder.glob("model*"):
         file.unlink()
     (folder / "pytorch_model.bin").touch()
@@ -188,34 +174,10 @@ def test_the_overrides_to_type_make_the_model_fit() -> None:
     assert differences(small(block_size=14), small()) == ["model.block_size=12"]
 
 
-def test_a_torch_file_is_looked_into_without_running_it(tmp_path: Path) -> None:
-    model = GPT(small())
-    file = tmp_path / "model.pt"
-    write_torch_file(file, model.state_dict(), model.config, torch.bfloat16, {"step": 3})
-    source = find_source(str(file))
-    assert source.model == model.config
-    state = read_source(verify_source(source), GPT(source.model))
-    expected = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
-    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
-    content = bytearray(file.read_bytes())
-    weights = model.state_dict()["norm.weight"].bfloat16().view(torch.uint8).numpy().tobytes()
-    content[content.index(weights) + 5] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ConfigError, match="has a wrong checksum"):
-        verify_source(find_source(str(file)))
-    torch.save({"model": model}, file)
-    with pytest.raises(ConfigError, match=r"it refers to gpt\.model\.gpt\.GPT"):
-        find_source(str(file))
-    torch.save(model.state_dict(), file)
-    with pytest.raises(ConfigError, match="it has no model_config"):
-        find_source(str(file))
-
-
-def test_the_login_node_needs_no_torch_for_it(folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "model.pt"
-    write_torch_file(file, GPT(small()).state_dict(), small(), torch.float32, {})
+def test_the_login_node_needs_no_torch_for_it(folder: Path) -> None:
     look = "import sys; from gpt.workload import check_init_from; from gpt.conversion.source import find_source\n"
-    look += "print([find_source(path).model.n_layer for path in sys.argv[1:]], 'torch' in sys.modules)"
-    words = [sys.executable, "-c", look, str(folder), str(file)]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
-    assert done.stdout == "[2, 2] False\n", done.stderr
+    look += "print(find_source(sys.argv[1]).model.n_layer, 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", look, str(folder)], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout == "2 False\n", done.stderr

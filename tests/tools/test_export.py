@@ -31,22 +31,16 @@ def write(*words: str | Path) -> int:
 
 def test_transformers_loads_a_run(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert write(trained, "--format", "hf", "--output", out, "--max-shard-gb", "0.0002") == 0
-    assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert write(trained, "--format", "hf", "--output", out) == 0
     _, ours = load_model(trained)
     theirs = AutoModelForCausalLM.from_pretrained(out).eval()
     tokens_BT = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens_BT).logits, ours(tokens_BT), rtol=1e-5, atol=1e-5)
-    card = (out / "README.md").read_text()
-    assert "step 12" in card and str(trained) in card
     git = read_json(RunFolder(trained).environment(1))["git"]
-    assert json.loads((out / "config.json").read_text())["exported_from"]["commit"] == git["commit"]
-
-
-def test_the_tokenizer_goes_with_it(trained: Path, tmp_path: Path) -> None:
-    assert write(trained, "--output", tmp_path / "out") == 0
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    origin = json.loads((out / "config.json").read_text())["exported_from"]
+    assert (origin["step"], origin["run"], origin["commit"]) == (12, str(trained), git["commit"])
+    tokenizer = AutoTokenizer.from_pretrained(out)
     text = "def f(x):\n\treturn 'naïve — 水'  # \x00\x7f"
     assert tokenizer(text)["input_ids"] == list(text.encode())
     assert tokenizer.decode(list(text.encode())) == text
@@ -63,28 +57,21 @@ def test_one_torch_file_holds_what_was_saved(trained: Path, tmp_path: Path) -> N
     assert file["exported_from"]["step"] == 8 and file["model_config"]["n_kv_head"] == 2
 
 
-def test_nothing_is_lost_by_an_export_that_is_refused_or_fails(
+def test_an_export_that_is_refused_or_fails_leaves_everything_as_it_was(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert write(trained, "--output", out, "--dtype", "bf16") == 0
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert write(trained, "--output", out) == 2
-    assert "--overwrite" in capsys.readouterr().err
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
 
         def full(folder: Path) -> None:
             raise OSError("disk full")
 
-        patch.setattr(export, "write_sums", full)
-        write(trained, "--output", out, "--overwrite")
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert write(trained, "--output", out, "--overwrite", "--step", "8") == 0
-    assert "step 8" in (out / "README.md").read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    (tmp_path / "mine").mkdir()
-    assert write(trained, "--output", tmp_path / "mine", "--overwrite") == 2
-    assert "is not a folder of gpt.export" in capsys.readouterr().err
+        patch.setattr(export, "sync_folder", full)
+        write(trained, "--output", out)
+    assert not any(tmp_path.iterdir())
+    (out / "mine").mkdir(parents=True)
+    assert write(trained, "--output", out) == 2
+    assert "is there already" in capsys.readouterr().err and [path.name for path in out.iterdir()] == ["mine"]
 
 
 def test_a_run_starts_from_there_and_then_goes_on_without_it(trained: Path, tmp_path: Path) -> None:
