@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from gpt.training.execution import has_tf32
-from launch.errors import CommandParser, ConfigError, refusing
+from launch.errors import CommandParser, ConfigError, refusing, require_positive
 from launch.runs.files import write_json
 from launch.runs.measured import rates_document
 
@@ -42,7 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sizes", metavar="LIST", help=f"of each of m, n and k (CPU {SIZES['cpu']}, GPU {SIZES['cuda']})"
     )
-    parser.add_argument("--precisions", metavar="LIST", help="of fp32, tf32, bf16, fp16 (CPU fp32, GPU those it has)")
     parser.add_argument("--budget-s", type=float, default=0.05, metavar="S", help="time for each size (%(default)s)")
     typed = parser.parse_args(arguments)
     output: Path = typed.output.expanduser().absolute()
@@ -50,19 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--output {output}", "a file in a folder that is there", "--output matmul.json")
     if typed.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda", "a GPU that torch can use", "--device cpu, or a node with GPUs")
-    if not 0 < typed.budget_s < float("inf"):
-        raise ConfigError(f"--budget-s {typed.budget_s:g}", "seconds, more than none", "--budget-s 0.05")
+    require_positive("--budget-s", typed.budget_s)
     device = torch.device(typed.device)
     sizes = parse_sizes(typed.sizes or SIZES[typed.device])
     samples: list[dict[str, Any]] = []
-    for precision in parse_precisions(typed.precisions, device):
+    for precision in precisions_of(device):
         rates = []
         for m, n, k in itertools.product(sizes, repeat=3):
             seconds = product_s(m, n, k, precision, device, typed.budget_s)
             samples.append({"precision": precision, "m": m, "n": n, "k": k, "seconds": seconds})
             rates.append(2 * m * n * k / seconds / 1e12)
         print(f"{precision}: {min(rates):.3g} to {max(rates):.3g} TFLOP/s over {len(rates)} sizes", flush=True)
-    write_json(output, rates_document(device_name(device), samples, circumstances()))
+    # Under this name the estimates of ``parallel=auto`` look the device up.
+    name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    write_json(output, rates_document(name, samples, circumstances()))
     print(f"wrote {output}; to use it:\n  python -m launch parallel=auto cluster.matmul_rates={output} ...")
     return 0
 
@@ -103,25 +103,12 @@ def parse_sizes(text: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def parse_precisions(text: str | None, device: torch.device) -> list[str]:
-    """Return the typed precisions, by default all that the device supports. Raise ConfigError if one is unknown."""
-    if text is None:
-        if device.type == "cpu":
-            return ["fp32"]
-        bf16 = ["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else []
-        return ["fp32", *(["tf32"] if has_tf32(device) else []), *bf16, "fp16"]
-    known = [name for name in DTYPES if name != "tf32" or has_tf32(device)]
-    words = [word.strip() for word in text.split(",")]
-    if unknown := [word for word in words if word not in known]:
-        raise ConfigError(
-            f"--precisions {text}, with {unknown[0]!r}", f"some of {', '.join(known)}", "--precisions fp32"
-        )
-    return list(dict.fromkeys(words))
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name under which the estimates of ``parallel=auto`` look the device up."""
-    return "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+def precisions_of(device: torch.device) -> list[str]:
+    """Return the precisions to measure: fp32 on CPUs, all that a GPU supports."""
+    if device.type == "cpu":
+        return ["fp32"]
+    bf16 = ["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else []
+    return ["fp32", *(["tf32"] if has_tf32(device) else []), *bf16, "fp16"]
 
 
 def circumstances() -> dict[str, Any]:

@@ -3,55 +3,202 @@ folders.
 
     python -m gpt.compare outputs/quick_test outputs/gpt2_124m/default --output comparison
 
-Prints a table, writes it as ``compare.csv`` and draws ``compare.png``. Reads the folders of finished and unfinished
-runs. Needs no torch and no GPU.
+Prints a table, writes it as ``compare.csv`` and draws the losses, ``compare.png``. Reads the folders of finished and
+unfinished runs. Needs no torch and no GPU.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gpt.metrics.runs import Comparison, RunMetrics, compare, draw, read_metrics
+from gpt.metrics.runs import describe_run
 from launch.errors import CommandParser, ConfigError, refusing
+from launch.runs.compose import flatten, plain
 from launch.runs.find import find_runs, labels_inside, labels_of
 from launch.runs.folder import RunFolder
 
+# Metrics of several runs: the loss at equal tokens, speed, and the settings in which they differ.
+
+
+WINDOW = 0.05
+"""Share of the tokens, up to the common number, over which the training loss is averaged. Single steps are noisy."""
+SETTINGS = ("data", "optim", "parallel", "precision", "seed", "compile", "recompute", "init_from")
+"""Parts of the config, besides the model, whose differences are listed."""
+COLUMNS = {
+    "parameters": ("parameters", "{:,}"),
+    "steps": ("steps", "{:,}"),
+    "tokens": ("tokens", "{:,}"),
+    "loss_at_equal_tokens": ("loss*", "{:.4f}"),
+    "val_loss_at_equal_tokens": ("val loss*", "{:.4f}"),
+    "best_val_loss": ("best val loss", "{:.4f}"),
+    "tokens_per_s": ("tokens/s", "{:,.0f}"),
+    "mfu_palm": ("MFU", "{:.1%}"),
+    "mfu_bf16": ("MFU of bf16 peak", "{:.1%}"),
+    "memory_peak_gib": ("peak GiB", "{:.2f}"),
+    "ranks": ("ranks", "{}"),
+    "device": ("device", "{}"),
+    "state": ("state", "{}"),
+}
+"""Name of a metric in the CSV -> its title and format in the table."""
+
+Curve = npt.NDArray[np.float64]
+"""Pairs of tokens seen and loss in nats per token, by ascending tokens, (points, 2)."""
+
+
+@dataclass
+class RunMetrics:
+    """Metrics of one run."""
+
+    label: str
+    tokens: int
+    losses: Curve
+    val_losses: Curve
+    data_sha256: str | None
+    config: dict[str, Any]
+    values: dict[str, Any]
+    """Name in ``COLUMNS`` -> value; without unknown values."""
+
 
 @dataclass(frozen=True)
-class Column:
-    """Metric in the table: column title, name in the CSV, value of a run (None if unknown), and format."""
+class Comparison:
+    """Metrics of several runs. ``differences`` is heading -> key -> the value of each run."""
 
-    title: str
-    name: str
-    value: Callable[[RunMetrics], float | int | str | None]
-    text: str
+    runs: list[RunMetrics]
+    equal_tokens: int | None
+    """Number of tokens at which losses are compared; None if losses are not comparable, or a run has no tokens yet."""
+    differences: dict[str, dict[str, list[str]]]
+    notes: list[str] = field(default_factory=list)
 
 
-COLUMNS = (
-    Column("parameters", "parameters", lambda run: run.parameters, "{:,}"),
-    Column("steps", "steps", lambda run: run.steps, "{:,}"),
-    Column("tokens", "tokens", lambda run: run.tokens, "{:,}"),
-    Column("loss*", "loss_at_equal_tokens", lambda run: run.loss_then, "{:.4f}"),
-    Column("val loss*", "val_loss_at_equal_tokens", lambda run: run.val_loss_then, "{:.4f}"),
-    Column("best val loss", "best_val_loss", lambda run: run.best_val_loss, "{:.4f}"),
-    Column("tokens/s", "tokens_per_s", lambda run: run.tokens_per_s, "{:,.0f}"),
-    Column("MFU", "mfu_palm", lambda run: run.mfu_palm, "{:.1%}"),
-    Column("MFU of bf16 peak", "mfu_bf16", lambda run: run.mfu_bf16, "{:.1%}"),
-    Column("peak GiB", "memory_peak_gib", lambda run: run.memory_peak_gib, "{:.2f}"),
-    Column("ranks", "ranks", lambda run: run.ranks, "{}"),
-    Column("device", "device", lambda run: run.device, "{}"),
-    Column("state", "state", lambda run: run.state, "{}"),
-)
+def read_metrics(folder: RunFolder, label: str) -> RunMetrics:
+    """Read the metrics of one run folder.
+
+    Raises:
+        ConfigError: the folder has no config.
+    """
+    run = describe_run(folder)
+    if run["config"] is None:
+        raise ConfigError(f"no {folder.config}", "the folder of a run", "python -m gpt.train, to make one")
+    start, summary = run["startup"] or {}, run["summary"]
+    per_step = start.get("global_batch", 0) * start.get("block_size", 0)
+    devices = {rank["device_name"] for rank in start.get("ranks", [])}
+    values = summary | {
+        "parameters": start.get("parameters"),
+        "tokens": summary["steps"] * per_step,
+        "ranks": start.get("world_size"),
+        "device": " and ".join(sorted(devices)) or None,
+    }
+    return RunMetrics(
+        label=label,
+        tokens=values["tokens"],
+        losses=curve([(record["step"] * per_step, record["loss"]) for record in run["steps"] if "loss" in record]),
+        val_losses=curve([(e["step"] * per_step, e["val_loss"]) for e in run["evaluations"]]),
+        data_sha256=start.get("data_sha256"),
+        config=flatten(run["config"]),
+        values={name: values[name] for name in COLUMNS if values.get(name) is not None},
+    )
+
+
+def curve(points: Sequence[tuple[int, float]]) -> Curve:
+    """Return the points as an array, (points, 2)."""
+    return np.array(points, dtype=np.float64).reshape(-1, 2)
+
+
+def compare(runs: Sequence[RunMetrics]) -> Comparison:
+    """Compare the runs at the same number of tokens, with their differences and with notes on incomparable values.
+
+    The losses at this number are added to the values of the runs.
+    """
+    begun = [run for run in runs if run.tokens]
+    # The checksum covers the tokens: losses per token of another tokenizer are not comparable either.
+    same_text = len({run.data_sha256 for run in begun}) <= 1
+    equal = min(run.tokens for run in begun) if len(begun) > 1 and same_text else None
+    for run in begun if equal is not None else ():
+        assert equal is not None
+        window = run.losses[(run.losses[:, 0] > (1 - WINDOW) * equal) & (run.losses[:, 0] <= equal), 1]
+        loss = window.mean() if len(window) else interpolate(run.losses, equal)
+        then = {"loss_at_equal_tokens": loss, "val_loss_at_equal_tokens": interpolate(run.val_losses, equal)}
+        run.values |= {name: float(value) for name, value in then.items() if value is not None}
+    notes = []
+    if equal is not None:
+        notes.append(
+            f"* at {equal:,} tokens, the most that all runs have seen. The training loss is the mean over the last "
+            f"{WINDOW:.0%} of them, the validation loss is interpolated between the evaluations around."
+        )
+    if not same_text:
+        notes.append("Losses are not compared: the runs were trained on different data, or tokens of another kind.")
+    differences = {"architecture": find_differences(runs, ("model",)), "settings": find_differences(runs, SETTINGS)}
+    return Comparison([*runs], equal, differences, notes)
+
+
+def interpolate(losses: Curve, tokens: int) -> float | None:
+    """Interpolate a curve linearly at ``tokens``; None outside of its points."""
+    if not len(losses) or not losses[0, 0] <= tokens <= losses[-1, 0]:
+        return None
+    return float(np.interp(tokens, *losses.T))
+
+
+def find_differences(runs: Sequence[RunMetrics], parts: Sequence[str]) -> dict[str, list[str]]:
+    """Return the keys in these parts of the config whose values differ: key -> the value of each run as text."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key.split(".")[0] in parts)
+    found = {}
+    for key in keys:
+        values = [plain(run.config[key]) if key in run.config else "-" for run in runs]
+        # A run made before the key existed has no value for it.
+        if key != "model.name" and len(set(values) - {"-"}) > 1:
+            found[key] = values
+    return found
+
+
+def draw(compared: Comparison) -> bytes:
+    """Draw training losses as lines, validation losses as points, in nats per token over tokens. Return a PNG.
+
+    A dashed line marks the number of tokens at which losses are compared, if they are comparable.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed by this alone
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(10.0, 4.2 + 0.25 * len(compared.runs)), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, run in enumerate(compared.runs):
+        color = f"C{number}"
+        width = max(1, len(run.losses) // 40)  # of the running mean
+        axes.plot(*run.losses.T, color=color, alpha=0.25, linewidth=0.8)
+        sums = np.cumsum(np.append(0.0, run.losses[:, 1]))
+        smooth = (sums[width:] - sums[:-width]) / width
+        axes.plot(run.losses[width - 1 :, 0], smooth, color=color, linewidth=1.6, label=run.label)
+        axes.plot(*run.val_losses.T, "o", color=color, markersize=4)
+    if compared.equal_tokens is not None:
+        axes.axvline(compared.equal_tokens, color="#595959", linestyle="--", linewidth=1.0)
+    title = "Loss over tokens: training (line), validation (points)"
+    axes.set_title(title if compared.equal_tokens is not None else f"{title}, not comparable", fontsize=11, loc="left")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("nats per token")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.grid(color="#dddddd", linewidth=0.6)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})  # keeps the version of matplotlib out of the file
+    return file.getvalue()
+
+
+# The command: labels, table and CSV.
 
 
 def label_runs(runs: Sequence[Path]) -> list[str]:
@@ -72,11 +219,10 @@ def print_table(compared: Comparison, console: Console) -> None:
     grid.add_column("", no_wrap=True)
     for run in compared.runs:
         grid.add_column(Text(run.label), justify="right", overflow="fold")
-    for column in COLUMNS:
-        if any(column.value(run) is not None for run in compared.runs):
-            metrics = (column.value(run) for run in compared.runs)
-            cells = ("-" if metric is None else column.text.format(metric) for metric in metrics)
-            grid.add_row(column.title, *map(Text, cells))
+    for name, (title, shape) in COLUMNS.items():
+        if any(name in run.values for run in compared.runs):
+            cells = (shape.format(run.values[name]) if name in run.values else "-" for run in compared.runs)
+            grid.add_row(title, *map(Text, cells))
     for heading, differences in compared.differences.items():
         grid.add_section()
         grid.add_row(Text(heading if differences else f"{heading}: the same", style="bold"))
@@ -93,9 +239,9 @@ def write_csv(compared: Comparison, path: Path) -> None:
     differing = {key: values for part in compared.differences.values() for key, values in part.items()}
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["run", *(column.name for column in COLUMNS), *differing])
+        writer.writerow(["run", *COLUMNS, *differing])
         for i, run in enumerate(compared.runs):
-            metrics = ["" if (value := column.value(run)) is None else value for column in COLUMNS]
+            metrics = (run.values.get(name, "") for name in COLUMNS)
             writer.writerow([run.label, *metrics, *(values[i] for values in differing.values())])
 
 

@@ -55,7 +55,6 @@ def evaluate_run(
     world: World,
     step: int | None,
     sequences: int | None,
-    batch: int | None,
     *,
     shows_progress: bool = False,
 ) -> Evaluation:
@@ -66,7 +65,6 @@ def evaluate_run(
         world: the ranks that share the sequences.
         step: the checkpoint of this step; None takes the newest.
         sequences: number of sequences; None takes all.
-        batch: sequences of a forward pass; None takes ``optim.max_micro_batch`` of the run.
         shows_progress: True lets rank 0 draw a bar on standard error.
 
     Raises:
@@ -76,7 +74,7 @@ def evaluate_run(
     checkpoint = world.on_first(lambda: find_checkpoint(folder, step))
     samples, wanted = open_validation(config, checkpoint, world, sequences)
     model = read_weights(config, checkpoint, world.device)
-    share = EvaluationShare(wanted, batch or config.optim.max_micro_batch, world.rank, world.size)
+    share = EvaluationShare(wanted, config.optim.max_micro_batch, world.rank, world.size)
     rounds = math.ceil(math.ceil(share.sequences / share.parts) / share.batch)
     shown = shows_progress and world.is_first
     # Print a line for each slow batch, or every half second. The remaining time is known after the first batch.
@@ -156,14 +154,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default: the newest")
     parser.add_argument("--sequences", type=int, metavar="N", help="the first N sequences; default: the whole split")
-    parser.add_argument(
-        "--batch", type=int, metavar="N", help="sequences of a forward pass; default: optim.max_micro_batch"
-    )
     parser.add_argument("--device", choices=[d.name for d in Device], default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     with open_world(Device[args.device], timeout_s=600) as world:
-        found = evaluate_run(args.run, world, args.step, args.sequences, args.batch, shows_progress=not args.json)
+        found = evaluate_run(args.run, world, args.step, args.sequences, shows_progress=not args.json)
         if world.is_first:
             print(json.dumps(asdict(found)) if args.json else format_evaluation(found))
     return 0

@@ -1,6 +1,6 @@
 """Generate text with a trained model: ``python -m gpt.generate RUN -p "..."``.
 
-    python -m gpt.generate outputs/quick_test/default -p "def main(" --stream
+    python -m gpt.generate outputs/quick_test/default -p "def main("
     python -m gpt.generate RUN -p "once" -p "twice" --max-new-tokens 200 --temperature 0.8 --top-k 50 --top-p 0.95
 
 The command only reads the run folder.
@@ -29,7 +29,7 @@ from gpt.model.attention import Cache
 from gpt.model.gpt import GPT
 from gpt.model.layers import autocast
 from gpt.parallel.distributed import choose_device
-from launch.errors import CommandParser, ConfigError, refusing
+from launch.errors import CommandParser, ConfigError, refusing, require_positive
 
 
 @dataclass(frozen=True)
@@ -173,56 +173,40 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[in
     return ids or [int(tokenizer.eot or 0)]
 
 
-def batches(prompts: Sequence[list[int]], one_by_one: bool) -> Iterator[list[int]]:
-    """Yield the indices of the prompts that run together. A batch and its cache need sequences of equal length."""
-    if one_by_one:
-        yield from ([i] for i in range(len(prompts)))
-        return
-    lengths = dict.fromkeys(len(prompt) for prompt in prompts)
-    yield from ([i for i, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths)
-
-
 def write(
     model: GPT, config: TrainConfig, tokenizer: Tokenizer, prompts: Sequence[str], args: argparse.Namespace
 ) -> None:
-    """Continue every prompt and print the texts, while they are generated or when all are done."""
+    """Continue every prompt and print the texts: one prompt as its tokens come, several when all are done.
+
+    Prompts of equal length run together, because a batch and its cache need sequences of equal length.
+    """
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     sampling.validate()
     device = next(model.parameters()).device
     ids = [encode_prompt(tokenizer, prompt, config.model.block_size) for prompt in prompts]
     generators = make_generators(args.seed, len(prompts))
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
     pieces: list[list[str]] = [[] for _ in prompts]
-    made, started = 0, time.perf_counter()
-    for batch in batches(ids, args.stream):
-        if args.stream:
-            print(heading(batch[0], prompts) + prompts[batch[0]], end="", flush=True)
-        texts = [
-            Text(tokenizer, partial(print, end="", flush=True) if args.stream else pieces[i].append) for i in batch
-        ]
+    show = [partial(print, end="", flush=True)] if len(prompts) == 1 else [parts.append for parts in pieces]
+    texts = [Text(tokenizer, on_text) for on_text in show]
+    started = time.perf_counter()
+    for length in dict.fromkeys(map(len, ids)):
+        batch = [i for i, prompt in enumerate(ids) if len(prompt) == length]
         prompt_BT = torch.tensor([ids[i] for i in batch], device=device)
         size = min(tokenizer.vocab_size, config.model.vocab_size)  # ids beyond those of the tokenizer have no text
         with autocast(config, device):
-            own = [generators[i] for i in batch]
-            steps = generate_tokens(model, prompt_BT, size, sampling, own, not args.no_cache)
+            steps = generate_tokens(model, prompt_BT, size, sampling, [generators[i] for i in batch])
             for next_B in islice(steps, args.max_new_tokens):
-                for text, token in zip(texts, next_B.tolist(), strict=True):
-                    text.add(token)
-                if all(text.ended for text in texts):
+                for i, token in zip(batch, next_B.tolist(), strict=True):
+                    texts[i].add(token)
+                if all(texts[i].ended for i in batch):
                     break
-        for text in texts:
-            text.close()
-            made += text.tokens
-        if args.stream:
-            print()
-    for i, parts in enumerate(pieces if not args.stream else []):
-        print(heading(i, prompts) + prompts[i] + "".join(parts))
-    seconds = time.perf_counter() - started
+    for text in texts:
+        text.close()
+    print("\n".join(f"--- {i + 1}\n{prompts[i]}{''.join(parts)}" for i, parts in enumerate(pieces) if len(pieces) > 1))
+    made, seconds = sum(text.tokens for text in texts), time.perf_counter() - started
     print(f"{made} tokens in {seconds:.2f} s: {made / seconds:.1f} tokens/s on {device}", file=sys.stderr)
-
-
-def heading(index: int, prompts: Sequence[str]) -> str:
-    """Return the line above a text if there are several prompts, otherwise an empty line."""
-    return f"--- {index + 1} of {len(prompts)}\n" if len(prompts) > 1 else ""
 
 
 @refusing
@@ -239,27 +223,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of P together")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default 0)")
-    parser.add_argument("--stream", action="store_true", help="print tokens as they come, one text after another")
-    parser.add_argument("--no-cache", action="store_true", help="compute every token again at each step, to compare")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of step N; default: the newest")
     parser.add_argument("--device", choices=[d.name for d in Device], default="auto")
     args = parser.parse_args(argv)
     try:
-        for option, number in (("--max-new-tokens", args.max_new_tokens), ("--samples", args.samples)):
-            if number < 1:
-                raise ConfigError(f"{option} {number}", "1 or more", f"{option} 1")
+        require_positive("--max-new-tokens", args.max_new_tokens)
+        require_positive("--samples", args.samples)
         folder, config = open_run(args.run)
         tokenizer = load_run_tokenizer(folder)
         checkpoint = find_checkpoint(folder, args.step)
         model = read_weights(config, checkpoint, choose_device(Device[args.device], 0, 1))
-        step = step_of(checkpoint)
-        tokens = step * config.optim.global_batch * config.model.block_size
-        per_parameter = tokens / sum(parameter.numel() for parameter in model.parameters())
-        print(
-            f"{config.model.name}, step {step}: trained on {tokens:,} tokens, {per_parameter:.2g} for each parameter"
-            + ("; expect words without sense below about 1" if per_parameter < 1 else ""),
-            file=sys.stderr,
-        )
+        print(f"{config.model.name}, step {step_of(checkpoint)}", file=sys.stderr)
         prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
         write(model, config, tokenizer, prompts, args)
     except KeyboardInterrupt:

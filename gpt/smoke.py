@@ -14,12 +14,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from gpt.accounting import count
 from gpt.checkpoint import folders
@@ -47,66 +46,64 @@ class CheckFailedError(Exception):
     """Raised with the observed value when a check fails."""
 
 
-def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield the checks in order: the title of a check, and a function that returns its observation, or raises."""
-    words = ["device=cpu", *WORDS, *overrides, f"run_dir={folder / 'run'}", f"output_dir={folder}"]
-    state: dict[str, Tensor] = {}
-
-    def training() -> str:
-        train_here(words)
-        losses = [record["loss"] for record in read_records(RunFolder(folder / "run").metrics(0))]
-        require(len(losses) == STEPS, f"{len(losses)} of {STEPS} steps")
-        require(losses[0] - losses[-1] > FALL, f"loss {losses[0]:.4f} to {losses[-1]:.4f}")
-        return f"loss {losses[0]:.4f} to {losses[-1]:.4f} in {STEPS} steps"
-
-    def saving() -> str:
-        model = load_model(folder / "run", STEPS)[1]
-        state.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        built = sum(parameter.numel() for parameter in model.parameters())
-        require(built == count(model.config).total, f"{built:,} parameters, and {count(model.config).total:,} planned")
-        return f"the checkpoint of step {STEPS} is whole: {built:,} parameters, as planned"
-
-    def resuming() -> str:
-        folders.remove_folder(find_checkpoint(RunFolder(folder / "run"), STEPS))
-        train_here(words)
-        starts = [e["from_step"] for e in RunFolder(folder / "run").read_events() if e["event"] == "started"]
-        require(starts == [0, HALF], f"starts from steps {starts}")
-        again = load_model(folder / "run", STEPS)[1].state_dict()
-        differ = [name for name, tensor in state.items() if not torch.equal(tensor, again[name])]
-        require(not differ, f"{', '.join(differ)} differ")
-        return f"from step {HALF} to {STEPS} again: the same weights, bit for bit"
-
-    def writing() -> str:
-        model = load_model(folder / "run", STEPS)[1]
-        prompt_BT = torch.tensor([list(b"def ")])
-        texts = [
-            bytes(
-                int(token)
-                for token in islice(
-                    generate_tokens(model, prompt_BT, 256, Sampling(), make_generators(1, 1), cached), 32
-                )
-            )
-            for cached in (True, False)
-        ]
-        require(texts[0] == texts[1], f"{texts[0]!r} with a cache of keys and values, {texts[1]!r} without")
-        return f"{(b'def ' + texts[0]).decode(errors='replace')!r}, the same with a cache and without"
-
-    yield "training", training
-    yield "saving", saving
-    yield "resuming", resuming
-    yield "writing", writing
-
-
-def train_here(words: Sequence[str]) -> None:
-    """Run ``gpt.train`` with the overrides ``words`` in this process. Raise CheckFailedError unless it finishes."""
-    outcome = run_ranks(parse_request(parse_arguments(words)), worker.attach())
-    require(outcome == "finished", f"the run {outcome}")
-
-
 def require(holds: bool, seen: str) -> None:
     """Raise CheckFailedError with ``seen``, the observed value, unless ``holds`` is true."""
     if not holds:
         raise CheckFailedError(seen)
+
+
+def checks(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, str]]:
+    """Make the checks in order; yield the title of each one that passes, and what it has observed.
+
+    Raises:
+        CheckFailedError: a check fails.
+    """
+    words = ["device=cpu", *WORDS, *overrides, f"run_dir={folder / 'run'}", f"output_dir={folder}"]
+    run = RunFolder(folder / "run")
+
+    train_here(words)
+    losses = [record["loss"] for record in read_records(run.metrics(0))]
+    text = f"loss {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps"
+    require(len(losses) == STEPS and losses[0] - losses[-1] > FALL, text)
+    yield "training", text
+
+    model = load_model(run.path, STEPS)[1]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    built, planned = sum(parameter.numel() for parameter in model.parameters()), count(model.config).total
+    require(built == planned, f"{built:,} parameters, and {planned:,} planned")
+    yield "saving", f"the checkpoint of step {STEPS} is whole: {built:,} parameters, as planned"
+
+    folders.remove_folder(find_checkpoint(run, STEPS))
+    train_here(words)
+    starts = [event["from_step"] for event in run.read_events() if event["event"] == "started"]
+    require(starts == [0, HALF], f"starts from steps {starts}")
+    model = load_model(run.path, STEPS)[1]
+    differ = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    require(not differ, f"{', '.join(differ)} differ")
+    yield "resuming", f"from step {HALF} to {STEPS} again: the same weights, bit for bit"
+
+    prompt_BT = torch.tensor([list(b"def ")])
+    cached, plain = (
+        bytes(
+            int(token)
+            for token in islice(generate_tokens(model, prompt_BT, 256, Sampling(), make_generators(1, 1), cache), 32)
+        )
+        for cache in (True, False)
+    )
+    require(cached == plain, f"{cached!r} with a cache of keys and values, {plain!r} without")
+    yield "writing", f"{(b'def ' + cached).decode(errors='replace')!r}, the same with a cache and without"
+
+
+def train_here(words: Sequence[str]) -> None:
+    """Run ``gpt.train`` with the overrides ``words`` in this process. What it prints is shown only if it fails."""
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(told):
+            outcome = run_ranks(parse_request(parse_arguments(words)), worker.attach())
+        require(outcome == "finished", f"the run {outcome}")
+    except (CheckFailedError, OSError, RuntimeError):
+        print(told.getvalue(), end="")
+        raise
 
 
 @refusing
@@ -116,18 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
     overrides, started = parser.parse_args(argv).overrides, time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="gpt-smoke-") as temporary:
-        for name, check in checks(overrides, Path(temporary)):
-            told = io.StringIO()
-            try:
-                with contextlib.redirect_stdout(told):
-                    seen = check()
-            except (CheckFailedError, OSError, RuntimeError) as error:
-                print(told.getvalue(), end="")
-                if not isinstance(error, CheckFailedError):
-                    traceback.print_exception(error)
-                print(f"FAILED  {name}: {error}", flush=True)
-                return 1
-            print(f"ok  {name}: {seen}", flush=True)
+        try:
+            for name, seen in checks(overrides, Path(temporary)):
+                print(f"ok  {name}: {seen}", flush=True)
+        except (CheckFailedError, OSError, RuntimeError) as error:
+            if not isinstance(error, CheckFailedError):
+                traceback.print_exception(error)
+            print(f"FAILED: {error}", flush=True)
+            return 1
     print(
         f"python {sys.version.split()[0]}, torch {torch.__version__}: all holds, {time.perf_counter() - started:.1f} s"
     )

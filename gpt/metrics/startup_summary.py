@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import resource
+import textwrap
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
 from gpt.accounting import Flops, training_flops_per_token
 from gpt.config import Ffn, Float8, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
@@ -36,7 +31,6 @@ def describe_rank(world: World) -> dict[str, Any]:
         "device": str(device),
         "device_name": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
-        "threads_are_set": "OMP_NUM_THREADS" in os.environ,
     }
     if device.type == "cuda":
         record["device_uuid"] = str(torch.cuda.get_device_properties(device).uuid)
@@ -79,47 +73,29 @@ def memory_gib(device: torch.device) -> tuple[float | None, float, float | None]
 
 
 WIDTH = 110
-"""Width of the summary in columns, for a log file without a width. A terminal limits it further."""
+"""Width of the summary in columns."""
 
 
 def render_summary(record: dict[str, Any], config: TrainConfig, title: str) -> str:
-    """Render the summary as text, without control characters unless standard output is a terminal.
+    """Render the summary as text: the four sections, one below another, without control characters.
 
     Args:
         record: the content of ``environment.json``.
         config: the config of the run.
         title: the line at the top.
     """
-    terminal = Console()
-    width = min(terminal.width, WIDTH) if terminal.is_terminal else WIDTH
-    file = io.StringIO()
-    # All kinds of viewers show log files, so lines consist of - and | instead of box-drawing characters.
-    console = Console(file=file, width=width, force_terminal=terminal.is_terminal, highlight=False, emoji=False)
-    frame = box.ROUNDED if terminal.is_terminal else box.ASCII
-    console.print(
-        Panel(build_sections(record, config), title=Text(title), title_align="left", box=frame, padding=(0, 1))
-    )
-    return file.getvalue().rstrip("\n")
-
-
-def build_sections(record: dict[str, Any], config: TrainConfig) -> RenderableType:
-    """Build the four sections of the summary, one below another."""
     sections = {
         "Architecture": architecture_rows(config.model, record["counts"]),
         "Configuration": configuration(record, config),
         "Hardware": hardware(record),
         "Theoretical performance": performance(record, config),
     }
-    blocks: list[RenderableType] = []
+    lines = [title]
     for heading, rows in sections.items():
-        blocks.append(Text(heading, style="bold"))
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(min_width=18)
-        grid.add_column(overflow="fold")
+        lines.append(heading)
         for name, value in rows.items():
-            grid.add_row(Text(f"  {name}", style="dim"), Text(value))  # Text, because brackets in a path are no markup
-        blocks.append(grid)
-    return Group(*blocks)
+            lines += textwrap.wrap(f"  {name:<18}{value}", WIDTH, subsequent_indent=" " * 20, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def architecture_rows(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
@@ -205,13 +181,10 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
         devices[rank["device_name"]] = devices.get(rank["device_name"], 0) + 1
     named = ", ".join(f"{count} x {name}" for name, count in devices.items())
     memory = [rank["memory_gib"] for rank in ranks if "memory_gib" in rank]
-    shown = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
+    shown = ", ".join(hosts[:4]) + (", ..." if len(hosts) > 4 else "")
     layout = record["topology"]
     topology = " ".join([layout["strategy"], *(f"{k}={v}" for k, v in layout.items() if isinstance(v, int) and v > 1)])
     threads = f"{counted(ranks[0]['threads'], 'thread')} a rank"
-    threads += ", as OMP_NUM_THREADS says" if ranks[0]["threads_are_set"] else ", one for each core"
-    if ranks[0]["threads"] > 1:  # threads wait for each other in every product, so one busy core delays all
-        threads += "; OMP_NUM_THREADS=1 is faster where other programs use the cores"
     return {
         "ranks": f"{len(ranks)} on {counted(len(hosts), 'host')} ({shown}), {topology}",
         "devices": named + (f", {min(memory):.0f} GiB each" if memory else f", {threads}"),

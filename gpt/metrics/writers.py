@@ -23,6 +23,7 @@ from gpt.metrics.runs import RunJson
 from gpt.metrics.startup_summary import describe_rank
 from gpt.parallel.distributed import World
 from launch import worker
+from launch.errors import duration_text
 from launch.runs.compose import plain_config
 from launch.runs.event_files import EventWriter, record_scalars
 from launch.runs.files import say
@@ -198,7 +199,7 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float) -> str:
     if record.memory_peak_gib is not None:
         parts.append(f"{record.memory_peak_gib:.2f} GiB")
     if record.step < max_steps:
-        parts.append(f"{format_duration(pace_s * (max_steps - record.step))} left")
+        parts.append(f"{duration_text(pace_s * (max_steps - record.step))} left")
     if record.val_loss is not None:
         parts.append(f"val_loss {record.val_loss:.4f}")
     if record.val_bits_per_byte is not None:
@@ -206,17 +207,6 @@ def console_line(record: StepRecord, max_steps: int, pace_s: float) -> str:
     if record.checkpoint_s is not None:
         parts.append(f"saved in {record.checkpoint_s:.2f} s")
     return "  ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """Format seconds as 7 s, 7:05, 7:05:03, or days and hours."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, hours = whole // 60 % 60, whole // 3600
-    if hours >= 48:
-        return f"{hours // 24} days {hours % 24} h"
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
 # File ``steps.csv``: rank 0's records as a table for spreadsheets, one row a step.
@@ -372,9 +362,8 @@ class MetricWriters:
                 "recovered", attempt=record.attempt, step=record.step, seconds_since_last_step=down
             )
             self._lost = None
-        # run.json is made from the records on disk after an evaluation. A step in a checkpoint is not repeated after a
-        # crash, so its record must not be lost.
-        if record.checkpoint_s is not None or (record.val_loss is not None and self._world.is_first):
+        # A step in a checkpoint is not repeated after a crash, so its record must not be lost.
+        if record.checkpoint_s is not None:
             self._rank.flush()
         if self.writers:
             self._unshown.append(record)

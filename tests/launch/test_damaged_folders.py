@@ -14,7 +14,7 @@ from shlex import quote
 import pytest
 from omegaconf import DictConfig
 
-from gpt.metrics.runs import read_metrics
+from gpt.compare import read_metrics
 from launch import cancel, logs, move, status
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from gpt.data.tokenizers import ByteTokenizer
-from gpt.generate import Sampling, Text, batches, generate_tokens, make_generators, probabilities
+from gpt.generate import Sampling, Text, generate_tokens, make_generators, probabilities
 from gpt.model.gpt import GPT
 from tests.model.test_functions import lively
 from tests.support.commands import run
@@ -45,7 +45,7 @@ def written(model: GPT, prompt_BT: torch.Tensor, tokens: int, seed: int, use_cac
     )
 
 
-@pytest.mark.parametrize("prompt", [1, 7, 12, 30], ids=lambda n: f"prompt of {n}")
+@pytest.mark.parametrize("prompt", [1, 12, 30], ids=lambda n: f"prompt of {n}")
 @pytest.mark.parametrize("parts", [{}, LLAMA], ids=["gpt2", "llama"])
 def test_the_cache_changes_nothing_also_where_the_window_slides(parts: dict, prompt: int) -> None:
     model = lively(small(**parts))
@@ -76,21 +76,12 @@ def test_a_stream_adds_up_to_the_text(text: str, tail: bytes) -> None:
     assert "".join(shown) == content.decode(errors="replace")
 
 
-@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), max_size=8))
-def test_batches_hold_every_prompt_once_and_equal_lengths_only(prompts: list[list[int]]) -> None:
-    made = list(batches(prompts, one_by_one=False))
-    assert sorted(i for batch in made for i in batch) == list(range(len(prompts)))
-    assert all(len({len(prompts[i]) for i in batch}) == 1 for batch in made)
+def test_the_command_writes_and_refuses(trained: Path) -> None:
+    def texts(*words: str, status: int = 0) -> str:
+        return run("gpt.generate", str(trained), "--max-new-tokens", "40", *words, cwd=trained, status=status)
 
-
-def test_the_command_writes_streams_and_refuses(trained: Path) -> None:
-    def texts(*words: str) -> str:
-        return run(
-            "gpt.generate", str(trained), "-p", "import os", "-p", "def", "--max-new-tokens", "40", *words, cwd=trained
-        )
-
-    printed = texts("--seed", "3")
-    assert "--- 1 of 2\nimport os" in printed and "--- 2 of 2\ndef" in printed
-    assert printed.split("80 tokens in")[0] in texts("--seed", "3", "--stream")
-    refused = run("gpt.generate", str(trained), "-p", "", cwd=trained, status=2)
-    assert "an empty prompt" in refused
+    printed = texts("-p", "import os", "-p", "def", "-p", "for i in", "--seed", "3")
+    assert "--- 1\nimport os" in printed and "--- 2\ndef" in printed and "120 tokens in" in printed
+    first = printed.split("--- 2")[0].partition("--- 1\n")[2]
+    assert first in texts("-p", "import os", "--seed", "3"), "as the tokens come, and the same"
+    assert "an empty prompt" in texts("-p", "", status=2)
