@@ -70,43 +70,19 @@ class StateBytes:
 # B batch, T time, D width, H heads, C head width.
 
 
-@dataclass(frozen=True)
-class Contract:
-    """Arguments that the class of a part must accept."""
-
-    make: tuple[str, ...]
-    """Arguments of the constructor."""
-    call: tuple[str, ...]
-    """Arguments of ``forward``."""
-    does: str
-
-
-CONTRACTS = {
-    "model.norm": Contract(("config", "width"), ("x",), "(..., width) -> (..., width)"),
-    "model.position": Contract(("config",), ("x", "start"), "(B, T, D), or (B, T, H, C) with on_heads = True"),
-    "model.attention": Contract(("config",), ("x_BTD", "cache"), "(B, T, D) -> (B, T, D)"),
-    "model.ffn": Contract(("config",), ("x_BTD",), "(B, T, D) -> (B, T, D)"),
-}
-"""Key of the config -> arguments that the user's class must accept."""
-
-
 def load_part(key: str, name: str) -> Any:
-    """Import the module class called ``name``, and check it against the contract of ``key``.
+    """Import the module class called ``name``, for the part ``key`` of a model.
 
     Raises:
-        ConfigError: the class is missing, is no module, or takes other arguments.
+        ConfigError: the class is missing, or is no module.
     """
     import torch
 
     found = load_object(key, name)
-    contract = CONTRACTS[key]
     if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
         raise ConfigError(
             f"{key}={name}, which is {kind_text(found)}", "a subclass of torch.nn.Module", f"{key}=MODULE:CLASS"
         )
-    check_call(key, name, found.__name__, inspect.signature(found), contract.make)
-    forward = inspect.signature(found.forward)
-    check_call(key, name, f"{found.__name__}.forward", forward, ("self", *contract.call))
     return found
 
 
@@ -174,20 +150,6 @@ def missing_module(key: str, name: str, module: str, missing: str) -> ConfigErro
     )
 
 
-def check_call(key: str, name: str, called: str, signature: inspect.Signature, arguments: tuple[str, ...]) -> None:
-    """Raise ConfigError if a function cannot be called with these positional arguments."""
-    try:
-        signature.bind(*arguments)
-    except TypeError as error:
-        shown = ", ".join(word for word in arguments if word != "self")
-        function = "forward" if called.endswith(".forward") else "__init__"
-        raise ConfigError(
-            f"{key}={name}, and {called}{signature}: {error}",
-            f"a class that is called as {called}({shown})",
-            f"def {function}(self, {shown})",
-        ) from error
-
-
 def kind_text(found: Any) -> str:
     """Describe an object for a message: ``the class NAME``, or ``a TYPE``."""
     return f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
@@ -197,12 +159,11 @@ def load_source(key: str, name: str) -> Any:
     """Import the function of a data source. Called with the config of the data, it returns an iterator of documents.
 
     Raises:
-        ConfigError: the function is missing, or takes other arguments.
+        ConfigError: the function is missing.
     """
     found = load_object(key, name)
     if not callable(found):
         raise ConfigError(f"{key}={name}, which is {kind_text(found)}", "a function", f"{key}=MODULE:FUNCTION")
-    check_call(key, name, found.__name__, inspect.signature(found), ("config",))
     return lambda config: iter(found(config))
 
 

@@ -27,61 +27,36 @@ from launch.runs.folder import RunFolder
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-Shape = tuple[int, ...]
 
-
-def tensors_in_folder(folder: Path) -> dict[str, tuple[Path, Shape]]:
-    """Return file and shape of every tensor, by name, in a folder of transformers: one file, or several with an index.
+def tensors_in_folder(folder: Path) -> dict[str, Path]:
+    """Return the file of every tensor, by name, in a folder of transformers: one file, or those that an index names.
 
     Raises:
-        ConfigError: a safetensors file is missing or truncated, or the index names a missing tensor.
+        ConfigError: there are no safetensors files, or one is missing or truncated.
     """
-    index = read_index(folder)
-    found: dict[str, tuple[Path, Shape]] = {}
-    for path in sorted({folder / name for name in index.values()} if index else {folder / SINGLE}):
-        for name, shape in safetensors_shapes(path).items():
-            if index and index.get(name) != path.name:
-                raise damaged_file_error(folder / INDEX, f"it does not say that {name} is in {path.name}")
-            found[name] = (path, shape)
-    gone = sorted(index.keys() - found.keys())
-    if gone:
-        raise damaged_file_error(folder / INDEX, f"{', '.join(gone[:3])} not in the files that it names")
+    files = {folder / SINGLE}
+    if not (folder / SINGLE).is_file():
+        try:
+            index = json.loads((folder / INDEX).read_bytes())["weight_map"]
+            # Accept only names of files: an index must not point outside its folder.
+            files = {folder / Path(str(name)).name for name in index.values()}
+        except FileNotFoundError as error:
+            convert = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}')"
+            raise ConfigError(
+                f"{folder} holds neither {SINGLE} nor {INDEX}",
+                "weights as safetensors, which cannot run code when they are read",
+                f"""python -c "{convert}.save_pretrained('{folder}-safetensors')\"""",
+            ) from error
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise damaged_file_error(folder / INDEX, f"no index: {error}") from error
+    found: dict[str, Path] = {}
+    for path in sorted(files):
+        try:
+            with safe_open(path, framework="np") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        except (SafetensorError, OSError) as error:
+            raise damaged_file_error(path, str(error)) from error
     return found
-
-
-def read_index(folder: Path) -> dict[str, str]:
-    """Read the index: tensor -> file. It is empty if one file has all tensors.
-
-    Raises:
-        ConfigError: both file and index are missing, or the index is invalid.
-    """
-    if (folder / SINGLE).is_file():
-        return {}
-    if not (folder / INDEX).is_file():
-        pickled = sorted(folder.glob("pytorch_model*.bin"))
-        holds = f"{pickled[0].name} and no {SINGLE}" if pickled else f"neither {SINGLE} nor {INDEX}"
-        convert = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}')"
-        raise ConfigError(
-            f"{folder} holds {holds}",
-            "weights as safetensors, which cannot run code when they are read",
-            f"""python -c "{convert}.save_pretrained('{folder}-safetensors')\"""",
-        )
-    try:
-        index = json.loads((folder / INDEX).read_bytes())["weight_map"]
-        # Accept only names of files: an index must not point outside its folder.
-        names = {str(tensor): Path(str(file)).name for tensor, file in index.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise damaged_file_error(folder / INDEX, f"no index: {error}") from error
-    return names
-
-
-def safetensors_shapes(path: Path) -> dict[str, Shape]:
-    """Read name and shape of every tensor of one safetensors file, from its header."""
-    try:
-        with safe_open(path, framework="np") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
-    except (SafetensorError, OSError) as error:
-        raise damaged_file_error(path, str(error)) from error
 
 
 def damaged_file_error(path: Path, why: str) -> ConfigError:

@@ -136,7 +136,7 @@ def verify_source(source: WeightSource) -> VerifiedSource:
     if source.is_run:
         checkpoint = find_checkpoint(open_run(source.path)[0], source.step)
         return VerifiedSource(source, sum_files([checkpoint / "manifest.json"]), checkpoint)
-    held = {path for path, _ in tensors_in_folder(source.path).values()}
+    held = {*tensors_in_folder(source.path).values()}
     return VerifiedSource(source, sum_files([source.path / "config.json", *sorted(held)]), None)
 
 
@@ -171,7 +171,7 @@ def read_source(verified: VerifiedSource, model: GPT) -> State:
 def read_hf_folder(folder: Path, shapes: dict[str, torch.Size]) -> State:
     """Read the state of the model from a folder of transformers. ``shapes`` are those of its parameters."""
     adapter, config = inspect_hf_folder(folder)
-    files = {adapter.canonical(name): (path, name) for name, (path, _) in tensors_in_folder(folder).items()}
+    files = {adapter.canonical(name): (path, name) for name, path in tensors_in_folder(folder).items()}
     with ExitStack() as stack:
         opened = {
             path: stack.enter_context(safe_open(path, framework="pt")) for path in {path for path, _ in files.values()}

@@ -195,8 +195,9 @@ def starts(rank: int, world_size: int, folder: str) -> list[tuple[str, bool]]:
             told = str(source)
         except ConfigError as error:
             told = error.found
-        given = [weights(name, tensor.shape) for name, tensor in model.state_dict().items()]
-        answers.append((told, all(map(torch.equal, given, expected.values()))))
+        state = model.state_dict()
+        is_loaded = all(torch.equal(weights(name, tensor.shape), expected[name]) for name, tensor in state.items())
+        answers.append((told, is_loaded))
     return answers
 
 
