@@ -3,14 +3,13 @@ folders.
 
     python -m gpt.compare outputs/quick_test outputs/gpt2_124m/default --output comparison
 
-Prints a table, writes it as ``compare.csv`` and draws the losses, ``compare.png``. Reads the folders of finished and
-unfinished runs. Needs no torch and no GPU.
+Prints a table, and writes it as ``compare.csv``. Reads the folders of finished and unfinished runs. Needs no torch and
+no GPU. TensorBoard shows the curves: ``tensorboard --logdir outputs``.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import os
 import sys
 from collections.abc import Sequence
@@ -164,40 +163,6 @@ def find_differences(runs: Sequence[RunMetrics], parts: Sequence[str]) -> dict[s
     return found
 
 
-def draw(compared: Comparison) -> bytes:
-    """Draw training losses as lines, validation losses as points, in nats per token over tokens. Return a PNG.
-
-    A dashed line marks the number of tokens at which losses are compared, if they are comparable.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed by this alone
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure(figsize=(10.0, 4.2 + 0.25 * len(compared.runs)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for number, run in enumerate(compared.runs):
-        color = f"C{number}"
-        width = max(1, len(run.losses) // 40)  # of the running mean
-        axes.plot(*run.losses.T, color=color, alpha=0.25, linewidth=0.8)
-        sums = np.cumsum(np.append(0.0, run.losses[:, 1]))
-        smooth = (sums[width:] - sums[:-width]) / width
-        axes.plot(run.losses[width - 1 :, 0], smooth, color=color, linewidth=1.6, label=run.label)
-        axes.plot(*run.val_losses.T, "o", color=color, markersize=4)
-    if compared.equal_tokens is not None:
-        axes.axvline(compared.equal_tokens, color="#595959", linestyle="--", linewidth=1.0)
-    title = "Loss over tokens: training (line), validation (points)"
-    axes.set_title(title if compared.equal_tokens is not None else f"{title}, not comparable", fontsize=11, loc="left")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("nats per token")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(color="#dddddd", linewidth=0.6)
-    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})  # keeps the version of matplotlib out of the file
-    return file.getvalue()
-
-
 # The command: labels, table and CSV.
 
 
@@ -251,11 +216,9 @@ WIDE = 1000
 @refusing
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, or 2 if there is nothing to compare."""
-    parser = CommandParser(prog="python -m gpt.compare", description="A table and a plot of runs side by side.")
+    parser = CommandParser(prog="python -m gpt.compare", description="A table of runs side by side.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of such")
-    parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="for compare.csv and compare.png; default: above all runs"
-    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for compare.csv; default: above all runs")
     args = parser.parse_intermixed_args(argv)
     runs = [run.path for run in find_runs(args.runs)]
     if len(runs) < 2:
@@ -268,8 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDE)
     print_table(compared, console)
     write_csv(compared, output / "compare.csv")
-    (output / "compare.png").write_bytes(draw(compared))
-    console.print(Text(f"wrote {output / 'compare.csv'} and {output / 'compare.png'}"), soft_wrap=True)
+    console.print(Text(f"wrote {output / 'compare.csv'}"), soft_wrap=True)
     return 0
 
 

@@ -29,7 +29,7 @@ from gpt.config import ModelConfig, TokenizerKind
 from gpt.conversion import StateDictAdapter, choose_adapter
 from gpt.conversion.source import SINGLE
 from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights, to_hf
-from gpt.data.tokenizers import ABOUT, CharTokenizer, HfTokenizer, Tokenizer, load_run_tokenizer
+from gpt.data.tokenizers import ABOUT, CharTokenizer, HfTokenizer, Tokenizer, load_tokenizer
 from gpt.model.gpt import GPT
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.files import read_json
@@ -221,7 +221,7 @@ def write_hf(
     temporary.mkdir()
     config, dtype = model.config, DTYPES[args.dtype]
     write_weights(temporary, to_hf(model.state_dict(), adapter, config), dtype)
-    tokenizer: Tokenizer | None = load_run_tokenizer(folder) if (folder.tokenizer / ABOUT).is_file() else None
+    tokenizer: Tokenizer | None = load_tokenizer(folder.tokenizer) if (folder.tokenizer / ABOUT).is_file() else None
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder, temporary, config.block_size)
     write_configs(temporary, adapter, config, dtype, None if tokenizer is None else tokenizer.eot, origin)

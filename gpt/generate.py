@@ -24,7 +24,7 @@ from torch import Tensor
 from gpt.checkpoint.folders import step_of
 from gpt.config import Device, TrainConfig
 from gpt.conversion.state_dict import find_checkpoint, open_run, read_weights
-from gpt.data.tokenizers import Tokenizer, load_run_tokenizer
+from gpt.data.tokenizers import Tokenizer, load_tokenizer
 from gpt.model.attention import Cache
 from gpt.model.gpt import GPT
 from gpt.model.layers import autocast
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_positive("--max-new-tokens", args.max_new_tokens)
         require_positive("--samples", args.samples)
         folder, config = open_run(args.run)
-        tokenizer = load_run_tokenizer(folder)
+        tokenizer = load_tokenizer(folder.tokenizer)
         checkpoint = find_checkpoint(folder, args.step)
         model = read_weights(config, checkpoint, choose_device(Device[args.device], 0, 1))
         print(f"{config.model.name}, step {step_of(checkpoint)}", file=sys.stderr)

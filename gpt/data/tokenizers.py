@@ -23,7 +23,6 @@ from gpt.config.data import BYTE_VOCAB, TokenizerKind
 from launch.errors import ConfigError
 from launch.runs.environment import install_command
 from launch.runs.files import write_atomically, write_json
-from launch.runs.folder import RunFolder
 
 Ids = npt.NDArray[np.uint32]
 ABOUT = "about.json"
@@ -356,12 +355,3 @@ def from_payload(kind: TokenizerKind, payload: bytes) -> Tokenizer:
         return CharTokenizer(json.loads(payload))
     kinds = (SentencePieceTokenizer, HfTokenizer, TiktokenTokenizer)
     return next(each for each in kinds if each.kind is kind)(payload)
-
-
-def load_run_tokenizer(folder: RunFolder) -> Tokenizer:
-    """Load the tokenizer of a run, which every run keeps in its folder.
-
-    Raises:
-        ConfigError: the run has none, as with token files made by another program.
-    """
-    return load_tokenizer(folder.tokenizer)

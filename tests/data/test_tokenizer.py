@@ -19,7 +19,6 @@ from gpt.data.tokenizers import (
     HfTokenizer,
     TiktokenTokenizer,
     Tokenizer,
-    load_run_tokenizer,
     load_tokenizer,
     read_tokenizer,
     save_tokenizer,
@@ -123,9 +122,8 @@ def test_the_end_of_a_document_is_found_and_never_taken_from_the_text() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_a_saved_tokenizer_is_the_same_one(kind: TokenizerKind, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    save_tokenizer(made(kind), folder.tokenizer)
-    loaded = load_run_tokenizer(folder)
+    save_tokenizer(made(kind), tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert (loaded.kind, loaded.vocab_size, loaded.eot) == (kind, made(kind).vocab_size, made(kind).eot)
     assert tokenizer_checksum(loaded) == tokenizer_checksum(made(kind))
     assert loaded.encode(TEXT).tolist() == made(kind).encode(TEXT).tolist()
