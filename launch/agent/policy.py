@@ -134,7 +134,8 @@ def decide_next(events: Events, cause: Cause, limits: ResilienceConfig, resumes:
     forgiven = f"; {len(ends) - seen} before newer checkpoints are forgiven" if seen < len(ends) else ""
     limit = getattr(limits.max_restarts, cause, None)  # Preemptions and requested requeues have no limit.
     if limit is not None and seen > limit:
-        return Decision(Action.stop, f"{cause} {seen} times, and resilience.max_restarts.{cause}={limit}{forgiven}")
+        text = f"{cause} {seen} times, and its limit is {limit} (docs/resilience.md, resilience.max_restarts)"
+        return Decision(Action.stop, f"{text}{forgiven}")
     action = Action.requeue if cause in LEAVES_THE_NODES else Action.restart
     return Decision(action, f"{cause}, {seen} of {'any number' if limit is None else limit}{forgiven}")
 

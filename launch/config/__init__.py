@@ -61,14 +61,10 @@ class RestartLimits:
     """
 
     timed_out: ClassVar[None] = None  # max_without_progress stops a run that reaches its time limit in vain
+    # One restart shows whether the cause was a faulty device or another process, and not the run itself.
+    out_of_memory: ClassVar[int] = 1
+    diverged: ClassVar[int] = 1
     node_failed: Optional[int] = key(10, "A node was lost or sick.", least=0)
-    out_of_memory: Optional[int] = key(1, "A rank ran out of memory.", least=0)
-    diverged: Optional[int] = key(
-        1,
-        "A FloatingPointError ended the run. A restart repairs faulty hardware and not a learning rate: one restart"
-        " tells which it is.",
-        least=0,
-    )
     crashed: Optional[int] = key(3, "A rank failed in another way.", least=0)
     hung: Optional[int] = key(3, "A rank made no progress (resilience.hang_timeout_s).", least=0)
 
@@ -126,7 +122,8 @@ class ResilienceConfig:
         " For workloads that name these modules (RankCommand.preload). After a change of the code, and with"
         " deterministic=true, each rank is a new Python anyway.",
     )
-    rendezvous_timeout_s: int = key(MISSING, "Time in which all agents of a run must join.", unit="s", least=1)
+    rendezvous_timeout_s: ClassVar[float] = 600.0
+    """Seconds in which all agents of a run must join."""
     grace_period_s: int = key(
         MISSING,
         "Time for the last step and checkpoint of a run that was stopped; then ranks are killed.",

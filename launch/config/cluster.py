@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
@@ -61,7 +61,8 @@ class PlacementConfig:
 class LinkConfig:
     """One kind of link, in one direction."""
 
-    latency_us: float = key(2.0, "Latency of a message.", unit="us", least=0)
+    latency_us: ClassVar[float] = 2.0
+    """Latency of a message in microseconds."""
     bandwidth_gb_per_s: Optional[float] = key(
         None,
         "Bandwidth, 10^9 bytes a second. null: of the vendor's own system with such GPUs, else PCIe or 100 Gbit/s.",
@@ -74,7 +75,7 @@ class LinkConfig:
 class NodeLinkConfig(LinkConfig):
     """A link between nodes."""
 
-    latency_us: float = key(5.0, "Latency of a message.", unit="us", least=0)
+    latency_us: ClassVar[float] = 5.0
 
 
 @dataclass
@@ -145,11 +146,9 @@ class ClusterConfig(PlacementConfig):
     give_up_after_min: Optional[float] = key(
         None, "Wait over all places after which a point leaves the queue; null: never.", unit="min", above=0
     )
-    comment: Optional[str] = key(None, "Comment of the jobs (sbatch --comment).")
     mail_user: Optional[str] = key(
         None, "Address for Slurm's mail when a job begins, ends, fails or is requeued (sbatch --mail-user)."
     )
-    array_parallelism: int = key(256, "Largest number of elements of a job array that run at the same time.", above=0)
     container: Optional[str] = key(None, "Image in which agents and ranks run: a file, or a name of the runtime.")
     container_runtime: Optional[ContainerRuntime] = key(None, "Program that runs the image.")
     container_mounts: list[str] = key(

@@ -147,6 +147,8 @@ def placement_lines(placement: Placement) -> list[str]:
 # Candidates and resources from the config.
 
 
+ARRAY_PARALLELISM = 256
+"""Largest number of elements of a job array that run at the same time."""
 MAIL_TYPE = "BEGIN,END,FAIL,REQUEUE"
 """Events of a job that send mail, as sbatch --mail-type takes them."""
 
@@ -217,6 +219,7 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         "ntasks_per_node": 1,
         "time": cluster.timeout_min,
         **{key: getattr(cluster, key) for key in AS_IN_CLUSTER},
+        "array_parallelism": ARRAY_PARALLELISM,
         "exclusive": cluster.exclusive or None,
         "gpus_per_node": cluster.gpus_per_node or None,  # 0 requests no GPUs
         "mem": f"{round(cluster.mem_gb * 1024)}MB" if cluster.mem_gb else None,
@@ -241,10 +244,7 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
     return {key: value for key, value in asked.items() if value is not None}
 
 
-AS_IN_CLUSTER = (
-    *("signal_delay_s", "partition", "account", "qos", "constraint", "exclude", "gres", "cpus_per_task", "comment"),
-    "array_parallelism",
-)
+AS_IN_CLUSTER = (*("signal_delay_s", "partition", "account", "qos", "constraint", "exclude", "gres", "cpus_per_task"),)
 """Parameters of submitit with the same name and value as a key of ``cluster``."""
 
 
@@ -357,19 +357,16 @@ def shell_lines(copy: Path) -> list[str]:
 @contextmanager
 def running_from(copy: Path | None) -> Iterator[None]:
     """Make processes that start in a ``with`` block run the code in ``copy``; None changes nothing."""
-    changed = {} if copy is None else _variables(copy)
-    before = {name: os.environ.get(name) for name in changed}
+    changed, before = {} if copy is None else _variables(copy), dict(os.environ)
     os.environ.update(changed)
-    if before.get("PYTHONPATH"):
+    if changed and before.get("PYTHONPATH"):
         os.environ["PYTHONPATH"] += f"{os.pathsep}{before['PYTHONPATH']}"
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in changed:
+            del os.environ[name]
+        os.environ.update({name: before[name] for name in changed if name in before})
 
 
 def refuse_other_code() -> None:

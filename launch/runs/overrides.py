@@ -346,7 +346,6 @@ ELSEWHERE = {
     # torchrun and Slurm
     **dict.fromkeys(("nnodes", "num_nodes"), "nodes"),
     **dict.fromkeys(("nproc_per_node", "ntasks_per_node", "devices"), "ranks_per_node"),
-    "rdzv_timeout": "resilience.rendezvous_timeout_s",
     "time": "cluster.timeout_min=MINUTES",
     "mem": "cluster.mem_gb=GB",
     "gpus": "cluster.gpus_per_node",

@@ -20,12 +20,12 @@ def test_names_and_paths_in_a_batch_script(monkeypatch: pytest.MonkeyPatch, tmp_
     """Bash reads the script, with ``srun`` a function that tells its arguments."""
     monkeypatch.chdir(tmp_path)
     quoted = '"{}"'.format(ODD.replace('"', '\\"'))
-    words = [f"name={quoted}", f"output_dir={quoted}", f"cluster.comment={quoted}", f"++cluster.srun_args=[{quoted}]"]
+    words = [f"name={quoted}", f"output_dir={quoted}", f"cluster.account={quoted}", f"++cluster.srun_args=[{quoted}]"]
     made = plan(*words, "copy_code=true")
     folder = tmp_path / ODD / ODD
     assert Path(made.run_dir).parent == folder
     text = sbatch_text([made])
-    assert {directives(text)[name] for name in ("job-name", "comment")} == {shlex.quote(ODD)}
+    assert {directives(text)[name] for name in ("job-name", "account")} == {shlex.quote(ODD)}
     assert directives(text)["output"] == shlex.quote(f"{folder}/.submitit/slurm/%j_0_log.out")
     told = r"""srun() { printf '%s\0' "$PYTHONPATH" "$@"; }"""
     done = subprocess.run(

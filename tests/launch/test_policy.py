@@ -52,7 +52,7 @@ def history(*causes: Cause) -> Events:
     return [e for i, cause in enumerate(causes) for e in attempt(i + 1, cause, 10 * i, 10 * (i + 1))]
 
 
-LIMITS = RestartLimits(crashed=2, hung=1, out_of_memory=0)
+LIMITS = RestartLimits(crashed=2, hung=1)
 
 
 def decide(
@@ -78,7 +78,8 @@ def decide(
         ([Cause.preempted] * 50 + [Cause.crashed], Action.restart),
         ([Cause.crashed] * 2 + [Cause.preempted], Action.requeue),
         ([Cause.hung] * 2, Action.stop),
-        ([Cause.out_of_memory], Action.stop),
+        ([Cause.out_of_memory], Action.restart),
+        ([Cause.out_of_memory] * 2, Action.stop),
         ([Cause.diverged], Action.restart),
         ([Cause.diverged] * 2, Action.stop),
         ([Cause.node_failed] * 10, Action.restart),

@@ -124,7 +124,7 @@ REFUSED = [
     (["output_dir=/proc/x"], "cannot be created in /proc", "output_dir=FOLDER"),
     (["output_dir='o%A'"], "'%' in the run's path", "output_dir=FOLDER"),
     (["run_dir='o\tut'"], r"'\t' in the run's path", "run_dir=FOLDER"),
-    (["cluster.comment='a\nrm -rf b'"], r"cluster.comment='a\nrm -rf b'", "cluster.comment='a rm -rf b'"),
+    (["cluster.account='a\nrm -rf b'"], r"cluster.account='a\nrm -rf b'", "cluster.account='a rm -rf b'"),
     (["copy_code=true", "output_dir='a:b'"], "with a : in it", "output_dir=FOLDER without :"),
     (["cluster.timeout_min=1", "cluster.signal_delay_s=90"], "cluster.signal_delay_s=90", "cluster.signal_delay_s=0"),
 ]
