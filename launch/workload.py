@@ -92,19 +92,10 @@ class WorkloadPlan:
     """Dotted keys that the command did not set -> values that the plan chose."""
     max_steps: int | None = None
     """Number of steps of the whole run, from which the remaining time follows; None if not known."""
-    checkpoint_kind: str = ""
-    """Label of the checkpoint's size: runs with the same label take the same time for a save. Empty if not known."""
     checkpoint_bytes: int | None = None
     """Size of one checkpoint in bytes; None if not known."""
-    step_kind: str = ""
-    """Label of the step's work: runs with the same label take the same time for a step on the same nodes.
-
-    Empty if not known.
-    """
     step_s: float | None = None
     """Time of a step in seconds by the workload's cost model; None if there is no model for these nodes."""
-    saves: str = ""
-    """Override that sets how often the run saves, for messages, such as ``checkpoint.interval=200``."""
     saves_more_often: str = ""
     """Override with which the run saves twice as often, for messages, such as ``checkpoint.interval=100``."""
     checkpoints_kept: int = 1

@@ -52,7 +52,6 @@ from gpt.workload.plan import (
     requested_machine,
     schedule_rows,
     split_batch_over_nodes,
-    step_kind,
 )
 from launch.errors import ConfigError
 from launch.process import hash_seed
@@ -236,11 +235,8 @@ class GptWorkload(Workload):
             },
             warnings=tuple(plan_warnings(config, batch, corpus, request, step_s)),
             max_steps=config.optim.max_steps,
-            checkpoint_kind=f"{config.model.name} {counted.total}",
             checkpoint_bytes=round(counted.total * (FP32 + optimizer_state(config.optim).per_element)),
-            step_kind=step_kind(config, dims, batch),
             step_s=None if on_cpus(config, request) else step_s,  # the estimate assumes one rate for all CPUs
-            saves=f"checkpoint.interval={config.checkpoint.interval}",
             saves_more_often=f"checkpoint.interval={saves_more_often(config)}",
             checkpoints_kept=config.checkpoint.keep_last + 1,
             uses_cpus=on_cpus(config, request),

@@ -299,14 +299,6 @@ def plan_facts(
     }
 
 
-def step_kind(config: TrainConfig, dims: ParallelDims, batch: Batch) -> str:
-    """Return a text of the settings that determine the time of a step on given nodes, to find similar runs."""
-    counted = count(config.model)
-    size = f"{config.model.name} {counted.total} {batch.global_batch}x{config.model.block_size} micro {batch.micro}"
-    how = (config.device, config.precision, config.compile, config.recompute)
-    return " ".join([size, str(dims), *(choice.name for choice in how)])
-
-
 # Refusal of a point whose ranks cannot share its batch, or exceed its nodes.
 
 

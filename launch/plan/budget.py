@@ -36,6 +36,11 @@ class Use:
         gpu_hours, cost = _add(self.gpu_hours, other.gpu_hours), _add(self.cost, other.cost)
         return Use(self.node_hours + other.node_hours, gpu_hours, cost)
 
+    def scaled(self, share: float) -> Use:
+        """Return this use times ``share``."""
+        gpu_hours, cost = (None if value is None else share * value for value in (self.gpu_hours, self.cost))
+        return Use(share * self.node_hours, gpu_hours, cost)
+
 
 def _add(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a + b
@@ -127,8 +132,8 @@ def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int
         shorter = f"cluster.timeout_min={fits}, or " if fits >= 1 else ""
         raise ConfigError(
             f"budget.{key}={cap:g}, {amount(before)} used so far, and a worst case of {amount(more)} {unit} more",
-            f"a worst case of at most {amount(max(0.0, cap - before))} {unit} more: every node, to its time limit",
-            f"{shorter}budget.{key}={amount(before + more, up=True)}",
+            f"at most {amount(max(0.0, cap - before))} {unit} more in the worst case: all nodes until the time limit",
+            f"{shorter}budget.{key}={math.ceil(before + more)}",
         )
 
 
@@ -148,25 +153,19 @@ def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
     return None
 
 
-def use_text(use: Use, *, nodes: bool = True) -> str:
-    """Write the use as far as known: ``12 node-hours, 96 GPU-hours, cost 240``.
-
-    Without ``nodes``, leave out node-hours.
-    """
-    hours = {"node": use.node_hours if nodes else None, "GPU": use.gpu_hours}
-    known = {what: amount(value) for what, value in hours.items() if value is not None and (value or what == "node")}
+def use_text(use: Use) -> str:
+    """Write the use as far as known, without zeros: ``12 node-hours, 96 GPU-hours, cost 240``."""
+    hours = {"node": use.node_hours, "GPU": use.gpu_hours}
+    known = {what: amount(value) for what, value in hours.items() if value}
     parts = [f"{value} {what}-hour{'' if value == '1' else 's'}" for what, value in known.items()]
     return ", ".join([*parts, *([f"cost {amount(use.cost)}"] if use.cost else [])])
 
 
-def amount(value: float, *, up: bool = False) -> str:
-    """Write hours or cost with four significant digits. With ``up``, the result is never rounded down."""
-    if value <= 0:
-        return "0"
-    digits = max(0, 3 - math.floor(math.log10(value)))
-    scaled = value * 10**digits
-    rounded = (math.ceil(scaled - 1e-9) if up else round(scaled)) / 10**digits
-    return f"{rounded:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{rounded:.0f}"
+def amount(value: float) -> str:
+    """Write hours or cost with four significant digits."""
+    if 0 < value < 0.001:
+        return "less than 0.001"
+    return f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
 
 
 def heartbeat_file(folder: RunFolder) -> Path:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from launch.config import ClusterKind, Config
 from launch.config.compose import not_in_point, workload_of
 from launch.errors import ConfigError
+from launch.plan.budget import Use
 from launch.plan.placement import Placement, copy_path, place_point, worst_case
 from launch.runs import compose
 from launch.runs.compose import choose_folder, refuse_other_run
@@ -88,6 +89,11 @@ class Plan:
     def max_steps(self) -> int | None:
         """Number of steps of the whole run; None if the workload does not know it."""
         return self.promised.max_steps
+
+    @property
+    def worst(self) -> Use:
+        """Worst case of one start of the job."""
+        return Use(self.node_hours, self.gpu_hours, self.cost)
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -197,11 +203,6 @@ def make_plan(
     )
 
 
-def local_gpus() -> int:
-    """Return the number of usable GPUs of this machine, counted without torch."""
-    return len(visible_gpus())
-
-
 def write_run(plan: Plan, composed: DictConfig, overrides: Sequence[str]) -> None:
     """Create the run folder with the complete config, the overrides, and the plan.
 
@@ -254,14 +255,11 @@ def refuse_missing_command(config: Config) -> None:
     command = config.launch.on_event_command
     if not command or config.cluster.container is not None or shutil.which(command[0]) is not None:
         return
-    program, here = command[0], Path(command[0]).absolute()
-    found, fix = f"launch.on_event, and no program {program} on the PATH", "launch.on_event=PATH"
-    if here.is_file() and os.access(here, os.X_OK):  # The program was typed without ./
-        fix = quote(f"launch.on_event=[{','.join([str(here), *command[1:]])}]")
-    elif here.is_file():
-        found, fix = f"launch.on_event={program}, a file that is not executable", f"chmod +x {quote(str(here))}"
+    program = command[0]
     raise ConfigError(
-        found, "a program on the PATH, or the path of one that the nodes see too", f"{fix}, or launch.on_event=null"
+        f"launch.on_event, and no program {program} on the PATH that you may execute",
+        "a program on the PATH, or the path of one that the nodes see too",
+        f"launch.on_event=/PATH/OF/{quote(Path(program).name)}, or launch.on_event=null",
     )
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -21,11 +20,8 @@ from launch.plan.placement import code_of, placement_lines
 from launch.plan.plan import Plan, unfinished
 from launch.runs.environment import changed_since, code_state, library_versions, refuse_change
 from launch.runs.events import fewer_nodes, saves_that_count, unsaved_text
-from launch.runs.files import read_json
-from launch.runs.find import labels_inside
 from launch.runs.folder import RunFolder
 from launch.runs.records import RECENT, recent_records
-from launch.slurm.limits import SlurmFacts, how_preempted
 from launch.workload import CodeTree
 
 # Warnings from earlier attempts.
@@ -35,24 +31,18 @@ MARGIN = 1.5
 """Factor of a proposed time over the measured time: the next save may be slower."""
 
 
-def add_warnings(plan: Plan, config: Config, slurm: SlurmFacts | None = None) -> Plan:
+def add_warnings(plan: Plan, config: Config) -> Plan:
     """Return the plan with its warnings from earlier attempts.
-
-    Args:
-        plan: plan of the point.
-        config: config of the point.
-        slurm: limits of the clusters where the point may run; None if they are not known.
 
     Raises:
         ConfigError: ``require_same_code`` is set, and the code or a library has changed since the last attempt.
     """
-    found = (*_changes(plan, config), *_short_grace(plan, config, slurm))
-    lines = [problem.warning().removeprefix("warning: ") for problem in found]
+    lines = [problem.warning().removeprefix("warning: ") for problem in _problems(plan, config)]
     return replace(plan, warnings=(*plan.warnings, *lines))
 
 
-def _changes(plan: Plan, config: Config) -> Iterator[Problem]:
-    """Warn of code that has changed since the last attempt, and of a checkpoint that could not be written."""
+def _problems(plan: Plan, config: Config) -> Iterator[Problem]:
+    """Yield a change of the code, a checkpoint that was not written, and times to stop that are too short."""
     folder = RunFolder(plan.run_dir)
     changed = changed_since(folder, _current(workload_of(config).code(config))) if folder.attempts() else None
     if changed is not None:
@@ -62,39 +52,25 @@ def _changes(plan: Plan, config: Config) -> Iterator[Problem]:
         yield Problem(found, "the same code and libraries in all attempts", "require_same_code=true to refuse a change")
     if unsaved := unsaved_text(folder.read_events()):
         yield Problem(unsaved, "a filesystem with room for a checkpoint", f"df -h {plan.run_dir}")
+    if (took := measure_stop(folder)) is None:
+        return
+    limits = {"resilience.grace_period_s": config.resilience.grace_period_s}
+    limits |= {"cluster.signal_delay_s": config.cluster.signal_delay_s} if plan.cluster == "slurm" else {}
+    if short := [key for key, value in limits.items() if sum(took) > value]:
+        have = " and ".join(f"{key}={limits[key]}" for key in short)
+        found = f"a save took up to {took[0]:.3g} s and a step {took[1]:.3g} s, and {have}"
+        wish = 10 * math.ceil(MARGIN * sum(took) / 10)
+        yield Problem(
+            f"{found}: a run that is stopped loses the steps since its last periodic checkpoint",
+            "time for a step and a save",
+            " ".join(f"{key}={wish}" for key in short),
+        )
 
 
 @cache
 def _current(tree: CodeTree) -> dict[str, Any]:
     """Return the code and libraries of the next attempt. They are computed once for all points of a command."""
     return {"code": code_of(tree), "git": code_state(tree.root), "software": library_versions()}
-
-
-def _short_grace(plan: Plan, config: Config, slurm: SlurmFacts | None) -> Iterator[Problem]:
-    """Warn if Slurm would kill the run before its save ends, by measured times of saves and steps."""
-    own, kind = RunFolder(plan.run_dir), plan.promised.checkpoint_kind
-    folders = [own]
-    if measure_stop(own) is None and kind:  # Checkpoints of the same kind take as long to write.
-        plans = ((folder, read_json(folder.plan).get("promised") or {}) for folder in _other_runs(plan))
-        folders = [folder for folder, promised in plans if promised.get("checkpoint_kind") == kind]
-    known = [(*times, folder.path) for folder in folders if (times := measure_stop(folder)) is not None]
-    if not known:
-        return
-    save_s, step_s, path = max(known, key=lambda one: one[0] + one[1])
-    took, stop_s = f"a save took up to {save_s:.3g} s and a step {step_s:.3g} s in {path}", save_s + step_s
-    saves = plan.promised.saves
-    lost = "would lose the steps since its last periodic checkpoint" + (f" ({saves})" if saves else "")
-    leads = {"resilience.grace_period_s": config.resilience.grace_period_s}
-    leads |= {"cluster.signal_delay_s": config.cluster.signal_delay_s} if plan.cluster == "slurm" else {}
-    if short := [key for key, value in leads.items() if stop_s > value]:
-        found = f"{took}, and {' and '.join(f'{key}={leads[key]}' for key in short)}: a run that is stopped {lost}"
-        wish = 10 * math.ceil(MARGIN * stop_s / 10)
-        yield Problem(found, "time for a step and a save", " ".join(f"{key}={wish}" for key in short))
-    for name, left in _preemption_graces(plan, slurm).items():
-        if stop_s > left:
-            found = f"{took}, and partition {name} gives a preempted job {left} s (GraceTime and KillWait): it {lost}"
-            fix = plan.promised.saves_more_often or "a shorter interval between checkpoints"
-            yield Problem(found, "checkpoints more often, which lose less", fix)
 
 
 def measure_stop(folder: RunFolder) -> tuple[float, float] | None:
@@ -111,33 +87,9 @@ def measure_stop(folder: RunFolder) -> tuple[float, float] | None:
     return max(saves[-RECENT:]), max(steps, default=0.0)
 
 
-def _preemption_graces(plan: Plan, slurm: SlurmFacts | None) -> dict[str, int]:
-    """Return the partitions of the plan in which jobs are preempted -> seconds that a preempted job has left."""
-    found: dict[str, int] = {}
-    if slurm is None or slurm.limits is None or plan.cluster != "slurm":
-        return found
-    for candidate in plan.placement.candidates:
-        named = candidate.slurm.get("partition")
-        for partition in slurm.limits.partitions:
-            mode = how_preempted(slurm.limits, partition)
-            is_used = partition.name in named.split(",") if named else partition.is_default
-            if is_used and mode != "OFF" and "SUSPEND" not in mode:
-                found[partition.name] = partition.grace_s + (slurm.limits.number("KillWait") or 0)
-    return found
+# Expected time of a point: by the step time that the run has measured, or by the model of its workload.
 
 
-def _other_runs(plan: Plan) -> list[RunFolder]:
-    """Return the other runs in the sweep folder of a point, newest first."""
-    own = Path(plan.run_dir)
-    dated = sorted(((path.stat().st_mtime, path.parent) for path in own.parent.glob("*/plan.json")), reverse=True)
-    return [RunFolder(path) for _, path in dated if path != own]
-
-
-# Expected time of a point: by the step time of an earlier run of the same kind, or by the model of its workload.
-
-
-SAME_PLACE = ("partition", "constraint", "gres", "gpus_per_node", "cpus_per_task")
-"""Parameters of submitit that describe the kind of nodes."""
 MIN_STEPS = 5
 """Smallest number of steps for an estimate. With fewer steps, start-up and warm-up dominate."""
 
@@ -147,40 +99,24 @@ def add_expected(plan: Plan) -> Plan:
     if plan.finished or plan.max_steps is None:
         return plan
     own = RunFolder(plan.run_dir)
-    saves = saves_that_count(own.read_events()) if plan.promised.resumes else []
+    events = own.read_events()
+    saves = saves_that_count(events) if plan.promised.resumes else []
     done = max((save["step"] for save in saves if save["step"] is not None), default=0)
     steps = plan.max_steps - (done if plan.goes_on.back_to is None else plan.goes_on.back_to)
-    for folder in (own, *_other_runs(plan)):
-        if (step_s := _measured_step(folder, plan)) is not None:
-            labels = {own.path: "this run"} if folder is own else labels_inside([own.path.parent])
-            by = f"the {step_s:.3g} s a step of {labels.get(folder.path, folder.path.name)}, without start-up"
-            return replace(plan, expected_s=steps * step_s, expected_by=by)
-    if (model_s := plan.promised.step_s) is None:
-        return plan
-    by = f"an estimate of {model_s:.3g} s a step, without start-up, evaluation and saving"
-    return replace(plan, expected_s=steps * model_s, expected_by=by)
-
-
-def _measured_step(folder: RunFolder, plan: Plan) -> float | None:
-    """Return the seconds of a step of the newest attempt of a run, with its share of evaluations and saves.
-
-    None if the run is of another kind, or made too few steps.
-    """
-    if not plan.promised.step_kind or _kind_of(read_json(folder.plan)) != _kind_of(plan.as_dict()):
-        return None
-    fewer = fewer_nodes(folder.read_events())  # The next start has all nodes.
-    records = [r for r in recent_records(folder.metrics(0)) if isinstance(r.get("time"), int | float)]
+    fewer = fewer_nodes(events)  # The next start has all nodes.
+    records = [r for r in recent_records(own.metrics(0)) if isinstance(r.get("time"), int | float)]
     records = [r for r in records if r["attempt"] not in fewer]
     records = [r for r in records if r["attempt"] == records[-1]["attempt"]]
-    steps = records[-1]["step"] - records[0]["step"] if records else 0
-    return (records[-1]["time"] - records[0]["time"]) / steps if steps >= MIN_STEPS else None
-
-
-def _kind_of(plan: Mapping[str, Any]) -> list[Any]:
-    """Return the properties of a ``plan.json`` that determine the time of a step."""
-    slurm = (plan.get("slurm") or {}) if plan.get("cluster") == "slurm" else {}
-    alike = [plan.get(key) for key in ("workload", "cluster", "nodes", "ranks_per_node")]
-    return [*alike, (plan.get("promised") or {}).get("step_kind"), *map(slurm.get, SAME_PLACE)]
+    made = records[-1]["step"] - records[0]["step"] if records else 0
+    if made >= MIN_STEPS:
+        step_s = (records[-1]["time"] - records[0]["time"]) / made
+        by = f"measured in this run: {step_s:.3g} s a step; start-up is not counted"
+    elif (model_s := plan.promised.step_s) is not None:
+        step_s = model_s
+        by = f"estimated: {step_s:.3g} s a step; start-up, evaluation and saving are not counted"
+    else:
+        return plan
+    return replace(plan, expected_s=steps * step_s, expected_by=by)
 
 
 # Budget and worst case of a command.
@@ -201,15 +137,10 @@ def share_budget(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Plan]
                 "one command for each, with its own budget.gpu_hours",
             )
     if caps(first) and unfinished(plans):
-        worst = sum(map(_worst_of, unfinished(plans)), Use())
+        worst = sum((plan.worst for plan in unfinished(plans)), Use())
         longest = max(config.cluster.timeout_min for config in configs)
         refuse_above(first, sum(_used_before(plans, configs), Use()), worst, longest)
     return [replace(plan, command_run_dirs=tuple(other.run_dir for other in plans)) for plan in plans]
-
-
-def _worst_of(plan: Plan) -> Use:
-    """Return the worst case of one start, with zero GPU-hours or cost where they are not known."""
-    return Use(plan.node_hours, plan.gpu_hours or 0.0, plan.cost or 0.0)
 
 
 def _used_before(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Use]:
@@ -219,54 +150,48 @@ def _used_before(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Use]:
 
 
 def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
-    """Write the summed GPU-hours and cost, and node-hours, or hours of this machine if all points are local."""
+    """Write the sum of the uses: node-hours, or hours of this machine if all points are local; GPU-hours and cost."""
     total = sum(uses, Use())
     if any(plan.cluster == "slurm" for plan in plans):
         return use_text(total)
     hours = sum(use.node_hours / plan.nodes_asked for plan, use in zip(plans, uses, strict=True))
-    return ", ".join(filter(None, [f"{duration_text(3600 * hours)} on this machine", use_text(total, nodes=False)]))
+    gpus = use_text(replace(total, node_hours=0.0))
+    return ", ".join(filter(None, [f"{duration_text(3600 * hours)} on this machine", gpus]))
 
 
 def expected_text(plans: Sequence[Plan]) -> str:
     """Write the expected use of all points whose time is known, and the time of the longest; else empty."""
-    known, uses = [plan for plan in plans if plan.expected_s is not None], []
-    for plan in known:
-        share = (plan.expected_s or 0.0) / (60 * plan.timeout_min)
-        gpu_hours, cost = (None if value is None else share * value for value in (plan.gpu_hours, plan.cost))
-        uses.append(Use(share * plan.node_hours, gpu_hours, cost))
+    known = [plan for plan in plans if plan.expected_s is not None]
     if not known:
         return ""
+    uses = [plan.worst.scaled((plan.expected_s or 0.0) / (60 * plan.timeout_min)) for plan in known]
     longest = max(known, key=lambda plan: plan.expected_s or 0.0)
-    most = f", {duration_text(longest.expected_s or 0.0)} for {longest.title}"
-    is_told = len(known) == 1 and longest.cluster == "local"
-    return f"{_sum_text(known, uses)}{'' if is_told else most}, by {longest.expected_by}"
+    took = duration_text(longest.expected_s or 0.0)
+    time_text = f", in {took}" if longest.cluster == "slurm" else ""
+    if len(known) > 1:
+        time_text = f"; the longest run, {longest.title}, takes {took}"
+    return f"{_sum_text(known, uses)}{time_text} ({longest.expected_by})"
 
 
 def worst_case_text(plans: Sequence[Plan], configs: Sequence[Config]) -> str:
-    """Write the worst case of one start of each point, the use so far, and the bounds of later starts."""
+    """Write the worst case of one start of each unfinished point, the expected use, and the use so far, in lines."""
     ahead = unfinished(plans)
     if not ahead:
-        return "worst case: nothing is left to run"
-    of = "" if len(plans) == 1 else f" of {len(ahead)} of {len(plans)} points"
+        return "nothing is left to run"
     limits = " or ".join(f"{limit} min" for limit in sorted({plan.timeout_min for plan in ahead}))
-    parts = [f"worst case{of}: {_sum_text(ahead, [*map(_worst_of, ahead)])} (each to its time limit of {limits})"]
+    who = f"all {len(ahead)} runs last" if len(ahead) > 1 else "the run lasts"
+    most = _sum_text(ahead, [plan.worst for plan in ahead])
+    lines = [f"worst case: {most}, if {who} until the time limit of {limits}"]
     if expected := expected_text(ahead):
-        parts.append(f"expected: {expected}")
+        lines.append(f"expected: {expected}")
     before = _used_before(plans, configs)
     if any(use.node_hours for use in before):
-        parts.append(f"used so far: {_sum_text(plans, before)}")
-    on_slurm = [plan for plan in ahead if plan.cluster == "slurm"]
+        lines.append(f"used so far: {_sum_text(plans, before)}")
     if cap := [f"budget.{key}={value:g}" for key, value in caps(configs[0].budget).items()]:
-        parts.append(f"at most {' and '.join(cap)} over all attempts")
-    elif configs[0].resilience.requeue and on_slurm:
-        # A requeue restarts the time limit of one job, not the limit of all jobs.
-        largest = max(on_slurm, key=lambda plan: (plan.node_hours, plan.gpu_hours or 0.0))
-        bound = "budget.gpu_hours=N caps it all" if largest.gpu_hours else "resilience.requeue=false allows none"
-        parts.append(
-            "each requeue (preemption, time limit, lost node) begins the time limit again: up to "
-            f"{use_text(_worst_of(largest))} more for {largest.title} ({bound})"
-        )
-    return "; ".join(parts)
+        lines.append(f"limit: {' and '.join(cap)} for all attempts together")
+    elif configs[0].resilience.requeue and any(plan.cluster == "slurm" for plan in ahead):
+        lines.append("a requeued job may use as much again; budget.gpu_hours=N limits all attempts together")
+    return "\n".join(lines)
 
 
 # The plan of a point in the dry run, and the announcement of a command before it submits.
@@ -276,7 +201,6 @@ def plan_text(plan: Plan) -> str:
     """Return the plan as text for people: one line for each fact, note, warning and candidate."""
     gpus = "" if plan.gpu_hours is not None else ", no GPUs requested"
     spares = f", and {plan.spares} spare" if plan.spares else ""
-    worst = Use(plan.node_hours, plan.gpu_hours, plan.cost)
     on = f" ({counted(plan.nodes_asked, 'node')} for {plan.timeout_min} min)" if plan.cluster == "slurm" else ""
     fewer = " or ".join(map(str, plan.promised.fewer_nodes))
     rows = {
@@ -285,7 +209,7 @@ def plan_text(plan: Plan) -> str:
         "nodes": f"{plan.nodes} x {plan.ranks_per_node} = {counted(plan.world_size, 'rank')} on {plan.cluster}{spares}",
         **plan.promised.rows,
         "lost nodes": f"continues with {fewer} in the same job, if no spare is left" if fewer else "",
-        "worst case": f"{_sum_text([plan], [worst])}{gpus}{on}",
+        "worst case": f"{_sum_text([plan], [plan.worst])}{gpus}{on}",
         "expected": expected_text([plan]),
         "folder": plan.run_dir,
         "nodes are": "the run's alone (cluster.exclusive)" if plan.slurm.get("exclusive") else "",
@@ -301,7 +225,7 @@ def plan_text(plan: Plan) -> str:
 def announce_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Console) -> None:
     """Print the finished points, how the others continue, their worst case, and the warnings."""
     lines = []
-    if finished := [plan.title + _ran_elsewhere(plan) for plan in plans if plan.finished]:
+    if finished := [plan.title for plan in plans if plan.finished]:
         lines.append(f"finished already, and not submitted: {', '.join(finished)} (fresh=true uses a new folder)")
     lines += [f"{plan.title}: {text}" for plan in plans if (text := plan.goes_on.text(plan.max_steps))]
     lines += [worst_case_text(plans, configs)] if unfinished(plans) else []
@@ -311,13 +235,6 @@ def announce_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Co
         lines.append(f"warning: {where}{warning}")
     for line in lines:
         console.print(as_typed(line))
-
-
-def _ran_elsewhere(plan: Plan) -> str:
-    """Return a remark that names the cluster where a finished point ran; empty if this command uses it too."""
-    submitted = [event["cluster"] for event in RunFolder(plan.run_dir).read_events() if event["event"] == "submitted"]
-    ran = submitted[-1] if submitted else plan.cluster
-    return "" if ran == plan.cluster else f" (on {ran}, and so not compared with points on {plan.cluster})"
 
 
 def plain_console(**options: Any) -> Console:

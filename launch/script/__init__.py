@@ -9,9 +9,9 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +20,7 @@ from launch.errors import ConfigError, closest
 from launch.runs.compose import make_absolute
 from launch.runs.environment import git
 from launch.runs.folder import RunFolder, read_plan
-from launch.runs.overrides import in_shell, quoted, typed_key
+from launch.runs.overrides import in_shell, quoted
 from launch.script.arguments import (
     PLACEHOLDER,
     ScriptConfig,
@@ -60,54 +60,31 @@ def require_module(module: str, workdir: Path, pythonpath: Sequence[str] = (), *
         pythonpath: folders that are searched next, before the folders of this Python.
         elsewhere: True if ranks may have search paths or packages that this machine does not know.
     """
-    typed = f"script.module={module}"
-    if module.endswith(".py") and (workdir / module).is_file():
-        raise ConfigError(f"{typed}, which is a file", EXPECTED, f"script.path={module}")
     importlib.invalidate_caches()  # A folder that was searched before may have new files.
-    package, locations = "", [str(workdir), *(str(workdir / folder) for folder in pythonpath), *sys.path]
+    typed, package = f"script.module={module}", ""
+    locations = [str(workdir), *(str(workdir / folder) for folder in pythonpath), *sys.path]
     for part in [*module.split("."), "__main__"]:
         name = f"{package}.{part}" if package else part
-        spec = find_spec(name, locations) if part else None
+        spec = PathFinder.find_spec(name, locations) if part else None
         if spec is None:
             break
         if spec.submodule_search_locations is None:
             if name not in (module, f"{module}.__main__"):
                 raise ConfigError(f"{typed}, and {name} is a module, not a package", EXPECTED, f"script.module={name}")
             return
-        if finds_by_itself(spec):
+        source = spec.loader.get_source(name) if spec.loader else ""  # type: ignore[attr-defined]
+        if source is None or OWN_IMPORTS.search(source):  # The package may find modules outside its folders.
             return
         package, locations = name, list(spec.submodule_search_locations)
-    if not package:
-        if elsewhere:
-            return
+    if package:
+        modules = [entry.name for entry in pkgutil.iter_modules(locations) if not entry.ispkg or part != "__main__"]
+        likely = next(iter(sorted(modules) if part == "__main__" else closest(part, modules)), "MODULE")
+        lacking = f"there is no {part} in {' nor '.join(locations)}"
+        raise ConfigError(f"{typed}, and {lacking}", EXPECTED, f"script.module={package}.{likely}")
+    # Other finders, such as that of an editable install, may know the package.
+    if not elsewhere and not any(finder.find_spec(part, None) for finder in sys.meta_path if part):
         found = f"{typed}, and there is no {part} in {workdir} nor among the installed packages"
         raise ConfigError(found, EXPECTED, "script.workdir=PATH of the folder it lies in, or script.path=FILE")
-    modules = [entry.name for entry in pkgutil.iter_modules(locations) if not entry.ispkg or part != "__main__"]
-    likely = next(iter(sorted(modules) if part == "__main__" else closest(part, modules)), "MODULE")
-    lacking = f"there is no {part} in {' nor '.join(locations)}"
-    raise ConfigError(f"{typed}, and {lacking}", EXPECTED, f"script.module={package}.{likely}")
-
-
-def find_spec(name: str, locations: Sequence[str]) -> ModuleSpec | None:
-    """Return the spec of a module without importing its package. None if no finder of this Python finds it."""
-    for finder in sys.meta_path:
-        # The other finders accept no search path for the first part of a name.
-        path = locations if "." in name or finder is PathFinder else None
-        spec = finder.find_spec(name, path) if hasattr(finder, "find_spec") else None
-        if spec is not None:
-            return spec
-    return None
-
-
-def finds_by_itself(spec: ModuleSpec) -> bool:
-    """Return whether a package's code may find modules outside its folders; True if the code cannot be read."""
-    if spec.origin is None:  # A namespace package has no code.
-        return False
-    try:
-        source = spec.loader.get_source(spec.name)  # type: ignore[union-attr]
-    except (AttributeError, ImportError, SyntaxError, UnicodeDecodeError):
-        return True
-    return source is None or OWN_IMPORTS.search(source) is not None
 
 
 # Refusal of a script that cannot start, as far as the login node can see. Does not import torch.
@@ -143,18 +120,14 @@ def require_program(script: ScriptOptions, *, elsewhere: bool = False) -> None:
 def require_command(command: Sequence[str], workdir: Path) -> None:
     """Raise ConfigError if the program of a command does not exist, or cannot be executed."""
     program, local = command[0], workdir / command[0]
-    if shutil.which(program, path=os.pathsep.join([str(workdir), os.environ.get("PATH", "")])):
-        return
-    if local.is_file() and os.access(local, os.X_OK):
+    path = os.pathsep.join([str(workdir), os.environ.get("PATH", "")])
+    if shutil.which(program, path=path) or (local.is_file() and os.access(local, os.X_OK)):
         return
     typed = f"script.command={shlex.join(command)}"
     if local.is_file():
         expected = "a program that its owner may execute, or an interpreter before it"
         raise ConfigError(f"{typed}, and {program} is not executable", expected, f"chmod +x {shlex.quote(str(local))}")
-    there = (entry.name for folder in os.environ.get("PATH", "").split(os.pathsep) for entry in Path(folder).glob("*"))
-    local_programs = (f"./{path.name}" for path in workdir.glob("*") if path.is_file() and os.access(path, os.X_OK))
-    likely = (closest(program, {*there, *local_programs}) or ["PROGRAM"])[0]
-    fix = in_shell("script.command", f"[{','.join(map(quoted, [likely, *command[1:]]))}]")
+    fix = in_shell("script.command", f"[{','.join(map(quoted, ['PROGRAM', *command[1:]]))}]")
     raise ConfigError(f"{typed}, and no program {program}", "a program on the PATH, or in script.workdir", fix)
 
 
@@ -226,11 +199,8 @@ class ScriptWorkload(Workload):
         facts = {"command": self._args(config, attempt=1), "unit": script.unit.name, "work_per_step": work}
         return WorkloadPlan(
             rows=rows,
-            warnings=tuple(unused_keys(request)),
             facts={key: value for key, value in facts.items() if value is not None},
             max_steps=script.max_steps,
-            checkpoint_kind=command,
-            step_kind=command,
             resumes=script.resumes,
             fewer_nodes=possible_sizes(request, lambda fewer: require_elastic(script, fewer)),
         )
@@ -300,24 +270,6 @@ class ScriptWorkload(Workload):
             program = [python, path or str(script.path)]
         args = [*program, *split_args("script.args", script.args), *written_options(script.options, script.style)]
         return args + (split_args("script.resume_args", script.resume_args) if attempt > 1 else [])
-
-
-SAYS_NOTHING = (
-    *("cluster.gpu_name", "cluster.gpu_memory_gib", "cluster.gpu_tflops"),
-    *("cluster.matmul_rates", "cluster.network"),
-)
-"""Keys that describe nodes to the cost model of a workload. They do not request nodes."""
-
-
-def unused_keys(request: PlanRequest) -> Iterator[str]:
-    """Yield a warning for typed keys that only matter to a cost model, which a script does not have."""
-    typed = {typed_key(word): word for word in request.overrides if "=" in word}
-    words = [word for key, word in typed.items() if key in SAYS_NOTHING or key.startswith("cluster.interconnect.")]
-    if words:
-        yield (
-            f"{', '.join(words)}: without use for a script, and no request for such nodes; cluster.partition, "
-            "cluster.constraint and cluster.gres ask for them"
-        )
 
 
 def require_elastic(script: ScriptOptions, request: PlanRequest) -> None:

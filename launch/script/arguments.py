@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Optional
@@ -22,11 +21,6 @@ from launch.schema import check_ranges, key
 
 PLACEHOLDER = re.compile(r"%\{(\w+)\}")
 REFERENCE = re.compile(r"(?<!\\)\$\{(\w+)\}")
-BRACES = re.compile(r"(?<![$%\\])\{(\w+)\}")
-"""Pattern of a name in braces without the sign ($ or %) that makes it a reference."""
-PATH = re.compile(r"([$%]\{\w+\}|[\w./=:@,+-])*")
-"""Pattern for a word without its names in braces: the rest of a path, or nothing."""
-ESCAPED = re.compile(r"\\(\{(?:" + "|".join(RANK_VALUES) + r")\})")
 
 
 class Style(Enum):
@@ -42,41 +36,15 @@ def split_args(key: str, args: Any) -> list[str]:
     Raises:
         ConfigError: a quote is not closed, or the value is neither a list nor a string.
     """
-    if args is None:
-        return []
     if isinstance(args, list):
-        refuse_nested(key, args, "a text, or a flat list of texts and numbers")
         return [str(arg) for arg in args]
-    if isinstance(args, dict):
-        raise ConfigError(f"{key}={args}", "a string as a shell would split it, or a list", f"{key}='\"--lr 3e-4\"'")
     try:
-        return shlex.split(str(args))
+        if isinstance(args, dict):
+            raise ValueError("names with values belong to script.options")
+        return [] if args is None else shlex.split(str(args))
     except ValueError as error:
-        raise ConfigError(
-            f"{key}={args}: {str(error)[:1].lower()}{str(error)[1:]}",
-            "arguments as a shell would split them, every quote closed",
-            f"{key}='\"--lr 3e-4\"'",
-        ) from error
-
-
-def refuse_nested(key: str, values: Sequence[Any], expected: str) -> None:
-    """Raise ConfigError if the elements of a list are not texts or numbers."""
-    for value in values:
-        if value is None or isinstance(value, list | Mapping):
-            what = "null" if value is None else "a list" if isinstance(value, list) else "a mapping"
-            typed = json.dumps(list(values), separators=(",", ":"), default=str)
-            raise ConfigError(f"{key}={typed}, with {what} in the list", expected, f"{key}=[A,B]")
-
-
-def check_script_options(options: Mapping[str, Any], style: Style, prefix: str = "script.options.") -> None:
-    """Raise ConfigError if an option has a list that arguments of this style cannot express."""
-    for name, value in options.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            check_script_options(value, style, f"{key}.")
-        elif isinstance(value, list) and style is Style.argparse:
-            expected = "a flat list, which is written with commas; a text, or script.style=hydra, for what has more"
-            refuse_nested(key, value, expected)
+        expected = "a list, or one text that a shell would split, every quote closed"
+        raise ConfigError(f"{key}={args}: {error}", expected, f"{key}='\"--lr 3e-4\"'") from error
 
 
 HYDRA_SYNTAX = frozenset("=,()[]{}'\"")
@@ -120,17 +88,11 @@ def written_options(options: Mapping[str, Any], style: Style, prefix: str = "") 
 
 
 def require_known(key: str, value: Any, keys: Collection[str]) -> None:
-    """Raise ConfigError if ``${NAME}`` in arguments is neither a value of the run nor a key at the root.
-
-    A plain ``{NAME}`` with the name of such a value is refused too if it is a whole word or path. Other texts with
-    braces belong to the program.
-    """
+    """Raise ConfigError if ``${NAME}`` in arguments is neither a value of the run nor a key at the root."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for item in inner:
         require_known(key, item, keys)
-    if not isinstance(value, str):
-        return
-    for name in REFERENCE.findall(value):
+    for name in REFERENCE.findall(value) if isinstance(value, str) else ():
         if name not in RANK_VALUES and name not in keys:
             meant = (closest(name.lower(), RANK_VALUES) or RANK_VALUES)[0]
             raise ConfigError(
@@ -138,20 +100,12 @@ def require_known(key: str, value: Any, keys: Collection[str]) -> None:
                 f"one of {', '.join(f'${{{known}}}' for known in RANK_VALUES)}",
                 f"${{{meant}}} in its place, or \\${{{name}}} for these signs themselves",
             )
-    for word in value.split():
-        names = BRACES.findall(word)
-        if names and {*names} <= {*RANK_VALUES} and {*names} != {"name"} and PATH.fullmatch(BRACES.sub("", word)):
-            raise ConfigError(
-                f"{word} in {key}, which the program would get as it stands",
-                "a value of the run as ${...}, in quotes for the shell",
-                f"${{{names[0]}}} in its place, or \\{{{names[0]}}} for these signs themselves",
-            )
 
 
 def keep_values(value: Any) -> Any:
     """Return ``value`` with ``${NAME}`` of ``RANK_VALUES`` as ``%{NAME}``, which ``fill`` replaces at a start."""
     if isinstance(value, str):
-        return re.sub(r"\$\{(" + "|".join(RANK_VALUES) + r")\}", r"%{\1}", value)
+        return re.sub(r"(?<!\\)\$\{(" + "|".join(RANK_VALUES) + r")\}", r"%{\1}", value)
     if isinstance(value, list):
         return [keep_values(item) for item in value]
     if isinstance(value, dict):
@@ -161,8 +115,7 @@ def keep_values(value: Any) -> Any:
 
 def fill(text: str, values: Mapping[str, Any]) -> str:
     """Return an argument with each ``%{NAME}`` replaced by ``values[NAME]``. Unknown names stay."""
-    filled = PLACEHOLDER.sub(lambda found: str(values.get(found.group(1), found.group(0))), text)
-    return ESCAPED.sub(r"\1", filled)
+    return PLACEHOLDER.sub(lambda found: str(values.get(found.group(1), found.group(0))), text)
 
 
 # Keys that ``workload=script`` adds to the config: a program, its arguments, and its abilities. Does not import torch.
@@ -239,7 +192,6 @@ class ScriptOptions:
             raise ConfigError("script.command=[]", "a program and its arguments", "'script.command=[./train,--fast]'")
         split_args("script.args", self.args)
         split_args("script.resume_args", self.resume_args)
-        check_script_options(self.options, self.style)
         if self.stop_signal not in STOP_SIGNALS:
             likely = (closest(self.stop_signal, STOP_SIGNALS) or STOP_SIGNALS)[0]
             expected = f"one of {', '.join(STOP_SIGNALS)}, which a program can catch"

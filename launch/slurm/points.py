@@ -17,8 +17,9 @@ from launch.config import ClusterConfig, ClusterKind, Config
 from launch.config.compose import typed_config, workload_of
 from launch.errors import ConfigError, counted
 from launch.plan import placement
-from launch.plan.plan import Plan, local_gpus, make_plan, unfinished
+from launch.plan.plan import Plan, make_plan, unfinished
 from launch.plan.preflight import add_expected, add_warnings, share_budget
+from launch.runs.environment import visible_gpus
 from launch.runs.find import labels_for
 from launch.runs.overrides import typed_key
 from launch.runs.records import refuse_unknown_figure
@@ -136,7 +137,7 @@ def choose_resources(points: Sequence[OpenPoint], console: Console) -> SlurmFact
     on_slurm = [point for point in points if point.kind is ClusterKind.slurm]
     lines = choose_exclusive(on_slurm)
     if len(on_slurm) < len(points):
-        lines += choose_local_ranks([point for point in points if point.kind is ClusterKind.local], local_gpus())
+        lines += choose_local_ranks([point for point in points if point.kind is ClusterKind.local], len(visible_gpus()))
     slurm = None
     if on_slurm and points[0].config.launch.check_limits:
         slurm = limits.ask_slurm()
@@ -368,4 +369,4 @@ def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts 
             "cluster=slurm; or, without launch.detach: nohup python -m launch ... > launch.out &",
         )
     budgeted = share_budget(plans, configs)
-    return [add_warnings(add_expected(plan), config, slurm) for plan, config in zip(budgeted, configs, strict=True)]
+    return [add_warnings(add_expected(plan), config) for plan, config in zip(budgeted, configs, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ BIG = [
 GPUS = ["cluster=slurm", "cluster.gpus_per_node=8", H100]
 
 
+@cache
 def plan_of(*words: str) -> Plan:
     return make_plan(typed_config(compose_launch(words)), words, ClusterKind.slurm)
 
@@ -122,17 +124,11 @@ def test_links_that_are_stated_count() -> None:
             "H200x, which is not known",
             ", or cluster.gpu_name='NVIDIA H200'",
         ),
-        (
-            ["cluster.gpus_per_node=8", "cluster.gpu_name=H20", "cluster.gpu_memory_gib=96"],
-            "(H20)",
-            "cluster.gpu_name=",
-        ),
         (["cluster.gpus_per_node=8", "cluster.gpu_name=A100"], "one of NVIDIA A100-SXM4-40GB", "=A100-80GB"),
         ([], "nodes of unknown memory", "cluster.mem_gb=64"),
         (["cluster.gpus_per_node=8", H100, "cluster.gpu_memory_gib=2"], "needs least", "nodes="),
-        (["cluster.gpus_per_node=8", H100, "optim.global_batch=7"], "optim.global_batch=7", "optim.global_batch="),
     ],
-    ids=["no name", "unknown name", "mistyped name", "unknown rate", "two memories", "no memory", "too small", "batch"],
+    ids=["no name", "unknown name", "mistyped name", "two memories", "no memory", "too small"],
 )
 def test_what_cannot_be_chosen_is_refused(words: list[str], found: str, fix: str) -> None:
     with pytest.raises(ConfigError) as refusal:
@@ -149,9 +145,6 @@ def test_a_layout_that_was_typed_is_held_against_a_gpu_that_has_a_short_name() -
     with pytest.raises(ConfigError) as too_large:
         plan_of(*words, "cluster.gpu_name=H100", "model.n_embd=8192")
     assert "on a GPU (cluster.gpu_name: NVIDIA H100 80GB HBM3)" in too_large.value.found
-    with pytest.raises(ConfigError) as unknown:
-        plan_of(*words, "cluster.gpu_name=H2000")
-    assert "NVIDIA H100 80GB HBM3, " in unknown.value.expected and "NVIDIA A100-SXM4-80GB, " in unknown.value.expected
 
 
 def test_what_is_said_of_an_unknown_gpu_is_enough() -> None:

@@ -94,7 +94,7 @@ def test_the_command_shows_plans_and_scripts_and_writes_nothing(tmp_path: Path) 
     assert "1 x 8 = 8 ranks on slurm" in text
     assert "2 x 8 = 16 ranks on slurm" in text
     assert "918,656 parameters" in text
-    assert "worst case of 2 of 2 points: 3 node-hours, 24 GPU-hours" in text
+    assert "worst case: 3 node-hours, 24 GPU-hours, if all 2 runs last" in text
     assert text.count("#!/bin/bash") == 2
     assert text.count("#SBATCH --gpus-per-node=8") == 2
     assert text.count("#SBATCH --exclusive") == 2 and "cluster.exclusive=false shares them" in text

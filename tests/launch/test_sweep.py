@@ -137,7 +137,7 @@ def test_the_same_command_again_submits_only_what_is_not_finished(sweep: tuple[P
         assert "finished    already" in run("launch", *dry, *words, "dry_run=true", cwd=tmp_path)
     more = run("launch", "-m", "nodes=2,4", *words, *UNDRAWN, cwd=tmp_path)
     assert "finished already, and not submitted: nodes=2" in more
-    assert "worst case of 1 of 2 points: 1 h 00 min on this machine (each to its time limit" in more
+    assert "worst case: 1 h 00 min on this machine, if the run lasts until the time limit" in more
     assert re.search(r"^nodes=4 +finished", more, re.MULTILINE) and "sweep 1: nodes=1,2" in more
     one = run("launch", "nodes=2", *words, cwd=tmp_path)
     assert "Summary of " in one and "Scaling" not in one
