@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import shlex
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +31,12 @@ from launch.doctor.machine import Facts
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.plan import Plan, make_plan
 from launch.runs.files import deny_others_writing
-from launch.slurm import client as scheduler
 from launch.slurm import places
-from launch.slurm.checks import Finding, Level, Request, excluded, fail, has_errors, warn
+from launch.slurm.checks import Finding, Level, Request, fail, has_errors, warn
 from launch.slurm.client import SlurmError
 from launch.slurm.points import choose_on_slurm, gpu_type
 from launch.slurm.submit import refusal_text
 
-COMMAND = re.compile(r"(python -m launch\b.* )\.\.\.$")
-"""Pattern of a command in a finding whose three dots stand for this command's arguments."""
 STYLES = {Level.ok: "green", Level.warning: "yellow", Level.error: "bold red"}
 
 
@@ -70,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         found, results = diagnose(given, console)
     except KeyboardInterrupt:
         return 130
-    found = complete_commands(found, given)
     status = int(has_errors(found))
     if given.json:
         rest = ("check", "found", "why", "fix", "unless")
@@ -109,13 +102,6 @@ def diagnose(given: argparse.Namespace, console: Console) -> tuple[list[Finding]
     return [*of_machine, *of_request, *measured], results
 
 
-def complete_commands(found: Sequence[Finding], given: argparse.Namespace) -> list[Finding]:
-    """Return the findings with this command's arguments in place of ``...`` at the end of a command to type."""
-    folder = [] if given.config_dir is None else ["--config-dir", given.config_dir]
-    words = shlex.join([*(["-m"] if given.multirun else []), *given.overrides, *folder])
-    return [replace(one, fix=COMMAND.sub(lambda match: match[1] + words, one.fix).rstrip()) for one in found]
-
-
 # The checks that need no job.
 
 
@@ -133,42 +119,20 @@ def examine(
     plans: dict[str, Plan] = {}
     planned: dict[str, Config] = {}
     of_request: list[Finding] = []
-    refused: list[Finding] = []
-    unplanned: list[Request] = []
+    sizes = [config.world_size for config in configs]
     for overrides, config in zip(points, configs, strict=True):
         try:
             of_request += choose_on_slurm(config, seen) if seen.kind is ClusterKind.slurm else []
-            sizes = [one.world_size for one in configs]
             plan = make_plan(config, list(overrides), seen.kind, sizes, gpu_type(config, seen))
             plans[plan.run_dir], planned[plan.run_dir] = plan, config
         except ConfigError as error:
-            title, why = " ".join(overrides), f"python -m launch refuses it; expected: {error.expected}"
-            refused.append(fail(f"plan {title}".rstrip(), error.found, why, error.fix))
-            unplanned.append(Request(config, None, (title,), "", excluded(config, seen)))
+            why = f"python -m launch refuses it; expected: {error.expected}"
+            of_request.append(fail(f"plan {' '.join(overrides)}".rstrip(), error.found, why, error.fix))
     requests = [request for _, request in places.requests_of([*plans.values()], planned, seen)]
     if seen.kind is ClusterKind.slurm:
-        of_request += places.check_requests(seen, [*requests, *unplanned])
-        if seen.limits is not None and not has_errors(of_request):
-            of_request += [finding for request in requests for finding in check_sbatch_options(request)]
+        of_request += places.check_requests(seen, requests)
     of_machine = machine.check_machine(seen, configs[0], requests)
-    return of_machine, list(dict.fromkeys([*of_request, *refused])), requests, seen  # Each finding once.
-
-
-def check_sbatch_options(request: Request) -> Iterator[Finding]:
-    """Check options in cluster.additional_parameters by ``sbatch --test-only``, which submits nothing."""
-    given = request.config.cluster.additional_parameters
-    if not given:
-        return
-    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
-        file.write(request.batch_text)
-        file.flush()
-        try:
-            scheduler.run("sbatch", "--test-only", file.name)
-        except SlurmError as error:
-            said = refusal_text(error)
-            names = ", ".join(f"{name}={value}" for name, value in given.items())
-            why = "sbatch would refuse the job of the run"
-            yield fail("options", f"cluster.additional_parameters with {names}: {said}", why, "sbatch --help")
+    return of_machine, list(dict.fromkeys(of_request)), requests, seen  # Each finding once.
 
 
 # The job that measures the nodes.
@@ -187,7 +151,7 @@ def run_on_cluster(
         raise ConfigError("--on-cluster without a cluster", expected, "python -m launch.doctor, without --on-cluster")
     largest = max(requests, key=lambda request: (request.config.nodes, request.config.world_size))
     placed, _ = places.possible_places(seen, largest)
-    if placed.possible and largest.plan is not None:
+    if placed.possible:
         largest = replace(largest, plan=largest.plan.replace_placement(placed))
 
     def say(line: str) -> None:

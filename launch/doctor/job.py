@@ -13,7 +13,6 @@ import os
 import resource
 import signal
 import socket
-import socketserver
 import struct
 import subprocess
 import sys
@@ -22,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -33,14 +31,13 @@ from omegaconf import OmegaConf
 from launch.agent.health import HealthCheck
 from launch.agent.node import Node
 from launch.config import Config
-from launch.doctor.machine import RLIMITS, filesystem_of
+from launch.doctor.machine import filesystem_of
 from launch.plan.plan import JOBS
 from launch.process import lasting_imports
 from launch.runs import compose
 from launch.runs.environment import reachable_files
-from launch.runs.files import read_json, write_json
+from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
-from launch.slurm import client as scheduler
 from launch.slurm.checks import Request
 from launch.slurm.jobs import SlurmJob, ask_queue
 from launch.slurm.submit import submit_calls
@@ -58,8 +55,8 @@ ARRIVAL_S = 60
 RANKS_S = 180
 """Seconds after which ranks that still measure are killed."""
 CONNECT_S = 5.0
-PINGS = 8
-REQUEST = "request.json"
+ON_CPUS = "on_cpus"
+"""File that exists if ranks compute on CPUs, although the nodes may have GPUs."""
 CLOCK = struct.Struct("!d")
 Record = dict[str, Any]
 
@@ -81,15 +78,14 @@ def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable
         submitit.core.utils.FailedJobError: sbatch refused.
     """
     config, plan = request.config, request.plan
-    assert plan is not None
     (output / ".doctor").mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=output / ".doctor"))
     for name in ("nodes", "ranks", "seen"):
         (root / name).mkdir()
-    resilience = replace(config.resilience, rendezvous_timeout_s=ARRIVAL_S)
-    compose.write_config(RunFolder(root), OmegaConf.structured(replace(config, resilience=resilience)), [])
+    compose.write_config(RunFolder(root), OmegaConf.structured(config), [])
     uses_cpus = bool(plan.promised.uses_cpus)
-    write_json(root / REQUEST, {"uses_cpus": uses_cpus})
+    if uses_cpus:
+        (root / ON_CPUS).touch()
     limit = min(JOB_MIN, config.cluster.timeout_min)
     resources = {**plan.slurm, "job_name": "doctor", "time": limit, "signal_delay_s": 0}
     (job,) = submit_calls(root / JOBS, resources, measure_node, [str(root)])
@@ -158,16 +154,11 @@ def measure_node(root: str) -> None:
         signal.signal(number, signal.SIG_DFL)  # submitit would ignore the first signal, and requeue at the second.
     folder, node = RunFolder(root), Node.from_env(None)
     config = compose.read_config(folder, Config)
-    soft = {name: resource.getrlimit(number)[0] for name, number in RLIMITS.items()}
-    # An agent raises its limit to this value.
-    soft["nofile"] = reachable_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     record: Record = {
         "index": node.index,
-        "time_s": time.time(),
         "host": socket.gethostname(),
         "cpus": len(os.sched_getaffinity(0)),
-        "cpus_of_machine": os.cpu_count(),
-        "limits": {name: -1 if value == resource.RLIM_INFINITY else value for name, value in soft.items()},
+        "open_files": reachable_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         "python": ".".join(map(str, sys.version_info[:3])),
         "torch": metadata.version("torch"),
         "filesystem": filesystem_of(folder.path),
@@ -175,20 +166,10 @@ def measure_node(root: str) -> None:
     health = HealthCheck(folder.path, config.resilience.health_check, config.cluster.gpus_per_node)
     record["faults"] = [fault.found for fault in health.examine()]
     try:
-        hosts = scheduler.run("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-        record["names"] = {host: resolve(host) for host in hosts}
         meet_others(folder, node, config, record)
     except Exception as error:  # The login node shows errors of any kind.
         record["error"] = f"{type(error).__name__}: {error}"
     write_json(folder.path / "nodes" / f"{node.index:05d}.json", record)
-
-
-def resolve(host: str) -> str:
-    """Return the IPv4 address to which this node resolves a host name; if it fails, ``!`` and the error."""
-    try:
-        return socket.gethostbyname(host)
-    except OSError as error:
-        return f"!{error.strerror or error}"
 
 
 def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -> None:
@@ -200,12 +181,11 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
         from launch.agent import exchange, ranks
 
     endpoint = exchange.open_endpoint(folder, node, ARRIVAL_S, ARRIVAL_S)
-    record["address"] = endpoint.address
     seen = folder.path / "seen"
     (seen / str(node.index)).write_text("here\n")
-    with ClockServer((endpoint.address, 0), ClockHandler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"{endpoint.address}:{server.server_address[1]}"
+    with socket.create_server((endpoint.address, 0), backlog=512) as listener:
+        threading.Thread(target=serve_clock, args=(listener,), daemon=True).start()
+        address = f"{endpoint.address}:{listener.getsockname()[1]}"
         others = share(endpoint, "at", node.index, address, range(node.count))
         record["missing"] = [index for index in range(node.count) if index not in others]
         record["unseen"] = unseen(seen, set(others))
@@ -217,7 +197,6 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
                     record["clock_offset_s"], record["clock_error_s"] = offset
         closed = sum(1 for problem in record["ports"].values() if problem)
         counts = share(endpoint, "closed", node.index, str(closed), others)
-        server.shutdown()
     if record["missing"]:
         record["skipped"] = f"node {record['missing'][0]} of the job did not come to the rendezvous"
     elif any(count != "0" for count in counts.values()):
@@ -252,45 +231,32 @@ def unseen(folder: Path, wanted: set[int], timeout_s: float = 15.0) -> list[int]
     return sorted(left)
 
 
-class ClockServer(socketserver.ThreadingTCPServer):
-    """Clock server on a free port of this node, for all nodes of the job at once."""
-
-    daemon_threads = True
-    request_queue_size = 512
-
-
-class ClockHandler(socketserver.BaseRequestHandler):
-    """Answer every byte with the time of this node's clock."""
-
-    def handle(self) -> None:
-        """Serve one connection."""
-        with suppress(OSError):
-            while self.request.recv(1):
-                self.request.sendall(CLOCK.pack(time.time()))
+def serve_clock(listener: socket.socket) -> None:
+    """Send the time of this node's clock to each client, until the listener is closed."""
+    with suppress(OSError):
+        while True:
+            client, _ = listener.accept()
+            with client, suppress(OSError):
+                client.sendall(CLOCK.pack(time.time()))
 
 
 def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
     """Connect to the clock at ``host:port`` and compare it with this node's clock.
 
     Returns a connection error, empty if the port answers; and a pair, None after an error: the seconds by which this
-    clock is ahead, and the bound of their error in seconds, half the shortest round trip (Cristian 1989).
+    clock is ahead, and the bound of their error in seconds, half the round trip (Cristian 1989).
     """
     host, _, port = address.rpartition(":")
-    offsets = []
+    start = time.time()
     try:
         with socket.create_connection((host, int(port)), timeout=CONNECT_S) as connection:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for _ in range(PINGS):
-                start = time.time()
-                connection.sendall(b"?")
-                answer = connection.recv(CLOCK.size, socket.MSG_WAITALL)
-                end = time.time()
-                if len(answer) < CLOCK.size:
-                    raise ConnectionError("closed the connection")
-                offsets.append(((start + end) / 2 - CLOCK.unpack(answer)[0], (end - start) / 2))
+            answer = connection.recv(CLOCK.size, socket.MSG_WAITALL)
     except OSError as error:
         return str(error), None
-    return "", min(offsets, key=lambda pair: pair[1])
+    if len(answer) < CLOCK.size:
+        return "closed the connection", None
+    end = time.time()
+    return "", ((start + end) / 2 - CLOCK.unpack(answer)[0], (end - start) / 2)
 
 
 def run_link_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
@@ -298,7 +264,7 @@ def run_link_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousE
     each, problems, started = config.ranks_on_node, [], []
     shared: dict[str, object] = {"WORLD_SIZE": each * node.count, "LOCAL_WORLD_SIZE": each}
     shared |= {"MASTER_ADDR": endpoint.store.host, "MASTER_PORT": endpoint.store.port}
-    shared |= {"CUDA_VISIBLE_DEVICES": ""} if read_json(root / REQUEST).get("uses_cpus") else {}
+    shared |= {"CUDA_VISIBLE_DEVICES": ""} if (root / ON_CPUS).exists() else {}
     for local in range(each):
         rank = node.index * each + local
         path = root / "ranks" / f"{rank:05d}.log"

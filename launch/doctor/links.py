@@ -1,4 +1,4 @@
-"""Measurements of one rank of the doctor's job: its device, an all-reduce over all ranks, and exchanges between nodes.
+"""Measurements of one rank of the doctor's job: its device, and exchanges between nodes.
 
     python -m launch.doctor.links RECORD        started by launch.doctor.job, with the file for the results
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-import statistics
 import sys
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ with lasting_imports():
 
 LARGE = 16 * MIB
 SMALL = MIB
-PINGS = 20
 MOST_ROUNDS = 15
 """Largest number of other nodes with which a node is measured: all of them up to 16 nodes."""
 PASSES = 3
@@ -54,32 +51,8 @@ class LinkBench(Bench):
         times = [self.own_seconds(lambda: a @ a) for _ in range(6)][1:]
         return 2 * size**3 / min(times) / 1e12
 
-    def group_all_reduce(self) -> dict[str, float]:
-        """Measure an all-reduce over all ranks: the latency of 4 bytes, and the bandwidth of LARGE bytes for about a
-        second.
-
-        ``bandwidth_gbit`` is bytes over time. ``bus_gbit`` counts the bytes of a ring on each link: 2 (n - 1) / n of
-        the tensor.
-        """
-        scalar, block = (torch.ones(count, device=self.device) for count in (1, LARGE // 4))
-        for tensor in (scalar, block[: SMALL // 4]):
-            dist.all_reduce(tensor, group=self.group)  # The first all-reduces open the connections.
-        pings = [self.own_seconds(lambda: dist.all_reduce(scalar, group=self.group)) for _ in range(PINGS)]
-        times: list[float] = []
-        while not times or (self.largest(sum(times)) < 1.0 and len(times) < 10):  # The same number on all ranks.
-            block.fill_(1.0)
-            times.append(self.own_seconds(lambda: dist.all_reduce(block, group=self.group)))
-            assert block[0].item() == self.world, "the sum over all ranks is wrong"
-        rate = 8 * LARGE / statistics.median(times) / 1e9
-        return {
-            "bytes": LARGE,
-            "latency_us": 1e6 * statistics.median(pings),
-            "bandwidth_gbit": rate,
-            "bus_gbit": rate * 2 * (self.world - 1) / self.world,
-        }
-
-    def exchange_with(self, peer: int) -> dict[str, float]:
-        """Return ``latency_us`` and ``bandwidth_gbit`` of one direction to ``peer``, and the message's ``bytes``."""
+    def exchange_with(self, peer: int) -> float:
+        """Return the bandwidth of one direction to ``peer`` in Gbit/s."""
         block = torch.ones(LARGE // 4, device=self.device)
         space = torch.empty_like(block)
 
@@ -97,27 +70,27 @@ class LinkBench(Bench):
             swap(4)
             return max(block[0].item(), space[0].item(), 1e-9)
 
-        for _ in range(2):
-            swap(4)
-        pings = [self.own_seconds(lambda: swap(4)) for _ in range(PINGS)]
+        swap(4)
         size, took = SMALL, agreed_s(SMALL)
         if took < SLOW_S:
             size, took = LARGE, min(agreed_s(LARGE) for _ in range(2))
-        return {"latency_us": 1e6 * statistics.median(pings), "bandwidth_gbit": 8 * size / took / 1e9, "bytes": size}
+        return 8 * size / took / 1e9
 
     def exchanges(self) -> list[dict[str, float]]:
         """Measure PASSES times the link of this rank to the rank of the same local number on each other node.
 
-        Returns one record for each measured node: its index, latency and bandwidth (``merge_passes``).
+        Returns one record for each measured node: its index and the largest bandwidth. Other work of the machine can
+        only make a measurement slower.
         """
         node, nodes = self.rank // self.each, self.world // self.each
-        measured: dict[int, list[dict[str, float]]] = {}
+        measured: dict[int, float] = {}
         for turn in list(range(nodes - 1 + nodes % 2))[:MOST_ROUNDS] * PASSES:
             dist.barrier()
             other = partner(node, turn, nodes)
             if other is not None:
-                measured.setdefault(other, []).append(self.exchange_with(other * self.each + self.local))
-        return [{"node": other, **merge_passes(passes)} for other, passes in measured.items()]
+                rate = self.exchange_with(other * self.each + self.local)
+                measured[other] = max(measured.get(other, 0.0), rate)
+        return [{"node": other, "bandwidth_gbit": rate} for other, rate in measured.items()]
 
 
 def partner(node: int, turn: int, count: int) -> int | None:
@@ -136,18 +109,6 @@ def partner(node: int, turn: int, count: int) -> int | None:
     return circle if circle < count else None
 
 
-def merge_passes(passes: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Join the measurements of one link: the median bandwidth with its range, and the smallest latency."""
-    rates = [one["bandwidth_gbit"] for one in passes]
-    return {
-        "latency_us": min(one["latency_us"] for one in passes),
-        "bandwidth_gbit": statistics.median(rates),
-        "low_gbit": min(rates),
-        "high_gbit": max(rates),
-        "bytes": min(one["bytes"] for one in passes),
-    }
-
-
 def measure_rank(path: Path) -> None:
     """Take part in all measurements, and write this rank's figures into ``path``."""
     torch.set_num_threads(1)
@@ -163,7 +124,7 @@ def measure_rank(path: Path) -> None:
         "matmul_tflops": bench.matmul_tflops(),
     }
     if bench.world > 1:
-        record |= {"group": bench.group_all_reduce(), "links": bench.exchanges()}
+        record["links"] = bench.exchanges()
     dist.barrier()
     dist.destroy_process_group()
     write_json(path, record)

@@ -1,4 +1,4 @@
-"""Facts and checks of the login node: environment, limits, versions, and the filesystems of the folders.
+"""Facts and checks of the login node: Slurm, Python, limits, and the filesystems of the folders.
 
 ``gather`` reads all facts once. The checks are pure functions of the facts.
 """
@@ -11,13 +11,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import psutil
-from packaging.requirements import Requirement
 
 import launch
 from launch.config import ClusterConfig, ClusterKind, Config
@@ -25,12 +22,8 @@ from launch.config.cluster import ContainerRuntime
 from launch.runs.environment import reachable_files
 from launch.slurm import client as scheduler
 from launch.slurm.checks import Finding, Request, fail, fine, warn
-from launch.slurm.limits import SlurmFacts, ask_slurm
-from launch.slurm.submit import INHERITED, INHERITED_NAMES, KEPT
+from launch.slurm.limits import SlurmFacts, ask_slurm, torch_version
 
-DISTRIBUTION = "gpt-launch"
-RLIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE, "memlock": resource.RLIMIT_MEMLOCK}
-PYTHONS = ((3, 11), (3, 12), (3, 13))
 GIB = 2**30
 FEW_FILES = 4096
 SHARED = {
@@ -54,7 +47,6 @@ class Folder:
     filesystem: str
     """Type of the filesystem by the kernel: nfs4, lustre, ext4, tmpfs, ..."""
     free_bytes: int = 0
-    free_inodes: int = 0
     problem: str = ""
     """Error when a file is written; empty if a file was written and removed."""
 
@@ -65,7 +57,6 @@ class Facts(SlurmFacts):
 
     kind: ClusterKind
     """Local or slurm, never auto."""
-    was_auto: bool
     client: bool
     """True if Slurm's commands are installed here."""
     output: Folder
@@ -74,16 +65,13 @@ class Facts(SlurmFacts):
     """Folders of the job's Python and of the launcher's code, without folders of the system."""
     container_problem: str = ""
     """Problem with cluster.container; empty if there is none."""
-    environment: dict[str, str]
-    soft: dict[str, int]
-    """Soft limits of this shell: nofile, core in bytes, memlock in bytes. -1 means unlimited."""
-    hard: dict[str, int]
-    python: tuple[int, int]
+    threads: str | None
+    """OMP_NUM_THREADS of this shell, which the job inherits; None if it is not set."""
+    open_files: int
+    """Open files that the hard limit of this shell allows."""
+    locked_bytes: int
+    """Soft limit of locked memory of this shell in bytes; -1 means unlimited."""
     executable: str
-    versions: dict[str, str]
-    """Name of a distribution -> installed version, for torch and each requirement. A missing one is absent."""
-    requirements: tuple[str, ...]
-    """Requirements of the launcher's distribution; empty if it is not installed."""
 
 
 def gather(configs: Sequence[Config]) -> Facts:
@@ -91,30 +79,19 @@ def gather(configs: Sequence[Config]) -> Facts:
     config = configs[0]
     kind = config.cluster.kind
     slurm = SlurmFacts(limits=None) if kind is ClusterKind.local else ask_slurm()
-    requirements: tuple[str, ...] = ()
-    with suppress(metadata.PackageNotFoundError):
-        requirements = tuple(metadata.distribution(DISTRIBUTION).requires or ())
-    versions: dict[str, str] = {}
-    for name in {"torch", *(Requirement(text).name for text in requirements)}:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name.lower()] = metadata.version(name)
     places = {Path(launch.__file__).resolve().parents[1]}
     places |= {Path(sys.prefix)} if sys.prefix != sys.base_prefix else set()
     return Facts(
-        **vars(slurm),
+        **{**vars(slurm), "torch": torch_version()},  # Known even if Slurm does not answer.
         kind=ClusterKind.slurm if kind is ClusterKind.slurm or slurm.limits is not None else ClusterKind.local,
-        was_auto=kind is ClusterKind.auto,
         client=shutil.which("sbatch") is not None,
         output=look_at_folder(Path(config.output_dir)),
         programs=tuple(Folder(str(place), str(place), filesystem_of(place)) for place in sorted(places)),
         container_problem=container_problem(config.cluster),
-        environment=dict(os.environ),
-        soft={name: resource.getrlimit(number)[0] for name, number in RLIMITS.items()},
-        hard={name: resource.getrlimit(number)[1] for name, number in RLIMITS.items()},
-        python=sys.version_info[:2],
+        threads=os.environ.get("OMP_NUM_THREADS"),
+        open_files=reachable_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+        locked_bytes=resource.getrlimit(resource.RLIMIT_MEMLOCK)[0],
         executable=sys.executable,
-        versions=versions,
-        requirements=requirements,
     )
 
 
@@ -141,9 +118,7 @@ def look_at_folder(path: Path) -> Folder:
             os.fsync(file.fileno())
     except OSError as error:
         problem = error.strerror or str(error)
-    # Filesystems without a fixed inode table (btrfs, some NFS servers) report 0 of 0.
-    inodes = space.f_favail if space.f_files else sys.maxsize
-    return Folder(str(path), str(there), filesystem_of(there), space.f_bavail * space.f_frsize, inodes, problem)
+    return Folder(str(path), str(there), filesystem_of(there), space.f_bavail * space.f_frsize, problem)
 
 
 def container_problem(cluster: ClusterConfig) -> str:
@@ -169,12 +144,11 @@ def check_machine(facts: Facts, config: Config, requests: Sequence[Request]) -> 
     """Return the findings of all checks of the login node."""
     return [
         *check_slurm(facts),
-        *check_versions(facts),
+        *check_python(facts),
         *check_programs(facts),
         *check_container(facts, config),
         *check_output_folder(facts),
         *check_space(facts, requests),
-        *check_environment(facts),
         *check_threads(facts, config),
         *check_limits(facts, config),
     ]
@@ -188,42 +162,27 @@ def check_slurm(facts: Facts) -> Iterator[Finding]:
     elif facts.kind is ClusterKind.slurm:
         fix = "scontrol ping; then ask the site" if facts.client else "a login node of the cluster, or cluster=local"
         yield fail("slurm", facts.slurm_problem, "cluster=slurm submits with sbatch", fix)
-    elif facts.client:
+    elif facts.client and facts.slurm_problem:
         why = "cluster=auto would train on this machine, which may be a login node"
         yield warn("slurm", f"sbatch is installed, and {facts.slurm_problem}", why, "cluster=slurm")
     else:
-        found = "cluster=auto: no Slurm here" if facts.was_auto else "cluster=local"
-        yield fine("slurm", f"{found}; nodes are agents on this machine")
+        yield fine("slurm", "not used here: nodes are agents on this machine")
 
 
-def check_versions(facts: Facts) -> Iterator[Finding]:
-    """Check Python, torch and the other requirements of the job's Python, without importing them."""
-    python = f"{facts.python[0]}.{facts.python[1]}"
-    if facts.python in PYTHONS:
-        yield fine("python", f"{python}, torch {facts.versions.get('torch', 'missing')}")
+def check_python(facts: Facts) -> Iterator[Finding]:
+    """Check that the job's Python has torch, without importing torch. pip checks the versions of all libraries."""
+    if facts.torch:
+        yield fine("python", f"{facts.executable}, torch {facts.torch}")
     else:
-        fix = f"python{PYTHONS[-1][0]}.{PYTHONS[-1][1]} -m venv .venv && .venv/bin/pip install -e ."
-        why = "tested are Python 3.11 to 3.13, and the job runs this one"
-        yield fail("python", f"Python {python} at {facts.executable}", why, fix)
-    if not facts.requirements:
-        found = f"{DISTRIBUTION} is not installed in {facts.executable}"
-        yield warn("libraries", found, "the versions that fit are then not known", "pip install -e .")
-    for wanted in map(Requirement, facts.requirements):
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        version = facts.versions.get(wanted.name.lower())
-        if version is None or not wanted.specifier.contains(version, prereleases=True):
-            found = f"{wanted.name} {version or 'is not installed'} in {facts.executable}"
-            why = f"the job runs this Python, and {wanted.name}{wanted.specifier} is tested"
-            yield fail("libraries", found, why, f"pip install '{wanted.name}{wanted.specifier}'")
+        fix = f"{facts.executable} -m pip install -e ."
+        yield fail("python", f"no torch in {facts.executable}", "the job runs this Python", fix)
 
 
 def check_programs(facts: Facts) -> Iterator[Finding]:
     """Check that each node can find the job's Python and code by their paths."""
-    for folder in facts.programs if facts.kind is ClusterKind.slurm else ():
-        above = [other for other in facts.programs if Path(other.path) in Path(folder.path).parents]
-        if any(other.filesystem == folder.filesystem for other in above):
-            continue  # The environment is inside the checkout: the finding about the checkout is enough.
+    # The environment may be inside the checkout: one finding for each filesystem is enough.
+    each = {folder.filesystem: folder for folder in reversed(facts.programs)}
+    for folder in each.values() if facts.kind is ClusterKind.slurm else ():
         found = f"{folder.path}: {sharing(folder)}"
         if folder.filesystem in SHARED:
             yield fine("program", found)
@@ -275,9 +234,8 @@ def check_space(facts: Facts, requests: Sequence[Request]) -> Iterator[Finding]:
     """Check that output_dir has enough space for the checkpoints that are kept."""
     folder, need = facts.output, 0
     for request in requests:
-        if request.plan is not None:
-            promised = request.plan.promised
-            need += (promised.checkpoint_bytes or 0) * promised.checkpoints_kept * len(request.points)
+        promised = request.plan.promised
+        need += (promised.checkpoint_bytes or 0) * promised.checkpoints_kept * len(request.points)
     found = f"{folder.free_bytes / GIB:.1f} GiB free at {folder.exists}"
     if folder.problem:
         fix = "output_dir=PATH that is yours"
@@ -285,71 +243,37 @@ def check_space(facts: Facts, requests: Sequence[Request]) -> Iterator[Finding]:
     elif need > folder.free_bytes:
         why = f"checkpoints of all points take about {need / GIB:.1f} GiB (weights, Adam's moments; keep_last + 1)"
         yield fail("disk", found, why, "output_dir=PATH with more room, or checkpoint.keep_last=1")
-    elif folder.free_inodes < 10_000:
-        few = f"{folder.free_inodes} inodes free at {folder.exists}"
-        yield warn("disk", few, "every file takes one", "output_dir=PATH")
     else:
         yield fine("disk", f"{found}, checkpoints take about {need / GIB:.1f} GiB")
 
 
-def check_environment(facts: Facts) -> Iterator[Finding]:
-    """Check for variables of an enclosing job or launcher."""
-    inherited = [name for name in facts.environment if name.startswith(INHERITED) or name in INHERITED_NAMES]
-    some = [name for name in inherited if name not in KEPT]
-    some.sort(key=lambda name: (not name.startswith(("SLURM_CPU_BIND", "RANK", "MASTER")), name))
-    if some:
-        shown = ", ".join(some[:6]) + (f" and {len(some) - 6} more" if len(some) > 6 else "")
-        inside = "this shell is inside a Slurm job: " if "SLURM_JOB_ID" in some else ""
-        yield warn(
-            "environment",
-            f"{inside}{shown} set",
-            "python -m launch hides them from its jobs, but srun, sbatch and torchrun typed by hand pass them on: "
-            "SLURM_CPU_BIND alone pins every rank to the CPUs of the old job",
-            f"unset {' '.join(some)}",
-        )
-    else:
-        yield fine("environment", "nothing inherited from a job or a launcher")
-
-
 def check_threads(facts: Facts, config: Config) -> Iterator[Finding]:
     """Check OMP_NUM_THREADS, which the job inherits."""
-    text = facts.environment.get("OMP_NUM_THREADS")
+    text, ranks = facts.threads, config.ranks_on_node
+    most = max(1, (config.cluster.cpus_per_task or 4 * ranks) // ranks)
     if text is None:
         yield fine("threads", "OMP_NUM_THREADS is not set; the agent sets 1 for each rank")
-        return
-    threads = int(text) if text.isdigit() else 0
-    cpus, ranks = config.cluster.cpus_per_task, config.ranks_on_node
-    most = max(1, (cpus or ranks) // ranks)
-    if threads == 0:
-        why = "libraries that cannot read it take every CPU they see, on every rank"
-        yield warn("threads", f"OMP_NUM_THREADS={text}", why, "export OMP_NUM_THREADS=1")
-    elif threads > most and (cpus is not None or threads > 8):
-        room = f"cluster.cpus_per_task={cpus} for {ranks} ranks" if cpus is not None else f"{ranks} ranks on a node"
+    elif not text.isdigit() or not 0 < int(text) <= most:
+        found = f"OMP_NUM_THREADS={text}, and CPUs for {most} threads of each of {ranks} ranks"
         why = "the job inherits it, and threads that share cores wait for each other"
-        yield warn("threads", f"OMP_NUM_THREADS={threads} and {room}", why, f"export OMP_NUM_THREADS={most}")
+        yield warn("threads", found, why, f"export OMP_NUM_THREADS={most}")
     else:
-        yield fine("threads", f"OMP_NUM_THREADS={threads}")
+        yield fine("threads", f"OMP_NUM_THREADS={text}")
 
 
 def check_limits(facts: Facts, config: Config) -> Iterator[Finding]:
     """Check limits of this shell, which Slurm passes to the job by default (PropagateResourceLimits)."""
-    soft, most = facts.soft["nofile"], reachable_files(facts.hard["nofile"])
-    if most < FEW_FILES:
-        ends = "the ranks run into 'Too many open files': every connection, data file and log of a rank is one"
-        passed = "" if facts.kind is ClusterKind.local else "Slurm passes it on (PropagateResourceLimits) and "
+    if facts.open_files < FEW_FILES:
+        why = "the ranks run into 'Too many open files': every connection, data file and log of a rank is one"
         fix = "ask the site for a higher hard limit: agents raise the soft one to it by themselves"
-        yield warn("open files", f"ulimit -Hn is {most}", passed + ends, fix)
+        yield warn("open files", f"ulimit -Hn is {facts.open_files}", why, fix)
     else:
-        raised = f", which agents raise to {most} for their ranks" if 0 <= soft < most else ""
-        yield fine("open files", f"ulimit -n is {'unlimited' if soft < 0 else soft}{raised}")
-    if facts.soft["core"] < 0:
-        why = "a crash writes one core dump for each rank, each as large as its memory, into the folder it runs in"
-        yield warn("core dumps", "ulimit -c is unlimited", why, "ulimit -c 0")
+        yield fine("open files", f"agents raise ulimit -n to {facts.open_files} for their ranks")
     if facts.limits is None or not config.cluster.gpus_per_node or config.nodes == 1:
         return
     passed = facts.limits.config.get("PropagateResourceLimits", "ALL").upper()
     kept = facts.limits.config.get("PropagateResourceLimitsExcept", "").upper()
-    size = facts.soft["memlock"]
+    size = facts.locked_bytes
     if 0 <= size < GIB and ("ALL" in passed or "MEMLOCK" in passed) and "MEMLOCK" not in kept:
         why = "Slurm passes it to the nodes, and InfiniBand registers its buffers as locked memory (ibv_reg_mr fails)"
         yield warn("locked memory", f"ulimit -l is {size // 1024} KiB", why, "ulimit -l unlimited")

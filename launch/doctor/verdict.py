@@ -7,8 +7,7 @@ gets no complaint. The findings without complaint have the measured figures.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator
-from operator import itemgetter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from launch.doctor.machine import FEW_FILES, SHARED_PATH
@@ -22,18 +21,15 @@ SLOW = 0.5
 BROKEN = 0.1
 """Share of the usual bandwidth below which the finding is an error."""
 SLOW_GPU = 0.8
-LATE = 10.0
-"""Multiple of the usual latency above which a node is reported, if its latency also exceeds LATE_US."""
-LATE_US = 1000.0
 SKEW_S = 1.0
 WAITS = "every collective of a run waits for it"
 
 
 def check_results(results: Results) -> list[Finding]:
     """Return all findings of the job."""
-    checks = [check_node_records, check_folder, check_ports, check_host_names, check_clocks, check_cpus, check_gpus]
+    checks = [check_node_records, check_folder, check_ports, check_clocks, check_cpus, check_gpus]
     if any("links" in rank for rank in results["ranks"]):
-        checks += [check_bandwidth, check_latency]
+        checks.append(check_bandwidth)
     found = list(check_job(results))
     for check in checks if results["nodes"] else ():
         found += check(results)
@@ -82,13 +78,12 @@ def check_node_records(results: Results) -> Iterator[Finding]:
     if skipped := [node["skipped"] for node in nodes if "skipped" in node]:
         found, why = f"nothing was measured: {skipped[0]}", "an all-reduce would wait for its timeout"
         yield warn("links", found, why, "what the other lines say, then the same command again")
-    for key in ("python", "torch"):
-        kinds = {str(node[key]): str(node["host"]) for node in nodes}
-        if len(kinds) > 1:
-            found = ", ".join(f"{key} {version} on {name}" for version, name in sorted(kinds.items()))
-            why = "ranks of one run must run the same software"
-            yield fail("software", found, why, "one environment on a shared filesystem")
-    if few := [node for node in nodes if 0 <= node["limits"]["nofile"] < FEW_FILES]:
+    kinds = {f"Python {node['python']}, torch {node['torch']}": str(node["host"]) for node in nodes}
+    if len(kinds) > 1:
+        found = ", ".join(f"{software} on {name}" for software, name in sorted(kinds.items()))
+        why = "ranks of one run must run the same software"
+        yield fail("software", found, why, "one environment on a shared filesystem")
+    if few := [node for node in nodes if node["open_files"] < FEW_FILES]:
         found = f"ulimit -Hn is below {FEW_FILES} on {hosts(few)}"
         why = "'Too many open files'; agents raise the soft limit to the hard one, and no further"
         yield warn("open files", found, why, "ask the site for a higher hard limit there (LimitNOFILE of slurmd)")
@@ -122,19 +117,6 @@ def check_ports(results: Results) -> Iterator[Finding]:
         yield fine("ports", "every node reaches a free port on every other")
 
 
-def check_host_names(results: Results) -> Iterator[Finding]:
-    """Check that the name of each node resolves to an address that other nodes reach."""
-    bad = False
-    for node in results["nodes"]:
-        for name, address in node.get("names", {}).items():
-            if address.startswith("!") or (address.startswith("127.") and len(node["names"]) > 1):
-                bad, found = True, f"on {node['host']}, {name} is {address.removeprefix('!')}"
-                why = "a library that uses names cannot connect (torchrun, gloo by itself); our agents use addresses"
-                yield warn("host names", found, why, "ask the site to put the nodes' addresses into /etc/hosts or DNS")
-    if not bad and any(node.get("names") for node in results["nodes"]):
-        yield fine("host names", "every node's name resolves on every node")
-
-
 def check_clocks(results: Results) -> Iterator[Finding]:
     """Check that no clock is more than SKEW_S seconds off that of the first node, beyond the error of measurement."""
     measured = [node for node in results["nodes"] if "clock_offset_s" in node]
@@ -145,28 +127,16 @@ def check_clocks(results: Results) -> Iterator[Finding]:
             why = "times in events and logs of different nodes cannot be compared; Slurm's munge fails at minutes"
             yield warn("clocks", found, why, f"cluster.exclude={name}, and ask the site about NTP there")
     if measured:
-        most_ms, error_ms = (
-            1000 * max(abs(node[key]) for node in measured) for key in ("clock_offset_s", "clock_error_s")
-        )
-        yield fine("clocks", f"at most {most_ms:.3f} ms apart (± {error_ms:.3f} ms)")
+        yield fine("clocks", f"at most {max(abs(node['clock_offset_s']) for node in measured):.3f} s apart")
 
 
 def check_cpus(results: Results) -> Iterator[Finding]:
-    """Check that agents may use the requested CPUs. One finding covers all nodes with equal figures."""
+    """Check that agents may use the requested CPUs."""
     asked = results["asked"]["cpus_per_task"]
-    alike: dict[tuple[int, bool], list[dict[str, Any]]] = {}
-    for node in results["nodes"] if asked else ():
-        if node["cpus"] < asked:
-            alike.setdefault((node["cpus"], node["cpus"] == node["cpus_of_machine"]), []).append(node)
-    for (cpus, are_all), nodes in alike.items():
-        agents = "the agent on" if len(nodes) == 1 else "each of the agents on"
-        found = f"{agents} {hosts(nodes)} may use {cpus} CPUs, and cluster.cpus_per_task={asked}"
-        if are_all:
-            why = "all its ranks share them; the node has no more, whatever slurm.conf says of it"
-            yield warn("cpus", found, why, f"cluster.cpus_per_task={cpus}")
-        else:
-            why = "all its ranks share them; srun does not take --cpus-per-task over from sbatch since 22.05"
-            yield fail("cpus", found, why, f"""'cluster.srun_args=["--cpus-per-task={asked}"]'""")
+    if few := [node for node in results["nodes"] if asked and node["cpus"] < asked]:
+        least = min(node["cpus"] for node in few)
+        found = f"the agents on {hosts(few)} may use {least} CPUs, and cluster.cpus_per_task={asked}"
+        yield warn("cpus", found, "all ranks of a node share them", f"cluster.cpus_per_task={least}")
 
 
 def check_gpus(results: Results) -> Iterator[Finding]:
@@ -188,78 +158,35 @@ def check_gpus(results: Results) -> Iterator[Finding]:
     if speeds := [rank["matmul_tflops"] for rank in ranks]:
         devices = ", ".join(sorted({rank["device"] for rank in ranks}))
         yield fine("matmul", f"{min(speeds):.3g} to {max(speeds):.3g} TFLOP/s a rank on {devices}")
-    if groups := [rank["group"] for rank in ranks if "group" in rank]:
-        slowest, latency_us = (
-            min(groups, key=itemgetter("bandwidth_gbit")),
-            max(group["latency_us"] for group in groups),
-        )
-        rate = f"{slowest['bandwidth_gbit']:.3g} Gbit/s (bus {slowest['bus_gbit']:.3g})"
-        size = f"{latency_us:.0f} us for 4 bytes, {slowest['bytes'] / 2**20:g} MiB at {rate}"
-        yield fine("all-reduce", f"over {len(groups)} ranks ({ranks[0]['backend']}): {size}")
 
 
-def link_figures(results: Results, key: str, worse: Callable[[float, float], float] = min) -> Links:
-    """Return pair of ranks -> one figure of their link: the worse of the two figures that its ends measured."""
-    each = results["asked"]["ranks_per_node"]
+def worst_links(results: Results) -> Links:
+    """Return pair of nodes -> the smallest bandwidth among the links of their ranks, in Gbit/s."""
     found: Links = {}
     for rank in results["ranks"]:
         for link in rank.get("links", ()):
-            other = int(link["node"]) * each + rank["rank"] % each
-            pair = (min(rank["rank"], other), max(rank["rank"], other))
-            found[pair] = worse(found.get(pair, link[key]), link[key])
+            pair, rate = (min(rank["node"], link["node"]), max(rank["node"], link["node"])), link["bandwidth_gbit"]
+            found[pair] = min(found.get(pair, rate), rate)
     return found
 
 
-def best_of_each(pairs: Links, best: Callable[[Iterable[float]], float]) -> dict[int, float]:
-    """Return rank -> best figure of its links: one good link shows that the rank itself is sound."""
-    ranks = sorted({rank for pair in pairs for rank in pair})
-    return {rank: best(value for pair, value in pairs.items() if rank in pair) for rank in ranks}
-
-
-def rank_name(results: Results, rank: int) -> tuple[str, str]:
-    """Return the name of a rank for people, and the name of its node.
-
-    The first name includes the local rank if the node has several ranks.
-    """
-    node, local = divmod(rank, results["asked"]["ranks_per_node"])
-    name = host(results, node)
-    return (name if results["asked"]["ranks_per_node"] == 1 else f"{name} (local rank {local})"), name
-
-
 def check_bandwidth(results: Results) -> Iterator[Finding]:
-    """Find nodes whose links are all slow, and single slow links between sound nodes.
-
-    The check compares the median of several measurements. It ignores a link if one of its measurements was as fast as
-    other links: then the machine was busy in the other measurements.
-    """
-    pairs, low, high = (link_figures(results, key) for key in ("bandwidth_gbit", "low_gbit", "high_gbit"))
-    best, best_low, best_high = (best_of_each(of_pairs, max) for of_pairs in (pairs, low, high))
-    usual, usual_low = statistics.median(best.values()), statistics.median(best_low.values())
-    slow = {rank for rank, value in best.items() if value < SLOW * usual and best_high[rank] < usual_low}
-    for rank in sorted(slow):
-        name, node = rank_name(results, rank)
-        found = f"every link of {name} is slow: {best[rank]:.3g} Gbit/s at best, usual are {usual:.3g}"
-        yield (fail if best[rank] < BROKEN * usual else warn)("bandwidth", found, WAITS, f"cluster.exclude={node}")
+    """Find nodes whose links are all slow, and single slow links between sound nodes."""
+    pairs = worst_links(results)
+    # One good link shows that the node itself is sound.
+    best = {node: max(rate for pair, rate in pairs.items() if node in pair) for pair in sorted(pairs) for node in pair}
+    usual = statistics.median(best.values())
+    slow = {node for node, value in best.items() if value < SLOW * usual}
+    for node in sorted(slow):
+        name = host(results, node)
+        found = f"every link of {name} is slow: {best[node]:.3g} Gbit/s at best, usual are {usual:.3g}"
+        yield (fail if best[node] < BROKEN * usual else warn)("bandwidth", found, WAITS, f"cluster.exclude={name}")
     for (a, b), value in sorted(pairs.items()):
-        expected, is_apart = min(best[a], best[b]), high[a, b] < min(best_low[a], best_low[b])
-        if not slow & {a, b} and value < SLOW * expected and is_apart:
-            (one, _), (other, node) = rank_name(results, a), rank_name(results, b)
+        expected, one, other = min(best[a], best[b]), host(results, a), host(results, b)
+        if not slow & {a, b} and value < SLOW * expected:
             found = f"the link {one} - {other}: {value:.3g} Gbit/s, both do {expected:.3g} elsewhere"
             why = "collectives that use it wait for it"
-            yield (fail if value < BROKEN * expected else warn)("bandwidth", found, why, f"cluster.exclude={node}")
+            yield (fail if value < BROKEN * expected else warn)("bandwidth", found, why, f"cluster.exclude={other}")
     if not slow:
-        spread = f"; single measurements {min(low.values()):.3g} to {max(high.values()):.3g}" if low != high else ""
         ends = f"{min(best.values()):.3g} to {max(best.values()):.3g}"
-        yield fine("bandwidth", f"{ends} Gbit/s from node to node, each way{spread}")
-
-
-def check_latency(results: Results) -> Iterator[Finding]:
-    """Find nodes whose links all have a high latency."""
-    best = best_of_each(link_figures(results, "latency_us", max), min)
-    usual = statistics.median(best.values())
-    for rank, value in best.items():
-        if value > max(LATE_US, LATE * usual):
-            name, node = rank_name(results, rank)
-            found = f"{name} answers after {value:.0f} us at best, usual {usual:.0f}"
-            yield warn("latency", found, WAITS, f"cluster.exclude={node}")
-    yield fine("latency", f"{min(best.values()):.0f} to {max(best.values()):.0f} us from node to node")
+        yield fine("bandwidth", f"{ends} Gbit/s from node to node, each way")

@@ -93,8 +93,7 @@ class Request:
     """Request to Slurm for points with equal resources: a job, or an array of ``len(points)`` elements."""
 
     config: Config
-    plan: Plan | None
-    """Plan of the points; None if the launcher refuses to plan. Its request to Slurm is checked anyway."""
+    plan: Plan
     points: tuple[str, ...]
     batch_text: str
     excluded: frozenset[str] = frozenset()
@@ -339,8 +338,7 @@ def check_preemption(case: Case) -> Iterator[Finding]:
     if mode not in ("OFF", "REQUEUE"):
         done = "suspended, and its collectives time out" if "SUSPEND" in mode else "ended and not requeued"
         why = f"a preempted run is {done}; the same command resumes from its last checkpoint"
-        plan = case.request.plan
-        fix = (plan and plan.promised.saves_more_often) or "more frequent checkpoints"
+        fix = case.request.plan.promised.saves_more_often or "more frequent checkpoints"
         yield warn("preemption", f"PreemptMode of {name} is {mode}", why, fix)
 
 

@@ -84,7 +84,6 @@ def possible_places(facts: SlurmFacts, request: Request) -> tuple[Placement, lis
     """
     errors = [[f for f in findings if f.level is Level.error] for _, findings in check_candidates(facts, request)]
     some_fit = any(not found for found in errors)
-    assert request.plan is not None
     places = request.plan.placement
     for index, found in enumerate(errors):
         if found and (some_fit or not all(error.unless for error in found)):

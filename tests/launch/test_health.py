@@ -146,7 +146,7 @@ def test_a_malformed_check_command_is_refused(words: dict[str, Any], expected: s
 
 
 def test_the_doctor_names_sick_nodes() -> None:
-    sound = {"python": "3.11.7", "torch": "2.13.0", "limits": {"nofile": -1}}
+    sound = {"python": "3.11.7", "torch": "2.13.0", "open_files": 65536}
     nodes = [{"host": "n1", "faults": [], **sound}, {"host": "n2", "faults": ["the fan is dead"], **sound}]
     (finding,) = verdict.check_node_records({"nodes": nodes})
     assert finding.found == "n2: the fan is dead" and finding.fix == "cluster.exclude=n2"

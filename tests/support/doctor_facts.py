@@ -66,20 +66,17 @@ NODES = "".join(
     )
 )
 LIMITS = limits.parse_limits(CONFIG, PARTITIONS, NODES)
-OUTPUT = Folder("/home/ada/outputs", "/home/ada", "nfs4", free_bytes=2**40, free_inodes=10**9)
+OUTPUT = Folder("/home/ada/outputs", "/home/ada", "nfs4", free_bytes=2**40)
 FACTS = Facts(
     kind=ClusterKind.slurm,
-    was_auto=False,
     client=True,
     output=OUTPUT,
     programs=(Folder("/home/ada/.venv", "/home/ada/.venv", "nfs4"),),
-    environment={"HOME": "/home/ada"},
-    soft={"nofile": 65536, "core": 0, "memlock": -1},
-    hard={"nofile": 65536, "core": 0, "memlock": -1},
-    python=(3, 11),
+    threads=None,
+    open_files=65536,
+    locked_bytes=-1,
     executable="/home/ada/.venv/bin/python",
-    versions={"torch": "2.13.0+cpu"},
-    requirements=("torch<2.14,>=2.11",),
+    torch="2.13.0+cpu",
     limits=LIMITS,
 )
 CALM = ("cluster=slurm", "cluster.cpus_per_task=4", "cluster.mem_gb=16", "optim.global_batch=96")
