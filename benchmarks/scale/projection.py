@@ -27,7 +27,7 @@ from typing import Any
 
 from benchmarks.page import chosen, commit, cores, keep, merged, stamp
 from launch.config.compose import read_point as read_config
-from launch.project.projection import HeldOut, SweepPoints, as_measured, hold_out, read_links, with_devices
+from launch.project.projection import HeldOut, SweepPoints, as_measured, hold_out, with_devices
 from launch.report.points import read_point
 from launch.report.selection import select
 from launch.report.series import label_points, split
@@ -184,10 +184,11 @@ def predict(
     (series,) = split(points)
     members = tuple(one for one in series.members if one.figures is not None)
     config = read_config(RunFolder(members[-1].path))
-    links = {} if network is None else read_links(network)
-    config = with_devices(replace(config, cluster=replace(config.cluster, **links)), members[-1])
+    if network is not None:
+        config = replace(config, cluster=replace(config.cluster, network=str(network.absolute())))
+    config = with_devices(config, members[-1])
     measured = tuple(map(as_measured, members))
-    sweep = SweepPoints(series, members[-1], config, measured, links_are_given="interconnect" in links)
+    sweep = SweepPoints(series, members[-1], config, measured)
     found = hold_out(sweep)
     parts = sweep.fit(sweep.measured[:-1]).at(found.point.nodes).by_cause
     waits = sum(seconds for cause, seconds in parts.items() if cause.startswith("communication"))

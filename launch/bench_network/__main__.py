@@ -141,43 +141,30 @@ def fit_link(collective: str, samples: Sequence[Sample]) -> LinkFit:
     """
     known = [(*terms(collective, sample.ranks), sample) for sample in samples]
     rows = np.array([[count, share * one.bytes] for count, share, one in known])
-    rows = rows / np.array([[sample.seconds] for sample in samples])
-    best, _, rank, _ = np.linalg.lstsq(rows * SCALE, np.ones(len(rows)), rcond=None)
-    found = best * SCALE
-    if rank < 2 or (found < 0).any():  # The better of the fits with only one of the two terms.
-        squares, sums = (rows**2).sum(axis=0), rows.sum(axis=0)
-        alone = np.diag(np.divide(sums, squares, out=np.zeros(2), where=squares > 0))
-        found = min(alone, key=lambda one: float(((rows @ one - 1) ** 2).sum()))
-    residuals = rows @ found - 1
-    spread = float((residuals**2).sum()) / max(1, len(rows) - 2)
-    covariance = spread * np.linalg.pinv((rows * SCALE).T @ (rows * SCALE)) * np.outer(SCALE, SCALE)
-    latency, per_byte = (float(value) for value in found)
-    rate = 1 / per_byte if per_byte > 0 else FASTEST
-    return LinkFit(
-        latency_s=latency,
-        bytes_per_s=min(rate, FASTEST),
-        latency_error_s=float(covariance[0, 0]) ** 0.5,
-        bytes_per_s_error=rate * rate * float(covariance[1, 1]) ** 0.5 if per_byte > 0 else 0.0,
-        error=float((residuals**2).mean()) ** 0.5,
-    )
+    rows = rows / np.array([[sample.seconds] for sample in samples]) * SCALE
+    # The best of the fits with both terms, with the latency alone, and with the bandwidth alone.
+    fits = []
+    for chosen in ([0, 1], [0], [1]):
+        found = np.zeros(2)
+        found[chosen], *_ = np.linalg.lstsq(rows[:, chosen], np.ones(len(rows)), rcond=None)
+        fits.append((float(((rows @ found - 1) ** 2).mean()), found * SCALE))
+    squares, (latency_s, s_per_byte) = min((fit for fit in fits if (fit[1] >= 0).all()), key=lambda fit: fit[0])
+    rate = 1 / s_per_byte if s_per_byte > 0 else FASTEST
+    return LinkFit(latency_s=float(latency_s), bytes_per_s=min(float(rate), FASTEST), error=squares**0.5)
 
 
 def show_network(network: Network, samples: Sequence[Sample], measured: Mapping[str, Any]) -> None:
-    """Print one line for each collective of each tier: the fit with its standard errors, and its misfit."""
+    """Print one line for each collective of each tier: the fit and its misfit."""
     size = f"{counted(measured['nodes'], 'node')} x {counted(measured['ranks_per_node'], 'rank')}"
     print(f"{size}, {measured['device']}, {measured['backend']}, torch {measured['software']['torch']}")
     rows = []
     for tier, fits in network.tiers.items():
         for name, fit in fits.items():
             ranks = [sample.ranks for sample in samples if (sample.tier, sample.collective) == (tier, name)]
-            rate = f"{fit.bytes_per_s / 1e9:.3g} ± {fit.bytes_per_s_error / 1e9:.2g}"
-            rows.append(
-                [
-                    *(TIER_NAMES[tier], name, ", ".join(map(str, sorted(set(ranks))))),
-                    f"{1e6 * fit.latency_s:.3g} ± {1e6 * fit.latency_error_s:.2g}",
-                    *("not seen" if fit.bytes_per_s >= FASTEST else rate, f"{100 * fit.error:.0f} %", str(len(ranks))),
-                ]
-            )
+            rate = "not seen" if fit.bytes_per_s >= FASTEST else f"{fit.bytes_per_s / 1e9:.3g}"
+            sizes = ", ".join(map(str, sorted(set(ranks))))
+            figures = (f"{1e6 * fit.latency_s:.3g}", rate, f"{100 * fit.error:.0f} %", str(len(ranks)))
+            rows.append([TIER_NAMES[tier], name, sizes, *figures])
     titles = ("tier", "collective", "ranks", "latency, us", "bandwidth, GB/s", "misfit", "samples")
     print_table(Console(), titles, rows, left=("tier", "collective"))
     print("latency of a message, and bandwidth of a rank's link; misfit: root mean square of predicted over measured")

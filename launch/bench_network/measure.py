@@ -100,9 +100,8 @@ class Bench:
 
 
 def tier_group_sizes(most: int) -> list[int]:
-    """Return the group sizes of a tier with ``most`` ranks: each power of two that divides ``most``, and ``most``."""
-    powers = [2**exponent for exponent in range(1, most.bit_length()) if most % 2**exponent == 0]
-    return sorted({*powers, most} - {1})
+    """Return the group sizes of a tier with ``most`` ranks: pairs, if all ranks have a partner, and all ranks."""
+    return [size for size in sorted({2, most}) if size > 1 and most % size == 0]
 
 
 def group_ranks(tier: str, size: int, nodes: int, each: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,13 @@ from gpt_launch import as_typed
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config, workload_of
 from launch.errors import CommandParser, ConfigError, counted, print_table, refusing
-from launch.project.projection import Projection, project, read_links, read_sweep, request_for
+from launch.project.projection import Projection, project, read_sweep, request_for
 from launch.report.notes import percent, rate, time_text
 from launch.report.selection import select
 from launch.runs.files import deny_others_writing, write_atomically
 from launch.runs.find import runs_labelled
 from launch.runs.folder import RunFolder
+from launch.runs.measured import read_network
 from launch.runs.overrides import typed_key
 from launch.schema import check_ranges
 from launch.workload import SetUp, TrainingGoal
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GIB = 2**30
-MOST_SIZES = 64
-"""Largest number of sizes of one projection. More sizes are probably a typing mistake."""
 DAYS = {"hour": 1 / 24, "day": 1.0, "week": 7.0, "month": 30.0}
 SCALES = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kmbt]?)"
@@ -70,25 +69,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--nodes", metavar="LIST", help="sizes: 8,16,32, or 8,16,...,4096")
     add("--fit", metavar="GOAL", help='the cheapest set-ups, without a sweep: "7e9 params, 1e12 tokens, 30 days"')
     add("--sweep", type=int, metavar="N", help="an earlier sweep of the folder")
-    add("--gpu", metavar="NAME", help="other GPUs than those of the sweep, such as H100")
-    links = "measured links: the file of launch.bench_network, or the keys of cluster.interconnect in YAML"
-    add("--network", type=Path, metavar="FILE", help=links)
-    add("--matmul-rates", type=Path, metavar="FILE", help="rates that the workload has measured")
+    add("--gpu", metavar="NAME", help="GPUs for --fit, such as H100")
+    add("--network", type=Path, metavar="FILE", help="measured links: the file of launch.bench_network")
     add("--mtbf-hours", type=float, metavar="H", help="mean time between failures of one node")
     typed = parser.parse_intermixed_args(arguments)
     words, sizes = typed.words, None if typed.nodes is None else parse_node_counts(typed.nodes)
+    if typed.network is not None:
+        read_network(typed.network, "--network")
     if typed.fit is not None:
-        options = {"--sweep": typed.sweep, "--mtbf-hours": typed.mtbf_hours, "--matmul-rates": typed.matmul_rates}
+        options = {"--sweep": typed.sweep, "--mtbf-hours": typed.mtbf_hours}
         wrong = [name for name, value in options.items() if value is not None] or [w for w in words if "=" not in w]
         if wrong:
             expected = "overrides as for python -m launch, KEY=VALUE"
             raise ConfigError(f"--fit with {', '.join(wrong)}", expected, f"python -m launch.project {EXAMPLE}")
         fit(words, typed.fit, typed.gpu, typed.network, sizes)
         return 0
-    if len(words) != 1 or sizes is None:
-        found = f"{len(words)} folders: {' '.join(words)}" if len(words) > 1 else "no --nodes"
-        example = "python -m launch.project SWEEP --nodes 8,...,64"
-        raise ConfigError(found if words else "no folder of a sweep", "the folder of one sweep, and sizes", example)
+    if len(words) != 1 or sizes is None or typed.gpu is not None:
+        given = [*words, *(f"--{name}" for name in ("nodes", "gpu") if getattr(typed, name) is not None)]
+        found, expected = shlex.join(given) or "no arguments", "the folder of one sweep, and sizes; --gpu is for --fit"
+        raise ConfigError(found, expected, "python -m launch.project SWEEP --nodes 8,...,64")
     if typed.mtbf_hours is not None and not 0 < typed.mtbf_hours < math.inf:
         expected = "hours between two failures of a node, above 0"
         raise ConfigError(f"--mtbf-hours {typed.mtbf_hours:g}", expected, "--mtbf-hours 20000")
@@ -96,11 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(words[0])
     folder = folder if folder.exists() else next(iter(runs_labelled(folder)), folder)
     selection = select(folder, typed.sweep, command="python -m launch.project", options=f"--nodes {typed.nodes}")
-    if typed.matmul_rates is not None and typed.gpu is not None:
-        strange = f"--matmul-rates {typed.matmul_rates} with --gpu {typed.gpu}"
-        expected = "rates of the GPUs of the sweep, for a projection onto these"
-        raise ConfigError(strange, expected, "--matmul-rates without --gpu")
-    projection = project(read_sweep(selection, typed.network, typed.matmul_rates), sizes, typed.mtbf_hours, typed.gpu)
+    projection = project(read_sweep(selection, typed.network), sizes, typed.mtbf_hours)
     show_projection(projection)
     for ending, content in contents(projection).items():
         path = selection.folders[-1] / f"projection.{ending}"
@@ -112,37 +107,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_node_counts(text: str) -> list[int]:
     """Return numbers of nodes, ascending, each once, from ``8,16,32`` or with an ellipsis ``8,16,...,4096``.
 
-    An ellipsis continues with the ratio of the two numbers before it if the ratio is whole, else with their difference.
-    After a single number it doubles.
+    An ellipsis continues with the ratio of the two numbers before it. After a single number it doubles.
 
     Raises:
         ConfigError: the text is not such a list.
     """
-    sizes: list[int] = []
-    continues = False
-    for word in map(str.strip, text.split(",")):
-        if word in ("...", "…") and sizes and not continues:
-            continues = True
-            continue
-        last = int(word) if word.isdecimal() else 0
-        if last <= (sizes[-1] if continues else 0):
-            continues = True
-            break
-        before, after = sizes[-2:] if len(sizes) > 1 and sizes[-1] > sizes[-2] else (1, 2)
-        ratio, rest = divmod(after, before)
-        while continues and len(sizes) <= MOST_SIZES:
-            size = sizes[-1] + after - before if rest else sizes[-1] * ratio
-            continues = size < last
-            sizes.append(min(size, last))
-        if not sizes or sizes[-1] != last:
-            sizes.append(last)
-    if continues or len(sizes) > MOST_SIZES:
-        expected = f"at most {MOST_SIZES} numbers of nodes: 8,16,32, or with an ellipsis 8,16,...,4096"
-        raise ConfigError(f"--nodes {text}", expected, "--nodes 8,16,...,4096")
+    head, ellipsis, last = text.partition("...,")
+    try:
+        sizes = [int(word) for word in head.removesuffix("," if ellipsis else "").split(",")]
+        ratio = sizes[-1] // sizes[-2] if len(sizes) > 1 else 2
+        if min(sizes) < 1 or (ellipsis and (ratio < 2 or int(last) <= sizes[-1])):
+            raise ValueError("a number that is too small")
+        while ellipsis and sizes[-1] < int(last):
+            sizes.append(min(sizes[-1] * ratio, int(last)))
+    except ValueError as error:
+        expected = "numbers of nodes: 8,16,32, or with an ellipsis 8,16,...,4096"
+        raise ConfigError(f"--nodes {text}", expected, "--nodes 8,16,...,4096") from error
     return sorted(set(sizes))
 
 
-# A projection as text: terminal, Markdown, CSV, JSON.
+# A projection as text: terminal, CSV, JSON.
 
 
 def projection_columns(found: Projection) -> dict[str, list[str]]:
@@ -180,18 +164,15 @@ def projection_heading(found: Projection) -> str:
 
 def sentences(found: Projection) -> list[str]:
     """Return the sentences below the table of a projection, first on held-out point, model and interval."""
-    wide = f"a factor of {math.exp(found.interval):.3g} to either side"
     held, fitted_to = found.held_out, ", ".join(map(str, found.held_out.fitted_to))
     said = [
         f"held out: {held.point.nodes} nodes, predicted from nodes={fitted_to}: {held.predicted_s:.4g} s a step, "
         f"measured {held.point.step_s:.4g} s: {100 * held.error:+.1f} %",
         f"model: {found.model}",
+        f"interval: a factor of {math.exp(found.interval):.3g} to either side, by the error of the held-out point "
+        "or by its spread",
     ]
-    said.append(f"interval: {wide}, by the error of the held-out point or its spread")
-    refused = [row for row in found.rows if row.refused]
-    if refused:
-        others = f"; likewise nodes={', '.join(str(row.nodes) for row in refused[1:])}" if len(refused) > 1 else ""
-        said.append(f"refused: {refused[0].refused}{others}")
+    said += [f"refused: nodes={row.nodes}: {row.refused}" for row in found.rows if row.refused]
     return [*said, *found.notes]
 
 
@@ -207,10 +188,6 @@ def show_projection(found: Projection) -> None:
 
 def contents(found: Projection) -> dict[str, bytes]:
     """Return file extension -> content, for the files of a projection."""
-    shown = projection_columns(found)
-    cells = [list(shown), ["---"] * len(shown), *map(list, zip(*shown.values(), strict=True))]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-    below = "\n".join(f"- {line}" for line in sentences(found))
     rows = [{name: value for name, value in asdict(row).items() if name != "parts"} for row in found.rows]
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]))
@@ -219,54 +196,42 @@ def contents(found: Projection) -> dict[str, bytes]:
     document = asdict(found)
     del document["label"]
     return {
-        "md": f"# {projection_heading(found)}\n\n{table}\n\n{below}\n\n![projection](projection.png)\n".encode(),
         "csv": file.getvalue().encode(),
         "json": f"{json.dumps(document, indent=2)}\n".encode(),
         "png": draw_projection(found),
     }
 
 
-# The picture of a projection: throughput compared with the ideal line, and efficiency.
-
-
 def draw_projection(found: Projection) -> bytes:
-    """Draw throughput (or step time if the work is unknown) and efficiency over the number of nodes. Returns a PNG."""
-    from launch.report.figures import (
-        Panel,
-        picture,
-    )  # matplotlib takes a second, which a refusal should not need.
+    """Draw throughput, or step time if the work is unknown, over the number of nodes. Returns a PNG.
 
-    is_known = all(row.throughput is not None for row in found.rows if row.is_measured)
-    rates = Panel("Throughput", partial(plot, found=found, name="throughput", unit=f"{found.unit} per second"))
-    times = Panel("Step time", partial(plot, found=found, name="step_s", unit="seconds"))
-    share = partial(plot, found=found, name="efficiency", unit="of the smallest point's throughput per rank")
-    panels = [rates if is_known else times, Panel("Efficiency", share)]
-    return picture(panels, projection_heading(found), "; ".join(sentences(found)[:3]))["png"]
-
-
-def plot(axes: Axes, found: Projection, name: str, unit: str) -> None:
-    """Plot one figure over the number of nodes: measured points filled, projected points hollow with a dashed line."""
-    from launch.report.figures import COLORS, GREY, IDEAL, scale_sizes, scale_values
+    Measured points are filled. Projected points are hollow, with a dashed line and their interval.
+    """
+    # matplotlib takes a second, which a refusal should not need.
+    from launch.report.figures import COLORS, GREY, IDEAL, Panel, picture, scale_sizes, scale_values
 
     shown = [row for row in found.rows if not row.refused]
-    for label, color, inside, line in (("projected", COLORS[1], "white", "--"), ("measured", COLORS[0], None, "-")):
-        rows = [row for row in shown if row.is_measured is (label == "measured")]
-        nodes, values = [row.nodes for row in rows], [getattr(row, name) for row in rows]
-        axes.plot(nodes, values, line, marker="o", color=color, mfc=inside, label=label)
-        if label == "projected" and name == "throughput":
-            low, high = ([value * math.exp(sign * found.interval) for value in values] for sign in (-1, 1))
-            axes.fill_between(nodes, low, high, color=color, alpha=0.15, linewidth=0)
-    sizes = sorted({row.nodes for row in shown})
-    if name == "throughput":
-        first = next(row for row in shown if row.is_measured)
-        ideal = [(first.throughput or math.nan) / first.nodes * nodes for nodes in sizes]
-        axes.plot(sizes, ideal, color=GREY, label="ideal", **IDEAL)
-    lost = [(row.nodes, row.efficiency * row.goodput) for row in shown if row.efficiency and row.goodput]
-    if name == "efficiency" and lost:
-        axes.plot(*zip(*lost, strict=True), ":", color=COLORS[2], label="with failures")
-    scale_sizes(axes, sizes, "nodes")
-    scale_values(axes, unit, log=name == "throughput")
-    axes.legend()
+    is_known = all(row.throughput is not None for row in shown)
+    name, title = ("throughput", "Throughput") if is_known else ("step_s", "Step time")
+
+    def plot(axes: Axes) -> None:
+        for label, color, inside, line in (("projected", COLORS[1], "white", "--"), ("measured", COLORS[0], None, "-")):
+            rows = [row for row in shown if row.is_measured is (label == "measured")]
+            nodes, values = [row.nodes for row in rows], [getattr(row, name) for row in rows]
+            axes.plot(nodes, values, line, marker="o", color=color, mfc=inside, label=label)
+            if label == "projected":
+                low, high = ([value * math.exp(sign * found.interval) for value in values] for sign in (-1, 1))
+                axes.fill_between(nodes, low, high, color=color, alpha=0.15, linewidth=0)
+        sizes = sorted({row.nodes for row in shown})
+        if is_known:
+            first = next(row for row in shown if row.is_measured)
+            ideal = [(first.throughput or math.nan) / first.nodes * nodes for nodes in sizes]
+            axes.plot(sizes, ideal, color=GREY, label="ideal", **IDEAL)
+        scale_sizes(axes, sizes, "nodes")
+        scale_values(axes, f"{found.unit} per second" if is_known else "seconds", log=is_known)
+        axes.legend()
+
+    return picture([Panel(title, plot)], projection_heading(found), "; ".join(sentences(found)[:3]))["png"]
 
 
 # ``--fit``: the cheapest nodes and parallelism that train a model within a given time. The workload estimates costs.
@@ -299,17 +264,13 @@ def parse_goal(text: str) -> Goal:
     Raises:
         ConfigError: one of the three is missing, stated twice, or not a positive number.
     """
-    expected, found = "params, tokens and days, by commas", dict[str, float]()
-    for part in filter(None, (part.strip().lower() for part in text.split(","))):
-        matches = {name: re.fullmatch(rf"{NUMBER}\s*(?:{word})", part) for name, word in WORDS.items()}
-        name, matched = next(((name, match) for name, match in matches.items() if match), ("", None))
-        if matched is None or name in found:
-            wrong = "in it" if matched is None else "beside another number of the same"
-            raise ConfigError(f'--fit "{text}", with {part!r} {wrong}', expected, EXAMPLE)
-        found[name] = float(matched[1]) * SCALES[matched[2]] * (DAYS[matched[3]] if name == "days" else 1.0)
-    lacking = [name for name in WORDS if not 0 < found.get(name, 0) < math.inf]
-    if lacking:
-        raise ConfigError(f'--fit "{text}", without {", ".join(lacking)} above 0', expected, EXAMPLE)
+    parts, found = text.lower().split(","), dict[str, float]()
+    for part, (name, word) in itertools.product(parts, WORDS.items()):
+        if matched := re.fullmatch(rf"\s*{NUMBER}\s*(?:{word})\s*", part):
+            found[name] = float(matched[1]) * SCALES[matched[2]] * (DAYS[matched[3]] if name == "days" else 1.0)
+    if len(parts) != len(WORDS) or not all(0 < found.get(name, 0) < math.inf for name in WORDS):
+        expected = "params, tokens and days, each once and above 0, separated by commas"
+        raise ConfigError(f'--fit "{text}"', expected, EXAMPLE)
     return Goal(TrainingGoal(found["params"], found["tokens"]), found["days"])
 
 
@@ -325,11 +286,7 @@ def compose_goal(typed: Sequence[str], gpu: str | None, network: Path | None) ->
         ConfigError: the workload cannot size a model, or the GPUs have no name.
     """
     given = [*typed, *([] if gpu is None else [f"cluster.gpu_name={gpu}"])]
-    for key, value in ({} if network is None else read_links(network)).items():
-        if key == "network" and value is not None:
-            given.append(f"cluster.network={value}")
-        for tier, link in asdict(value).items() if key == "interconnect" else ():
-            given += [f"cluster.{key}.{tier}.{name}={number}" for name, number in link.items() if number is not None]
+    given += [] if network is None else [f"cluster.network={network.absolute()}"]
     keys = {typed_key(word) for word in given}
     cluster = [word for word in CLUSTER if typed_key(word) not in keys]
     first = typed_config(compose_launch([*cluster, *given]))
@@ -362,20 +319,18 @@ def offers(goal: Goal, config: Config, words: Sequence[str], sizes: Sequence[int
         ConfigError: no set-up reaches the goal; the error names the fastest set-up.
     """
     every: list[Offer] = []
+    in_time: list[Offer] = []
     refusal: ConfigError | None = None
     for nodes in sizes:
         there = replace(config, nodes=nodes)
         request = request_for(there, words, RunFolder(Path(config.output_dir) / "fit"))
         try:
             found = [as_offer(goal, there, one) for one in workload_of(there).set_ups(there, request, goal.training)]
-            said = f"{min(one.days for one in found):.3g} days" if found else ""
         except ConfigError as error:
-            found = []
-            said = error.found if refusal is None or error.found != refusal.found else ""  # Printed once for all sizes.
             refusal = error
+            continue
         every += found
-        if said:
-            print(f"{counted(nodes, 'node')}: {said}", file=sys.stderr, flush=True)
+        print(f"{counted(nodes, 'node')}: {min(one.days for one in found):.3g} days", file=sys.stderr, flush=True)
         in_time = [one for one in every if one.days <= goal.days]
         if len({one.nodes for one in in_time}) == 4:
             break

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 
@@ -50,51 +51,11 @@ def minimum(function: Callable[[float], float], low: float, high: float) -> floa
     return math.exp((a + b) / 2)
 
 
-# Expected maximum of a number of independent draws.
-
-
-def maximum_weights(size: int, draws: int) -> Floats:
-    """Return weights, [size], of ascending values. The weighted sum is the mean maximum of ``draws`` of these values.
-
-    The mean over all choices without replacement is the U-statistic of the maximum (Hoeffding, 1948). Its expectation
-    is the expected maximum of ``draws`` independent draws, for any distribution. ``draws`` is at most ``size``.
-    """
-    places = np.arange(size, 1, -1)
-    # The weight of a value follows from the weight of the next larger one: C(i - 2, d - 1) / C(i - 1, d - 1).
-    ratios = np.maximum(places - draws, 0) / (places - 1)
-    return draws / size * np.cumprod(np.append(1.0, ratios))[::-1]
-
-
-def tail_size(size: int) -> int:
-    """Return the number of largest values to which the exponential tail of a sample is fitted.
-
-    It is the square root of ``size``, at least 10, and at most half of ``size``.
-    """
-    return min(max(10, math.isqrt(size)), size // 2)
-
-
-def reach(size: int) -> int:
-    """Return the largest number of draws whose maximum a sample of ``size`` values can estimate by itself."""
-    return max(1, size // max(1, tail_size(size)))
-
-
-def expected_maximum(values: Floats, draws: int) -> float:
-    """Return the expected maximum of ``draws`` draws from a sample of ascending values.
-
-    Beyond ``reach``, the maximum grows by the scale of the exponential tail times a logarithm. The scale is the mean
-    excess of the largest values above the next one (maximum likelihood). For a normal or a bounded distribution this is
-    an upper bound.
-    """
-    inside, count = min(draws, reach(len(values))), tail_size(len(values))
-    scale = float((values[-count:] - values[-count - 1]).mean()) if count else 0.0
-    return float(maximum_weights(len(values), inside) @ values) + scale * math.log(draws / inside)
-
-
 @lru_cache(maxsize=256)
 def normal_maximum(draws: int) -> float:
     """Return the expected maximum of ``draws`` independent standard normal draws, by numerical integration."""
     x = np.linspace(-10.0, 10.0, 4001)
-    below = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x.tolist()])
+    below = np.array([NormalDist().cdf(value) for value in x.tolist()])
     return float(((x > 0) + 0.5 * (x == 0) - below**draws).sum() * (x[1] - x[0]))
 
 
@@ -105,43 +66,36 @@ MOST_STEPS = 2000
 """Largest number of a run's last steps that are read. More steps add no information and need memory for all ranks."""
 
 
+@dataclass(frozen=True)
 class RankSpread:
-    """Spread of the own times of a point's ranks. An own time is the time of a step without waits.
+    """Spread of the own times of a point's ranks. An own time is the time of a step without waits."""
 
-    All figures are shares of the mean own time, so they also hold for a rank with more or less work.
-
-    Args:
-        own: own times in seconds, [steps, ranks]; two steps and two ranks or more.
-        has_stages: True for a pipeline. Its stages differ by design, so each rank is only compared with itself.
-    """
-
-    def __init__(self, own: Floats, has_stages: bool = False) -> None:
-        steps, self.ranks = own.shape
-        self.has_stages = has_stages
-        self.own_s = float(own.mean())
-        """Mean own time of a step over ranks and steps, seconds."""
-        deviations = (own - own.mean(axis=1, keepdims=True)) / self.own_s
-        means = deviations.mean(axis=0)
-        self._in_step = np.sort(deviations - means * has_stages, axis=1)
-        left = (1 - 1 / self.ranks) * (1 - 1 / steps)  # Corrects for the two subtracted means.
-        self.noise = np.sort((deviations - means).ravel()) / math.sqrt(left)
-        """Noise from step to step over all ranks, in ascending order."""
-        variance = float(means.var(ddof=1)) - float(self.noise.var()) / steps
-        self.lasting = 0.0 if has_stages else math.sqrt(max(0.0, variance))
-        """Standard deviation of the ranks' lasting slowness, without the noise of their means; 0 for a pipeline."""
+    ranks: int
+    own_s: float
+    """Mean own time of a step over ranks and steps, seconds."""
+    excess: float
+    """Excess of the slowest rank of a step over the mean rank, as a share of ``own_s``; the mean over the steps."""
 
     def share(self, ranks: int) -> float:
         """Return the expected excess of the slowest of ``ranks`` ranks over their mean, as a share of that mean.
 
-        Up to the measured number of ranks, the result is the mean over all choices of measured ranks. Beyond, noise
-        grows as the expected maximum of its sample, and lasting slowness as the maximum of a normal distribution. The
-        two are added as squares, which is exact if both are normal or one is zero.
+        The measured excess grows as the expected maximum of so many independent normal draws.
         """
-        seen = float((self._in_step @ maximum_weights(self.ranks, min(ranks, self.ranks))).mean())
-        if ranks <= self.ranks:
-            return seen
-        noise = expected_maximum(self.noise, ranks) - expected_maximum(self.noise, self.ranks)
-        return seen + math.hypot(noise, self.lasting * (normal_maximum(ranks) - normal_maximum(self.ranks)))
+        return self.excess * normal_maximum(ranks) / normal_maximum(self.ranks)
+
+
+def spread_of(own: Floats, has_stages: bool = False) -> RankSpread:
+    """Return the spread of own times.
+
+    Args:
+        own: own times in seconds, [steps, ranks]; two ranks or more.
+        has_stages: True for a pipeline. Its stages differ by design, so each rank is only compared with itself.
+    """
+    deviations = own - own.mean(axis=1, keepdims=True)
+    if has_stages:
+        deviations = deviations - deviations.mean(axis=0)
+    own_s = float(own.mean())
+    return RankSpread(own.shape[1], own_s, float(deviations.max(axis=1).mean()) / own_s)
 
 
 def read_spread(point: Point) -> RankSpread | None:
@@ -167,7 +121,7 @@ def read_spread(point: Point) -> RankSpread | None:
         own.append(times[at] - sum(waits))
     if len(own) < max(2, expected) or len(steps) < 2 or not np.mean(own) > 0:
         return None
-    return RankSpread(np.array(own).T, has_stages)
+    return spread_of(np.array(own).T, has_stages)
 
 
 # Models of the time of a step, and their fit to measured points.
@@ -232,13 +186,12 @@ RATES = (1e-6, 1e4)
 LINKS = (1e-4, 1e3)
 
 
-def fit_costs(points: Sequence[Measured], costs: Costs, *, links_are_given: bool = False) -> tuple[float, float]:
+def fit_costs(points: Sequence[Measured], costs: Costs) -> tuple[float, float]:
     """Return the rate factor, fitted to the smallest point, and the link factor, fitted to the others, in turns.
 
     Args:
         points: measured points, smallest first.
         costs: a workload's cost model.
-        links_are_given: True to keep the link factor 1.
     """
     smallest, others = points[0], points[1:]
 
@@ -250,7 +203,7 @@ def fit_costs(points: Sequence[Measured], costs: Costs, *, links_are_given: bool
 
     links = 1.0
     rate = best_rate(links)
-    for _ in range(12 if others and not links_are_given else 0):
+    for _ in range(12 if others else 0):
         before, links = links, minimum(lambda links, rate=rate: error(rate, links), *LINKS)  # type: ignore[misc]
         rate = best_rate(links)
         # A single rank has no links, so its rate is exact. A smaller change alters no printed figure.
@@ -259,7 +212,7 @@ def fit_costs(points: Sequence[Measured], costs: Costs, *, links_are_given: bool
     return rate, links
 
 
-def cost_model(costs: Costs, rate: float, links: float, links_are_given: bool) -> Model:
+def cost_model(costs: Costs, rate: float, links: float) -> Model:
     """Return a workload's cost model with fitted factors. The causes are those of ``StepTime``."""
 
     def at(nodes: int) -> StepParts:
@@ -268,8 +221,8 @@ def cost_model(costs: Costs, rate: float, links: float, links_are_given: bool) -
         bubble = {"bubble": found.bubble_s} if found.bubble_s else {}
         return StepParts(found.step_s, found.compute_s, {"compute": found.compute_s, **bubble, **waits})
 
-    of_links = "links as given" if links_are_given else f"its links at {links:.3g} times that"
-    return Model(f"the workload's cost model, with ranks at {rate:.3g} times the rate it assumes, and {of_links}", at)
+    text = f"ranks at {rate:.3g} times the rate that it assumes, and links at {links:.3g} times theirs"
+    return Model(f"the workload's cost model, with {text}", at)
 
 
 TERMS = ("divided among the ranks", "on every rank", "grows with the ranks")

@@ -8,14 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
-from typing import Any
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from launch.config import Config
-from launch.config.cluster import InterconnectConfig
 from launch.config.compose import read_point as read_config
 from launch.config.compose import workload_of
 from launch.errors import ConfigError
@@ -27,7 +21,6 @@ from launch.project.models import (
     cost_model,
     fit_costs,
     fit_trend,
-    reach,
     read_spread,
     trend_model,
 )
@@ -36,39 +29,10 @@ from launch.report.points import Point, read_point
 from launch.report.selection import Selection
 from launch.report.series import Series, label_points, split
 from launch.runs.folder import RunFolder
-from launch.runs.measured import read_matmul_rates, read_network
-from launch.schema import check_ranges
 from launch.workload import PlanRequest, StepTime
 
 UNLIMITED_GB = 1e6
 """Memory in GB of a CPU node whose memory is unknown. The value has no effect on the time of a step."""
-
-
-def read_links(path: Path) -> dict[str, Any]:
-    """Read measured links for ``--network``. Returns key of ``cluster`` -> value.
-
-    The file comes from ``launch.bench_network``, or has the keys of ``cluster.interconnect`` in YAML.
-
-    Raises:
-        ConfigError: the file does not exist, or has other keys.
-    """
-    expected = (
-        "what python -m launch.bench_network wrote; or intra_node and inter_node, each with latency_us and "
-        "bandwidth_gb_per_s (10^9 bytes a second), as in cluster.interconnect"
-    )
-    fix = f"python -m launch.bench_network nodes=2 --output {path}"
-    try:
-        document = yaml.safe_load(path.read_text())
-        if not isinstance(document, dict):
-            raise ConfigError(f"--network {path}, without any key", expected, fix)
-        if "tiers" in document:
-            read_network(path, "--network")
-            return {"network": str(path.absolute())}
-        links: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(InterconnectConfig), document))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"--network {path}: {' '.join(str(error).split())[:200]}", expected, fix) from error
-    check_ranges(links, "cluster.interconnect.")
-    return {"interconnect": links, "network": None}
 
 
 def request_for(
@@ -109,18 +73,12 @@ class SweepPoints:
     """Figures of the points to which a model is fitted."""
     rates: tuple[float | None, ...] = ()
     """Work per second of each point, in the unit of the sweep; None if unknown."""
-    links_are_given: bool = False
-    """True if ``--network`` states the bandwidths of links, so that the link factor stays 1.
-
-    False without ``--network``. Also false for a file of ``launch.bench_network``: it compares collectives with each
-    other, so one factor for all of them is fitted.
-    """
     left_out: tuple[str, ...] = ()
     """Names of points whose ranks shared cores or a GPU. They do not show how separate nodes behave."""
     spreads: Mapping[int, RankSpread] = field(default_factory=dict)
     """Nodes -> spread of the ranks' own times, for each point with several ranks; empty if one point lacks it."""
     untold: str = ""
-    """Reason why ``spreads`` is empty, for people; empty text if no point has several ranks."""
+    """Name of the point for which ``spreads`` is empty; empty text if no point has several ranks."""
 
     @property
     def is_weak(self) -> bool:
@@ -132,76 +90,50 @@ class SweepPoints:
         """Number of ranks on each node, at every size."""
         return self.measured[0].ranks // self.measured[0].nodes
 
-    def fit(self, points: Sequence[Measured], gpu: str | None = None) -> Model:
-        """Fit a model to some of the points.
+    def fit(self, points: Sequence[Measured]) -> Model:
+        """Fit a model to some of the points, smallest first.
 
         Measured times include the delay of the slowest rank. This delay is subtracted before the fit, and the expected
         delay at each size is added afterwards.
-
-        Args:
-            points: measured points, smallest first.
-            gpu: GPUs of the projection, with the same share of their peak; None for the GPUs of the sweep.
-
-        Raises:
-            ConfigError: the sweep ran on CPUs, or the peak of one of the GPUs is not known.
         """
-        costs, others = self.costs(), None if gpu is None else self.costs(gpu)
-        if gpu is not None and (costs is None or others is None or not has_gpus(self.base)):
-            seen = None if self.base.environment is None else self.base.environment.device_names
-            raise ConfigError(
-                f"--gpu {gpu} for a sweep on {seen or 'devices that were not recorded'}",
-                "GPUs whose peaks are known, for the sweep and to project onto, and a workload with a cost model",
-                "python -m launch.project without --gpu",
-            )
+        costs = self.costs()
         late_s = [self.stragglers_s(point) or 0.0 for point in points]
         even = [replace(point, step_s=point.step_s - late) for point, late in zip(points, late_s, strict=True)]
         if costs is None:
-            model = projected = trend_model(fit_trend(even, self.is_weak), self.is_weak, self.ranks_per_node)
+            model = trend_model(fit_trend(even, self.is_weak), self.is_weak, self.ranks_per_node)
         else:
-            rate, links = fit_costs(even, costs, links_are_given=self.links_are_given)
-            model, projected = (cost_model(c, rate, links, self.links_are_given) for c in (costs, others or costs))
+            model = cost_model(costs, *fit_costs(even, costs))
         widest = max((point.nodes for point in points if point.nodes in self.spreads), default=None)
         if widest is None:
-            return projected
-        return projected.with_stragglers(self.spreads[widest], self.ranks_per_node, model.at(widest).own_s)
+            return model
+        return model.with_stragglers(self.spreads[widest], self.ranks_per_node, model.at(widest).own_s)
 
     def stragglers_s(self, point: Measured) -> float | None:
         """Return the seconds by which the slowest rank exceeds the mean rank in a step; None if not known."""
         spread = self.spreads.get(point.nodes)
         return None if spread is None else spread.own_s * spread.share(point.ranks)
 
-    def costs(self, gpu: str | None = None) -> Costs | None:
-        """Return the workload's cost model for the nodes of the sweep, or for other GPUs; None if there is none."""
+    def costs(self) -> Costs | None:
+        """Return the workload's cost model for the nodes of the sweep; None if there is none."""
         workload = workload_of(self.config)
 
         def costs(nodes: int, rate: float, links: float) -> StepTime:
-            found = workload.step_time(*self.ask(nodes, gpu, rate, links))
+            found = workload.step_time(*self.request(nodes, rate, links))
             assert isinstance(found, StepTime)
             return found
 
-        return costs if workload.step_time(*self.ask(self.measured[0].nodes, gpu)) is not None else None
+        return costs if workload.step_time(*self.request(self.measured[0].nodes)) is not None else None
 
-    def ask(
-        self, nodes: int, gpu: str | None = None, rate: float = 1.0, links: float = 1.0
-    ) -> tuple[Config, PlanRequest]:
+    def request(self, nodes: int, rate: float = 1.0, links: float = 1.0) -> tuple[Config, PlanRequest]:
         """Return the largest point's config with ``nodes`` nodes, and the request to plan or estimate this run."""
         config = replace(self.config, nodes=nodes)
-        if gpu is not None:
-            other = replace(config.cluster, gpu_name=gpu, gpu_tflops=None, gpu_memory_gib=None, matmul_rates=None)
-            config = replace(config, cluster=other)
         return config, request_for(config, self.base.overrides, RunFolder(self.base.path), rate, links)
-
-
-def has_gpus(point: Point) -> bool:
-    """Return whether the ranks of a point computed on GPUs."""
-    return point.environment is not None and not point.environment.ranks[0].device.startswith("cpu")
 
 
 def with_devices(config: Config, base: Point) -> Config:
     """Return ``config`` with the devices that the ranks of ``base`` recorded."""
     known = config.cluster
-    if has_gpus(base):
-        assert base.environment is not None
+    if base.environment is not None and not base.environment.ranks[0].device.startswith("cpu"):
         name = known.gpu_name or base.environment.ranks[0].device_name
         known = replace(known, gpu_name=name, gpus_per_node=config.ranks_on_node)
     elif known.mem_gb is None:
@@ -209,21 +141,16 @@ def with_devices(config: Config, base: Point) -> Config:
     return replace(config, cluster=known)
 
 
-def read_sweep(selection: Selection, network: Path | None = None, matmul_rates: Path | None = None) -> SweepPoints:
+def read_sweep(selection: Selection, network: Path | None = None) -> SweepPoints:
     """Read the points of a sweep.
 
     Args:
         selection: runs of the sweep.
-        network: file for ``read_links``.
-        matmul_rates: file of measured rates of matrix products.
+        network: file of ``launch.bench_network``; None for the links that the config of the sweep names.
 
     Raises:
         ConfigError: the runs are not one series, fewer than two of them have step times, or a file is broken.
     """
-    given = {} if network is None else read_links(network)
-    if matmul_rates is not None:
-        read_matmul_rates(matmul_rates, "--matmul-rates")
-        given["matmul_rates"] = str(matmul_rates.absolute())
     several = split(label_points([*map(read_point, selection.runs)]))
     if len(several) != 1:
         names = ", ".join(series.label for series in several)
@@ -247,24 +174,22 @@ def read_sweep(selection: Selection, network: Path | None = None, matmul_rates: 
             "script.work_per_step=N, beside script.weak_scaling where it grows",
         )
     config = read_config(RunFolder(members[-1].path))
-    config = with_devices(replace(config, cluster=replace(config.cluster, **given)), members[-1])
+    if network is not None:
+        config = replace(config, cluster=replace(config.cluster, network=str(network.absolute())))
+    config = with_devices(config, members[-1])
     measured = tuple(map(as_measured, members))
     rates = tuple(None if one.figures is None else one.figures.throughput for one in members)
     spreads: dict[int, RankSpread] = {}
     untold = ""
     for point, member in zip(measured, members, strict=True):
         spread = read_spread(member) if point.ranks > 1 else None
-        if point.ranks > 1 and spread is None:
-            untold = f"{member.title} does not tell each rank's waits, comm_s, in every step"
-        elif spread is not None and spread.own_s * spread.share(point.ranks) >= point.low_s:
-            untold = f"{member.title} had pauses on average as long as most of its steps"
-        elif spread is not None:
+        # Pauses as long as the steps are no property of the ranks.
+        if spread is not None and spread.own_s * spread.share(point.ranks) < point.low_s:
             spreads[point.nodes] = spread
-        if untold:  # If the stragglers of one point are unknown, no point's stragglers are used.
-            spreads = {}
-            break
-    given_links = "interconnect" in given
-    return SweepPoints(several[0], members[-1], config, measured, rates, given_links, left_out, spreads, untold)
+        elif point.ranks > 1:
+            untold = member.title
+    # If the stragglers of one point are unknown, no point's stragglers are used.
+    return SweepPoints(several[0], members[-1], config, measured, rates, left_out, {} if untold else spreads, untold)
 
 
 def as_measured(member: Point) -> Measured:
@@ -337,16 +262,15 @@ class Projection:
     label: str
 
 
-def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None, gpu: str | None = None) -> Projection:
+def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None) -> Projection:
     """Predict the largest measured point from the others, then extrapolate all of them to ``sizes``.
 
     Args:
         sweep: two points or more.
         sizes: numbers of nodes.
         mtbf_node_h: mean time between failures of one node, hours; None for a projection without goodput.
-        gpu: GPUs of the projection; None for those of the sweep.
     """
-    held_out, model = hold_out(sweep), sweep.fit(sweep.measured, gpu)
+    held_out, model = hold_out(sweep), sweep.fit(sweep.measured)
     first, last = sweep.measured[0], held_out.point
     spread = (last.high_s - last.low_s) / 2 / last.step_s
     interval = max(abs(math.log(held_out.predicted_s / last.step_s)), spread)
@@ -355,11 +279,11 @@ def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None,
     for one, rate in zip(sweep.measured, sweep.rates, strict=True):
         row = ProjectedRow(one.nodes, one.ranks, True, one.step_s, one.low_s, one.high_s, rate)
         rows.append(with_derived(replace(row, stragglers_s=sweep.stragglers_s(one)), sweep, failures))
-    known = {row.nodes for row in rows} if gpu is None else set()
+    known = {row.nodes for row in rows}
     for nodes in (size for size in sizes if size not in known):
         row = ProjectedRow(nodes, nodes * sweep.ranks_per_node, False)
         try:
-            config, request = sweep.ask(nodes, gpu)
+            config, request = sweep.request(nodes)
             memory, step = workload_of(config).plan(config, request).facts.get("memory_bytes"), model.at(nodes)
         except ConfigError as refusal:
             rows.append(replace(row, refused=refusal.found))
@@ -388,7 +312,7 @@ def project(sweep: SweepPoints, sizes: Sequence[int], mtbf_node_h: float | None,
         model=model.text,
         unit=sweep.base.unit or "units",
         weak_scaling=sweep.is_weak,
-        notes=(*notes, *straggler_notes(sweep, max(sizes))),
+        notes=(*notes, *straggler_notes(sweep)),
         label=sweep.series.label,
     )
 
@@ -400,22 +324,17 @@ def hold_out(sweep: SweepPoints) -> HeldOut:
     return HeldOut(largest, predicted_s, nodes, predicted_s / largest.step_s - 1)
 
 
-def straggler_notes(sweep: SweepPoints, most: int) -> list[str]:
-    """Return notes on how stragglers are extrapolated to ``most`` nodes, and on effects that no figure includes."""
+def straggler_notes(sweep: SweepPoints) -> list[str]:
+    """Return notes on how stragglers are extrapolated, and on effects that no figure includes."""
     others = "congestion by other jobs, and links of more tiers than in and between nodes"
     if not sweep.spreads:
-        lacking = f" ({sweep.untold})" if sweep.untold else ""
+        lacking = f" ({sweep.untold} lacks each rank's waits, comm_s)" if sweep.untold else ""
         return [f"not in it: slow ranks{lacking}, {others}"]
     nodes = max(sweep.spreads)
-    spread, ranks = sweep.spreads[nodes], most * sweep.ranks_per_node
-    lasting = "" if spread.has_stages else f"{100 * spread.lasting:.2g} % throughout and "
-    noise = f"{100 * float(spread.noise.std()):.2g} % from step to step (standard deviations)"
-    text = f"stragglers: own times of {spread.ranks} ranks differ by {lasting}{noise} at nodes={nodes}"
-    if ranks > spread.ranks and not spread.has_stages:
-        text += f"; beyond {spread.ranks} ranks what is throughout grows as normal draws do"
-    if ranks > max(spread.ranks, reach(spread.noise.size)):
-        text += f", and noise beyond {max(spread.ranks, reach(spread.noise.size)):,} ranks by an exponential tail"
-    return [text, f"not in it: {others}"]
+    spread = sweep.spreads[nodes]
+    late = f"{100 * spread.excess:.2g} %"
+    text = f"at nodes={nodes} the slowest of {spread.ranks} ranks takes {late} longer than the mean"
+    return [f"stragglers: {text}; with more ranks it grows as the maximum of normal draws", f"not in it: {others}"]
 
 
 def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures | None, list[str]]:
@@ -429,8 +348,7 @@ def failures_of(sweep: SweepPoints, mtbf_node_h: float | None) -> tuple[Failures
     saves = [float(e["seconds"]) for e in events if e["event"] == "saved" and e.get("seconds") is not None]
     start_s = None if sweep.base.goodput is None else sweep.base.goodput.seconds.get("start")
     if not saves or start_s is None:
-        lacking = "has no event of its allocation" if saves else "made no save"
-        return None, [f"no goodput: {sweep.base.title} {lacking}, so that what a failure costs is not known"]
+        return None, [f"no goodput: {sweep.base.title} recorded no save or no start, so a failure has no known cost"]
     save_s = statistics.median(saves)
     told = f"a save holds the steps up for {save_s:.3g} s, a restart takes {start_s:.3g} s, as at {sweep.base.title}"
     return Failures(mtbf_node_h, save_s, start_s), [f"goodput: {told}; saves at Young's interval"]

@@ -185,7 +185,7 @@ Curve = tuple[tuple[float, float], ...]
 
 @dataclass(frozen=True)
 class LinkFit:
-    """Latency and bandwidth of a rank's link in a collective, fitted to measured times, with their standard errors.
+    """Latency and bandwidth of a rank's link in a collective, fitted to measured times.
 
     ``error`` is the root mean square of ``predicted time / measured time - 1``. ``curve`` corrects the fitted line by
     message size; empty without a correction.
@@ -193,8 +193,6 @@ class LinkFit:
 
     latency_s: float
     bytes_per_s: float
-    latency_error_s: float = 0.0
-    bytes_per_s_error: float = 0.0
     error: float = 0.0
     curve: Curve = ()
 
@@ -255,8 +253,6 @@ def network_document(network: Network, measured: Mapping[str, Any]) -> dict[str,
             name: {
                 "latency_us": 1e6 * fit.latency_s,
                 "bandwidth_gb_per_s": fit.bytes_per_s / 1e9,
-                "latency_error_us": 1e6 * fit.latency_error_s,
-                "bandwidth_error_gb_per_s": fit.bytes_per_s_error / 1e9,
                 "error": fit.error,
             }
             for name, fit in fits.items()
@@ -319,5 +315,4 @@ def _fit(name: str, document: Mapping[str, Any]) -> LinkFit:
     latency, bandwidth = (float(document[key]) for key in ("latency_us", "bandwidth_gb_per_s"))
     if not (0 <= latency < math.inf and 0 < bandwidth < math.inf):
         raise ValueError(f"{name}: latency_us {latency:g} and bandwidth_gb_per_s {bandwidth:g}")
-    errors = [float(document.get(key, 0.0)) for key in ("latency_error_us", "bandwidth_error_gb_per_s", "error")]
-    return LinkFit(latency / 1e6, bandwidth * 1e9, errors[0] / 1e6, errors[1] * 1e9, errors[2])
+    return LinkFit(latency / 1e6, bandwidth * 1e9, float(document.get("error", 0.0)))
