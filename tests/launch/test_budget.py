@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.config import BudgetConfig
+from launch.config import BudgetConfig, ClusterKind
+from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.budget import SILENT_S, EventLog, Rates, Use, refuse_above, spent, used
+from launch.plan.plan import make_plan
+from launch.plan.preflight import share_budget, worst_case_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import TINY, run, start_fork, wait_for
@@ -92,40 +96,47 @@ def test_a_cap_is_reached_before_it_is_passed() -> None:
     assert why is not None and "budget.gpu_hours=10 is used up: 9 GPU-hours so far" in why
 
 
-@pytest.mark.parametrize(
-    ("words", "fix"),
-    [
-        (["budget.gpu_hours=5"], "cluster.gpus_per_node=8"),
-        (["-m", "nodes=1,2", "budget.gpu_hours=2.9", "cluster.gpus_per_node=1"], "cluster.timeout_min=58"),
-        (["budget.cost=1", "cluster.gpus_per_node=1", "cluster.price_per_gpu_hour=4"], "budget.cost=4"),
-    ],
-)
-def test_the_command_refuses_before_it_writes_or_submits(words: list[str], fix: str, tmp_path: Path) -> None:
-    text = run("launch", *words, "device=cpu", *TINY, cwd=tmp_path, status=2)
-    assert fix in text.split("type next: ")[1]
+def test_the_command_refuses_before_it_writes_or_submits(tmp_path: Path) -> None:
+    words = ["-m", "nodes=1,2", "budget.gpu_hours=2.9", "cluster.gpus_per_node=1", "device=cpu", *TINY]
+    text = run("launch", *words, cwd=tmp_path, status=2)
+    assert "cluster.timeout_min=58" in text.split("type next: ")[1]
     assert list(tmp_path.iterdir()) == []
 
 
+GPUS = ("cluster=slurm", "cluster.gpus_per_node=8", "optim.global_batch=32")
+
+
+def announced(*points: str, more: Sequence[str] = ()) -> str:
+    """Text before the submission of points, each with its overrides."""
+    typed = [[*point.split(), *more] for point in points]
+    configs = [typed_config(compose_launch(words)) for words in typed]
+    plans = [make_plan(config, words, ClusterKind.slurm) for config, words in zip(configs, typed, strict=True)]
+    return worst_case_text(share_budget(plans, configs), configs)
+
+
 def test_the_worst_case_is_shown_with_what_was_used(tmp_path: Path) -> None:
-    words = ["nodes=2", "cluster=slurm", "cluster.gpus_per_node=8", "cluster.price_per_gpu_hour=2", "dry_run=true"]
     folder = RunFolder(tmp_path / "run")
     folder.record_event("agent_started", job="a", nodes=2, gpus=16, price_per_gpu_hour=1.5, allocated_at=0.0)
     folder.record_event("agent_ended", job="a", ended_at=1800.0)
-    text = run("launch", *words, f"run_dir={folder.path}", "optim.global_batch=16", cwd=tmp_path)
-    limit = "if the run lasts until the time limit of 60 min"
-    assert f"worst case: 2 node-hours, 16 GPU-hours, cost 32, {limit}\n" in text
-    assert "used so far: 1 node-hour, 8 GPU-hours" in text
-    assert "a requeued job may use as much again; budget.gpu_hours=N limits all attempts together" in text
-    text = run("launch", *words, f"run_dir={folder.path}", "optim.global_batch=16", "budget.cost=44", cwd=tmp_path)
-    assert "limit: budget.cost=44 for all attempts together" in text
-    run("launch", *words, f"run_dir={folder.path}", "optim.global_batch=16", "budget.cost=43", cwd=tmp_path, status=2)
+    point = f"nodes=2 cluster.price_per_gpu_hour=2 run_dir={folder.path}"
+    lines = announced(point, more=GPUS).splitlines()
+    assert (
+        lines[0] == "worst case: 2 node-hours, 16 GPU-hours, cost 32, if the run lasts until the time limit of 60 min"
+    )
+    assert lines[1] == "used so far: 1 node-hour, 8 GPU-hours, cost 12"
+    assert lines[2] == "a requeued job may use as much again; budget.gpu_hours=N limits all attempts together"
+    assert "limit: budget.cost=44 for all attempts together" in announced(point, more=(*GPUS, "budget.cost=44"))
+    with pytest.raises(ConfigError, match=r"budget\.cost=43, 12 used so far") as refused:
+        announced(point, more=(*GPUS, "budget.cost=43"))
+    assert refused.value.fix.endswith("budget.cost=44")
+    with pytest.raises(ConfigError, match=r"without cluster\.gpus_per_node"):
+        announced("nodes=2 budget.gpu_hours=5")
 
 
 def test_the_worst_case_of_a_sweep_is_the_sum_of_its_points(tmp_path: Path) -> None:
-    words = ["-m", "nodes=1,2,4", "cluster=slurm", "cluster.timeout_min=30", "dry_run=true", *TINY]
-    text = run("launch", *words, "resilience.requeue=false", cwd=tmp_path)
-    assert "worst case: 3.5 node-hours, if all 3 runs last until the time limit of 30 min\n" in text
-    assert "a requeued job" not in text
+    points = [f"nodes={nodes} cluster=slurm cluster.timeout_min=30 output_dir={tmp_path}" for nodes in (1, 2, 4)]
+    text = announced(*points, more=("resilience.requeue=false",))
+    assert text == "worst case: 3.5 node-hours, if all 3 runs last until the time limit of 30 min"
 
 
 WORDS = [*TINY, "optim.max_steps=100000", "eval.interval=0", "checkpoint.interval=20", "device=cpu", "name=capped"]
