@@ -22,6 +22,7 @@ from launch.runs.environment import changed_since, code_state, library_versions,
 from launch.runs.events import fewer_nodes, saves_that_count, unsaved_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import RECENT, recent_records
+from launch.slurm.limits import SlurmFacts, how_preempted
 from launch.workload import CodeTree
 
 # Warnings from earlier attempts.
@@ -31,17 +32,22 @@ MARGIN = 1.5
 """Factor of a proposed time over the measured time: the next save may be slower."""
 
 
-def add_warnings(plan: Plan, config: Config) -> Plan:
+def add_warnings(plan: Plan, config: Config, slurm: SlurmFacts | None = None) -> Plan:
     """Return the plan with its warnings from earlier attempts.
+
+    Args:
+        plan: plan of the point.
+        config: config of the point.
+        slurm: limits of the cluster where the point may run; None if they are not known.
 
     Raises:
         ConfigError: ``require_same_code`` is set, and the code or a library has changed since the last attempt.
     """
-    lines = [problem.warning().removeprefix("warning: ") for problem in _problems(plan, config)]
+    lines = [problem.warning().removeprefix("warning: ") for problem in _problems(plan, config, slurm)]
     return replace(plan, warnings=(*plan.warnings, *lines))
 
 
-def _problems(plan: Plan, config: Config) -> Iterator[Problem]:
+def _problems(plan: Plan, config: Config, slurm: SlurmFacts | None) -> Iterator[Problem]:
     """Yield a change of the code, a checkpoint that was not written, and times to stop that are too short."""
     folder = RunFolder(plan.run_dir)
     changed = changed_since(folder, _current(workload_of(config).code(config))) if folder.attempts() else None
@@ -54,17 +60,35 @@ def _problems(plan: Plan, config: Config) -> Iterator[Problem]:
         yield Problem(unsaved, "a filesystem with room for a checkpoint", f"df -h {plan.run_dir}")
     if (took := measure_stop(folder)) is None:
         return
+    text, stop_s = f"a save took up to {took[0]:.3g} s and a step {took[1]:.3g} s", sum(took)
+    lost = "loses the steps since its last periodic checkpoint"
     limits = {"resilience.grace_period_s": config.resilience.grace_period_s}
     limits |= {"cluster.signal_delay_s": config.cluster.signal_delay_s} if plan.cluster == "slurm" else {}
-    if short := [key for key, value in limits.items() if sum(took) > value]:
-        have = " and ".join(f"{key}={limits[key]}" for key in short)
-        found = f"a save took up to {took[0]:.3g} s and a step {took[1]:.3g} s, and {have}"
-        wish = 10 * math.ceil(MARGIN * sum(took) / 10)
-        yield Problem(
-            f"{found}: a run that is stopped loses the steps since its last periodic checkpoint",
-            "time for a step and a save",
-            " ".join(f"{key}={wish}" for key in short),
-        )
+    if short := [key for key, value in limits.items() if stop_s > value]:
+        found = f"{text}, and {' and '.join(f'{key}={limits[key]}' for key in short)}: a run that is stopped {lost}"
+        wish = 10 * math.ceil(MARGIN * stop_s / 10)
+        yield Problem(found, "time for a step and a save", " ".join(f"{key}={wish}" for key in short))
+    for name, left_s in _preemption_graces(plan, slurm).items():
+        if stop_s > left_s:
+            has = f"a job that partition {name} preempts has {left_s} s (GraceTime and KillWait)"
+            found = f"{text}, and {has}: it {lost}"
+            fix = plan.promised.saves_more_often or "a shorter interval between checkpoints"
+            yield Problem(found, "checkpoints more often, which lose less", fix)
+
+
+def _preemption_graces(plan: Plan, slurm: SlurmFacts | None) -> dict[str, int]:
+    """Return the partitions of the plan in which jobs are preempted -> seconds that a preempted job has left."""
+    found: dict[str, int] = {}
+    if slurm is None or slurm.limits is None or plan.cluster != "slurm":
+        return found
+    for candidate in plan.placement.candidates:
+        named = candidate.slurm.get("partition")
+        for partition in slurm.limits.partitions:
+            mode = how_preempted(slurm.limits, partition)
+            is_used = partition.name in named.split(",") if named else partition.is_default
+            if is_used and mode != "OFF" and "SUSPEND" not in mode:
+                found[partition.name] = partition.grace_s + (slurm.limits.number("KillWait") or 0)
+    return found
 
 
 @cache

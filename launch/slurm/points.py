@@ -369,4 +369,4 @@ def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts 
             "cluster=slurm; or, without launch.detach: nohup python -m launch ... > launch.out &",
         )
     budgeted = share_budget(plans, configs)
-    return [add_warnings(add_expected(plan), config) for plan, config in zip(budgeted, configs, strict=True)]
+    return [add_warnings(add_expected(plan), config, slurm) for plan, config in zip(budgeted, configs, strict=True)]

@@ -20,8 +20,10 @@ from launch.plan.preflight import (
 from launch.runs.files import append_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
+from launch.slurm.limits import SlurmFacts
 from tests.launch.test_dry_run import plan
 from tests.support.commands import TINY
+from tests.support.doctor_facts import LIMITS
 
 GPUS = ("cluster=slurm", "cluster.gpus_per_node=8", "optim.global_batch=64", "cluster.gpu_name='NVIDIA H100 80GB HBM3'")
 
@@ -79,9 +81,13 @@ def ran_before(folder: RunFolder, save_s: float, step_s: float) -> RunFolder:
     return folder
 
 
-def warnings(*words: str) -> tuple[str, ...]:
+# The doctor's recorded cluster: partition low, the default, has GraceTime=10, and KillWait is 5.
+RECORDED = SlurmFacts(limits=LIMITS)
+
+
+def warnings(*words: str, known: SlurmFacts | None = RECORDED) -> tuple[str, ...]:
     config = typed_config(compose_launch(["cluster=slurm", *TINY, *words]))
-    return add_warnings(plan(*TINY, *words), config).warnings
+    return add_warnings(plan(*TINY, *words), config, known).warnings
 
 
 @pytest.mark.parametrize(
@@ -96,7 +102,18 @@ def test_a_save_that_takes_longer_than_the_lead_is_warned_about(
     save_s: float, step_s: float, said: list[str], tmp_path: Path
 ) -> None:
     ran_before(RunFolder(tmp_path / "run"), save_s, step_s)
-    found = warnings(f"run_dir={tmp_path / 'run'}")
+    found = warnings(f"run_dir={tmp_path / 'run'}", "cluster.partition=short")  # which is never preempted
     assert len(found) == bool(said)
     for words in said:
         assert words in found[0] and f"up to {save_s:g} s" in found[0]
+
+
+def test_a_partition_that_preempts_sooner_is_warned_about(tmp_path: Path) -> None:
+    ran_before(RunFolder(tmp_path / "run"), save_s=14.0, step_s=2.0)
+    here = f"run_dir={tmp_path / 'run'}"
+    for words in ((here,), (here, "cluster.partition='short,low'")):
+        (found,) = warnings(*words)
+        assert "a job that partition low preempts has 15 s (GraceTime and KillWait)" in found
+    assert warnings(here, "cluster.partition=short") == () and warnings(here, known=None) == ()
+    ran_before(RunFolder(tmp_path / "other"), save_s=12.0, step_s=2.0)
+    assert warnings(f"run_dir={tmp_path / 'other'}") == ()
