@@ -360,7 +360,7 @@ TOKENS = {
     "launch/project": 7_130,
     "launch/report": 38_200,
     "launch/runs": 24_000,
-    "launch/script": 3_340,
+    "launch/script": 3_600,
     "launch/slurm": 19_050,
     "launch/storm": 6_660,
     "launch/worker": 6_700,
