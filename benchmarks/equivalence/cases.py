@@ -74,7 +74,7 @@ PLANS = {
     "budget and restarts": f"""-m nodes=1,2 {H100} budget.gpu_hours=100 budget.cost=300 cluster.price_per_gpu_hour=2
         resilience.max_restarts.crashed=5 resilience.max_restarts.hung=0 launch.on_event=sh""",
     "no requeue": f"nodes=2 {A100} resilience.requeue=false checkpoint.interval=10min",
-    "an array": f"-m nodes=2 seed=1,2,3,4 {A100} launch.detach=true",
+    "an array": f"-m nodes=2 seed=1,2,3,4 {A100} cluster.array_parallelism=2 launch.detach=true",
     "script with arguments": f"-m nodes=1,2 {SCRIPT} 'script.args=\"--batch_size=8 --max_iters=200\"' {H100}",
     "script with options": f"-m nodes=1,2 {SCRIPT} script.options.lr=1e-3,3e-4 script.options.on=true {A100}",
     "script with progress": f"""nodes=2 {SCRIPT} {HERE.split()[0]} {PROGRESS} script.work_per_step=512

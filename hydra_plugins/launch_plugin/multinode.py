@@ -37,10 +37,10 @@ OF_CLUSTER = (
         "constraint",
         "exclude",
     ),
-    *("gres", "signal_delay_s", "array_parallelism", "setup", "comment", "placement"),
+    *("gres", "signal_delay_s", "array_parallelism", "setup", "placement"),
 )
 """Keys of this launcher that are keys of the group ``cluster``, with the same names."""
-OF_SBATCH = ("cpus_per_gpu", "mem_per_gpu", "mem_per_cpu")
+OF_SBATCH = ("cpus_per_gpu", "mem_per_gpu", "mem_per_cpu", "comment")
 """Keys of this launcher that are options of sbatch."""
 GROUPS = ("cluster", "resilience", "budget", "launch")
 """Keys of this launcher that are whole groups of keys: ``+hydra.launcher.resilience.requeue=false``."""

@@ -149,6 +149,7 @@ class ClusterConfig(PlacementConfig):
     mail_user: Optional[str] = key(
         None, "Address for Slurm's mail when a job begins, ends, fails or is requeued (sbatch --mail-user)."
     )
+    array_parallelism: int = key(256, "Largest number of elements of a job array that run at the same time.", above=0)
     container: Optional[str] = key(None, "Image in which agents and ranks run: a file, or a name of the runtime.")
     container_runtime: Optional[ContainerRuntime] = key(None, "Program that runs the image.")
     container_mounts: list[str] = key(

@@ -147,8 +147,6 @@ def placement_lines(placement: Placement) -> list[str]:
 # Candidates and resources from the config.
 
 
-ARRAY_PARALLELISM = 256
-"""Largest number of elements of a job array that run at the same time."""
 MAIL_TYPE = "BEGIN,END,FAIL,REQUEUE"
 """Events of a job that send mail, as sbatch --mail-type takes them."""
 
@@ -219,7 +217,6 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         "ntasks_per_node": 1,
         "time": cluster.timeout_min,
         **{key: getattr(cluster, key) for key in AS_IN_CLUSTER},
-        "array_parallelism": ARRAY_PARALLELISM,
         "exclusive": cluster.exclusive or None,
         "gpus_per_node": cluster.gpus_per_node or None,  # 0 requests no GPUs
         "mem": f"{round(cluster.mem_gb * 1024)}MB" if cluster.mem_gb else None,

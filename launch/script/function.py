@@ -61,6 +61,4 @@ class FunctionWorkload(ScriptWorkload):
             plan,
             rows={**plan.rows, "command": called},
             facts={**plan.facts, "command": called},
-            checkpoint_kind=called,
-            step_kind=called,
         )
