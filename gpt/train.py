@@ -24,12 +24,12 @@ from launch.process import lasting_imports
 with lasting_imports():
     import torch
 
-    from gpt.checkpoint import CheckpointStore
-    from gpt.checkpoint.copies import STOPPED_S, Copies, open_copies
     from gpt.checkpoint.folders import Retention
+    from gpt.checkpoint.manager import CheckpointManager
     from gpt.checkpoint.memory import open_memory
     from gpt.checkpoint.target import target_of
-    from gpt.checkpoint.writer import Writer, open_writer
+    from gpt.checkpoint.upkeep import FINISHED_S, UpkeepPlan
+    from gpt.checkpoint.writer import CLOSING_S, Writer, open_writer
     from gpt.config import CheckpointConfig, Strategy, TrainConfig
     from gpt.data.corpus import keep_tokenizer
     from gpt.data.loader import BatchPrefetcher, Samples
@@ -41,7 +41,7 @@ with lasting_imports():
     from gpt.parallel.engine import Engine, RunLayout
     from gpt.topology import settle_steps, split_batch
     from gpt.topology.check_dims import check_parallel_dims
-    from gpt.training.checkpoints import load, start_copies, tell_damage
+    from gpt.training.checkpoints import load
     from gpt.training.execution import (
         fix_hash_seed,
         keep_compiled,
@@ -120,15 +120,16 @@ def build(
         samples=samples,
         batches=BatchPrefetcher(samples, batch, dims.data_rank(world.rank), config.optim.max_steps, world.device),
         guard=DivergenceGuard(config.divergence),
-        store=open_store(config.checkpoint, folder, world, engine, rank, writer),
+        checkpoints=open_checkpoints(config.checkpoint, folder, world, engine, writer),
         worker=rank,
-        copies=Copies(),
         early_stop=EarlyStop(config.optim),
         initialised_from=initialised_from,
     )
-    if (scrub_every_s := config.checkpoint.scrub_every_s()) is not None:
-        run.store.saves.tell_damage = partial(tell_damage, folder, attempt)
-        run.store.saves.scrub_every_s = scrub_every_s
+    kept, keeps = config.checkpoint, run.checkpoints.keeps
+    if kept.scrub or kept.copy_to is not None:
+        copy_keeps = keeps if kept.copy_keep is None else Retention(kept.copy_keep)
+        run.checkpoints.upkeep = UpkeepPlan(folder, attempt, keeps, kept.scrub, kept.copy_to, copy_keeps)
+    run.checkpoints.beat = partial(rank.phase, Phase.starting)
     load(run)
     return run
 
@@ -169,19 +170,18 @@ def parallelize(model: GPT, weights: Weights, layout: RunLayout) -> Engine:
     return (Zero1Engine if strategy is Strategy.zero1 else DDPEngine)(model, layout)
 
 
-def open_store(
-    kept: CheckpointConfig, folder: RunFolder, world: World, engine: Engine, rank: worker.Run, writer: Writer | None
-) -> CheckpointStore:
+def open_checkpoints(
+    kept: CheckpointConfig, folder: RunFolder, world: World, engine: Engine, writer: Writer | None
+) -> CheckpointManager:
     """Open the checkpoints of a run, with those in memory and the remote copies if the config requests them."""
     keeps = Retention(kept.keep_last, kept.keep_every, kept.keep_best)
     give_up_after_s = 60 * kept.give_up_after_min
-    store = CheckpointStore(folder.checkpoints, keeps, world.control, engine.files, writer, give_up_after_s)
-    store.beat = partial(rank.phase, Phase.starting)
+    manager = CheckpointManager(folder.checkpoints, keeps, world.control, engine.files, writer, give_up_after_s)
     if kept.in_memory:
-        store.memory = open_memory(world.control, engine.files, writer)
+        manager.memory = open_memory(world.control, writer)
     if kept.copy_to is not None:
-        store.connect = partial(target_of, kept.copy_to, folder.path)
-    return store
+        manager.connect = partial(target_of, kept.copy_to, folder.path)
+    return manager
 
 
 def run_ranks(request: Request, rank: worker.Run) -> str:
@@ -190,8 +190,8 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
     config = request.config
     set_determinism(config)
     with (
-        open_copies(partial(rank.phase, Phase.leaving)) as copies,  # outermost: no rank waits for the end of copies
-        open_writer(config.checkpoint.asynchronous) as writer,  # forked while there are no devices and few threads
+        # Outermost: no rank waits for the end of copies. Forked while there are no devices and few threads.
+        open_writer(config.checkpoint.asynchronous, partial(rank.phase, Phase.leaving)) as writer,
         open_world(config.device, config.parallel.timeout_s) as world,
         prefer_fast_kernels(world.device),
     ):
@@ -203,9 +203,13 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
         try:
             world.on_first(lambda: look_for_changes(folder, attempt, config.require_same_code))
             run = build(config, folder, world, attempt, rank, writer)
-            start_copies(run, copies)
+            if config.checkpoint.copy_to is not None:
+                # The loaded checkpoint if it has no copy; the run makes later steps again.
+                run.checkpoints.tend(committed=run.step or None, back_to=run.step)
             describe_attempt(run)
             early = run.early_stop.reason()
+            if config.checkpoint.copy_to is not None:
+                writer.patience_s = FINISHED_S
             if run.step >= run.config.optim.max_steps or early is not None:
                 if world.is_first:
                     has = f"has all {run.step} steps" if early is None else f"is over at step {run.step}: {early}"
@@ -214,7 +218,7 @@ def run_ranks(request: Request, rank: worker.Run) -> str:
                 return "finished"
             outcome = train(run)
             if outcome == "stopped":
-                copies.patience_s = STOPPED_S
+                writer.patience_s = CLOSING_S
             return outcome
         except BaseException as error:
             record_failure(folder, attempt, world.rank, error, None if run is None else run.step)

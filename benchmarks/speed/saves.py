@@ -34,7 +34,7 @@ from gpt.checkpoint.writer import ProcessWriter, Writer
 from gpt.config import TrainConfig
 from gpt.parallel.distributed import World
 from gpt.train import build
-from gpt.training.checkpoints import Saving
+from gpt.training.checkpoints import CheckpointSchedule
 from gpt.training.run import Run
 from gpt.training.step import queue_step
 from launch.runs.folder import RunFolder
@@ -80,23 +80,22 @@ def writer_of(way: str) -> Writer:
         return ProcessWriter()
 
 
-def step(run: Run, saving: Saving) -> float:
+def step(run: Run, saving: CheckpointSchedule) -> float:
     """Take one step; returns its seconds."""
     started = time.perf_counter()
-    queued = queue_step(run, None, Phase.training, saving.votes())
+    queued = queue_step(run, None, Phase.training, saving.poll())
     queued.finish(started)
-    saving.count(queued.votes.phase, queued.votes_of_all())
+    saving.advance(queued.votes.phase, queued.votes_of_all())
     return time.perf_counter() - started
 
 
-def measure(run: Run, saving: Saving, way: str) -> Stall:
+def measure(run: Run, saving: CheckpointSchedule, way: str) -> Stall:
     """Save once between steps."""
-    saves = run.store.saves
     quiet = [step(run, saving) for _ in range(QUIET)]
     started = time.perf_counter()
     held = saving.save(None, is_last=False, is_stop=False)
     steps = 0
-    while saves.is_pending or not steps:
+    while run.checkpoints.is_pending or not steps:
         step(run, saving)
         steps += 1
     took = time.perf_counter() - started
@@ -121,17 +120,17 @@ def measure_ways(rank: int, size: int, root: Path, rounds: int, threads: int) ->
     bytes_of_state = count(config.model).total * 12
     torch.set_num_threads(threads)
     found: list[Stall] = []
-    made: list[tuple[str, Run, Saving]] = []
+    made: list[tuple[str, Run, CheckpointSchedule]] = []
     for number, way in enumerate(WAYS):
         run = run_of(rank, size, root / str(number), config, writer_of(way))
-        step(run, saving := Saving(run))
+        step(run, saving := CheckpointSchedule(run))
         saving.save(None, is_last=True, is_stop=False)
         made.append((way, run, saving))
     for _ in range(rounds):
         found += [measure(run, saving, way) for way, run, saving in made]
     for _, run, _ in made:
         run.batches.close()
-        run.store.saves.writer.close()
+        run.checkpoints.writer.close()
     return bytes_of_state, found
 
 

@@ -45,7 +45,7 @@ class LoadedCheckpoint:
 NAME = "manifest.json"
 FORMAT = 1
 TENSORS = {"kind": "tensors"}
-"""``Manifest.contents`` of whole tensors by name; also the default, if a manifest has no ``contents``."""
+"""``Manifest.contents`` of whole tensors by name, the default."""
 DEEPSPEED = "deepspeed"
 """``kind`` in ``Manifest.contents`` of files that DeepSpeed has written."""
 
@@ -123,8 +123,7 @@ def decode_manifest(raw: bytes, path: Path) -> Manifest:
     if value["format"] != FORMAT:  # sound, so no DamagedError: the checkpoint must not be set aside
         raise RuntimeError(f"{path} has format {value['format']}, and this program reads {FORMAT}")
     files = {name: FileSum(**entry) for name, entry in value["files"].items()}
-    contents = value.get("contents", TENSORS)
-    return Manifest(value["step"], value["world_size"], value["time"], value["meta"], files, contents)
+    return Manifest(value["step"], value["world_size"], value["time"], value["meta"], files, value["contents"])
 
 
 def find_damage(path: Path, expected: FileSum) -> str | None:

@@ -132,19 +132,10 @@ def read_deepspeed_weights(folder: Path, saved: Manifest) -> dict[str, Tensor]:
     """
     require_reader(folder)
     about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
-    if saved.contents.get("pp", 1) > 1:  # zero_to_fp32 does not join stages
-        with tempfile.TemporaryDirectory() as scratch:
-            universal = to_universal(folder / deepspeed_tag(saved.step), Path(scratch) / "universal")
-            # Cloned, since the files that they are mapped from are deleted with the scratch folder.
-            found = {
-                name: read_whole(universal, name, "fp32", shape).clone() for name, shape in about["shapes"].items()
-            }
-    else:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed prints its progress
-            whole = get_fp32_state_dict_from_zero_checkpoint(str(folder), deepspeed_tag(saved.step))
-        found = {name: whole[name] for name in about["shapes"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        universal = to_universal(folder / deepspeed_tag(saved.step), Path(scratch) / "universal")
+        # Cloned, since the files that they are mapped from are deleted with the scratch folder.
+        found = {name: read_whole(universal, name, "fp32", shape).clone() for name, shape in about["shapes"].items()}
     return found | about["buffers"]
 
 

@@ -12,7 +12,6 @@ import mmap
 import os
 import pickle
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -315,10 +314,6 @@ log = logging.getLogger(__name__)
 ALIGNMENT = 64
 ROOM_FOR_TEXT = 1 << 16
 """Spare bytes, so that the memory need not grow when numbers in the pickled text become longer."""
-MOST_THREADS = 4
-"""Most threads that copy at a time; more threads do not make the copy faster."""
-FEW_BYTES = 1 << 24
-"""Fewer bytes than this are copied without threads: the start of a thread takes as long as their copy."""
 TENSOR, PLAN = "tensor", "plan"
 
 
@@ -398,40 +393,14 @@ def stage(part: RankPart, memory: SharedMemory | None) -> tuple[StagedPart, Shar
         if memory is not None:
             memory.close()
         memory = SharedMemory(size + ROOM_FOR_TEXT, pin=any(tensor.is_cuda for tensor, _ in pickler.places))
-    copy_into(memory, [place for place in pickler.places if not place[0].is_cuda])
-    devices = set()
     for tensor, offset in pickler.places:
-        if tensor.is_cuda:
-            memory.view(offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor, non_blocking=memory.is_pinned)
-            devices.add(tensor.device)
+        memory.view(offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor, non_blocking=memory.is_pinned)
     # The text is also sent through the memory: with a pipe the rank would wait while the writer still deletes.
     staged = StagedPart(pickler.size, len(text))
     memory.view(staged.offset, torch.uint8, (staged.length,)).copy_(torch.frombuffer(text, dtype=torch.uint8))
-    for device in devices:
+    for device in {tensor.device for tensor, _ in pickler.places if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
     return staged, memory
-
-
-def copy_into(memory: SharedMemory, places: Sequence[tuple[Tensor, int]], threads: int | None = None) -> None:
-    """Copy CPU tensors to their offsets in bytes in ``memory``, by default with a thread for each core, at most four.
-
-    One core does not fill the memory's bandwidth. torch's own threads would outlive the copy, and a process that is
-    forked off this one later could not use them.
-    """
-
-    def copy(place: tuple[Tensor, int]) -> None:
-        tensor, offset = place
-        memory.view(offset, tensor.dtype, tuple(tensor.shape)).copy_(tensor)
-
-    if threads is None:
-        threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if threads < 2 or sum(tensor.nbytes for tensor, _ in places) < FEW_BYTES:
-        for place in places:
-            copy(place)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        # The largest first, so that all threads end at about the same time; list() raises the error of a copy.
-        list(pool.map(copy, sorted(places, key=lambda place: -place[0].nbytes)))
 
 
 class _Pickler(pickle.Pickler):

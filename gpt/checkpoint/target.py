@@ -11,10 +11,8 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from gpt.checkpoint import folders
 from gpt.checkpoint.folders import (
@@ -35,8 +33,6 @@ from launch.errors import ConfigError
 from launch.runs.events import SavedCheckpoint
 
 SLICE = 1 << 22
-BLOCK = 32 << 20
-"""Bytes of a part of an upload: S3 takes at most 10,000 parts of a file, which allows 335 GB."""
 ANSWER_S = 60.0
 """Longest wait, in seconds, for a target's answer before a run is submitted."""
 
@@ -77,10 +73,10 @@ class Target:
     def put(self, path: Path, may_commit: Callable[[], bool]) -> int | None:
         """Copy a checkpoint to the target, its manifest last.
 
-        Each file is hashed as it is sent and compared with the manifest; then the sizes at the target are compared.
+        Each file is compared with the manifest before it is sent; then the sizes at the target are compared.
 
         Args:
-            path: folder of the checkpoint, which may be deleted in the meantime.
+            path: folder of the checkpoint.
             may_commit: called just before the manifest is written; False leaves the manifest out.
 
         Returns:
@@ -91,22 +87,22 @@ class Target:
             PermissionError: ``may_commit`` returned False.
         """
         step = folders.step_of(path)
-        with ExitStack() as stack:
-            try:
-                raw = (path / NAME).read_bytes()
-                manifest = decode_manifest(raw, path / NAME)
-                # Open files can be read to their end, even if the folder is deleted.
-                opened = {n: stack.enter_context((path / n).open("rb", buffering=0)) for n in manifest.files}
-            except FileNotFoundError as error:
-                if path.exists():
-                    raise DamagedError(f"{error.filename} is missing") from error
-                return None
+        try:
+            manifest, raw = read_manifest(path), (path / NAME).read_bytes()
             if self.fs.exists(self._file(step, NAME)):
                 if self.fs.cat_file(self._file(step, NAME)) == raw:
                     return 0
                 self.remove(step)  # the step was made again
-            for name, file in opened.items():
-                self._send(file, self._file(step, name), manifest.files[name])
+            for name, expected in manifest.files.items():
+                if (damage := find_damage(path / name, expected)) is not None:
+                    raise DamagedError(damage)
+                place = self._file(step, name)
+                self._make_folder(place.rsplit("/", 1)[0])
+                self.fs.put_file(str(path / name), place)
+        except (DamagedError, FileNotFoundError):
+            if path.exists():
+                raise
+            return None
         self.fs.invalidate_cache()
         for name, expected in manifest.files.items():
             size = self.fs.info(self._file(step, name))["size"]
@@ -118,7 +114,7 @@ class Target:
         return sum(entry.size for entry in manifest.files.values())
 
     def fetch(self, step: int, temporary: Path) -> None:
-        """Fetch a copy into the folder ``temporary``, synced to disk; each file is verified on its way.
+        """Fetch a copy into the folder ``temporary``, synced to disk and verified.
 
         Raises:
             DamagedError: some file differs from the saved one.
@@ -128,11 +124,10 @@ class Target:
         for name, expected in manifest.files.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                damage = find_difference(name, self._sum(step, name, file.write), expected)
-                file.flush()
+            self.fs.get_file(self._file(step, name), str(path))
+            with path.open("rb") as file:
                 os.fsync(file.fileno())
-            if damage is not None:
+            if (damage := find_damage(path, expected)) is not None:
                 raise DamagedError(damage)
         (temporary / NAME).write_bytes(raw)
         sync_folder(temporary)
@@ -148,7 +143,13 @@ class Target:
             manifest = self.manifest(step)
             found = []
             for name, expected in manifest.files.items():
-                found.append(find_difference(name, self._sum(step, name, lambda data: told(len(data))), expected))
+                digest, size = hashlib.sha256(), 0
+                with self.fs.open(self._file(step, name), "rb", block_size=SLICE) as stream:
+                    while content := stream.read(SLICE):
+                        told(len(content))
+                        digest.update(content)
+                        size += len(content)
+                found.append(find_difference(name, FileSum(size, digest.hexdigest()), expected))
         except (DamagedError, FileNotFoundError) as error:
             return (str(error),) if self.fs.exists(self._file(step, NAME)) else None
         return tuple(damage for damage in found if damage is not None)
@@ -225,28 +226,6 @@ class Target:
             )
         return manifest
 
-    def _send(self, file: Any, place: str, expected: FileSum) -> None:
-        digest, size = hashlib.sha256(), 0
-        self._make_folder(place.rsplit("/", 1)[0])
-        with self.fs.open(place, "wb", block_size=BLOCK) as stream:
-            while content := file.read(SLICE):
-                stream.write(content)
-                digest.update(content)
-                size += len(content)
-        damage = find_difference(place.rsplit("/", 1)[-1], FileSum(size, digest.hexdigest()), expected)
-        if damage is not None:
-            raise DamagedError(damage)
-
-    def _sum(self, step: int, name: str, into: Callable[[bytes], Any]) -> FileSum:
-        """Read a file, pass each slice to ``into``, and return the file's sum."""
-        digest, size = hashlib.sha256(), 0
-        with self.fs.open(self._file(step, name), "rb", block_size=SLICE) as stream:
-            while content := stream.read(SLICE):
-                into(content)
-                digest.update(content)
-                size += len(content)
-        return FileSum(size, digest.hexdigest())
-
 
 def target_of(url: str, run_folder: Path) -> Target:
     """Return the target of a run's copies, named by the last two folders of its path: ``NAME/POINT``."""
@@ -271,23 +250,13 @@ def check_target(url: str, run_folder: Path) -> None:
         failure.append(TimeoutError(f"no answer in {ANSWER_S:.0f} s"))
     if not failure:
         return
+    fix = "the address, network and credentials put right, or checkpoint.copy_to=null"
     if isinstance(failure[0], ImportError):
-        package = INSTALLS.get(protocol)
-        raise ConfigError(
-            f"checkpoint.copy_to={url}, and a package is not installed ({failure[0]})",
-            f"the package with which fsspec reaches {protocol}://",
-            f"pip install {package}" if package else "pip install the package that the message names",
-        ) from failure[0]
-    if isinstance(failure[0], ValueError) and "rotocol not known" in str(failure[0]):
-        raise ConfigError(
-            f"checkpoint.copy_to={url}, and fsspec knows no {protocol}://",
-            "a URL of one of its filesystems",
-            "checkpoint.copy_to=s3://BUCKET/FOLDER, or checkpoint.copy_to=file:///FOLDER",
-        ) from failure[0]
+        fix = f"pip install {INSTALLS.get(protocol, 'the package that the message names')}"
     raise ConfigError(
         f"checkpoint.copy_to={url} cannot be written ({describe_error(failure[0])})",
-        "a place that can be reached from here, and credentials in the environment that may write there",
-        "the address, network and credentials put right, or checkpoint.copy_to=null",
+        "a place that fsspec can reach from here, and credentials in the environment that may write there",
+        fix,
     ) from failure[0]
 
 

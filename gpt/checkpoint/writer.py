@@ -1,4 +1,4 @@
-"""Jobs of a save, and their writers: this process at once, or a second process during training."""
+"""Jobs of a save that touch the disk, and their writers: this process at once, or a second process during training."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -33,27 +33,24 @@ from gpt.checkpoint.part import (
     write_index,
     write_part,
 )
+from gpt.checkpoint.upkeep import Upkeep, UpkeepPlan
 from launch.process import die_with_parent
+from launch.runs.files import keep_unwritten, say
 
-# Steps of a save that touch the disk, each by one process and at its own time: write, commit, clean up, delete.
-#
-# A rank makes a job, and its writer does the job, in the background or at once.
+# Jobs: a rank makes a job, and its writer does the job, in the background or at once. A job takes the writer's state
+# as its last argument; all other arguments are bound by ``functools.partial``, which can be pickled.
 
 
 @dataclass
 class WriterState:
-    """State of a writer between jobs: the memory that parts are staged in, and the newest plan."""
+    """State of a writer between jobs."""
 
     staged: SharedMemory | None = None
+    """Memory that parts are staged in."""
     plan: WritePlan | None = None
-    has_idle_time: bool = False
-    """True in a process that has no other work between jobs."""
-    idle_work: Generator[float] | None = None
-    """Work between jobs, in slices; each slice yields the seconds until the next one is due. None: no work."""
-    idle_at: float = 0.0
-    """Time, by time.monotonic, at which the next slice is due."""
-    sound: int | None = None
-    """Step of the newest checkpoint that was read again and found whole."""
+    """Newest plan of this rank's tensors."""
+    upkeep: Upkeep | None = None
+    """Work on committed checkpoints, in a thread of rank 0's writer; None before the first."""
 
     def whole(self, part: RankPart | StagedPart) -> RankPart:
         """Return a part with its tensors; those of a staged part are views of this writer's shared memory."""
@@ -62,93 +59,66 @@ class WriterState:
         assert self.staged is not None
         return part.load(self.staged, self.plan)
 
-    def rest_s(self) -> float | None:
-        """Return the seconds until the next slice of idle work is due, 0 if it is due now; None if no work is left."""
-        return None if self.idle_work is None else max(0.0, self.idle_at - time.monotonic())
+
+Job = Callable[[WriterState], Any]
 
 
-class Job(Protocol):
-    """Interface of a job; picklable if another process does it."""
-
-    def run(self, state: WriterState) -> Any:
-        """Do the job, and return its result."""
-        ...
-
-
-@dataclass(frozen=True)
-class Write:
-    """Write the part of one rank into a temporary folder."""
-
-    temporary: Path
-    step: int
-    part: RankPart | StagedPart
-    is_first: bool
-
-    def run(self, state: WriterState) -> None:
-        """Create the folder and write the part into it. The first rank also removes the folders of killed saves."""
-        if self.is_first:
-            folders.begin(self.temporary, self.step)
-        else:
-            self.temporary.mkdir(parents=True, exist_ok=True)
-        write_part(state.whole(self.part), self.temporary)
+def write_rank(temporary: Path, step: int, part: RankPart | StagedPart, is_first: bool, state: WriterState) -> None:
+    """Write the part of one rank into a temporary folder. The first rank also removes the folders of killed saves."""
+    if is_first:
+        folders.begin(temporary, step)
+    else:
+        temporary.mkdir(parents=True, exist_ok=True)
+    write_part(state.whole(part), temporary)
 
 
-@dataclass(frozen=True)
-class Commit:
-    """Commit a folder that all ranks have written: write index and manifest, and rename it; on rank 0."""
+def commit_save(temporary: Path, about: Manifest, may_commit: Callable[[], bool], state: WriterState) -> Path | None:
+    """Commit a folder that all ranks have written: write index and manifest, and rename the folder. On rank 0.
 
-    temporary: Path
-    step: int
-    world_size: int
-    meta: dict[str, Any]
-    contents: dict[str, Any]
-    may_commit: Callable[[], bool]
+    Args:
+        temporary: folder of the save.
+        about: the manifest without time and files.
+        may_commit: called just before the rename; False commits nothing.
+        state: state of the writer.
 
-    def run(self, state: WriterState) -> Path | None:
-        """Return the committed folder; None if the attempt is outdated."""
-        reports = [Report.decode((self.temporary / report_name(rank)).read_bytes()) for rank in range(self.world_size)]
-        files = {name: entry for report in reports for name, entry in sorted(report.files.items())}
-        for name, entry in files.items():
-            path = self.temporary / name
-            if not path.is_file() or path.stat().st_size != entry.size:
-                raise FileNotFoundError(
-                    f"{path}, written by another rank, is not seen by rank 0: is the folder shared?"
-                )
-        if state.plan is not None and state.plan.metadata is not None and any(report.items for report in reports):
-            files |= write_index(state.plan.metadata, [report.items for report in reports], self.temporary)
-        for rank in range(self.world_size):
-            (self.temporary / report_name(rank)).unlink()
-        manifest = Manifest(self.step, self.world_size, time.time(), self.meta, files, self.contents)
-        write_manifest(self.temporary, manifest)
-        return folders.commit(self.temporary, self.step) if self.may_commit() else None
+    Returns:
+        The committed folder; None if ``may_commit`` returned False.
+    """
+    names = [report_name(rank) for rank in range(about.world_size)]
+    reports = [Report.decode((temporary / name).read_bytes()) for name in names]
+    files = {name: entry for report in reports for name, entry in sorted(report.files.items())}
+    for name, entry in files.items():
+        path = temporary / name
+        if not path.is_file() or path.stat().st_size != entry.size:
+            raise FileNotFoundError(f"{path}, written by another rank, is not seen by rank 0: is the folder shared?")
+    if state.plan is not None and state.plan.metadata is not None and any(report.items for report in reports):
+        files |= write_index(state.plan.metadata, [report.items for report in reports], temporary)
+    for name in names:
+        (temporary / name).unlink()
+    write_manifest(temporary, replace(about, time=time.time(), files=files))
+    return folders.commit(temporary, about.step) if may_commit() else None
 
 
-@dataclass(frozen=True)
-class Remove:
-    """Remove the folder of a save that failed; on rank 0, when no rank writes there any more."""
+def remove_save(temporary: Path, keeps: Retention, frees: bool, state: WriterState) -> None:
+    """Remove the folder of a save that failed; on rank 0, when no rank writes there any more.
 
-    temporary: Path
-    keeps: Retention
-    frees: bool
-    """True if the disk is full: delete the checkpoint that the failed one was to replace, unless it is the last."""
-
-    def run(self, state: WriterState) -> None:
-        """Remove the folder, and free the space that retention allows."""
-        folders.remove_folder(self.temporary)
-        if self.frees:
-            folders.retire(self.temporary.parent, replace(self.keeps, last=max(1, self.keeps.last - 1)))
+    If ``frees``, the disk is full: delete the checkpoint that the failed one was to replace, unless it is the last.
+    """
+    folders.remove_folder(temporary)
+    if frees:
+        folders.retire(temporary.parent, replace(keeps, last=max(1, keeps.last - 1)))
 
 
-@dataclass(frozen=True)
-class Retire:
-    """Delete the checkpoints that are no longer kept; on rank 0, after a commit."""
+def retire_saved(folder: Path, keeps: Retention, state: WriterState) -> None:
+    """Delete the checkpoints that ``keeps`` does not keep; on rank 0, after a commit."""
+    folders.retire(folder, keeps)
 
-    folder: Path
-    keeps: Retention
 
-    def run(self, state: WriterState) -> None:
-        """Delete the checkpoints that ``keeps`` does not keep."""
-        folders.retire(self.folder, self.keeps)
+def tend_saved(plan: UpkeepPlan, committed: int | None, back_to: int | None, state: WriterState) -> None:
+    """Pass a committed step, or the step that the run goes back to, to the upkeep; on rank 0."""
+    if state.upkeep is None:
+        state.upkeep = Upkeep(plan)
+    state.upkeep.add(committed, back_to)
 
 
 # Writers that do the jobs of a save: this process at once, or a second process during training.
@@ -160,7 +130,8 @@ class Retire:
 NICENESS = 10
 """Niceness of the writer process: it gets the CPU time that the ranks do not use."""
 CLOSING_S = 10.0
-"""Longest wait, in seconds, for the last deletions when training ends; the next start of the run does the others."""
+"""Longest wait, in seconds, for upkeep when training ends; the next start of the run does the rest."""
+BEAT_S = 1.0
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """Signals that the writer process ignores: they ask a rank to save and stop, and the save needs the writer."""
 
@@ -178,7 +149,7 @@ class Result:
 def do(job: Job, state: WriterState) -> Result:
     """Do a job, and return its result; if it raises an error, the result has the error as text."""
     try:
-        return Result(job.run(state))
+        return Result(job(state))
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is a BaseException
         return Result(failure=explain(error))
 
@@ -193,6 +164,10 @@ class Writer:
     """True if another process does the jobs while this process continues; the same on all ranks."""
 
     def __init__(self) -> None:
+        self.patience_s = CLOSING_S
+        """Longest wait of ``close`` for the upkeep, in seconds."""
+        self.beat: Callable[[], None] = lambda: None
+        """Called about once a second while ``close`` waits."""
         self._state = WriterState()
         self._result: Result | None = None
 
@@ -201,8 +176,8 @@ class Writer:
         self._state.plan = part.plan
         return part
 
-    def submit(self, job: Job, delay_s: float = 0.0) -> None:
-        """Have a job done, in the background after ``delay_s`` seconds; ``poll`` and ``wait`` return its result."""
+    def submit(self, job: Job) -> None:
+        """Have a job done, in the background or at once; ``poll`` and ``wait`` return its result."""
         self._result = do(job, self._state)
 
     def poll(self) -> Result | None:
@@ -216,9 +191,20 @@ class Writer:
         assert result is not None, "no job was submitted"
         return result
 
-    def close(self, patience_s: float = CLOSING_S) -> None:
-        """Wait at most ``patience_s`` seconds for the submitted jobs, and end the writer."""
+    def close(self) -> None:
+        """End the writer; wait at most ``patience_s`` seconds for submitted jobs and for the upkeep."""
+        if self._state.upkeep is not None:
+            self._await(self._state.upkeep.close)
         self._state = WriterState()
+
+    def _await(self, is_done: Callable[[float], bool]) -> None:
+        until = time.monotonic() + self.patience_s
+        while not is_done(min(BEAT_S, max(0.0, until - time.monotonic()))):
+            if time.monotonic() >= until:
+                if self.patience_s:
+                    say("checkpoints were not all read again or copied; the next start of the run copies the newest")
+                return
+            self.beat()
 
 
 class ProcessWriter(Writer):
@@ -251,11 +237,11 @@ class ProcessWriter(Writer):
             self._send(("memory", self._state.staged.size), self._state.staged.descriptor)
         return staged
 
-    def submit(self, job: Job, delay_s: float = 0.0) -> None:
+    def submit(self, job: Job) -> None:
         self._ticket += 1
         self._result = None
         if self.pid:
-            self._send(("job", self._ticket, delay_s, job))
+            self._send(("job", self._ticket, job))
         else:
             super().submit(job)
 
@@ -269,11 +255,11 @@ class ProcessWriter(Writer):
             self._receive()
         return super().wait()
 
-    def close(self, patience_s: float = CLOSING_S) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            self._connection.send(("end",))
-            while self._connection.poll(patience_s) and self._connection.recv()[0] != "ended":
-                pass
+    def close(self) -> None:
+        if self.pid:
+            with contextlib.suppress(EOFError, OSError):
+                self._connection.send(("end",))
+                self._await(lambda wait_s: self._connection.poll(wait_s) and self._connection.recv()[0] == "ended")
         if self.pid:
             self._end()
         self._connection.close()
@@ -317,15 +303,20 @@ class ProcessWriter(Writer):
 
 
 @contextlib.contextmanager
-def open_writer(asynchronous: bool) -> Iterator[Writer]:
-    """Yield this rank's writer, and close it at the end; on Linux a process of its own if ``asynchronous``."""
+def open_writer(asynchronous: bool, beat: Callable[[], None]) -> Iterator[Writer]:
+    """Yield this rank's writer, and close it at the end; on Linux a process of its own if ``asynchronous``.
+
+    ``beat`` is called about once a second while the end waits for the upkeep of checkpoints.
+    """
     writer: Writer = ProcessWriter() if asynchronous and hasattr(os, "memfd_create") else Writer()
+    writer.beat = beat
     try:
         yield writer
     except BaseException:
-        writer.close(patience_s=0)  # the agent that waits for this rank must see it leave
+        writer.patience_s = 0.0  # the agent that waits for this rank must see it leave
         raise
-    writer.close()
+    finally:
+        writer.close()
 
 
 def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None:
@@ -336,8 +327,9 @@ def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
         os.nice(NICENESS)
-        gc.disable()  # a collection would copy every page of the rank's objects
+        gc.freeze()  # a collection would copy every page of the rank's objects
         torch.set_num_threads(1)  # the threads of the rank do not exist here
+        keep_unwritten()
         serve(connection)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -347,34 +339,14 @@ def _run_forked(connection: Connection, theirs: Connection, parent: int) -> None
         os._exit(0)
 
 
-def work_on(state: WriterState) -> None:
-    """Do the next slice of ``state.idle_work``; a failure ends that work, and is printed in the log of the rank."""
-    assert state.idle_work is not None
-    try:
-        state.idle_at = time.monotonic() + next(state.idle_work)
-    except StopIteration:
-        state.idle_work = None
-    except Exception as error:
-        state.idle_work = None
-        sys.stderr.write(explain(error) + "\n")
-        sys.stderr.flush()
-
-
 def serve(connection: Connection) -> None:
     """Do jobs from the connection, one after another, until the other end is closed."""
-    state = WriterState(has_idle_time=True)
-    waiting: tuple[Any, ...] | None = None
+    state = WriterState()
     while True:
-        while waiting is None and (rest_s := state.rest_s()) is not None and not connection.poll(rest_s):
-            work_on(state)
-        # A job that waits for its time is given up when another one comes.
-        if waiting is None or connection.poll(waiting[2]):
-            try:
-                message = connection.recv()
-            except EOFError:
-                return
-        else:
-            message, waiting = (*waiting[:2], 0.0, waiting[3]), None
+        try:
+            message = connection.recv()
+        except EOFError:
+            return
         kind = message[0]
         if kind == "plan":
             state.plan = message[1]
@@ -383,12 +355,9 @@ def serve(connection: Connection) -> None:
                 state.staged.close()
             state.staged = SharedMemory(message[1], recv_handle(connection))
         elif kind == "end":
-            while state.rest_s() == 0:  # as long as the closing rank has patience
-                work_on(state)
+            while state.upkeep is not None and not state.upkeep.close(BEAT_S):
+                pass  # the rank ends this process when its patience is over
             connection.send(("ended",))
             return
-        elif message[2] > 0:
-            waiting = message
         else:
-            waiting = None
-            connection.send(("done", message[1], do(message[3], state)))
+            connection.send(("done", message[1], do(message[2], state)))

@@ -210,15 +210,14 @@ class CheckpointConfig:
     give_up_after_min: float = 60.0
     """Minutes for which a run continues while its checkpoints cannot be written, as on a full disk. 0 stops at the
     first failure."""
-    scrub: Union[bool, str] = False
+    scrub: bool = False
     """Read each checkpoint again after it was written, in the background, and set it aside if it is damaged. Older
-    checkpoints are deleted only after a whole one was read. ``30min`` also reads the newest one again every thirty
-    minutes."""
+    checkpoints are deleted only after a whole one was read."""
     in_memory: bool = False
     """Keep the newest state of each node in its memory and in that of the next node. After the death of ranks, or with
     a spare node, the run then resumes without the disk. Needs the launcher."""
     in_memory_interval: int = 10
-    """Steps between checkpoints in memory. Each checkpoint on the disk is also kept in memory."""
+    """Steps between checkpoints in memory, while no save to disk is in flight."""
 
     copy_to: Optional[str] = None
     """URL that fsspec reaches, such as ``s3://BUCKET/FOLDER`` or ``file:///FOLDER``. Each checkpoint is copied to it
@@ -232,9 +231,9 @@ class CheckpointConfig:
         self._validate_copies()
         at_least_0 = ("keep_every", "keep_best", "give_up_after_min")
         check_numbers("checkpoint.", self, ("keep_last", "in_memory_interval", "copy_keep"), at_least_0)
-        if self.scrub_every_s() is not None and not self.asynchronous:
+        if self.scrub and not self.asynchronous:
             raise ConfigError(
-                f"checkpoint.scrub={str(self.scrub).lower()} with checkpoint.asynchronous=false",
+                "checkpoint.scrub=true with checkpoint.asynchronous=false",
                 "a process beside each rank, which reads while training goes on",
                 "checkpoint.asynchronous=true, or python -m launch.verify RUN, which may run beside a run",
             )
@@ -289,20 +288,3 @@ class CheckpointConfig:
                 "checkpoint.interval=200, checkpoint.interval=30min or checkpoint.interval=auto",
             )
         return Interval(minutes=minutes)
-
-    def scrub_every_s(self) -> float | None:
-        """Read ``scrub``: seconds between readings; 0 for one reading after each save; None for no reading.
-
-        Raises:
-            ConfigError: the value is no boolean and no number of minutes.
-        """
-        if isinstance(self.scrub, bool):
-            return 0.0 if self.scrub else None
-        minutes = read_minutes(self.scrub.strip())
-        if minutes is None:
-            raise ConfigError(
-                f"checkpoint.scrub={self.scrub}",
-                "true to read each checkpoint once, false, or the minutes after which the newest is read again",
-                "checkpoint.scrub=true or checkpoint.scrub=30min",
-            )
-        return 60 * minutes

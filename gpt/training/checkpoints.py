@@ -9,23 +9,20 @@ from typing import Any
 
 import torch
 
-from gpt.checkpoint import CheckpointError, LoadedCheckpoint
-from gpt.checkpoint.copies import Copies
-from gpt.checkpoint.folders import VALIDATION_LOSS, Retention
-from gpt.checkpoint.memory import FailedInMemory, SavedInMemory
-from gpt.checkpoint.saving import FailedWrite, Saved
+from gpt.checkpoint.folders import VALIDATION_LOSS, LoadedCheckpoint
+from gpt.checkpoint.manager import FailedSave, Saved, Votes
+from gpt.checkpoint.messages import CheckpointError
 from gpt.config.train import RESUMABLE
 from gpt.data.order import PassedOver
 from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import World
 from gpt.training.guards import BadSteps, checkpoint_before, is_bad, last_rollback, remedy
 from gpt.training.run import Run
-from gpt.training.step import SaveVotes
 from launch.errors import ConfigError, RepeatedFailureError
 from launch.runs import compose
 from launch.runs.events import best_interval_s
 from launch.runs.files import say
-from launch.runs.folder import RunFolder, is_newest_attempt
+from launch.runs.folder import is_newest_attempt
 from launch.runs.heartbeat import Phase
 from launch.runs.overrides import is_within
 from launch.runs.records import StepRecord
@@ -36,29 +33,31 @@ from launch.runs.records import StepRecord
 def save(run: Run) -> float:
     """Write a checkpoint of the step just done, and wait for it. Returns the seconds that took."""
     started = time.perf_counter()
-    begin_save(run, None)
-    found = run.store.saves.finish()
-    if isinstance(found, FailedWrite):
-        run.store.saves.give_up()
+    start_save(run, None)
+    found = run.checkpoints.finish()
+    if isinstance(found, FailedSave):
+        run.checkpoints.give_up()
         raise CheckpointError(found.cause)
     seconds = time.perf_counter() - started
     run.worker.saved(run.step, seconds)
     return seconds
 
 
-def begin_save(run: Run, val_loss: float | None) -> None:
-    """Begin to write a checkpoint of the step just done. Collective.
+def start_save(run: Run, val_loss: float | None, in_memory: bool = False) -> None:
+    """Begin to save a checkpoint of the step just done. Collective.
 
     Args:
-        run: the run; none of its saves is in flight, unless that save is failing.
+        run: the run; none of its saves is in flight.
         val_loss: validation loss of the step, nats per token; None if it was not evaluated.
+        in_memory: True to save to the memory of the nodes, and not to disk.
     """
     run.worker.phase(Phase.saving, run.step)
+    saved = run.step, run.engine.state(), rng_state(run.world), checkpoint_meta(run, val_loss)
+    if in_memory:
+        run.checkpoints.start_in_memory(*saved)
+        return
     # The fence is sent to the writer's process, so it must not hold the run.
-    may_commit = partial(is_newest_attempt, run.folder, run.attempt)
-    run.store.saves.start(
-        run.step, run.engine.state(), rng_state(run.world), checkpoint_meta(run, val_loss), may_commit
-    )
+    run.checkpoints.start(*saved, partial(is_newest_attempt, run.folder, run.attempt))
 
 
 def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
@@ -83,14 +82,16 @@ def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
 
 def load(run: Run) -> None:
     """Continue from the newest whole checkpoint; without one, prepare the first step of a new run. Collective."""
-    if run.store.is_new():  # the optimizer's state need not be made yet, which would cost a step of torch's optimizer
+    if (
+        run.checkpoints.is_new()
+    ):  # the optimizer's state need not be made yet, which would cost a step of torch's optimizer
         run.engine.begin()
         return
     began = time.perf_counter()
     state = run.engine.state()
-    if run.config.checkpoint.in_memory and run.store.memory is None and run.world.is_first:
+    if run.config.checkpoint.in_memory and run.checkpoints.memory is None and run.world.is_first:
         run.folder.record_event("memory_passed_over", attempt=run.attempt, cause="a node has no memory store")
-    loaded = run.store.load(state)
+    loaded = run.checkpoints.load(state)
     if loaded is None:
         run.engine.begin()
         return
@@ -124,7 +125,7 @@ def load(run: Run) -> None:
         set_rng_state(run.world, loaded.rank_state)
     run.step = loaded.step
     load_divergence(run, loaded)
-    run.early_stop.load(loaded.meta.get("early_stop", {}))
+    run.early_stop.load(loaded.meta["early_stop"])
     run.restore_s = time.perf_counter() - began
 
 
@@ -143,11 +144,9 @@ def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
 
 def load_divergence(run: Run, loaded: LoadedCheckpoint) -> None:
     """Restore the counts of the guard and the batches to leave out, from checkpoint ``loaded`` and the event log."""
-    meta = loaded.meta
-    former = {"skipped_steps": meta.get("loss_scale", {}).get("skipped", 0)}
-    run.guard.load(former | meta.get("divergence", {}))
+    run.guard.load(loaded.meta["divergence"])
     event = run.world.on_first(lambda: last_rollback(run.folder.read_events(), loaded.step))
-    run.batches.passed_over = PassedOver.of(meta.get("passed_over", []) if event is None else event["passed_over"])
+    run.batches.passed_over = PassedOver.of((loaded.meta if event is None else event)["passed_over"])
     if event is not None:
         run.guard.gone_back(event["last"], event["rollbacks"])
 
@@ -192,7 +191,7 @@ def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
         FloatingPointError: there is no checkpoint to go back to.
     """
     run.worker.phase(Phase.starting, run.step)  # loading takes as long as at the start
-    target = run.world.on_first(lambda: checkpoint_before(run.store.steps(), bad.first))
+    target = run.world.on_first(lambda: checkpoint_before(run.checkpoints.steps(), bad.first))
     where = locate(run, bad.first, bad.last)
     if target is None or run.guard.rollbacks >= run.config.divergence.max_rollbacks:
         raise failure(run, bad, target, where)
@@ -208,8 +207,7 @@ def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
             f"step {bad.last}: {bad.cause}; back to step {target}, and on without {place_text(where)}",
             flush=True,
         )
-    run.store.discard_after(target)
-    run.copies.discard_after(target)
+    run.checkpoints.discard_after(target)
     load(run)
     writers.go_back(run.step)
 
@@ -240,18 +238,15 @@ def failure(
 ) -> RepeatedFailureError | FloatingPointError:
     """Return the error of a run that cannot go back for ``bad`` steps; FloatingPointError if ``target`` is None."""
     steps = f"step {bad.first}" if bad.first == bad.last else f"steps {bad.first} to {bad.last}"
-    found = f"found: {steps}: {bad.cause}; {place_text(where)}"
+    limit = f"divergence.max_rollbacks={run.config.divergence.max_rollbacks}"
+    why_not = f"gone back {run.guard.rollbacks} times since the last checkpoint ({limit}), and other batches end alike"
     if target is None:
-        return FloatingPointError(
-            f"{found}; no checkpoint to go back to\nexpected: finite numbers, or a checkpoint before them "
-            f"(checkpoint.interval={run.config.checkpoint.interval})\n{remedy(run.config)}"
-        )
-    limit = run.config.divergence.max_rollbacks
-    return RepeatedFailureError(
-        f"{found}; gone back {run.guard.rollbacks} times since the last checkpoint (divergence.max_rollbacks={limit}), "
-        f"and other batches end alike\nexpected: steps that a checkpoint and other batches mend; another start would "
-        f"compute the same\n{remedy(run.config)}"
+        why_not = f"no checkpoint to go back to (checkpoint.interval={run.config.checkpoint.interval})"
+    text = (
+        f"found: {steps}: {bad.cause}; {place_text(where)}; {why_not}\nexpected: finite numbers, or an earlier "
+        f"checkpoint from which other batches give finite numbers\n{remedy(run.config)}"
     )
+    return FloatingPointError(text) if target is None else RepeatedFailureError(text)
 
 
 # Schedule of the periodic checkpoints: by steps, by minutes, or by the cost of failures and saves.
@@ -310,10 +305,9 @@ def auto_interval_s(events: Iterable[Mapping[str, Any]], now: float) -> float:
     return max(LEAST_S, last.get("write_s", last["seconds"]), found)
 
 
-# Checkpoints during training: when they are due, the votes about the save in flight, and its events.
+# Checkpoints during training: when they are due, the save in flight, and its events.
 #
 # Ranks agree through the figures that every step sums over them, so that no step waits for a message.
-# ``gpt.checkpoint`` writes the files.
 
 
 TRIES = 2
@@ -323,48 +317,36 @@ Training then continues, or ends with the previous checkpoint as the newest.
 """
 
 
-class Saving:
-    """The checkpoints of one attempt. All methods but ``votes`` and ``is_due`` are collective."""
+class CheckpointSchedule:
+    """The saves of one attempt: when they are due, and their events. All methods but ``poll`` and ``is_due`` are
+    collective."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._saves = run.store.saves
+        self._manager = run.checkpoints
         self._every = run.config.checkpoint.every()
-        self._is_asynchronous = run.config.checkpoint.asynchronous and self._saves.writer.is_background
-        self._memory = run.store.memory
+        self._is_asynchronous = run.config.checkpoint.asynchronous and run.checkpoints.writer.is_background
         self._held_s = 0.0
         self._is_time = False
         self._next_at = time.monotonic() + self._interval_s()
 
-    def votes(self) -> SaveVotes:
+    def poll(self) -> Votes:
         """Return this rank's votes about saves, which the next step sums over all ranks."""
-        figures: dict[str, float] = {}
-        vote = self._saves.vote()
-        if not vote.phase and self._memory is not None:
-            vote = self._memory.vote()
-        if vote.phase:
-            figures = {"done": vote.done, "failed": vote.failed}
-        if self._every.steps is None:
-            is_due = self._run.world.is_first and not self._is_time and time.monotonic() >= self._next_at
-            figures["is_due"] = is_due
-        return SaveVotes(vote.phase, figures)
+        votes = self._manager.poll()
+        if self._every.steps is not None:
+            return votes
+        is_due = self._run.world.is_first and not self._is_time and time.monotonic() >= self._next_at
+        return Votes(votes.phase, {**votes.figures, "is_due": is_due})
 
-    def count(self, phase: int, sums: Mapping[str, float]) -> None:
+    def advance(self, phase: int, sums: Mapping[str, float]) -> None:
         """Evaluate the votes of one step, summed over all ranks, about the save in ``phase``; record its outcome.
 
         Raises:
             ConfigError: the disk was full, or failed, for longer than ``checkpoint.give_up_after_min``.
             CheckpointError: checkpoints could not be written for as long, for another reason.
         """
-        if phase > 0:
-            self._record(self._saves.count(phase, sums["done"], sums["failed"]))
-            if self._memory is not None and not self._memory.is_pending and self._saves.committed is not None:
-                # The copy that was taken for the disk is sent only now, so that the disk's checkpoint waits for
-                # nothing.
-                self._memory.start_again(self._saves.committed)
-                self._saves.committed = None
-        elif phase and self._memory is not None:
-            self._record_in_memory(self._memory.count(phase, sums["done"], sums["failed"]))
+        if phase:
+            self._record(self._manager.advance(phase, sums))
         self._is_time = self._is_time or sums.get("is_due", 0) > 0
 
     def is_due(self, step: int) -> bool:
@@ -375,23 +357,20 @@ class Saving:
 
     def is_due_in_memory(self, step: int) -> bool:
         """Return True if a checkpoint in memory is due after ``step``; never while another save is in flight."""
-        if self._memory is None or self._saves.is_pending or self._memory.is_pending:
+        if self._manager.memory is None or self._manager.is_pending:
             return False
         return step % self._run.config.checkpoint.in_memory_interval == 0
 
     def save_in_memory(self) -> float:
-        """Begin a checkpoint in memory of the step just done unless a save is in flight; return seconds waited."""
+        """Begin a checkpoint in memory of the step just done; return the seconds that training waited."""
         started = time.perf_counter()
-        if self._memory is not None and not (self._saves.is_pending or self._memory.is_pending):
-            run = self._run
-            run.worker.phase(Phase.saving, run.step)
-            self._memory.start(run.step, run.engine.state(), rng_state(run.world), checkpoint_meta(run, None))
+        start_save(self._run, None, in_memory=True)
         return time.perf_counter() - started
 
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
         """Save a checkpoint of the step just done; return the seconds that training waited.
 
-        Waits for an earlier save, unless it is failing; and for this one if it is the last, or saves are synchronous.
+        Waits for an earlier save, or gives it up; and for this one if it is the last, or saves are synchronous.
 
         Args:
             val_loss: validation loss of the step, nats per token; None if it was not evaluated.
@@ -399,57 +378,43 @@ class Saving:
             is_stop: True if the job must end soon.
         """
         started = time.perf_counter()
-        run = self._run
-        run.worker.phase(Phase.saving, run.step)
-        if not self._saves.is_failing:  # if it is failing, this newer state takes its place
-            self._finish()
-        begin_save(run, val_loss)
+        self._run.worker.phase(Phase.saving, self._run.step)
+        self.finish()
+        start_save(self._run, val_loss)
         self._held_s = time.perf_counter() - started
         if is_last or is_stop or not self._is_asynchronous:
-            self._finish(gives_up=not is_last, since=started)
+            self.finish(gives_up=not is_last, since=started)
         self._is_time, self._next_at = False, time.monotonic() + self._interval_s()
         return time.perf_counter() - started
 
-    def settle(self) -> None:
-        """Wait for the save in flight before a roll-back or a stop; give it up after ``TRIES`` failures."""
-        self._finish()
-
-    def _finish(self, gives_up: bool = True, since: float | None = None) -> None:
-        """Wait for the saves in flight. With ``gives_up``, give a save up after ``TRIES`` failures."""
-        if self._memory is not None:
-            self._record_in_memory(self._memory.finish())
+    def finish(self, gives_up: bool = True, since: float | None = None) -> None:
+        """Wait for the save in flight. With ``gives_up``, give it up after ``TRIES`` failures."""
         tries = 0
-        while self._saves.is_pending:
-            found = self._saves.finish(hurries=gives_up)
+        while self._manager.is_pending:
+            found = self._manager.finish(hurries=gives_up)
             if since is not None:
                 self._held_s = time.perf_counter() - since
             self._record(found)
-            tries += isinstance(found, FailedWrite)
+            tries += isinstance(found, FailedSave)
             if tries >= TRIES and gives_up:
-                self._saves.give_up()
+                self._manager.give_up()
 
-    def _record(self, found: Saved | FailedWrite | None) -> None:
+    def _record(self, found: Saved | FailedSave | None) -> None:
         run = self._run
-        if isinstance(found, Saved):
+        if isinstance(found, Saved) and not found.in_memory:
             run.worker.saved(found.step, self._held_s, write_s=found.write_s)
-            run.copies.copy(found.step)
-        elif found is not None and run.world.is_first:
-            cause = found.cause.splitlines()[0]
-            run.folder.record_event(
-                "save_failed", attempt=run.attempt, step=found.step, cause=cause, failures=found.failures
-            )
-            say(f"the checkpoint of step {found.step} could not be written, and is tried again: {found.cause}")
-
-    def _record_in_memory(self, found: SavedInMemory | FailedInMemory | None) -> None:
-        run = self._run
         if found is None or not run.world.is_first:
             return
-        told = {"attempt": run.attempt, "step": found.step}
-        if isinstance(found, SavedInMemory):
+        told: dict[str, Any] = {"attempt": run.attempt, "step": found.step}
+        if isinstance(found, FailedSave):
+            told["cause"] = found.cause.splitlines()[0]
+            if found.in_memory:
+                run.folder.record_event("save_in_memory_failed", **told)
+            else:
+                run.folder.record_event("save_failed", **told, failures=found.failures)
+                say(f"the checkpoint of step {found.step} could not be written, and is tried again: {found.cause}")
+        elif found.in_memory:
             run.folder.record_event("saved_in_memory", **told, write_s=found.write_s)
-        else:
-            run.folder.record_event("save_in_memory_failed", **told, cause=found.cause)
-            say(f"the checkpoint of step {found.step} in memory was given up: {found.cause}")
 
     def _interval_s(self) -> float:
         """Return the seconds to the next periodic checkpoint; 0 if steps decide, or rank 0 alone does (``auto``)."""
@@ -458,31 +423,3 @@ class Saving:
         if self._every.steps is not None or not self._run.world.is_first:
             return 0.0
         return auto_interval_s(self._run.folder.read_events(), time.time())
-
-
-def start_copies(run: Run, copies: Copies) -> None:
-    """Start copying checkpoints to ``checkpoint.copy_to``, if set, on rank 0: first the loaded one if it has no copy.
-
-    Copies of later steps are deleted, since the run makes those steps again.
-    """
-    kept, run.copies = run.config.checkpoint, copies
-    if kept.copy_to is None or not run.world.is_first:
-        return
-    keeps = run.store.saves.keeps if kept.copy_keep is None else Retention(kept.copy_keep)
-    run.copies.start(run.folder.path, run.attempt, kept.copy_to, keeps)
-    run.copies.discard_after(run.step)
-    if run.step:
-        run.copies.copy(run.step)
-
-
-def tell_damage(folder: RunFolder, attempt: int, step: int, damage: str, was_whole: bool) -> None:
-    """Record as an event that the checkpoint of a step was read again, found damaged, and set aside.
-
-    A checkpoint that ``was_whole`` at an earlier reading is replaced: older ones were deleted for it, and the next save
-    may be far. A checkpoint that was written damaged is not replaced, since a disk that spoils every file would be
-    written to without end.
-    """
-    folder.record_event("checkpoint_set_aside", attempt=attempt, step=step, cause=damage)
-    say(f"the checkpoint of step {step} is damaged: {damage}")
-    if was_whole:
-        (folder.path / "SAVE").touch()  # like a user's request for a save: all ranks see it after the same step

@@ -25,36 +25,6 @@ from launch.runs.records import StepRecord
 if TYPE_CHECKING:
     from gpt.training.run import Run
 
-# Stability of training: how much the loss varies over the last steps.
-#
-# A loss that spikes, or that swings more and more, shows in this variance before it shows in a mean.
-
-
-WINDOW = 100
-"""Steps over which the variance is taken: so few that a loss that falls normally adds little to the variance."""
-
-
-class LossWindow:
-    """Losses of the last ``WINDOW`` steps of this attempt, for their variance."""
-
-    def __init__(self) -> None:
-        self._losses: deque[float] = deque(maxlen=WINDOW)
-
-    def into(self, record: StepRecord) -> None:
-        """Add the loss of a step, and put the variance over the last ``WINDOW`` steps into its record.
-
-        Steps whose loss is not finite are left out.
-        """
-        if record.loss is not None:
-            self._losses.append(record.loss)
-        if len(self._losses) == WINDOW:
-            record.loss_variance = float(np.var(np.fromiter(self._losses, dtype=np.float64)))
-
-    def clear(self) -> None:
-        """Forget the losses, because the run goes back."""
-        self._losses.clear()
-
-
 # Bad steps, whose numbers went wrong: their count, and the decision to go back.
 #
 # The decision is a pure function of the figures of the steps. These are the same on all ranks, so all ranks decide
@@ -138,11 +108,10 @@ class DivergenceGuard:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``state`` has returned; a state of an older version of this program lacks some keys."""
-        self.skipped, self.rollbacks = state["skipped_steps"], state.get("rollbacks", 0)
-        self._failed_at = state.get("failed_at", 0)
+        """Restore what ``state`` has returned."""
+        self.skipped, self.rollbacks, self._failed_at = state["skipped_steps"], state["rollbacks"], state["failed_at"]
         self._bad = []
-        self._losses = deque(state.get("losses", []), maxlen=self._config.spike_window)
+        self._losses = deque(state["losses"], maxlen=self._config.spike_window)
 
     def _bad_steps(self, cause: str) -> BadSteps:
         return BadSteps(self._bad[0], self._bad[-1], cause)
@@ -264,7 +233,7 @@ class EarlyStop:
     def load(self, state: dict[str, Any]) -> None:
         """Continue from the state of a checkpoint; the config stays the present one."""
         self.best, self.best_step = state.get("best", math.inf), state.get("best_step", 0)
-        self.waited = state.get("waited", 0)
+        self.waited = state["waited"]
         self.best_per_byte = state.get("best_per_byte")
 
 
@@ -293,14 +262,8 @@ class ReplicaGuard:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._check = ReplicaCheck(run.engine.module, run.world) if self.is_on else None
-        if self._check is not None and not self._check.compares and run.world.is_first:
-            print("divergence.replica_check_interval: each parameter is on one rank, nothing is compared", flush=True)
-
-    @property
-    def is_on(self) -> bool:
-        """True if the config asks for comparisons."""
-        return self._run.config.divergence.replica_check_interval > 0
+        compares = run.config.divergence.replica_check_interval > 0
+        self._check = ReplicaCheck(run.engine.module, run.world) if compares else None
 
     def check(self) -> None:
         """Compare the replicas after the step just done. Collective.

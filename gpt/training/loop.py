@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from gpt.data.loader import Samples
 from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import World
-from gpt.training.checkpoints import Saving, go_back, judge_step
+from gpt.training.checkpoints import CheckpointSchedule, go_back, judge_step
 from gpt.training.diagnostics import CompileTime, Gradients, StepBreakdown, StepProfile
 from gpt.training.execution import StepTimeouts
-from gpt.training.guards import BadSteps, LossWindow, ReplicaGuard, StragglerWatch
+from gpt.training.guards import BadSteps, ReplicaGuard, StragglerWatch
 from gpt.training.run import Run
 from gpt.training.step import QueuedStep, Requests, collect_together, queue_step
 from launch.runs.heartbeat import Phase
@@ -136,9 +136,8 @@ class Loop:
         self.compile_time = CompileTime(config.compiles)
         self._timeouts = StepTimeouts(world, config.parallel)
         self._replicas = ReplicaGuard(run)
-        self._saving = Saving(run)
+        self._schedule = CheckpointSchedule(run)
         self._stragglers = StragglerWatch(run)
-        self._stability = LossWindow()
         self._breakdown = StepBreakdown(config.logging.breakdown_interval, world, run.step)
         self._pending_metrics: QueuedStep | None = None
         """The queued step whose figures are not read yet; None if there is none."""
@@ -162,7 +161,7 @@ class Loop:
         phase, outcome = Phase.starting, None  # the first step may compile
         while outcome is None and run.step < run.config.optim.max_steps:
             measured = self._gradients if is_due(run.step + 1, logging.gradients_interval) else None
-            step = queue_step(run, measured, phase, self._saving.votes(), self._stragglers, self._read_former)
+            step = queue_step(run, measured, phase, self._schedule.poll(), self._stragglers, self._read_former)
             phase = Phase.training
             step.record.compile_s, step.record.restore_s = self.compile_time.take(), run.restore_s
             run.restore_s = None
@@ -207,7 +206,7 @@ class Loop:
 
     def _read_votes(self, step: QueuedStep) -> Requests:
         """Evaluate the votes about saves that a step has summed; return the requests of all ranks in that step."""
-        self._saving.count(step.votes.phase, step.votes_of_all())
+        self._schedule.advance(step.votes.phase, step.votes_of_all())
         return step.requests_of_all()
 
     def _pause_after(self, requests: Requests) -> Pause | None:
@@ -218,8 +217,8 @@ class Loop:
             last,
             last or is_due(step, config.eval.interval),
             is_due(step, config.divergence.replica_check_interval),
-            last or bool(requests) or self._saving.is_due(step),
-            self._saving.is_due_in_memory(step),
+            last or bool(requests) or self._schedule.is_due(step),
+            self._schedule.is_due_in_memory(step),
         )
         return None if pause == NO_PAUSE else pause
 
@@ -229,7 +228,6 @@ class Loop:
         self._pending_metrics = None
         self._timeouts.after(record.step_time_s)
         self._breakdown.into(record)
-        self._stability.into(record)
         self._stragglers.after(record, step.own_times_of_all())
         return record, judge_step(self._run, record)
 
@@ -258,9 +256,9 @@ class Loop:
             self._replicas.check()
         if saves:
             self.writers.keep(record)
-            record.checkpoint_s = self._saving.save(record.val_loss, is_last=is_last, is_stop=requests.stop)
+            record.checkpoint_s = self._schedule.save(record.val_loss, is_last=is_last, is_stop=requests.stop)
         elif pause.remembers and guard.may_save:
-            record.checkpoint_s = self._saving.save_in_memory()
+            record.checkpoint_s = self._schedule.save_in_memory()
         self.writers.write(record)
         self.profile.after(run.step)
         if not (is_last or requests.stop):
@@ -269,15 +267,14 @@ class Loop:
         if is_last:
             return "finished"
         if requests.stop:
-            self._saving.settle()
+            self._schedule.finish()
             return "stopped"
         return None
 
     def _go_back(self, bad: BadSteps, requests: Requests) -> None:
         """Go back to a checkpoint before ``bad``; requests in the meantime are served after the next step."""
-        self._saving.settle()
+        self._schedule.finish()
         go_back(self._run, self.writers, bad)
-        self._stability.clear()
         self._carried_requests, self._clock = requests, time.perf_counter()
 
 

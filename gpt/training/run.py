@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from gpt.accounting import count, training_flops_per_token
 from gpt.accounting.hardware import peak_flops
-from gpt.checkpoint import CheckpointStore, folders
-from gpt.checkpoint.copies import Copies
+from gpt.checkpoint import folders
+from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.target import check_target, saved_checkpoints
 from gpt.config import AttentionBackend, ParallelConfig, Precision, Strategy, TrainConfig
 from gpt.config.train import LENGTH, NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
@@ -50,7 +49,7 @@ from launch.runs.environment import changed_since, code_state, describe_code, de
 from launch.runs.events import apply_continuation, plan_continuation, refuse_alive
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder
-from launch.runs.overrides import override_of_flag, without_key
+from launch.runs.overrides import without_key
 
 # The request of a command line: config, run folder, and ``parallel=auto`` for ranks without a plan.
 #
@@ -103,23 +102,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides of configs/train.yaml")
     words, unknown = parser.parse_known_args(argv)
     if unknown:
-        refuse_flag(parser, unknown[0], argv)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return words
-
-
-def refuse_flag(parser: CommandParser, typed: str, argv: Sequence[str]) -> None:
-    """Raise ConfigError if a flag names a key of the config, or asks for a sweep, which only the launcher makes."""
-    flag, _, value = typed.partition("=")
-    fix: str | None = None
-    if flag in ("-m", "--multirun"):
-        points = [word for word in argv if word != typed] or ["nodes=1,2,4"]
-        fix = shlex.join(["python", "-m", "launch", "-m", *points])
-    elif flag.startswith("-"):
-        following = value or next(iter(argv[argv.index(typed) + 1 :]), "")
-        fix = override_of_flag(flag, following, TrainConfig)
-    if fix is not None:
-        raise ConfigError(f"{flag}, which {parser.prog} does not take", "KEY=VALUE for each key of the config", fix)
 
 
 def parse_request(words: argparse.Namespace) -> Request:
@@ -210,12 +194,10 @@ class Run:
     samples: Samples
     batches: BatchPrefetcher
     """The training batches of this rank, read ahead."""
-    store: CheckpointStore
+    checkpoints: CheckpointManager
     guard: DivergenceGuard
     """Check of each step for divergence."""
     worker: worker.Run
-    copies: Copies
-    """The copies of the checkpoints on another filesystem."""
     early_stop: EarlyStop
     """Decides whether the run ends early."""
     initialised_from: dict[str, Any] | None = None

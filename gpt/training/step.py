@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpt.checkpoint.manager import Votes
 from gpt.config import Ffn
 from gpt.config.optim import lr_at
 from gpt.metrics.startup_summary import memory_gib
@@ -30,30 +31,12 @@ from gpt.training.run import Run
 from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord
 
-# Figures of one rank about saves; they travel with the figures of a step.
-
-
-@dataclass(frozen=True)
-class SaveVotes:
-    """Figures of one rank about saves, summed over the ranks with those of a step."""
-
-    phase: int = 0
-    """Phase of the save in flight that the votes are about; 0 if there is none."""
-    figures: Mapping[str, float] = field(default_factory=dict)
-    """``done`` and ``failed``: votes of the writers, while a save is in flight. ``is_due``: by rank 0's clock.
-
-    All ranks send the same names.
-    """
-
-
-NO_VOTES = SaveVotes()
-
-
 # Phases of one step, timed without waiting: by events in the queue of a GPU, by the host's clock on other devices.
 #
 # The times are read together with the figures of the step, after the last event.
 
 
+NO_VOTES = Votes()
 PARTS = ("data", "reduced"), ("reduced", "updated")
 """First and last moment of each phase of a step: gradients are computed; then they are clipped and applied."""
 
@@ -221,7 +204,7 @@ class QueuedStep:
     figures: StepFigures
     tokens: int
     """Tokens of the global batch."""
-    votes: SaveVotes
+    votes: Votes
     """This rank's votes about saves; the figures hold their sums over the ranks."""
     phases: Phases
 
@@ -268,7 +251,7 @@ def queue_step(
     run: Run,
     gradients: Gradients | None,
     phase: Phase,
-    votes: SaveVotes = NO_VOTES,
+    votes: Votes = NO_VOTES,
     stragglers: StragglerWatch | None = None,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> QueuedStep:

@@ -13,10 +13,10 @@ from unittest import mock
 import pytest
 import torch
 
-from gpt.checkpoint import CheckpointStore, folders, part
+from gpt.checkpoint import folders, part
 from gpt.checkpoint.folders import Retention
-from gpt.checkpoint.part import SharedMemory, copy_into
-from gpt.checkpoint.saving import FailedWrite, Saved
+from gpt.checkpoint.manager import CheckpointManager, FailedSave, Saved, room_error
+from gpt.checkpoint.part import SharedMemory
 from gpt.checkpoint.writer import ProcessWriter
 from gpt.parallel.distributed import World
 from gpt.train import build, train
@@ -81,7 +81,7 @@ def train_held(rank: int, size: int, root: Path) -> dict[str, Any]:
         world = World(rank, size, rank, size, 0, torch.device("cpu"), control_group())
         run = build(config, RunFolder(root / name), world, 1, worker, writer)
         worker.open_folder(run.folder.path, 1)
-        assert (run.store.saves.tell_damage is not None) is config.checkpoint.scrub
+        assert (run.checkpoints.upkeep is not None) is config.checkpoint.scrub
         worker.held = held if writer else None
         assert train(run) == "finished"
         if writer is not None:
@@ -134,71 +134,48 @@ def fail_on_one(rank: int, size: int, root: Path, number: int) -> tuple[list[Any
             raise OSError(number, os.strerror(number))
         part.write_part(content, folder)
 
-    with mock.patch("gpt.checkpoint.writer.write_part", write_part), mock.patch("gpt.checkpoint.saving.RETRY_S", 0.0):
+    with mock.patch("gpt.checkpoint.writer.write_part", write_part), mock.patch("gpt.checkpoint.manager.RETRY_S", 0.0):
         writer = ProcessWriter()
-        store = CheckpointStore(root / "run", Retention(2, 0), writer=writer, give_up_after_s=NEVER)
-        saves = store.saves
+        store = CheckpointManager(root / "run", Retention(2, 0), writer=writer, give_up_after_s=NEVER)
         for step in (1, 2):
             store.save(step, state(step), {}, {})
         broken.touch()
-        saves.start(3, state(3), {}, {}, os.getpid)
-        found: list[Any] = [saves.finish(hurries=False), saves.finish(hurries=False)]
+        store.start(3, state(3), {}, {}, os.getpid)
+        found: list[Any] = [store.finish(hurries=False), store.finish(hurries=False)]
         during = store.steps()
         torch.distributed.barrier()
         if rank == 0:
             broken.unlink()
         torch.distributed.barrier()
         while not isinstance(found[-1], Saved):
-            found.append(saves.finish(hurries=False))
+            found.append(store.finish(hurries=False))
         after = store.steps()
         torch.distributed.barrier()
         broken.touch()
-        saves.give_up_after_s = 0.0
-        saves.start(4, state(4), {}, {}, os.getpid)
+        store.give_up_after_s = 0.0
+        store.start(4, state(4), {}, {}, os.getpid)
         with pytest.raises(ConfigError) as raised:
-            saves.finish()
-        assert not saves.is_pending and store.steps() == after
+            store.finish()
+        assert not store.is_pending and store.steps() == after
         writer.close()
         return found, during, after, str(raised.value)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_a_disk_that_fails_is_told_counted_and_tried_again(number: int, tmp_path: Path) -> None:
+def test_a_disk_that_fails_is_told_counted_and_tried_again(tmp_path: Path) -> None:
+    number = errno.ENOSPC
+    for other in (errno.EDQUOT, errno.EIO):
+        assert room_error(f"rank 0: OSError: [Errno {other}] x\n\n[Errno 1]") == os.strerror(other)
+    assert room_error("rank 0: OSError: [Errno 13] x") is None
     for found, during, after, refusal in run_distributed(fail_on_one, 2, tmp_path, number):
         failed, saved = found[:-1], found[-1]
         assert isinstance(saved, Saved) and saved.step == 3 and len(failed) >= 2
-        assert all(isinstance(entry, FailedWrite) and not entry.has_room for entry in failed)
+        assert all(isinstance(entry, FailedSave) for entry in failed)
         assert [entry.failures for entry in failed] == [*range(1, len(failed) + 1)]
         assert failed[0].cause.startswith(f"rank 1: OSError: [Errno {number}]")
         assert during == [2], "what the third would have replaced made room for it"
         assert after == [2, 3]
         assert f"step 4 cannot be written into {tmp_path / 'run'}: {os.strerror(number)}" in refusal
         assert "goes on from step 3" in refusal
-
-
-def keep_the_best(rank: int, size: int, root: Path) -> list[int]:
-    store = CheckpointStore(root, Retention(1, 5, 2))
-    for step, loss in enumerate([3.0, 1.5, None, 2.5, 2.0, float("nan"), 2.0, None], start=1):
-        store.save(step, state(step), {}, {} if loss is None else {folders.VALIDATION_LOSS: loss})
-    return store.steps()
-
-
-def test_the_best_by_validation_loss_are_kept_besides(tmp_path: Path) -> None:
-    (found,) = run_distributed(keep_the_best, 1, tmp_path / "run")
-    assert found == [2, 5, 7, 8], "the two lowest, of equal ones the newer; the multiple of 5; the last"
-
-
-@pytest.mark.parametrize("threads", [1, 3, None])
-def test_tensors_are_staged_the_same_by_any_number_of_threads(threads: int | None, monkeypatch: Any) -> None:
-    monkeypatch.setattr("gpt.checkpoint.part.FEW_BYTES", 0)
-    tensors = [torch.arange(7.0), torch.arange(30).view(5, 6).t(), torch.ones(3, dtype=torch.bfloat16), torch.tensor(2)]
-    places = [(tensor, 256 * index) for index, tensor in enumerate([*tensors, torch.empty(0, 4)])]
-    memory = SharedMemory(256 * len(places))
-    copy_into(memory, places, threads)
-    for tensor, offset in places:
-        assert torch.equal(memory.view(offset, tensor.dtype, tuple(tensor.shape)), tensor)
-    with pytest.raises(NotImplementedError, match="meta"):  # what a thread raises reaches the save
-        copy_into(memory, [*places, (torch.ones(2, device="meta"), 0)], threads)
 
 
 @pytest.mark.parametrize("failing", ["cudaHostRegister", "cudaHostUnregister"])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections import deque
-from collections.abc import Callable
+import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,10 +11,12 @@ from unittest import mock
 import pytest
 import torch
 
-from gpt.checkpoint import CheckpointError, CheckpointStore, copies
-from gpt.checkpoint.copies import LAST_TRIES, Copier, fetch_newest
+from gpt.checkpoint import upkeep
 from gpt.checkpoint.folders import NAME, DamagedError, Manifest, Retention, sum_file, write_manifest
+from gpt.checkpoint.manager import CheckpointManager
+from gpt.checkpoint.messages import CheckpointError
 from gpt.checkpoint.target import Target, check_target
+from gpt.checkpoint.upkeep import LAST_TRIES, Upkeep, UpkeepPlan, fetch_newest
 from gpt.config.optim import CheckpointConfig
 from launch.errors import ConfigError
 from launch.runs.events import uncopied_text
@@ -114,19 +115,30 @@ def test_a_manifest_that_names_files_outside_is_damage(target: Target, tmp_path:
     assert fetched.path is None and "outside" in fetched.damaged[0]
 
 
-def test_a_checkpoint_that_is_deleted_while_it_is_copied_is_copied_whole(target: Target, tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path / "near", 3)
-    before, send = files_in(path), Target._send
+def test_a_checkpoint_is_not_deleted_while_it_is_copied(target: Target, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    path, put = make_checkpoint(folder.checkpoints, 1), target.put
+    has_begun, may_go_on = threading.Event(), threading.Event()
 
-    def delete_and_send(self: Target, *args: Any) -> None:
-        shutil.rmtree(path, ignore_errors=True)
-        send(self, *args)
+    def put_slowly(*args: Any) -> int | None:
+        has_begun.set()
+        assert may_go_on.wait(60)
+        return put(*args)
 
-    with mock.patch.object(Target, "_send", delete_and_send):
-        assert target.put(path, yes) == 7000
-    found = fetch_newest(tmp_path / "back", target).path
-    assert found is not None and files_in(found) == before
-    assert target.put(path, yes) is None, "gone before it was begun"
+    with mock.patch.object(upkeep, "target_of", lambda url, run: target), mock.patch.object(target, "put", put_slowly):
+        tending = Upkeep(plan_of(folder, keeps=1))
+        tending.add(1, None)
+        assert has_begun.wait(60)
+        make_checkpoint(folder.checkpoints, 2)
+        tending.add(2, None)  # which retires all others
+        may_go_on.set()
+        assert tending.close(60)
+    assert target.steps() == [1, 2] and not path.exists(), "deleted after it was copied"
+    assert put(path, yes) is None, "gone before it was begun"
+
+
+def plan_of(folder: RunFolder, keeps: int = 9) -> UpkeepPlan:
+    return UpkeepPlan(folder, 1, Retention(keeps), False, "there", Retention(2))
 
 
 def test_copies_that_are_not_kept_or_were_never_finished_are_deleted(target: Target, tmp_path: Path) -> None:
@@ -139,83 +151,50 @@ def test_copies_that_are_not_kept_or_were_never_finished_are_deleted(target: Tar
     assert target.steps() == [20]
 
 
-class Requests:
-    """Requests to a copier, in turn, and the seconds that it was ready to wait before each."""
-
-    def __init__(self, *asked: dict[str, Any] | None) -> None:
-        self._left = deque(asked)
-        self.waits: list[float | None] = []
-
-    def __call__(self, seconds: float | None) -> dict[str, Any] | None:
-        if seconds == 0.0:  # a look without waiting takes what stands before the next pause
-            return self._left.popleft() if self._left and self._left[0] else None
-        self.waits.append(seconds)
-        if self._left and self._left[0] is None:
-            self._left.popleft()
-            return None if seconds is not None else self(None)
-        return self._left.popleft() if self._left else None
+def tend(folder: RunFolder, target: Target, *requests: tuple[int | None, int | None]) -> list[dict[str, Any]]:
+    """Serve the requests one after another, each to its end; return the events."""
+    with mock.patch.object(upkeep, "target_of", lambda url, run: target):
+        for request in requests:
+            tending = Upkeep(plan_of(folder))
+            tending.add(*request)
+            assert tending.close(60)
+    return [e for e in folder.read_events() if e["event"] in ("copied", "copy_failed")]
 
 
-def copied(
-    folder: Path, connect: Callable[[], Target], requests: Requests, may_commit: Callable[[], bool] = yes
-) -> list[dict[str, Any]]:
-    events: list[dict[str, Any]] = []
-    Copier(
-        folder,
-        connect,
-        Retention(2),
-        may_commit,
-        lambda event, **told: events.append({"event": event} | told),
-        requests,
-    ).serve()
-    return events
-
-
-END = {"end": True}
-
-
-def test_the_newest_is_copied_and_failures_are_told_and_tried_again(target: Target, tmp_path: Path) -> None:
+def test_failures_are_told_and_tried_again_until_the_end(target: Target, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
     for step in (1, 2, 3):
-        make_checkpoint(tmp_path, step)
-    failing = iter([ConnectionError("no route\nto host"), TimeoutError("slow")])
+        make_checkpoint(folder.checkpoints, step)
+    failing = [TimeoutError("slow"), ConnectionError("no route\nto host")]
+    put = target.put
 
-    def connect() -> Target:
-        if failure := next(failing, None):
-            raise failure
-        return target
+    def fail_at_first(*args: Any) -> int | None:
+        if failing:
+            raise failing.pop()
+        return put(*args)
 
-    requests = Requests({"copy": 1}, {"copy": 2}, None, None, None, {"copy": 3}, None, END)
-    events = copied(tmp_path, connect, requests)
-    assert [(e["event"], e["step"], e["failures"]) for e in events] == [
-        ("copy_failed", 2, 1), ("copy_failed", 2, 2), ("copied", 2, 2), ("copied", 3, 0)
-    ]  # fmt: skip
-    assert events[0]["cause"] == "ConnectionError: no route" and events[2]["bytes"] == 7000
-    assert requests.waits[1:3] == [5.0, 10.0] and target.steps() == [2, 3]
-    stamped = [{"time": 0.0, **event} for event in events]
-    assert uncopied_text(stamped) is None
-    assert "tried 2 times): TimeoutError: slow" in str(uncopied_text(stamped[:2]))
-
-
-def test_a_copier_gives_up_at_the_end_and_goes_back_where_the_run_does(target: Target, tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        make_checkpoint(tmp_path, step)
-
-    def never() -> Target:
-        raise ConnectionError("no route")
-
-    events = copied(tmp_path, never, Requests({"copy": 1}, END))
-    assert [event["failures"] for event in events] == [*range(1, LAST_TRIES + 1)]
-    copied(
-        tmp_path, lambda: target, Requests({"copy": 2}, None, {"copy": 3}, None, {"discard_after": 1}, {"copy": 1}, END)
-    )
-    assert target.steps() == [1]
-    assert copied(tmp_path, lambda: target, Requests({"copy": 3}, END), lambda: False) == []
-    assert target.steps() == [1], "a later attempt has a copier of its own"
+    with mock.patch.object(target, "put", fail_at_first), mock.patch.object(upkeep, "FIRST_RETRY_S", 0.0):
+        events = tend(folder, target, (2, None), (3, None))
+        assert [(e["event"], e["step"], e["failures"]) for e in events] == [
+            ("copy_failed", 2, 1), ("copy_failed", 2, 2), ("copied", 2, 2), ("copied", 3, 0)
+        ]  # fmt: skip
+        assert events[0]["cause"] == "ConnectionError: no route" and events[2]["bytes"] == 7000
+        assert uncopied_text(events) is None
+        assert "tried 2 times): TimeoutError: slow" in str(uncopied_text(events[:2]))
+        failing += [ConnectionError("no route")] * 9
+        assert len(tend(folder, target, (1, None))) == len(events) + LAST_TRIES
+    assert target.steps() == [2, 3]
+    tend(folder, target, (None, 1), (1, 1))
+    assert target.steps() == [1], "copies of later steps are deleted where the run goes back"
+    folder.create_attempt(), folder.create_attempt()
+    tend(folder, target, (3, None))
+    assert target.steps() == [1], "a later attempt makes copies of its own"
 
 
 def test_a_damaged_checkpoint_is_not_copied_again_and_again(target: Target, tmp_path: Path) -> None:
-    (make_checkpoint(tmp_path, 1) / "empty").write_bytes(b"x")
-    (event,) = copied(tmp_path, lambda: target, Requests({"copy": 1}, END))
+    folder = RunFolder(tmp_path)
+    (make_checkpoint(folder.checkpoints, 1) / "empty").write_bytes(b"x")
+    (event,) = tend(folder, target, (1, None))
     assert event["event"] == "copy_failed" and "empty has 1 bytes instead of 0" in event["cause"]
 
 
@@ -226,7 +205,7 @@ def fill(value: float) -> dict[str, Any]:
 def load_from_copies(rank: int, size: int, root: Path) -> list[Any]:
     folder, url = root / "run" / "checkpoints", f"file://{root}/far"
     target = Target(url, "n/p")
-    store = CheckpointStore(folder, Retention(9, 0))
+    store = CheckpointManager(folder, Retention(9, 0))
     store.connect = lambda: Target(url, "n/p")
     found: list[Any] = [store.load(fill(0))]
     for step in (1, 2):
@@ -257,9 +236,9 @@ def load_without_a_good_copy(rank: int, size: int, root: Path) -> list[str]:
         raise ConnectionError("no route")
 
     said = []
-    store = CheckpointStore(root / "run", Retention(1))
+    store = CheckpointManager(root / "run", Retention(1))
     store.connect = never
-    with mock.patch.object(copies, "RETRY_S", 0.0), pytest.raises(CheckpointError) as unreachable:
+    with pytest.raises(CheckpointError) as unreachable:
         store.load(fill(0))
     said.append(str(unreachable.value))
     target = Target(f"file://{root}/far", "n/p")
@@ -308,8 +287,8 @@ def test_a_run_whose_folder_is_gone_goes_on_from_its_copies(tmp_path: Path) -> N
         ("far", "copy_to=far", "file:///FOLDER"),
         ("s3://KEY:SECRET@bucket/x", "copy_to=s3://... with @", "AWS_ACCESS_KEY_ID"),
         ("memory://x", "copy_to=memory://x", "s3://BUCKET"),
-        ("nofs://x/y", "fsspec knows no nofs://", "s3://BUCKET"),
-        ("gs://bucket/x", "package is not installed", "pip install gcsfs"),
+        ("nofs://x/y", "Protocol not known: nofs", "copy_to=null"),
+        ("gs://bucket/x", "cannot be written (ImportError", "pip install gcsfs"),
         ("file:///dev/null/x", "cannot be written (NotADirectoryError", "copy_to=null"),
     ],
 )

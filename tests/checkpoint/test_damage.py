@@ -7,8 +7,8 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Callable, Generator, Iterator
-from functools import partial
+import threading
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt.checkpoint import CheckpointError, CheckpointStore, folders, saving
-from gpt.checkpoint.folders import FileSum, Manifest, Retention, sum_file, write_manifest
-from gpt.checkpoint.saving import Saved, Scrub
+from gpt.checkpoint import folders, manager, upkeep
+from gpt.checkpoint.folders import Retention
+from gpt.checkpoint.manager import CheckpointManager, Saved
+from gpt.checkpoint.messages import CheckpointError
 from gpt.checkpoint.target import saved_checkpoints
-from gpt.checkpoint.writer import ProcessWriter, WriterState, work_on
-from gpt.training.checkpoints import tell_damage
+from gpt.checkpoint.upkeep import UpkeepPlan
+from gpt.checkpoint.writer import ProcessWriter
 from launch.errors import ConfigError
 from launch.runs.events import damaged_text
 from launch.runs.folder import RunFolder
@@ -73,7 +74,7 @@ def change_meaning(path: Path) -> None:
 
 
 def all_damages(folder: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.iterdir() if path.name not in (OF_RANKS[0][0], OF_RANKS[1][0])):
         yield from ((path.name, damage) for damage in (flip_bit, cut_short, grow, Path.unlink))
         if path.read_bytes() != (folder.with_name(BEFORE) / path.name).read_bytes():
             yield path.name, take_from_the_step_before
@@ -89,7 +90,7 @@ def own_parts(run: Trained) -> list[torch.Tensor]:
 def damage_and_load(rank: int, world_size: int, root: Path) -> list[dict[str, Any]]:
     """Save two checkpoints, then load after each kind of damage to each file of the newer one."""
     run = Trained("fsdp", seed=1)
-    saved = CheckpointStore(root / "sound", Retention(2, 0))
+    saved = CheckpointManager(root / "sound", Retention(2, 0))
     weights = []
     for step in (10, 20):
         run.step(step)
@@ -111,12 +112,12 @@ def damage_and_load(rank: int, world_size: int, root: Path) -> list[dict[str, An
         warnings.clear()
         for part, newest in zip(own_parts(run), weights[1], strict=True):
             part.copy_(newest)
-        loaded = CheckpointStore(folder, Retention(2, 0)).load(state)
+        loaded = CheckpointManager(folder, Retention(2, 0)).load(state)
         is_before = all(map(torch.equal, own_parts(run), weights[0]))
-        again = CheckpointStore(folder, Retention(2, 0)).load(state)
-        found = {"name": name, "loaded": loaded, "is_before": is_before, "again": again, "warnings": list(warnings)}
+        found = {"name": name, "loaded": loaded, "is_before": is_before, "warnings": list(warnings)}
         results.append(found)
-        dist.barrier()
+    again = CheckpointManager(folder, Retention(2, 0)).load(state)
+    assert again is not None and (again.step, again.set_aside) == (10, ())
     return results
 
 
@@ -126,16 +127,16 @@ def test_any_damage_to_any_file_falls_back_to_the_checkpoint_before(tmp_path: Pa
     files = {entry.name for entry in (tmp_path / "sound" / NEWEST).iterdir()}
     assert files == {".metadata", "manifest.json", *of_ranks}
     damages = list(all_damages(tmp_path / "sound" / NEWEST))
-    assert {name for name, damage in damages if damage is take_from_the_step_before} >= {"manifest.json", *of_ranks}
+    of_rank_1 = {pair[1] for pair in OF_RANKS}
+    assert {name for name, damage in damages if damage is take_from_the_step_before} >= {"manifest.json", *of_rank_1}
     for rank, results in enumerate(by_rank):
-        assert len(results) == len(damages) >= 5 * len(files) + 3
+        assert len(results) == len(damages) >= 4 * (len(files) - 2) + 7
         own = {"rank": rank, "step": 10}
         for number, result in enumerate(results):
             loaded = result["loaded"]
             assert (loaded.step, loaded.meta, loaded.rank_state) == (10, {"position": 10}, own), result
             assert result["is_before"], result
             assert len(loaded.set_aside) == 1 and result["name"] in loaded.set_aside[0], result
-            assert (result["again"].step, result["again"].set_aside) == (10, ())
             assert len(result["warnings"]) == (1 if rank == 0 else 0)
             if rank == 0:
                 assert result["name"] in result["warnings"][0] and "set aside" in result["warnings"][0]
@@ -146,9 +147,9 @@ def test_any_damage_to_any_file_falls_back_to_the_checkpoint_before(tmp_path: Pa
 def meet_hopeless_cases(rank: int, world_size: int, root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     run = Trained("ddp", seed=1)
-    found["never saved"] = CheckpointStore(root / "empty", Retention(1, 0)).load(run.state())
+    found["never saved"] = CheckpointManager(root / "empty", Retention(1, 0)).load(run.state())
 
-    store = CheckpointStore(root / "all_bad", Retention(2, 0))
+    store = CheckpointManager(root / "all_bad", Retention(2, 0))
     for step in (1, 2):
         store.save(step, run.state(), {}, {})
     if rank == 0:
@@ -168,7 +169,7 @@ def meet_hopeless_cases(rank: int, world_size: int, root: Path) -> dict[str, Any
         with pytest.raises(ConfigError):
             store.load(run.state())
 
-    store = CheckpointStore(root / "other_model", Retention(1, 0))
+    store = CheckpointManager(root / "other_model", Retention(1, 0))
     store.save(1, run.state(), {}, {})
     small = {"model": {"0.weight": torch.zeros(7, 10)}}
     reshaped = {"model": {**run.state()["model"], "0.weight": torch.zeros(5, 10)}, "optim": run.state()["optim"]}
@@ -228,7 +229,7 @@ def newest(folder: Path) -> int | None:
     return max(found, default=None)
 
 
-def loaded_step(store: CheckpointStore) -> int:
+def loaded_step(store: CheckpointManager) -> int:
     blank = state(0)
     loaded = store.load(blank)
     assert loaded is not None and not loaded.set_aside
@@ -238,18 +239,21 @@ def loaded_step(store: CheckpointStore) -> int:
 
 def cut_the_power(rank: int, size: int, root: Path) -> list[int]:
     """Save step 2 as often as that makes calls, and cut the power at each; the newest checkpoint after each."""
-    CheckpointStore(root / "sound", Retention(1, 0)).save(1, state(1), {}, {})
+    CheckpointManager(root / "sound", Retention(1, 0)).save(1, state(1), {}, {})
     found: list[int] = []
     while True:
         folder = root / str(len(found))
         shutil.copytree(root / "sound", folder)
+        (folder / ".saving_notes").mkdir()  # somebody else's: not swept
         calls = DiskCalls(cut, len(found))
         try:
             with calls.watch():
-                CheckpointStore(folder, Retention(1, 0)).save(2, state(2), {}, {})
+                CheckpointManager(folder, Retention(1, 0)).save(2, state(2), {}, {})
         except PowerCutError:
             at = newest(folder)
-            assert at == loaded_step(CheckpointStore(folder, Retention(1, 0)))
+            assert at == loaded_step(CheckpointManager(folder, Retention(1, 0)))
+            hidden = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+            assert hidden == [".saving_notes"], "what was begun is swept"
             found.append(at)
             shutil.rmtree(folder)
         else:
@@ -265,26 +269,26 @@ def test_a_power_cut_at_any_call_of_a_save_leaves_a_checkpoint(tmp_path: Path) -
 
 def kill_the_writer(rank: int, size: int, root: Path) -> list[tuple[int, int]]:
     """As above, with the writer's process killed at each call; the newest at that moment, and after the next try."""
-    CheckpointStore(root / "sound", Retention(1, 0)).save(1, state(1), {}, {})
+    CheckpointManager(root / "sound", Retention(1, 0)).save(1, state(1), {}, {})
+    manager.RETRY_S = 0.0  # of this process
     found: list[tuple[int, int]] = []
     while True:
         folder = root / str(len(found))
         shutil.copytree(root / "sound", folder)
         with DiskCalls(kill, len(found)).watch():
             writer = ProcessWriter()
-        store = CheckpointStore(folder, Retention(1, 0), writer=writer, give_up_after_s=NEVER)
-        saves = store.saves
+        store = CheckpointManager(folder, Retention(1, 0), writer=writer, give_up_after_s=NEVER)
         now = state(2)
-        saves.start(2, now, {}, {}, os.getpid)  # a process id allows it
+        store.start(2, now, {}, {}, os.getpid)  # a process id allows it
         now["model"]["w"].fill_(3.0)  # training goes on
         deaths = []
-        while saves.is_pending:
-            vote = saves.vote()
-            if vote.failed:
+        while store.is_pending:
+            votes = store.poll()
+            if votes.figures["failed"]:
                 deaths.append(newest(folder))
-            if not (vote.done or vote.failed):
-                wait([writer._connection])
-            after = saves.count(vote.phase, vote.done, vote.failed)
+            elif not votes.figures["done"]:
+                wait([writer._connection], 0.1)  # or until the next try is due
+            after = store.advance(votes.phase, votes.figures)
         assert isinstance(after, Saved) and loaded_step(store) == 2
         was_alive = writer.pid != 0
         writer.close()
@@ -304,165 +308,109 @@ def test_a_writer_killed_at_any_call_is_made_up_for(tmp_path: Path) -> None:
 def die_between_writing_and_figures(rank: int, size: int, root: Path, victim: int, is_counted: bool) -> None:
     """Save step 1; of step 2 all parts are written when a rank dies, before or after the ranks have learned that."""
     writer = ProcessWriter()
-    store = CheckpointStore(root, Retention(1, 0), writer=writer, give_up_after_s=NEVER)
+    store = CheckpointManager(root, Retention(1, 0), writer=writer, give_up_after_s=NEVER)
     store.save(1, state(1), {"rank": rank}, {})
-    store.saves.start(2, state(2), {"rank": rank}, {}, os.getpid)
-    while not (vote := store.saves.vote()).done:
+    store.start(2, state(2), {"rank": rank}, {}, os.getpid)
+    while not (votes := store.poll()).figures["done"]:
         wait([writer._connection])
     dist.barrier()
     if is_counted:
-        store.saves.count(vote.phase, size, 0)
+        store.advance(votes.phase, {"done": size, "failed": 0})
     if rank == victim:
         kill()
     dist.barrier()  # in vain
 
 
-def load_after_death(rank: int, size: int, root: Path) -> tuple[int, list[str]]:
-    store = CheckpointStore(root, Retention(1, 0))
-    step = loaded_step(store)
-    left = [path.name for path in root.iterdir()]
-    dist.barrier()
-    store.save(step + 1, state(step + 1), {}, {})
-    assert loaded_step(store) == step + 1
-    return step, left
+def load_after_deaths(rank: int, size: int, roots: list[Path]) -> list[tuple[int, list[str]]]:
+    found = []
+    for root in roots:
+        store = CheckpointManager(root, Retention(1, 0))
+        step = loaded_step(store)
+        found.append((step, [path.name for path in root.iterdir()]))
+        dist.barrier()
+        store.save(step + 1, state(step + 1), {}, {})
+        assert loaded_step(store) == step + 1
+    return found
 
 
-@pytest.mark.parametrize(("victim", "is_counted"), [(0, False), (1, False), (0, True), (1, True)])
-def test_a_rank_that_dies_between_its_writing_and_the_figures_commits_nothing_by_half(
-    victim: int, is_counted: bool, tmp_path: Path
-) -> None:
-    with pytest.raises(RankFailedError):
-        run_distributed(die_between_writing_and_figures, 2, tmp_path, victim, is_counted)
-    committed = newest(tmp_path) or 0
-    assert committed in ((1, 2) if is_counted else (1,)), "only what all ranks know to be written"
-    for step, left in run_distributed(load_after_death, 2, tmp_path):
-        # A writer that was under way to the commit may live a moment longer than its rank.
-        assert committed <= step <= (2 if is_counted else 1)
-        assert not [name for name in left if name.startswith(".saving")]
+def test_a_rank_that_dies_between_its_writing_and_the_figures_commits_nothing_by_half(tmp_path: Path) -> None:
+    cases = [(victim, is_counted) for victim in (0, 1) for is_counted in (False, True)]
+    roots, committed = [tmp_path / str(number) for number in range(len(cases))], []
+    for root, (victim, is_counted) in zip(roots, cases, strict=True):
+        with pytest.raises(RankFailedError):
+            run_distributed(die_between_writing_and_figures, 2, root, victim, is_counted)
+        committed.append(newest(root) or 0)
+        assert committed[-1] in ((1, 2) if is_counted else (1,)), "only what all ranks know to be written"
+    for found in run_distributed(load_after_deaths, 2, roots):
+        for (step, left), least, (_, is_counted) in zip(found, committed, cases, strict=True):
+            # A writer that was under way to the commit may live a moment longer than its rank.
+            assert least <= step <= (2 if is_counted else 1)
+            assert not [name for name in left if name.startswith(".saving")]
 
 
 # Checkpoints are read again after they were written: a damaged one is told of, set aside, and costs no other one.
 
 
-sum_slowly = saving.sum_slowly
-
-
-def state_of_scrub(step: int) -> dict[str, Any]:
-    return {"model": {"w": torch.full((5,), float(step))}}
-
-
-def rot(path: Path) -> Generator[float, None, FileSum]:
+def rot(path: Path) -> None:
     """Flip a bit on the disk in a tensor of step 3, just before it is read again."""
     if path.parent.name == "step_00000003" and path.name.startswith("__"):
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    return (yield from sum_slowly(path))
+        flip_bit(path)
 
 
-def save_on_a_disk_that_rots(rank: int, size: int, root: Path) -> tuple[list[int], int]:
-    folder = RunFolder(root)
-    with mock.patch("gpt.checkpoint.saving.sum_slowly", rot):
-        writer = ProcessWriter()
-    store = CheckpointStore(folder.checkpoints, Retention(1, 0), writer=writer)
-    store.saves.tell_damage = partial(tell_damage, folder, 7)
-    for step in (1, 2, 3):
-        store.save(step, state_of_scrub(step), {}, {})
-    writer.close(patience_s=100)  # what is under way is read to its end
+def save_on_a_disk_that_rots(rank: int, size: int, folder: RunFolder) -> tuple[list[int], int]:
+    for steps in ((1, 2), (3,)):
+        with mock.patch.object(upkeep, "drop_cached", rot):
+            writer = ProcessWriter()
+        writer.patience_s = 100.0
+        store = CheckpointManager(folder.checkpoints, Retention(1, 0), writer=writer)
+        store.upkeep = UpkeepPlan(folder, 7, Retention(1), scrubs=True, copy_to=None, copy_keeps=Retention(1))
+        for step in steps:
+            store.save(step, state(step), {}, {})
+        writer.close()  # what is under way is read to its end
     left = store.steps()
-    loaded = store.load(state_of_scrub(0))
-    assert loaded is not None
-    return left, loaded.step
+    return left, loaded_step(store)
 
 
 def test_a_checkpoint_that_rots_is_set_aside_and_the_last_good_one_stays(tmp_path: Path) -> None:
-    ((left, loaded),) = run_distributed(save_on_a_disk_that_rots, 1, tmp_path)
+    ((left, loaded),) = run_distributed(save_on_a_disk_that_rots, 1, RunFolder(tmp_path))
     events = RunFolder(tmp_path).read_events()
     told = {event["step"]: event for event in events if event["event"] == "checkpoint_set_aside"}
     assert list(told) == [3] and told[3]["attempt"] == 7
     assert told[3]["cause"] == "step_00000003: __0_0.distcp has a wrong checksum"
-    assert not (tmp_path / "SAVE").exists(), "written damaged: one more would be, and more after it"
     assert "__0_0.distcp has a wrong checksum" in (damaged_text(events) or "")
     assert damaged_text([]) is None
-    assert left[-1] == loaded == 2, "keep_last=1 has not deleted it for one that is damaged"
+    assert left == [loaded] == [2], "keep_last=1 has not deleted it for one that is damaged"
 
 
-def write_checkpoint(folder: Path, step: int, is_whole: bool) -> None:
-    path = folders.final_for(folder, step)
-    path.mkdir()
-    (path / "tensors").write_bytes(bytes([step] * 100))
-    write_manifest(path, Manifest(step, 1, 0.0, {}, {"tensors": sum_file(path / "tensors")}))
-    if not is_whole:
-        (path / "tensors").write_bytes(bytes(100))
+def save_faster_than_scrubs(rank: int, size: int, folder: RunFolder) -> list[list[int]]:
+    may_read, has_read, retire = threading.Event(), threading.Event(), folders.retire
+
+    def retire_and_tell(*args: Any) -> None:
+        retire(*args)
+        if threading.current_thread() is not threading.main_thread():
+            has_read.set()
+
+    store = CheckpointManager(folder.checkpoints, Retention(1))
+    store.upkeep = UpkeepPlan(folder, 7, Retention(1), scrubs=True, copy_to=None, copy_keeps=Retention(1))
+    found = []
+    with (
+        mock.patch.object(upkeep, "drop_cached", lambda path: may_read.wait()),
+        mock.patch.object(folders, "retire", retire_and_tell),
+    ):
+        may_read.set()
+        for step in (1, 2, 3, 4):
+            store.save(step, state(step), {}, {})
+            assert has_read.wait(60)
+            may_read.clear()  # from step 2 on
+            found.append(store.steps())
+        may_read.set()
+        store.writer.close()
+    return [*found, store.steps()]
 
 
-def test_others_are_deleted_when_the_newest_is_whole_and_never_the_last_that_was(tmp_path: Path) -> None:
-    make = partial(write_checkpoint, tmp_path)
-    memory = WriterState(has_idle_time=True)
-    told: list[tuple[int, bool]] = []
-
-    def job(step: int) -> None:
-        Scrub(tmp_path, step, Retention(1), lambda step, damage, was_whole: told.append((step, was_whole))).run(memory)
-
-    def read_on() -> None:
-        assert memory.idle_work is not None
-        for _ in memory.idle_work:
-            assert folders.steps(tmp_path)
-        memory.idle_work = None
-
-    make(1, True)
-    make(2, True)
-    job(2)
-    assert folders.steps(tmp_path) == [1, 2], "nothing is deleted before it was read"
-    read_on()
-    assert folders.steps(tmp_path) == [2] and memory.sound == 2
-    make(3, False)
-    job(3)
-    read_on()
-    assert told == [(3, False)] and folders.steps(tmp_path) == [2]
-    for step in (4, 5, 6):  # those of steps 4 and 5 are given up
-        make(step, True)
-        job(step)
-    assert folders.steps(tmp_path) == [2, 5, 6], "what is behind does not fill the disk"
-    read_on()
-    assert folders.steps(tmp_path) == [6]
-
-
-def test_the_newest_is_read_again_and_again_where_that_is_asked_for(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.checkpoints.mkdir()
-    for step in (1, 2):
-        write_checkpoint(folder.checkpoints, step, is_whole=True)
-    memory = WriterState(has_idle_time=True)
-    Scrub(folder.checkpoints, 2, Retention(1), partial(tell_damage, folder, 7), every_s=3600.0).run(memory)
-    readings = 0
-    while memory.idle_work is not None:
-        assert memory.rest_s() == 0
-        work_on(memory)
-        if memory.rest_s():  # until an hour later, which is now
-            readings, memory.idle_at = readings + 1, 0.0
-            assert memory.sound == 2 and folders.steps(folder.checkpoints) == [2] and not folder.events.exists()
-            if readings == 2:
-                write_checkpoint(tmp_path, 3, is_whole=False)
-                folders.final_for(tmp_path, 3).joinpath("tensors").replace(
-                    folders.final_for(folder.checkpoints, 2) / "tensors"
-                )
-    assert readings == 2 and memory.rest_s() is None
-    assert [(e["event"], e["step"]) for e in folder.read_events()] == [("checkpoint_set_aside", 2)]
-    # None is left, and the next one may be far.
-    assert (tmp_path / "SAVE").exists() and folders.steps(folder.checkpoints) == []
-
-
-@pytest.mark.parametrize(("typed", "every_s"), [("true", 0.0), ("false", None), ("30min", 1800.0), ("0.5 min", 30.0)])
-def test_a_scrub_is_asked_for_by_one_key(typed: str, every_s: float | None) -> None:
-    assert config_from([*TINY, f"checkpoint.scrub={typed}"]).checkpoint.scrub_every_s() == every_s
-
-
-@pytest.mark.parametrize("typed", ["0min", "daily", "-1min"])
-def test_another_scrub_is_refused(typed: str) -> None:
-    with pytest.raises(ConfigError, match=r"checkpoint\.scrub=30min") as refusal:
-        config_from([*TINY, f"checkpoint.scrub={typed}"]).validate()
-    assert refusal.value.found == f"checkpoint.scrub={typed}"
+def test_checkpoints_that_are_not_read_yet_do_not_fill_the_disk(tmp_path: Path) -> None:
+    (found,) = run_distributed(save_faster_than_scrubs, 1, RunFolder(tmp_path))
+    assert found == [[1], [1, 2], [1, 2, 3], [1, 3, 4], [4]], "the last that was whole stays beside the newest two"
 
 
 def test_scrubbing_needs_a_process_for_it() -> None:

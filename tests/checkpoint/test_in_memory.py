@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from gpt.checkpoint import CheckpointStore
 from gpt.checkpoint.folders import FileSum, Manifest, Retention
-from gpt.checkpoint.memory import FailedInMemory, MemorySaves, SavedInMemory, neighbors
+from gpt.checkpoint.manager import CheckpointManager, FailedSave, Saved
+from gpt.checkpoint.memory import MemoryStores, neighbors
 from gpt.checkpoint.messages import decode_value, encode_value
 from gpt.checkpoint.writer import ProcessWriter, Writer
 from gpt.config import ParallelConfig, Strategy
@@ -65,18 +65,17 @@ def nodes() -> Iterator[list[Served]]:
     yield [Served() for _ in range(3)]
 
 
-def open_saves(rank: int, size: int, places: list[Place], writer: Any) -> tuple[CheckpointStore, MemorySaves]:
+def open_checkpoints(rank: int, size: int, places: list[Place], writer: Any) -> CheckpointManager:
     """The checkpoints of a rank, in memory where ``places`` has its node, and on a disk."""
-    own = places[rank * len(places) // size]
-    store = CheckpointStore(Path(os.environ["DISK"]), Retention(1, 0), writer=writer)
-    store.memory = MemorySaves(None, store.format, writer, own, SECRET)
-    return store, store.memory
+    store = CheckpointManager(Path(os.environ["DISK"]), Retention(1, 0), writer=writer)
+    store.memory = MemoryStores(None, places[rank * len(places) // size], SECRET)
+    return store
 
 
-def save_four(rank: int, size: int, places: list[Place], strategy: str) -> tuple[list[Any], dict[str, str]]:
+def save_four(rank: int, size: int, places: list[Place]) -> tuple[list[Any], dict[str, str]]:
     """Save step 1 to the disk, 2 and 3 to memory, and 4 so that one rank fails; what became of them, and step 3."""
-    trained, writer = Trained(strategy, 1), ProcessWriter()
-    store, memory = open_saves(rank, size, places, writer)
+    trained, writer = Trained("fsdp", 1), ProcessWriter()
+    store = open_checkpoints(rank, size, places, writer)
     found: list[Any] = []
     digests = {}
     for step in range(1, 5):
@@ -86,52 +85,52 @@ def save_four(rank: int, size: int, places: list[Place], strategy: str) -> tuple
             store.save(step, state, own, {"told": step})
             continue
         if step == 4 and rank == 1:
-            memory.places = (Place("127.0.0.1", 9), *memory.places)
+            assert store.memory is not None
+            store.memory.places = (Place("127.0.0.1", 9), *store.memory.places)
         digests[step] = trained.digests()
-        memory.start(step, state, own, {"told": step})
+        store.start_in_memory(step, state, own, {"told": step})
         trained.step(0)  # training goes on
-        found.append(memory.finish())
+        found.append(store.finish())
     writer.close()
     return found, digests[3]
 
 
-def load(rank: int, size: int, places: list[Place], strategy: str) -> tuple[Any, dict[str, str]]:
-    trained = Trained(strategy, 2)
+def load(rank: int, size: int, places: list[Place]) -> tuple[Any, dict[str, str]]:
+    trained = Trained("fsdp", 2)
     trained.step(9)  # so that the optimizer has its states
-    store, _ = open_saves(rank, size, places, Writer())
+    store = open_checkpoints(rank, size, places, Writer())
     state = trained.state()
     loaded = store.load(state)
     trained.take(state)
     return loaded, trained.digests()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_state_is_found_on_the_nodes_that_are_left_and_a_damaged_copy_is_not_taken(
-    strategy: str, nodes: list[Served], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nodes: list[Served], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISK", str(tmp_path))
     places = [node.place for node in nodes]
-    saved = run_distributed(save_four, 4, places[:2], strategy)
+    saved = run_distributed(save_four, 4, places[:2])
     for found, digests in saved:
-        assert [type(entry) for entry in found] == [SavedInMemory, SavedInMemory, FailedInMemory]
+        assert [type(entry) for entry in found] == [Saved, Saved, FailedSave]
         assert found[2].step == 4 and found[2].cause.startswith("rank 1: ConnectionRefusedError")
         assert digests == saved[0][1]
     (held,) = (entry for entry in nodes[0].store._saves.values() if entry.is_committed)
     assert nodes[0].steps() == nodes[1].steps() == [3] and sorted(held.whole) == [0, 1, 2, 3]
 
     # The second node is lost, and a spare, which holds nothing, takes its place.
-    for rank, (loaded, digests) in enumerate(run_distributed(load, 4, [places[0], places[2]], strategy)):
+    for rank, (loaded, digests) in enumerate(run_distributed(load, 4, [places[0], places[2]])):
         assert (loaded.is_from_memory, loaded.step, loaded.meta) == (True, 3, {"told": 3})
         assert digests == saved[0][1] and loaded.memory_damage is None
         assert loaded.rank_state["of"].tolist() == [rank, 3]
 
     name = nodes[0].flip_a_bit(0)
-    for loaded, digests in run_distributed(load, 2, places[:2], strategy):
+    for loaded, digests in run_distributed(load, 2, places[:2]):
         assert (loaded.is_from_memory, loaded.rank_state) == (True, None) and digests == saved[0][1]
         assert f"the part of rank 0 at {places[0]}: {name} with a wrong checksum" in loaded.memory_damage
 
     nodes[1].flip_a_bit(0)
-    for loaded, digests in run_distributed(load, 2, places[:2], strategy):
+    for loaded, digests in run_distributed(load, 2, places[:2]):
         assert (loaded.is_from_memory, loaded.step) == (False, 1) and digests != saved[0][1]
         assert loaded.memory_damage.startswith("step 3 is damaged: the part of rank 0 at")
     assert nodes[0].steps() == nodes[1].steps() == [], "the steps after that checkpoint are made again"

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt.checkpoint import CheckpointError
+from gpt.checkpoint.messages import CheckpointError
 from gpt.config import TrainConfig
 from gpt.config.train import compose_train
 from gpt.conversion.state_dict import load_model

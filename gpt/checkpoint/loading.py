@@ -1,7 +1,4 @@
-"""Collective saving and loading of a run's state, in one folder for each step.
-
-The saves in flight are in ``saving``.
-"""
+"""Loading of a run's checkpoints: from the memory of the nodes, from disk, or from a copy on another filesystem."""
 
 from __future__ import annotations
 
@@ -15,57 +12,36 @@ import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import folders
-from gpt.checkpoint.copies import Fetch, Fetched
-from gpt.checkpoint.folders import NAME, DamagedError, LoadedCheckpoint, Manifest, Retention, find_damage, read_manifest
-from gpt.checkpoint.formats import Format, TensorFiles
-from gpt.checkpoint.memory import MemorySaves
+from gpt.checkpoint.folders import NAME, DamagedError, LoadedCheckpoint, Manifest, find_damage, read_manifest
+from gpt.checkpoint.formats import Format
+from gpt.checkpoint.memory import MemoryStores
 from gpt.checkpoint.messages import CheckpointError, run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.part import rank_file
-from gpt.checkpoint.saving import OutdatedAttemptError, Saved, Saves
 from gpt.checkpoint.target import Target
-from gpt.checkpoint.writer import Writer
+from gpt.checkpoint.upkeep import Fetch, Fetched
 from launch.errors import ConfigError
 
-__all__ = ["CheckpointError", "CheckpointStore", "LoadedCheckpoint", "OutdatedAttemptError"]
 
-
-def always() -> bool:
-    """Return True, which allows every commit."""
-    return True
-
-
-class CheckpointStore:
-    """Store of the checkpoints of one run. Every method but ``steps`` is collective.
+class CheckpointLoader:
+    """Finds, verifies and loads the newest whole checkpoint of a run. Every method but ``steps`` is collective.
 
     Args:
         folder: the folder of ``step_00000100`` and the like; every rank sees it.
-        keeps: checkpoints that are kept, at least the newest one.
-        group: gloo group of all ranks, for the control messages. None means the default group, which must then be gloo.
-        fmt: format of the state on disk; by default whole tensors.
-        writer: writes this rank's part; by default this process, at once.
-        give_up_after_s: seconds from the first failed write after which another failure is raised; 0 raises the first.
+        group: gloo group of all ranks, for the control messages; None means the default group.
+        fmt: format of the state on disk.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        keeps: Retention,
-        group: dist.ProcessGroup | None = None,
-        fmt: Format | None = None,
-        writer: Writer | None = None,
-        give_up_after_s: float = 0.0,
-    ) -> None:
-        assert keeps.last >= 1 and keeps.every >= 0 and keeps.best >= 0, keeps
-        self.format: Format = fmt or TensorFiles()
+    def __init__(self, folder: Path, group: dist.ProcessGroup | None, fmt: Format) -> None:
         self.folder = folder
         self.group = group
-        self.saves = Saves(folder, keeps, group, self.format, writer or Writer(), give_up_after_s)
-        self.memory: MemorySaves | None = None
+        self.format = fmt
+        self.memory: MemoryStores | None = None
         """Further checkpoints in the memory of the nodes; a load prefers them if they are not older."""
         self.connect: Callable[[], Target] | None = None
         """Opens the copies on another filesystem, for a load that finds no whole checkpoint; None without copies."""
         self.beat: Callable[[], None] = lambda: None
         """Called about once a second while a copy is fetched."""
+        self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def steps(self) -> list[int]:
         """List the steps that have a checkpoint, ascending."""
@@ -76,41 +52,6 @@ class CheckpointStore:
         if self.memory is not None or self.connect is not None:
             return False
         return run_on_first_rank(lambda: folders.is_empty(self.folder), self.group)
-
-    def save(
-        self,
-        step: int,
-        state: Any,
-        rank_state: dict[str, Any],
-        meta: dict[str, Any],
-        may_commit: Callable[[], bool] = always,
-    ) -> Path:
-        """Write the checkpoint of a step and wait for it; checkpoints that are no longer kept are deleted.
-
-        Args:
-            step: number of the step; it has no checkpoint yet.
-            state: the format's type of state; by default tensors and DTensors in nested dicts, as get_state_dict of
-                torch.distributed.checkpoint returns them.
-            rank_state: state of this rank alone: tensors and plain Python values.
-            meta: plain JSON; rank 0's is kept.
-            may_commit: called on rank 0 just before the commit; False commits nothing. Picklable, for a writer process.
-
-        Raises:
-            CheckpointError: it failed on some rank; on every rank. Nothing is committed, earlier checkpoints are
-                untouched.
-            ConfigError: it failed for want of room, or of a disk that works; on every rank.
-            OutdatedAttemptError: ``may_commit`` returned False; on every rank.
-        """
-        self.saves.start(step, state, rank_state, meta, may_commit)
-        while not isinstance(found := self.saves.finish(), Saved):
-            assert found is not None
-        return found.path
-
-    def discard_after(self, step: int) -> None:
-        """Delete the checkpoints of steps after ``step``, to which the run goes back."""
-        run_on_first_rank(lambda: folders.discard_after(self.folder, step), self.group)
-        if self.memory is not None:
-            self.memory.discard_after(step)
 
     def load(self, state: Any) -> LoadedCheckpoint | None:
         """Fill ``state`` from the newest checkpoint that is whole; None if there never was a checkpoint.
@@ -134,11 +75,37 @@ class CheckpointStore:
                 self.memory.keep("")
         return loaded
 
+    def verify(self, path: Path) -> Manifest:
+        """Verify a checkpoint's files, shared among the ranks; return its manifest.
+
+        Raises:
+            DamagedError: some file differs from the saved one; on every rank.
+        """
+
+        def read() -> Manifest | str:
+            try:
+                manifest = read_manifest(path)
+            except DamagedError as damage:
+                return str(damage)
+            return manifest if manifest.step == folders.step_of(path) else f"{NAME} is that of step {manifest.step}"
+
+        manifest = run_on_first_rank(read, self.group)
+        if isinstance(manifest, str):
+            raise DamagedError(manifest)
+        # Largest first, one for each rank in turn, so that the ranks read about equally much.
+        names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+        mine = names[self._rank :: self._ranks]
+        found = run_on_all_ranks(lambda: [find_damage(path / name, manifest.files[name]) for name in mine], self.group)
+        damages = sorted(damage for of_rank in found for damage in of_rank if damage)
+        if damages:
+            raise DamagedError("; ".join(damages))
+        return manifest
+
     def _load_from_disk(self, paths: list[Path], state: Any) -> LoadedCheckpoint | None:
         damaged: list[str] = []
         for path in reversed(paths):
             try:
-                manifest = self._verify(path)
+                manifest = self.verify(path)
             except DamagedError as damage:
                 why = str(damage)
                 run_on_first_rank(partial(folders.set_aside, path, why), self.group)
@@ -147,12 +114,11 @@ class CheckpointStore:
                 return self._fill(path, manifest, state, damaged)
         bad = run_on_first_rank(lambda: folders.list_set_aside(self.folder), self.group)
         fetched = self._fetch()
-        if fetched.path is not None:
-            path = fetched.path
+        if (copy := fetched.path) is not None:
             # Verified on its way. Rank 0 reads it for all ranks, whose disks may not show it yet.
-            fetched_manifest = run_on_first_rank(lambda: read_manifest(path), self.group)
+            manifest = run_on_first_rank(lambda: read_manifest(copy), self.group)
             why = f"{len(bad)} on the disk, all damaged" if bad else "none on the disk"
-            return replace(self._fill(path, fetched_manifest, state, [*damaged, *fetched.damaged]), fetched_for=why)
+            return replace(self._fill(copy, manifest, state, [*damaged, *fetched.damaged]), fetched_for=why)
         if fetched.damaged:
             found = f"no copy of a checkpoint is whole, nor one in {self.folder}: {'; '.join(fetched.damaged)}"
         elif bad:  # also damage of earlier: a restart after this refusal must not begin from nothing either
@@ -173,34 +139,12 @@ class CheckpointStore:
         """
         if self.connect is None:
             return Fetched(None)
-        fetch = Fetch(self.folder, self.connect) if dist.get_rank(self.group) == 0 else None
+        fetch = Fetch(self.folder, self.connect) if self._rank == 0 else None
         while True:
             found = run_on_first_rank(lambda: None if fetch is None else fetch.look(), self.group)
             if found is not None:
                 return found
             self.beat()
-
-    def _verify(self, path: Path) -> Manifest:
-        """Verify a checkpoint's files, shared among the ranks; return its manifest, or raise DamagedError on all."""
-
-        def read() -> Manifest | str:
-            try:
-                manifest = read_manifest(path)
-            except DamagedError as damage:
-                return str(damage)
-            return manifest if manifest.step == folders.step_of(path) else f"{NAME} is that of step {manifest.step}"
-
-        manifest = run_on_first_rank(read, self.group)
-        if isinstance(manifest, str):
-            raise DamagedError(manifest)
-        # Largest first, one for each rank in turn, so that the ranks read about equally much.
-        names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
-        mine = names[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
-        found = run_on_all_ranks(lambda: [find_damage(path / name, manifest.files[name]) for name in mine], self.group)
-        damages = sorted(damage for of_rank in found for damage in of_rank if damage)
-        if damages:
-            raise DamagedError("; ".join(damages))
-        return manifest
 
     def _fill(self, path: Path, manifest: Manifest, state: Any, damaged: list[str]) -> LoadedCheckpoint:
         """Read a verified checkpoint into ``state``.
@@ -217,8 +161,8 @@ class CheckpointStore:
                 "fresh=true to start over in a new folder, or the model it was saved from",
             ) from error
         rank_state: list[dict[str, Any]] = []
-        if manifest.world_size == dist.get_world_size(self.group):
-            own = path / rank_file(dist.get_rank(self.group))
+        if manifest.world_size == self._ranks:
+            own = path / rank_file(self._rank)
             # Through a list: the result of an action is sent to all ranks.
             run_on_all_ranks(
                 lambda: rank_state.append(torch.load(own, map_location="cpu", weights_only=True)), self.group

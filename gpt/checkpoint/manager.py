@@ -1,0 +1,405 @@
+"""The checkpoints of a run: save, poll and finish, on disk and in the memory of the nodes; ``loading`` has the rest.
+
+At most one save is in flight. Its state is staged while all ranks wait, and written and committed during training:
+
+    step n        every rank   start: the writer gets a copy of this rank's part, and writes it
+    step n + 1    every rank   poll: this rank's votes, which the step sums over all ranks with its figures
+                  every rank   advance: once all ranks have written, rank 0's writer commits
+    step n + 2    every rank   advance: the commit is done, and the save has an outcome
+
+No message of its own says that all ranks have written. ``finish`` waits for the outcome instead. A write to disk that
+fails is tried again, into another folder and from the same copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from gpt.checkpoint import folders, messages
+from gpt.checkpoint import writer as jobs
+from gpt.checkpoint.folders import Manifest, Retention
+from gpt.checkpoint.formats import Format, TensorFiles
+from gpt.checkpoint.loading import CheckpointLoader
+from gpt.checkpoint.memory import MemorySave, confirm, send
+from gpt.checkpoint.messages import CheckpointError, explain, run_on_first_rank
+from gpt.checkpoint.part import RankPart, StagedPart, encode_rank_state, rank_file
+from gpt.checkpoint.upkeep import UpkeepPlan
+from gpt.checkpoint.writer import Result, Writer
+from launch.errors import ConfigError
+from launch.runs.files import NO_ROOM
+
+RETRY_S = 5.0
+"""Seconds from the first failed write to the next; each later wait is twice as long."""
+LONGEST_RETRY_S = 300.0
+HURRIED_RETRY_S = 1.0
+"""Seconds to the next try while training waits for the save, or has to end."""
+OUTDATED = "a later attempt owns this run"
+
+
+class OutdatedAttemptError(CheckpointError):
+    """A save was refused since a later attempt owns the run; nothing was committed."""
+
+
+@dataclass(frozen=True)
+class Votes:
+    """One rank's figures about the save in flight, which a step sums over all ranks."""
+
+    phase: int = 0
+    """Number of the phase of a save, the same on all ranks; 0: no save is in flight."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """``done`` and ``failed`` while a save is in flight. All ranks have the same names."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was committed."""
+
+    step: int
+    write_s: float
+    """Seconds from the start of the save to its commit; training waited only while the state was copied."""
+    in_memory: bool
+
+
+@dataclass(frozen=True)
+class FailedSave:
+    """A save that failed. On disk it is tried again; in memory it was given up."""
+
+    step: int
+    cause: str
+    failures: int
+    """Number of failed writes since the last checkpoint."""
+    in_memory: bool
+
+
+@dataclass
+class InFlight:
+    """The save in flight, as one rank knows it."""
+
+    about: Manifest
+    """The manifest without time and files."""
+    may_commit: Callable[[], bool]
+    started: float
+    part: RankPart | StagedPart | None
+    """None if this rank's part could not be collected, so that each try fails."""
+    failure: str | None
+    """Reason why ``part`` is None."""
+    to: Path | MemorySave
+    """The temporary folder, or the checkpoint in memory."""
+    commits: bool = False
+    """True in the second phase: rank 0 commits what all ranks have written."""
+    submit_at: float | None = None
+    """Time of time.monotonic at which the part goes to the writer again; None while the writer has it."""
+    result: Result | None = None
+
+
+def always() -> bool:
+    """Return True, which allows every commit."""
+    return True
+
+
+class CheckpointManager(CheckpointLoader):
+    """The checkpoints of one run. Every method but ``steps`` and ``poll`` is collective.
+
+    Args:
+        folder: the folder of ``step_00000100`` and the like; every rank sees it.
+        keeps: checkpoints that are kept, at least the newest one.
+        group: gloo group of all ranks, for the control messages. None means the default group, which must then be gloo.
+        fmt: format of the state on disk; by default whole tensors.
+        writer: writes this rank's part; by default this process, at once.
+        give_up_after_s: seconds from the first failed write after which another failure is raised; 0 raises the first.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keeps: Retention,
+        group: dist.ProcessGroup | None = None,
+        fmt: Format | None = None,
+        writer: Writer | None = None,
+        give_up_after_s: float = 0.0,
+    ) -> None:
+        assert keeps.last >= 1 and keeps.every >= 0 and keeps.best >= 0, keeps
+        super().__init__(folder, group, fmt or TensorFiles())
+        self.keeps = keeps
+        self.writer = writer or Writer()
+        self.give_up_after_s = give_up_after_s
+        self.upkeep: UpkeepPlan | None = None
+        """Work on each committed checkpoint; None only deletes those that are no longer kept."""
+        self.failures = 0
+        self._failing_since = 0.0
+        self._phases = self._names = 0
+        self._token: str | None = None
+        self._pending: InFlight | None = None
+
+    # Saving.
+
+    @property
+    def is_pending(self) -> bool:
+        """True while a save is in flight; the same on all ranks."""
+        return self._pending is not None
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        rank_state: dict[str, Any],
+        meta: dict[str, Any],
+        may_commit: Callable[[], bool] = always,
+    ) -> Path:
+        """Write the checkpoint of a step and wait for it, as ``start`` and ``finish`` do; return its folder."""
+        self.start(step, state, rank_state, meta, may_commit)
+        while not isinstance(self.finish(), Saved):
+            assert self.is_pending
+        return folders.final_for(self.folder, step)
+
+    def start(
+        self, step: int, state: Any, rank_state: dict[str, Any], meta: dict[str, Any], may_commit: Callable[[], bool]
+    ) -> None:
+        """Begin to write a state to disk. No other save may be in flight.
+
+        Args:
+            step: number of the step; it has no checkpoint yet.
+            state: the format's type of state; by default tensors and DTensors in nested dicts, as get_state_dict of
+                torch.distributed.checkpoint returns them.
+            rank_state: state of this rank alone: tensors and plain Python values.
+            meta: plain JSON; rank 0's is kept.
+            may_commit: called on rank 0 just before the commit; False commits nothing. Picklable, for a writer process.
+
+        Raises:
+            CheckpointError: the state cannot be planned; on every rank.
+        """
+        assert self._pending is None
+        self._stage(Manifest(step, self._ranks, 0.0, meta, {}), state, rank_state, may_commit)
+
+    def start_in_memory(self, step: int, state: Any, rank_state: dict[str, Any], meta: dict[str, Any]) -> None:
+        """Begin to send a state to the memory of the nodes. No other save may be in flight."""
+        assert self._pending is None and self.memory is not None
+        self._stage(Manifest(step, self._ranks, 0.0, meta, {}), state, rank_state, None)
+
+    def poll(self) -> Votes:
+        """Return this rank's votes on the save in flight, without waiting."""
+        pending = self._pending
+        if pending is None:
+            return Votes()
+        if self._takes_part(pending) and pending.result is None:
+            if pending.submit_at is not None and time.monotonic() >= pending.submit_at:
+                self._submit(pending)
+            if pending.submit_at is None:
+                pending.result = pending.result or self.writer.poll()
+        is_over = self._takes_part(pending) and pending.result is not None
+        has_failed = self._failure(pending) is not None
+        return Votes(self._phases, {"done": is_over and not has_failed, "failed": is_over and has_failed})
+
+    def advance(self, phase: int, sums: Mapping[str, float]) -> Saved | FailedSave | None:
+        """Evaluate the votes of all ranks, summed. Every rank must call this with the same sums in the same order.
+
+        Args:
+            phase: ``Votes.phase`` of the votes.
+            sums: ``Votes.figures``, summed over all ranks.
+
+        Returns:
+            The outcome of the save, once; None while it is not decided.
+
+        Raises:
+            CheckpointError: saves have failed for ``give_up_after_s`` seconds; on every rank.
+            ConfigError: the same, because the disk is full or broken; on every rank.
+            OutdatedAttemptError: ``may_commit`` returned False; on every rank.
+        """
+        pending = self._pending
+        if pending is None or phase != self._phases:
+            return None  # the votes are of a phase that has ended
+        if sums["done"] + sums["failed"] < (1 if pending.commits else self._ranks):
+            return None  # while some rank writes there, the folder stays
+        return self._end_phase(pending, sums["failed"] > 0, hurries=False)
+
+    def finish(self, hurries: bool = True) -> Saved | FailedSave | None:
+        """Wait for the outcome of the save in flight; None if there is none. Call again after a failure.
+
+        Args:
+            hurries: True to try again ``HURRIED_RETRY_S`` after each failure; False to wait longer each time.
+
+        Raises:
+            CheckpointError: as ``advance``, and so the other errors.
+        """
+        while (pending := self._pending) is not None:
+            if self._takes_part(pending) and pending.result is None:
+                if pending.submit_at is not None:
+                    wait_s = pending.submit_at - time.monotonic()
+                    time.sleep(max(0.0, min(HURRIED_RETRY_S, wait_s) if hurries else wait_s))
+                    self._submit(pending)
+                pending.result = pending.result or self.writer.wait()
+            has_failed = self._failure(pending) is not None
+            outcome = self._end_phase(pending, any(messages.all_gather(has_failed, self.group)), hurries)
+            if outcome is not None:
+                return outcome
+        return None
+
+    def give_up(self) -> None:
+        """Forget the save in flight; the checkpoint before it stays the newest."""
+        if self._pending is not None and isinstance(self._pending.to, Path):
+            # A rank that still writes may create the folder anew: then the next save removes it.
+            self._on_first(partial(jobs.remove_save, self._pending.to, self.keeps, False))
+        self._pending = None
+
+    def _stage(
+        self, about: Manifest, state: Any, rank_state: dict[str, Any], may_commit: Callable[[], bool] | None
+    ) -> None:
+        """Have the writer take this rank's part of a state; without ``may_commit`` it goes to the memory stores."""
+        started = time.monotonic()
+        part: RankPart | StagedPart | None = None
+        failure: str | None = None
+        try:
+            collected = self.format.collect(about.step, state, self.group)
+            collected.files[rank_file(self._rank)] = encode_rank_state(rank_state)
+            part = self.writer.stage(collected)
+        except CheckpointError:
+            raise
+        except Exception as error:  # the other ranks must learn of it by the votes, as of failed writes
+            failure = explain(error)
+        to: Path | MemorySave
+        if may_commit is not None:
+            to = self._new_folder(about.step)
+        else:
+            assert self.memory is not None
+            to = self.memory.new_save(self._new_name(), about.step, about.meta)
+        about = replace(about, contents=self.format.describe())
+        self._pending = InFlight(about, may_commit or always, started, part, failure, to)
+        self._phases += 1
+        self._submit(self._pending)
+
+    def _submit(self, pending: InFlight) -> None:
+        """Give this rank's part to the writer."""
+        pending.submit_at = None
+        if pending.part is None:
+            pending.result = Result(failure=pending.failure)
+        elif isinstance(pending.to, Path):
+            self.writer.submit(partial(jobs.write_rank, pending.to, pending.about.step, pending.part, self._rank == 0))
+        else:
+            self.writer.submit(partial(send, pending.to, pending.part))
+
+    def _end_phase(self, pending: InFlight, has_failed: bool, hurries: bool) -> Saved | FailedSave | None:
+        step = pending.about.step
+        if isinstance(pending.to, MemorySave):
+            self._pending = None
+            assert pending.result is not None
+            if has_failed:
+                cause = messages.first_failure(pending.result.failure, self.group).splitlines()[0]
+                return FailedSave(step, cause, 1, in_memory=True)
+            self.writer.submit(partial(confirm, pending.to))
+            return Saved(step, pending.result.ended - pending.started, in_memory=True)
+        if has_failed:
+            return self._fail(pending, pending.to, hurries)
+        if not pending.commits:
+            pending.commits, pending.result = True, None
+            self._phases += 1
+            self._on_first(partial(jobs.commit_save, pending.to, pending.about, pending.may_commit))
+            return None
+        self._pending = None
+        self.failures = 0
+        ended = time.monotonic() if pending.result is None else pending.result.ended
+        if self.upkeep is None:
+            self._on_first(partial(jobs.retire_saved, self.folder, self.keeps))
+        else:
+            self._on_first(partial(jobs.tend_saved, self.upkeep, step, None))
+        return Saved(step, ended - pending.started, in_memory=False)
+
+    def _fail(self, pending: InFlight, temporary: Path, hurries: bool) -> FailedSave:
+        """Prepare a failed save for the next try, and return the failure. Once all ranks know of a failure.
+
+        Raises:
+            OutdatedAttemptError: a later attempt owns the run.
+            CheckpointError: saves have failed for ``give_up_after_s`` seconds.
+            ConfigError: the same, because the disk has no room.
+        """
+        now = time.monotonic()
+        if not self.failures:
+            self._failing_since = now
+        self.failures += 1
+        step = pending.about.step
+        cause = messages.first_failure(self._failure(pending), self.group)
+        failing_s = messages.all_gather(now - self._failing_since, self.group)[0]  # rank 0's clock decides
+        no_room = room_error(cause)
+        is_over = OUTDATED in cause or failing_s >= self.give_up_after_s
+        self._on_first(partial(jobs.remove_save, temporary, self.keeps, no_room is not None and not is_over))
+        if is_over:
+            if self._rank == 0:
+                self.writer.wait()
+            self._pending = None
+            self._raise(step, cause, no_room)
+        delay_s = HURRIED_RETRY_S if hurries else min(LONGEST_RETRY_S, RETRY_S * 2 ** (self.failures - 1))
+        pending.to, pending.commits, pending.result = self._new_folder(step), False, None
+        pending.submit_at = now + delay_s
+        self._phases += 1
+        return FailedSave(step, cause, self.failures, in_memory=False)
+
+    def _raise(self, step: int, cause: str, no_room: str | None) -> None:
+        if OUTDATED in cause:
+            raise OutdatedAttemptError(f"step {step} is not saved: a later attempt owns this run")
+        if no_room is None:
+            raise CheckpointError(cause)
+        before = max(self.steps(), default=None)
+        raise ConfigError(
+            f"the checkpoint of step {step} cannot be written into {self.folder}: {no_room}",
+            f"room for {self.keeps.last + 1} checkpoints (checkpoint.keep_last={self.keeps.last}, and the new one)",
+            f"df -h {self.folder.parent}, remove what is not needed, or checkpoint.keep_last=1; then the same command, "
+            f"which {'begins anew' if before is None else f'goes on from step {before}'}",
+        )
+
+    def _takes_part(self, pending: InFlight) -> bool:
+        """True if this rank has work in the current phase: every rank writes, and only rank 0 commits."""
+        return not pending.commits or self._rank == 0
+
+    def _failure(self, pending: InFlight) -> str | None:
+        """Return this rank's failure or None; after the rename, which is the commit, failures do not count."""
+        result = pending.result
+        if result is None or not pending.commits:
+            return None if result is None else result.failure
+        if result.failure is None:
+            return OUTDATED if result.value is None else None
+        return None if folders.is_committed(self.folder, pending.about.step) else result.failure
+
+    def _on_first(self, job: jobs.Job) -> None:
+        """Submit a job to rank 0's writer."""
+        if self._rank == 0:
+            self.writer.submit(job)
+
+    def _new_name(self) -> str:
+        """Return a new name for a save, 16 hexadecimal digits, the same on all ranks."""
+        if self._token is None:
+            self._token = str(messages.all_gather(secrets.token_hex(8), self.group)[0])
+        self._names += 1
+        return hashlib.sha256(f"{self._token} {self._names}".encode()).hexdigest()[:16]
+
+    def _new_folder(self, step: int) -> Path:
+        """Return a new temporary folder for a save, the same on all ranks."""
+        return folders.temporary_for(self.folder, step, self._new_name()[:8])
+
+    # Going back.
+
+    def discard_after(self, step: int) -> None:
+        """Delete the checkpoints of steps after ``step``, to which the run goes back; also copies and memory."""
+        run_on_first_rank(lambda: folders.discard_after(self.folder, step), self.group)
+        if self.memory is not None:
+            self.memory.keep("")
+        self.tend(None, step)
+
+    def tend(self, committed: int | None, back_to: int | None) -> None:
+        """Have the upkeep, if there is one, work on a committed step, or delete copies after the step ``back_to``."""
+        if self.upkeep is not None:
+            self._on_first(partial(jobs.tend_saved, self.upkeep, committed, back_to))
+
+
+def room_error(cause: str) -> str | None:
+    """Return the system's message if a save failed since the filesystem is full or broken; else None."""
+    line = cause.splitlines()[0]
+    return next((os.strerror(number) for number in NO_ROOM if f"[Errno {number}]" in line), None)

@@ -1,0 +1,273 @@
+"""Upkeep of committed checkpoints: read again, delete, copy to another filesystem, and fetch from there. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gpt.checkpoint import folders
+from gpt.checkpoint.folders import DamagedError, Retention, read_manifest
+from gpt.checkpoint.target import Target, describe_error, target_of, verify_folder
+from launch.runs.files import say
+from launch.runs.folder import RunFolder, is_newest_attempt
+
+# Upkeep during training: a thread of rank 0's writer, so that neither steps nor saves wait for it.
+
+
+FINISHED_S = 600.0
+"""Longest wait, in seconds, at the end of training for the copy of the last checkpoint."""
+FIRST_RETRY_S = 5.0
+"""Seconds from the first failed copy to the next try; each later wait is twice as long."""
+LONGEST_RETRY_S = 300.0
+LAST_TRIES = 3
+"""Failures in a row after which the last copy is given up, once training has ended."""
+
+
+@dataclass(frozen=True)
+class UpkeepPlan:
+    """Work on each committed checkpoint of one attempt."""
+
+    folder: RunFolder
+    attempt: int
+    keeps: Retention
+    """Checkpoints that are kept."""
+    scrubs: bool
+    """True to read each checkpoint again after the commit, since disks lose bits without an error."""
+    copy_to: str | None
+    """URL of the copies; None makes none."""
+    copy_keeps: Retention
+    """Copies that are kept."""
+
+
+class Upkeep:
+    """Does the work of ``plan`` in a thread; of several committed checkpoints only the newest is read and copied."""
+
+    def __init__(self, plan: UpkeepPlan) -> None:
+        self._plan = plan
+        self._folder = plan.folder.checkpoints
+        self._requests: queue.Queue[tuple[int | None, int | None] | None] = queue.Queue()
+        self._lock = threading.Lock()
+        self._sound: int | None = None
+        """Step of the newest checkpoint that was read again and found whole."""
+        self._unread: int | None = None
+        """Step of the newest checkpoint, while it is to be read again."""
+        self._uncopied: int | None = None
+        self._copying: int | None = None
+        """Step that is being copied, which is not deleted until its copy is complete."""
+        self._back_to: int | None = None
+        self._target: Target | None = None
+        self._failures = 0
+        self._is_ending = False
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def add(self, committed: int | None, back_to: int | None) -> None:
+        """Request the work on a committed step; or the deletion of copies after the step ``back_to``."""
+        if committed is not None:
+            # Deletion waits until a new checkpoint is known to be whole. If the reading is behind, the checkpoints
+            # that are never read must not fill the disk.
+            if not self._plan.scrubs:
+                self._retire()
+            elif self._unread is not None:
+                self._retire(more=1)
+            self._unread = committed if self._plan.scrubs else None
+        self._requests.put((committed, back_to))
+
+    def close(self, wait_s: float) -> bool:
+        """End the thread after its last work; wait at most ``wait_s`` seconds. Return True once it has ended."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._requests.put(None)
+        self._thread.join(wait_s)
+        return not self._thread.is_alive()
+
+    def _serve(self) -> None:
+        while True:
+            self._take_requests()
+            if (step := self._unread) is not None:
+                self._scrub(step)
+                if self._unread == step:
+                    self._unread = None
+            if self._plan.copy_to is not None and (self._uncopied is not None or self._back_to is not None):
+                self._copy(self._plan.copy_to)
+            if self._is_ending and (not 0 < self._failures < LAST_TRIES):
+                return
+
+    def _take_requests(self) -> None:
+        """Wait for a request, or for the time of the next try; take all requests that have come."""
+        wait_s = None
+        if self._failures:
+            wait_s = min(LONGEST_RETRY_S, FIRST_RETRY_S * 2 ** (self._failures - 1))
+        try:
+            while True:
+                request = self._requests.get(timeout=wait_s)
+                wait_s = 0.0
+                if request is None:
+                    self._is_ending = True
+                    continue
+                committed, back_to = request
+                if committed is not None:
+                    self._uncopied = committed
+                if back_to is not None:
+                    self._back_to = back_to
+                    if self._uncopied is not None and self._uncopied > back_to:
+                        self._uncopied = None
+        except queue.Empty:
+            pass
+
+    def _scrub(self, step: int) -> None:
+        """Read a checkpoint again, set it aside if it is damaged, and delete those that are no longer kept."""
+        path = folders.final_for(self._folder, step)
+        try:
+            manifest = read_manifest(path)
+            for name in manifest.files:
+                drop_cached(path / name)
+            damage = verify_folder(path, step, manifest, lambda size: None)
+        except DamagedError as error:
+            damage = (str(error),) if path.exists() else None
+        except OSError as error:
+            say(f"the checkpoint of step {step} could not be read again: {error}")
+            damage = None
+        if damage is None:  # deleted meanwhile, or unknown
+            self._retire(more=1)
+            return
+        if damage:
+            cause = "; ".join(damage)
+            folders.set_aside(path, cause)
+            self._record("checkpoint_set_aside", step=step, cause=f"{path.name}: {cause}")
+            say(f"the checkpoint of step {step} is damaged: {cause}")
+            self._uncopied = None if self._uncopied == step else self._uncopied
+        else:
+            self._sound = step
+        self._retire()
+
+    def _retire(self, more: int = 0) -> None:
+        """Delete the checkpoints that are no longer kept; spare ``more`` newest ones, and the last that was whole."""
+        keeps = replace(self._plan.keeps, last=self._plan.keeps.last + more)
+        spared = {step for step in (self._sound, self._copying) if step is not None}
+        with self._lock:
+            folders.retire(self._folder, keeps, spared)
+
+    def _copy(self, url: str) -> None:
+        """Delete and copy at the target as requested; keep the requests if this fails."""
+        step = self._copying = self._uncopied
+        try:
+            if self._may_commit():  # else a later attempt makes copies of its own
+                self._work_at_target(url, step)
+        except DamagedError as error:  # another try would find the same damage; a load will set the checkpoint aside
+            self._record_failure(step, f"the checkpoint is damaged: {error}", 1)
+        except Exception as error:  # each library behind a target has errors of its own
+            self._failures += 1
+            self._target = None
+            self._record_failure(step, describe_error(error), self._failures)
+            return
+        finally:
+            self._copying = None
+        self._uncopied, self._back_to, self._failures = None, None, 0
+        if self._unread is None:  # the copied checkpoint may be one that is no longer kept
+            self._retire()
+
+    def _work_at_target(self, url: str, step: int | None) -> None:
+        if self._target is None:
+            self._target = target_of(url, self._plan.folder.path)
+        if self._back_to is not None:
+            self._target.discard_after(self._back_to)
+            self._back_to = None
+        if step is None:
+            return
+        began = time.monotonic()
+        sent = self._target.put(folders.final_for(self._folder, step), self._may_commit)
+        if sent:
+            copy_s = time.monotonic() - began
+            self._record("copied", step=step, bytes=sent, copy_s=copy_s, failures=self._failures)
+            self._target.retire(self._plan.copy_keeps)
+
+    def _may_commit(self) -> bool:
+        return is_newest_attempt(self._plan.folder, self._plan.attempt)
+
+    def _record_failure(self, step: int | None, cause: str, failures: int) -> None:
+        self._record("copy_failed", step=step, cause=cause, failures=failures)
+        say(f"the checkpoint of step {step} could not be copied to {self._plan.copy_to}: {cause}")
+
+    def _record(self, event: str, **details: object) -> None:
+        self._plan.folder.record_event(event, attempt=self._plan.attempt, **details)
+
+
+def drop_cached(path: Path) -> None:
+    """Have the next reading of a synced file come from the disk, not from this host's cache; skip a missing file."""
+    if path.is_file():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# Fetching a copy, at a start that finds no whole checkpoint on the disk.
+
+
+BEAT_S = 1.0
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Result of the search for the newest whole copy of a checkpoint."""
+
+    path: Path | None
+    """Folder of the fetched checkpoint, among the others of the run; None if no copy is whole."""
+    damaged: tuple[str, ...] = ()
+    """Newer copies that are damaged: one line with step and damage for each."""
+
+
+class Fetch:
+    """Search for the newest whole copy in a thread, while the ranks go on to report that they are alive.
+
+    Args:
+        folder: folder of the checkpoints.
+        connect: opens the target.
+    """
+
+    def __init__(self, folder: Path, connect: Callable[[], Target]) -> None:
+        self._found: Fetched | None = None
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(folder, connect), daemon=True)
+        self._thread.start()
+
+    def look(self) -> Fetched | None:
+        """Wait at most ``BEAT_S`` seconds for the result; None if the search is not finished.
+
+        Raises:
+            OSError: the target cannot be read, or the disk cannot be written.
+        """
+        self._thread.join(BEAT_S)
+        if self._failure is not None:
+            raise OSError(
+                f"found: no checkpoint on this disk, and the copies cannot be read ({describe_error(self._failure)})\n"
+                f"expected: copies to go on from, or to know that there are none\n"
+                f"type next: the same command again, or with checkpoint.copy_to=null to begin without them"
+            ) from self._failure
+        return self._found
+
+    def _run(self, folder: Path, connect: Callable[[], Target]) -> None:
+        try:
+            self._found = fetch_newest(folder, connect())
+        except Exception as error:  # each library behind a target has errors of its own
+            self._failure = error
+
+
+def fetch_newest(folder: Path, target: Target) -> Fetched:
+    """Fetch the newest whole copy into ``folder``, which holds the run's checkpoints."""
+    damaged: list[str] = []
+    for step in reversed(target.steps()):
+        temporary = folders.begin_temporary(folder, "fetching", step)
+        try:
+            target.fetch(step, temporary)
+        except DamagedError as damage:
+            folders.remove_folder(temporary)
+            damaged.append(f"the copy of step {step}: {damage}")
+        else:
+            return Fetched(folders.commit(temporary, step), tuple(damaged))
+    return Fetched(None, tuple(damaged))
