@@ -345,7 +345,7 @@ def test_every_preset_says_what_it_is() -> None:
 
 
 TOKENS = {
-    "gpt": 147_500,
+    "gpt": 143_800,
     "gpt/components": 2_200,
     "gpt/conversion": 6_050,
     "gpt/data": 17_600,

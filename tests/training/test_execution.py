@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -88,13 +87,20 @@ def gradients(
     return {name: p.grad for name, p in gpt.named_parameters() if p.grad is not None}, counter.get_total_flops()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("attention", AttentionBackend)
-@pytest.mark.parametrize("parts", [{}, LLAMA, MIXTURE], ids=["gpt2", "llama", "mixture"])
-def test_recomputing_changes_no_bit_of_the_gradients(parts: dict, attention: AttentionBackend, dropout: float) -> None:
-    # In turns, so that each part, attention and dropout is seen in both.
-    turn = [{}, LLAMA, MIXTURE].index(parts) + list(AttentionBackend).index(attention) + bool(dropout)
-    precision = (torch.float32, torch.bfloat16)[turn % 2]
+@pytest.mark.parametrize(
+    ("parts", "attention", "dropout", "precision"),
+    [
+        ({}, AttentionBackend.manual, 0.3, torch.float32),
+        ({}, AttentionBackend.sdpa, 0.0, torch.bfloat16),
+        (LLAMA, AttentionBackend.sdpa, 0.3, torch.float32),
+        (LLAMA, AttentionBackend.manual, 0.0, torch.bfloat16),
+        (MIXTURE, AttentionBackend.flash, 0.3, torch.bfloat16),
+        (MIXTURE, AttentionBackend.flash, 0.0, torch.float32),
+    ],
+)
+def test_recomputing_changes_no_bit_of_the_gradients(
+    parts: dict[str, Any], attention: AttentionBackend, dropout: float, precision: torch.dtype
+) -> None:
     model = small(**parts, dropout=dropout, attention=attention)
     kept, flops = gradients(model, Recompute.none, precision=precision)
     selective, flops_selective = gradients(model, Recompute.selective, precision=precision)
@@ -166,15 +172,6 @@ def test_a_compiled_loss_keeps_no_logits_in_fp32() -> None:
     torch.testing.assert_close(grad, expected_grad, rtol=2**-7, atol=1e-9)
 
 
-def test_deterministic_mode_is_in_force_and_recorded(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    words = (*TINY, "optim.max_steps=2", "model.dropout=0.1", "recompute=full", "deterministic=true")
-    run("gpt.train", *words, f"run_dir={folder.path}", cwd=tmp_path)
-    told = json.loads(folder.environment(1).read_bytes())["reproducibility"]
-    assert told["PYTHONHASHSEED"] == "1337" and told["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    assert told["deterministic_algorithms"]
-
-
 @pytest.mark.parametrize("tf32", [True, False])
 def test_products_in_fp32_are_rounded_to_tf32_where_the_run_has_settled_on_it(tf32: bool) -> None:
     before = torch.get_float32_matmul_precision()
@@ -185,17 +182,6 @@ def test_products_in_fp32_are_rounded_to_tf32_where_the_run_has_settled_on_it(tf
         assert state()["tf32"] is torch.backends.cuda.matmul.allow_tf32 is tf32
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def matmul_precision_of(rank: int, size: int, folder: Path) -> str:
-    """Precision of fp32 products that a run on CPUs leaves in torch, which had been allowed to round them."""
-    torch.set_float32_matmul_precision("medium")
-    start(rank, size, folder)
-    return torch.get_float32_matmul_precision()
-
-
-def test_a_run_says_how_products_in_fp32_are_computed(tmp_path: Path) -> None:
-    assert run_distributed(matmul_precision_of, 1, tmp_path / "run") == ["highest"]
 
 
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
@@ -216,8 +202,8 @@ MANUAL = {"attention": AttentionBackend.manual}  # torch's counter knows no atte
 
 @pytest.mark.parametrize(
     "parts",
-    [MANUAL, MANUAL | LLAMA, MANUAL | {"dropout": 0.1}, MANUAL | LLAMA | {"n_kv_head": 2}],
-    ids=["gpt2", "llama", "dropout", "grouped"],
+    [MANUAL | {"dropout": 0.1}, MANUAL | LLAMA | {"n_kv_head": 2}],
+    ids=["dropout", "grouped"],
 )
 def test_recomputed_flops_are_those_that_torch_counts(parts: dict) -> None:
     model = small(**parts)
@@ -250,13 +236,21 @@ def peak_bytes(model: ModelConfig, recompute: Recompute) -> int:
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-@pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.full])
+CAPACITY = {**MOE, "capacity_factor": 1.25}
+
+
 @pytest.mark.parametrize(
-    "parts",
-    [{}, LLAMA, MANUAL, {**MOE, "n_shared_expert": 1}, {**MOE, "capacity_factor": 1.25}],
-    ids=["gpt2", "llama", "manual", "experts", "capacity"],
+    ("parts", "recompute"),
+    [
+        ({}, Recompute.full),
+        (LLAMA, Recompute.selective),
+        (MANUAL, Recompute.selective),
+        ({**MOE, "n_shared_expert": 1}, Recompute.full),
+        (CAPACITY, Recompute.selective),
+        (CAPACITY, Recompute.full),
+    ],
 )
-def test_planned_memory_is_close_to_the_peak_that_was_measured(parts: dict, recompute: Recompute) -> None:
+def test_planned_memory_is_close_to_the_peak_that_was_measured(parts: dict[str, Any], recompute: Recompute) -> None:
     model = small(**parts, n_layer=6, n_embd=64, block_size=64, vocab_size=64)
     optim = OptimConfig(max_steps=1, global_batch=3, max_micro_batch=3, lr=1e-3, min_lr=0.0, warmup_steps=0)
     config = TrainConfig(
@@ -282,33 +276,30 @@ def test_a_block_that_cannot_be_compiled_whole_ends_a_run_that_asks_for_that() -
             assert torch.equal(block(torch.ones(2)), torch.full((2,), 2.0))
 
 
-def find_compile_cache(rank: int, size: int, folder: Path, words: list[str], named: str | None) -> tuple[str, str]:
-    """Where torch's compiler keeps what it makes for a run, and where its record says so."""
+def find_compile_cache(rank: int, size: int, folder: Path) -> tuple[str, str, str]:
+    """Where torch's compiler keeps what it makes for a run, and where its record says so; how fp32 is rounded."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     os.environ.pop(COMPILE_CACHE)
-    if named is not None:
-        os.environ[COMPILE_CACHE] = named
-    elif rank == 0:
+    torch.set_float32_matmul_precision("medium")
+    if rank == 0:
         assert cache_dir() == os.environ[COMPILE_CACHE], "it names its own folder as soon as it is imported"
     with mock.patch.object(torch, "compile", partial(torch.compile, backend="eager")):
-        start(rank, size, folder / "run", f"output_dir={folder}", *words)
+        start(rank, size, folder / "run", f"output_dir={folder}", "compile=default")
     told = str(describe_environment().get(COMPILE_CACHE))
-    return cache_dir(), told
+    return cache_dir(), told, torch.get_float32_matmul_precision()
 
 
-@pytest.mark.parametrize("named", [None, "theirs"])
-def test_what_is_compiled_lies_where_a_later_attempt_finds_it(tmp_path: Path, named: str | None) -> None:
-    own = named and str(tmp_path / named)
-    found = run_distributed(find_compile_cache, 2, tmp_path, ["compile=default"], own)
-    expected = own or str(tmp_path / ".cache" / "compiled")
-    assert found == [(expected, expected)] * 2
-    assert (tmp_path / ".cache").exists() is (named is None)
+def test_what_is_compiled_lies_where_a_later_attempt_finds_it(tmp_path: Path) -> None:
+    expected = str(tmp_path / ".cache" / "compiled")
+    assert run_distributed(find_compile_cache, 2, tmp_path) == [(expected, expected, "highest")] * 2
 
 
 def test_a_filesystem_without_locks_keeps_nothing_that_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(COMPILE_CACHE, "theirs")
+    assert open_compile_cache(tmp_path / "made") is None and not list(tmp_path.iterdir()), "the user has named one"
     monkeypatch.delenv(COMPILE_CACHE)
     assert open_compile_cache(tmp_path / "made") == str(tmp_path / "made")
     (tmp_path / "file").touch()

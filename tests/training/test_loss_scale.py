@@ -38,7 +38,6 @@ ENGINES = {
     "ddp": (2, False),
     "zero1": (1, False),
     "fsdp": (2, True),
-    "tp parallel.tp=2": (1, False),
     "pp parallel.pp=2": (1, False),
     "ep parallel.ep=2": (1, False),
     "ds_zero0": (2, False),
