@@ -50,9 +50,7 @@ A_LAUNCH = ("launch", "nodes=2", "optim.max_steps=20")
 SUITE = (
     "tests/model/test_gpt.py",
     "tests/model/test_moe.py",
-    "tests/parallel/test_ddp.py",
-    "tests/parallel/test_pipeline.py",
-    "tests/parallel/test_tensor.py",
+    "tests/parallel/test_engines.py",
     "tests/training/test_execution.py",
     "tests/training/test_resume.py",
     "tests/checkpoint/test_save.py",

@@ -207,15 +207,10 @@ def build_and_look(rank: int, size: int, folder: Path) -> float:
 
 
 def memory_of_a_start() -> tuple[str, bool]:
-    """A11: four real ranks; and the bits of every layout of the test, against a model that is drawn whole."""
+    """A11: four real ranks; tests/parallel/test_engines.py compares the bits."""
     with tempfile.TemporaryDirectory() as folder:
         grown = max(run_distributed(build_and_look, 4, Path(folder) / "built" / "run", timeout_s=600)) * GIB / 1e9
-        try:
-            fsdp.test_every_engine_begins_with_the_bits_of_one_that_draws_the_model_whole(Path(folder))
-            same = "the same bits"
-        except AssertionError as error:
-            same = str(error).splitlines()[0]
-    return f"{grown:.2f} GB; {same}", grown <= 0.3 and same == "the same bits"
+    return f"{grown:.2f} GB", grown <= 0.3
 
 
 def slow_steps(rank: int, size: int, folder: Path) -> list[float]:

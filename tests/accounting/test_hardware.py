@@ -22,13 +22,8 @@ KNOWN_BF16 = {
     "NVIDIA GB200": 2500,
     "NVIDIA L40S": 362,
     "AMD Instinct MI300X": 1307,
-    "NVIDIA GeForce RTX 3090": 71,
-    "NVIDIA GeForce RTX 4090": 165,
     "NVIDIA A10": 125,
     "NVIDIA RTX A6000": 154.8,
-    "NVIDIA GeForce RTX 3070": 40.6,
-    "NVIDIA GeForce RTX 3080": 59.5,
-    "NVIDIA GeForce RTX 4080": 97.5,
 }
 KNOWN_FP32 = {
     "Tesla V100-SXM2-16GB": 15.7,
@@ -36,36 +31,21 @@ KNOWN_FP32 = {
     "Tesla V100-PCIE-32GB": 14,
     "NVIDIA A100-SXM4-80GB": 19.5,
     "NVIDIA H100 80GB HBM3": 67,
-    "NVIDIA GeForce RTX 4090": 82.6,
 }
 UNKNOWN = (
     "NVIDIA L40",
-    "NVIDIA L4",
     "NVIDIA A10G",
-    "NVIDIA A30",
     "NVIDIA H20",
     "NVIDIA H200 NVL",
-    "NVIDIA H800",
     "NVIDIA GH200 480GB",
-    "NVIDIA GB300",
-    "NVIDIA B100",
     "NVIDIA B300 SXM6 AC",
     "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
-    "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
     "GRID A100-40C",
-    "NVIDIA A100-SXM-64GB",
     "NVIDIA GeForce RTX 3050",
-    "NVIDIA GeForce RTX 3080 Ti",
     "NVIDIA GeForce RTX 4070 SUPER",
     "NVIDIA RTX 6000 Ada Generation",
-    "NVIDIA GeForce RTX 4060 Laptop GPU",
     "NVIDIA GeForce RTX 4090 Laptop GPU",
-    "RTX 4090 Laptop GPU",
-    "NVIDIA RTX 4000 Ada Generation",
-    "Quadro RTX 8000",
     "AMD Instinct MI300A",
-    "AMD Instinct MI325X",
-    "AMD Instinct MI250X",
     "AMD EPYC 9654 96-Core Processor",
     "cpu",
     "",
@@ -96,20 +76,15 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("name", [*SHORT])
-def test_short_names_mean_one_device_or_leave_the_memory_open(name: str) -> None:
-    assert expand(name) == SHORT[name]
+@pytest.mark.parametrize(("name", "meant"), SHORT.items())
+def test_short_names_mean_one_device_or_leave_the_memory_open(name: str, meant: list[str]) -> None:
+    assert expand(name) == meant
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_a_device_that_is_not_in_the_table_has_no_short_name(name: str) -> None:
+def test_a_device_that_is_not_in_the_table_has_no_short_name_and_borrows_no_peak(name: str) -> None:
     assert expand(name) == []
-
-
-@pytest.mark.parametrize("precision", Precision)
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_unknown_devices_borrow_no_peak(name: str, precision: Precision) -> None:
-    assert peak_flops(name, precision) is None
+    assert [peak_flops(name, precision) for precision in Precision] == [None] * len(Precision)
 
 
 KNOWN_TF32 = {

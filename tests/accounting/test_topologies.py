@@ -1,4 +1,4 @@
-"""The shards of a model along any dimension: numbers by hand, and laws that hold for any model."""
+"""Laws of the shards of any model, and activations by hand; tests/parallel compares shards with those of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpt.config import (
 )
 from gpt.planning.memory import RankMemory, micro_batches_in_flight, per_rank
 from gpt.planning.rank_shards import parameter_shards
-from gpt.topology import ParallelDims, parallel_dims, split_batch
+from gpt.topology import parallel_dims, split_batch
 from gpt.topology.schedules import rank_stages
 from tests.support.small_models import LLAMA, MOE, configs, small
 
@@ -40,71 +40,6 @@ def run(model: ModelConfig, **parallel: Any) -> TrainConfig:
 def memory(config: TrainConfig, ranks: int) -> RankMemory:
     dims = parallel_dims(config.parallel, ranks)
     return per_rank(config, dims, split_batch(config.optim, dims.data_ranks))
-
-
-@pytest.mark.parametrize(
-    ("parallel", "ranks", "elements"),
-    [
-        ({}, 1, 4 * 9280 + 2 * 2048 + 32),
-        ({"tp": 2}, 2, 4 * (9216 // 2 + 64) + 2 * 1024 + 32),
-        ({"tp": 2}, 4, 4 * (9216 // 2 + 64) + 2 * 1024 + 32),
-        ({"cp": 2}, 2, 4 * 9280 + 2 * 2048 + 32),
-        ({"strategy": Strategy.fsdp}, 4, 4 * 2320 + 2 * 512 + 8),
-        ({"strategy": Strategy.fsdp, "cp": 2}, 4, 4 * 2320 + 2 * 512 + 8),
-        ({"strategy": Strategy.fsdp, "dp_shard": 2}, 4, 4 * 4640 + 2 * 1024 + 16),
-        ({"strategy": Strategy.fsdp, "tp": 2}, 8, 4 * (9216 // 8 + 16) + 2 * 256 + 8),
-    ],
-    ids=lambda value: " ".join(f"{k}={getattr(v, 'name', v)}" for k, v in value.items()) if type(value) is dict else "",
-)
-def test_states_by_hand(parallel: dict[str, Any], ranks: int, elements: int) -> None:
-    found = memory(run(small(**HAND), **parallel), ranks)
-    assert (found.parameters, found.gradients) == (FP32 * elements, FP32 * elements)
-
-
-@pytest.mark.parametrize(
-    ("parallel", "ranks", "by_rank"),
-    [
-        ({}, 2, [2 * 9280 + 2048, 2 * 9280 + 2048 + 32]),
-        ({"tp": 2}, 4, [2 * (4608 + 64) + 1024, 2 * (4608 + 64) + 1024 + 32]),
-        ({"strategy": Strategy.fsdp}, 4, [2 * 4640 + 1024, 2 * 4640 + 1024 + 16]),
-        ({"strategy": Strategy.fsdp, "tp": 2}, 8, [2 * (2304 + 32) + 512, 2 * (2304 + 32) + 512 + 16]),
-        # In a V the first rank has both ends; of five layers, the output matrix being one, two stages have two.
-        ({"schedule": Schedule.zbv}, 2, [2 * 9280 + 2 * 2048 + 32, 2 * 9280]),
-        ({"schedule": Schedule.interleaved}, 2, [2 * 9280 + 2048, 2 * 9280 + 2048 + 32]),
-    ],
-    ids=lambda value: " ".join(f"{k}={getattr(v, 'name', v)}" for k, v in value.items()) if type(value) is dict else "",
-)
-def test_states_of_a_pipeline_by_hand(parallel: dict[str, Any], ranks: int, by_rank: list[int]) -> None:
-    config = run(small(**HAND), pp=2, **parallel)
-    dims = parallel_dims(config.parallel, ranks)
-    assert [parameter_shards(config.model, dims, rank_stages(config, rank)).stored() for rank in range(2)] == by_rank
-    assert memory(config, ranks).parameters in [FP32 * elements for elements in by_rank]
-
-
-def test_a_tied_embedding_is_at_both_ends_of_a_pipeline() -> None:
-    config = run(small(**{**HAND, "tie_embeddings": True}), pp=2)
-    held = [
-        parameter_shards(config.model, parallel_dims(config.parallel, 2), rank_stages(config, rank))
-        for rank in range(2)
-    ]
-    assert [[p.name for p in rank.around] for rank in held] == [
-        ["token_embedding.weight"],
-        ["token_embedding.weight", "norm.weight"],
-    ]
-
-
-def test_experts_are_dealt_out_and_shared_by_those_that_hold_the_same() -> None:
-    model = small(**{**MOE, "n_layer": 1, "ffn_hidden": 24})
-    experts = 4 * 3 * 24 * 32
-    rest = count(model).total - experts
-    copies, sharded = (memory(run(model, ep=2, strategy=s), 4) for s in (Strategy.ddp, Strategy.fsdp))
-    assert copies.parameters == FP32 * (rest + experts // 2)
-    whole = memory(run(model, strategy=Strategy.fsdp), 4)
-    assert sharded.parameters == whole.parameters  # experts sharded over two ranks, each half sharded over two
-    stack = next(
-        p for p in parameter_shards(model, ParallelDims("fsdp", 1, 8, ep=4)).block if p.name == "ffn.experts.gate"
-    )
-    assert (stack.shape, stack.ranks, stack.dimension) == ((1, 24, 32), 2, 1)  # one expert is sharded inside
 
 
 @pytest.mark.parametrize("model", [HAND, {}, {**MOE, "n_shared_expert": 1}], ids=["llama", "gpt2", "experts"])
@@ -180,7 +115,6 @@ def test_activations_are_cut_by_tensor_parallelism() -> None:
     tokens, norms = 2 * 16, 2 * 4 + 1
     assert whole.activations - cut_up.activations == norms * tokens * (2 * 32 + 1) * FP32 // 2
     assert cut_up.logits == alone.logits // 2
-    assert memory(run(config.model, tp=2, loss_parallel=False), 2).logits == alone.logits
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt.config import Activation, ModelConfig, Position
+from gpt.config import ModelConfig, Position
 from gpt.model import layers
 from gpt.model.attention import Attended, Cache, attend_block, attend_block_backward, merge_blocks
 from gpt.model.gpt import GPT
 from gpt.model.layers import RmsNorm, RmsNormOnCpu, Rotation, cross_entropy
-from tests.model.test_gpt import from_gpt2, shaken
 from tests.support.small_models import label, random_tokens, small, variants
 
 WIDTH = 12
@@ -122,14 +120,6 @@ def test_the_loss_may_be_multiplied_by_any_number() -> None:
         torch.testing.assert_close(grad, expected, rtol=2e-6, atol=1e-9)
 
 
-def test_on_a_cpu_a_chunk_stays_in_the_caches_of_its_cores() -> None:
-    # Beside the logits and their gradient, nothing is larger than a chunk.
-    whole = torch.zeros(1, 2 * layers.CACHED_LOGITS * torch.get_num_threads() // V, V, requires_grad=True)
-    with Traffic(whole.numel()) as seen:
-        cross_entropy(whole, torch.zeros(whole.shape[:2], dtype=torch.long)).backward()
-    assert seen.made == whole.nbytes and 0 < seen.largest_but_whole <= layers.chunk_elements(whole.device)
-
-
 class Traffic(TorchDispatchMode):
     """Bytes that operations on tensors of all logits read, write and allocate; what is in chunks is not in these."""
 
@@ -138,7 +128,7 @@ class Traffic(TorchDispatchMode):
     def __init__(self, logits: int) -> None:
         super().__init__()
         self.logits, self.moved, self.made = logits, 0, 0
-        self.largest_fp32, self.largest_but_whole = 0, 0
+        self.largest_fp32 = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -146,9 +136,6 @@ class Traffic(TorchDispatchMode):
         if not any(name in str(func) for name in self.VIEWS):
             self.moved += sum(x.nbytes for x in (*ins, *outs) if x.numel() >= self.logits)
             self.made += sum(x.nbytes for x in outs if x.numel() >= self.logits)
-            self.largest_but_whole = max(
-                [self.largest_but_whole, *(x.numel() for x in outs if x.numel() < self.logits)]
-            )
             self.largest_fp32 = max([self.largest_fp32, *(x.numel() for x in outs if x.dtype == torch.float32)])
         return out
 
@@ -273,22 +260,6 @@ def test_pieces_equal_the_whole(config: ModelConfig, cuts: list[int]) -> None:
     pieces = [model(piece, cache) for piece in tokens_BT.split(cuts, dim=1)]
     assert cache.length == config.block_size
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens_BT), rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_greedy_generation_is_that_of_transformers() -> None:
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=12, n_embd=32, n_layer=2, n_head=4))
-    config = small(activation=Activation.gelu_tanh)
-    ours = GPT(config).eval()
-    ours.load_state_dict(from_gpt2(shaken(theirs), 2))
-    prompt_BT = random_tokens(config, 4)[:, :3]
-    cache, tokens_BT = Cache(12), prompt_BT
-    new_BT = prompt_BT
-    for _ in range(9):
-        new_BT = ours(new_BT, cache)[:, -1:].argmax(-1)
-        tokens_BT = torch.cat((tokens_BT, new_BT), dim=1)
-    expected = theirs.generate(prompt_BT, do_sample=False, max_length=12, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(tokens_BT, expected)
 
 
 @torch.no_grad()

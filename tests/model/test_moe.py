@@ -23,7 +23,6 @@ from gpt.model.ffn import (
     set_auxiliary_scale,
 )
 from gpt.model.gpt import GPT, initialize
-from tests.support.distributed import run_distributed
 from tests.support.learning import Operations
 from tests.support.small_models import LLAMA, MINIMAL, MOE, check_gradients, random_tokens, small
 
@@ -106,12 +105,10 @@ BATCHED = {"capacity_factor": 0.5, "expert_matmul": ExpertMatmul.grouped, "ffn_h
     ("kind", "parts"),
     [
         (Ffn.swiglu, {}),
-        (Ffn.swiglu, {"capacity_factor": 0.5}),
-        (Ffn.swiglu, BATCHED),
-        (Ffn.standard, {}),
+        (Ffn.standard, {"capacity_factor": 0.5}),
         (Ffn.geglu, BATCHED),
     ],
-    ids=["dropless", "capacity", "batched", "standard", "geglu"],
+    ids=["dropless", "capacity", "batched"],
 )
 def test_gradient(kind: Ffn, parts: dict) -> None:
     torch.manual_seed(1)
@@ -316,32 +313,6 @@ def test_biases_even_out_a_router_that_prefers_one_expert() -> None:
         move_balance_bias(layer, counts_LE)
     assert uneven[0] > 0.5
     assert sum(uneven[-10:]) / 10 < uneven[0] / 3
-
-
-def sharded(rank: int, world_size: int, tokens_BT: Tensor) -> tuple[list[Tensor], Tensor]:
-    from torch.distributed.fsdp import fully_shard
-
-    model = lively(balance_coefficient=0.5, z_coefficient=0.5)
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
-    mine_BT = tokens_BT.chunk(world_size)[rank]
-    set_auxiliary_scale(model, world_size / len(tokens_BT))
-    loss = F.cross_entropy(model(mine_BT).flatten(0, 1), mine_BT.flatten(), reduction="sum")
-    (loss * world_size / tokens_BT.numel()).backward()
-    counts_LE = expert_counts(model)
-    torch.distributed.all_reduce(counts_LE)
-    return [p.grad.full_tensor() for p in model.parameters()], counts_LE
-
-
-def test_two_shards_have_the_gradients_of_one_process() -> None:
-    model = lively(balance_coefficient=0.5, z_coefficient=0.5)
-    tokens_BT = random_tokens(model.config, 4)
-    whole, counts_LE = gradients(model, tokens_BT, passes=1)
-    found, found_LE = run_distributed(sharded, 2, tokens_BT)[0]
-    assert torch.equal(counts_LE, found_LE)
-    for one, other in zip(whole, found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_an_expert_starts_the_same_however_many_there_are() -> None:

@@ -1,4 +1,4 @@
-"""Work of the first rank for all, and the timeline of a step."""
+"""Work of the first rank for all, the timeline of a step, and shards of sequences."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.pipelining import PipelineStage
 
+from gpt.parallel.context import SequenceShard
 from gpt.parallel.distributed import World
 from gpt.parallel.nd import COLLECTIVE
 from gpt.parallel.timeline import BUBBLE, Span, Timeline, Work, recorded, schedule_waits, total, waiting, working
@@ -128,19 +129,6 @@ def test_even_stages_idle_as_the_schedules_arithmetic_says(order, stages: int, c
         assert share == pytest.approx((stages - 1) / (count + stages - 1), abs=1e-12)
 
 
-def test_a_slow_stage_makes_the_others_idle() -> None:
-    """The second of three stages takes three times as long: 1F1B ends when it has done all, and what leads to it."""
-    count, seconds = 6, {"F": [1.0, 3.0, 1.0], "B": [2.0, 6.0, 2.0]}
-    works = simulate([one_f_one_b(3, s, count) for s in range(3)], seconds)
-    makespan = max(own[-1].end for own in works)
-    for s, own in enumerate(works):
-        found = schedule_waits(0.0, [*own, Work(own[-1].end, own[-1].end, False)], [])
-        idle = total(found, 0, makespan + 1, BUBBLE) + makespan - own[-1].end
-        assert idle == pytest.approx(makespan - count * (seconds["F"][s] + seconds["B"][s]))
-    # The slow one works without a break between its first receive and its last send, but for the answer of the last.
-    assert works[1][0].begin == 1.0 and makespan == works[1][-1].end + 2.0
-
-
 def test_waits_of_other_groups_are_left_out_of_the_bubble() -> None:
     """Against a count of every hundredth of a second of random schedules."""
     for seed in range(50):
@@ -178,3 +166,21 @@ def test_torch_has_the_methods_that_are_watched() -> None:
     assert all(callable(getattr(FSDPParamGroup, name, None)) for name in COLLECTIVE)
     ways = ("get_fwd_recv_ops", "get_bwd_recv_ops", "forward_one_chunk", "backward_one_chunk")
     assert all(callable(getattr(PipelineStage, name, None)) for name in (*ways, "backward_weight_one_chunk"))
+
+
+# The shards of a sequence that context-parallel ranks have.
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_every_token_is_taken_once_and_every_rank_has_the_same_work(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, work = [], []
+    monkeypatch.setattr(dist, "get_world_size", lambda group: ranks)
+    for rank in range(ranks):
+        monkeypatch.setattr(dist, "get_rank", lambda group, rank=rank: rank)
+        positions_T = SequenceShard(None).part(torch.arange(48))
+        tokens += positions_T.tolist()
+        work.append(int((positions_T + 1).sum()))  # a token looks at those before it and at itself
+    assert sorted(tokens) == list(range(48))
+    assert len(set(work)) == 1

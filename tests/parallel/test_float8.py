@@ -153,28 +153,32 @@ def test_devices_that_are_known_to_have_none_are_refused_before_anything_starts(
     assert hopper is not None and hopper.has_float8
 
 
-def settled_on(rank: int, size: int, folder: Path, capabilities: list[tuple[int, int]], words: list[str]) -> str:
-    """What a rank on a GPU of a compute capability settles ``float8`` on, or its refusal."""
-    config = compose("precision=bf16", "tf32=false", *words)
+SETTLED = {
+    "(8, 9)": ([(9, 0), (8, 9)], "false"),
+    "(8, 6) emulated": ([(9, 0), (8, 6)], "true"),
+    "(8, 6)": ([(9, 0), (8, 6)], "false"),
+}
+"""Compute capabilities of the ranks' GPUs, and whether float8 is emulated."""
+
+
+def settled_on(rank: int, size: int, folder: Path) -> dict[str, str]:
+    """What a rank settles ``float8`` on, or its refusal, in each case."""
+    found = {}
     world = World(rank, size, rank, size, 0, torch.device("cuda", rank), control_group())
-    with mock.patch.object(torch.cuda, "get_device_capability", side_effect=lambda device: capabilities[device.index]):
-        try:
-            return settle_execution(config, RunFolder(folder), world).float8.name
-        except ConfigError as refusal:
-            return str(refusal)
+    for name, (capabilities, emulate) in SETTLED.items():
+        config = compose("precision=bf16", "tf32=false", "float8=rowwise", f"float8_emulate={emulate}")
+        with mock.patch.object(torch.cuda, "get_device_capability", lambda device, of=capabilities: of[device.index]):
+            try:
+                found[name] = settle_execution(config, RunFolder(folder), world).float8.name
+            except ConfigError as refusal:
+                found[name] = str(refusal)
+    return found
 
 
-@pytest.mark.parametrize("emulate", [False, True])
-@pytest.mark.parametrize("capabilities", [[(9, 0), (8, 9)], [(9, 0), (8, 6)]])
-def test_ranks_whose_gpus_were_not_known_refuse_it_together(
-    tmp_path: Path, capabilities: list[tuple[int, int]], emulate: bool
-) -> None:
-    words = ["float8=rowwise", f"float8_emulate={str(emulate).lower()}"]
-    told = run_distributed(settled_on, 2, tmp_path, capabilities, words)
-    if emulate or capabilities[1] == (8, 9):
-        assert told == ["rowwise", "rowwise"]
-    else:
-        assert told[0] == told[1] and "2 ranks, of which 1 have GPUs that do not compute in it" in told[0]
+def test_ranks_whose_gpus_were_not_known_refuse_it_together(tmp_path: Path) -> None:
+    told, other = run_distributed(settled_on, 2, tmp_path)
+    assert told == other and [told["(8, 9)"], told["(8, 6) emulated"]] == ["rowwise", "rowwise"]
+    assert "2 ranks, of which 1 have GPUs that do not compute in it" in told["(8, 6)"]
 
 
 @pytest.mark.parametrize(

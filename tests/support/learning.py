@@ -31,8 +31,12 @@ from gpt.config import Strategy, TrainConfig
 from gpt.model.layers import autocast
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Clipped, sum_of_squares
+from gpt.planning.memory import states
+from gpt.planning.rank_shards import parameter_shards
 from gpt.topology import parallel_dims
+from gpt.topology.schedules import rank_stages
 from gpt.train import build
+from gpt.training.checkpoints import save
 from gpt.training.diagnostics import Gradients
 from gpt.training.loop import EvaluationShare, mean_loss
 from gpt.training.run import Run
@@ -163,14 +167,14 @@ def learn(run: Run, steps: int = STEPS) -> dict[str, Any]:
     seen += [step(run) for _ in range(steps - 2)]
     *last, figures = step_with_figures(run)
     losses, norms = zip(*seen, last, strict=True)
-    weights = whole(run, dict(run.engine.module.named_parameters()))
+    weights = full_weights(run)
     return {"losses": losses, "norms": norms, "gradients": gradients, "figures": figures, "weights": weights}
 
 
 def _learn_zero(run: Run, steps: int) -> dict[str, Any]:
     """As ``learn``, of DeepSpeed's engine, which has gradients between backward pass and step only, not yet clipped;
     its weights are the masters."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+    from deepspeed.utils import safe_get_full_grad
 
     parameters = dict(run.engine.module.named_parameters())
     found: dict[str, Any] = {}
@@ -190,10 +194,7 @@ def _learn_zero(run: Run, steps: int) -> dict[str, Any]:
     assert found["norm of the parts"] == pytest.approx(found["norms"][0], rel=1e-5)
     clipped = min(1.0, run.config.optim.grad_clip / (found["norms"][0] + 1e-6))
     found["gradients"] = {name: grad * clipped for name, grad in found["gradients"].items()}
-    masters = run.config.parallel.zero_stage
-    full = {name: safe_get_full_fp32_param(p) if masters else p.detach() for name, p in parameters.items()}
-    found["weights"] = whole(run, full)
-    return found
+    return found | {"weights": full_weights(run)}
 
 
 def norm_of_parts(run: Run) -> float:
@@ -258,6 +259,85 @@ def assert_all_same(
     assert not wrong, "\n".join(wrong)
 
 
+Chain = tuple[list[str], list[str]]
+"""A model, and engines of which each goes on where the one before it saved."""
+
+
+Learned = tuple[list[float], dict[str, float]]
+"""Losses and gradient norms of two steps, and the figures of the second."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What the ranks of a chain found."""
+
+    learned: dict[tuple[str, str], tuple[Learned, Learned]]
+    """By who saved and who goes on: two steps after the checkpoint, and those of the run that saved."""
+    weights: dict[str, Tensor]
+    """Of the last checkpoint."""
+    to_come: Learned
+    """Two steps after it."""
+
+
+def two_steps(run: Run) -> Learned:
+    """Take two steps."""
+    first, (loss, norm, figures) = step(run), step_with_figures(run)
+    return [*first, loss, norm], figures
+
+
+def follow(
+    rank: int, size: int, folder: Path, chains: Mapping[str, Chain], once: Sequence[str] = ()
+) -> dict[str, Followed]:
+    """Take two steps under each engine of a chain, save, and go on under itself, unless ``once``, and the next."""
+    found = {}
+    for name, (words, chain) in chains.items():
+        learned: dict[tuple[str, str], tuple[Learned, Learned]] = {}
+        before, to_come = "", ([], {})
+        for way in chain:
+            kind = [*words, *way.split(), "optim.max_micro_batch=4"]
+            run = start(rank, size, folder / name, *kind)
+            first = two_steps(run)
+            if before:
+                learned[before, way] = (first, to_come)
+            save(run)
+            weights = full_weights(run)
+            to_come = two_steps(run)
+            if way not in once and (way, way) not in learned:
+                again = start(rank, size, folder / name, *kind)
+                assert again.step == run.step - 2
+                learned[way, way] = (two_steps(again), to_come)
+            before = way
+        found[name] = Followed(learned, weights, to_come)
+    return found
+
+
+def full_weights(run: Run) -> dict[str, Tensor]:
+    """Weights of a run brought together from all ranks; of DeepSpeed's engine the masters."""
+    parameters = dict(run.engine.module.named_parameters())
+    if run.config.parallel.zero_stage:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameters = {name: safe_get_full_fp32_param(p) for name, p in parameters.items()}
+    return whole(run, parameters)
+
+
+def assert_followed(chain: Sequence[str], found: Followed, once: Sequence[str] = ()) -> None:
+    """Every engine went on as the one that saved would have done; one under itself bit for bit."""
+    assert len(found.learned) == len(chain) - 1 + len({*chain} - {*once})
+    for (saved, resumed), (learned, to_come) in found.learned.items():
+        assert_goes_on(learned, to_come)
+        if saved == resumed:
+            assert learned == to_come, f"{saved}: bit for bit"
+
+
+def assert_goes_on(learned: Learned, to_come: Learned) -> None:
+    """Losses, norms and figures are those that were to come."""
+    (losses, figures), (expected, those) = learned, to_come
+    assert losses[::2] == pytest.approx(expected[::2], rel=1e-6)
+    assert losses[1::2] == pytest.approx(expected[1::2], rel=1e-5)
+    assert figures == pytest.approx(those, rel=2e-5, abs=1e-5 * those["std"])
+
+
 READ_ON_HOST = (
     "aten._local_scalar_dense.default",
     "aten.nonzero.default",
@@ -317,6 +397,23 @@ def held_bytes(run: Run) -> tuple[int, int, int]:
         return storages(parameters), whole_gradients(stepped), storages(tensors_of(state))
     weights, reduced, optimizer = held_by_deepspeed(ds, parameters)
     return weights, max(reduced + whole_gradients(parameters), *gradients), optimizer
+
+
+def held_as_planned(run: Run) -> str:
+    """Where the bytes of ``held_bytes`` on the ranks of a stage differ from those of the plan; empty if they do not."""
+    by_rank = run.world.gather(list(held_bytes(run)))
+    config, dims, line = run.config, run.dims, run.world.size // run.dims.pp
+    wrong = []
+    for stage in range(dims.pp):
+        said = states(config, dims, parameter_shards(config.model, dims, rank_stages(config, stage)))
+        planned = [said.parameters, said.gradients, said.optimizer]
+        # The first of those that share a tensor has the largest part of it.
+        held = [max(parts) for parts in zip(*by_rank[stage * line : (stage + 1) * line], strict=True)]
+        if config.parallel.cpu_offload:
+            planned, held = [*planned, said.host], [0, 0, 0, sum(held)]
+        if held != planned:
+            wrong.append(f"stage {stage} holds {held}, planned {planned}")
+    return "; ".join(wrong)
 
 
 def held_by_deepspeed(ds: Any, parameters: list[Any]) -> tuple[int, int, int]:
