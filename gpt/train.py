@@ -56,7 +56,6 @@ with lasting_imports():
         Request,
         Run,
         agree_on_folder,
-        check_flash,
         describe_attempt,
         first_weights,
         look_for_changes,
@@ -102,9 +101,6 @@ def build(
     with torch.device("meta"):
         model = GPT(config.model)
     weights, initialised_from = first_weights(model, config, folder, world)
-    without_flash = check_flash(config, world)
-    if without_flash and world.is_first:
-        print(f"attention=flash, but {without_flash}; torch takes another kernel", flush=True)
     engine = parallelize(model, weights, RunLayout(config, world, dims, batch))
     refuse_unknown_text(config, samples.val_bytes(config.eval.sequences))
 

@@ -109,7 +109,7 @@ ROWS = (
     Row("fsdp x ep x cp", "parallel=fsdp_cp parallel.ep=2", (4,)),
     Row("tp", "parallel=tp", executed=True),
     Row("tp 4", "parallel=tp parallel.tp=4", (4,)),
-    Row("tp without slices", "parallel=tp parallel.sequence_parallel=false parallel.loss_parallel=false"),
+    Row("tp without slices", "parallel=tp parallel.sequence_parallel=false"),
     Row("fsdp x tp", "parallel=fsdp_tp", (4,), executed=True),
     Row("hsdp x tp", "parallel=fsdp_tp parallel.dp_shard=1", (4,)),
     Row("ep x tp", "parallel=ep parallel.ep=2 parallel.tp=2", (4,)),

@@ -102,7 +102,7 @@ class Result:
 KERNELS = (
     Entry("fp32", FP32_WORDS, FP32),
     Entry("bf16", ("precision=bf16", "compile=none")),
-    Entry("flash attention forced", ("precision=bf16", "model.attention=flash", "model.force_flash=true")),
+    Entry("flash attention", ("precision=bf16", "model.attention=flash")),
     Entry("compile=default", ("precision=bf16", "compile=default")),
     Entry("compile=reduce-overhead", ("precision=bf16", "compile=reduce-overhead"), micro_batch=32),
     Entry("recompute=selective", ("precision=bf16", "compile=none", "recompute=selective")),

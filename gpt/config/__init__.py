@@ -26,7 +26,7 @@ from gpt.config.model import (
     RopeScaling,
 )
 from gpt.config.optim import DivergenceConfig, OptimConfig
-from gpt.config.parallel import CpMethod, EngineKind, ParallelConfig, Schedule, Strategy
+from gpt.config.parallel import CpMethod, ParallelConfig, Schedule, Strategy
 from gpt.config.rules import nearest_divisor
 from gpt.config.train import (
     LOSS_CHUNK,
@@ -52,7 +52,6 @@ __all__ = [
     "DataConfig",
     "Device",
     "DivergenceConfig",
-    "EngineKind",
     "EvalConfig",
     "ExpertBalance",
     "ExpertMatmul",

@@ -77,9 +77,8 @@ class AttentionBackend(Enum):
     """Implementation of attention.
 
     ``sdpa`` lets torch choose a fused kernel; for training on Hopper GPUs and later, cuDNN's comes first. ``flash``
-    uses the flash kernel (arXiv 2307.08691) if it supports the device, dtype and shapes. Otherwise ``flash`` uses
-    torch's choice, with a notice at the start of the run; see ``force_flash``. ``manual`` computes the formula directly
-    and is the reference.
+    uses the flash kernel (arXiv 2307.08691) if it supports the device, dtype and shapes, else torch's choice.
+    ``manual`` computes the formula directly and is the reference.
     """
 
     sdpa = "sdpa"
@@ -192,8 +191,6 @@ class ModelConfig:
     """ffn=moe: weight of the router's z-loss, which keeps its logits small (arXiv 2202.08906, section 3); 0 turns it
     off."""
     attention: Union[AttentionBackend, str] = AttentionBackend.sdpa
-    force_flash: bool = False
-    """attention=flash: refuse to train, with the reason, if the flash kernel cannot run."""
     parallel_residual: bool = False
     """Attention and ffn read the same residual stream and are added together (GPT-NeoX, arXiv 2204.06745, section 2.1),
     instead of one after the other."""
@@ -205,10 +202,6 @@ class ModelConfig:
     """Share of values set to zero after the embedding, in attention's weights, and after attention and ffn (GPT-2)."""
     init_std: float = 0.02
     """Standard deviation of the initial matrices (GPT-2)."""
-    embedding_init_std: Optional[float] = None
-    """Standard deviation of the initial token embedding; null means init_std."""
-    residual_init_scaled: bool = True
-    """Divide the initial matrices that write into the residual stream by sqrt(2 n_layer) (GPT-2, section 2.3)."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of parts of your own, which read them from ``config.options``."""
 

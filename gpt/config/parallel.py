@@ -28,13 +28,6 @@ class Strategy(Enum):
     """Choice of the planner (gpt/planning). It sets one of the other strategies before a run folder is made."""
 
 
-class EngineKind(Enum):
-    """Engines that ``auto`` chooses from: those of torch (``ddp``, ``zero1``, ``fsdp``), or DeepSpeed's stages."""
-
-    native = "native"
-    deepspeed = "deepspeed"
-
-
 Schedule = Enum("Schedule", ["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"])
 """Order in which the stages of a pipeline work on the micro-batches: ``gpipe`` (all forward passes, then all backward
 ones; arXiv 1811.06965), ``1f1b`` (in turn, which keeps fewer activations; arXiv 2006.09503), ``interleaved`` (1F1B with
@@ -59,9 +52,6 @@ class ParallelConfig:
     """Parallelism of a run. Its keys do not change the loss curve."""
 
     strategy: Strategy = MISSING
-    engine: Optional[EngineKind] = None
-    """With ``strategy=auto``: engines to choose from; null is native. With another strategy it must match that
-    strategy."""
     dp_shard: Optional[int] = None
     """fsdp only: number of ranks that shard one replica of the model; null is all ranks. A smaller number makes several
     replicas, whose gradients are averaged (HSDP). All-gathers stay inside a node if this is its number of GPUs."""
@@ -85,11 +75,6 @@ class ParallelConfig:
     sequence_parallel: bool = True
     """tp > 1 only: each of the tp ranks computes norms, dropout and the residual stream on a slice of the sequence.
     This needs less memory for activations and sends as many bytes. Dropout needs it."""
-    loss_parallel: bool = True
-    """tp > 1 only: logits stay sharded by the vocabulary, and ranks exchange sums per token instead of logits."""
-    async_tp: bool = False
-    """tp > 1 with sequence_parallel, on GPUs, compiled: overlap all-gathers and reduce-scatters of tp with the next
-    matrix products, in pieces, by torch's symmetric memory. It has not been run on GPUs."""
     pp: int = 1
     """Pipeline parallelism: number of ranks that the layers are split over. ``batch.accumulation`` micro-batches pass
     through the pipeline."""
@@ -127,7 +112,6 @@ class ParallelConfig:
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range, or belongs to another strategy."""
-        check_engine(self)
         check_zero(self)
         positive = ("tp", "pp", "cp", "ep", "timeout_s", "dp_shard", "fsdp_min_num_params")
         check_numbers("parallel.", self, positive, step_timeout_s=(1, self.timeout_s))
@@ -199,35 +183,18 @@ class ParallelConfig:
         )
 
 
-def check_engine(parallel: ParallelConfig) -> None:
-    """Raise ConfigError if the engine does not belong to the strategy."""
-    if parallel.engine is None or parallel.strategy is Strategy.auto:
-        return
-    own = EngineKind.deepspeed if parallel.strategy is Strategy.deepspeed else EngineKind.native
-    if parallel.engine is not own:
-        raise ConfigError(
-            f"parallel.engine={parallel.engine.name} with parallel.strategy={parallel.strategy.name}",
-            f"parallel.engine={own.name}, or a strategy that is left open",
-            f"parallel=auto parallel.engine={parallel.engine.name}, or no parallel.engine",
-        )
-
-
 def check_zero(parallel: ParallelConfig) -> None:
     """Raise ConfigError if keys of DeepSpeed contradict each other, or the strategy."""
     stage, keys = parallel.zero_stage, ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config")
-    left_open = parallel.strategy is Strategy.auto
-    if parallel.strategy is not Strategy.deepspeed and not (left_open and parallel.engine is EngineKind.deepspeed):
+    if parallel.strategy is not Strategy.deepspeed:
         for key in keys:
             value = getattr(parallel, key)
             if value not in (None, False):
                 raise ConfigError(
                     f"parallel.{key}={value} with parallel.strategy={parallel.strategy.name}",
                     "DeepSpeed, whose key it is",
-                    f"parallel={'auto parallel.engine=deepspeed' if left_open else zero_preset(value)}, "
-                    f"or no parallel.{key}",
+                    f"parallel=zero{value if value in (2, 3) else 2}, or no parallel.{key}",
                 )
-        return
-    if left_open and stage is None:
         return
     if stage not in (0, 1, 2, 3):
         raise ConfigError(
@@ -242,8 +209,3 @@ def check_zero(parallel: ParallelConfig) -> None:
                 f"at least parallel.zero_stage={least}: only what is sharded can be kept elsewhere",
                 f"parallel.zero_stage={least}, or parallel.{key}=false",
             )
-
-
-def zero_preset(value: object) -> str:
-    """Return the preset of ``configs/parallel`` to propose for this value of a key of DeepSpeed."""
-    return f"zero{value if value in (2, 3) else 2}"

@@ -16,7 +16,6 @@ from typing import Concatenate, ParamSpec, TypeVar, cast
 from gpt.config.model import (
     PARTS,
     Activation,
-    AttentionBackend,
     ExpertBalance,
     ExpertMatmul,
     Ffn,
@@ -101,10 +100,8 @@ def is_importable(package: str) -> bool:
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
-KEPT = 4096
-"""Number of results that are kept for one function and one model. When full, all of them are dropped together."""
-MODELS = 64
-"""Number of models of which results are kept. When full, all of them are dropped together."""
+KEPT = 65536
+"""Number of results of one function that are kept. When full, all of them are dropped together."""
 MISSING = object()
 VALUES = attrgetter(*(field.name for field in fields(ModelConfig) if field.name != "options"))
 """Function of a model config that returns the values of all its fields except ``options``, which is not hashable."""
@@ -117,26 +114,17 @@ def cached_by_model(
 
     Every call returns the same object, so callers must not change the result.
     """
-    known: dict[object, dict[object, Result]] = {}
-    latest: tuple[object, dict[object, Result]] = (None, {})
+    known: dict[object, Result] = {}
 
     @wraps(function)
     def cached(model: ModelConfig, *args: P.args, **kwargs: P.kwargs) -> Result:
-        nonlocal latest
-        values, of_model = VALUES(model), repr(model.options) if model.options else ""
-        if latest[0] != (values, of_model):  # comparing the same objects is faster than hashing forty values
-            if len(known) >= MODELS:
+        key = VALUES(model), repr(model.options), args, tuple(sorted(kwargs.items()))
+        found = known.get(key, MISSING)
+        if found is MISSING:
+            if len(known) >= KEPT:
                 known.clear()
-            latest = (values, of_model), known.setdefault((values, of_model), {})
-        results = latest[1]
-        key = (args, tuple(sorted(kwargs.items()))) if kwargs else args
-        found = results.get(key, MISSING)
-        if found is not MISSING:
-            return cast(Result, found)
-        if len(results) >= KEPT:
-            results.clear()
-        result = results[key] = function(model, *args, **kwargs)
-        return result
+            found = known[key] = function(model, *args, **kwargs)
+        return cast(Result, found)
 
     return cached
 
@@ -151,7 +139,7 @@ GROUPED_MULTIPLE = 8
 def check_model(model: ModelConfig) -> None:
     """Raise ConfigError for the first violated rule of a model config."""
     sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "kv_heads", "ffn_width")
-    positive = (*sizes, "norm_eps", "rope_base", "init_std", "embedding_init_std")
+    positive = (*sizes, "norm_eps", "rope_base", "init_std")
     check_numbers("model.", model, positive, dropout=(0.0, 0.99))
     check_custom_parts(model)
     check_heads(model)
@@ -191,12 +179,6 @@ def check_heads(model: ModelConfig) -> None:
             f"model.n_kv_head={model.kv_heads} does not divide model.n_head={model.n_head}",
             "every key-value head shared by the same number of query heads",
             f"model.n_kv_head={heads}",
-        )
-    if model.force_flash and model.attention is not AttentionBackend.flash:
-        raise ConfigError(
-            f"model.force_flash=true with model.attention={getattr(model.attention, 'name', model.attention)}",
-            "the flash kernel asked for, where it is to be enforced",
-            "model.attention=flash model.force_flash=true",
         )
 
 

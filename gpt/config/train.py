@@ -53,9 +53,8 @@ class LoggingConfig:
     json: bool = True
     """Write ``run.json``: the whole run in one file, written at the start and at the end of an attempt."""
     wandb: bool = False
-    """Send rank 0's records to Weights & Biases; needs the extra ``wandb``, and obeys WANDB_MODE=offline."""
-    wandb_project: str = "gpt"
-    """Project in Weights & Biases."""
+    """Send rank 0's records to Weights & Biases; needs the extra ``wandb``, and obeys WANDB_MODE=offline. The project
+    is that of WANDB_PROJECT, or gpt."""
     console_interval_s: float = 5.0
     """Seconds between the lines that rank 0 prints into a log; on a terminal one line is kept up to date."""
     gradients_interval: int = 10
@@ -186,9 +185,6 @@ class TrainConfig(RunConfig):
     compile: CompileMode = CompileMode["auto"]
     """Compile every block, the last norm, the output matrix and the loss with torch.compile; needs a C++ compiler on
     CPUs. Changes the last bits."""
-    compile_dynamic: bool = False
-    """Compile for any batch size at once. Kernels are slower, but a smaller last batch of an evaluation needs no second
-    compilation."""
     compile_fullgraph: bool = False
     """End the run if torch.compile cannot compile a whole block, instead of running the rest of the block eagerly."""
     recompute: Recompute = Recompute.none
@@ -396,7 +392,7 @@ def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: 
 
 
 EXECUTION = (
-    *("parallel", "optim.max_micro_batch", "device", "compile", "compile_dynamic", "recompute", "deterministic"),
+    *("parallel", "optim.max_micro_batch", "device", "compile", "recompute", "deterministic"),
     *("compile_fullgraph", "gc_interval", "optim.target_val_loss", "optim.patience"),
     "optim.target_val_nats_per_byte",
 )

@@ -20,9 +20,9 @@ from launch.errors import ConfigError
 
 NOT_LEARNED = frozenset(
     [
-        *("name", "options", "init_std", "embedding_init_std", "residual_init_scaled", "dropout", "capacity_factor"),
+        *("name", "options", "init_std", "dropout", "capacity_factor"),
         *("balance_coefficient", "balance_bias_rate", "z_coefficient"),
-        *("attention", "force_flash", "expert_matmul", "vocab_multiple"),
+        *("attention", "expert_matmul", "vocab_multiple"),
     ]
 )
 """Fields of ModelConfig that a trained model does not depend on: initial values, training and kernels."""

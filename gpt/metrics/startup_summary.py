@@ -152,8 +152,7 @@ def configuration(record: dict[str, Any], config: TrainConfig) -> dict[str, str]
     execution = [
         f"{config.precision.name}{' in TF32' if config.tf32 else ''}",
         *([] if config.float8 is Float8.none else [float8_words(config)]),
-        f"compile {config.compile.name}{' dynamic' if config.compile_dynamic else ''}"
-        f"{' fullgraph' if config.compile_fullgraph else ''}",
+        f"compile {config.compile.name}{' fullgraph' if config.compile_fullgraph else ''}",
         f"recompute {config.recompute.name}",
         *(["deterministic"] if config.deterministic else []),
     ]

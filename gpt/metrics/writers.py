@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import hashlib
 import logging
+import os
 import shutil
 import sys
 import time
@@ -264,14 +265,14 @@ log = logging.getLogger(__name__)
 class WeightsAndBiases:
     """Writer that sends records under the same names as in TensorBoard."""
 
-    def __init__(self, folder: RunFolder, project: str, config: dict[str, Any]) -> None:
+    def __init__(self, folder: RunFolder, config: dict[str, Any]) -> None:
         import wandb
 
         folder.path.mkdir(parents=True, exist_ok=True)
         self._run: Any = None
         try:
             self._run = wandb.init(
-                project=project,
+                project=os.environ.get("WANDB_PROJECT", "gpt"),
                 group=folder.path.parent.name,
                 name=folder.point,
                 id=hashlib.sha256(str(folder.path).encode()).hexdigest()[:16],
@@ -416,7 +417,7 @@ def open_writers(
         "run.json": (logging.json, lambda step, done: RunJson(folder)),
         "wandb": (
             logging.wandb,
-            lambda step, done: WeightsAndBiases(folder, logging.wandb_project, plain_config(config)),
+            lambda step, done: WeightsAndBiases(folder, plain_config(config)),
         ),
     }
     return [View(folder, name, opens, step, done) for name, (is_on, opens) in views.items() if is_on]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple
@@ -231,7 +230,6 @@ class Attention(nn.Module):
         self.key_norm = build_norm(config, config.head_dim) if config.qk_norm else None
         self.rope = build_rotation(config)
         self.backend = config.attention
-        self.force_flash = config.force_flash
         self.dropout = config.dropout
 
     def forward(self, x_BTD: Tensor, cache: LayerCache | None = None) -> Tensor:
@@ -261,7 +259,8 @@ class Attention(nn.Module):
         if self.backend is AttentionBackend.manual:
             return manual_attention(q_BHTC, k_BKSC, v_BKSC, dropout)
         if self.backend is AttentionBackend.flash:
-            return flash_attention(q_BHTC, k_BKSC, v_BKSC, dropout, self.force_flash and self.training)
+            with sdpa_kernel(FLASH_FIRST, set_priority=True):
+                return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout)
         return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout)
 
 
@@ -314,48 +313,3 @@ def causal_bias(new: int, seen: int) -> CausalBias:
     The bias is cached, because torch cannot create one while selective activation checkpointing records an operation.
     """
     return causal_lower_right(new, seen)
-
-
-def flash_attention(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, dropout: float, force: bool) -> Tensor:
-    """Compute attention by the flash kernel (arXiv 2307.08691) if it can run, otherwise by another kernel.
-
-    Raises:
-        RuntimeError: ``force`` is set and the flash kernel cannot run.
-    """
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION] if force else FLASH_FIRST, set_priority=True):
-        return sdpa_attention(q_BHTC, k_BKSC, v_BKSC, dropout)
-
-
-def find_flash_obstacle(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return the reason why the flash kernel cannot train this model on this device; None if it can.
-
-    The function runs the kernel, forward and backward, on one sequence of the model's heads. ``dtype`` is that of the
-    queries: bf16 under autocast, for any dtype of the weights.
-    """
-    if device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            name = torch.cuda.get_device_name(device)
-            return f"{name} has compute capability {major}.{minor}, and the flash kernel needs 8.0"
-    q_BHTC = torch.zeros(1, config.n_head, 16, config.head_dim, dtype=dtype, device=device, requires_grad=True)
-    k_BKSC = torch.zeros(1, config.kv_heads, 16, config.head_dim, dtype=dtype, device=device, requires_grad=True)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        try:
-            flash_attention(q_BHTC, k_BKSC, k_BKSC, config.dropout, force=True).sum().backward()
-        except RuntimeError as error:
-            reason = parse_flash_reasons([str(w.message).split(" (Triggered")[0] for w in told]) or str(error)
-            asked = f"{str(dtype).removeprefix('torch.')}, heads {config.head_dim} wide, dropout {config.dropout:g}"
-            return f"torch has no flash kernel for {asked} on {device.type} ({reason.rstrip('.')})"
-    return None
-
-
-def parse_flash_reasons(told: list[str]) -> str:
-    """Return the reasons about the flash kernel from torch's warnings: for each kernel a heading, then its reasons."""
-    heading, reasons = "", []
-    for line in told:
-        if line.endswith("not used because:"):
-            heading = line
-        elif heading.startswith("Flash"):
-            reasons.append(line)
-    return "; ".join(reasons)

@@ -119,7 +119,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
         return torch.zeros(shape, device="cpu")
     if len(shape) < 2:  # the gain of a norm
         return torch.ones(shape, device="cpu")
-    std = initial_std(name, config)
+    std = config.init_std / math.sqrt(2 * config.n_layer) if name.endswith(RESIDUAL_OUTPUTS) else config.init_std
     whole = torch.zeros(shape, device="cpu")
     if len(shape) == 3:
         for expert in range(shape[0]):
@@ -145,14 +145,6 @@ def part_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> 
     value: Tensor | None = kind.initial_value(config, local, shape, generator)
     assert value is None or value.shape == shape, f"{name}: {tuple(value.shape)} instead of {tuple(shape)}"
     return value
-
-
-def initial_std(name: str, config: ModelConfig) -> float:
-    """Return the standard deviation of one initial matrix."""
-    if name == "token_embedding.weight" and config.embedding_init_std is not None:
-        return config.embedding_init_std
-    scaled = config.residual_init_scaled and name.endswith(RESIDUAL_OUTPUTS)
-    return config.init_std / math.sqrt(2 * config.n_layer) if scaled else config.init_std
 
 
 def fill_normal(values: Tensor, name: str, std: float, seed: int) -> None:

@@ -104,15 +104,15 @@ def compile_block(block: nn.Module, config: TrainConfig) -> None:
     if config.compiles:
         # Shapes are fixed: by default torch would switch to slower dynamic kernels after the first evaluation.
         mode = None if config.compile.name == "default" else config.compile.name
-        dynamic, whole = config.compile_dynamic, config.compile_fullgraph
-        replace_forward(block, torch.compile(block.forward, mode=mode, dynamic=dynamic, fullgraph=whole))
+        whole = config.compile_fullgraph
+        replace_forward(block, torch.compile(block.forward, mode=mode, dynamic=False, fullgraph=whole))
 
 
 def compile_loss(config: TrainConfig) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the summed cross-entropy of a run; compiled to one kernel for each pass if the blocks are compiled."""
     if not config.compiles:
         return cross_entropy
-    return torch.compile(plain_cross_entropy, dynamic=config.compile_dynamic, fullgraph=config.compile_fullgraph)
+    return torch.compile(plain_cross_entropy, dynamic=False, fullgraph=config.compile_fullgraph)
 
 
 def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

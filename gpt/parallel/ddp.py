@@ -6,7 +6,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt.model.gpt import GPT
 from gpt.model.layers import autocast
 from gpt.parallel.distributed import build_mesh
-from gpt.parallel.dtensor import set_tensor
+from gpt.parallel.dtensor import set_tensor, split_into_buckets
 from gpt.parallel.engine import Clipped, RunLayout, TorchEngine, clip_replica
 from gpt.parallel.timeline import Moment, current, waiting
 from gpt.topology import BUCKET_BYTES, BUCKETS_IN_FLIGHT, ParallelDims
@@ -60,23 +59,6 @@ def as_row_shard(local: Tensor, whole: Tensor, mesh: DeviceMesh) -> DTensor:
 def padded_chunk(tensor: Tensor, ranks: int) -> int:
     """Return the number of elements in the first rank's chunk of a tensor, which is the largest chunk."""
     return -(-len(tensor) // ranks) * (tensor.numel() // max(1, len(tensor)))
-
-
-def split_into_buckets(tensors: Sequence[Tensor], size: int) -> list[list[int]]:
-    """Split tensors, in their order, into buckets of one dtype and at most ``size`` bytes, or of a single tensor.
-
-    Returns:
-        The indices of the tensors of each bucket.
-    """
-    buckets: list[list[int]] = [[]]
-    held = 0
-    for index, (tensor, following) in enumerate(zip_longest(tensors, tensors[1:])):
-        buckets[-1].append(index)
-        held += tensor.nbytes
-        if following is not None and (following.dtype != tensor.dtype or held + following.nbytes > size):
-            buckets.append([])
-            held = 0
-    return [bucket for bucket in buckets if bucket]
 
 
 @torch.no_grad()

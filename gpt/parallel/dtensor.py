@@ -19,25 +19,36 @@ from torch.func import functional_call
 from gpt.model.gpt import GPT, Weights
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.distributed import World
+from gpt.topology import BUCKET_BYTES
 
 # Local shards, replicas, bucketed all-reduce, and modules that compute with their shards.
 
 
-BUCKET_BYTES = 32 * 2**20
-"""Bytes of an all-reduce bucket. A larger bucket hides more latency, and needs as many more bytes of memory."""
+def split_into_buckets(tensors: Sequence[Tensor], size: int) -> list[list[int]]:
+    """Split tensors, in their order, into buckets of one dtype and at most ``size`` bytes, or of a single tensor.
+
+    Returns:
+        The indices of the tensors of each bucket.
+    """
+    buckets: list[list[int]] = [[]]
+    held = 0
+    for index, (tensor, following) in enumerate(zip_longest(tensors, tensors[1:])):
+        buckets[-1].append(index)
+        held += tensor.nbytes
+        if following is not None and (following.dtype != tensor.dtype or held + following.nbytes > size):
+            buckets.append([])
+            held = 0
+    return [bucket for bucket in buckets if bucket]
 
 
 def all_reduce_in_buckets(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """All-reduce (sum) tensors over a process group, in place, in buckets of ``BUCKET_BYTES``."""
-    bucket: list[Tensor] = []
-    for tensor, following in zip_longest(tensors, tensors[1:]):
-        bucket.append(tensor)
-        if following is None or following.dtype != tensor.dtype or sum(t.nbytes for t in bucket) >= BUCKET_BYTES:
-            flat = torch.cat([t.flatten() for t in bucket])
-            dist.all_reduce(flat, group=group)
-            for part, values in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                part.copy_(values.view_as(part))
-            bucket = []
+    for indices in split_into_buckets(tensors, BUCKET_BYTES):
+        bucket = [tensors[index] for index in indices]
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat, group=group)
+        for part, values in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            part.copy_(values.view_as(part))
 
 
 def inverse_replicas(grad: Tensor, ranks: int) -> float:

@@ -282,8 +282,6 @@ class Engine:
     """Groups whose waits ``gpt.parallel.timeline`` records; None if there are none, or some waits cannot be seen."""
     loss_scale: LossScale | None = None
     """Loss scale of fp16, for records and checkpoints; None in other precisions."""
-    own_scale: LossScale | None = None
-    """Loss scale that this engine itself applies; None if there is none, or if DeepSpeed applies it."""
     loss_weight: float = 1.0
     """1, or 0 if another rank computes and reports the loss of the same tokens."""
     waits_as: str = WORLD
@@ -327,12 +325,12 @@ class Engine:
     @property
     def gradient_factor(self) -> float | Tensor:
         """Factor of the summed loss of a micro-batch in its backward pass: ``scale`` times the loss scale."""
-        return self.scale if self.own_scale is None else self.scale * self.own_scale.scale
+        return self.scale if self.loss_scale is None else self.scale * self.loss_scale.scale
 
     def unscale_gradients(self) -> None:
         """Divide the gradients of the step by the loss scale, in place."""
-        if self.own_scale is not None:
-            self.own_scale.unscale(local_tensor(p.grad) for p in self.trained.parameters() if p.grad is not None)
+        if self.loss_scale is not None:
+            self.loss_scale.unscale(local_tensor(p.grad) for p in self.trained.parameters() if p.grad is not None)
 
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
         """Clip the gradients to ``optim.grad_clip``, and sum figures of the step over all ranks, without a device sync.
@@ -403,7 +401,7 @@ class TorchEngine(Engine):
             self.criterion = compile_loss(self.config)
         self.files = TensorFiles()
         if self.config.precision is Precision.fp16:
-            self.loss_scale = self.own_scale = LossScale(self.world.device)
+            self.loss_scale = LossScale(self.world.device)
         self.optimizer = build_optimizer(trained, self.config.optim, fused=self.loss_scale is not None)
         self._parameters = tuple(module.parameters())
         # Tensor-parallel ranks route the same tokens, and their gradients are summed. Each context-parallel rank has

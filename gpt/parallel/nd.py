@@ -330,9 +330,8 @@ class NDEngine(TorchEngine):
         for part in parts:
             apply_tensor_parallel(part, mesh, config.parallel)
         self.loss_weight = 1.0 if mesh.get_local_rank() == 0 else 0.0
-        if config.parallel.loss_parallel:
-            columns = config.model.padded_vocab // mesh.size()
-            self.criterion = vocabulary_loss(mesh, columns, config.model.vocab_size)
+        columns = config.model.padded_vocab // mesh.size()
+        self.criterion = vocabulary_loss(mesh, columns, config.model.vocab_size)
 
     def reduce_gradients(self) -> None:
         """All-reduce the gradients that FSDP did not reduce in the last backward pass."""

@@ -173,14 +173,15 @@ class Pipeline:
 
     def _example(self, tokens: bool = False, logits: bool = False) -> Tensor:
         """Return an empty meta tensor with shape and dtype of a stage's input or output, for torch's stages."""
-        model, parallel, meta = self._config.model, self._config.parallel, torch.device("meta")
+        model, meta = self._config.model, torch.device("meta")
         shape = (self._batch.micro, self._time)
         if tokens:
             return torch.empty(shape, dtype=torch.long, device=meta)
         if logits:
             dtype = COMPUTE_DTYPES[self._config.precision]
-            columns = model.padded_vocab // (parallel.tp if parallel.loss_parallel else 1)
-            return torch.empty(*shape, columns, dtype=dtype, device=meta)[..., : model.vocab_size]
+            return torch.empty(*shape, model.padded_vocab // self._config.parallel.tp, dtype=dtype, device=meta)[
+                ..., : model.vocab_size
+            ]
         return self._hidden(self._batch.micro, meta).requires_grad_()
 
 

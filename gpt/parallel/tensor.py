@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -166,33 +165,14 @@ MIXTURE_PLACEMENTS: dict[str, Placement] = {
 def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) -> None:
     """Apply tensor parallelism over ``mesh`` to ``model``, or a pipeline stage of one, equal on all of its ranks.
 
-    The model takes tokens as before. It returns this rank's columns of the logits (``loss_parallel``) or all of them;
+    The model takes tokens as before. It returns this rank's columns of the logits;
     padding of the vocabulary may be among any rank's columns.
     """
     record_tensor_waits()
-    if config.async_tp:
-        overlap_collectives(mesh)
     hidden = SEQUENCE if config.sequence_parallel else REPLICATED
-    apply_styles(model, mesh, outer_styles(model, hidden, VOCABULARY if config.loss_parallel else REPLICATED))
+    apply_styles(model, mesh, outer_styles(model, hidden))
     for block in model.blocks:
         apply_styles(block, mesh, block_styles(block, hidden))
-
-
-def overlap_collectives(mesh: DeviceMesh) -> None:
-    """Have the compiler split collectives over ``mesh`` and the matrix products next to them (``parallel.async_tp``).
-
-    Each piece of an all-gather or reduce-scatter is then sent while another piece is computed. The setting is for the
-    whole process. The compiler reads it when a block is first called, and only for registered groups.
-    """
-    # Not at the top: a run without a compiler saves the second that this import takes.
-    from torch._inductor import config as inductor
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-    inductor._micro_pipeline_tp = True
-    with warnings.catch_warnings():
-        # torch 2.13 calls this needless, and still checks that it was called before it fuses anything.
-        warnings.simplefilter("ignore", FutureWarning)
-        enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def record_tensor_waits() -> None:
@@ -222,15 +202,15 @@ def apply_styles(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelSt
     parallelize_module(module, mesh, {name: plan[name] for name in plan if name in there}, src_data_rank=None)
 
 
-def outer_styles(model: GPT, hidden: Placement, logits: Placement) -> dict[str, ParallelStyle]:
+def outer_styles(model: GPT, hidden: Placement) -> dict[str, ParallelStyle]:
     """Return the styles of the modules before and after the blocks."""
-    head: ParallelStyle = ColwiseParallel(input_layouts=hidden, output_layouts=logits)
+    head: ParallelStyle = ColwiseParallel(input_layouts=hidden, output_layouts=VOCABULARY)
     if model.config.tie_embeddings:
         head = PrepareModuleInputOutput(
             input_layouts=(hidden, None),
             desired_input_layouts=(REPLICATED, None),
             output_layouts=VOCABULARY,
-            desired_output_layouts=logits,
+            desired_output_layouts=VOCABULARY,
         )
     return {
         "token_embedding": ShardedEmbedding(hidden),

@@ -27,7 +27,7 @@ from gpt.checkpoint.folders import DEEPSPEED, Manifest
 from gpt.checkpoint.formats import LOOSE_FILES, MODEL_FILE, TensorFiles, deepspeed_tag, open_as_tensors
 from gpt.checkpoint.messages import run_on_all_ranks
 from gpt.checkpoint.part import RankPart
-from gpt.config import Precision, Recompute, TrainConfig
+from gpt.config import Recompute, TrainConfig
 from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.gpt import GPT, Block
 from gpt.model.layers import autocast, cross_entropy
@@ -36,7 +36,6 @@ from gpt.parallel.distributed import World, set_timeouts
 from gpt.parallel.engine import (
     Clipped,
     Engine,
-    LossScale,
     RunLayout,
     build_optimizer,
     skipping,
@@ -251,13 +250,8 @@ class ZeroEngine(Engine):
         config, world, dims, batch = layout.config, layout.world, layout.dims, layout.batch
         super().__init__(layout, averaged=dims.data_ranks)
         self.stage = config.parallel.zero_stage or 0
-        fp16, casts = config.precision is Precision.fp16, casts_weights(config)
-        # In ZeRO-0 the weights are fp32, and DeepSpeed uses no loss scale.
-        self.own_scale = LossScale(world.device) if fp16 and not casts else None
-        self._auxiliary = torch.ones((), device=world.device) if fp16 and casts else None
-        """Copy of DeepSpeed's loss scale for the losses of routing, which enter the gradient by themselves."""
-        factor = self._auxiliary if self.own_scale is None else self.own_scale.scale
-        set_auxiliary_scale(model, dims.data_ranks / batch.global_batch, factor)
+        casts = casts_weights(config)
+        set_auxiliary_scale(model, dims.data_ranks / batch.global_batch)
         module = self.module = self.trained = self.prepare_module(model)
         first = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()} if casts else {}
         # Inside the model, since on GPUs DeepSpeed disables an autocast that is enabled around the model.
@@ -270,7 +264,7 @@ class ZeroEngine(Engine):
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints the free memory again and again
             self.ds, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=build_optimizer(module, config.optim, torch.optim.AdamW, fused=self.own_scale is not None),
+                optimizer=build_optimizer(module, config.optim, torch.optim.AdamW),
                 config=deepcopy(settings),  # DeepSpeed adds keys to the settings that it gets
                 dist_init_required=False,
             )
@@ -281,16 +275,10 @@ class ZeroEngine(Engine):
             # DeepSpeed made the fp32 masters from weights that it had rounded to bf16 already.
             self.shards.set_masters(first.__getitem__)
             self.shards.update_from_masters()
-        self.loss_scale = self.own_scale if self._auxiliary is None else ZeroLossScale(self.ds, self._auxiliary)
 
     def prepare_module(self, model: GPT) -> nn.Module:
         """Return the module to pass to DeepSpeed: the model, or a pipeline of its layers."""
         return model
-
-    def begin_backward(self) -> None:
-        """Copy DeepSpeed's loss scale for the losses of routing."""
-        if self._auxiliary is not None:
-            self._auxiliary.fill_(self.ds.optimizer.loss_scale)
 
     def run_micro_batch(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
         loss = self.loss(tokens_BT, targets_BT)
@@ -313,8 +301,6 @@ class ZeroEngine(Engine):
         if self.stage == 0:
             with skipping(self.ds.basic_optimizer, skip):
                 self.step_optimizer()
-            if self.own_scale is not None:
-                self.own_scale.update(skip)
             return None
         # From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on some rank. A loss that is not
         # finite makes them so. DeepSpeed waits for the device to learn that, in every step.
@@ -332,8 +318,7 @@ class ZeroEngine(Engine):
         for name, parameter in self.module.named_parameters():
             part = local_gradient(parameter)
             if part is not None:
-                part = part.to(self.world.device)
-                yield name, part if self._auxiliary is None else part.float() / self._auxiliary, share
+                yield name, part.to(self.world.device), share
 
     def state(self) -> Any:
         """Return the engine itself, stored in DeepSpeed's files; in stage 0 the state of model and optimizer."""
@@ -393,29 +378,6 @@ class ZeroEngine(Engine):
     def whole_name(self, name: str) -> str:
         """Return the name in the whole model of a parameter or buffer of ``module``."""
         return name
-
-
-class ZeroLossScale(LossScale):
-    """The loss scale that DeepSpeed keeps on the host, where it waits for the overflow of each step.
-
-    ``used``, (), holds the scale of the last step.
-    """
-
-    def __init__(self, ds: Any, used: Tensor) -> None:
-        self._ds, self._used = ds, used
-
-    def used(self) -> Tensor:
-        return self._used.double()
-
-    def state(self) -> dict[str, float]:
-        scaler = self._ds.optimizer.loss_scaler  # another object once DeepSpeed has read a checkpoint
-        steps = scaler.cur_iter - 1 - scaler.last_overflow_iter
-        return {"scale": scaler.cur_scale, "steps": steps}
-
-    def load(self, state: dict[str, float]) -> None:
-        scaler = self._ds.optimizer.loss_scaler
-        scaler.cur_scale = state["scale"]
-        scaler.cur_iter, scaler.last_overflow_iter = int(state["steps"]), -1
 
 
 def autocast_forward(forward: Callable[..., Any], config: TrainConfig, device: torch.device, *args: Any) -> Any:

@@ -57,9 +57,7 @@ class ZeroPipelineEngine(ZeroEngine):
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         self._on_micro_batch, self._rows = on_micro_batch, self.batch.micro
         self._loss_sum.zero_()
-        self.begin_backward()
         self.ds.train_batch(zip(tokens_BT.split(self.batch.micro), targets_BT.split(self.batch.micro), strict=True))
-        self.unscale_gradients()
         return self._loss_sum.clone()
 
     @torch.no_grad()
@@ -93,7 +91,7 @@ class ZeroPipelineEngine(ZeroEngine):
         logits_BTV = logits_BTV[: self._rows, :, : self.config.model.vocab_size]
         loss = cross_entropy(logits_BTV, targets_BT[: self._rows])
         self._loss_sum += loss.detach()
-        return loss * (self.gradient_factor * self.batch.accumulation)
+        return loss * (self.scale * self.batch.accumulation)
 
 
 class GPTPipelineModule(PipelineModule):

@@ -15,15 +15,7 @@ from gpt.config import CompileMode, Float8, ParallelConfig, Precision, Strategy,
 from gpt.config.train import check_tf32
 from gpt.planning.cost import Estimate, estimate
 from gpt.planning.devices import Machine
-from gpt.planning.search import (
-    MICRO_BATCH,
-    Candidate,
-    LayoutSearch,
-    Relaxation,
-    SearchResult,
-    layout_text,
-    with_micro_batch,
-)
+from gpt.planning.search import Candidate, LayoutSearch, SearchResult, layout_text, with_micro_batch
 from gpt.topology import Batch, parallel_dims, split_batch
 from gpt.topology.check_dims import check_parallel_dims
 from gpt.topology.deepspeed_config import casts_weights
@@ -31,6 +23,8 @@ from launch.errors import ConfigError
 from launch.runs.compose import read_config
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides, typed_key, typed_value
+
+MICRO_BATCH = "optim.max_micro_batch"
 
 # Choice of the layout with the shortest estimated step, among those that fit in memory.
 
@@ -50,8 +44,6 @@ Config = TypeVar("Config", bound=TrainConfig)
 class LayoutChoice(Candidate):
     """A layout that fits, with its estimated step time."""
 
-    micro_batch: int
-    """``optim.max_micro_batch``: the typed value, or a smaller one."""
     estimate: Estimate
 
     def as_dict(self) -> dict[str, object]:
@@ -77,7 +69,7 @@ class ParallelChoice:
 
     parallel: ParallelConfig
     micro_batch: int
-    """``optim.max_micro_batch``: the typed value, or a smaller one."""
+    """``optim.max_micro_batch``: that of the config, or a smaller one."""
     choices: tuple[LayoutChoice, ...] = ()
     """Layouts that fit, best first; empty if nothing was open."""
     why: str = ""
@@ -96,13 +88,13 @@ class ParallelChoice:
 
 
 def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: Collection[str] = ()) -> ParallelChoice:
-    """Rank the layouts that fit, best first: those for the config as typed, otherwise with the least relaxation.
+    """Rank the layouts that fit, best first; those with CPU offload only if no other layout fits.
 
     Args:
         config: config of the run, with ``parallel.strategy=auto``.
         world_size: number of ranks.
         machine: hardware of the ranks.
-        fixed: keys of ``parallel`` that the user typed, which never change; also ``optim.max_micro_batch`` if typed.
+        fixed: keys of ``parallel`` that the user typed, which never change.
 
     Raises:
         ConfigError: no layout is valid, or none fits.
@@ -111,23 +103,22 @@ def rank_layouts(config: TrainConfig, world_size: int, machine: Machine, fixed: 
     for found in search.results():
         tried.append(found)
         if found.fitting:
-            ranked = sort_layouts([estimated(config, found.relaxation, one, machine) for one in found.fitting])
+            ranked = sort_layouts([estimated(config, one, machine) for one in found.fitting])
             first, number = ranked[0], len(ranked)
             why = f"1 of {number} layouts that fit, by an estimate that ranks them on {machine}"
-            if first.micro_batch != config.optim.max_micro_batch:
-                why = f"optim.max_micro_batch={first.micro_batch} instead of {config.optim.max_micro_batch}, and {why}"
-            return ParallelChoice(first.parallel, first.micro_batch, ranked, why, tuple(search.explain(tried)))
+            if first.batch.micro != config.optim.max_micro_batch:
+                why = f"optim.max_micro_batch={first.batch.micro} instead of {config.optim.max_micro_batch}, and {why}"
+            return ParallelChoice(first.parallel, first.batch.micro, ranked, why, tuple(search.explain(tried)))
     if all(not found.too_large for found in tried):
         raise search.no_layout_error()
     raise search.out_of_memory_error(tried)
 
 
-def estimated(config: TrainConfig, relaxation: Relaxation, one: Candidate, machine: Machine) -> LayoutChoice:
-    """Estimate the step time of a candidate that fits under a relaxation."""
-    micro_batch = one.batch.micro if relaxation.smaller_micro_batch else config.optim.max_micro_batch
-    chosen = replace(with_micro_batch(config, micro_batch), parallel=one.parallel)
+def estimated(config: TrainConfig, one: Candidate, machine: Machine) -> LayoutChoice:
+    """Estimate the step time of a candidate that fits."""
+    chosen = replace(with_micro_batch(config, one.batch.micro), parallel=one.parallel)
     expected = estimate(chosen, one.dims, one.batch, machine)
-    return LayoutChoice(one.parallel, one.dims, one.batch, one.memory, micro_batch, expected)
+    return LayoutChoice(one.parallel, one.dims, one.batch, one.memory, expected)
 
 
 def sort_layouts(found: Sequence[LayoutChoice]) -> tuple[LayoutChoice, ...]:
@@ -176,10 +167,9 @@ def choose_parallelism(
 
 
 def typed_keys(overrides: Sequence[str]) -> set[str]:
-    """Return the typed keys of ``parallel``, without the strategy; and ``optim.max_micro_batch`` if typed."""
+    """Return the typed keys of ``parallel``, without the strategy."""
     keys = {typed_key(arg) for arg in overrides}
-    ours = {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")}
-    return ours - {"strategy", *TIMEOUTS} | keys & {MICRO_BATCH}
+    return {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")} - {"strategy", *TIMEOUTS}
 
 
 def earlier_choice(
@@ -192,7 +182,7 @@ def earlier_choice(
     earlier = replace(before.parallel, **{key: getattr(config.parallel, key) for key in TIMEOUTS})
     if earlier.strategy is Strategy.auto:  # another kind of launcher wrote the config before the choice
         return None
-    if any(getattr(earlier, key) != getattr(config.parallel, key) for key in {*fixed} - {MICRO_BATCH}):
+    if any(getattr(earlier, key) != getattr(config.parallel, key) for key in fixed):
         return None
     if typed_value(overrides, MICRO_BATCH) != typed_value(read_overrides(folder), MICRO_BATCH):
         return None
@@ -397,11 +387,9 @@ def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> Compi
     On CPUs the compiler takes longer than most runs.
 
     Raises:
-        ConfigError: whole graphs or asynchronous tensor parallelism are requested without compilation; the latter is
-            requested on CPUs; or CUDA graphs would overwrite gradients.
+        ConfigError: whole graphs are requested without compilation, or CUDA graphs would overwrite gradients.
     """
     chosen = config.compile if config.compile is not CompileMode["auto"] else best_compile(config, world_size, on_cpus)
-    refuse_async_tp(config, chosen, on_cpus)
     if chosen in WITH_CUDA_GRAPHS and not on_cpus:
         refuse_cuda_graphs(config, world_size)
     if config.compile_fullgraph and chosen is CompileMode["none"]:
@@ -411,18 +399,6 @@ def choose_compile(config: TrainConfig, world_size: int, on_cpus: bool) -> Compi
             "compile=default, or compile_fullgraph=false",
         )
     return chosen
-
-
-def refuse_async_tp(config: TrainConfig, chosen: CompileMode, on_cpus: bool) -> None:
-    """Raise ConfigError if ``parallel.async_tp`` is requested without GPUs, or without the compiler."""
-    if not config.parallel.async_tp or not (on_cpus or chosen is CompileMode["none"]):
-        return
-    compiled = f"compile={config.compile.name}" + ("" if chosen is config.compile else f", here {chosen.name}")
-    raise ConfigError(
-        f"parallel.async_tp=true {'on CPUs' if on_cpus else f'with {compiled}'}",
-        "GPUs, which reach each other's memory, and torch.compile, which puts the pieces in",
-        f"parallel.async_tp=false, or {'device=cuda' if on_cpus else 'compile=default'}",
-    )
 
 
 def refuse_cuda_graphs(config: TrainConfig, world_size: int) -> None:

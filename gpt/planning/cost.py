@@ -351,10 +351,7 @@ class RankStep:
         else:
             forward, backward, ends = 2 * ring.all_reduce(product), 2 * ring.all_reduce(hidden), ring.all_reduce(hidden)
         around = sum(stage.first + stage.last for stage in self.stages)
-        seconds = self.layers * (self.forwards * forward + backward) + around * ends
-        if not parallel.loss_parallel:
-            seconds += ring.all_gather(FP32 * self.tokens * model.padded_vocab)
-        return seconds
+        return self.layers * (self.forwards * forward + backward) + around * ends
 
     def context_parallel(self) -> float:
         """Return the exposed seconds per layer of context parallelism.

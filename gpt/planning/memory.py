@@ -274,7 +274,7 @@ def logits(config: TrainConfig, dims: ParallelDims, batch: Batch, in_flight: int
     (gpt/model/layers.py).
     """
     tokens = parallel_factors(config, dims).tokens(config.model, batch.micro)
-    columns = config.model.padded_vocab // (dims.tp if config.parallel.loss_parallel else 1)
+    columns = config.model.padded_vocab // dims.tp
     if config.precision is Precision.fp32:
         return (in_flight + 1) * FP32 * tokens * columns
     return (in_flight + 1) * BF16 * tokens * columns + FP32 * min(tokens * columns, LOSS_CHUNK)

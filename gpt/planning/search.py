@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from gpt.accounting import GIB
-from gpt.config import EngineKind, Ffn, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
+from gpt.config import Ffn, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
 from gpt.config.rules import divisors
 from gpt.planning.devices import Machine
 from gpt.planning.memory import RankMemory, per_rank
@@ -22,8 +21,7 @@ from launch.runs.compose import plain
 # Search of the valid parallel layouts, and of those that fit in memory.
 #
 # ``candidates`` enumerates every degree of every dimension that gpt/topology/check_dims.py accepts, for the strategies
-# of one engine. ``LayoutSearch`` keeps those that fit. It relaxes the config step by step: smaller micro-batches, CPU
-# offload.
+# of torch. ``LayoutSearch`` keeps those that fit: on the devices alone, or else with CPU offload.
 
 
 SCHEDULES = (Schedule["1f1b"], Schedule.interleaved, Schedule.zbv)
@@ -50,12 +48,11 @@ class Candidate:
         """
         dimensions = [getattr(self.dims, name) for name in ("pp", "cp", "ep", "tp")]
         strategies = [Strategy.ddp, Strategy.zero1, Strategy.fsdp]
-        stage, replicas = self.parallel.zero_stage, self.dims.strategy == "hsdp"
         return (
             sum(size > 1 for size in dimensions),
-            strategies.index(self.parallel.strategy) + replicas if stage is None else stage,
+            strategies.index(self.parallel.strategy) + (self.dims.strategy == "hsdp"),
             max(dimensions),
-            sum(getattr(self.parallel, key) for key in OFFLOADS),
+            self.parallel.cpu_offload,
             not self.parallel.reshard_after_forward,
             -self.batch.micro,
         )
@@ -67,7 +64,6 @@ def candidates(
     ranks_per_node: int,
     fixed: Collection[str] = (),
     offload: bool = False,
-    refused: list[ConfigError] | None = None,
 ) -> Iterator[Candidate]:
     """Enumerate the valid layouts on ``world_size`` ranks.
 
@@ -77,7 +73,6 @@ def candidates(
         ranks_per_node: ranks of a node. Tensor parallelism stays within a node, because every layer waits for it.
         fixed: keys of ``parallel`` that never change.
         offload: True to enumerate layouts with CPU offload instead.
-        refused: list to which the errors of invalid layouts are appended.
     """
     for parallel in parallel_configs(config, world_size, ranks_per_node, fixed, offload):
         chosen = replace(config, parallel=parallel)
@@ -85,9 +80,7 @@ def candidates(
             parallel.validate()
             dims = check_parallel_dims(chosen, world_size)
             batch = split_batch(config.optim, dims.data_ranks)
-        except ConfigError as error:
-            if refused is not None:
-                refused.append(error)
+        except ConfigError:
             continue
         yield Candidate(parallel, dims, batch, per_rank(chosen, dims, batch))
 
@@ -97,10 +90,9 @@ def parallel_configs(
 ) -> Iterator[ParallelConfig]:
     """Yield every combination of the keys that are not fixed, valid or not."""
     given = config.parallel
-    cuts_others = given.engine is not EngineKind.deepspeed  # DeepSpeed's pipeline is used only if requested
 
     def sizes(key: str, most: int) -> list[int]:
-        return [getattr(given, key)] if key in fixed else divisors(most if cuts_others else 1)
+        return [getattr(given, key)] if key in fixed else divisors(most)
 
     experts = config.model.n_expert if config.model.ffn is Ffn.moe else 1
     for tp in sizes("tp", ranks_per_node):
@@ -110,10 +102,7 @@ def parallel_configs(
                     continue
                 for ep in sizes("ep", math.gcd(experts, world_size // (tp * cp * pp))):
                     base = replace(given, tp=tp, cp=cp, pp=pp, ep=ep)
-                    if cuts_others:
-                        yield from torch_configs(base, world_size, ranks_per_node, fixed, offload)
-                    else:
-                        yield from zero_configs(base, fixed, offload)
+                    yield from torch_configs(base, world_size, ranks_per_node, fixed, offload)
 
 
 def torch_configs(
@@ -138,20 +127,6 @@ def torch_configs(
                     yield replace(found, strategy=Strategy.fsdp, dp_shard=shard, reshard_after_forward=reshard)
 
 
-def zero_configs(base: ParallelConfig, fixed: Collection[str], offload: bool) -> Iterator[ParallelConfig]:
-    """Yield every ZeRO stage of DeepSpeed. ``offload`` offloads the optimizer state, and in stage 3 also the
-    parameters."""
-    for stage in [base.zero_stage] if "zero_stage" in fixed else (0, 1, 2, 3):
-        found = replace(base, strategy=Strategy.deepspeed, zero_stage=stage)
-        if not offload:
-            yield found
-        elif stage:
-            yield replace(found, offload_optimizer=True)
-            if stage == 3:
-                yield replace(found, offload_optimizer=True, offload_parameters=True)
-
-
-MICRO_BATCH = "optim.max_micro_batch"
 Config = TypeVar("Config", bound=TrainConfig)
 
 
@@ -161,31 +136,12 @@ def with_micro_batch(config: Config, micro_batch: int) -> Config:
 
 
 @dataclass(frozen=True)
-class Relaxation:
-    """Changes to the typed config that a search may make so that a layout fits."""
-
-    smaller_micro_batch: bool = False
-    """Reduce ``optim.max_micro_batch``; the global batch stays the same."""
-    offload: bool = False
-    """Offload to host memory."""
-
-
-RELAXATIONS = (
-    Relaxation(),
-    Relaxation(smaller_micro_batch=True),
-    Relaxation(offload=True),
-    Relaxation(smaller_micro_batch=True, offload=True),
-)
-
-
-@dataclass(frozen=True)
 class SearchResult:
-    """The valid layouts under one relaxation."""
+    """The valid layouts, on the devices alone or with CPU offload."""
 
-    relaxation: Relaxation
+    offload: bool
     fitting: tuple[Candidate, ...]
     too_large: tuple[Candidate, ...]
-    refused: tuple[ConfigError, ...]
 
     @property
     def least(self) -> Candidate | None:
@@ -193,56 +149,38 @@ class SearchResult:
         return min(self.too_large, key=lambda one: one.memory.total, default=None)
 
 
-REASONS = 3
-"""Number of shown reasons for invalid layouts, the most frequent first."""
-
-
 @dataclass(frozen=True)
 class LayoutSearch:
-    """Search of the layouts that fit. Its texts report every change of the config and every excluded layout."""
+    """Search of the layouts that fit. Its texts report CPU offload, and the layouts that do not fit."""
 
     config: TrainConfig
     world_size: int
     machine: Machine
     fixed: Collection[str] = ()
-    """Keys of ``parallel`` that the user typed, and ``optim.max_micro_batch`` if typed. They never change."""
+    """Keys of ``parallel`` that the user typed. They never change."""
 
     def results(self) -> Iterator[SearchResult]:
-        """Yield the valid layouts: first as typed, then with smaller micro-batches, with CPU offload, and with both.
-
-        Unless ``optim.max_micro_batch`` is typed, the first search already tries all sizes of micro-batches, because
-        they only cost speed.
-        """
-        least = self.config.optim.max_micro_batch == 1
-        for relaxation in RELAXATIONS:
-            if relaxation.offload and not self.may_offload:
-                continue
-            if least if relaxation.smaller_micro_batch else not least and MICRO_BATCH not in self.fixed:
-                continue
-            refused: list[ConfigError] = []
-            found = list(self.layouts(relaxation, refused))
+        """Yield the valid layouts: first on the devices alone, then with CPU offload."""
+        for offload in self.offloads:
+            found = list(self.layouts(offload))
             fitting = tuple(one for one in found if self.fits(one))
-            too_large = tuple(one for one in found if not self.fits(one))
-            yield SearchResult(relaxation, fitting, too_large, tuple(refused))
+            yield SearchResult(offload, fitting, tuple(one for one in found if not self.fits(one)))
 
-    def layouts(self, relaxation: Relaxation, refused: list[ConfigError]) -> Iterator[Candidate]:
-        """Yield every valid layout under a relaxation, with every micro-batch that the relaxation allows.
-
-        Errors for the typed micro-batch are appended to ``refused``.
-        """
+    def layouts(self, offload: bool) -> Iterator[Candidate]:
+        """Yield every valid layout, with every micro-batch up to ``optim.max_micro_batch``: sizes only cost speed."""
         known, micro_batch = set(), self.config.optim.max_micro_batch
-        changed, refusals = self.config, refused
-        while True:
-            ranks = self.world_size, self.machine.ranks_per_node
-            for one in candidates(changed, *ranks, self.fixed, relaxation.offload, refusals):
+        while micro_batch:
+            for one in self.of_micro_batch(micro_batch, offload):
                 key = f"{one.parallel} {one.batch.micro}"
                 if key not in known:  # split_batch rounds down to a divisor, so sizes repeat
                     known.add(key)
                     yield one
             micro_batch //= 2
-            if not relaxation.smaller_micro_batch or not micro_batch:
-                return
-            changed, refusals = with_micro_batch(self.config, micro_batch), []
+
+    def of_micro_batch(self, micro_batch: int, offload: bool) -> Iterator[Candidate]:
+        """Yield every valid layout with micro-batches of at most ``micro_batch`` sequences."""
+        config = with_micro_batch(self.config, micro_batch)
+        return candidates(config, self.world_size, self.machine.ranks_per_node, self.fixed, offload)
 
     def fits(self, one: Candidate) -> bool:
         """True if the layout fits into a rank's device memory and, as far as known, into host memory."""
@@ -252,18 +190,16 @@ class LayoutSearch:
         return memory.total <= machine.room and (machine.host.room is None or memory.host <= machine.host.room)
 
     @property
-    def may_offload(self) -> bool:
-        """True if the machine has host memory apart from its devices', and no offload key was typed."""
-        return self.machine.host is not None and set(OFFLOADS).isdisjoint(self.fixed)
+    def offloads(self) -> tuple[bool, ...]:
+        """False, and True if the machine has memory apart from its devices' and ``cpu_offload`` was not typed."""
+        return (False,) if self.machine.host is None or "cpu_offload" in self.fixed else (False, True)
 
     @property
     def can_fit(self) -> bool:
-        """True if any layout fits under any relaxation, with micro-batches as typed or of one sequence."""
+        """True if any layout fits, with the largest micro-batches or with those of one sequence."""
+        sizes = (self.config.optim.max_micro_batch, 1)
         return any(
-            self.fits(one)
-            for offload in (False, *([True] if self.may_offload else []))
-            for changed in (self, replace(self, config=with_micro_batch(self.config, 1)))
-            for one in changed.layouts(Relaxation(offload=offload), [])
+            self.fits(one) for offload in self.offloads for size in sizes for one in self.of_micro_batch(size, offload)
         )
 
     def with_more_recompute(self) -> Iterator[tuple[str, LayoutSearch]]:
@@ -273,33 +209,16 @@ class LayoutSearch:
             yield f"recompute={more.name}", replace(self, config=replace(self.config, recompute=more))
 
     def explain(self, tried: Sequence[SearchResult]) -> Iterator[str]:
-        """Yield lines of text on relaxations and excluded layouts. The last search in ``tried`` found a layout."""
-        last, known = tried[-1], {found.relaxation: found for found in tried}
-        without = known.get(replace(last.relaxation, smaller_micro_batch=False))
-        if last.relaxation.smaller_micro_batch and without:
-            yield (
-                f"smaller micro-batches, and more of them for the same global batch: with optim.max_micro_batch="
-                f"{self.config.optim.max_micro_batch} {self.failure(without)}"
-            )
-        if last.relaxation.offload:
-            without = known.get(Relaxation(smaller_micro_batch=True)) or known[Relaxation()]
-            yield f"CPU offload, which is slow: on the devices alone {self.failure(without)}"
-        if len(tried) > 1 and (text := self.sufficient_recompute(last.relaxation)):
-            yield f"{text} would fit without that"
+        """Yield lines of text on CPU offload and on layouts that do not fit. The last of ``tried`` found a layout."""
+        last = tried[-1]
+        if last.offload:
+            yield f"CPU offload, which is slow: on the devices alone {self.failure(tried[0])}"
+            for text, changed in self.with_more_recompute():
+                if next(changed.results()).fitting:
+                    yield f"{text} would fit without that"
+                    break
         if last.too_large:
             yield f"left out: {len(last.too_large)} that do not fit ({self.nearest(last)})"
-        yield from refusal_lines(last)
-        yield f"not considered: {'; '.join(self.unexplored(last.relaxation))}"
-
-    def sufficient_recompute(self, relaxation: Relaxation) -> str | None:
-        """Return the override of ``recompute`` with which a layout fits under less relaxation; None if none does."""
-        for text, changed in self.with_more_recompute():
-            for found in changed.results():
-                if RELAXATIONS.index(found.relaxation) >= RELAXATIONS.index(relaxation):
-                    break
-                if found.fitting:
-                    return text
-        return None
 
     def failure(self, found: SearchResult) -> str:
         """Return the reason why a search found no layout that fits."""
@@ -317,34 +236,17 @@ class LayoutSearch:
             f"{one.memory.total_gib:.3g} of {machine.room / GIB:.3g} GiB{host}"
         )
 
-    def unexplored(self, relaxation: Relaxation) -> Iterator[str]:
-        """Yield texts on kinds of layouts that the search did not try, with the keys that would include them."""
-        if self.config.parallel.engine is EngineKind.deepspeed:
-            yield "torch's strategies (parallel.engine=native)"
-            if "pp" not in self.fixed:
-                yield "DeepSpeed's pipeline (parallel.pp=2)"
-        else:
-            yield "DeepSpeed's ZeRO stages (parallel.engine=deepspeed)"
-        smaller = self.config.optim.max_micro_batch > 1 and not relaxation.smaller_micro_batch
-        ways = ["smaller micro-batches"] if smaller and not relaxation.offload else []
-        ways += ["CPU offload"] if self.may_offload and not relaxation.offload else []
-        if ways:
-            yield f"{' and '.join(ways)}, only where nothing fits otherwise"
-
     def no_layout_error(self) -> ConfigError:
         """Return the error for a search without valid layouts: that of the plainest layout."""
         given = self.config.parallel
         plainest = replace(given, strategy=Strategy.ddp)
-        if given.engine is EngineKind.deepspeed:
-            plainest = replace(given, strategy=Strategy.deepspeed, zero_stage=given.zero_stage or 0)
         try:
             plainest.validate()
             dims = check_parallel_dims(replace(self.config, parallel=plainest), self.world_size)
             split_batch(self.config.optim, dims.data_ranks)
         except ConfigError as error:
             return error
-        keys = sorted({*self.fixed} - {MICRO_BATCH})
-        kept = " ".join(f"parallel.{key}={plain(getattr(given, key))}" for key in keys)
+        kept = " ".join(f"parallel.{key}={plain(getattr(given, key))}" for key in sorted(self.fixed))
         return ConfigError(
             f"parallel.strategy=auto {kept} on {self.world_size} ranks: no layout is valid",
             "fewer keys of parallel that are given",
@@ -381,19 +283,6 @@ class LayoutSearch:
                 if (text or more) and one.can_fit:
                     return " ".join(filter(None, (more, text)))
         return None
-
-
-def refusal_lines(found: SearchResult) -> Iterator[str]:
-    """Yield lines on invalid layouts, the most frequent reasons first, each with an example."""
-    if not found.refused:
-        return
-    counts = Counter(error.expected for error in found.refused)
-    examples = {error.expected: error.found for error in reversed(found.refused)}
-    shown = counts.most_common(REASONS)
-    rest = len(found.refused) - sum(number for _, number in shown)
-    yield f"refused: {len(found.refused)} invalid layouts{f', {rest} of them not shown here' if rest else ''}"
-    for reason, number in shown:
-        yield f"  {number} like {examples[reason]}; expected: {reason}"
 
 
 def layout_text(parallel: ParallelConfig, dims: ParallelDims) -> str:

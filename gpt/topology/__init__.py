@@ -259,7 +259,7 @@ def fsdp_units(config: TrainConfig, layers: int) -> list[int]:
     return units
 
 
-# Size of the flat buckets in which ZeRO-1 reduce-scatters gradients. The engine uses it, and the plan counts with it.
+# Size of the flat buckets in which gradients are reduced. ZeRO-1's engine uses it, and the plan counts with it.
 
 
 BUCKET_BYTES = 32 * 2**20

@@ -41,7 +41,7 @@ def check_parallel_dims(config: TrainConfig, world_size: int, ranks_per_node: in
     """
     dims = parallel_dims(config.parallel, world_size, ranks_per_node)
     checks = (check_parallel_parts, check_zero1, check_tensor, check_pipeline, check_context, check_expert)
-    for check in (*checks, check_selective, check_deepspeed, check_loss_scale):
+    for check in (*checks, check_selective, check_deepspeed):
         check(config, dims)
     return dims
 
@@ -90,17 +90,6 @@ def check_zero1(config: TrainConfig, dims: ParallelDims) -> None:
         )
 
 
-def check_loss_scale(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError for experts in fp16 under ZeRO-3: DeepSpeed fails after a step that overflows."""
-    if config.precision is Precision.fp16 and config.parallel.zero_stage == 3 and config.model.ffn is Ffn.moe:
-        raise ConfigError(
-            "precision=fp16 with parallel.zero_stage=3 and model.ffn=moe",
-            "another stage: after a step that overflows, DeepSpeed 0.19 no longer knows in which order its stage 3 "
-            "gathers the router's weights",
-            "parallel.zero_stage=2, or parallel=fsdp",
-        )
-
-
 def check_context(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError if sequences cannot be sharded over ``cp`` ranks."""
     model, cp = config.model, dims.cp
@@ -139,30 +128,11 @@ def check_selective(config: TrainConfig, dims: ParallelDims) -> None:
 
 def check_tensor(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError if the model's matrices or activations cannot be sharded over ``tp`` ranks."""
-    check_async(config, dims)
     if dims.tp == 1:
         return
     check_matrices(config.model, dims.tp)
     check_vocabulary(config.model, dims.tp)
     check_sequence(config, dims)
-
-
-def check_async(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if ``async_tp`` is requested without tensor parallelism, or without sequence parallelism."""
-    if not config.parallel.async_tp:
-        return
-    if dims.tp == 1:
-        raise ConfigError(
-            "parallel.async_tp=true with parallel.tp=1",
-            "tensor parallelism, whose collectives it overlaps with matrix products",
-            "parallel.tp=2, or parallel.async_tp=false",
-        )
-    if not config.parallel.sequence_parallel:
-        raise ConfigError(
-            "parallel.async_tp=true with parallel.sequence_parallel=false",
-            "all-gathers and reduce-scatters, which go in pieces; without sequence parallelism there are all-reduces",
-            "parallel.sequence_parallel=true, or parallel.async_tp=false",
-        )
 
 
 def check_matrices(model: ModelConfig, tp: int) -> None:
@@ -241,6 +211,12 @@ def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
             "AdamW, whose moments are what DeepSpeed's checkpoints are read and written by",
             "parallel=fsdp (ZeRO-3), parallel=zero1, or optim.optimizer=adamw",
         )
+    if config.precision is Precision.fp16:
+        raise ConfigError(
+            "precision=fp16 with parallel.strategy=deepspeed",
+            "bf16 or fp32: the loss scale of fp16 belongs to the engines of torch",
+            "parallel=fsdp, or precision=fp32",
+        )
     ds_config(config, split_batch(config.optim, dims.data_ranks))
 
 
@@ -249,11 +225,10 @@ def check_dimensions(config: TrainConfig, dims: ParallelDims) -> None:
     others = [name for name in ("tp", "cp", "ep") if getattr(dims, name) > 1]
     if others:
         text = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
-        engine = "" if config.parallel.engine is None else "parallel.engine=native "
         raise ConfigError(
             f"parallel.strategy=deepspeed with {text}",
             "data and pipeline parallelism only: DeepSpeed does not shard matrices, sequences or experts of this model",
-            f"parallel=fsdp {engine}{text}",
+            f"parallel=fsdp {text}",
         )
 
 

@@ -18,7 +18,7 @@ from gpt.accounting.hardware import peak_flops
 from gpt.checkpoint import folders
 from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.target import check_target, saved_checkpoints
-from gpt.config import AttentionBackend, ParallelConfig, Precision, Strategy, TrainConfig
+from gpt.config import ParallelConfig, Precision, Strategy, TrainConfig
 from gpt.config.train import LENGTH, NOT_IN_POINT, RESUMABLE, compose_train, settle_parallel
 from gpt.conversion.source import find_source, refuse_other_model
 from gpt.conversion.state_dict import State, VerifiedSource, read_source, verify_source
@@ -26,9 +26,7 @@ from gpt.data.corpus import check_fit, describe_corpus, describe_tokens, ensure_
 from gpt.data.loader import BatchPrefetcher, Samples
 from gpt.data.prepared import Tokens
 from gpt.metrics.startup_summary import describe_rank, render_summary, software
-from gpt.model.attention import find_flash_obstacle
 from gpt.model.gpt import GPT, Weights, initial_weights
-from gpt.model.layers import COMPUTE_DTYPES
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
 from gpt.planning import memory
@@ -309,27 +307,6 @@ def set_up(run: Run) -> dict[str, Any]:
         "data": str(describe_tokens(str(config.data.path or config.data.title), run.tokens)),
         "data_sha256": run.tokens.sha256,
     }
-
-
-def check_flash(config: TrainConfig, world: World) -> str | None:
-    """Return why attention=flash cannot use the flash kernel on some rank; None if it can, or flash is not chosen.
-
-    Collective, so that all ranks end the same way.
-
-    Raises:
-        ConfigError: the flash kernel cannot be used, and ``model.force_flash`` is set.
-    """
-    if config.model.attention is not AttentionBackend.flash:
-        return None
-    reasons = world.gather(find_flash_obstacle(config.model, world.device, COMPUTE_DTYPES[config.precision]))
-    reason = next((r for r in reasons if r is not None), None)
-    if reason is not None and config.model.force_flash:
-        raise ConfigError(
-            f"model.force_flash=true, but {reason}",
-            "a device, precision and model for which torch has the flash kernel",
-            "precision=bf16 on a GPU of compute capability 8.0 or more, or model.force_flash=false for another kernel",
-        )
-    return reason
 
 
 # The first weights of a run: drawn, or read from elsewhere (``init_from``).

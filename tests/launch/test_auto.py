@@ -81,10 +81,6 @@ def test_passes_that_were_made_smaller_are_shown_and_kept(tmp_path: Path) -> Non
     )
     text = plan_text(plan)
     assert f"optim.max_micro_batch={plan.facts['micro_batch']} instead of 4" in text
-    assert (
-        "with optim.max_micro_batch=4 nothing fits (nearest: " in text
-        and "not considered: DeepSpeed's ZeRO stages" in text
-    )
     write_run(plan, composed, words)
     assert (
         yaml.safe_load(RunFolder(plan.run_dir).config.read_text())["optim"]["max_micro_batch"]

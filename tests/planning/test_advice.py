@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt.accounting import count
 from gpt.config import AttentionBackend, Precision, Recompute, TrainConfig
 from gpt.config.train import compose_train
 from gpt.planning.auto import execution_warnings, many_time_limits, slow_precision
@@ -159,16 +158,6 @@ def test_the_limit_that_is_proposed_is_enough() -> None:
     assert "about 9.3 days" in told and ": 10 time limits" in told and "cluster.timeout_min=14740 " in told
 
 
-PARAMETERS = {
-    # two matrices of 16,384 x 384, positions; then per layer 4 + 8 squares of the width, 4 + 1 + 4 vectors of biases,
-    # and 4 of norms; one more norm
-    "baseline_23m": 2 * 16384 * 384 + 256 * 384 + 6 * (12 * 384**2 + 13 * 384) + 2 * 384,
-    "tiny_116k": 256 * 64 + 2 * (12 * 64**2 + 13 * 64) + 2 * 64,
-    # of 12 query heads, 4 have keys and values
-    "llama_124m_untied": 2 * 32000 * 768 + 12 * (768**2 * 2 + 2 * 768 * 256 + 3 * 768 * 2048 + 2 * 768) + 768,
-    "gpt2_124m": 50304 * 768 + 1024 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768,
-}
-MILLIONS = {"baseline_23m": 23e6, "tiny_116k": 116e3, "llama_124m_untied": 124e6, "gpt2_124m": 124e6}
 SLURM = ("cluster=slurm", "cluster.gpus_per_node=8", "cluster.gpu_name=H100")
 
 
@@ -180,15 +169,6 @@ def plan(folder: Path, *words: str, vocab_size: int = 256) -> tuple[TrainConfig,
     made_up = ["data=tokens", f"data.path={folder}", f"output_dir={folder / 'outputs'}"]
     config = typed_config(compose_launch([*words, *made_up]))
     return config, plan_text(make_plan(config, [*words, *made_up], ClusterKind.slurm))
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_parameters(name: str) -> None:
-    counted = count(config_from([f"model={name}"]).model).total
-    assert counted == PARAMETERS[name]
-    assert counted == pytest.approx(MILLIONS[name], rel=0.015)
-    about = (Path(__file__).parents[2] / "configs" / "model" / f"{name}.yaml").read_text()
-    assert f"{counted:,} parameters" in about
 
 
 def test_gpts_vocabulary_is_padded_to_what_gpus_multiply_fast() -> None:
@@ -207,7 +187,7 @@ def test_the_baseline(tmp_path: Path) -> None:
     assert optim.target_val_loss == 1.55 and config.checkpoint.keep_best == 1
     told = config_from(["+experiment=baseline"]).data
     assert (told.tokenizer.name, told.tokenizer_vocab_size) == ("sentencepiece", 16384)
-    assert f"{PARAMETERS['baseline_23m']:,} parameters" in text
+    assert f"{2 * 16384 * 384 + 256 * 384 + 6 * (12 * 384**2 + 13 * 384) + 2 * 384:,} parameters" in text
 
 
 @pytest.mark.parametrize("batch", [4, 8])

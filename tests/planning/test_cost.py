@@ -162,8 +162,6 @@ def test_tensor_parallelism_by_hand() -> None:
     with_stream = cost(config_of(tp=2), 2).communication_s["tp"]
     assert with_stream == pytest.approx((4 * 8 + 2 * 2) * gather)  # as many bytes with sequence parallelism as without
     assert cost(config_of(tp=2, sequence_parallel=False), 2).communication_s["tp"] == pytest.approx(with_stream)
-    logits = cost(config_of(tp=2, loss_parallel=False), 2).communication_s["tp"] - with_stream
-    assert logits == pytest.approx(1 / 2 * 4 * T * 64 / 8e9)
 
 
 @pytest.mark.parametrize(

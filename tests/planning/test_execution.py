@@ -8,7 +8,6 @@ import pytest
 
 from gpt.config import CompileMode, Precision
 from gpt.planning.auto import choose_compile, choose_precision, choose_tf32
-from gpt.topology.check_dims import check_parallel_dims
 from launch.errors import ConfigError
 from launch.runs.compose import write_config
 from launch.runs.folder import RunFolder
@@ -126,10 +125,3 @@ def test_tf32_where_it_would_do_nothing_is_refused() -> None:
         choose_tf32(config_from(["precision=fp32", "tf32=true"]), on_cpus=True)
     with pytest.raises(ConfigError, match="tf32=true with precision=bf16"):
         config_from(["precision=bf16", "tf32=true"]).validate()
-
-
-def test_stage_3_of_deepspeed_with_experts_skips_no_step_of_fp16() -> None:
-    words = ["parallel=zero3", "precision=fp16", "model.ffn=moe", "model.n_expert=4", "model.n_expert_per_token=2"]
-    with pytest.raises(ConfigError, match=r"parallel\.zero_stage=2"):
-        check_parallel_dims(config_from(words), 1)
-    check_parallel_dims(config_from([*words[:1], *words[2:], "precision=bf16"]), 1)
