@@ -107,7 +107,8 @@ def prove(rank: int, size: int, folder: Path, cases: Sequence[Case]) -> list[dic
         for number, case in enumerate(cases):
             case = Case(case.words.replace("AT_ONCE", str(path)), case.model, case.accumulation)
             run = start_case(rank, size, folder / str(number), case, HERE[case.model])
-            begun = {} if run.config.parallel.zero_stage else whole(run, run.engine.module.state_dict())
+            is_whole = run.dims.pp == 1 and not run.config.parallel.zero_stage
+            begun = whole(run, dict(run.engine.module.named_parameters())) if is_whole else {}
             learned = learn(run) | {"begun": begun, "val": evaluated(run, batch=run.batch.micro)}
             if run.config.parallel.strategy.name == "deepspeed":
                 states = run.engine.ds.basic_optimizer.state.values()  # type: ignore[attr-defined]
@@ -203,10 +204,10 @@ def test_what_is_learned_and_held_is_that_of_one_process_and_of_the_plan(
     reference = dict(zip(HERE, run_distributed(prove, 1, tmp_path / "alone" / "runs", alone)[0], strict=True))
     for case, found in zip([*CASES[2], *CASES[4]], [*seen.learned, *seen_by_four[0]], strict=True):
         expected = reference[case.model]
-        assert found["steps"] == {STEPS}, case
+        assert "_pp" in case.words or found["steps"] == {STEPS}, case
         is_planned = "offload" not in case.words and "AT_ONCE" not in case.words
         # Gradients are seen between micro-batches, and those of a tied embedding twice.
-        if is_planned and case.accumulation > 1 and ("_pp" not in case.words or case.model == QUERIES):
+        if is_planned and case.accumulation > 1 and ("_pp" not in case.words or case == CASES[4][0]):
             assert found["held"] == "", case
         for name, tensor in found["begun"].items():
             assert torch.equal(tensor, expected["begun"][name]), f"{case}: {name}"

@@ -268,7 +268,7 @@ CHAINS: dict[str, Chain] = {
     "ranks with the same layers": (
         [*PADDED, *EXPERTS, *BIASED, *UNEVEN, ONE],
         [
-            *("parallel=ddp", "parallel=zero1", HSDP, ON_HOST, TP, "parallel=fsdp_tp"),
+            *("parallel=ddp", "parallel=zero1", HSDP, ON_HOST, TP),
             *("parallel=cp", f"parallel=fsdp_cp {RING}", EP, f"{FSDP_EP} parallel.tp=2"),
             *(f"{HSDP} parallel.ep=2", FSDP_EP, "parallel=fsdp_tp"),
         ],
