@@ -67,7 +67,7 @@ PLANS = {
         cluster.account=abc cluster.qos=high
         cluster.constraint=fast cluster.exclude="'n[3-4]'" cluster.timeout_min=90 cluster.signal_delay_s=300
         'cluster.setup=["module load cuda","export X=1"]' 'cluster.srun_args=["--cpu-bind=none"]'
-        cluster.mail_user=me@site.edu cluster.bind_cpus=false
+        cluster.mail_user=me@site.edu
         '++cluster.additional_parameters={{reservation: spring}}'""",
     "sequential after a dependency": f"""-m nodes=1,2 {A100} launch.sequential=true
         '++cluster.additional_parameters={{dependency: singleton}}'""",
@@ -127,7 +127,7 @@ GONE = {
         "frozen_timeout_s",
         "hang_timeout_slow_s",
     )
-} | {"attainable: null", "links:"}
+} | {"attainable: null", "links:", "links: []", "bind_cpus: true"}
 """Lines of former keys in a config that the first checkout composed, and that the second one does not know."""
 
 REFUSALS = (

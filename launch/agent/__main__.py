@@ -8,14 +8,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +38,7 @@ from launch.agent.outcome import (
     refuse_replaced,
     take_over_as_leader,
 )
-from launch.agent.policy import WANTED, Action, Cause, Meter, RunFailedError, points_beside, unreliable_hosts
+from launch.agent.policy import WANTED, Action, Cause, Meter, RunFailedError, unreliable_hosts
 from launch.config.compose import read_point
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.placement import refuse_other_code
@@ -145,7 +142,7 @@ def start_repeatedly(context: AgentContext) -> None:
         stop.interruptible = True
         if node.is_head:
             refuse_replaced(context)
-        avoid = unreliable_hosts(folder.read_events(), points_beside(folder)) if node.is_head else {}
+        avoid = unreliable_hosts(folder.read_events()) if node.is_head else {}
         rdzv = group.next_round(number, avoid)
         if rdzv is None:
             return
@@ -235,7 +232,7 @@ def on_event(context: RunContext, is_active: bool = True) -> Iterator[None]:
 def run_at_events(folder: RunFolder, command: Sequence[str], timeout_s: float = COMMAND_TIMEOUT_S) -> Iterator[None]:
     """Run a command, in a thread, for each event with an ``event_name`` that is recorded during a ``with`` block.
 
-    The end of the block waits for the commands of the last events, about ``timeout_s`` seconds in all.
+    The end of the block waits ``timeout_s`` seconds for the commands of the last events.
 
     Args:
         folder: folder of the run.
@@ -246,15 +243,13 @@ def run_at_events(folder: RunFolder, command: Sequence[str], timeout_s: float = 
     closing = threading.Event()
 
     def follow() -> None:
-        is_last, deadline = False, math.inf
+        is_last = False
         while not is_last:
             is_last = closing.wait(POLL_S)  # before the log is read, so that no event is missed
-            if is_last:
-                deadline = time.monotonic() + timeout_s
             with contextlib.suppress(OSError):  # The filesystem does not answer; the next poll finds the same lines.
                 while (found := lines.read()) is not None:
                     for line in found:
-                        handle_line(folder, command, line, min(timeout_s, deadline - time.monotonic()))
+                        handle_line(folder, command, line, timeout_s)
 
     thread = threading.Thread(target=follow, name="on-event", daemon=True)
     thread.start()
@@ -268,45 +263,32 @@ def run_at_events(folder: RunFolder, command: Sequence[str], timeout_s: float = 
 def handle_line(folder: RunFolder, command: Sequence[str], line: bytes, timeout_s: float) -> None:
     """Run the command if ``line`` of the event log is an event with an ``event_name``.
 
-    If the command fails, record the event ``on_event_failed``.
+    If the command fails, or does not end in ``timeout_s`` seconds, record the event ``on_event_failed``.
     """
     try:
         event = json.loads(line)
     except ValueError:  # A crash has cut this line off.
         return
     name = event_name(event) if isinstance(event, dict) and is_event(event) else None
-    problem = None if name is None else run_command(folder, command, event_variables(folder, name, event), timeout_s)
+    if name is None:
+        return
+    env = {key: value for key, value in os.environ.items() if key != STORE_PREFIX}
+    log = folder.path / ".launch" / "on_event.log"
+    try:
+        make_folder(log.parent)
+        with open(log, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as output:
+            status = subprocess.run(
+                command, env=env | event_variables(folder, name, event), stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, start_new_session=True, timeout=timeout_s,
+            ).returncode  # fmt: skip
+        problem = f"left with {status}, and its output in .launch/on_event.log" if status else None
+    except subprocess.TimeoutExpired:
+        problem = f"was killed, after {timeout_s:.0f} s"
+    except (OSError, ValueError) as error:
+        problem = f"cannot be run: {type(error).__name__}"
     if problem:  # neither the command nor its output: both may hold secrets
         with contextlib.suppress(OSError):
             folder.record_event("on_event_failed", of=name, cause=f"launch.on_event {problem}")
-
-
-def run_command(
-    folder: RunFolder, command: Sequence[str], variables: Mapping[str, str], timeout_s: float
-) -> str | None:
-    """Run the command for one event, and kill it after ``timeout_s`` seconds.
-
-    Returns None if the command succeeds, else the reason for its failure.
-    """
-    if timeout_s <= 0:
-        return "was not run: the agent leaves, and the commands before it took too long"
-    env = {**{key: value for key, value in os.environ.items() if key != STORE_PREFIX}, **variables}
-    path = Path(folder.path) / ".launch" / "on_event.log"
-    try:
-        make_folder(path.parent)
-        with open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
-            process = subprocess.Popen(
-                command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        status = process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return f"was killed, after at most {timeout_s:.0f} s"
-    except (OSError, ValueError) as error:
-        return f"cannot be run: {type(error).__name__}"
-    return f"left with {status}, and its output in .launch/on_event.log" if status else None
 
 
 @refusing

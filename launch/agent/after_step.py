@@ -23,7 +23,7 @@ from launch.agent import node as processes
 from launch.agent.__main__ import on_event
 from launch.agent.node import Node, RunContext
 from launch.agent.outcome import apply_decision, cause_of_stop, requeue_job, wait_for_controller
-from launch.agent.policy import WANTED, Action, Cause, RunFailedError, hosts_to_avoid, open_attempts, points_beside
+from launch.agent.policy import WANTED, Action, Cause, RunFailedError, hosts_to_avoid, open_attempts
 from launch.config.compose import read_point
 from launch.errors import CommandParser, refusing
 from launch.runs.events import events_since_submission, select_events
@@ -56,7 +56,7 @@ def requeue_unless_ended(context: RunContext, status: int) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's requeue sends it, and more events follow.
     if action is Action.requeue:  # An agent decided this, and was killed before Slurm received its request.
         decided = select_events(events, "decided")[-1]
-        requeue_job(context, Cause(decided["cause"]), hosts_to_avoid(events, points_beside(folder)))
+        requeue_job(context, Cause(decided["cause"]), hosts_to_avoid(events))
         return status
     attempt, cause = cut_short(context, events)
     apply_decision(context, attempt, cause, f"srun ended with exit status {status}", step_has_ended=True)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -127,51 +126,27 @@ def open_endpoint(folder: RunFolder, node: Node, timeout_s: float, answer_s: flo
         TimeoutError: the head node did not, or could not, write the endpoint file in time.
     """
     timeout, deadline = timedelta(seconds=answer_s), time.monotonic() + timeout_s
+    file = folder.path / ".launch" / f"{node.job}.json"  # A requeued job has another file.
     if node.is_head:
         address, token = node.own_address(), secrets.token_hex(32)
         store = open_tcp_store(address, timeout)
-        while not write_endpoint(folder, node, address=address, port=store.port, token=token):
+        while not has_written(file, {"address": address, "port": store.port, "token": token}, mode=0o600):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"no room for {endpoint_file(folder, node)} in {timeout_s:.0f} s")
+                raise TimeoutError(f"no room for {file} in {timeout_s:.0f} s")
             time.sleep(POLL_S)
         return RendezvousEndpoint(store, address, token)
-    while "token" not in (head := read_endpoint(folder, node)):
+    while not file.exists():
         if time.monotonic() > deadline:
-            file = endpoint_file(folder, node)
             raise TimeoutError(f"the head node of this job did not write {file} in {timeout_s:g} s")
+        list(file.parent.glob("*"))  # An NFS client then looks again instead of answering from its cache.
         time.sleep(POLL_S)
+    head = json.loads(file.read_text())
     store = dist.TCPStore(head["address"], head["port"], is_master=False, wait_for_workers=False, timeout=timeout)
     return RendezvousEndpoint(store, address_towards(head["address"]), head["token"])
 
 
-def endpoint_file(folder: RunFolder, node: Node) -> Path:
-    """Return the path of the endpoint file of this start of the job. A requeued job has another file."""
-    return folder.path / ".launch" / f"{node.job}.json"
-
-
-def write_endpoint(folder: RunFolder, node: Node, **fields: Any) -> bool:
-    """Add fields to the endpoint file, on the head node.
-
-    Returns False if a full filesystem does not take the fields.
-    """
-    return has_written(endpoint_file(folder, node), {**read_endpoint(folder, node), **fields}, mode=0o600)
-
-
-def read_endpoint(folder: RunFolder, node: Node) -> dict[str, Any]:
-    """Return the fields that the head node has written into the endpoint file; empty if there is no file."""
-    path = endpoint_file(folder, node)
-    try:
-        fields = json.loads(path.read_text())
-    except FileNotFoundError:
-        # Listing the folder makes an NFS client look again instead of answering from its cache.
-        list(path.parent.glob("*"))
-        return {}
-    assert isinstance(fields, dict)
-    return fields
-
-
-# Messages. Every agent writes its message twice a second. The head node reads all messages; the other agents read the
-# message of the head node.
+# Messages. Every agent writes its message several times a second. The head node reads all messages; the other agents
+# read the message of the head node.
 
 
 class RequestState(msgspec.Struct, frozen=True):
@@ -198,8 +173,6 @@ class Ticket(msgspec.Struct, frozen=True):
     """Number of the poll at which a rank obeys; smaller than ``number`` until the agents have agreed."""
     cause: int = 0
     """Value of ``RequestState.wants`` for which the head node made the ticket."""
-    since: float = 0.0
-    """Time when the ticket was made, seconds by the monotonic clock of the head node."""
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -214,6 +187,10 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     """Results of the node's health check before the round ``ready``."""
     failed: int = -1
     """Newest round in which ranks of the node have failed; -1 if none."""
+    left: int = -1
+    """Newest round whose ranks of this node have left in order; -1 if none."""
+    all_left: int = -1
+    """On the head node, newest round whose ranks of all members have left in order; -1 if none."""
     bye: bool = False
     """True once the agent leaves."""
     agreement: int = -1
@@ -236,23 +213,19 @@ DECODER = msgspec.json.Decoder(Message)
 # Heartbeats: the thread that exchanges the messages.
 
 
-INTERVAL_S = 0.5
+INTERVAL_S = 0.1
+LONGEST_INTERVAL_S = 0.5
+EXCHANGES_PER_S = 800
+"""Number of exchanges of all agents with the head node in a second, up to 400 agents."""
 QUICK_S = 0.02
 """Seconds between two exchanges while ranks wait for an agreement."""
-HURRY_S = 10.0
-"""Seconds after a failure in which the agents exchange quickly. The next rendezvous normally takes less time."""
-HURRYING = 16
-"""Number of agents up to which each can exchange every ``QUICK_S`` seconds.
-
-More agents exchange more slowly, to spare the head node.
-"""
-POLL_S = 0.2
+POLL_S = 0.1
 """Seconds between two reads of the messages of the other agents."""
 
 
-def quick_s(count: int) -> float:
-    """Return the seconds between two quick exchanges of each of ``count`` agents."""
-    return min(INTERVAL_S, QUICK_S * max(1.0, count / HURRYING))
+def exchange_interval_s(count: int) -> float:
+    """Return the seconds between two exchanges of each of ``count`` agents. Many agents spare the head node."""
+    return min(LONGEST_INTERVAL_S, max(INTERVAL_S, count / EXCHANGES_PER_S))
 
 
 def heartbeat_key(index: int) -> str:
@@ -265,8 +238,7 @@ class Heartbeat:
 
     def __init__(self, index: int, count: int, store: SignedStore) -> None:
         self._index = index
-        self._quick_s = quick_s(count)
-        self._hurries_until = 0.0
+        self._interval_s = exchange_interval_s(count)
         self._others = range(1, count) if index == 0 else range(1)
         self.store = store
         self._own = Message()
@@ -296,20 +268,6 @@ class Heartbeat:
         """Return the newest message of node ``index``; an empty message if none has arrived."""
         return self._own if index == self._index else self.received.get(index, NO_MESSAGE)
 
-    def hurry(self) -> None:
-        """Exchange quickly for ``HURRY_S`` from now on: ranks wait for the agents."""
-        self._hurries_until = time.monotonic() + HURRY_S
-        self._wake.set()
-
-    @property
-    def poll_s(self) -> float:
-        """Return the seconds between two reads of the messages of the other agents."""
-        return min(POLL_S, self._interval_s)
-
-    @property
-    def _interval_s(self) -> float:
-        return self._quick_s if time.monotonic() < self._hurries_until else INTERVAL_S
-
     def flush(self, timeout_s: float) -> bool:
         """Wait at most ``timeout_s`` seconds until all published fields are sent.
 
@@ -333,7 +291,7 @@ class Heartbeat:
         """End the heartbeat thread."""
         self._over = True
         self._wake.set()
-        self._thread.join(timeout=2 * INTERVAL_S)
+        self._thread.join(timeout=2 * LONGEST_INTERVAL_S)
         self._clock.close()
 
     def _run(self) -> None:
@@ -374,8 +332,6 @@ BARRIER_S = 0.05
 
 By then the rank sees ``hold``, since a write is visible to other processors after microseconds.
 """
-ANSWER_S = 5.0
-"""Seconds after which the head node decides without nodes that do not answer. The run is about to lose such nodes."""
 
 
 class Agreement:
@@ -437,18 +393,17 @@ class Agreement:
 
     def _decide(self, request: Request, reports: Sequence[RequestState]) -> Ticket:
         """Return the ticket after the next step of its agreement. Only the head node calls this method."""
-        ticket, now = self._tickets[request], time.monotonic()
+        ticket, all_there = self._tickets[request], len(reports) == len(self._members)
         if ticket.number > ticket.at:
-            holding = [report for report in reports if report.held >= ticket.number]
-            if len(holding) == len(self._members) or (holding and now > ticket.since + ANSWER_S):
-                return replace(ticket, at=max(ticket.number, 1 + max(report.most for report in holding)))
+            # Ranks wait for a silent node only as long as their own limit allows.
+            if all_there and all(report.held >= ticket.number for report in reports):
+                return replace(ticket, at=max(ticket.number, 1 + max(report.most for report in reports)))
             return ticket
         # Nothing follows a stop. A new save may begin once every rank has obeyed the previous one.
-        all_there = len(reports) == len(self._members)
         had_last = request is Request.save and all_there and min(report.least for report in reports) >= ticket.at
         wants = max(report.wants for report in reports)
         if wants > ticket.cause and (ticket.at == 0 or had_last):
-            return Ticket(ticket.at + 1, ticket.at, wants, now)
+            return Ticket(ticket.at + 1, ticket.at, wants)
         return ticket
 
     def _obey(self) -> None:

@@ -1,8 +1,7 @@
 """Fork server of a node: a process that imports the libraries of the ranks once, and forks the ranks.
 
 The file follows the life of a rank. The agent requests a fork (``ForkServer``), the server forks (``serve_forks``), the
-rank runs (``run_rank``). A forked rank behaves as if ``python -m MODULE`` had been executed. The last part binds ranks
-to CPUs.
+rank runs (``run_rank``). A forked rank behaves as if ``python -m MODULE`` had been executed.
 """
 
 from __future__ import annotations
@@ -20,32 +19,24 @@ import sys
 import threading
 import time
 import types
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from multiprocessing import process as multiprocessing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
 from launch.process import become_helper, die_with_parent, lasting_imports
-from launch.runs.environment import Gpu
 
 # The agent's side.
 
 
-PRELOAD_S = 600.0
-"""Longest wait in seconds for the imports of the server."""
 LOOK_S = 0.2
-FORK_S = 60.0
-"""Longest wait in seconds for the fork of one rank, which takes some milliseconds."""
 EARLY = ("PYTHON", "LD_", "GLIBC_", "MALLOC_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "PYTORCH_")
 """Prefixes of variables that Python and its libraries read at their start. A forked process sets them too late."""
 LATE = ("PYTHONUNBUFFERED", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_NCCL_", "TORCH_FR_")
 """Prefixes of exceptions from ``EARLY``: variables that take effect even if a forked rank sets them."""
-PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -113,6 +104,8 @@ class ForkServer:
         self._is_ready = False
         self._connection, server_end = Pipe()
         agent = os.getpid()
+        # Linux gives a forked rank to this process when the process between the server and the rank ends.
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         # With SIGCHLD ignored, the kernel would discard the exit statuses of the ranks.
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -122,6 +115,7 @@ class ForkServer:
         self.pid: int | None = os.fork()
         """Process id of the server; None if the server is gone."""
         if self.pid == 0:
+            self._connection.close()
             serve_forks(server_end, preload, agent)
         server_end.close()
 
@@ -139,13 +133,11 @@ class ForkServer:
     def wait_ready(self, is_called_off: Callable[[], bool] = lambda: False) -> None:
         """Wait until all modules are imported, or until ``is_called_off`` returns True.
 
-        If an import fails, or the imports take longer than ``PRELOAD_S`` seconds, the agent executes the ranks
-        instead of forking them.
+        If an import fails, the agent executes the ranks instead of forking them.
         """
-        deadline = time.monotonic() + PRELOAD_S
         while self.pid is not None and not self._is_ready and not is_called_off():
-            if self._connection.poll(LOOK_S) or time.monotonic() > deadline:
-                self._is_ready = self._receive(0.0) is not None
+            if self._connection.poll(LOOK_S):
+                self._is_ready = self._receive() is not None
 
     def start(self, args: Sequence[str], env: Mapping[str, str], cwd: str, log: str) -> ForkedProcess | None:
         """Fork a rank. Returns None if the agent has to execute the rank instead.
@@ -170,19 +162,18 @@ class ForkServer:
         if why:
             print(f"launch: rank {env.get('RANK')} is executed, not forked: {why}", file=sys.stderr)
             return None
-        with adopting():
-            pid = self._receive(FORK_S, Start(args[2], tuple(args[3:]), cwd, dict(env), log))
+        pid = self._receive(Start(args[2], tuple(args[3:]), cwd, dict(env), log))
         return None if pid is None else ForkedProcess(args, pid)
 
-    def _receive(self, timeout_s: float, start: Start | None = None) -> int | None:
+    def _receive(self, start: Start | None = None) -> int | None:
         """Return the process id of the server, or with ``start``, of the rank that the server forks.
 
-        If the server reports an error, or does not answer in ``timeout_s`` seconds, end the server and return None.
+        If the server reports an error, or is gone, end the server and return None.
         """
         try:
             if start is not None:
                 self._connection.send(start)
-            answer = self._connection.recv() if self._connection.poll(timeout_s) else "no answer in time"
+            answer = self._connection.recv()
         except InterruptedError:  # A stop was requested.
             raise
         except (OSError, EOFError):
@@ -194,18 +185,6 @@ class ForkServer:
         return None
 
 
-@contextmanager
-def adopting() -> Iterator[None]:
-    """Make this process the new parent of its descendants whose own parent ends during the ``with`` block."""
-    libc, before = ctypes.CDLL(None), ctypes.c_int()
-    libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    try:
-        yield
-    finally:  # The agent does not wait for processes that killed ranks leave behind.
-        libc.prctl(PR_SET_CHILD_SUBREAPER, before.value, 0, 0, 0)
-
-
 # The server's side.
 
 
@@ -215,9 +194,7 @@ def serve_forks(requests: Connection, preload: Sequence[str], agent: int) -> NoR
     The process ends when the agent is gone.
     """
     try:
-        ignored = {number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN}
         become_helper(agent)
-        release_files(keep=requests.fileno())
         show_in_proc([Path(sys.executable).name, "-m", __name__])
         problem = import_all(preload)
         requests.send(problem or os.getpid())
@@ -229,26 +206,12 @@ def serve_forks(requests: Connection, preload: Sequence[str], agent: int) -> NoR
                 requests.send(str(error))
                 continue
             if between == 0:
-                fork_rank(start, agent, ignored, requests)
+                fork_rank(start, agent, requests)
             os.waitpid(between, 0)
     except EOFError:
         pass
     finally:  # Never return into the agent's frames: this process is a copy of the agent.
         os._exit(0)
-
-
-def release_files(keep: int) -> None:
-    """Replace the inherited open files, such as the agent's connections, with /dev/null.
-
-    Descriptor ``keep`` and the standard streams stay. Other descriptors stay in use: inherited Python objects may
-    close the same numbers later.
-    """
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for fd in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
-        if fd > 2 and fd not in (keep, nothing):
-            with contextlib.suppress(OSError):
-                os.fstat(fd)  # Closing the descriptor of the listing itself fails.
-                os.dup2(nothing, fd, inheritable=False)
 
 
 def import_all(modules: Sequence[str]) -> str | None:
@@ -268,7 +231,7 @@ def import_all(modules: Sequence[str]) -> str | None:
     return None
 
 
-def fork_rank(start: Start, agent: int, ignored: Collection[int], requests: Connection) -> NoReturn:
+def fork_rank(start: Start, agent: int, requests: Connection) -> NoReturn:
     """Fork the rank from an intermediate process, and end that process: the agent then becomes the rank's parent."""
     between = os.getpid()
     try:
@@ -276,7 +239,7 @@ def fork_rank(start: Start, agent: int, ignored: Collection[int], requests: Conn
             os._exit(0)
         while os.getppid() == between:
             os.sched_yield()
-        run_rank(start, agent, ignored, requests)
+        run_rank(start, agent, requests)
     except OSError as error:
         requests.send(str(error))
     finally:
@@ -286,23 +249,22 @@ def fork_rank(start: Start, agent: int, ignored: Collection[int], requests: Conn
 # The rank.
 
 
-ALWAYS_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)
+IGNORED = (signal.SIGPIPE, signal.SIGXFSZ)
 """Signals that a fresh Python ignores (Python/pylifecycle.c)."""
 
 
-def run_rank(start: Start, agent: int, ignored: Collection[int], requests: Connection) -> NoReturn:
+def run_rank(start: Start, agent: int, requests: Connection) -> NoReturn:
     """Run a rank to its end in this process, which was forked for the rank and is a child of ``agent``.
 
     Args:
         start: program and environment.
         agent: process id of the agent, which must be the parent of this process.
-        ignored: signals that an executed rank would have inherited as ignored.
         requests: connection that receives the rank's process id, or the reason why the rank cannot start.
     """
     status = 1
     try:
         try:
-            become_rank(start, agent, ignored)
+            become_rank(start, agent)
         except Exception as error:
             requests.send(f"{type(error).__name__}: {error}")
             os._exit(1)
@@ -314,7 +276,7 @@ def run_rank(start: Start, agent: int, ignored: Collection[int], requests: Conne
         end_with(status)
 
 
-def become_rank(start: Start, agent: int, ignored: Collection[int]) -> None:
+def become_rank(start: Start, agent: int) -> None:
     """Give this forked process the state of an executed rank: environment, signals, streams and working directory.
 
     Raises:
@@ -333,18 +295,15 @@ def become_rank(start: Start, agent: int, ignored: Collection[int]) -> None:
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(start.env)
-    if cpus := cpus_in(start.env):
-        os.sched_setaffinity(0, cpus)
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        signal.signal(number, signal.SIG_IGN if number in ignored or number in ALWAYS_IGNORED else default)
+        signal.signal(number, signal.SIG_IGN if number in IGNORED else default)
     sys.orig_argv = [sys.executable, "-m", start.module, *start.words]
     sys.argv = ["-m", *start.words]  # runpy puts the path of the module into sys.argv[0].
     shown = [Path(sys.executable).name, *sys.orig_argv[1:]]
     show_in_proc(shown, {**{k: v for k, v in start.env.items() if before.get(k) != v}, **start.env})
     sys.modules["__main__"] = types.ModuleType("__main__")
-    multiprocessing.current_process().authkey = os.urandom(32)
     if "numpy" in sys.modules:  # A fork seeds ``random`` anew by itself; torch begins with a fixed seed.
         sys.modules["numpy"].random.seed()
 
@@ -369,11 +328,9 @@ def take_streams(sources: Sequence[int]) -> None:
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         before, mode = getattr(sys, name), "w" if fd else "r"
         raw = io.FileIO(fd, mode, closefd=False)
-        raw.name = f"<{name}>"
         binary: Any = raw if fd else io.BufferedReader(raw)
         encoding, errors = getattr(before, "encoding", "utf-8"), getattr(before, "errors", "backslashreplace")
         text = io.TextIOWrapper(binary, encoding, errors, newline="\n" if fd else None, write_through=bool(fd))
-        text.mode = mode  # type: ignore[misc]
         setattr(sys, name, text)
         setattr(sys, f"__{name}__", text)
 
@@ -441,55 +398,3 @@ def show_in_proc(words: Sequence[str], env: Mapping[str, str] | None = None) -> 
                 text = "".join(f"{string}\0" for string in strings).encode(errors="surrogateescape")
                 ctypes.memset(begin, 0, end - begin)
                 ctypes.memmove(begin, text, min(len(text), end - begin - 1))
-
-
-# CPUs of each rank near its GPU: the CPUs of the GPU's NUMA node, as far as Linux and the driver know it.
-
-
-VARIABLE = "LAUNCH_CPUS"
-"""Environment variable of a rank with the list of CPUs that the rank is bound to."""
-DEVICES = Path("/sys/bus/pci/devices")
-
-
-def cpus_of_ranks(
-    ranks: int, gpus: Sequence[Gpu], allowed: Collection[int], devices: Path = DEVICES
-) -> list[frozenset[int]] | None:
-    """Return for each rank of a node, by local rank, the CPUs near its GPU; None if no rank is to be bound.
-
-    Only the CPUs in ``allowed`` count. Returns None if a GPU or its NUMA node is not known, or if all CPUs are
-    near. Returns None also if some GPUs have fewer near CPUs than ranks: a job on a shared node may have CPUs of
-    another socket.
-    """
-    near = []
-    for gpu in gpus[:ranks]:
-        with contextlib.suppress(OSError):
-            text = (devices / str(gpu.bus) / "local_cpulist").read_text()
-            near.append(frozenset(allowed).intersection(parse_cpus(text)))
-    if not near or len(near) < ranks or set(near) == {frozenset(allowed)}:
-        return None
-    return None if any(len(cpus) < count for cpus, count in Counter(near).items()) else near
-
-
-def parse_cpus(text: str) -> Iterator[int]:
-    """Yield the CPU numbers of a list in Linux's notation: ``0-3,8``."""
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        yield from range(int(first), int(last or first) + 1)
-
-
-def cpus_in(environment: Mapping[str, str]) -> frozenset[int]:
-    """Return the CPUs that a rank with this environment is bound to; empty if the rank is not bound."""
-    return frozenset(parse_cpus(environment.get(VARIABLE, "")))
-
-
-@contextmanager
-def bound(cpus: Collection[int]) -> Iterator[None]:
-    """Start the processes of a ``with`` block on these CPUs only; on all CPUs if ``cpus`` is empty."""
-    before = os.sched_getaffinity(0)
-    if cpus:
-        os.sched_setaffinity(0, cpus)  # The affinity of this thread, which the processes inherit.
-    try:
-        yield
-    finally:
-        if cpus:
-            os.sched_setaffinity(0, before)

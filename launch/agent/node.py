@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import signal
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterable
@@ -17,6 +14,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import psutil
 
 from launch.config import Config
 from launch.runs.events import events_since_submission, select_events
@@ -82,23 +80,6 @@ def start_time(pid: int) -> str | None:
     return None if fields is None else fields[19]
 
 
-def threads_handling(pid: int, number: int) -> set[Path]:
-    """Return the status files in /proc of the threads of process ``pid`` that handle signal ``number`` now.
-
-    A thread blocks the signal meanwhile. The status file of the process is included while the signal waits for one of
-    its threads.
-    """
-    bit = 1 << (number - 1)
-    blocked = [(path, "SigBlk:") for path in Path(f"/proc/{pid}/task").glob("*/status")]
-    found = set()
-    for status, field in [(Path(f"/proc/{pid}/status"), "ShdPnd:"), *blocked]:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            lines = [line for line in status.read_text().splitlines() if line.startswith(field)]
-            if any(int(line.split()[1], 16) & bit for line in lines):
-                found.add(status)
-    return found
-
-
 def _stat_fields(pid: int) -> list[str] | None:
     """Return the fields of /proc/PID/stat from the third (the state) on; None if the process is gone.
 
@@ -157,7 +138,6 @@ class StopRequest:
 TOKEN = "LAUNCH_TOKEN"
 """Environment variable of the agents of a local run: a random name of this start."""
 LOOPBACK = "127.0.0.1"
-SIOCGIFADDR = 0x8915  # From linux/sockios.h: get the address of an interface.
 
 
 @dataclass(frozen=True)
@@ -216,17 +196,6 @@ class Node:
             return cls(index, count, job, True, array or env["SLURM_JOB_ID"], int(restarts), hosts)
         return cls(0, 1, f"process-{os.getpid()}-{socket.gethostname()}", False)
 
-    def taken_hosts(self) -> set[str]:
-        """Return names of the nodes that Slurm has removed from this job; empty if Slurm does not answer."""
-        if not self.is_slurm:
-            return set()
-        try:
-            left = scheduler.nodes_left(self.slurm_job, retries=1)
-        except scheduler.SlurmError:
-            return set()
-        # If Slurm has taken this host too, the whole job is being requeued.
-        return {*self.hosts} - left if self.host in left else set()
-
     def own_address(self) -> str:
         """Return the address at which the other nodes of the job reach this node."""
         peer = next((host for host in self.hosts if host != self.host), None) if self.is_slurm else None
@@ -242,16 +211,8 @@ def address_towards(peer: str) -> str:
 
 def interface_of(address: str) -> str | None:
     """Return the name of the network interface with ``address``; None if there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
-            except OSError:  # This interface has no IPv4 address.
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, entries in interfaces if any(each.address == address for each in entries)), None)
 
 
 # Members of the agent group: the nodes of an attempt, and lost or sick nodes.

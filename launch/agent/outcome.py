@@ -34,7 +34,6 @@ from launch.agent.policy import (
     decide_next,
     hosts_to_avoid,
     open_attempts,
-    points_beside,
     reasons,
 )
 from launch.config.compose import workload_of
@@ -61,7 +60,7 @@ ASK_AGAIN_S = 5.0
 def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
     """Call ``ask`` until Slurm's controller answers, and return the answer.
 
-    The event log gets one event when the controller stops answering, and one when it answers again.
+    The event log gets one event when the controller stops answering.
 
     Raises:
         SlurmError: the controller refuses, or gave no answer for ``CONTROLLER_WAIT_S`` seconds.
@@ -69,7 +68,7 @@ def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
     began: float | None = None
     while True:
         try:
-            answer = ask()
+            return ask()
         except scheduler.SlurmBusyError as error:
             if began is None:
                 began = time.monotonic()
@@ -77,10 +76,6 @@ def wait_for_controller(folder: RunFolder, ask: Callable[[], Answer]) -> Answer:
             if time.monotonic() - began > CONTROLLER_WAIT_S:
                 raise
             time.sleep(ASK_AGAIN_S)
-            continue
-        if began is not None:
-            folder.record_event("controller_back", away_s=round(time.monotonic() - began, 1))
-        return answer
 
 
 def cause_of_stop(context: RunContext, attempt: int | None) -> Cause:
@@ -232,7 +227,7 @@ def apply_decision(
     decision = Decision(action, reason)
     record_decision(context, attempt, cause, decision)
     if action is Action.requeue:
-        requeue_job(context, cause, hosts_to_avoid(events, points_beside(context.folder)), text)
+        requeue_job(context, cause, hosts_to_avoid(events), text)
     if action is Action.stop and cause not in WANTED:
         raise RunFailedError(f"{text or f'the run was {cause}'}\nnot started again: {reason}")
     return decision
@@ -328,18 +323,13 @@ def handle_too_few_nodes(context: AgentContext, error: TooFewNodesError) -> None
     context.record_problems("node_sick", None, error.sick)
     found = problems_text("sick", error.sick)
     is_shared = all(one.is_shared for one in error.sick)
+    hosts = ",".join(sorted({one.host for one in error.sick}))
+    leave = f"cluster.exclude={hosts}, or spare_nodes=1; " if context.node.is_slurm else ""
+    fix = f"{leave}resilience.health_check.enabled=false starts the ranks all the same"
     if is_shared:
-        expected = "a run folder on a filesystem with room, which takes files from every node"
-        refusal = ConfigError(found, expected, f"df -h {shlex.quote(str(context.folder.path))}; or output_dir=FOLDER")
-    else:
-        needed = context.config.resilience.min_nodes or context.config.nodes
-        hosts = ",".join(sorted({one.host for one in error.sick}))
-        leave = f"cluster.exclude={hosts}, or spare_nodes=1; " if context.node.is_slurm else ""
-        refusal = ConfigError(
-            found,
-            f"{needed} healthy nodes, the first of the job among them",
-            f"{leave}resilience.health_check.enabled=false starts the ranks all the same",
-        )
+        fix = f"df -h {shlex.quote(str(context.folder.path))}; or output_dir=FOLDER"
+    needed = context.config.resilience.min_nodes or context.config.nodes
+    refusal = ConfigError(found, f"{needed} healthy nodes, the first of the job among them", fix)
     context.record("start_refused", cause=str(refusal))
     # A fault of every node comes from the check itself or a shared filesystem: other nodes would have it too.
     is_everywhere = is_shared or len(error.sick) == context.node.count > 1
@@ -367,8 +357,11 @@ def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
 # Takeover of a job whose head node is lost: the next remaining node requeues the job.
 
 
-TAKE_OVER_S = 3.0
-"""Seconds that node i + 1 waits longer than node i before it takes over, so that the first remaining node does."""
+TAKE_OVER_S = 5.0
+"""Seconds that node i + 1 waits longer than node i before it takes over, so that the first remaining node does.
+
+A head node that still works has recorded by then that it counts this node as lost.
+"""
 
 
 def take_over_as_leader(context: RunContext, why: str, known: int | None) -> None:
@@ -383,7 +376,7 @@ def take_over_as_leader(context: RunContext, why: str, known: int | None) -> Non
         RunFailedError: this node does not decide, or the run does not continue.
     """
     node, head = context.node, context.node.host_of(0)
-    time.sleep(TAKE_OVER_S * (node.index - 1))  # The nodes before this one have precedence.
+    time.sleep(TAKE_OVER_S * node.index)  # The nodes before this one have precedence.
     if not node.is_slurm:
         raise RunFailedError(f"the head node, {head}, is lost: {why}")
     events = context.events()

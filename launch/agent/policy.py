@@ -36,7 +36,6 @@ from launch.runs.events import (
     select_events,
 )
 from launch.runs.files import write_unwritten
-from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
 from launch.slurm.client import JobDetails
 
@@ -251,11 +250,10 @@ class AlreadyDecidedError(RunFailedError):
     """Raised if another agent has already recorded the end of the attempt. That agent decides what follows."""
 
 
-# Hosts that a run avoids, and why: a pure function of its event log and the logs of the command's other points.
+# Hosts that a run avoids, and why: a pure function of its event log.
 
 
 NO_HOSTS: Mapping[str, str] = MappingProxyType({})
-NO_EVENTS: Mapping[str, Events] = MappingProxyType({})
 UNRELIABLE = 2
 """Number of failures after which a host is avoided. A single failure may be chance, or the fault of the run."""
 DRIFT = "replicas_differ"
@@ -267,87 +265,49 @@ A diverged loss, too little memory and a refusal come from the program, and woul
 """
 
 
-def points_beside(folder: RunFolder) -> dict[str, Events]:
-    """Return the events of the other points (runs) of this run's command: name of the point -> events.
-
-    Only events since the submission of this run count. Empty if the plan cannot be read: the code that needs the
-    plan reports this error.
-    """
-    try:
-        others = [other for other in command_folders(folder) if other.path != folder.path]
-    except ConfigError:
-        return {}
-    since = next((event["time"] for event in events_since_submission(folder.read_events())), 0.0)
-    logs = {other.path.name: events_since_submission(other.read_events()) for other in others}
-    return {name: [event for event in log if event["time"] >= since] for name, log in logs.items()}
-
-
-def unreliable_hosts(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -> dict[str, str]:
+def unreliable_hosts(events: Events) -> dict[str, str]:
     """Return the hosts that failed in more than one attempt since the command was typed: host -> failures.
 
     A host whose parameters differ from those of most replicas counts after one failure: that cannot be chance.
-
-    Args:
-        events: event log of the run.
-        beside: name -> event log of each other point of the same command.
     """
-    logs = named_logs(events, beside)
-    certain = {host for log in logs.values() for e in select_events(log, DRIFT, certain=True) for host in e["hosts"]}
-    failures = sorted(failures_of_hosts(logs).items())
+    events = events_since_submission(events)
+    certain = {host for event in select_events(events, DRIFT, certain=True) for host in event["hosts"]}
+    failures = sorted(failures_of_hosts(events).items())
     return {host: "; ".join(each) for host, each in failures if len(each) >= UNRELIABLE or host in certain}
 
 
-def hosts_to_avoid(events: Events, beside: Mapping[str, Events] = NO_EVENTS) -> dict[str, str]:
-    """Return the unreliable, lost and sick hosts, which a requeued job must not get again: host -> reason.
-
-    The arguments are those of ``unreliable_hosts``.
-    """
-    logs = named_logs(events, beside)
-    lost = {e["host"] for log in logs.values() for e in select_events(log, "node_lost")}
-    failures = failures_of_hosts(logs)
-    avoid = {host: "; ".join(failures[host]) for host in sorted(lost | {*unreliable_hosts(events, beside)})}
-    for name, log in logs.items():
-        sick = {e["host"]: f"{name}sick: {e['cause']}" for e in select_events(log, "node_sick")}
-        avoid |= {host: "; ".join(filter(None, (avoid.get(host), why))) for host, why in sick.items()}
-    return avoid
+def hosts_to_avoid(events: Events) -> dict[str, str]:
+    """Return the unreliable, lost and sick hosts, which a requeued job must not get again: host -> reason."""
+    avoid, events = unreliable_hosts(events), events_since_submission(events)
+    failures = failures_of_hosts(events)
+    avoid |= {event["host"]: "; ".join(failures[event["host"]]) for event in select_events(events, "node_lost")}
+    return avoid | {event["host"]: f"sick: {event['cause']}" for event in select_events(events, "node_sick")}
 
 
-def named_logs(events: Events, beside: Mapping[str, Events]) -> dict[str, Events]:
-    """Return the events of each run since the command was typed: prefix -> events.
-
-    The prefix, for texts, is ``NAME: `` for another point of the command, and empty for this run.
-    """
-    return {"": events_since_submission(events), **{f"{name}: ": log for name, log in beside.items()}}
-
-
-def failures_of_hosts(logs: Mapping[str, Events]) -> dict[str, list[str]]:
-    """Return the failures of each host in the order of the attempts, from the logs of ``named_logs``.
+def failures_of_hosts(events: Events) -> dict[str, list[str]]:
+    """Return the failures of each host in the order of the attempts, from the events since the command was typed.
 
     Each host has at most one failure per attempt. A host has failed if it was lost, or if the first failed rank of an
     attempt ran there. A host whose rank only reports a lost peer did not fail. If replicas of the parameters differ,
     all ranks fail, and only the hosts of the wrong replicas count.
     """
-    found: dict[str, list[str]] = defaultdict(list)
-    for name, log in logs.items():
-        failures: dict[str, dict[object, str]] = defaultdict(dict)
-        for event in select_events(log, "node_lost"):
-            attempt = event.get("attempt")
-            when = "before the ranks started" if attempt is None else f"in attempt {attempt}"
-            failures[event["host"]].setdefault(id(event) if attempt is None else attempt, f"lost {when}")
-        drifted = set()
-        for event in select_events(log, DRIFT):
-            drifted.add(event["attempt"])
-            for host in event["hosts"]:
-                failures[host].setdefault(event["attempt"], f"in attempt {event['attempt']}: {event['cause']}")
-        for end in attempt_ends(log):
-            is_of_host = end["cause"] in OF_A_HOST and end["attempt"] not in drifted
-            first = first_failure(log, end["attempt"]) if is_of_host else None
-            if first is not None and not first.get("echo"):
-                text = f"rank {first['rank']} failed first in attempt {end['attempt']}: {first['cause']}"
-                failures[first["host"]].setdefault(end["attempt"], text)
-        for host, by_attempt in failures.items():
-            found[host] += [f"{name}{failure}" for failure in by_attempt.values()]
-    return found
+    failures: dict[str, dict[object, str]] = defaultdict(dict)
+    for event in select_events(events, "node_lost"):
+        attempt = event.get("attempt")
+        when = "before the ranks started" if attempt is None else f"in attempt {attempt}"
+        failures[event["host"]].setdefault(id(event) if attempt is None else attempt, f"lost {when}")
+    drifted = set()
+    for event in select_events(events, DRIFT):
+        drifted.add(event["attempt"])
+        for host in event["hosts"]:
+            failures[host].setdefault(event["attempt"], f"in attempt {event['attempt']}: {event['cause']}")
+    for end in attempt_ends(events):
+        is_of_host = end["cause"] in OF_A_HOST and end["attempt"] not in drifted
+        first = first_failure(events, end["attempt"]) if is_of_host else None
+        if first is not None and not first.get("echo"):
+            text = f"rank {first['rank']} failed first in attempt {end['attempt']}: {first['cause']}"
+            failures[first["host"]].setdefault(end["attempt"], text)
+    return {host: [*by_attempt.values()] for host, by_attempt in failures.items()}
 
 
 def reasons(hosts: Mapping[str, str]) -> str:

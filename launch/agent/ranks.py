@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,8 +27,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
-from launch.agent import fork_server as numa
-from launch.agent.exchange import POLL_S, SignedStore, derive, quick_s
+from launch.agent.exchange import POLL_S, derive
 from launch.agent.fork_server import ForkedProcess, ForkServer
 from launch.agent.health import gpu_telemetry
 from launch.agent.node import AgentContext, Attempt, Node, RendezvousRound, RunContext, interface_of
@@ -38,7 +36,7 @@ from launch.config import Config
 from launch.config.compose import workload_of
 from launch.process import set_default_threads
 from launch.runs import heartbeat
-from launch.runs.environment import set_defaults, set_dump_file, visible_gpus
+from launch.runs.environment import set_defaults, set_dump_file
 from launch.runs.folder import RunFolder, read_plan
 from launch.worker import STORE_PREFIX
 from launch.worker.memory import SECRET, STORE
@@ -193,9 +191,6 @@ def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
 
     Returns:
         None if all ranks left in order, else the failure as text.
-
-    Raises:
-        InterruptedError: a stop was requested before the ranks of all nodes had started.
     """
     config, group = context.config, context.group
     workload = workload_of(config)
@@ -216,9 +211,6 @@ def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
         try:
             with gpu_telemetry(context, rdzv.attempt):
                 result = rank_agent.run()
-        except dist.DistError as error:  # The store is gone, and the head node with it.
-            rank_agent.send(signal.SIGKILL)
-            return f"the nodes did not meet, or the head node's store does not answer: {error}"
         finally:
             records.close()
     if result is not None and result.is_failed():
@@ -236,72 +228,23 @@ def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
 
 LAST_MESSAGES_S = 3.0
 """Seconds after the first failure in which other ranks can still record their own failures."""
-HERE = "here"
-"""Key in the store of an attempt: the number of nodes that are ready to start their ranks."""
-VERDICT = "verdict"
-"""Key in the store of an attempt: ``GO``, ``LEAVE`` or ``AGAIN`` for all nodes. The first node that writes decides."""
-GO, LEAVE, AGAIN = "go", "leave", "again"
 
 
 class FixedRendezvous(RendezvousHandler):
-    """Rendezvous for torch elastic with members and an address on which the agents have agreed.
-
-    Args:
-        attempt: the attempt that starts.
-        watch: finds lost nodes until all members have arrived.
-    """
+    """Rendezvous for torch elastic with members and an address on which the agents have agreed."""
 
     use_agent_store = True
-    """The ranks use the same store, so no further port is opened that another process could take."""
+    """The ranks use the store of the head node: no further port is opened, which another process could take."""
 
-    def __init__(self, attempt: Attempt, watch: Watch) -> None:
+    def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
-        self._watch = watch
-        self._timeout_s = attempt.config.resilience.rendezvous_timeout_s
-        rdzv, timeout = attempt.rdzv, timedelta(seconds=self._timeout_s)
-        self._store = dist.TCPStore(rdzv.address, rdzv.port, is_master=False, wait_for_workers=False, timeout=timeout)
-        self.departures = SignedStore(self._store, attempt.group.token, "departures")
-        """Records of the nodes whose ranks have left in order."""
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Return the place of this node among the members, and the store for the ranks.
-
-        Raises:
-            InterruptedError: a node was requested to leave before all nodes had arrived here.
-            torch.distributed.DistStoreError: a node did not arrive, or was lost before it arrived.
-        """
-        self._meet()
-        rdzv, token = self._attempt.rdzv, self._attempt.group.token
-        store = dist.PrefixStore(derive(token, "elastic"), self._store)
+        """Return the place of this node among the members, and the address of the ranks' store."""
+        rdzv = self._attempt.rdzv
         where = RendezvousStoreInfo(rdzv.address, rdzv.port)
-        return RendezvousInfo(store, self._attempt.place, len(rdzv.members), where)
-
-    def _meet(self) -> None:
-        """Wait for the other nodes in Python. Elastic waits in C++, which ignores signals until the timeout.
-
-        All nodes follow one verdict: if one node left and another continued, the second node would wait.
-        """
-        attempt, count = self._attempt, len(self._attempt.rdzv.members)
-        store = dist.PrefixStore(derive(attempt.group.token, "rendezvous"), self._store)
-        deadline = time.monotonic() + self._timeout_s
-        here = store.add(HERE, 1)
-        while not store.check([VERDICT]):
-            if here >= count:
-                store.compare_set(VERDICT, "", GO)
-            elif attempt.stop.count > 0:
-                store.compare_set(VERDICT, "", LEAVE)
-            elif self._watch.find_lost() is not None:
-                store.compare_set(VERDICT, "", AGAIN)
-            elif time.monotonic() > deadline:
-                raise dist.DistStoreError(f"{here} of {count} nodes came in {self._timeout_s:g} s")
-            else:
-                time.sleep(quick_s(count))
-            here = store.add(HERE, 0)
-        verdict = store.get(VERDICT).decode()
-        if verdict == LEAVE:
-            raise InterruptedError("a stop was requested before the ranks had started")
-        if verdict == AGAIN:
-            raise dist.DistStoreError("a node was lost before the ranks had started")
+        # Elastic reads and writes nothing in its own store, since the nodes have the same number of ranks.
+        return RendezvousInfo(dist.HashStore(), self._attempt.place, len(rdzv.members), where)
 
     # Elastic requires these methods. The object serves one round, and the store belongs to the head node's agent group.
 
@@ -331,19 +274,14 @@ class RankAgent(LocalElasticAgent):
         self._attempt = attempt
         self._watch = watch
         self._records = records
-        self._meeting = FixedRendezvous(attempt, watch)
-        self._cpus: Sequence[frozenset[int]] | None = None
-        """CPUs that each rank is bound to, by local rank; None if ranks are not bound."""
-        if config.cluster.bind_cpus:
-            self._cpus = numa.cpus_of_ranks(config.ranks_on_node, visible_gpus(), os.sched_getaffinity(0))
-        records.begin(self._cpus)
+        records.begin()
         self._workdir, logs = str(command.workdir or Path.cwd()), attempt.log(0).parent
         spec = WorkerSpec(
             role="rank",
             local_world_size=config.ranks_on_node,
             entrypoint="/bin/sh",
             args=("-c", START_RANK, "sh", self._workdir, str(logs), *command.args),
-            rdzv_handler=self._meeting,
+            rdzv_handler=FixedRendezvous(attempt),
             max_restarts=0,  # The agents decide on restarts, not elastic.
             monitor_interval=POLL_S,
             local_addr=attempt.group.address,
@@ -371,20 +309,15 @@ class RankAgent(LocalElasticAgent):
 
         During the call, this method replaces the function with which elastic creates a rank's process.
         """
-        attempt, server, cpus, workdir = self._attempt, self._server, self._cpus, self._workdir
+        attempt, server, workdir = self._attempt, self._server, self._workdir
+        if server is None:
+            return super()._start_workers(worker_group)
         original = elastic_processes.get_subprocess_handler
 
         class Handler(SubprocessHandler):
             def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes] | ForkedProcess:  # type: ignore[override]
-                if cpus is not None:
-                    env[numa.VARIABLE] = ",".join(map(str, sorted(cpus[int(env["LOCAL_RANK"])])))
-                if server is not None:
-                    log = str(attempt.log(int(env["RANK"])))
-                    forked = server.start(attempt.command.args, env, workdir, log)
-                    if forked is not None:
-                        return forked
-                with numa.bound(numa.cpus_in(env)):
-                    return super()._popen(args, env)
+                log = str(attempt.log(int(env["RANK"])))
+                return server.start(attempt.command.args, env, workdir, log) or super()._popen(args, env)
 
         elastic_processes.get_subprocess_handler = Handler  # type: ignore[assignment]
         try:
@@ -439,19 +372,9 @@ class RankAgent(LocalElasticAgent):
         Elastic's own barrier gives up silently after five minutes, even while ranks of another node fail or work. The
         run would then count as finished.
         """
-        # The head node knows how the attempt ended, and has closed its store.
-        with contextlib.suppress(dist.DistError):
-            departures, place = self._meeting.departures, self._attempt.place
-            keys = [f"left/{place}" for place in range(len(self._attempt.rdzv.members))]
-            departures.set(keys[place], "left")
-            while not self.is_given_up:
-                # One node reads all records and writes one for all nodes.
-                if place == 0 and None not in departures.read(keys):
-                    departures.set("left/all", "left")
-                if departures.read(["left/all"]) == ["left"]:
-                    break
-                self._poll()
-                time.sleep(POLL_S)
+        while not self.is_given_up and not self._attempt.group.have_left(self._attempt.rdzv):
+            self._poll()
+            time.sleep(POLL_S)
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to every rank of this node that still runs."""

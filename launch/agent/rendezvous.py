@@ -21,10 +21,8 @@ from launch.agent.exchange import (
     SignedStore,
     open_endpoint,
     open_tcp_store,
-    read_endpoint,
-    write_endpoint,
 )
-from launch.agent.health import RUN_FOLDER, Fault, HealthCheck
+from launch.agent.health import RUN_FOLDER, HealthCheck
 from launch.agent.node import (
     HeadNodeLostError,
     NodeProblem,
@@ -39,15 +37,10 @@ from launch.runs.folder import read_plan, writing_into
 
 SPARE_WAIT_S = 10.0
 """Seconds for which a round with enough nodes waits for further nodes."""
-SPARE_CHECK_S = 60.0
-"""Seconds between two health checks of a spare that waits."""
 ROOM_POLL_S = 2.0
-ASK_SLURM_S = 30.0
-"""Seconds between two queries to Slurm whether absent nodes still belong to the job."""
 ECHO_S = 8.0
 """Seconds of silence after which a node counts as the cause of a lost connection that no rank explains."""
-GOODBYE_S = 10.0
-OVER_S = 5.0
+FLUSH_S = 5.0
 
 
 class AgentGroup:
@@ -67,7 +60,6 @@ class AgentGroup:
         """Secret that the agents of this job share."""
         self.heartbeat = Heartbeat(node.index, node.count, SignedStore(endpoint.store, endpoint.token, "heartbeats"))
         self._health = HealthCheck(context.folder.path, self._limits.health_check, config.cluster.gpus_per_node)
-        self._failed = -1
         self._has_recorded_foreign = False
         self.lost: dict[int, NodeProblem] = {}
         """Index -> lost node. Lost nodes take no further part in this job. Empty except on the head node."""
@@ -95,18 +87,12 @@ class AgentGroup:
         while faults and all(fault.part == RUN_FOLDER for fault in faults) and time.monotonic() < deadline:
             time.sleep(ROOM_POLL_S)
             faults = self._health.examine()
-        self._report_ready(number, faults)
-        return self._open_round(number, avoid) if self._node.is_head else self._await_round(number)
-
-    def _report_ready(self, number: int, faults: Sequence[Fault]) -> None:
         self.heartbeat.publish(host=self._node.host, ready=number, faults=tuple(faults))
+        return self._open_round(number, avoid) if self._node.is_head else self._await_round(number)
 
     def report_failed(self, number: int) -> None:
         """Have the other agents end their ranks of round ``number`` at once, before a collective times out."""
         self.heartbeat.publish(failed=number)
-        if number > self._failed:
-            self._failed = number
-            self.heartbeat.hurry()  # Every node waits for the next messages.
 
     def has_failed(self, number: int) -> bool:
         """Return whether ranks of another node failed in round ``number``. The head node tells all other nodes."""
@@ -118,17 +104,22 @@ class AgentGroup:
         has_failed = any(message.failed >= number for message in list(heartbeat.received.values()))
         if has_failed and self._node.is_head:
             self.report_failed(number)  # The other nodes read only the messages of the head node.
-        elif has_failed and number > self._failed:
-            self._failed = number
-            heartbeat.hurry()
         return has_failed
 
+    def have_left(self, rdzv: RendezvousRound) -> bool:
+        """Report that this node's ranks have left a round in order. Returns whether the ranks of all members have."""
+        heartbeat, number = self.heartbeat, rdzv.number
+        heartbeat.publish(left=number)
+        if self._node.is_head and all(heartbeat.of(index).left >= number for index in rdzv.members):
+            heartbeat.publish(all_left=number)
+        return heartbeat.of(0).all_left >= number
+
     def close(self) -> None:
-        """Leave the group. The head node waits up to ``GOODBYE_S`` seconds until the other agents have left."""
+        """Leave the group. The head node waits ``resilience.node_timeout_s`` at most for the other agents to leave."""
         self.heartbeat.publish(bye=True)
         if not self.head_is_lost():
-            self.heartbeat.flush(OVER_S)
-        deadline = time.monotonic() + GOODBYE_S
+            self.heartbeat.flush(FLUSH_S)
+        deadline = time.monotonic() + self._limits.node_timeout_s
         while self._node.is_head and time.monotonic() < deadline:
             if all(message.bye for message in self._present().values()):
                 break
@@ -139,7 +130,6 @@ class AgentGroup:
 
     def end(self, failure: str | None = None) -> None:
         """Tell the other agents that there are no further rounds, and the reason ``failure`` if the run failed."""
-        write_endpoint(self._context.folder, self._node, over=True, failure=failure)
         self.heartbeat.publish(over=True, failure=failure)
 
     def find_silent(self, rdzv: RendezvousRound) -> list[NodeProblem]:
@@ -157,7 +147,7 @@ class AgentGroup:
         limit = min(ECHO_S, self._limits.node_timeout_s)
         deadline = time.monotonic() + limit
         while waiting and time.monotonic() < deadline:
-            time.sleep(heartbeat.poll_s)
+            time.sleep(POLL_S)
             waiting = {index: beat for index, beat in waiting.items() if heartbeat.of(index).beat < beat + 2}
         silent = f"no answer in {limit:.0f} s after a connection between the ranks was lost"
         return [self._lose(index, f"{silent}, {self._silence_text(index)}") for index in waiting]
@@ -193,10 +183,9 @@ class AgentGroup:
         elif max((n for n in folder.attempts() if n < attempt), default=0) in fewer_nodes(folder.read_events()):
             self._context.record(ALL_NODES, attempt=attempt, nodes=full, hosts=hosts)
         self._context.record_problems("node_sick", attempt, sick)
-        for event, present in (("avoided", spares), ("not_avoided", hosts)):
-            named = {host: why for host, why in avoid.items() if host in present}
-            if named:
-                self._context.record(event, attempt=attempt, hosts=list(named), cause=reasons(named))
+        avoided = {host: why for host, why in avoid.items() if host in spares}
+        if avoided:
+            self._context.record("avoided", attempt=attempt, hosts=list(avoided), cause=reasons(avoided))
         return rdzv
 
     def _gather(self, number: int) -> tuple[list[int], list[NodeProblem]]:
@@ -204,7 +193,7 @@ class AgentGroup:
 
         Returns the indices of the healthy nodes, and the sick nodes. Raises TooFewNodesError as ``next_round``.
         """
-        began = asked = time.monotonic()
+        began = time.monotonic()
         while (size := self.next_size) is not None:
             # A spare can reach this round long before the other nodes, and may be gone by now.
             present = {i: m for i, m in self._present().items() if self._silence(i) <= self._limits.node_timeout_s}
@@ -229,12 +218,7 @@ class AgentGroup:
                     self._lose(index, self._silence_text(index))
                 elif waited > self._limits.rendezvous_timeout_s:
                     self._lose(index, f"{'not ready' if came else 'did not show up'} in {waited:.0f} s")
-            if time.monotonic() - asked > ASK_SLURM_S:
-                taken, asked = self._node.taken_hosts(), time.monotonic()
-                for index in absent:
-                    if index not in self.lost and self._host(index) in taken:
-                        self._lose(index, "Slurm has taken it from the job, as one that does not answer")
-            time.sleep(self.heartbeat.poll_s)
+            time.sleep(POLL_S)
         raise TooFewNodesError(f"{self._node.count - len(self.lost)} nodes left, and {self._sizes[-1]} are needed")
 
     def _present(self) -> dict[int, Message]:
@@ -257,24 +241,19 @@ class AgentGroup:
     # On the other nodes.
 
     def _await_round(self, number: int) -> RendezvousRound | None:
-        checked = time.monotonic()
         while True:
-            if time.monotonic() - checked > SPARE_CHECK_S:  # A spare may wait for days.
-                self._report_ready(number, self._health.examine())
-                checked = time.monotonic()
             head = self.heartbeat.of(0)
-            is_over, failure = head.over, head.failure
-            if not is_over and (head.round is None or head.round.number < number) and self.head_is_lost():
-                is_over, failure = True, self._last_failure()
-            if is_over:
-                if failure:
-                    raise RunFailedError(failure)
+            if head.failure:
+                raise RunFailedError(head.failure)
+            if head.over:
                 return None
             if head.round is not None and head.round.number >= number:
                 return head.round
-            if number:
-                self.has_failed(number - 1)  # A spare polls quickly too: only a failure shows that the spare is needed.
-            time.sleep(self.heartbeat.poll_s)
+            if self.head_is_lost():
+                connection = self.heartbeat.lost_connection
+                why = self._silence_text(0) if connection is None else f"its connection ended ({connection})"
+                raise HeadNodeLostError(why)
+            time.sleep(POLL_S)
 
     @property
     def announced_attempt(self) -> int | None:
@@ -287,27 +266,6 @@ class AgentGroup:
         silent = self.heartbeat.silence(0)
         is_silent = silent is not None and silent > self._limits.node_timeout_s
         return self.heartbeat.lost_connection is not None or is_silent
-
-    def _last_failure(self) -> str | None:
-        """Return the failure with which the head node has ended the run, from the endpoint file.
-
-        None if the run ended without a failure.
-
-        Raises:
-            HeadNodeLostError: the file does not show the end of the run within ``OVER_S`` seconds.
-        """
-        why = self._silence_text(0)
-        if self.heartbeat.lost_connection is not None:
-            silent = f", {why}" if self._silence(0) >= 1 else ""
-            why = f"its connection ended ({self.heartbeat.lost_connection}){silent}"
-        deadline = time.monotonic() + OVER_S
-        while time.monotonic() < deadline:
-            head = read_endpoint(self._context.folder, self._node)
-            if head.get("over"):
-                failure: str | None = head.get("failure")
-                return failure
-            time.sleep(POLL_S)
-        raise HeadNodeLostError(why)
 
 
 @contextmanager

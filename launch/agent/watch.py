@@ -23,7 +23,6 @@ from launch.runs import heartbeat
 from launch.runs.environment import (
     code_state,
     describe_code,
-    describe_cpus,
     describe_environment,
     describe_rank,
     driver_version,
@@ -53,8 +52,8 @@ STACK_BEGUN = b"(most recent call first)"
 """End of the first line of each thread's stack."""
 STACK_WAIT_S = 3.0
 """Longest wait in seconds for the first line of the stacks."""
-STACK_END_S = 20.0
-"""Longest wait in seconds for the last line of the stacks, on a node whose cores are all busy."""
+STACK_QUIET_S = 1.0
+"""Seconds without a further line after which the stacks count as complete."""
 NEARLY = 0.8
 """Share of its limit after which a silent rank is reported as hung, once ranks of another node have failed."""
 
@@ -154,24 +153,23 @@ def stack_of(pid: int, log: Path) -> str:
 
     A stopped process cannot answer, so this function also sends SIGCONT. The caller must end the process afterwards.
     """
-    before, blocking = _size(log), processes.threads_handling(pid, STACK_SIGNAL)
+    before, answer = _size(log), b""
     try:
         os.kill(pid, STACK_SIGNAL)
         os.kill(pid, signal.SIGCONT)
     except ProcessLookupError:
         return ""
-    asked = time.monotonic()
+    grew = time.monotonic()
     while True:
         time.sleep(0.05)
         # Checked before the log is read, so that the log of an ended process is complete.
         is_done = processes.is_gone(pid)
-        is_writing = bool(processes.threads_handling(pid, STACK_SIGNAL) - blocking)
         with log.open("rb") as file:
             file.seek(before)
-            answer = file.read()
-        begun = STACK_BEGUN in answer
-        waited_s = time.monotonic() - asked
-        if is_done or (begun and not is_writing) or waited_s > (STACK_END_S if begun else STACK_WAIT_S):
+            former, answer = answer, file.read()
+        if answer != former:
+            grew = time.monotonic()
+        if is_done or time.monotonic() - grew > (STACK_QUIET_S if STACK_BEGUN in answer else STACK_WAIT_S):
             return answer.decode(errors="replace").strip()
 
 
@@ -289,12 +287,6 @@ class Watch:
 
 LAST_LINE = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)$", re.MULTILINE)
 """Pattern of the line in a Python traceback that names the exception."""
-TERMINATED = "terminate called without an active exception"
-"""Last log line of a process whose C++ threads still wait for Python's lock (GIL) when Python exits."""
-THREADS_LEFT = (
-    "; where its work was done, threads of its process group were alive when Python ended: import torch.distributed.nn "
-    "at the top of the script; del model, and torch.distributed.destroy_process_group(), at its end"
-)
 
 
 class RankRecords:
@@ -308,18 +300,12 @@ class RankRecords:
         self._environment: dict[str, Any] | None = None
         self._is_environment_written = False
 
-    def begin(self, cpus: Sequence[Collection[int]] | None = None) -> None:
-        """Record the start and the environment of the ranks, unless the ranks record both.
-
-        Args:
-            cpus: CPUs that each rank is bound to, by local rank; None if ranks are not bound.
-        """
+    def begin(self) -> None:
+        """Record the start and the environment of the ranks, unless the ranks record both."""
         attempt = self._attempt
         if self._contract.records_events:
             return
         entries = [describe_rank(rank, local, attempt.place) for local, rank in enumerate(attempt.ranks)]
-        for local, bound in enumerate(cpus or ()):
-            entries[local] |= describe_cpus(bound)
         self._unwritten_part = {"ranks": entries}
         self._write_environment()
         if attempt.place == 0:
@@ -427,7 +413,6 @@ def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:
         return str(message["message"]), str((message.get("extraInfo") or {}).get("py_callstack") or end)
     number = -failure.exitcode
     if number > 0:
-        hint = THREADS_LEFT if number == signal.SIGABRT and end.rstrip().endswith(TERMINATED) else ""
-        return f"killed by {signal.Signals(number).name}{hint}", end
+        return f"killed by {signal.Signals(number).name}", end
     last = LAST_LINE.findall(end)
     return (f"{last[-1]} (exit status {failure.exitcode})" if last else f"exit status {failure.exitcode}"), end

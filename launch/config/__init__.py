@@ -77,9 +77,6 @@ class HealthCheckConfig:
     """
 
     enabled: bool = key(True, "false: ranks start without a check of their node.")
-    links: list[str] = key(
-        list, "Network interfaces and InfiniBand adapters that must be up at every start, such as [ib0,mlx5_0]."
-    )
     command: Any = key(
         None,
         "The site's own check: program and arguments, a string as in a shell, or a list. Exit status 0 means healthy;"

@@ -130,7 +130,6 @@ class ClusterConfig(PlacementConfig):
         " site gives CPUs by GPU.",
         least=1,
     )
-    bind_cpus: bool = key(True, "Bind each rank to the CPUs of the job near its GPU (NUMA node), if they are enough.")
     mem_gb: Optional[float] = key(None, "Memory of each node (sbatch --mem=NG: Slurm's G is GiB).", unit="GiB", least=1)
     placement: list[PlacementConfig] = key(
         list,

@@ -237,9 +237,9 @@ def scancel(job_id: str, *options: str, retries: int = RETRIES) -> None:
             raise
 
 
-def host_names(hosts: str, retries: int = RETRIES) -> set[str]:
+def host_names(hosts: str) -> set[str]:
     """Return the names in a host list of Slurm, such as ``n[1-3],n7``; empty for ``(null)``. Raises SlurmError."""
-    return set() if hosts == "(null)" else set(run("scontrol", "show", "hostnames", hosts, retries=retries).split())
+    return set() if hosts == "(null)" else set(run("scontrol", "show", "hostnames", hosts).split())
 
 
 @dataclass(frozen=True)
@@ -298,15 +298,6 @@ def seconds(text: str) -> float | None:
 def requeue(job_id: str) -> None:
     """Requeue a running job, or one element of an array. Raises SlurmError."""
     run("scontrol", "requeue", job_id)
-
-
-def nodes_left(job_id: str, retries: int = RETRIES) -> set[str]:
-    """Return the names of the nodes that a running job still has. With --no-kill, Slurm removes failed nodes.
-
-    Raises:
-        SlurmError: the controller does not answer, or has forgotten the job.
-    """
-    return host_names(job_fields(job_id, retries).get("NodeList", "(null)"), retries)
 
 
 def usable_nodes(job_id: str) -> set[str]:

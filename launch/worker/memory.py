@@ -8,8 +8,8 @@ being sent. The files are in anonymous memory, so nothing is left behind when th
 killed.
 
 Both ends first prove that they know the secret of the stores. Messages are JSON, signed and numbered; bytes after a
-message have a SHA-256 sum. Nothing is unpickled. A file is cut into chunks, and its sum is the SHA-256 of the
-sums of its chunks. So each byte is hashed once, for all stores that receive it. Standard library only.
+message have a SHA-256 sum. Nothing is unpickled. A file is cut into chunks, so that each byte is hashed once, for all
+stores that receive it. Standard library only.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class StoreClient:
         Raises:
             StoreError: the store cannot do the request; the message says why.
         """
-        self._channel.send({"op": op, **arguments})
+        self._send({"op": op, **arguments})
         return self._answer()[0]
 
     def append(self, payload: bytes | memoryview, digest: str, **arguments: Any) -> None:
@@ -206,22 +206,24 @@ class StoreClient:
             digest: SHA-256 of the chunk in hexadecimal digits.
             arguments: ``save``, ``rank`` and ``name`` of the file.
         """
-        try:
-            self._channel.send({"op": "append", **arguments}, payload, digest)
-        except (BrokenPipeError, ConnectionResetError):
-            self._answer()  # The answer has the reason for which the store has closed the connection.
-            raise
+        self._send({"op": "append", **arguments}, payload, digest)
 
     def read(self, save: str, rank: int, name: str, offset: int, size: int) -> bytearray:
         """Read ``size`` bytes of a file from ``offset`` on, at most ``CHUNK`` bytes."""
-        where = {"save": save, "rank": rank, "name": name}
-        self._channel.send({"op": "read", **where, "offset": offset, "size": size})
+        self._send({"op": "read", "save": save, "rank": rank, "name": name, "offset": offset, "size": size})
         return self._answer()[1]
 
     def read_all(self, save: str, rank: int, name: str, size: int) -> bytes:
         """Read a whole file of ``size`` bytes."""
         parts = [self.read(save, rank, name, at, min(CHUNK, size - at)) for at in range(0, size, CHUNK)]
         return b"".join(parts)
+
+    def _send(self, message: Mapping[str, Any], payload: bytes | memoryview = b"", digest: str = "") -> None:
+        try:
+            self._channel.send(message, payload, digest)
+        except (BrokenPipeError, ConnectionResetError):
+            self._answer()  # The answer has the reason for which the store has closed the connection.
+            raise
 
     def _answer(self) -> tuple[dict[str, Any], bytearray]:
         try:
@@ -247,7 +249,6 @@ class Upload:
         self._stores = stores
         self._where = {"save": save, "rank": rank, "name": name}
         self._pending = bytearray()
-        self._sums = hashlib.sha256()
         self.size = 0
 
     def write(self, data: Any) -> int:
@@ -263,7 +264,7 @@ class Upload:
                 continue
             self._pending += piece
             if len(self._pending) == CHUNK:
-                self._flush()
+                self.end()
         return length
 
     def tell(self) -> int:
@@ -274,21 +275,14 @@ class Upload:
     def close(self) -> None: ...
 
     def end(self) -> None:
-        """Send the last chunk of the file, its size and its sum, and wait until all stores have accepted the file."""
-        self._flush()
-        for store in self._stores:
-            store.ask("end", **self._where, size=self.size, total=self._sums.hexdigest())
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._send(memoryview(self._pending))
-            self._pending = bytearray()
+        """Send the last chunk of the file, which may be empty. The stores accept it with the request ``finish``."""
+        self._send(memoryview(self._pending))
+        self._pending = bytearray()
 
     def _send(self, piece: memoryview) -> None:
-        digest = hashlib.sha256(piece)
-        self._sums.update(digest.digest())
+        digest = hashlib.sha256(piece).hexdigest()
         for store in self._stores:
-            store.append(piece, digest.hexdigest(), **self._where)
+            store.append(piece, digest, **self._where)
 
 
 # The store.
@@ -297,7 +291,7 @@ class Upload:
 NICENESS = 10
 """Niceness of the store's process: the store gets CPU time that the ranks do not use."""
 BACKLOG = 4096
-REQUESTS = ("begin", "end", "finish", "commit", "keep", "inventory", "verify")
+REQUESTS = ("begin", "finish", "commit", "keep", "inventory", "verify")
 
 
 class StoredFile:
@@ -307,8 +301,6 @@ class StoredFile:
         self._descriptor = os.memfd_create("memory_checkpoint")
         self._sums = hashlib.sha256()
         self.size = 0
-        self.sum = ""
-        """Sum that the rank has computed, hexadecimal digits; empty until the file is complete."""
 
     def append(self, content: bytearray, digest: str) -> None:
         view = memoryview(content)
@@ -317,18 +309,15 @@ class StoredFile:
         self._sums.update(bytes.fromhex(digest))
         self.size += len(content)
 
-    def end(self, size: int, total: str) -> None:
-        """Mark the file as complete.
-
-        Raises:
-            StoreError: size or sum differ from those of the rank's file.
-        """
-        if (self.size, self._sums.hexdigest()) != (size, total):
-            raise StoreError("a file that is not the one that was sent")
-        self.sum = total
-
     def read(self, offset: int, size: int) -> bytes:
         return os.pread(self._descriptor, min(size, CHUNK), offset)
+
+    def is_damaged(self) -> bool:
+        """Return whether the file has changed since it was received."""
+        sums = hashlib.sha256()
+        for offset in range(0, self.size, CHUNK):
+            sums.update(hashlib.sha256(self.read(offset, CHUNK)).digest())
+        return sums.digest() != self._sums.digest()
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -344,8 +333,6 @@ class StoredSave:
     """True once all ranks have agreed that the checkpoint is complete."""
     parts: dict[int, dict[str, StoredFile]] = field(default_factory=dict)
     """Rank -> file name -> file."""
-    whole: set[int] = field(default_factory=set)
-    """Ranks whose part is complete."""
 
 
 class Store:
@@ -362,7 +349,6 @@ class Store:
             held = self._saves.setdefault(save, StoredSave(step, world_size))
             for former in held.parts.get(rank, {}).values():
                 former.close()
-            held.whole.discard(rank)
             held.parts[rank] = {}
 
     def append(self, save: str, rank: int, name: str, content: bytearray, digest: str) -> None:
@@ -373,17 +359,10 @@ class Store:
                 files[name] = StoredFile()
         files[name].append(content, digest)
 
-    def end(self, save: str, rank: int, name: str, size: int, total: str) -> None:
-        """Mark a file as complete. Raises StoreError if size or sum differ from those of the rank's file."""
-        with self._lock:
-            self._part(save, rank).setdefault(name, StoredFile()).end(size, total)
-
     def finish(self, save: str, rank: int) -> None:
-        """Mark the part of a rank as complete. Raises StoreError if one of its files is not."""
+        """Confirm to a rank that its whole part is here: the rank has sent all chunks of its files before."""
         with self._lock:
-            if not all(file.sum for file in self._part(save, rank).values()):
-                raise StoreError(f"the part of rank {rank} is not whole")
-            self._saves[save].whole.add(rank)
+            self._part(save, rank)
 
     def commit(self, save: str) -> None:
         """Mark a save as committed, because all ranks have agreed on it, and drop all other saves.
@@ -403,7 +382,7 @@ class Store:
             self._drop(self._saves.keys() - {save})
 
     def inventory(self) -> dict[str, Any]:
-        """Return under ``saves`` each committed save: name, step, world size, and its complete parts.
+        """Return under ``saves`` each committed save, whose parts are complete: name, step, world size, and parts.
 
         A part is a pair of a rank and the sizes of its files in bytes, by file name.
         """
@@ -411,28 +390,22 @@ class Store:
             saves = []
             for name, held in self._saves.items():
                 if held.is_committed:
-                    sizes = {rank: {name: file.size for name, file in held.parts[rank].items()} for rank in held.whole}
+                    parts = [
+                        [rank, {f: file.size for f, file in held.parts[rank].items()}] for rank in sorted(held.parts)
+                    ]
                     about = {"save": name, "step": held.step, "world_size": held.world_size}
-                    saves.append({**about, "parts": [[rank, sizes[rank]] for rank in sorted(sizes)]})
+                    saves.append({**about, "parts": parts})
             return {"saves": saves}
 
     def verify(self, save: str, rank: int) -> dict[str, Any]:
         """Read the part of a rank. Returns under ``damaged`` the names of files that differ from their sum."""
         with self._lock:
             files = dict(self._part(save, rank))
-        damaged = []
-        for name, file in sorted(files.items()):
-            sums = hashlib.sha256()
-            for offset in range(0, file.size, CHUNK):
-                sums.update(hashlib.sha256(file.read(offset, CHUNK)).digest())
-            damaged += [name] if sums.hexdigest() != file.sum else []
-        return {"damaged": damaged}
+        return {"damaged": [name for name, file in sorted(files.items()) if file.is_damaged()]}
 
     def read(self, save: str, rank: int, name: str, offset: int, size: int) -> bytes:
         with self._lock:
-            file = self._part(save, rank).get(name)
-        if file is None:
-            raise StoreError(f"rank {rank} has no file {name}")
+            file = self._part(save, rank)[name]
         return file.read(offset, size)
 
     def _part(self, save: str, rank: int) -> dict[str, StoredFile]:
@@ -461,7 +434,7 @@ def answer_rank(store: Store, channel: Channel) -> None:
                 channel.send(getattr(store, op)(**message) or {})
             else:
                 raise StoreError(f"no request {op!r}")
-        except (StoreError, OSError, TypeError) as error:
+        except (OSError, TypeError, KeyError) as error:
             channel.send({"error": str(error)})
             return
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
-import numbers
 import os
 import signal
 import sys
@@ -132,10 +131,7 @@ def plain_figure(value: object) -> Any:
         return {str(key): plain_figure(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain_figure(each) for each in value]
-    if isinstance(value, numbers.Real):
-        return float(value)
-    item = getattr(value, "item", None)
-    scalar = item() if callable(item) else None
+    scalar = value.item() if hasattr(value, "item") else None
     if isinstance(scalar, (bool, int, float)):
         return scalar
     raise TypeError(f"{type(value).__name__} is no real number")

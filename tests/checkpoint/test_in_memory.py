@@ -116,7 +116,7 @@ def test_a_state_is_found_on_the_nodes_that_are_left_and_a_damaged_copy_is_not_t
         assert found[2].step == 4 and found[2].cause.startswith("rank 1: ConnectionRefusedError")
         assert digests == saved[0][1]
     (held,) = (entry for entry in nodes[0].store._saves.values() if entry.is_committed)
-    assert nodes[0].steps() == nodes[1].steps() == [3] and sorted(held.whole) == [0, 1, 2, 3]
+    assert nodes[0].steps() == nodes[1].steps() == [3] and sorted(held.parts) == [0, 1, 2, 3]
 
     # The second node is lost, and a spare, which holds nothing, takes its place.
     for rank, (loaded, digests) in enumerate(run_distributed(load, 4, [places[0], places[2]])):
@@ -197,7 +197,7 @@ def test_a_copy_that_changes_on_its_way_is_refused(nodes: list[Served]) -> None:
         store.ask("begin", save="s", rank=0, step=1, world_size=1)
         store.append(b"other bytes", "0" * 64, save="s", rank=0, name="file")
         with pytest.raises((StoreError, OSError)):
-            store.ask("end", save="s", rank=0, name="file", size=11, total="0" * 64)
+            store.ask("finish", save="s", rank=0)
     assert nodes[0].store._saves["s"].parts[0] == {}
 
 

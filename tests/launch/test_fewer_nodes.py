@@ -36,22 +36,23 @@ def plan(*words: str, kind: ClusterKind = ClusterKind.slurm) -> Plan:
     return make_plan(typed_config(compose_launch(words)), words, kind)
 
 
-SCRIPT = ("workload=script", "script.command=[sleep]")
+SCRIPT = "workload=script script.command=[sleep]"
+ELASTIC = f"{SCRIPT} script.resumes=true script.elastic=true"
 
 
 @pytest.mark.parametrize(
     ("words", "fewer"),
     [
-        (["nodes=4", "resilience.min_nodes=1"], (2, 1)),  # 16 sequences over 3 ranks do not go
-        (["nodes=4", "resilience.min_nodes=2", "optim.global_batch=12"], (3, 2)),
-        (["nodes=4", "resilience.min_nodes=1", "ranks_per_node=2", "parallel=fsdp", "parallel.tp=4"], (2,)),
-        (["nodes=4", "resilience.min_nodes=1", "parallel=hsdp", "parallel.dp_shard=2"], (2,)),
-        (["nodes=2", "resilience.min_nodes=2"], ()),
-        ([*SCRIPT, "nodes=4", "script.resumes=true", "script.elastic=true", "resilience.min_nodes=2"], (3, 2)),
+        ("nodes=4 resilience.min_nodes=1", (2, 1)),  # 16 sequences over 3 ranks do not go
+        ("nodes=4 resilience.min_nodes=2 optim.global_batch=12", (3, 2)),
+        ("nodes=4 resilience.min_nodes=1 ranks_per_node=2 parallel=fsdp parallel.tp=4", (2,)),
+        ("nodes=4 resilience.min_nodes=1 parallel=hsdp parallel.dp_shard=2", (2,)),
+        ("nodes=2 resilience.min_nodes=2", ()),
+        (f"{ELASTIC} nodes=4 resilience.min_nodes=2", (3, 2)),
     ],
 )
-def test_the_plan_shows_with_how_many_nodes_a_run_can_continue(words: list[str], fewer: tuple[int, ...]) -> None:
-    planned = plan(*words)
+def test_the_plan_shows_with_how_many_nodes_a_run_can_continue(words: str, fewer: tuple[int, ...]) -> None:
+    planned = plan(*words.split())
     assert planned.promised.fewer_nodes == fewer
     assert Plan.from_dict(planned.as_dict()).promised.fewer_nodes == fewer
     told = f"continues with {' or '.join(map(str, fewer))} in the same job"
@@ -60,37 +61,37 @@ def test_the_plan_shows_with_how_many_nodes_a_run_can_continue(words: list[str],
 
 
 NO_SIZE = "resilience.min_nodes=3, and with nodes=3: nodes=3 x 1 ranks = 3 ranks, but optim.global_batch=16 is not a"
+# 2.1 GiB a rank on two nodes, and 3 on one.
+LARGE = "parallel=fsdp model=gpt2_124m optim.max_micro_batch=1 precision=bf16"
+LARGE += " cluster.gpus_per_node=1 cluster.gpu_memory_gib=2.5"
 
 
 @pytest.mark.parametrize(
     ("words", "found", "fix"),
     [
-        (["nodes=2", "resilience.min_nodes=3"], "resilience.min_nodes=3 with nodes=2", "resilience.min_nodes=2"),
-        (["nodes=2", "resilience.min_nodes=0"], "resilience.min_nodes=0", "resilience.min_nodes=1"),
-        (["nodes=4", "resilience.min_nodes=3"], NO_SIZE, ", or resilience.min_nodes=null"),
-        (["nodes=2", "resilience.min_nodes=1", "parallel.tp=2", "parallel=fsdp"], "with 1 ranks", "parallel.tp=1"),
-        (["nodes=2", "resilience.min_nodes=1", "optim.weak_scaling=true"], "weak_scaling", "optim.weak_scaling=false"),
+        ("nodes=2 resilience.min_nodes=3", "resilience.min_nodes=3 with nodes=2", "resilience.min_nodes=2"),
+        ("nodes=2 resilience.min_nodes=0", "resilience.min_nodes=0", "resilience.min_nodes=1"),
+        ("nodes=4 resilience.min_nodes=3", NO_SIZE, ", or resilience.min_nodes=null"),
+        ("nodes=2 resilience.min_nodes=1 parallel.tp=2 parallel=fsdp", "with 1 ranks", "parallel.tp=1"),
+        ("nodes=2 resilience.min_nodes=1 optim.weak_scaling=true", "weak_scaling", "optim.weak_scaling=false"),
         (
-            # 2.1 GiB a rank on two nodes, and 3 on one.
-            [
-                *("nodes=2", "resilience.min_nodes=1", "parallel=fsdp", "model=gpt2_124m", "optim.max_micro_batch=1"),
-                *("precision=bf16", "cluster.gpus_per_node=1", "cluster.gpu_memory_gib=2.5"),
-            ],
-            "resilience.min_nodes=1, and with nodes=1: a rank of 3.00 GiB",
+            f"nodes=2 resilience.min_nodes=1 {LARGE}",
+            "and with nodes=1: a rank of 3.00 GiB",
             "resilience.min_nodes=null",
         ),
-        ([*SCRIPT, "nodes=2", "resilience.min_nodes=1"], "a script that is not", "script.elastic=true"),
-        ([*SCRIPT, "nodes=2", "script.elastic=true"], "without script.resumes=true", "script.resumes=true"),
+        (f"{SCRIPT} nodes=2 resilience.min_nodes=1", "a script that is not", "script.elastic=true"),
+        (f"{SCRIPT} nodes=2 script.elastic=true", "without script.resumes=true", "script.resumes=true"),
     ],
 )
-def test_impossible_fewer_nodes_are_refused_before_the_queue(words: list[str], found: str, fix: str) -> None:
+def test_impossible_fewer_nodes_are_refused_before_the_queue(words: str, found: str, fix: str) -> None:
     with pytest.raises(ConfigError) as refusal:
-        make_plan(typed_config(compose_launch(["cluster=slurm", *words])), words, ClusterKind.slurm)
+        plan(*words.split())
     assert found in refusal.value.found and refusal.value.expected and fix in refusal.value.fix
 
 
-def test_a_node_that_counts_as_lost_does_not_requeue_the_job(tmp_path: Path) -> None:
+def test_a_node_that_counts_as_lost_does_not_requeue_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut off and alive: the head node it hears nothing of goes on without it."""
+    monkeypatch.setattr("launch.agent.outcome.TAKE_OVER_S", 0.0)
     folder = RunFolder(tmp_path)
     for event in ("submitted", "agent_started"):
         folder.record_event(event, job="slurm-1-0-0", job_id="1")

@@ -1,4 +1,4 @@
-"""Forked ranks are the same as executed ranks, end with their agent, and run on the CPUs near their GPUs."""
+"""Forked ranks are the same as executed ranks, and end with their agent."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ from typing import Any
 
 import pytest
 
-from launch.agent.fork_server import cpus_of_ranks, parse_cpus
 from launch.agent.node import Node, RunContext
 from launch.config.compose import compose_launch, typed_config
-from launch.runs.environment import Gpu, visible_gpus
 from launch.runs.folder import RunFolder
-from tests.support.commands import ROOT, environment, is_alive, run, wait_for
-from tests.support.runs import LOCAL, printed, write_script
+from tests.support.commands import ROOT, environment, is_alive, wait_for
 
 PROGRAM = """
 import atexit, json, os, random, signal, sys, threading, time
@@ -28,20 +25,17 @@ def child():
     print("child of", __name__, flush=True)
 
 def facts():
-    kept = ("/proc/", "/dev/null")
-    files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if int(fd) > 2
-             and os.path.exists(f"/proc/self/fd/{fd}")]
     streams = [sys.stdin, sys.stdout, sys.stderr]
     return {
         "argv": sys.argv, "orig_argv": sys.orig_argv, "path": sys.path[0], "cwd": os.getcwd(), "env": dict(os.environ),
         "parent": os.getppid(), "leads": os.getpid() == os.getsid(0) == os.getpgid(0), "umask": os.umask(0),
         "signals": {n: str(signal.getsignal(n)) for n in signal.valid_signals()},
         "mask": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())), "stdin": sys.stdin.read(),
-        "streams": [(s.encoding, s.errors, s.line_buffering, s.name, s.mode) for s in streams],
+        "streams": [(s.encoding, s.errors, s.line_buffering) for s in streams],
         "same": [sys.__stdin__ is sys.stdin, sys.__stdout__ is sys.stdout, sys.__stderr__ is sys.stderr],
         "through": [s.write_through for s in streams[1:]],
         "main": [__name__, __spec__.name, sys.modules["__main__"].__file__, "program" in sys.modules],
-        "threads": threading.active_count(), "files": [f for f in files if not f.startswith(kept)],
+        "threads": threading.active_count(),
     }
 
 if __name__ == "__main__":
@@ -81,12 +75,10 @@ SAME = {
     "facts": ("facts",),
     "shown": ("shown",),
     "three": ("status", "3"),
-    "large": ("status", "300"),
     "words": ("words",),
     "exception": ("raise",),
     "Ctrl-C": ("interrupt",),
     "SIGTERM": ("signal", "15"),
-    "SIGKILL": ("signal", "9"),
     "threads": ("leave",),
     "spawn": ("spawn",),
 }
@@ -113,8 +105,6 @@ def end(process, name):
 os.umask(0o027)
 os.environ["GONE"] = "only the agent's"
 signal.signal(signal.SIGTERM, lambda *args: None)
-signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-pipe = os.pipe()
 told = {"agent": os.getpid(), "forked": {}, "executed": {}}
 with ForkServer(("program",)) as server:
     server.wait_ready()
@@ -184,7 +174,7 @@ def test_a_forked_rank_behaves_like_an_executed_rank(what: str, told: dict[str, 
 
 def test_a_forked_rank_is_a_child_of_the_agent_in_its_own_session(told: dict[str, Any]) -> None:
     facts = json.loads(told["forked"]["facts"][1])
-    assert (facts["parent"], facts["leads"], facts["umask"], facts["files"]) == (told["agent"], True, 0o027, [])
+    assert (facts["parent"], facts["leads"], facts["umask"]) == (told["agent"], True, 0o027)
     assert "GONE" not in facts["env"]
     assert told["chances differ"]
 
@@ -233,99 +223,3 @@ def test_only_runs_with_modules_to_preload_have_a_server(
     node = Node(0, 1, "job", is_slurm=False)
     with workers.fork_server(RunContext(RunFolder(tmp_path), node, config)) as server:
         assert (server is not None) == is_there
-
-
-NEAR = {"0000:01:00.0": "0-3,8-11", "0000:02:00.0": "0-3,8-11", "0000:81:00.0": "4-7,12-15\n"}
-"""FIRST_GPU machine of two sockets with 8 CPUs each, and CPUs near each GPU as Linux lists them."""
-
-
-@pytest.fixture
-def devices(tmp_path: Path) -> Path:
-    for bus, cpus in NEAR.items():
-        (tmp_path / bus).mkdir()
-        (tmp_path / bus / "local_cpulist").write_text(cpus)
-    return tmp_path
-
-
-def gpus(*buses: str | None) -> list[Gpu]:
-    return [Gpu(str(index), "H100", None, bus) for index, bus in enumerate(buses)]
-
-
-FIRST_GPU, SECOND_GPU, THIRD_GPU = NEAR
-FIRST, SECOND = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
-
-
-@pytest.mark.parametrize(
-    ("buses", "ranks", "allowed", "expected"),
-    [
-        ((FIRST_GPU, SECOND_GPU, THIRD_GPU), 3, range(16), [FIRST, FIRST, SECOND]),
-        ((FIRST_GPU, SECOND_GPU, THIRD_GPU), 2, range(16), [FIRST, FIRST]),
-        ((FIRST_GPU, THIRD_GPU), 2, range(6), [[0, 1, 2, 3], [4, 5]]),  # those of the job alone
-        ((FIRST_GPU, SECOND_GPU, THIRD_GPU), 3, range(5), [[0, 1, 2, 3], [0, 1, 2, 3], [4]]),
-        ((FIRST_GPU, SECOND_GPU, THIRD_GPU), 3, [0, 4, 5], None),  # one CPU near two GPUs
-        ((FIRST_GPU, SECOND_GPU, THIRD_GPU), 3, range(4), None),  # none near the third
-        ((FIRST_GPU, SECOND_GPU), 2, FIRST, None),  # all are near
-        ((FIRST_GPU, None, THIRD_GPU), 3, range(16), None),  # Slurm hides which it is
-        ((FIRST_GPU, "0000:ff:00.0"), 2, range(16), None),
-        ((FIRST_GPU,), 2, range(16), None),
-        ((), 1, range(16), None),
-    ],
-)
-def test_each_rank_is_bound_to_the_cpus_near_its_gpu(
-    devices: Path, buses: tuple[str | None, ...], ranks: int, allowed: list[int], expected: list[list[int]] | None
-) -> None:
-    found = cpus_of_ranks(ranks, gpus(*buses), allowed, devices)
-    assert (None if found is None else [sorted(cpus) for cpus in found]) == expected
-
-
-def test_the_driver_gives_the_pci_address_of_a_gpu(tmp_path: Path) -> None:
-    for bus in ("0000:01:00.0", "0000:C1:00.0"):
-        (tmp_path / bus).mkdir()
-        (tmp_path / bus / "information").write_text("Model: \t NVIDIA H100\nGPU UUID: \t GPU-??\n")
-    assert [gpu.bus for gpu in visible_gpus(tmp_path, {})] == ["0000:01:00.0", "0000:c1:00.0"]
-    assert [gpu.bus for gpu in visible_gpus(tmp_path, {"CUDA_VISIBLE_DEVICES": "1"})] == ["0000:c1:00.0"]
-
-
-LAST_CPU = """
-import launch.agent.fork_server as numa
-numa.cpus_of_ranks = lambda ranks, gpus, allowed: [frozenset([max(allowed)])] * ranks
-"""
-FORK = """
-import os, sys
-from pathlib import Path
-from launch.agent.fork_server import ForkServer
-with ForkServer(["where"]) as server:
-    server.wait_ready()
-    env = {**os.environ, "LAUNCH_CPUS": sys.argv[1]}
-    rank = server.start([sys.executable, "-m", "where"], env, str(Path.cwd()), "log")
-    assert rank is not None
-    sys.exit(rank.wait())
-"""
-WHERE = "import os\nprint(sorted(os.sched_getaffinity(0)))\n"
-
-
-@pytest.mark.parametrize("binds", [True, False])
-def test_executed_ranks_run_on_their_cpus(tmp_path: Path, binds: bool) -> None:
-    """The agent of a machine whose GPUs are all near its last CPU."""
-    write_script(tmp_path, WHERE)
-    write_script(tmp_path, LAST_CPU, "sitecustomize.py")
-    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    executed = "script.env.OMP_DYNAMIC=false"  # read at the start of a process, so that the rank is not forked
-    words = (*LOCAL, "script.path=script.py", "run_dir=run", f"cluster.bind_cpus={binds}", executed)
-    run("launch", *words, cwd=tmp_path, PYTHONPATH=path)
-    folder, all_cpus = RunFolder(tmp_path / "run"), sorted(os.sched_getaffinity(0))
-    expected = all_cpus[-1:] if binds else all_cpus
-    assert printed(folder) == f"{expected}\n"
-    (told,) = json.loads(folder.environment(1).read_text())["ranks"]
-    assert told["cores"] == len(expected) and [*parse_cpus(told["cpus"])] == expected
-
-
-def test_forked_ranks_run_on_their_cpus(tmp_path: Path) -> None:
-    write_script(tmp_path, WHERE, "where.py")
-    last = max(os.sched_getaffinity(0))
-    done = subprocess.run(
-        [sys.executable, "-c", FORK, str(last)], cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), timeout=300,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "log").read_text() == f"[{last}]\n"

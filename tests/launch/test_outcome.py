@@ -9,22 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from launch.agent import node
 from launch.agent import outcome as requeue
 from launch.agent.after_step import events_of, pending_action, requeue_unless_ended
-from launch.agent.node import Node, NodeProblem, RendezvousRound, RunContext
+from launch.agent.node import Node, NodeProblem, RunContext
 from launch.agent.outcome import cause_of_stop, end_lost_agents, orphaned_attempt
 from launch.agent.policy import Action, Cause, RunFailedError
-from launch.agent.ranks import FixedRendezvous
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config
 from launch.runs.events import select_events
@@ -43,30 +40,40 @@ def ended(cause: str) -> dict[str, Any]:
     return {"event": "attempt_ended", "attempt": 2, "cause": cause}
 
 
-def decided(action: Action, cause: str) -> dict[str, Any]:
+def decided(action: str, cause: str = "crashed") -> dict[str, Any]:
     return {"event": "decided", "attempt": 2, "action": action, "cause": cause, "reason": "a reason"}
+
+
+EVENTS = {
+    "agent": AGENT,
+    "started": STARTED,
+    "left": LEFT,
+    "ended": ended("crashed"),
+    "requeue_failed": {"event": "requeue_failed"},
+    **{action.name: decided(action) for action in Action},
+}
 
 
 @pytest.mark.parametrize(
     ("events", "status", "expected"),
     [
-        ([AGENT, STARTED], 137, Action.restart),  # killed in the middle
-        ([AGENT], 137, Action.restart),  # killed while they met
-        ([], 137, Action.restart),  # killed before they met
-        ([], 1, None),  # refused by themselves
-        ([AGENT, STARTED, LEFT], 1, None),  # an error of the agent's own
-        ([AGENT, STARTED, ended("crashed"), decided(Action.stop, "crashed")], 137, None),  # over its limits
-        ([AGENT, STARTED, ended("crashed"), decided(Action.restart, "crashed")], 137, Action.restart),
-        ([AGENT, STARTED, ended("preempted"), decided(Action.requeue, "preempted")], 137, Action.requeue),
-        ([AGENT, STARTED, ended("preempted"), decided(Action.requeue, "preempted"), LEFT], 137, Action.requeue),
-        ([AGENT, decided(Action.requeue, "preempted"), {"event": "requeue_failed"}, LEFT], 1, None),
-        ([AGENT, ended("crashed"), decided(Action.restart, "crashed"), STARTED], 137, Action.restart),
+        ("agent started", 137, "restart"),  # killed in the middle
+        ("agent", 137, "restart"),  # killed while they met
+        ("", 137, "restart"),  # killed before they met
+        ("", 1, None),  # refused by themselves
+        ("agent started left", 1, None),  # an error of the agent's own
+        ("agent started ended stop", 137, None),  # over its limits
+        ("agent started ended restart", 137, "restart"),
+        ("agent started ended requeue", 137, "requeue"),
+        ("agent started ended requeue left", 137, "requeue"),
+        ("agent requeue requeue_failed left", 1, None),
+        ("agent ended restart started", 137, "restart"),
     ],
 )
 def test_after_the_step_only_undecided_or_unfinished_actions_are_done(
-    events: Events, status: int, expected: Action | None
+    events: str, status: int, expected: str | None
 ) -> None:
-    assert pending_action(events, status) is expected
+    assert pending_action([EVENTS[name] for name in events.split()], status) == expected
 
 
 def test_only_events_of_this_start_of_the_job_count(tmp_path: Path) -> None:
@@ -88,47 +95,12 @@ def test_a_run_that_is_not_restarted_has_failed_and_gives_the_reason(tmp_path: P
         return outcome(events), why_not_restarted(events)
 
     folder.record_event(**ended("preempted"))
-    folder.record_event(**decided(Action.requeue, "preempted"))
+    folder.record_event(**decided("requeue", "preempted"))
     assert told() == ("stopped", None)
-    folder.record_event(**decided(Action.stop, "preempted"))
+    folder.record_event(**decided("stop", "preempted"))
     assert told() == ("failed", "a reason")
-    folder.record_event(**decided(Action.stop, "cancelled"))
+    folder.record_event(**decided("stop", "cancelled"))
     assert told()[1] is None, "it ended as somebody wanted it"
-
-
-def meet(members: int, leaving: list[bool], lost: str | None = None) -> list[str]:
-    """Answers of nodes that are told to leave, or not, before the last of them has come."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    rdzv = RendezvousRound(0, 1, tuple(range(members)), "127.0.0.1", store.port)
-
-    def come(index: int) -> str:
-        resilience = SimpleNamespace(rendezvous_timeout_s=60.0)
-        attempt = SimpleNamespace(
-            rdzv=rdzv, place=index, group=SimpleNamespace(token="token"),
-            config=SimpleNamespace(resilience=resilience), stop=SimpleNamespace(count=int(leaving[index])),
-        )  # fmt: skip
-        watch = SimpleNamespace(find_lost=lambda: lost)
-        try:
-            FixedRendezvous(cast(Any, attempt), cast(Any, watch)).next_rendezvous()
-        except InterruptedError:
-            return "left"
-        except dist.DistStoreError:
-            return "meets again"
-        return "went on"
-
-    with ThreadPoolExecutor(members) as pool:
-        return list(pool.map(come, range(len(leaving))))
-
-
-def test_a_stop_before_the_ranks_start_holds_for_all_nodes_or_for_none() -> None:
-    assert meet(2, [False, False]) == ["went on"] * 2
-    assert meet(3, [True, False]) == ["left"] * 2, "the third has not come, and nobody waits for it"
-    assert len(set(meet(2, [True, True]))) == 1, "whoever decides, decides for both"
-
-
-def test_nodes_that_wait_for_a_lost_node_meet_again_without_it() -> None:
-    assert meet(3, [False, False], lost="node n2 is lost") == ["meets again"] * 2
-    assert meet(2, [False, False], lost="node n2 is lost") in (["went on"] * 2, ["meets again"] * 2)
 
 
 def test_the_running_clock_skips_the_time_in_which_the_process_was_stopped(
@@ -204,7 +176,7 @@ def names(folder: RunFolder) -> list[str]:
 def test_the_cause_of_a_stop_is_read_once_the_controller_answers_again(folder: RunFolder, tmp_path: Path) -> None:
     Controller(tmp_path, BUSY)
     assert cause_of_stop(RunContext(folder, NODE, config()), 1) is Cause.preempted
-    assert names(folder) == ["controller_away", "controller_back"]
+    assert names(folder) == ["controller_away"]
 
 
 def test_a_job_is_requeued_once_and_without_bad_hosts_when_the_controller_answers_again(
@@ -212,7 +184,7 @@ def test_a_job_is_requeued_once_and_without_bad_hosts_when_the_controller_answer
 ) -> None:
     slurm = Controller(tmp_path, BUSY)
     requeue.requeue_job(RunContext(folder, NODE, config()), Cause.node_failed, {"n2": "lost in attempt 1"})
-    assert names(folder) == ["controller_away", "requeued", "controller_back", "excluded"]
+    assert names(folder) == ["controller_away", "requeued", "excluded"]
     assert slurm.asked("scontrol requeue") == ["scontrol requeue 7"]
     assert slurm.asked("scontrol update") == ["scontrol update JobId=7 ExcNodeList=n2"]
 

@@ -86,23 +86,24 @@ def test_torch_elastic_has_the_private_parts_that_the_agent_uses() -> None:
         Worker.__init__: ("global_rank",),
     }.items():
         check_parameters(function, names, message(function.__qualname__))
-    assert len(inspect.signature(LocalElasticAgent._monitor_workers).parameters) == 2, message("_monitor_workers")
+    sources = {
+        owner: inspect.getsource(owner)
+        for owner in (SimpleElasticAgent, LocalElasticAgent, SubprocessContext, SubprocessHandler, WorkerGroup)
+    }
     for owner, texts in {
-        SimpleElasticAgent._invoke_run: ("self._monitor_workers(", "self._exit_barrier()"),
-        LocalElasticAgent.__init__: ("self._pcontext",),
-        SimpleElasticAgent.__init__: ("self._worker_group", "self._store"),
-        SubprocessContext: ("subprocess_handlers",),
-        SubprocessContext._start: ("get_subprocess_handler(",),
+        SimpleElasticAgent: ("self._monitor_workers(", "self._exit_barrier()", "self._worker_group"),
+        LocalElasticAgent: ("self._pcontext",),
+        SubprocessContext: ("subprocess_handlers", "get_subprocess_handler("),
+        WorkerGroup: ("workers",),
     }.items():
-        missing = [text for text in texts if text not in inspect.getsource(owner)]
+        missing = [text for text in texts if text not in sources[owner]]
         assert not missing, message(f"{owner.__qualname__}, which has no {missing}")
-    used = set(
-        re.findall(r"\bproc\.(\w+)", inspect.getsource(SubprocessContext) + inspect.getsource(SubprocessHandler))
-    )
+    identical = inspect.getsource(SimpleElasticAgent._assign_worker_ranks)
+    assert '"TORCH_ELASTIC_WORKER_IDENTICAL", "0") == "1"' in identical, message("the use of the agents' store")
+    used = set(re.findall(r"\bproc\.(\w+)", sources[SubprocessContext] + sources[SubprocessHandler]))
     lacking = used - {"pid", "poll", "wait", "send_signal"}
     assert not lacking, message(f"the use of {lacking} of a process")
     assert callable(torch.cuda._is_in_bad_fork), changed("torch", "cuda._is_in_bad_fork", "launch/agent/fork_server.py")
-    assert "workers" in dir(WorkerGroup) or "workers" in WorkerGroup.__slots__, message("WorkerGroup.workers")
 
 
 def test_ddp_has_the_setting_for_its_step_measurements() -> None:

@@ -6,10 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,11 +18,15 @@ from launch.runs.heartbeat import HeartbeatFile, Phase
 from tests.support.commands import ROOT, environment, wait_for
 
 LIMITS = ResilienceConfig(heartbeat_timeout_s=10**6, hang_timeout_s=20, startup_and_save_timeout_s=40)
-STEPPING = """
-import sys, time
+STUCK = """
+import threading, time
 from launch import worker
 run = worker.attach()
-run.phase(sys.argv[1], 7)
+def deep(frames):
+    deep(frames - 1) if frames else time.sleep(600)
+for _ in range(80):
+    threading.Thread(target=deep, args=(60,), daemon=True).start()
+run.phase("training", 7)
 def where_it_waits():
     time.sleep(600)
 where_it_waits()
@@ -40,93 +41,53 @@ class Clock:
         monkeypatch.setattr("launch.agent.watch.time.monotonic", lambda: self._real() + self.ahead)
 
 
-@contextmanager
-def rank(folder: Path, phase: str, program: str = STEPPING) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that says where it is, once, and then only beats."""
-    with (folder / "log").open("wb") as log:
-        command = [sys.executable, "-c", program, phase]
-        told = {"RANK": "3", "LAUNCH_RUN_DIR": str(folder), "LAUNCH_HEARTBEAT_DIR": str(folder)}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(**told), stdout=log, stderr=log)
-    try:
-        wait_for(
-            lambda: (sign := heartbeat.read_heartbeat(folder / "3")) is not None and sign.step == 7, "its sign of life"
-        )
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+def rank_in(folder: Path, phase: Phase) -> None:
+    """Show this process as rank 3, after its seventh step."""
+    file = HeartbeatFile(folder / "3")
+    file.open_for_rank()
+    file.move(7, phase)
 
 
 @pytest.mark.parametrize(("phase", "limit"), [("training", 20), ("evaluating", 20), ("saving", 40), ("starting", 40)])
 def test_a_rank_without_progress_is_stuck_after_the_limit_of_its_phase(
     phase: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with rank(tmp_path, phase) as process:
-        clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
-        ranks = {3: process.pid}
-        assert dog.poll(ranks) == []
-        while clock.ahead < limit - 4:  # in steps: a jump would be a pause of the agent itself
-            clock.ahead += 4
-            assert dog.poll(ranks) == [], clock.ahead
-        for _ in range(3):
-            clock.ahead += 4
-            found = dog.poll(ranks)
-        assert [(one.rank, one.step) for one in found] == [(3, 7)]
-        assert found[0].why.startswith("hung: no progress for ") and found[0].why.endswith(phase)
-        assert "where_it_waits" in stack_of(process.pid, tmp_path / "log")
+    rank_in(tmp_path, Phase[phase])
+    clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
+    ranks = {3: os.getpid()}
+    while clock.ahead < limit - 4:  # in steps: a jump would be a pause of the agent itself
+        clock.ahead += 4
+        assert dog.poll(ranks) == [], clock.ahead
+    for _ in range(3):
+        clock.ahead += 4
+        found = dog.poll(ranks)
+    assert [(one.rank, one.pid, one.step) for one in found] == [(3, os.getpid(), 7)]
+    assert found[0].why.startswith("hung: no progress for ") and found[0].why.endswith(phase)
 
 
-MANY_THREADS = """
-import sys, threading, time
-from launch import worker
-run = worker.attach()
-def deep(frames):
-    deep(frames - 1) if frames else time.sleep(600)
-for _ in range(80):
-    threading.Thread(target=deep, args=(60,), daemon=True).start()
-run.phase("training", 7)
-def where_it_waits():
-    time.sleep(600)
-where_it_waits()
-"""
-
-
-def interrupt(process: subprocess.Popen[bytes], log: Path, heard: threading.Event, sizes: list[int]) -> None:
-    """Stop a process for a while when it has begun to write into its log; the sizes that the log had then."""
-    before = log.stat().st_size
-    while not heard.is_set() and not sizes:
-        if log.stat().st_size > before:
-            os.kill(process.pid, signal.SIGSTOP)
-            heard.wait(0.4)
-            sizes.append(log.stat().st_size)
-            os.kill(process.pid, signal.SIGCONT)
-
-
-def test_stacks_are_complete_although_the_rank_is_interrupted(tmp_path: Path) -> None:
-    log, amid = tmp_path / "log", 0
-    with rank(tmp_path, "training", MANY_THREADS) as process:
-        for _ in range(20):  # whoever interrupts may itself come too late
-            heard, sizes = threading.Event(), list[int]()
-            thread = threading.Thread(target=interrupt, args=(process, log, heard, sizes))
-            thread.start()
-            try:
-                stacks = stack_of(process.pid, log)
-            finally:
-                heard.set()
-                thread.join()
-            assert stacks.count("(most recent call first)") == 82 and "where_it_waits" in stacks, stacks[-300:]
-            amid += bool(sizes) and sizes[0] < log.stat().st_size
-            if amid == 2:
-                break
-    assert amid == 2, "twice it was interrupted before the end"
+def test_the_stacks_of_a_stopped_rank_are_complete(tmp_path: Path) -> None:
+    told = {"RANK": "3", "LAUNCH_RUN_DIR": str(tmp_path), "LAUNCH_HEARTBEAT_DIR": str(tmp_path)}
+    with (tmp_path / "log").open("wb") as log:
+        words = [sys.executable, "-c", STUCK]
+        process = subprocess.Popen(words, cwd=ROOT, env=environment(**told), stdout=log, stderr=log)
+    try:
+        wait_for(
+            lambda: (sign := heartbeat.read_heartbeat(tmp_path / "3")) is not None and sign.step == 7, "its heartbeat"
+        )
+        process.send_signal(signal.SIGSTOP)
+        stacks = stack_of(process.pid, tmp_path / "log")
+    finally:
+        process.kill()
+        process.wait()
+    assert stacks.count("(most recent call first)") == 82 and "where_it_waits" in stacks, stacks[-300:]
 
 
 def test_a_pause_of_the_agent_does_not_count_as_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with rank(tmp_path, "training") as process:
-        clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
-        assert dog.poll({3: process.pid}) == []
-        clock.ahead = 1000  # scontrol suspend
-        assert dog.poll({3: process.pid}) == []
+    rank_in(tmp_path, Phase.training)
+    clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
+    assert dog.poll({3: os.getpid()}) == []
+    clock.ahead = 1000  # scontrol suspend
+    assert dog.poll({3: os.getpid()}) == []
 
 
 def test_a_rank_that_never_starts_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,9 +123,3 @@ def test_a_rank_that_has_only_attached_is_not_late(tmp_path: Path, monkeypatch: 
     for _ in range(30):
         clock.ahead += 4
         assert dog.poll({0: os.getpid()}) == []
-    file.move(1, Phase.training)
-    for _ in range(30):
-        clock.ahead += 4
-        found = dog.poll({0: os.getpid()})
-    sign = heartbeat.read_heartbeat(tmp_path / "0")
-    assert found and sign is not None and (sign.step, sign.phase) == (1, Phase.training)

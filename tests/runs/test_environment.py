@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.agent.fork_server import parse_cpus
 from launch.runs import environment as machine
 from launch.runs.environment import (
     MOST_FILES,
@@ -206,6 +205,8 @@ def test_visible_gpus(tmp_path: Path, environ: dict[str, str], indices: list[str
     assert [gpu.index for gpu in found] == indices
     assert [gpu.uuid for gpu in found] == uuids
     assert {gpu.name for gpu in found} <= {H100}
+    certain = [gpu for gpu in found if (gpu.uuid or "").startswith("GPU-")]
+    assert [gpu.bus for gpu in certain] == [f"0000:{int(gpu.index) + 1:02x}:00.0" for gpu in certain]
 
 
 def test_gpus_of_two_kinds_are_not_told_apart_by_number(tmp_path: Path) -> None:
@@ -230,9 +231,10 @@ def test_a_rank_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.describe_rank(5, 1, 2, on_cpu=True)["threads"] == entry["cores"]
 
 
-@pytest.mark.parametrize("text", ["7", "0-1", "0,2", "0-3,8,10-11", "64-127,192-255"])
-def test_cpus_are_listed_as_linux_lists_them(text: str) -> None:
-    cpus = frozenset(parse_cpus(text))
+@pytest.mark.parametrize(
+    ("cpus", "text"), [([7], "7"), ([1, 0], "0-1"), ([0, 2], "0,2"), ([*range(4), 8, 10, 11], "0-3,8,10-11")]
+)
+def test_cpus_are_listed_as_linux_lists_them(cpus: list[int], text: str) -> None:
     assert machine.describe_cpus(cpus) == {"cores": len(cpus), "cpus": text}
 
 

@@ -16,8 +16,6 @@ import pytest
 from gpt.checkpoint.folders import steps
 from gpt.metrics.writers import Records, StepsCsv, View
 from launch import cancel
-from launch.agent import exchange as heartbeat_of_agents
-from launch.agent.node import Node
 from launch.agent.watch import RankRecords
 from launch.runs import files as unwritten
 from launch.runs import heartbeat
@@ -96,7 +94,8 @@ def test_what_a_full_disk_did_not_take_is_written_when_there_is_room(
     unwritten.tell_unwritten()
     told = capsys.readouterr().err
     assert f"not in {folder.events}: " in told and '"step": 109' in told
-    assert f"step records of {folder.metrics(0)} are kept in memory" in told and "steps.csv: [Errno 28]" in told
+    assert told.count(f"step records of {folder.metrics(0)} are kept in memory") == 1
+    assert "steps.csv: [Errno 28]" in told
 
     (disk / "filler").unlink()
     step(60)
@@ -182,8 +181,8 @@ def test_a_cancel_that_cannot_be_entered_ends_the_run_all_the_same(
     assert controller.wait(timeout=60) == -15
 
 
-def test_an_agent_describes_its_ranks_and_ends_where_it_meets_the_others_when_there_is_room(disk: Path) -> None:
-    folder, node = RunFolder(disk / "run"), Node(0, 1, "local", is_slurm=False)
+def test_an_agent_describes_its_ranks_when_there_is_room(disk: Path) -> None:
+    folder = RunFolder(disk / "run")
     folder.create_attempt()
     attempt = SimpleNamespace(
         folder=folder, number=1, place=0, ranks=[0], rdzv=SimpleNamespace(members=(0,)), workload="script",
@@ -195,9 +194,6 @@ def test_an_agent_describes_its_ranks_and_ends_where_it_meets_the_others_when_th
     fill(disk)
     records.begin()
     records.poll()
-    assert not heartbeat_of_agents.write_endpoint(folder, node, over=True)
     (disk / "filler").unlink()
     records.poll()
     assert [entry["rank"] for entry in read_json(folder.environment(1))["ranks"]] == [0]
-    assert heartbeat_of_agents.write_endpoint(folder, node, over=True)
-    assert heartbeat_of_agents.read_endpoint(folder, node) == {"over": True}

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from launch.agent import fork_server as forked_rank
-from launch.agent.fork_server import cpus_in
 from launch.process import lasting_imports
 from tests.support.forking import ROOT, Job
 
@@ -244,8 +243,6 @@ def _begin(job: Job, streams: list[int]) -> NoReturn:
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(job.env)
-    if cpus := cpus_in(job.env):
-        os.sched_setaffinity(0, cpus)
     forked_rank.show_in_proc(job.command, job.env)
     signal.signal(signal.SIGINT, signal.SIG_IGN if job.ignores_ctrl_c else signal.default_int_handler)
     sys.argv = [job.module if job.is_file else "-m", *job.words]
