@@ -14,7 +14,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import psutil
 
 from launch.config import Config
 from launch.runs.events import events_since_submission, select_events
@@ -207,12 +206,6 @@ def address_towards(peer: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((peer, 9))
         return str(probe.getsockname()[0])
-
-
-def interface_of(address: str) -> str | None:
-    """Return the name of the network interface with ``address``; None if there is none."""
-    interfaces = psutil.net_if_addrs().items()
-    return next((name for name, entries in interfaces if any(each.address == address for each in entries)), None)
 
 
 # Members of the agent group: the nodes of an attempt, and lost or sick nodes.

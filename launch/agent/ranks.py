@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 from torch.distributed.elastic.agent.server import WorkerSpec
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
@@ -30,7 +31,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from launch.agent.exchange import POLL_S, derive
 from launch.agent.fork_server import ForkedProcess, ForkServer
 from launch.agent.health import gpu_telemetry
-from launch.agent.node import AgentContext, Attempt, Node, RendezvousRound, RunContext, interface_of
+from launch.agent.node import AgentContext, Attempt, Node, RendezvousRound, RunContext
 from launch.agent.watch import RankRecords, Watch
 from launch.config import Config
 from launch.config.compose import workload_of
@@ -97,7 +98,8 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
     os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"
     # Elastic would kill the ranks on SIGTERM; this agent requests them to save. Only SIGHUP remains with elastic.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
-    interface = interface_of(address)
+    interfaces = psutil.net_if_addrs().items()
+    interface = next((name for name, entries in interfaces if any(each.address == address for each in entries)), None)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         if node.count > 1 and interface != "lo":
@@ -295,8 +297,9 @@ class RankAgent(LocalElasticAgent):
             print("launch: ranks are executed, not forked: the code has changed", file=sys.stderr)
             self._server = None
         if self._server is not None:
-            # A stop is already requested: the first poll stops the ranks.
-            self._server.wait_ready(lambda: attempt.stop.count > 0)
+            # A stop is already requested: the first poll stops the ranks. Executed ranks are watched if imports hang.
+            deadline = time.monotonic() + config.resilience.startup_and_save_timeout_s
+            self._server.wait_ready(lambda: attempt.stop.count > 0 or time.monotonic() > deadline)
         self.killed: set[int] = set()
         """Ranks that this agent killed. Their exit statuses do not show the cause of a failure."""
         self.is_given_up = False
@@ -309,15 +312,15 @@ class RankAgent(LocalElasticAgent):
 
         During the call, this method replaces the function with which elastic creates a rank's process.
         """
-        attempt, server, workdir = self._attempt, self._server, self._workdir
-        if server is None:
+        if self._server is None:
             return super()._start_workers(worker_group)
+        attempt, fork, workdir = self._attempt, self._server.start, self._workdir
         original = elastic_processes.get_subprocess_handler
 
         class Handler(SubprocessHandler):
             def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes] | ForkedProcess:  # type: ignore[override]
                 log = str(attempt.log(int(env["RANK"])))
-                return server.start(attempt.command.args, env, workdir, log) or super()._popen(args, env)
+                return fork(attempt.command.args, env, workdir, log) or super()._popen(args, env)
 
         elastic_processes.get_subprocess_handler = Handler  # type: ignore[assignment]
         try:

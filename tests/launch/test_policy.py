@@ -91,13 +91,6 @@ def test_each_cause_has_its_own_limit(causes: str, action: str) -> None:
     assert decide(events, events[-1]["cause"], LIMITS).action == action
 
 
-def test_a_run_that_saves_nothing_new_stops_whatever_the_cause() -> None:
-    events = [e for n in (1, 2, 3) for e in attempt(n, Cause.preempted, from_step=20)]
-    assert decide(events[:4], Cause.preempted).action is Action.requeue
-    decision = decide(events, Cause.preempted)
-    assert decision.action is Action.stop and "3 attempts in a row saved nothing new" in decision.reason
-
-
 @pytest.mark.parametrize(
     ("cause", "step", "stops"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Event
@@ -109,32 +109,21 @@ def test_a_restart_waits_for_room_in_the_run_folder_and_the_first_start_does_not
         group.end()
 
 
-def elastic(folder: RunFolder, fewer: tuple[int, ...]) -> Config:
-    """The config of a run of four nodes whose plan, in its folder, allows fewer nodes."""
-    config = config_of(4)
-    config.resilience.min_nodes = min(fewer)
-    write_json(folder.plan, {"promised": {"fewer_nodes": list(fewer)}})
-    return config
-
-
-def rounds_of_sick(folder: RunFolder, config: Config, rounds: Sequence[Mapping[int, str]]) -> list[tuple[int, ...]]:
-    """Members of the rounds of four nodes, in each of which some nodes are sick."""
+def test_a_start_uses_fewer_nodes_while_some_are_sick_and_all_nodes_afterwards(tmp_path: Path) -> None:
+    folder, config = RunFolder(tmp_path), config_of(4)
+    config.resilience.min_nodes = 1
+    write_json(folder.plan, {"promised": {"fewer_nodes": [2, 1]}})
+    sick: list[dict[int, str]] = [{}, {1: "fan"}, {1: "fan", 2: "heat", 3: "dust"}, {}]
 
     def agent(group: AgentGroup, index: int) -> list[tuple[int, ...]]:
         members = []
-        for number, sick in enumerate(rounds):
-            make_sick(group, sick.get(index))
+        for number, faults in enumerate(sick):
+            make_sick(group, faults.get(index))
             rdzv = group.next_round(number)
             members.append(() if rdzv is None else rdzv.members)
         return members
 
-    return run_agents(folder, config, 4, agent)[0]
-
-
-def test_a_start_uses_fewer_nodes_while_some_are_sick_and_all_nodes_afterwards(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    sick: list[dict[int, str]] = [{}, {1: "fan"}, {1: "fan", 2: "heat", 3: "dust"}, {}]
-    members = rounds_of_sick(folder, elastic(folder, (2, 1)), sick)
+    members = run_agents(folder, config, 4, agent)[0]
     assert members == [(0, 1, 2, 3), (0, 2), (0,), (0, 1, 2, 3)]
     events = folder.read_events()
     smaller = fewer_nodes(events)
