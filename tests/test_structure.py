@@ -355,7 +355,7 @@ TOKENS = {
     "launch/agent": 24_220,
     "launch/bench_network": 2_950,
     "launch/config": 3_730,
-    "launch/doctor": 7_470,
+    "launch/doctor": 7_510,
     "launch/plan": 7_800,
     "launch/project": 7_130,
     "launch/report": 38_200,

@@ -82,6 +82,9 @@ class LinkBench(Bench):
         Returns one record for each measured node: its index and the largest bandwidth. Other work of the machine can
         only make a measurement slower.
         """
+        ones = torch.ones(1, device=self.device)
+        dist.all_reduce(ones, group=self.group)  # NCCL needs all ranks of a group in the first operation of the group.
+        assert ones.item() == self.world, "the sum over all ranks is wrong"
         node, nodes = self.rank // self.each, self.world // self.each
         measured: dict[int, float] = {}
         for turn in list(range(nodes - 1 + nodes % 2))[:MOST_ROUNDS] * PASSES:
