@@ -25,6 +25,36 @@ from launch.runs.records import StepRecord
 if TYPE_CHECKING:
     from gpt.training.run import Run
 
+# Stability of training: how much the loss varies over the last steps.
+#
+# A loss that spikes, or that swings more and more, shows in this variance before it shows in a mean.
+
+
+WINDOW = 100
+"""Steps over which the variance is taken: so few that a loss that falls normally adds little to the variance."""
+
+
+class LossWindow:
+    """Losses of the last ``WINDOW`` steps of this attempt, for their variance."""
+
+    def __init__(self) -> None:
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+
+    def into(self, record: StepRecord) -> None:
+        """Add the loss of a step, and put the variance over the last ``WINDOW`` steps into its record.
+
+        Steps whose loss is not finite are left out.
+        """
+        if record.loss is not None:
+            self._losses.append(record.loss)
+        if len(self._losses) == WINDOW:
+            record.loss_variance = float(np.var(np.fromiter(self._losses, dtype=np.float64)))
+
+    def clear(self) -> None:
+        """Forget the losses, because the run goes back."""
+        self._losses.clear()
+
+
 # Bad steps, whose numbers went wrong: their count, and the decision to go back.
 #
 # The decision is a pure function of the figures of the steps. These are the same on all ranks, so all ranks decide

@@ -18,7 +18,7 @@ from gpt.parallel.distributed import World
 from gpt.training.checkpoints import CheckpointSchedule, go_back, judge_step
 from gpt.training.diagnostics import CompileTime, Gradients, StepBreakdown, StepProfile
 from gpt.training.execution import StepTimeouts
-from gpt.training.guards import BadSteps, ReplicaGuard, StragglerWatch
+from gpt.training.guards import BadSteps, LossWindow, ReplicaGuard, StragglerWatch
 from gpt.training.run import Run
 from gpt.training.step import QueuedStep, Requests, collect_together, queue_step
 from launch.runs.heartbeat import Phase
@@ -138,6 +138,7 @@ class Loop:
         self._replicas = ReplicaGuard(run)
         self._schedule = CheckpointSchedule(run)
         self._stragglers = StragglerWatch(run)
+        self._stability = LossWindow()
         self._breakdown = StepBreakdown(config.logging.breakdown_interval, world, run.step)
         self._pending_metrics: QueuedStep | None = None
         """The queued step whose figures are not read yet; None if there is none."""
@@ -228,6 +229,7 @@ class Loop:
         self._pending_metrics = None
         self._timeouts.after(record.step_time_s)
         self._breakdown.into(record)
+        self._stability.into(record)
         self._stragglers.after(record, step.own_times_of_all())
         return record, judge_step(self._run, record)
 
@@ -275,6 +277,7 @@ class Loop:
         """Go back to a checkpoint before ``bad``; requests in the meantime are served after the next step."""
         self._schedule.finish()
         go_back(self._run, self.writers, bad)
+        self._stability.clear()
         self._carried_requests, self._clock = requests, time.perf_counter()
 
 

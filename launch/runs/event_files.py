@@ -26,6 +26,7 @@ from launch.runs.records import UNITS, StepRecord
 
 TAGS = {
     "loss": "train/loss",
+    "loss_variance": "train/loss_variance",
     "lr": "train/lr",
     "grad_norm": "train/grad_norm",
     "grad_mean": "gradients/mean",

@@ -48,6 +48,8 @@ class StepRecord:
     """First and last sample index of this rank in this step; equal for ranks that work on the same samples."""
     step_time_s: float
     """Wall time from the end of the previous step (or evaluation, or checkpoint) to the end of this step."""
+    loss_variance: float | None = None
+    """Variance of the loss over the last 100 steps of the attempt; absent in the first 99 steps."""
     grad_mean: float | None = None
     """Mean over all elements of the gradient before clipping. This field and the next two: only at
     logging.gradients_interval."""
@@ -145,7 +147,7 @@ TOLD_ONCE = "straggler"
 """Name of the text field, which is for the terminal. Files of records contain numbers only."""
 OF_THE_RUN = frozenset(
     {
-        *("loss", "lr", "grad_norm", "grad_mean", "grad_std", "layer_grad_norms", "expert_imbalance"),
+        *("loss", "loss_variance", "lr", "grad_norm", "grad_mean", "grad_std", "layer_grad_norms", "expert_imbalance"),
         *("val_loss", "val_bits_per_byte", "tokens_per_s", "tflops_per_s", "mfu_causal", "hfu"),
         *("memory_allocated_gib", "memory_reserved_gib", "own_min_s", "own_max_s", "slowest_rank"),
     }

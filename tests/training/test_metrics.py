@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import math
 import resource
+import statistics
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from gpt.model.gpt import GPT
 from gpt.parallel.distributed import World
 from gpt.parallel.dtensor import inverse_replicas, local_tensor
 from gpt.training.diagnostics import Gradients
+from gpt.training.guards import WINDOW, LossWindow
 from launch.process import lasting_imports
 from launch.runs.environment import reachable_files
 from launch.runs.event_files import record_scalars
@@ -247,3 +250,28 @@ def test_an_import_that_fails_leaves_the_collector_on() -> None:
     with pytest.raises(ModuleNotFoundError), lasting_imports():
         import gpt.there_is_no_such_module  # type: ignore[import-not-found]  # noqa: F401
     assert gc.isenabled()
+
+
+# The variance of the loss over the last steps, against the standard library's.
+
+
+def record(step: int, loss: float | None) -> StepRecord:
+    return StepRecord(step=step, attempt=1, loss=loss, lr=0.1, grad_norm=1.0, tokens=1, samples=(0, 0), step_time_s=1.0)
+
+
+def test_the_variance_of_the_last_losses() -> None:
+    window, losses = LossWindow(), [5 / (1 + n / 50) + 0.1 * math.sin(7 * n) for n in range(2 * WINDOW)]
+    told = []
+    for step, loss in enumerate(losses, 1):
+        made = record(step, loss)
+        window.into(made)
+        told.append(made.loss_variance)
+        if step == WINDOW:
+            window.into(record(step, None))  # a skipped step has no loss
+    assert told[: WINDOW - 1] == [None] * (WINDOW - 1)
+    for step in (WINDOW, WINDOW + 1, 2 * WINDOW):
+        assert told[step - 1] == pytest.approx(statistics.pvariance(losses[step - WINDOW : step]), rel=1e-9)
+    window.clear()
+    made = record(1, 1.0)
+    window.into(made)
+    assert made.loss_variance is None, "a run that went back begins anew"
