@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from launch.runs.files import say
 # NVIDIA GPUs of this machine, through NVIDIA's management library (NVML, in the package nvidia-ml-py).
 
 
+OF_APPLICATIONS = frozenset({13, 31, 43, 45, 68, 109})
+"""Xid errors that a faulty or killed program causes. NVIDIA's own device plugin ignores them too."""
 GAUGES: Mapping[str, tuple[str, float, Sequence[str]]] = {
     "power_w": ("nvmlDeviceGetPowerUsage", 1e3, []),  # milliwatts
     "energy_j": ("nvmlDeviceGetTotalEnergyConsumption", 1e3, []),  # since the driver was loaded; from Volta on
@@ -56,6 +59,8 @@ class GpuReading:
     """Number of uncorrected memory errors since the driver was loaded."""
     throttled: int = 0
     """Bit mask of the reasons for which the GPU's clocks are lowered."""
+    xids: tuple[int, ...] = ()
+    """Numbers of the Xid errors since the first reading, without the errors in ``OF_APPLICATIONS``."""
     problem: str = ""
     """Error that the GPU returned instead of its state; empty if there was none."""
 
@@ -66,10 +71,17 @@ class Nvml:
     def __init__(self) -> None:
         self._nvml: Any = importlib.import_module("pynvml")
         self._gpus: dict[str, Any] | None = None
+        self._events: Any = None
+        self._xids: dict[str, list[int]] = defaultdict(list)
 
     def read_health(self) -> list[GpuReading]:
-        """Read the state of all GPUs that this process may open. Raises GpuError if the driver does not answer."""
+        """Read the state of all GPUs that this process may open. The Xid errors are those since the first call.
+
+        Raises:
+            GpuError: the driver does not answer.
+        """
         with self._answering() as gpus:
+            self._collect_xids(gpus)
             return [self._read(bus, handle) for bus, handle in gpus.items()]
 
     def buses(self) -> list[str]:
@@ -125,15 +137,30 @@ class Nvml:
         domain, _, rest = (bus.decode() if isinstance(bus, bytes) else bus).lower().partition(":")
         return f"{domain[-4:]}:{rest}"
 
+    def _collect_xids(self, gpus: Mapping[str, Any]) -> None:
+        """Collect the Xid errors that the driver has kept for this process since the first call."""
+        nvml = self._nvml
+        if self._events is None:
+            self._events = nvml.nvmlEventSetCreate()
+            for handle in gpus.values():
+                with contextlib.suppress(nvml.NVMLError_NotSupported):
+                    nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
+        with contextlib.suppress(nvml.NVMLError_Timeout):  # The driver has no further error.
+            while True:
+                event = nvml.nvmlEventSetWait_v2(self._events, 0)
+                if int(event.eventData) not in OF_APPLICATIONS:
+                    self._xids[self._bus(event.device)].append(int(event.eventData))
+
     def _read(self, bus: str, handle: Any) -> GpuReading:
+        xids = tuple(self._xids[bus])
         kind = "NVML_MEMORY_ERROR_TYPE_UNCORRECTED", "NVML_VOLATILE_ECC"
         try:
             # None: a GPU without ECC memory.
             errors = self._call("nvmlDeviceGetTotalEccErrors", handle, *kind)
             throttled = self._call(GAUGES["throttle_reasons"][0], handle)
         except self._nvml.NVMLError as error:
-            return GpuReading(bus, problem=f"does not answer: {error}")
-        return GpuReading(bus, errors, throttled or 0)
+            return GpuReading(bus, xids=xids, problem=f"does not answer: {error}")
+        return GpuReading(bus, errors, throttled or 0, xids)
 
     def _call(self, function: str, handle: Any, *constants: str) -> int | None:
         """Return the value of a function of NVML; None if the GPU or the driver does not have the value."""
@@ -165,6 +192,8 @@ def describe_faults(readings: Sequence[GpuReading], first: Sequence[GpuReading],
         name = f"GPU {reading.bus}"
         if reading.problem:
             yield f"{name}: {reading.problem}"
+        if reading.xids:
+            yield f"{name}: Xid {', '.join(map(str, reading.xids))} since the first start"
         new = (reading.uncorrected or 0) - before.get(reading.bus, 0)
         if new > 0:
             yield f"{name}: {new} uncorrected memory errors since the first start"
@@ -263,6 +292,7 @@ class HealthCheck:
         if not DRIVER.is_dir():
             return
         try:
+            # Stays open: the driver keeps Xid errors only for a process that has registered.
             self._nvml = self._nvml or Nvml()
         except ImportError:
             return

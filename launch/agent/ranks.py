@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,7 +38,7 @@ from launch.config import Config
 from launch.config.compose import workload_of
 from launch.process import set_default_threads
 from launch.runs import heartbeat
-from launch.runs.environment import set_defaults, set_dump_file
+from launch.runs.environment import Gpu, set_defaults, set_dump_file, visible_gpus
 from launch.runs.folder import RunFolder, read_plan
 from launch.worker import STORE_PREFIX
 from launch.worker.memory import SECRET, STORE
@@ -268,6 +269,29 @@ class FixedRendezvous(RendezvousHandler):
         return True
 
 
+DEVICES = Path("/sys/bus/pci/devices")
+
+
+def cpus_of_ranks(
+    ranks: int, gpus: Sequence[Gpu], allowed: Collection[int], devices: Path = DEVICES
+) -> list[frozenset[int]] | None:
+    """Return for each rank of a node, by local rank, the CPUs on the NUMA node of its GPU; None to bind no rank.
+
+    Only the CPUs in ``allowed`` count. Returns None if the NUMA node of a GPU is not known, or if all CPUs are near.
+    Returns None also if some GPUs have fewer near CPUs than ranks: a job on a shared node may have CPUs of another
+    socket.
+    """
+    near = []
+    for gpu in gpus[:ranks]:
+        with suppress(OSError):
+            parts = (devices / str(gpu.bus) / "local_cpulist").read_text().strip().split(",")  # 0-3,8
+            ends = [(part.partition("-")[0], part.partition("-")[2] or part) for part in parts if part]
+            near.append(frozenset(n for a, b in ends for n in range(int(a), int(b) + 1) if n in allowed))
+    if not near or len(near) < ranks or set(near) == {frozenset(allowed)}:
+        return None
+    return None if any(len(cpus) < count for cpus, count in Counter(near).items()) else near
+
+
 class RankAgent(LocalElasticAgent):
     """Elastic's agent for the ranks of one node in one attempt. It polls ``watch`` and ``records`` while ranks run."""
 
@@ -313,7 +337,7 @@ class RankAgent(LocalElasticAgent):
         During the call, this method replaces the function with which elastic creates a rank's process.
         """
         if self._server is None:
-            return super()._start_workers(worker_group)
+            return self._bind(super()._start_workers(worker_group))
         attempt, fork, workdir = self._attempt, self._server.start, self._workdir
         original = elastic_processes.get_subprocess_handler
 
@@ -324,9 +348,17 @@ class RankAgent(LocalElasticAgent):
 
         elastic_processes.get_subprocess_handler = Handler  # type: ignore[assignment]
         try:
-            return super()._start_workers(worker_group)
+            return self._bind(super()._start_workers(worker_group))
         finally:
             elastic_processes.get_subprocess_handler = original
+
+    def _bind(self, pids: dict[int, Any]) -> dict[int, Any]:
+        """Bind each rank to the CPUs near its GPU. Takes and returns local rank -> process id."""
+        near = cpus_of_ranks(len(pids), visible_gpus(), os.sched_getaffinity(0))
+        for local, cpus in enumerate(near or ()):
+            with suppress(ProcessLookupError):  # The rank has ended.
+                os.sched_setaffinity(pids[local], cpus)
+        return pids
 
     def _poll(self) -> None:
         self._watch.poll(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Collection, Iterator
@@ -25,6 +26,7 @@ from launch.agent.health import (
     links_up,
     sampling,
 )
+from launch.agent.ranks import RankAgent, cpus_of_ranks
 from launch.config import Config, HealthCheckConfig, ResilienceConfig
 from launch.doctor import verdict
 from launch.errors import ConfigError
@@ -47,6 +49,7 @@ FEW = "1 GPUs answer, and cluster.gpus_per_node=2"
         ([GpuReading(A, 5), GpuReading(B, 0)], 2, []),
         ([GpuReading(A, 7), GpuReading(B)], None, [f"GPU {A}: 2 uncorrected memory errors since the first start"]),
         ([GpuReading(A, 5, 0x05 | 0x20), GpuReading(B, 0, 0x48)], 2, [SLOW]),
+        ([GpuReading(A, 5, xids=(79,)), GpuReading(B)], 2, [f"GPU {A}: Xid 79 since the first start"]),
         ([GpuReading(A, problem="lost"), GpuReading(B)], 2, [f"GPU {A}: lost", FEW]),
     ],
 )
@@ -174,8 +177,10 @@ def test_gauges_have_si_units_and_unknown_gauges_are_absent(driver: ModuleType) 
     assert nvml.read_gauges([A])[A]["energy_j"] >= counter and nvml.read_gauges([A]).keys() == {A}
 
 
-def test_nvml_gives_memory_errors_and_throttling(driver: ModuleType) -> None:
-    assert Nvml().read_health() == [GpuReading(A, 7, 4), GpuReading(B, None, 1)]
+def test_nvml_gives_memory_errors_throttling_and_xid_errors(driver: ModuleType) -> None:
+    nvml = Nvml()
+    expected = [GpuReading(A, 7, 4, xids=(79,)), GpuReading(B, None, 1)]
+    assert nvml.read_health() == expected and nvml.read_health() == expected, "Xid 43 is an application's"
 
 
 def test_a_driver_that_does_not_answer_is_an_error(driver: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,3 +262,58 @@ def test_samples_are_read_as_written_and_other_lines_are_skipped(tmp_path: Path)
     append_samples(folder, 0, [sample])
     assert list(read_samples(folder, 0)) == [sample, sample]
     assert '"temperature_c"' not in folder.telemetry(0).read_text()
+
+
+# CPUs of the ranks.
+
+
+NEAR = {"0000:01:00.0": "0-3,8-11", "0000:02:00.0": "0-3,8-11", "0000:81:00.0": "4-7,12-15\n"}
+"""Machine of two sockets with 8 CPUs each: PCI address of a GPU -> CPUs near it, as Linux lists them."""
+
+
+@pytest.fixture
+def devices(tmp_path: Path) -> Path:
+    for bus, cpus in NEAR.items():
+        (tmp_path / bus).mkdir()
+        (tmp_path / bus / "local_cpulist").write_text(cpus)
+    return tmp_path
+
+
+def gpus(*buses: str | None) -> list[Gpu]:
+    return [Gpu(str(index), "H100", None, bus) for index, bus in enumerate(buses)]
+
+
+FIRST_GPU, SECOND_GPU, THIRD_GPU = NEAR
+FIRST, SECOND = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+
+
+@pytest.mark.parametrize(
+    ("buses", "ranks", "allowed", "expected"),
+    [
+        ((FIRST_GPU, SECOND_GPU, THIRD_GPU), 3, range(16), [FIRST, FIRST, SECOND]),
+        ((FIRST_GPU, SECOND_GPU, THIRD_GPU), 2, range(16), [FIRST, FIRST]),
+        ((FIRST_GPU, THIRD_GPU), 2, range(6), [[0, 1, 2, 3], [4, 5]]),  # those of the job alone
+        ((FIRST_GPU, SECOND_GPU, THIRD_GPU), 3, range(5), [[0, 1, 2, 3], [0, 1, 2, 3], [4]]),
+        ((FIRST_GPU, SECOND_GPU, THIRD_GPU), 3, [0, 4, 5], None),  # one CPU near two GPUs
+        ((FIRST_GPU, SECOND_GPU, THIRD_GPU), 3, range(4), None),  # none near the third
+        ((FIRST_GPU, SECOND_GPU), 2, FIRST, None),  # all are near
+        ((FIRST_GPU, None, THIRD_GPU), 3, range(16), None),  # Slurm hides which it is
+        ((FIRST_GPU, "0000:ff:00.0"), 2, range(16), None),
+        ((FIRST_GPU,), 2, range(16), None),
+        ((), 1, range(16), None),
+    ],
+)
+def test_each_rank_is_bound_to_the_cpus_near_its_gpu(
+    devices: Path, buses: tuple[str | None, ...], ranks: int, allowed: list[int], expected: list[list[int]] | None
+) -> None:
+    found = cpus_of_ranks(ranks, gpus(*buses), allowed, devices)
+    assert (None if found is None else [sorted(cpus) for cpus in found]) == expected
+
+
+def test_a_started_rank_is_moved_to_its_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = max(os.sched_getaffinity(0))
+    monkeypatch.setattr("launch.agent.ranks.cpus_of_ranks", lambda ranks, gpus, allowed: [frozenset([last])])
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as rank:
+        assert RankAgent._bind(SimpleNamespace(), {0: rank.pid}) == {0: rank.pid}  # type: ignore[arg-type]
+        assert os.sched_getaffinity(rank.pid) == {last}
+        rank.communicate()

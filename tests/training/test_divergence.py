@@ -32,15 +32,17 @@ ENGINES = {
     "ddp": [],
     "zero1": [],
     "fsdp": [],
+    "tp parallel.tp=2": [],
     "pp parallel.pp=2": MODELS["tied"],
     "ep parallel.ep=2": [*MODELS["experts"], "model.expert_balance=bias"],
+    "ds_zero0": [],
     "zero2": [],
     "zero3": [],
     "ds_pp_zero1": [],
 }
 ONE_LAYER = "model.n_layer=1"
 """Of engines that have no pipeline, whose stages want a layer each."""
-GRADIENTS_OF_TORCH = ("ddp", "zero1", "fsdp", "pp parallel.pp=2")
+GRADIENTS_OF_TORCH = ("ddp", "zero1", "fsdp", "tp parallel.tp=2", "pp parallel.pp=2")
 STEPS = 11
 LONG = [
     *(f"optim.max_steps={STEPS}", "checkpoint.interval=3", "checkpoint.keep_last=3", "eval.interval=0", ONE_LAYER),
@@ -366,7 +368,7 @@ def go_back_under(rank: int, size: int, folder: Path, engines: list[str]) -> dic
 
 
 def test_every_kind_of_engine_goes_back_to_the_same_weights(tmp_path: Path) -> None:
-    engines = ["zero1", "fsdp", "pp parallel.pp=2", "zero2"]
+    engines = ["zero1", "fsdp", "pp parallel.pp=2", "zero2", "zero3"]
     for rank, told in enumerate(
         run_distributed(go_back_under, 2, tmp_path / "runs", engines, timeout_s=300, imports=DEEPSPEED)
     ):

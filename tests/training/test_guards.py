@@ -244,12 +244,14 @@ def compare_replicas(rank: int, size: int, folder: Path) -> dict[str, list[Any]]
 REPLICAS = {
     "ddp": 2,
     "hsdp parallel.dp_shard=2": 3,
+    "tp parallel.tp=2": 1,
     "pp parallel.pp=2": 1,
     "zero2": 2,
 }
 EXPECTED = {
     "ddp": ((2,), True),
     "hsdp parallel.dp_shard=2": ((1, 3), False),
+    "tp parallel.tp=2": ((1,), True),
     "pp parallel.pp=2": ((0, 1), False),
     "zero2": ((2,), True),
 }
