@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
-from launch.report.goodput import CAUSES, DEFINITION, PARTS
-from launch.report.notes import figure, hours, hours_by_cause, interrupted, percentages, rate, time_text
+from launch.report.goodput import PARTS
+from launch.report.notes import rate, time_text
 from launch.report.steps import LEAST_SHARE, LOSSES, RankTimes
 from launch.report.table import Row, RunDetail, ScalingTable
 from launch.report.text import efficiency
@@ -117,16 +118,6 @@ def picture(panels: Sequence[Panel], heading: str, conditions: str) -> dict[str,
 
 
 @rc_context(STYLE)
-def draw_ranks(found: RunDetail) -> bytes | None:
-    """Draw the heat map of one run (ranks by time) as PNG; None if fewer than two ranks are compared."""
-    if found.rank_times is None:
-        return None
-    whole = Figure(figsize=(7.0, 4.0), dpi=120, layout="constrained")
-    _draw_heat_map(whole.subplots(), found, found.rank_times)
-    return _png(whole)
-
-
-@rc_context(STYLE)
 def inline_svg(panel: Panel, salt: str) -> str:
     """Return one panel as an SVG element with CSS variables as colors. ``salt`` must differ for each panel."""
     whole = Figure(figsize=(WIDE, panel.inches), layout="constrained", facecolor="none")
@@ -212,45 +203,32 @@ class DrawnFigure:
     text: Callable[[Row], str]
     factor: float = 1.0
 
-    def band(self, row: Row) -> list[float] | None:
-        """Return lower end, value and upper end, times ``factor``; the value replaces an unknown end.
+    def bands(self, rows: Sequence[Row]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Return lower ends, values and upper ends, times ``factor``, [3, rows]. The value replaces an unknown end.
 
-        None if the row lacks the figure.
+        NaN for a row that lacks the figure.
         """
-        middle = getattr(row, self.field)
-        ends = (getattr(row, f"{self.field}_{end}", None) for end in ("low", "high"))
-        low, high = (middle if end is None else end for end in ends)
-        return None if middle is None else [self.factor * value for value in (low, middle, high)]
+        names = (f"{self.field}_low", self.field, f"{self.field}_high")
+        found = np.array([[getattr(row, name, None) for row in rows] for name in names], np.float64)
+        return self.factor * np.where(np.isnan(found), found[1], found)
 
 
 RATE = DrawnFigure("Throughput", "{unit} per second", "throughput", lambda row: rate(row.throughput))
 EFFICIENCY = DrawnFigure("Efficiency against the smallest point", "%", "efficiency", efficiency, factor=100)
 STEP_TIME = DrawnFigure("Step time", "seconds", "step_time_s", lambda row: time_text(row.step_time_s))
-RUN_TIME = DrawnFigure("Run time, start-up included", "seconds", "run_time_s", lambda row: time_text(row.run_time_s))
-SPEEDUP = DrawnFigure("Speedup", "ratio to the smallest point", "speedup", lambda row: figure(row.speedup, "{:.2f}"))
 
 
 def scaling_panels(table: ScalingTable) -> list[Panel]:
-    """Return at most two panels, the first known of throughput, run time, efficiency, speedup and step time.
-
-    Empty for one run.
-    """
+    """Return at most two panels, the first known of throughput, efficiency and step time. Empty for one run."""
     series: dict[tuple[str | None, str], list[Row]] = {}
     for row in table.rows if len(table.rows) > 1 else ():
-        if row.ranks is not None and (row.run_time_s if table.compares_run_times else row.step_time_s) is not None:
+        if row.ranks is not None and row.step_time_s is not None:
             series.setdefault((row.scaling, row.series), []).append(row)
     rows = [row for of_series in series.values() for row in of_series]
     # The smallest point's own 100 % is not informative.
     larger = [row for row in rows if row.speedup not in (None, 1)]
     claimed = any(row.efficiency is not None for row in larger)
-    has_rates = any(row.throughput is not None for row in rows)
-    wanted = {
-        RATE: has_rates,
-        RUN_TIME: table.compares_run_times,
-        EFFICIENCY: claimed,
-        SPEEDUP: larger and not has_rates,
-        STEP_TIME: not table.compares_run_times,
-    }
+    wanted = {RATE: any(row.throughput is not None for row in rows), EFFICIENCY: claimed, STEP_TIME: True}
     chosen = [drawn for drawn, is_wanted in wanted.items() if is_wanted and rows][:2]
     lead = "No efficiency is claimed: see the notes." if larger and not claimed else ""
     lines = len(series) + 2
@@ -268,23 +246,23 @@ def _draw_figure(axes: Axes, series: SeriesRows, drawn: DrawnFigure, unit: str) 
     for index, ((kind, name), of_series) in enumerate(series.items()):
         label = ", ".join(filter(None, (_short(name), kind if len(kinds) > 1 else ""))) or "measured"
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-        known = [(row, band) for row in of_series if (band := drawn.band(row))]
-        sizes = [row.ranks or 0 for row, _ in known]
-        low, middle, high = ([band[at] for _, band in known] for at in range(3))
-        ends = [[m - end for m, end in zip(middle, low)], [end - m for m, end in zip(middle, high)]]
-        axes.errorbar(sizes, middle, yerr=ends, fmt="none", ecolor=color, elinewidth=1.2, capsize=3)
+        sizes = [row.ranks or 0 for row in of_series]
+        low, middle, high = drawn.bands(of_series)
+        axes.errorbar(sizes, middle, [middle - low, high - middle], fmt="none", ecolor=color, elinewidth=1.2, capsize=3)
         axes.plot(sizes, middle, color=color, linewidth=1.8, marker=marker, markersize=6.5, label=label)
-        if hollow := [(row.ranks, band[1]) for row, band in known if row.oversubscribed]:
+        if hollow := [(row.ranks, value) for row, value in zip(of_series, middle) if row.oversubscribed]:
             axes.scatter(*zip(*hollow), marker=marker, edgecolors=color, **HOLLOW)
         ideal = [(row.ranks, row.throughput_ideal) for row in of_series if row.throughput_ideal is not None]
         if is_rate and len(ideal) > 1:
             axes.plot(*zip(*ideal), color=color, alpha=0.8, **IDEAL)
-        for row, band in known if len(rows) <= MAX_LABELS else ():
-            # The text is where the line does not cover it.
-            at, side = ((7, -12), "left") if is_rate else ((-7, -12), "right")
-            at, side = ((7, 6), "left") if row is of_series[0] and not is_rate else (at, side)
-            place: Any = {"textcoords": "offset points", "ha": side, "fontsize": 8}
-            axes.annotate(drawn.text(row), (row.ranks, band[1]), at, **place)
+        for row, value in zip(of_series, middle) if len(rows) <= MAX_LABELS else ():
+            if not np.isnan(value):
+                # The text is where the line does not cover it.
+                at, side = ((7, -12), "left") if is_rate else ((-7, -12), "right")
+                at, side = ((7, 6), "left") if row is of_series[0] and not is_rate else (at, side)
+                axes.annotate(
+                    drawn.text(row), (row.ranks or 0, value), at, textcoords="offset points", ha=side, fontsize=8
+                )
     scale_sizes(axes, sorted({row.ranks or 0 for row in rows}), "ranks")
     scale_values(axes, drawn.axis.format(unit=unit), is_rate)
     if drawn is EFFICIENCY:
@@ -338,57 +316,34 @@ def loss_panels(table: ScalingTable) -> list[Panel]:
     # All axes end at the longest bar, so that a reader can compare bars of two points.
     most = max((100 * (1 + sum(-share for share in row.losses.values() if share < 0)) for row in rows), default=0.0)
     lead = "Time that each phase of a step takes beyond its part of the ideal step. The parts add up; + is a gain."
-    return [
-        _bar_panel(f"What was lost to what at {_short(row.label)}", waterfall(row), most, lead, ideal=100)
-        for row in rows
-    ]
+    panels = []
+    for row in rows:
+        bars = waterfall(row)
+        draw = partial(_draw_bars, bars=bars, most=most)
+        panels.append(Panel(f"What was lost to what at {_short(row.label)}", draw, 0.35 + 0.27 * len(bars), lead))
+    return panels
 
 
 def waterfall(row: Row) -> list[Bar]:
     """Return the bars, in percent, that fall from the ideal to the efficiency of a point."""
-    texts = percentages([*row.losses.values(), row.efficiency or 0.0])
     bars, at = [Bar("ideal", 0, 100, LINE, "100.0 %", bold=True)], 100.0
-    for (phase, share), text in zip(row.losses.items(), texts, strict=False):
-        to = at - 100 * share
-        sign = "" if float(text) == 0 else "+" if share < 0 else "−"  # noqa: RUF001 - a minus sign for readers
-        color = LIGHT[LOSS_COLORS[phase]]
-        bars.append(Bar(LOSSES[phase], min(at, to), max(at, to), color, f"{sign}{text.removeprefix('-')} %"))
+    for phase, share in row.losses.items():
+        to, text = at - 100 * share, f"{100 * abs(share):.1f} %"
+        sign = "" if text == "0.0 %" else "+" if share < 0 else "−"  # noqa: RUF001 - a minus sign for readers
+        bars.append(Bar(LOSSES[phase], min(at, to), max(at, to), LIGHT[LOSS_COLORS[phase]], f"{sign}{text}"))
         at = to
-    return [*bars, Bar("efficiency", 0, 100 * (row.efficiency or 0.0), LIGHT["c2"], f"{texts[-1]} %", bold=True)]
+    left = 100 * (row.efficiency or 0.0)
+    return [*bars, Bar("efficiency", 0, left, LIGHT["c2"], f"{left:.1f} %", bold=True)]
 
 
-def interruption_panels(table: ScalingTable) -> list[Panel]:
-    """Return a panel for each unit, GPU-hours or node-hours: the cost of interruptions in all runs, by cause.
-
-    Empty without interruptions.
-    """
-    panels = []
-    for unit, rows in interrupted(table.rows):
-        causes = sorted(hours_by_cause(rows).items(), key=lambda cause: -cause[1])
-        bars = [Bar(CAUSES[cause], 0, lost, LIGHT["c1"], hours(lost, f"{unit}-h")) for cause, lost in causes]
-        whole = sum(row.interrupted_h or 0.0 for row in rows)
-        bars.append(Bar("in all", 0, 0, LINE, hours(whole, f"{unit}-h"), bold=True))
-        if any(row.saved_in_place_h is not None for row in rows):
-            saved = sum(row.saved_in_place_h or 0.0 for row in rows)
-            bars.append(Bar("saved in place, estimate", 0, saved, LIGHT["c2"], hours(saved, f"{unit}-h")))
-        lead = f"Lost to each cause, over all runs of this report: {DEFINITION}."
-        panels.append(_bar_panel("What interruptions cost", bars, max(bar.high for bar in bars), lead))
-    return panels
-
-
-def _bar_panel(title: str, bars: Sequence[Bar], most: float, lead: str, ideal: float | None = None) -> Panel:
-    return Panel(title, partial(_draw_bars, bars=bars, most=most, ideal=ideal), 0.35 + 0.27 * len(bars), lead)
-
-
-def _draw_bars(axes: Axes, bars: Sequence[Bar], most: float, ideal: float | None = None) -> None:
+def _draw_bars(axes: Axes, bars: Sequence[Bar], most: float) -> None:
     axes.barh(
         range(len(bars)),
         [bar.high - max(bar.low, 0) for bar in bars],
         left=[max(bar.low, 0) for bar in bars],
         color=[bar.color for bar in bars],
     )
-    if ideal is not None:
-        axes.axvline(ideal, color=GREY, **IDEAL)
+    axes.axvline(100, color=GREY, **IDEAL)
     axes.set_yticks(range(len(bars)), [bar.name for bar in bars], color=INK)
     for at, (bar, name) in enumerate(zip(bars, axes.get_yticklabels(), strict=True)):
         weight = "bold" if bar.bold else "normal"
@@ -406,7 +361,7 @@ def times_panels(table: ScalingTable) -> list[Panel]:
     Empty if no run has a goodput.
     """
     rows = [row for row in table.rows if row.goodput is not None]
-    lead = "Time of each run from its submission to its end, over all attempts. The parts add up to 100.0 %."
+    lead = "Time of each run from its submission to its end, over all attempts. The parts add up to the whole."
     if len(rows) > MAX_BARS:
         lead += f" The first {MAX_BARS} of {len(rows)} runs; the table below has all."
     rows = rows[:MAX_BARS]
@@ -446,7 +401,6 @@ def _style_bars(axes: Axes) -> None:
 BINS = 40
 NAMED_RANKS = 4
 """Largest number of slow ranks with a label in the heat map; more labels would overlap."""
-ALONE = "Fewer than two ranks recorded the same steps, so no rank is compared with others."
 # Orange above the median, blue below it, transparent in between.
 SLOW_AND_FAST = LinearSegmentedColormap.from_list(
     "slow", [(0, COLORS[0]), (0.5, f"{COLORS[0]}00"), (0.5, f"{COLORS[1]}00"), (1, COLORS[1])], N=41
@@ -456,32 +410,25 @@ SLOW_AND_FAST = LinearSegmentedColormap.from_list(
 def run_panels(found: RunDetail) -> list[Panel]:
     """Return two panels of one run: the heat map of its ranks, and the distribution of its step times.
 
-    If fewer than two ranks are compared, step times over the run replace the heat map.
+    Without the heat map if fewer than two ranks are compared.
     """
-    times = found.rank_times
-    first = Panel("Step time over the run", partial(_draw_over_steps, found=found), lead=ALONE)
-    if times is not None:
+    panels = [Panel("Step times after warm-up", partial(_draw_distribution, found=found))]
+    if (times := found.rank_times) is not None:
         net = "" if times.is_net else " Waiting in collectives was not recorded, and hides a slow rank."
         lead = f"Own time of each rank above the median of all ranks.{net}"
-        first = Panel("Ranks over the run", partial(_draw_heat_map, found=found, times=times), lead=lead)
-    return [first, Panel("Step times after warm-up", partial(_draw_distribution, found=found))]
+        panels.insert(0, Panel("Ranks over the run", partial(_draw_heat_map, found=found, times=times), lead=lead))
+    return panels
 
 
 def _draw_distribution(axes: Axes, found: RunDetail) -> None:
     axes.hist(found.step_times_s, bins=min(BINS, max(5, len(found.step_times_s) // 5)), color=COLORS[0], alpha=0.85)
-    marks = dict(found.percentiles_s)
-    for name, color, style in (("50 %", COLORS[1], "-"), ("95 %", COLORS[2], "--"), ("99 %", COLORS[3], ":")):
-        label = f"{name}: {time_text(marks[name])}"
-        axes.axvline(marks[name], color=color, linestyle=style, linewidth=1.6, label=label)
+    for share, color, style in ((0.5, COLORS[1], "-"), (0.95, COLORS[2], "--"), (0.99, COLORS[3], ":")):
+        mark_s = float(np.quantile(found.step_times_s, share))
+        label = f"{100 * share:.0f} %: {time_text(mark_s)}"
+        axes.axvline(mark_s, color=color, linestyle=style, linewidth=1.6, label=label)
     axes.set_xlabel("seconds")
     scale_values(axes, "steps")
     axes.legend(ncols=3, **BELOW)
-
-
-def _draw_over_steps(axes: Axes, found: RunDetail) -> None:
-    axes.plot(range(1, len(found.step_times_s) + 1), found.step_times_s, color=COLORS[0], linewidth=0.9)
-    axes.set_xlabel("steps after warm-up")
-    scale_values(axes, "seconds")
 
 
 def _draw_heat_map(axes: Axes, found: RunDetail, times: RankTimes) -> None:
@@ -509,7 +456,7 @@ def _draw_heat_map(axes: Axes, found: RunDetail, times: RankTimes) -> None:
     places = {rank.rank: row for row, rank in enumerate(times.ranks)}
     shown = range(0, len(in_ms), math.ceil(len(in_ms) / 8))
     axes.set_yticks(shown, [str(times.ranks[row].rank) for row in shown])
-    for row in [row for row in found.slowest if row.time.is_slow or row.time.waits_long][:NAMED_RANKS]:
+    for row in [row for row in found.slowest if row.time.is_slow][:NAMED_RANKS]:
         at = places[row.time.rank]
         # With a thousand ranks, a row is thinner than a pixel, so a marker shows where it is.
         axes.plot(first, at, marker=">", color=COLORS[1], markersize=6, clip_on=False)

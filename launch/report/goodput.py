@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time as clock
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -67,11 +66,6 @@ DEFINITION = (
     "allocated time from the last step that counts before an interruption to the next new one: its end, the start "
     "after it, restore, compile and steps done again, without saves, evaluations and the wait for nodes"
 )
-SAVED_DEFINITION = (
-    "the median time of a start through the queue, from the allocation to the first step, less the time of the "
-    "restart, from the noticed end to its first step"
-)
-
 CLOCK_S = 1e-5
 """Seconds below which a part of the time is a rounding error: Unix times have a resolution of 0.24 us."""
 
@@ -101,17 +95,6 @@ class Failures:
 
 
 @dataclass(frozen=True)
-class Restart:
-    """One start of the ranks, until their first step: seconds without restore and compilation."""
-
-    seconds: float
-    size: int
-    """Number of GPUs of the allocation; number of nodes if it has no GPUs."""
-    wait_s: float = 0.0
-    """Seconds that the run waited for the allocation."""
-
-
-@dataclass(frozen=True)
 class Losses:
     """Cost of all interruptions of a run."""
 
@@ -123,12 +106,6 @@ class Losses:
     """Cause -> number of interruptions."""
     unit: str = "node"
     """Unit of ``hours``: GPU; node if the run has no GPUs."""
-    in_place: Sequence[Restart] = ()
-    """Restarts inside of an allocation after which the run made a step."""
-    requeues: Sequence[Restart] = ()
-    """Start of each allocation after the first, if its first start led to a step."""
-    first: Restart | None = None
-    """Start of the first allocation; None if its first start led to no step."""
 
 
 @dataclass(frozen=True)
@@ -155,33 +132,6 @@ class Goodput:
         return steps_s / allocated if allocated else 0.0
 
 
-def saved_in_place(losses: Losses, others: Sequence[Losses] = ()) -> tuple[float, float, str] | None:
-    """Estimate the time that restarts in place saved, compared with starts through the queue. Never negative.
-
-    Returns None if the run had no restart in place, or if no other start is known.
-
-    Args:
-        losses: losses of the run.
-        others: losses of the other runs of its sweep.
-
-    Returns:
-        Saved GPU-hours (node-hours without GPUs), saved seconds of waiting in the queue, and a text that names the
-        starts of the comparison.
-    """
-    starts = {
-        "requeues of this run": losses.requeues,
-        "requeues of other points": [start for other in others for start in other.requeues],
-        "the first start of this run": [] if losses.first is None else [losses.first],
-    }
-    basis = next((name for name, found in starts.items() if found), None)
-    if basis is None or not losses.in_place:
-        return None
-    start_s = median(start.seconds for start in starts[basis])
-    wait_s = median(start.wait_s for start in starts[basis])
-    hours = sum((start_s - restart.seconds) / 3600 * restart.size for restart in losses.in_place)
-    return max(0.0, hours), wait_s * len(losses.in_place), basis
-
-
 def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput | None:
     """Return the time of a run by part, and its cost. None if the event log does not describe all its allocations."""
     agents = [event for event in events if event["event"] == "agent_started"]
@@ -203,9 +153,9 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
         requested = max([since, *(event["time"] for event in before if not event.get("moved"))])
         waited_s = 0.0 if is_local else max(0.0, begun - requested)
         since = max(ended, begun)
-        division.add(begun, since, int(started[size_of]), waited_s, is_last=number == len(found) - 1)
+        division.seconds["waiting"] += waited_s
+        division.add(begun, since, int(started[size_of]), is_last=number == len(found) - 1)
     use = used([log], clock.time(), rates)
-    causes, starts = [*division.causes.values()], division.starts
     return Goodput(
         seconds={part: value for part, value in division.seconds.items() if value > CLOCK_S},
         gpu_hours=use.gpu_hours or None,
@@ -213,11 +163,8 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
         losses=Losses(
             seconds=division.lost_s,
             hours=division.lost_h,
-            counts={cause: causes.count(cause) for cause in causes},
+            counts=Counter(division.causes.values()),
             unit="GPU" if size_of == "gpus" else "node",
-            in_place=division.in_place,
-            requeues=[start for number, start in starts if number > 1],
-            first=next((start for number, start in starts if number == 1), None),
         ),
     )
 
@@ -237,8 +184,6 @@ class RunInterruption:
     """
     cause: str
     """Cause of the interruption, a key of ``CAUSES``."""
-    noticed: float | None = None
-    """Unix time of the interruption's event; None if the event log has no such event."""
     attempt: int | None = None
     """Attempt that rolled back to the checkpoint of ``step``; None if this is no roll-back."""
     step: int = 0
@@ -280,11 +225,7 @@ class _Division:
         self.lost_h = defaultdict[str, float](float)
         self.causes: dict[float, str] = {}
         """``since`` of each interruption that cost time, Unix seconds -> cause of the interruption."""
-        self.in_place: list[Restart] = []
-        self.starts: list[tuple[int, Restart]] = []
-        """Number (from 1) and first start of each allocation whose first start led to a step."""
-        self._allocation = self._size = 0
-        self._waited_s = 0.0
+        self._size = 0
         self._has_stepped = False
         self._rollbacks: list[RunInterruption] = []
         self._save_s = defaultdict[tuple[int, int], float](float)
@@ -308,7 +249,7 @@ class _Division:
                     is_entered = name == "attempt_ended"  # The decision that follows is not another interruption.
                     is_of_node = is_sick and event.get("cause") == "node_failed"
                     cause = "node_sick" if is_of_node else _cause(event)
-                    without_attempt.append(RunInterruption(event["time"], cause, event["time"]))
+                    without_attempt.append(RunInterruption(event["time"], cause))
             elif name == "started":
                 started.setdefault(attempt, event["time"])
             elif name == "attempt_ended":
@@ -316,8 +257,7 @@ class _Division:
             elif name == "rank_failed":
                 failed[attempt] = "hung" if event.get("hung") else failed.get(attempt, "crashed")
             elif name == "rolled_back":
-                time = event["time"]
-                self._rollbacks.append(RunInterruption(time, "diverged", time, attempt, event["step"]))
+                self._rollbacks.append(RunInterruption(event["time"], "diverged", attempt, event["step"]))
             elif name == "saved" and isinstance(event.get("seconds"), int | float):
                 self._save_s[attempt, event["step"]] += float(event["seconds"])
             elif name == FEWER_NODES:
@@ -329,11 +269,10 @@ class _Division:
         ends: dict[int, RunInterruption] = {}
         for attempt in sorted({*ended, *started, *begun}):
             end = ended.get(attempt)
-            noticed = None if end is None else end["time"]
             cause = failed.get(attempt, "unknown") if end is None else _cause(end)
-            since = begun.get(attempt, started.get(attempt, noticed))
+            since = begun.get(attempt, started.get(attempt, None if end is None else end["time"]))
             assert since is not None, "the attempt is in one of them"
-            ends[attempt] = RunInterruption(since, cause, noticed)
+            ends[attempt] = RunInterruption(since, cause)
         self._final = ends[max(ends)] if ends else None
         self._ends = sorted([*ends.values(), *without_attempt], key=_since)
         self._before = {
@@ -398,19 +337,16 @@ class _Division:
             if self.causes.get(lost_to.since, "continued") == "continued":
                 self.causes[lost_to.since] = lost_to.cause
 
-    def add(self, begun: float, ended: float, size: int, waited_s: float, *, is_last: bool) -> None:
+    def add(self, begun: float, ended: float, size: int, *, is_last: bool) -> None:
         """Divide the time of the next allocation among the parts of ``PARTS``, and add it to ``seconds``.
 
         Args:
             begun: start of the allocation, Unix seconds.
             ended: end of the allocation, Unix seconds.
             size: number of GPUs, or of nodes.
-            waited_s: seconds of waiting for the allocation.
             is_last: True if no other allocation follows.
         """
-        self._size, self._waited_s = size, waited_s
-        self._allocation += 1
-        self.seconds["waiting"] += waited_s
+        self._size = size
         at = begun
         before: _Record | None = None
         for record in self._records:
@@ -425,7 +361,7 @@ class _Division:
             self._spend(part, record.ended - starts - in_step, record.lost_to)
             at, before = record.ended, record
         if before is None:
-            self._divide_starts(at, ended, is_in_place=None, is_last=is_last)
+            self._divide_starts(at, ended, is_last=is_last)
             return
         self._has_stepped = True
         at = self._divide_save(before, at, ended)
@@ -459,32 +395,19 @@ class _Division:
         self._spend("restore", restored, lost_to)
         until -= compiled + restored
         if before is None or not is_same:
-            self._divide_starts(at, until, is_in_place=before is not None)
+            self._divide_starts(at, until)
         elif back is not None:
             self._spend("restarts", until - at, lost_to)
         else:
             compiled = self._divide_compile(before, until - at)
             self._spend("evaluations" if before.evaluated else "other", until - at - compiled)
 
-    def _divide_starts(self, at: float, until: float, is_in_place: bool | None, is_last: bool = False) -> None:
+    def _divide_starts(self, at: float, until: float, is_last: bool = False) -> None:
         """Divide a time in which ranks start into ``start`` and ``restarts``. The first start of a run is not lost.
 
-        Args:
-            at: start of the time, Unix seconds.
-            until: end of the time, Unix seconds.
-            is_in_place: True if the ranks of an earlier attempt made steps in this allocation; None if no step follows.
-            is_last: True if the run ends here.
+        ``is_last`` is True if the run ends at ``until``.
         """
-        slices = [*self._slices(at, until)]
-        for number, (since, end, lost_to) in enumerate(slices, start=1):
-            # A start after others in the same allocation does not show the duration of a whole start.
-            if is_in_place is not None and number == len(slices) and (is_in_place or number == 1):
-                noticed = since if not is_in_place or lost_to is None else lost_to.noticed or since
-                restart = Restart(end - min(max(since, noticed), end), self._size, self._waited_s)
-                if is_in_place:
-                    self.in_place.append(restart)
-                else:
-                    self.starts.append((self._allocation, restart))
+        for since, end, lost_to in self._slices(at, until):
             if is_last and not self._records and lost_to is self._final:
                 lost_to = None  # A program without step records ran until its end: this time is not lost.
             self._spend("start" if lost_to is None else "restarts", end - since, lost_to)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from launch.errors import counted, duration_text
-from launch.report.goodput import CAUSES, DEFINITION, SAVED_DEFINITION
+from launch.report.goodput import CAUSES, DEFINITION
 from launch.report.points import Point, PointState
-from launch.report.read import Environment
-from launch.report.series import COMPARED, Series, SeriesFindings, made_with, work_text
-from launch.report.steps import LOSSES, MIN_STEPS, NOISY, REST, WARMUP_STEPS
+from launch.report.series import CONDITIONS, MADE_WITH, Series, made_with
+from launch.report.steps import MIN_STEPS, NOISY, PROFILED, WARMUP_STEPS
 from launch.runs.events import unread_text
 from launch.runs.folder import RunFolder
 
@@ -49,19 +46,6 @@ def percent(value: float | None) -> str:
     return UNAVAILABLE if value is None else f"{value * 100:.1f} %"
 
 
-def percentages(shares: Sequence[float]) -> list[str]:
-    """Write shares in percent with one decimal, so that the texts add up to 100.0 if the shares add up to 1.
-
-    The shares with the largest remainders are rounded up (largest remainder method).
-    """
-    tenths = [1000 * share for share in shares]
-    below = [math.floor(value) for value in tenths]
-    order = sorted(range(len(tenths)), key=lambda index: below[index] - tenths[index])
-    for index in order[: round(sum(tenths)) - sum(below)]:
-        below[index] += 1
-    return [f"{value / 10:.1f}" for value in below]
-
-
 def with_unit(value: float | None, unit: str) -> str:
     """Write a figure with its unit, in four digits, or more from 1,000 on; ``UNAVAILABLE`` for None."""
     return figure(value, f"{{:,.0f}} {unit}" if value is not None and abs(value) >= 1000 else f"{{:.4g}} {unit}")
@@ -70,21 +54,6 @@ def with_unit(value: float | None, unit: str) -> str:
 def hours(value: float, unit: str) -> str:
     """Write hours of GPUs or nodes with three digits and at most four decimals, and their unit."""
     return with_unit(value if value >= 1000 else float(f"{round(value, 4):.3g}"), unit)
-
-
-def hours_by_cause(rows: Sequence[Row]) -> dict[str, float]:
-    """Return cause -> lost hours of all rows together, in the order of ``CAUSES``. Causes without loss are absent."""
-    found = {cause: sum(row.causes_h.get(cause, 0.0) for row in rows) for cause in CAUSES}
-    return {cause: lost for cause, lost in found.items() if lost}
-
-
-def interrupted(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Return the unit of lost hours, GPU or node, and the rows with interruptions, for each unit in use.
-
-    Hours of GPUs and of nodes are never added.
-    """
-    found = {unit: [row for row in rows if row.hours_of == unit and row.interruptions] for unit in ("GPU", "node")}
-    return [(unit, of_unit) for unit, of_unit in found.items() if of_unit]
 
 
 # The sentences below a scaling table.
@@ -102,17 +71,12 @@ STATE_TEXTS = {
 
 NAMED = 3
 """Largest number of slow ranks, throttled hosts or damaged files that a note names. It counts the others."""
-SAME_WORK = 1.05
-"""Largest ratio of the work of two steps that counts as equal. The last batch of an epoch may be smaller."""
 LEAST_THROTTLED = 0.01
 """Smallest share (0 to 1) of throttled samples with which a host counts as throttled."""
 
 
-def report_notes(
-    points: Sequence[Point], found: Sequence[tuple[Series, SeriesFindings]], rows: Sequence[Row]
-) -> Iterator[str]:
+def report_notes(points: Sequence[Point], every: Sequence[Series], rows: Sequence[Row]) -> Iterator[str]:
     """Yield the notes below the tables of a report, each of one or more sentences."""
-    every = [series for series, _ in found]
     shown = [point for series in every for point in series.members]
     yield from _sources(points)
     yield from chain(*map(_unread, shown))
@@ -120,13 +84,9 @@ def report_notes(
     yield from _apart(every)
     yield from chain(*map(_comparison, every))
     yield from _records(shown)
-    yield from chain(*(_noise(series, rows) for series in every))
-    yield from chain(*map(_times, shown), *map(_gpus, shown))
-    yield from _interruptions(rows)
+    yield from _inexact(shown, rows)
+    yield from chain(*map(_times, shown), *map(_gpus, shown), *map(_interruptions, rows))
     yield from _ends(shown)
-    yield from chain(*map(_parts_of_steps, shown))
-    for series, finding in found:
-        yield from _findings(series, finding)
 
 
 def _named(texts: Sequence[str]) -> str:
@@ -134,55 +94,49 @@ def _named(texts: Sequence[str]) -> str:
     return "; ".join([*texts[:NAMED], *([f"and {len(texts) - NAMED} more"] if len(texts) > NAMED else [])])
 
 
-def _range(low: float, high: float) -> str:
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
-
-
 def _sources(points: Sequence[Point]) -> Iterator[str]:
-    """Explain ratios between the folders of a comparison, and name the conditions that differ between the folders."""
-    sources: dict[str, list[Environment]] = defaultdict(list)
-    for point in points:
-        sources[point.source] += [] if point.environment is None else [point.environment]
-    (first, of_first), *others = sources.items() if sources else [("", [])]
-    if others:
-        yield (
-            f"Speedup and efficiency are against the smallest point of the same folder. Times {first} is the "
-            f"throughput over that of the point of {first} with as many ranks."
-        )
-    for source, environments in others:
-        different = []
-        for name, condition in COMPARED.items():
-            here, there = (sorted({*map(condition, which)} - {None}, key=str) for which in (environments, of_first))
-            if here and there and here != there:
-                different.append(f"{name} ({' / '.join(map(str, here))}, not {' / '.join(map(str, there))})")
+    """Name the conditions that differ between the folders of a comparison."""
+    sources: dict[str, dict[str, list[str]]] = {}
+    """Source -> property -> its values, sorted."""
+    for source in dict.fromkeys(point.source for point in points):
+        here = [point for point in points if point.source == source]
+        known = [point.environment for point in here if point.environment is not None]
+        found = {name: {condition(one) for one in known} for name, condition in CONDITIONS.items()}
+        found |= {name: {value_of(point) for point in here} for name, value_of in MADE_WITH.items()}
+        sources[source] = {name: sorted(filter(None, values)) for name, values in found.items()}
+    (first, there), *others = sources.items() if sources else [("", {})]
+    for source, here in others:
+        different = [
+            f"{name} ({' / '.join(values)}, not {' / '.join(there[name])})"
+            for name, values in here.items()
+            if values and there[name] and values != there[name]
+        ]
         if different:
-            yield f"{source} differs from {first} in {'; '.join(different)}: a ratio is of all of it together."
+            yield f"{source} differs from {first} in {'; '.join(different)}."
 
 
 def _unread(point: Point) -> Iterator[str]:
-    """Report unreadable lines among the step records and in the event log, with their number."""
-    if found := sorted(point.unread, key=lambda one: -one.lines):
-        files = [f"{one.lines} of rank {one.rank} in attempt {one.attempt or 'unknown'}" for one in found]
+    """Report damaged lines among the step records and in the event log, with their number."""
+    if point.unread:
+        found = sorted(point.unread, key=lambda rank: -point.unread[rank])
+        files = [f"{point.unread[rank]} of rank {rank}" for rank in found]
         yield (
-            f"{counted(sum(one.lines for one in found), 'line')} among the step records of {point.title} could not be "
+            f"{counted(sum(point.unread.values()), 'line')} among the step records of {point.title} could not be "
             f"read, as a crash, a full disk or a power cut leaves them: {_named(files)}. Unless their steps were "
-            "made again, the figures lack them, and the comparison of ranks may lack these ranks; see "
-            f"{RunFolder(point.path).metrics(found[0].rank)}."
+            f"made again, the figures lack them; see {RunFolder(point.path).metrics(found[0])}."
         )
     if text := unread_text(RunFolder(point.path)):
         yield text
 
 
 def _steps_used(points: Sequence[Point]) -> Iterator[str]:
-    used = {point.title: point.figures.steps for point in points if point.figures is not None}
+    used = [point.figures.steps for point in points if point.figures is not None]
     if used:
-        few, many = min(used.values()), max(used.values())
-        same = f"{few} steps" if len(points) == 1 else f"{few} steps of each point"
-        counts = same if few == many else ", ".join(f"{n} of {title}" for title, n in used.items())
+        steps = f"{min(used)}" if min(used) == max(used) else f"{min(used)} to {max(used)}"
         yield (
             "Step time is the median over the steps after warm-up, each as long as its slowest rank took; the spread "
             f"is the interquartile range. The first {WARMUP_STEPS} steps of each attempt are left out, because they "
-            f"pay for memory pools, caches and connections. Used are {counts}."
+            f"pay for memory pools, caches and connections. {steps} steps of each point are used."
         )
 
 
@@ -198,11 +152,8 @@ def _apart(every: Sequence[Series]) -> Iterator[str]:
 
 
 def _comparison(series: Series) -> Iterator[str]:
-    """Name the baseline of a series. Explain a speedup without known work, and work that does not fit the kind of
-    scaling.
-    """
-    base, is_weak = series.smallest, series.scaling == "weak"
-    measured = [point for point in series.members if point.figures is not None]
+    """Name the baseline of a series, and explain a speedup without known work."""
+    base, measured = series.smallest, [point for point in series.members if point.figures is not None]
     if base is not None and series.compares:
         passed_over = [point.title for point in series.members[: series.members.index(base)]]
         instead = f", because {' and '.join(passed_over)} gave no figures" if passed_over else ""
@@ -211,28 +162,15 @@ def _comparison(series: Series) -> Iterator[str]:
         if base.crowded:
             yield f"Ranks of {base.title} shared cores or a GPU: no efficiency is claimed for any point{series.of}."
     if len(measured) > 1 and not series.has_rates:
-        ideal = "1.00 would be ideal in weak scaling" if is_weak else "more ranks do the same work sooner"
         yield (
-            f"Speedup{series.of} is the ratio of step times ({ideal}), and no efficiency is claimed: the work of a "
-            "step is not known at every point. script.work_per_step=N with script.unit=samples states it, and so do "
-            "records of tokens or samples."
-        )
-    works: dict[Point, float] = {}
-    # Only scripts are checked: their users state the work by hand.
-    for point in measured if series.scaling is not None and series.has_rates else ():
-        if point.figures is not None and point.figures.throughput is not None and not point.is_gpt:
-            works[point] = point.figures.throughput * point.figures.step_time_s / (point.ranks or 1 if is_weak else 1)
-    if works and max(works.values()) > SAME_WORK * min(works.values()):
-        each, other = (" per rank", "false") if is_weak else ("", "true")
-        did = ", ".join(f"{work_text(work, point.unit)}{each} at {point.title}" for point, work in works.items())
-        yield (
-            f"The points were started as {series.scaling} scaling, but a step did {did}. Throughput is compared all "
-            f"the same; script.weak_scaling={other} corrects the kind of scaling."
+            f"Speedup{series.of} is the ratio of step times, and no efficiency is claimed: the work of a step is not "
+            "known at every point. script.work_per_step=N with script.unit=samples states it, and so do records of "
+            "tokens or samples."
         )
 
 
 def _records(points: Sequence[Point]) -> Iterator[str]:
-    """Report steps on fewer nodes than requested, ranks without records, run times in place of steps, and ranks that
+    """Report steps on fewer nodes than requested, ranks without records, programs without records, and ranks that
     shared cores or a GPU.
     """
     for point in points:
@@ -256,45 +194,41 @@ def _records(points: Sequence[Point]) -> Iterator[str]:
             f"{', '.join(partly)}. script.work_per_step=N states the work of all ranks together."
         )
     if not any(len(point.steps) for point in points) and any(point.run_time_s for point in points):
-        basis = (
-            "Speedup compares the stated work (script.work_per_step times the number of steps) per second of it."
-            if any(point.run_rate is not None for point in points)
-            else "No speedup or efficiency is claimed, since nothing says that the points did the same work: "
-            "script.progress, or records by launch.worker, give steps and their times."
-        )
         yield (
-            "No step times were recorded. Run time is from the start of the ranks to their end, added up over "
-            f"attempts: it includes start-up, evaluation and saving, and work that was done again. {basis}"
+            "No step times were recorded, so no speedup or efficiency is claimed. Run time is from the start of the "
+            "ranks to their end, over all attempts. script.progress, or records by launch.worker, give step times."
         )
     if crowded := [f"{point.title} ({'; '.join(point.crowding())})" for point in points if point.crowded]:
         yield f"Ranks shared cores or a GPU, so no efficiency is claimed there: {', '.join(crowded)}."
 
 
-def _noise(series: Series, rows: Sequence[Row]) -> Iterator[str]:
-    """Explain why an efficiency is marked with ~, and give its 95 % interval."""
-    titles = {point.title for point in series.members}
-    marked = [row for row in rows if row.noisy and row.label in titles]
+def _inexact(points: Sequence[Point], rows: Sequence[Row]) -> Iterator[str]:
+    """Give the 95 % intervals of efficiency, and explain why an efficiency is marked with ~."""
+    ends = [
+        f"{row.label} {100 * row.efficiency_low:.1f} to {100 * row.efficiency_high:.1f} %"
+        for row in rows
+        if row.efficiency_low is not None and row.efficiency_high is not None
+    ]
+    if ends:
+        yield (
+            f"95 % intervals of efficiency, by a block bootstrap over the steps of both points: {', '.join(ends)}. "
+            "They describe these runs; another run may be outside of them."
+        )
     noisy = [
         f"{point.title} ({100 * point.figures.spread_share:.0f} %)"
-        for point in series.members
+        for point in points
         if point.figures is not None and point.figures.spread_share > NOISY and not point.crowded
     ]
-    if marked and noisy:
-        ranges = [
-            f"{_range(row.efficiency_low, row.efficiency_high)} at {row.label}"
-            for row in marked
-            if row.efficiency_low is not None and row.efficiency_high is not None
-        ]
-        interval = f" Its 95 % interval is {', '.join(ranges)}." if ranges else ""
+    if noisy and any(row.noisy for row in rows):
         yield (
             "~ marks an efficiency that is not exact: the middle half of the step times spans more than "
-            f"{100 * NOISY:.0f} % of their median at {', '.join(noisy)}.{interval} "
+            f"{100 * NOISY:.0f} % of their median at {', '.join(noisy)}. "
             "More steps, on machines that do nothing else, narrow the interval."
         )
 
 
 def _times(point: Point) -> Iterator[str]:
-    """Report step times that are means over lines of a log, slow ranks, and ranks that wait longer for data."""
+    """Report step times that are means over lines of a log, slow ranks, and the parts of profiled steps."""
     figures = point.figures
     if figures is None:
         return
@@ -308,34 +242,36 @@ def _times(point: Point) -> Iterator[str]:
             f"together ({figures.resolution_s:.2g} s): their spread is not known, and {claim}. A step time in the "
             "line (script.progress with a group step_time_s), or launch.worker, gives the time of each step."
         )
-
-    def by_excess(excesses: Mapping[int, float]) -> str:
-        texts = []
-        for rank, excess_s in sorted(excesses.items(), key=lambda item: -item[1]):
-            on = "" if (host := point.host(rank)) is None else f" on {host}"
-            share = f"{100 * excess_s / figures.step_time_s:.1f} % of the step time"
-            texts.append(f"rank {rank}{on} by {1000 * excess_s:.3g} ms, {share}")
-        return _named(texts)
-
     ranks = point.rank_times.ranks if point.rank_times else ()
-    if slow := {rank.rank: rank.excess_s for rank in ranks if rank.is_slow}:
+    slow = sorted((rank for rank in ranks if rank.is_slow), key=lambda r: -r.excess_s)
+    if slow:
+        texts = []
+        for rank in slow:
+            on = "" if (host := point.host(rank.rank)) is None else f" on {host}"
+            share = f"{100 * rank.excess_s / figures.step_time_s:.1f} % of the step time"
+            texts.append(f"rank {rank.rank}{on} by {1000 * rank.excess_s:.3g} ms, {share}")
         yield (
-            f"At {point.title}, slower than the other ranks throughout the run: {by_excess(slow)}. In each step all "
+            f"At {point.title}, slower than the other ranks throughout the run: {_named(texts)}. In each step all "
             "ranks wait for the slowest."
         )
-    if waiting := {rank.rank: rank.wait_excess_s or 0.0 for rank in ranks if rank.waits_long}:
-        yield f"At {point.title}, longer waits for data than on the other ranks: {by_excess(waiting)}."
+    if point.profiled:
+        step_s = sum(seconds for part, seconds in point.profiled.items() if part in PROFILED)
+        shares = {part: f"{100 * seconds / step_s:.1f} %" for part, seconds in point.profiled.items()}
+        parts = ", ".join(f"{name} {shares[part]}" for part, name in PROFILED.items() if part in shares)
+        yield (
+            f"Of {point.profiled_steps} steps of {point.title} that were profiled: {parts}; communication, hidden or "
+            f"not, takes {shares['comm']}."
+        )
 
 
 def _gpus(point: Point) -> Iterator[str]:
     """Name throttled hosts, and explain why the energy is unknown."""
     if (use := point.gpu_use) is None:
         return
-    shares = {host.host: (host.throttled or 0.0, host.reasons) for host in use.hosts}
     throttled = [
-        f"host {host} {100 * share:.0f} % of samples ({', '.join(reasons)})"
-        for host, (share, reasons) in sorted(shares.items(), key=lambda item: -item[1][0])
-        if share >= LEAST_THROTTLED
+        f"host {host.host} {100 * (host.throttled or 0.0):.0f} % of samples ({', '.join(host.reasons)})"
+        for host in sorted(use.hosts, key=lambda host: -(host.throttled or 0.0))
+        if (host.throttled or 0.0) >= LEAST_THROTTLED
     ]
     if throttled:
         yield f"At {point.title}, throttled: {_named(throttled)}. Clocks lower than requested make steps longer."
@@ -346,27 +282,19 @@ def _gpus(point: Point) -> Iterator[str]:
         )
 
 
-def _interruptions(rows: Sequence[Row]) -> Iterator[str]:
-    """Write the cost of interruptions by cause, and the time that restarts in place saved."""
-    for unit, of_unit in interrupted(rows):
-        lost_h, used = sum(row.interrupted_h or 0.0 for row in of_unit), [row.gpu_hours for row in of_unit]
-        causes = ", ".join(f"{CAUSES[c]} {hours(lost, f'{unit}-h')}" for c, lost in hours_by_cause(of_unit).items())
-        is_known = unit == "GPU" and None not in used
-        share = f", {percent(lost_h / sum(filter(None, used)))} of the use of these runs" if is_known else ""
-        number = counted(sum(row.interruptions or 0 for row in of_unit), "interruption")
-        yield f"{number} cost {hours(lost_h, f'{unit}-hours')}{share} ({causes}): {DEFINITION}."
-        if spared := [row for row in of_unit if row.saved_in_place_h is not None]:
-            saved = hours(sum(row.saved_in_place_h or 0.0 for row in spared), f"{unit}-hours")
-            wait = time_text(sum(row.saved_in_place_wait_s or 0.0 for row in spared))
-            yield (
-                f"{counted(sum(row.restarts_in_place or 0 for row in spared), 'restart')} in place saved about "
-                f"{saved} and {wait} of waiting for nodes, against "
-                f"{' and '.join(dict.fromkeys(row.saved_against or '' for row in spared))}: {SAVED_DEFINITION}."
-            )
+def _interruptions(row: Row) -> Iterator[str]:
+    """Write the cost of the interruptions of a point by cause."""
+    if not row.interruptions:
+        return
+    causes = ", ".join(f"{CAUSES[cause]} {hours(lost, f'{row.hours_of}-h')}" for cause, lost in row.causes_h.items())
+    lost_h = sum(row.causes_h.values())
+    share = f", {percent(lost_h / row.gpu_hours)} of its use" if row.gpu_hours else ""
+    number = counted(row.interruptions, "interruption")
+    yield f"{number} of {row.label} cost {hours(lost_h, f'{row.hours_of}-hours')}{share} ({causes}): {DEFINITION}."
 
 
 def _ends(points: Sequence[Point]) -> Iterator[str]:
-    """Report points without figures, unfinished points, and an unknown MFU."""
+    """Report points without figures, and unfinished points."""
     few = [
         f"{point.title} ({len(point.steps.after_warmup())} of {len(point.steps)})"
         for point in points
@@ -378,65 +306,3 @@ def _ends(points: Sequence[Point]) -> Iterator[str]:
         if text := STATE_TEXTS.get(point.state):
             at = f" (last step recorded: {point.last_step})" if point.last_step is not None else ""
             yield f"{point.title} {text}{at}; see {point.path}."
-    # The MFU needs the peak rate of the device. Users expect an MFU only of gpt.
-    lacking = [p for p in points if p.is_gpt and p.figures is not None and p.figures.mfu_palm is None]
-    if names := dict.fromkeys(p.environment.device_names for p in lacking if p.environment is not None):
-        yield f"MFU unavailable: the runs recorded none on {', '.join(names)}."
-
-
-LOW_MFU = 0.2
-WORTH_NAMING = 0.1
-"""Smallest share (0 to 1) of the step with which a note names a phase other than computation."""
-ADVICE = {
-    "communication": "More work between two reductions hides it: a larger optim.global_batch, or fewer nodes; "
-    "python -m launch.doctor measures the links.",
-    "stragglers": "All ranks wait for the slowest: scaling.html shows which one, and on which host.",
-    "data": "Token files on a filesystem that is nearer (data.path), prepared by python -m gpt.prepare.",
-    "bubble": "More micro-batches fill the pipeline: a smaller optim.max_micro_batch.",
-    "optimizer": "parallel=zero1 divides the optimizer among the ranks.",
-    REST: "Larger matrices use a GPU better: a larger optim.max_micro_batch, as far as memory goes, and "
-    "precision=bf16.",
-}
-
-
-def _parts_of_steps(point: Point) -> Iterator[str]:
-    """Yield advice for a point of the GPT library with a low MFU, by the phase that loses most time.
-
-    Then yield the parts of the profiled steps, if the point has any.
-    """
-    mfu = None if point.figures is None else point.figures.mfu_palm
-    if mfu is not None and mfu < LOW_MFU and point.is_gpt:
-        shares = point.steps.after_warmup().shares()
-        known = {phase: share for phase, share in shares.items() if phase != REST and share >= WORTH_NAMING}
-        most = max(known, key=lambda phase: known[phase], default=REST)
-        made_of = ", ".join(f"{LOSSES[phase]} {100 * share:.1f} %" for phase, share in shares.items())
-        steps = f" Its steps are {made_of}." if len(shares) > 1 else ""
-        yield f"MFU at {point.title} is {100 * mfu:.1f} %, below {100 * LOW_MFU:.0f} %.{steps} {ADVICE[most]}"
-    if (profiled := point.breakdown) is not None:
-        ranks = counted(profiled.ranks, "rank")
-        yield f"Of {profiled.steps} steps of {point.title} that were profiled on {ranks}: {profiled.text()}."
-
-
-def _findings(series: Series, found: SeriesFindings) -> Iterator[str]:
-    """Report the 95 % intervals, the repeated sizes and the fitted scaling law of a series."""
-    titles = {point.name: point.title for point in series.members}
-    if found.intervals:
-        ends = ", ".join(f"{titles[name]} {_range(*pair)}" for name, pair in found.intervals.items())
-        yield (
-            f"95 % intervals of efficiency{series.of}, by a block bootstrap over the steps of both points: {ends}. "
-            "They describe these runs; another run may be outside of them."
-        )
-    for size in found.repeats:
-        yield (
-            f"{size.count} runs of {size.ranks} ranks{series.of} have together an efficiency of "
-            f"{100 * size.efficiency:.1f} % (95 % interval {_range(size.low, size.high)}, over steps and runs)."
-        )
-    if (law := found.law) is not None:
-        limit = ""
-        if law.name == "Amdahl" and law.low > 0:
-            limit = f" By it, no number of ranks is more than {1 / law.serial_share:.3g} times as fast as {law.base}."
-        yield (
-            f"{law.name}'s law fits the speedups{series.of} with a serial share of {100 * law.serial_share:.2f} % "
-            f"(95 % interval {100 * law.low:.2f} to {100 * law.high:.2f} %); no measured speedup is farther from it "
-            f"than {100 * law.largest_error:.1f} %.{limit}"
-        )

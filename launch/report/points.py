@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from launch.report.goodput import Goodput, measure_goodput
-from launch.report.read import Environment, read_columns, read_environment
+from launch.report.read import Environment, read_environment
 from launch.report.steps import MIN_STEPS, StepFigures, StepReading, measure_steps, read_run_steps
 from launch.runs.environment import THROTTLE_REASONS, GpuSample, read_samples, telemetry_nodes
 from launch.runs.events import fewer_nodes, last_command
@@ -22,85 +19,74 @@ from launch.runs.find import natural
 from launch.runs.folder import RunFolder
 from launch.runs.overrides import read_overrides, typed_value
 
-# Use of the GPUs of a run, from the telemetry of its agents: energy, power, clocks and throttling.
+# Use of the GPUs of a run, from the telemetry of its agents: energy, power and throttling.
 
 
 THROTTLING = sum(THROTTLE_REASONS)
 """All bits of ``THROTTLE_REASONS``."""
-MOST_WINDOWS = 400
-"""Largest number of time windows of a curve over the run. With more, the width of the windows doubles."""
 
 
-@dataclass(frozen=True)
-class HostGpus:
-    """The GPUs of one host over all attempts. A figure that is not known is None."""
+@dataclass(frozen=True, kw_only=True)
+class GpuFigures:
+    """Figures of several GPUs over all attempts. A figure that is not known is None."""
 
-    host: str
     gpus: int
     energy_j: float | None
+    """Energy in joules; None if a GPU has neither energy nor power for a part of the time."""
     mean_power_w: float | None
-    """Mean power of one GPU in watts, over the sampled time; None if unknown."""
-    sm_clock_mhz: float | None
-    """Mean clock of the streaming multiprocessors in MHz; None if unknown."""
-    hottest_c: float | None
-    """Highest temperature of a GPU in degrees Celsius; None if unknown."""
+    """Mean power of one GPU in watts, over the sampled time."""
     throttled: float | None
-    """Share of the samples with clocks lowered for a reason in ``THROTTLE_REASONS``; None if unknown."""
+    """Share of the samples with clocks lowered for a reason in ``THROTTLE_REASONS``."""
     reasons: Mapping[str, float]
     """Reason -> share of the samples, most frequent reason first. Several reasons may apply to one sample."""
 
 
-@dataclass(frozen=True)
-class GpuWindow:
-    """One point of the curves over a run: figures over all GPUs in a window of time."""
+@dataclass(frozen=True, kw_only=True)
+class HostGpus(GpuFigures):
+    """The GPUs of one host."""
 
-    begun: float
-    """Start of the window, Unix seconds."""
-    values: Mapping[str, float]
-    """Figures by name.
-
-    power_w and sm_clock_mhz are means, sm_clock_min_mhz and temperature_max_c extremes, throttled is a share of the
-    samples.
-    """
+    host: str
 
 
-@dataclass(frozen=True)
-class GpuUse:
-    """GPU telemetry of a run over all attempts, from the start of the ranks to their end."""
+@dataclass(frozen=True, kw_only=True)
+class GpuUse(GpuFigures):
+    """All GPUs of a run, from the start of the ranks to their end. Their energy is None if hosts lack samples."""
 
     hosts: tuple[HostGpus, ...]
     """Hosts by name; numbers in names are sorted as numbers."""
-    energy_j: float | None
-    """Energy of all GPUs in joules; None if some GPUs have no samples, or neither energy nor power."""
-    mean_power_w: float | None
-    """Mean power of one GPU in watts; None if unknown."""
-    throttled: float | None
-    """Share of the samples of all GPUs with lowered clocks; None if unknown."""
     unsampled: tuple[str, ...] = ()
-    """Hosts with ranks on GPUs that have no samples in some attempt."""
-    windows: tuple[GpuWindow, ...] = field(default=(), repr=False)
-    """Curves over the run: figures over all GPUs in windows of equal length, in order of time."""
+    """Hosts on which, in some attempt, fewer GPUs were sampled than ranks ran."""
 
 
 @dataclass
 class _Gpu:
-    """Energy of one GPU so far in joules, and its last sample: attempt, Unix time, gauges."""
+    """One GPU so far: its energy in joules, and its last sample."""
 
-    last: tuple[int, float, Mapping[str, float]] | None = None
+    last: GpuSample | None = None
+    gauges: Mapping[str, float] = field(default_factory=dict)
+    """Gauges of the last sample."""
     energy_j: float = 0.0
     seconds: float = 0.0
     is_whole: bool = True
     """False if the energy of a part of the time is unknown."""
+    samples: int = 0
+    """Number of samples that show whether clocks were lowered."""
+    throttled: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
 
     def add(self, sample: GpuSample, gauges: Mapping[str, float]) -> None:
-        if self.last is not None and self.last[0] == sample.attempt and sample.time > self.last[1]:
-            seconds = sample.time - self.last[1]
-            energy_j = energy_between(self.last[2], gauges, seconds)
+        if self.last is not None and self.last.attempt == sample.attempt and sample.time > self.last.time:
+            seconds = sample.time - self.last.time
+            energy_j = energy_between(self.gauges, gauges, seconds)
             if energy_j is None:
                 self.is_whole = False
             else:
                 self.energy_j, self.seconds = self.energy_j + energy_j, self.seconds + seconds
-        self.last = sample.attempt, sample.time, gauges
+        self.last, self.gauges = sample, gauges
+        if "throttle_reasons" in gauges:
+            bits = int(gauges["throttle_reasons"]) & THROTTLING
+            self.samples, self.throttled = self.samples + 1, self.throttled + bool(bits)
+            self.reasons.update(text for bit, text in THROTTLE_REASONS.items() if bits & bit)
 
 
 def energy_between(before: Mapping[str, float], after: Mapping[str, float], seconds: float) -> float | None:
@@ -115,150 +101,46 @@ def energy_between(before: Mapping[str, float], after: Mapping[str, float], seco
     return None
 
 
-def _energy(gpus: Iterable[_Gpu]) -> float | None:
-    return sum(gpu.energy_j for gpu in gpus) if all(gpu.seconds > 0 and gpu.is_whole for gpu in gpus) else None
-
-
-def _power(gpus: Iterable[_Gpu]) -> float | None:
-    seconds = sum(gpu.seconds for gpu in gpus)
-    return sum(gpu.energy_j for gpu in gpus) / seconds if seconds else None
-
-
-class _Gauges(dict[str, tuple[float, int, float, float]]):
-    """Gauge -> sum, count, minimum and maximum of its samples; ``throttled`` and each reason count 0 or 1."""
-
-    def add(self, name: str, total: float, count: int, low: float, high: float) -> None:
-        if name in self:
-            known = self[name]
-            total, count, low, high = known[0] + total, known[1] + count, min(known[2], low), max(known[3], high)
-        self[name] = total, count, low, high
-
-    def sample(self, gauges: Mapping[str, float]) -> None:
-        for name in ("power_w", "sm_clock_mhz", "temperature_c"):
-            if name in gauges:
-                self.add(name, gauges[name], 1, gauges[name], gauges[name])
-        if "throttle_reasons" in gauges:
-            bits = int(gauges["throttle_reasons"]) & THROTTLING
-            for name, bit in (("throttled", bits), *((text, bits & bit) for bit, text in THROTTLE_REASONS.items())):
-                self.add(name, bit != 0, 1, 0, 1)
-
-    def mean(self, name: str) -> float | None:
-        return self[name][0] / self[name][1] if name in self else None
-
-
 def read_gpu_use(run: RunFolder, setups: Mapping[int, Environment]) -> GpuUse | None:
     """Read the GPU telemetry of a run, with the environments of its attempts; None if no GPU was sampled.
 
     Only sums are kept: the samples of a long run on many GPUs do not fit into memory.
     """
-    gpus: dict[str, dict[str, _Gpu]] = defaultdict(lambda: defaultdict(_Gpu))
-    gauges_of: dict[str, _Gauges] = defaultdict(_Gauges)
+    found: dict[str, dict[str, _Gpu]] = defaultdict(lambda: defaultdict(_Gpu))
     sampled_by: dict[tuple[int, str, str], int] = {}
     """Attempt, host, GPU address -> node. Agents on one machine may sample the same GPU."""
-    windows: dict[int, _Gauges] = defaultdict(_Gauges)
-    width_s = 1.0
     for node in telemetry_nodes(run):
         for sample in read_samples(run, node):
             for bus, gauges in sample.gauges.items():
                 if gauges and sampled_by.setdefault((sample.attempt, sample.host, bus), node) == node:
-                    gpus[sample.host][bus].add(sample, gauges)
-                    gauges_of[sample.host].sample(gauges)
-                    windows[int(sample.time // width_s)].sample(gauges)
-            while len(windows) > MOST_WINDOWS:
-                width_s *= 2
-                narrow, windows = windows, defaultdict(_Gauges)
-                for number, known in narrow.items():
-                    for name, sums in known.items():
-                        windows[number // 2].add(name, *sums)
-    if not gpus:
+                    found[sample.host][bus].add(sample, gauges)
+    if not found:
         return None
-    every = [gpu for of_host in gpus.values() for gpu in of_host.values()]
-    unsampled = _unsampled(sampled_by, setups)
-    counts = [of_host["throttled"] for of_host in gauges_of.values() if "throttled" in of_host]
-    return GpuUse(
-        hosts=tuple(_host(name, [*gpus[name].values()], gauges_of[name]) for name in sorted(gpus, key=natural)),
-        energy_j=None if unsampled else _energy(every),
-        mean_power_w=_power(every),
-        throttled=sum(lowered for lowered, *_ in counts) / sum(count for _, count, *_ in counts) if counts else None,
-        unsampled=unsampled,
-        windows=tuple(GpuWindow(number * width_s, _curves(windows[number])) for number in sorted(windows)),
-    )
-
-
-def _host(host: str, gpus: Sequence[_Gpu], gauges: _Gauges) -> HostGpus:
-    counts = {text: gauges[text][0] for text in THROTTLE_REASONS.values() if text in gauges and gauges[text][0]}
-    return HostGpus(
-        host=host,
-        gpus=len(gpus),
-        energy_j=_energy(gpus),
-        mean_power_w=_power(gpus),
-        sm_clock_mhz=gauges.mean("sm_clock_mhz"),
-        hottest_c=gauges["temperature_c"][3] if "temperature_c" in gauges else None,
-        throttled=gauges.mean("throttled"),
-        reasons={text: counts[text] / gauges[text][1] for text in sorted(counts, key=lambda text: -counts[text])},
-    )
-
-
-def _curves(gauges: _Gauges) -> dict[str, float]:
-    found = {name: gauges.mean(name) for name in ("power_w", "sm_clock_mhz", "throttled")}
-    found |= {"sm_clock_min_mhz": gauges["sm_clock_mhz"][2]} if "sm_clock_mhz" in gauges else {}
-    found |= {"temperature_max_c": gauges["temperature_c"][3]} if "temperature_c" in gauges else {}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _unsampled(sampled_by: Mapping[tuple[int, str, str], int], setups: Mapping[int, Environment]) -> tuple[str, ...]:
-    """Return the hosts on which, in some attempt, fewer GPUs were sampled than ranks ran."""
     sampled = Counter((attempt, host) for attempt, host, _ in sampled_by)
-    missing = set()
+    unsampled = set()
     for attempt, setup in setups.items():
         devices = {(place.host, place.gpu or place.device) for place in setup.ranks if place.device != "cpu"}
         used = Counter(host for host, _ in devices)
-        missing |= {host for host, count in used.items() if sampled[attempt, host] < count}
-    return tuple(sorted(missing, key=natural))
-
-
-# Steps that a profiler measured.
-
-
-SHOWN = {"compute": "computing", "exposed": "exposed communication", "copies": "copies", "idle": "idle"}
-"""Part of a profiled step -> its name for people. The parts add up to the step. A CPU has no copies."""
-
-
-@dataclass(frozen=True)
-class ProfiledSteps:
-    """Mean seconds of each part of a step, over the profiled steps of all ranks."""
-
-    steps: int
-    """Number of profiled steps of the first rank."""
-    ranks: int
-    """Number of ranks with profiled steps."""
-    parts_s: dict[str, float]
-    """Part -> seconds: the parts of ``SHOWN``, and ``comm`` for all communication."""
-
-    def text(self) -> str:
-        """Return the share of each part in the step, in percent, as text for people."""
-        step_s = sum(seconds for part, seconds in self.parts_s.items() if part in SHOWN)
-        shares = {part: 100 * seconds / step_s for part, seconds in self.parts_s.items()}
-        named = [f"{name} {shares[part]:.1f} %" for part, name in SHOWN.items() if part in shares]
-        return f"{', '.join(named)}; communication, hidden or not, takes {shares['comm']:.1f} %"
-
-
-def read_breakdown(run: RunFolder) -> ProfiledSteps | None:
-    """Return the mean parts of the profiled steps. None if the first rank has none; other ranks are not read then."""
-    fields = {part: f"breakdown_{part}_s" for part in (*SHOWN, "comm")}
-    found: dict[str, list[float]] = {part: [] for part in fields}
-    steps = ranks = 0
-    for rank in run.metric_ranks():
-        values = read_columns(run.metrics(rank), tuple(fields.values())).values
-        profiled = int(np.count_nonzero(~np.isnan(values[fields["idle"]])))
-        if not profiled and not ranks:
-            return None
-        steps, ranks = steps or profiled, ranks + bool(profiled)
-        for part, name in fields.items():
-            found[part] += values[name][~np.isnan(values[name])].tolist()
-    return (
-        ProfiledSteps(steps, ranks, {part: fmean(known) for part, known in found.items() if known}) if ranks else None
+        unsampled |= {host for host, count in used.items() if sampled[attempt, host] < count}
+    whole = _figures([gpu for of_host in found.values() for gpu in of_host.values()])
+    return GpuUse(
+        **whole | ({"energy_j": None} if unsampled else {}),
+        hosts=tuple(HostGpus(host=host, **_figures([*found[host].values()])) for host in sorted(found, key=natural)),
+        unsampled=tuple(sorted(unsampled, key=natural)),
     )
+
+
+def _figures(gpus: Sequence[_Gpu]) -> dict[str, Any]:
+    """Return the fields of ``GpuFigures``."""
+    joules, seconds = sum(gpu.energy_j for gpu in gpus), sum(gpu.seconds for gpu in gpus)
+    samples, reasons = sum(gpu.samples for gpu in gpus), sum((gpu.reasons for gpu in gpus), Counter[str]())
+    return {
+        "gpus": len(gpus),
+        "energy_j": joules if all(gpu.seconds > 0 and gpu.is_whole for gpu in gpus) else None,
+        "mean_power_w": joules / seconds if seconds else None,
+        "throttled": sum(gpu.throttled for gpu in gpus) / samples if samples else None,
+        "reasons": {text: count / samples for text, count in reasons.most_common()},
+    }
 
 
 # The point.
@@ -295,8 +177,6 @@ class Point(StepReading):
     overrides: tuple[str, ...]
     state: PointState
     environment: Environment | None
-    presence: tuple[float, float] | None = None
-    """Unix times of the start and end of the run's processes; includes ``span``. None if unknown."""
     label: str = ""
     """Name of the point among the points of a report, for people; empty to use the name of its folder."""
     run_time_s: float | None = None
@@ -306,8 +186,6 @@ class Point(StepReading):
     """Time of the run by part; None if no agent recorded its allocations."""
     gpu_use: GpuUse | None = None
     """Energy, power and throttling of the GPUs; None if no GPU was sampled."""
-    breakdown: ProfiledSteps | None = None
-    """Parts of the profiled steps; None if no step was profiled."""
     fewer_nodes: Mapping[int, int] = field(default_factory=dict)
     """Number of nodes, fewer than requested -> number of steps on them after a loss of nodes.
 
@@ -358,16 +236,6 @@ class Point(StepReading):
         return int(value) if value is not None and value.isdigit() else None
 
     @property
-    def run_rate(self) -> float | None:
-        """Stated work of the run per second of run time; None if not stated, or not finished in one attempt."""
-        environment = self.environment
-        if environment is None or environment.work_per_step is None or environment.max_steps is None:
-            return None
-        if self.state is not PointState.FINISHED or self.attempts != 1 or not self.run_time_s:
-            return None
-        return environment.work_per_step * environment.max_steps / self.run_time_s
-
-    @property
     def crowded(self) -> bool | None:
         """True if ranks shared cores or a GPU; None if the devices are not known."""
         return None if self.environment is None else bool(self.crowding())
@@ -404,7 +272,7 @@ def read_point(path: Path) -> Point:
     times = _attempt_times(events)
     ended = [until - since for since, until in times.values() if until is not None]
     end, fewer = _end(events, last_attempt), fewer_nodes(events)
-    reading = read_run_steps(run, known, fewer, has_ended=end is not None)
+    reading = read_run_steps(run, known, fewer)
     environment = known[reading.attempt or max(known)] if known else None
     span = reading.span
     if span is None and (until := times.get(last_attempt, (0.0, None))[1]) is not None:
@@ -423,10 +291,8 @@ def read_point(path: Path) -> Point:
         overrides=read_overrides(run),
         state=end or without_end or (PointState.NO_RECORDS if last_attempt else PointState.NOT_STARTED),
         environment=environment,
-        presence=span and _presence(events, span),
         run_time_s=sum(ended) if ended and len(ended) == len(times) else None,
         attempts=len(setups),
-        breakdown=read_breakdown(run) if len(reading.steps) else None,
         cluster=submitted.get("cluster"),
         fewer_nodes={nodes: on_fewer[nodes] for nodes in sorted(on_fewer, reverse=True) if on_fewer[nodes]},
         goodput=measure_goodput(run, events),
@@ -449,16 +315,6 @@ def _attempt_times(events: Sequence[dict[str, Any]]) -> dict[int, tuple[float, f
     return times
 
 
-def _presence(events: Sequence[dict[str, Any]], span: tuple[float, float]) -> tuple[float, float]:
-    """Return the Unix times at which the agent started and ended.
-
-    Without such events, they are the start of the ranks, else of ``span``, and the end of ``span``.
-    """
-    before = {event["event"]: event["time"] for event in events if event["time"] <= span[0]}
-    ends = [event["time"] for event in events if event["event"] == "agent_ended" and event["time"] >= span[1]]
-    return before.get("agent_started", before.get("started", span[0])), ends[0] if ends else span[1]
-
-
 def _end(event_log: Sequence[dict[str, Any]], last: int) -> PointState | None:
     """Return the state of a point by the end of attempt ``last``; None if no event records an end.
 
@@ -479,15 +335,10 @@ def _end(event_log: Sequence[dict[str, Any]], last: int) -> PointState | None:
 
 
 def disturbs(other: Point, point: Point) -> bool:
-    """Return True if ``other`` shared cores or a GPU with ``point`` while ``point`` made steps.
-
-    A point that starts loads a machine as much as one that makes steps: its ranks import libraries.
-    """
+    """Return True if ``other`` shared cores or a GPU with ``point`` while both made steps."""
     if other.path == point.path or point.environment is None or other.environment is None:
         return False
-    if point.span is None or other.presence is None:
-        return False
-    if point.span[0] >= other.presence[1] or other.presence[0] >= point.span[1]:
+    if point.span is None or other.span is None or point.span[0] >= other.span[1] or other.span[0] >= point.span[1]:
         return False
     sides = (point.environment.ranks, other.environment.ranks)
     gpus = [{place.gpu for place in side if place.gpu is not None} for side in sides]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import multiprocessing
 import os
-import re
 import shlex
 import signal
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,8 +39,6 @@ Flags = npt.NDArray[np.bool_]
 
 BLOCK = 1 << 16
 """Number of bytes to decode together: the block stays in the cache of a core."""
-ATTEMPT = re.compile(rb'"attempt": ?(\d{1,9})[,}]')
-"""Pattern of the attempt in a line that is cut off or damaged."""
 MOST_ATTEMPTS = 1 << 24
 """Upper bound of attempt numbers in ``RecordColumns.keys``."""
 
@@ -53,12 +51,8 @@ class RecordColumns:
     attempts: Integers
     values: Mapping[str, Floats]
     """Field -> its numbers, NaN in records without a number. Read only: fields may share an array."""
-    last_line: int = -1
-    """Line number of the last step's record in the file, from 0; -1 if there is no record."""
-    unread: tuple[int | None, ...] = ()
-    """Attempt of each line that is no record, in file order; None if the file does not name the attempt."""
-    has_open_end: bool = False
-    """True if the last unread line ends the file without a newline: a rank may still write this line."""
+    unread: int = 0
+    """Number of lines that are no records, without a last line that lacks its newline: a rank may still write it."""
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -77,48 +71,26 @@ def read_columns(path: Path, fields: Sequence[str], *, every: bool = False) -> R
     """
     names = tuple(dict.fromkeys(("step", "attempt", *fields)))
     tables: list[Floats] = [np.empty((len(names), 0))]
-    lines: list[Integers] = [np.empty(0, np.int64)]
-    unread: list[tuple[int, int | None]] = []
-    begin, is_whole = 0, True
+    unread = 0
     for text in _whole_lines(path):
-        # Several times as fast as bytes.count.
-        size = int(np.count_nonzero(np.frombuffer(text, np.uint8) == ord("\n")))
-        is_whole = text.endswith(b"\n")
-        size += not is_whole
-        table = _decode(text, names, size)
-        of_block: Iterable[int] = range(size)
+        table = _decode(text, names)
         if table is None:
-            of_block, table, skipped = _decode_lines(text, names)
-            unread += [(begin + at, attempt) for at, attempt in skipped]
+            table, skipped = _decode_lines(text, names)
+            unread += skipped
         tables.append(table)
-        lines.append(np.fromiter(of_block, np.int64) + begin)
-        begin += size
-    values, at_line = np.concatenate(tables, axis=1), np.concatenate(lines)
-    attempts = _attempts_of_unread(unread, at_line, values[1])
+    values = np.concatenate(tables, axis=1)
     if not every and (np.diff(values[0]) <= 0).any():
-        # The last line of the latest attempt of each step counts.
-        order = np.lexsort((at_line, values[1], values[0]))
-        kept = order[np.append(np.diff(values[0][order]) > 0, True)]
-        values, at_line = values[:, kept], at_line[kept]
+        # The last line of the latest attempt of each step counts. The sort is stable.
+        order = np.lexsort((values[1], values[0]))
+        values = values[:, order[np.append(np.diff(values[0][order]) > 0, True)]]
     # Reader processes send these arrays: all fields without a number share one array, which is sent once.
     unknown = np.full(values.shape[1], np.nan)
     return RecordColumns(
         steps=values[0].astype(np.int64),
         attempts=values[1].astype(np.int64),
-        values={name: unknown if np.isnan(row).all() else row for name, row in zip(names, values, strict=True)},
-        last_line=int(at_line[-1]) if len(at_line) else -1,
-        unread=attempts,
-        has_open_end=not is_whole and bool(unread) and unread[-1][0] == begin - 1,
+        values={name: unknown if np.isnan(of).all() else of for name, of in zip(names[2:], values[2:], strict=True)},
+        unread=unread,
     )
-
-
-def read_last(path: Path, columns: RecordColumns) -> dict[str, Any]:
-    """Return the whole record of the last step of a file; empty if the file has no record."""
-    if columns.last_line < 0:
-        return {}
-    with path.open("rb") as file:
-        record: dict[str, Any] = json.loads(next(islice(file, columns.last_line, None)))
-    return record
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
@@ -135,21 +107,6 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
                 return
 
 
-def _attempts_of_unread(
-    unread: Sequence[tuple[int, int | None]], lines: Integers, attempts: Floats
-) -> tuple[int | None, ...]:
-    """Return the attempt of each unread line: as stated, else of the record before it, else of the first record.
-
-    None if the line states no attempt and the file has no record.
-    """
-    if not len(lines):
-        return tuple(stated for _, stated in unread)
-    before = (max(int(np.searchsorted(lines, line)) - 1, 0) for line, _ in unread)
-    return tuple(
-        int(attempts[at]) if stated is None else stated for at, (_, stated) in zip(before, unread, strict=True)
-    )
-
-
 @lru_cache
 def _decoder(names: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
     """Return the decoder of the fields ``names`` of a record; the first two fields are integers."""
@@ -161,14 +118,16 @@ def _decoder(names: tuple[str, ...]) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(row)
 
 
-def _decode(text: bytes, names: tuple[str, ...], size: int) -> Floats | None:
-    """Return the numbers of ``size`` whole lines, [fields, lines]; None if a line is no plain record."""
+def _decode(text: bytes, names: tuple[str, ...]) -> Floats | None:
+    """Return the numbers of whole lines, [fields, lines]; None if a line is no plain record."""
     try:
         rows = _decoder(names).decode_lines(text)
+        # Counting newlines in an array is several times as fast as bytes.count.
+        lines = np.count_nonzero(np.frombuffer(text, np.uint8) == ord("\n")) + (not text.endswith(b"\n"))
         # One record a line. msgspec does not check that text is UTF-8.
-        if len(rows) == size and text.isascii():
+        if len(rows) == lines and text.isascii():
             try:  # All fields at once: two to three times as fast as one after another.
-                numbers = np.fromiter(chain.from_iterable(map(astuple, rows)), np.float64, size * len(names))
+                numbers = np.fromiter(chain.from_iterable(map(astuple, rows)), np.float64, len(rows) * len(names))
             except TypeError:  # Some records contain null.
                 numbers = np.array([*map(astuple, rows)], np.float64)
             return numbers.reshape(-1, len(names)).T
@@ -177,25 +136,20 @@ def _decode(text: bytes, names: tuple[str, ...], size: int) -> Floats | None:
     return None
 
 
-def _decode_lines(text: bytes, names: tuple[str, ...]) -> tuple[list[int], Floats, list[tuple[int, int | None]]]:
-    """Return the records' line numbers and values, [fields, records], and line number and attempt of other lines.
-
-    Uses Python's JSON. Empty lines are skipped.
-    """
-    lines, table, unread = list[int](), list[list[float]](), list[tuple[int, int | None]]()
-    for number, line in enumerate(text.split(b"\n")):
+def _decode_lines(text: bytes, names: tuple[str, ...]) -> tuple[Floats, int]:
+    """Return the records' numbers, [fields, records], and the number of other whole lines. Uses Python's JSON."""
+    table, unread = list[list[float]](), 0
+    for line in io.BytesIO(text):
         try:
             record = json.loads(line)
         except ValueError:
             record = None
         numbers = [_number(record.get(name)) for name in names] if isinstance(record, dict) else [math.nan]
         if isinstance(record, dict) and is_record(record) and not np.isnan(numbers[:2]).any():
-            lines.append(number)
             table.append(numbers)
-        elif line.strip():
-            stated = ATTEMPT.search(line)
-            unread.append((number, int(stated[1]) if stated else None))
-    return lines, np.array(table, np.float64).reshape(-1, len(names)).T, unread
+        else:
+            unread += bool(line.strip()) and line.endswith(b"\n")
+    return np.array(table, np.float64).reshape(-1, len(names)).T, unread
 
 
 def _number(value: object) -> float:
@@ -225,13 +179,15 @@ MUCH = 128 << 20
 def read_ahead(read: Callable[[Item], Result], items: Sequence[Item], size: int) -> Iterator[Result]:
     """Yield ``read(item)`` for each item in order. If ``size`` is large, forked processes read the next items ahead.
 
+    A process with threads is not forked: a lock that one of its threads has would stay locked.
+
     Args:
         read: pure function that reads a file and returns a value that can be pickled.
         items: arguments of ``read``.
         size: bytes of all files together.
     """
-    readers = processes_for(size)
-    if not readers:
+    readers = min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
+    if size < MUCH or readers < 2 or threading.active_count() > 1:
         yield from map(read, items)
         return
     fork = multiprocessing.get_context("fork")
@@ -243,17 +199,6 @@ def read_ahead(read: Callable[[Item], Result], items: Sequence[Item], size: int)
                 yield from ahead.popleft()
         for results in ahead:
             yield from results
-
-
-def processes_for(size: int) -> int:
-    """Return the number of processes that read ``size`` bytes; 0 if this process reads them itself.
-
-    A process with threads must not be forked: a lock that one of its threads has would stay locked.
-    """
-    cores = len(os.sched_getaffinity(0))
-    if size < MUCH or cores < 2 or threading.active_count() > 1:
-        return 0
-    return min(cores, MOST_PROCESSES)
 
 
 def _start_reader(parent: int) -> None:
@@ -291,7 +236,6 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
     stated_unit: str | None = msgspec.field(default=None, name="unit")
     work_per_step: float | None = None
     """Units of work of all ranks together in a step, if the user stated the work; else None."""
-    max_steps: int | None = None
     command_words: list[Any] | None = msgspec.field(default=None, name="command")
     mesh: dict[str, Any] | None = msgspec.field(default=None, name="topology")
     """Parallelism strategy, and the number of ranks along each dimension; None if not recorded."""

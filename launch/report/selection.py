@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryFile
@@ -14,8 +13,6 @@ from launch.errors import ConfigError
 from launch.runs.find import ARCHIVE, CURRENT, OUTPUTS, Sweep, current_sweep, is_run, read_sweeps, runs_inside
 
 REPORT = "python -m launch.report"
-MAX_OTHERS = 8
-"""Largest number of other sweeps that are listed one by one."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +83,7 @@ class Selection:
         command = f"{REPORT} {quote(str(self.folder))}"
         every_sweep = read_sweeps(self.folder)
         sweeps = [one for one in reversed(every_sweep) if self.sweep is None or one != self.sweep]
-        lines = [f"{one.summary(every_sweep)}: {command} --sweep {one.number}" for one in sweeps[:MAX_OTHERS]]
-        if len(sweeps) > MAX_OTHERS:
-            numbers = ", ".join(str(one.number) for one in sweeps[MAX_OTHERS:])
-            lines.append(f"sweeps {numbers}: {command} --sweep N")
+        lines = [f"{one.summary(every_sweep)}: {command} --sweep {one.number}" for one in sweeps]
         every = len(set(runs_inside(self.folder, depth=1)) | set(self.runs))
         if every > len(self.runs):
             lines.append(f"all {every} runs of the folder: {command} --all")
@@ -191,36 +185,30 @@ def compare_selections(parts: Sequence[Selection]) -> Selection:
     Raises:
         ConfigError: a folder is selected twice, or a run together with its own sweep.
     """
-    keys = {id(part): (part.folder.resolve(), part.sweep and part.sweep.number, part.stem) for part in parts}
-    for other, part in permutations(parts, 2):
-        is_same = keys[id(part)] == keys[id(other)]
-        if is_same or (is_run(part.folder) and part.folder.resolve() in [run.resolve() for run in other.runs]):
-            why = f"with the same runs as {other.shown}" if is_same else f"which belongs to {other.shown}"
-            left = dict.fromkeys(quote(str(one.shown)) for one in parts if one is not part)
-            again = f"{REPORT} {' '.join(left)}"
-            raise ConfigError(f"{part.shown}, {why}", "folders with other runs each", again)
-    runs = tuple(run for part in parts for run in part.runs)
-    return Selection(parts[0].folder, runs, parts=tuple(parts))
+    runs = [{run.resolve() for run in part.runs} for part in parts]
+    for at, (part, own) in enumerate(zip(parts, runs, strict=True)):
+        for other, there in zip(parts[:at], runs, strict=False):
+            # Two sweeps of one folder may share runs.
+            if own == there or (own & there and 1 in (len(own), len(there))):
+                again = f"{REPORT} {' '.join(quote(str(one.shown)) for one in parts if one is not part)}"
+                raise ConfigError(f"{part.shown} and {other.shown}, which share runs", "folders with other runs", again)
+    return Selection(parts[0].folder, tuple(run for part in parts for run in part.runs), parts=tuple(parts))
 
 
 def source_labels(parts: Sequence[Selection]) -> list[str]:
-    """Return a label for the folder of each part: the last components of its path, as few as distinguish the folders.
+    """Return a label for the folder of each part: its name, or its whole path if another folder has this name.
 
     Single runs of one folder share a label, as points of a sweep do. If two parts have the same folder, the
     number of the sweep, or ``all runs``, distinguishes them.
     """
     keys = []
     for part in parts:
-        number = None if part.sweep is None else part.sweep.number
-        which = "all runs" if part.sweep is None else "sweep" if number is None else f"sweep {number}"
         at = part.folder.resolve()
+        which = "all runs" if part.sweep is None else f"sweep {part.sweep.number or ''}".strip()
         keys.append((at.parent, "runs") if is_run(part.folder) else (at, which))
-    tails: dict[Path, str] = {}
-    for folder in {folder for folder, _ in keys}:
-        others = {other.parts for other, _ in keys if other != folder}
-        size = 1
-        while size < len(folder.parts) and any(folder.parts[-size:] == other[-size:] for other in others):
-            size += 1
-        tails[folder] = "/".join(folder.parts[-size:])
+    names = Counter(folder.name for folder in {folder for folder, _ in keys})
     several = Counter(folder for folder, _ in dict.fromkeys(keys))
-    return [tails[folder] + (f" {which}" if several[folder] > 1 else "") for folder, which in keys]
+    return [
+        (folder.name if names[folder.name] == 1 else str(folder)) + (f" {which}" if several[folder] > 1 else "")
+        for folder, which in keys
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -49,9 +49,7 @@ def work_text(work: float, unit: str | None) -> str:
     return f"{number} {unit or 'units of work'}"
 
 
-Conditions = Mapping[str, Callable[[Environment], str | None]]
-
-CONDITIONS: Conditions = {
+CONDITIONS: Mapping[str, Callable[[Environment], str | None]] = {
     "hardware": lambda e: e.device_names,
     "precision": lambda e: e.precision,
     "model": _model,
@@ -65,20 +63,15 @@ CONDITIONS: Conditions = {
 
 These properties must be equal for all measured points of a series.
 """
-MADE_WITH: Conditions = {
-    "software": lambda e: None if e.torch is None else f"torch {e.torch}",
-    "code": lambda e: e.code and f"commit {e.code}",
+MADE_WITH: Mapping[str, Callable[[Point], str | None]] = {
+    "cluster": lambda p: p.cluster and f"cluster={p.cluster}",
+    "software": lambda p: f"torch {p.environment.torch}" if p.environment and p.environment.torch else None,
+    "code": lambda p: f"commit {p.environment.code}" if p.environment and p.environment.code else None,
 }
-"""Properties that may change between two commands. Points that differ in one belong to different series."""
-COMPARED: Conditions = {**CONDITIONS, **MADE_WITH}
-"""Properties that may differ between two folders of a comparison."""
+"""Property -> function of a point that returns its value as text, or None if not recorded.
 
-
-def _made_with(point: Point, name: str) -> str | None:
-    """Return a property of ``MADE_WITH``, or the cluster; None if the point does not record it."""
-    if name == "cluster":
-        return point.cluster and f"cluster={point.cluster}"
-    return None if point.environment is None else MADE_WITH[name](point.environment)
+These properties may change between two commands. Points that differ in one belong to different series.
+"""
 
 
 @dataclass(frozen=True)
@@ -93,13 +86,8 @@ class Series:
 
     @property
     def smallest(self) -> Point | None:
-        """Smallest point with figures; if no point has figures, the smallest point with a comparable run time.
-
-        None if no point has either.
-        """
-        measured = [point for point in self.members if point.figures is not None]
-        timed = [point for point in self.members if point.run_rate is not None]
-        return next(iter(measured or timed), None)
+        """Smallest point with figures; None if no point has figures."""
+        return next((point for point in self.members if point.figures is not None), None)
 
     @property
     def scaling(self) -> str | None:
@@ -134,17 +122,15 @@ def split(points: Sequence[Point]) -> list[Series]:
         ConfigError: points of one series were measured under different conditions.
     """
     groups: dict[tuple[str, frozenset[str]], list[Point]] = {}
-    several = len(made_with(points)["cluster"]) > 1
     for point in points:
-        where = {_made_with(point, "cluster") or ""} - {""} if several else set()
-        groups.setdefault((point.source, identity(point) | where), []).append(point)
-    for name in MADE_WITH:
+        groups.setdefault((point.source, identity(point)), []).append(point)
+    for name, value_of in MADE_WITH.items():
         whole, groups = groups, {}
         for (source, alike), group in whole.items():
             values = list(made_with(group)[name])
             for point in group:
                 # A point that does not record the property belongs to the first group.
-                own = {_made_with(point, name) or values[0]} if len(values) > 1 else set()
+                own = {value_of(point) or values[0]} if len(values) > 1 else set()
                 groups.setdefault((source, alike | own), []).append(point)
     common = frozenset.intersection(*(alike for _, alike in groups)) if groups else frozenset()
     every = []
@@ -158,16 +144,12 @@ def split(points: Sequence[Point]) -> list[Series]:
 
 
 def made_with(points: Sequence[Point]) -> dict[str, dict[str, list[str]]]:
-    """Return property (cluster, software, code) -> value -> titles of the points with this value.
-
-    A point without figures or run rate is listed under the cluster only.
-    """
+    """Return property of ``MADE_WITH`` -> value -> titles of the points with figures and with this value."""
     found: dict[str, dict[str, list[str]]] = {}
-    for name in ("cluster", *MADE_WITH):
+    for name, value_of in MADE_WITH.items():
         found[name] = {}
         for point in points:
-            counts = name == "cluster" or point.figures is not None or point.run_rate is not None
-            if counts and (value := _made_with(point, name)) is not None:
+            if point.figures is not None and (value := value_of(point)) is not None:
                 found[name].setdefault(value, []).append(point.title)
     return found
 
@@ -180,7 +162,7 @@ def identity(point: Point) -> frozenset[str]:
 def _require_comparable(series: Series) -> None:
     first = series.smallest
     for other in series.members:
-        if first is None or (other.figures if first.figures is not None else other.run_rate) is None:
+        if first is None or other.figures is None:
             continue
         assert first.environment is not None and other.environment is not None
         for name, condition in CONDITIONS.items():
@@ -231,27 +213,7 @@ def label_selected(selection: Selection, points: Sequence[Point]) -> list[Point]
     return [replace(point, neighbours=titles) for point, titles in zip(labelled, near, strict=True)]
 
 
-def ratios_to_first(points: Sequence[Point]) -> dict[str, float]:
-    """Return title of a point -> its throughput divided by that of the first source's point with as many ranks.
-
-    If the first source has several points of this size, the point with the same overrides counts. A point is absent
-    without such a counterpart, or if the units differ.
-    """
-    sources = list(dict.fromkeys(point.source for point in points))
-    first = [point for point in points if point.source == sources[0] and point.figures is not None]
-    found: dict[str, float] = {}
-    for point in points:
-        as_large = [one for one in first if one.ranks == point.ranks]
-        alike = [one for one in as_large if identity(one) == identity(point)] or as_large
-        if point.source == sources[0] or point.figures is None or len(alike) != 1:
-            continue
-        here, there = point.figures.throughput, alike[0].figures and alike[0].figures.throughput
-        if here is not None and there and point.unit == alike[0].unit:
-            found[point.title] = here / there
-    return found
-
-
-# Intervals of the efficiencies of a series, repeats of one size, and scaling laws.
+# 95 % intervals of the efficiencies of a series.
 
 
 SEED = 20_240_229
@@ -260,130 +222,26 @@ NORMAL = 1.959964
 """Quantile of the normal distribution that leaves 2.5 % above it."""
 CHUNK = 2_000_000
 """Largest number of resampled step times in memory at once."""
-LEAST_SIZES = 3
-"""Smallest number of sizes for a fitted law with one parameter."""
 
 
-@dataclass(frozen=True)
-class Law:
-    """A scaling law that was fitted to a series: Amdahl's for strong, Gustafson's for weak scaling.
+def efficiency_intervals(series: Series) -> dict[str, tuple[float, float]]:
+    """Return name of a point -> 95 % interval of its efficiency. The smallest point has none.
 
-    Its parameter is ``serial_share``, a share of the work.
+    Empty if no efficiency is stated, or steps were not timed one by one.
     """
-
-    series: str
-    name: str
-    serial_share: float
-    low: float
-    high: float
-    """Upper end of the 95 % interval of the law's parameter; ``low`` is the lower end."""
-    largest_error: float
-    """Largest difference of a measured speedup from the law, as a share of the law's speedup."""
-    base: str
-    """Label of the smallest point, the baseline."""
-
-
-@dataclass(frozen=True)
-class Repeats:
-    """Several runs of one size in a series, and the efficiency from the mean of their step times.
-
-    ``low`` and ``high`` are the ends of its 95 % interval.
-    """
-
-    ranks: int
-    count: int
-    efficiency: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class SeriesFindings:
-    """Statistical findings on one series."""
-
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Name of a point -> 95 % interval of its efficiency."""
-    repeats: tuple[Repeats, ...] = ()
-    law: Law | None = None
-
-
-def find_statistics(series: Series) -> SeriesFindings:
-    """Return the findings on a series; empty if no efficiency is stated, or steps were not timed one by one."""
     base = series.smallest
     runs = [point for point in series.members if point.has_efficiency]
-    is_claimed = base is not None and base.has_efficiency and series.compares and series.has_rates
+    is_claimed = base is not None and base.has_efficiency and series.has_rates
     # Means over several steps do not show the spread of single steps.
     is_coarse = any(run.figures is not None and run.figures.resolution_s for run in runs)
-    if base is None or not is_claimed or is_coarse or len(runs) < 2:
-        return SeriesFindings()
-    sizes: dict[int, list[Point]] = defaultdict(list)  # In the order of the series.
-    for run in runs:
-        sizes[run.ranks or 0].append(run)
-    of_base, *_ = sizes.values()
-    drawn = [_medians([run], at) for at, run in enumerate(runs)]
-    intervals = {
-        run.name: ratio(_efficiency([run], runs[:1]), own, drawn[0])
-        for run, own in zip(runs[1:], drawn[1:], strict=True)
-    }
-    repeats = []
-    all_of_base = _medians(of_base, len(runs))
-    for at, (ranks, of_size) in enumerate(sizes.items(), start=len(runs) + 1):
-        if len(of_size) > 1 and of_size is not of_base:
-            efficiency = _efficiency(of_size, of_base)
-            repeats.append(
-                Repeats(ranks, len(of_size), efficiency, *ratio(efficiency, _medians(of_size, at), all_of_base))
-            )
-    return SeriesFindings(intervals, tuple(repeats), _fit_law(series, sizes, base.title))
-
-
-def _medians(runs: Sequence[Point], index: int) -> Medians:
-    return Medians([run.steps.after_warmup().time_s for run in runs], index)
-
-
-def _efficiency(runs: Sequence[Point], base: Sequence[Point]) -> float:
-    """Return the efficiency of a size by the mean step time of its runs, relative to the runs of the smallest size."""
-    one, smallest = (group[0].figures for group in (runs, base))
-    here, there = (sum(r.figures.step_time_s for r in group if r.figures) / len(group) for group in (runs, base))
-    assert one is not None and one.throughput and smallest is not None and smallest.throughput
-    scale = (one.step_time_s / here) * (there / smallest.step_time_s)
-    return one.throughput / smallest.throughput * (base[0].ranks or 0) / (runs[0].ranks or 0) * scale
-
-
-def _fit_law(series: Series, sizes: Mapping[int, Sequence[Point]], base: str) -> Law | None:
-    """Fit the scaling law to all sizes above the smallest; None if sizes are too few or the kind is unknown."""
-    if len(sizes) < LEAST_SIZES or series.scaling is None:
-        return None
-    smallest, *above = sizes
-    drawn = {ranks: _medians(runs, ranks) for ranks, runs in sizes.items()}
-    relative = np.array(above) / smallest
-    speedups = relative * np.array([_efficiency(sizes[ranks], sizes[smallest]) for ranks in above])
-    of_base = drawn[smallest]
-    strays = [of_base.replicates / of_base.value * drawn[n].value / drawn[n].replicates for n in above]
-    is_weak = series.scaling == "weak"
-    share = float(serial_share(relative, speedups, is_weak))
-    replicates = serial_share(relative, speedups * np.stack(strays, axis=-1), is_weak)
-    low, high = interval(share, replicates, max(one.widening for one in drawn.values()))
-    by_law = relative - share * (relative - 1) if is_weak else 1 / (share + (1 - share) / relative)
-    error = float(np.max(np.abs(speedups / by_law - 1)))
-    return Law(series.label, "Gustafson" if is_weak else "Amdahl", share, low, high, error, base)
-
-
-def serial_share(sizes: Floats, speedups: Floats, is_weak: bool) -> Floats:
-    """Fit the serial share s of a law by least squares.
-
-    In strong scaling ``1 / speedup = s + (1 - s) / size`` (Amdahl, 1967), in weak scaling
-    ``speedup = size - s (size - 1)`` (Gustafson, 1988).
-
-    Args:
-        sizes: numbers of ranks, relative to the smallest point, [points].
-        speedups: speedups relative to the smallest point, [..., points].
-        is_weak: True for weak scaling.
-
-    Returns:
-        Serial shares, [...].
-    """
-    weight, lost = (sizes - 1, sizes - speedups) if is_weak else (1 - 1 / sizes, 1 / speedups - 1 / sizes)
-    found: Floats = (lost * weight).sum(axis=-1) / (weight * weight).sum()
+    if not is_claimed or is_coarse or len(runs) < 2:
+        return {}
+    drawn = [Medians(run.steps.after_warmup().time_s, at) for at, run in enumerate(runs)]
+    found = {}
+    for run, own in zip(runs[1:], drawn[1:], strict=True):
+        (here, ranks), (there, of_base) = ((one.figures, one.ranks) for one in (run, runs[0]))
+        assert here and here.throughput and there and there.throughput and ranks and of_base
+        found[run.name] = ratio(here.throughput / there.throughput * of_base / ranks, own, drawn[0])
     return found
 
 
@@ -391,24 +249,17 @@ def serial_share(sizes: Floats, speedups: Floats, is_weak: bool) -> Floats:
 
 
 class Medians:
-    """Median step time of one size in seconds: measured as ``value``, resampled as ``replicates``.
+    """Median step time of one run in seconds: measured as ``value``, resampled as ``replicates``.
 
     Args:
-        runs: step times after warm-up of each run of this size, seconds, [steps].
-        index: index of the size in its series; different sizes draw different samples.
+        times: step times after warm-up in seconds, [steps].
+        index: index of the run in its series; different runs draw different samples.
     """
 
-    def __init__(self, runs: Sequence[Sequence[float] | Floats], index: int) -> None:
-        chance = np.random.default_rng((SEED, index))
-        times = [np.asarray(run, dtype=np.float64) for run in runs]
-        drawn = np.stack([_draw(of_run, chance) for of_run in times])  # Shape [runs, replicates].
-        count = len(times)
-        chosen = chance.integers(0, count, (count, REPLICATES))
-        self.value = float(np.mean([np.median(of_run) for of_run in times]))
-        self.replicates: Floats = drawn[chosen, np.arange(REPLICATES)].mean(axis=0)
-        # Resampling few runs shows a smaller spread than the runs have.
-        few = math.sqrt(count / (count - 1)) * student(count - 1) if count > 1 else 0.0
-        self.widening = max(few, *map(_widening, times)) / NORMAL
+    def __init__(self, times: Floats, index: int) -> None:
+        self.value = float(np.median(times))
+        self.replicates = _draw(times, np.random.default_rng((SEED, index)))
+        self.widening = _widening(times) / NORMAL
 
 
 def correlation(times: Floats) -> float:

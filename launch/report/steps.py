@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from launch.report.read import (
     RecordColumns,
     read_ahead,
     read_columns,
-    read_last,
 )
 from launch.runs.folder import RunFolder
 from launch.runs.progress import RESOLUTION
@@ -65,6 +63,12 @@ LOSSES = {
 """Phase in which efficiency is lost -> its name for people, in the order of display."""
 
 
+PROFILED = {"compute": "computing", "exposed": "exposed communication", "copies": "copies", "idle": "idle"}
+"""Part of a profiled step -> its name for people. The parts add up to the step. A CPU has no copies."""
+BREAKDOWN = {part: f"breakdown_{part}_s" for part in (*PROFILED, "comm")}
+"""Part of a profiled step, or all communication -> field of the step records with its time."""
+
+
 @dataclass(frozen=True, eq=False)
 class Steps:
     """Optimizer steps over all ranks in order, each once, as arrays of shape [steps]. An unknown number is NaN."""
@@ -76,6 +80,7 @@ class Steps:
     work: Floats
     """Work of all ranks in a step, in the unit of the point."""
     mfu_palm: Floats
+    """Mean MFU of the ranks that recorded it."""
     recorded_by: Integers
     """Number of ranks that recorded the step."""
     resolution_s: Floats
@@ -215,13 +220,8 @@ class RankTime:
     """Step time without the rank's waits for other ranks (``WAITS``), as far as these are recorded."""
     excess_s: float
     """``own_s`` minus the median of the other ranks."""
-    data_wait_s: float | None
-    wait_excess_s: float | None
-    """``data_wait_s`` minus the median of the other ranks; None if not recorded."""
     is_slow: bool = False
     """True if the rank is slower than the others throughout the run, beyond their spread."""
-    waits_long: bool = False
-    """True if the rank waits longer for data than the others throughout the run, beyond their spread."""
 
 
 @dataclass(frozen=True)
@@ -271,16 +271,6 @@ def _compare(times: Floats, sizes: Integers, step_s: float) -> tuple[Floats, Fla
 # Reading and reducing the records of all ranks, one file at a time.
 
 
-@dataclass(frozen=True)
-class UnreadLines:
-    """Unreadable lines in the step records of one rank and attempt: cut off by a crash, or damaged."""
-
-    rank: int
-    attempt: int | None
-    """Attempt of the lines; None if the file does not name it."""
-    lines: int
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepReading:
     """Everything that a report needs from the step records of a run."""
@@ -298,16 +288,17 @@ class StepReading:
     """Attempt whose environment the steps have."""
     attempt_steps: Mapping[int, int] = field(default_factory=dict)
     """Attempt -> number of its steps that no later attempt repeated."""
-    bf16_ratio: float | None = None
-    """MFU by the bf16 peak divided by MFU by the peak in the run's precision; None if not recorded."""
+    profiled: Mapping[str, float] = field(default_factory=dict)
+    """Part of ``PROFILED``, or ``comm`` -> its mean seconds over the profiled steps of the first rank."""
+    profiled_steps: int = 0
     span: tuple[float, float] | None = None
     """Unix times of the first and the last record of the last attempt with steps."""
-    unread: tuple[UnreadLines, ...] = ()
-    """Lines that are no records, by rank and by attempt in file order. A line that is being written does not count."""
+    unread: Mapping[int, int] = field(default_factory=dict)
+    """Rank -> number of damaged lines among its records. Ranks without damaged lines are absent."""
 
 
 def read_run_steps(
-    run: RunFolder, setups: Mapping[int, Environment], fewer: Collection[int] = frozenset(), *, has_ended: bool = True
+    run: RunFolder, setups: Mapping[int, Environment], fewer: Collection[int] = frozenset()
 ) -> StepReading:
     """Read and reduce the step records of a run.
 
@@ -315,17 +306,16 @@ def read_run_steps(
         run: folder of the run.
         setups: attempt -> its environment.
         fewer: attempts on fewer nodes than requested. Their steps count only if there are no others.
-        has_ended: False if ranks may be running, so that half a line at the end of a file is being written.
     """
     reduction: _Reduction | None = None
-    unread: list[UnreadLines] = []
+    unread: dict[int, int] = {}
     for rank, columns in _read_ranks(run, setups):
-        lines = columns.unread if has_ended or not columns.has_open_end else columns.unread[:-1]
-        unread += [UnreadLines(rank, attempt, count) for attempt, count in Counter(lines).items()]
+        if columns.unread:
+            unread[rank] = columns.unread
         if len(columns):
-            reduction = reduction or _Reduction(run.metrics(rank), columns, setups, fewer)
+            reduction = reduction or _Reduction(columns, setups, fewer)
             reduction.add(rank, columns)
-    return StepReading(unread=tuple(unread), **({} if reduction is None else reduction.fields()))
+    return StepReading(unread=unread, **({} if reduction is None else reduction.fields()))
 
 
 def _read_ranks(run: RunFolder, setups: Mapping[int, Environment]) -> Iterator[tuple[int, RecordColumns]]:
@@ -338,7 +328,7 @@ def _read_ranks(run: RunFolder, setups: Mapping[int, Environment]) -> Iterator[t
     names += [] if is_gpt else ["work", RESOLUTION, *(f"{unit}_per_s" for unit in units)]
     ranks = iter(run.metric_ranks())
     for rank in ranks:
-        first = read_columns(run.metrics(rank), [*names, "time"])
+        first = read_columns(run.metrics(rank), [*names, "time", "loss", *BREAKDOWN.values()])
         yield rank, first
         if len(first):
             names += ["time"] if not is_gpt or np.isnan(first.values[TIME]).any() else []
@@ -377,10 +367,8 @@ class _Reduction:
     The critical rank of a step has the longest own time: its step time without its waits in collectives.
     """
 
-    def __init__(
-        self, path: Path, first: RecordColumns, setups: Mapping[int, Environment], fewer: Collection[int]
-    ) -> None:
-        self._first, self._setups, self._last = first, setups, read_last(path, first)
+    def __init__(self, first: RecordColumns, setups: Mapping[int, Environment], fewer: Collection[int]) -> None:
+        self._first, self._setups = first, setups
         # An attempt without steps, such as a start of a finished run, does not show how the steps were made.
         self._stepped = stepped = set(first.attempts.tolist()) & set(setups)
         self._attempt = max(stepped - set(fewer) or stepped or setups, default=0)
@@ -400,81 +388,87 @@ class _Reduction:
         """Attempt -> number of ranks that recorded steps in it."""
         # Arrays of figures have the shape [steps of the first rank].
         size = len(first)
-        self._records, self._resolution, self._computing = np.zeros((3, size))
-        self._sums = {name: np.zeros(size) for name in ("time", "mfu", "work")}
-        self._counts = {name: np.zeros(size) for name in self._sums}
-        """Figure -> number of ranks that recorded the figure."""
+        self._records, self._resolution, self._computing, self._work = np.zeros((4, size))
+        self._mfu, self._timed, self._worked, self._used = np.zeros((4, size))
+        """Sum of the MFU, and number of ranks that recorded their step time, their work, and their MFU."""
         self._time, self._own = np.full((2, size), -np.inf)
         """Longest step time and longest own time of any rank in each step, seconds."""
         self._phase_counts = np.zeros((len(RECORDED), size))
         self._critical = np.full((len(RECORDED) + 1, size), np.nan)
         """Seconds of each phase of ``RECORDED``, then of computing, on the critical rank, [phases, steps]."""
         # Means of each rank over windows of the run, which begin after the warm-up.
-        chosen = np.isin(first.attempts, self._counting) & past_warmup(first.steps, first.attempts)
-        self._keys, self._steps = first.keys[chosen], first.steps[chosen]
-        self._windows = np.array_split(np.arange(len(self._keys)), min(WINDOWS, len(self._keys)) or 1)
+        self._chosen = np.flatnonzero(
+            np.isin(first.attempts, self._counting) & past_warmup(first.steps, first.attempts)
+        )
+        count = len(self._chosen)
+        self._windows = np.array_split(first.steps[self._chosen], min(WINDOWS, count) or 1)
         self._sizes = np.array([len(window) for window in self._windows])
+        self._window = np.repeat(np.arange(len(self._sizes)), self._sizes)
         self._ranks: list[int] = []
-        self._means: list[list[Floats]] = []
-        """Own time and wait for data of each rank, seconds, each of shape [windows]."""
+        self._means: list[Floats] = []
+        """Mean own time of each rank, seconds, each of shape [windows]."""
         self._is_net = True
 
     def add(self, rank: int, columns: RecordColumns) -> None:
         """Add the records of the next rank."""
         self._recording.update(set(columns.attempts.tolist()))
-        times, work = step_times(columns), _own_work(columns, self._unit)
-        self._add_windows(rank, columns, times)
-        values, at = columns.values, np.arange(len(self._first))
+        numbers = {**columns.values, TIME: step_times(columns), "work": _own_work(columns, self._unit)}
+        is_there: Flags | bool = True
         if not np.array_equal(columns.keys, self._first.keys):  # Otherwise nothing is copied: there may be many ranks.
             _, at, found = np.intersect1d(self._first.keys, columns.keys, assume_unique=True, return_indices=True)
-            values = {name: column[found] for name, column in values.items()}
-            times, work = times[found], work[found]
-        self._records[at] += 1
-        self._time[at] = np.fmax(self._time[at], times)
-        if RESOLUTION in values:
-            self._resolution[at] = np.fmax(self._resolution[at], values[RESOLUTION])
-        for name, numbers in (("time", times), ("mfu", values["mfu_palm"]), ("work", work)):
-            self._sums[name][at] += np.nan_to_num(numbers)
-            self._counts[name][at] += ~np.isnan(numbers)
-        phases = np.array([values[name] for name in RECORDED.values()])
+            place = np.full(len(self._first), -1)
+            place[at] = found
+            # A step that this rank lacks takes the NaN behind the last record.
+            numbers = {name: np.append(column, np.nan)[place] for name, column in numbers.items()}
+            is_there = place >= 0
+        times, work = numbers[TIME], numbers["work"]
+        self._records += is_there
+        self._time = np.fmax(self._time, times)
+        if RESOLUTION in numbers:
+            self._resolution = np.fmax(self._resolution, numbers[RESOLUTION])
+        self._timed += ~np.isnan(times)
+        self._work += np.nan_to_num(work)
+        self._worked += ~np.isnan(work)
+        self._mfu += np.nan_to_num(numbers["mfu_palm"])
+        self._used += ~np.isnan(numbers["mfu_palm"])
+        phases = np.array([numbers[name] for name in RECORDED.values()])
         is_known = ~np.isnan(phases)
-        self._phase_counts[:, at] += is_known
+        self._phase_counts += is_known
         waits, *others = np.where(is_known, phases, 0.0)
         computing = own = times - waits
         for seconds in others:
             computing = computing - seconds
-        self._computing[at] += computing
-        longest = own > self._own[at]
-        self._own[at[longest]] = own[longest]
-        self._critical[:, at[longest]] = np.vstack([phases, computing])[:, longest]
+        self._computing += np.nan_to_num(computing)
+        longest = own > self._own
+        self._own[longest] = own[longest]
+        self._critical[:, longest] = np.vstack([phases, computing])[:, longest]
+        self._add_windows(rank, {name: numbers[name][self._chosen] for name in (TIME, *WAITS)})
 
-    def _add_windows(self, rank: int, columns: RecordColumns, times: Floats) -> None:
+    def _add_windows(self, rank: int, numbers: Mapping[str, Floats]) -> None:
         """Add the mean times of one rank in each window. A rank that lacks a step is left out."""
-        at = np.searchsorted(columns.keys, self._keys).clip(0, len(columns) - 1)
-        own = times[at]
-        if not len(at) or (columns.keys[at] != self._keys).any() or np.isnan(own).any():
+        own = numbers[TIME]
+        if not len(own) or np.isnan(own).any():
             return
         for name in WAITS:
-            waits = columns.values[name][at]
-            own = own if np.isnan(waits).any() else own - waits
-        self._is_net = self._is_net and not np.isnan(columns.values["comm_s"][at]).any()
+            own = own if np.isnan(numbers[name]).any() else own - numbers[name]
+        self._is_net = self._is_net and not np.isnan(numbers["comm_s"]).any()
         self._ranks.append(rank)
-        window = np.repeat(np.arange(len(self._sizes)), self._sizes)
-        every = (own, columns.values["data_wait_s"][at])
-        self._means.append([np.bincount(window, weights=of) / self._sizes for of in every])
+        self._means.append(np.bincount(self._window, weights=own) / self._sizes)
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of ``StepReading``, except ``unread``, over all added ranks."""
-        first, last = self._first, self._last
+        first = self._first
         times = first.values["time"][first.attempts == max(self._stepped, default=-1)]
-        of_bf16, of_precision = last.get("mfu_bf16"), last.get("mfu_palm")
+        loss = float(first.values["loss"][-1])
+        profiled = {part: first.values[name][~np.isnan(first.values[name])] for part, name in BREAKDOWN.items()}
         return {
             "steps": self._whole_steps(),
             "rank_times": self._rank_times(),
             "unit": self._unit,
             "last_step": int(first.steps[-1]),
-            "loss": last.get("loss"),
-            "bf16_ratio": of_bf16 / of_precision if of_bf16 and of_precision else None,
+            "loss": None if math.isnan(loss) else loss,
+            "profiled": {part: float(seconds.mean()) for part, seconds in profiled.items() if len(seconds)},
+            "profiled_steps": len(profiled["idle"]),
             "span": (float(times.min()), float(times.max())) if len(times) else None,
             "attempt": self._attempt,
             "attempt_steps": Counter(first.attempts.tolist()),
@@ -484,23 +478,13 @@ class _Reduction:
         """Compare the ranks. None if fewer than two recorded the same steps, or steps are too few for windows."""
         if len(self._ranks) < 2 or len(self._windows) < LEAST_WINDOWS:
             return None
-        own, waits = np.moveaxis(np.array(self._means), 1, 0)
-        step_s = float(own.mean())
-
-        def compared(times: Floats) -> list[list[Any]]:
-            """Return three lists over the ranks: mean in seconds, excess in seconds, and True if the rank is slow."""
-            mean = times @ self._sizes / self._sizes.sum()
-            return [of.tolist() for of in (mean, *_compare(times, self._sizes, step_s))]
-
-        unknown = [[None] * len(own), [None] * len(own), [False] * len(own)]
-        by_waits = unknown if np.isnan(waits).any() else compared(waits)
-        of_ranks = zip(self._ranks, *compared(own), *by_waits, strict=True)
+        own = np.array(self._means)
+        mean = own @ self._sizes / self._sizes.sum()
+        excess, slow = _compare(own, self._sizes, float(own.mean()))
+        of_ranks = zip(self._ranks, mean.tolist(), excess.tolist(), slow.tolist(), strict=True)
         return RankTimes(
-            ranks=tuple(
-                RankTime(rank, own_s, excess_s, wait_s, wait_excess_s, is_slow, is_long)
-                for rank, own_s, excess_s, is_slow, wait_s, wait_excess_s, is_long in of_ranks
-            ),
-            windows=tuple((int(self._steps[part[0]]), int(self._steps[part[-1]])) for part in self._windows),
+            ranks=tuple(RankTime(*of_rank) for of_rank in of_ranks),
+            windows=tuple((int(part[0]), int(part[-1])) for part in self._windows),
             excess_s=tuple(map(tuple, (own - np.median(own, axis=0)).tolist())),
             is_net=self._is_net,
         )
@@ -513,20 +497,21 @@ class _Reduction:
         work has precedence, because the other ranks worked too. Without both, it is the
         recorded rate of the whole run times the step time.
         """
-        first, counts = self._first, self._counts
+        first = self._first
         expected = np.full(len(first), -1)
         work = first.values.get(f"{self._unit}_per_s", np.nan) * self._time
         for number in self._counting:
             setup, here = self._setups[number], first.attempts == number
             recorded = setup.world_size if setup.workload == "gpt" else self._recording[number]
             expected[here] = recorded
-            by_all = here & np.isin(counts["work"], (recorded or -1, setup.world_size or -1))
-            work[by_all] = self._sums["work"][by_all]
-            if setup.work_per_step is not None:
-                work[here & (counts["work"] != setup.world_size)] = setup.work_per_step
-        whole = np.flatnonzero((self._records == expected) & (counts["time"] == expected))
+            stated = setup.work_per_step
+            by_all = here & (self._worked == (recorded if stated is None else setup.world_size)) & (self._worked > 0)
+            if stated is not None:
+                work[here] = stated
+            work[by_all] = self._work[by_all]
+        whole = np.flatnonzero((self._records == expected) & (self._timed == expected))
         with np.errstate(invalid="ignore"):
-            mfu = self._sums["mfu"] / counts["mfu"]  # Ranks above the first may leave out the MFU.
+            mfu = self._mfu / self._used  # Ranks above the first may leave out the MFU.
         return Steps(
             step=first.steps[whole],
             attempt=first.attempts[whole],

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.report.goodput import saved_in_place
 from launch.report.notes import report_notes
 from launch.report.points import GpuUse, Point, read_point
 from launch.report.selection import Selection, select
 from launch.report.series import (
     CONDITIONS,
     MADE_WITH,
-    Law,
-    Repeats,
     Series,
-    SeriesFindings,
     batch_text,
-    find_statistics,
+    efficiency_intervals,
     label_selected,
-    ratios_to_first,
     split,
 )
-from launch.report.steps import RankTime, RankTimes, StepFigures, UnreadLines, lost
+from launch.report.steps import RankTime, RankTimes, StepFigures, lost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +41,7 @@ class Row:
     speedup: float | None = None
     """Throughput divided by the throughput of the smallest point of the series.
 
-    If the work of a step is not known, it is the ratio of step times. Without steps, it is the ratio of the stated
-    work per second of run time.
+    If the work of a step is not known, it is the ratio of step times.
     """
     efficiency: float | None = None
     """Speedup divided by the ratio of the number of ranks to that of the smallest point.
@@ -66,8 +59,6 @@ class Row:
     None if no efficiency is stated.
     """
     mfu_palm: float | None = None
-    mfu_bf16: float | None = None
-    """MFU by the peak in bf16 in any precision, so that points in two precisions are comparable."""
     oversubscribed: bool | None
     state: str
     series: str
@@ -117,20 +108,8 @@ class Row:
     """Unit of the hours of interruptions: GPU; node if the run has no GPUs."""
     interruptions: int | None = None
     """Number of interruptions that cost time, including roll-backs."""
-    interrupted_s: float | None = None
-    """Allocated seconds that interruptions cost: see ``goodput.DEFINITION``."""
-    interrupted_h: float | None = None
-    """Allocated hours that interruptions cost, in the unit ``hours_of``, for all causes together."""
     causes_h: Mapping[str, float] = field(default_factory=dict)
     """Cause of ``goodput.CAUSES`` -> hours that its interruptions cost, in the unit ``hours_of``."""
-    restarts_in_place: int | None = None
-    """Number of restarts inside of an allocation after which the run made a step."""
-    saved_in_place_h: float | None = None
-    """Estimated hours of ``hours_of`` that restarts in place saved: see ``goodput.SAVED_DEFINITION``."""
-    saved_in_place_wait_s: float | None = None
-    """Estimated seconds of waiting in the queue that restarts in place saved."""
-    saved_against: str | None = None
-    """Starts with which both estimates compare: requeues of this run, of other points, or its first start."""
     losses: Mapping[str, float] = field(default_factory=dict)
     """Phase of ``steps.LOSSES`` -> efficiency that is lost in it, as a share.
 
@@ -139,8 +118,6 @@ class Row:
     """
     source: str = ""
     """Label of the folder that the point is from in a comparison; empty in a report of one folder."""
-    ratio_to_first: float | None = None
-    """Throughput divided by that of the point with as many ranks in the first folder of a comparison."""
     unread_lines: int = 0
     """Number of unreadable lines in the step records of all ranks."""
 
@@ -150,7 +127,6 @@ class Row:
 
 SLOWEST = 8
 """Largest number of ranks in the table of the slowest."""
-PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
 @dataclass(frozen=True)
@@ -171,8 +147,6 @@ class RunDetail:
     step_time_s: float
     step_times_s: tuple[float, ...]
     """Step times in seconds after warm-up, in the order of the steps."""
-    percentiles_s: tuple[tuple[str, float], ...]
-    """Name of a percentile, such as ``95 %``, and its step time in seconds, ascending."""
     slowest: tuple[RankRow, ...]
     rank_times: RankTimes | None
 
@@ -191,14 +165,8 @@ class ScalingTable:
     """True if the GPT library made every point with a known workload."""
     details: tuple[RunDetail, ...] = ()
     """Step times and ranks of the measured points, in the order of the rows."""
-    laws: tuple[Law, ...] = ()
-    repeats: tuple[Repeats, ...] = ()
     gpus: tuple[GpuUse | None, ...] = ()
     """Use of the GPUs of each point, in the order of the rows; None if the GPUs were not sampled."""
-    unread: tuple[tuple[UnreadLines, ...], ...] = ()
-    """Unreadable lines in the step records of each point, in the order of the rows."""
-    typed: tuple[tuple[str, ...], ...] = ()
-    """Overrides of each point, ``key=value``, in the order of the rows."""
 
     @property
     def name(self) -> str:
@@ -214,17 +182,6 @@ class ScalingTable:
         return f"{kind} of {self.name}"
 
     @property
-    def is_scaling(self) -> bool:
-        """True if a series has points of several sizes."""
-        return max(Counter((row.scaling, row.series) for row in self.rows).values(), default=0) > 1
-
-    @property
-    def compares_run_times(self) -> bool:
-        """True if no program recorded its step times, so that only run times are known."""
-        has_steps = any(row.step_time_s is not None for row in self.rows)
-        return not self.is_gpt and not has_steps and any(row.run_time_s is not None for row in self.rows)
-
-    @property
     def unit(self) -> str:
         """Unit of the throughput: tokens, samples or images; "work" if points differ, or no unit is known."""
         units = {row.unit for row in self.rows if row.throughput is not None}
@@ -237,13 +194,10 @@ class ScalingTable:
 
     def _heading(self, kind: str | None) -> str:
         batch = self.batches.get(kind or "")
-        with_batch = f" with {batch}" if batch else ""
-        if len(self.rows) == 1:
-            return f"Summary of {self.name}{with_batch}"
-        if self.is_scaling and not (self.compares_run_times and all(row.speedup is None for row in self.rows)):
-            kind_text = f"{kind.capitalize()} scaling" if kind else "Scaling"
-            return f"{kind_text} of {self.name}{with_batch or ('' if kind else ', kind not known')}"
-        return f"{'Run times' if self.compares_run_times else 'Points'} of {self.name}{with_batch}"
+        sizes = Counter((row.scaling, row.series) for row in self.rows)
+        what = f"{kind} scaling".capitalize() if kind and max(sizes.values()) > 1 else "Points"
+        what = "Summary" if len(self.rows) == 1 else what
+        return f"{what} of {self.name}" + (f" with {batch}" if batch else "")
 
 
 def build(folder: Path) -> ScalingTable:
@@ -271,8 +225,7 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         ConfigError: points that belong together are not comparable.
     """
     points = label_selected(selection, points)
-    found = [(series, find_statistics(series)) for series in split(points)]
-    ratios = ratios_to_first(points) if selection.parts else {}
+    found = [(series, efficiency_intervals(series)) for series in split(points)]
     rows = tuple(
         Row(
             point=point.name,
@@ -282,14 +235,13 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
             state=str(point.state),
             series=series.label,
             scaling=series.scaling,
-            unread_lines=sum(one.lines for one in point.unread),
-            ratio_to_first=ratios.get(point.title),
+            unread_lines=sum(point.unread.values()),
             **{name: getattr(point, name) for name in AS_RECORDED},
-            **_time_and_energy(point, points),
+            **_time_and_energy(point),
             **_figures(point),
-            **_against_smallest(series, point, finding),
+            **_against_smallest(series, point, intervals.get(point.name, (None, None))),
         )
-        for series, finding in found
+        for series, intervals in found
         for point in series.members
     )
     shown = [point for series, _ in found for point in series.members]
@@ -298,13 +250,9 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         rows=rows,
         batches=_batches([series for series, _ in found]),
         conditions=_conditions(shown),
-        notes=tuple(report_notes(points, found, rows)),
+        notes=tuple(report_notes(points, [series for series, _ in found], rows)),
         details=tuple(_detail(point, point.figures) for point in shown if point.figures is not None),
-        laws=tuple(finding.law for _, finding in found if finding.law is not None),
-        repeats=tuple(size for _, finding in found for size in finding.repeats),
         gpus=tuple(point.gpu_use for point in shown),
-        unread=tuple(point.unread for point in shown),
-        typed=tuple(point.overrides for point in shown),
         is_gpt=all(point.is_gpt for point in points if point.environment is not None),
     )
 
@@ -312,15 +260,11 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
 def _detail(point: Point, figures: StepFigures) -> RunDetail:
     """Return the step times and the slowest ranks of a point."""
     step_time_s, of_ranks = figures.step_time_s, point.rank_times
-    times = point.steps.after_warmup().time_s.tolist()
-    cuts = statistics.quantiles(times, n=100, method="inclusive")
-    marks = [("shortest", min(times)), *((f"{p} %", cuts[p - 1]) for p in PERCENTILES), ("longest", max(times))]
     slowest = sorted(of_ranks.ranks if of_ranks else (), key=lambda rank: -rank.excess_s)[:SLOWEST]
     return RunDetail(
         label=point.title,
         step_time_s=step_time_s,
-        step_times_s=tuple(times),
-        percentiles_s=tuple(marks),
+        step_times_s=tuple(point.steps.after_warmup().time_s.tolist()),
         slowest=tuple(
             RankRow(rank, point.host(rank.rank), rank.excess_s / step_time_s if step_time_s else 0.0)
             for rank in slowest
@@ -333,8 +277,8 @@ AS_RECORDED = ("nodes", "ranks", "loss", "last_step", "unit", "run_time_s", "att
 """Names of the fields that a row takes unchanged from its point."""
 
 
-def _time_and_energy(point: Point, points: Sequence[Point]) -> dict[str, Any]:
-    """Return the fields of a row that describe allocations, interruptions and GPUs. ``points`` are all points."""
+def _time_and_energy(point: Point) -> dict[str, Any]:
+    """Return the fields of a row that describe allocations, interruptions and GPUs."""
     fields: dict[str, Any] = {}
     # The work must be that of the whole run: with half of the steps, a unit of work would seem twice as expensive.
     works = [work for work in point.steps.work.tolist() if work == work]
@@ -346,38 +290,28 @@ def _time_and_energy(point: Point, points: Sequence[Point]) -> dict[str, Any]:
             "gpu_power_w": use.mean_power_w,
             "throttled": use.throttled,
         }
-    if (time := point.goodput) is None:
-        return fields
-    losses = time.losses
-    others = [other.goodput.losses for other in points if other is not point and other.goodput is not None]
-    saved_h, saved_wait_s, against = saved_in_place(losses, others) or (None, None, None)
-    return fields | {
-        "goodput": time.goodput,
-        "gpu_hours": time.gpu_hours,
-        "cost": time.cost,
-        "cost_per_billion": None if time.cost is None or not work else time.cost / (work / 1e9),
-        "parts_s": time.seconds,
-        "hours_of": losses.unit,
-        "interruptions": sum(losses.counts.values()),
-        "interrupted_s": sum(losses.seconds.values()) or None,
-        "interrupted_h": sum(losses.hours.values()) or None,
-        "causes_h": losses.hours,
-        "restarts_in_place": len(losses.in_place),
-        "saved_in_place_h": saved_h,
-        "saved_in_place_wait_s": saved_wait_s,
-        "saved_against": against,
-    }
+    if (time := point.goodput) is not None:
+        fields |= {
+            "goodput": time.goodput,
+            "gpu_hours": time.gpu_hours,
+            "cost": time.cost,
+            "cost_per_billion": None if time.cost is None or not work else time.cost / (work / 1e9),
+            "parts_s": time.seconds,
+            "hours_of": time.losses.unit,
+            "interruptions": sum(time.losses.counts.values()),
+            "causes_h": time.losses.hours,
+        }
+    return fields
 
 
 def _figures(point: Point) -> dict[str, Any]:
     """Return the fields of a row that need measured steps; empty if the point has too few steps."""
     if (figures := point.figures) is None:
         return {}
-    ratio, rate = point.bf16_ratio, figures.throughput
+    rate = figures.throughput
     fields: dict[str, Any] = {
         "step_time_s": figures.step_time_s,
         "mfu_palm": figures.mfu_palm,
-        "mfu_bf16": None if figures.mfu_palm is None or ratio is None else figures.mfu_palm * ratio,
         "steps_measured": figures.steps,
         "step_time_resolution_s": figures.resolution_s or None,
     }
@@ -393,21 +327,14 @@ def _figures(point: Point) -> dict[str, Any]:
     return fields
 
 
-def _against_smallest(series: Series, point: Point, finding: SeriesFindings) -> dict[str, Any]:
-    """Return speedup and efficiency relative to the smallest point, by steps, or by the stated work per run time.
+def _against_smallest(series: Series, point: Point, interval: tuple[float | None, float | None]) -> dict[str, Any]:
+    """Return speedup and efficiency relative to the smallest point, with the 95 % interval of the efficiency.
 
     A single point has neither; without the work of a step, there is no efficiency.
     """
     base, figures = series.smallest, point.figures
-    if base is None or not series.compares:
+    if base is None or base.figures is None or figures is None or not series.compares:
         return {}
-    if figures is None or base.figures is None:
-        if base.figures is not None or base.run_rate is None or point.run_rate is None:
-            return {}
-        assert base.ranks and point.ranks
-        speedup = point.run_rate / base.run_rate
-        is_stated = not base.crowded and not point.crowded
-        return {"speedup": speedup, "efficiency": speedup * base.ranks / point.ranks if is_stated else None}
     if not series.has_rates:
         return {"speedup": base.figures.step_time_s / figures.step_time_s}
     assert figures.throughput is not None and base.figures.throughput is not None and base.ranks and point.ranks
@@ -418,11 +345,10 @@ def _against_smallest(series: Series, point: Point, finding: SeriesFindings) -> 
     }
     if not base.has_efficiency or not point.has_efficiency:
         return fields
-    efficiency = figures.throughput / ideal
-    low, high = finding.intervals.get(point.name, (None, None))
-    fields |= {"efficiency": efficiency, "efficiency_low": low, "efficiency_high": high}
+    efficiency, (low, high) = figures.throughput / ideal, interval
+    fields |= {"efficiency": efficiency, "efficiency_low": low, "efficiency_high": high, "noisy": False}
     if point is base:
-        return fields | {"noisy": False}
+        return fields
     here, there = (one.steps.after_warmup().shares() for one in (point, base))
     losses = lost(here, there, efficiency, alone=base.ranks == 1)
     return fields | {"noisy": figures.is_noisy or base.figures.is_noisy, "losses": losses}
@@ -443,8 +369,8 @@ def _conditions(points: Sequence[Point]) -> str:
     known = [point.environment for point in points if point.environment is not None]
     if not known:
         return "Conditions unavailable: no point has recorded what it ran on."
-    shown = [CONDITIONS["model"], CONDITIONS["precision"], CONDITIONS["hardware"], MADE_WITH["software"]]
-    parts = [[condition(one) for one in known] for condition in shown]
+    parts = [[CONDITIONS[name](one) for one in known] for name in ("model", "precision", "hardware")]
+    parts += [[MADE_WITH["software"](point) for point in points]]
     commits = [one.commit or ("unavailable" if one.workload == "gpt" else None) for one in known]
     parts += [[None if commit is None else f"commit {commit[:12]}" for commit in commits]]
     parts += [[None if one.command is None else f"command {one.command}" for one in known]]

@@ -1,25 +1,22 @@
-"""Output for TensorBoard: the Scaling dashboard, and settings, heat map and GPU curves of each point."""
+"""Output for TensorBoard: the dashboard of a sweep, and the summary of one run."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 
-from launch.report.figures import draw_ranks
-from launch.report.points import GpuUse
 from launch.report.table import Row, ScalingTable
-from launch.report.text import host_table, markdown_text
+from launch.report.text import markdown_text
 from launch.runs.event_files import Curve, EventWriter
 from launch.runs.files import write_atomically
-from launch.runs.overrides import NOT_IN_POINT, point_keys, point_name, typed_key
+from launch.runs.overrides import point_name
 
 RUN, RUN_OF_ONE = "Scaling", "Summary"
-IDEAL, POINTS, GPUS = "ideal", "points", "gpus"
-"""Names of subfolders in the folder of a sweep's TensorBoard run."""
-LEAST_DIFFERENCE = 0.02
-"""Relative difference between the losses of points above which the dashboard has a chart of them."""
+IDEAL = "ideal"
+"""Name of the subfolder with the ideal curves."""
 SUFFIX = ".scaling"  # marks the event files that a report owns
 
 
@@ -56,17 +53,25 @@ def _write_summary(table: ScalingTable, png: bytes, root: Path) -> None:
     with _writer(root) as writer:
         writer.text("summary/table", markdown_text(table))
         writer.image("summary/figure", png)
-        for use in filter(None, table.gpus):
-            write_gpus(writer, use)
 
 
 def _write_sweep(table: ScalingTable, png: bytes, root: Path) -> None:
-    """Write the report of a sweep: curves over ranks, table, figure, and a TensorBoard run for each point."""
-    measured = charts(table)
-    tags = [tag for curve in measured.values() for tag in curve if tag is not None]
-    names = dict.fromkeys([*(tag.removeprefix("scaling/") for tag in tags), "loss"])
+    """Write the report of a sweep: charts over the number of ranks, table and figure. Each series has its own curves.
+
+    TensorBoard's step is the number of ranks. Without throughputs, their chart is absent.
+    """
+    per_s = f"{table.unit}_per_s"
+    shown = {
+        f"{table.unit.capitalize()} per second": (per_s, f"{per_s}_low", f"{per_s}_high"),
+        "Efficiency": ("efficiency",),
+        "Step time in seconds": ("step_time_s", "step_time_s_low", "step_time_s_high"),
+    }
+    if all(row.throughput is None for row in table.rows):
+        del shown[f"{table.unit.capitalize()} per second"]
+    charts = {title: Curve(*(f"scaling/{name}" for name in names)) for title, names in shown.items()}
+    names = [*chain(*shown.values()), "loss"]
     with _writer(root) as whole:
-        whole.layout({"Scaling: measured and ideal over the number of ranks": measured})
+        whole.layout({"Scaling: measured and ideal over the number of ranks": charts})
         whole.text("scaling/table", markdown_text(table))
         whole.image("scaling/figure", png)
         for series in dict.fromkeys(row.series for row in table.rows):
@@ -75,7 +80,7 @@ def _write_sweep(table: ScalingTable, png: bytes, root: Path) -> None:
             # A second file in a folder would make TensorBoard forget the first file.
             with _writer(folder) if series else nullcontext(whole) as writer:
                 for row in rows:
-                    values = {name: getattr(row, name.replace(f"{table.unit}_per_s", "throughput")) for name in names}
+                    values = {name: getattr(row, name.replace(per_s, "throughput")) for name in names}
                     _write_point(writer, row, values)
             if any(row.throughput_ideal is not None for row in rows):
                 with _writer(folder / IDEAL) as writer:
@@ -83,76 +88,9 @@ def _write_sweep(table: ScalingTable, png: bytes, root: Path) -> None:
                         # The band around a line has no width, but TensorBoard requires one.
                         band = dict.fromkeys((name for name in names if "_per_s" in name), row.throughput_ideal)
                         _write_point(writer, row, band | {"efficiency": None if row.efficiency is None else 1.0})
-    details = {found.label: found for found in table.details}
-    for row, use, typed in zip(table.rows, table.gpus, table.typed, strict=True):
-        # Not the folder's name with all overrides: TensorBoard shortens long names in its list.
-        name = point_name([row.label], exclude=())
-        if figures := _figures(row, table.unit):
-            with _writer(root / POINTS / name) as writer:
-                writer.hparams(settings(row, typed))
-                for tag, value in figures.items():
-                    writer.scalar(f"point/{tag}", value, row.last_step or 0)
-                ranks = draw_ranks(details[row.label]) if row.label in details else None
-                if ranks is not None:
-                    writer.image("point/ranks over the run", ranks, row.last_step or 0)
-        if use is not None:
-            with _writer(root / GPUS / name) as writer:
-                write_gpus(writer, use)
 
 
 def _write_point(writer: EventWriter, row: Row, values: Mapping[str, float | None]) -> None:
     for name, value in values.items():
         if value is not None:
             writer.scalar(f"scaling/{name}", value, step=row.ranks or 0)
-
-
-def charts(table: ScalingTable) -> dict[str, Curve]:
-    """Return chart title -> curve over the number of ranks. Throughput and step time have their quartiles.
-
-    TensorBoard's step is the number of ranks. Without throughputs, or with nearly equal losses,
-    their chart is absent.
-    """
-    per_s = f"scaling/{table.unit}_per_s"
-    found = {"Efficiency": Curve("scaling/efficiency")}
-    if table.compares_run_times:
-        return {"Run time in seconds": Curve("scaling/run_time_s"), **found}
-    if any(row.throughput is not None for row in table.rows):
-        found = {f"{table.unit.capitalize()} per second": Curve(per_s, f"{per_s}_low", f"{per_s}_high"), **found}
-    found["Step time in seconds"] = Curve("scaling/step_time_s", "scaling/step_time_s_low", "scaling/step_time_s_high")
-    losses = [row.loss for row in table.rows if row.loss is not None]
-    # TensorBoard's axes show three digits: with a smaller difference, all marks have the same number.
-    if losses and max(losses) - min(losses) > LEAST_DIFFERENCE * max(map(abs, losses)):
-        found["Loss of the last step"] = Curve("scaling/loss")
-    return found
-
-
-def settings(row: Row, typed: Sequence[str]) -> Mapping[str, bool | float | str]:
-    """Return key -> value of the overrides of a point, and its number of ranks, as TensorBoard's hyperparameters."""
-    named = [one for one in sorted(point_keys(typed, NOT_IN_POINT)) if "=" in one]
-    found = {typed_key(one): _value(one.split("=", 1)[1]) for one in named}
-    return found if row.ranks is None else {**found, "ranks": float(row.ranks)}
-
-
-def _value(text: str) -> bool | float | str:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _figures(row: Row, unit: str) -> dict[str, float]:
-    """Return tag -> figure of a point, such as its efficiency. A figure that is not known or not stated is absent."""
-    names = {f"{unit}_per_s": "throughput", "mfu": "mfu_palm"}
-    names |= {name: name for name in ("efficiency", "loss", "step_time_s", "energy_kwh")}
-    return {tag: value for tag, name in names.items() if (value := getattr(row, name)) is not None}
-
-
-def write_gpus(writer: EventWriter, use: GpuUse) -> None:
-    """Write the GPU curves of a run, in seconds since its first sample, and the table of its hosts."""
-    for window in use.windows:
-        step = int(window.begun - use.windows[0].begun)
-        for name, value in window.values.items():
-            writer.scalar(f"gpu/{name}", value, step, window.begun)
-    writer.text("gpu/hosts", host_table(use).markdown())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -19,10 +19,7 @@ from launch.report.notes import (
     UNAVAILABLE,
     figure,
     hours,
-    hours_by_cause,
-    interrupted,
     percent,
-    percentages,
     rate,
     time_text,
     with_unit,
@@ -100,10 +97,7 @@ def point_columns(table: ScalingTable) -> TextColumns:
         several = table.unit == "work" and row.unit is not None and row.throughput is not None
         return f"{rate(row.throughput)} {row.unit}/s" if several else rate(row.throughput)
 
-    def ratio(value: float | None) -> str:
-        return figure(value, "{:.2f}")
-
-    of_bf16 = any(percent(row.mfu_bf16) not in (percent(row.mfu_palm), UNAVAILABLE) for row in table.rows)
+    is_untimed = all(row.step_time_s is None for row in table.rows) and any(row.run_time_s for row in table.rows)
     columns: TextColumns = {
         "point": attrgetter("label"),
         "nodes": _of("nodes"),
@@ -111,14 +105,12 @@ def point_columns(table: ScalingTable) -> TextColumns:
         "topology": lambda row: row.topology or UNAVAILABLE,
         per_s: throughput,
         f"{per_s}\nper rank": _of("throughput_per_rank", rate),
-        **({"run time": _of("run_time_s", time_text), "attempts": _of("attempts")} if table.compares_run_times else {}),
+        **({"run time": _of("run_time_s", time_text), "attempts": _of("attempts")} if is_untimed else {}),
         "step time": _of("step_time_s", time_text),
         "spread": _of("step_time_s_spread", time_text),
-        "speedup": _of("speedup", ratio),
+        "speedup": _of("speedup", lambda value: figure(value, "{:.2f}")),
         "efficiency": efficiency,
-        f"times\n{table.rows[0].source}": _of("ratio_to_first", ratio),
         "MFU": _of("mfu_palm", percent),
-        **({"MFU\nof bf16": _of("mfu_bf16", percent)} if of_bf16 else {}),
         "loss": _of("loss", lambda value: figure(value, "{:.4f}")),
         "state": attrgetter("state"),
     }
@@ -136,98 +128,90 @@ def point_tables(table: ScalingTable) -> list[Cells]:
 
 def part_tables(table: ScalingTable) -> list[Cells]:
     """Return the tables of lost efficiency, time, interruptions and GPUs. A table without rows is left out."""
-    found = [_losses(table), _parts_of_time(table), *(_interruptions(unit, of) for unit, of in interrupted(table.rows))]
     one = "unit of work" if table.unit == "work" else table.unit.removesuffix("s")
-    found.append(
+    label: TextColumns = {"point": attrgetter("label")}
+    timed = [row for row in table.rows if row.goodput is not None]
+    interrupted = [row for row in table.rows if row.interruptions]
+    found = [
+        Cells.of(
+            "What efficiency was lost to",
+            {
+                **label,
+                **{name: _lost_to(phase) for phase, name in LOSSES.items()},
+                "efficiency": _of("efficiency", percent),
+            },
+            [row for row in table.rows if row.losses],
+        ),
+        Cells.of(
+            "Where the time went",
+            {
+                **label,
+                **{
+                    name: _time_spent(part)
+                    for part, name in PARTS.items()
+                    if any(row.parts_s.get(part) for row in timed)
+                },
+                "in all": lambda row: time_text(sum(row.parts_s.values())),
+                "goodput": _of("goodput", percent),
+                "GPU-hours": _of("gpu_hours", _amount),
+                "cost": _of("cost", _amount),
+                f"cost of a billion {table.unit}": _of("cost_per_billion", _amount),
+            },
+            timed,
+        ),
+        Cells.of(
+            "What interruptions cost",
+            {
+                **label,
+                **{
+                    name: _hours_lost(cause)
+                    for cause, name in CAUSES.items()
+                    if any(row.causes_h.get(cause) for row in interrupted)
+                },
+                "in all": lambda row: hours(sum(row.causes_h.values()), f"{row.hours_of}-h"),
+                "interruptions": _of("interruptions"),
+            },
+            interrupted,
+        ),
         Cells.of(
             "GPUs",
             {
                 "point": lambda pair: pair[0].label,
-                "GPUs sampled": lambda pair: str(sum(host.gpus for host in pair[1].hosts)),
+                "GPUs sampled": lambda pair: str(pair[1].gpus),
                 "energy": lambda pair: with_unit(pair[0].energy_kwh, "kWh"),
                 f"energy of a {one}": lambda pair: with_unit(pair[0].joules_per_work, "J"),
                 "mean power of a GPU": lambda pair: with_unit(pair[1].mean_power_w, "W"),
                 "throttled": lambda pair: percent(pair[1].throttled),
             },
             [pair for pair in zip(table.rows, table.gpus, strict=False) if pair[1] is not None],
-        )
-    )
+        ),
+    ]
     if len(table.gpus) == 1 and table.gpus[0] is not None:
         found.append(host_table(table.gpus[0]))
     return [cells for cells in found if cells.rows]
 
 
-def _losses(table: ScalingTable) -> Cells:
-    lost: dict[str, dict[str, str]] = {}
-    for row in table.rows:
-        *shares, left = percentages([*row.losses.values(), row.efficiency or 0.0])
-        lost[row.label] = {**dict(zip(row.losses, shares, strict=True)), "efficiency": left}
-
-    def share(phase: str) -> Callable[[Row], str]:
-        return lambda row: f"{lost[row.label][phase]} %" if phase in lost[row.label] else UNAVAILABLE
-
-    columns = {name: share(phase) for phase, name in (LOSSES | {"efficiency": "efficiency"}).items()}
-    rows = [row for row in table.rows if row.losses]
-    return Cells.of("What efficiency was lost to", {"point": attrgetter("label"), **columns}, rows)
+def _lost_to(phase: str) -> Callable[[Row], str]:
+    return lambda row: percent(row.losses.get(phase))
 
 
-def _parts_of_time(table: ScalingTable) -> Cells:
-    rows = [row for row in table.rows if row.goodput is not None]
-    parts = [part for part in PARTS if any(row.parts_s.get(part) for row in rows)]
+def _time_spent(part: str) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        spent_s = row.parts_s.get(part, 0.0)
+        # A run without records of compilation or restore may still have both, inside its starts and steps.
+        if not spent_s and part in FROM_RECORDS:
+            return UNAVAILABLE
+        return f"{time_text(spent_s)} ({percent(spent_s / sum(row.parts_s.values()))})"
 
-    def share(at: int) -> Callable[[Row], str]:
-        def text(row: Row) -> str:
-            spent = [row.parts_s.get(part, 0.0) for part in parts]
-            # A run without records of compilation or restore may still have both, inside its starts and steps.
-            if not spent[at] and parts[at] in FROM_RECORDS:
-                return UNAVAILABLE
-            return f"{time_text(spent[at])} ({percentages([value / sum(spent) for value in spent])[at]} %)"
+    return text
 
-        return text
 
-    columns: TextColumns = {
-        "point": attrgetter("label"),
-        **{PARTS[part]: share(at) for at, part in enumerate(parts)},
-        "in all": lambda row: time_text(sum(row.parts_s.values())),
-        "goodput": _of("goodput", percent),
-        "GPU-hours": _of("gpu_hours", _amount),
-        "cost": _of("cost", _amount),
-        f"cost of a billion {table.unit}": _of("cost_per_billion", _amount),
-    }
-    return Cells.of("Where the time went", columns, rows)
+def _hours_lost(cause: str) -> Callable[[Row], str]:
+    return lambda row: hours(row.causes_h.get(cause, 0.0), f"{row.hours_of}-h")
 
 
 def _amount(value: float | None) -> str:
     return figure(value, "{:,.2f}")
-
-
-def _interruptions(unit: str, rows: Sequence[Row]) -> Cells:
-    """Make the table of the cost of interruptions, in hours of ``unit``, with a row for each point and for all."""
-
-    def total(name: str, of: Sequence[Row]) -> Any:
-        known = [value for row in of if (value := getattr(row, name)) is not None]
-        return sum(known) if known else None
-
-    def lost_to(cause: str) -> Callable[[Sequence[Row]], str]:
-        return lambda of: hours_of(hours_by_cause(of).get(cause, 0.0))
-
-    def hours_of(value: float | None) -> str:
-        return UNAVAILABLE if value is None else hours(value, f"{unit}-h")
-
-    columns: TextColumns = {
-        "point": lambda of: of[0].label if len(of) == 1 else "all",
-        **{CAUSES[cause]: lost_to(cause) for cause in hours_by_cause(rows)},
-        "in all": lambda of: hours_of(total("interrupted_h", of) or 0.0),
-        "interruptions": lambda of: str(total("interruptions", of)),
-        "of them in place": lambda of: str(total("restarts_in_place", of)),
-        "saved in place": lambda of: hours_of(total("saved_in_place_h", of)),
-        "wait saved": lambda of: time_text(total("saved_in_place_wait_s", of)),
-        "against": lambda of: (
-            " and ".join(dict.fromkeys(row.saved_against for row in of if row.saved_against)) or UNAVAILABLE
-        ),
-    }
-    every = [[row] for row in rows] + ([[*rows]] if len(rows) > 1 else [])
-    return Cells.of(f"What interruptions cost, in {unit}-hours", columns, every)
 
 
 def host_table(use: GpuUse) -> Cells:
@@ -237,8 +221,6 @@ def host_table(use: GpuUse) -> Cells:
         "GPUs": _of("gpus"),
         "energy": lambda host: with_unit(None if host.energy_j is None else host.energy_j / 3.6e6, "kWh"),
         "mean power of a GPU": lambda host: with_unit(host.mean_power_w, "W"),
-        "SM clock": lambda host: with_unit(host.sm_clock_mhz, "MHz"),
-        "hottest": lambda host: with_unit(host.hottest_c, "°C"),
         "throttled": _of("throttled", percent),
         "reasons": lambda host: ", ".join(f"{reason} {percent(of)}" for reason, of in host.reasons.items()),
     }
@@ -253,7 +235,6 @@ def slowest_table(found: RunDetail) -> Cells:
         "own time": lambda row: time_text(row.time.own_s),
         "above the median of the others": lambda row: f"{1000 * row.time.excess_s:.3g} ms",
         "of the step time": _of("share", percent),
-        "data wait": lambda row: time_text(row.time.data_wait_s),
     }
     return Cells.of("Slowest ranks", columns, found.slowest)
 
@@ -286,10 +267,7 @@ def markdown_text(table: ScalingTable) -> str:
     blocks = [f"# {cells.heading}\n\n{cells.markdown()}" for cells in point_tables(table)]
     blocks += filter(None, (table.conditions, table.selection.text, "\n".join(f"- {note}" for note in table.notes)))
     parts = part_tables(table)
-    for found in table.details if len(table.rows) == 1 else ():
-        times = [time_text(value) for _, value in found.percentiles_s]
-        parts.append(Cells("Distribution of step times", [name for name, _ in found.percentiles_s], [times]))
-        parts += [slowest_table(found)] if found.slowest else []
+    parts += [slowest_table(found) for found in table.details if len(table.rows) == 1 and found.slowest]
     blocks += [f"## {cells.heading}\n\n{cells.markdown()}" for cells in parts]
     return "\n\n".join(blocks) + "\n"
 
@@ -301,7 +279,7 @@ CSV_COLUMNS = (
     *("point", "nodes", "ranks", "topology", "throughput", "throughput_per_rank", "step_time_s", "step_time_s_spread"),
     *("speedup", "efficiency", "mfu_palm", "oversubscribed", "state", "series", "scaling", "loss", "last_step"),
     *("steps_measured", "run_time_s", "attempts", "label", "efficiency_low", "efficiency_high", "noisy", "goodput"),
-    *("gpu_hours", "cost", "energy_kwh", "ratio_to_first", "unread_lines"),
+    *("gpu_hours", "cost", "energy_kwh", "unread_lines"),
 )
 """Fields of a row in the CSV file, in this order. The JSON file has all fields."""
 
@@ -325,9 +303,6 @@ def parts_csv_text(table: ScalingTable) -> str:
             *(("interruptions", cause, value, of_hours) for cause, value in row.causes_h.items()),
             *(("lost efficiency", phase, value, "share") for phase, value in row.losses.items()),
             ("interruptions", "number", row.interruptions, ""),
-            ("interruptions", "restarts in place", row.restarts_in_place, ""),
-            ("interruptions", "saved in place", row.saved_in_place_h, of_hours),
-            ("interruptions", "wait saved in place", row.saved_in_place_wait_s, "s"),
             ("cost", f"a billion {table.unit}", row.cost_per_billion, ""),
             ("energy", f"a {one}", row.joules_per_work, "J"),
             ("energy", "mean power of a GPU", row.gpu_power_w, "W"),
@@ -344,21 +319,14 @@ def _csv(lines: Sequence[Sequence[Any]]) -> str:
     return file.getvalue()
 
 
-GPU_FIELDS = [one.name for one in fields(GpuUse) if one.name != "windows"]
-"""Fields of GPU use in the JSON file, which has no curves over the run."""
-
-
 def json_text(table: ScalingTable) -> str:
     """Return the whole report as JSON with all digits: rows, notes, step times and ranks of each measured point.
 
-    ``gpus`` and ``unread`` (damaged lines by rank and attempt) are in the order of the rows. A figure is null if it is
-    not known or not stated, or not finite, such as the loss of a diverged run.
+    ``gpus`` are in the order of the rows. A figure is null if it is not known or not stated, or not finite.
     """
-    names = ("title", "conditions", "unit", "notes", "rows", "laws", "repeats", "unread", "details")
-    content = {
-        "headings": [heading for heading, _ in table.sections()],
-        "gpus": [use and {name: getattr(use, name) for name in GPU_FIELDS} for use in table.gpus],
-        **{name: getattr(table, name) for name in names},
+    names = ("title", "conditions", "unit", "notes", "rows", "gpus", "details")
+    content = {"headings": [heading for heading, _ in table.sections()]} | {
+        name: getattr(table, name) for name in names
     }
     # A thousand ranks give two megabytes, for which dataclasses.asdict and json.dumps take a second.
     return msgspec.json.format(msgspec.json.encode(content), indent=1).decode() + "\n"

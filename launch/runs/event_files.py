@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar import metadata as custom_scalar_metadata
-from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
-from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -168,25 +166,6 @@ class EventWriter:
         metadata = custom_scalar_metadata.create_summary_metadata()
         tag = custom_scalar_metadata.CONFIG_SUMMARY_TAG
         self._add([_string_value(tag, layout.SerializeToString(), metadata)], step=0)
-
-    def hparams(self, settings: Mapping[str, bool | float | str]) -> None:
-        """Add the run with ``settings`` (name -> value) to the HParams tab. Its curves are the results.
-
-        Writes no "experiment", which declares settings and results: TensorBoard would use the first experiment below
-        its folder for all sweeps. Without an experiment it shows the settings of all sweeps.
-        """
-        start = plugin_data_pb2.SessionStartInfo(start_time_secs=clock.time())
-        for name, value in settings.items():
-            kind = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
-            setattr(start.hparams[name], kind, value)
-        end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=clock.time())
-        for tag, data in (
-            (hparams_metadata.SESSION_START_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_start_info=start)),
-            (hparams_metadata.SESSION_END_INFO_TAG, plugin_data_pb2.HParamsPluginData(session_end_info=end)),
-        ):
-            metadata = hparams_metadata.create_summary_metadata(data)
-            value = summary_pb2.Summary.Value(tag=tag, tensor=hparams_metadata.NULL_TENSOR, metadata=metadata)
-            self._add([value], step=0)
 
     def flush(self) -> None:
         """Write everything added so far to the file."""

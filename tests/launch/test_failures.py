@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.report import build
+from launch.report.goodput import measure_goodput
 from launch.runs.environment import GAUGES, read_samples, telemetry_nodes
 from launch.runs.events import select_events
 from launch.runs.files import read_json_lines
@@ -120,12 +121,14 @@ def test_a_crash_that_repeats_stops_the_run(sabotaged: tuple[str, RunFolder]) ->
 def test_the_report_counts_the_time_that_a_crash_cost(sabotaged: tuple[str, RunFolder]) -> None:
     folder = sabotaged[1]
     (row,) = build(folder.path).rows
+    measured = measure_goodput(folder, folder.read_events())
+    assert measured is not None
     first, again = ([r for r in read_json_lines(folder.metrics(0)) if r["attempt"] == attempt] for attempt in (1, 2))
-    assert first and again and "crashed" in row.causes_h and row.interruptions == row.restarts_in_place == 1
+    assert first and again and "crashed" in row.causes_h and row.interruptions == 1
     # From the first step, which the second attempt did again, to where that began.
     lost_s = again[0]["time"] - again[0]["step_time_s"] - (first[0]["time"] - first[0]["step_time_s"])
-    assert row.interrupted_s == pytest.approx(lost_s, abs=1e-3) and len(row.causes_h) == 1
-    assert row.saved_against == "the first start of this run" and row.saved_in_place_h is not None
+    assert measured.losses.seconds == {"crashed": pytest.approx(lost_s, abs=1e-3)}
+    assert row.causes_h == measured.losses.hours
 
 
 def test_status_and_logs_show_the_failed_rank_first(sabotaged: tuple[str, RunFolder]) -> None:

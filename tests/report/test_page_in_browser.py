@@ -135,7 +135,8 @@ def test_the_waterfall_falls_from_the_ideal_to_the_efficiency(opened: Opener) ->
     assert titles == ["What was lost to what at nodes=8", "What was lost to what at nodes=4"]
     fall = next(text for text in texts(page, "svg") if "ideal" in text and "efficiency" in text).replace("−", "-")  # noqa: RUF001
     numbers = [float(value) for value in re.findall(r"(-?\d+\.\d) %", fall)]
-    assert numbers[0] == 100.0 and numbers[-1] == 71.4 and sum(numbers[:-1]) == pytest.approx(71.4)
+    assert numbers[0] == 100.0 and numbers[-1] == 71.4
+    assert sum(numbers[:-1]) == pytest.approx(71.4, abs=0.05 * len(numbers)), "each is rounded"
     for (low, _), (_, high) in itertools.pairwise(page.execute_script(BOXES, "What was lost")[0][1:-1]):
         assert high == pytest.approx(low, abs=1.6), "each part begins where the one before ends"
 
@@ -169,11 +170,11 @@ def test_a_reader_chooses_the_point_whose_ranks_are_shown(opened: Opener) -> Non
         return [text for text in texts(page, ".pane") if text]
 
     assert len(shown()) == 1 and f"{SLOW_RANK} n6" in shown()[0]
-    assert f"rank {SLOW_RANK}, n6" in page.execute_script("return document.querySelector('#d2 svg').textContent")
-    script = "const i = document.querySelector('#d2 image').getBoundingClientRect(); return i.width"
+    assert f"rank {SLOW_RANK}, n6" in page.execute_script("return document.querySelector('#d0 svg').textContent")
+    script = "const i = document.querySelector('#d0 image').getBoundingClientRect(); return i.width"
     assert page.execute_script(script) > 200
-    page.execute_script("document.querySelector('label[for=p0]').click()")
-    assert len(shown()) == 1 and "Fewer than two ranks recorded the same steps" in shown()[0]
+    page.execute_script("document.querySelector('label[for=p2]').click()")
+    assert len(shown()) == 1 and "Step times after warm-up" in shown()[0] and f"{SLOW_RANK} n6" not in shown()[0]
 
 
 def test_light_and_dark_have_colors_of_their_own(opened: Opener) -> None:

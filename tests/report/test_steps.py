@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launch.report import ScalingTable, build, write
-from launch.report.figures import draw_ranks
+from launch.report import ScalingTable, build
+from launch.report.figures import picture, run_panels
 from launch.report.steps import LOSSES, RankTime, RankTimes, lost
 from launch.report.table import Row, RunDetail
 from launch.report.text import markdown_text
@@ -75,10 +75,6 @@ def test_times_of_the_ranks_are_those_of_plain_numpy(tmp_path: Path, make_run: A
     assert [rank.excess_s for rank in found.ranks] == pytest.approx(times.mean(axis=1) - others)
     assert len(found.windows) == STEPS - 5  # fewer steps than windows: one each
     assert np.array(found.excess_s) == pytest.approx(times - np.median(times, axis=0))
-    marks = dict(table.details[0].percentiles_s)
-    longest = times.max(axis=0)
-    assert [marks["shortest"], marks["longest"]] == [longest.min(), longest.max()]
-    assert [marks[f"{p} %"] for p in (5, 50, 99)] == pytest.approx(np.percentile(longest, [5, 50, 99]))
 
 
 @pytest.mark.parametrize(
@@ -104,17 +100,6 @@ def test_waiting_in_collectives_is_taken_off_where_a_script_records_it(tmp_path:
     assert "rank 17 on n3 by 30 ms, 5.6 % of the step time" in about_ranks(table)[0]
 
 
-def test_a_wait_for_data_on_one_rank_is_told_though_all_end_together(tmp_path: Path, make_run: Any) -> None:
-    def times(step: int, rank: int) -> dict[str, float]:
-        return {"step_time_s": known_times(step, 0) + 0.03, "data_wait_s": 0.001 + 0.03 * (rank == 17)}
-
-    table = run_of(tmp_path, make_run, times)
-    told = about_ranks(table)
-    assert len(told) == 1
-    assert "longer waits for data than on the other ranks: rank 17 on n3 by 30 ms, 5.6 %" in told[0]
-    assert [rank.rank for rank in times_of(table).ranks if rank.waits_long] == [17]
-
-
 def test_one_of_two_ranks_can_be_slow(tmp_path: Path, make_run: Any) -> None:
     table = run_of(tmp_path, make_run, lambda s, r: {"step_time_s": 0.5 + 0.1 * (r == 1)}, ranks=2)
     assert [rank.is_slow for rank in times_of(table).ranks] == [False, True]
@@ -122,30 +107,26 @@ def test_one_of_two_ranks_can_be_slow(tmp_path: Path, make_run: Any) -> None:
 
 def test_a_rank_alone_has_no_table_and_no_heat_map(tmp_path: Path, make_run: Any) -> None:
     table = run_of(tmp_path, make_run, lambda s, r: {"step_time_s": known_times(s, r)}, ranks=1)
-    assert table.details[0].rank_times is None
-    text = markdown_text(table)
-    assert "Slowest ranks" not in text
-    assert "## Distribution of step times" in text
-    picture = next(path for path in write(table) if path.suffix == ".png")
-    assert png_shape(picture.read_bytes())[:2] == (1650, 615)
+    assert table.details[0].rank_times is None and "Slowest ranks" not in markdown_text(table)
+    assert [panel.title for panel in run_panels(table.details[0])] == ["Step times after warm-up"]
 
 
 def test_the_heat_map_of_a_thousand_ranks_takes_no_more_memory_than_that_of_few() -> None:
-    def peak(ranks: int) -> int:
+    def peak_of(ranks: int) -> int:
         chance = np.random.default_rng(1)
         excess = tuple(tuple(row) for row in chance.normal(0, 0.01, (ranks, 60)).tolist())
-        of_ranks = tuple(RankTime(rank, BASE_S, 0.0, None, None) for rank in range(ranks))
+        of_ranks = tuple(RankTime(rank, BASE_S, 0.0) for rank in range(ranks))
         times = RankTimes(of_ranks, tuple((at, at) for at in range(60)), excess)
         gc.collect()  # what earlier tests left is not freed, nor counted, in between
         tracemalloc.start()
-        picture = draw_ranks(RunDetail("nodes=128", BASE_S, (), (), (), times))
-        found = tracemalloc.get_traced_memory()[1]
+        found = picture(run_panels(RunDetail("nodes=128", BASE_S, (), (), times))[:1], "", "")
+        peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert picture is not None and png_shape(picture)[:2] == (840, 480)
-        return found
+        assert png_shape(found["png"])[0] > 800
+        return peak
 
-    peak(2)  # what is imported and cached once
-    few, many = peak(64), peak(1024)
+    peak_of(2)  # what is imported and cached once
+    few, many = peak_of(64), peak_of(1024)
     assert many <= 1.25 * few, (many, few)
 
 

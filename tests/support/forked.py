@@ -39,7 +39,7 @@ LIBRARIES = (
     *("hydra", "hydra._internal.config_loader_impl", "hydra._internal.core_plugins.basic_sweeper"),
     *("hydra.core.override_parser.overrides_parser", "matplotlib.backends.backend_agg", "matplotlib.figure"),
     *("rich.console", "rich.progress", "rich.table", "submitit.core._submit", "submitit.local._local"),
-    *("tensorboard.compat.proto", "tensorboard.plugins.custom_scalar", "tensorboard.plugins.hparams"),
+    *("tensorboard.compat.proto", "tensorboard.plugins.custom_scalar"),
     *("tensorboard.summary.writer.event_file_writer", "torch.distributed.checkpoint.state_dict"),
     *("torch.distributed.elastic.agent.server.local_elastic_agent", "torch.distributed.fsdp"),
     *("torch.distributed.pipelining", "torch.distributed.tensor.parallel", "torch.nn.attention.flex_attention"),
