@@ -235,7 +235,6 @@ class _Division:
     def _read_interruptions(self, run: RunFolder, events: Sequence[dict[str, Any]]) -> None:
         ended: dict[int, dict[str, Any]] = {}
         started: dict[int, float] = {}
-        failed: dict[int, str] = {}
         without_attempt: list[RunInterruption] = []
         is_sick = is_entered = False
         for event in events:
@@ -254,8 +253,6 @@ class _Division:
                 started.setdefault(attempt, event["time"])
             elif name == "attempt_ended":
                 ended.setdefault(attempt, event)  # The first of several interruptions counts.
-            elif name == "rank_failed":
-                failed[attempt] = "hung" if event.get("hung") else failed.get(attempt, "crashed")
             elif name == "rolled_back":
                 self._rollbacks.append(RunInterruption(event["time"], "diverged", attempt, event["step"]))
             elif name == "saved" and isinstance(event.get("seconds"), int | float):
@@ -269,7 +266,7 @@ class _Division:
         ends: dict[int, RunInterruption] = {}
         for attempt in sorted({*ended, *started, *begun}):
             end = ended.get(attempt)
-            cause = failed.get(attempt, "unknown") if end is None else _cause(end)
+            cause = "unknown" if end is None else _cause(end)
             since = begun.get(attempt, started.get(attempt, None if end is None else end["time"]))
             assert since is not None, "the attempt is in one of them"
             ends[attempt] = RunInterruption(since, cause)

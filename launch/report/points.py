@@ -242,9 +242,8 @@ class Point(StepReading):
 
     def crowding(self) -> list[str]:
         """Return one phrase for each way in which ranks of the point shared cores or a GPU; empty if none did."""
-        own, names = [] if self.environment is None else self.environment.crowding(), self.neighbours
-        few = " and ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} other points"
-        return own + ([f"at the same time as {few}"] if names else [])
+        own = [] if self.environment is None else self.environment.crowding()
+        return own + ([f"at the same time as {' and '.join(self.neighbours)}"] if self.neighbours else [])
 
     @property
     def is_coarse(self) -> bool:

@@ -312,13 +312,11 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
         The step times of attempts with equal setups belong together.
         """
-        machines: dict[str, Counter[tuple[Any, ...]]] = defaultdict(Counter)
-        for place in self.ranks:
-            machines[place.machine][(place.device_name, place.cores, place.threads)] += 1
-        kinds = sorted(sorted(ranks.items()) for ranks in machines.values())
+        kinds = sorted((place.device_name, place.cores, place.threads) for place in self.ranks)
+        machines = len({place.machine for place in self.ranks})
         batch = (self.global_batch, self.per_rank_batch, self.weak_scaling, self.block_size)
         work = (self.unit, self.work_per_step)
-        return (self.topology, batch, work, self.precision, self.model, self.parameters, kinds)
+        return (self.topology, batch, work, self.precision, self.model, self.parameters, kinds, machines)
 
     def crowding(self) -> list[str]:
         """Return one phrase, with the hosts, for each way in which ranks shared cores or a GPU; empty if none did."""
