@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -129,15 +130,15 @@ def point_tables(table: ScalingTable) -> list[Cells]:
 def part_tables(table: ScalingTable) -> list[Cells]:
     """Return the tables of lost efficiency, time, interruptions and GPUs. A table without rows is left out."""
     one = "unit of work" if table.unit == "work" else table.unit.removesuffix("s")
-    label: TextColumns = {"point": attrgetter("label")}
+    label = attrgetter("label")
     timed = [row for row in table.rows if row.goodput is not None]
     interrupted = [row for row in table.rows if row.interruptions]
     found = [
         Cells.of(
             "What efficiency was lost to",
             {
-                **label,
-                **{name: _lost_to(phase) for phase, name in LOSSES.items()},
+                "point": label,
+                **{name: partial(_share_lost, phase) for phase, name in LOSSES.items()},
                 "efficiency": _of("efficiency", percent),
             },
             [row for row in table.rows if row.losses],
@@ -145,11 +146,11 @@ def part_tables(table: ScalingTable) -> list[Cells]:
         Cells.of(
             "Where the time went",
             {
-                **label,
+                "point": label,
                 **{
-                    name: _time_spent(part)
-                    for part, name in PARTS.items()
-                    if any(row.parts_s.get(part) for row in timed)
+                    PARTS[part]: partial(_time_spent, part)
+                    for part in PARTS
+                    if any(part in row.parts_s for row in timed)
                 },
                 "in all": lambda row: time_text(sum(row.parts_s.values())),
                 "goodput": _of("goodput", percent),
@@ -162,12 +163,8 @@ def part_tables(table: ScalingTable) -> list[Cells]:
         Cells.of(
             "What interruptions cost",
             {
-                **label,
-                **{
-                    name: _hours_lost(cause)
-                    for cause, name in CAUSES.items()
-                    if any(row.causes_h.get(cause) for row in interrupted)
-                },
+                "point": label,
+                **{CAUSES[c]: partial(_hours_lost, c) for c in CAUSES if any(c in row.causes_h for row in interrupted)},
                 "in all": lambda row: hours(sum(row.causes_h.values()), f"{row.hours_of}-h"),
                 "interruptions": _of("interruptions"),
             },
@@ -191,23 +188,20 @@ def part_tables(table: ScalingTable) -> list[Cells]:
     return [cells for cells in found if cells.rows]
 
 
-def _lost_to(phase: str) -> Callable[[Row], str]:
-    return lambda row: percent(row.losses.get(phase))
+def _share_lost(phase: str, row: Row) -> str:
+    return percent(row.losses.get(phase))
 
 
-def _time_spent(part: str) -> Callable[[Row], str]:
-    def text(row: Row) -> str:
-        spent_s = row.parts_s.get(part, 0.0)
-        # A run without records of compilation or restore may still have both, inside its starts and steps.
-        if not spent_s and part in FROM_RECORDS:
-            return UNAVAILABLE
-        return f"{time_text(spent_s)} ({percent(spent_s / sum(row.parts_s.values()))})"
-
-    return text
+def _time_spent(part: str, row: Row) -> str:
+    spent_s = row.parts_s.get(part, 0.0)
+    # A run without records of compilation or restore may still have both, inside its starts and steps.
+    if not spent_s and part in FROM_RECORDS:
+        return UNAVAILABLE
+    return f"{time_text(spent_s)} ({percent(spent_s / sum(row.parts_s.values()))})"
 
 
-def _hours_lost(cause: str) -> Callable[[Row], str]:
-    return lambda row: hours(row.causes_h.get(cause, 0.0), f"{row.hours_of}-h")
+def _hours_lost(cause: str, row: Row) -> str:
+    return hours(row.causes_h.get(cause, 0.0), f"{row.hours_of}-h")
 
 
 def _amount(value: float | None) -> str:
