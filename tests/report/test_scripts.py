@@ -93,6 +93,22 @@ def test_samples_of_the_ranks_add_up(tmp_path: Path, make_run: Any) -> None:
     assert table.conditions == "AMD EPYC 7763; torch 2.13.0; command python train.py --lr 0.1."
 
 
+@pytest.mark.parametrize(
+    ("unit", "fields", "throughput"),
+    [
+        (None, {"images": 3, "work": 2}, ("images", 12.0)),
+        ("images", {"samples": 4}, ("images", 16.0)),
+        ("samples", {"samples_per_s": 50.0}, ("samples", 50.0)),
+        (None, {}, (None, None)),
+    ],
+)
+def test_the_work_of_a_step_is_what_its_records_name(
+    tmp_path: Path, make_run: Any, unit: str | None, fields: dict[str, Any], throughput: tuple[Any, Any]
+) -> None:
+    table = points(tmp_path, make_run, {"unit": unit}, {2: 0.5}, **fields)
+    assert figures(table.rows, "unit", "throughput") == [throughput]
+
+
 def test_work_that_was_stated_stands_in_for_ranks_that_say_nothing(tmp_path: Path, make_run: Any) -> None:
     table = points(tmp_path / "s", make_run, SAMPLES, {1: 2.0, 4: 0.8}, ranks=1)
     # 512 samples in 2 s and in 0.8 s: 2.5 times as fast on four times the ranks.
