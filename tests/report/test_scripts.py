@@ -97,7 +97,7 @@ def test_samples_of_the_ranks_add_up(tmp_path: Path, make_run: Any) -> None:
     ("unit", "fields", "throughput"),
     [
         (None, {"images": 3, "work": 2}, ("images", 12.0)),
-        ("images", {"samples": 4}, ("images", 16.0)),
+        ("images", {"samples": 4}, ("samples", 16.0)),
         ("samples", {"samples_per_s": 50.0}, ("samples", 50.0)),
         (None, {}, (None, None)),
     ],
