@@ -358,7 +358,7 @@ TOKENS = {
     "launch/doctor": 7_510,
     "launch/plan": 7_800,
     "launch/project": 7_130,
-    "launch/report": 30_200,
+    "launch/report": 30_150,
     "launch/runs": 24_000,
     "launch/script": 3_580,
     "launch/slurm": 19_050,
