@@ -8,15 +8,12 @@ import errno
 import functools
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
+from typing import Any, NoReturn, ParamSpec
 
 from gpt_launch import as_typed
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 P = ParamSpec("P")
 
@@ -82,7 +79,15 @@ def refusing(main: Callable[P, int]) -> Callable[P, int]:
         except OSError as error:
             if error.filename is None or error.errno not in FILE_ERRORS:
                 raise
-            print(as_typed(str(refuse_file(error))), file=sys.stderr, flush=True)
+            path = Path(str(error.filename))
+            seen = path if path.exists() else path.parent  # If a file could not be written, its folder shows why.
+            refusal = ConfigError(
+                f"{path}: {error.strerror}",
+                "a file that this user may read and write, on a filesystem that works and has room",
+                f"ls -ld {shlex.quote(str(seen))}, and the same command after a change; or another folder, if it has "
+                "--out",
+            )
+            print(as_typed(str(refusal)), file=sys.stderr, flush=True)
             return 2
 
     return with_refusals
@@ -93,17 +98,6 @@ FILE_ERRORS = (
     *(errno.EISDIR, errno.ENOTDIR),
 )
 """Error numbers that come from a file or filesystem, and not from a mistake in this code."""
-
-
-def refuse_file(error: OSError) -> ConfigError:
-    """Return a ConfigError for a file that a command needs but cannot read or write."""
-    path = Path(str(error.filename))
-    seen = path if path.exists() else path.parent  # If a file could not be written, its folder shows why.
-    return ConfigError(
-        f"{path}: {error.strerror}",
-        "a file that this user may read and write, on a filesystem that works and has room",
-        f"ls -ld {shlex.quote(str(seen))}, and the same command after a change; or another folder, if it has --out",
-    )
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -119,10 +113,9 @@ class CommandParser(argparse.ArgumentParser):
         head, _, unknown = message.partition("unrecognized arguments: ")
         if head:
             raise ConfigError(message, usage, f"{self.prog} --help")
-        known = {word: action for action in self._actions for word in action.option_strings}
+        known = [word for action in self._actions for word in action.option_strings]
         likely = [match for word in unknown.split() for match in difflib.get_close_matches(word, known, n=1)]
-        value = f" {known[likely[0]].metavar or 'VALUE'}" if likely and known[likely[0]].nargs != 0 else ""
-        fix = f"{self.prog} ... {likely[0]}{value}" if likely else f"{self.prog} --help"
+        fix = f"{self.prog} ... {likely[0]}" if likely else f"{self.prog} --help"
         raise ConfigError(f"{unknown}, which {self.prog} does not take", usage, fix)
 
 
@@ -154,7 +147,7 @@ def closest(name: str, choices: Iterable[str]) -> list[str]:
     return alike or [choice for choice in known if choice[:3].lower() == name[:3].lower()][:3]
 
 
-# Numbers, times and tables for people.
+# Numbers and times for people.
 
 
 def counted(number: int, thing: str, things: str | None = None) -> str:
@@ -179,53 +172,3 @@ def duration_text(seconds: float) -> str:
         return f"{1000 * seconds:.3g} ms" if 0 < seconds < 0.9995 else f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def print_table(
-    console: Console,
-    titles: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    left: Collection[str] = (),
-    optional: Sequence[str] = (),
-    styles: Sequence[str] = (),
-) -> list[str]:
-    """Print a table without its empty columns. Lines fit a terminal; in a file they may have any length.
-
-    Args:
-        console: console that prints.
-        titles: titles of the columns, of one or two lines.
-        rows: cells of each row.
-        left: titles of columns that are aligned left, and whose cells a terminal may wrap. A wrapped number is
-            unreadable, so the other columns are aligned right and stay whole.
-        optional: ends of titles of columns that a narrow terminal does not show, first to be hidden first.
-        styles: style of each row.
-
-    Returns:
-        The titles of the hidden columns.
-    """
-    from rich import box  # The agents on the nodes, which print no table, need not load rich.
-    from rich.measure import Measurement
-    from rich.segment import Segments
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = [index for index in range(len(titles)) if any(row[index] for row in rows)]
-    hidden: list[str] = []
-    for ending in (*optional, None):
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-        for title in (titles[index] for index in shown):
-            is_left = title in left
-            table.add_column(title, justify="left" if is_left else "right", no_wrap=not is_left, overflow="fold")
-        for number, row in enumerate(rows):
-            table.add_row(*(Text(row[index]) for index in shown), style=styles[number] if styles else None)
-        width = Measurement.get(console, console.options.update(width=10_000), table)
-        if ending is None or not console.is_terminal or width.maximum <= console.width:
-            break
-        hidden += [titles[index] for index in shown if titles[index].endswith(ending)]
-        shown = [index for index in shown if not titles[index].endswith(ending)]
-    # A terminal wraps a line that is too long; a cell that is cut off cannot be read.
-    fits = console.is_terminal and width.minimum <= console.width
-    options = console.options.update(width=console.width if fits else width.maximum)
-    console.print(Segments(console.render(table, options)), soft_wrap=True, end="")
-    return hidden

@@ -76,8 +76,9 @@ ROOMS = {
     "gpt_launch.__main__": ("launch.__main__",),
     "launch.errors": ("gpt_launch.own_names",),
     "launch.process": (),
+    "launch.console": (),
     "launch.schema": ("launch.errors",),
-    "launch.runs": ("launch.schema", "launch.process"),
+    "launch.runs": ("launch.schema", "launch.process", "launch.console"),
     "launch.worker": ("launch.runs",),
     "launch.slurm.client": ("launch.worker",),
     "launch.slurm.limits": ("launch.slurm.client",),
@@ -125,7 +126,7 @@ ROOTS = {
     "gpt": {"__init__", *COMMANDS},
     "launch": {
         *("__init__", "__main__", "status", "logs", "cancel", "verify", "move", "batch", "runner", "workload"),
-        *("api", "errors", "process", "schema", "keys"),
+        *("api", "console", "errors", "process", "schema", "keys"),
     },
 }
 """Files of the two packages that lie in no room."""

@@ -259,8 +259,3 @@ def announce_plans(plans: Sequence[Plan], configs: Sequence[Config], console: Co
         lines.append(f"warning: {where}{warning}")
     for line in lines:
         console.print(as_typed(line))
-
-
-def plain_console(**options: Any) -> Console:
-    """Return a console that prints texts as they are: brackets and numbers of a user are no markup."""
-    return Console(**{"soft_wrap": True, "highlight": False, "markup": False, **options})

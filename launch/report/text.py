@@ -14,7 +14,7 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from launch.errors import print_table
+from launch.console import print_table
 from launch.report.goodput import CAUSES, PARTS
 from launch.report.notes import (
     UNAVAILABLE,

@@ -22,7 +22,8 @@ from rich.console import Console
 import gpt_launch.own_names  # noqa: F401
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
-from launch.errors import CommandParser, ConfigError, print_table, refusing
+from launch.console import plain_console, print_table
+from launch.errors import CommandParser, ConfigError, refusing
 from launch.runs.events import is_finished
 from launch.runs.files import deny_others_writing, read_json_lines, write_json
 from launch.runs.find import is_run
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deny_others_writing()
     # Also ends the drill's run.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = plain_console()
     words, quiet = _words_and_quiet(args.words, args.quiet)
     if args.sandbox is not None:
         conf = args.sandbox.absolute() / "etc" / "slurm.conf"
