@@ -9,19 +9,19 @@ Hydra composes the points and calls ``hydra_plugins.launch_plugin``, which calls
 
 from __future__ import annotations
 
+import argparse
 import atexit
-import difflib
 import os
+import re
 import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import pairwise
-from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
 from gpt_launch import as_typed
@@ -33,11 +33,9 @@ from launch.config.compose import (
     register,
     require_folder,
     schema_of,
-    sweep_points,
     target_of,
-    typed_form,
 )
-from launch.errors import ConfigError, refusing
+from launch.errors import ConfigError, closest, refusing
 from launch.runner import SweepFailedError, print_failure
 from launch.runs.compose import CONFIG_ERRORS, refuse_file_of_config
 from launch.runs.files import deny_others_writing
@@ -57,81 +55,44 @@ def sweep_dir(launcher: str, sweeper: str, folder: str) -> str:
     return scratch
 
 
-CONFIG_DIR = ("--config-dir", "-cd")
-WITH_VALUE = (
-    *CONFIG_DIR, "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p",
-    "--experimental-rerun",
-)  # fmt: skip
-"""Flags of Hydra that need a value."""
-ALONE = (
-    *("--help", "-h", "--hydra-help", "--version", "--resolve", "--run", "-r", "--multirun", "-m"),
-    *("--shell-completion", "-sc", "--info", "-i"),
-)
-"""Flags of Hydra without a value, or with an optional value."""
-SWEEP = ("--multirun", "-m")
-HELP = ("--help", "-h", "--hydra-help")
-COMPLETION = ("--shell-completion", "-sc")
-SHOWING = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--run", "-r")
-"""Flags of Hydra that exclude each other and -m."""
-INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
-"""Values of ``--info``."""
+SHOWING = ("help", "hydra_help", "cfg", "info", "shell_completion", "run")
+"""Flags of Hydra that concern one run, and exclude -m."""
 
 
-def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split arguments into Hydra's flags with their values, and overrides.
+def split_flags(argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
+    """Return Hydra's flags with their values as words, and what Hydra's own parser reads in all arguments.
 
-    Hydra's own parser accepts no flag between overrides, and its refusals are long.
+    Hydra's parser accepts no flag between overrides, and its refusals are long.
 
     Raises:
-        ConfigError: Hydra does not have a flag, or a flag lacks its value.
+        ConfigError: Hydra does not have a flag, a flag lacks its value, or a flag does not fit -m.
     """
-    flags: list[str] = []
-    typed: list[str] = []
-    words = iter(argv)
-    for word in words:
-        flag, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
-        if not word.startswith("-"):
-            last = flags[-1:] if word in INFO else []
-            (flags if last in (["--info"], ["-i"]) else typed).append(word)
-        elif flag in ALONE:
-            flags += [flag, value] if equals else [flag]
-        elif flag in WITH_VALUE:
-            following = value if equals else next(words, None)
-            if following is None:
-                raise ConfigError(f"{flag} without a value", f"{flag} VALUE", "python -m launch --help")
-            flags += [flag, following]
-        else:
-            raise unknown_flag(flag, value or next(words, ""), argv)
-    return flags, typed
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        given, unknown = parser.parse_known_intermixed_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error), "a flag of Hydra's with its value", "python -m launch --help") from error
+    if unknown:
+        raise unknown_flag(unknown[0], argv, re.findall(r"--[\w-]+", parser.format_usage()))
+    showing = next((name.replace("_", "-") for name in SHOWING if getattr(given, name)), None)
+    if showing is not None and given.multirun:
+        fix = "the same without -m, and with one value for each key"
+        raise ConfigError(f"--{showing} of a sweep (-m)", f"--{showing} of one run", fix)
+    flags = list(argv)
+    for override in given.overrides:
+        flags.remove(override)
+    return flags, given
 
 
-def without_sweep(flags: list[str], typed: list[str], config_dir: Path | None) -> tuple[list[str], list[str]]:
-    """Return the flags without -m, and the overrides of the first point: Hydra shows help of one run only.
-
-    Without -m, or without a flag that shows something, both are returned unchanged.
-
-    Raises:
-        ConfigError: the flags request a config or other information of a sweep.
-    """
-    showing = next((flag for flag in flags if flag in (*HELP, *SHOWING)), None)
-    if showing is None or not set(flags) & set(SWEEP):
-        return flags, typed
-    flags = [flag for flag in flags if flag not in SWEEP]
-    first = [typed_form(override) for override in sweep_points(typed, config_dir)[0]]
-    if showing in HELP:
-        return flags, first
-    command = shlex.join(["python", "-m", "launch", *first, *flags])
-    raise ConfigError(f"{showing} of a sweep (-m)", f"{showing} of one run: here of the first of its points", command)
-
-
-def unknown_flag(flag: str, following: str, argv: Sequence[str]) -> ConfigError:
-    """Return a ConfigError for a flag that Hydra does not have, with the key or flag that was probably meant."""
+def unknown_flag(flag: str, argv: Sequence[str], flags: Sequence[str]) -> ConfigError:
+    """Return a ConfigError for a flag that is not among Hydra's ``flags``, with the key or flag that was meant."""
     schema: type[Config] = Config
     with suppress(ConfigError):  # a workload of the user's own folder of configs, which is not known yet
         schema = schema_of(target_of([word for word in argv if word.startswith("workload=")]))
-    meant = override_of_flag(flag, following, schema)
-    likely = difflib.get_close_matches(flag, [*ALONE, *WITH_VALUE], n=1, cutoff=0.7)
-    fix = meant or next(iter(likely), "python -m launch --help")
+    name, _, value = flag.partition("=")
+    following = value or next(iter(argv[argv.index(flag) + 1 :]), "")
+    fix = override_of_flag(name, following, schema) or next(iter(closest(name, flags)), "python -m launch --help")
     return ConfigError(f"{flag}, which is no flag", "KEY=VALUE, -m for a sweep, or a flag of Hydra's", fix)
 
 
@@ -149,27 +110,22 @@ def refuse_command(argv: Sequence[str]) -> None:
         )
 
 
-def prepare(argv: Sequence[str]) -> tuple[list[str], type[Config]]:
-    """Register with Hydra the schema of the arguments, and the two functions that ``configs/config.yaml`` uses.
+def prepare(argv: Sequence[str]) -> list[str]:
+    """Return the arguments for Hydra, flags first.
 
-    Returns:
-        The arguments for Hydra, flags first, and the schema.
+    Registers with Hydra the schema of the arguments, and the two functions that ``configs/config.yaml`` uses.
     """
     refuse_command(argv)
-    flags, typed = split_flags(argv)
-    config_dir = next((require_folder(a, b) for a, b in pairwise(flags) if a in CONFIG_DIR), None)
-    flags, typed = without_sweep(flags, typed, config_dir)
-    line: list[str] = []
-    if set(flags) & set(COMPLETION):  # The overrides come from the shell; their last word may be incomplete.
-        words = os.environ.get("COMP_LINE", "").rpartition(" ")[0].split()
-        line = [word for word in words if word.startswith("workload")]
-    else:
+    flags, given = split_flags(argv)
+    typed = given.overrides
+    config_dir = None if given.config_dir is None else require_folder("--config-dir", given.config_dir)
+    if not given.shell_completion:  # the last word of a line that the shell completes may be incomplete
         typed = prepare_overrides(typed, config_dir)
-    schema = register([*typed, *line], config_dir)
+    register(typed, config_dir)
     excluded = not_in_point(load_workload(target_of(typed, config_dir)))
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("point_name", lambda overrides: point_name(overrides, excluded), replace=True)
-    return [*flags, *typed], schema
+    return [*flags, *typed]
 
 
 @hydra.main(config_path="pkg://configs", config_name="config", version_base="1.3")
@@ -188,12 +144,11 @@ def main() -> int:
         return 0
     deny_others_writing()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Exceptions reach this point, where they become messages.
-    schema: type[Config] = Config
     try:
-        sys.argv[1:], schema = prepare(sys.argv[1:])
+        sys.argv[1:] = prepare(sys.argv[1:])
         run_point()
     except CONFIG_ERRORS as error:
-        print(as_typed(str(refuse_file_of_config(error, schema))), file=sys.stderr)
+        print(as_typed(str(refuse_file_of_config(error))), file=sys.stderr)
         return 2
     except SweepFailedError as error:
         return print_failure(error)

@@ -19,12 +19,12 @@ from itertools import groupby, pairwise
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from omegaconf import ListConfig, OmegaConf
-from rich.console import Console
 from rich.padding import Padding
 
 import gpt_launch.own_names  # noqa: F401
 from launch.config import Config
 from launch.config.compose import compose_launch, schema_of, target_of
+from launch.console import plain_console
 from launch.errors import CommandParser, ConfigError, closest, refusing
 from launch.schema import list_elements, range_text
 
@@ -81,11 +81,11 @@ def written(value: Any) -> str:
 def keys_of(schema: type, defaults: Any, prefix: str = "") -> Iterator[Key]:
     """Yield the keys of a schema, with defaults from the composed config ``defaults``. Keys of groups come last."""
     hints, elements = get_type_hints(schema), list_elements(schema)
-    groups: list[tuple[type, str, str]] = []
+    groups: list[tuple[type, str]] = []
     for field in dataclasses.fields(schema):
         name, inner = f"{prefix}{field.name}", field.default_factory
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            groups.append((inner, field.name, name))
+            groups.append((inner, field.name))
             continue
         meaning = field.metadata.get("meaning") or docstrings(schema).get(field.name)
         if not meaning:  # the docstring of the Enum of its options
@@ -93,15 +93,12 @@ def keys_of(schema: type, defaults: Any, prefix: str = "") -> Iterator[Key]:
             enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
             meaning = " ".join((inspect.getdoc(enums[0]) or "").split()) if enums else ""
         default = "" if OmegaConf.is_missing(defaults, field.name) else written(defaults[field.name])
-        names = [inner.name for inner in dataclasses.fields(elements[field.name])] if field.name in elements else []
-        is_own = {*names} <= {*hints}  # A list of places, which have keys of the same group.
-        values = f"list of {', '.join(names)}" if names and is_own else values_of(hints[field.name], field.metadata)
+        values = values_of(hints[field.name], field.metadata)
+        if field.name in elements:
+            values = f"list of {', '.join(elements[field.name])}"
         yield Key(name, default, values, meaning)
-        if names and not is_own:
-            made = OmegaConf.structured(elements[field.name])
-            yield from keys_of(elements[field.name], made, f"{name}[i].")
-    for group, field_name, name in groups:
-        yield from keys_of(group, defaults[field_name], f"{name}.")
+    for group, name in groups:
+        yield from keys_of(group, defaults[name], f"{prefix}{name}.")
 
 
 def keys_of_workload(workload: str) -> list[Key]:
@@ -162,7 +159,7 @@ def main() -> int:
         likely = closest(word, [part for key in keys for part in key.name.split(".")])
         fix = f"python -m launch.keys {likely[0]}" if likely else "python -m launch.keys"
         raise ConfigError(f"{args.word}, a word of no key", "part of the name or the meaning of a key", fix)
-    console = Console(highlight=False, markup=False)
+    console = plain_console(soft_wrap=False)
     for key in found:
         console.print(f"{key.name}={key.default}" + (f"    ({key.values})" if key.values else ""), style="bold")
         console.print(Padding(key.meaning, (0, 0, 0, 4)))

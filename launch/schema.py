@@ -75,47 +75,36 @@ def check_ranges(config: Any, prefix: str = "") -> None:
                 raise ConfigError(f"{name}={value}", expected, f"{name}={fix:g}")
 
 
+@cache
+def key_types(schema: type) -> dict[str, Any]:
+    """Return dotted key -> type of all keys of a schema, groups included. The type of an Optional[X] is X."""
+    found, hints = dict[str, Any](), get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        inner, hint = field.default_factory, hints[field.name]
+        optional = NoneType in get_args(hint)
+        found[field.name] = next(one for one in get_args(hint) if one is not NoneType) if optional else hint
+        if dataclasses.is_dataclass(inner):
+            found |= {f"{field.name}.{name}": kind for name, kind in key_types(cast(type, inner)).items()}
+    return found
+
+
 def schema_keys(schema: type) -> tuple[str, ...]:
     """Return all dotted keys of a schema, groups included."""
-    return _keys_below(schema, "")
+    return tuple(key_types(schema))
 
 
 @cache
-def _keys_below(schema: type, prefix: str) -> tuple[str, ...]:
-    keys: list[str] = []
-    for field in dataclasses.fields(schema):
-        keys.append(prefix + field.name)
-        if dataclasses.is_dataclass(field.default_factory):
-            keys += _keys_below(cast(type, field.default_factory), f"{prefix}{field.name}.")
-    return tuple(keys)
-
-
-@cache
-def free_keys(schema: Any) -> tuple[str, ...]:
+def free_keys(schema: type) -> tuple[str, ...]:
     """Return the dotted keys whose value is a mapping with names that the user chooses."""
-    return tuple(name for name in schema_keys(schema) if get_origin(field_of(schema, name)[0]) is dict)
+    return tuple(name for name, kind in key_types(schema).items() if get_origin(kind) is dict)
 
 
 @cache
-def list_elements(schema: type) -> dict[str, type]:
-    """Return dotted key -> dataclass of the elements, for the keys whose value is a list of dataclasses."""
-    kinds = {name: field_of(schema, name)[0] for name in schema_keys(schema)}
-    lists = {name: get_args(kind)[0] for name, kind in kinds.items() if get_origin(kind) is list}
-    return {name: cast(type, element) for name, element in lists.items() if dataclasses.is_dataclass(element)}
-
-
-@cache
-def field_of(schema: type, name: str) -> tuple[Any, Any]:
-    """Return type (X for Optional[X]) and default of a dotted key; (None, None) if the schema has no such key."""
-    kind: Any = schema
-    default: Any = None
-    for part in name.split("."):
-        if not dataclasses.is_dataclass(kind) or not isinstance(kind, type):
-            return None, None
-        field = next((field for field in dataclasses.fields(kind) if field.name == part), None)
-        if field is None:
-            return None, None
-        hint = get_type_hints(kind)[part]
-        kind = next(one for one in get_args(hint) if one is not NoneType) if NoneType in get_args(hint) else hint
-        default = None if field.default is dataclasses.MISSING else field.default
-    return kind, default
+def list_elements(schema: type) -> dict[str, tuple[str, ...]]:
+    """Return dotted key -> names of the fields of an element, for the keys whose value is a list of dataclasses."""
+    lists = {name: get_args(kind)[0] for name, kind in key_types(schema).items() if get_origin(kind) is list}
+    return {
+        name: tuple(field.name for field in dataclasses.fields(element))
+        for name, element in lists.items()
+        if dataclasses.is_dataclass(element)
+    }

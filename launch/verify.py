@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 import gpt_launch.own_names  # noqa: F401
 from launch.config.compose import workload_of_run
+from launch.console import plain_console
 from launch.errors import CommandParser, refusing
 from launch.runs.events import SavedCheckpoint
 from launch.runs.find import add_paths, find_runs, labels_inside
@@ -25,18 +26,15 @@ def verify(checkpoints: Sequence[SavedCheckpoint], console: Console, title: str)
     Returns the numbers of sound and damaged checkpoints.
     """
     whole = broken = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(console=console, transient=True) as progress:
         task = progress.add_task(title, total=sum(each.size for each in checkpoints))
         for each in checkpoints:
             damage = each.find_damage(lambda size: progress.advance(task, size))
-            name = f"{title} {each.path.name}"
-            if damage is None:
-                progress.console.print(f"{name}: deleted meanwhile, as newer ones are kept", highlight=False)
-                continue
-            whole, broken = whole + (not damage), broken + bool(damage)
+            whole, broken = whole + (damage == ()), broken + bool(damage)
             said = f"damaged: {'; '.join(damage)}" if damage else f"whole, {each.size / 2**20:,.1f} MiB"
-            progress.console.print(f"{name}: {said}", highlight=False, markup=False)
+            if damage is None:
+                said = "deleted meanwhile, as newer ones are kept"
+            progress.console.print(f"{title} {each.path.name}: {said}")
     return whole, broken
 
 
@@ -63,11 +61,10 @@ def verify_runs(folders: Iterable[RunFolder], console: Console, *, newest: bool,
         whole, broken = verify(chosen, console, title)
         sound = sound and not broken
         text = f"{whole} whole, {broken} damaged" if found else "no checkpoint yet"
-        if broken and whole:
-            text += "; a new start passes over what is damaged"
-        elif broken:
-            text += "; a new start would be refused: restore one from a backup, or fresh=true begins anew"
-        console.print(f"{title}: {text}", highlight=False, markup=False)
+        if broken:
+            refused = "a new start would be refused: restore one from a backup, or fresh=true begins anew"
+            text += f"; {'a new start passes over what is damaged' if whole else refused}"
+        console.print(f"{title}: {text}")
     return sound
 
 
@@ -82,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--copies", action="store_true", help="those at checkpoint.copy_to instead of the disk's")
     parser.add_argument("--newest", action="store_true", help="only the newest of each run")
     args = parser.parse_intermixed_args(arguments)
-    console = Console(soft_wrap=True)
-    return 0 if verify_runs(find_runs(args.paths), console, newest=args.newest, copies=args.copies) else 1
+    sound = verify_runs(find_runs(args.paths), plain_console(), newest=args.newest, copies=args.copies)
+    return 0 if sound else 1
 
 
 if __name__ == "__main__":

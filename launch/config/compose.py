@@ -133,7 +133,7 @@ def _target_in_file(path: Path) -> str:
         with path.open() as file:
             return str(yaml.safe_load(file)["workload"]["_target_"])
     except yaml.YAMLError as error:
-        raise compose.refuse_file_of_config(error, Config) from error
+        raise compose.refuse_file_of_config(error) from error
     except (KeyError, TypeError) as error:
         fix = "workload: {_target_: PACKAGE.MODULE.CLASS} in that file"
         raise ConfigError(f"{path} without workload._target_", "the dotted path of a class", fix) from error

@@ -97,7 +97,7 @@ def compose_typed(
         running = tuple(map(str, searched_folders())) if GlobalHydra.instance().is_initialized() else None
         composed = copy.deepcopy(_files(primary, schema, tuple(choices), searched, running, with_hydra))
     except CONFIG_ERRORS as error:
-        raise refuse_file_of_config(error, schema) from error
+        raise refuse_file_of_config(error) from error
     for override in values:
         set_value(composed, override, schema)
     return composed
@@ -119,30 +119,17 @@ def _files(
         return hydra.compose(primary, words, return_hydra_config=with_hydra)
 
 
-def refuse_file_of_config(error: BaseException, schema: type) -> ConfigError:
+def refuse_file_of_config(error: BaseException) -> ConfigError:
     """Return a ConfigError for an error that Hydra, OmegaConf or YAML raised about a config file."""
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        return unknown_option(group, choice, error.options)
     if isinstance(error, MissingConfigException):
+        if error.options:
+            group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+            return unknown_option(group, choice, error.options)
         found = f"no config {error.missing_cfg_file}"
         return ConfigError(found, "config, the name of the launcher's own", "the same without --config-name")
-    if isinstance(error, yaml.YAMLError):
-        mark = getattr(error, "problem_mark", None)
-        where = f"{mark.name}, line {mark.line + 1}" if mark else "a config file"
-        found = f"{where}, which is no YAML: {getattr(error, 'problem', None) or error}"
-        return ConfigError(found, "KEY: VALUE on each line, with every bracket and quote closed", "that line anew")
-    first = str(error).strip().splitlines()[0]
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    wrong = next((one for one in chain if isinstance(one, OmegaConfBaseException) and one.full_key), None)
-    file = re.match(r"In '([^']+)': ", first)  # the one place where Hydra names the file
-    if wrong is None or file is None:
-        return ConfigError(first, "config files that Hydra can compose", "python -m launch --info defaults")
-    refusal = refuse_value(wrong, schema)
-    fix = f"{refusal.fix.replace('=', ': ', 1)} in that file"
-    return ConfigError(f"{refusal.found} in {file[1]}.yaml", refusal.expected, fix)
+    # The error names the file, and the key or the line in it.
+    found = " ".join(str(error).split())
+    return ConfigError(found, "config files that Hydra can compose", "python -m launch --info defaults")
 
 
 # From a composed document to a typed config, and to the files of a run folder.
@@ -284,24 +271,13 @@ a backslash as an escape; a line break would end a line of the batch script."""
 
 def refuse_name(name: str) -> None:
     """Raise ConfigError unless ``name`` can name a single folder under output_dir, and a job."""
-    usable = re.sub(r"^-+", "", UNUSABLE.sub("_", name).replace("/", "_"))
+    usable = UNUSABLE.sub("_", name).replace("/", "_").lstrip("-")
     if name != usable or name in ("", ".", ".."):
         raise ConfigError(
             f"name={name!r}",
             "the name of one folder under output_dir, and of the job: no slash, backslash, % or control character in "
             "it, and no dash before it",
             f"name={shlex.quote(usable.strip('._') or 'run')}",
-        )
-
-
-def refuse_path(path: Path) -> None:
-    """Raise ConfigError if the path of a run folder has characters that Slurm or submitit replaces."""
-    found = UNUSABLE.search(str(path))
-    if found is not None:
-        raise ConfigError(
-            f"{found[0]!r} in the run's path {str(path)!r}",
-            "a path without %, backslash and control characters, which mean something else in a batch script",
-            "output_dir=FOLDER, or run_dir=FOLDER, with another path",
         )
 
 
@@ -339,10 +315,9 @@ def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude:
     exclude = (*exclude, *NOT_IN_POINT)  # a rank also searches, and its command has no keys of the launcher
     wanted = point_keys(overrides, exclude)
     newest: dict[str, RunFolder] = {}
-    for path in sorted(folder.path.parent.glob("*"), key=generation_of):
-        other = RunFolder(path)
+    for other in map(RunFolder, sorted(folder.path.parent.glob("*"), key=number_of)):
         if other.overrides.exists() and point_keys(read_overrides(other), exclude) == wanted:
-            newest[path.name.removesuffix(generation(path.name))] = other
+            newest[other.point.removesuffix(generation(other.point))] = other
     if len(newest) > 1:
         raise ConfigError(
             f"several runs of this point, of different lengths: {', '.join(run.point for run in newest.values())}",
@@ -352,40 +327,38 @@ def folder_of_other_length(folder: RunFolder, overrides: Sequence[str], exclude:
     return next(iter(newest.values()), None)
 
 
-def generation_of(path: Path) -> int:
-    """Return the generation of a run folder: 1 of the first folder, 2 of ``<point>~2``."""
+def number_of(path: Path) -> int:
+    """Return the number of a run folder among those of its point: 1 of the first folder, 2 of ``<point>~2``."""
     return int(generation(path.name).removeprefix("~") or 1)
 
 
 def newest_folder(config: RunConfig, overrides: Sequence[str], not_in_point: Sequence[str]) -> RunFolder:
-    """Return the newest folder of a run, which may not exist yet; with ``fresh`` the next new one, ``<point>~2``."""
+    """Return the newest folder of a run, which may not exist yet; with ``fresh`` the next new one, ``<point>~2``.
+
+    Raises:
+        ConfigError: Slurm cannot use the path, or the folder cannot be created.
+    """
     above = Path(config.output_dir).expanduser() / config.name  # a ~ in the name is part of it
     own = above / point_name(overrides, not_in_point)
     base = (own if config.run_dir is None else Path(config.run_dir).expanduser()).absolute()
-    refuse_path(base)
-    generations = [1] if base.exists() else []
-    generations += [generation_of(path) for path in base.parent.glob(f"{escape(base.name)}~*") if path.is_dir()]
-    newest = max(generations, default=0) + (1 if config.fresh else 0)
-    folder = base if newest <= 1 else base.with_name(f"{base.name}~{newest}")
-    refuse_file_in_place(folder)
-    return RunFolder(folder)
-
-
-def refuse_file_in_place(folder: Path) -> None:
-    """Raise ConfigError if a run folder cannot be created: a file is in its path, or the folder above is read-only."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
+    if found := UNUSABLE.search(str(base)):
         raise ConfigError(
-            f"{there}, a file in the path of the run folder {folder}"
-            if there != folder
-            else f"{folder}, which is a file",
-            "a folder for the run, or a path where nothing is yet",
-            "output_dir=FOLDER, or run_dir=FOLDER",
+            f"{found[0]!r} in the run's path {str(base)!r}",
+            "a path without %, backslash and control characters, which mean something else in a batch script",
+            "output_dir=FOLDER, or run_dir=FOLDER, with another path",
         )
+    numbers = [1] if base.exists() else []
+    numbers += [number_of(path) for path in base.parent.glob(f"{escape(base.name)}~*") if path.is_dir()]
+    number = max(numbers, default=0) + (1 if config.fresh else 0)
+    folder = base if number <= 1 else base.with_name(f"{base.name}~{number}")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
     is_of_kernel = there.parts[1:2] in (("proc",), ("sys",))  # os.access says that root may write here
-    if there != folder and (is_of_kernel or not os.access(there, os.W_OK | os.X_OK)):
-        expected = "a folder in which this user may create others"
-        raise ConfigError(f"{folder}, which cannot be created in {there}", expected, "output_dir=FOLDER")
+    if not there.is_dir() or (there != folder and (is_of_kernel or not os.access(there, os.W_OK | os.X_OK))):
+        expected = "a folder for the run, in one in which this user may create others"
+        raise ConfigError(
+            f"{folder}, which cannot be created in {there}", expected, "output_dir=FOLDER, or run_dir=FOLDER"
+        )
+    return RunFolder(folder)
 
 
 def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Sequence[str]) -> None:
@@ -398,8 +371,14 @@ def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Se
         resumable: keys, or groups of keys, that may change between the attempts of one run.
     """
     if not folder.config.exists():
-        refuse_lost_config(folder)
-        return
+        left = [path.name for path in (folder.path / "attempts", folder.checkpoints) if path.exists()]
+        if not left:
+            return
+        raise ConfigError(
+            f"{folder.path} with {' and '.join(left)} of a run, but no {folder.config.relative_to(folder.path)}",
+            "the config of that run, to go on with it",
+            "fresh=true, for a new folder beside it; or the file from a backup",
+        )
     values = dataclasses.asdict(config)
     there = flatten(dataclasses.asdict(read_config(folder, schema)))
     here = flatten({field.name: values[field.name] for field in dataclasses.fields(schema)})
@@ -412,15 +391,4 @@ def refuse_other_run(folder: RunFolder, config: Any, schema: type, resumable: Se
             f"{folder.path} holds a run with {key}={plain(there.get(key))}, and now {key}={plain(here[key])}",
             "the same settings, to go on with that run",
             f"fresh=true, for a new folder beside it (or {key}={plain(there.get(key))}, to go on)",
-        )
-
-
-def refuse_lost_config(folder: RunFolder) -> None:
-    """Raise ConfigError if ``folder``, without a config, has checkpoints or attempts, which may be of another run."""
-    there = [path.name for path in (folder.path / "attempts", folder.checkpoints) if path.exists()]
-    if there:
-        raise ConfigError(
-            f"{folder.path} with {' and '.join(there)} of a run, but no {folder.config.relative_to(folder.path)}",
-            "the config of that run, to go on with it",
-            "fresh=true, for a new folder beside it; or the file from a backup",
         )

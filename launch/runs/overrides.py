@@ -7,7 +7,6 @@ next.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import difflib
 import hashlib
 import re
@@ -24,7 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from launch.errors import ConfigError, closest
 from launch.runs.folder import RunFolder, damaged, read_strictly
-from launch.schema import field_of, free_keys, list_elements, schema_keys
+from launch.schema import free_keys, key_types, list_elements, schema_keys
 
 if TYPE_CHECKING:
     # Only functions that parse overrides import Hydra, so that a report, which reads text, does not wait for it.
@@ -198,13 +197,8 @@ def _checked(typed: str, schema: type, folders: tuple[Path, ...]) -> str:
     is_group = name in config_groups() or any((folder / name).is_dir() for folder in folders)
     if is_group and name not in ("experiment", "workload", "hydra"):
         _check_option(typed, name, folders)
-    override = parse_override(typed, schema)
-    if name.startswith(("hydra.", "hydra/")):
-        return typed
-    if override.package is not None:
-        expected = "GROUP=OPTION: an option fills the keys of its own group"
-        raise ConfigError(typed, expected, in_shell(name.partition("@")[0], value))
-    if is_group or "/" in name:
+    if is_group or "/" in name or name.startswith("hydra."):
+        parse_override(typed, schema)
         return f"+{typed}" if key == "experiment" else typed
     if not is_within(name, free):
         inner = [one for one in keys if one.startswith(f"{name}.")]
@@ -212,6 +206,7 @@ def _checked(typed: str, schema: type, folders: tuple[Path, ...]) -> str:
             raise ConfigError(typed.lstrip("+"), f"a value for one of {', '.join(inner)}", f"{inner[0]}=VALUE")
         if name not in keys and name.rpartition("[")[0].rstrip(".") not in keys:
             raise unknown_key(name, value, schema)
+    override = parse_override(typed, schema)
     if not override.is_delete():
         _check_value(override, typed, schema)
     is_free = is_within(name, free) and (name not in free or value.startswith("{"))
@@ -315,72 +310,43 @@ def refuse_value(error: BaseException, schema: type, typed: str = "") -> ConfigE
 def fitting_value(typed: str, schema: type) -> tuple[str, str]:
     """Return the values that the key of an override takes, in words, and an override with such a value."""
     key, _, value = typed.partition("=")
-    key, value = key.strip(" '\""), value.lstrip("=")
     path = key.partition("[")[0]
-    kind = field_of(schema, path)[0]
+    kind, value = key_types(schema).get(path), value.lstrip("=")
+    if names := list_elements(schema).get(path):
+        return f"a list of {{KEY: VALUE}} with keys among {', '.join(names)}", f"{path}='[{{{names[0]}: VALUE}}]'"
     is_list = get_origin(kind) is list
     inner = get_args(kind)[0] if is_list else kind
     # A command is typed as in a shell; in other lists a blank is part of an element.
-    separator = None if is_list and path.endswith("command") and not value.startswith("[") else ","
-    words = [word.strip() for word in value.strip("[]").split(separator) if word.strip()]
-    if path in list_elements(schema):
-        names = [field.name for field in dataclasses.fields(list_elements(schema)[path])]
-        return f"a list of {{KEY: VALUE}} with keys among {', '.join(names)}", f"{path}='[{{{names[0]}: VALUE}}]'"
+    separator = None if path.endswith("command") and not value.startswith("[") else ","
+    words = [word.strip() for word in value.strip("[]").split(separator) if word.strip()] if is_list else [value]
+    expected = "a list" if is_list else "one text"
     if isinstance(inner, type) and issubclass(inner, Enum):
         options = [option.name for option in inner]
-        alike = list(dict.fromkeys((closest(word, options) or options)[0] for word in words)) or options[:1]
-        fix = f"[{','.join(alike)}]" if is_list else alike[0]
-        return f"{'a list of' if is_list else 'one of'} {', '.join(options)}", in_shell(key, fix)
-    if is_list:
-        return "a list", in_shell(key, f"[{','.join(map(quoted, words))}]")
-    if get_origin(kind) is dict:
+        words = [(closest(word, options) or options)[0] for word in words]
+        expected = f"{'a list of' if is_list else 'one of'} {', '.join(options)}"
+    elif get_origin(kind) is dict:
         return f"keys of your own below {key}, each with its value", f"{key}.NAME=VALUE"
-    if kind in (bool, int, float):
+    elif kind in (bool, int, float):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
         return expected, f"{key}={'true' if kind is bool else 'NUMBER'}"
-    text = value.strip("[]") if value.startswith("[") else value
-    return "one text", f"{key}=TEXT" if value == "null" else in_shell(key, quoted(text))
+    elif not is_list:
+        words = ["TEXT" if value == "null" else value.strip("[]") if value.startswith("[") else value]
+    texts = ",".join(map(quoted, words))
+    return expected, in_shell(key, f"[{texts}]" if is_list else texts)
 
 
-ELSEWHERE = {
-    # torchrun and Slurm
-    **dict.fromkeys(("nnodes", "num_nodes"), "nodes"),
-    **dict.fromkeys(("nproc_per_node", "ntasks_per_node", "devices"), "ranks_per_node"),
-    "time": "cluster.timeout_min=MINUTES",
-    "mem": "cluster.mem_gb=GB",
-    "gpus": "cluster.gpus_per_node",
-    "gpu": "cluster.gpu_name",
-    "job_name": "name",
-    # transformers' Trainer
-    "resume_from_checkpoint": "resume_from",
-    "bf16": "precision=bf16",
-    "fp16": "precision=fp16",
-    "torch_compile": "compile=default",
-    "gradient_checkpointing": "recompute=full",
-    "learning_rate": "optim.lr",
-    "steps": "optim.max_steps",
-    "num_train_epochs": "optim.max_steps=STEPS",
-    "gradient_accumulation_steps": "optim.max_micro_batch=VALUE",
-    "batch_size": "optim.global_batch",
-    "per_device_train_batch_size": "optim.max_micro_batch",
-    "max_grad_norm": "optim.grad_clip",
-    "eval_steps": "eval.interval",
-    "save_steps": "checkpoint.interval",
-    "save_total_limit": "checkpoint.keep_last",
-}
-"""Name of a setting in other tools -> key of this project; a whole override if the values have another meaning."""
 MOST_NAMES = 6
 """Names of keys that a refusal lists."""
 
 
-def likely_overrides(name: str, value: str, schema: type) -> list[str]:
-    """Return the overrides that a user who typed an unknown key probably meant, best first, quoted for a shell."""
+def likely_override(name: str, value: str, schema: type) -> str | None:
+    """Return the override that a user who typed an unknown key probably meant, quoted for a shell.
+
+    None if no key has a similar name. The value is that of the user if the key takes it.
+    """
     keys, free = schema_keys(schema), free_keys(schema)
     name = name.replace("-", "_")
     parent, _, leaf = name.rpartition(".")
-    ours, _, other = ELSEWHERE.get(leaf, "").partition("=")
-    if ours in keys:
-        return [in_shell(ours, other or value)]
     # A name without a group is compared with the last parts of keys; of equal parts the shortest key counts.
     named = {key if parent else key.rpartition(".")[2]: key for key in sorted(keys, key=lambda key: -key.count("."))}
     likely = [named[one] for one in difflib.get_close_matches(name, named, cutoff=0.75)]
@@ -388,7 +354,13 @@ def likely_overrides(name: str, value: str, schema: type) -> list[str]:
     likely += [key for key in keys if parent and key.rpartition(".")[2] == leaf]
     if not likely and not parent and "script.options" in free:
         likely = [f"script.options.{name}"]
-    return [in_shell(key, value) for key in dict.fromkeys(likely)]
+    if not likely:
+        return None
+    try:
+        _checked(f"{likely[0]}={value}", schema, ())
+    except ConfigError as refusal:
+        return refusal.fix
+    return in_shell(likely[0], value)
 
 
 def unknown_key(key: str, value: str, schema: type) -> ConfigError:
@@ -399,7 +371,7 @@ def unknown_key(key: str, value: str, schema: type) -> ConfigError:
         expected = "keys of gpt.train: torchrun and gpt.train know no nodes"
         return ConfigError(f"{key}, a key of the launcher", expected, f"python -m launch {shlex.join(words)}")
     names = difflib.get_close_matches(key, keys, n=MOST_NAMES, cutoff=0)
-    fix = next(iter(likely_overrides(key, value, schema)), f"the same without {typed}")
+    fix = likely_override(key, value, schema) or f"the same without {typed}"
     return ConfigError(f"unknown key {key}", f"a key such as {', '.join(names)} (python -m launch.keys lists all)", fix)
 
 
@@ -412,4 +384,4 @@ def override_of_flag(flag: str, following: str, schema: type) -> str | None:
         schema: dataclass of the config.
     """
     value = following if following and not re.search("^-|=", following) else "VALUE"
-    return next(iter(likely_overrides(flag.lstrip("-"), value, schema)), None)
+    return likely_override(flag.lstrip("-"), value, schema)
