@@ -66,23 +66,14 @@ def find_run(path: Path) -> RunStatus:
     return point
 
 
-def ranks_of_attempt(point: RunStatus, attempt: int) -> list[dict[str, Any]] | None:
-    """Return the entries of the ranks in ``environment.json`` of an attempt; None without that file."""
-    ranks = read_json(point.folder.environment(attempt)).get("ranks")
-    return ranks if isinstance(ranks, list) else None
-
-
-def refuse_absent_rank(point: RunStatus, rank: int, attempt: int | None) -> None:
-    """Raise ConfigError if neither plan nor any attempt has the rank; with ``attempt``, if this attempt lacks it."""
-    sizes = {n: len(ranks) for n in point.folder.attempts() if (ranks := ranks_of_attempt(point, n)) is not None}
-    planned = read_json(point.folder.plan).get("world_size")
-    of, named = (f"attempt {attempt}", f" --attempt {attempt}") if attempt in sizes else ("a run", "")
-    size = sizes[attempt] if attempt in sizes else max([*sizes.values(), planned if isinstance(planned, int) else 0])
-    if size and not 0 <= rank < size:
+def refuse_absent_rank(point: RunStatus, rank: int) -> None:
+    """Raise ConfigError if the plan of a run does not have the rank, and no attempt has a log of the rank."""
+    size = read_json(point.folder.plan).get("world_size")
+    if isinstance(size, int) and not 0 <= rank < size and newest(point, rank) is None:
         raise ConfigError(
-            f"--rank {rank} of {of} with {counted(size, 'rank')}",
+            f"--rank {rank} of a run with {counted(size, 'rank')}",
             f"0 to {size - 1}",
-            f"python -m launch.logs {quote(str(point.folder.path))} --rank {min(max(rank, 0), size - 1)}{named}",
+            f"python -m launch.logs {quote(str(point.folder.path))} --rank {min(max(rank, 0), size - 1)}",
         )
 
 
@@ -90,10 +81,10 @@ def agent_of(point: RunStatus, rank: int) -> list[Log]:
     """Return the logs of a rank's agent, which all attempts of a job share. Empty without a job or a log."""
     if point.job is None:
         return []
-    ranks = [ranks_of_attempt(point, number) for number in reversed(point.folder.attempts())]
-    known: list[dict[str, Any]] = next((found for found in ranks if found is not None), [])
+    newest_first = (read_json(point.folder.environment(number)) for number in reversed(point.folder.attempts()))
+    ranks: list[dict[str, Any]] = next((known["ranks"] for known in newest_first if known.get("ranks")), [])
     # The order of ranks may differ from the order of nodes.
-    node = next((int(each["node"]) for each in known if each.get("rank") == rank and "node" in each), 0)
+    node = next((int(each["node"]) for each in ranks if each.get("rank") == rank and "node" in each), 0)
     paths = agent_logs(point.folder.path, point.job, node)
     if isinstance(point.job, SlurmJob) and not paths[0].parent.is_dir():
         # For a job of the user's own batch script, all agents print into the output of the script.
@@ -161,7 +152,7 @@ def print_logs(args: argparse.Namespace) -> None:
     point = find_run(args.path)
     failure = point.failure(args.attempt) if args.rank is None else None
     rank = args.rank or (0 if failure is None else int(failure["rank"]))
-    refuse_absent_rank(point, rank, None if args.agent else args.attempt)
+    refuse_absent_rank(point, rank)
     of_agent = agent_of(point, rank) if args.agent else []
 
     def find() -> list[Log]:

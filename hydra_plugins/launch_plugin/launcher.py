@@ -50,16 +50,11 @@ def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
     from launch.errors import ConfigError, counted
 
     need, have = wrong[0]
-    own = f"the same without hydra/launcher={chosen}: then each point gets the nodes that it names"
-    same = f"hydra.launcher.tasks_per_node={need}"
-    if "slurm" in chosen:
-        same = f"hydra.launcher.nodes={need} hydra.launcher.tasks_per_node=1"
-    fits = len(set(wanted)) == 1 and "submitit" in chosen
     raise ConfigError(
         f"a point with nodes={need} (spare_nodes included), and hydra/launcher={chosen} starts "
         f"{counted(have, 'task')} for every point",
         "one task, the agent, for each node of a point; a stock launcher gives all points the same resources",
-        f"{same}; or {own}" if fits else own,
+        f"the same without hydra/launcher={chosen}: then each point gets the nodes that it names",
     )
 
 

@@ -28,7 +28,7 @@ from launch.runs.environment import (
     driver_version,
     library_versions,
 )
-from launch.runs.events import enter_failure, failure_kind, same_text
+from launch.runs.events import enter_failure, failure_kind
 from launch.runs.files import has_written, read_json
 from launch.runs.heartbeat import HeartbeatFile, Phase, RankHeartbeat
 from launch.runs.progress import Progress
@@ -397,9 +397,8 @@ class RankRecords:
                 continue
             cause, trace = failure_message(failure, attempt.log(rank))
             first = kinds.setdefault(failure_kind(cause, trace), rank)
-            same = {} if first == rank else {"same_as": first}
-            text = same_text(first) if same else trace
-            enter_failure(attempt.folder, attempt.number, rank, cause=cause, trace=text, step=None, **same)
+            same = None if first == rank else first
+            enter_failure(attempt.folder, attempt.number, rank, cause=cause, trace=trace, same_as=same)
 
 
 def failure_message(failure: ProcessFailure, log: Path) -> tuple[str, str]:

@@ -13,6 +13,7 @@ import shlex
 import socket
 import subprocess
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -438,20 +439,9 @@ def telemetry_nodes(folder: RunFolder) -> list[int]:
 def read_samples(folder: RunFolder, node: int) -> Iterator[GpuSample]:
     """Yield the samples of a node in their order; lines that are not samples are skipped."""
     for line in read_json_lines(folder.telemetry(node)):
-        sample = _parse(line)
-        if sample is not None:
-            yield sample
-
-
-def _parse(line: Mapping[str, Any]) -> GpuSample | None:
-    time, attempt, host, buses = (line.get(name) for name in ("time", "attempt", "host", "bus"))
-    if not (isinstance(time, int | float) and isinstance(attempt, int) and isinstance(host, str)):
-        return None
-    if not isinstance(buses, list):
-        return None
-    lists = {name: line[name] for name in GAUGES if isinstance(line.get(name), list) and len(line[name]) == len(buses)}
-    gauges = {
-        str(bus): {name: values[index] for name, values in lists.items() if isinstance(values[index], int | float)}
-        for index, bus in enumerate(buses)
-    }
-    return GpuSample(float(time), attempt, host, gauges)
+        with suppress(KeyError, TypeError, ValueError, IndexError):
+            gauges = {
+                str(bus): {name: line[name][at] for name in GAUGES if name in line and line[name][at] is not None}
+                for at, bus in enumerate(line["bus"])
+            }
+            yield GpuSample(float(line["time"]), int(line["attempt"]), str(line["host"]), gauges)

@@ -22,44 +22,28 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from launch.runs.records import UNITS, StepRecord
 
-TAGS = {
-    "loss": "train/loss",
-    "loss_variance": "train/loss_variance",
-    "lr": "train/lr",
-    "grad_norm": "train/grad_norm",
-    "grad_mean": "gradients/mean",
-    "grad_std": "gradients/std",
-    "loss_scale": "train/loss_scale",
-    "skipped_steps": "train/skipped_steps",
-    "expert_imbalance": "train/expert_imbalance",
-    "val_loss": "eval/loss",
-    "val_bits_per_byte": "eval/bits_per_byte",
-    "tokens_per_s": "speed/tokens_per_s",
-    "step_time_s": "speed/step_time_s",
-    "data_wait_s": "speed/data_wait_s",
-    "forward_backward_s": "speed/forward_backward_s",
-    "comm_s": "speed/comm_s",
-    **{f"comm_{group}_s": f"speed/comm_{group}_s" for group in ("dp", "fsdp", "tp", "pp", "cp", "ep")},
-    "bubble_s": "speed/bubble_s",
-    "optimizer_s": "speed/optimizer_s",
-    **{f"breakdown_{part}_s": f"breakdown/{part}_s" for part in ("compute", "comm", "exposed", "copies", "idle")},
-    "own_min_s": "speed/own_min_s",
-    "own_max_s": "speed/own_max_s",
-    "slowest_rank": "speed/slowest_rank",
-    "compile_s": "speed/compile_s",
-    "val_compile_s": "speed/val_compile_s",
-    "restore_s": "speed/restore_s",
-    "checkpoint_s": "speed/checkpoint_s",
-    "tflops_per_s": "efficiency/tflops_per_s",
-    "mfu_palm": "efficiency/mfu_palm",
-    "mfu_bf16": "efficiency/mfu_bf16",
-    "mfu_causal": "efficiency/mfu_causal",
-    "hfu": "efficiency/hfu",
-    "memory_allocated_gib": "memory/allocated_gib",
-    "memory_peak_gib": "memory/peak_gib",
-    "memory_reserved_gib": "memory/reserved_gib",
+GROUPS = {
+    "train": "loss loss_variance lr grad_norm loss_scale skipped_steps expert_imbalance",
+    "gradients": "grad_mean grad_std",
+    "eval": "val_loss val_bits_per_byte",
+    "speed": (
+        "tokens_per_s step_time_s data_wait_s forward_backward_s bubble_s optimizer_s comm_s comm_dp_s comm_fsdp_s "
+        "comm_tp_s comm_pp_s comm_cp_s comm_ep_s own_min_s own_max_s slowest_rank compile_s val_compile_s restore_s "
+        "checkpoint_s"
+    ),
+    "breakdown": "breakdown_compute_s breakdown_comm_s breakdown_exposed_s breakdown_copies_s breakdown_idle_s",
+    "efficiency": "tflops_per_s mfu_palm mfu_bf16 mfu_causal hfu",
+    "memory": "memory_allocated_gib memory_peak_gib memory_reserved_gib",
 }
-"""Field of a step record -> tag. The part before the slash is TensorBoard's group."""
+"""Group of TensorBoard -> fields of a step record whose curves it shows."""
+PREFIXES = {"gradients": "grad_", "eval": "val_", "breakdown": "breakdown_", "memory": "memory_"}
+"""Group -> beginning of its fields that the tags leave out."""
+TAGS = {
+    name: f"{group}/{name.removeprefix(PREFIXES.get(group, ''))}"
+    for group, names in GROUPS.items()
+    for name in names.split()
+}
+"""Field of a step record -> tag."""
 
 STRAGGLERS_TAG = "stragglers"
 """Tag of the texts that name slow ranks."""

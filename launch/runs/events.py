@@ -7,11 +7,11 @@ import json
 import math
 import os
 import re
-import shutil
 import socket
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,10 +183,7 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
     # Files and lines are equal for equal failures, while messages may name the rank.
     places = "\n".join(f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__))
     same = same_failure(rank, failure_kind(cause, places)) if trace else None
-    if same is None:
-        enter_failure(folder, attempt, rank, cause=cause, trace=trace, step=step)
-    else:
-        enter_failure(folder, attempt, rank, cause=cause, trace=same_text(same), step=step, same_as=same)
+    enter_failure(folder, attempt, rank, cause=cause, trace=trace, step=step, same_as=same)
 
 
 def failure_kind(cause: str, places: str) -> str:
@@ -199,10 +196,9 @@ def same_failure(rank: int, kind: str) -> int | None:
 
     Uses a marker file in the agent's folder for the attempt; without an agent every rank counts as the first.
     """
-    folder = os.environ.get(HEARTBEAT_DIR)
-    if folder is None:
+    if HEARTBEAT_DIR not in os.environ:
         return None
-    marker = Path(folder) / f"failure_{hashlib.sha256(kind.encode()).hexdigest()[:16]}"
+    marker = Path(os.environ[HEARTBEAT_DIR]) / f"failure_{hashlib.sha256(kind.encode()).hexdigest()[:16]}"
     try:
         own = Path(f"{marker}.{rank}")
         own.write_text(str(rank))
@@ -214,18 +210,17 @@ def same_failure(rank: int, kind: str) -> int | None:
     return None
 
 
-def same_text(rank: int) -> str:
-    """Return the text in place of a traceback that another rank has recorded."""
-    return f"as rank {rank} of this host, which has the traceback; this rank's is in its log"
-
-
 def enter_failure(
-    folder: RunFolder, attempt: int, rank: int, *, cause: str, trace: str, step: int | None, **more: Any
+    folder: RunFolder, attempt: int, rank: int, *, cause: str, trace: str, step: int | None = None, **more: Any
 ) -> None:
     """Record the failure of a rank of this host in the event log.
 
-    ``more`` of a hung rank is ``hung=True`` and ``since``, the Unix time of its last progress.
+    ``more`` of a hung rank is ``hung=True`` and ``since``, the Unix time of its last progress. ``same_as`` is the rank
+    of this host that has recorded the same traceback, which is then left out; None if there is no such rank.
     """
+    more = {name: value for name, value in more.items() if value is not None}
+    if "same_as" in more:
+        trace = f"as rank {more['same_as']} of this host, which has the traceback; this rank's is in its log"
     folder.record_event(
         "rank_failed",
         attempt=attempt,
@@ -444,10 +439,7 @@ def apply_continuation(
 
 
 def set_records_aside(folder: RunFolder, step: int, aside: Path) -> None:
-    """Move the step records after ``step`` of all ranks into ``aside``, and copy steps.csv and run.json there."""
-    for view in (folder.steps_csv, folder.run_json):  # made again at the next start
-        if view.exists():
-            shutil.copy2(view, aside / view.name)
+    """Move the step records after ``step`` of all ranks into ``aside``."""
     for rank in folder.metric_ranks():
         path = folder.metrics(rank)
         kept: list[dict[str, Any]] = []
@@ -469,28 +461,23 @@ def refuse_alive(folder: RunFolder) -> None:
 
     This finds ranks that no launcher started, which are in no queue. Ranks on other machines are not found.
     """
+    import psutil  # a rank imports this module, and its Python may have the standard library alone
+
     attempt = max(folder.attempts(), default=0)
-    events = folder.read_events()
     ends = ("finished", "stopped", "rank_failed", "attempt_ended")
-    if not attempt or any(event["event"] in ends and event.get("attempt") == attempt for event in events):
+    if not attempt or select_events(folder.read_events(), *ends, attempt=attempt):
         return
     known = read_json(folder.environment(attempt))
     here = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     for rank in known.get("ranks", ()):
-        pid = rank.get("pid")
-        if pid is not None and rank.get("machine") == here and began_before(int(pid), float(known.get("time", 0.0))):
-            raise ConfigError(
-                f"{folder.path} is being worked on by process {pid}, rank {rank.get('rank')} of attempt {attempt}",
-                "a run that nothing works on, before it goes back to an earlier checkpoint",
-                f"kill {pid}, which has it save and leave; then the same command",
-            )
-
-
-def began_before(pid: int, when: float) -> bool:
-    """Return whether process ``pid`` runs and started before ``when``, Unix seconds: a PID may be used again."""
-    try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
-        booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
-    except (OSError, IndexError, StopIteration):
-        return False
-    return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK") <= when + 1.0
+        if rank.get("machine") != here or not psutil.pid_exists(rank.get("pid", -1)):
+            continue
+        with suppress(psutil.NoSuchProcess):
+            # A PID may be used again: the rank began before the record was written.
+            if psutil.Process(rank["pid"]).create_time() <= float(known.get("time", 0.0)) + 1.0:
+                raise ConfigError(
+                    f"{folder.path} is being worked on by process {rank['pid']}, rank {rank.get('rank')} of attempt "
+                    f"{attempt}",
+                    "a run that nothing works on, before it goes back to an earlier checkpoint",
+                    f"kill {rank['pid']}, which has it save and leave; then the same command",
+                )

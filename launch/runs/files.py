@@ -86,12 +86,7 @@ def append_json_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
-        size = file.seek(0, os.SEEK_END)
-        torn = b""
-        if size:
-            file.seek(size - 1)
-            torn = b"" if file.read(1) == b"\n" else b"\n"
-        append_whole(file.fileno(), torn + data)
+        append_whole(file.fileno(), end_of_torn_line(file.fileno()) + data)
 
 
 def append_whole(descriptor: int, data: bytes) -> None:
@@ -117,10 +112,14 @@ def open_to_append(path: Path) -> int:
     """Open a file of lines for its only writer and return the descriptor. Ends a line that a crash has torn."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-    size = os.fstat(descriptor).st_size
-    if size and os.pread(descriptor, 1, size - 1) != b"\n":
-        os.write(descriptor, b"\n")
+    os.write(descriptor, end_of_torn_line(descriptor))
     return descriptor
+
+
+def end_of_torn_line(descriptor: int) -> bytes:
+    """Return the line break that a file lacks whose last line a crash has torn; else nothing."""
+    size = os.fstat(descriptor).st_size
+    return b"\n" if size and os.pread(descriptor, 1, size - 1) != b"\n" else b""
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -170,7 +169,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the dictionary in a JSON file; empty if the file does not exist or contains anything else."""
     try:
         value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 

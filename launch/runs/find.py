@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 import time
 from argparse import ArgumentParser
 from collections import Counter
@@ -52,25 +51,22 @@ def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
 
     Returns:
         Labels that all differ. The label is the name of the run's folder for a single run, for a run with ``run_dir``
-        among its overrides, and for a run whose label would not be unique. A single run without overrides, or with so
-        many that its folder's name is cut, has the name of the parent folder as its label. If two generations of a
-        run are labelled, the later one keeps its number: ``nodes=2~3``.
+        among its overrides, and for all runs if two labels would be equal. A single run without overrides, or with so
+        many that its folder's name is cut, has the name of the parent folder as its label. If two folders of a point
+        are labelled, the later one keeps its number: ``nodes=2~3``.
     """
-    names = [path.name for path, _ in runs]
-    typed = [list(filter(tells_apart, overrides)) for _, overrides in runs]
-    common = set.intersection(*map(set, typed)) if typed else set()
     if len(runs) < 2:
         return [alone(path, overrides) for path, overrides in runs]
+    typed = [list(filter(tells_apart, overrides)) for _, overrides in runs]
+    common = set.intersection(*map(set, typed))
     labels = []
     for of_run, (path, overrides) in zip(typed, runs, strict=True):
         own = ",".join(override.lstrip("+") for override in of_run if override not in common)
         labels.append(path.name if typed_value(overrides, "run_dir") else own or NOTHING_TYPED)
-    counts = Counter(labels)
+    counts, names = Counter(labels), [path.name for path, _ in runs]
     labels = [
         label + generation(name) if counts[label] > 1 else label for label, name in zip(labels, names, strict=True)
     ]
-    counts = Counter(labels)
-    labels = [name if counts[label] > 1 else label for label, name in zip(labels, names, strict=True)]
     return labels if len(set(labels)) == len(labels) else names
 
 
@@ -282,22 +278,9 @@ def runs_labelled(path: Path) -> list[Path]:
         raise ConfigError(
             f"{label}, as several runs are called: {', '.join(map(str, called))}",
             "the label of one run; python -m launch.status prints labels that differ",
-            command_with(str(path), next(reversed(called))),
+            f"{shlex.quote(str(next(reversed(called))))} in place of {label}",
         )
     return list(called)
-
-
-def command_with(word: str, folder: Path) -> str:
-    """Return the command line of this process with ``folder`` in place of the argument ``word``.
-
-    If ``python -m`` did not start this process, return only the folder.
-    """
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    short = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
-    if spec is None or word not in sys.argv[1:]:
-        return shlex.quote(str(short))
-    module = spec.name.removesuffix(".__main__")
-    return shlex.join(["python", "-m", module, *(str(short) if arg == word else arg for arg in sys.argv[1:])])
 
 
 def _search(folder: Path, depth: int) -> Iterator[Path]:

@@ -20,6 +20,7 @@ from launch.errors import ConfigError
 
 
 Measured = TypeVar("Measured")
+Size = TypeVar("Size", int, float)
 
 
 def read_measured(path: Path, key: str, parse: Callable[[Any], Measured], form: int, command: str) -> Measured:
@@ -96,7 +97,7 @@ class MatmulRates:
         return replace(self, flops_per_s={shape: factor * rate for shape, rate in self.flops_per_s.items()})
 
 
-def between(axis: Sequence[int], size: float) -> list[tuple[int, float]]:
+def between(axis: Sequence[Size], size: float) -> list[tuple[Size, float]]:
     """Return the two sizes of an axis around ``size``, each with its weight by the distance of logarithms.
 
     Outside the axis, return only the nearest size, with weight 1.
@@ -211,14 +212,10 @@ def factor_at(curve: Curve, size: float) -> float:
     Outside the curve, return its nearest value. A line alone misses bursts that a switch buffers, and libraries that
     change the algorithm for long messages.
     """
-    if not curve:
-        return 1.0
-    above = bisect_right(curve, size, key=lambda one: one[0])
-    if above in (0, len(curve)):
-        return curve[max(0, above - 1)][1]
-    (low, before), (high, after) = curve[above - 1], curve[above]
-    share = math.log(size / low) / math.log(high / low)
-    return math.exp((1 - share) * math.log(before) + share * math.log(after))
+    near, known = between([point for point, _ in curve], size) if curve else [], dict(curve)
+    if len(near) < 2:
+        return known[near[0][0]] if near else 1.0
+    return math.exp(sum(share * math.log(known[point]) for point, share in near))
 
 
 def curve_of(fit: LinkFit, collective: str, samples: Iterable[tuple[int, float, float]]) -> Curve:

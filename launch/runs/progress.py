@@ -82,25 +82,21 @@ class Progress:
     """
 
     def __init__(self, folder: RunFolder, attempt: int, ranks: Sequence[int], contract: RankContract) -> None:
-        pattern = contract.progress
         self._folder = folder
         self._attempt = attempt
-        self._expression = pattern
-        self._pattern = re.compile(pattern) if pattern else None
-        """None if the contract has no pattern, or the pattern is too slow."""
-        read = ranks if pattern else ()
-        self._logs = [_RankLog(folder, attempt, rank, contract.unit, contract.work_per_step) for rank in read]
-        self._curves = _Curves(folder, attempt) if contract.writes_curves and 0 in ranks else None
+        self._contract = contract
+        self._logs = [_RankLog(folder, attempt, rank, contract) for rank in ranks if contract.progress]
+        self._has_first = 0 in ranks
+        self._curves = _Curves(folder, attempt) if contract.writes_curves and self._has_first else None
         self._polled = 0.0
-        self.matched = False
-        """True after a first line has matched."""
+        self._is_slow = False
 
     def poll(self) -> None:
         """Read new lines of the logs and append their step records. Does nothing within a second of the last poll."""
         if time.monotonic() - self._polled < POLL_S:
             return
         for log in self._logs:
-            self._take_in(log)
+            self._read(log)
         if self._curves is not None:
             self._curves.poll()
         self._polled = time.monotonic()
@@ -109,102 +105,104 @@ class Progress:
         """Read the unread lines, at most ``CLOSE_S`` long. Record an event if no line of the attempt has matched."""
         deadline = time.monotonic() + CLOSE_S
         for log in self._logs:
-            while self._take_in(log) and time.monotonic() < deadline:
+            while self._read(log) and time.monotonic() < deadline:
                 pass
         if self._curves is not None:
             while self._curves.poll() and time.monotonic() < deadline:
                 pass
             self._curves.close()
         # Only the node of rank 0 reports it: many programs print on that rank alone, and other nodes need not match.
-        if self.matched or not any(log.rank == 0 for log in self._logs):
+        if self._is_slow or not self._logs or not self._has_first or any(log.matched for log in self._logs):
             return
         recent = (recent_records(self._folder.metrics(rank))[-1:] for rank in self._folder.metric_ranks())
         if not any(record.get("attempt") == self._attempt for records in recent for record in records):
             cause = "no line in the logs of the ranks matches script.progress, so that no steps are known"
-            self._folder.record_event(
-                "progress_not_matched", attempt=self._attempt, pattern=self._expression, cause=cause
-            )
+            self._record("progress_not_matched", cause)
 
-    def _take_in(self, log: _RankLog) -> bool:
+    def _read(self, log: _RankLog) -> bool:
         """Read a part of a log and append its step records; return whether the log has grown."""
-        lines = log.new_lines()
-        if self._pattern is None or lines is None:
+        if self._is_slow:
             return False
-        found: list[dict[str, str]] = []
-        line = ""
         try:
-            with time_limit(MATCH_S):
-                for line in lines:
-                    match = self._pattern.search(line)
-                    if match:
-                        found.append({name: text for name, text in match.groupdict().items() if text is not None})
+            return log.poll()
         except TimeoutError:
-            self._pattern = None
-            cause = f"script.progress takes more than {MATCH_S} s for a line, and is not searched for any more"
-            self._folder.record_event(
-                "progress_too_slow", attempt=self._attempt, rank=log.rank, line=line[:200], cause=cause
-            )
-        self.matched |= log.record(found)
-        return True
+            self._is_slow = True
+            cause = f"script.progress takes more than {MATCH_S} s for a line of rank {log.rank}, and is given up"
+            self._record("progress_too_slow", cause)
+            return False
+
+    def _record(self, event: str, cause: str) -> None:
+        self._folder.record_event(event, attempt=self._attempt, pattern=self._contract.progress, cause=cause)
 
 
 class _RankLog:
     """The log of a rank, with the last step that the rank printed and the time of that line."""
 
-    def __init__(
-        self, folder: RunFolder, attempt: int, rank: int, unit: str | None, work_per_step: float | None
-    ) -> None:
+    def __init__(self, folder: RunFolder, attempt: int, rank: int, contract: RankContract) -> None:
         self.rank = rank
-        self.reader = NewLines(folder.log(attempt, rank), re.compile(rb"[\r\n]"), LINE_BYTES)
+        self.matched = False
+        self._reader = NewLines(folder.log(attempt, rank), re.compile(rb"[\r\n]"), LINE_BYTES)
+        self._pattern = re.compile(contract.progress or "")
         self._records = folder.metrics(rank)
         self._attempt = attempt
-        self._work = (f"{unit}_per_s", work_per_step) if unit and work_per_step and rank == 0 else None
+        self._unit = contract.unit
+        self._work = contract.work_per_step if rank == 0 else None
         self._last: tuple[int, float] | None = None
         """Step of the last match, and the Unix time when its line was printed; None before the first match."""
-        self._looked_at = self._printed_at = time.time()
+        self._polled_at = time.time()
 
-    def new_lines(self) -> list[str] | None:
-        """Return the new complete lines; None if the log has not grown. A carriage return also ends a line."""
-        before, self._looked_at = self._looked_at, time.time()
-        lines = self.reader.read()
+    def poll(self) -> bool:
+        """Append the step records in the new lines of the log. Returns False if the log has not grown.
+
+        A carriage return also ends a line.
+
+        Raises:
+            TimeoutError: the search of these lines takes too long.
+        """
+        before, self._polled_at = self._polled_at, time.time()
+        lines = self._reader.read()
         if lines is None:
-            return None
-        # The file's own time is more exact than rare polls. The limits are for file servers with a wrong clock.
-        self._printed_at = min(max(self.reader.changed_at, before), self._looked_at)
-        return [ESCAPES.sub("", line.decode(errors="replace")) for line in lines]
-
-    def record(self, found: Sequence[Mapping[str, str]]) -> bool:
-        """Append a step record for each match in ``found`` that has a step; return whether any has."""
-        known = [fields for match in found if (fields := numbers(match)) is not None]
-        if not known:
             return False
-        last, newest = self._last, known[-1]["step"]
+        found = []
+        with time_limit(MATCH_S):
+            for line in lines:
+                match = self._pattern.search(ESCAPES.sub("", line.decode(errors="replace")))
+                fields = numbers(match.groupdict()) if match else None
+                found += [fields] if fields is not None else []
+        if found:
+            self.matched = True
+            # The file's own time is more exact than rare polls. The limits are for file servers with a wrong clock.
+            self._append(found, min(max(self._reader.changed_at, before), self._polled_at))
+        return True
+
+    def _append(self, found: Sequence[dict[str, Any]], printed_at: float) -> None:
+        """Append a step record for each of ``found``, the fields of lines that were printed until ``printed_at``."""
+        last, newest = self._last, found[-1]["step"]
         step_time_s = None
-        if last is not None and newest > last[0] and self._printed_at > last[1]:
-            step_time_s = (self._printed_at - last[1]) / (newest - last[0])
+        if last is not None and newest > last[0] and printed_at > last[1]:
+            step_time_s = (printed_at - last[1]) / (newest - last[0])
         records = []
-        for fields in known:
-            step, at = fields.pop("step"), self._printed_at
+        for fields in found:
+            step, at = fields.pop("step"), printed_at
             if last is not None and step_time_s is not None and step > last[0]:
                 # As if the steps since the last poll were printed at equal intervals.
                 at = min(at, last[1] + step_time_s * (step - last[0]))
                 if "step_time_s" not in fields:
                     fields["step_time_s"] = step_time_s
-                    if len(known) > 1:  # only the mean of these lines is known
+                    if len(found) > 1:  # only the mean of these lines is known
                         fields[RESOLUTION] = step_time_s * (newest - last[0])
-            if self._work is not None and fields.get("step_time_s"):
-                fields.setdefault(self._work[0], self._work[1] / fields["step_time_s"])
+            if self._unit and self._work and fields.get("step_time_s"):
+                fields.setdefault(f"{self._unit}_per_s", self._work / fields["step_time_s"])
             records.append({"step": step, "attempt": self._attempt, **fields, "time": at})
             self._last = (step, at)
         append_records(self._records, records)
-        return True
 
 
-def numbers(match: Mapping[str, str]) -> dict[str, Any] | None:
+def numbers(match: Mapping[str, str | Any]) -> dict[str, Any] | None:
     """Return the fields of a step record in a match; None if the step is no number. Reads 1,024 and 1.5e-3."""
     fields: dict[str, Any] = {}
     for name, text in match.items():
-        with contextlib.suppress(ValueError, OverflowError):
+        with contextlib.suppress(AttributeError, ValueError, OverflowError):  # None: a group that took no part
             value = float(text.replace(",", "").replace("_", ""))
             fields[name] = int(value) if name == "step" else value
     if "step_time_ms" in fields:

@@ -270,7 +270,7 @@ def recent_records(path: Path) -> list[dict[str, Any]]:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - TAIL_BYTES))
             lines = file.read().splitlines()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         return []
     # Skips a first line that is cut, and a last line that is half written.
     return [record for record in parse_json_lines(lines) if is_record(record)][-RECENT:]
@@ -324,27 +324,21 @@ def refuse_unknown_figure(name: str | None, figures: Sequence[str] | None) -> No
     """
     if name is None or figures is None or name in figures:
         return
-    likely = [*closest(name, figures), *(figure for figure in ("val_loss",) if figure in figures)]
     raise ConfigError(
         f"objective={name}, which no step record has",
         f"one figure of the step records: {', '.join(figures)}",
-        f"objective={likely[0] if likely else figures[0]}",
+        f"objective={(closest(name, figures) or figures)[0]}",
     )
 
 
 def refuse_absent(folder: RunFolder, name: str) -> ConfigError:
     """Return the refusal of an objective that the records of a finished run do not have."""
-    there = {
-        figure
-        for rank in folder.metric_ranks()
-        for record in read_records(folder.metrics(rank))
-        for figure, value in record.items()
-        if is_number(value) and figure not in ("step", "attempt")
-    }
+    records = [record for rank in folder.metric_ranks() for record in read_records(folder.metrics(rank))]
+    there = {name for record in records for name, value in record.items() if is_number(value)} - {"step", "attempt"}
     return ConfigError(
         f"objective={name}, and no step record in {folder.path / 'metrics'} has a finite {name}",
         f"one of the figures that the run recorded: {', '.join(sorted(there)) or 'none'}",
-        f"objective={(closest(name, there) or sorted(there))[0]}" if there else "the same without objective",
+        "objective=FIGURE with one of these, or the same without objective",
     )
 
 
