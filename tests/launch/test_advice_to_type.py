@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import shlex
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hydra._internal.utils import get_args_parser
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +17,7 @@ from gpt.config import TrainConfig
 from gpt.config.train import compose_train
 from gpt.training.run import parse_arguments
 from gpt.workload import GptWorkload
-from launch.__main__ import ALONE, COMMANDS, INFO, WITH_VALUE, prepare, refuse_command, split_flags
+from launch.__main__ import COMMANDS, prepare, refuse_command, split_flags
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, not_in_point, typed_config
 from launch.errors import ConfigError
@@ -34,7 +31,7 @@ from launch.runs.overrides import MOST_NAMES, NOT_IN_POINT, point_name
 from launch.script import require_program
 from launch.script.arguments import ScriptOptions
 from tests.support.commands import ROOT as CHECKOUT
-from tests.support.commands import TIMEOUT_S, environment, run
+from tests.support.commands import run
 
 
 def refusal_of(*words: str) -> ConfigError:
@@ -51,18 +48,17 @@ def test_an_extra_is_installed_from_where_the_project_lies(tmp_path: Path, monke
     assert shlex.split(install_command("data"))[-1] == f"{ROOT}[data]"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_another_command_typed_behind_this_one_is_named_whole(command: str) -> None:
-    assert (CHECKOUT / "launch" / f"{command}.py").is_file() or (CHECKOUT / "launch" / command).is_dir()
-    with pytest.raises(ConfigError) as refusal:
-        refuse_command([command, "-f", "outputs/a b"])
-    assert refusal.value.fix == f"python -m launch.{command} -f 'outputs/a b'"
-    refuse_command([f"{command}=1"])
+def test_another_command_typed_behind_this_one_is_named_whole() -> None:
+    for command in COMMANDS:
+        assert (CHECKOUT / "launch" / f"{command}.py").is_file() or (CHECKOUT / "launch" / command).is_dir()
+        with pytest.raises(ConfigError) as refusal:
+            refuse_command([command, "-f", "outputs/a b"])
+        assert refusal.value.fix == f"python -m launch.{command} -f 'outputs/a b'"
+        refuse_command([f"{command}=1"])
 
 
-@pytest.mark.parametrize("typed", ["-m nodes=1,1 dry_run=true", "-m nodes=1,1,2 seed=3,3 dry_run=true"])
-def test_a_point_typed_twice_is_refused(typed: str, tmp_path: Path) -> None:
-    text = run("launch", *typed.split(), cwd=tmp_path, status=2)
+def test_a_point_typed_twice_is_refused(tmp_path: Path) -> None:
+    text = run("launch", "-m", "nodes=1,1,2", "seed=3,3", "dry_run=true", cwd=tmp_path, status=2)
     assert "found: the point nodes=1 " in text and "more than once in the sweep" in text
     assert "type next: each value once, or seed=0,1 for runs that differ in their seed alone\n" in text
     assert list(tmp_path.iterdir()) == []
@@ -105,19 +101,15 @@ def test_a_key_of_a_script_is_sent_to_its_workload() -> None:
 @pytest.mark.parametrize(
     ("typed", "expected", "fix"),
     [
-        ("model=7", "one of baseline_23m, ", "model=baseline_23m"),
         ("script.command=hostname -f", "a list", "'script.command=[hostname,-f]'"),
         ("cluster.exclude=[a,b]", "one text", "'cluster.exclude=\"a,b\"'"),
         ("script.env=FOO", "keys of your own below script.env, each with its value", "script.env.NAME=VALUE"),
         ("dry_run=nope", "true or false", "dry_run=true"),
         ("name=null", "one text", "name=TEXT"),
         ("name=ünï", "KEY=VALUE, quoted", "'name=\"ünï\"'"),
-        ("nodes =2", "KEY=VALUE, quoted", "nodes=NUMBER"),
         ("nodes=[1,2]", "a whole number", "nodes=NUMBER"),
-        ("nodes=two", "a whole number", "nodes=NUMBER"),
         ("optim.lr=high", "a number", "optim.lr=NUMBER"),
         ("precision=BF16", "one of auto, ", "precision=bf16"),
-        ("cluster.timeout_min=1:30:00", "a whole number", "cluster.timeout_min=NUMBER"),
         ("cluster.srun_args=--mpi=pmix", "KEY=VALUE, quoted", """'cluster.srun_args=["--mpi=pmix"]'"""),
         ("launch.report_files=[md,pngg]", "a list of md, csv, ", "'launch.report_files=[md,png]'"),
         ("script.options=lr=3,seed=4", "KEY=VALUE, quoted", "script.options.NAME=VALUE"),
@@ -154,7 +146,11 @@ def test_a_mistyped_program_and_a_mistyped_folder_are_answered_with_the_one_that
     assert refusal.value.fix == f"script.path={tmp_path / 'folder' / 'train.py'}"
     for name in ("nodes=1", "nodes=2"):
         RunFolder(tmp_path / "outputs" / "a sweep" / name).create_attempt()
+        RunFolder(tmp_path / "outputs" / "another" / name).create_attempt()
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="nodes=2, as several runs are called") as refusal:
+        find_runs([Path("nodes=2")])
+    assert refusal.value.fix == f"{tmp_path}/outputs/another/nodes=2 in place of nodes=2"
     assert suggestion(Path("outputs/a sweep/node=2")) == "'outputs/a sweep/nodes=2', which is there"
     assert suggestion(Path("outputs/a swep")) == "'outputs/a sweep', which is there"
     with pytest.raises(ConfigError, match="simulate, a file"):
@@ -174,17 +170,6 @@ def test_a_plus_before_a_key_is_not_in_the_name_of_a_run(tmp_path: Path) -> None
     assert point_labels(runs) == ["experiment=weak_scaling", "default"]
     config = RunConfig(output_dir=str(tmp_path), name="sweep")
     assert choose_folder(config, words[:1], NOT_IN_POINT).path == tmp_path / "sweep" / "experiment=weak_scaling"
-
-
-def test_a_label_of_several_runs_is_answered_by_a_command_that_can_be_pasted(tmp_path: Path) -> None:
-    for experiment in ("one", "two"):
-        for point in ("nodes=1", "nodes=2"):
-            (tmp_path / "outputs" / experiment / point / "attempts").mkdir(parents=True)
-    # A process of its own: the command it proposes is the one that was typed.
-    command = [sys.executable, "-m", "launch.logs", "--agent", "nodes=2"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=TIMEOUT_S)
-    assert done.returncode == 2 and "as several runs are called" in done.stderr
-    assert "type next: python -m launch.logs --agent outputs/two/nodes=2\n" in done.stderr
 
 
 def test_a_plan_of_finished_points_has_no_worst_case() -> None:
@@ -248,25 +233,6 @@ def test_options_may_stand_between_folders(tmp_path: Path) -> None:
 # Flags of the commands: those of Hydra that ``python -m launch`` takes, and what it says of others.
 
 
-@pytest.mark.parametrize(
-    ("words", "fix"),
-    [
-        (["-m", "nodes=2,4", "seed=3", "--cfg", "job"], ["nodes=2", "seed=3", "--cfg", "job"]),
-        (["--info", "defaults", "-m", "nodes=2,4"], ["nodes=2", "--info", "defaults"]),
-    ],
-)
-def test_hydra_shows_one_run_and_no_sweep(words: list[str], fix: list[str]) -> None:
-    with pytest.raises(ConfigError) as refused:
-        prepare(words)
-    typed = shlex.split(refused.value.fix)
-    assert typed == ["python", "-m", "launch", *fix]
-    assert sorted(prepare(typed[3:])[0]) == sorted(fix)
-
-
-def test_help_is_shown_of_a_sweep_too() -> None:
-    assert prepare(["-m", "nodes=2,4", "--help"])[0] == ["--help", "nodes=2"]
-
-
 MODULES = ("gpt.train", "gpt.prepare", "gpt.generate", "gpt.evaluate", "gpt.export", "gpt.compare")
 MODULES += ("launch.status", "launch.logs", "launch.cancel", "launch.move", "launch.batch", "launch.agent.__main__")
 MODULES += ("launch.__main__", "launch.doctor.__main__", "launch.report.__main__", "slurm.sandbox.__main__")
@@ -295,12 +261,15 @@ def test_every_command_helps_and_refuses_a_flag_that_it_does_not_have(
     [
         (["--nodes=4"], "nodes=4"),
         (["--nodes", "4"], "nodes=4"),
-        (["--gpus-per-node", "nodes=2"], "cluster.gpus_per_node=VALUE"),
+        (["--gpus-per-node", "nodes=2"], "cluster.gpus_per_node=NUMBER"),
         (["--max-steps", "3"], "optim.max_steps=3"),
         (["workload=script", "--max-steps=3"], "script.max_steps=3"),
         (["workload=of_a_folder", "--nodes=3"], "nodes=3"),
         (["--multrun", "nodes=1"], "--multirun"),
         (["nodes=1", "--config-dir"], "python -m launch --help"),
+        (["nodes=1", "--info=x"], "python -m launch --help"),
+        (["-m", "nodes=2,4", "--cfg", "job"], "the same without -m, and with one value for each key"),
+        (["--help", "nodes=2,4", "-m"], "the same without -m, and with one value for each key"),
     ],
     ids=str,
 )
@@ -310,22 +279,12 @@ def test_a_flag_is_refused_with_the_key_that_was_meant(words: list[str], fix: st
     assert refusal.value.fix == fix
 
 
-def test_the_flags_are_those_of_hydra() -> None:
-    actions = [action for action in get_args_parser()._actions if action.option_strings]
-    assert {flag for action in actions for flag in action.option_strings} == {*ALONE, *WITH_VALUE}
-    taken = {flag for action in actions if action.nargs is None for flag in action.option_strings}
-    assert taken == {*WITH_VALUE}
-    assert {choice for action in actions if action.dest == "info" for choice in action.choices or ()} == {*INFO}
-    words = ["nodes=1", "-m", "--config-dir=x", "seed=2", "-i", "defaults", "all"]
-    assert split_flags(words) == (["-m", "--config-dir", "x", "-i", "defaults"], ["nodes=1", "seed=2", "all"])
-
-
-def test_a_shell_completes_the_keys_of_the_workload_in_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMP_LINE", "gpt-launch workload=script script.st")
-    assert "script" in {field.name for field in dataclasses.fields(prepare(["-sc", "query=bash"])[1])}
-    monkeypatch.setenv("COMP_LINE", "gpt-launch workload=script")
-    assert "model" in {field.name for field in dataclasses.fields(prepare(["-sc", "query=bash"])[1])}
-    assert "model" in {field.name for field in dataclasses.fields(prepare(["nodes=1"])[1])}, "no line is completed"
+def test_flags_stand_anywhere() -> None:
+    words = ["nodes=1", "--config-dir=x", "seed=2", "-i", "defaults", "all=1"]
+    flags, given = split_flags(words)
+    assert flags == ["--config-dir=x", "-i", "defaults"] and given.overrides == ["nodes=1", "seed=2", "all=1"]
+    assert split_flags(["nodes=1,2", "-m"])[0] == ["-m"]
+    assert prepare(["-sc", "query=bash"]) == ["-sc", "query=bash"], "no override of a run"
 
 
 # The folder of a point follows from what was typed, and from nothing else.

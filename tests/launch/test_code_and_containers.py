@@ -23,8 +23,6 @@ from launch.errors import ConfigError
 from launch.plan import placement as container
 from launch.plan.placement import agent_words, copy_code
 from launch.plan.plan import make_plan
-from launch.plan.preflight import add_warnings, plan_text
-from launch.runs.compose import write_config
 from launch.runs.environment import PACKAGES, changes, code_state, describe_code
 from launch.runs.events import select_events
 from launch.runs.files import write_json
@@ -92,23 +90,6 @@ def test_a_copy_has_the_same_files_and_commit(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["copy"], "nothing half-made is left"
 
 
-def test_the_plan_warns_about_changed_code_or_refuses_it(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    code = describe_code()
-    old = {
-        "code": {**code, "files": {**code["files"], "gpt/parallel/engine.py": "other"}},
-        "git": {"commit": "a" * 40},
-    }
-    words = [f"run_dir={folder.path}", *TINY]
-    write_config(folder, compose_launch(words), words)
-    folder.create_attempt()
-    write_json(folder.environment(1), old)
-    text = plan_text(add_warnings(plan(*words), config_of(*words)))
-    assert "warning     changed since attempt 1: gpt/parallel/engine.py changed (commit aaaaaaaaaaaa -> " in text
-    with pytest.raises(ConfigError, match=r"git checkout aaaaaaaaaaaa, require_same_code=false"):
-        add_warnings(plan(*words), config_of(*words, "require_same_code=true"))
-
-
 def test_changed_code_gives_a_warning_or_a_refusal(checkout: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     words = [*TINY, "optim.max_steps=2", "eval.interval=0", f"run_dir={folder.path}"]
@@ -123,8 +104,9 @@ def test_changed_code_gives_a_warning_or_a_refusal(checkout: Path, tmp_path: Pat
     changed = select_events(folder.read_events(), "code_changed")
     assert [(e["attempt"], e["since"], e["cause"]) for e in changed] == [(2, 1, "gpt/parallel/engine.py changed")]
     edit(checkout, "# and again\n")
+    write_json(folder.environment(2), {**environment(folder, 2), "git": {"commit": "a" * 40}})
     text = run("launch", *words, "require_same_code=true", status=2, **there)
-    assert "since attempt 2 of" in text and "require_same_code=false to go on with what has changed" in text
+    assert "since attempt 2 of" in text and "git checkout aaaaaaaaaaaa, require_same_code=false to go on with" in text
     assert folder.attempts() == [1, 2]
     text = run("gpt.train", *words, "require_same_code=true", status=2, **there)  # torchrun's road has no login node
     assert "gpt/parallel/engine.py changed" in text
@@ -234,19 +216,16 @@ def test_apptainer_runs_the_agent(tmp_path: Path) -> None:
     assert done.returncode == 2 and f"found: no {tmp_path / 'none'}" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "found"),
-    [
+def test_incomplete_container_settings_are_refused() -> None:
+    for words, found in (
         (["cluster.container=x.sif"], "container_runtime=null"),
         (["cluster.container_runtime=pyxis"], "container=null"),
         (in_container("pyxis", 'cluster.container_mounts=["data"]'), "'data'"),
         (in_container("pyxis", 'cluster.container_mounts=["/a,b"]'), "'/a,b'"),
         (in_container("pyxis", 'cluster.container_mounts=["/a:/b:exec"]'), "'/a:/b:exec'"),
-    ],
-)
-def test_incomplete_container_settings_are_refused(words: list[str], found: str) -> None:
-    with pytest.raises(ConfigError, match=found):
-        plan(*words)
+    ):
+        with pytest.raises(ConfigError, match=found):
+            plan(*words)
 
 
 def test_a_container_of_agents_on_this_machine_is_refused() -> None:

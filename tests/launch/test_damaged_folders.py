@@ -51,7 +51,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "garbage": lambda path: path.write_bytes(bytes(range(256))),
     "another value": lambda path: path.write_text("[1, {}]\n"),
     "missing": lambda path: path.unlink(),
-    "directory": lambda path: (path.unlink(), path.mkdir()),
 }
 
 

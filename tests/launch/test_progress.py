@@ -62,7 +62,6 @@ def test_printed_fields_are_those_of_the_records(folder: RunFolder) -> None:
     colored = "\x1b[32mstep 1,024: loss 1.5e-3, 125.5 ms\x1b[0m"
     say(folder, f"hello\nstep 1: loss 2.5, 250 ms\n{colored}\nstep 1025: loss nan, 1 ms\n")
     watched.poll()
-    assert watched.matched
     assert known(folder, "step", "attempt", "step_time_s")[:2] == [(1, 1, 0.25), (1024, 1, 0.1255)]
     losses = [record["loss"] for record in read_records(folder.metrics(0))]
     assert losses[:2] == [2.5, 0.0015] and losses[2] != losses[2]
@@ -71,21 +70,14 @@ def test_printed_fields_are_those_of_the_records(folder: RunFolder) -> None:
     assert names(folder) == []
 
 
-def test_half_a_line_waits_for_its_end(folder: RunFolder) -> None:
+def test_half_a_line_waits_for_its_end_which_may_be_a_carriage_return(folder: RunFolder) -> None:
     watched = watch(folder)
-    for text, steps in (("step 1: lo", 0), ("ss 2.5\nstep 2: loss 2.", 1), ("25", 1), ("\n", 2), ("step 3: loss 9", 2)):
+    for text, steps in (("step 1: lo", 0), ("ss 2.5\rstep 2: loss 2.", 1), ("25", 1), ("\n", 2), ("step 3: loss 9", 2)):
         say(folder, text)
         watched.poll()
         assert len(known(folder, "step")) == steps
     watched.close()
     assert known(folder, "step", "loss") == [(1, 2.5), (2, 2.25)]
-
-
-def test_a_progress_bar_ends_its_lines_by_a_carriage_return(folder: RunFolder) -> None:
-    watched = watch(folder, r"(?P<step>\d+)/100 .*loss=(?P<loss>[\d.]+)")
-    say(folder, "\r  1%| 1/100 [00:01, loss=3.0]\r  2%| 2/100 [00:01, loss=2.0]")
-    watched.poll()
-    assert known(folder, "step", "loss") == [(1, 3.0)]
 
 
 def test_times_between_lines_are_spread_over_their_steps(folder: RunFolder) -> None:
@@ -127,7 +119,7 @@ def test_a_pattern_that_never_matches_is_said_at_the_end(folder: RunFolder) -> N
     watched = watch(folder, "iter (?P<step>[0-9]+)", (0, 1))
     say(folder, "step 1\n")
     watched.poll()
-    assert not watched.matched and names(folder) == []
+    assert names(folder) == []
     watched.close()
     [event] = folder.read_events()
     assert (event["event"], event["attempt"]) == ("progress_not_matched", 1)
@@ -157,26 +149,16 @@ def test_a_pattern_that_would_take_years_is_given_up(folder: RunFolder) -> None:
     # In the main thread of a process, as in an agent: only there do signals interrupt.
     subprocess.run([sys.executable, "-c", code, str(folder.path)], check=True, timeout=60)
     assert names(folder)[0] == "progress_too_slow" and not folder.metrics(0).exists()
-    assert folder.read_events()[0]["line"].startswith("1 aaaa")
 
 
-def test_of_a_long_line_the_beginning_is_searched(folder: RunFolder) -> None:
+def test_a_look_is_bounded_and_of_a_long_line_the_beginning_is_searched(folder: RunFolder) -> None:
     watched = watch(folder)
-    for step in (1, 2):
-        say(folder, f"step {step}: loss 2 {'x' * 500_000}\n{'x' * 500_000} step 9: loss 1\n")
-    for _ in range(12):
-        watched.poll()
-    assert known(folder, "step") == [(1,), (2,)]
-
-
-def test_a_look_is_bounded_and_the_end_reads_the_rest(folder: RunFolder) -> None:
-    watched = watch(folder)
-    lines = [f"step {step}: loss 2, 1 ms {'.' * 80}\n" for step in range(1, 10_001)]
-    say(folder, "".join(lines))
+    say(folder, f"step 1: loss 2 {'x' * 500_000}\n{'x' * 500_000} step 9: loss 1\n")
+    say(folder, "".join(f"step {step}: loss 2, 1 ms {'.' * 80}\n" for step in range(10, 10_001)))
     watched.poll()
-    assert 0 < len(known(folder, "step")) < 3_000
+    assert known(folder, "step") == []
     watched.close()
-    assert len(known(folder, "step")) == 10_000
+    assert known(folder, "step") == [(1,), *((step,) for step in range(10, 10_001))]
 
 
 def curve(folder: RunFolder, tag: str) -> list[tuple[int, float]]:
@@ -211,11 +193,3 @@ def test_curves_of_a_rank_that_records_by_itself(folder: RunFolder) -> None:
         "train/loss",
     ]
     assert names(folder) == []
-
-
-def test_the_pattern_is_checked_without_torch_and_tensorboard() -> None:
-    code = (
-        "import sys; from launch.runs.progress import check_pattern; check_pattern('(?P<step>.)')\n"
-        "assert not {'torch', 'tensorboard'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

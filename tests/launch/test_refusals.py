@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,21 +15,13 @@ from gpt.config import OptimConfig, TrainConfig
 from gpt.config.train import NOT_IN_POINT, RESUMABLE, compose_train
 from gpt.topology import split_batch
 from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch, schema_of, target_of, typed_config
+from launch.config.compose import compose_launch, typed_config
 from launch.errors import ConfigError
 from launch.plan.plan import make_plan
 from launch.runs import compose
 from launch.runs.compose import RunConfig, choose_folder, refuse_other_run, to_schema
-from launch.runs.overrides import ELSEWHERE, LAUNCHER_KEYS, typed_key
-from launch.schema import schema_keys
-from tests.support.commands import environment, run
-
-
-def replace_typed(overrides: Sequence[str], words: Sequence[str]) -> list[str]:
-    """Return overrides with others in place of those of the same keys."""
-    keys = {typed_key(word) for word in words}
-    return [*(override for override in overrides if typed_key(override) not in keys), *words]
-
+from launch.runs.overrides import LAUNCHER_KEYS
+from tests.support.commands import ROOT, environment, run
 
 REFUSED = [
     (["model.n_layr=3"], "unknown key model.n_layr", "model.n_layer=3"),
@@ -73,27 +64,24 @@ REFUSED = [
     (["~model"], "~model, which takes it away", "the same without ~model"),
     (["resilience.max_restart.hung=1"], "unknown key resilience.max_restart", "resilience.max_restarts.hung=1"),
     (["nodes==2"], "nodes==2, which cannot be read", "nodes=NUMBER"),
-    (["gpus=8"], "unknown key gpus", "cluster.gpus_per_node=8"),
     (["cluster.gpu=NVIDIA H100"], "unknown key cluster.gpu", "'cluster.gpu_name=NVIDIA H100'"),
     (["workload=script", "script.path=x.py", "batch_size=4"], "unknown key batch_size", "script.options.batch_size=4"),
-    (["batch_size=4"], "unknown key batch_size", "optim.global_batch=4"),
-    (["bf16=true"], "unknown key bf16", "precision=bf16"),
-    (["cluster.time=1:30:00"], "unknown key cluster.time", "cluster.timeout_min=MINUTES"),
+    (["cluster.time=1:30:00"], "unknown key cluster.time", "cluster.timeout_min=NUMBER"),
     (["checkpoint.keep_last=null"], "checkpoint.keep_last=null", "checkpoint.keep_last=NUMBER"),
     (["cluster.placement=[{partition gpu}]"], "cannot be read", "cluster.placement='[{partition: VALUE}]'"),
+    (["placement=[{partition gpu}]"], "unknown key placement", "cluster.placement='[{partition: VALUE}]'"),
     (
         ["cluster.placement=[{partitio: a}]"],
         "cluster.placement=[{partitio: a}]",
         "cluster.placement='[{partition: VALUE}]'",
     ),
     (["nodes", "=", "2"], "nodes = 2", "nodes=2"),
-    (["optim.foo.bar=1"], "unknown key optim.foo", "the same without optim.foo.bar=1"),
     (["nodes=2,3"], "nodes=2,3, several values", "python -m launch -m nodes=2,3"),
     (["launch=3"], "launch=3", "launch.check_limits=VALUE"),
     (["cluster.exclude=n[3-4]"], "cluster.exclude=n[3-4], which cannot be read", "'cluster.exclude=\"n[3-4]\"'"),
     (["cluster.setup=[a b,c=d]"], "which cannot be read", """'cluster.setup=["a b","c=d"]'"""),
     (["nodes=0"], "nodes=0", "nodes=1"),
-    (["model@x=gpt2_124m"], "model@x=gpt2_124m", "model=gpt2_124m"),
+    (["model@x=gpt2_124m"], "unknown key model@x", "model=gpt2_124m"),
     (
         ["nodes=3"],
         "nodes=3 x 1 ranks = 3 ranks, but optim.global_batch=16 is not a multiple of 3",
@@ -117,13 +105,11 @@ REFUSED = [
     ),
     (["name='a\nrm -rf b'"], r"name='a\nrm -rf b'", "name='a_rm -rf b'"),
     (["name=../../escape"], "name='../../escape'", "name=escape"),
-    (["name=a%jb"], "name='a%jb'", "name=a_jb"),
     (["name='--wrap'"], "name='--wrap'", "name=wrap"),
     (["name='a\\b'"], r"name='a\\b'", "name=a_b"),
     (["name=.."], "name='..'", "name=run"),
     (["output_dir=/proc/x"], "cannot be created in /proc", "output_dir=FOLDER"),
     (["output_dir='o%A'"], "'%' in the run's path", "output_dir=FOLDER"),
-    (["run_dir='o\tut'"], r"'\t' in the run's path", "run_dir=FOLDER"),
     (["cluster.account='a\nrm -rf b'"], r"cluster.account='a\nrm -rf b'", "cluster.account='a rm -rf b'"),
     (["copy_code=true", "output_dir='a:b'"], "with a : in it", "output_dir=FOLDER without :"),
     (["cluster.timeout_min=1", "cluster.signal_delay_s=90"], "cluster.signal_delay_s=90", "cluster.signal_delay_s=0"),
@@ -140,18 +126,12 @@ def test_refused_in_three_parts(words: list[str], found: str, fix: str) -> None:
     assert fix in refusal.value.fix
 
 
-def test_every_name_of_another_tool_leads_to_a_key_and_is_none_itself() -> None:
-    keys = set(schema_keys(schema_of(target_of([]))))
-    assert {ours.partition("=")[0] for ours in ELSEWHERE.values()} <= keys
-    assert not ELSEWHERE.keys() & {key.rpartition(".")[2] for key in keys}
-
-
 @pytest.mark.parametrize(
     ("group", "text", "found"),
     [
-        ("cluster", "kind: [local\ntimeout_min: 3\n", "/cluster/mine.yaml, line 2, which is no YAML"),
-        ("cluster", "defaults: [local]\ngpus_per_node: four\n", "cluster.gpus_per_node=four in cluster/mine.yaml"),
-        ("workload", "workload: [\n", "/workload/mine.yaml, line 2, which is no YAML"),
+        ("cluster", "kind: [local\ntimeout_min: 3\n", '/cluster/mine.yaml", line 2'),
+        ("cluster", "defaults: [local]\ngpus_per_node: four\n", "full_key: cluster.gpus_per_node"),
+        ("workload", "workload: [\n", '/workload/mine.yaml", line 2'),
         ("workload", "nodes: 2\n", "/workload/mine.yaml without workload._target_"),
     ],
 )
@@ -168,23 +148,16 @@ def test_several_experiments_compose() -> None:
     assert composed.optim.weak_scaling and composed.data == compose_launch(["experiment=synthetic"]).data
 
 
-def test_the_advice_of_one_point_suits_every_point_of_its_sweep(tmp_path: Path) -> None:
-    words = ["-m", "nodes=2,3,5", "optim.global_batch=8", "cluster=local", "device=cpu", "dry_run=true"]
-    text = run("launch", *words, cwd=tmp_path, status=2)
-    assert "nodes=3 x 1 ranks = 3 ranks, but optim.global_batch=8" in text
-    assert "type next: optim.global_batch=30, or" in text
-    run("launch", *replace_typed(words, ["optim.global_batch=30"]), cwd=tmp_path)
-
-
-def test_the_command_refuses_with_status_2_and_writes_nothing(tmp_path: Path) -> None:
-    text = run("launch", "-m", "nodes=2,3", cwd=tmp_path, status=2)
+def test_a_sweep_is_refused_with_status_2_and_advice_for_all_its_points(tmp_path: Path) -> None:
+    words = ["-m", "nodes=2,3,5", "cluster=local", "device=cpu", "dry_run=true"]
+    text = run("launch", *words, "optim.global_batch=8", cwd=tmp_path, status=2)
     assert text.splitlines()[-3:] == [
-        "found: nodes=3 x 1 ranks = 3 ranks, but optim.global_batch=16 is not a multiple of 3",
+        "found: nodes=3 x 1 ranks = 3 ranks, but optim.global_batch=8 is not a multiple of 3",
         "expected: the same number of sequences for every rank of every point",
-        "type next: optim.global_batch=18, or 2 ranks in all",
+        "type next: optim.global_batch=30, or 2 ranks in all",
     ]
-    assert "Traceback" not in text
-    assert list(tmp_path.iterdir()) == []
+    assert "Traceback" not in text and list(tmp_path.iterdir()) == []
+    run("launch", *words, "optim.global_batch=30", cwd=tmp_path)
 
 
 REFUSES = """#!/bin/sh
@@ -220,29 +193,33 @@ def test_points_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
 
 
 LOADS_NO_TORCH = """
-import runpy, sys
-sys.argv = ["launch", *sys.argv[1:]]
-try:
-    runpy.run_module("launch", run_name="__main__", alter_sys=True)
-except SystemExit as end:
-    print("status", end.code)
-print("torch loaded:", "torch" in sys.modules, "deepspeed" in sys.modules, "matplotlib" in sys.modules)
+import os, sys
+import launch.__main__
+for line in sys.argv[1:]:
+    if os.fork() == 0:
+        sys.argv[1:] = line.split()
+        try:
+            launch.__main__.main()
+        except SystemExit:
+            pass
+        print("loaded:", {"torch", "deepspeed", "matplotlib", "tensorboard"} & {*sys.modules}, flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["-m", "nodes=1,2", "parallel=auto", "dry_run=true"], ["nodes=3"]], ids=" ".join
-)
-def test_help_dry_run_and_refusal_load_no_torch(words: list[str], tmp_path: Path) -> None:
+def test_help_dry_run_and_refusal_load_no_torch(tmp_path: Path) -> None:
+    script = f"workload=script script.path={ROOT}/examples/plain_ddp.py script.progress=(?P<step>.) dry_run=true"
+    lines = ("--help", "-m nodes=1,2 parallel=auto dry_run=true", "nodes=3", script)
     done = subprocess.run(
-        [sys.executable, "-c", LOADS_NO_TORCH, *words],
+        [sys.executable, "-c", LOADS_NO_TORCH, *lines],
         cwd=tmp_path,
         env=environment(),
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert "torch loaded: False False False" in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("loaded: set()") == len(lines), done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from launch import logs, status
 from launch.agent.node import start_time
 from launch.errors import ConfigError
-from launch.logs import main as logs
 from launch.runs.files import append_json_lines
 from launch.runs.find import find_runs, suggestion
 from launch.runs.folder import RunFolder
@@ -28,7 +28,7 @@ from tests.launch.test_failures import LONG, start_long_run
 from tests.support.commands import descendants, ranks_of, run, start_fork, wait_for
 
 
-def status(*paths: Path, cwd: Path) -> list[dict[str, Any]]:
+def states(*paths: Path, cwd: Path) -> list[dict[str, Any]]:
     """Output of ``launch.status --json``."""
     told = json.loads(run("launch.status", "--json", *map(str, paths), cwd=cwd))
     assert isinstance(told, list)
@@ -41,7 +41,7 @@ def names(folder: RunFolder) -> list[str]:
 
 def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> None:
     process, folder, _ = start_long_run(tmp_path, begin=start_fork)
-    (seen,) = status(folder.path, cwd=tmp_path)
+    (seen,) = states(folder.path, cwd=tmp_path)
     assert [seen[k] for k in ("state", "nodes", "attempt", "max_steps")] == ["running", 2, 1, 100000]
     assert seen["step"] > 0 and seen["tokens_per_s"] > 0 and seen["eta_s"] > 0 and "failure" not in seen
     assert "running" in run("launch.status", str(folder.path), cwd=tmp_path)
@@ -56,7 +56,7 @@ def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> No
     told = names(folder)
     assert told.count("cancelled") == 1 and told.index("cancelled") < told.index("signalled")
     assert told[-5:] == ["saved", "stopped", "attempt_ended", "decided", "agent_ended"] and told.count("stopped") == 1
-    assert [r["state"] for r in status(folder.path, cwd=tmp_path)] == ["cancelled"]
+    assert [r["state"] for r in states(folder.path, cwd=tmp_path)] == ["cancelled"]
     assert "nothing to cancel, cancelled" in run("launch.cancel", str(folder.path), cwd=tmp_path)
     assert "nothing waits any more" in run("launch.move", str(folder.path), cwd=tmp_path)
 
@@ -93,16 +93,14 @@ def test_a_run_that_makes_no_steps_is_said_to_before_its_agents_are_sure(
 
 
 def test_the_waiting_command_has_news_of_restarts_failed_saves_and_damage(tmp_path: Path) -> None:
-    point = RunStatus(RunFolder(tmp_path), state="running")
-    for event in (
+    event_log: list[dict[str, Any]] = [
         {"event": "submitted", "cluster": "local", "job_id": "7"},
         {"event": "save_failed", "attempt": 1, "step": 5, "cause": "No space left on device"},
         {"event": "decided", "attempt": 1, "action": "restart", "cause": "crashed", "reason": "crashed once"},
         {"event": "checkpoint_set_aside", "attempt": 2, "step": 4, "cause": "step_4 has a wrong checksum"},
         {"event": "code_changed", "attempt": 2, "since": 1, "cause": "train.py"},
-    ):
-        point.folder.record_event(**event)
-    assert list(news(point)) == [
+    ]
+    assert list(news(RunStatus(written(tmp_path, event_log), state="running"))) == [
         "the checkpoint of step 5 could not be written: No space left on device",
         "attempt 1 ended (crashed), restart in place: crashed once",
         "attempt 2: changed since attempt 1: train.py",
@@ -114,7 +112,7 @@ def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path
     words = ["-m", "seed=1,2", *LONG, "name=s"]
     process = start_fork("launch", *words, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: list(tmp_path.glob("outputs/s/*/metrics/rank_00000.jsonl")), "the first step")
-    told = {r["state"]: RunFolder(r["run_dir"]) for r in status(cwd=tmp_path)}
+    told = {r["state"]: RunFolder(r["run_dir"]) for r in states(cwd=tmp_path)}
     assert sorted(told) == ["pending", "running"]
     for pid in ranks_of(descendants(process.pid)).values():
         os.kill(pid, signal.SIGSTOP)  # ranks that cannot save
@@ -124,25 +122,23 @@ def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path
     ran = names(told["running"])
     assert "saved" not in ran[ran.index("cancelled") :]
     assert names(told["pending"]) == ["cancelled"]
-    assert [r["state"] for r in status(cwd=tmp_path)] == ["cancelled", "cancelled"]
+    assert [r["state"] for r in states(cwd=tmp_path)] == ["cancelled", "cancelled"]
 
 
-REFUSED = [
-    (["launch.status"], "found: no folder outputs"),
-    (["launch.logs", "empty"], "found: no run in empty"),
-    (["launch.logs", "two"], "type next: python -m launch.logs"),
-    (["launch", "cluster=local", "launch.detach=true"], "found: launch.detach=true with agents on this machine"),
-]
-
-
-@pytest.mark.parametrize(("words", "said"), REFUSED, ids=[" ".join(words) for words, _ in REFUSED])
-def test_refused_in_words(words: list[str], said: str, tmp_path: Path) -> None:
-    for folder in ("empty", "two/a", "two/b"):
-        (tmp_path / folder).mkdir(parents=True)
+def test_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
     for point in ("a", "b"):
         RunFolder(tmp_path / "two" / point).create_attempt()
-    text = run(words[0], *words[1:], cwd=tmp_path, status=2)
-    assert said in text and "Traceback" not in text
+    for command, words, said in (
+        (status.main, [], "found: no folder outputs"),
+        (logs.main, ["empty"], "found: no run in empty"),
+        (logs.main, ["two"], "type next: python -m launch.logs"),
+    ):
+        assert command(words) == 2
+        assert said in capsys.readouterr().err
+    detached = run("launch", "cluster=local", "launch.detach=true", cwd=tmp_path, status=2)
+    assert "found: launch.detach=true with agents on this machine" in detached
     assert not (tmp_path / "outputs").exists()
 
 
@@ -176,88 +172,86 @@ def test_a_log_that_an_attempt_does_not_have_is_refused_followed_or_not(
     path = str(folder.path)
     for args, found, fix in (
         (("--rank", "7"), "--rank 7 of a run with 4 ranks\nexpected: 0 to 3\n", "--rank 3"),
-        (("--rank", "3", "--attempt", "2"), "--rank 3 of attempt 2 with 2 ranks", "--rank 1 --attempt 2"),
+        (("--rank", "3", "--attempt", "2"), "no log of rank 3", "--rank 3 --attempt 1"),
         (("--rank", "3", "--attempt", "9"), "no log of rank 3", "--rank 3 --attempt 1"),
         (("--rank", "0"), "no log of rank 0", f"launch.status {path}"),
     ):
         for more in ((), ("-f",)):
-            assert logs([path, *args, *more]) == 2
+            assert logs.main([path, *args, *more]) == 2
             told = capfd.readouterr().err
             assert f"found: {found}" in told and told.rstrip().endswith(fix), told
-    assert logs([path, "--rank", "3"]) == 0 and "hello of attempt 1" in capfd.readouterr().out
+    assert logs.main([path, "--rank", "3"]) == 0 and "hello of attempt 1" in capfd.readouterr().out
 
 
-START: list[dict[str, Any]] = [
-    {"event": "submitted", "cluster": "slurm", "job_id": "7"},
-    {"event": "started", "attempt": 1},
-]
+def written(path: Path, event_log: list[dict[str, Any]]) -> RunFolder:
+    """The run folder of an event log."""
+    folder = RunFolder(path)
+    for event in event_log:
+        folder.record_event(**event)
+    return folder
+
+
+Log = list[dict[str, Any]]
+SUBMITTED: dict[str, Any] = {"event": "submitted", "cluster": "slurm", "job_id": "7"}
+STARTED, FINISHED, STOPPED = ({"event": name, "attempt": 1} for name in ("started", "finished", "stopped"))
+AGAIN, FINISHED_AGAIN = ({"event": name, "attempt": 2} for name in ("started", "finished"))
 FAILURE: dict[str, Any] = {"event": "rank_failed", "attempt": 1, "rank": 0, "cause": "x", "log": "y"}
 CANCEL: dict[str, Any] = {"event": "cancelled", "job_id": "7"}
-EVENT_LOGS: list[tuple[list[dict[str, Any]], str]] = [
-    ([*START, {"event": "finished", "attempt": 1}], "finished"),
-    ([*START, FAILURE], "failed"),
-    ([*START], "failed"),
-    ([*START, {"event": "stopped", "attempt": 1}], "stopped"),
-    ([*START, CANCEL, {"event": "stopped", "attempt": 1}], "cancelled"),
-    ([*START, CANCEL, FAILURE], "cancelled"),
-    ([*START, FAILURE, CANCEL], "failed"),
-    ([*START, CANCEL, {"event": "finished", "attempt": 1}], "finished"),
-    ([START[0], CANCEL], "cancelled"),
-    ([*START, FAILURE, {"event": "started", "attempt": 2}, {"event": "finished", "attempt": 2}], "finished"),
-    ([*START, CANCEL, {"event": "stopped", "attempt": 1}, START[0], {"event": "finished", "attempt": 2}], "finished"),
-]
+START = [SUBMITTED, STARTED]
+OUTCOMES: dict[str, list[Log]] = {
+    "finished": [
+        [*START, FINISHED],
+        [*START, CANCEL, FINISHED],
+        [*START, FAILURE, AGAIN, FINISHED_AGAIN],
+        [*START, CANCEL, STOPPED, SUBMITTED, FINISHED_AGAIN],
+    ],
+    "failed": [START, [*START, FAILURE], [*START, FAILURE, CANCEL]],
+    "stopped": [[*START, STOPPED]],
+    "cancelled": [[SUBMITTED, CANCEL], [*START, CANCEL, STOPPED], [*START, CANCEL, FAILURE]],
+}
+"""Outcome of a run -> event logs that tell it."""
 
 
-@pytest.mark.parametrize(
-    ("event_log", "state"), EVENT_LOGS, ids=[" ".join(e["event"] for e in x) for x, _ in EVENT_LOGS]
-)
-def test_the_event_log_decides_where_the_queue_has_forgotten_the_job(
-    event_log: list[dict[str, Any]], state: str, tmp_path: Path
-) -> None:
-    folder = RunFolder(tmp_path)
-    for event in event_log:
-        folder.record_event(**event)
-    point = find_run_status(folder)
-    assert isinstance(point.job, SlurmJob)
-    assert point.job.status({}).phase == "over"
-    assert outcome(point.events()) == state
+@pytest.mark.parametrize("state", OUTCOMES)
+def test_the_event_log_decides_where_the_queue_has_forgotten_the_job(state: str, tmp_path: Path) -> None:
+    for number, event_log in enumerate(OUTCOMES[state]):
+        point = find_run_status(written(tmp_path / str(number), event_log))
+        assert isinstance(point.job, SlurmJob)
+        assert point.job.status({}).phase == "over"
+        assert outcome(point.events()) == state, event_log
 
 
-AGENT: list[dict[str, Any]] = [
-    {"event": "submitted", "cluster": "slurm", "job_id": "7"},
-    {"event": "agent_started", "job": "7.0", "nodes": 1, "allocated_at": 1.0},
-    {"event": "started", "attempt": 1},
-]
+AGENT = [SUBMITTED, {"event": "agent_started", "job": "7.0", "nodes": 1, "allocated_at": 1.0}, STARTED]
 LEFT: dict[str, Any] = {"event": "agent_ended", "job": "7.0", "ended_at": 2.0}
-
-
-def decided(action: str, cause: str = "crashed") -> dict[str, Any]:
-    return {"event": "decided", "attempt": 1, "action": action, "cause": cause, "reason": "why"}
-
-
-ENDS: list[tuple[list[dict[str, Any]], bool]] = [
-    ([*AGENT, {"event": "finished", "attempt": 1}, decided("stop", "finished"), LEFT], True),
-    ([*AGENT, FAILURE, decided("stop"), LEFT], True),
-    ([*AGENT, FAILURE, {"event": "requeue_failed", "cause": "no queue"}, LEFT], True),
-    ([*AGENT, {"event": "finished", "attempt": 1}, decided("stop", "finished")], False),
-    ([*AGENT, FAILURE, decided("requeue"), LEFT], False),
-    ([*AGENT, FAILURE, decided("stop"), LEFT, {"event": "submitted", "cluster": "slurm", "job_id": "8"}], False),
-    ([*AGENT, FAILURE, decided("restart"), {"event": "started", "attempt": 2}, LEFT], False),
-    ([*AGENT, decided("stop"), {**LEFT, "cause": "killed"}], False),
+DONE, GIVEN_UP, RESTART, REQUEUE = (
+    {"event": "decided", "attempt": 1, "action": action, "cause": cause, "reason": "why"}
+    for action, cause in (("stop", "finished"), ("stop", "crashed"), ("restart", "crashed"), ("requeue", "crashed"))
+)
+ENDED: list[Log] = [
+    [*AGENT, FINISHED, DONE, LEFT],
+    [*AGENT, FAILURE, GIVEN_UP, LEFT],
+    [*AGENT, FAILURE, {"event": "requeue_failed", "cause": "no queue"}, LEFT],
+]
+OPEN: list[Log] = [
+    [*AGENT, FINISHED, DONE],
+    [*AGENT, FAILURE, REQUEUE, LEFT],
+    [*AGENT, FAILURE, GIVEN_UP, LEFT, {**SUBMITTED, "job_id": "8"}],
+    [*AGENT, FAILURE, RESTART, AGAIN, LEFT],
+    [*AGENT, GIVEN_UP, {**LEFT, "cause": "killed"}],
 ]
 
 
-@pytest.mark.parametrize(("event_log", "ended"), ENDS, ids=["-".join(e["event"] for e in x) for x, _ in ENDS])
 def test_slurm_is_not_asked_about_runs_whose_event_log_tells_their_end(
-    event_log: list[dict[str, Any]], ended: bool, tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = RunFolder(tmp_path / "run")
-    (folder.path / "attempts").mkdir(parents=True)
-    for event in event_log:
-        folder.record_event(**event)
     # Where no command of Slurm is found, a question is answered with a problem, and the status is 1.
-    text = run("launch.status", str(folder.path), cwd=tmp_path, status=0 if ended else 1, PATH=str(tmp_path))
-    assert ("states of Slurm jobs are what their event logs say" in text) is not ended
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for number, event_log in enumerate([*ENDED, *OPEN]):
+        folder = written(tmp_path / str(number), event_log)
+        folder.create_attempt()
+        ended = event_log in ENDED
+        assert status.main([str(folder.path)]) == (0 if ended else 1), event_log
+        assert ("states of Slurm jobs are what their event logs say" in capsys.readouterr().err) is not ended
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from gpt.checkpoint.target import checkpoint_at
+from launch.config.compose import compose_launch
+from launch.runs.compose import write_config
+from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run
 
 STEPS = (2, 4)
@@ -89,7 +92,10 @@ def test_whatever_is_done_to_any_file_is_seen(copied: Path, harm: Callable[[Path
         assert found is not None
         assert bool(found) != same and (same or name in " ".join(found)), name
         (newest / name).write_bytes(original)
-    assert checkpoint_at(newest).find_damage(lambda size: None) == ()
+    sound = checkpoint_at(newest)
+    assert sound.find_damage(lambda size: None) == ()
+    shutil.rmtree(newest)
+    assert sound.find_damage(lambda size: None) is None, "deleted meanwhile, which is no damage"
 
 
 def test_two_files_of_ranks_exchanged_and_a_folder_under_another_name(copied: Path) -> None:
@@ -108,13 +114,9 @@ def test_two_files_of_ranks_exchanged_and_a_folder_under_another_name(copied: Pa
     assert "0 whole, 1 damaged; a new start would be refused" in text
 
 
-def test_a_checkpoint_that_is_deleted_meanwhile_is_no_damage(copied: Path) -> None:
-    newest = checkpoint_at(checkpoint(copied, STEPS[1]))
-    shutil.rmtree(newest.path)
-    assert newest.find_damage(lambda size: None) is None
-
-
 def test_a_program_of_its_own_is_not_judged(tmp_path: Path) -> None:
-    words = ["workload=script", "script.command=[echo,done]", "launch.report_files=[md]"]
-    run("launch", *words, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
-    assert "its checkpoints are its own program's" in run("launch.verify", str(tmp_path / "run"), cwd=tmp_path)
+    words = ["workload=script", "script.command=[echo,done]", f"run_dir={tmp_path / 'run'}"]
+    folder = RunFolder(tmp_path / "run")
+    write_config(folder, compose_launch(words), words)
+    folder.create_attempt()
+    assert "its checkpoints are its own program's" in run("launch.verify", "run", cwd=tmp_path)

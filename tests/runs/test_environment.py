@@ -109,9 +109,8 @@ def test_secrets_are_not_recorded() -> None:
     }
 
 
-@pytest.mark.parametrize(("hard", "reached"), [(4096, 4096), (-1, MOST_FILES), (2**31, MOST_FILES)])
-def test_the_soft_limit_goes_up_to_the_hard_one(hard: int, reached: int) -> None:
-    assert reachable_files(hard) == reached
+def test_the_soft_limit_goes_up_to_the_hard_one() -> None:
+    assert [reachable_files(hard) for hard in (4096, -1, 2**31)] == [4096, MOST_FILES, MOST_FILES]
 
 
 def test_sixteen_ranks_of_gloo_in_one_process_of_256_files(tmp_path: Path) -> None:
@@ -162,14 +161,13 @@ def test_ranks_have_the_defaults_and_the_record_tells_them(tmp_path: Path) -> No
 # Machine of a rank.
 
 
-H100 = "NVIDIA H100 80GB HBM3"
+H100, T4 = "NVIDIA H100 80GB HBM3", "NVIDIA T4"
 INFORMATION = """Model: \t\t {name}
 IRQ:   \t\t 64
 GPU UUID: \t {uuid}
 Video BIOS: \t 96.00.30.00.01
-Bus Location: \t 0000:{bus}:00.0
-Device Minor: \t {minor}
 """
+FOUR = ["GPU-00-aa", "GPU-11-aa", "GPU-22-aa", "GPU-33-aa"]
 
 
 def drivers(folder: Path, *names: str) -> Path:
@@ -177,48 +175,40 @@ def drivers(folder: Path, *names: str) -> Path:
     for index, name in enumerate(names):
         place = folder / f"0000:{index + 1:02x}:00.0"
         place.mkdir(parents=True)
-        text = INFORMATION.format(name=name, uuid=f"GPU-{index}{index}-aa", bus=f"{index + 1:02x}", minor=index)
-        (place / "information").write_text(text)
+        (place / "information").write_text(INFORMATION.format(name=name, uuid=f"GPU-{index}{index}-aa"))
     return folder
 
 
 @pytest.mark.parametrize(
-    ("environ", "indices", "uuids"),
+    ("models", "environ", "indices", "uuids"),
     [
-        ({}, ["0", "1", "2", "3"], ["GPU-00-aa", "GPU-11-aa", "GPU-22-aa", "GPU-33-aa"]),
-        ({"CUDA_VISIBLE_DEVICES": "2,3"}, ["2", "3"], ["GPU-22-aa", "GPU-33-aa"]),
-        ({"CUDA_VISIBLE_DEVICES": "3,-1,0"}, ["3"], ["GPU-33-aa"]),
-        ({"CUDA_VISIBLE_DEVICES": ""}, [], []),
-        ({"CUDA_VISIBLE_DEVICES": "GPU-22"}, ["2"], ["GPU-22-aa"]),
-        ({"CUDA_VISIBLE_DEVICES": "MIG-7-8"}, ["0"], ["MIG-7-8"]),
+        ([H100] * 4, {}, ["0", "1", "2", "3"], FOUR),
+        ([H100] * 4, {"CUDA_VISIBLE_DEVICES": "2,3"}, ["2", "3"], FOUR[2:]),
+        ([H100] * 4, {"CUDA_VISIBLE_DEVICES": "3,-1,0"}, ["3"], FOUR[3:]),
+        ([H100] * 4, {"CUDA_VISIBLE_DEVICES": ""}, [], []),
+        ([H100] * 4, {"CUDA_VISIBLE_DEVICES": "GPU-22"}, ["2"], [FOUR[2]]),
+        ([H100] * 4, {"CUDA_VISIBLE_DEVICES": "MIG-7-8"}, ["0"], ["MIG-7-8"]),
         # A cgroup may show two others of the four as 0 and 1.
-        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_JOB_ID": "5"}, ["0", "1"], [None, None]),
-        (
-            {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_JOB_ID": "5"},
-            ["0", "1", "2", "3"],
-            ["GPU-00-aa", "GPU-11-aa", "GPU-22-aa", "GPU-33-aa"],
-        ),
+        ([H100] * 4, {"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_JOB_ID": "5"}, ["0", "1"], [None, None]),
+        ([H100] * 4, {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_JOB_ID": "5"}, ["0", "1", "2", "3"], FOUR),
+        # CUDA puts the fastest first, which the driver's list does not know.
+        ([T4, H100], {"CUDA_VISIBLE_DEVICES": "0"}, ["0"], [None]),
+        ([T4, H100], {"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["0"], [FOUR[0]]),
     ],
 )
-def test_visible_gpus(tmp_path: Path, environ: dict[str, str], indices: list[str], uuids: list[str | None]) -> None:
-    found = machine.visible_gpus(drivers(tmp_path, *[H100] * 4), environ)
+def test_visible_gpus(
+    models: list[str], environ: dict[str, str], indices: list[str], uuids: list[str | None], tmp_path: Path
+) -> None:
+    found = machine.visible_gpus(drivers(tmp_path, *models), environ)
     assert [gpu.index for gpu in found] == indices
     assert [gpu.uuid for gpu in found] == uuids
-    assert {gpu.name for gpu in found} <= {H100}
+    names = {H100} if T4 not in models else {f"{H100} or {T4}"} if None in uuids else {T4}
+    assert {gpu.name for gpu in found} <= names
     certain = [gpu for gpu in found if (gpu.uuid or "").startswith("GPU-")]
     assert [gpu.bus for gpu in certain] == [f"0000:{int(gpu.index) + 1:02x}:00.0" for gpu in certain]
 
 
-def test_gpus_of_two_kinds_are_not_told_apart_by_number(tmp_path: Path) -> None:
-    """CUDA puts the fastest first, which the driver's list does not know."""
-    folder = drivers(tmp_path, "NVIDIA T4", H100)
-    [gpu] = machine.visible_gpus(folder, {"CUDA_VISIBLE_DEVICES": "0"})
-    assert (gpu.name, gpu.uuid) == (f"{H100} or NVIDIA T4", None)
-    [gpu] = machine.visible_gpus(folder, {"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
-    assert (gpu.name, gpu.uuid) == ("NVIDIA T4", "GPU-00-aa")
-
-
-def test_a_rank_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_on_a_cpu_and_one_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
     entry = machine.describe_rank(5, 1, 2, on_cpu=True)
     assert (entry["rank"], entry["local_rank"], entry["node"]) == (5, 1, 2)
@@ -228,7 +218,11 @@ def test_a_rank_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     # proc(5): the CPUs of the process as the kernel lists them.
     assert f"Cpus_allowed_list:\t{entry['cpus']}\n" in Path("/proc/self/status").read_text()
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert machine.describe_rank(5, 1, 2, on_cpu=True)["threads"] == entry["cores"]
+    gpus = machine.visible_gpus(drivers(tmp_path, H100, H100), {})
+    monkeypatch.setattr(machine, "visible_gpus", lambda: gpus)
+    found = machine.describe_rank(1, 1, 0)
+    assert (found["device"], found["device_name"], found["device_uuid"]) == ("cuda:1", H100, "11-aa")
+    assert found["threads"] == entry["cores"]
 
 
 @pytest.mark.parametrize(
@@ -236,10 +230,3 @@ def test_a_rank_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_cpus_are_listed_as_linux_lists_them(cpus: list[int], text: str) -> None:
     assert machine.describe_cpus(cpus) == {"cores": len(cpus), "cpus": text}
-
-
-def test_a_rank_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gpus = machine.visible_gpus(drivers(tmp_path, H100, H100), {})
-    monkeypatch.setattr(machine, "visible_gpus", lambda: gpus)
-    entry = machine.describe_rank(1, 1, 0)
-    assert (entry["device"], entry["device_name"], entry["device_uuid"]) == ("cuda:1", H100, "11-aa")

@@ -11,19 +11,13 @@ from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import ENVIRONMENT
 
 
-def fail(folder: RunFolder, rank: int, error: Exception) -> None:
-    """Let a rank fail."""
+def fail(folder: RunFolder, rank: int, error: Exception, elsewhere: bool = False) -> None:
+    """Let a rank fail, at one of two lines."""
     try:
+        if elsewhere:
+            raise error
         raise error
     except type(error) as raised:
-        record_failure(folder, 1, rank, raised, step=3)
-
-
-def fail_elsewhere(folder: RunFolder, rank: int) -> None:
-    """Let a rank fail at another line."""
-    try:
-        raise ValueError("bad sample")
-    except ValueError as raised:
         record_failure(folder, 1, rank, raised, step=3)
 
 
@@ -36,7 +30,7 @@ def test_a_node_writes_each_traceback_once(tmp_path: Path, monkeypatch: pytest.M
     fail(folder, 4, ConnectionError("[gloo/transport/tcp/pair.h:311] Connect timeout [none]"))  # one not yet talked to
     for rank in (5, 6):
         fail(folder, rank, ValueError(f"bad sample {rank}"))
-    fail_elsewhere(folder, 7)
+    fail(folder, 7, ValueError("bad sample"), elsewhere=True)
     events = folder.read_events()
     full = [e["rank"] for e in events if "Traceback (most recent call last)" in e["traceback"]]
     assert full == [0, 5, 7]
