@@ -129,7 +129,8 @@ def refuse_file_of_config(error: BaseException) -> ConfigError:
         return ConfigError(found, "config, the name of the launcher's own", "the same without --config-name")
     # The error names the file, and the key or the line in it.
     found = " ".join(str(error).split())
-    return ConfigError(found, "config files that Hydra can compose", "python -m launch --info defaults")
+    fix = "that file, corrected; python -m launch --info defaults lists the files of a run"
+    return ConfigError(found, "config files that Hydra can compose", fix)
 
 
 # From a composed document to a typed config, and to the files of a run folder.

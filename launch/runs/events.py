@@ -470,7 +470,7 @@ def refuse_alive(folder: RunFolder) -> None:
     known = read_json(folder.environment(attempt))
     here = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     for rank in known.get("ranks", ()):
-        if rank.get("machine") != here or not psutil.pid_exists(rank.get("pid", -1)):
+        if rank.get("machine") != here or not psutil.pid_exists(rank.get("pid") or -1):
             continue
         with suppress(psutil.NoSuchProcess):
             # A PID may be used again: the rank began before the record was written.

@@ -17,6 +17,7 @@ from gpt.config import TrainConfig
 from gpt.config.train import compose_train
 from gpt.training.run import parse_arguments
 from gpt.workload import GptWorkload
+from launch import status
 from launch.__main__ import COMMANDS, prepare, refuse_command, split_flags
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, not_in_point, typed_config
@@ -223,11 +224,11 @@ def test_keys_of_a_script_are_sent_to_the_launcher() -> None:
     assert refusal.value.fix == "python -m launch workload=script 'script.path=a b.py'"
 
 
-def test_options_may_stand_between_folders(tmp_path: Path) -> None:
+def test_options_may_stand_between_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         RunFolder(tmp_path / name).create_attempt()
-    said = run("launch.status", "a", "--json", "b", cwd=tmp_path)
-    assert [Path(row["run_dir"]).name for row in json.loads(said)] == ["a", "b"]
+    assert status.main([str(tmp_path / "a"), "--json", str(tmp_path / "b")]) == 0
+    assert [row["label"] for row in json.loads(capsys.readouterr().out)] == ["a", "b"]
 
 
 # Flags of the commands: those of Hydra that ``python -m launch`` takes, and what it says of others.
