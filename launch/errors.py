@@ -161,11 +161,6 @@ def counted(number: int, thing: str, things: str | None = None) -> str:
     return f"{number} {thing if number == 1 else things or f'{thing}s'}"
 
 
-def how_often(times: int) -> str:
-    """Return how often an event happened, as text: once, 2 times."""
-    return "once" if times == 1 else f"{times} times"
-
-
 def duration_text(seconds: float) -> str:
     """Return a time in seconds as text for people: 350 ms, 12.3 s, 4 min 05 s, 2 h 10 min."""
     if seconds < 99.95:

@@ -83,9 +83,9 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
 def sick_nodes(point: RunStatus) -> list[dict[str, Any]]:
     """Return ``host`` and ``cause`` of each sick node that the newest start left out, or that prevented it."""
     newest = max(point.attempts(), default=0)
-    found = [e for e in point.events() if e["event"] == "node_sick"]
-    now = [e for e in events_since_start(point.events()) if e in found]  # The start did not begin.
-    return [{"host": e["host"], "cause": e["cause"]} for e in now or found if e in now or e["attempt"] == newest]
+    now = events_since_start(point.events())  # The start did not begin.
+    found = [e for e in point.events() if e["event"] == "node_sick" and (e in now or e["attempt"] == newest)]
+    return [{"host": e["host"], "cause": e["cause"]} for e in found]
 
 
 def cells(known: dict[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.errors import ConfigError, counted, how_often
+from launch.errors import ConfigError, counted
 from launch.runs.files import make_numbered, read_json, read_json_lines, write_atomically
 from launch.runs.folder import RunFolder, writing_into
 from launch.runs.heartbeat import ENVIRONMENT as HEARTBEAT_DIR
@@ -146,7 +146,7 @@ def _failing_text(events: Events, what: str, *, failure: str, success: str) -> s
     if not failed:
         return None
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(failed[0]["time"]))
-    return f"{what} since {since} (tried {how_often(len(failed))}): {failed[-1]['cause']}"
+    return f"{what} since {since} (tried {counted(len(failed), 'time')}): {failed[-1]['cause']}"
 
 
 def skipped_text(events: Events) -> str | None:
@@ -156,7 +156,7 @@ def skipped_text(events: Events) -> str | None:
     for name, what, where in (("step_skipped", "steps skipped", "step"), ("rolled_back", "gone back", "to step")):
         found = select_events(events[began:], name)
         if found:
-            times, last = how_often(len(found)), found[-1]
+            times, last = counted(len(found), "time"), found[-1]
             told.append(f"{what} {times} in this attempt, last {where} {last['step']}: {last['cause']}")
     return "; ".join(told) or None
 

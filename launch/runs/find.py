@@ -8,13 +8,15 @@ import time
 from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from launch.errors import ConfigError, closest, counted
-from launch.runs.files import make_numbered, numbers_in, read_json, write_json
-from launch.runs.folder import RunFolder, damaged, read_mapping
+from launch.runs.files import make_numbered, numbers_in, write_atomically
+from launch.runs.folder import RunFolder, damaged
 from launch.runs.overrides import (
     NAME_LIMIT,
     NOT_IN_POINT,
@@ -102,13 +104,13 @@ CURRENT = "sweep.json"
 ARCHIVE = "sweeps"
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep: the points of one command. ``number`` is None if ``sweep.json`` was written by hand."""
+class Sweep(msgspec.Struct, frozen=True):
+    """A sweep: the points of one command, as ``sweep.json`` has it."""
 
-    number: int | None
-    points: tuple[str, ...]
+    points: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
     """Names of the folders of the points, in the order of the command."""
+    number: int | None = msgspec.field(default=None, name="sweep")
+    """Number of the sweep in its folder; None if ``sweep.json`` was written by hand."""
     typed: tuple[str, ...] = ()
     """Typed overrides of all points together: ``nodes=1,2,4``."""
     time: float = 0.0
@@ -134,8 +136,12 @@ class Sweep:
 
 def read_sweeps(group: Path) -> list[Sweep]:
     """Return the recorded sweeps of a folder, in the order of their numbers. Skips damaged records."""
-    found = (read_json(group / ARCHIVE / f"{number:04d}" / CURRENT) for number in numbers_in(group / ARCHIVE))
-    return [_sweep_of(known) for known in found if known.get("points")]
+    found = []
+    for number in numbers_in(group / ARCHIVE):
+        with suppress(OSError, msgspec.DecodeError):
+            record = (group / ARCHIVE / f"{number:04d}" / CURRENT).read_bytes()
+            found.append(msgspec.json.decode(record, type=Sweep))
+    return found
 
 
 def current_sweep(group: Path) -> Sweep | None:
@@ -145,17 +151,12 @@ def current_sweep(group: Path) -> Sweep | None:
         ConfigError: the record of the sweep is damaged.
     """
     record = group / CURRENT
-    if not record.exists():
+    try:
+        return msgspec.json.decode(record.read_bytes(), type=Sweep)
+    except FileNotFoundError:
         return None
-    known = read_mapping(record)
-    if not isinstance(known.get("points"), list) or not known["points"]:
-        raise damaged(record, "it names no points")
-    return _sweep_of(known)
-
-
-def _sweep_of(known: dict[str, Any]) -> Sweep:
-    points, typed = (tuple(map(str, known.get(name, ()))) for name in ("points", "typed"))
-    return Sweep(known.get("sweep"), points, typed, float(known.get("time", 0.0)))
+    except msgspec.DecodeError as error:
+        raise damaged(record, str(error)) from error
 
 
 def record_sweep(group: Path, points: Sequence[str], typed: Sequence[str]) -> Sweep:
@@ -165,10 +166,9 @@ def record_sweep(group: Path, points: Sequence[str], typed: Sequence[str]) -> Sw
     """
     numbers = [sweep.number for sweep in read_sweeps(group) if sorted(sweep.points) == sorted(points)]
     number = numbers[0] if numbers else int(make_numbered(group / ARCHIVE).name)
-    sweep = Sweep(number, tuple(points), tuple(typed), time.time())
-    record = {"sweep": number, "typed": list(typed), "time": sweep.time, "points": list(points)}
+    sweep = Sweep(tuple(points), number, tuple(typed), time.time())
     for path in (group / ARCHIVE / f"{number:04d}" / CURRENT, group / CURRENT):
-        write_json(path, record)
+        write_atomically(path, msgspec.json.format(msgspec.json.encode(sweep)) + b"\n")
     return sweep
 
 

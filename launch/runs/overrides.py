@@ -179,10 +179,7 @@ def check_overrides(overrides: Iterable[str], schema: type, folders: Sequence[Pa
     Raises:
         ConfigError: an override that cannot be read, an unknown key or option, or a value of the wrong type.
     """
-    args = list(overrides)
-    if "=" in args:  # nodes = 2 reaches a program as three arguments
-        raise ConfigError(" ".join(args), "KEY=VALUE without blanks around =", " ".join(args).replace(" = ", "="))
-    return [_checked(arg, schema, tuple(folders)) for arg in args]
+    return [_checked(arg, schema, tuple(folders)) for arg in overrides]
 
 
 @cache

@@ -194,15 +194,6 @@ def test_apptainer_is_started_by_srun(gpus: int, nv: list[str], tmp_path: Path) 
     ]
 
 
-def test_a_batch_script_starts_its_agents_with_the_same_words(tmp_path: Path) -> None:
-    cluster = typed_config(compose_launch(["cluster=slurm", *in_container("apptainer")])).cluster
-    words = agent_words(cluster, tmp_path, tmp_path / "outputs" / "n" / "p")
-    assert words[:2] == ["apptainer", "exec"]
-    assert words[-5:] == ["python3", "-m", "gpt_launch", "agent", str(tmp_path / "outputs" / "n" / "p")]
-    plain = replace(cluster, container=None, container_runtime=None)
-    assert agent_words(plain, tmp_path, tmp_path / "p") == ["python", "-m", "gpt_launch", "agent", str(tmp_path / "p")]
-
-
 def test_apptainer_runs_the_agent(tmp_path: Path) -> None:
     """With a program in the place of Apptainer that runs what stands behind the image."""
     program = tmp_path / "bin" / "apptainer"

@@ -45,7 +45,6 @@ LINES = {
     "launch.__main__ parallel=zero2 cluster=local": "no package deepspeed",
     f"{TRAIN} parallel=zero2": "type next: pip install -c constraints.txt deepspeed, or parallel=fsdp",
     "gpt.generate zero -p x": "type next: pip install -c constraints.txt deepspeed, and the same command again",
-    f"{TRAIN} run_dir=zero parallel=fsdp": "a checkpoint in files of DeepSpeed's own",
     "launch.__main__ hydra/launcher=submitit_slurm": "type next: pip install hydra-submitit-launcher",
 }
 """Commands in the order in which they are typed, and what they say."""

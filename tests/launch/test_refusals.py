@@ -75,7 +75,6 @@ REFUSED: list[tuple[str | list[str], str, str]] = [
         "cluster.placement=[{partitio: a}]",
         "cluster.placement='[{partition: VALUE}]'",
     ),
-    ("nodes = 2", "nodes = 2", "nodes=2"),
     ("nodes=2,3", "nodes=2,3, several values", "python -m launch -m nodes=2,3"),
     ("launch=3", "launch=3", "launch.check_limits=VALUE"),
     ("cluster.exclude=n[3-4]", "cluster.exclude=n[3-4], which cannot be read", "'cluster.exclude=\"n[3-4]\"'"),
@@ -235,6 +234,9 @@ def test_train_sends_the_keys_of_the_launcher_to_the_launcher() -> None:
     with pytest.raises(ConfigError, match="a key of the launcher") as refusal:
         compose_train(["seed=1", "cluster.partition=x"])
     assert refusal.value.fix == "python -m launch cluster.partition=x"
+    with pytest.raises(ConfigError) as refusal:
+        compose_train(["script.path=a b.py"])
+    assert refusal.value.fix == "python -m launch workload=script 'script.path=a b.py'"
     own, every = ({field.name for field in dataclasses.fields(kind)} for kind in (Config, RunConfig))
     assert own - every == {*LAUNCHER_KEYS}
 

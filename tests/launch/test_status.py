@@ -254,21 +254,16 @@ def test_slurm_is_not_asked_about_runs_whose_event_log_tells_their_end(
         assert ("states of Slurm jobs are what their event logs say" in capsys.readouterr().err) is not ended
 
 
-@pytest.mark.parametrize(
-    ("state", "phase", "detail"),
-    [
-        (JobState("RUNNING"), "running", ""),
-        (JobState("PENDING", "Resources"), "pending", "Resources"),
-        (JobState("PENDING", "Priority", start="2026-01-02T03:04"), "pending", "Priority, starts 2026-01-02T03:04"),
-        (JobState("COMPLETED"), "over", ""),
-        (JobState("NODE_FAIL"), "over", "NODE_FAIL"),
-    ],
-)
-def test_slurms_states_have_a_phase_and_a_detail(state: JobState, phase: str, detail: str) -> None:
-    seen = SlurmJob("7_1").status({"7_1": state, "7_2": JobState("RUNNING")})
-    assert (seen.phase, seen.detail) == (phase, detail)
-    waits = JobState(state.state, submitted=5.0).since
-    assert waits == (5.0 if state.state == "PENDING" else None), "only what scancel takes out of the queue may move"
+def test_slurms_states_have_a_phase_and_a_detail() -> None:
+    later = JobState("PENDING", "Priority", start="2026-01-02T03:04")
+    states = [*map(JobState, ("RUNNING", "COMPLETED", "NODE_FAIL")), JobState("PENDING", "Resources"), later]
+    found = [SlurmJob("7_1").status({"7_1": state, "7_2": JobState("RUNNING")}) for state in states]
+    assert [(seen.phase, seen.detail) for seen in found] == [
+        *(("running", ""), ("over", ""), ("over", "NODE_FAIL")),
+        *(("pending", "Resources"), ("pending", "Priority, starts 2026-01-02T03:04")),
+    ]
+    since = [JobState(state.state, submitted=5.0).since for state in states]
+    assert since == [None, None, None, 5.0, 5.0], "only what scancel takes out of the queue may move"
 
 
 def test_another_process_with_the_id_of_a_local_job_is_neither_its_agents_nor_ended() -> None:

@@ -147,18 +147,13 @@ def test_the_same_command_again_submits_only_what_is_not_finished(sweep: tuple[P
     assert finished.attempts() == [1] and len(finished.read_events()) == before["events.jsonl"].count(b"\n")
 
 
-@pytest.mark.parametrize("starter", ["python", "torchrun"])
-def test_the_worker_runs_without_the_launcher(starter: str, sweep: tuple[Path, str], tmp_path: Path) -> None:
+def test_the_worker_runs_without_the_launcher(sweep: tuple[Path, str], tmp_path: Path) -> None:
     outputs, _ = sweep
-    words = [*WORDS, f"run_dir={tmp_path / 'run'}"]
-    if starter == "python":
-        run("gpt.train", *words, cwd=tmp_path)
-    else:
-        rendezvous = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-        start = ["torch.distributed.run", *rendezvous, "-m", "gpt.train", "parallel=fsdp"]
-        run(*start, *words, cwd=tmp_path)
-        refused = run(*start, "optim.max_stepz=4", cwd=tmp_path, status=1)
-        assert "type next: optim.max_steps=4" in refused and "hydra" not in refused, "torchrun prints three lines"
+    rendezvous = ["--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    start = ["torch.distributed.run", *rendezvous, "-m", "gpt.train", "parallel=fsdp"]
+    run(*start, *WORDS, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+    refused = run(*start, "optim.max_stepz=4", cwd=tmp_path, status=1)
+    assert "type next: optim.max_steps=4" in refused and "hydra" not in refused, "torchrun prints three lines"
     same = final(point(outputs, "s", 1), "loss")
     assert final(RunFolder(tmp_path / "run"), "loss") == pytest.approx(same, rel=1e-4)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib.util
-import json
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,12 +24,9 @@ from launch.runs.files import append_json_lines, append_whole, open_to_append
 from launch.runs.folder import RunFolder
 from launch.runs.records import (
     FIRST_S,
-    FOLLOWED_S,
     LONGEST_S,
-    OF_THE_RUN,
     ObjectiveOf,
     RecordWriter,
-    StepRecord,
     append_records,
     objective_value,
     read_records,
@@ -98,16 +94,6 @@ def test_a_filesystem_without_locks_takes_lines_and_another_failure_is_raised(
     with pytest.raises(OSError, match="no") if name == "EIO" else nullcontext():
         append_json_lines(path, [{"a": 1}])
     assert name == "EIO" or path.read_text() == '{"a": 1}\n'
-
-
-def test_a_rank_above_0_writes_what_is_its_own() -> None:
-    layers = {f"blocks.{i}": 0.0312345 for i in range(24)}
-    record = StepRecord(7, 2, 2.5, 1e-3, 0.71234567, 2048, (0, 7), 0.5, layer_grad_norms=layers, mfu_palm=0.4, hfu=0.4)
-    record.data_wait_s, record.memory_peak_gib, record.tokens_per_s, record.val_loss = 0.001, 61.5, 4096.0, 2.4
-    own = record.own()
-    assert own.keys() | OF_THE_RUN >= record.as_dict().keys() and not own.keys() & OF_THE_RUN
-    assert {"step", "attempt", "time", "tokens", "samples", "step_time_s", "data_wait_s", "mfu_palm"} <= own.keys()
-    assert FOLLOWED_S <= LONGEST_S and len(json.dumps(own)) < len(json.dumps(record.as_dict())) / 3
 
 
 # The objective of a run.

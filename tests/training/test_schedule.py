@@ -104,7 +104,7 @@ def test_status_says_that_steps_change_no_weights_or_were_taken_back() -> None:
 
     started = {"event": "started", "attempt": 1}
     assert skipped_text([]) is None and skipped_text([started, skipped(2), started]) is None
-    assert skipped_text([started, skipped(2)]) == "steps skipped once in this attempt, last step 2: loss not finite"
+    assert skipped_text([started, skipped(2)]) == "steps skipped 1 time in this attempt, last step 2: loss not finite"
     back = {"event": "rolled_back", "step": 4, "first": 6, "last": 7, "cause": "2 steps in a row"}
     told = skipped_text([started, skipped(6), skipped(7), back])
     assert told is not None and status_notes({"label": "run", "state": "running", "skipped": told}) == [f"run: {told}"]
