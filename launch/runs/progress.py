@@ -163,7 +163,7 @@ class _RankLog:
         lines = self._reader.read()
         if lines is None:
             return False
-        found = []
+        found: list[dict[str, Any]] = []
         with time_limit(MATCH_S):
             for line in lines:
                 match = self._pattern.search(ESCAPES.sub("", line.decode(errors="replace")))
