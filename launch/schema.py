@@ -88,7 +88,6 @@ def key_types(schema: type) -> dict[str, Any]:
     return found
 
 
-@cache
 def schema_keys(schema: type) -> tuple[str, ...]:
     """Return all dotted keys of a schema, groups included."""
     return tuple(key_types(schema))

@@ -354,7 +354,7 @@ TOKENS = {
     "gpt_launch": 600,
     "hydra_plugins": 2_460,
     "launch/agent": 24_220,
-    "launch/bench_network": 2_950,
+    "launch/bench_network": 2_960,
     "launch/config": 3_730,
     "launch/doctor": 7_510,
     "launch/plan": 7_800,

@@ -99,10 +99,10 @@ def _sources(points: Sequence[Point]) -> Iterator[str]:
     sources: dict[str, dict[str, list[str]]] = {}
     """Source -> property -> its values, sorted."""
     for source in dict.fromkeys(point.source for point in points):
-        here = [point for point in points if point.source == source]
-        known = [point.environment for point in here if point.environment is not None]
+        inside = [point for point in points if point.source == source]
+        known = [point.environment for point in inside if point.environment is not None]
         found = {name: {condition(one) for one in known} for name, condition in CONDITIONS.items()}
-        found |= {name: {value_of(point) for point in here} for name, value_of in MADE_WITH.items()}
+        found |= {name: {value_of(point) for point in inside} for name, value_of in MADE_WITH.items()}
         sources[source] = {name: sorted(filter(None, values)) for name, values in found.items()}
     (first, there), *others = sources.items() if sources else [("", {})]
     for source, here in others:
