@@ -179,7 +179,10 @@ def check_overrides(overrides: Iterable[str], schema: type, folders: Sequence[Pa
     Raises:
         ConfigError: an override that cannot be read, an unknown key or option, or a value of the wrong type.
     """
-    return [_checked(arg, schema, tuple(folders)) for arg in overrides]
+    args = list(overrides)
+    if "=" in args:  # nodes = 2 reaches a program as three arguments
+        raise ConfigError(" ".join(args), "KEY=VALUE without blanks around =", " ".join(args).replace(" = ", "="))
+    return [_checked(arg, schema, tuple(folders)) for arg in args]
 
 
 @cache
@@ -332,6 +335,33 @@ def fitting_value(typed: str, schema: type) -> tuple[str, str]:
     return expected, in_shell(key, f"[{texts}]" if is_list else texts)
 
 
+ELSEWHERE = {
+    # torchrun and Slurm
+    **dict.fromkeys(("nnodes", "num_nodes"), "nodes"),
+    **dict.fromkeys(("nproc_per_node", "ntasks_per_node", "devices"), "ranks_per_node"),
+    "time": "cluster.timeout_min=MINUTES",
+    "mem": "cluster.mem_gb=GB",
+    "gpus": "cluster.gpus_per_node",
+    "gpu": "cluster.gpu_name",
+    "job_name": "name",
+    # transformers' Trainer
+    "resume_from_checkpoint": "resume_from",
+    "bf16": "precision=bf16",
+    "fp16": "precision=fp16",
+    "torch_compile": "compile=default",
+    "gradient_checkpointing": "recompute=full",
+    "learning_rate": "optim.lr",
+    "steps": "optim.max_steps",
+    "num_train_epochs": "optim.max_steps=STEPS",
+    "gradient_accumulation_steps": "optim.max_micro_batch=VALUE",
+    "batch_size": "optim.global_batch",
+    "per_device_train_batch_size": "optim.max_micro_batch",
+    "max_grad_norm": "optim.grad_clip",
+    "eval_steps": "eval.interval",
+    "save_steps": "checkpoint.interval",
+    "save_total_limit": "checkpoint.keep_last",
+}
+"""Name of a setting in other tools -> key of this project; a whole override if the values have another meaning."""
 MOST_NAMES = 6
 """Names of keys that a refusal lists."""
 
@@ -344,9 +374,13 @@ def likely_override(name: str, value: str, schema: type) -> str | None:
     keys, free = schema_keys(schema), free_keys(schema)
     name = name.replace("-", "_")
     parent, _, leaf = name.rpartition(".")
+    ours, _, other = ELSEWHERE.get(leaf, "").partition("=")
+    if ours in keys and other:  # A false of another tool is what this project does without the key.
+        return None if value.lower() == "false" else in_shell(ours, other)
     # A name without a group is compared with the last parts of keys; of equal parts the shortest key counts.
     named = {key if parent else key.rpartition(".")[2]: key for key in sorted(keys, key=lambda key: -key.count("."))}
-    likely = [named[one] for one in difflib.get_close_matches(name, named, cutoff=0.75)]
+    likely = [ours] if ours in keys else []
+    likely += [named[one] for one in difflib.get_close_matches(name, named, cutoff=0.75)]
     likely = [f"{key}.{leaf}" if key in free and parent.count(".") == key.count(".") else key for key in likely]
     likely += [key for key in keys if parent and key.rpartition(".")[2] == leaf]
     if not likely and not parent and "script.options" in free:
@@ -367,9 +401,10 @@ def unknown_key(key: str, value: str, schema: type) -> ConfigError:
         words = ["workload=script", typed] if key.startswith("script") else [typed]
         expected = "keys of gpt.train: torchrun and gpt.train know no nodes"
         return ConfigError(f"{key}, a key of the launcher", expected, f"python -m launch {shlex.join(words)}")
-    names = difflib.get_close_matches(key, keys, n=MOST_NAMES, cutoff=0)
+    names = difflib.get_close_matches(key, keys, n=MOST_NAMES, cutoff=0.5)
+    such = f"such as {', '.join(names)} " if names else ""
     fix = likely_override(key, value, schema) or f"the same without {typed}"
-    return ConfigError(f"unknown key {key}", f"a key such as {', '.join(names)} (python -m launch.keys lists all)", fix)
+    return ConfigError(f"unknown key {key}", f"a key {such}(python -m launch.keys lists all)", fix)
 
 
 def override_of_flag(flag: str, following: str, schema: type) -> str | None:

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt.config import TrainConfig
-from gpt.config.train import compose_train
 from gpt.training.run import parse_arguments
 from gpt.workload import GptWorkload
 from launch import status
