@@ -87,7 +87,7 @@ def test_commands_that_are_not_run_say_why() -> None:
 
 def write_measurements(folder: Path) -> None:
     """Write links and rates of products as they might have been measured."""
-    links = {name: LinkFit(20e-6, 10e9, 1e-6, 1e8, 0.01) for name in COLLECTIVES}
+    links = {name: LinkFit(20e-6, 10e9, 0.01) for name in COLLECTIVES}
     network = Network(8, {"intra_node": links, "inter_node": links})
     (folder / "network.json").write_text(json.dumps(network_document(network, {"nodes": 2})))
     sample = {"precision": "fp32", "m": 64, "n": 64, "k": 64, "seconds": 1e-5}
