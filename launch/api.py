@@ -34,10 +34,10 @@ from rich.console import Console
 
 from launch.config import Config
 from launch.config.compose import compose_launch, schema_of, target_of
-from launch.console import plain_console
 from launch.errors import CommandParser, ConfigError, closest, refusing
 from launch.plan.plan import Plan, unfinished
 from launch.runs.compose import flatten
+from launch.runs.console import plain_console
 from launch.runs.files import deny_others_writing, make_folder
 from launch.runs.find import current_sweep, find_runs
 from launch.runs.folder import RunFolder

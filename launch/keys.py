@@ -24,8 +24,8 @@ from rich.padding import Padding
 import gpt_launch.own_names  # noqa: F401
 from launch.config import Config
 from launch.config.compose import compose_launch, schema_of, target_of
-from launch.console import plain_console
 from launch.errors import CommandParser, ConfigError, closest, refusing
+from launch.runs.console import plain_console
 from launch.schema import list_elements, range_text
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
-from launch.console import plain_console
 from launch.errors import CommandParser, refusing
+from launch.runs.console import plain_console
 from launch.runs.files import deny_others_writing
 from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder

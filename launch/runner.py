@@ -15,10 +15,10 @@ from rich.console import Console
 from gpt_launch import as_typed
 from launch.config import LaunchConfig, ReportFile
 from launch.config.compose import workload_of
-from launch.console import plain_console
 from launch.plan.placement import copy_code
 from launch.plan.plan import Plan, record_submitted, unfinished, write_run
 from launch.plan.preflight import announce_plans
+from launch.runs.console import plain_console
 from launch.runs.find import Sweep, record_sweep, sweep_overrides
 from launch.runs.folder import RunFolder
 from launch.runs.records import objective_value

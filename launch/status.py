@@ -16,8 +16,8 @@ from rich.console import Console
 
 import gpt_launch.own_names  # noqa: F401
 from gpt_launch import as_typed
-from launch.console import plain_console, print_table
 from launch.errors import CommandParser, duration_text, refusing
+from launch.runs.console import plain_console, print_table
 from launch.runs.events import damaged_text, skipped_text, straggling_ranks, uncopied_text, unread_text, unsaved_text
 from launch.runs.files import is_full
 from launch.runs.find import find_runs, natural

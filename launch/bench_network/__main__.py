@@ -27,9 +27,9 @@ from rich.console import Console
 import gpt_launch.own_names  # noqa: F401
 from gpt_launch import as_typed
 from launch.config.compose import compose_launch, require_folder, typed_config
-from launch.console import print_table
 from launch.errors import CommandParser, ConfigError, counted, refusing
 from launch.runner import SweepFailedError, print_failure, run_sweep
+from launch.runs.console import print_table
 from launch.runs.environment import ROOT
 from launch.runs.files import deny_others_writing, read_json, write_json
 from launch.runs.folder import RunFolder

@@ -27,11 +27,11 @@ import gpt_launch.own_names  # noqa: F401
 from gpt_launch import as_typed
 from launch.config import Config
 from launch.config.compose import compose_launch, typed_config, workload_of
-from launch.console import print_table
 from launch.errors import CommandParser, ConfigError, counted, refusing
 from launch.project.projection import Projection, project, read_sweep, request_for
 from launch.report.notes import percent, rate, time_text
 from launch.report.selection import select
+from launch.runs.console import print_table
 from launch.runs.files import deny_others_writing, write_atomically
 from launch.runs.find import runs_labelled
 from launch.runs.folder import RunFolder

@@ -14,7 +14,6 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from launch.console import print_table
 from launch.report.goodput import CAUSES, PARTS
 from launch.report.notes import (
     UNAVAILABLE,
@@ -28,6 +27,7 @@ from launch.report.notes import (
 from launch.report.points import GpuUse
 from launch.report.steps import LOSSES
 from launch.report.table import Row, RunDetail, ScalingTable
+from launch.runs.console import print_table
 
 # One table of texts, and its form in Markdown.
 

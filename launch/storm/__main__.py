@@ -22,8 +22,8 @@ from rich.console import Console
 import gpt_launch.own_names  # noqa: F401
 from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
-from launch.console import plain_console, print_table
 from launch.errors import CommandParser, ConfigError, refusing
+from launch.runs.console import plain_console, print_table
 from launch.runs.events import is_finished
 from launch.runs.files import deny_others_writing, read_json_lines, write_json
 from launch.runs.find import is_run

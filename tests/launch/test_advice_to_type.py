@@ -67,7 +67,7 @@ def test_a_point_typed_twice_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_flag_of_a_training_is_answered_with_the_one_that_was_meant() -> None:
     with pytest.raises(ConfigError) as refusal:
         parse_arguments(["--rum", "x"])
-    assert refusal.value.fix == "python -m gpt.train ... --run FOLDER"
+    assert refusal.value.fix == "python -m gpt.train ... --run"
 
 
 @pytest.mark.parametrize("words", [["run_dir=taken"], ["run_dir=taken/run"], ["output_dir=taken"]], ids=str)

@@ -66,7 +66,7 @@ REFUSED: list[tuple[str | list[str], str, str]] = [
     ("nodes==2", "nodes==2, which cannot be read", "nodes=NUMBER"),
     (["cluster.gpu=NVIDIA H100"], "unknown key cluster.gpu", "'cluster.gpu_name=NVIDIA H100'"),
     ("workload=script script.path=x.py batch_size=4", "unknown key batch_size", "script.options.batch_size=4"),
-    ("cluster.time=1:30:00", "unknown key cluster.time", "cluster.timeout_min=NUMBER"),
+    ("cluster.time=1:30:00", "unknown key cluster.time", "cluster.timeout_min=MINUTES"),
     ("checkpoint.keep_last=null", "checkpoint.keep_last=null", "checkpoint.keep_last=NUMBER"),
     (["cluster.placement=[{partition gpu}]"], "cannot be read", "cluster.placement='[{partition: VALUE}]'"),
     (["placement=[{partition gpu}]"], "unknown key placement", "cluster.placement='[{partition: VALUE}]'"),
