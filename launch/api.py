@@ -523,7 +523,7 @@ def main() -> int:
     """Run the points of a file that ``start_in_background`` has written. Returns the exit status of the command."""
     from launch.runner import SweepFailedError, print_failure, run_sweep
 
-    parser = CommandParser(prog="python -m launch.api", description="Run the points that launch.submit has planned.")
+    parser = CommandParser(prog="launch.api", description="Run the points that launch.submit has planned.")
     parser.add_argument("points", type=Path, metavar="FILE", help="JSON list with the overrides of each point")
     typed = json.loads(parser.parse_args().points.read_text())
     deny_others_writing()

@@ -28,6 +28,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.measured import LinkFit, Network, network_document
 from launch.workload import StepTime
 from tests.report.conftest import RunBuilder
+from tests.support.commands import run
 
 MODEL = ("data=synthetic", "name=project", "eval.interval=0", "optim.max_steps=40")
 
@@ -148,9 +149,8 @@ def rows_of(folder: Path) -> dict[int, dict[str, str]]:
         return {int(row["nodes"]): row for row in csv.DictReader(file)}
 
 
-def test_a_sweep_of_the_gpt_is_projected(gpt_sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(gpt_sweep), "--nodes", "8,16,32", "--mtbf-hours", "5000"]) == 0
-    text = capsys.readouterr().out
+def test_a_sweep_of_the_gpt_is_projected(gpt_sweep: Path) -> None:
+    text = run("launch.project", str(gpt_sweep), "--nodes", "8,16,32", "--mtbf-hours", "5000", cwd=gpt_sweep)
     assert "held out: 4 nodes, predicted from nodes=1, 2" in text
     assert "no goodput: nodes=4 recorded no save" in text
     assert "not in it: slow ranks (nodes=4 lacks each rank's waits, comm_s), congestion" in text
