@@ -54,11 +54,11 @@ POLL_S = 0.5
 GROUPS = ("cluster", "script", "resilience", "launch")
 """Groups whose keys can be given without the name of the group: ``partition`` for ``cluster.partition``."""
 SHORT_TEXT = 40
-"""Longest argument of a function that stands in the name of the run as it is."""
+"""Largest number of characters of a text argument that appears unchanged in the name of the run."""
 
 
 class JobFailedError(RuntimeError):
-    """A run that did not finish. The message has its first failure, and the log with more."""
+    """Error of a run that did not finish. The message gives the reason and, if there is one, the log with more."""
 
 
 # From keyword arguments to overrides.
@@ -102,7 +102,10 @@ class Point:
     call: calls.Call | None = None
 
     def with_call(self) -> tuple[list[str], Path | None, bytes]:
-        """Return all overrides, and the file of the call with its content; None and empty for a program."""
+        """Return all overrides, the path of the file with the function call, and the content of this file.
+
+        For a program, the path is None and the content is empty.
+        """
         if self.call is None:
             return self.words, None, b""
         content = calls.dumped(self.call)
@@ -220,7 +223,10 @@ class Job:
         return point
 
     def _has_started(self, point: RunStatus) -> bool:
-        """Return whether the events of this submission have begun, or will never begin."""
+        """Return whether the event log has events of this submission, or will never have any.
+
+        Without a launcher process, the answer is always True.
+        """
         is_new = len(self._folder.read_events()) > self._known_events
         return self._launcher is None or is_new or self._launcher.poll() is not None
 
@@ -247,10 +253,11 @@ class Job:
         return self.status == "cancelled"
 
     def wait(self, timeout: float | None = None) -> str:
-        """Wait until the run ends, at most ``timeout`` seconds, and return its state.
+        """Wait until the run ends, at most ``timeout`` seconds, and return its state. ``timeout=None`` sets no limit.
 
         Raises:
             TimeoutError: the run has not ended in time.
+            JobFailedError: the process that should start the ranks ended before the run.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while (state := self.status) not in OVER:
@@ -312,7 +319,10 @@ class Job:
         threading.Thread(target=follow, name="job-callback", daemon=True).start()
 
     def cancel(self, *, now: bool = False) -> bool:
-        """Have the run save a checkpoint and leave, and wait; return whether it is over. ``now`` waits for no save."""
+        """Request that the run saves a checkpoint and leaves, and wait for its end. Returns whether the run is over.
+
+        With ``now``, the ranks end at once, without time to save.
+        """
         from launch.cancel import cancel
 
         return cancel([self.run_dir], plain_console(), now=now)
@@ -429,7 +439,10 @@ def jobs(path: str | Path = "outputs") -> list[Job]:
 
 
 def start(points: Sequence[Point], dry_run: bool) -> list[Job] | DryRun:
-    """Plan runs, and submit them to Slurm or to a process in the background."""
+    """Plan runs, and submit them to Slurm or to a process in the background. Returns the runs.
+
+    With ``dry_run``, submit nothing and return the plans.
+    """
     deny_others_writing()
     prepared = [point.with_call() for point in points]
     typed = [words for words, _, _ in prepared]
@@ -483,7 +496,7 @@ def write_calls(prepared: Sequence[tuple[list[str], Path | None, bytes]]) -> Non
 
 
 def log_of(run_dir: Path) -> Path:
-    """Return the path of the output of the process that follows the runs beside ``run_dir``."""
+    """Return the path of the output of the background process that runs the points in the parent of ``run_dir``."""
     return run_dir.parent / ".launch" / "launcher.log"
 
 

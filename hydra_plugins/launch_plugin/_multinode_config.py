@@ -24,7 +24,7 @@ class MultinodeConf:
     """Source of the nodes: slurm, local, or auto for Slurm where there is one."""
     nodes: int = 1
     tasks_per_node: Optional[int] = None
-    """Ranks on each node. None: one for each GPU, or one."""
+    """Ranks on each node. None: one for each requested GPU; one if no GPU is requested."""
     spare_nodes: int = 0
     name: Optional[str] = None
     """Name of the jobs. None: the name of the app."""
@@ -43,13 +43,13 @@ class MultinodeConf:
     comment: Optional[str] = None
     signal_delay_s: Optional[int] = None
     max_num_timeout: Optional[int] = None
-    """0: no requeue at the time limit and after a preemption. Else the launcher's own limits count."""
+    """0 sets ``resilience.requeue=false``. Other values change nothing: the limits of ``resilience`` apply."""
     resumes: bool = False
     """True if the task function resumes from a checkpoint of its own, so that it may be restarted and requeued."""
     array_parallelism: Optional[int] = None
     setup: Optional[list[str]] = None
     stderr_to_stdout: bool = True
-    """Without effect: the log of a rank always has both."""
+    """Without effect: the log of a rank always has both streams."""
     cpus_per_gpu: Optional[int] = None
     mem_per_gpu: Optional[str] = None
     mem_per_cpu: Optional[str] = None
@@ -63,7 +63,7 @@ class MultinodeConf:
 
 @dataclass
 class MultinodeLocalConf(MultinodeConf):
-    """The same on processes of this machine."""
+    """The same keys for ``hydra/launcher=multinode_local``. All nodes of a run are processes of this machine."""
 
     kind: str = "local"
 

@@ -62,7 +62,10 @@ def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
 
 
 GRID = ("hydra_plugins.launch_plugin.", "hydra._internal.core_plugins.basic_sweeper.")
-"""Beginnings of the targets of sweepers that need no result: the first failed point ends the command."""
+"""Prefixes of ``hydra.sweeper._target_`` of sweepers that need no result.
+
+The first failed point of such a sweep ends the command.
+"""
 SEARCHING = ("hydra_optuna_sweeper", "hydra_ax_sweeper", "hydra_nevergrad_sweeper")
 """Packages of sweepers that need the result of each point."""
 
@@ -134,7 +137,7 @@ def refuse_without_values(config: DictConfig, target: str) -> None:
 
 
 def job_return(overrides: Sequence[str], result: PointResult | Exception | None) -> JobReturn:
-    """Return the result of a point for Hydra's sweeper; None is the result of a dry run.
+    """Return the result of a point in the form for Hydra's sweeper. In a dry run, ``result`` is None.
 
     A finished point without its objective counts as failed. The sweeper raises the error of a failed point when it
     reads the value, or counts the failure.

@@ -41,7 +41,7 @@ OF_CLUSTER = (
 )
 """Keys of this launcher that are keys of the group ``cluster``, with the same names."""
 OF_SBATCH = ("cpus_per_gpu", "mem_per_gpu", "mem_per_cpu", "comment")
-"""Keys of this launcher that are options of sbatch."""
+"""Keys of this launcher that become options of sbatch, with the same names."""
 GROUPS = ("cluster", "resilience", "budget", "launch")
 """Keys of this launcher that are whole groups of keys: ``+hydra.launcher.resilience.requeue=false``."""
 

@@ -162,8 +162,8 @@ def start_repeatedly(context: AgentContext) -> None:
 def observed_end(folder: RunFolder, attempt: int, problem: str | None, stop: StopRequest) -> Cause:
     """Return the cause of an attempt's end that every node can see: finished, cancelled, requested or crashed.
 
-    The cause follows from the events of the ranks and from ``problem``: the failure of this node's ranks, None if
-    they left in order. A requested stop gives ``cancelled``, unless the training is complete.
+    The cause follows from the events of the ranks and from ``problem``: the failure of this node's ranks, or None. A
+    requested stop gives ``cancelled``, unless the training is complete.
     """
     events = [e for e in folder.read_events() if e.get("attempt") == attempt]
     names = {e["event"] for e in events}
@@ -232,7 +232,7 @@ def on_event(context: RunContext, is_active: bool = True) -> Iterator[None]:
 def run_at_events(folder: RunFolder, command: Sequence[str], timeout_s: float = COMMAND_TIMEOUT_S) -> Iterator[None]:
     """Run a command, in a thread, for each event with an ``event_name`` that is recorded during a ``with`` block.
 
-    The end of the block waits ``timeout_s`` seconds for the commands of the last events.
+    The end of the block waits at most about ``timeout_s`` seconds for the commands of the last events.
 
     Args:
         folder: folder of the run.

@@ -91,9 +91,14 @@ def events_of(folder: RunFolder, node: Node) -> list[dict[str, Any]]:
 
 
 def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | None:
-    """Return the action that the agents left undone; None if there is none.
+    """Return the action that is still to be done after the agents have ended; None if there is none.
 
-    It is ``requeue`` if an agent decided so, ``restart`` if the agents were killed before they decided.
+    It is ``requeue`` if an agent decided to requeue the job, but did not. It is ``restart`` if the agents were killed
+    before they decided.
+
+    Args:
+        events: events since the agents of this start of the job began.
+        status: exit status of srun.
     """
     if not events:  # The job was killed before the agents began. A refusal by the agents would come again.
         return Action.restart if status > KILLED else None

@@ -159,9 +159,10 @@ class RequestState(msgspec.Struct, frozen=True):
     most: int = 0
     """Largest number of polls that a rank of the node has made."""
     least: int = 0
-    """Smallest number of polls that a rank has made; 0 while a rank has yet to start.
+    """Smallest number of polls that a rank of the node has made; 0 until each of its ranks has polled.
 
-    A rank that starts later would miss a save on which the other ranks agree now.
+    A save after the first begins only if this number has reached ``Ticket.at`` of the previous save on every node.
+    Then every rank has obeyed the previous save.
     """
 
 
@@ -188,9 +189,9 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     failed: int = -1
     """Newest round in which ranks of the node have failed; -1 if none."""
     left: int = -1
-    """Newest round whose ranks of this node have left in order; -1 if none."""
+    """Newest round in which all ranks of this node have left without a failure; -1 if none."""
     all_left: int = -1
-    """On the head node, newest round whose ranks of all members have left in order; -1 if none."""
+    """On the head node, newest round in which the ranks of all members have left without a failure; -1 if none."""
     bye: bool = False
     """True once the agent leaves."""
     agreement: int = -1
@@ -243,7 +244,10 @@ class Heartbeat:
         self.store = store
         self._own = Message()
         self.agreement: Agreement | None = None
-        """Agreement whose fields the heartbeat thread adds to every message; None if no round runs."""
+        """Agreement of the newest round, which is one start of the ranks; None before the first round.
+
+        The heartbeat thread adds the fields of the agreement to every message.
+        """
         self.received: dict[int, Message] = {}
         """Newest messages, by index of the node: on the head node of all other nodes, elsewhere of the head node
         only.

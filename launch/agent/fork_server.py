@@ -90,7 +90,7 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """Fork server of this agent, which ends with a ``with`` block. Create it while this process has only one thread.
+    """Fork server of this agent for the length of a ``with`` block. Create it before this process has other threads.
 
     Args:
         preload: modules that the server imports.
@@ -189,7 +189,7 @@ class ForkServer:
 
 
 def serve_forks(requests: Connection, preload: Sequence[str], agent: int) -> NoReturn:
-    """Run the server: import the modules, send the own process id or the error, then fork ranks on request.
+    """Run the server: import the modules, send its process id or the error to the agent, then fork ranks on request.
 
     The process ends when the agent is gone.
     """

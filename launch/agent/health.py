@@ -221,7 +221,7 @@ RUN_FOLDER = "run folder"
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """One fault of this node, as a health check finds it."""
+    """One fault of this node that a health check has found."""
 
     part: str
     """Part that was checked: gpu, link, disk, run folder or command."""

@@ -358,9 +358,9 @@ def end_lost_agents(context: RunContext, lost: Collection[NodeProblem]) -> None:
 
 
 TAKE_OVER_S = 5.0
-"""Seconds that node i + 1 waits longer than node i before it takes over, so that the first remaining node does.
+"""Seconds between the takeovers of two nodes: node i waits i times as long, so the first remaining node takes over.
 
-A head node that still works has recorded by then that it counts this node as lost.
+In this time, a head node that still works records that it counts this node as lost.
 """
 
 

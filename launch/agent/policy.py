@@ -355,7 +355,7 @@ class Meter:
             self._context.record("agent_ended", job=self._context.node.job, ended_at=time.time())
 
     def poll(self, *, is_leaving: bool = False) -> str | None:
-        """Write a heartbeat, and return the text of a reached cap of the budget, which is recorded; None otherwise.
+        """Write a heartbeat. If a cap of the budget is reached, record this and return it as text; else return None.
 
         Acts at most every ``budget_poll_s`` seconds. Returns None in between, and for a run that already leaves.
         """

@@ -185,15 +185,15 @@ class MemoryStore:
 def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
     """Start this node's ranks and watch them until all have ended.
 
-    The function also records the end of ranks that could not record it: ranks that were killed, hung, died before their
-    code ran, or belong to a workload without records.
+    The function also records the end of ranks that could not record it. Such ranks were killed, hung, died before
+    their code ran, or belong to a workload without records.
 
     Args:
         context: context of the agent; its ``config.nodes`` counts only the nodes of this start.
         rdzv: members of this start and their store.
 
     Returns:
-        None if all ranks left in order, else the failure as text.
+        None if all ranks of this node left without a failure, else the failure as text.
     """
     config, group = context.config, context.group
     workload = workload_of(config)

@@ -39,7 +39,7 @@ SPARE_WAIT_S = 10.0
 """Seconds for which a round with enough nodes waits for further nodes."""
 ROOM_POLL_S = 2.0
 ECHO_S = 8.0
-"""Seconds of silence after which a node counts as the cause of a lost connection that no rank explains."""
+"""Seconds of silence after which a node counts as the cause of a broken connection that no rank has explained."""
 FLUSH_S = 5.0
 
 
@@ -107,7 +107,10 @@ class AgentGroup:
         return has_failed
 
     def have_left(self, rdzv: RendezvousRound) -> bool:
-        """Report that this node's ranks have left a round in order. Returns whether the ranks of all members have."""
+        """Report that this node's ranks have left a round without a failure.
+
+        Returns whether the ranks of all members of the round have left so.
+        """
         heartbeat, number = self.heartbeat, rdzv.number
         heartbeat.publish(left=number)
         if self._node.is_head and all(heartbeat.of(index).left >= number for index in rdzv.members):
@@ -262,7 +265,10 @@ class AgentGroup:
         return None if announced is None else announced.attempt
 
     def head_is_lost(self) -> bool:
-        """Return whether the head node's store is gone, or the node was silent for ``resilience.node_timeout_s``."""
+        """Return whether the store of the head node is gone.
+
+        Also True if the head node was silent for more than ``resilience.node_timeout_s``.
+        """
         silent = self.heartbeat.silence(0)
         is_silent = silent is not None and silent > self._limits.node_timeout_s
         return self.heartbeat.lost_connection is not None or is_silent

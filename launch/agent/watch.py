@@ -364,10 +364,12 @@ class RankRecords:
         }
 
     def record_end(self, asks_for_requeue: bool) -> None:
-        """Record ``stopped`` or ``finished`` for ranks that left in order, unless they record their end themselves.
+        """Record ``stopped`` or ``finished`` for ranks that left without a failure.
 
-        After a request for a requeue, every node whose ranks made it records ``stopped``. Otherwise only the first
-        node records an event.
+        Does nothing if the ranks record their end themselves.
+
+        If ranks requested a requeue, every node with such ranks records ``stopped``. Otherwise only the first node
+        records an event.
         """
         attempt, stop = self._attempt, self._attempt.stop
         if self._contract.records_events:

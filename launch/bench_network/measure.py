@@ -62,7 +62,10 @@ class Bench:
         return float(both.item())
 
     def groups(self) -> Iterator[tuple[str, int, dist.ProcessGroup]]:
-        """Yield each tier, size of a group in ranks, and process group of that size."""
+        """Yield tier, number of ranks, and the process group of so many ranks to which this rank belongs.
+
+        The tiers are ``intra_node`` (ranks of one node) and ``inter_node`` (one rank of each of several nodes).
+        """
         nodes = self.world // self.each
         for tier, most in (("intra_node", self.each), ("inter_node", nodes)):
             for size in tier_group_sizes(most):

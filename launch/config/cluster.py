@@ -184,7 +184,7 @@ class ClusterConfig(PlacementConfig):
         self.validate_placement()
 
     def validate_container(self) -> None:
-        """Raise ConfigError if only one of image and runtime is set, or a mount cannot be read."""
+        """Raise ConfigError if only one of image and runtime is set, or if ``container_mounts`` has a wrong form."""
         if (self.container is None) != (self.container_runtime is None):
             runtime = None if self.container_runtime is None else self.container_runtime.name
             raise ConfigError(
@@ -203,7 +203,11 @@ class ClusterConfig(PlacementConfig):
                 )
 
     def validate_placement(self) -> None:
-        """Raise ConfigError if an option names clusters, or if ``placement`` or its times cannot work."""
+        """Raise ConfigError if ``additional_parameters`` chooses a Slurm cluster, or ``placement`` cannot work.
+
+        A placement cannot work if two candidates are equal. It cannot work either if ``give_up_after_min`` leaves no
+        time for a second candidate.
+        """
         for name in ("clusters", "M"):
             if name in self.additional_parameters:
                 raise ConfigError(

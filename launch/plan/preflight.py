@@ -29,7 +29,7 @@ from launch.workload import CodeTree
 
 
 MARGIN = 1.5
-"""Factor of a proposed time over the measured time: the next save may be slower."""
+"""A warning proposes this multiple of the measured time of a step and a save, since the next save may be slower."""
 
 
 def add_warnings(plan: Plan, config: Config, slurm: SlurmFacts | None = None) -> Plan:

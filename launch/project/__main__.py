@@ -359,7 +359,18 @@ def as_offer(goal: Goal, config: Config, set_up: SetUp) -> Offer:
 
 
 def fit(typed: Sequence[str], text: str, gpu: str | None, network: Path | None, sizes: Sequence[int] | None) -> None:
-    """Print the cheapest set-ups that reach a goal, and the command for the first one. ConfigError if none does."""
+    """Print the cheapest set-ups that reach a goal, and the command for the first one.
+
+    Args:
+        typed: overrides as typed.
+        text: the goal, as typed after ``--fit``.
+        gpu: name of the GPUs; None to read it from the config.
+        network: file of measured links; None if there is none.
+        sizes: numbers of nodes to try; None for ``NODES``.
+
+    Raises:
+        ConfigError: no set-up reaches the goal, or the arguments are invalid.
+    """
     goal = parse_goal(text)
     config, words = compose_goal(typed, gpu, network)
     found = offers(goal, config, words, sizes or NODES)

@@ -99,9 +99,10 @@ def spread_of(own: Floats, has_stages: bool = False) -> RankSpread:
 
 
 def read_spread(point: Point) -> RankSpread | None:
-    """Read the own times of a point's ranks. None if a rank lacks its waits in a step.
+    """Return how much the ranks of a point differ in own time: the time of a step without waits for other ranks.
 
-    Also None with fewer than two ranks or steps.
+    None if a rank lacks a step, its time or its communication time. None also with fewer than two ranks or steps, or
+    if a rank has no records.
     """
     run, used = RunFolder(point.path), point.steps.after_warmup()
     expected = 0 if point.environment is None else point.environment.world_size

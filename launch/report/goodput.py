@@ -110,7 +110,10 @@ class Losses:
 
 @dataclass(frozen=True)
 class Goodput:
-    """Time of a run by part, and the use and cost of its allocations. A figure that is not known is None."""
+    """Wall time of a run, divided into ``PARTS``, and the use and cost of its allocations.
+
+    A figure that is not known is None.
+    """
 
     seconds: Mapping[str, float]
     """Part of ``PARTS`` -> seconds of wall time. Parts of at most ``CLOCK_S`` seconds are absent."""
@@ -179,8 +182,8 @@ class RunInterruption:
     since: float
     """Unix time after which lost time belongs to this interruption.
 
-    It is the start of the attempt's first step, or of the attempt if it made none. Without attempt, and for a
-    roll-back, it is the time of the event.
+    For the end of an attempt, this is the start of its first step, or of the attempt if it made no step. For a start
+    without an attempt, and for a roll-back, this is the time of the recorded event.
     """
     cause: str
     """Cause of the interruption, a key of ``CAUSES``."""
@@ -428,6 +431,9 @@ _since, _end = attrgetter("since"), attrgetter("ended")
 
 
 def _cause(event: Mapping[str, Any]) -> str:
-    """Return the key of ``CAUSES`` for the end of an attempt; ``continued`` if the attempt had finished."""
+    """Return the key of ``CAUSES`` for the cause in an event; ``unknown`` if the event has no such cause.
+
+    The cause ``finished`` gives ``continued``: a finished run loses time only if a later command continues it.
+    """
     cause = event.get("cause")
     return "continued" if cause == "finished" else cause if isinstance(cause, str) and cause in CAUSES else "unknown"

@@ -36,7 +36,7 @@ class GpuFigures:
     mean_power_w: float | None
     """Mean power of one GPU in watts, over the sampled time."""
     throttled: float | None
-    """Share of the samples with clocks lowered for a reason in ``THROTTLE_REASONS``."""
+    """Share (0 to 1) of the samples in which clocks were lowered for a reason in ``THROTTLE_REASONS``."""
     reasons: Mapping[str, float]
     """Reason -> share of the samples, most frequent reason first. Several reasons may apply to one sample."""
 
@@ -55,12 +55,12 @@ class GpuUse(GpuFigures):
     hosts: tuple[HostGpus, ...]
     """Hosts by name; numbers in names are sorted as numbers."""
     unsampled: tuple[str, ...] = ()
-    """Hosts on which, in some attempt, fewer GPUs were sampled than ranks ran."""
+    """Hosts on which, in some attempt, fewer GPUs were sampled than the ranks used."""
 
 
 @dataclass
 class _Gpu:
-    """One GPU so far: its energy in joules, and its last sample."""
+    """Totals of one GPU over the samples that were read so far, such as its energy in joules, and its last sample."""
 
     last: GpuSample | None = None
     gauges: Mapping[str, float] = field(default_factory=dict)
@@ -183,7 +183,10 @@ class Point(StepReading):
     """Seconds that the ranks ran, from start to end, over all attempts; None while an attempt runs."""
     attempts: int = 0
     goodput: Goodput | None = None
-    """Time of the run by part; None if no agent recorded its allocations."""
+    """Wall time of the run, divided into parts such as steps, starts and saves, and the cost of its allocations.
+
+    None if the event log does not describe all allocations of the run.
+    """
     gpu_use: GpuUse | None = None
     """Energy, power and throttling of the GPUs; None if no GPU was sampled."""
     fewer_nodes: Mapping[int, int] = field(default_factory=dict)
@@ -247,7 +250,10 @@ class Point(StepReading):
 
     @property
     def is_coarse(self) -> bool:
-        """True if step times are means over fewer than ``MIN_STEPS`` intervals, too few for an efficiency."""
+        """True if step times are means between readings of a log, and there are fewer than ``MIN_STEPS`` readings.
+
+        So few readings do not allow an efficiency.
+        """
         return self.figures is not None and self.figures.intervals < MIN_STEPS
 
     @property

@@ -277,7 +277,7 @@ def correlation(times: Floats) -> float:
 
 
 def block_length(times: Floats) -> int:
-    """Return the number of steps in a bootstrap block. It minimizes the error of the spread of the mean."""
+    """Return the number of steps in a bootstrap block: it estimates the spread of a mean with the least error."""
     steps, rho = len(times), correlation(times)
     best = (math.sqrt(6) * rho / (1 - rho * rho)) ** (2 / 3) * steps ** (1 / 3)
     return max(1, min(math.ceil(best), steps // 3))

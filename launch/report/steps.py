@@ -138,7 +138,10 @@ class StepFigures:
     """Work per second in the unit of the point; None if the work of a step is not known."""
     mfu_palm: float | None
     resolution_s: float = 0.0
-    """Seconds over which most step times are means; 0 if most steps were timed one by one."""
+    """Median length, in seconds, of the intervals over which step times are means.
+
+    0 if most steps were timed one by one.
+    """
     intervals: float = math.inf
     """Number of intervals over which step times are means; infinite if steps were timed one by one."""
 
@@ -283,7 +286,7 @@ class StepReading:
     """Unit of the work: tokens, samples or images; None if unknown."""
     last_step: int | None = None
     loss: float | None = None
-    """Training loss of the last step in nats per token; None if unknown."""
+    """Training loss of the last step, for the GPT library in nats per token; None if unknown."""
     attempt: int = 0
     """Attempt whose environment the steps have."""
     attempt_steps: Mapping[int, int] = field(default_factory=dict)
@@ -494,7 +497,7 @@ class _Reduction:
 
         In a GPT run every rank records. In a script, the ranks that recorded anything in the attempt count, often only
         rank 0. The work of a step is the sum over all ranks, or the stated work. If only some ranks record, the stated
-        work has precedence, because the other ranks worked too. Without both, it is the
+        work has precedence, because the other ranks worked too. Without both, the work is the
         recorded rate of the whole run times the step time.
         """
         first = self._first

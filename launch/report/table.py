@@ -82,7 +82,7 @@ class Row:
     unit: str | None = None
     """Unit of the throughput: tokens, samples or images; None if unknown."""
     run_time_s: float | None = None
-    """Seconds that the ranks ran, with start-up, over all attempts."""
+    """Seconds that the ranks ran, including their start, over all attempts."""
     attempts: int = 0
     label: str = ""
     """Name that distinguishes the point in this table: the overrides that not all points share."""
@@ -101,7 +101,7 @@ class Row:
     gpu_power_w: float | None = None
     """Mean power of one GPU in watts."""
     throttled: float | None = None
-    """Share of the samples of all GPUs in which clocks were lower than requested."""
+    """Share (0 to 1) of the samples of all GPUs in which clocks were lowered for a reason in ``THROTTLE_REASONS``."""
     parts_s: Mapping[str, float] = field(default_factory=dict)
     """Part of ``goodput.PARTS`` -> seconds; they add up to the time from the submission to the end."""
     hours_of: str | None = None

@@ -49,7 +49,10 @@ def _writer(folder: Path) -> EventWriter:
 
 
 def _write_summary(table: ScalingTable, png: bytes, root: Path) -> None:
-    """Write the report of one run. Its picture includes the heat map of its ranks."""
+    """Write the report of one run into ``root``: its table as text, and its picture, the content of a PNG file.
+
+    The picture includes the heat map of the ranks.
+    """
     with _writer(root) as writer:
         writer.text("summary/table", markdown_text(table))
         writer.image("summary/figure", png)

@@ -14,7 +14,10 @@ from rich.text import Text
 
 
 def plain_console(**options: Any) -> Console:
-    """Return a console that prints texts as they are: brackets and numbers of a user are no markup."""
+    """Return a console that prints texts unchanged: brackets are no markup, numbers get no color, lines do not wrap.
+
+    ``options`` are arguments of ``Console``, and may change this.
+    """
     return Console(**{"soft_wrap": True, "highlight": False, "markup": False, **options})
 
 

@@ -59,8 +59,8 @@ class StepRecord:
     loss_scale: float | None = None
     """Factor of the loss in the backward pass of this step; in fp16 only."""
     skipped_steps: int | None = None
-    """Number of steps so far that were skipped for a non-finite loss or gradient. Present with a loss scale, else
-    from the first skipped step."""
+    """Number of steps so far that were skipped for a non-finite loss or gradient. Without a loss scale, None until
+    the first skipped step."""
     data_wait_s: float | None = None
     """Time in which the step waited for its samples."""
     forward_backward_s: float | None = None

@@ -81,7 +81,7 @@ def plan_sweep(
         console: console that prints.
 
     Returns:
-        Plan and typed config of each point.
+        Plan of each point, and its config as a ``Config`` object.
 
     Raises:
         ConfigError: a point cannot work, Slurm would never start it, or two points would share a folder.
@@ -284,7 +284,10 @@ def choose_cpus(config: Config, slurm: SlurmFacts) -> tuple[int | None, Finding 
 
 
 def is_given_one_cpu(limits: Limits, partition: Partition, cluster: ClusterConfig) -> bool:
-    """Return whether Slurm would give one CPU to the only task of a node, the agent with all ranks."""
+    """Return whether Slurm would give only one CPU to a node's agent and its ranks, which are one task of Slurm.
+
+    It does so if it allocates single CPUs or cores instead of nodes, and neither request nor default sets a number.
+    """
     unit = limits.config.get("SelectTypeParameters", "").upper()
     by_core = "CR_CPU" in unit or "CR_CORE" in unit
     for_gpus = "DefCpuPerGPU" in limits.config.get("JobDefaults", "")

@@ -132,7 +132,7 @@ class RunStatus:
     detail: str = ""
     """Reason for which the run waits, or Slurm's state at its end."""
     damage: str = ""
-    """Damage of a file in the run folder that the status can do without; empty if there is none."""
+    """Description of a damaged file in the run folder; empty if there is none. The status works without this file."""
     job_status: JobState = NOT_ASKED
     """Last known state of the job."""
     latest: dict[str, Any] = field(default_factory=dict)

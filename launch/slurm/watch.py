@@ -43,7 +43,7 @@ def speed_text(record: dict[str, object]) -> str:
 
 
 def quiet_text(seconds: float) -> str:
-    """Write possible reasons why a run makes no step for a long time."""
+    """Return a text with the possible reasons why a run has made no step for ``seconds``."""
     return f"no step for {seconds:.0f} s: an evaluation, a checkpoint, a hang, or a lost node"
 
 

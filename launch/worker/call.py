@@ -134,10 +134,11 @@ def store_result(run_dir: Path, rank: int, result: Result) -> None:
 
 
 def requeue_by_checkpoint(call: Call, run_dir: Path, rank: int) -> None:
-    """On SIGTERM or SIGUSR2, leave with the call that ``call.function.checkpoint`` returns, for a requeue.
+    """Handle SIGTERM and SIGUSR2: store the call that ``call.function.checkpoint`` returns, and request a requeue.
 
-    This is submitit's protocol: an object with ``__call__`` and ``checkpoint``. The latter has the same arguments, and
-    returns a ``DelayedSubmission``, or None for no requeue.
+    The requeued run makes the stored call. This is submitit's protocol: the function is an object with ``__call__``
+    and ``checkpoint``, which take the same arguments. ``checkpoint`` returns a ``DelayedSubmission``, or None for no
+    requeue.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
