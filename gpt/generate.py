@@ -55,8 +55,7 @@ class Sampling:
 
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Compute the probabilities to draw from, (B, V): first temperature, then the k likeliest tokens, then their
-    nucleus."""
+    """Compute the probabilities to draw from, (B, V): apply temperature, then ``top_k``, then ``top_p``."""
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(1, logits_BV.argmax(1, keepdim=True), 1.0)
     logits_BV = logits_BV / sampling.temperature

@@ -165,7 +165,7 @@ def _encode(body: dict[str, Any]) -> bytes:
 
 
 def damage_or_raise(error: OSError, name: str) -> str:
-    """Return the damage of file ``name`` that an error shows; raise an error that may pass, as for want of memory."""
+    """Return the damage of file ``name`` that ``error`` shows. Raise ``error`` if it may be temporary."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return f"{name} is missing"
     if error.errno == errno.EIO:  # the disk cannot return the bytes, now or later
@@ -197,11 +197,11 @@ class Retention:
     """Rule for the checkpoints to keep: each that meets at least one of these conditions."""
 
     last: int
-    """Number of the newest checkpoints."""
+    """Number of the newest checkpoints to keep."""
     every: int = 0
     """Checkpoints of steps that are multiples of this number are kept for good; 0 keeps none."""
     best: int = 0
-    """Number of the checkpoints with the lowest validation loss, if it was measured in the step of the save."""
+    """Number of checkpoints to keep for the lowest validation loss. Checkpoints of unevaluated steps do not count."""
 
 
 def list_committed(folder: Path) -> list[Path]:
@@ -317,7 +317,7 @@ def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> No
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of steps after ``step``, to which the run goes back."""
+    """Delete the checkpoints of all steps after ``step``, because the run goes back to ``step``."""
     for path in list_committed(folder):
         if step_of(path) > step:
             _delete(path)

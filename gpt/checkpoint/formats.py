@@ -65,7 +65,7 @@ def open_as_tensors(folder: Path, saved: Manifest, group: dist.ProcessGroup | No
 
 
 def convert(folder: Path, saved: Manifest, scratch: Path) -> Path:
-    """Convert a checkpoint of DeepSpeed to whole tensors; return their folder, inside ``scratch``. On one rank."""
+    """Convert a checkpoint of DeepSpeed to whole tensors; return their folder, in ``scratch``. Not collective."""
     universal = to_universal(folder / deepspeed_tag(saved.step), scratch / "universal")
     about = torch.load(folder / MODEL_FILE, map_location="cpu", weights_only=True)
     model: dict[str, Tensor] = dict(about["buffers"])

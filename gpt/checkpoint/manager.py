@@ -7,8 +7,8 @@ At most one save is in flight. Its state is staged while all ranks wait, and wri
                   every rank   advance: once all ranks have written, rank 0's writer commits
     step n + 2    every rank   advance: the commit is done, and the save has an outcome
 
-No message of its own says that all ranks have written. ``finish`` waits for the outcome instead. A write to disk that
-fails is tried again, into another folder and from the same copy.
+The sums of a step tell every rank that all ranks have written, so this needs no message of its own. ``finish`` waits
+for the outcome instead. A failed write to disk is tried again, into another folder and from the same copy.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class FailedSave:
-    """A save that failed. On disk it is tried again; in memory it was given up."""
+    """A failed save. A save to disk is tried again; a save to the memory of the nodes is given up."""
 
     step: int
     cause: str
@@ -229,7 +229,9 @@ class CheckpointManager(CheckpointLoader):
             hurries: True to try again ``HURRIED_RETRY_S`` after each failure; False to wait longer each time.
 
         Raises:
-            CheckpointError: as ``advance``, and so the other errors.
+            CheckpointError: as in ``advance``.
+            ConfigError: as in ``advance``.
+            OutdatedAttemptError: as in ``advance``.
         """
         while (pending := self._pending) is not None:
             if self._takes_part(pending) and pending.result is None:
@@ -314,7 +316,7 @@ class CheckpointManager(CheckpointLoader):
         return Saved(step, ended - pending.started, in_memory=False)
 
     def _fail(self, pending: InFlight, temporary: Path, hurries: bool) -> FailedSave:
-        """Prepare a failed save for the next try, and return the failure. Once all ranks know of a failure.
+        """Prepare a failed save for the next try, and return the failure. Called when all ranks know that it failed.
 
         Raises:
             OutdatedAttemptError: a later attempt owns the run.
@@ -387,7 +389,10 @@ class CheckpointManager(CheckpointLoader):
     # Going back.
 
     def discard_after(self, step: int) -> None:
-        """Delete the checkpoints of steps after ``step``, to which the run goes back; also copies and memory."""
+        """Delete all checkpoints of steps after ``step``, because the run goes back to ``step``.
+
+        Also deletes their copies on another filesystem, and all checkpoints in the memory of the nodes.
+        """
         run_on_first_rank(lambda: folders.discard_after(self.folder, step), self.group)
         if self.memory is not None:
             self.memory.keep("")

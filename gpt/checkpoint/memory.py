@@ -77,7 +77,7 @@ def send(about: MemorySave, part: RankPart | StagedPart, state: WriterState) -> 
 
 
 def confirm(about: MemorySave, state: WriterState) -> None:
-    """Report to the stores that all ranks have sent their parts, before the next part is sent. No rank waits."""
+    """Tell the stores of this rank's part that all ranks have sent their parts. No rank waits for this."""
     for place in about.places:
         with StoreClient(place, about.secret) as store:
             store.ask("commit", save=about.save)

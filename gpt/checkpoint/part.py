@@ -53,9 +53,9 @@ class WritePlan:
 
 
 class SavePlans:
-    """The plan of one format's saves: made at the first save, and again if names or shapes of some rank have changed.
+    """Plan of the saves in one format. It is made at the first save, and again if names or shapes change on a rank.
 
-    Rank 0 plans for all ranks, which wait; this takes longer with more ranks.
+    Rank 0 plans for all ranks, and they wait for it. The time grows with the number of ranks.
     """
 
     _keys = itertools.count()

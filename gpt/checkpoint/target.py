@@ -137,7 +137,7 @@ class Target:
 
         Args:
             step: step of the copy.
-            told: called with the bytes that were read since the last call.
+            told: called with the number of bytes that were read since the last call.
         """
         try:
             manifest = self.manifest(step)
@@ -175,7 +175,7 @@ class Target:
                 self.remove(step)
 
     def discard_after(self, step: int) -> None:
-        """Delete the copies of steps after ``step``, to which the run goes back."""
+        """Delete the copies of all steps after ``step``, because the run goes back to ``step``."""
         for later in self._begun():
             if later > step:
                 self.remove(later)
@@ -315,7 +315,7 @@ def verify_folder(path: Path, step: int, manifest: Manifest, told: Callable[[int
         path: folder of the checkpoint.
         step: step in the folder's name.
         manifest: sizes and checksums of the saved files.
-        told: called with the bytes that were read since the last call.
+        told: called with the number of bytes that were read since the last call.
 
     Returns:
         The damage, empty if all files are whole; None if the run has deleted the checkpoint in the meantime.
@@ -330,5 +330,5 @@ def verify_folder(path: Path, step: int, manifest: Manifest, told: Callable[[int
 
 
 def damage_now(path: Path, *damage: str) -> tuple[str, ...] | None:
-    """Return ``damage``; None if the checkpoint no longer exists, since then it was only being deleted."""
+    """Return ``damage``; None if the checkpoint no longer exists: then the damage was its deletion."""
     return damage if path.exists() else None

@@ -148,7 +148,10 @@ class Upkeep:
         self._retire()
 
     def _retire(self, more: int = 0) -> None:
-        """Delete the checkpoints that are no longer kept; spare ``more`` newest ones, and the last that was whole."""
+        """Delete the checkpoints that are no longer kept. Keep ``more`` additional newest ones.
+
+        Also keep the newest checkpoint that was found whole, and the one that is being copied.
+        """
         keeps = replace(self._plan.keeps, last=self._plan.keeps.last + more)
         spared = {step for step in (self._sound, self._copying) if step is not None}
         with self._lock:

@@ -50,7 +50,7 @@ class WriterState:
     plan: WritePlan | None = None
     """Newest plan of this rank's tensors."""
     upkeep: Upkeep | None = None
-    """Work on committed checkpoints, in a thread of rank 0's writer; None before the first."""
+    """Work on committed checkpoints, in a thread of rank 0's writer; None before the first such work."""
 
     def whole(self, part: RankPart | StagedPart) -> RankPart:
         """Return a part with its tensors; those of a staged part are views of this writer's shared memory."""
@@ -100,9 +100,9 @@ def commit_save(temporary: Path, about: Manifest, may_commit: Callable[[], bool]
 
 
 def remove_save(temporary: Path, keeps: Retention, frees: bool, state: WriterState) -> None:
-    """Remove the folder of a save that failed; on rank 0, when no rank writes there any more.
+    """Remove the folder of a failed save. Done on rank 0, after all ranks have stopped writing into it.
 
-    If ``frees``, the disk is full: delete the checkpoint that the failed one was to replace, unless it is the last.
+    ``frees`` is True if the disk is full. Then keep one fewer of the newest checkpoints, but at least one.
     """
     folders.remove_folder(temporary)
     if frees:
@@ -304,9 +304,10 @@ class ProcessWriter(Writer):
 
 @contextlib.contextmanager
 def open_writer(asynchronous: bool, beat: Callable[[], None]) -> Iterator[Writer]:
-    """Yield this rank's writer, and close it at the end; on Linux a process of its own if ``asynchronous``.
+    """Context with this rank's writer of checkpoints, which is closed at the exit.
 
-    ``beat`` is called about once a second while the end waits for the upkeep of checkpoints.
+    If ``asynchronous``, the writer is a separate process on Linux. At the exit, ``beat`` is called about once a
+    second during the wait for submitted jobs and for the upkeep of checkpoints.
     """
     writer: Writer = ProcessWriter() if asynchronous and hasattr(os, "memfd_create") else Writer()
     writer.beat = beat

@@ -24,11 +24,10 @@ from launch.errors import ConfigError
 
 @cached_by_model
 def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
-    """Return the counts of the user's parts of a model: ``norm``, ``head_norm``, ``position``, ``attention`` and
-    ``ffn``.
+    """Return shapes, FLOPs and bytes of the user's own classes in a model, by the part that they replace.
 
-    ``head_norm`` counts the norms of queries and keys together; its parameters are those of one norm. The mapping is
-    empty for a model of built-in parts.
+    The keys are ``norm``, ``head_norm``, ``position``, ``attention`` and ``ffn``, without built-in parts.
+    ``head_norm`` counts the norms of queries and keys together; its parameters are those of one norm.
 
     Raises:
         ConfigError: a part cannot be imported, takes other arguments, or fails.
@@ -47,7 +46,7 @@ def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
 
 
 def count_part(model: ModelConfig, key: str, shape: tuple[int, ...], *arguments: int) -> PartCounts:
-    """Build one part without memory, check that it can be used, and count it.
+    """Build the user's class for one part on the meta device, call it once, and return its shapes, FLOPs and bytes.
 
     A class may state ``forward_flops(config)`` and ``saved_bytes(config, width)``. Without them, each element of a
     matrix counts two FLOPs a token, and the backward pass keeps the input and twice the results of the matrices.

@@ -320,7 +320,7 @@ def float8_words(config: TrainConfig) -> str:
 
 
 def check_tf32(config: TrainConfig) -> None:
-    """Raise ConfigError if TF32 is requested in 16 bits."""
+    """Raise ConfigError if ``tf32`` is set with a ``precision`` of 16 bits."""
     if config.tf32 and config.precision.is_half:
         raise ConfigError(
             f"tf32=true with precision={config.precision.name}",

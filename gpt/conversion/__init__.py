@@ -92,8 +92,10 @@ class StateDictAdapter:
     parts: dict[str, tuple[Any, ...]]
     """Field of ModelConfig that chooses a part -> choices of the architecture, the usual one first."""
     keys: dict[str, tuple[str, Any]]
-    """Field of ModelConfig with any value -> its key in config.json, and what a missing key means; REQUIRED if the key
-    may not be missing."""
+    """Field of ModelConfig -> (its key in config.json, value of the field if the key is missing).
+
+    REQUIRED instead of a value: the key must be there. The architecture accepts any value of these fields.
+    """
     others: frozenset[str]
     """Further fields of ModelConfig for which the architecture accepts any value."""
     activations: dict[str, Activation]

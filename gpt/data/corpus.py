@@ -35,7 +35,7 @@ class Corpus:
     tokenizer: str
     """Kind of the tokenizer, such as ``byte`` or ``tiktoken``; ``synthetic`` or ``unknown`` without a tokenizer."""
     vocab_size: int | None
-    """Number of token ids, or the largest id seen plus 1 if no file states it; None if only the tokenizer has it."""
+    """Number of token ids; the largest id seen plus 1 if no file states the number; None if unknown."""
     entropy: float | None
     """Lowest possible loss of any model, in nats per token; None if unknown."""
 

@@ -55,8 +55,8 @@ class Windows:
     """Samples of one split of one source: windows of T tokens that do not overlap. Each window is inside one file.
 
     Tokens at the end of a file that fill no window are unused. A file is mapped into memory when a window of it is
-    read, and the ``MOST_OPEN`` most recently read files stay mapped, because a corpus may have thousands of files. The
-    kernel keeps the used pages once for all ranks of a node.
+    read. Only the ``MOST_OPEN`` most recently read files stay mapped, because a corpus may have thousands of files.
+    The kernel keeps the used pages once for all ranks of a node.
 
     Raises:
         ConfigError: the first file is missing or truncated on this machine.

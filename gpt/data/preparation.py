@@ -196,9 +196,10 @@ def tokenize_shards(spec: PreprocessingSpec, shards: Sequence[Shard], parts: Pat
 
 
 def _has_enough_text(spec: PreprocessingSpec, shard: Shard, before: int) -> bool:
-    """Return True if the shards before this one have ``data.max_bytes`` of text: ``before`` bytes of the same files.
+    """Return True if ``shard`` is not needed, because earlier shards already have ``data.max_bytes`` bytes of text.
 
-    Always False for a source without documents, because ``build_spec`` has already cut its text.
+    ``before`` is the number of bytes in the shards from ``shard.first`` up to this one. Always False for a source
+    without documents, because ``build_spec`` has already cut its text.
     """
     if spec.config.max_bytes is None or not spec.splits_documents or shard.split is VAL:
         return False
@@ -298,7 +299,7 @@ class _SplitRows:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Number of tokens of each document. Tokens after the last end form one more."""
+        """Number of tokens of each document. Tokens after the last end of a document count as one more document."""
         after = np.cumsum(self.rows["tokens"])
         ends = after[(self.rows["ends"] == 1) | (np.arange(len(after)) == len(after) - 1)]
         return np.diff(ends, prepend=0)
@@ -325,9 +326,9 @@ def _used_rows(spec: PreprocessingSpec, shards: Iterable[Shard], parts: Path) ->
 
 
 def _split_limits(spec: PreprocessingSpec) -> dict[int | None, int]:
-    """Return the largest number of bytes of text by split; empty without a limit.
+    """Return how many bytes of text the corpus may use, by the split of a shard. A split without a key has no limit.
 
-    The key None limits shards whose documents are divided between both splits.
+    The key None is for shards whose documents are divided between training and validation.
     """
     limit = spec.config.max_bytes  # the spec already limits single texts
     if limit is None or not spec.splits_documents:

@@ -153,8 +153,11 @@ class Shard:
     number: int
     parts: tuple[TextPart, ...]
     first: int = 0
-    """Number of the first shard of the same split's files. Separate validation files have the first shards, so that
-    with ``data.max_bytes`` the unneeded shards are the last."""
+    """Number of the first shard of the same group of files.
+
+    Separate validation files are a group of their own, with the lowest numbers. So the shards that ``data.max_bytes``
+    makes unnecessary have the highest numbers.
+    """
 
     @property
     def split(self) -> int | None:
@@ -184,7 +187,7 @@ def list_shards(spec: PreprocessingSpec) -> list[Shard]:
 
 
 def _group(parts: Iterable[TextPart], before: Iterable[Shard] = ()) -> list[Shard]:
-    """Join neighboring parts of the same split, up to the size of a shard, and append the shards to ``before``."""
+    """Join neighboring parts of one split into shards of up to SHARD_BYTES; return ``before`` and the new shards."""
     groups: list[list[TextPart]] = []
     size = 0
     for part in parts:

@@ -196,8 +196,7 @@ def download_shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> None:
 
 
 FIRST_USE_BYTES = 1 << 30
-"""Largest text in bytes that training prepares by itself. Ranks wait meanwhile, so larger texts are prepared
-beforehand."""
+"""Largest text, in bytes, that training prepares while its ranks wait. Larger texts must be prepared before."""
 LISTED_FILES = 20
 """Largest number of files that a manifest lists by name. For more files it records number, size and one checksum."""
 

@@ -132,8 +132,10 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
 
 
 def part_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor | None:
-    """Return the value that the user's part gives for its tensor; None if no such part exists, or it uses the
-    default."""
+    """Return the initial value that a user's class in the model gives for its tensor ``name``.
+
+    None if the tensor belongs to no user's class, or the class leaves it to the default.
+    """
     owner = owner_of(name, config)
     if owner is None:
         return None

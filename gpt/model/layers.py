@@ -212,7 +212,7 @@ COMPUTE_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16,
 """Dtype of matrix products, and of the values between them."""
 
 CACHED_LOGITS = 2**17
-"""Number of logits of a chunk for each thread of a CPU: half a megabyte, for second-level caches of one or two."""
+"""Number of fp32 logits of a chunk for each CPU thread: 0.5 MB, which fits into the 1 to 2 MB of an L2 cache."""
 
 
 def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
@@ -289,7 +289,10 @@ def write_softmax(out_NV: Tensor, logits_NV: Tensor, peak_N: Tensor, rest_N: Ten
 
 
 def in_chunks(x: Tensor, logits_NV: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Split the rows of ``x``, by default of ``logits_NV``, into chunks for ``chunk_elements`` logits each."""
+    """Split the rows of ``x`` into chunks for at most ``chunk_elements`` logits each, but of at least one row.
+
+    ``x`` has a row for each row of ``logits_NV``; None means that ``x`` is the logits.
+    """
     logits_NV = x if logits_NV is None else logits_NV
     return x.split(max(1, chunk_elements(logits_NV.device) // max(1, logits_NV.size(1))))
 

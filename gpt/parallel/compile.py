@@ -23,11 +23,11 @@ from gpt.model.layers import cross_entropy
 
 
 def convert_linears(model: GPT, config: TrainConfig) -> None:
-    """Have the linear layers of the blocks compute in float8 as ``config.float8`` says, forward and backward.
+    """Make the linear layers of the blocks compute in float8, forward and backward, as ``config.float8`` says.
 
-    Each product scales its factors anew to the range of the format, by the largest magnitude of the whole tensor or of
-    each row. Other layers stay as they are: embedding, norms and attention. So do the output matrix, whose logits need
-    the bits, the router, which chooses, and experts, which compute in grouped products.
+    Each product scales its two factors anew to the range of the format. The scale comes from the largest magnitude of
+    the whole tensor, or of each row. These layers do not change: embedding, norms, attention itself, output matrix,
+    router and experts. Logits and the choices of the router need more precision; experts compute in grouped products.
     """
     if config.float8 is Float8.none:
         return

@@ -175,10 +175,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class SequenceShard:
-    """This rank's shard of every sequence: chunk ``rank`` of 2N, and the same chunk counted from the end.
+    """This rank's shard of every sequence. With N ranks, a sequence has 2 N chunks of equal length.
 
-    A token attends to all tokens before it, so late chunks are more work than early ones. An early and a late chunk
-    together balance the load.
+    The rank has chunk ``rank``, and the chunk at the same place counted from the end. A token attends to all tokens
+    before it, so late chunks are more work than early ones. An early and a late chunk together balance the load.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -206,9 +206,10 @@ class SequenceShard:
 def shard_sequences(
     model: nn.Module, group: dist.ProcessGroup, config: TrainConfig, device: torch.device
 ) -> SequenceShard:
-    """Apply context parallelism over ``group`` to a model, or a stage of one; return this rank's shard of sequences.
+    """Apply context parallelism over ``group`` to a model or a pipeline stage; return this rank's shard of sequences.
 
-    From then on the model takes ``part`` of sequences of exactly ``block_size`` tokens, on ``device``.
+    The model then takes what ``SequenceShard.part`` returns, on ``device``. Whole sequences must have exactly
+    ``block_size`` tokens.
     """
     shard = SequenceShard(group)
     set_positions(model, shard.part(torch.arange(config.model.block_size, device=device)))
@@ -221,7 +222,7 @@ def shard_sequences(
 
 
 def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig) -> Attend:
-    """Return the function that replaces ``attention.attend``: to keys in a ring, or to all-gathered keys."""
+    """Return the function that replaces ``attention.attend``: ring attention, or attention to all-gathered keys."""
     if config.parallel.cp_method is CpMethod.ring:
         assert not isinstance(attention.backend, str), "an attention of the user's is no Attention"
         return partial(ring_attend, shard.group, attention.backend)

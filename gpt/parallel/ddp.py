@@ -52,7 +52,7 @@ def split_parameter(whole: nn.Parameter, mesh: DeviceMesh) -> SplitParameter:
 
 
 def as_row_shard(local: Tensor, whole: Tensor, mesh: DeviceMesh) -> DTensor:
-    """Wrap this rank's chunk of a tensor like ``whole`` as a DTensor."""
+    """Wrap ``local``, this rank's rows of a tensor that has the shape of ``whole``, as a DTensor."""
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
 
 
@@ -88,7 +88,7 @@ class GradientBucket:
         self._parameters, self._ranks = parameters, mesh.size()
         sizes = [padded_chunk(whole, self._ranks) for whole, _ in parameters]
         self.sums = parameters[0].whole.new_zeros(sum(sizes))
-        """This rank's part of the bucket, kept between steps: the host would need time to make the DTensors anew."""
+        """This rank's part of the bucket, kept between steps, because the host needs time to make its DTensors."""
         self._gradients: list[DTensor] = []
         for (whole, shard), place in zip(parameters, self.sums.split(sizes), strict=True):
             assert isinstance(shard, DTensor)
@@ -219,10 +219,10 @@ class DDPEngine(TorchEngine):
         return clip_replica(self._parameters, self.config.optim.grad_clip, self.world, figures_N, meanwhile)
 
     def _run_backward(self, loss: Tensor, last: bool) -> None:
-        """Run the last backward pass, and record the wait of DDP after all gradients are computed.
+        """Run the backward pass. In the ``last`` one of a step, record DDP's wait after all gradients are computed.
 
-        The callbacks of a backward pass run in the order in which they were queued. This callback is queued at the
-        begin, ahead of the one in which DDP waits.
+        Autograd runs its callbacks in the order in which they were queued. The callback of this method is queued when
+        the backward pass begins, so it runs before the callback in which DDP waits.
         """
         timeline = current()
         if timeline is None or not last or self.timed_groups is None:

@@ -50,7 +50,10 @@ def flatten_mesh(mesh: DeviceMesh, names: Sequence[str], world: World, timeout_s
 
 
 def shard_mesh(mesh: DeviceMesh, world: World, timeout_s: int, within: str = "dp_shard") -> DeviceMesh:
-    """Return the mesh of FSDP: axis ``within`` flattened with ``cp``, and before it ``dp_replicate`` for replicas."""
+    """Return the mesh over which FSDP shards parameters: the axes ``within`` and ``cp``, flattened into one.
+
+    If ``mesh`` has the axis ``dp_replicate``, the result has two dimensions, and ``dp_replicate`` is the first.
+    """
     names = mesh.mesh_dim_names or ()
     shard = flatten_mesh(mesh, [name for name in (within, "cp") if name in names], world, timeout_s)
     if "dp_replicate" not in names:
@@ -231,7 +234,8 @@ def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.devic
 def choose_store(size: int, timeout: timedelta) -> dist.Store | None:
     """Return the store in which the ranks find each other; None leaves the choice to torch and its environment.
 
-    Under an agent the keys have a secret prefix: the store itself answers any process that reaches its port.
+    Under the launcher's agent, the keys have a secret prefix, because the store answers any process that reaches its
+    port.
     """
     if size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()

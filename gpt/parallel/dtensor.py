@@ -231,7 +231,7 @@ def ranks_by_shard(keys: Sequence[Sequence[str]]) -> dict[str, Ranks]:
 def find_odd(groups: Sequence[Ranks], sums_RG: Sequence[Sequence[int]]) -> Drift | None:
     """Return the ranks that differ from their replicas; None if no rank does.
 
-    If a majority of the replicas agrees, these are the other ranks; else all ranks of the group.
+    If a majority of a group agrees, the ranks outside of this majority differ; otherwise all ranks of the group do.
 
     Args:
         groups: ranks that hold the same shards.

@@ -46,7 +46,10 @@ class Clipped(NamedTuple):
 def clip_replica(
     parameters: Iterable[nn.Parameter], limit: float, world: World, figures_N: Tensor, meanwhile: Callable[[], None]
 ) -> Clipped:
-    """Clip gradients that every rank holds whole, as ``Engine.clip``; a ``limit`` of 0 leaves them. Collective."""
+    """Clip gradients that every rank holds whole to the norm ``limit``; 0 leaves them as they are. Collective.
+
+    For ``figures_N`` and ``meanwhile`` see ``Engine.clip``.
+    """
     parameters = [p for p in parameters if p.grad is not None]
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     # Replicas have the same gradients. A replica with other numbers must not be alone in skipping the step.
@@ -66,10 +69,11 @@ def clip_shards(
     meanwhile: Callable[[], None],
     waits_as: str = WORLD,
 ) -> Clipped:
-    """Clip sharded gradients, as ``Engine.clip``; a ``limit`` of 0 leaves them. Collective.
+    """Clip sharded gradients to the global norm ``limit``; 0 leaves them as they are. Collective.
 
-    Each gradient comes with 1 over the number of its replicas, so that over the world every element counts once. The
-    timeline of a step records the wait for the other ranks under the name ``waits_as``.
+    Each item of ``gradients`` is a name, this rank's shard, and 1 over the number of ranks that hold the same shard.
+    With that factor, every element counts once in the sum over all ranks. The timeline of a step records the wait for
+    the other ranks under the name ``waits_as``. For ``figures_N`` and ``meanwhile`` see ``Engine.clip``.
     """
     parts = [(part, share) for _, part, share in gradients]
     # Gradients may be offloaded to the host; collectives run on the device. The squares come first, since the number of
@@ -86,7 +90,7 @@ def clip_shards(
 
 
 def sum_figures(world: World, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
-    """Sum the figures alone, for an engine whose optimizer clips in its step. Collective."""
+    """Sum ``figures_N`` over all ranks, but clip nothing: the optimizer clips in its step. Collective."""
     pending = world.start_all_reduce(figures_N)
     meanwhile()
     return Clipped(None, pending.wait(), figures_N.new_zeros(()))
@@ -156,11 +160,11 @@ class LossScale:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, which steps this rank's shards of DTensors. Its state stays DTensors, as checkpoints take it.
+    """torch's AdamW, whose step works on the local shards of DTensors. Its state remains DTensors, for checkpoints.
 
-    The step is elementwise, on gradients that are sharded like their parameters. Through DTensor torch would look for a
-    sharding of each parameter: 2 to 3 ms of the host apiece in the first step. It would also hash all of them in each
-    step, and refuse a list with plain tensors among them.
+    Local shards suffice, since the step is elementwise and gradients are sharded like their parameters. On DTensors,
+    torch would derive a sharding for each parameter: 2 to 3 ms of host time per parameter in the first step. It would
+    also hash all parameters in each step, and refuse a list that mixes DTensors and plain tensors.
     """
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> Any:
@@ -324,7 +328,10 @@ class Engine:
 
     @property
     def gradient_factor(self) -> float | Tensor:
-        """Factor of the summed loss of a micro-batch in its backward pass: ``scale`` times the loss scale."""
+        """Number by which the summed loss of a micro-batch is multiplied before its backward pass.
+
+        It is ``scale``, which turns sums over tokens into means over the global batch, times the loss scale of fp16.
+        """
         return self.scale if self.loss_scale is None else self.scale * self.loss_scale.scale
 
     def unscale_gradients(self) -> None:
@@ -336,8 +343,7 @@ class Engine:
         """Clip the gradients to ``optim.grad_clip``, and sum figures of the step over all ranks, without a device sync.
 
         Args:
-            figures_N: N numbers of this rank, float64. They travel with the numbers for the norm, if it needs a
-                collective.
+            figures_N: N numbers of this rank, float64. If the norm needs an all-reduce, it sums these numbers, too.
             meanwhile: called once, while the ranks communicate.
         """
         limit = self.config.optim.grad_clip
@@ -347,8 +353,8 @@ class Engine:
         """Step the optimizer; change nothing if ``skip`` is true, a bool () that is the same on all ranks.
 
         Returns:
-            The global gradient norm, (), if ``clip`` returned none: not finite if the optimizer itself has skipped the
-                step, on all ranks. None if ``clip`` returned a norm.
+            The global gradient norm, (), if ``clip`` returned no norm; otherwise None. The norm is not finite if the
+                optimizer itself has skipped the step, which it does on all ranks.
         """
         raise NotImplementedError
 
@@ -416,8 +422,8 @@ class TorchEngine(Engine):
     def begin_backward(self) -> None:
         """Set the gradients of the last step to None.
 
-        The list is of the parameters at the beginning. A walk over the modules costs a small model's step a third of a
-        percent. It would also miss the parameters that FSDP has replaced by gathered ones.
+        The engine lists the parameters once, when it is built. A walk over the modules would take 0.3% of each step
+        of a small model. It would also miss parameters that FSDP has replaced by all-gathered ones.
         """
         for parameter in self._parameters:
             parameter.grad = None

@@ -39,9 +39,10 @@ def apply_fsdp(model: GPT, mesh: DeviceMesh, config: TrainConfig) -> None:
     """Shard all parameters of ``model``, or of a pipeline stage, over ``mesh``; each group is all-gathered together.
 
     The groups follow torchtitan (torchtitan/distributed/fsdp.py): the embedding; each block, or several
-    (``fsdp_units``); norm with output matrix. The last unit of blocks, and norm and output matrix, stay gathered after
-    the forward pass, since the backward pass begins with them. The embedding needs no weight there. A tied matrix is
-    used at both ends, so it stays gathered in between, in the group of the model, which holds all remaining parameters.
+    (``fsdp_units``); norm with output matrix. The last unit of blocks, and norm and output matrix, stay gathered
+    after the forward pass, since the backward pass begins with them. The backward pass of the embedding needs no
+    weights, so they are not gathered again. A tied matrix belongs to the group of the whole model, which has all
+    remaining parameters. It is used in the first and in the last layer, so it stays gathered in between.
     """
     # torch 2.13 warns against writing into the logits, which are a view. The loss does not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -227,10 +228,10 @@ class DispatchPlan:
 
 
 def plan_dispatch(rows: int, ends_E: Tensor, group: dist.ProcessGroup, fixed_places: bool) -> DispatchPlan:
-    """Plan the all-to-all of ``rows`` rows sorted by expert; the rows of each expert end at ``ends_E``.
+    """Plan the all-to-all that sends ``rows`` rows, sorted by expert, to the ranks of their experts.
 
-    With ``fixed_places`` (a capacity) all ranks know the sizes, and no rank waits for the device. Else ranks exchange
-    them.
+    ``ends_E`` has the end (exclusive) of each expert's rows. With ``fixed_places``, that is with a capacity factor,
+    each expert has equally many rows, so no rank waits for its device. Otherwise the ranks exchange their counts.
     """
     ranks, device = group.size(), ends_E.device
     held = len(ends_E) // ranks
@@ -359,7 +360,10 @@ class NDEngine(TorchEngine):
 
 
 def find_timed_groups(config: TrainConfig, dims: ParallelDims) -> tuple[str, ...] | None:
-    """Return the groups whose waits are recorded; None if some cannot be seen: those in compiled blocks under tp."""
+    """Return the groups of ranks whose waits are recorded; None if there are none.
+
+    Also None for compiled blocks with tp > 1, because the waits inside them cannot be recorded.
+    """
     if dims.tp > 1 and config.compiles:
         return None
     sizes = {"fsdp" if dims.is_sharded else "dp": dims.data_ranks * dims.cp}

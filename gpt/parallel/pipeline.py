@@ -232,9 +232,9 @@ class TimedStage(PipelineStage):
 class TiedEmbedding:
     """A tied embedding whose copies are in the first and the last stage; does nothing for an untied model.
 
-    Both copies get the sum of the two gradients. On different ranks both copies are stepped, and stay equal. On one
-    rank they are one parameter. Only FSDP, which all-gathers each stage by itself, needs two; the second then copies
-    the first.
+    Both copies get the sum of the two gradients. If they are on different ranks, both copies are stepped, and stay
+    equal. If one rank holds both stages, the copies are one parameter. Under FSDP they are two parameters even then,
+    because FSDP all-gathers each stage by itself. Only the first is then stepped, and is copied to the second.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:

@@ -73,7 +73,7 @@ def vocabulary_loss(mesh: DeviceMesh, columns: int, vocab_size: int) -> Callable
 
     Args:
         mesh: the ranks over which the logits are sharded.
-        columns: columns of each rank; logits may lack the last ones, if they are padding.
+        columns: number of logit columns of each rank. A rank's logits may have fewer; only padding is then missing.
         vocab_size: number of columns that are tokens; the rest is padding.
     """
     first = mesh.get_local_rank() * columns
@@ -165,8 +165,8 @@ MIXTURE_PLACEMENTS: dict[str, Placement] = {
 def apply_tensor_parallel(model: GPT, mesh: DeviceMesh, config: ParallelConfig) -> None:
     """Apply tensor parallelism over ``mesh`` to ``model``, or a pipeline stage of one, equal on all of its ranks.
 
-    The model takes tokens as before. It returns this rank's columns of the logits;
-    padding of the vocabulary may be among any rank's columns.
+    The model takes tokens as before, and returns this rank's columns of the logits. Some of these columns may be
+    padding of the vocabulary, on any rank.
     """
     record_tensor_waits()
     hidden = SEQUENCE if config.sequence_parallel else REPLICATED
@@ -248,10 +248,10 @@ def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle
 
 
 class Replicated(ParallelStyle):
-    """Style of a module with replicated parameters, whose input and output have one placement.
+    """Style of a module with replicated parameters, whose input and output have the same placement.
 
-    If that placement is a shard, the gradient of the parameters is partial. ``starts_at_slice``: the module also takes
-    the position of its first token.
+    If this placement is a shard, each rank computes a partial gradient of the parameters. With ``starts_at_slice``,
+    the module also takes the position of its first token, which differs between the sequence shards of the ranks.
     """
 
     def __init__(self, placement: Placement, starts_at_slice: bool = False) -> None:

@@ -239,10 +239,10 @@ class RankStep:
         """Return the exposed seconds per step of FSDP's communication (arXiv 2304.11277, section 3).
 
         Parameters are all-gathered for every forward pass. With resharding, all units of blocks except the last are
-        gathered again for the backward pass. Gradients are reduce-scattered in the last backward pass, or in each, and
-        all-reduced between replicas in the last one. Two collectives overlap with nothing: the all-gather before the
-        first unit, and the reduction after it. They cover the first unit and the embedding; norm and output matrix join
-        the embedding's group if tied (gpt/parallel/nd.py).
+        gathered again for the backward pass. Gradients are reduce-scattered in the last backward pass, or in each,
+        and all-reduced between replicas in the last one. Two collectives overlap with no computation: the first
+        all-gather of a forward pass, and the last reduction of a backward pass. Both transfer the embedding and the
+        first unit of blocks. If the embedding is tied, they transfer the last norm, too (gpt/parallel/nd.py).
         """
         config, shards, width, count = self.config, self.shards, self.width, self.batch.accumulation
         rings, replicas = self.groups("dp_shard", "cp"), self.ring("dp_replicate")
@@ -405,7 +405,10 @@ class RankStep:
 
 
 def in_pieces(collective: Callable[[float], float], size: float, parts: Sequence[int]) -> float:
-    """Return the seconds of one collective for each part: ``size`` bytes, divided in the proportions ``parts``."""
+    """Return the total seconds of several calls of ``collective``, one for each part of ``size`` bytes.
+
+    The sizes of the parts are in the proportions ``parts``.
+    """
     whole = sum(parts)
     return sum(collective(size * part / whole if whole else 0.0) for part in parts)
 

@@ -108,7 +108,11 @@ def parallel_configs(
 def torch_configs(
     base: ParallelConfig, world_size: int, ranks_per_node: int, fixed: Collection[str], offload: bool
 ) -> Iterator[ParallelConfig]:
-    """Yield every pipeline schedule and torch strategy (ddp, zero1, fsdp, hsdp) for given degrees of ``base``."""
+    """Yield ``base`` with every pipeline schedule and every torch strategy (ddp, zero1, fsdp, hsdp).
+
+    The degrees tp, cp, pp and ep remain those of ``base``, and so do ``schedule``, ``dp_shard`` and
+    ``reshard_after_forward`` if they are in ``fixed``. With ``offload``, all configs use CPU offload.
+    """
     schedules = SCHEDULES if base.pp > 1 and "schedule" not in fixed else (base.schedule,)
     data_ranks = world_size // (base.tp * base.cp * base.pp)
     on_a_node = max(1, ranks_per_node // (base.tp * base.cp))
@@ -203,7 +207,7 @@ class LayoutSearch:
         )
 
     def with_more_recompute(self) -> Iterator[tuple[str, LayoutSearch]]:
-        """Yield for every stronger recomputation its override and the search for the run with it."""
+        """Yield each mode that recomputes more than the run does: its override, and a search with it."""
         order = [Recompute.none, Recompute.selective, Recompute.full]
         for more in order[order.index(self.config.recompute) + 1 :]:
             yield f"recompute={more.name}", replace(self, config=replace(self.config, recompute=more))

@@ -60,7 +60,10 @@ def refuse_without_deepspeed(config: TrainConfig) -> None:
 
 
 def check_parallel_parts(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if a part of the user is unusable, or does not state that it supports the used tp, cp or pp."""
+    """Raise ConfigError if the user's optimizer, or a user's class in the model, is unusable.
+
+    Also raises it if tp, cp or pp is above 1 and a user's class in the model does not state that it supports that.
+    """
     model = config.model
     optimizer_state(config.optim)
     for key, counts in part_counts(model).items():

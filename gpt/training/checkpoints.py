@@ -130,7 +130,7 @@ def load(run: Run) -> None:
 
 
 def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
-    """Raise ConfigError if a fetched copy belongs to a run with other settings and the same name of its folder."""
+    """Raise ConfigError if a fetched copy is of a run with other settings, whose folder has the same name."""
     there, here = loaded.meta["config"], compose.plain_config(run.config)
     changed = [key for key in here if key in there and here[key] != there[key] and not is_within(key, RESUMABLE)]
     if changed:
@@ -172,7 +172,10 @@ def set_rng_state(world: World, state: dict[str, Any]) -> None:
 
 
 def judge_step(run: Run, record: StepRecord) -> BadSteps | None:
-    """Return the steps to go back for after a finished step, or None; record a bad step in the event log."""
+    """Judge a finished step, and enter it in the event log if it is bad.
+
+    Returns the bad steps if they need a roll-back, else None.
+    """
     bad = run.guard.judge(record)
     if run.world.is_first and is_bad(record):
         what = "loss" if record.loss is None else "gradients"
@@ -342,8 +345,8 @@ class CheckpointSchedule:
         """Evaluate the votes of one step, summed over all ranks, about the save in ``phase``; record its outcome.
 
         Raises:
-            ConfigError: the disk was full, or failed, for longer than ``checkpoint.give_up_after_min``.
-            CheckpointError: checkpoints could not be written for as long, for another reason.
+            ConfigError: the disk was full or broken for longer than ``checkpoint.give_up_after_min`` minutes.
+            CheckpointError: for the same time, checkpoints could not be written for another reason.
         """
         if phase:
             self._record(self._manager.advance(phase, sums))
@@ -370,7 +373,8 @@ class CheckpointSchedule:
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
         """Save a checkpoint of the step just done; return the seconds that training waited.
 
-        Waits for an earlier save, or gives it up; and for this one if it is the last, or saves are synchronous.
+        First waits for an earlier save, which is given up after ``TRIES`` failures. Also waits for this save if
+        ``is_last`` or ``is_stop`` is True, or if saves are synchronous.
 
         Args:
             val_loss: validation loss of the step, nats per token; None if it was not evaluated.
@@ -417,7 +421,10 @@ class CheckpointSchedule:
             run.folder.record_event("saved_in_memory", **told, write_s=found.write_s)
 
     def _interval_s(self) -> float:
-        """Return the seconds to the next periodic checkpoint; 0 if steps decide, or rank 0 alone does (``auto``)."""
+        """Return the seconds to the next periodic checkpoint; 0 if the interval is a number of steps.
+
+        With ``auto`` only rank 0 decides; the other ranks get 0.
+        """
         if self._every.minutes is not None:
             return 60 * self._every.minutes
         if self._every.steps is not None or not self._run.world.is_first:

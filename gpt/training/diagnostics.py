@@ -232,12 +232,14 @@ class Gradients:
         self._elements = sum(p.numel() for p in whole.parameters())
 
     def sums(self, parts: Iterable[tuple[str, Tensor, float]]) -> Tensor:
-        """Return this rank's sums over its elements, (layers + 1,) float64: squares by layer, then the plain sum.
+        """Return this rank's sums over its gradient elements, (N + 1,) float64, for the N layers of ``names``.
 
-        Added up over all ranks, these are the sums of the whole model.
+        The first N numbers are the sums of the squares of each layer, and the last is the sum of all elements. The
+        sum of these tensors over all ranks describes the whole model.
 
         Args:
-            parts: name, this rank's part of the gradient, and one over the number of ranks that hold the same part.
+            parts: for each parameter its name, this rank's part of the gradient, and 1 / (number of ranks that hold
+                the same part).
         """
         named = list(parts)
         held = [(part, share) for _, part, share in named]
@@ -249,7 +251,7 @@ class Gradients:
         return torch.stack([*sums, sum_of_elements(held)]).to(self._device)
 
     def figures(self, sums: list[float]) -> GradientFigures:
-        """Compute the statistics from the sums of all ranks: the layers + 1 numbers that ``sums`` describes."""
+        """Compute the statistics from the result of the method ``sums``, added up over all ranks."""
         *squares, total = sums
         mean = total / self._elements
         variance = max(0.0, sum(squares) / self._elements - mean**2)
@@ -275,10 +277,9 @@ ROWS = 40
 class StepProfile:
     """Profiler of the steps ``profile_from`` to ``profile_to``.
 
-    The loop calls ``due`` after each step, since ``after`` needs an idle device.
+    The loop calls ``due`` after each step. If it is True, the loop waits for the device before it calls ``after``.
 
-    All ranks wait for their devices then, also those without a profile. So before the next step all ranks know
-    the same about steps that the run has to go back for.
+    All ranks wait then, also those without a profile. So before the next step all ranks know the same bad steps.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, world: World) -> None:

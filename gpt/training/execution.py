@@ -191,7 +191,7 @@ def set_determinism(config: TrainConfig) -> None:
 def set_matmul_precision(config: TrainConfig) -> None:
     """Allow TF32 in fp32 products if the completed config says so. Call it before anything is compiled.
 
-    It uses the older of torch's two ways, which torch 2.11 to 2.13 all know and their compiler reads.
+    It uses the older of torch's two interfaces: torch 2.11 to 2.13 all have it, and their compiler reads it.
     """
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
 
@@ -232,7 +232,7 @@ class StepTimeouts:
         self._times: list[float] | None = []
 
     def after(self, step_time_s: float) -> None:
-        """Add the time of one more step, in seconds; the last one needed sets the timeout."""
+        """Add the time of one more step, in seconds. After ``FIRST + MEASURED`` steps, set the timeout, once."""
         if self._times is None:
             return
         self._times.append(step_time_s)

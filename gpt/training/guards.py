@@ -63,7 +63,7 @@ class LossWindow:
 
 @dataclass(frozen=True)
 class BadSteps:
-    """Steps after which a run goes back, to begin again without their batches."""
+    """Bad steps that need a roll-back: the run goes back to an earlier checkpoint, and leaves out their batches."""
 
     first: int
     last: int
@@ -79,14 +79,17 @@ class DivergenceGuard:
         self.skipped = 0
         """Number of steps of the run that changed no weights."""
         self.rollbacks = 0
-        """Number of roll-backs since the last checkpoint of a step after the failed steps."""
+        """Number of roll-backs in a row. A checkpoint of a later step than the failed ones resets it to 0."""
         self._failed_at = 0
         self._bad: list[int] = []
         """Consecutive steps, up to the last one, whose loss or gradients were not finite."""
         self._losses: deque[float] = deque(maxlen=config.spike_window)
 
     def judge(self, record: StepRecord) -> BadSteps | None:
-        """Count a step if it was skipped; return the steps to go back for, None if the run continues."""
+        """Judge a finished step, and count it if it was skipped.
+
+        Returns the bad steps if they need a roll-back, else None.
+        """
         is_skipped = record.loss is None or record.grad_norm is None
         self.skipped += is_skipped
         if self.skipped or record.loss_scale is not None:
@@ -101,14 +104,14 @@ class DivergenceGuard:
         return self._judge_spike(record)
 
     def judge_evaluation(self, step: int, val_loss: float) -> BadSteps | None:
-        """Return the steps to go back for if the validation loss after ``step`` is not finite; None if it is finite."""
+        """Return the bad steps for a roll-back if the validation loss after ``step`` is not finite, else None."""
         if math.isfinite(val_loss):
             return None
         self._bad = self._bad or [step]
         return self._bad_steps(f"a validation loss of {val_loss} after step {step}")
 
     def judge_end(self) -> BadSteps | None:
-        """Return the steps to go back for if the last steps of the run were not finite; else None."""
+        """Return the bad steps (``is_bad``) at the end of the run, for a roll-back; None if there are none."""
         return (
             self._bad_steps("a loss or gradients that are not finite, up to the end of the run") if self._bad else None
         )
@@ -119,13 +122,13 @@ class DivergenceGuard:
         return not self._bad
 
     def gone_back(self, failed_at: int, rollbacks: int) -> None:
-        """Record that the run has gone back from step ``failed_at``, for the ``rollbacks``-th time."""
+        """Record roll-back number ``rollbacks`` of the run, because of bad steps up to step ``failed_at``."""
         self._failed_at, self.rollbacks = failed_at, rollbacks
 
     def state(self, step: int) -> dict[str, Any]:
         """Return the state for the checkpoint of ``step``, as plain JSON.
 
-        If ``step`` is after the step that the run has gone back from, ``rollbacks`` becomes 0 first.
+        First resets ``rollbacks`` to 0 if ``step`` comes after the failed steps of the last roll-back.
         """
         if step > self._failed_at:
             self.rollbacks = 0
@@ -226,7 +229,7 @@ class EarlyStop:
     def add(self, step: int, loss: float, bits_per_byte: float | None = None) -> None:
         """Add the validation loss of a step, in nats per token, and in bits per byte of text if the text is known.
 
-        A step that was evaluated before counts once.
+        Does nothing unless ``step`` comes after the step of the lowest loss: a resumed run evaluates steps again.
         """
         if step <= self.best_step:
             return
@@ -288,7 +291,7 @@ class ReplicaDriftError(RuntimeError):
 
 
 class ReplicaGuard:
-    """The comparison of the replicas of a run, if the config asks for it."""
+    """Compares the replicas of parameters. Does nothing if ``divergence.replica_check_interval`` is 0."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -383,7 +386,10 @@ class StragglerJudge:
 
 
 class StragglerWatch:
-    """Own times of all ranks: each queued step sums the times of the last step whose figures were read."""
+    """Collects the own times of all ranks, which are the seconds of a step without waits for other ranks.
+
+    The sums of each queued step carry the own times of an earlier step: the last one whose figures were read.
+    """
 
     def __init__(self, run: Run) -> None:
         self._run = run

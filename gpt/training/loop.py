@@ -143,7 +143,7 @@ class Loop:
         self._pending_metrics: QueuedStep | None = None
         """The queued step whose figures are not read yet; None if there is none."""
         self._divergence: BadSteps | None = None
-        """Steps to go back for, found in the former step while another one was queued."""
+        """Bad steps that need a roll-back, found after the next step was queued; None if there are none."""
         self._pending_requests: QueuedStep | None = None
         """The queued step whose requests are not read yet; None if there is none.
 
@@ -196,7 +196,7 @@ class Loop:
     def _collect_requests(self, step: QueuedStep) -> Requests:
         """Return the requests after ``step``.
 
-        If the ranks do not agree on requests beforehand, the figures of the step before carry them.
+        If the ranks do not agree on requests beforehand, the figures of the previous step carry them.
         """
         requests = self._carried_requests | (step.requests if self._run.worker.agrees else Requests())
         self._carried_requests = Requests()
@@ -211,7 +211,7 @@ class Loop:
         return step.requests_of_all()
 
     def _pause_after(self, requests: Requests) -> Pause | None:
-        """Return the work after the step just begun; None if there is none."""
+        """Return the work after the step just queued; None if there is none."""
         config, step = self._run.config, self._run.step
         last = step == config.optim.max_steps
         pause = Pause(
@@ -224,7 +224,7 @@ class Loop:
         return None if pause == NO_PAUSE else pause
 
     def _read(self, step: QueuedStep) -> tuple[StepRecord, BadSteps | None]:
-        """Read a step's figures; return its record, and the steps to go back for or None."""
+        """Read a step's figures. Return its record, and the bad steps if they need a roll-back, else None."""
         record, self._clock = step.finish(self._clock)
         self._pending_metrics = None
         self._timeouts.after(record.step_time_s)
@@ -234,7 +234,10 @@ class Loop:
         return record, judge_step(self._run, record)
 
     def _read_at_once(self, step: QueuedStep, pause: Pause | None, requests: Requests) -> str | None:
-        """Read the step just begun and do its work; return ``finished``, ``stopped``, or None to go on."""
+        """Wait for the step just queued, read its figures, and do the work of ``pause``.
+
+        Returns ``finished`` or ``stopped`` if training ends with this step; None if training continues.
+        """
         run, guard = self._run, self._run.guard
         record, bad = self._read(step)
         if pause is None:
@@ -274,7 +277,10 @@ class Loop:
         return None
 
     def _go_back(self, bad: BadSteps, requests: Requests) -> None:
-        """Go back to a checkpoint before ``bad``; requests in the meantime are served after the next step."""
+        """Load a checkpoint from before the steps ``bad``, to continue from it.
+
+        ``requests`` (to stop or to save) came during the discarded steps. They are served after the next step.
+        """
         self._schedule.finish()
         go_back(self._run, self.writers, bad)
         self._stability.clear()
@@ -287,7 +293,7 @@ NO_PAUSE = Pause(last=False, evaluates=False, compares=False, saves=False, remem
 def evaluate_step(run: Run, record: StepRecord) -> BadSteps | None:
     """Put the validation loss into ``record``, in nats per token, and in bits per byte of text if the text is known.
 
-    Collective. Returns the steps to go back for if the loss is not finite, else None.
+    Collective. Returns the bad steps for a roll-back if the loss is not finite, else None.
     """
     sequences, engine, dims = run.config.eval.sequences, run.engine, run.dims
     share = EvaluationShare(sequences, run.batch.micro, dims.data_rank(run.world.rank), dims.data_ranks)

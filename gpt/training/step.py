@@ -198,7 +198,8 @@ class QueuedStep:
     record: StepRecord
     """Fields that are known without waiting; ``finish`` fills in the rest."""
     requests: Requests
-    """Requests to this rank. Under an agent all ranks have the same; else see ``requests_of_all``."""
+    """Requests to this rank. They are the same on all ranks if the launcher started the run; otherwise use
+    ``requests_of_all``."""
     gradients: Gradients | None
     """Statistics of the gradients in a step that measures them; else None."""
     figures: StepFigures
@@ -233,7 +234,7 @@ class QueuedStep:
         return record, ended
 
     def requests_of_all(self) -> Requests:
-        """Wait for the step; return the requests to any rank before its end."""
+        """Wait for the step; return the requests that any rank had received when it queued the step."""
         figures, _ = self.figures.read()
         return Requests(figures["stop"][0] > 0, figures["save"][0] > 0) if "stop" in figures else self.requests
 
@@ -325,11 +326,11 @@ def queue_step(
 def balance_experts(engine: Engine, world: World, skip: Tensor) -> Tensor:
     """Adjust the experts' biases by the tokens of this step, over all ranks; do not wait for the device. Collective.
 
-    If ``skip``, a bool (), is true the biases stay: even counts move none.
+    If ``skip``, a bool (), is true, the counts are set to 0: equal counts change no bias.
 
     Returns the imbalance of the tokens, () float64: the largest excess of an expert over its even share, in units of
-    that share. 0 is even, 1 is twice the share (MaxVio, arXiv 2408.15664, section 4.1). Ranks that share matrices all
-    count the same tokens, so every count is multiplied alike; only the ratios matter.
+    that share. 0 is even, 1 is twice the share (MaxVio, arXiv 2408.15664, section 4.1). Tensor-parallel ranks all
+    count the same tokens. That multiplies every count by the same number, and only the ratios of counts matter.
     """
     mine_LE = expert_counts(engine.module)
     most = torch.zeros((), dtype=torch.float64, device=world.device)

@@ -189,10 +189,10 @@ class GptWorkload(Workload):
         return config.device is Device.cpu
 
     def plan(self, config: TrainConfig, request: PlanRequest) -> WorkloadPlan:
-        """Return parallelism, batch, memory and corpus of a point.
+        """Return parallelism, batch, memory and corpus of a run with ``config`` on the machines of ``request``.
 
         Raises:
-            ConfigError: ranks, batch, model and corpus do not go together, or exceed the nodes.
+            ConfigError: ranks, batch, model and corpus do not fit each other, or need more than the nodes have.
         """
         check_init_from(config, request.folder)
         refuse_two_lengths(config.optim.max_tokens, request.overrides)
