@@ -36,7 +36,7 @@ def plan(*words: str) -> Plan:
         (["workload=script", "script.command=[no-such-program]"], "no program no-such-program", "script.command="),
         ([*SCRIPT, "script.workdir=nowhere"], "nowhere, which is no folder", "script.workdir=PATH"),
         ([*SCRIPT, "script.python=python9"], "script.python=python9", "script.python=/"),
-        ([*SCRIPT, """script.args="--name 'a" """.strip()], "no closing quotation", "script.args="),
+        ([*SCRIPT, """script.args="--name 'a" """.strip()], "No closing quotation", "script.args="),
         ([*SCRIPT, r"script.progress=loss (?P<loss>[\d.]+)"], "without a group step", "(?P<step>"),
         ([*SCRIPT, r"script.progress=step (?P<step>\d+"], "which is no regular expression", "(?P<step>"),
         ([*SCRIPT, r"script.progress=(?P<step>\d+) (?P<acc>\d+)"], "a group acc", "(?P<step>"),

@@ -179,7 +179,7 @@ def test_a_job_whose_nodes_do_not_see_the_folder_says_so(folder: RunFolder) -> N
     folder.events.write_text("")
     folder.record_event("submitted", cluster="slurm", job_id="7", nodes=2)
     point = find_run_status(folder)
-    update(point, {SlurmJob("7").name: JobState("FAILED", "None")})
+    update(point, {SlurmJob("7").job_id: JobState("FAILED", "None")})
     assert point.state == "failed"
     text = explain_end(point)
     assert f"run failed (its agents wrote nothing: the nodes may not see {folder.path}" in text
@@ -199,5 +199,5 @@ def test_a_run_whose_ranks_did_not_fail_says_why_it_does_not_start_again(folder:
     ):
         folder.record_event(**event)
     point = find_run_status(folder)
-    update(point, {SlurmJob("7").name: JobState("FAILED", "None")})
+    update(point, {SlurmJob("7").job_id: JobState("FAILED", "None")})
     assert explain_end(point).endswith("\nnot started again: the limit is reached")

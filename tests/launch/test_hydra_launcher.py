@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from hydra import version
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import IntegrationTestSuite, LauncherTestSuite
 
 from hydra_plugins.launch_plugin.multinode import MultinodeLauncher
+
+
+@pytest.fixture(autouse=True)
+def _as_hydra_begins() -> None:
+    """Hydra's suites expect the version of a fresh process; other tests of this process have set another."""
+    version.setbase("1.1")
+
 
 LOCAL = [("multinode_local", []), ("multinode", [])]
 
