@@ -351,7 +351,7 @@ TOKENS = {
     "gpt/data": 17_600,
     "gpt/metrics": 4_950,
     "gpt_launch": 600,
-    "hydra_plugins": 2_460,
+    "hydra_plugins": 2_480,
     "launch/agent": 24_750,
     "launch/bench_network": 2_960,
     "launch/config": 3_730,

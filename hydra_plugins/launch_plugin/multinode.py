@@ -21,6 +21,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from hydra_plugins.launch_plugin import _multinode_config  # noqa: F401  # registers the keys
@@ -47,13 +48,14 @@ GROUPS = ("cluster", "resilience", "budget", "launch")
 
 
 def run_task(
-    context: HydraContext, task_function: TaskFunction, config: DictConfig, state: dict[Any, Any]
+    context: HydraContext, task_function: TaskFunction, config: DictConfig, state: dict[Any, Any], base: Any
 ) -> JobReturn:
     """Run the task function of one point in one rank, as Hydra does in a plain sweep. Raises what the function raises.
 
     All ranks have the same output folder. Only rank 0 writes Hydra's own files into it.
     """
     Singleton.set_state(state)
+    VersionBase.instance().version_base = base
     setup_globals()
     if os.environ.get("RANK", "0") != "0":
         with open_dict(config):
@@ -97,7 +99,7 @@ class MultinodeLauncher(Launcher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         folder = Path(str(self.config.hydra.sweep.dir)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        state = Singleton.get_state()
+        state, base = Singleton.get_state(), VersionBase.instance().version_base
         points, composed = [], []
         for number, overrides in enumerate(job_overrides, initial_job_idx):
             config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
@@ -107,7 +109,7 @@ class MultinodeLauncher(Launcher):
             shown = re.sub(r"[^\w=.,+~-]", "_", ",".join(filter_overrides(overrides)))[:80]
             words += overrides_of("run_dir", folder / "launch" / f"{number},{shown}".rstrip(","))
             words += [*overrides_of("output_dir", folder), "fresh=true"]  # Hydra runs a task again in the same folder.
-            call = Call(run_task, (self.context, self.task_function, config, state))
+            call = Call(run_task, (self.context, self.task_function, config, state, base))
             points.append(Point(words, call))
             composed.append(config)
         GlobalHydra.instance().clear()  # The launcher composes its own config.
@@ -115,6 +117,7 @@ class MultinodeLauncher(Launcher):
             jobs: Sequence[Job] = start_and_wait(points)
         finally:
             Singleton.set_state(state)
+            VersionBase.instance().version_base = base
         return [job_return(*parts) for parts in zip(jobs, composed, job_overrides, strict=True)]
 
 
