@@ -123,8 +123,7 @@ def point_of(program: Any, args: Sequence[Any], keys: Mapping[str, Any]) -> Poin
         ConfigError: a keyword is a key of the launcher and an argument of the function, or the call cannot work.
     """
     words = workload_of_program(program)
-    schema_words = [*words, *(f"workload={keys['workload']}" for name in ("workload",) if name in keys)]
-    target = target_of(schema_words)
+    target = target_of([*words, f"workload={keys['workload']}"] if "workload" in keys else words)
     schema, raw_keys = schema_of(target), load_workload(target).raw_keys
     own = arguments_of(program) if callable(program) else ()
     given: dict[str, Any] = {}
@@ -188,8 +187,8 @@ def text_of_argument(value: Any) -> str:
         or (isinstance(value, str) and len(value) <= SHORT_TEXT and "$" not in value)
     ):
         return hydra_text(value)
-    digest = calls.file_of(calls.dumped(calls.Call(type(value), (value,))), Path()).stem
-    return f"{type(value).__name__}-{digest[:8]}"
+    kind = type(value).__name__
+    return f"{kind}-{calls.digest(calls.pickled(value, f'a {kind} as an argument'))[:8]}"
 
 
 # Runs.
@@ -222,7 +221,7 @@ class Job:
             raise problem
         return point
 
-    def _has_started(self, point: RunStatus) -> bool:
+    def _has_started(self) -> bool:
         """Return whether the event log has events of this submission, or will never have any.
 
         Without a launcher process, the answer is always True.
@@ -238,7 +237,7 @@ class Job:
             SlurmError: Slurm does not answer.
         """
         point = self._status()
-        return point.state if self._has_started(point) else "pending"
+        return point.state if self._has_started() else "pending"
 
     def done(self) -> bool:
         """Return whether the run has ended and will not start again."""

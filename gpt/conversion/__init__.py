@@ -182,7 +182,7 @@ class StateDictAdapter:
 
 KINDS = ("weight", "bias")
 REQUIRED = object()
-"""What a missing key means if every config.json of the architecture has the key."""
+"""Default of a key that every config.json of the architecture has: a file without this key is refused."""
 
 
 def renamed(

@@ -63,7 +63,7 @@ class MultinodeConf:
 
 @dataclass
 class MultinodeLocalConf(MultinodeConf):
-    """The same keys for ``hydra/launcher=multinode_local``. All nodes of a run are processes of this machine."""
+    """Keys of ``hydra/launcher=multinode_local``. All nodes of a run are processes of this machine."""
 
     kind: str = "local"
 

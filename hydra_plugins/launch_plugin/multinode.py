@@ -27,18 +27,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from hydra_plugins.launch_plugin import _multinode_config  # noqa: F401  # registers the keys
 
 OF_CLUSTER = (
-    *(
-        "timeout_min",
-        "cpus_per_task",
-        "gpus_per_node",
-        "mem_gb",
-        "partition",
-        "qos",
-        "account",
-        "constraint",
-        "exclude",
-    ),
-    *("gres", "signal_delay_s", "array_parallelism", "setup", "placement"),
+    *("timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "partition", "qos", "account", "constraint"),
+    *("exclude", "gres", "signal_delay_s", "array_parallelism", "setup", "placement"),
 )
 """Keys of this launcher that are keys of the group ``cluster``, with the same names."""
 OF_SBATCH = ("cpus_per_gpu", "mem_per_gpu", "mem_per_cpu", "comment")

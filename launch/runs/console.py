@@ -1,4 +1,4 @@
-"""What commands print: a console that takes text as it is, and tables. The agents on the nodes do not import it."""
+"""Console of the commands, which prints text as it is, and tables. The agents on the nodes do not import it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class ReportFile(Enum):
@@ -163,6 +163,12 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
 def write_json(path: Path, value: Any, mode: int = 0o666) -> None:
     """Write ``value`` atomically as indented JSON; ``mode`` as for ``write_atomically``."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode(), mode)
+
+
+def is_own(file: IO[bytes]) -> bool:
+    """Return whether this user owns an open file, and no other user may write into it. For pickles, which are code."""
+    found = os.fstat(file.fileno())
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from launch.agent import node as processes
 from launch.errors import ConfigError
 from launch.plan.plan import JOBS, SLURM_JOBS, Plan
 from launch.runs.events import refuse_alive
+from launch.runs.files import is_own
 from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
 from launch.slurm.client import JobState
@@ -277,8 +277,7 @@ def run_dir_of(pickle: Path) -> str | None:
     """
     try:
         with pickle.open("rb") as file:
-            found = os.fstat(file.fileno())
-            if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            if not is_own(file):
                 return None
             # Opened by its descriptor: in a folder of other users, another file may have replaced the pickle.
             arguments = DelayedSubmission.load(f"/proc/self/fd/{file.fileno()}").args

@@ -14,7 +14,6 @@ import hashlib
 import os
 import pickle
 import signal
-import stat
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 import cloudpickle
 
 from ..errors import ConfigError
-from ..runs.files import make_folder, write_atomically
+from ..runs.files import is_own, write_atomically
 
 REQUEUE_EXIT = 75
 """Exit status with which a rank requests a requeue after it has saved (EX_TEMPFAIL of sysexits.h)."""
@@ -48,7 +47,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """What a call returned or raised on one rank."""
+    """Return value or exception of a call on one rank."""
 
     attempt: int
     value: Any = None
@@ -63,15 +62,26 @@ def dumped(call: Call) -> bytes:
     Raises:
         ConfigError: the function or an argument cannot be pickled.
     """
+    content = {**vars(call), "path": [folder for folder in sys.path if folder]}
+    return pickled(content, f"a call of {name_of(call.function)}")
+
+
+def pickled(value: Any, what: str) -> bytes:
+    """Return ``value`` as bytes of cloudpickle. Raises ConfigError, which names ``what``, if this is not possible."""
     try:
-        content: bytes = cloudpickle.dumps({**vars(call), "path": [folder for folder in sys.path if folder]})
+        content: bytes = cloudpickle.dumps(value)
     except Exception as error:  # A user's class can raise any exception.
         raise ConfigError(
-            f"a call of {name_of(call.function)} that cannot be pickled: {error}",
+            f"{what} that cannot be pickled: {error}",
             "a function and arguments that pickle or cloudpickle can write",
             "open files, locks, sockets and generators inside the function",
         ) from error
     return content
+
+
+def digest(content: bytes) -> str:
+    """Return the name of a content, which is the same for equal bytes."""
+    return hashlib.sha256(content).hexdigest()[:20]
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -82,14 +92,12 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def file_of(content: bytes, output_dir: Path) -> Path:
     """Return the path of the file for a call: equal calls have the same file."""
-    return output_dir / ".calls" / f"{hashlib.sha256(content).hexdigest()[:20]}.pkl"
+    return output_dir / ".calls" / f"{digest(content)}.pkl"
 
 
 def write_call(path: Path, content: bytes) -> None:
     """Write the file of a call. Only this user can read it."""
-    make_folder(path.parent)
-    write_atomically(path, content)
-    path.chmod(0o600)
+    write_atomically(path, content, 0o600)
 
 
 def load(path: Path) -> Any:
@@ -99,8 +107,7 @@ def load(path: Path) -> Any:
         ConfigError: another user owns the file or may write into it; a pickle is code.
     """
     with path.open("rb") as file:
-        found = os.fstat(file.fileno())
-        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if not is_own(file):
             raise ConfigError(
                 f"{path}, which others can change or own", "a file of this user alone", f"chmod go-w {path}"
             )
@@ -128,9 +135,7 @@ def store_result(run_dir: Path, rank: int, result: Result) -> None:
             raise TypeError(f"the return value of rank {rank} cannot be pickled: {error}") from error
         text = f"{type(result.error).__name__}: {result.error}"
         content = cloudpickle.dumps({**vars(result), "error": RuntimeError(text)})
-    folder = run_dir / RESULTS
-    make_folder(folder)
-    write_atomically(folder / f"rank_{rank:05d}.pkl", content)
+    write_atomically(run_dir / RESULTS / f"rank_{rank:05d}.pkl", content, 0o600)
 
 
 def requeue_by_checkpoint(call: Call, run_dir: Path, rank: int) -> None:
