@@ -30,7 +30,7 @@ from tests.support.runs import (
     rank_of_script,
 )  # fmt: skip
 
-STEPS = 300
+STEPS = 600
 
 
 def point(folder: Path, name: str, nodes: int) -> RunFolder:
