@@ -278,8 +278,9 @@ def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:
     """Return the FLOPs per token that the backward pass spends on recomputing the blocks.
 
     ``full`` repeats all products of a block except the last. torch stops once nothing is missing, and the last result
-    is needed only if a later operation keeps its input (dropout, a norm, the weighting of experts). ``selective``
-    repeats only attention, if a fused kernel draws dropout. Compiled code may repeat less.
+    is needed only if a later operation keeps its input (dropout, a norm, the weighting of experts). On CPUs in fp32
+    the last product is repeated too, and not counted here. ``selective`` repeats only attention, if a fused kernel
+    draws dropout. Compiled code may repeat less.
     """
     once = forward_flops(model, sequences=1)
     if recompute is Recompute.none:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from gpt.config import AttentionBackend, ModelConfig
-from gpt.model.layers import build_norm, build_rotation
+from gpt.model.layers import Linear, build_norm, build_rotation
 
 # Key-value cache of attention: generation computes the keys and values of each token once.
 #
@@ -221,10 +221,10 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.query = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=config.bias)
-        self.key = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
-        self.value = nn.Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
-        self.output = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
+        self.query = Linear(config.n_embd, config.n_head * config.head_dim, bias=config.bias)
+        self.key = Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
+        self.value = Linear(config.n_embd, config.kv_heads * config.head_dim, bias=config.bias)
+        self.output = Linear(config.n_head * config.head_dim, config.n_embd, bias=config.bias)
         # One gain for all heads, so that heads can be sharded.
         self.query_norm = build_norm(config, config.head_dim) if config.qk_norm else None
         self.key_norm = build_norm(config, config.head_dim) if config.qk_norm else None

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import Activation, ExpertBalance, ExpertMatmul, ModelConfig
+from gpt.model.layers import Linear
 
 # Dense feed-forward layers, applied to each position alone. B batch, T time, D width, F inner width.
 
@@ -35,8 +36,8 @@ class StandardFfn(nn.Module):
 
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        self.up = nn.Linear(config.n_embd, width, bias=config.bias)
-        self.down = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, width, bias=config.bias)
+        self.down = Linear(width, config.n_embd, bias=config.bias)
         self.activation = ACTIVATIONS[config.ffn_activation]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -48,9 +49,9 @@ class GatedFfn(nn.Module):
 
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, width, bias=config.bias)
-        self.up = nn.Linear(config.n_embd, width, bias=config.bias)
-        self.down = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.gate = Linear(config.n_embd, width, bias=config.bias)
+        self.up = Linear(config.n_embd, width, bias=config.bias)
+        self.down = Linear(width, config.n_embd, bias=config.bias)
         self.activation = ACTIVATIONS[config.ffn_activation]
 
     def forward(self, x_BTD: Tensor) -> Tensor:

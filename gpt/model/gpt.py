@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.components import build_part, load_part
@@ -16,7 +15,7 @@ from gpt.components.facts import owner_of
 from gpt.config import Ffn, ModelConfig, NormPosition
 from gpt.model.attention import Attention, Cache, LayerCache
 from gpt.model.ffn import build_dense
-from gpt.model.layers import build_norm, build_position
+from gpt.model.layers import Linear, build_norm, build_position, linear
 
 # Transformer block: the unit that is repeated, and the unit that a strategy shards.
 #
@@ -190,7 +189,7 @@ class TiedHead(nn.Module):
 
     def forward(self, x_BTD: Tensor, weight_VD: Tensor) -> Tensor:
         """Compute logits, (B, T, D) -> (B, T, V)."""
-        return F.linear(x_BTD, weight_VD)
+        return linear(x_BTD, weight_VD)
 
 
 class GPT(nn.Module):
@@ -205,7 +204,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         # With norms after each addition, the hidden states are already normalized.
         self.norm = build_norm(config) if config.norm_position is NormPosition.pre else nn.Identity()
-        self.head = TiedHead() if config.tie_embeddings else nn.Linear(config.n_embd, config.padded_vocab, bias=False)
+        self.head = TiedHead() if config.tie_embeddings else Linear(config.n_embd, config.padded_vocab, bias=False)
 
     def forward(self, tokens_BT: Tensor, cache: Cache | None = None) -> Tensor:
         """Compute the logits of the token after each position, (B, T) integers -> (B, T, V).

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from gpt.components import build_part
 from gpt.config import LOSS_CHUNK, ModelConfig, Norm, Position, Precision, RopeScaling, TrainConfig
@@ -68,6 +69,69 @@ class RmsNormOnCpu(torch.autograd.Function):
         along = (product_ND @ gain_D).view_as(scale).mul_(scale.square()).div_(-x.size(-1))
         x_gradient = torch.mul(normalized, along, out=product_ND.view_as(x))
         return x_gradient.addcmul_(gradient * gain_D, scale), gain_gradient_D, None
+
+
+class Linear(nn.Linear):
+    """Linear layer. On CPUs in fp32 it computes with oneDNN, see ``LinearOnCpu``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Compute ``x`` times the transpose of a matrix, plus a bias, (..., I) -> (..., O)."""
+    plain = type(x) in (Tensor, nn.Parameter) and type(weight_OI) is nn.Parameter  # not a DTensor
+    fp32 = x.dtype == weight_OI.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if plain and fp32 and x.device.type == "cpu":
+        product: Tensor = LinearOnCpu.apply(x, weight_OI, bias_O)
+        return product
+    return F.linear(x, weight_OI, bias_O)
+
+
+class LinearOnCpu(torch.autograd.Function):
+    """Linear layer in fp32: oneDNN computes its result and the gradient of its input, torch that of its matrix.
+
+    torch computes all three with MKL. On a CPU of AMD, oneDNN needs 8 to 14 % less time for the first two, and more
+    time for the third. On CPUs of Intel nobody measured.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        ctx.has_bias = bias_O is not None
+        product: Tensor = torch.ops.gpt.onednn_linear(x, weight_OI, bias_O)
+        return product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight_OI = ctx.saved_tensors
+        rows_RO = gradient.flatten(0, -2)
+        x_gradient = torch.ops.gpt.onednn_linear(gradient, weight_OI.mT, None)
+        return x_gradient, rows_RO.mT @ x.flatten(0, -2), rows_RO.sum(0) if ctx.has_bias else None
+
+
+# The product as an operation of this package: torch.compile knows its shape, and FlopCounterMode its arithmetic.
+torch.library.define("gpt::onednn_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+@torch.library.impl("gpt::onednn_linear", "cpu")
+def onednn_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Compute a linear layer with oneDNN, (..., I) -> (..., O)."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, "none", [], "")
+    return product
+
+
+@torch.library.register_fake("gpt::onednn_linear")
+def onednn_shape(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Return an empty tensor with the shape of the product."""
+    return x.new_empty(*x.shape[:-1], len(weight_OI))
+
+
+@register_flop_formula(torch.ops.gpt.onednn_linear)
+def onednn_flops(x_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
+    """Return the FLOPs of the product, two for each multiplication with an addition."""
+    return 2 * x_shape.numel() * weight_shape[0]
 
 
 class LearnedPosition(nn.Module):

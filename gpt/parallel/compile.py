@@ -58,6 +58,7 @@ MATRIX_PRODUCTS = frozenset(
         aten.baddbmm.default,
         aten._grouped_mm.default,
         aten._scaled_mm.default,
+        torch.ops.gpt.onednn_linear.default,
     }
 )
 ALL_TO_ALLS = frozenset({torch.ops._c10d_functional.all_to_all_single.default})

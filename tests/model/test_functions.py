@@ -19,7 +19,7 @@ from gpt.config import ModelConfig, Position
 from gpt.model import layers
 from gpt.model.attention import Attended, Cache, attend_block, attend_block_backward, merge_blocks
 from gpt.model.gpt import GPT
-from gpt.model.layers import RmsNorm, RmsNormOnCpu, Rotation, cross_entropy
+from gpt.model.layers import Linear, LinearOnCpu, RmsNorm, RmsNormOnCpu, Rotation, cross_entropy
 from tests.support.small_models import label, random_tokens, small, variants
 
 WIDTH = 12
@@ -72,6 +72,32 @@ def test_other_precisions_and_a_norm_in_a_graph_are_left_to_torch(monkeypatch: p
     assert torch.equal(norm(x.bfloat16()), plain(x.bfloat16()))
     assert torch.equal(torch.compile(norm, backend="eager", fullgraph=True)(x), plain(x))
     assert norm.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_a_linear_layer_and_its_gradients_are_torchs_in_float64(bias: bool, compiled: bool) -> None:
+    x, gradient = torch.randn(3, 7, WIDTH), torch.randn(3, 7, 5)
+    layer = Linear(WIDTH, 5, bias=bias)
+    plain = nn.Linear(WIDTH, 5, bias=bias).double()
+    plain.load_state_dict(layer.state_dict())
+    found = []
+    called = torch.compile(layer, fullgraph=True) if compiled else layer
+    for module, call, dtype in ((layer, called, torch.float32), (plain, plain, torch.float64)):
+        own = x.to(dtype, copy=True).requires_grad_()
+        y = call(own)
+        found.append((y.detach(), *torch.autograd.grad(y, (own, *module.parameters()), gradient.to(dtype))))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-6, atol=2e-6)
+
+
+def test_other_precisions_of_a_linear_layer_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LinearOnCpu, "apply", lambda *_: pytest.fail("not for this input"))
+    layer, x = Linear(WIDTH, 5), torch.randn(2, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer.double()(x.double()).dtype == torch.float64
+    assert layer.to("meta")(x.to("meta")).shape == (2, 5)
 
 
 # The loss against torch's, in value and gradient, and what it moves and allocates for each logit.
