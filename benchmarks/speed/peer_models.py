@@ -55,6 +55,7 @@ class Shape:
             *(gelu if self.kind == "gpt2" else gated),
             *(mixture if self.kind == "mixture" else []),
             *(f"optim.global_batch={self.batch}", f"optim.max_micro_batch={self.batch}"),
+            *(["data=synthetic", "model.vocab_multiple=1"] if self.vocab < 256 else []),  # bytes do not fit
         ]
 
 
