@@ -15,10 +15,12 @@ import gpt_launch.own_names  # noqa: F401  # before anything else of the project
 COMMANDS = {
     name: f"launch.{name}"
     for name in (
-        *("status", "logs", "cancel", "report", "verify", "doctor", "project", "keys", "bench_network", "storm"),
-        *("agent", "batch", "move"),  # The launcher itself starts these modules.
+        *("status", "logs", "cancel", "attach", "report", "verify", "doctor", "project", "keys", "storm"),
+        *("bench_network", "agent", "batch", "move"),
     )
 }
+OF_THE_LAUNCHER = ("agent", "batch", "move")
+"""Commands that the launcher itself starts, on the machine that runs jobs."""
 PACKAGES = ("launch.", "gpt.", "slurm.")
 
 
@@ -39,7 +41,12 @@ def main() -> int:
         from launch.__main__ import main as launch
 
         return launch()
-    del sys.argv[1]
+    name = sys.argv.pop(1)
+    if name in COMMANDS and name not in OF_THE_LAUNCHER:
+        from launch.plan.remote import remote_of, run_remotely
+
+        if remote_of(sys.argv[1:]) is not None:
+            return run_remotely(sys.argv[1:], name)
     if not hasattr(sys.modules.get(module), "__path__"):
         sys.modules.pop(module, None)  # A forked rank has imported the module; runpy would warn.
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""Entry point of the agent for submitit, whose pickle names ``run``; also beside a user's own ``launch.py``."""
+"""Entry points of the agent for submitit, whose pickles name these functions; also beside a user's ``launch.py``."""
 
 from __future__ import annotations
 
@@ -9,3 +9,11 @@ def run(run_dir: str) -> None:
     from launch.agent.__main__ import run_agent
 
     run_agent(run_dir)
+
+
+def run_step(run_dir: str, job: str, shares: bool) -> None:
+    """Run the agents of a run as a step of a Slurm job, as ``launch.agent.step.run_step`` does."""
+    import gpt_launch.own_names  # noqa: F401
+    from launch.agent.step import run_step as run_in_job
+
+    run_in_job(run_dir, job, shares)

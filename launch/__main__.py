@@ -36,6 +36,7 @@ from launch.config.compose import (
     target_of,
 )
 from launch.errors import ConfigError, closest, refusing
+from launch.plan.remote import remote_of, run_remotely
 from launch.runner import SweepFailedError, print_failure
 from launch.runs.compose import CONFIG_ERRORS, refuse_file_of_config
 from launch.runs.files import deny_others_writing
@@ -96,7 +97,7 @@ def unknown_flag(flag: str, argv: Sequence[str], flags: Sequence[str]) -> Config
     return ConfigError(f"{flag}, which is no flag", "KEY=VALUE, -m for a sweep, or a flag of Hydra's", fix)
 
 
-COMMANDS = ("status", "logs", "cancel", "report", "project", "verify", "doctor", "move", "keys", "batch")
+COMMANDS = ("status", "logs", "cancel", "attach", "report", "project", "verify", "doctor", "move", "keys", "batch")
 """Other commands, each in a module of its own."""
 
 
@@ -142,6 +143,8 @@ def main() -> int:
     if "--version" in sys.argv[1:]:
         print(f"gpt-launch {__version__}")
         return 0
+    if remote_of(sys.argv[1:]) is not None:
+        return run_remotely(sys.argv[1:])
     deny_others_writing()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Exceptions reach this point, where they become messages.
     try:

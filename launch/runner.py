@@ -23,17 +23,17 @@ from launch.runs.find import Sweep, record_sweep, sweep_overrides
 from launch.runs.folder import RunFolder
 from launch.runs.records import objective_value
 from launch.slurm.client import SlurmError
+from launch.slurm.dependency import in_line, shapes
 from launch.slurm.failover import start_in_background
 from launch.slurm.jobs import LocalQueueEntry, SlurmJob, refuse_running
 from launch.slurm.points import plan_sweep
 from launch.slurm.status import RunStatus, explain_end, new_run_status
 from launch.slurm.submit import (
     explain_refusal,
-    in_line,
     may_have_taken,
     remove_unused,
-    shapes,
     show_plans,
+    side_by_side,
     submit_somewhere,
 )
 from launch.slurm.watch import stop_on_ctrl_c, watch_points
@@ -140,7 +140,8 @@ def submit_and_watch(
         leave_failover(unfinished(plans), console)
         return {}
     try:
-        watch_points(points, console, after.poll_s)
+        stops, parallel = after.stop_at_first_failure, side_by_side(after.parallel, plans)
+        watch_points(points, console, after.poll_s, stops_at_failure=stops, parallel=parallel)
     except KeyboardInterrupt:
         stop_on_ctrl_c(points, console)
         text = "stopped; the same command resumes from the last checkpoint, or begins again without one"

@@ -22,6 +22,7 @@ from launch.runs.events import damaged_text, skipped_text, straggling_ranks, unc
 from launch.runs.files import is_full
 from launch.runs.find import find_runs, natural
 from launch.runs.records import UNITS
+from launch.runs.usage import usage_text
 from launch.slurm.client import SlurmError
 from launch.slurm.status import (
     RunStatus,
@@ -75,6 +76,7 @@ def as_dict(point: RunStatus) -> dict[str, Any]:
         "slow_ranks": [{key: event.get(key) for key in SLOW} for event in straggling_ranks(events)] or None,
         "sick_nodes": sick_nodes(point) or None,
         "not_restarted": why_not_restarted(events),
+        "usage": usage_text(point.folder) or None,
         "failure": failure and {key: failure.get(key) for key in ("attempt", "rank", "host", "step", "cause", "log")},
     }
     return {key: value for key, value in known.items() if value is not None}
@@ -134,6 +136,7 @@ def status_notes(known: dict[str, Any]) -> list[str]:
         lines.append(f"log: {failure['log']}")
     if "not_restarted" in known:
         lines.append(f"not started again: {known['not_restarted']}")
+    lines += [known["usage"]] if "usage" in known else []
     return [f"{known['label']}: {line}" for line in lines]
 
 

@@ -55,6 +55,7 @@ ELSEWHERE = {
     "gpt.bench_matmul": "planning/test_cost.py",
     "launch.bench_network": "launch/test_bench_network.py",
     "launch.doctor": "launch/test_doctor.py",
+    "launch.attach": "launch/test_local_points.py",
     "launch.storm": "launch/test_storm.py",
     "gpt.prepare": "data/test_prepare.py",
 }

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import logging
 import os
 import shutil
@@ -275,7 +274,7 @@ class WeightsAndBiases:
                 project=os.environ.get("WANDB_PROJECT", "gpt"),
                 group=folder.path.parent.name,
                 name=folder.point,
-                id=hashlib.sha256(str(folder.path).encode()).hexdigest()[:16],
+                id=folder.tracker_id(),
                 resume="allow",
                 dir=str(folder.path),
                 config=config,

@@ -15,7 +15,7 @@ from typing import Any
 
 from launch.agent import node as processes
 from launch.agent.node import RunContext
-from launch.config import ResilienceConfig
+from launch.config import ClusterKind, ResilienceConfig
 from launch.errors import ConfigError, RepeatedFailureError
 from launch.plan.budget import (
     caps,
@@ -341,7 +341,7 @@ class Meter:
                 # An element of a job array has two ids in Slurm.
                 ids = (node.slurm_job, node.job.split("-")[1])
                 # The launcher ended before it recorded its submission, or is slower than this agent.
-                if not is_recorded(self._folder.read_events(), ids):
+                if not self._is_inside_job and not is_recorded(self._folder.read_events(), ids):
                     record_found(self._folder, node.slurm_job, node.count, by="agent")
             # The batch script identifies the agent's process by its number and start time.
             pid = os.getpid()
@@ -388,11 +388,17 @@ class Meter:
             ended_at = min(seen, time.time())
             self._context.record("agent_ended", job=lost[-1]["job"], ended_at=ended_at, cause="killed")
 
+    @property
+    def _is_inside_job(self) -> bool:
+        """Return whether the run is a step of a job that the user holds, which began before the run."""
+        submitted = select_events(self._folder.read_events(), "submitted")
+        return bool(submitted) and submitted[-1].get("cluster") == ClusterKind.allocation.name
+
     def _allocation(self) -> dict[str, Any]:
         """Return the allocation's nodes, GPUs, price per GPU-hour, start (Unix seconds) and time limit (seconds)."""
         config, node = self._context.config, self._context.node
         begun, limit_s = time.time(), 60.0 * config.cluster.timeout_min
-        if node.is_slurm:
+        if node.is_slurm and not self._is_inside_job:
             with contextlib.suppress(scheduler.SlurmError):  # The agent started a moment after its job.
                 job = scheduler.job_details(node.slurm_job, retries=1)
                 begun, limit_s = job.start_time or begun, job.time_limit_s or limit_s

@@ -40,6 +40,7 @@ from launch.process import set_default_threads
 from launch.runs import heartbeat
 from launch.runs.environment import Gpu, set_defaults, set_dump_file, visible_gpus
 from launch.runs.folder import RunFolder, read_plan
+from launch.runs.usage import UsageMeter, usage_file
 from launch.worker import STORE_PREFIX
 from launch.worker.memory import SECRET, STORE
 from launch.workload import CodeTree
@@ -132,6 +133,16 @@ def set_run_variables(attempt: Attempt) -> None:
         os.environ |= attempt.store.environment(group.address, derive(group.token, "memory stores"))
 
 
+def tracker_variables(folder: RunFolder, rank: int) -> dict[str, str]:
+    """Return the variables with which a rank continues its run of an earlier attempt in an experiment tracker.
+
+    Weights & Biases and Neptune read their variables themselves. Other trackers get the id from LAUNCH_TRACKER_ID.
+    """
+    same = folder.tracker_id(rank)
+    ids = dict.fromkeys(("LAUNCH_TRACKER_ID", "WANDB_RUN_ID", "NEPTUNE_CUSTOM_RUN_ID"), same)
+    return {**ids, "WANDB_RESUME": "allow"}
+
+
 CLOSING_S = 5.0
 """Longest wait in seconds for the end of a memory store."""
 
@@ -216,6 +227,7 @@ def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
                 result = rank_agent.run()
         finally:
             records.close()
+            rank_agent.usage.write(usage_file(context.folder, rdzv.attempt, context.node.index))
     if result is not None and result.is_failed():
         # First the event log: the head node reads the failure there as soon as it receives the report.
         records.record_silent_failures(result, rank_agent.killed)
@@ -314,6 +326,7 @@ class RankAgent(LocalElasticAgent):
         )
         # Elastic needs a folder for error files only: the ranks write their logs themselves.
         super().__init__(spec, DefaultLogsSpecs(str(attempt.heartbeats / "errors")))
+        self.usage = UsageMeter()
         self._first_exit: float | None = None
         self._server = attempt.server
         """Server that forks the ranks, if it has imported their code; None if ranks are executed."""
@@ -332,19 +345,19 @@ class RankAgent(LocalElasticAgent):
         """True if ranks have left with the exit status that means: the run is saved, requeue the job."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        """Start the ranks, by forks if possible.
+        """Start the ranks, by forks if possible, each with its own ids of experiment trackers.
 
         During the call, this method replaces the function with which elastic creates a rank's process.
         """
-        if self._server is None:
-            return self._bind(super()._start_workers(worker_group))
-        attempt, fork, workdir = self._attempt, self._server.start, self._workdir
+        attempt, server, workdir = self._attempt, self._server, self._workdir
         original = elastic_processes.get_subprocess_handler
 
         class Handler(SubprocessHandler):
             def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes] | ForkedProcess:  # type: ignore[override]
+                env = {**tracker_variables(attempt.folder, int(env["RANK"])), **env}
                 log = str(attempt.log(int(env["RANK"])))
-                return fork(attempt.command.args, env, workdir, log) or super()._popen(args, env)
+                forked = None if server is None else server.start(attempt.command.args, env, workdir, log)
+                return forked or super()._popen(args, env)
 
         elastic_processes.get_subprocess_handler = Handler  # type: ignore[assignment]
         try:
@@ -362,6 +375,7 @@ class RankAgent(LocalElasticAgent):
 
     def _poll(self) -> None:
         self._watch.poll(self)
+        self.usage.poll(self.ranks().values())
         # After a request to stop, the agent looks for no lost nodes. It kills ranks that outlast the grace period.
         stop, grace_s = self._attempt.stop, self._attempt.config.resilience.grace_period_s
         is_late = stop.count > 0 and time.monotonic() > stop.since + grace_s + LAST_MESSAGES_S

@@ -202,6 +202,24 @@ class LaunchConfig:
     sequential: bool = key(
         MISSING, "Run the points of a sweep one after another; on Slurm by job dependencies (afterany)."
     )
+    parallel: Any = key(
+        1,
+        "Points that run side by side on this machine, each with its share of the GPUs, or without GPUs of the CPUs."
+        " auto: as many as their ranks have room. Slurm runs points side by side without it.",
+    )
+    stop_at_first_failure: bool = key(
+        False, "Stop all other points of the command when one fails. Runs that can resume save a checkpoint before."
+    )
+    on: Optional[str] = key(
+        None,
+        "ssh:LOGIN or ssh:LOGIN:FOLDER: run the command on that login node, with a copy of the code of this folder"
+        " (docs/howto.md). LAUNCH_ON does the same for every command. null: run it here.",
+    )
+    after: Optional[str] = key(
+        None,
+        "Run folder, or folder of runs, whose runs must finish before: Slurm starts the job then, and cancels it if"
+        " one of them fails (afterok). afterany:FOLDER waits for any end. null: no wait.",
+    )
     poll_s: float = key(
         MISSING,
         "Time between two polls of Slurm's queue while the command follows its jobs. The use of a budget is read at"
@@ -312,6 +330,12 @@ class Config(RunConfig):
                 "launch.sequential=true with cluster.placement",
                 "jobs that stay in their place: the next job would no longer wait for one that moved",
                 "launch.sequential=false, or cluster.partition=NAME in place of cluster.placement",
+            )
+        if self.launch.stop_at_first_failure and self.launch.detach:
+            raise ConfigError(
+                "launch.stop_at_first_failure=true with launch.detach=true",
+                "a command that stays, and sees the failure",
+                "launch.detach=false",
             )
         gpus = self.cluster.gpus_per_node
         if gpus and self.ranks_on_node > gpus:

@@ -21,11 +21,16 @@ from launch.schema import key
 
 
 class ClusterKind(Enum):
-    """Source of the nodes. ``auto`` is slurm if sbatch is found and a controller answers, else local."""
+    """Source of the nodes.
+
+    ``auto`` is allocation inside a Slurm job, such as a shell of salloc: the run uses the nodes of that job. Otherwise
+    it is slurm if sbatch is found and a controller answers, else local.
+    """
 
     auto = "auto"
     local = "local"
     slurm = "slurm"
+    allocation = "allocation"
 
 
 class ContainerRuntime(Enum):
@@ -149,6 +154,9 @@ class ClusterConfig(PlacementConfig):
         None, "Address for Slurm's mail when a job begins, ends, fails or is requeued (sbatch --mail-user)."
     )
     array_parallelism: int = key(256, "Largest number of elements of a job array that run at the same time.", above=0)
+    python: Optional[str] = key(
+        None, "Python of the agents on the nodes, with this package and torch; null: the Python that submits."
+    )
     container: Optional[str] = key(None, "Image in which agents and ranks run: a file, or a name of the runtime.")
     container_runtime: Optional[ContainerRuntime] = key(None, "Program that runs the image.")
     container_mounts: list[str] = key(
@@ -157,7 +165,11 @@ class ClusterConfig(PlacementConfig):
         " the run folders are always mounted.",
     )
     container_python: str = key("python3", "Python of the image, with this package and its dependencies (containers/).")
-    setup: list[str] = key(list, "Shell lines of the batch script before the run: module load, conda activate, export.")
+    setup: list[str] = key(
+        list,
+        "Shell lines of the batch script before the run: module load, conda activate, export. The job ends at the"
+        " first line that fails; end a line with || true if its failure is harmless.",
+    )
     srun_args: list[str] = key(list, "Further options of srun.")
     additional_parameters: dict[str, Any] = key(dict, "Further options of sbatch: name without dashes, and value.")
 

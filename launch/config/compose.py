@@ -75,7 +75,10 @@ def refuse_other_workload(overrides: Sequence[str], workload: Workload) -> None:
     is_default = workload.name == default_workload()
     other = SCRIPT if is_default else default_workload()
     own = {*schema_keys(workload.schema), *schema_keys(Config)}
-    foreign = {*schema_keys(schema_of(target_of([f"workload={other}"])))} - own
+    try:
+        foreign = {*schema_keys(schema_of(target_of([f"workload={other}"])))} - own
+    except ConfigError:  # The libraries of the other workload are not installed.
+        return
     presets = {path.stem for path in (CONFIGS / "experiment").glob("*.yaml")} if not is_default else set()
     typed = [
         arg

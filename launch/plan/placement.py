@@ -253,12 +253,12 @@ SLURM_PATHS = ("/etc/slurm", "/run/munge")
 
 
 def container_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> tuple[list[str], list[str] | None]:
-    """Return srun's options and the command that starts the agent's Python. Without a container: no options and None.
+    """Return srun's options, and the command that starts the agent's Python; None for the Python that submits.
 
     The working directory and the folder above the run have the same paths inside the image as outside.
     """
     if cluster.container is None:
-        return [], None
+        return [], None if cluster.python is None else [cluster.python]
     asked = [entry if ":" in entry else f"{entry}:{entry}" for entry in cluster.container_mounts]
     targets = {entry.split(":")[1] for entry in asked}
     own = [str(workdir), str(run_dir.parent), *(path for path in SLURM_PATHS if Path(path).exists())]
@@ -272,10 +272,13 @@ def container_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> tup
     return [], words
 
 
-def agent_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> list[str]:
-    """Return the words after ``srun`` that start the agents of a run from a batch script."""
-    options, python = container_words(cluster, workdir, run_dir)
-    return [*options, *(python or ["python"]), "-m", "gpt_launch", "agent", str(run_dir)]
+def agent_words(cluster: ClusterConfig, workdir: Path, run_dir: Path, python: str = "python") -> list[str]:
+    """Return the words after ``srun`` that start the agents of a run.
+
+    ``python`` is the Python of the agents, unless they run in a container.
+    """
+    options, inside = container_words(cluster, workdir, run_dir)
+    return [*options, *(inside or [python]), "-m", "gpt_launch", "agent", str(run_dir)]
 
 
 # Copy of the code that a job runs from, however the checkout changes while the job is pending. The copies are in

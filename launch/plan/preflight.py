@@ -176,7 +176,7 @@ def _used_before(plans: Sequence[Plan], configs: Sequence[Config]) -> list[Use]:
 def _sum_text(plans: Sequence[Plan], uses: Sequence[Use]) -> str:
     """Write the sum of the uses: node-hours, or hours of this machine if all points are local; GPU-hours and cost."""
     total = sum(uses, Use())
-    if any(plan.cluster == "slurm" for plan in plans):
+    if any(plan.cluster != "local" for plan in plans):
         return use_text(total)
     hours = sum(use.node_hours / plan.nodes_asked for plan, use in zip(plans, uses, strict=True))
     gpus = use_text(replace(total, node_hours=0.0))
@@ -225,7 +225,7 @@ def plan_text(plan: Plan) -> str:
     """Return the plan as text for people: one line for each fact, note, warning and candidate."""
     gpus = "" if plan.gpu_hours is not None else ", no GPUs requested"
     spares = f", and {plan.spares} spare" if plan.spares else ""
-    on = f" ({counted(plan.nodes_asked, 'node')} for {plan.timeout_min} min)" if plan.cluster == "slurm" else ""
+    on = f" ({counted(plan.nodes_asked, 'node')} for {plan.timeout_min} min)" if plan.cluster != "local" else ""
     fewer = " or ".join(map(str, plan.promised.fewer_nodes))
     rows = {
         "finished": "already: nothing is submitted; fresh=true runs it again in a new folder" if plan.finished else "",

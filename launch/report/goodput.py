@@ -151,7 +151,7 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
     for number, (started, ended) in enumerate(found):
         begun = float(started["allocated_at"])
         before = [event for event in submitted if event["time"] <= begun]
-        is_local = bool(before) and before[-1].get("cluster") == "local"
+        is_local = bool(before) and before[-1].get("cluster") != "slurm"
         # The run does not wait between the end of an allocation and the command that requests the next one.
         requested = max([since, *(event["time"] for event in before if not event.get("moved"))])
         waited_s = 0.0 if is_local else max(0.0, begun - requested)

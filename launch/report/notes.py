@@ -15,6 +15,7 @@ from launch.report.series import CONDITIONS, MADE_WITH, Series, made_with
 from launch.report.steps import MIN_STEPS, NOISY, PROFILED, WARMUP_STEPS
 from launch.runs.events import unread_text
 from launch.runs.folder import RunFolder
+from launch.runs.usage import usage_text
 
 if TYPE_CHECKING:
     from launch.report.table import Row
@@ -86,6 +87,7 @@ def report_notes(points: Sequence[Point], every: Sequence[Series], rows: Sequenc
     yield from _records(shown)
     yield from _inexact(shown, rows)
     yield from chain(*map(_times, shown), *map(_gpus, shown), *map(_interruptions, rows))
+    yield from _usage(shown)
     yield from _ends(shown)
 
 
@@ -291,6 +293,13 @@ def _interruptions(row: Row) -> Iterator[str]:
     share = f", {percent(lost_h / row.gpu_hours)} of its use" if row.gpu_hours else ""
     number = counted(row.interruptions, "interruption")
     yield f"{number} of {row.label} cost {hours(lost_h, f'{row.hours_of}-hours')}{share} ({causes}): {DEFINITION}."
+
+
+def _usage(points: Sequence[Point]) -> Iterator[str]:
+    """Name the points that used less than half of the memory or of the CPUs that they asked for."""
+    for point in points:
+        if "next time" in (text := usage_text(RunFolder(point.path))):
+            yield f"{point.title} {text}."
 
 
 def _ends(points: Sequence[Point]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -91,6 +92,15 @@ class RunFolder:
     def read_events(self) -> list[dict[str, Any]]:
         """Return all events, oldest first, and those that this process could not write yet. Skips damaged lines."""
         return [event for event in (*read_json_lines(self.events), *unwritten(self.events)) if is_event(event)]
+
+    def tracker_id(self, rank: int = 0) -> str:
+        """Return the id of a rank's run in an experiment tracker, 32 letters and digits.
+
+        The id is the same in every attempt. A run in the same folder, after this run was deleted, has another id.
+        """
+        first = next(iter(self.read_events()), {})
+        digest = hashlib.sha256(f"{self.path} {first.get('time')}".encode()).hexdigest()
+        return f"{digest[:24]}{rank:08d}"
 
     def unread_events(self) -> int:
         """Count the lines of the event log that are neither events nor blank.

@@ -178,12 +178,14 @@ class JobState:
 
     @property
     def detail(self) -> str:
-        """Return reason and expected start of a pending job; for other jobs, Slurm's state.
+        """Return reason and expected start of a pending job; for other jobs, Slurm's state and a failed dependency.
 
         Empty for the states RUNNING, COMPLETED and GONE.
         """
         if self.phase in ("pending", "unknown"):
             return ", ".join(part for part in (self.reason, f"starts {self.start}" if self.start else "") if part)
+        if self.reason == "DependencyNeverSatisfied":
+            return f"{self.state}: {self.reason}"
         return "" if self.state in ("RUNNING", "COMPLETED", "GONE") else self.state
 
     @property
@@ -215,6 +217,19 @@ def job_states(job_ids: Iterable[str], retries: int = RETRIES) -> dict[str, JobS
         for name, number, state, reason, nodes, start, partition, since in rows
         for job in {name, number} & wanted
     }
+
+
+ARRAY_SIZE = 1001
+"""Slurm's default of MaxArraySize."""
+
+
+def max_array_size() -> int:
+    """Return the largest number of jobs in an array (MaxArraySize), at least 1; Slurm's default if none answers."""
+    try:
+        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run("scontrol", "show", "config"), re.MULTILINE)
+    except SlurmError:
+        return ARRAY_SIZE
+    return max(1, int(found[1])) if found else ARRAY_SIZE
 
 
 def output_file(job_id: str) -> Path | None:

@@ -124,7 +124,7 @@ def is_local_job(pid: int, started: str | None = None) -> bool:
 
 def job_of(event: Mapping[str, Any]) -> Job:
     """Return the handle of the job that a ``submitted`` event records."""
-    if event["cluster"] == "local":
+    if event["cluster"] != "slurm":
         return LocalJob(str(event["job_id"]), str(event.get("host")), started=event.get("pid_started"))
     return SlurmJob(str(event["job_id"]))
 
@@ -199,6 +199,16 @@ AFTER_STEP = "gpt_launch launch.agent.after_step"
 """Command that batch scripts run when srun has failed."""
 
 
+SETUP_FAILED = (
+    """trap 'status=$?; [ "${#BASH_SOURCE[@]}" -gt 1 ] || { """
+    """printf "launch: status %s of the line of cluster.setup: %s\\n" "$status" "$(sed -n "${LINENO}p" "$0")" >&2; """
+    """exit "$status"; }' ERR"""
+)
+"""Shell line after which the first failed line of a batch script ends the job. A failure in a file that such a line
+sources does not count, if the file itself succeeds.
+"""
+
+
 def batch_parameters(plan: Plan) -> dict[str, Any]:
     """Return submitit's parameters of a job: the plan's resources, and the command that runs after srun has failed.
 
@@ -207,7 +217,8 @@ def batch_parameters(plan: Plan) -> dict[str, Any]:
     """
     python, folder = shlex.quote(sys.executable), shlex.quote(str(slurm_folder(plan.run_dir)))
     after = f'{python} -m {AFTER_STEP} "$status" {folder} --submitit'
-    setup = [*plan.slurm.get("setup", []), "set +e"]
+    own = plan.slurm.get("setup", [])
+    setup = [*([SETUP_FAILED, *own, "trap - ERR"] if own else []), "set +e"]
     return {**plan.slurm, "setup": setup, "teardown": ["status=$?", f'[ "$status" -eq 0 ] || exec {after}']}
 
 

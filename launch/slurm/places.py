@@ -28,9 +28,9 @@ from launch.slurm.checks import (
     partitions_of,
     soften_some,
 )
+from launch.slurm.dependency import shapes
 from launch.slurm.jobs import sbatch_text
 from launch.slurm.limits import Limits, Partition, SlurmFacts
-from launch.slurm.submit import shapes
 
 WITHOUT_CHECK = "launch.check_limits=false submits without this check"
 

@@ -25,6 +25,7 @@ from launch.runs.overrides import typed_key
 from launch.runs.records import refuse_unknown_figure
 from launch.slurm import client as scheduler
 from launch.slurm import limits
+from launch.slurm.allocation import fit_job, held_job
 from launch.slurm.checks import (
     Finding,
     Level,
@@ -36,8 +37,10 @@ from launch.slurm.checks import (
     warn,
     why_unsure,
 )
+from launch.slurm.dependency import start_after
 from launch.slurm.limits import Limits, NodeLimits, Partition, SlurmFacts, gres
 from launch.slurm.places import check_before_submitting
+from launch.slurm.submit import side_by_side
 
 GPU_OPTIONS = {"gpus", "gpus_per_node", "gpus_per_task", "gpus_per_socket", "gres", "G"}
 """Options of sbatch that request GPUs, or exclude GPUs."""
@@ -56,7 +59,7 @@ class OpenPoint:
     document: DictConfig
     """Composed config, for the run folder."""
     kind: ClusterKind
-    """Local or slurm, never auto."""
+    """Local, slurm or allocation, never auto."""
     overrides: Sequence[str] = ()
     config: Config = field(init=False)
     """The same config as a Config object."""
@@ -68,6 +71,14 @@ class OpenPoint:
         """Set a key of ``cluster`` in the composed and in the typed config."""
         setattr(self.config.cluster, key, value)
         OmegaConf.update(self.document, f"cluster.{key}", value)
+
+    def fit_job(self) -> str:
+        """Fit the point into the job that this process runs in. Returns a description of the job."""
+        described = fit_job(self.config)
+        for key in ("gpus_per_node", "timeout_min", "placement"):
+            self.set_cluster(key, getattr(self.config.cluster, key))
+        self.document.resilience.requeue = self.config.resilience.requeue
+        return described
 
 
 def plan_sweep(
@@ -96,11 +107,12 @@ def plan_sweep(
     labels = labels_for([(Path(plan.run_dir), words) for plan, words in zip(plans, typed, strict=True)])
     plans = [replace(plan, label=label) for plan, label in zip(plans, labels, strict=True)]
     configs = [point.config for point in points]
+    plans = [start_after(plan, config.launch.after) for plan, config in zip(plans, configs, strict=True)]
     return check_plans(plans, configs, slurm, console), configs
 
 
 def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[ClusterKind]:
-    """Return the kind of cluster of each point, local or slurm. ``auto`` is decided once and printed.
+    """Return the kind of cluster of each point: local, slurm or allocation. ``auto`` is decided once and printed.
 
     Raises:
         ConfigError: ``auto`` on a machine of a cluster whose controller does not answer.
@@ -108,6 +120,8 @@ def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[Clu
     kinds = [config.cluster.kind for config in configs]
     if ClusterKind.auto not in kinds:
         return list(kinds)
+    if held_job() is not None:
+        return [ClusterKind.allocation if kind is ClusterKind.auto else kind for kind in kinds]
     problem = scheduler.controller_problem()
     if problem and not configs[0].dry_run:
         raise ConfigError(
@@ -136,6 +150,7 @@ def choose_resources(points: Sequence[OpenPoint], console: Console) -> SlurmFact
     """
     on_slurm = [point for point in points if point.kind is ClusterKind.slurm]
     lines = choose_exclusive(on_slurm)
+    lines += [point.fit_job() for point in points if point.kind is ClusterKind.allocation]
     if len(on_slurm) < len(points):
         lines += choose_local_ranks([point for point in points if point.kind is ClusterKind.local], len(visible_gpus()))
     slurm = None
@@ -365,11 +380,14 @@ def check_plans(plans: list[Plan], configs: Sequence[Config], slurm: SlurmFacts 
                 "the same command when scontrol ping says UP; cluster=local to run here; dry_run=true only plans",
             )
         plans = check_before_submitting(slurm, plans, configs, console)
-    if configs[0].launch.detach and any(plan.cluster == "local" for plan in plans):
+    kind = next((plan.cluster for plan in plans if plan.cluster != "slurm"), None)
+    if configs[0].launch.detach and kind is not None:
+        where = "on this machine" if kind == "local" else "inside this job"
         raise ConfigError(
-            "launch.detach=true with agents on this machine (cluster=local)",
+            f"launch.detach=true with agents {where} (cluster={kind})",
             "a Slurm cluster: a local run ends with its launcher, so that no run is forgotten",
             "cluster=slurm; or, without launch.detach: nohup python -m launch ... > launch.out &",
         )
+    side_by_side(configs[0].launch.parallel, plans)  # refuses what has no room
     budgeted = share_budget(plans, configs)
     return [add_warnings(add_expected(plan), config, slurm) for plan, config in zip(budgeted, configs, strict=True)]

@@ -140,6 +140,8 @@ class RunStatus:
     eta_s: float | None = None
     quiet_s: float | None = None
     """Seconds since the newest step of a running attempt if that is much longer than a step; else None."""
+    part: int = 0
+    """Number of the share of this machine that a local point runs on, see ``launch.parallel``."""
     label: str = ""
     """Name of the point among the points of its sweep; empty to use the name of its folder."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import shutil
@@ -11,34 +10,30 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import submitit
 from rich.console import Console
 from submitit.core.utils import FailedJobError
 
 from gpt_launch.agent import run as run_agent
+from gpt_launch.agent import run_step
 from launch.agent.node import OWNER, TOKEN, start_time
 from launch.config import Config
 from launch.config.compose import read_point, workload_of
-from launch.errors import ConfigError
+from launch.errors import ConfigError, counted
 from launch.plan.placement import RUNS_FROM, next_candidate, running_from
 from launch.plan.plan import JOBS, Plan
 from launch.plan.preflight import plan_text, worst_case_text
 from launch.runs.environment import visible_gpus
 from launch.runs.files import make_folder
 from launch.runs.folder import RunFolder
+from launch.slurm.allocation import held_job, is_in_step
 from launch.slurm.client import BUSY, SlurmBusyError, SlurmError, missing_configuration
-from launch.slurm.jobs import (
-    LocalJob,
-    SlurmJob,
-    batch_parameters,
-    sbatch_text,
-    slurm_folder,
-    submitit_folder,
-)
+from launch.slurm.dependency import in_line, shapes
+from launch.slurm.jobs import LocalJob, SlurmJob, batch_parameters, sbatch_text, slurm_folder, submitit_folder
 
 INHERITED = ("SLURM_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "TORCHELASTIC_", "SUBMITIT_")
 INHERITED_NAMES = (
@@ -65,36 +60,6 @@ def clean_environment() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
-
-
-def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
-    """Group plans that request the same resources at every candidate, in order of first appearance."""
-    groups: dict[str, list[Plan]] = {}
-    for plan in plans:
-        asked = [str(submitit_folder(plan.run_dir)), plan.slurm, asdict(plan.placement)]
-        key = json.dumps(asked, sort_keys=True, default=str)
-        groups.setdefault(key, []).append(plan)
-    return list(groups.values())
-
-
-def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
-    """Return plans with equal resources, changed so that they run one after another, after the jobs ``before``.
-
-    The points also start after the user's own dependencies.
-    """
-    jobs = dict.fromkeys(job.job_id.split("_")[0] for job in before)  # An array as a whole.
-    found = []
-    for plan in plans:
-        candidates = []
-        for candidate in plan.placement.candidates:
-            own = dict(candidate.slurm["additional_parameters"])
-            asked: dict[str, Any] = {"array_parallelism": 1}
-            if jobs:
-                after = [own.pop("dependency", None), f"afterany:{':'.join(jobs)}"]
-                asked |= {"dependency": ",".join(filter(None, after)), "additional_parameters": own}
-            candidates.append(replace(candidate, slurm=candidate.slurm | asked))
-        found.append(plan.replace_placement(replace(plan.placement, candidates=tuple(candidates))))
-    return found
 
 
 def submit_slurm(plans: Sequence[Plan]) -> list[SlurmJob]:
@@ -220,8 +185,55 @@ def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
     return ConfigError(found, "resources that this cluster gives to you", doctor)
 
 
-def start_local(plan: Plan) -> LocalJob:
-    """Start the agents of a point on this machine. The agents ignore Ctrl-C, which the launcher handles."""
+Item = TypeVar("Item")
+
+
+def share(items: Sequence[Item], part: int, parts: int) -> Sequence[Item]:
+    """Return one of ``parts`` consecutive parts of ``items``, which differ by one item at most."""
+    return items[len(items) * part // parts : len(items) * (part + 1) // parts]
+
+
+def side_by_side(typed: Any, plans: Sequence[Plan]) -> int:
+    """Return the number of points that run at the same time on this machine.
+
+    Args:
+        typed: value of ``launch.parallel``.
+        plans: plans of the command.
+
+    Raises:
+        ConfigError: the value is no number, or there are fewer GPUs, or without GPUs CPUs, than points at a time.
+    """
+    here = [plan.world_size for plan in plans if plan.cluster == "local"]
+    room, unit = (len(visible_gpus()), "GPU") if visible_gpus() else (len(os.sched_getaffinity(0)), "CPU")
+    if typed != "auto" and (type(typed) is not int or typed < 1 or (here and typed > room)):
+        has = f", and this machine has {counted(room, unit)}"
+        raise ConfigError(f"launch.parallel={typed}{has}", f"1 to {room}, or auto", "launch.parallel=auto")
+    if not here:
+        return 1
+    return max(1, room // max(here)) if typed == "auto" else int(typed)
+
+
+@contextmanager
+def on_cpus(cpus: Sequence[int]) -> Iterator[None]:
+    """Bind processes that start in a ``with`` block to these CPUs."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def start_local(plan: Plan, part: int = 0, parts: int = 1) -> LocalJob:
+    """Start the agents of a point on this machine, or on the nodes of the Slurm job in which this process runs.
+
+    The agents ignore Ctrl-C, which the launcher handles.
+
+    Args:
+        plan: plan of the point.
+        part: number of the share of this machine's CPUs and GPUs that the point gets, from 0.
+        parts: number of shares.
+    """
     code = None
     if plan.code is not None:
         config = read_point(RunFolder(plan.run_dir))
@@ -230,16 +242,23 @@ def start_local(plan: Plan) -> LocalJob:
     make_folder(folder)
     # One folder for all jobs: submitit would make a job's folder only after the start of its controller.
     executor = submitit.LocalExecutor(folder=folder, max_num_timeout=0)
-    gpus = [int(gpu.index) for gpu in visible_gpus() if gpu.index.isdigit()]  # submitit hides all other GPUs.
+    # submitit hides all other GPUs.
+    gpus = share([int(gpu.index) for gpu in visible_gpus() if gpu.index.isdigit()], part, parts)
+    cpus = share(sorted(os.sched_getaffinity(0)), part, parts) or sorted(os.sched_getaffinity(0))
+    job_id = held_job() if plan.cluster == "allocation" else None
     executor.update_parameters(
-        tasks_per_node=plan.nodes, timeout_min=plan.timeout_min, gpus_per_node=len(gpus), visible_gpus=gpus
+        tasks_per_node=plan.nodes if job_id is None else 1,
+        timeout_min=plan.timeout_min,
+        gpus_per_node=len(gpus),
+        visible_gpus=gpus,
     )
     os.environ[TOKEN] = uuid.uuid4().hex
     os.environ[OWNER] = str(os.getpid())
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with clean_environment(), running_from(code):
-            job: Any = executor.submit(run_agent, plan.run_dir)
+        with clean_environment(), running_from(code), on_cpus(cpus):
+            step = (run_agent, plan.run_dir) if job_id is None else (run_step, plan.run_dir, job_id, is_in_step())
+            job: Any = executor.submit(*step)
             job.paths.submitted_pickle.chmod(0o600)
     finally:
         signal.signal(signal.SIGINT, handler)

@@ -126,21 +126,35 @@ class Display:
 # From the submission to the end.
 
 
-def watch_points(points: Sequence[RunStatus], console: Console, slurm_poll_s: float) -> None:
-    """Follow the points until they end, and start local points one after another.
+def watch_points(
+    points: Sequence[RunStatus],
+    console: Console,
+    slurm_poll_s: float,
+    *,
+    stops_at_failure: bool = False,
+    parallel: int = 1,
+) -> None:
+    """Follow the points until they end, and start local points in their order.
 
     Args:
         points: status of submitted points, or of points that wait on this machine.
         console: console for progress and news.
         slurm_poll_s: seconds between two polls of Slurm. A poll that fails is repeated: the jobs continue.
+        stops_at_failure: True to cancel the other points when one has failed.
+        parallel: number of local points that run at the same time.
     """
     display = Display(console)
     with explain_sigterm(console):
         while watched := [point for point in points if not point.is_over]:
-            start_next_local(watched)
+            start_local_points(watched, parallel)
             display.show_problem(poll(watched, retries=1) or fail_over(watched, console))
             for point in watched:
                 display.show(point)
+            failed = next((point for point in watched if point.state == "failed"), None)
+            if stops_at_failure and failed is not None:
+                console.print(f"{failed.name} failed, and launch.stop_at_first_failure=true: stopping the other points")
+                for stop in stop_points(points, console):
+                    console.print(outcome_text(stop))
             # Many users share the controller, so it is polled less often than this machine.
             time.sleep(slurm_poll_s if all(isinstance(point.job, SlurmJob) for point in watched) else POLL_S)
 
@@ -161,23 +175,24 @@ def explain_sigterm(console: Console) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def start_next_local(points: Sequence[RunStatus]) -> None:
-    """Start the next local point once the previous point is over: two at a time would slow each other down."""
-    local = [p for p in points if p.plan is not None and p.plan.cluster == "local" and not p.is_over]
-    if any(p.job is not None for p in local):
-        return
-    for point in local:
+def start_local_points(points: Sequence[RunStatus], parallel: int) -> None:
+    """Start local points in their order while fewer than ``parallel`` run. They would slow each other down."""
+    local = [p for p in points if p.plan is not None and p.plan.cluster != "slurm" and not p.is_over]
+    free = [part for part in range(parallel) if part not in {p.part for p in local if p.job is not None}]
+    for point in (point for point in local if point.job is None):
+        if not free:
+            return
         LocalQueueEntry(point.folder).leave()
         if point.is_cancelled:
             point.state = "cancelled"
             continue
         assert point.plan is not None
-        point.job = start_local(point.plan)
+        point.part = free.pop(0)
+        point.job = start_local(point.plan, point.part, parallel)
         point.state = "running"
         record_submitted(point.plan, point.job.job_id, pid_started=point.job.started)
         if point.is_cancelled:  # The point was cancelled at the moment of its start.
             Stop(point).push()
-        return
 
 
 # The stop of submitted runs. The cancel is in the event log before any signal is sent, so that the end never looks like

@@ -142,7 +142,7 @@ def test_the_batch_script_sets_the_copy_after_the_setup_lines() -> None:
     copied = plan("copy_code=true", 'cluster.setup=["export PYTHONPATH=/site"]', "name=a name")
     lines = sbatch_text([copied]).split("# setup\n")[1].splitlines()
     assert copied.code is not None and copied.code.endswith(f"/a name/.code/{describe_code()['sha256'][:16]}")
-    assert lines[:3] == [
+    assert lines[1:4] == [
         "export PYTHONPATH=/site",
         f"export PYTHONPATH='{copied.code}'${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1",

@@ -82,7 +82,7 @@ def test_the_batch_script_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatc
         "wckey": "submitit",
     }
     body = text.split("# setup\n")[1]
-    assert body.startswith("module load cuda\nexport X=1\n")
+    assert body.startswith("trap '") and "ERR\nmodule load cuda\nexport X=1\ntrap - ERR\nset +e\n" in body
     assert (
         "srun --unbuffered" in body and "--cpus-per-task=64 --cpu-bind=none" in body and "submitit.core._submit" in body
     )

@@ -14,7 +14,7 @@ from slurm.sandbox.state import Settings
 
 # A lost node is DOWN after about 15 s with these, against 30 s with the sandbox's own. Runs have 20 s to save and leave
 # when they are told to, as two cores are shared by all that the tests start.
-QUICK = ("SlurmdTimeout=10", "MessageTimeout=5", "TCPTimeout=1", "KillWait=20")
+QUICK = ("SlurmdTimeout=10", "MessageTimeout=5", "TCPTimeout=1", "KillWait=20", "MaxArraySize=4")
 
 
 @pytest.fixture(scope="session")

@@ -236,6 +236,7 @@ def _begin(job: Job, streams: list[int]) -> NoReturn:
     if not job.alone:
         _STARTER = Starter(streams)
     os.umask(job.umask)
+    os.sched_setaffinity(0, job.cpus)
     forked_rank.take_streams(streams)
     if job.log is not None:
         forked_rank.open_streams(job.log)

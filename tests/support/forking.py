@@ -63,6 +63,7 @@ class Job:
     log: str | None = None
     """File that everything printed is appended to, in place of the streams that are handed over."""
     umask: int = field(default_factory=umask)
+    cpus: frozenset[int] = field(default_factory=lambda: frozenset(os.sched_getaffinity(0)))
 
     @property
     def command(self) -> list[str]:

@@ -1,0 +1,70 @@
+"""Runs inside a Slurm job that the user holds: in a shell of salloc, or in a batch script of the user's own.
+
+The points run one after another, each as a step of the job. A process of submitit on this machine starts the step, so
+that status and cancel of a local run work here, too.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from launch.config import Config
+from launch.errors import ConfigError, counted
+from launch.slurm import client as scheduler
+from launch.slurm.limits import gres
+
+
+def held_job() -> str | None:
+    """Return the id of the Slurm job that this process runs in; None outside of a job, and in the rank of a run."""
+    return None if "LAUNCH_AGENT_PID" in os.environ else os.environ.get("SLURM_JOB_ID")
+
+
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+"""Step ids from here on are of batch scripts and of the shells of salloc, which hold no resources (slurm.h)."""
+
+
+def is_in_step() -> bool:
+    """Return whether this process runs in a step of its job, as under ``srun --pty bash``. A step holds the CPUs."""
+    return int(os.environ.get("SLURM_STEP_ID", FIRST_SPECIAL_STEP)) < FIRST_SPECIAL_STEP
+
+
+def fit_job(config: Config) -> str:
+    """Change the config of a point so that the point fits the job that this process runs in.
+
+    The point gets the GPUs of the job's nodes, and the time that the job has left. It is not requeued.
+
+    Returns:
+        Description of the job for people.
+
+    Raises:
+        ConfigError: this process runs in no job, the job has too few nodes, or Slurm does not describe the job.
+    """
+    job = held_job()
+    if job is None:
+        raise ConfigError(
+            "cluster.kind=allocation outside of a Slurm job", "a shell of salloc, or a batch script", "cluster=slurm"
+        )
+    try:
+        fields = scheduler.job_fields(job)
+    except scheduler.SlurmError as error:
+        raise ConfigError(
+            f"job {job}, and Slurm does not describe it: {error}",
+            "a controller that answers",
+            "the same command when scontrol ping says UP",
+        ) from error
+    nodes, ends = int(fields["NumNodes"].split("-")[0]), scheduler.unix_time(fields.get("EndTime", ""))
+    if config.nodes_asked > nodes:
+        spares = f" spare_nodes={config.spare_nodes}" if config.spare_nodes else ""
+        raise ConfigError(
+            f"nodes={config.nodes}{spares} inside job {job}, which has {counted(nodes, 'node')}",
+            "at most the nodes of the job in which this command runs",
+            f"nodes={max(1, nodes - config.spare_nodes)}; or cluster=slurm, which submits another job",
+        )
+    if config.cluster.gpus_per_node is None:
+        asked = fields.get("TresPerNode", "").replace("gres:", "gres/")
+        config.cluster.gpus_per_node = sum(part.count for part in gres(asked) if part.name == "gpu") or None
+    left_min = config.cluster.timeout_min if ends is None else max(1, int((ends - time.time()) // 60))
+    config.cluster.timeout_min, config.cluster.placement = left_min, []
+    config.resilience.requeue = False
+    return f"inside job {job}: {counted(nodes, 'node')}, {left_min} min left; cluster=slurm submits another job"

@@ -1,0 +1,122 @@
+"""Order of the jobs of a command: job arrays, points one after another, and points after other runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from shlex import quote
+
+from launch.errors import ConfigError
+from launch.plan.plan import Plan
+from launch.runs.find import find_runs
+from launch.runs.folder import read_plan
+from launch.slurm.client import max_array_size
+from launch.slurm.jobs import SlurmJob, submitit_folder
+from launch.slurm.status import RunStatus, find_run_statuses, poll
+
+
+def shapes(plans: Sequence[Plan]) -> list[list[Plan]]:
+    """Group plans that one job array can have: those that request the same resources at every candidate.
+
+    The groups are in order of first appearance. None is larger than Slurm's MaxArraySize.
+    """
+    groups: dict[str, list[Plan]] = {}
+    for plan in plans:
+        asked = [str(submitit_folder(plan.run_dir)), plan.slurm, asdict(plan.placement)]
+        key = json.dumps(asked, sort_keys=True, default=str)
+        groups.setdefault(key, []).append(plan)
+    is_array = any(len(group) > 1 and group[0].cluster == "slurm" for group in groups.values())
+    most = max_array_size() if is_array else len(plans)
+    return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
+
+
+def depend(plan: Plan, dependency: str, **options: str) -> Plan:
+    """Return a plan whose job starts after a dependency and after the user's own.
+
+    Args:
+        plan: plan of a point.
+        dependency: as sbatch --dependency takes it, such as ``afterany:12:13``.
+        options: further options of sbatch, if the user did not set them.
+    """
+    candidates = []
+    for candidate in plan.placement.candidates:
+        own = {**options, **candidate.slurm["additional_parameters"]}
+        every = filter(None, [own.pop("dependency", None), candidate.slurm.get("dependency"), dependency])
+        slurm = {**candidate.slurm, "dependency": ",".join(every), "additional_parameters": own}
+        candidates.append(replace(candidate, slurm=slurm))
+    return plan.replace_placement(replace(plan.placement, candidates=tuple(candidates)))
+
+
+def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
+    """Return plans with equal resources, changed so that they run one after another, after the jobs ``before``."""
+    jobs = dict.fromkeys(job.job_id.split("_")[0] for job in before)  # An array as a whole.
+    found = []
+    for plan in plans:
+        after = depend(plan, f"afterany:{':'.join(jobs)}") if jobs else plan
+        candidates = [replace(one, slurm=one.slurm | {"array_parallelism": 1}) for one in after.placement.candidates]
+        found.append(after.replace_placement(replace(after.placement, candidates=tuple(candidates))))
+    return found
+
+
+# Points after other runs (``launch.after``).
+
+
+def dependency_on(typed: str) -> str:
+    """Return the dependency on the jobs of other runs; empty if these runs are over.
+
+    Args:
+        typed: value of ``launch.after``: a run folder or a folder of runs, and before it ``afterok:`` or ``afterany:``.
+
+    Raises:
+        ConfigError: there are no such runs, one has not finished, or one that is not over has no job to wait for.
+    """
+    head, _, rest = typed.partition(":")
+    kind, path = (head, rest) if head in ("afterok", "afterany") else ("afterok", typed)
+    points = find_run_statuses(find_runs([Path(path)]))
+    problem = poll(points, trust_log=True)
+    if problem is not None:
+        raise ConfigError(
+            f"launch.after={typed}, and Slurm does not say whether these runs are over: {problem}",
+            "a controller that answers",
+            "the same command when scontrol ping says UP",
+        )
+    for point in points:
+        name = f"launch.after={typed}, and {point.folder.path} is {point.state}"
+        if point.is_over and point.state != "finished" and kind == "afterok":
+            raise ConfigError(
+                name,
+                "runs that have finished, run or wait",
+                f"the command of that run again, or launch.after=afterany:{quote(path)}, which takes any end",
+            )
+        if not point.is_over and (not isinstance(point.job, SlurmJob) or may_move(point)):
+            raise ConfigError(
+                f"{name}, {'and may move to another place' if may_move(point) else 'without a job of Slurm'}",
+                "runs that are over, or whose job keeps its number",
+                f"the same command when python -m launch.status {quote(path)} says that they are over",
+            )
+    jobs = [point.job.job_id for point in points if not point.is_over and point.job is not None]
+    return f"{kind}:{':'.join(jobs)}" if jobs else ""
+
+
+def may_move(point: RunStatus) -> bool:
+    """Return whether a waiting point may get another job, at another candidate of its placement."""
+    return point.state == "pending" and len(read_plan(point.folder).get("placement", {}).get("candidates", ())) > 1
+
+
+def start_after(plan: Plan, typed: str | None) -> Plan:
+    """Return the plan of a point that waits for the runs of ``launch.after``.
+
+    Raises:
+        ConfigError: these runs cannot be waited for, or the point runs on this machine and they are not over.
+    """
+    dependency = "" if typed is None else dependency_on(typed)
+    if dependency and plan.cluster == "local":
+        raise ConfigError(
+            f"launch.after={typed} with agents on this machine, and these runs are not over",
+            "a job of Slurm, which can wait for them",
+            "the same command when they are over, or cluster=slurm",
+        )
+    # Slurm cancels the job if a run before it fails. By default, the job would stay in the queue for ever.
+    return depend(plan, dependency, kill_on_invalid_dep="yes") if dependency else plan
