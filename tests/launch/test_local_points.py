@@ -15,19 +15,9 @@ from launch.attach.__main__ import grouped
 from launch.runs.folder import RunFolder
 from launch.slurm.submit import share
 from tests.support.commands import ROOT, run, start_fork, wait_for
-from tests.support.runs import COUNTING, LOCAL, PROGRAM, checkpoint, options, printed, write_script
+from tests.support.runs import COUNTING, LOCAL, MEETING, PROGRAM, checkpoint, options, printed, write_script
 
 TWO_CPUS = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
-MEETING = """
-import os, pathlib, sys, time
-
-me, all_of_us = sys.argv[1:]
-pathlib.Path(f"here_{me}").touch()
-print("CPUs", *os.sched_getaffinity(0), flush=True)
-while len(list(pathlib.Path().glob("here_*"))) < int(all_of_us):
-    time.sleep(0.05)
-"""
-"""A program that ends only if so many of its kind run at the same time."""
 TRACKERS = ("LAUNCH_TRACKER_ID", "WANDB_RUN_ID", "NEPTUNE_CUSTOM_RUN_ID", "WANDB_RESUME")
 FAILING_ONCE = f"""
 import os, sys

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from launch.runs.folder import RunFolder
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, run, start_fork, wait_for
-from tests.support.runs import COUNTING, checkpoint, options, write_script
+from tests.support.runs import COUNTING, MEETING, checkpoint, options, write_script
 
 pytestmark = pytest.mark.slurm
 
@@ -147,3 +149,15 @@ def test_the_first_failure_stops_the_other_points(sandbox: Cluster, tmp_path: Pa
     text = run("launch", *words, cwd=tmp_path, status=1, SLURM_CONF=sandbox.env["SLURM_CONF"])
     assert text.count("launch.stop_at_first_failure=true: stopping the other points") == 1
     assert "script.args=never: cancelled" in text
+
+
+def test_small_points_share_one_job_which_runs_them_side_by_side(sandbox: Cluster, tmp_path: Path) -> None:
+    program = write_script(tmp_path, MEETING)
+    words = ("cluster=local", "launch.parallel=2", "-m", 'script.args="a 2","b 2","c 0"', "name=small")
+    words += ("workload=script", f"script.path={program}", "launch.report_files=[md]")
+    line = shlex.join([sys.executable, "-m", "gpt_launch", *words])
+    sandbox.slurm("sbatch", "--nodes=1", "--cpus-per-task=2", f"--chdir={tmp_path}", "--output=out", f"--wrap={line}")
+    sandbox.wait_idle(timeout_s=120)
+    runs = [RunFolder(path.parent) for path in sorted((tmp_path / "outputs" / "small").glob("*/plan.json"))]
+    assert len(runs) == 3 and all(events(folder, "finished") for folder in runs), (tmp_path / "out").read_text()
+    assert "at the same time as" in (tmp_path / "outputs" / "small" / "scaling.md").read_text()
