@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.model.gpt import GPT
-from gpt.model.layers import autocast
 from gpt.parallel.distributed import build_mesh
 from gpt.parallel.dtensor import set_tensor, split_into_buckets
 from gpt.parallel.engine import Clipped, RunLayout, TorchEngine, clip_replica
@@ -215,6 +214,17 @@ class DDPEngine(TorchEngine):
         self.timed_groups = ("dp",)
         self._warm_up_buckets()
 
+    def begin_backward(self) -> None:
+        """Clear the gradients of the last step.
+
+        With several micro-batches, gradients stay in DDP's buckets and become zero. If they became None, those of the
+        first micro-batches would lie beside the buckets, and take as much memory again.
+        """
+        if self.world.size == 1 or self.batch.accumulation == 1:
+            super().begin_backward()
+        elif gradients := [parameter.grad for parameter in self._parameters if parameter.grad is not None]:
+            torch._foreach_zero_(gradients)
+
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
         return clip_replica(self._parameters, self.config.optim.grad_clip, self.world, figures_N, meanwhile)
 
@@ -245,10 +255,10 @@ class DDPEngine(TorchEngine):
         tokens_BT = torch.zeros(self.batch.micro, block, dtype=torch.long, device=device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for _ in range(2):
-                with autocast(self.config, device):
-                    logits_BTV = self.module(tokens_BT)
-                logits_BTV.float().square().mean().backward()
-        self.module.zero_grad()
+                self._micro_batch_loss(tokens_BT, tokens_BT).backward()  # in the memory of a micro-batch, and no more
+        self.begin_backward()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # the peak that records name is that of training
 
     def sync_context(self, last: bool) -> AbstractContextManager[object]:
         return nullcontext() if last or self.world.size == 1 else self._ddp.no_sync()

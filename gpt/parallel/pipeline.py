@@ -61,6 +61,9 @@ class Pipeline:
     def __init__(self, model: GPT, layout: RunLayout, group: dist.ProcessGroup) -> None:
         config = layout.config
         self.group = group
+        # NCCL makes the communicator of a group in its first batched transfer, for which it waits for all ranks of the
+        # group. With tied embeddings, GPipe's first one is between two ranks alone.
+        dist.all_reduce(torch.zeros(1, device=layout.world.device), group=group)
         self._config, self._device, self._batch = config, layout.world.device, layout.batch
         self._time = config.model.block_size // config.parallel.cp
         """Tokens of each sequence on this rank."""

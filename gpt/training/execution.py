@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import random
+import shutil
 import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +21,13 @@ import torch
 from gpt.config import CompileMode, Float8, ParallelConfig, Precision, TrainConfig
 from gpt.parallel.distributed import World, set_timeouts
 from gpt.planning.auto import choose_compile, choose_tf32, float8_refusal, refuse_float8, refuse_tf32, tf32_refusal
-from launch.errors import ConfigError
+from launch.errors import ConfigError, counted
 from launch.process import hash_seed
 from launch.runs.environment import COMPILE_CACHE
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 # Precision, TF32 and compilation of the ranks, if the config leaves them to the devices.
 #
@@ -48,7 +55,37 @@ def settle_execution(config: TrainConfig, folder: RunFolder, world: World) -> Tr
         lacking = world.gather(not has_float8(world.device)).count(True)
         if lacking:
             raise float8_refusal(config, f"{world.size} ranks, of which {lacking} have GPUs that do not compute in it")
-    return replace(config, tf32=tf32, compile=choose_compile(config, world.size, on_cpus))
+    compiled = choose_compile(config, world.size, on_cpus)
+    if not on_cpus and compiled is not CompileMode["none"]:
+        compiled = settle_compile(config, compiled, world.gather(has_compiler()).count(False))
+    return replace(config, tf32=tf32, compile=compiled)
+
+
+def has_compiler() -> bool:
+    """Return True if this node has a C compiler and the headers of Python, with which Triton builds its kernels."""
+    programs = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
+    return any(map(shutil.which, programs)) and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+
+
+def settle_compile(config: TrainConfig, chosen: CompileMode, lacking: int) -> CompileMode:
+    """Return ``chosen``, or ``none`` with a warning if the config leaves the choice and ranks lack a compiler.
+
+    Args:
+        config: config of the run.
+        chosen: compilation of its blocks.
+        lacking: number of ranks on nodes without a compiler.
+
+    Raises:
+        ConfigError: the config demands compilation, and ranks lack a compiler.
+    """
+    if not lacking:
+        return chosen
+    found = f"{counted(lacking, 'rank')} on nodes without a C compiler or Python.h"
+    if config.compile is not CompileMode["auto"]:
+        fix = "apt-get install gcc python3-dev on the nodes or in the image; or compile=none"
+        raise ConfigError(f"compile={config.compile.name} with {found}", "both, which Triton needs", fix)
+    log.warning("%s: nothing is compiled (compile=none); gcc and python3-dev make steps faster", found)
+    return CompileMode["none"]
 
 
 def settle_precision(folder: RunFolder, world: World) -> Precision:
@@ -230,6 +267,9 @@ class StepTimeouts:
         self._world = world
         self._config = config
         self._times: list[float] | None = []
+        self._cut_s: float | None = None
+        """Timeout of a step in seconds, once it is set."""
+        self._has_evaluated = False
 
     def after(self, step_time_s: float) -> None:
         """Add the time of one more step, in seconds. After ``FIRST + MEASURED`` steps, set the timeout, once."""
@@ -237,8 +277,23 @@ class StepTimeouts:
             return
         self._times.append(step_time_s)
         if len(self._times) == FIRST + MEASURED:
-            set_timeouts(step_timeout(self._config, max(self._times[FIRST:])), without=[self._world.control])
+            self._cut_s = step_timeout(self._config, max(self._times[FIRST:]))
             self._times = None
+            self._set(self._cut_s)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Evaluate in a ``with`` block. The first evaluation compiles graphs of its own, and gets the first timeout."""
+        lifts = self._cut_s is not None and not self._has_evaluated
+        if lifts:
+            self._set(self._config.timeout_s)
+        yield
+        self._has_evaluated = True
+        if lifts and self._cut_s is not None:
+            self._set(self._cut_s)
+
+    def _set(self, seconds: float) -> None:
+        set_timeouts(seconds, without=[self._world.control])
 
 
 def step_timeout(config: ParallelConfig, step_time_s: float) -> float:

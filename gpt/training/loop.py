@@ -249,7 +249,8 @@ class Loop:
             requests |= self._read_votes(step)
             self._pending_requests = None
         if pause.evaluates and bad is None:
-            bad = evaluate_step(run, record)
+            with self._timeouts.evaluation():
+                bad = evaluate_step(run, record)
             record.val_compile_s = self.compile_time.take()
         if bad is not None:  # the weights may be worthless, and are not saved
             self.writers.write(record)

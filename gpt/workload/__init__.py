@@ -232,6 +232,8 @@ class GptWorkload(Workload):
                 "parallel": plain_values(config.parallel),
                 "optim.max_micro_batch": choice.micro_batch,
                 "precision": precision.name,
+                # A rank that finds no GPU then refuses, and does not train on CPUs while GPUs are billed.
+                **({"device": "cuda"} if config.device is Device.auto and not on_cpus(config, request) else {}),
             },
             warnings=tuple(plan_warnings(config, batch, corpus, request, step_s)),
             max_steps=config.optim.max_steps,

@@ -9,8 +9,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from gpt.accounting import GIB, count, training_flops_per_token
+from gpt.accounting import FP32, GIB, count, training_flops_per_token
 from gpt.accounting.hardware import KNOWN, expand, find, memory_bytes
+from gpt.components.facts import optimizer_state
 from gpt.config import Device, Float8, ParallelConfig, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
 from gpt.config.optim import describe_extended_schedule
 from gpt.config.train import float8_words
@@ -265,9 +266,27 @@ def plan_warnings(
         compiled = choose_compile(config, request.world_size, on_cpus=False)
         settled = replace(config, tf32=choose_tf32(config, on_cpus=False), compile=compiled)
         yield from execution_warnings(settled, gpu_name(request))
+        if step_s is not None:
+            yield from frequent_saves(config, step_s)
     yield from many_epochs(config, batch, corpus.train_tokens)
     if step_s is not None and not request.is_local:
         yield from many_time_limits(step_s * config.optim.max_steps, request.cluster.timeout_min)
+
+
+DISK_BYTES_PER_S = 1e9
+"""Rate of a shared filesystem for one run, with which the plan judges the interval of checkpoints."""
+
+
+def frequent_saves(config: TrainConfig, step_s: float) -> Iterator[str]:
+    """Warn if writing a checkpoint takes longer than the steps until the next one: training waits for the disk."""
+    steps = config.checkpoint.every().steps
+    size = count(config.model).total * (FP32 + optimizer_state(config.optim).per_element)
+    if steps and steps * step_s < size / DISK_BYTES_PER_S:
+        yield (
+            f"checkpoint.interval={steps}: a checkpoint of {size / GIB:.3g} GiB takes {size / DISK_BYTES_PER_S:.2g} s "
+            f"at 1 GB/s, and {steps} steps take {steps * step_s:.2g} s, so training waits for the disk; "
+            "type checkpoint.interval=auto"
+        )
 
 
 def plan_facts(

@@ -134,6 +134,8 @@ class StopRequest:
 # Identity of this node in its job: read from the variables of Slurm, of submitit's local executor, or neither.
 
 
+VISIBLE_GPUS = "LAUNCH_VISIBLE_GPUS"
+"""Environment variable with the GPUs of all agents of a local point, as CUDA_VISIBLE_DEVICES names them."""
 TOKEN = "LAUNCH_TOKEN"
 """Environment variable of the agents of a local run: a random name of this start."""
 LOOPBACK = "127.0.0.1"

@@ -32,7 +32,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from launch.agent.exchange import POLL_S, derive
 from launch.agent.fork_server import ForkedProcess, ForkServer
 from launch.agent.health import gpu_telemetry
-from launch.agent.node import AgentContext, Attempt, Node, RendezvousRound, RunContext
+from launch.agent.node import VISIBLE_GPUS, AgentContext, Attempt, Node, RendezvousRound, RunContext
 from launch.agent.watch import RankRecords, Watch
 from launch.config import Config
 from launch.config.compose import workload_of
@@ -91,9 +91,16 @@ def state_of(tree: CodeTree) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
 
 
+MOST_COMPILERS = 8
+"""Largest number of processes in which a rank compiles; the blocks of a model have few different kernels."""
+
+
 def prepare_environment(node: Node, config: Config, address: str) -> None:
     """Set the variables of this process that ranks inherit in every attempt."""
     set_default_threads()
+    # By default each rank would start as many compiling processes as the node has CPUs, at most 32.
+    each = len(os.sched_getaffinity(0)) // config.ranks_on_node
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(MOST_COMPILERS, max(1, each))))
     os.environ["PYTHONUNBUFFERED"] = "1"
     # All nodes have the same number of ranks, so elastic's agents need not write sizes into a store that strangers can
     # reach.
@@ -105,8 +112,8 @@ def prepare_environment(node: Node, config: Config, address: str) -> None:
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         if node.count > 1 and interface != "lo":
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-    gpus = os.environ.setdefault("LAUNCH_VISIBLE_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without =, it is a prefix
+    gpus = os.environ.setdefault(VISIBLE_GPUS, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     if not node.is_slurm and gpus:
         each = config.ranks_on_node
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.split(",")[node.index * each : (node.index + 1) * each])

@@ -98,9 +98,14 @@ class Gpu:
     """Address on the PCI bus, in the format of Linux."""
 
 
-def visible_gpus(folder: Path = DRIVER / "gpus", environ: Mapping[str, str] = os.environ) -> list[Gpu]:
+def visible_gpus(
+    folder: Path = DRIVER / "gpus", environ: Mapping[str, str] = os.environ, devices: Path = Path("/dev")
+) -> list[Gpu]:
     """Return the GPUs that this process may use (CUDA_VISIBLE_DEVICES), in CUDA's order."""
     there = [_read_gpu(str(index), path) for index, path in enumerate(sorted(folder.glob("*/information")))]
+    if not there:  # gVisor has device files alone, and WSL2 (/dev/dxg) does not say how many GPUs there are
+        count = sum(path.name[6:].isdigit() for path in devices.glob("nvidia*")) or (devices / "dxg").exists()
+        there = [Gpu(str(index), "GPU", None) for index in range(count)]
     named = environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         names = [gpu.index for gpu in there]

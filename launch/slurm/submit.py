@@ -20,7 +20,7 @@ from submitit.core.utils import FailedJobError
 
 from gpt_launch.agent import run as run_agent
 from gpt_launch.agent import run_step
-from launch.agent.node import OWNER, TOKEN, start_time
+from launch.agent.node import OWNER, TOKEN, VISIBLE_GPUS, start_time
 from launch.config import Config
 from launch.config.compose import read_point, workload_of
 from launch.errors import ConfigError, counted
@@ -252,6 +252,9 @@ def start_local(plan: Plan, part: int = 0, parts: int = 1) -> LocalJob:
         gpus_per_node=len(gpus),
         visible_gpus=gpus,
     )
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # maybe by UUID, which submitit does not take
+        names = share([gpu.strip() for gpu in named.split(",")], part, parts)
+        os.environ[VISIBLE_GPUS] = ",".join(names) if gpus else ""
     os.environ[TOKEN] = uuid.uuid4().hex
     os.environ[OWNER] = str(os.getpid())
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)

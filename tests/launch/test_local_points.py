@@ -98,6 +98,13 @@ def test_trackers_continue_the_run_of_each_rank(tmp_path: Path) -> None:
     assert mine[1] == "mine" and mine[0] not in ("mine", ids[0][0][0])
 
 
+def test_gpus_named_by_uuid_are_handed_on_by_uuid(tmp_path: Path) -> None:
+    script = write_script(tmp_path, "import os\nprint('has', os.environ['CUDA_VISIBLE_DEVICES'])\n")
+    words = (f"script.path={script}", "nodes=2", "run_dir=run", *LOCAL)
+    run("launch", *words, cwd=tmp_path, CUDA_VISIBLE_DEVICES="GPU-a7, MIG-b3")
+    assert [printed(RunFolder(tmp_path / "run"), 1, rank) for rank in (0, 1)] == ["has GPU-a7\n", "has MIG-b3\n"]
+
+
 def test_a_script_runs_under_a_python_without_torch_and_reports_by_the_worker(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "theirs"], check=True)
     python = tmp_path / "theirs" / "bin" / "python"

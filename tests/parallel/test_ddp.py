@@ -19,7 +19,7 @@ from gpt.parallel import ddp
 from gpt.parallel.ddp import DDPEngine, GradientReducer, all_gather_rows, split_parameter
 from gpt.parallel.dtensor import local_tensor, split_into_buckets
 from tests.support.distributed import run_distributed
-from tests.support.learning import TINY, Operations, start, step
+from tests.support.learning import TINY, Alive, Operations, start, step
 
 # What DistributedDataParallel does beside averaging gradients.
 
@@ -38,6 +38,58 @@ def last_measured(rank: int, size: int, folder: Path) -> int:
 def test_it_measures_no_step_after_its_first_ten(tmp_path: Path) -> None:
     """By default it does in each hundredth, and waits for the device there."""
     assert run_distributed(last_measured, 2, tmp_path / "run") == [10, 10]
+
+
+class Peak(Alive):
+    """The most bytes that the storages of operations held at once."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        self.most = max(self.most, sum(storage.nbytes() for storage in self.storages))
+        return made
+
+
+def peaks(rank: int, size: int, folder: Path) -> tuple[int, int]:
+    """Bytes at the peak of the passes before the first step, and of the backward pass of a step."""
+    run = start(rank, size, folder, "parallel=ddp", "model.vocab_size=8192", "optim.max_micro_batch=8")
+    engine, tokens_BT = run.engine, torch.zeros(8, run.config.model.block_size, dtype=torch.long)
+    assert isinstance(engine, DDPEngine) and run.batch.accumulation == 1
+    with Peak() as warm_up:
+        engine._warm_up_buckets()
+    with Peak() as training:
+        engine.backward(tokens_BT, tokens_BT, lambda: None)
+    # The passes also make the buckets, and make them anew after the first one.
+    return warm_up.most - 2 * sum(p.nbytes for p in engine.module.parameters()), training.most
+
+
+def test_the_passes_before_the_first_step_need_less_memory_than_a_step(tmp_path: Path) -> None:
+    for warm_up, training in run_distributed(peaks, 2, tmp_path / "run"):
+        assert 4 * 8 * 16 * 8192 < warm_up <= training
+
+
+def gradient_storages(rank: int, size: int, folder: Path) -> list[set[int]]:
+    """Storages of the gradients after the first of two micro-batches, and after the step."""
+    run = start(rank, size, folder, "parallel=ddp", "optim.max_micro_batch=2", "optim.global_batch=8")
+    assert run.batch.accumulation == 2
+    found: list[set[int]] = []
+
+    def look() -> None:
+        grads = [p.grad for p in run.engine.module.parameters() if p.grad is not None]
+        found.append({grad.untyped_storage().data_ptr() for grad in grads})
+
+    tokens_BT = torch.zeros(4, run.config.model.block_size, dtype=torch.long)
+    for _ in range(2):
+        run.engine.backward(tokens_BT, tokens_BT, look)
+        look()
+    return found
+
+
+def test_gradients_of_every_micro_batch_lie_in_the_buckets(tmp_path: Path) -> None:
+    for before, between, after, *again in run_distributed(gradient_storages, 2, tmp_path / "run"):
+        assert before == between == after and again == [before] * 3
+        assert 1 <= len(after) <= 2, "few buckets hold all gradients"
 
 
 # zero1 reduces gradients to the rows that a rank steps, and brings the stepped rows together, in few collectives.

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from gpt.accounting import training_flops
 from gpt.config import ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
+from gpt.parallel.pipeline import PipelineEngine
 from gpt.topology.schedules import bubble_fraction, local_stages, partition, split_layers, stage_indices
 from tests.support.commands import ROOT
 from tests.support.composing import config_from
+from tests.support.distributed import run_distributed
+from tests.support.learning import MODELS, start, step
 
 # The split of layers into stages, the bubble of schedules, and refusals; against brute force and torch.
 
@@ -191,3 +198,33 @@ def picture(schedule: Schedule, pp: int = 2, micro_batches: int = 4) -> str:
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_the_picture_in_the_documentation_is_true(schedule: Schedule) -> None:
     assert picture(schedule) in (ROOT / "docs" / "parallel.md").read_text()
+
+
+def reduced_over_the_pipeline(rank: int, size: int, folder: Path) -> list[bool]:
+    """Whether the ranks of a pipeline have met in a collective when it is built, and transfers before that."""
+    order = list[str]()
+
+    def note(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            order.append(f"{name} {id(kwargs.get('group'))}")
+            return function(*args, **kwargs)
+
+        return call
+
+    words = ("parallel=pp", f"parallel.pp={size}", "parallel.schedule=gpipe", "model.n_layer=3", *MODELS["tied"])
+    with (
+        mock.patch.object(dist, "all_reduce", note("met", dist.all_reduce)),
+        mock.patch.object(dist, "batch_isend_irecv", note("sent", dist.batch_isend_irecv)),
+    ):
+        run = start(rank, size, folder, *words, "optim.max_micro_batch=2")
+        engine = run.engine
+        assert isinstance(engine, PipelineEngine)
+        met = f"met {id(engine._pipeline.group)}" in order and not any(each.startswith("sent") for each in order)
+        step(run)
+    return [met, any(each.startswith("sent") for each in order)]
+
+
+def test_all_ranks_of_a_pipeline_meet_before_two_of_them_exchange_a_tied_gradient(tmp_path: Path) -> None:
+    """On NCCL a first batched transfer between two ranks alone would wait for the others for ever."""
+    found = run_distributed(reduced_over_the_pipeline, 3, tmp_path / "run")
+    assert found == [[True, True], [True, False], [True, True]]

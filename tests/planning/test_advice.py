@@ -39,6 +39,21 @@ def test_the_first_run_of_a_newcomer_is_warned_of() -> None:
     assert Plan.from_dict(plan.as_dict()) == plan
 
 
+def test_presets_of_real_models_do_not_train_at_the_speed_of_the_disk() -> None:
+    disk = "so training waits for the disk; type checkpoint.interval=auto"
+    for preset in ("gpt2", "gpt2_owt", "moe"):
+        words = (*GPUS[:3], "model=gpt2_124m", f"optim={preset}")
+        assert not [warning for warning in plan_of(*words).warnings if disk in warning], preset
+    (often,) = [text for text in plan_of(*GPUS, "checkpoint.interval=2").warnings if disk in text]
+    assert often.startswith("checkpoint.interval=2: a checkpoint of 1.39 GiB takes 1.5 s at 1 GB/s, and 2 steps take ")
+
+
+def test_a_plan_for_gpus_is_a_run_on_gpus() -> None:
+    assert plan_of(*GPUS).promised.settled["device"] == "cuda"
+    assert "device" not in plan_of("cluster=slurm").promised.settled
+    assert "device" not in plan_of(*GPUS, "device=cpu").promised.settled
+
+
 def test_a_budget_of_tokens_is_as_many_steps_as_it_takes() -> None:
     plan = plan_of(*GPUS, "optim.max_tokens=300e9")
     assert plan.max_steps == 572_205  # 300e9 / (512 x 1024), and the rest of a step

@@ -8,9 +8,13 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launch.agent.node import Node
+from launch.agent.ranks import prepare_environment
+from launch.config import Config
 from launch.runs import environment as machine
 from launch.runs.environment import (
     MOST_FILES,
@@ -230,3 +234,29 @@ def test_a_rank_on_a_cpu_and_one_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_p
 )
 def test_cpus_are_listed_as_linux_lists_them(cpus: list[int], text: str) -> None:
     assert machine.describe_cpus(cpus) == {"cores": len(cpus), "cpus": text}
+
+
+def test_ranks_share_the_cpus_of_a_node_to_compile_and_nccl_takes_one_interface(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    address = SimpleNamespace(address="10.0.0.7")
+    monkeypatch.setattr("launch.agent.ranks.psutil.net_if_addrs", lambda: {"eth0": [address], "eth01": []})
+    for cpus, ranks, each in ((32, 8, "4"), (224, 8, "8"), (4, 8, "1")):
+        monkeypatch.setattr("os.environ", {})
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cpus=cpus: set(range(cpus)))
+        prepare_environment(Node(0, 2, "job", True, "1", 0, ("a", "b")), Config(ranks_per_node=ranks), "10.0.0.7")
+        assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == each
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "=eth0" and os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
+
+
+def test_gpus_without_the_folder_of_the_driver_are_counted_by_their_device_files(tmp_path: Path) -> None:
+    devices = tmp_path / "dev"
+    devices.mkdir()
+    assert machine.visible_gpus(tmp_path / "none", {}, devices) == []
+    (devices / "dxg").touch()
+    assert [gpu.index for gpu in machine.visible_gpus(tmp_path / "none", {}, devices)] == ["0"]
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (devices / name).touch()
+    assert [gpu.index for gpu in machine.visible_gpus(tmp_path / "none", {}, devices)] == ["0", "1"]
+    only = machine.visible_gpus(tmp_path / "none", {"CUDA_VISIBLE_DEVICES": "1"}, devices)
+    assert [gpu.index for gpu in only] == ["1"]

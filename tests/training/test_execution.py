@@ -49,12 +49,15 @@ from gpt.training.execution import (
     FIRST,
     MEASURED,
     StepTimeouts,
+    has_compiler,
     open_compile_cache,
     set_matmul_precision,
+    settle_compile,
     state,
     step_timeout,
 )
 from gpt.training.run import Request
+from launch.errors import ConfigError
 from launch.runs.environment import COMPILE_CACHE, describe_environment
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -182,6 +185,29 @@ def test_products_in_fp32_are_rounded_to_tf32_where_the_run_has_settled_on_it(tf
         assert state()["tf32"] is torch.backends.cuda.matmul.allow_tf32 is tf32
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_without_a_compiler_on_some_nodes_nothing_is_compiled_or_the_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    default, none = CompileMode["default"], CompileMode["none"]
+    automatic, typed = (TrainConfig(compile=CompileMode[name], model=small()) for name in ("auto", "default"))
+    assert settle_compile(automatic, default, 0) is settle_compile(typed, default, 0) is default and not caplog.text
+    assert settle_compile(automatic, default, 8) is none
+    assert "8 ranks on nodes without a C compiler or Python.h: nothing is compiled" in caplog.text
+    with pytest.raises(ConfigError, match="found: compile=default with 1 rank on nodes without"):
+        settle_compile(typed, default, 1)
+    compiler = tmp_path / "mine"
+    compiler.touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.delenv("CC", raising=False)
+    assert not has_compiler()
+    monkeypatch.setenv("CC", str(compiler))
+    assert has_compiler()
+    (tmp_path / "Python.h").unlink()
+    assert not has_compiler()
 
 
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path: Path) -> None:
@@ -367,6 +393,23 @@ def test_groups_of_training_are_cut_after_the_first_steps_and_the_control_group_
     assert "RANK" not in os.environ
     most = 20 * (6.0 + FIRST + MEASURED - 1)
     assert timeouts_of(1) == [timedelta(seconds=most)] * 2 + [timedelta(seconds=500)]
+
+
+def test_only_the_first_evaluation_has_the_timeout_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list[float]()
+    monkeypatch.setattr("gpt.training.execution.set_timeouts", lambda seconds, without: found.append(seconds))
+    world = type("World", (), {"control": None})()
+    timeouts = StepTimeouts(world, ParallelConfig(timeout_s=600, step_timeout_s=7))
+    for _ in range(FIRST + MEASURED):
+        timeouts.after(0.01)
+    for _ in range(2):
+        with timeouts.evaluation():
+            found.append(0.0)
+    assert found == [7, 600, 0, 7, 0]
+    early, seen = StepTimeouts(world, ParallelConfig(timeout_s=600, step_timeout_s=7)), len(found)
+    with early.evaluation():
+        pass
+    assert len(found) == seen, "the timeout of the start still holds"
 
 
 def lose_a_peer(rank: int, world_size: int) -> str:
