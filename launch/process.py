@@ -31,12 +31,22 @@ def lasting_imports() -> Iterator[None]:
             gc.enable()
 
 
-def set_default_threads() -> None:
-    """Set OMP_NUM_THREADS to 1 for ranks if it is not set, as torchrun does.
+MOST_COMPILERS = 8
+"""Largest number of processes in which a rank compiles; the blocks of a model have few different kernels."""
 
-    Call this function before the libraries are loaded, since they read the variable only then.
+
+def set_default_threads(ranks: int) -> None:
+    """Set OMP_NUM_THREADS to 1 for ranks, as torchrun does, and limit the processes in which each compiles.
+
+    By default, torch's compiler would start as many in each rank as the node has CPUs, at most 32. Variables that are
+    set stay. Call this function before the libraries are loaded, since they read the variables only then.
+
+    Args:
+        ranks: number of ranks on this node.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    each = len(os.sched_getaffinity(0)) // ranks
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(MOST_COMPILERS, max(1, each))))
 
 
 def hash_seed(seed: int) -> str:

@@ -217,13 +217,15 @@ class DDPEngine(TorchEngine):
     def begin_backward(self) -> None:
         """Clear the gradients of the last step.
 
-        With several micro-batches, gradients stay in DDP's buckets and become zero. If they became None, those of the
-        first micro-batches would lie beside the buckets, and take as much memory again.
+        With several micro-batches, gradients are zeros in DDP's buckets. If they were None, those of the first
+        micro-batches would lie beside the buckets, and take as much memory again.
         """
         if self.world.size == 1 or self.batch.accumulation == 1:
             super().begin_backward()
-        elif gradients := [parameter.grad for parameter in self._parameters if parameter.grad is not None]:
-            torch._foreach_zero_(gradients)
+            return
+        for parameter, gradient in zip(self._parameters, self._in_buckets, strict=True):
+            parameter.grad = gradient
+        torch._foreach_zero_([gradient for gradient in self._in_buckets if gradient is not None])
 
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
         return clip_replica(self._parameters, self.config.optim.grad_clip, self.world, figures_N, meanwhile)
@@ -256,7 +258,8 @@ class DDPEngine(TorchEngine):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for _ in range(2):
                 self._micro_batch_loss(tokens_BT, tokens_BT).backward()  # in the memory of a micro-batch, and no more
-        self.begin_backward()
+        self._in_buckets = [parameter.grad for parameter in self._parameters]
+        self.module.zero_grad()  # torch loads no state into an optimizer whose parameters have gradients
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # the peak that records name is that of training
 

@@ -71,7 +71,7 @@ def run_agent(run_dir: str) -> None:
     context = RunContext(folder, Node.from_env(os.environ.get(TOKEN)), read_point(folder))
     node = context.node
     raise_open_files()
-    set_default_threads()  # Set before the fork server loads libraries for the ranks.
+    set_default_threads(context.config.ranks_on_node)  # Set before the fork server loads libraries for the ranks.
     set_defaults()
     with lasting_imports():
         from launch.agent import ranks, rendezvous  # All agents import torch now, before they meet.

@@ -91,16 +91,9 @@ def state_of(tree: CodeTree) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
 
 
-MOST_COMPILERS = 8
-"""Largest number of processes in which a rank compiles; the blocks of a model have few different kernels."""
-
-
 def prepare_environment(node: Node, config: Config, address: str) -> None:
     """Set the variables of this process that ranks inherit in every attempt."""
-    set_default_threads()
-    # By default each rank would start as many compiling processes as the node has CPUs, at most 32.
-    each = len(os.sched_getaffinity(0)) // config.ranks_on_node
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(MOST_COMPILERS, max(1, each))))
+    set_default_threads(config.ranks_on_node)
     os.environ["PYTHONUNBUFFERED"] = "1"
     # All nodes have the same number of ranks, so elastic's agents need not write sizes into a store that strangers can
     # reach.

@@ -94,7 +94,7 @@ def test_a_run_waits_for_another_and_is_cancelled_if_that_fails(sandbox: Cluster
         runs = [RunFolder(path.parent) for path in (tmp_path / "outputs" / f"after_{name}").glob("*/plan.json")]
         assert len(runs) == 2 and not any(events(folder, "agent_started") for folder in runs)
         gate.write_text(status)
-        sandbox.wait_idle(timeout_s=120)
+        wait_for(lambda: not sandbox.slurm("squeue", "--noheader").strip(), "the end of all jobs")
         assert all(bool(events(folder, "finished")) is (status == "0") for folder in runs)
         states = command("launch.status", f"outputs/after_{name}", status={0, 1})
         assert ("DependencyNeverSatisfied" in states) is (status == "1"), states
@@ -156,8 +156,8 @@ def test_small_points_share_one_job_which_runs_them_side_by_side(sandbox: Cluste
     words = ("cluster=local", "launch.parallel=2", "-m", 'script.args="a 2","b 2","c 0"', "name=small")
     words += ("workload=script", f"script.path={program}", "launch.report_files=[md]")
     line = shlex.join([sys.executable, "-m", "gpt_launch", *words])
-    sandbox.slurm("sbatch", "--nodes=1", "--cpus-per-task=2", f"--chdir={tmp_path}", "--output=out", f"--wrap={line}")
-    sandbox.wait_idle(timeout_s=120)
+    asked = ("--wait", "--nodes=1", "--cpus-per-task=2", f"--chdir={tmp_path}", "--output=out", f"--wrap={line}")
+    sandbox.slurm("sbatch", *asked, timeout_s=120)
     runs = [RunFolder(path.parent) for path in sorted((tmp_path / "outputs" / "small").glob("*/plan.json"))]
     assert len(runs) == 3 and all(events(folder, "finished") for folder in runs), (tmp_path / "out").read_text()
     assert "at the same time as" in (tmp_path / "outputs" / "small" / "scaling.md").read_text()
