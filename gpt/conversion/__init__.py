@@ -89,15 +89,13 @@ class StateDictAdapter:
     """Class of transformers that loads the model."""
     prefix: str
     """Prefix of the names of all tensors except lm_head. Files of the bare model omit it."""
-    parts: dict[str, tuple[Any, ...]]
-    """Field of ModelConfig that chooses a part -> choices of the architecture, the usual one first."""
+    parts: str
+    """Parts of the architecture as settings of ModelConfig, for messages."""
     keys: dict[str, tuple[str, Any]]
     """Field of ModelConfig -> (its key in config.json, value of the field if the key is missing).
 
-    REQUIRED instead of a value: the key must be there. The architecture accepts any value of these fields.
+    REQUIRED instead of a value: the key must be there.
     """
-    others: frozenset[str]
-    """Further fields of ModelConfig for which the architecture accepts any value."""
     activations: dict[str, Activation]
     """Name in config.json -> activation. A model is written with the first name of its activation."""
     write_parts: Callable[[ModelConfig], dict[str, Any]]
@@ -115,8 +113,6 @@ class StateDictAdapter:
     """Name in transformers of the norm after the blocks."""
     buffers: re.Pattern[str]
     """Pattern of the names of redundant tensors that old versions saved. They follow from the config."""
-    grouped_queries: bool = True
-    """True if a model may have fewer key-value heads than query heads."""
     requires_bias: bool = False
     """True if every layer needs a bias. Layers without one are then written with a bias of zeros."""
 
@@ -125,11 +121,24 @@ class StateDictAdapter:
         return name if name.startswith((self.prefix, "lm_head.")) else self.prefix + name
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
-        """Return a model as keys of config.json."""
-        fields = architecture_fields(config)
-        written = {key: fields[field] for field, (key, _) in self.keys.items() if field in fields}
-        usual = next(name for name, found in self.activations.items() if found is config.ffn_activation)
-        return written | {self.keys["activation"][0]: usual, **self.write_parts(config)}
+        """Return a model as keys of config.json. They have no place for parts that the architecture lacks."""
+        config = self.equivalent(config)
+        fields = {**vars(config), **architecture_fields(config)}
+        written = {key: fields[field] for field, (key, _) in self.keys.items()}
+        names = (name for name, found in self.activations.items() if found is config.ffn_activation)
+        return written | {self.keys["activation"][0]: next(names, None), **self.write_parts(config)}
+
+    def equivalent(self, config: ModelConfig) -> ModelConfig:
+        """Return the model of the architecture that computes the same as ``config``: with biases of zeros, or with
+        another base of the rotary frequencies in place of NTK-aware scaling."""
+        if self.requires_bias:
+            norm = Norm.layernorm if config.norm is Norm.layernorm_nobias else config.norm
+            return dataclasses.replace(config, bias=True, norm=norm)
+        if config.rope_scaling is not RopeScaling.ntk:
+            return config
+        # transformers' rope_type=dynamic is different: it depends on the length of the text.
+        base = config.rope_base * config.rope_factor ** (config.head_dim / (config.head_dim - 2))
+        return dataclasses.replace(config, rope_base=base, rope_scaling=RopeScaling.none, rope_factor=1.0)
 
     def read_config(self, hf: dict[str, Any]) -> ModelConfig:
         """Return the model of a config.json. Raise ConfigError for a missing key, or a part that is not supported."""
@@ -156,28 +165,10 @@ class StateDictAdapter:
         return found if config.tie_embeddings else found + renamed({"head": "lm_head"})
 
     def list_misfits(self, config: ModelConfig) -> list[str]:
-        """Return the settings that the architecture does not support, as ``key=value``.
-
-        A field of ModelConfig that is in neither ``parts``, ``keys`` nor ``others`` must have its default.
-        """
-        defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-        wrong = []
-        for key, value in architecture_fields(config).items():
-            if key == "n_kv_head":
-                fits = self.grouped_queries or value == config.n_head
-            elif key in self.parts:
-                fits = value in self.parts[key]
-            else:
-                fits = key in self.keys or key in self.others or value == defaults[key]
-            if not fits:
-                wrong.append(f"model.{key}={format_value(value)}")
-        return wrong
-
-    def describe_parts(self) -> str:
-        """Return the parts of the architecture, as settings of ModelConfig."""
-        choices = [f"{key}={'|'.join(format_value(v) for v in values)}" for key, values in self.parts.items()]
-        choices += [] if self.grouped_queries else ["n_kv_head=n_head"]
-        return f"{self.name} ({', '.join(choices)})"
+        """Return the settings that do not come back from a config.json of the architecture, as ``key=value``."""
+        asked = architecture_fields(self.equivalent(config))
+        kept = architecture_fields(self.read_config({"model_type": self.name, **self.write_config(config)}))
+        return [f"model.{key}={format_value(value)}" for key, value in asked.items() if kept.get(key) != value]
 
 
 KINDS = ("weight", "bias")
@@ -272,12 +263,7 @@ GPT2 = StateDictAdapter(
     name="gpt2",
     architecture="GPT2LMHeadModel",
     prefix="transformer.",
-    parts={
-        "norm": (Norm.layernorm, Norm.layernorm_nobias),
-        "position": (Position.learned,),
-        "ffn": (Ffn.standard,),
-        "activation": tuple(dict.fromkeys(GPT2_ACTIVATIONS.values())),
-    },
+    parts="norm=layernorm|layernorm_nobias, position=learned, ffn=standard, n_kv_head=n_head",
     keys={
         "vocab_size": ("vocab_size", REQUIRED),
         "block_size": ("n_positions", REQUIRED),
@@ -289,7 +275,6 @@ GPT2 = StateDictAdapter(
         "tie_embeddings": ("tie_word_embeddings", True),
         "activation": ("activation_function", "gelu_new"),
     },
-    others=frozenset({"bias"}),
     activations=GPT2_ACTIVATIONS,
     write_parts=write_gpt2,
     read_parts=read_gpt2,
@@ -298,7 +283,6 @@ GPT2 = StateDictAdapter(
     block_rules=gpt2_block,
     last_norm="transformer.ln_f",
     buffers=re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
-    grouped_queries=False,
     requires_bias=True,
 )
 
@@ -314,15 +298,9 @@ def write_llama(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json for rotary embeddings.
-
-    NTK-aware scaling only changes the base, so the base is written. transformers' rope_type=dynamic is different: it
-    depends on the length of the text.
-    """
+    """Return the keys of config.json for rotary embeddings."""
     base, scaling = config.rope_base, config.rope_scaling
-    if scaling is RopeScaling.ntk:
-        base *= config.rope_factor ** (config.head_dim / (config.head_dim - 2))
-    if scaling in (RopeScaling.none, RopeScaling.ntk):
+    if scaling is RopeScaling.none:
         return {"rope_theta": base, "rope_scaling": None}
     described: dict[str, Any] = {"rope_type": scaling.name, "factor": config.rope_factor}
     if scaling is RopeScaling.llama3:
@@ -383,12 +361,7 @@ LLAMA = StateDictAdapter(
     name="llama",
     architecture="LlamaForCausalLM",
     prefix="model.",
-    parts={
-        "norm": (Norm.rmsnorm,),
-        "position": (Position.rope,),
-        "ffn": (Ffn.swiglu, Ffn.geglu),
-        "activation": tuple(dict.fromkeys(LLAMA_ACTIVATIONS.values())),
-    },
+    parts="norm=rmsnorm, position=rope, ffn=swiglu|geglu",
     keys={
         "vocab_size": ("vocab_size", REQUIRED),
         "block_size": ("max_position_embeddings", REQUIRED),
@@ -401,7 +374,6 @@ LLAMA = StateDictAdapter(
         "tie_embeddings": ("tie_word_embeddings", False),
         "activation": ("hidden_act", "silu"),
     },
-    others=frozenset(["bias", "rope_base", "rope_scaling", "rope_factor", *LLAMA3]),
     activations=LLAMA_ACTIVATIONS,
     write_parts=write_llama,
     read_parts=read_llama,
@@ -448,14 +420,7 @@ MIXTRAL = dataclasses.replace(
     LLAMA,
     name="mixtral",
     architecture="MixtralForCausalLM",
-    parts={
-        **LLAMA.parts,
-        "ffn": (Ffn.moe,),
-        "expert_ffn": (Ffn.swiglu, Ffn.geglu),
-        "router_normalize": (True,),
-        "expert_balance": (ExpertBalance.loss,),
-        "bias": (False,),
-    },
+    parts="norm=rmsnorm, position=rope, ffn=moe, expert_ffn=swiglu|geglu, expert_balance=loss, bias=false",
     keys={
         **LLAMA.keys,
         "norm_eps": ("rms_norm_eps", 1e-5),
@@ -482,7 +447,7 @@ def choose_adapter(config: ModelConfig) -> StateDictAdapter:
         return nearest
     raise ConfigError(
         f"{', '.join(misfits[nearest.name])}, which {nearest.architecture} of transformers has no part for",
-        f"a model that is one of {'; '.join(adapter.describe_parts() for adapter in ADAPTERS)}",
+        f"a model that is one of {'; '.join(f'{adapter.name} ({adapter.parts})' for adapter in ADAPTERS)}",
         "--format torch, which takes every model",
     )
 

@@ -223,7 +223,7 @@ def slow_precision(
         return
     ours, theirs = (None, None) if known is None else (known.peak(precision, tf32), known.peak(best))
     times = "many" if ours is None or theirs is None else f"about {theirs / ours:.0f}"
-    name = "precision=fp32 in TF32" if tf32 and (known is None or known.tf32 is not None) else "precision=fp32"
+    name = "precision=fp32 in TF32" if tf32 and (known is None or known.has_tf32) else "precision=fp32"
     yield f"{name} on {device_name}, whose peak is {times} times higher in {best.name}: precision={best.name}"
 
 
@@ -345,7 +345,7 @@ def refuse_tf32(config: TrainConfig, gpu: str | None) -> None:
     """
     check_tf32(config)
     known = None if gpu is None else find(gpu)
-    if config.tf32 and known is not None and known.tf32 is None:
+    if config.tf32 and known is not None and not known.has_tf32:
         raise tf32_refusal(str(gpu))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -54,13 +54,10 @@ class Link:
         """Return latency in seconds, and bandwidth in bytes a second, of a collective."""
         return self.measured.get(collective, (self.latency_s, self.bytes_per_s))
 
-    def changed(self, change: Callable[[float, float], tuple[float, float]]) -> Link:
-        """Return a link with ``change`` applied to every pair of latency (seconds) and bandwidth (bytes a second)."""
-        return Link(
-            *change(self.latency_s, self.bytes_per_s),
-            {name: change(*rates) for name, rates in self.measured.items()},
-            self.curves,
-        )
+    def faster(self, factor: float) -> Link:
+        """Return a link whose latencies are ``factor`` times as short, and bandwidths ``factor`` times as large."""
+        measured = {name: (latency_s / factor, rate * factor) for name, (latency_s, rate) in self.measured.items()}
+        return Link(self.latency_s / factor, self.bytes_per_s * factor, measured, self.curves)
 
 
 @dataclass(frozen=True)
@@ -103,27 +100,15 @@ class Machine:
         )
 
 
-@dataclass(frozen=True)
-class MachineOverrides:
-    """Figures that override the defaults; None keeps a default. GB/s are 10^9 bytes a second in one direction."""
-
-    memory: int | None = None
-    """Bytes of one device."""
-    peak_tflops: float | None = None
-    """Dense peak of one device in the precision of the run, TFLOP/s."""
-    host_memory: int | None = None
-    """Host memory in bytes that one rank may use."""
-    attainable: float = ATTAINABLE
-    inside_gb_per_s: float | None = None
-    """Bandwidth of one device to other devices of its node, in GB/s."""
-    between_gb_per_s: float | None = None
-    """Bandwidth of a whole node to other nodes, in GB/s."""
-    inside_latency_s: float = INTRA_NODE_LATENCY_S
-    between_latency_s: float = INTER_NODE_LATENCY_S
-
-
 def gpus(
-    name: str, precision: Precision, ranks_per_node: int, overrides: MachineOverrides, tf32: bool = False
+    name: str,
+    precision: Precision,
+    ranks_per_node: int,
+    *,
+    memory: int | None = None,
+    peak_tflops: float | None = None,
+    host_memory: int | None = None,
+    tf32: bool = False,
 ) -> Machine | None:
     """Return the machine of GPU nodes; None if their peak or memory is unknown.
 
@@ -131,20 +116,21 @@ def gpus(
         name: result of ``torch.cuda.get_device_name()``.
         precision: precision of the run.
         ranks_per_node: number of used devices of a node.
-        overrides: figures that replace or complete those of the table.
+        memory: bytes of one device; None for that of the table.
+        peak_tflops: dense peak of one device in the precision of the run, TFLOP/s; None for that of the table.
+        host_memory: host memory in bytes that one rank may use; None if unknown.
         tf32: True to use TF32 for fp32, if the device supports it.
     """
     known = find(name)
-    peak = peak_flops(name, precision, tf32) if overrides.peak_tflops is None else overrides.peak_tflops * TERA
-    memory = memory_bytes(name) if overrides.memory is None else overrides.memory
+    peak = peak_flops(name, precision, tf32) if peak_tflops is None else peak_tflops * TERA
+    memory = memory_bytes(name) if memory is None else memory
     if peak is None or memory is None:
         return None
-    intra_node = PCIE_GB_PER_S if known is None else known.link_gb_per_s
-    network = (known and known.network_gb_per_s) or NETWORK_GB_PER_S / ranks_per_node
-    rates = links(overrides, ranks_per_node, intra_node, network)
-    room = None if overrides.host_memory is None else int(ROOM * overrides.host_memory)
+    inside = PCIE_GB_PER_S if known is None else known.link_gb
+    between = (known and known.network_gb) or NETWORK_GB_PER_S / ranks_per_node
+    room = None if host_memory is None else int(ROOM * host_memory)
     host = Host(PCIE_GB_PER_S * GIGA, HOST_GB_PER_S * GIGA / ranks_per_node, room)
-    return Machine(name, peak * overrides.attainable, int(ROOM * memory), ranks_per_node, *rates, host)
+    return Machine(name, peak * ATTAINABLE, int(ROOM * memory), ranks_per_node, *links(inside, between), host)
 
 
 def known_gpu(name: str | None, memory_gib: float | None) -> str | None:
@@ -176,20 +162,15 @@ def known_gpu(name: str | None, memory_gib: float | None) -> str | None:
     )
 
 
-def cpus(memory: int, ranks_per_node: int, overrides: MachineOverrides) -> Machine:
+def cpus(memory: int, ranks_per_node: int) -> Machine:
     """Return the machine of CPU nodes, with ``memory`` bytes for each rank."""
-    rates = links(overrides, ranks_per_node, CPU_LINK_GB_PER_S, CPU_LINK_GB_PER_S / ranks_per_node)
+    rates = links(CPU_LINK_GB_PER_S, CPU_LINK_GB_PER_S / ranks_per_node)
     return Machine("CPU", CPU_FLOPS_PER_S, int(ROOM * memory), ranks_per_node, *rates)
 
 
-def links(overrides: MachineOverrides, ranks_per_node: int, intra_node: float, inter_node: float) -> tuple[Link, Link]:
-    """Return the links within and between nodes. The defaults ``intra_node`` and ``inter_node`` are GB/s."""
-    if overrides.between_gb_per_s is not None:
-        inter_node = overrides.between_gb_per_s / ranks_per_node
-    return (
-        Link(overrides.inside_latency_s, (overrides.inside_gb_per_s or intra_node) * GIGA),
-        Link(overrides.between_latency_s, inter_node * GIGA),
-    )
+def links(inside: float, between: float) -> tuple[Link, Link]:
+    """Return the links of a rank within and between nodes, of these bandwidths in GB/s."""
+    return Link(INTRA_NODE_LATENCY_S, inside * GIGA), Link(INTER_NODE_LATENCY_S, between * GIGA)
 
 
 def with_network(machine: Machine, network: Network) -> Machine:

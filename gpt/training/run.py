@@ -31,7 +31,7 @@ from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
 from gpt.planning import memory
 from gpt.planning.auto import choose_parallelism, choose_precision, choose_tf32, execution_warnings
-from gpt.planning.devices import Machine, MachineOverrides, cpus, free_memory, gpus
+from gpt.planning.devices import Machine, cpus, free_memory, gpus
 from gpt.planning.search import table
 from gpt.topology import Batch, ParallelDims, settle_steps, split_batch
 from gpt.topology.check_dims import check_parallel_dims, refuse_without_deepspeed
@@ -61,15 +61,20 @@ def machine_of_rank(config: TrainConfig, world: World) -> Machine:
         ConfigError: the device is not known.
     """
     if world.device.type != "cuda":
-        return cpus(free_memory() // world.local_size, world.local_size, MachineOverrides())
+        return cpus(free_memory() // world.local_size, world.local_size)
     seen = torch.cuda.get_device_properties(world.device)
-    stated = MachineOverrides(memory=seen.total_memory, host_memory=free_memory() // world.local_size)
-    tf32 = choose_tf32(config, on_cpus=False)
-    found = gpus(seen.name, config.precision, world.local_size, stated, tf32)
+    found = gpus(
+        seen.name,
+        config.precision,
+        world.local_size,
+        memory=seen.total_memory,
+        host_memory=free_memory() // world.local_size,
+        tf32=choose_tf32(config, on_cpus=False),
+    )
     if found is None:
         raise ConfigError(
             f"parallel.strategy=auto on a {seen.name} in precision={config.precision.name}, whose peak is not known",
-            "a device of gpt/accounting/hardware.py, or python -m launch, where cluster.gpu_tflops says it",
+            "a device of gpt/accounting/accelerators.csv, or python -m launch, where cluster.gpu_tflops says it",
             "parallel=fsdp, or python -m launch ... cluster.gpu_tflops=N",
         )
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.accounting import FP32, GIB, count, training_flops_per_token
-from gpt.accounting.hardware import KNOWN, expand, find, memory_bytes
+from gpt.accounting.hardware import GIGA, KNOWN, expand, find, memory_bytes
 from gpt.components.facts import optimizer_state
 from gpt.config import Device, Float8, ParallelConfig, Precision, Recompute, Strategy, TrainConfig, nearest_divisor
 from gpt.config.optim import describe_extended_schedule
@@ -25,7 +25,7 @@ from gpt.planning.auto import (
     many_time_limits,
 )
 from gpt.planning.cost import estimate
-from gpt.planning.devices import Machine, MachineOverrides, cpus, free_memory, gpus, known_gpu, with_network
+from gpt.planning.devices import Machine, cpus, free_memory, gpus, known_gpu, with_network
 from gpt.planning.memory import RankMemory, in_memory_bytes, per_rank, staging_bytes
 from gpt.planning.search import table
 from gpt.topology import Batch, ParallelDims, split_batch
@@ -34,9 +34,6 @@ from launch.errors import ConfigError, closest, counted
 from launch.runs.events import Events, is_finished, planned_steps
 from launch.runs.measured import MatmulRates, read_matmul_rates, read_network
 from launch.workload import PlanRequest, StepTime
-
-ATTAINABLE = 0.5
-"""Share of the peak that a pass reaches without communication, unless rates are measured (cluster.matmul_rates)."""
 
 # Hardware of the nodes of a point, as far as it is stated or detected, and the time of a step on it.
 
@@ -73,23 +70,20 @@ def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
     Raises:
         ConfigError: the description of the nodes is incomplete.
     """
-    cluster, links = request.cluster, request.cluster.interconnect
+    cluster, ranks = request.cluster, request.ranks_per_node
     rates = matmul_rates(config, request)
-    overrides = MachineOverrides(
+    if on_cpus(config, request):
+        return calibrate(cpus(cpu_memory(request), ranks), rates, request)
+    name = gpu_name(request)
+    found = gpus(
+        name or "",
+        config.precision,
+        ranks,
         memory=gpu_memory(request),
         peak_tflops=cluster.gpu_tflops,
-        attainable=ATTAINABLE,
-        inside_gb_per_s=links.intra_node.bandwidth_gb_per_s,
-        between_gb_per_s=links.inter_node.bandwidth_gb_per_s,
-        inside_latency_s=links.intra_node.latency_us / 1e6,
-        between_latency_s=links.inter_node.latency_us / 1e6,
         host_memory=host_memory(request),
+        tf32=choose_tf32(config, on_cpus=False),
     )
-    if on_cpus(config, request):
-        return calibrate(cpus(cpu_memory(request), request.ranks_per_node, overrides), rates, request)
-    name = gpu_name(request)
-    tf32 = choose_tf32(config, on_cpus=False)
-    found = gpus(name or "", config.precision, request.ranks_per_node, overrides, tf32)
     if found is None:
         raise ConfigError(
             f"parallel.strategy=auto, and GPUs of which nothing is known ({name or 'no cluster.gpu_name'}) in "
@@ -101,25 +95,29 @@ def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
 
 
 def calibrate(machine: Machine, rates: MatmulRates | None, request: PlanRequest) -> Machine:
-    """Return a machine with measured rates and links, and with the request's factors for computing and communication.
+    """Return a machine with the stated bandwidths, measured rates and links, and the request's factors for computing
+    and communication.
 
     Raises:
         ConfigError: ``cluster.network`` is no such measurement.
     """
+    stated = request.cluster.interconnect
+    inside, between = machine.intra_node, machine.inter_node
+    if stated.intra_node.bandwidth_gb_per_s is not None:
+        inside = replace(inside, bytes_per_s=stated.intra_node.bandwidth_gb_per_s * GIGA)
+    if stated.inter_node.bandwidth_gb_per_s is not None:  # of a node, whose ranks share it
+        between = replace(between, bytes_per_s=stated.inter_node.bandwidth_gb_per_s * GIGA / machine.ranks_per_node)
+    machine = replace(machine, intra_node=inside, inter_node=between)
     if rates is not None:
-        machine = replace(machine, flops_per_s=rates.best, matmul=rates)
+        machine = replace(machine, flops_per_s=rates.best, matmul=rates.times(request.rate_factor))
     if request.cluster.network is not None:
         machine = with_network(machine, read_network(Path(request.cluster.network)))
-    if request.rate_factor == request.link_factor == 1:
-        return machine
-    factor = request.link_factor
-    faster = [
-        link.changed(lambda latency_s, rate: (latency_s / factor, rate * factor))
-        for link in (machine.intra_node, machine.inter_node)
-    ]
-    rate = machine.flops_per_s * request.rate_factor
-    matmul = None if machine.matmul is None else machine.matmul.times(request.rate_factor)
-    return replace(machine, flops_per_s=rate, matmul=matmul, intra_node=faster[0], inter_node=faster[1])
+    return replace(
+        machine,
+        flops_per_s=machine.flops_per_s * request.rate_factor,
+        intra_node=machine.intra_node.faster(request.link_factor),
+        inter_node=machine.inter_node.faster(request.link_factor),
+    )
 
 
 def matmul_rates(config: TrainConfig, request: PlanRequest) -> MatmulRates | None:
@@ -237,7 +235,7 @@ def execution_rows(config: TrainConfig, precision: Precision, request: PlanReque
     name = "bf16, where the GPUs compute in it" if precision is Precision.auto else precision.name
     compiled = choose_compile(config, request.world_size, on_cpus(config, request))
     known = find(gpu_name(request) or "")
-    has_tf32 = known is None or known.tf32 is not None
+    has_tf32 = known is None or known.has_tf32
     tf32 = " in TF32" if choose_tf32(config, on_cpus(config, request)) and has_tf32 else ""
     float8 = "" if config.float8 is Float8.none else f" with {float8_words(config)}"
     return {"execution": f"{name}{tf32}{float8}, compile {compiled.name}"}

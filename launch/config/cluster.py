@@ -115,7 +115,7 @@ class ClusterConfig(PlacementConfig):
     gpu_name: Optional[str] = key(
         None,
         "Name of the GPUs, as nvidia-smi -L prints it or short (H100, A100-80GB); it gives peak, memory and links"
-        " (gpt/accounting/hardware.py).",
+        " (gpt/accounting/accelerators.csv).",
     )
     gpu_tflops: Optional[float] = key(
         None, "Dense peak of one GPU in the precision of the run; null: from gpu_name.", unit="TFLOP/s", least=1

@@ -250,7 +250,7 @@ ROOT = Path(__file__).absolute().parents[2]
 """Folder that contains the packages of this process."""
 
 PACKAGES = ("gpt", "launch", "slurm", "hydra_plugins", "configs", "gpt_launch")
-SUFFIXES = (".py", ".yaml", ".sh")
+SUFFIXES = (".py", ".yaml", ".sh", ".csv", ".j2")
 ORIGIN = "code.json"
 """File in a copy of the code that records the folder and the git state of the original."""
 

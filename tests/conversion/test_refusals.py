@@ -15,7 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gpt.config import ExpertBalance, ExpertMatmul, Ffn, ModelConfig, Norm, NormPosition, Position, TrainConfig, rules
+from gpt.config import (
+    Activation,
+    ExpertBalance,
+    ExpertMatmul,
+    Ffn,
+    ModelConfig,
+    Norm,
+    NormPosition,
+    Position,
+    TrainConfig,
+    rules,
+)
 from gpt.config.train import compose_train
 from gpt.conversion import ADAPTERS, StateDictAdapter, architecture_fields, choose_adapter, find_adapter
 from gpt.conversion.source import differences, find_source
@@ -40,11 +51,35 @@ def change_config(folder: Path, **values: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
+PARTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt2": {
+        "norm": (Norm.layernorm, Norm.layernorm_nobias),
+        "position": (Position.learned,),
+        "ffn": (Ffn.standard,),
+        "activation": tuple(Activation),
+    },
+    "llama": {
+        "norm": (Norm.rmsnorm,),
+        "position": (Position.rope,),
+        "ffn": (Ffn.swiglu, Ffn.geglu),
+        "activation": (Activation.silu, Activation.gelu, Activation.gelu_tanh),
+    },
+}
+PARTS["mixtral"] = PARTS["llama"] | {
+    "ffn": (Ffn.moe,),
+    "expert_ffn": (Ffn.swiglu, Ffn.geglu),
+    "router_normalize": (True,),
+    "expert_balance": (ExpertBalance.loss,),
+    "bias": (False,),
+}
+"""Architecture of transformers -> field of ModelConfig that chooses a part -> choices that it has."""
+
+
 def bent(config: ModelConfig, adapter: StateDictAdapter) -> ModelConfig:
     """``config`` with the parts that a format has, where it has others."""
     plain = {"norm_position": NormPosition.pre, "qk_norm": False, "parallel_residual": False, "n_shared_expert": 0}
-    changes = {key: values[0] for key, values in adapter.parts.items() if getattr(config, key) not in values}
-    if Ffn.moe in adapter.parts["ffn"]:
+    changes = {key: values[0] for key, values in PARTS[adapter.name].items() if getattr(config, key) not in values}
+    if adapter.name == "mixtral":
         experts = max(2, config.n_expert)
         plain |= {"n_expert": experts, "n_expert_per_token": 2, "expert_matmul": ExpertMatmul.loop}
     else:
@@ -53,7 +88,7 @@ def bent(config: ModelConfig, adapter: StateDictAdapter) -> ModelConfig:
         changes.pop("expert_balance", None)
     if config.activation is None or adapter.name != "gpt2":
         changes["activation"] = None
-    if not adapter.grouped_queries:
+    if adapter.name == "gpt2":
         changes["n_kv_head"] = None
     made = dataclasses.replace(config, **plain, **changes)
     rules.check_model(made)

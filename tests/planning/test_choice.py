@@ -13,7 +13,7 @@ from gpt.accounting import GIB
 from gpt.config import ParallelConfig, Strategy, TrainConfig
 from gpt.config.train import compose_train, settle_parallel
 from gpt.planning.auto import NO_DIFFERENCE, LayoutChoice, ParallelChoice, choose_parallelism, rank_layouts, typed_keys
-from gpt.planning.devices import Machine, MachineOverrides, cpus, gpus
+from gpt.planning.devices import Machine, cpus, gpus
 from gpt.planning.memory import per_rank
 from gpt.planning.search import candidates, table
 from gpt.topology import split_batch
@@ -39,7 +39,7 @@ def config_of(*words: str) -> TrainConfig:
 
 
 def machine(gib: float = 72.0, **changes: Any) -> Machine:
-    found = gpus("NVIDIA H100 80GB HBM3", config_of().precision, 8, MachineOverrides())
+    found = gpus("NVIDIA H100 80GB HBM3", config_of().precision, 8)
     assert found is not None
     return replace(found, room=int(gib * GIB), **changes)
 
@@ -261,7 +261,7 @@ def test_one_device_alone_can_offload() -> None:
 def test_cpus_have_no_other_memory() -> None:
     words = ["precision=fp32", "parallel.tp=1", "parallel.cp=1", *BATCH]
     for gib in (16.0, 6.0, 4.0):
-        found = rank_layouts(config_of(*words), 4, replace(cpus(1, 4, MachineOverrides()), room=int(gib * GIB)))
+        found = rank_layouts(config_of(*words), 4, replace(cpus(1, 4), room=int(gib * GIB)))
         assert not any(map(offloads, found.choices))
         assert not any("offload" in line for line in found.left_out)
 

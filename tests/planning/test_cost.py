@@ -28,7 +28,7 @@ from gpt.config import (
     TrainConfig,
 )
 from gpt.planning.cost import Estimate, RankStep, estimate
-from gpt.planning.devices import Group, Host, Link, Machine, MachineOverrides, cpus, gpus, group, strided_group
+from gpt.planning.devices import Group, Host, Link, Machine, cpus, gpus, group, strided_group
 from gpt.topology import ParallelDims, parallel_dims, split_batch
 from gpt.workload.plan import estimated_step, requested_machine
 from launch.config.cluster import ClusterConfig, ClusterKind
@@ -271,24 +271,20 @@ def test_a_slower_machine_is_never_faster(keys: dict[str, Any], accumulation: in
 
 
 def test_what_is_assumed_of_a_device() -> None:
-    known = gpus("NVIDIA H100 80GB HBM3", Precision.bf16, 8, MachineOverrides())
+    known = gpus("NVIDIA H100 80GB HBM3", Precision.bf16, 8)
     assert known is not None
     assert known.flops_per_s == 989e12 / 2
     assert (known.intra_node.bytes_per_s, known.inter_node.bytes_per_s) == (450e9, 50e9)
     assert known.room == int(0.9 * 80e9)
-    overrides = MachineOverrides(
-        memory=10**10, peak_tflops=100, attainable=0.3, inside_gb_per_s=20, between_gb_per_s=40
-    )
     for name in ("NVIDIA H100 80GB HBM3", "something new"):
-        told = gpus(name, Precision.bf16, 4, overrides)
+        told = gpus(name, Precision.bf16, 4, memory=10**10, peak_tflops=100)
         assert told is not None
-        assert told.flops_per_s == pytest.approx(30e12)
-        assert (told.intra_node.bytes_per_s, told.inter_node.bytes_per_s, told.room) == (20e9, 10e9, 9 * 10**9)
-    assert gpus("something new", Precision.bf16, 8, MachineOverrides()) is None
-    assert gpus("Tesla V100-SXM2-32GB", Precision.bf16, 8, MachineOverrides()) is None  # has no bf16
-    plain = gpus("NVIDIA L40S", Precision.bf16, 4, MachineOverrides())
+        assert (told.flops_per_s, told.room) == (50e12, 9 * 10**9)
+    assert gpus("something new", Precision.bf16, 8) is None
+    assert gpus("Tesla V100-SXM2-32GB", Precision.bf16, 8) is None  # has no bf16
+    plain = gpus("NVIDIA L40S", Precision.bf16, 4)
     assert plain is not None and plain.inter_node.bytes_per_s == pytest.approx(12.5e9 / 4)
-    assert cpus(1000, 2, MachineOverrides()).room == 900
+    assert cpus(1000, 2).room == 900
 
 
 GRID = (2, 8, 32)
