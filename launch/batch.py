@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 import gpt_launch.own_names  # noqa: F401
 from gpt_launch.agent import run as run_agent
 from launch.agent.node import Node
-from launch.config import ClusterKind, Config
+from launch.config import CHAIN, ClusterKind, Config
 from launch.config.compose import compose_launch, read_point, require_folder, typed_config
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.placement import agent_words
@@ -104,6 +104,12 @@ def make_run_in_job(
             composed.cluster.timeout_min = math.ceil(limit_s / 60) if limit_s else composed.cluster.timeout_min
     config = typed_config(composed)
     refuse_snapshot(config)
+    if config.resilience.requeue == CHAIN:
+        raise ConfigError(
+            f"resilience.requeue={CHAIN} inside a job of your own",
+            "python -m launch, which knows what to ask for the next job of the run",
+            f"python -m launch ... resilience.requeue={CHAIN}; or resilience.requeue=true",
+        )
     config.cluster.placement = []  # The job already has its nodes.
     refuse_idle_gpus(config, job)
     plan = make_plan(config, args, ClusterKind.slurm)

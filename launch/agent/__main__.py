@@ -30,15 +30,17 @@ from launch.agent.node import (
     TooFewNodesError,
 )
 from launch.agent.outcome import (
+    cancel_next_job,
     close_lost_attempts,
     end_lost_agents,
     handle_attempt_end,
     handle_early_stop,
     handle_too_few_nodes,
     refuse_replaced,
+    submit_next_job,
     take_over_as_leader,
 )
-from launch.agent.policy import WANTED, Action, Cause, Meter, RunFailedError, unreliable_hosts
+from launch.agent.policy import WANTED, Action, AlreadyDecidedError, Cause, Meter, RunFailedError, unreliable_hosts
 from launch.config.compose import read_point
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.plan.placement import refuse_other_code
@@ -114,6 +116,7 @@ def work_in_group(context: AgentContext) -> None:
             if why is not None:  # the ranks would be stopped as soon as they have started
                 raise RunFailedError(f"not started: {why}")
             close_lost_attempts(context)
+            submit_next_job(context)
         start_repeatedly(context)
     except TooFewNodesError as error:
         handle_too_few_nodes(context, error)
@@ -123,6 +126,8 @@ def work_in_group(context: AgentContext) -> None:
             take_over_as_leader(context, str(error), group.announced_attempt)
     except (RunFailedError, ConfigError) as error:
         failure = str(error)
+        if node.is_head and not isinstance(error, AlreadyDecidedError):
+            cancel_next_job(context)
         raise
     finally:
         stop.interruptible = False

@@ -24,6 +24,7 @@ from launch.agent.__main__ import on_event
 from launch.agent.node import Node, RunContext
 from launch.agent.outcome import apply_decision, cause_of_stop, requeue_job, wait_for_controller
 from launch.agent.policy import WANTED, Action, Cause, RunFailedError, hosts_to_avoid, open_attempts
+from launch.config import CHAIN
 from launch.config.compose import read_point
 from launch.errors import CommandParser, refusing
 from launch.runs.events import events_since_submission, select_events
@@ -102,7 +103,7 @@ def pending_action(events: Sequence[dict[str, Any]], status: int) -> Action | No
     """
     if not events:  # The job was killed before the agents began. A refusal by the agents would come again.
         return Action.restart if status > KILLED else None
-    if select_events(events, "requeue_failed"):
+    if select_events(events, "requeue_failed") or select_events(events, "requeued", by=CHAIN):
         return None
     last = [{}, *select_events(events, "decided", "started")][-1]
     if last.get("action", Action.restart) != Action.restart:  # "started" has no action

@@ -182,6 +182,8 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
     beat: int = -1
     """Number of this message, from 0; -1 if none was sent."""
     host: str = ""
+    switches: tuple[str, ...] = ()
+    """Switches above this node, as in ``Node``."""
     ready: int = -1
     """Number of the round for which this node is ready; -1 if none."""
     faults: tuple[Fault, ...] = ()

@@ -159,6 +159,8 @@ class Node:
     """Number of times that Slurm has requeued this job."""
     hosts: tuple[str, ...] = ()
     """Names of the job's nodes in Slurm's order; empty outside of Slurm."""
+    switches: tuple[str, ...] = ()
+    """Names of the switches or blocks above this node, the topmost first; empty if Slurm knows no topology."""
 
     @property
     def is_head(self) -> bool:
@@ -194,7 +196,8 @@ class Node:
             index, count = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
             names = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
             hosts = tuple(scheduler.run("scontrol", "show", "hostnames", names).split())
-            return cls(index, count, job, True, array or env["SLURM_JOB_ID"], int(restarts), hosts)
+            switches = tuple(env.get("SLURM_TOPOLOGY_ADDR", "").split(".")[:-1])
+            return cls(index, count, job, True, array or env["SLURM_JOB_ID"], int(restarts), hosts, switches)
         return cls(0, 1, f"process-{os.getpid()}-{socket.gethostname()}", False)
 
     def own_address(self) -> str:
@@ -219,7 +222,10 @@ class RendezvousRound(msgspec.Struct, frozen=True):
     number: int
     attempt: int
     members: tuple[int, ...]
-    """Indices of the nodes that take part. Ranks are numbered in the order of these nodes."""
+    """Indices of the nodes that take part. Ranks are numbered in the order of these nodes.
+
+    Nodes at one switch are neighbors. The head node is the first.
+    """
     address: str
     port: int
     """Port of the ranks' store: a fresh one on the head node for each round."""

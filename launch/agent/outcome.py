@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from launch.agent.node import (
@@ -36,8 +39,10 @@ from launch.agent.policy import (
     open_attempts,
     reasons,
 )
+from launch.config import CHAIN
 from launch.config.compose import workload_of
 from launch.errors import ConfigError
+from launch.plan.plan import is_recorded, next_job, record_found, record_next_job
 from launch.runs.environment import DUMP_FILE, dumped_ranks
 from launch.runs.events import failure_text, first_failure, select_events
 from launch.runs.folder import RunFolder
@@ -111,6 +116,9 @@ def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = 
     if not node.is_slurm or not context.config.resilience.requeue:
         why = "there is no queue here" if not node.is_slurm else "resilience.requeue=false"
         raise failed_to_requeue(context, text or cause, f"{cause}, and {why}")
+    if context.config.resilience.requeue == CHAIN:
+        continue_in_next_job(context, cause, exclude, text)
+        return
     is_recorded = False
 
     def requeue_once() -> None:
@@ -123,27 +131,79 @@ def requeue_job(context: RunContext, cause: Cause, exclude: Mapping[str, str] = 
         if not by_slurm:  # An earlier request may have succeeded although its answer was lost.
             scheduler.requeue(node.slurm_job)
 
-    def exclude_hosts() -> str | None:
-        left, needed = scheduler.usable_nodes(node.slurm_job) - set(exclude), context.config.nodes_asked
-        if len(left) < needed:
-            return f"only {len(left)} nodes of its partition would be left, and it needs {needed}"
-        scheduler.exclude(node.slurm_job, list(exclude))
-        return None
-
     try:
         wait_for_controller(context.folder, requeue_once)
     except scheduler.SlurmError as error:
-        raise failed_to_requeue(context, text or cause, f"Slurm did not requeue it: {error}") from error
+        why = f"Slurm did not requeue it: {error}; resilience.requeue=chain continues in another job"
+        raise failed_to_requeue(context, text or cause, why) from error
+    exclude_hosts(context, node.slurm_job, exclude)
+
+
+def exclude_hosts(context: RunContext, job_id: str, exclude: Mapping[str, str]) -> None:
+    """Exclude hosts from a pending job, unless too few others are left, and record the result."""
+
+    def exclude_once() -> str | None:
+        left, needed = scheduler.usable_nodes(job_id) - set(exclude), context.config.nodes_asked
+        if len(left) < needed:
+            return f"only {len(left)} nodes of its partition would be left, and it needs {needed}"
+        scheduler.exclude(job_id, list(exclude))
+        return None
+
     if not exclude:
         return
     try:
-        why_not = wait_for_controller(context.folder, exclude_hosts)
+        why_not = wait_for_controller(context.folder, exclude_once)
     except scheduler.SlurmError as error:
         why_not = str(error)
     if why_not is None:
-        context.record("excluded", hosts=list(exclude), job_id=node.slurm_job, cause=reasons(exclude))
+        context.record("excluded", hosts=list(exclude), job_id=job_id, cause=reasons(exclude))
     else:
         context.record("not_excluded", hosts=list(exclude), cause=f"{why_not} ({reasons(exclude)})")
+
+
+def submit_next_job(context: RunContext) -> None:
+    """With ``resilience.requeue=chain``, submit the job that continues the run when this one has ended.
+
+    The next job starts whatever happens to this one. If Slurm does not accept it, this job continues without it, with
+    an event. Does nothing for a program that cannot resume.
+    """
+    node, config, events = context.node, context.config, context.events()
+    resumes = workload_of(config).contract(config, config.world_size).resumes
+    is_chain = node.is_slurm and config.resilience.requeue == CHAIN and resumes
+    if not is_chain or next_job(events, node.slurm_job) is not None:
+        return
+    started = max((i for i, event in enumerate(events) if event["event"] == "started"), default=0)
+    if len(select_events(events[started:], "next_job")) >= config.resilience.max_without_progress:
+        context.record("no_next_job", after=node.slurm_job, cause="the ranks did not start in the jobs before")
+        return
+    command = [sys.executable, "-m", "gpt_launch", "launch.slurm.chain", str(context.folder.path), node.slurm_job]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        context.record("no_next_job", after=node.slurm_job, cause=lines[-1])
+
+
+def continue_in_next_job(context: RunContext, cause: Cause, exclude: Mapping[str, str], text: str) -> None:
+    """Leave the run to the next job, which starts when this one has ended. Arguments and errors as ``requeue_job``."""
+    submit_next_job(context)
+    job_id = next_job(context.events(), context.node.slurm_job)
+    if job_id is None:
+        why = [event["cause"] for event in context.events("no_next_job")] or ["the next job was cancelled"]
+        raise failed_to_requeue(context, text or cause, f"there is no next job: {why[-1]}")
+    context.record("requeued", job_id=context.node.slurm_job, by=CHAIN, cause=cause)
+    exclude_hosts(context, job_id, exclude)
+    record_found(context.folder, job_id, context.node.count, by="agent")
+
+
+def cancel_next_job(context: RunContext) -> None:
+    """Cancel the next job of a run that is over. Does nothing if the run continues in that job."""
+    node, events = context.node, context.events()
+    job_id = next_job(events, node.slurm_job)
+    if job_id is None or is_recorded(events, [job_id]):
+        return
+    record_next_job(context.folder, None, node.slurm_job)
+    with suppress(scheduler.SlurmError):  # launch.status shows a job that is left, and launch.cancel cancels it.
+        wait_for_controller(context.folder, lambda: scheduler.scancel(job_id))
 
 
 def failed_to_requeue(context: RunContext, text: str, why: str) -> RunFailedError:
@@ -228,6 +288,8 @@ def apply_decision(
     record_decision(context, attempt, cause, decision)
     if action is Action.requeue:
         requeue_job(context, cause, hosts_to_avoid(events), text)
+    if action is Action.stop:
+        cancel_next_job(context)
     if action is Action.stop and cause not in WANTED:
         raise RunFailedError(f"{text or f'the run was {cause}'}\nnot started again: {reason}")
     return decision
@@ -293,8 +355,8 @@ def close_lost_attempts(context: RunContext) -> None:
         RunFailedError: the limits of the run do not allow another attempt.
     """
     lost = open_attempts(context.events())
-    # "moved": a preempted run that waited for long continues as another job.
-    if not lost or not (context.node.restarts or context.events("moved")):
+    # "moved": a preempted run that waited for long, or the next job of a chain, continues as another job.
+    if not lost or not (context.node.restarts or context.events("submitted", moved=True)):
         return
     attempt = lost[-1]
     cause = Cause.preempted if context.events("signalled", attempt=attempt) else Cause.node_failed

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import zip_longest
 
 import torch.distributed as dist
 
@@ -87,8 +88,9 @@ class AgentGroup:
         while faults and all(fault.part == RUN_FOLDER for fault in faults) and time.monotonic() < deadline:
             time.sleep(ROOM_POLL_S)
             faults = self._health.examine()
-        self.heartbeat.publish(host=self._node.host, ready=number, faults=tuple(faults))
-        return self._open_round(number, avoid) if self._node.is_head else self._await_round(number)
+        node = self._node
+        self.heartbeat.publish(host=node.host, switches=node.switches, ready=number, faults=tuple(faults))
+        return self._open_round(number, avoid) if node.is_head else self._await_round(number)
 
     def report_failed(self, number: int) -> None:
         """Have the other agents end their ranks of round ``number`` at once, before a collective times out."""
@@ -166,8 +168,9 @@ class AgentGroup:
     def _open_round(self, number: int, avoid: Mapping[str, str]) -> RendezvousRound:
         healthy, sick = self._gather(number)
         full, folder = self._sizes[0], self._context.folder
-        order = sorted(healthy, key=lambda i: (i != 0, self._host(i) in avoid, i))
-        members = tuple(sorted(order[: self._largest_size(len(healthy))]))
+        near = {i: distance(self.heartbeat.of(i).switches, self._node.switches) for i in healthy}
+        order = sorted(healthy, key=lambda i: (i != 0, self._host(i) in avoid, near[i], i))
+        members = tuple(sorted(order[: self._largest_size(len(healthy))], key=lambda i: (i != 0, near[i], i)))
         store = open_tcp_store(self.address, timedelta(seconds=self._limits.rendezvous_timeout_s))
         self._stores.append(store)
         with writing_into(folder.path):
@@ -272,6 +275,16 @@ class AgentGroup:
         silent = self.heartbeat.silence(0)
         is_silent = silent is not None and silent > self._limits.node_timeout_s
         return self.heartbeat.lost_connection is not None or is_silent
+
+
+def distance(switches: Sequence[str], head: Sequence[str]) -> list[tuple[bool, str]]:
+    """Return a key that sorts nodes by the switches above them: first those that share most with the head node.
+
+    Args:
+        switches: switches above a node, the topmost first.
+        head: the same for the head node.
+    """
+    return [(switch != other, switch) for switch, other in zip_longest(switches, head, fillvalue="")]
 
 
 @contextmanager

@@ -89,6 +89,10 @@ class HealthCheckConfig:
         return split_command("resilience.health_check.command", self.command)
 
 
+CHAIN = "chain"
+"""Value of ``resilience.requeue`` for clusters that do not requeue jobs: a next job continues the run."""
+
+
 @dataclass
 class ResilienceConfig:
     """Restarts, requeue, and the times after which something counts as failed."""
@@ -112,7 +116,12 @@ class ResilienceConfig:
         " requeued instead.",
         least=1,
     )
-    requeue: bool = key(MISSING, "On Slurm, requeue a run that was preempted or that reached its time limit.")
+    requeue: Any = key(
+        MISSING,
+        "On Slurm, requeue a run that was preempted or that reached its time limit. chain: for clusters that do not"
+        " requeue jobs; a next job waits in the queue for the end of this one, and continues the run. It is cancelled"
+        " when the run is over.",
+    )
     fork_ranks: bool = key(
         True,
         "Import the modules of the ranks once on each node, and fork the ranks; false starts a Python for each rank."
@@ -325,10 +334,14 @@ class Config(RunConfig):
                 f"resilience.min_nodes={self.nodes}, or nodes={least}",
             )
         self.budget.validate(self.cluster)
-        if self.launch.sequential and self.cluster.placement:
+        requeue = self.resilience.requeue
+        if requeue not in (True, False, CHAIN):
+            raise ConfigError(f"resilience.requeue={requeue}", f"true, false or {CHAIN}", f"resilience.requeue={CHAIN}")
+        if self.launch.sequential and (self.cluster.placement or requeue == CHAIN):
+            key = "cluster.placement" if self.cluster.placement else f"resilience.requeue={CHAIN}"
             raise ConfigError(
-                "launch.sequential=true with cluster.placement",
-                "jobs that stay in their place: the next job would no longer wait for one that moved",
+                f"launch.sequential=true with {key}",
+                "runs that keep their job: the next job would no longer wait for a run that continues in another one",
                 "launch.sequential=false, or cluster.partition=NAME in place of cluster.placement",
             )
         if self.launch.stop_at_first_failure and self.launch.detach:

@@ -224,7 +224,7 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
         "srun_args": srun_args or None,
         "python": None if python is None else shlex.join(python),
         "additional_parameters": {
-            "requeue" if config.resilience.requeue and resumes else "no_requeue": True,
+            "requeue" if config.resilience.requeue is True and resumes else "no_requeue": True,
             **({"no_kill": True} if survives else {}),
             **({"mail_user": cluster.mail_user, "mail_type": MAIL_TYPE} if cluster.mail_user else {}),
             **cluster.additional_parameters,

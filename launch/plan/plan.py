@@ -339,8 +339,9 @@ def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
 
     The candidate is the target of the run's last move, or the first possible one: refusals of sbatch are not known.
     """
-    ends = [event for event in folder.read_events() if event["event"] in ("submitted", "moved")]
-    last = ends[-1] if ends and ends[-1]["event"] == "moved" else None
+    ends = [event for event in folder.read_events() if event["event"] in ("submitted", "moved", "next_job")]
+    is_move = ends and (ends[-1]["event"] == "moved" or (ends[-1].get("after") and ends[-1]["job_id"] == job_id))
+    last = ends[-1] if is_move else None
     more = {"by": by, **({"moved": True} if last else {})}
     try:
         plan = Plan.from_dict(read_plan(folder))
@@ -349,6 +350,17 @@ def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
     except (ConfigError, msgspec.ValidationError, IndexError):  # Without a plan, the job can still be cancelled.
         found = {"cluster": "slurm", "job_id": job_id, "host": os.uname().nodename, "nodes": nodes, "candidate": 0}
         folder.record_event("submitted", **found, **more)
+
+
+def record_next_job(folder: RunFolder, job_id: str | None, after: str, candidate: int = 0) -> None:
+    """Record the job that continues a run when the job ``after`` has ended; None if it was cancelled."""
+    folder.record_event("next_job", job_id=job_id, after=after, candidate=candidate)
+
+
+def next_job(events: Events, after: str) -> str | None:
+    """Return the id of the job that continues a run when the job ``after`` has ended; None if there is none."""
+    found = [event["job_id"] for event in events if event["event"] == "next_job" and event["after"] == after]
+    return str(found[-1]) if found and found[-1] is not None else None
 
 
 def is_recorded(events: Events, names: Collection[str]) -> bool:

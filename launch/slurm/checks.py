@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property, partial
 
-from launch.config import ClusterConfig, Config
+from launch.config import CHAIN, ClusterConfig, Config
 from launch.errors import Problem, closest, counted
 from launch.plan.plan import Plan
 from launch.slurm import client as scheduler
@@ -335,11 +335,14 @@ def check_preemption(case: Case) -> Iterator[Finding]:
     The plan compares the time of a preempted job with measured saves.
     """
     name, mode = case.partition.name, how_preempted(case.limits, case.partition)
-    if mode not in ("OFF", "REQUEUE"):
-        done = "suspended, and its collectives time out" if "SUSPEND" in mode else "ended and not requeued"
-        why = f"a preempted run is {done}; the same command resumes from its last checkpoint"
+    found = f"PreemptMode of {name} is {mode}"
+    if "SUSPEND" in mode:
+        why = "a preempted run is suspended, and its collectives time out; the same command resumes it"
         fix = case.request.plan.promised.saves_more_often or "more frequent checkpoints"
-        yield warn("preemption", f"PreemptMode of {name} is {mode}", why, fix)
+        yield warn("preemption", found, why, fix)
+    elif mode not in ("OFF", "REQUEUE") and case.config.resilience.requeue != CHAIN:
+        why = "a preempted run is ended and not requeued; the same command resumes from its last checkpoint"
+        yield warn("preemption", found, why, f"resilience.requeue={CHAIN}, which continues in a next job")
 
 
 def check_partition(case: Case) -> Iterator[Finding]:

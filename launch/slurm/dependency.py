@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import quote
 
+from launch.config import CHAIN
+from launch.config.compose import read_point
 from launch.errors import ConfigError
 from launch.plan.plan import Plan
 from launch.runs.find import find_runs
@@ -92,7 +94,7 @@ def dependency_on(typed: str) -> str:
             )
         if not point.is_over and (not isinstance(point.job, SlurmJob) or may_move(point)):
             raise ConfigError(
-                f"{name}, {'and may move to another place' if may_move(point) else 'without a job of Slurm'}",
+                f"{name}, {'and may continue in another job' if may_move(point) else 'without a job of Slurm'}",
                 "runs that are over, or whose job keeps its number",
                 f"the same command when python -m launch.status {quote(path)} says that they are over",
             )
@@ -101,7 +103,9 @@ def dependency_on(typed: str) -> str:
 
 
 def may_move(point: RunStatus) -> bool:
-    """Return whether a waiting point may get another job, at another candidate of its placement."""
+    """Return whether a point may get another job: at another candidate of its placement, or the next of a chain."""
+    if read_point(point.folder).resilience.requeue == CHAIN:
+        return True
     return point.state == "pending" and len(read_plan(point.folder).get("placement", {}).get("candidates", ())) > 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.agent.policy import WANTED, Action
 from launch.errors import ConfigError
-from launch.plan.plan import Plan, record_found
+from launch.plan.plan import Plan, next_job, record_found
 from launch.runs.events import failure_text, fewer_nodes, first_failure, last_command
 from launch.runs.files import is_full
 from launch.runs.find import labels_inside
@@ -276,8 +276,17 @@ def adopt_job(point: RunStatus) -> None:
         point.job = point.found or point.job
         return
     newest = job_of(submitted[-1])
+    following = following_job(point, newest)
+    if following is not None and (point.job == following or point.job_status.phase == "over"):
+        newest = following
     if point.job is None or (isinstance(point.job, SlurmJob) and newest.job_id != point.job.job_id):
         point.job = newest
+
+
+def following_job(point: RunStatus, job: Job) -> SlurmJob | None:
+    """Return the job that continues a run when ``job`` has ended (``resilience.requeue=chain``); None if none."""
+    job_id = next_job(point.events(), job.job_id)
+    return None if job_id is None else SlurmJob(job_id)
 
 
 def adopt_found(points: Sequence[RunStatus], *, by: str | None = None) -> None:
@@ -312,7 +321,9 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
     else:
         point.job_status = status = point.job.status(queue)
         point.state, point.detail = status.phase, status.detail
-        if status.phase == "over":
+        if status.phase == "over" and (following := following_job(point, point.job)) is not None:
+            point.state, point.detail = "pending", f"continues in job {following.job_id}"
+        elif status.phase == "over":
             is_out = status.state in ("CANCELLED", "GONE")
             events = point.events()
             point.state, point.detail = state_between_places(events, is_out) or (outcome(events), status.detail)

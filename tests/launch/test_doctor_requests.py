@@ -103,7 +103,9 @@ def test_preemption_that_does_not_requeue_is_said() -> None:
     assert complaints(FACTS) == complaints(with_config(PreemptType="preempt/none")) == []
     cancels = limits.parse_limits(CONFIG, PARTITIONS.replace("PreemptMode=REQUEUE", "PreemptMode=CANCEL"), NODES)
     (found,) = complaints(replace(FACTS, limits=cancels))
+    assert complaints(replace(FACTS, limits=cancels), "resilience.requeue=chain") == []
     assert found.check == "preemption" and "PreemptMode of low is CANCEL" in found.found
+    assert "resilience.requeue=chain" in found.fix
 
 
 def test_what_a_site_gives_by_default_is_compared_with_the_ranks() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, Event
@@ -34,15 +34,18 @@ def config_of(nodes: int, spares: int = 0) -> Config:
     return config
 
 
-def context(folder: RunFolder, index: int, config: Config, count: int) -> RunContext:
-    return RunContext(folder, Node(index, count, "job", is_slurm=False, hosts=HOSTS[:count]), config)
+def context(folder: RunFolder, index: int, config: Config, count: int, switches: str = "") -> RunContext:
+    node = Node(index, count, "job", is_slurm=False, hosts=HOSTS[:count], switches=tuple(switches.split()))
+    return RunContext(folder, node, config)
 
 
-def run_agents(folder: RunFolder, config: Config, count: int, agent: Callable[[AgentGroup, int], T]) -> list[T]:
+def run_agents(
+    folder: RunFolder, config: Config, count: int, agent: Callable[[AgentGroup, int], T], switches: Sequence[str] = ()
+) -> list[T]:
     """Results of an agent on each of ``count`` nodes. The head node ends the run."""
 
     def run(index: int) -> T:
-        with join(context(folder, index, config, count)) as group:
+        with join(context(folder, index, config, count, switches[index] if switches else "")) as group:
             try:
                 return agent(group, index)
             finally:
@@ -88,6 +91,26 @@ def test_a_spare_takes_the_place_of_a_host_to_avoid_and_of_a_sick_node(
     assert [(e["hosts"], e["cause"]) for e in select_events(events, "avoided")] == recorded
     named = {(e["node"], e["host"], e["cause"]) for e in select_events(events, "node_sick")}
     assert named == {(index, HOSTS[index], why) for index, why in sick.items()}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "switches", "members"),
+    [
+        (4, ("core b", "core a", "core b", "core a"), (0, 2, 1, 3)),
+        (4, ("core b", "edge a", "core a", "core b"), (0, 3, 2, 1)),
+        (4, ("", "", "", ""), (0, 1, 2, 3)),
+        # The spare is the node that is farthest from the head node.
+        (3, ("core b", "core a", "core b", "core b"), (0, 2, 3)),
+    ],
+)
+def test_ranks_are_numbered_by_the_switches_above_their_nodes(
+    tmp_path: Path, nodes: int, switches: tuple[str, ...], members: tuple[int, ...]
+) -> None:
+    def agent(group: AgentGroup, index: int) -> RendezvousRound | None:
+        return group.next_round(0)
+
+    rounds = run_agents(RunFolder(tmp_path), config_of(nodes, 4 - nodes), 4, agent, switches)
+    assert {found.members for found in rounds if found is not None} == {members}
 
 
 def make_sick(group: AgentGroup, why: str | None) -> None:

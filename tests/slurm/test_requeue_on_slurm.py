@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from launch.storm import __main__ as drill
 from launch.storm.injection import Site
 from slurm.sandbox.cluster import Cluster, heal, power_cut, preempt
 from tests.support.checkpoints import differing, read_weights
-from tests.support.commands import TINY, start_fork
+from tests.support.commands import TINY, run, start_fork, wait_for
 from tests.support.runs import COUNTING, StormyRun, checkpoint, from_step, options, paced, rank_hosts
 
 pytestmark = pytest.mark.slurm
@@ -73,6 +74,53 @@ def test_a_program_interrupted_in_every_way_counts_each_step_once(sandbox: Clust
     goes_on = [0, None, None, None, saved[1], saved[1], saved[6]]
     assert [from_step(here, attempt) for attempt in range(1, 8)] == goes_on
     assert checkpoint(here)["step"] == steps
+
+
+def test_where_jobs_are_not_requeued_a_run_continues_in_the_next_job(sandbox: Cluster, tmp_path: Path) -> None:
+    hurry = tmp_path / "hurry"
+    words = [*COUNTING, *options(steps=5000, begin=tmp_path, hurry=hurry), "cluster.signal_delay_s=50"]
+    storm = StormyRun(sandbox, tmp_path, *words, "resilience.requeue=chain")
+    first, status = storm.job, partial(run, "launch.status", str(storm.folder.path), cwd=tmp_path, **sandbox.env)
+    storm.wait_for_steps(attempt=1)
+    (second,) = of(storm.of("next_job"), "next_job", "job_id")
+    waits = sandbox.slurm("squeue", "--noheader", "--format=%i %r %E", "--jobs", second)
+    assert waits.split()[:2] == [second, "Dependency"] and f"afterany:{first}" in waits
+    sandbox.slurm("scontrol", "update", f"JobId={first}", "TimeLimit=1")
+    storm.wait(lambda: storm.of("requeued"), "the end of its time")
+    storm.wait_for_steps(attempt=2)
+    assert storm.job == second and "running" in status()
+    third = str(storm.of("next_job")[-1]["job_id"])
+    for host in storm.hosts():  # No agent is left that could decide.
+        power_cut(sandbox, host)
+    storm.wait_for_steps(attempt=3)
+    assert storm.job == third
+    hurry.touch()
+    assert storm.process.wait(timeout=300) == 0, (storm.folder.read_events(), storm.log.read_text())
+    events = storm.folder.read_events()
+    assert of(events, "attempt_ended", "cause") == ["timed_out", "node_failed", "finished"]
+    assert of(events, "submitted", "job_id") == [first, second, third] and of(events, "requeued", "by") == ["chain"]
+    assert len(of(events, "next_job", "job_id")) == 4 and events[-1]["event"] == "agent_ended"
+    assert checkpoint(storm.folder)["step"] == 5000
+    wait_for(lambda: not sandbox.slurm("squeue", "--noheader").strip(), "the end of the job after the last one")
+
+
+def test_a_run_that_is_cancelled_takes_its_next_job_along(sandbox: Cluster, tmp_path: Path) -> None:
+    refused = StormyRun(sandbox, tmp_path, *COUNTING, *options(steps=100000))
+    refused.wait_for_steps(attempt=1)
+    sandbox.slurm("scontrol", "update", f"JobId={refused.job}", "Requeue=0")
+    sandbox.slurm("scancel", "--signal=TERM", refused.job)
+    assert refused.process.wait(timeout=300) == 1
+    (why,) = of(refused.folder.read_events(), "requeue_failed", "cause")
+    assert "Slurm did not requeue it" in why and "resilience.requeue=chain" in why
+    words = (*COUNTING, *options(steps=100000), "resilience.requeue=chain")
+    (tmp_path / "chain").mkdir()
+    storm = StormyRun(sandbox, tmp_path / "chain", *words)
+    storm.wait_for_steps(attempt=1)
+    assert len(sandbox.slurm("squeue", "--noheader").splitlines()) == 2
+    assert storm.end() == 1
+    assert [e["job_id"] is None for e in storm.of("next_job")] == [False, True]
+    wait_for(lambda: not sandbox.slurm("squeue", "--noheader").strip(), "the end of both jobs")
+    assert of(storm.folder.read_events(), "attempt_ended", "cause") == ["cancelled"]
 
 
 def test_a_training_that_is_preempted_and_loses_a_node_ends_in_the_same_weights(
