@@ -3,8 +3,8 @@
     python -m benchmarks.scale.published          # half a minute on one core; trains nothing
     python -m benchmarks.scale.published --write  # and keep the page
 
-Nothing is fitted. Devices and links have the figures of the vendors' data sheets (gpt/accounting/accelerators.csv), and a
-rank computes at half of its peak in every shape. The error is predicted over published, minus one. A sweep of your
+Nothing is fitted. Devices and links have the figures of the vendors' data sheets (gpt/accounting/accelerators.csv), and
+a rank computes at half of its peak in every shape. The error is predicted over published, minus one. A sweep of your
 own takes that rate from its smallest point; then only the error of the scaling remains.
 """
 
