@@ -39,7 +39,7 @@ from launch.plan.plan import Plan, unfinished
 from launch.runs.compose import flatten
 from launch.runs.console import plain_console
 from launch.runs.files import deny_others_writing, make_folder
-from launch.runs.find import current_sweep, find_runs
+from launch.runs.find import find_runs
 from launch.runs.folder import RunFolder
 from launch.schema import schema_keys
 from launch.script.arguments import hydra_text
@@ -94,23 +94,8 @@ def workload_of_program(program: Any) -> list[str]:
     return ["workload=script", *overrides_of("script.module" if is_module else "script.path", text)]
 
 
-@dataclass(frozen=True)
-class Point:
-    """One run that is about to be submitted: its overrides, and the call for a function."""
-
-    words: list[str]
-    call: calls.Call | None = None
-
-    def with_call(self) -> tuple[list[str], Path | None, bytes]:
-        """Return all overrides, the path of the file with the function call, and the content of this file.
-
-        For a program, the path is None and the content is empty.
-        """
-        if self.call is None:
-            return self.words, None, b""
-        content = calls.dumped(self.call)
-        path = calls.file_of(content, Path(compose_launch([*self.words, "call.file=x"]).output_dir).absolute())
-        return [*self.words, *overrides_of("call.file", str(path))], path, content
+Point = tuple[list[str], calls.Call | None]
+"""One run that is about to be submitted: its overrides, and the call of a function; None for a program."""
 
 
 def point_of(program: Any, args: Sequence[Any], keys: Mapping[str, Any]) -> Point:
@@ -125,8 +110,7 @@ def point_of(program: Any, args: Sequence[Any], keys: Mapping[str, Any]) -> Poin
     words = workload_of_program(program)
     target = target_of([*words, f"workload={keys['workload']}"] if "workload" in keys else words)
     schema, raw_keys = schema_of(target), load_workload(target).raw_keys
-    own = arguments_of(program) if callable(program) else ()
-    given: dict[str, Any] = {}
+    own, given = arguments_of(program), dict[str, Any]()
     for name, value in keys.items():
         key = key_of(name, schema)
         if key is not None and name in own:
@@ -146,16 +130,19 @@ def point_of(program: Any, args: Sequence[Any], keys: Mapping[str, Any]) -> Poin
         named = {**{f"arg{index}": value for index, value in enumerate(args)}, **given}
         words += [f"call.args.{name}={text_of_argument(value)}" for name, value in named.items()]
         words += ["script.resumes=true"] * hasattr(program, "checkpoint")
-        return Point(words, calls.Call(program, tuple(args), given))
+        return words, calls.Call(program, tuple(args), given)
     if args:
         words += overrides_of("script.args", [str(arg) for arg in args])
-    return Point(words)
+    return words, None
 
 
-def arguments_of(function: Callable[..., Any]) -> Sequence[str]:
-    """Return the names of a function's arguments; empty if Python does not know them, as for some built-in ones."""
+def arguments_of(program: Any) -> Sequence[str]:
+    """Return the names of a function's arguments.
+
+    Empty for a program, and if Python does not know them, as for some built-in functions.
+    """
     try:
-        return tuple(inspect.signature(function).parameters)
+        return tuple(inspect.signature(program).parameters)
     except (TypeError, ValueError):
         return ()
 
@@ -168,12 +155,12 @@ def refuse_wrong_arguments(
         inspect.signature(function).bind(*args, **given)
     except TypeError as error:
         known = arguments_of(function)
-        unknown = [name for name in given if name not in known]
-        meant = closest(unknown[0], [*known, *schema_keys(schema)]) if unknown else []
+        unknown = next((name for name in given if name not in known), "")
+        likely = [*closest(unknown, [*known, *schema_keys(schema)]), *known]
         raise ConfigError(
             f"a call of {calls.name_of(function)} that fails: {error}",
             f"the arguments {', '.join(known) or 'none'}, and keys of the launcher",
-            f"{(meant or known or ['no argument'])[0]}" + ("=VALUE" if meant or known else ""),
+            f"{likely[0]}=VALUE" if likely else "no argument",
         ) from error
     except ValueError:  # Python does not know the arguments of some built-in functions.
         return
@@ -181,11 +168,8 @@ def refuse_wrong_arguments(
 
 def text_of_argument(value: Any) -> str:
     """Return an argument for the name of the run: as it is if it is short, else its type and a hash of its pickle."""
-    if (
-        value is None
-        or isinstance(value, bool | int | float)
-        or (isinstance(value, str) and len(value) <= SHORT_TEXT and "$" not in value)
-    ):
+    is_short = isinstance(value, str) and len(value) <= SHORT_TEXT and "$" not in value
+    if is_short or isinstance(value, int | float | None):
         return hydra_text(value)
     kind = type(value).__name__
     return f"{kind}-{calls.digest(calls.pickled(value, f'a {kind} as an argument'))[:8]}"
@@ -337,19 +321,13 @@ class Job:
         return self._folder.read_events()
 
 
-class Sweep(Sequence[Job]):
+class Sweep(list[Job]):
     """The runs of one sweep, in the order of its points, and their scaling table."""
 
-    def __init__(self, found: Sequence[Job]) -> None:
-        self._jobs = list(found)
-        self.folder = self._jobs[0].run_dir.parent
+    @property
+    def folder(self) -> Path:
         """Folder with the run folders and the report."""
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._jobs[index]
-
-    def __len__(self) -> int:
-        return len(self._jobs)
+        return self[0].run_dir.parent
 
     def wait(self, timeout: float | None = None) -> list[str]:
         """Wait until all runs have ended, at most ``timeout`` seconds, and return their states."""
@@ -369,12 +347,10 @@ class Sweep(Sequence[Job]):
         return next(path for path in write(self._tabulated()) if path.suffix == ".html")
 
     def _tabulated(self) -> Any:
+        """Return the table of the folder's newest sweep, or of the only run."""
         from launch.report import select, tabulate_selection
 
-        if len(self) == 1:
-            return tabulate_selection(select(self[0].run_dir))
-        sweep = current_sweep(self.folder)
-        return tabulate_selection(select(self.folder, None if sweep is None else sweep.number))
+        return tabulate_selection(select(self[0].run_dir if len(self) == 1 else self.folder))
 
 
 @dataclass(frozen=True)
@@ -442,17 +418,10 @@ def start(points: Sequence[Point], dry_run: bool) -> list[Job] | DryRun:
 
     With ``dry_run``, submit nothing and return the plans.
     """
-    deny_others_writing()
-    prepared = [point.with_call() for point in points]
-    typed = [words for words, _, _ in prepared]
-    console = quiet_console()
-    documents = [compose_launch([*words, f"dry_run={str(dry_run).lower()}"]) for words in typed]
-    plans, configs = plan_sweep(documents, typed, console)
+    output = io.StringIO()
+    typed, plans = prepare_points(points, plain_console(file=output), dry_run)
     if dry_run:
-        show_plans(plans, configs, console)
-        assert isinstance(console.file, io.StringIO)
-        return DryRun([plan.run_dir for plan in plans], console.file.getvalue())
-    write_calls(prepared)
+        return DryRun([plan.run_dir for plan in plans], output.getvalue())
     known = [len(RunFolder(plan.run_dir).read_events()) for plan in plans]
     launcher = None
     if unfinished(plans):
@@ -473,25 +442,42 @@ def start_and_wait(points: Sequence[Point]) -> list[Job]:
     """
     from launch.runner import run_sweep
 
-    deny_others_writing()
-    prepared = [point.with_call() for point in points]
-    documents = [(compose_launch(words), words) for words, _, _ in prepared]
-    plan_sweep([compose_launch(words) for _, words in documents], [words for _, words in documents], quiet_console())
-    write_calls(prepared)
+    typed, _ = prepare_points(points, plain_console(file=io.StringIO()))
+    documents = [(compose_launch(words), words) for words in typed]
     results = run_sweep(documents, tolerates_failures=True, with_report=len(points) > 1)
     return [Job(result.run_dir) for result in results]
 
 
-def quiet_console() -> Console:
-    """Return a console that prints into memory."""
-    return plain_console(file=io.StringIO())
+def prepare_points(
+    points: Sequence[Point], console: Console, dry_run: bool = False
+) -> tuple[list[list[str]], list[Plan]]:
+    """Plan runs, and write the files of their function calls; with ``dry_run``, print the plans and write nothing.
 
+    Returns:
+        All overrides of each point, and its plan.
 
-def write_calls(prepared: Sequence[tuple[list[str], Path | None, bytes]]) -> None:
-    """Write the files of calls that ``Point.with_call`` returned."""
-    for _, path, content in prepared:
-        if path is not None and not path.exists():
+    Raises:
+        ConfigError: a run cannot work; nothing was written.
+    """
+    deny_others_writing()
+    typed: list[list[str]] = []
+    files: dict[Path, bytes] = {}
+    for words, call in points:
+        if call is not None:
+            content = calls.dumped(call)
+            path = calls.file_of(content, Path(compose_launch([*words, "call.file=x"]).output_dir).absolute())
+            files[path] = content
+            words = [*words, *overrides_of("call.file", str(path))]
+        typed.append(words)
+    documents = [compose_launch([*words, f"dry_run={str(dry_run).lower()}"]) for words in typed]
+    plans, configs = plan_sweep(documents, typed, console)
+    if dry_run:
+        show_plans(plans, configs, console)
+        return typed, plans
+    for path, content in files.items():
+        if not path.exists():
             calls.write_call(path, content)
+    return typed, plans
 
 
 def log_of(run_dir: Path) -> Path:
@@ -518,16 +504,14 @@ def start_in_background(plans: Sequence[Plan], typed: Sequence[Sequence[str]]) -
             stderr=output,
             start_new_session=True,
         )
-    while not all(is_submitted(RunFolder(run_dir), count) for run_dir, count in known.items()):
-        if process.poll() is not None:
-            raise JobFailedError(f"the launcher ended with {process.returncode}:\n{log.read_text(errors='replace')}")
-        time.sleep(POLL_S / 10)
+    for run_dir, count in known.items():
+        folder = RunFolder(run_dir)
+        while LocalQueueEntry(folder).events_before() is None and len(folder.read_events()) <= count:
+            if process.poll() is not None:
+                printed = log.read_text(errors="replace")
+                raise JobFailedError(f"the launcher ended with {process.returncode}:\n{printed}")
+            time.sleep(POLL_S / 10)
     return process
-
-
-def is_submitted(folder: RunFolder, known_events: int) -> bool:
-    """Return whether a local run waits for its start, or has begun after its first ``known_events`` events."""
-    return LocalQueueEntry(folder).events_before() is not None or len(folder.read_events()) > known_events
 
 
 @refusing

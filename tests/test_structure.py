@@ -299,7 +299,6 @@ def test_no_module_is_a_dead_end() -> None:
     named = {
         "hydra_plugins.launch_plugin.launcher",
         "hydra_plugins.launch_plugin.multinode",
-        "launch.script.function",
         "gpt.workload",
         "launch.script",
         "gpt_launch.worker",  # imported by scripts

@@ -62,7 +62,7 @@ PLANS = {
     "container of pyxis": f"""nodes=2 {A100} cluster.container=/images/gpt.sqsh cluster.container_runtime=pyxis
         'cluster.container_mounts=["/data","/scratch/me:/scratch:ro"]'""",
     "container of Apptainer": f"""nodes=2 {A100} cluster.container=/images/gpt.sif
-        cluster.container_runtime=apptainer cluster.container_python=/opt/python""",
+        cluster.container_runtime=apptainer cluster.python=/opt/python""",
     "the words of a site": f"""nodes=4 {H100} optim.global_batch=64 'name=my run' cluster.partition=gpu
         cluster.account=abc cluster.qos=high
         cluster.constraint=fast cluster.exclude="'n[3-4]'" cluster.timeout_min=90 cluster.signal_delay_s=300

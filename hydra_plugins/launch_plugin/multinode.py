@@ -81,7 +81,7 @@ class MultinodeLauncher(Launcher):
         A point that fails has its exception as its result, which Hydra raises when the sweeper reads the value.
         """
         import gpt_launch.own_names  # noqa: F401
-        from launch.api import Job, Point, overrides_of, start_and_wait
+        from launch.api import Job, overrides_of, start_and_wait
         from launch.worker.call import Call
 
         assert self.context is not None and self.config is not None and self.task_function is not None
@@ -100,7 +100,7 @@ class MultinodeLauncher(Launcher):
             words += overrides_of("run_dir", folder / "launch" / f"{number},{shown}".rstrip(","))
             words += [*overrides_of("output_dir", folder), "fresh=true"]  # Hydra runs a task again in the same folder.
             call = Call(run_task, (self.context, self.task_function, config, state, base))
-            points.append(Point(words, call))
+            points.append((words, call))
             composed.append(config)
         GlobalHydra.instance().clear()  # The launcher composes its own config.
         try:

@@ -63,7 +63,8 @@ def on_nodes(job: str | None, run: Path, words: Sequence[str], *options: str) ->
 
     Without a job, it runs on this machine.
     """
-    python = read_point(RunFolder(run)).cluster.python or sys.executable
+    cluster = read_point(RunFolder(run)).cluster  # This module runs beside a container, not inside.
+    python = sys.executable if cluster.container else cluster.python or sys.executable
     here = [python, "-m", "gpt_launch", "launch.attach", "--here", *words]
     return here if job is None else ["srun", f"--jobid={job}", "--overlap", "--cpu-bind=none", *options, *here]
 

@@ -155,7 +155,9 @@ class ClusterConfig(PlacementConfig):
     )
     array_parallelism: int = key(256, "Largest number of elements of a job array that run at the same time.", above=0)
     python: Optional[str] = key(
-        None, "Python of the agents on the nodes, with this package and torch; null: the Python that submits."
+        None,
+        "Python of the agents on the nodes, with this package and its dependencies. null: the Python that submits; in a"
+        " container python3 of the image (containers/).",
     )
     container: Optional[str] = key(None, "Image in which agents and ranks run: a file, or a name of the runtime.")
     container_runtime: Optional[ContainerRuntime] = key(None, "Program that runs the image.")
@@ -164,7 +166,6 @@ class ClusterConfig(PlacementConfig):
         "Folders of the node in the container: SOURCE, SOURCE:TARGET or SOURCE:TARGET:ro. The working directory and"
         " the run folders are always mounted.",
     )
-    container_python: str = key("python3", "Python of the image, with this package and its dependencies (containers/).")
     setup: list[str] = key(
         list,
         "Shell lines of the batch script before the run: module load, conda activate, export. The job ends at the"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shlex
 from collections.abc import Sequence
 from functools import cache
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import DictConfig
 
 import configs
@@ -74,17 +74,14 @@ def refuse_other_workload(overrides: Sequence[str], workload: Workload) -> None:
     """
     is_default = workload.name == default_workload()
     other = SCRIPT if is_default else default_workload()
-    own = {*schema_keys(workload.schema), *schema_keys(Config)}
     try:
-        foreign = {*schema_keys(schema_of(target_of([f"workload={other}"])))} - own
+        keys = schema_keys(schema_of(target_of([f"workload={other}"])))
     except ConfigError:  # The libraries of the other workload are not installed.
         return
-    presets = {path.stem for path in (CONFIGS / "experiment").glob("*.yaml")} if not is_default else set()
-    typed = [
-        arg
-        for arg in overrides
-        if "=" in arg and (typed_key(arg).partition(".")[0] in foreign or typed_value([arg], "experiment") in presets)
-    ]
+    foreign = {*keys} - {*schema_keys(workload.schema), *schema_keys(Config)}
+    if not is_default and (CONFIGS / "experiment" / f"{typed_value(overrides, 'experiment')}.yaml").is_file():
+        foreign.add("experiment")
+    typed = [arg for arg in overrides if "=" in arg and typed_key(arg).partition(".")[0] in foreign]
     if not typed:
         return
     fix = f"the same without {' '.join(typed)}; options of your program are script.options.NAME=VALUE"
@@ -260,9 +257,5 @@ def sweep_points(overrides: Sequence[str], config_dir: Path | None = None) -> li
     typed = [parse_override(text, Config) for text in prepared]
     fixed = [text for text, override in zip(prepared, typed, strict=True) if not override.is_sweep_override()]
     params = compose_launch(fixed, config_dir, with_hydra=True).hydra.sweeper.get("params") or {}
-    choices = []
-    for override in (*(parse_override(f"{key}={value}", Config) for key, value in params.items()), *typed):
-        is_sweep = override.is_sweep_override()
-        values = [*override.sweep_string_iterator()] if is_sweep else [override.get_value_element_as_str()]
-        choices.append([f"{override.get_key_element()}={value}" for value in values])
-    return [list(point) for point in itertools.product(*choices)]
+    in_files = [parse_override(f"{key}={value}", Config) for key, value in params.items()]
+    return BasicSweeper.split_arguments([*in_files, *typed], max_batch_size=None)[0]

@@ -94,30 +94,26 @@ def allocations(event_log: EventLog, now: float, poll_s: float) -> list[tuple[di
     """
     found: list[tuple[dict[str, Any], float]] = []
     started: dict[str, Any] | None = None
+    limit = math.inf
     for event in event_log.events:
         if event["event"] == "agent_started":
             if started is not None:  # The end of the allocation was not recorded.
-                found.append((started, min(event["allocated_at"], _time_limit(started))))
+                found.append((started, min(event["allocated_at"], limit)))
             started = event
+            limit = event["allocated_at"] + (event.get("limit_s") or math.inf)
         elif event["event"] == "agent_ended" and started is not None and event.get("job") == started["job"]:
             found.append((started, event["ended_at"]))
             started = None
     if started is not None:
         seen = max(event_log.alive or 0.0, started["time"])
         is_silent = now - seen > max(SILENT_S, 10 * poll_s)
-        found.append((started, min(now, _time_limit(started), seen if is_silent else math.inf)))
+        found.append((started, min(now, limit, seen if is_silent else math.inf)))
     return found
-
-
-def _time_limit(started: dict[str, Any]) -> float:
-    limit = started.get("limit_s")
-    return math.inf if limit is None else float(started["allocated_at"] + limit)
 
 
 def caps(budget: BudgetConfig) -> dict[str, float]:
     """Return the caps that are set: name of the key -> cap."""
-    both = {"gpu_hours": budget.gpu_hours, "cost": budget.cost}
-    return {key: cap for key, cap in both.items() if cap is not None}
+    return {key: cap for key, cap in vars(budget).items() if cap is not None}
 
 
 def refuse_above(budget: BudgetConfig, so_far: Use, worst: Use, timeout_min: int) -> None:
@@ -155,10 +151,10 @@ def spent(budget: BudgetConfig, so_far: Use, expected: Use) -> str | None:
 
 def use_text(use: Use) -> str:
     """Write the use as far as known, without zeros: ``12 node-hours, 96 GPU-hours, cost 240``."""
-    hours = {"node": use.node_hours, "GPU": use.gpu_hours}
-    known = {what: amount(value) for what, value in hours.items() if value}
-    parts = [f"{value} {what}-hour{'' if value == '1' else 's'}" for what, value in known.items()]
-    return ", ".join([*parts, *([f"cost {amount(use.cost)}"] if use.cost else [])])
+    known = {"node": use.node_hours, "GPU": use.gpu_hours}
+    hours = {what: amount(value) for what, value in known.items() if value}
+    parts = [f"{value} {what}-hour{'' if value == '1' else 's'}" for what, value in hours.items()]
+    return ", ".join(parts + ([f"cost {amount(use.cost)}"] if use.cost else []))
 
 
 def amount(value: float) -> str:

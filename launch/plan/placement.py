@@ -6,7 +6,7 @@ import os
 import secrets
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -46,12 +46,8 @@ class Candidate:
 
     def as_event(self) -> dict[str, Any]:
         """Return the fields of a ``submitted`` event for this candidate; unknown ones are absent."""
-        known = {
-            "placement": self.name or None,
-            "partition": self.slurm.get("partition"),
-            "gpus": self.gpus,
-            "price_per_gpu_hour": self.price_per_gpu_hour,
-        }
+        known = {"placement": self.name or None, "partition": self.slurm.get("partition"), "gpus": self.gpus}
+        known["price_per_gpu_hour"] = self.price_per_gpu_hour
         return {key: value for key, value in known.items() if value is not None}
 
 
@@ -78,10 +74,11 @@ class Placement:
 
     def exclude_hosts(self, hosts: Sequence[str]) -> Placement:
         """Return this placement with ``hosts`` excluded at every candidate."""
-        changed = []
-        for one in self.candidates:
-            names = ",".join(filter(None, (one.slurm.get("exclude"), *hosts)))
-            changed.append(replace(one, slurm={**one.slurm, "exclude": names}))
+        return self.change_slurm(lambda slurm: {"exclude": ",".join(filter(None, (slurm.get("exclude"), *hosts)))})
+
+    def change_slurm(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Placement:
+        """Return this placement with the resources that ``change`` returns, in addition to those of each candidate."""
+        changed = (replace(one, slurm=one.slurm | change(one.slurm)) for one in self.candidates)
         return replace(self, candidates=tuple(changed))
 
     def rule_out(self, index: int, why: str) -> Placement:
@@ -241,7 +238,7 @@ def slurm_resources(config: Config, run_dir: Path, code: Path | None, resumes: b
     return {key: value for key, value in asked.items() if value is not None}
 
 
-AS_IN_CLUSTER = (*("signal_delay_s", "partition", "account", "qos", "constraint", "exclude", "gres", "cpus_per_task"),)
+AS_IN_CLUSTER = ("signal_delay_s", "partition", "account", "qos", "constraint", "exclude", "gres", "cpus_per_task")
 """Parameters of submitit with the same name and value as a key of ``cluster``."""
 
 
@@ -263,12 +260,13 @@ def container_words(cluster: ClusterConfig, workdir: Path, run_dir: Path) -> tup
     targets = {entry.split(":")[1] for entry in asked}
     own = [str(workdir), str(run_dir.parent), *(path for path in SLURM_PATHS if Path(path).exists())]
     mounts = [*asked, *(f"{path}:{path}" for path in dict.fromkeys(own) if path not in targets)]
+    python = cluster.python or "python3"
     if cluster.container_runtime is ContainerRuntime.pyxis:
         options = {"image": cluster.container, "mounts": ",".join(mounts), "workdir": workdir}
-        return [f"--container-{name}={value}" for name, value in options.items()], [cluster.container_python]
+        return [f"--container-{name}={value}" for name, value in options.items()], [python]
     binds = [word for mount in mounts for word in ("--bind", mount)]
     gpus = [] if cluster.gpus_per_node == 0 else ["--nv"]  # On a node without GPUs, --nv only prints a warning.
-    words = ["apptainer", "exec", *gpus, "--pwd", str(workdir), *binds, cluster.container, cluster.container_python]
+    words = ["apptainer", "exec", *gpus, "--pwd", str(workdir), *binds, cluster.container, python]
     return [], words
 
 
@@ -365,8 +363,8 @@ def running_from(copy: Path | None) -> Iterator[None]:
         yield
     finally:
         for name in changed:
-            del os.environ[name]
-        os.environ.update({name: before[name] for name in changed if name in before})
+            os.environ.pop(name)
+        os.environ.update(before)
 
 
 def refuse_other_code() -> None:

@@ -1,4 +1,4 @@
-"""The workload for any program that torchrun could start: a script, a module, or a command."""
+"""The workloads for any program that torchrun could start (a script, a module, a command), and for a function."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -23,6 +24,7 @@ from launch.runs.folder import RunFolder, read_plan
 from launch.runs.overrides import in_shell, quoted
 from launch.script.arguments import (
     PLACEHOLDER,
+    FunctionConfig,
     ScriptConfig,
     ScriptOptions,
     fill,
@@ -287,3 +289,24 @@ def total_work(script: ScriptOptions, world_size: int) -> float | None:
     if script.work_per_step is None:
         return None
     return script.work_per_step * (world_size if script.weak_scaling else 1)
+
+
+class FunctionWorkload(ScriptWorkload):
+    """A Python function that every rank calls; see docs/python.md."""
+
+    name = "function"
+    schema = FunctionConfig
+    not_in_point = (*ScriptWorkload.not_in_point, "script.args", "call.file")
+    resumable = (*ScriptWorkload.resumable, "script.args", "call.file")
+
+    def plan(self, config: ScriptConfig, request: PlanRequest) -> WorkloadPlan:
+        """Return the plan of a point, with the function and its arguments in place of the command.
+
+        Raises:
+            ConfigError: the ranks cannot start.
+        """
+        assert isinstance(config, FunctionConfig)
+        plan = super().plan(config, request)
+        called = f"{config.name}({', '.join(f'{name}={value}' for name, value in config.call.args.items())})"
+        command = {"command": called}
+        return replace(plan, rows={**plan.rows, **command}, facts={**plan.facts, **command})

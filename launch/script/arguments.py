@@ -226,3 +226,28 @@ class ScriptConfig(RunConfig):
         """Raise ConfigError for the first invalid value."""
         super().validate()
         self.script.validate()
+
+
+@dataclass
+class CallOptions:
+    """The call that every rank makes."""
+
+    file: Optional[str] = key(None, "File of the pickled function and its arguments, which launch.submit writes.")
+    args: dict[str, Any] = key(dict, "Arguments of the function, for the name of the run folder and for reports.")
+
+
+@dataclass
+class FunctionConfig(ScriptConfig):
+    """The keys that ``workload=function`` adds at the root."""
+
+    call: CallOptions = key(CallOptions, "The function and its arguments.")
+
+    def validate(self) -> None:
+        """Raise ConfigError for the first invalid value, or if no function was given."""
+        if self.call.file is None:
+            raise ConfigError(
+                "workload=function without a function",
+                "a Python function, as the first argument of launch.submit or launch.sweep",
+                "python -c 'import launch; launch.submit(FUNCTION, nodes=2)'",
+            )
+        super().validate()

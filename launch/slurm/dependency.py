@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from launch.config import CHAIN
 from launch.config.compose import read_point
@@ -42,24 +43,21 @@ def depend(plan: Plan, dependency: str, **options: str) -> Plan:
         dependency: as sbatch --dependency takes it, such as ``afterany:12:13``.
         options: further options of sbatch, if the user did not set them.
     """
-    candidates = []
-    for candidate in plan.placement.candidates:
-        own = {**options, **candidate.slurm["additional_parameters"]}
-        every = filter(None, [own.pop("dependency", None), candidate.slurm.get("dependency"), dependency])
-        slurm = {**candidate.slurm, "dependency": ",".join(every), "additional_parameters": own}
-        candidates.append(replace(candidate, slurm=slurm))
-    return plan.replace_placement(replace(plan.placement, candidates=tuple(candidates)))
+
+    def add(slurm: dict[str, Any]) -> dict[str, Any]:
+        own = {**options, **slurm["additional_parameters"]}
+        every = filter(None, [own.pop("dependency", None), slurm.get("dependency"), dependency])
+        return {"dependency": ",".join(every), "additional_parameters": own}
+
+    return plan.replace_placement(plan.placement.change_slurm(add))
 
 
 def in_line(plans: Sequence[Plan], before: Sequence[SlurmJob]) -> list[Plan]:
     """Return plans with equal resources, changed so that they run one after another, after the jobs ``before``."""
     jobs = dict.fromkeys(job.job_id.split("_")[0] for job in before)  # An array as a whole.
-    found = []
-    for plan in plans:
-        after = depend(plan, f"afterany:{':'.join(jobs)}") if jobs else plan
-        candidates = [replace(one, slurm=one.slurm | {"array_parallelism": 1}) for one in after.placement.candidates]
-        found.append(after.replace_placement(replace(after.placement, candidates=tuple(candidates))))
-    return found
+    after = [depend(plan, f"afterany:{':'.join(jobs)}") if jobs else plan for plan in plans]
+    one_by_one = {"array_parallelism": 1}
+    return [plan.replace_placement(plan.placement.change_slurm(lambda slurm: one_by_one)) for plan in after]
 
 
 # Points after other runs (``launch.after``).

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -40,94 +39,80 @@ def fail_over(points: Sequence[RunStatus], console: Console) -> SlurmError | Non
     """
     try:
         for point in points:
-            if (due := due_move(point, time.time())) is None:
+            plan = promised(point) if isinstance(point.job, SlurmJob) and point.state in ACTIVE else None
+            if plan is None or not plan.placement.is_watched:
+                continue
+            if point.state == "running":
+                record_stay(point)
                 continue
             with no_interrupt(), claim(point.folder) as is_ours:
                 if is_ours and is_current(point):
-                    move_point(point, due, console)
+                    move_if_due(point, plan, console)
     except SlurmError as error:
         return error
     return None
 
 
-@dataclass(frozen=True)
-class Move:
-    """Move of a pending point to another candidate, or the decision to give the point up."""
+def move_if_due(point: RunStatus, plan: Plan, console: Console) -> None:
+    """Move a pending point whose wait is over, and continue a move that another process has begun. Raises SlurmError.
 
-    plan: Plan
-    """Plan of the run. Its placement lacks the candidates that sbatch has refused."""
-    to: int | None
-    """Index of the candidate to move to; None if the point is given up."""
-    since: float
-    """Time when the point began to wait, over all places, Unix seconds."""
-    place: str = ""
-    waited: str = ""
-    """Time and reason of the wait at the former place, for people; empty if the job has left the queue already."""
-
-
-def due_move(point: RunStatus, now: float) -> Move | None:
-    """Return the move of a point that is due now, or that another process has begun; else None."""
-    status = point.job_status
-    plan = promised(point) if isinstance(point.job, SlurmJob) and point.state in ACTIVE else None
-    if plan is None or not plan.placement.is_watched:
-        return None
-    if point.state == "running":
-        record_stay(point)
-        return None
-    events = point.events()
+    The record comes first, so that another process can continue the move after a crash. ``promised`` returns ``plan``.
+    """
+    status, events, now = point.job_status, point.events(), time.time()
+    last = last_placed(events)
+    move = last if last is not None and last["event"] == "moved" else None
     if status.phase == "over":
-        last = last_placed(events)
-        if last is None or last["event"] != "moved":  # Another process has just moved the point.
-            return None
-        return Move(plan, last["candidate"], last["waiting_since"])
+        if move is None:  # Another process has just moved the point.
+            return
+        submit_moved(point, plan, move["candidate"], move["waiting_since"], console)
+        return
     if status.since is None or status.reason in OWN_WISH:
-        return None
+        return
     at = next(e["candidate"] for e in reversed(events) if e["event"] == "submitted")
     since = waiting_since(events, status.since)
     leaves, to = decide(plan.placement, at, now - status.since, now - since)
     if not leaves:
-        return None
-    place = plan.placement.candidates[at].name
+        return
+    place, job = plan.placement.candidates[at].name, point.job
+    assert isinstance(job, SlurmJob)
     reason = f" ({status.reason})" if status.reason else ""
     waited = f"{duration_text(now - status.since)} in {place or 'the queue'}{reason}"
-    return Move(plan, to, since, place, waited)
+    known = {"job_id": job.job_id, "from": place, "waiting_since": since}
+    if to is None:
+        cause = f"{duration_text(now - since)} in the queue, at last {waited}"
+        point.folder.record_event("gave_up", **known, cause=cause)
+    elif move is None or move["candidate"] != to:  # Otherwise the move is already recorded.
+        name = plan.placement.candidates[to].name
+        point.folder.record_event("moved", **known, to=name, candidate=to, cause=waited)
+        console.print(f"{point.name}: waited {waited}, moves to {name}")
+    if not has_left(job):
+        record_stay(point)
+    elif to is not None:
+        submit_moved(point, plan, to, since, console)
 
 
-def move_point(point: RunStatus, move: Move, console: Console) -> None:
-    """Record a move, take the pending job out of the queue, and submit the point elsewhere. Raises SlurmError.
+def submit_moved(point: RunStatus, plan: Plan, to: int, since: float, console: Console) -> None:
+    """Submit a point that has left the queue at candidate ``to``, or at the next that sbatch does not refuse.
 
-    The record comes first, so that another process can continue the move after a crash.
+    Gives the point up if sbatch refuses it everywhere. ``since`` is the time when the point began to wait.
+
+    Raises:
+        SlurmBusyError: the controller did not answer.
     """
-    job, candidates, last = point.job, move.plan.placement.candidates, last_placed(point.events())
-    assert isinstance(job, SlurmJob)
-    if move.waited:
-        known = {"job_id": job.job_id, "from": move.place, "waiting_since": move.since}
-        if move.to is None:
-            cause = f"{duration_text(time.time() - move.since)} in the queue, at last {move.waited}"
-            point.folder.record_event("gave_up", **known, cause=cause)
-        # Otherwise the move is already recorded.
-        elif last is None or last["event"] != "moved" or last["candidate"] != move.to:
-            to = candidates[move.to].name
-            point.folder.record_event("moved", **known, to=to, candidate=move.to, cause=move.waited)
-            console.print(f"{point.name}: waited {move.waited}, moves to {to}")
-        if not has_left(job):
-            record_stay(point)
-            return
-    if move.to is None:
-        return
+    candidates = plan.placement.candidates
     try:
-        done = submit_somewhere([move.plan], move.to)
+        done = submit_somewhere([plan], to)
     except SlurmBusyError:
         raise
     except SlurmError as error:
         cause = f"sbatch refuses it everywhere; at last: {error}"
-        point.folder.record_event("gave_up", waiting_since=move.since, cause=cause)
+        point.folder.record_event("gave_up", waiting_since=since, cause=cause)
         return
     for refused, why in done.refused.items():
         point.folder.record_event("refused", candidate=refused, cause=why)
         console.print(f"{point.name}: {candidates[refused].name} is skipped from now on: {why}")
     (moved,) = done.jobs
-    record_submitted(move.plan, moved.job_id, done.candidate, moved=True)
+    record_submitted(plan, moved.job_id, done.candidate, moved=True)
     point.job = moved
     console.print(f"{point.name}: job {moved.job_id} at {candidates[done.candidate].name}")
     if point.is_cancelled:  # The job started at the moment of its move.
@@ -192,10 +177,10 @@ def claim(folder: RunFolder) -> Iterator[bool]:
     with path.open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_ours = True
         except OSError:
-            yield False
-            return
-        yield True
+            is_ours = False
+        yield is_ours
 
 
 @contextmanager

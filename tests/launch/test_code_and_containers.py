@@ -201,7 +201,7 @@ def test_apptainer_runs_the_agent(tmp_path: Path) -> None:
     program.write_text('#!/bin/sh\nwhile [ "$1" != /images/gpt.sif ]; do shift; done\nshift\nexec "$@"\n')
     program.chmod(0o755)
     cluster = typed_config(compose_launch(["cluster=slurm", *in_container("apptainer")])).cluster
-    words = agent_words(replace(cluster, container_python=sys.executable), tmp_path, tmp_path / "none")
+    words = agent_words(replace(cluster, python=sys.executable), tmp_path, tmp_path / "none")
     env = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
     done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and f"found: no {tmp_path / 'none'}" in done.stderr
