@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from gpt.training.execution import has_tf32
 from launch.errors import CommandParser, ConfigError, refusing, require_positive
 from launch.runs.files import write_json
 from launch.runs.measured import rates_document
 
-TIMINGS = 5
-"""Number of timings of each shape. Their median counts."""
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = {"cpu": "64,256,1024,2048", "cuda": "64,256,1024,4096,16384"}
 
@@ -68,31 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def product_s(m: int, n: int, k: int, precision: str, device: torch.device, budget_s: float) -> float:
-    """Return the median time of a product of an (m, k) and a (k, n) matrix over ``TIMINGS`` timings, in seconds."""
+    """Return the median time of a product of an (m, k) and a (k, n) matrix in seconds, measured for ``budget_s``."""
     left, right = (torch.randn(shape, device=device).to(DTYPES[precision]) for shape in ((m, k), (k, n)))
-    result = left @ right  # the first product includes the library's choice of a kernel
+    given = {"mm": torch.mm, "left": left, "right": right, "result": left @ right}
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
-        count = 1
-        while (seconds := _timed(left, right, result, count)) < budget_s / TIMINGS and count < 2**20:
-            count *= 2
-        timings = [seconds, *(_timed(left, right, result, count) for _ in range(TIMINGS - 1))]
+    try:  # the timer warms up, and waits for the GPU
+        timer = Timer("mm(left, right, out=result)", globals=given, num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=budget_s).median
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    return statistics.median(timings) / count
-
-
-def _timed(left: torch.Tensor, right: torch.Tensor, result: torch.Tensor, count: int) -> float:
-    """Return the time of ``count`` products by the host's clock, in seconds. An idle GPU is expected."""
-    if left.is_cuda:
-        torch.cuda.synchronize(left.device)
-    start = time.perf_counter()
-    for _ in range(count):
-        torch.mm(left, right, out=result)
-    if left.is_cuda:
-        torch.cuda.synchronize(left.device)
-    return time.perf_counter() - start
 
 
 def parse_sizes(text: str) -> list[int]:

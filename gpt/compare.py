@@ -13,7 +13,7 @@ import csv
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +58,21 @@ Curve = npt.NDArray[np.float64]
 """Pairs of tokens seen and loss in nats per token, by ascending tokens, (points, 2)."""
 
 
+Differences = dict[str, dict[str, list[str]]]
+"""Heading -> key of the config -> its value in each run."""
+
+
 @dataclass
 class RunMetrics:
     """Metrics of one run."""
 
     label: str
-    tokens: int
     losses: Curve
     val_losses: Curve
     data_sha256: str | None
     config: dict[str, Any]
     values: dict[str, Any]
     """Name in ``COLUMNS`` -> value; without unknown values."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Metrics of several runs. ``differences`` is heading -> key -> the value of each run."""
-
-    runs: list[RunMetrics]
-    equal_tokens: int | None
-    """Number of tokens at which losses are compared; None if losses are not comparable, or a run has no tokens yet."""
-    differences: dict[str, dict[str, list[str]]]
-    notes: list[str] = field(default_factory=list)
 
 
 def read_metrics(folder: RunFolder, label: str) -> RunMetrics:
@@ -103,7 +95,6 @@ def read_metrics(folder: RunFolder, label: str) -> RunMetrics:
     }
     return RunMetrics(
         label=label,
-        tokens=values["tokens"],
         losses=curve([(record["step"] * per_step, record["loss"]) for record in run["steps"] if "loss" in record]),
         val_losses=curve([(e["step"] * per_step, e["val_loss"]) for e in run["evaluations"]]),
         data_sha256=start.get("data_sha256"),
@@ -117,31 +108,25 @@ def curve(points: Sequence[tuple[int, float]]) -> Curve:
     return np.array(points, dtype=np.float64).reshape(-1, 2)
 
 
-def compare(runs: Sequence[RunMetrics]) -> Comparison:
-    """Compare the runs at the same number of tokens, with their differences and with notes on incomparable values.
-
-    The losses at this number are added to the values of the runs.
-    """
-    begun = [run for run in runs if run.tokens]
+def add_equal_losses(runs: Sequence[RunMetrics]) -> str | None:
+    """Add the losses at the same number of tokens to the values of the runs. Return a note on them; None if fewer than
+    two runs have tokens."""
+    begun = [run for run in runs if run.values["tokens"]]
     # The checksum covers the tokens: losses per token of another tokenizer are not comparable either.
-    same_text = len({run.data_sha256 for run in begun}) <= 1
-    equal = min(run.tokens for run in begun) if len(begun) > 1 and same_text else None
-    for run in begun if equal is not None else ():
-        assert equal is not None
+    if len({run.data_sha256 for run in begun}) > 1:
+        return "Losses are not compared: the runs were trained on different data, or tokens of another kind."
+    if len(begun) < 2:
+        return None
+    equal = min(run.values["tokens"] for run in begun)
+    for run in begun:
         window = run.losses[(run.losses[:, 0] > (1 - WINDOW) * equal) & (run.losses[:, 0] <= equal), 1]
         loss = window.mean() if len(window) else interpolate(run.losses, equal)
         then = {"loss_at_equal_tokens": loss, "val_loss_at_equal_tokens": interpolate(run.val_losses, equal)}
         run.values |= {name: float(value) for name, value in then.items() if value is not None}
-    notes = []
-    if equal is not None:
-        notes.append(
-            f"* at {equal:,} tokens, the most that all runs have seen. The training loss is the mean over the last "
-            f"{WINDOW:.0%} of them, the validation loss is interpolated between the evaluations around."
-        )
-    if not same_text:
-        notes.append("Losses are not compared: the runs were trained on different data, or tokens of another kind.")
-    differences = {"architecture": find_differences(runs, ("model",)), "settings": find_differences(runs, SETTINGS)}
-    return Comparison([*runs], equal, differences, notes)
+    return (
+        f"* at {equal:,} tokens, the most that all runs have seen. The training loss is the mean over the last "
+        f"{WINDOW:.0%} of them, the validation loss is interpolated between the evaluations around."
+    )
 
 
 def interpolate(losses: Curve, tokens: int) -> float | None:
@@ -178,36 +163,32 @@ def label_runs(runs: Sequence[Path]) -> list[str]:
     return [str(run.parent.relative_to(common) / labels[run]) for run in runs]
 
 
-def print_table(compared: Comparison, console: Console) -> None:
-    """Print a table with a column for each run, and notes on the metrics below it."""
+def print_table(runs: Sequence[RunMetrics], compared: Differences, console: Console) -> None:
+    """Print a table with a column for each run."""
     grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     grid.add_column("", no_wrap=True)
-    for run in compared.runs:
+    for run in runs:
         grid.add_column(Text(run.label), justify="right", overflow="fold")
     for name, (title, shape) in COLUMNS.items():
-        if any(name in run.values for run in compared.runs):
-            cells = (shape.format(run.values[name]) if name in run.values else "-" for run in compared.runs)
-            grid.add_row(title, *map(Text, cells))
-    for heading, differences in compared.differences.items():
+        if any(name in run.values for run in runs):
+            grid.add_row(title, *(Text(shape.format(run.values[name]) if name in run.values else "-") for run in runs))
+    for heading, differences in compared.items():
         grid.add_section()
         grid.add_row(Text(heading if differences else f"{heading}: the same", style="bold"))
         for key, values in differences.items():
-            grid.add_row(f"  {key}", *(Text(value) for value in values))
+            grid.add_row(f"  {key}", *map(Text, values))
     console.print(grid)
     console.print()
-    for note in compared.notes:
-        console.print(Text(note), soft_wrap=True)
 
 
-def write_csv(compared: Comparison, path: Path) -> None:
+def write_csv(runs: Sequence[RunMetrics], compared: Differences, path: Path) -> None:
     """Write all metrics with all digits, and every setting that differs. An unknown value is an empty cell."""
-    differing = {key: values for part in compared.differences.values() for key, values in part.items()}
+    differing = {key: values for part in compared.values() for key, values in part.items()}
     with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["run", *COLUMNS, *differing])
-        for i, run in enumerate(compared.runs):
-            metrics = (run.values.get(name, "") for name in COLUMNS)
-            writer.writerow([run.label, *metrics, *(values[i] for values in differing.values())])
+        writer = csv.DictWriter(file, ["run", *COLUMNS, *differing], lineterminator="\n")
+        writer.writeheader()
+        for i, run in enumerate(runs):
+            writer.writerow({"run": run.label, **run.values, **{key: values[i] for key, values in differing.items()}})
 
 
 WIDE = 1000
@@ -223,14 +204,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [run.path for run in find_runs(args.runs)]
     if len(runs) < 2:
         raise ConfigError(f"one run, {runs[0]}", "two or more", f"python -m gpt.compare {runs[0]} ANOTHER")
-    named = zip(runs, label_runs(runs), strict=True)
-    compared = compare([read_metrics(RunFolder(path), label) for path, label in named])
+    metrics = [read_metrics(RunFolder(run), label) for run, label in zip(runs, label_runs(runs), strict=True)]
+    note = add_equal_losses(metrics)
+    compared = {"architecture": find_differences(metrics, ("model",)), "settings": find_differences(metrics, SETTINGS)}
     output = args.output or Path(os.path.commonpath([run.parent for run in runs]))
     output.mkdir(parents=True, exist_ok=True)
     # A file or a pipe has no width, so no line is folded there.
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDE)
-    print_table(compared, console)
-    write_csv(compared, output / "compare.csv")
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+    print_table(metrics, compared, console)
+    if note is not None:
+        console.print(Text(note), soft_wrap=True)
+    write_csv(metrics, compared, output / "compare.csv")
     console.print(Text(f"wrote {output / 'compare.csv'}"), soft_wrap=True)
     return 0
 

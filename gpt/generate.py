@@ -127,32 +127,26 @@ class Text:
     def __init__(self, tokenizer: Tokenizer, on_text: Callable[[str], object]) -> None:
         self._tokenizer = tokenizer
         self._on_text = on_text
-        self._ids: list[int] = []
         self._shown = 0
+        self.ids: list[int] = []
+        """Tokens added, without the one that ends a document."""
         self.ended = False
         """True once the model has ended the document."""
 
     def add(self, token: int) -> None:
         """Add a token, and pass the text that has become readable to ``on_text``. Ignore tokens after the end."""
-        if self.ended:
-            return
-        if token == self._tokenizer.eot:
-            self.ended = True
-            return
-        self._ids.append(token)
-        # Decode all ids again: the text of a token may depend on the tokens before.
-        self._pass_on(self._tokenizer.decode(self._ids).rstrip(UNFINISHED))
+        self.ended = self.ended or token == self._tokenizer.eot
+        if not self.ended:
+            self.ids.append(token)
+            self._pass_on(finished=False)
 
     def close(self) -> None:
         """Pass the remaining text to ``on_text``, even if its last character is incomplete."""
-        self._pass_on(self._tokenizer.decode(self._ids))
+        self._pass_on(finished=True)
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens added, without the one that ends a document."""
-        return len(self._ids)
-
-    def _pass_on(self, text: str) -> None:
+    def _pass_on(self, finished: bool) -> None:
+        text = self._tokenizer.decode(self.ids)  # all ids again: the text of a token may depend on the tokens before
+        text = text if finished else text.rstrip(UNFINISHED)
         if len(text) > self._shown:
             self._on_text(text[self._shown :])
             self._shown = len(text)
@@ -175,36 +169,37 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, block_size: int) -> list[in
 def write(
     model: GPT, config: TrainConfig, tokenizer: Tokenizer, prompts: Sequence[str], args: argparse.Namespace
 ) -> None:
-    """Continue every prompt and print the texts: one prompt as its tokens come, several when all are done.
+    """Continue every prompt ``--samples`` times and print the texts: a single one as its tokens come, several when the
+    samples of a prompt are done.
 
-    Prompts of equal length run together, because a batch and its cache need sequences of equal length.
+    The samples of a prompt run together, because a batch and its cache need sequences of equal length.
     """
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     sampling.validate()
     device = next(model.parameters()).device
-    ids = [encode_prompt(tokenizer, prompt, config.model.block_size) for prompt in prompts]
-    generators = make_generators(args.seed, len(prompts))
-    if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
-    pieces: list[list[str]] = [[] for _ in prompts]
-    show = [partial(print, end="", flush=True)] if len(prompts) == 1 else [parts.append for parts in pieces]
-    texts = [Text(tokenizer, on_text) for on_text in show]
-    started = time.perf_counter()
-    for length in dict.fromkeys(map(len, ids)):
-        batch = [i for i, prompt in enumerate(ids) if len(prompt) == length]
-        prompt_BT = torch.tensor([ids[i] for i in batch], device=device)
-        size = min(tokenizer.vocab_size, config.model.vocab_size)  # ids beyond those of the tokenizer have no text
+    size = min(tokenizer.vocab_size, config.model.vocab_size)  # ids beyond those of the tokenizer have no text
+    encoded = [encode_prompt(tokenizer, prompt, config.model.block_size) for prompt in prompts]
+    generators = make_generators(args.seed, len(prompts) * args.samples)
+    is_single = len(generators) == 1
+    shown, made, started = 0, 0, time.perf_counter()
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if is_single:
+            print(prompt, end="", flush=True)
+        parts: list[list[str]] = [[] for _ in range(args.samples)]
+        texts = [Text(tokenizer, partial(print, end="", flush=True) if is_single else part.append) for part in parts]
+        prompt_BT = torch.tensor([ids] * args.samples, device=device)
+        own, generators = generators[: args.samples], generators[args.samples :]
         with autocast(config, device):
-            steps = generate_tokens(model, prompt_BT, size, sampling, [generators[i] for i in batch])
-            for next_B in islice(steps, args.max_new_tokens):
-                for i, token in zip(batch, next_B.tolist(), strict=True):
-                    texts[i].add(token)
-                if all(texts[i].ended for i in batch):
+            for next_B in islice(generate_tokens(model, prompt_BT, size, sampling, own), args.max_new_tokens):
+                for text, token in zip(texts, next_B.tolist(), strict=True):
+                    text.add(token)
+                if all(text.ended for text in texts):
                     break
-    for text in texts:
-        text.close()
-    print("\n".join(f"--- {i + 1}\n{prompts[i]}{''.join(parts)}" for i, parts in enumerate(pieces) if len(pieces) > 1))
-    made, seconds = sum(text.tokens for text in texts), time.perf_counter() - started
+        for text, part in zip(texts, parts, strict=True):
+            text.close()
+            made, shown = made + len(text.ids), shown + 1
+            print("" if is_single else f"--- {shown}\n{prompt}{''.join(part)}")
+    seconds = time.perf_counter() - started
     print(f"{made} tokens in {seconds:.2f} s: {made / seconds:.1f} tokens/s on {device}", file=sys.stderr)
 
 
@@ -213,9 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Return the exit status: 0, 2 if the command was refused, 130 after Ctrl-C."""
     parser = CommandParser(prog="python -m gpt.generate", description="Let a trained model continue a text.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument(
-        "-p", "--prompt", action="append", required=True, help="the beginning; several of them run as batches"
-    )
+    parser.add_argument("-p", "--prompt", action="append", required=True, help="the beginning; can be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to add (default 100)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default 1)")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token (default 1)")
@@ -233,8 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = find_checkpoint(folder, args.step)
         model = read_weights(config, checkpoint, choose_device(Device[args.device], 0, 1))
         print(f"{config.model.name}, step {step_of(checkpoint)}", file=sys.stderr)
-        prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
-        write(model, config, tokenizer, prompts, args)
+        write(model, config, tokenizer, args.prompt, args)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

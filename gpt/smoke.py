@@ -36,7 +36,7 @@ WORDS = (
     *("model=tiny_116k", "data=stdlib", "data.max_bytes=200000", "compile=none", "fresh=false"),
     *(f"optim.max_steps={STEPS}", "optim.global_batch=8", "optim.max_micro_batch=8", "optim.lr=1e-2"),
     *("eval.sequences=8", "eval.interval=0", f"checkpoint.interval={HALF}"),
-    *("logging.tensorboard=false", "logging.csv=false", "logging.json=false"),
+    "logging.tensorboard=false",
 )
 FALL = 1.0
 """Smallest fall of the loss over the training steps, in nats per byte. The usual fall is about twice as large."""

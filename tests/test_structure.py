@@ -111,7 +111,7 @@ ROOMS = {
     "gpt.data.tokenizers": ("gpt.config",),
     "gpt.data": ("gpt.data.tokenizers", "gpt.topology"),
     "gpt.parallel": ("gpt.model", "gpt.checkpoint", "gpt.topology"),
-    "gpt.conversion": ("gpt.model", "gpt.checkpoint", "gpt.data.tokenizers"),
+    "gpt.conversion": ("gpt.accounting", "gpt.model", "gpt.checkpoint", "gpt.data.tokenizers"),
     "gpt.metrics": ("gpt.accounting", "gpt.parallel"),
     "gpt.training": ("gpt.planning", "gpt.data", "gpt.parallel", "gpt.conversion", "gpt.metrics"),
     "gpt.workload": ("gpt.training", "launch.workload"),

@@ -116,7 +116,7 @@ def serve_run(words: Sequence[str], without: str, folder: Path) -> Served:
         stack.enter_context(prefer_fast_kernels(world.device))
     mine = str(folder)
     run = open_run([*words, f"run_dir={world.on_first(lambda: mine)}/run", FOR_EVER], world)
-    collect = stack.enter_context(collect_together(run.config.gc_interval))
+    collect = stack.enter_context(collect_together())
     turn = WITHOUT[without](run, our_turn(run))
 
     def step() -> None:

@@ -18,7 +18,7 @@ from launch.errors import ConfigError
 from launch.runs.compose import to_schema
 
 COMMON = (
-    *("logging.tensorboard=false", "logging.console_interval_s=3600", "checkpoint.interval=0", "eval.interval=0"),
+    *("logging.tensorboard=false", "checkpoint.interval=0", "eval.interval=0"),
     *("optim.lr=6e-4", "optim.min_lr=6e-4"),
 )
 DATA = {"cuda": ("data=synthetic", "data.synthetic.vocab_size=4096"), "cpu": ("data=synthetic",)}
@@ -180,7 +180,6 @@ def changes(machine: Machine) -> Iterator[Entry]:
     yield Entry("the host waits for each step", words, "running ahead")
     yield Entry("batches read when they are needed", words, "batches read ahead")
     yield Entry("torch's own order of attention kernels", words, "cuDNN attention")
-    yield Entry("gc_interval=0", (*words, "gc_interval=0"))
     yield Entry("expandable_segments:False", words, environment=(("PYTORCH_ALLOC_CONF", "expandable_segments:False"),))
     yield Entry("recompute=selective", (*words, "recompute=selective"))
 

@@ -34,6 +34,7 @@ from gpt.parallel import nd
 from gpt.parallel.ddp import all_gather_rows
 from gpt.train import train
 from gpt.training.run import Run
+from gpt.training.step import GC_INTERVAL
 from tests.model.test_functions import computed, torchs, traffic
 from tests.parallel import test_fsdp as fsdp
 from tests.support.distributed import run_distributed
@@ -116,7 +117,7 @@ def messages_of_steps() -> tuple[str, bool]:
 def collections() -> tuple[str, bool]:
     """A14: collections during the steps, by the step before them."""
     during = [step for step, _ in watched_loop()["collected"] if 0 < step < loop.SAVE_AT]
-    others = [step for step in during if step % loop.INTERVAL]
+    others = [step for step in during if step % GC_INTERVAL]
     return f"{len(others)}, others after steps {', '.join(map(str, during))}", not others and bool(during)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Optional, Union
@@ -17,6 +16,8 @@ from launch.errors import ConfigError
 
 
 BYTE_VOCAB = 256
+SUCCESSORS = 8
+"""Tokens of a Markov chain that can follow a token, with random probabilities."""
 
 
 class Source(Enum):
@@ -82,19 +83,12 @@ class SyntheticConfig:
 
     vocab_size: int = 64
     """Number of states, which are the tokens."""
-    successors: int = 8
-    """Tokens that can follow a token, with random probabilities."""
     tokens: int = 4_194_304
     """Length of the walk."""
-    seed: int = 0
-    """Seed of the chain and of the walk; another number is another corpus."""
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range."""
-        most = self.vocab_size
-        check_numbers(
-            "data.synthetic.", self, ("tokens",), vocab_size=(2, 4096), successors=(1, most), seed=(0, 2**63 - 1)
-        )
+        check_numbers("data.synthetic.", self, ("tokens",), vocab_size=(SUCCESSORS, 4096))
 
 
 @dataclass
@@ -124,10 +118,9 @@ class DataConfig:
     Not for a folder."""
     subset: Optional[str] = None
     """source=dataset only: the configuration of the dataset, if it has several."""
-    train_split: str = "train"
-    """source=dataset only: the split to train on."""
     val_split: Optional[str] = None
-    """source=dataset only: the split to validate on; null keeps ``val_fraction`` of the documents of train_split."""
+    """source=dataset only: the split to validate on; null keeps ``val_fraction`` of the documents of the split train,
+    on which a run trains."""
     text_key: str = "text"
     """Field (jsonl), column (parquet) or feature (dataset) with a document's text."""
     max_bytes: Optional[int] = None
@@ -142,8 +135,6 @@ class DataConfig:
     (tiktoken)."""
     tokenizer_vocab_size: int = 16384
     """Number of ids of a SentencePiece model that is trained on the corpus."""
-    tokenizer_train_bytes: int = 100_000_000
-    """Largest number of bytes of the training text with which a SentencePiece model is trained."""
     layout: TokenFileFormat = TokenFileFormat.nanogpt
     """Format of the prepared files. All formats contain the same tokens."""
     token_dtype: Optional[TokenDtype] = None
@@ -172,48 +163,19 @@ class DataConfig:
                 "settings for a source of your own only, which is their only reader",
                 "data.options={}, or data=custom data.source=PACKAGE.MODULE:FUNCTION",
             )
-        if self.source is Source.text and not self.path:
-            raise ConfigError("data=text without data.path", "the path of a text file", "data=text data.path=FILE")
-        if self.source is Source.files and not self.path:
-            raise ConfigError(
-                "data=files without data.path", "a pattern of files", "data=files 'data.path=FOLDER/*.jsonl'"
-            )
-        if self.source is Source.dataset and not self.dataset:
-            raise ConfigError(
-                "source=dataset without data.dataset", "the name of a dataset", "data=tinystories, or data.dataset=NAME"
-            )
-        self._validate_path()
-        self._validate_val_path()
-        if self.revision is not None and self.source is not Source.dataset:
-            raise ConfigError(
-                f"data.revision={self.revision} with data={self.title}",
-                "a dataset of the hub, which alone has revisions",
-                "data.revision=null",
-            )
-        positive, sizes = ("tokenizer_train_bytes", "max_bytes"), (260, 1_000_000)
-        check_numbers("data.", self, positive, val_fraction=(0.0001, 0.5), tokenizer_vocab_size=sizes)
+        for source, key, expected, fix in NEEDED:
+            if self.source is source and not getattr(self, key):
+                raise ConfigError(f"data={source.name} without data.{key}", expected, fix)
+        for key, (sources, expected, fix) in SOURCES_OF_KEY.items():
+            value = getattr(self, key)
+            is_own = key == "path" and isinstance(self.source, str)  # a function of the user may read it
+            if value and self.source not in sources and not is_own:
+                raise ConfigError(f"data.{key}={value} with data={self.title}, which does not read it", expected, fix)
+        sizes = (260, 1_000_000)
+        check_numbers("data.", self, ("max_bytes",), val_fraction=(0.0001, 0.5), tokenizer_vocab_size=sizes)
         self.synthetic.validate()
         self._validate_tokenizer()
         self._validate_tokens()
-
-    def _validate_path(self) -> None:
-        if self.path is not None and self.source in (Source.stdlib, Source.synthetic, Source.dataset):
-            raise ConfigError(
-                f"data.path={self.path} with data={self.title}, which does not read it",
-                "a source with files of your own: data=text, data=files or data=tokens",
-                f"data=text data.path={shlex.quote(self.path)}, or data.path=null",
-            )
-
-    def _validate_val_path(self) -> None:
-        if self.val_path is None or self.source in (Source.text, Source.files, Source.tokens):
-            return
-        raise ConfigError(
-            f"data.val_path={self.val_path} with data={self.title}",
-            "a text, files or tokens, which validate on files of their own",
-            "data.val_split=validation (or the name that the dataset has for it)"
-            if self.source is Source.dataset
-            else "data=text data.path=FILE, or data.val_path=null",
-        )
 
     def _validate_tokenizer(self) -> None:
         kind, path = self.tokenizer, self.tokenizer_path
@@ -232,10 +194,6 @@ class DataConfig:
 
     def _validate_tokens(self) -> None:
         if self.source is not Source.tokens:
-            if self.sources:
-                raise ConfigError(
-                    f"data.sources with data={self.title}", "data=tokens, which mixes prepared corpora", "data=tokens"
-                )
             return
         if bool(self.path) == bool(self.sources):
             raise ConfigError(
@@ -254,3 +212,26 @@ class DataConfig:
                 raise ConfigError(
                     f"data.sources[{i}].weight={source.weight}", "a number above 0", f"data.sources[{i}].weight=1"
                 )
+
+
+NEEDED = (
+    (Source.text, "path", "the path of a text file", "data=text data.path=FILE"),
+    (Source.files, "path", "a pattern of files", "data=files 'data.path=FOLDER/*.jsonl'"),
+    (Source.dataset, "dataset", "the name of a dataset", "data=tinystories, or data.dataset=NAME"),
+)
+"""Source, a key without which it cannot be read, and the rest of the error."""
+SOURCES_OF_KEY: dict[str, tuple[tuple[Source, ...], str, str]] = {
+    "path": (
+        (Source.text, Source.shakespeare, Source.files, Source.tokens),
+        "a source with files of your own: data=text, data=files or data=tokens",
+        "data=text data.path=FILE, or data.path=null",
+    ),
+    "val_path": (
+        (Source.text, Source.files, Source.tokens),
+        "a text, files or tokens, which validate on files of their own; a dataset has data.val_split",
+        "data=text data.path=FILE, or data.val_path=null",
+    ),
+    "revision": ((Source.dataset,), "a dataset of the hub, which alone has revisions", "data.revision=null"),
+    "sources": ((Source.tokens,), "data=tokens, which mixes prepared corpora", "data=tokens"),
+}
+"""Key -> the sources that read it, and the rest of the error with another source."""

@@ -153,10 +153,6 @@ class ModelConfig:
     """Factor by which the sequences became longer, at least 1; rope_scaling other than none only."""
     rope_original_block_size: Optional[int] = None
     """Sequence length before the scaling; rope_scaling=llama3 only."""
-    rope_low_freq_factor: float = 1.0
-    """rope_scaling=llama3: frequencies with fewer turns within the original length are divided by the factor."""
-    rope_high_freq_factor: float = 4.0
-    """rope_scaling=llama3: frequencies with more turns within the original length stay unchanged."""
     ffn: Union[Ffn, str] = Ffn.standard
     ffn_hidden: Optional[int] = None
     """Inner width of the feed-forward layer, with ffn=moe of one expert; null means 4 n_embd (standard) or 8/3 n_embd
@@ -200,8 +196,6 @@ class ModelConfig:
     """Share the output matrix with the token embedding (arXiv 1608.05859)."""
     dropout: float = 0.0
     """Share of values set to zero after the embedding, in attention's weights, and after attention and ffn (GPT-2)."""
-    init_std: float = 0.02
-    """Standard deviation of the initial matrices (GPT-2)."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of parts of your own, which read them from ``config.options``."""
 

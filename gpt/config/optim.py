@@ -171,12 +171,6 @@ INSTALLS = {
 MINUTES = re.compile(r"(\d+(?:\.\d+)?) ?min")
 
 
-def read_minutes(text: str) -> float | None:
-    """Return the minutes in a text such as ``30min``; None if the text has another form, or is zero."""
-    found = MINUTES.fullmatch(text)
-    return float(found[1]) or None if found else None
-
-
 @dataclass(frozen=True)
 class Interval:
     """Distance of the periodic checkpoints. At most one of ``steps`` and ``minutes`` is set; neither means ``auto``."""
@@ -231,18 +225,14 @@ class CheckpointConfig:
         self._validate_copies()
         at_least_0 = ("keep_every", "keep_best", "give_up_after_min")
         check_numbers("checkpoint.", self, ("keep_last", "in_memory_interval", "copy_keep"), at_least_0)
-        if self.scrub and not self.asynchronous:
-            raise ConfigError(
-                "checkpoint.scrub=true with checkpoint.asynchronous=false",
-                "a process beside each rank, which reads while training goes on",
-                "checkpoint.asynchronous=true, or python -m launch.verify RUN, which may run beside a run",
-            )
-        if self.in_memory and not self.asynchronous:
-            raise ConfigError(
-                "checkpoint.in_memory=true with checkpoint.asynchronous=false",
-                "a process beside each rank, which sends the copy to the other nodes while training goes on",
-                "checkpoint.asynchronous=true, or checkpoint.in_memory=false",
-            )
+        beside = {"scrub": "reads while training goes on", "in_memory": "sends the copy to the other nodes"}
+        for key, does in beside.items():
+            if getattr(self, key) and not self.asynchronous:
+                raise ConfigError(
+                    f"checkpoint.{key}=true with checkpoint.asynchronous=false",
+                    f"a process beside each rank, which {does}",
+                    f"checkpoint.asynchronous=true, or checkpoint.{key}=false",
+                )
 
     def _validate_copies(self) -> None:
         if self.copy_to is None:
@@ -280,11 +270,11 @@ class CheckpointConfig:
         if re.fullmatch(r"-?\d+", text):
             require_range("checkpoint.interval", int(text), 0, float("inf"))
             return Interval(steps=int(text))
-        minutes = read_minutes(text)
-        if minutes is None:
+        found = MINUTES.fullmatch(text)
+        if found is None or not float(found[1]):
             raise ConfigError(
                 f"checkpoint.interval={text}",
                 "a number of steps, a number of minutes, or auto",
                 "checkpoint.interval=200, checkpoint.interval=30min or checkpoint.interval=auto",
             )
-        return Interval(minutes=minutes)
+        return Interval(minutes=float(found[1]))

@@ -112,55 +112,26 @@ class ParallelConfig:
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range, or belongs to another strategy."""
-        check_zero(self)
+        for key, (strategy, expected, fix) in STRATEGY_OF_KEY.items():
+            value = getattr(self, key)
+            # parallel=auto may choose FSDP.
+            fits = self.strategy in (strategy, Strategy.auto if strategy is Strategy.fsdp else strategy)
+            if value not in (None, False) and not fits:
+                text = str(value).lower() if value is True else value
+                found = f"parallel.{key}={text} with parallel.strategy={self.strategy.name}"
+                raise ConfigError(found, expected, fix.format(value=value))
         positive = ("tp", "pp", "cp", "ep", "timeout_s", "dp_shard", "fsdp_min_num_params")
         check_numbers("parallel.", self, positive, step_timeout_s=(1, self.timeout_s))
+        if self.strategy is Strategy.deepspeed:
+            self._check_zero()
         self._check_stages()
-        if self.cpu_offload:
-            self._require_fsdp(
-                "parallel.cpu_offload=true",
-                "a strategy that gathers the model part by part as it computes",
-                "parallel=fsdp_offload, or parallel.cpu_offload=false",
-            )
-        self._check_reduction()
-        self._check_units()
-        if self.dp_shard is None:
-            return
-        self._require_fsdp(
-            f"parallel.dp_shard={self.dp_shard}",
-            "a strategy that shards the model",
-            f"parallel=hsdp parallel.dp_shard={self.dp_shard}, or no parallel.dp_shard",
-        )
-
-    def _require_fsdp(self, given: str, expected: str, fix: str) -> None:
-        """Refuse a feature of FSDP with any other strategy. parallel=auto is accepted, because it may choose FSDP."""
-        if self.strategy not in (Strategy.fsdp, Strategy.auto):
-            raise ConfigError(f"{given} with parallel.strategy={self.strategy.name}", expected, fix)
-
-    def _check_reduction(self) -> None:
-        if not self.reduce_each_micro_batch:
-            return
-        self._require_fsdp(
-            "parallel.reduce_each_micro_batch=true",
-            "a strategy that shards the gradients",
-            "parallel=fsdp, or parallel.reduce_each_micro_batch=false",
-        )
-        if self.pp > 1:
+        if self.reduce_each_micro_batch and self.pp > 1:
             raise ConfigError(
                 f"parallel.reduce_each_micro_batch=true with parallel.pp={self.pp}",
                 "no pipeline, whose schedule reduces the gradients of a stage when it has worked on all micro-batches",
                 "parallel.reduce_each_micro_batch=false",
             )
-
-    def _check_units(self) -> None:
-        if self.fsdp_min_num_params is None:
-            return
-        self._require_fsdp(
-            f"parallel.fsdp_min_num_params={self.fsdp_min_num_params}",
-            "a strategy that gathers the model unit by unit",
-            "parallel=fsdp, or parallel.fsdp_min_num_params=null",
-        )
-        if self.ep > 1:
+        if self.fsdp_min_num_params is not None and self.ep > 1:
             raise ConfigError(
                 f"parallel.fsdp_min_num_params={self.fsdp_min_num_params} with parallel.ep={self.ep}",
                 "one unit a block: those of experts stand between the blocks",
@@ -182,30 +153,47 @@ class ParallelConfig:
             f"parallel.stages_per_rank={expected[0]}{other}",
         )
 
-
-def check_zero(parallel: ParallelConfig) -> None:
-    """Raise ConfigError if keys of DeepSpeed contradict each other, or the strategy."""
-    stage, keys = parallel.zero_stage, ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config")
-    if parallel.strategy is not Strategy.deepspeed:
-        for key in keys:
-            value = getattr(parallel, key)
-            if value not in (None, False):
-                raise ConfigError(
-                    f"parallel.{key}={value} with parallel.strategy={parallel.strategy.name}",
-                    "DeepSpeed, whose key it is",
-                    f"parallel=zero{value if value in (2, 3) else 2}, or no parallel.{key}",
-                )
-        return
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(
-            f"parallel.zero_stage={'null' if stage is None else stage} with parallel.strategy={parallel.strategy.name}",
-            "0, 1, 2 or 3",
-            "parallel.zero_stage=2",
-        )
-    for key, least in (("offload_optimizer", 1), ("offload_parameters", 3)):
-        if getattr(parallel, key) and stage < least:
+    def _check_zero(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(
-                f"parallel.{key}=true with parallel.zero_stage={stage}",
-                f"at least parallel.zero_stage={least}: only what is sharded can be kept elsewhere",
-                f"parallel.zero_stage={least}, or parallel.{key}=false",
+                f"parallel.zero_stage={'null' if self.zero_stage is None else self.zero_stage} with "
+                f"parallel.strategy={self.strategy.name}",
+                "0, 1, 2 or 3",
+                "parallel.zero_stage=2",
             )
+        for key, least in (("offload_optimizer", 1), ("offload_parameters", 3)):
+            if getattr(self, key) and self.zero_stage < least:
+                raise ConfigError(
+                    f"parallel.{key}=true with parallel.zero_stage={self.zero_stage}",
+                    f"at least parallel.zero_stage={least}: only what is sharded can be kept elsewhere",
+                    f"parallel.zero_stage={least}, or parallel.{key}=false",
+                )
+
+
+STRATEGY_OF_KEY = {
+    "cpu_offload": (
+        Strategy.fsdp,
+        "a strategy that gathers the model part by part as it computes",
+        "parallel=fsdp_offload, or parallel.cpu_offload=false",
+    ),
+    "reduce_each_micro_batch": (
+        Strategy.fsdp,
+        "a strategy that shards the gradients",
+        "parallel=fsdp, or parallel.reduce_each_micro_batch=false",
+    ),
+    "fsdp_min_num_params": (
+        Strategy.fsdp,
+        "a strategy that gathers the model unit by unit",
+        "parallel=fsdp, or parallel.fsdp_min_num_params=null",
+    ),
+    "dp_shard": (
+        Strategy.fsdp,
+        "a strategy that shards the model",
+        "parallel=hsdp parallel.dp_shard={value}, or no parallel.dp_shard",
+    ),
+    **{
+        key: (Strategy.deepspeed, "DeepSpeed, whose key it is", f"parallel=zero2, or no parallel.{key}")
+        for key in ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config")
+    },
+}
+"""Key of one strategy -> the strategy, and the rest of the error with another strategy."""

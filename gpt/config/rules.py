@@ -139,7 +139,7 @@ GROUPED_MULTIPLE = 8
 def check_model(model: ModelConfig) -> None:
     """Raise ConfigError for the first violated rule of a model config."""
     sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "vocab_multiple", "kv_heads", "ffn_width")
-    positive = (*sizes, "norm_eps", "rope_base", "init_std")
+    positive = (*sizes, "norm_eps", "rope_base")
     check_numbers("model.", model, positive, dropout=(0.0, 0.99))
     check_custom_parts(model)
     check_heads(model)
@@ -205,32 +205,18 @@ def check_rope(model: ModelConfig) -> None:
             "rotary positions, whose frequencies it scales",
             "model.position=rope",
         )
-    check_numbers("model.", model, rope_factor=(1.0, INF))
+    check_numbers("model.", model, ("rope_original_block_size",), rope_factor=(1.0, INF))
     if scaling is RopeScaling.ntk and model.head_dim == 2:
         raise ConfigError(
             "model.rope_scaling=ntk with heads 2 wide, which have one frequency",
             "a slowest frequency beside the fastest",
             "model.rope_scaling=linear",
         )
-    if scaling is RopeScaling.llama3:
-        check_llama3(model)
-
-
-def check_llama3(model: ModelConfig) -> None:
-    """Raise ConfigError unless the original length is given and the slow frequencies are below the fast ones."""
-    if model.rope_original_block_size is None:
+    if scaling is RopeScaling.llama3 and model.rope_original_block_size is None:
         raise ConfigError(
             "model.rope_scaling=llama3 without model.rope_original_block_size",
             "the sequence length before the scaling, from which slow and fast are told apart",
             "model.rope_original_block_size=8192",
-        )
-    check_numbers("model.", model, ("rope_original_block_size", "rope_low_freq_factor"))
-    if model.rope_low_freq_factor >= model.rope_high_freq_factor:
-        raise ConfigError(
-            f"model.rope_low_freq_factor={model.rope_low_freq_factor:g} and "
-            f"model.rope_high_freq_factor={model.rope_high_freq_factor:g}",
-            "a low one below the high one",
-            f"model.rope_high_freq_factor={4 * model.rope_low_freq_factor:g}",
         )
 
 

@@ -48,15 +48,9 @@ class LoggingConfig:
 
     tensorboard: bool = True
     """Write event files for TensorBoard (rank 0)."""
-    csv: bool = True
-    """Write ``steps.csv``: rank 0's records, one row a step."""
-    json: bool = True
-    """Write ``run.json``: the whole run in one file, written at the start and at the end of an attempt."""
     wandb: bool = False
     """Send rank 0's records to Weights & Biases; needs the extra ``wandb``, and obeys WANDB_MODE=offline. The project
     is that of WANDB_PROJECT, or gpt."""
-    console_interval_s: float = 5.0
-    """Seconds between the lines that rank 0 prints into a log; on a terminal one line is kept up to date."""
     gradients_interval: int = 10
     """Steps between records of the gradients' mean, standard deviation and norm by layer; 0 records none."""
     breakdown_interval: int = 0
@@ -70,8 +64,7 @@ class LoggingConfig:
 
     def validate(self) -> None:
         """Raise ConfigError if a number is out of its range, or a required extra is not installed."""
-        intervals = ("console_interval_s", "gradients_interval", "breakdown_interval")
-        check_numbers("logging.", self, ("straggler_window",), intervals)
+        check_numbers("logging.", self, ("straggler_window",), ("gradients_interval", "breakdown_interval"))
         if self.straggler_factor and not 1 < self.straggler_factor < float("inf"):
             raise ConfigError(
                 f"logging.straggler_factor={self.straggler_factor:g}",
@@ -191,15 +184,11 @@ class TrainConfig(RunConfig):
     """Less memory for activations, for up to a third more computing. The loss does not change."""
     deterministic: bool = False
     """Refuse operations whose result depends on scheduling (torch.use_deterministic_algorithms); costs time on GPUs."""
-    gc_interval: int = 50
-    """Steps between collections of Python's garbage collector, on all ranks in the same step. Without this each rank
-    collects in another step, and all ranks wait each time. 0 leaves the collector to Python."""
     profile: bool = False
-    """Write a trace of some steps of rank 0, and a table of their time by operation, into the folder of the attempt."""
+    """Write a trace of three steps of rank 0, and a table of their time by operation, into the folder of the
+    attempt."""
     profile_from: int = 5
     """First step that is profiled, counted from 1."""
-    profile_to: int = 7
-    """Last step that is profiled; the trace grows by megabytes a step."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -226,7 +215,7 @@ class TrainConfig(RunConfig):
         parts = (self.data, self.optim, self.parallel, self.eval, self.checkpoint, self.divergence, self.logging)
         for part in parts:
             part.validate()
-        check_numbers("", self, ("profile_from",), ("gc_interval",), seed=(0, 2**63 - 1))
+        check_numbers("", self, ("profile_from",), seed=(0, 2**63 - 1))
         check_tf32(self)
         check_float8(self)
         if self.checkpoint.in_memory and self.parallel.strategy is Strategy.deepspeed:
@@ -243,18 +232,17 @@ class TrainConfig(RunConfig):
                 "evaluations during training, after which it may be over",
                 f"{asked} eval.interval={max(1, self.optim.max_steps // 10)}",
             )
-        last = self.optim.max_steps if self.optim.max_tokens is None else self.profile_to
         if self.profile and self.logging.breakdown_interval:
             raise ConfigError(
                 f"profile=true with logging.breakdown_interval={self.logging.breakdown_interval}",
                 "one of both: a process has one profiler",
                 "profile=true logging.breakdown_interval=0, or profile=false",
             )
-        if self.profile and not self.profile_from <= self.profile_to <= last:
+        if self.profile and self.optim.max_tokens is None and self.profile_from > self.optim.max_steps:
             raise ConfigError(
-                f"profile_from={self.profile_from} profile_to={self.profile_to} in a run of {last} steps",
-                "profile_from <= profile_to <= optim.max_steps",
-                f"profile_from={min(self.profile_from, last)} profile_to={min(self.profile_from + 2, last)}",
+                f"profile_from={self.profile_from} in a run of {self.optim.max_steps} steps",
+                "a step of the run",
+                f"profile_from={self.optim.max_steps}",
             )
 
 
@@ -341,7 +329,7 @@ def is_installed(package: str) -> bool:
 # Composition of ``configs/train.yaml``: keys that name a run, and keys that may change.
 
 
-WATCHING = ("logging", "profile", "profile_from", "profile_to")
+WATCHING = ("logging", "profile", "profile_from")
 NOT_IN_POINT = (*PLACE_KEYS, "data.cache_dir", *WATCHING)
 """Keys of the folders and of the monitoring of a run. They do not change any result of the run."""
 
@@ -393,8 +381,7 @@ def settle_parallel(config: DictConfig, values: Mapping[str, Any], micro_batch: 
 
 EXECUTION = (
     *("parallel", "optim.max_micro_batch", "device", "compile", "recompute", "deterministic"),
-    *("compile_fullgraph", "gc_interval", "optim.target_val_loss", "optim.patience"),
-    "optim.target_val_nats_per_byte",
+    *("compile_fullgraph", "optim.target_val_loss", "optim.target_val_nats_per_byte", "optim.patience"),
 )
 LENGTH = ("optim.max_steps", "optim.max_tokens")
 """Keys of the number of steps. A larger number extends the run beyond its former end."""

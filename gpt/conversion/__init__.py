@@ -11,27 +11,24 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from gpt.accounting import block_shapes, outer_shapes
 from gpt.config import Activation, ExpertBalance, Ffn, ModelConfig, Norm, Position, RopeScaling
 from launch.errors import ConfigError
 
 NOT_LEARNED = frozenset(
     [
-        *("name", "options", "init_std", "dropout", "capacity_factor"),
+        *("name", "options", "dropout", "capacity_factor"),
         *("balance_coefficient", "balance_bias_rate", "z_coefficient"),
         *("attention", "expert_matmul", "vocab_multiple"),
     ]
 )
 """Fields of ModelConfig that a trained model does not depend on: initial values, training and kernels."""
-LLAMA3 = {
-    "rope_original_block_size": "original_max_position_embeddings",
-    "rope_low_freq_factor": "low_freq_factor",
-    "rope_high_freq_factor": "high_freq_factor",
-}
-"""Field of ModelConfig -> key of config.json, for rope_scaling=llama3 only."""
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+"""Keys of config.json that all models with rope_scaling=llama3 share."""
 EXPERT_FIELDS = {
     *("n_expert", "n_expert_per_token", "n_shared_expert", "expert_ffn", "router_normalize", "expert_balance"),
 }
@@ -45,7 +42,7 @@ def architecture_fields(config: ModelConfig) -> dict[str, Any]:
     if config.rope_scaling is RopeScaling.none:
         idle |= {"rope_factor"}
     if config.rope_scaling is not RopeScaling.llama3:
-        idle |= LLAMA3.keys()
+        idle |= {"rope_original_block_size"}
     if config.ffn is not Ffn.moe:
         idle |= EXPERT_FIELDS
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
@@ -103,16 +100,15 @@ class StateDictAdapter:
     read_parts: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
     """Function that returns further fields of ModelConfig, from a config.json and the fields that ``keys`` gave. It
     raises ConfigError for an unsupported part."""
-    tables: dict[str, str]
-    """Embedding of this project -> its name in transformers."""
+    names: dict[str, str]
+    """Module of this project -> its name in transformers. Names of a block's modules are those inside the block.
+    Several modules of one name are one tensor there, stacked by rows. {} is the number of an expert."""
     layers: str
     """Prefix of the names of a block's tensors in transformers, before the number of the block."""
-    block_rules: Callable[[ModelConfig, str, str], list[Rule]]
-    """Function that returns the rules of a block, from the model and the two prefixes of the block's names."""
-    last_norm: str
-    """Name in transformers of the norm after the blocks."""
     buffers: re.Pattern[str]
     """Pattern of the names of redundant tensors that old versions saved. They follow from the config."""
+    transposes: bool = False
+    """True if transformers stores the matrices of a block as (in, out); here they are (out, in)."""
     requires_bias: bool = False
     """True if every layer needs a bias. Layers without one are then written with a bias of zeros."""
 
@@ -156,13 +152,27 @@ class StateDictAdapter:
         return ModelConfig(**(fields | self.read_parts(hf, fields)))
 
     def rules(self, config: ModelConfig) -> list[Rule]:
-        """Return the rules of a model's tensors, in the order of the forward pass. They include a bias in every
-        possible layer if the architecture requires it."""
-        found = renamed(self.tables)
-        for layer in range(config.n_layer):
-            found += self.block_rules(config, f"blocks.{layer}.", f"{self.layers}.{layer}.")
-        found += renamed({"norm": self.last_norm}, kinds=KINDS if self.requires_bias else ("weight",))
-        return found if config.tie_embeddings else found + renamed({"head": "lm_head"})
+        """Return the rules of a model's tensors, with a bias in every possible layer if the architecture requires
+        it."""
+        config = self.equivalent(config)
+        blocks = [f"blocks.{layer}.{name}" for layer in range(config.n_layer) for name in block_shapes(config)]
+        found: dict[tuple[str, ...], list[str]] = {}
+        for name in [*outer_shapes(config), *blocks]:
+            found.setdefault(self.hf_names(name, config), []).append(name)
+        matrix = re.compile(r"blocks\..*(?<!_norm)\.weight")
+        return [
+            Rule(tuple(names), hf_names, self.transposes and matrix.fullmatch(names[0]) is not None)
+            for hf_names, names in found.items()
+        ]
+
+    def hf_names(self, name: str, config: ModelConfig) -> tuple[str, ...]:
+        """Return the names of a parameter's tensors in transformers: one, or for stacked experts one of each."""
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        prefix, local = (f"{self.layers}.{block[1]}.", block[2]) if block else ("", name)
+        if local in self.names:
+            return tuple(f"{prefix}{self.names[local].format(expert)}.weight" for expert in range(config.n_expert))
+        module, _, kind = local.rpartition(".")
+        return (f"{prefix}{self.names[module]}.{kind}",)
 
     def list_misfits(self, config: ModelConfig) -> list[str]:
         """Return the settings that do not come back from a config.json of the architecture, as ``key=value``."""
@@ -171,32 +181,8 @@ class StateDictAdapter:
         return [f"model.{key}={format_value(value)}" for key, value in asked.items() if kept.get(key) != value]
 
 
-KINDS = ("weight", "bias")
 REQUIRED = object()
 """Default of a key that every config.json of the architecture has: a file without this key is refused."""
-
-
-def renamed(
-    names: Mapping[str, str],
-    here: str = "",
-    there: str = "",
-    kinds: tuple[str, ...] = ("weight",),
-    turned: bool = False,
-) -> list[Rule]:
-    """Return rules for tensors that differ only in their names, and with ``turned`` in the order of their dimensions.
-
-    Args:
-        names: name of a module here -> its name in transformers.
-        here: prefix of the names here.
-        there: prefix of the names in transformers.
-        kinds: the parameters of each module.
-        turned: True if transformers stores the matrices as (in, out).
-    """
-    return [
-        Rule((f"{here}{name}.{kind}",), (f"{there}{hf_name}.{kind}",), turned)
-        for name, hf_name in names.items()
-        for kind in kinds
-    ]
 
 
 def refuse_others(hf: dict[str, Any], choices: dict[str, tuple[Any, ...]]) -> None:
@@ -231,25 +217,6 @@ def read_gpt2(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def gpt2_block(config: ModelConfig, here: str, there: str) -> list[Rule]:
-    """Return the rules of one block of GPT-2.
-
-    Args:
-        config: config of the model.
-        here: prefix of the block's names in this project.
-        there: prefix of the block's names in transformers.
-    """
-    found = []
-    for kind in KINDS:
-        turned = kind == "weight"  # GPT-2's Conv1D stores its matrix as (in, out)
-        q_k_v = tuple(f"{here}attention.{name}.{kind}" for name in ("query", "key", "value"))
-        found.append(Rule(q_k_v, (f"{there}attn.c_attn.{kind}",), turned))
-        matrices = {"attention.output": "attn.c_proj", "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"}
-        found += renamed(matrices, here, there, (kind,), turned)
-        found += renamed({"attention_norm": "ln_1", "ffn_norm": "ln_2"}, here, there, (kind,))
-    return found
-
-
 GPT2_ACTIVATIONS = {
     "gelu_new": Activation.gelu_tanh,
     "gelu": Activation.gelu,
@@ -278,11 +245,21 @@ GPT2 = StateDictAdapter(
     activations=GPT2_ACTIVATIONS,
     write_parts=write_gpt2,
     read_parts=read_gpt2,
-    tables={"token_embedding": "transformer.wte", "position": "transformer.wpe"},
+    names={
+        "token_embedding": "transformer.wte",
+        "position": "transformer.wpe",
+        "attention_norm": "ln_1",
+        **dict.fromkeys(("attention.query", "attention.key", "attention.value"), "attn.c_attn"),
+        "attention.output": "attn.c_proj",
+        "ffn_norm": "ln_2",
+        "ffn.up": "mlp.c_fc",
+        "ffn.down": "mlp.c_proj",
+        "norm": "transformer.ln_f",
+        "head": "lm_head",
+    },
     layers="transformer.h",
-    block_rules=gpt2_block,
-    last_norm="transformer.ln_f",
     buffers=re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
+    transposes=True,
     requires_bias=True,
 )
 
@@ -304,7 +281,7 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
         return {"rope_theta": base, "rope_scaling": None}
     described: dict[str, Any] = {"rope_type": scaling.name, "factor": config.rope_factor}
     if scaling is RopeScaling.llama3:
-        described |= {key: getattr(config, field) for field, key in LLAMA3.items()}
+        described |= {"original_max_position_embeddings": config.rope_original_block_size, **LLAMA3}
     return {"rope_theta": base, "rope_scaling": described}
 
 
@@ -334,12 +311,11 @@ def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
     if kind != "default":
         fields |= {"rope_scaling": RopeScaling[kind], "rope_factor": float(rope["factor"])}
     if kind == "llama3":
-        fields |= {field: rope[key] for field, key in LLAMA3.items()}
+        refuse_others({**hf, **rope}, {key: (value,) for key, value in LLAMA3.items()})
+        fields |= {"rope_original_block_size": rope["original_max_position_embeddings"]}
     return fields
 
 
-LLAMA_ATTENTION = {f"attention.{name}": f"self_attn.{name[0]}_proj" for name in ("query", "key", "value", "output")}
-LLAMA_NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 LLAMA_ACTIVATIONS = {
     "silu": Activation.silu,
     "gelu": Activation.gelu,
@@ -348,13 +324,6 @@ LLAMA_ACTIVATIONS = {
     "swish": Activation.silu,
 }
 """Name in config.json -> activation of the gate. SiLU makes the layer SwiGLU, the other two GEGLU."""
-
-
-def llama_block(config: ModelConfig, here: str, there: str) -> list[Rule]:
-    """Return the rules of a block of Llama."""
-    matrices = LLAMA_ATTENTION | {f"ffn.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-    kinds = KINDS if config.bias else KINDS[:1]
-    return renamed(LLAMA_NORMS, here, there) + renamed(matrices, here, there, kinds)
 
 
 LLAMA = StateDictAdapter(
@@ -377,10 +346,16 @@ LLAMA = StateDictAdapter(
     activations=LLAMA_ACTIVATIONS,
     write_parts=write_llama,
     read_parts=read_llama,
-    tables={"token_embedding": "model.embed_tokens"},
+    names={
+        "token_embedding": "model.embed_tokens",
+        "attention_norm": "input_layernorm",
+        **{f"attention.{name}": f"self_attn.{name[0]}_proj" for name in ("query", "key", "value", "output")},
+        "ffn_norm": "post_attention_layernorm",
+        **{f"ffn.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+        "norm": "model.norm",
+        "head": "lm_head",
+    },
     layers="model.layers",
-    block_rules=llama_block,
-    last_norm="model.norm",
     buffers=re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
 )
 
@@ -405,17 +380,6 @@ def read_mixtral(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     return parts | {"ffn": Ffn.moe, "expert_ffn": parts["ffn"], "router_normalize": True}
 
 
-def mixtral_block(config: ModelConfig, here: str, there: str) -> list[Rule]:
-    """Return the rules of a block of Mixtral."""
-    names = LLAMA_NORMS | LLAMA_ATTENTION | {"ffn.router": "block_sparse_moe.gate"}
-    found = renamed(names, here, there)
-    for name, hf_name in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
-        # Here, one tensor has the matrices of all experts, along its first dimension.
-        each = (f"{there}block_sparse_moe.experts.{expert}.{hf_name}.weight" for expert in range(config.n_expert))
-        found.append(Rule((f"{here}ffn.experts.{name}",), tuple(each)))
-    return found
-
-
 MIXTRAL = dataclasses.replace(
     LLAMA,
     name="mixtral",
@@ -429,7 +393,14 @@ MIXTRAL = dataclasses.replace(
     },
     write_parts=write_mixtral,
     read_parts=read_mixtral,
-    block_rules=mixtral_block,
+    names={
+        **LLAMA.names,
+        "ffn.router": "block_sparse_moe.gate",
+        **{
+            f"ffn.experts.{name}": f"block_sparse_moe.experts.{{}}.{hf_name}"
+            for name, hf_name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+        },
+    },
 )
 
 ADAPTERS = (GPT2, LLAMA, MIXTRAL)

@@ -48,7 +48,7 @@ from gpt.data.shards import (
     read_shard,
     walk,
 )
-from gpt.data.spec import PreprocessingSpec
+from gpt.data.spec import TOKENIZER_TRAIN_BYTES, PreprocessingSpec
 from gpt.data.token_file import ITEM_BYTES, WrittenFile, token_dtype, write_split
 from gpt.data.tokenizers import (
     ABOUT,
@@ -147,11 +147,11 @@ def make_tokenizer(spec: PreprocessingSpec) -> Tokenizer:
 
 
 def _sample_lines(spec: PreprocessingSpec) -> Iterator[str]:
-    """Yield lines of the training text, sampled over the whole corpus, up to ``data.tokenizer_train_bytes``."""
+    """Yield lines of the training text, sampled over the whole corpus, up to ``TOKENIZER_TRAIN_BYTES``."""
     shards = [shard for shard in list_shards(spec) if shard.split in (None, TRAIN)]
     chosen = shards[:: max(1, len(shards) // SAMPLED_SHARDS)][:SAMPLED_SHARDS]
     for shard in chosen:
-        left = spec.config.tokenizer_train_bytes // len(chosen)
+        left = TOKENIZER_TRAIN_BYTES // len(chosen)
         for piece in read_shard(spec, shard):
             if piece.split != TRAIN:
                 continue

@@ -23,8 +23,8 @@ import numpy.typing as npt
 
 from gpt.components import load_source
 from gpt.config import DataConfig, TokenizerKind
-from gpt.config.data import SyntheticConfig
-from gpt.data.spec import CorpusFile, PreprocessingSpec, revision_of
+from gpt.config.data import SUCCESSORS, SyntheticConfig
+from gpt.data.spec import TRAIN_SPLIT, CorpusFile, PreprocessingSpec, revision_of
 from gpt.data.tokenizers import import_library
 from launch.errors import ConfigError
 
@@ -71,20 +71,21 @@ class Chain:
 
 
 @lru_cache(maxsize=4)
-def _chain(vocab_size: int, successors: int, seed: int) -> Chain:
-    key = _uniform(seed, 0, vocab_size * vocab_size).reshape(vocab_size, vocab_size)
+def make_chain(vocab_size: int, successors: int = SUCCESSORS) -> Chain:
+    """Make the chain of a number of states and of successors of each."""
+    key = _uniform(0, vocab_size * vocab_size).reshape(vocab_size, vocab_size)
     # One successor of a state is the next state, so that every state is reachable from every other.
     key[np.arange(vocab_size), (np.arange(vocab_size) + 1) % vocab_size] = -1.0
     chosen = np.argsort(key, axis=1, kind="stable")[:, :successors]
     # Exponential variates, normalized, are uniform on the simplex (Devroye 1986, chapter XI.4).
     # The thousandth keeps every probability above zero, whose logarithm the entropy takes.
-    weight = -np.log1p(-_uniform(seed, 1, vocab_size * successors)).reshape(vocab_size, successors) + 1e-3
+    weight = -np.log1p(-_uniform(1, vocab_size * successors)).reshape(vocab_size, successors) + 1e-3
     return Chain(chosen, weight / weight.sum(axis=1, keepdims=True))
 
 
 def chain_of(config: SyntheticConfig) -> Chain:
     """Build the chain of a configuration. It does not depend on the length of the corpus."""
-    return _chain(config.vocab_size, config.successors, config.seed)
+    return make_chain(config.vocab_size)
 
 
 def num_walks(tokens: int) -> int:
@@ -98,7 +99,7 @@ def walk(config: SyntheticConfig, number: int) -> npt.NDArray[np.uint32]:
     chain = chain_of(config)
     cumulative = [row[:-1].tolist() for row in np.cumsum(chain.probabilities, axis=1)]
     successors = chain.successors.tolist()
-    chances = _uniform(config.seed, 2 + number, tokens).tolist()
+    chances = _uniform(2 + number, tokens).tolist()
     state = min(int(np.searchsorted(np.cumsum(chain.stationary()), chances[0], side="right")), config.vocab_size - 1)
     states = np.empty(tokens, dtype=np.uint32)
     states[0] = state
@@ -108,13 +109,13 @@ def walk(config: SyntheticConfig, number: int) -> npt.NDArray[np.uint32]:
     return states
 
 
-def _uniform(seed: int, stream: int, count: int) -> Floats:
+def _uniform(stream: int, count: int) -> Floats:
     """Return ``count`` numbers in [0, 1), which are the same in every numpy release.
 
-    numpy guarantees stable bit generators, but not stable variates. ``stream`` numbers the independent sequences of one
-    seed.
+    numpy guarantees stable bit generators, but not stable variates. ``stream`` numbers the
+    independent sequences.
     """
-    raw = np.random.PCG64(np.random.SeedSequence([seed, stream])).random_raw(count)
+    raw = np.random.PCG64(np.random.SeedSequence([0, stream])).random_raw(count)
     return np.asarray((raw >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
@@ -173,7 +174,7 @@ def list_shards(spec: PreprocessingSpec) -> list[Shard]:
     if spec.kind == "custom":  # only the user's function knows where its documents are
         return _group([TextPart(str(config.source), 0, 0)])
     if spec.kind == "dataset":
-        splits = [(config.train_split, TRAIN if config.val_split else None)]
+        splits = [(TRAIN_SPLIT, TRAIN if config.val_split else None)]
         splits += [(config.val_split, VAL)] if config.val_split else []
         counts = [open_dataset(config, name).num_shards for name, _ in splits]
         # The library can start to read at each file.

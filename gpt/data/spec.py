@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 
 from gpt.components import source_digest
 from gpt.config import DataConfig, Source, TokenizerKind
+from gpt.config.data import SUCCESSORS
 from gpt.data.prepared import FORMAT
 from gpt.data.token_file import glob_files
 from launch.errors import ConfigError
@@ -197,6 +198,10 @@ def download_shakespeare(cache: Path, url: str = SHAKESPEARE_URL) -> None:
 
 FIRST_USE_BYTES = 1 << 30
 """Largest text, in bytes, that training prepares while its ranks wait. Larger texts must be prepared before."""
+TRAIN_SPLIT = "train"
+"""Split of a dataset on which a run trains."""
+TOKENIZER_TRAIN_BYTES = 100_000_000
+"""Largest number of bytes of the training text with which a SentencePiece model is trained."""
 LISTED_FILES = 20
 """Largest number of files that a manifest lists by name. For more files it records number, size and one checksum."""
 
@@ -260,10 +265,21 @@ def build_spec(config: DataConfig, cache: Path) -> PreprocessingSpec | None:
     """
     assert config.source is not Source.tokens, "token files are not preprocessed"
     if config.source is Source.synthetic:
-        return _make_spec(config, "synthetic", (), {"synthetic": _plain(config.synthetic)})
+        chain = {
+            "vocab_size": config.synthetic.vocab_size,
+            "successors": SUCCESSORS,
+            "tokens": config.synthetic.tokens,
+            "seed": 0,
+        }
+        return _make_spec(config, "synthetic", (), {"synthetic": chain})
     if config.source is Source.dataset:
-        keys = ("dataset", "subset", "train_split", "val_split", "text_key")
-        identity = {key: getattr(config, key) for key in keys}
+        identity: dict[str, Any] = {
+            "dataset": config.dataset,
+            "subset": config.subset,
+            "train_split": TRAIN_SPLIT,
+            "val_split": config.val_split,
+            "text_key": config.text_key,
+        }
         if revision_of(config) is not None:  # omitted if None, so that corpora prepared by earlier versions are found
             identity["revision"] = revision_of(config)
         return _make_spec(config, "dataset", (), identity)
@@ -381,7 +397,7 @@ def _identify_tokenizer(config: DataConfig) -> dict[str, Any]:
             ) from error
     elif config.tokenizer is TokenizerKind.sentencepiece:
         # A model to be trained is identified by its training text.
-        identity |= {"vocab_size": config.tokenizer_vocab_size, "train_bytes": config.tokenizer_train_bytes}
+        identity |= {"vocab_size": config.tokenizer_vocab_size, "train_bytes": TOKENIZER_TRAIN_BYTES}
     return identity
 
 

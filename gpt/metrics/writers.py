@@ -142,18 +142,20 @@ class View:
 # Console writer of rank 0: one updated line on a terminal, one line every few seconds in a log.
 
 
+LOG_S = 5.0  # seconds between the lines in a log
 REFRESH_S = 0.1  # seconds between updates on a terminal; faster ones cannot be read
 CLEAR_LINE = "\r\x1b[2K"
 
 
 class Console:
-    """Writer that prints the records of a run of ``max_steps`` steps, in a log at most every ``interval_s`` seconds."""
+    """Writer that prints the records of a run of ``max_steps`` steps: on a terminal one line that it keeps up to date,
+    in a log at most one line every ``LOG_S`` seconds."""
 
-    def __init__(self, max_steps: int, interval_s: float, stream: TextIO | None = None) -> None:
+    def __init__(self, max_steps: int, stream: TextIO | None = None) -> None:
         self._max_steps = max_steps
         self._stream = sys.stdout if stream is None else stream
         self._live = self._stream.isatty()
-        self._interval_s = REFRESH_S if self._live else interval_s
+        self._interval_s = REFRESH_S if self._live else LOG_S
         self._shown = 0.0
         self._open = False
         self._pace_s: float | None = None
@@ -407,13 +409,13 @@ def open_writers(
     """Open the views of ``config.logging``, for a run that resumes after ``step``."""
     logging = config.logging
     views: dict[str, tuple[bool, Callable[[int, Records], MetricWriter]]] = {
-        "console": (True, lambda step, done: Console(config.optim.max_steps, logging.console_interval_s)),
+        "console": (True, lambda step, done: Console(config.optim.max_steps)),
         "tensorboard": (
             logging.tensorboard,
             lambda step, done: EventWriter(folder.tensorboard, purge_step=step + 1 if step else None),
         ),
-        "steps.csv": (logging.csv, lambda step, done: StepsCsv(folder.steps_csv, layers, done)),
-        "run.json": (logging.json, lambda step, done: RunJson(folder)),
+        "steps.csv": (True, lambda step, done: StepsCsv(folder.steps_csv, layers, done)),
+        "run.json": (True, lambda step, done: RunJson(folder)),
         "wandb": (
             logging.wandb,
             lambda step, done: WeightsAndBiases(folder, plain_config(config)),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.config import Activation, ExpertBalance, ExpertMatmul, ModelConfig
-from gpt.model.layers import Linear
+from gpt.model.layers import INIT_STD, Linear
 
 # Dense feed-forward layers, applied to each position alone. B batch, T time, D width, F inner width.
 
@@ -82,7 +82,7 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(experts, inner, width))
         self.down = nn.Parameter(torch.empty(experts, width, inner))
         for weight in self.parameters():
-            nn.init.normal_(weight, std=config.init_std)
+            nn.init.normal_(weight, std=INIT_STD)
         self.activation = ACTIVATIONS[config.ffn_activation]
         self.product = grouped_product if config.expert_matmul is ExpertMatmul.grouped else looped_product
 

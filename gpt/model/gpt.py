@@ -15,7 +15,7 @@ from gpt.components.facts import owner_of
 from gpt.config import Ffn, ModelConfig, NormPosition
 from gpt.model.attention import Attention, Cache, LayerCache
 from gpt.model.ffn import build_dense
-from gpt.model.layers import Linear, build_norm, build_position, linear
+from gpt.model.layers import INIT_STD, Linear, build_norm, build_position, linear
 
 # Transformer block: the unit that is repeated, and the unit that a strategy shards.
 #
@@ -84,7 +84,7 @@ RESIDUAL_OUTPUTS = ("attention.output.weight", "ffn.down.weight", "ffn.experts.d
 def initialize(model: GPT, seed: int) -> None:
     """Fill every parameter and buffer of ``model`` with its initial value, in place, on any device.
 
-    Matrices are normal with standard deviation ``init_std``. Matrices that write into the residual stream are scaled by
+    Matrices are normal with standard deviation ``INIT_STD``. Matrices that write into the residual stream are scaled by
     1 / sqrt(2 n_layer), since each block adds to it twice. Gains are 1 and biases 0. Source: Language Models are
     Unsupervised Multitask Learners (Radford et al. 2019), section 2.3,
     https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf, and
@@ -118,7 +118,7 @@ def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) 
         return torch.zeros(shape, device="cpu")
     if len(shape) < 2:  # the gain of a norm
         return torch.ones(shape, device="cpu")
-    std = config.init_std / math.sqrt(2 * config.n_layer) if name.endswith(RESIDUAL_OUTPUTS) else config.init_std
+    std = INIT_STD / math.sqrt(2 * config.n_layer) if name.endswith(RESIDUAL_OUTPUTS) else INIT_STD
     whole = torch.zeros(shape, device="cpu")
     if len(shape) == 3:
         for expert in range(shape[0]):

@@ -259,6 +259,13 @@ def rotation_rates(config: ModelConfig) -> Tensor:
     return llama3_rates(rates, config) if config.rope_scaling is RopeScaling.llama3 else rates
 
 
+INIT_STD = 0.02
+"""Standard deviation of the initial matrices (GPT-2)."""
+LLAMA3_TURNS = (1.0, 4.0)
+"""Numbers of turns within the original length of all models of Llama 3.1 to 3.3: below the first one a frequency is
+divided by the factor, and above the second one it stays unchanged."""
+
+
 def llama3_rates(rates: Tensor, config: ModelConfig) -> Tensor:
     """Scale rotation rates as Llama 3.1 does, (C/2,).
 
@@ -266,7 +273,7 @@ def llama3_rates(rates: Tensor, config: ModelConfig) -> Tensor:
     turns stay unchanged. Rates between are blended linearly in the number of turns.
     """
     assert config.rope_original_block_size is not None
-    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    low, high = LLAMA3_TURNS
     turns = config.rope_original_block_size * rates / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return rates * (kept + (1 - kept) / config.rope_factor)

@@ -266,16 +266,18 @@ def layer_of(parameter: str) -> str:
     return ".".join(words[:2]) if words[0] == "blocks" else words[0]
 
 
-# Profile of a few steps: ``profile=true profile_from=A profile_to=B``. Only rank 0 is profiled.
+# Profile of a few steps: ``profile=true profile_from=A``. Only rank 0 is profiled.
 
 
+PROFILED = 3
+"""Number of steps that are profiled. The trace grows by megabytes a step."""
 TRACE = "trace_rank_00000.json.gz"
 TABLE = "profile_rank_00000.txt"
 ROWS = 40
 
 
 class StepProfile:
-    """Profiler of the steps ``profile_from`` to ``profile_to``.
+    """Profiler of the ``PROFILED`` steps from ``profile_from`` on.
 
     The loop calls ``due`` after each step. If it is True, the loop waits for the device before it calls ``after``.
 
@@ -284,7 +286,7 @@ class StepProfile:
 
     def __init__(self, folder: Path, config: TrainConfig, world: World) -> None:
         self._folder = folder
-        self._first, self._last = config.profile_from, config.profile_to
+        self._first, self._last = config.profile_from, config.profile_from + PROFILED - 1
         self._wanted, self._is_profiled = config.profile, world.is_first
         self._is_on = False
         self._activities = [ProfilerActivity.CPU]

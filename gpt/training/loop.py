@@ -91,7 +91,7 @@ def train(run: Run) -> str:
     run.engine.module.train()
     loop = Loop(run)
     try:
-        with collect_together(run.config.gc_interval) as collect:
+        with collect_together() as collect:
             outcome = loop.do_steps(collect)
     finally:
         loop.compile_time.close()

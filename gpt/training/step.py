@@ -89,18 +89,20 @@ YOUNG = 1
 """Highest generation that is collected: objects of the oldest generation are not examined again."""
 
 
+GC_INTERVAL = 50
+"""Steps between collections of Python's garbage collector, on all ranks in the same step. Without this each rank
+collects in another step, and all ranks wait each time."""
+
+
 @contextmanager
-def collect_together(interval: int) -> Iterator[Callable[[int], None]]:
-    """Collect garbage only in steps that ``interval`` divides, for the length of a ``with`` block; 0 changes nothing.
+def collect_together() -> Iterator[Callable[[int], None]]:
+    """Collect garbage only in steps that ``GC_INTERVAL`` divides, for the length of a ``with`` block.
 
     Collects all garbage once at the beginning. Yields the function to call with the number of each step.
     """
-    if interval == 0:
-        yield lambda step: None
-        return
 
     def collect(step: int) -> None:
-        if step % interval == 0:
+        if step % GC_INTERVAL == 0:
             gc.collect(YOUNG)
 
     was_enabled = gc.isenabled()

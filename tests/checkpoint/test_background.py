@@ -30,7 +30,7 @@ NEVER = 10**9
 STEPS, INTERVAL = 6, 2
 WORDS = [
     *(f"optim.max_steps={STEPS}", "eval.interval=2", f"checkpoint.interval={INTERVAL}", "checkpoint.keep_last=9"),
-    *("model.n_layer=1", "logging.csv=false", "logging.json=false", "logging.tensorboard=false"),
+    *("model.n_layer=1", "logging.tensorboard=false"),
 ]
 
 

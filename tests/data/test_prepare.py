@@ -470,9 +470,9 @@ def test_two_states_have_the_entropy_of_the_textbook() -> None:
     assert chain.entropy() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("vocab_size", "successors", "seed"), [(64, 8, 0), (7, 7, 3)])
-def test_the_entropy_is_that_of_the_walk(vocab_size: int, successors: int, seed: int) -> None:
-    config = SyntheticConfig(vocab_size=vocab_size, successors=successors, tokens=400_000, seed=seed)
+@pytest.mark.parametrize("vocab_size", [64, 8])
+def test_the_entropy_is_that_of_the_walk(vocab_size: int) -> None:
+    successors, config = 8, SyntheticConfig(vocab_size=vocab_size, tokens=400_000)
     chain, states = chain_of(config), walk(config, 0)
     matrix = chain.transition()
     assert matrix.sum(axis=1) == pytest.approx(1.0) and ((matrix > 0).sum(axis=1) == successors).all()
@@ -492,13 +492,12 @@ def test_the_entropy_is_that_of_the_walk(vocab_size: int, successors: int, seed:
     assert abs(plug_in + bias - chain.entropy()) < 6 * error + bias
 
 
-def test_walks_are_of_the_seed_and_of_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walks_are_those_of_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "WALK_TOKENS", 1000)
     config = SyntheticConfig(tokens=2500)
     walks = [walk(config, i) for i in range(num_walks(2500))]
     assert [len(w) for w in walks] == [1000, 1000, 500]
     assert walks[0].tolist() == walk(config, 0).tolist() != walks[1].tolist()
-    assert walks[0].tolist() != walk(SyntheticConfig(tokens=2500, seed=1), 0).tolist()
 
 
 def test_the_corpus_never_changes_between_releases() -> None:

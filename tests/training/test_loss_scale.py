@@ -219,7 +219,7 @@ def test_gradients_that_overflow_without_a_scale_end_the_run(tmp_path: Path) -> 
 
 def test_scale_and_skipped_steps_are_in_the_records_and_the_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    words = (*TINY, "precision=fp16", "optim.max_steps=2", "logging.csv=true", "logging.json=true")
+    words = (*TINY, "precision=fp16", "optim.max_steps=2")
     run_command("gpt.train", *words, f"run_dir={folder.path}", cwd=tmp_path)
     records = read_records(folder.metrics(0))
     assert [(r["loss_scale"], r["skipped_steps"]) for r in records] == [(2.0**16, 0)] * 2
