@@ -358,7 +358,7 @@ TOKENS = {
     "launch/doctor": 7_510,
     "launch/plan": 8_780,
     "launch/project": 7_130,
-    "launch/report": 30_170,
+    "launch/report": 30_180,
     "launch/runs": 23_960,
     "launch/script": 3_580,
     "launch/slurm": 21_040,

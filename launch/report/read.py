@@ -256,8 +256,12 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def command(self) -> str | None:
-        """Command of a script, as a user types it; None if not recorded."""
-        return None if self.command_words is None else shlex.join(map(str, self.command_words))
+        """Command of a script, as a user types it; None if not recorded, and for a Python function."""
+        return (
+            None
+            if self.command_words is None or self.workload == "function"
+            else shlex.join(map(str, self.command_words))
+        )
 
     @property
     def topology(self) -> str | None:

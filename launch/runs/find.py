@@ -42,7 +42,8 @@ MEASURING_KEYS = tuple(
 
 def tells_apart(override: str) -> bool:
     """Return whether an override distinguishes runs, rather than how they are submitted or watched."""
-    return not is_within(typed_key(override), (*NOT_IN_POINT, *MEASURING_KEYS))
+    # The file with the call of a function has another name for each point; call.args has the arguments.
+    return not is_within(typed_key(override), (*NOT_IN_POINT, *MEASURING_KEYS, "call.file"))
 
 
 def point_labels(runs: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from slurm.sandbox.cluster import Cluster, power_cut, preempt
 from tests.slurm.test_batch_script import submit_batch_script, wait_for_end
-from tests.support.commands import ON_SLURM, TINY, run
+from tests.support.commands import ON_SLURM, TINY, environment, run, wait_for
 from tests.support.runs import (
     COUNTING,
     EXAMPLES,
@@ -156,3 +157,61 @@ def test_every_parallelism_over_hosts_has_the_losses_of_one_process_and_a_row_in
     assert {(row["nodes"], row["ranks"], row["topology"]) for row in rows} == {("2", "4", each) for each in topologies}
     assert all(float(row["tokens_per_s"]) > 0 for row in rows)
     assert text.count("finished") >= len(rows)
+
+
+HYDRA_APP = """
+import json
+import os
+import time
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from gpt_launch import worker
+
+ConfigStore.instance().store(name="conf", node={"n": 1, "seconds": 0.05})
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="conf")
+def main(config: DictConfig) -> int:
+    run = worker.attach()
+    saved = run.checkpoint_dir / "saved.json"
+    run.checkpoint_dir.mkdir(exist_ok=True)
+    first = json.loads(saved.read_text()) if saved.exists() else 0
+    for step in range(first + 1, 401):
+        time.sleep(config.seconds)
+        run.record(step, loss=1.0 / step, samples=64)
+        if run.stop_requested():
+            if os.environ["RANK"] == "0":
+                saved.write_text(json.dumps(step))
+                run.saved(step)
+            run.stopped(step)
+            return -1
+    run.finished(400)
+    return config.n
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_hydra_app_is_swept_over_nodes_preempted_and_compared(sandbox: Cluster, tmp_path: Path) -> None:
+    app, log = write_script(tmp_path, HYDRA_APP, "app.py"), tmp_path / "log"
+    words = [sys.executable, str(app), "-m", "n=1,2", "hydra/launcher=multinode", "hydra.launcher.nodes=${n}"]
+    words += ["hydra.launcher.resumes=true", "hydra.sweep.dir=sweep", "+hydra.launcher.launch.poll_s=1"]
+    with log.open("w") as output:
+        process = subprocess.Popen(words, cwd=tmp_path, env=environment(**sandbox.env), stdout=output, stderr=output)
+    two = RunFolder(tmp_path / "sweep" / "launch" / "1,n=2")
+    wait_for(lambda: len(read_records(two.metrics(1))) > 5 or process.poll() is not None, "steps of the second point")
+    preempt(sandbox, next(str(e["job_id"]) for e in two.read_events() if e["event"] == "submitted"), seconds=1)
+    assert process.wait(timeout=300) == 0, log.read_text()
+    assert causes(two) == ["preempted", "finished"], two.read_events()
+    saved, records = json.loads((two.checkpoints / "saved.json").read_text()), read_records(two.metrics(1))
+    assert [r["step"] for r in records] == [*range(1, 401)]
+    assert {r["attempt"] for r in records if r["step"] <= saved} == {1}, "the app resumes from its own checkpoint"
+    rows = list(csv.DictReader((two.path.parent / "scaling.csv").open()))
+    assert [(row["nodes"], row["state"]) for row in rows] == [("1", "finished"), ("2", "finished")]
+    assert 1.5 < float(rows[1]["speedup"]) < 2.5, "points that differ in their size alone are compared"
+    assert "worker.call" not in log.read_text(), "the pickled call is no command of a user"
