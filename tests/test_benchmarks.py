@@ -60,15 +60,7 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
 
 def test_the_list_is_rehearsed_on_the_cpu(tmp_path: Path) -> None:
     told = run(
-        "benchmarks.gpu.paths",
-        "--device",
-        "cpu",
-        "--only",
-        "fp32,hsdp",
-        "--ranks",
-        "2",
-        "--to",
-        str(tmp_path),
+        f"benchmarks.gpu.paths --device cpu --only fp32,hsdp --ranks 2 --to {tmp_path}",
         cwd=ROOT,
     )
     results = json.loads(next(tmp_path.glob("cpu_*.json")).read_text())

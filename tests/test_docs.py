@@ -141,7 +141,7 @@ def test_what_is_trained_or_prepared_composes(command: str, folder: Path) -> Non
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sweeps that the pages look at, of which one is a copy of the other."""
     folder = tmp_path_factory.mktemp("docs")
-    run("launch", "-m", "nodes=1,2", *TINY, "optim.max_steps=12", "launch.report_files=[csv]", cwd=folder)
+    run("launch -m nodes=1,2 optim.max_steps=12 launch.report_files=[csv]", *TINY, cwd=folder)
     shutil.copytree(folder / "outputs" / "quick_test", folder / "outputs" / "other", symlinks=True)
     write_measurements(folder)
     return folder

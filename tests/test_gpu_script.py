@@ -132,5 +132,5 @@ def test_the_lists_are_rehearsed_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_what_there_was_no_time_for_is_told(tmp_path: Path) -> None:
-    told = run("benchmarks.gpu", "--device=cpu", "--only=experts", "--budget-s=0", f"--to={tmp_path}", cwd=ROOT)
+    told = run(f"benchmarks.gpu --device=cpu --only=experts --budget-s=0 --to={tmp_path}", cwd=ROOT)
     assert told.count("no time was left") == 3 and (tmp_path / "gpu.md").is_file()

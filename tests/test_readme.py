@@ -102,11 +102,11 @@ def test_the_tour_has_six_files_and_the_architecture_every_folder_and_ten_words(
 def test_what_is_for_a_cluster_is_planned(command: str, tmp_path: Path) -> None:
     words = [word for word in shlex.split(command)[3:] if word != "dry_run=true"]
     if OPENWEBTEXT in words:
-        text = run("launch", *words, "dry_run=true", cwd=tmp_path, status=2)
+        text = run("launch dry_run=true", *words, cwd=tmp_path, status=2)
         assert f"type next: python -m gpt.prepare {OPENWEBTEXT}" in text
         assert [c for c in commands("python -m gpt.prepare") if c.startswith(f"python -m gpt.prepare {OPENWEBTEXT}")]
         words = without_openwebtext(words, tmp_path)
-    text = run("launch", *words, "dry_run=true", cwd=tmp_path)
+    text = run("launch dry_run=true", *words, cwd=tmp_path)
     assert "#SBATCH --nodes=4" in text
     assert "on slurm" in text
 
@@ -131,7 +131,7 @@ def test_what_is_for_this_machine_runs(command: str, tmp_path: Path) -> None:
 
 def test_a_script_is_launched(tmp_path: Path) -> None:
     (command,) = (c for c in commands("python -m launch ") if "workload=script" in c)
-    text = run("launch", *shlex.split(command)[3:], *UNDRAWN, f"output_dir={tmp_path}", cwd=ROOT)
+    text = run(f"launch output_dir={tmp_path}", *shlex.split(command)[3:], *UNDRAWN, cwd=ROOT)
     assert text.count(" finished ") >= 2 and "Strong scaling of ddp_with_worker" in text
 
 
@@ -144,7 +144,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         words = shlex.split(command)
         module = ["torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words[2:]
         run(*module, *SMALL, cwd=folder)
-    run("launch", *SMALL, *UNDRAWN, "name=launched", cwd=folder)
+    run("launch name=launched", *SMALL, *UNDRAWN, cwd=folder)
     return folder
 
 

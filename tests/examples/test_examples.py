@@ -45,7 +45,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("plain")
     options = [f"script.options.steps={STEPS}", f"script.max_steps={STEPS}", "script.resumes=true", PROGRESS]
     program = ["script.work_per_step=64", f"script.path={EXAMPLES / 'plain_ddp.py'}"]
-    return folder, run("launch", "-m", "nodes=1,2", *LOCAL, *options, *program, cwd=folder)
+    return folder, run("launch -m nodes=1,2", *LOCAL, *options, *program, cwd=folder)
 
 
 def test_plain_ddp_ends_in_a_scaling_table(plain: tuple[Path, str]) -> None:
@@ -67,7 +67,7 @@ def test_a_killed_rank_of_plain_ddp_is_started_again_and_the_loss_is_that_of_the
     folder = RunFolder(tmp_path / "run")
     options = [f"script.options.steps={STEPS}", "script.resumes=true", PROGRESS, f"run_dir={folder.path}"]
     process = start_fork(
-        "launch", "nodes=2", *LOCAL, *options, f"script.path={EXAMPLES / 'plain_ddp.py'}",
+        f"launch nodes=2 script.path={EXAMPLES / 'plain_ddp.py'}", *LOCAL, *options,
         cwd=tmp_path, log=tmp_path / "log",
     )  # fmt: skip
     wait_for(lambda: "step 1:" in printed(folder) or process.poll() is not None, "the first step")
@@ -85,7 +85,7 @@ def test_a_killed_rank_of_plain_ddp_is_started_again_and_the_loss_is_that_of_the
 def test_records_of_the_worker_api_end_in_a_table(tmp_path: Path) -> None:
     program = ["script.resumes=true", f"script.path={EXAMPLES / 'ddp_with_worker.py'}"]
     options = ["script.options.steps=100", "script.max_steps=100"]
-    assert "Summary of " in run("launch", "-m", "nodes=2", *LOCAL, *options, *program, cwd=tmp_path)
+    assert "Summary of " in run("launch -m nodes=2", *LOCAL, *options, *program, cwd=tmp_path)
     (row,) = build(tmp_path / "outputs" / "ddp_with_worker").rows
     assert (row.ranks, row.state, row.last_step) == (2, "finished", 100)
     assert row.throughput == pytest.approx(64 / (row.step_time_s or 0), rel=0.01)

@@ -49,7 +49,7 @@ def test_what_is_printed_is_what_metrics_table_and_curves_say(tmp_path: Path) ->
     write_script(tmp_path, "pause = 0.05\nloss = 2.5\n", "config/small.py")
     words = ["script.path=train.py", "script.args=config/small.py", "script.options.max_iters=30", NANOGPT]
     text = run(
-        "launch", "nodes=2", *LOCAL, *words, "script.unit=tokens", "script.work_per_step=16384", cwd=tmp_path
+        "launch nodes=2 script.unit=tokens script.work_per_step=16384", *LOCAL, *words, cwd=tmp_path
     )  # fmt: skip
     (path,) = (tmp_path / "outputs" / "train").glob("*/plan.json")
     folder = RunFolder(path.parent)
@@ -71,7 +71,7 @@ def test_what_is_printed_is_what_metrics_table_and_curves_say(tmp_path: Path) ->
 
 def test_a_program_that_says_nothing_ends_in_a_table_of_times(tmp_path: Path) -> None:
     silent = f"script.command=[{sys.executable},-c,'import time; time.sleep(1)']"
-    text = run("launch", "nodes=2", *LOCAL, "name=python", silent, cwd=tmp_path)
+    text = run("launch nodes=2 name=python", *LOCAL, silent, cwd=tmp_path)
     (row,) = build(tmp_path / "outputs" / "python").rows
     assert (row.nodes, row.ranks, row.state, row.loss, row.last_step) == (2, 2, "finished", None, None)
     assert "run time" in text and "No step times were recorded" in text
@@ -92,7 +92,7 @@ def test_a_failure_is_that_of_the_command_with_its_traceback_and_is_not_started_
     folder = RunFolder(tmp_path / "run")
     assert folder.attempts() == [1] and causes(folder) == ["crashed"]
     assert "script.resumes=true" in text
-    plan = run("launch", *words, "fresh=true", "dry_run=true", cwd=tmp_path)
+    plan = run("launch fresh=true dry_run=true", *words, cwd=tmp_path)
     assert "none: an interrupted script is not started again" in plan
 
 
@@ -109,7 +109,7 @@ def test_the_exit_status_that_asks_for_the_queue_starts_again_in_place(tmp_path:
     resuming = ["script.resumes=true", "script.resume_args=--resume", "script.args=${world_size}/${nodes}"]
     where = "script.env.WHERE=${checkpoint_dir}"
     run(
-        "launch", "nodes=2", *LOCAL, "script.path=asking.py", *resuming, where, f"run_dir={folder.path}", cwd=tmp_path
+        f"launch nodes=2 script.path=asking.py run_dir={folder.path}", *LOCAL, *resuming, where, cwd=tmp_path
     )  # fmt: skip
     assert causes(folder) == ["requested", "finished"]
     assert printed(folder, 1) == f"attempt 1 ['2/2'] {folder.checkpoints}\n"
@@ -126,7 +126,7 @@ def test_a_copy_of_the_code_is_that_of_the_programs_repository(tmp_path: Path) -
     git = ["git", "-C", str(project), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *words], check=True)
-    run("launch", *LOCAL, "script.path=project/train.py", "copy_code=true", "run_dir=outputs/one/run", cwd=tmp_path)
+    run("launch script.path=project/train.py copy_code=true run_dir=outputs/one/run", *LOCAL, cwd=tmp_path)
     folder = RunFolder(tmp_path / "outputs" / "one" / "run")
     (copy,) = (tmp_path / "outputs" / "one" / ".code").iterdir()
     assert printed(folder) == f"{copy / 'theirs' / 'part.py'}\n"

@@ -126,11 +126,11 @@ def test_a_workload_of_another_package_is_planned_and_run(tmp_path: Path) -> Non
     for name, text in files.items():
         write_script(tmp_path, text, name)
     words = ["-m", "nodes=2", "cluster=local", "ranks_per_node=1", "workload._target_=counter.Counter", "count_to=5"]
-    text = run("launch", *words, "launch.poll_s=1", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    text = run("launch launch.poll_s=1", *words, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     folder = RunFolder(tmp_path / "outputs" / "counter" / "count_to=5,nodes=2,ranks_per_node=1")
     assert causes(folder) == ["finished"] and "nodes=2" in text
     assert [[r["step"] for r in read_records(folder.metrics(rank))] for rank in (0, 1)] == [[1, 2, 3, 4, 5]] * 2
-    text = run("launch", *words, "fresh=true", "dry_run=true", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    text = run("launch fresh=true dry_run=true", *words, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert "-m counter.count 5" in text
-    text = run("launch", *words[:-1], "count_to=0", cwd=tmp_path, PYTHONPATH=str(tmp_path), status=2)
+    text = run("launch count_to=0", *words[:-1], cwd=tmp_path, PYTHONPATH=str(tmp_path), status=2)
     assert "found: count_to=0" in text and "type next: count_to=10" in text

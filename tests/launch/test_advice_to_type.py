@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,7 @@ from gpt.workload import GptWorkload
 from launch import status
 from launch.__main__ import COMMANDS, prepare, refuse_command, split_flags
 from launch.config import ClusterKind
-from launch.config.compose import compose_launch, not_in_point, typed_config
-from launch.errors import ConfigError
-from launch.plan.plan import make_plan
+from launch.config.compose import compose_launch, not_in_point
 from launch.plan.preflight import worst_case_text
 from launch.runs.compose import RunConfig, choose_folder
 from launch.runs.environment import ROOT, install_command
@@ -32,12 +31,7 @@ from launch.script import require_program
 from launch.script.arguments import ScriptOptions
 from tests.support.commands import ROOT as CHECKOUT
 from tests.support.commands import run
-
-
-def refusal_of(*words: str) -> ConfigError:
-    with pytest.raises(ConfigError) as refusal:
-        compose_launch(words)
-    return refusal.value
+from tests.support.planning import config_of, plan, refused
 
 
 def test_an_extra_is_installed_from_where_the_project_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,23 +45,20 @@ def test_an_extra_is_installed_from_where_the_project_lies(tmp_path: Path, monke
 def test_another_command_typed_behind_this_one_is_named_whole() -> None:
     for command in COMMANDS:
         assert (CHECKOUT / "launch" / f"{command}.py").is_file() or (CHECKOUT / "launch" / command).is_dir()
-        with pytest.raises(ConfigError) as refusal:
-            refuse_command([command, "-f", "outputs/a b"])
-        assert refusal.value.fix == f"python -m launch.{command} -f 'outputs/a b'"
+        refusal = refused(refuse_command, [command, "-f", "outputs/a b"])
+        assert refusal.fix == f"python -m launch.{command} -f 'outputs/a b'"
         refuse_command([f"{command}=1"])
 
 
 def test_a_point_typed_twice_is_refused(tmp_path: Path) -> None:
-    text = run("launch", "-m", "nodes=1,1,2", "seed=3,3", "dry_run=true", cwd=tmp_path, status=2)
+    text = run("launch -m nodes=1,1,2 seed=3,3 dry_run=true", cwd=tmp_path, status=2)
     assert "found: the point nodes=1 " in text and "more than once in the sweep" in text
     assert "type next: each value once, or seed=0,1 for runs that differ in their seed alone\n" in text
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_flag_of_a_training_is_answered_with_the_one_that_was_meant() -> None:
-    with pytest.raises(ConfigError) as refusal:
-        parse_arguments(["--rum", "x"])
-    assert refusal.value.fix == "python -m gpt.train ... --run"
+    assert refused(parse_arguments, ["--rum", "x"]).fix == "python -m gpt.train ... --run"
 
 
 @pytest.mark.parametrize("words", [["run_dir=taken"], ["run_dir=taken/run"], ["output_dir=taken"]], ids=str)
@@ -76,16 +67,14 @@ def test_a_file_in_place_of_a_run_folder_is_refused_by_a_dry_run_as_by_a_start(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("taken").touch()
-    with pytest.raises(ConfigError) as refusal:
-        make_plan(typed_config(compose_launch(words)), words, ClusterKind.local)
-    assert str(tmp_path / "taken") in refusal.value.found and refusal.value.fix.endswith("run_dir=FOLDER")
-    fresh = [*words, "fresh=true"]
+    local = partial(plan, *words, kind=ClusterKind.local)
+    assert refused(local, found=str(tmp_path / "taken")).fix.endswith("run_dir=FOLDER")
     if words == ["run_dir=taken"]:  # beside it there is room
-        assert make_plan(typed_config(compose_launch(fresh)), fresh, ClusterKind.local).run_dir.endswith("taken~2")
+        assert local("fresh=true").run_dir.endswith("taken~2")
 
 
 def test_a_mistyped_key_has_its_likeness_first_and_a_dozen_names_at_most() -> None:
-    refusal = refusal_of("cluster.gpus_per_nod=8")
+    refusal = refused(compose_launch, ["cluster.gpus_per_nod=8"])
     assert refusal.fix == "cluster.gpus_per_node=8"
     listed = refusal.expected.partition(" (")[0].removeprefix("a key such as ").split(", ")
     assert listed[0] == "cluster.gpus_per_node" and len(listed) == MOST_NAMES
@@ -93,7 +82,7 @@ def test_a_mistyped_key_has_its_likeness_first_and_a_dozen_names_at_most() -> No
 
 
 def test_a_key_of_a_script_is_sent_to_its_workload() -> None:
-    refusal = refusal_of("script.path=setup.cfg", "script.options.lr=3")
+    refusal = refused(compose_launch, ["script.path=setup.cfg", "script.options.lr=3"])
     assert refusal.fix == "workload=script script.path=setup.cfg script.options.lr=3"
     assert compose_launch(shlex.split(refusal.fix)).script.options.lr == 3
 
@@ -118,7 +107,7 @@ def test_a_key_of_a_script_is_sent_to_its_workload() -> None:
 )
 def test_a_value_that_does_not_fit_is_answered_with_one_that_does(typed: str, expected: str, fix: str) -> None:
     workload = ["workload=script"] if typed.startswith("script.") else []
-    refusal = refusal_of(*workload, typed)
+    refusal = refused(compose_launch, [*workload, typed])
     assert refusal.found.partition(", which ")[0] == typed, "whole, not cut at a blank"
     assert refusal.expected.startswith(expected) and refusal.fix == fix
     if not any(word in fix for word in ("VALUE", "NUMBER", "TEXT")):
@@ -130,37 +119,30 @@ def test_a_mistyped_program_and_a_mistyped_folder_are_answered_with_the_one_that
 ) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{tmp_path / 'gone'}")
     (tmp_path / "simulate").touch(mode=0o755)
-    with pytest.raises(ConfigError) as refusal:
-        require_program(ScriptOptions(command=["simulat", "--n=2"]))
-    assert refusal.value.fix == """'script.command=[PROGRAM,"--n=2"]'"""
     (tmp_path / "plain").touch(mode=0o644)
-    with pytest.raises(ConfigError, match="is not executable") as refusal:
-        require_program(ScriptOptions(command=["./plain"], workdir=str(tmp_path)))
-    assert refusal.value.fix == f"chmod +x {tmp_path / 'plain'}"
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError, match=r"no program \./folder"):
-        require_program(ScriptOptions(command=["./folder"], workdir=str(tmp_path)))
     (tmp_path / "folder" / "train.py").touch()
-    with pytest.raises(ConfigError, match="folder, which is no file") as refusal:
-        require_program(ScriptOptions(path=str(tmp_path / "folder")))
-    assert refusal.value.fix == f"script.path={tmp_path / 'folder' / 'train.py'}"
+    here = str(tmp_path)
+    for options, found, fix in (
+        (ScriptOptions(command=["simulat", "--n=2"]), "simulat", """'script.command=[PROGRAM,"--n=2"]'"""),
+        (ScriptOptions(command=["./plain"], workdir=here), "is not executable", f"chmod +x {here}/plain"),
+        (ScriptOptions(command=["./folder"], workdir=here), "no program ./folder", None),
+        (ScriptOptions(path=f"{here}/folder"), "which is no file", f"script.path={here}/folder/train.py"),
+    ):
+        assert refused(require_program, options, found=found).fix == fix or fix is None
     for name in ("nodes=1", "nodes=2"):
         RunFolder(tmp_path / "outputs" / "a sweep" / name).create_attempt()
         RunFolder(tmp_path / "outputs" / "another" / name).create_attempt()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="nodes=2, as several runs are called") as refusal:
-        find_runs([Path("nodes=2")])
-    assert refusal.value.fix == f"{tmp_path}/outputs/another/nodes=2 in place of nodes=2"
+    several = refused(find_runs, [Path("nodes=2")], found="nodes=2, as several runs are called")
+    assert several.fix == f"{tmp_path}/outputs/another/nodes=2 in place of nodes=2"
     assert suggestion(Path("outputs/a sweep/node=2")) == "'outputs/a sweep/nodes=2', which is there"
     assert suggestion(Path("outputs/a swep")) == "'outputs/a sweep', which is there"
-    with pytest.raises(ConfigError, match="simulate, a file"):
-        find_runs([Path("simulate")])
+    refused(find_runs, [Path("simulate")], found="simulate, a file")
 
 
 def test_a_learning_rate_out_of_its_range_is_not_answered_with_one_at_which_nothing_learns() -> None:
-    with pytest.raises(ConfigError) as refusal:
-        typed_config(compose_launch(["optim.lr=nan"])).validate()
-    assert refusal.value.fix == "optim.lr=0.001"
+    assert refused(config_of("optim.lr=nan").validate).fix == "optim.lr=0.001"
 
 
 def test_a_plus_before_a_key_is_not_in_the_name_of_a_run(tmp_path: Path) -> None:
@@ -173,8 +155,8 @@ def test_a_plus_before_a_key_is_not_in_the_name_of_a_run(tmp_path: Path) -> None
 
 
 def test_a_plan_of_finished_points_has_no_worst_case() -> None:
-    config = typed_config(compose_launch(["cluster=slurm"]))
-    done = replace(make_plan(config, [], ClusterKind.slurm), finished=True)
+    config = config_of("cluster=slurm")
+    done = replace(plan(), finished=True)
     assert worst_case_text([done, done], [config, config]) == "nothing is left to run"
     assert "1 node-hour" in worst_case_text([done, replace(done, finished=False)], [config, config])
 
@@ -182,17 +164,15 @@ def test_a_plan_of_finished_points_has_no_worst_case() -> None:
 def test_a_mapping_of_keys_of_the_users_choice_is_taken_as_it_is_typed() -> None:
     config = compose_launch(["workload=script", "script.options={lr:3}", "script.env={A:b}", "script.options.n=2"])
     assert config.script.options == {"lr": 3, "n": 2} and config.script.env == {"A": "b"}
-    for typed in (
-        "cluster.additional_parameters.hint=nomultithread",
-        "cluster.additional_parameters={hint:nomultithread}",
-    ):
-        assert compose_launch([typed]).cluster.additional_parameters == {"hint": "nomultithread"}
+    for typed in (".hint=nomultithread", "={hint:nomultithread}"):
+        cluster = compose_launch([f"cluster.additional_parameters{typed}"]).cluster
+        assert cluster.additional_parameters == {"hint": "nomultithread"}
 
 
 def test_a_comma_that_makes_points_of_one_text_is_answered_with_the_text(tmp_path: Path) -> None:
     (tmp_path / "t.py").touch()
     words = ["workload=script", "script.path=t.py", "cluster=local", "dry_run=true"]
-    said = run("launch", *words, "script.env.CUDA_VISIBLE_DEVICES=0,1", cwd=tmp_path, status=2)
+    said = run("launch script.env.CUDA_VISIBLE_DEVICES=0,1", *words, cwd=tmp_path, status=2)
     assert "which differ in script.env.CUDA_VISIBLE_DEVICES" in said
     assert """type next: 'script.env.CUDA_VISIBLE_DEVICES="A,B"' for one text with a comma;""" in said
     run("launch", *words, 'script.env.CUDA_VISIBLE_DEVICES="0,1"', cwd=tmp_path)
@@ -200,20 +180,18 @@ def test_a_comma_that_makes_points_of_one_text_is_answered_with_the_text(tmp_pat
 
 def test_a_variable_of_the_shell_that_is_not_set_is_refused() -> None:
     for key in ("partition", "account", "exclude"):
-        with pytest.raises(ConfigError, match=f"cluster.{key}= without a value") as refusal:
-            typed_config(compose_launch([f"cluster.{key}="])).validate()
-        typed_config(compose_launch([refusal.value.fix.split(", or ")[1]])).validate()
+        refusal = refused(config_of(f"cluster.{key}=").validate, found=f"cluster.{key}= without a value")
+        config_of(refusal.fix.split(", or ")[1]).validate()
 
 
 def test_a_path_that_nothing_reads_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"data\.path=/tmp/x with data=stdlib") as refusal:
-        typed_config(compose_launch(["data.path=/tmp/x"])).validate()
-    for fix in refusal.value.fix.split(", or "):
-        typed_config(compose_launch(fix.split())).validate()
+    refusal = refused(config_of("data.path=/tmp/x").validate, found="data.path=/tmp/x with data=stdlib")
+    for fix in refusal.fix.split(", or "):
+        config_of(*fix.split()).validate()
 
 
 def test_the_name_of_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    said = run("launch", "--config-name", "foo", cwd=tmp_path, status=2)
+    said = run("launch --config-name foo", cwd=tmp_path, status=2)
     assert "found: no config foo\n" in said and "type next: the same without --config-name\n" in said
 
 
@@ -268,9 +246,7 @@ def test_every_command_helps_and_refuses_a_flag_that_it_does_not_have(
     ids=str,
 )
 def test_a_flag_is_refused_with_the_key_that_was_meant(words: list[str], fix: str) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        split_flags(words)
-    assert refusal.value.fix == fix
+    assert refused(split_flags, words).fix == fix
 
 
 def test_flags_stand_anywhere() -> None:
@@ -321,11 +297,5 @@ def test_fresh_makes_a_new_folder_and_the_same_command_then_goes_on_in_it(tmp_pa
         folder.path.mkdir(parents=True, exist_ok=True)
         return folder.point
 
-    assert [choose(f) for f in (False, False, True, False, True, False)] == [
-        "nodes=2",
-        "nodes=2",
-        "nodes=2~2",
-        "nodes=2~2",
-        "nodes=2~3",
-        "nodes=2~3",
-    ]
+    chosen = " ".join(choose(f) for f in (False, False, True, False, True, False))
+    assert chosen == "nodes=2 nodes=2 nodes=2~2 nodes=2~2 nodes=2~3 nodes=2~3"

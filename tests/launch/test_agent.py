@@ -11,12 +11,11 @@ import pytest
 
 from launch.agent.__main__ import event_name, event_variables, run_at_events
 from launch.config import ClusterKind, Config, LaunchConfig
-from launch.config.compose import compose_launch, typed_config
-from launch.errors import ConfigError
 from launch.plan.plan import make_plan
 from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY, run
+from tests.support.planning import config_of, refused
 from tests.support.runs import LOCAL, write_script
 
 WRITE = """
@@ -26,8 +25,13 @@ with open(sys.argv[1], "a") as file:
 """
 
 
-def told(path: Path) -> list[str]:
-    return [line.split(" ", 1)[0] for line in path.read_text().splitlines()]
+CRASHES_ONCE = """
+import os, pathlib, sys
+mark = pathlib.Path(os.environ["LAUNCH_RUN_DIR"], "mark")
+if os.environ["RANK"] == "0" and not mark.exists():
+    mark.touch()
+    sys.exit("broken")
+"""
 
 
 def test_each_event_has_a_name_or_none() -> None:
@@ -77,24 +81,18 @@ def test_a_failed_or_hung_command_is_recorded_without_its_output(
 
 def test_an_empty_or_malformed_command_is_refused() -> None:
     for bad in ("", "'open", 0):
-        with pytest.raises(ConfigError, match=r"launch\.on_event="):
-            Config(launch=LaunchConfig(poll_s=5.0, on_event=bad)).validate()
+        refused(Config(launch=LaunchConfig(poll_s=5.0, on_event=bad)).validate, found="launch.on_event=")
 
 
 def test_a_missing_program_is_refused_before_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "plain.sh").write_text("#!/bin/sh\n")
-    (tmp_path / "notify.sh").write_text("#!/bin/sh\n")
-    (tmp_path / "notify.sh").chmod(0o755)
+    (tmp_path / "plain.sh").touch()
+    (tmp_path / "notify.sh").touch(mode=0o755)
 
-    def refusal(command: object) -> ConfigError | None:
-        config = typed_config(compose_launch([]))
+    def planned(command: object) -> None:
+        config = config_of()
         config.launch.on_event = command
-        try:
-            make_plan(config, [], ClusterKind.local)
-        except ConfigError as error:
-            return error
-        return None
+        make_plan(config, [], ClusterKind.local)
 
     for command, found, fix in (
         ("no-such-program --quiet", "no program no-such-program on the PATH", "/no-such-program, or"),
@@ -102,33 +100,19 @@ def test_a_missing_program_is_refused_before_submission(tmp_path: Path, monkeypa
         ("./plain.sh", "no program ./plain.sh", "launch.on_event=/PATH/OF/plain.sh, or"),
         (["notify.sh", "--quiet"], "no program notify.sh", "launch.on_event=/PATH/OF/notify.sh, or"),
     ):
-        error = refusal(command)
-        assert error is not None and found in error.found and fix in error.fix, error
-        assert "nodes" in error.expected
-    assert refusal(f"{sys.executable} -c pass") is refusal("./notify.sh") is None
+        assert "nodes" in refused(planned, command, found=found, fix=fix).expected
+    planned(f"{sys.executable} -c pass")
+    planned("./notify.sh")
     assert not (tmp_path / "outputs").exists()
 
 
 def test_agents_run_the_command_after_a_failure_and_at_the_end(tmp_path: Path) -> None:
     """Ranks that crash once, on two agents of this machine."""
-    (tmp_path / "train.py").write_text(
-        "import os, sys\n"
-        "mark = os.path.join(os.environ['LAUNCH_RUN_DIR'], 'mark')\n"
-        "if os.environ['RANK'] == '0' and not os.path.exists(mark):\n"
-        "    open(mark, 'w').close()\n"
-        "    sys.exit('broken')\n"
-    )
-    notify = tmp_path / "notify.py"
-    notify.write_text(WRITE)
-    out = tmp_path / "told"
-    run(
-        "launch",
-        *("nodes=2", "workload=script", f"script.path={tmp_path / 'train.py'}", "script.resumes=true"),
-        *("cluster=local", "launch.report_files=[csv]", f"run_dir={tmp_path / 'run'}"),
-        f'launch.on_event="{sys.executable} {notify} {out}"',
-        cwd=tmp_path,
-    )
-    assert told(out) == ["started", "restarted", "started", "finished"]
+    script, notify = write_script(tmp_path, CRASHES_ONCE), write_script(tmp_path, WRITE, "notify.py")
+    words = (*LOCAL, "nodes=2", f"script.path={script}", "script.resumes=true", "run_dir=run")
+    run("launch", *words, f'launch.on_event="{sys.executable} {notify} {tmp_path}/told"', cwd=tmp_path)
+    told = [line.split()[0] for line in (tmp_path / "told").read_text().splitlines()]
+    assert told == ["started", "restarted", "started", "finished"]
 
 
 SECRET = "hunter2-0b5e9c"
@@ -146,7 +130,7 @@ def test_no_secret_of_the_environment_is_written_to_a_file(workload: str, tmp_pa
         words = [*LOCAL, "nodes=1", f"script.path={write_script(tmp_path, FAILING)}"]
     out = tmp_path / "out"
     status = int(workload == "script")
-    text = run("launch", *words, f"run_dir={out / 'run'}", cwd=tmp_path, status=status, **secrets)
+    text = run(f"launch run_dir={out / 'run'}", *words, cwd=tmp_path, status=status, **secrets)
     files = [path for path in out.rglob("*") if path.is_file()]
     assert not [path for path in out.glob("*") if path.name.startswith(("scaling", "Scaling", "summary", "sweep"))]
     written = {path: path.read_bytes() for path in files}

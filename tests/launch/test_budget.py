@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.config import BudgetConfig, ClusterKind
-from launch.config.compose import compose_launch, typed_config
-from launch.errors import ConfigError
+from launch.config import BudgetConfig
 from launch.plan.budget import SILENT_S, EventLog, Rates, Use, refuse_above, spent, used
-from launch.plan.plan import make_plan
 from launch.plan.preflight import share_budget, worst_case_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import TINY, run, start_fork, wait_for
+from tests.support.planning import config_of, plan, refused
 
 Events = list[dict[str, Any]]
 RATES = Rates(gpus_per_node=8, price_per_gpu_hour=2.5)
@@ -79,14 +78,11 @@ def test_what_the_event_log_does_not_say_is_charged_as_the_command_says() -> Non
 def test_a_worst_case_above_the_cap_is_refused_with_what_fits() -> None:
     budget, worst = BudgetConfig(gpu_hours=100.0), Use(4.0, 32.0, 80.0)
     refuse_above(budget, Use(8.5, 68.0, 170.0), worst, 60)
-    with pytest.raises(ConfigError) as refused:
-        refuse_above(budget, Use(11.25, 90.0, 225.0), worst, 60)
-    assert "90 used so far, and a worst case of 32 GPU-hours more" in refused.value.found
-    assert "at most 10 GPU-hours more" in refused.value.expected
-    assert refused.value.fix == "cluster.timeout_min=18, or budget.gpu_hours=122"  # 60 min x 10 / 32 = 18.75
-    with pytest.raises(ConfigError) as refused:
-        refuse_above(BudgetConfig(cost=250.0), Use(12.0, 100.0, 250.0), worst, 60)
-    assert refused.value.fix == "budget.cost=330"
+    refusal = refused(refuse_above, budget, Use(11.25, 90.0, 225.0), worst, 60)
+    assert "90 used so far, and a worst case of 32 GPU-hours more" in refusal.found
+    assert "at most 10 GPU-hours more" in refusal.expected
+    assert refusal.fix == "cluster.timeout_min=18, or budget.gpu_hours=122"  # 60 min x 10 / 32 = 18.75
+    assert refused(refuse_above, BudgetConfig(cost=250.0), Use(12.0, 100.0, 250.0), worst, 60).fix == "budget.cost=330"
 
 
 def test_a_cap_is_reached_before_it_is_passed() -> None:
@@ -103,15 +99,14 @@ def test_the_command_refuses_before_it_writes_or_submits(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-GPUS = ("cluster=slurm", "cluster.gpus_per_node=8", "optim.global_batch=32")
+GPUS = ("cluster.gpus_per_node=8", "optim.global_batch=32")
 
 
 def announced(*points: str, more: Sequence[str] = ()) -> str:
     """Text before the submission of points, each with its overrides."""
     typed = [[*point.split(), *more] for point in points]
-    configs = [typed_config(compose_launch(words)) for words in typed]
-    plans = [make_plan(config, words, ClusterKind.slurm) for config, words in zip(configs, typed, strict=True)]
-    return worst_case_text(share_budget(plans, configs), configs)
+    configs = [config_of("cluster=slurm", *words) for words in typed]
+    return worst_case_text(share_budget([plan(*words) for words in typed], configs), configs)
 
 
 def test_the_worst_case_is_shown_with_what_was_used(tmp_path: Path) -> None:
@@ -119,22 +114,19 @@ def test_the_worst_case_is_shown_with_what_was_used(tmp_path: Path) -> None:
     folder.record_event("agent_started", job="a", nodes=2, gpus=16, price_per_gpu_hour=1.5, allocated_at=0.0)
     folder.record_event("agent_ended", job="a", ended_at=1800.0)
     point = f"nodes=2 cluster.price_per_gpu_hour=2 run_dir={folder.path}"
-    lines = announced(point, more=GPUS).splitlines()
-    assert (
-        lines[0] == "worst case: 2 node-hours, 16 GPU-hours, cost 32, if the run lasts until the time limit of 60 min"
-    )
-    assert lines[1] == "used so far: 1 node-hour, 8 GPU-hours, cost 12"
-    assert lines[2] == "a requeued job may use as much again; budget.gpu_hours=N limits all attempts together"
+    assert announced(point, more=GPUS).splitlines()[:3] == [
+        "worst case: 2 node-hours, 16 GPU-hours, cost 32, if the run lasts until the time limit of 60 min",
+        "used so far: 1 node-hour, 8 GPU-hours, cost 12",
+        "a requeued job may use as much again; budget.gpu_hours=N limits all attempts together",
+    ]
     assert "limit: budget.cost=44 for all attempts together" in announced(point, more=(*GPUS, "budget.cost=44"))
-    with pytest.raises(ConfigError, match=r"budget\.cost=43, 12 used so far") as refused:
-        announced(point, more=(*GPUS, "budget.cost=43"))
-    assert refused.value.fix.endswith("budget.cost=44")
-    with pytest.raises(ConfigError, match=r"without cluster\.gpus_per_node"):
-        announced("nodes=2 budget.gpu_hours=5")
+    above = partial(announced, point, more=(*GPUS, "budget.cost=43"))
+    assert refused(above, found="budget.cost=43, 12 used so far").fix.endswith("budget.cost=44")
+    refused(announced, "nodes=2 budget.gpu_hours=5", found="without cluster.gpus_per_node")
 
 
 def test_the_worst_case_of_a_sweep_is_the_sum_of_its_points(tmp_path: Path) -> None:
-    points = [f"nodes={nodes} cluster=slurm cluster.timeout_min=30 output_dir={tmp_path}" for nodes in (1, 2, 4)]
+    points = [f"nodes={nodes} cluster.timeout_min=30 output_dir={tmp_path}" for nodes in (1, 2, 4)]
     text = announced(*points, more=("resilience.requeue=false",))
     assert text == "worst case: 3.5 node-hours, if all 3 runs last until the time limit of 30 min"
 
@@ -144,7 +136,7 @@ WORDS += ["cluster.gpus_per_node=1", "launch.poll_s=0.5", "budget.gpu_hours=100"
 
 
 def test_at_the_cap_the_points_save_and_stop_and_a_higher_one_goes_on(tmp_path: Path) -> None:
-    process = start_fork("launch", "-m", "seed=1,2", *WORDS, cwd=tmp_path, log=tmp_path / "log")
+    process = start_fork("launch -m seed=1,2", *WORDS, cwd=tmp_path, log=tmp_path / "log")
     sweep = tmp_path / "outputs" / "capped"
     wait_for(lambda: (sweep / "sweep.json").exists() or process.poll() is not None, "the sweep")
     points = json.loads((sweep / "sweep.json").read_text())["points"]
@@ -163,10 +155,10 @@ def test_at_the_cap_the_points_save_and_stop_and_a_higher_one_goes_on(tmp_path: 
     stopped = next(e["step"] for e in events if e["event"] == "stopped")
     assert (first.checkpoints / f"step_{stopped:08d}" / "manifest.json").is_file()
     assert second.attempts() == [], "nothing is started that would have to stop at once"
-    rows = json.loads(run("launch.status", "--json", "outputs", cwd=tmp_path))
+    rows = json.loads(run("launch.status --json outputs", cwd=tmp_path))
     assert {row["state"] for row in rows} == {"budget_exceeded"}
 
-    process = start_fork("launch", "seed=1", *WORDS, "budget.gpu_hours=1000", cwd=tmp_path, log=tmp_path / "log2")
+    process = start_fork("launch seed=1", *WORDS, "budget.gpu_hours=1000", cwd=tmp_path, log=tmp_path / "log2")
     wait_for(lambda: first.environment(2).exists() or process.poll() is not None, "the second attempt")
     (first.path / "STOP").touch()
     process.wait(timeout=120)

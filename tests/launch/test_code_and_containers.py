@@ -10,19 +10,18 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.config import ClusterKind, Config
+from launch.config import ClusterKind
 from launch.config.cluster import ContainerRuntime
-from launch.config.compose import compose_launch, typed_config, workload_of
+from launch.config.compose import workload_of
 from launch.doctor.machine import check_container, container_problem
-from launch.errors import ConfigError
 from launch.plan import placement as container
 from launch.plan.placement import agent_words, copy_code
-from launch.plan.plan import make_plan
 from launch.runs.environment import PACKAGES, changes, code_state, describe_code
 from launch.runs.events import select_events
 from launch.runs.files import write_json
@@ -30,10 +29,10 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.checks import Level
 from launch.slurm.jobs import sbatch_text
-from tests.launch.test_dry_run import plan
 from tests.support.commands import ROOT, TINY, descendants, ranks_of, run, start, start_fork, wait_for
 from tests.support.doctor_facts import FACTS
-from tests.support.runs import causes, paced
+from tests.support.planning import config_of, plan, refused
+from tests.support.runs import causes, paced, write_program
 
 
 @pytest.fixture
@@ -48,10 +47,6 @@ def checkout(tmp_path: Path) -> Path:
 def edit(checkout: Path, text: str) -> None:
     path = checkout / "gpt" / "parallel" / "engine.py"
     path.write_text(path.read_text() + text)
-
-
-def config_of(*words: str) -> Config:
-    return typed_config(compose_launch(["cluster=slurm", *words]))
 
 
 def environment(folder: RunFolder, attempt: int) -> Any:
@@ -79,7 +74,7 @@ def test_changed_libraries_are_named_and_unknown_ones_are_not() -> None:
 
 
 def test_a_copy_has_the_same_files_and_commit(tmp_path: Path) -> None:
-    target, config = tmp_path / "copy", config_of(*TINY)
+    target, config = tmp_path / "copy", config_of("cluster=slurm", *TINY)
     tree = workload_of(config).code(config)
     copy_code(target, tree)
     copy_code(target, tree)
@@ -98,17 +93,17 @@ def test_changed_code_gives_a_warning_or_a_refusal(checkout: Path, tmp_path: Pat
     assert environment(folder, 1)["code"]["root"] == str(checkout)
     folder.record_event("attempt_ended", attempt=1, cause="node_failed")  # so that there is something to go on with
     edit(checkout, "# changed\n")
-    text = run("launch", *words, "launch.report_files=[md]", **there)
+    text = run("launch launch.report_files=[md]", *words, **there)
     assert text.count("changed since attempt 1: gpt/parallel/engine.py changed") == 1, text
     assert "changed since attempt 1: gpt/parallel/engine.py changed" in folder.log(2, 0).read_text()
     changed = select_events(folder.read_events(), "code_changed")
     assert [(e["attempt"], e["since"], e["cause"]) for e in changed] == [(2, 1, "gpt/parallel/engine.py changed")]
     edit(checkout, "# and again\n")
     write_json(folder.environment(2), {**environment(folder, 2), "git": {"commit": "a" * 40}})
-    text = run("launch", *words, "require_same_code=true", status=2, **there)
+    text = run("launch require_same_code=true", *words, status=2, **there)
     assert "since attempt 2 of" in text and "git checkout aaaaaaaaaaaa, require_same_code=false to go on with" in text
     assert folder.attempts() == [1, 2]
-    text = run("gpt.train", *words, "require_same_code=true", status=2, **there)  # torchrun's road has no login node
+    text = run("gpt.train require_same_code=true", *words, status=2, **there)  # torchrun's road has no login node
     assert "gpt/parallel/engine.py changed" in text
 
 
@@ -142,11 +137,8 @@ def test_the_batch_script_sets_the_copy_after_the_setup_lines() -> None:
     copied = plan("copy_code=true", 'cluster.setup=["export PYTHONPATH=/site"]', "name=a name")
     lines = sbatch_text([copied]).split("# setup\n")[1].splitlines()
     assert copied.code is not None and copied.code.endswith(f"/a name/.code/{describe_code()['sha256'][:16]}")
-    assert lines[1:4] == [
-        "export PYTHONPATH=/site",
-        f"export PYTHONPATH='{copied.code}'${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1",
-    ]
+    path = f"export PYTHONPATH='{copied.code}'${{PYTHONPATH:+:$PYTHONPATH}}"
+    assert lines[1:4] == ["export PYTHONPATH=/site", path, "export PYTHONSAFEPATH=1"]
 
 
 MOUNTS = 'cluster.container_mounts=["/data","/scratch/me:/scratch:ro"]'
@@ -173,34 +165,30 @@ def test_pyxis_gets_options_of_srun(tmp_path: Path) -> None:
     text = sbatch_text([plan(*in_container("pyxis"))])
     words = command_of(text)
     runs = tmp_path / "outputs" / "n"
-    assert words[words.index("--container-image=/images/gpt.sif") :] == [
-        "--container-image=/images/gpt.sif",
-        f"--container-mounts=/data:/data,/scratch/me:/scratch:ro,{tmp_path}:{tmp_path},{runs}:{runs}",
-        f"--container-workdir={tmp_path}",
-        *("python3", "-u", "-m", "submitit.core._submit", str(runs / ".submitit" / "slurm")),
-    ]
+    assert " ".join(words[words.index("--container-image=/images/gpt.sif") :]) == (
+        "--container-image=/images/gpt.sif "
+        f"--container-mounts=/data:/data,/scratch/me:/scratch:ro,{tmp_path}:{tmp_path},{runs}:{runs} "
+        f"--container-workdir={tmp_path} python3 -u -m submitit.core._submit {runs}/.submitit/slurm"
+    )
     assert f"{shlex.quote(sys.executable)} -m gpt_launch launch.agent.after_step" in text, "outside, where Slurm is"
 
 
-@pytest.mark.parametrize(("gpus", "nv"), [(8, ["--nv"]), (0, [])])
-def test_apptainer_is_started_by_srun(gpus: int, nv: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("gpus", "nv"), [(8, " --nv"), (0, "")])
+def test_apptainer_is_started_by_srun(gpus: int, nv: str, tmp_path: Path) -> None:
     words = command_of(sbatch_text([plan(*in_container("apptainer", f"cluster.gpus_per_node={gpus}"))]))
     runs = tmp_path / "outputs" / "n"
-    assert words[words.index("apptainer") :] == [
-        *("apptainer", "exec", *nv, "--pwd", str(tmp_path)),
-        *("--bind", "/data:/data", "--bind", "/scratch/me:/scratch:ro"),
-        *("--bind", f"{tmp_path}:{tmp_path}", "--bind", f"{runs}:{runs}"),
-        *("/images/gpt.sif", "python3", "-u", "-m", "submitit.core._submit", str(runs / ".submitit" / "slurm")),
-    ]
+    assert " ".join(words[words.index("apptainer") :]) == (
+        f"apptainer exec{nv} --pwd {tmp_path} --bind /data:/data --bind /scratch/me:/scratch:ro "
+        f"--bind {tmp_path}:{tmp_path} --bind {runs}:{runs} "
+        f"/images/gpt.sif python3 -u -m submitit.core._submit {runs}/.submitit/slurm"
+    )
 
 
 def test_apptainer_runs_the_agent(tmp_path: Path) -> None:
     """With a program in the place of Apptainer that runs what stands behind the image."""
-    program = tmp_path / "bin" / "apptainer"
-    program.parent.mkdir()
-    program.write_text('#!/bin/sh\nwhile [ "$1" != /images/gpt.sif ]; do shift; done\nshift\nexec "$@"\n')
-    program.chmod(0o755)
-    cluster = typed_config(compose_launch(["cluster=slurm", *in_container("apptainer")])).cluster
+    text = '#!/bin/sh\nwhile [ "$1" != /images/gpt.sif ]; do shift; done\nshift\nexec "$@"\n'
+    program = write_program(tmp_path / "bin" / "apptainer", text)
+    cluster = config_of("cluster=slurm", *in_container("apptainer")).cluster
     words = agent_words(replace(cluster, python=sys.executable), tmp_path, tmp_path / "none")
     env = os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"}
     done = subprocess.run(words, env=env, capture_output=True, text=True, cwd=tmp_path)
@@ -215,18 +203,13 @@ def test_incomplete_container_settings_are_refused() -> None:
         (in_container("pyxis", 'cluster.container_mounts=["/a,b"]'), "'/a,b'"),
         (in_container("pyxis", 'cluster.container_mounts=["/a:/b:exec"]'), "'/a:/b:exec'"),
     ):
-        with pytest.raises(ConfigError, match=found):
-            plan(*words)
-
-
-def test_a_container_of_agents_on_this_machine_is_refused() -> None:
-    words = ["cluster=local", *in_container("apptainer")]
-    with pytest.raises(ConfigError, match="with agents on this machine"):
-        make_plan(typed_config(compose_launch(words)), words, ClusterKind.local)
+        refused(plan, *words, found=found)
+    local = partial(plan, kind=ClusterKind.local)
+    refused(local, *in_container("apptainer"), found="with agents on this machine")
 
 
 def test_the_doctor_looks_for_the_image_and_its_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = typed_config(compose_launch(["cluster=slurm", *in_container("apptainer")]))
+    config = config_of("cluster=slurm", *in_container("apptainer"))
     assert container_problem(config.cluster) == "there is no image /images/gpt.sif"
     image = tmp_path / "gpt.sif"
     image.touch()
@@ -237,4 +220,4 @@ def test_the_doctor_looks_for_the_image_and_its_runtime(tmp_path: Path, monkeypa
     (bad,) = check_container(replace(FACTS, container_problem="there is no image"), config)
     (good,) = check_container(FACTS, config)
     assert (bad.level, good.level) == (Level.warning, Level.ok)
-    assert list(check_container(FACTS, typed_config(compose_launch(["cluster=slurm"])))) == []
+    assert list(check_container(FACTS, config_of("cluster=slurm"))) == []

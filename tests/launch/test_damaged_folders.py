@@ -17,9 +17,8 @@ from omegaconf import DictConfig
 from gpt.compare import read_metrics
 from launch import cancel, logs, move, status
 from launch.config import ClusterKind
-from launch.config.compose import compose_launch, typed_config
-from launch.errors import ConfigError, refusing
-from launch.plan.plan import make_plan, write_run
+from launch.config.compose import compose_launch
+from launch.errors import refusing
 from launch.report import build
 from launch.runner import run_sweep
 from launch.runs.files import write_json
@@ -30,8 +29,10 @@ from launch.slurm.client import JobState
 from launch.slurm.jobs import CONTROLLER, SlurmJob
 from launch.slurm.status import explain_end, find_run_status, update
 from tests.support.commands import TINY
+from tests.support.planning import plan, refused
+from tests.support.runs import recorded
 
-WORDS = [*TINY, "cluster=local", "optim.max_steps=9", "seed=3"]
+WORDS = [*TINY, "optim.max_steps=9", "seed=3"]
 NEEDED = {
     "config.yaml": {"launch", "compare"},
     "plan.json": {"move"},
@@ -58,11 +59,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run of one rank that made two steps, and a sweep of that one run."""
     outputs = tmp_path_factory.mktemp("whole")
-    words = [*WORDS, f"run_dir={outputs / 'run'}"]
-    composed = compose_launch(words)
-    plan = make_plan(typed_config(composed), words, ClusterKind.local)
-    write_run(plan, composed, words)
-    folder = RunFolder(plan.run_dir)
+    made = plan(*WORDS, f"run_dir={outputs / 'run'}", kind=ClusterKind.local, write=True)
+    folder = RunFolder(made.run_dir)
     write_json(folder.path.parent / "sweep.json", {"points": [folder.point]})
     folder.create_attempt()
     folder.log(1, 0).write_text("step 1\n")
@@ -93,7 +91,7 @@ def folder(whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @cache
 def composed_once() -> DictConfig:
     """The config of the command that launches the run again, without its place."""
-    return compose_launch([*WORDS, "dry_run=true"])
+    return compose_launch(["cluster=local", *WORDS, "dry_run=true"])
 
 
 def commands(folder: RunFolder) -> dict[str, Callable[[], object]]:
@@ -169,10 +167,8 @@ def test_lines_of_the_event_log_that_cannot_be_read_are_counted_and_told(
 def test_a_config_that_was_cut_off_is_no_key_to_type(folder: RunFolder) -> None:
     text = folder.config.read_text()
     folder.config.write_text(text[: text.index("n_layer")].rsplit("\n", 1)[0] + "\n")
-    with pytest.raises(ConfigError) as refusal:
-        commands(folder)["launch"]()
-    assert str(folder.config) in refusal.value.found and "model.n_layer" in refusal.value.found
-    assert "=VALUE" not in refusal.value.fix
+    refusal = refused(commands(folder)["launch"], found=str(folder.config))
+    assert "model.n_layer" in refusal.found and "=VALUE" not in refusal.fix
 
 
 def test_a_job_whose_nodes_do_not_see_the_folder_says_so(folder: RunFolder) -> None:
@@ -191,13 +187,14 @@ def test_a_job_whose_nodes_do_not_see_the_folder_says_so(folder: RunFolder) -> N
 
 def test_a_run_whose_ranks_did_not_fail_says_why_it_does_not_start_again(folder: RunFolder) -> None:
     folder.events.write_text("")
-    for event in (
+    decided = {"attempt": 1, "action": "stop", "cause": "preempted", "reason": "the limit is reached"}
+    recorded(
+        folder,
         {"event": "submitted", "cluster": "slurm", "job_id": "7", "nodes": 2},
         {"event": "started", "attempt": 1},
         {"event": "attempt_ended", "attempt": 1, "cause": "preempted"},
-        {"event": "decided", "attempt": 1, "action": "stop", "cause": "preempted", "reason": "the limit is reached"},
-    ):
-        folder.record_event(**event)
+        {"event": "decided", **decided},
+    )
     point = find_run_status(folder)
     update(point, {SlurmJob("7").job_id: JobState("FAILED", "None")})
     assert explain_end(point).endswith("\nnot started again: the limit is reached")

@@ -118,7 +118,7 @@ def test_it_runs_on_any_machine_loads_no_torch_and_writes_nothing(tmp_path: Path
 
 def test_the_report_and_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     local = ("cluster=local", "device=cpu")
-    text = run("launch.doctor", *local, "nodes=3", "optim.global_batch=8", cwd=tmp_path, status=1)
+    text = run("launch.doctor nodes=3 optim.global_batch=8", *local, cwd=tmp_path, status=1)
     assert "error" in text and "type  optim.global_batch=9" in text and "1 errors" in text
     assert main(["nodse=3"]) == 2 and "type next: nodes=3" in capsys.readouterr().err
     assert main([*local, "--on-cluster"]) == 2 and "without --on-cluster" in capsys.readouterr().err

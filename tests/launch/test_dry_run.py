@@ -6,27 +6,14 @@ from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
-from omegaconf import DictConfig
 
 from launch.config import ClusterKind
-from launch.config.compose import compose_launch, typed_config
-from launch.errors import ConfigError
-from launch.plan.plan import Plan, make_plan
+from launch.config.compose import compose_launch
 from launch.slurm.jobs import SlurmJob, sbatch_text
 from launch.slurm.points import OpenPoint, choose_exclusive
 from launch.slurm.submit import in_line, shapes
 from tests.support.commands import run
-
-
-def plan(*words: str) -> Plan:
-    composed: DictConfig = compose_launch(["cluster=slurm", *words])
-    return make_plan(typed_config(composed), words, ClusterKind.slurm)
-
-
-def directives(text: str) -> dict[str, str]:
-    """The #SBATCH lines of a batch script."""
-    lines = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH --")]
-    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+from tests.support.planning import directives, plan, refused
 
 
 def test_every_shape_of_resources_is_one_array() -> None:
@@ -39,27 +26,12 @@ def test_every_shape_of_resources_is_one_array() -> None:
 
 def test_the_batch_script_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    text = sbatch_text(
-        [
-            plan(
-                "nodes=4",
-                "name=my run",
-                "cluster.partition=gpu",
-                "cluster.account=abc",
-                "cluster.qos=high",
-                "cluster.gpus_per_node=8",
-                "cluster.cpus_per_task=64",
-                "cluster.mem_gb=500",
-                "cluster.exclude='n[3-4]'",
-                "cluster.timeout_min=90",
-                "cluster.signal_delay_s=300",
-                'cluster.setup=["module load cuda","export X=1"]',
-                'cluster.srun_args=["--cpu-bind=none"]',
-                "++cluster.additional_parameters={reservation: spring}",
-                "optim.global_batch=64",
-            )
-        ]
-    )
+    words = "nodes=4 cluster.partition=gpu cluster.account=abc cluster.qos=high cluster.gpus_per_node=8 "
+    words += "cluster.cpus_per_task=64 cluster.mem_gb=500 cluster.exclude='n[3-4]' cluster.timeout_min=90 "
+    words += """cluster.signal_delay_s=300 cluster.srun_args=["--cpu-bind=none"] optim.global_batch=64"""
+    setup = 'cluster.setup=["module load cuda","export X=1"]'
+    more = "++cluster.additional_parameters={reservation: spring}"
+    text = sbatch_text([plan(*words.split(), "name=my run", setup, more)])
     folder = tmp_path / "outputs" / "my run" / ".submitit" / "slurm"
     assert directives(text) == {
         "account": "abc",
@@ -89,15 +61,15 @@ def test_the_batch_script_says_what_was_asked_for(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_command_shows_plans_and_scripts_and_writes_nothing(tmp_path: Path) -> None:
-    text = run("launch", "-m", "nodes=1,2", "cluster=slurm", "cluster.gpus_per_node=8", "dry_run=true",
-               "optim.global_batch=64", cwd=tmp_path)  # fmt: skip
-    assert "1 x 8 = 8 ranks on slurm" in text
-    assert "2 x 8 = 16 ranks on slurm" in text
-    assert "918,656 parameters" in text
-    assert "worst case: 3 node-hours, 24 GPU-hours, if all 2 runs last" in text
-    assert text.count("#!/bin/bash") == 2
-    assert text.count("#SBATCH --gpus-per-node=8") == 2
-    assert text.count("#SBATCH --exclusive") == 2 and "cluster.exclusive=false shares them" in text
+    words = "-m nodes=1,2 cluster=slurm cluster.gpus_per_node=8 dry_run=true optim.global_batch=64"
+    text = run("launch", *words.split(), cwd=tmp_path)
+    for said in (
+        "1 x 8 = 8 ranks on slurm", "2 x 8 = 16 ranks on slurm", "918,656 parameters",
+        "worst case: 3 node-hours, 24 GPU-hours, if all 2 runs last", "cluster.exclusive=false shares them",
+    ):  # fmt: skip
+        assert said in text
+    for said in ("#!/bin/bash", "#SBATCH --gpus-per-node=8", "#SBATCH --exclusive"):
+        assert text.count(said) == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,17 +101,16 @@ def test_sequential_points_wait_for_those_before_them_with_one_sbatch_call_a_sha
         (first, []), (second, [SlurmJob("7_0"), SlurmJob("7_1")]))]  # fmt: skip
     assert [one["array"] for one in asked] == ["0-1%1"] * 2
     assert [one["dependency"] for one in asked] == ["singleton", "singleton,afterany:7"]
-    with pytest.raises(ConfigError, match=r"launch\.sequential=true with cluster\.placement"):
-        plan("launch.sequential=true", "cluster.placement=[{partition: a}]")
+    both = ("launch.sequential=true", "cluster.placement=[{partition: a}]")
+    refused(plan, *both, found="launch.sequential=true with cluster.placement")
 
 
 def test_it_works_where_there_is_no_slurm(tmp_path: Path) -> None:
     empty = tmp_path / "bin"
     empty.mkdir()
-    text = run("launch", "nodes=2", "dry_run=true", cwd=tmp_path, PATH=str(empty))
-    assert "cluster=auto: local" in text
-    assert "as cluster=slurm would submit it" in text
-    assert "#SBATCH --nodes=2" in text
+    text = run("launch nodes=2 dry_run=true", cwd=tmp_path, PATH=str(empty))
+    for said in ("cluster=auto: local", "as cluster=slurm would submit it", "#SBATCH --nodes=2"):
+        assert said in text
 
 
 def test_mail_is_asked_for_where_somebody_is_named(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_the_report_counts_the_time_that_a_crash_cost(sabotaged: tuple[str, RunF
 def test_status_and_logs_show_the_failed_rank_first(sabotaged: tuple[str, RunFolder]) -> None:
     folder = sabotaged[1]
     there, name = folder.path.parent, folder.path.name
-    (seen,) = json.loads(run("launch.status", "--json", name, cwd=there))
+    (seen,) = json.loads(run("launch.status --json", name, cwd=there))
     assert seen["state"] == "failed"
     expected = {"rank": 1, "step": 2, "log": str(folder.log(2, 1))}
     assert {k: seen["failure"][k] for k in expected} == expected
@@ -181,7 +181,7 @@ def start_long_run(
 
 def test_a_second_command_is_refused_and_ctrl_c_saves_and_ends_all_processes(tmp_path: Path) -> None:
     process, folder, family = start_long_run(tmp_path, *ONE_NODE, begin=start_fork)
-    text = run("launch", *LONG, *ONE_NODE, f"run_dir={folder.path}", cwd=tmp_path, status=2)
+    text = run(f"launch run_dir={folder.path}", *LONG, *ONE_NODE, cwd=tmp_path, status=2)
     assert "is being worked on by process" in text
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the whole foreground group
     assert process.wait(timeout=120) == 130
@@ -243,7 +243,7 @@ def test_a_loss_that_diverges_again_after_one_restart_stops_the_run(tmp_path: Pa
     words = [*TINY, "optim.lr=1e30", "optim.min_lr=0", "optim.warmup_steps=0", "optim.max_steps=9", "optim.grad_clip=0"]
     words.append(UNDRAWN)
     folder = RunFolder(tmp_path / "run")
-    text = run("launch", *words, f"run_dir={folder.path}", cwd=tmp_path, status=1)
+    text = run(f"launch run_dir={folder.path}", *words, cwd=tmp_path, status=1)
     events = folder.read_events()
     assert causes(folder) == ["diverged", "diverged"]
     assert len({e["step"] for e in select_events(events, "rank_failed")}) == 1, "the same step"

@@ -15,10 +15,8 @@ from gpt.checkpoint import folders
 from launch.agent.node import Node, RunContext
 from launch.agent.outcome import take_over_as_leader
 from launch.agent.policy import RunFailedError
-from launch.config import ClusterKind, Config
-from launch.config.compose import compose_launch, typed_config
-from launch.errors import ConfigError
-from launch.plan.plan import Plan, make_plan
+from launch.config import Config
+from launch.plan.plan import Plan
 from launch.plan.preflight import plan_text
 from launch.runs.events import select_events
 from launch.runs.files import read_json, read_json_lines
@@ -28,13 +26,8 @@ from launch.slurm.jobs import sbatch_text
 from launch.slurm.status import find_run_status, poll
 from launch.storm.drill import Recovery, recoveries
 from tests.support.commands import TINY, agents_of, descendants, run, start_fork, wait_for
+from tests.support.planning import plan, refused
 from tests.support.runs import COUNTING, LOCAL, checkpoint, from_step, options
-
-
-def plan(*words: str, kind: ClusterKind = ClusterKind.slurm) -> Plan:
-    words = (f"cluster={kind.name}", *words)
-    return make_plan(typed_config(compose_launch(words)), words, kind)
-
 
 SCRIPT = "workload=script script.command=[sleep]"
 ELASTIC = f"{SCRIPT} script.resumes=true script.elastic=true"
@@ -74,19 +67,13 @@ LARGE += " cluster.gpus_per_node=1 cluster.gpu_memory_gib=2.5"
         ("nodes=4 resilience.min_nodes=3", NO_SIZE, ", or resilience.min_nodes=null"),
         ("nodes=2 resilience.min_nodes=1 parallel.tp=2 parallel=fsdp", "with 1 ranks", "parallel.tp=1"),
         ("nodes=2 resilience.min_nodes=1 optim.weak_scaling=true", "weak_scaling", "optim.weak_scaling=false"),
-        (
-            f"nodes=2 resilience.min_nodes=1 {LARGE}",
-            "and with nodes=1: a rank of 3.00 GiB",
-            "resilience.min_nodes=null",
-        ),
+        (f"nodes=2 resilience.min_nodes=1 {LARGE}", "with nodes=1: a rank of 3.00 GiB", "resilience.min_nodes=null"),
         (f"{SCRIPT} nodes=2 resilience.min_nodes=1", "a script that is not", "script.elastic=true"),
         (f"{SCRIPT} nodes=2 script.elastic=true", "without script.resumes=true", "script.resumes=true"),
     ],
 )
 def test_impossible_fewer_nodes_are_refused_before_the_queue(words: str, found: str, fix: str) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        plan(*words.split())
-    assert found in refusal.value.found and refusal.value.expected and fix in refusal.value.fix
+    refused(plan, *words.split(), found=found, fix=fix)
 
 
 def test_a_node_that_counts_as_lost_does_not_requeue_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +126,7 @@ def test_a_run_continues_without_a_lost_node_and_uses_all_nodes_when_the_command
     point = find_run_status(folder)
     poll([point])
     assert point.state == "running" and point.fewer_nodes() is not None
-    shown = run("launch.status", str(folder.path), cwd=tmp_path)
+    shown = run(f"launch.status {folder.path}", cwd=tmp_path)
     assert "1 of 2" in shown and "silent for" in shown
 
     os.kill(process.pid, signal.SIGINT)  # saves, and leaves
@@ -184,7 +171,7 @@ def state_files(folder: RunFolder) -> dict[str, bytes]:
 
 def test_restarts_from_memory_after_a_killed_rank_and_a_lost_node_give_the_same_weights(tmp_path: Path) -> None:
     quiet, doomed = RunFolder(tmp_path / "quiet"), RunFolder(tmp_path / "doomed")
-    run("launch", *IN_MEMORY, f"run_dir={quiet.path}", cwd=tmp_path)
+    run(f"launch run_dir={quiet.path}", *IN_MEMORY, cwd=tmp_path)
     doomed.config.parent.mkdir(parents=True)
     shutil.copy(quiet.plan, doomed.plan)
     config = quiet.config.read_text().replace(str(quiet.path), str(doomed.path))
@@ -193,8 +180,7 @@ def test_restarts_from_memory_after_a_killed_rank_and_a_lost_node_give_the_same_
     where = {"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "1", "SUBMITIT_LOCAL_NTASKS": str(AGENTS)}
     agents = [
         start_fork(
-            "tests.support.programs.doomed_agent",
-            str(doomed.path),
+            f"tests.support.programs.doomed_agent {doomed.path}",
             cwd=tmp_path,
             log=tmp_path / f"agent_{index}",
             **where,

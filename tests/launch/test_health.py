@@ -29,11 +29,11 @@ from launch.agent.health import (
 from launch.agent.ranks import RankAgent, cpus_of_ranks
 from launch.config import Config, HealthCheckConfig, ResilienceConfig
 from launch.doctor import verdict
-from launch.errors import ConfigError
 from launch.runs.environment import Gpu, GpuSample, append_samples, read_samples
 from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
 from tests.support.commands import run
+from tests.support.planning import refused
 from tests.support.runs import LOCAL, causes, write_script
 
 A, B, C = "0000:3b:00.0", "0000:d8:00.0", "0000:e1:00.0"
@@ -125,9 +125,8 @@ def test_a_full_or_read_only_filesystem_is_a_fault(
 
 @pytest.mark.parametrize("command", ["check 'it", [], ""])
 def test_a_malformed_check_command_is_refused(command: object) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        Config(resilience=ResilienceConfig(health_check=HealthCheckConfig(command=command))).validate()
-    assert "a program" in refusal.value.expected and refusal.value.found.startswith("resilience.health_check.")
+    config = Config(resilience=ResilienceConfig(health_check=HealthCheckConfig(command=command)))
+    assert "a program" in refused(config.validate, found="resilience.health_check.").expected
     assert HealthCheckConfig(command="a 'b c'").command_words == ["a", "b c"]
 
 
@@ -153,7 +152,7 @@ def test_a_node_that_becomes_sick_between_two_starts_is_named_and_refused(tmp_pa
     assert told["cause"] == f"{sys.executable} left with status 1: the fan is dead"
     for part in ("is sick: ", "expected: 1 healthy nodes", "type next: resilience.health_check.enabled=false"):
         assert part in text
-    status = run("launch.status", str(tmp_path / "run"), cwd=tmp_path)
+    status = run(f"launch.status {tmp_path / 'run'}", cwd=tmp_path)
     assert "is sick and was left out" in status and "the fan is dead" in status
 
 

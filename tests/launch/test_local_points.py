@@ -15,7 +15,7 @@ from launch.attach.__main__ import grouped
 from launch.runs.folder import RunFolder
 from launch.slurm.submit import share
 from tests.support.commands import ROOT, run, start_fork, wait_for
-from tests.support.runs import COUNTING, LOCAL, MEETING, PROGRAM, checkpoint, options, printed, write_script
+from tests.support.runs import COUNTING, LOCAL, MEETING, PROGRAM, checkpoint, names, options, printed, write_script
 
 TWO_CPUS = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
 TRACKERS = ("LAUNCH_TRACKER_ID", "WANDB_RUN_ID", "NEPTUNE_CUSTOM_RUN_ID", "WANDB_RESUME")
@@ -31,19 +31,15 @@ def folders(outputs: Path) -> list[RunFolder]:
     return [RunFolder(path.parent) for path in sorted(outputs.glob("*/plan.json"))]
 
 
-def names(folder: RunFolder) -> list[str]:
-    return [event["event"] for event in folder.read_events()]
-
-
 @TWO_CPUS
 def test_points_run_side_by_side_each_with_its_own_cpus(tmp_path: Path) -> None:
     script = write_script(tmp_path, MEETING)
     words = ("-m", 'script.args="a 2","b 2"', f"script.path={script}", "name=meet", *LOCAL)
-    refused = run("launch", *words, "launch.parallel=999", cwd=tmp_path, status=2)
+    refused = run("launch launch.parallel=999", *words, cwd=tmp_path, status=2)
     assert re.search(r"found: launch.parallel=999, and this machine has \d+ [CG]PUs", refused)
-    assert "launch.parallel=x" in run("launch", *words, "launch.parallel=x", cwd=tmp_path, status=2)
+    assert "launch.parallel=x" in run("launch launch.parallel=x", *words, cwd=tmp_path, status=2)
     assert not (tmp_path / "outputs").exists()
-    table = run("launch", *words, "launch.parallel=2", cwd=tmp_path)
+    table = run("launch launch.parallel=2", *words, cwd=tmp_path)
     one, two = folders(tmp_path / "outputs" / "meet")
     cpus = [re.findall(r"CPUs (.*)", printed(folder))[0].split() for folder in (one, two)]
     assert cpus[0] and cpus[1] and not {*cpus[0]} & {*cpus[1]}
@@ -64,15 +60,15 @@ def test_the_first_failure_stops_the_points_that_wait(tmp_path: Path) -> None:
     assert text.count("launch.stop_at_first_failure=true: stopping the other points") == 1
     ran = ["agent_started" in names(folder) for folder in folders(tmp_path / "outputs" / "x")]
     assert ran == [True, True, False]
-    refused = run("launch", *words, "launch.detach=true", "fresh=true", cwd=tmp_path, status=2)
+    refused = run("launch launch.detach=true fresh=true", *words, cwd=tmp_path, status=2)
     assert "launch.stop_at_first_failure=true with launch.detach=true" in refused
 
 
 def test_a_run_after_another_begins_only_if_that_has_finished(tmp_path: Path) -> None:
     script = write_script(tmp_path, "import sys\nsys.exit(int(sys.argv[1]))\n")
     program = (f"script.path={script}", *LOCAL)
-    run("launch", "name=good", "script.args=0", *program, cwd=tmp_path)
-    run("launch", "name=bad", "script.args=1", *program, cwd=tmp_path, status=1)
+    run("launch name=good script.args=0", *program, cwd=tmp_path)
+    run("launch name=bad script.args=1", *program, cwd=tmp_path, status=1)
     after = partial(run, "launch", "name=next", "script.args=0", *program, cwd=tmp_path)
     refused = after("launch.after=outputs/bad", status=2)
     assert "is failed" in refused
@@ -86,13 +82,13 @@ def test_a_run_after_another_begins_only_if_that_has_finished(tmp_path: Path) ->
 def test_trackers_continue_the_run_of_each_rank(tmp_path: Path) -> None:
     script = write_script(tmp_path, FAILING_ONCE)
     words = (f"script.path={script}", "script.resumes=true", *LOCAL[:1], "ranks_per_node=2", *LOCAL[2:])
-    run("launch", "run_dir=run", *words, cwd=tmp_path)
+    run("launch run_dir=run", *words, cwd=tmp_path)
     folder = RunFolder(tmp_path / "run")
     ids = [[printed(folder, attempt, rank).split()[1:] for rank in (0, 1)] for attempt in (1, 2)]
     assert ids[0] == ids[1] and ids[0][0] != ids[0][1]
     for same, wandb, neptune, resume in ids[0]:
         assert same == wandb == neptune and resume == "allow" and re.fullmatch(r"[0-9a-f]{32}", same)
-    again = run("launch", "run_dir=other", *words, "script.env.WANDB_RUN_ID=mine", cwd=tmp_path)
+    again = run("launch run_dir=other script.env.WANDB_RUN_ID=mine", *words, cwd=tmp_path)
     assert "finished" in again
     mine = printed(RunFolder(tmp_path / "other")).split()[1:]
     assert mine[1] == "mine" and mine[0] not in ("mine", ids[0][0][0])
@@ -128,7 +124,7 @@ def test_a_shell_beside_a_rank_and_the_stacks_of_all(tmp_path: Path) -> None:
     stacks = attach("--stacks")
     assert re.match(r"\d of 2 ranks: 0", stacks) and "counting.py" in stacks and "most recent call first" in stacks
     assert "no process of rank 7" in attach("--rank", "7", status=2)
-    run("launch.cancel", "run", cwd=tmp_path)
+    run("launch.cancel run", cwd=tmp_path)
     assert process.wait(timeout=120) == 1
     assert "run is cancelled" in attach(status=2)
 

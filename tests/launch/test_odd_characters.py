@@ -11,7 +11,7 @@ import pytest
 
 from launch.agent.ranks import START_RANK
 from launch.slurm.jobs import sbatch_text
-from tests.launch.test_dry_run import directives, plan
+from tests.support.planning import directives, plan
 
 ODD = """it's $(touch pwned) `touch pwned` "a=b,c"; é * # -x"""
 
@@ -38,12 +38,8 @@ def test_names_and_paths_in_a_batch_script(monkeypatch: pytest.MonkeyPatch, tmp_
     assert done.returncode == 0 and done.stderr == ""
     path, *args = done.stdout.split("\0")[:-1]
     assert path == made.code and Path(path).parent == folder / ".code"
-    assert args[1:5] == [
-        "--output",
-        f"{folder}/.submitit/slurm/%j_%t_log.out",
-        "--error",
-        f"{folder}/.submitit/slurm/%j_%t_log.err",
-    ]
+    logs = f"{folder}/.submitit/slurm/%j_%t_log"
+    assert args[1:5] == ["--output", f"{logs}.out", "--error", f"{logs}.err"]
     assert args[5:6] == [ODD] and args[-1] == str(folder / ".submitit" / "slurm")
     assert list(tmp_path.iterdir()) == []
 

@@ -54,7 +54,7 @@ LINES = {
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Output of each of the commands, forked from one process without those libraries."""
     cwd = tmp_path_factory.mktemp("without")
-    run("gpt.train", *TINY, "optim.max_steps=2", "run_dir=zero", "parallel=zero2", cwd=cwd)  # with DeepSpeed
+    run("gpt.train optim.max_steps=2 run_dir=zero parallel=zero2", *TINY, cwd=cwd)  # with DeepSpeed
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, *LINES],
         cwd=cwd,

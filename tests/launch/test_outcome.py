@@ -29,6 +29,7 @@ from launch.runs.folder import RunFolder
 from launch.slurm import client
 from launch.slurm.status import outcome, why_not_restarted
 from tests.support.commands import ROOT, wait_for
+from tests.support.runs import names, recorded, write_program
 
 Events = list[dict[str, Any]]
 AGENT = {"event": "agent_started", "job": "slurm-7-1-0"}
@@ -86,16 +87,14 @@ def test_only_events_of_this_start_of_the_job_count(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_restarted_has_failed_and_gives_the_reason(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    for event in ({"event": "submitted", "cluster": "slurm", "job_id": "7"}, STARTED, {"event": "stopped"}):
-        folder.record_event(**event)
+    submitted = {"event": "submitted", "cluster": "slurm", "job_id": "7"}
+    folder = recorded(RunFolder(tmp_path / "run"), submitted, STARTED, {"event": "stopped"})
 
     def told() -> tuple[str, str | None]:
         events = folder.read_events()
         return outcome(events), why_not_restarted(events)
 
-    folder.record_event(**ended("preempted"))
-    folder.record_event(**decided("requeue", "preempted"))
+    recorded(folder, ended("preempted"), decided("requeue", "preempted"))
     assert told() == ("stopped", None)
     folder.record_event(**decided("stop", "preempted"))
     assert told() == ("failed", "a reason")
@@ -145,8 +144,7 @@ class Controller:
         self.folder = folder
         (folder / "busy").write_text(str(busy))
         for name in ("scontrol", "sinfo"):
-            (folder / name).write_text(PROGRAM.format(python=sys.executable, folder=str(folder)))
-            (folder / name).chmod(0o755)
+            write_program(folder / name, PROGRAM.format(python=sys.executable, folder=str(folder)))
 
     def asked(self, beginning: str) -> list[str]:
         """The questions that began so, without those that were not answered."""
@@ -167,10 +165,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolde
 
 def config(*words: str) -> Config:
     return typed_config(compose_launch(["cluster=slurm", "nodes=2", *words]))
-
-
-def names(folder: RunFolder) -> list[str]:
-    return [event["event"] for event in folder.read_events()]
 
 
 def test_the_cause_of_a_stop_is_read_once_the_controller_answers_again(folder: RunFolder, tmp_path: Path) -> None:
@@ -204,13 +198,12 @@ def killed_in_the_middle(folder: RunFolder) -> None:
     """The event log of a run whose agent was killed while its ranks trained."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    events: list[dict[str, Any]] = [
+    recorded(
+        folder,
         {"event": "submitted", "cluster": "slurm", "job_id": "7"},
         {"event": "agent_started", "job": NODE.job, "pid": gone.pid, "pid_started": "1"},
         {"event": "started", "attempt": 1, "job": NODE.job},
-    ]
-    for event in events:
-        folder.record_event(**event)
+    )
 
 
 @pytest.mark.parametrize("status", [1, 137], ids=["srun gave up for a node that rebooted", "srun killed"])
@@ -234,8 +227,7 @@ def test_multi_node_sh_runs_after_step_if_srun_fails_and_returns_its_status(
     told = f'echo "${{0##*/}} $*" >> {tmp_path}/told; case "$*" in '
     answers = f"*--agent-command*) echo agent;; *batch*) echo {tmp_path}/run;; *after_step*) exit {after};; esac"
     for name, ending in (("python", answers), ("srun", f"*) exit {of_step};; esac")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{told}{ending}\n")
-        (tmp_path / name).chmod(0o755)
+        write_program(tmp_path / name, f"#!/bin/sh\n{told}{ending}\n")
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path)}
     done = subprocess.run(["bash", "slurm/multi_node.sh", "nodes=2"], cwd=tmp_path, env=env, check=False)
     lines = (tmp_path / "told").read_text().splitlines()
@@ -291,9 +283,7 @@ def test_the_attempt_of_a_lost_head_node_is_taken_over_unless_other_nodes_contin
 
 def test_lost_agents_are_ended_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a ``scancel`` that writes down what it was given: only a cluster would have an agent that hangs."""
-    scancel = tmp_path / "scancel"
-    scancel.write_text(f"#!/bin/sh\necho $@ >> {tmp_path / 'ended'}\n")
-    scancel.chmod(0o755)
+    write_program(tmp_path / "scancel", f"#!/bin/sh\necho $@ >> {tmp_path / 'ended'}\n")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.delenv("SLURM_CONF", raising=False)
     folder, head = RunFolder(tmp_path / "run"), Node(0, 3, "slurm-8-1-2", is_slurm=True, slurm_job="7_1")

@@ -259,8 +259,8 @@ LONG = [*TINY, "optim.max_steps=90", "eval.interval=0", "checkpoint.interval=10"
 
 def test_a_killed_rank_is_restarted_in_place_and_nothing_is_lost(tmp_path: Path) -> None:
     whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
-    run("launch", "nodes=2", *LONG, f"run_dir={whole.path}", cwd=tmp_path)
-    process = start_fork("launch", "nodes=2", *LONG, f"run_dir={killed.path}", cwd=tmp_path, log=tmp_path / "log")
+    run(f"launch nodes=2 run_dir={whole.path}", *LONG, cwd=tmp_path)
+    process = start_fork(f"launch nodes=2 run_dir={killed.path}", *LONG, cwd=tmp_path, log=tmp_path / "log")
     wait_for(
         lambda: any(e["event"] == "saved" for e in killed.read_events()) or process.poll() is not None, "a checkpoint"
     )

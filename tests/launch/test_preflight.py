@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from launch.config import ClusterKind
-from launch.config.compose import compose_launch, typed_config
-from launch.plan.plan import Plan, make_plan, write_run
+from launch.plan.plan import Plan
 from launch.plan.preflight import (
     add_expected,
     add_warnings,
@@ -21,21 +21,14 @@ from launch.runs.files import append_json_lines
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
 from launch.slurm.limits import SlurmFacts
-from tests.launch.test_dry_run import plan
 from tests.support.commands import TINY
 from tests.support.doctor_facts import LIMITS
+from tests.support.planning import config_of, plan
 
-GPUS = ("cluster=slurm", "cluster.gpus_per_node=8", "optim.global_batch=64", "cluster.gpu_name='NVIDIA H100 80GB HBM3'")
+GPUS = ("cluster.gpus_per_node=8", "optim.global_batch=64", "cluster.gpu_name='NVIDIA H100 80GB HBM3'")
 
 
-def long_plan(*words: str, write: bool = False) -> Plan:
-    words = (*words[:1], "optim.max_steps=100", *words[1:])
-    composed = compose_launch(words)
-    kind = ClusterKind.slurm if "cluster=slurm" in words else ClusterKind.local
-    made = make_plan(typed_config(composed), words, kind)
-    if write:
-        write_run(made, composed, words)
-    return made
+local_plan = partial(plan, "optim.max_steps=100", kind=ClusterKind.local)
 
 
 def ran(of: Plan, steps: int) -> RunFolder:
@@ -48,29 +41,29 @@ def ran(of: Plan, steps: int) -> RunFolder:
 
 def test_what_a_run_has_measured_tells_its_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    made = long_plan("nodes=2")
+    made = local_plan("nodes=2")
     assert add_expected(made) == made, "nothing is known of it"
-    own = ran(long_plan("nodes=2", write=True), 70)
+    own = ran(local_plan("nodes=2", write=True), 70)
     own.record_event("saved", step=60, attempt=1)
-    told = add_expected(long_plan("nodes=2"))
+    told = add_expected(local_plan("nodes=2"))
     assert told.expected_s == pytest.approx(40 * 2)
     said = "80 s on this machine (measured in this run: 2 s a step; start-up is not counted)"
     assert f"expected    {said}" in plan_text(told)
-    assert f"\nexpected: {said}" in worst_case_text([told], [typed_config(compose_launch(["nodes=2"]))])
-    assert expected_text([told, replace(long_plan("nodes=4"), label="nodes=4")]) == said
+    assert f"\nexpected: {said}" in worst_case_text([told], [config_of("nodes=2")])
+    assert expected_text([told, replace(local_plan("nodes=4"), label="nodes=4")]) == said
     two = [told, replace(told, label="nodes=4", expected_s=100.0)]
     assert expected_text(two).startswith("3 min 00 s on this machine; the longest run, nodes=4, takes 1 min 40 s (")
 
 
 def test_the_model_of_known_gpus_tells_it_where_no_run_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    made = long_plan("nodes=2", *GPUS)
+    made = plan("optim.max_steps=100", "nodes=2", *GPUS)
     step_s = made.promised.step_s
     assert step_s is not None and add_expected(made).expected_s == pytest.approx(100 * step_s)
     text = plan_text(add_expected(made))
     assert f"(estimated: {step_s:.3g} s a step; start-up, evaluation and saving are not counted)" in text
     assert any(line.startswith("  expected") and "GPU-hours, in " in line for line in text.splitlines())
-    assert long_plan("nodes=2", *GPUS[:3]).promised.step_s is None, "of GPUs that nobody names"
+    assert plan("nodes=2", *GPUS[:2]).promised.step_s is None, "of GPUs that nobody names"
 
 
 def ran_before(folder: RunFolder, save_s: float, step_s: float) -> RunFolder:
@@ -86,8 +79,7 @@ RECORDED = SlurmFacts(limits=LIMITS)
 
 
 def warnings(*words: str, known: SlurmFacts | None = RECORDED) -> tuple[str, ...]:
-    config = typed_config(compose_launch(["cluster=slurm", *TINY, *words]))
-    return add_warnings(plan(*TINY, *words), config, known).warnings
+    return add_warnings(plan(*TINY, *words), config_of("cluster=slurm", *TINY, *words), known).warnings
 
 
 @pytest.mark.parametrize(

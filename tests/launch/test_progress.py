@@ -17,6 +17,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.progress import Progress
 from launch.runs.records import read_records
 from launch.workload import RankContract
+from tests.support.runs import names
 
 PATTERN = r"step (?P<step>[\d,]+): loss (?P<loss>[\d.e+-]+|nan)(?:, (?P<step_time_ms>[\d.]+) ms)?"
 
@@ -51,10 +52,6 @@ def say(folder: RunFolder, text: str, rank: int = 0, at: float | None = None, at
 
 def known(folder: RunFolder, *names: str, rank: int = 0) -> list[tuple[object, ...]]:
     return [tuple(record.get(name) for name in names) for record in read_records(folder.metrics(rank))]
-
-
-def names(folder: RunFolder) -> list[str]:
-    return [event["event"] for event in folder.read_events()]
 
 
 def test_printed_fields_are_those_of_the_records(folder: RunFolder) -> None:

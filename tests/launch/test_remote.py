@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import run
+from tests.support.runs import write_program
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH')}:/usr/sbin")
 PROGRAM = Path(sys.executable).with_name("gpt-launch")
@@ -49,9 +50,7 @@ def login(tmp_path: Path) -> Path:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     (folder / "config").write_text(CLIENT.format(sshd=SSHD, folder=folder))
     (folder / "sshd_config").write_text(SERVER.format(folder=folder))
-    ssh = folder / "bin" / "ssh"
-    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config "$@"\n')
-    ssh.chmod(0o755)
+    write_program(folder / "bin" / "ssh", f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config "$@"\n')
     return folder
 
 

@@ -201,6 +201,6 @@ def test_nothing_is_refused_that_this_machine_cannot_know(workdir: Path, monkeyp
 
 
 def test_the_launcher_refuses_it_before_it_submits(tmp_path: Path) -> None:
-    said = run("launch", "workload=script", "script.module=launch.stauts", "cluster=local", cwd=tmp_path, status=2)
+    said = run("launch workload=script script.module=launch.stauts cluster=local", cwd=tmp_path, status=2)
     assert "type next: script.module=launch.status\n" in said
     assert list(tmp_path.iterdir()) == []

@@ -9,17 +9,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.config import Config
-from launch.config.compose import compose_launch, typed_config
-from launch.errors import ConfigError
 from launch.plan.plan import Plan
 from launch.slurm import client, limits
 from launch.slurm.checks import Case, check_access
 from launch.slurm.limits import SlurmFacts
 from launch.slurm.places import check_before_submitting
-from tests.launch.test_dry_run import plan
 from tests.support.commands import TINY, run
 from tests.support.doctor_facts import LIMITS, request
+from tests.support.planning import config_of, plan, refused
+from tests.support.runs import write_program
 
 # As Slurm 22.05 prints it, shortened.
 JOB = (
@@ -88,10 +86,10 @@ def test_reasons_that_no_waiting_removes_come_with_what_to_type() -> None:
 def test_a_controller_that_does_not_answer_at_once_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
-    command, asked = tmp_path / "scontrol", tmp_path / "asked"
+    asked = tmp_path / "asked"
     fail = f'echo "{line}" >&2; exit 1' if line else "kill -PIPE $$"
-    command.write_text(f"#!/bin/sh\nif [ -e {asked} ]; then echo answer; else touch {asked}; {fail}; fi\n")
-    command.chmod(0o755)
+    text = f"#!/bin/sh\nif [ -e {asked} ]; then echo answer; else touch {asked}; {fail}; fi\n"
+    write_program(tmp_path / "scontrol", text)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
     with pytest.raises(client.SlurmBusyError, match=line.split(": ")[-1].split(" (")[0] or "SIGPIPE"):
@@ -160,11 +158,10 @@ SEEN = SlurmFacts(limits=LIMITS)
 
 def look(*points: tuple[str, ...], seen: SlurmFacts = SEEN) -> tuple[list[Plan], str]:
     """The plans that are left of these points, and what was printed."""
-    configs: list[Config] = [typed_config(compose_launch(["cluster=slurm", *TINY, *words])) for words in points]
-    console = Console(file=StringIO(), width=1000)
+    configs = [config_of("cluster=slurm", *TINY, *words) for words in points]
+    console = Console(file=StringIO(), width=1000, record=True)
     plans = check_before_submitting(seen, [plan(*TINY, *words) for words in points], configs, console)
-    assert isinstance(console.file, StringIO)
-    return plans, console.file.getvalue()
+    return plans, console.export_text()
 
 
 @pytest.mark.parametrize(
@@ -176,13 +173,11 @@ def look(*points: tuple[str, ...], seen: SlurmFacts = SEEN) -> tuple[list[Plan],
     ],
 )
 def test_what_could_never_start_is_refused_with_what_fits(words: list[str], found: str, fix: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        look(("nodes=1", "seed=3"), tuple(words))
-    assert found in refused.value.found and fix in refused.value.fix
-    assert "launch.check_limits=false" in refused.value.fix
+    refusal = refused(look, ("nodes=1", "seed=3"), tuple(words), found=found, fix=fix)
+    assert "launch.check_limits=false" in refusal.fix
     low = "partition low: at most 3 nodes for 1440 min, each of up to 8 CPUs, 256 GiB of memory, gpu:2, gpu:a100:4"
     short = "partition short: at most 2 nodes for 30 min, each of up to 8 CPUs"
-    assert (short if words == ["cluster.partition=short"] else low) in refused.value.expected
+    assert (short if words == ["cluster.partition=short"] else low) in refusal.expected
 
 
 def test_spares_are_given_up_before_nodes_and_the_advice_suits_the_largest_point() -> None:
@@ -192,9 +187,7 @@ def test_spares_are_given_up_before_nodes_and_the_advice_suits_the_largest_point
         ((("nodes=8", "spare_nodes=1"),), "nodes=2;"),
         ((("nodes=1",), ("nodes=8",)), "nodes=3;"),
     ):
-        with pytest.raises(ConfigError) as refused:
-            look(*points)
-        assert refused.value.fix.startswith(fix), (points, refused.value.fix)
+        assert refused(look, *points).fix.startswith(fix), points
 
 
 def test_what_is_in_doubt_is_submitted_with_a_warning() -> None:
@@ -219,5 +212,5 @@ def test_a_controller_that_does_not_answer_refuses_nothing(tmp_path: Path) -> No
     plans, text = look(("nodes=8",), seen=replace(SEEN, limits=None, slurm_problem="scontrol ping: no answer in 10 s"))
     assert len(plans) == 1
     assert "warning: scontrol ping: no answer in 10 s: what is asked of Slurm was not compared" in text
-    text = run("launch", "cluster=slurm", "nodes=8", "dry_run=true", "launch.check_limits=false", cwd=tmp_path, PATH="")
+    text = run("launch cluster=slurm nodes=8 dry_run=true launch.check_limits=false", cwd=tmp_path, PATH="")
     assert "#SBATCH --nodes=8" in text and "was not compared" not in text

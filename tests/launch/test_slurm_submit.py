@@ -16,8 +16,9 @@ from launch.slurm import client
 from launch.slurm.client import SlurmBusyError, SlurmError
 from launch.slurm.jobs import SlurmJob, agent_logs
 from launch.slurm.submit import explain_refusal, may_have_taken, remove_unused, submit_slurm
-from tests.launch.test_dry_run import directives, plan
 from tests.support.commands import run
+from tests.support.planning import directives, plan
+from tests.support.runs import write_program
 
 NUMBER = "71"
 SBATCH = f"""#!/bin/sh
@@ -34,11 +35,9 @@ echo "Submitted batch job {NUMBER}"
 def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder in which an ``sbatch`` that starts jobs at once leaves what it was given."""
     folder, programs = tmp_path / "seen", tmp_path / "programs"
-    for path in (folder, programs):
-        path.mkdir()
+    folder.mkdir()
     for name, text in {"sbatch": SBATCH, "srun": ""}.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
+        write_program(programs / name, text)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("SEEN", str(folder))
     return folder
@@ -119,7 +118,7 @@ def test_a_sweep_is_refused_and_leaves_nothing_behind(words: tuple[str, ...], tm
     assert not [path for path in tmp_path.rglob("*") if path.is_file()], text
     if not words:
         assert list(tmp_path.iterdir()) == []
-        planned = run("launch", *asked, "dry_run=true", cwd=tmp_path, SLURM_CONF=str(tmp_path / "gone.conf"))
+        planned = run("launch dry_run=true", *asked, cwd=tmp_path, SLURM_CONF=str(tmp_path / "gone.conf"))
         assert "was not compared with what it has" in planned and planned.count("#!/bin/bash") == 3
 
 

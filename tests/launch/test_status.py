@@ -14,7 +14,6 @@ import pytest
 
 from launch import logs, status
 from launch.agent.node import start_time
-from launch.errors import ConfigError
 from launch.runs.files import append_json_lines
 from launch.runs.find import find_runs, suggestion
 from launch.runs.folder import RunFolder
@@ -25,18 +24,16 @@ from launch.slurm.status import RunStatus, find_run_status, outcome, update_step
 from launch.slurm.watch import news, plain_line, speed_text
 from launch.status import as_dict, status_notes
 from tests.launch.test_failures import LONG, start_long_run
-from tests.support.commands import descendants, ranks_of, run, start_fork, wait_for
+from tests.support.commands import call, descendants, ranks_of, run, start_fork, wait_for
+from tests.support.planning import refused
+from tests.support.runs import names, recorded
 
 
 def states(*paths: Path, cwd: Path) -> list[dict[str, Any]]:
     """Output of ``launch.status --json``."""
-    told = json.loads(run("launch.status", "--json", *map(str, paths), cwd=cwd))
+    told = json.loads(run("launch.status --json", *map(str, paths), cwd=cwd))
     assert isinstance(told, list)
     return told
-
-
-def names(folder: RunFolder) -> list[str]:
-    return [e["event"] for e in folder.read_events()]
 
 
 def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> None:
@@ -44,11 +41,11 @@ def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> No
     (seen,) = states(folder.path, cwd=tmp_path)
     assert [seen[k] for k in ("state", "nodes", "attempt", "max_steps")] == ["running", 2, 1, 100000]
     assert seen["step"] > 0 and seen["tokens_per_s"] > 0 and seen["eta_s"] > 0 and "failure" not in seen
-    assert "running" in run("launch.status", str(folder.path), cwd=tmp_path)
+    assert "running" in run(f"launch.status {folder.path}", cwd=tmp_path)
 
-    following = start_fork("launch.logs", "-f", str(folder.path), cwd=tmp_path, log=tmp_path / "followed")
+    following = start_fork(f"launch.logs -f {folder.path}", cwd=tmp_path, log=tmp_path / "followed")
     wait_for(lambda: "from step 0 of" in (tmp_path / "followed").read_text(), "the log of rank 0")
-    text = run("launch.cancel", str(folder.path), cwd=tmp_path)
+    text = run(f"launch.cancel {folder.path}", cwd=tmp_path)
     step = read_records(folder.metrics(0))[-1]["step"]
     assert f"run: cancelled after step {step}; the last checkpoint is of step {step}" in text
     assert process.wait(timeout=120) == 1 and "run cancelled" in (tmp_path / "log").read_text()
@@ -57,8 +54,8 @@ def test_a_run_is_seen_followed_and_cancelled_from_outside(tmp_path: Path) -> No
     assert told.count("cancelled") == 1 and told.index("cancelled") < told.index("signalled")
     assert told[-5:] == ["saved", "stopped", "attempt_ended", "decided", "agent_ended"] and told.count("stopped") == 1
     assert [r["state"] for r in states(folder.path, cwd=tmp_path)] == ["cancelled"]
-    assert "nothing to cancel, cancelled" in run("launch.cancel", str(folder.path), cwd=tmp_path)
-    assert "nothing waits any more" in run("launch.move", str(folder.path), cwd=tmp_path)
+    assert "nothing to cancel, cancelled" in run(f"launch.cancel {folder.path}", cwd=tmp_path)
+    assert "nothing waits any more" in run(f"launch.move {folder.path}", cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +97,7 @@ def test_the_waiting_command_has_news_of_restarts_failed_saves_and_damage(tmp_pa
         {"event": "checkpoint_set_aside", "attempt": 2, "step": 4, "cause": "step_4 has a wrong checksum"},
         {"event": "code_changed", "attempt": 2, "since": 1, "cause": "train.py"},
     ]
-    assert list(news(RunStatus(written(tmp_path, event_log), state="running"))) == [
+    assert list(news(RunStatus(recorded(RunFolder(tmp_path), *event_log), state="running"))) == [
         "the checkpoint of step 5 could not be written: No space left on device",
         "attempt 1 ended (crashed), restart in place: crashed once",
         "attempt 2: changed since attempt 1: train.py",
@@ -116,7 +113,7 @@ def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path
     assert sorted(told) == ["pending", "running"]
     for pid in ranks_of(descendants(process.pid)).values():
         os.kill(pid, signal.SIGSTOP)  # ranks that cannot save
-    text = run("launch.cancel", "outputs/s", "--now", cwd=tmp_path)
+    text = run("launch.cancel outputs/s --now", cwd=tmp_path)
     assert text.count(": cancelled") == 2, text
     assert process.wait(timeout=120) == 1
     ran = names(told["running"])
@@ -125,19 +122,15 @@ def test_cancel_now_takes_a_sweep_with_the_points_that_still_wait(tmp_path: Path
     assert [r["state"] for r in states(cwd=tmp_path)] == ["cancelled", "cancelled"]
 
 
-def test_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     for point in ("a", "b"):
         RunFolder(tmp_path / "two" / point).create_attempt()
-    for command, words, said in (
-        (status.main, [], "found: no folder outputs"),
-        (logs.main, ["empty"], "found: no run in empty"),
-        (logs.main, ["two"], "type next: python -m launch.logs"),
-    ):
-        assert command(words) == 2
-        assert said in capsys.readouterr().err
-    detached = run("launch", "cluster=local", "launch.detach=true", cwd=tmp_path, status=2)
+    assert "found: no folder outputs" in call(status.main, status=2)
+    assert "found: no run in empty" in call(logs.main, "empty", status=2)
+    assert "type next: python -m launch.logs" in call(logs.main, "two", status=2)
+    detached = run("launch cluster=local launch.detach=true", cwd=tmp_path, status=2)
     assert "found: launch.detach=true with agents on this machine" in detached
     assert not (tmp_path / "outputs").exists()
 
@@ -148,10 +141,8 @@ def test_where_runs_are_is_said_to_whom_looks_elsewhere(tmp_path: Path, monkeypa
     (tmp_path / "gpt" / "metrics").mkdir(parents=True)  # as in the checkout
     RunFolder(tmp_path / "outputs" / "s" / "default").create_attempt()
     assert [run.path for run in find_runs([Path()])] == [tmp_path / "outputs" / "s" / "default"]
-    for word, fix in (("s/t", "python -m launch.status outputs,"), ("t", "python -m launch.status outputs,")):
-        with pytest.raises(ConfigError) as refused:
-            find_runs([Path(word)])
-        assert refused.value.fix.startswith(fix)
+    for word in ("s/t", "t"):
+        assert refused(find_runs, [Path(word)]).fix.startswith("python -m launch.status outputs,")
     assert suggestion(Path("s")) == "outputs/s, which is there"
 
 
@@ -183,14 +174,6 @@ def test_a_log_that_an_attempt_does_not_have_is_refused_followed_or_not(
     assert logs.main([path, "--rank", "3"]) == 0 and "hello of attempt 1" in capfd.readouterr().out
 
 
-def written(path: Path, event_log: list[dict[str, Any]]) -> RunFolder:
-    """The run folder of an event log."""
-    folder = RunFolder(path)
-    for event in event_log:
-        folder.record_event(**event)
-    return folder
-
-
 Log = list[dict[str, Any]]
 SUBMITTED: dict[str, Any] = {"event": "submitted", "cluster": "slurm", "job_id": "7"}
 STARTED, FINISHED, STOPPED = ({"event": name, "attempt": 1} for name in ("started", "finished", "stopped"))
@@ -215,7 +198,7 @@ OUTCOMES: dict[str, list[Log]] = {
 @pytest.mark.parametrize("state", OUTCOMES)
 def test_the_event_log_decides_where_the_queue_has_forgotten_the_job(state: str, tmp_path: Path) -> None:
     for number, event_log in enumerate(OUTCOMES[state]):
-        point = find_run_status(written(tmp_path / str(number), event_log))
+        point = find_run_status(recorded(RunFolder(tmp_path / str(number)), *event_log))
         assert isinstance(point.job, SlurmJob)
         assert point.job.status({}).phase == "over"
         assert outcome(point.events()) == state, event_log
@@ -242,16 +225,16 @@ OPEN: list[Log] = [
 
 
 def test_slurm_is_not_asked_about_runs_whose_event_log_tells_their_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Where no command of Slurm is found, a question is answered with a problem, and the status is 1.
     monkeypatch.setenv("PATH", str(tmp_path))
     for number, event_log in enumerate([*ENDED, *OPEN]):
-        folder = written(tmp_path / str(number), event_log)
+        folder = recorded(RunFolder(tmp_path / str(number)), *event_log)
         folder.create_attempt()
         ended = event_log in ENDED
-        assert status.main([str(folder.path)]) == (0 if ended else 1), event_log
-        assert ("states of Slurm jobs are what their event logs say" in capsys.readouterr().err) is not ended
+        text = call(status.main, folder.path, status=0 if ended else 1)
+        assert ("states of Slurm jobs are what their event logs say" in text) is not ended
 
 
 def test_slurms_states_have_a_phase_and_a_detail() -> None:

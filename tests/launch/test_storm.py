@@ -93,7 +93,7 @@ def test_a_drill_that_is_refused_touches_nothing(tmp_path: Path) -> None:
     ):
         text = run("launch.storm", *options, cwd=tmp_path, status=2)
         assert found in text and "type next: " in text
-    text = run("launch.storm", "--dry-run", "--faults", "3", "--seed", "1", *words(20, 0), cwd=tmp_path)
+    text = run("launch.storm --dry-run --faults 3 --seed 1", *words(20, 0), cwd=tmp_path)
     planned = make_schedule(1, 3, LOCAL_KINDS, 2, 20)
     assert [line.split(";")[0] for line in text.splitlines()] == [f"{f.number}. {f.kind}: {f.text}" for f in planned]
     assert sorted(tmp_path.rglob("*")) == before
@@ -110,7 +110,7 @@ def test_processes_of_other_users_and_of_other_runs_are_not_found(tmp_path: Path
     theirs.parent.mkdir(parents=True)
     theirs.touch()
     os.chown(theirs, 65534, -1)
-    assert "another user's" in run("launch.storm", "--sandbox", "theirs", *words(20, 0), cwd=tmp_path, status=2)
+    assert "another user's" in run("launch.storm --sandbox theirs", *words(20, 0), cwd=tmp_path, status=2)
     try:
         assert {rank: process.pid for rank, process in injection.rank_processes(tmp_path).items()} == {1: own.pid}
         command = [sys.executable, "-m", "launch.storm.injection", str(tmp_path), "SIGKILL", "rank", "1"]

@@ -27,8 +27,8 @@ UNDRAWN = ["launch.report_files=[md,csv]"]
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """One sweep of five points, and what it printed."""
     folder = tmp_path_factory.mktemp("sweep")
-    text = run("launch", "-m", "nodes=1,2,4", *WORDS, "name=s", cwd=folder)
-    text += run("launch", "-m", "nodes=1,2", "parallel=fsdp", *WORDS, "name=f", *UNDRAWN, cwd=folder)
+    text = run("launch -m nodes=1,2,4 name=s", *WORDS, cwd=folder)
+    text += run("launch -m nodes=1,2 parallel=fsdp name=f", *WORDS, *UNDRAWN, cwd=folder)
     return folder / "outputs", text
 
 
@@ -99,7 +99,7 @@ def test_the_table_has_a_row_for_each_point(sweep: tuple[Path, str]) -> None:
     assert list((outputs / "s" / "Scaling").glob("events.out.tfevents.*"))
     before = (outputs / "s" / "scaling.csv").read_text()
     (outputs / "s" / "scaling.csv").unlink()
-    run("launch.report", str(outputs / "s"), "--files", "csv", cwd=outputs)
+    run(f"launch.report {outputs / 's'} --files csv", cwd=outputs)
     assert (outputs / "s" / "scaling.csv").read_text() == before, "made again"
     assert list((point(outputs, "s", 1).tensorboard).glob("events.out.tfevents.*"))
 
@@ -112,11 +112,11 @@ def test_people_read_the_labels_of_points_whose_folders_differ_in_hashes(sweep: 
     for nodes in (1, 2, 4):
         assert re.search(rf"^nodes={nodes} +finished +step {STEPS}/{STEPS}", text, re.MULTILINE), text
     assert not re.search(r"-[0-9a-f]{8} +(pending|running|finished)", text)
-    rows = json.loads(run("launch.status", "--json", "outputs/s", cwd=outputs.parent))
+    rows = json.loads(run("launch.status --json outputs/s", cwd=outputs.parent))
     assert {row["label"]: row["point"] for row in rows} == dict(zip(("nodes=1", "nodes=2", "nodes=4"), names))
     for named in ("outputs/s/nodes=4", "nodes=4"):
         assert f"step {STEPS}/{STEPS}" in run("launch.logs", named, cwd=outputs.parent)
-    assert "several runs are called: " in run("launch.logs", "nodes=2", cwd=outputs.parent, status=2)
+    assert "several runs are called: " in run("launch.logs nodes=2", cwd=outputs.parent, status=2)
 
 
 def test_the_same_command_again_submits_only_what_is_not_finished(sweep: tuple[Path, str], tmp_path: Path) -> None:
@@ -125,15 +125,15 @@ def test_the_same_command_again_submits_only_what_is_not_finished(sweep: tuple[P
     shutil.copytree(outputs / "f", tmp_path / "outputs" / "f")
     words = ["parallel=fsdp", *WORDS, "name=f"]
     before = {path.name: path.read_bytes() for path in point(tmp_path / "outputs", "f", 2).path.glob("[a-z]*.*")}
-    again = run("launch", "-m", "nodes=1,2", *words, *UNDRAWN, cwd=tmp_path)
+    again = run("launch -m nodes=1,2", *words, *UNDRAWN, cwd=tmp_path)
     assert "finished already, and not submitted: nodes=1, nodes=2" in again and "Strong scaling of f" in again
     assert "worst case" not in again, "nothing is submitted"
-    assert "finished    already" in run("launch", "-m", "nodes=1,2", *words, "dry_run=true", cwd=tmp_path)
-    more = run("launch", "-m", "nodes=2,4", *words, *UNDRAWN, cwd=tmp_path)
+    assert "finished    already" in run("launch -m nodes=1,2 dry_run=true", *words, cwd=tmp_path)
+    more = run("launch -m nodes=2,4", *words, *UNDRAWN, cwd=tmp_path)
     assert "finished already, and not submitted: nodes=2" in more
     assert "worst case: 1 h 00 min on this machine, if the run lasts until the time limit" in more
     assert re.search(r"^nodes=4 +finished", more, re.MULTILINE) and "sweep 1: nodes=1,2" in more
-    one = run("launch", "nodes=2", *words, cwd=tmp_path)
+    one = run("launch nodes=2", *words, cwd=tmp_path)
     assert "Summary of " in one and "Scaling" not in one
     finished = point(tmp_path / "outputs", "f", 2)
     kept = {path.name: path.read_bytes() for path in finished.path.glob("[a-z]*.*")}
@@ -141,8 +141,8 @@ def test_the_same_command_again_submits_only_what_is_not_finished(sweep: tuple[P
     assert before.items() <= kept.items() and kept.keys() - before.keys() == written
     rows = list(csv.DictReader((tmp_path / "outputs" / "f" / "scaling.csv").open()))
     assert [row["nodes"] for row in rows] == ["2", "4"], "a run alone takes nothing from the sweep"
-    assert "Sweep 1: " in run("launch.report", "outputs/f", "--sweep", "1", "--files", "md", cwd=tmp_path)
-    agent = run("launch.agent", str(finished.path), cwd=tmp_path)
+    assert "Sweep 1: " in run("launch.report outputs/f --sweep 1 --files md", cwd=tmp_path)
+    agent = run(f"launch.agent {finished.path}", cwd=tmp_path)
     assert "finished already, and not started again" in agent
     assert finished.attempts() == [1] and len(finished.read_events()) == before["events.jsonl"].count(b"\n")
 
@@ -161,14 +161,14 @@ def test_the_worker_runs_without_the_launcher(sweep: tuple[Path, str], tmp_path:
 def test_a_stock_launcher_keeps_working(sweep: tuple[Path, str], tmp_path: Path) -> None:
     outputs, _ = sweep
     words = [*WORDS, "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", *UNDRAWN]
-    run("launch", "nodes=2", *words, cwd=tmp_path)
+    run("launch nodes=2", *words, cwd=tmp_path)
     made = point(tmp_path / "outputs", "quick_test", 2)
     assert final(made, "loss") == pytest.approx(final(point(outputs, "s", 1), "loss"), rel=1e-4)
     assert len(json.loads(made.environment(1).read_text())["ranks"]) == 2
     # Each task of Hydra's would write its own over what the agents of the other nodes read, and open keys with it.
     assert {path.name for path in made.config.parent.iterdir()} == {"config.yaml", "overrides.yaml"}
     assert yaml.safe_load(made.config.read_text())["run_dir"] == str(made.path)
-    run("launch.report", str(made.path), "--files", "csv", cwd=tmp_path)
+    run(f"launch.report {made.path} --files csv", cwd=tmp_path)
     (row,) = csv.DictReader((made.path / "summary.csv").open())
     assert (row["ranks"], row["state"]) == ("2", "finished")
 

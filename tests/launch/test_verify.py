@@ -29,7 +29,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eval.interval=0",
         "launch.report_files=[md]",
     )
-    run("launch", "ranks_per_node=2", *TINY, *often, f"run_dir={folder / 'run'}", cwd=folder)
+    run(f"launch ranks_per_node=2 run_dir={folder / 'run'}", *TINY, *often, cwd=folder)
     return folder / "run"
 
 
@@ -50,13 +50,13 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_a_sound_run_is_whole_and_is_left_as_it_was(copied: Path) -> None:
     before = contents(copied)
-    text = run("launch.verify", str(copied), cwd=copied.parent)
+    text = run(f"launch.verify {copied}", cwd=copied.parent)
     lines = text.splitlines()
     assert [" ".join(line.split()[:3]) for line in lines[:2]] == [
         f"run step_{step:08d}: whole," for step in reversed(STEPS)
     ]
     assert lines[-1].endswith("2 whole, 0 damaged") and contents(copied) == before
-    newest = run("launch.verify", "--newest", "outputs", cwd=copied.parents[2])
+    newest = run("launch.verify --newest outputs", cwd=copied.parents[2])
     assert "step_00000004: whole" in newest and "step_00000002" not in newest
 
 
@@ -104,12 +104,12 @@ def test_two_files_of_ranks_exchanged_and_a_folder_under_another_name(copied: Pa
     kept = first.read_bytes()
     shutil.copy(second, first)
     second.write_bytes(kept)
-    text = run("launch.verify", str(copied), cwd=copied.parent, status=1)
+    text = run(f"launch.verify {copied}", cwd=copied.parent, status=1)
     assert f"{first.name} has a wrong checksum; {second.name} has a wrong checksum" in text
     assert "1 whole, 1 damaged; a new start passes over what is damaged" in text
     shutil.rmtree(newest)
     checkpoint(copied, STEPS[0]).rename(newest)
-    text = run("launch.verify", str(copied), cwd=copied.parent, status=1)
+    text = run(f"launch.verify {copied}", cwd=copied.parent, status=1)
     assert "step_00000004: damaged: manifest.json is that of step 2" in text
     assert "0 whole, 1 damaged; a new start would be refused" in text
 
@@ -119,4 +119,4 @@ def test_a_program_of_its_own_is_not_judged(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     write_config(folder, compose_launch(words), words)
     folder.create_attempt()
-    assert "its checkpoints are its own program's" in run("launch.verify", "run", cwd=tmp_path)
+    assert "its checkpoints are its own program's" in run("launch.verify run", cwd=tmp_path)

@@ -209,7 +209,7 @@ def test_the_example_of_the_docs_stops_at_one_step_and_resumes_there(tmp_path: P
     assert [e["step"] for e in select_events(events, "saved")][-1] == step
 
     example(script, step + 3)
-    run("launch", *words, f"run_dir={folder.path}", cwd=tmp_path)
+    run(f"launch run_dir={folder.path}", *words, cwd=tmp_path)
     assert [r["attempt"] for r in read_records(folder.metrics(0))[-4:]] == [1, 2, 2, 2]
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gpt.training.loop import train
+from launch.agent.policy import Cause
 from launch.report import build, write
 from launch.report.goodput import CAUSES, Goodput, measure_goodput
 from launch.report.text import markdown_text, parts_csv_text
@@ -23,6 +24,7 @@ from launch.runs.records import append_records, read_records
 from launch.worker import run_of_environment
 from tests.support.distributed import run_distributed
 from tests.support.learning import start
+from tests.support.run_folders import RunBuilder, notes_with
 
 T0 = 1.7e9
 GPUS, PRICE = 8, 2.0
@@ -31,8 +33,8 @@ GPUS, PRICE = 8, 2.0
 class Clock:
     """Writes a run as its clock goes on. All times are whole seconds, which doubles add up without error."""
 
-    def __init__(self, path: Path, make_run: Any, gpus: int | None = GPUS) -> None:
-        self.builder = make_run(path, 2, 2, (path.name,), machines=2)
+    def __init__(self, path: Path, gpus: int | None = GPUS) -> None:
+        self.builder = RunBuilder(path, 2, 2, (path.name,), machines=2)
         self.now = T0
         self.job = 0
         self.gpus = gpus
@@ -86,9 +88,9 @@ class Clock:
         return self.event("rolled_back", attempt=attempt, step=to, first=last, last=last, cause="loss not finite")
 
 
-def stormy(path: Path, make_run: Any, gpus: int | None = GPUS) -> Clock:
+def stormy(path: Path, gpus: int | None = GPUS) -> Clock:
     """Crash, in place; preemption, through the queue; a roll-back."""
-    run = Clock(path, make_run, gpus).event("submitted", cluster="slurm", job_id="1", nodes=2, candidate=0)
+    run = Clock(path, gpus).event("submitted", cluster="slurm", job_id="1", nodes=2, candidate=0)
     run.spend(256).allocation().spend(64).started(1).steps(1, 1, 8, compile_s=4.0).saved(1, 8, 2.0)
     run.steps(1, 9, 10)  # lost
     run.spend(3).ended(1, "crashed").spend(5 + 2).started(2)
@@ -124,8 +126,8 @@ def goodput_of(run: Clock) -> Goodput:
     return found
 
 
-def test_parts_and_losses_of_a_stormy_run_are_those_worked_out_by_hand(tmp_path: Path, make_run: Any) -> None:
-    run = stormy(tmp_path / "nodes=2", make_run)
+def test_parts_and_losses_of_a_stormy_run_are_those_worked_out_by_hand(tmp_path: Path) -> None:
+    run = stormy(tmp_path / "nodes=2")
     found = goodput_of(run)
     assert found.seconds == PARTS and found.total_s == run.now - T0, "to the last digit"
     assert found.losses.seconds == LOST and found.losses.counts == dict.fromkeys(LOST, 1)
@@ -150,8 +152,8 @@ def test_parts_and_losses_of_a_stormy_run_are_those_worked_out_by_hand(tmp_path:
     assert png_shape(picture.read_bytes())[1] > 615, "the bar is below the other panels"
 
 
-def test_a_run_without_gpus_loses_hours_of_nodes(tmp_path: Path, make_run: Any) -> None:
-    (row,) = build(stormy(tmp_path / "nodes=2", make_run, gpus=None).builder.path).rows
+def test_a_run_without_gpus_loses_hours_of_nodes(tmp_path: Path) -> None:
+    (row,) = build(stormy(tmp_path / "nodes=2", gpus=None).builder.path).rows
     assert row.hours_of == "node" and row.gpu_hours is None
     assert row.causes_h["crashed"] == pytest.approx(LOST["crashed"] * 2 / 3600, rel=1e-12)
 
@@ -240,9 +242,9 @@ def on_this_machine(run: Clock) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_time_and_losses_are_those_worked_out_by_hand(
-    tmp_path: Path, make_run: Any, scenario: Any, seconds: dict[str, float], lost_s: dict[str, float]
+    tmp_path: Path, scenario: Any, seconds: dict[str, float], lost_s: dict[str, float]
 ) -> None:
-    run = Clock(tmp_path / "run", make_run)
+    run = Clock(tmp_path / "run")
     scenario(run)
     found = goodput_of(run.released())
     assert found.seconds == seconds and found.losses.seconds == lost_s
@@ -251,8 +253,8 @@ def test_time_and_losses_are_those_worked_out_by_hand(
     assert found.goodput == pytest.approx((seconds.get("steps", 0.0) + seconds.get("fewer", 0.0)) / allocated_s)
 
 
-def test_a_report_names_the_causes_and_their_hours(tmp_path: Path, make_run: Any) -> None:
-    stormy(tmp_path / "nodes=2", make_run)
+def test_a_report_names_the_causes_and_their_hours(tmp_path: Path) -> None:
+    stormy(tmp_path / "nodes=2")
     table = build(tmp_path)
     hours = {cause: seconds * GPUS / 3600 for cause, seconds in LOST.items()}
     text = markdown_text(table)
@@ -260,19 +262,17 @@ def test_a_report_names_the_causes_and_their_hours(tmp_path: Path, make_run: Any
     cells = [float(cell.strip().removesuffix(" GPU-h")) for cell in line.split("|")[2:6]]
     expected = [*(hours[cause] for cause in ("crashed", "diverged", "preempted")), sum(hours.values())]
     assert cells == pytest.approx(expected, rel=5e-3)
-    (note,) = [note for note in table.notes if "3 interruptions of" in note]
+    (note,) = notes_with(table, "3 interruptions of")
     assert f"cost {sum(hours.values()):.3g} GPU-hours" in note and "preempted" in note
     assert ",interruptions,preempted," in parts_csv_text(table)
 
 
 def test_every_cause_of_the_restart_limits_has_a_name() -> None:
-    from launch.agent.policy import Cause
-
     assert {str(cause) for cause in Cause} - {"finished"} < CAUSES.keys()
 
 
-def test_a_cancelled_run_that_a_command_takes_back_was_interrupted_once(tmp_path: Path, make_run: Any) -> None:
-    run = Clock(tmp_path / "run", make_run).up_to_a_checkpoint()
+def test_a_cancelled_run_that_a_command_takes_back_was_interrupted_once(tmp_path: Path) -> None:
+    run = Clock(tmp_path / "run").up_to_a_checkpoint()
     run.steps(1, 5, 8).ended(1, "cancelled", "stop").released()
     folder = run.builder.run
     lines = folder.metrics(0).read_text().splitlines(keepends=True)
@@ -288,23 +288,22 @@ def test_a_cancelled_run_that_a_command_takes_back_was_interrupted_once(tmp_path
 # Runs without an agent, and steps that are recorded twice.
 
 
-def test_without_an_agent_nothing_is_said_of_time_and_cost(tmp_path: Path, make_run: Any) -> None:
-    make_run(tmp_path, 1).attempt().steps(1, [1.0] * 12).event("finished", attempt=1)
+def test_without_an_agent_nothing_is_said_of_time_and_cost(tmp_path: Path) -> None:
+    RunBuilder(tmp_path, 1).attempt().steps(1, [1.0] * 12).finished()
     table = build(tmp_path)
-    assert table.rows[0].goodput is None
-    assert table.rows[0].cost is None
+    assert table.rows[0].goodput is table.rows[0].cost is None
     assert "Where the time went" not in markdown_text(table)
 
 
-def test_a_step_that_is_recorded_before_and_after_its_save_is_one_step(tmp_path: Path, make_run: Any) -> None:
-    built = make_run(tmp_path, 1, 1, ("nodes=1",)).attempt()
+def test_a_step_that_is_recorded_before_and_after_its_save_is_one_step(tmp_path: Path) -> None:
+    built = RunBuilder(tmp_path, 1, 1, ("nodes=1",)).attempt()
     begun = {"job": "1", "nodes": 1, "gpus": 1, "price_per_gpu_hour": PRICE, "limit_s": 3600.0}
     built.event("agent_started", time=T0 + 1, node=0, allocated_at=T0, **begun)
     built.event("started", attempt=1, time=T0 + 2, world_size=1)
     records = [{"step": s, "attempt": 1, "step_time_s": 1.0, "time": T0 + 10 + s} for s in range(1, 9)]
     saved = {**records[3], "checkpoint_s": 0.0}
     append_records(built.run.metrics(0), [*records[:4], saved, *records[4:]])
-    built.event("finished", attempt=1, time=T0 + 18)
+    built.finished(1, time=T0 + 18)
     built.event("agent_ended", node=0, job="1", time=T0 + 20, ended_at=T0 + 20)
     [row] = build(tmp_path).rows
     assert row.parts_s == {"start": 10.0, "steps": 8.0, "shutdown": 2.0}

@@ -6,7 +6,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from selenium import webdriver
@@ -15,18 +14,19 @@ from launch.report import build, write
 from launch.report.goodput import PARTS
 from launch.runs.files import ReportFile
 from launch.runs.records import append_records
+from tests.support.run_folders import RunBuilder
 
 SLOW_RANK, LATE_S = 5, 0.03
 WIDTHS = (1400, 800, 390)
 T0 = 1.7e9
 
 
-def make_sweep(folder: Path, make_run: Any) -> Path:
+def make_sweep(folder: Path) -> Path:
     """Points of 1, 4 and 8 ranks of a GPT on GPUs; at the largest one rank is late. One point has a name with <."""
     for ranks in (1, 4, 8):
         typed = (f"nodes={ranks}", "name=a<b")
         gpus = {"device": "cuda:0", "device_name": "Some GPU", "extra_rank": {"device_uuid": f"{ranks}-{{rank}}"}}
-        built = make_run(folder / f"nodes={ranks}", ranks, ranks, typed, **gpus).attempt()
+        built = RunBuilder(folder / f"nodes={ranks}", ranks, ranks, typed, **gpus).attempt()
         start = T0 + 1000 * ranks
         begun = {"job": "1", "nodes": ranks, "gpus": ranks, "price_per_gpu_hour": 2.0, "limit_s": 3600.0}
         built.event("submitted", time=start - 10, cluster="slurm")
@@ -42,7 +42,7 @@ def make_sweep(folder: Path, make_run: Any) -> Path:
                 built.run.metrics(rank),
                 [{"step": step, **known, "time": start + 20 + step * step_s} for step in range(1, 41)],
             )
-        built.event("finished", attempt=1, time=start + 21 + 40 * step_s)
+        built.finished(1, time=start + 21 + 40 * step_s)
         built.event("agent_ended", node=0, job="1", time=start + 22 + 40 * step_s, ended_at=start + 22 + 40 * step_s)
     return folder
 
@@ -54,8 +54,8 @@ def page_of(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def html(tmp_path_factory: pytest.TempPathFactory, make_run: Any) -> Path:
-    return page_of(make_sweep(tmp_path_factory.mktemp("page") / "sweep", make_run))
+def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return page_of(make_sweep(tmp_path_factory.mktemp("page") / "sweep"))
 
 
 Opener = Callable[..., webdriver.Chrome]
@@ -117,11 +117,11 @@ def test_the_first_screen_says_how_well_what_was_lost_and_who_is_slow(opened: Op
     assert any("on n6, +30 ms, 21.4 % of the step time" in text for text in texts(page, ".tile small"))
 
 
-def test_labels_of_any_length_stay_in_their_boxes(tmp_path: Path, make_run: Any, opened: Opener) -> None:
+def test_labels_of_any_length_stay_in_their_boxes(tmp_path: Path, opened: Opener) -> None:
     folder = tmp_path / "sweep"
     for ranks in (1, 2, 4):
         label = (f"data.path=/corpora/{'without_any_break_' * 5}{ranks}", f"nodes={ranks}")
-        make_run(folder / f"p{ranks}", ranks, ranks, label).attempt().steps(1, [1.0] * 20, rank_delay=0.25)
+        RunBuilder(folder / f"p{ranks}", ranks, ranks, label).attempt().steps(1, [1.0] * 20, rank_delay=0.25)
     page = opened(WIDTHS[-1], page_of(folder))
     script = """return [...document.querySelectorAll('.tile, .card, .tabs > label, h1, h3')].filter(
     one => one.checkVisibility() && one.scrollWidth > one.clientWidth).map(one => one.innerText)"""
@@ -141,11 +141,11 @@ def test_the_waterfall_falls_from_the_ideal_to_the_efficiency(opened: Opener) ->
         assert high == pytest.approx(low, abs=1.6), "each part begins where the one before ends"
 
 
-def test_all_waterfalls_have_one_scale(tmp_path: Path, make_run: Any, opened: Opener) -> None:
+def test_all_waterfalls_have_one_scale(tmp_path: Path, opened: Opener) -> None:
     """The ideal is as long at every point, also at one that gained, whose bars pass it."""
     folder = tmp_path / "sweep"
     for ranks, step_s in ((1, 1.0), (2, 0.25), (4, 0.5)):  # 200 % and 50 %
-        builder = make_run(folder / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",)).attempt()
+        builder = RunBuilder.of_nodes(folder, ranks)
         builder.steps(1, [step_s] * 40, comm_s=0.125 * (ranks > 1), data_wait_s=0.0)
     found = opened(page=page_of(folder)).execute_script(BOXES, "What was lost")
     (four, *_, half), (two, *_, double) = ([high - low for low, high in boxes] for boxes in found)

@@ -21,6 +21,7 @@ from launch.runs.environment import GpuSample, append_samples
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
 from launch.slurm.status import RunStatus, update_steps
+from tests.support.run_folders import RunBuilder, notes_with
 
 A, B = "0000:3b:00.0", "0000:d8:00.0"
 CAPPED = 0x04 | 0x01
@@ -28,29 +29,18 @@ CAPPED = 0x04 | 0x01
 
 def sample(folder: RunFolder, node: int, times: list[float], attempt: int = 1, **gauges: list[list[Any]]) -> None:
     """Write samples of the two GPUs of a node: of each gauge a list of values for each GPU."""
-    append_samples(
-        folder,
-        node,
-        [
-            GpuSample(
-                time, attempt, f"n{node + 1}",
-                {
-                    bus: {name: of[gpu][index] for name, of in gauges.items()}
-                    for gpu, bus in enumerate((A, B))
-                },
-            )
-            for index, time in enumerate(times)
-        ],
-    )  # fmt: skip
+    for index, at in enumerate(times):
+        of_gpus = {bus: {name: of[gpu][index] for name, of in gauges.items()} for gpu, bus in enumerate((A, B))}
+        append_samples(folder, node, [GpuSample(at, attempt, f"n{node + 1}", of_gpus)])
 
 
-def run_of(folder: Path, make_run: Any, nodes: int = 2) -> Any:
+def run_of(folder: Path, nodes: int = 2) -> Any:
     """A run of two ranks a node, each with a GPU, of eleven steps of 128 tokens for each rank."""
     ranks, place = 2 * nodes, {"device": "cuda:{local_rank}"}
-    builder = make_run(
+    builder = RunBuilder(
         folder, ranks, nodes, (f"nodes={nodes}",), global_batch=ranks, machines=nodes, extra_rank=place
     )  # fmt: skip
-    return builder.attempt().steps(1, [0.5] * 11).event("finished", attempt=1)
+    return builder.attempt().steps(1, [0.5] * 11).finished()
 
 
 def use_of(table: ScalingTable) -> GpuUse:
@@ -59,8 +49,8 @@ def use_of(table: ScalingTable) -> GpuUse:
     return use
 
 
-def test_energy_and_power_are_those_of_plain_numpy(tmp_path: Path, make_run: Any) -> None:
-    run, chance = run_of(tmp_path, make_run).run, random.Random(4)
+def test_energy_and_power_are_those_of_plain_numpy(tmp_path: Path) -> None:
+    run, chance = run_of(tmp_path).run, random.Random(4)
     times = [1e9 + 5 * index + round(chance.random(), 3) for index in range(40)]
     counter = np.cumsum([[chance.randint(1000, 4000) for _ in times] for _ in range(2)], axis=1)
     power = [[round(chance.uniform(90, 700), 1) for _ in times] for _ in range(2)]
@@ -84,15 +74,15 @@ def test_energy_and_power_are_those_of_plain_numpy(tmp_path: Path, make_run: Any
     assert float(cells["energy_kwh"]) == row.energy_kwh and row.throttled is None
 
 
-def test_throttled_hosts_are_named_with_reason_and_share(tmp_path: Path, make_run: Any) -> None:
-    run = run_of(tmp_path, make_run, nodes=3).run
+def test_throttled_hosts_are_named_with_reason_and_share(tmp_path: Path) -> None:
+    run = run_of(tmp_path, nodes=3).run
     times = [1e9 + 5 * index for index in range(25)]
     idle, power = [[0x01] * 25] * 2, [[300.0] * 25] * 2
     for node in (0, 1):  # idle clocks, and clocks that somebody has set, are none
         sample(run, node, times, throttle_reasons=[[0x03] * 25, [0x00] * 25], power_w=power)
     sample(run, 2, times, throttle_reasons=[[CAPPED] * 5 + [0x24] + [0x01] * 19, idle[1]], power_w=power)
     table = build(tmp_path)
-    [note] = [note for note in table.notes if "throttled: host" in note]
+    [note] = notes_with(table, "throttled: host")
     title = table.rows[0].label
     assert note.startswith(f"At {title}, throttled: host n3 12 % of samples (power cap, driver's thermal limit).")
     assert use_of(table).hosts[2].reasons == {"power cap": 6 / 50, "driver's thermal limit": 1 / 50}
@@ -105,8 +95,8 @@ def test_throttled_hosts_are_named_with_reason_and_share(tmp_path: Path, make_ru
     assert json.loads(json_text(table))["gpus"][0]["hosts"][2]["throttled"] == 0.12
 
 
-def test_energy_is_not_claimed_where_gpus_of_the_run_were_not_sampled(tmp_path: Path, make_run: Any) -> None:
-    run = run_of(tmp_path, make_run).run
+def test_energy_is_not_claimed_where_gpus_of_the_run_were_not_sampled(tmp_path: Path) -> None:
+    run = run_of(tmp_path).run
     sample(run, 0, [1e9, 1e9 + 10], power_w=[[200.0] * 2] * 2)
     table = build(tmp_path)
     (row,) = table.rows
@@ -115,8 +105,8 @@ def test_energy_is_not_claimed_where_gpus_of_the_run_were_not_sampled(tmp_path: 
     assert any("energy of" in note and "GPUs of n2 were not sampled" in note for note in table.notes)
 
 
-def test_a_run_without_samples_says_nothing_of_gpus(tmp_path: Path, make_run: Any) -> None:
-    table = build(run_of(tmp_path, make_run).path)
+def test_a_run_without_samples_says_nothing_of_gpus(tmp_path: Path) -> None:
+    table = build(run_of(tmp_path).path)
     assert table.gpus == (None,) and not any("of samples" in note or "energy" in note for note in table.notes)
     assert "## GPUs" not in markdown_text(table) and "GPUs sampled" not in page(table)
 
@@ -156,22 +146,22 @@ def test_energy_between_two_samples(before: dict[str, float], after: dict[str, f
 FEWER = {"nodes": 1, "asked": 2, "hosts": ["n1"], "cause": "n2: lost, nothing heard for 30 s"}
 
 
-def run_on(make_run: Any, path: Path, nodes: int, attempt: int, first: int, times: list[float]) -> Any:
+def run_on(path: Path, nodes: int, attempt: int, first: int, times: list[float]) -> Any:
     """Add an attempt on so many nodes of one rank each to the run of a point that asks for two."""
-    builder = make_run(path, nodes, nodes, ("nodes=2",), machines=2)
+    builder = RunBuilder(path, nodes, nodes, ("nodes=2",), machines=2)
     return builder.attempt(attempt).steps(first, times, attempt)
 
 
 @pytest.mark.parametrize("grows_back", [True, False])
-def test_a_point_is_measured_by_its_steps_on_all_nodes(tmp_path: Path, make_run: Any, grows_back: bool) -> None:
-    make_run(tmp_path / "nodes=1", 1, 1, ("nodes=1",)).attempt().steps(1, [1.0] * 20).event("finished", attempt=1)
+def test_a_point_is_measured_by_its_steps_on_all_nodes(tmp_path: Path, grows_back: bool) -> None:
+    RunBuilder.of_nodes(tmp_path, 1).steps(1, [1.0] * 20).finished()
     path = tmp_path / "nodes=2"
-    run_on(make_run, path, 2, 1, 1, [0.5] * 20)
-    run = run_on(make_run, path, 1, 2, 16, [1.0] * 10)  # five are done again
+    run_on(path, 2, 1, 1, [0.5] * 20)
+    run = run_on(path, 1, 2, 16, [1.0] * 10)  # five are done again
     run.event("fewer_nodes", attempt=2, **FEWER)
     last = 25
     if grows_back:
-        run = run_on(make_run, path, 2, 3, 26, [0.5] * 10)
+        run = run_on(path, 2, 3, 26, [0.5] * 10)
         last = 35
     run.event("finished", attempt=2 + grows_back, step=last)
     table = build(tmp_path)
@@ -179,16 +169,16 @@ def test_a_point_is_measured_by_its_steps_on_all_nodes(tmp_path: Path, make_run:
     assert (row.nodes, row.ranks, row.last_step, row.attempts) == (2, 2, last, 2 + grows_back)
     assert (row.step_time_s, row.speedup, row.efficiency) == (0.5, pytest.approx(2.0), pytest.approx(1.0))
     assert row.steps_measured == (10 + 5 if grows_back else 10), "of 15 and of 10, without five to warm up in each"
-    (note,) = [note for note in table.notes if "nodes were lost" in note]
+    (note,) = notes_with(table, "nodes were lost")
     assert "10 steps on 1 node; its figures are without these steps" in note
 
 
-def test_a_run_of_which_only_steps_on_fewer_nodes_are_known_has_their_size(tmp_path: Path, make_run: Any) -> None:
-    run = run_on(make_run, tmp_path / "nodes=2", 1, 1, 1, [1.0] * 20)
-    run.event("fewer_nodes", attempt=1, **FEWER).event("finished", attempt=1, step=20)
+def test_a_run_of_which_only_steps_on_fewer_nodes_are_known_has_their_size(tmp_path: Path) -> None:
+    run = run_on(tmp_path / "nodes=2", 1, 1, 1, [1.0] * 20)
+    run.event("fewer_nodes", attempt=1, **FEWER).finished(1, step=20)
     (row,) = (table := build(tmp_path)).rows
     assert (row.nodes, row.step_time_s) == (1, 1.0)
-    assert any("20 steps on 1 node; figures and size are those of these steps" in note for note in table.notes)
+    assert notes_with(table, "20 steps on 1 node; figures and size are those of these steps")
 
 
 def test_the_time_that_is_left_is_reckoned_by_steps_on_as_many_nodes(tmp_path: Path) -> None:
@@ -222,29 +212,29 @@ def test_the_time_that_is_left_is_reckoned_by_steps_on_as_many_nodes(tmp_path: P
     ids=["together", "in turn", "enough cores", "two machines"],
 )
 def test_points_beside_each_other_disturb_each_other(
-    tmp_path: Path, make_run: Any, cores: int, first: Any, machine: str, crowded: list[bool]
+    tmp_path: Path, cores: int, first: Any, machine: str, crowded: list[bool]
 ) -> None:
     for at, nodes in enumerate((1, 2)):
         place = {"machine": f"{machine}{at}" if "node" in machine else machine}
-        builder = make_run(
+        builder = RunBuilder(
             tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), cores=cores, extra_rank=place
         )
         builder.attempt().steps(1, [1.0] * 5, time=first[at]).steps(6, [1.0] * 6, time=first[at] + 99.0)
     table = build(tmp_path)
     assert [row.oversubscribed for row in table.rows] == crowded
     assert [row.efficiency is None for row in table.rows] == [any(crowded)] * 2
-    assert any("at the same time as nodes=2" in note for note in table.notes) == any(crowded)
+    assert bool(notes_with(table, "at the same time as nodes=2")) == any(crowded)
 
 
-def test_profiled_steps_are_told_as_means_of_the_first_rank(tmp_path: Path, make_run: Any) -> None:
-    built = make_run(tmp_path / "nodes=2", 2, 2, ("nodes=2",)).attempt().steps(1, [0.5] * 10)
+def test_profiled_steps_are_told_as_means_of_the_first_rank(tmp_path: Path) -> None:
+    built = RunBuilder.of_nodes(tmp_path, 2).steps(1, [0.5] * 10)
     for rank in range(2):
         for step in (11, 12):
             parts = {"compute": 0.25, "comm": 0.3, "exposed": 0.1, "copies": 0.05, "idle": 0.1}
             record = {"step": step, "attempt": 1, "step_time_s": 0.5, "tokens": 1}
             told = {f"breakdown_{part}_s": seconds * (step - 10) for part, seconds in parts.items()}
             append_records(built.run.metrics(rank), [record | told])
-    built.event("finished", attempt=1)
+    built.finished()
     expected = (
         "Of 2 steps of nodes=2 that were profiled: computing 50.0 %, exposed communication 20.0 %, copies 10.0 %, "
         "idle 20.0 %; communication, hidden or not, takes 60.0 %."

@@ -12,11 +12,11 @@ import pytest
 from gpt.accounting import count, training_flops_per_token
 from gpt.config import ModelConfig, TrainConfig
 from gpt.workload import ASPECT, sized_model
-from launch.config.compose import compose_launch, typed_config
-from launch.errors import ConfigError
 from launch.project.__main__ import Goal, Offer, as_offer, compose_goal, main, offers, parse_goal
 from launch.runs.measured import LinkFit, Network, network_document
 from launch.workload import SetUp, TrainingGoal
+from tests.support.commands import call
+from tests.support.planning import config_of, refused
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,13 @@ NO_GOALS = (
 
 @pytest.mark.parametrize("text", NO_GOALS)
 def test_what_is_no_goal_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match='type next: --fit "7e9 params'):
-        parse_goal(text)
+    refused(parse_goal, text, fix='--fit "7e9 params')
 
 
 @pytest.fixture(scope="module", params=["llama_1p36b", "gpt2_124m"])
 def family(request: pytest.FixtureRequest) -> ModelConfig:
     """Each family of models, composed once."""
-    config = typed_config(compose_launch([f"model={request.param}"]))
+    config = config_of(f"model={request.param}")
     assert isinstance(config, TrainConfig)
     return config.model
 
@@ -94,7 +93,7 @@ def ideal_nodes(goal: Goal, one: Offer) -> float:
 def check_against_flops(one: Offer, goal: Goal) -> None:
     """MFU from the time of the whole run: FLOPs of all tokens over peak and GPU-hours."""
     widths = {key: int(value) for key, value in re.findall(r"model\.(n_\w+)=(\d+)", one.set_up.command)}
-    config = typed_config(compose_launch([word for word in one.set_up.command.split() if word.startswith("model")]))
+    config = config_of(*(word for word in one.set_up.command.split() if word.startswith("model")))
     assert isinstance(config, TrainConfig)
     model = config.model
     assert widths["n_layer"] == model.n_layer
@@ -124,12 +123,13 @@ FITTING = ("--fit", "7e9 params, 1e12 tokens, 30 days", "--gpu", "h100", "--node
 FEW = (*DATA_PARALLEL, "optim.max_micro_batch=1", "parallel.cpu_offload=false", "parallel.reshard_after_forward=true")
 
 
-def test_what_nothing_makes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_nothing_makes_is_refused() -> None:
+    goal = "7e9 params, 1e12 tokens, 30 days"
     for words, said in {
         (*FEW, "--fit", "1e9 params, 1e15 tokens, 1 day", "--gpu", "h100", "--nodes", "1,2"): "the nearest is 2 nodes",
         (*FEW, "--fit", "4e11 params, 1e12 tokens, 30 days", "--gpu", "h100", "--nodes", "1"): "GiB",
-        ("--fit", "7e9 params, 1e12 tokens, 30 days"): "without the name of the GPUs",
-        ("--fit", "7e9 params, 1e12 tokens, 30 days", "--gpu", "h100", "somewhere"): "--fit with somewhere",
+        ("--fit", goal): "without the name of the GPUs",
+        ("--fit", goal, "--gpu", "h100", "somewhere"): "--fit with somewhere",
         ("--fit", "100 params, 1e12 tokens, 30 days", "--gpu", "h100"): "100 params",
         ("--fit", "7 params", "--gpu", "h100"): '--fit "7 params"',
         ("--fit", "1e16 params, 1e12 tokens, 30 days", "--gpu", "h100", "--nodes", "1"): "1e+16 params",
@@ -139,6 +139,5 @@ def test_what_nothing_makes_is_refused(capsys: pytest.CaptureFixture[str]) -> No
         (*FITTING, "cluster.price_per_gpu_hour=-2"): "cluster.price_per_gpu_hour=-2",
         (): "no arguments",
     }.items():
-        assert main(list(words)) == 2
-        refusal = capsys.readouterr().err
+        refusal = call(main, *words, status=2)
         assert said in refusal and "type next: " in refusal, refusal

@@ -17,9 +17,6 @@ import pytest
 from benchmarks.scale.projection import TITLES, predict
 from gpt.planning.devices import CPU_FLOPS_PER_S
 from launch.config import ClusterKind
-from launch.config.compose import compose_launch, typed_config
-from launch.errors import ConfigError
-from launch.plan.plan import make_plan, write_run
 from launch.project.__main__ import main, parse_node_counts
 from launch.project.models import Measured, cost_model, fit_costs, fit_trend, minimum, spread_of
 from launch.report.goodput import Failures
@@ -28,7 +25,8 @@ from launch.runs.folder import RunFolder
 from launch.runs.measured import LinkFit, Network, network_document
 from launch.workload import StepTime
 from tests.report.conftest import RunBuilder
-from tests.support.commands import run
+from tests.support.commands import call, run
+from tests.support.planning import plan, refused
 
 MODEL = ("data=synthetic", "name=project", "eval.interval=0", "optim.max_steps=40")
 
@@ -49,8 +47,7 @@ def test_sizes_are_a_list_or_go_on(text: str, sizes: list[int]) -> None:
 
 def test_what_is_no_list_of_sizes_is_refused() -> None:
     for text in ("", "0", "x", "...,8", "8,...", "8,16,...,16", "1,2,...,x", "-1", "8²", "8,4,...,64"):
-        with pytest.raises(ConfigError, match="type next: --nodes 8,16"):
-            parse_node_counts(text)
+        refused(parse_node_counts, text, fix="--nodes 8,16")
 
 
 def test_the_interval_between_saves_loses_least() -> None:
@@ -128,12 +125,9 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     for nodes in (1, 2, 4):
         words = [*MODEL, f"nodes={nodes}", f"run_dir={folder / f'n{nodes}'}"]
-        composed = compose_launch(words)
-        plan = make_plan(typed_config(composed), words, ClusterKind.local)
-        write_run(plan, composed, words)
-        seconds = ddp_step_s(plan.promised.facts, nodes)
+        seconds = ddp_step_s(plan(*words, kind=ClusterKind.local, write=True).promised.facts, nodes)
         builder = RunBuilder(folder / f"n{nodes}", nodes, nodes, (f"nodes={nodes}", *MODEL), machines=nodes)
-        builder.attempt().steps(1, [seconds] * 12).event("finished", attempt=1)
+        builder.attempt().steps(1, [seconds] * 12).finished()
     return folder
 
 
@@ -150,7 +144,7 @@ def rows_of(folder: Path) -> dict[int, dict[str, str]]:
 
 
 def test_a_sweep_of_the_gpt_is_projected(gpt_sweep: Path) -> None:
-    text = run("launch.project", str(gpt_sweep), "--nodes", "8,16,32", "--mtbf-hours", "5000", cwd=gpt_sweep)
+    text = run(f"launch.project {gpt_sweep} --nodes 8,16,32 --mtbf-hours 5000", cwd=gpt_sweep)
     assert "held out: 4 nodes, predicted from nodes=1, 2" in text
     assert "no goodput: nodes=4 recorded no save" in text
     assert "not in it: slow ranks (nodes=4 lacks each rank's waits, comm_s), congestion" in text
@@ -187,7 +181,7 @@ def test_a_slow_rank_of_the_gpt_is_told_apart(gpt_sweep: Path) -> None:
             changed = {"step_time_s": even + late * (nodes - 1) / nodes, "comm_s": 0.0 if rank == nodes - 1 else late}
             folder.metrics(rank).write_text("".join(f"{json.dumps(json.loads(r) | changed)}\n" for r in records))
         own_s[nodes] = [even + late * (nodes - 1) / nodes - late] * (nodes - 1) + [even + late * (nodes - 1) / nodes]
-    assert main([str(gpt_sweep), "--nodes", "8"]) == 0
+    call(main, gpt_sweep, "--nodes", 8)
     document = json.loads((gpt_sweep / "projection.json").read_text())
     _, two, four, eight = document["rows"]
     assert two["stragglers_s"] == pytest.approx(max(own_s[2]) - statistics.mean(own_s[2]))
@@ -199,53 +193,51 @@ def test_a_slow_rank_of_the_gpt_is_told_apart(gpt_sweep: Path) -> None:
     assert eight["step_s"] - eight["stragglers_s"] == pytest.approx(ddp_step_s(known, 8), rel=0.02)
 
 
-def test_goodput_falls_with_the_nodes(gpt_sweep: Path, make_run: type[RunBuilder]) -> None:
-    run = make_run(gpt_sweep / "n4")
+def test_goodput_falls_with_the_nodes(gpt_sweep: Path) -> None:
+    run = RunBuilder(gpt_sweep / "n4")
     run.event("agent_started", job="j", nodes=4, gpus=None, price_per_gpu_hour=None, allocated_at=1e9, limit_s=1e4)
     run.event("saved", attempt=1, step=5, seconds=3.0).event("agent_ended", job="j", ended_at=1e9 + 100)
-    assert main([str(gpt_sweep), "--nodes", "8,16", "--mtbf-hours", "50"]) == 0
+    call(main, gpt_sweep, "--nodes", "8,16", "--mtbf-hours", 50)
     rows = rows_of(gpt_sweep)
     goodput = [float(rows[nodes]["goodput"]) for nodes in (4, 8, 16)]
     assert 1 > goodput[0] > goodput[1] > goodput[2] > 0
 
 
-def test_measured_links_are_used(gpt_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measured_links_are_used(gpt_sweep: Path, tmp_path: Path) -> None:
     """Each collective as it was measured: the all-reduce, which is all that DDP needs, as the steps were made."""
     fits = {"all_reduce": LinkFit(5e-4, 1e7), "all_gather": LinkFit(1.0, 1.0)}
     links = tmp_path / "network.json"
     links.write_text(json.dumps(network_document(Network(1, {"inter_node": fits}), {"nodes": 2})))
-    assert main([str(gpt_sweep), "--nodes", "8", "--network", str(links)]) == 0
-    assert "links at 1 times theirs" in capsys.readouterr().out
+    words = (gpt_sweep, "--nodes", 8, "--network", links)
+    assert "links at 1 times theirs" in call(main, *words)
     assert abs(json.loads((gpt_sweep / "projection.json").read_text())["held_out"]["error"]) < 0.02
     result = predict("ddp", gpt_sweep, links)  # as benchmarks/scale/projection.py does for its runs
     assert abs(result.held_out.error) < 0.02 and result.held_out.fitted_to == (1, 2)
     assert 0 < result.link_share < 1 and len(result.cells) == len(TITLES)
     links.write_text('{"tiers": {}}')
-    assert main([str(gpt_sweep), "--nodes", "8", "--network", str(links)]) == 2
-    assert "type next: python -m launch.bench_network" in capsys.readouterr().err
+    assert "type next: python -m launch.bench_network" in call(main, *words, status=2)
 
 
-def script_run(path: Path, make_run: type[RunBuilder], nodes: int, **known: Any) -> RunBuilder:
+def script_run(path: Path, nodes: int, **known: Any) -> RunBuilder:
     """A planned run of a script on some nodes, which records what it knows of its work."""
     script = path.parent.parent / "train.py"
     script.write_text("")
     words = ["workload=script", f"script.path={script}", f"nodes={nodes}", f"run_dir={path}"]
-    composed = compose_launch(words)
-    write_run(make_plan(typed_config(composed), words, ClusterKind.local), composed, words)
+    plan(*words, kind=ClusterKind.local, write=True)
     known = {"unit": "samples", **known}
-    return make_run(path, nodes, nodes, (f"nodes={nodes}",), script=known, machines=nodes).attempt()
+    return RunBuilder(path, nodes, nodes, (f"nodes={nodes}",), script=known, machines=nodes).attempt()
 
 
 @pytest.mark.parametrize("is_weak", [False, True])
-def test_the_times_of_a_script_make_a_trend(is_weak: bool, tmp_path: Path, make_run: type[RunBuilder]) -> None:
+def test_the_times_of_a_script_make_a_trend(is_weak: bool, tmp_path: Path) -> None:
     def seconds(nodes: int) -> float:
         return 0.3 + (0.02 * math.log2(nodes) if is_weak else 1.2 / nodes)
 
     for nodes in (1, 2, 4):
         known = {"work_per_step": 64 * nodes, "weak_scaling": True} if is_weak else {"work_per_step": 64}
-        builder = script_run(tmp_path / "mine" / f"n{nodes}", make_run, nodes, **known)
+        builder = script_run(tmp_path / "mine" / f"n{nodes}", nodes, **known)
         builder.records([seconds(nodes)] * 12, step_time_s=seconds(nodes)).ran(20)
-    assert main([str(tmp_path / "mine"), "--nodes", "8,...,64"]) == 0
+    call(main, tmp_path / "mine", "--nodes", "8,...,64")
     rows = rows_of(tmp_path / "mine")
     for nodes in (8, 16, 32, 64):
         assert float(rows[nodes]["step_s"]) == pytest.approx(seconds(nodes), rel=1e-6)
@@ -253,29 +245,25 @@ def test_the_times_of_a_script_make_a_trend(is_weak: bool, tmp_path: Path, make_
         assert float(rows[nodes]["throughput"]) == pytest.approx(work / seconds(nodes), rel=1e-6)
 
 
-def test_what_cannot_be_projected_is_refused(
-    gpt_sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_cannot_be_projected_is_refused(gpt_sweep: Path, tmp_path: Path) -> None:
     (tmp_path / "links.yaml").write_text("between: 3\n")
+    nodes = ("--nodes", "8")
     for words, said in {
-        (str(gpt_sweep / "n1"), "--nodes", "8"): "step times of nodes=1",
-        (str(gpt_sweep), "--nodes", "8", "--gpu", "H100"): "--nodes --gpu",
-        (str(gpt_sweep), "--nodes", "8", "--network", str(tmp_path / "none.yaml")): "No such file",
-        (str(gpt_sweep), "--nodes", "8", "--mtbf-hours", "0"): "--mtbf-hours 0",
-        (str(gpt_sweep), "--nodes", "8", "--mtbf-hours", "nan"): "--mtbf-hours nan",
-        (str(gpt_sweep), "--nodes", "8", "--mtbf-hours", "inf"): "--mtbf-hours inf",
+        (gpt_sweep / "n1", *nodes): "step times of nodes=1",
+        (gpt_sweep, *nodes, "--gpu", "H100"): "--nodes --gpu",
+        (gpt_sweep, *nodes, "--network", tmp_path / "none.yaml"): "No such file",
+        **{(gpt_sweep, *nodes, "--mtbf-hours", hours): f"--mtbf-hours {hours}" for hours in ("0", "nan", "inf")},
         (): "no arguments",
-        (str(gpt_sweep), "elsewhere", "--nodes", "8"): f"{gpt_sweep} elsewhere --nodes",
-        (str(gpt_sweep),): f"found: {gpt_sweep}\n",
-        (str(tmp_path / "links.yaml"), "--nodes", "8"): "links.yaml, which is a file",
-        (str(tmp_path / "nowhere"), "--nodes", "8"): "no folder",
+        (gpt_sweep, "elsewhere", *nodes): f"{gpt_sweep} elsewhere --nodes",
+        (gpt_sweep,): f"found: {gpt_sweep}\n",
+        (tmp_path / "links.yaml", *nodes): "links.yaml, which is a file",
+        (tmp_path / "nowhere", *nodes): "no folder",
     }.items():
-        assert main(list(words)) == 2
-        refusal = capsys.readouterr().err
+        refusal = call(main, *words, status=2)
         assert said in refusal and refusal.count("\n") >= 2 and "type next: " in refusal, refusal
         assert "launch.report" not in refusal, "another command"
-    assert main([str(gpt_sweep), "--nodes", "8,16", "--sweep", "3"]) == 2
-    assert f"type next: python -m launch.project {gpt_sweep} --nodes 8,16\n" in capsys.readouterr().err
+    refusal = call(main, gpt_sweep, "--nodes", "8,16", "--sweep", 3, status=2)
+    assert f"type next: python -m launch.project {gpt_sweep} --nodes 8,16\n" in refusal
     assert not (gpt_sweep / "projection.csv").exists()
 
 

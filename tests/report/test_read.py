@@ -18,16 +18,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
-from launch.report import build, show, write
+from launch.report import build
 from launch.report import read as columns
+from launch.report.page import page
 from launch.report.points import read_point
 from launch.report.read import read_columns, read_environment
 from launch.report.steps import RECORDED, read_run_steps, step_times
 from launch.report.text import csv_text, markdown_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from tests.support.run_folders import RunBuilder, shown
 
 FIELDS = ("step_time_s", "tokens", "samples", "work", "mfu_palm", "data_wait_s", "time", "loss")
 
@@ -146,10 +147,10 @@ def test_blocks_end_between_lines_wherever_they_are_cut(tmp_path: Path, monkeypa
         assert read_columns(path, FIELDS).unread == 1
 
 
-def restarted_run(folder: Path, make_run: Any, seed: int, ranks: int = 5) -> RunFolder:
+def restarted_run(folder: Path, seed: int, ranks: int = 5) -> RunFolder:
     """A run of three attempts that lost steps, ended in torn lines, and did not write the same on all ranks."""
     chance = random.Random(seed)
-    builder = make_run(folder, ranks, ranks, global_batch=ranks * 2)
+    builder = RunBuilder(folder, ranks, ranks, global_batch=ranks * 2)
     first = 1
     for attempt in (1, 2, 3):
         builder.attempt(attempt)
@@ -173,8 +174,8 @@ def restarted_run(folder: Path, make_run: Any, seed: int, ranks: int = 5) -> Run
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_steps_of_a_restarted_run_are_those_of_plain_loops(tmp_path: Path, make_run: Any, seed: int) -> None:
-    run = restarted_run(tmp_path, make_run, seed)
+def test_steps_of_a_restarted_run_are_those_of_plain_loops(tmp_path: Path, seed: int) -> None:
+    run = restarted_run(tmp_path, seed)
     setups = {number: setup for number in run.attempts() if (setup := read_environment(run, number)) is not None}
     reading, expected = read_run_steps(run, setups), reference_steps(run)
     assert len(expected) > 10 and {step["attempt"] for step in expected} == {1, 2, 3}
@@ -192,9 +193,9 @@ def test_steps_of_a_restarted_run_are_those_of_plain_loops(tmp_path: Path, make_
     assert reading.unread == {1: 3, 3: 3}
 
 
-def test_memory_does_not_grow_with_the_number_of_ranks(tmp_path: Path, make_run: Any) -> None:
+def test_memory_does_not_grow_with_the_number_of_ranks(tmp_path: Path) -> None:
     def peak(ranks: int) -> int:
-        builder = make_run(tmp_path / str(ranks), ranks, global_batch=ranks).attempt()
+        builder = RunBuilder(tmp_path / str(ranks), ranks, global_batch=ranks).attempt()
         text = b"".join(LINE.replace(b": 2,", b": %d," % step) + b"\n" for step in range(1, 2001))
         builder.run.metrics(0).parent.mkdir(parents=True)
         for rank in range(ranks):
@@ -235,8 +236,8 @@ def damage(path: Path, at: int) -> None:
     path.write_bytes(b"\n".join(lines))
 
 
-def test_half_a_line_at_the_end_of_a_file_is_being_written(tmp_path: Path, make_run: Any) -> None:
-    builder = make_run(tmp_path, 2).attempt().steps(1, [1.0] * 20)
+def test_half_a_line_at_the_end_of_a_file_is_being_written(tmp_path: Path) -> None:
+    builder = RunBuilder(tmp_path, 2).attempt().steps(1, [1.0] * 20)
     path = builder.run.metrics(1)
     whole = path.read_bytes()
     last = whole.splitlines(keepends=True)[-1]
@@ -249,18 +250,15 @@ def test_half_a_line_at_the_end_of_a_file_is_being_written(tmp_path: Path, make_
 
 def texts(folder: Path) -> dict[str, str]:
     """Texts of a report of a folder, by the way in which it says them."""
-    table, shown = build(folder), io.StringIO()
-    show(table, Console(file=shown, width=250))
-    page = next(path for path in write(table) if path.suffix == ".html")
-    return {"console": shown.getvalue(), "markdown": markdown_text(table), "csv": csv_text(table)} | {
-        "page": page.read_text()
-    }
+    table = build(folder)
+    told = {"console": shown(table, width=250), "markdown": markdown_text(table), "csv": csv_text(table)}
+    return told | {"page": page(table)}
 
 
-def test_every_form_of_the_report_tells_the_lines_and_a_clean_one_none(tmp_path: Path, make_run: Any) -> None:
+def test_every_form_of_the_report_tells_the_lines_and_a_clean_one_none(tmp_path: Path) -> None:
     for ranks in (1, 8):
-        builder = make_run(tmp_path / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",)).attempt()
-        builder.steps(1, [1.0] * 30).event("finished", attempt=1)
+        builder = RunBuilder.of_nodes(tmp_path, ranks)
+        builder.steps(1, [1.0] * 30).finished()
     clean = texts(tmp_path)
     run = RunFolder(tmp_path / "nodes=8")
     for rank in range(5):
@@ -304,8 +302,8 @@ assert len(set(found)) == 1 and '"unread_lines": 1' in found[0]
 """
 
 
-def test_processes_read_the_same_figures_as_one(tmp_path: Path, make_run: Any) -> None:
-    built = make_run(tmp_path, 6, 3).attempt()
+def test_processes_read_the_same_figures_as_one(tmp_path: Path) -> None:
+    built = RunBuilder(tmp_path, 6, 3).attempt()
     built.steps(1, [0.1 + 0.01 * step for step in range(12)], rank_delay=0.003, data_wait_s=0.01)
     with built.run.metrics(5).open("a") as file:
         file.write('{"step": 13, "att\n')

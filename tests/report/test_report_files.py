@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.errors import ConfigError
-from launch.report import build, show, write
+from launch.report import build, write
 from launch.report.__main__ import main
 from launch.report.selection import Selection, compare_selections, select, source_labels
 from launch.report.table import ScalingTable, tabulate_selection
@@ -27,6 +21,9 @@ from launch.runs.event_files import EventWriter, png_shape
 from launch.runs.files import ReportFile
 from launch.runs.find import record_sweep
 from tests.support import commands
+from tests.support.commands import call
+from tests.support.planning import refused
+from tests.support.run_folders import RunBuilder, notes_with, read_events, scalars, shown
 
 COLUMNS = (
     *("point", "nodes", "ranks", "topology", "tokens_per_s", "tokens_per_s_per_rank", "step_time_s"),
@@ -38,21 +35,6 @@ FILES = {f"scaling.{ending}" for ending in ("md", "csv", "png", "svg", "json", "
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def scalars(folder: Path, tag: str) -> dict[int, float]:
-    return {point.step: point.value for point in EventAccumulator(str(folder)).Reload().Scalars(tag)}
-
-
-def shown(folder: Path, **console: Any) -> str:
-    file = io.StringIO()
-    show(build(folder), Console(file=file, **console))
-    return file.getvalue()
-
-
-def command(folder: Path, *arguments: object, status: int = 0) -> str:
-    """Output of ``python -m launch.report`` for a folder."""
-    return commands.run("launch.report", str(folder), *map(str, arguments), cwd=folder.parent, status=status)
 
 
 def test_csv_has_the_promised_columns_and_empty_cells_for_what_is_not_known(sweep: Path) -> None:
@@ -74,30 +56,42 @@ def test_markdown_and_terminal_show_the_same_cells(sweep: Path) -> None:
     two = "nodes=2|2|2|ddp dp_replicate=2|3,938|1,969|520 ms|10.4 ms|1.92|96.2 %|0.6000|finished"
     assert cells[3] == two.split("|")
     assert cells[4][9] == "not claimed"
-    terminal = shown(sweep)
+    terminal = shown(build(sweep))
     for row in cells[2:]:
         assert any(line.split() == " ".join(row).split() for line in terminal.splitlines()), row
     assert text.startswith("# Strong scaling of quick_test") and "![Scaling of quick_test](scaling.png)" in text
 
 
-def test_only_the_files_that_are_asked_for_are_made_and_drawing_is_not_loaded(sweep: Path) -> None:
-    script = f"""
-import sys
+COMMANDS = """
+import shutil, sys
 from launch.report.__main__ import main
-assert main([{str(sweep)!r}, "--files", "csv,md"]) == 0
-assert not {{"matplotlib", "tensorboard"}} & {{name.split(".")[0] for name in sys.modules}}
+def loaded(*names):
+    return {*names} & {name.split(".")[0] for name in sys.modules}
+assert main([sys.argv[1], "--files", "csv,md"]) == 0 and not loaded("matplotlib", "tensorboard")
+shutil.copytree(sys.argv[1], sys.argv[2])
+print("ALL OF THEM")
+assert main([sys.argv[1]]) == 0 and not loaded("torch", "tensorflow", "hydra", "submitit")
 """
-    before = snapshot(sweep)
-    told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    assert snapshot(sweep).keys() - before.keys() == {"scaling.md", "scaling.csv", "scaling_parts.csv"}
-    assert told.count("wrote ") == 3 and "dashboard" not in told and ".png" not in (sweep / "scaling.md").read_text()
-    refused = command(sweep, "--files", "md,pdf", status=2)
+
+
+def test_the_command_makes_the_files_that_are_asked_for_and_loads_no_more(sweep: Path, tmp_path: Path) -> None:
+    before, few = snapshot(sweep), tmp_path / "few"
+    words = [sys.executable, "-c", COMMANDS, str(sweep), str(few)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    of_few, of_all = done.stdout.split("ALL OF THEM")
+    assert snapshot(few).keys() - before.keys() == {"scaling.md", "scaling.csv", "scaling_parts.csv"}
+    assert of_few.count("wrote ") == 3 and "dashboard" not in of_few and ".png" not in (few / "scaling.md").read_text()
+    assert "Strong scaling of quick_test with a global batch of 16 sequences" in of_all
+    for name in (*FILES, "Scaling"):
+        assert f"wrote {sweep / name}" in of_all and (sweep / name).exists()
+    refused = call(main, sweep, "--files", "md,pdf", status=2)
     assert "'pdf', and not kinds of files, such as --files md,csv" in refused
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 def test_a_terminal_never_gets_a_folded_number(sweep: Path, width: int) -> None:
-    text = shown(sweep, force_terminal=True, width=width, color_system=None)
+    text = shown(build(sweep), force_terminal=True, width=width, color_system=None)
     table = text[: text.index("\n\nquick_test with")].splitlines()[3:]  # without the heading
     assert max(map(len, table)) <= width
     [row] = [line for line in table if line.startswith("nodes=2")]
@@ -106,16 +100,17 @@ def test_a_terminal_never_gets_a_folded_number(sweep: Path, width: int) -> None:
     assert (re.search(r"too narrow for .*topology", text) is not None) is (width < 118)
 
 
-def test_unknown_figures_are_unavailable_never_zero(tmp_path: Path, make_run: Any) -> None:
-    make_run(tmp_path / "nodes=1", overrides=("nodes=1",)).attempt()
-    make_run(tmp_path / "nodes=2", 2, 2, ("nodes=2",)).attempt().steps(1, [1.0] * 20)
-    [row] = [line for line in shown(tmp_path).splitlines() if line.startswith("nodes=1 ") and " ddp " in line]
+def test_unknown_figures_are_unavailable_never_zero(tmp_path: Path) -> None:
+    RunBuilder(tmp_path / "nodes=1", overrides=("nodes=1",)).attempt()
+    RunBuilder.of_nodes(tmp_path, 2).steps(1, [1.0] * 20)
+    [row] = [line for line in shown(build(tmp_path)).splitlines() if line.startswith("nodes=1 ") and " ddp " in line]
     assert row.split().count("unavailable") == 7 and " 0" not in row
 
 
-def test_a_run_of_too_few_steps_has_one_sentence_and_no_empty_columns(tmp_path: Path, make_run: Any) -> None:
-    make_run(tmp_path, overrides=("nodes=1",)).attempt().steps(1, [1.0] * 6).event("finished", attempt=1)
-    text, terminal = markdown_text(build(tmp_path)), shown(tmp_path)
+def test_a_run_of_too_few_steps_has_one_sentence_and_no_empty_columns(tmp_path: Path) -> None:
+    RunBuilder(tmp_path, overrides=("nodes=1",)).attempt().steps(1, [1.0] * 6).finished()
+    table = build(tmp_path)
+    text, terminal = markdown_text(table), shown(table)
     for told in (text, terminal):
         assert told.count("Too few steps for a figure") == 1 and "unavailable" not in told
     assert [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")] == [
@@ -123,8 +118,8 @@ def test_a_run_of_too_few_steps_has_one_sentence_and_no_empty_columns(tmp_path: 
     ]
 
 
-def test_json_has_every_figure_and_no_number_that_is_none(sweep: Path, make_run: Any) -> None:
-    diverged = make_run(sweep / "nodes=8", 8, 8, ("nodes=8",), cores=64).attempt()
+def test_json_has_every_figure_and_no_number_that_is_none(sweep: Path) -> None:
+    diverged = RunBuilder(sweep / "nodes=8", 8, 8, ("nodes=8",), cores=64).attempt()
     diverged.steps(1, [0.2] * 12).steps(13, [0.2], loss=float("nan"))
     table = build(sweep)
     write(table, files={ReportFile.json})
@@ -146,11 +141,11 @@ def test_the_svg_is_a_drawing_with_text_that_can_be_searched_and_the_same_each_t
 
 
 @pytest.mark.parametrize("kind", ["twelve sizes in two series", "nothing measured"])
-def test_the_figure_is_drawn_in_every_situation(tmp_path: Path, make_run: Any, kind: str) -> None:
+def test_the_figure_is_drawn_in_every_situation(tmp_path: Path, kind: str) -> None:
     for word in ("ddp", "fsdp"):
         for ranks in range(1, 13) if kind.startswith("twelve") else (1, 2):
             words = (f"nodes={ranks}", f"parallel={word}")
-            builder = make_run(tmp_path / ",".join(words), ranks, ranks, words, cores=4, global_batch=27720).attempt()
+            builder = RunBuilder(tmp_path / ",".join(words), ranks, ranks, words, cores=4, global_batch=27720).attempt()
             if kind.startswith("twelve"):
                 builder.steps(1, [1.0 / ranks] * 10)
     (png,) = write(build(tmp_path), files={ReportFile.png})
@@ -166,17 +161,17 @@ def test_the_scaling_run_holds_curves_over_ranks(sweep: Path) -> None:
     assert scalars(run, "scaling/efficiency") == pytest.approx({1: 1, 2: 0.96153846})
     assert scalars(run, "scaling/step_time_s_low") == pytest.approx({1: 0.99, 2: 0.5148, 4: 0.3168})
     assert scalars(run, "scaling/loss") == pytest.approx({1: 0.6, 2: 0.6, 4: 0.6})
-    found = EventAccumulator(str(run)).Reload()
+    found = read_events(run)
     assert found.Images("scaling/figure")[0].encoded_image_string == (sweep / "scaling.png").read_bytes()
     text = found.Tensors("scaling/table")[0].tensor_proto.string_val[0].decode()
     assert (sweep / "scaling.md").read_text().startswith(text)
 
 
-def test_series_are_runs_with_the_same_tags(tmp_path: Path, make_run: Any) -> None:
+def test_series_are_runs_with_the_same_tags(tmp_path: Path) -> None:
     for strategy in ("ddp", "fsdp"):
         for nodes in (1, 2):
             words = (f"nodes={nodes}", f"parallel={strategy}")
-            make_run(tmp_path / f"{strategy}{nodes}", nodes, nodes, words).attempt().steps(1, [1.0] * 10)
+            RunBuilder(tmp_path / f"{strategy}{nodes}", nodes, nodes, words).attempt().steps(1, [1.0] * 10)
     write(build(tmp_path), files={ReportFile.tensorboard})
     for strategy in ("ddp", "fsdp"):
         assert scalars(tmp_path / "Scaling" / f"parallel={strategy}", "scaling/tokens_per_s") == {1: 2048, 2: 2048}
@@ -208,13 +203,13 @@ def test_made_again_it_replaces_its_own_files_only(sweep: Path) -> None:
 def test_one_run_has_a_summary_in_its_folder_and_touches_nothing_else(sweep: Path) -> None:
     write(build(sweep), files=set(ReportFile) - {ReportFile.tensorboard})
     before = snapshot(sweep)
-    assert shown(sweep / "nodes=2").startswith("\nSummary of nodes=2 with a global batch of 16 sequences")
+    assert shown(build(sweep / "nodes=2")).startswith("\nSummary of nodes=2 with a global batch of 16 sequences")
     write(build(sweep / "nodes=2"))
     new = {f"nodes=2/{name.replace('scaling', 'summary')}" for name in FILES}
     made = snapshot(sweep).keys() - before.keys()
     [events] = [name for name in made if name.startswith("nodes=2/Summary/")]
     assert made == {*new, events} and before.items() <= snapshot(sweep).items()
-    picture = EventAccumulator(str(sweep / "nodes=2" / "Summary")).Reload().Images("summary/figure")[0]
+    picture = read_events(sweep / "nodes=2" / "Summary").Images("summary/figure")[0]
     assert picture.encoded_image_string == (sweep / "nodes=2" / "summary.png").read_bytes()
     assert "efficiency" not in (sweep / "nodes=2" / "summary.md").read_text().lower()
 
@@ -222,46 +217,32 @@ def test_one_run_has_a_summary_in_its_folder_and_touches_nothing_else(sweep: Pat
 def test_a_later_sweep_leaves_the_earlier_one_its_table_and_says_what_to_type(sweep: Path) -> None:
     """A report names its sweep; the folder of the record keeps each one, and the newest lies beside the points."""
     record_sweep(sweep, ["nodes=1", "nodes=2"], ["nodes=1,2"])
-    command(sweep, "--files", "md,csv")
+    call(main, sweep, "--files", "md,csv")
     first = {name: (sweep / name).read_bytes() for name in ("scaling.md", "scaling.csv")}
     assert record_sweep(sweep, ["nodes=2", "nodes=4"], ["nodes=2,4"]).number == 2
-    later = command(sweep, "--files", "md,csv")
+    later = call(main, sweep, "--files", "md,csv")
     assert "Sweep 2: nodes=2,4 (2 points, typed " in later and "Sweep 2" in (sweep / "scaling.md").read_text()
     assert "sweep 1: nodes=1,2 (2 points, typed " in later
     assert f"python -m launch.report {sweep} --sweep 1" in later and "all 3 runs of the folder: " in later
     now = (sweep / "scaling.csv").read_bytes()
     (sweep / "sweeps" / "0001" / "scaling.csv").unlink()
-    assert "Sweep 1: nodes=1,2" in command(sweep, "--sweep", 1, "--files", "md,csv")
+    assert "Sweep 1: nodes=1,2" in call(main, sweep, "--sweep", 1, "--files", "md,csv")
     assert {name: (sweep / "sweeps" / "0001" / name).read_bytes() for name in first} == first
     assert (sweep / "scaling.csv").read_bytes() == now == (sweep / "sweeps" / "0002" / "scaling.csv").read_bytes()
-    command(sweep, "--all", "--files", "csv")
+    call(main, sweep, "--all", "--files", "csv")
     assert [row.point for row in build(sweep).rows] == ["nodes=2", "nodes=4"]
     assert (sweep / "all_runs.csv").read_text().count("nodes=") == 6 and (sweep / "scaling.csv").read_bytes() == now
     assert record_sweep(sweep, ["nodes=2", "nodes=1"], ["nodes=2,1"]).number == 1, "the same points are the same sweep"
     assert [row.point for row in build(sweep).rows] == ["nodes=1", "nodes=2"]
-    assert "sweep 2: nodes=2,4" in command(sweep, "--sweep", 7, status=2)
+    assert "sweep 2: nodes=2,4" in call(main, sweep, "--sweep", 7, status=2)
 
 
 def test_a_number_where_no_sweep_was_recorded_is_refused_with_what_works(sweep: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"(?s)of which none is recorded in .*: python -m launch.report {sweep}$"):
-        select(sweep, 3)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="of which none is recorded in"):
-        select(tmp_path / "empty", 3)
-
-
-def test_the_command_shows_writes_and_loads_no_torch(sweep: Path) -> None:
-    code = (
-        "import sys; from launch.report.__main__ import main\n"
-        f"status = main([{str(sweep)!r}])\n"
-        "assert not {'torch', 'tensorflow', 'hydra', 'submitit'} & set(sys.modules), 'too much was loaded'\n"
-        "sys.exit(status)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Strong scaling of quick_test with a global batch of 16 sequences" in done.stdout
-    for name in (*FILES, "Scaling"):
-        assert f"wrote {sweep / name}" in done.stdout and (sweep / name).exists()
+    for folder in (sweep, tmp_path / "empty"):
+        refusal = refused(select, folder, 3)
+        assert "of which none is recorded in" in refusal.expected
+        assert folder != sweep or refusal.fix.endswith(f"python -m launch.report {sweep}")
 
 
 # The command: several sweeps and runs in one report.
@@ -271,14 +252,14 @@ STEP_S = {"old": {1: 1.0, 2: 0.8, 4: 0.5}, "new": {1: 0.5, 2: 0.25, 8: 0.1}}
 
 
 @pytest.fixture
-def sweeps(tmp_path: Path, make_run: Any) -> dict[str, Path]:
+def sweeps(tmp_path: Path) -> dict[str, Path]:
     """Two sweeps with points of the same names; the second one with other GPUs and in bf16."""
     other = {"device_name": "NVIDIA H100", "precision": "bf16"}
     for name, times in STEP_S.items():
         for ranks, step_s in times.items():
             point = tmp_path / name / f"nodes={ranks}"
-            built = make_run(point, ranks, ranks, (f"nodes={ranks}",), **(other if name == "new" else {}))
-            built.attempt().steps(1, [step_s] * 12).event("finished", attempt=1)
+            built = RunBuilder(point, ranks, ranks, (f"nodes={ranks}",), **(other if name == "new" else {}))
+            built.attempt().steps(1, [step_s] * 12).finished()
     return {name: tmp_path / name for name in STEP_S}
 
 
@@ -294,26 +275,24 @@ def test_each_sweep_has_its_own_baseline_and_sizes_compare_across(sweeps: dict[s
         assert row.ranks is not None and row.label == f"{row.source}/nodes={row.ranks}" and row.series == row.source
         assert row.throughput == pytest.approx(work / times[row.ranks])
         assert row.efficiency == pytest.approx(times[1] / times[row.ranks] / row.ranks)
-    [differences] = [note for note in table.notes if note.startswith("new differs from old in ")]
-    assert "hardware (NVIDIA H100, not AMD EPYC 7763)" in differences and "precision (bf16, not fp32)" in differences
+    [differences] = notes_with(
+        table, "new differs from old in ", "hardware (NVIDIA H100, not AMD EPYC 7763)", "precision (bf16, not fp32)"
+    )
     assert "software" not in differences
     for name in sweeps:
-        assert any(
-            note.startswith(f"Speedup and efficiency of {name} are against {name}/nodes=1") for note in table.notes
-        )
+        assert notes_with(table, f"Speedup and efficiency of {name} are against {name}/nodes=1")
 
 
 def test_a_comparison_is_written_beside_the_first_and_takes_nothing_from_its_report(
-    sweeps: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    sweeps: dict[str, Path],
 ) -> None:
-    old, new = map(str, sweeps.values())
+    old, new = sweeps.values()
     kinds = "--files=md,csv,json,html"
-    assert main([old, kinds]) == 0
-    before = {path.name: path.read_bytes() for path in sweeps["old"].iterdir() if path.is_file()}
-    assert main([old, new, kinds]) == 0
-    assert main([old, new, kinds, "--out", str(sweeps["old"].parent / "both")]) == 0
-    assert "new/nodes=8" in capsys.readouterr().out
-    for folder in (sweeps["old"], sweeps["old"].parent / "both"):
+    call(main, old, kinds)
+    before = {path.name: path.read_bytes() for path in old.iterdir() if path.is_file()}
+    both = old.parent / "both"
+    assert "new/nodes=8" in call(main, old, new, kinds) + call(main, old, new, kinds, "--out", both)
+    for folder in (old, both):
         with (folder / "comparison.csv").open() as file:
             rows = {row["label"]: row for row in csv.DictReader(file)}
         assert list(rows) == [f"{name}/nodes={ranks}" for name, times in STEP_S.items() for ranks in times]
@@ -321,8 +300,8 @@ def test_a_comparison_is_written_beside_the_first_and_takes_nothing_from_its_rep
         assert report["title"] == "Comparison of old and new" and len(report["rows"]) == 6
         for ending in ("md", "html"):
             assert "new/nodes=8" in (folder / f"comparison.{ending}").read_text()
-    assert {name: (sweeps["old"] / name).read_bytes() for name in before} == before
-    assert not list(sweeps["new"].glob("comparison*"))
+    assert {name: (old / name).read_bytes() for name in before} == before
+    assert not list(new.glob("comparison*"))
 
 
 def test_runs_of_one_folder_are_compared_as_a_sweep_and_sweeps_by_their_records(sweeps: dict[str, Path]) -> None:
@@ -359,13 +338,12 @@ def test_folders_of_the_same_name_are_told_apart_by_their_paths() -> None:
     ids=["twice", "a run of the sweep", "no folder", "no run", "a number", "/proc/x", "/proc", "runs", "a file"],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_written(
-    sweeps: dict[str, Path], words: list[str], found: str, fix: str, capsys: pytest.CaptureFixture[str]
+    sweeps: dict[str, Path], words: list[str], found: str, fix: str
 ) -> None:
     above = sweeps["old"].parent
     before = sorted(above.rglob("*"))
     names = {"above": above, **sweeps}
-    assert main([word.format(**names) for word in words]) == 2
-    error = capsys.readouterr().err
+    error = call(main, *(word.format(**names) for word in words), status=2)
     assert found.format(**names) in error and fix.format(**names) in error.replace("'", "")
     assert sorted(above.rglob("*")) == before
 
@@ -373,52 +351,39 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(
 # A watched report follows its runs, and ends with them.
 
 
-PATIENCE_S = 120
-PARTS = ["found", "expected", "type next"]
-
-
-def until(what: str, true: Any) -> None:
-    end = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < end, f"waited for {what}"
-        time.sleep(0.05)  # between two looks
-
-
-def test_a_report_follows_its_runs_until_they_end(tmp_path: Path, make_run: Any) -> None:
-    built = [make_run(tmp_path / "s" / f"nodes={n}", n, n, (f"nodes={n}",)).attempt() for n in (1, 2)]
+def test_a_report_follows_its_runs_until_they_end(tmp_path: Path) -> None:
+    built = [RunBuilder(tmp_path / "s" / f"nodes={n}", n, n, (f"nodes={n}",)).attempt() for n in (1, 2)]
     for run in built:
         run.steps(1, [1.0 / run.ranks] * 12)
     page, table = tmp_path / "s" / "scaling.html", tmp_path / "s" / "scaling.csv"
     words = [sys.executable, "-m", "launch.report", str(tmp_path / "s"), "--watch", "0.2"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        until("the page", page.exists)
+        commands.wait_for(page.exists, "the page")
         assert 'http-equiv="refresh" content="1"' in page.read_text()
         built[0].steps(13, [1.0] * 8)
-        until("the new steps", lambda: ",15," in table.read_text().splitlines()[1])
+        commands.wait_for(lambda: ",15," in table.read_text().splitlines()[1], "the new steps")
         assert process.poll() is None
         for run in built:
-            run.event("finished", attempt=1)
-        text, _ = process.communicate(timeout=PATIENCE_S)
+            run.finished()
+        text, _ = process.communicate(timeout=120)
     assert process.returncode == 0
     assert "running" in text and "again in 0.2 s" in text and text.count("finished") >= 2
     assert "refresh" not in page.read_text()
 
 
 @pytest.mark.parametrize("event", ["cancelled", "budget_reached"])
-def test_a_run_that_was_called_off_has_ended(
-    tmp_path: Path, make_run: Any, event: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_called_off_has_ended(tmp_path: Path, event: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "a [red] sweep"
-    run = make_run(folder, 1, 1, ()).attempt()
+    run = RunBuilder(folder, 1, 1, ()).attempt()
     run.steps(1, [1.0] * 12)
     run.event(event)
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waits for a run that has ended"))
-    assert main([str(folder), "--watch", "0.2", "--files", "md"]) == 0
-    assert f"wrote summary.md in {folder}" in " ".join(capsys.readouterr().out.splitlines())
+    text = call(main, folder, "--watch", "0.2", "--files", "md")
+    assert f"wrote summary.md in {folder}" in " ".join(text.splitlines())
 
 
 @pytest.mark.parametrize("typed", ["0", "-1", "soon", "inf"])
-def test_an_interval_that_is_none_is_refused(tmp_path: Path, typed: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path), f"--watch={typed}"]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert f"'{typed}', and not seconds above 0" in told[0] and [line.split(":")[0] for line in told] == PARTS
+def test_an_interval_that_is_none_is_refused(tmp_path: Path, typed: str) -> None:
+    told = call(main, tmp_path, f"--watch={typed}", status=2).splitlines()
+    assert f"'{typed}', and not seconds above 0" in told[0]
+    assert [line.split(":")[0] for line in told] == ["found", "expected", "type next"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
 import subprocess
 import sys
@@ -12,27 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.errors import ConfigError
-from launch.report import Row, build, show, write
+from launch.report import Row, build, write
 from launch.report.table import ScalingTable
 from launch.report.text import point_columns
 from launch.runs import progress
 from launch.runs.event_files import png_shape
 from launch.runs.files import ReportFile
 from launch.workload import RankContract
+from tests.support.planning import refused
+from tests.support.run_folders import RunBuilder, column, notes_with, read_events, scalars, shown
 
 SAMPLES = {"unit": "samples", "work_per_step": 512}
 
 
-def points(
-    folder: Path, make_run: Any, script: dict[str, Any], times: dict[int, float], **records: Any
-) -> ScalingTable:
+def points(folder: Path, script: dict[str, Any], times: dict[int, float], **records: Any) -> ScalingTable:
     """Points of as many ranks as ``times`` has keys, which took that long for each of eleven steps."""
     for ranks, time_s in times.items():
-        builder = make_run(
+        builder = RunBuilder(
             folder / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}", "workload=script"), script=script
         )
         # The first record has no step before it: ten step times are known, and the first five are warm-up.
@@ -48,39 +44,30 @@ def figures(rows: tuple[Row, ...], *names: str) -> list[tuple[Any, ...]]:
     return [tuple(getattr(row, name) for name in names) for row in rows]
 
 
-def text_of(table: ScalingTable) -> str:
-    file = io.StringIO()
-    show(table, Console(file=file))
-    return file.getvalue()
-
-
-def scalars(folder: Path, tag: str) -> dict[int, float]:
-    return {point.step: point.value for point in EventAccumulator(str(folder)).Reload().Scalars(tag)}
-
-
 @pytest.mark.parametrize(("steps", "claimed"), [(21, False), (400, True)])
 def test_times_of_lines_that_were_read_together_have_no_spread_and_no_efficiency_below_their_resolution(
-    tmp_path: Path, make_run: Any, steps: int, claimed: bool
+    tmp_path: Path, steps: int, claimed: bool
 ) -> None:
     for ranks, time_s in ((1, 0.08), (2, 0.04)):
-        built = make_run(tmp_path / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",), script=SAMPLES).attempt()
+        built = RunBuilder.of_nodes(tmp_path, ranks, script=SAMPLES)
         built.records([time_s] * steps, ranks=1, step_time_s=time_s, step_time_resolution_s=1.0).ran(steps * time_s)
     table = build(tmp_path)
-    assert figures(table.rows, "step_time_s", "step_time_s_spread", "step_time_resolution_s") == [
-        (0.08, None, 1.0),
-        (0.04, None, 1.0),
-    ]
+    assert column(table.rows, "step_time_s") == [0.08, 0.04]
+    assert (
+        figures(table.rows, "step_time_s_spread", "step_time_resolution_s", "efficiency_low") == [(None, 1.0, None)] * 2
+    )
     assert table.rows[1].speedup == pytest.approx(2.0)
     assert table.rows[1].efficiency == (pytest.approx(1.0) if claimed else None)
-    assert table.rows[1].efficiency_low is None and not any("95 % interval" in note for note in table.notes)
-    [note] = [note for note in table.notes if note.startswith("At nodes=2 a step time is a mean over about 25 steps")]
+    assert not notes_with(table, "95 % interval")
+    [note] = notes_with(
+        table, "At nodes=2 a step time is a mean over about 25 steps", "script.progress with a group step_time_s"
+    )
     assert ("no efficiency is claimed" in note) is not claimed and ("exact to about 6 %" in note) is claimed
-    assert "script.progress with a group step_time_s" in note
     assert write(table, files={ReportFile.png}), "a chart without the quartiles"
 
 
-def test_samples_of_the_ranks_add_up(tmp_path: Path, make_run: Any) -> None:
-    table = points(tmp_path / "s", make_run, {"unit": "samples"}, {1: 2.0, 2: 1.25}, samples=64, loss=0.5)
+def test_samples_of_the_ranks_add_up(tmp_path: Path) -> None:
+    table = points(tmp_path / "s", {"unit": "samples"}, {1: 2.0, 2: 1.25}, samples=64, loss=0.5)
     # 64 samples in 2 s; twice 64 in 1.25 s, which is 1.6 times as much on each of two ranks.
     assert figures(table.rows, "throughput", "throughput_per_rank", "step_time_s", "speedup", "efficiency") == [
         pytest.approx((32, 32, 2.0, 1, 1)),
@@ -103,14 +90,14 @@ def test_samples_of_the_ranks_add_up(tmp_path: Path, make_run: Any) -> None:
     ],
 )
 def test_the_work_of_a_step_is_what_its_records_name(
-    tmp_path: Path, make_run: Any, unit: str | None, fields: dict[str, Any], throughput: tuple[Any, Any]
+    tmp_path: Path, unit: str | None, fields: dict[str, Any], throughput: tuple[Any, Any]
 ) -> None:
-    table = points(tmp_path, make_run, {"unit": unit}, {2: 0.5}, **fields)
+    table = points(tmp_path, {"unit": unit}, {2: 0.5}, **fields)
     assert figures(table.rows, "unit", "throughput") == [throughput]
 
 
-def test_work_that_was_stated_stands_in_for_ranks_that_say_nothing(tmp_path: Path, make_run: Any) -> None:
-    table = points(tmp_path / "s", make_run, SAMPLES, {1: 2.0, 4: 0.8}, ranks=1)
+def test_work_that_was_stated_stands_in_for_ranks_that_say_nothing(tmp_path: Path) -> None:
+    table = points(tmp_path / "s", SAMPLES, {1: 2.0, 4: 0.8}, ranks=1)
     # 512 samples in 2 s and in 0.8 s: 2.5 times as fast on four times the ranks.
     assert figures(table.rows, "throughput", "speedup", "efficiency") == [
         pytest.approx((256, 1, 1)),
@@ -120,11 +107,11 @@ def test_work_that_was_stated_stands_in_for_ranks_that_say_nothing(tmp_path: Pat
     assert "loss" not in titles(table)
 
 
-def test_weak_scaling_of_a_script(tmp_path: Path, make_run: Any) -> None:
+def test_weak_scaling_of_a_script(tmp_path: Path) -> None:
     for ranks in (1, 2):
         words = (f"nodes={ranks}", f"script.work_per_step={256 * ranks}")
         script = {"unit": "images", "work_per_step": 256 * ranks, "weak_scaling": True}
-        builder = make_run(tmp_path / "w" / f"p{ranks}", ranks, ranks, words, script=script)
+        builder = RunBuilder(tmp_path / "w" / f"p{ranks}", ranks, ranks, words, script=script)
         builder.attempt().records([1.0 if ranks == 1 else 1.25] * 11)
     table = build(tmp_path / "w")
     assert [row.series for row in table.rows] == ["", ""], "the work of a step tells no programs apart"
@@ -133,14 +120,14 @@ def test_weak_scaling_of_a_script(tmp_path: Path, make_run: Any) -> None:
     assert table.sections()[0][0] == "Weak scaling of w with 256 images per step and rank"
 
 
-def test_the_work_of_some_ranks_is_told_as_such(tmp_path: Path, make_run: Any) -> None:
-    table = points(tmp_path, make_run, {}, {1: 1.0, 2: 1.0}, ranks=1, tokens=100.0)
+def test_the_work_of_some_ranks_is_told_as_such(tmp_path: Path) -> None:
+    table = points(tmp_path, {}, {1: 1.0, 2: 1.0}, ranks=1, tokens=100.0)
     assert [(row.unit, row.throughput) for row in table.rows] == [("tokens", 100), ("tokens", 100)]
-    assert any("throughput counts only the ranks that did: nodes=2 (1 of 2)" in note for note in table.notes)
+    assert notes_with(table, "throughput counts only the ranks that did: nodes=2 (1 of 2)")
 
 
-def test_steps_wait_for_the_ranks_that_record(tmp_path: Path, make_run: Any) -> None:
-    builder = make_run(tmp_path / "p", 4, 4, script=SAMPLES).attempt()
+def test_steps_wait_for_the_ranks_that_record(tmp_path: Path) -> None:
+    builder = RunBuilder(tmp_path / "p", 4, 4, script=SAMPLES).attempt()
     builder.records([1.0] * 20, ranks=2)
     lines = builder.run.metrics(1).read_text().splitlines(keepends=True)
     builder.run.metrics(1).write_text("".join(lines[:12]))
@@ -149,58 +136,53 @@ def test_steps_wait_for_the_ranks_that_record(tmp_path: Path, make_run: Any) -> 
     assert (row.steps_measured, row.last_step, row.state) == (6, 20, "running")
 
 
-def test_without_the_work_only_step_times_are_compared(tmp_path: Path, make_run: Any) -> None:
-    table = points(tmp_path, make_run, {}, {1: 2.0, 2: 1.25}, loss=1.0)
+def test_without_the_work_only_step_times_are_compared(tmp_path: Path) -> None:
+    table = points(tmp_path, {}, {1: 2.0, 2: 1.25}, loss=1.0)
     assert figures(table.rows, "throughput", "speedup", "efficiency") == [(None, 1, None), (None, 1.6, None)]
     assert "efficiency" in titles(table) and not any("/s" in title for title in titles(table))
-    assert text_of(table).count("not claimed") == 2
-    assert any("Speedup is the ratio of step times" in note for note in table.notes)
+    assert shown(table).count("not claimed") == 2
+    assert notes_with(table, "Speedup is the ratio of step times")
     write(table)
-    found = EventAccumulator(str(tmp_path / "Scaling")).Reload().Tags()["scalars"]
-    assert sorted(found) == [
-        f"scaling/{name}" for name in ("loss", "step_time_s", "step_time_s_high", "step_time_s_low")
-    ]
+    found = [name.removeprefix("scaling/") for name in read_events(tmp_path / "Scaling").Tags()["scalars"]]
+    assert sorted(found) == ["loss", "step_time_s", "step_time_s_high", "step_time_s_low"]
 
 
-def test_a_program_that_records_nothing_has_a_run_time(tmp_path: Path, make_run: Any) -> None:
+def test_a_program_that_records_nothing_has_a_run_time(tmp_path: Path) -> None:
     for ranks, seconds in ((1, 100.0), (2, 60.0)):
-        builder = make_run(tmp_path / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",), script={})
-        builder.attempt().ran(seconds)
-    builder.event("started", attempt=2, time=2e9).attempt(2).event("finished", attempt=2, time=2e9 + 30)
+        builder = RunBuilder.of_nodes(tmp_path, ranks, script={}).ran(seconds)
+    builder.event("started", attempt=2, time=2e9).attempt(2).finished(2, time=2e9 + 30)
     table = build(tmp_path)
     assert titles(table) == ["point", "nodes", "ranks", "run time", "attempts", "state"]
     assert figures(table.rows, "run_time_s", "attempts", "speedup", "efficiency", "state") == [
         (100, 1, None, None, "finished"),
         (90, 2, None, None, "finished"),
     ]
-    assert "1 min 40 s" in text_of(table)
-    [note] = [note for note in table.notes if "Run time is" in note]
+    assert "1 min 40 s" in shown(table)
+    [note] = notes_with(table, "Run time is")
     assert "no speedup or efficiency is claimed" in note
     assert write(table), "without a drawing"
 
 
-def test_a_run_that_goes_on_has_no_run_time_yet(tmp_path: Path, make_run: Any) -> None:
-    builder = make_run(tmp_path / "p", script={}).attempt().event("started", attempt=1)
+def test_a_run_that_goes_on_has_no_run_time_yet(tmp_path: Path) -> None:
+    builder = RunBuilder(tmp_path / "p", script={}).attempt().event("started", attempt=1)
     assert figures(build(tmp_path / "p").rows, "run_time_s", "state") == [(None, "running")]
-    builder.event("finished", attempt=1)
-    assert "Summary of p" in text_of(build(tmp_path / "p"))
+    builder.finished()
+    assert "Summary of p" in shown(build(tmp_path / "p"))
 
 
 @pytest.mark.parametrize("script", [{"unit": "samples"}, SAMPLES])
-def test_what_both_points_tell_must_be_the_same(tmp_path: Path, make_run: Any, script: dict[str, Any]) -> None:
+def test_what_both_points_tell_must_be_the_same(tmp_path: Path, script: dict[str, Any]) -> None:
     for ranks, unit in ((1, "samples"), (2, "images")):
         told = {**script, "unit": unit}
-        builder = make_run(tmp_path / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",), script=told)
-        builder.attempt().records([1.0] * 11, samples=4)
-    with pytest.raises(ConfigError, match="different unit in one scaling series"):
-        build(tmp_path)
+        RunBuilder.of_nodes(tmp_path, ranks, script=told).records([1.0] * 11, samples=4)
+    refused(build, tmp_path, found="different unit in one scaling series")
 
 
-def test_options_of_a_script_tell_series_apart(tmp_path: Path, make_run: Any) -> None:
+def test_options_of_a_script_tell_series_apart(tmp_path: Path) -> None:
     for option in ("adam", "sgd"):
         for nodes in (1, 2):
             words = (f"nodes={nodes}", f"script.options=[--optimizer,{option}]", "script.path=train.py")
-            builder = make_run(tmp_path / f"{option}{nodes}", nodes, nodes, words, script=SAMPLES)
+            builder = RunBuilder(tmp_path / f"{option}{nodes}", nodes, nodes, words, script=SAMPLES)
             builder.attempt().records([1.0 / nodes] * 11)
     table = build(tmp_path)
     assert list(dict.fromkeys(row.series for row in table.rows)) == [
@@ -232,7 +214,7 @@ print("took", time.monotonic() - began, flush=True)
 
 @pytest.mark.parametrize("program", [PRINTS, RECORDS], ids=["printed", "recorded"])
 def test_real_programs_from_their_logs_or_records_to_the_table(
-    tmp_path: Path, make_run: Any, program: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, program: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program that takes at least 50 ms for a step of 32 samples, and half of it in the second point."""
     monkeypatch.setattr(progress, "POLL_S", 0.0)
@@ -240,7 +222,7 @@ def test_real_programs_from_their_logs_or_records_to_the_table(
     printed = program is PRINTS
     script = {"unit": "samples", "work_per_step": 32} if printed else {"unit": "tokens"}
     for ranks in (1, 2):
-        run = make_run(tmp_path / f"nodes={ranks}", 1, 1, (f"nodes={ranks}",), script=script).attempt().run
+        run = RunBuilder(tmp_path / f"nodes={ranks}", 1, 1, (f"nodes={ranks}",), script=script).attempt().run
         run.log(1, 0).parent.mkdir()
         pattern = r"step (?P<step>\d+) loss (?P<loss>\S+)" if printed else None
         contract = RankContract(progress=pattern, unit="samples", work_per_step=32, writes_curves=True)
@@ -254,8 +236,8 @@ def test_real_programs_from_their_logs_or_records_to_the_table(
         watched.close()
         assert process.returncode == 0
         took.append(float(run.log(1, 0).read_text().split()[-1]))
-        losses = EventAccumulator(str(run.tensorboard)).Reload().Scalars("train/loss")
-        assert [point.step for point in losses] == list(range(1, 31))
+        losses = scalars(run.tensorboard, "train/loss")
+        assert [*losses] == list(range(1, 31))
     table = build(tmp_path)
     for row, least, whole in zip(table.rows, (0.05, 0.025), took, strict=True):
         assert row.unit == "samples" and row.throughput is not None and row.step_time_s is not None
@@ -265,23 +247,23 @@ def test_real_programs_from_their_logs_or_records_to_the_table(
         assert (row.last_step, row.loss) == (30, pytest.approx(1 / 30, abs=1e-3))
 
 
-def test_every_view_names_the_unit(tmp_path: Path, make_run: Any) -> None:
-    table = points(tmp_path, make_run, SAMPLES, {1: 2.0, 2: 1.0})
+def test_every_view_names_the_unit(tmp_path: Path) -> None:
+    table = points(tmp_path, SAMPLES, {1: 2.0, 2: 1.0})
     write(table)
     header = next(csv.reader((tmp_path / "scaling.csv").open()))
     assert [name for name in header if "_per_s" in name] == [*("samples_per_s", "samples_per_s_per_rank")]
     assert "| samples/s |" in (tmp_path / "scaling.md").read_text()
     assert scalars(tmp_path / "Scaling", "scaling/samples_per_s") == {1: 256, 2: 512}
     assert scalars(tmp_path / "Scaling" / "ideal", "scaling/samples_per_s") == {1: 256, 2: 512}
-    layout = EventAccumulator(str(tmp_path / "Scaling")).Reload().Tensors("custom_scalars__config__")[0]
+    layout = read_events(tmp_path / "Scaling").Tensors("custom_scalars__config__")[0]
     assert b"Samples per second" in layout.tensor_proto.string_val[0]
     assert png_shape((tmp_path / "scaling.png").read_bytes())[0] > 1000
 
 
-def test_gpus_without_identity_are_shared_by_nobody_elsewhere(tmp_path: Path, make_run: Any) -> None:
+def test_gpus_without_identity_are_shared_by_nobody_elsewhere(tmp_path: Path) -> None:
     """Two points on one machine at the same time, each on the GPUs that its job calls 0: nothing says they are one."""
     for nodes in (1, 2):
-        builder = make_run(
+        builder = RunBuilder(
             tmp_path / f"nodes={nodes}", nodes, 1, (f"nodes={nodes}",), device="cuda:{rank}", script=SAMPLES,
             extra_rank={"device": "cuda:{rank}"}, device_name="NVIDIA H100",
         )  # fmt: skip

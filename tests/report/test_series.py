@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from hypothesis import strategies as st
 from launch.report import ScalingTable, build
 from launch.report.page import tiles
 from launch.report.series import Medians, block_length, ratio, student
-from launch.runs.files import write_json
 from launch.runs.find import point_labels
 from launch.runs.overrides import point_name
+from tests.support.run_folders import RunBuilder, column, notes_with
 
 
 def alike(chance: np.random.Generator, steps: int, median: float, spread: float, rho: float) -> np.ndarray:
@@ -64,14 +63,14 @@ def test_quantiles_are_those_of_students_distribution() -> None:
 
 
 @pytest.mark.parametrize("weak", [False, True])
-def test_intervals_of_a_sweep_hold_its_efficiencies(tmp_path: Path, make_run: Any, weak: bool) -> None:
+def test_intervals_of_a_sweep_hold_its_efficiencies(tmp_path: Path, weak: bool) -> None:
     """A sweep with a serial share of 5 % but for noise, by Amdahl's law or by Gustafson's."""
     chance = np.random.default_rng(5)
     for ranks in (1, 2, 4):
         step_s = ranks / (ranks - 0.05 * (ranks - 1)) if weak else 0.05 + 0.95 / ranks
         batch, typed = 8 * ranks if weak else 64, (f"nodes={ranks}",)
-        built = make_run(tmp_path / typed[0], ranks, ranks, typed, global_batch=batch, weak_scaling=weak)
-        built.attempt().steps(1, (step_s * chance.normal(1, 0.005, 45)).tolist()).event("finished", attempt=1)
+        built = RunBuilder(tmp_path / typed[0], ranks, ranks, typed, global_batch=batch, weak_scaling=weak)
+        built.attempt().steps(1, (step_s * chance.normal(1, 0.005, 45)).tolist()).finished()
     table = build(tmp_path)
     for row in table.rows[1:]:
         expected = (row.ranks - 0.05 * (row.ranks - 1)) / row.ranks if weak else 1 / (0.05 * row.ranks + 0.95)
@@ -90,11 +89,11 @@ def test_intervals_of_a_sweep_hold_its_efficiencies(tmp_path: Path, make_run: An
 STEADY = [1.0] * 10
 
 
-def test_points_are_shown_by_what_sets_them_apart(tmp_path: Path, make_run: Any) -> None:
+def test_points_are_shown_by_what_sets_them_apart(tmp_path: Path) -> None:
     shared = ("optim.max_steps=12", "name=t", "data.max_bytes=200000")
     for nodes, strategy in ((1, "ddp"), (1, "ds_zero0"), (2, "ddp"), (2, "ds_zero0")):
         words = (f"nodes={nodes}", f"parallel={strategy}", *shared)
-        make_run(tmp_path / f"cut-{nodes}{strategy}", nodes, nodes, words, strategy=strategy).attempt().steps(
+        RunBuilder(tmp_path / f"cut-{nodes}{strategy}", nodes, nodes, words, strategy=strategy).attempt().steps(
             1, STEADY
         ).event("finished")
     table = build(tmp_path)
@@ -103,16 +102,14 @@ def test_points_are_shown_by_what_sets_them_apart(tmp_path: Path, make_run: Any)
         for nodes in (1, 2)
         for strategy in ("ddp", "ds_zero0")
     }
-    assert {row.topology for row in table.rows if row.nodes == 2} == {
-        "ddp dp_replicate=2",
-        "deepspeed_zero0 dp_replicate=2",
-    }
-    assert not any("cut-" in note for note in table.notes)
+    topologies = {row.topology for row in table.rows if row.nodes == 2}
+    assert topologies == {"ddp dp_replicate=2", "deepspeed_zero0 dp_replicate=2"}
+    assert not notes_with(table, "cut-")
 
 
-def test_points_that_nothing_sets_apart_keep_their_names(tmp_path: Path, make_run: Any) -> None:
+def test_points_that_nothing_sets_apart_keep_their_names(tmp_path: Path) -> None:
     for name, words in (("a", ("nodes=1",)), ("b", ("nodes=1", "output_dir=elsewhere"))):
-        make_run(tmp_path / name, overrides=words).attempt().steps(1, STEADY)
+        RunBuilder(tmp_path / name, overrides=words).attempt().steps(1, STEADY)
     assert [row.label for row in build(tmp_path).rows] == ["a", "b"]
     assert [row.label for row in build(tmp_path / "a").rows] == ["a"]
 
@@ -120,24 +117,23 @@ def test_points_that_nothing_sets_apart_keep_their_names(tmp_path: Path, make_ru
 def test_a_label_keeps_its_generation_and_a_folder_that_was_typed_its_name() -> None:
     runs = [("a-1", ["nodes=1", "seed=2", "cluster.partition=x"]), ("a-1~2", ["seed=2", "nodes=1", "fresh=true"])]
     runs += [("b", ["seed=2", "nodes=2"]), ("here", ["seed=2", "nodes=4", "run_dir=/elsewhere/here"])]
-    assert point_labels([(Path("s", name), typed) for name, typed in runs]) == [
-        "nodes=1",
-        "nodes=1~2",
-        "nodes=2",
-        "here",
-    ]
-    assert point_labels([(Path("s/one"), ["nodes=1"])]) == ["one"]
+    labels = point_labels([(Path("s", name), typed) for name, typed in runs])
+    assert labels == ["nodes=1", "nodes=1~2", "nodes=2", "here"]
 
 
 def test_a_run_alone_whose_folder_says_nothing_is_called_by_its_name() -> None:
-    assert point_labels([(Path("outputs/quick_test/default"), ["cluster=local"])]) == ["quick_test"]
-    assert point_labels([(Path("outputs/quick_test/default~2"), ["fresh=true"])]) == ["quick_test~2"]
-    assert point_labels([(Path("mine/default"), ["run_dir=mine/default"])]) == ["default"]
     typed = ["nodes=1", f"script.args={'a' * 200}"]
     cut = point_name(typed, ())
-    assert point_labels([(Path("outputs/mine", cut), typed)]) == ["mine"]
-    assert point_labels([(Path("outputs/mine", f"{cut}~2"), typed)]) == ["mine~2"]
-    assert point_labels([(Path("elsewhere", cut), [*typed, f"run_dir=elsewhere/{cut}"])]) == [cut]
+    for path, words, label in (
+        ("s/one", ["nodes=1"], "one"),
+        ("outputs/quick_test/default", ["cluster=local"], "quick_test"),
+        ("outputs/quick_test/default~2", ["fresh=true"], "quick_test~2"),
+        ("mine/default", ["run_dir=mine/default"], "default"),
+        (f"outputs/mine/{cut}", typed, "mine"),
+        (f"outputs/mine/{cut}~2", typed, "mine~2"),
+        (f"elsewhere/{cut}", [*typed, f"run_dir=elsewhere/{cut}"], cut),
+    ):
+        assert point_labels([(Path(path), words)]) == [label]
     beside = [(Path("outputs/quick_test/default"), []), (Path("outputs/quick_test/nodes=2"), ["nodes=2"])]
     assert point_labels(beside) == ["default", "nodes=2"]
 
@@ -155,13 +151,10 @@ EMPTY = hashlib.sha256(b"").hexdigest()
 SAME: dict[str, Any] = {"software": {"torch": "2.13.0"}, "git": {"commit": "a" * 40, "diff_sha256": EMPTY}}
 
 
-def sweep_made(folder: Path, make_run: Any, made: dict[int, dict[str, Any]], **known: Any) -> ScalingTable:
+def sweep_made(folder: Path, made: dict[int, dict[str, Any]]) -> ScalingTable:
     """A sweep whose points were made with what is told of each number of ranks."""
     for ranks, entries in made.items():
-        built = make_run(folder / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",)).attempt()
-        path = built.run.environment(1)
-        write_json(path, json.loads(path.read_text()) | SAME | entries)
-        built.steps(1, [1.0 / ranks] * 12, **known).event("finished", attempt=1)
+        RunBuilder.of_nodes(folder, ranks, told=SAME | entries).steps(1, [1.0 / ranks] * 12).finished()
     return build(folder)
 
 
@@ -174,23 +167,19 @@ def sweep_made(folder: Path, make_run: Any, made: dict[int, dict[str, Any]], **k
     ],
     ids=["software", "commit", "uncommitted changes"],
 )
-def test_points_made_otherwise_are_told_apart(
-    tmp_path: Path, make_run: Any, entries: dict[str, Any], name: str, value: str
-) -> None:
-    table = sweep_made(tmp_path, make_run, {1: {}, 2: {}, 4: entries, 8: entries})
+def test_points_made_otherwise_are_told_apart(tmp_path: Path, entries: dict[str, Any], name: str, value: str) -> None:
+    table = sweep_made(tmp_path, {1: {}, 2: {}, 4: entries, 8: entries})
     assert len({row.series for row in table.rows}) == 2 and value in table.rows[-1].series
-    efficiencies = {row.ranks: row.efficiency for row in table.rows}
-    assert efficiencies == {1: 1.0, 2: pytest.approx(1.0), 4: 1.0, 8: pytest.approx(1.0)}
-    assert [row.speedup for row in table.rows] == pytest.approx([1, 2, 1, 2]), "each against the smallest of its kind"
-    [note] = [note for note in table.notes if f"different {name}" in note]
-    assert f"nodes=4, nodes=8 with {value}" in note and "fresh=true" in note
+    assert column(table.rows, "efficiency") == pytest.approx([1] * 4)
+    assert column(table.rows, "speedup") == pytest.approx([1, 2, 1, 2]), "each against the smallest of its kind"
+    assert len(notes_with(table, f"different {name}", f"nodes=4, nodes=8 with {value}", "fresh=true")) == 1
 
 
-def test_points_made_alike_or_of_which_one_does_not_tell_are_compared(tmp_path: Path, make_run: Any) -> None:
-    table = sweep_made(tmp_path, make_run, {1: {}, 2: {"software": {}, "git": {}}, 4: {}})
+def test_points_made_alike_or_of_which_one_does_not_tell_are_compared(tmp_path: Path) -> None:
+    table = sweep_made(tmp_path, {1: {}, 2: {"software": {}, "git": {}}, 4: {}})
     assert {row.series for row in table.rows} == {""}
     assert [row.efficiency for row in table.rows] == pytest.approx([1, 1, 1])
-    assert not any("different" in note for note in table.notes)
+    assert not notes_with(table, "different")
 
 
 def test_the_page_begins_with_the_largest_point_that_claims_an_efficiency(sweep: Path) -> None:

@@ -19,20 +19,21 @@ from launch.report.table import Row, RunDetail
 from launch.report.text import markdown_text
 from launch.runs.event_files import png_shape
 from launch.runs.records import append_records
+from tests.support.run_folders import RunBuilder
 
 RANKS, STEPS = 24, 47
 BASE_S = 0.5
 Times = Callable[[int, int], dict[str, float]]
 
 
-def run_of(folder: Path, make_run: Any, times: Times, ranks: int = RANKS, **builder: Any) -> ScalingTable:
+def run_of(folder: Path, times: Times, ranks: int = RANKS, **builder: Any) -> ScalingTable:
     """A run whose rank r records ``times(step, r)`` in each step; its report."""
-    built = make_run(folder, ranks, max(ranks // 8, 1), ("nodes=3",), global_batch=ranks, **builder).attempt()
+    built = RunBuilder(folder, ranks, max(ranks // 8, 1), ("nodes=3",), global_batch=ranks, **builder).attempt()
     for rank in range(ranks):
         fixed = {"attempt": 1, "tokens": 128, "loss": 1.0}
         records = [{"step": s, **fixed, **times(s, rank), "time": 1e9 + s} for s in range(1, STEPS + 1)]
         append_records(built.run.metrics(rank), records)
-    built.event("finished", attempt=1)
+    built.finished()
     return build(folder)
 
 
@@ -50,8 +51,8 @@ def times_of(table: ScalingTable) -> RankTimes:
     return found
 
 
-def test_a_slow_rank_is_named_with_its_host_and_what_it_costs(tmp_path: Path, make_run: Any) -> None:
-    table = run_of(tmp_path, make_run, lambda s, r: {"step_time_s": known_times(s, r) + 0.03 * (r == 17)})
+def test_a_slow_rank_is_named_with_its_host_and_what_it_costs(tmp_path: Path) -> None:
+    table = run_of(tmp_path, lambda s, r: {"step_time_s": known_times(s, r) + 0.03 * (r == 17)})
     assert about_ranks(table) == [
         f"At {table.rows[0].label}, slower than the other ranks throughout the run: rank 17 on n3 by 30 ms, 5.6 % of "
         "the step time. In each step all ranks wait for the slowest."
@@ -64,10 +65,10 @@ def test_a_slow_rank_is_named_with_its_host_and_what_it_costs(tmp_path: Path, ma
     assert "| 17 | n3 | 533 ms | 30 ms | 5.6 % |" in markdown_text(table)
 
 
-def test_times_of_the_ranks_are_those_of_plain_numpy(tmp_path: Path, make_run: Any) -> None:
+def test_times_of_the_ranks_are_those_of_plain_numpy(tmp_path: Path) -> None:
     chance = random.Random(1)
     every = {(s, r): chance.uniform(0.4, 0.6) for s in range(1, STEPS + 1) for r in range(RANKS)}
-    table = run_of(tmp_path, make_run, lambda s, r: {"step_time_s": every[s, r]})
+    table = run_of(tmp_path, lambda s, r: {"step_time_s": every[s, r]})
     times = np.array([[every[s, r] for s in range(6, STEPS + 1)] for r in range(RANKS)])
     others = [np.median(np.delete(times.mean(axis=1), r)) for r in range(RANKS)]
     found = times_of(table)
@@ -86,27 +87,27 @@ def test_times_of_the_ranks_are_those_of_plain_numpy(tmp_path: Path, make_run: A
         pytest.param(lambda s, r: {"step_time_s": known_times(s, r) + 0.01 * (r % 12)}, id="others spread as much"),
     ],
 )
-def test_no_rank_is_named_where_the_spread_does_not_bear_it_out(tmp_path: Path, make_run: Any, times: Times) -> None:
-    assert not about_ranks(run_of(tmp_path, make_run, times))
+def test_no_rank_is_named_where_the_spread_does_not_bear_it_out(tmp_path: Path, times: Times) -> None:
+    assert not about_ranks(run_of(tmp_path, times))
 
 
-def test_waiting_in_collectives_is_taken_off_where_a_script_records_it(tmp_path: Path, make_run: Any) -> None:
+def test_waiting_in_collectives_is_taken_off_where_a_script_records_it(tmp_path: Path) -> None:
     # All end a step together: rank 17 computes 30 ms longer, and the others wait for it as long.
     def times(step: int, rank: int) -> dict[str, float]:
         return {"step_time_s": known_times(step, 0) + 0.03, "comm_s": 0.01 + 0.03 * (rank != 17)}
 
-    table = run_of(tmp_path, make_run, times, script={"unit": "tokens"})
+    table = run_of(tmp_path, times, script={"unit": "tokens"})
     assert times_of(table).is_net
     assert "rank 17 on n3 by 30 ms, 5.6 % of the step time" in about_ranks(table)[0]
 
 
-def test_one_of_two_ranks_can_be_slow(tmp_path: Path, make_run: Any) -> None:
-    table = run_of(tmp_path, make_run, lambda s, r: {"step_time_s": 0.5 + 0.1 * (r == 1)}, ranks=2)
+def test_one_of_two_ranks_can_be_slow(tmp_path: Path) -> None:
+    table = run_of(tmp_path, lambda s, r: {"step_time_s": 0.5 + 0.1 * (r == 1)}, ranks=2)
     assert [rank.is_slow for rank in times_of(table).ranks] == [False, True]
 
 
-def test_a_rank_alone_has_no_table_and_no_heat_map(tmp_path: Path, make_run: Any) -> None:
-    table = run_of(tmp_path, make_run, lambda s, r: {"step_time_s": known_times(s, r)}, ranks=1)
+def test_a_rank_alone_has_no_table_and_no_heat_map(tmp_path: Path) -> None:
+    table = run_of(tmp_path, lambda s, r: {"step_time_s": known_times(s, r)}, ranks=1)
     assert table.details[0].rank_times is None and "Slowest ranks" not in markdown_text(table)
     assert [panel.title for panel in run_panels(table.details[0])] == ["Step times after warm-up"]
 
@@ -138,11 +139,11 @@ WORK_S = 0.4
 """Time that one rank computes; the ranks share it."""
 
 
-def recorded(folder: Path, make_run: Any, ranks: int, phases: Any, **builder: Any) -> None:
+def recorded(folder: Path, ranks: int, phases: Any, **builder: Any) -> None:
     """A script's run whose rank r tells ``phases(step, r)``; its step time is the sum of them."""
     script = {"unit": "samples", "work_per_step": 64.0, "weak_scaling": False}
     words = (f"nodes={ranks}", "workload=script")
-    built = make_run(folder / f"nodes={ranks}", ranks, ranks, words, script=script, **builder).attempt()
+    built = RunBuilder(folder / f"nodes={ranks}", ranks, ranks, words, script=script, **builder).attempt()
     for rank in range(ranks):
         told = [phases(step, rank) for step in range(1, STEPS + 1)]
         rows = [
@@ -151,16 +152,16 @@ def recorded(folder: Path, make_run: Any, ranks: int, phases: Any, **builder: An
             for step, of_step in enumerate(told, start=1)
         ]
         append_records(built.run.metrics(rank), rows)
-    built.event("finished", attempt=1)
+    built.finished()
 
 
 def rows_of(folder: Path) -> dict[int | None, Row]:
     return {row.ranks: row for row in build(folder).rows}
 
 
-def test_each_phase_loses_what_was_put_into_it(tmp_path: Path, make_run: Any) -> None:
+def test_each_phase_loses_what_was_put_into_it(tmp_path: Path) -> None:
     """Four ranks: 0.1 s of work each instead of 0.4 s; rank 2 is 30 ms late, all communicate and wait for data."""
-    recorded(tmp_path, make_run, 1, lambda s, r: {"compute": WORK_S, "data_wait_s": 0.0, "optimizer_s": 0.02})
+    recorded(tmp_path, 1, lambda s, r: {"compute": WORK_S, "data_wait_s": 0.0, "optimizer_s": 0.02})
 
     def phases(step: int, rank: int) -> dict[str, float]:
         late = 0.03 * (rank == 2)
@@ -168,7 +169,7 @@ def test_each_phase_loses_what_was_put_into_it(tmp_path: Path, make_run: Any) ->
         comm = 0.05 + 0.03 - late  # the others wait for rank 2
         return {"compute": compute, "comm_s": comm, "data_wait_s": 0.01, "bubble_s": 0.004, "optimizer_s": 0.02}
 
-    recorded(tmp_path, make_run, 4, phases)
+    recorded(tmp_path, 4, phases)
     row = rows_of(tmp_path)[4]
     step_s = 0.1 + 0.03 + 0.05 + 0.01 + 0.004 + 0.02
     ideal_s = 0.42 / 4
@@ -195,10 +196,10 @@ def test_a_phase_that_one_point_lacks_lies_in_the_rest() -> None:
     assert lost({}, {"computation": 1.0}, 0.5, True) == {}
 
 
-def test_a_point_may_gain_where_others_lose(tmp_path: Path, make_run: Any) -> None:
+def test_a_point_may_gain_where_others_lose(tmp_path: Path) -> None:
     """Eight ranks compute four times as fast as one each would, with caches that hold their share."""
-    recorded(tmp_path, make_run, 1, lambda s, r: {"compute": 0.8, "comm_s": 0.0})
-    recorded(tmp_path, make_run, 8, lambda s, r: {"compute": 0.05, "comm_s": 0.05})
+    recorded(tmp_path, 1, lambda s, r: {"compute": 0.8, "comm_s": 0.0})
+    recorded(tmp_path, 8, lambda s, r: {"compute": 0.05, "comm_s": 0.05})
     row = rows_of(tmp_path)[8]
     assert row.efficiency == pytest.approx(1.0)
     assert row.losses == pytest.approx({"communication": 0.5, "stragglers": 0.0, "computation": -0.5})

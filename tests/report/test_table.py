@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.errors import ConfigError
 from launch.report import Row, build
 from launch.report.points import Point, PointState, read_point
 from launch.report.read import Environment, RankPlace
@@ -20,6 +19,8 @@ from launch.report.steps import MIN_STEPS, WARMUP_STEPS, Steps, measure_steps
 from launch.report.table import tabulate
 from launch.report.text import efficiency as efficiency_text
 from launch.runs.records import append_records
+from tests.support.planning import refused
+from tests.support.run_folders import RunBuilder, column, notes_with
 
 STEADY = [1.0] * 10
 
@@ -28,38 +29,34 @@ def rows(folder: Path) -> dict[str, Row]:
     return {row.point: row for row in build(folder).rows}
 
 
-def test_no_efficiency_at_all_against_a_crowded_point(tmp_path: Path, make_run: Any) -> None:
+def test_no_efficiency_at_all_against_a_crowded_point(tmp_path: Path) -> None:
     for nodes, cores in ((1, 1), (2, 8)):
-        builder = make_run(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), cores=cores, threads=2)
-        builder.attempt().steps(1, STEADY)
+        RunBuilder.of_nodes(tmp_path, nodes, cores=cores, threads=2).steps(1, STEADY)
     table = build(tmp_path)
-    assert [row.oversubscribed for row in table.rows] == [True, False]
-    assert [row.efficiency for row in table.rows] == [None, None]
-    assert [row.throughput_ideal for row in table.rows] == [None, None]
-    assert any("no efficiency is claimed for any point" in note for note in table.notes)
+    assert column(table.rows, "oversubscribed") == [True, False]
+    assert column(table.rows, "efficiency") == column(table.rows, "throughput_ideal") == [None, None]
+    assert notes_with(table, "no efficiency is claimed for any point")
 
 
 @pytest.mark.parametrize(("uuid", "shared"), [("GPU-{rank}", False), ("GPU-0", True)])
-def test_ranks_on_one_gpu_are_told_by_its_identity(tmp_path: Path, make_run: Any, uuid: str, shared: bool) -> None:
-    builder = make_run(tmp_path, 2, device="cuda:0", device_name="NVIDIA H200", extra_rank={"device_uuid": uuid})
+def test_ranks_on_one_gpu_are_told_by_its_identity(tmp_path: Path, uuid: str, shared: bool) -> None:
+    builder = RunBuilder(tmp_path, 2, device="cuda:0", device_name="NVIDIA H200", extra_rank={"device_uuid": uuid})
     builder.attempt().steps(1, STEADY)
     table = build(tmp_path)
     assert table.rows[0].oversubscribed is shared
-    assert any("2 ranks on one GPU of n1" in note for note in table.notes) is shared
+    assert bool(notes_with(table, "2 ranks on one GPU of n1")) is shared
 
 
-def test_cores_are_counted_per_machine_not_per_node(tmp_path: Path, make_run: Any) -> None:
+def test_cores_are_counted_per_machine_not_per_node(tmp_path: Path) -> None:
     for name, machines in (("one_machine", 1), ("two_machines", 2)):
-        make_run(tmp_path / name, 2, 2, (f"x={name}",), cores=1, machines=machines).attempt().steps(1, STEADY)
-    assert {name: row.oversubscribed for name, row in rows(tmp_path).items()} == {
-        "one_machine": True,
-        "two_machines": False,
-    }
+        RunBuilder(tmp_path / name, 2, 2, (f"x={name}",), cores=1, machines=machines).attempt().steps(1, STEADY)
+    crowded = {name: row.oversubscribed for name, row in rows(tmp_path).items()}
+    assert crowded == {"one_machine": True, "two_machines": False}
 
 
-def test_warmup_is_left_out_of_each_attempt_and_steps_done_again_count_once(tmp_path: Path, make_run: Any) -> None:
+def test_warmup_is_left_out_of_each_attempt_and_steps_done_again_count_once(tmp_path: Path) -> None:
     # Steps 11 to 20 were lost with the first attempt and done again, twice as slow, by the second.
-    builder = make_run(tmp_path).attempt(1).steps(1, [1.0] * 20, attempt=1)
+    builder = RunBuilder(tmp_path).attempt(1).steps(1, [1.0] * 20, attempt=1)
     builder.attempt(2).steps(11, [9.0] * 5 + [2.0] * 15, attempt=2)
     steps = read_point(tmp_path).steps
     assert steps.step.tolist() == list(range(1, 31))
@@ -70,37 +67,37 @@ def test_warmup_is_left_out_of_each_attempt_and_steps_done_again_count_once(tmp_
     assert figures.step_time_s == 2.0
 
 
-def test_steps_made_in_another_setup_are_not_mixed_in(tmp_path: Path, make_run: Any) -> None:
-    make_run(tmp_path, 1).attempt(1).steps(1, [5.0] * 30, attempt=1)
-    make_run(tmp_path, 2).attempt(2).steps(31, [1.0] * 12, attempt=2)
+def test_steps_made_in_another_setup_are_not_mixed_in(tmp_path: Path) -> None:
+    RunBuilder(tmp_path, 1).attempt(1).steps(1, [5.0] * 30, attempt=1)
+    RunBuilder(tmp_path, 2).attempt(2).steps(31, [1.0] * 12, attempt=2)
     row = build(tmp_path).rows[0]
     assert (row.ranks, row.step_time_s, row.steps_measured, row.last_step) == (2, 1.0, 7, 42)
 
 
-def test_an_attempt_without_steps_does_not_hide_those_before_it(tmp_path: Path, make_run: Any) -> None:
-    make_run(tmp_path, 2).attempt(1).steps(1, STEADY).event("finished", attempt=1)
-    make_run(tmp_path, 1).attempt(2).event("finished", attempt=2)
+def test_an_attempt_without_steps_does_not_hide_those_before_it(tmp_path: Path) -> None:
+    RunBuilder(tmp_path, 2).attempt(1).steps(1, STEADY).finished()
+    RunBuilder(tmp_path, 1).attempt(2).event("finished", attempt=2)
     row = build(tmp_path).rows[0]
     assert (row.ranks, row.step_time_s, row.state) == (2, 1.0, "finished")
 
 
-def test_too_few_steps_are_said_instead_of_a_figure(tmp_path: Path, make_run: Any) -> None:
-    make_run(tmp_path / "nodes=1").attempt().steps(1, [1.0] * (WARMUP_STEPS + MIN_STEPS - 1))
-    make_run(tmp_path / "nodes=2", 2).attempt().steps(1, [1.0] * (WARMUP_STEPS + MIN_STEPS))
+def test_too_few_steps_are_said_instead_of_a_figure(tmp_path: Path) -> None:
+    RunBuilder(tmp_path / "nodes=1").attempt().steps(1, [1.0] * (WARMUP_STEPS + MIN_STEPS - 1))
+    RunBuilder(tmp_path / "nodes=2", 2).attempt().steps(1, [1.0] * (WARMUP_STEPS + MIN_STEPS))
     table = build(tmp_path)
     assert [row.step_time_s for row in table.rows] == [None, 1.0]
-    assert any("Too few steps" in note and "nodes=1 (4 of 9)" in note for note in table.notes)
-    assert any("against nodes=2 (2 ranks), because nodes=1 gave no figures" in note for note in table.notes)
+    assert notes_with(table, "Too few steps", "nodes=1 (4 of 9)")
+    assert notes_with(table, "against nodes=2 (2 ranks), because nodes=1 gave no figures")
 
 
-def test_a_point_without_figures_keeps_its_row_and_its_state(tmp_path: Path, make_run: Any) -> None:
-    make_run(tmp_path / "nodes=1", 1, 1, ("nodes=1",)).attempt().steps(1, STEADY).event("finished", attempt=1)
-    make_run(tmp_path / "nodes=2", 2, 2, ("nodes=2",)).attempt().event("rank_failed", attempt=1, rank=1)
-    make_run(tmp_path / "nodes=4", 4, 4, ("nodes=4",)).attempt()
+def test_a_point_without_figures_keeps_its_row_and_its_state(tmp_path: Path) -> None:
+    RunBuilder.of_nodes(tmp_path, 1).steps(1, STEADY).finished()
+    RunBuilder.of_nodes(tmp_path, 2).event("rank_failed", attempt=1, rank=1)
+    RunBuilder.of_nodes(tmp_path, 4)
     table = build(tmp_path)
     assert [(row.state, row.ranks) for row in table.rows] == [("finished", 1), ("failed", 2), ("no records", 4)]
     assert all(row.throughput is row.efficiency is row.mfu_palm is None for row in table.rows[1:])
-    assert any("nodes=2 failed" in note for note in table.notes)
+    assert notes_with(table, "nodes=2 failed")
 
 
 @pytest.mark.parametrize(
@@ -122,49 +119,36 @@ def test_a_point_without_figures_keeps_its_row_and_its_state(tmp_path: Path, mak
     ],
 )
 def test_the_state_is_that_of_the_last_attempt(
-    tmp_path: Path, make_run: Any, events: list[tuple[str, int]], state: PointState
+    tmp_path: Path, events: list[tuple[str, int]], state: PointState
 ) -> None:
-    builder = make_run(tmp_path).attempt(1).attempt(2).steps(1, STEADY, attempt=2)
+    builder = RunBuilder(tmp_path).attempt(1).attempt(2).steps(1, STEADY, attempt=2)
     for event, attempt in events:
         builder.event(event, attempt=attempt)
     assert read_point(tmp_path).state is state
 
 
-def test_two_series_have_their_own_smallest_points(tmp_path: Path, make_run: Any) -> None:
+def test_two_series_have_their_own_smallest_points(tmp_path: Path) -> None:
     for strategy, slow in (("ddp", 1.0), ("fsdp", 3.0)):
         for nodes in (1, 2):
-            words = (f"nodes={nodes}", f"parallel={strategy}")
-            builder = make_run(tmp_path / ",".join(words), nodes, nodes, words, strategy=strategy)
-            builder.attempt().steps(1, [slow * (1.0 if nodes == 1 else 0.6)] * 10)
+            builder = RunBuilder.of_nodes(tmp_path, nodes, f"parallel={strategy}", strategy=strategy)
+            builder.steps(1, [slow * (1.0 if nodes == 1 else 0.6)] * 10)
     table = build(tmp_path)
-    assert [(row.series, row.ranks) for row in table.rows] == [
-        ("parallel=ddp", 1),
-        ("parallel=ddp", 2),
-        ("parallel=fsdp", 1),
-        ("parallel=fsdp", 2),
-    ]
-    assert [row.efficiency for row in table.rows] == pytest.approx([1, 1 / 1.2, 1, 1 / 1.2])
+    assert column(table.rows, "series") == ["parallel=ddp"] * 2 + ["parallel=fsdp"] * 2
+    assert column(table.rows, "ranks") == [1, 2] * 2
+    assert column(table.rows, "efficiency") == pytest.approx([1, 1 / 1.2] * 2)
 
 
-def test_points_of_different_clusters_are_not_measured_against_each_other(tmp_path: Path, make_run: Any) -> None:
+def test_points_of_different_clusters_are_not_measured_against_each_other(tmp_path: Path) -> None:
     for nodes, cluster, time_s in ((1, "local", 8.0), (2, "slurm", 2.0), (4, "slurm", 1.0)):
-        builder = make_run(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), machines=nodes)
-        builder.attempt().steps(1, [time_s] * 10).event("submitted", cluster=cluster, job_id="7")
+        builder = RunBuilder.of_nodes(tmp_path, nodes, machines=nodes).steps(1, [time_s] * 10)
+        builder.event("submitted", cluster=cluster, job_id="7")
     table = build(tmp_path)
-    rows = {row.point: row for row in table.rows}
-    assert (rows["nodes=1"].series, rows["nodes=4"].series) == ("cluster=local", "cluster=slurm")
-    assert rows["nodes=1"].speedup is None and rows["nodes=2"].speedup == pytest.approx(1)
-    assert (rows["nodes=4"].speedup, rows["nodes=4"].efficiency) == pytest.approx((2, 1))
-    assert any("nodes=1 with cluster=local; nodes=2, nodes=4 with cluster=slurm" in note for note in table.notes)
-
-
-def test_another_cluster_is_another_one_and_unknown_places_separate_nothing(tmp_path: Path, make_run: Any) -> None:
-    for nodes, cluster in ((1, "slurm"), (2, "local")):
-        builder = make_run(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), machines=nodes)
-        builder.attempt().steps(1, STEADY).event("submitted", cluster=cluster, job_id="7")
-    assert [row.series for row in build(tmp_path).rows] == ["cluster=slurm", "cluster=local"]
-    (tmp_path / "nodes=2" / "events.jsonl").unlink()
-    assert [row.series for row in build(tmp_path).rows] == ["", ""]
+    assert column(table.rows, "series") == ["cluster=local", "cluster=slurm", "cluster=slurm"]
+    assert column(table.rows, "speedup") == [None, pytest.approx(1), pytest.approx(2)]
+    assert table.rows[2].efficiency == pytest.approx(1)
+    assert notes_with(table, "nodes=1 with cluster=local; nodes=2, nodes=4 with cluster=slurm")
+    (tmp_path / "nodes=1" / "events.jsonl").unlink()
+    assert column(build(tmp_path).rows, "series") == ["", "", ""], "an unknown place separates nothing"
 
 
 @pytest.mark.parametrize(
@@ -178,20 +162,17 @@ def test_another_cluster_is_another_one_and_unknown_places_separate_nothing(tmp_
         ({"weak_scaling": True}, "kind of scaling"),
     ],
 )
-def test_points_that_cannot_be_compared_are_refused(
-    tmp_path: Path, make_run: Any, other: dict[str, Any], what: str
-) -> None:
-    make_run(tmp_path / "nodes=1", 1, 1, ("nodes=1",)).attempt().steps(1, STEADY)
-    make_run(tmp_path / "nodes=2", 2, 2, ("nodes=2",), **other).attempt().steps(1, STEADY)
-    with pytest.raises(ConfigError) as refusal:
-        build(tmp_path)
-    assert refusal.value.found.startswith(f"different {what} in one scaling series: nodes=1 has")
-    assert refusal.value.fix.startswith("python -m launch nodes=2 fresh=true")
+def test_points_that_cannot_be_compared_are_refused(tmp_path: Path, other: dict[str, Any], what: str) -> None:
+    RunBuilder.of_nodes(tmp_path, 1).steps(1, STEADY)
+    RunBuilder.of_nodes(tmp_path, 2, **other).steps(1, STEADY)
+    refusal = refused(build, tmp_path)
+    assert refusal.found.startswith(f"different {what} in one scaling series: nodes=1 has")
+    assert refusal.fix.startswith("python -m launch nodes=2 fresh=true")
 
 
-def test_weak_scaling_compares_the_batch_per_rank_and_says_so(tmp_path: Path, make_run: Any) -> None:
+def test_weak_scaling_compares_the_batch_per_rank_and_says_so(tmp_path: Path) -> None:
     for nodes in (1, 2, 4):
-        builder = make_run(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",))
+        builder = RunBuilder(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",))
         builder.weak_scaling, builder.global_batch = True, 8 * nodes
         builder.attempt().steps(1, [1.0 if nodes == 1 else 1.25] * 10)
     table = build(tmp_path)
@@ -201,9 +182,9 @@ def test_weak_scaling_compares_the_batch_per_rank_and_says_so(tmp_path: Path, ma
     assert heading == f"Weak scaling of {tmp_path.name} with 8 sequences per rank"
 
 
-def test_mfu_is_the_median_where_it_is_known_and_absent_elsewhere(tmp_path: Path, make_run: Any) -> None:
-    make_run(tmp_path / "nodes=1").attempt().steps(1, STEADY, mfu_palm=0.4)
-    make_run(tmp_path / "nodes=2", 2).attempt().steps(1, STEADY)
+def test_mfu_is_the_median_where_it_is_known_and_absent_elsewhere(tmp_path: Path) -> None:
+    RunBuilder(tmp_path / "nodes=1").attempt().steps(1, STEADY, mfu_palm=0.4)
+    RunBuilder(tmp_path / "nodes=2", 2).attempt().steps(1, STEADY)
     assert [row.mfu_palm for row in build(tmp_path).rows] == [pytest.approx(0.4), None]
 
 
@@ -220,21 +201,18 @@ def test_a_folder_without_runs_is_refused_with_one_that_has_some(
 ) -> None:
     (sweep.parent / "empty").mkdir()
     monkeypatch.chdir(sweep.parent)  # a checkout in which runs were made would be pointed at
-    with pytest.raises(ConfigError) as refusal:
-        build(sweep.parent / wrong)
-    assert str(sweep.parent / wrong) in refusal.value.found
     expected = f"python -m launch.report {sweep}" if wrong == "absent" else "python -m launch -m nodes=1,2"
-    assert refusal.value.fix == expected
+    assert refused(build, sweep.parent / wrong, found=str(sweep.parent / wrong)).fix == expected
 
 
 # Every number of the table, had again from the run folders by a few lines of numpy.
 
 
-def recorded(folder: Path, make_run: Any) -> None:
+def recorded(folder: Path) -> None:
     """Points of 2, 4 and 8 ranks with times, phases and work that nothing chose."""
     chance = np.random.default_rng(11)
     for ranks in (2, 4, 8):
-        built = make_run(folder / f"nodes={ranks}", ranks, ranks, (f"nodes={ranks}",)).attempt()
+        built = RunBuilder.of_nodes(folder, ranks)
         step_s = chance.uniform(0.9, 1.1, 40) / ranks
         for rank in range(ranks):
             comm, data, optimizer = chance.uniform(0, 0.02, (3, 40))
@@ -245,24 +223,26 @@ def recorded(folder: Path, make_run: Any) -> None:
                 for s in range(40)
             ]
             append_records(built.run.metrics(rank), rows)
-        built.event("finished", attempt=1)
+        built.finished()
 
 
-def column(run: Path, name: str) -> np.ndarray:
+def recorded_column(run: Path, name: str) -> np.ndarray:
     """A field of all records after warm-up, [ranks, steps]."""
     files = sorted((run / "metrics").glob("rank_*.jsonl"))
     return np.array([[json.loads(line)[name] for line in file.open()][5:] for file in files])
 
 
-def test_every_number_of_the_table_follows_from_the_records(tmp_path: Path, make_run: Any) -> None:
-    recorded(tmp_path, make_run)
+def test_every_number_of_the_table_follows_from_the_records(tmp_path: Path) -> None:
+    recorded(tmp_path)
     rows = build(tmp_path).rows
     base: dict[str, Any] = {}
     for row in rows:
         run = tmp_path / row.point
-        seconds, comm, data, opt = (column(run, f"{n}_s") for n in ("step_time", "comm", "data_wait", "optimizer"))
+        seconds, comm, data, opt = (
+            recorded_column(run, f"{n}_s") for n in ("step_time", "comm", "data_wait", "optimizer")
+        )
         low, step_s, high = np.quantile(seconds.max(0), (0.25, 0.5, 0.75))
-        rate, ranks = np.median(column(run, "tokens").sum(0)) / step_s, len(seconds)
+        rate, ranks = np.median(recorded_column(run, "tokens").sum(0)) / step_s, len(seconds)
         own, work, at = seconds - comm, seconds - comm - data - opt, np.arange(seconds.shape[1])
         late = own.argmax(0), at
         parts = [seconds.max(0) - own[late], work[late] - work.mean(0), data[late], opt[late]]
@@ -282,8 +262,8 @@ def test_every_number_of_the_table_follows_from_the_records(tmp_path: Path, make
         assert row.throughput_ideal == pytest.approx(base["rate"] * ranks / base["ranks"], rel=1e-12)
         noisy = ranks > 2 and max(np.ptp(quartiles), np.ptp(base["quartiles"])) > 0.1
         assert (row.noisy, row.oversubscribed) == (noisy, False)
-        assert row.mfu_palm == pytest.approx(np.median(column(run, "mfu_palm").mean(0)), rel=1e-12)
-        assert row.loss == column(run, "loss")[0, -1]
+        assert row.mfu_palm == pytest.approx(np.median(recorded_column(run, "mfu_palm").mean(0)), rel=1e-12)
+        assert row.loss == recorded_column(run, "loss")[0, -1]
         if ranks > 2:
             assert list(row.losses.values()) == pytest.approx([*lost, 1 - efficiency - lost.sum()], abs=1e-12)
         else:

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from selenium import webdriver
 from selenium.common.exceptions import JavascriptException, TimeoutException
 from selenium.webdriver.support.ui import WebDriverWait
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.backend.event_processing.plugin_event_accumulator import (
     EventAccumulator as PluginEventAccumulator,
@@ -30,14 +29,11 @@ from tensorboard.util import tensor_util
 from launch.report import build, write
 from launch.runs.event_files import TAGS, Curve, EventWriter, png_shape, record_scalars
 from launch.runs.records import StepRecord
-
-
-def read(folder: Path) -> EventAccumulator:
-    return EventAccumulator(str(folder)).Reload()
+from tests.support.run_folders import RunBuilder, read_events, scalars
 
 
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in read(folder).Scalars(tag)]
+    return [*scalars(folder, tag).items()]
 
 
 def record(**known: float) -> StepRecord:
@@ -57,20 +53,13 @@ def test_a_record_becomes_the_same_tags_everywhere() -> None:
     assert plain == {"train/loss": 2.5, "train/lr": 1e-3, "train/grad_norm": 0.7, "speed/step_time_s": 0.25}
 
 
-def test_every_tag_is_a_field_of_the_record() -> None:
-    assert set(TAGS) <= set(StepRecord.__dataclass_fields__)
-
-
 def test_scalars_come_back_with_step_and_time(tmp_path: Path) -> None:
     with EventWriter(tmp_path) as writer:
         for step, value in ((1, 3.0), (2, 2.5), (3, math.inf)):
             writer.scalar("train/loss", value, step, time=1000.0 + step)
-    found = read(tmp_path).Scalars("train/loss")
-    assert [(point.step, point.value, point.wall_time) for point in found] == [
-        (1, 3.0, 1001.0),
-        (2, 2.5, 1002.0),
-        (3, math.inf, 1003.0),
-    ]
+    found = read_events(tmp_path).Scalars("train/loss")
+    told = [(point.step, point.value, point.wall_time) for point in found]
+    assert told == [(1, 3.0, 1001.0), (2, 2.5, 1002.0), (3, math.inf, 1003.0)]
 
 
 def test_flush_makes_points_readable_while_the_file_is_open(tmp_path: Path) -> None:
@@ -115,7 +104,7 @@ def test_text_image_and_layout_come_back(tmp_path: Path) -> None:
         writer.text("notes", "| a |\n| --- |\n| ü |", step=2)
         writer.image("figure", png, step=4)
         writer.layout({"Scaling": {"Rate": Curve("r", "low", "high"), "Loss": Curve("l")}})
-    found = read(tmp_path)
+    found = read_events(tmp_path)
     [text] = found.Tensors("notes")
     assert (text.step, text.tensor_proto.string_val[0].decode()) == (2, "| a |\n| --- |\n| ü |")
     assert found.SummaryMetadata("notes").plugin_data.plugin_name == "text"
@@ -174,12 +163,11 @@ const image = node => node.localName === 'img' && [node.naturalWidth, node.natur
 
 
 @pytest.fixture(scope="module")
-def logdir(tmp_path_factory: pytest.TempPathFactory, make_run: Any) -> Path:
+def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep of three points with curves of their own, the last point crowded, and its report."""
     folder = tmp_path_factory.mktemp("logs") / "quick_test"
     for nodes, time_s in ((1, 1.0), (2, 0.52), (4, 0.32)):
-        builder = make_run(folder / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), cores=2)
-        builder.attempt().steps(1, [time_s] * 10).event("finished", attempt=1)
+        builder = RunBuilder.of_nodes(folder, nodes, cores=2).steps(1, [time_s] * 10).finished()
         with EventWriter(builder.run.tensorboard) as writer:
             for step in range(1, 11):
                 writer.scalar("train/loss", 6.0 / step, step)

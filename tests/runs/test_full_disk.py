@@ -141,14 +141,14 @@ def heartbeat_step(pid: int) -> int:
 def test_a_run_outlives_a_full_disk_and_saves_when_there_is_room(disk: Path, tmp_path: Path) -> None:
     folder = RunFolder(disk / "run")
     words = [*TINY, "optim.max_steps=1000000", "eval.interval=0", "checkpoint.interval=0", f"run_dir={folder.path}"]
-    process = start_fork("launch", *words, "launch.report_files=[md]", cwd=tmp_path, log=tmp_path / "log")
+    process = start_fork("launch launch.report_files=[md]", *words, cwd=tmp_path, log=tmp_path / "log")
     wait_for(lambda: len(read_records(folder.metrics(0))) > 2, "the third step")
     rank = ranks_of(descendants(process.pid))[0]
     fill(disk)
     use_up_the_last_block(folder)
     full_at = heartbeat_step(rank)
     wait_for(lambda: heartbeat_step(rank) > full_at + 30, "steps on a full disk")
-    assert "its filesystem has no room" in run("launch.status", str(folder.path), cwd=tmp_path)
+    assert "its filesystem has no room" in run(f"launch.status {folder.path}", cwd=tmp_path)
     (folder.path / "SAVE").touch()
     wait_for(lambda: any((folder.checkpoints).glob(".saving*")), "the beginning of a save")
     full_at = heartbeat_step(rank)

@@ -114,7 +114,7 @@ def test_the_objective_is_a_figure_of_the_records_that_count(tmp_path: Path) -> 
 
 
 def test_an_objective_that_no_step_records_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    text = run("launch", "objective=val_los", "cluster=local", cwd=tmp_path, status=2)
+    text = run("launch objective=val_los cluster=local", cwd=tmp_path, status=2)
     assert "found: objective=val_los, which no step record has" in text and "type next: objective=val_loss" in text
     assert list(tmp_path.iterdir()) == []
     for name in (None, *step_figures()):
@@ -185,6 +185,6 @@ def test_optuna_searches_by_the_validation_loss(tmp_path: Path) -> None:
     grid = ["hydra/sweeper/sampler=grid", "optim.lr=choice(1e-9,3e-3)"]
     small += ["optim.min_lr=0", "optim.warmup_steps=0", "optim.max_steps=6"]
     words = [*search, *grid, "objective=val_loss", "eval.interval=6", "launch.report_files=[csv]", "name=n", *small]
-    run("launch", "-m", *words, cwd=tmp_path)
+    run("launch -m", *words, cwd=tmp_path)
     (file,) = (tmp_path / "outputs").rglob("optimization_results.yaml")
     assert yaml.safe_load(file.read_text())["best_params"] == {"optim.lr": 3e-3}

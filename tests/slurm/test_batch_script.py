@@ -115,14 +115,14 @@ def test_points_of_batch_scripts_that_wait_are_known_and_can_be_cancelled(sandbo
     occupied = typed(sandbox, *blocker).strip()
     text = typed(sandbox, "bash", "slurm/scaling.sh", *words, **there)
     jobs = re.findall(r"^nodes=\d: job (\d+)", text, re.MULTILINE)
-    told = json.loads(run("launch.status", "--json", str(tmp_path / "outputs"), cwd=tmp_path, **sandbox.env))
+    told = json.loads(run(f"launch.status --json {tmp_path / 'outputs'}", cwd=tmp_path, **sandbox.env))
     assert {point["job_id"]: (point["state"], point["nodes"]) for point in told} == {
         jobs[0]: ("pending", 1),
         jobs[1]: ("pending", 2),
     }
     again = typed(sandbox, "bash", "slurm/scaling.sh", *words, status=2, **there)
     assert f"is being worked on by job {jobs[0]}, pending" in again
-    said = run("launch.cancel", str(tmp_path / "outputs" / "s"), cwd=tmp_path, **sandbox.env)
+    said = run(f"launch.cancel {tmp_path / 'outputs' / 's'}", cwd=tmp_path, **sandbox.env)
     assert said.count(": cancelled") == 2
     waiting = sandbox.slurm("squeue", "--noheader", "--format=%i").split()
     assert not {*jobs} & {*waiting}
@@ -141,7 +141,7 @@ def test_a_contradiction_ends_the_batch_script_before_anything_runs(sandbox: Clu
 @pytest.mark.slurm
 def test_the_stock_slurm_launcher_keeps_working(sandbox: Cluster, tmp_path: Path) -> None:
     stock = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
-    run("launch", "nodes=2", *stock, *WORDS, cwd=tmp_path, **sandbox.env)
+    run("launch nodes=2", *stock, *WORDS, cwd=tmp_path, **sandbox.env)
     (plan,) = (tmp_path / "outputs" / "quick_test").glob("*/plan.json")
     folder = RunFolder(plan.parent)
     assert len({*rank_hosts(folder)}) == 2

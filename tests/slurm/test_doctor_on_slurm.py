@@ -38,7 +38,7 @@ def strict(namespaces: None) -> Iterator[Cluster]:
 
 def doctor(cluster: Cluster, cwd: Path, *words: str, status: int | Collection[int]) -> dict[str, Any]:
     """``python -m launch.doctor --json`` as a user of this cluster."""
-    text = run("launch.doctor", "--json", *words, cwd=cwd, status=status, **cluster.env)
+    text = run("launch.doctor --json", *words, cwd=cwd, status=status, **cluster.env)
     progress, begin, rest = text.partition("{\n")
     report = json.loads(begin + rest)
     assert isinstance(report, dict) and '"' not in progress

@@ -23,7 +23,7 @@ from launch.slurm.submit import submit_slurm
 from slurm.sandbox import state as sandbox_state
 from slurm.sandbox.cluster import Cluster
 from tests.support.commands import ON_SLURM, TINY, run, start, start_fork, wait_for
-from tests.support.runs import COUNTING, checkpoint, options, rank_hosts
+from tests.support.runs import COUNTING, checkpoint, names, options, rank_hosts
 
 pytestmark = pytest.mark.slurm
 
@@ -39,10 +39,6 @@ def runs(outputs: Path) -> dict[str, RunFolder]:
 
 def submitted(folder: RunFolder) -> dict[str, Any]:
     return next(e for e in reversed(folder.read_events()) if e["event"] == "submitted")
-
-
-def names(folder: RunFolder) -> list[str]:
-    return [e["event"] for e in folder.read_events()]
 
 
 def queue(sandbox: Cluster, job_id: str) -> str:
@@ -68,7 +64,7 @@ def steps(folder: RunFolder) -> int:
 def test_a_sweep_over_nodes_runs_on_as_many_hosts_and_ends_in_one_table(sandbox: Cluster, tmp_path: Path) -> None:
     """Under a name that a shell, or Slurm's own reading of #SBATCH lines, could take for something else."""
     words = ["-m", "nodes=1,2", *ON_SLURM, f'name="{ODD}"', *COUNTING, *options(steps=12), "launch.sequential=true"]
-    dry = run("launch", *words, "dry_run=true", cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
+    dry = run("launch dry_run=true", *words, cwd=tmp_path, SLURM_CONF=sandbox.env["SLURM_CONF"])
     scripts = [part.partition("\n")[2] for part in re.split(r"^sbatch text of the .*:", dry, flags=re.MULTILINE)[1:]]
     scripts[-1] = scripts[-1].partition("dry_run=true: nothing")[0]
 
@@ -118,7 +114,7 @@ def test_a_detached_array_is_looked_after_by_element(sandbox: Cluster, tmp_path:
     assert states()[f"{array}_0"] == "running"
     followed = tmp_path / "followed"
     conf = sandbox.env["SLURM_CONF"]
-    following = start_fork("launch.logs", "-f", str(endless.path), cwd=tmp_path, log=followed, SLURM_CONF=conf)
+    following = start_fork(f"launch.logs -f {endless.path}", cwd=tmp_path, log=followed, SLURM_CONF=conf)
     wait_for(lambda: "goes on from step 0" in followed.read_text(), "the log of the first attempt")
     sandbox.slurm("scontrol", "requeue", f"{array}_0")
     wait_for(lambda: re.search("goes on from step [1-9]", followed.read_text()), "the log of the second attempt")
@@ -151,14 +147,14 @@ def test_what_could_never_start_is_refused_or_said_to_wait_for_ever(sandbox: Clu
     fat = ["run_dir=fat", "cluster.cpus_per_task=999", "launch.detach=true"]
     run("launch", *fat, *unchecked, cwd=tmp_path, SLURM_CONF=conf)
     log = tmp_path / "log"
-    process = start_fork("launch", "nodes=8", "run_dir=wide", *unchecked, cwd=tmp_path, log=log, SLURM_CONF=conf)
+    process = start_fork("launch nodes=8 run_dir=wide", *unchecked, cwd=tmp_path, log=log, SLURM_CONF=conf)
     said = "warning: wide: waiting does not change PartitionNodeLimit: "
     wait_for(lambda: said in log.read_text() or process.poll() is not None, "the reason in the launcher's output")
-    cells = run("launch.status", "wide", "fat", cwd=tmp_path, SLURM_CONF=conf)
+    cells = run("launch.status wide fat", cwd=tmp_path, SLURM_CONF=conf)
     for point, reason in (("wide", "PartitionNodeLimit"), ("fat", "PartitionConfig")):
         (line,) = [line for line in cells.splitlines() if line.startswith(f"{point}: waiting")]
         assert reason in line and f"type python -m launch.cancel {tmp_path / point};" in line
-    run("launch.cancel", "wide", "fat", cwd=tmp_path, SLURM_CONF=conf)
+    run("launch.cancel wide fat", cwd=tmp_path, SLURM_CONF=conf)
     assert process.wait(timeout=120) == 1 and log.read_text().count(said) == 1
 
 

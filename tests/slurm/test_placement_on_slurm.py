@@ -52,16 +52,14 @@ def test_detached_points_move_to_where_there_is_room(sandbox: Cluster, no_gpus: 
         wait_for(lambda: all(of(folder, "finished") for folder in folders), "both points to finish elsewhere")
         wait_for(lambda: not is_alive(failover), "the process that moved them to leave")
     finally:
-        run("launch.cancel", "--now", "outputs/s", cwd=tmp_path, SLURM_CONF=conf)
+        run("launch.cancel --now outputs/s", cwd=tmp_path, SLURM_CONF=conf)
     for folder in folders:
         first, moved, second = of(folder, "submitted", "moved", "stayed", "cancelled", "gave_up")
         assert (first["placement"], first["gpus"]) == ("partition=low gres=gpu:2", 2)
         assert (moved["job_id"], moved["to"]) == (first["job_id"], "partition=high") and "Resources" in moved["cause"]
         assert (second["placement"], second["partition"], second["price_per_gpu_hour"]) == ("partition=high", "high", 2)
         assert second["job_id"] != first["job_id"]
-    assert {r["state"] for r in json.loads(run("launch.status", "--json", cwd=tmp_path, SLURM_CONF=conf))} == {
-        "finished"
-    }
+    assert {r["state"] for r in json.loads(run("launch.status --json", cwd=tmp_path, SLURM_CONF=conf))} == {"finished"}
 
 
 def test_a_point_is_given_up_and_one_that_has_started_is_left_alone(
@@ -74,7 +72,7 @@ def test_a_point_is_given_up_and_one_that_has_started_is_left_alone(
     folder = RunFolder(tmp_path / "run")
     assert "run placement_timeout (" in text and "the same command submits it again" in text
     assert [event["event"] for event in folder.read_events()][-1] == "gave_up" and of(folder, "moved")
-    (seen,) = json.loads(run("launch.status", "--json", "run", cwd=tmp_path, SLURM_CONF=conf))
+    (seen,) = json.loads(run("launch.status --json run", cwd=tmp_path, SLURM_CONF=conf))
     assert seen["state"] == "placement_timeout" and " s in the queue" in seen["detail"]
     assert sandbox.slurm("squeue", "-h", "-o", "%i").split() == [no_gpus]
 

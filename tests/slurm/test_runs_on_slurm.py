@@ -76,7 +76,7 @@ def test_a_spare_takes_the_place_of_a_sick_node(sandbox: Cluster, tmp_path: Path
     (sick,) = [e for e in here.read_events() if e["event"] == "node_sick"]
     assert sick["attempt"] == members["attempt"] == 1 and "the fan is dead" in sick["cause"]
     assert len(members["hosts"]) == 2 and sick["host"] not in members["hosts"] and members["spares"] == []
-    status = run("launch.status", str(here.path), cwd=tmp_path, **sandbox.env)
+    status = run(f"launch.status {here.path}", cwd=tmp_path, **sandbox.env)
     assert f"node {sick['host']} is sick and was left out: " in status and "the fan is dead" in status
 
 
@@ -137,7 +137,7 @@ def test_every_parallelism_over_hosts_has_the_losses_of_one_process_and_a_row_in
     sandbox: Cluster, tmp_path: Path
 ) -> None:
     steps = [*TINY, "optim.max_steps=12", "eval.interval=0", "checkpoint.interval=0"]
-    run("launch", "cluster=local", "nodes=1", "run_dir=alone", *steps, cwd=tmp_path)
+    run("launch cluster=local nodes=1 run_dir=alone", *steps, cwd=tmp_path)
     alone = [record["loss"] for record in read_records(RunFolder(tmp_path / "alone").metrics(0))]
     assert len(alone) == 12
     words = ["-m", "nodes=2", f"parallel={','.join(TOPOLOGIES)}", "ranks_per_node=2", *ON_SLURM, "name=t"]

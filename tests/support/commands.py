@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -56,16 +59,22 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200", **extra}
 
 
-def run(module: str, *words: str, cwd: Path, status: int | Collection[int] = 0, **extra: str) -> str:
-    """``python -m module words`` to its end; returns what it printed, standard error included.
+def job_of(line: str, words: Sequence[str], cwd: Path, *, own_session: bool = False, **extra: str) -> Job:
+    """The job of ``python -m line words``, where ``line`` is a module and words as a shell reads them."""
+    module, *first = shlex.split(line)
+    return Job(module, (*first, *words), str(cwd), environment(**extra), own_session)
+
+
+def run(line: str, *words: str, cwd: Path, status: int | Collection[int] = 0, **extra: str) -> str:
+    """``python -m line words`` to its end; returns what it printed, standard error included.
 
     Forked from a process that has imported everything, where nothing speaks against it (see ``forking``).
     """
-    job = Job(module, words, str(cwd), environment(**extra))
-    server = server_for(job) if module.startswith(FORKED) else None
+    job = job_of(line, words, cwd, **extra)
+    server = server_for(job) if job.module.startswith(FORKED) else None
     if server is None:
         done = subprocess.run(
-            [sys.executable, "-m", module, *words],
+            job.command,
             cwd=cwd,
             env=job.env,
             stdout=subprocess.PIPE,
@@ -87,6 +96,24 @@ def run(module: str, *words: str, cwd: Path, status: int | Collection[int] = 0, 
     expected = {status} if isinstance(status, int) else status
     assert ended in expected, f"exit status {ended}, expected {status}:\n{text}"
     return text
+
+
+def python(code: str, *words: object, cwd: Path, status: int = 0, **extra: str) -> str:
+    """What ``python -c code words`` prints in an interpreter of its own, with this checkout on its path."""
+    env = environment(**{"PYTHONPATH": str(ROOT), **extra})
+    words = (sys.executable, "-c", code, *map(str, words))
+    done = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
+
+
+def call(main: Callable[[list[str]], int], *words: object, status: int = 0) -> str:
+    """What ``main(words)`` prints in this process, standard error included."""
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
+        ended = main([*map(str, words)])
+    assert ended == status, output.getvalue()
+    return output.getvalue()
 
 
 @cache
@@ -141,13 +168,14 @@ STARTED: list[Process] = []
 """Processes of ``start`` and ``start_fork``. One that is alive when its test ends is killed (tests/conftest.py)."""
 
 
-def start(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> subprocess.Popen[bytes]:
-    """``python -m module words`` in a session of its own, printing into ``log``."""
+def start(line: str, *words: str, cwd: Path, log: Path, **extra: str) -> subprocess.Popen[bytes]:
+    """``python -m line words`` in a session of its own, printing into ``log``."""
+    job = job_of(line, words, cwd, **extra)
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, *words],
+            job.command,
             cwd=cwd,
-            env=environment(**extra),
+            env=job.env,
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -158,9 +186,9 @@ def start(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> subpr
     return process
 
 
-def start_fork(module: str, *words: str, cwd: Path, log: Path, **extra: str) -> ForkedProcess:
+def start_fork(line: str, *words: str, cwd: Path, log: Path, **extra: str) -> ForkedProcess:
     """The same for a test that is not about processes, but about what a run does: forked as ``run`` forks."""
-    job = Job(module, words, str(cwd), environment(**extra), own_session=True)
+    job = job_of(line, words, cwd, own_session=True, **extra)
     server = server_for(job)
     assert server is not None
     process = server.start(job, log)

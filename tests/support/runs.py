@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,26 @@ def write_script(folder: Path, text: str, name: str = "script.py") -> Path:
     path = folder / name
     path.write_text(text)
     return path
+
+
+def write_program(path: Path, text: str) -> Path:
+    """Write an executable file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def names(folder: RunFolder) -> list[str]:
+    """Names of the events of a run."""
+    return [event["event"] for event in folder.read_events()]
+
+
+def recorded(folder: RunFolder, *events: Mapping[str, Any]) -> RunFolder:
+    """The run folder with these events."""
+    for event in events:
+        folder.record_event(**event)
+    return folder
 
 
 def printed(folder: RunFolder, attempt: int = 1, rank: int = 0) -> str:

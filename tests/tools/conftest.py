@@ -15,5 +15,5 @@ WORDS = (*TINY, "optim.max_steps=12", "checkpoint.interval=4", "eval.interval=6"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run with the checkpoints of steps 8 and 12. Tests that write take a copy."""
     folder = tmp_path_factory.mktemp("tools")
-    run("launch", "nodes=2", *WORDS, "launch.report_files=[]", f"run_dir={folder / 'sharded'}", cwd=folder)
+    run(f"launch nodes=2 launch.report_files=[] run_dir={folder / 'sharded'}", *WORDS, cwd=folder)
     return folder / "sharded"

@@ -78,9 +78,9 @@ def test_a_run_starts_from_there_and_then_goes_on_without_it(trained: Path, tmp_
     source, new = tmp_path / "source", tmp_path / "new"
     assert write(trained, "--output", source) == 0
     words = [*TINY, "seed=7", "optim.max_steps=1", "eval.interval=0", f"init_from={source}", f"run_dir={new}"]
-    refusal = run("launch", *words, "model.n_layer=3", "model.n_kv_head=4", cwd=tmp_path, status=2)
+    refusal = run("launch model.n_layer=3 model.n_kv_head=4", *words, cwd=tmp_path, status=2)
     assert "type next: model.n_layer=2 model.n_kv_head=2" in refusal and not new.exists()
-    run("launch", "nodes=2", "parallel=fsdp", *words, "launch.report_files=[]", cwd=tmp_path)
+    run("launch nodes=2 parallel=fsdp launch.report_files=[]", *words, cwd=tmp_path)
     config = to_schema(compose_train(words), TrainConfig)
     samples = Samples(ensure_tokens(config.data, tmp_path), 32, config.seed)
     tokens_BT, targets_BT = samples.batch("train", torch.arange(8).numpy())

@@ -78,7 +78,7 @@ def test_a_stream_adds_up_to_the_text(text: str, tail: bytes) -> None:
 
 def test_the_command_writes_and_refuses(trained: Path) -> None:
     def texts(*words: str, status: int = 0) -> str:
-        return run("gpt.generate", str(trained), "--max-new-tokens", "40", *words, cwd=trained, status=status)
+        return run(f"gpt.generate {trained} --max-new-tokens 40", *words, cwd=trained, status=status)
 
     printed = texts("-p", "import os", "-p", "def", "-p", "for i in", "--seed", "3")
     assert "--- 1\nimport os" in printed and "--- 2\ndef" in printed and "120 tokens in" in printed

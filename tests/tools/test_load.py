@@ -106,7 +106,7 @@ def plain_loss(folder: Path, sequences: int | None) -> tuple[float, int]:
 
 def test_the_whole_split_against_a_plain_loop(trained: Path) -> None:
     expected, sequences = plain_loss(trained, None)
-    found = json.loads(run("gpt.evaluate", str(trained), "--json", cwd=trained.parent))
+    found = json.loads(run(f"gpt.evaluate {trained} --json", cwd=trained.parent))
     assert found["sequences"] == sequences and found["step"] == 12
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
@@ -115,11 +115,11 @@ def test_the_whole_split_against_a_plain_loop(trained: Path) -> None:
 
 def test_the_sequences_of_training_give_the_loss_that_training_recorded(trained: Path) -> None:
     recorded = read_records(RunFolder(trained).metrics(0))[-1]["val_loss"]
-    text = run("gpt.evaluate", str(trained), "--sequences", "6", cwd=trained.parent)
+    text = run(f"gpt.evaluate {trained} --sequences 6", cwd=trained.parent)
     assert f"loss {recorded:.4f} nats per token" in text
     assert "evaluate: 100%" in text, "minutes of a large split are not spent in silence"
     # Three batches of two: what is counted is done, so that the first one tells how long the others take.
     first = next(part for part in re.split("[\r\n]", text) if part.lstrip().startswith("evaluate:"))
     assert "0/3 [" in first and " 3/3 [" in text
     assert plain_loss(trained, 6)[0] == pytest.approx(recorded, rel=1e-5)
-    assert "--sequences 624" in run("gpt.evaluate", str(trained), "--sequences", "999", cwd=trained, status=2)
+    assert "--sequences 624" in run(f"gpt.evaluate {trained} --sequences 999", cwd=trained, status=2)
