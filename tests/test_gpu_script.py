@@ -14,8 +14,8 @@ import torch
 from benchmarks.gpu import contestant
 from benchmarks.gpu.groups import Entry, Group, Machine, changes, engines, groups, models, packs, planned
 from benchmarks.turns import Contestant, opened, ratio, take_turns
-from launch.errors import ConfigError
 from tests.support.commands import ROOT, run
+from tests.support.planning import refused
 
 H100 = Machine("cuda", 1, 79.6)
 
@@ -32,8 +32,7 @@ def test_the_models_fit_one_h100_by_their_plans_and_a_smaller_gpu_with_a_smaller
     small = replace(H100, memory_gib=16.0)
     gpt2, llama, moe = models(small)
     assert planned(small, gpt2).micro_batch == 16 and planned(small, moe).micro_batch == 2
-    with pytest.raises(ConfigError, match="llama_1p36b, of which one sequence takes"):
-        planned(small, llama)
+    refused(planned, small, llama, said="llama_1p36b, of which one sequence takes")
 
 
 def test_every_engine_that_fits_the_gpus_is_watched() -> None:

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from launch.config import ClusterKind
-from launch.config.compose import compose_launch, typed_config
-from launch.errors import ConfigError
-from launch.plan.plan import Plan, make_plan
+from launch.plan.plan import make_plan
 from launch.plan.preflight import plan_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.commands import ROOT, run
+from tests.support.planning import config_of, plan, refused
 from tests.support.runs import causes, write_script
 
 SCRIPT = ("workload=script", "script.path=train.py")
 
 
-def plan(*words: str) -> Plan:
-    """Plan a point for this machine; starts nothing."""
-    return make_plan(typed_config(compose_launch(words)), words, ClusterKind.local)
+local_plan = partial(plan, kind=ClusterKind.local)
 
 
 @pytest.mark.parametrize(
@@ -56,35 +54,26 @@ def plan(*words: str) -> Plan:
 )  # fmt: skip
 def test_refused_in_three_parts(words: list[str], found: str, fix: str, empty_folder: Path) -> None:
     write_script(empty_folder, "", "train.py")
-    with pytest.raises(ConfigError) as refusal:
-        plan(*words)
-    assert found in refusal.value.found
-    assert refusal.value.expected
-    assert fix in refusal.value.fix
+    refused(local_plan, *words, found=found, fix=fix)
     assert [path.name for path in empty_folder.iterdir()] == ["train.py"]
 
 
 def test_the_plan_says_what_is_run_and_whether_it_is_started_again(empty_folder: Path) -> None:
     write_script(empty_folder, "", "train.py")
     words = ["nodes=2", *SCRIPT, """script.args='--out "${run_dir}/a b"'""", "script.options.lr=0.1"]
-    text = plan_text(plan(*words, "script.work_per_step=1024", "script.max_steps=5000"))
+    text = plan_text(local_plan(*words, "script.work_per_step=1024", "script.max_steps=5000"))
     assert "train.py --out '${run_dir}/a b' --lr=0.1" in text
     assert "1,024 samples a step" in text and "5,000" in text
     assert "none: an interrupted script is not started again (script.resumes=true" in text
-    assert "from the script's own checkpoint" in plan_text(plan(*words, "script.resumes=true"))
+    assert "from the script's own checkpoint" in plan_text(local_plan(*words, "script.resumes=true"))
 
 
 def test_options_are_written_as_the_program_reads_them(empty_folder: Path) -> None:
     write_script(empty_folder, "", "train.py")
-    options = [
-        "script.options.lr=1e-3",
-        "script.options.layers=[1,2]",
-        "script.options.fast=''",
-        "script.options.a=null",
-    ]
-    text = plan_text(plan(*SCRIPT, *options))
+    options = ("lr=1e-3", "layers=[1,2]", "fast=''", "a=null")
+    text = plan_text(local_plan(*SCRIPT, *(f"script.options.{option}" for option in options)))
     assert "--lr=0.001 --layers=1,2 --fast" in text and "--a" not in text
-    text = plan_text(plan(*SCRIPT, "script.options.model.layers=4", "script.style=hydra"))
+    text = plan_text(local_plan(*SCRIPT, "script.options.model.layers=4", "script.style=hydra"))
     assert "train.py model.layers=4" in text
 
 
@@ -103,9 +92,8 @@ def test_commands_of_the_docs_are_planned(words: list[str], empty_folder: Path) 
         write_script(empty_folder, "", name)
     (empty_folder / "examples").symlink_to(ROOT / "examples")
     words = [re.sub(r"^(nodes=\d+).*", r"\1", word) for word in words]  # of a sweep its first point
-    composed = typed_config(compose_launch(words))
     kind = ClusterKind.slurm if "cluster=slurm" in words else ClusterKind.local
-    assert make_plan(composed, words, kind).nodes == (2 if "nodes=2" in words else 1)
+    assert make_plan(config_of(*words), words, kind).nodes == (2 if "nodes=2" in words else 1)
 
 
 def test_all_examples_show_a_command() -> None:

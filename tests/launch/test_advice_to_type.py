@@ -30,7 +30,7 @@ from launch.runs.overrides import MOST_NAMES, NOT_IN_POINT, point_name
 from launch.script import require_program
 from launch.script.arguments import ScriptOptions
 from tests.support.commands import ROOT as CHECKOUT
-from tests.support.commands import run
+from tests.support.commands import call, run
 from tests.support.planning import config_of, plan, refused
 
 
@@ -195,11 +195,11 @@ def test_the_name_of_a_config_that_is_not_there_is_refused(tmp_path: Path) -> No
     assert "found: no config foo\n" in said and "type next: the same without --config-name\n" in said
 
 
-def test_options_may_stand_between_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_may_stand_between_folders(tmp_path: Path) -> None:
     for name in ("a", "b"):
         RunFolder(tmp_path / name).create_attempt()
-    assert status.main([str(tmp_path / "a"), "--json", str(tmp_path / "b")]) == 0
-    assert [row["label"] for row in json.loads(capsys.readouterr().out)] == ["a", "b"]
+    told = json.loads(call(status.main, tmp_path / "a", "--json", tmp_path / "b"))
+    assert [row["label"] for row in told] == ["a", "b"]
 
 
 # Flags of the commands: those of Hydra that ``python -m launch`` takes, and what it says of others.

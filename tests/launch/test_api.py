@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -17,6 +18,7 @@ from nbclient import NotebookClient
 
 import launch
 from tests.support.commands import ROOT
+from tests.support.planning import refused
 
 
 def rank_and_product(factor: float, times: int = 2) -> tuple[str, float]:
@@ -93,17 +95,15 @@ def test_a_dry_run_returns_the_plan_and_the_batch_script_and_writes_nothing(tmp_
 def test_what_cannot_work_is_refused_before_anything_is_written(
     tmp_path: Path, keys: dict[str, object], found: str, fix: str
 ) -> None:
-    with pytest.raises(launch.ConfigError) as refused:
-        launch.submit(rank_and_product, cluster="local", **keys)
-    assert found in refused.value.found and fix in refused.value.fix and not [*tmp_path.iterdir()]
+    refused(partial(launch.submit, rank_and_product, cluster="local", **keys), found=found, fix=fix)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_name_that_means_two_things_is_refused() -> None:
     def train(nodes: int) -> int:
         return nodes
 
-    with pytest.raises(launch.ConfigError, match="an argument of train and the key nodes"):
-        launch.submit(train, nodes=2)
+    refused(partial(launch.submit, train, nodes=2), found="an argument of train and the key nodes")
 
 
 class Counter:

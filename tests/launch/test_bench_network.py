@@ -12,9 +12,9 @@ import pytest
 from gpt.planning.devices import Group, Link, Machine, strided_group, with_network
 from launch.bench_network.__main__ import Sample, fit_link, fit_network, main
 from launch.bench_network.measure import group_ranks, tier_group_sizes
-from launch.errors import ConfigError
 from launch.runs.measured import COLLECTIVES, LinkFit, Network, network_document, read_network, terms
-from tests.support.commands import run
+from tests.support.commands import call, run
+from tests.support.planning import refused
 
 SIZES = [4096 * 8**power for power in range(5)]
 
@@ -85,7 +85,8 @@ def fits(latency_s: float, rate: float) -> dict[str, LinkFit]:
 
 
 NETWORK = Network(4, {"intra_node": fits(1e-6, 100e9), "inter_node": fits(20e-6, 3e9)})
-MACHINE = Machine("CPU", 1e9, 2**30, 4, Link(9.0, 9.0), Link(9.0, 9.0))
+MACHINE, ALONE = (Machine("CPU", 1e9, 2**30, ranks, Link(9.0, 9.0), Link(9.0, 9.0)) for ranks in (4, 1))
+"""With four ranks on a node, and with one."""
 
 
 @pytest.mark.parametrize("collective", COLLECTIVES)
@@ -103,8 +104,7 @@ def test_the_planner_takes_each_collective_as_measured(collective: str) -> None:
 
 def test_ranks_share_the_adapters_of_their_node() -> None:
     """Measured with four ranks of a node sending; a run with one has the whole node's adapters."""
-    alone = Machine("CPU", 1e9, 2**30, 1, Link(9.0, 9.0), Link(9.0, 9.0))
-    assert with_network(alone, NETWORK).inter_node.rates("all_reduce") == (20e-6, 12e9)
+    assert with_network(ALONE, NETWORK).inter_node.rates("all_reduce") == (20e-6, 12e9)
     only = Network(4, {"inter_node": NETWORK.tiers["inter_node"]})
     assert with_network(MACHINE, only).intra_node == MACHINE.intra_node  # not measured: as it was
     assert Group(8, MACHINE.inter_node).all_reduce(800.0) == pytest.approx(14 * (9 + 100 / 9))
@@ -122,8 +122,7 @@ def test_samples_correct_the_line_by_the_bytes_of_a_message(tmp_path: Path) -> N
     assert network.tiers["inter_node"]["all_gather"].error > 0.1, "a line is off"
     path = tmp_path / "network.json"
     path.write_text(json.dumps(network_document(network, {"samples": [vars(sample) for sample in samples]})))
-    alone = Machine("CPU", 1e9, 2**30, 1, Link(9.0, 9.0), Link(9.0, 9.0))
-    link = with_network(alone, read_network(path)).inter_node
+    link = with_network(ALONE, read_network(path)).inter_node
     for ranks in (2, 3, 8):
         for size in sizes:
             found = Group(ranks, link).all_gather(ranks * size)
@@ -167,16 +166,13 @@ DAMAGED = {
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "network.json"
-    with pytest.raises(ConfigError, match="No such file"):
-        read_network(path)
+    refused(read_network, path, said="No such file")
     for text, said in DAMAGED.items():
         path.write_text(text)
-        with pytest.raises(ConfigError) as refusal:
-            read_network(path)
-        assert said in refusal.value.found and "type next: python -m launch.bench_network" in str(refusal.value)
+        refused(read_network, path, found=said, fix="python -m launch.bench_network")
 
 
-def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     outputs = f"output_dir={tmp_path / 'outputs'}"
     for words, said in {
         ("nodes=1", "ranks_per_node=1", "cluster=local"): "one rank",
@@ -185,8 +181,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.Captu
         ("nodes=2", "--budget-s", "0"): "--budget-s 0",
         ("nodes=2", "nonsense=1"): "nonsense",
     }.items():
-        assert main([outputs, *words]) == 2, words
-        refusal = capsys.readouterr().err
+        refusal = call(main, outputs, *words, status=2)
         assert said in refusal and "type next: " in refusal, refusal
     assert not (tmp_path / "outputs").exists()
 
@@ -199,10 +194,8 @@ def test_local_ranks_are_measured_and_the_planner_reads_it(tmp_path: Path) -> No
     text = run("launch.bench_network", *words, cwd=tmp_path)
     assert "2 nodes x 2 ranks" in text and "gloo" in text and f"wrote {output}" in text
     found, document = read_network(output), json.loads(output.read_text())
-    assert {tier: set(fits) for tier, fits in found.tiers.items()} == {
-        "intra_node": set(COLLECTIVES),
-        "inter_node": set(COLLECTIVES),
-    }
+    fitted = {tier: set(fits) for tier, fits in found.tiers.items()}
+    assert fitted == {"intra_node": set(COLLECTIVES), "inter_node": set(COLLECTIVES)}
     measured = document["measured"]
     assert measured["nodes"] == 2 and measured["hosts"] and measured["software"]["torch"] and measured["time"]
     samples = [Sample(**sample) for sample in measured["samples"]]

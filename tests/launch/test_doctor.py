@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +21,7 @@ from launch.doctor import machine, verdict
 from launch.doctor.__main__ import configs_of, main
 from launch.doctor.links import partner
 from launch.slurm.checks import Finding, Level
-from tests.support.commands import ROOT, environment, run
+from tests.support.commands import ROOT, call, python, run
 from tests.support.doctor_facts import FACTS, OUTPUT, request
 
 MOUNTS = (
@@ -92,36 +90,32 @@ def test_sweeps_are_split_as_python_m_launch_splits_them() -> None:
     assert [config.nodes for config in configs_of(sweep_points(["+experiment=strong_scaling"]))] == [1, 2, 4]
 
 
-def test_the_site_file_may_lie_in_a_folder_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_site_file_may_lie_in_a_folder_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "cluster").mkdir()
     text = (ROOT / "configs" / "cluster" / "slurm.yaml").read_text()
     (tmp_path / "cluster" / "mysite.yaml").write_text(re.sub("^partition:.*", "partition: ours", text, flags=re.M))
     points = sweep_points(["cluster=mysite", "nodes=1,2"], tmp_path)
     assert [config.cluster.partition for config in configs_of(points, tmp_path)] == ["ours", "ours"]
-    assert main(["--config-dir", str(tmp_path), "cluster=mysit"]) == 2 and "=mysite" in capsys.readouterr().err
-    assert main(["--config-dir", str(tmp_path / "no"), "nodes=2"]) == 2 and "no folder" in capsys.readouterr().err
+    assert "=mysite" in call(main, "--config-dir", tmp_path, "cluster=mysit", status=2)
+    assert "no folder" in call(main, "--config-dir", tmp_path / "no", "nodes=2", status=2)
 
 
 def test_it_runs_on_any_machine_loads_no_torch_and_writes_nothing(tmp_path: Path) -> None:
     script = "import sys; from launch.doctor.__main__ import main; status = main(sys.argv[1:]); "
     script += "assert 'torch' not in sys.modules; sys.exit(status)"
-    command = [sys.executable, "-c", script, "--json", "-m", "nodes=1,2", "cluster=local", "device=cpu"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads(done.stdout)
+    words = ("--json", "-m", "nodes=1,2", "cluster=local", "device=cpu")
+    report = json.loads(python(script, *words, cwd=tmp_path))
     assert report["status"] == 0 and report["on_cluster"] is None
     assert {"slurm", "python", "shared folder", "disk"} <= {finding["check"] for finding in report["findings"]}
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_report_and_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_and_the_exit_status(tmp_path: Path) -> None:
     local = ("cluster=local", "device=cpu")
     text = run("launch.doctor nodes=3 optim.global_batch=8", *local, cwd=tmp_path, status=1)
     assert "error" in text and "type  optim.global_batch=9" in text and "1 errors" in text
-    assert main(["nodse=3"]) == 2 and "type next: nodes=3" in capsys.readouterr().err
-    assert main([*local, "--on-cluster"]) == 2 and "without --on-cluster" in capsys.readouterr().err
+    assert "type next: nodes=3" in call(main, "nodse=3", status=2)
+    assert "without --on-cluster" in call(main, *local, "--on-cluster", status=2)
 
 
 def test_a_warning_is_said_once_for_all_points_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

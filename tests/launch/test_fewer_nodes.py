@@ -24,7 +24,6 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.jobs import sbatch_text
 from launch.slurm.status import find_run_status, poll
-from launch.storm.drill import Recovery, recoveries
 from tests.support.commands import TINY, agents_of, descendants, run, start_fork, wait_for
 from tests.support.planning import plan, refused
 from tests.support.runs import COUNTING, LOCAL, checkpoint, from_step, options
@@ -139,17 +138,6 @@ def test_a_run_continues_without_a_lost_node_and_uses_all_nodes_when_the_command
     assert (from_step(folder, attempt=3), checkpoint(folder)["step"]) == (left_at, 400)
     made = [r["step"] for r in read_json_lines(folder.metrics(0)) if r["attempt"] == 2]
     assert made[0] == saved + 1 and sorted(set(made)) == list(range(saved + 1, left_at + 1))
-
-
-def test_the_drill_recognizes_a_restart_on_fewer_nodes() -> None:
-    events = [
-        {"event": "attempt_ended", "time": 2.0, "attempt": 1, "cause": "node_failed"},
-        {"event": "fewer_nodes", "time": 3.0, "attempt": 2, "nodes": 1, "asked": 2, "hosts": ["n1"], "cause": "lost"},
-        {"event": "started", "time": 4.0, "attempt": 2},
-    ]
-    records = [{"step": 1, "attempt": 1, "time": 1.0}, {"step": 2, "attempt": 2, "time": 5.0}]
-    (found,) = recoveries([{"kind": "power_cut", "time": 1.5}], events, records)
-    assert found == Recovery("power_cut", "fewer nodes", 3.5, 0.5, 2.0, 1.0, 0.0)
 
 
 STEPS, DISK = 60, 20

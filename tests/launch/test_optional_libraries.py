@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.support.commands import ROOT, TINY, environment, run
+from tests.support.commands import TINY, python, run
 
 WITHOUT = """
 import importlib.abc, os, runpy, sys
@@ -55,16 +52,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Output of each of the commands, forked from one process without those libraries."""
     cwd = tmp_path_factory.mktemp("without")
     run("gpt.train optim.max_steps=2 run_dir=zero parallel=zero2", *TINY, cwd=cwd)  # with DeepSpeed
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, *LINES],
-        cwd=cwd,
-        env=environment(PYTHONPATH=str(ROOT)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    blocks = [block.partition("\n") for block in done.stdout.split("$ ")[1:]]
+    printed = python(f"import os; os.dup2(1, 2)\n{WITHOUT}", *LINES, cwd=cwd)
+    blocks = [block.partition("\n") for block in printed.split("$ ")[1:]]
     return {line: text for line, _, text in blocks}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
-from tests.support.commands import ROOT
+from tests.support.commands import ROOT, python
 
 SCRIPT = """
 import sys, time
@@ -94,4 +94,4 @@ def test_the_gpt_is_the_project_s_own(project: Path) -> None:
 
 def test_gpt_launch_worker_is_launch_worker_without_a_launch_py(tmp_path: Path) -> None:
     code = "from gpt_launch import worker; import launch.worker; assert worker is launch.worker"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    python(code, cwd=tmp_path)

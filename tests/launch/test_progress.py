@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.runs import progress
 from launch.runs.files import append_json_lines
@@ -17,6 +14,8 @@ from launch.runs.folder import RunFolder
 from launch.runs.progress import Progress
 from launch.runs.records import read_records
 from launch.workload import RankContract
+from tests.support.commands import python
+from tests.support.run_folders import read_events, scalars
 from tests.support.runs import names
 
 PATTERN = r"step (?P<step>[\d,]+): loss (?P<loss>[\d.e+-]+|nan)(?:, (?P<step_time_ms>[\d.]+) ms)?"
@@ -144,7 +143,7 @@ def test_a_pattern_that_would_take_years_is_given_up(folder: RunFolder) -> None:
         "watched.poll(); watched.close()"
     )
     # In the main thread of a process, as in an agent: only there do signals interrupt.
-    subprocess.run([sys.executable, "-c", code, str(folder.path)], check=True, timeout=60)
+    python(code, folder.path, cwd=folder.path)
     assert names(folder)[0] == "progress_too_slow" and not folder.metrics(0).exists()
 
 
@@ -158,22 +157,18 @@ def test_a_look_is_bounded_and_of_a_long_line_the_beginning_is_searched(folder: 
     assert known(folder, "step") == [(1,), *((step,) for step in range(10, 10_001))]
 
 
-def curve(folder: RunFolder, tag: str) -> list[tuple[int, float]]:
-    return [(p.step, p.value) for p in EventAccumulator(str(folder.tensorboard)).Reload().Scalars(tag)]
-
-
 def test_curves_of_a_new_attempt_replace_what_was_lost(folder: RunFolder) -> None:
     first = watch(folder)
     say(folder, "step 1: loss 3, 10 ms\nstep 2: loss 2, 10 ms\nstep 3: loss 1, 10 ms\n")
     first.poll()
     first.close()
-    assert curve(folder, "train/loss") == [(1, 3), (2, 2), (3, 1)]
+    assert scalars(folder.tensorboard, "train/loss") == {1: 3, 2: 2, 3: 1}
     time.sleep(1.1)  # event files are read in the order of the seconds in their names
     second = watch(folder, attempt=2)
     say(folder, "step 3: loss 5, 10 ms\nstep 4: loss 4, 10 ms\n", attempt=2)
     second.poll()
     second.close()
-    assert curve(folder, "train/loss") == [(1, 3), (2, 2), (3, 5), (4, 4)]
+    assert scalars(folder.tensorboard, "train/loss") == {1: 3, 2: 2, 3: 5, 4: 4}
 
 
 def test_curves_of_a_rank_that_records_by_itself(folder: RunFolder) -> None:
@@ -183,10 +178,7 @@ def test_curves_of_a_rank_that_records_by_itself(folder: RunFolder) -> None:
     append_json_lines(folder.metrics(0), [{"step": step, "loss": 1.0 / step, **own} for step in (1, 2)])
     watched.poll()
     watched.close()
-    assert curve(folder, "train/loss") == [(1, 1.0), (2, 0.5)]
-    assert curve(folder, "train/accuracy") == [(1, 0.5), (2, 0.5)]
-    assert sorted(EventAccumulator(str(folder.tensorboard)).Reload().Tags()["scalars"]) == [
-        "train/accuracy",
-        "train/loss",
-    ]
+    tags = read_events(folder.tensorboard).Tags()["scalars"]
+    found = {tag: scalars(folder.tensorboard, tag) for tag in tags}
+    assert found == {"train/loss": {1: 1.0, 2: 0.5}, "train/accuracy": {1: 0.5, 2: 0.5}}
     assert names(folder) == []

@@ -21,6 +21,7 @@ from launch.runs.folder import RunFolder
 from launch.script import ScriptConfig, ScriptWorkload, require_module, require_program
 from launch.script.arguments import ScriptOptions, Style, written_options
 from tests.support.commands import TIMEOUT_S, environment, run
+from tests.support.planning import refused
 
 SCRIPT = ["workload=script", "script.path=x.py"]
 
@@ -174,9 +175,8 @@ def test_a_module_is_refused_where_python_would_not_run_it(workdir: Path) -> Non
     ],
 )
 def test_the_module_that_was_meant_is_proposed(module: str, fix: str, workdir: Path) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        require_module(module, workdir)
-    assert refusal.value.fix == fix
+    refusal = refused(require_module, module, workdir)
+    assert refusal.fix == fix
 
 
 def test_nothing_is_refused_that_this_machine_cannot_know(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +189,7 @@ def test_nothing_is_refused_that_this_machine_cannot_know(workdir: Path, monkeyp
                 return None
             return spec_from_file_location(name, workdir / "package" / "__init__.py")
 
-    with pytest.raises(ConfigError):
-        require_module("mapped.train", workdir)
+    refused(require_module, "mapped.train", workdir)
     require_module("mapped.train", workdir, elsewhere=True)  # in an image, or by what cluster.setup sets
     with pytest.raises(ConfigError):
         require_module("package.nothere", workdir, elsewhere=True)

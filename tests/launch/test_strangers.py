@@ -18,13 +18,13 @@ import pytest
 import torch.distributed as dist
 
 from launch.agent.exchange import Heartbeat, Message, SignedStore, heartbeat_key, open_tcp_store
-from launch.errors import ConfigError
 from launch.plan.plan import refuse_exposed
 from launch.runs.files import deny_others_writing, make_folder, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.slurm.jobs import run_dir_of
 from tests.support.commands import TINY, descendants, ranks_of, run, start_fork, wait_for
+from tests.support.planning import refused
 
 TIMEOUT = timedelta(seconds=30)
 LOOPBACK = "127.0.0.1"
@@ -196,7 +196,7 @@ def test_files_can_be_written_by_their_owner_only_whatever_the_umask(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("folder", "mode", "refused"),
+    ("folder", "mode", "is_refused"),
     [
         (".submitit", 0o755, False),
         (".submitit", 0o775, True),
@@ -207,16 +207,15 @@ def test_files_can_be_written_by_their_owner_only_whatever_the_umask(tmp_path: P
         (".", 0o1777, False),
     ],
 )
-def test_a_folder_that_others_can_change_is_refused(folder: str, mode: int, refused: bool, tmp_path: Path) -> None:
+def test_a_folder_that_others_can_change_is_refused(folder: str, mode: int, is_refused: bool, tmp_path: Path) -> None:
     sweep = tmp_path / "my sweep"
     refuse_exposed(sweep / "run")  # which is not there yet
     (sweep / folder).mkdir(parents=True)
     (sweep / folder).chmod(mode)
-    if refused:
-        with pytest.raises(ConfigError) as refusal:
-            refuse_exposed(sweep / "run")
-        assert f"{mode:04o}" in refusal.value.found and refusal.value.fix.startswith(f"chmod -R go-w '{sweep}")
-        os.system(refusal.value.fix.split(",")[0])
+    if is_refused:
+        refusal = refused(refuse_exposed, sweep / "run")
+        assert f"{mode:04o}" in refusal.found and refusal.fix.startswith(f"chmod -R go-w '{sweep}")
+        os.system(refusal.fix.split(",")[0])
     refuse_exposed(sweep / "run")
 
 

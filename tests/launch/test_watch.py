@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,12 +34,23 @@ where_it_waits()
 """
 
 
-class Clock:
-    """The monotonic clock, set forward by hand."""
+class Watched:
+    """A watchdog of this process as some rank, under a clock that is set forward by hand."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, rank: int = 0, **known: Any) -> None:
         self._real, self.ahead = time.monotonic, 0.0
         monkeypatch.setattr("launch.agent.watch.time.monotonic", lambda: self._real() + self.ahead)
+        self._dog, self._ranks = Watchdog(folder, LIMITS, **known), {rank: os.getpid()}
+
+    def poll(self, after_s: float = 0.0) -> list[Any]:
+        self.ahead += after_s
+        return self._dog.poll(self._ranks)
+
+    def found(self, until_s: float) -> list[Any]:
+        """What is found at last, looking every four seconds: a jump would be a pause of the agent itself."""
+        while self.ahead < until_s - 4:
+            self.poll(4)
+        return self.poll(4)
 
 
 def rank_in(folder: Path, phase: Phase) -> None:
@@ -53,16 +65,12 @@ def test_a_rank_without_progress_is_stuck_after_the_limit_of_its_phase(
     phase: str, limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank_in(tmp_path, Phase[phase])
-    clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
-    ranks = {3: os.getpid()}
-    while clock.ahead < limit - 4:  # in steps: a jump would be a pause of the agent itself
-        clock.ahead += 4
-        assert dog.poll(ranks) == [], clock.ahead
-    for _ in range(3):
-        clock.ahead += 4
-        found = dog.poll(ranks)
-    assert [(one.rank, one.pid, one.step) for one in found] == [(3, os.getpid(), 7)]
-    assert found[0].why.startswith("hung: no progress for ") and found[0].why.endswith(phase)
+    watched = Watched(monkeypatch, tmp_path, 3)
+    while watched.ahead < limit - 4:
+        assert watched.poll(4) == [], watched.ahead
+    (found,) = watched.found(limit + 8)
+    assert (found.rank, found.pid, found.step) == (3, os.getpid(), 7)
+    assert found.why.startswith("hung: no progress for ") and found.why.endswith(phase)
 
 
 def test_the_stacks_of_a_stopped_rank_are_complete(tmp_path: Path) -> None:
@@ -84,42 +92,32 @@ def test_the_stacks_of_a_stopped_rank_are_complete(tmp_path: Path) -> None:
 
 def test_a_pause_of_the_agent_does_not_count_as_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rank_in(tmp_path, Phase.training)
-    clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
-    assert dog.poll({3: os.getpid()}) == []
-    clock.ahead = 1000  # scontrol suspend
-    assert dog.poll({3: os.getpid()}) == []
+    watched = Watched(monkeypatch, tmp_path, 3)
+    assert watched.poll() == watched.poll(1000) == []  # scontrol suspend
 
 
 def test_a_rank_that_never_starts_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
-    while clock.ahead < 44:
-        clock.ahead += 4
-        found = dog.poll({0: os.getpid()})
-    assert [(one.rank, one.step) for one in found] == [(0, None)] and "not started after" in found[0].why
+    (found,) = Watched(monkeypatch, tmp_path).found(44)
+    assert (found.rank, found.step) == (0, None) and "not started after" in found.why
 
 
 @pytest.mark.parametrize("silence", [None, 60])
 def test_a_rank_without_a_heartbeat_is_watched_by_its_log(
     silence: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, log = Clock(monkeypatch), tmp_path / "log"
-    dog = Watchdog(tmp_path, LIMITS, {0: log}, must_attach=False, silence_timeout_s=silence)
+    log = tmp_path / "log"
+    watched = Watched(monkeypatch, tmp_path, logs={0: log}, must_attach=False, silence_timeout_s=silence)
     HeartbeatFile(tmp_path / "0")  # made by the agent: nobody has opened it
     for _ in range(30):  # two minutes in which something is printed now and then
-        clock.ahead += 4
         with log.open("a") as file:
             file.write(".")
-        assert dog.poll({0: os.getpid()}) == []
-    for _ in range(20):
-        clock.ahead += 4
-        found = dog.poll({0: os.getpid()})
+        assert watched.poll(4) == []
+    found = watched.found(200)
     assert [one.why.startswith("hung: nothing printed for ") for one in found] == ([] if silence is None else [True])
 
 
 def test_a_rank_that_has_only_attached_is_not_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = HeartbeatFile(tmp_path / "0")
-    file.open_for_rank()
-    clock, dog = Clock(monkeypatch), Watchdog(tmp_path, LIMITS)
-    for _ in range(30):
-        clock.ahead += 4
-        assert dog.poll({0: os.getpid()}) == []
+    HeartbeatFile(tmp_path / "0").open_for_rank()
+    watched = Watched(monkeypatch, tmp_path)
+    while watched.ahead < 120:
+        assert watched.poll(4) == []

@@ -148,6 +148,14 @@ def test_parts_and_losses_of_a_stormy_run_are_those_worked_out_by_hand(tmp_path:
     cells = text[text.index("## Where the time went") :].splitlines()[4]
     shares = [float(cell.rpartition("(")[2].partition(" %")[0]) for cell in cells.split("|") if "(" in cell]
     assert shares == pytest.approx([100 * seconds / (run.now - T0) for seconds in PARTS.values()], abs=0.05)
+    line = text[text.index("## What interruptions cost") :].splitlines()[4]
+    told = [float(cell.strip().removesuffix(" GPU-h")) for cell in line.split("|")[2:6]]
+    hours = found.losses.hours
+    expected = [*(hours[cause] for cause in ("crashed", "diverged", "preempted")), sum(hours.values())]
+    assert told == pytest.approx(expected, rel=5e-3)
+    cost = f"cost {sum(hours.values()):.3g} GPU-hours"
+    assert len(notes_with(table, "3 interruptions of", cost, "preempted")) == 1
+    assert ",interruptions,preempted," in parts_csv_text(table)
     picture = next(path for path in write(table, files={ReportFile.png}) if path.suffix == ".png")
     assert png_shape(picture.read_bytes())[1] > 615, "the bar is below the other panels"
 
@@ -251,20 +259,6 @@ def test_time_and_losses_are_those_worked_out_by_hand(
     assert found.losses.counts == dict.fromkeys(lost_s, 1)
     allocated_s = sum(seconds.values()) - seconds.get("waiting", 0.0)
     assert found.goodput == pytest.approx((seconds.get("steps", 0.0) + seconds.get("fewer", 0.0)) / allocated_s)
-
-
-def test_a_report_names_the_causes_and_their_hours(tmp_path: Path) -> None:
-    stormy(tmp_path / "nodes=2")
-    table = build(tmp_path)
-    hours = {cause: seconds * GPUS / 3600 for cause, seconds in LOST.items()}
-    text = markdown_text(table)
-    line = text[text.index("## What interruptions cost") :].splitlines()[4]
-    cells = [float(cell.strip().removesuffix(" GPU-h")) for cell in line.split("|")[2:6]]
-    expected = [*(hours[cause] for cause in ("crashed", "diverged", "preempted")), sum(hours.values())]
-    assert cells == pytest.approx(expected, rel=5e-3)
-    (note,) = notes_with(table, "3 interruptions of")
-    assert f"cost {sum(hours.values()):.3g} GPU-hours" in note and "preempted" in note
-    assert ",interruptions,preempted," in parts_csv_text(table)
 
 
 def test_every_cause_of_the_restart_limits_has_a_name() -> None:

@@ -7,8 +7,6 @@ import gc
 import io
 import json
 import random
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ from launch.report.steps import RECORDED, read_run_steps, step_times
 from launch.report.text import csv_text, markdown_text
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
+from tests.support.commands import python
 from tests.support.run_folders import RunBuilder, shown
 
 FIELDS = ("step_time_s", "tokens", "samples", "work", "mfu_palm", "data_wait_s", "time", "loss")
@@ -307,5 +306,4 @@ def test_processes_read_the_same_figures_as_one(tmp_path: Path) -> None:
     built.steps(1, [0.1 + 0.01 * step for step in range(12)], rank_delay=0.003, data_wait_s=0.01)
     with built.run.metrics(5).open("a") as file:
         file.write('{"step": 13, "att\n')
-    run = subprocess.run([sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True)
-    assert (run.returncode, run.stdout.split()) == (0, ["processes", "one", "one"]), run.stderr
+    assert python(READ, tmp_path, cwd=tmp_path).split() == ["processes", "one", "one"]

@@ -29,6 +29,7 @@ from tensorboard.util import tensor_util
 from launch.report import build, write
 from launch.runs.event_files import TAGS, Curve, EventWriter, png_shape, record_scalars
 from launch.runs.records import StepRecord
+from tests.support.commands import python
 from tests.support.run_folders import RunBuilder, read_events, scalars
 
 
@@ -137,7 +138,7 @@ def test_writing_loads_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
         f"with EventWriter({str(tmp_path)!r}) as w: w.scalar('a', 1.0, 1)\n"
         "assert not {'torch', 'tensorflow'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python(code, cwd=tmp_path)
     assert curve(tmp_path, "a") == [(1, 1.0)]
 
 

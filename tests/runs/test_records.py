@@ -35,6 +35,7 @@ from launch.runs.records import (
     step_figures,
 )
 from tests.support.commands import TINY, run
+from tests.support.planning import refused
 
 STEPS = 1000
 
@@ -149,8 +150,7 @@ def test_a_search_that_would_get_no_value_is_refused() -> None:
         ({"dry_run": True}, "dry_run=true"),
         ({"launch": {"detach": True}}, "launch.detach=true"),
     ):
-        with pytest.raises(ConfigError, match=found):
-            refuse_without_values(OmegaConf.create(known | given), OPTUNA)
+        refused(refuse_without_values, OmegaConf.create(known | given), OPTUNA, said=found)
         own = "hydra_plugins.launch_plugin.launcher.PerPointSweeper"
         refuse_without_values(OmegaConf.create(known | given), own)
 

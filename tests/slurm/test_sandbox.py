@@ -15,7 +15,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.errors import ConfigError
 from slurm.sandbox import cluster as faults
 from slurm.sandbox.cluster import Cluster
 from slurm.sandbox.state import (
@@ -31,6 +30,7 @@ from slurm.sandbox.state import (
     wait_until,
 )
 from tests.support.commands import ROOT
+from tests.support.planning import refused
 
 SMALL = Settings(nodes=2, gpus_per_node=0)
 
@@ -129,10 +129,8 @@ def test_missing_packages_are_named_with_the_command_and_nothing_is_started(tmp_
 )
 def test_impossible_settings_are_refused(wrong: Settings) -> None:
     check_settings(Settings(), Path("/" + "d" * (MAX_DIRECTORY_LENGTH - 1)))
-    with pytest.raises(ConfigError):
-        check_settings(wrong, Path("/tmp/sandbox"))
-    with pytest.raises(ConfigError, match="bytes"):
-        check_settings(Settings(), Path("/" + "d" * MAX_DIRECTORY_LENGTH))
+    refused(check_settings, wrong, Path("/tmp/sandbox"))
+    refused(check_settings, Settings(), Path("/" + "d" * MAX_DIRECTORY_LENGTH), said="bytes")
 
 
 def test_the_users_lines_replace_those_of_the_sandbox() -> None:
@@ -245,14 +243,12 @@ def test_up_clears_what_a_killed_up_had_built_and_the_remains_of_a_killed_sandbo
 
 
 def test_up_refuses_a_directory_that_is_in_use(sandbox: Cluster) -> None:
-    with pytest.raises(ConfigError, match="a sandbox is up in"):
-        sandbox.up()
+    refused(sandbox.up, said="a sandbox is up in")
     sandbox.wait_idle()
     with tempfile.TemporaryDirectory(prefix="sandbox-") as name:  # short, as sockets would lie in it
         folder = Path(name)
         (folder / "thesis.txt").write_text("three years")
-        with pytest.raises(ConfigError, match="files that are no sandbox's"):
-            Cluster(folder).up()
+        refused(Cluster(folder).up, said="files that are no sandbox's")
         assert not Cluster(folder).down()
         assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 

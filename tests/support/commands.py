@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+
+import psutil
 
 from tests.support.forking import ForkedProcess, Job, Root, Server
 
@@ -205,65 +207,51 @@ def wait_for(condition: Callable[[], object], what: str, timeout_s: float = TIME
 
 
 def descendants(pid: int) -> list[int]:
-    """Process ``pid`` and everything it started, parents first, from /proc."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-    found = [pid]
-    for parent in found:
-        found += children.get(parent, [])
-    return found
+    """Process ``pid`` and everything it started, parents first."""
+    with suppress(psutil.NoSuchProcess):
+        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+    return [pid]
+
+
+def running(pids: Iterable[int]) -> Iterator[tuple[int, list[str], dict[str, str]]]:
+    """Id, command line and environment of those of the processes that run."""
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            yield pid, process.cmdline(), process.environ()
 
 
 def is_alive(pid: int) -> bool:
     """Tell whether a process runs; one that is dead and not yet reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False
 
 
 def kill_all(process: Process) -> list[int]:
     """``kill -9`` of a process and all it started; returns their ids."""
     family = descendants(process.pid)
     for pid in family:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     process.wait()
     wait_for(lambda: not any(is_alive(pid) for pid in family), "the end of what was killed")
     return family
 
 
-def ranks_of(pids: Sequence[int]) -> dict[int, int]:
+def ranks_of(pids: Iterable[int]) -> dict[int, int]:
     """Process ids of the training processes among ``pids``, by rank."""
-    ranks = {}
-    for pid in pids:
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        rank = [v for v in variables if v.startswith(b"RANK=")]
-        if b"gpt.train" in words and rank:
-            ranks.setdefault(int(rank[0].split(b"=")[1]), pid)  # parents come first, and a rank forks its writer
+    ranks: dict[int, int] = {}
+    for pid, words, variables in running(pids):
+        if "gpt.train" in words and "RANK" in variables:
+            ranks.setdefault(int(variables["RANK"]), pid)  # parents come first, and a rank forks its writer
     return ranks
 
 
 def agents_of(pid: int) -> dict[int, int]:
     """Process ids of the agents below process ``pid``, by node."""
-    found = {}
-    for child in descendants(pid):
-        try:
-            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        index = [v.partition(b"=")[2] for v in variables if v.startswith(b"SUBMITIT_LOCAL_GLOBALID=")]
-        if index:
-            found.setdefault(int(index[0]), child)  # parents come first, and an agent forks its ranks
+    found: dict[int, int] = {}
+    for child, _, variables in running(descendants(pid)):
+        if "SUBMITIT_LOCAL_GLOBALID" in variables:  # parents come first, and an agent forks its ranks
+            found.setdefault(int(variables["SUBMITIT_LOCAL_GLOBALID"]), child)
     return found

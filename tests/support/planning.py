@@ -27,12 +27,12 @@ def plan(*words: str, kind: ClusterKind = ClusterKind.slurm, write: bool = False
     return made
 
 
-def refused(call: Callable[..., object], *args: Any, found: str = "", fix: str = "") -> ConfigError:
-    """The refusal of a call, which has all three parts, and these texts in two of them."""
+def refused(call: Callable[..., object], *args: Any, found: str = "", fix: str = "", said: str = "") -> ConfigError:
+    """The refusal of a call, which has all three parts, and these texts in two of them, or somewhere."""
     with pytest.raises(ConfigError) as raised:
         call(*args)
     error = raised.value
-    assert found in error.found and error.expected and error.fix and fix in error.fix, error
+    assert found in error.found and error.expected and error.fix and fix in error.fix and said in str(error), error
     return error
 
 

@@ -15,7 +15,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from launch.storm import injection
 from slurm.sandbox.cluster import Cluster
-from tests.support.commands import ON_SLURM, ROOT, Process, descendants, start_fork, wait_for
+from tests.support.commands import ON_SLURM, ROOT, Process, descendants, running, start_fork, wait_for
 
 EXAMPLES = ROOT / "examples"
 LOCAL = ("cluster=local", "ranks_per_node=1", "workload=script", "launch.poll_s=1", "launch.report_files=[md,csv]")
@@ -77,15 +77,9 @@ def first_step(text: str) -> int:
 
 
 def rank_of_script(pid: int, script: str, rank: int) -> int | None:
-    """Process id of a rank that runs ``script`` below process ``pid``."""
-    for found in descendants(pid):
-        try:
-            args = Path(f"/proc/{found}/cmdline").read_bytes().split(b"\0")
-            variables = Path(f"/proc/{found}/environ").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        is_script = len(args) > 1 and args[1].endswith(script.encode())  # and not the shell that becomes it
-        if is_script and f"RANK={rank}".encode() in variables:
+    """Process id of a rank that runs ``script`` below process ``pid``, and not of the shell that becomes it."""
+    for found, words, variables in running(descendants(pid)):
+        if len(words) > 1 and words[1].endswith(script) and variables.get("RANK") == str(rank):
             return found
     return None
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from gpt import smoke
 from gpt.compare import curve, interpolate, main
 from launch.runs.files import append_json_lines, write_json
 from launch.runs.folder import RunFolder
-from tests.support.commands import environment, run
+from tests.support.commands import call, python, run
 
 
 def a_run(path: Path, *, steps: int, batch: int, first: float, data: str = "d1", **model: Any) -> None:
@@ -37,17 +35,17 @@ def a_run(path: Path, *, steps: int, batch: int, first: float, data: str = "d1",
     folder.record_event("finished")
 
 
-def compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, dict[str, str]], str]:
+def compared(folder: Path) -> tuple[dict[str, dict[str, str]], str]:
     """Rows of the CSV by run, and what was printed."""
-    assert main([str(folder), "--output", str(folder / "out")]) == 0
+    text = call(main, folder, "--output", folder / "out")
     rows = csv.DictReader((folder / "out" / "compare.csv").open())
-    return {row["run"]: row for row in rows}, capsys.readouterr().out
+    return {row["run"]: row for row in rows}, text
 
 
-def test_losses_at_equal_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_losses_at_equal_tokens(tmp_path: Path) -> None:
     a_run(tmp_path / "one", steps=40, batch=1, first=5.0)
     a_run(tmp_path / "two", steps=8, batch=4, first=6.0, n_embd=96, newer=1)
-    rows, text = compared(tmp_path, capsys)
+    rows, text = compared(tmp_path)
     assert (rows["one"]["tokens"], rows["two"]["tokens"]) == ("400", "320")
     # At 320 tokens: of the first run the mean of steps 31 and 32, of the second the last step alone.
     assert float(rows["one"]["loss_at_equal_tokens"]) == pytest.approx(5.0 - 0.315)
@@ -62,23 +60,22 @@ def test_losses_at_equal_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ].keys()
 
 
-def test_runs_are_called_by_their_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_are_called_by_their_labels(tmp_path: Path) -> None:
     for group, name, typed in (("s", "cut-1f", "lr=1"), ("s", "cut-2e", "lr=2"), ("t", "default", "cluster=local")):
         a_run(tmp_path / group / name, steps=4, batch=1, first=5.0)
         RunFolder(tmp_path / group / name).overrides.write_text(yaml.safe_dump(["seed=3", typed]))
-    rows, text = compared(tmp_path, capsys)
+    rows, text = compared(tmp_path)
     assert [*rows] == ["s/lr=1", "s/lr=2", "t/t"] and "cut-" not in text
 
 
-def test_what_cannot_be_compared_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_compared_is_not(tmp_path: Path) -> None:
     a_run(tmp_path / "one", steps=4, batch=1, first=5.0)
     a_run(tmp_path / "two", steps=4, batch=1, first=5.0, data="d2")
     a_run(tmp_path / "new", steps=0, batch=1, first=5.0)
-    rows, text = compared(tmp_path, capsys)
+    rows, text = compared(tmp_path)
     assert all(row["loss_at_equal_tokens"] == "" for row in rows.values())
     assert "trained on different data" in text and "architecture: the same" in text
-    assert main([str(tmp_path / "one")]) == 2
-    assert "two or more" in capsys.readouterr().err
+    assert "two or more" in call(main, tmp_path / "one", status=2)
 
 
 def test_interpolation_stays_within_the_curve() -> None:
@@ -87,8 +84,7 @@ def test_interpolation_stays_within_the_curve() -> None:
 
 
 def test_no_torch_is_loaded(tmp_path: Path) -> None:
-    code = "import sys, gpt.compare; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+    python("import sys, gpt.compare; sys.exit('torch' in sys.modules)", cwd=tmp_path)
 
 
 def test_all_holds_here(tmp_path: Path) -> None:
@@ -106,13 +102,10 @@ def test_its_help_is_shown_and_nothing_is_trained(capsys: pytest.CaptureFixture[
     assert left.value.code == 0 and "KEY=VALUE" in text and "ok  " not in text
 
 
-def test_what_does_not_hold_is_said_and_is_the_exit_status(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_hold_is_said_and_is_the_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(overrides: Sequence[str], folder: Path) -> Iterator[tuple[str, str]]:
         yield "training", "fine"
         smoke.require(False, "1 parameters, and 2 planned")
 
     monkeypatch.setattr(smoke, "checks", broken)
-    assert smoke.main([]) == 1
-    assert capsys.readouterr().out == "ok  training: fine\nFAILED: 1 parameters, and 2 planned\n"
+    assert call(smoke.main, status=1) == "ok  training: fine\nFAILED: 1 parameters, and 2 planned\n"

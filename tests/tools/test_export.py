@@ -16,13 +16,13 @@ from gpt.config.train import RESUMABLE, compose_train
 from gpt.conversion.state_dict import load_model
 from gpt.data.corpus import ensure_tokens
 from gpt.data.loader import Samples
-from launch.errors import ConfigError
 from launch.runs.compose import refuse_other_run, to_schema
 from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.checkpoints import read_weights
 from tests.support.commands import TINY, run
+from tests.support.planning import refused
 
 
 def write(*words: str | Path) -> int:
@@ -78,7 +78,7 @@ def test_a_run_starts_from_there_and_then_goes_on_without_it(trained: Path, tmp_
     source, new = tmp_path / "source", tmp_path / "new"
     assert write(trained, "--output", source) == 0
     words = [*TINY, "seed=7", "optim.max_steps=1", "eval.interval=0", f"init_from={source}", f"run_dir={new}"]
-    refusal = run("launch model.n_layer=3 model.n_kv_head=4", *words, cwd=tmp_path, status=2)
+    refusal = run("launch", *words, "model.n_layer=3", "model.n_kv_head=4", cwd=tmp_path, status=2)
     assert "type next: model.n_layer=2 model.n_kv_head=2" in refusal and not new.exists()
     run("launch nodes=2 parallel=fsdp launch.report_files=[]", *words, cwd=tmp_path)
     config = to_schema(compose_train(words), TrainConfig)
@@ -96,5 +96,4 @@ def test_a_run_starts_from_there_and_then_goes_on_without_it(trained: Path, tmp_
     shutil.rmtree(source)
     assert "already finished" in run("gpt.train", *words, cwd=tmp_path)
     config.init_from = None
-    with pytest.raises(ConfigError, match="holds a run with init_from="):
-        refuse_other_run(RunFolder(new), config, TrainConfig, RESUMABLE)
+    refused(refuse_other_run, RunFolder(new), config, TrainConfig, RESUMABLE, said="holds a run with init_from=")

@@ -21,6 +21,7 @@ from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
 from tests.support.checkpoints import read_weights
 from tests.support.commands import run
+from tests.support.planning import refused
 
 
 @pytest.mark.parametrize(("asked", "step"), [(None, 12), (8, 8)])
@@ -53,30 +54,25 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_alone(
 
 
 def test_what_is_not_a_run_with_a_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run in"):
-        load_model(tmp_path)
+    refused(load_model, tmp_path, said="no run in")
     with pytest.raises(ConfigError, match=f"the folder of a sweep(.|\n)*type next: {trained}"):
         load_model(trained.parent)
     with pytest.raises(ConfigError, match=r"no checkpoint of step 5 .*\nexpected: one of 8, 12\ntype next: --step 12"):
         load_model(trained, 5)
     shutil.copytree(trained / ".hydra", tmp_path / "new" / ".hydra")
-    with pytest.raises(ConfigError, match="no checkpoint in"):
-        load_model(tmp_path / "new")
+    refused(load_model, tmp_path / "new", said="no checkpoint in")
 
 
 def test_the_run_of_another_program_is_no_damaged_run_of_ours(tmp_path: Path) -> None:
     config = tmp_path / "run" / ".hydra" / "config.yaml"
     config.parent.mkdir(parents=True)
     config.write_text("workload: {_target_: launch.script.ScriptWorkload}\nscript: {path: train.py}\n")
-    with pytest.raises(ConfigError) as refused:
-        load_model(tmp_path / "run")
-    assert refused.value.found == f"{tmp_path / 'run'}, a run of another program (ScriptWorkload)"
-    assert refused.value.fix.startswith(f"python -m launch.logs {tmp_path / 'run'}")
-    with pytest.raises(ConfigError, match="a run of another program"):
-        find_source(str(tmp_path / "run"))
+    refusal = refused(load_model, tmp_path / "run")
+    assert refusal.found == f"{tmp_path / 'run'}, a run of another program (ScriptWorkload)"
+    assert refusal.fix.startswith(f"python -m launch.logs {tmp_path / 'run'}")
+    refused(find_source, str(tmp_path / "run"), said="a run of another program")
     config.write_text("workload: {_target_: gpt.workload.GptWorkload}\nmodel: {}\n")
-    with pytest.raises(ConfigError, match=r"config\.yaml"):
-        load_model(tmp_path / "run")
+    refused(load_model, tmp_path / "run", said="config.yaml")
 
 
 def test_a_label_is_as_good_as_a_folder(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
