@@ -216,7 +216,7 @@ def goodput_figures(stormy: RunFolder, faults: Sequence[Mapping[str, Any]]) -> t
     if goodput is None or not times or len(saved) < 2 or not faults:
         return None
     seconds = defaultdict(float, goodput.seconds)
-    allocated = goodput.total_s - seconds["waiting"]
+    allocated = sum(seconds.values()) - seconds["waiting"]
     save_s = statistics.mean(float(event.get("seconds", 0.0)) for event in saved)
     steps = sorted({int(event["step"]) for event in saved})
     apart = statistics.median([b - a for a, b in itertools.pairwise(steps)] or [steps[-1]])

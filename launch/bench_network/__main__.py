@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import gpt_launch.own_names  # noqa: F401
 from gpt_launch import as_typed
 from launch.config.compose import compose_launch, require_folder, typed_config
 from launch.errors import CommandParser, ConfigError, counted, refusing
+from launch.report.series import fit_not_negative
 from launch.runner import SweepFailedError, print_failure, run_sweep
 from launch.runs.console import print_table
 from launch.runs.environment import ROOT
@@ -127,11 +129,9 @@ class Sample:
 def fit_network(samples: Sequence[Sample], ranks_per_node: int) -> Network:
     """Return the fit of each measured collective in each tier (within a node, between nodes)."""
     tiers: dict[str, dict[str, LinkFit]] = {}
-    for tier in TIERS:
-        for name in COLLECTIVES:
-            found = [sample for sample in samples if (sample.tier, sample.collective) == (tier, name)]
-            if found:
-                tiers.setdefault(tier, {})[name] = fit_link(name, found)
+    for tier, name in product(TIERS, COLLECTIVES):
+        if found := [sample for sample in samples if (sample.tier, sample.collective) == (tier, name)]:
+            tiers.setdefault(tier, {})[name] = fit_link(name, found)
     return Network(ranks_per_node, tiers)
 
 
@@ -141,17 +141,11 @@ def fit_link(collective: str, samples: Sequence[Sample]) -> LinkFit:
     With relative errors, a small message of microseconds counts as much as a large one.
     """
     known = [(*terms(collective, sample.ranks), sample) for sample in samples]
-    rows = np.array([[count, share * one.bytes] for count, share, one in known])
-    rows = rows / np.array([[sample.seconds] for sample in samples]) * SCALE
-    # The best of the fits with both terms, with the latency alone, and with the bandwidth alone.
-    fits = []
-    for chosen in ([0, 1], [0], [1]):
-        found = np.zeros(2)
-        found[chosen], *_ = np.linalg.lstsq(rows[:, chosen], np.ones(len(rows)), rcond=None)
-        fits.append((float(((rows @ found - 1) ** 2).mean()), found * SCALE))
-    squares, (latency_s, s_per_byte) = min((fit for fit in fits if (fit[1] >= 0).all()), key=lambda fit: fit[0])
-    rate = 1 / s_per_byte if s_per_byte > 0 else FASTEST
-    return LinkFit(latency_s=float(latency_s), bytes_per_s=min(float(rate), FASTEST), error=squares**0.5)
+    rows = np.array([[count / one.seconds, share * one.bytes / one.seconds] for count, share, one in known]) * SCALE
+    found = fit_not_negative(rows)
+    latency_s, s_per_byte = (found * SCALE).tolist()
+    bytes_per_s = min(1 / s_per_byte if s_per_byte > 0 else FASTEST, FASTEST)
+    return LinkFit(latency_s, bytes_per_s, error=float(((rows @ found - 1) ** 2).mean()) ** 0.5)
 
 
 def show_network(network: Network, samples: Sequence[Sample], measured: Mapping[str, Any]) -> None:

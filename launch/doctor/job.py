@@ -98,19 +98,18 @@ def measure_nodes(request: Request, output: Path, wait_min: float, say: Callable
     deadline = time.monotonic() + (LATE_S if started else 0)
     while len(records(root, "nodes")) < config.nodes and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    asked = {
-        "nodes": config.nodes,
-        "ranks_per_node": config.ranks_on_node,
-        "cpus_per_task": config.cluster.cpus_per_task,
-        "gpus_per_node": None if uses_cpus else config.cluster.gpus_per_node,
-    }
     results = {
         "job_id": job.job_id,
         "state": state,
         "started": started,
         "folder": str(root),
         "logs": str(root / JOBS),
-        "asked": asked,
+        "asked": {
+            "nodes": config.nodes,
+            "ranks_per_node": config.ranks_on_node,
+            "cpus_per_task": config.cluster.cpus_per_task,
+            "gpus_per_node": None if uses_cpus else config.cluster.gpus_per_node,
+        },
         "nodes": records(root, "nodes"),
         "ranks": records(root, "ranks"),
     }
@@ -195,11 +194,10 @@ def meet_others(folder: RunFolder, node: Node, config: Config, record: Record) -
                 record["ports"][str(index)], offset = read_clock(address)
                 if index == 0 and offset:
                     record["clock_offset_s"], record["clock_error_s"] = offset
-        closed = sum(1 for problem in record["ports"].values() if problem)
-        counts = share(endpoint, "closed", node.index, str(closed), others)
+        closed = share(endpoint, "closed", node.index, str(any(record["ports"].values())), others)
     if record["missing"]:
         record["skipped"] = f"node {record['missing'][0]} of the job did not come to the rendezvous"
-    elif any(count != "0" for count in counts.values()):
+    elif "True" in closed.values():
         record["skipped"] = "not every node reaches every other"
     else:
         ranks.prepare_environment(node, config, endpoint.address)

@@ -14,7 +14,6 @@ from launch.doctor.machine import FEW_FILES, SHARED_PATH
 from launch.slurm.checks import Finding, fail, fine, warn
 
 Results = dict[str, Any]
-Links = dict[tuple[int, int], float]
 
 SLOW = 0.5
 """Share of the usual bandwidth below which a link or node is reported. An oversubscribed tree gives about half."""
@@ -27,13 +26,8 @@ WAITS = "every collective of a run waits for it"
 
 def check_results(results: Results) -> list[Finding]:
     """Return all findings of the job."""
-    checks = [check_node_records, check_folder, check_ports, check_clocks, check_cpus, check_gpus]
-    if any("links" in rank for rank in results["ranks"]):
-        checks.append(check_bandwidth)
-    found = list(check_job(results))
-    for check in checks if results["nodes"] else ():
-        found += check(results)
-    return found
+    checks = [check_node_records, check_folder, check_ports, check_clocks, check_cpus, check_gpus, check_bandwidth]
+    return [one for check in [check_job, *(checks if results["nodes"] else [])] for one in check(results)]
 
 
 def host(results: Results, index: int) -> str:
@@ -160,19 +154,16 @@ def check_gpus(results: Results) -> Iterator[Finding]:
         yield fine("matmul", f"{min(speeds):.3g} to {max(speeds):.3g} TFLOP/s a rank on {devices}")
 
 
-def worst_links(results: Results) -> Links:
-    """Return pair of nodes -> the smallest bandwidth among the links of their ranks, in Gbit/s."""
-    found: Links = {}
+def check_bandwidth(results: Results) -> Iterator[Finding]:
+    """Find nodes whose links are all slow, and single slow links between sound nodes."""
+    pairs: dict[tuple[int, int], float] = {}
+    """Pair of nodes -> the smallest bandwidth among the links of their ranks, in Gbit/s."""
     for rank in results["ranks"]:
         for link in rank.get("links", ()):
             pair, rate = (min(rank["node"], link["node"]), max(rank["node"], link["node"])), link["bandwidth_gbit"]
-            found[pair] = min(found.get(pair, rate), rate)
-    return found
-
-
-def check_bandwidth(results: Results) -> Iterator[Finding]:
-    """Find nodes whose links are all slow, and single slow links between sound nodes."""
-    pairs = worst_links(results)
+            pairs[pair] = min(pairs.get(pair, rate), rate)
+    if not pairs:
+        return
     # One good link shows that the node itself is sound.
     best = {node: max(rate for pair, rate in pairs.items() if node in pair) for pair in sorted(pairs) for node in pair}
     usual = statistics.median(best.values())

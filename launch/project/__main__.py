@@ -97,7 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = folder if folder.exists() else next(iter(runs_labelled(folder)), folder)
     selection = select(folder, typed.sweep, command="python -m launch.project", options=f"--nodes {typed.nodes}")
     projection = project(read_sweep(selection, typed.network), sizes, typed.mtbf_hours)
-    show_projection(projection)
+    print(projection_heading(projection))
+    styles = ["bold" if row.is_measured else "dim" if row.refused else "" for row in projection.rows]
+    shown = projection_columns(projection)
+    rows = list(zip(*shown.values(), strict=True))
+    print_table(Console(), list(shown), rows, left=("kind",), optional=DROPPED_FIRST, styles=styles)
+    print(*sentences(projection), sep="\n")
     for ending, content in contents(projection).items():
         path = selection.folders[-1] / f"projection.{ending}"
         write_atomically(path, content)
@@ -177,25 +182,14 @@ def sentences(found: Projection) -> list[str]:
     return [*said, *found.notes]
 
 
-def show_projection(found: Projection) -> None:
-    """Print the table and the sentences. A narrow terminal shows fewer columns."""
-    print(projection_heading(found))
-    styles = ["bold" if row.is_measured else "dim" if row.refused else "" for row in found.rows]
-    shown = projection_columns(found)
-    rows = list(zip(*shown.values(), strict=True))
-    print_table(Console(), list(shown), rows, left=("kind",), optional=DROPPED_FIRST, styles=styles)
-    print(*sentences(found), sep="\n")
-
-
 def contents(found: Projection) -> dict[str, bytes]:
     """Return file extension -> content, for the files of a projection."""
-    rows = [{name: value for name, value in asdict(row).items() if name != "parts"} for row in found.rows]
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    document = asdict(found)
+    document, file = asdict(found), io.StringIO()
     del document["label"]
+    names = [name for name in document["rows"][0] if name != "parts"]
+    writer = csv.DictWriter(file, names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(document["rows"])
     return {
         "csv": file.getvalue().encode(),
         "json": f"{json.dumps(document, indent=2)}\n".encode(),

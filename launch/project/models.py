@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 
 from launch.report.points import Point
 from launch.report.read import Floats, read_columns
+from launch.report.series import fit_not_negative
 from launch.report.steps import TIME, WAITS, step_times
 from launch.runs.folder import RunFolder
 from launch.workload import StepTime
@@ -240,16 +240,7 @@ def fit_trend(points: Sequence[Measured], is_weak: bool) -> tuple[float, ...]:
     In weak scaling the first term is 0. Of equal fits, the one with fewer terms is returned.
     """
     rows = np.array([terms_of(point.ranks) for point in points]) / [[point.step_s] for point in points]
-    columns = (1, 2) if is_weak else (0, 1, 2)
-    least, best = math.inf, np.zeros(3)
-    for count in range(1, min(len(points), len(columns)) + 1):
-        for chosen in map(list, itertools.combinations(columns, count)):
-            weights = np.zeros(3)
-            weights[chosen], *_ = np.linalg.lstsq(rows[:, chosen], np.ones(len(points)), rcond=None)
-            error = float(((rows @ weights - 1) ** 2).sum())
-            if (weights >= 0).all() and error < least - 1e-12:
-                least, best = error, weights
-    return tuple(best.tolist())
+    return (0.0, *fit_not_negative(rows[:, 1:]).tolist()) if is_weak else tuple(fit_not_negative(rows).tolist())
 
 
 def trend_model(weights: Sequence[float], is_weak: bool, ranks_per_node: int) -> Model:

@@ -5,7 +5,7 @@ Example: ``write(build(Path("outputs/quick_test")))``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
@@ -51,25 +51,17 @@ def write(table: ScalingTable, reload_s: float | None = None, files: Collection[
         from launch.report.figures import draw_report
 
         pictures = draw_report(table)
-
-    def html() -> str:
+    figure = f"\n![{table.title}]({selection.stem}.png)\n" if ReportFile.png in files else "\n"
+    made: dict[str, str | bytes] = {".md": markdown_text(table) + figure, ".csv": csv_text(table)}
+    made |= {f".{kind}": drawn for kind, drawn in pictures.items()} | {".json": json_text(table)}
+    if ReportFile.html in files:
         from launch.report.page import page
 
-        return page(table, reload_s)
-
-    figure = f"\n![{table.title}]({selection.stem}.png)\n" if ReportFile.png in files else "\n"
-    makers: dict[str, Callable[[], str | bytes]] = {
-        ".md": lambda: markdown_text(table) + figure,
-        ".csv": lambda: csv_text(table),
-        ".png": lambda: pictures["png"],
-        ".svg": lambda: pictures["svg"],
-        ".json": lambda: json_text(table),
-        ".html": html,
-        "_parts.csv": lambda: parts_csv_text(table),
-    }
+        made[".html"] = page(table, reload_s)
+    made["_parts.csv"] = parts_csv_text(table)
     contents = {
-        selection.stem + end: content.encode() if isinstance(content := make(), str) else content
-        for end, make in makers.items()
+        selection.stem + end: text.encode() if isinstance(text, str) else text
+        for end, text in made.items()
         if ReportFile(end.rpartition(".")[2]) in files
     }
     for folder in selection.folders:

@@ -21,9 +21,7 @@ from launch.runs.files import ReportFile, deny_others_writing
 from launch.runs.find import ARCHIVE, runs_labelled
 
 WATCH_S = 30.0
-ENDED = frozenset(
-    (PointState.FINISHED, PointState.FAILED, PointState.STOPPED, PointState.CANCELLED, PointState.BUDGET_EXCEEDED)
-)
+UNENDED = (PointState.RUNNING, PointState.NO_RECORDS, PointState.NOT_STARTED)
 
 
 @refusing
@@ -86,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         while True:
             table = make()
             # A run that was killed without an event counts as running.
-            is_over = all(row.state in ENDED for row in table.rows)
+            is_over = not any(row.state in UNENDED for row in table.rows)
             if console.is_terminal:
                 console.clear()
             show(table, console)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -112,9 +110,9 @@ def picture(panels: Sequence[Panel], heading: str, conditions: str) -> dict[str,
         for axes, panel in zip(below.subplots(1, len(row), squeeze=False)[0], row):
             axes.set_title(panel.title)
             panel.draw(axes)
-    png = _png(whole)
+    png = _file(whole, "png", ("Software",))
     whole.set_layout_engine("none")  # The PNG file has computed the layout, which takes a third of the time.
-    return {"png": png, "svg": _svg(whole, "report").encode()}
+    return {"png": png, "svg": _file(whole, "svg", UNTIMED, "report")}
 
 
 @rc_context(STYLE)
@@ -122,22 +120,21 @@ def inline_svg(panel: Panel, salt: str) -> str:
     """Return one panel as an SVG element with CSS variables as colors. ``salt`` must differ for each panel."""
     whole = Figure(figsize=(WIDE, panel.inches), layout="constrained", facecolor="none")
     panel.draw(whole.subplots())
-    text = _svg(whole, salt)
+    text = _file(whole, "svg", UNTIMED, salt).decode()
     for name, color in LIGHT.items():
         text = text.replace(color, f"var(--{name})")
     return text[text.index("<svg") :]
 
 
-def _png(whole: Figure) -> bytes:
+UNTIMED = ("Date", "Creator", "Format", "Type")
+"""Metadata that an SVG file does not get, so that equal drawings give equal bytes."""
+
+
+def _file(whole: Figure, kind: str, left_out: Sequence[str], salt: str = "") -> bytes:
+    """Return the content of a file of a drawing, without the metadata ``left_out``."""
     file = io.BytesIO()
-    FigureCanvasAgg(whole).print_png(file, metadata={"Software": None})
-    return file.getvalue()
-
-
-def _svg(whole: Figure, salt: str) -> str:
-    file = io.StringIO()
     with rc_context({"svg.hashsalt": salt}):  # Without a salt, identifiers inside the SVG are random.
-        FigureCanvasSVG(whole).print_svg(file, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        whole.savefig(file, format=kind, metadata=dict.fromkeys(left_out))
     return file.getvalue()
 
 
@@ -190,27 +187,17 @@ MAX_LABELS = 6
 """Largest number of points in a drawing with their figures as text; more texts would overlap."""
 MAX_INSIDE = 4
 """Largest number of lines of a legend inside the axes. A longer legend is below them."""
-SeriesRows = Mapping[tuple[str | None, str], Sequence[Row]]
 
 
 @dataclass(frozen=True)
 class DrawnFigure:
-    """A field of ``Row`` to draw over the number of ranks, with an interval if ``*_low`` and ``*_high`` are known."""
+    """A field of ``Row`` to draw over the number of ranks, with its interval if ``*_low`` and ``*_high`` are known."""
 
     title: str
     axis: str
     field: str
     text: Callable[[Row], str]
     factor: float = 1.0
-
-    def bands(self, rows: Sequence[Row]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Return lower ends, values and upper ends, times ``factor``, [3, rows]. The value replaces an unknown end.
-
-        NaN for a row that lacks the figure.
-        """
-        names = (f"{self.field}_low", self.field, f"{self.field}_high")
-        found = np.array([[getattr(row, name, None) for row in rows] for name in names], np.float64)
-        return self.factor * np.where(np.isnan(found), found[1], found)
 
 
 RATE = DrawnFigure("Throughput", "{unit} per second", "throughput", lambda row: rate(row.throughput))
@@ -220,34 +207,35 @@ STEP_TIME = DrawnFigure("Step time", "seconds", "step_time_s", lambda row: time_
 
 def scaling_panels(table: ScalingTable) -> list[Panel]:
     """Return at most two panels, the first known of throughput, efficiency and step time. Empty for one run."""
-    series: dict[tuple[str | None, str], list[Row]] = {}
-    for row in table.rows if len(table.rows) > 1 else ():
-        if row.ranks is not None and row.step_time_s is not None:
-            series.setdefault((row.scaling, row.series), []).append(row)
-    rows = [row for of_series in series.values() for row in of_series]
+    rows = [row for row in table.rows if row.ranks is not None and row.step_time_s is not None]
+    if len(table.rows) < 2 or not rows:
+        return []
     # The smallest point's own 100 % is not informative.
     larger = [row for row in rows if row.speedup not in (None, 1)]
     claimed = any(row.efficiency is not None for row in larger)
     wanted = {RATE: any(row.throughput is not None for row in rows), EFFICIENCY: claimed, STEP_TIME: True}
-    chosen = [drawn for drawn, is_wanted in wanted.items() if is_wanted and rows][:2]
+    chosen = [drawn for drawn, is_wanted in wanted.items() if is_wanted][:2]
     lead = "No efficiency is claimed: see the notes." if larger and not claimed else ""
-    lines = len(series) + 2
+    lines = len({(row.scaling, row.series) for row in rows}) + 2
     inches = 3.1 if lines <= MAX_INSIDE else 3.1 + 0.17 * math.ceil(lines / 2)
     return [
-        Panel(one.title, partial(_draw_figure, series=series, drawn=one, unit=table.unit), inches, lead * at)
+        Panel(one.title, partial(_draw_figure, rows=rows, drawn=one, unit=table.unit), inches, lead * at)
         for at, one in enumerate(chosen)
     ]
 
 
-def _draw_figure(axes: Axes, series: SeriesRows, drawn: DrawnFigure, unit: str) -> None:
+def _draw_figure(axes: Axes, rows: Sequence[Row], drawn: DrawnFigure, unit: str) -> None:
     """Draw a line for each series with its intervals; a marker is hollow if ranks shared cores or a GPU."""
-    rows = [row for of_series in series.values() for row in of_series]
-    kinds, is_rate = {kind for kind, _ in series}, drawn is RATE
-    for index, ((kind, name), of_series) in enumerate(series.items()):
+    names = (f"{drawn.field}_low", drawn.field, f"{drawn.field}_high")
+    lines = list(dict.fromkeys((row.scaling, row.series) for row in rows))
+    kinds, is_rate = {kind for kind, _ in lines}, drawn is RATE
+    for index, (kind, name) in enumerate(lines):
+        of_series = [row for row in rows if (row.scaling, row.series) == (kind, name)]
         label = ", ".join(filter(None, (_short(name), kind if len(kinds) > 1 else ""))) or "measured"
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
         sizes = [row.ranks or 0 for row in of_series]
-        low, middle, high = drawn.bands(of_series)
+        found = drawn.factor * np.array([[getattr(row, name) for row in of_series] for name in names], np.float64)
+        low, middle, high = np.where(np.isnan(found), found[1], found)  # The value replaces an unknown end.
         axes.errorbar(sizes, middle, [middle - low, high - middle], fmt="none", ecolor=color, elinewidth=1.2, capsize=3)
         axes.plot(sizes, middle, color=color, linewidth=1.8, marker=marker, markersize=6.5, label=label)
         if hollow := [(row.ranks, value) for row, value in zip(of_series, middle) if row.oversubscribed]:
@@ -258,11 +246,11 @@ def _draw_figure(axes: Axes, series: SeriesRows, drawn: DrawnFigure, unit: str) 
         for row, value in zip(of_series, middle) if len(rows) <= MAX_LABELS else ():
             if not np.isnan(value):
                 # The text is where the line does not cover it.
-                at, side = ((7, -12), "left") if is_rate else ((-7, -12), "right")
-                at, side = ((7, 6), "left") if row is of_series[0] and not is_rate else (at, side)
-                axes.annotate(
-                    drawn.text(row), (row.ranks or 0, value), at, textcoords="offset points", ha=side, fontsize=8
+                above, side = (
+                    (6, "left") if row is of_series[0] and not is_rate else (-12, "left" if is_rate else "right")
                 )
+                at = (7 if side == "left" else -7, above)
+                axes.annotate(drawn.text(row), (row.ranks, value), at, textcoords="offset points", ha=side, fontsize=8)
     scale_sizes(axes, sorted({row.ranks or 0 for row in rows}), "ranks")
     scale_values(axes, drawn.axis.format(unit=unit), is_rate)
     if drawn is EFFICIENCY:
@@ -275,7 +263,7 @@ def _draw_figure(axes: Axes, series: SeriesRows, drawn: DrawnFigure, unit: str) 
         axes.plot([], [], color=GREY, label="ideal, from the smallest point", **IDEAL)
     if any(row.oversubscribed for row in rows):
         axes.scatter([], [], edgecolors=GREY, label="ranks shared cores or a GPU", **HOLLOW)
-    axes.legend(**({"loc": "upper left"} if len(series) + 2 <= MAX_INSIDE else BELOW | {"ncols": 2}))
+    axes.legend(**({"loc": "upper left"} if len(lines) + 2 <= MAX_INSIDE else BELOW | {"ncols": 2}))
 
 
 # Bars of lost efficiency and time.
@@ -298,58 +286,41 @@ LEAST_LABELLED = 0.09
 """Smallest share (0 to 1) of a bar that has enough space for its percentage as text."""
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One bar from ``low`` to ``high``, with its name on the left and its figure on the right."""
-
-    name: str
-    low: float
-    high: float
-    color: str
-    text: str
-    bold: bool = False
-
-
 def loss_panels(table: ScalingTable) -> list[Panel]:
     """Return a panel for each point with known losses: a waterfall from ideal to efficiency. Most ranks first."""
     rows = sorted((row for row in table.rows if row.losses), key=lambda row: -(row.ranks or 0))
     # All axes end at the longest bar, so that a reader can compare bars of two points.
     most = max((100 * (1 + sum(-share for share in row.losses.values() if share < 0)) for row in rows), default=0.0)
     lead = "Time that each phase of a step takes beyond its part of the ideal step. The parts add up; + is a gain."
-    panels = []
-    for row in rows:
-        bars = waterfall(row)
-        draw = partial(_draw_bars, bars=bars, most=most)
-        panels.append(Panel(f"What was lost to what at {_short(row.label)}", draw, 0.35 + 0.27 * len(bars), lead))
-    return panels
+    return [
+        Panel(
+            f"What was lost to what at {_short(row.label)}",
+            partial(_draw_losses, row=row, most=most),
+            0.35 + 0.27 * (len(row.losses) + 2),
+            lead,
+        )
+        for row in rows
+    ]
 
 
-def waterfall(row: Row) -> list[Bar]:
-    """Return the bars, in percent, that fall from the ideal to the efficiency of a point."""
-    bars, at = [Bar("ideal", 0, 100, LINE, "100.0 %", bold=True)], 100.0
+def _draw_losses(axes: Axes, row: Row, most: float) -> None:
+    """Draw bars, in percent, that fall from the ideal to the efficiency of a point: name, bar and figure."""
+    bars, at, left = [("ideal", 0.0, 100.0, LINE, "100.0 %")], 100.0, 100 * (row.efficiency or 0.0)
     for phase, share in row.losses.items():
         to, text = at - 100 * share, f"{100 * abs(share):.1f} %"
         sign = "" if text == "0.0 %" else "+" if share < 0 else "−"  # noqa: RUF001 - a minus sign for readers
-        bars.append(Bar(LOSSES[phase], min(at, to), max(at, to), LIGHT[LOSS_COLORS[phase]], f"{sign}{text}"))
+        bars.append((LOSSES[phase], max(min(at, to), 0.0), max(at, to), LIGHT[LOSS_COLORS[phase]], f"{sign}{text}"))
         at = to
-    left = 100 * (row.efficiency or 0.0)
-    return [*bars, Bar("efficiency", 0, left, LIGHT["c2"], f"{left:.1f} %", bold=True)]
-
-
-def _draw_bars(axes: Axes, bars: Sequence[Bar], most: float) -> None:
-    axes.barh(
-        range(len(bars)),
-        [bar.high - max(bar.low, 0) for bar in bars],
-        left=[max(bar.low, 0) for bar in bars],
-        color=[bar.color for bar in bars],
-    )
+    bars.append(("efficiency", 0.0, left, LIGHT["c2"], f"{left:.1f} %"))
+    names, lows, highs, colors, texts = zip(*bars, strict=True)
+    axes.barh(range(len(bars)), np.subtract(highs, lows), left=lows, color=colors)
     axes.axvline(100, color=GREY, **IDEAL)
-    axes.set_yticks(range(len(bars)), [bar.name for bar in bars], color=INK)
-    for at, (bar, name) in enumerate(zip(bars, axes.get_yticklabels(), strict=True)):
-        weight = "bold" if bar.bold else "normal"
+    axes.set_yticks(range(len(bars)), names, color=INK)
+    place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+    for number, (text, name) in enumerate(zip(texts, axes.get_yticklabels(), strict=True)):
+        weight = "bold" if number in (0, len(bars) - 1) else "normal"
         name.set_fontweight(weight)
-        place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
-        axes.annotate(bar.text, (1, at), (62, 0), ha="right", va="center", fontweight=weight, **place)
+        axes.annotate(text, (1, number), (62, 0), ha="right", va="center", fontweight=weight, **place)
     axes.set_xlim(0, most)
     axes.xaxis.set_visible(False)
     _style_bars(axes)
@@ -433,9 +404,9 @@ def _draw_distribution(axes: Axes, found: RunDetail) -> None:
 
 def _draw_heat_map(axes: Axes, found: RunDetail, times: RankTimes) -> None:
     """Draw ranks from top to bottom and steps from left to right, colored by ms of own time above the median rank."""
-    in_ms = [[1000 * value for value in row] for row in times.excess_s]
+    in_ms = 1000 * np.array(times.excess_s)
     # The color scale has a minimum range. Otherwise the noise of a healthy run looks like a finding.
-    limit = max(1000 * LEAST_SHARE * found.step_time_s, *(abs(value) for row in in_ms for value in row))
+    limit = max(1000 * LEAST_SHARE * found.step_time_s, np.abs(in_ms).max())
     first = times.windows[0][0]
     image = axes.imshow(
         in_ms,
@@ -453,17 +424,17 @@ def _draw_heat_map(axes: Axes, found: RunDetail, times: RankTimes) -> None:
     axes.spines[:].set_visible(True)
     axes.set_xlabel("step")
     axes.set_ylabel("rank")
-    places = {rank.rank: row for row, rank in enumerate(times.ranks)}
-    shown = range(0, len(in_ms), math.ceil(len(in_ms) / 8))
-    axes.set_yticks(shown, [str(times.ranks[row].rank) for row in shown])
+    ranks = [one.rank for one in times.ranks]
+    shown = range(0, len(ranks), math.ceil(len(ranks) / 8))
+    axes.set_yticks(shown, [str(ranks[row]) for row in shown])
     for row in [row for row in found.slowest if row.time.is_slow][:NAMED_RANKS]:
-        at = places[row.time.rank]
+        at = ranks.index(row.time.rank)
         # With a thousand ranks, a row is thinner than a pixel, so a marker shows where it is.
         axes.plot(first, at, marker=">", color=COLORS[1], markersize=6, clip_on=False)
         axes.annotate(
             f"rank {row.time.rank}" + ("" if row.host is None else f", {row.host}"),
             (first, at),
-            xytext=(6, -11 if at < len(in_ms) / 2 else 9),
+            xytext=(6, -11 if at < len(ranks) / 2 else 9),
             textcoords="offset points",
             va="center",
             fontweight="bold",

@@ -82,30 +82,13 @@ class Failures:
     """Seconds of a start after a failure."""
 
     def interval_s(self, nodes: int) -> float:
-        """Return Young's interval between saves in seconds."""
-        return best_interval_s(self.save_s, self.mtbf_s(nodes))
-
-    def mtbf_s(self, nodes: int) -> float:
-        """Return the mean time between failures of any of the nodes in seconds, if nodes fail independently."""
-        return 3600 * self.mtbf_node_h / nodes
+        """Return Young's interval between saves in seconds, if nodes fail independently."""
+        return best_interval_s(self.save_s, 3600 * self.mtbf_node_h / nodes)
 
     def goodput(self, nodes: int) -> float:
         """Return the expected share (0 to 1) of time in steps that are not lost, with saves at Young's interval."""
-        return expected_goodput(self.save_s, self.interval_s(nodes), self.restart_s, self.mtbf_s(nodes))
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Cost of all interruptions of a run."""
-
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Cause -> seconds of allocated time."""
-    hours: Mapping[str, float] = field(default_factory=dict)
-    """Cause -> hours of ``unit``."""
-    counts: Mapping[str, int] = field(default_factory=dict)
-    """Cause -> number of interruptions."""
-    unit: str = "node"
-    """Unit of ``hours``: GPU; node if the run has no GPUs."""
+        between_s = 3600 * self.mtbf_node_h / nodes
+        return expected_goodput(self.save_s, self.interval_s(nodes), self.restart_s, between_s)
 
 
 @dataclass(frozen=True)
@@ -120,17 +103,19 @@ class Goodput:
     gpu_hours: float | None
     cost: float | None
     """Cost in the currency of cluster.price_per_gpu_hour; None if unknown."""
-    losses: Losses = field(default_factory=Losses)
-
-    @property
-    def total_s(self) -> float:
-        """Seconds from the submission to the end of the run, or until now if it runs."""
-        return sum(self.seconds.values())
+    lost_s: Mapping[str, float] = field(default_factory=dict)
+    """Cause of interruptions -> seconds of allocated time that they cost."""
+    lost_h: Mapping[str, float] = field(default_factory=dict)
+    """Cause of interruptions -> hours of ``hours_of``."""
+    interruptions: Mapping[str, int] = field(default_factory=dict)
+    """Cause -> number of interruptions."""
+    hours_of: str = "node"
+    """Unit of ``lost_h``: GPU; node if the run has no GPUs."""
 
     @property
     def goodput(self) -> float:
         """Share of the allocated time, 0 to 1, in steps that were not lost, including steps on fewer nodes."""
-        allocated = self.total_s - self.seconds.get("waiting", 0.0)
+        allocated = sum(self.seconds.values()) - self.seconds.get("waiting", 0.0)
         steps_s = self.seconds.get("steps", 0.0) + self.seconds.get("fewer", 0.0)
         return steps_s / allocated if allocated else 0.0
 
@@ -163,12 +148,10 @@ def measure_goodput(run: RunFolder, events: Sequence[dict[str, Any]]) -> Goodput
         seconds={part: value for part, value in division.seconds.items() if value > CLOCK_S},
         gpu_hours=use.gpu_hours or None,
         cost=use.cost or None,
-        losses=Losses(
-            seconds=division.lost_s,
-            hours=division.lost_h,
-            counts=Counter(division.causes.values()),
-            unit="GPU" if size_of == "gpus" else "node",
-        ),
+        lost_s=division.lost_s,
+        lost_h=division.lost_h,
+        interruptions=Counter(division.causes.values()),
+        hours_of="GPU" if size_of == "gpus" else "node",
     )
 
 
@@ -190,10 +173,6 @@ class RunInterruption:
     attempt: int | None = None
     """Attempt that rolled back to the checkpoint of ``step``; None if this is no roll-back."""
     step: int = 0
-
-    def takes(self, record: _Record) -> bool:
-        """Return True if this roll-back discarded the step of ``record``."""
-        return record.attempt == self.attempt and record.step > self.step and record.ended <= self.since
 
 
 @dataclass
@@ -262,17 +241,20 @@ class _Division:
                 self._save_s[attempt, event["step"]] += float(event["seconds"])
             elif name == FEWER_NODES:
                 self._fewer.add(attempt)
-        records, aside = self._read_records(run)
+        records: list[_Record] = []
+        aside: list[_Record] = []
+        """Records that a command has discarded."""
+        for rank in run.metric_ranks():
+            if records := self._records_in(run.metrics(rank)):
+                aside = [record for path in aside_records(run, rank) for record in self._records_in(path)]
+                break
         begun: dict[int, float] = {}
         for record in sorted([*records, *aside], key=_end):  # The first of several records with the same time counts.
             begun.setdefault(record.attempt, record.begun)
         ends: dict[int, RunInterruption] = {}
         for attempt in sorted({*ended, *started, *begun}):
-            end = ended.get(attempt)
-            cause = "unknown" if end is None else _cause(end)
-            since = begun.get(attempt, started.get(attempt, None if end is None else end["time"]))
-            assert since is not None, "the attempt is in one of them"
-            ends[attempt] = RunInterruption(since, cause)
+            end = ended.get(attempt, {})
+            ends[attempt] = RunInterruption(begun.get(attempt) or started.get(attempt) or end["time"], _cause(end))
         self._final = ends[max(ends)] if ends else None
         self._ends = sorted([*ends.values(), *without_attempt], key=_since)
         self._before = {
@@ -282,13 +264,6 @@ class _Division:
         """Attempt -> the last interruption before its first step."""
         self._mark_lost(records, aside, ends)
         self._records = sorted([*records, *aside], key=_end)
-
-    def _read_records(self, run: RunFolder) -> tuple[list[_Record], list[_Record]]:
-        """Return the step records of the first rank with records, and its records that a command has discarded."""
-        for rank in run.metric_ranks():
-            if found := self._records_in(run.metrics(rank)):
-                return found, [record for path in aside_records(run, rank) for record in self._records_in(path)]
-        return [], []
 
     def _records_in(self, path: Path) -> list[_Record]:
         """Return the last record of each step in one file. A step repeated after a roll-back has several records."""
@@ -316,7 +291,8 @@ class _Division:
         for record in records:
             first[record.attempt] = min(record.step, first.get(record.attempt, record.step))
         for record in (*records, *aside):
-            back = next((back for back in self._rollbacks if back.takes(record)), None)
+            backs = (one for one in self._rollbacks if one.attempt == record.attempt and one.step < record.step)
+            back = next((one for one in backs if record.ended <= one.since), None)
             # A step is lost if a roll-back discarded it, or if a later attempt began at or before it. It is lost even
             # if it was not repeated, because the later attempt may have ended before it.
             again = min((step for attempt, step in first.items() if attempt > record.attempt), default=math.inf)

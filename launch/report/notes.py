@@ -87,7 +87,9 @@ def report_notes(points: Sequence[Point], every: Sequence[Series], rows: Sequenc
     yield from _records(shown)
     yield from _inexact(shown, rows)
     yield from chain(*map(_times, shown), *map(_gpus, shown), *map(_interruptions, rows))
-    yield from _usage(shown)
+    for point in shown:  # A point that used less than half of the memory or of the CPUs that it asked for.
+        if "next time" in (text := usage_text(RunFolder(point.path))):
+            yield f"{point.title} {text}."
     yield from _ends(shown)
 
 
@@ -175,16 +177,15 @@ def _records(points: Sequence[Point]) -> Iterator[str]:
     """Report steps on fewer nodes than requested, ranks without records, programs without records, and ranks that
     shared cores or a GPU.
     """
-    for point in points:
-        if point.fewer_nodes:
-            made = ", ".join(
-                f"{counted(n, 'step')} on {counted(nodes, 'node')}" for nodes, n in point.fewer_nodes.items()
-            )
-            all_of_them = sum(point.fewer_nodes.values()) == point.last_step
-            then = "figures and size are those of these steps" if all_of_them else "its figures are without these steps"
-            yield f"At {point.title} nodes were lost, and the run continued on the remaining nodes: {made}; {then}."
     partly = []
     for point in points:
+        if fewer := point.fewer_nodes:
+            made = ", ".join(f"{counted(n, 'step')} on {counted(nodes, 'node')}" for nodes, n in fewer.items())
+            are = (
+                "figures and size are those of" if sum(fewer.values()) == point.last_step else "its figures are without"
+            )
+            where = f"At {point.title} nodes were lost, and the run continued on the remaining nodes"
+            yield f"{where}: {made}; {are} these steps."
         environment, steps = point.environment, point.steps.after_warmup()
         if environment is None or environment.work_per_step is not None or np.isnan(steps.work[-1:]).all():
             continue
@@ -245,13 +246,12 @@ def _times(point: Point) -> Iterator[str]:
             "line (script.progress with a group step_time_s), or launch.worker, gives the time of each step."
         )
     ranks = point.rank_times.ranks if point.rank_times else ()
-    slow = sorted((rank for rank in ranks if rank.is_slow), key=lambda r: -r.excess_s)
-    if slow:
-        texts = []
-        for rank in slow:
-            on = "" if (host := point.host(rank.rank)) is None else f" on {host}"
-            share = f"{100 * rank.excess_s / figures.step_time_s:.1f} % of the step time"
-            texts.append(f"rank {rank.rank}{on} by {1000 * rank.excess_s:.3g} ms, {share}")
+    texts = []
+    for rank in sorted((rank for rank in ranks if rank.is_slow), key=lambda rank: -rank.excess_s):
+        on = "" if (host := point.host(rank.rank)) is None else f" on {host}"
+        share = f"{100 * rank.excess_s / figures.step_time_s:.1f} % of the step time"
+        texts.append(f"rank {rank.rank}{on} by {1000 * rank.excess_s:.3g} ms, {share}")
+    if texts:
         yield (
             f"At {point.title}, slower than the other ranks throughout the run: {_named(texts)}. In each step all "
             "ranks wait for the slowest."
@@ -293,13 +293,6 @@ def _interruptions(row: Row) -> Iterator[str]:
     share = f", {percent(lost_h / row.gpu_hours)} of its use" if row.gpu_hours else ""
     number = counted(row.interruptions, "interruption")
     yield f"{number} of {row.label} cost {hours(lost_h, f'{row.hours_of}-hours')}{share} ({causes}): {DEFINITION}."
-
-
-def _usage(points: Sequence[Point]) -> Iterator[str]:
-    """Name the points that used less than half of the memory or of the CPUs that they asked for."""
-    for point in points:
-        if "next time" in (text := usage_text(RunFolder(point.path))):
-            yield f"{point.title} {text}."
 
 
 def _ends(points: Sequence[Point]) -> Iterator[str]:

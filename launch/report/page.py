@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import StrictUndefined, Template
 
 from launch.report.figures import (
     PALETTE,
@@ -31,19 +31,13 @@ MAX_RUNS = 8
 
 def page(table: ScalingTable, reload_s: float | None = None) -> str:
     """Return the HTML of a report's page. A browser reloads the page every ``reload_s`` seconds; never if None."""
-    headings = [heading for heading, _ in table.sections()]
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    return templates.get_template("page.html.j2").render(
+    points = point_tables(table)
+    text = Path(__file__).with_suffix(".html.j2").read_text()
+    template = Template(text, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return template.render(
         table=table,
         reload_s=None if reload_s is None else max(1, math.ceil(reload_s)),
-        headings=headings,
-        title=headings[0] if len(headings) == 1 else table.title,
+        title=points[0].heading if len(points) == 1 else table.title,
         palette=PALETTE,
         left=LEFT,
         tiles=tiles(table),
@@ -53,7 +47,7 @@ def page(table: ScalingTable, reload_s: float | None = None) -> str:
         run_panels=run_panels,
         slowest=slowest_table,
         inline_svg=inline_svg,
-        points=point_tables(table),
+        points=points,
         parts=part_tables(table),
     )
 
@@ -127,19 +121,17 @@ def _losses(table: ScalingTable) -> list[Tile]:
 
 
 def _slow_rank(table: ScalingTable) -> list[Tile]:
-    for found in shown_runs(table.details)[:1]:
-        if found.rank_times is None:
-            return []
-        slow = [row for row in found.slowest if row.time.is_slow]
-        if not slow:
-            net = found.rank_times.is_net
-            how = "own times agree within their spread" if net else "as far as step times show it"
-            return [Tile("Ranks slow throughout", "none", how, "good")]
-        row, on = slow[0], "" if slow[0].host is None else f"on {slow[0].host}, "
-        more = f"; {len(slow) - 1} more" if len(slow) > 1 else ""
-        text = f"{on}+{1000 * row.time.excess_s:.3g} ms, {percent(row.share)} of the step time, {found.label}{more}"
-        return [Tile("Slow rank", f"rank {row.time.rank}", text, "bad")]
-    return []
+    worst = shown_runs(table.details)[:1]
+    if not worst or (times := worst[0].rank_times) is None:
+        return []
+    slow = [row for row in worst[0].slowest if row.time.is_slow]
+    if not slow:
+        how = "own times agree within their spread" if times.is_net else "as far as step times show it"
+        return [Tile("Ranks slow throughout", "none", how, "good")]
+    row, on = slow[0], "" if slow[0].host is None else f"on {slow[0].host}, "
+    more = f"; {len(slow) - 1} more" if len(slow) > 1 else ""
+    text = f"{on}+{1000 * row.time.excess_s:.3g} ms, {percent(row.share)} of the step time, {worst[0].label}{more}"
+    return [Tile("Slow rank", f"rank {row.time.rank}", text, "bad")]
 
 
 def _goodput(table: ScalingTable) -> list[Tile]:

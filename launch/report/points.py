@@ -226,8 +226,8 @@ class Point(StepReading):
         """Number of ranks that the run recorded, or else that its overrides request; None if unknown."""
         if self.environment is not None:
             return self.environment.world_size
-        nodes, per_node = (self._typed(key) for key in ("nodes", "ranks_per_node"))
-        return nodes * per_node if nodes is not None and per_node is not None else None
+        nodes, per_node = self._typed("nodes"), self._typed("ranks_per_node")
+        return None if nodes is None or per_node is None else nodes * per_node
 
     @property
     def nodes(self) -> int | None:
@@ -288,7 +288,7 @@ def read_point(path: Path) -> Point:
     on_fewer = Counter[int]()
     for attempt, event in fewer.items():
         on_fewer[int(event["nodes"])] += reading.attempt_steps.get(attempt, 0)
-    submitted: dict[str, Any] = next((event for event in reversed(events) if event.get("event") == "submitted"), {})
+    clusters = [event.get("cluster") for event in events if event.get("event") == "submitted"]
     unit = reading.unit if reading.last_step is not None or environment is None else environment.unit
     return Point(
         **{**vars(reading), "span": span, "unit": unit},
@@ -298,7 +298,7 @@ def read_point(path: Path) -> Point:
         environment=environment,
         run_time_s=sum(ended) if ended and len(ended) == len(times) else None,
         attempts=len(setups),
-        cluster=submitted.get("cluster"),
+        cluster=clusters[-1] if clusters else None,
         fewer_nodes={nodes: on_fewer[nodes] for nodes in sorted(on_fewer, reverse=True) if on_fewer[nodes]},
         goodput=measure_goodput(run, events),
         gpu_use=read_gpu_use(run, known),
@@ -349,12 +349,10 @@ def disturbs(other: Point, point: Point) -> bool:
     gpus = [{place.gpu for place in side if place.gpu is not None} for side in sides]
     if gpus[0] & gpus[1]:
         return True
-    cores: dict[str, int] = defaultdict(int)
-    threads = [Counter[str](), Counter[str]()]
+    cores, threads = Counter[str](), [Counter[str](), Counter[str]()]
     for side, counts in zip(sides, threads, strict=True):
         for place in side:
             cores[place.machine] = max(cores[place.machine], place.cores)
-            if place.device == "cpu":
-                counts[place.machine] += place.threads
-    shared = threads[0].keys() & threads[1].keys()
-    return any(threads[0][machine] + threads[1][machine] > cores[machine] for machine in shared)
+            counts[place.machine] += place.threads if place.device == "cpu" else 0
+    mine, other_threads = threads
+    return any(mine[at] and other_threads[at] and mine[at] + other_threads[at] > cores[at] for at in cores)

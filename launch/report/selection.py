@@ -48,8 +48,9 @@ class Selection:
         if len(self.runs) == 1:
             return [self.runs[0]]
         kept = None if self.sweep is None else self.sweep.folder(self.folder)
-        above = [self.folder] if self.is_current or kept is None else []
-        return [*above, *([] if kept is None else [kept])]
+        if kept is None:
+            return [self.folder]
+        return [self.folder, kept] if self.is_current else [kept]
 
     @property
     def dashboard(self) -> Path | None:
@@ -130,8 +131,9 @@ def select(
 
 def _sweep_numbered(folder: Path, number: int, command: str, options: str) -> Sweep:
     known = read_sweeps(folder)
-    if (found := next((sweep for sweep in known if sweep.number == number), None)) is not None:
-        return found
+    for sweep in known:
+        if sweep.number == number:
+            return sweep
     again = f"{command} {quote(str(folder))}"
     if known:
         expected = "; ".join(sweep.summary(known) for sweep in known)

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import combinations, islice
 
 import numpy as np
 
@@ -121,17 +121,17 @@ def split(points: Sequence[Point]) -> list[Series]:
     Raises:
         ConfigError: points of one series were measured under different conditions.
     """
-    groups: dict[tuple[str, frozenset[str]], list[Point]] = {}
+    groups = defaultdict[tuple[str, frozenset[str]], list[Point]](list)
     for point in points:
-        groups.setdefault((point.source, identity(point)), []).append(point)
+        groups[point.source, identity(point)].append(point)
     for name, value_of in MADE_WITH.items():
-        whole, groups = groups, {}
+        whole, groups = groups, defaultdict(list)
         for (source, alike), group in whole.items():
             values = list(made_with(group)[name])
             for point in group:
                 # A point that does not record the property belongs to the first group.
                 own = {value_of(point) or values[0]} if len(values) > 1 else set()
-                groups.setdefault((source, alike | own), []).append(point)
+                groups[source, alike | own].append(point)
     common = frozenset.intersection(*(alike for _, alike in groups)) if groups else frozenset()
     every = []
     for (source, alike), group in groups.items():
@@ -220,8 +220,6 @@ SEED = 20_240_229
 REPLICATES = 400
 NORMAL = 1.959964
 """Quantile of the normal distribution that leaves 2.5 % above it."""
-CHUNK = 2_000_000
-"""Largest number of resampled step times in memory at once."""
 
 
 def efficiency_intervals(series: Series) -> dict[str, tuple[float, float]]:
@@ -237,12 +235,28 @@ def efficiency_intervals(series: Series) -> dict[str, tuple[float, float]]:
     if not is_claimed or is_coarse or len(runs) < 2:
         return {}
     drawn = [Medians(run.steps.after_warmup().time_s, at) for at, run in enumerate(runs)]
+    rates = [run.figures.throughput if run.figures else None for run in runs]
     found = {}
-    for run, own in zip(runs[1:], drawn[1:], strict=True):
-        (here, ranks), (there, of_base) = ((one.figures, one.ranks) for one in (run, runs[0]))
-        assert here and here.throughput and there and there.throughput and ranks and of_base
-        found[run.name] = ratio(here.throughput / there.throughput * of_base / ranks, own, drawn[0])
+    for run, rate, own in zip(runs[1:], rates[1:], drawn[1:], strict=True):
+        assert rate and rates[0] and run.ranks and runs[0].ranks
+        found[run.name] = ratio(rate / rates[0] * runs[0].ranks / run.ranks, own, drawn[0])
     return found
+
+
+def fit_not_negative(rows: Floats) -> Floats:
+    """Return the weights of the columns of ``rows``, none negative, for which each row adds up to 1 with least squares.
+
+    Of equal fits, the one with fewer weights above 0 is returned.
+    """
+    least, best = math.inf, np.zeros(rows.shape[1])
+    for count in range(1, min(rows.shape) + 1):
+        for chosen in map(list, combinations(range(rows.shape[1]), count)):
+            weights = np.zeros(rows.shape[1])
+            weights[chosen], *_ = np.linalg.lstsq(rows[:, chosen], np.ones(len(rows)), rcond=None)
+            error = float(((rows @ weights - 1) ** 2).sum())
+            if (weights >= 0).all() and error < least - 1e-12:
+                least, best = error, weights
+    return best
 
 
 # Resampling of the median step time of a size from its measured steps: the block bootstrap of Künsch, 1989.
@@ -311,15 +325,12 @@ def _draw(times: Floats, chance: np.random.Generator) -> Floats:
     A block that reaches the last step continues with the first step.
     """
     steps, length = len(times), block_length(times)
-    blocks = math.ceil(steps / length)
     found = []
-    at_once = max(1, CHUNK // steps)
-    for start in range(0, REPLICATES, at_once):
-        count = min(at_once, REPLICATES - start)
-        begins = chance.integers(0, steps, (count, blocks, 1))
-        places = (begins + np.arange(length)).reshape(count, -1)[:, :steps] % steps
-        found.append(np.median(times[places], axis=1))
-    return np.concatenate(found)
+    for _ in range(REPLICATES):
+        begins = chance.integers(0, steps, (math.ceil(steps / length), 1))
+        places = (begins + np.arange(length)).ravel()[:steps] % steps
+        found.append(np.median(times[places]))
+    return np.array(found)
 
 
 def interval(value: float, replicates: Floats, widening: float) -> tuple[float, float]:

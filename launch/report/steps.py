@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -98,9 +98,8 @@ class Steps:
     def after_warmup(self) -> Steps:
         """Return all steps except the first ``WARMUP_STEPS`` of each attempt."""
         chosen = past_warmup(self.step, self.attempt)
-        arrays = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "phases"}
-        phases = {phase: values[chosen] for phase, values in self.phases.items()}
-        return Steps(**{name: values[chosen] for name, values in arrays.items()}, phases=phases)
+        kept: dict[str, Any] = {name: values[chosen] for name, values in vars(self).items() if name != "phases"}
+        return Steps(**kept, phases={phase: values[chosen] for phase, values in self.phases.items()})
 
     def shares(self) -> dict[str, float]:
         """Return the share of each phase in the time of all steps; empty if a step has no phases.
@@ -364,6 +363,10 @@ def _own_work(columns: RecordColumns, unit: str | None) -> Floats:
     return work
 
 
+TIMES, WORK, MFU, READ = range(4)
+"""Rows of the figures in a reduction, before those of ``RECORDED``: step time, own work, MFU, resolution of a log."""
+
+
 class _Reduction:
     """Figures of each step over all added ranks. Steps and unit are those of the first rank with records.
 
@@ -389,15 +392,14 @@ class _Reduction:
                     self._unit = unit
         self._recording: Counter[int] = Counter()
         """Attempt -> number of ranks that recorded steps in it."""
-        # Arrays of figures have the shape [steps of the first rank].
-        size = len(first)
-        self._records, self._resolution, self._computing, self._work = np.zeros((4, size))
-        self._mfu, self._timed, self._worked, self._used = np.zeros((4, size))
-        """Sum of the MFU, and number of ranks that recorded their step time, their work, and their MFU."""
-        self._time, self._own = np.full((2, size), -np.inf)
-        """Longest step time and longest own time of any rank in each step, seconds."""
-        self._phase_counts = np.zeros((len(RECORDED), size))
-        self._critical = np.full((len(RECORDED) + 1, size), np.nan)
+        shape = (len(RECORDED) + 4, len(first))
+        self._sums, self._counts, self._most = np.zeros(shape), np.zeros(shape), np.full(shape, np.nan)
+        """Sum, number and maximum of each known figure over the ranks, [figures, steps of the first rank]."""
+        self._computing = np.zeros(len(first))
+        """Sum over the ranks of the own time that no phase of ``RECORDED`` takes, seconds."""
+        self._own = np.full(len(first), -np.inf)
+        """Longest own time of any rank in each step, seconds."""
+        self._critical = np.full((len(RECORDED) + 1, len(first)), np.nan)
         """Seconds of each phase of ``RECORDED``, then of computing, on the critical rank, [phases, steps]."""
         # Means of each rank over windows of the run, which begin after the warm-up.
         self._chosen = np.flatnonzero(
@@ -407,56 +409,45 @@ class _Reduction:
         self._windows = np.array_split(first.steps[self._chosen], min(WINDOWS, count) or 1)
         self._sizes = np.array([len(window) for window in self._windows])
         self._window = np.repeat(np.arange(len(self._sizes)), self._sizes)
-        self._ranks: list[int] = []
-        self._means: list[Floats] = []
-        """Mean own time of each rank, seconds, each of shape [windows]."""
+        self._means: dict[int, Floats] = {}
+        """Rank -> its mean own time in seconds, [windows]."""
         self._is_net = True
 
     def add(self, rank: int, columns: RecordColumns) -> None:
         """Add the records of the next rank."""
         self._recording.update(set(columns.attempts.tolist()))
-        numbers = {**columns.values, TIME: step_times(columns), "work": _own_work(columns, self._unit)}
-        is_there: Flags | bool = True
-        if not np.array_equal(columns.keys, self._first.keys):  # Otherwise nothing is copied: there may be many ranks.
+        unknown = np.full(len(columns), np.nan)
+        named = [columns.values.get(name, unknown) for name in ("mfu_palm", RESOLUTION, *RECORDED.values())]
+        figures = np.array([step_times(columns), _own_work(columns, self._unit), *named])
+        if not np.array_equal(columns.keys, self._first.keys):
             _, at, found = np.intersect1d(self._first.keys, columns.keys, assume_unique=True, return_indices=True)
             place = np.full(len(self._first), -1)
             place[at] = found
             # A step that this rank lacks takes the NaN behind the last record.
-            numbers = {name: np.append(column, np.nan)[place] for name, column in numbers.items()}
-            is_there = place >= 0
-        times, work = numbers[TIME], numbers["work"]
-        self._records += is_there
-        self._time = np.fmax(self._time, times)
-        if RESOLUTION in numbers:
-            self._resolution = np.fmax(self._resolution, numbers[RESOLUTION])
-        self._timed += ~np.isnan(times)
-        self._work += np.nan_to_num(work)
-        self._worked += ~np.isnan(work)
-        self._mfu += np.nan_to_num(numbers["mfu_palm"])
-        self._used += ~np.isnan(numbers["mfu_palm"])
-        phases = np.array([numbers[name] for name in RECORDED.values()])
-        is_known = ~np.isnan(phases)
-        self._phase_counts += is_known
-        waits, *others = np.where(is_known, phases, 0.0)
-        computing = own = times - waits
-        for seconds in others:
+            figures = np.column_stack([figures, np.full(len(figures), np.nan)])[:, place]
+        is_known = ~np.isnan(figures)
+        known = np.where(is_known, figures, 0.0)
+        self._counts += is_known
+        self._sums += known
+        self._most = np.fmax(self._most, figures)
+        own = computing = figures[TIMES] - known[READ + 1]
+        for seconds in known[READ + 2 :]:
             computing = computing - seconds
         self._computing += np.nan_to_num(computing)
         longest = own > self._own
         self._own[longest] = own[longest]
-        self._critical[:, longest] = np.vstack([phases, computing])[:, longest]
-        self._add_windows(rank, {name: numbers[name][self._chosen] for name in (TIME, *WAITS)})
+        self._critical[:, longest] = np.vstack([figures[READ + 1 :], computing])[:, longest]
+        self._add_windows(rank, figures[:, self._chosen])
 
-    def _add_windows(self, rank: int, numbers: Mapping[str, Floats]) -> None:
+    def _add_windows(self, rank: int, figures: Floats) -> None:
         """Add the mean times of one rank in each window. A rank that lacks a step is left out."""
-        own = numbers[TIME]
+        own, comm, bubble = figures[[TIMES, READ + 1, READ + 2]]  # ``RECORDED`` begins with the two waits.
         if not len(own) or np.isnan(own).any():
             return
-        for name in WAITS:
-            own = own if np.isnan(numbers[name]).any() else own - numbers[name]
-        self._is_net = self._is_net and not np.isnan(numbers["comm_s"]).any()
-        self._ranks.append(rank)
-        self._means.append(np.bincount(self._window, weights=own) / self._sizes)
+        for waits in (comm, bubble):
+            own = own if np.isnan(waits).any() else own - waits
+        self._is_net = self._is_net and not np.isnan(comm).any()
+        self._means[rank] = np.bincount(self._window, weights=own) / self._sizes
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of ``StepReading``, except ``unread``, over all added ranks."""
@@ -479,12 +470,12 @@ class _Reduction:
 
     def _rank_times(self) -> RankTimes | None:
         """Compare the ranks. None if fewer than two recorded the same steps, or steps are too few for windows."""
-        if len(self._ranks) < 2 or len(self._windows) < LEAST_WINDOWS:
+        if len(self._means) < 2 or len(self._windows) < LEAST_WINDOWS:
             return None
-        own = np.array(self._means)
+        own = np.array(list(self._means.values()))
         mean = own @ self._sizes / self._sizes.sum()
         excess, slow = _compare(own, self._sizes, float(own.mean()))
-        of_ranks = zip(self._ranks, mean.tolist(), excess.tolist(), slow.tolist(), strict=True)
+        of_ranks = zip(self._means, mean.tolist(), excess.tolist(), slow.tolist(), strict=True)
         return RankTimes(
             ranks=tuple(RankTime(*of_rank) for of_rank in of_ranks),
             windows=tuple((int(part[0]), int(part[-1])) for part in self._windows),
@@ -502,33 +493,34 @@ class _Reduction:
         """
         first = self._first
         expected = np.full(len(first), -1)
-        work = first.values.get(f"{self._unit}_per_s", np.nan) * self._time
+        work = first.values.get(f"{self._unit}_per_s", np.nan) * self._most[TIMES]
         for number in self._counting:
             setup, here = self._setups[number], first.attempts == number
             recorded = setup.world_size if setup.workload == "gpt" else self._recording[number]
             expected[here] = recorded
             stated = setup.work_per_step
-            by_all = here & (self._worked == (recorded if stated is None else setup.world_size)) & (self._worked > 0)
+            worked = self._counts[WORK]
+            by_all = here & (worked == (recorded if stated is None else setup.world_size)) & (worked > 0)
             if stated is not None:
                 work[here] = stated
-            work[by_all] = self._work[by_all]
-        whole = np.flatnonzero((self._records == expected) & (self._timed == expected))
+            work[by_all] = self._sums[WORK, by_all]
+        whole = np.flatnonzero(self._counts[TIMES] == expected)
         with np.errstate(invalid="ignore"):
-            mfu = self._mfu / self._used  # Ranks above the first may leave out the MFU.
+            mfu = self._sums[MFU] / self._counts[MFU]  # Ranks above the first may leave out the MFU.
         return Steps(
             step=first.steps[whole],
             attempt=first.attempts[whole],
-            time_s=self._time[whole],
+            time_s=self._most[TIMES, whole],
             work=work[whole],
             mfu_palm=mfu[whole],
             recorded_by=expected[whole],
-            resolution_s=self._resolution[whole],
+            resolution_s=np.nan_to_num(self._most[READ, whole]),
             phases=self._phases(whole, expected[whole]),
         )
 
     def _phases(self, whole: Integers, ranks: Integers) -> dict[str, Floats]:
         """Return phase -> seconds of each step. ``computation`` is NaN if only some of the ranks recorded a phase."""
-        time_s, counts, critical = self._time[whole], self._phase_counts[:, whole], self._critical[:, whole]
+        time_s, counts, critical = self._most[TIMES, whole], self._counts[READ + 1 :, whole], self._critical[:, whole]
         found = dict(zip(RECORDED, np.where(counts > 0, critical[:-1], np.nan), strict=True))
         # The critical rank waits for the other ranks outside of its own time.
         found["communication"] = np.where(counts[0] > 0, time_s - self._own[whole], np.nan)

@@ -189,15 +189,14 @@ class ScalingTable:
 
     def sections(self) -> list[tuple[str, list[Row]]]:
         """Return heading and rows for each kind of scaling, in the order of the rows."""
-        kinds = list(dict.fromkeys(row.scaling for row in self.rows))
-        return [(self._heading(kind), [row for row in self.rows if row.scaling == kind]) for kind in kinds]
-
-    def _heading(self, kind: str | None) -> str:
-        batch = self.batches.get(kind or "")
         sizes = Counter((row.scaling, row.series) for row in self.rows)
-        what = f"{kind} scaling".capitalize() if kind and max(sizes.values()) > 1 else "Points"
-        what = "Summary" if len(self.rows) == 1 else what
-        return f"{what} of {self.name}" + (f" with {batch}" if batch else "")
+        found = []
+        for kind in dict.fromkeys(row.scaling for row in self.rows):
+            what = f"{kind} scaling".capitalize() if kind and max(sizes.values()) > 1 else "Points"
+            what, batch = "Summary" if len(self.rows) == 1 else what, self.batches.get(kind or "")
+            heading = f"{what} of {self.name}" + (f" with {batch}" if batch else "")
+            found.append((heading, [row for row in self.rows if row.scaling == kind]))
+        return found
 
 
 def build(folder: Path) -> ScalingTable:
@@ -225,52 +224,54 @@ def tabulate(selection: Selection, points: Sequence[Point]) -> ScalingTable:
         ConfigError: points that belong together are not comparable.
     """
     points = label_selected(selection, points)
-    found = [(series, efficiency_intervals(series)) for series in split(points)]
-    rows = tuple(
-        Row(
-            point=point.name,
-            label=point.title,
-            topology=None if point.environment is None else point.environment.topology,
-            oversubscribed=point.crowded,
-            state=str(point.state),
-            series=series.label,
-            scaling=series.scaling,
-            unread_lines=sum(point.unread.values()),
-            **{name: getattr(point, name) for name in AS_RECORDED},
-            **_time_and_energy(point),
-            **_figures(point),
-            **_against_smallest(series, point, intervals.get(point.name, (None, None))),
-        )
-        for series, intervals in found
-        for point in series.members
-    )
-    shown = [point for series, _ in found for point in series.members]
+    every = split(points)
+    rows = []
+    for series in every:
+        intervals = efficiency_intervals(series)
+        rows += [_row(series, point, intervals.get(point.name, (None, None))) for point in series.members]
+    shown = [point for series in every for point in series.members]
+    batches: dict[str, dict[str, None]] = {}
+    for series in every:
+        for point in series.members if series.scaling else ():
+            batch = point.environment and batch_text(point.environment)
+            batches.setdefault(series.scaling or "", {}).update({batch: None} if batch else {})
     return ScalingTable(
         selection=selection,
-        rows=rows,
-        batches=_batches([series for series, _ in found]),
+        rows=tuple(rows),
+        batches={kind: " or ".join(texts) for kind, texts in batches.items()},
         conditions=_conditions(shown),
-        notes=tuple(report_notes(points, [series for series, _ in found], rows)),
+        notes=tuple(report_notes(points, every, rows)),
         details=tuple(_detail(point, point.figures) for point in shown if point.figures is not None),
         gpus=tuple(point.gpu_use for point in shown),
         is_gpt=all(point.is_gpt for point in points if point.environment is not None),
     )
 
 
+def _row(series: Series, point: Point, interval: tuple[float | None, float | None]) -> Row:
+    """Return the row of a point, with the 95 % interval of its efficiency."""
+    return Row(
+        point=point.name,
+        label=point.title,
+        topology=None if point.environment is None else point.environment.topology,
+        oversubscribed=point.crowded,
+        state=str(point.state),
+        series=series.label,
+        scaling=series.scaling,
+        unread_lines=sum(point.unread.values()),
+        **{name: getattr(point, name) for name in AS_RECORDED},
+        **_time_and_energy(point),
+        **_figures(point),
+        **_against_smallest(series, point, interval),
+    )
+
+
 def _detail(point: Point, figures: StepFigures) -> RunDetail:
     """Return the step times and the slowest ranks of a point."""
-    step_time_s, of_ranks = figures.step_time_s, point.rank_times
+    step_s, of_ranks = figures.step_time_s, point.rank_times
     slowest = sorted(of_ranks.ranks if of_ranks else (), key=lambda rank: -rank.excess_s)[:SLOWEST]
-    return RunDetail(
-        label=point.title,
-        step_time_s=step_time_s,
-        step_times_s=tuple(point.steps.after_warmup().time_s.tolist()),
-        slowest=tuple(
-            RankRow(rank, point.host(rank.rank), rank.excess_s / step_time_s if step_time_s else 0.0)
-            for rank in slowest
-        ),
-        rank_times=of_ranks,
-    )
+    rows = (RankRow(rank, point.host(rank.rank), rank.excess_s / step_s if step_s else 0.0) for rank in slowest)
+    times = point.steps.after_warmup().time_s.tolist()
+    return RunDetail(point.title, step_s, tuple(times), tuple(rows), of_ranks)
 
 
 AS_RECORDED = ("nodes", "ranks", "loss", "last_step", "unit", "run_time_s", "attempts", "source")
@@ -280,26 +281,27 @@ AS_RECORDED = ("nodes", "ranks", "loss", "last_step", "unit", "run_time_s", "att
 def _time_and_energy(point: Point) -> dict[str, Any]:
     """Return the fields of a row that describe allocations, interruptions and GPUs."""
     fields: dict[str, Any] = {}
+    use, time = point.gpu_use, point.goodput
     # The work must be that of the whole run: with half of the steps, a unit of work would seem twice as expensive.
     works = [work for work in point.steps.work.tolist() if work == work]
     work = sum(works) if works and len(works) == point.last_step else None
-    if (use := point.gpu_use) is not None:
+    if use is not None:
         fields = {
             "energy_kwh": None if use.energy_j is None else use.energy_j / 3.6e6,
             "joules_per_work": None if use.energy_j is None or not work else use.energy_j / work,
             "gpu_power_w": use.mean_power_w,
             "throttled": use.throttled,
         }
-    if (time := point.goodput) is not None:
+    if time is not None:
         fields |= {
             "goodput": time.goodput,
             "gpu_hours": time.gpu_hours,
             "cost": time.cost,
             "cost_per_billion": None if time.cost is None or not work else time.cost / (work / 1e9),
             "parts_s": time.seconds,
-            "hours_of": time.losses.unit,
-            "interruptions": sum(time.losses.counts.values()),
-            "causes_h": time.losses.hours,
+            "hours_of": time.hours_of,
+            "interruptions": sum(time.interruptions.values()),
+            "causes_h": time.lost_h,
         }
     return fields
 
@@ -354,16 +356,6 @@ def _against_smallest(series: Series, point: Point, interval: tuple[float | None
     return fields | {"noisy": figures.is_noisy or base.figures.is_noisy, "losses": losses}
 
 
-def _batches(found: Sequence[Series]) -> dict[str, str]:
-    """Return kind of scaling -> text that names the batches of its points, joined by ``or``."""
-    texts: dict[str, dict[str, None]] = {}
-    for series in found:
-        for point in series.members if series.scaling else ():
-            batch = point.environment and batch_text(point.environment)
-            texts.setdefault(series.scaling or "", {}).update({batch: None} if batch else {})
-    return {kind: " or ".join(batches) for kind, batches in texts.items()}
-
-
 def _conditions(points: Sequence[Point]) -> str:
     """Return model, precision, hardware and software of the points; all values if points differ."""
     known = [point.environment for point in points if point.environment is not None]
@@ -371,8 +363,8 @@ def _conditions(points: Sequence[Point]) -> str:
         return "Conditions unavailable: no point has recorded what it ran on."
     parts = [[CONDITIONS[name](one) for one in known] for name in ("model", "precision", "hardware")]
     parts += [[MADE_WITH["software"](point) for point in points]]
-    commits = [one.commit or ("unavailable" if one.workload == "gpt" else None) for one in known]
-    parts += [[None if commit is None else f"commit {commit[:12]}" for commit in commits]]
-    parts += [[None if one.command is None else f"command {one.command}" for one in known]]
-    texts = [" / ".join(dict.fromkeys(value for value in values if value is not None)) for values in parts]
+    commits = [one.commit or ("unavailable" if one.workload == "gpt" else "") for one in known]
+    parts += [[commit and f"commit {commit[:12]}" for commit in commits]]
+    parts += [[one.command and f"command {one.command}" for one in known]]
+    texts = [" / ".join(dict.fromkeys(filter(None, values))) for values in parts]
     return "; ".join(text for text in texts if text) + "."

@@ -24,7 +24,6 @@ from launch.report.notes import (
     time_text,
     with_unit,
 )
-from launch.report.points import GpuUse
 from launch.report.steps import LOSSES
 from launch.report.table import Row, RunDetail, ScalingTable
 from launch.runs.console import print_table
@@ -47,9 +46,13 @@ class Cells:
     rows: Sequence[Sequence[str]]
 
     @staticmethod
-    def of(heading: str, columns: TextColumns, items: Sequence[Any]) -> Cells:
-        """Make a table with a row for each item. A column without a known figure is left out."""
-        shown = known_columns(columns, items)
+    def of(heading: str, columns: TextColumns, items: Sequence[Any], among: Sequence[Any] = ()) -> Cells:
+        """Make a table with a row for each item.
+
+        A column without a figure for an item, or for an item of ``among``, is left out. The notes explain why.
+        """
+        known = among or items
+        shown = {title: text for title, text in columns.items() if any(text(item) != UNAVAILABLE for item in known)}
         return Cells(heading, [*shown], [[text(item) for text in shown.values()] for item in items])
 
     def markdown(self) -> str:
@@ -57,11 +60,6 @@ class Cells:
         titles = [title.replace("\n", " ") for title in self.titles]
         lines = [titles, [":---" if title in LEFT else "---:" for title in self.titles], *self.rows]
         return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def known_columns(columns: TextColumns, items: Sequence[Any]) -> TextColumns:
-    """Return the columns with a figure for at least one item. The notes explain why a column is absent."""
-    return {title: text for title, text in columns.items() if any(text(item) != UNAVAILABLE for item in items)}
 
 
 def _of(name: str, write: Callable[[Any], str] = figure) -> Callable[[Any], str]:
@@ -89,14 +87,14 @@ def efficiency(row: Row) -> str:
     return NOT_CLAIMED if row.efficiency is None and row.speedup is not None else percent(row.efficiency)
 
 
-def point_columns(table: ScalingTable) -> TextColumns:
-    """Return the columns of the table of points that have a figure for at least one point."""
+def point_tables(table: ScalingTable) -> list[Cells]:
+    """Return one table of points for each kind of scaling, all with the same columns."""
     per_s = f"{table.unit}/s"
 
     def throughput(row: Row) -> str:
         """Write the throughput, with its unit if a table has points of several units."""
         several = table.unit == "work" and row.unit is not None and row.throughput is not None
-        return f"{rate(row.throughput)} {row.unit}/s" if several else rate(row.throughput)
+        return rate(row.throughput) + (f" {row.unit}/s" if several else "")
 
     is_untimed = all(row.step_time_s is None for row in table.rows) and any(row.run_time_s for row in table.rows)
     columns: TextColumns = {
@@ -115,16 +113,7 @@ def point_columns(table: ScalingTable) -> TextColumns:
         "loss": _of("loss", lambda value: figure(value, "{:.4f}")),
         "state": attrgetter("state"),
     }
-    return known_columns(columns, table.rows)
-
-
-def point_tables(table: ScalingTable) -> list[Cells]:
-    """Return one table of points for each kind of scaling."""
-    shown = point_columns(table)
-    return [
-        Cells(heading, [*shown], [[text(row) for text in shown.values()] for row in rows])
-        for heading, rows in table.sections()
-    ]
+    return [Cells.of(heading, columns, rows, table.rows) for heading, rows in table.sections()]
 
 
 def part_tables(table: ScalingTable) -> list[Cells]:
@@ -133,6 +122,7 @@ def part_tables(table: ScalingTable) -> list[Cells]:
     label = attrgetter("label")
     timed = [row for row in table.rows if row.goodput is not None]
     interrupted = [row for row in table.rows if row.interruptions]
+    hosts = table.gpus[0].hosts if len(table.gpus) == 1 and table.gpus[0] is not None else ()
     found = [
         Cells.of(
             "What efficiency was lost to",
@@ -182,9 +172,19 @@ def part_tables(table: ScalingTable) -> list[Cells]:
             },
             [pair for pair in zip(table.rows, table.gpus, strict=False) if pair[1] is not None],
         ),
+        Cells.of(
+            "GPUs by host",
+            {
+                "host": attrgetter("host"),
+                "GPUs": _of("gpus"),
+                "energy": lambda host: with_unit(None if host.energy_j is None else host.energy_j / 3.6e6, "kWh"),
+                "mean power of a GPU": lambda host: with_unit(host.mean_power_w, "W"),
+                "throttled": _of("throttled", percent),
+                "reasons": lambda host: ", ".join(f"{reason} {percent(of)}" for reason, of in host.reasons.items()),
+            },
+            sorted(hosts, key=lambda host: -(host.throttled or 0.0))[:MAX_HOSTS],
+        ),
     ]
-    if len(table.gpus) == 1 and table.gpus[0] is not None:
-        found.append(host_table(table.gpus[0]))
     return [cells for cells in found if cells.rows]
 
 
@@ -206,19 +206,6 @@ def _hours_lost(cause: str, row: Row) -> str:
 
 def _amount(value: float | None) -> str:
     return figure(value, "{:,.2f}")
-
-
-def host_table(use: GpuUse) -> Cells:
-    """Make the table of the GPUs of each host."""
-    columns: TextColumns = {
-        "host": attrgetter("host"),
-        "GPUs": _of("gpus"),
-        "energy": lambda host: with_unit(None if host.energy_j is None else host.energy_j / 3.6e6, "kWh"),
-        "mean power of a GPU": lambda host: with_unit(host.mean_power_w, "W"),
-        "throttled": _of("throttled", percent),
-        "reasons": lambda host: ", ".join(f"{reason} {percent(of)}" for reason, of in host.reasons.items()),
-    }
-    return Cells.of("GPUs by host", columns, sorted(use.hosts, key=lambda host: -(host.throttled or 0.0))[:MAX_HOSTS])
 
 
 def slowest_table(found: RunDetail) -> Cells:

@@ -7,7 +7,7 @@ import json
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,11 +19,13 @@ from launch.errors import ConfigError
 # Read a file of measurements once, although a cost model needs it thousands of times.
 
 
+FORMAT = 1
+"""Number of the format of both kinds of files."""
 Measured = TypeVar("Measured")
 Size = TypeVar("Size", int, float)
 
 
-def read_measured(path: Path, key: str, parse: Callable[[Any], Measured], form: int, command: str) -> Measured:
+def _read_measured(path: Path, key: str, parse: Callable[[Any], Measured], command: str) -> Measured:
     """Return the content of a file of measurements. Reads the file again only if it changes.
 
     Args:
@@ -31,14 +33,13 @@ def read_measured(path: Path, key: str, parse: Callable[[Any], Measured], form: 
         key: key or option that names the file, for error messages.
         parse: function from the JSON document to the result; raises ValueError, KeyError, TypeError or
             AttributeError for wrong content.
-        form: number of the document's format.
         command: command that writes such a file with ``--output``, for error messages.
 
     Raises:
         ConfigError: the file does not exist or has another content.
     """
     try:
-        read: Measured = _read(path, path.stat().st_mtime_ns, parse, form)
+        read: Measured = _read(path, path.stat().st_mtime_ns, parse)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         # An error of the system says enough by itself; KeyError and the like need their names to be understood.
         problem = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
@@ -51,18 +52,14 @@ def read_measured(path: Path, key: str, parse: Callable[[Any], Measured], form: 
 
 
 @lru_cache(maxsize=16)
-def _read(path: Path, _changed: int, parse: Callable[[Any], Any], form: int) -> Any:
+def _read(path: Path, _changed: int, parse: Callable[[Any], Any]) -> Any:
     document = json.loads(path.read_text())
-    if document["format"] != form:
-        raise ValueError(f"format {document['format']}, and this is the launcher of format {form}")
+    if document["format"] != FORMAT:
+        raise ValueError(f"format {document['format']}, and this is the launcher of format {FORMAT}")
     return parse(document)
 
 
 # Measured rates of matrix products by size, from the file ``cluster.matmul_rates``, and their interpolation.
-
-
-RATES_FORMAT = 1
-COMMAND = "python -m gpt.bench_matmul"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,16 +119,16 @@ class MatmulFile:
 
 def rates_document(device: str, samples: Sequence[Mapping[str, Any]], measured: Mapping[str, Any]) -> dict[str, Any]:
     """Return the file's content. ``samples`` have precision, m, n, k and seconds; ``measured`` has the conditions."""
-    return {"format": RATES_FORMAT, "device": device, "measured": dict(measured), "samples": [*map(dict, samples)]}
+    return {"format": FORMAT, "device": device, "measured": dict(measured), "samples": [*map(dict, samples)]}
 
 
-def read_matmul_rates(path: Path, key: str = "cluster.matmul_rates") -> MatmulFile:
-    """Read a file of measured rates of matrix products. Error messages name the file by ``key``.
+def read_matmul_rates(path: Path) -> MatmulFile:
+    """Read a file of measured rates of matrix products, the value of ``cluster.matmul_rates``.
 
     Raises:
         ConfigError: the file does not exist or has another content.
     """
-    return read_measured(path, key, _parse_rates, RATES_FORMAT, COMMAND)
+    return _read_measured(path, "cluster.matmul_rates", _parse_rates, "python -m gpt.bench_matmul")
 
 
 def _parse_rates(document: Any) -> MatmulFile:
@@ -144,14 +141,13 @@ def _parse_rates(document: Any) -> MatmulFile:
         found.setdefault(str(sample["precision"]), {})[shape] = 2 * math.prod(shape) / seconds
     if not found:
         raise ValueError("no samples")
-    return MatmulFile(str(document["device"]), {name: _on_grid(name, rates) for name, rates in found.items()})
-
-
-def _on_grid(precision: str, rates: Mapping[tuple[int, ...], float]) -> MatmulRates:
-    axes = tuple(tuple(sorted({shape[axis] for shape in rates})) for axis in range(3))
-    if missing := next((shape for shape in itertools.product(*axes) if shape not in rates), None):
-        raise ValueError(f"no sample of m, n, k = {missing} in {precision}")
-    return MatmulRates(axes, rates)
+    precisions = {}
+    for name, rates in found.items():
+        axes = tuple(tuple(sorted(set(sizes))) for sizes in zip(*rates))
+        if missing := set(itertools.product(*axes)) - rates.keys():
+            raise ValueError(f"no sample of m, n, k = {min(missing)} in {name}")
+        precisions[name] = MatmulRates(axes, rates)
+    return MatmulFile(str(document["device"]), precisions)
 
 
 # Measured links, from the file that ``launch.bench_network`` writes, and the cost model of collectives.
@@ -160,7 +156,6 @@ def _on_grid(precision: str, rates: Mapping[tuple[int, ...], float]) -> MatmulRa
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send")
 TIERS = ("intra_node", "inter_node")
 """Kinds of links: in a node, and between nodes (ranks of equal local rank, while all ranks send)."""
-NETWORK_FORMAT = 1
 FASTEST = 1e13
 """Bandwidth for a link whose measured time does not grow with the size, bytes/s: more than any real link has."""
 
@@ -218,21 +213,6 @@ def factor_at(curve: Curve, size: float) -> float:
     return math.exp(sum(share * math.log(known[point]) for point, share in near))
 
 
-def curve_of(fit: LinkFit, collective: str, samples: Iterable[tuple[int, float, float]]) -> Curve:
-    """Return the curve of a fit: measured over fitted time by message size, the mean over groups of ranks.
-
-    Args:
-        fit: the fitted line.
-        collective: name of the measured collective.
-        samples: number of ranks, bytes and seconds of each measurement.
-    """
-    found = defaultdict[float, list[float]](list)
-    for ranks, size, seconds in samples:
-        messages, share = terms(collective, ranks)
-        found[share * size / messages].append(math.log(seconds / fit.seconds(collective, ranks, size)))
-    return tuple((size, math.exp(fmean(logs))) for size, logs in sorted(found.items()))
-
-
 @dataclass(frozen=True)
 class Network:
     """Measured links in and between nodes."""
@@ -257,7 +237,7 @@ def network_document(network: Network, measured: Mapping[str, Any]) -> dict[str,
         for tier, fits in network.tiers.items()
     }
     return {
-        "format": NETWORK_FORMAT,
+        "format": FORMAT,
         "ranks_per_node": network.ranks_per_node,
         "tiers": tiers,
         "measured": dict(measured),
@@ -274,7 +254,7 @@ def read_network(path: Path, key: str = "cluster.network") -> Network:
     Raises:
         ConfigError: the file does not exist or has another content.
     """
-    return read_measured(path, key, _parse_network, NETWORK_FORMAT, "python -m launch.bench_network nodes=2")
+    return _read_measured(path, key, _parse_network, "python -m launch.bench_network nodes=2")
 
 
 def _parse_network(document: Any) -> Network:
@@ -283,11 +263,7 @@ def _parse_network(document: Any) -> Network:
         raise ValueError(f"ranks_per_node {ranks!r}")
     samples = document.get("measured", {}).get("samples", [])
     tiers = {
-        tier: {
-            name: _with_curve(_fit(f"tiers.{tier}.{name}", fit), tier, name, samples)
-            for name, fit in fits.items()
-            if name in COLLECTIVES
-        }
+        tier: {name: _fit(tier, name, fit, samples) for name, fit in fits.items() if name in COLLECTIVES}
         for tier, fits in document["tiers"].items()
         if tier in TIERS
     }
@@ -296,20 +272,21 @@ def _parse_network(document: Any) -> Network:
     return Network(ranks, tiers)
 
 
-def _with_curve(fit: LinkFit, tier: str, name: str, samples: Sequence[Mapping[str, Any]]) -> LinkFit:
-    known = [
-        (int(sample["ranks"]), float(sample["bytes"]), float(sample["seconds"]))
-        for sample in samples
-        if (sample["tier"], sample["collective"]) == (tier, name)
-    ]
-    if any(ranks < 2 or not 0 < size < math.inf or not 0 < seconds < math.inf for ranks, size, seconds in known):
-        raise ValueError(f"samples of {name} that cannot be")
-    return replace(fit, curve=curve_of(fit, name, known))
+def _fit(tier: str, name: str, document: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> LinkFit:
+    """Return the fit of a collective from its entry in the file. Raises ValueError for impossible numbers.
 
-
-def _fit(name: str, document: Mapping[str, Any]) -> LinkFit:
-    """Return the fit of a collective from its entry in the file. Raises ValueError for impossible numbers."""
+    Its curve has, by message size, the mean over groups of ranks of the measured time over the fitted time.
+    """
     latency, bandwidth = (float(document[key]) for key in ("latency_us", "bandwidth_gb_per_s"))
     if not (0 <= latency < math.inf and 0 < bandwidth < math.inf):
-        raise ValueError(f"{name}: latency_us {latency:g} and bandwidth_gb_per_s {bandwidth:g}")
-    return LinkFit(latency / 1e6, bandwidth * 1e9, float(document.get("error", 0.0)))
+        raise ValueError(f"tiers.{tier}.{name}: latency_us {latency:g} and bandwidth_gb_per_s {bandwidth:g}")
+    fit = LinkFit(latency / 1e6, bandwidth * 1e9, float(document.get("error", 0.0)))
+    found = defaultdict[float, list[float]](list)
+    for sample in samples:
+        if (sample["tier"], sample["collective"]) == (tier, name):
+            ranks, size, seconds = int(sample["ranks"]), float(sample["bytes"]), float(sample["seconds"])
+            if ranks < 2 or not 0 < size < math.inf or not 0 < seconds < math.inf:
+                raise ValueError(f"samples of {name} that cannot be")
+            messages, share = terms(name, ranks)
+            found[share * size / messages].append(math.log(seconds / fit.seconds(name, ranks, size)))
+    return replace(fit, curve=tuple((size, math.exp(fmean(logs))) for size, logs in sorted(found.items())))

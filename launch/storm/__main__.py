@@ -68,8 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config.validate()
     kind = config.cluster.kind
     is_slurm = kind is ClusterKind.slurm or (kind is ClusterKind.auto and scheduler.controller_problem() is None)
-    fulfilled = {SLURM: is_slurm, SANDBOX: is_slurm and args.sandbox is not None}
-    kinds = choose_kinds(args.kinds, [need for need, is_met in fulfilled.items() if is_met])
+    kinds = choose_kinds(args.kinds, [SLURM] * is_slurm + [SANDBOX] * (is_slurm and args.sandbox is not None))
     schedule = make_schedule(args.seed, args.faults, kinds, config.world_size, args.most_steps)
     if args.dry_run:
         for fault in schedule:
@@ -133,10 +132,8 @@ def _words_and_quiet(words: Sequence[str], quiet: Path | None) -> tuple[list[str
     if len(words) == 1 and is_run(Path(words[0])):
         quiet, words = Path(words[0]), read_overrides(RunFolder(Path(words[0]).absolute()))
     words = [word for word in words if not word.startswith("run_dir=")]
-    if quiet is None:
-        return words, None
-    folder = RunFolder(quiet.absolute())
-    if not is_finished(folder.read_events()):
+    folder = None if quiet is None else RunFolder(quiet.absolute())
+    if folder and not is_finished(folder.read_events()):
         fix = f"python -m launch.status {quiet}, or no --quiet: the drill makes one"
         raise ConfigError(f"{quiet}, which has not finished", "a finished run to compare with", fix)
     return words, folder

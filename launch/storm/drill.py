@@ -240,14 +240,11 @@ def first_save(events: Sequence[Mapping[str, Any]], last: LastFault, now: float)
 
 def differing_state(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
     """Yield the differences between the files of the final checkpoints of two runs."""
-    both = []
-    for run in (quiet, stormy):
-        last = next(iter(checkpoints(run)), None)
-        if last is None:
-            yield "no final checkpoint"
-            return
-        both.append({str(path.relative_to(last.parent)): path for path in files_of(last)})
-    one, other = both
+    newest = [checkpoints(run)[:1] for run in (quiet, stormy)]
+    if [] in newest:
+        yield "no final checkpoint"
+        return
+    one, other = ({str(path.relative_to(last.parent)): path for path in files_of(last)} for (last,) in newest)
     if not one:
         yield "the final checkpoint has no file to compare"
     for name in sorted({*one, *other}):
@@ -264,10 +261,8 @@ def differing_steps(quiet: RunFolder, stormy: RunFolder) -> Iterator[str]:
         missing, more = sorted(one.keys() - other), sorted(other.keys() - one)
         if missing or more:
             yield f"rank {rank}: steps {missing[:3] or more[:3]} are {'missing' if missing else 'too many'}"
-        wrong = [
-            step for step in sorted(one.keys() & other) if any(one[step].get(f) != other[step].get(f) for f in SAME)
-        ]
-        if wrong:
+        both = sorted(one.keys() & other)
+        if wrong := [step for step in both if any(one[step].get(f) != other[step].get(f) for f in SAME)]:
             yield f"rank {rank}: {len(wrong)} steps with another loss or other samples, the first is {wrong[0]}"
     if not quiet.metric_ranks():
         yield "no step records: the program does not record its steps (run.record of launch.worker)"

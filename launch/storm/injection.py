@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,13 +121,13 @@ def processes_to_signal(run_dir: Path, what: str, which: str) -> list[psutil.Pro
             includes the helper process that would end srun's step.
         which: number of the rank or job.
     """
-    if what in ("rank", "agent"):
-        rank = rank_processes(run_dir).get(int(which))
-        with suppress(psutil.NoSuchProcess):
-            line = [rank, *rank.parents()] if rank else []
-            return [p for p in line if what == "rank" or is_agent(p.cmdline())][:1]
-        return []
-    return of_job(which, "python" if what == "agents" else "srun", os.environ.get("SLURM_CONF"))
+    if what in ("agents", "srun"):
+        return of_job(which, "python" if what == "agents" else "srun", os.environ.get("SLURM_CONF"))
+    rank = rank_processes(run_dir).get(int(which))
+    with suppress(psutil.NoSuchProcess):
+        line = [rank, *rank.parents()] if rank else []
+        return [p for p in line if what == "rank" or is_agent(p.cmdline())][:1]
+    return []
 
 
 def wait_for_processes(
@@ -136,12 +137,8 @@ def wait_for_processes(
 
     Raises FaultError if no process appears, or no save starts.
     """
-    patience_s = 0.0 if what == "srun" else PATIENCE_S
-
-    def found() -> list[psutil.Process]:
-        return processes_to_signal(run_dir, what, which)
-
-    processes = wait_or_fail(found, f"{what} {which}", patience_s, is_over)
+    found = partial(processes_to_signal, run_dir, what, which)
+    processes = wait_or_fail(found, f"{what} {which}", 0.0 if what == "srun" else PATIENCE_S, is_over)
     if in_save:
         folder = RunFolder(run_dir).checkpoints
         before = set(folder.glob("*"))
@@ -217,9 +214,9 @@ class Site:
     def host_of(self, rank: int) -> str:
         """Return the node of a rank in the newest attempt that has recorded its ranks."""
         for attempt in reversed(self.folder.attempts()):
-            ranks = read_json(self.folder.environment(attempt)).get("ranks", ())
-            if hosts := [str(entry["host"]) for entry in ranks if entry["rank"] == rank]:
-                return hosts[0]
+            for entry in read_json(self.folder.environment(attempt)).get("ranks", ()):
+                if entry["rank"] == rank:
+                    return str(entry["host"])
         raise FaultError("no attempt has recorded the nodes of its ranks")
 
     def running_rank(self, rank: int) -> int:
@@ -241,11 +238,6 @@ class Site:
     def in_sandbox(self, *words: str) -> str:
         """Run a command of the sandbox, and return its first line of output."""
         return self.command(sys.executable, "-m", "gpt_launch", "slurm.sandbox", *words, "--dir", str(self.sandbox))
-
-    def requeue(self) -> str:
-        """Requeue the job and return the command."""
-        self.command("scontrol", "requeue", self.job)
-        return f"scontrol requeue {self.job}"
 
     def by_srun(self, host: str, number: signal.Signals, what: str, which: str, *options: str) -> str:
         """Signal processes on another node by srun. Returns a text about the action."""
@@ -309,6 +301,11 @@ def _flip_bit(fault: PlannedFault, site: Site) -> str:
     return f"bit {bit} of {newest.name}/{path.name} flipped; {killed}"
 
 
+def _requeue(fault: PlannedFault, site: Site) -> str:
+    site.command("scontrol", "requeue", site.job)
+    return f"scontrol requeue {site.job}"
+
+
 def _kill_srun(fault: PlannedFault, site: Site) -> str:
     """Kill the srun of the batch script.
 
@@ -317,7 +314,7 @@ def _kill_srun(fault: PlannedFault, site: Site) -> str:
     with suppress(FaultError):
         return site.signal(signal.SIGKILL, "srun")
     count = len(site.events("agent_started"))
-    done = site.requeue()
+    done = _requeue(fault, site)
     what = f"another start of job {site.job}"
     wait_or_fail(lambda: len(site.events("agent_started")) > count, what, RESTART_S, site.is_over)
     return f"{done}; {site.signal(signal.SIGKILL, 'srun')}"
@@ -404,7 +401,7 @@ KINDS = {
         _signal_rank(signal.SIGKILL, in_save=True),
     ),
     "flip_bit": Kind("one bit of the newest checkpoint flipped, and SIGKILL to rank {rank}", _flip_bit),
-    "requeue": Kind("scontrol requeue", lambda fault, site: site.requeue(), SLURM),
+    "requeue": Kind("scontrol requeue", _requeue, SLURM),
     "kill_srun": Kind("SIGKILL to the batch script's srun and its helper: the step runs on", _kill_srun, SLURM),
     "preempt": Kind(
         "a job that preempts this one", lambda fault, site: site.in_sandbox("preempt", site.job, "--seconds=1"), SANDBOX

@@ -120,8 +120,8 @@ def test_the_report_counts_the_time_that_a_crash_cost(sabotaged: tuple[str, RunF
     assert first and again and "crashed" in row.causes_h and row.interruptions == 1
     # From the first step, which the second attempt did again, to where that began.
     lost_s = again[0]["time"] - again[0]["step_time_s"] - (first[0]["time"] - first[0]["step_time_s"])
-    assert measured.losses.seconds == {"crashed": pytest.approx(lost_s, abs=1e-3)}
-    assert row.causes_h == measured.losses.hours
+    assert measured.lost_s == {"crashed": pytest.approx(lost_s, abs=1e-3)}
+    assert row.causes_h == measured.lost_h
 
 
 def test_status_and_logs_show_the_failed_rank_first(sabotaged: tuple[str, RunFolder]) -> None:

@@ -129,17 +129,17 @@ def goodput_of(run: Clock) -> Goodput:
 def test_parts_and_losses_of_a_stormy_run_are_those_worked_out_by_hand(tmp_path: Path) -> None:
     run = stormy(tmp_path / "nodes=2")
     found = goodput_of(run)
-    assert found.seconds == PARTS and found.total_s == run.now - T0, "to the last digit"
-    assert found.losses.seconds == LOST and found.losses.counts == dict.fromkeys(LOST, 1)
+    assert found.seconds == PARTS and sum(found.seconds.values()) == run.now - T0, "to the last digit"
+    assert found.lost_s == LOST and found.interruptions == dict.fromkeys(LOST, 1)
     assert sum(LOST.values()) == (
         # The parts that are loss: all of two, and of others what came after an interruption.
         PARTS["lost"] + PARTS["restarts"] + PARTS["restore"] + (PARTS["compile"] - 4.0) + (PARTS["shutdown"] - 1.0)
     )
-    assert found.losses.hours == pytest.approx({c: s * GPUS / 3600 for c, s in LOST.items()}, rel=1e-12)
+    assert found.lost_h == pytest.approx({c: s * GPUS / 3600 for c, s in LOST.items()}, rel=1e-12)
     (row,) = (table := build(run.builder.path)).rows
     assert row.parts_s == PARTS
     assert (row.interruptions, row.hours_of) == (3, "GPU")
-    assert row.causes_h == found.losses.hours
+    assert row.causes_h == found.lost_h
     allocated_h = (run.now - T0 - PARTS["waiting"]) / 3600
     assert row.goodput == pytest.approx(20.0 / (3600 * allocated_h))
     assert (row.gpu_hours, row.cost) == pytest.approx((allocated_h * GPUS, allocated_h * GPUS * PRICE))
@@ -255,8 +255,8 @@ def test_time_and_losses_are_those_worked_out_by_hand(
     run = Clock(tmp_path / "run")
     scenario(run)
     found = goodput_of(run.released())
-    assert found.seconds == seconds and found.losses.seconds == lost_s
-    assert found.losses.counts == dict.fromkeys(lost_s, 1)
+    assert found.seconds == seconds and found.lost_s == lost_s
+    assert found.interruptions == dict.fromkeys(lost_s, 1)
     allocated_s = sum(seconds.values()) - seconds.get("waiting", 0.0)
     assert found.goodput == pytest.approx((seconds.get("steps", 0.0) + seconds.get("fewer", 0.0)) / allocated_s)
 
@@ -275,8 +275,8 @@ def test_a_cancelled_run_that_a_command_takes_back_was_interrupted_once(tmp_path
     aside.write_text("".join(lines[4:]))
     folder.metrics(0).write_text("".join(lines[:4]))
     run.allocation().spend(16).started(2).steps(2, 5, 8).released()
-    losses = goodput_of(run).losses
-    assert losses.counts == {"cancelled": 1} and losses.seconds == {"continued": 4.0, "cancelled": 16.0}
+    found = goodput_of(run)
+    assert found.interruptions == {"cancelled": 1} and found.lost_s == {"continued": 4.0, "cancelled": 16.0}
 
 
 # Runs without an agent, and steps that are recorded twice.
@@ -345,4 +345,6 @@ def test_a_compiled_run_tells_compilation_in_the_steps_that_had_it_once(tmp_path
     # A step may be read while the next one is made: what both take counts once.
     assert 0 < goodput.seconds["steps"] <= steps_s - told[1] + 1e-6, "none of it in a step"
     assert sum(goodput.seconds.values()) == pytest.approx(ended - begun, abs=1e-6)
-    assert 100 * sum(s / goodput.total_s for s in goodput.seconds.values()) == pytest.approx(100.0, abs=1e-9)
+    assert 100 * sum(s / sum(goodput.seconds.values()) for s in goodput.seconds.values()) == pytest.approx(
+        100.0, abs=1e-9
+    )

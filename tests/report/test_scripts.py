@@ -14,7 +14,7 @@ import pytest
 
 from launch.report import Row, build, write
 from launch.report.table import ScalingTable
-from launch.report.text import point_columns
+from launch.report.text import point_tables
 from launch.runs import progress
 from launch.runs.event_files import png_shape
 from launch.runs.files import ReportFile
@@ -37,7 +37,7 @@ def points(folder: Path, script: dict[str, Any], times: dict[int, float], **reco
 
 
 def titles(table: ScalingTable) -> list[str]:
-    return [title.replace("\n", " ") for title in point_columns(table)]
+    return [title.replace("\n", " ") for title in point_tables(table)[0].titles]
 
 
 def figures(rows: tuple[Row, ...], *names: str) -> list[tuple[Any, ...]]:
