@@ -260,15 +260,15 @@ def read_clock(address: str) -> tuple[str, tuple[float, float] | None]:
 def run_link_ranks(root: Path, node: Node, config: Config, endpoint: RendezvousEndpoint) -> str:
     """Run this node's ranks with torchrun's variables, at most RANKS_S s. Returns the errors; empty if none."""
     each, problems, started = config.ranks_on_node, [], []
-    shared: dict[str, object] = {"WORLD_SIZE": each * node.count, "LOCAL_WORLD_SIZE": each}
-    shared |= {"MASTER_ADDR": endpoint.store.host, "MASTER_PORT": endpoint.store.port}
+    shared = {"WORLD_SIZE": str(each * node.count), "LOCAL_WORLD_SIZE": str(each)}
+    shared |= {"MASTER_ADDR": endpoint.store.host, "MASTER_PORT": str(endpoint.store.port)}
     shared |= {"CUDA_VISIBLE_DEVICES": ""} if (root / ON_CPUS).exists() else {}
     for local in range(each):
         rank = node.index * each + local
         path = root / "ranks" / f"{rank:05d}.log"
-        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": local}.items()}
         command = [sys.executable, "-m", "gpt_launch", "launch.doctor.links", str(path.with_suffix(".json"))]
-        env, quiet = {**os.environ, **own}, subprocess.DEVNULL
+        env = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(local)}
+        quiet = subprocess.DEVNULL
         with path.open("wb") as log:
             started.append((rank, path, subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=quiet)))
     deadline = time.monotonic() + RANKS_S

@@ -33,7 +33,6 @@ from launch.report.notes import percent, rate, time_text
 from launch.report.selection import select
 from launch.runs.console import print_table
 from launch.runs.files import deny_others_writing, write_atomically
-from launch.runs.find import runs_labelled
 from launch.runs.folder import RunFolder
 from launch.runs.measured import read_network
 from launch.runs.overrides import typed_key
@@ -93,15 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         expected = "hours between two failures of a node, above 0"
         raise ConfigError(f"--mtbf-hours {typed.mtbf_hours:g}", expected, "--mtbf-hours 20000")
     deny_others_writing()
-    folder = Path(words[0])
-    folder = folder if folder.exists() else next(iter(runs_labelled(folder)), folder)
-    selection = select(folder, typed.sweep, command="python -m launch.project", options=f"--nodes {typed.nodes}")
+    selection = select(Path(words[0]), typed.sweep, command=f"python -m launch.project {{}} --nodes {typed.nodes}")
     projection = project(read_sweep(selection, typed.network), sizes, typed.mtbf_hours)
     print(projection_heading(projection))
     styles = ["bold" if row.is_measured else "dim" if row.refused else "" for row in projection.rows]
-    shown = projection_columns(projection)
-    rows = list(zip(*shown.values(), strict=True))
-    print_table(Console(), list(shown), rows, left=("kind",), optional=DROPPED_FIRST, styles=styles)
+    titles, rows = projection_table(projection)
+    print_table(Console(), titles, rows, left=("kind",), optional=DROPPED_FIRST, styles=styles)
     print(*sentences(projection), sep="\n")
     for ending, content in contents(projection).items():
         path = selection.folders[-1] / f"projection.{ending}"
@@ -135,30 +131,27 @@ def parse_node_counts(text: str) -> list[int]:
 # A projection as text: terminal, CSV, JSON.
 
 
-def projection_columns(found: Projection) -> dict[str, list[str]]:
-    """Return title of a column -> cells of all rows. A column without any figure is left out."""
+def projection_table(found: Projection) -> tuple[list[str], list[list[str]]]:
+    """Return the titles of the columns, and the cells of each row; a cell is empty if its figure is not known."""
 
-    def cells(name: str, text: Callable[[Any], str]) -> list[str]:
-        values = [getattr(row, name) for row in found.rows]
-        return ["" if value is None else text(value) for value in values]
+    def known(value: Any, text: Callable[[Any], str]) -> str:
+        return "" if value is None else text(value)
 
-    shown = {
-        "nodes": cells("nodes", "{:,}".format),
-        "ranks": cells("ranks", "{:,}".format),
-        "step time": cells("step_s", time_text),
-        "interval": [
-            "" if row.low_s is None else f"{time_text(row.low_s)} to {time_text(row.high_s)}" for row in found.rows
-        ],
-        f"{found.unit}/s": cells("throughput", rate),
-        "efficiency": cells("efficiency", percent),
-        "stragglers": cells("stragglers_s", time_text),
-        "memory a rank": cells("memory_bytes", lambda value: f"{value / GIB:.2f} GiB"),
-        "goodput": cells("goodput", percent),
-        f"GPU-hours / 10^9 {found.unit}": cells("gpu_hours_per_giga", "{:,.3g}".format),
-        f"cost / 10^9 {found.unit}": cells("cost_per_giga", "{:,.2f}".format),
-        "kind": ["measured" if row.is_measured else "refused" if row.refused else "projected" for row in found.rows],
-    }
-    return {title: column for title, column in shown.items() if any(column)}
+    per_giga = f"/ 10^9 {found.unit}"
+    titles = ["nodes", "ranks", "step time", "interval", f"{found.unit}/s", "efficiency", "stragglers", "memory a rank"]
+    titles += ["goodput", f"GPU-hours {per_giga}", f"cost {per_giga}", "kind"]
+    return titles, [
+        [
+            *(f"{row.nodes:,}", f"{row.ranks:,}", known(row.step_s, time_text)),
+            "" if row.low_s is None else f"{time_text(row.low_s)} to {time_text(row.high_s)}",
+            *(known(row.throughput, rate), known(row.efficiency, percent), known(row.stragglers_s, time_text)),
+            known(row.memory_bytes, lambda value: f"{value / GIB:.2f} GiB"),
+            *(known(row.goodput, percent), known(row.gpu_hours_per_giga, "{:,.3g}".format)),
+            known(row.cost_per_giga, "{:,.2f}".format),
+            "measured" if row.is_measured else "refused" if row.refused else "projected",
+        ]
+        for row in found.rows
+    ]
 
 
 def projection_heading(found: Projection) -> str:

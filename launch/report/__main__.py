@@ -18,7 +18,7 @@ from launch.report import ALL_FILES, ScalingTable, select, show, show_and_write,
 from launch.report.points import PointState
 from launch.report.selection import compare_selections, writing_to
 from launch.runs.files import ReportFile, deny_others_writing
-from launch.runs.find import ARCHIVE, runs_labelled
+from launch.runs.find import ARCHIVE
 
 WATCH_S = 30.0
 UNENDED = (PointState.RUNNING, PointState.NO_RECORDS, PointState.NOT_STARTED)
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     typed = parser.parse_intermixed_args(arguments)
     deny_others_writing()
-    folders = [path if path.exists() else next(iter(runs_labelled(path)), path) for path in typed.folders]
+    folders = typed.folders
     if len(folders) > 1 and typed.sweep is not None:
         again = " ".join(quote(str(one)) for one in (folders[0] / ARCHIVE / f"{typed.sweep:04d}", *folders[1:]))
         raise ConfigError(

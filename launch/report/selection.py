@@ -10,7 +10,17 @@ from shlex import quote
 from tempfile import TemporaryFile
 
 from launch.errors import ConfigError
-from launch.runs.find import ARCHIVE, CURRENT, OUTPUTS, Sweep, current_sweep, is_run, read_sweeps, runs_inside
+from launch.runs.find import (
+    ARCHIVE,
+    CURRENT,
+    OUTPUTS,
+    Sweep,
+    current_sweep,
+    is_run,
+    read_sweeps,
+    runs_inside,
+    runs_labelled,
+)
 
 REPORT = "python -m launch.report"
 
@@ -92,7 +102,7 @@ class Selection:
 
 
 def select(
-    folder: Path, number: int | None = None, *, every: bool = False, command: str = REPORT, options: str = ""
+    folder: Path, number: int | None = None, *, every: bool = False, command: str = f"{REPORT} {{}}"
 ) -> Selection:
     """Choose the runs of a report of ``folder``: ``select(Path("outputs/quick_test"))``.
 
@@ -101,57 +111,56 @@ def select(
     count.
 
     Args:
-        folder: folder of runs, or of one run.
+        folder: folder of runs, or of one run; or the label of a run.
         number: number of an earlier sweep; None for the newest.
         every: True for all runs of the folder.
-        command: command that error messages propose.
-        options: options of this command after the folder.
+        command: command that error messages propose, with ``{}`` for the folder.
 
     Raises:
         ConfigError: there is no such run, or no such sweep.
     """
+    folder = folder if folder.exists() else next(iter(runs_labelled(folder)), folder)
     if not folder.is_dir():
         lacking = f"{folder}, which is a file" if folder.exists() else f"no folder {folder}"
-        raise ConfigError(lacking, "a folder with runs in it", _proposal(folder.parent, command, options))
+        raise ConfigError(lacking, "a folder with runs in it", _proposal(folder.parent, command))
     if is_run(folder) and number is None and not every:
         return Selection(folder, (folder,))
     if folder.parent.name == ARCHIVE and folder.name.isdigit() and (folder / CURRENT).is_file() and number is None:
-        return select(folder.parent.parent, int(folder.name), command=command, options=options)
+        return select(folder.parent.parent, int(folder.name), command=command)
     current = current_sweep(folder)
-    sweep = current if number is None else _sweep_numbered(folder, number, command, options)
+    sweep = current if number is None else _sweep_numbered(folder, number, command)
     if sweep is not None and not every:
         points = tuple(folder / name for name in sweep.points)
         return Selection(folder, points, sweep, is_current=sweep == current)
     found = runs_inside(folder, depth=1)
     if not found:
         expected = "a run folder, or a folder with runs in it (each has metrics/, attempts/ or plan.json)"
-        raise ConfigError(f"no run in {folder}", expected, _proposal(folder, command, options))
+        raise ConfigError(f"no run in {folder}", expected, _proposal(folder, command))
     return Selection(folder, tuple(found), is_current=current is None)
 
 
-def _sweep_numbered(folder: Path, number: int, command: str, options: str) -> Sweep:
+def _sweep_numbered(folder: Path, number: int, command: str) -> Sweep:
     known = read_sweeps(folder)
     for sweep in known:
         if sweep.number == number:
             return sweep
-    again = f"{command} {quote(str(folder))}"
     if known:
         expected = "; ".join(sweep.summary(known) for sweep in known)
-        again = f"{again} --sweep {known[-1].number} {options}".rstrip()
+        again = command.format(f"{quote(str(folder))} --sweep {known[-1].number}")
     else:
         expected = f"the number of a sweep, of which none is recorded in {folder / CURRENT}"
-        again = f"{again} {options}".rstrip() if runs_inside(folder, depth=1) else _proposal(folder, command, options)
+        again = command.format(quote(str(folder))) if runs_inside(folder, depth=1) else _proposal(folder, command)
     raise ConfigError(f"no sweep {number} in {folder}", expected, again)
 
 
-def _proposal(folder: Path, command: str, options: str) -> str:
+def _proposal(folder: Path, command: str) -> str:
     """Return a command for an error message: for the newest folder with runs near ``folder``, else to make runs."""
     near = [folder, *folder.iterdir(), *(OUTPUTS.iterdir() if OUTPUTS.is_dir() else ())] if folder.is_dir() else []
     fitting = [path for path in near if path.is_dir() and runs_inside(path, depth=1)]
     if not fitting:
         return "python -m launch -m nodes=1,2"
     newest = max(fitting, key=lambda path: path.stat().st_mtime)
-    return f"{command} {quote(str(newest))} {options}".rstrip()
+    return command.format(quote(str(newest)))
 
 
 def writing_to(selection: Selection, out: Path) -> Selection:

@@ -33,7 +33,12 @@ def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
     root = folder / (RUN if len(table.rows) > 1 else RUN_OF_ONE)
     old = list(root.rglob(f"events.out.tfevents.*{SUFFIX}"))
     with tempfile.TemporaryDirectory() as scratch:
-        (_write_sweep if len(table.rows) > 1 else _write_summary)(table, png, Path(scratch))
+        name = "scaling" if len(table.rows) > 1 else "summary"
+        with EventWriter(Path(scratch), suffix=SUFFIX) as whole:
+            whole.text(f"{name}/table", markdown_text(table))
+            whole.image(f"{name}/figure", png)  # That of one run includes the heat map of its ranks.
+            if len(table.rows) > 1:
+                _write_curves(table, whole, Path(scratch))
         for path in sorted(Path(scratch).rglob("events.out.tfevents.*")):
             write_atomically(root / path.relative_to(scratch), path.read_bytes())
     for path in old:
@@ -44,24 +49,15 @@ def write_dashboard(table: ScalingTable, png: bytes, folder: Path) -> Path:
     return root
 
 
-def _writer(folder: Path) -> EventWriter:
-    return EventWriter(folder, suffix=SUFFIX)
-
-
-def _write_summary(table: ScalingTable, png: bytes, root: Path) -> None:
-    """Write the report of one run into ``root``: its table as text, and its picture, the content of a PNG file.
-
-    The picture includes the heat map of the ranks.
-    """
-    with _writer(root) as writer:
-        writer.text("summary/table", markdown_text(table))
-        writer.image("summary/figure", png)
-
-
-def _write_sweep(table: ScalingTable, png: bytes, root: Path) -> None:
-    """Write the report of a sweep: charts over the number of ranks, table and figure. Each series has its own curves.
+def _write_curves(table: ScalingTable, whole: EventWriter, root: Path) -> None:
+    """Write charts over the number of ranks. Each series has its own curves.
 
     TensorBoard's step is the number of ranks. Without throughputs, their chart is absent.
+
+    Args:
+        table: report of several points.
+        whole: writer of the files in ``root``.
+        root: folder of the TensorBoard run.
     """
     per_s = f"{table.unit}_per_s"
     shown = {
@@ -73,24 +69,21 @@ def _write_sweep(table: ScalingTable, png: bytes, root: Path) -> None:
         del shown[f"{table.unit.capitalize()} per second"]
     charts = {title: Curve(*(f"scaling/{name}" for name in names)) for title, names in shown.items()}
     names = [*chain(*shown.values()), "loss"]
-    with _writer(root) as whole:
-        whole.layout({"Scaling: measured and ideal over the number of ranks": charts})
-        whole.text("scaling/table", markdown_text(table))
-        whole.image("scaling/figure", png)
-        for series in dict.fromkeys(row.series for row in table.rows):
-            rows = [row for row in table.rows if row.series == series and row.ranks is not None]
-            folder = root / point_name([series], exclude=()) if series else root
-            # A second file in a folder would make TensorBoard forget the first file.
-            with _writer(folder) if series else nullcontext(whole) as writer:
+    whole.layout({"Scaling: measured and ideal over the number of ranks": charts})
+    for series in dict.fromkeys(row.series for row in table.rows):
+        rows = [row for row in table.rows if row.series == series and row.ranks is not None]
+        folder = root / point_name([series], exclude=()) if series else root
+        # A second file in a folder would make TensorBoard forget the first file.
+        with EventWriter(folder, suffix=SUFFIX) if series else nullcontext(whole) as writer:
+            for row in rows:
+                values = {name: getattr(row, name.replace(per_s, "throughput")) for name in names}
+                _write_point(writer, row, values)
+        if any(row.throughput_ideal is not None for row in rows):
+            with EventWriter(folder / IDEAL, suffix=SUFFIX) as writer:
                 for row in rows:
-                    values = {name: getattr(row, name.replace(per_s, "throughput")) for name in names}
-                    _write_point(writer, row, values)
-            if any(row.throughput_ideal is not None for row in rows):
-                with _writer(folder / IDEAL) as writer:
-                    for row in rows:
-                        # The band around a line has no width, but TensorBoard requires one.
-                        band = dict.fromkeys((name for name in names if "_per_s" in name), row.throughput_ideal)
-                        _write_point(writer, row, band | {"efficiency": None if row.efficiency is None else 1.0})
+                    # The band around a line has no width, but TensorBoard requires one.
+                    band = dict.fromkeys((name for name in names if "_per_s" in name), row.throughput_ideal)
+                    _write_point(writer, row, band | {"efficiency": None if row.efficiency is None else 1.0})
 
 
 def _write_point(writer: EventWriter, row: Row, values: Mapping[str, float | None]) -> None:

@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config.validate()
     kind = config.cluster.kind
     is_slurm = kind is ClusterKind.slurm or (kind is ClusterKind.auto and scheduler.controller_problem() is None)
-    kinds = choose_kinds(args.kinds, [SLURM] * is_slurm + [SANDBOX] * (is_slurm and args.sandbox is not None))
+    has = [] if not is_slurm else [SLURM] if args.sandbox is None else [SLURM, SANDBOX]
+    kinds = choose_kinds(args.kinds, has)
     schedule = make_schedule(args.seed, args.faults, kinds, config.world_size, args.most_steps)
     if args.dry_run:
         for fault in schedule:

@@ -320,26 +320,18 @@ def _kill_srun(fault: PlannedFault, site: Site) -> str:
     return f"{done}; {site.signal(signal.SIGKILL, 'srun')}"
 
 
-def _node_fault(fault: PlannedFault, site: Site) -> str:
-    """Make the node fault of this kind on the node of the rank, and heal the node after its seconds."""
-    host = site.host_of(fault.rank)
+def _in_sandbox(fault: PlannedFault, site: Site) -> str:
+    """Make the fault of this kind on the node of the rank or on the controller, and undo it after its seconds."""
+    host = [] if fault.kind == "stop_controller" else [site.host_of(fault.rank)]
     try:
-        done = site.in_sandbox(fault.kind.replace("_", "-"), host)
+        done = site.in_sandbox(fault.kind.replace("_", "-"), *host)
+        if not host:
+            with suppress(FaultError):
+                # Slurm then queries the sender of the request, and gets no answer.
+                site.signal(signal.SIGTERM, "agent")
         time.sleep(fault.seconds)
     finally:
-        site.in_sandbox("heal", host)
-    return f"{done}, for {fault.seconds:g} s"
-
-
-def _stop_controller(fault: PlannedFault, site: Site) -> str:
-    done = site.in_sandbox("stop-controller")
-    try:
-        with suppress(FaultError):
-            # Slurm then queries the sender of the request, and gets no answer.
-            site.signal(signal.SIGTERM, "agent")
-        time.sleep(fault.seconds)
-    finally:
-        site.in_sandbox("start-controller")
+        site.in_sandbox("heal" if host else "start-controller", *host)
     return f"{done}, for {fault.seconds:g} s"
 
 
@@ -406,11 +398,11 @@ KINDS = {
     "preempt": Kind(
         "a job that preempts this one", lambda fault, site: site.in_sandbox("preempt", site.job, "--seconds=1"), SANDBOX
     ),
-    "power_cut": Kind("the node of rank {rank} without power for {seconds:g} s", _node_fault, SANDBOX, REBOOTS),
-    "freeze": Kind("the node of rank {rank} frozen for {seconds:g} s", _node_fault, SANDBOX, OUTAGES),
-    "cut_link": Kind("the node of rank {rank} without a link for {seconds:g} s", _node_fault, SANDBOX, OUTAGES),
+    "power_cut": Kind("the node of rank {rank} without power for {seconds:g} s", _in_sandbox, SANDBOX, REBOOTS),
+    "freeze": Kind("the node of rank {rank} frozen for {seconds:g} s", _in_sandbox, SANDBOX, OUTAGES),
+    "cut_link": Kind("the node of rank {rank} without a link for {seconds:g} s", _in_sandbox, SANDBOX, OUTAGES),
     "stop_controller": Kind(
-        "no slurmctld for {seconds:g} s, and SIGTERM to the agents", _stop_controller, SANDBOX, ABSENCES
+        "no slurmctld for {seconds:g} s, and SIGTERM to the agents", _in_sandbox, SANDBOX, ABSENCES
     ),
 }
 
