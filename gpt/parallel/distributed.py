@@ -223,9 +223,10 @@ def choose_device(wish: Device, local_rank: int, local_size: int) -> torch.devic
     if wish is Device.cpu or (wish is Device.auto and gpus == 0):
         return torch.device("cpu")
     if gpus < local_size:
+        without = "" if torch.backends.cuda.is_built() else f", and torch {torch.__version__} without CUDA"
         raise ConfigError(
-            f"{local_size} ranks on a node with {gpus} visible GPUs",
-            "a GPU for each rank",
+            f"{local_size} ranks on a node with {gpus} visible GPUs{without}",
+            "a GPU for each rank" + (", and a torch with CUDA (docs/setup.md)" if without else ""),
             f"ranks_per_node={gpus}" if gpus else "device=cpu",
         )
     return torch.device("cuda", local_rank)

@@ -10,7 +10,7 @@ from typing import Any
 from gpt.accounting import block_shapes
 from gpt.config import Ffn, ModelConfig, OptimConfig, ParallelConfig, Strategy, TrainConfig, nearest_divisor
 from gpt.config.rules import divisors
-from launch.errors import ConfigError
+from launch.errors import ConfigError, counted
 
 # Parallel dimensions: the number of ranks along each axis of the device mesh.
 #
@@ -88,7 +88,7 @@ def parallel_dims(parallel: ParallelConfig, world_size: int, ranks_per_node: int
             taken = f", {left} of them left by the other dimensions" if model_ranks > 1 else ""
             enough = math.lcm(model_ranks * size, ranks_per_node)
             raise ConfigError(
-                f"parallel.{name}={size} with {world_size} ranks{taken}",
+                f"parallel.{name}={size} with {counted(world_size, 'rank')}{taken}",
                 f"a divisor of {left}",
                 f"parallel.{name}={nearest_divisor(left, size)}, or {enough} ranks in all: "
                 f"nodes={enough // ranks_per_node}",

@@ -178,11 +178,10 @@ def record_failure(folder: RunFolder, attempt: int, rank: int, error: BaseExcept
     Thousands of ranks can fail together with the same traceback, and every agent reads the whole log.
     """
     cause = f"{type(error).__name__}: {error}"
-    # The text of a refusal suffices.
-    trace = "" if isinstance(error, ConfigError) else "".join(traceback.format_exception(error))
+    trace = "".join(traceback.format_exception(error))
     # Files and lines are equal for equal failures, while messages may name the rank.
     places = "\n".join(f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__))
-    same = same_failure(rank, failure_kind(cause, places)) if trace else None
+    same = None if isinstance(error, ConfigError) else same_failure(rank, failure_kind(cause, places))
     enter_failure(folder, attempt, rank, cause=cause, trace=trace, step=step, same_as=same)
 
 
@@ -219,7 +218,9 @@ def enter_failure(
     of this host that has recorded the same traceback, which is then left out; None if there is no such rank.
     """
     more = {name: value for name, value in more.items() if value is not None}
-    if "same_as" in more:
+    if cause.startswith(f"{ConfigError.__name__}: found:"):
+        trace = ""  # The text of a refusal suffices.
+    elif "same_as" in more:
         trace = f"as rank {more['same_as']} of this host, which has the traceback; this rank's is in its log"
     folder.record_event(
         "rank_failed",

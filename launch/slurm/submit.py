@@ -146,7 +146,7 @@ def submit_somewhere(plans: Sequence[Plan], candidate: int) -> Submission:
 
 def refusal_text(error: SlurmError) -> str:
     """Extract sbatch's complaints from submitit's error."""
-    found = re.findall(r"sbatch: error: (.+)", str(error))
+    found = re.findall(r"sbatch: (?:error: |(?=unrecognized option))(.+)", str(error))
     return "; ".join(dict.fromkeys(line.strip() for line in found)) or str(error)
 
 
@@ -181,6 +181,10 @@ def explain_refusal(plan: Plan, error: SlurmError) -> ConfigError:
             "taken although the answer was late; cluster=local runs it here",
         )
     found = f"point {plan.title}, and sbatch refuses its job: {said}"
+    option = re.search(r"unrecognized option '--([\w-]+)", said)
+    if option is not None:
+        fix = f"the same without {option[1]} in cluster.additional_parameters"
+        return ConfigError(found, "options of this cluster's sbatch (sbatch --help)", fix)
     doctor = "python -m launch.doctor, with the same arguments: it compares them with what the cluster has"
     return ConfigError(found, "resources that this cluster gives to you", doctor)
 

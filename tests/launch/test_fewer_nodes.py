@@ -64,7 +64,7 @@ LARGE += " cluster.gpus_per_node=1 cluster.gpu_memory_gib=2.5"
         ("nodes=2 resilience.min_nodes=3", "resilience.min_nodes=3 with nodes=2", "resilience.min_nodes=2"),
         ("nodes=2 resilience.min_nodes=0", "resilience.min_nodes=0", "resilience.min_nodes=1"),
         ("nodes=4 resilience.min_nodes=3", NO_SIZE, ", or resilience.min_nodes=null"),
-        ("nodes=2 resilience.min_nodes=1 parallel.tp=2 parallel=fsdp", "with 1 ranks", "parallel.tp=1"),
+        ("nodes=2 resilience.min_nodes=1 parallel.tp=2 parallel=fsdp", "with 1 rank", "parallel.tp=1"),
         ("nodes=2 resilience.min_nodes=1 optim.weak_scaling=true", "weak_scaling", "optim.weak_scaling=false"),
         (f"nodes=2 resilience.min_nodes=1 {LARGE}", "with nodes=1: a rank of 3.00 GiB", "resilience.min_nodes=null"),
         (f"{SCRIPT} nodes=2 resilience.min_nodes=1", "a script that is not", "script.elastic=true"),

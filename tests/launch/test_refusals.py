@@ -153,28 +153,42 @@ def test_a_sweep_is_refused_with_status_2_and_advice_for_all_its_points(tmp_path
     run("launch optim.global_batch=30", *words, cwd=tmp_path)
 
 
-REFUSES = """#!/bin/sh
-echo "sbatch: error: invalid partition specified: hih" >&2
-echo "sbatch: error: Batch job submission failed: Invalid partition name specified" >&2
-exit 1
-"""
-
-
-def test_what_sbatch_refuses_is_said_once_and_in_three_parts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("printed", "lines"),
+    [
+        (
+            "sbatch: error: invalid partition specified: hih\n"
+            "sbatch: error: Batch job submission failed: Invalid partition name specified",
+            [
+                "found: point nodes=2, and sbatch refuses its job: invalid partition specified: hih; "
+                "Batch job submission failed: Invalid partition name specified",
+                "expected: resources that this cluster gives to you",
+                "type next: python -m launch.doctor, with the same arguments: it compares them with what the cluster "
+                "has",
+            ],
+        ),
+        (
+            "sbatch: unrecognized option '--foo-bar=1'\nTry \"sbatch --help\" for more information",
+            [
+                "found: point nodes=2, and sbatch refuses its job: unrecognized option '--foo-bar=1'",
+                "expected: options of this cluster's sbatch (sbatch --help)",
+                "type next: the same without foo-bar in cluster.additional_parameters",
+            ],
+        ),
+    ],
+    ids=["partition", "option"],
+)
+def test_what_sbatch_refuses_is_said_once_and_in_three_parts(printed: str, lines: list[str], tmp_path: Path) -> None:
     # As Slurm 22.05 prints it, by a controller that does not tell its limits.
     answers = '#!/bin/sh\n[ "$1" = ping ]\n'
     # submitit looks whether srun is there; here it may be the only one.
-    for name, text in {"sbatch": REFUSES, "scontrol": answers, "srun": "#!/bin/sh\n"}.items():
+    refuses = f"#!/bin/sh\ncat >&2 <<'END'\n{printed}\nEND\nexit 1\n"
+    for name, text in {"sbatch": refuses, "scontrol": answers, "srun": "#!/bin/sh\n"}.items():
         write_program(tmp_path / "bin" / name, text)
     words = ["cluster=slurm", "cluster.partition=hih", "nodes=2"]
     text = run("launch", *words, cwd=tmp_path, status=1, PATH=f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    assert text.splitlines()[-3:] == [
-        "found: point nodes=2, and sbatch refuses its job: invalid partition specified: hih; "
-        "Batch job submission failed: Invalid partition name specified",
-        "expected: resources that this cluster gives to you",
-        "type next: python -m launch.doctor, with the same arguments: it compares them with what the cluster has",
-    ]
-    assert text.count("invalid partition") == 1
+    assert text.splitlines()[-3:] == lines
+    assert text.count(printed.splitlines()[0].removeprefix("sbatch: ").removeprefix("error: ")) == 1
     assert not [path for path in (tmp_path / "outputs").rglob("*") if path.is_file()], "no run that never started"
 
 
