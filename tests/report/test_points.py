@@ -21,7 +21,7 @@ from launch.runs.environment import GpuSample, append_samples
 from launch.runs.folder import RunFolder
 from launch.runs.records import append_records
 from launch.slurm.status import RunStatus, update_steps
-from tests.support.run_folders import RunBuilder, notes_with
+from tests.support.run_folders import RunBuilder, column, notes_with
 
 A, B = "0000:3b:00.0", "0000:d8:00.0"
 CAPPED = 0x04 | 0x01
@@ -216,12 +216,10 @@ def test_points_beside_each_other_disturb_each_other(
 ) -> None:
     for at, nodes in enumerate((1, 2)):
         place = {"machine": f"{machine}{at}" if "node" in machine else machine}
-        builder = RunBuilder(
-            tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",), cores=cores, extra_rank=place
-        )
-        builder.attempt().steps(1, [1.0] * 5, time=first[at]).steps(6, [1.0] * 6, time=first[at] + 99.0)
+        builder = RunBuilder.of_nodes(tmp_path, nodes, cores=cores, extra_rank=place)
+        builder.steps(1, [1.0] * 5, time=first[at]).steps(6, [1.0] * 6, time=first[at] + 99.0)
     table = build(tmp_path)
-    assert [row.oversubscribed for row in table.rows] == crowded
+    assert column(table.rows, "oversubscribed") == crowded
     assert [row.efficiency is None for row in table.rows] == [any(crowded)] * 2
     assert bool(notes_with(table, "at the same time as nodes=2")) == any(crowded)
 

@@ -23,7 +23,7 @@ from launch.runs.find import record_sweep
 from tests.support import commands
 from tests.support.commands import call
 from tests.support.planning import refused
-from tests.support.run_folders import RunBuilder, notes_with, read_events, scalars, shown
+from tests.support.run_folders import RunBuilder, column, notes_with, read_events, scalars, shown
 
 COLUMNS = (
     *("point", "nodes", "ranks", "topology", "tokens_per_s", "tokens_per_s_per_rank", "step_time_s"),
@@ -230,10 +230,10 @@ def test_a_later_sweep_leaves_the_earlier_one_its_table_and_says_what_to_type(sw
     assert {name: (sweep / "sweeps" / "0001" / name).read_bytes() for name in first} == first
     assert (sweep / "scaling.csv").read_bytes() == now == (sweep / "sweeps" / "0002" / "scaling.csv").read_bytes()
     call(main, sweep, "--all", "--files", "csv")
-    assert [row.point for row in build(sweep).rows] == ["nodes=2", "nodes=4"]
+    assert column(build(sweep).rows, "point") == ["nodes=2", "nodes=4"]
     assert (sweep / "all_runs.csv").read_text().count("nodes=") == 6 and (sweep / "scaling.csv").read_bytes() == now
     assert record_sweep(sweep, ["nodes=2", "nodes=1"], ["nodes=2,1"]).number == 1, "the same points are the same sweep"
-    assert [row.point for row in build(sweep).rows] == ["nodes=1", "nodes=2"]
+    assert column(build(sweep).rows, "point") == ["nodes=1", "nodes=2"]
     assert "sweep 2: nodes=2,4" in call(main, sweep, "--sweep", 7, status=2)
 
 
@@ -307,13 +307,13 @@ def test_a_comparison_is_written_beside_the_first_and_takes_nothing_from_its_rep
 def test_runs_of_one_folder_are_compared_as_a_sweep_and_sweeps_by_their_records(sweeps: dict[str, Path]) -> None:
     old, new = sweeps.values()
     table = compared(old / "nodes=1", old / "nodes=4", new / "nodes=1")
-    assert [row.label for row in table.rows] == ["old/nodes=1", "old/nodes=4", "new/nodes=1"]
-    assert [row.efficiency for row in table.rows] == [1.0, pytest.approx(0.5), None], "one alone scales nothing"
+    assert column(table.rows, "label") == ["old/nodes=1", "old/nodes=4", "new/nodes=1"]
+    assert column(table.rows, "efficiency") == [1.0, pytest.approx(0.5), None], "one alone scales nothing"
     for nodes in ((1, 2), (1, 2, 4)):
         record_sweep(old, [f"nodes={n}" for n in nodes], ["nodes=" + ",".join(map(str, nodes))])
     table = compared(old / "sweeps/0001", old / "sweeps/0002")
     assert [row.label for row in table.rows[:3]] == [f"old sweep 1/nodes={n}" for n in (1, 2)] + ["old sweep 2/nodes=1"]
-    assert [row.efficiency for row in table.rows] == [pytest.approx(e) for e in (1, 0.625, 1, 0.625, 0.5)]
+    assert column(table.rows, "efficiency") == [pytest.approx(e) for e in (1, 0.625, 1, 0.625, 0.5)]
     assert not any(row.oversubscribed for row in table.rows), "a run is no neighbour of itself"
 
 

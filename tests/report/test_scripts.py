@@ -73,7 +73,7 @@ def test_samples_of_the_ranks_add_up(tmp_path: Path) -> None:
         pytest.approx((32, 32, 2.0, 1, 1)),
         pytest.approx((102.4, 51.2, 1.25, 3.2, 1.6)),
     ]
-    assert [row.steps_measured for row in table.rows] == [5, 5]
+    assert column(table.rows, "steps_measured") == [5, 5]
     expected = "point|nodes|ranks|samples/s|samples/s per rank|step time|spread|speedup|efficiency|loss|state"
     assert titles(table) == expected.split("|")
     assert table.sections()[0][0] == "Strong scaling of s"
@@ -114,9 +114,9 @@ def test_weak_scaling_of_a_script(tmp_path: Path) -> None:
         builder = RunBuilder(tmp_path / "w" / f"p{ranks}", ranks, ranks, words, script=script)
         builder.attempt().records([1.0 if ranks == 1 else 1.25] * 11)
     table = build(tmp_path / "w")
-    assert [row.series for row in table.rows] == ["", ""], "the work of a step tells no programs apart"
-    assert [row.label for row in table.rows] == ["nodes=1", "nodes=2"]
-    assert [row.efficiency for row in table.rows] == pytest.approx([1, 0.8])
+    assert column(table.rows, "series") == ["", ""], "the work of a step tells no programs apart"
+    assert column(table.rows, "label") == ["nodes=1", "nodes=2"]
+    assert column(table.rows, "efficiency") == pytest.approx([1, 0.8])
     assert table.sections()[0][0] == "Weak scaling of w with 256 images per step and rank"
 
 
@@ -268,4 +268,4 @@ def test_gpus_without_identity_are_shared_by_nobody_elsewhere(tmp_path: Path) ->
             extra_rank={"device": "cuda:{rank}"}, device_name="NVIDIA H100",
         )  # fmt: skip
         builder.attempt().records([1.0 / nodes] * 11)
-    assert [row.oversubscribed for row in build(tmp_path).rows] == [False, False]
+    assert column(build(tmp_path).rows, "oversubscribed") == [False, False]

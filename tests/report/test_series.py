@@ -68,9 +68,8 @@ def test_intervals_of_a_sweep_hold_its_efficiencies(tmp_path: Path, weak: bool) 
     chance = np.random.default_rng(5)
     for ranks in (1, 2, 4):
         step_s = ranks / (ranks - 0.05 * (ranks - 1)) if weak else 0.05 + 0.95 / ranks
-        batch, typed = 8 * ranks if weak else 64, (f"nodes={ranks}",)
-        built = RunBuilder(tmp_path / typed[0], ranks, ranks, typed, global_batch=batch, weak_scaling=weak)
-        built.attempt().steps(1, (step_s * chance.normal(1, 0.005, 45)).tolist()).finished()
+        built = RunBuilder.of_nodes(tmp_path, ranks, global_batch=8 * ranks if weak else 64, weak_scaling=weak)
+        built.steps(1, (step_s * chance.normal(1, 0.005, 45)).tolist()).finished()
     table = build(tmp_path)
     for row in table.rows[1:]:
         expected = (row.ranks - 0.05 * (row.ranks - 1)) / row.ranks if weak else 1 / (0.05 * row.ranks + 0.95)
@@ -110,8 +109,8 @@ def test_points_are_shown_by_what_sets_them_apart(tmp_path: Path) -> None:
 def test_points_that_nothing_sets_apart_keep_their_names(tmp_path: Path) -> None:
     for name, words in (("a", ("nodes=1",)), ("b", ("nodes=1", "output_dir=elsewhere"))):
         RunBuilder(tmp_path / name, overrides=words).attempt().steps(1, STEADY)
-    assert [row.label for row in build(tmp_path).rows] == ["a", "b"]
-    assert [row.label for row in build(tmp_path / "a").rows] == ["a"]
+    assert column(build(tmp_path).rows, "label") == ["a", "b"]
+    assert column(build(tmp_path / "a").rows, "label") == ["a"]
 
 
 def test_a_label_keeps_its_generation_and_a_folder_that_was_typed_its_name() -> None:
@@ -178,7 +177,7 @@ def test_points_made_otherwise_are_told_apart(tmp_path: Path, entries: dict[str,
 def test_points_made_alike_or_of_which_one_does_not_tell_are_compared(tmp_path: Path) -> None:
     table = sweep_made(tmp_path, {1: {}, 2: {"software": {}, "git": {}}, 4: {}})
     assert {row.series for row in table.rows} == {""}
-    assert [row.efficiency for row in table.rows] == pytest.approx([1, 1, 1])
+    assert column(table.rows, "efficiency") == pytest.approx([1, 1, 1])
     assert not notes_with(table, "different")
 
 

@@ -76,7 +76,7 @@ def test_steps_made_in_another_setup_are_not_mixed_in(tmp_path: Path) -> None:
 
 def test_an_attempt_without_steps_does_not_hide_those_before_it(tmp_path: Path) -> None:
     RunBuilder(tmp_path, 2).attempt(1).steps(1, STEADY).finished()
-    RunBuilder(tmp_path, 1).attempt(2).event("finished", attempt=2)
+    RunBuilder(tmp_path, 1).attempt(2).finished(2)
     row = build(tmp_path).rows[0]
     assert (row.ranks, row.step_time_s, row.state) == (2, 1.0, "finished")
 
@@ -85,7 +85,7 @@ def test_too_few_steps_are_said_instead_of_a_figure(tmp_path: Path) -> None:
     RunBuilder(tmp_path / "nodes=1").attempt().steps(1, [1.0] * (WARMUP_STEPS + MIN_STEPS - 1))
     RunBuilder(tmp_path / "nodes=2", 2).attempt().steps(1, [1.0] * (WARMUP_STEPS + MIN_STEPS))
     table = build(tmp_path)
-    assert [row.step_time_s for row in table.rows] == [None, 1.0]
+    assert column(table.rows, "step_time_s") == [None, 1.0]
     assert notes_with(table, "Too few steps", "nodes=1 (4 of 9)")
     assert notes_with(table, "against nodes=2 (2 ranks), because nodes=1 gave no figures")
 
@@ -172,20 +172,19 @@ def test_points_that_cannot_be_compared_are_refused(tmp_path: Path, other: dict[
 
 def test_weak_scaling_compares_the_batch_per_rank_and_says_so(tmp_path: Path) -> None:
     for nodes in (1, 2, 4):
-        builder = RunBuilder(tmp_path / f"nodes={nodes}", nodes, nodes, (f"nodes={nodes}",))
-        builder.weak_scaling, builder.global_batch = True, 8 * nodes
-        builder.attempt().steps(1, [1.0 if nodes == 1 else 1.25] * 10)
+        builder = RunBuilder.of_nodes(tmp_path, nodes, weak_scaling=True, global_batch=8 * nodes)
+        builder.steps(1, [1.0 if nodes == 1 else 1.25] * 10)
     table = build(tmp_path)
-    assert [row.efficiency for row in table.rows] == pytest.approx([1, 0.8, 0.8])
-    assert [row.speedup for row in table.rows] == pytest.approx([1, 1.6, 3.2])
+    assert column(table.rows, "efficiency") == pytest.approx([1, 0.8, 0.8])
+    assert column(table.rows, "speedup") == pytest.approx([1, 1.6, 3.2])
     [(heading, _)] = table.sections()
     assert heading == f"Weak scaling of {tmp_path.name} with 8 sequences per rank"
 
 
 def test_mfu_is_the_median_where_it_is_known_and_absent_elsewhere(tmp_path: Path) -> None:
-    RunBuilder(tmp_path / "nodes=1").attempt().steps(1, STEADY, mfu_palm=0.4)
-    RunBuilder(tmp_path / "nodes=2", 2).attempt().steps(1, STEADY)
-    assert [row.mfu_palm for row in build(tmp_path).rows] == [pytest.approx(0.4), None]
+    RunBuilder.of_nodes(tmp_path, 1).steps(1, STEADY, mfu_palm=0.4)
+    RunBuilder.of_nodes(tmp_path, 2).steps(1, STEADY)
+    assert column(build(tmp_path).rows, "mfu_palm") == [pytest.approx(0.4), None]
 
 
 def test_a_sweep_file_names_the_points_in_their_order(sweep: Path) -> None:
@@ -296,7 +295,7 @@ def test_efficiency_is_speedup_over_ranks_whatever_the_order(
 ) -> None:
     points = [in_memory(f"p{ranks}", ranks, step_times) for ranks, step_times in measured.items()]
     table = tabulate(Selection(Path("sweep"), ()), points)
-    assert [row.ranks for row in table.rows] == sorted(measured)
+    assert column(table.rows, "ranks") == sorted(measured)
     rows: list[Any] = list(table.rows)
     base = rows[0]
     assert base.speedup == base.efficiency == 1
