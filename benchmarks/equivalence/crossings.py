@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.page import chosen, keep, stamp
-from gpt.training.checkpoints import save
 from tests.support.distributed import RankFailedError, run_distributed
-from tests.support.learning import MODELS, start, step
+from tests.support.learning import MODELS, save, start, step
 
 TOLERANCE = 1e-5
 RANKS = 4

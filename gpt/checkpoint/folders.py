@@ -231,11 +231,6 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def temporary_for(folder: Path, step: int, token: str) -> Path:
-    """Return the folder to write a checkpoint into; ``token``, 8 hexadecimal digits, is the same on all ranks."""
-    return folder / f".saving_{final_for(folder, step).name}_{token}"
-
-
 def begin(temporary: Path, step: int) -> None:
     """Create the folder to write a checkpoint into, and first remove the temporary folders of killed saves.
 
@@ -300,8 +295,16 @@ def kept_steps(saved: list[int], keeps: Retention, read: Callable[[int], Manifes
         keeps: the checkpoints to keep.
         read: reads the manifest of a step; called only if validation losses decide.
     """
-    kept = {*saved[-keeps.last :], *(step for step in saved if keeps.every and step % keeps.every == 0)}
-    return kept | set(_best(saved, keeps.best, read) if keeps.best else ())
+    losses = []
+    for step in saved if keeps.best else ():
+        try:
+            loss = read(step).meta.get(VALIDATION_LOSS)
+        except (DamagedError, OSError, RuntimeError):
+            continue  # no load takes it either
+        if isinstance(loss, float) and math.isfinite(loss):
+            losses.append((loss, -step))  # of equal losses the newest step
+    best = [-step for _, step in sorted(losses)[: keeps.best]]
+    return {*saved[-keeps.last :], *best, *(step for step in saved if keeps.every and step % keeps.every == 0)}
 
 
 def retire(folder: Path, keeps: Retention, spared: Set[int] = frozenset()) -> None:
@@ -328,19 +331,6 @@ def _delete(path: Path) -> None:
     doomed = path.with_name(f".deleting_{path.name}_{secrets.token_hex(4)}")
     path.rename(doomed)
     remove_folder(doomed)
-
-
-def _best(saved: list[int], number: int, read: Callable[[int], Manifest]) -> list[int]:
-    """Return the ``number`` steps with the lowest measured validation loss; of equal losses the newest step."""
-    losses = []
-    for step in saved:
-        try:
-            loss = read(step).meta.get(VALIDATION_LOSS)
-        except (DamagedError, OSError, RuntimeError):
-            continue  # no load takes it either
-        if isinstance(loss, float) and math.isfinite(loss):
-            losses.append((loss, -step))
-    return [-step for _, step in sorted(losses)[:number]]
 
 
 def sweep(folder: Path, keep: Path | None = None) -> None:

@@ -165,18 +165,18 @@ def decode_index(plain: dict[str, Any]) -> Metadata:
     Raises:
         ValueError: the dtype of a tensor is unknown.
     """
-    return Metadata({name: _decode_entry(entry) for name, entry in plain.items()})
-
-
-def _decode_entry(entry: list[Any] | None) -> TensorStorageMetadata | BytesStorageMetadata:
-    if entry is None:
-        return BytesStorageMetadata()
-    name, size, chunks = entry
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is no type of tensors")
-    found = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in chunks]
-    return TensorStorageMetadata(TensorProperties(dtype), torch.Size(size), found)
+    found: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for name, entry in plain.items():
+        if entry is None:
+            found[name] = BytesStorageMetadata()
+            continue
+        kind, size, chunks = entry
+        dtype = getattr(torch, kind, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{kind!r} is no type of tensors")
+        held = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in chunks]
+        found[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(size), held)
+    return Metadata(found)
 
 
 # Formats of an engine's state on disk: tensors through torch.distributed.checkpoint, or files of the engine's own.

@@ -63,8 +63,12 @@ class CheckpointLoader:
             ConfigError: there were checkpoints and all are damaged, or the whole one belongs to another model.
             CheckpointError: the filesystem failed.
         """
-        run_on_first_rank(lambda: folders.sweep(self.folder), self.group)
-        paths = run_on_first_rank(lambda: folders.list_committed(self.folder), self.group)
+
+        def list_swept() -> list[Path]:
+            folders.sweep(self.folder)
+            return folders.list_committed(self.folder)
+
+        paths = run_on_first_rank(list_swept, self.group)
         newest = max(map(folders.step_of, paths), default=0)
         loaded, why_not = (None, None) if self.memory is None else self.memory.load(state, newest)
         if loaded is None:

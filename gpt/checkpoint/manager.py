@@ -18,7 +18,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ class InFlight:
 
     about: Manifest
     """The manifest without time and files."""
-    may_commit: Callable[[], bool]
+    may_commit: Callable[[], bool] | None
+    """None for a save to memory, as in ``start``."""
     started: float
     part: RankPart | StagedPart | None
     """None if this rank's part could not be collected, so that each try fails."""
@@ -100,11 +101,6 @@ class InFlight:
     submit_at: float | None = None
     """Time of time.monotonic at which the part goes to the writer again; None while the writer has it."""
     result: Result | None = None
-
-
-def always() -> bool:
-    """Return True, which allows every commit."""
-    return True
 
 
 class CheckpointManager(CheckpointLoader):
@@ -138,7 +134,6 @@ class CheckpointManager(CheckpointLoader):
         self.failures = 0
         self._failing_since = 0.0
         self._phases = self._names = 0
-        self._token: str | None = None
         self._pending: InFlight | None = None
 
     # Saving.
@@ -148,24 +143,15 @@ class CheckpointManager(CheckpointLoader):
         """True while a save is in flight; the same on all ranks."""
         return self._pending is not None
 
-    def save(
+    def start(
         self,
         step: int,
         state: Any,
         rank_state: dict[str, Any],
         meta: dict[str, Any],
-        may_commit: Callable[[], bool] = always,
-    ) -> Path:
-        """Write the checkpoint of a step and wait for it, as ``start`` and ``finish`` do; return its folder."""
-        self.start(step, state, rank_state, meta, may_commit)
-        while not isinstance(self.finish(), Saved):
-            assert self.is_pending
-        return folders.final_for(self.folder, step)
-
-    def start(
-        self, step: int, state: Any, rank_state: dict[str, Any], meta: dict[str, Any], may_commit: Callable[[], bool]
+        may_commit: Callable[[], bool] | None,
     ) -> None:
-        """Begin to write a state to disk. No other save may be in flight.
+        """Begin to write a state to disk, or send it to the memory of the nodes. No other save may be in flight.
 
         Args:
             step: number of the step; it has no checkpoint yet.
@@ -174,17 +160,33 @@ class CheckpointManager(CheckpointLoader):
             rank_state: state of this rank alone: tensors and plain Python values.
             meta: plain JSON; rank 0's is kept.
             may_commit: called on rank 0 just before the commit; False commits nothing. Picklable, for a writer process.
+                None for a save to the memory of the nodes.
 
         Raises:
             CheckpointError: the state cannot be planned; on every rank.
         """
         assert self._pending is None
-        self._stage(Manifest(step, self._ranks, 0.0, meta, {}), state, rank_state, may_commit)
-
-    def start_in_memory(self, step: int, state: Any, rank_state: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Begin to send a state to the memory of the nodes. No other save may be in flight."""
-        assert self._pending is None and self.memory is not None
-        self._stage(Manifest(step, self._ranks, 0.0, meta, {}), state, rank_state, None)
+        started = time.monotonic()
+        part: RankPart | StagedPart | None = None
+        failure: str | None = None
+        try:
+            collected = self.format.collect(step, state, self.group)
+            collected.files[rank_file(self._rank)] = encode_rank_state(rank_state)
+            part = self.writer.stage(collected)
+        except CheckpointError:
+            raise
+        except Exception as error:  # the other ranks must learn of it by the votes, as of failed writes
+            failure = explain(error)
+        to: Path | MemorySave
+        if may_commit is not None:
+            to = self._new_folder(step)
+        else:
+            assert self.memory is not None
+            to = MemorySave(self._new_name(), step, self._ranks, meta, self.memory.places, self.memory.secret)
+        about = Manifest(step, self._ranks, 0.0, meta, {}, self.format.describe())
+        self._pending = InFlight(about, may_commit, started, part, failure, to)
+        self._phases += 1
+        self._submit(self._pending)
 
     def poll(self) -> Votes:
         """Return this rank's votes on the save in flight, without waiting."""
@@ -253,32 +255,6 @@ class CheckpointManager(CheckpointLoader):
             self._on_first(partial(jobs.remove_save, self._pending.to, self.keeps, False))
         self._pending = None
 
-    def _stage(
-        self, about: Manifest, state: Any, rank_state: dict[str, Any], may_commit: Callable[[], bool] | None
-    ) -> None:
-        """Have the writer take this rank's part of a state; without ``may_commit`` it goes to the memory stores."""
-        started = time.monotonic()
-        part: RankPart | StagedPart | None = None
-        failure: str | None = None
-        try:
-            collected = self.format.collect(about.step, state, self.group)
-            collected.files[rank_file(self._rank)] = encode_rank_state(rank_state)
-            part = self.writer.stage(collected)
-        except CheckpointError:
-            raise
-        except Exception as error:  # the other ranks must learn of it by the votes, as of failed writes
-            failure = explain(error)
-        to: Path | MemorySave
-        if may_commit is not None:
-            to = self._new_folder(about.step)
-        else:
-            assert self.memory is not None
-            to = self.memory.new_save(self._new_name(), about.step, about.meta)
-        about = replace(about, contents=self.format.describe())
-        self._pending = InFlight(about, may_commit or always, started, part, failure, to)
-        self._phases += 1
-        self._submit(self._pending)
-
     def _submit(self, pending: InFlight) -> None:
         """Give this rank's part to the writer."""
         pending.submit_at = None
@@ -302,6 +278,7 @@ class CheckpointManager(CheckpointLoader):
         if has_failed:
             return self._fail(pending, pending.to, hurries)
         if not pending.commits:
+            assert pending.may_commit is not None
             pending.commits, pending.result = True, None
             self._phases += 1
             self._on_first(partial(jobs.commit_save, pending.to, pending.about, pending.may_commit))
@@ -309,10 +286,7 @@ class CheckpointManager(CheckpointLoader):
         self._pending = None
         self.failures = 0
         ended = time.monotonic() if pending.result is None else pending.result.ended
-        if self.upkeep is None:
-            self._on_first(partial(jobs.retire_saved, self.folder, self.keeps))
-        else:
-            self._on_first(partial(jobs.tend_saved, self.upkeep, step, None))
+        self.tend(step, None)
         return Saved(step, ended - pending.started, in_memory=False)
 
     def _fail(self, pending: InFlight, temporary: Path, hurries: bool) -> FailedSave:
@@ -337,25 +311,22 @@ class CheckpointManager(CheckpointLoader):
             if self._rank == 0:
                 self.writer.wait()
             self._pending = None
-            self._raise(step, cause, no_room)
+            if OUTDATED in cause:
+                raise OutdatedAttemptError(f"step {step} is not saved: a later attempt owns this run")
+            if no_room is None:
+                raise CheckpointError(cause)
+            before = max(self.steps(), default=None)
+            raise ConfigError(
+                f"the checkpoint of step {step} cannot be written into {self.folder}: {no_room}",
+                f"room for {self.keeps.last + 1} checkpoints (checkpoint.keep_last={self.keeps.last}, and the new one)",
+                f"df -h {self.folder.parent}, remove what is not needed, or checkpoint.keep_last=1; then the same "
+                f"command, which {'begins anew' if before is None else f'goes on from step {before}'}",
+            )
         delay_s = HURRIED_RETRY_S if hurries else min(LONGEST_RETRY_S, RETRY_S * 2 ** (self.failures - 1))
         pending.to, pending.commits, pending.result = self._new_folder(step), False, None
         pending.submit_at = now + delay_s
         self._phases += 1
         return FailedSave(step, cause, self.failures, in_memory=False)
-
-    def _raise(self, step: int, cause: str, no_room: str | None) -> None:
-        if OUTDATED in cause:
-            raise OutdatedAttemptError(f"step {step} is not saved: a later attempt owns this run")
-        if no_room is None:
-            raise CheckpointError(cause)
-        before = max(self.steps(), default=None)
-        raise ConfigError(
-            f"the checkpoint of step {step} cannot be written into {self.folder}: {no_room}",
-            f"room for {self.keeps.last + 1} checkpoints (checkpoint.keep_last={self.keeps.last}, and the new one)",
-            f"df -h {self.folder.parent}, remove what is not needed, or checkpoint.keep_last=1; then the same command, "
-            f"which {'begins anew' if before is None else f'goes on from step {before}'}",
-        )
 
     def _takes_part(self, pending: InFlight) -> bool:
         """True if this rank has work in the current phase: every rank writes, and only rank 0 commits."""
@@ -377,14 +348,14 @@ class CheckpointManager(CheckpointLoader):
 
     def _new_name(self) -> str:
         """Return a new name for a save, 16 hexadecimal digits, the same on all ranks."""
-        if self._token is None:
-            self._token = str(messages.all_gather(secrets.token_hex(8), self.group)[0])
+        if not self._names:
+            self._names = int(messages.all_gather(secrets.randbits(63), self.group)[0])
         self._names += 1
-        return hashlib.sha256(f"{self._token} {self._names}".encode()).hexdigest()[:16]
+        return hashlib.sha256(str(self._names).encode()).hexdigest()[:16]
 
     def _new_folder(self, step: int) -> Path:
         """Return a new temporary folder for a save, the same on all ranks."""
-        return folders.temporary_for(self.folder, step, self._new_name()[:8])
+        return self.folder / f".saving_{folders.final_for(self.folder, step).name}_{self._new_name()[:8]}"
 
     # Going back.
 
@@ -399,9 +370,11 @@ class CheckpointManager(CheckpointLoader):
         self.tend(None, step)
 
     def tend(self, committed: int | None, back_to: int | None) -> None:
-        """Have the upkeep, if there is one, work on a committed step, or delete copies after the step ``back_to``."""
-        if self.upkeep is not None:
-            self._on_first(partial(jobs.tend_saved, self.upkeep, committed, back_to))
+        """Have the upkeep work on a committed step, or delete copies after the step ``back_to``.
+
+        Without upkeep, only the checkpoints that are no longer kept are deleted.
+        """
+        self._on_first(partial(jobs.tend_saved, self.folder, self.keeps, self.upkeep, committed, back_to))
 
 
 def room_error(cause: str) -> str | None:

@@ -101,7 +101,7 @@ class SentFiles(FileSystem):
 
 
 class MemoryStores:
-    """The memory stores of all nodes. All methods but ``new_save`` are collective.
+    """The memory stores of all nodes. All methods are collective.
 
     Args:
         group: gloo group of all ranks, for the control messages.
@@ -117,10 +117,6 @@ class MemoryStores:
         """Memory store of each rank's node."""
         self.places = neighbors(own, self.of_ranks)
         """Memory stores that this rank's part is written into."""
-
-    def new_save(self, save: str, step: int, meta: dict[str, Any]) -> MemorySave:
-        """Return the description of a new checkpoint; ``save`` is its name, the same on all ranks."""
-        return MemorySave(save, step, len(self.of_ranks), meta, self.places, self.secret)
 
     def load(self, state: Any, at_least: int) -> tuple[LoadedCheckpoint | None, str | None]:
         """Fill ``state`` from the newest checkpoint in memory, and free the memory of all others.

@@ -86,26 +86,10 @@ def to_plain(value: Any) -> Any:
         return value
     if type(value) is list:
         return [to_plain(entry) for entry in value]
-    if type(value) is tuple:
-        return {"tuple": [to_plain(entry) for entry in value]}
-    if type(value) is set:
-        return {"set": sorted(to_plain(entry) for entry in value)}
-    if isinstance(value, dict):
-        return {"dict": [[to_plain(key), to_plain(entry)] for key, entry in value.items()]}
-    if isinstance(value, Path):
-        return {"path": str(value)}
-    if isinstance(value, torch.Tensor):
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        dtype = str(value.dtype).removeprefix("torch.")
-        return {"tensor": [dtype, list(value.shape), base64.b64encode(content).decode()]}
-    if isinstance(value, ConfigError):
-        return {"refusal": [value.found, value.expected, value.fix]}
-    if isinstance(value, enum.Enum) and is_ours(type(value)):
-        return {"enum": [name_of(type(value)), value.name]}
-    if dataclasses.is_dataclass(value) and is_ours(type(value)):
-        fields = [field.name for field in dataclasses.fields(value) if field.init]
-        return {"dataclass": [name_of(type(value)), {name: to_plain(getattr(value, name)) for name in fields}]}
-    raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} cannot be sent to other ranks")
+    for kind, (cls, write, _) in KINDS.items():
+        if type(value) is cls or (cls is not tuple and isinstance(value, cls)):  # no NamedTuple becomes a plain tuple
+            return {kind: to_plain(write(value))}
+    raise AssertionError("the last kind takes or refuses every value")
 
 
 def from_plain(plain: Any) -> Any:
@@ -115,13 +99,19 @@ def from_plain(plain: Any) -> Any:
     if not isinstance(plain, dict):
         return plain
     ((kind, content),) = plain.items()
-    if kind not in READERS:
+    if kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of value that ranks send")
-    return READERS[kind](content)
+    return KINDS[kind][2](from_plain(content))
+
+
+def write_tensor(tensor: torch.Tensor) -> list[Any]:
+    """Encode a tensor as ``[dtype, shape, base64 text]``."""
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape), base64.b64encode(content).decode()]
 
 
 def read_tensor(content: list[Any]) -> torch.Tensor:
-    """Decode ``[dtype, shape, base64 text]`` into a tensor on the CPU; ValueError if the dtype is unknown."""
+    """Decode the result of ``write_tensor`` into a tensor on the CPU; ValueError if the dtype is unknown."""
     dtype, shape, data = content
     found = getattr(torch, dtype)
     if not isinstance(found, torch.dtype):
@@ -130,32 +120,24 @@ def read_tensor(content: list[Any]) -> torch.Tensor:
     return flat.reshape(shape)
 
 
-READERS: dict[str, Callable[[Any], Any]] = {
-    "tuple": lambda content: tuple(map(from_plain, content)),
-    "set": lambda content: set(map(from_plain, content)),
-    "dict": lambda content: {from_plain(key): from_plain(value) for key, value in content},
-    "path": Path,
-    "tensor": read_tensor,
-    "refusal": lambda content: ConfigError(*content),
-    "enum": lambda content: find_class(content[0], "enum")[content[1]],
-    "dataclass": lambda content: find_class(content[0], "dataclass")(
-        **{key: from_plain(value) for key, value in content[1].items()}
-    ),
-}
+def write_dataclass(value: Any) -> list[Any]:
+    """Encode a dataclass as ``[class, [[field, value], ...]]``; TypeError for a value of any other class."""
+    name = name_of(value)
+    if not dataclasses.is_dataclass(value):
+        raise TypeError(f"{name} cannot be sent to other ranks")
+    return [name, [[field.name, getattr(value, field.name)] for field in dataclasses.fields(value) if field.init]]
 
 
-def is_ours(cls: type) -> bool:
-    """Return True if a class is defined in one of ``PACKAGES``."""
-    return cls.__module__.split(".")[0] in PACKAGES
-
-
-def name_of(cls: type) -> str:
-    """Return the name of a class for ``find_class``: ``module:class``."""
+def name_of(value: Any) -> str:
+    """Return ``module:class`` of a value, for ``find_class``; TypeError if the class is of another project."""
+    cls = type(value)
+    if cls.__module__.split(".")[0] not in PACKAGES:
+        raise TypeError(f"{cls.__module__}.{cls.__qualname__} cannot be sent to other ranks")
     return f"{cls.__module__}:{cls.__name__}"
 
 
-def find_class(name: str, kind: str) -> Any:
-    """Find a ``dataclass`` or ``enum`` of this project by its name.
+def find_class(name: str, is_right: Callable[[type], bool]) -> Any:
+    """Find a dataclass or an enum of this project by its name.
 
     Raises:
         ValueError: this project has no such class.
@@ -163,10 +145,30 @@ def find_class(name: str, kind: str) -> Any:
     module, _, own = name.partition(":")
     if module.split(".")[0] in PACKAGES:
         found = getattr(importlib.import_module(module), own, None)
-        is_right = dataclasses.is_dataclass(found) if kind == "dataclass" else isinstance(found, enum.EnumMeta)
-        if isinstance(found, type) and is_right:
+        if isinstance(found, type) and is_right(found):
             return found
     raise ValueError(f"{name!r} is no dataclass or enum of {' or '.join(PACKAGES)}")
+
+
+KINDS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "tuple": (tuple, list, tuple),
+    "set": (set, sorted, set),
+    "dict": (dict, lambda value: [[key, entry] for key, entry in value.items()], dict),
+    "path": (Path, str, Path),
+    "tensor": (torch.Tensor, write_tensor, read_tensor),
+    "refusal": (ConfigError, lambda error: [error.found, error.expected, error.fix], lambda texts: ConfigError(*texts)),
+    "enum": (
+        enum.Enum,
+        lambda value: [name_of(value), value.name],
+        lambda content: find_class(content[0], lambda cls: issubclass(cls, enum.Enum))[content[1]],
+    ),
+    "dataclass": (
+        object,
+        write_dataclass,
+        lambda content: find_class(content[0], dataclasses.is_dataclass)(**dict(content[1])),
+    ),
+}
+"""Kind of a value -> its class, and the functions that turn a value into a simpler one and back."""
 
 
 # Collectives that succeed or fail on all ranks alike: a failure of one rank is raised on every rank, so no rank waits.

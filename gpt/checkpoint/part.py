@@ -166,7 +166,11 @@ def write_part(part: RankPart, folder: Path) -> None:
     try:
         items = [] if part.plan is None else write_items(part, part.plan, folder, files)
         for name, content in part.files.items():
-            write_file(folder / name, content, files)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with files.create_stream(folder / name, "wb") as stream:
+                write_content(content, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
         for parent in {folder, *((folder / name).parent for name in part.files)}:
             sync_folder(parent)
         named = {path.relative_to(folder).as_posix(): entry for path, entry in files.sums.items()}
@@ -208,15 +212,6 @@ def write_index(metadata: Metadata, items: Sequence[Sequence[WriteResult]], fold
     writer.finish(copy.copy(metadata), [list(of_rank) for of_rank in items])  # finish() changes its argument
     (entry,) = files.sums.values()
     return {".metadata": entry}
-
-
-def write_file(path: Path, content: Any, files: SummingFiles) -> None:
-    """Write ``content`` as ``write_content`` does into one file, synced to disk; create missing folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.create_stream(path, "wb") as stream:
-        write_content(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def write_content(content: Any, stream: Any) -> None:
@@ -281,14 +276,9 @@ class _SummingStream:
         """Return the number of bytes written so far."""
         return self.size
 
-    def flush(self) -> None:
-        """Flush the stream to the operating system."""
-        if not self._stream.closed:
-            self._stream.flush()
-
-    def fileno(self) -> int:
-        """Return the file's descriptor."""
-        return self._stream.fileno()
+    def __getattr__(self, name: str) -> Any:
+        """Return ``flush`` or ``fileno`` of the inner stream."""
+        return getattr(self._stream, name)
 
     def close(self) -> None:
         """Do nothing: the code that opened the file closes it."""

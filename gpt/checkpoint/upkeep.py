@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from gpt.checkpoint import folders
@@ -160,23 +161,26 @@ class Upkeep:
     def _copy(self, url: str) -> None:
         """Delete and copy at the target as requested; keep the requests if this fails."""
         step = self._copying = self._uncopied
+        may_commit = partial(is_newest_attempt, self._plan.folder, self._plan.attempt)
         try:
-            if self._may_commit():  # else a later attempt makes copies of its own
-                self._work_at_target(url, step)
-        except DamagedError as error:  # another try would find the same damage; a load will set the checkpoint aside
-            self._record_failure(step, f"the checkpoint is damaged: {error}", 1)
+            if may_commit():  # else a later attempt makes copies of its own
+                self._work_at_target(url, step, may_commit)
         except Exception as error:  # each library behind a target has errors of its own
+            is_damaged = isinstance(error, DamagedError)
+            cause = f"the checkpoint is damaged: {error}" if is_damaged else describe_error(error)
             self._failures += 1
             self._target = None
-            self._record_failure(step, describe_error(error), self._failures)
-            return
+            self._record("copy_failed", step=step, cause=cause, failures=self._failures)
+            say(f"the checkpoint of step {step} could not be copied to {url}: {cause}")
+            if not is_damaged:  # another try would find the same damage; a load will set the checkpoint aside
+                return
         finally:
             self._copying = None
         self._uncopied, self._back_to, self._failures = None, None, 0
         if self._unread is None:  # the copied checkpoint may be one that is no longer kept
             self._retire()
 
-    def _work_at_target(self, url: str, step: int | None) -> None:
+    def _work_at_target(self, url: str, step: int | None, may_commit: Callable[[], bool]) -> None:
         if self._target is None:
             self._target = target_of(url, self._plan.folder.path)
         if self._back_to is not None:
@@ -185,18 +189,11 @@ class Upkeep:
         if step is None:
             return
         began = time.monotonic()
-        sent = self._target.put(folders.final_for(self._folder, step), self._may_commit)
+        sent = self._target.put(folders.final_for(self._folder, step), may_commit)
         if sent:
             copy_s = time.monotonic() - began
             self._record("copied", step=step, bytes=sent, copy_s=copy_s, failures=self._failures)
             self._target.retire(self._plan.copy_keeps)
-
-    def _may_commit(self) -> bool:
-        return is_newest_attempt(self._plan.folder, self._plan.attempt)
-
-    def _record_failure(self, step: int | None, cause: str, failures: int) -> None:
-        self._record("copy_failed", step=step, cause=cause, failures=failures)
-        say(f"the checkpoint of step {step} could not be copied to {self._plan.copy_to}: {cause}")
 
     def _record(self, event: str, **details: object) -> None:
         self._plan.folder.record_event(event, attempt=self._plan.attempt, **details)

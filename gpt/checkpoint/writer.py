@@ -109,13 +109,17 @@ def remove_save(temporary: Path, keeps: Retention, frees: bool, state: WriterSta
         folders.retire(temporary.parent, replace(keeps, last=max(1, keeps.last - 1)))
 
 
-def retire_saved(folder: Path, keeps: Retention, state: WriterState) -> None:
-    """Delete the checkpoints that ``keeps`` does not keep; on rank 0, after a commit."""
-    folders.retire(folder, keeps)
+def tend_saved(
+    folder: Path, keeps: Retention, plan: UpkeepPlan | None, committed: int | None, back_to: int | None,
+    state: WriterState,
+) -> None:  # fmt: skip
+    """Pass a committed step, or the step that the run goes back to, to the upkeep; on rank 0.
 
-
-def tend_saved(plan: UpkeepPlan, committed: int | None, back_to: int | None, state: WriterState) -> None:
-    """Pass a committed step, or the step that the run goes back to, to the upkeep; on rank 0."""
+    Without a plan for the upkeep, delete the checkpoints in ``folder`` that ``keeps`` does not keep.
+    """
+    if plan is None:
+        folders.retire(folder, keeps)
+        return
     if state.upkeep is None:
         state.upkeep = Upkeep(plan)
     state.upkeep.add(committed, back_to)

@@ -178,13 +178,10 @@ class ReplicaCheck:
         self._groups = sorted({ranks for ranks in self._ranks_of.values() if len(ranks) > 1})
         """Groups of ranks that hold the same shards, in an order that is the same on all ranks."""
 
-    @property
-    def compares(self) -> bool:
-        """False if every parameter is on one rank only."""
-        return bool(self._groups)
-
     def find_drift(self) -> Drift | None:
         """Compare the parameters of all replicas; None if they agree. Waits for the device. Collective."""
+        if not self._groups:  # every parameter is on one rank only
+            return None
         place = {ranks: number for number, ranks in enumerate(self._groups)}
         sums_RG = torch.zeros(self._world.size, len(place), dtype=torch.int64, device=self._world.device)
         for name, parameter in self._module.named_parameters():

@@ -11,7 +11,6 @@ import torch
 
 from gpt.checkpoint.folders import VALIDATION_LOSS, LoadedCheckpoint
 from gpt.checkpoint.manager import FailedSave, Saved, Votes
-from gpt.checkpoint.messages import CheckpointError
 from gpt.config.train import RESUMABLE
 from gpt.data.order import PassedOver
 from gpt.metrics.writers import MetricWriters
@@ -30,19 +29,6 @@ from launch.runs.records import StepRecord
 # The state of a run in a checkpoint, and resuming from it. The files themselves are in ``gpt.checkpoint``.
 
 
-def save(run: Run) -> float:
-    """Write a checkpoint of the step just done, and wait for it. Returns the seconds that took."""
-    started = time.perf_counter()
-    start_save(run, None)
-    found = run.checkpoints.finish()
-    if isinstance(found, FailedSave):
-        run.checkpoints.give_up()
-        raise CheckpointError(found.cause)
-    seconds = time.perf_counter() - started
-    run.worker.saved(run.step, seconds)
-    return seconds
-
-
 def start_save(run: Run, val_loss: float | None, in_memory: bool = False) -> None:
     """Begin to save a checkpoint of the step just done. Collective.
 
@@ -52,12 +38,10 @@ def start_save(run: Run, val_loss: float | None, in_memory: bool = False) -> Non
         in_memory: True to save to the memory of the nodes, and not to disk.
     """
     run.worker.phase(Phase.saving, run.step)
-    saved = run.step, run.engine.state(), rng_state(run.world), checkpoint_meta(run, val_loss)
-    if in_memory:
-        run.checkpoints.start_in_memory(*saved)
-        return
     # The fence is sent to the writer's process, so it must not hold the run.
-    run.checkpoints.start(*saved, partial(is_newest_attempt, run.folder, run.attempt))
+    may_commit = None if in_memory else partial(is_newest_attempt, run.folder, run.attempt)
+    meta = checkpoint_meta(run, val_loss)
+    run.checkpoints.start(run.step, run.engine.state(), rng_state(run.world), meta, may_commit)
 
 
 def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
@@ -82,29 +66,25 @@ def checkpoint_meta(run: Run, val_loss: float | None) -> dict[str, Any]:
 
 def load(run: Run) -> None:
     """Continue from the newest whole checkpoint; without one, prepare the first step of a new run. Collective."""
-    if (
-        run.checkpoints.is_new()
-    ):  # the optimizer's state need not be made yet, which would cost a step of torch's optimizer
-        run.engine.begin()
-        return
+    # With none at all the optimizer's state need not be made yet, which would cost a step of torch's optimizer.
     began = time.perf_counter()
-    state = run.engine.state()
-    if run.config.checkpoint.in_memory and run.checkpoints.memory is None and run.world.is_first:
-        run.folder.record_event("memory_passed_over", attempt=run.attempt, cause="a node has no memory store")
-    loaded = run.checkpoints.load(state)
+    state = loaded = None
+    if not run.checkpoints.is_new():
+        state = run.engine.state()
+        if run.config.checkpoint.in_memory and run.checkpoints.memory is None:
+            record(run, "memory_passed_over", cause="a node has no memory store")
+        loaded = run.checkpoints.load(state)
     if loaded is None:
         run.engine.begin()
         return
     for line in loaded.set_aside:
-        if run.world.is_first:
-            run.folder.record_event("checkpoint_set_aside", attempt=run.attempt, cause=line)
-    if run.world.is_first and (loaded.is_from_memory or loaded.memory_damage is not None):
+        record(run, "checkpoint_set_aside", cause=line)
+    if loaded.is_from_memory or loaded.memory_damage is not None:
         name = "loaded_from_memory" if loaded.is_from_memory else "memory_passed_over"
-        run.folder.record_event(name, attempt=run.attempt, step=loaded.step, cause=loaded.memory_damage)
+        record(run, name, step=loaded.step, cause=loaded.memory_damage)
     if loaded.fetched_for is not None:
         refuse_other_config(run, loaded)
-        if run.world.is_first:
-            run.folder.record_event("loaded_from_copy", attempt=run.attempt, step=loaded.step, cause=loaded.fetched_for)
+        record(run, "loaded_from_copy", step=loaded.step, cause=loaded.fetched_for)
     if loaded.meta["samples"] != loaded.step * run.batch.global_batch:
         raise ConfigError(
             f"{loaded.meta['samples']} samples in the {loaded.step} steps of the checkpoint, but now "
@@ -122,11 +102,23 @@ def load(run: Run) -> None:
     if run.engine.loss_scale is not None:
         run.engine.loss_scale.load(loaded.meta["loss_scale"])
     if loaded.rank_state is not None:
-        set_rng_state(run.world, loaded.rank_state)
+        torch.set_rng_state(loaded.rank_state["cpu"])
+        if run.world.device.type == "cuda" and "cuda" in loaded.rank_state:
+            torch.cuda.set_rng_state(loaded.rank_state["cuda"], run.world.device)
     run.step = loaded.step
-    load_divergence(run, loaded)
+    run.guard.load(loaded.meta["divergence"])
+    event = run.world.on_first(lambda: last_rollback(run.folder.read_events(), loaded.step))
+    run.batches.passed_over = PassedOver.of((loaded.meta if event is None else event)["passed_over"])
+    if event is not None:
+        run.guard.gone_back(event["last"], event["rollbacks"])
     run.early_stop.load(loaded.meta["early_stop"])
     run.restore_s = time.perf_counter() - began
+
+
+def record(run: Run, event: str, **details: Any) -> None:
+    """Enter an event of this attempt in the event log, on rank 0."""
+    if run.world.is_first:
+        run.folder.record_event(event, attempt=run.attempt, **details)
 
 
 def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
@@ -142,15 +134,6 @@ def refuse_other_config(run: Run, loaded: LoadedCheckpoint) -> None:
         )
 
 
-def load_divergence(run: Run, loaded: LoadedCheckpoint) -> None:
-    """Restore the counts of the guard and the batches to leave out, from checkpoint ``loaded`` and the event log."""
-    run.guard.load(loaded.meta["divergence"])
-    event = run.world.on_first(lambda: last_rollback(run.folder.read_events(), loaded.step))
-    run.batches.passed_over = PassedOver.of((loaded.meta if event is None else event)["passed_over"])
-    if event is not None:
-        run.guard.gone_back(event["last"], event["rollbacks"])
-
-
 def rng_state(world: World) -> dict[str, Any]:
     """Return the state of the random generators of this rank."""
     state = {"cpu": torch.get_rng_state()}
@@ -159,31 +142,21 @@ def rng_state(world: World) -> dict[str, Any]:
     return state
 
 
-def set_rng_state(world: World, state: dict[str, Any]) -> None:
-    """Restore the random generators of this rank."""
-    torch.set_rng_state(state["cpu"])
-    if world.device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], world.device)
-
-
 # Going back: from steps whose numbers went wrong to the last good checkpoint, and on without their batches.
 #
 # gpt/training/guards.py decides when a run has to go back.
 
 
-def judge_step(run: Run, record: StepRecord) -> BadSteps | None:
+def judge_step(run: Run, done: StepRecord) -> BadSteps | None:
     """Judge a finished step, and enter it in the event log if it is bad.
 
     Returns the bad steps if they need a roll-back, else None.
     """
-    bad = run.guard.judge(record)
-    if run.world.is_first and is_bad(record):
-        what = "loss" if record.loss is None else "gradients"
-        where = locate(run, record.step, record.step)
-        run.folder.record_event(
-            "step_skipped", attempt=run.attempt, step=record.step, cause=f"{what} not finite", **where
-        )
-    return bad
+    if is_bad(done):
+        what = "loss" if done.loss is None else "gradients"
+        where = locate(run, done.step, done.step)
+        record(run, "step_skipped", step=done.step, cause=f"{what} not finite", **where)
+    return run.guard.judge(done)
 
 
 def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
@@ -197,59 +170,41 @@ def go_back(run: Run, writers: MetricWriters, bad: BadSteps) -> None:
     target = run.world.on_first(lambda: checkpoint_before(run.checkpoints.steps(), bad.first))
     where = locate(run, bad.first, bad.last)
     if target is None or run.guard.rollbacks >= run.config.divergence.max_rollbacks:
-        raise failure(run, bad, target, where)
-    rollbacks = run.guard.rollbacks + 1
-    passed_over = run.batches.passed_over.including(batches_of(run, bad))
-    if run.world.is_first:
-        # Before the load, which reads these batches from the event log.
-        run.folder.record_event(
-            "rolled_back", attempt=run.attempt, step=target, first=bad.first, last=bad.last, cause=bad.cause,
-            rollbacks=rollbacks, passed_over=passed_over.ranges, **where,
-        )  # fmt: skip
-        print(
-            f"step {bad.last}: {bad.cause}; back to step {target}, and on without {place_text(where)}",
-            flush=True,
+        limit = f"divergence.max_rollbacks={run.config.divergence.max_rollbacks}"
+        why_not = f"gone back {run.guard.rollbacks} times since the last checkpoint ({limit}); other batches end alike"
+        if target is None:
+            why_not = f"no checkpoint to go back to (checkpoint.interval={run.config.checkpoint.interval})"
+        raise (FloatingPointError if target is None else RepeatedFailureError)(
+            f"found: steps {bad.first} to {bad.last}: {bad.cause}; {place_text(where)}; {why_not}\n"
+            "expected: finite numbers, or an earlier checkpoint from which other batches give finite numbers\n"
+            f"{remedy(run.config)}"
         )
+    rollbacks = run.guard.rollbacks + 1
+    numbers = [run.batches.passed_over.batch_of(step) for step in range(bad.first, bad.last + 1)]
+    passed_over = run.batches.passed_over.including(numbers)
+    # Before the load, which reads these batches from the event log.
+    record(
+        run, "rolled_back", step=target, first=bad.first, last=bad.last, cause=bad.cause,
+        rollbacks=rollbacks, passed_over=passed_over.ranges, **where,
+    )  # fmt: skip
+    if run.world.is_first:
+        print(f"step {bad.last}: {bad.cause}; back to step {target}, and on without {place_text(where)}", flush=True)
     run.checkpoints.discard_after(target)
     load(run)
     writers.go_back(run.step)
 
 
-def batches_of(run: Run, bad: BadSteps) -> list[int]:
-    """List the numbers of the batches of bad steps."""
-    return [run.batches.passed_over.batch_of(step) for step in range(bad.first, bad.last + 1)]
-
-
 def locate(run: Run, first: int, last: int) -> dict[str, list[tuple[int, int]]]:
     """Return ``batches`` and ``samples`` of steps ``first`` to ``last`` as ranges (first number, last number)."""
-    batches = PassedOver().including(batches_of(run, BadSteps(first, last, ""))).ranges
-    each = run.batch.global_batch
+    numbers = [run.batches.passed_over.batch_of(step) for step in range(first, last + 1)]
+    batches, each = PassedOver().including(numbers).ranges, run.batch.global_batch
     return {"batches": list(batches), "samples": [((a - 1) * each, b * each - 1) for a, b in batches]}
 
 
 def place_text(where: dict[str, list[tuple[int, int]]]) -> str:
     """Return the result of ``locate`` as text."""
-    parts = (
-        f"{what} {', '.join(str(a) if a == b else f'{a} to {b}' for a, b in where[what])}"
-        for what in ("batches", "samples")
-    )
-    return "{} ({})".format(*parts)
-
-
-def failure(
-    run: Run, bad: BadSteps, target: int | None, where: dict[str, list[tuple[int, int]]]
-) -> RepeatedFailureError | FloatingPointError:
-    """Return the error of a run that cannot go back for ``bad`` steps; FloatingPointError if ``target`` is None."""
-    steps = f"step {bad.first}" if bad.first == bad.last else f"steps {bad.first} to {bad.last}"
-    limit = f"divergence.max_rollbacks={run.config.divergence.max_rollbacks}"
-    why_not = f"gone back {run.guard.rollbacks} times since the last checkpoint ({limit}), and other batches end alike"
-    if target is None:
-        why_not = f"no checkpoint to go back to (checkpoint.interval={run.config.checkpoint.interval})"
-    text = (
-        f"found: {steps}: {bad.cause}; {place_text(where)}; {why_not}\nexpected: finite numbers, or an earlier "
-        f"checkpoint from which other batches give finite numbers\n{remedy(run.config)}"
-    )
-    return FloatingPointError(text) if target is None else RepeatedFailureError(text)
+    batches, samples = (", ".join(f"{a} to {b}" for a, b in ranges) for ranges in where.values())
+    return f"batches {batches} (samples {samples})"
 
 
 # Schedule of the periodic checkpoints: by steps, by minutes, or by the cost of failures and saves.
@@ -360,15 +315,8 @@ class CheckpointSchedule:
 
     def is_due_in_memory(self, step: int) -> bool:
         """Return True if a checkpoint in memory is due after ``step``; never while another save is in flight."""
-        if self._manager.memory is None or self._manager.is_pending:
-            return False
-        return step % self._run.config.checkpoint.in_memory_interval == 0
-
-    def save_in_memory(self) -> float:
-        """Begin a checkpoint in memory of the step just done; return the seconds that training waited."""
-        started = time.perf_counter()
-        start_save(self._run, None, in_memory=True)
-        return time.perf_counter() - started
+        is_free = self._manager.memory is not None and not self._manager.is_pending
+        return is_free and step % self._run.config.checkpoint.in_memory_interval == 0
 
     def save(self, val_loss: float | None, *, is_last: bool, is_stop: bool) -> float:
         """Save a checkpoint of the step just done; return the seconds that training waited.
@@ -405,20 +353,18 @@ class CheckpointSchedule:
 
     def _record(self, found: Saved | FailedSave | None) -> None:
         run = self._run
-        if isinstance(found, Saved) and not found.in_memory:
+        if isinstance(found, Saved) and found.in_memory:
+            record(run, "saved_in_memory", step=found.step, write_s=found.write_s)
+        elif isinstance(found, Saved):
             run.worker.saved(found.step, self._held_s, write_s=found.write_s)
-        if found is None or not run.world.is_first:
-            return
-        told: dict[str, Any] = {"attempt": run.attempt, "step": found.step}
-        if isinstance(found, FailedSave):
-            told["cause"] = found.cause.splitlines()[0]
+        elif isinstance(found, FailedSave):
+            cause = found.cause.splitlines()[0]
             if found.in_memory:
-                run.folder.record_event("save_in_memory_failed", **told)
-            else:
-                run.folder.record_event("save_failed", **told, failures=found.failures)
+                record(run, "save_in_memory_failed", step=found.step, cause=cause)
+                return
+            record(run, "save_failed", step=found.step, cause=cause, failures=found.failures)
+            if run.world.is_first:
                 say(f"the checkpoint of step {found.step} could not be written, and is tried again: {found.cause}")
-        elif found.in_memory:
-            run.folder.record_event("saved_in_memory", **told, write_s=found.write_s)
 
     def _interval_s(self) -> float:
         """Return the seconds to the next periodic checkpoint; 0 if the interval is a number of steps.

@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,37 +33,22 @@ WARMUP_STEPS = 2
 """First steps of an attempt that are not profiled: they compile and connect."""
 
 
-@dataclass(frozen=True)
-class Breakdown:
-    """Times of a step, in the unit of its intervals. ``compute + copies + exposed + idle`` is the whole step."""
-
-    compute: float
-    communication: float
-    """Time in collectives, also while the device computes."""
-    exposed: float
-    """Communication while nothing is computed or copied."""
-    copies: float
-    """Copies between host and device, and on the device, while nothing is computed."""
-    idle: float
-
-
 def break_down(
     begin: float, end: float, compute: Iterable[Interval], communication: Iterable[Interval], copies: Iterable[Interval]
-) -> Breakdown:
-    """Divide the step from ``begin`` to ``end`` into parts; the intervals may overlap and reach beyond the step."""
+) -> dict[str, float]:
+    """Divide the step from ``begin`` to ``end`` into parts, in its unit; the intervals may overlap and reach beyond it.
+
+    Returns ``compute``; ``comm``, the time in collectives, also while the device computes; ``exposed``, the part of it
+    while nothing is computed or copied; ``copies`` between host and device, and on the device, while nothing is
+    computed; and ``idle``. ``compute + copies + exposed + idle`` is the whole step.
+    """
     computing, communicating, copying = (
         union((max(a, begin), min(b, end)) for a, b in intervals) for intervals in (compute, communication, copies)
     )
-    busy = length(computing)
-    with_copies = union([*computing, *copying])
-    with_all = union([*with_copies, *communicating])
-    return Breakdown(
-        compute=busy,
-        communication=length(communicating),
-        exposed=length(with_all) - length(with_copies),
-        copies=length(with_copies) - busy,
-        idle=end - begin - length(with_all),
-    )
+    busy, with_copies = length(computing), length(union([*computing, *copying]))
+    with_all = length(union([*computing, *copying, *communicating]))
+    parts = {"compute": busy, "comm": length(communicating), "exposed": with_all - with_copies}
+    return parts | {"copies": with_copies - busy, "idle": end - begin - with_all}
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -81,6 +65,11 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 def length(intervals: Sequence[Interval]) -> float:
     """Return the summed length of disjoint intervals."""
     return sum(end - begin for begin, end in intervals)
+
+
+def activities(on_gpus: bool) -> list[ProfilerActivity]:
+    """Return the activities that torch's profiler watches."""
+    return [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpus else [ProfilerActivity.CPU]
 
 
 def classify(name: str, is_on_gpu: bool, on_gpus: bool) -> str:
@@ -109,22 +98,19 @@ class StepBreakdown:
     def __init__(self, interval: int, world: World, since: int) -> None:
         self._interval, self._first = interval, since + WARMUP_STEPS + 1
         self._on_gpus = world.device.type == "cuda"
-        self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpus else [])]
         self._profiler: profile | None = None
         self._step = 0
 
     def due(self, step: int) -> bool:
         """True if the step after ``step`` is to be profiled, or a profile is running."""
-        return self._profiler is not None or self._is_next(step)
-
-    def _is_next(self, step: int) -> bool:
-        return self._interval > 0 and step + 1 >= self._first and (step + 1) % self._interval == 0
+        is_next = self._interval > 0 and step + 1 >= self._first and (step + 1) % self._interval == 0
+        return is_next or self._profiler is not None
 
     def before(self, step: int) -> None:
-        """Begin to profile the step after ``step``, if it is due. The device must be idle."""
-        if not self._is_next(step):
+        """Begin to profile the step after ``step``, if it is due. No profile may run, and the device must be idle."""
+        if not self.due(step):
             return
-        self._step, self._profiler = step + 1, profile(activities=self._activities, acc_events=True)
+        self._step, self._profiler = step + 1, profile(activities=activities(self._on_gpus), acc_events=True)
         self._profiler.start()
         self._mark = record_function(MARK)
         self._mark.__enter__()
@@ -138,12 +124,11 @@ class StepBreakdown:
         profiler.stop()
         if record.step != self._step:  # the run has gone back since
             return
-        found = self._reduce(profiler)
-        record.breakdown_compute_s, record.breakdown_comm_s = found.compute, found.communication
-        record.breakdown_exposed_s, record.breakdown_idle_s = found.exposed, found.idle
-        record.breakdown_copies_s = found.copies if self._on_gpus else None  # a CPU copies by computing
+        for name, seconds in self._reduce(profiler).items():
+            if name != "copies" or self._on_gpus:  # a CPU copies by computing
+                setattr(record, f"breakdown_{name}_s", seconds)
 
-    def _reduce(self, profiler: profile) -> Breakdown:
+    def _reduce(self, profiler: profile) -> dict[str, float]:
         assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
         spans: dict[str, list[Interval]] = {"compute": [], "communication": [], "copies": [], "step": []}
         for event in profiler.profiler.kineto_results.events():
@@ -210,16 +195,6 @@ class CompileTime:
 # no rank waits for them.
 
 
-@dataclass(frozen=True)
-class GradientFigures:
-    """Statistics of the gradients of a step before clipping, over all parameters."""
-
-    mean: float
-    std: float
-    layer_norms: dict[str, float]
-    """L2 norm by layer: ``blocks.0`` and so on, and the modules outside the blocks."""
-
-
 class Gradients:
     """Statistics of the gradients by layer: this rank's sums, and the figures from the sums of all ranks."""
 
@@ -250,14 +225,15 @@ class Gradients:
         sums = [torch.stack(squares).sum() if squares else nothing for squares in layers.values()]
         return torch.stack([*sums, sum_of_elements(held)]).to(self._device)
 
-    def figures(self, sums: list[float]) -> GradientFigures:
-        """Compute the statistics from the result of the method ``sums``, added up over all ranks."""
+    def into(self, record: StepRecord, sums: list[float]) -> None:
+        """Put into a record the mean, deviation and norms by layer of the gradients before clipping.
+
+        ``sums`` is the result of the method ``sums``, added up over all ranks.
+        """
         *squares, total = sums
         mean = total / self._elements
-        variance = max(0.0, sum(squares) / self._elements - mean**2)
-        return GradientFigures(
-            mean, math.sqrt(variance), {n: math.sqrt(s) for n, s in zip(self.names, squares, strict=True)}
-        )
+        record.grad_mean, record.grad_std = mean, math.sqrt(max(0.0, sum(squares) / self._elements - mean**2))
+        record.layer_grad_norms = {n: math.sqrt(s) for n, s in zip(self.names, squares, strict=True)}
 
 
 def layer_of(parameter: str) -> str:
@@ -289,10 +265,7 @@ class StepProfile:
         self._first, self._last = config.profile_from, config.profile_from + PROFILED - 1
         self._wanted, self._is_profiled = config.profile, world.is_first
         self._is_on = False
-        self._activities = [ProfilerActivity.CPU]
-        if world.device.type == "cuda":
-            self._activities.append(ProfilerActivity.CUDA)
-        self._sort_by = "self_cuda_time_total" if world.device.type == "cuda" else "self_cpu_time_total"
+        self._on_gpus = world.device.type == "cuda"
         self._profiler: profile | None = None
 
     def due(self, step: int) -> bool:
@@ -312,7 +285,7 @@ class StepProfile:
             return
         self._first, self._is_on = step + 1, True
         if self._is_profiled:
-            self._profiler = profile(activities=self._activities, record_shapes=True)
+            self._profiler = profile(activities=activities(self._on_gpus), record_shapes=True)
             self._profiler.start()
 
     def close(self) -> None:
@@ -323,7 +296,7 @@ class StepProfile:
         self._profiler.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._profiler.export_chrome_trace(str(self._folder / TRACE))
-        table = self._profiler.key_averages().table(sort_by=self._sort_by, row_limit=ROWS)
-        (self._folder / TABLE).write_text(table)
+        sort_by = f"self_{'cuda' if self._on_gpus else 'cpu'}_time_total"
+        (self._folder / TABLE).write_text(self._profiler.key_averages().table(sort_by=sort_by, row_limit=ROWS))
         print(f"profiled from step {self._first}: {self._folder / TRACE}, {TABLE} beside it", flush=True)
         self._profiler = None

@@ -15,8 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from gpt.config import DivergenceConfig, OptimConfig, TrainConfig
-from gpt.config.train import LoggingConfig
-from gpt.parallel.dtensor import Drift, ReplicaCheck
+from gpt.parallel.dtensor import ReplicaCheck
 from gpt.parallel.engine import MINIMUM
 from launch.errors import ConfigError
 from launch.runs.events import Events
@@ -101,7 +100,16 @@ class DivergenceGuard:
             return self._bad_steps(f"{len(self._bad)} steps in a row with a loss or gradients that are not finite")
         if not is_skipped:
             self._bad.clear()
-        return self._judge_spike(record)
+        limit, before = self._config.spike_sigmas, self._losses
+        if limit is None or record.loss is None:
+            return None
+        if len(before) == self._config.spike_window:
+            mean, sigma = statistics.fmean(before), statistics.pstdev(before)
+            if record.loss > mean + limit * sigma:
+                cause = f"a loss of {record.loss:.4f}, beyond {mean:.4f} + {limit:g} x {sigma:.4f}"
+                return BadSteps(record.step, record.step, f"{cause} (mean and deviation of {len(before)} steps)")
+        before.append(record.loss)
+        return None
 
     def judge_evaluation(self, step: int, val_loss: float) -> BadSteps | None:
         """Return the bad steps for a roll-back if the validation loss after ``step`` is not finite, else None."""
@@ -132,13 +140,8 @@ class DivergenceGuard:
         """
         if step > self._failed_at:
             self.rollbacks = 0
-        losses = list(self._losses) if self._config.spike_sigmas is not None else []
-        return {
-            "skipped_steps": self.skipped,
-            "rollbacks": self.rollbacks,
-            "failed_at": self._failed_at,
-            "losses": losses,
-        }
+        counts = {"skipped_steps": self.skipped, "rollbacks": self.rollbacks, "failed_at": self._failed_at}
+        return {**counts, "losses": list(self._losses)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what ``state`` has returned."""
@@ -148,18 +151,6 @@ class DivergenceGuard:
 
     def _bad_steps(self, cause: str) -> BadSteps:
         return BadSteps(self._bad[0], self._bad[-1], cause)
-
-    def _judge_spike(self, record: StepRecord) -> BadSteps | None:
-        limit, before = self._config.spike_sigmas, self._losses
-        if limit is None or record.loss is None:
-            return None
-        if len(before) == self._config.spike_window:
-            mean, sigma = statistics.fmean(before), statistics.pstdev(before)
-            if record.loss > mean + limit * sigma:
-                cause = f"a loss of {record.loss:.4f}, beyond {mean:.4f} + {limit:g} x {sigma:.4f}"
-                return BadSteps(record.step, record.step, f"{cause} (mean and deviation of {len(before)} steps)")
-        before.append(record.loss)
-        return None
 
 
 def is_bad(record: StepRecord) -> bool:
@@ -258,10 +249,8 @@ class EarlyStop:
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as plain JSON."""
-        known = {"best": self.best, "best_step": self.best_step} if self.best_step else {}
-        if self.best_per_byte is not None:
-            known["best_per_byte"] = self.best_per_byte
-        return {**known, "waited": self.waited}
+        best = {"best": self.best, "best_step": self.best_step, "best_per_byte": self.best_per_byte}
+        return {"waited": self.waited, **(best if self.best_step else {})}  # JSON has no infinity
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from the state of a checkpoint; the config stays the present one."""
@@ -304,12 +293,9 @@ class ReplicaGuard:
         Raises:
             ReplicaDriftError: some differ; raised on every rank, and entered in the event log.
         """
-        drift = None if self._check is None or not self._check.compares else self._check.find_drift()
-        if drift is not None:
-            raise self._failure(drift)
-
-    def _failure(self, drift: Drift) -> ReplicaDriftError:
-        run = self._run
+        run, drift = self._run, None if self._check is None else self._check.find_drift()
+        if drift is None:
+            return
         host_of = run.world.gather(socket.gethostname())
         hosts = sorted({host_of[rank] for rank in drift.ranks})
         where = ", ".join(f"rank {rank} on {host_of[rank]}" for rank in drift.ranks)
@@ -320,7 +306,7 @@ class ReplicaGuard:
         run.world.on_first(
             lambda: run.folder.record_event("replicas_differ", attempt=run.attempt, step=run.step, **told)
         )
-        return ReplicaDriftError(
+        raise ReplicaDriftError(
             f"{cause}: a device or a memory has changed them; the run goes on from its last checkpoint, which was "
             "compared before it was saved"
         )
@@ -393,7 +379,7 @@ class StragglerWatch:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        logging: LoggingConfig = run.config.logging
+        logging = run.config.logging
         # If the waits are unknown, a step takes equally long on every rank, which shows no difference.
         is_known = run.engine.timed_groups is not None and run.world.size > 1
         self.size = run.world.size if is_known and logging.straggler_factor else 0
@@ -421,17 +407,15 @@ class StragglerWatch:
             return
         record.own_min_s, record.own_max_s = min(times), max(times)
         record.slowest_rank = int(np.argmax(times))
-        texts = [self._tell(finding, record) for finding in self._judge.add(times)]
+        texts = []
+        for found in self._judge.add(times):
+            host = self._run.hosts[found.rank] if self._run.hosts else None
+            self._run.folder.record_event(
+                "straggler" if found.is_slow else "straggler_ended",
+                attempt=record.attempt, step=record.step, rank=found.rank, host=host,
+                own_s=found.own_s, median_s=found.median_s, steps=self._run.config.logging.straggler_window,
+            )  # fmt: skip
+            place = f"rank {found.rank}" + (f" on {host}" if host else "")
+            state = f"is slow{'' if found.is_slow else ' no more'}: {found.own_s:.3g} s of its own a step"
+            texts.append(f"{place} {state}, and the median {found.median_s:.3g} s")
         record.straggler = "; ".join(texts) or None
-
-    def _tell(self, finding: Finding, record: StepRecord) -> str:
-        """Record a finding as an event; return it as text."""
-        host = self._run.hosts[finding.rank] if self._run.hosts else None
-        self._run.folder.record_event(
-            "straggler" if finding.is_slow else "straggler_ended",
-            attempt=record.attempt, step=record.step, rank=finding.rank, host=host,
-            own_s=finding.own_s, median_s=finding.median_s, steps=self._run.config.logging.straggler_window,
-        )  # fmt: skip
-        state = "is slow" if finding.is_slow else "is slow no more"
-        place = f"rank {finding.rank}" + (f" on {host}" if host else "")
-        return f"{place} {state}: {finding.own_s:.3g} s of its own a step, and the median {finding.median_s:.3g} s"

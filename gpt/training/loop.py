@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from gpt.data.loader import Samples
 from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import World
-from gpt.training.checkpoints import CheckpointSchedule, go_back, judge_step
+from gpt.training.checkpoints import CheckpointSchedule, go_back, judge_step, start_save
 from gpt.training.diagnostics import CompileTime, Gradients, StepBreakdown, StepProfile
 from gpt.training.execution import StepTimeouts
 from gpt.training.guards import BadSteps, LossWindow, ReplicaGuard, StragglerWatch
@@ -110,8 +111,7 @@ def train(run: Run) -> str:
     return outcome
 
 
-@dataclass(frozen=True)
-class Pause:
+class Pause(NamedTuple):
     """Work after a step, for which its figures are read at once; the same on all ranks."""
 
     last: bool
@@ -149,7 +149,7 @@ class Loop:
 
         The figures of a profiled step are read at once, and its requests later. ``_pending_metrics`` is then None.
         """
-        self._carried_requests = Requests()
+        self._carried_requests: Requests = frozenset()
         """Requests from steps that a roll-back has discarded; they are served after the next step."""
         self._clock = time.perf_counter()
 
@@ -168,11 +168,16 @@ class Loop:
             run.restore_s = None
             collect(run.step)  # while the device works
             if self._divergence is not None:
-                self._go_back_from_former(step, self._divergence)
+                # Found bad after this step was queued. Requests that came during the discarded steps are kept.
+                carried = step.requests_of_all()
+                if self._pending_requests is not None:
+                    carried |= self._pending_requests.requests_of_all()
+                bad, self._pending_requests, self._divergence = self._divergence, None, None
+                self._go_back(bad, carried)
                 continue
             requests = self._collect_requests(step)
             pause = self._pause_after(requests)
-            if pause is not None or self.profile.due(run.step) or self._breakdown.due(run.step):
+            if any(pause) or self.profile.due(run.step) or self._breakdown.due(run.step):
                 outcome = self._read_at_once(step, pause, requests)
         return outcome or "finished"
 
@@ -182,24 +187,13 @@ class Loop:
             record, self._divergence = self._read(self._pending_metrics)
             self.writers.write(record)
 
-    def _go_back_from_former(self, step: QueuedStep, bad: BadSteps) -> None:
-        """Roll back because of the bad steps ``bad``, which end with the step before ``step``.
-
-        ``step`` was queued before the figures of the bad steps were known. Its requests are kept.
-        """
-        requests = step.requests_of_all()
-        if self._pending_requests is not None:
-            requests |= self._pending_requests.requests_of_all()
-        self._pending_requests = self._divergence = None
-        self._go_back(bad, requests)
-
     def _collect_requests(self, step: QueuedStep) -> Requests:
         """Return the requests after ``step``.
 
         If the ranks do not agree on requests beforehand, the figures of the previous step carry them.
         """
-        requests = self._carried_requests | (step.requests if self._run.worker.agrees else Requests())
-        self._carried_requests = Requests()
+        requests = self._carried_requests | (step.requests if self._run.worker.agrees else frozenset())
+        self._carried_requests = frozenset()
         if self._pending_requests is not None:
             requests |= self._read_votes(self._pending_requests)
         self._pending_metrics = self._pending_requests = step
@@ -210,18 +204,17 @@ class Loop:
         self._schedule.advance(step.votes.phase, step.votes_of_all())
         return step.requests_of_all()
 
-    def _pause_after(self, requests: Requests) -> Pause | None:
-        """Return the work after the step just queued; None if there is none."""
+    def _pause_after(self, requests: Requests) -> Pause:
+        """Return the work after the step just queued."""
         config, step = self._run.config, self._run.step
         last = step == config.optim.max_steps
-        pause = Pause(
+        return Pause(
             last,
             last or is_due(step, config.eval.interval),
             is_due(step, config.divergence.replica_check_interval),
             last or bool(requests) or self._schedule.is_due(step),
             self._schedule.is_due_in_memory(step),
         )
-        return None if pause == NO_PAUSE else pause
 
     def _read(self, step: QueuedStep) -> tuple[StepRecord, BadSteps | None]:
         """Read a step's figures. Return its record, and the bad steps if they need a roll-back, else None."""
@@ -230,19 +223,17 @@ class Loop:
         self._timeouts.after(record.step_time_s)
         self._breakdown.into(record)
         self._stability.into(record)
-        self._stragglers.after(record, step.own_times_of_all())
+        self._stragglers.after(record, step.figures.read()[0].get("own_times", []))
         return record, judge_step(self._run, record)
 
-    def _read_at_once(self, step: QueuedStep, pause: Pause | None, requests: Requests) -> str | None:
+    def _read_at_once(self, step: QueuedStep, pause: Pause, requests: Requests) -> str | None:
         """Wait for the step just queued, read its figures, and do the work of ``pause``.
 
         Returns ``finished`` or ``stopped`` if training ends with this step; None if training continues.
         """
         run, guard = self._run, self._run.guard
         record, bad = self._read(step)
-        if pause is None:
-            pause = NO_PAUSE
-        else:
+        if any(pause):
             if pause.last and bad is None:
                 bad = guard.judge_end()
             self.writers.show()  # a pause may be long
@@ -262,17 +253,19 @@ class Loop:
             self._replicas.check()
         if saves:
             self.writers.keep(record)
-            record.checkpoint_s = self._schedule.save(record.val_loss, is_last=is_last, is_stop=requests.stop)
+            record.checkpoint_s = self._schedule.save(record.val_loss, is_last=is_last, is_stop="stop" in requests)
         elif pause.remembers and guard.may_save:
-            record.checkpoint_s = self._schedule.save_in_memory()
+            started = time.perf_counter()
+            start_save(self._run, None, in_memory=True)
+            record.checkpoint_s = time.perf_counter() - started
         self.writers.write(record)
         self.profile.after(run.step)
-        if not (is_last or requests.stop):
+        if not (is_last or "stop" in requests):
             self._breakdown.before(run.step)
         self._clock = time.perf_counter()
         if is_last:
             return "finished"
-        if requests.stop:
+        if "stop" in requests:
             self._schedule.finish()
             return "stopped"
         return None
@@ -286,9 +279,6 @@ class Loop:
         go_back(self._run, self.writers, bad)
         self._stability.clear()
         self._carried_requests, self._clock = requests, time.perf_counter()
-
-
-NO_PAUSE = Pause(last=False, evaluates=False, compares=False, saves=False, remembers=False)
 
 
 def evaluate_step(run: Run, record: StepRecord) -> BadSteps | None:

@@ -9,9 +9,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 import torch.distributed as dist
@@ -37,8 +37,8 @@ from launch.runs.records import StepRecord
 
 
 NO_VOTES = Votes()
-PARTS = ("data", "reduced"), ("reduced", "updated")
-"""First and last moment of each phase of a step: gradients are computed; then they are clipped and applied."""
+MOMENTS = ("data", "reduced", "updated")
+"""Begin of a step, and ends of its phases: gradients are computed; then they are clipped and applied."""
 
 
 class Phases:
@@ -50,25 +50,23 @@ class Phases:
     """
 
     def __init__(self, device: torch.device, engine: Engine) -> None:
-        self._timeline = Timeline(device)
+        self.timeline = Timeline(device)
+        """Records the waits of the step."""
         self._groups = engine.timed_groups
-        self._moments: dict[str, Moment] = {"data": self._timeline.start}
-
-    def recorded(self) -> AbstractContextManager[None]:
-        """Record the waits inside the ``with`` block."""
-        return recorded(self._timeline)
+        self._moments: dict[str, Moment] = {"data": self.timeline.start}
 
     def mark(self, name: str) -> None:
         """Record under ``name`` the moment when the device has done all work queued so far; wait for nothing."""
-        self._moments[name] = self._timeline.now()
+        self._moments[name] = self.timeline.now()
 
     def fill_in(self, record: StepRecord) -> None:
         """Put the times of the phases, in seconds, into the record. The device must have finished the step."""
-        at = {name: self._timeline.seconds(moment) for name, moment in self._moments.items()}
-        spans = self._timeline.spans()
+        at = {name: self.timeline.seconds(moment) for name, moment in self._moments.items()}
+        spans = self.timeline.spans()
         own = [span for span in spans if span.name == HOST] if self._groups is None else spans
-        forward_backward_s, optimizer_s = (at[end] - at[begin] - total(own, at[begin], at[end]) for begin, end in PARTS)
-        record.forward_backward_s, record.optimizer_s = forward_backward_s, optimizer_s
+        record.forward_backward_s, record.optimizer_s = (
+            at[end] - at[begin] - total(own, at[begin], at[end]) for begin, end in pairwise(MOMENTS)
+        )
         if self._groups is None:
             return
         waited = {name: total(spans, 0, at["updated"], name) for name in {span.name for span in spans}}
@@ -179,18 +177,8 @@ class StepFigures:
         return self._read, self._ended
 
 
-@dataclass(frozen=True)
-class Requests:
-    """Requests from outside, read between two steps: to stop the run, or to save a checkpoint."""
-
-    stop: bool = False
-    save: bool = False
-
-    def __or__(self, other: Requests) -> Requests:
-        return Requests(self.stop or other.stop, self.save or other.save)
-
-    def __bool__(self) -> bool:
-        return self.stop or self.save
+Requests = frozenset[str]
+"""Requests from outside, read between two steps: any of ``stop`` (the run) and ``save`` (a checkpoint)."""
 
 
 @dataclass(frozen=True)
@@ -230,24 +218,20 @@ class QueuedStep:
         record.step_time_s, record.time = ended - since, time.time()
         record.tokens_per_s = self.tokens / record.step_time_s
         if is_sound and self.gradients is not None:
-            found = self.gradients.figures(figures["gradients"])
-            record.grad_mean, record.grad_std = found.mean, found.std
-            record.layer_grad_norms = found.layer_norms
+            self.gradients.into(record, figures["gradients"])
         return record, ended
 
     def requests_of_all(self) -> Requests:
         """Wait for the step; return the requests that any rank had received when it queued the step."""
         figures, _ = self.figures.read()
-        return Requests(figures["stop"][0] > 0, figures["save"][0] > 0) if "stop" in figures else self.requests
+        if "stop" not in figures:
+            return self.requests
+        return frozenset(name for name in ("stop", "save") if figures[name][0] > 0)
 
     def votes_of_all(self) -> dict[str, float]:
         """Wait for the step; return the votes of all ranks about saves, summed, by name."""
         figures, _ = self.figures.read()
         return {name: figures[name][0] for name in self.votes.figures}
-
-    def own_times_of_all(self) -> list[float]:
-        """Wait for the step; return the ranks' own times in an earlier step, seconds by rank; empty if not summed."""
-        return self.figures.read()[0].get("own_times", [])
 
 
 def queue_step(
@@ -273,27 +257,23 @@ def queue_step(
     has_experts = config.model.ffn is Ffn.moe
     if has_experts:
         reset_counts(engine.module)
-    with phases.recorded():
+    with recorded(phases.timeline):
         loss_sum = engine.backward(data.tokens, data.targets, lambda: run.worker.phase(phase, step - 1))
         phases.mark("reduced")
-    requests = Requests(run.worker.stop_requested(), run.worker.save_requested())
+    asked = {"stop": run.worker.stop_requested(), "save": run.worker.save_requested()}
     run.worker.phase(phase, step - 1)  # the poll looked like training, which may be silent for less time than a start
     # Figures of this rank that are summed over all ranks. As fills: the host would wait for a copy of its own tensor.
     told: dict[str, float] = dict(votes.figures)
     if not run.worker.agrees:  # under torchrun alone only the ranks can agree
-        told = {"stop": requests.stop, "save": requests.save} | told
+        told = asked | told
     own = {"loss_sum": loss_sum[None]} | {name: loss_sum.new_full((1,), figure) for name, figure in told.items()}
     if stragglers is not None and stragglers.size:
         own["own_times"] = stragglers.own_times(loss_sum)
     if gradients is not None:
         own["gradients"] = gradients.sums(engine.gradients())
 
-    def do_aside() -> None:
-        with waiting(HOST):
-            meanwhile()
-
-    with phases.recorded():
-        norm, sums_N, flaw = engine.clip(torch.cat([*own.values()]), do_aside)
+    with recorded(phases.timeline):
+        norm, sums_N, flaw = engine.clip(torch.cat([*own.values()]), waiting(HOST)(meanwhile))
         # Before the update, so that all ranks skip it or none, even if one replica alone computed other numbers. On the
         # device, so that no rank waits for the decision.
         skip = (sums_N[0] + flaw).isfinite().logical_not()
@@ -322,6 +302,7 @@ def queue_step(
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
     sizes = {name: len(figures) for name, figures in own.items()} | dict.fromkeys(after, 1)
     figures = StepFigures(sizes, torch.cat([sums_N, *(figure[None] for figure in after.values())]))
+    requests = frozenset(name for name, is_asked in asked.items() if is_asked)
     return QueuedStep(record, requests, gradients, figures, tokens, votes, phases)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from gpt.checkpoint import folders, part
 from gpt.checkpoint.folders import Retention
-from gpt.checkpoint.manager import CheckpointManager, FailedSave, Saved, room_error
+from gpt.checkpoint.manager import FailedSave, Saved, room_error
 from gpt.checkpoint.part import SharedMemory
 from gpt.checkpoint.writer import ProcessWriter
 from gpt.parallel.distributed import World
@@ -23,6 +23,7 @@ from gpt.train import build, train
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.worker import Run as Rank
+from tests.support.checkpoints import Checkpoints
 from tests.support.distributed import run_distributed
 from tests.support.learning import compose, control_group
 
@@ -136,7 +137,7 @@ def fail_on_one(rank: int, size: int, root: Path, number: int) -> tuple[list[Any
 
     with mock.patch("gpt.checkpoint.writer.write_part", write_part), mock.patch("gpt.checkpoint.manager.RETRY_S", 0.0):
         writer = ProcessWriter()
-        store = CheckpointManager(root / "run", Retention(2, 0), writer=writer, give_up_after_s=NEVER)
+        store = Checkpoints(root / "run", Retention(2, 0), writer=writer, give_up_after_s=NEVER)
         for step in (1, 2):
             store.save(step, state(step), {}, {})
         broken.touch()

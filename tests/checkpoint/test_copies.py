@@ -13,7 +13,6 @@ import torch
 
 from gpt.checkpoint import upkeep
 from gpt.checkpoint.folders import NAME, DamagedError, Manifest, Retention, sum_file, write_manifest
-from gpt.checkpoint.manager import CheckpointManager
 from gpt.checkpoint.messages import CheckpointError
 from gpt.checkpoint.target import Target, check_target
 from gpt.checkpoint.upkeep import LAST_TRIES, Upkeep, UpkeepPlan, fetch_newest
@@ -21,7 +20,7 @@ from gpt.config.optim import CheckpointConfig
 from launch.errors import ConfigError
 from launch.runs.events import uncopied_text
 from launch.runs.folder import RunFolder
-from tests.support.checkpoints import read_weights
+from tests.support.checkpoints import Checkpoints, read_weights
 from tests.support.commands import TINY, run
 from tests.support.distributed import run_distributed
 
@@ -205,7 +204,7 @@ def fill(value: float) -> dict[str, Any]:
 def load_from_copies(rank: int, size: int, root: Path) -> list[Any]:
     folder, url = root / "run" / "checkpoints", f"file://{root}/far"
     target = Target(url, "n/p")
-    store = CheckpointManager(folder, Retention(9, 0))
+    store = Checkpoints(folder, Retention(9, 0))
     store.connect = lambda: Target(url, "n/p")
     found: list[Any] = [store.load(fill(0))]
     for step in (1, 2):
@@ -236,7 +235,7 @@ def load_without_a_good_copy(rank: int, size: int, root: Path) -> list[str]:
         raise ConnectionError("no route")
 
     said = []
-    store = CheckpointManager(root / "run", Retention(1))
+    store = Checkpoints(root / "run", Retention(1))
     store.connect = never
     with pytest.raises(CheckpointError) as unreachable:
         store.load(fill(0))

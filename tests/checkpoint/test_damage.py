@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from gpt.checkpoint import folders, manager, upkeep
 from gpt.checkpoint.folders import Retention
-from gpt.checkpoint.manager import CheckpointManager, Saved
+from gpt.checkpoint.manager import Saved
 from gpt.checkpoint.messages import CheckpointError
 from gpt.checkpoint.target import saved_checkpoints
 from gpt.checkpoint.upkeep import UpkeepPlan
@@ -28,7 +28,7 @@ from gpt.checkpoint.writer import ProcessWriter
 from launch.errors import ConfigError
 from launch.runs.events import damaged_text
 from launch.runs.folder import RunFolder
-from tests.support.checkpoints import DiskCalls, Trained
+from tests.support.checkpoints import Checkpoints, DiskCalls, Trained
 from tests.support.commands import TINY
 from tests.support.composing import config_from
 from tests.support.distributed import RankFailedError, run_distributed
@@ -90,7 +90,7 @@ def own_parts(run: Trained) -> list[torch.Tensor]:
 def damage_and_load(rank: int, world_size: int, root: Path) -> list[dict[str, Any]]:
     """Save two checkpoints, then load after each kind of damage to each file of the newer one."""
     run = Trained("fsdp", seed=1)
-    saved = CheckpointManager(root / "sound", Retention(2, 0))
+    saved = Checkpoints(root / "sound", Retention(2, 0))
     weights = []
     for step in (10, 20):
         run.step(step)
@@ -112,11 +112,11 @@ def damage_and_load(rank: int, world_size: int, root: Path) -> list[dict[str, An
         warnings.clear()
         for part, newest in zip(own_parts(run), weights[1], strict=True):
             part.copy_(newest)
-        loaded = CheckpointManager(folder, Retention(2, 0)).load(state)
+        loaded = Checkpoints(folder, Retention(2, 0)).load(state)
         is_before = all(map(torch.equal, own_parts(run), weights[0]))
         found = {"name": name, "loaded": loaded, "is_before": is_before, "warnings": list(warnings)}
         results.append(found)
-    again = CheckpointManager(folder, Retention(2, 0)).load(state)
+    again = Checkpoints(folder, Retention(2, 0)).load(state)
     assert again is not None and (again.step, again.set_aside) == (10, ())
     return results
 
@@ -147,9 +147,9 @@ def test_any_damage_to_any_file_falls_back_to_the_checkpoint_before(tmp_path: Pa
 def meet_hopeless_cases(rank: int, world_size: int, root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     run = Trained("ddp", seed=1)
-    found["never saved"] = CheckpointManager(root / "empty", Retention(1, 0)).load(run.state())
+    found["never saved"] = Checkpoints(root / "empty", Retention(1, 0)).load(run.state())
 
-    store = CheckpointManager(root / "all_bad", Retention(2, 0))
+    store = Checkpoints(root / "all_bad", Retention(2, 0))
     for step in (1, 2):
         store.save(step, run.state(), {}, {})
     if rank == 0:
@@ -169,7 +169,7 @@ def meet_hopeless_cases(rank: int, world_size: int, root: Path) -> dict[str, Any
         with pytest.raises(ConfigError):
             store.load(run.state())
 
-    store = CheckpointManager(root / "other_model", Retention(1, 0))
+    store = Checkpoints(root / "other_model", Retention(1, 0))
     store.save(1, run.state(), {}, {})
     small = {"model": {"0.weight": torch.zeros(7, 10)}}
     reshaped = {"model": {**run.state()["model"], "0.weight": torch.zeros(5, 10)}, "optim": run.state()["optim"]}
@@ -229,7 +229,7 @@ def newest(folder: Path) -> int | None:
     return max(found, default=None)
 
 
-def loaded_step(store: CheckpointManager) -> int:
+def loaded_step(store: Checkpoints) -> int:
     blank = state(0)
     loaded = store.load(blank)
     assert loaded is not None and not loaded.set_aside
@@ -239,7 +239,7 @@ def loaded_step(store: CheckpointManager) -> int:
 
 def cut_the_power(rank: int, size: int, root: Path) -> list[int]:
     """Save step 2 as often as that makes calls, and cut the power at each; the newest checkpoint after each."""
-    CheckpointManager(root / "sound", Retention(1, 0)).save(1, state(1), {}, {})
+    Checkpoints(root / "sound", Retention(1, 0)).save(1, state(1), {}, {})
     found: list[int] = []
     while True:
         folder = root / str(len(found))
@@ -248,10 +248,10 @@ def cut_the_power(rank: int, size: int, root: Path) -> list[int]:
         calls = DiskCalls(cut, len(found))
         try:
             with calls.watch():
-                CheckpointManager(folder, Retention(1, 0)).save(2, state(2), {}, {})
+                Checkpoints(folder, Retention(1, 0)).save(2, state(2), {}, {})
         except PowerCutError:
             at = newest(folder)
-            assert at == loaded_step(CheckpointManager(folder, Retention(1, 0)))
+            assert at == loaded_step(Checkpoints(folder, Retention(1, 0)))
             hidden = [path.name for path in folder.iterdir() if path.name.startswith(".")]
             assert hidden == [".saving_notes"], "what was begun is swept"
             found.append(at)
@@ -269,7 +269,7 @@ def test_a_power_cut_at_any_call_of_a_save_leaves_a_checkpoint(tmp_path: Path) -
 
 def kill_the_writer(rank: int, size: int, root: Path) -> list[tuple[int, int]]:
     """As above, with the writer's process killed at each call; the newest at that moment, and after the next try."""
-    CheckpointManager(root / "sound", Retention(1, 0)).save(1, state(1), {}, {})
+    Checkpoints(root / "sound", Retention(1, 0)).save(1, state(1), {}, {})
     manager.RETRY_S = 0.0  # of this process
     found: list[tuple[int, int]] = []
     while True:
@@ -277,7 +277,7 @@ def kill_the_writer(rank: int, size: int, root: Path) -> list[tuple[int, int]]:
         shutil.copytree(root / "sound", folder)
         with DiskCalls(kill, len(found)).watch():
             writer = ProcessWriter()
-        store = CheckpointManager(folder, Retention(1, 0), writer=writer, give_up_after_s=NEVER)
+        store = Checkpoints(folder, Retention(1, 0), writer=writer, give_up_after_s=NEVER)
         now = state(2)
         store.start(2, now, {}, {}, os.getpid)  # a process id allows it
         now["model"]["w"].fill_(3.0)  # training goes on
@@ -308,7 +308,7 @@ def test_a_writer_killed_at_any_call_is_made_up_for(tmp_path: Path) -> None:
 def die_between_writing_and_figures(rank: int, size: int, root: Path, victim: int, is_counted: bool) -> None:
     """Save step 1; of step 2 all parts are written when a rank dies, before or after the ranks have learned that."""
     writer = ProcessWriter()
-    store = CheckpointManager(root, Retention(1, 0), writer=writer, give_up_after_s=NEVER)
+    store = Checkpoints(root, Retention(1, 0), writer=writer, give_up_after_s=NEVER)
     store.save(1, state(1), {"rank": rank}, {})
     store.start(2, state(2), {"rank": rank}, {}, os.getpid)
     while not (votes := store.poll()).figures["done"]:
@@ -324,7 +324,7 @@ def die_between_writing_and_figures(rank: int, size: int, root: Path, victim: in
 def load_after_deaths(rank: int, size: int, roots: list[Path]) -> list[tuple[int, list[str]]]:
     found = []
     for root in roots:
-        store = CheckpointManager(root, Retention(1, 0))
+        store = Checkpoints(root, Retention(1, 0))
         step = loaded_step(store)
         found.append((step, [path.name for path in root.iterdir()]))
         dist.barrier()
@@ -362,7 +362,7 @@ def save_on_a_disk_that_rots(rank: int, size: int, folder: RunFolder) -> tuple[l
         with mock.patch.object(upkeep, "drop_cached", rot):
             writer = ProcessWriter()
         writer.patience_s = 100.0
-        store = CheckpointManager(folder.checkpoints, Retention(1, 0), writer=writer)
+        store = Checkpoints(folder.checkpoints, Retention(1, 0), writer=writer)
         store.upkeep = UpkeepPlan(folder, 7, Retention(1), scrubs=True, copy_to=None, copy_keeps=Retention(1))
         for step in steps:
             store.save(step, state(step), {}, {})
@@ -390,7 +390,7 @@ def save_faster_than_scrubs(rank: int, size: int, folder: RunFolder) -> list[lis
         if threading.current_thread() is not threading.main_thread():
             has_read.set()
 
-    store = CheckpointManager(folder.checkpoints, Retention(1))
+    store = Checkpoints(folder.checkpoints, Retention(1))
     store.upkeep = UpkeepPlan(folder, 7, Retention(1), scrubs=True, copy_to=None, copy_keeps=Retention(1))
     found = []
     with (

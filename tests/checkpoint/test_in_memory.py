@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from gpt.checkpoint.folders import FileSum, Manifest, Retention
-from gpt.checkpoint.manager import CheckpointManager, FailedSave, Saved
+from gpt.checkpoint.manager import FailedSave, Saved
 from gpt.checkpoint.memory import MemoryStores, neighbors
 from gpt.checkpoint.messages import decode_value, encode_value
 from gpt.checkpoint.writer import ProcessWriter, Writer
@@ -30,7 +30,7 @@ from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from launch.worker.memory import CHUNK, Place, Store, StoreClient, StoreError, Upload, serve_ranks
 from launch.workload import PlanRequest
-from tests.support.checkpoints import Trained
+from tests.support.checkpoints import Checkpoints, Trained
 from tests.support.commands import TINY
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
@@ -65,9 +65,9 @@ def nodes() -> Iterator[list[Served]]:
     yield [Served() for _ in range(3)]
 
 
-def open_checkpoints(rank: int, size: int, places: list[Place], writer: Any) -> CheckpointManager:
+def open_checkpoints(rank: int, size: int, places: list[Place], writer: Any) -> Checkpoints:
     """The checkpoints of a rank, in memory where ``places`` has its node, and on a disk."""
-    store = CheckpointManager(Path(os.environ["DISK"]), Retention(1, 0), writer=writer)
+    store = Checkpoints(Path(os.environ["DISK"]), Retention(1, 0), writer=writer)
     store.memory = MemoryStores(None, places[rank * len(places) // size], SECRET)
     return store
 
@@ -88,7 +88,7 @@ def save_four(rank: int, size: int, places: list[Place]) -> tuple[list[Any], dic
             assert store.memory is not None
             store.memory.places = (Place("127.0.0.1", 9), *store.memory.places)
         digests[step] = trained.digests()
-        store.start_in_memory(step, state, own, {"told": step})
+        store.start(step, state, own, {"told": step}, None)
         trained.step(0)  # training goes on
         found.append(store.finish())
     writer.close()
@@ -294,10 +294,10 @@ FORGED = [
     *(
         json.dumps(plain).encode()
         for plain in (
-            {"dataclass": ["subprocess:Popen", {"args": ["touch", "harmed"]}]},
-            {"dataclass": ["os:system", {"command": "touch harmed"}]},
-            {"dataclass": ["gpt.checkpoint.folders:sum_file", {"path": {"path": "/etc/passwd"}}]},
-            {"dataclass": ["gpt.checkpoint.folders:Path", {}]},
+            {"dataclass": ["subprocess:Popen", [["args", ["touch", "harmed"]]]]},
+            {"dataclass": ["os:system", [["command", "touch harmed"]]]},
+            {"dataclass": ["gpt.checkpoint.folders:sum_file", [["path", {"path": "/etc/passwd"}]]]},
+            {"dataclass": ["gpt.checkpoint.folders:Path", []]},
             {"enum": ["gpt.checkpoint.folders:FileSum", "size"]},
             {"tensor": ["load", [1], ""]},
             {"eval": "1"},

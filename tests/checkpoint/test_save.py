@@ -17,10 +17,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from gpt.checkpoint.folders import VALIDATION_LOSS, Retention
-from gpt.checkpoint.manager import CheckpointManager, OutdatedAttemptError
+from gpt.checkpoint.manager import OutdatedAttemptError
 from gpt.checkpoint.messages import CheckpointError
 from launch.errors import ConfigError
-from tests.support.checkpoints import Trained
+from tests.support.checkpoints import Checkpoints, Trained
 from tests.support.distributed import run_distributed
 
 
@@ -30,7 +30,7 @@ def refuse_writes(*args: Any, **kwargs: Any) -> Any:
 
 def fail_in_many_ways(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     run = Trained("fsdp", seed=1)
-    store = CheckpointManager(folder, Retention(2, 0))
+    store = Checkpoints(folder, Retention(2, 0))
     store.save(1, run.state(), {}, {})
     found: dict[str, Any] = {}
 
@@ -96,7 +96,7 @@ def save_many(rank: int, world_size: int, root: Path) -> list[list[int]]:
     found = []
     for number, keeps in enumerate(KEPT):
         folder = root / str(number)
-        store = CheckpointManager(folder, keeps, dist.new_group(backend="gloo"))
+        store = Checkpoints(folder, keeps, dist.new_group(backend="gloo"))
         assert store.is_new()
         for step, loss in enumerate(LOSSES, start=1):
             store.save(step, {"model": {"w": torch.ones(3)}}, {}, {} if loss is None else {VALIDATION_LOSS: loss})
@@ -139,9 +139,9 @@ def save_again_and_again(rank: int, size: int, root: Path) -> tuple[list[tuple[i
             sent.append(len(obj.items))
         return gather(obj, **kwargs)
 
-    first, second = (CheckpointManager(root / name, Retention(9, 0)) for name in "xy")
+    first, second = (Checkpoints(root / name, Retention(9, 0)) for name in "xy")
 
-    def save(store: CheckpointManager, step: int, *names: str) -> None:
+    def save(store: Checkpoints, step: int, *names: str) -> None:
         planned.clear()
         sent.clear()
         state = sharded(step, *names)
@@ -194,7 +194,7 @@ def train_and_save(rank: int, world_size: int, root: Path) -> dict[str, dict[str
         for number in range(3):
             run.step(number)
         own = {"rng": torch.get_rng_state(), "python": (3, (1, 2), None), "rank": rank}
-        store = CheckpointManager(root / f"{strategy}{world_size}", Retention(1, 0))
+        store = Checkpoints(root / f"{strategy}{world_size}", Retention(1, 0))
         store.save(3, run.state(), own, {"step": 3, "position": 12, "saved_by": strategy})
         digests[f"{strategy}{world_size}"] = run.digests()
     return digests
@@ -206,7 +206,7 @@ def load_everything(rank: int, world_size: int, root: Path) -> dict[tuple[str, s
         run = Trained(strategy, seed=2)
         before = run.digests()
         state = run.state()
-        loaded = CheckpointManager(root / saved, Retention(1, 0)).load(state)
+        loaded = Checkpoints(root / saved, Retention(1, 0)).load(state)
         run.take(state)
         found[saved, strategy] = (before, run.digests(), loaded)
     return found

@@ -24,7 +24,6 @@ from gpt.config import TrainConfig
 from gpt.config.train import compose_train
 from gpt.conversion.state_dict import load_model
 from gpt.topology.check_dims import check_parallel_dims
-from gpt.training.checkpoints import save
 from gpt.training.run import Run
 from launch.errors import ConfigError
 from tests.support.commands import TINY as COMMAND
@@ -48,6 +47,7 @@ from tests.support.learning import (
     follow,
     held_as_planned,
     learn,
+    save,
     start,
     start_case,
     step,

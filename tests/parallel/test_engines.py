@@ -18,7 +18,6 @@ from torch.distributed.fsdp import FSDPModule
 from gpt.config import TrainConfig
 from gpt.conversion.state_dict import find_checkpoint, read_weights
 from gpt.model.gpt import GPT, initialize
-from gpt.training.checkpoints import save
 from launch.runs.folder import RunFolder
 from tests.support.distributed import run_distributed
 from tests.support.learning import (
@@ -32,6 +31,7 @@ from tests.support.learning import (
     follow,
     held_as_planned,
     learn,
+    save,
     start,
     start_case,
     step,

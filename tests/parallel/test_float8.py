@@ -22,12 +22,12 @@ from gpt.parallel.compile import convert_linears, prepare_blocks
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import AdamW
 from gpt.planning.auto import refuse_float8
-from gpt.training.checkpoints import load, save
+from gpt.training.checkpoints import load
 from gpt.training.execution import has_float8, settle_execution
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 from tests.support.distributed import run_distributed
-from tests.support.learning import MODELS, compose, control_group, start, step
+from tests.support.learning import MODELS, compose, control_group, save, start, step
 from tests.support.small_models import LLAMA, MOE, random_tokens, small
 
 pytest.importorskip("torchao")

@@ -26,7 +26,6 @@ from gpt.planning.rank_shards import activation_bytes, cast_elements, parameter_
 from gpt.topology import fsdp_units, split_batch
 from gpt.topology.check_dims import check_parallel_dims
 from gpt.training import run as run_module
-from gpt.training.checkpoints import save
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 from tests.support.learning import (
@@ -35,6 +34,7 @@ from tests.support.learning import (
     Operations,
     compose,
     living_bytes,
+    save,
     start_composed,
 )
 from tests.support.small_models import LLAMA, random_tokens, small

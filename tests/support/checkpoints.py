@@ -21,6 +21,28 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt.checkpoint.folders import final_for
+from gpt.checkpoint.manager import CheckpointManager, Saved
+
+
+class Checkpoints(CheckpointManager):
+    """The checkpoints of a run, with a save that is waited for."""
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        rank_state: dict[str, Any],
+        meta: dict[str, Any],
+        may_commit: Callable[[], object] = os.getpid,  # a process id allows it
+    ) -> Path:
+        """Write the checkpoint of a step, try again where it fails, and return its folder."""
+        self.start(step, state, rank_state, meta, may_commit)  # type: ignore[arg-type]
+        while not isinstance(self.finish(), Saved):
+            assert self.is_pending
+        return final_for(self.folder, step)
+
+
 WIDTH = 10  # not a multiple of 4: the last rank's shard is smaller
 
 

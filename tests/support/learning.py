@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from gpt.checkpoint.manager import FailedSave
+from gpt.checkpoint.messages import CheckpointError
 from gpt.config import Strategy, TrainConfig
 from gpt.model.layers import autocast
 from gpt.parallel.distributed import World
@@ -36,7 +38,7 @@ from gpt.planning.rank_shards import parameter_shards
 from gpt.topology import parallel_dims
 from gpt.topology.schedules import rank_stages
 from gpt.train import build
-from gpt.training.checkpoints import save
+from gpt.training.checkpoints import start_save
 from gpt.training.diagnostics import Gradients
 from gpt.training.loop import EvaluationShare, mean_loss
 from gpt.training.run import Run
@@ -46,6 +48,17 @@ from launch.runs.heartbeat import Phase
 from launch.worker import Run as Rank
 from tests.support.composing import config_from
 from tests.support.distributed import DATA_FOLDER
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the step just done, and wait for it; raise CheckpointError if it failed."""
+    start_save(run, None)
+    found = run.checkpoints.finish()
+    if isinstance(found, FailedSave):
+        run.checkpoints.give_up()
+        raise CheckpointError(found.cause)
+    run.worker.saved(run.step, 0.0)
+
 
 STEPS = 3
 """The second one has what the first left in the optimizer; by the third, biases, which begin at zero, are large beside

@@ -19,7 +19,6 @@ from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.gpt import GPT, initialize
 from gpt.parallel import engine as module
 from gpt.parallel.engine import LossScale, skipping
-from gpt.training.checkpoints import save
 from gpt.training.guards import is_bad
 from gpt.training.run import Run
 from gpt.training.step import lr_at, queue_step
@@ -29,7 +28,7 @@ from launch.runs.records import StepRecord, read_records
 from tests.support.commands import TINY
 from tests.support.commands import run as run_command
 from tests.support.distributed import run_distributed
-from tests.support.learning import BATCH, MODELS, compose, start, whole
+from tests.support.learning import BATCH, MODELS, compose, save, start, whole
 
 STEPS, MICRO, GROWTH_INTERVAL, HIGH = 8, 4, 2, 2.0**19
 """Gradients overflow at the scale ``HIGH``, and again where it has grown."""

@@ -62,8 +62,10 @@ def measured(rank: int, world_size: int, sharded: bool) -> tuple[list[str], list
     grads = [(name.removeprefix("module."), p.grad) for name, p in model.named_parameters() if p.grad is not None]
     sums = gradients.sums((name, local_tensor(grad), inverse_replicas(grad, world_size)) for name, grad in grads)
     torch.distributed.all_reduce(sums)
-    figures = gradients.figures(sums.tolist())
-    return list(figures.layer_norms), [figures.mean, figures.std, *figures.layer_norms.values()]
+    told = record(1, 1.0)
+    gradients.into(told, sums.tolist())
+    assert told.layer_grad_norms is not None
+    return list(told.layer_grad_norms), [told.grad_mean or 0, told.grad_std or 0, *told.layer_grad_norms.values()]
 
 
 def backward(model: nn.Module, rank: int) -> None:

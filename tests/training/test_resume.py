@@ -17,7 +17,6 @@ import pytest
 from gpt.checkpoint import folders
 from gpt.config import TrainConfig
 from gpt.config.optim import OptimConfig, describe_extended_schedule
-from gpt.training.checkpoints import save
 from gpt.training.step import queue_step
 from launch.batch import job_overrides
 from launch.errors import ConfigError
@@ -40,7 +39,7 @@ from tests.support.checkpoints import differing, read_weights
 from tests.support.commands import TINY, agents_of, descendants, kill_all, ranks_of, run, start_fork, wait_for
 from tests.support.distributed import run_distributed
 from tests.support.learning import TINY as LEARNING
-from tests.support.learning import compose, start_composed
+from tests.support.learning import compose, save, start_composed
 
 MORE = 6
 """Steps after the checkpoint that a killed run goes on from: over the next checkpoint, to one at the end."""
