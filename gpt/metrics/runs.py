@@ -79,15 +79,15 @@ def summarize(folder: RunFolder, records: Sequence[dict[str, Any]], events: Sequ
     }
     if not records:
         return found
-    if "loss" in records[-1]:
-        found["loss"] = records[-1]["loss"]
-    if "skipped_steps" in records[-1]:
-        found["skipped_steps"] = records[-1]["skipped_steps"]
+    found |= {name: records[-1][name] for name in ("loss", "skipped_steps") if name in records[-1]}
     evaluated = [record for record in records if "val_loss" in record]
     if evaluated:
         best = min(evaluated, key=lambda record: record["val_loss"])
-        found |= {"val_loss": evaluated[-1]["val_loss"]}
-        found |= {"best_val_loss": best["val_loss"], "best_val_step": best["step"]}
+        found |= {
+            "val_loss": evaluated[-1]["val_loss"],
+            "best_val_loss": best["val_loss"],
+            "best_val_step": best["step"],
+        }
     shares = ("mfu_palm", "mfu_bf16", "mfu_causal", "hfu")
     for name in ("step_time_s", "tokens_per_s", "tflops_per_s", *shares, "data_wait_s"):
         values = [record[name] for record in select_steady(records) if name in record]

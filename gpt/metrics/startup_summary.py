@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import textwrap
+from collections import Counter
 from typing import Any
 
 import torch
 
-from gpt.accounting import Flops, training_flops_per_token
-from gpt.config import Ffn, Float8, ModelConfig, Norm, NormPosition, Position, RopeScaling, TrainConfig
+from gpt.accounting import training_flops_per_token
+from gpt.config import Ffn, Float8, ModelConfig, TrainConfig
 from gpt.config.optim import ADAMW
 from gpt.config.train import float8_words
 from gpt.parallel.distributed import World
@@ -98,46 +99,38 @@ def render_summary(record: dict[str, Any], config: TrainConfig, title: str) -> s
     return "\n".join(lines)
 
 
+CHOICES = (
+    *(
+        "norm",
+        "norm_position",
+        "position",
+        "rope_scaling",
+        "attention",
+        "qk_norm",
+        "ffn",
+        "ffn_activation",
+        "ffn_width",
+    ),
+    *("n_shared_expert", "parallel_residual", "bias", "tie_embeddings", "dropout"),
+)
+"""Keys of the model whose values the summary shows, if they are not false or zero."""
+
+
 def architecture_rows(model: ModelConfig, counts: dict[str, int]) -> dict[str, str]:
     """Return the parts and the size of the model, label -> text."""
-    heads = f"{model.n_head} heads of {model.head_dim}"
-    if model.kv_heads != model.n_head:
-        heads += f", {model.kv_heads} for keys and values"
-    names = {key: f"{key} {name}" for key, name in model.custom_parts.items()}
-    kinds = {Ffn.swiglu: "SwiGLU", Ffn.geglu: "GEGLU", Ffn.standard: f"standard, {model.ffn_activation.name}"}
-    ffn = f"{kinds[model.dense_ffn]} ffn {model.ffn_width} wide"
-    if isinstance(model.ffn, str):
-        ffn = names["ffn"]
+    chosen = {key: getattr(model, key) for key in CHOICES if getattr(model, key)}
+    parts = [key if value is True else f"{key} {getattr(value, 'name', value)}" for key, value in chosen.items()]
     if model.ffn is Ffn.moe:
-        ffn = f"{model.n_expert_per_token} of {model.n_expert} experts, {ffn}"
-    norm = {Norm.rmsnorm: "RMSNorm", Norm.layernorm: "LayerNorm", Norm.layernorm_nobias: "LayerNorm without shift"}
-    position = {
-        Position.rope: f"rotary positions (base {model.rope_base:g})",
-        Position.learned: "learned positions",
-        Position.none: "no positions",
-    }
-    norms = names["norm"] if isinstance(model.norm, str) else norm[model.norm]
-    positions = names["position"] if isinstance(model.position, str) else position[model.position]
-    choices = {
-        names.get("attention", ""): "attention" in names,
-        "norms after": model.norm_position is NormPosition.post,
-        "normalized queries and keys": model.qk_norm,
-        f"rope scaling {model.rope_scaling.name}": model.rope_scaling is not RopeScaling.none,
-        "parallel residual": model.parallel_residual,
-        "bias": model.bias,
-        "tied embeddings": model.tie_embeddings,
-    }
-    extras = [text for text, chosen in choices.items() if chosen]
-    if model.dropout:
-        extras.append(f"dropout {model.dropout:g}")
+        parts.append(f"{model.n_expert_per_token} of {model.n_expert} experts, {model.dense_ffn.name}")
     components = ("embedding", "position", "attention", "ffn", "norm", "head")
-    parts = ", ".join(f"{name} {counts[name]:,}" for name in components if counts[name])
+    sizes = ", ".join(f"{name} {counts[name]:,}" for name in components if counts[name])
     active = f"{counts['active']:,} active for a token, " if counts["idle"] else ""
+    heads = f"{model.n_head} heads of {model.head_dim}, {model.kv_heads} for keys and values"
     return {
         "model": f"{model.name}: {model.n_layer} layers x {model.n_embd}, {heads}",
-        "parts": ", ".join([norms, positions, ffn, *extras]),
+        "parts": ", ".join(parts),
         "sequence": f"{model.block_size:,} tokens of a vocabulary of {model.vocab_size:,}",
-        "parameters": f"{counts['total']:,}, {active}{counts['non_embedding']:,} without embeddings ({parts})",
+        "parameters": f"{counts['total']:,}, {active}{counts['non_embedding']:,} without embeddings ({sizes})",
     }
 
 
@@ -175,9 +168,7 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
     """Return ranks, hosts, devices and software, label -> text."""
     ranks = record["ranks"]
     hosts = list(dict.fromkeys(rank["host"] for rank in ranks))
-    devices: dict[str, int] = {}
-    for rank in ranks:
-        devices[rank["device_name"]] = devices.get(rank["device_name"], 0) + 1
+    devices = Counter(rank["device_name"] for rank in ranks)
     named = ", ".join(f"{count} x {name}" for name, count in devices.items())
     memory = [rank["memory_gib"] for rank in ranks if "memory_gib" in rank]
     shown = ", ".join(hosts[:4]) + (", ..." if len(hosts) > 4 else "")
@@ -191,22 +182,17 @@ def hardware(record: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def where_text(flops: Flops) -> str:
-    """Return as text the shares of FLOPs in attention, feed-forward and output matrix, and the ratio of attention to
-    feed-forward."""
-    attention, ffn = flops.projections + flops.attention + flops.custom, flops.ffn + flops.router
-    shares = {"attention": attention, "feed-forward": ffn, "output matrix": flops.logits}
-    told = ", ".join(f"{name} {share / flops.palm:.0%}" for name, share in shares.items())
-    return f"{told}; attention to feed-forward {attention / ffn:.2f}" if ffn else told
-
-
 def performance(record: dict[str, Any], config: TrainConfig) -> dict[str, str]:
     """Return the FLOPs of a step and the peak of the devices, label -> text. The peak is a limit, no forecast."""
     flops, peak, ranks = record["flops_per_token"], record["peak_flops_per_s"], len(record["ranks"])
     step = flops * record["global_batch"] * record["block_size"]
+    count = training_flops_per_token(config.model)
+    attention, ffn = count.projections + count.attention + count.custom, count.ffn + count.router
+    shares = {"attention": attention, "feed-forward": ffn, "output matrix": count.logits}
+    where = ", ".join(f"{name} {share / count.palm:.0%}" for name, share in shares.items())
     rows = {
         "arithmetic": f"{flops / 1e9:.4g} GFLOP a token (PaLM convention), {step / 1e12:.4g} TFLOP a step",
-        "where": where_text(training_flops_per_token(config.model)),
+        "where": f"{where}; attention to feed-forward {attention / ffn:.2f}" if ffn else where,
         "memory": f"{record['memory_planned_gib']:.3g} GiB a rank in tensors, planned",
     }
     if peak is None:  # a guessed peak would give a wrong MFU

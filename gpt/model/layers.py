@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -286,7 +285,7 @@ CACHED_LOGITS = 2**17
 """Number of fp32 logits of a chunk for each CPU thread: 0.5 MB, which fits into the 1 to 2 MB of an L2 cache."""
 
 
-def autocast(config: TrainConfig, device: torch.device) -> AbstractContextManager[object]:
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     """Return the context of the forward pass: matrix products in 16 bits over fp32 weights for a 16-bit
     ``config.precision``.
 

@@ -30,14 +30,6 @@ KEYS, GRADIENTS = 0, 1
 """Tags of the transfers of keys and values, and of their gradients, which run at the same time."""
 
 
-def ring_attend(
-    group: dist.ProcessGroup, backend: AttentionBackend, q_BHTC: Tensor, k_BKTC: Tensor, v_BKTC: Tensor
-) -> Tensor:
-    """Attend from this rank's queries to the keys of all ranks of ``group``: (B, H, T, C)."""
-    y_BHTC: Tensor = RingAttention.apply(q_BHTC, k_BKTC, v_BKTC, group, backend is not AttentionBackend.manual)
-    return y_BHTC
-
-
 class RingAttention(torch.autograd.Function):
     """Causal attention over all blocks of the ring; in the backward pass keys circulate again, with their gradients."""
 
@@ -49,11 +41,11 @@ class RingAttention(torch.autograd.Function):
         y_BHTC, lse_BHT = attend_block(q_BHTC, k_BKTC, v_BKTC, True, fused)
         y_BHTC = y_BHTC.type_as(lse_BHT)
         ring = Ring(group)
-        transfer = ring.send_to_next(own, KEYS)
+        transfer = Transfer(ring, own, KEYS)
         for owner in ring.others():
             block = transfer.wait()
             if owner != ring.next:
-                transfer = ring.send_to_next(block, KEYS)
+                transfer = Transfer(ring, block, KEYS)
             first, keys = visible_keys(owner, ring.rank, q_BHTC.size(2))
             k, v = block[..., :keys, :]
             part, part_lse = attend_block(q_BHTC[:, :, first:], k, v, False, fused)
@@ -72,19 +64,19 @@ class RingAttention(torch.autograd.Function):
         q_BHTC, block, y_BHTC, lse_BHT = ctx.saved_tensors
         given = grad_BHTC.contiguous(), Attended(q_BHTC, y_BHTC, lse_BHT)
         ring = Ring(ctx.group)
-        transfer = ring.send_to_next(block, KEYS)
+        transfer = Transfer(ring, block, KEYS)
         dq_BHTC, dblock = block_gradients(*given, block, (0, q_BHTC.size(2)), True, ctx.fused)
-        collecting = ring.send_to_next(dblock, GRADIENTS)
+        collecting = Transfer(ring, dblock, GRADIENTS)
         for owner in ring.others():
             block = transfer.wait()
             if owner != ring.next:
-                transfer = ring.send_to_next(block, KEYS)
+                transfer = Transfer(ring, block, KEYS)
             first, keys = visible_keys(owner, ring.rank, q_BHTC.size(2))
             dq, mine = block_gradients(*given, block, (first, keys), False, ctx.fused)
             dq_BHTC[:, :, first:] += dq
             dblock = collecting.wait()
             dblock[..., :keys, :] += mine
-            collecting = ring.send_to_next(dblock, GRADIENTS)
+            collecting = Transfer(ring, dblock, GRADIENTS)
         dk_BKTC, dv_BKTC = collecting.wait().type_as(block)
         return dq_BHTC.type_as(q_BHTC), dk_BKTC, dv_BKTC, None, None
 
@@ -133,13 +125,9 @@ class Ring:
         """List the owners of the blocks in order of arrival. The last block is the next rank's, and is not sent on."""
         return [(self.rank - i) % self.ranks for i in range(1, self.ranks)]
 
-    def send_to_next(self, x: Tensor, tag: int) -> Transfer:
-        """Start sending a tensor to the next rank and receiving one of the same shape from the previous rank."""
-        return Transfer(self, x, tag)
-
 
 class Transfer:
-    """An asynchronous send to the next rank together with a receive from the previous one."""
+    """An asynchronous send of a tensor to the next rank, and a receive of one of the same shape from the previous."""
 
     def __init__(self, ring: Ring, x: Tensor, tag: int) -> None:
         # The send buffer must not change until the send completes.
@@ -224,8 +212,8 @@ def shard_sequences(
 def build_attend(attention: Attention, shard: SequenceShard, config: TrainConfig) -> Attend:
     """Return the function that replaces ``attention.attend``: ring attention, or attention to all-gathered keys."""
     if config.parallel.cp_method is CpMethod.ring:
-        assert not isinstance(attention.backend, str), "an attention of the user's is no Attention"
-        return partial(ring_attend, shard.group, attention.backend)
+        fused = attention.backend is not AttentionBackend.manual
+        return lambda q, k, v: RingAttention.apply(q, k, v, shard.group, fused)
     for end in shard.ends(config.model.block_size):
         causal_bias(config.model.block_size // (2 * shard.ranks), end)
     return partial(allgather_attend, shard, attention.attend)

@@ -63,59 +63,48 @@ def padded_chunk(tensor: Tensor, ranks: int) -> int:
 @torch.no_grad()
 def all_gather_rows(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """All-gather tensors in place, ``GATHER_BYTES`` at a time; each rank contributes its chunk of the rows."""
-    for bucket in split_into_buckets(tensors, GATHER_BYTES):
-        _all_gather_bucket([tensors[index] for index in bucket], group)
-
-
-def _all_gather_bucket(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     ranks, rank = group.size(), group.rank()
-    sizes = [padded_chunk(tensor, ranks) for tensor in tensors]
-    mine = tensors[0].new_zeros(sum(sizes))
-    for tensor, size, place in zip(tensors, sizes, mine.split(sizes), strict=True):
-        chunk = tensor.flatten()[rank * size : (rank + 1) * size]
-        place[: chunk.numel()].copy_(chunk)
-    gathered = collectives.wait_tensor(collectives.all_gather_into_tensor(mine, ranks, group.group_name))
-    # Only the last chunks are padded, so the chunks of all ranks begin with the whole tensor.
-    for tensor, parts in zip(tensors, gathered.view(ranks, -1).split(sizes, dim=1), strict=True):
-        tensor.copy_(parts.flatten()[: tensor.numel()].view_as(tensor))
+    for indices in split_into_buckets(tensors, GATHER_BYTES):
+        bucket = [tensors[index] for index in indices]
+        sizes = [padded_chunk(tensor, ranks) for tensor in bucket]
+        mine = bucket[0].new_zeros(sum(sizes))
+        for tensor, size, place in zip(bucket, sizes, mine.split(sizes), strict=True):
+            chunk = tensor.flatten()[rank * size : (rank + 1) * size]
+            place[: chunk.numel()].copy_(chunk)
+        gathered = collectives.wait_tensor(collectives.all_gather_into_tensor(mine, ranks, group.group_name))
+        # Only the last chunks are padded, so the chunks of all ranks begin with the whole tensor.
+        for tensor, parts in zip(bucket, gathered.view(ranks, -1).split(sizes, dim=1), strict=True):
+            tensor.copy_(parts.flatten()[: tensor.numel()].view_as(tensor))
+        del gathered  # before the next bucket gets memory
 
 
 class GradientBucket:
     """Parameters whose gradients are reduce-scattered together, and this rank's shards of the sums."""
 
     def __init__(self, parameters: Sequence[SplitParameter], mesh: DeviceMesh) -> None:
-        self._parameters, self._ranks = parameters, mesh.size()
+        self.parameters, self._ranks = parameters, mesh.size()
         sizes = [padded_chunk(whole, self._ranks) for whole, _ in parameters]
         self.sums = parameters[0].whole.new_zeros(sum(sizes))
         """This rank's part of the bucket, kept between steps, because the host needs time to make its DTensors."""
-        self._gradients: list[DTensor] = []
+        self.gradients: list[DTensor] = []
         for (whole, shard), place in zip(parameters, self.sums.split(sizes), strict=True):
             assert isinstance(shard, DTensor)
             local = shard.to_local()
-            self._gradients.append(as_row_shard(place[: local.numel()].view_as(local), whole, mesh))
+            self.gradients.append(as_row_shard(place[: local.numel()].view_as(local), whole, mesh))
         self.missing: set[nn.Parameter] = set()
         """Parameters whose gradients the backward pass has yet to compute."""
-
-    def expect_all(self) -> None:
-        """Mark the gradients of all parameters as not computed yet, before a backward pass."""
-        self.missing = {whole for whole, _ in self._parameters}
 
     def fill(self) -> Tensor:
         """Return all gradients as one flat tensor, ordered by the rank that gets each chunk; set them to None.
 
         A parameter that took no part in the step counts as zeros, as another rank may have used it.
         """
-        wholes = [whole for whole, _ in self._parameters]
+        wholes = [whole for whole, _ in self.parameters]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for p in wholes]
         flat = torch._chunk_cat(gradients, dim=0, num_chunks=self._ranks)
         for parameter in wholes:
             parameter.grad = None
         return flat.view(-1)
-
-    def hand_over(self) -> None:
-        """Set ``grad`` of this rank's shards to their summed gradients."""
-        for (_, shard), gradient in zip(self._parameters, self._gradients, strict=True):
-            shard.grad = gradient
 
 
 class GradientReducer:
@@ -145,7 +134,7 @@ class GradientReducer:
     def last_micro_batch(self) -> Iterator[None]:
         """Context of the last micro-batch of a step: its backward pass sends each bucket that is complete."""
         for bucket in self._buckets:
-            bucket.expect_all()
+            bucket.missing = {whole for whole, _ in bucket.parameters}
         self._to_send.extend(self._buckets)
         self._is_last = True
         yield
@@ -159,7 +148,8 @@ class GradientReducer:
         while self._in_flight:
             self._receive()
         for bucket in self._buckets:
-            bucket.hand_over()
+            for (_, shard), gradient in zip(bucket.parameters, bucket.gradients, strict=True):
+                shard.grad = gradient
 
     def _note_gradient(self, parameter: Tensor) -> None:
         if not self._is_last:

@@ -98,17 +98,14 @@ def compute_on_shards(module: nn.Module, replicated_gradient: Placement) -> None
     caller.module, caller.forward = module, module.forward
 
     def forward(*inputs: Any) -> Any:
-        parts = {f"module.{name}": local_shard(p, replicated_gradient) for name, p in module.named_parameters()}
+        parts = {}
+        for name, parameter in module.named_parameters():
+            assert isinstance(parameter, DTensor)
+            placements = [replicated_gradient if p.is_replicate() else p for p in parameter.placements]
+            parts[f"module.{name}"] = parameter.to_local(grad_placements=placements)  # gradients flow back through it
         return functional_call(caller, parts, inputs)
 
     replace_forward(module, forward)
-
-
-def local_shard(parameter: Tensor, replicated_gradient: Placement) -> Tensor:
-    """Return this rank's shard of a parameter, through which gradients flow back."""
-    assert isinstance(parameter, DTensor)
-    placements = [replicated_gradient if p.is_replicate() else p for p in parameter.placements]
-    return parameter.to_local(grad_placements=placements)
 
 
 def reduce_partial(part: Tensor, mesh: DeviceMesh, placement: Placement) -> Tensor:
@@ -139,19 +136,15 @@ def materialize(parts: Sequence[GPT], weights: Weights, device: torch.device, ho
                 set_tensor(part, name, buffer.to(device))
     for part in parts:  # after all have memory: a shared module would lose its values if it got memory again
         for name, tensor in part.state_dict(keep_vars=True).items():
-            copy_shard(tensor, weights(name, tensor.shape))
+            whole, own = weights(name, tensor.shape), local_tensor(tensor)
+            if not own.numel():
+                continue
+            if isinstance(tensor, DTensor):
+                (chunk,) = tensor.__create_chunk_list__()  # the function that checkpoints use
+                for dimension, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                    whole = whole.narrow(dimension, start, length)
+            own.copy_(whole)
         part.reset_buffers()
-
-
-def copy_shard(tensor: Tensor, whole: Tensor) -> None:
-    """Copy this rank's shard of ``whole``, or all of it, into ``tensor``, which may be a DTensor."""
-    own = local_tensor(tensor)
-    if isinstance(tensor, DTensor) and own.numel():
-        (chunk,) = tensor.__create_chunk_list__()  # the function that checkpoints use
-        for dimension, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-            whole = whole.narrow(dimension, start, length)
-    if own.numel():
-        own.copy_(whole)
 
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -174,8 +167,13 @@ class ReplicaCheck:
 
     def __init__(self, module: nn.Module, world: World) -> None:
         self._module, self._world = module, world
-        self._ranks_of = ranks_by_shard(world.gather([shard_key(n, p) for n, p in module.named_parameters()]))
-        self._groups = sorted({ranks for ranks in self._ranks_of.values() if len(ranks) > 1})
+        found: dict[str, Ranks] = defaultdict(tuple)
+        for rank, keys in enumerate(world.gather([shard_key(n, p) for n, p in module.named_parameters()])):
+            for key in keys:
+                found[key] += (rank,)
+        self._ranks_of = found
+        """Ranks that hold each shard, by its name."""
+        self._groups = sorted({ranks for ranks in found.values() if len(ranks) > 1})
         """Groups of ranks that hold the same shards, in an order that is the same on all ranks."""
 
     def find_drift(self) -> Drift | None:
@@ -214,15 +212,6 @@ def shard_key(name: str, parameter: Tensor) -> str:
         if not placement.is_replicate()
     ]
     return "; ".join([name, *sharded])
-
-
-def ranks_by_shard(keys: Sequence[Sequence[str]]) -> dict[str, Ranks]:
-    """Return the ranks that hold each shard, by its name; ``keys`` has the names of each rank's shards."""
-    found: dict[str, list[int]] = defaultdict(list)
-    for rank, own in enumerate(keys):
-        for key in own:
-            found[key].append(rank)
-    return {key: tuple(ranks) for key, ranks in found.items()}
 
 
 def find_odd(groups: Sequence[Ranks], sums_RG: Sequence[Sequence[int]]) -> Drift | None:

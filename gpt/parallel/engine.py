@@ -78,7 +78,7 @@ def clip_shards(
     parts = [(part, share) for _, part, share in gradients]
     # Gradients may be offloaded to the host; collectives run on the device. The squares come first, since the number of
     # figures differs between steps. The place of an element may decide the order of its sum over the ranks.
-    squares = sum_of_squares(parts).to(world.device)
+    squares = torch.stack(shared_squares(parts)).sum().to(world.device)
     pending = world.start_all_reduce(torch.cat([squares.unsqueeze(0), figures_N]))
     meanwhile()
     squares, sums = pending.wait(waits_as).tensor_split([1])
@@ -87,13 +87,6 @@ def clip_shards(
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([part for part, _ in parts], factor.to(parts[0][0]))
     return Clipped(norm, sums, flaw_of(norm))
-
-
-def sum_figures(world: World, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
-    """Sum ``figures_N`` over all ranks, but clip nothing: the optimizer clips in its step. Collective."""
-    pending = world.start_all_reduce(figures_N)
-    meanwhile()
-    return Clipped(None, pending.wait(), figures_N.new_zeros(()))
 
 
 def flaw_of(norm: Tensor) -> Tensor:
@@ -127,14 +120,9 @@ class LossScale:
         self._used = self.scale.clone()
         self._steps = torch.zeros((), dtype=torch.int32, device=device)
 
-    def unscale(self, gradients: Iterable[Tensor]) -> None:
-        """Divide gradients, this rank's shards of them, by the scale, in place."""
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for gradient in gradients:
-            by_device.setdefault(gradient.device, []).append(gradient)
-        inverse = self.scale.reciprocal()
-        for device, shards in by_device.items():
-            torch._foreach_mul_(shards, inverse.to(device))
+    def unscale(self, gradients: list[Tensor]) -> None:
+        """Divide gradients, this rank's shards of them on one device, by the scale, in place."""
+        torch._foreach_mul_(gradients, self.scale.reciprocal().to(gradients[0].device))
 
     def update(self, overflows: Tensor) -> None:
         """Adapt the scale after a step; ``overflows``, a bool (), is true if the step was skipped."""
@@ -218,26 +206,11 @@ def skipping(optimizer: torch.optim.Optimizer, skip: Tensor) -> Iterator[None]:
         del optimizer.found_inf  # type: ignore[attr-defined]
 
 
-def sum_of_squares(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """Return this rank's part of the sum of squares of sharded gradients, () float64.
-
-    Args:
-        parts: shards, each with 1 over the number of its replicas. At least one.
-    """
-    return torch.stack(shared_squares(parts)).sum()
-
-
 def shared_squares(parts: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, ...]:
     """Return the sum of squares of each shard, times 1 over the number of its replicas; each () float64."""
     # float64 on the device: the squares of a whole model do not fit the digits of a float32.
     norms = torch.stack(torch._foreach_norm([part for part, _ in parts])).double()
     return times(norms.square(), [share for _, share in parts])
-
-
-def sum_of_elements(parts: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """Return this rank's part of the sum of the elements of sharded gradients, () float64."""
-    sums = torch.stack([part.sum() for part, _ in parts]).double()
-    return torch.stack(times(sums, [share for _, share in parts])).sum()
 
 
 def times(values_N: Tensor, factors: Sequence[float]) -> tuple[Tensor, ...]:
@@ -307,14 +280,20 @@ class Engine:
             This rank's part of the summed loss, () float64: over all ranks each token counts once.
         """
         self.begin_backward()
+        loss_sum = self.run_micro_batches(tokens_BT, targets_BT, on_micro_batch)
+        self.reduce_gradients()
+        if self.loss_scale is not None:
+            self.loss_scale.unscale([local_tensor(p.grad) for p in self.trained.parameters() if p.grad is not None])
+        return loss_sum * self.loss_weight
+
+    def run_micro_batches(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
+        """Run forward and backward over all micro-batches; return the summed loss, () float64. See ``backward``."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for i in range(self.batch.accumulation):
             on_micro_batch()
             part = slice(i * self.batch.micro, (i + 1) * self.batch.micro)
             loss_sum += self.run_micro_batch(tokens_BT[part], targets_BT[part], i == self.batch.accumulation - 1)
-        self.reduce_gradients()
-        self.unscale_gradients()
-        return loss_sum * self.loss_weight
+        return loss_sum
 
     def begin_backward(self) -> None:
         """Prepare the backward passes of a step."""
@@ -333,11 +312,6 @@ class Engine:
         It is ``scale``, which turns sums over tokens into means over the global batch, times the loss scale of fp16.
         """
         return self.scale if self.loss_scale is None else self.scale * self.loss_scale.scale
-
-    def unscale_gradients(self) -> None:
-        """Divide the gradients of the step by the loss scale, in place."""
-        if self.loss_scale is not None:
-            self.loss_scale.unscale(local_tensor(p.grad) for p in self.trained.parameters() if p.grad is not None)
 
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
         """Clip the gradients to ``optim.grad_clip``, and sum figures of the step over all ranks, without a device sync.

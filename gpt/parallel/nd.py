@@ -115,13 +115,7 @@ def record_fsdp_waits(module: nn.Module) -> None:
     found = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # the name until torch 2.11
     for group in found:
         for name in COLLECTIVE if group is not None else ():
-            setattr(group, name, partial(call_waiting, getattr(group, name)))
-
-
-def call_waiting(method: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a method of FSDP that communicates, and record the wait."""
-    with waiting("fsdp"):
-        return method(*args, **options)
+            setattr(group, name, waiting("fsdp")(getattr(group, name)))
 
 
 def prefetch_forward(groups: Sequence[Sequence[nn.Module]]) -> None:
@@ -298,7 +292,12 @@ class NDEngine(TorchEngine):
             for part in parts:
                 parallelize_experts(part, data["ep"], averaged=self._sharded)
         if dims.tp > 1:
-            self._apply_tensor_parallel(parts, config, self.mesh["tp"])
+            tensor_mesh = self.mesh["tp"]
+            for part in parts:
+                apply_tensor_parallel(part, tensor_mesh, config.parallel)
+            self.loss_weight = 1.0 if tensor_mesh.get_local_rank() == 0 else 0.0
+            columns = config.model.padded_vocab // tensor_mesh.size()
+            self.criterion = vocabulary_loss(tensor_mesh, columns, config.model.vocab_size)
         if self._sharded:
             if dims.ep > 1:
                 expert_fsdp_mesh = shard_mesh(data, world, timeout_s, "edp")
@@ -326,13 +325,6 @@ class NDEngine(TorchEngine):
     def split_model(self, model: GPT, layout: RunLayout) -> tuple[GPT, list[GPT]]:
         """Return this rank's part of the model as one module, and a list of its pieces that are called one by one."""
         return model, [model]
-
-    def _apply_tensor_parallel(self, parts: Sequence[GPT], config: TrainConfig, mesh: DeviceMesh) -> None:
-        for part in parts:
-            apply_tensor_parallel(part, mesh, config.parallel)
-        self.loss_weight = 1.0 if mesh.get_local_rank() == 0 else 0.0
-        columns = config.model.padded_vocab // mesh.size()
-        self.criterion = vocabulary_loss(mesh, columns, config.model.vocab_size)
 
     def reduce_gradients(self) -> None:
         """All-reduce the gradients that FSDP did not reduce in the last backward pass."""

@@ -9,7 +9,7 @@ Shapes: B sequences of a micro-batch, T tokens of each, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -74,14 +74,35 @@ class Pipeline:
         held = zip(stage_indices(config.parallel, place), rank_stages(config, place), strict=True)
         self.stages = {index: Stage(model, part.blocks, part.first, part.last) for index, part in held}
         """This rank's stages, by their index in the pipeline."""
-        self.module = merge_stages(model, list(self.stages.values()))
+        held_here = list(self.stages.values())
+        blocks = [int(number) for stage in held_here for number, _ in stage.blocks.named_children()]
+        first, last = any(stage.first for stage in held_here), any(stage.last for stage in held_here)
+        self.module = held_here[0] if len(held_here) == 1 else Stage(model, blocks, first, last)
         """The stages as one module with the parameter names of the model, for optimizer and checkpoints only."""
         self.tied = TiedEmbedding(self)
         for stage in self.stages.values():
             replace_forward(stage, partial(self._run_stage, stage.forward, stage.last))
         self._on_micro_batch: Callable[[], None] = lambda: None
         self._objective: Criterion = cross_entropy
-        self._schedule = self._build_schedule()
+        stages = [
+            TimedStage(
+                stage,
+                index,
+                self._count,
+                self._device,
+                input_args=self._example(tokens=stage.first),
+                output_args=self._example(logits=stage.last),
+                group=group,
+            )
+            for index, stage in self.stages.items()
+        ]
+        kind: Any = SCHEDULES[config.parallel.schedule]
+        self._schedule = kind(
+            stages[0] if issubclass(kind, PipelineScheduleSingle) else stages,
+            self._batch.accumulation,
+            loss_fn=lambda *pair: self._objective(*pair),
+            scale_grads=False,
+        )
 
     def step(
         self,
@@ -96,10 +117,8 @@ class Pipeline:
         Returns:
             The summed loss on the rank of the last stage, 0 on other ranks, () float64.
         """
-        self._on_micro_batch, self._objective = (
-            on_micro_batch,
-            partial(scaled_loss, criterion, scale),
-        )
+        self._on_micro_batch = on_micro_batch
+        self._objective = working()(lambda logits, targets: criterion(logits, targets) * scale)
         losses: list[Tensor] = []
         tokens = [tokens_BT.to(self._device, non_blocking=True)] if 0 in self.stages else []
         targets_BT = targets_BT.to(self._device, non_blocking=True)
@@ -157,23 +176,6 @@ class Pipeline:
         dtype = COMPUTE_DTYPES[self._config.precision] if self.sharded else torch.float32
         return torch.empty(sequences, self._time // slices, self._config.model.n_embd, dtype=dtype, device=device)
 
-    def _build_schedule(self) -> Any:
-        stages = [
-            TimedStage(
-                stage,
-                index,
-                self._count,
-                self._device,
-                input_args=self._example(tokens=stage.first),
-                output_args=self._example(logits=stage.last),
-                group=self.group,
-            )
-            for index, stage in self.stages.items()
-        ]
-        kind: Any = SCHEDULES[self._config.parallel.schedule]
-        held = stages[0] if issubclass(kind, PipelineScheduleSingle) else stages
-        return kind(held, self._batch.accumulation, loss_fn=lambda *pair: self._objective(*pair), scale_grads=False)
-
     def _example(self, tokens: bool = False, logits: bool = False) -> Tensor:
         """Return an empty meta tensor with shape and dtype of a stage's input or output, for torch's stages."""
         model, meta = self._config.model, torch.device("meta")
@@ -186,12 +188,6 @@ class Pipeline:
                 ..., : model.vocab_size
             ]
         return self._hidden(self._batch.micro, meta).requires_grad_()
-
-
-def scaled_loss(criterion: Criterion, scale: float | Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the summed loss of a micro-batch times ``scale``, ()."""
-    with working():
-        return criterion(logits, targets) * scale
 
 
 class TimedStage(PipelineStage):
@@ -284,14 +280,6 @@ def tied_gradient(stage: Stage) -> Tensor:
     return local_tensor(grad)
 
 
-def merge_stages(model: GPT, stages: Sequence[Stage]) -> Stage:
-    """Return one module that has all layers of a rank's stages."""
-    if len(stages) == 1:
-        return stages[0]
-    blocks = [int(number) for stage in stages for number, _ in stage.blocks.named_children()]
-    return Stage(model, blocks, any(stage.first for stage in stages), any(stage.last for stage in stages))
-
-
 class PipelineEngine(NDEngine):
     """A model split into pipeline stages; the other kinds of parallelism are applied to each stage."""
 
@@ -307,15 +295,14 @@ class PipelineEngine(NDEngine):
         self._pipeline = Pipeline(model, layout, self.mesh["pp"].get_group())
         return self._pipeline.module, list(self._pipeline.stages.values())
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
+    def run_micro_batches(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
         # The schedule runs all micro-batches, in an order of its own.
-        self.begin_backward()
         own = self.local_tokens(tokens_BT), self.local_tokens(targets_BT)
-        loss_sum = self._pipeline.step(*own, self.gradient_factor, self.criterion, on_micro_batch)
-        self.reduce_gradients()
+        return self._pipeline.step(*own, self.gradient_factor, self.criterion, on_micro_batch)
+
+    def reduce_gradients(self) -> None:
+        super().reduce_gradients()
         self._pipeline.tied.sum_gradients()
-        self.unscale_gradients()
-        return loss_sum * self.loss_weight
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return (

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from gpt.checkpoint.folders import DEEPSPEED, Manifest
 from gpt.checkpoint.formats import LOOSE_FILES, MODEL_FILE, TensorFiles, deepspeed_tag, open_as_tensors
 from gpt.checkpoint.messages import run_on_all_ranks
 from gpt.checkpoint.part import RankPart
-from gpt.config import Recompute, TrainConfig
+from gpt.config import Recompute
 from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.gpt import GPT, Block
 from gpt.model.layers import autocast, cross_entropy
@@ -39,7 +38,6 @@ from gpt.parallel.engine import (
     RunLayout,
     build_optimizer,
     skipping,
-    sum_figures,
 )
 from gpt.topology.deepspeed_config import casts_weights, checkpoint_settings, ds_config
 
@@ -255,7 +253,7 @@ class ZeroEngine(Engine):
         module = self.module = self.trained = self.prepare_module(model)
         first = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()} if casts else {}
         # Inside the model, since on GPUs DeepSpeed disables an autocast that is enabled around the model.
-        replace_forward(module, partial(autocast_forward, module.forward, config, world.device))
+        replace_forward(module, autocast(config, world.device)(module.forward))
         settings = ds_config(config, batch)
         if self.stage == 3 and (config.compiles or config.recompute is Recompute.selective):
             # The layers of a block are gathered together, not each by hooks inside the block. Such hooks can be neither
@@ -293,7 +291,11 @@ class ZeroEngine(Engine):
         return cross_entropy(logits_BTV, targets_BT.to(device, non_blocking=True))
 
     def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
-        return sum_figures(self.world, figures_N, meanwhile) if self.stage else super().clip(figures_N, meanwhile)
+        if not self.stage:
+            return super().clip(figures_N, meanwhile)
+        pending = self.world.start_all_reduce(figures_N)
+        meanwhile()
+        return Clipped(None, pending.wait(), figures_N.new_zeros(()))
 
     def update(self, lr: float, skip: Tensor) -> Tensor | None:
         for group in self.ds.optimizer.param_groups:
@@ -378,12 +380,6 @@ class ZeroEngine(Engine):
     def whole_name(self, name: str) -> str:
         """Return the name in the whole model of a parameter or buffer of ``module``."""
         return name
-
-
-def autocast_forward(forward: Callable[..., Any], config: TrainConfig, device: torch.device, *args: Any) -> Any:
-    """Call ``forward`` under autocast in the precision of the run."""
-    with autocast(config, device):
-        return forward(*args)
 
 
 def load_deepspeed(world: World) -> None:

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from gpt.config import ModelConfig, TrainConfig
 from gpt.model.gpt import GPT
 from gpt.parallel.distributed import World
-from gpt.parallel.engine import shared_squares, sum_of_elements
+from gpt.parallel.engine import shared_squares, times
 from launch.runs.records import StepRecord
 
 # Breakdown of one step in every ``logging.breakdown_interval``: the time that the device computed, communicated and
@@ -223,7 +223,8 @@ class Gradients:
             layers[layer_of(name)].append(squares)
         nothing = torch.zeros((), dtype=torch.float64, device=held[0][0].device)
         sums = [torch.stack(squares).sum() if squares else nothing for squares in layers.values()]
-        return torch.stack([*sums, sum_of_elements(held)]).to(self._device)
+        totals = torch.stack([part.sum() for part, _ in held]).double()
+        return torch.stack([*sums, torch.stack(times(totals, [share for _, share in held])).sum()]).to(self._device)
 
     def into(self, record: StepRecord, sums: list[float]) -> None:
         """Put into a record the mean, deviation and norms by layer of the gradients before clipping.

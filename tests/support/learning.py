@@ -32,7 +32,7 @@ from gpt.checkpoint.messages import CheckpointError
 from gpt.config import Strategy, TrainConfig
 from gpt.model.layers import autocast
 from gpt.parallel.distributed import World
-from gpt.parallel.engine import Clipped, sum_of_squares
+from gpt.parallel.engine import Clipped, shared_squares
 from gpt.planning.memory import states
 from gpt.planning.rank_shards import parameter_shards
 from gpt.topology import parallel_dims
@@ -213,7 +213,7 @@ def _learn_zero(run: Run, steps: int) -> dict[str, Any]:
 def norm_of_parts(run: Run) -> float:
     """The norm of the gradients, from the shards that the ranks say they hold."""
     parts = [(part, share) for _, part, share in run.engine.gradients()]
-    return run.world.all_reduce(sum_of_squares(parts)).sqrt().item()
+    return run.world.all_reduce(torch.stack(shared_squares(parts)).sum()).sqrt().item()
 
 
 def learn_alone(
