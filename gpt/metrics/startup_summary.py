@@ -100,18 +100,9 @@ def render_summary(record: dict[str, Any], config: TrainConfig, title: str) -> s
 
 
 CHOICES = (
-    *(
-        "norm",
-        "norm_position",
-        "position",
-        "rope_scaling",
-        "attention",
-        "qk_norm",
-        "ffn",
-        "ffn_activation",
-        "ffn_width",
-    ),
-    *("n_shared_expert", "parallel_residual", "bias", "tie_embeddings", "dropout"),
+    *("norm", "norm_position", "position", "rope_scaling", "attention", "qk_norm"),
+    *("ffn", "ffn_activation", "ffn_width", "n_shared_expert"),
+    *("parallel_residual", "bias", "tie_embeddings", "dropout"),
 )
 """Keys of the model whose values the summary shows, if they are not false or zero."""
 
