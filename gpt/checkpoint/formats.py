@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ MODEL_FILE = "model.pt"
 LOOSE_FILES = ("latest", "zero_to_fp32.py", "zero_to_torch.py")
 """Files that DeepSpeed writes next to its folder."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Keys of AdamW's state that have the size of the parameter."""
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 
 
@@ -182,39 +183,29 @@ def decode_index(plain: dict[str, Any]) -> Metadata:
 # Formats of an engine's state on disk: tensors through torch.distributed.checkpoint, or files of the engine's own.
 
 
-class Format(Protocol):
-    """Interface of a format. ``collect`` and ``read`` are collective."""
+class TensorFiles:
+    """Format of whole tensors by name: nested dicts of tensors and DTensors. Reads checkpoints of DeepSpeed, too.
+
+    Base of other formats, which override the methods. ``collect`` and ``read`` are collective.
+    """
+
+    def __init__(self) -> None:
+        self._plans = SavePlans()
 
     def describe(self) -> dict[str, Any]:
         """Describe the files for the manifest, as plain JSON; ``kind`` names the format."""
-        ...
+        return dict(TENSORS)
 
     def collect(self, step: int, state: Any, group: dist.ProcessGroup | None) -> RankPart:
         """Collect this rank's files of ``state`` after ``step``; their tensors may share memory with ``state``.
 
         A failure is raised on every rank, or on this rank alone if no other rank waits.
         """
-        ...
-
-    def read(self, folder: Path, saved: Manifest, state: Any, group: dist.ProcessGroup | None) -> None:
-        """Fill ``state`` from the files in ``folder``, which have this format or that of ``saved.contents``."""
-        ...
-
-
-class TensorFiles:
-    """Format of whole tensors by name: nested dicts of tensors and DTensors. Reads checkpoints of DeepSpeed, too."""
-
-    def __init__(self) -> None:
-        self._plans = SavePlans()
-
-    def describe(self) -> dict[str, Any]:
-        return dict(TENSORS)
-
-    def collect(self, step: int, state: dict[str, Any], group: dist.ProcessGroup | None) -> RankPart:
         plan, data = self._plans.plan(state, group)
         return RankPart(dist.get_rank(group), plan, data)
 
-    def read(self, folder: Path, saved: Manifest, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    def read(self, folder: Path, saved: Manifest, state: Any, group: dist.ProcessGroup | None) -> None:
+        """Fill ``state`` from the files in ``folder``, which have this format or that of ``saved.contents``."""
         with open_as_tensors(folder, saved, group) as tensors:
             # A state also holds settings of the optimizer, which a run of DeepSpeed does not write.
             wanted = state if saved.contents == TENSORS else select_tensors(state)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from gpt.checkpoint import folders
 from gpt.checkpoint.folders import NAME, DamagedError, LoadedCheckpoint, Manifest, find_damage, read_manifest
-from gpt.checkpoint.formats import Format
+from gpt.checkpoint.formats import TensorFiles
 from gpt.checkpoint.memory import MemoryStores
 from gpt.checkpoint.messages import CheckpointError, run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.part import rank_file
@@ -31,7 +31,7 @@ class CheckpointLoader:
         fmt: format of the state on disk.
     """
 
-    def __init__(self, folder: Path, group: dist.ProcessGroup | None, fmt: Format) -> None:
+    def __init__(self, folder: Path, group: dist.ProcessGroup | None, fmt: TensorFiles) -> None:
         self.folder = folder
         self.group = group
         self.format = fmt

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from gpt.checkpoint import folders, messages
 from gpt.checkpoint import writer as jobs
 from gpt.checkpoint.folders import Manifest, Retention
-from gpt.checkpoint.formats import Format, TensorFiles
+from gpt.checkpoint.formats import TensorFiles
 from gpt.checkpoint.loading import CheckpointLoader
 from gpt.checkpoint.memory import MemorySave, confirm, send
 from gpt.checkpoint.messages import CheckpointError, explain, run_on_first_rank
@@ -120,7 +120,7 @@ class CheckpointManager(CheckpointLoader):
         folder: Path,
         keeps: Retention,
         group: dist.ProcessGroup | None = None,
-        fmt: Format | None = None,
+        fmt: TensorFiles | None = None,
         writer: Writer | None = None,
         give_up_after_s: float = 0.0,
     ) -> None:

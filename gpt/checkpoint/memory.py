@@ -8,7 +8,6 @@ checkpoint is loaded from disk.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,13 +28,11 @@ from gpt.checkpoint.writer import Writer, WriterState
 from launch.errors import ConfigError
 from launch.worker.memory import Place, StoreClient, Upload, own_store
 
-ABOUT = "about.json"
-"""File of rank 0's part: the caller's ``meta`` and the index of the tensors.
+REPORT = "report.json"
+"""File of each part: the positions of its tensors in its files; in rank 0's, the caller's ``meta`` and the index.
 
 The stores themselves know the rest of a manifest: step, number of ranks, files and checksums.
 """
-REPORT = "report.json"
-"""File of each part: the positions of its tensors in its files."""
 
 
 # Saving: the jobs of a rank's writer.
@@ -66,10 +63,10 @@ def send(about: MemorySave, part: RankPart | StagedPart, state: WriterState) -> 
             store.ask("begin", **where, step=about.step, world_size=about.world_size)
         files = SentFiles(stores, about.save, part.rank)
         items = [] if part.plan is None else write_items(part, part.plan, Path(), files, syncs=False)
-        contents = part.files | {REPORT: Report({}, items).encode()}
+        report = Report({}, items)
         if part.plan is not None and part.plan.metadata is not None:
-            contents[ABOUT] = json.dumps({"meta": about.meta, "index": encode_index(part.plan.metadata)}).encode()
-        for name, content in contents.items():
+            report.about = {"meta": about.meta, "index": encode_index(part.plan.metadata)}
+        for name, content in (*part.files.items(), (REPORT, report.encode())):
             with files.create_stream(name, "wb") as stream:
                 write_content(content, stream)
         for store in stores:
@@ -192,16 +189,14 @@ class MemoryStores:
         """
         rank_states: list[dict[str, Any]] = []
         with HeldFiles(held, self) as files:
-
-            def describe() -> list[str]:
-                reports = [files.read(rank, REPORT).decode() for rank in range(held.world_size)]
-                return [*reports, files.read(0, ABOUT).decode()]
-
-            *reports, text = run_on_first_rank(describe, self.group)
-            about = json.loads(text)
+            texts = run_on_first_rank(
+                lambda: [files.read(rank, REPORT).decode() for rank in range(held.world_size)], self.group
+            )
+            reports = [Report.decode(text.encode()) for text in texts]
+            about = reports[0].about
+            assert about is not None
             metadata = decode_index(about["index"])
-            items = [item for report in reports for item in Report.decode(report.encode()).items]
-            metadata.storage_data = {item.index: item.storage_data for item in items}
+            metadata.storage_data = {item.index: item.storage_data for report in reports for item in report.items}
 
             def read() -> None:
                 read_tensors(HeldReader(metadata, files), state, self.group)

@@ -128,6 +128,8 @@ class Report:
 
     files: dict[str, FileSum]
     items: list[WriteResult] = field(default_factory=list)
+    about: dict[str, Any] | None = None
+    """``meta`` of the caller and ``index`` of the tensors, in the report of rank 0 of a checkpoint in memory."""
 
     def encode(self) -> bytes:
         """Encode as JSON: rank 0 reads the reports of other ranks, and that must run no code."""
@@ -136,9 +138,8 @@ class Report:
              i.storage_data.length]
             for i in self.items
         ]  # fmt: skip
-        return json.dumps(
-            {"files": {name: asdict(entry) for name, entry in self.files.items()}, "items": items}
-        ).encode()
+        files = {name: asdict(entry) for name, entry in self.files.items()}
+        return json.dumps({"files": files, "items": items, "about": self.about}).encode()
 
     @staticmethod
     def decode(text: bytes) -> Report:
@@ -148,7 +149,8 @@ class Report:
             WriteResult(MetadataIndex(fqn, offset, index), length, _StorageInfo(path, start, length))
             for fqn, offset, index, path, start, length in found["items"]
         ]
-        return Report({name: FileSum(**entry) for name, entry in found["files"].items()}, items)
+        files = {name: FileSum(**entry) for name, entry in found["files"].items()}
+        return Report(files, items, found["about"])
 
 
 def report_name(rank: int) -> str:

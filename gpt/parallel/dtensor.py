@@ -136,15 +136,19 @@ def materialize(parts: Sequence[GPT], weights: Weights, device: torch.device, ho
                 set_tensor(part, name, buffer.to(device))
     for part in parts:  # after all have memory: a shared module would lose its values if it got memory again
         for name, tensor in part.state_dict(keep_vars=True).items():
-            whole, own = weights(name, tensor.shape), local_tensor(tensor)
-            if not own.numel():
-                continue
-            if isinstance(tensor, DTensor):
-                (chunk,) = tensor.__create_chunk_list__()  # the function that checkpoints use
-                for dimension, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-                    whole = whole.narrow(dimension, start, length)
-            own.copy_(whole)
+            copy_shard(tensor, weights(name, tensor.shape))  # a call, so that no two whole tensors are held
         part.reset_buffers()
+
+
+def copy_shard(tensor: Tensor, whole: Tensor) -> None:
+    """Copy this rank's shard of ``whole``, or all of it, into ``tensor``, which may be a DTensor."""
+    own = local_tensor(tensor)
+    if isinstance(tensor, DTensor) and own.numel():
+        (chunk,) = tensor.__create_chunk_list__()  # the function that checkpoints use
+        for dimension, (start, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+            whole = whole.narrow(dimension, start, length)
+    if own.numel():
+        own.copy_(whole)
 
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

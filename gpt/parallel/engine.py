@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, ge
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from gpt.checkpoint.formats import Format, TensorFiles
+from gpt.checkpoint.formats import TensorFiles
 from gpt.components import build_custom_optimizer
 from gpt.config import OptimConfig, Precision, TrainConfig
 from gpt.config.optim import ADAMW
@@ -251,7 +251,7 @@ class Engine:
     """This rank's part of the model, with the parameter names of the whole model (maybe after ``module.``)."""
     trained: nn.Module
     """The module that the optimizer steps and checkpoints store: ``module``, or this rank's shard of it."""
-    files: Format
+    files: TensorFiles
     """The checkpoint format of the state that ``state()`` returns."""
     layer_group: dist.ProcessGroup | None = None
     """The ranks that hold the same layers (the same pipeline stage); None means all ranks."""

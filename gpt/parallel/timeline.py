@@ -41,24 +41,15 @@ class Span:
         return self.end - self.begin
 
 
-@dataclass(frozen=True)
-class Work:
-    """A piece of a pipeline stage's work, in seconds since the step began."""
-
-    begin: float
-    end: float
-    is_fed: bool
-    """True if the piece begins with data that another rank has sent."""
-
-
 class Timeline:
     """Waits and work of one step on one rank, recorded while the step runs."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._waits: list[tuple[str, Moment, Moment]] = []
-        self.works: list[tuple[Moment, Moment, bool]] = []
-        self.schedules: list[tuple[Moment, Moment, bool]] = []
+        self.works: list[tuple[str, Moment, Moment]] = []
+        """Pieces of work, each with the name of the time before it, as in ``schedule_waits``."""
+        self.schedules: list[tuple[str, Moment, Moment]] = []
         self.is_waiting = False
         """True inside of a wait: a wait inside another one belongs to the outer one."""
         self.receives = False
@@ -87,15 +78,17 @@ class Timeline:
 
     def spans(self) -> list[Span]:
         """Return all waits, with those of a pipeline's schedule; the device must have passed them."""
-        waits = [Span(name, self.seconds(begin), self.seconds(end)) for name, begin, end in self._waits]
-        works = [Work(self.seconds(begin), self.seconds(end), is_fed) for begin, end, is_fed in self.works]
-        for begin, end, receives in self.schedules:
-            ends = Work(self.seconds(end), self.seconds(end), receives)
-            waits += schedule_waits(self.seconds(begin), [*works, ends], waits)
+        waits, works, schedules = (
+            [Span(name, self.seconds(begin), self.seconds(end)) for name, begin, end in moments]
+            for moments in (self._waits, self.works, self.schedules)
+        )
+        for schedule in schedules:
+            ends = Span(schedule.name, schedule.end, schedule.end)
+            waits += schedule_waits(schedule.begin, [*works, ends], waits)
         return waits
 
 
-def schedule_waits(begin: float, works: Sequence[Work], waits: Sequence[Span]) -> list[Span]:
+def schedule_waits(begin: float, works: Sequence[Span], waits: Sequence[Span]) -> list[Span]:
     """Return spans for the time of a pipeline's schedule in which the stages of this rank did not work.
 
     Time before work that needs another rank's data is bubble: the transfer and the wait for the sender look the same.
@@ -103,7 +96,8 @@ def schedule_waits(begin: float, works: Sequence[Work], waits: Sequence[Span]) -
 
     Args:
         begin: start of the schedule, in seconds since the step began.
-        works: pieces of work in the order of time; the last one, of no length, is the end of the schedule.
+        works: pieces of work in the order of time, each named ``bubble`` if it begins with data that another rank has
+            sent, else ``pp``. The last one, of no length, is the end of the schedule.
         waits: spans of other groups, which are left out if they are between two pieces of work.
 
     Returns:
@@ -113,11 +107,10 @@ def schedule_waits(begin: float, works: Sequence[Work], waits: Sequence[Span]) -
     waits = sorted(waits, key=lambda span: span.begin)
     begins = [span.begin for span in waits]
     for work in works:
-        name = BUBBLE if work.is_fed else "pp"
         for wait in waits[bisect_left(begins, since) : bisect_left(begins, work.begin)]:
-            found.append(Span(name, since, wait.begin))
+            found.append(Span(work.name, since, wait.begin))
             since = wait.end
-        found.append(Span(name, since, work.begin))
+        found.append(Span(work.name, since, work.begin))
         since = work.end
     return found
 
@@ -170,7 +163,7 @@ def working(is_fed: bool = False) -> Iterator[None]:
         return
     begin, is_fed, timeline.receives = timeline.now(), is_fed or timeline.receives, False
     yield
-    timeline.works.append((begin, timeline.now(), is_fed))
+    timeline.works.append((BUBBLE if is_fed else "pp", begin, timeline.now()))
 
 
 def receiving() -> None:
@@ -188,5 +181,5 @@ def scheduling() -> Iterator[None]:
         return
     begin = timeline.now()
     yield
-    timeline.schedules.append((begin, timeline.now(), timeline.receives))
+    timeline.schedules.append((BUBBLE if timeline.receives else "pp", begin, timeline.now()))
     timeline.receives = False

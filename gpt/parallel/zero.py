@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils._pytree import tree_map_only
 
 from gpt.checkpoint.folders import DEEPSPEED, Manifest
-from gpt.checkpoint.formats import LOOSE_FILES, MODEL_FILE, TensorFiles, deepspeed_tag, open_as_tensors
+from gpt.checkpoint.formats import LOOSE_FILES, MODEL_FILE, MOMENTS, TensorFiles, deepspeed_tag, open_as_tensors
 from gpt.checkpoint.messages import run_on_all_ranks
 from gpt.checkpoint.part import RankPart
 from gpt.config import Recompute
@@ -42,7 +42,7 @@ from gpt.parallel.engine import (
 from gpt.topology.deepspeed_config import casts_weights, checkpoint_settings, ds_config
 
 
-class ZeroFiles:
+class ZeroFiles(TensorFiles):
     """The checkpoint format of a ZeRO run, whose state is the engine itself.
 
     Args:
@@ -135,10 +135,6 @@ class TensorReader:
 # the first step, and no padding.
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Keys of AdamW's state that have the size of the parameter."""
-
-
 class Shards:
     """The sharded training state of a DeepSpeed engine, by parameter names in the whole model."""
 
@@ -147,9 +143,10 @@ class Shards:
         self.optimizer = ds.optimizer
         self.stage = ds.zero_optimization_stage()
 
-    def holds(self, name: str) -> bool:
-        """True if this rank has a shard of the parameter's state."""
-        return self.stage in (0, 3) or self.parameters[name]._hp_mapping is not None  # type: ignore[attr-defined]
+    def held(self) -> list[tuple[str, Any]]:
+        """List the parameters, with their names, of whose state this rank has a shard."""
+        named: list[tuple[str, Any]] = [*self.parameters.items()]
+        return [(n, p) for n, p in named if self.stage in (0, 3) or p._hp_mapping is not None]
 
     @torch.no_grad()
     def set_masters(self, whole: Callable[[str], Tensor]) -> None:
@@ -159,18 +156,16 @@ class Shards:
         """
         if self.stage == 3:
             self.optimizer.checkpoint_event_prologue()  # re-partitions gathered parameters
-        for name, parameter in self.parameters.items():
-            if self.holds(name):
-                self._set(parameter, whole(name), None)
+        for name, parameter in self.held():
+            self._set(parameter, whole(name), None)
 
     @torch.no_grad()
     def set_moments(self, whole: Callable[[str, str], Tensor], steps: int) -> None:
         """Set AdamW's moments after ``steps`` steps; ``whole`` returns a whole moment by parameter name and key."""
         self.create_moments(steps)
-        for name, parameter in self.parameters.items():
-            if self.holds(name):
-                for key in MOMENTS:
-                    self._set(parameter, whole(name, key), key)
+        for name, parameter in self.held():
+            for key in MOMENTS:
+                self._set(parameter, whole(name, key), key)
 
     def create_moments(self, steps: int) -> None:
         """Create moments that are zero, as AdamW's first step does, with ``steps`` as the count of steps."""

@@ -147,9 +147,16 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
             check_target(config.checkpoint.copy_to, folder.path)
         # Ranks, batch and corpus fit together, and no library is missing, before there is a folder.
         refuse_without_deepspeed(config)
-        split_batch(config.optim, check_parallel_dims(config, world.size).data_ranks)
+        batch = split_batch(config.optim, check_parallel_dims(config, world.size).data_ranks)
         check_fit(describe_corpus(config.data, config.data_cache), config.model, config.eval.sequences)
-        go_on_as_asked(folder, config, world.size)
+        # Back to the checkpoint of ``resume_from``, or beyond the run's end, as the launcher does.
+        max_steps = settle_steps(config, batch).optim.max_steps
+        goes_on = plan_continuation(folder, config.resume_from, max_steps, saved_checkpoints(folder.checkpoints))
+        if goes_on.back_to is not None:
+            refuse_alive(folder)
+        if text := goes_on.text(max_steps):
+            print(f"{folder.path}: {text}", flush=True)
+        apply_continuation(folder, goes_on, max_steps, saved_checkpoints(folder.checkpoints))
         request.composed.resume_from = None
         settle_parallel(request.composed, vars(choice.parallel), choice.micro_batch)
         request.composed.precision = config.precision
@@ -161,22 +168,6 @@ def agree_on_folder(request: Request, world: World) -> RunFolder:
     config = request.config
     path, config.parallel, config.optim.max_micro_batch, config.precision = world.on_first(choose)
     return RunFolder(path)
-
-
-def go_on_as_asked(folder: RunFolder, config: TrainConfig, world_size: int) -> None:
-    """Take a run back to the checkpoint of ``resume_from``, or extend it beyond its end, as the launcher does.
-
-    Raises:
-        ConfigError: there is no such checkpoint, the run has made more steps, or other ranks work on the run.
-    """
-    batch = split_batch(config.optim, check_parallel_dims(config, world_size).data_ranks)
-    max_steps = settle_steps(config, batch).optim.max_steps
-    goes_on = plan_continuation(folder, config.resume_from, max_steps, saved_checkpoints(folder.checkpoints))
-    if goes_on.back_to is not None:
-        refuse_alive(folder)
-    if text := goes_on.text(max_steps):
-        print(f"{folder.path}: {text}", flush=True)
-    apply_continuation(folder, goes_on, max_steps, saved_checkpoints(folder.checkpoints))
 
 
 # A run in the making: all objects that the loop works with.
@@ -254,6 +245,7 @@ def describe_attempt(run: Run) -> None:
     run.hosts = tuple(rank["host"] for rank in ranks)
     if not run.world.is_first:
         return
+    config, batch, model, device = run.config, run.batch, run.config.model, ranks[0]["device_name"]
     on_gpus = run.world.device.type == "cuda"
     record = {
         "attempt": run.attempt,
@@ -261,39 +253,7 @@ def describe_attempt(run: Run) -> None:
         "from_step": run.step,
         "initialised_from": run.initialised_from,
         "data_sources": run.tokens.as_dict(),
-        **set_up(run),
-        "ranks": ranks,
-        "environment": describe_environment(),
-        "peak_flops_per_s": peak_flops(ranks[0]["device_name"], run.config.precision, bool(run.config.tf32)),
-        "software": software(),
-        "git": code_state(),
-        "code": describe_code(),
-        "warnings": [*execution_warnings(run.config, ranks[0]["device_name"], best_precision(run.world.device))]
-        if on_gpus
-        else [],
-        "reproducibility": {"seed": run.config.seed, **reproducibility.state()},
-    }
-    write_json(run.folder.environment(run.attempt), record)
-    if run.config.parallel.strategy is Strategy.deepspeed:
-        write_json(run.folder.ds_config(run.attempt), ds_config(run.config, run.batch))
-    if run.initialised_from is not None:
-        run.folder.record_event("initialised", attempt=run.attempt, **run.initialised_from)
-    run.folder.record_event(
-        "started", attempt=run.attempt, world_size=run.world.size, topology=str(run.dims), from_step=run.step,
-        max_steps=run.config.optim.max_steps,
-    )  # fmt: skip
-    where = f"attempt {run.attempt}, from step {run.step} of {run.config.optim.max_steps}"
-    summary = render_summary(record, run.config, f"{run.config.name}  {where}")
-    print(f"{run.folder.path}\n{summary}", flush=True)
-
-
-def set_up(run: Run) -> dict[str, Any]:
-    """Return model, batch and data with their counts, by the names of ``environment.json``."""
-    config, batch, ranks = run.config, run.batch, run.world.size
-    model = config.model
-    planned = memory.per_rank(config, run.dims, batch)
-    return {
-        "world_size": ranks,
+        "world_size": run.world.size,
         "topology": run.dims.as_dict(),
         "global_batch": batch.global_batch,
         "micro_batch": batch.micro,
@@ -307,11 +267,30 @@ def set_up(run: Run) -> dict[str, Any]:
         "parameters": count(model).total,
         "counts": count(model).as_dict(),
         "flops_per_token": training_flops_per_token(model).palm,
-        "memory_planned_gib": planned.total_gib,
+        "memory_planned_gib": memory.per_rank(config, run.dims, batch).total_gib,
         "max_steps": config.optim.max_steps,
         "data": str(describe_tokens(str(config.data.path or config.data.title), run.tokens)),
         "data_sha256": run.tokens.sha256,
+        "ranks": ranks,
+        "environment": describe_environment(),
+        "peak_flops_per_s": peak_flops(device, config.precision, bool(config.tf32)),
+        "software": software(),
+        "git": code_state(),
+        "code": describe_code(),
+        "warnings": [*execution_warnings(config, device, best_precision(run.world.device))] if on_gpus else [],
+        "reproducibility": {"seed": config.seed, **reproducibility.state()},
     }
+    write_json(run.folder.environment(run.attempt), record)
+    if config.parallel.strategy is Strategy.deepspeed:
+        write_json(run.folder.ds_config(run.attempt), ds_config(config, batch))
+    if run.initialised_from is not None:
+        run.folder.record_event("initialised", attempt=run.attempt, **run.initialised_from)
+    run.folder.record_event(
+        "started", attempt=run.attempt, world_size=run.world.size, topology=str(run.dims), from_step=run.step,
+        max_steps=config.optim.max_steps,
+    )  # fmt: skip
+    where = f"attempt {run.attempt}, from step {run.step} of {config.optim.max_steps}"
+    print(f"{run.folder.path}\n{render_summary(record, config, f'{config.name}  {where}')}", flush=True)
 
 
 # The first weights of a run: drawn, or read from elsewhere (``init_from``).
@@ -348,26 +327,24 @@ def first_weights(
         return verify_source(source)
 
     verified = world.on_first(look)
-    own: State | ConfigError  # a refusal is gathered: an exception would leave all other ranks waiting
+    state: State = {}
+    answer: int | ConfigError  # a refusal is gathered: an exception would leave all other ranks waiting
     shared = ("one folder that all nodes share", "init_from=FOLDER on a shared filesystem")
     try:
-        own = read_source(verified, model)
-    except ConfigError as error:
-        own = error
-    except OSError as error:
-        own = ConfigError(f"{verified.source.path} cannot be read on some node ({error})", *shared)
-    answers = world.gather(
-        own
-        if isinstance(own, ConfigError)
+        state = read_source(verified, model)
         # A checksum, equal for equal bits: the weights are summed as integers, in any order.
-        else sum(int(t.contiguous().view(torch.int32).sum(dtype=torch.int64)) for t in own.values())
-    )
-    for answer in answers:
-        if isinstance(answer, ConfigError):
-            raise answer
-    if isinstance(own, ConfigError) or len(set(answers)) > 1:
+        answer = sum(int(t.contiguous().view(torch.int32).sum(dtype=torch.int64)) for t in state.values())
+    except ConfigError as error:
+        answer = error
+    except OSError as error:
+        answer = ConfigError(f"{verified.source.path} cannot be read on some node ({error})", *shared)
+    answers = world.gather(answer)
+    for found in answers:
+        if isinstance(found, ConfigError):
+            raise found
+    if len(set(answers)) > 1:
         raise ConfigError(f"init_from={init_from} holds other weights on some rank than on the first", *shared)
-    state, source = own, verified.source
+    source = verified.source
     chosen = None if verified.checkpoint is None else folders.step_of(verified.checkpoint)
     kind = "run" if source.is_run else "hf"
     about = {"path": str(source.path), "kind": kind, "step": chosen, "sha256": verified.files}

@@ -16,7 +16,7 @@ from torch.distributed.pipelining import PipelineStage
 from gpt.parallel.context import SequenceShard
 from gpt.parallel.distributed import World
 from gpt.parallel.nd import COLLECTIVE
-from gpt.parallel.timeline import BUBBLE, Span, Timeline, Work, recorded, schedule_waits, total, waiting, working
+from gpt.parallel.timeline import BUBBLE, Span, Timeline, recorded, schedule_waits, total, waiting, working
 from launch.errors import ConfigError
 from launch.runs.events import first_failure, record_failure
 from launch.runs.folder import RunFolder
@@ -94,11 +94,11 @@ def one_f_one_b(stages: int, stage: int, count: int) -> list[Action]:
     return [("F", i) for i in range(warmup)] + steady + [("B", i) for i in range(count - warmup, count)]
 
 
-def simulate(orders: Sequence[Sequence[Action]], seconds: dict[str, Sequence[float]]) -> list[list[Work]]:
+def simulate(orders: Sequence[Sequence[Action]], seconds: dict[str, Sequence[float]]) -> list[list[Span]]:
     """When each stage does its work, where a transfer takes no time: an action begins when what it needs is there."""
     stages, ends = len(orders), {}
     at, clock = [0] * stages, [0.0] * stages
-    works: list[list[Work]] = [[] for _ in orders]
+    works: list[list[Span]] = [[] for _ in orders]
     while any(at[s] < len(orders[s]) for s in range(stages)):
         for s in range(stages):
             if at[s] == len(orders[s]):
@@ -110,7 +110,7 @@ def simulate(orders: Sequence[Sequence[Action]], seconds: dict[str, Sequence[flo
                 continue
             begin = max(clock[s], ends.get((feeder, kind, i), 0.0))
             clock[s] = ends[s, kind, i] = begin + seconds[kind][s]
-            works[s].append(Work(begin, clock[s], is_fed))
+            works[s].append(Span(BUBBLE if is_fed else "pp", begin, clock[s]))
             at[s] += 1
     return works
 
@@ -122,7 +122,7 @@ def test_even_stages_idle_as_the_schedules_arithmetic_says(order, stages: int, c
     works = simulate([order(stages, s, count) for s in range(stages)], {"F": [1.0] * stages, "B": [2.0] * stages})
     makespan = max(own[-1].end for own in works)
     for own in works:
-        found = schedule_waits(0.0, [*own, Work(own[-1].end, own[-1].end, False)], [])
+        found = schedule_waits(0.0, [*own, Span("pp", own[-1].end, own[-1].end)], [])
         found.append(Span(BUBBLE, own[-1].end, makespan))  # the wait for the other stages, in the first collective
         assert total(found, 0, makespan + 1, "pp") == 0
         share = total(found, 0, makespan + 1, BUBBLE) / makespan
@@ -134,16 +134,16 @@ def test_waits_of_other_groups_are_left_out_of_the_bubble() -> None:
     for seed in range(50):
         chance = random.Random(seed)
         ticks = sorted(chance.sample(range(1, 1000), 12))
-        works = [Work(ticks[i] / 100, ticks[i + 1] / 100, chance.random() < 0.5) for i in range(0, 12, 4)]
+        works = [Span(chance.choice((BUBBLE, "pp")), ticks[i] / 100, ticks[i + 1] / 100) for i in range(0, 12, 4)]
         waits = [Span("fsdp", ticks[i + 2] / 100, ticks[i + 3] / 100) for i in range(0, 12, 4)]
-        works.append(Work(10.0, 10.0, chance.random() < 0.5))
+        works.append(Span(chance.choice((BUBBLE, "pp")), 10.0, 10.0))
         expected = {BUBBLE: 0, "pp": 0}
         for tick in range(1000):
             now = (tick + 0.5) / 100
             if any(span.begin < now < span.end for span in (*works, *waits)):
                 continue
             following = next(work for work in works if work.begin > now)
-            expected[BUBBLE if following.is_fed else "pp"] += 1
+            expected[following.name] += 1
         found = schedule_waits(0.0, works, waits)
         for name, count in expected.items():
             assert total(found, 0, 11, name) == pytest.approx(count / 100, abs=1e-9)
