@@ -36,7 +36,7 @@ with lasting_imports():
     from gpt.model.attention import prefer_fast_kernels
     from gpt.model.gpt import GPT, Weights
     from gpt.parallel.compile import convert_linears, prepare_blocks
-    from gpt.parallel.distributed import World, open_world
+    from gpt.parallel.distributed import World, open_world, set_timeouts
     from gpt.parallel.dtensor import materialize
     from gpt.parallel.engine import Engine, RunLayout
     from gpt.topology import settle_steps, split_batch
@@ -102,6 +102,7 @@ def build(
         model = GPT(config.model)
     weights, initialised_from = first_weights(model, config, folder, world)
     engine = parallelize(model, weights, RunLayout(config, world, dims, batch))
+    set_timeouts(config.parallel.timeout_s)  # new groups have torch's own
     refuse_unknown_text(config, samples.val_bytes(config.eval.sequences))
 
     run = Run(

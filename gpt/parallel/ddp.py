@@ -262,7 +262,7 @@ class Zero1Engine(TorchEngine):
 
     def __init__(self, model: GPT, layout: RunLayout) -> None:
         config, world = layout.config, layout.world
-        self._mesh = build_mesh(ParallelDims("zero1", 1, world.size), world, config.parallel.timeout_s)
+        self._mesh = build_mesh(ParallelDims("zero1", 1, world.size), world.device.type)
         with torch.device("meta"):
             shards = GPT(config.model)
         pairs = []

@@ -21,53 +21,43 @@ from gpt.topology import ParallelDims
 from launch.errors import ConfigError
 from launch.worker import STORE_PREFIX
 
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+"""Backend of the process groups of a mesh, by type of device. ``set_timeouts`` sets their timeout."""
 
-def build_mesh(dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
+
+def build_mesh(dims: ParallelDims, device_type: str) -> DeviceMesh:
     """Return the device mesh of a run, outermost axis first: the axes with more than one rank, and ``dp_shard``."""
     used = {name: size for name, size in dims.sizes.items() if size > 1 or name == "dp_shard"}
-    options: dict[int | str, Any] = {name: group_options(world, timeout_s) for name in used}
-    return init_device_mesh(
-        world.device.type, tuple(used.values()), mesh_dim_names=tuple(used), backend_override=options
-    )
+    options: dict[int | str, Any] = dict.fromkeys(used, BACKENDS[device_type])
+    return init_device_mesh(device_type, tuple(used.values()), mesh_dim_names=tuple(used), backend_override=options)
 
 
-def group_options(world: World, timeout_s: int) -> tuple[str, Any]:
-    """Return backend and options of a process group whose collectives fail after ``timeout_s`` seconds."""
-    if world.device.type == "cuda":
-        options: Any = dist.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=timeout_s)
-        return "nccl", options
-    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch's stubs leave it out
-    options._timeout = timedelta(seconds=timeout_s)
-    return "gloo", options
-
-
-def flatten_mesh(mesh: DeviceMesh, names: Sequence[str], world: World, timeout_s: int) -> DeviceMesh:
+def flatten_mesh(mesh: DeviceMesh, names: Sequence[str]) -> DeviceMesh:
     """Return a mesh of one axis that joins the neighboring axes ``names``, with a process group of its own."""
     if len(names) == 1:
         return mesh[names[0]]
-    return mesh[tuple(names)]._flatten("_".join(names), backend_override=group_options(world, timeout_s))
+    return mesh[tuple(names)]._flatten("_".join(names), backend_override=BACKENDS[mesh.device_type])
 
 
-def shard_mesh(mesh: DeviceMesh, world: World, timeout_s: int, within: str = "dp_shard") -> DeviceMesh:
+def shard_mesh(mesh: DeviceMesh, within: str = "dp_shard") -> DeviceMesh:
     """Return the mesh over which FSDP shards parameters: the axes ``within`` and ``cp``, flattened into one.
 
     If ``mesh`` has the axis ``dp_replicate``, the result has two dimensions, and ``dp_replicate`` is the first.
     """
     names = mesh.mesh_dim_names or ()
-    shard = flatten_mesh(mesh, [name for name in (within, "cp") if name in names], world, timeout_s)
+    shard = flatten_mesh(mesh, [name for name in (within, "cp") if name in names])
     if "dp_replicate" not in names:
         return shard
     return DeviceMesh._concatenate([mesh["dp_replicate"], shard])
 
 
-def replica_mesh(mesh: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
+def replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """Return the mesh of the ranks that hold the same part of the model and see other samples or tokens."""
     names = mesh.mesh_dim_names or ()
-    return flatten_mesh(mesh, [name for name in names if name not in ("pp", "ep", "tp")], world, timeout_s)
+    return flatten_mesh(mesh, [name for name in names if name not in ("pp", "ep", "tp")])
 
 
-def expert_mesh(mesh: DeviceMesh, dims: ParallelDims, world: World, timeout_s: int) -> DeviceMesh:
+def expert_mesh(mesh: DeviceMesh, dims: ParallelDims) -> DeviceMesh:
     """Return the mesh of the data ranks and ``cp`` with an axis ``ep``, along which experts are sharded.
 
     Under FSDP the axis is split off from ``dp_shard``, so that a replica holds all its experts; else from
@@ -78,13 +68,13 @@ def expert_mesh(mesh: DeviceMesh, dims: ParallelDims, world: World, timeout_s: i
     data = mesh[tuple(name for name in ("dp_replicate", "dp_shard", "cp") if name in names)]
     place = (data.mesh_dim_names or ()).index(split_dim)  # torch 2.11 refuses names that the mesh has
     sizes = (getattr(dims, split_dim) // dims.ep, dims.ep)
-    options: dict[Any, Any] = {name: group_options(world, timeout_s) for name in ("edp", "ep")}
+    options: dict[Any, Any] = dict.fromkeys(("edp", "ep"), BACKENDS[mesh.device_type])
     return data._unflatten(place, sizes, ("edp", "ep"), backend_override=options)
 
 
-def layer_mesh(mesh: DeviceMesh, world: World, timeout_s: int) -> DeviceMesh:
+def layer_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """Return the mesh of the ranks that hold the same layers: all axes but ``pp``, as one."""
-    return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name != "pp"], world, timeout_s)
+    return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name != "pp"])
 
 
 def set_timeouts(timeout_s: float, without: Collection[dist.ProcessGroup] = ()) -> None:

@@ -229,6 +229,10 @@ def times(values_N: Tensor, factors: Sequence[float]) -> tuple[Tensor, ...]:
 # Shapes: B sequences, T tokens of each.
 
 
+def do_nothing() -> None:
+    """Do nothing."""
+
+
 @dataclass(frozen=True)
 class RunLayout:
     """Config of a run, its ranks, and how these share the model and the batch."""
@@ -266,6 +270,7 @@ class Engine:
 
     def __init__(self, layout: RunLayout, averaged: int) -> None:
         self.config, self.world, self.dims, self.batch = layout.config, layout.world, layout.dims, layout.batch
+        self.on_micro_batch: Callable[[], None] = do_nothing
         self.scale = averaged / (self.batch.global_batch * self.config.model.block_size)
 
     def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
@@ -279,18 +284,20 @@ class Engine:
         Returns:
             This rank's part of the summed loss, () float64: over all ranks each token counts once.
         """
+        self.on_micro_batch = on_micro_batch
         self.begin_backward()
-        loss_sum = self.run_micro_batches(tokens_BT, targets_BT, on_micro_batch)
+        loss_sum = self.run_micro_batches(tokens_BT, targets_BT)
         self.reduce_gradients()
+        self.on_micro_batch = do_nothing  # a pipeline also calls it in evaluations
         if self.loss_scale is not None:
             self.loss_scale.unscale([local_tensor(p.grad) for p in self.trained.parameters() if p.grad is not None])
         return loss_sum * self.loss_weight
 
-    def run_micro_batches(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
+    def run_micro_batches(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Run forward and backward over all micro-batches; return the summed loss, () float64. See ``backward``."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for i in range(self.batch.accumulation):
-            on_micro_batch()
+            self.on_micro_batch()
             part = slice(i * self.batch.micro, (i + 1) * self.batch.micro)
             loss_sum += self.run_micro_batch(tokens_BT[part], targets_BT[part], i == self.batch.accumulation - 1)
         return loss_sum

@@ -277,8 +277,7 @@ class NDEngine(TorchEngine):
 
     def __init__(self, model: GPT, weights: Weights, layout: RunLayout) -> None:
         config, world, dims = layout.config, layout.world, layout.dims
-        timeout_s = config.parallel.timeout_s
-        self.mesh = build_mesh(dims, world, timeout_s)
+        self.mesh = build_mesh(dims, world.device.type)
         self._sequence: SequenceShard | None = None
         if dims.cp > 1:
             self._sequence = shard_sequences(model, self.mesh["cp"].get_group(), config, world.device)
@@ -288,7 +287,7 @@ class NDEngine(TorchEngine):
         module, parts = self.split_model(model, layout)
         data = self.mesh
         if dims.ep > 1:
-            data = expert_mesh(self.mesh, dims, world, timeout_s)
+            data = expert_mesh(self.mesh, dims)
             for part in parts:
                 parallelize_experts(part, data["ep"], averaged=self._sharded)
         if dims.tp > 1:
@@ -300,10 +299,10 @@ class NDEngine(TorchEngine):
             self.criterion = vocabulary_loss(tensor_mesh, columns, config.model.vocab_size)
         if self._sharded:
             if dims.ep > 1:
-                expert_fsdp_mesh = shard_mesh(data, world, timeout_s, "edp")
+                expert_fsdp_mesh = shard_mesh(data, "edp")
                 for part in parts:
                     fsdp_shard_experts(part, expert_fsdp_mesh, config, dims)
-            fsdp_mesh = shard_mesh(self.mesh, world, timeout_s)
+            fsdp_mesh = shard_mesh(self.mesh)
             for part in parts:
                 apply_fsdp(part, fsdp_mesh, config)
                 if dims.ep > 1:  # the dispatch of rows waits for the device
@@ -318,7 +317,7 @@ class NDEngine(TorchEngine):
             experts = [parameter for mixture in mixtures for parameter in mixture.experts.parameters()]
             rest = [p for p in module.parameters() if not any(p is other for other in experts)]
             for chosen, mesh in ((rest, self.mesh), (experts, data)):
-                self._all_reduced.append((chosen, replica_mesh(mesh, world, timeout_s).get_group()))
+                self._all_reduced.append((chosen, replica_mesh(mesh).get_group()))
         super().__init__(module, module, layout, averaged=dims.data_ranks * dims.cp if self._sharded else 1)
         self.timed_groups = find_timed_groups(config, dims)
 

@@ -226,25 +226,18 @@ def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle
         "attention_norm": Replicated(hidden),
         # One all-gather for queries, keys and values, and one reduce-scatter of the sum of their gradients.
         "attention": PrepareModuleInput(input_layouts=(hidden, None), desired_input_layouts=(REPLICATED, None)),
-        "attention.query": ColwiseParallel(),
-        "attention.key": ColwiseParallel(),
-        "attention.value": ColwiseParallel(),
-        "attention.query_norm": Replicated(HEADS),
-        "attention.key_norm": Replicated(HEADS),
+        **dict.fromkeys(("attention.query", "attention.key", "attention.value"), ColwiseParallel()),
+        **dict.fromkeys(("attention.query_norm", "attention.key_norm"), Replicated(HEADS)),
         "attention.output": RowwiseParallel(output_layouts=hidden),
         "ffn_norm": Replicated(hidden),
     }
-    if not isinstance(block.ffn, MixtureOfExperts | StandardFfn | GatedFfn):
-        return {**plan, "ffn": Replicated(hidden)}  # a user's layer, on this rank's tokens
     if isinstance(block.ffn, MixtureOfExperts):
         return {**plan, "ffn": ShardedMixture(hidden)}
-    return {
-        **plan,
-        "ffn": PrepareModuleInput(input_layouts=(hidden,), desired_input_layouts=(REPLICATED,)),
-        "ffn.gate": ColwiseParallel(),
-        "ffn.up": ColwiseParallel(),
-        "ffn.down": RowwiseParallel(output_layouts=hidden),
-    }
+    if not isinstance(block.ffn, StandardFfn | GatedFfn):
+        return {**plan, "ffn": Replicated(hidden)}  # a user's layer, on this rank's tokens
+    whole = PrepareModuleInput(input_layouts=(hidden,), desired_input_layouts=(REPLICATED,))
+    columns, rows = dict.fromkeys(("ffn.gate", "ffn.up"), ColwiseParallel()), RowwiseParallel(output_layouts=hidden)
+    return {**plan, "ffn": whole, **columns, "ffn.down": rows}
 
 
 class Replicated(ParallelStyle):

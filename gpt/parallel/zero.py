@@ -31,7 +31,7 @@ from gpt.model.ffn import set_auxiliary_scale
 from gpt.model.gpt import GPT, Block
 from gpt.model.layers import autocast, cross_entropy
 from gpt.parallel.compile import replace_forward
-from gpt.parallel.distributed import World, set_timeouts
+from gpt.parallel.distributed import World
 from gpt.parallel.engine import (
     Clipped,
     Engine,
@@ -261,7 +261,6 @@ class ZeroEngine(Engine):
                 config=deepcopy(settings),  # DeepSpeed adds keys to the settings that it gets
                 dist_init_required=False,
             )
-        set_timeouts(config.parallel.timeout_s)
         self.files = ZeroFiles(checkpoint_settings(settings) | {"pp": dims.pp}) if self.stage else TensorFiles()
         self.shards = Shards(self.ds, dict(module.named_parameters()))
         if casts:

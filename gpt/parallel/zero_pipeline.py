@@ -38,7 +38,6 @@ class ZeroPipelineEngine(ZeroEngine):
 
     def __init__(self, model: GPT, layout: RunLayout) -> None:
         self._rows = layout.batch.micro
-        self._on_micro_batch: Callable[[], None] = lambda: None
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=layout.world.device)
         super().__init__(model, layout)
         self.layer_group = self.ds.grid.get_data_parallel_group()
@@ -54,8 +53,8 @@ class ZeroPipelineEngine(ZeroEngine):
         assert isinstance(self.module, GPTPipelineModule)
         return self.module.whole_name(name)
 
-    def backward(self, tokens_BT: Tensor, targets_BT: Tensor, on_micro_batch: Callable[[], None]) -> Tensor:
-        self._on_micro_batch, self._rows = on_micro_batch, self.batch.micro
+    def run_micro_batches(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        self._rows = self.batch.micro
         self._loss_sum.zero_()
         self.ds.train_batch(zip(tokens_BT.split(self.batch.micro), targets_BT.split(self.batch.micro), strict=True))
         return self._loss_sum.clone()
@@ -63,7 +62,7 @@ class ZeroPipelineEngine(ZeroEngine):
     @torch.no_grad()
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the summed loss of a micro-batch; a smaller one is padded, since the stages expect one size."""
-        self._on_micro_batch, self._rows = lambda: None, len(tokens_BT)
+        self._rows = len(tokens_BT)
         self._loss_sum.zero_()
         filled = [F.pad(rows, (0, 0, 0, self.batch.micro - len(rows))) for rows in (tokens_BT, targets_BT)]
         self.ds.eval_batch(iter([tuple(filled)]), reduce_output=None, bcast_loss=False, num_micro_batches=1)
@@ -83,7 +82,7 @@ class ZeroPipelineEngine(ZeroEngine):
         self.ds._exec_optimizer_step()
 
     def _forward_pass(self, ds: PipelineEngine, buffer_id: int) -> None:
-        self._on_micro_batch()
+        self.on_micro_batch()
         PipelineEngine._exec_forward_pass(ds, buffer_id)
 
     def _criterion(self, logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt.config import ParallelConfig
 from gpt.model.gpt import GPT
 from gpt.model.layers import cross_entropy
-from gpt.parallel.distributed import World, build_mesh
+from gpt.parallel.distributed import build_mesh
 from gpt.parallel.tensor import apply_tensor_parallel, vocabulary_loss
 from gpt.topology import ParallelDims
 from tests.support.distributed import run_distributed
@@ -23,8 +22,7 @@ from tests.support.small_models import LLAMA, random_tokens, small
 def cut_model(rank: int, size: int) -> dict[str, Any]:
     """Memory and traffic of a rank for a model without padding, in one forward and backward pass."""
     config = small(**LLAMA, n_kv_head=2, n_layer=3, vocab_size=48, ffn_hidden=36)
-    world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
-    mesh = build_mesh(ParallelDims("ddp", 1, 1, tp=size), world, 60)["tp"]
+    mesh = build_mesh(ParallelDims("ddp", 1, 1, tp=size), "cpu")["tp"]
     model = GPT(config)
     apply_tensor_parallel(model, mesh, ParallelConfig())
     shapes: dict[str, tuple[int, ...]] = {}
@@ -75,8 +73,7 @@ def test_a_rank_holds_its_part_and_sends_no_more_than_it_must() -> None:
 def losses_of_cut_logits(rank: int, size: int) -> list[tuple[float, float, torch.Tensor, torch.Tensor]]:
     """Value and gradient beside those of whole logits, for vocabularies that end in the last part, before it, or in the
     first one."""
-    world = World(rank, size, rank, size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
-    mesh = build_mesh(ParallelDims("ddp", 1, 1, tp=size), world, 60)["tp"]
+    mesh = build_mesh(ParallelDims("ddp", 1, 1, tp=size), "cpu")["tp"]
     found = []
     for vocab_size, columns in ((12, 4), (11, 4), (7, 4), (2, 4)):
         torch.manual_seed(vocab_size)
