@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,8 @@ from gpt.checkpoint.formats import TensorFiles
 from gpt.checkpoint.memory import MemoryStores
 from gpt.checkpoint.messages import CheckpointError, run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.part import rank_file
-from gpt.checkpoint.target import Target
-from gpt.checkpoint.upkeep import Fetch, Fetched
+from gpt.checkpoint.target import Target, start_aside
+from gpt.checkpoint.upkeep import Fetched, fetch_newest, look_for
 from launch.errors import ConfigError
 
 
@@ -141,11 +142,11 @@ class CheckpointLoader:
         Raises:
             CheckpointError: the target cannot be read.
         """
-        if self.connect is None:
+        if (connect := self.connect) is None:
             return Fetched(None)
-        fetch = Fetch(self.folder, self.connect) if self._rank == 0 else None
+        search = start_aside(lambda: fetch_newest(self.folder, connect())) if self._rank == 0 else Future[Fetched]()
         while True:
-            found = run_on_first_rank(lambda: None if fetch is None else fetch.look(), self.group)
+            found = run_on_first_rank(lambda: look_for(search), self.group)
             if found is not None:
                 return found
             self.beat()

@@ -188,7 +188,8 @@ class MemoryStores:
             CheckpointError: the parts do not fit ``state``, or a store has died in the meantime; on every rank.
         """
         rank_states: list[dict[str, Any]] = []
-        with HeldFiles(held, self) as files:
+        with ExitStack() as stack:
+            files = HeldFiles(held, self, stack)
             texts = run_on_first_rank(
                 lambda: [files.read(rank, REPORT).decode() for rank in range(held.world_size)], self.group
             )
@@ -271,9 +272,10 @@ class HeldFiles(FileSystem):
     Args:
         held: the checkpoint.
         stores: the memory stores of all nodes.
+        stack: closes the connections.
     """
 
-    def __init__(self, held: _HeldSave, stores: MemoryStores) -> None:
+    def __init__(self, held: _HeldSave, stores: MemoryStores, stack: ExitStack) -> None:
         self._held, self._secret = held, stores.secret
         near = dict(enumerate(stores.of_ranks))
         self._sources = {
@@ -282,13 +284,7 @@ class HeldFiles(FileSystem):
         }
         self._ranks = {name: rank for rank, place in self._sources.items() for name in held.parts[rank][place]}
         self._clients: dict[Place, StoreClient] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> HeldFiles:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._stack.close()
+        self._stack = stack
 
     def read(self, rank: int, name: str) -> bytes:
         """Return the whole content of one file of a rank's part."""

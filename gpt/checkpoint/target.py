@@ -11,8 +11,10 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from gpt.checkpoint import folders
 from gpt.checkpoint.folders import (
@@ -232,32 +234,38 @@ def target_of(url: str, run_folder: Path) -> Target:
     return Target(url, f"{run_folder.parent.name}/{run_folder.name}")
 
 
+T = TypeVar("T")
+
+
+def start_aside(action: Callable[[], T]) -> Future[T]:
+    """Begin ``action`` in a thread, which may never end; its result or failure comes into the future."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # each library behind a target has errors of its own
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
 def check_target(url: str, run_folder: Path) -> None:
     """Raise ConfigError unless a small file can be written to the target, read and deleted within ``ANSWER_S``."""
-    failure: list[BaseException] = []
-
-    def probe() -> None:
-        try:
-            target_of(url, run_folder).probe()
-        except BaseException as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=probe, daemon=True)  # it may never end
-    thread.start()
-    thread.join(ANSWER_S)
-    protocol = url.partition("://")[0]
-    if thread.is_alive():
-        failure.append(TimeoutError(f"no answer in {ANSWER_S:.0f} s"))
-    if not failure:
+    probe = start_aside(lambda: target_of(url, run_folder).probe())
+    wait([probe], ANSWER_S)
+    failure = probe.exception() if probe.done() else TimeoutError(f"no answer in {ANSWER_S:.0f} s")
+    if failure is None:
         return
     fix = "the address, network and credentials put right, or checkpoint.copy_to=null"
-    if isinstance(failure[0], ImportError):
-        fix = f"pip install {INSTALLS.get(protocol, 'the package that the message names')}"
+    if isinstance(failure, ImportError):
+        fix = f"pip install {INSTALLS.get(url.partition('://')[0], 'the package that the message names')}"
     raise ConfigError(
-        f"checkpoint.copy_to={url} cannot be written ({describe_error(failure[0])})",
+        f"checkpoint.copy_to={url} cannot be written ({describe_error(failure)})",
         "a place that fsspec can reach from here, and credentials in the environment that may write there",
         fix,
-    ) from failure[0]
+    ) from failure
 
 
 def describe_error(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -222,40 +223,22 @@ class Fetched:
     """Newer copies that are damaged: one line with step and damage for each."""
 
 
-class Fetch:
-    """Search for the newest whole copy in a thread, while the ranks go on to report that they are alive.
+def look_for(search: Future[Fetched]) -> Fetched | None:
+    """Wait at most ``BEAT_S`` seconds for the result of ``fetch_newest``; None if the search is not finished.
 
-    Args:
-        folder: folder of the checkpoints.
-        connect: opens the target.
+    Raises:
+        OSError: the target cannot be read, or the disk cannot be written.
     """
-
-    def __init__(self, folder: Path, connect: Callable[[], Target]) -> None:
-        self._found: Fetched | None = None
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(folder, connect), daemon=True)
-        self._thread.start()
-
-    def look(self) -> Fetched | None:
-        """Wait at most ``BEAT_S`` seconds for the result; None if the search is not finished.
-
-        Raises:
-            OSError: the target cannot be read, or the disk cannot be written.
-        """
-        self._thread.join(BEAT_S)
-        if self._failure is not None:
-            raise OSError(
-                f"found: no checkpoint on this disk, and the copies cannot be read ({describe_error(self._failure)})\n"
-                f"expected: copies to go on from, or to know that there are none\n"
-                f"type next: the same command again, or with checkpoint.copy_to=null to begin without them"
-            ) from self._failure
-        return self._found
-
-    def _run(self, folder: Path, connect: Callable[[], Target]) -> None:
-        try:
-            self._found = fetch_newest(folder, connect())
-        except Exception as error:  # each library behind a target has errors of its own
-            self._failure = error
+    wait([search], BEAT_S)
+    if not search.done():
+        return None
+    if (failure := search.exception()) is not None:
+        raise OSError(
+            f"found: no checkpoint on this disk, and the copies cannot be read ({describe_error(failure)})\n"
+            f"expected: copies to go on from, or to know that there are none\n"
+            f"type next: the same command again, or with checkpoint.copy_to=null to begin without them"
+        ) from failure
+    return search.result()
 
 
 def fetch_newest(folder: Path, target: Target) -> Fetched:

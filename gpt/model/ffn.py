@@ -31,36 +31,23 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class StandardFfn(nn.Module):
-    """Two matrices with an activation between them (arXiv 1706.03762, section 3.3)."""
+class DenseFfn(nn.Module):
+    """Two matrices with an activation between them (arXiv 1706.03762, section 3.3), (B, T, D) -> (B, T, D).
+
+    With three matrices a gated linear unit: SwiGLU with SiLU, GEGLU with GELU (arXiv 2002.05202, section 2).
+    """
 
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
+        self.gate = Linear(config.n_embd, width, bias=config.bias) if config.gated else None
         self.up = Linear(config.n_embd, width, bias=config.bias)
         self.down = Linear(width, config.n_embd, bias=config.bias)
         self.activation = ACTIVATIONS[config.ffn_activation]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x_BTD)))
-
-
-class GatedFfn(nn.Module):
-    """Gated linear unit, three matrices: SwiGLU with SiLU, GEGLU with GELU (arXiv 2002.05202, section 2)."""
-
-    def __init__(self, config: ModelConfig, width: int) -> None:
-        super().__init__()
-        self.gate = Linear(config.n_embd, width, bias=config.bias)
-        self.up = Linear(config.n_embd, width, bias=config.bias)
-        self.down = Linear(width, config.n_embd, bias=config.bias)
-        self.activation = ACTIVATIONS[config.ffn_activation]
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.activation(self.up(x_BTD)))
         return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
-
-
-def build_dense(config: ModelConfig, width: int) -> nn.Module:
-    """Build the layer that ``config.dense_ffn`` names, of inner width ``width``, (B, T, D) -> (B, T, D)."""
-    return GatedFfn(config, width) if config.gated else StandardFfn(config, width)
 
 
 # Experts of a mixture: feed-forward layers of one shape with stacked matrices, each applied to its own rows.
@@ -189,7 +176,7 @@ class MixtureOfExperts(nn.Module):
         self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
         self.experts = Experts(config)
         shared = config.n_shared_expert * config.ffn_width
-        self.shared = build_dense(config, shared) if shared else None
+        self.shared = DenseFfn(config, shared) if shared else None
         by_bias = config.expert_balance is ExpertBalance.bias
         self.register_buffer("balance_bias", torch.zeros(config.n_expert) if by_bias else None)
         self.register_buffer("counts", torch.zeros(config.n_expert), persistent=False)

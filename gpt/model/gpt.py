@@ -14,7 +14,7 @@ from gpt.components import build_part, load_part
 from gpt.components.facts import owner_of
 from gpt.config import Ffn, ModelConfig, NormPosition
 from gpt.model.attention import Attention, Cache, LayerCache
-from gpt.model.ffn import build_dense
+from gpt.model.ffn import DenseFfn, MixtureOfExperts
 from gpt.model.layers import INIT_STD, Linear, build_norm, build_position, linear
 
 # Transformer block: the unit that is repeated, and the unit that a strategy shards.
@@ -60,12 +60,10 @@ def build_attention(config: ModelConfig) -> nn.Module:
 
 def build_ffn(config: ModelConfig) -> nn.Module:
     """Build the feed-forward layer that ``config.ffn`` names, (B, T, D) -> (B, T, D)."""
-    from gpt.model.ffn import MixtureOfExperts
-
     if isinstance(config.ffn, str):
         made: nn.Module = build_part("model.ffn", config.ffn, config)
         return made
-    return MixtureOfExperts(config) if config.ffn is Ffn.moe else build_dense(config, config.ffn_width)
+    return MixtureOfExperts(config) if config.ffn is Ffn.moe else DenseFfn(config, config.ffn_width)
 
 
 # Initial weights, as in GPT-2.

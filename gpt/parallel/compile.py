@@ -95,9 +95,9 @@ def prepare_blocks(model: GPT, config: TrainConfig) -> None:
 
 
 def recompute_block(block: nn.Module, config: TrainConfig) -> None:
-    """Apply activation checkpointing to a block as ``config.recompute`` says."""
+    """Apply activation checkpointing to a block as ``config.recompute`` says. Recomputed dropout is the same."""
     if config.recompute is not Recompute.none:
-        replace_forward(block, partial(checkpointed_forward, block.forward, checkpoint_context(config)))
+        replace_forward(block, partial(checkpoint, block.forward, use_reentrant=False, **checkpoint_context(config)))
 
 
 def compile_block(block: nn.Module, config: TrainConfig) -> None:
@@ -124,11 +124,6 @@ def plain_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 def replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
     """Make ``block(...)`` call ``forward`` instead of its own; the hooks of the block still run around it."""
     block.forward = forward
-
-
-def checkpointed_forward(forward: Callable[..., Any], contexts: dict[str, Any], *args: Any) -> Any:
-    """Call ``forward``; keep its inputs and the results chosen by ``contexts``. Recomputed dropout is the same."""
-    return checkpoint(forward, *args, use_reentrant=False, **contexts)
 
 
 def checkpoint_context(config: TrainConfig) -> dict[str, Any]:

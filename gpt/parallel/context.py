@@ -40,7 +40,7 @@ class RingAttention(torch.autograd.Function):
         own = torch.stack((k_BKTC, v_BKTC))
         y_BHTC, lse_BHT = attend_block(q_BHTC, k_BKTC, v_BKTC, True, fused)
         y_BHTC = y_BHTC.type_as(lse_BHT)
-        ring = Ring(group)
+        ring = SequenceShard(group)
         transfer = Transfer(ring, own, KEYS)
         for owner in ring.others():
             block = transfer.wait()
@@ -63,7 +63,7 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_BHTC: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q_BHTC, block, y_BHTC, lse_BHT = ctx.saved_tensors
         given = grad_BHTC.contiguous(), Attended(q_BHTC, y_BHTC, lse_BHT)
-        ring = Ring(ctx.group)
+        ring = SequenceShard(ctx.group)
         transfer = Transfer(ring, block, KEYS)
         dq_BHTC, dblock = block_gradients(*given, block, (0, q_BHTC.size(2)), True, ctx.fused)
         collecting = Transfer(ring, dblock, GRADIENTS)
@@ -113,23 +113,10 @@ def visible_keys(owner: int, rank: int, tokens: int) -> tuple[int, int]:
     return (0, tokens // 2) if owner < rank else (tokens // 2, tokens)
 
 
-class Ring:
-    """A process group as a ring, in which each rank sends to the next one."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.next = (self.rank + 1) % self.ranks
-
-    def others(self) -> list[int]:
-        """List the owners of the blocks in order of arrival. The last block is the next rank's, and is not sent on."""
-        return [(self.rank - i) % self.ranks for i in range(1, self.ranks)]
-
-
 class Transfer:
     """An asynchronous send of a tensor to the next rank, and a receive of one of the same shape from the previous."""
 
-    def __init__(self, ring: Ring, x: Tensor, tag: int) -> None:
+    def __init__(self, ring: SequenceShard, x: Tensor, tag: int) -> None:
         # The send buffer must not change until the send completes.
         self._sent, self._received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         after = dist.get_global_rank(ring.group, ring.next)
@@ -167,11 +154,18 @@ class SequenceShard:
 
     The rank has chunk ``rank``, and the chunk at the same place counted from the end. A token attends to all tokens
     before it, so late chunks are more work than early ones. An early and a late chunk together balance the load.
+
+    The group is also a ring, in which each rank sends to the next one.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.next = (self.rank + 1) % self.ranks
+
+    def others(self) -> list[int]:
+        """List the owners of the blocks in order of arrival. The last block is the next rank's, and is not sent on."""
+        return [(self.rank - i) % self.ranks for i in range(1, self.ranks)]
 
     def part(self, x_BS: Tensor) -> Tensor:
         """Return this rank's tokens of whole sequences, (B, S) -> (B, T)."""

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from gpt.config import ParallelConfig
-from gpt.model.ffn import GatedFfn, MixtureOfExperts, StandardFfn
+from gpt.model.ffn import DenseFfn, MixtureOfExperts
 from gpt.model.gpt import GPT
 from gpt.model.layers import exponentials, write_softmax
 from gpt.parallel.compile import replace_forward
@@ -233,7 +233,7 @@ def block_styles(block: nn.Module, hidden: Placement) -> dict[str, ParallelStyle
     }
     if isinstance(block.ffn, MixtureOfExperts):
         return {**plan, "ffn": ShardedMixture(hidden)}
-    if not isinstance(block.ffn, StandardFfn | GatedFfn):
+    if not isinstance(block.ffn, DenseFfn):
         return {**plan, "ffn": Replicated(hidden)}  # a user's layer, on this rank's tokens
     whole = PrepareModuleInput(input_layouts=(hidden,), desired_input_layouts=(REPLICATED,))
     columns, rows = dict.fromkeys(("ffn.gate", "ffn.up"), ColwiseParallel()), RowwiseParallel(output_layouts=hidden)

@@ -95,10 +95,10 @@ class ZeroFiles(TensorFiles):
             del state.ds.checkpoint_engine.load  # and frees the content that was read
             return
         with open_as_tensors(folder, saved, group) as tensors:
-            mine = [*state.shards.parameters, *state.buffers()]
+            mine = [*state.parameters, *state.buffers()]
             names = {name for of_rank in state.world.gather(mine) for name in of_rank}
             run_on_all_ranks(lambda: state.load_tensors(TensorReader(tensors), names, saved.step), group)
-            state.shards.update_from_masters()
+            state.update_from_masters()
 
 
 class TensorReader:
@@ -127,21 +127,180 @@ class TensorReader:
         return found
 
 
-# A rank's shards under ZeRO: gradients read from them, fp32 master weights and moments written into them.
+def local_gradient(parameter: Any) -> Tensor | None:
+    """Return this rank's shard of a gradient, after the backward pass and before the step; None if it has none."""
+    if hasattr(parameter, "ds_id"):
+        return parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
+    if not hasattr(parameter, "_hp_mapping"):
+        return parameter.grad
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    piece = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+    address = mapping.lp_fragment_address
+    if piece.numel() == parameter.numel():  # the bf16 optimizer keeps whole gradients
+        piece = piece[address.start : address.start + address.numel]
+    return piece
+
+
+# DeepSpeed's ZeRO: training state sharded over data ranks by ``parallel.zero_stage`` (arXiv 1910.02054).
 #
-# Stages 1 and 2 of DeepSpeed flatten the parameters of a group and shard the flat tensor; stage 3 shards each
-# parameter. Both pad at the end. fp32 masters and moments are further flat tensors. In stage 0 everything is where
-# torch keeps it. ``Shards`` uses DeepSpeed's internals because ``deepspeed.utils.safe_set_*`` know no moments before
-# the first step, and no padding.
+# DeepSpeed averages gradients over the data ranks, clips them and steps. It gets torch's AdamW with two parameter
+# groups, and the learning rate of each step. The model stays our own object, and its parameters keep their names. From
+# stage 1 on a parameter has no ``grad``. In stage 3 a parameter is empty between forward and backward passes.
+#
+# Shapes: B sequences, T tokens of each.
 
 
-class Shards:
-    """The sharded training state of a DeepSpeed engine, by parameter names in the whole model."""
+class ZeroEngine(Engine):
+    """A model whose training state DeepSpeed shards over the data ranks."""
 
-    def __init__(self, ds: Any, parameters: dict[str, nn.Parameter]) -> None:
-        self.ds, self.parameters = ds, parameters
-        self.optimizer = ds.optimizer
-        self.stage = ds.zero_optimization_stage()
+    def __init__(self, model: GPT, layout: RunLayout) -> None:
+        import deepspeed
+
+        config, world, dims, batch = layout.config, layout.world, layout.dims, layout.batch
+        super().__init__(layout, averaged=dims.data_ranks)
+        self.stage = config.parallel.zero_stage or 0
+        casts = casts_weights(config)
+        set_auxiliary_scale(model, dims.data_ranks / batch.global_batch)
+        module = self.module = self.trained = self.prepare_module(model)
+        first = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()} if casts else {}
+        # Inside the model, since on GPUs DeepSpeed disables an autocast that is enabled around the model.
+        replace_forward(module, autocast(config, world.device)(module.forward))
+        settings = ds_config(config, batch)
+        if self.stage == 3 and (config.compiles or config.recompute is Recompute.selective):
+            # The layers of a block are gathered together, not each by hooks inside the block. Such hooks can be neither
+            # compiled nor recomputed selectively.
+            deepspeed.utils.set_z3_leaf_modules(module, [Block])
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints the free memory again and again
+            self.ds, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=build_optimizer(module, config.optim, torch.optim.AdamW),
+                config=deepcopy(settings),  # DeepSpeed adds keys to the settings that it gets
+                dist_init_required=False,
+            )
+        self.files = ZeroFiles(checkpoint_settings(settings) | {"pp": dims.pp}) if self.stage else TensorFiles()
+        self.optimizer = self.ds.optimizer
+        self.parameters = dict(module.named_parameters())
+        """The parameters by their names in the whole model."""
+        if casts:
+            # DeepSpeed made the fp32 masters from weights that it had rounded to bf16 already.
+            self.set_masters(first.__getitem__)
+            self.update_from_masters()
+
+    def prepare_module(self, model: GPT) -> nn.Module:
+        """Return the module to pass to DeepSpeed: the model, or a pipeline of its layers."""
+        return model
+
+    def run_micro_batch(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
+        loss = self.loss(tokens_BT, targets_BT)
+        self.ds.backward(loss * self.gradient_factor, scale_wrt_gas=False)
+        if not last:
+            self.ds.step()  # counts the micro-batch; only the last one of a step, in ``update``, changes the weights
+        return loss.detach()
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        device = self.world.device
+        logits_BTV = self.ds(tokens_BT.to(device, non_blocking=True))
+        return cross_entropy(logits_BTV, targets_BT.to(device, non_blocking=True))
+
+    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
+        if not self.stage:
+            return super().clip(figures_N, meanwhile)
+        pending = self.world.start_all_reduce(figures_N)
+        meanwhile()
+        return Clipped(None, pending.wait(), figures_N.new_zeros(()))
+
+    def update(self, lr: float, skip: Tensor) -> Tensor | None:
+        for group in self.ds.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            with skipping(self.ds.basic_optimizer, skip):
+                self.step_optimizer()
+            return None
+        # From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on some rank. A loss that is not
+        # finite makes them so. DeepSpeed waits for the device to learn that, in every step.
+        self.step_optimizer()
+        if self.ds.optimizer.overflow:
+            return skip.new_full((), math.inf, dtype=torch.float64)  # DeepSpeed may return the norm of the step before
+        return torch.as_tensor(self.ds.get_global_grad_norm(), device=self.world.device)
+
+    def step_optimizer(self) -> None:
+        """Step DeepSpeed's optimizer."""
+        self.ds.step()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
+        share = 1 / self.world.size if self.stage == 0 else 1.0
+        for name, parameter in self.module.named_parameters():
+            part = local_gradient(parameter)
+            if part is not None:
+                yield name, part.to(self.world.device), share
+
+    def state(self) -> Any:
+        """Return the engine itself, stored in DeepSpeed's files; in stage 0 the state of model and optimizer."""
+        if self.stage:
+            return self
+        parameters, optimizer = self.parameters, self.ds.basic_optimizer
+        if not optimizer.state:
+            self.create_moments(0)
+        name_of = {parameter: name for name, parameter in parameters.items()}
+        groups = [{**group, "params": [name_of[p] for p in group["params"]]} for group in optimizer.param_groups]
+        moments = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
+        model = {name: parameter.detach() for name, parameter in parameters.items()}
+        return {
+            "model": model | self.buffers(),
+            "optimizer": {"state": moments, "param_groups": groups},
+        }
+
+    def begin(self) -> None:
+        if not self.stage:
+            self.ds.basic_optimizer.state.clear()
+
+    def rank_files(self, folder: Path, tag: str) -> list[str]:
+        """Return the paths that this rank reads of a DeepSpeed checkpoint written with the same parallelism."""
+        return [*self.ds._get_all_ckpt_names(str(folder), tag), self.ds._get_zero_ckpt_name(str(folder), tag)]
+
+    def load_tensors(self, tensors: TensorReader, names: set[str], steps: int) -> None:
+        """Load the state after ``steps`` steps from whole tensors; ValueError if these differ in name from ``names``.
+
+        Not collective; call ``update_from_masters`` afterwards.
+        """
+        if tensors.names != names:
+            raise ValueError(f"the checkpoint differs in {', '.join(sorted(tensors.names ^ names)[:3])}")
+        self.set_masters(tensors.weight)
+        self.set_moments(tensors.moment, steps)
+        for name, buffer in self.buffers().items():
+            buffer.copy_(tensors.weight(name))
+
+    def tensor_info(self) -> dict[str, Any]:
+        """Return ``shapes`` of the parameters and ``buffers``, each by name, of all pipeline stages. Collective."""
+        shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in self.parameters.items()}
+        buffers = {name: buffer.cpu() for name, buffer in self.buffers().items()}
+        found: dict[str, Any] = {"shapes": {}, "buffers": {}}
+        for theirs in self.world.gather({"shapes": shapes, "buffers": buffers}):
+            for what, named in theirs.items():
+                found[what] |= named
+        return found
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the persistent buffers, by their names in the whole model."""
+        return {
+            self.whole_name(f"{prefix}.{name}".removeprefix(".")): buffer
+            for prefix, module in self.module.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        }
+
+    def whole_name(self, name: str) -> str:
+        """Return the name in the whole model of a parameter or buffer of ``module``."""
+        return name
+
+    # This rank's shards: fp32 master weights and moments are written into them.
+    #
+    # Stages 1 and 2 of DeepSpeed flatten the parameters of a group and shard the flat tensor; stage 3 shards each
+    # parameter. Both pad at the end. fp32 masters and moments are further flat tensors. In stage 0 everything is where
+    # torch keeps it. This uses DeepSpeed's internals because ``deepspeed.utils.safe_set_*`` know no moments before the
+    # first step, and no padding.
 
     def held(self) -> list[tuple[str, Any]]:
         """List the parameters, with their names, of whose state this rank has a shard."""
@@ -207,173 +366,6 @@ class Shards:
             self.optimizer.checkpoint_event_epilogue()
         elif self.stage:
             self.optimizer.update_lp_params()
-
-
-def local_gradient(parameter: Any) -> Tensor | None:
-    """Return this rank's shard of a gradient, after the backward pass and before the step; None if it has none."""
-    if hasattr(parameter, "ds_id"):
-        return parameter._z3_optimizer.get_local_fp32_grad_for_param(parameter)
-    if not hasattr(parameter, "_hp_mapping"):
-        return parameter.grad
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return None
-    piece = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
-    address = mapping.lp_fragment_address
-    if piece.numel() == parameter.numel():  # the bf16 optimizer keeps whole gradients
-        piece = piece[address.start : address.start + address.numel]
-    return piece
-
-
-# DeepSpeed's ZeRO: training state sharded over data ranks by ``parallel.zero_stage`` (arXiv 1910.02054).
-#
-# DeepSpeed averages gradients over the data ranks, clips them and steps. It gets torch's AdamW with two parameter
-# groups, and the learning rate of each step. The model stays our own object, and its parameters keep their names. From
-# stage 1 on a parameter has no ``grad``. In stage 3 a parameter is empty between forward and backward passes.
-#
-# Shapes: B sequences, T tokens of each.
-
-
-class ZeroEngine(Engine):
-    """A model whose training state DeepSpeed shards over the data ranks."""
-
-    def __init__(self, model: GPT, layout: RunLayout) -> None:
-        import deepspeed
-
-        config, world, dims, batch = layout.config, layout.world, layout.dims, layout.batch
-        super().__init__(layout, averaged=dims.data_ranks)
-        self.stage = config.parallel.zero_stage or 0
-        casts = casts_weights(config)
-        set_auxiliary_scale(model, dims.data_ranks / batch.global_batch)
-        module = self.module = self.trained = self.prepare_module(model)
-        first = {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()} if casts else {}
-        # Inside the model, since on GPUs DeepSpeed disables an autocast that is enabled around the model.
-        replace_forward(module, autocast(config, world.device)(module.forward))
-        settings = ds_config(config, batch)
-        if self.stage == 3 and (config.compiles or config.recompute is Recompute.selective):
-            # The layers of a block are gathered together, not each by hooks inside the block. Such hooks can be neither
-            # compiled nor recomputed selectively.
-            deepspeed.utils.set_z3_leaf_modules(module, [Block])
-        with redirect_stdout(io.StringIO()):  # DeepSpeed prints the free memory again and again
-            self.ds, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=build_optimizer(module, config.optim, torch.optim.AdamW),
-                config=deepcopy(settings),  # DeepSpeed adds keys to the settings that it gets
-                dist_init_required=False,
-            )
-        self.files = ZeroFiles(checkpoint_settings(settings) | {"pp": dims.pp}) if self.stage else TensorFiles()
-        self.shards = Shards(self.ds, dict(module.named_parameters()))
-        if casts:
-            # DeepSpeed made the fp32 masters from weights that it had rounded to bf16 already.
-            self.shards.set_masters(first.__getitem__)
-            self.shards.update_from_masters()
-
-    def prepare_module(self, model: GPT) -> nn.Module:
-        """Return the module to pass to DeepSpeed: the model, or a pipeline of its layers."""
-        return model
-
-    def run_micro_batch(self, tokens_BT: Tensor, targets_BT: Tensor, last: bool) -> Tensor:
-        loss = self.loss(tokens_BT, targets_BT)
-        self.ds.backward(loss * self.gradient_factor, scale_wrt_gas=False)
-        if not last:
-            self.ds.step()  # counts the micro-batch; only the last one of a step, in ``update``, changes the weights
-        return loss.detach()
-
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        device = self.world.device
-        logits_BTV = self.ds(tokens_BT.to(device, non_blocking=True))
-        return cross_entropy(logits_BTV, targets_BT.to(device, non_blocking=True))
-
-    def clip(self, figures_N: Tensor, meanwhile: Callable[[], None]) -> Clipped:
-        if not self.stage:
-            return super().clip(figures_N, meanwhile)
-        pending = self.world.start_all_reduce(figures_N)
-        meanwhile()
-        return Clipped(None, pending.wait(), figures_N.new_zeros(()))
-
-    def update(self, lr: float, skip: Tensor) -> Tensor | None:
-        for group in self.ds.optimizer.param_groups:
-            group["lr"] = lr
-        if self.stage == 0:
-            with skipping(self.ds.basic_optimizer, skip):
-                self.step_optimizer()
-            return None
-        # From stage 1 on DeepSpeed itself skips a step whose gradients are not finite on some rank. A loss that is not
-        # finite makes them so. DeepSpeed waits for the device to learn that, in every step.
-        self.step_optimizer()
-        if self.ds.optimizer.overflow:
-            return skip.new_full((), math.inf, dtype=torch.float64)  # DeepSpeed may return the norm of the step before
-        return torch.as_tensor(self.ds.get_global_grad_norm(), device=self.world.device)
-
-    def step_optimizer(self) -> None:
-        """Step DeepSpeed's optimizer."""
-        self.ds.step()
-
-    def gradients(self) -> Iterator[tuple[str, Tensor, float]]:
-        share = 1 / self.world.size if self.stage == 0 else 1.0
-        for name, parameter in self.module.named_parameters():
-            part = local_gradient(parameter)
-            if part is not None:
-                yield name, part.to(self.world.device), share
-
-    def state(self) -> Any:
-        """Return the engine itself, stored in DeepSpeed's files; in stage 0 the state of model and optimizer."""
-        if self.stage:
-            return self
-        parameters, optimizer = self.shards.parameters, self.ds.basic_optimizer
-        if not optimizer.state:
-            self.shards.create_moments(0)
-        name_of = {parameter: name for name, parameter in parameters.items()}
-        groups = [{**group, "params": [name_of[p] for p in group["params"]]} for group in optimizer.param_groups]
-        moments = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
-        model = {name: parameter.detach() for name, parameter in parameters.items()}
-        return {
-            "model": model | self.buffers(),
-            "optimizer": {"state": moments, "param_groups": groups},
-        }
-
-    def begin(self) -> None:
-        if not self.stage:
-            self.ds.basic_optimizer.state.clear()
-
-    def rank_files(self, folder: Path, tag: str) -> list[str]:
-        """Return the paths that this rank reads of a DeepSpeed checkpoint written with the same parallelism."""
-        return [*self.ds._get_all_ckpt_names(str(folder), tag), self.ds._get_zero_ckpt_name(str(folder), tag)]
-
-    def load_tensors(self, tensors: TensorReader, names: set[str], steps: int) -> None:
-        """Load the state after ``steps`` steps from whole tensors; ValueError if these differ in name from ``names``.
-
-        Not collective; call ``update_from_masters`` of ``shards`` afterwards.
-        """
-        if tensors.names != names:
-            raise ValueError(f"the checkpoint differs in {', '.join(sorted(tensors.names ^ names)[:3])}")
-        self.shards.set_masters(tensors.weight)
-        self.shards.set_moments(tensors.moment, steps)
-        for name, buffer in self.buffers().items():
-            buffer.copy_(tensors.weight(name))
-
-    def tensor_info(self) -> dict[str, Any]:
-        """Return ``shapes`` of the parameters and ``buffers``, each by name, of all pipeline stages. Collective."""
-        shapes = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in self.shards.parameters.items()}
-        buffers = {name: buffer.cpu() for name, buffer in self.buffers().items()}
-        found: dict[str, Any] = {"shapes": {}, "buffers": {}}
-        for theirs in self.world.gather({"shapes": shapes, "buffers": buffers}):
-            for what, named in theirs.items():
-                found[what] |= named
-        return found
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Return the persistent buffers, by their names in the whole model."""
-        return {
-            self.whole_name(f"{prefix}.{name}".removeprefix(".")): buffer
-            for prefix, module in self.module.named_modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if name not in module._non_persistent_buffers_set
-        }
-
-    def whole_name(self, name: str) -> str:
-        """Return the name in the whole model of a parameter or buffer of ``module``."""
-        return name
 
 
 def load_deepspeed(world: World) -> None:

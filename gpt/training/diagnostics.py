@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,11 +159,12 @@ class CompileTime:
     def __init__(self, compiles: bool) -> None:
         self._began = 0.0
         self._spent_s = 0.0
-        self._compiles = compiles
+        self._handler: Any = None
         if compiles:
             # The counters of torch._dynamo.utils add up nested phases and threads; these callbacks give wall time.
             from torch._dynamo.callback import callback_handler
 
+            self._handler = callback_handler
             callback_handler.register_start_callback(self._begin)
             callback_handler.register_end_callback(self._end)
 
@@ -175,12 +177,10 @@ class CompileTime:
 
     def close(self) -> None:
         """Remove the callbacks."""
-        if self._compiles:
-            from torch._dynamo.callback import callback_handler
-
+        if self._handler is not None:
             with contextlib.suppress(ValueError):  # torch._dynamo.reset() has dropped them
-                callback_handler.remove_start_callback(self._begin)
-                callback_handler.remove_end_callback(self._end)
+                self._handler.remove_start_callback(self._begin)
+                self._handler.remove_end_callback(self._end)
 
     def _begin(self, *_: object) -> None:
         self._began = time.perf_counter()

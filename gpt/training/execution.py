@@ -90,7 +90,15 @@ def settle_compile(config: TrainConfig, chosen: CompileMode, lacking: int) -> Co
 
 def settle_precision(folder: RunFolder, world: World) -> Precision:
     """Return the precision of earlier attempts; without any, the best precision that the devices of all ranks have."""
-    before = world.on_first(lambda: earlier_precision(folder))
+
+    def earlier() -> str | None:
+        for attempt in reversed(folder.attempts()):
+            told = read_json(folder.environment(attempt)).get("precision")
+            if told in Precision.__members__ and told != Precision.auto.name:
+                return str(told)
+        return None
+
+    before = world.on_first(earlier)
     best = world.gather(best_precision(world.device).name)
     if before is None:
         return next(p for p in (Precision.fp32, Precision.fp16, Precision.bf16) if p.name in best)
@@ -168,15 +176,6 @@ def has_float8(device: torch.device) -> bool:
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.startswith(GFX_OF_FLOAT8)
     return torch.cuda.get_device_capability(device) >= ADA
-
-
-def earlier_precision(folder: RunFolder) -> str | None:
-    """Return the precision of the newest attempt that recorded one; None if there is none."""
-    for attempt in reversed(folder.attempts()):
-        told = read_json(folder.environment(attempt)).get("precision")
-        if told in Precision.__members__ and told != Precision.auto.name:
-            return str(told)
-    return None
 
 
 # Reproducibility of a run: seeds, and torch's deterministic mode.
@@ -266,19 +265,18 @@ class StepTimeouts:
     def __init__(self, world: World, config: ParallelConfig) -> None:
         self._world = world
         self._config = config
-        self._times: list[float] | None = []
+        self._times: list[float] = []
         self._cut_s: float | None = None
         """Timeout of a step in seconds, once it is set."""
         self._has_evaluated = False
 
     def after(self, step_time_s: float) -> None:
         """Add the time of one more step, in seconds. After ``FIRST + MEASURED`` steps, set the timeout, once."""
-        if self._times is None:
+        if self._cut_s is not None:
             return
         self._times.append(step_time_s)
         if len(self._times) == FIRST + MEASURED:
             self._cut_s = step_timeout(self._config, max(self._times[FIRST:]))
-            self._times = None
             self._set(self._cut_s)
 
     @contextmanager

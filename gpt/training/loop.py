@@ -223,7 +223,7 @@ class Loop:
         self._timeouts.after(record.step_time_s)
         self._breakdown.into(record)
         self._stability.into(record)
-        self._stragglers.after(record, step.figures.read()[0].get("own_times", []))
+        self._stragglers.after(record, step.read().get("own_times", []))
         return record, judge_step(self._run, record)
 
     def _read_at_once(self, step: QueuedStep, pause: Pause, requests: Requests) -> str | None:

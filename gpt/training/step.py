@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -148,40 +148,11 @@ def keep_freed_memory() -> bool:
 # Shapes: N figures of a step.
 
 
-class StepFigures:
-    """Figures of a step by name, which the device may still compute. ``read`` waits for them.
-
-    Args:
-        sizes: name -> numbers of that name, in the order of ``values_N``.
-        values_N: the numbers, float64.
-    """
-
-    def __init__(self, sizes: Mapping[str, int], values_N: Tensor) -> None:
-        self._sizes = sizes
-        self._values_N = values_N.to("cpu", non_blocking=True)
-        self._event: torch.cuda.Event | None = None
-        if values_N.is_cuda:
-            self._event = torch.cuda.Event()
-            self._event.record()
-        self._ended = time.perf_counter()
-        self._read: dict[str, list[float]] | None = None
-
-    def read(self) -> tuple[dict[str, list[float]], float]:
-        """Return the numbers by name, and the time at which they were ready (time.perf_counter, seconds)."""
-        if self._read is None:
-            if self._event is not None:
-                self._event.synchronize()
-                self._ended = time.perf_counter()
-            numbers = iter(self._values_N.tolist())
-            self._read = {name: list(islice(numbers, size)) for name, size in self._sizes.items()}
-        return self._read, self._ended
-
-
 Requests = frozenset[str]
 """Requests from outside, read between two steps: any of ``stop`` (the run) and ``save`` (a checkpoint)."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class QueuedStep:
     """A step that the device works on, or has finished."""
 
@@ -192,12 +163,26 @@ class QueuedStep:
     ``requests_of_all``."""
     gradients: Gradients | None
     """Statistics of the gradients in a step that measures them; else None."""
-    figures: StepFigures
+    sizes: dict[str, int]
+    """Name of each figure -> count of its numbers, in the order of ``values``."""
+    values: Tensor
+    """Figures of the step on the CPU, float64, once the device has reached ``event``."""
+    event: torch.cuda.Event | None
+    ended: float
+    """Time at which a step on a CPU ended, of time.perf_counter, seconds."""
     tokens: int
     """Tokens of the global batch."""
     votes: Votes
     """This rank's votes about saves; the figures hold their sums over the ranks."""
     phases: Phases
+
+    def read(self) -> dict[str, list[float]]:
+        """Wait for the step; return the numbers of its figures by name."""
+        if self.event is not None:
+            self.event.synchronize()
+            self.event, self.ended = None, time.perf_counter()
+        numbers = iter(self.values.tolist())
+        return {name: list(islice(numbers, size)) for name, size in self.sizes.items()}
 
     def finish(self, since: float) -> tuple[StepRecord, float]:
         """Wait for the step; return its record, and the step's end; ``since`` is the end of the step before.
@@ -205,7 +190,7 @@ class QueuedStep:
         Both times are of time.perf_counter, seconds. A loss or gradient norm that is not finite on some rank is None;
         all ranks then have skipped the step.
         """
-        figures, ended = self.figures.read()
+        figures, ended = self.read(), self.ended
         (grad_norm,), (flaw,), (loss_sum,) = figures["grad_norm"], figures["flaw"], figures["loss_sum"]
         record = self.record
         self.phases.fill_in(record)
@@ -223,14 +208,14 @@ class QueuedStep:
 
     def requests_of_all(self) -> Requests:
         """Wait for the step; return the requests that any rank had received when it queued the step."""
-        figures, _ = self.figures.read()
+        figures = self.read()
         if "stop" not in figures:
             return self.requests
         return frozenset(name for name in ("stop", "save") if figures[name][0] > 0)
 
     def votes_of_all(self) -> dict[str, float]:
         """Wait for the step; return the votes of all ranks about saves, summed, by name."""
-        figures, _ = self.figures.read()
+        figures = self.read()
         return {name: figures[name][0] for name in self.votes.figures}
 
 
@@ -301,9 +286,14 @@ def queue_step(
     )
     record.memory_allocated_gib, record.memory_peak_gib, record.memory_reserved_gib = memory_gib(world.device)
     sizes = {name: len(figures) for name, figures in own.items()} | dict.fromkeys(after, 1)
-    figures = StepFigures(sizes, torch.cat([sums_N, *(figure[None] for figure in after.values())]))
+    values_N = torch.cat([sums_N, *(figure[None] for figure in after.values())])
+    event = torch.cuda.Event() if values_N.is_cuda else None
+    values_N = values_N.to("cpu", non_blocking=True)
+    if event is not None:
+        event.record()
     requests = frozenset(name for name, is_asked in asked.items() if is_asked)
-    return QueuedStep(record, requests, gradients, figures, tokens, votes, phases)
+    ended = time.perf_counter()
+    return QueuedStep(record, requests, gradients, sizes, values_N, event, ended, tokens, votes, phases)
 
 
 def balance_experts(engine: Engine, world: World, skip: Tensor) -> Tensor:
