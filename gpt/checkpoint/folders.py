@@ -12,12 +12,43 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# A loaded checkpoint, as it is described to the training.
+# Saves and a loaded checkpoint, as they are described to the training.
+
+
+@dataclass(frozen=True)
+class Votes:
+    """One rank's figures about the save in flight, which a step sums over all ranks."""
+
+    phase: int = 0
+    """Number of the phase of a save, the same on all ranks; 0: no save is in flight."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """``done`` and ``failed`` while a save is in flight. All ranks have the same names."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was committed."""
+
+    step: int
+    write_s: float
+    """Seconds from the start of the save to its commit; training waited only while the state was copied."""
+    in_memory: bool
+
+
+@dataclass(frozen=True)
+class FailedSave:
+    """A failed save. A save to disk is tried again; a save to the memory of the nodes is given up."""
+
+    step: int
+    cause: str
+    failures: int
+    """Number of failed writes since the last checkpoint."""
+    in_memory: bool
 
 
 @dataclass(frozen=True)

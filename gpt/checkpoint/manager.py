@@ -1,4 +1,4 @@
-"""The checkpoints of a run: save, poll and finish, on disk and in the memory of the nodes; ``loading`` has the rest.
+"""The checkpoints of a run: save, poll, finish and load, on disk and in the memory of the nodes.
 
 At most one save is in flight. Its state is staged while all ranks wait, and written and committed during training:
 
@@ -18,22 +18,24 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import folders, messages
 from gpt.checkpoint import writer as jobs
-from gpt.checkpoint.folders import Manifest, Retention
+from gpt.checkpoint.folders import DamagedError, FailedSave, LoadedCheckpoint, Manifest, Retention, Saved, Votes
 from gpt.checkpoint.formats import TensorFiles
-from gpt.checkpoint.loading import CheckpointLoader
-from gpt.checkpoint.memory import MemorySave, confirm, send
-from gpt.checkpoint.messages import CheckpointError, explain, run_on_first_rank
+from gpt.checkpoint.memory import MemorySave, MemoryStores, confirm, send
+from gpt.checkpoint.messages import CheckpointError, explain, run_on_all_ranks, run_on_first_rank
 from gpt.checkpoint.part import RankPart, StagedPart, encode_rank_state, rank_file
-from gpt.checkpoint.upkeep import UpkeepPlan
+from gpt.checkpoint.target import Target, start_aside
+from gpt.checkpoint.upkeep import Fetched, UpkeepPlan, fetch_newest, look_for
 from gpt.checkpoint.writer import Result, Writer
 from launch.errors import ConfigError
 from launch.runs.files import NO_ROOM
@@ -48,37 +50,6 @@ OUTDATED = "a later attempt owns this run"
 
 class OutdatedAttemptError(CheckpointError):
     """A save was refused since a later attempt owns the run; nothing was committed."""
-
-
-@dataclass(frozen=True)
-class Votes:
-    """One rank's figures about the save in flight, which a step sums over all ranks."""
-
-    phase: int = 0
-    """Number of the phase of a save, the same on all ranks; 0: no save is in flight."""
-    figures: Mapping[str, float] = field(default_factory=dict)
-    """``done`` and ``failed`` while a save is in flight. All ranks have the same names."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint that was committed."""
-
-    step: int
-    write_s: float
-    """Seconds from the start of the save to its commit; training waited only while the state was copied."""
-    in_memory: bool
-
-
-@dataclass(frozen=True)
-class FailedSave:
-    """A failed save. A save to disk is tried again; a save to the memory of the nodes is given up."""
-
-    step: int
-    cause: str
-    failures: int
-    """Number of failed writes since the last checkpoint."""
-    in_memory: bool
 
 
 @dataclass
@@ -103,8 +74,10 @@ class InFlight:
     result: Result | None = None
 
 
-class CheckpointManager(CheckpointLoader):
+class CheckpointManager:
     """The checkpoints of one run. Every method but ``steps`` and ``poll`` is collective.
+
+    A load finds and verifies the newest whole checkpoint: in the memory of the nodes, on disk, or in a copy elsewhere.
 
     Args:
         folder: the folder of ``step_00000100`` and the like; every rank sees it.
@@ -125,7 +98,16 @@ class CheckpointManager(CheckpointLoader):
         give_up_after_s: float = 0.0,
     ) -> None:
         assert keeps.last >= 1 and keeps.every >= 0 and keeps.best >= 0, keeps
-        super().__init__(folder, group, fmt or TensorFiles())
+        self.folder = folder
+        self.group = group
+        self.format = fmt or TensorFiles()
+        self.memory: MemoryStores | None = None
+        """Further checkpoints in the memory of the nodes; a load prefers them if they are not older."""
+        self.connect: Callable[[], Target] | None = None
+        """Opens the copies on another filesystem, for a load that finds no whole checkpoint; None without copies."""
+        self.beat: Callable[[], None] = lambda: None
+        """Called about once a second while a copy is fetched."""
+        self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
         self.keeps = keeps
         self.writer = writer or Writer()
         self.give_up_after_s = give_up_after_s
@@ -193,12 +175,13 @@ class CheckpointManager(CheckpointLoader):
         pending = self._pending
         if pending is None:
             return Votes()
-        if self._takes_part(pending) and pending.result is None:
+        takes_part = not pending.commits or self._rank == 0  # every rank writes, and only rank 0 commits
+        if takes_part and pending.result is None:
             if pending.submit_at is not None and time.monotonic() >= pending.submit_at:
                 self._submit(pending)
             if pending.submit_at is None:
                 pending.result = pending.result or self.writer.poll()
-        is_over = self._takes_part(pending) and pending.result is not None
+        is_over = takes_part and pending.result is not None
         has_failed = self._failure(pending) is not None
         return Votes(self._phases, {"done": is_over and not has_failed, "failed": is_over and has_failed})
 
@@ -231,12 +214,10 @@ class CheckpointManager(CheckpointLoader):
             hurries: True to try again ``HURRIED_RETRY_S`` after each failure; False to wait longer each time.
 
         Raises:
-            CheckpointError: as in ``advance``.
-            ConfigError: as in ``advance``.
-            OutdatedAttemptError: as in ``advance``.
+            CheckpointError: as in ``advance``; ConfigError and OutdatedAttemptError, too.
         """
         while (pending := self._pending) is not None:
-            if self._takes_part(pending) and pending.result is None:
+            if (not pending.commits or self._rank == 0) and pending.result is None:
                 if pending.submit_at is not None:
                     wait_s = pending.submit_at - time.monotonic()
                     time.sleep(max(0.0, min(HURRIED_RETRY_S, wait_s) if hurries else wait_s))
@@ -328,10 +309,6 @@ class CheckpointManager(CheckpointLoader):
         self._phases += 1
         return FailedSave(step, cause, self.failures, in_memory=False)
 
-    def _takes_part(self, pending: InFlight) -> bool:
-        """True if this rank has work in the current phase: every rank writes, and only rank 0 commits."""
-        return not pending.commits or self._rank == 0
-
     def _failure(self, pending: InFlight) -> str | None:
         """Return this rank's failure or None; after the rename, which is the commit, failures do not count."""
         result = pending.result
@@ -375,6 +352,146 @@ class CheckpointManager(CheckpointLoader):
         Without upkeep, only the checkpoints that are no longer kept are deleted.
         """
         self._on_first(partial(jobs.tend_saved, self.folder, self.keeps, self.upkeep, committed, back_to))
+
+    # Loading.
+
+    def steps(self) -> list[int]:
+        """List the steps that have a checkpoint, ascending."""
+        return folders.steps(self.folder)
+
+    def is_new(self) -> bool:
+        """Return True if no load can find a checkpoint: the folder is empty, and memory and copies are not in use."""
+        if self.memory is not None or self.connect is not None:
+            return False
+        return run_on_first_rank(lambda: folders.is_empty(self.folder), self.group)
+
+    def load(self, state: Any) -> LoadedCheckpoint | None:
+        """Fill ``state`` from the newest checkpoint that is whole; None if there never was a checkpoint.
+
+        Damaged checkpoints are set aside with a warning on rank 0. ``state`` has the structure and the shapes that were
+        saved; topology and number of ranks may differ.
+
+        Raises:
+            ConfigError: there were checkpoints and all are damaged, or the whole one belongs to another model.
+            CheckpointError: the filesystem failed.
+        """
+
+        def list_swept() -> list[Path]:
+            folders.sweep(self.folder)
+            return folders.list_committed(self.folder)
+
+        paths = run_on_first_rank(list_swept, self.group)
+        newest = max(map(folders.step_of, paths), default=0)
+        loaded, why_not = (None, None) if self.memory is None else self.memory.load(state, newest)
+        if loaded is None:
+            loaded = self._load_from_disk(paths, state)
+            if loaded is not None:
+                loaded = replace(loaded, memory_damage=why_not)
+            if self.memory is not None:  # the steps in memory are made again
+                self.memory.keep("")
+        return loaded
+
+    def verify(self, path: Path) -> Manifest:
+        """Verify a checkpoint's files, shared among the ranks; return its manifest.
+
+        Raises:
+            DamagedError: some file differs from the saved one; on every rank.
+        """
+
+        def read() -> Manifest | str:
+            try:
+                manifest = folders.read_manifest(path)
+            except DamagedError as damage:
+                return str(damage)
+            return (
+                manifest
+                if manifest.step == folders.step_of(path)
+                else f"{folders.NAME} is that of step {manifest.step}"
+            )
+
+        manifest = run_on_first_rank(read, self.group)
+        if isinstance(manifest, str):
+            raise DamagedError(manifest)
+        # Largest first, one for each rank in turn, so that the ranks read about equally much.
+        names = sorted(manifest.files, key=lambda name: (-manifest.files[name].size, name))
+        mine = names[self._rank :: self._ranks]
+        found = run_on_all_ranks(
+            lambda: [folders.find_damage(path / name, manifest.files[name]) for name in mine], self.group
+        )
+        damages = sorted(damage for of_rank in found for damage in of_rank if damage)
+        if damages:
+            raise DamagedError("; ".join(damages))
+        return manifest
+
+    def _load_from_disk(self, paths: list[Path], state: Any) -> LoadedCheckpoint | None:
+        damaged: list[str] = []
+        for path in reversed(paths):
+            try:
+                manifest = self.verify(path)
+            except DamagedError as damage:
+                why = str(damage)
+                run_on_first_rank(partial(folders.set_aside, path, why), self.group)
+                damaged.append(f"{path.name}: {why}")
+            else:
+                return self._fill(path, manifest, state, damaged)
+        bad = run_on_first_rank(lambda: folders.list_set_aside(self.folder), self.group)
+        fetched = self._fetch()
+        if (copy := fetched.path) is not None:
+            # Verified on its way. Rank 0 reads it for all ranks, whose disks may not show it yet.
+            manifest = run_on_first_rank(lambda: folders.read_manifest(copy), self.group)
+            why = f"{len(bad)} on the disk, all damaged" if bad else "none on the disk"
+            return replace(self._fill(copy, manifest, state, [*damaged, *fetched.damaged]), fetched_for=why)
+        if fetched.damaged:
+            found = f"no copy of a checkpoint is whole, nor one in {self.folder}: {'; '.join(fetched.damaged)}"
+        elif bad:  # also damage of earlier: a restart after this refusal must not begin from nothing either
+            found = f"no checkpoint in {self.folder} is whole; damaged: {', '.join(path.name for path in bad)}"
+        else:
+            return None
+        raise ConfigError(
+            found,
+            "at least one that is as it was saved, to go on from",
+            "fresh=true to start over in a new folder, or restore a checkpoint there from a backup",
+        )
+
+    def _fetch(self) -> Fetched:
+        """Fetch the newest whole copy on rank 0; the ranks communicate each second, so that no collective times out.
+
+        Raises:
+            CheckpointError: the target cannot be read.
+        """
+        if (connect := self.connect) is None:
+            return Fetched(None)
+        search = start_aside(lambda: fetch_newest(self.folder, connect())) if self._rank == 0 else Future[Fetched]()
+        while True:
+            found = run_on_first_rank(lambda: look_for(search), self.group)
+            if found is not None:
+                return found
+            self.beat()
+
+    def _fill(self, path: Path, manifest: Manifest, state: Any, damaged: list[str]) -> LoadedCheckpoint:
+        """Read a verified checkpoint into ``state``.
+
+        Raises:
+            ConfigError: the checkpoint does not fit ``state``; its files are sound, so it belongs to another model.
+        """
+        try:
+            run_on_all_ranks(lambda: self.format.read(path, manifest, state, self.group), self.group)
+        except CheckpointError as error:
+            raise ConfigError(
+                f"{path} cannot be loaded into this model ({str(error).splitlines()[0]})",
+                "the model and optimizer it was saved from",
+                "fresh=true to start over in a new folder, or the model it was saved from",
+            ) from error
+        rank_state: list[dict[str, Any]] = []
+        if manifest.world_size == self._ranks:
+            own = path / rank_file(self._rank)
+            # Through a list: the result of an action is sent to all ranks.
+            run_on_all_ranks(
+                lambda: rank_state.append(torch.load(own, map_location="cpu", weights_only=True)), self.group
+            )
+        return LoadedCheckpoint(
+            manifest.step, manifest.meta, manifest.world_size, rank_state[0] if rank_state else None, tuple(damaged)
+        )
 
 
 def room_error(cause: str) -> str | None:

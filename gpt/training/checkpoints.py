@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from gpt.checkpoint.folders import VALIDATION_LOSS, LoadedCheckpoint
-from gpt.checkpoint.manager import FailedSave, Saved, Votes
+from gpt.checkpoint.folders import VALIDATION_LOSS, FailedSave, LoadedCheckpoint, Saved, Votes
 from gpt.config.train import RESUMABLE
 from gpt.data.order import PassedOver
 from gpt.metrics.writers import MetricWriters

@@ -279,37 +279,27 @@ class ReplicaDriftError(RuntimeError):
     """Replicas of parameters that differ in some bit; the run can continue from its last checkpoint."""
 
 
-class ReplicaGuard:
-    """Compares the replicas of parameters. Does nothing if ``divergence.replica_check_interval`` is 0."""
+def refuse_drift(run: Run, replicas: ReplicaCheck) -> None:
+    """Compare the replicas of parameters after the step just done. Collective.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        compares = run.config.divergence.replica_check_interval > 0
-        self._check = ReplicaCheck(run.engine.module, run.world) if compares else None
-
-    def check(self) -> None:
-        """Compare the replicas after the step just done. Collective.
-
-        Raises:
-            ReplicaDriftError: some differ; raised on every rank, and entered in the event log.
-        """
-        run, drift = self._run, None if self._check is None else self._check.find_drift()
-        if drift is None:
-            return
-        host_of = run.world.gather(socket.gethostname())
-        hosts = sorted({host_of[rank] for rank in drift.ranks})
-        where = ", ".join(f"rank {rank} on {host_of[rank]}" for rank in drift.ranks)
-        whom = "the other replicas of them" if drift.is_certain else "each other"
-        cause = f"after step {run.step} the parameters of {where} differ from {whom}"
-        told = {"ranks": drift.ranks, "hosts": hosts, "certain": drift.is_certain, "cause": cause}
-        # All ranks wait for the entry: an agent ends all ranks as soon as one has failed.
-        run.world.on_first(
-            lambda: run.folder.record_event("replicas_differ", attempt=run.attempt, step=run.step, **told)
-        )
-        raise ReplicaDriftError(
-            f"{cause}: a device or a memory has changed them; the run goes on from its last checkpoint, which was "
-            "compared before it was saved"
-        )
+    Raises:
+        ReplicaDriftError: some differ; raised on every rank, and entered in the event log.
+    """
+    drift = replicas.find_drift()
+    if drift is None:
+        return
+    host_of = run.world.gather(socket.gethostname())
+    hosts = sorted({host_of[rank] for rank in drift.ranks})
+    where = ", ".join(f"rank {rank} on {host_of[rank]}" for rank in drift.ranks)
+    whom = "the other replicas of them" if drift.is_certain else "each other"
+    cause = f"after step {run.step} the parameters of {where} differ from {whom}"
+    told = {"ranks": drift.ranks, "hosts": hosts, "certain": drift.is_certain, "cause": cause}
+    # All ranks wait for the entry: an agent ends all ranks as soon as one has failed.
+    run.world.on_first(lambda: run.folder.record_event("replicas_differ", attempt=run.attempt, step=run.step, **told))
+    raise ReplicaDriftError(
+        f"{cause}: a device or a memory has changed them; the run goes on from its last checkpoint, which was "
+        "compared before it was saved"
+    )
 
 
 # Ranks that are slower than the rest, found during the run.

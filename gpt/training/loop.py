@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from gpt.data.loader import Samples
 from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import World
+from gpt.parallel.dtensor import ReplicaCheck
 from gpt.training.checkpoints import CheckpointSchedule, go_back, judge_step, start_save
 from gpt.training.diagnostics import CompileTime, Gradients, StepBreakdown, StepProfile
 from gpt.training.execution import StepTimeouts
-from gpt.training.guards import BadSteps, LossWindow, ReplicaGuard, StragglerWatch
+from gpt.training.guards import BadSteps, LossWindow, StragglerWatch, refuse_drift
 from gpt.training.run import Run
 from gpt.training.step import QueuedStep, Requests, collect_together, queue_step
 from launch.runs.heartbeat import Phase
@@ -135,7 +136,8 @@ class Loop:
         self.profile.after(run.step)
         self.compile_time = CompileTime(config.compiles)
         self._timeouts = StepTimeouts(world, config.parallel)
-        self._replicas = ReplicaGuard(run)
+        compares = config.divergence.replica_check_interval > 0
+        self._replicas = ReplicaCheck(run.engine.module, world) if compares else None
         self._schedule = CheckpointSchedule(run)
         self._stragglers = StragglerWatch(run)
         self._stability = LossWindow()
@@ -249,8 +251,8 @@ class Loop:
             return None
         is_last = pause.last or (pause.evaluates and guard.may_save and run.early_stop.reason() is not None)
         saves = guard.may_save and (pause.saves or is_last or bool(requests))
-        if saves or pause.compares:
-            self._replicas.check()
+        if self._replicas is not None and (saves or pause.compares):
+            refuse_drift(run, self._replicas)
         if saves:
             self.writers.keep(record)
             record.checkpoint_s = self._schedule.save(record.val_loss, is_last=is_last, is_stop="stop" in requests)

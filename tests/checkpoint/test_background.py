@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from gpt.checkpoint import folders, part
-from gpt.checkpoint.folders import Retention
-from gpt.checkpoint.manager import FailedSave, Saved, room_error
+from gpt.checkpoint.folders import FailedSave, Retention, Saved
+from gpt.checkpoint.manager import room_error
 from gpt.checkpoint.part import SharedMemory
 from gpt.checkpoint.writer import ProcessWriter
 from gpt.parallel.distributed import World

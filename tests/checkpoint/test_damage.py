@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.checkpoint import folders, manager, upkeep
-from gpt.checkpoint.folders import Retention
-from gpt.checkpoint.manager import Saved
+from gpt.checkpoint.folders import Retention, Saved
 from gpt.checkpoint.messages import CheckpointError
 from gpt.checkpoint.target import saved_checkpoints
 from gpt.checkpoint.upkeep import UpkeepPlan

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt.checkpoint.folders import FileSum, Manifest, Retention
-from gpt.checkpoint.manager import FailedSave, Saved
+from gpt.checkpoint.folders import FailedSave, FileSum, Manifest, Retention, Saved
 from gpt.checkpoint.memory import MemoryStores, neighbors
 from gpt.checkpoint.messages import decode_value, encode_value
 from gpt.checkpoint.writer import ProcessWriter, Writer

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.checkpoint.folders import final_for
-from gpt.checkpoint.manager import CheckpointManager, Saved
+from gpt.checkpoint.folders import Saved, final_for
+from gpt.checkpoint.manager import CheckpointManager
 
 
 class Checkpoints(CheckpointManager):
