@@ -25,12 +25,12 @@ import torch
 from gpt.metrics.startup_summary import memory_gib
 from gpt.metrics.writers import MetricWriters
 from gpt.parallel.distributed import open_world
-from gpt.parallel.timeline import waiting
+from gpt.parallel.timeline import Timeline, recorded, waiting
 from gpt.train import build
 from gpt.training.diagnostics import Gradients
 from gpt.training.guards import StragglerJudge
 from gpt.training.run import Run, agree_on_folder, open_attempt, parse_arguments, parse_request
-from gpt.training.step import Phases, QueuedStep, queue_step
+from gpt.training.step import QueuedStep, fill_in_phases, queue_step
 from launch import worker
 from launch.runs.heartbeat import Phase
 from launch.runs.records import StepRecord
@@ -135,16 +135,16 @@ def parts(run: Run, writers: MetricWriters, gradients: Gradients) -> dict[str, f
 
 def time_phases(run: Run) -> None:
     """Mark the phases of a step, and read them, as often as a step does."""
-    phases = Phases(run.world.device, run.engine)
-    with phases.recorded():
+    timeline = Timeline(run.world.device)
+    with recorded(timeline):
         for _ in range(WAITS):
             with waiting("fsdp"):
                 pass
-        for name in ("reduced", "updated"):
-            phases.mark(name)
+        for _ in range(2):
+            timeline.mark()
     if run.world.device.type == "cuda":
         torch.cuda.synchronize()  # a step's figures are read when it is done
-    phases.fill_in(StepRecord(1, 1, 0.0, 0.0, 0.0, 0, (0, 0), 1.0))
+    fill_in_phases(StepRecord(1, 1, 0.0, 0.0, 0.0, 0, (0, 0), 1.0), timeline, run.engine.timed_groups)
 
 
 def size_mb(folder: Path) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, set_element
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -25,13 +27,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.checkpoint.utils import _DistWrapper
 
 from gpt.checkpoint import folders, messages
 from gpt.checkpoint.folders import DEEPSPEED, TENSORS, Manifest
-from gpt.checkpoint.messages import run_on_all_ranks, run_on_first_rank
-from gpt.checkpoint.part import RankPart, SavePlans
+from gpt.checkpoint.messages import CheckpointError, explain, run_on_all_ranks, run_on_first_rank
+from gpt.checkpoint.part import RankPart, WritePlan
 from gpt.config.rules import is_importable
 from launch.errors import ConfigError
 
@@ -187,10 +190,16 @@ class TensorFiles:
     """Format of whole tensors by name: nested dicts of tensors and DTensors. Reads checkpoints of DeepSpeed, too.
 
     Base of other formats, which override the methods. ``collect`` and ``read`` are collective.
+
+    The plan of which rank writes which tensors is made at the first save, and again if names or shapes change on a
+    rank. Rank 0 plans for all ranks, and they wait for it. The time grows with the number of ranks.
     """
 
+    _keys = itertools.count()
+
     def __init__(self) -> None:
-        self._plans = SavePlans()
+        self._local: SavePlan | None = None
+        self._plan: WritePlan | None = None
 
     def describe(self) -> dict[str, Any]:
         """Describe the files for the manifest, as plain JSON; ``kind`` names the format."""
@@ -201,8 +210,35 @@ class TensorFiles:
 
         A failure is raised on every rank, or on this rank alone if no other rank waits.
         """
-        plan, data = self._plans.plan(state, group)
-        return RankPart(dist.get_rank(group), plan, data)
+        # ``dcp.async_save`` with a process of its own would keep plans, too, but does not fit. It stages the whole
+        # state on every rank, replicas included. It plans and ends each save by collectives over a second process
+        # group, in which one slow writer delays all ranks. It has neither a manifest nor a second try. So the planner
+        # and the file format are torch's; the cache and the order of a save are ours.
+        planner, rank = DefaultSavePlanner(), dist.get_rank(group)
+        planner.set_up_planner(state, None, rank == 0)
+        local = planner.create_local_plan()
+        if any(messages.all_gather(self._plan is None or local != self._local, group)):
+            self._plan = None  # until every rank has the new plan
+            self._plan = self._agree(planner, local, group)
+            self._local = local
+        assert self._plan is not None
+        planner.finish_plan(self._plan.items)
+        return RankPart(rank, self._plan, [planner.resolve_data(item) for item in self._plan.items.items])
+
+    def _agree(self, planner: DefaultSavePlanner, local: SavePlan, group: dist.ProcessGroup | None) -> WritePlan:
+        """Have rank 0 plan for all ranks, as torch.distributed.checkpoint does; return this rank's plan."""
+        found: list[Metadata] = []
+
+        def plan_for_all(plans: list[SavePlan]) -> list[SavePlan]:
+            made, metadata = planner.create_global_plan(plans)
+            found.append(metadata)
+            return dcp.FileSystemWriter(".").prepare_global_plan(made)  # which only names the files of each rank
+
+        try:
+            own = _DistWrapper(group, True, 0).reduce_scatter("plan", lambda: local, plan_for_all)
+        except CheckpointException as error:  # a BaseException, raised on every rank
+            raise CheckpointError(explain(error)) from error
+        return WritePlan(next(self._keys), own, found[0] if found else None)
 
     def read(self, folder: Path, saved: Manifest, state: Any, group: dist.ProcessGroup | None) -> None:
         """Fill ``state`` from the files in ``folder``, which have this format or that of ``saved.contents``."""

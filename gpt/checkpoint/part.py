@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
-import itertools
 import json
 import logging
 import mmap
@@ -19,26 +18,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.checkpoint.utils import _DistWrapper
 
-from gpt.checkpoint import messages
 from gpt.checkpoint.folders import FileSum, sync_folder
-from gpt.checkpoint.messages import CheckpointError, explain
-
-# Plans of which rank writes which tensors of a state, made by torch.distributed.checkpoint and kept between saves.
-#
-# ``dcp.async_save`` with a process of its own would keep plans, too, but does not fit. It stages the whole state on
-# every rank, replicas included. It plans and ends each save by collectives over a second process group, in which one
-# slow writer delays all ranks. It has neither a manifest nor a second try. So the planner and the file format are
-# torch's; the cache and the order of a save are ours.
 
 
 @dataclass(frozen=True)
@@ -50,54 +36,6 @@ class WritePlan:
     items: SavePlan
     metadata: Metadata | None
     """Index of the tensors of all ranks, without positions in the files; None on all ranks but rank 0."""
-
-
-class SavePlans:
-    """Plan of the saves in one format. It is made at the first save, and again if names or shapes change on a rank.
-
-    Rank 0 plans for all ranks, and they wait for it. The time grows with the number of ranks.
-    """
-
-    _keys = itertools.count()
-
-    def __init__(self) -> None:
-        self._local: SavePlan | None = None
-        self._plan: WritePlan | None = None
-
-    def plan(self, state: dict[str, Any], group: dist.ProcessGroup | None) -> tuple[WritePlan, list[Any]]:
-        """Plan a save of ``state``; return this rank's share, and the data of its items, in their order. Collective.
-
-        Tensors in the data share memory with ``state``.
-
-        Raises:
-            CheckpointError: the state cannot be planned; on every rank.
-        """
-        planner = DefaultSavePlanner()
-        planner.set_up_planner(state, None, dist.get_rank(group) == 0)
-        local = planner.create_local_plan()
-        has_changed = self._plan is None or local != self._local
-        if any(messages.all_gather(has_changed, group)):
-            self._plan = None  # until every rank has the new plan
-            self._plan = self._agree(planner, local, group)
-            self._local = local
-        assert self._plan is not None
-        planner.finish_plan(self._plan.items)
-        return self._plan, [planner.resolve_data(item) for item in self._plan.items.items]
-
-    def _agree(self, planner: DefaultSavePlanner, local: SavePlan, group: dist.ProcessGroup | None) -> WritePlan:
-        """Have rank 0 plan for all ranks, as torch.distributed.checkpoint does; return this rank's plan."""
-        found: list[Metadata] = []
-
-        def plan_for_all(plans: list[SavePlan]) -> list[SavePlan]:
-            made, metadata = planner.create_global_plan(plans)
-            found.append(metadata)
-            return FileSystemWriter(".").prepare_global_plan(made)  # which only names the files of each rank
-
-        try:
-            own = _DistWrapper(group, True, 0).reduce_scatter("plan", lambda: local, plan_for_all)
-        except CheckpointException as error:  # a BaseException, raised on every rank
-            raise CheckpointError(explain(error)) from error
-        return WritePlan(next(self._keys), own, found[0] if found else None)
 
 
 # The part of a checkpoint that one rank writes; the bytes are summed on their way to the disk.

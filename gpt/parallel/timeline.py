@@ -55,6 +55,8 @@ class Timeline:
         self.receives = False
         """True if the rank has begun to receive data from another rank, before its next piece of work."""
         self.start = self.now()
+        self.marks = [self.start]
+        """Begin of the step, and ends of its phases: gradients are computed; then they are clipped and applied."""
 
     def now(self) -> Moment:
         """Return the present moment: host time, or a new event in the GPU's queue."""
@@ -63,6 +65,10 @@ class Timeline:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def mark(self) -> None:
+        """Record the end of a phase: the device has done all work queued so far. Wait for nothing."""
+        self.marks.append(self.now())
 
     def seconds(self, moment: Moment) -> float:
         """Return the seconds from the start of the step to a moment, which the device must have passed."""

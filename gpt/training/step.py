@@ -8,10 +8,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from gpt.metrics.startup_summary import memory_gib
 from gpt.model.ffn import expert_counts, move_balance_bias, reset_counts
 from gpt.parallel.distributed import World
 from gpt.parallel.engine import Engine
-from gpt.parallel.timeline import BUBBLE, HOST, Moment, Timeline, recorded, total, waiting
+from gpt.parallel.timeline import BUBBLE, HOST, Timeline, recorded, total, waiting
 from gpt.training.diagnostics import Gradients
 from gpt.training.guards import StragglerWatch
 from gpt.training.run import Run
@@ -37,44 +37,27 @@ from launch.runs.records import StepRecord
 
 
 NO_VOTES = Votes()
-MOMENTS = ("data", "reduced", "updated")
-"""Begin of a step, and ends of its phases: gradients are computed; then they are clipped and applied."""
 
 
-class Phases:
-    """Moments of one step: ``mark`` each in its order; ``fill_in`` the record when the device has passed all.
+def fill_in_phases(record: StepRecord, timeline: Timeline, groups: Sequence[str] | None) -> None:
+    """Put the times of the phases, in seconds, into the record. The device must have finished the step.
 
-    Args:
-        device: device that the step runs on.
-        engine: names the groups whose communication can be timed; if some cannot be timed, no group is reported.
+    ``groups``: the groups whose communication can be timed; None if some cannot, and then no group is reported.
     """
-
-    def __init__(self, device: torch.device, engine: Engine) -> None:
-        self.timeline = Timeline(device)
-        """Records the waits of the step."""
-        self._groups = engine.timed_groups
-        self._moments: dict[str, Moment] = {"data": self.timeline.start}
-
-    def mark(self, name: str) -> None:
-        """Record under ``name`` the moment when the device has done all work queued so far; wait for nothing."""
-        self._moments[name] = self.timeline.now()
-
-    def fill_in(self, record: StepRecord) -> None:
-        """Put the times of the phases, in seconds, into the record. The device must have finished the step."""
-        at = {name: self.timeline.seconds(moment) for name, moment in self._moments.items()}
-        spans = self.timeline.spans()
-        own = [span for span in spans if span.name == HOST] if self._groups is None else spans
-        record.forward_backward_s, record.optimizer_s = (
-            at[end] - at[begin] - total(own, at[begin], at[end]) for begin, end in pairwise(MOMENTS)
-        )
-        if self._groups is None:
-            return
-        waited = {name: total(spans, 0, at["updated"], name) for name in {span.name for span in spans}}
-        record.comm_s = sum(seconds for name, seconds in waited.items() if name not in (BUBBLE, HOST))
-        for group in self._groups:
-            setattr(record, f"comm_{group}_s", waited.get(group, 0.0))
-        if "pp" in self._groups:
-            record.bubble_s = waited.get(BUBBLE, 0.0)
+    data, reduced, updated = (timeline.seconds(moment) for moment in timeline.marks)
+    spans = timeline.spans()
+    own = [span for span in spans if span.name == HOST] if groups is None else spans
+    record.forward_backward_s, record.optimizer_s = (
+        end - begin - total(own, begin, end) for begin, end in ((data, reduced), (reduced, updated))
+    )
+    if groups is None:
+        return
+    waited = {name: total(spans, 0, updated, name) for name in {span.name for span in spans}}
+    record.comm_s = sum(seconds for name, seconds in waited.items() if name not in (BUBBLE, HOST))
+    for group in groups:
+        setattr(record, f"comm_{group}_s", waited.get(group, 0.0))
+    if "pp" in groups:
+        record.bubble_s = waited.get(BUBBLE, 0.0)
 
 
 # Python's garbage collector during training.
@@ -174,7 +157,9 @@ class QueuedStep:
     """Tokens of the global batch."""
     votes: Votes
     """This rank's votes about saves; the figures hold their sums over the ranks."""
-    phases: Phases
+    timeline: Timeline
+    timed_groups: tuple[str, ...] | None
+    """As the engine's."""
 
     def read(self) -> dict[str, list[float]]:
         """Wait for the step; return the numbers of its figures by name."""
@@ -193,7 +178,7 @@ class QueuedStep:
         figures, ended = self.read(), self.ended
         (grad_norm,), (flaw,), (loss_sum,) = figures["grad_norm"], figures["flaw"], figures["loss_sum"]
         record = self.record
-        self.phases.fill_in(record)
+        fill_in_phases(record, self.timeline, self.timed_groups)
         for name in ("expert_imbalance", "loss_scale"):
             if name in figures:
                 setattr(record, name, figures[name][0])
@@ -238,13 +223,13 @@ def queue_step(
     step = run.step + 1
     lr = lr_at(config.optim, step)
     data = run.batches.take(step)
-    phases = Phases(world.device, engine)
+    timeline = Timeline(world.device)
     has_experts = config.model.ffn is Ffn.moe
     if has_experts:
         reset_counts(engine.module)
-    with recorded(phases.timeline):
+    with recorded(timeline):
         loss_sum = engine.backward(data.tokens, data.targets, lambda: run.worker.phase(phase, step - 1))
-        phases.mark("reduced")
+        timeline.mark()
     asked = {"stop": run.worker.stop_requested(), "save": run.worker.save_requested()}
     run.worker.phase(phase, step - 1)  # the poll looked like training, which may be silent for less time than a start
     # Figures of this rank that are summed over all ranks. As fills: the host would wait for a copy of its own tensor.
@@ -257,13 +242,13 @@ def queue_step(
     if gradients is not None:
         own["gradients"] = gradients.sums(engine.gradients())
 
-    with recorded(phases.timeline):
+    with recorded(timeline):
         norm, sums_N, flaw = engine.clip(torch.cat([*own.values()]), waiting(HOST)(meanwhile))
         # Before the update, so that all ranks skip it or none, even if one replica alone computed other numbers. On the
         # device, so that no rank waits for the decision.
         skip = (sums_N[0] + flaw).isfinite().logical_not()
         own_norm = engine.update(lr, skip)
-        phases.mark("updated")
+        timeline.mark()
     grad_norm = norm if own_norm is None else own_norm
     assert grad_norm is not None
     after = {"grad_norm": grad_norm.double(), "flaw": flaw}
@@ -293,7 +278,9 @@ def queue_step(
         event.record()
     requests = frozenset(name for name, is_asked in asked.items() if is_asked)
     ended = time.perf_counter()
-    return QueuedStep(record, requests, gradients, sizes, values_N, event, ended, tokens, votes, phases)
+    return QueuedStep(
+        record, requests, gradients, sizes, values_N, event, ended, tokens, votes, timeline, engine.timed_groups
+    )
 
 
 def balance_experts(engine: Engine, world: World, skip: Tensor) -> Tensor:
