@@ -189,19 +189,13 @@ class ReplicaCheck:
         for name, parameter in self._module.named_parameters():
             ranks = self._ranks_of[shard_key(name, parameter)]
             if ranks in place:
-                sums_RG[self._world.rank, place[ranks]] += sum_of_bits(local_tensor(parameter)).to(sums_RG.device)
+                # The sum of the bits, each element taken as an integer, is exact in any order, since it wraps around.
+                # A single element that differs, by however little, changes it.
+                flat = local_tensor(parameter).detach().reshape(-1)
+                bits = flat.view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+                sums_RG[self._world.rank, place[ranks]] += bits.to(sums_RG.device)
         # Each rank has filled only its own row, so the sum has the rows of all ranks.
         return find_odd(self._groups, self._world.all_reduce(sums_RG).tolist())
-
-
-def sum_of_bits(tensor: Tensor) -> Tensor:
-    """Return the sum of the bits of a tensor, () int64, each element taken as an integer.
-
-    The sum is exact in any order of addition, since it wraps around. A single element that differs, by however little,
-    changes it.
-    """
-    flat = tensor.detach().reshape(-1)
-    return flat.view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
 
 
 def shard_key(name: str, parameter: Tensor) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ class GPTPipelineModule(PipelineModule):
         parts = split_layers(config.model, stages, config.recompute)
         ends = [BEFORE + part.blocks.stop for part in parts]
         self._cuts = [0, *ends[:-1], BEFORE + config.model.n_layer + AFTER]
-        self._names = whole_names(config.model.n_layer)
+        last = BEFORE + config.model.n_layer
+        around = {"0": f"{TIED}.", TIED: f"{TIED}.", "1": "", str(last): "norm.", str(last + 1): "head."}
+        self._names = around | {str(BEFORE + number): f"blocks.{number}." for number in range(config.model.n_layer)}
+        """Prefix in the whole model of the parameters of each of DeepSpeed's layers, by the layer's name."""
         super().__init__(deepspeed_layers(model), num_stages=stages, loss_fn=criterion)
         self._layer_specs: list[Any] = []  # frees the other stages' layers
 
@@ -156,18 +160,6 @@ def deepspeed_layers(model: GPT) -> list[Any]:
     if model.config.tie_embeddings:
         # DeepSpeed builds the embedding anew in both stages, over the memory of the existing weight.
         weight = model.token_embedding.weight.detach()
-        embedding = TiedLayerSpec(TIED, nn.Embedding, *weight.shape, _weight=weight)
-        head = TiedLayerSpec(TIED, nn.Embedding, *weight.shape, _weight=weight, forward_fn=tied_logits)
+        tied = partial(TiedLayerSpec, TIED, nn.Embedding, *weight.shape, _weight=weight)
+        embedding, head = tied(), tied(forward_fn=lambda shared, x_BTD: F.linear(x_BTD, shared.weight))
     return [embedding, Entry(model), *model.blocks, model.norm, head]
-
-
-def tied_logits(embedding: nn.Embedding, x_BTD: Tensor) -> Tensor:
-    """Compute logits with the embedding as output matrix."""
-    return F.linear(x_BTD, embedding.weight)
-
-
-def whole_names(n_layer: int) -> dict[str, str]:
-    """Return for each of DeepSpeed's layer names the prefix of its parameters in the whole model."""
-    blocks = {str(BEFORE + number): f"blocks.{number}." for number in range(n_layer)}
-    around = {"0": f"{TIED}.", TIED: f"{TIED}.", "1": ""}
-    return around | blocks | {str(BEFORE + n_layer): "norm.", str(BEFORE + n_layer + 1): "head."}
