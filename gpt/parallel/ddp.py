@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -127,18 +127,14 @@ class GradientReducer:
                 self._bucket_of[whole] = bucket
                 whole.register_post_accumulate_grad_hook(self._note_gradient)
         self._to_send: deque[GradientBucket] = deque()
+        """Buckets that the last backward pass of a step has yet to send; empty at other times."""
         self._in_flight: deque[tuple[GradientBucket, Tensor, Tensor]] = deque()
-        self._is_last = False
 
-    @contextmanager
-    def last_micro_batch(self) -> Iterator[None]:
-        """Context of the last micro-batch of a step: its backward pass sends each bucket that is complete."""
+    def begin_last(self) -> None:
+        """Have the next backward pass, the last of a step, send each bucket that is complete."""
         for bucket in self._buckets:
             bucket.missing = {whole for whole, _ in bucket.parameters}
         self._to_send.extend(self._buckets)
-        self._is_last = True
-        yield
-        self._is_last = False
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -152,8 +148,6 @@ class GradientReducer:
                 shard.grad = gradient
 
     def _note_gradient(self, parameter: Tensor) -> None:
-        if not self._is_last:
-            return
         assert isinstance(parameter, nn.Parameter)
         self._bucket_of[parameter].missing.discard(parameter)
         while self._to_send and not self._to_send[0].missing:
@@ -282,7 +276,9 @@ class Zero1Engine(TorchEngine):
         self._all_gather_parameters()
 
     def sync_context(self, last: bool) -> AbstractContextManager[object]:
-        return self._reducer.last_micro_batch() if last else nullcontext()
+        if last:
+            self._reducer.begin_last()
+        return nullcontext()
 
     def reduce_gradients(self) -> None:
         self._reducer.finish()

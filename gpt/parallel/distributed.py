@@ -51,10 +51,13 @@ def shard_mesh(mesh: DeviceMesh, within: str = "dp_shard") -> DeviceMesh:
     return DeviceMesh._concatenate([mesh["dp_replicate"], shard])
 
 
-def replica_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Return the mesh of the ranks that hold the same part of the model and see other samples or tokens."""
-    names = mesh.mesh_dim_names or ()
-    return flatten_mesh(mesh, [name for name in names if name not in ("pp", "ep", "tp")])
+def mesh_without(mesh: DeviceMesh, *axes: str) -> DeviceMesh:
+    """Return the mesh of the ranks that differ along no axis of ``axes``, as one axis.
+
+    Without ``pp`` these are the ranks that hold the same layers. Without ``pp``, ``ep`` and ``tp`` they hold the same
+    part of the model and see other samples or tokens.
+    """
+    return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name not in axes])
 
 
 def expert_mesh(mesh: DeviceMesh, dims: ParallelDims) -> DeviceMesh:
@@ -70,11 +73,6 @@ def expert_mesh(mesh: DeviceMesh, dims: ParallelDims) -> DeviceMesh:
     sizes = (getattr(dims, split_dim) // dims.ep, dims.ep)
     options: dict[Any, Any] = dict.fromkeys(("edp", "ep"), BACKENDS[mesh.device_type])
     return data._unflatten(place, sizes, ("edp", "ep"), backend_override=options)
-
-
-def layer_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Return the mesh of the ranks that hold the same layers: all axes but ``pp``, as one."""
-    return flatten_mesh(mesh, [name for name in mesh.mesh_dim_names or () if name != "pp"])
 
 
 def set_timeouts(timeout_s: float, without: Collection[dist.ProcessGroup] = ()) -> None:

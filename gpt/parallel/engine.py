@@ -117,7 +117,6 @@ class LossScale:
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.full((), INITIAL, device=device)
         """Factor of the loss, () fp32; the tensor is changed in place only."""
-        self._used = self.scale.clone()
         self._steps = torch.zeros((), dtype=torch.int32, device=device)
 
     def unscale(self, gradients: list[Tensor]) -> None:
@@ -126,13 +125,8 @@ class LossScale:
 
     def update(self, overflows: Tensor) -> None:
         """Adapt the scale after a step; ``overflows``, a bool (), is true if the step was skipped."""
-        self._used.copy_(self.scale)
         torch._amp_update_scale_(self.scale, self._steps, overflows.to(self.scale), GROWTH, BACKOFF, GROWTH_INTERVAL)
         self.scale.clamp_(min=MINIMUM)
-
-    def used(self) -> Tensor:
-        """Return the scale of the step just queued, () float64 on the device."""
-        return self._used.double()
 
     def state(self) -> dict[str, float]:
         """Return the state for a checkpoint, in numbers that JSON holds exactly. Waits for the device."""

@@ -23,7 +23,7 @@ from gpt.model.gpt import GPT, Weights
 from gpt.model.layers import COMPUTE_DTYPES
 from gpt.parallel.compile import replace_forward
 from gpt.parallel.context import SequenceShard, shard_sequences
-from gpt.parallel.distributed import build_mesh, expert_mesh, replica_mesh, shard_mesh
+from gpt.parallel.distributed import build_mesh, expert_mesh, mesh_without, shard_mesh
 from gpt.parallel.dtensor import all_reduce_in_buckets, local_tensor, materialize
 from gpt.parallel.engine import RunLayout, TorchEngine
 from gpt.parallel.tensor import apply_tensor_parallel, reduce_partial_gradients, vocabulary_loss
@@ -317,7 +317,7 @@ class NDEngine(TorchEngine):
             experts = [parameter for mixture in mixtures for parameter in mixture.experts.parameters()]
             rest = [p for p in module.parameters() if not any(p is other for other in experts)]
             for chosen, mesh in ((rest, self.mesh), (experts, data)):
-                self._all_reduced.append((chosen, replica_mesh(mesh).get_group()))
+                self._all_reduced.append((chosen, mesh_without(mesh, "pp", "ep", "tp").get_group()))
         super().__init__(module, module, layout, averaged=dims.data_ranks * dims.cp if self._sharded else 1)
         self.timed_groups = find_timed_groups(config, dims)
 

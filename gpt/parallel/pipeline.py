@@ -31,7 +31,7 @@ from gpt.config import Schedule
 from gpt.model.gpt import GPT, Stage, Weights
 from gpt.model.layers import COMPUTE_DTYPES, autocast
 from gpt.parallel.compile import replace_forward
-from gpt.parallel.distributed import layer_mesh
+from gpt.parallel.distributed import mesh_without
 from gpt.parallel.dtensor import local_tensor
 from gpt.parallel.engine import RunLayout
 from gpt.parallel.nd import NDEngine, reshard
@@ -150,7 +150,7 @@ class PipelineEngine(NDEngine):
 
     def __init__(self, model: GPT, weights: Weights, layout: RunLayout) -> None:
         super().__init__(model, weights, layout)
-        self.layer_group = layer_mesh(self.mesh).get_group()
+        self.layer_group = mesh_without(self.mesh, "pp").get_group()
         self.optimizer.register_step_post_hook(lambda *_: self._tied.copy_to_second())
 
     def split_model(self, model: GPT, layout: RunLayout) -> tuple[GPT, list[GPT]]:

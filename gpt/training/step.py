@@ -242,6 +242,7 @@ def queue_step(
     if gradients is not None:
         own["gradients"] = gradients.sums(engine.gradients())
 
+    loss_scale = None if engine.loss_scale is None else engine.loss_scale.scale.double()  # before it is adapted
     with recorded(timeline):
         norm, sums_N, flaw = engine.clip(torch.cat([*own.values()]), waiting(HOST)(meanwhile))
         # Before the update, so that all ranks skip it or none, even if one replica alone computed other numbers. On the
@@ -254,8 +255,8 @@ def queue_step(
     after = {"grad_norm": grad_norm.double(), "flaw": flaw}
     if has_experts:
         after["expert_imbalance"] = balance_experts(engine, world, skip | grad_norm.isfinite().logical_not())
-    if engine.loss_scale is not None:
-        after["loss_scale"] = engine.loss_scale.used()
+    if loss_scale is not None:
+        after["loss_scale"] = loss_scale
     run.step = step
     tokens = run.tokens_per_step
     record = StepRecord(

@@ -163,8 +163,8 @@ def reduce(rank: int, size: int) -> None:
         run_backward(rank + 0.5)
         run_backward(rank + 1.0)
         assert not seen.found, "nothing is sent before the last micro-batch"
-        with reducer.last_micro_batch():
-            run_backward(rank + 2.0)
+        reducer.begin_last()
+        run_backward(rank + 2.0)
         reducer.finish()
     assert 10 < len(seen.found) < PARAMETERS and set(seen.bytes) == {"reduce_scatter_tensor"}
     assert all(tensor.grad is None for tensor in tensors if tensor.numel()), "whole gradients are given up"
