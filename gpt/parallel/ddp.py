@@ -189,12 +189,12 @@ class DDPEngine(TorchEngine):
         with warnings.catch_warnings():
             # torch 2.13 renames broadcast_buffers; 2.11 knows no other name. The buffers are constants.
             warnings.simplefilter("ignore", FutureWarning)
-            self._ddp = DistributedDataParallel(
+            replica = DistributedDataParallel(
                 model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         # DDP would wait for the device in each hundredth step, for statistics that no code reads.
-        self._ddp._set_ddp_runtime_logging_sample_rate(NEVER)
-        super().__init__(self._ddp, self._ddp, layout, averaged=world.size)
+        replica._set_ddp_runtime_logging_sample_rate(NEVER)
+        super().__init__(replica, replica, layout, averaged=world.size)
         self.timed_groups = ("dp",)
         self._warm_up_buckets()
 
@@ -248,7 +248,9 @@ class DDPEngine(TorchEngine):
             torch.cuda.reset_peak_memory_stats(device)  # the peak that records name is that of training
 
     def sync_context(self, last: bool) -> AbstractContextManager[object]:
-        return nullcontext() if last or self.world.size == 1 else self._ddp.no_sync()
+        if last or not isinstance(self.module, DistributedDataParallel):
+            return nullcontext()
+        return self.module.no_sync()
 
 
 class Zero1Engine(TorchEngine):

@@ -120,12 +120,6 @@ class World:
         """True on rank 0, which does all work that must be done once."""
         return self.rank == 0
 
-    def sum(self, *values: float) -> list[float]:
-        """Sum values over all ranks, in float64."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
-
     def all_reduce(self, values: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
         """All-reduce (sum) a tensor over all ranks, or ``group``, in place; queued on a GPU, without waiting."""
         with waiting(WORLD):

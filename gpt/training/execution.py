@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from gpt.config import CompileMode, Float8, ParallelConfig, Precision, TrainConfig
+from gpt.metrics.runs import read_startup
 from gpt.parallel.distributed import World, set_timeouts
 from gpt.planning.auto import choose_compile, choose_tf32, float8_refusal, refuse_float8, refuse_tf32, tf32_refusal
 from launch.errors import ConfigError, counted
 from launch.process import hash_seed
 from launch.runs.environment import COMPILE_CACHE
-from launch.runs.files import read_json
 from launch.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -90,15 +90,7 @@ def settle_compile(config: TrainConfig, chosen: CompileMode, lacking: int) -> Co
 
 def settle_precision(folder: RunFolder, world: World) -> Precision:
     """Return the precision of earlier attempts; without any, the best precision that the devices of all ranks have."""
-
-    def earlier() -> str | None:
-        for attempt in reversed(folder.attempts()):
-            told = read_json(folder.environment(attempt)).get("precision")
-            if told in Precision.__members__ and told != Precision.auto.name:
-                return str(told)
-        return None
-
-    before = world.on_first(earlier)
+    before = world.on_first(lambda: (read_startup(folder) or {}).get("precision"))
     best = world.gather(best_precision(world.device).name)
     if before is None:
         return next(p for p in (Precision.fp32, Precision.fp16, Precision.bf16) if p.name in best)

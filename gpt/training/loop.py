@@ -79,7 +79,7 @@ def mean_loss(
         if len(part):
             total += summed
     module.train(was_training)
-    return world.sum(total.item())[0] / (share.sequences * samples.block_size)
+    return world.all_reduce(total).item() / (share.sequences * samples.block_size)
 
 
 # The training loop: steps, and the work between them: evaluations, checkpoints, records, roll-backs, the end.
