@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import nn
@@ -25,11 +25,11 @@ from launch.config import ClusterKind
 from launch.config.compose import compose_launch, typed_config
 from launch.plan.plan import make_plan
 from launch.plan.preflight import plan_text
-from tests.support.small_models import configs
+from tests.support.small_models import configs, elements
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs" / "model").glob("*.yaml"))
 DENSE = (Ffn.standard, Ffn.swiglu, Ffn.geglu)
-DRAWN = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+DRAWN = settings(max_examples=40)
 
 
 def read(preset: Path) -> ModelConfig:
@@ -76,12 +76,12 @@ def assert_counts_equal(config: ModelConfig) -> None:
     claimed = {f"blocks.{i}.{k}": v for i in range(config.n_layer) for k, v in block_shapes(config).items()}
     assert claimed | outer_shapes(config) == built
     parameters = count(config)
-    assert parameters.total == sum(p.numel() for p in model.parameters())
-    assert parameters.non_embedding == sum(p.numel() for p in (*model.blocks.parameters(), *model.norm.parameters()))
+    assert parameters.total == elements(model)
+    assert parameters.non_embedding == elements(model.blocks) + elements(model.norm)
     parts = {"embedding": model.token_embedding, "position": model.position, "head": model.head}
     for name, module in parts.items():
-        assert getattr(parameters, name) == (sum(p.numel() for p in module.parameters()) if module else 0), name
-    active = count(config).active
+        assert getattr(parameters, name) == (elements(module) if module else 0), name
+    active = parameters.active
     every = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     if config.ffn is Ffn.moe:
         assert active * config.n_expert == parameters.total * config.n_expert - every * (
@@ -90,9 +90,7 @@ def assert_counts_equal(config: ModelConfig) -> None:
     else:
         assert active == parameters.total
     for name in ("attention", "ffn"):
-        assert getattr(parameters, name) == sum(
-            p.numel() for b in model.blocks for p in b.get_submodule(name).parameters()
-        )
+        assert getattr(parameters, name) == sum(elements(block.get_submodule(name)) for block in model.blocks)
 
 
 def assert_flops_equal(config: ModelConfig, sequences: int) -> None:

@@ -13,7 +13,6 @@ from gpt.accounting import FP32, count
 from gpt.config import (
     CpMethod,
     ModelConfig,
-    OptimConfig,
     ParallelConfig,
     Precision,
     Recompute,
@@ -25,9 +24,9 @@ from gpt.planning.memory import RankMemory, micro_batches_in_flight, per_rank
 from gpt.planning.rank_shards import parameter_shards
 from gpt.topology import parallel_dims, split_batch
 from gpt.topology.schedules import rank_stages
-from tests.support.small_models import LLAMA, MOE, configs, small
+from tests.support.small_models import LLAMA, MOE, configs, optim, small
 
-OPTIM = OptimConfig(max_steps=1, global_batch=64, max_micro_batch=2, lr=1e-3, min_lr=0.0, warmup_steps=0)
+OPTIM = optim(global_batch=64, max_micro_batch=2)
 HAND: dict[str, Any] = {**LLAMA, "n_layer": 4, "n_kv_head": 2, "ffn_hidden": 64, "block_size": 16, "vocab_size": 64}
 """Of a block: two gains of 32, matrices of 32 x 32, 16 x 32, 16 x 32, 32 x 32, and three of 64 x 32; 9280 in all.
 Around them an embedding and an output matrix of 64 x 32, and a gain of 32."""
@@ -47,11 +46,8 @@ def test_one_rank_along_a_dimension_changes_nothing(model: dict[str, Any]) -> No
     alone = memory(run(small(**model)), 1)
     for keys in ({"schedule": Schedule.zbv}, {"strategy": Strategy.fsdp, "dp_shard": 1}):
         found = memory(run(small(**model), **keys), 1)
-        assert (found.parameters, found.gradients, found.activations) == (
-            alone.parameters,
-            alone.gradients,
-            alone.activations,
-        )
+        for part in ("parameters", "gradients", "activations"):
+            assert getattr(found, part) == getattr(alone, part)
 
 
 LAYOUTS = st.fixed_dictionaries(
@@ -65,7 +61,7 @@ LAYOUTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(configs(), LAYOUTS, st.sampled_from([1, 2, 3]))
 def test_the_ranks_of_a_copy_hold_all_of_it(model: ModelConfig, parallel: dict[str, Any], data_ranks: int) -> None:
     config = run(replace(model, n_layer=6), **parallel)
@@ -78,7 +74,7 @@ def test_the_ranks_of_a_copy_hold_all_of_it(model: ModelConfig, parallel: dict[s
         assert rank.stored() <= rank.elements <= count(config.model).total
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs(), st.sampled_from((Precision.fp32, Precision.bf16)), st.sampled_from(Recompute))
 def test_more_ranks_along_a_dimension_never_need_more(
     model: ModelConfig, precision: Precision, recompute: Recompute

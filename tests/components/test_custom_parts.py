@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gpt.accounting import block_shapes, count, forward_flops, outer_shapes, training_flops
 from gpt.components import source_digest
 from gpt.components.facts import optimizer_state, owner_of
-from gpt.config import DataConfig, ModelConfig, Norm, OptimConfig, Precision, Recompute
+from gpt.config import DataConfig, ModelConfig, Norm, Precision, Recompute
 from gpt.conversion import choose_adapter
 from gpt.data.spec import build_spec
 from gpt.generate import Sampling, generate_tokens, make_generators
@@ -28,7 +28,7 @@ from tests.support.commands import ROOT
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 from tests.support.learning import Case, assert_all_same, learn_alone, learn_cases
-from tests.support.small_models import random_tokens, small
+from tests.support.small_models import elements, optim, random_tokens, small
 
 EXAMPLE = ROOT / "examples" / "components"
 NAMES = {
@@ -58,7 +58,7 @@ def test_counts_are_those_of_the_model_that_is_built(keys: list[str], qk_norm: b
     counted = {f"blocks.{i}.{k}": v for i in range(config.n_layer) for k, v in block_shapes(config).items()}
     counted |= outer_shapes(config)
     assert counted == {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert count(config).total == sum(p.numel() for p in model.parameters())
+    assert count(config).total == elements(model)
     with FlopCounterMode(display=False) as counter:
         model(random_tokens(config, 3)).sum().backward()
     # A kernel of ours computes the scores once more in its backward pass, which is not counted; nor is that of a mask.
@@ -105,12 +105,11 @@ def test_planned_activations_are_what_autograd_keeps(key: str) -> None:
 
 
 def test_values_begin_as_the_part_says_and_else_by_the_rule() -> None:
-    model = GPT(custom(options={"alpha": 0.7}))
-    initialize(model, seed=1)
-    again = GPT(custom(options={"alpha": 0.7}))
-    initialize(again, seed=1)
-    state = model.state_dict()
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in state.items())
+    models = [GPT(custom(options={"alpha": 0.7})) for _ in range(2)]
+    for model in models:
+        initialize(model, seed=1)
+    state, again = (model.state_dict() for model in models)
+    torch.testing.assert_close(again, state, rtol=0, atol=0)
     assert state["blocks.1.ffn_norm.alpha"].item() == pytest.approx(0.7)
     assert torch.equal(state["norm.gain"], torch.ones_like(state["norm.gain"]))
     assert not state["norm.bias"].any()
@@ -214,10 +213,6 @@ def test_deepspeed_float8_and_transformers_refuse_in_words() -> None:
 
 
 def test_state_of_an_optimizer_is_that_of_a_step_and_its_arguments_are_checked() -> None:
-    def optim(**changes: Any) -> OptimConfig:
-        sizes = {"max_steps": 1, "global_batch": 1, "max_micro_batch": 1, "lr": 1e-3, "min_lr": 0.0, "warmup_steps": 0}
-        return OptimConfig(**{**sizes, **changes})
-
     lion = optim(optimizer="gpt_parts.optim:Lion")
     assert optimizer_state(lion).per_element == 4 and optimizer_state(lion).per_tensor == 0
     theirs = optim(optimizer="torch.optim:AdamW", options={"amsgrad": True})
@@ -262,7 +257,6 @@ def test_other_code_of_a_data_source_is_another_corpus(tmp_path: Path, monkeypat
     first = build_spec(config, tmp_path)
     module.write_text("def words(config):\n    yield 'b'\n")
     second = build_spec(config, tmp_path)
-    assert first is not None and second is not None
     assert first.key.startswith("words-") and first.key != second.key
     assert source_digest("data.source", "my_words:words") == second.identity["source_sha256"]
     assert "my_words" not in sys.modules, "looked at, and not run"
@@ -288,20 +282,14 @@ CASES = [
 ]
 
 
-def in_ranks(function: Any, rank: int, size: int, *arguments: Any) -> Any:
+def with_parts(rank: int, size: int, function: Any, *arguments: Any) -> Any:
     sys.path.insert(0, str(EXAMPLE))
     return function(rank, size, *arguments)
 
 
-def learn_alone_with_parts(rank: int, size: int, *arguments: Any) -> Any:
-    return in_ranks(learn_alone, rank, size, *arguments)
-
-
-def learn_cases_with_parts(rank: int, size: int, *arguments: Any) -> Any:
-    return in_ranks(learn_cases, rank, size, *arguments)
-
-
 def test_two_ranks_learn_with_them_what_one_learns(tmp_path: Path) -> None:
-    alone = run_distributed(learn_alone_with_parts, 1, tmp_path / "alone" / "runs", PARALLEL)[0]
-    found = run_distributed(learn_cases_with_parts, 2, tmp_path / "spread" / "runs", CASES, PARALLEL, timeout_s=400)[0]
+    alone, found = (
+        run_distributed(with_parts, size, function, tmp_path / str(size) / "runs", *arguments, timeout_s=400)[0]
+        for size, function, *arguments in ((1, learn_alone, PARALLEL), (2, learn_cases, CASES, PARALLEL))
+    )
     assert_all_same(CASES, found, alone)

@@ -40,7 +40,6 @@ def config_of(*words: str) -> TrainConfig:
 
 def machine(gib: float = 72.0, **changes: Any) -> Machine:
     found = gpus("NVIDIA H100 80GB HBM3", config_of().precision, 8)
-    assert found is not None
     return replace(found, room=int(gib * GIB), **changes)
 
 
@@ -183,11 +182,11 @@ def test_the_table_names_layout_memory_and_speed() -> None:
 
 
 BATCH = ["optim.max_micro_batch=8", "optim.global_batch=256"]
+DATA_ALONE = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1", *BATCH]
 
 
 def chosen(gib: float, *words: str, host_gib: float | None = None) -> ParallelChoice:
     there = machine(gib)
-    assert there.host is not None
     room = None if host_gib is None else int(host_gib * GIB)
     config = config_of(*words)
     found = rank_layouts(config, 8, replace(there, host=replace(there.host, room=room)), typed_keys(words))
@@ -212,11 +211,10 @@ def offloads(one: LayoutChoice) -> bool:
 
 
 def test_less_memory_takes_smaller_micro_batches_and_then_offload() -> None:
-    words = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1", *BATCH]
     seen = []
     for gib in (40.0, 8.0, 4.0, 1.9, 1.35):
         try:
-            found = chosen(gib, *words)
+            found = chosen(gib, *DATA_ALONE)
         except ConfigError:
             break
         smaller = {one.batch.micro < 8 for one in found.choices}
@@ -231,7 +229,7 @@ def test_less_memory_takes_smaller_micro_batches_and_then_offload() -> None:
 
 
 def test_a_host_that_is_full_takes_nothing() -> None:
-    words = ["model=llama_1p3b", "parallel.tp=1", "parallel.pp=1", "parallel.cp=1", *BATCH]
+    words = ["model=llama_1p3b", *DATA_ALONE]
     found = chosen(12.0, *words)
     assert all(offloads(one) for one in found.choices)
     needed = min(one.memory.host for one in found.choices) / GIB
@@ -244,12 +242,11 @@ def test_a_host_that_is_full_takes_nothing() -> None:
 
 
 def test_what_was_typed_of_offload_is_kept() -> None:
-    alone = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1", *BATCH]
-    found = chosen(72.0, "parallel.cpu_offload=true", *alone)
+    found = chosen(72.0, "parallel.cpu_offload=true", *DATA_ALONE)
     assert all(one.parallel.cpu_offload and one.parallel.strategy is Strategy.fsdp for one in found.choices)
     with pytest.raises(ConfigError):
-        chosen(1.35, "parallel.cpu_offload=false", *alone)
-    assert all(offloads(one) for one in chosen(1.35, *alone).choices)
+        chosen(1.35, "parallel.cpu_offload=false", *DATA_ALONE)
+    assert all(offloads(one) for one in chosen(1.35, *DATA_ALONE).choices)
 
 
 def test_one_device_alone_can_offload() -> None:
@@ -279,15 +276,14 @@ def test_what_does_not_fit_is_counted() -> None:
 
 
 def test_recomputation_that_would_do_is_named() -> None:
-    alone = ["parallel.tp=1", "parallel.pp=1", "parallel.cp=1", *BATCH]
-    without = chosen(1.35, *alone)
+    without = chosen(1.35, *DATA_ALONE)
     line = next(line for line in without.left_out if line.endswith("would fit without that"))
-    found = chosen(1.35, *alone, line.split()[0])
+    found = chosen(1.35, *DATA_ALONE, line.split()[0])
     assert all(map(offloads, without.choices)) and not any(map(offloads, found.choices))
 
 
 def test_smaller_micro_batches_are_kept_with_the_run(tmp_path: Path) -> None:
-    words = [*WORDS, *BATCH, "parallel.tp=1", "parallel.pp=1", "parallel.cp=1"]
+    words = [*WORDS, *DATA_ALONE]
     composed = compose_train(words)
     config, folder = to_schema(composed, TrainConfig), RunFolder(tmp_path)
     first = choose_parallelism(config, words, folder, 8, lambda: machine(3.0))

@@ -123,5 +123,3 @@ def test_tf32(words: list[str], on_cpus: bool, allowed: bool) -> None:
 def test_tf32_where_it_would_do_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="tf32=true on CPUs"):
         choose_tf32(config_from(["precision=fp32", "tf32=true"]), on_cpus=True)
-    with pytest.raises(ConfigError, match="tf32=true with precision=bf16"):
-        config_from(["precision=bf16", "tf32=true"]).validate()

@@ -97,6 +97,11 @@ def _digests(name: str, value: Any) -> Iterator[tuple[str, str]]:
         yield name, repr(value)
 
 
+def state(step: float) -> dict[str, Any]:
+    """A state of a few numbers, which show its step."""
+    return {"model": {"w": torch.full((5,), float(step))}, "optimizer": {"lr": 0.5}}
+
+
 def read_weights(run: Path, step: int, scratch: Path) -> dict[str, torch.Tensor]:
     """Model and optimizer of the checkpoint of a step, flattened."""
     file = scratch / "whole.pt"

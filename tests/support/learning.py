@@ -121,11 +121,15 @@ def start(rank: int, size: int, folder: Path, *words: str) -> Run:
     return start_composed(rank, size, folder, compose(*words))
 
 
+def world_of(rank: int, size: int) -> World:
+    """The world of a rank on the CPU."""
+    return World(rank, size, rank, size, 0, torch.device("cpu"), control_group())
+
+
 def start_composed(rank: int, size: int, folder: Path, config: TrainConfig) -> Run:
     """A run of a configuration; those that lie in one folder share their data, and so do all of ``run_distributed``."""
     config.data.cache_dir = os.environ.get(DATA_FOLDER) or str(folder.parent / "cache")
-    world = World(rank, size, rank, size, 0, torch.device("cpu"), control_group())
-    return build(config, RunFolder(folder), world, 1, Rank())
+    return build(config, RunFolder(folder), world_of(rank, size), 1, Rank())
 
 
 def start_case(rank: int, size: int, folder: Path, case: Case, model: Sequence[str]) -> Run:

@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import gradcheck
@@ -20,6 +21,7 @@ from gpt.config import (
     ModelConfig,
     Norm,
     NormPosition,
+    OptimConfig,
     Position,
     rules,
 )
@@ -45,6 +47,12 @@ def small(**overrides: Any) -> ModelConfig:
     config = ModelConfig(**{**values, **overrides})
     rules.check_model(config)
     return config
+
+
+def optim(**changes: Any) -> OptimConfig:
+    """One step of one sequence, unless overridden."""
+    sizes = {"max_steps": 1, "global_batch": 1, "max_micro_batch": 1, "lr": 1e-3, "min_lr": 0.0, "warmup_steps": 0}
+    return OptimConfig(**{**sizes, **changes})
 
 
 def variants() -> list[ModelConfig]:
@@ -80,6 +88,17 @@ def random_tokens(config: ModelConfig, sequences: int, seed: int = 0) -> torch.T
     """(sequences, block_size) token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(config.vocab_size, (sequences, config.block_size), generator=generator)
+
+
+def elements(module: nn.Module) -> int:
+    """Elements of all parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def loss_of(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+    """Torch's loss of a model, by default of the tokens themselves."""
+    targets_BT = tokens_BT if targets_BT is None else targets_BT
+    return F.cross_entropy(model(tokens_BT).flatten(0, 1), targets_BT.flatten())
 
 
 @st.composite

@@ -259,9 +259,8 @@ def go_through_all(rank: int, size: int, folder: Path) -> dict[str, dict[str, An
     found = {}
     for name, is_due, passed_over, words in (
         ("once", in_step_7, PassedOver(), []),
-        ("three", in_batches_7_to_9, PassedOver(), []),
         # The step that the run goes back for is the one before those that are profiled.
-        ("profiled", in_batches_7_to_9, PassedOver(), ["profile=true", "profile_from=10"]),
+        ("three", in_batches_7_to_9, PassedOver(), ["profile=true", "profile_from=10"]),
         ("quiet", never, PassedOver(((7, 9),)), []),
         ("always", from_step_7, PassedOver(), ["divergence.max_skipped_steps=4"]),
         ("killed", in_batches_7_to_9, PassedOver(), []),
@@ -295,12 +294,14 @@ def test_three_in_a_row_are_passed_over_as_if_they_had_never_been(ranks: list[di
     for told in ranks:
         three, quiet = told["three"], told["quiet"]
         assert three["failure"] is None and three["step"] == STEPS
-        assert all(torch.equal(a, b) for a, b in zip(three["weights"], quiet["weights"], strict=True))
-        for name in ("step", "samples"):
-            assert [r[name] for r in three["records"]] == [r[name] for r in quiet["records"]]
+        torch.testing.assert_close(three["weights"], quiet["weights"], rtol=0, atol=0)
+        made, expected = (
+            [(r["step"], r["samples"], r.get("loss")) for r in each["records"]] for each in (three, quiet)
+        )
+        assert made == expected
         assert three["again"] == (STEPS, ((7, 9),), 0)
     three, quiet = ranks[0]["three"], ranks[0]["quiet"]
-    assert [r["loss"] for r in three["records"]] == [r["loss"] for r in quiet["records"]]
+    assert all("loss" in record for record in three["records"])
     assert len(three["csv"]) == 1 + STEPS, "one row a step"
     assert [r["step"] for r in three["records"] if r.get("restore_s", 0) > 0] == [4], (
         "the first one after the roll-back"
@@ -313,13 +314,6 @@ def test_three_in_a_row_are_passed_over_as_if_they_had_never_been(ranks: list[di
     records = [record for told in ranks for record in told["three"]["records"]]
     used = [s for r in records for s in range(r["samples"][0], r["samples"][1] + 1)]
     assert sorted(used) == [s for b in (*range(6), *range(9, STEPS + 3)) for s in range(b * BATCH, (b + 1) * BATCH)]
-
-
-def test_a_run_goes_back_before_the_steps_that_are_profiled_too(ranks: list[dict[str, dict[str, Any]]]) -> None:
-    for told in ranks:
-        profiled, quiet = told["profiled"], told["quiet"]
-        assert profiled["failure"] is None and profiled["again"] == (STEPS, ((7, 9),), 0)
-        assert all(torch.equal(a, b) for a, b in zip(profiled["weights"], quiet["weights"], strict=True))
 
 
 def test_what_comes_again_ends_the_run_with_step_and_batch_named(ranks: list[dict[str, dict[str, Any]]]) -> None:
@@ -369,7 +363,5 @@ def go_back_under(rank: int, size: int, folder: Path, engines: list[str]) -> dic
 
 def test_every_kind_of_engine_goes_back_to_the_same_weights(tmp_path: Path) -> None:
     engines = ["zero1", "fsdp", "pp parallel.pp=2", "zero2", "zero3"]
-    for rank, told in enumerate(
-        run_distributed(go_back_under, 2, tmp_path / "runs", engines, timeout_s=300, imports=DEEPSPEED)
-    ):
-        assert told == dict.fromkeys(engines, (1, True)), f"rank {rank}"
+    ranks = run_distributed(go_back_under, 2, tmp_path / "runs", engines, timeout_s=300, imports=DEEPSPEED)
+    assert ranks == [dict.fromkeys(engines, (1, True))] * 2

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt.config import OptimConfig
 from gpt.parallel.dtensor import ReplicaCheck, find_odd, local_tensor
 from gpt.train import train
 from gpt.training.guards import EarlyStop, StragglerJudge, refuse_unknown_text
@@ -33,11 +32,11 @@ from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
 from tests.support.learning import DEEPSPEED, start
 from tests.support.learning import TINY as LEARNING
+from tests.support.small_models import optim
 
 
 def judge(**changes: float) -> EarlyStop:
-    sizes = {"max_steps": 9, "global_batch": 1, "max_micro_batch": 1, "lr": 1e-3, "min_lr": 0.0, "warmup_steps": 0}
-    return EarlyStop(OptimConfig(**{**sizes, **changes}))  # type: ignore[arg-type]
+    return EarlyStop(optim(max_steps=9, **changes))
 
 
 def over_at(stop: EarlyStop, losses: list[float]) -> int | None:
@@ -213,10 +212,8 @@ def test_the_majority_tells_which_replica_is_odd() -> None:
     same = [[7, 0], [0, 9], [7, 0], [0, 9], [7, 0], [0, 9]]
     assert find_odd(groups, same) is None
     odd = [[7, 0], [0, 9], [8, 0], [0, 9], [7, 0], [0, 9]]
-    assert find_odd(groups, odd) == (find := find_odd(groups, odd)) and find is not None
-    assert (find.ranks, find.is_certain) == ((2,), True)
-    two = find_odd([(0, 1)], [[1], [2]])
-    assert two is not None and (two.ranks, two.is_certain) == ((0, 1), False)
+    found = [find_odd(groups, odd), find_odd([(0, 1)], [[1], [2]])]
+    assert [(drift.ranks, drift.is_certain) for drift in found] == [((2,), True), ((0, 1), False)]
 
 
 def flip(run: Run, name: str) -> None:
@@ -228,7 +225,7 @@ def flip(run: Run, name: str) -> None:
 
 def compare_replicas(rank: int, size: int, folder: Path) -> dict[str, list[Any]]:
     found = {}
-    for number, (words, odd) in enumerate(REPLICAS.items()):
+    for number, (words, (odd, _)) in enumerate(REPLICAS.items()):
         layers = [] if "pp" in words else [ONE_LAYER]
         run = start(rank, size, folder / str(number), *f"parallel={words}".split(), "optim.max_micro_batch=4", *layers)
         queue_step(run, None, Phase.training)
@@ -242,28 +239,19 @@ def compare_replicas(rank: int, size: int, folder: Path) -> dict[str, list[Any]]
 
 
 REPLICAS = {
-    "ddp": 2,
-    "hsdp parallel.dp_shard=2": 3,
-    "tp parallel.tp=2": 1,
-    "pp parallel.pp=2": 1,
-    "zero2": 2,
+    "ddp": (2, ((2,), True)),
+    "hsdp parallel.dp_shard=2": (3, ((1, 3), False)),
+    "tp parallel.tp=2": (1, ((1,), True)),
+    "pp parallel.pp=2": (1, ((0, 1), False)),
+    "zero2": (2, ((2,), True)),
 }
-EXPECTED = {
-    "ddp": ((2,), True),
-    "hsdp parallel.dp_shard=2": ((1, 3), False),
-    "tp parallel.tp=2": ((1,), True),
-    "pp parallel.pp=2": ((0, 1), False),
-    "zero2": ((2,), True),
-}
+"""By engine: the rank with a flipped bit; the ranks that are named for it, and whether that is certain."""
 
 
 def test_a_flipped_bit_in_one_replica_is_found_whatever_the_parallelism(tmp_path: Path) -> None:
-    for rank, told in enumerate(
-        run_distributed(compare_replicas, 4, tmp_path / "runs", timeout_s=300, imports=DEEPSPEED)
-    ):
-        for words, (quiet, drift) in told.items():
-            assert quiet is None, f"{words}, rank {rank}: {quiet}"
-            assert drift == EXPECTED[words], f"{words}, rank {rank}"
+    expected = {words: [None, drift] for words, (_, drift) in REPLICAS.items()}
+    found = run_distributed(compare_replicas, 4, tmp_path / "runs", timeout_s=300, imports=DEEPSPEED)
+    assert found == [expected] * 4
 
 
 def drift_apart(rank: int, size: int, folder: Path) -> tuple[str, list[dict[str, Any]], list[int]]:

@@ -17,7 +17,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn import functional as F
 
 from gpt.config import OptimConfig, TrainConfig
 from gpt.config.train import compose_train
@@ -35,6 +34,7 @@ from tests.support.commands import ROOT, TINY, environment, run
 from tests.support.distributed import run_distributed
 from tests.support.learning import DEEPSPEED, MODELS, Operations, evaluated, start
 from tests.support.learning import step as take_step
+from tests.support.small_models import loss_of
 
 STEPS = 90
 SAVE_AT, STOP_AT = 60, 80
@@ -117,39 +117,16 @@ def watch(rank: int, size: int, folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_distributed(watch, 2, tmp_path_factory.mktemp("loop") / "run")
-
-
-def test_a_run_that_begins_makes_no_state_to_load_into(ranks: list[dict[str, Any]]) -> None:
-    assert [found["states"] for found in ranks] == [0, 0]
-
-
-def test_collectives_of_training_have_a_cut_timeout_once_steps_were_made(ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
+def test_ranks_collect_garbage_together_exchange_nothing_and_obey_what_one_of_them_is_asked(tmp_path: Path) -> None:
+    for found in run_distributed(watch, 2, tmp_path / "run"):
+        assert found["states"] == 0, "a run that begins makes no state to load into"
         of_training, of_control = found["timeouts"]
-        assert of_training == CUT_S < of_control
-
-
-def test_garbage_is_collected_on_the_same_steps_by_all_ranks(ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        during = [(step, generation) for step, generation in found["collected"] if 0 < step < SAVE_AT]
-        assert during == [(50, 1)]
+        assert of_training == CUT_S < of_control, "cut once steps were made"
+        assert [entry for entry in found["collected"] if 0 < entry[0] < SAVE_AT] == [(50, 1)]
         assert (0, 2) in found["collected"], "what was left from building, all of it, once"
         assert found["enabled"], "given back to Python"
-
-
-def test_steps_exchange_no_messages_between_the_processes(ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        assert not [step for step in found["messages"] if step < SAVE_AT]
-        assert found["messages"], "those of saving are seen"
-
-
-def test_ranks_without_an_agent_obey_what_one_of_them_is_asked(ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        assert found["outcome"] == "stopped"
-        assert STOP_AT <= found["step"] <= STOP_AT + 2
+        assert found["messages"] and min(found["messages"]) >= SAVE_AT, "those of saving alone are seen"
+        assert found["outcome"] == "stopped" and STOP_AT <= found["step"] <= STOP_AT + 2
         assert found["saved"] == [SAVE_AT + 1, found["step"]]
         assert found["recorded"] == list(range(1, found["step"] + 1))
         assert found["events"][-1] == "stopped" and found["events"].count("saved") == 2
@@ -254,7 +231,7 @@ def plain_losses(folder: Path) -> list[tuple[float, float]]:
     for step in range(STEPS_OF_REFERENCE):
         indices = torch.arange(step * 8, (step + 1) * 8).numpy()
         tokens_BT, targets_BT = samples.batch("train", indices)
-        loss = F.cross_entropy(model(tokens_BT).flatten(0, 1), targets_BT.flatten())
+        loss = loss_of(model, tokens_BT, targets_BT)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)

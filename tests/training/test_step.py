@@ -73,8 +73,7 @@ def test_adamw_is_fused_and_steps_as_the_plain_one() -> None:
             theirs.grad = mine.grad.clone()
         for optimizer in (fused, plain):
             optimizer.step()
-    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(*([*model.parameters()] for model in models), rtol=1e-6, atol=1e-7)
 
 
 def wrapped(rank: int, size: int, folder: Path) -> bool:
