@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -27,7 +26,6 @@ from gpt.conversion.source import find_source
 from gpt.conversion.state_dict import State, VerifiedSource, read_source, to_hf, verify_source
 from gpt.export import write_configs, write_weights
 from gpt.model.gpt import GPT, Weights, initialize
-from gpt.parallel.distributed import World
 from gpt.training import run as initial
 from gpt.training.run import first_weights, zeros
 from launch.errors import ConfigError
@@ -35,6 +33,7 @@ from launch.runs.compose import to_schema
 from launch.runs.folder import RunFolder
 from tests.support.commands import TINY
 from tests.support.distributed import run_distributed
+from tests.support.learning import world_of
 from tests.support.small_models import LLAMA, MOE, random_tokens, small
 
 
@@ -174,7 +173,7 @@ def test_a_longer_vocabulary_takes_little_and_a_shorter_text_nothing_away(tmp_pa
 
 def starts(rank: int, world_size: int, folder: str) -> list[tuple[str, bool]]:
     """For each fault of rank 1: what a rank was told, and whether its model has the weights of the folder."""
-    world = World(rank, world_size, rank, world_size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
+    world = world_of(rank, world_size)
     config = to_schema(compose_train([*TINY, f"init_from={folder}"]), TrainConfig)
     expected = read_source(verify_source(find_source(folder)), GPT(config.model))
 

@@ -9,17 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gpt.config import Activation, AttentionBackend, Ffn, ModelConfig, Norm, NormPosition, Position, RopeScaling, rules
-from gpt.model.attention import (
-    Attention,
-    manual_attention,
-    prefer_fast_kernels,
-    sdpa_attention,
-)
+from gpt.model.attention import Attention, manual_attention, sdpa_attention
 from gpt.model.gpt import GPT, Block, build_ffn
 from gpt.model.layers import Rope, build_norm, rotation_rates
 from launch.errors import ConfigError
@@ -178,22 +172,6 @@ def test_normalized_queries_and_keys_do_not_feel_the_size_of_their_matrices(kv_h
         attention.key.weight.mul_(0.5)
     torch.testing.assert_close(attention(x_BTD), y_BTD, rtol=1e-3, atol=1e-4)
     assert attention.query_norm.weight.shape == (8,), "one gain for all heads"
-
-
-@pytest.mark.parametrize(("capability", "is_first"), [((8, 0), False), ((9, 0), True), ((10, 0), True)])
-def test_cudnn_computes_attention_first_where_it_is_the_fastest(
-    capability: tuple[int, int], is_first: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    before = torch._C._get_sdp_priority_order()
-    with prefer_fast_kernels(torch.device("cuda:0")):
-        order = torch._C._get_sdp_priority_order()
-        if not is_first:
-            assert order == before
-        else:
-            names = [SDPBackend(number).name for number in order]
-            assert names[:4] == ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
-    assert torch._C._get_sdp_priority_order() == before
 
 
 # Models that cannot be, refused in words, each with something to type that works.

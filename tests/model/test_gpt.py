@@ -7,11 +7,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from gpt.config import ExpertBalance, Ffn, ModelConfig, Position
 from gpt.model.gpt import GPT, initialize
-from tests.support.small_models import LLAMA, MOE, label, random_tokens, small, variants
+from tests.support.small_models import LLAMA, MOE, label, loss_of, random_tokens, small, variants
 
 SEED = 7
 
@@ -144,7 +143,7 @@ def test_rows_that_fill_up_the_vocabulary_take_no_part(tied: bool) -> None:
     assert padded.token_embedding.weight.shape == (64, 32)
     tokens_BT = random_tokens(plain.config, 2)
     for model in (plain, padded):
-        F.cross_entropy(model(tokens_BT).flatten(0, 1), tokens_BT.flatten()).backward()
+        loss_of(model, tokens_BT).backward()
     torch.testing.assert_close(padded(tokens_BT), plain(tokens_BT))
     for (name, mine), reference in zip(padded.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad[: len(reference)], reference.grad, msg=name)
@@ -168,7 +167,7 @@ def test_standard_deviations_are_those_of_gpt2() -> None:
 def test_initial_loss_is_that_of_guessing(parts: dict) -> None:
     config = small(n_layer=4, n_embd=128, block_size=64, vocab_size=256, **parts)
     tokens_BT, targets_BT = random_tokens(config, 16), random_tokens(config, 16, seed=1)
-    loss = F.cross_entropy(built(config)(tokens_BT).flatten(0, 1), targets_BT.flatten())
+    loss = loss_of(built(config), tokens_BT, targets_BT)
     assert loss.item() == pytest.approx(math.log(256), abs=0.1)
 
 
@@ -178,7 +177,7 @@ def test_a_batch_can_be_learned_by_heart() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
-        loss = F.cross_entropy(model(tokens_BT[:, :-1]).flatten(0, 1), tokens_BT[:, 1:].flatten())
+        loss = loss_of(model, tokens_BT[:, :-1], tokens_BT[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

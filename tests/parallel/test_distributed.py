@@ -14,13 +14,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.pipelining import PipelineStage
 
 from gpt.parallel.context import SequenceShard
-from gpt.parallel.distributed import World
 from gpt.parallel.nd import COLLECTIVE
 from gpt.parallel.timeline import BUBBLE, Span, Timeline, recorded, schedule_waits, total, waiting, working
 from launch.errors import ConfigError
 from launch.runs.events import first_failure, record_failure
 from launch.runs.folder import RunFolder
 from tests.support.distributed import run_distributed
+from tests.support.learning import world_of
 
 
 def refuse() -> str:
@@ -45,7 +45,7 @@ def return_what_cannot_be_sent() -> object:
 
 def outcomes(rank: int, world_size: int, folder: str) -> list[str]:
     """For each action of rank 0: what this rank got, or raised."""
-    world = World(rank, world_size, rank, world_size, 0, torch.device("cpu"), dist.new_group(backend="gloo"))
+    world = world_of(rank, world_size)
     seen = []
     actions = (lambda: "done", refuse, fail, fail_unpicklably, leave, return_what_cannot_be_sent)
     for action in actions:

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.distributed import run_distributed
-from tests.support.learning import start, step
+from tests.support.learning import Operations, start, step
 
 MOE = ["model.ffn=moe", "model.n_expert=4", "model.n_expert_per_token=2", "model.ffn_hidden=32"]
 WAYS = {
@@ -20,14 +18,8 @@ WAYS = {
 }
 
 
-class Exchanges(TorchDispatchMode):
-    """Counts the exchanges of all with all that are really made."""
-
-    made = 0
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.made += operation is torch.ops._c10d_functional.all_to_all_single.default
-        return operation(*args, **(kwargs or {}))
+def is_exchange(name: str, *_: Any) -> bool:
+    return name == "_c10d_functional.all_to_all_single.default"
 
 
 def recomputed(rank: int, size: int, folder: Path) -> dict[str, list[tuple[tuple[float, ...], int]]]:
@@ -37,9 +29,9 @@ def recomputed(rank: int, size: int, folder: Path) -> dict[str, list[tuple[tuple
         for recompute in ("none", "selective", "full"):
             kind = [*words, "optim.max_micro_batch=8", f"recompute={recompute}"]
             run = start(rank, size, folder / f"{name} {recompute}", *kind)
-            with Exchanges() as exchanges:
+            with Operations(is_exchange) as exchanges:
                 first = step(run)[0]
-            found.setdefault(name, []).append(((first, step(run)[0]), exchanges.made))
+            found.setdefault(name, []).append(((first, step(run)[0]), len(exchanges.found)))
     return found
 
 

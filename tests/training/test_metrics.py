@@ -15,7 +15,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -37,7 +36,7 @@ from launch.worker import Run as Rank
 from tests.support.commands import TINY, run
 from tests.support.composing import config_from
 from tests.support.distributed import run_distributed
-from tests.support.small_models import LLAMA, small
+from tests.support.small_models import LLAMA, loss_of, small
 
 WORDS = (*TINY, "optim.max_steps=8", "checkpoint.interval=4", "eval.interval=4", "logging.gradients_interval=2")
 
@@ -70,7 +69,7 @@ def measured(rank: int, world_size: int, sharded: bool) -> tuple[list[str], list
 
 def backward(model: nn.Module, rank: int) -> None:
     tokens_BT = torch.randint(51, (2, 8), generator=torch.Generator().manual_seed(rank))
-    F.cross_entropy(model(tokens_BT).flatten(0, 1), tokens_BT.flatten()).backward()
+    loss_of(model, tokens_BT).backward()
 
 
 def test_gradient_figures_are_those_of_the_whole_gradient_under_ddp_and_fsdp() -> None:
