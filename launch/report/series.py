@@ -273,7 +273,11 @@ class Medians:
     def __init__(self, times: Floats, index: int) -> None:
         self.value = float(np.median(times))
         self.replicates = _draw(times, np.random.default_rng((SEED, index)))
-        self.widening = _widening(times) / NORMAL
+        length, rho = block_length(times), correlation(times)
+        # Student's quantile, corrected for the correlation that is lost at the ends of blocks.
+        cut = min(0.6, 2 * rho / (1 - rho * rho) / length)
+        self.widening = student(max(1.0, len(times) / length - 1)) / math.sqrt(1 - cut) / NORMAL
+        """Factor that widens a bootstrap interval of the run."""
 
 
 def correlation(times: Floats) -> float:
@@ -295,16 +299,6 @@ def block_length(times: Floats) -> int:
     steps, rho = len(times), correlation(times)
     best = (math.sqrt(6) * rho / (1 - rho * rho)) ** (2 / 3) * steps ** (1 / 3)
     return max(1, min(math.ceil(best), steps // 3))
-
-
-def _widening(times: Floats) -> float:
-    """Return the factor that widens a bootstrap interval of one run.
-
-    The factor is Student's quantile, corrected for the correlation that is lost at the ends of blocks.
-    """
-    length, rho = block_length(times), correlation(times)
-    cut = min(0.6, 2 * rho / (1 - rho * rho) / length)
-    return student(max(1.0, len(times) / length - 1)) / math.sqrt(1 - cut)
 
 
 def student(freedom: float) -> float:

@@ -355,14 +355,6 @@ def step_times(columns: RecordColumns) -> Floats:
     return values
 
 
-def _own_work(columns: RecordColumns, unit: str | None) -> Floats:
-    """Return the work of the rank itself in each record, in ``unit``; NaN if unknown."""
-    work = np.full(len(columns), np.nan)
-    for name in (*{"images": ("images", "samples"), None: ()}.get(unit, (unit,)), "work"):
-        work = np.where(np.isnan(work), columns.values.get(str(name), work), work)
-    return work
-
-
 TIMES, WORK, MFU, READ = range(4)
 """Rows of the figures in a reduction, before those of ``RECORDED``: step time, own work, MFU, resolution of a log."""
 
@@ -416,9 +408,11 @@ class _Reduction:
     def add(self, rank: int, columns: RecordColumns) -> None:
         """Add the records of the next rank."""
         self._recording.update(set(columns.attempts.tolist()))
-        unknown = np.full(len(columns), np.nan)
+        work = unknown = np.full(len(columns), np.nan)
+        for name in (*{"images": ("images", "samples"), None: ()}.get(self._unit, (self._unit,)), "work"):
+            work = np.where(np.isnan(work), columns.values.get(str(name), work), work)
         named = [columns.values.get(name, unknown) for name in ("mfu_palm", RESOLUTION, *RECORDED.values())]
-        figures = np.array([step_times(columns), _own_work(columns, self._unit), *named])
+        figures = np.array([step_times(columns), work, *named])
         if not np.array_equal(columns.keys, self._first.keys):
             _, at, found = np.intersect1d(self._first.keys, columns.keys, assume_unique=True, return_indices=True)
             place = np.full(len(self._first), -1)
@@ -437,17 +431,13 @@ class _Reduction:
         longest = own > self._own
         self._own[longest] = own[longest]
         self._critical[:, longest] = np.vstack([figures[READ + 1 :], computing])[:, longest]
-        self._add_windows(rank, figures[:, self._chosen])
-
-    def _add_windows(self, rank: int, figures: Floats) -> None:
-        """Add the mean times of one rank in each window. A rank that lacks a step is left out."""
-        own, comm, bubble = figures[[TIMES, READ + 1, READ + 2]]  # ``RECORDED`` begins with the two waits.
-        if not len(own) or np.isnan(own).any():
-            return
-        for waits in (comm, bubble):
-            own = own if np.isnan(waits).any() else own - waits
-        self._is_net = self._is_net and not np.isnan(comm).any()
-        self._means[rank] = np.bincount(self._window, weights=own) / self._sizes
+        # The mean times of this rank in each window. A rank that lacks a step is left out.
+        own, comm, bubble = figures[[[TIMES], [READ + 1], [READ + 2]], self._chosen]  # ``RECORDED`` begins with waits.
+        if len(own) and not np.isnan(own).any():
+            for waits in (comm, bubble):
+                own = own if np.isnan(waits).any() else own - waits
+            self._is_net = self._is_net and not np.isnan(comm).any()
+            self._means[rank] = np.bincount(self._window, weights=own) / self._sizes
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of ``StepReading``, except ``unread``, over all added ranks."""
