@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from gpt.accounting.hardware import TERA
 from gpt.components import NOTHING
@@ -48,7 +48,7 @@ class Parameters:
     @property
     def total(self) -> int:
         """Number of all parameters."""
-        return sum(getattr(self, component.name) for component in fields(self) if component.name != "idle")
+        return sum(vars(self).values()) - self.idle
 
     @property
     def active(self) -> int:
@@ -201,7 +201,7 @@ class Flops:
         PaLM counts all its parameters. It has one matrix for input and output and no bias, so it differs by its gains.
         Of experts, only those of the token count.
         """
-        return sum(getattr(self, component.name) for component in fields(self))
+        return sum(vars(self).values())
 
     @property
     def causal(self) -> int:
@@ -259,8 +259,7 @@ def training_flops(model: ModelConfig, sequences: int) -> Flops:
     computes the scores once more in the backward pass. This is a cost of the kernel, not of the model, and is not
     counted.
     """
-    once = forward_flops(model, sequences)
-    return Flops(**{part.name: 3 * getattr(once, part.name) for part in fields(once)})
+    return Flops(**{part: 3 * flops for part, flops in vars(forward_flops(model, sequences)).items()})
 
 
 @cached_by_model
@@ -270,8 +269,7 @@ def training_flops_per_token(model: ModelConfig) -> Flops:
     The numbers are whole, since every term is linear in T. Only the slots of a capacity may be fractional; they are
     rounded down.
     """
-    sequence = training_flops(model, sequences=1)
-    return Flops(**{part.name: getattr(sequence, part.name) // model.block_size for part in fields(sequence)})
+    return Flops(**{part: flops // model.block_size for part, flops in vars(training_flops(model, 1)).items()})
 
 
 def recomputed_flops_per_token(model: ModelConfig, recompute: Recompute) -> int:

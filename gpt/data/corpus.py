@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt.config import BYTE_VOCAB, DataConfig, ModelConfig, Source
-from gpt.data.prepared import Tokens, TokenSource, largest_id_seen, open_folder, open_tokens, read_corpus_manifest
-from gpt.data.spec import FIRST_USE_BYTES, PreprocessingSpec, build_spec, prepare_command
+from gpt.data.prepared import Tokens, largest_id_seen, open_folder, open_tokens
+from gpt.data.spec import FIRST_USE_BYTES, build_spec, prepare_command
 from launch.errors import ConfigError
 from launch.runs.folder import RunFolder
 
@@ -68,7 +68,7 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
     if config.source is Source.tokens:
         return describe_tokens(config.title, open_tokens(config))
     spec = build_spec(config, cache)
-    prepared = None if spec is None else _open_prepared(spec, cache)
+    prepared = None if spec is None else open_folder(cache / spec.key, spec.identity)
     if prepared is not None:
         return describe_tokens(str(config.path or config.title), Tokens((prepared,)))
     # Training itself prepares a small corpus whose size is known here. Later a refusal would stop a started job.
@@ -87,12 +87,6 @@ def describe_corpus(config: DataConfig, cache: Path) -> Corpus:
         entropy = chain_of(config.synthetic).entropy()
     source = SourceSize(config.title, (known[0],), (known[1],))
     return Corpus(str(config.path or config.title), (source,), tokenizer, vocab_size, entropy)
-
-
-def _open_prepared(spec: PreprocessingSpec, cache: Path) -> TokenSource | None:
-    folder = cache / spec.key
-    manifest = read_corpus_manifest(folder)
-    return open_folder(folder) if manifest is not None and manifest["spec"] == spec.identity else None
 
 
 def describe_tokens(name: str, tokens: Tokens) -> Corpus:
@@ -122,9 +116,21 @@ def check_fit(corpus: Corpus, model: ModelConfig, eval_sequences: int = 1) -> No
 
     ``eval_sequences`` is the number of validation samples that an evaluation needs.
     """
-    _check_vocabulary(corpus, model.vocab_size)
+    if corpus.vocab_size is not None and model.vocab_size < corpus.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size} with {corpus.tokenizer} tokens of {corpus.name}",
+            f"room for all {corpus.vocab_size} ids",
+            f"model.vocab_size={corpus.vocab_size}",
+        )
     for source in corpus.sources:
-        _check_size(corpus, source, model.block_size)
+        longest = min(max(source.train, default=0), max(source.val, default=0))
+        if longest <= model.block_size:
+            of = f" of {source.name}" if len(corpus.sources) > 1 else ""
+            raise ConfigError(
+                f"a corpus of {sum(source.train)} training and {sum(source.val)} validation tokens{of}",
+                f"at least model.block_size + 1 = {model.block_size + 1} tokens in each",
+                f"a longer text, or model.block_size={max(1, longest - 1)}",
+            )
     samples = _val_samples(corpus, model.block_size)
     if eval_sequences > samples:
         raise ConfigError(
@@ -146,27 +152,6 @@ def _val_samples(corpus: Corpus, block_size: int) -> int:
     return max_samples(available, [source.weight for source in corpus.sources])
 
 
-def _check_vocabulary(corpus: Corpus, vocab_size: int) -> None:
-    needed = corpus.vocab_size
-    if needed is not None and vocab_size < needed:
-        raise ConfigError(
-            f"model.vocab_size={vocab_size} with {corpus.tokenizer} tokens of {corpus.name}",
-            f"room for all {needed} ids",
-            f"model.vocab_size={needed}",
-        )
-
-
-def _check_size(corpus: Corpus, source: SourceSize, block_size: int) -> None:
-    if not (max(source.train, default=0) > block_size and max(source.val, default=0) > block_size):
-        smaller = max(1, min(max(source.train, default=0), max(source.val, default=0)) - 1)
-        of = f" of {source.name}" if len(corpus.sources) > 1 else ""
-        raise ConfigError(
-            f"a corpus of {sum(source.train)} training and {sum(source.val)} validation tokens{of}",
-            f"at least model.block_size + 1 = {block_size + 1} tokens in each",
-            f"a longer text, or model.block_size={smaller}",
-        )
-
-
 def ensure_tokens(config: DataConfig, cache: Path) -> Tokens:
     """Open the tokens of the corpus. The first caller prepares a small corpus in ``cache`` if it is not there yet.
 
@@ -182,7 +167,8 @@ def ensure_tokens(config: DataConfig, cache: Path) -> Tokens:
     from gpt.data import preparation
 
     try:
-        return Tokens((_open_prepared(spec, cache) or preparation.prepare_folder(spec, cache / spec.key),))
+        folder = cache / spec.key
+        return Tokens((open_folder(folder, spec.identity) or preparation.prepare_folder(spec, folder),))
     except (OSError, NotImplementedError) as error:  # filelock raises NotImplementedError on filesystems without locks
         raise unwritable_folder_error(cache, error) from error
 

@@ -86,12 +86,12 @@ def prepare_folder(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
-        manifest = read_corpus_manifest(folder)
-        found = open_folder(folder) if manifest is not None and manifest["spec"] == spec.identity else None
+        found = open_folder(folder, spec.identity)
         parts = folder.with_name(f".{folder.name}.parts")
         if found is not None:
             shutil.rmtree(parts, ignore_errors=True)  # a former process was killed before this deletion
             return found
+        manifest = read_corpus_manifest(folder)
         if not replace and (manifest is None or manifest["spec"] != spec.identity) and any(folder.glob("*")):
             content = "something that is no prepared corpus" if manifest is None else "a corpus of other data.* keys"
             raise ConfigError(

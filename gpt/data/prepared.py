@@ -111,10 +111,11 @@ def read_corpus_manifest(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def open_folder(folder: Path) -> TokenSource | None:
-    """Open a prepared corpus; None if it does not exist, or one of its files is missing or truncated."""
+def open_folder(folder: Path, identity: dict[str, Any] | None = None) -> TokenSource | None:
+    """Open a prepared corpus; None if it does not exist, one of its files is missing or truncated, or its spec has
+    another ``identity`` than the given one."""
     manifest = read_corpus_manifest(folder)
-    if manifest is None:
+    if manifest is None or (identity is not None and manifest["spec"] != identity):
         return None
     splits = {}
     try:
@@ -213,19 +214,24 @@ def _foreign_splits(
     train = open_token_files(path, dtype)
     if config.val_path:
         val = open_token_files(config.val_path, dtype, "data.val_path")
-        both = sorted({segment.path.resolve() for segment in train} & {segment.path.resolve() for segment in val})
-        if both:
-            raise ConfigError(
-                f"{both[0]} is in data.path={path} and in data.val_path={config.val_path}",
-                "other files to validate on than to train on",
-                "data.val_path=null, which keeps the end of the files, or another data.val_path",
-            )
+        refuse_shared_files(config, [segment.path for segment in train], [segment.path for segment in val])
         return train, val
     beside = train[0].path.with_name("val.bin")
     if len(train) == 1 and train[0].path.name == "train.bin" and beside.is_file():
         return train, (read_token_file(beside, dtype),)
     tokens = sum(segment.tokens for segment in train)
     return split_end(train, min(tokens, max(1, int(tokens * config.val_fraction))))
+
+
+def refuse_shared_files(config: DataConfig, train: Sequence[Path], val: Sequence[Path]) -> None:
+    """Raise ConfigError if a file to validate on is also one to train on."""
+    both = sorted({path.resolve() for path in train} & {path.resolve() for path in val})
+    if both:
+        raise ConfigError(
+            f"{both[0]} is in data.path={config.path} and in data.val_path={config.val_path}",
+            "other files to validate on than to train on",
+            "data.val_path=null, which keeps a part of the training files, or another data.val_path",
+        )
 
 
 def _refuse_other_tokenizers(sources: Sequence[TokenSource]) -> None:

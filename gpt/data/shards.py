@@ -218,20 +218,15 @@ def _split_files(
     for file in files:
         path, mtime_ns = str(file.path), file.mtime_ns
         if spec.kind == "parquet":
-            for i, size in enumerate(_row_group_sizes(file.path)):
-                yield TextPart(path, i, i + 1, split, size, mtime_ns=mtime_ns)
+            with readable(path), import_library("pyarrow.parquet").ParquetFile(path) as opened:
+                groups = [opened.metadata.row_group(i) for i in range(opened.metadata.num_row_groups)]
+            for i, group in enumerate(groups):
+                yield TextPart(path, i, i + 1, split, group.total_byte_size, mtime_ns=mtime_ns)
             continue
         step = file.size if spec.kind == "jsonl.gz" else SHARD_BYTES  # gzip can be read only from its beginning
         for start in range(0, file.size, step):
             stop = min(start + step, file.size)
             yield TextPart(path, start, stop, split, stop - start, mtime_ns=mtime_ns)
-
-
-def _row_group_sizes(path: Path) -> list[int]:
-    parquet = import_library("pyarrow.parquet")
-    with readable(path), parquet.ParquetFile(path) as opened:
-        metadata = opened.metadata
-        return [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
 
 
 @contextmanager

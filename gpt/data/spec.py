@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import sys
 import sysconfig
 import urllib.request
@@ -25,7 +24,7 @@ from omegaconf import OmegaConf
 from gpt.components import source_digest
 from gpt.config import DataConfig, Source, TokenizerKind
 from gpt.config.data import SUCCESSORS
-from gpt.data.prepared import FORMAT
+from gpt.data.prepared import FORMAT, refuse_shared_files
 from gpt.data.token_file import glob_files
 from launch.errors import ConfigError
 from launch.runs.compose import flatten
@@ -61,6 +60,12 @@ class CorpusFile:
     size: int
     mtime_ns: int
 
+    @classmethod
+    def of(cls, path: Path) -> CorpusFile:
+        """Look up the size and the time of change of a file."""
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns)
+
 
 def text_file(path: str, key: str = "data.path") -> CorpusFile:
     """Look up the text file at ``path``, set by ``key``. A relative path starts at the current folder.
@@ -71,8 +76,8 @@ def text_file(path: str, key: str = "data.path") -> CorpusFile:
     text = Path(path)
     try:
         text = text.expanduser().absolute()
-        status = text.stat()
-        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+        found = CorpusFile.of(text)
+        if not text.is_file() or not found.size:
             raise ConfigError(f"{key}={path}, which is no file with text in it", "a text file", f"{key}=FILE")
         with text.open("rb"):
             pass  # only the filesystem itself knows the permissions
@@ -80,7 +85,7 @@ def text_file(path: str, key: str = "data.path") -> CorpusFile:
         raise ConfigError(
             f"{text} cannot be read ({error})", "a text file this user may read", f"{key}=FILE"
         ) from error
-    return CorpusFile(text, status.st_size, status.st_mtime_ns)
+    return found
 
 
 def pattern_files(pattern: str, key: str = "data.path") -> tuple[CorpusFile, ...]:
@@ -91,9 +96,7 @@ def pattern_files(pattern: str, key: str = "data.path") -> tuple[CorpusFile, ...
     Raises:
         ConfigError: no file matches, or the files are of several kinds.
     """
-    found = glob_files(pattern)
-    files = [CorpusFile(p, p.stat().st_size, p.stat().st_mtime_ns) for p in found if p.is_file()]
-    files = [file for file in files if file.size]
+    files = [file for file in map(CorpusFile.of, filter(Path.is_file, glob_files(pattern))) if file.size]
     if not files:
         raise ConfigError(
             f"{key}={pattern} matches no file with something in it",
@@ -138,8 +141,7 @@ def stdlib_files() -> tuple[CorpusFile, ...]:
         for name in names:
             path = Path(folder, name)
             if name.endswith(".py") and _in_stdlib_corpus(name) and path.is_file():
-                status = path.stat()
-                found[path.relative_to(root).as_posix()] = CorpusFile(path, status.st_size, status.st_mtime_ns)
+                found[path.relative_to(root).as_posix()] = CorpusFile.of(path)
     if not found:
         raise ConfigError(
             f"Python {sys.version.split()[0]} has no library source in {root}",
@@ -320,14 +322,7 @@ def _find_val_files(config: DataConfig, files: tuple[CorpusFile, ...], kind: str
                 "files of one kind, which are read and tokenized alike",
                 f"'data.val_path=FOLDER/*.{'txt' if kind == 'text' else kind}'",
             )
-    trained_on = {file.path.resolve() for file in files}
-    both = [file.path for file in found if file.path.resolve() in trained_on]
-    if both:
-        raise ConfigError(
-            f"{both[0]} is in data.path={config.path} and in data.val_path={config.val_path}",
-            "other files to validate on than to train on",
-            "data.val_path=null, which keeps data.val_fraction of the text, or another data.val_path",
-        )
+    refuse_shared_files(config, [file.path for file in files], [file.path for file in found])
     return found
 
 

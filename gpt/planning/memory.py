@@ -7,7 +7,7 @@ leave some tenths of a device free. Parameters, gradients and optimizer state ar
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from gpt.accounting import BF16, FP32, GIB, count
 from gpt.components.facts import optimizer_state
@@ -194,7 +194,7 @@ class RankMemory:
     @property
     def total(self) -> int:
         """Bytes on the device."""
-        return sum(getattr(self, part.name) for part in fields(self)) - self.host
+        return sum(vars(self).values()) - self.host
 
     @property
     def total_gib(self) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 
 from gpt.components import KINDS_OF_PARALLELISM
 from gpt.components.facts import optimizer_state, part_counts
@@ -83,14 +84,29 @@ def check_parallel_parts(config: TrainConfig, dims: ParallelDims) -> None:
 
 def check_zero1(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError if zero1 is combined with another kind of parallelism than data parallelism."""
-    others = [name for name in ("tp", "pp", "cp", "ep") if getattr(dims, name) > 1]
-    if config.parallel.strategy is Strategy.zero1 and others:
-        text = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
-        raise ConfigError(
-            f"parallel.strategy=zero1 with {text}",
+    if config.parallel.strategy is Strategy.zero1:
+        refuse_dimensions(
+            dims,
+            ("tp", "pp", "cp", "ep"),
+            "parallel.strategy=zero1",
             "zero1 with data parallelism only: it shards the optimizer state of a model that every rank replicates",
-            f"parallel.strategy=fsdp parallel.reshard_after_forward=false {text}",
+            "parallel.strategy=fsdp parallel.reshard_after_forward=false",
         )
+
+
+def refuse_dimensions(dims: ParallelDims, names: Sequence[str], found: str, expected: str, instead: str) -> None:
+    """Raise ConfigError if one of the dimensions ``names`` has several ranks. ``instead`` are overrides that allow it.
+
+    Args:
+        dims: the parallel dimensions.
+        names: dimensions that are not possible.
+        found: override that excludes them.
+        expected: what is possible.
+        instead: overrides with which they are possible.
+    """
+    others = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in names if getattr(dims, name) > 1)
+    if others:
+        raise ConfigError(f"{found} with {others}", expected, f"{instead} {others}")
 
 
 def check_context(config: TrainConfig, dims: ParallelDims) -> None:
@@ -133,8 +149,15 @@ def check_tensor(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError if the model's matrices or activations cannot be sharded over ``tp`` ranks."""
     if dims.tp == 1:
         return
-    check_matrices(config.model, dims.tp)
-    check_vocabulary(config.model, dims.tp)
+    model, tp = config.model, dims.tp
+    check_matrices(model, tp)
+    if model.padded_vocab % tp:
+        raise ConfigError(
+            f"parallel.tp={tp} with {model.padded_vocab} rows of the embedding (model.vocab_size={model.vocab_size}, "
+            f"model.vocab_multiple={model.vocab_multiple})",
+            f"a multiple of {tp} rows; padding rows take no part",
+            f"model.vocab_multiple={math.lcm(model.vocab_multiple, tp)}",
+        )
     check_sequence(config, dims)
 
 
@@ -169,17 +192,6 @@ def grouped_matmul_fits(model: ModelConfig, tp: int) -> bool:
     return not grouped or model.ffn_width % (GROUPED_MULTIPLE * tp) == 0
 
 
-def check_vocabulary(model: ModelConfig, tp: int) -> None:
-    """Refuse ``tp`` ranks that do not divide the padded vocabulary."""
-    if model.padded_vocab % tp:
-        raise ConfigError(
-            f"parallel.tp={tp} with {model.padded_vocab} rows of the embedding (model.vocab_size={model.vocab_size}, "
-            f"model.vocab_multiple={model.vocab_multiple})",
-            f"a multiple of {tp} rows; padding rows take no part",
-            f"model.vocab_multiple={math.lcm(model.vocab_multiple, tp)}",
-        )
-
-
 def check_sequence(config: TrainConfig, dims: ParallelDims) -> None:
     """Refuse unequal sequence shards, and dropout on replicated activations.
 
@@ -205,7 +217,13 @@ def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError if DeepSpeed cannot parallelize this model, or its config file contradicts the run."""
     if config.parallel.strategy is not Strategy.deepspeed:
         return
-    check_dimensions(config, dims)
+    refuse_dimensions(
+        dims,
+        ("tp", "cp", "ep"),
+        "parallel.strategy=deepspeed",
+        "data and pipeline parallelism only: DeepSpeed does not shard matrices, sequences or experts of this model",
+        "parallel=fsdp",
+    )
     if dims.pp > 1:
         check_stages(config, dims)
     if config.optim.optimizer != ADAMW:
@@ -221,18 +239,6 @@ def check_deepspeed(config: TrainConfig, dims: ParallelDims) -> None:
             "parallel=fsdp, or precision=fp32",
         )
     ds_config(config, split_batch(config.optim, dims.data_ranks))
-
-
-def check_dimensions(config: TrainConfig, dims: ParallelDims) -> None:
-    """Raise ConfigError if DeepSpeed is combined with tensor, context or expert parallelism."""
-    others = [name for name in ("tp", "cp", "ep") if getattr(dims, name) > 1]
-    if others:
-        text = " ".join(f"parallel.{name}={getattr(dims, name)}" for name in others)
-        raise ConfigError(
-            f"parallel.strategy=deepspeed with {text}",
-            "data and pipeline parallelism only: DeepSpeed does not shard matrices, sequences or experts of this model",
-            f"parallel=fsdp {text}",
-        )
 
 
 def check_stages(config: TrainConfig, dims: ParallelDims) -> None:

@@ -22,22 +22,16 @@ def check_pipeline(config: TrainConfig, dims: ParallelDims) -> None:
     """Raise ConfigError if the layers or the micro-batches do not suit ``pp`` ranks and the schedule."""
     if dims.pp == 1:
         return
-    check_host(config)
-    check_layers(config)
-    check_micro_batches(config, dims)
-    if config.parallel.schedule in V_SHAPED:
-        check_split_backward(config)
-
-
-def check_host(config: TrainConfig) -> None:
-    """Refuse CPU offload with a tied embedding: the first and last rank exchange its gradient, which must be on
-    devices."""
     if config.parallel.cpu_offload and config.model.tie_embeddings:
         raise ConfigError(
             f"parallel.cpu_offload=true with parallel.pp={config.parallel.pp} and model.tie_embeddings=true",
             "gradients on the devices, where first and last rank sum those of the tied matrix",
             "parallel.cpu_offload=false",
         )
+    check_layers(config)
+    check_micro_batches(config, dims)
+    if config.parallel.schedule in V_SHAPED:
+        check_split_backward(config)
 
 
 def check_layers(config: TrainConfig) -> None:
@@ -87,21 +81,25 @@ def check_split_backward(config: TrainConfig) -> None:
     """Refuse settings that contradict a split backward pass. Its two halves read saved activations at different
     times."""
     schedule = config.parallel.schedule.name
-    text, why = "", ""
-    if config.compiles:
-        text, why = (
-            f"compile={config.compile.name}",
-            "compile=none: compiled code has one backward pass, not two halves",
-        )
-    elif config.recompute is not Recompute.none:
-        text = f"recompute={config.recompute.name}"
-        why = "recompute=none: both halves, and each matrix, would recompute the block"
-    if text:
-        raise ConfigError(
-            f"{text} with parallel.schedule={schedule}, which splits the backward pass",
-            why,
-            f"parallel.schedule=interleaved, or {why.split(':')[0]}",
-        )
+    undivided = {
+        f"compile={config.compile.name}": (
+            config.compiles,
+            "compile=none",
+            "compiled code has one backward pass, not two halves",
+        ),
+        f"recompute={config.recompute.name}": (
+            config.recompute is not Recompute.none,
+            "recompute=none",
+            "both halves, and each matrix, would recompute the block",
+        ),
+    }
+    for found, (is_set, instead, why) in undivided.items():
+        if is_set:
+            raise ConfigError(
+                f"{found} with parallel.schedule={schedule}, which splits the backward pass",
+                f"{instead}: {why}",
+                f"parallel.schedule=interleaved, or {instead}",
+            )
     if config.parallel.strategy is Strategy.fsdp and config.parallel.reshard_after_forward:
         raise ConfigError(
             f"parallel.reshard_after_forward=true with parallel.schedule={schedule}",
