@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 from gpt.accounting.hardware import TERA
 from gpt.components import NOTHING
 from gpt.components.facts import part_counts
 from gpt.config import AttentionBackend, Ffn, ModelConfig, Norm, NormPosition, Position, Recompute
-from gpt.config.rules import cached_by_model
+from gpt.config.model import CACHED
 
 # Bytes of one element of each dtype, and of a GiB.
 
@@ -209,7 +210,7 @@ class Flops:
         return self.palm - self.attention // 2
 
 
-@cached_by_model
+@lru_cache(maxsize=CACHED)
 def forward_flops(model: ModelConfig, sequences: int) -> Flops:
     """Return the FLOPs of one forward pass over ``sequences`` sequences of ``block_size`` tokens."""
     tokens = sequences * model.block_size
@@ -262,7 +263,7 @@ def training_flops(model: ModelConfig, sequences: int) -> Flops:
     return Flops(**{part: 3 * flops for part, flops in vars(forward_flops(model, sequences)).items()})
 
 
-@cached_by_model
+@lru_cache(maxsize=CACHED)
 def training_flops_per_token(model: ModelConfig) -> Flops:
     """Return the FLOPs of training on one token, in sequences of ``block_size``.
 

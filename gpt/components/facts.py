@@ -14,15 +14,14 @@ from functools import lru_cache
 from typing import Any
 
 from gpt.components import KINDS_OF_PARALLELISM, PartCounts, StateBytes, build_custom_optimizer, load_part
-from gpt.config.model import ModelConfig
+from gpt.config.model import CACHED, ModelConfig
 from gpt.config.optim import ADAMW, OptimConfig
-from gpt.config.rules import cached_by_model
 from launch.errors import ConfigError
 
 # Counts of the parts. B batch, T time, D width, H heads, C head width.
 
 
-@cached_by_model
+@lru_cache(maxsize=CACHED)
 def part_counts(model: ModelConfig) -> Mapping[str, PartCounts]:
     """Return shapes, FLOPs and bytes of the user's own classes in a model, by the part that they replace.
 

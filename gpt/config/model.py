@@ -111,13 +111,17 @@ class ExpertMatmul(Enum):
 # Schema of the architecture.
 
 
+CACHED = 2**16
+"""Number of results that a cached function of a model keeps. A search for layouts needs the same few models thousands
+of times."""
+
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X] and Union[X, Y], not X | Y.
 # ruff: noqa: UP007, UP045
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class ModelConfig:
-    """Architecture of the GPT."""
+    """Architecture of the GPT. Hashed by its values, so that pure functions of a model can cache their results."""
 
     name: str = MISSING
     """Short name, used for the run's folder."""
@@ -196,7 +200,7 @@ class ModelConfig:
     """Share the output matrix with the token embedding (arXiv 1608.05859)."""
     dropout: float = 0.0
     """Share of values set to zero after the embedding, in attention's weights, and after attention and ffn (GPT-2)."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
     """Settings of parts of your own, which read them from ``config.options``."""
 
     def __post_init__(self) -> None:

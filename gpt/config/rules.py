@@ -1,4 +1,4 @@
-"""Checks that parts of the schema share, the rules of a model, and a cache of functions of a model config.
+"""Checks that parts of the schema share, and the rules of a model.
 
 Imports no torch.
 """
@@ -6,12 +6,8 @@ Imports no torch.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
-from dataclasses import fields
-from functools import wraps
+from collections.abc import Iterable
 from importlib.metadata import entry_points
-from operator import attrgetter
-from typing import Concatenate, ParamSpec, TypeVar, cast
 
 from gpt.config.model import (
     PARTS,
@@ -31,8 +27,7 @@ from launch.errors import ConfigError, closest, require_positive, require_range
 
 def nearest_divisor(number: int, wish: int) -> int:
     """Return the divisor of ``number`` that is nearest to ``wish``, for error messages."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda d: (abs(d - wish), d))
+    return min(divisors(number), key=lambda d: (abs(d - wish), d))
 
 
 def divisors(number: int) -> list[int]:
@@ -90,43 +85,6 @@ def is_importable(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ImportError:
         return False
-
-
-# Cache of pure functions of a model config, for the life of the process.
-#
-# A search for layouts needs the same few models thousands of times. Configs are mutable, so the values of their fields
-# are the keys of the cache.
-
-
-P = ParamSpec("P")
-Result = TypeVar("Result")
-KEPT = 65536
-"""Number of results of one function that are kept. When full, all of them are dropped together."""
-MISSING = object()
-VALUES = attrgetter(*(field.name for field in fields(ModelConfig) if field.name != "options"))
-"""Function of a model config that returns the values of all its fields except ``options``, which is not hashable."""
-
-
-def cached_by_model(
-    function: Callable[Concatenate[ModelConfig, P], Result],
-) -> Callable[Concatenate[ModelConfig, P], Result]:
-    """Cache the results of a pure function of a model config and of further hashable arguments.
-
-    Every call returns the same object, so callers must not change the result.
-    """
-    known: dict[object, Result] = {}
-
-    @wraps(function)
-    def cached(model: ModelConfig, *args: P.args, **kwargs: P.kwargs) -> Result:
-        key = VALUES(model), repr(model.options), args, tuple(sorted(kwargs.items()))
-        found = known.get(key, MISSING)
-        if found is MISSING:
-            if len(known) >= KEPT:
-                known.clear()
-            found = known[key] = function(model, *args, **kwargs)
-        return cast(Result, found)
-
-    return cached
 
 
 # Rules that several fields of ModelConfig must satisfy together.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from gpt.accounting.hardware import find
 from gpt.config import CompileMode, Float8, ParallelConfig, Precision, Strategy, TrainConfig
@@ -37,7 +36,6 @@ TIMEOUTS = ("timeout_s", "step_timeout_s")
 
 SHOWN = 5
 """Number of layouts that a plan shows."""
-Config = TypeVar("Config", bound=TrainConfig)
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class ParallelChoice:
         """First layouts, as many as a plan shows."""
         return self.choices[:SHOWN]
 
-    def apply(self, config: Config) -> Config:
+    def apply(self, config: TrainConfig) -> TrainConfig:
         """Return the config with the chosen values."""
         return replace(with_micro_batch(config, self.micro_batch), parallel=self.parallel)
 

@@ -87,7 +87,7 @@ class RankStep:
     rank: int = 0
 
     @cached_property
-    def stages(self) -> list[StageLayers]:
+    def stages(self) -> tuple[StageLayers, ...]:
         """Layers of each stage of the rank."""
         return rank_stages(self.config, self.rank)
 

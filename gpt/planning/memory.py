@@ -7,7 +7,8 @@ leave some tenths of a device free. Parameters, gradients and optimizer state ar
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from gpt.accounting import BF16, FP32, GIB, count
 from gpt.components.facts import optimizer_state
@@ -39,19 +40,41 @@ PERSISTENT = 100_000
 
 
 @dataclass(frozen=True)
-class States:
-    """Training state of one rank, in bytes. All except ``host`` is on its device."""
+class RankMemory:
+    """Bytes of one rank around the start of the backward pass, when training needs the most memory.
 
-    parameters: int
-    gradients: int
-    optimizer: int
-    """Bytes of moments and step counts, and of fp32 masters if they are separate from the parameters."""
+    Within 4 % of measurements with ddp on small models, including experts and recomputation. The estimate is up to a
+    tenth too high with recomputation in bf16, which casts the matrices of a block again and keeps none. It is up to a
+    third too high with fsdp: gradients grow only while activations shrink, and the residual stream may also be bf16.
+    """
+
+    parameters: int = 0
+    """Weights in fp32; with DeepSpeed in bf16, the bf16 weights."""
+    gradients: int = 0
+    optimizer: int = 0
+    """AdamW's moments in fp32 and step counts; with DeepSpeed also the fp32 master weights."""
+    compute_weights: int = 0
+    """Weights that were all-gathered or cast for computing, and unsharded gradients before their reduction."""
+    activations: int = 0
+    """Activations saved by forward passes for backward passes."""
+    logits: int = 0
+    """Logits, their gradient, and in bf16 an fp32 copy of a chunk of them."""
     host: int = 0
-    """Bytes offloaded to host memory."""
+    """Parameters, gradients and optimizer state in host memory. Not in the total."""
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(vars(self).values()) - self.host
+
+    @property
+    def total_gib(self) -> float:
+        """GiB on the device."""
+        return self.total / GIB
 
 
-def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> States:
-    """Return the bytes of training state of a rank with these parameter shards."""
+def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> RankMemory:
+    """Return the bytes of training state of a rank with these parameter shards, without what it computes."""
     if config.parallel.strategy is Strategy.deepspeed and config.parallel.zero_stage:
         found = zero_1_2_states if config.parallel.zero_stage < 3 else zero_3_states
         return found(config, dims.data_ranks, shards)
@@ -60,11 +83,11 @@ def states(config: TrainConfig, dims: ParallelDims, shards: ParameterShards) -> 
     kept, gradients = FP32 * shards.stored(), FP32 * stepped
     state = round(sizes_of_state.per_element * stepped) + sizes_of_state.per_tensor * shards.tensors
     if config.parallel.cpu_offload:
-        return States(0, 0, 0, kept + gradients + state)
-    return States(kept, gradients, state)
+        return RankMemory(host=kept + gradients + state)
+    return RankMemory(kept, gradients, state)
 
 
-def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> States:
+def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> RankMemory:
     """Return the state under ZeRO-1 and 2: sharded masters and moments, and in ZeRO-2 sharded gradients."""
     parallel, bf16 = config.parallel, config.precision.is_half
     multiple = ALIGNMENT * ranks
@@ -75,30 +98,25 @@ def zero_1_2_states(config: TrainConfig, ranks: int, shards: ParameterShards) ->
     whole = FP32 * flat + BF16 * shards.elements if bf16 else FP32 * shards.elements
     gradients = FP32 * flat // ranks if parallel.zero_stage == 2 else whole
     host = masters_and_moments if parallel.offload_optimizer else 0
-    return States((BF16 if bf16 else FP32) * flat, gradients, masters_and_moments + counts - host, host)
+    return RankMemory((BF16 if bf16 else FP32) * flat, gradients, masters_and_moments + counts - host, host=host)
 
 
-def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> States:
+def zero_3_states(config: TrainConfig, ranks: int, shards: ParameterShards) -> RankMemory:
     """Return the state under ZeRO-3: everything is sharded, parameter by parameter. Small parameters also stay
     gathered."""
     parallel, width = config.parallel, BF16 if config.precision.is_half else FP32
-    part = sum(count * -(-size // ranks) for size, count in sizes(shards))
+    part = sum(count * -(-p.elements // ranks) for p, count in pieces(shards))
     # A single rank frees nothing, although it also has its shard of everything.
-    whole = sum(count * size for size, count in sizes(shards) if size <= PERSISTENT or ranks == 1)
+    whole = sum(count * p.elements for p, count in pieces(shards) if p.elements <= PERSISTENT or ranks == 1)
     counts = FP32 * sum(1 for size in group_sizes(shards) if size)
     states_there = 3 * FP32 * part if parallel.offload_optimizer else 0
     weights_there = width * part if parallel.offload_parameters else 0
-    return States(
+    return RankMemory(
         width * (part + whole) - weights_there,
         FP32 * part,
         3 * FP32 * part + counts - states_there,
-        states_there + weights_there,
+        host=states_there + weights_there,
     )
-
-
-def sizes(shards: ParameterShards) -> list[tuple[int, int]]:
-    """Return a pair for each kind of parameter: its elements, and the number of such parameters on the rank."""
-    return [(p.elements, count) for p, count in pieces(shards)]
 
 
 def pieces(shards: ParameterShards) -> list[tuple[ParameterShard, int]]:
@@ -167,41 +185,6 @@ LIVE = 10**9
 """Number of elements that ZeRO-3 keeps gathered (stage3_max_live_parameters, stage3_max_reuse_distance)."""
 
 
-@dataclass(frozen=True)
-class RankMemory:
-    """Bytes of one rank around the start of the backward pass, when training needs the most memory.
-
-    Within 4 % of measurements with ddp on small models, including experts and recomputation. The estimate is up to a
-    tenth too high with recomputation in bf16, which casts the matrices of a block again and keeps none. It is up to a
-    third too high with fsdp: gradients grow only while activations shrink, and the residual stream may also be bf16.
-    """
-
-    parameters: int
-    """Weights in fp32; with DeepSpeed in bf16, the bf16 weights."""
-    gradients: int
-    optimizer: int
-    """AdamW's moments in fp32 and step counts; with DeepSpeed also the fp32 master weights."""
-    compute_weights: int
-    """Weights that were all-gathered or cast for computing, and unsharded gradients before their reduction."""
-    activations: int
-    """Activations saved by forward passes for backward passes."""
-    logits: int
-    """Logits, their gradient, and in bf16 an fp32 copy of a chunk of them."""
-
-    host: int = 0
-    """Parameters, gradients and optimizer state in host memory. Not in the total."""
-
-    @property
-    def total(self) -> int:
-        """Bytes on the device."""
-        return sum(vars(self).values()) - self.host
-
-    @property
-    def total_gib(self) -> float:
-        """GiB on the device."""
-        return self.total / GIB
-
-
 def per_rank(config: TrainConfig, dims: ParallelDims, batch: Batch) -> RankMemory:
     """Return the memory of the rank that needs most, for AdamW over fp32 master weights.
 
@@ -222,16 +205,12 @@ def rank_memory(config: TrainConfig, dims: ParallelDims, batch: Batch, pp_rank: 
     """Return the bytes of memory of a rank at position ``pp_rank`` of its pipeline."""
     stages = rank_stages(config, pp_rank)
     shards = parameter_shards(config.model, dims, stages)
-    stored = states(config, dims, shards)
     in_flight = micro_batches_in_flight(config.parallel, pp_rank, batch.accumulation)
-    return RankMemory(
-        parameters=stored.parameters,
-        gradients=stored.gradients,
-        optimizer=stored.optimizer,
+    return replace(
+        states(config, dims, shards),
         compute_weights=compute_weights(config, shards, batch.accumulation > 1),
         activations=activations(config, dims, batch, stages, in_flight),
         logits=logits(config, dims, batch, in_flight) if any(stage.last for stage in stages) else 0,
-        host=stored.host,
     )
 
 
@@ -243,7 +222,7 @@ def parallel_factors(config: TrainConfig, dims: ParallelDims) -> ParallelFactors
 
 
 def activations(
-    config: TrainConfig, dims: ParallelDims, batch: Batch, stages: list[StageLayers], in_flight: int
+    config: TrainConfig, dims: ParallelDims, batch: Batch, stages: Sequence[StageLayers], in_flight: int
 ) -> int:
     """Return the activations in bytes of ``in_flight`` micro-batches in a rank's stages.
 
@@ -323,7 +302,7 @@ def unreduced_gradients(shards: ParameterShards, accumulates: bool) -> int:
     if accumulates:
         return FP32 * shards.elements
     at_once = BUCKETS_IN_FLIGHT + 1
-    several = [size for size, count in sizes(shards) for _ in range(min(count, at_once))]
+    several = [p.elements for p, count in pieces(shards) for _ in range(min(count, at_once))]
     largest = sorted((max(FP32 * size, BUCKET_BYTES) for size in several), reverse=True)[:at_once]
     return min(FP32 * shards.elements, sum(largest))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from gpt.accounting import BF16, FP32, INT64, block_shapes, expert_rows, outer_shapes
 from gpt.components.facts import owner_of, part_counts
@@ -20,7 +20,7 @@ from gpt.config import (
     Precision,
     Recompute,
 )
-from gpt.config.rules import cached_by_model
+from gpt.config.model import CACHED
 from gpt.topology import ParallelDims, expert_fsdp_ranks, shard_dimension
 from gpt.topology.schedules import StageLayers
 
@@ -102,17 +102,12 @@ class ParameterShards:
         return self.layers * of_block + around
 
 
+@lru_cache(maxsize=CACHED)
 def parameter_shards(
-    model: ModelConfig, dims: ParallelDims, parts: Sequence[StageLayers] | None = None
+    model: ModelConfig, dims: ParallelDims, stages: tuple[StageLayers, ...] | None = None
 ) -> ParameterShards:
-    """Return the parameter shards of a rank with the pipeline stages ``parts``, by default the whole model."""
-    return _parameter_shards(model, dims, None if parts is None else tuple(parts))
-
-
-@cached_by_model
-def _parameter_shards(model: ModelConfig, dims: ParallelDims, parts: tuple[StageLayers, ...] | None) -> ParameterShards:
-    whole = (StageLayers(range(model.n_layer), first=True, last=True),)
-    stages = whole if parts is None else parts
+    """Return the parameter shards of a rank with these pipeline stages, by default the whole model."""
+    stages = stages or (StageLayers(range(model.n_layer), first=True, last=True),)
     # A tied embedding is in the first and the last stage.
     at_end = ("norm.", "head.", *(("token_embedding.",) if model.tie_embeddings else ()))
     first, last = any(stage.first for stage in stages), any(stage.last for stage in stages)
@@ -220,7 +215,7 @@ class ActivationBytes:
     """Bytes of ``block`` that are saved until the block's backward pass, which recomputes all others."""
 
 
-@cached_by_model
+@lru_cache(maxsize=CACHED)
 def activation_bytes(
     model: ModelConfig,
     sequences: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from gpt.accounting import GIB
 from gpt.config import Ffn, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
@@ -15,7 +15,7 @@ from gpt.planning.memory import RankMemory, per_rank
 from gpt.topology import Batch, ParallelDims, split_batch
 from gpt.topology.check_dims import check_parallel_dims
 from gpt.topology.schedules import V_SHAPED
-from launch.errors import ConfigError
+from launch.errors import ConfigError, counted
 from launch.runs.compose import plain
 
 # Search of the valid parallel layouts, and of those that fit in memory.
@@ -131,10 +131,7 @@ def torch_configs(
                     yield replace(found, strategy=Strategy.fsdp, dp_shard=shard, reshard_after_forward=reshard)
 
 
-Config = TypeVar("Config", bound=TrainConfig)
-
-
-def with_micro_batch(config: Config, micro_batch: int) -> Config:
+def with_micro_batch(config: TrainConfig, micro_batch: int) -> TrainConfig:
     """Return the config with micro-batches of at most ``micro_batch`` sequences."""
     return replace(config, optim=replace(config.optim, max_micro_batch=micro_batch))
 
@@ -146,11 +143,6 @@ class SearchResult:
     offload: bool
     fitting: tuple[Candidate, ...]
     too_large: tuple[Candidate, ...]
-
-    @property
-    def least(self) -> Candidate | None:
-        """Layout with the least device memory, of those that do not fit; None without such a layout."""
-        return min(self.too_large, key=lambda one: one.memory.total, default=None)
 
 
 @dataclass(frozen=True)
@@ -216,7 +208,8 @@ class LayoutSearch:
         """Yield lines of text on CPU offload and on layouts that do not fit. The last of ``tried`` found a layout."""
         last = tried[-1]
         if last.offload:
-            yield f"CPU offload, which is slow: on the devices alone {self.failure(tried[0])}"
+            why = f"nothing fits ({self.nearest(tried[0])})" if tried[0].too_large else "no layout is valid"
+            yield f"CPU offload, which is slow: on the devices alone {why}"
             for text, changed in self.with_more_recompute():
                 if next(changed.results()).fitting:
                     yield f"{text} would fit without that"
@@ -224,14 +217,11 @@ class LayoutSearch:
         if last.too_large:
             yield f"left out: {len(last.too_large)} that do not fit ({self.nearest(last)})"
 
-    def failure(self, found: SearchResult) -> str:
-        """Return the reason why a search found no layout that fits."""
-        return f"nothing fits ({self.nearest(found)})" if found.too_large else "no layout is valid"
-
-    def nearest(self, found: SearchResult) -> str:
+    def nearest(self, *found: SearchResult) -> str:
         """Describe the layout that comes nearest to fitting, with its required and the available memory."""
-        one, host, machine = found.least, "", self.machine
-        assert one is not None
+        too_large = [one for result in found for one in result.too_large]
+        one, machine = min(too_large, key=lambda one: one.memory.total), self.machine
+        host = ""
         if one.memory.host and machine.host is not None:
             room = "" if machine.host.room is None else f" of {machine.host.room / GIB:.3g}"
             host = f", and {one.memory.host / GIB:.3g}{room} GiB of host memory"
@@ -259,18 +249,9 @@ class LayoutSearch:
 
     def out_of_memory_error(self, tried: Sequence[SearchResult]) -> ConfigError:
         """Return the error for a search in which no layout fits, with the least change that would help."""
-        least = min((found.least for found in tried if found.least), key=lambda one: one.memory.total)
-        machine, host, there = self.machine, "", ""
-        if least.memory.host:
-            host = f", and {least.memory.host / GIB:.2f} GiB of host memory"
-            there = (
-                f" and {machine.host.room / GIB:.2f} GiB of host memory" if machine.host and machine.host.room else ""
-            )
         return ConfigError(
-            f"parallel.strategy=auto on {self.world_size} rank{'s' if self.world_size > 1 else ''}: the layout that "
-            f"needs least, {layout_text(least.parallel, least.dims)} with micro-batches of {least.batch.micro}, needs "
-            f"{least.memory.total_gib:.2f} GiB on each{host}",
-            f"at most {machine.room / GIB:.2f} GiB{there}, the part of {machine.device} that tensors may take",
+            f"parallel.strategy=auto on {counted(self.world_size, 'rank')}: nothing fits ({self.nearest(*tried)})",
+            f"at most {self.machine.room / GIB:.2f} GiB, the part of {self.machine.device} that tensors may take",
             self.remedy() or "a smaller model, or a smaller model.block_size",
         )
 

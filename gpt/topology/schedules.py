@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise
 
 from gpt.accounting import recomputed_flops_per_token, training_flops
 from gpt.config import ModelConfig, ParallelConfig, Recompute, Schedule, Strategy, TrainConfig
-from gpt.config.rules import cached_by_model
+from gpt.config.model import CACHED
 from gpt.topology import Batch, ParallelDims, split_batch
 from launch.errors import ConfigError
 
@@ -138,7 +138,7 @@ def stage_indices(parallel: ParallelConfig, pp_rank: int) -> list[int]:
     return [pp_rank + ranks * i for i in range(held)]
 
 
-@cached_by_model
+@lru_cache(maxsize=CACHED)
 def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompute.none) -> tuple[StageLayers, ...]:
     """Split the layers into ``stages`` consecutive stages so that the slowest one has the fewest FLOPs possible.
 
@@ -155,13 +155,13 @@ def split_layers(model: ModelConfig, stages: int, recompute: Recompute = Recompu
     return tuple(parts)
 
 
-def rank_stages(config: TrainConfig, pp_rank: int) -> list[StageLayers]:
+def rank_stages(config: TrainConfig, pp_rank: int) -> tuple[StageLayers, ...]:
     """Return the layers of each stage of a pipeline-parallel rank; the whole model for ``pp`` = 1."""
     parallel = config.parallel
     if parallel.pp == 1:
-        return [StageLayers(range(config.model.n_layer), first=True, last=True)]
+        return (StageLayers(range(config.model.n_layer), first=True, last=True),)
     parts = split_layers(config.model, parallel.pp * local_stages(parallel), config.recompute)
-    return [parts[stage] for stage in stage_indices(parallel, pp_rank)]
+    return tuple(parts[stage] for stage in stage_indices(parallel, pp_rank))
 
 
 @cache

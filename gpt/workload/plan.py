@@ -73,7 +73,14 @@ def requested_machine(config: TrainConfig, request: PlanRequest) -> Machine:
     cluster, ranks = request.cluster, request.ranks_per_node
     rates = matmul_rates(config, request)
     if on_cpus(config, request):
-        return calibrate(cpus(cpu_memory(request), ranks), rates, request)
+        memory = host_memory(request)
+        if memory is None:
+            raise ConfigError(
+                "parallel.strategy=auto on nodes of unknown memory",
+                "cluster.mem_gb, the memory of a node; or, on GPUs, cluster.gpu_name",
+                "cluster.mem_gb=64",
+            )
+        return calibrate(cpus(memory, ranks), rates, request)
     name = gpu_name(request)
     found = gpus(
         name or "",
@@ -148,18 +155,6 @@ def host_memory(request: PlanRequest) -> int | None:
     if request.is_local:
         return free_memory() // request.world_size
     return None if request.cluster.mem_gb is None else int(request.cluster.mem_gb * GIB) // request.ranks_per_node
-
-
-def cpu_memory(request: PlanRequest) -> int:
-    """Return the memory of one rank on CPUs, in bytes."""
-    found = host_memory(request)
-    if found is None:
-        raise ConfigError(
-            "parallel.strategy=auto on nodes of unknown memory",
-            "cluster.mem_gb, the memory of a node; or, on GPUs, cluster.gpu_name",
-            "cluster.mem_gb=64",
-        )
-    return found
 
 
 def estimated_step(config: TrainConfig, dims: ParallelDims, batch: Batch, request: PlanRequest) -> StepTime | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt.accounting import block_shapes, count, forward_flops, outer_shapes, training_flops, training_flops_per_token
 from gpt.config import AttentionBackend, ExpertMatmul, Ffn, ModelConfig, TrainConfig, rules
-from gpt.config.rules import cached_by_model
 from gpt.metrics.startup_summary import architecture_rows, performance
 from gpt.model.gpt import GPT
 from launch.config import ClusterKind
@@ -218,7 +218,7 @@ MODEL = ModelConfig(name="m", n_layer=2, n_head=2, n_embd=64, block_size=32, voc
 def test_equal_configs_share_a_result_and_a_changed_one_has_its_own() -> None:
     asked: list[tuple[int, int]] = []
 
-    @cached_by_model
+    @lru_cache
     def width(model: ModelConfig, times: int) -> int:
         asked.append((model.n_embd, times))
         return model.n_embd * times

@@ -91,7 +91,7 @@ def test_links_that_are_stated_count() -> None:
         ([*GPUS[:1], "cluster.gpu_name=H200x"], "H200x, which is not known", ", or cluster.gpu_name='NVIDIA H200'"),
         ([*GPUS[:1], "cluster.gpu_name=A100"], "one of NVIDIA A100-SXM4-40GB", "=A100-80GB"),
         ([], "nodes of unknown memory", "cluster.mem_gb=64"),
-        ([*GPUS, "cluster.gpu_memory_gib=2"], "needs least", "nodes="),
+        ([*GPUS, "cluster.gpu_memory_gib=2"], "nothing fits (nearest: ", "nodes="),
     ],
     ids=["no name", "unknown name", "mistyped name", "two memories", "no memory", "too small"],
 )

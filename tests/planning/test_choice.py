@@ -124,7 +124,7 @@ def test_a_refusal_says_what_would_fit(share: float, words: list[str]) -> None:
     small = machine(share * least / GIB)
     with pytest.raises(ConfigError) as refusal:
         rank_layouts(config, 8, small, fixed)
-    assert f"needs {least / GIB:.2f} GiB" in refusal.value.found
+    assert f"{least / GIB:.3g} of " in refusal.value.found
     assert f"at most {small.room / GIB:.2f} GiB" in refusal.value.expected
     typed = refusal.value.fix.split()
     assert typed and all("=" in word for word in typed), refusal.value.fix
