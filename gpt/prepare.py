@@ -9,12 +9,12 @@ Writes the folder that training with the same data.* keys reads. The same comman
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpt.checkpoint.folders import sum_file
 from gpt.config import DataConfig, Source, TrainConfig
 from gpt.config.train import compose_train
 from gpt.data.corpus import unwritable_folder_error
@@ -53,9 +53,7 @@ def _refuse_damage(spec: PreprocessingSpec, folder: Path) -> None:
     if manifest is None or open_folder(folder, spec.identity) is None:
         return
     for file in (file for split in manifest["splits"].values() for file in split["files"]):
-        with (folder / file["name"]).open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != file["sha256"]:
+        if sum_file(folder / file["name"]).sha256 != file["sha256"]:
             raise ConfigError(
                 f"{file['name']} in {folder} is not what was written there (its checksum differs)",
                 "the file as it was prepared",

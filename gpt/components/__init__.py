@@ -86,11 +86,6 @@ def load_part(key: str, name: str) -> Any:
     return found
 
 
-def build_part(key: str, name: str, config: Any, *arguments: Any) -> Any:
-    """Import the class ``name`` of a part, and construct the module from ``config`` and the further arguments."""
-    return load_part(key, name)(config, *arguments)
-
-
 def load_object(key: str, name: str) -> Any:
     """Import the object named by ``module:attribute``, or by an entry point of the group ``gpt.<last word of key>``.
 
@@ -164,7 +159,7 @@ def load_source(key: str, name: str) -> Any:
     found = load_object(key, name)
     if not callable(found):
         raise ConfigError(f"{key}={name}, which is {kind_text(found)}", "a function", f"{key}=MODULE:FUNCTION")
-    return lambda config: iter(found(config))
+    return found
 
 
 def source_digest(key: str, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import warnings
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gpt.checkpoint import folders, formats
-from gpt.checkpoint.folders import DEEPSPEED, DamagedError, Manifest, find_damage, read_manifest
+from gpt.checkpoint.folders import DEEPSPEED, DamagedError, Manifest, find_damage, read_manifest, sum_file
 from gpt.config import ModelConfig, TrainConfig
 from gpt.conversion import Rule, StateDictAdapter
 from gpt.conversion.source import (
@@ -142,11 +141,7 @@ def verify_source(source: WeightSource) -> VerifiedSource:
 
 def sum_files(paths: list[Path]) -> dict[str, str]:
     """Return the sha256 of each file in hexadecimal digits, by the file's name without folder."""
-    digests = {}
-    for path in paths:
-        with path.open("rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {path.name: sum_file(path).sha256 for path in paths}
 
 
 def read_source(verified: VerifiedSource, model: GPT) -> State:

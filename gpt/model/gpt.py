@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gpt.components import build_part, load_part
+from gpt.components import load_part
 from gpt.components.facts import owner_of
 from gpt.config import Ffn, ModelConfig, NormPosition
 from gpt.model.attention import Attention, Cache, LayerCache
@@ -54,14 +54,14 @@ def build_attention(config: ModelConfig) -> nn.Module:
     """Build the built-in attention, or the user's, (B, T, D) and a cache or None -> (B, T, D)."""
     if not isinstance(config.attention, str):
         return Attention(config)
-    made: nn.Module = build_part("model.attention", config.attention, config)
+    made: nn.Module = load_part("model.attention", config.attention)(config)
     return made
 
 
 def build_ffn(config: ModelConfig) -> nn.Module:
     """Build the feed-forward layer that ``config.ffn`` names, (B, T, D) -> (B, T, D)."""
     if isinstance(config.ffn, str):
-        made: nn.Module = build_part("model.ffn", config.ffn, config)
+        made: nn.Module = load_part("model.ffn", config.ffn)(config)
         return made
     return MixtureOfExperts(config) if config.ffn is Ffn.moe else DenseFfn(config, config.ffn_width)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from gpt.components import build_part
+from gpt.components import load_part
 from gpt.config import LOSS_CHUNK, ModelConfig, Norm, Position, Precision, RopeScaling, TrainConfig
 
 
@@ -27,7 +27,7 @@ def build_norm(config: ModelConfig, width: int | None = None) -> nn.Module:
     """
     width = config.n_embd if width is None else width
     if isinstance(config.norm, str):
-        made: nn.Module = build_part("model.norm", config.norm, config, width)
+        made: nn.Module = load_part("model.norm", config.norm)(config, width)
         return made
     if config.norm is Norm.rmsnorm:
         return RmsNorm(width, eps=config.norm_eps)
@@ -218,7 +218,7 @@ def build_position(config: ModelConfig) -> nn.Module | None:
     The module maps (B, T, D) and the first position to (B, T, D).
     """
     if isinstance(config.position, str):
-        made: nn.Module = build_part("model.position", config.position, config)
+        made: nn.Module = load_part("model.position", config.position)(config)
         return None if getattr(made, "on_heads", False) else made
     return LearnedPosition(config.block_size, config.n_embd) if config.position is Position.learned else None
 
@@ -229,7 +229,7 @@ def build_rotation(config: ModelConfig) -> nn.Module | None:
     The module maps (B, T, H, C) and the first position to (B, T, H, C).
     """
     if isinstance(config.position, str):
-        made: nn.Module = build_part("model.position", config.position, config)
+        made: nn.Module = load_part("model.position", config.position)(config)
         return made if getattr(made, "on_heads", False) else None
     return Rope(config) if config.position is Position.rope else None
 
