@@ -119,7 +119,7 @@ of times."""
 # ruff: noqa: UP007, UP045
 
 
-@dataclass(unsafe_hash=True)
+@dataclass
 class ModelConfig:
     """Architecture of the GPT. Hashed by its values, so that pure functions of a model can cache their results."""
 
@@ -200,7 +200,7 @@ class ModelConfig:
     """Share the output matrix with the token embedding (arXiv 1608.05859)."""
     dropout: float = 0.0
     """Share of values set to zero after the embedding, in attention's weights, and after attention and ffn (GPT-2)."""
-    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    options: dict[str, Any] = field(default_factory=dict)
     """Settings of parts of your own, which read them from ``config.options``."""
 
     def __post_init__(self) -> None:
@@ -209,6 +209,9 @@ class ModelConfig:
             value = getattr(self, key)
             if isinstance(value, str) and value in names.__members__:
                 setattr(self, key, names[value])
+
+    def __hash__(self) -> int:
+        return hash((*(value for key, value in vars(self).items() if key != "options"), repr(self.options)))
 
     @property
     def custom_parts(self) -> dict[str, str]:

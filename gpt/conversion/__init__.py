@@ -2,9 +2,7 @@
 
 Imports no torch. ``source`` inspects files without torch, for the login node. ``state_dict`` converts tensors and loads
 trained models. The package never imports transformers: it reads and writes its files, and does not use its code.
-
-Names and shapes are those of GPT2LMHeadModel, LlamaForCausalLM and MixtralForCausalLM (models/*/modeling_*.py of
-transformers). Rotary channels are paired as here, c with c + C/2.
+``architectures.yaml`` has the keys and names of each architecture.
 """
 
 from __future__ import annotations
@@ -13,7 +11,10 @@ import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
+
+import yaml
 
 from gpt.accounting import block_shapes, outer_shapes
 from gpt.config import Activation, ExpertBalance, Ffn, ModelConfig, Norm, Position, RopeScaling
@@ -88,24 +89,21 @@ class StateDictAdapter:
     """Prefix of the names of all tensors except lm_head. Files of the bare model omit it."""
     parts: str
     """Parts of the architecture as settings of ModelConfig, for messages."""
-    keys: dict[str, tuple[str, Any]]
-    """Field of ModelConfig -> (its key in config.json, value of the field if the key is missing).
-
-    REQUIRED instead of a value: the key must be there.
-    """
-    activations: dict[str, Activation]
+    keys: dict[str, list[Any]]
+    """Field of ModelConfig -> its key in config.json, and the value of the field if the key is missing. Without such a
+    value, a config.json without the key is refused."""
+    dropout: list[str]
+    """Keys of config.json with the dropout."""
+    only: dict[str, list[Any]]
+    """Key of config.json -> the values that are supported here. A missing key has one of them."""
+    activations: dict[str, str]
     """Name in config.json -> activation. A model is written with the first name of its activation."""
-    write_parts: Callable[[ModelConfig], dict[str, Any]]
-    """Function that returns the parts of a model as further keys of config.json."""
-    read_parts: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
-    """Function that returns further fields of ModelConfig, from a config.json and the fields that ``keys`` gave. It
-    raises ConfigError for an unsupported part."""
     names: dict[str, str]
     """Module of this project -> its name in transformers. Names of a block's modules are those inside the block.
     Several modules of one name are one tensor there, stacked by rows. {} is the number of an expert."""
     layers: str
     """Prefix of the names of a block's tensors in transformers, before the number of the block."""
-    buffers: re.Pattern[str]
+    buffers: str
     """Pattern of the names of redundant tensors that old versions saved. They follow from the config."""
     transposes: bool = False
     """True if transformers stores the matrices of a block as (in, out); here they are (out, in)."""
@@ -120,9 +118,10 @@ class StateDictAdapter:
         """Return a model as keys of config.json. They have no place for parts that the architecture lacks."""
         config = self.equivalent(config)
         fields = {**vars(config), **architecture_fields(config)}
-        written = {key: fields[field] for field, (key, _) in self.keys.items()}
-        names = (name for name, found in self.activations.items() if found is config.ffn_activation)
-        return written | {self.keys["activation"][0]: next(names, None), **self.write_parts(config)}
+        written = {key: fields[field] for field, (key, *_) in self.keys.items()}
+        names = (name for name, found in self.activations.items() if found == config.ffn_activation.name)
+        written[self.keys["activation"][0]] = next(names, None)
+        return written | dict.fromkeys(self.dropout, config.dropout) | WRITE_PARTS[self.name](config)
 
     def equivalent(self, config: ModelConfig) -> ModelConfig:
         """Return the model of the architecture that computes the same as ``config``: with biases of zeros, or with
@@ -139,17 +138,17 @@ class StateDictAdapter:
     def read_config(self, hf: dict[str, Any]) -> ModelConfig:
         """Return the model of a config.json. Raise ConfigError for a missing key, or a part that is not supported."""
         fields: dict[str, Any] = {"name": hf["model_type"]}
-        for field, (key, missing) in self.keys.items():
-            fields[field] = missing if hf.get(key) is None else hf[key]
-            if fields[field] is REQUIRED:
+        for field, (key, *missing) in self.keys.items():
+            if hf.get(key) is None and not missing:
                 raise ConfigError(
                     f"a config.json of model_type={self.name} without {key}",
                     "the config.json that transformers writes",
                     "save_pretrained() of the model once more",
                 )
-        refuse_others(hf, {self.keys["activation"][0]: tuple(self.activations)})
-        fields["activation"] = self.activations[fields["activation"]]
-        return ModelConfig(**(fields | self.read_parts(hf, fields)))
+            fields[field] = missing[0] if hf.get(key) is None else hf[key]
+        refuse_others(hf, self.only | {self.keys["activation"][0]: [*self.activations]})
+        fields["activation"] = Activation[self.activations[fields["activation"]]]
+        return ModelConfig(**(fields | READ_PARTS[self.name](hf, fields)))
 
     def rules(self, config: ModelConfig) -> list[Rule]:
         """Return the rules of a model's tensors, with a bias in every possible layer if the architecture requires
@@ -181,11 +180,7 @@ class StateDictAdapter:
         return [f"model.{key}={format_value(value)}" for key, value in asked.items() if kept.get(key) != value]
 
 
-REQUIRED = object()
-"""Default of a key that every config.json of the architecture has: a file without this key is refused."""
-
-
-def refuse_others(hf: dict[str, Any], choices: dict[str, tuple[Any, ...]]) -> None:
+def refuse_others(hf: dict[str, Any], choices: dict[str, list[Any]]) -> None:
     """Raise ConfigError if a key of config.json has none of the values in ``choices``: the same tensors would compute
     something else."""
     for key, values in choices.items():
@@ -197,71 +192,9 @@ def refuse_others(hf: dict[str, Any], choices: dict[str, tuple[Any, ...]]) -> No
             )
 
 
-# GPT-2: transposed matrices, and queries, keys and values in one. Every layer has a bias. A model without biases is
-# written with biases of zeros, which compute the same.
-
-
-def write_gpt2(config: ModelConfig) -> dict[str, Any]:
-    """Return the further keys of config.json for a GPT-2 model."""
-    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
-
-
-def read_gpt2(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Raise ConfigError if a GPT-2's config.json has a part that is not supported."""
-    plain = {
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-    }
-    refuse_others(hf, plain)
+def no_parts(*_: Any) -> dict[str, Any]:
+    """Return nothing: the table describes all parts of a GPT-2."""
     return {}
-
-
-GPT2_ACTIVATIONS = {
-    "gelu_new": Activation.gelu_tanh,
-    "gelu": Activation.gelu,
-    "relu": Activation.relu,
-    "silu": Activation.silu,
-    "leaky_relu": Activation.leaky_relu,
-    "gelu_pytorch_tanh": Activation.gelu_tanh,
-    "swish": Activation.silu,
-}
-GPT2 = StateDictAdapter(
-    name="gpt2",
-    architecture="GPT2LMHeadModel",
-    prefix="transformer.",
-    parts="norm=layernorm|layernorm_nobias, position=learned, ffn=standard, n_kv_head=n_head",
-    keys={
-        "vocab_size": ("vocab_size", REQUIRED),
-        "block_size": ("n_positions", REQUIRED),
-        "n_embd": ("n_embd", REQUIRED),
-        "n_layer": ("n_layer", REQUIRED),
-        "n_head": ("n_head", REQUIRED),
-        "ffn_hidden": ("n_inner", None),
-        "norm_eps": ("layer_norm_epsilon", 1e-5),
-        "tie_embeddings": ("tie_word_embeddings", True),
-        "activation": ("activation_function", "gelu_new"),
-    },
-    activations=GPT2_ACTIVATIONS,
-    write_parts=write_gpt2,
-    read_parts=read_gpt2,
-    names={
-        "token_embedding": "transformer.wte",
-        "position": "transformer.wpe",
-        "attention_norm": "ln_1",
-        **dict.fromkeys(("attention.query", "attention.key", "attention.value"), "attn.c_attn"),
-        "attention.output": "attn.c_proj",
-        "ffn_norm": "ln_2",
-        "ffn.up": "mlp.c_fc",
-        "ffn.down": "mlp.c_proj",
-        "norm": "transformer.ln_f",
-        "head": "lm_head",
-    },
-    layers="transformer.h",
-    buffers=re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"),
-    transposes=True,
-    requires_bias=True,
-)
 
 
 # Llama, and Mixtral, which has Llama's attention. config.json is written with ``rope_theta`` and ``rope_scaling``,
@@ -271,7 +204,7 @@ GPT2 = StateDictAdapter(
 def write_llama(config: ModelConfig) -> dict[str, Any]:
     """Return the further keys of config.json for a Llama model."""
     biases = {"attention_bias": config.bias, "mlp_bias": config.bias}
-    return {"head_dim": config.head_dim, **write_rope(config), "attention_dropout": config.dropout, **biases}
+    return {"head_dim": config.head_dim, **write_rope(config), **biases}
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any]:
@@ -290,7 +223,7 @@ def read_llama(hf: dict[str, Any], fields: dict[str, Any], rope_base: float = 10
     that is not supported."""
     bias = bool(hf.get("attention_bias", False))
     # Heads share the width evenly here; other models may have wider ones.
-    refuse_others(hf, {"head_dim": (fields["n_embd"] // fields["n_head"],), "mlp_bias": (bias,)})
+    refuse_others(hf, {"head_dim": [fields["n_embd"] // fields["n_head"]], "mlp_bias": [bias]})
     is_swiglu = fields["activation"] is Activation.silu
     return {
         "norm": Norm.rmsnorm,
@@ -305,63 +238,15 @@ def read_rope(hf: dict[str, Any], base: float) -> dict[str, Any]:
     """Return the fields of ModelConfig about rotary embeddings from a config.json of transformers 4 or 5."""
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))  # "type" is the older spelling
-    choices = {"rope_type": ("default", "linear", "llama3"), "partial_rotary_factor": (1.0,)}
+    choices: dict[str, list[Any]] = {"rope_type": ["default", "linear", "llama3"], "partial_rotary_factor": [1.0]}
     refuse_others({**hf, **rope, "rope_type": kind}, choices)
     fields: dict[str, Any] = {"rope_base": float(rope.get("rope_theta") or hf.get("rope_theta") or base)}
     if kind != "default":
         fields |= {"rope_scaling": RopeScaling[kind], "rope_factor": float(rope["factor"])}
     if kind == "llama3":
-        refuse_others({**hf, **rope}, {key: (value,) for key, value in LLAMA3.items()})
+        refuse_others({**hf, **rope}, {key: [value] for key, value in LLAMA3.items()})
         fields |= {"rope_original_block_size": rope["original_max_position_embeddings"]}
     return fields
-
-
-LLAMA_ACTIVATIONS = {
-    "silu": Activation.silu,
-    "gelu": Activation.gelu,
-    "gelu_pytorch_tanh": Activation.gelu_tanh,
-    "gelu_new": Activation.gelu_tanh,
-    "swish": Activation.silu,
-}
-"""Name in config.json -> activation of the gate. SiLU makes the layer SwiGLU, the other two GEGLU."""
-
-
-LLAMA = StateDictAdapter(
-    name="llama",
-    architecture="LlamaForCausalLM",
-    prefix="model.",
-    parts="norm=rmsnorm, position=rope, ffn=swiglu|geglu",
-    keys={
-        "vocab_size": ("vocab_size", REQUIRED),
-        "block_size": ("max_position_embeddings", REQUIRED),
-        "n_embd": ("hidden_size", REQUIRED),
-        "ffn_hidden": ("intermediate_size", REQUIRED),
-        "n_layer": ("num_hidden_layers", REQUIRED),
-        "n_head": ("num_attention_heads", REQUIRED),
-        "n_kv_head": ("num_key_value_heads", None),
-        "norm_eps": ("rms_norm_eps", 1e-6),
-        "tie_embeddings": ("tie_word_embeddings", False),
-        "activation": ("hidden_act", "silu"),
-    },
-    activations=LLAMA_ACTIVATIONS,
-    write_parts=write_llama,
-    read_parts=read_llama,
-    names={
-        "token_embedding": "model.embed_tokens",
-        "attention_norm": "input_layernorm",
-        **{f"attention.{name}": f"self_attn.{name[0]}_proj" for name in ("query", "key", "value", "output")},
-        "ffn_norm": "post_attention_layernorm",
-        **{f"ffn.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-        "norm": "model.norm",
-        "head": "lm_head",
-    },
-    layers="model.layers",
-    buffers=re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"),
-)
-
-
-# Mixtral: one tensor per matrix of an expert (w1 is the gate, w3 up, w2 down). Version 5 stacks them in memory, but not
-# on disk. Its router scales the weights of a token's experts to a sum of 1.
 
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
@@ -375,35 +260,26 @@ def read_mixtral(hf: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     """Return the parts of a Mixtral's config.json. Raise ConfigError for a part that is not supported."""
     # A window as long as the longest sequence excludes nothing.
     if hf.get("sliding_window") != fields["block_size"]:
-        refuse_others(hf, {"sliding_window": (None,)})
+        refuse_others(hf, {"sliding_window": [None]})
     parts = read_llama(hf, fields, rope_base=1e6)
     return parts | {"ffn": Ffn.moe, "expert_ffn": parts["ffn"], "router_normalize": True}
 
 
-MIXTRAL = dataclasses.replace(
-    LLAMA,
-    name="mixtral",
-    architecture="MixtralForCausalLM",
-    parts="norm=rmsnorm, position=rope, ffn=moe, expert_ffn=swiglu|geglu, expert_balance=loss, bias=false",
-    keys={
-        **LLAMA.keys,
-        "norm_eps": ("rms_norm_eps", 1e-5),
-        "n_expert": ("num_local_experts", REQUIRED),
-        "n_expert_per_token": ("num_experts_per_tok", REQUIRED),
-    },
-    write_parts=write_mixtral,
-    read_parts=read_mixtral,
-    names={
-        **LLAMA.names,
-        "ffn.router": "block_sparse_moe.gate",
-        **{
-            f"ffn.experts.{name}": f"block_sparse_moe.experts.{{}}.{hf_name}"
-            for name, hf_name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
-        },
-    },
-)
-
-ADAPTERS = (GPT2, LLAMA, MIXTRAL)
+WRITE_PARTS: dict[str, Callable[[ModelConfig], dict[str, Any]]] = {
+    "gpt2": no_parts,
+    "llama": write_llama,
+    "mixtral": write_mixtral,
+}
+"""Architecture -> function that returns the parts of a model as further keys of config.json."""
+READ_PARTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]] = {
+    "gpt2": no_parts,
+    "llama": read_llama,
+    "mixtral": read_mixtral,
+}
+"""Architecture -> function that returns further fields of ModelConfig, from a config.json and the fields that the table
+gave. It raises ConfigError for an unsupported part."""
+TABLE = resources.files("gpt.conversion").joinpath("architectures.yaml")
+ADAPTERS = tuple(StateDictAdapter(name, **row) for name, row in yaml.safe_load(TABLE.read_text()).items())
 
 
 def choose_adapter(config: ModelConfig) -> StateDictAdapter:

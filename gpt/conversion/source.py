@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -163,7 +164,7 @@ def inspect_hf_folder(folder: Path) -> tuple[StateDictAdapter, ModelConfig]:
 def check_names(folder: Path, adapter: StateDictAdapter, config: ModelConfig, names: set[str]) -> None:
     """Raise ConfigError unless a folder has exactly the tensors of the model."""
     wanted = {name for rule in adapter.rules(config) for name in rule.hf_names}
-    found = {name for name in map(adapter.canonical, names) if not adapter.buffers.fullmatch(name)}
+    found = {name for name in map(adapter.canonical, names) if not re.fullmatch(adapter.buffers, name)}
     if config.tie_embeddings:
         found.discard("lm_head.weight")  # some writers repeat this matrix; it is compared when it is read
     if wanted != found:
