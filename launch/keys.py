@@ -55,10 +55,15 @@ def docstrings(schema: type) -> dict[str, str]:
     return found
 
 
+def enum_of(kind: Any) -> type[Enum] | None:
+    """Return the Enum of a key's options; None if it has another type."""
+    kinds = (kind, *get_args(kind))
+    return next((one for one in kinds if isinstance(one, type) and issubclass(one, Enum)), None)
+
+
 def values_of(kind: Any, metadata: Any) -> str:
     """Return the values that a key accepts: its options, or unit and range of a number."""
-    kinds = [kind, *get_args(kind)]
-    enum = next((one for one in kinds if isinstance(one, type) and issubclass(one, Enum)), None)
+    kinds, enum = (kind, *get_args(kind)), enum_of(kind)
     if enum is not None:
         return ", ".join(option.name for option in enum)
     if bool in kinds:
@@ -89,9 +94,8 @@ def keys_of(schema: type, defaults: Any, prefix: str = "") -> Iterator[Key]:
             continue
         meaning = field.metadata.get("meaning") or docstrings(schema).get(field.name)
         if not meaning:  # the docstring of the Enum of its options
-            kinds = (hints[field.name], *get_args(hints[field.name]))
-            enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
-            meaning = " ".join((inspect.getdoc(enums[0]) or "").split()) if enums else ""
+            enum = enum_of(hints[field.name])
+            meaning = " ".join((inspect.getdoc(enum) or "").split()) if enum else ""
         default = "" if OmegaConf.is_missing(defaults, field.name) else written(defaults[field.name])
         values = values_of(hints[field.name], field.metadata)
         if field.name in elements:

@@ -29,8 +29,11 @@ LONGEST_POLL_S = 60.0
 
 def move(folders: Sequence[RunFolder], console: Console) -> None:
     """Move pending runs to the next candidates of their placements, and return when all these runs are over."""
-    plans = {point.folder.path: (point, promised(point)) for point in find_run_statuses(folders)}
-    points = [point for point, plan in plans.values() if plan is not None and plan.placement.is_watched]
+    placed = [(point, plan.placement) for point in find_run_statuses(folders) if (plan := promised(point)) is not None]
+    placed = [(point, placement) for point, placement in placed if placement.is_watched]
+    points = [point for point, _ in placed]
+    # A tenth of the shortest time between two moves.
+    shortest_s = min((6 * placement.retry_interval_min for _, placement in placed), default=0.0)
     with suppress(SlurmError):  # The first poll below reports the error.
         if poll(points, retries=1) is None:
             adopt_found(points, by="launch.move")
@@ -45,9 +48,7 @@ def move(folders: Sequence[RunFolder], console: Console) -> None:
         if problem is not None and not said:
             console.print(f"{problem}\nasking again until Slurm answers")
         said = problem is not None
-        # A tenth of the shortest time between two moves.
-        shortest = min(plan.placement.retry_interval_min for point in points if (plan := plans[point.folder.path][1]))
-        time.sleep(min(LONGEST_POLL_S, max(POLL_S, 60 * shortest / 10)))
+        time.sleep(min(LONGEST_POLL_S, max(POLL_S, shortest_s)))
 
 
 @refusing

@@ -41,21 +41,18 @@ def refuse_other_tasks(points: Sequence[DictConfig], chosen: str) -> None:
         points: composed configs with Hydra's own keys.
         chosen: option of the group ``hydra/launcher``.
     """
-    wanted = [int(point.nodes) + int(point.spare_nodes) for point in points]
-    given = [tasks_of(point.hydra.launcher) for point in points]
-    wrong = [(need, have) for need, have in zip(wanted, given, strict=True) if have is not None and have != need]
-    if not wrong:
-        return
     # Hydra imports this module in every app of the environment, even in a project with its own launch.py.
     from launch.errors import ConfigError, counted
 
-    need, have = wrong[0]
-    raise ConfigError(
-        f"a point with nodes={need} (spare_nodes included), and hydra/launcher={chosen} starts "
-        f"{counted(have, 'task')} for every point",
-        "one task, the agent, for each node of a point; a stock launcher gives all points the same resources",
-        f"the same without hydra/launcher={chosen}: then each point gets the nodes that it names",
-    )
+    for point in points:
+        need, have = int(point.nodes) + int(point.spare_nodes), tasks_of(point.hydra.launcher)
+        if have not in (None, need):
+            raise ConfigError(
+                f"a point with nodes={need} (spare_nodes included), and hydra/launcher={chosen} starts "
+                f"{counted(have, 'task')} for every point",
+                "one task, the agent, for each node of a point; a stock launcher gives all points the same resources",
+                f"the same without hydra/launcher={chosen}: then each point gets the nodes that it names",
+            )
 
 
 # The adapter from Hydra's Launcher to ``launch.sweep``. It composes each point separately, resources included.

@@ -28,9 +28,10 @@ import gpt_launch.own_names  # noqa: F401
 from launch.config.compose import read_point
 from launch.errors import CommandParser, ConfigError, refusing
 from launch.logs import find_run
+from launch.runs.events import select_events
 from launch.runs.folder import RunFolder
 from launch.slurm.client import SlurmError, job_fields
-from launch.slurm.status import RunStatus, poll
+from launch.slurm.status import RunStatus, last_of, poll
 from launch.storm.injection import rank_processes
 
 Stacks = dict[int, str]
@@ -45,13 +46,13 @@ def job_of_nodes(point: RunStatus) -> str | None:
     """
     poll([point])
     path = shlex.quote(str(point.folder.path))
-    started = [event for event in point.events() if event["event"] == "agent_started"]
+    started = select_events(point.events(), "agent_started")
     if point.state not in ("running", "unknown") or not started:
         raise ConfigError(f"{point.name} is {point.state}", "a run whose ranks run", f"python -m launch.status {path}")
     kind, number = str(started[-1]["job"]).split("-")[:2]  # slurm-123-0-0 or local-4567-...
     if kind == "slurm":
         return number
-    host = next((e["host"] for e in reversed(point.events()) if e["event"] == "submitted"), socket.gethostname())
+    host = last_of(point.events(), "submitted").get("host", socket.gethostname())
     if host != socket.gethostname():
         fix = f"ssh {host}, and python -m launch.attach {path} there"
         raise ConfigError(f"{point.name} runs on {host}", "a run on this machine, or a job of Slurm", fix)

@@ -8,31 +8,16 @@ from typing import Any, ClassVar, Optional
 
 from omegaconf import MISSING
 
-from launch.config.cluster import ClusterConfig, ClusterKind, InterconnectConfig, PlacementConfig
+from launch.config.cluster import ClusterConfig
+from launch.config.cluster import ClusterKind as ClusterKind  # for the importers of this module
 from launch.errors import ConfigError
 from launch.runs.compose import RunConfig
 from launch.runs.files import ReportFile
-from launch.runs.overrides import NOT_IN_POINT
 from launch.runs.records import ObjectiveOf
 from launch.schema import check_ranges, key
 
 # OmegaConf 2.3 reads these annotations at run time and knows Optional[X], not X | None.
 # ruff: noqa: UP045
-
-__all__ = [
-    "NOT_IN_POINT",
-    "BudgetConfig",
-    "ClusterConfig",
-    "ClusterKind",
-    "Config",
-    "HealthCheckConfig",
-    "InterconnectConfig",
-    "LaunchConfig",
-    "PlacementConfig",
-    "ResilienceConfig",
-    "RestartLimits",
-    "WorkloadConfig",
-]
 
 
 def split_command(name: str, command: Any) -> list[str]:

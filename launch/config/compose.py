@@ -14,12 +14,19 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from omegaconf import DictConfig
 
 import configs
-from launch.config import NOT_IN_POINT, Config
+from launch.config import Config
 from launch.errors import ConfigError, closest
 from launch.runs import compose
 from launch.runs.compose import RunConfig
 from launch.runs.folder import RunFolder, damaged
-from launch.runs.overrides import check_overrides, parse_override, searched_folders, typed_key, typed_value
+from launch.runs.overrides import (
+    NOT_IN_POINT,
+    check_overrides,
+    parse_override,
+    searched_folders,
+    typed_key,
+    typed_value,
+)
 from launch.schema import schema_keys
 from launch.workload import BEFORE_WORKLOADS, Workload, load_workload
 

@@ -22,7 +22,14 @@ from launch.plan.placement import Placement, copy_path, place_point, worst_case
 from launch.runs import compose
 from launch.runs.compose import choose_folder, refuse_other_run
 from launch.runs.environment import visible_gpus
-from launch.runs.events import Continuation, Events, apply_continuation, is_finished, plan_continuation
+from launch.runs.events import (
+    Continuation,
+    Events,
+    apply_continuation,
+    is_finished,
+    plan_continuation,
+    select_events,
+)
 from launch.runs.files import write_json
 from launch.runs.folder import RunFolder, read_plan, writing_into
 from launch.runs.overrides import PLACE_KEYS, without_key
@@ -339,7 +346,7 @@ def record_found(folder: RunFolder, job_id: str, nodes: int, by: str) -> None:
 
     The candidate is the target of the run's last move, or the first possible one: refusals of sbatch are not known.
     """
-    ends = [event for event in folder.read_events() if event["event"] in ("submitted", "moved", "next_job")]
+    ends = select_events(folder.read_events(), "submitted", "moved", "next_job")
     is_move = ends and (ends[-1]["event"] == "moved" or (ends[-1].get("after") and ends[-1]["job_id"] == job_id))
     last = ends[-1] if is_move else None
     more = {"by": by, **({"moved": True} if last else {})}
@@ -359,7 +366,7 @@ def record_next_job(folder: RunFolder, job_id: str | None, after: str, candidate
 
 def next_job(events: Events, after: str) -> str | None:
     """Return the id of the job that continues a run when the job ``after`` has ended; None if there is none."""
-    found = [event["job_id"] for event in events if event["event"] == "next_job" and event["after"] == after]
+    found = [event["job_id"] for event in select_events(events, "next_job", after=after)]
     return str(found[-1]) if found and found[-1] is not None else None
 
 

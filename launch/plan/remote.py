@@ -52,10 +52,9 @@ def remote_of(words: Sequence[str]) -> tuple[Remote, list[str]] | None:
     Raises:
         ConfigError: the value has another form than ``ssh:LOGIN`` or ``ssh:LOGIN:FOLDER``.
     """
-    value = typed_value(words, KEY) or os.environ.get(VARIABLE)
-    if value in (None, "", "null"):
+    value = typed_value(words, KEY) or os.environ.get(VARIABLE) or "null"
+    if value == "null":
         return None
-    assert value is not None
     kind, _, rest = value.partition(":")
     host, _, folder = rest.partition(":")
     if kind != "ssh" or not host or host.startswith("-"):

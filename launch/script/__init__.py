@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -165,11 +166,9 @@ class ScriptWorkload(Workload):
 
         References such as ``${run_dir}`` become ``%{run_dir}``, which ``command`` replaces when the ranks start.
         """
+        raw: Any = OmegaConf.to_container(document.script, resolve=False)
         for key in ("args", "resume_args", "options", "env", "command"):
-            raw = OmegaConf.to_container(document, resolve=False)
-            assert isinstance(raw, dict)
-            value = raw["script"].get(key)
-            if value is not None:
+            if (value := raw.get(key)) is not None:
                 require_known(f"script.{key}", value, [str(known) for known in document])
                 document.script[key] = keep_values(value)
         make_absolute([(document, "output_dir"), (document, "run_dir"), (document.script, "path")])

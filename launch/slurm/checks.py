@@ -191,19 +191,24 @@ def gres_text(part: Gres) -> str:
     return ":".join(text for text in (part.name, part.type, str(part.count)) if text)
 
 
+def kinds_text(nodes: Sequence[NodeLimits]) -> str:
+    """Write the generic resources of nodes, each kind once."""
+    return ", ".join(sorted({gres_text(part) for node in nodes for part in node.gres})) or "no generic resources"
+
+
 # The checks of one request at one partition.
 
 
 def check_partition_state(case: Case) -> Iterator[Finding]:
     """Check that the partition accepts and starts jobs."""
     name, state = case.partition.name, case.partition.state
-    if state == "UP":
-        return
-    others = [p.name for p in case.limits.partitions if p.state == "UP"]
-    why = "jobs wait there until somebody brings it up" if state == "DOWN" else REFUSES
-    fix = f"cluster.partition={others[0]}" if others else f"scontrol show partition {name}"
-    found = fail("partition", f"partition {name} is {state}", why, fix)
-    yield doubt(found, "somebody does") if state == "DOWN" else found
+    fixes = [f"cluster.partition={other.name}" for other in case.limits.partitions if other.state == "UP"]
+    fix, found = [*fixes, f"scontrol show partition {name}"][0], f"partition {name} is {state}"
+    if state == "DOWN":
+        why = "jobs wait there until somebody brings it up"
+        yield doubt(fail("partition", found, why, fix), "somebody does")
+    elif state != "UP":
+        yield fail("partition", found, REFUSES, fix)
 
 
 def check_access(case: Case) -> Iterator[Finding]:
@@ -302,8 +307,7 @@ def check_resources(case: Case) -> Iterator[Finding]:
         if amount <= most:
             enough = [node for node in enough if have(node) >= amount]
             continue
-        kinds = sorted({gres_text(g) for node in case.nodes for g in node.gres}) or ["no generic resources"]
-        there = f" (nodes have {', '.join(kinds)})" if most == 0 else ""
+        there = f" (nodes have {kinds_text(case.nodes)})" if most == 0 else ""
         found = f"{key}={kind}{amount:.12g}, and the best node of {name} has {most:.4g} {unit}{there}"
         yield fail("resources", found, PENDS, f"{key}={f'{kind}{int(most)}' if most else 'null'}")
     if len(enough) < config.nodes_asked:
@@ -351,8 +355,7 @@ def check_partition(case: Case) -> Iterator[Finding]:
     hidden = case.partition.total_nodes - len(case.limits.nodes_of(case.partition))
     if hidden > 0:
         complaints = [doubt(finding, f"{hidden} nodes that Slurm does not show have it") for finding in complaints]
-    for check in (check_partition_state, check_access, check_time, check_defaults):
-        complaints += check(case)
+    complaints += [*check_partition_state(case), *check_access(case), *check_time(case), *check_defaults(case)]
     if not has_errors(complaints):
         room = f"{case.config.nodes_asked} of {len(case.nodes)} nodes for {case.config.cluster.timeout_min} min"
         yield fine("partition", f"{case.partition.name}: {room}")

@@ -150,6 +150,7 @@ def controller_problem() -> str | None:
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 """Slurm's states of jobs that will start, or start again."""
 WORKING = ("RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED")
+PHASES = {"UNKNOWN": "unknown", **dict.fromkeys(WAITING, "pending"), **dict.fromkeys(WORKING, "running")}
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,7 @@ class JobState:
 
         A job that is over does not start again by itself.
         """
-        known = {"UNKNOWN": "unknown", **dict.fromkeys(WAITING, "pending"), **dict.fromkeys(WORKING, "running")}
-        return known.get(self.state, "over")
+        return PHASES.get(self.state, "over")
 
     @property
     def detail(self) -> str:
@@ -302,12 +302,11 @@ def unix_time(text: str) -> float | None:
 
 def seconds(text: str) -> float | None:
     """Return the seconds of a duration that Slurm prints, ``1-02:03:04``; None for other words, such as UNLIMITED."""
-    days, _, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if found is None:
         return None
-    hours, minutes, rest = (int(part) for part in parts)
-    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + rest
+    days, hours, minutes, rest = (int(part or 0) for part in found.groups())
+    return days * 86400 + hours * 3600 + minutes * 60 + rest
 
 
 def requeue(job_id: str) -> None:

@@ -25,7 +25,7 @@ from launch.runs.folder import RunFolder, read_plan
 from launch.slurm.client import SlurmBusyError, SlurmError
 from launch.slurm.jobs import ACTIVE, SlurmJob, ask_queue
 from launch.slurm.limits import OWN_WISH
-from launch.slurm.status import RunStatus, last_placed
+from launch.slurm.status import RunStatus, last_of, last_placed
 from launch.slurm.submit import submit_somewhere
 
 LEAVE_S = 30.0
@@ -60,15 +60,14 @@ def move_if_due(point: RunStatus, plan: Plan, console: Console) -> None:
     """
     status, events, now = point.job_status, point.events(), time.time()
     last = last_placed(events)
-    move = last if last is not None and last["event"] == "moved" else None
+    is_moving = last.get("event") == "moved"
     if status.phase == "over":
-        if move is None:  # Another process has just moved the point.
-            return
-        submit_moved(point, plan, move["candidate"], move["waiting_since"], console)
+        if is_moving:  # Otherwise another process has just moved the point.
+            submit_moved(point, plan, last["candidate"], last["waiting_since"], console)
         return
     if status.since is None or status.reason in OWN_WISH:
         return
-    at = next(e["candidate"] for e in reversed(events) if e["event"] == "submitted")
+    at = last_of(events, "submitted")["candidate"]
     since = waiting_since(events, status.since)
     leaves, to = decide(plan.placement, at, now - status.since, now - since)
     if not leaves:
@@ -81,7 +80,7 @@ def move_if_due(point: RunStatus, plan: Plan, console: Console) -> None:
     if to is None:
         cause = f"{duration_text(now - since)} in the queue, at last {waited}"
         point.folder.record_event("gave_up", **known, cause=cause)
-    elif move is None or move["candidate"] != to:  # Otherwise the move is already recorded.
+    elif not is_moving or last["candidate"] != to:  # Otherwise the move is already recorded.
         name = plan.placement.candidates[to].name
         point.folder.record_event("moved", **known, to=name, candidate=to, cause=waited)
         console.print(f"{point.name}: waited {waited}, moves to {name}")
@@ -158,15 +157,14 @@ def promised(point: RunStatus) -> Plan | None:
 
 def record_stay(point: RunStatus) -> None:
     """Record that a point started during its move, and so keeps its place. Does nothing if no move was recorded."""
-    last = last_placed(point.events())
-    if last is not None and last["event"] in ("moved", "gave_up"):
+    if last_placed(point.events()).get("event") in ("moved", "gave_up"):
         point.folder.record_event("stayed", cause="it has started meanwhile, or Slurm did not take it out of the queue")
 
 
 def is_current(point: RunStatus) -> bool:
     """Return whether no other process has moved or cancelled the point since the last poll."""
-    submitted = [str(event["job_id"]) for event in point.events() if event["event"] == "submitted"]
-    return not point.is_cancelled and point.job is not None and submitted[-1] == point.job.job_id
+    submitted = last_of(point.events(), "submitted")
+    return not point.is_cancelled and point.job is not None and str(submitted["job_id"]) == point.job.job_id
 
 
 @contextmanager

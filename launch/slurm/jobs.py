@@ -25,7 +25,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 from launch.agent import node as processes
 from launch.errors import ConfigError
 from launch.plan.plan import JOBS, SLURM_JOBS, Plan
-from launch.runs.events import refuse_alive
+from launch.runs.events import refuse_alive, select_events
 from launch.runs.files import is_own
 from launch.runs.folder import RunFolder
 from launch.slurm import client as scheduler
@@ -250,7 +250,7 @@ def refuse_running(plan: Plan, own: str | None = None) -> None:
         SlurmError: Slurm does not answer.
     """
     folder = RunFolder(plan.run_dir)
-    submitted = [e for e in folder.read_events() if e["event"] == "submitted"]
+    submitted = select_events(folder.read_events(), "submitted")
     for job in (job_of(submitted[-1]) if submitted else None, find_unrecorded(folder)):
         phase = "over" if job is None or job.job_id == own else job.status(ask_queue([job])).phase
         if job is None or phase not in ACTIVE:
@@ -269,12 +269,13 @@ def refuse_running(plan: Plan, own: str | None = None) -> None:
 
 def find_unrecorded(folder: RunFolder) -> SlurmJob | None:
     """Return the newest active Slurm job of a run that no event names; None if there is none. Raises SlurmError."""
-    known = {str(event["job_id"]) for event in folder.read_events() if event["event"] == "submitted"}
-    pickles = {
-        SlurmJob(p.name.removesuffix(SUBMITTED)): p for p in slurm_folder(folder.path).glob(f"[0-9]*{SUBMITTED}")
-    }
-    # The pickles name the run, so that squeue asks only for jobs of this run; mostly there are none.
-    own = [j for j, pickle in pickles.items() if j.job_id not in known and run_dir_of(pickle) == str(folder.path)]
+    known = {str(event["job_id"]) for event in select_events(folder.read_events(), "submitted")}
+    own = []
+    for pickle in slurm_folder(folder.path).glob(f"[0-9]*{SUBMITTED}"):
+        job = SlurmJob(pickle.name.removesuffix(SUBMITTED))
+        # The pickles name the run, so that squeue asks only for jobs of this run; mostly there are none.
+        if job.job_id not in known and run_dir_of(pickle) == str(folder.path):
+            own.append(job)
     queue = ask_queue(own)
     ours = [job for job in own if job.status(queue).phase in ACTIVE]
     return max(ours, key=lambda job: [int(number) for number in job.job_id.split("_")], default=None)

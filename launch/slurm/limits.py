@@ -65,6 +65,11 @@ def minutes_of(text: str) -> float | None:
     return None if seconds is None else seconds / 60
 
 
+def count_of(text: str) -> int:
+    """Read a whole number; 0 for UNLIMITED and for other words."""
+    return whole_number(text) or 0
+
+
 def node_states(text: str) -> frozenset[str]:
     """Return the states of a node from Slurm's text, such as ``IDLE+DRAIN``.
 
@@ -101,11 +106,11 @@ class Partition:
     is_default: bool = from_slurm("Default", lambda text: text == "YES")
     state: str = from_slurm("State")
     max_time_min: float | None = from_slurm("MaxTime", minutes_of)
-    min_nodes: int = from_slurm("MinNodes", lambda text: whole_number(text) or 0)
+    min_nodes: int = from_slurm("MinNodes", count_of)
     max_nodes: int | None = from_slurm("MaxNodes", whole_number)
-    grace_s: int = from_slurm("GraceTime", lambda text: whole_number(text) or 0)
+    grace_s: int = from_slurm("GraceTime", count_of)
     preempt_mode: str = from_slurm("PreemptMode", lambda text: text or "OFF")
-    priority_tier: int = from_slurm("PriorityTier", lambda text: whole_number(text) or 0)
+    priority_tier: int = from_slurm("PriorityTier", count_of)
     allow_accounts: tuple[str, ...] | None = from_slurm("AllowAccounts", names)
     allow_qos: tuple[str, ...] | None = from_slurm("AllowQos", names)
     max_cpus_per_node: int | None = from_slurm("MaxCPUsPerNode", whole_number)
@@ -115,7 +120,7 @@ class Partition:
     memory_per_node_mb: int | None = from_slurm("DefMemPerNode", whole_number)
     is_exclusive: bool = from_slurm("OverSubscribe", lambda text: text.startswith("EXCLUSIVE"))
     """True if every job gets whole nodes."""
-    total_nodes: int = from_slurm("TotalNodes", lambda text: whole_number(text) or 0)
+    total_nodes: int = from_slurm("TotalNodes", count_of)
     """Number of the partition's nodes, including nodes that Slurm does not show (PrivateData without ``cloud``)."""
     qos: str | None = from_slurm("QoS", lambda text: None if text in NOTHING else text)
     """QOS of the partition, which may lift limits of the partition for every job in it; None if there is none."""
@@ -129,8 +134,8 @@ class NodeLimits:
     partitions: tuple[str, ...] = from_slurm("Partitions", lambda text: names(text) or ())
     states: frozenset[str] = from_slurm("State", node_states)
     reason: str = from_slurm("Reason")
-    cpus: int = from_slurm("CPUEfctv CPUTot", lambda text: whole_number(text) or 0)
-    memory_mb: int = from_slurm("RealMemory", lambda text: whole_number(text) or 0)
+    cpus: int = from_slurm("CPUEfctv CPUTot", count_of)
+    memory_mb: int = from_slurm("RealMemory", count_of)
     gres: tuple[Gres, ...] = from_slurm("Gres", gres)
     features: frozenset[str] = from_slurm("AvailableFeatures", lambda text: frozenset(names(text) or ()))
 
@@ -200,15 +205,12 @@ def parse_limits(config_text: str, partition_text: str, node_text: str) -> Limit
 
 def how_preempted(limits: Limits, partition: Partition) -> str:
     """Return the preempt mode of this partition in Slurm's words; OFF if nothing can preempt its jobs."""
-    kind, mode = limits.config.get("PreemptType", "preempt/none"), partition.preempt_mode.upper()
-    if kind.endswith("/none") or mode == "OFF":
+    kind = limits.config.get("PreemptType", "preempt/none")
+    above = {p.name for p in limits.partitions if p.priority_tier > partition.priority_tier}
+    is_below = any(above & {*node.partitions} for node in limits.nodes_of(partition))
+    if kind.endswith("/none") or (kind.endswith("partition_prio") and not is_below):
         return "OFF"
-    if kind.endswith("partition_prio"):
-        own = {node.name for node in limits.nodes_of(partition)}
-        above = [p for p in limits.partitions if p.priority_tier > partition.priority_tier]
-        if not any(own & {node.name for node in limits.nodes_of(p)} for p in above):
-            return "OFF"
-    return mode
+    return partition.preempt_mode.upper()
 
 
 @dataclass(frozen=True, kw_only=True)

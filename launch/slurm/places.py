@@ -24,15 +24,13 @@ from launch.slurm.checks import (
     check_request,
     excluded,
     fail,
-    gres_text,
+    kinds_text,
     partitions_of,
     soften_some,
 )
 from launch.slurm.dependency import shapes
 from launch.slurm.jobs import sbatch_text
 from launch.slurm.limits import Limits, Partition, SlurmFacts
-
-WITHOUT_CHECK = "launch.check_limits=false submits without this check"
 
 
 def requests_of(
@@ -47,19 +45,19 @@ def requests_of(
 
 
 def check_candidates(facts: SlurmFacts, request: Request) -> list[tuple[str, list[Finding]]]:
-    """Return the name of each candidate of a request, and the findings of all checks there."""
-    return [
-        (name, check_at(facts, replace(request, config=config))) for name, config in placement.configs(request.config)
-    ]
+    """Return the name of each candidate of a request, and the findings of all checks there.
 
-
-def check_at(facts: SlurmFacts, request: Request) -> list[Finding]:
-    """Return the findings of all checks of a request; empty if no controller answers."""
-    try:
-        request.config.validate()
-    except ConfigError as error:
-        return [fail("resources", error.found, f"expected: {error.expected}", error.fix)]
-    return [] if facts.limits is None else check_request(facts.limits, request)
+    Without an answer of a controller, only the config of the candidate is checked.
+    """
+    found = []
+    for name, config in placement.configs(request.config):
+        try:
+            config.validate()
+            findings = [] if facts.limits is None else check_request(facts.limits, replace(request, config=config))
+        except ConfigError as error:
+            findings = [fail("resources", error.found, f"expected: {error.expected}", error.fix)]
+        found.append((name, findings))
+    return found
 
 
 def check_requests(facts: SlurmFacts, requests: Sequence[Request]) -> list[Finding]:
@@ -107,12 +105,12 @@ def refuse_impossible(facts: SlurmFacts, request: Request, places: Placement, er
             "python -m launch.doctor, with the same arguments: for each candidate it says what to request instead",
         )
     assert facts.limits is not None
-    fixes, limits = " ".join(dict.fromkeys(error.fix for error in errors)), facts.limits
-    rooms = [room_in(limits, part) for part in partitions_of(limits, request.config) or limits.partitions]
+    rooms = [room_in(facts.limits, part) for part in partitions_of(facts.limits, request.config)]
+    fixes = dict.fromkeys(error.fix for error in errors)
     raise ConfigError(
         f"{points}, which Slurm would never start: {places.candidates[0].never}",
-        "; ".join(rooms),
-        f"{fixes}; {WITHOUT_CHECK}",
+        "; ".join(rooms or (room_in(facts.limits, part) for part in facts.limits.partitions)),
+        f"{' '.join(fixes)}; launch.check_limits=false submits without this check",
     )
 
 
@@ -123,12 +121,10 @@ def room_in(limits: Limits, partition: Partition) -> str:
         return f"partition {partition.name} has no nodes"
     most = min(len(nodes), partition.max_nodes or NO_LIMIT)
     time = "without a time limit" if partition.max_time_min is None else f"for {partition.max_time_min:g} min"
-    least = f"{partition.min_nodes} to " if partition.min_nodes > 1 else "at most "
     cpus = min(max(node.cpus for node in nodes), partition.max_cpus_per_node or NO_LIMIT)
     memory = min(max(node.memory_mb for node in nodes), partition.max_memory_mb or NO_LIMIT) / MB_IN_GB
-    kinds = ", ".join(sorted({gres_text(part) for node in nodes for part in node.gres})) or "no generic resources"
-    each = f"up to {cpus} CPUs, {memory:.4g} GiB of memory, {kinds}"
-    return f"partition {partition.name}: {least}{most} nodes {time}, each of {each}"
+    each = f"up to {cpus} CPUs, {memory:.4g} GiB of memory, {kinds_text(nodes)}"
+    return f"partition {partition.name}: at most {most} nodes {time}, each of {each}"
 
 
 def check_before_submitting(

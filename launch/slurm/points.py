@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from launch.config import ClusterConfig, ClusterKind, Config
@@ -67,16 +66,15 @@ class OpenPoint:
     def __post_init__(self) -> None:
         self.config = typed_config(self.document)
 
-    def set_cluster(self, key: str, value: Any) -> None:
-        """Set a key of ``cluster`` in the composed and in the typed config."""
-        setattr(self.config.cluster, key, value)
-        OmegaConf.update(self.document, f"cluster.{key}", value)
+    def store(self, *keys: str) -> None:
+        """Copy these keys of ``cluster`` from the typed config, where they were chosen, into the composed config."""
+        for key in keys:
+            self.document.cluster[key] = getattr(self.config.cluster, key)
 
     def fit_job(self) -> str:
         """Fit the point into the job that this process runs in. Returns a description of the job."""
         described = fit_job(self.config)
-        for key in ("gpus_per_node", "timeout_min", "placement"):
-            self.set_cluster(key, getattr(self.config.cluster, key))
+        self.store("gpus_per_node", "timeout_min", "placement")
         self.document.resilience.requeue = self.config.resilience.requeue
         return described
 
@@ -129,9 +127,11 @@ def choose_clusters(configs: Sequence[DictConfig], console: Console) -> list[Clu
             "a controller that answers; this may be a login node, so cluster=auto trains nothing here",
             "the same command when scontrol ping says UP, or cluster=local",
         )
-    found = ClusterKind.slurm if problem is None else ClusterKind.local
-    why = {None: "sbatch and a controller that answers", "": "no Slurm here: nodes are agents on this machine"}
-    said = why.get(problem, f"no controller answers, and without dry_run this is refused: {problem}")
+    found, said = ClusterKind.local, "no Slurm here: nodes are agents on this machine"
+    if problem is None:
+        found, said = ClusterKind.slurm, "sbatch and a controller that answers"
+    elif problem:
+        said = f"no controller answers, and without dry_run this is refused: {problem}"
     console.print(f"cluster=auto: {found.name} ({said})")
     return [found if kind is ClusterKind.auto else kind for kind in kinds]
 
@@ -160,8 +160,7 @@ def choose_resources(points: Sequence[OpenPoint], console: Console) -> SlurmFact
             for finding in choose_on_slurm(point.config, slurm):
                 says = f"warning: {finding.found}: {finding.why}; type {finding.fix}"
                 lines.append(finding.found if finding.level is Level.ok else says)
-            for key in CHOICES:
-                point.set_cluster(key, getattr(point.config.cluster, key))
+            point.store(*CHOICES)
     for line in dict.fromkeys(lines):
         console.print(line)
     return slurm
@@ -175,7 +174,8 @@ def choose_exclusive(points: Sequence[OpenPoint]) -> list[str]:
     for point in points:
         cluster = point.config.cluster
         if cluster.exclusive is None and "exclusive" not in cluster.additional_parameters:
-            point.set_cluster("exclusive", True)
+            cluster.exclusive = True
+            point.store("exclusive")
             lines = [EXCLUSIVE]
     return lines
 
@@ -209,8 +209,8 @@ def choose_on_slurm(config: Config, slurm: SlurmFacts) -> list[Finding]:
         number, finding = choose(config, slurm)
         if number is not None:
             setattr(config.cluster, key, number)
-        found += [] if finding is None else [finding]
-    return found
+        found.append(finding)
+    return [finding for finding in found if finding is not None]
 
 
 def partitions_there(config: Config, slurm: SlurmFacts) -> list[tuple[Partition, Config]]:

@@ -6,13 +6,14 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from launch.agent.policy import WANTED, Action
 from launch.errors import ConfigError
 from launch.plan.plan import Plan, next_job, record_found
-from launch.runs.events import failure_text, fewer_nodes, first_failure, last_command
+from launch.runs.events import Events, failure_text, fewer_nodes, first_failure, last_command, select_events
 from launch.runs.files import is_full
 from launch.runs.find import labels_inside
 from launch.runs.folder import RunFolder, read_plan
@@ -33,14 +34,13 @@ The agents need longer to be sure that a node is lost (``resilience.node_timeout
 
 # Outcome of a run by its event log alone.
 
-Log = Sequence[dict[str, Any]]
 DECISIVE = ("submitted", "moved", "requeued", "agent_started", "started", "agent_ended")
 """Events of which the last one shows whether an agent works on the run, or will do so."""
 PLACED = ("submitted", "moved", "gave_up", "stayed")
 """Events that name the place where a point waits; the last one counts."""
 
 
-def outcome(events: Log) -> str:
+def outcome(events: Events) -> str:
     """Return the state of a run whose job is over: finished, failed, stopped, cancelled or budget_exceeded.
 
     A run without a recorded end has failed.
@@ -59,50 +59,48 @@ def outcome(events: Log) -> str:
     return "stopped" if why_not_restarted(events) is None and names & {"stopped", "agent_stopped"} else "failed"
 
 
-def agent_has_left(events: Log) -> bool:
+def agent_has_left(events: Events) -> bool:
     """Return whether the agent has recorded that the run ends, and has left."""
-    last = last_of(events, DECISIVE)
-    if last is None or last["event"] != "agent_ended" or last.get("cause") == "killed":
+    last = last_of(events, *DECISIVE)
+    if last.get("event") != "agent_ended" or last.get("cause") == "killed":
         return False
-    decision = last_of(events_since_start(events), ("decided", "requeue_failed"))
-    return decision is not None and (decision["event"] == "requeue_failed" or decision["action"] == Action.stop)
+    decision = last_of(events_since_start(events), "decided", "requeue_failed")
+    return decision.get("event") == "requeue_failed" or decision.get("action") == Action.stop
 
 
-def why_not_restarted(events: Log) -> str | None:
+def why_not_restarted(events: Events) -> str | None:
     """Return the recorded reason for which a failed or interrupted run does not start again; None if there is none."""
-    last = last_of(events, ("decided", "requeue_failed", "started"))
-    if last is None or last["event"] == "started":
-        return None
-    if last["event"] == "requeue_failed":
+    last = last_of(events, "decided", "requeue_failed", "started")
+    if last.get("event") == "requeue_failed":
         return str(last["cause"])
-    return str(last["reason"]) if last["action"] == Action.stop and last["cause"] not in WANTED else None
+    return str(last["reason"]) if last.get("action") == Action.stop and last["cause"] not in WANTED else None
 
 
-def state_between_places(events: Log, is_out: bool) -> tuple[str, str] | None:
+def state_between_places(events: Events, is_out: bool) -> tuple[str, str] | None:
     """Return state and detail of a point that is moving to another candidate, or was given up; else None.
 
     ``is_out`` is True if the last job of the point has left the queue.
     """
     last = last_placed(events)
-    if last is not None and last["event"] == "gave_up":
+    if last.get("event") == "gave_up":
         return "placement_timeout", str(last["cause"])
-    if last is not None and last["event"] == "moved" and is_out and all(e["event"] != "cancelled" for e in events):
+    if last.get("event") == "moved" and is_out and not select_events(events, "cancelled"):
         return "pending", f"on its way to {last['to']}"
     return None
 
 
-def last_placed(events: Log) -> dict[str, Any] | None:
-    """Return the last event that names the place of a waiting point; None if none, or if the point ran afterwards."""
-    last = last_of(events, (*PLACED, "agent_started", "started"))
-    return last if last is not None and last["event"] in PLACED else None
+def last_placed(events: Events) -> dict[str, Any]:
+    """Return the last event that names the place of a waiting point; empty if none, or if the point ran afterwards."""
+    last = last_of(events, *PLACED, "agent_started", "started")
+    return last if last.get("event") in PLACED else {}
 
 
-def last_of(events: Log, names: Sequence[str]) -> dict[str, Any] | None:
-    """Return the last event with one of these names; None if there is none."""
-    return next((event for event in reversed(events) if event["event"] in names), None)
+def last_of(events: Events, *names: str) -> dict[str, Any]:
+    """Return the last event with one of these names; empty if there is none."""
+    return next((event for event in reversed(events) if event["event"] in names), {})
 
 
-def events_since_start(events: Log) -> Log:
+def events_since_start(events: Events) -> Events:
     """Return the events from the last ``started`` on; all events if there is none."""
     return events[max((i for i, e in enumerate(events) if e["event"] == "started"), default=0) :]
 
@@ -161,7 +159,7 @@ class RunStatus:
     @property
     def is_cancelled(self) -> bool:
         """Return whether the run was cancelled since this submission."""
-        return any(event["event"] == "cancelled" for event in self.events())
+        return bool(select_events(self.events(), "cancelled"))
 
     @property
     def is_over(self) -> bool:
@@ -271,7 +269,7 @@ def poll(points: Sequence[RunStatus], retries: int = RETRIES, *, trust_log: bool
 
 def adopt_job(point: RunStatus) -> None:
     """Set the job of a point to the newest job in its event log. Any process may have submitted or moved it."""
-    submitted = [e for e in point.events() if e["event"] == "submitted"]
+    submitted = select_events(point.events(), "submitted")
     if not submitted:
         point.job = point.found or point.job
         return
@@ -332,15 +330,13 @@ def update(point: RunStatus, queue: Mapping[str, JobState]) -> None:
             if point.state == "failed" and status.state != "CANCELLED" and (silent := silence(point)):
                 point.detail = ", ".join(part for part in (point.detail, silent) if part)
     if point.state == "budget_exceeded":
-        point.detail = next(e["cause"] for e in reversed(point.events()) if e["event"] == "budget_reached")
+        point.detail = last_of(point.events(), "budget_reached")["cause"]
 
 
 def silence(point: RunStatus) -> str:
     """Explain a Slurm job whose agents left neither an event nor output; empty for all other jobs."""
-    path = point.folder.path
-    logs = agent_logs(path, point.job, 0) if isinstance(point.job, SlurmJob) else []
-    started = any(event["event"] == "agent_started" for event in point.events())
-    if not logs or started or any(log.is_file() and log.stat().st_size for log in logs):
+    path, started = point.folder.path, select_events(point.events(), "agent_started")
+    if started or not isinstance(point.job, SlurmJob) or printed_logs(point):
         return ""
     return (
         f"its agents wrote nothing: the nodes may not see {path}, or may not write there; "
@@ -349,17 +345,27 @@ def silence(point: RunStatus) -> str:
     )
 
 
+def printed_logs(point: RunStatus) -> list[Path]:
+    """Return the logs of the first agent that are not empty: standard error, then standard output."""
+    logs = [] if point.job is None else agent_logs(point.folder.path, point.job, 0)[::-1]
+    return [log for log in logs if log.is_file() and log.stat().st_size]
+
+
 def state_without_job(point: RunStatus) -> tuple[str, str]:
     """Return state and detail of a point that waits on this machine, or of a run without the launcher
     (``gpt.train``).
     """
-    events = point.events()
     if LocalQueueEntry(point.folder).events_before() is not None:
         return ("cancelled", "") if point.is_cancelled else ("pending", "after the points before it")
-    ended = last_of(events_since_start(events), ("finished", "stopped"))
-    if point.is_cancelled or point.failure() or ended:
-        return outcome(events), ""
+    if has_ended(point) or point.is_cancelled:
+        return outcome(point.events()), ""
     return ("unknown", "not submitted by the launcher") if point.attempts() else ("not started", "")
+
+
+def has_ended(point: RunStatus) -> bool:
+    """Return whether the event log has an end of the newest attempt, or a failure in it."""
+    ends = ("finished", "stopped", "cancelled", "budget_reached")
+    return bool(select_events(events_since_start(point.events()), *ends) or point.failure())
 
 
 def update_from_event_log(points: Sequence[RunStatus]) -> None:
@@ -367,9 +373,8 @@ def update_from_event_log(points: Sequence[RunStatus]) -> None:
     for point in points:
         events = point.events()
         if isinstance(point.job, SlurmJob) and not agent_has_left(events):
-            ended = last_of(events_since_start(events), ("finished", "stopped", "cancelled", "budget_reached"))
             given_up = state_between_places(events, is_out=False)
-            point.state = given_up[0] if given_up else outcome(events) if ended or point.failure() else "unknown"
+            point.state = given_up[0] if given_up else outcome(events) if has_ended(point) else "unknown"
             point.detail = "" if point.is_over else "Slurm does not answer"
             point.eta_s = None
 
@@ -407,8 +412,8 @@ def explain_end(point: RunStatus) -> str:
         head = f"the filesystem of {point.folder.path} {lacks}\n{head}"
     why = why_not_restarted(point.events())
     last = f"\nnot started again: {why}" if why is not None else ""
-    refused = last_of(events_since_start(point.events()), ["start_refused"])
-    if refused is not None:  # The log of a start after the attempt that failed.
+    refused = last_of(events_since_start(point.events()), "start_refused")
+    if refused:  # The log of a start after the attempt that failed.
         return f"{head}:\n{refused['cause']}{last}"
     failure = point.failure() if failed else None
     if failure is not None:
@@ -417,8 +422,7 @@ def explain_end(point: RunStatus) -> str:
         return f"{head}{last}"
     if point.state == "placement_timeout":
         return f"{head}; the same command submits it again"
-    logs = agent_logs(point.folder.path, point.job, 0)[::-1] if failed and point.job is not None else []
-    for log in (log for log in logs if log.is_file() and log.stat().st_size):
+    for log in printed_logs(point) if failed else []:
         lines = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         return f"{head}; the last lines of the first agent ({log}):\n{lines}"
     return f"{head}; nothing was recorded in {point.folder.path}" if failed and not silence(point) else head

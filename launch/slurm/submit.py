@@ -28,6 +28,7 @@ from launch.plan.placement import RUNS_FROM, next_candidate, running_from
 from launch.plan.plan import JOBS, Plan
 from launch.plan.preflight import plan_text, worst_case_text
 from launch.runs.environment import visible_gpus
+from launch.runs.events import select_events
 from launch.runs.files import make_folder
 from launch.runs.folder import RunFolder
 from launch.slurm.allocation import held_job, is_in_step
@@ -153,7 +154,7 @@ def refusal_text(error: SlurmError) -> str:
 def remove_unused(run_dirs: Sequence[str]) -> None:
     """Remove run folders for which no job was submitted, and the folder of the sweep if it is then empty."""
     for run_dir in run_dirs:
-        if not any(event["event"] == "submitted" for event in RunFolder(run_dir).read_events()):
+        if not select_events(RunFolder(run_dir).read_events(), "submitted"):
             shutil.rmtree(run_dir, ignore_errors=True)
     for group in {Path(run_dir).parent for run_dir in run_dirs}:
         if group.is_dir() and {path.name for path in group.iterdir()} <= {JOBS}:

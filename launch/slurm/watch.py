@@ -18,7 +18,7 @@ from launch.config.compose import default_grace_period_s
 from launch.errors import ConfigError, duration_text
 from launch.plan.plan import record_submitted
 from launch.runs.compose import read_config
-from launch.runs.events import damaged_text, saves_that_count
+from launch.runs.events import damaged_text, saves_that_count, select_events
 from launch.runs.records import throughput
 from launch.slurm.client import SlurmBusyError, SlurmError
 from launch.slurm.failover import fail_over
@@ -221,7 +221,7 @@ class Stop:
     def mark(self) -> None:
         """Record the cancel in the event log, once for each job."""
         job_id = None if self.point.job is None else self.point.job.job_id
-        if not any(e["event"] == "cancelled" and e["job_id"] == job_id for e in self.point.events()):
+        if not select_events(self.point.events(), "cancelled", job_id=job_id):
             who = f"{getpass.getuser()}@{os.uname().nodename}"
             try:
                 self.point.folder.record_event("cancelled", job_id=job_id, by=who, now=self._now)
