@@ -158,7 +158,7 @@ def run_task(composed: DictConfig) -> None:
     deny_others_writing()
     config = typed_config(composed)
     refuse_snapshot(config)
-    node = Node.from_env(None)
+    node = Node.from_env()
     asked = config.nodes_asked
     if node.count != asked:
         raise ConfigError(

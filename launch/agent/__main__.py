@@ -20,7 +20,6 @@ from typing import Any
 
 import gpt_launch.own_names  # noqa: F401
 from launch.agent.node import (
-    TOKEN,
     AgentContext,
     HeadNodeLostError,
     Node,
@@ -70,7 +69,7 @@ def run_agent(run_dir: str) -> None:
         print(f"finished already, and not started again: {run_dir} (fresh=true runs it in a new folder)", flush=True)
         return
     keep_unwritten()
-    context = RunContext(folder, Node.from_env(os.environ.get(TOKEN)), read_point(folder))
+    context = RunContext(folder, Node.from_env(), read_point(folder))
     node = context.node
     raise_open_files()
     set_default_threads(context.config.ranks_on_node)  # Set before the fork server loads libraries for the ranks.
@@ -123,7 +122,8 @@ def work_in_group(context: AgentContext) -> None:
     except HeadNodeLostError as error:
         stop.interruptible = False
         with on_event(context):
-            take_over_as_leader(context, str(error), group.announced_attempt)
+            announced = group.heartbeat.of(0).round
+            take_over_as_leader(context, str(error), None if announced is None else announced.attempt)
     except (RunFailedError, ConfigError) as error:
         failure = str(error)
         if node.is_head and not isinstance(error, AlreadyDecidedError):
@@ -222,15 +222,13 @@ def event_variables(folder: RunFolder, name: str, event: Mapping[str, Any]) -> d
     return {key: "" if value is None else str(value) for key, value in known.items()}
 
 
-@contextlib.contextmanager
-def on_event(context: RunContext, is_active: bool = True) -> Iterator[None]:
+def on_event(context: RunContext, is_active: bool = True) -> contextlib.AbstractContextManager[None]:
     """Run the user's command, if there is one, for each event that is recorded in a ``with`` block.
 
     ``is_active`` is False on nodes that leave the events to the head node.
     """
     command = context.config.launch.on_event_command
-    with run_at_events(context.folder, command) if is_active and command else contextlib.nullcontext():
-        yield
+    return run_at_events(context.folder, command) if is_active and command else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

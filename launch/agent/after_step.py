@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", metavar="FOLDER", help="the folder of the run")
     parser.add_argument("--submitit", action="store_true", help="FOLDER is submitit's folder with the job's pickle")
     args = parser.parse_args(arguments)
-    node = Node.from_env(None)
+    node = Node.from_env()
     folder = RunFolder(Path(submitted_run_dir(args.folder, node) if args.submitit else args.folder).absolute())
     context = RunContext(folder, node, read_point(folder))
     try:

@@ -68,20 +68,14 @@ class SignedStore:
         self._store.set(key, self._sign(key, message.encode()) + message)
 
     def read(self, keys: Sequence[str]) -> list[str | None]:
-        """Return the messages of ``keys``, in order; None for a key without a message of this job.
-
-        The call does not wait. If one of the keys is missing in the store, all messages are None.
-        """
-        if not keys or not self._store.check(list(keys)):
-            return [None] * len(keys)
-        return [self._verify(key, value) for key, value in zip(keys, self._store.multi_get(list(keys)), strict=True)]
-
-    def open_keys(self, keys: Sequence[str]) -> None:
-        """Create missing keys with an empty message, so that ``read`` works. A stranger could have deleted keys."""
-        if not self._store.check(list(keys)):
+        """Return the messages of ``keys``, in order; None for a key without a message of this job. Does not wait."""
+        if not keys:
+            return []
+        if not self._store.check(list(keys)):  # No agent has written some of them yet, or a stranger has deleted them.
             for key in keys:
                 # One operation of the store: a message that arrives meanwhile is not overwritten.
                 self._store.compare_set(key, "", "")
+        return [self._verify(key, value) for key, value in zip(keys, self._store.multi_get(list(keys)), strict=True)]
 
     def _sign(self, key: str, message: bytes) -> str:
         return hmac.new(self._secret, key.encode() + b"\0" + message, hashlib.sha256).hexdigest()
@@ -320,8 +314,6 @@ class Heartbeat:
         own = replace(self._own, beat=self._rounds, **fields)
         self.store.set(heartbeat_key(self._index), msgspec.json.encode(own).decode())
         keys = [heartbeat_key(index) for index in self._others]
-        if self._index == 0:
-            self.store.open_keys(keys)
         for index, text in zip(self._others, self.store.read(keys), strict=True):
             message = DECODER.decode(text) if text else NO_MESSAGE
             # A stranger can also put an earlier message back, whose signature is valid.

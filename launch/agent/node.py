@@ -137,7 +137,7 @@ class StopRequest:
 VISIBLE_GPUS = "LAUNCH_VISIBLE_GPUS"
 """Environment variable with the GPUs of all agents of a local point, as CUDA_VISIBLE_DEVICES names them."""
 TOKEN = "LAUNCH_TOKEN"
-"""Environment variable of the agents of a local run: a random name of this start."""
+"""Environment variable of the agents of a local run: a random name of this start, as process ids can come again."""
 LOOPBACK = "127.0.0.1"
 
 
@@ -180,15 +180,12 @@ class Node:
         return self.hosts[index] if self.hosts else socket.gethostname()
 
     @classmethod
-    def from_env(cls, token: str | None) -> Node:
-        """Read the identity of this process from the environment of Slurm or of submitit's local executor.
-
-        ``token`` distinguishes local jobs with the same process id.
-        """
+    def from_env(cls) -> Node:
+        """Read the identity of this process from the environment of Slurm or of submitit's local executor."""
         env = os.environ
         if env.get("SUBMITIT_EXECUTOR") == "local":
             index, count = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_NTASKS"])
-            return cls(index, count, f"local-{env['SUBMITIT_LOCAL_JOB_ID']}-{token}", False)
+            return cls(index, count, f"local-{env['SUBMITIT_LOCAL_JOB_ID']}-{env.get(TOKEN)}", False)
         if "SLURM_PROCID" in env and "SLURM_JOB_ID" in env:
             restarts = env.get("SLURM_RESTART_COUNT", "0")
             job = f"slurm-{env['SLURM_JOB_ID']}-{restarts}-{env.get('SLURM_STEP_ID', '0')}"

@@ -43,8 +43,8 @@ from launch.config import CHAIN
 from launch.config.compose import workload_of
 from launch.errors import ConfigError
 from launch.plan.plan import is_recorded, next_job, record_found, record_next_job
-from launch.runs.environment import DUMP_FILE, dumped_ranks
-from launch.runs.events import failure_text, first_failure, select_events
+from launch.runs.environment import DUMP_PREFIX, dumped_ranks
+from launch.runs.events import failure_text, first_failure, last_index, select_events
 from launch.runs.folder import RunFolder
 from launch.runs.records import recent_records
 from launch.slurm import client as scheduler
@@ -237,7 +237,7 @@ def handle_attempt_end(context: AgentContext, rdzv: RendezvousRound, ended: Caus
         text = failure_text(failure) if failure else ""
         dumped = dumped_ranks(folder.attempt(attempt))
         if dumped:
-            how = f"torchfrtrace --prefix {DUMP_FILE.value} {shlex.quote(str(folder.attempt(attempt)))}"
+            how = f"torchfrtrace --prefix {DUMP_PREFIX} {shlex.quote(str(folder.attempt(attempt)))}"
             context.record("flight_recorder", attempt=attempt, ranks=dumped, cause=f"a collective timed out: {how}")
         # Where ranks only lost their connections, a different failure is the cause.
         if not any(i in group.lost for i in rdzv.members) and (failure is None or failure.get("echo")):
@@ -443,8 +443,7 @@ def take_over_as_leader(context: RunContext, why: str, known: int | None) -> Non
         raise RunFailedError(f"the head node, {head}, is lost: {why}")
     events = context.events()
     # If the head node of this start of the job counts this node as lost, the head node still works, and decides.
-    began = [events.index(e) for e in select_events(events, "agent_started")]
-    if select_events(events[max(began, default=0) :], "node_lost", host=node.host):
+    if select_events(events[last_index(events, "agent_started") + 1 :], "node_lost", host=node.host):
         raise RunFailedError(f"{node.host} was cut off, and the run continues without it: {why}")
     attempt = orphaned_attempt(events, node, known)
     problem = NodeProblem(0, head, why)
@@ -470,8 +469,7 @@ def orphaned_attempt(events: Sequence[dict[str, Any]], node: Node, known: int | 
     Raises:
         RunFailedError: the head node has continued without this node, or has already decided what follows.
     """
-    began = [events.index(e) for e in select_events(events, "agent_started", job=node.job)]
-    events = events[max(began, default=0) :]
+    events = events[last_index(events, "agent_started", job=node.job) + 1 :]
     started = max((e["attempt"] for e in select_events(events, "started")), default=None)
     if started is not None and (known is None or started > known):
         raise RunFailedError(f"attempt {started} was started without {node.host}, which had been cut off")

@@ -146,10 +146,9 @@ def is_forgiven(end: dict[str, Any], events: Events, forgive_after_s: float) -> 
     conditions are needed. With the checkpoint alone, a run could fail forever right after each save. With the time
     alone, waiting in the queue would be enough.
     """
-    place = next(number for number, event in enumerate(events) if event is end)
-    steps = [(number, event["step"]) for number, event in enumerate(events) if event["event"] == "saved"]
-    before = max((step for number, step in steps if number < place), default=-1)
-    has_progressed = any(number > place and step > before for number, step in steps)
+    place = events.index(end)
+    before = max((save["step"] for save in select_events(events[:place], "saved")), default=-1)
+    has_progressed = any(save["step"] > before for save in select_events(events[place:], "saved"))
     return has_progressed and events[-1]["time"] - end["time"] >= forgive_after_s
 
 

@@ -27,10 +27,10 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing import api as elastic_processes
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from launch.agent.exchange import POLL_S, derive
-from launch.agent.fork_server import ForkedProcess, ForkServer
+from launch.agent.fork_server import ForkServer
 from launch.agent.health import gpu_telemetry
 from launch.agent.node import VISIBLE_GPUS, AgentContext, Attempt, Node, RendezvousRound, RunContext
 from launch.agent.watch import RankRecords, Watch
@@ -143,10 +143,6 @@ def tracker_variables(folder: RunFolder, rank: int) -> dict[str, str]:
     return {**ids, "WANDB_RESUME": "allow"}
 
 
-CLOSING_S = 5.0
-"""Longest wait in seconds for the end of a memory store."""
-
-
 class MemoryStore:
     """The memory store of this agent, for the length of a ``with`` block. ``environment`` starts its process."""
 
@@ -159,13 +155,9 @@ class MemoryStore:
 
     def __exit__(self, *error: object) -> None:
         """End the store. Its checkpoints are lost."""
-        process, self._process = self._process, None
-        if process is not None:
-            try:
-                process.communicate(timeout=CLOSING_S)  # Closing standard input ends the store.
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.communicate()
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
 
     def environment(self, address: str, secret: str) -> Mapping[str, str]:
         """Return the variables with which ranks find the store. Starts a store on ``address`` if none runs.
@@ -173,24 +165,20 @@ class MemoryStore:
         If a store cannot be started, standard error has the reason, and the ranks run without a store.
         """
         if self._process is None or self._process.poll() is not None:
-            self._start(address, secret)
-        return {STORE: self._place, SECRET: secret}
-
-    def _start(self, address: str, secret: str) -> None:
-        self.__exit__()
-        words = [sys.executable, "-m", "gpt_launch", "launch.worker.memory", str(os.getpid())]
-        process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
-        self._process, port = process, ""
-        assert process.stdin is not None and process.stdout is not None
-        with contextlib.suppress(OSError):
-            print(json.dumps([address, secret]), file=process.stdin, flush=True)
-            port = process.stdout.readline().strip()
-        self._place = f"{address}:{port}" if port else ""
-        if not port:
-            print("launch: no checkpoints in memory: the memory store does not start", file=sys.stderr)
             self.__exit__()
+            args = [sys.executable, "-m", "gpt_launch", "launch.worker.memory", str(os.getpid())]
+            self._process = subprocess.Popen(
+                args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            )
+            assert self._process.stdin is not None and self._process.stdout is not None
+            port = ""
+            with contextlib.suppress(OSError):
+                print(json.dumps([address, secret]), file=self._process.stdin, flush=True)
+                port = self._process.stdout.readline().strip()
+            self._place = f"{address}:{port}" if port else ""
+            if not port:
+                print("launch: no checkpoints in memory: the memory store does not start", file=sys.stderr)
+        return {STORE: self._place, SECRET: secret}
 
 
 def run_attempt(context: AgentContext, rdzv: RendezvousRound) -> str | None:
@@ -245,40 +233,18 @@ LAST_MESSAGES_S = 3.0
 """Seconds after the first failure in which other ranks can still record their own failures."""
 
 
-class FixedRendezvous(RendezvousHandler):
-    """Rendezvous for torch elastic with members and an address on which the agents have agreed."""
+def fixed_rendezvous(attempt: Attempt) -> StaticTCPRendezvous:
+    """Return a rendezvous for torch elastic with the members and the address on which the agents have agreed.
 
-    use_agent_store = True
-    """The ranks use the store of the head node: no further port is opened, which another process could take."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        """Return the place of this node among the members, and the address of the ranks' store."""
-        rdzv = self._attempt.rdzv
-        where = RendezvousStoreInfo(rdzv.address, rdzv.port)
-        # Elastic reads and writes nothing in its own store, since the nodes have the same number of ranks.
-        return RendezvousInfo(dist.HashStore(), self._attempt.place, len(rdzv.members), where)
-
-    # Elastic requires these methods. The object serves one round, and the store belongs to the head node's agent group.
-
-    def get_backend(self) -> str:
-        return "fixed"
-
-    def is_closed(self) -> bool:
-        return False
-
-    def set_closed(self) -> None: ...
-
-    def num_nodes_waiting(self) -> int:
-        return 0
-
-    def get_run_id(self) -> str:
-        return f"attempt-{self._attempt.number}"
-
-    def shutdown(self) -> bool:
-        return True
+    The ranks use the store of the head node: no further port is opened, which another process could take.
+    """
+    rdzv = attempt.rdzv
+    handler = StaticTCPRendezvous(
+        rdzv.address, rdzv.port, attempt.place, len(rdzv.members), f"attempt-{attempt.number}", timeout=0
+    )
+    # Elastic reads and writes nothing in its own store, since the nodes have the same number of ranks.
+    handler._store = dist.HashStore()
+    return handler
 
 
 DEVICES = Path("/sys/bus/pci/devices")
@@ -319,7 +285,7 @@ class RankAgent(LocalElasticAgent):
             local_world_size=config.ranks_on_node,
             entrypoint="/bin/sh",
             args=("-c", START_RANK, "sh", self._workdir, str(logs), *command.args),
-            rdzv_handler=FixedRendezvous(attempt),
+            rdzv_handler=fixed_rendezvous(attempt),
             max_restarts=0,  # The agents decide on restarts, not elastic.
             monitor_interval=POLL_S,
             local_addr=attempt.group.address,
@@ -353,7 +319,7 @@ class RankAgent(LocalElasticAgent):
         original = elastic_processes.get_subprocess_handler
 
         class Handler(SubprocessHandler):
-            def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes] | ForkedProcess:  # type: ignore[override]
+            def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> subprocess.Popen[bytes]:
                 env = {**tracker_variables(attempt.folder, int(env["RANK"])), **env}
                 log = str(attempt.log(int(env["RANK"])))
                 forked = None if server is None else server.start(attempt.command.args, env, workdir, log)

@@ -261,12 +261,6 @@ class AgentGroup:
                 raise HeadNodeLostError(why)
             time.sleep(POLL_S)
 
-    @property
-    def announced_attempt(self) -> int | None:
-        """Return the newest attempt that the head node has announced to this node; None if there is none."""
-        announced = self.heartbeat.of(0).round
-        return None if announced is None else announced.attempt
-
     def head_is_lost(self) -> bool:
         """Return whether the store of the head node is gone.
 

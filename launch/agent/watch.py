@@ -194,8 +194,8 @@ class Watch:
         self._watchdog = Watchdog(
             attempt.heartbeats, config.resilience, logs, contract.records_events, contract.silence_timeout_s
         )
-        files = [HeartbeatFile(attempt.heartbeats / str(rank)) for rank in attempt.ranks]
-        self._agreement = Agreement(rdzv.number, attempt.node.index, rdzv.members, files)
+        self._files = [HeartbeatFile(attempt.heartbeats / str(rank)) for rank in attempt.ranks]
+        self._agreement = Agreement(rdzv.number, attempt.node.index, rdzv.members, self._files)
         attempt.group.heartbeat.agreement = self._agreement
         self._looked_for_file = 0.0
         self._stop_signal = signal.Signals[contract.stop_signal]
@@ -232,14 +232,11 @@ class Watch:
         Ranks with a heartbeat look for the file. The agent looks at most every ``STOP_FILE_S`` seconds, and the
         method returns False in between.
         """
-        attempt, now = self._attempt, time.monotonic()
+        now = time.monotonic()
         if now - self._looked_for_file < STOP_FILE_S:
             return False
         self._looked_for_file = now
-        look_themselves = any(
-            heartbeat.read_heartbeat(attempt.heartbeats / str(rank)) is not None for rank in attempt.ranks
-        )
-        return not look_themselves and (attempt.folder.path / STOP_FILE).exists()
+        return not any(file.is_open for file in self._files) and (self._attempt.folder.path / STOP_FILE).exists()
 
     def _stop_ranks(self, agent: RankAgent) -> None:
         attempt, stop = self._attempt, self._attempt.stop

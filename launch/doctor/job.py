@@ -151,7 +151,7 @@ def measure_node(root: str) -> None:
     """Measure this node for the job with the folder ``root``. Errors are recorded, not raised."""
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)  # submitit would ignore the first signal, and requeue at the second.
-    folder, node = RunFolder(root), Node.from_env(None)
+    folder, node = RunFolder(root), Node.from_env()
     config = compose.read_config(folder, Config)
     record: Record = {
         "index": node.index,

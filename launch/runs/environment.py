@@ -29,15 +29,14 @@ from launch.runs.folder import RunFolder
 DRIVER = Path("/proc/driver/nvidia")
 
 
-def describe_rank(rank: int, local_rank: int, node: int, *, on_cpu: bool = False) -> dict[str, Any]:
+def describe_rank(rank: int, local_rank: int, node: int) -> dict[str, Any]:
     """Return the entry of a rank in ``environment.json``, if its program does not write one: host, CPUs and device.
 
     Call it on the node of the rank. The device is the visible GPU with index ``local_rank``; the CPU if no GPU is
-    visible or ``on_cpu`` is set.
-    ``device_uuid`` is absent if the GPU is not certain.
+    visible. ``device_uuid`` is absent if the GPU is not certain.
     """
     entry = describe_place(rank, local_rank, node)
-    gpus = [] if on_cpu else visible_gpus()
+    gpus = visible_gpus()
     if gpus:
         gpu = gpus[local_rank % len(gpus)]
         entry |= {"device": f"cuda:{gpu.index}", "device_name": gpu.name}
@@ -78,10 +77,10 @@ def cpu_name() -> str:
     return platform.machine()
 
 
-def driver_version(path: Path = DRIVER / "version") -> str | None:
+def driver_version() -> str | None:
     """Return the version of the NVIDIA driver of this machine. None if no driver is loaded."""
     try:
-        found = re.search(r"Kernel Module\b.*?\s(\d+\.[\d.]+)\s", path.read_text())
+        found = re.search(r"Kernel Module\b.*?\s(\d+\.[\d.]+)\s", (DRIVER / "version").read_text())
     except OSError:
         return None
     return found.group(1) if found else None
@@ -141,42 +140,37 @@ def _find_gpu(name: str, index: int, there: list[Gpu], as_listed: bool) -> Gpu:
 # Environment variables of the ranks: defaults that the agent sets, and their record.
 
 
-@dataclass(frozen=True)
-class Default:
-    """An environment variable with a default, which is used unless the user has set the variable or an alias."""
-
-    name: str
-    value: str
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The name and its aliases."""
-        return self.name, *self.aliases
-
-
 DEFAULTS = (
     # Without it a gloo group connects all pairs of ranks at once: P (P - 1) connections and requests of the store.
-    Default("TORCH_GLOO_LAZY_INIT", "1"),
+    (("TORCH_GLOO_LAZY_INIT",), "1"),
     # Segments that grow leave no gaps, which would make a GPU run out of memory although some is free.
-    Default("PYTORCH_ALLOC_CONF", "expandable_segments:True", ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")),
+    (("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"), "expandable_segments:True"),
     # NCCL's flight recorder: the last collectives of a rank, written to a file when one of them times out.
-    Default("TORCH_FR_BUFFER_SIZE", "20000", ("TORCH_NCCL_TRACE_BUFFER_SIZE",)),
-    Default("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
+    (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "20000"),
+    (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
 )
-"""Variables that are set before torch is imported, also in the process from which ranks are forked."""
+"""Variables that are set before torch is imported, also in the process from which ranks are forked.
 
-DUMP_FILE = Default("TORCH_FR_DUMP_TEMP_FILE", "nccl_trace_rank_", ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE",))
-"""Variable for the path prefix of the files of NCCL's flight recorder. torch appends the rank to the prefix.
+Each is a name with its aliases, and the value that is used unless the user has set one of these names."""
 
-The value here is below the folder of each attempt."""
+DUMP_VARIABLES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+"""Variable for the path prefix of the files of NCCL's flight recorder, and its alias."""
+DUMP_PREFIX = "nccl_trace_rank_"
+"""Beginning of the names of these files in the folder of an attempt. torch appends the rank."""
 
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """Variable for the cache folder of torch's compiler."""
 
 RECORDED = (
-    *(name for entry in (*DEFAULTS, DUMP_FILE) for name in entry.names),
-    *("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", COMPILE_CACHE, "TRITON_CACHE_DIR"),
+    *(name for names, _ in DEFAULTS for name in names),
+    *(
+        *DUMP_VARIABLES,
+        "OMP_NUM_THREADS",
+        "GLOO_SOCKET_IFNAME",
+        "NCCL_SOCKET_IFNAME",
+        COMPILE_CACHE,
+        "TRITON_CACHE_DIR",
+    ),
 )
 MOST_FILES = 1 << 20
 """Highest limit of open files that is set: a program that closes all possible descriptors is slow under a billion."""
@@ -190,12 +184,12 @@ def set_defaults(environment: MutableMapping[str, str] = os.environ, typed: Coll
         typed: names that the config sets for the ranks. A default for an alias of such a name is removed, because
             torch would read both.
     """
-    for entry in DEFAULTS:
-        if not {*entry.names} & {*typed}:
-            if not any(name in environment for name in entry.names):
-                environment[entry.name] = entry.value
-        elif environment.get(entry.name) == entry.value:
-            del environment[entry.name]
+    for names, value in DEFAULTS:
+        if not {*names} & {*typed}:
+            if not {*names} & environment.keys():
+                environment[names[0]] = value
+        elif environment.get(names[0]) == value:
+            del environment[names[0]]
 
 
 def set_dump_file(
@@ -209,14 +203,14 @@ def set_dump_file(
         environment: variables of the ranks, changed in place.
         typed: names that the config sets for the ranks.
     """
-    named = [environment[name] for name in DUMP_FILE.names if name in environment]
-    if all(name.startswith(f"{run}/") for name in named) and not {*DUMP_FILE.names} & {*typed}:
-        environment[DUMP_FILE.name] = str(attempt / DUMP_FILE.value)
+    named = [environment[name] for name in DUMP_VARIABLES if name in environment]
+    if all(name.startswith(f"{run}/") for name in named) and not {*DUMP_VARIABLES} & {*typed}:
+        environment[DUMP_VARIABLES[0]] = str(attempt / DUMP_PREFIX)
 
 
 def dumped_ranks(attempt: Path) -> list[int]:
     """Return the ranks whose flight recorder has written into the folder of an attempt."""
-    return numbers_in(attempt, DUMP_FILE.value)
+    return numbers_in(attempt, DUMP_PREFIX)
 
 
 def describe_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str | int]:
@@ -366,12 +360,12 @@ def changed_since(folder: RunFolder, now: dict[str, Any], attempt: int | None = 
 
     None if nothing changed, or no attempt is recorded. With ``attempt``, only earlier attempts count.
     """
-    earlier = {n: read_json(folder.environment(n)) for n in folder.attempts() if attempt is None or n < attempt}
-    there = [number for number, known in earlier.items() if known]
-    if not there:
-        return None
-    texts = changes(earlier[there[-1]], now)
-    return (there[-1], "; ".join(texts)) if texts else None
+    for number in reversed(folder.attempts()):
+        before = read_json(folder.environment(number))
+        if before and (attempt is None or number < attempt):
+            texts = changes(before, now)
+            return (number, "; ".join(texts)) if texts else None
+    return None
 
 
 def refuse_change(folder: RunFolder, since: int, what: str) -> None:

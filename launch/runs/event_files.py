@@ -50,8 +50,8 @@ STRAGGLERS_TAG = "stragglers"
 LAYER_TAG = "gradients/norm/"
 """Prefix of the tag of a layer's gradient norm."""
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # colour type in the IHDR chunk -> channels (PNG specification, 11.2.1)
+FLUSH_S = 10
+"""Longest time until an event is on disk, seconds."""
 
 
 class Curve(NamedTuple):
@@ -85,7 +85,6 @@ class EventWriter:
         folder: folder of the file, which TensorBoard shows as a run.
         purge_step: first step of a run that resumes. TensorBoard drops the points of earlier files from this step on,
             because the steps were lost in a crash and are made again. None drops all points of earlier files.
-        flush_s: longest time until an event is on disk, seconds.
         suffix: end of the file's name.
     """
 
@@ -93,10 +92,9 @@ class EventWriter:
         self,
         folder: str | os.PathLike[str],
         purge_step: int | None = None,
-        flush_s: float = 10.0,
         suffix: str = "",
     ) -> None:
-        self._writer = EventFileWriter(str(Path(folder)), flush_secs=flush_s, filename_suffix=suffix)
+        self._writer = EventFileWriter(str(Path(folder)), flush_secs=FLUSH_S, filename_suffix=suffix)
         # In every file: the first such message is the start of the run for TensorBoard, and later ones drop points.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._writer.add_event(event_pb2.Event(wall_time=clock.time(), step=purge_step or 0, session_log=start))
@@ -126,13 +124,9 @@ class EventWriter:
         self._add([_string_value(tag, markdown.encode(), metadata)], step)
 
     def image(self, tag: str, png: bytes, step: int = 0) -> None:
-        """Add a picture, given as the bytes of a PNG file.
-
-        Raises:
-            ValueError: ``png`` is not a PNG file.
-        """
-        width, height, channels = png_shape(png)
-        image = summary_pb2.Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png)
+        """Add a picture, given as the bytes of a PNG file."""
+        width, height = struct.unpack(">II", png[16:24])  # in the first chunk (PNG specification, 11.2.1)
+        image = summary_pb2.Summary.Image(height=height, width=width, encoded_image_string=png)
         self._add([summary_pb2.Summary.Value(tag=tag, image=image)], step)
 
     def layout(self, categories: Mapping[str, Mapping[str, Curve]]) -> None:
@@ -151,10 +145,6 @@ class EventWriter:
         tag = custom_scalar_metadata.CONFIG_SUMMARY_TAG
         self._add([_string_value(tag, layout.SerializeToString(), metadata)], step=0)
 
-    def flush(self) -> None:
-        """Write everything added so far to the file."""
-        self._writer.flush()
-
     def close(self) -> None:
         """Flush and close the file. May be called several times."""
         self._writer.close()
@@ -163,18 +153,6 @@ class EventWriter:
         event = event_pb2.Event(wall_time=clock.time() if time is None else time, step=step)
         event.summary.value.extend(values)
         self._writer.add_event(event)
-
-
-def png_shape(png: bytes) -> tuple[int, int, int]:
-    """Return width, height and channels from the header of a PNG file (PNG specification, 11.2.1).
-
-    Raises:
-        ValueError: ``png`` is not a PNG file.
-    """
-    if len(png) < 26 or not png.startswith(PNG_SIGNATURE) or png[12:16] != b"IHDR":
-        raise ValueError(f"not a PNG file: starts with {png[:8]!r}, expected {PNG_SIGNATURE!r}")
-    width, height, _depth, color = struct.unpack(">IIBB", png[16:26])
-    return width, height, PNG_CHANNELS[color]
 
 
 def _string_value(tag: str, text: bytes, metadata: summary_pb2.SummaryMetadata) -> summary_pb2.Summary.Value:

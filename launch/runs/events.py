@@ -36,6 +36,12 @@ def select_events(events: Events, *names: str, **fields: Any) -> list[dict[str, 
     return [event for event in wanted if all(event.get(field) == value for field, value in fields.items())]
 
 
+def last_index(events: Events, *names: str, **fields: Any) -> int:
+    """Return the index of the last event that ``select_events`` selects; -1 if there is none."""
+    found = (index for index, event in enumerate(events) if select_events([event], *names, **fields))
+    return max(found, default=-1)
+
+
 def events_since_submission(events: Events) -> list[dict[str, Any]]:
     """Return the events since a user last typed the command of the run. Limits of restarts count from there."""
     return list(events[last_command(events) :])
@@ -63,7 +69,7 @@ CHANGED = ("resumed_from", "extended")
 
 def planned_steps(events: Events) -> int | None:
     """Return the number of steps that the newest attempt planned for the whole run. None if it is not recorded."""
-    told = [event["max_steps"] for event in events if event["event"] == "started" and event.get("max_steps")]
+    told = [event["max_steps"] for event in select_events(events, "started") if event.get("max_steps")]
     return int(told[-1]) if told else None
 
 
@@ -83,13 +89,12 @@ def is_finished(events: Events) -> bool:
 
     False if a later command has extended the run, or taken it back to an earlier checkpoint.
     """
-    changed = max((number for number, event in enumerate(events) if event["event"] in CHANGED), default=-1)
-    if changed > max((number for number, event in enumerate(events) if event["event"] == "started"), default=-1):
+    if last_index(events, *CHANGED) > last_index(events, "started"):
         return False
     numbers = [e["attempt"] for e in events if e.get("attempt") is not None]
     newest = [e for e in events if numbers and e.get("attempt") == max(numbers)]
-    ends = [e["cause"] for e in newest if e["event"] == "attempt_ended"]
-    if ends or any(e["event"] == "agent_started" for e in events):
+    ends = [e["cause"] for e in select_events(newest, "attempt_ended")]
+    if ends or select_events(events, "agent_started"):
         return bool(ends) and ends[-1] == "finished"
     names = {e["event"] for e in newest}  # of ranks that no agent watched, as with gpt.train
     return "finished" in names and "rank_failed" not in names
@@ -100,12 +105,12 @@ def fewer_nodes(events: Events) -> dict[int, dict[str, Any]]:
 
     Steps of these attempts take longer, and must not be compared with steps of other attempts.
     """
-    return {event["attempt"]: event for event in events if event["event"] == FEWER_NODES}
+    return {event["attempt"]: event for event in select_events(events, FEWER_NODES)}
 
 
 def damaged_text(events: Events) -> str | None:
     """Describe the damaged checkpoints that were set aside since the last submission. None if there are none."""
-    found = [event["cause"] for event in events_since_submission(events) if event["event"] == "checkpoint_set_aside"]
+    found = [event["cause"] for event in select_events(events_since_submission(events), "checkpoint_set_aside")]
     return f"damaged and set aside: {'; '.join(found)}" if found else None
 
 
@@ -141,8 +146,7 @@ def unsaved_text(events: Events) -> str | None:
 
 
 def _failing_text(events: Events, what: str, *, failure: str, success: str) -> str | None:
-    last = max((number for number, event in enumerate(events) if event["event"] == success), default=-1)
-    failed = [event for event in events[last + 1 :] if event["event"] == failure]
+    failed = select_events(events[last_index(events, success) + 1 :], failure)
     if not failed:
         return None
     since = time.strftime("%Y-%m-%d %H:%M", time.localtime(failed[0]["time"]))
@@ -151,7 +155,7 @@ def _failing_text(events: Events, what: str, *, failure: str, success: str) -> s
 
 def skipped_text(events: Events) -> str | None:
     """Describe the skipped steps and the rollbacks of the newest attempt. None if there are none."""
-    began = max((number for number, event in enumerate(events) if event["event"] == "started"), default=0)
+    began = last_index(events, "started") + 1
     told = []
     for name, what, where in (("step_skipped", "steps skipped", "step"), ("rolled_back", "gone back", "to step")):
         found = select_events(events[began:], name)
@@ -236,12 +240,12 @@ def enter_failure(
     )
 
 
-def first_failure(events: Iterable[dict[str, Any]], attempt: int) -> dict[str, Any] | None:
+def first_failure(events: Events, attempt: int) -> dict[str, Any] | None:
     """Return the first failure of an attempt; an echo only if there is no other failure. None without a failure.
 
     Of several hung ranks it is the one with the earliest last progress: the other ranks waited for it.
     """
-    failures = [e for e in events if e["event"] == "rank_failed" and e.get("attempt") == attempt]
+    failures = select_events(events, "rank_failed", attempt=attempt)
     first = min(failures, key=lambda e: (bool(e.get("echo")), e.get("since", e["time"])), default=None)
     if first is None or "same_as" not in first:
         return first

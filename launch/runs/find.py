@@ -7,7 +7,7 @@ import shlex
 import time
 from argparse import ArgumentParser
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -223,7 +223,11 @@ def suggestion(path: Path) -> str:
 
 def runs_inside(folder: Path, depth: int = DEPTH) -> list[Path]:
     """Return ``folder`` if it is a run folder, else the run folders up to ``depth`` levels below, in natural order."""
-    return sorted(_search(folder, depth), key=lambda path: natural(str(path)))
+    if is_run(folder):
+        return [folder]
+    inner = [each for each in folder.iterdir() if not each.name.startswith(".")] if depth and folder.is_dir() else []
+    found = [run for each in inner for run in runs_inside(each, depth - 1)]
+    return sorted(found, key=lambda path: natural(str(path)))
 
 
 def typed_for(run: Path) -> Sequence[str]:
@@ -246,10 +250,8 @@ def labels_for(points: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
     The labels of several runs differ from each other. The label of a single run differs from the labels of existing
     runs in its folder.
     """
-    beside = (
-        [] if len(points) > 1 else [run for run in runs_inside(points[0][0].parent, depth=1) if run != points[0][0]]
-    )
-    runs = [*points, *((run, typed_for(run)) for run in beside)]
+    beside = runs_inside(points[0][0].parent, depth=1) if len(points) == 1 else []
+    runs = [*points, *((run, typed_for(run)) for run in beside if run != points[0][0])]
     return point_labels(runs)[: len(points)]
 
 
@@ -282,17 +284,6 @@ def runs_labelled(path: Path) -> list[Path]:
             f"{shlex.quote(str(next(reversed(called))))} in place of {label}",
         )
     return list(called)
-
-
-def _search(folder: Path, depth: int) -> Iterator[Path]:
-    if not folder.is_dir():
-        return
-    if is_run(folder):
-        yield folder
-    elif depth:
-        for inner in folder.iterdir():
-            if not inner.name.startswith("."):
-                yield from _search(inner, depth - 1)
 
 
 def is_run(folder: Path) -> bool:

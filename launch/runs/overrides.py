@@ -251,18 +251,13 @@ def unknown_option(group: str, choice: str, options: Collection[str]) -> ConfigE
 
 
 @cache
-def _parsed(typed: str) -> Override:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    return OverridesParser.create().parse_override(typed)
-
-
 def parse_override(typed: str, schema: type) -> Override:
     """Parse an override by Hydra's grammar. Raises ConfigError if the grammar does not accept ``typed``."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
-        return _parsed(typed)
+        return OverridesParser.create().parse_override(typed)
     except HydraException as error:
         fix = fitting_value(typed, schema)[1]
         expected = "KEY=VALUE, quoted where it holds []{}:, or ="

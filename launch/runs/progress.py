@@ -19,9 +19,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from launch.errors import ConfigError
-from launch.runs.files import say
+from launch.runs.files import append_lines, say
 from launch.runs.folder import RunFolder
-from launch.runs.records import append_records, is_record, recent_records
+from launch.runs.records import is_record, recent_records
 
 if TYPE_CHECKING:
     from launch.runs.event_files import EventWriter
@@ -195,7 +195,7 @@ class _RankLog:
                 fields.setdefault(f"{self._unit}_per_s", self._work / fields["step_time_s"])
             records.append({"step": step, "attempt": self._attempt, **fields, "time": at})
             self._last = (step, at)
-        append_records(self._records, records)
+        append_lines(self._records, records)
 
 
 def numbers(match: Mapping[str, str | Any]) -> dict[str, Any] | None:

@@ -8,14 +8,14 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..errors import ConfigError, closest
-from .files import append_lines, append_whole, open_to_append, parse_json_lines, read_json_lines, say
+from .files import append_whole, open_to_append, parse_json_lines, read_json_lines, say
 from .folder import RunFolder
 
 # Step records: one line per step and rank in ``metrics/rank_*.jsonl``. All other views are derived from them.
@@ -202,7 +202,14 @@ class RecordWriter:
             while self._queue:
                 self._lines.append(json.dumps(self._queue.popleft()).encode() + b"\n")
             try:
-                self._write_lines()
+                if self._lines:
+                    if self._file < 0:
+                        self._file = open_to_append(self._path)
+                    append_whole(self._file, b"".join(self._lines))
+                if self._is_failing:
+                    self._is_failing = False
+                    say(f"step records of {self._path} are written again, {len(self._lines)} at once")
+                self._lines.clear()
             except OSError as error:
                 if self._file >= 0:  # the next time the file is opened again, which ends a line that is partly written
                     os.close(self._file)
@@ -220,28 +227,12 @@ class RecordWriter:
             self._filled.clear()  # before the flush: a record that comes now wakes this thread again
             self.flush()
 
-    def _write_lines(self) -> None:
-        if not self._lines:
-            return
-        if self._file < 0:
-            self._file = open_to_append(self._path)
-        append_whole(self._file, b"".join(self._lines))
-        if self._is_failing:
-            self._is_failing = False
-            say(f"step records of {self._path} are written again, {len(self._lines)} at once")
-        self._lines.clear()
-
 
 def throughput(record: Mapping[str, Any]) -> tuple[float, str] | None:
     """Return units per second of the whole run, and the unit, of a step record. None if the record has neither."""
     known = (unit for unit in UNITS if record.get(f"{unit}_per_s") is not None)
     unit = next(known, None)
     return None if unit is None else (float(record[f"{unit}_per_s"]), unit)
-
-
-def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Append records, each with ``step``, ``attempt`` and ``time`` at least, to a rank's file in one write."""
-    append_lines(path, records)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

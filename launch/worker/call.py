@@ -25,7 +25,7 @@ from typing import Any
 import cloudpickle
 
 from ..errors import ConfigError
-from ..runs.files import is_own, write_atomically
+from ..runs.files import is_own, numbers_in, write_atomically
 
 REQUEUE_EXIT = 75
 """Exit status with which a rank requests a requeue after it has saved (EX_TEMPFAIL of sysexits.h)."""
@@ -122,7 +122,7 @@ def read_result(run_dir: Path, rank: int) -> Result | None:
 
 def result_ranks(run_dir: Path) -> list[int]:
     """Return the ranks that have a result, in order."""
-    return sorted(int(path.stem.removeprefix("rank_")) for path in (run_dir / RESULTS).glob("rank_*.pkl"))
+    return numbers_in(run_dir / RESULTS, "rank_", ".pkl")
 
 
 def store_result(run_dir: Path, rank: int, result: Result) -> None:

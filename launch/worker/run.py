@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from multiprocessing import parent_process
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -66,8 +67,7 @@ def attach(handle_signals: bool = True) -> Run:
 
 def is_child() -> bool:
     """Return whether multiprocessing started this process, which is then a helper of a rank."""
-    module = sys.modules.get("multiprocessing.process")
-    return module is not None and module.parent_process() is not None
+    return parent_process() is not None
 
 
 def run_of_environment(environment: Mapping[str, str]) -> Run:
@@ -168,7 +168,6 @@ class Run:
         """True if an agent of the launcher started this rank, and watches it."""
         self._heartbeat = heartbeat
         self._limit_s = min(AGREEMENT_S, (grace_s or 4 * AGREEMENT_S) / 4)
-        self._runs: RunFolder | None = None
         self._writer: RecordWriter | None = None
         self._step = 0
         self._phase = Phase.starting
@@ -219,7 +218,7 @@ class Run:
         try:
             step = int(step)
             self._move(max(step, self._step), Phase.training)
-            if self._runs is None:
+            if self.folder is None:
                 return
             record: dict[str, Any] = {"step": step, "attempt": self.attempt}
             for name, value in figures.items():
@@ -234,7 +233,9 @@ class Run:
             self._recorded, self._paused_s = (step, now), 0.0
             record.setdefault("time", time.time())
             if self._writer is None:
-                self._writer = RecordWriter(self._runs.metrics(self.rank), FOLLOWED_S if self.is_first else LONGEST_S)
+                self._writer = RecordWriter(
+                    RunFolder(self.folder).metrics(self.rank), FOLLOWED_S if self.is_first else LONGEST_S
+                )
             self._writer.put(record)
         except Exception as error:  # A wrong figure must not end a training.
             self._warn(f"a record of step {step!r} was dropped: {error!r}")
@@ -301,7 +302,7 @@ class Run:
 
         The call reads the filesystem; use it right before a commit.
         """
-        return self._runs is None or is_newest_attempt(self._runs, self.attempt)
+        return self.folder is None or is_newest_attempt(RunFolder(self.folder), self.attempt)
 
     # Events, which rank 0 records.
 
@@ -354,7 +355,6 @@ class Run:
         self.attempt = attempt  # Set before the thread compares this number with the attempts in the folder.
         if self.folder is None:
             self.folder, self.checkpoint_dir = Path(folder), RunFolder(folder).checkpoints
-            self._runs = RunFolder(folder)
             keep_unwritten()
             if self.is_first:
                 threading.Thread(target=self._watch_folder, args=(self.folder,), name="requests", daemon=True).start()
@@ -408,9 +408,9 @@ class Run:
 
     def _record_event(self, event: str, step: int, details: Mapping[str, Any]) -> None:
         """Record an event on rank 0, and remove the files whose requests it fulfils."""
-        if not self.is_first or self._runs is None or self.folder is None:
+        if not self.is_first or self.folder is None:
             return
-        self._runs.record_event(event, attempt=self.attempt, step=step, **details)
+        RunFolder(self.folder).record_event(event, attempt=self.attempt, step=step, **details)
         with self._lock:  # Otherwise the thread might take a file that is about to be removed for a new request.
             if self._saw_save_file and self._saves_obeyed == self._saves_wanted:
                 (self.folder / "SAVE").unlink(missing_ok=True)
@@ -444,4 +444,4 @@ class Run:
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, default)
         atexit.unregister(self._leave)
-        self._heartbeat = self._runs = self._writer = self.folder = None
+        self._heartbeat = self._writer = self.folder = None

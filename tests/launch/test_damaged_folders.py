@@ -21,9 +21,8 @@ from launch.config.compose import compose_launch
 from launch.errors import refusing
 from launch.report import build
 from launch.runner import run_sweep
-from launch.runs.files import write_json
+from launch.runs.files import append_lines, write_json
 from launch.runs.folder import RunFolder
-from launch.runs.records import append_records
 from launch.slurm import watch
 from launch.slurm.client import JobState
 from launch.slurm.jobs import CONTROLLER, SlurmJob
@@ -66,7 +65,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder.log(1, 0).write_text("step 1\n")
     write_json(folder.environment(1), {"ranks": [{"rank": 0, "node": 0, "host": "h", "device_name": "cpu"}]})
     known = {"attempt": 1, "loss": 2.5, "tokens": 32, "samples": [0, 3], "step_time_s": 0.1}
-    append_records(folder.metrics(0), [{"step": step, "time": float(step), **known} for step in (1, 2)])
+    append_lines(folder.metrics(0), [{"step": step, "time": float(step), **known} for step in (1, 2)])
     (folder.path / ".launch").mkdir()
     (folder.path / ".launch" / "waiting").write_text("elsewhere 1 1 0")
     return folder

@@ -17,9 +17,8 @@ from launch.plan.preflight import (
     plan_text,
     worst_case_text,
 )
-from launch.runs.files import append_json_lines
+from launch.runs.files import append_json_lines, append_lines
 from launch.runs.folder import RunFolder
-from launch.runs.records import append_records
 from launch.slurm.limits import SlurmFacts
 from tests.support.commands import TINY
 from tests.support.doctor_facts import LIMITS
@@ -35,7 +34,7 @@ def ran(of: Plan, steps: int) -> RunFolder:
     """A run that makes steps of 2 s."""
     folder = RunFolder(of.run_dir)
     records = [{"step": n, "attempt": 1, "step_time_s": 1.5, "time": 1011.0 + 2 * n} for n in range(1, steps + 1)]
-    append_records(folder.metrics(0), records)
+    append_lines(folder.metrics(0), records)
     return folder
 
 

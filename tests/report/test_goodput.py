@@ -17,14 +17,14 @@ from launch.agent.policy import Cause
 from launch.report import build, write
 from launch.report.goodput import CAUSES, Goodput, measure_goodput
 from launch.report.text import markdown_text, parts_csv_text
-from launch.runs.event_files import png_shape
-from launch.runs.files import ReportFile
+from launch.runs.files import ReportFile, append_lines
 from launch.runs.folder import RunFolder
-from launch.runs.records import append_records, read_records
+from launch.runs.records import read_records
 from launch.worker import run_of_environment
 from tests.support.distributed import run_distributed
 from tests.support.learning import start
 from tests.support.run_folders import RunBuilder, notes_with
+from tests.support.runs import png_shape
 
 T0 = 1.7e9
 GPUS, PRICE = 8, 2.0
@@ -70,7 +70,7 @@ class Clock:
             record = {"step": step, "attempt": attempt, "tokens": 1024, "loss": 1.0, "step_time_s": took}
             records.append({**record, **known, "time": self.now})
         for rank in (0, 1):
-            append_records(self.builder.run.metrics(rank), records)
+            append_lines(self.builder.run.metrics(rank), records)
         return self
 
     def saved(self, attempt: int, step: int, seconds: float) -> Clock:
@@ -170,7 +170,7 @@ def untimed(run: Clock) -> None:
     """A script that does not time its first step records what was before it."""
     run.allocation().spend(32 + 8 + 4).started(1)
     told = {"step": 1, "attempt": 1, "restore_s": 8.0, "compile_s": 4.0, "time": run.now}
-    append_records(run.builder.run.metrics(0), [told])
+    append_lines(run.builder.run.metrics(0), [told])
     run.steps(1, 2, 5)
 
 
@@ -296,7 +296,7 @@ def test_a_step_that_is_recorded_before_and_after_its_save_is_one_step(tmp_path:
     built.event("started", attempt=1, time=T0 + 2, world_size=1)
     records = [{"step": s, "attempt": 1, "step_time_s": 1.0, "time": T0 + 10 + s} for s in range(1, 9)]
     saved = {**records[3], "checkpoint_s": 0.0}
-    append_records(built.run.metrics(0), [*records[:4], saved, *records[4:]])
+    append_lines(built.run.metrics(0), [*records[:4], saved, *records[4:]])
     built.finished(1, time=T0 + 18)
     built.event("agent_ended", node=0, job="1", time=T0 + 20, ended_at=T0 + 20)
     [row] = build(tmp_path).rows

@@ -12,8 +12,7 @@ from selenium import webdriver
 
 from launch.report import build, write
 from launch.report.goodput import PARTS
-from launch.runs.files import ReportFile
-from launch.runs.records import append_records
+from launch.runs.files import ReportFile, append_lines
 from tests.support.run_folders import RunBuilder
 
 SLOW_RANK, LATE_S = 5, 0.03
@@ -38,7 +37,7 @@ def make_sweep(folder: Path) -> Path:
             comm_s = (0.01 * (ranks > 1)) + (ranks == 8) * LATE_S - late
             known = {"attempt": 1, "tokens": 2048 // ranks, "loss": 2.0, "step_time_s": step_s, "comm_s": comm_s}
             known |= {"data_wait_s": 0.0}
-            append_records(
+            append_lines(
                 built.run.metrics(rank),
                 [{"step": step, **known, "time": start + 20 + step * step_s} for step in range(1, 41)],
             )

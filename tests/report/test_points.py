@@ -18,8 +18,8 @@ from launch.report.page import page
 from launch.report.points import GpuUse, energy_between, read_gpu_use
 from launch.report.text import csv_text, json_text, markdown_text
 from launch.runs.environment import GpuSample, append_samples
+from launch.runs.files import append_lines
 from launch.runs.folder import RunFolder
-from launch.runs.records import append_records
 from launch.slurm.status import RunStatus, update_steps
 from tests.support.run_folders import RunBuilder, column, notes_with
 
@@ -189,7 +189,7 @@ def test_the_time_that_is_left_is_reckoned_by_steps_on_as_many_nodes(tmp_path: P
     now = time.time()
     for attempt, first, steps, took in ((1, 1, 10, 50.0), (2, 11, 3, 100.0)):
         known = {"attempt": attempt, "step_time_s": took, "time": now}
-        append_records(folder.metrics(0), [{"step": first + n, **known} for n in range(steps)])
+        append_lines(folder.metrics(0), [{"step": first + n, **known} for n in range(steps)])
     update_steps(point)
     assert point.eta_s == pytest.approx((100 - 13) * 50.0)
     folder.record_event("fewer_nodes", attempt=2, **FEWER)
@@ -231,7 +231,7 @@ def test_profiled_steps_are_told_as_means_of_the_first_rank(tmp_path: Path) -> N
             parts = {"compute": 0.25, "comm": 0.3, "exposed": 0.1, "copies": 0.05, "idle": 0.1}
             record = {"step": step, "attempt": 1, "step_time_s": 0.5, "tokens": 1}
             told = {f"breakdown_{part}_s": seconds * (step - 10) for part, seconds in parts.items()}
-            append_records(built.run.metrics(rank), [record | told])
+            append_lines(built.run.metrics(rank), [record | told])
     built.finished()
     expected = (
         "Of 2 steps of nodes=2 that were profiled: computing 50.0 %, exposed communication 20.0 %, copies 10.0 %, "

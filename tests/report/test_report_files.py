@@ -17,13 +17,14 @@ from launch.report.__main__ import main
 from launch.report.selection import Selection, compare_selections, select, source_labels
 from launch.report.table import ScalingTable, tabulate_selection
 from launch.report.text import markdown_text
-from launch.runs.event_files import EventWriter, png_shape
+from launch.runs.event_files import EventWriter
 from launch.runs.files import ReportFile
 from launch.runs.find import record_sweep
 from tests.support import commands
 from tests.support.commands import call
 from tests.support.planning import refused
 from tests.support.run_folders import RunBuilder, column, notes_with, read_events, scalars, shown
+from tests.support.runs import png_shape
 
 COLUMNS = (
     *("point", "nodes", "ranks", "topology", "tokens_per_s", "tokens_per_s_per_rank", "step_time_s"),

@@ -17,9 +17,9 @@ from launch.report.figures import picture, run_panels
 from launch.report.steps import LOSSES, RankTime, RankTimes, lost
 from launch.report.table import Row, RunDetail
 from launch.report.text import markdown_text
-from launch.runs.event_files import png_shape
-from launch.runs.records import append_records
+from launch.runs.files import append_lines
 from tests.support.run_folders import RunBuilder
+from tests.support.runs import png_shape
 
 RANKS, STEPS = 24, 47
 BASE_S = 0.5
@@ -32,7 +32,7 @@ def run_of(folder: Path, times: Times, ranks: int = RANKS, **builder: Any) -> Sc
     for rank in range(ranks):
         fixed = {"attempt": 1, "tokens": 128, "loss": 1.0}
         records = [{"step": s, **fixed, **times(s, rank), "time": 1e9 + s} for s in range(1, STEPS + 1)]
-        append_records(built.run.metrics(rank), records)
+        append_lines(built.run.metrics(rank), records)
     built.finished()
     return build(folder)
 
@@ -151,7 +151,7 @@ def recorded(folder: Path, ranks: int, phases: Any, **builder: Any) -> None:
             | {name: value for name, value in of_step.items() if name != "compute"}
             for step, of_step in enumerate(told, start=1)
         ]
-        append_records(built.run.metrics(rank), rows)
+        append_lines(built.run.metrics(rank), rows)
     built.finished()
 
 

@@ -18,7 +18,7 @@ from launch.report.selection import Selection
 from launch.report.steps import MIN_STEPS, WARMUP_STEPS, Steps, measure_steps
 from launch.report.table import tabulate
 from launch.report.text import efficiency as efficiency_text
-from launch.runs.records import append_records
+from launch.runs.files import append_lines
 from tests.support.planning import refused
 from tests.support.run_folders import RunBuilder, column, notes_with
 
@@ -221,7 +221,7 @@ def recorded(folder: Path) -> None:
                 | {"mfu_palm": chance.uniform(0.3, 0.4), "time": 1e9 + s}
                 for s in range(40)
             ]
-            append_records(built.run.metrics(rank), rows)
+            append_lines(built.run.metrics(rank), rows)
         built.finished()
 
 

@@ -214,7 +214,8 @@ def test_visible_gpus(
 
 def test_a_rank_on_a_cpu_and_one_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3,2")
-    entry = machine.describe_rank(5, 1, 2, on_cpu=True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    entry = machine.describe_rank(5, 1, 2)
     assert (entry["rank"], entry["local_rank"], entry["node"]) == (5, 1, 2)
     assert (entry["device"], entry["device_name"]) == ("cpu", machine.cpu_name())
     assert (entry["cores"], entry["threads"]) == (len(os.sched_getaffinity(0)), 3)

@@ -20,14 +20,13 @@ from hydra_plugins.launch_plugin.launcher import job_return, refuse_other_tasks,
 from launch.errors import ConfigError
 from launch.runner import PointResult, SweepFailedError
 from launch.runs import records
-from launch.runs.files import append_json_lines, append_whole, open_to_append
+from launch.runs.files import append_json_lines, append_lines, append_whole, open_to_append
 from launch.runs.folder import RunFolder
 from launch.runs.records import (
     FIRST_S,
     LONGEST_S,
     ObjectiveOf,
     RecordWriter,
-    append_records,
     objective_value,
     read_records,
     refuse_absent,
@@ -108,7 +107,7 @@ def test_the_objective_is_a_figure_of_the_records_that_count(tmp_path: Path) -> 
     folder = RunFolder(tmp_path)
     lines = [(1, 1, 3.0), (2, 1, 0.5), (2, 2, 2.0), (3, 2, float("nan")), (4, 2, 2.5), (5, 2, None)]
     lines_of = [{"step": s, "attempt": a, **({} if v is None else {"val_loss": v})} for s, a, v in lines]
-    append_records(folder.metrics(0), lines_of)
+    append_lines(folder.metrics(0), lines_of)
     found = {of.name: objective_value(folder, "val_loss", of) for of in ObjectiveOf}
     assert found == {"minimum": 2.0, "maximum": 3.0, "last": 2.5}, "step 2 of attempt 1 was done again"
     assert objective_value(folder, "accuracy", ObjectiveOf.last) is None
@@ -127,7 +126,7 @@ def test_an_objective_that_no_step_records_is_refused_before_anything_is_trained
 
 def test_a_figure_that_a_script_did_not_record_is_answered_with_those_that_it_did(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    append_records(folder.metrics(0), [{"step": 1, "attempt": 1, "accuracy": 0.5, "loss": float("nan")}])
+    append_lines(folder.metrics(0), [{"step": 1, "attempt": 1, "accuracy": 0.5, "loss": float("nan")}])
     assert refuse_absent(folder, "acuracy").expected.endswith("recorded: accuracy")
     assert refuse_absent(RunFolder(tmp_path / "empty"), "loss").expected.endswith("recorded: none")
 

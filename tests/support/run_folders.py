@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launch.report import ScalingTable, show
 from launch.report.table import Row
-from launch.runs.files import append_json_lines, write_json
+from launch.runs.files import append_json_lines, append_lines, write_json
 from launch.runs.folder import RunFolder
-from launch.runs.records import StepRecord, append_records
+from launch.runs.records import StepRecord
 
 
 @dataclass
@@ -91,7 +91,7 @@ class RunBuilder:
             for step, time_s in enumerate(times, start=1):
                 now += time_s
                 records.append({"step": step, "attempt": attempt, **fields, "time": now})
-            append_records(self.run.metrics(rank), records)
+            append_lines(self.run.metrics(rank), records)
         return self
 
     def ran(self, seconds: float, attempt: int = 1, since: float = 1e9) -> RunBuilder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from matplotlib.image import imread
 
 from launch.runs.folder import RunFolder
 from launch.runs.records import read_records
@@ -244,3 +246,9 @@ def paced(folder: Path) -> tuple[list[str], Path]:
     there.mkdir()
     (there / "sitecustomize.py").write_text(PACED)
     return [f"cluster.setup=['export PYTHONPATH={there}:$PYTHONPATH','export HURRY={hurry}']"], hurry
+
+
+def png_shape(png: bytes) -> tuple[int, int, int]:
+    """Width, height and channels of a PNG file, as matplotlib reads it."""
+    height, width, channels = imread(io.BytesIO(png)).shape
+    return width, height, channels

@@ -31,10 +31,10 @@ from launch.runs.events import (
     refuse_alive,
     saves_that_count,
 )
-from launch.runs.files import read_json_lines, write_json
+from launch.runs.files import append_lines, read_json_lines, write_json
 from launch.runs.folder import RunFolder
 from launch.runs.heartbeat import Phase
-from launch.runs.records import append_records, read_records
+from launch.runs.records import read_records
 from tests.support.checkpoints import differing, read_weights
 from tests.support.commands import TINY, agents_of, descendants, kill_all, ranks_of, run, start_fork, wait_for
 from tests.support.distributed import run_distributed
@@ -165,7 +165,7 @@ def finished_run(path: Path, steps: int = 8, began: float = 1000.0) -> tuple[Run
     ]
     folder.events.write_text("".join(json.dumps(event) + "\n" for event in told))
     records = [{"step": s, "attempt": 1, "time": began + s, "step_time_s": 1.0} for s in range(1, steps + 1)]
-    append_records(folder.metrics(0), records)
+    append_lines(folder.metrics(0), records)
     return folder, [checkpoint(folder, step) for step in range(4, steps + 1, 4)]
 
 
